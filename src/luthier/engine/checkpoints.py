@@ -1,8 +1,9 @@
-"""Checkpoints: atomic, hashed, read back, and enough of them to survive a corrupt one.
+"""Atomic, hashed checkpoints of a training.
 
-``checkpoints/step-00000010/`` holds ``tensors.safetensors`` (masters, moments, best weights so
-far) and ``state.json`` (progress, and the hash of the tensors). The newest that verifies
-is resumed from; the two newest are kept.
+``checkpoints/step-00000010/`` contains ``tensors.safetensors`` (masters, moments, best weights) and
+``state.json`` (progress, and the hash of the tensors). A resumed run starts from the newest
+checkpoint that verifies. The two newest checkpoints are kept, so that one damaged checkpoint loses
+little work.
 """
 
 from __future__ import annotations
@@ -24,50 +25,52 @@ from luthier.models.tensors import load_tensors, save_tensors
 
 RETAINED = 2
 FIRST_STEP = 10
-"""Steps before the first checkpoint, which is written after :data:`FIRST_SECONDS` at the latest."""
+"""Steps before the first checkpoint, unless :data:`FIRST_SECONDS` pass earlier."""
 FIRST_SECONDS = 45.0
 FIRST_SHARE = 0.1
-"""Part of the time until then that writing it may take, at :data:`FIRST_BYTES_PER_SECOND`."""
+"""Maximum share of the time before the first checkpoint for writing, at
+:data:`FIRST_BYTES_PER_SECOND`."""
 FIRST_BYTES_PER_SECOND = 400e6
-"""As long as none was written; 1.6 GB took 3.9 s, hashed twice and read back (docs/log/engine.md)."""
+"""Assumed speed of the first write; 1.6 GB took 3.9 s, hashed twice and read back
+(docs/log/engine.md)."""
 SHARE_OF_TIME = 0.02
-"""Later ones are spaced so that writing them takes at most this share of the time."""
+"""Maximum share of the training time for writing later checkpoints."""
 
 log = logging.getLogger(__name__)
 
 
 def first_seconds(cost: float) -> float:
-    """Seconds that a run waits with its first checkpoint, which takes ``cost`` seconds."""
+    """Return the seconds before the first checkpoint, if writing takes ``cost`` seconds."""
     return min(FIRST_SECONDS, cost / FIRST_SHARE)
 
 
 @dataclass
 class TrainingProgress:
-    """Where a run stands: everything but tensors that an exact resume needs."""
+    """Progress of a run: all state for an exact resume, except tensors."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     tokens: int = 0
-    """Tokens of the rows trained on, shared prefixes counted in each row."""
+    """Tokens of the training rows. Shared prefixes count in each row."""
     rows: int = 0
     seconds: float = 0.0
-    """Training time so far, over all starts."""
+    """Training time in seconds, over all starts."""
     first_loss: float | None = None
     last_loss: float | None = None
     best_loss: float | None = None
-    """Validation loss of the best weights so far."""
+    """Lowest validation loss so far."""
     best_step: int | None = None
     worse: int = 0
-    """Measurements in a row without a new best."""
+    """Consecutive measurements without a new best."""
     validation_loss: float | None = None
     metrics_lines: int = 0
-    """Lines of the metrics file that belong to this state; later ones are cut on resume."""
+    """Number of lines of the metrics file up to this state. A resumed run removes later lines."""
     sample_lines: int = 0
-    """The same of the file of samples."""
+    """Number of lines of the samples file up to this state."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in its folder ``checkpoints``."""
+    """The checkpoints of one run, in the folder ``checkpoints``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,7 +79,7 @@ class Checkpoints:
         sweep(folder)
 
     def due(self, step: int, size: int) -> bool:
-        """Whether a checkpoint of ``size`` bytes should be written after ``step``."""
+        """Return true if a checkpoint of ``size`` bytes is due after ``step``."""
         since = time.monotonic() - self._last
         if self._cost is None:
             seconds = first_seconds(size / FIRST_BYTES_PER_SECOND)
@@ -84,7 +87,7 @@ class Checkpoints:
         return since >= max(10.0, self._cost / SHARE_OF_TIME)
 
     def write(self, progress: TrainingProgress, tensors: Mapping[str, Tensor]) -> Path:
-        """Write one checkpoint, read it back, and drop all but the newest two."""
+        """Write a checkpoint and remove all but the newest two. The first checkpoint is read back."""
         started = time.monotonic()
         path = self.folder / f"step-{progress.step:08d}"
         with new_folder(path) as temporary:
@@ -106,7 +109,7 @@ class Checkpoints:
         return path
 
     def latest(self) -> tuple[TrainingProgress, dict[str, Tensor]] | None:
-        """The newest checkpoint that verifies, or ``None`` when there is none at all."""
+        """Return the newest intact checkpoint, or ``None`` without checkpoints."""
         paths = sorted(self.folder.glob("step-*"), reverse=True)
         for path in paths:
             try:
@@ -139,7 +142,8 @@ class Checkpoints:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of tensors: equal exactly when every bit is."""
+    """Return the SHA-256 over names and bytes of tensors. The hash is equal only for bit-identical
+    tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

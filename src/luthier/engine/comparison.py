@@ -1,4 +1,4 @@
-"""The baselines of a run: fitted on the base model before its first step, and compared at its end."""
+"""Baselines of a run: fitted on the base model before the first step, and compared at the end."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
 LARGEST_STATES = 20_000_000
-"""Numbers of all states of the base model that are held."""
+"""Maximum number of values in all stored hidden states of the base model."""
 READING = 0.75
-"""Share of the time that is for reading the rows."""
+"""Share of the time limit for encoding the rows."""
 CHUNK = 256
-"""Rows that are read between two looks at the clock."""
+"""Number of rows to encode between two checks of the time limit."""
 
 
 def encode_cut(
     objective: Objective, rows: Sequence[Row], chat: ChatFormat, room: int
 ) -> list[Example]:
-    """The rows as ``objective`` encodes them, each cut to ``room`` tokens."""
+    """Encode the rows with ``objective`` and truncate each row to ``room`` tokens."""
     whole = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     return [objective.truncate(each, room) if len(each) > room else each for each in whole]
 
@@ -58,18 +58,19 @@ def fit_baselines(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     label_issues: bool = False,
 ) -> FittedBaselines | None:
-    """What the baselines are worth that go with such rows; ``None`` where there are none.
+    """Fit the baselines for the shape of the rows and return the scores; ``None`` without
+    baselines.
 
     Args:
-        network: as it is before the first step.
-        objective: of the run; one of embeddings says how they are pooled.
-        train: what they learn from.
-        held: what they are measured on.
-        budget: tokens read at once.
-        seconds: after which no further baseline is begun; the states of the network have most of
-            them, and where these end only the rows that were read by then are learned from.
-        on_progress: given how many rows of how many were read.
-        label_issues: whether to look for rows of both whose label is worth a look, if time is left.
+        network: the network before the first step.
+        objective: the objective of the run. An embedding objective sets the pooling.
+        train: training rows of the baselines.
+        held: held-out rows.
+        budget: maximum number of tokens per forward pass.
+        seconds: time limit. No baseline starts after the limit. Most of the time is for hidden
+            states; when the time ends, baselines use the rows encoded so far.
+        on_progress: function that receives the number of encoded rows and the total.
+        label_issues: whether to search both splits for wrong labels, if time is left.
     """
     if not train or not held or not seconds:
         return None
@@ -96,9 +97,10 @@ def base_states(
     seconds: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> States | None:
-    """Return one state for each row, or for each word of rows with tags, that of its first piece.
+    """Return one hidden state per row, or per word of tagged words (at the first token of each
+    word).
 
-    ``None`` if the time ends before ``held`` is read, or if the network overflows.
+    Returns ``None`` if the time ends before ``held`` is encoded, or if the network overflows.
     """
     began = time.monotonic()
     network.model.eval()
@@ -149,7 +151,8 @@ def _states(
     budget: int,
     until: float,
 ) -> list[Tensor]:
-    """Those ``[K, H]`` of each of the first rows, as many as are read until then and can be held."""
+    """Return the states ``[K, H]`` of each row in order, until the time or the memory limit is
+    reached."""
 
     def read_batch(batch: TreeBatch) -> list[Tensor]:
         states = [state_KH.float().cpu() for state_KH in read(batch)]
@@ -175,7 +178,7 @@ def measure_tuned(
     baselines: FittedBaselines,
     budget: int,
 ) -> Comparison:
-    """The tuned network beside the baselines, on the same rows."""
+    """Measure the tuned network and the baselines on the same rows."""
     network.model.eval()
     views = objective.views(held.examples)
     answers = network.read_rows(views, budget, partial(objective.predict, network))

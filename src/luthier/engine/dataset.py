@@ -1,4 +1,4 @@
-"""From files to encoded rows: everything that can refuse the data, before anything is trained."""
+"""Loading, checking, splitting and encoding of the rows of a run."""
 
 from __future__ import annotations
 
@@ -39,49 +39,49 @@ from luthier.types import Example, IntArray, Row
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows of a run, and where they came from."""
+    """The encoded rows of a run, with the origin of the rows."""
 
     objective: Objective
-    """The objective asked for, or the one chosen for the shape of the rows."""
+    """The objective of the recipe, or the default for the shape of the rows."""
     train: Sequence[Example]
     validation: Sequence[Example]
     longest: int
-    """Tokens of the longest training row."""
+    """Length of the longest training row, in tokens."""
     hashes: dict[str, str]
-    """SHA-256 of each file, by path, and one of all that their rows name beside them."""
+    """SHA-256 of each file by path, and one SHA-256 of all media files named in rows."""
     choices: list[Choice]
     dropped: int = 0
     truncated: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     mask: LossMask | None = None
     mixed: tuple[MixedSet, ...] = ()
-    """Further sets, whose examples stand behind those of the main one in ``train``."""
+    """Sizes of the mixed-in sets, stored after the main set in ``train``."""
     report: Report | None = None
-    """What the data gate says of the rows; ``None`` where it did not look at them."""
+    """Report of the data check; ``None`` if the check was skipped."""
     recognized: Recognition | None = None
-    """What the main source was taken for."""
+    """Detected format and columns of the main source."""
     compared: tuple[ComparedRows, ComparedRows] = (ComparedRows(), ComparedRows())
-    """Rows that baselines learn from and are measured on, beside the model."""
+    """Training and held-out rows for the baselines."""
     held_out: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    """Lines by training file that are not learned from: of ``validation`` and ``test``."""
+    """Line numbers excluded from training, by split (``validation``, ``test``) and file."""
 
     @property
     def main(self) -> int:
-        """Training examples of the main file."""
+        """Number of training examples of the main file."""
         return len(self.train) - sum(each.rows for each in self.mixed)
 
     def mix_record(self, spec: DataSpec) -> list[dict[str, Any]]:
-        """What the manifest says of the further sets: file, weight, rows, and rows in each pass."""
+        """Return the manifest's record of the mixed-in sets: file, weight, rows, and rows per pass."""
         pairs = zip(spec.mix, self.mixed, strict=True)
         return [{**each.model_dump(mode="json"), **asdict(sizes)} for each, sizes in pairs]
 
 
 FIRST_ROWS = 200
-"""Rows of a source that are checked before a base model is chosen and loaded."""
+"""Number of rows per source to check before a base model is chosen and loaded."""
 
 
 class OpenedData:
-    """The row sources of a recipe, each opened once: first rows are checked early, all read later."""
+    """The row sources of a recipe. Each source is opened once: the first rows are checked early."""
 
     def __init__(self, spec: DataSpec, objective: Objective | None) -> None:
         """Find the files of ``spec``.
@@ -96,12 +96,15 @@ class OpenedData:
         self.mix = [opened(each.train) for each in spec.mix]
 
     def check(self, objective: Objective | None = None, chat: ChatFormat | None = None) -> None:
-        """Refuse sources whose first rows are wrong.
+        """Check the first rows of each source.
 
-        With the ``chat`` format of the base model, rows that ``objective`` does not learn are refused.
+        Args:
+            objective: if given with ``chat``, the first rows must suit the objective.
+            chat: the chat format of the base model.
 
         Raises:
-            DataError: with every problem of the source, or the first rows that are not learned.
+            DataError: with every problem of a source, or with the first rows that the objective
+                cannot use.
         """
         held = [] if self.validation is None else [self.validation]
         for reader in (self.train, *held, *self.mix):
@@ -125,13 +128,21 @@ def prepare(
     on_row: Callable[[int, int], None] = lambda done, count: None,
     data: OpenedData | None = None,
 ) -> Dataset:
-    """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong.
+    """Read, check, split and encode the rows of a recipe.
 
-    ``data`` are the sources of ``spec``, if they are open already.
+    Args:
+        spec: the data settings.
+        objective: the objective; ``None`` selects the default for the rows.
+        chat: the chat format of the base model.
+        context: maximum number of tokens of a row.
+        seed: random seed of the split.
+        on_progress: function that receives the bytes read and the total bytes.
+        refit: whether to train on the validation rows too. Test rows stay held out.
+        on_row: function that receives the number of checked rows and the total.
+        data: the opened row sources, if the caller has opened the sources already.
 
-    ``on_progress`` is now and then given how many bytes of how many have been read. With ``refit``
-    the rows that would be held out to measure on are learned from, those for a test still are not.
-    ``on_row`` is given how many rows of how many the gate has looked at.
+    Raises:
+        DataError: with every problem of the rows.
     """
     if data is None or data.checker is not checker_for(objective):
         data = OpenedData(spec, objective)
@@ -233,12 +244,12 @@ def prepare(
 
 
 def _sequences(objective: Objective, examples: Iterable[Example]) -> Iterator[Example]:
-    """What the network is to see of ``examples``, one after the other."""
+    """Yield every input sequence of the network for ``examples``."""
     return chain.from_iterable(objective.views([example]) for example in examples)
 
 
 def _rows_of(rows: Sequence[Row], examples: Sequence[Example]) -> Sequence[Row]:
-    """The row that each of ``examples`` was made of."""
+    """Return the source row of each example."""
     return select(rows, np.fromiter((e.row for e in examples), np.int64, len(examples)))
 
 
@@ -246,7 +257,7 @@ NAMED_MEDIA = "images and sounds that rows name"
 
 
 def _hash_named_media(spec: DataSpec, rows: Iterable[Row]) -> dict[str, str]:
-    """One SHA-256 of all files that rows name; what lies in a folder or an archive is in its hash."""
+    """Return one SHA-256 of all media files named in rows, outside the hashed folders and archives."""
     files = spec.files
     named = {
         row.media.digest()
@@ -268,12 +279,12 @@ def _split(
     choices: list[Choice],
     refit: bool,
 ) -> list[Sequence[Row]]:
-    """Rows to learn from, to measure on, and to leave for a test; a chosen share joins ``choices``.
+    """Split ``rows`` into training, validation and test rows. A default share is added to
+    ``choices``.
 
-    Each label has its share of all parts, and rows that ask the same or nearly the same stay together.
-    So do those of one value of ``data.group_column`` (``group_of``), where that is named; a label then
-    has what share comes with its groups.
-    ``refit`` puts those to measure on back among those to learn from, in the order of the file.
+    The split is stratified by label, and near-duplicates stay in one part. With
+    ``data.group_column``, all rows of one value (``group_of``) stay in one part. ``refit`` returns
+    the validation rows to the training rows, in file order.
     """
     share, reason = (0.0, "") if spec.validation else (spec.validation_share, "")
     if share is None:
@@ -296,16 +307,16 @@ def _split(
 
 
 MOST_DRAWS = 100
-"""Splits of groups that are drawn until each label is learned from."""
+"""Maximum number of random group splits until each label is in the training rows."""
 
 
 def _split_groups(
     column: str, values: Sequence[str], rows: Sequence[Row], shares: Sequence[float], seed: int
 ) -> list[IntArray]:
-    """Parts as of :func:`split_rows`, of whole groups, where each label is among those learned from.
+    """Split whole groups as :func:`split_rows` does, with every label in the training rows.
 
     Raises:
-        RecipeError: where no such split is found.
+        RecipeError: if no split is found.
     """
     if len({*values}) <= sum(share > 0 for share in shares):
         raise RecipeError(
@@ -328,7 +339,7 @@ def _split_groups(
 
 
 def loss_mask(examples: Iterable[Example], chat: ChatFormat) -> LossMask | None:
-    """Which tokens of ``examples`` are learned; ``None`` where none is its own target."""
+    """Return the record of the trained tokens; ``None`` if no example has tokens as targets."""
     digest, opening_K = hashlib.sha256(), chat.reply_opening()
     stretches = behind = stopped = 0
     for each in examples:
@@ -350,7 +361,7 @@ def loss_mask(examples: Iterable[Example], chat: ChatFormat) -> LossMask | None:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Lines of the rows, by file."""
+    """Return the line numbers of the rows, by file."""
     found: dict[str, set[int]] = {}
     for row in rows:
         found.setdefault(row.file, set()).add(row.line)
@@ -360,7 +371,8 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:
 def _mix(
     spec: DataSpec, sets: Sequence[Sequence[Example]]
 ) -> tuple[Sequence[Example], tuple[MixedSet, ...]]:
-    """All examples, those of the main set first, and how many of each further set a pass takes."""
+    """Return all examples with the main set first, and the number of rows per pass for each
+    mixed-in set."""
     files = [spec.train, *(each.train for each in spec.mix)]
     for path, examples in zip(files, sets, strict=True):
         if not examples:
@@ -382,7 +394,7 @@ def _mix(
 
 
 def _shares(spec: DataSpec, mixed: Sequence[MixedSet], main: int) -> list[Choice]:
-    """What mixing comes to, for people."""
+    """Return the mixing ratios as settings to report."""
     name = Path(spec.train).name
     return [
         (
@@ -415,5 +427,5 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
 
 
 def checker_for(objective: Objective | None) -> type[Checker]:
-    """What reads rows: those that the network answers itself are read for what they ask."""
+    """Return the row checker: objectives that generate responses read prompts only."""
     return PromptChecker if objective and "prompt_only" in objective.further_shapes else Checker

@@ -1,4 +1,4 @@
-"""Settings chosen from the data, the model and the machine, each with the reason it is printed with."""
+"""Default settings derived from data, model and machine, each with a reason to print."""
 
 from __future__ import annotations
 
@@ -18,56 +18,57 @@ from luthier.types import Example
 Choice = tuple[str, Any, str]
 
 LONGEST_REPEATED = 3000
-"""Steps in all, up to which rows are read as often as the objective asks for at least."""
+"""Maximum number of steps for which the objective's minimum number of passes applies."""
 FITTED_HEAD_RATE = 0.3
-"""Share of the rate where a head starts from logistic regression or training (docs/log/defaults.md)."""
+"""Learning rate factor for a head that starts from logistic regression (docs/log/defaults.md)."""
 USUAL_BATCH = 16
-"""Rows in a step of many rows, or where all weights are random numbers (docs/log/media.md)."""
+"""Batch size for many rows, or for a network with random weights (docs/log/media.md)."""
 SCRATCH_RATE = 2e-3
-"""Learning rate of a small network that starts from random numbers (docs/log/media.md)."""
+"""Learning rate of a small network with random weights (docs/log/media.md)."""
 MOST_REFIT_ROWS = 600
-"""Rows up to which a run that is measured by a score trains once more on all (docs/log/defaults.md)."""
+"""Maximum number of rows for a refit by default, if a score is measured (docs/log/defaults.md)."""
 SMALLEST_BUDGET = 512
-"""Distinct tokens that reach full matmul speed on the machines measured."""
+"""Tokens per pass for full matmul speed on the measured machines."""
 USUAL_BUDGET = 1024
-"""Distinct tokens beside which the small operations of a pass, the same in each, take little time."""
+"""Tokens per pass with a negligible fixed cost of small operations."""
 MEASURING = 0.1
-"""Share of the time of the steps that measuring held-out rows should not go beyond."""
+"""Target share of the training time for measuring held-out rows."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the choices depend on."""
+    """Facts about data and model behind the defaults."""
 
     rows: int
-    """Training rows of the main set after the validation rows were held out."""
+    """Training rows of the main set, without the validation rows."""
     longest: int
-    """Tokens of the longest training row."""
+    """Length of the longest training row, in tokens."""
     validation_rows: int
     hidden: int
-    """Width of the network."""
+    """Hidden size of the network."""
     new_head: bool = False
-    """Whether a head starts from random numbers."""
+    """True if a head starts from random weights."""
     from_scratch: bool = False
-    """Whether all weights do."""
+    """True if all weights are random."""
     scratch_rate: float = SCRATCH_RATE
-    """Learning rate where they do."""
+    """Learning rate if all weights are random."""
     mixed: tuple[MixedSet, ...] = ()
-    """Further sets of rows; ``rows`` are those of the main one."""
+    """Sizes of the mixed-in sets; ``rows`` counts the main set only."""
     held_out: int = 0
-    """Validation rows that were taken from the training rows."""
+    """Number of validation rows split from the training rows."""
 
     @property
     def mix_factor(self) -> float:
-        """Rows of all sets for each row of the main one."""
+        """Number of rows of all sets per row of the main set."""
         return 1 + sum(each.drawn for each in self.mixed) / self.rows
 
 
 def _evaluate_every(steps: int, held_out: int, batch: int) -> tuple[int, str]:
-    """Steps between measurements of ``held_out`` rows: eight in a run, six where they are many.
+    """Return the steps between measurements of ``held_out`` rows: eight per run, or six for many
+    rows.
 
-    To measure the loss of a row takes a third of learning from it, a forward pass of three passes. With
-    six, a run whose first measurement is the best still stops at two thirds.
+    Measuring a row costs a third of training on the row: one forward pass instead of three passes.
+    With six measurements, a run whose first measurement is the best still stops after two thirds.
     """
     affordable = MEASURING * steps * 3 * batch / held_out
     count = min(8, max(6, round(affordable)))
@@ -81,7 +82,7 @@ def _evaluate_every(steps: int, held_out: int, batch: int) -> tuple[int, str]:
 
 
 def validation_share(rows: int) -> tuple[float, str]:
-    """How much to hold out when the user gave no validation file."""
+    """Return the share of rows to hold out if the recipe has no validation file."""
     if rows < 20:
         return 0.0, f"{rows} rows are too few to hold any out; give validation data to measure"
     share = min(0.1, 200 / rows)
@@ -89,7 +90,7 @@ def validation_share(rows: int) -> tuple[float, str]:
 
 
 def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
-    """Fill each unset field of ``recipe.training`` but the token budget."""
+    """Fill in every unset field of ``recipe.training`` except the token budget."""
     training, choices = recipe.training, list[Choice]()
     objective = recipe.objective or Objective(method="")
 
@@ -163,12 +164,14 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
 def token_budget(
     estimate: MemoryEstimate, batches: Sequence[Sequence[Example]], longest: int, available: int
 ) -> tuple[int, str]:
-    """Distinct tokens in one micro-batch, from a few batches of the run.
+    """Return the maximum number of distinct tokens in one micro-batch, from a few batches of the
+    run.
 
-    Products are as fast with 512, but each pass has as many small operations: steps of 16 short rows
-    take a fifth less time in one pass than in two (docs/log/engine.md). Where rows share long
-    prefixes, each further micro-batch computes them again: the budget doubles until that costs less
-    than a tenth. Half of the free memory is the limit, and the longest row must fit.
+    Matmul reaches full speed at 512 tokens, but each pass has the same number of small operations:
+    steps of 16 short rows take a fifth less time in one pass than in two (docs/log/engine.md). If
+    rows share long prefixes, each additional micro-batch computes the prefixes again: the budget
+    doubles until repetition costs less than a tenth. Half of the free memory is the limit, and the
+    longest row must fit.
     """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
     budget, reason = USUAL_BUDGET, "full speed; more would mostly take more memory"
@@ -183,13 +186,15 @@ def token_budget(
 
 
 def _count_computed(batches: Sequence[Sequence[Example]], budget: int) -> int:
-    """Tokens computed for ``batches`` when micro-batches hold at most ``budget``."""
+    """Return the number of tokens computed for ``batches`` with micro-batches of at most
+    ``budget``."""
     parts = [part for batch in batches for part in split_to_budget(batch, budget)]
     return sum(len(build_tree(part)) for part in parts)
 
 
 def steps_of(recipe: Recipe, rows: int, mixed: tuple[MixedSet, ...] = ()) -> int:
-    """Optimizer steps of the whole run over ``rows`` of the main set and those of further sets."""
+    """Return the number of optimizer steps of the run over ``rows`` of the main set and the
+    mixed-in sets."""
     training = recipe.training
     order = RowOrder(rows, training.batch_size or 1, training.seed, mixed=mixed)
     steps = order.steps(training.epochs) if training.epochs else training.max_steps or 1
@@ -211,7 +216,7 @@ def _batch_size(facts: DataFacts) -> tuple[int, str]:
 
 
 def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
-    """``size`` rows of the main set, and the share of the further sets that comes with them."""
+    """Add the rows of mixed-in sets to a batch of ``size`` rows of the main set."""
     if not facts.mixed:
         return size, reason
     return round(
@@ -220,7 +225,7 @@ def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
 
 
 def least_steps(objective: Objective) -> int:
-    """Return the number of steps that a run of few rows should reach."""
+    """Return the minimum number of steps for a run with few rows."""
     chosen = objective.defaults
     return chosen.min_steps + chosen.steps_per_class * len(objective.head().labels)
 

@@ -1,10 +1,10 @@
-"""Rows of embedding tables: AdamW computes on those alone that have had a gradient.
+"""AdamW state for the embedding rows with a gradient.
 
-A text names few of a vocabulary's words. Where weights do not decay, AdamW (Loshchilov & Hutter 2019)
-leaves a row whose gradient was 0 so far as it is, to the bit: its moments are 0, and so is its step. So
-master, moments and sums are kept of the other rows only, in the order in which they came. A row that
-had a gradient once goes on moving by its moments, as in the whole table: this is no "lazy" Adam, which
-leaves it.
+Text uses a small part of the vocabulary. Without weight decay, AdamW (Loshchilov & Hutter 2019)
+leaves a row without any gradient unchanged to the bit: the moments are 0, so the step is 0.
+Therefore master, moments and gradient sums are stored for the remaining rows only, in order of
+first use. A row with an earlier gradient continues to move by the moments, as in the full table.
+"Lazy" Adam skips such rows; this implementation does not.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from luthier.models.rounding import CHUNK, Rounding
 
 MIN_NUMBERS = 1 << 20
-"""Of a table whose rows are kept apart; a smaller one takes no time as a whole."""
+"""Minimum number of values of a table to store by rows. A smaller table costs little as a whole."""
 MASTER, GRADIENT, MOMENTS = "master", "gradient", ("exp_avg", "exp_avg_sq")
 
 
 def embedding_tables(model: nn.Module) -> dict[str, nn.Embedding]:
-    """Large tables that train and that one module has, by the name of their weight.
+    """Return the large trained embedding tables of a single module each, by weight name.
 
-    An output head that is the same weight gives every row a gradient, and two embeddings of one table
-    would have to agree about the form of theirs: such tables are left out.
+    A tied output head gives every row a gradient, and two embeddings of one table would need the
+    same gradient layout. Such tables are excluded.
     """
     holders = Counter(
         id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
@@ -55,7 +55,7 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Embedding]:
 
 @contextmanager
 def sparse_gradients(tables: Mapping[str, nn.Embedding]) -> Iterator[None]:
-    """Within the block, gradients of ``tables`` name the rows that have one."""
+    """Give ``tables`` sparse gradients within the block."""
     before = {name: table.sparse for name, table in tables.items()}
     for table in tables.values():
         table.sparse = True
@@ -67,7 +67,7 @@ def sparse_gradients(tables: Mapping[str, nn.Embedding]) -> Iterator[None]:
 
 
 class EmbeddingRows:
-    """The rows of the table ``weight`` ``[V, W]`` that have had a gradient: ``ids`` ``[N]``."""
+    """The rows of the table ``weight`` ``[V, W]`` with a gradient so far: ``ids`` ``[N]``."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -82,15 +82,15 @@ class EmbeddingRows:
 
     @property
     def ids(self) -> Tensor:
-        """Which rows of the table, in the order in which they came."""
+        """Row numbers of the table, in order of first use."""
         return self._ids_V[: self._count]
 
     def __getitem__(self, name: str) -> Tensor:
-        """Their part ``[N, W]`` of ``master``, ``gradient``, ``exp_avg`` or ``exp_avg_sq``."""
+        """Return the rows ``[N, W]`` of ``master``, ``gradient``, ``exp_avg`` or ``exp_avg_sq``."""
         return self._buffers[name][: self._count]
 
     def add(self, gradient: Tensor) -> None:
-        """Add to the sum of gradients; ``gradient`` is one of the whole table, sparse or not."""
+        """Add a gradient of the whole table, sparse or dense, to the gradient sum."""
         if gradient.is_sparse:
             # Put together by sorting, the same way each time on every device.
             gradient = gradient.float().coalesce()
@@ -103,7 +103,7 @@ class EmbeddingRows:
         self[GRADIENT][self._place_V[ids_G]] += rows_GW
 
     def clear(self) -> None:
-        """Begin a new sum."""
+        """Reset the gradient sum to zero."""
         self[GRADIENT].zero_()
 
     def publish(self, rounding: Rounding) -> None:
@@ -111,7 +111,7 @@ class EmbeddingRows:
         rounding.into_rows(self._weight, self.ids, self[MASTER])
 
     def restore(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Set ``ids``, and of masters and moments the ``rows`` ``[N, W]`` that are given."""
+        """Set ``ids`` and the given masters and moments, each ``[N, W]``."""
         self._place_V.fill_(-1)
         self._count = 0
         self._append(ids.to(self._weight.device))
@@ -119,7 +119,8 @@ class EmbeddingRows:
             self[name].copy_(each)
 
     def restore_whole(self, tables: Mapping[str, Tensor]) -> None:
-        """The same from masters and moments of the whole table; it is as before the first step."""
+        """Restore the rows from masters and moments of the whole table. The table must be as before
+        step 1."""
         moved_V = (tables[MASTER].to(self._weight.device) != self._weight.float()).any(1)
         for name in tables.keys() - {MASTER}:
             moved_V |= tables[name].to(self._weight.device).any(1)
@@ -127,7 +128,7 @@ class EmbeddingRows:
         self.restore(ids, {name: each[ids.to(each.device)] for name, each in tables.items()})
 
     def _append(self, ids_N: Tensor) -> None:
-        """Take rows that were not there."""
+        """Add new rows to the buffers."""
         start, self._count = self._count, self._count + len(ids_N)
         self._ids_V[start : self._count] = ids_N
         self._place_V[ids_N] = torch.arange(start, self._count, device=ids_N.device)
@@ -137,7 +138,7 @@ class EmbeddingRows:
 
 
 def whole_tables(ids: Tensor, rows: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """Masters and moments of the table ``weight``, which is as before the first step, from its rows."""
+    """Return masters and moments of the whole table from the rows. ``weight`` is as before step 1."""
     return {
         name: (
             weight.float() if name == MASTER else torch.zeros_like(weight, dtype=torch.float32)

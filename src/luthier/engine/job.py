@@ -1,4 +1,4 @@
-"""A job: a recipe with its data, and nothing left to decide."""
+"""Training jobs: a recipe with the data, the base model and every setting resolved."""
 
 from __future__ import annotations
 
@@ -45,71 +45,72 @@ from luthier.recipe import Recipe
 from luthier.types import Example
 
 MANY_ROWS = 5_000
-"""Rows from which on looking at them shows how far it is."""
+"""Minimum number of rows for progress reports of the data check."""
 LARGE = 50_000_000
-"""Bytes of rows from which on reading shows how far it is."""
+"""Minimum size of a data file for progress reports of reading, in bytes."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Which rows stand for all, by their places."""
+    """Indexes of the sampled rows of a trial run."""
 
     train: tuple[int, ...]
     validation: tuple[int, ...]
     of: int
-    """Training examples there are."""
+    """Number of training examples before sampling."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A recipe with nothing left to decide, and what it works on."""
+    """A recipe with every setting resolved, and the objects to train with."""
 
     recipe: Recipe
     asked: Recipe
-    """The recipe as it was given."""
+    """The original recipe, before defaults are filled in."""
     base: store.StoredModel
     chat: ChatFormat
     data: Dataset
     machine: Machine
     steps: int
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """What the manifest says of where the model comes from."""
+    """Fields of the manifest about the origin of the model."""
     others: Mapping[str, store.StoredModel] = field(default_factory=dict)
-    """Further models that the objective asked for."""
+    """Additional models of the objective, such as a teacher, by name."""
     expected_memory: int = 0
-    """Peak in bytes as it was estimated from the sizes of the network alone."""
+    """Estimated peak memory in bytes, computed from the sizes of the network alone."""
     new_head: bool = False
-    """Whether the base model lacks the head, so that it would start from random numbers."""
+    """True if the base model has no matching head, so that the head starts from random weights."""
     sample: Sample | None = None
-    """The rows that are run, where a few stand for all of them."""
+    """Sampled rows of a trial run; ``None`` for all rows."""
     refit_steps: int = 0
-    """Steps that training once more on all rows may take; 0 where there is no refit."""
+    """Maximum number of steps of the refit; 0 without a refit."""
     until: int = 0
-    """Step after which the run ends, where its schedule is longer; else 0."""
+    """Step to stop after, if the schedule is longer; else 0."""
     steps_before: int = 0
-    """Steps of the training before, of a refit."""
+    """Number of steps of the first training, for a refit."""
     usual_rate: float = 0.0
-    """Learning rate that is chosen for such a run where none is given."""
+    """Default learning rate for the job."""
 
     @property
     def rows(self) -> int:
-        """Training examples of the whole run."""
+        """Number of training examples of the whole run."""
         return self.sample.of if self.sample else len(self.data.train)
 
     @property
     def all_steps(self) -> int:
-        """Steps of the whole run, a refit among them, as far as they are known."""
+        """Number of steps of the whole run, including a refit."""
         return self.steps_before + (self.until or self.steps) + self.refit_steps
 
     def with_sample(self, train: Sequence[int], validation: Sequence[int]) -> TrainingJob:
-        """This job, to be tried on some rows only: the training rows ``train``, in this order."""
+        """Return the job restricted to the given row indexes. Training keeps the order of
+        ``train``."""
         training = self.recipe.training.model_copy(update={"shuffle": False})
         recipe = self.recipe.model_copy(update={"training": training})
         sample = Sample(tuple(train), tuple(validation), len(self.data.train))
         return replace(self, recipe=recipe, sample=sample)
 
     def with_rows(self, train: Sequence[Example]) -> TrainingJob:
-        """This job with what the objective made of its training rows, or of those it is tried on."""
+        """Return the job with prepared training rows; a sampled job selects the sampled rows."""
         data = replace(self.data, train=train)
         if self.sample is not None:
             data = replace(
@@ -121,7 +122,7 @@ class TrainingJob:
         return replace(self, data=data)
 
     def request(self) -> dict[str, Any]:
-        """What a run that goes on must be asked for again."""
+        """Return the request to compare on resume."""
         return {
             "recipe": self.asked.plain(),
             "data": self.data.hashes,
@@ -130,7 +131,7 @@ class TrainingJob:
         }
 
     def settled(self) -> dict[str, Any]:
-        """Return the values that were chosen when the run began and that a resumed run keeps."""
+        """Return the values chosen at the start of a run and fixed on resume."""
         return {
             "micro_batch_tokens": self.recipe.training.micro_batch_tokens,
             "template_date": self.chat.date,
@@ -138,7 +139,7 @@ class TrainingJob:
 
 
 def with_base(recipe: Recipe, reporter: Reporter, data: OpenedData | None = None) -> Recipe:
-    """Return the recipe with the base model for its rows, if the recipe names none."""
+    """Return the recipe with a default base model for the rows, if the recipe names no base."""
     if "base" in recipe.model_fields_set:
         return recipe
     data = data or OpenedData(recipe.data, recipe.objective)
@@ -150,10 +151,11 @@ def with_base(recipe: Recipe, reporter: Reporter, data: OpenedData | None = None
 def with_reading_defaults(
     recipe: Recipe, base: store.StoredModel, chat: ChatFormat, reporter: Reporter
 ) -> Recipe:
-    """The recipe with what suits the base and rows of the kind that it reads, where that was left open.
+    """Return the recipe with defaults for the kind of base model and rows.
 
-    All of a base of random weights learns. Images and sounds are changed at random, but where their
-    features are computed once, and where texts are read off them, of which a part would be cut away.
+    - A base with random weights is trained in full.
+    - Images and audio are augmented, except when features are computed once or when the target is
+      text: cropping would cut off part of the text.
     """
     choices: list[defaults.Choice] = []
     own = sole_objective(base.kind)
@@ -206,12 +208,18 @@ def prepare_job(
     stored_bytes: int = 0,
     opened: OpenedData | None = None,
 ) -> TrainingJob:
-    """Check the data against the model and return the job of ``recipe``.
+    """Check the data against the base model and return the job of ``recipe``.
 
-    ``settled`` are the values of :meth:`TrainingJob.settled` of the run that is resumed, and
-    ``stored_bytes`` is the size of its checkpoints. With ``refit``, no rows are held out. ``processes``
-    is the number of processes that train together, and ``opened`` are the sources of the rows, if they
-    are open already.
+    Args:
+        recipe: the recipe.
+        base: the base model.
+        machine: device, number type and threads.
+        reporter: receiver of messages.
+        settled: :meth:`TrainingJob.settled` of the resumed run.
+        refit: whether to train on the held-out rows too.
+        processes: number of processes that train together.
+        stored_bytes: size of the run's checkpoints, in bytes.
+        opened: the opened row sources, if the caller has opened the sources already.
     """
     settled = settled or {}
     reporter.stage("Checking the data")
@@ -286,12 +294,12 @@ def prepare_job(
 
 
 def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) -> None:
-    """Refuse what sharded layers cannot do: each micro-batch must be one pass that needs no other.
+    """Reject networks, objectives and adaptations without support for sharded layers.
 
-    ``model`` may live on the meta device.
+    With sharded layers, each micro-batch must be one independent forward and backward pass.
 
     Raises:
-        RecipeError: with what would do.
+        RecipeError: with a supported alternative.
     """
     problem = ""
     if not objective.can_shard:
@@ -322,11 +330,17 @@ def prepare_refit(
     processes: int = 1,
     stored_bytes: int = 0,
 ) -> TrainingJob:
-    """The job of training once more, on the rows that ``job`` held out, too.
+    """Return the job of the refit: training on all rows, including the held-out rows of ``job``.
 
-    It has the settings of ``job`` and its schedule in passes, and ends after as many passes as
-    ``kept_step`` of ``job``. ``steps_before`` is how many steps that took in all; its own checkpoints,
-    where it is resumed, take ``stored_bytes``.
+    The refit repeats the settings and the schedule of ``job`` and stops after the number of passes
+    that led to ``kept_step``.
+
+    Args:
+        job: the job of the first training.
+        kept_step: step with the best weights of the first training.
+        steps_before: total steps of the first training.
+        processes: number of processes that train together.
+        stored_bytes: size of the refit's checkpoints, in bytes.
     """
     training = job.recipe.training
     settings = training.model_copy(update={"refit": False})
@@ -344,7 +358,8 @@ def prepare_refit(
 
 
 def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
-    """How many held-out rows the model was itself trained on: those of a file that it knows."""
+    """Return the number of held-out rows among the base model's training rows, by file hash and
+    line."""
     known = base.manifest.data
     if known is None:
         return 0
@@ -367,10 +382,10 @@ def resolve_job(
     processes: int = 1,
     stored_bytes: int = 0,
 ) -> TrainingJob:
-    """Choose all settings that are open, and check the others before the weights are changed.
+    """Fill in every open setting and check every given setting, before any weight is loaded.
 
-    ``settled`` are the values of :meth:`TrainingJob.settled` of the run that is resumed, and
-    ``stored_bytes`` is the size of its checkpoints.
+    ``settled`` is :meth:`TrainingJob.settled` of the resumed run; ``stored_bytes`` is the size of
+    the run's checkpoints.
     """
     asked = recipe
     size = machine.dtype.itemsize
@@ -470,7 +485,7 @@ def resolve_job(
 def bind_models(
     objective: Objective | None, chat: ChatFormat, say: Callable[[str], None]
 ) -> Objective | None:
-    """Return ``objective`` with the settings that follow from its other models."""
+    """Return ``objective`` with settings from the objective's additional models, such as a teacher."""
     if objective is None:
         return None
     others = {}
@@ -483,7 +498,7 @@ def bind_models(
 
 
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
-    """Rows of the run's first steps, to choose settings by."""
+    """Return the rows of the first steps, to choose the token budget."""
     training = recipe.training
     size = training.batch_size or 1
     order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)

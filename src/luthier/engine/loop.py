@@ -1,7 +1,9 @@
-"""The training loop. It knows batches, steps and time; not what is learned nor which weights move.
+"""The training loop: batches, steps and time. Objectives define the loss, adaptations the trained
+weights.
 
-One step: take the rows of the step, merge them into token trees of at most so many tokens, sum the
-objective's loss over the trees, divide once by the weight of the whole batch, move the weights.
+Each step selects the rows and merges the rows into token trees within a token budget. The
+objective's loss is summed over all trees. The sum is divided once by the weight of the whole batch,
+and the optimizer moves the weights.
 """
 
 from __future__ import annotations
@@ -50,26 +52,26 @@ from luthier.types import Example
 
 _BEST, _BUFFER = "best.", "buffer."
 MANY_HELD_OUT = 50
-"""Held-out rows whose first measurement is said to begin: of long ones it takes minutes."""
+"""Minimum number of held-out rows for announcing the first measurement; long rows take minutes."""
 ADVICE_EVERY = 10
 """Steps between two pieces of advice."""
 ADVICE_LINES = 200
-"""Last steps whose metrics the objective gets with each report."""
+"""Number of recent training lines passed to the objective with each report."""
 
 
 ROWS_FOR_PERFECT = 30
-"""Held-out rows from which on all right, again and again, ends a run: there is nothing to gain. Where
-rows are changed at random there is: to be right on rows unlike those held out (docs/log/media.md)."""
+"""Minimum number of held-out rows for a perfect score to end a run. Runs with augmentation
+continue: augmented rows are harder than the held-out rows (docs/log/media.md)."""
 
 SMALL_LOSS = 1e-2
-"""Share of the loss at the start of the run at which nothing is left to learn from the rows."""
+"""Share of the initial loss at which the rows count as learned."""
 LAST_STEPS = 10
-"""Training steps whose mean loss is compared with :data:`SMALL_LOSS`."""
+"""Number of recent steps in the mean loss for :data:`SMALL_LOSS`."""
 
 
 @dataclass
 class Loop:
-    """One run of the engine over encoded rows. Every ``None`` of ``training`` is filled in."""
+    """A training loop over encoded rows. Every ``None`` of ``training`` is filled in."""
 
     network: Network
     objective: Objective
@@ -77,32 +79,33 @@ class Loop:
     examples: Sequence[Example]
     validation: Sequence[Example]
     steps: int
-    """Of the schedule."""
+    """Number of steps of the schedule."""
     checkpoints: Checkpoints
     metrics: MetricsFile
     reporter: Reporter
     mixed: tuple[MixedSet, ...] = ()
-    """Further sets of rows, which stand behind the main one in ``examples``."""
+    """Sizes of the mixed-in sets, stored after the main set in ``examples``."""
     augmentation: Augmentation | None = None
     samples: MetricsFile | None = None
-    """Where texts are kept that the network writes in training."""
+    """File for text generated in training."""
     on_measured: Callable[[int], None] | None = None
-    """Called with the step behind each measurement."""
+    """Function to call with the step after each measurement."""
     clock: Clock = field(default_factory=Clock)
-    """Counts the time of steps, measurements and checkpoints."""
+    """Clock for the time of steps, measurements and checkpoints."""
     until: int = 0
-    """Step after which it ends; 0 for the last of the schedule."""
+    """Step to stop after; 0 for the last step of the schedule."""
     steps_before: int = 0
-    """Steps of the training before, that numbers of steps count on from."""
+    """Steps of an earlier training of the same run, added to every reported step."""
     all_steps: int = 0
-    """Steps of all trainings of the run; 0 where this is the only one."""
+    """Number of steps of all trainings of the run; 0 for a single training."""
     processes: ProcessGroup = ALONE
-    """Those that share the work of each step. Each has a loop, and takes every decision alike."""
+    """Processes that share the work of each step. Each process has a loop and takes the same
+    decisions."""
     usual_rate: float = 0.0
-    """Learning rate that would be chosen for it; 0 where that is not known."""
+    """Default learning rate for the run; 0 if unknown."""
 
     def __post_init__(self) -> None:
-        """Set up what is derived: optimizer, row order, progress."""
+        """Create the optimizer, the row order and the progress."""
         self.until = self.until or self.steps
         self.all_steps = self.all_steps or self.until
         training = self.training
@@ -129,19 +132,20 @@ class Loop:
             self.network.remember_start()
         self.progress = TrainingProgress()
         self._upcoming: list[Example] | None = None
-        """Rows of the step to come, where they are read while one computes."""
+        """Rows of the next step, read ahead while the current step computes."""
         self._buffers = [*adapter_buffers(model).values()]
-        """Such as statistics of norms: those of the first process, as in PyTorch's DDP."""
+        """Trained buffers, such as statistics of norms. The first process decides, as in PyTorch's
+        DDP."""
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
-        """What was measured on the validation rows, in order."""
+        """Measurements on the validation rows, in order."""
         self.train_lines: deque[Mapping[str, Any]] = deque(maxlen=ADVICE_LINES)
-        """What the metrics say of the last training steps."""
+        """Metrics of the last training steps."""
         self._advice = ""
-        """Last advice of the objective, which is printed when it is new."""
+        """Last advice of the objective; repeated advice is not printed."""
 
     def resume(self, progress: TrainingProgress, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what :meth:`Checkpoints.latest` gave."""
+        """Restore the state of :meth:`Checkpoints.latest`."""
         self.progress = progress
         self.optimizer.restore(tensors)
         for name, kept in adapter_buffers(self.network.model).items():
@@ -158,7 +162,7 @@ class Loop:
         self.train_lines.extend(line for line in lines if line["event"] == "train")
 
     def cut_lines(self) -> None:
-        """Forget what was written after the state the run goes on from: it will be written again."""
+        """Remove the lines written after the restored state. Training will write the lines again."""
         progress = self.progress
         for file, lines in (
             (self.metrics, progress.metrics_lines),
@@ -168,7 +172,7 @@ class Loop:
                 file.cut(lines)
 
     def run(self) -> TrainingProgress:
-        """Train to the end, or until stopped early; the best weights are in the network after."""
+        """Train to the end or until early stopping. Afterwards the network has the best weights."""
         self.network.group = self.processes
         try:
             with sparse_gradients(self._tables):
@@ -215,7 +219,7 @@ class Loop:
         return self.progress
 
     def step(self) -> float:
-        """One optimizer step on the rows whose turn it is; how many seconds it took."""
+        """Run one optimizer step and return the duration in seconds."""
         started = time.monotonic()
         with self.clock.part("steps"):
             self._step()
@@ -224,7 +228,8 @@ class Loop:
         return seconds
 
     def evaluate(self) -> None:
-        """Measure on the validation rows, and keep the weights if they are the best so far."""
+        """Measure the validation rows, and keep a copy of the weights if the weights are the best
+        so far."""
         if not self.validation:
             return
         with self.clock.part("validation"):
@@ -233,7 +238,7 @@ class Loop:
                 self.on_measured(self._run_step)
 
     def checkpoint(self) -> None:
-        """Write the state that a resumed run goes on from."""
+        """Write the state for a resume."""
         with self.clock.part("checkpoints"):
             self._checkpoint()
 
@@ -309,7 +314,7 @@ class Loop:
                 progress.sample_lines = self.samples.append(line)
 
     def _rows(self, step: int) -> list[Example]:
-        """The rows of a step from 0 on, changed as asked for: a function of seed and step alone."""
+        """Return the augmented rows of a 0-based step: a function of seed and step alone."""
         seed = self.training.seed
         chosen = [self.examples[index] for index in self.order.batch(step)]
         if not self.augmentation:
@@ -322,8 +327,8 @@ class Loop:
     def _backward(
         self, objective: Objective, batches: Sequence[TreeBatch], turn: int
     ) -> tuple[float, dict[str, float]]:
-        """Gradients of the mean loss over ``batches`` and those of the other processes; the mean, and
-        the objective's metrics."""
+        """Compute the gradients of the mean loss over the micro-batches of all processes. Return
+        the mean loss and the objective's metrics."""
         own = math.fsum(batch.weight for batch in batches if not batch.is_filler)
         weight = self.processes.sum(own)
         means = Means()
@@ -366,7 +371,7 @@ class Loop:
         self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
 
     def _no_number(self) -> str:
-        """What to do where validation rows are measured to no finite number."""
+        """Return the error message for a non-finite validation measurement."""
         step = self.progress.step
         if step == 0:
             return (
@@ -379,7 +384,7 @@ class Loop:
 
     @property
     def _cure(self) -> str:
-        """What to change where numbers are no longer finite."""
+        """Advice for non-finite numbers."""
         if self.rate > self.usual_rate > 0:
             return (
                 f"Lower the learning rate: it was {self.rate:g} at its highest, and "
@@ -391,7 +396,7 @@ class Loop:
         )
 
     def record(self, event: str, **values: Any) -> None:
-        """Add a line to the metrics and tell the reporter."""
+        """Add a line to the metrics file and report the line."""
         # JSON has no word for a number that is not finite, such as a mean of no rows.
         known = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         line = {"event": event, "step": self._run_step, **known}
@@ -405,7 +410,7 @@ class Loop:
 
     @property
     def _run_step(self) -> int:
-        """The step as people and files count it, over both trainings where there are two."""
+        """Step number in reports and files, counted over both trainings of a refit."""
         return self.steps_before + self.progress.step
 
     def _checkpoint(self) -> None:
@@ -423,10 +428,10 @@ class Loop:
         self.checkpoints.write(self.progress, tensors)
 
     def _all_learned(self) -> bool:
-        """Return whether all held-out rows are right and both losses are near 0.
+        """Return true if all held-out rows are right and both losses are near 0.
 
-        The training rows decide with the held-out rows: a few held-out rows say little, and rows that
-        are changed at random are harder than those held out.
+        The training loss is checked too: a few held-out rows prove little, and augmented rows are
+        harder than the held-out rows.
         """
         measure = self.objective.measure
         if len(self.measured) < 2 or measure not in SCORES or cost_of(self.measured[-1], measure):
@@ -440,7 +445,8 @@ class Loop:
         return len(losses) == LAST_STEPS and math.fsum(losses) <= SMALL_LOSS * first * LAST_STEPS
 
     def _patience_spent(self) -> bool:
-        """Return whether training ends early: no gain for ``patience`` measurements, or none left."""
+        """Return true if training ends early: no gain for ``patience`` measurements, or nothing
+        left to gain."""
         patience, measure = self.training.patience, self.objective.measure
         if not patience:
             return False
@@ -453,7 +459,7 @@ class Loop:
         return self.progress.worse >= patience or (perfect and enough)
 
     def _why_it_stopped(self) -> str:
-        """What people are to know of a run that ended before its last step."""
+        """Return the note about early stopping."""
         patience, best = self.training.patience, self.progress.best_step or 0
         ends = f"stopped early, after step {self._run_step} of {self.steps_before + self.until}: "
         to_end = "`training.patience=0` trains to the end"
@@ -480,9 +486,10 @@ def row_gradients(
     training: Training,
     reporter: Reporter,
 ) -> Callable[[int], Iterator[None]]:
-    """What an adaptation calibrates itself by: gradients of single rows, in the order of the run.
+    """Return the gradient source for :meth:`Adaptation.calibrate`: gradients of single rows, in
+    training order.
 
-    Rows that are learned against each other come a batch at a time. Nothing is drawn at random.
+    Objectives that contrast rows yield gradients of whole batches. Nothing is random.
     """
 
     assert training.batch_size and training.micro_batch_tokens
@@ -513,7 +520,7 @@ def row_gradients(
 
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a flag that is read between steps; a second signal stops at once."""
+    """Turn Ctrl-C and SIGTERM into a flag for the training loop. A second signal stops at once."""
     asked = False
 
     def ask(number: int, frame: Any) -> None:

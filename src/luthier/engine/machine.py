@@ -1,6 +1,6 @@
-"""What this machine computes with: device, native number type, threads, memory.
+"""Device, number type, threads and memory of this machine.
 
-Nothing heavy is imported at the top: a server asks for memory before it loads anything.
+No heavy import at the top: a server checks the memory before loading any library.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "bfloat16", "float32"]
 GROUP = Path("/sys/fs/cgroup")
-"""What the kernel tells of this process's control group, as a container's (cgroup v2)."""
+"""Folder of this process's control group (cgroup v2), with the limits of a container."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and in what type a run computes, and why."""
+    """Device and number type of a run, with the reason for the choice."""
 
     device: torch.device
     dtype: torch.dtype
-    """Type of frozen weights, activations and matrix products."""
+    """Number type of frozen weights, activations and matrix products."""
     threads: int
     reason: str
 
 
 def choose_machine(precision: Precision = "auto", threads: int | None = None) -> Machine:
-    """Pick the device and the widest type it multiplies natively; set the thread count.
+    """Choose the device and the number type, and set the thread count.
 
-    Of ``threads`` each of several processes on this machine has its share.
+    ``threads`` is divided by the number of local processes.
 
-    bfloat16 is used where the processor has it in silicon (AVX512-BF16, AMX, ARM BF16, a GPU of
-    compute capability 8 or later) and float32 elsewhere, where emulation would be slower.
+    bfloat16 is used if the hardware computes bfloat16 natively (AVX512-BF16, AMX, ARM BF16, or a
+    GPU with compute capability 8 or later). Elsewhere emulation would be slower than float32.
     """
     import torch
 
@@ -79,10 +79,10 @@ def choose_machine(precision: Precision = "auto", threads: int | None = None) ->
 
 
 def open_network(stored: StoredModel, head: Head | None = None, precise: bool = False) -> Network:
-    """``stored`` with its adapters merged on the best device, to answer and not to learn.
+    """Load ``stored`` for inference on the best device, with adapters merged.
 
-    ``head`` is what it is opened for: its own task when not given. ``precise`` takes float32 where
-    memory allows, as rounding merged weights moves small rewards.
+    ``head`` overrides the model's own task. ``precise`` selects float32 if memory allows, because
+    the rounding of merged weights moves small rewards.
     """
     import torch
 
@@ -99,11 +99,11 @@ def open_network(stored: StoredModel, head: Head | None = None, precise: bool = 
 
 
 def release_workers() -> None:
-    """End the threads that OpenMP keeps for the calling one, which has computed; it may do so again.
+    """End the OpenMP worker threads of the calling thread. The next computation starts new workers.
 
-    GNU's library lets its threads wait for the next product without sleeping only as long as it has no
-    more of them than there are processors. Beside the idle ones of a thread that had loaded a model,
-    each step of another's took 1.4 times as long: every product ended with waking somebody.
+    GNU OpenMP spins its waiting threads only while the threads do not outnumber the processors.
+    With idle workers of another thread, each step took 1.4 times as long: every matrix product
+    ended with a wake-up.
     """
     pause = _openmp_pause()
     if pause is not None:
@@ -111,12 +111,12 @@ def release_workers() -> None:
 
 
 _OMP_PAUSE_SOFT = 1
-"""``omp_pause_soft`` of OpenMP 5.0: what the program has set stays."""
+"""``omp_pause_soft`` of OpenMP 5.0, which keeps the program's OpenMP settings."""
 
 
 @cache
 def _openmp_pause() -> Callable[[int], int] | None:
-    """``omp_pause_resource_all`` of the OpenMP library that torch computes with, where it has one."""
+    """Return ``omp_pause_resource_all`` of torch's loaded OpenMP library, if available."""
     import torch
 
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
@@ -138,7 +138,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def machine_name(device: torch.device) -> str:
-    """What is the same for runs that compute with the same hardware, for people to read."""
+    """Return a readable hardware name, equal for runs on the same hardware."""
     import psutil
 
     if device.type == "cuda":
@@ -155,41 +155,44 @@ def machine_name(device: torch.device) -> str:
 
 
 SHARDED_MALLOC_THRESHOLD = 1 << 20
-"""Where layers are gathered from shards: they come in all sizes, and a heap that was full of holes of
-them held twice as much as whole layers take."""
+"""Threshold in bytes for sharded training. Gathered layers vary in size, and a fragmented heap used
+twice the memory of whole layers."""
 
 
 def keep_freed_memory(up_to: int = 1 << 30) -> None:
-    """Ask glibc to keep freed blocks of at most ``up_to`` bytes, and to return larger ones at once.
+    """Configure glibc to keep freed blocks of at most ``up_to`` bytes and to return larger blocks
+    at once.
 
-    Activations are allocated and freed at every step; by default each one above 32 MiB is mapped
-    and zeroed by the kernel again. Elsewhere than on glibc this does nothing.
+    Activations are allocated and freed at every step. By default, the kernel maps and zeroes each
+    block above 32 MiB again. Without glibc, the function does nothing.
     """
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         set_malloc_threshold(up_to)
 
 
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Variables of oneDNN, and of PyTorch above it, which it reads when it is loaded."""
+"""Cache size variables of oneDNN and PyTorch, read when the libraries load."""
 KERNELS, TRAINING_KERNELS = 128, 200
-"""Matrix kernels that each of the two keeps, of 1,024 by itself, where something is asked and where it
-learns. One takes half a megabyte or more; a step needs some dozens, and each length of a micro-batch
-has some sixty of its own (docs/log/engine.md)."""
+"""Matrix kernels in each cache for inference and for training; the libraries' default is 1,024. A
+kernel uses half a megabyte or more. A step needs some dozens, and each micro-batch length has about
+sixty of its own (docs/log/engine.md)."""
 
 
 def limit_kernels(count: int = KERNELS) -> None:
-    """Keep memory flat where products come in ever new sizes; numbers in the environment stay.
+    """Limit the kernel caches, so that ever new matrix sizes do not grow memory.
 
-    oneDNN reads its own when it makes its first kernel, PyTorch when it is loaded.
+    Existing environment variables are kept. oneDNN reads the variable with the first kernel,
+    PyTorch at import.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(count))
 
 
 def set_malloc_threshold(size: int) -> bool:
-    """Have glibc take larger blocks than ``size`` bytes from the system, and keep no more freed ones.
+    """Set the block size for glibc to map from the system and to return at once.
 
-    Returns whether there is glibc: elsewhere nothing is done.
+    Returns:
+        Whether the process uses glibc; without glibc, nothing is changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -200,19 +203,19 @@ def set_malloc_threshold(size: int) -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give freed blocks that the process keeps back to the system. Elsewhere than on glibc, nothing."""
+    """Return freed blocks to the system. Without glibc, the function does nothing."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak_memory() -> None:
-    """Let :func:`peak_memory` begin anew, where the system can (Linux); elsewhere it goes on."""
+    """Reset the peak of :func:`peak_memory`, on Linux only."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Largest resident size this process has had, in bytes."""
+    """Return the largest resident size of this process, in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -220,7 +223,7 @@ def peak_memory() -> int:
 
 
 def begin_peak_memory() -> int:
-    """Let :func:`peak_memory` begin anew without what was freed before; bytes that are resident now."""
+    """Return freed memory, reset the peak of :func:`peak_memory`, and return the resident bytes."""
     import psutil
 
     return_freed_memory()
@@ -229,7 +232,7 @@ def begin_peak_memory() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of the machine, or of its control group if that has less."""
+    """Return the machine's memory in bytes, or the limit of the control group if lower."""
     import psutil
 
     total = int(psutil.virtual_memory().total)
@@ -238,9 +241,9 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: the machine's, or its control group's if that is less.
+    """Return the bytes that this process may still allocate, within the control group's limit.
 
-    Processes that train one network together have equal parts of it.
+    Local processes of one training have equal shares.
     """
     import psutil
 
@@ -259,7 +262,7 @@ def _limit() -> int | None:
 
 
 def _used_bytes() -> int:
-    """Bytes in use that the kernel cannot take back at once: files that were read are given up."""
+    """Return the used bytes of the control group, without reclaimable file cache."""
     used = int((GROUP / "memory.current").read_text())
     for line in (GROUP / "memory.stat").read_text().splitlines():
         name, _, value = line.partition(" ")

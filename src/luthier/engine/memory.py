@@ -1,9 +1,9 @@
-"""Estimates of the memory and disk that a run takes, before anything is loaded for it.
+"""Estimates of a run's memory and disk space, before any weight is loaded.
 
-Memory = the process itself + frozen weights + trained weights with their masters, moments and sums
-+ activations of one micro-batch + one chunk of logits. It is never less than the plain network takes,
-which is loaded first, and again to check what was saved. The constants were fitted on this code's own
-runs (``docs/log/estimates.md``); the estimate errs upwards.
+Memory = process + frozen weights + trained weights with masters, moments and gradient sums +
+activations of one micro-batch + one chunk of logits. The minimum is the memory of the plain
+network, which is loaded first, and again for the parity check. The constants were fitted on
+luthier's own runs (``docs/log/estimates.md``); the estimate errs upwards.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 PROCESS = 480_000_000
 """Resident bytes of Python with PyTorch and transformers loaded."""
 LONGEST_WRITTEN = 128
-"""Tokens of the text of an image that memory is counted for: some lines."""
+"""Assumed length of an image's text, in tokens: some lines."""
 MAPS_HELD = 4
-"""Maps of the size of the largest that an autoencoder holds at once, as measured with that of Stable
-Diffusion (docs/log/media.md)."""
+"""Feature maps of the largest size in memory at once, measured with Stable Diffusion's autoencoder
+(docs/log/media.md)."""
 LEAST_ROW = 32
-"""Tokens of rows below which nothing useful fits."""
+"""Minimum useful row length in tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,43 +49,49 @@ class MemoryEstimate:
     fixed: int
     per_token: int
     least: int = 0
-    """What loading and checking take, whatever is trained."""
+    """Memory for loading and for the parity check, in bytes."""
 
     def beside(self, further: int) -> MemoryEstimate:
-        """The same with ``further`` bytes that are held from the first step to the last."""
+        """Return the estimate with ``further`` additional bytes for the whole training."""
         return replace(self, fixed=self.fixed + further)
 
     def peak(self, tokens: int) -> int:
-        """Estimated peak in bytes with micro-batches of ``tokens`` tokens."""
+        """Return the estimated peak in bytes with micro-batches of ``tokens`` tokens."""
         return max(self.least, self.fixed + self.per_token * tokens)
 
 
 def weight_bytes(model: Any, bytes_per_number: int) -> int:
-    """Bytes of a network: weights in the working type, buffers in their own.
+    """Return the bytes of a network: weights in the working type, buffers in the stored type.
 
-    Buffers are what no precision applies to: tables of positions, and weights that are quantized.
+    Buffers include position tables and quantized weights, whose type is independent of the
+    precision.
     """
     weights = sum(weight.numel() for weight in model.parameters()) * bytes_per_number
     return int(weights + sum(buffer.nbytes for buffer in model.buffers()))
 
 
 def trained_numbers(model: Any) -> int:
-    """How many numbers of a network train."""
+    """Return the number of trained weights."""
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def optimizer_bytes(trained: int, bytes_per_number: int) -> int:
-    """Master, moments, sum of gradients in float32; gradient and best copy in the working type."""
+    """Return the bytes of optimizer state and copies for ``trained`` weights.
+
+    float32: master, two moments and the gradient sum. Working type: the gradient and the copy of
+    the best weights.
+    """
     return trained * (16 + 2 * bytes_per_number)
 
 
 def sharded_estimate(
     estimate: MemoryEstimate, model: Any, bytes_per_number: int, processes: int
 ) -> MemoryEstimate:
-    """``estimate`` for the first of ``processes`` that share the layers of ``model``.
+    """Return the estimate for the first of ``processes`` processes with shards of ``model``.
 
-    Beside its shards it holds two layers whole (the one that runs and the next, which is gathered),
-    the gradients of one on their way into shards, and all that trains where it writes a checkpoint.
+    In addition to the shards, the process stores two whole layers (the running layer and the
+    prefetched next layer), one layer's gradients before sharding, and all trained weights while
+    writing a checkpoint.
     """
     layers = [model.get_submodule(name) for name in layer_names(model)]
     numbers: list[int] = [sum(w.numel() for w in layer.parameters()) for layer in layers]
@@ -103,11 +109,15 @@ def estimate_memory(
     calibration: int = 0,
     reads: Shape | None = None,
 ) -> MemoryEstimate:
-    """Estimate for a network whose trained weights are marked (it may live on the meta device).
+    """Estimate the memory of a network with marked trained weights. The network may be on the meta
+    device.
 
-    ``plain`` is what :func:`weight_bytes` gave for it before anything was attached, ``calibration``
-    what the adaptation takes beside the network before the optimizer is made, ``reads`` the shape of an
-    image or sound as it is read.
+    Args:
+        model: the network with head and adaptation.
+        bytes_per_number: size of the working type.
+        plain: :func:`weight_bytes` before anything was attached.
+        calibration: bytes that the adaptation's calibration needs before the optimizer exists.
+        reads: shape of an image or audio input.
     """
     trained = trained_numbers(model)
     config = model.config
@@ -128,12 +138,10 @@ def estimate_memory(
 
 
 def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = None) -> int:
-    """Bytes that one image, with the text that is written of it or stands beside it, leaves in the
-    network between forward and backward.
+    """Return the bytes of one image or audio input with text, between forward and backward.
 
-    ``reads`` is the shape of an image or sound; the one that the network is made for when not given.
-    They are counted on the ``meta`` device, where tensors have sizes and no numbers. What is computed
-    on the way is held as well, of the largest layer twice.
+    The sizes are counted on the ``meta`` device, where tensors have no data. The largest temporary
+    is counted twice. ``reads`` is the input shape; default: the network's own.
     """
     import torch
 
@@ -167,10 +175,10 @@ def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = No
 
 
 def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = None) -> int:
-    """Bytes that frozen parts hold at most while they make latents of images, and images of latents.
+    """Return the peak bytes of the frozen latent encoder and decoder; 0 without frozen parts.
 
-    They keep nothing for a gradient and work on so many pixels at once, whatever the micro-batch: what
-    counts is their largest map. 0 for a network without such parts.
+    Frozen parts store nothing for a gradient and compute a fixed number of pixels at once.
+    Therefore the largest feature map decides, independent of the micro-batch.
     """
     parts = frozen_parts(model)
     if not parts:
@@ -202,10 +210,10 @@ def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = N
 def disk_needed(
     model: Any, bytes_per_number: int, adaptation: Adaptation, refit: bool = False
 ) -> int:
-    """Bytes of the checkpoints that are there at once and the custom model, with a tenth to spare.
+    """Return the bytes of all simultaneous checkpoints and of the custom model, plus a tenth.
 
-    A training keeps some while it writes the next one, and they stay until the run ends: with a
-    ``refit`` those of two trainings.
+    A training keeps old checkpoints while writing the next, until the run ends. A ``refit`` keeps
+    the checkpoints of two trainings.
     """
     from luthier.engine.checkpoints import RETAINED
 
@@ -219,12 +227,12 @@ def disk_needed(
 
 @dataclass(frozen=True)
 class TrainingSketch:
-    """A network without its numbers, as it will train, and the memory that takes."""
+    """A network on the meta device as in training, with the memory estimate."""
 
     model: nn.Module
     memory: MemoryEstimate
     adaptation: Adaptation
-    """With what was left open and follows from the network."""
+    """The adaptation with settings completed from the network."""
 
 
 def sketch_training(
@@ -235,13 +243,18 @@ def sketch_training(
     head: Head | None = None,
     reads: Shape | None = None,
 ) -> TrainingSketch:
-    """The network of ``config`` with the head of ``objective`` and ``adaptation`` attached.
+    """Build the network of ``config`` on the meta device with head and adaptation attached.
 
-    ``size`` is the bytes of a number in the working type. ``head`` stands in where the objective has
-    seen no rows yet. ``reads`` is the shape of an image or sound, where that is not the network's own.
+    Args:
+        config: configuration of the network.
+        objective: the objective.
+        adaptation: the adaptation.
+        size: bytes of a number in the working type.
+        head: replacement head if the objective has seen no rows.
+        reads: shape of an image or audio input; default: the network's own.
 
     Raises:
-        RefusedInput: where network, objective and adaptation do not go together.
+        RefusedInput: if network, objective and adaptation are incompatible.
     """
     # Rows are refused by what stands here before torch is imported.
     import torch
@@ -263,13 +276,16 @@ def sketch_training(
 
 
 def check_memory(memory: MemoryEstimate, tokens: int, longest: int, available: int) -> None:
-    """Refuse a run whose estimated peak is more than what is free.
+    """Reject a run whose estimated peak exceeds the free memory.
 
-    ``tokens`` are those of a micro-batch, and ``longest`` those of the longest row, which a micro-batch
-    must hold.
+    Args:
+        memory: the estimate.
+        tokens: tokens per micro-batch.
+        longest: tokens of the longest row, which must fit into a micro-batch.
+        available: free memory in bytes.
 
     Raises:
-        DoesNotFit: with the micro-batch or the rows that fit, if the weights do.
+        DoesNotFit: with the micro-batch or row length that fits, if the weights fit.
     """
     peak = memory.peak(tokens)
     # The estimate includes what the process has already.

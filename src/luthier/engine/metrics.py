@@ -1,4 +1,4 @@
-"""What a run reports: a line of JSON for each step, a live view, and a loss curve at the end."""
+"""Metrics of a run: the metrics file, the reporter interface, and plots of the curves."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SCORES: Mapping[str, str] = {
     "entity_f1": "entity F1",
     "cer": "character error rate",
 }
-"""Metrics of objectives that people read beside the loss, and what they are called."""
+"""Display names of additional scores of objectives."""
 SHARES = SCORES.keys() - {"cosine", "absolute_error"}
-"""Those that are shares of what is right or wrong, and read best as percent."""
+"""Scores displayed in percent."""
 DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
-"""Metrics of which less is better that people read beside the loss, and what they are called."""
+"""Display names of distances (lower is better)."""
 FEW_ROWS = 30
-"""Held-out rows, of which each is noted, below which what is measured of them is rough."""
+"""Number of held-out rows below which row-level measurements are rough."""
 STUDENT_T = (
     12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14,
     2.13, 2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05,
 )  # fmt: skip
-"""Standard errors within which 95 % of the means of 2, 3, … rows lie (Student 1908)."""
+"""Two-sided 95 % quantiles of Student's t for 2, 3, … rows (Student 1908)."""
 HOLLOW = 0.95
-"""Share of the loss of a model that tells no row from another, above which a loss says nothing."""
+"""Share of the chance-level loss from which a loss carries no information."""
 _REWARDS: Mapping[str, str] = {
     "reward": "mean reward",
     "completion_tokens": "tokens of a completion",
@@ -42,9 +42,9 @@ _REWARDS: Mapping[str, str] = {
 
 
 def cost_of(measured: Mapping[str, Any], measure: str) -> float:
-    """What is to be low of a measurement: loss (or minus the reward), an error rate, 1 less a score.
+    """Return a cost to minimize: the loss (minus the reward), an error rate, or 1 minus a score.
 
-    Of an error rate it is 1 at most: nothing is right then, however much there is of it.
+    An error rate costs at most 1: at 1, nothing is right, and a higher rate is no worse.
     """
     if measure in ("loss", "reward"):
         return float(measured["loss"])
@@ -53,29 +53,29 @@ def cost_of(measured: Mapping[str, Any], measure: str) -> float:
 
 
 def measured_of(cost: float, measure: str) -> float:
-    """What was measured, of its :func:`cost_of`."""
+    """Return the measured value for a :func:`cost_of` value."""
     if measure in LESS_IS_BETTER:
         return cost
     return -cost if measure == "reward" else 1 - cost
 
 
 def deciding_measure(lines: Sequence[Mapping[str, Any]], measure: str) -> str:
-    """What tells the measurements of a run apart: the loss, where all of an error rate is wrong yet."""
+    """Return the measure for decisions: the loss, if every measured error rate is 100 % or more."""
     unread = measure in LESS_IS_BETTER and all(cost_of(line, measure) == 1 for line in lines)
     return "loss" if unread else measure
 
 
 def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mapping[str, Any]:
-    """Of the measurements of a run in their order, the one whose weights are kept.
+    """Return the measurement whose weights are kept, from the measurements of a run in order.
 
-    A score within a standard error of the best one is as good as that, and then the later weights are
-    kept: a few hundred rows measure to a point or two, and the end of the schedule, where the rate is
-    low, gives more than that. Nothing is kept that is worse than the weights before training by more
-    than chance. Of losses, and of scores where the best one is 0 or 1, the lowest loss decides, if it
-    is not hollow.
-    Of the losses of few rows those count as low that chance may have put above the lowest, that before
-    training among them, until one is higher than that: a few rows are no ground to undo what the
-    training rows taught, where they do not tell it apart.
+    Scores: a score within one standard error of the best score counts as equal, and the later
+    weights are kept. A few hundred rows measure to one or two points; the end of the schedule, with
+    a low rate, gains more. Weights worse than before training by more than chance are never kept.
+
+    Losses, and scores whose best is 0 or 1: the lowest loss decides, unless the loss is hollow.
+    Losses of few rows within chance of the lowest loss count as equal up to the first higher loss,
+    including the loss before training. A few rows are no reason to discard the effect of the
+    training rows.
     """
 
     def order(line: Mapping[str, Any]) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
 
 
 def _may_be_alike(best: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
-    """Whether of two losses of the same few rows the second is no higher than by chance."""
+    """Return true if the second of two losses of the same few rows is higher by chance at most."""
     few = 1 < _rows_noted(line, "loss") < FEW_ROWS
     return few and bool(line["loss"] <= best["loss"] + chance_between(best, line, "loss"))
 
@@ -111,9 +111,9 @@ def _rows_noted(line: Mapping[str, Any], measure: str) -> int:
 
 
 def chance_between(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> float:
-    """How far two measurements may be apart by chance; 0 for means over many tokens.
+    """Return the chance difference between two measurements; 0 for means over many tokens.
 
-    Where single rows are noted, by those that differ.
+    If both lines store row-level values, the differing rows determine the result.
     """
     count = _rows_noted(one, measure)
     if count and count == _rows_noted(other, measure):
@@ -128,10 +128,10 @@ def chance_between(one: Mapping[str, Any], other: Mapping[str, Any], measure: st
 
 
 def is_hollow(line: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
-    """Whether a lower loss says nothing.
+    """Return true if a lower loss carries no information.
 
-    It is that of a model which tells no row from another, or comes with an accuracy that is clearly
-    below the one before training.
+    True for the loss of a model that distinguishes no rows, and for an accuracy clearly below the
+    accuracy before training.
     """
     if line["loss"] > HOLLOW * line.get("chance_loss", math.inf):
         return True
@@ -144,61 +144,61 @@ def is_hollow(line: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
 
 
 def without_rows(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A measurement without what it says of each row."""
+    """Return a measurement without row-level values."""
     return {name: value for name, value in line.items() if name != "rows"}
 
 
 def metrics_beside(measure: str) -> dict[str, str]:
-    """What people read beside ``measure``, and what it is called."""
+    """Return the display names of the metrics shown in addition to ``measure``."""
     loss = {"loss": "loss"} if measure in SCORES else {}
     scores = {name: text for name, text in SCORES.items() if name != measure}
     return loss | scores | dict(DISTANCES)
 
 
 class Reporter:
-    """Receives what a run has to say. This base says nothing; the command line draws it."""
+    """Receiver of a run's messages and metrics. The base class ignores everything; the CLI draws."""
 
     def stage(self, text: str) -> None:
-        """A part of the work begins."""
+        """Report the start of a part of the work."""
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-        """Settings chosen from the data and the model: name, value, reason."""
+        """Report default settings: name, value, reason."""
 
     def note(self, text: str) -> None:
-        """Something worth knowing that is not an error."""
+        """Report a note or a warning."""
 
     def nothing_to_resume(self, model_id: str) -> None:
-        """The run of this model was to go on, if it had begun; it had not, so it begins now."""
+        """Report that the run to resume does not exist and starts now."""
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """``done`` of ``total`` things called ``what`` are finished, in work that is no training."""
+        """Report ``done`` of ``total`` outside training; ``what`` names the unit."""
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """A line went to the metrics file; ``steps`` is the length of the run."""
+        """Report a new line of the metrics file; ``steps`` is the length of the run."""
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one object a line, appended as the run goes."""
+    """``metrics.jsonl``: one JSON object per line, appended during the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = 0
 
     def append(self, values: Mapping[str, Any]) -> int:
-        """Add one line; returns how many there are now."""
+        """Append a line and return the number of lines."""
         with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         self.lines += 1
         return self.lines
 
     def cut(self, lines: int) -> None:
-        """Keep the first ``lines`` lines: what came after the checkpoint will be written again."""
+        """Keep the first ``lines`` lines: a resumed run writes the later lines again."""
         text = self.path.read_bytes() if self.path.is_file() else b""
         write_bytes(self.path, b"".join(text.splitlines(keepends=True)[:lines]))
         self.lines = lines
 
     def read(self, rows: bool = False) -> list[dict[str, Any]]:
-        """All complete lines; with what measurements say of each of the ``rows``, where asked for."""
+        """Return all complete lines; with row-level values if ``rows`` is set."""
         if not self.path.is_file():
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
@@ -208,12 +208,12 @@ class MetricsFile:
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
-    """Draw what a run's metrics say into ``folder``; the names of the pictures.
+    """Plot the metrics of a run into ``folder`` and return the file names.
 
-    ``loss.svg`` and ``loss.png`` have the loss of training and validation rows, and each score of
-    :data:`SCORES` below it. Where rewards are learned from, ``reward.svg`` and ``reward.png`` have
-    reward, length and divergence of the completions: a reward that rises while texts grow, or leave
-    the reference far behind, may be a grader's mistake.
+    ``loss.svg`` and ``loss.png`` show the training and validation loss, with each score of
+    :data:`SCORES` below. For rewards, ``reward.svg`` and ``reward.png`` show reward, length and
+    divergence of the completions: a reward that rises while completions grow or leave the reference
+    may be a grader's mistake.
     """
     beside = {**SCORES, **DISTANCES}.items()
     scores = {name: label for name, label in beside if any(name in line for line in lines)}
@@ -229,7 +229,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) ->
 def _draw_picture(
     lines: Sequence[Mapping[str, Any]], path: Path, title: str, shown: Mapping[str, str]
 ) -> None:
-    """A panel for each name in ``shown``, with training and validation, and the step that is kept."""
+    """Plot one panel per entry of ``shown``, with training, validation and the kept step."""
     figure, panels = new_figure(len(shown))
     held = [line for line in lines if line["event"] == "validation"]
     kept = best_measurement(held, held[0].get("measure", "loss")) if held else None
@@ -247,7 +247,7 @@ def _draw_picture(
 
 
 def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of matplotlib with panels one below the other, which share their horizontal axis."""
+    """Return a matplotlib figure with vertically stacked panels and a shared horizontal axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,7 +262,7 @@ def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
 
 
 def _draw_train(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> None:
-    """A value of the training steps, as it is and smoothed."""
+    """Plot a value of the training steps, raw and smoothed."""
     train = [
         (line["step"], line[name]) for line in lines if line["event"] == "train" and name in line
     ]
@@ -275,7 +275,7 @@ def _draw_train(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> Non
 def _draw_validation(
     axes: Any, points: Sequence[Mapping[str, Any]], name: str, kept: Mapping[str, Any] | None
 ) -> None:
-    """What was measured on the validation rows, with a mark at the weights that are kept."""
+    """Plot the validation measurements, with a mark at the kept weights."""
     if not points or kept is None:
         return
     steps, values = [line["step"] for line in points], [line[name] for line in points]
@@ -294,7 +294,7 @@ def _draw_validation(
 
 
 def save_figure(figure: Any, *paths: Path) -> None:
-    """Write the figure to each path, as what its ending says, and close it."""
+    """Write the figure to each path, in the format of the extension, and close the figure."""
     from matplotlib import pyplot
 
     for path in paths:
@@ -305,7 +305,7 @@ def save_figure(figure: Any, *paths: Path) -> None:
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Return the exponential moving average, corrected for the start."""
     smoothed: list[float] = []
     mean = 0.0
     for index, value in enumerate(values, start=1):

@@ -1,4 +1,4 @@
-"""Storing what was trained, and making sure that what is stored is what was trained."""
+"""Storing of the trained model, and the parity check of the stored model."""
 
 from __future__ import annotations
 
@@ -63,47 +63,49 @@ from luthier.objectives import OBJECTIVES
 from luthier.types import Example
 
 PARITY_ROWS, PARITY_TOKENS = 16, 1024
-"""Rows that are compared; beyond :data:`TOKEN_PARITY_ROWS` only as many as have so few tokens."""
+"""Maximum number of rows for the parity check; beyond :data:`TOKEN_PARITY_ROWS`, the token limit
+applies."""
 TOKEN_PARITY_ROWS = 4
-"""Of which the next tokens are compared, and behind as many prompts greedy texts."""
+"""Number of rows for the comparison of next tokens, and number of prompts for greedy text."""
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkAnswers:
-    """What the network answers, as it was trained: what is read back is held beside it."""
+    """Outputs of the trained network, to compare with the outputs of the stored model."""
 
     loss: float
     logps: LearnedLogps | None
-    """What it says next in a few rows; ``None`` of one that does not write."""
+    """Next-token log-probabilities of a few rows; ``None`` for networks that generate no text."""
     greedy: GreedyText | None
-    """What it writes behind a few prompts."""
+    """Greedy text for a few prompts."""
     greedy_skipped: str | None
-    """Why it writes nothing."""
+    """Reason for missing greedy text."""
 
 
 @dataclass(frozen=True)
 class ModelWriter:
-    """A job that has been trained, on its way into the store."""
+    """Writer of a job's trained model into the library."""
 
     job: TrainingJob
     run: Run
     progress: TrainingProgress
     lines: list[dict[str, Any]]
-    """Those of the metrics."""
+    """Lines of the metrics file."""
     trained: int
-    """Numbers that trained."""
+    """Number of trained weights."""
     weights: int
-    """All of the network."""
+    """Number of weights of the network."""
     verdict: RunVerdict
     comparison: Comparison | None = None
-    """The model beside simple baselines."""
+    """Comparison of the model with simple baselines."""
     label_issues: LabelIssueCounts | None = None
-    """Number of labels worth a look."""
+    """Number of possibly wrong labels."""
     refit: Refit | None = None
-    """The second training that made the weights, where there was one."""
+    """The second training, if the stored weights come from a refit."""
 
     def write(self, network: Network) -> Result:
-        """Save, let go of the network, load what was saved, compare, and only then make it a model."""
+        """Save the model, free the network, load the saved model, compare, and register the model
+        last."""
         run = self.run
         trained = self._answers(network)
         with new_folder(run.model_folder) as fresh:
@@ -124,7 +126,7 @@ class ModelWriter:
         return result
 
     def _save(self, network: Network, folder: Path) -> Manifest:
-        """Write weights and tokenizer; the record of them and of where they came from."""
+        """Write weights and tokenizer, and return the manifest."""
         job, model = self.job, network.model
         adaptation = self.job.recipe.adaptation
         packages = (
@@ -190,7 +192,7 @@ class ModelWriter:
         )
 
     def _sample(self) -> list[Example]:
-        """The rows that parity is measured on, held-out ones first."""
+        """Return the rows of the parity check, held-out rows first."""
         rows: list[Example] = []
         tokens = 0
         for row in islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS):
@@ -209,7 +211,8 @@ class ModelWriter:
             return self.job.data.objective.parity_loss(network, self._sample(), self._budget)
 
     def _logps(self, network: Network) -> LearnedLogps | None:
-        """What the network says next in a few of the rows; ``None`` of one that does not write."""
+        """Return next-token log-probabilities of a few rows; ``None`` for networks without
+        generation."""
         if self.job.data.objective.task != "causal_lm":
             return None
         rows = [replace(row, row=place) for place, row in enumerate(self._few_rows())]
@@ -219,7 +222,7 @@ class ModelWriter:
         return self._sample()[:TOKEN_PARITY_ROWS]
 
     def _answers(self, network: Network) -> NetworkAnswers:
-        """What it answers as it was trained."""
+        """Return the outputs of the trained network."""
         loss, logps = self._loss(network), self._logps(network)
         skipped = self._why_not_greedy(network)
         if skipped:
@@ -236,14 +239,14 @@ class ModelWriter:
         return NetworkAnswers(loss, logps, written, None)
 
     def _why_not_greedy(self, network: Network) -> str | None:
-        """Why the network writes nothing to compare; ``None`` where it does."""
+        """Return the reason against a comparison of greedy text, or ``None``."""
         task = self.job.data.objective.task
         if task != "causal_lm" or network.both_ways:
             return f"a network for {task.replace('_', ' ')} does not write from texts"
         return None
 
     def _parity(self, folder: Path, manifest: Manifest, trained: NetworkAnswers) -> Parity:
-        """Load what was written as serving will, and compare."""
+        """Load the stored model as for serving, and compare the outputs."""
         parent = self.job.base if manifest.saved == "adapter" else None
         if parent and fingerprint(read_adapter(folder)) != manifest.trained_weights_sha256:
             raise LuthierError(
@@ -289,9 +292,9 @@ class ModelWriter:
         return parity
 
     def _base_rounding(self) -> TokenParity | None:
-        """Compare the next tokens of the base with its own in float32, on the rows of the parity check.
+        """Compare next tokens of the base model with float32 on the rows of the parity check.
 
-        ``None`` where the base says no next tokens, or does not run on a processor.
+        Returns ``None`` if the base predicts no next tokens or runs on a GPU.
         """
         device, dtype = self.job.machine.device, self.job.machine.dtype
         if device.type != "cpu" or self.job.data.objective.task != "causal_lm":
@@ -307,7 +310,7 @@ class ModelWriter:
 
 @contextmanager
 def _open_backend(network: Network) -> Iterator[Backend]:
-    """The network as it writes in torch, without a second copy of its weights."""
+    """Yield a torch backend of the network, without a second copy of the weights."""
     network.model.eval()
     context = network.context - prefix_tokens(network.model)
     with closing(torch_backend(network, context, packs=False)) as backend, torch.no_grad():

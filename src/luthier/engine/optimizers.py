@@ -1,10 +1,10 @@
 """AdamW with float32 master weights.
 
-A trained weight lives twice: in the type the network computes with, and as a float32 master that
-the optimizer moves. Updates of 1e-5 vanish in bfloat16, whose next number after 1 is 1.0078; trained
-without masters, full fine-tuning ends at a visibly worse loss. The copy is rounded stochastically: to
-nearest, it would stay at the base weight until the master has moved by half a spacing. Where the
-network computes in float32 the weight is its own master.
+Each trained weight exists twice: in the network's type, and as a float32 master that the optimizer
+moves. Updates of 1e-5 vanish in bfloat16, whose next number after 1 is 1.0078; without masters,
+full fine-tuning ends at a visibly worse loss. The copy is rounded stochastically. With rounding to
+nearest, the copy would stay at the base weight until the master has moved by half a spacing. If the
+network computes in float32, the weight is the master.
 """
 
 from __future__ import annotations
@@ -43,24 +43,26 @@ if TYPE_CHECKING:
 
 WARMUP_SHARE = 0.05
 RISE_SHARE = 0.45
-"""Part of a ``one_cycle`` run in which the rate rises; it falls for as long, a tenth is left."""
+"""Share of a ``one_cycle`` run with a rising rate. The fall takes equally long; a tenth remains."""
 CYCLE_START = 1 / 25
 """Factor at both ends of the cycle, as in fastai and PyTorch."""
 
 
 _ROWS = "rows"
-"""Under which a state has the rows of a table that have had a gradient."""
+"""Key of the row numbers of an embedding table in the saved state."""
 
 
 class MasterAdamW:
-    """AdamW (Loshchilov & Hutter 2019) over float32 masters of the weights that train.
+    """AdamW (Loshchilov & Hutter 2019) over float32 masters of the trained weights.
 
-    Weight decay applies to matrices only, not to norms and biases. Where ``training.layer_decay``
-    is below 1, ``layers`` names the network's blocks from bottom to top (see :func:`rate_shares`);
-    the weights named by ``heads`` learn at ``training.head_rate_multiplier`` times the rate. Of weights
-    that are sharded over ``processes`` it has the part of this one, and of ``tables``
-    (:func:`~luthier.engine.embedding_rows.embedding_tables`), where one process trains and nothing
-    decays, the rows that have had a gradient.
+    - Weight decay applies to matrices only, not to norms and biases.
+    - If ``training.layer_decay`` is below 1, ``layers`` names the blocks from bottom to top (see
+      :func:`rate_shares`).
+    - Weights named in ``heads`` train at ``training.head_rate_multiplier`` times the rate.
+    - Of weights that are sharded over ``processes``, the optimizer stores the shard of this
+      process.
+    - Of ``tables`` (:func:`~luthier.engine.embedding_rows.embedding_tables`), the optimizer stores
+      the rows with a gradient so far. Requires one process and no weight decay.
     """
 
     def __init__(
@@ -92,14 +94,15 @@ class MasterAdamW:
         self._beta1, self._beta2 = training.beta1, training.beta2
         self._epsilon = training.epsilon
         self._state: dict[str, dict[str, Tensor]] = {}
-        """Of each weight that has had a gradient: ``step``, ``exp_avg`` and ``exp_avg_sq``, as PyTorch
-        has them."""
+        """State per weight with a gradient so far: ``step``, ``exp_avg`` and ``exp_avg_sq``, as in
+        PyTorch."""
         self._max_norm = training.max_gradient_norm
 
     def collect(self) -> None:
-        """Add the network's gradients to the float32 sums, and free them.
+        """Add the network's gradients to the float32 sums and free the gradients.
 
-        Called after each micro-batch, so that sums over many of them do not round in bfloat16.
+        Called after each micro-batch, so that sums over many micro-batches do not round in
+        bfloat16.
         """
         for name, weight in self.weights.items():
             if weight.grad is None:
@@ -117,15 +120,16 @@ class MasterAdamW:
             weight.grad = None
 
     def _take_rows(self, name: str, table: EmbeddingRows) -> None:
-        """Masters and moments of a table are those of the rows that it has now."""
+        """Update the views of master and moments after the table has grown."""
         self.masters[name] = table[MASTER]
         if name in self._state:
             self._state[name] |= {moment: table[moment] for moment in MOMENTS}
 
     def add_up(self) -> None:
-        """Add the sums of all processes; weights that had no gradient in any of them stay without.
+        """Sum the gradients of all processes. Weights without a gradient in every process stay
+        without.
 
-        Those of weights in shards were added up as they were computed.
+        Gradients of sharded weights are summed during the backward pass.
         """
         processes = self._processes
         if processes.size == 1:
@@ -137,7 +141,8 @@ class MasterAdamW:
         processes.add_up([self._sums[name] for name in added])
 
     def step(self, learning_rate: float) -> float:
-        """Clip, move the masters, copy them to the network; returns the gradient norm."""
+        """Clip the gradients, move the masters, copy the masters to the network, and return the
+        gradient norm."""
         norm = self._norm()
         if not torch.isfinite(norm):
             raise Diverged("a gradient is no longer finite")
@@ -158,10 +163,7 @@ class MasterAdamW:
         return float(norm)
 
     def _move(self, group: _Group, rate: float) -> None:
-        """Move the masters of ``group`` that have a gradient.
-
-        By PyTorch's function and not its class, whose making imports the compiler in half a second.
-        """
+        """Move the masters of ``group`` with a gradient."""
         names = [name for name in group.names if name in self._sums]
         for name in names:
             if name not in self._state:
@@ -189,7 +191,7 @@ class MasterAdamW:
         )
 
     def _norm(self) -> Tensor:
-        """Of all gradients together."""
+        """Return the norm of all gradients together."""
         whole, parts = list[Tensor](), list[Tensor]()
         for name, weight in self.weights.items():
             if name in self._sums:
@@ -202,13 +204,13 @@ class MasterAdamW:
 
     @property
     def bytes(self) -> int:
-        """Of the masters and their two moments, as far as this process has them."""
+        """Size of the masters and moments of this process, in bytes."""
         return 3 * sum(master.nbytes for master in self.masters.values())
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that an exact resume needs, by name.
+        """Return all tensors for an exact resume, by name.
 
-        A collective; of sharded weights the first process alone has them, whole.
+        A collective call. Only the first process receives sharded weights, as whole tensors.
         """
         parts = []
         for name, master in self.masters.items():
@@ -222,8 +224,9 @@ class MasterAdamW:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set masters, moments and the network's weights to a saved :meth:`state`.
 
-        The network is as before the first step, as no checkpoint has the rows of a table that did not
-        move. With other processes than at its time a table may be kept whole now, or by its rows.
+        The network must be as before step 1, because checkpoints omit table rows that did not move.
+        The number of processes may differ from the saved run, so a table may change between whole
+        and by rows.
         """
         for name, master in self.masters.items():
             weight = self.weights[name]
@@ -254,7 +257,7 @@ class MasterAdamW:
         self.publish()
 
     def publish(self) -> None:
-        """Copy the masters to the weights that the network computes with."""
+        """Copy the masters to the network's weights."""
         rounding = Rounding()
         # Noise goes on from weight to weight, and shards differ in length: whole weights come first, as
         # they must be the same in all processes.
@@ -266,15 +269,16 @@ class MasterAdamW:
 
 
 def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> dict[str, float]:
-    """Factor of the learning rate of each weight: layer-wise decay.
+    """Return the learning rate factor of each weight with layer-wise decay.
 
-    Heads, and whatever else stands above the layers (the last norm), learn at the full rate, layer
-    ``i`` counted from the top (1 is the highest) at ``decay ** i``, and what stands below all ``L``
-    layers (the embeddings) at ``decay ** (L + 1)``: lower layers hold what is general and need to
-    move less. Howard & Ruder 2018, arXiv:1801.06146 (a layer at 1/2.6 of the one above it); Clark
-    et al. 2020, arXiv:2003.10555, appendix B (0.8 and 0.9). An output head that is the embedding
-    itself learns as the embedding. ``names`` are all weights of the network in their own order,
-    frozen ones too: what comes before the first layer is below it.
+    - Above the layers (heads, the last norm): 1.
+    - Layer ``i``, counted from the top starting with 1: ``decay ** i``.
+    - Below all ``L`` layers (embeddings): ``decay ** (L + 1)``.
+
+    Lower layers contain general features and need to move less. Howard & Ruder 2018,
+    arXiv:1801.06146 (1/2.6 per layer); Clark et al. 2020, arXiv:2003.10555, appendix B (0.8 and
+    0.9). A tied output head trains as the embedding. ``names`` are all weights in network order,
+    including frozen weights, because weights before the first layer count as below.
     """
     if decay == 1 or not layers:
         return dict.fromkeys(names, 1.0)
@@ -284,18 +288,18 @@ def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> di
 
 @dataclass(frozen=True)
 class _Group:
-    """Weights that learn in the same way."""
+    """Weights with the same learning rate factor and weight decay."""
 
     names: list[str]
     share: float
-    """Factor of the rate."""
+    """Factor of the learning rate."""
     weight_decay: float
 
 
 def _groups(
     masters: Mapping[str, Tensor], shares: Mapping[str, float], weight_decay: float
 ) -> list[_Group]:
-    """Masters by whether they decay and by their share of the rate."""
+    """Group the masters by weight decay and by learning rate factor."""
     groups: dict[tuple[bool, float], list[str]] = {}
     for name, master in masters.items():
         groups.setdefault((master.dim() < 2, shares[name]), []).append(name)
@@ -312,12 +316,15 @@ def schedule_factor(
     warmup_ratio: float | None = None,
     warmup_steps: int | None = None,
 ) -> float:
-    """Factor of the learning rate for optimizer step ``step`` of ``steps`` (0-based).
+    """Return the learning rate factor for the 0-based optimizer step ``step`` of ``steps``.
 
-    Linear warm-up over ``warmup_steps``, or over ``warmup_ratio`` of the steps, then ``cosine`` or
-    ``linear`` to zero at the end, ``constant``, or ``step``: divided by ten after each third of the
-    steps. ``one_cycle`` is below.
-    Without a share each takes its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
+    Linear warm-up over ``warmup_steps``, or over ``warmup_ratio`` of the steps (default
+    ``WARMUP_SHARE``), followed by the schedule:
+
+    - ``cosine`` or ``linear``: to zero at the end.
+    - ``constant``: 1.
+    - ``step``: divided by ten after each third of the steps.
+    - ``one_cycle``: see :func:`_one_cycle`; the default ``warmup_ratio`` is ``RISE_SHARE``.
     """
     if schedule == "one_cycle":
         if warmup_steps is not None:
@@ -343,8 +350,8 @@ def schedule_factor(
 def _one_cycle(done: float, rise: float) -> float:
     """Smith & Topin 2018, "Super-Convergence", arXiv:1708.07120.
 
-    From ``CYCLE_START`` in a straight line up to 1 and down again, then on to zero over the last tenth
-    of the run. Where the rise leaves less than a fifth, half of what it leaves is the last part.
+    Linear from ``CYCLE_START`` up to 1 and down again, then to zero over the last tenth of the run.
+    If the rise leaves less than a fifth, the last part is half of the remainder.
     """
     fall_ends = max(0.9, (1 + rise) / 2)
     if done < rise:

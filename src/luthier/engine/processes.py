@@ -1,9 +1,9 @@
-"""One training by several processes of this machine, which PyTorch's elastic agent starts and watches.
+"""Training in several processes of this machine, supervised by PyTorch's elastic agent.
 
-Each process runs :func:`luthier.engine.train.train` as under ``torchrun``. Where one ends by surprise
-or hangs the agent ends the others and starts all of them again, and they go on from the last
-checkpoint. The processes print nothing: the first writes what its reporter hears into a file, which is
-repeated here as it grows. What they print all the same is in the log of this process when they ended.
+Each process runs :func:`luthier.engine.train.train` as under ``torchrun``. If a process crashes or
+hangs, the agent ends the remaining processes and restarts all processes, which resume from the last
+checkpoint. The processes print nothing: the first process writes reports into a file, and this
+module forwards the reports. Unexpected output goes into the log of this process.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ if TYPE_CHECKING:
     from luthier.engine.dataset import OpenedData
 
 MAX_RESTARTS = 3
-"""Times that all processes are started again after one has ended by surprise."""
+"""Maximum number of restarts after a process has crashed."""
 SHUTDOWN_SECONDS = 300
-"""Which they have to end their step and write a checkpoint, when they are asked to stop."""
+"""Time for processes to finish a step and write a checkpoint on shutdown, in seconds."""
 PROCESS_BYTES = 400 << 20
-"""What a process takes before it has read a row or a weight: its libraries."""
+"""Memory of a process before any row or weight is loaded: Python with the libraries."""
 ORPHAN_SECONDS = 20.0
-"""How long processes wait for those of an agent that was killed: these end within a second or two."""
+"""Time to wait for the processes of a killed agent, in seconds; the processes end within a second
+or two."""
 _REQUEST, _REPORTS, _OUTCOME = "request.json", "reports.jsonl", "outcome-{}.json"
 _LAST_WORDS = 2_000
-"""Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
+"""Bytes of standard error to read after a crash."""
 _LOGGED = 100_000
-"""Bytes of what a process printed, the last ones, that go into the log of whoever started it."""
+"""Maximum number of output bytes per process to copy into the log."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,14 +69,15 @@ def train_in_processes(
     lineage: Mapping[str, Any] | None = None,
     data: OpenedData | None = None,
 ) -> Result:
-    """Carry out ``recipe`` by so many processes of this machine; the same result as from one.
+    """Train ``recipe`` in the given number of processes. The result equals a training in one
+    process.
 
-    One trains in this process itself. ``lineage`` and ``data`` are as for
-    :func:`luthier.engine.train.train`; each of several processes opens the data itself.
+    A single process trains in the calling process. With several processes, each process opens the
+    data.
 
     Raises:
         RefusedInput, Interrupted: as :func:`luthier.engine.train.train` does.
-        RecipeError, LuthierError: as :func:`run_in_processes`.
+        RecipeError, LuthierError: as :func:`run_in_processes` does.
     """
     if processes == 1:
         from luthier.engine.train import train
@@ -88,14 +90,16 @@ def train_in_processes(
 def run_in_processes(
     module: str, request: Mapping[str, Any], processes: int, reporter: Reporter
 ) -> Result:
-    """What comes of ``request``, plain values for JSON, in so many processes of this machine.
+    """Run ``request``, a JSON-compatible mapping, in the given number of processes.
 
-    Each is ``python -m module``, which is to call :func:`main`; ``reporter`` hears of the first.
+    Each process is ``python -m module``, and the module must call :func:`main`. ``reporter``
+    receives the reports of the first process.
 
     Raises:
-        RecipeError: for fewer processes than 1, more than have room in memory, and below a launcher.
+        RecipeError: for fewer than 1 process, for more processes than fit in memory, and below a
+            launcher.
         RefusedInput, Interrupted: as the training does.
-        LuthierError: where a process ended by surprise more than :data:`MAX_RESTARTS` times.
+        LuthierError: if processes crash more than :data:`MAX_RESTARTS` times.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -154,7 +158,7 @@ def run_in_processes(
 
 
 Training = Callable[[Mapping[str, Any], Reporter], Result]
-"""What a process does with the request that it was started with."""
+"""Work of one process for a request."""
 
 
 def _train(request: Mapping[str, Any], reporter: Reporter) -> Result:
@@ -165,7 +169,8 @@ def _train(request: Mapping[str, Any], reporter: Reporter) -> Result:
 
 
 def main(train: Training) -> None:
-    """One of the processes of :func:`run_in_processes`, whose command line names their folder."""
+    """Run one process of :func:`run_in_processes`; the first argument on the command line is the
+    folder."""
     folder = Path(sys.argv[1])
     with _log_of(folder, os.environ["RANK"]).open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
@@ -174,7 +179,7 @@ def main(train: Training) -> None:
 
 
 def work(folder: Path, train: Training = _train) -> None:
-    """What each process does: train, and say in a file what came of it."""
+    """Train and write the outcome into a file."""
     if _outcomes(folder):
         return  # one of them met what no new start would mend
     request = read_json(folder / _REQUEST)
@@ -201,11 +206,10 @@ def work(folder: Path, train: Training = _train) -> None:
 
 
 def check_room(processes: int, each: int = PROCESS_BYTES) -> None:
-    """Refuse more processes of ``each`` bytes than have room in this machine's memory, which would take
-    it down.
+    """Reject more processes of ``each`` bytes than fit in the machine's memory.
 
     Raises:
-        RecipeError: with how many have, also for fewer than 1.
+        RecipeError: with the maximum number of processes, also for fewer than 1.
     """
     room = available_memory() // each
     if not 1 <= processes <= room:
@@ -218,7 +222,7 @@ def check_room(processes: int, each: int = PROCESS_BYTES) -> None:
 
 
 def _check_number(processes: int, reporter: Reporter) -> None:
-    """Refuse more processes than have room; warn of idle ones."""
+    """Reject more processes than fit in memory; warn about more processes than cores or GPUs."""
     import torch
 
     check_room(processes)
@@ -232,10 +236,10 @@ def _check_number(processes: int, reporter: Reporter) -> None:
 
 
 def watch_agent(agent: int) -> None:
-    """End this process as soon as ``agent``, which started it, is gone: no signal tells of it.
+    """End this process as soon as the parent process ``agent`` has ended.
 
-    Else all would wait for each other for as long as a collective may take, with their memory; or it
-    would train on beside those that are started in its place.
+    No signal announces the end of the agent. Without the watch, the processes would wait for each
+    other until the collective times out, or would train next to restarted processes.
     """
 
     def wait() -> None:
@@ -247,32 +251,29 @@ def watch_agent(agent: int) -> None:
 
 
 def launch_id() -> str:
-    """What names this launch, the same in all its starts and on all nodes: torchrun's ``--rdzv-id``.
-
-    Empty where there is none.
-    """
+    """Return torchrun's ``--rdzv-id``, equal on all nodes and after restarts; empty without an id."""
     given = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return "" if given == "none" else given  # what torchrun says without one
 
 
 def has_agent() -> bool:
-    """Whether an agent of torchrun started this process, and is its parent."""
+    """Return true if an agent of torchrun is the parent of this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def restart_count() -> int:
-    """How often an agent of torchrun has started the processes of this node again after a failure."""
+    """Return the number of restarts of this node's processes after failures."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def started_again() -> bool:
-    """Whether this process stands for one that failed, as an agent of torchrun without an id says."""
+    """Return true if torchrun, without an id, has restarted this process after a failure."""
     return not launch_id() and restart_count() > 0
 
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Give the caller's answers to signals back, which the agent replaces and leaves replaced."""
+    """Restore the caller's signal handlers, which the agent replaces."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -285,7 +286,7 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _quiet_agent(processes: int) -> Iterator[None]:
-    """Let the agent write no log of its own, and share the processor among its processes."""
+    """Silence the agent's log and divide the CPU threads among the processes."""
     name = "torch.distributed.elastic"
     # Each of them has a level of its own.
     logs = [
@@ -308,24 +309,24 @@ def _quiet_agent(processes: int) -> Iterator[None]:
 
 
 def _outcomes(folder: Path) -> list[Path]:
-    """What processes say came of the run, the first of them first."""
+    """Return the outcome files of the processes, ordered by rank."""
     return sorted(folder.glob(_OUTCOME.format("*")))
 
 
 def _log_of(folder: Path, rank: int | str) -> Path:
-    """What process ``rank`` prints, torch's own words among it."""
+    """Return the output file of process ``rank``."""
     return folder / f"process-{rank}.log"
 
 
 def _log_output(folder: Path) -> None:
-    """What the processes printed, a line at a time, into the log of this one."""
+    """Copy the output of the processes into the log of this process, line by line."""
     for log in sorted(folder.glob(_log_of(folder, "*").name)):
         for line in log.read_bytes()[-_LOGGED:].decode(errors="replace").splitlines():
             _log.info("%s: %s", log.stem, line)
 
 
 def _last_words(folder: Path, rank: int) -> str:
-    """The last line that process ``rank`` wrote to standard error."""
+    """Return the last line of standard error of process ``rank``."""
     log = _log_of(folder, rank)
     text = log.read_bytes()[-_LAST_WORDS:].decode(errors="replace").strip() if log.is_file() else ""
     return text.splitlines()[-1].rstrip(".") if text else "nothing"

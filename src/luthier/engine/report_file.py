@@ -1,4 +1,4 @@
-"""What a run reports from one process to another, by a file that grows: a call of its reporter a line.
+"""Forwarding of a reporter's calls between processes, in a file with one call per line.
 
 ["note", ["the text"]]    ["metrics", [{"step": 1, ...}, 81]]
 """
@@ -15,11 +15,11 @@ from typing import Any
 from luthier.engine.metrics import Reporter, without_rows
 
 LOOK_SECONDS = 0.1
-"""How often the file is looked at."""
+"""Interval between two reads of the file, in seconds."""
 
 
 class ReportFile(Reporter):
-    """Writes what it hears to the end of a file."""
+    """Reporter with a file as output, one line per call."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,13 +54,13 @@ class ReportFile(Reporter):
 
 
 class ReportReader:
-    """Hands on what is in the file of a :class:`ReportFile`."""
+    """Reader of the file of a :class:`ReportFile`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._place = path, 0
 
     def hand_on(self, reporter: Reporter) -> None:
-        """Report to ``reporter`` what was written since the last call."""
+        """Report the new lines since the last call to ``reporter``."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
@@ -78,9 +78,10 @@ class ReportReader:
 
 @contextmanager
 def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
-    """Report to ``reporter`` what is written to the file at ``path`` during the block.
+    """Forward the new lines of ``path`` to ``reporter`` during the block.
 
-    An exception of ``reporter`` is raised at the end of the block; ``reporter`` gets no further calls.
+    An exception of ``reporter`` is raised at the end of the block; ``reporter`` receives no more
+    calls.
     """
     ended = threading.Event()
     reader = ReportReader(path)

@@ -1,4 +1,4 @@
-"""The folder of one run: what was asked, what came out, and who works on it now."""
+"""Run folders: the request, the result, and the lock of a run."""
 
 from __future__ import annotations
 
@@ -51,78 +51,78 @@ from luthier.types import dotted_items
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
-"""Why a run ended that would end so again."""
+"""Reason for a failure that would repeat on resume."""
 _LOCK = ".lock"
 _LAUNCH = "launch.json"
-"""Which launch of several processes works on the run, where one does that has an id."""
+"""Id of the current launch of several processes."""
 SAMPLES = "samples.jsonl"
-"""Texts that the network wrote in training, with what they were worth."""
+"""Text generated in training, with rewards."""
 GRIDS = "grids"
-"""Folder of pictures of what a model made as training went (:mod:`luthier.media.sample_grids`)."""
+"""Folder of generated sample images (:mod:`luthier.media.sample_grids`)."""
 LABEL_ISSUES = "label_issues.jsonl"
-"""Rows whose label is worth a look, if the run found any."""
+"""Rows with possibly wrong labels."""
 HELD_OUT, TEST = "held_out.json", "test.jsonl"
-"""Lines of the training file that were not learned from; the lines kept for a test, as they are."""
+"""Line numbers excluded from training, by file; and a copy of the test rows."""
 ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
-"""What was computed ahead for the rows: by the frozen layers, by the objective."""
+"""Precomputed values of the rows, by the frozen layers and by the objective."""
 LOOK_SECONDS = 0.1
-"""Between two tries of a lock that is held: longer than anybody looks at it (:func:`is_locked`)."""
+"""Interval between two attempts to acquire a lock, in seconds; longer than :func:`is_locked` holds
+the lock."""
 CHECKPOINTS = "checkpoints"
-"""The folder of those that a run goes on from."""
+"""Folder of the checkpoints."""
 REFIT = "refit"
-"""The folder of training once more, on all rows, while that goes on."""
+"""Folder of the refit while the refit runs."""
 START, TOKENS = "start", "tokens"
-"""Of a pre-training: the network before its first step, and the text as token ids."""
+"""Folders of a pre-training: the initial network, and the text as token ids."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run gives back."""
+    """The result of a finished run."""
 
     model_id: str
     run_dir: str
     model_dir: str
     rows: int
-    """Rows trained on, each counted once."""
+    """Training rows, each counted once."""
     tokens: int
-    """Tokens trained on over all epochs, shared prefixes counted in each row."""
+    """Training tokens over all epochs. Shared prefixes count in each row."""
     steps: int
     train_loss: float
     """Mean loss of the last step, in nats per learned token."""
     validation_loss: float | None
-    """Loss of the kept weights on the validation rows; minus the reward where that is measured."""
+    """Validation loss of the kept weights; minus the reward for objectives with rewards."""
     seconds: float
-    """Time spent in training steps, over all starts of the run."""
+    """Training time in seconds, over all starts of the run."""
     peak_memory_bytes: int
     trained_weights: int
-    """How many weights moved."""
+    """Number of trained weights."""
     weights: int
-    """How many there are in all."""
+    """Number of weights of the network."""
     saved_bytes: int
-    """Size of the custom model's weights on disk."""
+    """Size of the custom model's weights on disk, in bytes."""
     rows_seen: int = 0
-    """Rows trained on, each as often as it was; results of older runs have none."""
+    """Training rows, counted in each epoch; 0 in results of older runs."""
     verdict: RunVerdict | None = None
-    """Whether it learned; results of older runs have none."""
+    """The verdict; ``None`` in results of older runs."""
     comparison: Comparison | None = None
-    """The model beside simple baselines on the validation rows, where some go with such rows."""
+    """Comparison with simple baselines on the validation rows, if baselines exist for the rows."""
     label_issues: LabelIssueCounts | None = None
-    """Number of labels worth a look, if the run looked for them; :data:`LABEL_ISSUES` of the run lists
-    the rows."""
+    """Number of possibly wrong labels, if the run searched; :data:`LABEL_ISSUES` lists the rows."""
     refit: Refit | None = None
-    """The second training, on all rows, where it made the stored weights. Steps, tokens and seconds
-    are those of both trainings, what was measured is of the first."""
+    """The refit, if the stored weights come from a refit. Steps, tokens and seconds include both
+    trainings; measurements belong to the first training."""
     withheld: str | None = None
-    """Reason why the model may not be used, if it forgot too much."""
+    """Reason for withholding the model, if the model has forgotten too much."""
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Result:
-        """From what ``asdict`` gave, as JSON brings it back."""
+        """Parse the JSON form of ``asdict``."""
         return TypeAdapter(Result).validate_python(fields)
 
 
 class Run:
-    """One run in ``runs/<base>/<name>``; a rehearsal has a folder elsewhere, and makes no model."""
+    """A run in ``runs/<base>/<name>``. A trial run has another folder and stores no model."""
 
     def __init__(self, base: str, name: str, rehearsal: Path | None = None) -> None:
         self.base, self.name = base, name
@@ -131,11 +131,11 @@ class Run:
         self.model_folder = rehearsal / "model" if rehearsal else custom_folder(base, name)
 
     def begin(self, request: Mapping[str, Any], resume: bool, launch: str = "") -> Result | None:
-        """Claim the name for ``request``; the result, where the run is already done.
+        """Claim the name for ``request``; return the result if the run has finished already.
 
-        Without ``resume`` the name must be free. With it, an unfinished run must have been asked
-        for in the same words; where there is none, the run simply starts. ``launch`` is the id of the
-        launch whose processes work on it from now on.
+        Without ``resume``, the name must be free. With ``resume``, an unfinished run must have the
+        same request; a missing run starts. ``launch`` is the id of the launch that works on the
+        run.
         """
         begun = (self.folder / RUN_REQUEST).is_file()
         if not (begun and resume):
@@ -150,29 +150,29 @@ class Run:
         return Result.parse(read_json(self.folder / RUN_RESULT)) if self.has_ended() else None
 
     def has_ended(self) -> bool:
-        """Whether it has a result, and its model is there."""
+        """Return true if the run has a result and the model exists."""
         return (self.model_folder / MANIFEST).is_file() and (self.folder / RUN_RESULT).is_file()
 
     def is_unfinished(self) -> bool:
-        """Whether it began and has not ended, whether a process works on it or not."""
+        """Return true if the run has begun and not ended."""
         # Its model may lie on another machine by now.
         return (self.folder / RUN_REQUEST).is_file() and not (self.folder / RUN_RESULT).is_file()
 
     def failure(self) -> str:
-        """Why it ended, where going on would end the same way; else empty."""
+        """Return the reason for a failure that would repeat on resume; empty without a failure."""
         path = self.folder / _FAILURE
         return str(read_json(path)).rstrip(".") if path.is_file() else ""
 
     def is_worked_on(self) -> bool:
-        """Whether a process works on it now."""
+        """Return true if a process works on the run."""
         return is_locked(self.folder / _LOCK)
 
     def started_at(self) -> datetime:
-        """When it began, UTC; of one that is unfinished."""
+        """Return the start time of an unfinished run, UTC."""
         return datetime.fromtimestamp((self.folder / RUN_REQUEST).stat().st_mtime, UTC)
 
     def check_free(self) -> None:
-        """Raise :class:`RunConflict` where a model or a run has the name already."""
+        """Raise :class:`RunConflict` if a model or a run with the name exists."""
         stored = (self.model_folder / MANIFEST).is_file()
         if (self.folder / RUN_REQUEST).is_file():
             run = "a finished run" if stored else "an unfinished run"
@@ -197,21 +197,21 @@ class Run:
             write_json(self.folder / _LAUNCH, launch)
 
     def read_launch(self) -> str | None:
-        """The id of the launch that worked on it last; ``None`` where it had none."""
+        """Return the id of the last launch of the run, if any."""
         path = self.folder / _LAUNCH
         return read_json(path) if path.is_file() else None
 
     def read_request(self) -> dict[str, Any]:
-        """Return the request that this run began with; empty if it has not begun."""
+        """Return the request of the run; empty if the run has not begun."""
         path = self.folder / RUN_REQUEST
         return dict(read_json(path)) if path.is_file() else {}
 
     def request_value(self, field: str) -> Any:
-        """Return a field of the request this run began with; ``None`` if it has not begun."""
+        """Return a field of the run's request; ``None`` if the run has not begun."""
         return self.read_request().get(field)
 
     def hold_out(self, lines: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
-        """Record which lines of which files are not learned from, by split; copy those of the test."""
+        """Record the held-out line numbers by split and file, and copy the test rows."""
         if not lines:
             (self.folder / HELD_OUT).unlink(missing_ok=True)
             return
@@ -223,7 +223,7 @@ class Run:
                     copy_lines(file, each, target)
 
     def write_label_issues(self, issues: Sequence[LabelIssue]) -> None:
-        """Record the rows whose label is worth a look, each with the masked beginning of its text."""
+        """Record the rows with possibly wrong labels, each with a masked excerpt."""
         records = [
             {
                 "file": each.row.file,
@@ -238,7 +238,7 @@ class Run:
         self.write_label_issue_records(records)
 
     def write_label_issue_records(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Replace :data:`LABEL_ISSUES` by ``records``; delete the file if there are none."""
+        """Write ``records`` to :data:`LABEL_ISSUES`; delete the file if ``records`` is empty."""
         if not records:
             (self.folder / LABEL_ISSUES).unlink(missing_ok=True)
             return
@@ -253,43 +253,43 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
     def record_failure(self, reason: str) -> None:
-        """Record why the run ended, where going on would end the same way."""
+        """Record the reason for a failure that would repeat on resume."""
         write_json(self.folder / _FAILURE, reason)
 
     def finish(self, result: Result) -> None:
-        """Record the result; only now is the run done. Its checkpoints are no longer needed."""
+        """Record the result, which marks the run as finished, and delete the working files."""
         write_json(self.folder / RUN_RESULT, asdict(result))
         self.drop_working_files()
 
     def drop_working_files(self) -> None:
-        """Free the disk of what only a resume would need."""
+        """Delete the files that only a resume needs."""
         for name in (CHECKPOINTS, PRECOMPUTED, REFIT, START, TOKENS):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / ACTIVATIONS).unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, wait_seconds: float = 0.0) -> Iterator[None]:
-        """Keep a second process from working on the same run; see :func:`lock_folder`."""
+        """Acquire the lock of the run; see :func:`lock_folder`."""
         with lock_folder(self.folder, self.model_id, wait_seconds):
             sweep(self.folder)
             sweep(self.model_folder.parent, self.name)
             yield
 
     def drop_if_empty(self) -> None:
-        """Forget a run that was refused before it began."""
+        """Delete a run that was rejected before the start."""
         if not (self.folder / RUN_REQUEST).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def checkpoint_bytes(self) -> int:
-        """What the checkpoints of this run take of the disk, those of its refit among them."""
+        """Return the size of the checkpoints, including the refit, in bytes."""
         return sum(folder_size(each / CHECKPOINTS) for each in (self.folder, self.folder / REFIT))
 
     def has_metrics(self) -> bool:
-        """Whether it measured or trained anything yet."""
+        """Return true if the run has measured or trained."""
         return (self.folder / METRICS).exists()
 
     def drop_if_untrained(self) -> None:
-        """Forget a run that was refused before it measured or trained anything."""
+        """Delete a run that was rejected before any measurement or training."""
         if not self.has_metrics():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -304,15 +304,15 @@ class BaseRun(Run):
 
 
 def run_of(model_id: str) -> Run:
-    """The run that makes the model of this id, whether there is one or not."""
+    """Return the run of the model with this id. The run may not exist yet."""
     base, name = split_id(model_id)
     return Run(base, name) if name else BaseRun(base)
 
 
 def unfinished_runs() -> list[Run]:
-    """Runs that were interrupted, or diverged (:meth:`Run.failure`), the oldest first.
+    """Return interrupted or diverged runs, oldest first.
 
-    Left out are those that a process works on, and those of jobs, which the service itself resumes.
+    Excludes runs with an active process, and runs of jobs, which the service resumes.
     """
     found: list[tuple[datetime, Run]] = []
     for run in map(run_of, unfinished_run_ids()):
@@ -322,7 +322,7 @@ def unfinished_runs() -> list[Run]:
 
 
 def runs_from(base: str) -> list[Run]:
-    """Runs that began from a base model and have not ended, worked on or interrupted, of jobs too."""
+    """Return the unfinished runs from a base model, active or interrupted, including runs of jobs."""
     folders = (path.parent for path in (luthier_home() / "runs" / base).glob(f"*/{RUN_REQUEST}"))
     runs = (Run(base, folder.name) for folder in sorted(folders))
     return [run for run in runs if run.is_unfinished()]
@@ -331,11 +331,11 @@ def runs_from(base: str) -> list[Run]:
 def automatic_name(
     base: str, data: Source, resume: bool, parent: Path | None = None, launch: str = ""
 ) -> str:
-    """A name for a run that was given none: the data file's, with the first free number.
+    """Return a run name from the data file's name and the first free number.
 
-    With ``resume`` it is the last one that was given out, so that the same command goes on; that of the
-    last run on which the processes of ``launch`` worked comes before it, where there is one.
-    ``parent`` is the folder whose names are looked at: that of the runs, if not another.
+    With ``resume``, return the name with the highest existing number, so that a repeated command
+    resumes. Runs of ``launch`` take precedence. ``parent`` is the folder with the names; default:
+    the folder of the runs.
     """
     import re
 
@@ -365,10 +365,11 @@ def automatic_name(
 
 @contextmanager
 def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Keep a second process from working on ``what``, which has ``folder``.
+    """Acquire the lock of ``folder``: only one process at a time may work on ``what``.
 
     Raises:
-        RunConflict: where one does so for longer than ``wait_seconds``; after a second try at least.
+        RunConflict: if the lock is not free within ``wait_seconds``. At least two attempts are
+            made.
     """
     # Who only looks whether somebody works on it has the lock for an instant: one try would not do.
     deadline = time.monotonic() + max(wait_seconds, LOOK_SECONDS)
@@ -383,10 +384,10 @@ def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[
 
 
 def is_resumed(path: Path, request: Mapping[str, Any], what: str, resume: bool) -> bool:
-    """Whether ``what``, such as ``search x``, began with the request in ``path``.
+    """Return true if ``what``, such as ``search x``, has begun with the request in ``path``.
 
     Raises:
-        RunConflict: where it did and is not to be resumed, or ``request`` asks for something else.
+        RunConflict: if ``what`` has begun without ``resume``, or ``request`` differs.
     """
     if not path.is_file():
         return False

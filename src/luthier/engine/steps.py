@@ -1,8 +1,8 @@
-"""The steps of a run around the training loop, in the order in which a run calls them.
+"""Steps of a run around the training loop, in the order of execution.
 
-A step prepares the rows or the network, measures next to the loop, or decides about the stored model.
-Each step says for which jobs it runs (:meth:`TrainingStep.applies`); :func:`select_steps` makes the
-list of a run. A package adds a step by an entry point in the group ``luthier.training_steps``.
+A step prepares the rows or the network, measures next to the loop, or decides about the stored
+model. :meth:`TrainingStep.applies` selects the jobs; :func:`select_steps` returns the steps of a
+run. A package adds a step with an entry point in the group ``luthier.training_steps``.
 """
 
 from __future__ import annotations
@@ -37,37 +37,38 @@ if TYPE_CHECKING:
 
 
 class TrainingStep:
-    """A part of a run beside the loop. Each method is called once per run, unless it says otherwise."""
+    """A part of a run outside the training loop. Each method is called once per run, unless stated
+    otherwise."""
 
     first_process_only: ClassVar[bool] = False
-    """Whether only the process that stores the model takes the step."""
+    """True if only the process that stores the model runs the step."""
     in_trials: ClassVar[bool] = True
-    """Whether runs whose model is thrown away take the step."""
+    """True if trial runs, which store no model, run the step."""
 
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
-        """Return whether the recipe and the data of ``job`` ask for the step."""
+        """Return true if ``job`` needs the step."""
         return True
 
     def before_training(self, trainer: Trainer) -> None:
-        """Act on the network at its starting weights, at each start of a run, resumed or not."""
+        """Act on the network at the initial weights, at each start of a run, also on resume."""
 
     def after_evaluation(self, trainer: Trainer, step: int) -> None:
         """Act on the network after each measurement of the held-out rows."""
 
     def after_training(self, trainer: Trainer) -> None:
-        """Act on the network with its best weights, after the memory of the optimizer is free."""
+        """Act on the network with the best weights, after the optimizer's memory is free."""
 
     def before_storing(self, trainer: Trainer) -> None:
-        """Decide about the model that is stored next; only in the process that stores."""
+        """Decide about the model to store, in the storing process only."""
 
 
 class Preparation(TrainingStep):
-    """Everything that the objective computes from the network before the first step."""
+    """Computations of the objective with the network before the first step."""
 
     @torch.no_grad()
     def before_training(self, trainer: Trainer) -> None:
-        """Prepare the objective, then compute what every epoch needs."""
+        """Prepare the objective, then precompute values for all epochs."""
         job, network, note = trainer.job, trainer.network, trainer.reporter.note
         objective, budget = job.data.objective, trainer.reading_budget
         network.model.eval()
@@ -94,17 +95,17 @@ class Preparation(TrainingStep):
 
 
 class Baselines(TrainingStep):
-    """Simple baselines on the same rows, and rows whose label may be wrong."""
+    """Simple baselines on the same rows, and rows with possibly wrong labels."""
 
     first_process_only, in_trials = True, False
 
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
-        """Return whether there are rows of both sides and time to fit baselines."""
+        """Return true if both splits have comparable rows and the time limit is not 0."""
         return all(job.data.compared) and bool(job.recipe.training.baseline_seconds)
 
     def before_training(self, trainer: Trainer) -> None:
-        """Fit the baselines on the states of the base model before any weight has moved."""
+        """Fit the baselines on the hidden states of the base model, before any weight moves."""
         if trainer.network.is_sharded:
             trainer.reporter.note("no baselines are fitted: one process cannot run shards alone")
             return
@@ -135,7 +136,7 @@ class Baselines(TrainingStep):
         return_freed_memory()
 
     def after_training(self, trainer: Trainer) -> None:
-        """Measure the trained model on the rows that the baselines were measured on."""
+        """Measure the trained model on the same rows as the baselines."""
         if trainer.baselines is None:
             return
         data, budget = trainer.job.data, trainer.reading_budget
@@ -146,12 +147,13 @@ class Baselines(TrainingStep):
 
 
 class AdaptationCalibration(TrainingStep):
-    """Weights that the adaptation chooses by gradients of single rows."""
+    """Calibration of the adaptation by gradients of single rows."""
 
     def before_training(self, trainer: Trainer) -> None:
         """Calibrate the adaptation.
 
-        A checkpoint stores the result of the calibration, but not the starting weights of a reference.
+        A resumed run skips calibration, because the checkpoint stores the result. Objectives with a
+        reference calibrate again: the checkpoint does not store the initial weights.
         """
         job = trainer.job
         if trainer.found is not None and not job.data.objective.uses_reference:
@@ -174,11 +176,11 @@ class AdaptationCalibration(TrainingStep):
 
 
 class FrozenLayers(TrainingStep):
-    """Frozen lower layers that are computed once, if rows come more than once."""
+    """Caching of the frozen lower layers, if rows are used more than once."""
 
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
-        """Return whether the network reads the same rows again."""
+        """Return true if the network computes the same rows again."""
         seen = job.steps * (job.recipe.training.batch_size or 1)
         fixed = job.data.objective.same_each_epoch and not job.recipe.data.augmentation
         return fixed and seen >= 2 * job.rows
@@ -216,18 +218,20 @@ class FrozenLayers(TrainingStep):
 
 
 class ReferenceScores(TrainingStep):
-    """Scores of the reference model for rows that are read more than once."""
+    """Reference log-probabilities of repeated rows."""
 
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
-        """Return whether the objective compares with a reference model."""
+        """Return true if the objective compares with a reference model."""
         return isinstance(job.data.objective, ReferenceObjective)
 
     @torch.no_grad()
     def before_training(self, trainer: Trainer) -> None:
-        """Add the scores to the held-out rows, and to training rows of several epochs.
+        """Add reference log-probabilities to the held-out rows, and to training rows of several
+        epochs.
 
-        Training rows of one epoch are scored in their step, which does not delay the first step.
+        Training rows of a single epoch are scored in the training step, so that the first step is
+        not delayed.
         """
         job = trainer.job
         # The last batch of an epoch may be smaller.
@@ -244,20 +248,21 @@ class ReferenceScores(TrainingStep):
 
 
 class RefitTraining(TrainingStep):
-    """A refit: a second training from the base on all rows, whose weights are stored."""
+    """Refit: a second training from the base on all rows. The weights of the refit are stored."""
 
     in_trials = False
 
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
-        """Return whether the recipe asks for a refit."""
+        """Return true if the recipe asks for a refit."""
         return bool(job.refit_steps)
 
     def after_training(self, trainer: Trainer) -> None:
-        """Train on all rows for as many passes as led to the best weights, if they learned anything.
+        """Train on all rows for the number of passes that led to the best weights, if the first
+        training learned.
 
-        The refit has a folder and checkpoints of its own, so that a killed run resumes there. Its lines
-        join the metrics of the run.
+        The refit has a folder and checkpoints, so that a killed run resumes the refit. The metrics
+        of the refit are appended to the metrics of the run.
         """
         measured, group, clock = trainer.progress, trainer.group, trainer.clock
         if not group.first(None if group.rank else judge(trainer).learned):
@@ -302,7 +307,7 @@ class RefitTraining(TrainingStep):
 
 
 class Threshold(TrainingStep):
-    """Settings that the objective draws from the trained network, such as a decision threshold."""
+    """Settings that the objective derives from the trained network, such as a decision threshold."""
 
     @torch.no_grad()
     def before_storing(self, trainer: Trainer) -> None:
@@ -362,8 +367,8 @@ def select_steps(
     """Return the steps of a run of ``job``, in order.
 
     Args:
-        job: the job, as it was prepared.
-        trial: whether the model is thrown away.
+        job: the prepared job.
+        trial: whether the run stores no model.
         stores: whether this process stores the model.
     """
     return [
@@ -376,7 +381,7 @@ def select_steps(
 
 
 def judge(trainer: Trainer, refit: Refit | None = None) -> RunVerdict:
-    """Return the verdict on the measured training; ``refit`` is the training after it, if any."""
+    """Return the verdict on the measured training. ``refit`` is the second training, if any."""
     job = trainer.job
     report = job.data.report
     language = report.findings.examples.get(UNTRAINED.id) if report is not None else None
@@ -398,7 +403,8 @@ def judge(trainer: Trainer, refit: Refit | None = None) -> RunVerdict:
 
 
 def rows_read(job: TrainingJob) -> tuple[int, int, int]:
-    """Return the most rows that all steps read, all measurements, and the calibration."""
+    """Return the maximum number of rows used by training, by all measurements, and by the
+    calibration."""
     training, rows = job.recipe.training, len(job.data.train)
     # The first measurement comes before the first step, the last after the last step.
     measurements = 1 + -(-job.steps // (training.evaluate_every or job.steps))

@@ -1,8 +1,8 @@
-"""What a run really took: seconds of each part, memory and disk, beside what was estimated for it.
+"""Measured time, memory and disk of a run, compared with the estimate.
 
-An estimate is kept as ``estimates/KEY.json``, where the key stands for the request: the recipe without
-its name, the bytes of its files, and what the machine computes with. A run that was asked for in the
-same words finds it there and keeps both in ``actual.json`` of its folder.
+``estimates/KEY.json`` stores an estimate. The key identifies the request: the recipe without the
+name, the bytes of the files, and the hardware. A run with the same key writes estimate and
+measurement to ``actual.json`` in the run folder.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ PARTS = {
     "checkpoints": "writing checkpoints",
     "store": "storing the model and verifying it",
 }
-"""Parts of a run's time, in their order, and what they are."""
+"""Parts of a run's time in order, with descriptions."""
 
 
 class Clock:
-    """Seconds since it was made, and of each part; parts do not overlap."""
+    """Elapsed seconds, in total and per part. Parts do not overlap."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -54,7 +54,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Since the clock was made."""
+        """Seconds since the clock was created."""
         return time.monotonic() - self._started
 
 
@@ -64,10 +64,9 @@ def estimates_folder() -> Path:
 
 
 def request_key(recipe: Mapping[str, Any], hashes: Mapping[str, str], machine: Machine) -> str:
-    """What is the same for two requests exactly when they ask for the same work on the same machine.
+    """Return a key that is equal for equal work on equal hardware.
 
-    ``recipe`` is the recipe as it was given; names of models to be made and places of files are no
-    part of the work.
+    ``recipe`` is the original recipe. Model names and file paths are not part of the key.
     """
     data = {k: v for k, v in recipe["data"].items() if k not in ("train", "validation", "mix")}
     weights = [each["weight"] for each in recipe["data"].get("mix", [])]
@@ -80,7 +79,7 @@ def request_key(recipe: Mapping[str, Any], hashes: Mapping[str, str], machine: M
 
 
 def estimate_of(key: str) -> dict[str, Any] | None:
-    """The estimate that was made for a request, if one was and it can be read."""
+    """Return the stored estimate of a request, if readable."""
     path = estimates_folder() / f"{key}.json"
     with suppress(CorruptFile):
         if path.is_file():
@@ -92,7 +91,8 @@ def estimate_of(key: str) -> dict[str, Any] | None:
 def record_actual(
     run: Run, machine: Machine, clock: Clock, result: Result, disk_bytes: int, resumed: bool
 ) -> None:
-    """Write ``actual.json`` of a finished run; one that was ``resumed`` knows the time since then."""
+    """Write ``actual.json`` of a finished run. A ``resumed`` run measures the time since the
+    resume."""
     recipe, hashes = run.request_value("recipe"), run.request_value("data")
     key = request_key(recipe, hashes, machine) if isinstance(hashes, dict) else ""
     actual = {

@@ -13,9 +13,9 @@ from luthier.trackers import TRACKERS, Status, TrackedRun, Tracker
 
 
 class TrackingReporter(Reporter):
-    """A reporter that also logs metrics to trackers.
+    """A reporter with additional output to trackers.
 
-    A tracker that fails is left out from then on, with one warning: training continues.
+    A failing tracker is dropped with one warning: training continues.
     """
 
     def __init__(self, reporter: Reporter, run: TrackedRun, names: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class TrackingReporter(Reporter):
 def tracked(
     reporter: Reporter, names: Sequence[str], model_id: str, folder: Path, recipe: Mapping[str, Any]
 ) -> Iterator[Reporter]:
-    """Yield a reporter that also logs to the trackers ``names`` until the block ends.
+    """Yield a reporter with the trackers ``names`` until the block ends.
 
     Raises:
         RecipeError: if the library of a tracker is not installed.

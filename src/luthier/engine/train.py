@@ -1,4 +1,4 @@
-"""From a recipe to a custom model: everything a run does, in the order it does it."""
+"""Training from a recipe to a stored custom model, in the order of execution."""
 
 from __future__ import annotations
 
@@ -69,11 +69,17 @@ def train(
     lineage: Mapping[str, Any] | None = None,
     data: OpenedData | None = None,
 ) -> Result:
-    """Carry out ``recipe`` and return what came out; the model is stored and verified.
+    """Train the model of ``recipe``, verify and store the model, and return the result.
 
-    ``lineage`` is what the manifest is to say further of where the model comes from. In each process
-    that a launcher such as torchrun has started it takes a part of the work, and returns the same; the
-    first alone reports and writes.
+    Every process that a launcher such as torchrun starts calls this function. All processes share
+    the work of each step and return the same result. Only the first process reports and writes.
+
+    Args:
+        recipe: the recipe.
+        resume: whether to continue an unfinished run.
+        reporter: receiver of messages and metrics.
+        lineage: additional fields of the manifest about the origin of the model.
+        data: the opened row sources, if the caller has opened the sources already.
 
     Raises:
         RefusedInput: before any training, for data, recipe, model, memory, disk or name.
@@ -103,7 +109,7 @@ def _train_first(
     machine: Machine,
     group: ProcessGroup,
 ) -> Result:
-    """:func:`train` in the process that reports and writes, which mostly is the only one."""
+    """Run :func:`train` in the reporting and writing process (rank 0)."""
     recipe = with_base(recipe, reporter, data)
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
@@ -147,7 +153,8 @@ def _train_first(
 
 
 def _check_free(run: Run, recipe: Recipe, base: store.StoredModel, data: OpenedData) -> None:
-    """Refuse a name that is taken, after rows that are refused under any name."""
+    """Reject a name that exists already. Invalid rows are reported first, because a new name does
+    not fix rows."""
     try:
         run.check_free()
     except RunConflict:
@@ -164,9 +171,9 @@ def train_first(
     clock: Clock,
     group: ProcessGroup,
 ) -> Result:
-    """Train a job that is prepared, in the first process of ``group``, which holds ``run``'s lock.
+    """Train a prepared job in the first process of ``group``, after acquiring the lock of ``run``.
 
-    ``job`` is ``None`` where the run was ``done`` before.
+    ``job`` is ``None`` if the run was finished before; ``done`` is then the result.
     """
     group.agree()
     settled = job.settled() if job is not None else {}
@@ -204,7 +211,7 @@ def train_first(
 
 
 def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Result:
-    """:func:`train` in a process that takes a part of the work and keeps nothing."""
+    """Run :func:`train` in a process without files: compute a share of each step."""
     recipe = with_base(recipe, Reporter())
     base = store.find(recipe.base)
     job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
@@ -223,8 +230,8 @@ def train_beside(
 ) -> Result:
     """Take part in the training of :func:`train_first`, in another process of ``group``.
 
-    ``prepare`` makes the job from the values of :meth:`TrainingJob.settled`, after the first process is
-    ready.
+    ``prepare`` makes the job from the values of :meth:`TrainingJob.settled`, after the first
+    process is ready.
     """
     group.agree()
     folder, settled, resume, done = group.first(None)
@@ -245,7 +252,7 @@ def train_beside(
 
 @contextmanager
 def _explain_changed_rows() -> Iterator[None]:
-    """Say of a row that is refused in training that the gate has read it before."""
+    """Report a row rejected during training as a file changed after the data check."""
     try:
         yield
     except RowRefused as bad:
@@ -257,13 +264,14 @@ def _explain_changed_rows() -> Iterator[None]:
 
 
 def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> TrainingProgress:
-    """Train and measure as :func:`train` does, in ``folder``, and store no model.
+    """Train and measure in ``folder`` without storing a model: a trial run.
 
-    Whoever calls holds the only hand on ``folder``. A rehearsal that was cut short in it goes on from
-    its last checkpoint, to the same bits. A recipe without validation rows is rejected.
+    The caller must have acquired the lock of ``folder``. An interrupted trial resumes from the last
+    checkpoint with bit-identical results. A recipe without validation rows is rejected.
 
     Raises:
-        RefusedInput, Interrupted: as :func:`train` does; and what ``reporter`` raises to stop it.
+        RefusedInput, Interrupted: as :func:`train` does.
+        Exception: any exception of ``reporter``, which stops the trial.
     """
     reporter = reporter or Reporter()
     keep_freed_memory()
@@ -289,18 +297,18 @@ def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> 
 
 
 class Trainer:
-    """One training of a job: the loop, its checkpoints, and the stored model.
+    """One training of a job: the loop, the checkpoints and the stored model.
 
     Everything else is a :class:`~luthier.engine.steps.TrainingStep`. Steps read and change the
     attributes of the trainer.
     """
 
     network: Network
-    """Network that trains; with the best weights after the loop."""
+    """The network in training. After the loop, the network has the best weights."""
     progress: TrainingProgress
-    """Progress at the end of the loop, the refit included."""
+    """Progress at the end of the loop, including the refit."""
     lines: list[dict[str, Any]]
-    """Lines of the metrics, without the refit."""
+    """Lines of the metrics file, without the refit."""
 
     def __init__(
         self,
@@ -312,22 +320,23 @@ class Trainer:
         group: ProcessGroup = ALONE,
         first_folder: Path | None = None,
     ) -> None:
-        """``first_folder`` is the folder of the run in the first process, if this is another one."""
+        """Create the trainer. ``first_folder`` is the run folder of the first process."""
         self.job, self.run_folder, self.reporter = job, run, reporter
         self.stored_job = job
-        """Job of the stored weights, with the settings that steps choose before storing."""
+        """Job of the stored weights, completed by steps before storing."""
         self.steps, self.clock, self.group = steps, clock or Clock(), group
         self.first_folder = first_folder or run.folder
         self.found: tuple[TrainingProgress, Mapping[str, torch.Tensor]] | None = None
-        """Checkpoint that the run continues from."""
+        """Checkpoint to resume from."""
         self.prepared_rows = job.data.train
-        """All training rows as the objective completed them, if a trial trains on some of them."""
+        """All training rows after :meth:`Objective.prepare`; a trial may train on a sample of the
+        rows."""
         self.first_lines: dict[str, dict[str, Any]] = {}
-        """Events to write into the metrics before the first step, with their values."""
+        """Events to write into the metrics before the first step, with values."""
         self.fitted_head = False
-        """Whether a new head started from logistic regression."""
+        """True if a new head started from logistic regression."""
         self.calibration_rows = 0
-        """Rows whose gradients the adaptation asked for."""
+        """Number of calibration rows of the adaptation."""
         self.baselines: FittedBaselines | None = None
         self.comparison: Comparison | None = None
         self.refit: Refit | None = None
@@ -352,16 +361,17 @@ class Trainer:
         return result
 
     def take_part(self, resume: bool) -> None:
-        """Train in a process that stores nothing."""
+        """Train in a process without a stored model."""
         self.learn(resume)
         for step in self.steps:
             step.after_training(self)
         self.network.close()
 
     def learn(self, resume: bool) -> None:
-        """Train to the end; afterwards :attr:`network` has the best weights.
+        """Train to the end. Afterwards :attr:`network` has the best weights.
 
-        The memory of the optimizer is free again, because verifying loads a second network.
+        The optimizer's memory is free again on return, because the parity check loads a second
+        network.
         """
         loop = self.start(resume)
         self.progress = loop.run()
@@ -377,7 +387,7 @@ class Trainer:
                 self.network = self._collect_shards(tensors)
 
     def start(self, resume: bool) -> Loop:
-        """Load the network, take the steps before training, and return the loop at its next step."""
+        """Load the network, run the steps before training, and return the loop at the next step."""
         with self.clock.part("load"):
             self._loaded = load_trained_network(self.job, self.group, self.reporter)
         self.network = self._loaded.network
@@ -402,7 +412,7 @@ class Trainer:
         return loop
 
     def release(self) -> None:
-        """Drop everything that only training needed."""
+        """Free everything needed for training only."""
         network = self.network
         for other in network.others.values():
             other.close()
@@ -414,7 +424,7 @@ class Trainer:
         (self.run_folder.folder / ACTIVATIONS).unlink(missing_ok=True)
 
     def store(self) -> Result:
-        """Write the trained model, and compare the model read back from disk."""
+        """Write the trained model and compare the model with a copy loaded from disk."""
         self.reporter.stage("Storing and verifying the model")
         for step in self.steps:
             step.before_storing(self)
@@ -438,7 +448,7 @@ class Trainer:
             return writer.write(self.network)
 
     def of_refit(self, job: TrainingJob, run: Run) -> Trainer:
-        """Return the trainer of a second training of the same run, which stores nothing itself."""
+        """Return the trainer of the refit, which stores no model."""
         return Trainer(
             job,
             run,
@@ -450,7 +460,7 @@ class Trainer:
         )
 
     def _collect_shards(self, tensors: dict[str, torch.Tensor]) -> Network:
-        """Return a whole network with the weights that trained in shards."""
+        """Return a whole network with the gathered weights of all shards."""
         network = load_trained_network(self.job, self.group, self.reporter, whole=True).network
         with torch.no_grad():
             for name, tensor in adapter_tensors(network.model).items():

@@ -25,23 +25,24 @@ from luthier.objectives.base import add_modules
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network that is ready to train, and the sizes that reports and manifests show."""
+    """A network ready for training, with sizes for reports and manifests."""
 
     network: Network
     trained: int
-    """Numbers that train."""
+    """Number of trained weights."""
     weights: int
-    """All numbers of the network."""
+    """Number of weights of the network."""
     extra_modules: Sequence[str]
-    """Names of the objective's modules that only training needs."""
+    """Names of the objective's modules for training only."""
 
 
 def load_trained_network(
     job: TrainingJob, group: ProcessGroup, reporter: Reporter, whole: bool = False
 ) -> TrainedNetwork:
-    """Load the base model of ``job`` with its adaptation; cut layers into shards if the recipe asks.
+    """Load the base model of ``job`` with the adaptation; shard the layers if the recipe asks for
+    shards.
 
-    ``whole`` gives a network on the CPU that is not cut and prints no notes, to collect shards.
+    ``whole`` loads a network on the CPU without shards or notes, to gather the shards.
     """
     training, adaptation, objective = job.recipe.training, job.recipe.adaptation, job.data.objective
     machine = job.machine
@@ -107,7 +108,7 @@ def load_trained_network(
 
 
 def load_frozen(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
-    """Load a model that helps to train, such as a teacher, as it is served."""
+    """Load an additional model, such as a teacher, as for serving."""
     reporter.stage(f"Loading {stored.id}")
     model = store.load(stored, machine.dtype, machine.device)
     model.requires_grad_(False).eval()

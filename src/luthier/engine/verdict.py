@@ -1,8 +1,8 @@
-"""What a finished run came to, by what was measured on its validation rows before and while it trained.
+"""Verdicts on finished runs, from the measurements before and during training.
 
-The weights with the best measurement are the ones that are stored, the last of those that chance does
-not tell from it (:func:`~luthier.engine.metrics.best_measurement`). The first measurement comes before
-the first step: a run that only does harm keeps the weights it began with, and says so.
+The best measurement determines the stored weights; among measurements equal within chance, the last
+(:func:`~luthier.engine.metrics.best_measurement`). The first measurement precedes the first step. A
+run that only does harm therefore keeps the initial weights.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ Outcome = Literal[
 ]
 
 LEAST_GAIN = 0.02
-"""Share of the first validation loss that must be gained for a run to have learned something."""
+"""Minimum gain for a run to have learned, as a share of the first validation loss."""
 LEAST_CHANGE = 0.05
-"""Share of all that was gained, from which on a rise or a fall near the end counts."""
+"""Minimum rise or fall near the end that counts, as a share of the total gain."""
 LAST_PART = 0.6
-"""Where the last part of a run begins, which tells whether it still improves. It is a large one, as the
-rate that falls to 0 makes the very end flat, whether there is more to learn or not."""
+"""Start of the last part of a run, as a share of the steps. The last part is large: with a rate
+that falls to 0, the very end is flat in any case."""
 FEWEST_STEPS = 6
-"""Steps below which a loss that falls or rises from step to step is that of other rows."""
+"""Minimum number of steps for a trend; in shorter runs the loss varies with the rows."""
 RISEN = 0.1
-"""Share of a loss by which it must end above its beginning to have risen."""
+"""Minimum rise of a loss that counts, as a share of the first loss."""
 LEARNED = 0.1
-"""Share of the first training losses that must be gone before rows that are not told apart put blame on
-their labels: a new head that only learns how often each label comes gains less."""
+"""Minimum fall of the training loss, as a share, before labels can be blamed for an uninformative
+model. A new head that only learns label frequencies gains less."""
 SMALL_BATCH = 16
-"""Rows of a step below which a larger one is worth a try where nothing was learned."""
+"""Batch size below which a larger batch is advised if nothing was learned."""
 FEW_LOSSES = 10
-"""Held-out rows below which a loss of them is rough that is a mean over tokens, of which are many."""
+"""Number of held-out rows below which a token-level loss is rough."""
 _HEADLINES: Mapping[Outcome, str] = {
     "learned": "learned",
     "still_improving": "learned, and still improving at the end",
@@ -66,12 +66,12 @@ _HEADLINES: Mapping[Outcome, str] = {
 
 @dataclass(frozen=True)
 class _Start:
-    """How sentences name what was measured before the first step."""
+    """Wording for the measurement before the first step."""
 
     measured: str
     name: str
     stored: str
-    """Said where its weights are the ones that are stored."""
+    """Sentence for stored weights from before the first step."""
 
 
 _UNTRAINED = _Start(
@@ -84,18 +84,18 @@ _REGRESSION = _Start("of the regression", "the regression", "The regression is w
 
 @dataclass(frozen=True)
 class Refit:
-    """A second training from the base, on all rows, whose weights are the ones that are stored."""
+    """A second training from the base on all rows. The weights of the refit are stored."""
 
     rows: int
-    """Rows that it learned from."""
+    """Number of training rows."""
     held_out: int
-    """Those among them that the first training was measured on."""
+    """Number of training rows held out from the first training."""
     steps: int
-    """Its own, as many passes as led to the kept step of the first training."""
+    """Number of steps of the second training."""
 
     @property
     def text(self) -> str:
-        """What people are to know of the scores and the weights."""
+        """Sentence about the origin of scores and weights."""
         return (
             f"These scores are of a training without the {self.held_out:,} held-out rows; the weights "
             f"that are stored come from a second one of {self.steps:,} steps, which learned from all "
@@ -105,28 +105,28 @@ class Refit:
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """Whether a run learned: in a word, in sentences, and in numbers."""
+    """The verdict on a run: outcome, text, advice and measurements."""
 
     outcome: Outcome
     text: str
-    """The outcome with its numbers, and which weights are stored."""
+    """The outcome with the measurements and the stored weights."""
     advice: str
-    """What to change in a further run; empty where there is nothing to say."""
+    """Advice for the next run; empty without advice."""
     kept_step: int
-    """The step whose weights are stored, or whose passes a refit repeats; 0 is before training."""
+    """Step of the stored weights, or of the passes that a refit repeats; 0 is before training."""
     stopped_early: bool
-    """Whether the patience ended the run before its last step."""
+    """True if the patience ended the run before the last step."""
     before: dict[str, float]
-    """What was measured on the validation rows before training: ``loss`` or ``reward``, and scores."""
+    """Validation measurement before training: ``loss`` or ``reward``, and scores."""
     kept: dict[str, float]
-    """The same of the weights of that step."""
+    """Validation measurement of the kept step."""
     last: dict[str, float]
-    """The same after the last step."""
+    """Validation measurement after the last step."""
     learned: bool = True
-    """Whether it is better than the weights it began with, and than to answer every row alike; where it
-    is not, nothing is refitted. Results of older runs do not say it."""
+    """True if the model is better than before training and better than a constant answer. If not,
+    the run skips the refit. Defaults to true for results of older runs."""
     unchanged: bool = False
-    """Whether the stored weights are those from before training, so that it answers as its base."""
+    """True if the stored weights are the weights from before training."""
 
 
 def judge_run(
@@ -142,23 +142,22 @@ def judge_run(
     other_base: str = "",
     refit: Refit | None = None,
 ) -> RunVerdict:
-    """The verdict on a run.
+    """Return the verdict on a run.
 
     Args:
-        lines: of its metrics, in their order.
-        measure: what of the validation rows decides which weights are kept: ``loss``, ``reward`` or
-            a score.
-        training: its settings, which advice starts from.
-        steps: how many there were to be.
-        rows: how many validation rows there are; 0 where that is not known.
-        steps_per_pass: how many steps see every training row once; 0 where that is not known.
-        fitted_head: whether the head started from logistic regression: what was measured before the
-            first step is that, and to be no better is no failure to learn.
-        uninformative: whether answering all rows alike is no worse, so that the model does not show
-            that the rows tell what they are answered with.
-        informed: the baseline that shows that they do, if one does.
-        other_base: what the data gate advises where the base does not know the language of the rows.
-        refit: the second training, on all rows, where its weights are the ones that are stored.
+        lines: lines of the metrics file, in order.
+        measure: validation measure that decides: ``loss``, ``reward`` or a score.
+        training: training settings.
+        steps: planned number of steps.
+        rows: number of validation rows; 0 if unknown.
+        steps_per_pass: steps per epoch; 0 if unknown.
+        fitted_head: whether the head started from logistic regression. The first measurement is
+            then the regression, and an equal result is no failure.
+        uninformative: whether a constant answer is not measurably worse than the model.
+        informed: name of a baseline that does learn from the rows; empty without.
+        other_base: advice for another base model, if the base does not know the language of the
+            rows.
+        refit: the second training on all rows, if the stored weights come from a refit.
     """
     train = [line for line in lines if line["event"] == "train"]
     held = [line for line in lines if line["event"] == "validation"]
@@ -237,7 +236,7 @@ def judge_run(
 
 
 class _Course:
-    """The measurements of a run, judged by their cost (:func:`~luthier.engine.metrics.cost_of`)."""
+    """The measurements of a run, compared by :func:`~luthier.engine.metrics.cost_of`."""
 
     def __init__(
         self,
@@ -248,7 +247,7 @@ class _Course:
         rows: int,
         repeats: bool,
     ) -> None:
-        """``rows`` are held out, 0 if that is not known; ``repeats`` if training rows came again."""
+        """Create the course. ``repeats`` states whether training rows were used more than once."""
         self.train, self.held, self.measure, self.start = train, held, measure, start
         self.rows, self.repeats = rows, repeats
         self.first, self.last = held[0], held[-1]
@@ -256,7 +255,7 @@ class _Course:
         self.gain = self._cost(self.first) - self._cost(self.kept)
 
     def outcome(self) -> Outcome:
-        """The one word."""
+        """Return the outcome."""
         if self.gain <= self._least(self.kept):
             harmed = self.kept is self.first and self._above_start(self.last)
             return "worse" if harmed else "hardly_learned"
@@ -276,7 +275,7 @@ class _Course:
         return "learned"
 
     def describe(self, early: bool, last_step: int, kept_for: str) -> str:
-        """The numbers in words, and which weights are ``kept_for`` what."""
+        """Return a sentence with the measurements and the kept weights."""
         measure = SCORES.get(self.measure, self.measure)
         text = f"validation {measure} {self._scores(self.first)} {self.start.measured}"
         kept = self.kept["step"]
@@ -321,7 +320,7 @@ class _Course:
         )
 
     def advice(self, outcome: Outcome, training: Training) -> str:
-        """What to change in a further run."""
+        """Return advice for the next run."""
         lower = _rate(training, 1 / 4)
         too_high = f"The rate is too high: try {lower}, or let `luthier search` find one"
         if outcome == "learned":
@@ -362,12 +361,12 @@ class _Course:
         )
 
     def training_learned(self) -> bool:
-        """Whether the training loss clearly fell over the run."""
+        """Return true if the training loss clearly fell."""
         first, last = _ends(self.train)
         return first - last > LEARNED * abs(first)
 
     def advice_to_learn(self, training: Training) -> str:
-        """What to change where the training rows themselves were not learned."""
+        """Return advice for a run with unlearned training rows."""
         first, last = _ends(self.train)
         moved = f"The training loss hardly moved, from {first:.3f} to {last:.3f}"
         if self._risen(self.train):
@@ -397,7 +396,7 @@ class _Course:
         return f"{look}. A lower rate is steadier: try {lower}"
 
     def _twice(self, training: Training) -> str:
-        """How to train twice as long, and what that takes."""
+        """Return the setting for twice the steps, with the additional time."""
         longer = format_duration(math.fsum(line.get("seconds", 0.0) for line in self.train))
         setting = f"training.max_steps={2 * self.train[-1]['step']}"
         if training.max_steps is None and training.epochs:
@@ -408,16 +407,17 @@ class _Course:
         return cost_of(line, self.measure)
 
     def _least(self, line: Mapping[str, Any]) -> float:
-        """How far a measurement must be from the first to say anything."""
+        """Return the minimum significant difference from the first measurement."""
         return max(LEAST_GAIN * abs(self._cost(self.first)), self._chance(self.first, line))
 
     def _noise(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-        """How far two measurements of a run that learned must be apart to say anything."""
+        """Return the minimum significant difference between two measurements of a run with a gain."""
         least = LEAST_CHANGE * self.gain
         return max(least, self._chance(one, other), self._few_rows_chance())
 
     def _few_rows_chance(self) -> float:
-        """The same of a loss of few rows, which has no error that is known; else 0."""
+        """Return the minimum significant difference of a loss of few rows, whose error is unknown;
+        else 0."""
         few = self.measure == "loss" and 0 < self.rows < FEW_LOSSES
         return LEAST_GAIN * abs(self._cost(self.first)) if few else 0.0
 
@@ -428,7 +428,7 @@ class _Course:
         return self._cost(line) - self._cost(self.first) > self._least(line)
 
     def _training_moved(self) -> int:
-        """Where the training loss went from the best step to the end: 1 is up, -1 down, 0 neither."""
+        """Return the direction of the training loss after the best step: 1 up, -1 down, 0 flat."""
         losses = [line["loss"] for line in self.train]
         part = max(1, len(losses) // 4)
         upto = self.kept["step"] or part
@@ -437,7 +437,7 @@ class _Course:
         return (moved > least) - (moved < -least)
 
     def _risen(self, lines: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether a loss ended above where it began, whatever it was in between."""
+        """Return true if a loss ended clearly above the start."""
         first, last = _ends(lines)
         return last > first + RISEN * abs(first)
 
@@ -451,18 +451,18 @@ class _Course:
 
 
 def _rate(training: Training, times: float) -> str:
-    """How to train at so many times the rate of this run."""
+    """Return the setting for ``times`` the run's learning rate."""
     rate = training.learning_rate or 0.0
     return f"`training.learning_rate={rate * times:.1e}` (it was {rate:.1e})"
 
 
 def _ends(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The mean loss of the first three lines, or fewer of few, and that of the last quarter."""
+    """Return the mean loss of the first three lines at most, and of the last quarter."""
     losses = [line["loss"] for line in lines]
     part = max(1, len(losses) // 4)
     return statistics.fmean(losses[: min(part, 3)]), statistics.fmean(losses[-part:])
 
 
 def _values(line: Mapping[str, Any], measure: str) -> dict[str, float]:
-    """What was measured, without what the loop notes beside it."""
+    """Return the measured values without bookkeeping fields."""
     return {name: line[name] for name in (measure, *metrics_beside(measure)) if name in line}

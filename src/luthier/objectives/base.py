@@ -113,7 +113,7 @@ class RunStart:
     budget: int
     """Tokens of one micro-batch."""
     new_head: bool
-    """Whether the head has random numbers, because the base model has no such head."""
+    """True if the head has random numbers, because the base model has no such head."""
     rows_read: int
     """Rows that all steps read."""
     rows_measured: int
@@ -130,7 +130,7 @@ class PreparedRows:
 
     examples: Sequence[Example]
     head_fitted: bool = False
-    """Whether the new head was set from the rows."""
+    """True if the new head was set from the rows."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,15 @@ class Objective(StrictModel):
     )
     """Row shapes that ``luthier evaluate`` measures models of this objective on."""
     same_each_epoch: ClassVar[bool] = True
-    """Whether the network sees the same tokens of a row in every epoch."""
+    """True if the network sees the same tokens of a row in every epoch."""
     contrasts_rows: ClassVar[bool] = False
-    """Whether the loss compares the rows of a batch, so that the batch size matters."""
+    """True if the loss compares the rows of a batch, so that the batch size matters."""
     allows_augmentation: ClassVar[bool] = False
-    """Whether words of a row may be moved or removed without a change of its label or target."""
+    """True if words of a row may be moved or removed without a change of its label or target."""
     can_shard: ClassVar[bool] = False
-    """Whether each micro-batch is one pass that needs no other pass, so that layers can be sharded."""
+    """True if each micro-batch is one pass that needs no other pass, so that layers can be sharded."""
     generates_images: ClassVar[bool] = False
-    """Whether the network generates images (:mod:`luthier.media.image_generation`)."""
+    """True if the network generates images (:mod:`luthier.media.image_generation`)."""
     measure: ClassVar[str] = "loss"
     """Metric of :meth:`validation_metrics` that chooses the weights: ``loss``, or a score where more is
     better. If the score is ``reward``, the loss is minus the reward."""
@@ -202,7 +202,7 @@ class Objective(StrictModel):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the objective runs the network at its starting weights, ``network.at_start()``."""
+        """True if the objective runs the network at its starting weights, ``network.at_start()``."""
         return False
 
     @property
@@ -212,7 +212,7 @@ class Objective(StrictModel):
 
     @property
     def starts_head(self) -> bool:
-        """Whether :meth:`prepare` sets a new head from the rows with the current settings."""
+        """True if :meth:`prepare` sets a new head from the rows with the current settings."""
         return False
 
     # 1. Before the rows are read.

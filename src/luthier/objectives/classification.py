@@ -65,7 +65,7 @@ class Classification(Objective):
     shares: tuple[float, ...] | None = None
     """How frequent each class is, in the order of ``labels``; from the training rows when not given."""
     multi_label: bool | None = None
-    """Whether a text may have several labels, or none; from the training rows when not given."""
+    """True if a text may have several labels, or none; from the training rows when not given."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
     class_weights: Literal["balanced"] | dict[str, float] | None = None
@@ -161,7 +161,7 @@ class Classification(Objective):
 
     @property
     def starts_head(self) -> bool:
-        """Whether logistic regression does; that needs two classes."""
+        """True if logistic regression does; that needs two classes."""
         return bool(self.probe) and len(self.labels or ()) > 1
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
@@ -335,7 +335,7 @@ class Classification(Objective):
 
 
 def learns_several(rows: Sequence[Row]) -> bool:
-    """Whether labelled rows say that a row may have several labels."""
+    """True if labelled rows say that a row may have several labels."""
     labelled = [row for row in rows if isinstance(row, Labelled)]
     arrays = [row for row in labelled if not isinstance(row.label, str)]
     unlike_one = sum(not row.has_one_label for row in arrays)

@@ -113,7 +113,7 @@ class Rollouts:
 
     @property
     def equal_P(self) -> Any:
-        """Whether all completions of a prompt are worth the same, so that nothing tells them apart."""
+        """True if all completions of a prompt are worth the same, so that nothing tells them apart."""
         return self.score_PG.max(1) == self.score_PG.min(1)
 
     def report(self) -> dict[str, float]:

@@ -105,7 +105,7 @@ class TopK:
         return kept
 
     def complete(self) -> bool:
-        """Whether the files are there, for these rows and settings."""
+        """True if the files are there, for these rows and settings."""
         done = self._folder / _DONE
         return done.is_file() and read_json(done).get("key") == self._key
 
