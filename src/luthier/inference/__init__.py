@@ -1,1 +1,1 @@
-"""Answering with models, and writing them for other software."""
+"""Inference with stored models."""

@@ -1,9 +1,9 @@
 """Dynamic batching for models that predict: rows of all waiting requests share a forward pass.
 
 No request waits for a batch to fill. The request with the model's turn reads the rows that arrived
-during the last pass, one row per request in turn until the pass is full. So a request of one row is
-answered with the next pass, next to a request of a thousand rows. Passes grow while they take less than
-:data:`PASS_SECONDS`.
+during the last pass, one row per request in turn until the pass is full. So a request of one row
+finishes with the next pass, even next to a request of a thousand rows. Passes grow while a pass
+takes less than :data:`PASS_SECONDS`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from luthier.types import Example
 
 PASS_SECONDS = 0.2
-"""Duration of a pass: a slower pass halves the size of the next one, and a pass of less than half of
-this time doubles the size."""
+"""Target duration of a pass. A slower pass halves the size of the next pass. A pass of less than
+half of this time doubles the size."""
 FEWEST_TOKENS = 32
-"""Tokens of the smallest full pass: fewer tokens take as long, because they are padded."""
+"""Tokens of the smallest full pass: fewer tokens take as long because of padding."""
 
 
 class Work:
-    """The time limits of one request at a model with turns."""
+    """Time limits of a request at a model with turns."""
 
     def __init__(self, seconds: float = math.inf, queue_seconds: float = math.inf) -> None:
         """Allow ``seconds`` of the model's time, and ``queue_seconds`` before the first turn.
@@ -48,18 +48,18 @@ class Work:
         self.queue_seconds = queue_seconds
         self._turn_until = time.monotonic() + queue_seconds
         self.has_begun = False
-        """Whether the first turn has come."""
+        """True if the first turn has started."""
         self._cancelled = threading.Event()
         cancellable(KillHandle(self._cancelled.set))
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the client hung up."""
+        """True if the client hung up."""
         return self._cancelled.is_set()
 
     @property
     def is_late(self) -> bool:
-        """Whether the work has waited too long for its first turn."""
+        """True if the wait for the first turn exceeds the limit."""
         return not self.has_begun and time.monotonic() > self._turn_until
 
     @contextmanager
@@ -101,7 +101,7 @@ class RowFailed(Exception):
 
 
 class ReadRequest:
-    """A request with its unread rows and its answers."""
+    """A request with unread rows and finished predictions."""
 
     def __init__(self, examples: Sequence[Example], work: Work) -> None:
         """``Example.row`` is the place of each row in the request."""
@@ -113,11 +113,11 @@ class ReadRequest:
 
     @property
     def is_done(self) -> bool:
-        """Whether every row is answered, or one failed."""
+        """True if every row has a prediction, or a row failed."""
         return self._failure is not None or not self._missing
 
     def settle(self, place: int, answer: dict[str, Any] | Exception) -> None:
-        """Store the answer to a row; an exception ends the request."""
+        """Store the prediction for a row; an exception ends the request."""
         if isinstance(answer, Exception):
             self._failure = self._failure or (place, answer)
             self.unread.clear()
@@ -126,7 +126,7 @@ class ReadRequest:
             self._missing -= 1
 
     def answers(self) -> list[dict[str, Any]]:
-        """Return the answers in the order of the rows.
+        """Return the predictions in the order of the rows.
 
         Raises:
             InferenceFailed, Cancelled: if the request is overdue or cancelled.
@@ -151,12 +151,12 @@ class PassRow:
     nbytes: int
 
     def settle(self, answer: dict[str, Any] | Exception) -> None:
-        """Store the answer in the request."""
+        """Store the prediction in the request."""
         self.request.settle(self.example.row, answer)
 
 
 class RowBatcher:
-    """The waiting requests of one model. Safe to share between threads."""
+    """Waiting requests of a model. Safe to share between threads."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class RowBatcher:
         memory: CacheBudget,
         deterministic: bool = False,
     ) -> None:
-        """Take the activations of a pass from ``memory``; ``deterministic`` passes have one row."""
+        """Reserve activations in ``memory``; ``deterministic`` passes have a single row."""
         from luthier.models.layouts import MOST_IMAGES
 
         network = predictor.network
@@ -200,7 +200,7 @@ class RowBatcher:
             self._waiting.add(request)
 
     def remove(self, request: ReadRequest) -> None:
-        """Remove ``request`` with its unread rows."""
+        """Remove ``request``."""
         with self._lock:
             self._waiting.remove(request)
 
@@ -222,7 +222,7 @@ class RowBatcher:
                 self._memory.give(row.request.client, row.nbytes)
 
     def read(self, rows: Sequence[PassRow]) -> None:
-        """Read ``rows`` together, or one by one after a failure, which one row may have caused."""
+        """Read ``rows`` together; after a failure row by row, to find the failing row."""
         answers = self._try(rows)
         if not isinstance(answers, Exception):
             for row, answer in zip(rows, answers, strict=True):
@@ -235,7 +235,7 @@ class RowBatcher:
                     self.read([row])
 
     def _try(self, rows: Sequence[PassRow]) -> list[dict[str, Any]] | Exception:
-        """Return the answers to ``rows`` or the error, and count the time."""
+        """Return the predictions for ``rows`` or the error, and count the time."""
         began, cost = time.monotonic(), sum(row.cost for row in rows)
 
         def check(*_: Any) -> None:
@@ -292,7 +292,7 @@ class RowBatcher:
         return rows
 
     def _able(self, first: ReadRequest) -> list[ReadRequest]:
-        """Return ``first`` and the requests of clients that are not ahead of others."""
+        """Return ``first`` and the requests of clients that may run now."""
         scheduler = self._scheduler
         clients = sorted(scheduler.runnable(self._waiting.clients), key=scheduler.seconds)
         others = [

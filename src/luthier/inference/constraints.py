@@ -1,7 +1,7 @@
-"""Constrained decoding: answers that match a JSON schema, regular expression or grammar.
+"""Constrained decoding: replies that match a JSON schema, regular expression or grammar.
 
-All three become a grammar of llguidance, which limits its own time and memory for most grammars.
-:func:`check_schema` refuses the schemas whose cost it does not limit.
+llguidance compiles the constraints to grammars and limits time and memory for most grammars.
+:func:`check_schema` rejects schemas with unlimited cost.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ if TYPE_CHECKING:
     from luthier.models.sampling import Constraint
 
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
-"""Keywords whose value is an object of schemas by name."""
+"""Keywords that contain schemas by name."""
 DEPTH = 100
-"""Most levels of nesting in a schema, because recursive functions read it."""
+"""Maximum nesting of a schema, because recursive functions read schemas."""
 INTERSECTIONS = 8
-"""Most patterns that one text of a schema must match: the time of llguidance doubles with each."""
+"""Maximum number of patterns for one string: each pattern doubles the time of llguidance."""
 MULTIPLE = 10_000
 """Largest least common multiple of all ``multipleOf``: the lexer has about as many states."""
 STACK_BYTES = 256 << 20
-"""Stack of a thread that reads a grammar: llguidance recurses over rules. Schemas of 200,000
-characters took less than 64 MiB, which overflows the usual 8 MiB."""
+"""Stack size of the thread that reads a grammar, because llguidance recurses over rules. Schemas of
+200,000 characters needed less than 64 MiB, more than the usual 8 MiB."""
 LEXER_FUEL = 100_000
 """Most nodes of a grammar's regular expressions: 5,000 choices, or 2,000 fields."""
 LEXER_STATES = 100_000
 """Most states of a grammar's lexer, about 360 bytes each. Text of limited length needs 18 for each
 token, text of any length few, ``\\w*a\\w{60}`` 200."""
 ROW_ITEMS, STEP_ITEMS = 500, 5000
-"""Most parser items at one place of the text and for one token. An ambiguous grammar has one for
-each rule that may have begun at each earlier place: with the defaults of llguidance (2,000 and
-50,000), 167 tokens of ``s: s s s | "a" |`` take a minute; with these 0.4 s."""
+"""Maximum parser items per position and per token. An ambiguous grammar has an item for each rule
+and start position: with the defaults of llguidance (2,000 and 50,000), 167 tokens of ``s: s s s |
+"a" |`` take a minute; with these limits 0.4 s."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-"""White space as Python writes it, so that a model cannot fill an answer with line breaks."""
+"""White space as ``json.dumps`` writes, so that a model cannot fill a reply with line breaks."""
 _NOUNS = {"schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
 _EMBEDDED = re.compile(r"%json\s*")
 _QUOTED = re.compile(r"\n +\d+ \| ")
 
 
 class Matcher:
-    """State of one answer in its grammar."""
+    """Grammar state of a reply."""
 
     def __init__(self, matcher: Any, noun: str) -> None:
         self._matcher, self._noun = matcher, noun
@@ -71,11 +71,11 @@ class Matcher:
 
     @property
     def is_finished(self) -> bool:
-        """Whether only the end may follow."""
+        """True if the grammar allows only the end."""
         return bool(self._matcher.is_stopped())
 
     def allowed_mask(self, vocabulary: int) -> Tensor:
-        """Return which tokens may come next, booleans ``[V]``."""
+        """Return a boolean mask ``[V]`` of the allowed next tokens."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[:vocabulary].astype(bool)
@@ -94,17 +94,17 @@ class Matcher:
 
 
 def check_constraint(constraint: Constraint, characters: int) -> None:
-    """Raise :class:`InferenceRefused` for a constraint that is invalid or too large."""
+    """Raise :class:`InferenceRefused` for an invalid or too large constraint."""
     library = _library()
     grammar = _grammar_of(constraint, characters)
     _read_grammar(library.LLTokenizer("byte"), grammar, constraint.kind)
 
 
 def _read_grammar(tokenizer: Any, grammar: str, kind: str) -> Any:
-    """Return a matcher of the library for ``grammar``, which the field ``kind`` gave.
+    """Return llguidance's matcher of ``grammar``; ``kind`` is the request field.
 
     Raises:
-        InferenceRefused: for a grammar that cannot be enforced.
+        InferenceRefused: for an unenforceable grammar.
     """
     library = _library()
     items = {"max_items_in_row": ROW_ITEMS, "step_max_items": STEP_ITEMS}
@@ -145,7 +145,7 @@ _starting = threading.Lock()
 
 
 def _with_deep_stack(work: Callable[[], Any]) -> Any:
-    """Return the result of ``work``, which runs in a thread of :data:`STACK_BYTES`."""
+    """Run ``work`` in a thread with a stack of :data:`STACK_BYTES` and return the result."""
     found: Future[Any] = Future()
 
     def run() -> None:
@@ -164,7 +164,7 @@ def _with_deep_stack(work: Callable[[], Any]) -> Any:
 
 
 class Constraints:
-    """Grammars over the vocabulary of one model. Thread-safe."""
+    """Grammars for a model's vocabulary. Safe to share between threads."""
 
     def __init__(
         self, chat: ChatFormat, vocabulary: int, characters: int = SCHEMA_CHARACTERS
@@ -175,10 +175,10 @@ class Constraints:
         self._lock = threading.Lock()
 
     def matcher(self, constraint: Constraint, reasoning: ReasoningFormat | None = None) -> Matcher:
-        """Return a matcher of ``constraint`` after any ``reasoning``.
+        """Return a matcher of ``constraint`` after optional ``reasoning``.
 
         Raises:
-            InferenceRefused: for a constraint that is invalid or too large.
+            InferenceRefused: for an invalid or too large constraint.
         """
         grammar = _grammar_of(constraint, self._characters)
         return self._matcher(grammar, constraint.kind, reasoning)
@@ -186,7 +186,8 @@ class Constraints:
     def calls(
         self, tools: Sequence[Tool], marked: bool, reasoning: ReasoningFormat | None = None
     ) -> Matcher:
-        """Return a matcher of one call of ``tools`` after any ``reasoning``, in tags if ``marked``.
+        """Return a matcher of a single tool call after optional ``reasoning``, in tags if
+        ``marked``.
 
         Raises:
             InferenceRefused: as :meth:`matcher`.
@@ -238,7 +239,7 @@ class Constraints:
 
 
 def _grammar_of(constraint: Constraint, characters: int) -> str:
-    """Return the llguidance grammar of ``constraint``, which has at most ``characters``."""
+    """Return the llguidance grammar of ``constraint``, a definition of at most ``characters``."""
     library = _library()
     kind, text = constraint.kind, constraint.definition
     if kind == "schema":
@@ -272,10 +273,10 @@ def _named_lark(text: str) -> str:
 
 
 def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
-    """Return ``grammar`` after the reasoning, any text up to its closing mark.
+    """Return ``grammar`` after reasoning: any text up to the closing mark.
 
-    It is optional if the prompt has not begun it. The marks are special tokens, or plain text for a
-    model without such tokens.
+    Reasoning is optional unless the prompt has the opening mark. Marks are special tokens, or plain
+    text for a model without such tokens.
     """
     marks = reasoning.marks
     opening, close = json.dumps(marks.open), json.dumps(marks.close)
@@ -333,13 +334,13 @@ def _serialize(schema: Mapping[str, Any], characters: int) -> str:
 
 
 def check_depth(schema: Any, kind: str = "schema") -> None:
-    """Refuse a schema that is nested too deeply to be read."""
+    """Raise :class:`InferenceRefused` for a schema deeper than :data:`DEPTH`."""
     if depth_of(schema) > DEPTH:
         raise InferenceRefused(f"The JSON schema is nested deeper than {DEPTH} levels.", kind)
 
 
 def check_schema(schema: Any, kind: str = "schema") -> None:
-    """Raise :class:`InferenceRefused` for a schema in the field ``kind`` that is too costly."""
+    """Raise :class:`InferenceRefused` for a too costly schema in the field ``kind``."""
     check_depth(schema, kind)
     numerator = denominator = 1
     patterns = joined = 0
@@ -396,7 +397,7 @@ def _unreadable(error: Exception) -> InferenceRefused:
 
 
 def _reason(error: str) -> str:
-    """Return a message of llguidance without its grammar and the state of its parser."""
+    """Return an error message of llguidance without the grammar and the parser state."""
     text = error.partition("<state>")[0]
     if "NoExtensionBias" in text:
         return "nothing can match it, or its references form a circle."
@@ -417,9 +418,9 @@ def _call(tool: Tool, place: str) -> dict[str, Any]:
 
 
 def _move_references(schema: Any, place: str, named: bool = False) -> Any:
-    """Return ``schema`` with its references to itself moved to ``place`` of another schema.
+    """Return ``schema`` with internal references moved to ``place`` of another schema.
 
-    Keys of ``named`` schemas are names and no keywords.
+    In a ``named`` object, keys are names of schemas, not keywords.
     """
     if isinstance(schema, list):
         return [_move_references(each, place) for each in schema]

@@ -1,9 +1,9 @@
-"""A generative model in memory that answers many requests at once.
+"""Continuous batching: a generative model in memory that answers many requests at once.
 
-One thread owns the network. In each round, the thread reads a little of the waiting prompts, and
-then every running answer grows by one token. Answers of a client that is ahead of others pause
+One thread owns the network. In each round, the thread reads a little of the waiting prompts. Then
+every running reply grows by one token. Replies of a client with a high counter pause
 (:mod:`luthier.inference.scheduler`). A request that runs alone has the same reply through every
-API, streamed or not; next to other requests, kernels may round differently.
+API, streamed or not. With concurrent requests, kernels may round differently.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 READ = 512
-"""Prompt tokens that are read between two tokens of the running answers."""
+"""Prompt tokens read between two tokens of the running replies."""
 UNREAD = 4096
-"""Unread pieces of an answer at which the answer pauses."""
+"""Number of unread events at which a reply pauses."""
 
 _log = logging.getLogger("luthier.inference")
 
@@ -78,7 +78,7 @@ TokenBytes = Callable[[int], bytes]
 
 
 class RunningRequest:
-    """A request while the model answers."""
+    """A request while the model generates the replies."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class RunningRequest:
         memory: int,
         model: Decoder,
     ) -> None:
-        """``model`` is the requested model; the decoder of its base may run the request."""
+        """``model`` is the requested model; the decoder of the base may run the request."""
         self.request, self.client, self.model = request, client, model
         self.ids_T, self.prompt_tokens = ids_T, prompt_tokens
         self.room, self.memory = room, memory
@@ -103,14 +103,14 @@ class RunningRequest:
         self.arrived = self.began = time.perf_counter()
         """Times of arrival and admission, in seconds of ``time.perf_counter``."""
         self.background = in_background()
-        """Whether the request may wait without limit."""
+        """True if the request may wait without limit."""
         self.cancelled = False
         self.unread = False
-        """Whether the client reads too slowly, so that the answers pause."""
+        """True if the replies pause because the client reads slowly."""
 
 
 class RunningAnswer:
-    """One answer of a request: from logits to the events for the client."""
+    """A reply of a request, from logits to events."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class RunningAnswer:
 
 
 class Decoder:
-    """Runs the requests to one model. Safe to share between threads."""
+    """Decoder of a model. Safe to share between threads."""
 
     def __init__(
         self,
@@ -227,12 +227,18 @@ class Decoder:
         """Start the decoder's thread.
 
         Args:
-            opened: the model, closed with the decoder. chat: its chat format. memory: budget for
-            keys and values. limits: limits of requests. scheduler: shared by all models, whose
-            clients get equal parts of the time. prefixes: cache of prompts; None for
-            ``deterministic``. base: decoder of the base model if ``opened`` is an adapter; its
-            thread runs the requests. latency: metrics of the model. deterministic: run one sequence
-            at a time, so that no reply depends on other requests.
+            opened: the model, closed with the decoder.
+            chat: chat format of the model.
+            memory: budget for keys and values.
+            limits: limits of requests.
+            scheduler: shared by all models, whose clients get equal parts of the time.
+            prefixes: prefix cache; None for ``deterministic``.
+            base: decoder of the base model if ``opened`` is an adapter; the thread of ``base`` runs
+                the
+                requests.
+            latency: metrics of the model.
+            deterministic: run one sequence at a time, so that no reply depends on concurrent
+                requests.
         """
         from luthier.inference.constraints import Constraints
 
@@ -251,7 +257,7 @@ class Decoder:
         self._speculates = backend if isinstance(backend, Speculates) else None
         self.latency = latency
         self.speculation = Speculation()
-        """Guessed tokens of finished answers."""
+        """Guessed tokens of finished replies."""
         self._prefixes = prefixes
         self._wake = threading.Condition()
         self._scheduler = scheduler or FairScheduler()
@@ -295,7 +301,7 @@ class Decoder:
 
     @property
     def idle(self) -> bool:
-        """Whether there is no request."""
+        """True if the decoder has no requests."""
         with self._wake:
             return not (self._waiting or self._reading or self._writing)
 
@@ -303,7 +309,7 @@ class Decoder:
         """Return the token ids of ``prompt``.
 
         Raises:
-            InferenceRefused: for an empty prompt, or one that the template rejects.
+            InferenceRefused: for an empty prompt, or a prompt that the template rejects.
             TooLong: for more than twice the tokens of the context.
         """
         from luthier.inference.tool_calls import encode
@@ -327,10 +333,10 @@ class Decoder:
         return ids_T
 
     def submit(self, request: GenerationRequest) -> Stream:
-        """Queue ``request`` and return its stream.
+        """Queue ``request`` and return the stream of events.
 
         Raises:
-            InferenceRefused: for a bad request.
+            InferenceRefused: for an invalid request.
             InferenceFailed: if too many requests wait. The stream raises ``Throttling`` after
                 ``queue_seconds`` in the queue, and ``ModelTimeout`` after ``answer_seconds``.
         """
@@ -460,7 +466,7 @@ class Decoder:
                 self._fail(error)
 
     def _next(self) -> bool:
-        """Wait for requests and admit those that fit; return False when the decoder closes."""
+        """Wait for requests and admit requests that fit; return False when the decoder closes."""
         with self._wake:
             while not (self._closed or self._waiting or self._reading or self._writing):
                 self._wake.wait()
@@ -503,14 +509,14 @@ class Decoder:
         return min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
 
     def _may_begin(self, job: RunningRequest) -> bool:
-        """Return whether the client's share of answers and memory allows the request."""
+        """Return whether the client's share of replies and memory allows the request."""
         answers = self._answers[job.client]
         most = self.limits.share_of(self.limits.answers)
         within = not answers or answers + job.request.n <= most
         return job.cancelled or (within and self.memory.allows(job.client, job.memory))
 
     def _lets_in(self, job: RunningRequest) -> bool:
-        """Admit ``job`` if there is room; return whether the request leaves the queue."""
+        """Admit ``job`` if the limits allow; return whether the request leaves the queue."""
         if job.cancelled:
             return True
         if self._answers.total() + job.request.n > self.limits.answers:
@@ -524,7 +530,7 @@ class Decoder:
         return True
 
     def _sweep(self) -> None:
-        """Forget requests whose client hung up, and requests beyond their time limit."""
+        """Remove cancelled requests and requests beyond the time limits."""
         now, limits = time.perf_counter(), self.limits
         with self._wake:
             for job in self._waiting:
@@ -558,12 +564,12 @@ class Decoder:
             self._end_state(answer)
 
     def _runnable(self) -> set[str]:
-        """Return the clients whose requests to this model may run now."""
+        """Return the clients with requests that may run now."""
         clients = {job.client for job in self._at_work() if not job.unread}
         return self._scheduler.runnable(clients)
 
     def _note_readers(self) -> None:
-        """Pause answers that the client does not read, since each token takes memory."""
+        """Pause replies with too many unread events, because each event needs memory."""
         for job in self._writing:
             unread = job.events.qsize() > UNREAD
             if unread != job.unread:
@@ -573,7 +579,7 @@ class Decoder:
                     answer.last_token_at = time.perf_counter()
 
     def _read(self) -> None:
-        """Read a few chunks of prompts; only one if another request arrived meanwhile."""
+        """Read chunks of prompts, or one chunk if a request arrived meanwhile."""
         spent = 0
         while spent < READ and not (spent and self._arrived):
             jobs = self._next_to_read()
@@ -605,7 +611,7 @@ class Decoder:
         return jobs
 
     def _try_open(self, job: RunningRequest) -> bool:
-        """Open the prompt, behind its cached prefix; a failure ends this request only."""
+        """Open the prompt after the cached prefix; a failure ends this request only."""
         if job.cancelled:  # meanwhile: its adapter may be gone
             return False
         try:
@@ -626,7 +632,7 @@ class Decoder:
         return True
 
     def _read_chunks(self, jobs: list[RunningRequest]) -> list[int]:
-        """Read a chunk of each prompt, and begin the answers of finished ones; return the tokens
+        """Read a chunk of each prompt, start the replies of finished prompts, and return the tokens
         read."""
         for job in jobs:
             self._reading.remove(job)
@@ -659,7 +665,7 @@ class Decoder:
             self._advance(answer, logits_V, None)
 
     def _write(self) -> bool:
-        """Run one step of as many answers as fit; return whether there were any."""
+        """Run one step of as many replies as fit; return whether a reply ran."""
         self._note_readers()
         runnable = self._runnable()
         jobs = [job for job in self._writing if job.client in runnable and not job.unread]
@@ -730,7 +736,6 @@ class Decoder:
             self._forget(job)
 
     def _fail(self, error: Exception) -> None:
-        """Fail everything that was running."""
         self._forget_all(_failure_of(error))
 
 

@@ -1,13 +1,13 @@
-"""The GGUF file of a stored model, for backends that run files.
+"""GGUF files of stored models, for backends that run files.
 
     cache/gguf/<id>~<hash of the model>~<type>/
-        model.gguf, and parity.json: how it answers beside torch
+        model.gguf, and parity.json: comparison with torch
 
-It is written once, from the network with all adapters merged, and under the hash of all that
-decides what the model answers, so that another model never finds it. Before anybody gets it, it is
-asked beside torch (:func:`luthier.evaluation.parity.compare_backends`); one that answers otherwise
-is not kept, and its record says so. It holds the network alone: texts are tokenized, and answers
-decoded, as elsewhere.
+A file is written once, from the network with all adapters merged. The folder name contains the hash
+of all inputs of the model, so that no changed model uses an old file. A new file is compared with
+torch (:func:`luthier.evaluation.parity.compare_backends`). A file with different results is
+deleted, and the record has the reason. The file has only the network: tokenization and decoding are
+the same as with torch.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 TYPE_SETTING = "LUTHIER_GGUF_TYPE"
-"""Environment variable that names the type of the weights."""
+"""Environment variable of the weight type."""
 DEFAULT_TYPE = "f16"
-"""What answers as the model does: the tokens of SmolLM2 are 3e-6 nats from torch's (q8_0: 4e-3)."""
+"""Default weight type: the tokens of SmolLM2 are 3e-6 nats from torch's (q8_0: 4e-3)."""
 FILE, RECORD = "model.gguf", "parity.json"
 
 
 class DerivedFile(Record):
-    """What is kept beside a file."""
+    """Record of a derived file."""
 
     model: str
     type: str
-    """Of its weights."""
+    """Weight type."""
     sha256: str
     llama_cpp: str
-    """Version that it was compared in."""
+    """Version of llama.cpp in the comparison."""
     parity: TokenParity
     refusal: str
-    """Why the file is not used, and was not kept; empty where it is."""
+    """Reason to reject the file; empty for an accepted file."""
 
 
 def gguf_type() -> Quantization:
-    """The type of the weights of files that are written.
+    """Return the weight type of new files.
 
     Raises:
-        RecipeError: where the setting names none.
+        RecipeError: for an unknown type in the environment variable.
     """
     from luthier.models.gguf import check_quantization
 
@@ -69,11 +69,7 @@ def gguf_type() -> Quantization:
 
 
 def check_derivable(stored: StoredModel) -> None:
-    """Refuse a model that has no file.
-
-    Raises:
-        RecipeError: with the reason.
-    """
+    """Raise :class:`RecipeError` for a model without a GGUF equivalent."""
     from luthier.models.gguf import check_writable
 
     check_writable(str(stored.network.fields.get("model_type")), stored.id)
@@ -81,10 +77,10 @@ def check_derivable(stored: StoredModel) -> None:
 
 
 def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Path:
-    """The file of ``stored``, written and compared where it is not there yet.
+    """Return the file of ``stored``; write and compare the file if missing.
 
     Raises:
-        RecipeError: where the model has none, or its file does not answer as the model does.
+        RecipeError: for a model without a GGUF equivalent, or a file with different results.
     """
     check_derivable(stored)
     folder = gguf_folder(stored.id, stored.content_hash, kind)
@@ -98,7 +94,7 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
 
 
 def _read(folder: Path) -> DerivedFile | None:
-    """The record of a file that is whole and was compared with this version of the library."""
+    """Return the record of an intact file that was compared in this version of llama.cpp."""
     try:
         record = DerivedFile.model_validate(read_json(folder / RECORD))
         whole = record.refusal or sha256_of(folder / FILE) == record.sha256
@@ -147,14 +143,14 @@ def _derive(
 
 
 def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
-    """Sample prompts as the model reads them."""
+    """Return the token ids of sample prompts."""
     chat = stored.chat
     found = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
     return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in found]
 
 
 def _refusal(parity: TokenParity, kind: Quantization) -> str:
-    """Why a file that answers so is not used; empty where it is."""
+    """Return why the file is rejected, or an empty string."""
     limit = largest_divergence(kind)
     if parity.mean_kl <= limit:
         return ""

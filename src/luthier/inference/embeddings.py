@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from luthier.objectives import Objective
 
 EMBEDDING = "embedding"
-"""Field of the embedding, next to those of the row."""
+"""Field of the embedding, next to the fields of the row."""
 EmbeddingFormat = Literal["jsonl", "parquet", "npy"]
 EmbeddingWriter = Callable[[NDArray[np.float32]], None]
 """Writes the embeddings ``[N, H]`` of all rows; raises :class:`DataError` for NaN."""
@@ -34,12 +34,12 @@ _GROUP_ROWS = 10_000
 
 
 def gives_embeddings(objective: Objective) -> bool:
-    """Whether a model of ``objective`` gives embeddings."""
+    """Return whether a model of ``objective`` has embeddings."""
     return objective.task == "embedding"
 
 
 def check_embeds(stored: StoredModel, objective: Objective) -> None:
-    """Raise :class:`RecipeError` for a model without embeddings; names its base if that has some."""
+    """Raise :class:`RecipeError` for a model without embeddings; suggest a base with embeddings."""
     from luthier.library.models import find
 
     if gives_embeddings(objective):
@@ -51,7 +51,7 @@ def check_embeds(stored: StoredModel, objective: Objective) -> None:
 
 
 def embedding_notes(stored: StoredModel) -> Iterator[str]:
-    """Yield what a user should know about the embeddings of a model."""
+    """Yield notes for users about the embeddings of a model."""
     if stored.manifest.is_random:
         yield (
             f"{stored.id} has random weights, so its embeddings say little about the meaning of rows. "
@@ -87,8 +87,8 @@ def embedding_format(target: Path) -> EmbeddingFormat:
 def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterator[EmbeddingWriter]:
     """Yield a writer of the embeddings of ``rows``; ``target`` appears after the block.
 
-    JSON Lines and Parquet have the fields of each row and its embedding, ``.npy`` an array ``[N, H]``
-    of float32. Rows that a file cannot hold are refused here, before the embeddings are computed.
+    JSON Lines and Parquet have the fields of each row and the embedding, ``.npy`` a float32 array
+    ``[N, H]``. Rows that a file cannot store are rejected here, before the embeddings are computed.
 
     Raises:
         RecipeError: for an unknown extension, or a library that is not installed.
@@ -115,7 +115,7 @@ def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterat
 
 
 def embedding_line(record: Record, row: Row, row_H: NDArray[np.float32]) -> str:
-    """Return the line of a row and its embedding; raises :class:`DataError` for NaN."""
+    """Return the JSON line of a row and its embedding; raises :class:`DataError` for NaN."""
     try:
         return to_json({**record, EMBEDDING: row_H.tolist()}) + "\n"
     except RowRefused as bad:
@@ -150,7 +150,7 @@ def _parquet(
 
 
 def check_sides(rows: Sequence[Row]) -> None:
-    """Raise :class:`DataError` for rows with two sides, which have two embeddings."""
+    """Raise :class:`DataError` for rows with two sides, because a file has one embedding per row."""
     message = "The row has two sides, and only one embedding is written for each row."
     fix = "Drop one with `--map other=` (empty), or write each into its own row."
     problems = [

@@ -1,8 +1,8 @@
-"""Answering with a model: the same weights, template and stop tokens it was trained with.
+"""Text generation with the weights, template and stop tokens of training.
 
-A custom model is decoded as the server decodes it (:mod:`luthier.models.decoding`): both give the
-same reply to a request that runs alone. A LoRA adapter that can share its base stays an adapter;
-other adapters are merged, as ``models export --merged`` writes them.
+A custom model is decoded as in the server (:mod:`luthier.models.decoding`): both return the same
+reply to a request that runs alone. A LoRA adapter that can share its base is not merged. Other
+adapters are merged, as ``models export --merged`` writes them.
 """
 
 from __future__ import annotations
@@ -36,35 +36,34 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 Prompt = Chat | str | Sequence[Message]
-"""A conversation, with tools where it has some, or what a user says."""
+"""Conversation, with optional tools, or a user message."""
 MAX_TOKENS = 256
-"""Of a reply, where nothing else is said."""
+"""Default limit of a reply."""
 
 
 Pieces = PyGenerator[str, None, bool]
-"""Of a reply as it is decoded; in the end whether it is finished."""
+"""Pieces of a reply; the return value is whether the reply is finished."""
 
 
 @dataclass(frozen=True)
 class GeneratedReply:
-    """A reply, and how it ended."""
+    """A generated reply."""
 
     text: str
     finished: bool
-    """Whether the model, a stop sequence or a grammar ended it; else the limit of tokens cut it
-    off."""
+    """True if the model, a stop sequence or a grammar ended the reply; False after the token limit."""
     tokens: int
     """Tokens of reasoning and text."""
     reasoning: str = ""
-    """What the model thought before it answered, where its chat template has a place for that."""
+    """Reasoning of the model, if the chat template has reasoning."""
     reasoning_tokens: int = 0
-    """Tokens of the reasoning, with the marks around it."""
+    """Tokens of the reasoning and the reasoning marks."""
     ids: tuple[int, ...] = ()
-    """All that was written, as tokens, without the one that ended it."""
+    """All generated token ids without the stop token."""
 
 
 class Generator:
-    """One model in memory, ready to answer."""
+    """A model in memory that generates text."""
 
     def __init__(self, network: Network | OpenedModel, chat: ChatFormat) -> None:
         opened = network
@@ -73,11 +72,11 @@ class Generator:
             opened = OpenedModel.of(opened)
         self._opened, self.chat = opened, chat
         self.prompt_ids = opened.soft_T
-        """A soft prompt that stands before every prompt."""
+        """Soft prompt before every prompt."""
         self.backend = opened.backend
         self.context = self.backend.context
-        """Tokens of prompt and reply together: what a prefix leaves of the network's context, and
-        no more than a window of its attention."""
+        """Maximum tokens of prompt and reply: the network's context without a prefix, within the
+        attention window."""
         self._constraints = Constraints(chat, opened.vocabulary)
 
     @property
@@ -87,12 +86,12 @@ class Generator:
 
     @staticmethod
     def is_able(objective: Objective) -> bool:
-        """Whether models of ``objective`` write text."""
+        """Return whether models of ``objective`` generate text."""
         return objective.task == "causal_lm"
 
     @staticmethod
     def check(stored: StoredModel) -> None:
-        """Refuse a model that writes no text, before it is loaded; :class:`RecipeError`."""
+        """Raise :class:`RecipeError` for a model that generates no text, before loading."""
 
         if not Generator.is_able(stored.objective):
             raise RecipeError(
@@ -117,8 +116,7 @@ class Generator:
         return made
 
     def max_tokens(self, sampling: Sampling) -> int:
-        """Tokens of a reply at most; where that is not said, half of the context is the
-        prompt's."""
+        """Return the maximum tokens of a reply; by default half of the context is for the prompt."""
         return sampling.max_tokens or max(1, min(MAX_TOKENS, self.context // 2))
 
     def replies(
@@ -128,9 +126,9 @@ class Generator:
         batch_size: int = 32,
         done: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
-        """One reply to each prompt, in the order given, without its reasoning.
+        """Return the replies to ``prompts`` without reasoning, in order.
 
-        ``done`` hears how many are finished.
+        ``done`` receives the number of finished replies.
         """
         return [answer.text for answer in self.answers(prompts, sampling, batch_size, done)]
 
@@ -141,7 +139,7 @@ class Generator:
         batch_size: int = 32,
         done: Callable[[int], None] = lambda count: None,
     ) -> list[GeneratedReply]:
-        """As :meth:`replies`, with the reasoning of each, and how it ended."""
+        """Return the replies with reasoning and the reason of the end; see :meth:`replies`."""
         encoded = [self._encode(prompt, sampling, index) for index, prompt in enumerate(prompts)]
         order = sorted(
             range(len(encoded)), key=lambda index: (index // BLOCK_PROMPTS, -len(encoded[index]))
@@ -155,12 +153,12 @@ class Generator:
         return [answers[index] for index in range(len(encoded))]
 
     def refusal(self, prompt: Prompt, sampling: Sampling) -> str | None:
-        """Why the model cannot answer ``prompt`` at all; ``None`` where it can."""
+        """Return why ``prompt`` does not fit into the context, or ``None``."""
         refusal = self._refusal(self._prompt_ids(prompt), sampling)
         return refusal and f"the prompt {refusal}"
 
     def prompt_tokens(self, prompt: Prompt) -> int:
-        """Tokens that are read for an answer to ``prompt``."""
+        """Return the number of tokens of ``prompt``, including a soft prompt."""
         return len(self._prompt_ids(prompt))
 
     def stream(
@@ -169,11 +167,10 @@ class Generator:
         sampling: Sampling,
         on_reasoning: Callable[[str], None] = lambda piece: None,
     ) -> Pieces:
-        """The reply to one prompt, in pieces as they are decoded; returns whether it is finished.
+        """Yield the reply to one prompt in pieces; return whether the reply is finished.
 
-        A piece is given out once the text before it can no longer change, so characters of more
-        than one token arrive whole. ``on_reasoning`` hears the pieces of what the model thinks
-        before.
+        A piece has whole characters and never changes later. ``on_reasoning`` receives the pieces
+        of the reasoning.
         """
         ids_T = self._encode(prompt, sampling, 0)
         with self._decoding([ids_T], sampling) as decoding:
@@ -186,7 +183,7 @@ class Generator:
             return _is_finished(decoding.rows[0], text)
 
     def _deltas(self, decoding: Decoding, text: AnswerText) -> Iterator[AnswerDelta]:
-        """What the tokens of the only reply add, as they are written."""
+        """Yield the text of each token of a single reply."""
         while rows := decoding.step():
             yield self._read(decoding, rows[0], text)
         yield text.end()
@@ -246,7 +243,7 @@ class Generator:
         ]
 
     def _read(self, decoding: Decoding, row: RunningCompletion, text: AnswerText) -> AnswerDelta:
-        """What the token that was just written to ``row`` shows; a stop sequence ends the row."""
+        """Return the text of the last token of ``row``; end the row at a stop sequence."""
         if row.stopped:
             return AnswerDelta()
         delta = text.feed(row.ids[-1], None)
@@ -281,6 +278,5 @@ class Generator:
 
 
 def _is_finished(row: RunningCompletion, text: AnswerText) -> bool:
-    """Whether the model, a stop sequence or a grammar ended the reply; else the limit cut it
-    off."""
+    """Return whether the model, a stop sequence or a grammar ended the reply."""
     return row.stopped or row.complete or text.stop is not None

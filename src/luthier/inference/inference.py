@@ -1,5 +1,7 @@
-"""What is asked of a model that writes or makes images, and what comes back. Imports nothing
-heavy."""
+"""Requests for generated text and images, events and streams of replies, and token metering.
+
+The module imports no heavy library.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,19 @@ from luthier.models.sampling import FieldLimits, Sampling
 from luthier.types import Message, TemplateKwargs, Tool, ToolCall
 
 STOPS = 2500
-"""Stop sequences of one request at most."""
+"""Maximum stop sequences per request."""
 TURNS = 10_000
-"""Messages of one conversation, and parts of one message, at most."""
+"""Maximum messages per conversation, and parts per message."""
 BIASES = 1024
-"""Tokens of which the logits of one request are changed."""
+"""Maximum tokens in ``logit_bias``."""
 CHOICES = 128
-"""Answers to one request at most."""
+"""Maximum replies per request."""
 TOP_LOGPROBS = 20
-"""Likeliest tokens that are told beside each token at most."""
+"""Maximum likely tokens reported next to each token."""
 
 
 class InferenceRefused(RefusedInput):
-    """A request that cannot be answered as it is. ``parameter`` is the field that is wrong."""
+    """An invalid request; ``parameter`` is the invalid field."""
 
     def __init__(self, message: str, parameter: str | None = None, rule: str = "") -> None:
         super().__init__(message, rule=rule, location=Location(field=parameter or ""))
@@ -39,13 +41,12 @@ class TooLong(InferenceRefused):
 
 
 class PredictionsOnly(InferenceRefused):
-    """A model that gives predictions was asked for something else; how to ask it the API adds."""
+    """A request that a prediction model does not support. Each API adds the supported request."""
 
 
 class InferenceFailed(LuthierError):
-    """A request that could not be answered. ``code`` is Bedrock's word for why:
-    ``Throttling``, ``ModelNotReady``, ``ModelError``, ``ModelTimeout``, ``ServiceUnavailable``.
-    """
+    """A failed request. ``code`` is Bedrock's error name without "Exception": ``Throttling``,
+    ``ModelNotReady``, ``ModelError``, ``ModelTimeout``, ``ServiceUnavailable``."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message, rule=code)
@@ -53,7 +54,7 @@ class InferenceFailed(LuthierError):
 
     @staticmethod
     def busy(seconds: float) -> InferenceFailed:
-        """Its turn has not come within so many seconds."""
+        """Return the error of a request that waited ``seconds`` for the model."""
         text = f"The model is busy: the request has waited {seconds:g} seconds. Try again soon."
         return InferenceFailed("Throttling", text)
 
@@ -67,31 +68,31 @@ class Chat:
     tool_choice: str = "auto"
     """``auto``, ``none``, ``required`` (any tool), or ``name:`` and the name of a tool."""
     template_kwargs: TemplateKwargs = field(default_factory=dict, hash=False)
-    """For the chat template, over what the model was trained with."""
+    """Variables of the chat template, which override the variables of training."""
 
 
 Prompt = Chat | str | Sequence[int]
-"""A conversation, a text as it is, or tokens."""
+"""Conversation, plain text or token ids."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest(Sampling):
-    """A prompt, and how it is to be answered; without ``max_tokens`` in the rest of the context."""
+    """A prompt with sampling settings; without ``max_tokens`` a reply may fill the context."""
 
     prompt: Prompt
     temperature: Annotated[float, FieldLimits(0, 2, "")] = field(default=1.0, kw_only=True)
-    """Divisor of the logits; 0 takes the most likely token."""
+    """Divisor of the logits; 0 selects the most likely token."""
     seed: int | None = field(default=None, kw_only=True)
     """Seed of the draws; a random seed when ``None``."""
     n: Annotated[int, FieldLimits(1, CHOICES, "")] = field(default=1, kw_only=True)
-    """Number of answers, each drawn with its own seed."""
+    """Number of replies, each with a separate seed."""
     top_logprobs: Annotated[int | None, FieldLimits(0, TOP_LOGPROBS, "")] = field(
         default=None, kw_only=True
     )
     """Number of likely tokens reported next to each token; ``None`` reports no log-probability."""
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check the ranges of all fields."""
         super().__post_init__()
         if len(self.logit_bias) > BIASES:
             raise InferenceRefused(f"logit_bias must be at most {BIASES:,} tokens", "logit_bias")
@@ -108,25 +109,25 @@ class GenerationRequest(Sampling):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """New images that a model is to make."""
+    """A request for generated images."""
 
     count: int = 1
     label: str = ""
-    """Name of a class, or what a model that learned from captions is to show; empty for each class
-    in turn, or of a model that knows none."""
+    """Class name, or a prompt for a model trained with captions. Empty: each class in turn, or no
+    condition for an unconditional model."""
     seed: int | None = None
-    """Of the draws: the same one gives the same images. A random one where not given."""
+    """Random seed; ``None`` draws a seed. Equal seeds give equal images."""
     size: tuple[int, int] | None = None
-    """Height and width that they must have, as a model makes images of one size."""
+    """Required height and width in pixels; a model generates images of one size."""
     steps: int | None = None
-    """From noise to image, of a model that takes several."""
+    """Number of denoising steps of a diffusion model."""
     guidance_scale: float | None = None
-    """How much such a model makes of what is asked for."""
+    """Scale of classifier-free guidance of a diffusion model."""
     negative_prompt: str = ""
-    """What the images of such a model are to be unlike, where it learned from captions."""
+    """Negative prompt for a diffusion model trained with captions."""
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check the range of the seed."""
         _in("seed", self.seed or 0, 0, 2**63 - 1)
 
 
@@ -138,35 +139,35 @@ def _in(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Score:
-    """A token that was written, and how likely it was."""
+    """A generated token with its log-probability."""
 
     text: bytes
-    """What it stands for; characters may be spread over several tokens."""
+    """Bytes of the token; a character may have several tokens."""
     logprob: float
-    """Of the model itself: before temperature, penalties and constraints."""
+    """Log-probability before temperature, penalties and constraints."""
     top: tuple[tuple[bytes, float], ...] = ()
-    """The likeliest tokens at its place."""
+    """Most likely tokens at the same position, with log-probabilities."""
 
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """The next characters of an answer."""
+    """The next characters of a reply."""
 
     index: int
-    """Which answer."""
+    """Index of the reply."""
     text: str
     scores: tuple[Score, ...] = ()
-    """Of the tokens that begin in them, where they were asked for."""
+    """Requested scores of the tokens with their first character in ``text``."""
 
 
 @dataclass(frozen=True)
 class ReasoningChunk:
-    """The next characters of what a model thinks before it answers."""
+    """The next characters of the reasoning before a reply."""
 
     index: int
     text: str
     scores: tuple[Score, ...] = ()
-    """Of its tokens, those of the marks around it included, where they were asked for."""
+    """Requested scores of the tokens, including the tokens of the reasoning marks."""
 
 
 @dataclass(frozen=True)
@@ -178,21 +179,21 @@ class ToolCallEvent:
 
 
 Reason = Literal["stop", "length", "stop_sequence", "tool_calls", "context"]
-"""The model ended its turn, ``max_tokens``, a stop sequence, tool calls, the end of the context."""
+"""End of a reply: stop token, ``max_tokens``, stop sequence, tool calls, or end of the context."""
 
 
 @dataclass(frozen=True)
 class FinishEvent:
-    """The end of an answer."""
+    """The end of a reply."""
 
     index: int
     reason: Reason
     tokens: int
-    """Tokens of the answer, without a stop token and without those of a stop sequence."""
+    """Number of generated tokens without the stop token and the tokens of a stop sequence."""
     stop: str | None = None
-    """The stop sequence that ended it."""
+    """Stop sequence that ended the reply."""
     reasoning_tokens: int = 0
-    """Those of the tokens that stand before the answer: the reasoning with its marks."""
+    """Number of tokens of the reasoning and the reasoning marks."""
 
 
 Event = TokenChunk | ReasoningChunk | ToolCallEvent | FinishEvent
@@ -200,7 +201,7 @@ Event = TokenChunk | ReasoningChunk | ToolCallEvent | FinishEvent
 
 @dataclass
 class GenerationResult:
-    """An answer that was put together again."""
+    """A complete reply."""
 
     text: str = ""
     scores: list[Score] = field(default_factory=list)
@@ -213,7 +214,7 @@ class GenerationResult:
     reasoning_tokens: int = 0
 
     def take(self, event: Event) -> None:
-        """Add what came."""
+        """Append ``event`` to the reply."""
         match event:
             case TokenChunk():
                 self.text += event.text
@@ -229,20 +230,20 @@ class GenerationResult:
 
 
 ENDED: Any = object()
-"""Stands behind the last event of a stream that was cut short."""
+"""Marker after the last event of a closed stream."""
 
 
 Meter = Callable[[str, int, int], None]
-"""Told the stored id of a model, tokens that it read, and tokens that it wrote. An image or a sound
-is one token, read or made."""
+"""Function of a model id, the number of input tokens and the number of output tokens. An image or
+audio clip counts as one token."""
 _metered: ContextVar[Meter | None] = ContextVar("metered", default=None)
 
 
 @contextmanager
 def meter(count: Meter) -> Iterator[None]:
-    """``count`` hears what models read and write for what is asked of them in the block.
+    """Call ``count`` with the tokens of each request in the block.
 
-    It is called by any thread, and may be after the block: a stream is counted when it ends.
+    Any thread may call ``count``, also after the block, because a stream is counted at the end.
     """
     token = _metered.set(count)
     try:
@@ -252,20 +253,20 @@ def meter(count: Meter) -> Iterator[None]:
 
 
 def count_tokens(model_id: str, read: int, written: int = 0) -> None:
-    """Say what a model read and wrote to whoever counts it."""
+    """Report tokens of a request to the active :func:`meter`."""
     if (count := _metered.get()) is not None:
         count(model_id, read, written)
 
 
 def metered_stream(stream: Stream, model_id: str) -> Stream:
-    """``stream`` of a model, whose tokens are counted when it ends."""
+    """Report the tokens of ``stream`` at the end of the stream."""
     if (count := _metered.get()) is not None:
         stream.at_end(lambda: count(model_id, stream.prompt_tokens, stream.written()))
     return stream
 
 
 class Stream:
-    """What a model writes for one request, as it comes. Closing it ends the work at once."""
+    """Iterator over the events of one request. Closing the stream cancels the request."""
 
     def __init__(
         self,
@@ -278,27 +279,27 @@ class Stream:
         self.prompt_tokens = prompt_tokens
         """Tokens of the prompt, template included."""
         self.written = written
-        """Gives the tokens that were written so far, for all answers."""
+        """Return the number of generated tokens of all replies."""
         self.cached = cached
-        """Gives the tokens of the prompt that were known of an earlier one, once it is read."""
+        """Return the number of prompt tokens from the prefix cache, after the prompt is processed."""
         self._events, self._n, self._left = events, n, n
         self._at_end: list[Callable[[], None]] = []
         self._interruption: InferenceFailed | None = None
         self._first: Any = None
-        """The first event, where somebody waited for it."""
+        """First event, if :meth:`wait` received an event."""
 
     def at_end(self, act: Callable[[], None]) -> None:
-        """Call ``act`` once, when the last answer ended or the stream was closed."""
+        """Call ``act`` once, after the last reply or :meth:`close`."""
         self._at_end.append(act)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Event:
-        """The next piece; blocks.
+        """Return the next event; blocks.
 
         Raises:
-            InferenceFailed: where the work failed; nothing follows.
+            InferenceFailed: if the request failed; the stream has ended.
         """
         if not self._left:
             raise StopIteration
@@ -319,10 +320,10 @@ class Stream:
         return event
 
     def wait(self) -> None:
-        """Block until the first piece is there, which stays to be read, or the stream is closed.
+        """Block until the first event is available or the stream is closed.
 
         Raises:
-            InferenceFailed: where there will be none.
+            InferenceFailed: if the request failed before the first event.
         """
         if self._first is not None or not self._left:
             return
@@ -334,7 +335,7 @@ class Stream:
         self._first = event
 
     def close(self) -> None:
-        """Let go of it; the answers that are not whole are not written further. Any thread may."""
+        """Cancel unfinished replies. Any thread may call this method."""
         self._left = 0
         while True:
             try:
@@ -345,17 +346,17 @@ class Stream:
         self._events.put(ENDED)  # for one who waits for the next piece
 
     def interrupt(self) -> None:
-        """End it as a failure, for who reads it: the service ends before the answer. Any thread
-        may."""
+        """End the stream with an error for the reader, because the service stops. Any thread may
+        call this method."""
         text = "The service is ending. Ask again; the answer is not whole."
         self._interruption = InferenceFailed("ServiceUnavailable", text)
         self._events.put(ENDED)  # for one who waits for the next piece
 
     def whole(self) -> list[GenerationResult]:
-        """All answers, once they are there.
+        """Return all replies after the last event.
 
         Raises:
-            InferenceFailed: where the work failed, or somebody closed the stream before.
+            InferenceFailed: if the request failed, or the stream was closed early.
         """
         answers = [GenerationResult() for _ in range(self._n)]
         missing = self._n  # it may be closed already, by a client that hung up at once

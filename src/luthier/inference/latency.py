@@ -1,4 +1,4 @@
-"""Prometheus metrics of models that generate text: token latencies and guessed tokens, by model."""
+"""Prometheus metrics of generative models: token latencies and guessed tokens, by model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of all histograms, in seconds."""
 MOST_LABELS = 100
-"""Models with a label of their own; all further models share :data:`OTHER`."""
+"""Maximum number of models with a separate label; all further models share :data:`OTHER`."""
 OTHER = "other"
 
 
 @dataclass(frozen=True)
 class ModelMetrics:
-    """The metrics of one label. Safe to share between threads."""
+    """Metrics of one label. Safe to share between threads."""
 
     first_token: Histogram
     between_tokens: Histogram
@@ -31,7 +31,7 @@ class ModelMetrics:
     accepted: Counter
 
     def add_speculation(self, found: Speculation) -> None:
-        """Count the guesses for one reply that ended."""
+        """Count the guessed tokens of a finished reply."""
         self.proposed.inc(found.proposed)
         self.accepted.inc(found.accepted)
 

@@ -1,7 +1,6 @@
-"""How much memory may hold the keys and values of sequences, and the kernels that read them.
+"""Memory for keys, values and activations, and the return of freed memory to the system.
 
-And how it is given back: what is freed stays with the allocator, which keeps a heap for each of
-many threads, and gives back of each only what lies at its end.
+The allocator keeps freed memory in one heap per thread, and returns only the end of each heap.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from luthier.engine.machine import return_freed_memory, set_malloc_threshold
 from luthier.inference.scheduler import discount
 
 LARGE_BLOCK = 4 << 20
-"""Bytes of a block that the system gives alone, and has back as soon as it is freed."""
+"""Size in bytes from which the allocator maps a block separately and returns the block when freed."""
 GROWTH = 32 << 20
-"""Bytes by which a load has grown the process."""
+"""Growth of the process, in bytes, that counts as a load."""
 ROUNDS = 10
-"""How often freed memory is given back after a load has grown the process."""
+"""Number of times freed memory is returned after a load."""
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not tell."""
+    """Return the resident memory of the process in bytes, or 0 if the system does not report the
+    size."""
     try:
         pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:
@@ -33,19 +33,19 @@ def resident_bytes() -> int:
 
 
 class FreedMemory:
-    """Gives memory that was freed back to the system, soon after a load has grown the process.
+    """A thread that returns freed memory to the system after a load.
 
-    For the GNU C library: others have no such call, and nothing is done there.
+    Works with the GNU C library only, because no other library has the call.
     """
 
     def __init__(self, seconds: float = 1.0) -> None:
-        """Look every ``seconds``, and act where there are ``GROWTH`` bytes more than before."""
+        """Check the process every ``seconds``."""
         self.seconds = seconds
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to look; from here on large blocks lie apart from others."""
+        """Start the thread and map large blocks separately."""
         # By default the library takes blocks of up to 32 MiB from its heaps once it has seen such a one
         # freed, keeps up to 64 MiB at the end of each heap, and there are eight for each core.
         if set_malloc_threshold(LARGE_BLOCK):
@@ -73,17 +73,17 @@ class FreedMemory:
 
 
 RETRY_SECONDS = 0.05
-"""How often memory, or time, that other models have is asked for again: they do not tell."""
+"""Retry interval in seconds for memory or time of another model: models send no notification."""
 
 
 class CacheBudget:
-    """Memory for the keys and values of all models together. Safe to share between threads.
+    """Memory budget for the keys and values of all models. Safe to share between threads.
 
-    What a client's only request takes may be more than the client's part.
+    The only request of a client may exceed the client's share.
     """
 
     def __init__(self, total: int, per_client: int | None = None) -> None:
-        """``total`` bytes, ``per_client`` of them for one client at most."""
+        """Create a budget of ``total`` bytes, at most ``per_client`` bytes for one client."""
         self.total, self.per_client = total, total if per_client is None else per_client
         self._held: Counter[str] = Counter()
         self._spare = 0
@@ -91,21 +91,21 @@ class CacheBudget:
         self._lock = threading.Lock()
 
     def on_shortage(self, reclaim: Callable[[int], None]) -> None:
-        """``reclaim`` is asked to give back so many of the bytes of :meth:`take_spare`."""
+        """Call ``reclaim`` with the number of bytes to free from :meth:`take_spare`."""
         self._reclaim = reclaim
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes that are reserved."""
+        """Number of reserved bytes."""
         with self._lock:
             return self._held.total()
 
     def allows(self, client: str, size: int) -> bool:
-        """Whether ``client`` may have ``size`` bytes more, as far as its own part goes."""
+        """Return whether the share of ``client`` allows ``size`` more bytes."""
         return not self._held[client] or self._held[client] + size <= self.per_client
 
     def take(self, client: str, size: int) -> bool:
-        """Reserve ``size`` bytes, where they are free and ``client`` may have them."""
+        """Reserve ``size`` bytes if the total and the share of ``client`` allow the reservation."""
         with self._lock:
             if not self.allows(client, size) or self._held.total() + size > self.total:
                 return False
@@ -116,18 +116,18 @@ class CacheBudget:
         return True
 
     def give(self, client: str, size: int) -> None:
-        """Give them back."""
+        """Return ``size`` reserved bytes."""
         with self._lock:
             discount(self._held, client, size)
 
     def take_spare(self, size: int) -> bool:
-        """Have ``size`` bytes until a request needs them, where they are free."""
+        """Reserve ``size`` free bytes until a request needs the memory."""
         with self._lock:
             fits = self._held.total() + self._spare + size <= self.total
             self._spare += size if fits else 0
         return fits
 
     def give_back_spare(self, size: int) -> None:
-        """Give them back."""
+        """Return ``size`` spare bytes."""
         with self._lock:
             self._spare -= size

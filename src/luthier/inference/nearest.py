@@ -1,9 +1,9 @@
-"""Nearest neighbours: which rows of a collection are nearest to a query, by a model's embeddings.
+"""Similarity search: the rows of a collection that are nearest to a query, by a model's embeddings.
 
-The search is exact: one matrix product (:func:`luthier.evaluation.retrieval.nearest`). What takes
-time is to embed the collection, so a file can keep that. It holds the embedding of each content by
-its SHA-256 and nothing of the content itself, and belongs to one model with its weights; whatever
-was renamed is still known, and whatever was changed is new.
+The search is exact: one matrix product (:func:`luthier.evaluation.retrieval.nearest`). Embedding
+the collection is the slow part, so an index file can store the embeddings. The index has the
+embedding of each content by SHA-256, and no content. An index belongs to one model and its weights.
+Renamed files are found in the index, changed content is embedded again.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
     from luthier.types import Row
 
 MOST_ROWS = 1_000_000
-"""Of a collection; their embeddings are held in memory."""
+"""Maximum rows of a collection, because the embeddings are in memory."""
 FORM = "luthier-embeddings-2"
-"""How the file says what it is."""
+"""Format name in the file's metadata."""
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A row of the collection, and how near it is."""
+    """A row of the collection, with its similarity to the query."""
 
     place: int
-    """Its number in the collection, from 0."""
+    """Index of the row in the collection, from 0."""
     name: str
-    """The text itself, or where the image or sound lies."""
+    """Text of the row, or path of the image or audio clip."""
     score: float
     """Cosine with the query, from -1 to 1."""
 
 
 @dataclass(frozen=True)
 class NearestRows:
-    """What was found for each query."""
+    """Nearest rows of each query."""
 
     neighbours: list[list[Neighbour]]
     """The nearest first."""
     embedded: int
-    """Contents of the collection that had to be embedded; the others were known."""
+    """Number of newly embedded contents; all further contents were in the index."""
 
 
 def find_nearest(
@@ -64,21 +64,21 @@ def find_nearest(
     index: Path | None = None,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> NearestRows:
-    """The ``count`` rows nearest to each query.
+    """Return the ``count`` rows nearest to each query.
 
     Args:
-        predictor: the model in memory, which gives embeddings.
-        stored: the same model on disk, to which ``index`` belongs.
+        predictor: the model in memory.
+        stored: the same model on disk, the owner of ``index``.
         queries: bare rows.
         rows: the collection.
-        count: of neighbours.
-        index: file that keeps embeddings of the collection.
-        on_progress: hears how many contents that are new are embedded.
+        count: number of neighbours.
+        index: file that stores embeddings of the collection.
+        on_progress: receives the number of newly embedded contents.
 
     Raises:
         RecipeError: for an index of another model, or too large a collection.
-        CorruptFile: for an index that cannot be read.
-        DataError: for rows that the model cannot read.
+        CorruptFile: for an unreadable index.
+        DataError: for rows that the model cannot encode.
     """
     from luthier.evaluation.retrieval import nearest
 
@@ -105,7 +105,7 @@ def find_nearest(
 
 
 class EmbeddingIndex:
-    """Embeddings of contents under one model, in memory and perhaps in a file."""
+    """Embeddings of contents by a single model, in memory and optionally in a file."""
 
     def __init__(self, file: Path | None, model: str, fingerprint: str) -> None:
         self.file, self.model, self.fingerprint = file, model, fingerprint
@@ -114,11 +114,11 @@ class EmbeddingIndex:
 
     @staticmethod
     def open(file: Path | None, stored: StoredModel) -> EmbeddingIndex:
-        """What ``file`` holds; nothing where there is none yet.
+        """Read the index in ``file``, or create an empty index.
 
         Raises:
-            RecipeError: where it belongs to another model, or to other weights.
-            CorruptFile: where it cannot be read.
+            RecipeError: for an index of another model, or of changed weights.
+            CorruptFile: for an unreadable index.
         """
 
         index = EmbeddingIndex(file, stored.id, stored.content_hash)
@@ -181,7 +181,7 @@ class EmbeddingIndex:
 
 
 def _digest(row: Row) -> bytes:
-    """SHA-256 of what the model reads of a row."""
+    """Return the SHA-256 of the content of a row."""
     if isinstance(row, MediaRow):
         return bytes.fromhex(row.media.digest())
     return hashlib.sha256(row.plain_text().encode("utf-8", "surrogatepass")).digest()

@@ -1,7 +1,8 @@
 """A stored model opened for generation, with the chosen backend and its soft prompt.
 
-A backend of files (llama.cpp) opens a derived file (:mod:`luthier.inference.derived_gguf`); the network
-is loaded in torch only on demand. A model that it does not support is run by torch, with one warning.
+A backend of files (llama.cpp) opens a derived GGUF file (:mod:`luthier.inference.derived_gguf`).
+The network is loaded in torch only on demand. If the backend does not support a model, torch runs
+the model and one warning is logged.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("luthier.inference")
 _fallen_back: set[str] = set()
-"""Ids of models whose warning is logged."""
+"""Ids of models with a logged warning."""
 
 
 class OpenedModel:
-    """A model and its backend. Thread-safe."""
+    """A model with its backend. Safe to share between threads."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class OpenedModel:
         open_network: Callable[[], Network],
         soft_T: IntArray | None = None,
     ) -> None:
-        """``open_network`` loads the network in torch; it is called at most once."""
+        """``open_network`` loads the network in torch and is called at most once."""
         self.backend, self.vocabulary = backend, vocabulary
         self.soft_T = np.zeros(0, dtype=np.int64) if soft_T is None else soft_T
         """Ids of a soft prompt that precedes every prompt."""
@@ -47,7 +48,7 @@ class OpenedModel:
 
     @staticmethod
     def of(network: Network, base: OpenedModel | None = None) -> OpenedModel:
-        """Open a network in memory, which may be that of ``base`` with an adapter."""
+        """Open a network in memory; with ``base``, an adapter on the network of ``base``."""
         from luthier.models.heads import prompt_ids
         from luthier.models.prefix import prefix_tokens
 
@@ -83,8 +84,8 @@ class OpenedModel:
 def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedModel:
     """Open ``stored``, a model that generates text, on the best device of this machine.
 
-    A LoRA adapter that can share its base is not merged; other adapters are. ``base`` is the opened
-    parent, if any.
+    A LoRA adapter that can share its base is not merged. Other adapters are merged. ``base`` is the
+    opened parent.
     """
     from luthier.engine.machine import open_network
     from luthier.library.models import attach_adapter, shares_base

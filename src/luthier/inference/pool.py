@@ -45,25 +45,25 @@ if TYPE_CHECKING:
     from luthier.models.sampling import Constraint
 
 LOADING_SECONDS = 300.0
-"""Seconds that a request waits for its model to load."""
+"""Maximum seconds for loading a model while a request waits."""
 RECENT = timedelta(minutes=1)
-"""A model with a request in this time is not evicted for a model that is loaded in advance."""
+"""Period after a request in which a model is not evicted for a model loaded in advance."""
 _LOADED_TWICE = 2.5
-"""Memory of a model, as a multiple of its weights: the kernels have a copy in their own order."""
+"""Memory of a model per byte of weights: the kernels copy weights into their own layout."""
 _STACKED = 2.0
-"""Memory of an adapter next to its base, as a multiple of its file: weights and a slot of a stack."""
+"""Memory of an adapter on a shared base per byte of its file: weights and a slot of a stack."""
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A model that is loaded or loading."""
+    """A loaded or loading model."""
 
     id: str
     bytes: int
     ready: threading.Event = field(default_factory=threading.Event)
     model: Any = None
     base: _Entry | None = None
-    """Entry of the model whose network the adapter shares."""
+    """Entry of the base model if the adapter shares the base's network."""
     error: Exception | None = None
     uses: int = 0
     """Number of running requests, and of adapters on the model."""
@@ -83,16 +83,16 @@ class LoadedModel:
 
     id: str
     bytes: int
-    """Estimated memory of its weights in bytes, without the weights of its base."""
+    """Estimated memory of the weights in bytes, without the weights of the base."""
     base: str | None
-    """Id of the model whose network it shares."""
+    """Id of the model with the shared network."""
     loaded: datetime
     last_used: datetime
-    """Time of the last load, request or finished answer."""
+    """Time of the last load, request or finished reply."""
     requests: int
     """Number of running requests."""
     speculation: Speculation | None = None
-    """Guessed tokens of finished answers; None for a model that predicts."""
+    """Guessed tokens of finished replies; None for a model that predicts."""
 
 
 class ModelPool:
@@ -126,7 +126,7 @@ class ModelPool:
         self._scheduler = FairScheduler()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._leaving: list[_Entry] = []
-        """Evicted models with running requests, whose memory counts until they end."""
+        """Evicted models with running requests, which still use memory."""
         self._lock = threading.Lock()
         # transformers changes global state, such as the type of new tensors, while it builds a network.
         # A second network at the same time would lack weights.
@@ -135,11 +135,11 @@ class ModelPool:
         self._finally = weakref.finalize(self, _close_all, self._entries, self._leaving)
 
     def submit(self, model_id: str, request: GenerationRequest) -> Stream:
-        """Queue ``request`` at a generative model and return its stream.
+        """Queue ``request`` at a generative model and return the stream of events.
 
         Raises:
             UnknownModel: if the model does not exist.
-            InferenceRefused: for a bad request.
+            InferenceRefused: for an invalid request.
             InferenceFailed: if the model cannot be loaded, or too many requests wait.
         """
         entry = self._acquire(model_id)
@@ -167,7 +167,7 @@ class ModelPool:
             return [_writer(entry).constraints.token_bytes(i) for i in ids_T]
 
     def check_constraint(self, constraint: Constraint) -> None:
-        """Raise :class:`InferenceRefused` for a constraint that no answer can satisfy."""
+        """Raise :class:`InferenceRefused` for a constraint that no reply can satisfy."""
         from luthier.inference.constraints import check_constraint
 
         check_constraint(constraint, self.limits.schema_characters)
@@ -210,7 +210,7 @@ class ModelPool:
         return answers
 
     def reconstruct(self, model_id: str, images: Sequence[Media]) -> list[Reconstruction]:
-        """Reconstruct each image, which counts as one input and one output token."""
+        """Reconstruct images; each image counts as one input and one output token."""
         self._check_count(len(images), "images")
         with self._borrow(model_id) as entry:
             model = _serial(entry)
@@ -219,7 +219,7 @@ class ModelPool:
         return found
 
     def sample(self, model_id: str, request: ImageRequest) -> ImageSamples:
-        """Generate images; each counts as one output token.
+        """Generate images; each image counts as one output token.
 
         Raises:
             UnknownModel, InferenceRefused, InferenceFailed: as :meth:`predict`.
@@ -256,14 +256,14 @@ class ModelPool:
             pass
 
     def unload(self, model_id: str) -> None:
-        """Unload a model and its adapters as soon as their running answers end."""
+        """Unload a model and its adapters as soon as the running replies end."""
         with self._lock:
             gone = self._take_out(model_id)
         for entry in gone:
             self._release(entry)
 
     def _take_out(self, model_id: str) -> list[_Entry]:
-        """Move a model and its adapters to the leaving ones. Called with the lock."""
+        """Move a model and its adapters to ``_leaving``. The caller has acquired the lock."""
         first = self._entries.get(model_id)
         gone = [each for each in self._entries.values() if first and first in (each, each.base)]
         for entry in gone:
@@ -353,7 +353,7 @@ class ModelPool:
         return entry
 
     def _use(self, model_id: str) -> _Entry | None:
-        """Return the entry of a model with one more use. Called with the lock."""
+        """Return the entry of a model with one more use. The caller has acquired the lock."""
         entry = self._entries.get(model_id)
         if entry is not None:
             entry.uses += 1
@@ -361,7 +361,7 @@ class ModelPool:
         return entry
 
     def _move_to_end(self, entry: _Entry) -> None:
-        """Mark the entry as just used, and its base as used after it."""
+        """Mark the entry as just used, and the base as used after the entry."""
         for each in (entry, entry.base):
             if each is not None and self._entries.get(each.id) is each:
                 each.last_used = datetime.now(UTC)
@@ -370,10 +370,10 @@ class ModelPool:
     def _reserve(
         self, model_id: str, size: int, base: _Entry | None, unasked: bool
     ) -> tuple[_Entry, bool]:
-        """Return the entry of the model, and whether the caller must load it.
+        """Return the entry of the model, and whether the caller must load the model.
 
-        Evicts other models if necessary, but for an ``unasked`` model no model with a recent request.
-        A new entry takes over the use of ``base``.
+        Evicts models if necessary. An ``unasked`` load evicts no model with a recent request. A new
+        entry owns the use of ``base``.
         """
         recent = datetime.now(UTC) - RECENT
         with self._lock:
@@ -477,7 +477,7 @@ class ModelPool:
                         self._leaving.remove(entry)
 
     def _close(self, entry: _Entry) -> None:
-        """Close an evicted entry and release its base."""
+        """Close an evicted entry and release the base."""
         entry.close()
         base, entry.base = entry.base, None
         if base is not None:
@@ -495,8 +495,11 @@ def _close_all(entries: OrderedDict[str, _Entry], leaving: list[_Entry]) -> None
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Pause garbage collection: the 14,000 objects of an adapter cause a full collection in each eighth
-    load, which takes three times as long as the load."""
+    """Pause garbage collection in the block.
+
+    The 14,000 objects of an adapter cause a full collection in each eighth load, which takes three
+    times as long as the load.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -528,7 +531,7 @@ def _writer(entry: _Entry) -> Decoder:
 def _serial(
     entry: _Entry, lack: str = "predicts no labels, and generates no images"
 ) -> SerialModel:
-    """Return a model with turns; the error for a generative model says its ``lack``."""
+    """Return a model with turns; the error for a generative model includes ``lack``."""
     if not isinstance(entry.model, SerialModel):
         raise InferenceRefused(f"This model generates text and {lack}.", "model")
     return entry.model

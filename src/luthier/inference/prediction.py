@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from luthier.objectives import Objective
 
 BLOCK_PROMPTS = 64
-"""Prompts of a file that are sorted by length before they are batched: two batches."""
+"""Prompts of a file that are sorted by length before batching: two batches."""
 BLOCK_ROWS = 1024
-"""Rows that are encoded together. Rows of a micro-batch change each other's last bits (4 % of
-answers in bfloat16), so a file read in blocks of this size always has the same answers. Predictions
-of a block are Python numbers for a while, eight times the size of the array."""
+"""Rows that are encoded together. Rows of a micro-batch change the last bits of each other (4 % of
+predictions in bfloat16), so a file in blocks of this size always has the same predictions.
+Predictions of a block are Python numbers for a while, eight times the size of the array."""
 
 Done = Callable[[int], None]
 
 
 def keep_likeliest(answers: Sequence[dict[str, Any]], top: int | None) -> None:
-    """Keep the ``top`` likeliest classes in the ``scores`` of each answer; ``None`` keeps all."""
+    """Limit the ``scores`` of each prediction to the ``top`` likeliest classes; ``None`` keeps all."""
     for answer in answers:
         if top is not None and "scores" in answer:
             likeliest = sorted(answer["scores"].items(), key=lambda item: -item[1])
@@ -74,7 +74,7 @@ class Predictor:
 
     @staticmethod
     def check(stored: StoredModel) -> Objective:
-        """Return the objective of a model that predicts; raise :class:`RecipeError` for others."""
+        """Return the objective of a model that predicts, or raise :class:`RecipeError`."""
 
         objective = stored.objective
         if predicts(objective):
@@ -90,7 +90,7 @@ class Predictor:
 
     @property
     def threshold(self) -> float | None:
-        """Score above which a pair is similar, if the objective draws a threshold."""
+        """Score above which a pair is similar, if the objective has a threshold."""
         return threshold_of(self.objective)
 
     def answers(
@@ -173,11 +173,11 @@ class Predictor:
             return self.network.read_rows(examples, READING_BUDGET, predict)
 
     def encode(self, row: Row, index: int) -> Example:
-        """Encode ``row`` without its labels; ``index`` becomes ``Example.row``.
+        """Encode ``row`` without labels; ``index`` becomes ``Example.row``.
 
         Raises:
             RecipeError: for an answer to a prompt, if the model does not score answers.
-            RowRefused: for a row that the model cannot take.
+            RowRefused: for an unsupported row.
         """
         if row.turns() and "preference" not in self.objective.shapes:
             raise RecipeError(
@@ -187,9 +187,11 @@ class Predictor:
 
     @contextmanager
     def _named_media_errors(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Turn an unreadable media file into a :class:`DataError` that names all unreadable ones.
+        """Replace the error of one unreadable media file by a :class:`DataError` with all
+        unreadable files.
 
-        Decoding every file beforehand takes as long as some networks, so this happens on failure.
+        Decoding every file beforehand takes as long as some networks, so the check runs after a
+        failure.
         """
         try:
             yield

@@ -1,9 +1,8 @@
-"""Keys and values of prompts that were read, for later ones that begin alike.
+"""Prefix cache: keys and values of earlier prompts, for later prompts with the same beginning.
 
-They lie in a radix tree of token ids for each model and client, as in SGLang's RadixAttention
-(Zheng et al. 2023, arXiv:2312.07104): what two prompts share is there once. Clients do not share,
-as the time to a first token would tell one of them what others asked. Only prompts are kept, and no
-replies.
+Each model and client has a radix tree of token ids, as in SGLang's RadixAttention (Zheng et al.
+2023, arXiv:2312.07104), so shared beginnings are stored once. Clients do not share trees, because
+the time to a first token would reveal prompts of another client. Replies are not cached.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 MOST_NODES = 4096
-"""Of all trees together."""
+"""Maximum number of nodes of all trees."""
 
 Key = tuple[Hashable, str]
 """A model and a client."""
@@ -31,26 +30,26 @@ Key = tuple[Hashable, str]
 
 @dataclass(eq=False)
 class _Node:
-    """Tokens that follow those of ``parent``."""
+    """Tokens after the tokens of ``parent``."""
 
     ids_T: IntArray
     key_values: KeyValues | None
     parent: _Node | None = None
     children: dict[int, _Node] = field(default_factory=dict)
     used: int = 0
-    """Number of the last look-up that went through it."""
+    """Clock value of the last look-up through the node."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its keys and values."""
+        """Bytes of the node's keys and values."""
         return 0 if self.key_values is None else self.key_values.nbytes
 
 
 class PrefixCache:
-    """What prompts left, in ``share`` of a budget and only as long as no request needs the memory.
+    """Keys and values of prompts, in ``share`` of a budget, while no request needs the memory.
 
-    The client that has most loses the prompt that was longest not used first. Safe to share between
-    threads.
+    The client with the most bytes loses the prompt with the longest time unused first. Safe to
+    share between threads.
     """
 
     def __init__(self, memory: CacheBudget, share: float = 0.5) -> None:
@@ -63,12 +62,12 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all cached keys and values."""
         with self._lock:
             return sum(self._bytes.values())
 
     def longest(self, model: Hashable, client: str, ids_T: IntArray) -> KeyValues | None:
-        """Return those of the longest known beginning of ``ids_T``, without its last token."""
+        """Return keys and values of the longest cached prefix of ``ids_T`` without its last token."""
         with self._lock:
             path = [*self._path((model, client), ids_T[:-1])]
             if sum(shared for _, shared in path) < FEWEST_SHARED:
@@ -79,7 +78,7 @@ class PrefixCache:
     def add(
         self, model: Hashable, client: str, ids_T: IntArray, copy: Callable[[int], KeyValues]
     ) -> None:
-        """Keep a prompt that was read; ``copy`` gives its keys and values from a token on."""
+        """Cache a prompt; ``copy`` returns the keys and values from a given token."""
         key = model, client
         with self._lock:
             path = [*self._path(key, ids_T)]
@@ -98,21 +97,21 @@ class PrefixCache:
             self._bytes[key] = self._bytes.get(key, 0) + new.nbytes
 
     def forget(self, model: Hashable) -> None:
-        """Let go of what a model read."""
+        """Remove the prompts of a model."""
         with self._lock:
             for key in [key for key in self._roots if key[0] == model]:
                 del self._roots[key]
                 self._memory.give_back_spare(self._bytes.pop(key, 0))
 
     def reclaim(self, size: int) -> None:
-        """Give ``size`` bytes back, or all there are."""
+        """Free ``size`` bytes, or all bytes if fewer are cached."""
         with self._lock:
             evictions = self._evictions(set())
             while size > 0 and (freed := next(evictions, 0)):
                 size -= freed
 
     def _path(self, key: Key, ids_T: IntArray) -> Iterator[tuple[_Node, int]]:
-        """The nodes that ``ids_T`` begins with, and how many tokens of each it has."""
+        """Yield the nodes on the path of ``ids_T``, with the number of equal tokens in each node."""
         node, now = self._roots.get(key), next(self._clock)
         while node is not None and len(ids_T):
             node = node.children.get(int(ids_T[0]))
@@ -125,7 +124,7 @@ class PrefixCache:
             ids_T = ids_T[shared:]
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """A new node with the first ``at`` tokens of ``node``, which becomes its child."""
+        """Split ``node`` after ``at`` tokens and return the new upper node."""
         assert node.parent is not None and node.key_values is not None
         first, rest = node.key_values.split(at)
         upper = _Node(node.ids_T[:at], first, node.parent, used=node.used)
@@ -135,7 +134,8 @@ class PrefixCache:
         return upper
 
     def _make_room(self, size: int, path: set[_Node]) -> bool:
-        """Have ``size`` bytes for one more node, without letting go of ``path``."""
+        """Reserve ``size`` bytes for a node without evicting nodes of ``path``; return False on
+        failure."""
         if size > self._most:
             return False
         nodes, evictions = sum(1 for _ in self._nodes()), self._evictions(path)
@@ -150,7 +150,7 @@ class PrefixCache:
         return True
 
     def _evictions(self, path: set[_Node]) -> Iterator[int]:
-        """Let go of one node after the other, as many as are asked for; the bytes of each."""
+        """Evict a leaf per iteration and yield the freed bytes."""
         # Looked for once: whoever needs the memory holds others up, and all that is there may go.
         leaves: dict[Key, list[tuple[int, int, _Node]]] = {}
         numbers = itertools.count()  # of those that were used at once, any may go first

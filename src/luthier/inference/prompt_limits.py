@@ -1,8 +1,8 @@
-"""Limits of prompts: text that cannot fit into the context is refused before it costs much time.
+"""Limits of prompts: early rejection of text that cannot fit into the context.
 
-A tokenizer takes about a microsecond and 200 bytes for each token, so a large body takes seconds and
-gigabytes. A text is checked by its size first, then in pieces that are tokenized until there are too
-many tokens. Only the tokens of the whole text decide.
+A tokenizer takes about a microsecond and 200 bytes per token, so a large body takes seconds and
+gigabytes. The size of a text is checked first. Then pieces are tokenized until the tokens exceed
+the limit. The tokens of the whole text decide.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ SLACK, CUT = 2, 128
 """The pieces of a text have at most ``SLACK`` times the tokens of the whole, plus ``CUT`` for each
 cut. Cuts are at white space if possible; elsewhere they split a few tokens or an unknown word."""
 PIECE = 1 << 13
-"""Least characters of a piece: about 10 ms of work, after which other threads run."""
+"""Minimum characters of a piece: about 10 ms of work, after which another thread can run."""
 
 OWN_THREAD = ("TOKENIZERS_PARALLELISM", "false")
 """Environment variable of the library tokenizers."""
 
 
 def tokenize_in_own_thread() -> None:
-    """Tokenize each request in its own thread; call this before the first one.
+    """Tokenize each request in its own thread; call this before the first request.
 
-    By default all share as many threads as cores, so that short prompts wait for long ones.
+    By default, all requests share one thread pool, so that short prompts wait for long prompts.
     """
     os.environ.setdefault(*OWN_THREAD)
 
 
 class PromptLimit:
-    """Checks of a prompt before it is tokenized."""
+    """Checks of a prompt before tokenization."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class PromptLimit:
                 raise self.too_long()
 
     def check_text(self, text: str) -> None:
-        """Check a text; one that passes may still have :data:`SLACK` times the context.
+        """Check a text; an accepted text may have up to :data:`SLACK` times the context.
 
         Raises:
             TooLong: for too many tokens.
@@ -103,7 +103,7 @@ class PromptLimit:
                 )
 
     def check_ids(self, ids: Sequence[int], vocabulary: int) -> None:
-        """Check a prompt of token ids, whose text may have fewer tokens.
+        """Check a prompt of token ids; the decoded text may have fewer tokens.
 
         Raises:
             TooLong: for too many ids.

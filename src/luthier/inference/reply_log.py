@@ -1,10 +1,10 @@
-"""Journals of the replies of teachers and judges: no prompt is sent twice, and a kill loses no
-reply.
+"""Logs of the replies of teachers and judges.
 
-A journal, ``teachers/NAME-HASH.jsonl``, has one object per line. A line is on the disk before the
-next prompt is sent in its place. Every run with the same prompt and settings reads the journal. In
-a service each account has its own folder below ``teachers``, and a line names the run that sent the
-prompt first: the line is deleted with the data of that run.
+A log, ``teachers/NAME-HASH.jsonl``, has one JSON object per line. A line is on disk before the next
+prompt is sent, so a killed run loses no reply. Every run with the same prompt and settings reads
+the log and does not send the prompt again. In a service, each account has a folder below
+``teachers``. A line then has the name of the run that sent the prompt, and is deleted with the data
+of that run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from luthier.library.models import find
 from luthier.types import Message
 
 RUN = "run"
-"""Of a line: the run that asked, where a service did."""
+"""Key of the run in a line of a service's log."""
 AT_ONCE = 64
-"""Verdicts that are asked for before they are written down; a kill loses as many at most."""
+"""Verdicts per batch; a killed run loses at most one batch."""
 
 
 @dataclass(frozen=True)
 class Asker:
-    """For whom a process asks teachers: an account of a service, and its run."""
+    """Account and run of a service, for queries to teachers."""
 
     account: str
     run: str
@@ -45,7 +45,7 @@ _asker: ContextVar[Asker | None] = ContextVar("asker", default=None)
 
 @contextmanager
 def asking_for(account: str, run: str) -> Iterator[None]:
-    """Let journals that are opened in the block be those of ``account``."""
+    """Use the logs of ``account`` in the block."""
     before = _asker.set(Asker(account, run))
     try:
         yield
@@ -56,7 +56,7 @@ def asking_for(account: str, run: str) -> Iterator[None]:
 def key_of(
     identity: Mapping[str, Any], messages: Sequence[Message], sampling: Mapping[str, Any]
 ) -> str:
-    """SHA-256 of teacher, conversation and settings: what makes two questions the same."""
+    """Return the SHA-256 of the teacher, conversation and sampling settings."""
     turns = [message.to_dict() for message in messages]
     asked = {"teacher": dict(identity), "messages": turns, "sampling": dict(sampling)}
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False)
@@ -64,7 +64,7 @@ def key_of(
 
 
 def journal_path(identity: Mapping[str, Any], name: str) -> Path:
-    """Where the answers of a teacher are kept."""
+    """Return the path of the log of a teacher."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     short = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:50] or "teacher"
     asker = _asker.get()
@@ -72,16 +72,16 @@ def journal_path(identity: Mapping[str, Any], name: str) -> Path:
 
 
 def journals(account: str | None) -> Path:
-    """The folder of the journals of an account; of those that belong to no service's."""
+    """Return the folder of the logs of an account; ``None`` stands for runs without a service."""
     folder = luthier_home() / "teachers"
     return folder / account if account else folder
 
 
 def forget(account: str, runs: Collection[str]) -> None:
-    """Remove what ``runs`` of an account asked first.
+    """Remove the replies that the ``runs`` of an account requested.
 
     Raises:
-        WrongState: while another run asks the same teacher.
+        WrongState: while another run uses the log.
     """
     for path in sorted(journals(account).glob("*.jsonl")):
         with lock(path.with_suffix(".lock")) as free:
@@ -97,7 +97,7 @@ def forget(account: str, runs: Collection[str]) -> None:
 
 
 class Journal:
-    """The answers of one model, by key. Only :meth:`open` makes one: it holds the file's lock."""
+    """Replies of one model by key. :meth:`open` acquires the file's lock and creates the log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,12 +108,12 @@ class Journal:
     @staticmethod
     @contextmanager
     def open(path: Path) -> Iterator[Journal]:
-        """Read the journal and keep other processes from asking the same; waits for them."""
+        """Acquire the file's lock, wait if necessary, and read the log."""
         with lock(path.with_suffix(".lock"), wait=True):
             yield Journal(path)
 
     def append(self, key: str, reply: Reply) -> None:
-        """Keep an answer; it is on the disk when this returns."""
+        """Write a reply to disk and add the reply to ``replies``."""
         asker = _asker.get()
         run = {RUN: asker.run} if asker else {}
         text = json.dumps({"key": key, **run, **asdict(reply)}, ensure_ascii=False)
@@ -127,10 +127,10 @@ class Journal:
     def complete(
         self, keys: Sequence[str], ask: Callable[[list[int], Done], None]
     ) -> list[Reply | Failure]:
-        """What came of each of ``keys``, of which only what is missing is asked, equal ones once.
+        """Return the reply or failure for each key; request each missing key once.
 
-        ``ask`` is given the places of those, and calls ``done`` with the place of each and what
-        came of it: an answer is on the disk then, and a failure is forgotten.
+        ``ask`` receives the positions of missing keys. For each position, ``ask`` calls ``done``
+        with the outcome: a reply is written to disk, a failure is not stored.
         """
         missing = {key: place for place, key in enumerate(keys) if key not in self.replies}
         failures: dict[str, Failure] = {}
@@ -150,7 +150,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _is_of(line: bytes, runs: Collection[str]) -> bool:
-    """Whether one of ``runs`` asked; of what a kill left of a line nobody knows, and it may go."""
+    """Return whether ``line`` belongs to ``runs``; a damaged line belongs to any run."""
     try:
         return json.loads(line).get(RUN) in runs
     except ValueError:
@@ -158,8 +158,7 @@ def _is_of(line: bytes, runs: Collection[str]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Reply]:
-    """All answers; what a kill left of a last line is cut off, so that the next one stands
-    alone."""
+    """Return all replies; truncate a last line that a killed process left incomplete."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -181,7 +180,7 @@ def _read(path: Path) -> dict[str, Reply]:
 
 
 def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
-    """``write`` with its answers in the journal of the judge, which is asked what is not there."""
+    """Wrap ``write``: store verdicts in the judge's log and reuse stored verdicts."""
     identity, settings = _identity(judge), sampling.model_dump(mode="json")
     path = journal_path(identity, f"judge-{judge.model}")
 
@@ -202,7 +201,8 @@ def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) ->
 
 
 def _identity(judge: ModelSpec) -> Mapping[str, Any]:
-    """What tells the judge from others; of a local model its files too: it may be trained anew."""
+    """Return the identity of the judge; a local model's weights count, because training may change
+    them."""
     identity = {"role": judge.role, "model": judge.model}
     if judge.url is not None:
         return {**identity, "url": judge.url}

@@ -1,13 +1,13 @@
 """Fair scheduling between clients.
 
-Each client has a counter of the seconds that models worked for the client. Clients that are behind
-run first, and clients that are ahead pause: twenty long prompts and a short chat get the same part
-of the machine, with one model or several.
+Each client has a counter of model seconds. Clients with a low counter run first, and clients with a
+high counter pause: twenty long prompts and a short chat get equal parts of the machine, with one
+model or several.
 
 This is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI
 2024), with two differences. The counter has seconds, because a prompt token costs a tenth of a
-generated token or less. And running work pauses too, or a short answer would take turns with chunks
-of long prompts.
+generated token or less. Running work pauses too, so that a short answer does not alternate with
+chunks of long prompts.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Generic, Protocol, TypeVar
 from luthier.inference.inference import InferenceFailed
 
 LEAD_SECONDS = 0.1
-"""Seconds that a client may be ahead: with less, clients would seldom share a step."""
+"""Lead in seconds after which a client pauses; with a smaller lead, clients would seldom share a
+step."""
 HEAD_START_SECONDS = 0.5
-"""Maximum credit of a returning client, so that a short answer is not interrupted."""
 CANCELLATION_SECONDS = 0.5
 """Interval at which waiting work checks whether its client hung up."""
 
@@ -37,8 +37,7 @@ _background: ContextVar[bool] = ContextVar("background", default=False)
 def working_for(client: str, background: bool = False) -> Iterator[None]:
     """Run the block for ``client``, such as an account.
 
-    Work in the ``background`` has no client that would retry, so it waits for its turn without
-    limit.
+    ``background`` work waits for a turn without limit, because no client would retry.
     """
     token, background_token = _client.set(client), _background.set(background)
     try:
@@ -66,7 +65,7 @@ def discount(counts: Counter[str], client: str, by: int = 1) -> None:
 
 
 class Cancelled(Exception):
-    """The work was cancelled while it waited."""
+    """Cancellation of waiting work."""
 
 
 class ClientRequest(Protocol):
@@ -81,7 +80,7 @@ R = TypeVar("R", bound=ClientRequest)
 
 
 class WaitingRequests(Generic[R]):
-    """Queues of one model, one per client. Not safe to share between threads."""
+    """Queues of a model, one queue per client. Not safe to share between threads."""
 
     def __init__(self, most: int) -> None:
         """Allow at most ``most`` requests per client."""
@@ -101,7 +100,7 @@ class WaitingRequests(Generic[R]):
         return self._queues.keys()
 
     def of(self, client: str) -> Collection[R]:
-        """Return the requests of ``client``, the next one first."""
+        """Return the queue of ``client``, first request first."""
         return self._queues.get(client, ())
 
     def add(self, request: R) -> None:
@@ -139,9 +138,9 @@ class FairScheduler:
         self._seconds: dict[str, float] = {}
         self._at_work: Counter[str] = Counter()
         self._waiting: dict[Hashable, Counter[str]] = {}
-        """Clients that wait for a model with one turn at a time."""
+        """Number of waiting requests by client, for each model with turns."""
         self._busy: dict[Hashable, tuple[str, float]] = {}
-        """Client and start time of the running turn of each such model."""
+        """Client and start time of the running turn, for each model with turns."""
 
     def enter(self, client: str) -> None:
         """Register a running request of ``client``."""
@@ -157,11 +156,11 @@ class FairScheduler:
 
     @property
     def has_several_clients(self) -> bool:
-        """Whether requests of more than one client run."""
+        """True if several clients have running requests."""
         return len(self._at_work) > 1
 
     def seconds(self, client: str) -> float:
-        """Return the counter of ``client``, or the counter that a new client would get."""
+        """Return the counter of ``client``, or the start value of a new client."""
         with self._changed:
             present = self._present()
             if client in present:
@@ -169,7 +168,7 @@ class FairScheduler:
             return max(self._floor(present), self._seconds.get(client, 0.0))
 
     def runnable(self, clients: Collection[str]) -> set[str]:
-        """Return the running ``clients`` that are not too far ahead."""
+        """Return the ``clients`` with a counter below the limit."""
         with self._changed:
             limit = self._limit()
             known = [client for client in clients if client in self._seconds]
@@ -197,11 +196,11 @@ class FairScheduler:
     ) -> Iterator[Counter[str]]:
         """Wait for the turn of ``client`` at ``model``, which has one turn at a time.
 
-        The block may also work for other clients: it adds their parts to the yielded counter, by
-        which they share the time.
+        The block may also work for several clients. The yielded counter then receives the part of
+        each client, and the time is charged by parts.
 
         Raises:
-            Cancelled: if ``cancelled`` returns True first.
+            Cancelled: if ``cancelled`` returns True before the turn.
         """
         with self._changed:
             self._register(client)
@@ -231,17 +230,17 @@ class FairScheduler:
                 self.leave(client)
 
     def _is_next(self, client: str, model: Hashable) -> bool:
-        """Return whether ``model`` is free and ``client`` is the next one."""
+        """Return whether ``model`` is free and ``client`` is next."""
         first = min(self._waiting[model], key=self._seconds.__getitem__)
         mine = self._seconds[client]
         return model not in self._busy and mine <= min(self._seconds[first], self._limit())
 
     def _limit(self) -> float:
-        """Return the highest counter of a client that may run."""
+        """Return the limit for the counter of a running client."""
         return min(map(self._now, self._at_work), default=float("inf")) + LEAD_SECONDS
 
     def _now(self, client: str) -> float:
-        """Return the counter of a client with the time of its running turns."""
+        """Return the counter of a client, including the time of running turns."""
         moment = time.perf_counter()
         running = sum(moment - since for other, since in self._busy.values() if other == client)
         return self._seconds[client] + running
@@ -254,7 +253,7 @@ class FairScheduler:
         return min((self._seconds[each] for each in present), default=0.0) - HEAD_START_SECONDS
 
     def _register(self, client: str) -> None:
-        """Give ``client`` a counter, and drop counters that equal a new client's."""
+        """Create the counter of ``client``, and drop counters equal to the start value."""
         present = self._present()
         if not present:
             self._seconds.clear()  # no client has waited for another

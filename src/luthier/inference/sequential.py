@@ -1,8 +1,8 @@
 """Models in memory with one turn at a time: models that predict, and image generators.
 
-:mod:`luthier.inference.scheduler` decides whose turn it is. Rows of waiting requests are read together
-(:mod:`luthier.inference.batcher`). Images are generated for one request after the other, with a new
-turn for each part of a long request.
+:mod:`luthier.inference.scheduler` selects the client of the next turn. Rows of waiting requests are
+read together (:mod:`luthier.inference.batcher`). Images are generated for one request at a time,
+with a new turn for each part of a long request.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from luthier.types import Example
 
 COPIED_AT_ONCE = 8
-"""Images that an autoencoder reconstructs in one turn: large images take longer to decode."""
+"""Images per turn of an autoencoder, because large images take long to decode."""
 THIS_MODEL = "This model"
-"""Name of the model in errors; clients do not know its id in the library."""
+"""Name of the model in errors; clients do not know the id in the library."""
 
 ModelInput = str | Media
 """A text, image, audio clip or window of a time series."""
@@ -65,14 +65,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class ImageSamples:
-    """Generated images, and the seed that reproduces them."""
+    """Generated images with the seed."""
 
     images: Sequence[SampledImage]
     seed: int
 
 
 class SerialModel:
-    """A model in memory with one turn at a time."""
+    """A model in memory with turns."""
 
     def __init__(
         self,
@@ -136,12 +136,12 @@ class SerialModel:
 
     @property
     def purpose(self) -> str:
-        """What the model does, as the rest of a sentence after "This model"."""
+        """Ability of the model, to follow "This model" in a sentence."""
         reads = [] if self._predictor is None else [f"takes {PLURAL[self._chat.reads]}"]
         return " and ".join([*reads, *(["generates images"] if self.makes_images else [])])
 
     def refusal(self, text: str) -> InferenceRefused:
-        """Return an error with ``text``, and the request that the model supports."""
+        """Return an error of ``text`` and the supported request."""
         if self._predictor is None:
             return InferenceRefused(text, "model")
         if gives_embeddings(self._predictor.objective):
@@ -150,7 +150,7 @@ class SerialModel:
 
     @property
     def makes_images(self) -> bool:
-        """Whether the model generates images."""
+        """True if the model generates images."""
         return self._generator is not None
 
     @property
@@ -177,7 +177,7 @@ class SerialModel:
         return examples
 
     def embed(self, examples: Sequence[Example], work: Work | None = None) -> list[Embedding]:
-        """Return the embeddings of texts that :meth:`texts` encoded.
+        """Return the embeddings of examples from :meth:`texts`.
 
         Raises:
             InferenceFailed: if too many requests wait, the client hung up, or the model is closed.
@@ -193,7 +193,7 @@ class SerialModel:
         """Encode inputs and count their tokens: 1 per image or audio clip.
 
         Raises:
-            InferenceRefused: for an input that the model does not take.
+            InferenceRefused: for an unsupported input.
         """
         predictor = self._reader()
         examples: list[Example] = []
@@ -210,7 +210,7 @@ class SerialModel:
     def predict(
         self, examples: Sequence[Example], top: int | None, work: Work
     ) -> list[dict[str, Any]]:
-        """Return the predictions for inputs that :meth:`inputs` encoded.
+        """Return the predictions for examples from :meth:`inputs`.
 
         Raises:
             InferenceRefused: for an undecodable image or audio clip.
@@ -255,7 +255,7 @@ class SerialModel:
         """Generate images.
 
         Raises:
-            InferenceRefused: for a model that generates no images, or not such images.
+            InferenceRefused: for a model that generates no images, or does not support the request.
             InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
@@ -284,7 +284,7 @@ class SerialModel:
         return self._prompt_limit
 
     def _encode_text(self, text: str, index: int) -> Example:
-        """Encode a text; raise :class:`InferenceRefused` if it exceeds the context."""
+        """Encode a text; raise :class:`InferenceRefused` if longer than the context."""
         limit, predictor = self._text_limit(), self._reader()
         limit.check_text(text)
         try:
@@ -306,7 +306,7 @@ class SerialModel:
         return BARE_MEDIA[given.kind]("", index + 1, media)
 
     def _undecodable(self, part: Sequence[MediaRow], refused: RowRefused) -> InferenceRefused:
-        """Return the refusal of the row of ``part`` that cannot be decoded."""
+        """Return the error of the first undecodable row of ``part``."""
         for row in part:
             media = self._chat.media_input(row)
             try:
@@ -316,7 +316,7 @@ class SerialModel:
         return InferenceRefused(refused.problem.message, "inputs")
 
     def _read(self, examples: Sequence[Example], work: Work) -> list[dict[str, Any]]:
-        """Return the answers to ``examples``, read together with rows of other requests."""
+        """Return the predictions for ``examples``, read together with rows of concurrent requests."""
         request = ReadRequest(examples, work)
         self._batcher.add(request)
         try:

@@ -1,4 +1,4 @@
-"""From tokens to what is shown: whole characters, reasoning apart, nothing of a stop sequence."""
+"""Conversion of generated tokens to text: whole characters, separate reasoning, no stop sequences."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from luthier.models.sampling import Sampling
 
 
 class Detokenizer:
-    """Characters as they become whole; the last of several tokens brings the character.
+    """Incremental decoder of tokens that returns whole characters only.
 
-    Only the last few tokens are decoded again: up to where the text was whole, and from there.
+    Each call decodes the last few tokens, because a character may have several tokens.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
-        """Decode tokens behind the tokens ``before``, whose own text is left out."""
+        """Start after the tokens ``before``, and leave their text out."""
         self._decode = decode
         self._ids = [*before]
         self._before, self._whole = 0, len(self._ids)
 
     def feed(self, token: int) -> str:
-        """What ``token`` completes; nothing where it ends within a character."""
+        """Return the text that ``token`` completes, or an empty string within a character."""
         self._ids.append(token)
         shown = self._decode(self._ids[self._before : self._whole])
         text = self._decode(self._ids[self._before :])
@@ -35,22 +35,22 @@ class Detokenizer:
 
 
 class StopFinder:
-    """Lets text through up to the first stop sequence; what may be its beginning is held back.
+    """A filter that passes text up to the first stop sequence.
 
-    The first is the one that is whole first, and of those that end together the longest: how the
-    text is cut into pieces makes no difference.
+    The filter delays text that may begin a stop sequence. The first stop sequence is the earliest
+    to end, and the longest of several with the same end. The size of the pieces has no effect.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
         self.passed = 0
-        """Characters that were let through."""
+        """Number of passed characters."""
         self.found: str | None = None
-        """The first stop sequence."""
+        """First stop sequence in the text."""
 
     def feed(self, text: str) -> str:
-        """The next characters; what can be shown."""
+        """Add ``text`` and return the text to show."""
         self._held += text
         starts = {stop: self._held.find(stop) for stop in self._stops if stop in self._held}
         if starts:
@@ -66,7 +66,7 @@ class StopFinder:
         return self._pass(len(self._held))
 
     def end(self) -> str:
-        """What is left when no more comes."""
+        """Return the delayed text at the end of the reply."""
         return self._pass(len(self._held)) if self.found is None else ""
 
     def _pass(self, count: int) -> str:
@@ -77,19 +77,19 @@ class StopFinder:
 
 @dataclass(frozen=True)
 class AnswerDelta:
-    """What a token adds to an answer, and the scores of the tokens that begin in it."""
+    """Text and token scores from a single token of a reply."""
 
     text: str = ""
     scores: list[Score] = field(default_factory=list)
     reasoning: str = ""
     reasoning_scores: list[Score] = field(default_factory=list)
-    """Those of the marks around it included."""
+    """Scores of the reasoning, including the tokens of the reasoning marks."""
 
 
 class AnswerText:
-    """The text of one answer, and the tokens that belong to what was shown of it.
+    """Text of a reply, with the number of tokens in the shown text.
 
-    Stop sequences end what is said behind the reasoning, and not the reasoning itself.
+    Stop sequences end the answer, not the reasoning before the answer.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class AnswerText:
         reasoning: ReasoningFormat | None = None,
         before: Sequence[int] = (),
     ) -> None:
-        """``before`` are the tokens that the answer is decoded behind (:class:`Detokenizer`)."""
+        """Start after the prompt tokens ``before`` (:class:`Detokenizer`)."""
         self._characters, self._stops = Detokenizer(decode, before), StopFinder(sampling.stop)
         self._splitter = ReasoningSplitter(reasoning)
         self._min_tokens = sampling.min_tokens
@@ -110,19 +110,19 @@ class AnswerText:
 
     @property
     def stop(self) -> str | None:
-        """The stop sequence that ended it."""
+        """Stop sequence that ended the reply."""
         return self._stops.found
 
     @property
     def tokens(self) -> int:
-        """Tokens that begin in what was shown; all of them where no stop sequence cut it off."""
+        """Number of tokens that begin in the shown text; without a stop sequence, of all tokens."""
         if self.stop is None:
             return len(self._begins)
         return self._until((self._splitter.answer_start or 0) + self._stops.passed)
 
     @property
     def reasoning_tokens(self) -> int:
-        """Those of them that stand before the answer: the reasoning with its marks."""
+        """Number of tokens of the reasoning and the reasoning marks."""
         start = self._splitter.answer_start
         if start is None:
             return len(self._begins)
@@ -142,19 +142,19 @@ class AnswerText:
         return self._delta(reasoning, self._search(said), self._stops.passed)
 
     def end(self) -> AnswerDelta:
-        """What is left when no more comes."""
+        """Return the delayed text at the end of the reply."""
         reasoning, said = self._splitter.end()
         shown = self._search(said) + self._stops.end()
         return self._delta(reasoning, shown, None)
 
     def _search(self, said: str) -> str:
-        """Return what can be shown of the next characters; those of the least tokens end
-        nothing."""
+        """Return the text to show; ignore stop sequences in the first ``min_tokens`` tokens."""
         few = len(self._begins) <= self._min_tokens
         return self._stops.skip(said) if few else self._stops.feed(said)
 
     def _delta(self, reasoning: str, shown: str, passed: int | None) -> AnswerDelta:
-        """``passed`` characters of the answer were shown; ``None`` for all that ever will be."""
+        """Return the new text with scores of tokens before ``passed`` characters; ``None`` means
+        all."""
         start, thought = self._splitter.answer_start, []
         if start is None:
             if reasoning or passed is None:
@@ -165,7 +165,7 @@ class AnswerText:
         return AnswerDelta(shown, self._scores(until), reasoning, thought)
 
     def _until(self, place: int) -> int:
-        """How many tokens begin before the character ``place``."""
+        """Return the number of tokens before the character ``place``."""
         count = self._given
         while count < len(self._begins) and self._begins[count][0] < place:
             count += 1

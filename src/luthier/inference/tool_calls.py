@@ -1,4 +1,4 @@
-"""Conversations as prompts, and the calls of tools in what a model writes."""
+"""Encoding of conversations with tools, and extraction of tool calls from generated text."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 def new_call_id() -> str:
-    """An id for a call, as Bedrock writes them."""
+    """Return a new id of a tool call in Bedrock's format."""
     return "tooluse_" + random_id(22)
 
 
 def marks_calls(chat: ChatFormat) -> bool:
-    """Whether the model's template puts calls between tags."""
+    """Return whether the model's template puts tool calls between tags."""
     return takes_tools(chat.template_text) and CALL_OPEN in chat.template_text
 
 
 def encode(
     chat: ChatFormat, conversation: Chat, check: Callable[[str], None] = lambda text: None
 ) -> IntArray:
-    """Token ids that an answer to ``conversation`` continues; ``check`` may refuse its text before.
+    """Return the token ids of ``conversation``; ``check`` may reject the rendered text before.
 
     Raises:
-        InferenceRefused: for a conversation that the model's template does not take.
+        InferenceRefused: for a conversation that the model's template does not support.
     """
     if not conversation.turns:
         raise InferenceRefused("A conversation has at least one message.", "messages")
@@ -51,9 +51,9 @@ def encode(
 
 
 class CallSplitter:
-    """Parts the text of an answer, as it comes, into words for the reader and calls of tools.
+    """Incremental splitter of a reply into text and tool calls.
 
-    What may be a call is held back until it is whole.
+    Text that may be a tool call is delayed until complete.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class CallSplitter:
         self._shown = False
         self._calling = False
         self.incomplete = False
-        """Whether the answer ended within a call, which is not shown."""
+        """True if the reply ended within a tool call. The reply shows no such call."""
 
     def feed(self, text: str) -> str:
-        """The next characters; what of all that is held can be shown."""
+        """Add ``text`` and return the text to show."""
         self._held += text
         if self._calling:
             return ""
@@ -92,8 +92,8 @@ class CallSplitter:
         return shown
 
     def end(self, cut: bool = False) -> tuple[str, list[ToolCall]]:
-        """Words that are left, and the calls; ``cut`` says that a limit of tokens ended the
-        answer."""
+        """Return the remaining text and the tool calls; ``cut`` means that a token limit ended the
+        reply."""
         if cut and self._may_hide and (self._calling or self._forced):
             found, self.incomplete = parse_cut_calls(self._held, self._tools)
             self.incomplete |= self._forced and not found
