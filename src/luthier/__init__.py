@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# OpenMP threads spin for milliseconds while they wait. Beside another busy process that made a step
-# take 55 s for 1; a tenth of a millisecond costs nothing. Read once, when torch is loaded.
+# Waiting OpenMP threads spin for milliseconds. Next to another busy process, a step took 55 s
+# instead of 1 s; 0.1 ms costs nothing. torch reads the variable once, on import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:

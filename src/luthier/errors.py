@@ -96,7 +96,7 @@ class Problem:
     def to_dict(self) -> dict[str, Any]:
         """Return the problem in JSON types, with the location's fields next to the others."""
         fields = asdict(self)
-        # A value of a recipe may be any object.
+        # A recipe value may be any object.
         fields["value"] = json.loads(json.dumps(self.value, default=str))
         return {**fields.pop("location"), **fields}
 
@@ -291,7 +291,7 @@ class NameInUse(RefusedInput):
     default_rule = "model.name_taken"
 
     def __init__(self, kind: str) -> None:
-        # Airflow's operator of Bedrock compares this message byte for byte.
+        # Airflow's Bedrock operator compares this message byte for byte.
         text = f"The provided {kind} name is currently in use."
         super().__init__(text, rule=f"{kind}.name_taken")
 

@@ -84,7 +84,7 @@ def sha256_of(path: Path) -> str:
 
 def file_version(status: os.stat_result) -> tuple[int, ...]:
     """Return a key that changes with the file's content."""
-    # Whoever changes a file can set its time of modification back; not that of its change.
+    # A program can set the modification time back, but not the change time.
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -140,7 +140,7 @@ def without_home(text: str) -> str:
 
 def folder_size(folder: Path, ending: str = "") -> int:
     """Return the bytes of all files below ``folder`` with a name ending; 0 without a folder."""
-    # Not by glob, which remembers each of a million paths.
+    # Not glob, which keeps all paths in memory.
     names = names_below(folder) if folder.is_dir() else ()
     return sum(os.stat(f"{folder}/{name}").st_size for name in names if name.endswith(ending))
 
@@ -281,7 +281,7 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
         yield temporary
         for entry in sorted(temporary.rglob("*")):
             if entry.is_file():
-                os.chmod(entry, mode)  # some libraries write files that only the owner may read
+                os.chmod(entry, mode)  # some libraries write files with mode 0600
                 with entry.open("rb") as file:
                     os.fsync(file.fileno())
             elif private:
@@ -456,7 +456,7 @@ def check_creatable(path: Path) -> None:
     if str(path) == "-":
         raise RecipeError("- is standard output; name a file", rule="file.unwritable")
     try:
-        # Some file systems, such as /proc, give the right to write and then make nothing.
+        # Some file systems, such as /proc, grant write access but reject new files.
         if _is_device(path):
             if not os.access(path, os.W_OK):
                 raise _unwritable(path, "you have no right to")
@@ -476,10 +476,10 @@ def check_creatable(path: Path) -> None:
             raise _unwritable(path, why)
         with TemporaryFile(prefix=TEMPORARY, dir=parent):
             pass
-    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+    except (OSError, RuntimeError) as error:  # RuntimeError: circular links
         number = getattr(error, "errno", None) or errno.ELOOP
         if number in _FULL:
-            return  # said when it is written
+            return  # the write reports the error
         raise _unwritable(path, os.strerror(number)) from error
 
 
@@ -503,7 +503,7 @@ def room(folder: Path) -> int:
 def _system_error(error: Exception) -> int | None:
     """Return the ``errno`` of an error; safetensors wraps the number in text."""
     if isinstance(error, OSError):
-        # NumPy says it in words alone where it writes an array.
+        # NumPy reports a full disk only in the message.
         full = error.errno is None and re.search(r"Not enough free space|requested and", str(error))
         return errno.ENOSPC if full else error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))

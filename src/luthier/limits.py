@@ -142,7 +142,7 @@ def parse_limits(settings: Sequence[str]) -> ServerLimits:
         return ServerLimits.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        # An error of the pair of shares has no location.
+        # The check of two fields has no location.
         wrong = str(first["loc"][0]) if first["loc"] else None
         where = f"--limit {wrong}={first['input']}" if wrong else "--limit"
         raise RefusedInput(f"{where}: {describe_constraint(first)}", setting=wrong) from error

@@ -70,7 +70,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
 
     @cached_property
     def _points(self) -> dict[str, EntryPoint]:
-        # The order of entry points is that of the search path, which is not ours to decide.
+        # Sorted, because the order of entry points depends on sys.path.
         found = sorted(entry_points(group=self.group), key=lambda each: (each.name, _package(each)))
         return {each.name: each for each in reversed(found)}
 
@@ -135,7 +135,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
             try:
                 part = point.load()
                 self._check(name, part)
-            # A package of others may raise anything while it is imported, and is one of many.
+            # A third-party package may raise anything on import and must not break the others.
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
                 part = Plugin(self.group, name, _package(point), problem)
@@ -149,7 +149,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         ):
             raise TypeError(f"{part!r} is no {self.kind.__module__}.{self.kind.__name__}")
         own = _own_name(part)
-        # Stored models and recipes find it again by the name it gives itself.
+        # Stored models and recipes refer to the part by its own name.
         if own != name:
             raise ValueError(f"the entry point is called {name!r}, and what it names {own!r}")
 

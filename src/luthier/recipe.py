@@ -145,7 +145,7 @@ class Training(StrictModel):
     """Stop after this number of optimizer steps, regardless of ``epochs``."""
     batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Rows per optimizer step."""
-    # Beyond, a step is no number in float32; a rate that is only far too high diverges and says so.
+    # A larger rate overflows float32; a rate that is merely too high reports divergence.
     learning_rate: float | None = Field(default=None, gt=0, le=1e32)
     """Highest learning rate of the schedule."""
     learning_rate_multiplier: float = Field(default=1.0, gt=0, le=10_000)
@@ -415,7 +415,7 @@ def _toml_literal(value: Any) -> str:
         return f"{{ {inside} }}"
     if isinstance(value, float):
         return repr(value)
-    # JSON writes strings, whole numbers and truth values as TOML does, but for this one character.
+    # JSON and TOML write strings, integers and booleans alike, except for this character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

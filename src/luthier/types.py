@@ -147,7 +147,7 @@ class Message:
             return self.content
         if len(calls) == 1 and not self.content:
             return calls[0]
-        # Tags tell where each call begins and ends.
+        # Tags separate several calls.
         marked = [f"{CALL_OPEN}\n{call}\n{CALL_CLOSE}" for call in calls]
         return "\n".join([*([self.content] if self.content else []), *marked])
 

@@ -76,7 +76,7 @@ class Augmentation(StrictModel):
         if kind == "image":
             return Augmentation(crop=0.3, colour=0.2)
         if kind == "window":
-            return Augmentation()  # what is changed in a window may be what is anomalous
+            return Augmentation()  # a changed window may become an anomaly
         return Augmentation(shift=0.1, speed=0.15, noise=0.05)
 
     @staticmethod

@@ -359,7 +359,7 @@ class ChatFormat:
         if self.check_template is None:
             return self
         self.check_template()
-        return replace(self, check_template=None)  # without what was learned before the approval
+        return replace(self, check_template=None)  # drops stale cached properties
 
     def encode_prompt(
         self,
@@ -510,7 +510,7 @@ class ChatFormat:
                 missing = missing_from(reply, message)
             if missing and learns and index == answers[-1]:
                 raise _cannot_write(missing, index)
-            # An empty block of thoughts is what templates put where there are none: nobody wrote it.
+            # Templates write an empty reasoning block for turns without reasoning.
             marks = None if message.reasoning else self.reasoning_marks
             thoughtless = marks.empty_block.match(reply) if marks else None
             unlearned = thoughtless[0] if thoughtless else ""
@@ -631,12 +631,12 @@ class ChatFormat:
         """
         media = self.media is not None and len(ids) == 1 and ids[0] >= self.tokenizer.vocab_size
         if self.media is not None and (media or not self.has_tokenizer):
-            return [f"<{self.media.kind}>"] * len(ids)  # its id is that of its content
+            return [f"<{self.media.kind}>"] * len(ids)  # the id is a hash of the content
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        # By its kind: a byte-level vocabulary may hold a token "##" too.
+        # Checked by type, because a byte-level vocabulary may also have a token "##".
         if backend is not None and type(backend.model).__name__ == "WordPiece":
-            # Word pieces carry no spaces: a piece that continues a word is marked instead.
+            # WordPiece tokens have no spaces; "##" marks the continuation of a word.
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
         with panics_refused():
             texts = [self._piece([i]) for i in ids]
@@ -671,11 +671,11 @@ class ChatFormat:
         names = self.tokenizer.get_vocab()
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and type(backend.decoder).__name__ == "ByteLevel":
-            # There a character of a name is a byte, but for names that were added as they are.
+            # In a byte-level vocabulary one character is one byte, except for added tokens.
             added = (str(token) for token in self.tokenizer.added_tokens_decoder.values())
             return max(map(len, (*names, *(name.encode() for name in added))), default=1)
         longest = max((len(name.encode()) for name in names), default=1)
-        # A normalizer that composes characters makes one byte of three at most.
+        # A normalizer that composes characters shrinks text by a factor of at most three.
         composes = backend is None or backend.normalizer is not None
         return longest * (3 if composes else 1)
 
@@ -740,7 +740,7 @@ class ChatFormat:
         Raises:
             RecipeError: if no stop token ends or follows the reply.
         """
-        # From the end, where it usually stands. Else the next turn may begin with it.
+        # The usual position is the end. Otherwise the next turn may start with a stop token.
         for index in range(last - 1, first - 1, -1):
             if ids[index] in self.stop_ids:
                 return index + 1
@@ -798,8 +798,7 @@ class ChatFormat:
                 add_generation_prompt=reply,
                 **names,
             )
-        # The template is a program that came with a model, and works on what a client says: it may run
-        # into whatever programs do.
+        # A template is a third-party program with untrusted input, so it may raise anything.
         except Exception as error:
             reason = f"{error or type(error).__name__}"
             others = [turn for turn in turns if turn["role"] != "system"]
@@ -823,7 +822,7 @@ class ChatFormat:
         with panics_refused():
             ids = self.tokenizer.encode(text, add_special_tokens=True)
         if len(ids) > 1 and ids[-1] in self.stop_ids:
-            # Some tokenizers close every text; a prompt is to be continued.
+            # Some tokenizers append an end token to every text; a prompt must stay open.
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
 

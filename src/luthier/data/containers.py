@@ -123,7 +123,7 @@ def container_of(path: Path) -> Container:
         return Container("npz" if arrays else "zip")
     refuse_binary(head)
     suffix = Path(unpacked_name(path.name) if packing else path.name.lower()).suffix
-    # A character that the head ends in the middle of is left out.
+    # errors="ignore" drops an incomplete last character.
     text = head.decode("utf-8", errors="ignore").removeprefix("\ufeff")
     first, _, rest = text.partition("\n")
     named = SEPARATOR.fullmatch(first)
@@ -178,7 +178,7 @@ def _holds_arrays(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
     except (zipfile.BadZipFile, RuntimeError, ValueError):
-        return False  # what is wrong is said when the archive is read
+        return False  # the reader reports the damage
 
 
 def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:
@@ -217,7 +217,7 @@ def needs(package: str, extra: str, what: str) -> RowRefused:
 class _Zstd(io.RawIOBase):
     """Concatenated zstd frames; a truncated last frame raises :class:`EOFError`."""
 
-    # A piece of a hostile frame may unpack to 30,000 times its size.
+    # Small, because a hostile frame may decompress to 30,000 times its size.
     _PIECE = 4096
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -281,7 +281,7 @@ def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
     lines = [line for line in text.split("\n") if line.strip(" \t\r")]
     first = _value(lines[0]) if lines and (whole or len(lines) > 1) else None
     if suffix in PLAIN_TEXT:
-        # Rows in a file that is called text: two objects are no accident, nor is one alone.
+        # Two objects, or a single object, in a .txt file are JSON Lines.
         second = _value(lines[1]) if len(lines) > (1 if whole else 2) else first
         return "jsonl" if isinstance(first, dict) and isinstance(second, dict) else "text"
     if start == "[" and (len(lines) < 2 or first is None):

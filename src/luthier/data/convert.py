@@ -93,14 +93,14 @@ def convert(
     kind = format_ or format_of(target)
     check_target(target, (), [source], overwrite)
     work = _Conversion(source, target.parent, form, columns, drop_extra_keys, on_progress)
-    # A table needs the names of all columns before its first row; everything is checked on the way.
+    # A table needs all column names before the first row, so a first pass collects and checks them.
     found = ColumnNames()
     if kind not in ("jsonl", "json"):
         work.write(found)
     try:
         with writer_of(kind, target, [*found.names]) as writer:
             reader = work.write(writer)
-    except RowRefused as bad:  # of rows that were gathered
+    except RowRefused as bad:  # rows of the current batch
         raise DataError([bad.at(str(source), 0)]) from bad
     return Conversion(
         reader.recognition, reader.rows, form, kind, tuple(work.kept), tuple(work.left_out)
@@ -143,7 +143,7 @@ class _Conversion:
         given = reader.checker.given
         made = TARGETS[self.form](row)
         if isinstance(row, MediaRow) and row.media.path and made.get(row.key()) == row.media.name:
-            # Readers look for a path from the folder of the table, and not outside of it.
+            # Readers resolve a path from the table's folder and reject paths outside.
             path = os.path.relpath(row.media.path, self.folder)
             if path.startswith(".."):
                 raise RowRefused(
@@ -188,7 +188,7 @@ def _refuse_lost(record: Record, keeps_tools: bool) -> None:
                 for key, value in turn.items()
                 if key not in written
                 and value is not None
-                and not (keeps_tools and mark_sense(key) is not None)  # written as a weight
+                and not (keeps_tools and mark_sense(key) is not None)  # written as "weight"
             ]
             if more:
                 raise RowRefused(

@@ -50,7 +50,7 @@ def spool(items: Iterable[T], limit: int | None = None) -> Sequence[T]:
             size, weighed = size + step * one, len(held)
             if size > limit:
                 return _OnDisk(chain(_drain(held), source))
-            step = max(1, min(SAMPLE_EVERY, limit // (64 * one)))  # each of large ones
+            step = max(1, min(SAMPLE_EVERY, limit // (64 * one)))  # every item if items are large
     return held
 
 
@@ -139,7 +139,7 @@ class _OnDisk(_Lazy[T]):
                 "Set TMPDIR to one"
             ) from error
         with disk_errors(self._folder):
-            # Not buffered: what a full disk refused would be written once more when the file is closed.
+            # Unbuffered: after a full disk, closing a buffered file would write the rest again.
             self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long
         weakref.finalize(self, self._file.close)
         self._ends = array("Q")

@@ -78,7 +78,7 @@ class _Text:
             raise self.invalid(error.msg, error.pos) from None
         except RecursionError:
             raise parsing.too_deep(self.line) from None
-        except (RowRefused, ValueError) as error:  # of the value, not of the text: skip the value
+        except (RowRefused, ValueError) as error:  # a problem of one value, so skip the value
             self.place = self._end(start)
             if isinstance(error, RowRefused):
                 raise

@@ -157,7 +157,7 @@ def _listed(text: str) -> object:
         if isinstance(value, list):
             return value
     if _LIST.fullmatch(text_):
-        # The parser of Python would join the texts of numpy's ['a' 'b'].
+        # literal_eval of the whole list would concatenate the strings of numpy's ['a' 'b'].
         return [ast.literal_eval(item) for item in re.findall(_ITEM, text_, re.S)]
     if "," in text_ or '"' in text_ or "'" in text_:
         raise RowRefused(
@@ -350,7 +350,7 @@ class FieldChecker:
         try:
             path = (folder / value).resolve()
             there = path.is_file()
-        except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle
+        except (OSError, RuntimeError, ValueError):  # name too long, circular links
             path, there = folder, False
         if not path.is_relative_to(folder):
             fix = "Put it beside the rows, in the same folder or one below."
@@ -408,7 +408,7 @@ class FieldChecker:
             return None
         turns = [self._message(number, item) for number, item in enumerate(unify_turns(value), 1)]
         messages = tuple(turn for turn in turns if turn is not None)
-        # With a message missing or a role unknown, the order cannot be judged.
+        # The order is undefined if a message is missing or has an unknown role.
         if len(messages) == len(turns):
             self._check_order(messages, answered)
             spoken = [turn for turn in messages if turn.role == "assistant"]
@@ -433,7 +433,7 @@ class FieldChecker:
             self.report(bad.rule, f"Message {number}: {bad.problem.message}", bad.problem.advice)
             return None
         calls: tuple[ToolCall, ...] = tuple(item.get("tool_calls") or ())
-        if calls or role == "tool":  # what a tool gives back may be nothing
+        if calls or role == "tool":  # a tool result may be empty
             content = item.get("content")
             content = content if isinstance(content, str) else self.text(item, "content", number)
         else:
@@ -460,7 +460,7 @@ class FieldChecker:
         """Return the role of a turn; ``None`` after a reported problem."""
         if item.get("role") in _ROLES:
             return str(item["role"])
-        if item.get("role") == "developer":  # what newer models of OpenAI call system
+        if item.get("role") == "developer":  # OpenAI's newer name for "system"
             return "system"
         role = self.text(item, "role", number)
         if role is None:
@@ -578,7 +578,7 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
         return (Message(role, value),)
     items = value if isinstance(value, list) and value else [value]
     found = []
-    # Before, as malformed calls need no other fix; after, as other forms of calls show only then.
+    # Check before, for malformed calls, and after, for calls in other forms.
     _refuse_calls(items, key)
     turns = unify_turns(items)
     _refuse_calls(turns, key)
@@ -601,7 +601,7 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
                 "Roles are system, user and assistant.",
             )
         answers = speaker == "assistant"
-        # Nothing of a prompt is learned, so a mark there changes nothing.
+        # A prompt is never learned, so marks have no effect.
         learned = fields.learned(item, key, answers and role == "assistant")
         reasoning = str(item.get("reasoning_content") or "").strip() if answers else ""
         found.append(Message(speaker, item["content"], learned, reasoning=reasoning))

@@ -284,7 +284,7 @@ def forms_of(record: Record) -> list[Form]:
         for form in FORMS
         if form.keys <= keys and not form.without & keys and form.applies(record)
     ]
-    # Texts that were compared or classified are no pair that belongs together.
+    # Compared or classified texts are not a positive pair.
     paired = ("positive", "sentence1", "premise")
     return [form for form in found if not (form.keys & {*paired} and keys & _JUDGED)]
 
@@ -307,7 +307,7 @@ def _to_pair(row: Row, form: str = "prompt-completion") -> Record:
 
 def _to_chat(row: Row) -> Record:
     if isinstance(row, Conversation):
-        return row.record()  # OpenAI's names, tools and calls included
+        return row.record()  # already in OpenAI's form, with tools and calls
     return {"messages": _turn_dicts(_conversation_of(row, "chat"))}
 
 

@@ -131,7 +131,7 @@ class Media:
         if size > MOST_MEDIA_BYTES:
             raise _too_large(size)
         with archive.open(self.member) as stream:
-            return stream.read(MOST_MEDIA_BYTES)  # it may hold more than its directory says
+            return stream.read(MOST_MEDIA_BYTES)  # the zip directory may understate the size
 
     def digest(self) -> str:
         """Return the SHA-256 of the bytes, so equal files with different names match."""
@@ -186,7 +186,7 @@ def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[s
         if isinstance(value, dict):
             value = None if value.get("bytes") else value.get("path")
         if key == "path" and not is_media(str(value)):
-            continue  # of a text, which is no more than said to come from there
+            continue  # the path of a text's origin, not of media
         if isinstance(value, str) and value.strip() and not value.startswith("data:"):
             found.append(value)
     return found
@@ -218,7 +218,7 @@ def _too_large(size: int) -> RowRefused:
 def reason_of(error: Exception) -> str:
     """Return the first line of an error of a library, without addresses of objects."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    text = re.sub(r" <_io\.\w+ object at 0x\w+>", "", text)  # Pillow names the bytes in memory
+    text = re.sub(r" <_io\.\w+ object at 0x\w+>", "", text)  # Pillow prints the address
     return text.rstrip(".")[:200]
 
 
@@ -320,7 +320,7 @@ class MediaInput:
             return self.processor.array(self.media, self.augmentation, self.seed)
         except RowRefused as bad:
             why, place = bad.problem, Location(self.file, self.line)
-            message = f"{self.media.name}: {why.message}"  # the file of a row may be a folder
+            message = f"{self.media.name}: {why.message}"  # row.file may be a folder
             raise RowRefused(why.rule, message, why.advice, place) from bad
 
 

@@ -37,7 +37,7 @@ def json_kind(value: object) -> str:
 
 def quote(text: str) -> str:
     """Quote text from the data for a message: short, on one line, printable."""
-    # Raw escape codes would reach the user's terminal, and a lone surrogate cannot be printed.
+    # Escape codes would reach the terminal, and a lone surrogate cannot be encoded.
     clipped = text if len(text) <= 40 else text[:39] + "…"
     return f'"{repr(clipped)[1:-1]}"'
 
@@ -101,7 +101,7 @@ class PieceDecoder:
         try:
             text = self._decoder.decode(data, last)
         except UnicodeDecodeError:
-            decode(before + data, self._line)  # says where
+            decode(before + data, self._line)  # raises with the position
             raise
         self._line += data.count(b"\n")
         if text and not self._begun:
@@ -125,7 +125,7 @@ def _all_finite(value: Record) -> bool:
         if type(one) is not str:
             break
     else:
-        return True  # as most rows are
+        return True  # most rows have no float
     stack = list(value.values())
     while stack:
         one = stack.pop()
@@ -142,7 +142,7 @@ def _all_finite(value: Record) -> bool:
 
 def _strict(raw: bytes, number: int) -> Record | None:
     """Parse one line like :func:`parse_line`, with the exact location in error messages."""
-    text = decode(raw, number).rstrip("\r\n")  # or columns could point past the line
+    text = decode(raw, number).rstrip("\r\n")  # otherwise a column number could point past the line
     if number == 1:
         text = text.removeprefix("\ufeff")
     if not text.strip(" \t\r\n"):
@@ -172,7 +172,7 @@ def loads(text: str) -> object:
         raise RowRefused("json.invalid", message, _json_fix(text, error)) from None
     except RecursionError:
         raise too_deep() from None
-    except ValueError:  # Python refuses to convert integers of more than 4,300 digits
+    except ValueError:  # Python limits integers to 4,300 digits
         raise too_many_digits() from None
     return value
 
@@ -283,7 +283,7 @@ def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:
     start = matched.end() if matched else at
     try:
         value, end = _EMBEDDED.raw_decode(text, start)
-        if may_hold_surrogates(text[start:end]):  # escapes that the text around them hid
+        if may_hold_surrogates(text[start:end]):  # surrogate escapes in an embedded string
             refuse_surrogates({"": value})
     except RowRefused as bad:
         raise ValueError(bad.problem.message) from None

@@ -69,7 +69,7 @@ def read_records(
             size = 0 if on_progress is None else source_size(path)
 
             def on_record(number: int, total: int) -> None:
-                if on_progress is not None:  # files of a folder are taken to be of one size
+                if on_progress is not None:  # assumes files of equal size in a folder
                     on_progress(size * number // total)
 
             yield from reader.load()(path, on_record)
@@ -152,7 +152,7 @@ def _read_pieces(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
         if b"\0" in data:
             refuse_binary(data)
         text += decoder.decode(data)
-        # A run without white space is cut where the longest line would be refused.
+        # Text without white space is cut at the limit for lines.
         cut = last_cut(text) or (len(text) if len(text) > parsing.MAX_LINE_BYTES else 0)
         if cut:
             yield 1, {"text": text[:cut]}

@@ -83,7 +83,7 @@ def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
     pairs = [(close.replace("/", "", 1), close) for close in closes]
     renderings = _renderings(chat)
     thoughtful, plain = next(renderings), next(renderings)
-    # What stands around answers themselves is none: <assistant>…</assistant>.
+    # Marks around whole answers, <assistant>…</assistant>, are not reasoning.
     pairs = [p for p in pairs if not re.search(rf"{re.escape(p[0])}\s*{_ANSWER}", plain)]
     for text in chain((thoughtful, plain), renderings):
         for opening, close in pairs:
@@ -230,7 +230,7 @@ class ReasoningSplitter:
     def _open(self, reasoning: ReasoningFormat) -> None:
         mark, text = reasoning.marks.open, self._held.lstrip()
         if text.startswith(mark):
-            # A model may write it although its prompt has, too.
+            # A model may repeat the opening mark of the prompt.
             self._held, self._state = text[len(mark) :], "reasoning"
         elif not mark.startswith(text):
             if reasoning.is_open:

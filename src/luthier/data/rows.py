@@ -129,8 +129,8 @@ class Checker(FieldChecker):
         kind = self.shape_of(own)
         if kind is None:
             return None
-        # Where the keys alone tell the shape, the next row with the same ones need not be asked. Of an
-        # answer with a label or a rating it is the value that tells whether it is a judgement.
+        # Cache the shape by keys, unless the shape depends on values: a label or rating of an answer
+        # is a judgement only for some values.
         values_tell = "completion" in own and _VALUES_TELL & own.keys()
         if (
             own is record
@@ -145,7 +145,7 @@ class Checker(FieldChecker):
         try:
             joined_kind, joined = join_context(kind, record)
             row = joined_kind.read(joined, self)
-            if row is not None:  # what is missing has a clearer fix
+            if row is not None:  # a missing value has a clearer fix
                 self._check_meaning(kind)
             return row
         except RowRefused as bad:
@@ -237,7 +237,7 @@ class Checker(FieldChecker):
         taken = {*columns.values(), *columns}
         made = {key: value for key, value in record.items() if key not in taken}
         for ours, theirs in columns.items():
-            # A validation file may have our names already.
+            # A validation file may already use luthier's names.
             source = ours if theirs and theirs not in record else theirs
             if source and source not in record:
                 message = (
@@ -270,7 +270,7 @@ class Checker(FieldChecker):
 
     def check_id(self, value: object) -> None:
         """Report a repeated id, among the first :data:`MOST_IDS` ids of the file."""
-        # By exact type: True is an int in Python and would collide with 1.
+        # Exact types, because True is an int in Python and would equal 1.
         if type(value) is not str and type(value) is not int:
             return
         if len(self.line_of_id) >= MOST_IDS and value not in self.line_of_id:
@@ -286,16 +286,16 @@ class Checker(FieldChecker):
         fits."""
         found: list[type[Shape]] = [k for k in SHAPES.values() if k.matches(record)]
         if judged := next((kind for kind in found if issubclass(kind, JudgedAnswers)), None):
-            found = [judged]  # what people judged is more than what they wrote
+            found = [judged]  # a judged answer is more specific than an answer
         if MultipleChoice in found:
-            found = [MultipleChoice]  # a prompt alone is less
+            found = [MultipleChoice]  # more specific than a prompt
         if PromptOnly in found:
             found.remove(PromptCompletion if self._only_asks(record) else PromptOnly)
         if any(kind in found for kind in _ASKED):
-            # What else the row says of itself, its tags or rating, is no shape of its own.
+            # Tags or a rating next to a conversation are metadata, not a shape.
             found = [kind for kind in found if kind in (*_ASKED, RawText)]
         elif len(found) > 1 and RawText in found:
-            found.remove(RawText)  # the text of what is labelled
+            found.remove(RawText)  # the labelled text
         if not found:
             self._report_unknown(record)
             return None
@@ -318,7 +318,7 @@ class Checker(FieldChecker):
         title = kind.title_of(record)
         if self.first is None:
             self.first, self.first_file = (title, self.line), self.file
-        # A form may give rows with a system prompt as messages, and others as prompt and completion.
+        # A form may convert rows with a system prompt to messages and other rows to pairs.
         if self.form is None and title != self.first[0]:
             self._report_mixed(title)
             return None
@@ -328,7 +328,7 @@ class Checker(FieldChecker):
         """Return a misspelt key next to a text, and the likely key, unless the mapping ignores that
         key."""
         for key in record:
-            # "grading" is close to "rating" as well, but starts otherwise.
+            # The first letter must match: "grading" is similar to "rating".
             able = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
             near = nearest_name(key.strip().lower(), able, cutoff=0.8)
             if near and near not in (key, *self.columns):
@@ -408,7 +408,7 @@ class PromptChecker(Checker):
         expected: str | None = None
         if messages[-1].role == "assistant":
             messages, expected = messages[:-1], messages[-1].reply_text
-        # What Bedrock's rows for reinforcement fine-tuning call it; there it may be of any type.
+        # Bedrock's name in reinforcement fine-tuning, with a value of any type.
         reference = record.get("reference_answer")
         if isinstance(reference, str):
             expected = reference
@@ -432,7 +432,7 @@ class PromptInputChecker(PromptChecker):
     def own_record(self, record: Record) -> Record | None:
         """Return the record with luthier's keys, without an id and without a reply that is not
         text."""
-        self.first = self.form = None  # what the rows before it were does not matter
+        self.first = self.form = None  # independent of earlier rows
         own = self._from_form(record)
         return own and {
             key: value
@@ -449,7 +449,7 @@ def input_row(given: str, file: str, line: int = 1) -> Row:
     try:
         if kind is None or not path.is_file():
             return RawText(file, line, given)
-    except OSError:  # a text longer than a name can be
+    except OSError:  # text longer than a file name
         return RawText(file, line, given)
     return BARE_MEDIA[kind](file, line, Media(kind, given, str(path)))
 
@@ -482,7 +482,7 @@ class InputChecker(Checker):
             message = f'The row has a field "{self.reserved}", where the answer is to stand.'
             self.report("row.predicted", message, "Rename or remove that field.")
             return None
-        # Forms of texts are left as they are: a row keeps its fields beside the answer.
+        # Text forms stay unchanged, because the output row keeps all input fields.
         forms = [form.convert(own)[0] for form in forms_of(own)]
         own = next((made for made in forms if {*BARE_MEDIA} & made.keys()), own)
         for key, bare in BARE_MEDIA.items():
@@ -639,7 +639,7 @@ class RowReader:
                     self._unnamed.discard(os.path.realpath(row.media.path))
                 yield row
             if in_pieces and rows == self.rows:
-                self.checker.row(1, {"text": " "})  # refused, as nothing else is there
+                self.checker.row(1, {"text": " "})  # reports a file without text
         if self._unnamed and self.rows:
             some = list_some(sorted(os.path.relpath(p, self._folder) for p in self._unnamed), 3)
             message = f"No row names {len(self._unnamed):,} of the files, such as {some}."

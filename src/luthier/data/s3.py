@@ -71,7 +71,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
             tree = _make_tree(bucket, key.strip("/"), objects, copies, address)
             try:
                 return files_of(tree)
-            except DataError as bad:  # of the copies, where nobody would look
+            except DataError as bad:  # with paths of the copies, so replace the location
                 named = [each.at(address, each.line) for each in bad.problems]
                 raise DataError(named) from None
         return copies
@@ -89,7 +89,7 @@ def connection_settings(endpoint: str | None = None) -> dict[str, Any]:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     found: dict[str, Any] = {"region": region or "us-east-1"}
     if endpoint:
-        # As boto3: an endpoint of one's own is taken as it stands, http included.
+        # Like boto3, accept a custom endpoint unchanged, also with http.
         allowed = {"allow_http": endpoint.startswith("http://")}
         found |= {"endpoint": endpoint, "client_options": allowed}
     return found
@@ -110,10 +110,10 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
         try:
             return [obstore.head(store, key)]
         except FileNotFoundError:
-            pass  # a prefix, then
+            pass  # not an object, so a prefix
     prefix = key.rstrip("/")
     below = [each for batch in obstore.list(store, prefix=prefix or None) for each in batch]
-    # Some tools mark a folder by an empty object of that name.
+    # Some tools create an empty object for a folder.
     below = [each for each in below if not str(each["path"]).endswith(("/", "_$folder$"))]
     if not below:
         message = "There is no object at this address, and none below it."
@@ -142,7 +142,7 @@ def _make_tree(
         for each, copy in zip(objects, copies, strict=True):
             parts = str(each["path"])[len(prefix) + 1 if prefix else 0 :].split("/")
             path = fresh.joinpath(*parts)
-            # Keys are no paths: one may lead elsewhere, or be a file and a folder.
+            # A key may contain "..", or be both a file and a folder.
             try:
                 if not all(is_file_name(part) for part in parts):
                     raise OSError

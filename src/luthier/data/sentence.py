@@ -156,7 +156,7 @@ def write_sentence_pipeline(pipeline: SentencePipeline, width: int, folder: Path
     for place, step in enumerate(pipeline.steps, 2):
         own = (f"{place}_Normalize", "Normalize") if step == "normalize" else (step.folder, "Dense")
         modules.append(own)
-    if pipeline.steps[-1:] != ("normalize",):  # luthier's vectors have length 1
+    if pipeline.steps[-1:] != ("normalize",):  # luthier always normalizes
         modules.append((f"{len(modules)}_Normalize", "Normalize"))
     listed = [
         {"idx": n, "name": str(n), "path": path, "type": f"{_PACKAGE}models.{name}"}

@@ -54,7 +54,7 @@ def files_of(source: Source) -> list[Path]:
             rejected.
     """
     text = str(source)
-    # A Path turns s3:// into s3:/ .
+    # Path() turns s3:// into s3:/ .
     if re.match(r"s3:/+", text):
         from luthier.data.s3 import fetch
 
@@ -63,7 +63,7 @@ def files_of(source: Source) -> list[Path]:
         text = _local(text)
     path = Path(text)
     if "\0" in text:
-        return [path]  # refused by the reader
+        return [path]  # the reader reports the error
     if path.is_dir():
         return _folder(path)
     if path.exists() or path.is_symlink() or not has_magic(text):

@@ -45,7 +45,7 @@ class _Units:
     def __init__(self, strata: Sequence[str], groups_N: IntArray, seed: int) -> None:
         rows = len(strata)
         _, first_U, unit_N = np.unique(groups_N, return_index=True, return_inverse=True)
-        # The third number keeps the split apart from the orders of the epochs.
+        # The third component separates the random stream from the epoch order.
         drawn = np.random.default_rng([seed, 0, 1]).permutation(len(first_U))
         self.rows = rows
         self.unit_N: IntArray = np.argsort(drawn)[unit_N]
@@ -55,7 +55,7 @@ class _Units:
         names = {name: number for number, name in enumerate(sorted(set(strata)))}
         stratum_N = np.fromiter((names[name] for name in strata), np.int64, rows)
         self.stratum_U = stratum_N[first_U[drawn]]
-        # The first unit that is drawn of each stratum stays: no label is only held out.
+        # The first unit of each stratum stays in training, so every label is trained.
         self.free_U = np.ones(len(first_U), np.bool_)
         self.free_U[np.unique(self.stratum_U, return_index=True)[1]] = False
         self.stratum_rows_S = np.bincount(self.stratum_U, self.size_U, len(names))
@@ -79,7 +79,7 @@ class _Units:
                 self.part_U[unit] = part
                 missing -= int(self.size_U[unit])
         left = np.flatnonzero(self.free_U & (self.part_U == 0))
-        if missing == goal and len(left):  # each is too large, and the smallest is better than none
+        if missing == goal and len(left):  # all are too large; use the smallest
             self.part_U[left[np.argmin(self.size_U[left])]] = part
 
 
@@ -121,7 +121,7 @@ class Strata:
             self._counts.update(names)
             self._number_N.append(self._numbers.setdefault(names, len(self._numbers)))
             if self._completions and len(self._counts) > self._most:
-                self._are_texts = True  # texts of which each is another would fill the memory
+                self._are_texts = True  # distinct texts would fill the memory
                 self._counts.clear()
                 self._numbers = {(): 0}
 

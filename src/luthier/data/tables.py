@@ -86,7 +86,7 @@ def read_table(
             continue
         if names is None:
             return
-        count += 1  # a row that is refused is one all the same
+        count += 1  # rejected rows count
     if not count:
         raise empty_refusal("holds a header and no rows" if names else "holds no rows")
 

@@ -77,7 +77,7 @@ def names_read(template: str) -> frozenset[str]:
 
 def template_defaults(values: Mapping[str, Any]) -> str:
     """Return a template prefix that sets defaults for missing variables."""
-    # Jinja's literals are JSON's; characters stay as they are, as it reads no pairs of surrogates.
+    # Jinja reads JSON literals, but no surrogate pairs, so keep non-ASCII characters.
     return "".join(
         f"{{% if {name} is not defined %}}"
         f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
@@ -91,7 +91,7 @@ def date_macro(printed: Any) -> str:
     Raises:
         RecipeError: if ``printed`` is not a date in ISO 8601.
     """
-    # A macro, because transformers gives a template plain values only, and no function.
+    # A macro, because transformers passes only plain values to a template, no functions.
     try:
         moment = datetime.fromisoformat(printed)
         values = "".join(

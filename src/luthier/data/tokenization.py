@@ -97,7 +97,7 @@ class TextEncoder:
     @cached_property
     def _marks(self) -> re.Pattern[str] | None:
         names = {*special_tokens(self.tokenizer), *self.stop_names}
-        # The name of one character cannot be broken.
+        # A name of one character cannot be split.
         longest = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest))) if longest else None
 
@@ -107,7 +107,7 @@ class TextEncoder:
         Tokens of the result stand for the name as text, and are never the special token.
         """
         marks = self._marks
-        while marks is not None and marks.search(text):  # one name may stand inside another
+        while marks is not None and marks.search(text):  # names may overlap
             text = marks.sub(lambda mark: f"{mark[0][0]}{SENTINEL}{mark[0][1:]}", text)
         return text
 
@@ -223,7 +223,7 @@ class TextEncoder:
             first = bisect_left(spans, len(lead), key=_FIRST)
             if not first or spans[first - 1][2] <= len(lead):
                 break
-        else:  # merged with each lead
+        else:  # the tokenizer merges text with every prefix
             spans, first, lead = self.spans(text), 0, ""
         move = character - len(lead)
         return [(token, start + move, end + move) for token, start, end in spans[first:]]

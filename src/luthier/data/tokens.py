@@ -34,7 +34,7 @@ def cut_stream(documents: Iterable[IntArray], size: int) -> Iterator[IntArray]:
     for ids_T in documents:
         stream_T = np.concatenate([rest_T, ids_T])
         whole = len(stream_T) // size * size
-        # Copies: a view would hold all of its document.
+        # Copies, because a view would keep the whole document in memory.
         yield from (stream_T[start : start + size].copy() for start in range(0, whole, size))
         rest_T = stream_T[whole:].copy()
     if len(rest_T):
@@ -116,6 +116,6 @@ class TokenFile(Sequence[Example]):
 
     def _start(self, index: int) -> int:
         start = min(index * self.length, self.tokens)
-        # One token alone has nothing before it to be predicted from: it takes its neighbour along.
+        # A single last token has no context, so the last sequence starts one token earlier.
         lone = index == len(self) - 1 and self.tokens - start == 1 and index > 0
         return start - 1 if lone else start

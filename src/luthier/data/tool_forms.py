@@ -265,7 +265,7 @@ def _join_turn(turns: list[object], turn: dict[str, Any]) -> None:
         and last.get("role") == turn.get("role") == "assistant"
         and turn.get("tool_calls")
         and not turn.get("content")
-        # What else the call's turn says, such as a mark or reasoning, would be lost.
+        # Other keys of the call's turn, such as a mark or reasoning, would be lost.
         and all(last.get(key) == turn[key] for key in turn if key not in joined)
     ):
         last["tool_calls"] = [*last.get("tool_calls", ()), *turn["tool_calls"]]
@@ -292,7 +292,9 @@ def _link_results(turns: list[object]) -> list[object]:
             turn["tool_calls"] = calls
             waiting = list(calls)
             ids |= {call.id for call in calls}
-        elif turn.get("role") == "tool" and ids:  # with no call before it, its order is wrong
+        elif (
+            turn.get("role") == "tool" and ids
+        ):  # without any call, the order check reports the turn
             call_id, name = str(turn.get("tool_call_id") or ""), turn.get("name")
             if call_id and call_id not in ids:
                 raise _unmatched_result(number, f"the id {quote(call_id)}")

@@ -81,7 +81,7 @@ def template_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message.calls:
             turn["tool_calls"] = []
             for call in message.calls:
-                # Some clients begin their ids anew in each turn: the last call of an id is meant.
+                # Some clients reuse ids in each turn, so the last call with an id counts.
                 ids[call.id], names[call.id] = f"call{count:05}", call.name
                 count += 1
                 function = {"name": call.name, "arguments": dict(call.arguments)}
@@ -106,7 +106,7 @@ def in_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message
             name = names.get(message.call_id, "function")
             role, content = "user", f"Result of {name}: {content}"
         if parts and parts[-1][0].role == role == "user":
-            # Results and what is said behind them are one turn: many templates want them to take turns.
+            # Join results and the next user text, because many templates require alternating roles.
             parts[-1][1].append(content)
         else:
             parts.append((Message(role, reasoning=message.reasoning), [content]))
@@ -219,7 +219,7 @@ def _cut_bodies(text: str, names: Iterable[str]) -> tuple[list[Any], bool]:
                 break
             at += 1
     except ValueError:
-        pass  # it ends here, or within one
+        pass  # end of the text, or a cut object
     rest = text[at:].strip()
     if rest == ("]" if listed else ""):
         return bodies, False
@@ -327,7 +327,7 @@ def _read_xml(body: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[st
         if not found or not value.startswith(opening) or not value.endswith(closing):
             return None
         value = value[len(opening) : -len(closing)]
-        if in_lines:  # Qwen3-Coder's template writes each value on lines of its own
+        if in_lines:  # Qwen3-Coder writes each value on separate lines
             value = value.removeprefix("\n").removesuffix("\n")
         schema = properties.get(key.strip()) if isinstance(properties, Mapping) else None
         arguments[key.strip()] = _read_value(value, schema)
@@ -344,7 +344,7 @@ def _read_value(text: str, schema: Any) -> Any:
     try:
         return parse_embedded(text)
     except ValueError:
-        # Qwen3-Coder's template writes them as Jinja does.
+        # Qwen3-Coder writes Python literals, like Jinja.
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 

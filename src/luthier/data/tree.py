@@ -87,7 +87,7 @@ class TokenTree:
 
     def place_of(self, node: int) -> tuple[int, int]:
         """Return the data-set index of the first row with ``node``, and the node's token index."""
-        row = int(np.searchsorted(self.leaf_R, node))  # nodes are laid out row by row
+        row = int(np.searchsorted(self.leaf_R, node))  # nodes are ordered by row
         return int(self.row_R[row]), int(self.depth_N[node])
 
     def path(self, node: int) -> IntArray:
@@ -185,12 +185,12 @@ def split_to_budget(
     parts = _fill(rows, tokens_R, shared_R, budget)
     if processes > 1:
         wanted = round_up(len(parts), processes)
-        # The smallest size that makes so many: then the last is not much smaller than the others.
+        # The smallest budget for this number of parts gives the most even sizes.
         size = bisect_left(
             range(budget), True, key=lambda s: len(_fill(rows, tokens_R, shared_R, s)) <= wanted
         )
         return _fill(rows, tokens_R, shared_R, size)
-    # Rows longer than the budget may take the mean above it.
+    # Rows longer than the budget may raise the mean above the budget.
     even = min(budget, (sum(tokens_R) - sum(shared_R)) // len(parts))
     for step in range(8):
         smaller = even + (budget - even) * step // 8
@@ -206,7 +206,7 @@ def _fill(
     parts: list[list[Example]] = []
     used = 0
     for unit in _units(rows):
-        # Behind the micro-batch before it, the first row of a unit shares its beginning; alone, not.
+        # The first row of a unit shares a prefix with the row before only inside a micro-batch.
         further = sum(tokens_R[at] - shared_R[at] for at in unit[1:])
         added = tokens_R[unit[0]] - shared_R[unit[0]] + further
         if not parts or used + added > budget:
@@ -241,7 +241,7 @@ def _units(rows: Sequence[Example]) -> list[list[int]]:
 
 
 def _sort_key(example: Example) -> tuple[bytes, int]:
-    # Big-endian bytes sort as the numbers do, and far faster than a tuple of them.
+    # Big-endian bytes sort like the ids, and much faster than a tuple of ids.
     source = b"" if example.source_T is None else example.source_T.astype(">u4").tobytes()
     return source + example.ids_T.astype(">u4").tobytes(), example.row
 
@@ -277,7 +277,7 @@ def _link(
 
 def _subtree_ends(depth_N: IntArray) -> IntArray:
     end_N = np.full(len(depth_N), len(depth_N), dtype=np.int64)
-    # Inside a run of consecutive descents nothing ends; only the drops need the stack.
+    # A subtree ends at the next node that is not deeper than its root.
     open_nodes: list[int] = []
     depths = depth_N.tolist()
     for node, depth in enumerate(depths):

@@ -97,7 +97,7 @@ def pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
     """Yield a stream that compresses into ``file`` according to the ending of ``target``."""
     ending = target.name.lower()
     if ending.endswith(".gz"):
-        # Without name and time: the same rows are the same bytes.
+        # No name and time in the header, so equal rows give equal bytes.
         with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
             yield packed  # type: ignore[misc]
     elif ending.endswith(".zst"):
@@ -196,9 +196,9 @@ class _Text:
 class _Csv:
     def __init__(self, text: io.TextIOWrapper, names: Sequence[str], delimiter: str) -> None:
         self.names = names
-        # Cells with any line end in them are quoted, as both stand in this one.
+        # "\r\n" makes the csv module quote cells with either character.
         self.writer = csv.writer(text, delimiter=delimiter, lineterminator="\r\n")
-        # A quoted header tells the reader that the quotes of a TSV are no part of the text.
+        # A quoted header marks a TSV whose quotes are not part of the text.
         head = csv.writer(text, self.writer.dialect, quoting=csv.QUOTE_ALL)
         (head if delimiter == "\t" else self.writer).writerow(names)
 

@@ -53,7 +53,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         PromptOnly,
         Preference,
         RankedReplies,
-        ThumbedReply,  # before the rating, which is then a remark beside it
+        ThumbedReply,  # before RatedReply: a rating next to a thumb is metadata
         RatedReply,
     )
 }

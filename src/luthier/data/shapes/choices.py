@@ -54,7 +54,7 @@ class MultipleChoice(Shape):
         prompts, choices = _one_or_more(record, "prompt"), _one_or_more(record, "choices")
         answer = record.get("answer", 0 if len(choices) == 1 else None)
         if isinstance(answer, float) and answer.is_integer():
-            answer = int(answer)  # cells of a table
+            answer = int(answer)  # a table cell
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise RowRefused(
                 "choices.answer",

@@ -35,7 +35,7 @@ class MediaRow(Shape):
         """Return the hash of the bytes, or the name of an unreadable file."""
         try:
             return (self.media.digest(),)
-        except RowRefused:  # the gate says why (media/checks/media_files.py)
+        except RowRefused:  # the gate reports the reason (media/checks/media_files.py)
             return (self.media.name,)
 
     def excerpt(self) -> str:

@@ -66,8 +66,7 @@ class JudgedAnswers(Shape):
         """Return the best answer, and the other answers with a mark."""
         best, *others = self.answers()
         rejected = (f"not: {turn.whole_text}" for answer in others for turn in answer)
-        # The last word stands where single answers have their judgement: near-duplicates were counted
-        # with it.
+        # "None" stands for the judgement of single answers; near-duplicate counts depend on it.
         return (*(turn.whole_text for turn in best), *rejected, "None")
 
     def turns(self) -> Turns:
@@ -380,7 +379,7 @@ def _rating_in(record: Record) -> object:
     """Return a rating, or a text that looks like a number; ``None`` for any other value."""
     for key in ("rating", "score"):
         value = record.get(key)
-        # By exact type: True is an int in Python.
+        # Exact types, because True is an int in Python.
         if type(value) is int or type(value) is float:
             return value
         if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()):
@@ -417,7 +416,7 @@ class ThumbedReply(JudgedReply):
         thumbs = {"up": True, "down": False}
         thumb = thumbs.get(value) if isinstance(value, str) else value
         if not isinstance(thumb, bool):
-            cls.read_reply(record, fields, may_be_empty=True)  # its faults are named first
+            cls.read_reply(record, fields, may_be_empty=True)  # reports problems of the text first
             given = quote(value) if isinstance(value, str) else json_kind(value)
             raise RowRefused(
                 "thumb.type",
