@@ -20,7 +20,7 @@ from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
 from luthier.server.tables.queue import renew as renew_lease
 
 MOST_CRASHES = 3
-"""Deaths of workers after which an export fails."""
+"""Number of worker deaths after which an export fails."""
 _LONGEST = 2048
 """Maximum length of a failure message, in characters."""
 
@@ -36,7 +36,7 @@ class ExportProgress(TypedDict):
 
 
 class ExportedFile(TypedDict):
-    """One file of an export."""
+    """File of an export."""
 
     name: str
     """Path below the address of the export."""
@@ -77,11 +77,11 @@ class ModelExport(QueuedWork, Base):
     format: Mapped[str]
     """``safetensors``, ``onnx`` or ``gguf``."""
     merged: Mapped[bool | None]
-    """Whether an adapter is merged into its base; ``None`` for the default of the format."""
+    """Whether the adapter is merged into its base; ``None`` for the format's default."""
     quantization: Mapped[str | None]
     """Type of the weights of a GGUF file."""
     output: Mapped[str]
-    """Address below which the folder of the export is written."""
+    """Address of the export's parent folder."""
     state: Mapped[str] = mapped_column(default=QUEUED, index=True)
     failure: Mapped[str | None] = mapped_column(QuotingText)
     progress: Mapped[ExportProgress | None] = mapped_column(Plain)
@@ -115,7 +115,7 @@ class ModelExport(QueuedWork, Base):
         super().give_back(session, message)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
-        """Take the export from a dead worker; the export fails after :data:`MOST_CRASHES` deaths."""
+        """Expire the lease of a dead worker. The export fails after :data:`MOST_CRASHES` deaths."""
         self.crashes += 1
         if self.crashes >= MOST_CRASHES and self.state == RUNNING:
             self.end(
@@ -154,7 +154,7 @@ def create_export(
     merged: bool | None,
     quantization: str | None,
 ) -> ModelExport:
-    """Queue an export of ``model``, which is ``Active`` and has the ARN ``arn``, to ``output``."""
+    """Queue an export of the ``Active`` model ``model`` with the ARN ``arn`` to ``output``."""
     assert model.stored_id is not None
     moment = now()
     made = ModelExport(
@@ -188,7 +188,7 @@ def is_exported(session: Session, arn: str) -> bool:
 def get(
     session: Session, account: str, export_id: str, *, lock: bool = False
 ) -> ModelExport | None:
-    """Return the account's export of this id; ``lock`` holds the row until the transaction ends."""
+    """Return the account's export; ``lock`` locks the row until the transaction ends."""
     found = select(ModelExport).where(ModelExport.account == account, ModelExport.id == export_id)
     return find_row(session, found, lock=lock)
 
@@ -202,7 +202,7 @@ def list_exports(
     limit: int,
     position: int | None = None,
 ) -> list[ModelExport]:
-    """Return at most ``limit`` exports, the newest first, that were created before ``position``.
+    """Return at most ``limit`` exports, the newest first, created before ``position``.
 
     ``model`` is the ARN of a custom model.
     """
@@ -215,7 +215,7 @@ def list_exports(
 
 
 def stop(session: Session, export: ModelExport) -> ModelExport:
-    """Stop an export, which was read with ``lock``: now, or when its worker gives the lease back.
+    """Stop an export at once, or at the end of its worker. The caller has locked the row.
 
     Raises:
         WrongState: for a completed or failed export.
@@ -243,10 +243,10 @@ def renew(
 
 
 def finish(session: Session, export_id: str, lease: str, end: ExportResult | str) -> None:
-    """End a running export with its result, or a failure; a stopped export ends as stopped.
+    """End a running export with its result or a failure. A stopping export becomes stopped.
 
     Raises:
-        LeaseLost: if ``lease`` does not hold the export.
+        LeaseLost: if ``lease`` has expired.
     """
     export = hold(session, ModelExport, export_id, lease)
     if export.state == STOPPING:

@@ -1,4 +1,4 @@
-"""Foundation models: the base models of this machine under the ids that Bedrock's clients can use."""
+"""Foundation models: base models of this machine under ids for Bedrock clients."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from luthier.server.tables.custom_models import CustomModel
 
 @dataclass(frozen=True)
 class FoundationModel:
-    """A base model that jobs start from and that can be asked."""
+    """Base model for inference and customization jobs."""
 
     id: str
     """``provider.name``: one dot, no colon."""
     base: str
-    """Its id in luthier, which is also its alias."""
+    """Id in luthier, also accepted as an alias."""
     provider: str
     name: str
     kind: str
-    """One of :data:`luthier.models.base_kinds.KINDS`."""
+    """Kind in :data:`luthier.models.base_kinds.KINDS`."""
     created: datetime | None = None
-    """When it was made here; ``None`` for one of the catalogue."""
+    """Time of pre-training; ``None`` for a model of the catalogue."""
     reads_windows: bool = False
-    """Whether it reads time series, which Bedrock has no word for."""
+    """Whether the input is a time series, for which Bedrock has no modality."""
 
     @property
     def root(self) -> str:
@@ -41,40 +41,40 @@ class FoundationModel:
 
     @property
     def bottom(self) -> str:
-        """The same, as ARNs name it."""
+        """``provider.name`` in ARNs, equal to the id."""
         return self.id
 
     def arn(self, arns: Arns) -> str:
-        """Its ARN on the server that ``arns`` are of."""
+        """Return the ARN of the model."""
         return arns.foundation_model(self.id)
 
     @property
     def writes(self) -> bool:
-        """Whether it writes text; an encoder gives embeddings."""
+        """Whether the model generates text."""
         return self.kind == "causal_lm"
 
     @property
     def modalities(self) -> tuple[str, str]:
-        """What goes in and what comes out, as Bedrock calls it; empty where it has no word."""
+        """Input and output modality in Bedrock's terms; empty without an equivalent."""
         if self.reads_windows:
             return "", ""
         return KINDS[self.kind].modalities
 
 
 AnyModel = FoundationModel | CustomModel
-"""What answers, what a job starts from, and what teaches."""
+"""Model for inference, or base or teacher of a job."""
 
 
 def foundation_models() -> list[FoundationModel]:
-    """Those of the catalogue, then those that were pre-trained in this store.
+    """Return the models of the catalogue, then the pre-trained models of this machine.
 
-    Models of the hub join once they were pulled: no request sets a server to fetching them.
+    Hub models join after `luthier models pull`: no request makes a server download models.
     """
     return [*filter(_is_offered, _catalog_entries(tuple(CATALOG))), *_pretrained_here()]
 
 
 def foundation_model(identifier: str) -> FoundationModel | None:
-    """The one with this id, alias or ARN; ``None`` where there is none."""
+    """Return the foundation model with this id, alias or ARN; ``None`` if no such model exists."""
     arn = Arn.parse(identifier)
     if arn is not None and (arn.kind, arn.account) != ("foundation-model", ""):
         return None
@@ -91,12 +91,12 @@ def foundation_model(identifier: str) -> FoundationModel | None:
 
 
 def root_of(model: AnyModel) -> FoundationModel | None:
-    """The foundation model at the bottom of ``model``; ``None`` where it is none of ours."""
+    """Return the foundation model of ``model``; ``None`` for a foreign root."""
     return model if isinstance(model, FoundationModel) else foundation_model(model.root)
 
 
 def kind_of(model: AnyModel) -> str:
-    """What the base model at the bottom of ``model`` is made for: one of the kinds of the catalogue."""
+    """Return the kind of the base model of ``model``, one of the kinds of the catalogue."""
     root = root_of(model)
     if root is None:
         assert isinstance(model, CustomModel)
@@ -105,12 +105,12 @@ def kind_of(model: AnyModel) -> str:
 
 
 def writes(model: AnyModel) -> bool:
-    """Whether ``model`` writes text; an encoder reads it only."""
+    """Return whether ``model`` generates text."""
     return kind_of(model) == "causal_lm"
 
 
 def _is_offered(model: FoundationModel) -> bool:
-    """Whether a model of the catalogue is here, or is fetched where it is asked for."""
+    """Return whether a catalogue model is on this machine, or is downloaded on demand."""
     return not isinstance(CATALOG[model.base].source, HubSource) or is_base_here(model.base)
 
 
@@ -129,7 +129,7 @@ def _catalog_entries(ids: tuple[str, ...]) -> tuple[FoundationModel, ...]:
 
 
 def _dotless(name: str) -> str:
-    """``name`` without the dots and underscores that the ids of foundation models must not hold."""
+    """Remove dots and underscores, which ids of foundation models must not contain."""
     return name.replace(".", "-").replace("_", "-")
 
 
@@ -140,7 +140,7 @@ def _pretrained_here() -> tuple[FoundationModel, ...]:
 
 @lru_cache(maxsize=8)
 def _read_pretrained(home: Path, versions: tuple[Any, ...]) -> tuple[FoundationModel, ...]:
-    """Those that are in the store ``home``, whose records have these ``versions``."""
+    """Return the pre-trained models in ``home``; ``versions`` of their manifests are the cache key."""
     # A record that another version of luthier wrote may name a kind that this one cannot use.
     found = []
     for each in pretrained_models():

@@ -1,7 +1,7 @@
-"""Requests that make something are carried out once, however often a client sends them.
+"""Idempotency of requests with a client token.
 
-Clients repeat a request that got no answer, with the same token. Its answer is kept in the
-transaction that made the resource: either both are there after a crash, or neither.
+Clients repeat a request without a reply, with the same token. The transaction that creates the
+resource also stores the reply, so that after a crash either both exist or neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from luthier.errors import WrongState
 from luthier.server.tables.database import Base, lock_by_name, now
 
 RETENTION = timedelta(days=1)
-"""How long a client may repeat a request: as long as temporary errors last, and then some."""
+"""Time during which a client may repeat a request."""
 
 
 class TokenReused(WrongState):
@@ -28,7 +28,7 @@ class TokenReused(WrongState):
 
 
 class AnsweredRequest(Base):
-    """The answer to one request, kept for :data:`RETENTION`."""
+    """Reply to one request, stored for :data:`RETENTION`."""
 
     __tablename__ = "answered_requests"
 
@@ -36,20 +36,20 @@ class AnsweredRequest(Base):
     operation: Mapped[str] = mapped_column(primary_key=True)
     token: Mapped[str] = mapped_column(primary_key=True)
     parameters: Mapped[str]
-    """SHA-256 of what was asked."""
+    """SHA-256 of the request's parameters."""
     answer: Mapped[dict[str, Any]]
     created: Mapped[datetime]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One sending of a request that carries a token."""
+    """Request with a client token."""
 
     account: str
     operation: str
     token: str
     parameters: str
-    """SHA-256 of what is asked."""
+    """SHA-256 of the request's parameters."""
 
     @staticmethod
     def of(account: str, operation: str, token: str, members: Mapping[str, Any]) -> Attempt:
@@ -59,12 +59,12 @@ class Attempt:
 
 
 def recall(session: Session, attempt: Attempt) -> dict[str, Any] | None:
-    """The answer that the same request got; ``None`` where it is the first.
+    """Return the stored reply to the same request; ``None`` for the first request.
 
-    Another sending of it waits until this transaction ends.
+    Simultaneous requests with the same token wait until this transaction ends.
 
     Raises:
-        TokenReused: where the token came with other parameters.
+        TokenReused: if the token was used with different parameters.
     """
     lock_by_name(session, f"{attempt.account} {attempt.operation} {attempt.token}")
     found = session.get(
@@ -82,7 +82,8 @@ def recall(session: Session, attempt: Attempt) -> dict[str, Any] | None:
 
 
 def remember(session: Session, attempt: Attempt, answer: Mapping[str, Any]) -> None:
-    """Keep the answer, in the transaction that made what it names; old ones of the account go."""
+    """Store the reply in the transaction that creates the resource, and delete the account's
+    expired replies."""
     old = AnsweredRequest.account == attempt.account, AnsweredRequest.created < now() - RETENTION
     session.execute(delete(AnsweredRequest).where(*old))
     session.add(

@@ -1,6 +1,6 @@
-"""Imports: custom models that are copied from outside and tried.
+"""Imports of models into custom models.
 
-An import has a row as long as it goes on; its model is ``Creating`` for just as long.
+An import has a row until its end. Its model is ``Creating`` for the same time.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
 from luthier.server.tables.text import storable
 
 MOST_CRASHES = 3
-"""So many processes may die over one model."""
+"""Number of worker deaths after which an import fails."""
 _LONGEST = 2048
 """Letters of a failure message."""
 
 
 class ModelImport(QueuedWork, Base):
-    """One import."""
+    """Unfinished import."""
 
     __tablename__ = "model_imports"
     noun = "the import of model"
     unknown_memory = 1 << 29
-    """What its process takes by itself, until the files were looked at."""
+    """Memory of the worker process before the files are known, in bytes."""
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    """Of the custom model."""
+    """Id of the custom model."""
     seq: Mapped[int] = mapped_column(index=True)
-    """Of the model: the order in which they came."""
+    """Sequence number of the model, in order of creation."""
     source: Mapped[str]
     """Address of the folder."""
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
-        """Take the import from a process that died; the model fails after several deaths."""
+        """Expire the lease of a dead worker. The model fails after :data:`MOST_CRASHES` deaths."""
         if self.crashes + 1 < MOST_CRASHES:
             return super().expire(session, why, cause)
         failure = (
@@ -55,7 +55,7 @@ class ModelImport(QueuedWork, Base):
 
 
 def files_name(model_id: str) -> str:
-    """What the lock and the log of an import are called."""
+    """Return the base name of an import's lock and log."""
     return f"import-{model_id}"
 
 
@@ -65,12 +65,12 @@ def stored_name(model_id: str) -> str:
 
 
 def root_name(model_id: str) -> str:
-    """What stands for the foundation model of a model from outside that has none here."""
+    """Return the placeholder root of an imported model without a foundation model."""
     return f"luthier.{IMPORTED}-{model_id}"
 
 
 def create_import(session: Session, model: CustomModel, source: str) -> ModelImport:
-    """Have ``model``, which is ``Creating``, copied from ``source``."""
+    """Queue the import of ``model``, which is ``Creating``, from ``source``."""
     made = ModelImport(
         id=model.id,
         seq=model.seq,
@@ -101,13 +101,13 @@ def complete(
     details: Mapping[str, Any],
     defaults: AccountQuotas | None = None,
 ) -> None:
-    """The model is ``Active``, with ``changes`` to its columns and more ``details``.
+    """Activate the model with ``changes`` to its columns and additional ``details``.
 
-    ``defaults`` are the quotas of an account without quotas of its own.
+    ``defaults`` are the quotas of accounts without own quotas.
 
     Raises:
-        LeaseLost: where ``lease`` does not hold it.
-        QuotaExceeded: where the account has no room for it.
+        LeaseLost: if ``lease`` has expired.
+        QuotaExceeded: if the account has no space for the model.
     """
     model = _end(session, hold(session, ModelImport, model_id, lease))
     model.status, model.failure = ACTIVE, None
@@ -120,10 +120,10 @@ def complete(
 
 
 def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
-    """The model is ``Failed``; its owner reads ``failure``.
+    """Fail the import; the model stores ``failure`` for its owner.
 
     Raises:
-        LeaseLost: where ``lease`` does not hold it.
+        LeaseLost: if ``lease`` has expired.
     """
     model = _end(session, hold(session, ModelImport, model_id, lease))
     model.status, model.failure = FAILED, storable(failure[:_LONGEST])
@@ -131,7 +131,7 @@ def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
 
 
 def _end(session: Session, row: ModelImport) -> CustomModel:
-    """The model of an import that ends."""
+    """Delete the row of an import and return its model."""
     model = session.scalars(select(CustomModel).filter_by(id=row.id)).one()
     assert model.status == CREATING
     session.delete(row)

@@ -1,7 +1,8 @@
 """Customization jobs: request, state, progress and events.
 
-Only :func:`move` changes the state of a job: one conditional update by ``TRANSITIONS``, and one event.
-Clients stop, pause and resume jobs; workers write by their lease (:mod:`luthier.server.tables.queue`).
+Only :func:`move` changes the state of a job: one conditional update by :data:`TRANSITIONS`, and one
+event. Clients stop, pause and resume jobs. Workers write under a lease
+(:mod:`luthier.server.tables.queue`).
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 
 
 MOST_CRASHES = 3
-"""Deaths of workers at one step after which the job fails."""
+"""Number of worker deaths at one step after which the job fails."""
 
 
 class JobPart(TypedDict):
-    """Progress of one part of the work."""
+    """Progress of one part of the job."""
 
     status: str
     """Status in Bedrock's words."""
@@ -86,12 +87,12 @@ class JobResult(TypedDict):
 
 
 class JobDetails(TypedDict, total=False):
-    """Details that the worker of a job writes."""
+    """Details from the worker of a job."""
 
     sources: list[str]
     """Addresses of the training files."""
     chosen: dict[str, Any]
-    """Settings that the job chose, by name."""
+    """Settings chosen by the engine, by name."""
     reasons: dict[str, str]
     """Reasons of the chosen settings, by name."""
     parts: dict[str, JobPart]
@@ -113,7 +114,7 @@ class Job(QueuedWork, Base):
     id: Mapped[str] = mapped_column(unique=True)
     """Twelve letters and digits."""
     name: Mapped[str]
-    """Name of the job, which stays taken after the end."""
+    """Name of the job, reserved beyond the end."""
     model_name: Mapped[str]
     """Name of the resulting custom model."""
     face: Mapped[str]
@@ -129,9 +130,9 @@ class Job(QueuedWork, Base):
     recipe: Mapped[dict[str, Any]]
     """Fields of the recipe, with addresses as data."""
     request: Mapped[dict[str, Any]]
-    """Members of the request that the API returns: role, hyperparameters, locations, ..."""
+    """Request members that the API returns: role, hyperparameters, locations, ..."""
     output: Mapped[str | None]
-    """Address below which the worker writes metrics and certificate."""
+    """Address of the folder for metrics and certificate."""
     validators: Mapped[list[Any]]
     """Addresses of validation files."""
 
@@ -143,23 +144,23 @@ class Job(QueuedWork, Base):
     attempts: Mapped[int] = mapped_column(default=0)
     """Number of started workers."""
     cores: Mapped[int] = mapped_column(default=1)
-    """Number of threads, on which the bits of the model depend."""
+    """Number of threads, which determines the bits of the model."""
     worked: Mapped[float] = mapped_column(default=0.0)
     """Seconds of work."""
     time_limit: Mapped[int | None]
     """Seconds of work after which the job fails."""
     has_working_files: Mapped[bool] = mapped_column(default=False)
-    """Whether working files may be on the disk."""
+    """Whether working files may exist on disk."""
     created: Mapped[datetime]
     modified: Mapped[datetime]
     since: Mapped[datetime] = synonym("modified")
-    """The last change of a waiting job is the start of the wait."""
+    """Start of the wait of a waiting job."""
     started: Mapped[datetime | None]
     """Start of the first worker."""
     ended: Mapped[datetime | None]
 
     def setting(self, name: str) -> Any:
-        """Return a setting such as ``training.epochs``, chosen or given."""
+        """Return a setting such as ``training.epochs``, requested or chosen by the engine."""
         group, field = name.split(".")
         given = (self.recipe.get(group) or {}).get(field)
         return self.details.get("chosen", {}).get(name, given)
@@ -176,7 +177,7 @@ class Job(QueuedWork, Base):
 
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
-        """Return the conditions of queued jobs whose memory is estimated."""
+        """Return the conditions of queued jobs with estimated memory."""
         return cls.state == QUEUED, cls.memory > 0
 
     def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
@@ -211,9 +212,9 @@ class Job(QueuedWork, Base):
             session.refresh(self)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
-        """Take the job from a dead worker.
+        """Expire the lease of a dead worker.
 
-        The job fails after :data:`MOST_CRASHES` deaths without a step between them.
+        The job fails after :data:`MOST_CRASHES` deaths without a step between the deaths.
         """
         if self.state != RUNNING:
             self.give_back(session, why)
@@ -234,7 +235,7 @@ class Job(QueuedWork, Base):
 
 
 def run_name(job_id: str) -> str:
-    """Return the name of a job's run and model, which is unique among all accounts."""
+    """Return the name of a job's run and model, unique among all accounts."""
     return f"{JOB_PREFIX}{job_id}"
 
 
@@ -255,7 +256,8 @@ class JobEvent(Base):
     """``state``, ``message``, ``warning``, ``error`` or ``metrics``."""
     message: Mapped[str] = mapped_column(QuotingText)
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """For ``metrics``: ``step``, ``train_loss`` or ``valid_loss``, and further metrics of the run."""
+    """Values of a ``metrics`` event: ``step``, ``train_loss`` or ``valid_loss``, and additional
+    metrics."""
 
 
 def move(
@@ -267,13 +269,13 @@ def move(
     holder: str | None = None,
     **changes: Any,
 ) -> Job:
-    """Change the state of ``job`` to ``target`` and other columns by ``changes``, with an event.
+    """Change the state of ``job`` to ``target`` and columns by ``changes``, with an event.
 
     ``holder`` is the lease of a worker. A failed or stopped job releases the name of its model.
 
     Raises:
         WrongState: if the transition is illegal, or the state changed meanwhile.
-        LeaseLost: if ``holder`` no longer holds the job.
+        LeaseLost: if the lease ``holder`` has expired.
     """
     if target not in TRANSITIONS[job.state]:
         raise WrongState(f"job {job.name} is {job.state}, which does not lead to {target}")
@@ -318,7 +320,7 @@ def get(session: Session, account: str, identifier: str, *, lock: bool = False) 
 
 
 def stop(session: Session, job: Job) -> Job:
-    """Stop a job, which was read with ``lock``: now, or when its worker gives the lease back.
+    """Stop a job at once, or at the end of its worker. The caller has locked the row.
 
     Raises:
         WrongState: for a completed or failed job.
@@ -333,7 +335,7 @@ def stop(session: Session, job: Job) -> Job:
 
 
 def pause(session: Session, job: Job) -> Job:
-    """Pause a job; its worker writes a checkpoint and gives the lease back.
+    """Pause a job. Its worker writes a checkpoint and releases the lease.
 
     Raises:
         WrongState: for a job that is stopping or has ended.
@@ -369,7 +371,7 @@ def renew(
     """Renew the lease, store ``details`` and the seconds ``worked``, and return the job.
 
     Raises:
-        LeaseLost: if ``lease`` does not hold the job.
+        LeaseLost: if ``lease`` has expired.
     """
     job = renew_lease(session, Job, job_id, lease)
     if worked is not None:
@@ -393,14 +395,14 @@ def complete(
     defaults: AccountQuotas | None = None,
     withheld: str | None = None,
 ) -> Job:
-    """Complete a job whose model is stored and verified, and activate the model.
+    """Complete a job with a stored and verified model, and activate the model.
 
-    A ``withheld`` model fails for this reason; its files stay. ``defaults`` are the quotas of accounts
-    without own quotas.
+    If ``withheld`` is set, the model fails for this reason and its files stay. ``defaults`` are the
+    quotas of accounts without own quotas.
 
     Raises:
         QuotaExceeded: if the account has no space for ``stored_bytes``.
-        LeaseLost: if ``lease`` does not hold the job.
+        LeaseLost: if ``lease`` has expired.
         WrongState: if the job was stopped or paused meanwhile.
     """
     job = hold(session, Job, job_id, lease)
@@ -420,7 +422,7 @@ def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
     """Fail a job, or stop a stopping job.
 
     Raises:
-        LeaseLost: if ``lease`` does not hold the job.
+        LeaseLost: if ``lease`` has expired.
     """
     job = hold(session, Job, job_id, lease)
     if job.state == STOPPING:
@@ -437,9 +439,9 @@ def list_jobs(
     limit: int,
     position: int | None = None,
 ) -> list[Job]:
-    """Return at most ``limit`` jobs, the newest first, that were created before ``position``.
+    """Return at most ``limit`` jobs, the newest first, created before ``position``.
 
-    Every value of ``metadata`` has to be in the metadata of the job's request.
+    ``metadata`` selects jobs by the metadata of their requests.
     """
     query = select(Job).where(Job.account == account)
     if states:
@@ -458,7 +460,7 @@ def events(
     position: int | None = None,
     ascending: bool = False,
 ) -> list[JobEvent]:
-    """Return at most ``limit`` events of a job that follow ``position``."""
+    """Return at most ``limit`` events of a job after ``position``."""
     query = select(JobEvent).where(JobEvent.job_id == job.id)
     if kinds:
         query = query.where(JobEvent.kind.in_(kinds))

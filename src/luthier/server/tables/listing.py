@@ -19,9 +19,9 @@ class Page:
     """Some of the keys, in order."""
 
     entries: tuple[StoredObject | str, ...]
-    """Objects, and common prefixes (as text) where they belong among them."""
+    """Objects, and common prefixes as text, in order."""
     next: str | None
-    """From which key the next page goes on; ``None`` where there is no more."""
+    """First key of the next page; ``None`` on the last page."""
 
     @property
     def objects(self) -> list[StoredObject]:
@@ -44,16 +44,16 @@ def page(
     start: str = "",
     limit: int = 1000,
 ) -> Page:
-    """At most ``limit`` keys and common prefixes of a bucket.
+    """Return at most ``limit`` keys and common prefixes of a bucket.
 
     Args:
-        database: where the rows are.
-        account: whose bucket it is.
-        bucket: its name.
-        prefix: what the keys begin with.
-        delimiter: keys that hold it after the prefix are one entry: what stands up to its end.
-        start: the first key that may be listed.
-        limit: entries, 0 or more.
+        database: database of the rows.
+        account: account that owns the bucket.
+        bucket: name of the bucket.
+        prefix: prefix of the keys.
+        delimiter: separator after which keys with a common prefix are one entry.
+        start: lower bound of the keys.
+        limit: maximum number of entries, 0 or more.
 
     Raises:
         ObjectRefused: ``NoSuchBucket``.
@@ -69,12 +69,12 @@ def page(
 
 
 def after(key: str) -> str:
-    """The first key that can come after ``key``: keys hold no NUL."""
+    """Return the smallest text after ``key``. Keys contain no NUL."""
     return key + "\1"
 
 
 def beyond(prefix: str) -> str | None:
-    """The first key after all that begin with ``prefix``; ``None`` where they are the last ones."""
+    """Return the first key after all keys with ``prefix``; ``None`` if no such key exists."""
     while prefix and ord(prefix[-1]) == 0x10FFFF:
         prefix = prefix[:-1]
     if not prefix:
@@ -85,7 +85,7 @@ def beyond(prefix: str) -> str | None:
 
 
 def rolled_up(key: str, prefix: str, delimiter: str) -> str | None:
-    """The common prefix that stands for ``key`` in a listing, if one does."""
+    """Return the common prefix that replaces ``key`` in a listing, or ``None``."""
     if not delimiter or not key.startswith(prefix):
         return None
     end = key.find(delimiter, len(prefix))
@@ -95,7 +95,7 @@ def rolled_up(key: str, prefix: str, delimiter: str) -> str | None:
 def _walk(
     session: Session, seq: int, prefix: str, delimiter: str, start: str, limit: int
 ) -> Iterator[tuple[StoredObject | str, str]]:
-    """Each entry, and the key that a page which begins with it starts at."""
+    """Yield each entry with the start key of a page that begins with the entry."""
     at: str | None = start
     end = beyond(prefix)
     while at is not None:

@@ -26,7 +26,7 @@ from luthier.server.tables.object_files import READ_SIZE, ObjectFiles
 from luthier.server.tables.objects import UPLOADS, ObjectMetadata, ObjectPiece, Objects, check_key
 
 ROWS = ".jsonl"
-"""Suffix of the files that an address with a final ``/`` means."""
+"""Suffix of the files that an address with a final ``/`` selects."""
 NAMES_BYTES = 255
 """Space for names below an address, in bytes of a key."""
 MOST_ENTRIES = 10_000
@@ -38,7 +38,7 @@ Entry = TypeVar("Entry")
 
 
 class Locations:
-    """Reads and writes data by address.
+    """Access to data by address.
 
     All methods raise :class:`LocationRefused` for a wrong address, and
     :class:`luthier.errors.DownloadError` if an endpoint does not answer.
@@ -59,24 +59,24 @@ class Locations:
         self._given = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
 
     def check(self, account: str, uri: str) -> None:
-        """Check that an address is well-formed and that the account can read its data."""
+        """Check the form of an address and the account's right to read the data."""
         self._keys(account, _address(uri))
 
     def check_writable(self, account: str, uri: str) -> None:
-        """Check that the account can write below an address."""
+        """Check the account's right to write below an address."""
         bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
         self._buckets(bucket).check_bucket(account, bucket)
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
-        """Copy the objects of an address into ``folder`` and return their addresses and copies.
+        """Copy the objects of an address into ``folder``. Returns addresses and copies.
 
-        An address with a final ``/`` means all ``.jsonl`` files below. If there are only images or
-        audio below, the address means all of them, in one folder. Bytes of the built-in store are
-        compared with their recorded hashes.
+        An address with a final ``/`` selects all ``.jsonl`` files below the address. A folder of
+        images or audio only is fetched as one folder. Objects of the built-in store are compared
+        with their recorded hashes.
 
         Raises:
             LocationRefused: if there is no object.
-            CorruptFile: for bytes that differ from their recorded hash.
+            CorruptFile: if the bytes differ from the recorded hash.
         """
         fetched: list[tuple[str, Path]] = []
         address = _address(uri)
@@ -105,10 +105,10 @@ class Locations:
         return root
 
     def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
-        """Return the names and sizes of the files directly below an address, in order.
+        """Return names and sizes of the files directly below an address, sorted.
 
         Raises:
-            LocationRefused: if there is no file, or too many.
+            LocationRefused: without a file, or for too many files.
         """
         address = _address(uri)
         prefix = f"{address.key.rstrip('/')}/".lstrip("/")
@@ -213,7 +213,7 @@ class BuiltInBuckets:
             start = found.next
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
-        """Copy an object to a file, and compare its bytes with their recorded hashes."""
+        """Copy an object to a file and compare the bytes with their recorded hashes."""
         try:
             content = self._objects.open(account, bucket, key)
             with new_file(target) as file:
@@ -280,7 +280,7 @@ def _address(uri: str) -> _Address:
 
 
 def _writable(uri: str) -> _Address:
-    """Return an address that jobs may write below."""
+    """Parse an address that jobs may write below."""
     address = _address(uri)
     if address.bucket == UPLOADS:
         text = f"The bucket {UPLOADS} holds files of the OpenAI API alone. Name another one."
@@ -320,7 +320,7 @@ def _pieces(content: bytes | Path) -> Iterator[bytes]:
 
 
 class ExternalBuckets:
-    """The buckets of an S3 endpoint, which all accounts share."""
+    """Buckets of an S3 endpoint, shared by all accounts."""
 
     def __init__(self, endpoint: str) -> None:
         try:
@@ -331,7 +331,7 @@ class ExternalBuckets:
         self._endpoint = endpoint
 
     def check_bucket(self, account: str, bucket: str) -> None:
-        """Raise :class:`LocationRefused` for a bucket that cannot be listed."""
+        """Raise :class:`LocationRefused` if the bucket cannot be listed."""
         import obstore
 
         with _translate_errors(f"s3://{bucket}"):
@@ -385,7 +385,7 @@ class ExternalBuckets:
 
 @contextmanager
 def _translate_errors(what: str) -> Iterator[None]:
-    """Translate errors of the endpoint, without its address and the server's keys."""
+    """Translate errors of the endpoint and remove the endpoint's address and the server's keys."""
     from obstore.exceptions import BaseError
 
     try:

@@ -37,7 +37,7 @@ MOST_PARTS = 10_000
 
 @dataclass(frozen=True)
 class CompletedPart:
-    """A part in the request that completes an upload."""
+    """Part in the request that completes an upload."""
 
     number: int
     etag: str
@@ -106,7 +106,7 @@ class MultipartUploads:
     def part(
         self, account: str, bucket: str, key: str, upload_id: str, number: int
     ) -> ObjectPiece | None:
-        """Return the part of this number, if it exists."""
+        """Return the part with this number, or ``None``."""
         with self.database.read() as session:
             _upload(session, account, bucket, key, upload_id)
             query = select(ObjectPiece).where(
@@ -194,7 +194,7 @@ def _upload(
 def _select_parts(
     there: Sequence[ObjectPiece], chosen: Sequence[CompletedPart]
 ) -> list[ObjectPiece]:
-    """Return the parts that the client names, after a comparison."""
+    """Return the stored parts that the client names, after a comparison of the ETags."""
     numbers = [each.number for each in chosen]
     if numbers != sorted(set(numbers)):
         text = "The list of parts was not in ascending order. Parts must be ordered by part number."
@@ -220,7 +220,7 @@ def _select_parts(
 def _made_before(
     session: Session, bucket: Bucket, key: str, chosen: Sequence[CompletedPart]
 ) -> StoredObject | None:
-    """Return the object if it is already made of the chosen parts."""
+    """Return the object if an earlier request already completed the upload."""
     try:
         etag = _etag([each.etag for each in chosen])
     except ValueError:

@@ -1,7 +1,8 @@
-"""Bytes of objects: files with random names, by account. A key of a client never becomes a path.
+"""Files with the bytes of objects, with random names, by account.
 
-A file is on disk before a row of the database names it, and leaves the disk only after no row does, so
-a process that dies in between leaves files that nobody names: :meth:`ObjectFiles.sweep` removes them.
+A client's key never becomes a path. A file is on disk before a database row names the file, and is
+deleted only after no row does. A killed process therefore leaves unnamed files, which
+:meth:`ObjectFiles.sweep` removes.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from luthier.errors import CorruptFile, DiskFull
 from luthier.files import disk_errors, luthier_home, new_file, room
 
 READ_SIZE = 1 << 20
-"""Bytes that are held of an object while it is read."""
+"""Size of a piece of an object in memory, in bytes."""
 LEAST_FREE = 16_000_000
-"""Bytes that objects leave on their disk: the database needs some, to delete objects too."""
+"""Free disk space after a write, in bytes: the database needs space, also to delete objects."""
 UNNAMED_SECONDS = 600.0
-"""A file that no row names may belong to a request that is not done; one this old does not."""
+"""Age of unnamed files before removal, in seconds. Newer files may belong to a running request."""
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that is whole and on disk."""
+    """A complete file on disk."""
 
     id: str
     size: int
@@ -40,7 +41,7 @@ class WrittenFile:
 
 
 class FileWriter:
-    """A file as it is being written: gone at the end of its ``with`` unless it was finished."""
+    """Context manager of a new file, which is deleted unless finished."""
 
     def __init__(self, folder: Path, file_id: str) -> None:
         """Begin the file ``file_id`` in ``folder``."""
@@ -69,10 +70,10 @@ class FileWriter:
                 self._context.__exit__(type(reason), reason, trace)
 
     def write(self, data: bytes) -> None:
-        """Add ``data``.
+        """Append ``data``.
 
         Raises:
-            DoesNotFit: where the disk is full.
+            DoesNotFit: if the disk is full.
         """
         if room(self._folder) < LEAST_FREE + len(data):
             raise DiskFull(f"the disk of {self._folder} is full; no further objects are taken")
@@ -83,7 +84,7 @@ class FileWriter:
         self._sha256.update(data)
 
     def finish(self) -> WrittenFile:
-        """Force the file to disk and give it its name."""
+        """Flush the file to disk and rename the file to its final name."""
         self._open = False
         self._context.__exit__(None, None, None)
         return WrittenFile(self._id, self._size, self._md5.hexdigest(), self._sha256.hexdigest())
@@ -94,7 +95,7 @@ class _Abandoned(Exception):
 
 
 class ObjectFiles:
-    """The files of all accounts below one folder: ``<account>/<first two of the id>/<id>``."""
+    """Files of all accounts below one folder: ``<account>/<first two of the id>/<id>``."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """``folder`` is ``objects`` in the store by default."""
@@ -106,14 +107,14 @@ class ObjectFiles:
         return FileWriter(self.path(account, file_id).parent, file_id)
 
     def path(self, account: str, file_id: str) -> Path:
-        """Where a file is."""
+        """Return the path of a file."""
         return self.folder / account / file_id[:2] / file_id
 
     def link(self, account: str, file_id: str) -> str:
         """Create a second name for the bytes of a file and return its id.
 
         Raises:
-            FileNotFoundError: if the file was removed in the meantime.
+            FileNotFoundError: if the file was removed meanwhile.
         """
         copy = secrets.token_hex(16)
         target = self.path(account, copy)
@@ -123,7 +124,7 @@ class ObjectFiles:
         return copy
 
     def remove(self, account: str, file_ids: Iterable[str]) -> None:
-        """Remove files that no row names any more."""
+        """Remove files that no row names."""
         for file_id in file_ids:
             self.path(account, file_id).unlink(missing_ok=True)
 
@@ -134,17 +135,17 @@ class ObjectFiles:
         start: int,
         length: int,
     ) -> Iterator[bytes]:
-        """``length`` bytes from ``start`` of files that stand one after the other.
+        """Yield ``length`` bytes from ``start`` of concatenated files.
 
         Args:
-            account: whose they are.
+            account: account that owns the files.
             files: ids and sizes in bytes, in order.
             start: first byte, counted from 0.
-            length: bytes at most; the files hold as many from ``start``.
+            length: number of bytes, at most the number of bytes after ``start``.
 
         Raises:
-            FileNotFoundError: before the first piece, where a file was removed in the meantime.
-            CorruptFile: for a file that is shorter than recorded or cannot be opened.
+            FileNotFoundError: before the first piece, if a file was removed meanwhile.
+            CorruptFile: if a file is shorter than recorded or cannot be opened.
         """
         for file_id, size in files:
             if start >= size:
@@ -166,8 +167,8 @@ class ObjectFiles:
         """Remove files that no row names, and return their number.
 
         Args:
-            named: returns the ids that rows name and that begin with the given two characters.
-            older_than: seconds since a file was last changed.
+            named: returns the ids in rows that begin with the given two characters.
+            older_than: age of removed files since the last change, in seconds.
         """
         newest, removed = time.time() - older_than, 0
         for folder in sorted(self.folder.glob("*/??")):
@@ -182,7 +183,7 @@ class ObjectFiles:
 
 
 def _bytes(path: Path, start: int, length: int) -> Iterator[bytes]:
-    """``length`` bytes of a file from ``start``, or as many as there are."""
+    """Yield at most ``length`` bytes of a file from ``start``."""
     with path.open("rb") as file:
         file.seek(start)
         while length and (data := file.read(min(length, READ_SIZE))):
@@ -191,7 +192,7 @@ def _bytes(path: Path, start: int, length: int) -> Iterator[bytes]:
 
 
 def _change_time(path: Path) -> float:
-    """When a file was written, renamed or given a second name; never, for one that is gone."""
+    """Return the time of a file's last write, rename or link; infinity for a removed file."""
     try:
         return path.stat().st_ctime
     except FileNotFoundError:

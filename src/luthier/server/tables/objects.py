@@ -1,7 +1,7 @@
-"""The built-in object store: buckets and objects of each account.
+"""Built-in object store: buckets and objects of each account.
 
-Two accounts may have buckets of the same name. The bytes of an object are one file, or the files of its
-parts; see :mod:`luthier.server.tables.object_files`.
+Two accounts may have buckets of the same name. The bytes of an object are one file, or the files of
+its parts; see :mod:`luthier.server.tables.object_files`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from luthier.server.tables.object_files import UNNAMED_SECONDS, FileWriter, Obje
 from luthier.server.tables.storage import FreedStorage
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
-"""Text that the database orders by UTF-8 bytes."""
+"""Text type that the database orders by UTF-8 bytes."""
 UPLOADS = "luthier-files"
 """Bucket of each account with the files of the OpenAI API."""
 KEY_BYTES = 1024
@@ -37,7 +37,7 @@ KEY_BYTES = 1024
 
 
 class Bucket(Base):
-    """A bucket of one account."""
+    """Bucket of one account."""
 
     __tablename__ = "buckets"
     __table_args__ = (UniqueConstraint("account", "name"),)
@@ -62,13 +62,14 @@ class StoredObject(Base):
     etag: Mapped[str]
     """MD5 in hexadecimal; for an object of parts, the MD5 of their MD5s, ``-`` and their number."""
     parts: Mapped[int] = mapped_column(default=0)
-    """Number of parts; 0 for an object that was uploaded as a whole."""
+    """Number of parts; 0 for an object without a multipart upload."""
     headers: Mapped[dict[str, Any]]
-    """Headers such as ``Content-Type``, as sent."""
+    """Request headers such as ``Content-Type``."""
     user_metadata: Mapped[dict[str, Any]]
     """Values of headers ``x-amz-meta-*`` by the rest of the name."""
     checksums: Mapped[dict[str, Any]]
-    """Checksums in base64 by algorithm, such as ``crc32``; for parts, with ``-`` and their number."""
+    """Checksums in base64 by algorithm, such as ``crc32``. Multipart checksums end with ``-`` and a
+    number."""
     modified: Mapped[datetime]
 
 
@@ -117,7 +118,7 @@ class Upload(Base):
     headers: Mapped[dict[str, Any]]
     user_metadata: Mapped[dict[str, Any]]
     checksum: Mapped[str]
-    """Algorithm of the parts' checksums, such as ``crc32``; empty for none."""
+    """Algorithm of the parts' checksums, such as ``crc32``; empty without checksums."""
     checksum_type: Mapped[str]
     """``COMPOSITE`` or ``FULL_OBJECT``; empty for none."""
     created: Mapped[datetime]
@@ -134,7 +135,7 @@ class ObjectMetadata:
 
 
 Check = Callable[[StoredObject | None], None]
-"""Takes the current object of a key; raises if a condition of the client does not hold."""
+"""Condition of a client on the current object of a key. Raises if the condition fails."""
 
 
 def get_bucket(session: Session, account: str, name: str, *, lock: bool = False) -> Bucket:
@@ -151,7 +152,7 @@ def get_bucket(session: Session, account: str, name: str, *, lock: bool = False)
 
 
 def remove_object(session: Session, bucket: Bucket, key: str, check: Check | None) -> FreedStorage:
-    """Remove the rows of the object of ``key``, if there is one."""
+    """Remove the rows of the object ``key``, if the object exists."""
     found = session.scalar(
         select(StoredObject).where(StoredObject.bucket_seq == bucket.seq, StoredObject.key == key)
     )
@@ -193,7 +194,7 @@ def pieces_of(session: Session, owner: StoredObject | Upload) -> list[ObjectPiec
 
 
 def check_key(key: str) -> None:
-    """Raise :class:`ObjectRefused` for a text that is no key."""
+    """Raise :class:`ObjectRefused` for an invalid key."""
     if len(key.encode()) > KEY_BYTES:
         raise ObjectRefused("KeyTooLongError", "Your key is too long")
     if not key or "\0" in key:
@@ -221,14 +222,14 @@ def remove_upload(session: Session, upload: Upload) -> FreedStorage:
 
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
-"""Names that are paths of other APIs on the same port."""
+"""Path prefixes of other APIs on the same port."""
 _FOUND_AGAIN = 5
-"""Number of attempts to open an object that is replaced at the same time."""
+"""Attempts to open an object during concurrent replacements."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """An object and its bytes at the time of opening."""
+    """Object with its bytes at the time of opening."""
 
     found: StoredObject
     pieces: Sequence[ObjectPiece]
@@ -336,9 +337,9 @@ class Objects:
         check: Check | None = None,
         also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
-        """Store a written file as the object ``key``, in place of the current object.
+        """Store a written file as the object ``key``, and replace an existing object.
 
-        ``also`` writes further rows in the same transaction.
+        ``also`` writes additional rows in the same transaction.
 
         Raises:
             ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or the error of ``check``.
@@ -383,7 +384,8 @@ class Objects:
     def name_files(self, account: str, ids: Sequence[str]) -> Iterator[Session]:
         """Open a transaction whose rows name new files. An error removes the files.
 
-        After a failed commit the rows may exist; if not, :meth:`sweep` removes the files later.
+        After a failed commit the rows may exist. If the rows do not exist, :meth:`sweep` removes
+        the files.
         """
         committing = False
         try:
@@ -402,7 +404,7 @@ class Objects:
             return _get_object(session, account, bucket, key)
 
     def open(self, account: str, bucket: str, key: str) -> Content:
-        """Return the object of a key with its bytes; raises as :meth:`head`."""
+        """Return the object of a key with its bytes; raises like :meth:`head`."""
         with self.database.read() as session:
             found = _get_object(session, account, bucket, key)
             pieces = pieces_of(session, found)
@@ -412,7 +414,7 @@ class Objects:
     def open_range(
         self, account: str, bucket: str, key: str, span: Callable[[StoredObject], tuple[int, int]]
     ) -> tuple[StoredObject, Iterator[bytes]]:
-        """Return an object and a range of its bytes, whose file is open.
+        """Return an object and a range of its bytes, with open files.
 
         ``span`` returns the first byte and the number of bytes of the range, and may raise.
         """
@@ -470,9 +472,9 @@ class Objects:
         keys: Sequence[str],
         also: Callable[[Session], None] | None = None,
     ) -> None:
-        """Remove the objects of ``keys``; a key without an object is no error.
+        """Remove the objects of ``keys``. A key without an object is no error.
 
-        ``also`` writes further rows in the same transaction.
+        ``also`` writes additional rows in the same transaction.
         """
         gone = FreedStorage()
         with self.database.write() as session:

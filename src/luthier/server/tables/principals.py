@@ -29,11 +29,11 @@ from luthier.server.tables.secrets import ENVIRONMENT, KEY_FILE, Sealing, has_se
 ROLES = ("administrator", "developer", "invoker", "read-only")
 """Roles of users and keys; :mod:`luthier.server.roles` has their permissions."""
 ISSUED, BOOTSTRAP = "issued", "bootstrap"
-"""Where a key comes from."""
+"""Origins of a key."""
 SHORT_TERM = "bedrock-api-key-"
-"""Beginning of keys that are signed by a client and not issued here."""
+"""Prefix of Bedrock's short-term keys, which a client signs."""
 _NAMED = 5
-"""So many access keys that do not open are named; the others are counted."""
+"""Maximum number of access keys in an error message."""
 _log = logging.getLogger("luthier.server")
 _NAME = re.compile(r"[A-Za-z0-9_+=,.@-]{1,64}")
 _ACCESS_KEY = re.compile(r"[A-Za-z0-9_.+=@-]{1,128}")
@@ -41,7 +41,7 @@ _PRINTABLE = re.compile(r"[!-~]{1,512}")
 
 
 class User(Base):
-    """A principal: a person or a program of one account."""
+    """Principal: a person or a program of one account."""
 
     __tablename__ = "users"
     __table_args__ = (UniqueConstraint("account", "name"),)
@@ -50,19 +50,19 @@ class User(Base):
     account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), index=True)
     name: Mapped[str]
     role: Mapped[str]
-    """One of ``ROLES``."""
+    """One of :data:`ROLES`."""
     disabled: Mapped[bool] = mapped_column(default=False)
     created: Mapped[datetime]
 
     @property
     def unique_id(self) -> str:
-        """``AIDA…``, as AWS has it: a user made again under the name of an earlier one has another."""
+        """Unique id ``AIDA…`` as on AWS. A recreated user has a new id."""
         text = f"{self.seq} {self.account} {self.name} {self.created.isoformat()}"
         return "AIDA" + base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:17]
 
 
 class AccessKey(Base):
-    """An access key that signs requests."""
+    """Access key for request signatures."""
 
     __tablename__ = "access_keys"
 
@@ -71,7 +71,7 @@ class AccessKey(Base):
     user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
     sealed: Mapped[bytes]
     role: Mapped[str | None]
-    """Role that limits what the key may do beyond the user's; ``None`` for the user's alone."""
+    """Role that restricts the key further than the user; ``None`` for the user's role."""
     origin: Mapped[str]
     disabled: Mapped[bool] = mapped_column(default=False)
     created: Mapped[datetime]
@@ -84,14 +84,14 @@ class ApiKey(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     digest: Mapped[str] = mapped_column(unique=True)
-    """SHA-256 of the key, hexadecimal. Keys are random: there is nothing to guess, nothing to salt."""
+    """SHA-256 of the key in hexadecimal. Keys are random, so a salt is not necessary."""
     shown: Mapped[str]
-    """Its first letters, to be recognised by."""
+    """First characters of the key, for recognition."""
     label: Mapped[str]
     account: Mapped[str] = mapped_column(index=True)
     user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
     role: Mapped[str | None]
-    """As of an access key."""
+    """See :attr:`AccessKey.role`."""
     origin: Mapped[str]
     expires: Mapped[datetime | None]
     disabled: Mapped[bool] = mapped_column(default=False)
@@ -103,22 +103,25 @@ Key = TypeVar("Key", AccessKey, ApiKey)
 
 @dataclass(frozen=True)
 class Principal:
-    """A user as a key proves it."""
+    """User authenticated by a key."""
 
     account: str
     user: str
     roles: tuple[str, ...]
-    """Role of the user, and of the key if it has its own."""
+    """Role of the user, and the key's own role if set."""
     expires: datetime | None = None
     """After this moment the key proves nothing."""
     secret: str = field(default="", repr=False)
-    """Of the access key; empty for an API key."""
+    """Secret of the access key; empty for an API key."""
     id: str = ""
     """``AIDA…``, as AWS identifies a user."""
 
 
 def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
-    """Whose access key it is; ``None`` unless all may be used and its secret opens."""
+    """Return the principal of an access key.
+
+    Returns ``None`` if the key, user or account is disabled, or the secret cannot be decrypted.
+    """
     found = _usable(session, AccessKey, AccessKey.id == access_key)
     if found is None:
         return None
@@ -132,11 +135,12 @@ def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | N
 
 
 def matching_server_key(session: Session) -> bytes:
-    """The server's key, which opens the secrets of all access keys; made where there are none yet.
+    """Return the server's key, created if no access key exists.
 
     Raises:
-        CorruptFile: where there are secrets that it does not open, or no key for those that there are.
-        LuthierError: as :func:`luthier.server.tables.secrets.server_key`.
+        CorruptFile: if access keys exist and the server's key is missing or does not decrypt their
+            secrets.
+        LuthierError: see :func:`luthier.server.tables.secrets.server_key`.
     """
     query = select(AccessKey.id, AccessKey.sealed).order_by(AccessKey.created)
     rows = session.execute(query).all()
@@ -151,7 +155,7 @@ def matching_server_key(session: Session) -> bytes:
 
 
 def _without_key(access_keys: Sequence[str]) -> str:
-    """Which access keys need another key of the server, and what to do."""
+    """Return the error message for access keys that need a different server key."""
     names = list_some(access_keys, _NAMED)
     return (
         f"and access keys do not open without the one they were made under ({names}): put the "
@@ -161,7 +165,10 @@ def _without_key(access_keys: Sequence[str]) -> str:
 
 
 def bearer(session: Session, digest: str) -> Principal | None:
-    """Whose API key has this SHA-256; ``None`` unless key, user and account may be used."""
+    """Return the principal of an API key by its SHA-256.
+
+    Returns ``None`` if the key has expired, or if the key, user or account is disabled.
+    """
     found = _usable(session, ApiKey, ApiKey.digest == digest)
     if found is None:
         return None
@@ -176,7 +183,7 @@ def _roles(user: User, key: AccessKey | ApiKey) -> tuple[str, ...]:
 def _usable(
     session: Session, table: type[Key], wanted: ColumnElement[bool]
 ) -> tuple[Key, User] | None:
-    """The key and its user, unless one of them or their account is disabled."""
+    """Return the key and its user; ``None`` if the key, user or account is disabled."""
     row = session.execute(
         select(table, User, Account)
         .join(User, User.seq == table.user)
@@ -189,7 +196,7 @@ def _usable(
 
 
 def active_role(session: Session, account: str, name: str) -> str | None:
-    """Return the user's role; ``None`` for a user or account that is disabled or removed."""
+    """Return the user's role; ``None`` if the user or account is disabled or removed."""
     row = session.execute(
         select(User, Account)
         .join(Account, Account.id == User.account)
@@ -202,14 +209,14 @@ def active_role(session: Session, account: str, name: str) -> str | None:
 
 
 def check_role(name: str) -> str:
-    """Return ``name`` if it is a role; raises :class:`RefusedInput` otherwise."""
+    """Return ``name`` if the role exists; raises :class:`RefusedInput` otherwise."""
     if name not in ROLES:
         raise RefusedInput(f"{name!r} is not a role. Choose one of {', '.join(ROLES)}")
     return name
 
 
 def digest_of(key: str) -> str:
-    """SHA-256 of an API key, as it is kept."""
+    """Return the stored SHA-256 of an API key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -228,7 +235,7 @@ def create_user(session: Session, account: str, name: str, role: str = "read-onl
 
 
 def user_of(session: Session, account: str, name: str) -> User:
-    """A user; raises :class:`RefusedInput` where there is none."""
+    """Return a user; raises :class:`RefusedInput` if the user does not exist."""
     found = find_user(session, account, name)
     if found is None:
         raise RefusedInput(f"account {account} has no user {name}")
@@ -236,12 +243,12 @@ def user_of(session: Session, account: str, name: str) -> User:
 
 
 def find_user(session: Session, account: str, name: str) -> User | None:
-    """A user; ``None`` where there is none."""
+    """Return a user, or ``None``."""
     return session.scalar(select(User).where(User.account == account, User.name == name))
 
 
 def users(session: Session, account: str | None = None) -> list[User]:
-    """Users of one account, or of all."""
+    """Return the users of one account, or of all accounts."""
     query = select(User).order_by(User.account, User.name)
     return list(session.scalars(query if account is None else query.where(User.account == account)))
 
@@ -253,13 +260,13 @@ def set_role(session: Session, user: User, role: str) -> None:
 
 
 def disable_user(session: Session, user: User, disabled: bool = True) -> None:
-    """Let no key of the user in any more, or let them in again."""
+    """Disable or enable a user and all keys of the user."""
     user.disabled = disabled
     invalidate_caches(session)
 
 
 def remove_user(session: Session, user: User) -> None:
-    """Remove a user and all its keys."""
+    """Remove a user and all keys of the user."""
     for key in (*access_keys(session, user), *api_keys(session, user)):
         session.delete(key)
     session.flush()
@@ -276,7 +283,7 @@ def create_access_key(
     origin: str = ISSUED,
     role: str | None = None,
 ) -> tuple[AccessKey, str]:
-    """A new access key and its secret; both are drawn unless they are given."""
+    """Create an access key and return its secret. Key and secret are random by default."""
     access_key = access_key or "AKIA" + base64.b32encode(secrets.token_bytes(10)).decode()
     secret = secret or secrets.token_urlsafe(30)
     if not _ACCESS_KEY.fullmatch(access_key):
@@ -309,7 +316,7 @@ def create_api_key(
     origin: str = ISSUED,
     role: str | None = None,
 ) -> tuple[ApiKey, str]:
-    """A new API key, and its text, which nobody can tell again."""
+    """Create an API key and return its text, which cannot be shown again."""
     text = key or f"sk-{secrets.token_urlsafe(36)}"
     if not _PRINTABLE.fullmatch(text) or text.startswith(SHORT_TERM):
         raise RefusedInput("an API key is 1 to 512 letters without blanks, such as sk-…")
@@ -346,7 +353,7 @@ def api_keys(session: Session, user: User) -> list[ApiKey]:
 
 
 def key_of(session: Session, identifier: str) -> AccessKey | ApiKey:
-    """A key of either kind by its id; raises :class:`RefusedInput` where there is none."""
+    """Return an access key or API key by its id; raises :class:`RefusedInput` for an unknown id."""
     found = session.get(AccessKey, identifier) or session.get(ApiKey, identifier)
     if found is None:
         raise RefusedInput(f"there is no key {identifier}")

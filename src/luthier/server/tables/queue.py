@@ -1,8 +1,8 @@
-"""Leased work: rows of the database that one process at a time works on.
+"""Leased work: database rows, each processed by one process at a time.
 
-A process claims a row by a lease, renews the lease, and writes only while the lease holds. A process
-that does not renew its lease counts as dead: another process continues the work. A later write of the
-dead process fails with :class:`~luthier.errors.LeaseLost`.
+A process claims a row by a lease, renews the lease, and writes only under a valid lease. A process
+that does not renew its lease counts as dead: another process continues the work. A later write of
+the dead process fails with :class:`~luthier.errors.LeaseLost`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from luthier.files import luthier_home
 from luthier.server.tables.database import count_rows, find_row, lock_by_name, now
 
 LEASE = timedelta(seconds=30)
-"""Time until a worker that does not renew its lease counts as dead."""
+"""Time after the last renewal until a worker counts as dead."""
 PATIENCE = timedelta(minutes=10)
 """Time during which smaller work may overtake work that does not fit."""
 LOOKED_AT = 500
@@ -30,7 +30,7 @@ LOOKED_AT = 500
 
 
 class Leased:
-    """Columns of a row that is worked on under a lease."""
+    """Columns of a row with a lease."""
 
     noun: ClassVar[str]
     """Name of a row in messages."""
@@ -41,7 +41,7 @@ class Leased:
     lease: Mapped[str | None]
     """Token of the holder."""
     lease_ends: Mapped[datetime | None]
-    """Moment at which the holder counts as dead unless it renews the lease."""
+    """Time at which the lease expires unless renewed."""
 
     def give_back(self, session: Session, message: str) -> None:
         """Release the row for another process, with the reason ``message``."""
@@ -50,27 +50,28 @@ class Leased:
 
 
 class TakesTurns(Leased):
-    """Columns of work that is shared fairly between accounts."""
+    """Columns of work that accounts share fairly."""
 
     account: Mapped[str] = mapped_column(index=True)
     turn: Mapped[int] = mapped_column(default=0)
-    """Order among works of one priority, lowest first."""
+    """Order among works of equal priority, lowest first."""
 
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:
-        """Return the condition of unfinished rows; all rows, if the end of a work deletes its row."""
+        """Return the condition of unfinished rows: all rows, if a row is deleted at the end of its
+        work."""
         return true()
 
 
 class BackgroundWork(TakesTurns):
-    """Columns of work that a server does in the background with its own models."""
+    """Columns of background work with the server's own models."""
 
     lease_time: ClassVar[timedelta] = timedelta(seconds=60)
     ended: ClassVar[tuple[str, ...]]
     """Values of ``status`` of finished work."""
 
     caller: Mapped[dict[str, Any]]
-    """Client that created the work: ``account`` and ``user``, whose current rights the work has."""
+    """Client that created the work: ``account`` and ``user``. The client's current rights apply."""
     status: Mapped[str] = mapped_column(index=True)
     created: Mapped[datetime]
     expires: Mapped[datetime]
@@ -83,12 +84,12 @@ class BackgroundWork(TakesTurns):
 
 
 class QueuedWork(TakesTurns):
-    """Columns of work for which a scheduler starts a process."""
+    """Columns of work with a process from the scheduler."""
 
     memory_advice: ClassVar[str] = "use a smaller model, or a server with more memory."
-    """Advice to a client whose work needs too much memory."""
+    """Advice for work that needs too much memory."""
     unknown_memory: ClassVar[int] = 0
-    """Bytes that a row reserves while its memory is unknown."""
+    """Bytes to reserve while the memory of a row is unknown."""
 
     priority: Mapped[int] = mapped_column(default=0)
     """Higher priorities start first."""
@@ -99,14 +100,17 @@ class QueuedWork(TakesTurns):
     cores: Mapped[int] = mapped_column(default=0)
     """Number of threads."""
     crashes: Mapped[int] = mapped_column(default=0)
-    """Number of workers that died."""
+    """Number of dead workers."""
     worker: Mapped[dict[str, Any] | None]
-    """Process of the holder: ``host``, ``pid``, time of its start (``born``), and the number of
-    ``processes`` that share the work if there are several."""
+    """Process of the worker.
+
+    ``host``, ``pid``, start time (``born``), and the number of ``processes`` if several share the
+    work.
+    """
 
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
-        """Return further conditions of rows without a lease that may start."""
+        """Return additional conditions of rows that may start."""
         return ()
 
     def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
@@ -120,10 +124,10 @@ class QueuedWork(TakesTurns):
         super().give_back(session, message)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
-        """Take the row from a dead worker and return the new state for the server's log.
+        """Expire the lease of a dead worker and return the new state for the log.
 
-        ``why`` says how the worker ended; ``cause`` is a sentence about the reason, or empty. Kinds of
-        work that fail after several deaths override this method.
+        ``why`` states how the worker ended. ``cause`` is a sentence about the reason, or empty.
+        Kinds of work that fail after several deaths override this method.
         """
         self.crashes += 1
         self.give_back(session, why)
@@ -136,9 +140,10 @@ class QueuedWork(TakesTurns):
 
     @classmethod
     def needs(cls, memory: int, cores: int, processes: int) -> tuple[int, int]:
-        """Return the bytes and threads that a work of ``processes`` reserves.
+        """Return the bytes and threads that a work of ``processes`` processes reserves.
 
-        Each process holds the whole network. The processes share the threads, at least one each.
+        Each process stores the whole network. The processes share the threads, at least one thread
+        each.
         """
         least = processes if processes > 1 else 0
         return (memory or cls.unknown_memory) * processes, max(cores, least)
@@ -160,7 +165,7 @@ Background = TypeVar("Background", bound=BackgroundWork)
 
 
 def lock_claims(session: Session) -> None:
-    """Lock claims until the transaction ends. SQLite has one writer at a time anyway."""
+    """Lock claims until the transaction ends. SQLite allows one writer at a time anyway."""
     lock_by_name(session, "claim")
 
 
@@ -178,11 +183,12 @@ def claim(
     Args:
         session: session of a write transaction.
         kind: table of the work.
-        worker: process that holds the lease until the worker has started.
+        worker: process that owns the lease until the worker has started.
         free_memory: free bytes.
         free_cores: free threads.
-        idle: whether the machine is idle. Work that does not fit an idle machine starts nevertheless,
-            and fails with its own message.
+        idle: whether the machine is idle. On an idle machine, work that does not fit starts anyway
+            and fails
+            with its own message.
     """
     lock_claims(session)
     processes = worker.get("processes", 1)
@@ -207,11 +213,12 @@ def claim(
 def next_turn(
     session: Session, kind: type[TakesTurns], account: str, *going_on: ColumnElement[bool]
 ) -> int:
-    """Return the turn of new work: after the account's last turn, or the lowest turn of all accounts.
+    """Return the turn of new work: after the account's last turn, or the lowest turn of all
+    accounts.
 
-    An account without work waits for at most one work of each other account (start-time fair queueing,
-    Goyal, Vin and Cheng 1996, with equal shares). ``going_on`` are the conditions of rows that take
-    part; by default unfinished rows.
+    An account without work waits for at most one work of every account with work (start-time fair
+    queueing, Goyal, Vin and Cheng 1996, with equal shares). ``going_on`` are the conditions of rows
+    that count; by default unfinished rows.
     """
     going_on = going_on or (kind.is_unfinished(),)
     lowest = select(func.min(kind.turn)).where(*going_on)
@@ -245,7 +252,7 @@ def claim_next(
 ) -> Background | None:
     """Lease the next free row, by turns of the accounts, with the lease ``token``.
 
-    ``silent`` are leases of :func:`leases` to take over unless they were renewed since. The end of a
+    ``silent`` are expired leases from :func:`leases` to replace unless renewed since. The end of a
     lease is not compared with a clock, because the clocks of two servers may differ.
     """
     lost = [and_(kind.id == row_id, kind.lease_ends == ends) for row_id, ends in silent]
@@ -259,7 +266,8 @@ def claim_next(
 
 
 def give_way(session: Session, kind: type[Background], row_id: str, lease: str) -> bool:
-    """Move the row behind the next waiting row of each other account. Returns whether there is one.
+    """Move the row behind the next waiting row of each account. Returns False without a waiting
+    row.
 
     Raises:
         LeaseLost: as :func:`hold`.
@@ -286,10 +294,10 @@ def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
 def read_leased(
     session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
 ) -> Row:
-    """Return the row that ``lease`` holds; ``lock`` holds the row until the transaction ends.
+    """Return the row with ``lease``; ``lock`` locks the row until the transaction ends.
 
     Raises:
-        LeaseLost: if ``lease`` does not hold the row.
+        LeaseLost: if ``lease`` has expired.
     """
     held = select(kind).where(kind.id == row_id, kind.lease == lease)
     row = find_row(session, held, lock=lock)
@@ -299,12 +307,12 @@ def read_leased(
 
 
 def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """Return the row that ``lease`` holds, locked; raises as :func:`read_leased`."""
+    """Return the row with ``lease``, locked; raises like :func:`read_leased`."""
     return read_leased(session, kind, row_id, lease, lock=True)
 
 
 def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """Renew the lease and return the row; raises as :func:`hold`."""
+    """Renew the lease and return the row; raises like :func:`hold`."""
     row = hold(session, kind, row_id, lease)
     row.lease_ends = now() + row.lease_time
     return row
@@ -313,14 +321,14 @@ def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
 def release(
     session: Session, kind: type[Leased], row_id: str, lease: str, message: str = ""
 ) -> None:
-    """Release the row for another process with a reason; raises as :func:`hold`."""
+    """Release the row for another process with a reason; raises like :func:`hold`."""
     hold(session, kind, row_id, lease).give_back(session, message)
 
 
 def expire(
     session: Session, kind: type[QueuedWork], row_id: str, lease: str, why: str, cause: str = ""
 ) -> str:
-    """Take a row from a dead worker, see :meth:`QueuedWork.expire`; raises as :func:`hold`."""
+    """Expire the lease of a dead worker, see :meth:`QueuedWork.expire`; raises like :func:`hold`."""
     return hold(session, kind, row_id, lease).expire(session, why, cause)
 
 
@@ -330,10 +338,10 @@ def log_file(work: str) -> Path:
 
 
 class LeaseWatch:
-    """Detects leases that are not renewed, by the clock of this process.
+    """Detector of leases without renewal, by the clock of this process.
 
-    Only a change of ``lease_ends`` counts, not its value: a changed system clock neither kills a living
-    worker nor keeps a dead worker alive.
+    Only a change of ``lease_ends`` counts, not its value: a changed system clock neither kills a
+    living worker nor preserves the lease of a dead worker.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -349,5 +357,5 @@ class LeaseWatch:
         return self.clock() - since > self.seconds
 
     def forget_others(self, leases: Collection[str]) -> None:
-        """Forget all leases but these ``leases``."""
+        """Forget all leases except ``leases``."""
         self._seen = {lease: seen for lease, seen in self._seen.items() if lease in leases}

@@ -35,11 +35,11 @@ from luthier.server.tables.jobs import Job, job_of_run, run_name
 from luthier.server.tables.queue import log_file
 
 _REMOVED = ".removed"
-"""Mark in the folder of a model whose record is deleted."""
+"""Marker file in the folder of a model without a record."""
 
 
 class ModelInUse(WrongState):
-    """A custom model that is in use cannot be deleted."""
+    """Error for the deletion of a custom model that is in use."""
 
 
 def delete(database: Database, arns: Arns, model: CustomModel) -> None:
@@ -71,8 +71,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     Call :func:`remove_files` after the transaction.
 
     Raises:
-        ModelInUse: if a deployment or provisioned throughput serves the model, an unfinished job starts
-            from it, an export reads it, or its import has not ended.
+        ModelInUse: if an endpoint, unfinished job, export or import uses the model.
     """
     if model.status == CREATING:
         text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
@@ -102,13 +101,15 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
 
 
 def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
-    """Take ``model``, which the command line made, from its account; its files stay as they were.
+    """Remove ``model``, which was created with the CLI, from its account. The files stay.
 
-    ``model`` was read with a lock. Its name is free then, and it no longer counts in quotas.
+    The caller has locked the row. The name is free afterwards, and the model no longer counts in
+    quotas.
 
     Raises:
-        WrongState: for a model that the service made or took in: its files are the account's alone.
-            :class:`ModelInUse`: see :func:`remove`.
+        WrongState: for a model that the service created or imported, whose files belong to the
+            account.
+        ModelInUse: see :func:`remove`.
     """
     own = model.job_id is not None or split_id(model.stored_id or "")[1] in (
         "",
@@ -124,7 +125,7 @@ def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
 
 
 def users_of_base(database: Database, base: FoundationModel) -> list[str]:
-    """What accounts have that stands on ``base``: models, jobs that have not ended, endpoints."""
+    """Return descriptions of accounts' models, unfinished jobs and endpoints that use ``base``."""
     models = select(CustomModel).where(CustomModel.root == base.id, CustomModel.status != RESERVED)
     jobs = select(Job).where(Job.foundation == base.id, Job.is_unfinished())
     endpoints = select(Endpoint).where(Endpoint.foundation == base.id)
@@ -141,7 +142,7 @@ def users_of_base(database: Database, base: FoundationModel) -> list[str]:
 
 
 def finish_deletions(database: Database) -> None:
-    """Delete the files of models whose deletion was interrupted after their record was deleted."""
+    """Delete the files of models without a record, left by interrupted deletions."""
     for folder in custom_folders(_REMOVED):
         stored_id = id_of(folder)
         if owner_of(database, stored_id) is not None:
@@ -151,7 +152,7 @@ def finish_deletions(database: Database) -> None:
 
 
 def owner_of(database: Database, stored_id: str) -> str | None:
-    """The account that a stored model belongs to; ``None`` for one of the command line."""
+    """Return the account of a stored model; ``None`` for a model of the CLI."""
     with database.read() as session:
         owner = select(CustomModel.account).where(CustomModel.stored_id == stored_id).limit(1)
         return session.scalar(owner)
@@ -164,7 +165,7 @@ def is_removed(stored_id: str) -> bool:
 
 
 def count_without_account(database: Database) -> int:
-    """How many custom models of this store belong to no account: those of the command line."""
+    """Return the number of custom models on this machine without an account."""
     here = {
         id_of(folder)
         for folder in custom_folders(MANIFEST)
@@ -179,7 +180,7 @@ def count_without_account(database: Database) -> int:
 def remove_files(stored_id: str | None) -> None:
     """Delete the files of a model without a record, its run and the log of its job.
 
-    If another model needs the model's folder, the folder stays with a mark.
+    If another model needs the model's folder, the folder stays with a marker file.
     """
     if stored_id is None or folder_of(stored_id) is None:
         return
@@ -200,7 +201,7 @@ def remove_files(stored_id: str | None) -> None:
 
 
 def remove_unneeded(stored_id: str | None) -> None:
-    """Delete the files of a model that was deleted before, unless another model needs them."""
+    """Delete the files of a deleted model, unless another model needs the files."""
     found = next((each for each in custom_models() if each.id == stored_id), None)
     # Models of the CLI have no record, and no mark.
     if found is not None and (found.folder / _REMOVED).is_file():

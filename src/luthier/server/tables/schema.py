@@ -1,4 +1,4 @@
-"""All tables of the service, and the migration of a database to them."""
+"""All tables of the service, and database migrations."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _MODULES = (
     idempotency, imports, jobs, objects, principals, storage, tags, uploaded_files,
     usage,
 )  # fmt: skip
-"""Each declares its tables when it is imported."""
+"""Modules that declare tables when imported."""
 METADATA = Base.metadata
 
 
 def upgrade(database: Database) -> None:
-    """Create or migrate the tables; servers that start together wait for each other.
+    """Create or migrate the tables. Servers that start together wait for each other.
 
     Raises:
-        LuthierError: if the database is of another version of luthier.
+        LuthierError: if the database belongs to another version of luthier.
     """
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))

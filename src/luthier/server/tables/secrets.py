@@ -1,7 +1,7 @@
-"""The server's key, and secrets encrypted under it.
+"""The server's key, and encryption of secrets.
 
-Signatures need the secret of an access key itself, so it cannot be hashed; it is kept encrypted
-(AES-256-GCM), and the key is not in the database.
+SigV4 verification needs the secret of an access key, so a hash is not sufficient. The database
+stores secrets encrypted with AES-256-GCM, and does not contain the key.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from luthier.files import lock, luthier_home, new_file
 
 ENVIRONMENT = "LUTHIER_SERVER_KEY"
 KEY_FILE = "server.key"
-"""Its name in the store."""
+"""File name of the key in the home folder."""
 KEY_BYTES, _NONCE_BYTES = 32, 12
 _VERSION = b"\x01"
 
 
 def has_server_key() -> bool:
-    """Whether there is a server's key, so that :func:`server_key` makes none."""
+    """Return whether a server key exists."""
     return bool(os.environ.get(ENVIRONMENT)) or (luthier_home() / KEY_FILE).exists()
 
 
 def server_key(folder: Path | None = None) -> bytes:
-    """The server's 32 bytes: from ``LUTHIER_SERVER_KEY``, else ``server.key`` in the store.
+    """Return the server's 32 bytes: from ``LUTHIER_SERVER_KEY``, or ``server.key`` in the home
+    folder.
 
-    The file is made at the first call, readable by its owner alone. Where there may be access keys
-    already, :func:`luthier.server.tables.principals.matching_server_key` is the one to call.
+    The first call creates the file, readable by its owner only. If access keys may exist, call
+    :func:`luthier.server.tables.principals.matching_server_key` instead.
 
     Raises:
-        RefusedInput: for a variable that is not 32 bytes in base64.
-        LuthierError: for a file that others may read, or that is no key.
+        RefusedInput: if the variable is not 32 bytes in base64.
+        LuthierError: if other users can read the file, or the file is not a key.
     """
     given = os.environ.get(ENVIRONMENT)
     if given:
@@ -74,10 +75,10 @@ class Sealing:
         return _VERSION + nonce + self._cipher.encrypt(nonce, secret.encode(), name.encode())
 
     def open(self, sealed: bytes, name: str) -> str:
-        """Return the secret that was sealed for ``name``.
+        """Return the secret that was encrypted for ``name``.
 
         Raises:
-            CorruptFile: if the secret was sealed under another key or name, or was changed.
+            CorruptFile: if the key or name differs, or the bytes were changed.
         """
         from cryptography.exceptions import InvalidTag
 

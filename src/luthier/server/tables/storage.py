@@ -1,7 +1,7 @@
-"""Bytes that each account stores, counted in the transactions that change them, and their quota.
+"""Stored bytes of each account, updated in every transaction that changes them, and their quota.
 
-Each account has one row: to count the objects of an account at each PUT would take long. A transaction
-that changes the row locks it until the transaction ends, after all other locks.
+Each account has one row, because counting objects at each PUT would be slow. The row stays locked
+until the transaction ends, and is always locked last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from luthier.server.tables.database import Base, dialect_insert, find_row
 
 
 class Storage(Base):
-    """Bytes that one account stores."""
+    """Stored bytes of one account."""
 
     __tablename__ = "storage"
 
@@ -31,7 +31,7 @@ class FreedStorage:
     """Files and bytes that a transaction removes from an account's objects and uploads."""
 
     files: list[str] = field(default_factory=list)
-    """Ids of the files that no row names after the transaction."""
+    """Ids of files without a row after the transaction."""
     stored_bytes: int = 0
 
     def add(self, other: FreedStorage) -> None:
@@ -41,7 +41,7 @@ class FreedStorage:
 
 
 def stored_by(session: Session, account: str) -> int:
-    """Return the number of bytes that the account stores."""
+    """Return the account's number of stored bytes."""
     found = session.get(Storage, account)
     return 0 if found is None else found.stored_bytes
 
@@ -56,12 +56,12 @@ def check(session: Session, account: str, quotas: AccountQuotas, *, stored_bytes
 
 
 def charge(session: Session, account: str, quotas: AccountQuotas, *, stored_bytes: int) -> None:
-    """Count ``stored_bytes`` more, or less if negative; the row is locked until the transaction ends.
+    """Add ``stored_bytes``, which may be negative. The row is locked until the transaction ends.
 
-    An account above a quota that was lowered keeps what it stores, and may replace and delete.
+    An account above a lowered quota may still replace and delete data.
 
     Raises:
-        QuotaExceeded: if the account has no room for them; the caller rolls back.
+        QuotaExceeded: if the account has no space. The caller rolls back.
     """
     row = _lock(session, account)
     _check(row.stored_bytes, quotas, stored_bytes)
@@ -76,17 +76,17 @@ def release(session: Session, account: str, *, stored_bytes: int) -> None:
 
 
 def check_count(used: int, quotas: AccountQuotas, name: str, what: str, remedy: str) -> None:
-    """Check whether an account may have one more thing.
+    """Check the quota for one more resource.
 
     Args:
-        used: number of things that the account has.
-        quotas: of the account.
-        name: of the quota.
-        what: name of the things, in the plural.
+        used: current number of resources.
+        quotas: quotas of the account.
+        name: name of the quota.
+        what: name of the resources, in the plural.
         remedy: advice to the user.
 
     Raises:
-        QuotaExceeded: if the account has as many as the quota allows.
+        QuotaExceeded: if the quota is used up.
     """
     quota = getattr(quotas, name)
     if used >= quota:

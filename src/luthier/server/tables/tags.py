@@ -1,4 +1,4 @@
-"""Tags: words that an account puts on what it owns, by ARN."""
+"""Tags of an account's resources, by ARN."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from luthier.errors import RefusedInput
 from luthier.server.tables.database import Base
 
 MOST_TAGS = 50
-"""On one resource, as on AWS."""
+"""Maximum number of tags on one resource, as on AWS."""
 
 
 class TooManyTags(RefusedInput):
-    """A resource would have more tags than it may."""
+    """Error for more than :data:`MOST_TAGS` tags on a resource."""
 
     def __init__(self, resource: str) -> None:
         super().__init__(f"A resource can have at most {MOST_TAGS} tags.")
@@ -23,21 +23,21 @@ class TooManyTags(RefusedInput):
 
 
 class Tag(Base):
-    """One key on one resource."""
+    """Tag of one resource."""
 
     __tablename__ = "tags"
 
     resource: Mapped[str] = mapped_column(primary_key=True)
-    """Its ARN, which says whose it is."""
+    """ARN of the resource, which contains the account."""
     key: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[str]
 
 
 def put(session: Session, resource: str, tags: Mapping[str, str]) -> None:
-    """Set values by key; other keys stay as they are.
+    """Set values by key. Other keys stay.
 
     Raises:
-        TooManyTags: where there would be more than ``MOST_TAGS``; nothing is set then.
+        TooManyTags: for more than :data:`MOST_TAGS` tags. No tag is set.
     """
     there = {tag.key: tag for tag in _of(session, resource)}
     if len(there.keys() | tags.keys()) > MOST_TAGS:
@@ -51,12 +51,12 @@ def put(session: Session, resource: str, tags: Mapping[str, str]) -> None:
 
 
 def remove(session: Session, resource: str, keys: Iterable[str]) -> None:
-    """Take keys away; those that are not there are passed over."""
+    """Remove tags by key. Unknown keys are ignored."""
     session.execute(delete(Tag).where(Tag.resource == resource, Tag.key.in_(list(keys))))
 
 
 def drop(session: Session, resource: str) -> None:
-    """Take all away: the resource is gone."""
+    """Remove all tags of a deleted resource."""
     session.execute(delete(Tag).where(Tag.resource == resource))
 
 

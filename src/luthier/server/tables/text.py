@@ -1,9 +1,8 @@
-"""Text and JSON as both databases keep them.
+"""Text and JSON for both databases.
 
-PostgreSQL has no U+0000, no halves of surrogate pairs, and in JSON no numbers that are not finite.
-
-What clients send is refused where it comes in (``luthier.server.http.messages``); what the service
-itself writes down, such as a message that quotes a row, is made storable.
+PostgreSQL rejects U+0000 and unpaired surrogates, and JSON rejects numbers that are not finite.
+``luthier.server.http.messages`` rejects such text from clients. Text of the service itself, such as
+a message that quotes a row, is made storable.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from luthier.escaping import finite_or_none
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _ESCAPED = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
-"""In JSON: U+0000, and what could be half of a pair."""
+"""JSON escapes of U+0000 and of surrogates."""
 
 
 def check_storable(text: str) -> None:
-    """Raise :class:`ValueError` for text that no database keeps."""
+    """Raise :class:`ValueError` for text that no database stores."""
     found = _UNSTORABLE.search(text)
     if found is not None:
         what = "the character U+0000" if found[0] == "\0" else "half a surrogate pair"
@@ -28,7 +27,8 @@ def check_storable(text: str) -> None:
 
 
 def decode_storable(data: bytes) -> str:
-    """The text of ``data``; raises :class:`ValueError`, in words, for what is none that can be kept."""
+    """Decode ``data``; raises :class:`ValueError` with a readable message for text that no database
+    stores."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -38,12 +38,12 @@ def decode_storable(data: bytes) -> str:
 
 
 def storable(text: str) -> str:
-    """``text`` with U+FFFD in place of what no database keeps."""
+    """Replace characters that no database stores by U+FFFD."""
     return _UNSTORABLE.sub("\ufffd", text)
 
 
 def dump_storable(value: Any) -> str:
-    """``value`` as JSON that both databases take: what is no finite number is null."""
+    """Return ``value`` as JSON for both databases, with null for numbers that are not finite."""
     try:
         text = json.dumps(value, allow_nan=False)
     except ValueError:
@@ -53,7 +53,7 @@ def dump_storable(value: Any) -> str:
 
 
 def storable_value(value: Any) -> Any:
-    """``value`` ready for JSON, with all its texts and keys :func:`storable`."""
+    """Return ``value`` ready for JSON, with storable strings and keys."""
     if isinstance(value, str):
         return storable(value)
     if isinstance(value, dict):

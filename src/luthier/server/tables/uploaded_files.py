@@ -1,10 +1,9 @@
-"""Files that clients of the OpenAI API uploaded, and those that jobs and batches wrote for them.
+"""Files of the OpenAI API: uploads of clients, and outputs of jobs and batches.
 
-The bytes are objects of the built-in object store, in one bucket of the account: jobs read and write
-them as they do any other data, by ``s3://luthier-files/<id>``. What only OpenAI's clients know of a
-file (its label, purpose and end) is a row here. A file that is deleted or whose time is over keeps its
-row without its bytes, so that a list which is being read page by page finds its place again; clients
-see neither.
+The bytes are objects in one bucket of the account's built-in store, and jobs use their addresses
+``s3://luthier-files/<id>``. A row stores the members that only OpenAI clients use: label, purpose
+and expiry. A deleted or expired file keeps an invisible row without bytes, so that a client can
+continue to page through a list.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from luthier.server.tables.objects import UPLOADS, ObjectMetadata, Objects
 
 
 class UploadedFile(Base):
-    """One file."""
+    """File of the OpenAI API."""
 
     __tablename__ = "uploaded_files"
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """``file-`` and letters and digits, drawn at random; the key of its object."""
+    """``file-`` and random letters and digits; also the key of the object."""
     account: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
-    """As the client called it: a label, never a path."""
+    """Label from the client, never a path."""
     purpose: Mapped[str]
     size: Mapped[int] = mapped_column(BigInteger)
     """Bytes."""
@@ -44,11 +43,11 @@ class UploadedFile(Base):
 
 
 class _AlreadyThere(Exception):
-    """There is, or was, a file with this id."""
+    """Error for an id that is or was in use."""
 
 
 def file_address(file_id: str) -> str:
-    """How jobs name the bytes of a file."""
+    """Return the address of a file for jobs."""
     return f"s3://{UPLOADS}/{file_id}"
 
 
@@ -67,9 +66,10 @@ class UploadedFiles:
         lives: timedelta | None = None,
         file_id: str | None = None,
     ) -> UploadedFile:
-        """Keep bytes as a file of ``account``, whole or not at all; it is gone after ``lives``.
+        """Store bytes as a file of ``account``, completely or not at all. The file expires after
+        ``lives``.
 
-        With a ``file_id`` that is there already, what is there stays and is returned.
+        If ``file_id`` exists, the existing file is returned unchanged.
         """
         with self.begin(account) as file:
             for piece in pieces:
@@ -78,12 +78,12 @@ class UploadedFiles:
         return self.keep(account, written, name, purpose, lives, file_id)
 
     def begin(self, account: str, size: int | None = None) -> FileWriter:
-        """Where the bytes of a new file go, to be used in a ``with``; :meth:`keep` gives it a name.
+        """Return a writer for a new file, to use with ``with``; :meth:`keep` gives the file a name.
 
-        ``size`` is how many will come, where that is known.
+        ``size`` is the number of bytes, if known.
 
         Raises:
-            QuotaExceeded: where the account has no room for them; ``write`` raises it as well.
+            QuotaExceeded: if the account has no space; ``write`` raises the same error.
         """
         try:
             self.objects.create_bucket(account, UPLOADS)
@@ -101,7 +101,7 @@ class UploadedFiles:
         lives: timedelta | None = None,
         file_id: str | None = None,
     ) -> UploadedFile:
-        """As :meth:`add`, of what was written after :meth:`begin`."""
+        """Store a file that was written after :meth:`begin`; see :meth:`add`."""
         file_id, made = file_id or "file-" + random_id(24), now()
         row = UploadedFile(
             id=file_id,
@@ -130,7 +130,7 @@ class UploadedFiles:
         return row
 
     def get(self, account: str, file_id: str) -> UploadedFile | None:
-        """The file of this account; ``None`` for what is gone or another's."""
+        """Return a file of this account; ``None`` for a deleted, expired or foreign file."""
         with self.database.read() as session:
             found: UploadedFile | None = session.scalar(
                 _there(account).where(UploadedFile.id == file_id)
@@ -138,7 +138,7 @@ class UploadedFiles:
             return found
 
     def ever(self, account: str, file_id: str) -> bool:
-        """Whether there is or was such a file."""
+        """Return whether the file exists or existed."""
         with self.database.read() as session:
             return _place(session, account, file_id) is not None
 
@@ -171,13 +171,13 @@ class UploadedFiles:
         return pieces
 
     def delete(self, account: str, file_id: str) -> bool:
-        """Forget a file and its bytes; whether there was one."""
+        """Delete a file and its bytes. Returns False for an unknown file."""
         if self.get(account, file_id) is None:
             return False
         return self._forget(account, file_id)
 
     def remove_expired(self) -> int:
-        """Delete what is past its time; how many files that were."""
+        """Delete expired files and return their number."""
         late = select(UploadedFile).where(
             UploadedFile.deleted.is_(None), UploadedFile.expires <= now()
         )
@@ -186,7 +186,7 @@ class UploadedFiles:
         return sum(self._forget(row.account, row.id) for row in rows)
 
     def _forget(self, account: str, file_id: str) -> bool:
-        """Let row and object go in one transaction; whether they were there."""
+        """Delete the bytes of a file in one transaction. Returns False for an unknown file."""
         marked = 0
 
         def mark(session: Session) -> None:
@@ -212,7 +212,7 @@ def _place(session: Session, account: str, file_id: str) -> int | None:
 
 
 def _there(account: str) -> Select[Any]:
-    """Files of an account that are neither deleted nor past their time."""
+    """Return the query of an account's files that are neither deleted nor expired."""
     return select(UploadedFile).where(
         UploadedFile.account == account,
         UploadedFile.deleted.is_(None),

@@ -1,7 +1,6 @@
-"""What each account used on each day (UTC), by the model that answered.
+"""Usage of each account per day (UTC) and model.
 
-Rows are only ever added to. They say what an account did, and stay when it is removed, as its audit log
-does.
+Rows are never reduced, and stay when an account is removed, like the audit log.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ LONGEST_REPORT = timedelta(days=3660)
 
 
 class DailyUsage(Base):
-    """What one account used on one day, of one model or beside models."""
+    """Usage of one account on one day, of one model or without a model."""
 
     __tablename__ = "usage"
 
     account: Mapped[str] = mapped_column(primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)
     model: Mapped[str] = mapped_column(primary_key=True)
-    """Id of the model in the store; empty for what no model answered."""
+    """Id of the model in the library; empty for requests without a model."""
     requests: Mapped[int] = mapped_column(BigInteger)
     prompt_tokens: Mapped[int] = mapped_column(BigInteger)
     generated_tokens: Mapped[int] = mapped_column(BigInteger)
@@ -37,43 +36,43 @@ class DailyUsage(Base):
     bytes_in: Mapped[int] = mapped_column(BigInteger)
     bytes_out: Mapped[int] = mapped_column(BigInteger)
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
-    """The most that was stored when it was looked at, once a minute."""
+    """Maximum of the stored bytes, measured once a minute."""
 
 
 @dataclass
 class Usage:
-    """Amounts of what was used."""
+    """Amounts of usage."""
 
     requests: int = 0
-    """Requests of a known key, beside the model that answered them, and lines of batches."""
+    """Authenticated requests, and lines of batches."""
     prompt_tokens: int = 0
-    """Tokens that models read; of embeddings as well."""
+    """Prompt tokens, embeddings included."""
     generated_tokens: int = 0
-    """Tokens that models wrote until their answers ended, or their clients hung up."""
+    """Generated tokens, also of replies that the client interrupted."""
     training_seconds: float = 0.0
-    """Seconds on the clock that workers had jobs in hand, validation and waiting for data included."""
+    """Wall time of workers in seconds, validation and waiting for data included."""
     bytes_in: int = 0
-    """Of the bodies of requests."""
+    """Bytes of request bodies."""
     bytes_out: int = 0
-    """Of the bodies of answers."""
+    """Bytes of response bodies."""
     stored_bytes: int = 0
-    """The most that was stored when it was looked at, once a minute."""
+    """Maximum of the stored bytes, measured once a minute."""
 
     def add(self, other: Usage) -> None:
-        """Add ``other``; of what is stored the larger one counts."""
+        """Add ``other``; for stored bytes, keep the maximum."""
         for each in fields(self):
             mine, more = getattr(self, each.name), getattr(other, each.name)
             setattr(self, each.name, max(mine, more) if each.name == _PEAK else mine + more)
 
 
 CountUsage = Callable[[str, str, Usage], None]
-"""Counts what an account used, of the model with a stored id or of none."""
+"""Callback that counts usage by account and stored model id."""
 _PEAK = "stored_bytes"
 _AMOUNTS = tuple(each.name for each in fields(Usage))
 
 
 def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> None:
-    """Add what was ``used``, by day, account and model."""
+    """Add ``used`` by day, account and model."""
     if not used:
         return
     # In one order, so that two servers that write at once wait for each other and never cross.
@@ -97,12 +96,12 @@ def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> 
 def report(
     session: Session, first: date, last: date, account: str | None = None
 ) -> list[dict[str, Any]]:
-    """What was used from ``first`` to ``last``, by day, account and model, ready for JSON.
+    """Return usage from ``first`` to ``last`` by day, account and model, ready for JSON.
 
-    Custom models are called by their names as long as they are there.
+    Existing custom models appear by name.
 
     Raises:
-        RefusedInput: for days in the wrong order, or too many of them.
+        RefusedInput: if the days are in the wrong order, or too many.
     """
     if not timedelta(0) <= last - first <= LONGEST_REPORT:
         raise RefusedInput(

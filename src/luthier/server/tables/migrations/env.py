@@ -1,4 +1,4 @@
-"""What Alembic runs for every command: it works on the connection that it is given."""
+"""Alembic environment, which uses the connection of the caller."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from luthier.server.tables.schema import METADATA
 
 
 def render_item(kind: str, item: Any, _: Any) -> str | Literal[False]:
-    """How our own types are written in a migration."""
+    """Return the source text of luthier's column types in a migration."""
     if kind == "type" and isinstance(item, Moment):
         return "Moment()"
     if kind == "type" and isinstance(item, JSON):

@@ -1,7 +1,7 @@
 """Tables of the first release.
 
-Before the first release there is nothing to migrate, so that this revision creates the tables that the
-code declares. The release replaces it by `alembic revision --autogenerate` of these tables.
+Until the first release, no data needs a migration, and this revision creates the declared tables.
+The release replaces the revision by `alembic revision --autogenerate`.
 """
 
 from alembic import op
