@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from luthier.server.tables import principals
 
 RATE = "requests_per_second"
-"""The one quota that counts no stored rows."""
+"""The only quota without a count of stored rows."""
 MOST_DAYS = 36_500
 """Longest lifetime of an API key, in days."""
 USER = ("account", "name", "role", "disabled", "created")
 BUILT_IN = "built-in default"
-"""Source of a limit for which the account has no quota of its own."""
+"""Source of a limit without an own quota of the account."""
 Role = Annotated[str, typer.Option(help="administrator, developer, invoker or read-only.")]
 
 

@@ -1,8 +1,8 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 input refused, 130 stopped by the user.
+"""Entry point of the command line.
 
-``inspect`` ends with what it found: 0 passed, 1 warnings, 2 refused, as ``tune`` would refuse it.
-Nothing heavy is imported here, so that ``--help`` answers at once; each command imports what it
-needs when it runs.
+Exit codes: 0 success, 1 failure, 2 rejected input, 130 interrupted by the user. ``inspect`` returns
+0 for passed data, 1 for warnings, and 2 for data that ``tune`` rejects. This module imports no
+heavy library, so that ``--help`` is fast; each command imports its libraries when the command runs.
 """
 
 from __future__ import annotations

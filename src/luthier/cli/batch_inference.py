@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowAnswers:
-    """Answers of a model to rows."""
+    """Results of a model for the rows of a file."""
 
     model: str
     rows: int
     seconds: float
     output: Path | None = None
-    """File with the answers; none if ``lines`` has the answers."""
+    """File with the results; ``None`` if ``lines`` contains the results."""
     lines: str = ""
-    """JSON Lines of the rows with their answers."""
+    """JSON Lines of rows with results."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Counts of the task, such as the number of anomalous rows."""
     shared: Mapping[str, int] = field(default_factory=dict)
-    """Number of processes that shared the rows, and rows of an earlier, interrupted command."""
+    """Number of processes, and number of rows from an earlier, interrupted command."""
 
     def plain(self) -> dict[str, Any]:
-        """Return the answers, or their file, as JSON values."""
+        """Return the results, or their file, as JSON values."""
         found = {"model": self.model, "rows": self.rows, "seconds": self.seconds, **self.shared}
         if self.output is not None:
             return {**found, "output": str(self.output)}
@@ -44,14 +44,14 @@ class RowAnswers:
 
 @dataclass(frozen=True)
 class RowProcesses:
-    """Processes that share the rows of a file."""
+    """Options of a command that distributes the rows of a file over processes."""
 
     processes: int | None
     ray_address: str | None
     ray_gpus: float
 
     def check(self, source: str | Path | None, output: Path | None) -> bool:
-        """Return whether other processes share the rows.
+        """Return whether several processes share the rows.
 
         Raises:
             RefusedInput: for options that exclude each other.
@@ -67,7 +67,7 @@ class RowProcesses:
         return True
 
     def answer(self, task: InferenceTask, output: Path, reporter: Reporter) -> RowAnswers:
-        """Answer the rows of ``task`` by several processes, and write ``output``."""
+        """Process the rows of ``task`` with several processes, and write ``output``."""
         from luthier.workflows.batch_inference import answer_file
 
         runner: InferenceRunner | None = None
@@ -84,7 +84,8 @@ class RowProcesses:
 
 
 def answer_rows(task: InferenceTask, output: Path | None, reporter: Reporter) -> RowAnswers:
-    """Answer the rows of ``task`` in this process; the result has the answers without ``output``.
+    """Process the rows of ``task`` in this process. Without ``output``, the result contains the
+    lines.
 
     Raises:
         DataError: for unreadable rows, before the model is loaded.

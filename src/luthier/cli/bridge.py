@@ -42,7 +42,7 @@ _ENTRY = re.compile(r"^    \*{0,2}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class FromText:
-    """The type that a parameter has on the command line, and its conversion for the function."""
+    """Conversion of a parameter: type on the command line, and function to the Python value."""
 
     type: Any
     convert: Callable[[Any], Any] = lambda value: value
@@ -53,26 +53,26 @@ class KeywordOptions:
     """Options for the entries of ``**keywords``."""
 
     options: Mapping[str, Any]
-    """An annotated type with its help text, by keyword."""
+    """Annotated types with help texts, by keyword."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: str = ""
-    """Help text of ``--set KEY=VALUE``, which sets entries by dotted name; no such option if empty."""
+    """Help text of ``--set KEY=VALUE`` for entries by dotted name; empty for no option."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A public function with the renderer of its result."""
+    """Public function with the renderer of its result."""
 
     function: Callable[..., Any]
     show: Callable[..., None] | None = None
-    """Prints the result. A renderer receives the result, and each option that its signature names."""
+    """Renderer, called with the result and each option in the renderer's signature."""
     name: str | None = None
     shares_work: bool = False
     """Whether the processes of a launcher such as torchrun run the command together."""
     has_json: bool = True
 
     def typer_function(self, extra_name: str) -> Callable[..., None]:
-        """Return a function that typer can register; ``extra_name`` is the extra that it needs."""
+        """Return a function for typer; ``extra_name`` is the required extra of the package."""
         parameters = _Parameters(self.function)
         wanted = [*inspect.signature(self.show).parameters][1:] if self.show else []
 
@@ -108,11 +108,11 @@ class Command:
 
 
 class _Parameters:
-    """The parameters of a function as typer needs them, and the way back to keywords."""
+    """Parameters of a function for typer, and the conversion back to keywords."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.shown: list[inspect.Parameter] = []
-        """Arguments, then options: those of keywords first, the parameters of the function last."""
+        """Arguments, options of keywords, then options of the function's parameters."""
         self._convert: dict[str, Callable[[Any], Any]] = {}
         self._settings = False
         text = _SECTION.split(inspect.getdoc(function) or "")
@@ -138,7 +138,7 @@ class _Parameters:
             self._add(each.name, annotation, each.default, is_option, entries.get(each.name))
 
     def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keywords of the function; what was not given keeps its default."""
+        """Return the keywords for the function, without options that the user omitted."""
         found = {
             name: self._convert[name](value)
             for name, value in options.items()
@@ -202,11 +202,11 @@ def _text_type(kind: Any) -> Any:
 
 
 _RANGE_OR_LIST = re.compile(r"^<(?:list\[(.*)\]|(.*) range)>$")
-"""How typer shows the type of a number with bounds, and of an option that may be repeated."""
+"""Typer's display of a bounded number or a repeatable option."""
 
 
 class _Group(TyperGroup):
-    """Suggests the command of the top level where one of that name is missing below."""
+    """Group that suggests a top-level command for an unknown subcommand of the same name."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, everywhere = args[0], ctx.find_root().command
@@ -232,8 +232,7 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """Shows an option's value by its type alone: its range stands behind the help, and what may be
-    repeated is given one at a time."""
+    """Command that shows an option's plain type: the help text has the range."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         parameters: list[Any] = list(self.params)
@@ -246,10 +245,10 @@ class _Command(TyperCommand):
 
 
 class CommandGroup(typer.Typer):
-    """Commands whose errors are a message, or with ``--json`` an object, and an exit code."""
+    """Group of commands that report errors as a message, or as an object with ``--json``."""
 
     def __init__(self, help: str, extra: str = "", **settings: Any) -> None:
-        """``extra`` is the extra of the package that has the libraries these commands need."""
+        """Create a group; ``extra`` is the required extra of the package."""
         # Commands below have the width of the first; click's own is 80 columns at most.
         width = {"max_content_width": UNBROKEN}
         super().__init__(

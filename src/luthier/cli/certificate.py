@@ -186,7 +186,7 @@ def verify(
 
 
 def show_verification(found: Verification) -> None:
-    """Print what differs, and the replies of the server that differ."""
+    """Print changed files, and server replies that differ."""
     for line in found.differences:
         print_text(f"differs: {line}")
     for line in found.remarks:

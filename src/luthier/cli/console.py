@@ -1,8 +1,7 @@
-"""How commands speak: results on standard output, messages on standard error, exit codes.
+"""Output of commands: results on standard output, messages on standard error, exit codes.
 
-Whatever is printed for people comes through here, and what others wrote of it (keys, names, messages,
-texts of models) is made :func:`~luthier.escaping.printable`: no command writes to a terminal itself.
-Nothing heavy is imported here.
+All terminal output passes through this module. Foreign text (keys, names, messages, generated text)
+is escaped by :func:`~luthier.escaping.printable`. This module imports no heavy library.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ if TYPE_CHECKING:
 
 
 owns_process = False
-"""Whether this process runs a command, and no program of a user that calls :mod:`luthier`."""
+"""Whether this process runs a command, in contrast to a program that imports :mod:`luthier`."""
 UNBROKEN = 10_000
-"""Columns of what is no terminal."""
+"""Line width without a terminal, in columns."""
 
 
 def check_processes(shares_work: bool) -> None:
-    """Refuse a command that a launcher has started several times, unless it shares its work."""
+    """Reject a command that a launcher started several times, unless the processes share the work."""
     size = ProcessGroup.of_environment().size
     if size > 1 and not shares_work:
         raise RefusedInput(
@@ -53,10 +52,10 @@ def check_processes(shares_work: bool) -> None:
 
 
 def train_beside_first(train: Callable[[], object]) -> bool:
-    """Whether this is a process that a launcher started beside the first: then it has run ``train``.
+    """Run ``train`` and return True in every process of a launcher except the first.
 
-    The first process reports for all; another one prints its own errors only. A process that an agent
-    of torchrun started ends with the agent.
+    The first process reports for all processes; other processes print only their own errors. A
+    process started by torchrun's agent ends with the agent.
     """
     from luthier.engine.processes import has_agent, watch_agent
 
@@ -75,7 +74,7 @@ def train_beside_first(train: Callable[[], object]) -> bool:
 
 
 def print_json(value: Any) -> None:
-    """The one object a command prints with ``--json``; a number that is not finite is null."""
+    """Print the JSON value of ``--json``, with null for numbers that are not finite."""
     text = json.dumps(finite_or_none(value), ensure_ascii=False, allow_nan=False)
     write_json(text + "\n")
     sys.stdout.flush()
@@ -92,13 +91,13 @@ def print_text(text: str, end: str = "\n") -> None:
 
 
 def stream_text(piece: str) -> None:
-    """Print a piece of what a model or a program wrote: as it is into files and pipes."""
+    """Print a piece of generated text: unescaped into files and pipes."""
     sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 
 def stream_reasoning(piece: str) -> None:
-    """Print a piece of what a model thinks, dimmed, on standard error: it is no part of the answer."""
+    """Print a piece of reasoning, dimmed, on standard error: reasoning is not part of the reply."""
     dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     text = printable(piece) if sys.stderr.isatty() else piece
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
@@ -106,7 +105,7 @@ def stream_reasoning(piece: str) -> None:
 
 
 def new_console(**options: Any) -> Console:
-    """A console of rich; of what it prints nothing but its own styles acts on a terminal."""
+    """Return a console of rich that escapes foreign control sequences."""
     if os.environ.get("NO_COLOR"):
         options["color_system"] = (
             None  # rich alone would leave out the colours, and still write bold
@@ -166,18 +165,17 @@ def print_table(table: Table) -> None:
 
 
 def note(text: str) -> None:
-    """Tell people something on standard error."""
+    """Print a message on standard error."""
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
 
 @contextmanager
 def heavy_imports(model: str = "") -> Iterator[None]:
-    """Import and load with the garbage collector off: nothing made here is ever garbage.
+    """Disable the garbage collector during imports and loading, which create no garbage.
 
-    Looking for some among the hundreds of thousands of objects that torch and transformers leave
-    takes a fifth of the start (3.05 s with, 2.45 s without, measured). The files of ``model``, which is
-    loaded then, are hashed meanwhile.
+    The collector would scan hundreds of thousands of objects of torch and transformers: 3.05 s with
+    and 2.45 s without collector for a start. The files of ``model`` are hashed meanwhile.
     """
     gc.disable()
     if model:
@@ -194,7 +192,7 @@ def heavy_imports(model: str = "") -> Iterator[None]:
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Say that the extra ``name`` of the package has the library that is not installed."""
+    """Replace an import error by a message with the extra ``name`` of the package."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -224,7 +222,7 @@ def errors(as_json: bool) -> Iterator[None]:
 
 
 def print_written(count: int, what: str, target: Path) -> None:
-    """Say which file has the results."""
+    """Print the file that contains the results."""
     print_text(f"{count:,} {what} written to {target}")
 
 
@@ -238,7 +236,7 @@ _OTHER_FORMS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".txt
 
 
 def check_json_lines(target: Path | None) -> None:
-    """Refuse a name that promises another form than the JSON Lines that are written."""
+    """Reject a file name whose suffix contradicts JSON Lines."""
     if target is not None and (kind := target.suffix.lower()) in _OTHER_FORMS:
         raise RecipeError(
             f"{target} would hold JSON Lines, which {kind} does not say: call it "
@@ -252,10 +250,10 @@ def is_standard_output(target: Path | None) -> bool:
 
 
 def check_output(target: Path | None, *sources: str | Path | None, overwrite: bool = True) -> None:
-    """Refuse a file that cannot be written before the work is done.
+    """Reject an output file that cannot be written, before the work starts.
 
-    ``sources`` are what the command reads, where it reads files. Without ``overwrite`` a file that is
-    there is refused, too.
+    ``sources`` are the command's input files, which must not be overwritten. Without ``overwrite``,
+    an existing file is rejected too.
     """
     if target is None:
         return

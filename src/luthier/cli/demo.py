@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BASE = "smollm2-135m-instruct"
 UPPER_LAYERS = list(range(20, 30))
-"""Of the base's 30."""
+"""Last third of the base's 30 layers."""
 SHOWN = 4
 """Replies."""
 

@@ -38,7 +38,7 @@ DISTILLATION: Mapping[str, RecipeField] = {
         )
     },
 }  # fmt: skip
-"""Fields of a distillation's recipe that have a short name."""
+"""Recipe fields of a distillation by short name."""
 
 
 def distil(

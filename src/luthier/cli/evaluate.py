@@ -220,7 +220,7 @@ def show_agreement(found: JudgeAgreement) -> None:
 
 
 def chosen_judge(judge: Spec) -> Ruler:
-    """Return the judge that a model id, a TOML file or a table names.
+    """Return the judge for a model id, a TOML file or a table.
 
     Raises:
         RecipeError: for a grader that does not compare replies.
@@ -239,7 +239,8 @@ def chosen_judge(judge: Spec) -> Ruler:
 def chosen_graders(
     graders: Sequence[Spec] | Mapping[str, Spec] | None, settings: Mapping[str, Any]
 ) -> dict[str, Grader] | None:
-    """Return graders by name, with ``settings`` such as ``number.tolerance``; none for the default.
+    """Return graders by name, with ``settings`` such as ``number.tolerance``; ``None`` for the
+    default.
 
     Raises:
         RecipeError: for an unknown grader or setting.

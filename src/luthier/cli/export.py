@@ -112,7 +112,7 @@ def _measure_cost(
 
 
 def show_export(written: Export) -> None:
-    """Print the files, the comparison and the software that loads the files."""
+    """Print the files, the comparison and compatible software."""
     print_text(f"{written.model} was written to {written.folder}")
     if written.record is not None:
         _print_record(written, written.record)
@@ -123,7 +123,7 @@ def show_export(written: Export) -> None:
 
 
 def print_readers(written: Export) -> None:
-    """What reads safetensors that transformers and PEFT alone do not, and what to write instead."""
+    """Print how to load safetensors that transformers and PEFT alone cannot load."""
     from luthier.files import read_json
 
     if written.of_diffusers:
@@ -152,7 +152,7 @@ def print_readers(written: Export) -> None:
 
 
 def _print_record(written: Export, record: ExportRecord) -> None:
-    """Its files, and how near the answers from them are."""
+    """Print the files, and the differences to the stored model."""
     for name in record.files:
         if name.endswith((".gguf", ".onnx")):
             size = (written.folder / name).stat().st_size
@@ -170,7 +170,7 @@ def _print_record(written: Export, record: ExportRecord) -> None:
 
 
 def _token_text(model: str) -> Callable[[int], str]:
-    """The text of a token of ``model``, which is on this machine."""
+    """Return a function from token ids of ``model`` to text. The model is on this machine."""
     from luthier.library.models import find
 
     return lambda token: find(model).chat.decode([token])

@@ -45,12 +45,12 @@ SAMPLING = KeywordOptions(
     },
     {name: getattr(Sampling, name) for name in limited_fields(Sampling)},
 )
-"""Options for the fields of :class:`Sampling` that have limits."""
+"""Options for the bounded fields of :class:`Sampling`."""
 
 
 @dataclass(frozen=True)
 class PendingReply:
-    """A reply to one prompt, generated when the reply is printed."""
+    """Reply to one prompt, generated when printed."""
 
     model: str
     prompt: str
@@ -58,7 +58,7 @@ class PendingReply:
     sampling: Sampling
 
     def plain(self) -> dict[str, Any]:
-        """Generate the reply and return it as JSON values."""
+        """Generate the reply and return JSON values."""
         from luthier.workflows.inference_tasks import reasoning_of
 
         (answer,) = self.generator.answers([self.prompt], self.sampling)
@@ -151,7 +151,7 @@ def generate(
 
 
 def show_replies(found: PendingReply | RowAnswers) -> None:
-    """Print the reply while it is generated, or the replies to the rows of a file."""
+    """Print the reply during generation, or the replies to the rows of a file."""
     if isinstance(found, PendingReply):
         _write_reply(found.generator, found.prompt, found.sampling)
     elif found.output is None:
@@ -161,7 +161,7 @@ def show_replies(found: PendingReply | RowAnswers) -> None:
 
 
 def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Message:
-    """Print a reply while it is generated; reasoning and a reached limit go to standard error."""
+    """Print a reply during generation; reasoning and a reached limit go to standard error."""
     from luthier.types import Message
 
     thoughts: list[str] = []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampledImages:
-    """Images that a model generated."""
+    """Images from a model."""
 
     model: str
     images: int
@@ -98,7 +98,7 @@ def show_images(found: SampledImages) -> None:
 
 
 def _check_samples(output: Path) -> None:
-    """Reject a file or folder that cannot be written, before images are generated."""
+    """Reject an output that cannot be written, before sampling."""
     ending = output.suffix.lower()
     if ending == ".png":
         check_output(output)
@@ -132,7 +132,7 @@ def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Images with their reconstructions, or images between them."""
+    """Images with their reconstructions, or interpolated images."""
 
     model: str
     images: int

@@ -16,7 +16,7 @@ SHOWN = 12
 
 
 def show_import(result: Import) -> None:
-    """Print the files, and what differs or is missing."""
+    """Print the files, and differences and omissions of the import."""
     from luthier.migrate.files import REPORT
 
     for file in result.files:

@@ -1,4 +1,4 @@
-"""Models that are there: ``load``, and what they answer."""
+"""Models in memory: :func:`load` and the methods of a loaded model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A model in memory: answers prompts and conversations."""
+    """Model in memory for prompts, conversations, texts and images."""
 
     def __init__(self, model_id: str | StoredModel) -> None:
         """Open a base or custom model by id; see :func:`load`."""
@@ -36,7 +36,7 @@ class Model:
         self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
         objective = self.stored.objective
         self.reads = predicts(objective)
-        """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
+        """Whether the model predicts (:meth:`predict`) or generates (:meth:`generate`)."""
         self.opened: Predictor | ImageGenerator | Generator
         if self.reads:
             self.opened = Predictor.open(self.stored)
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def generator(self) -> Generator:
-        """What writes; refuses models that read."""
+        """Generator of text; raises for models that generate no text."""
         from luthier.inference.generation import Generator
         from luthier.media.image_generation import ImageGenerator
 
@@ -60,7 +60,7 @@ class Model:
 
     @property
     def image_generator(self) -> ImageGenerator:
-        """What makes images; refuses models that make none."""
+        """Generator of images; raises for models that generate no images."""
         from luthier.inference.prediction import Predictor
         from luthier.media.image_generation import ImageGenerator
 
@@ -83,13 +83,20 @@ class Model:
         eta: float | None = None,
         negative_prompt: str | None = None,
     ) -> list[SampledImage]:
-        """New images, each with ``pixels`` ``[H, W, 3]`` and a ``label``, from a model that makes them.
+        """Return new images, each with ``pixels`` ``[H, W, 3]`` and a ``label``.
 
-        The same ``seed`` gives the same images. ``label`` asks for those of a class; a model that knows
-        classes makes as many of each in turn where it is not given. ``prompt`` says what they are to
-        show, for a model that learned from captions. ``steps``, ``guidance_scale`` and ``eta`` are for
-        diffusion models, in the place of what they were stored with, and so is ``negative_prompt`` for
-        those that learned from captions: what the images are to be unlike.
+        The same ``seed`` gives the same images.
+
+        Args:
+            count: number of images.
+            seed: random seed.
+            label: class of the images. By default, a model with classes samples all classes in
+                turn.
+            prompt: description of the images, for a model trained on captions.
+            steps: denoising steps of a diffusion model.
+            guidance_scale: scale of classifier-free guidance of a diffusion model.
+            eta: noise of DDIM sampling of a diffusion model, from 0 to 1.
+            negative_prompt: description to avoid, for a model trained on captions.
         """
         from luthier.media.objectives.diffusion import DenoisingSettings
 
@@ -97,7 +104,7 @@ class Model:
         return self.image_generator.sample(count, seed, label, settings=settings, prompt=prompt)
 
     def reconstruct(self, images: Sequence[str]) -> list[Reconstruction]:
-        """Each image, by its path, beside what the model gives back of it, and the error."""
+        """Return the reconstruction and error of each image, given by path."""
         from luthier.data.rows import input_row
 
         rows = [input_row(path, "reconstruct()", n) for n, path in enumerate(images, 1)]
@@ -116,11 +123,12 @@ class Model:
     def generate(
         self, prompts: str | Conversation | Sequence[str | Conversation], **sampling: Any
     ) -> str | list[str]:
-        """The reply to one prompt or conversation, or one to each of several.
+        """Return the reply to one prompt or conversation, or a list for several.
 
         A conversation is a list of messages, each ``{"role": ..., "content": ...}`` or a
-        :class:`~luthier.types.Message`. Keywords as :class:`luthier.models.sampling.Sampling`.
-        A reply has no reasoning in it; :meth:`reply` has both.
+        :class:`~luthier.types.Message`. Keywords are fields of
+        :class:`luthier.models.sampling.Sampling`. The text excludes reasoning; :meth:`reply`
+        returns both.
         """
         replies = self.reply(prompts, **sampling)
         if isinstance(replies, list):
@@ -136,10 +144,10 @@ class Model:
     def reply(
         self, prompts: str | Conversation | Sequence[str | Conversation], **sampling: Any
     ) -> GeneratedReply | list[GeneratedReply]:
-        """As :meth:`generate`, with more than the ``text`` of each reply.
+        """Return replies as :meth:`generate` does, with reasoning and token counts.
 
-        ``reasoning`` is what the model thought before, where its chat template has a place for that;
-        ``finished`` is whether it ended by itself, and ``tokens`` and ``reasoning_tokens`` count.
+        ``reasoning`` is empty unless the chat template supports reasoning. ``finished`` is False
+        for a reply that reached a limit.
         """
         from luthier.models.sampling import Sampling
 
@@ -155,9 +163,9 @@ class Model:
         on_reasoning: Callable[[str], None] = lambda piece: None,
         **sampling: Any,
     ) -> Iterator[str]:
-        """The reply to one prompt or conversation in pieces, as it is decoded.
+        """Yield the reply to one prompt or conversation in pieces during generation.
 
-        ``on_reasoning`` is called with the pieces of what the model thinks before.
+        ``on_reasoning`` receives the pieces of the reasoning.
         """
         from luthier.models.sampling import Sampling
 
@@ -187,21 +195,22 @@ class Model:
         top: int | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """For one text, or each of several: ``label`` and ``scores``, ``rating``, or ``tags``.
+        """Return ``label`` and ``scores``, ``rating``, or ``tags`` of one text, or a list for
+        several.
 
-        Beside ``tags`` are ``entities``, each with ``label``, ``text``, ``start`` and ``end``, which is
-        excluded: in characters of a text, or of a list of words by their places.
+        ``entities`` accompany ``tags``, each with ``label``, ``text``, ``start`` and exclusive
+        ``end``: in characters of a text, or in positions of a list of words.
 
-        To a model that reads images or sounds a text is the path of one. One that reads the text of
-        images gives ``text`` and ``probability``.
+        For a model of images or audio, a text is the path of a file. A model that transcribes
+        images returns ``text`` and ``probability``.
 
-        Among several a text may be a list of words, or a row such as ``{"id": 7, "text": "..."}``,
-        which comes back with all its fields and the answer under ``predicted``.
+        In a list, an entry may also be a list of words, or a row such as ``{"id": 7, "text":
+        "..."}``. A row is returned with all its fields and the result under ``predicted``.
 
         Args:
-            texts: one or several.
-            top: leave so many classes in ``scores``, the likeliest first.
-            columns: what rows call our keys, such as ``{"text": "question"}``.
+            texts: one text or several.
+            top: number of classes in ``scores``, the most likely classes first.
+            columns: column names of rows by luthier's keys, such as ``{"text": "question"}``.
         """
         if isinstance(texts, str | Mapping):
             return self.predict([texts], top=top, columns=columns)[0]
@@ -248,7 +257,7 @@ class Model:
     def rewards(
         self, prompts: str | Sequence[str], completions: str | Sequence[str]
     ) -> float | list[float]:
-        """The reward of each completion of its prompt, from a model of objective ``reward_model``."""
+        """Return the reward of each completion, from a model of objective ``reward_model``."""
         if isinstance(prompts, str) and isinstance(completions, str):
             return self.rewards([prompts], [completions])[0]
         if isinstance(prompts, str) or isinstance(completions, str):
@@ -265,7 +274,7 @@ class Model:
         return [answer["reward"] for answer in opened.answers(rows)]
 
     def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
-        """Embeddings ``[R, H]`` of length 1, of one text ``[H]``, from a model that embeds."""
+        """Return embeddings ``[R, H]`` of length 1, or ``[H]`` for one text."""
         import numpy as np
 
         if isinstance(texts, str):
@@ -284,14 +293,14 @@ class Model:
         index: str | Path | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> list[Neighbour] | list[list[Neighbour]]:
-        """What is nearest to a text or to the image at a path, from a model that embeds.
+        """Return the rows most similar to a text, or to the image at a path.
 
         Args:
-            query: a text or a path; of several the answer is a list for each.
-            among: a data file, a folder or an archive of images; or a list of texts or paths.
-            count: of neighbours, the nearest first.
-            index: a file that keeps the embeddings; the next call embeds only what is new.
-            columns: what rows call our keys, such as ``{"text": "question"}``.
+            query: a text or a path; a list of queries gives a list of results.
+            among: a data file, a folder or an archive of images, or a list of texts or paths.
+            count: number of neighbours, sorted by similarity.
+            index: file for embeddings; the next call embeds only new rows.
+            columns: column names of rows by luthier's keys, such as ``{"text": "question"}``.
         """
         from luthier.data.rows import input_row, load_inputs
         from luthier.inference.nearest import find_nearest
@@ -319,7 +328,7 @@ def _is_conversation(given: Any) -> bool:
 
 
 def _prompt(given: Any) -> Any:
-    """A prompt as the generator takes it: a text, or messages."""
+    """Convert a prompt to the generator's type: a text, or messages."""
     from luthier.types import Message
 
     if isinstance(given, str):
@@ -339,7 +348,7 @@ def _prompt(given: Any) -> Any:
 
 
 def stored_model(model: str | Model | StoredModel) -> StoredModel:
-    """The files of a model: of an id, of a model in memory, or of one on this machine."""
+    """Return the stored model of an id or of a model in memory."""
     from luthier.library.models import find
 
     if isinstance(model, str):

@@ -1,4 +1,4 @@
-"""``luthier models``: what is here, and what can be fetched, exported and removed."""
+"""``luthier models``: list, show, pull and delete models."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def show_list(found: Record) -> None:
 
 
 def _print_custom(custom: Sequence[dict[str, Any]]) -> None:
-    """The table of custom models, with what the service calls them where it has some."""
+    """Print the table of custom models, with their names in the service."""
     from luthier.cli.tune import validation_result
 
     served = any("service" in model for model in custom)
@@ -148,7 +148,7 @@ def _print_custom(custom: Sequence[dict[str, Any]]) -> None:
 
 
 def _base_record(model: StoredModel) -> dict[str, Any]:
-    """One entry of the list of base models, for one that was pre-trained in this store."""
+    """Return the list entry of a pre-trained base model."""
     manifest = model.manifest
     if model.damaged or "network" not in (manifest.recipe or {}):
         reason = model.damaged or "its record lacks the recipe of its pre-training"
@@ -165,7 +165,7 @@ def _base_record(model: StoredModel) -> dict[str, Any]:
 
 
 def _custom_record(model: StoredModel) -> dict[str, Any]:
-    """One entry of the list of custom models."""
+    """Return the list entry of a custom model."""
     from luthier.objectives import OBJECTIVES
 
     manifest = model.manifest
@@ -246,9 +246,9 @@ def print_model(details: Record) -> None:
 
 
 def _run_of(model: str) -> Run | None:
-    """The run that makes a model of this id; ``None`` where nothing made here is called so.
+    """Return the run of a model id; ``None`` if no run has this id.
 
-    An empty name, `..` or a path would be the folder of what is beside the models, too.
+    An empty name, `..` or a path would denote a folder outside the runs.
     """
     from luthier.engine.runs import run_of
     from luthier.library.folders import split_id
@@ -260,7 +260,7 @@ def _run_of(model: str) -> Run | None:
 
 
 def _check_run_ended(model: str) -> None:
-    """Refuse the id of a model whose run began, and has not made it yet."""
+    """Reject the id of a model whose run has not finished."""
     if (run := _run_of(model)) is None:
         return
     if run.is_worked_on():
@@ -280,7 +280,7 @@ def _check_run_ended(model: str) -> None:
 
 
 def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """What people ask about a model first, by name."""
+    """Yield the main properties of a model as pairs of name and text."""
     record, plain = model.manifest, _custom_record(model) if ":" in model.id else {}
     if above := lineage(model)[1:]:
         yield "made from", ", from ".join(above)
@@ -347,7 +347,7 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
 
 
 def lineage(model: StoredModel) -> list[str]:
-    """Ids of a model and of all that it was made from."""
+    """Return the ids of a model and all its ancestors."""
     from luthier.library.models import ancestors
 
     above = ancestors(model)
@@ -355,7 +355,7 @@ def lineage(model: StoredModel) -> list[str]:
 
 
 def _files(model: StoredModel) -> dict[str, dict[str, Any]]:
-    """Path, size, hash and state of each file but those that say something of the model."""
+    """Return path, size, hash and state of each file, without metadata files."""
     from luthier.files import hashes_of
     from luthier.models.manifest import OWN_FILES
 
@@ -385,7 +385,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ModelCapabilities:
-    """What models can be trained for on this machine."""
+    """Objectives and adaptations that this machine can train."""
 
     models: list[Capabilities]
 
@@ -493,7 +493,7 @@ def accept_model(model: str) -> Record:
 
 
 def _check_no_account(model: str, database: str | None) -> None:
-    """Refuse a model of the service, which would go on naming it."""
+    """Reject a model that the service still uses."""
     from luthier.server.tables.database import is_database_here
     from luthier.server.tables.removal import owner_of
 
@@ -510,7 +510,7 @@ def _check_no_account(model: str, database: str | None) -> None:
 
 
 def _check_no_user(base: str, database: str | None) -> None:
-    """Refuse a base model that accounts of the service use."""
+    """Reject a base model that accounts of the service use."""
     from luthier.escaping import list_some
     from luthier.server.tables.database import is_database_here
     from luthier.server.tables.foundation import foundation_model

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WORTH_STORING = 1_000
 """Number of rows from which a note recommends an index file."""
 SHOWN = 200
-"""Number of characters of a text that are printed."""
+"""Maximum number of printed characters of a text."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Neighbours:
     model: str
     rows: int
     embedded: int
-    """Rows whose embedding was computed, and not read from the index file."""
+    """Number of rows with a new embedding; other embeddings come from the index file."""
     seconds: float
     neighbours: list[dict[str, Any]]
     """Name, score, and the row's id and label, if any; nearest first."""
@@ -124,7 +124,7 @@ def _id_and_label(record: Record) -> dict[str, Any]:
 
 
 def _write_sheet(rows: Sequence[Row], processor: ImageProcessor, output: Path) -> None:
-    """Write the query and its neighbours, as the model sees the images."""
+    """Write one image with the query and its neighbours, as preprocessed for the model."""
     from luthier.data.shapes.media import MediaRow
     from luthier.files import write_bytes
     from luthier.media.image_grid import encode_png, grid

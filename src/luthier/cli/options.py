@@ -1,6 +1,6 @@
-"""Arguments and options that several commands take, and the recipe that they make.
+"""Arguments and options that several commands share, and the recipe from these options.
 
-Nothing heavy is imported here.
+This module imports no heavy library.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def parse_mix(texts: list[str]) -> list[dict[str, Any]]:
 
 
 def parse_duration(text: str) -> float:
-    """Parse a duration such as ``90m``, in seconds."""
+    """Parse a duration such as ``90m`` into seconds."""
     from luthier.workflows.estimate.budget import duration
 
     return duration(text)
 
 
 def parse_numbers(text: str) -> list[float]:
-    """Parse numbers with commas between them."""
+    """Parse numbers separated by commas."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
@@ -53,7 +53,7 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def parse_whole_numbers(text: str) -> list[int]:
-    """Parse whole numbers with commas between them."""
+    """Parse whole numbers separated by commas."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -80,7 +80,7 @@ Mapped = Annotated[
 
 @dataclass(frozen=True)
 class RecipeField:
-    """A field of a recipe that a command accepts by a short name."""
+    """Field of a recipe with a short name in a command."""
 
     path: str
     help: str
@@ -125,7 +125,7 @@ TUNING: Mapping[str, RecipeField] = {
         metavar="NAME",
     ),
 }  # fmt: skip
-"""Fields of a tuning's recipe that have a short name."""
+"""Recipe fields of tuning by short name."""
 
 
 def recipe_keywords(fields: Mapping[str, RecipeField]) -> KeywordOptions:

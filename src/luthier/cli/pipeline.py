@@ -69,7 +69,7 @@ def show_stages(result: PipelineResult) -> None:
 
 
 def _cells(outcome: StageOutcome) -> list[str]:
-    """Steps, validation, seconds and outcome, where the stage had some."""
+    """Return the cells for steps, validation, seconds and outcome."""
     from luthier.cli.tune import validation_result
     from luthier.library.models import find
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
 
 SHOWN = 5
-"""Number of classes, or of numbers of an embedding, that are printed for a text."""
+"""Maximum number of printed classes, or of printed numbers of an embedding."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ PRETRAINING: Mapping[str, RecipeField] = {
     "learning_rate": TUNING["learning_rate"],
     "seed": TUNING["seed"],
 }
-"""Fields of a pre-training's recipe that have a short name."""
+"""Recipe fields of pre-training by short name."""
 
 
 def pretrain(

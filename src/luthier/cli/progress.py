@@ -1,7 +1,4 @@
-"""How work is shown while it goes on: a bar on a terminal, elsewhere a line now and then.
-
-All of it goes to standard error, also beside a result that programs read (``--json``).
-"""
+"""Progress display on standard error: a bar on a terminal, otherwise occasional lines."""
 
 from __future__ import annotations
 
@@ -16,18 +13,18 @@ from luthier.engine.metrics import Reporter, metrics_beside
 from luthier.escaping import command_option, format_duration, map_code, printable
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Of progress, where no bar can be drawn."""
+"""Interval between progress lines without a bar, in seconds."""
 SECONDS_TO_SECOND_LINE = 2.0
-"""The first says that it runs, the second how long it will take."""
+"""Time until the second line, in seconds. The first line shows the start, the second the time left."""
 
 
 def can_draw() -> bool:
-    """Whether standard error is a terminal on which a bar can move."""
+    """Return whether standard error is a terminal with cursor control."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 class ProgressLines:
-    """Progress where no bar can move: a line soon, then one now and then, each with the time left."""
+    """Progress as occasional lines with the time left."""
 
     def __init__(self, name: str, first: float = 0.0) -> None:
         """Print the first line after ``first`` seconds, or with the first update if 0."""
@@ -37,7 +34,8 @@ class ProgressLines:
         self._lines, self._ended = 0, False
 
     def update(self, done: int, total: int, text: str = "") -> bool:
-        """``done`` of ``total`` are done; ``text`` says more of how it goes. Whether it was printed."""
+        """Report that ``done`` of ``total`` are done, with ``text``. Returns whether a line was
+        printed."""
         now = time.monotonic()
         if self._began is None:
             self._began = (now, done)
@@ -63,7 +61,7 @@ class LiveReporter(Reporter):
     """Shows a run: on a terminal a bar with loss, speed, memory and time left, elsewhere lines."""
 
     def __init__(self, resume: bool = False) -> None:
-        """``resume``: whether the user asked for ``--resume``."""
+        """Create the reporter; ``resume`` is the option ``--resume``."""
         self.resume = resume
         self.console = new_console(stderr=True)
         self.draws = can_draw()
@@ -71,11 +69,11 @@ class LiveReporter(Reporter):
         self._progress: Any = None
         self._task: Any = None
         self._validation = ""
-        """The newest measurement on validation rows, of the training that goes on."""
+        """Last measurement on the validation rows."""
         self._unprinted = ""
-        """The same as a line, where no line says it yet."""
+        """Last measurement as a line, if not printed yet."""
         self._says_how = False
-        """Whether it was said how settings are overridden."""
+        """Whether the note on overriding settings was printed."""
 
     def __enter__(self) -> LiveReporter:
         return self
@@ -84,7 +82,7 @@ class LiveReporter(Reporter):
         self.close()
 
     def stage(self, text: str) -> None:
-        """Name the part of the work that begins."""
+        """Print the name of the next stage."""
         self.close()
         self._validation = ""
         self._print(f"{text} …", style="bold")
@@ -94,12 +92,13 @@ class LiveReporter(Reporter):
         self._print(f"  {map_code(text, command_option)}")
 
     def nothing_to_resume(self, model_id: str) -> None:
-        """Say so to who asked for it; a pipeline or a job goes on with what has begun unasked."""
+        """Print a note if the user passed ``--resume``. Pipelines and jobs resume without the
+        option."""
         if self.resume:
             self.note(f"no run {model_id} was interrupted, so it begins now")
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-        """Print each setting that was chosen, and why."""
+        """Print each chosen setting with the reason."""
         from rich.table import Table
 
         rows = [
@@ -119,7 +118,7 @@ class LiveReporter(Reporter):
         self.console.print(table)
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Move a bar with the time left; the last one takes it down."""
+        """Update the bar; the last update removes the bar."""
         self._move(done, total, what)
         if done >= total:
             self.close()
@@ -149,7 +148,7 @@ class LiveReporter(Reporter):
             self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
 
     def close(self) -> None:
-        """Take the bar down; without one, print the last measurement if no line says it."""
+        """Remove the bar. Without a bar, print the last measurement if not printed yet."""
         if self._unprinted and not self.draws:
             self._print(self._unprinted)
         self._lines, self._unprinted = None, ""
@@ -164,7 +163,7 @@ class LiveReporter(Reporter):
         )
 
     def _move(self, done: int, total: int, text: str, name: str = "") -> None:
-        """Show that ``done`` of ``total`` are done, and how it goes."""
+        """Show that ``done`` of ``total`` are done, with ``text``."""
         if not self.draws:
             if self._lines is None:
                 # A command that takes a moment prints no progress.

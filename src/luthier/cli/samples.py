@@ -1,7 +1,7 @@
 """``luthier samples``: text that a model generated during training with rewards or a teacher.
 
 A rising reward means a better model, or a grader with a loophole. Signs of a loophole are the texts
-with the highest rewards, a correlation of reward and length, and a divergence that grows steadily.
+with the highest rewards, a correlation of reward and length, and a steadily growing divergence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from luthier.escaping import printable
 
 Line = dict[str, Any]
 PARTS = 4
-"""Parts of a run whose means are shown one below the other."""
+"""Number of consecutive parts of a run with a mean each."""
 _TREND = {
     "reward": "reward",
     "completion_tokens": "tokens",
@@ -35,7 +35,7 @@ _NUMBERS = {"reward": ".3f", "step": "d", "line": "d", "tokens": "d", "kl": ".2f
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """Texts of a run with their rewards, and the course of the run."""
+    """Sampled texts of a run with rewards, and means over the run."""
 
     samples: list[Line]
     trend: list[Line]
@@ -111,7 +111,7 @@ def trend_of(lines: Sequence[Line]) -> list[Line]:
 
 
 def length_correlation(records: Sequence[Line]) -> float | None:
-    """Correlation of reward and length; none where one of them is always the same."""
+    """Return the correlation of reward and length; ``None`` if reward or length is constant."""
     import statistics
 
     if not all("reward" in record for record in records):
@@ -123,7 +123,7 @@ def length_correlation(records: Sequence[Line]) -> float | None:
 
 
 def show_samples(found: TrainingSamples, full: bool) -> None:
-    """Print the texts and the course of the run."""
+    """Print the texts and the means over the run."""
     from rich.table import Table
     from rich.text import Text
 

@@ -132,9 +132,9 @@ def serve(
 
 
 def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, dict[str, Any]]:
-    """Graders by the names that ``--grader`` gives them, tried before anything is served.
+    """Parse and test the graders of ``--grader`` before the server starts.
 
-    ``check`` that this machine has what they need, as it is the one that grades.
+    ``check`` also checks the machine's libraries, for a server that grades itself.
     """
     from luthier.files import read_toml
     from luthier.graders import grader_from
@@ -167,8 +167,7 @@ def _print_addresses(
     merged: bool,
     unregistered: int,
 ) -> None:
-    """Where it listens, what answers where that was chosen, how models of the command line come in, and
-    the first keys, told once."""
+    """Print the addresses, the backend, the number of unregistered models, and new keys, once."""
     from rich.text import Text
 
     from luthier.server.console.routes import ROOT

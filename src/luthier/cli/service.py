@@ -1,4 +1,4 @@
-"""What commands about a service share: its database, changes that are audited, who calls, options."""
+"""Shared parts of commands for a service: database, audited changes, operator name, options."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Account = Annotated[str, typer.Option(help="Twelve digits.")]
 OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only of this account.")]
 Region = Annotated[str, typer.Option(help="Region in ARNs, as of the server.")]
 FIRST = "000000000000"
-"""The account that the first start of a service makes."""
+"""Account of the first start of a service."""
 
 
 @contextmanager
 def open_database(url: str | None) -> Iterator[Database]:
-    """The service's database, its tables made where there are none."""
+    """Open the service's database and create missing tables."""
     from luthier.server.tables.database import Database
     from luthier.server.tables.schema import upgrade
 
@@ -53,9 +53,9 @@ def open_database(url: str | None) -> Iterator[Database]:
 
 
 def service_names(url: str | None) -> dict[str, dict[str, str]]:
-    """``account`` and ``name`` of each model of the service, by its id in the store.
+    """Return ``account`` and ``name`` of each model of the service, by its id in the library.
 
-    Nothing is made or upgraded: where no database is there that this version reads, there are none.
+    The function creates and migrates no database. Without a readable database the result is empty.
     """
     if find_spec("sqlalchemy") is None:  # of the extra `server`
         return {}
@@ -87,7 +87,7 @@ def service_names(url: str | None) -> dict[str, dict[str, str]]:
 
 
 def operator() -> str:
-    """Who runs the command, as the audit log names them."""
+    """Return the operator's name for the audit log."""
     try:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):
@@ -98,9 +98,9 @@ def operator() -> str:
 def audited_write(
     url: str | None, action: str, account: str, name: str, details: dict[str, Any] | None = None
 ) -> Iterator[Session]:
-    """A transaction that changes something and says so in the audit log.
+    """Open a transaction that also writes an entry of the audit log.
 
-    ``details`` may be filled within the block; no secret belongs there.
+    The block may fill ``details``, which must not contain secrets.
     """
     from luthier.server.tables.audit import Event, append
 

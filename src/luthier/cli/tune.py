@@ -151,10 +151,10 @@ def print_result(result: Result) -> None:
 
 
 def loss_figures(result: Result, held: str) -> str:
-    """Return the losses of a run, all of the same weights.
+    """Return the losses of a run as text, all of the same weights.
 
-    ``held`` has the measurements of the kept weights on the validation rows. The training loss belongs
-    to the last step, so the text omits the training loss if earlier weights were kept.
+    ``held`` contains the validation measurements of the stored weights. The training loss belongs
+    to the last step, so the text omits the training loss if earlier weights were stored.
     """
     verdict = result.verdict
     is_last = verdict is None or (result.refit is None and verdict.kept_step == result.steps)
@@ -165,10 +165,10 @@ def loss_figures(result: Result, held: str) -> str:
 def validation_result(
     measure: str, kept: Mapping[str, float], refit_rows: int = 0, beside_loss: bool = False
 ) -> str:
-    """Return the measurements of the kept weights on the validation rows as text, or an empty text.
+    """Return the validation measurements of the stored weights as text, or an empty text.
 
-    ``refit_rows`` is the number of rows of a refit, whose weights are stored instead. ``beside_loss``
-    adds the loss of the same weights.
+    ``refit_rows`` is the number of rows of a refit, whose weights are stored instead.
+    ``beside_loss`` adds the loss of the same weights.
     """
     from luthier.engine.metrics import SCORES, SHARES
 
@@ -183,9 +183,9 @@ def validation_result(
 
 
 def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
-    """The model beside simple baselines: a line for each, the best first, and what to make of it.
+    """Print the model compared with simple baselines, best first, and the verdict.
 
-    ``is_refit`` says that what was measured is not what is stored.
+    ``is_refit`` marks a measurement of weights before the refit.
     """
     if found is None or found.tuned is None:
         return
@@ -208,11 +208,11 @@ def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
 
 
 MOST_SHOWN = 5
-"""Rows with a label issue that are shown."""
+"""Maximum number of printed rows with a label issue."""
 
 
 def print_label_issues(result: Result) -> None:
-    """Print the number of labels worth a look, the first of them, and the file that lists all."""
+    """Print the number of possible label errors, the first errors, and the file with all errors."""
     from luthier.engine.runs import LABEL_ISSUES
     from luthier.escaping import one_line
 

@@ -1,4 +1,4 @@
-"""``luthier worker``: the process that a server starts for a piece of work. People do not call it."""
+"""``luthier worker``: the process that a server starts for queued work. Not for users."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def worker(
         bool, typer.Option(help="End at once where standard input does: its starter is gone.")
     ] = False,
 ) -> None:
-    """Do one piece of the work that a server has queued."""
+    """Run one queued work of a server."""
     _prepare_process()
     if until_stdin_closes:
         from luthier.cancellation import on_stdin_end
@@ -65,14 +65,14 @@ def worker(
 
 
 def _prepare_process() -> None:
-    """Let nobody else read what it writes, and the server go first."""
+    """Restrict new files to the owner, and lower the process priority below the server's."""
     faulthandler.enable()  # a crash in a library leaves its Python lines in the log of the job
     os.umask(0o077)
     os.nice(5)
 
 
 def configure_logging() -> None:
-    """Log to standard error, which is the log of the job."""
+    """Log to standard error, which the server redirects to the log of the job."""
     from luthier.server.jobs.processes import LOG_FORMAT
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # logs the names of its plugins
