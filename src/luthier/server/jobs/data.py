@@ -28,9 +28,9 @@ from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
 
 MOST_REFERENCES = 100_000
-"""Maximum number of images and audio files that the rows of one file may name."""
+"""Maximum number of images and audio files in the rows of a file."""
 MOST_REFUSED = 20
-"""Number of missing files after which the search stops."""
+"""Maximum number of reported missing files."""
 _SOURCES = "sources.json"
 
 
@@ -76,7 +76,7 @@ class JobData:
 
 
 def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
-    """Return the data of ``job``, fetched at its first start only.
+    """Return the data of ``job``, fetched at the first start only.
 
     Raises:
         RefusedInput: for data that the account cannot read.
@@ -176,7 +176,7 @@ def fetch_references(
     address: str,
     columns: Mapping[str, str] | None = None,
 ) -> None:
-    """Fetch the images and audio files that the rows of ``table`` name, with the account's rights.
+    """Fetch images and audio files in the rows of ``table``, with the account's rights.
 
     Args:
         locations: data by address.

@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class ExportWorker(Worker[ModelExport]):
-    """Worker of one export."""
+    """Worker of an export."""
 
     table = ModelExport
     folders_type = ExportFolders

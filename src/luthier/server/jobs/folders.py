@@ -32,7 +32,7 @@ LOG_TAIL, DEATH_TAIL = 20, 5
 
 
 class JobFolders:
-    """Folders and files of one job."""
+    """Folders and files of a job."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
@@ -94,7 +94,7 @@ class JobFolders:
 
 
 class ImportFolders(JobFolders):
-    """Lock, log and model folder of one import."""
+    """Lock, log and model folder of an import."""
 
     prefix = imports.files_name("")
 
@@ -121,7 +121,7 @@ class ImportFolders(JobFolders):
 
 
 class ExportFolders(JobFolders):
-    """Lock, log and working folder of one export."""
+    """Lock, log and working folder of an export."""
 
     prefix = exports.files_name("")
 

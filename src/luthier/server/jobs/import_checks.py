@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from luthier.inference.sequential import ModelInput
 
 ANSWER = 8
-"""Number of tokens that a language model has to generate."""
+"""Number of generated tokens of the trial request."""
 MOST_INPUT = 3 << 20
 """Maximum number of input values: an image of 1,024 x 1,024 pixels in three colours."""
 _STEPS = 2
@@ -74,7 +74,7 @@ _PROCESS = _GIB // 2
 
 @dataclass(frozen=True)
 class AcceptedModel:
-    """A model that passed the acceptance tests."""
+    """Model after passed acceptance tests."""
 
     manifest: Manifest
     """Manifest without source, files and versions."""
@@ -85,7 +85,7 @@ class AcceptedModel:
 def memory_needed(
     folder: Path, chosen: ImportedFiles, base_of: Callable[[str], StoredModel | None]
 ) -> int:
-    """Return the bytes of memory that the acceptance tests need.
+    """Return the memory of the acceptance tests, in bytes.
 
     Args:
         folder: folder of the model. Only the configuration is read.
@@ -248,7 +248,7 @@ def accept_adapter(
 def _base_for(
     fields: Mapping[str, Any], base_of: Callable[[str], StoredModel | None]
 ) -> StoredModel:
-    """Return the base model that an adapter names."""
+    """Return the base model of an adapter."""
     named = _base_name(fields)
     base = base_of(short_name(named)) if named else None
     if base is None or base.kind != "causal_lm":

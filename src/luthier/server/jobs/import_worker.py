@@ -62,7 +62,7 @@ from luthier.server.tables.imports import ModelImport
 from luthier.workflows.certificate.certificate import certify
 
 SECONDS = 3600
-"""Time limit for one model, in seconds."""
+"""Time limit for a model, in seconds."""
 MEMORY_SECONDS = 600.0
 """Time limit of the wait for free memory, in seconds."""
 
@@ -70,7 +70,7 @@ _log = logging.getLogger(__name__)
 
 
 class ImportWorker(Worker[ModelImport]):
-    """Worker of one import."""
+    """Worker of an import."""
 
     table = ModelImport
     folders_type = ImportFolders
@@ -257,7 +257,7 @@ def _base(name: str) -> StoredModel | None:
 
 
 def _wait_for_memory(size: int) -> None:
-    """Wait for memory outside all leases, such as the memory of models that serve requests."""
+    """Wait for memory outside all leases, for example of serving models."""
     deadline = time.monotonic() + MEMORY_SECONDS
     while available_memory() < size:
         if time.monotonic() > deadline:

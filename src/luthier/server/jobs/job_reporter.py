@@ -1,4 +1,4 @@
-"""Reporter that turns a training run's reports into events of the job.
+"""Reporter from a training run to the events of a job.
 
 A worker that resumes after a crash reports the steps since the last checkpoint again, with the same
 numbers. The reporter skips events that are in the database.
@@ -28,7 +28,7 @@ _NAMES = {"train": "train_loss", "validation": "valid_loss"}
 
 @dataclass
 class Pending:
-    """Events and details that are not in the database yet."""
+    """Events and details before their transaction."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
     """Columns of :class:`JobEvent`."""
@@ -50,7 +50,7 @@ class JobReporter(Reporter):
         self._messages: set[str] = set()
         self._steps = dict.fromkeys(_NAMES, -1)
         self._train_loss: tuple[int, Any] = (0, None)
-        """Last trained step and its loss."""
+        """Last trained step and loss."""
         self._began: tuple[float, int] | None = None
 
     def remember(self, session: Session) -> None:
@@ -91,7 +91,7 @@ class JobReporter(Reporter):
         self.part("training", "InProgress")
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Report one line of metrics and the job's progress."""
+        """Report a line of metrics and the job's progress."""
         event, step = line["event"], int(line["step"])
         if event not in _NAMES:
             return
@@ -125,7 +125,7 @@ class JobReporter(Reporter):
             self._detail(parts=parts)
 
     def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
-        """Report metrics that a killed worker had not stored."""
+        """Report unstored metrics of a killed worker."""
         for line in lines:
             self.metrics(line, steps)
 

@@ -28,7 +28,7 @@ from luthier.server.tables.jobs import ENDED, QUEUED, Job
 from luthier.server.tables.queue import QueuedWork, has_unfinished
 
 ESTIMATES = 20
-"""Maximum number of jobs that one scheduling round estimates."""
+"""Maximum number of estimated jobs per scheduling round."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class WorkKind:
     prepare: Callable[[Database], None] = lambda database: None
     """Called in each scheduling round: removes files of dead workers, estimates memory."""
     at_once: int | None = None
-    """Maximum number of simultaneous works on one machine; ``None`` for no limit."""
+    """Maximum number of simultaneous works on a machine; ``None`` for no limit."""
     elsewhere: bool = False
     """Support for job runners on other machines."""
     shared: bool = False

@@ -19,9 +19,9 @@ from luthier.inference.prompt_limits import OWN_THREAD
 from luthier.server.tables.database import Database
 
 NO_DISK = 73
-"""Exit status of a worker that releases its work because the disk is full or read-only."""
+"""Exit status of a worker after a full or read-only disk. The work is queued again."""
 NO_NODE = 74
-"""Exit status of a driver that releases its job because no node has capacity."""
+"""Exit status of a driver without a node with capacity. The job is queued again."""
 NO_ROOM = (NO_DISK, NO_NODE)
 """Exit statuses after which the runner pauses."""
 LOST = 75

@@ -63,7 +63,7 @@ class Runner(ABC):
 
     @abstractmethod
     def command(self, worker: Sequence[str], kind: WorkKind, row: QueuedWork) -> list[str]:
-        """Return the command of the server's child process that runs the command ``worker``."""
+        """Return the command of the server's child process for the command ``worker``."""
 
 
 class LocalRunner(Runner):
@@ -112,7 +112,7 @@ def open_runner(name: str, address: str | None, gpus: float) -> Runner:
 
 
 def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCapacity:
-    """Return the part of ``capacity`` that no work on this machine uses.
+    """Return the unused part of ``capacity`` on this machine.
 
     No other server claims work before the transaction ends. ``but`` is the id of a work to ignore.
     """

@@ -1,4 +1,4 @@
-"""Scheduler, which starts a worker process for each work that fits and detects dead workers.
+"""Scheduler of worker processes: starts work within the free capacity and detects dead workers.
 
 All state is in the database. The workers of a killed server continue, and the next server finds the
 workers by their leases.
@@ -38,7 +38,7 @@ RETURN = 60.0
 LATER = 10.0
 """Time until a runner starts workers again after a start failed or the disk was full, in seconds."""
 ROOM = 16_000_000
-"""Free disk space that the start of a worker needs, in bytes."""
+"""Required disk space for the start of a worker, in bytes."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Scheduler:
         runner: Runner | None = None,
         shared_by: int = 1,
     ) -> None:
-        """Prepare the scheduler; :meth:`start` starts its thread.
+        """Prepare the scheduler; :meth:`start` starts the thread.
 
         Args:
             database: database of the queue.
@@ -138,7 +138,7 @@ class Scheduler:
             self._wanted.clear()
 
     def tick(self) -> None:
-        """Run one scheduling round: expire dead workers, prepare the queue, start workers."""
+        """Run a scheduling round: expire dead workers, prepare the queue, start workers."""
         self.expire_dead()
         for kind in self.kinds:
             try:
@@ -153,7 +153,7 @@ class Scheduler:
         return [row for kind in self.kinds for row in queue.leased_rows(session, kind.table)]
 
     def expire_dead(self) -> None:
-        """Expire the leases of dead workers, and kill workers that do not renew their lease."""
+        """Expire the leases of dead workers, and kill silent workers."""
         with self.database.read() as session:
             held = self._leased_rows(session)
         ended = {lease: child.poll() for lease, child in self.children.items()}
@@ -207,7 +207,7 @@ class Scheduler:
         return True
 
     def _start_next(self, kind: WorkKind) -> bool:
-        """Start a worker for the next work of ``kind`` that fits. Returns False if no work starts."""
+        """Start a worker for the next suitable work of ``kind``. Returns False if no work starts."""
         runner = self._runner if kind.elsewhere else self._local
         if time.monotonic() < self._not_before.get(runner, 0.0):
             return False
@@ -231,7 +231,7 @@ class Scheduler:
         return True
 
     def _claim_next(self, kind: WorkKind, runner: Runner) -> QueuedWork | None:
-        """Lease the next work of ``kind`` that fits. Returns ``None`` if no work fits."""
+        """Lease the next suitable work of ``kind``. Returns ``None`` if no work fits."""
         # The server holds the lease until the worker has started.
         among = self.shared_by if kind.shared else 1
         process = {**processes.this_process(among), "starting": True}

@@ -67,14 +67,14 @@ _TEACHER = ("batch_size",)
 _NAMING = (
     "grader", "graders", "teacher", "judge", "reward", "model", "feature_model", "url",
 )  # fmt: skip
-"""Fields that name a model, an address or a grader."""
+"""Fields for a model, an address or a grader."""
 _GRADER_PARTS = {"mix": "parts", "multi": "graders"}
 """Graders of graders, and the field with the graders by name."""
 CLIENT_GRADERS = (
     "exact", "first_line", "number", "regex", "similarity", "json_schema", "string_check",
     "text_similarity", "python", *_GRADER_PARTS,
 )  # fmt: skip
-"""Graders that clients may define: text graders, and code in the sandbox.
+"""Graders for clients: text graders, and code in the sandbox.
 
 Other graders query models with the server's keys or read files. Only the operator can register
 them.
@@ -109,7 +109,7 @@ class Submission:
     output: str | None = None
     """Address of the output folder for metrics."""
     request: Mapping[str, Any] = field(default_factory=dict)
-    """Request members that the API returns, ready for JSON."""
+    """Request members for replies of the API, ready for JSON."""
     without_effect: Sequence[str] = ()
     """Warnings about members without effect, for the events of the job."""
     openai_id: str | None = None
@@ -122,7 +122,7 @@ class Submission:
 def submit(
     session: Session, submission: Submission, arns: Arns, limits: AccountQuotas | None = None
 ) -> Job:
-    """Queue a job and reserve the name of its model, in the caller's transaction.
+    """Queue a job and reserve the model's name, in the caller's transaction.
 
     Raises:
         NameInUse: if the account has a job or a model of the same name.
@@ -174,7 +174,7 @@ def submit(
 
 
 def check_client_grader(fields: Any) -> dict[str, Any]:
-    """Check a grader that a client defines, and return its fields.
+    """Check a client's grader and return the fields.
 
     Raises:
         RecipeError: if clients may not define the grader.

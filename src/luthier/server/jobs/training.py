@@ -126,7 +126,7 @@ class JobHeartbeat(Heartbeat):
 
 
 class TrainingWorker(Worker[Job]):
-    """Worker of one customization job."""
+    """Worker of a customization job."""
 
     table = Job
     given_back = "The worker made a checkpoint and gave the job back."

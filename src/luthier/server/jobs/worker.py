@@ -1,4 +1,4 @@
-"""Process of one leased work of any kind (:mod:`luthier.server.jobs.kinds`).
+"""Process of a leased work of any kind (:mod:`luthier.server.jobs.kinds`).
 
     lock of the files → lease → work → end, in one transaction
 
@@ -46,7 +46,7 @@ Done = TypeVar("Done")
 BEAT = 1.0
 """Interval between two checks whether the work was stopped, in seconds."""
 AGAIN = 60.0
-"""Time until a worker that does not stop gets a second signal, in seconds."""
+"""Time until a second signal to a worker, in seconds."""
 RENEWAL = 5.0
 """Interval between two renewals of a lease, in seconds."""
 SILENCE = 20.0

@@ -1,4 +1,4 @@
-"""Accounts (tenants), their quotas, and the version that invalidates caches of principals."""
+"""Accounts (tenants), quotas, and the version for caches of principals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FRESH_SECONDS = 1.0
 _OWN = (
     "accounts", "quotas", "access_keys", "api_keys", "audit_log", "storage", "usage",
 )  # fmt: skip
-"""Tables with an account's identity and history, which do not count as property."""
+"""Tables with an account's identity and history, not property."""
 
 
 class Account(Base):
@@ -38,7 +38,7 @@ class Account(Base):
 
 
 class Quota(Base):
-    """Quotas of one account; ``None`` for the server's default."""
+    """Quotas of an account; ``None`` for the server's default."""
 
     __tablename__ = "quotas"
 
@@ -58,7 +58,7 @@ _MOST = {"stored_bytes": 2**63 - 1}
 
 
 class PrincipalsVersion(Base):
-    """Table of one row with a token that changes with accounts, users, keys and quotas."""
+    """Single row with a token, new after each change of accounts, users, keys and quotas."""
 
     __tablename__ = "principals_version"
 
@@ -88,7 +88,7 @@ def version(session: Session) -> str:
 
 
 class PrincipalsWatch:
-    """Cached version of the principals, which avoids a query per request.
+    """Cached version of the principals, without a query per request.
 
     The token is at most :data:`FRESH_SECONDS` old. Changes of this process are visible at once.
     """
@@ -144,7 +144,7 @@ def accounts(session: Session) -> list[Account]:
 
 
 def disable_account(session: Session, account: str, disabled: bool = True) -> Account:
-    """Disable or enable an account and all its keys."""
+    """Disable or enable an account with all keys."""
     found = account_of(session, account)
     found.disabled = disabled
     invalidate_caches(session)
@@ -196,7 +196,7 @@ def quota_of(session: Session, account: str) -> dict[str, Any]:
 
 
 def quotas_of(session: Session, account: str, defaults: AccountQuotas) -> AccountQuotas:
-    """Return the quotas of the account: its own quotas, and ``defaults`` for unset quotas."""
+    """Return the quotas of the account, and ``defaults`` for unset quotas."""
     own = quota_of(session, account)
     own.pop("requests_per_second", None)
     return defaults.model_copy(update=own) if own else defaults

@@ -12,7 +12,7 @@ class Arn:
 
     region: str
     account: str
-    """Empty for a foundation model, which belongs to no account."""
+    """Empty for a foundation model."""
     kind: str
     """``foundation-model``, ``model-customization-job``, ``custom-model``, ..."""
     path: str
@@ -42,12 +42,12 @@ def object_arn(bucket: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class Arns:
-    """Factory of the ARNs of one server."""
+    """Factory of a server's ARNs."""
 
     region: str = "us-east-1"
 
     def foundation_model(self, model: str) -> str:
-        """Return the ARN of a base model by its ``provider.name``."""
+        """Return the ARN of a base model by ``provider.name``."""
         return str(Arn(self.region, "", "foundation-model", model))
 
     def of(self, account: str, kind: str, path: str) -> str:

@@ -52,7 +52,7 @@ INDEX, DUMP = "backup.json", "luthier.pgdump"
 _FORMAT = 2
 _LOST = "Restore the file from an earlier backup, or delete the object or model that names it"
 _TRIES = 10
-"""Attempts to link all files of one database state before a client deletes a file."""
+"""Attempts to link all files of a database state before a client deletes a file."""
 
 
 def backup(database: Database, target: Path, with_key: bool = False) -> int:
@@ -135,7 +135,7 @@ def restore(source: Path, database: str | None = None) -> int:
 
 
 def _copy(database: Database, home: Path, folder: Path) -> dict[str, str | None]:
-    """Copy one state of the database and its files. Returns names with known SHA-256."""
+    """Copy a state of the database with all files. Returns names with known SHA-256."""
     missing: set[str] = set()
     for _ in range(_TRIES):
         with suppress(FileNotFoundError), database.read() as session:
@@ -214,7 +214,7 @@ def _check(
 
 
 def _copy_database(database: Database, session: Session, folder: Path) -> None:
-    """Copy the database in the state that the transaction of ``session`` reads."""
+    """Copy the database in the state of the transaction ``session``."""
     if not database.is_sqlite:
         state = session.scalar(select(func.pg_export_snapshot()))
         options = "--format=custom", f"--snapshot={state}", f"--file={folder / DUMP}"

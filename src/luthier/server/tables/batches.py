@@ -1,4 +1,4 @@
-"""Batches of the OpenAI API: files of requests that the server answers in the background.
+"""Batches of the OpenAI API: files of requests, processed in the background.
 
 The server answers several lines at a time and stores each result in its own transaction. A
 restarted server does not repeat stored lines, and no line occurs twice in the output.
@@ -58,7 +58,7 @@ class Batch(BackgroundWork, Base):
 
 
 class BatchLine(Base):
-    """Result of one line."""
+    """Result of a line."""
 
     __tablename__ = "batch_lines"
     __table_args__ = (UniqueConstraint("batch_id", "number"),)
@@ -81,7 +81,7 @@ def create(
     input_file: str,
     metadata: dict[str, str],
 ) -> Batch:
-    """Create a batch in the state ``validating``. Creations of one account run one after another."""
+    """Create a batch in the state ``validating``. A lock orders creations of an account."""
     moment = now()
     batch = Batch(
         id="batch_" + random_id(24, SMALL),
@@ -169,7 +169,7 @@ def counts(session: Session, batch: Batch) -> tuple[int, int]:
 
 
 def end(session: Session, batch: Batch, status: str) -> None:
-    """End a batch and delete its line results, which are in the output files."""
+    """End a batch and delete the line results after the output files exist."""
     batch.succeeded, batch.failed = counts(session, batch)
     session.execute(delete(BatchLine).where(BatchLine.batch_id == batch.id))
     enter(batch, status)

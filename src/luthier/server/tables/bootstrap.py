@@ -43,7 +43,7 @@ _MEMBERS = (
 
 @dataclass(frozen=True)
 class IssuedKeys:
-    """Keys with their secrets, which are shown only once."""
+    """Keys with secrets, shown only once."""
 
     account: str
     user: str

@@ -48,7 +48,7 @@ class CustomModel(Base):
     stored_id: Mapped[str | None]
     """Id for :func:`luthier.library.models.find`; ``None`` before the files exist."""
     job_id: Mapped[str | None] = mapped_column(index=True)
-    """Customization job that created the model."""
+    """Customization job of the model."""
     openai_id: Mapped[str | None] = mapped_column(index=True)
     """``ft:model:organization:suffix:id``."""
     status: Mapped[str] = mapped_column(default=RESERVED)

@@ -48,7 +48,7 @@ Row = TypeVar("Row")
 DATABASE_FILE = "luthier.db"
 """SQLite's file in the store."""
 BUSY_SECONDS = 30
-"""Maximum wait of a transaction for another writer, in seconds."""
+"""Maximum wait of a transaction for a concurrent writer, in seconds."""
 
 
 class Moment(TypeDecorator[datetime]):
@@ -66,18 +66,18 @@ class Moment(TypeDecorator[datetime]):
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
-        """Add UTC to a datetime of SQLite, which stores no zone."""
+        """Add UTC to a datetime of SQLite, stored without zone."""
         return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
 
 
 class QuotingText(TypeDecorator[str]):
-    """Text that may quote a row of data, and therefore characters that no database stores."""
+    """Text with quotes of data rows, and therefore possibly with unstorable characters."""
 
     impl = String
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
-        """Replace the characters that no database stores."""
+        """Replace unstorable characters."""
         return None if value is None else storable(value)
 
 
@@ -158,7 +158,7 @@ class Database:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether the database is SQLite, which allows one writer at a time."""
+        """Whether the database is SQLite, with a single writer at a time."""
         return self.engine.dialect.name == "sqlite"
 
     @contextmanager
@@ -177,7 +177,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """Open a read-only transaction with one consistent snapshot."""
+        """Open a read-only transaction with a consistent snapshot."""
         with Session(self.engine, expire_on_commit=False) as session:
             if self.is_sqlite:
                 session.connection().exec_driver_sql("BEGIN")
@@ -236,7 +236,7 @@ def _keep_private(path: Path) -> None:
 
 
 def count_rows(session: Session, *conditions: ColumnElement[bool]) -> int:
-    """Return the number of rows of one table that meet all ``conditions``."""
+    """Return the number of rows with all ``conditions``."""
     return session.scalar(select(func.count()).where(*conditions)) or 0
 
 
@@ -265,7 +265,7 @@ def page_of(
 
 
 def dialect_insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    """Return the dialect's ``INSERT``, which supports ``ON CONFLICT``."""
+    """Return the dialect's ``INSERT`` with support of ``ON CONFLICT``."""
     if session.get_bind().dialect.name == "postgresql":
         return postgresql.insert(table)
     return sqlite.insert(table)

@@ -54,13 +54,13 @@ class Endpoint(Base):
 
     @property
     def pending_model(self) -> str | None:
-        """ARN of the model that the endpoint prepares."""
+        """ARN of the next model during an update."""
         if self.status == CREATING:
             return self.model
         return self.next_model if self.update_status == UPDATING else None
 
     def finish_update(self, model: str, failure: str | None) -> None:
-        """Finish the update to ``model``, or record its ``failure``.
+        """Finish the update to ``model``, or record the ``failure``.
 
         Nothing changes if the endpoint prepares a different model meanwhile. After a failed update,
         the previous model continues to serve.
@@ -77,13 +77,13 @@ class Endpoint(Base):
 
 
 def unfinished_ids(session: Session) -> list[str]:
-    """Return the ids of endpoints of all accounts that prepare a model, for a starting server."""
+    """Return the ids of updating endpoints of all accounts, for a starting server."""
     waits = or_(Endpoint.status == CREATING, Endpoint.update_status == UPDATING)
     return list(session.scalars(select(Endpoint.id).where(waits).order_by(Endpoint.seq)))
 
 
 def endpoint_that_uses(session: Session, model: str) -> Endpoint | None:
-    """Return an endpoint that serves or prepares the ARN ``model``, deployments first."""
+    """Return an endpoint of the ARN ``model``, serving or updating, deployments first."""
     about_to = and_(Endpoint.next_model == model, Endpoint.update_status == UPDATING)
     found = select(Endpoint).where(or_(Endpoint.model == model, about_to))
     endpoint: Endpoint | None = session.scalar(found.order_by(Endpoint.kind, Endpoint.seq).limit(1))

@@ -91,7 +91,7 @@ class EvaluationRow(Base):
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     run_id: Mapped[str] = mapped_column(ForeignKey("evaluation_runs.id"), index=True)
     number: Mapped[int]
-    """Number of the row in its source, from 1."""
+    """Number of the row in the source, from 1."""
     status: Mapped[str]
     record: Mapped[dict[str, Any]] = mapped_column(JSONText)
     """Row as the API returns it."""
@@ -100,7 +100,7 @@ class EvaluationRow(Base):
 
 @dataclass(frozen=True)
 class GradedRow:
-    """Result of one row."""
+    """Result of a row."""
 
     status: str
     record: dict[str, Any]
@@ -151,7 +151,7 @@ def create_run(
     metadata: Mapping[str, str],
     eval_id: str,
 ) -> EvaluationRun:
-    """Create a queued run. The server works on one run of an account at a time.
+    """Create a queued run. Runs of an account are sequential.
 
     Raises:
         QuotaExceeded: if the account has no space for the request.
@@ -264,7 +264,7 @@ def end(
 
 
 def delete_run(session: Session, run: EvaluationRun) -> None:
-    """Delete a run, which the caller has locked, and its rows."""
+    """Delete a run with all rows. The caller has locked the run."""
     session.execute(delete(EvaluationRow).where(EvaluationRow.run_id == run.id))
     session.delete(run)
     session.flush()

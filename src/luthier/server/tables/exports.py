@@ -20,7 +20,7 @@ from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
 from luthier.server.tables.queue import renew as renew_lease
 
 MOST_CRASHES = 3
-"""Number of worker deaths after which an export fails."""
+"""Maximum number of worker deaths before an export fails."""
 _LONGEST = 2048
 """Maximum length of a failure message, in characters."""
 
@@ -243,7 +243,7 @@ def renew(
 
 
 def finish(session: Session, export_id: str, lease: str, end: ExportResult | str) -> None:
-    """End a running export with its result or a failure. A stopping export becomes stopped.
+    """End a running export with a result or a failure. A stopping export becomes stopped.
 
     Raises:
         LeaseLost: if ``lease`` has expired.

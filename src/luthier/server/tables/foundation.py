@@ -22,7 +22,7 @@ class FoundationModel:
     """Base model for inference and customization jobs."""
 
     id: str
-    """``provider.name``: one dot, no colon."""
+    """``provider.name``: a single dot, no colon."""
     base: str
     """Id in luthier, also accepted as an alias."""
     provider: str
@@ -32,7 +32,7 @@ class FoundationModel:
     created: datetime | None = None
     """Time of pre-training; ``None`` for a model of the catalogue."""
     reads_windows: bool = False
-    """Whether the input is a time series, for which Bedrock has no modality."""
+    """Whether the input is a time series, a modality unknown to Bedrock."""
 
     @property
     def root(self) -> str:

@@ -20,7 +20,7 @@ from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
 from luthier.server.tables.text import storable
 
 MOST_CRASHES = 3
-"""Number of worker deaths after which an import fails."""
+"""Maximum number of worker deaths before an import fails."""
 _LONGEST = 2048
 """Letters of a failure message."""
 

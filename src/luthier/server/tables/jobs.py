@@ -45,7 +45,7 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 
 
 MOST_CRASHES = 3
-"""Number of worker deaths at one step after which the job fails."""
+"""Maximum number of worker deaths at a step before the job fails."""
 
 
 class JobPart(TypedDict):

@@ -316,7 +316,7 @@ def create_api_key(
     origin: str = ISSUED,
     role: str | None = None,
 ) -> tuple[ApiKey, str]:
-    """Create an API key and return its text, which cannot be shown again."""
+    """Create an API key and return the text, available only now."""
     text = key or f"sk-{secrets.token_urlsafe(36)}"
     if not _PRINTABLE.fullmatch(text) or text.startswith(SHORT_TERM):
         raise RefusedInput("an API key is 1 to 512 letters without blanks, such as sk-…")

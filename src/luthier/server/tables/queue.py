@@ -24,9 +24,9 @@ from luthier.server.tables.database import count_rows, find_row, lock_by_name, n
 LEASE = timedelta(seconds=30)
 """Time after the last renewal until a worker counts as dead."""
 PATIENCE = timedelta(minutes=10)
-"""Time during which smaller work may overtake work that does not fit."""
+"""Time during which smaller work may overtake larger work."""
 LOOKED_AT = 500
-"""Number of waiting rows that one claim reads."""
+"""Maximum number of waiting rows per claim."""
 
 
 class Leased:

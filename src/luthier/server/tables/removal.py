@@ -101,7 +101,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
 
 
 def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
-    """Remove ``model``, which was created with the CLI, from its account. The files stay.
+    """Remove ``model``, created with the CLI, from the account. The files stay.
 
     The caller has locked the row. The name is free afterwards, and the model no longer counts in
     quotas.
@@ -178,7 +178,7 @@ def count_without_account(database: Database) -> int:
 
 
 def remove_files(stored_id: str | None) -> None:
-    """Delete the files of a model without a record, its run and the log of its job.
+    """Delete the files, run and job log of a model without a record.
 
     If another model needs the model's folder, the folder stays with a marker file.
     """

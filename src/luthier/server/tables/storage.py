@@ -1,4 +1,4 @@
-"""Stored bytes of each account, updated in every transaction that changes them, and their quota.
+"""Stored bytes of each account, updated in every changing transaction, and the quota.
 
 Each account has one row, because counting objects at each PUT would be slow. The row stays locked
 until the transaction ends, and is always locked last.

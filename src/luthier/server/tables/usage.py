@@ -21,7 +21,7 @@ LONGEST_REPORT = timedelta(days=3660)
 
 
 class DailyUsage(Base):
-    """Usage of one account on one day, of one model or without a model."""
+    """Usage of an account on a day, by model or without a model."""
 
     __tablename__ = "usage"
 
