@@ -1,8 +1,8 @@
-"""Launch files: a recipe as a job of Slurm, Kubernetes, SkyPilot or Ray, as estimated.
+"""Launch files: a recipe as a job of Slurm, Kubernetes, SkyPilot or Ray, sized by the estimate.
 
-The text of each file is a template in ``templates``. Nothing of a recipe, a path or an option
-comes into a file but through a filter that quotes it for the place where it stands: the environment
-refuses any other text, so that a template which forgets one fails at once and for everybody.
+The folder ``templates`` has one template per launch target. Each value enters a template through a
+filter that quotes the value for its syntax. The environment rejects unquoted text, so a template
+without a filter fails on every use.
 """
 
 from __future__ import annotations
@@ -37,41 +37,41 @@ TEMPLATES: Mapping[Target, str] = {
     "ray": "ray.py.jinja",
 }
 IMAGE = "luthier"
-"""What ``deploy/Dockerfile`` is built as."""
+"""Default image name, as built from ``deploy/Dockerfile``."""
 HOME = "/luthier/home"
-"""The store where machines do not see ours."""
+"""The store on machines that do not share the local store."""
 DATA = "/luthier/data"
-"""Files that are copied there."""
+"""Folder of copied files."""
 RECIPE = "/etc/luthier/recipe.toml"
 MEMORY_ROOM = 1.25
-"""Memory that is asked for, by the upper end of the estimate: what ends above its limit is killed."""
+"""Factor on the upper bound of the estimated memory. A process above the memory limit is killed."""
 TIME_ROOM = 1.5
-"""The same of time: a run that is stopped at its limit queues again."""
+"""Factor on the upper bound of the estimated time. A run stopped at the time limit is queued again."""
 LEAST_SECONDS = 600.0
 LEAD = 120
-"""Seconds for a step and a checkpoint before a time limit."""
+"""Time for one step and a checkpoint before the time limit, in seconds."""
 THREADS_BESIDE_GPU = 4
 RESTARTS = 10
-"""How often a run that failed or came to its time limit goes on."""
+"""Maximum number of restarts after a failure or the time limit."""
 
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """Where a job is to run and on how much."""
+    """The target and the size of a job."""
 
     target: Target
     processes: int = 1
-    """On each node."""
+    """Processes on each node."""
     nodes: int = 1
     gpu: str | None = None
-    """Name of the GPU that each process gets; ``none``; by the machine of the estimate if not given."""
+    """GPU type of each process, or ``none``. The default follows the machine of the estimate."""
     image: str | None = None
     """Container image."""
     seconds: float | None = None
-    """Time limit of one run; from the estimate if not given."""
+    """Time limit of one run in seconds. The default follows the estimate."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be; :class:`RecipeError` says why."""
+        """Validate the fields; raises :class:`RecipeError`."""
         if self.target not in get_args(Target):
             raise RecipeError(
                 f"{self.target!r} is nothing to launch on; there are {', '.join(TEMPLATES)}"
@@ -95,31 +95,37 @@ class LaunchRequest:
 
 @dataclass(frozen=True)
 class Sizing:
-    """What one node is asked for, and why."""
+    """The resources of one node, with a reason for each."""
 
     threads: int
-    """Of a process."""
+    """Threads of a process."""
     cpus: int
     memory: int
-    """GiB."""
+    """Memory in GiB."""
     disk: int
-    """GiB of the store."""
+    """Disk for the store in GiB."""
     gpus: int
     gpu: str
-    """Name of the GPU; empty where there is none."""
+    """GPU type; empty without GPUs."""
     seconds: int
-    """Time limit of one run."""
+    """Time limit of one run, in seconds."""
     reasons: Mapping[str, str]
 
 
 def size_job(
     found: Estimate, request: LaunchRequest, machine: Machine, kept_bytes: int = 0
 ) -> Sizing:
-    """What a node needs for its part of the estimated job.
+    """Return the resources of one node for the estimated job.
 
-    ``machine`` is the one of the estimate; ``kept_bytes`` are those of the base model and the rows.
-    Each process holds the whole model and micro-batches of the same size, so memory goes with the
-    processes; nothing is taken off the time for them, as that was not measured.
+    Memory grows with the number of processes, because each process has a whole model and
+    micro-batches of equal size. Time does not shrink with the number of processes: the speedup was
+    never measured.
+
+    Args:
+        found: the estimate.
+        request: the target and the number of processes.
+        machine: the machine of the estimate.
+        kept_bytes: size of the base model and the rows.
     """
     gpu = request.gpu
     if gpu is None:
@@ -173,7 +179,7 @@ def _size(count: float) -> str:
 
 
 def _gpu_name(device: str) -> str:
-    """``H100`` of ``NVIDIA H100 80GB HBM3``: what SkyPilot and Ray call it."""
+    """Return a GPU type in the names of SkyPilot and Ray: ``H100`` for ``NVIDIA H100 80GB HBM3``."""
     found = re.search(r"\b(?!NVIDIA|RTX)([A-Z]{1,2}[0-9]{1,4}[A-Z]?|V100)\b", device)
     if found is None:
         raise RecipeError(f"it is not known what a cluster calls {device!r}; name the GPU")
@@ -181,10 +187,10 @@ def _gpu_name(device: str) -> str:
 
 
 def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine: Machine) -> str:
-    """The file that runs the tuning of ``recipe``, for which ``found`` is the estimate.
+    """Return the launch file of ``recipe``, sized by the estimate ``found``.
 
     Raises:
-        RecipeError: for files whose names cannot be written.
+        RecipeError: for file names that the launch file cannot contain.
     """
     from luthier import __version__
     from luthier.engine.runs import automatic_name
@@ -235,9 +241,12 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
 
 
 def recipe_text(recipe: Recipe, name: str, moved: Mapping[str, str]) -> str:
-    """The recipe as TOML that says the same from any folder, in printable characters alone.
+    """Return the recipe as TOML with absolute paths and printable characters only.
 
-    ``moved`` says where files and folders of ours are on the machine that reads it.
+    Args:
+        recipe: the recipe.
+        name: the name of the custom model.
+        moved: target paths by local paths of files and folders.
     """
 
     def place(source: str) -> str:
@@ -262,7 +271,8 @@ def recipe_text(recipe: Recipe, name: str, moved: Mapping[str, str]) -> str:
 
 
 def _local_sources(recipe: Recipe) -> list[str]:
-    """Files and folders of this machine that the recipe names; of a pattern, where it begins."""
+    """Return the local files and folders of a recipe. A glob pattern counts as its fixed parent
+    folder."""
     from glob import has_magic
 
     found: list[str] = []
@@ -282,7 +292,7 @@ def _local_sources(recipe: Recipe) -> list[str]:
 
 
 def _copied_data(recipe: Recipe) -> dict[str, str]:
-    """Where each file or folder of ours goes; where rows name pictures or sounds, the whole folder."""
+    """Return target paths by local paths. Rows with images or audio need their whole folder."""
     sources = _local_sources(recipe)
     sources = [str(Path(each).parent) if _names_media(recipe, each) else each for each in sources]
     found: dict[str, str] = {}
@@ -294,7 +304,7 @@ def _copied_data(recipe: Recipe) -> dict[str, str]:
 
 
 def _names_media(recipe: Recipe, source: str) -> bool:
-    """Whether the first rows of a file name images or sounds that lie beside it."""
+    """Return whether the first rows of a file name images or audio files by relative paths."""
     from luthier.data.rows import RowReader
     from luthier.data.shapes.media import MediaRow
     from luthier.engine.dataset import FIRST_ROWS
@@ -307,7 +317,7 @@ def _names_media(recipe: Recipe, source: str) -> bool:
 
 
 def _copied_models(base: StoredModel | None) -> dict[str, str]:
-    """Where models of ours go that no other machine can fetch."""
+    """Return target paths of the local models that no other machine can download."""
     from luthier.models.catalog import CATALOG
 
     found: dict[str, str] = {}
@@ -320,7 +330,7 @@ def _copied_models(base: StoredModel | None) -> dict[str, str]:
 
 
 def _mounts(sources: Sequence[str]) -> str:
-    """Folders that a container of Slurm sees where they are here."""
+    """Return the mounts of a Slurm container: local folders at equal paths."""
     folders = dict.fromkeys(str(Path(s).parent) if Path(s).is_file() else s for s in sources)
     if odd := next((each for each in folders if set(each) & set(",:")), None):
         raise RecipeError(f"{odd}: a container mounts no folder with a comma or colon; rename it")
@@ -328,7 +338,7 @@ def _mounts(sources: Sequence[str]) -> str:
 
 
 def _command(request: LaunchRequest, label: str) -> list[str]:
-    """What a container runs."""
+    """Return the command of a container."""
     tune = ["luthier", "tune", RECIPE, "--resume"]
     if request.nodes > 1:
         return [
@@ -348,13 +358,13 @@ def _slurm_time(seconds: int) -> str:
 
 
 class Quoted(str):
-    """Text that is safe in the place for which a filter has made it."""
+    """Text that a filter has quoted for its syntax."""
 
     __slots__ = ()
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """A template of ``templates``; text that no filter has quoted is an error."""
+    """Return a rendered template; raises :class:`TypeError` for unquoted text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -385,20 +395,20 @@ def _only_quoted(value: Any) -> Any:
 
 
 def _paragraph(text: str, indent: int) -> Quoted:
-    """Lines of a comment, the first of which is begun already."""
+    """Return wrapped lines of a comment whose first line has begun."""
     lines = textwrap.wrap(one_line(text), 98 - indent, break_on_hyphens=False)
     return Quoted(f"\n{' ' * indent}# ".join(lines))
 
 
 def _word(text: str) -> Quoted:
-    """Text without any character that is special somewhere."""
+    """Return text that needs no quotes in any target syntax; raises :class:`ValueError` otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9._:/-]+", text):
         raise ValueError(f"{text!r} has to be quoted")
     return Quoted(text)
 
 
 def _yaml_scalar(text: str) -> str:
-    """One line that YAML reads as ``text``, whatever is in it."""
+    """Return ``text`` as a double-quoted YAML scalar on one line."""
     import yaml
 
     written: str = yaml.dump(str(text), default_style='"', allow_unicode=False, width=math.inf)
@@ -406,7 +416,7 @@ def _yaml_scalar(text: str) -> str:
 
 
 def _block(text: str, indent: int) -> Quoted:
-    """Lines of printable text for a here-document or a block of YAML, all but the first indented."""
+    """Return printable text for a here-document or YAML block, indented after the first line."""
     if any(not (c.isprintable() or c == "\n") for c in text):
         raise ValueError("a block holds printable text")
     return Quoted(text.replace("\n", "\n" + " " * indent).replace(" " * indent + "\n", "\n"))

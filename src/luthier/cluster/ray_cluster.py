@@ -1,8 +1,8 @@
-"""A Ray cluster: the room on its nodes, and the command that runs a process on one of them.
+"""A Ray cluster: the free resources of its nodes, and the command that runs a process on a node.
 
-The server and the commands never connect to the cluster as drivers, because Ray ends the process of a
-driver whose head goes away. They ask the head what is free and start a small driver
-(:mod:`luthier.cluster.ray_driver`) for each process.
+Server and commands never connect to the cluster as drivers, because Ray kills a driver whose head
+disappears. The free resources come from the head, and each process gets a small driver process
+(:mod:`luthier.cluster.ray_driver`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from luthier.files import luthier_home
 from luthier.workflows.child_processes import Resources
 
 CONNECT_SECONDS = 5.0
-"""Time limit for a connection to the head, in seconds. Ray itself tries for 40."""
+"""Time limit for a connection to the head, in seconds. Ray's own limit is 40."""
 PROBE_SECONDS = 120
 """Time limit for the connection of a first driver, in seconds."""
 
 
 @dataclass(frozen=True)
 class RayNode:
-    """A node of the cluster, as Ray counts its resources."""
+    """The resources of a node, as Ray reports them."""
 
     address: str
     cores: float
@@ -36,7 +36,7 @@ class RayNode:
 
     @property
     def idle(self) -> bool:
-        """Whether all of its resources are free."""
+        """Whether all resources of the node are free."""
         return self.free_cores == self.cores and self.free_memory == self.memory
 
 
@@ -44,10 +44,14 @@ class RayCluster:
     """A Ray cluster by the address of its head."""
 
     def __init__(self, address: str, gpus: float = 0) -> None:
-        """Set the ``HOST:PORT`` of the head and the number of GPUs that each process reserves.
+        """Parse the address.
+
+        Args:
+            address: ``HOST:PORT`` of the head.
+            gpus: GPUs that each process reserves.
 
         Raises:
-            RefusedInput: for an address or a number that cannot be.
+            RefusedInput: for an invalid address or a negative number.
         """
         self.host, _, port = address.rpartition(":")
         if not self.host or not port.isdigit():
@@ -95,11 +99,11 @@ class RayCluster:
         )
 
     def nodes(self) -> list[RayNode]:
-        """Return the living nodes that take work, sorted by free cores, most first.
+        """Return the living nodes with CPUs, sorted by free cores, most first.
 
         Raises:
             RefusedInput: if Ray is not installed.
-            LuthierError: if the head does not answer.
+            LuthierError: if the head does not respond.
         """
         try:
             socket.create_connection((self.host, self.port), CONNECT_SECONDS).close()
@@ -149,7 +153,7 @@ class RayCluster:
     ) -> list[str]:
         """Return the command of a driver whose actor runs ``process``.
 
-        A process that fits none of ``nodes`` reserves all that the largest node has.
+        A process that is larger than all ``nodes`` reserves the resources of the largest node.
         """
         memory = min([resources.memory, max((n.memory for n in nodes), default=resources.memory)])
         cores = min([resources.cores, max((n.cores for n in nodes), default=resources.cores)])
@@ -166,7 +170,7 @@ class RayCluster:
 
 
 def driver_environment() -> dict[str, str]:
-    """Return the environment of a driver: Ray's telemetry is off, the home folder is absolute."""
+    """Return the environment of a driver, with an absolute home folder and without Ray's telemetry."""
     return {
         **os.environ,
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -1,8 +1,8 @@
 """Processes of batch inference and of a search on the nodes of a Ray cluster.
 
-Each process runs below an actor of Ray, and a small driver (:mod:`luthier.cluster.ray_driver`) stands
-for the process on this machine. When the cluster has room for fewer processes, the others wait: results
-are the same as on one machine.
+Each process runs below a Ray actor, and a small local driver (:mod:`luthier.cluster.ray_driver`)
+represents the process. If the cluster has room for fewer processes, the rest waits. Results equal
+the results on one machine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RayProcessRunner(ProcessRunner):
         return sum(min(node.memory // memory, int(node.cores) // cores) for node in self.nodes)
 
     def cores_of_each(self, processes: int, memory: int) -> int:
-        """Return the most cores that each of ``processes`` can have at once; at least 1."""
+        """Return the most cores that each of ``processes`` can have at the same time; at least 1."""
         most = max(int(node.cores) for node in self.nodes)
         return next((n for n in range(most, 0, -1) if self.room(memory, n) >= processes), 1)
 
@@ -60,7 +60,7 @@ class RayInferenceRunner(RayProcessRunner, InferenceRunner):
     """Runs the processes of batch inference."""
 
     def plan_processes(self, processes: int | None, memory: int, shards: int) -> tuple[int, int]:
-        """Return the number of processes, one for each node by default, and the cores of each."""
+        """Return the number of processes, by default one per node, and the cores of each."""
         memory = min([memory, max((node.memory for node in self.nodes), default=memory)])
         processes = min(processes or len(self.nodes), shards, max(1, self.room(memory, 1)))
         return processes, self.cores_of_each(processes, memory)
@@ -72,8 +72,8 @@ class RayTrialRunner(RayProcessRunner, TrialRunner):
     def shares(self, recipe: Recipe, parallel: int | None) -> tuple[int, int]:
         """Return the trials of a round and the threads of each.
 
-        Without ``parallel``, a round is what the cluster has room for, at most the first random trials:
-        a larger round learns less from the trials before.
+        The default round is as large as the cluster allows, but at most the number of random
+        trials: a larger round learns less from earlier trials.
         """
         memory, threads = self._memory(recipe), recipe.training.threads
         if parallel is None:
@@ -86,7 +86,8 @@ class RayTrialRunner(RayProcessRunner, TrialRunner):
         return Resources(recipe.training.threads or 1, self._memory(recipe), paths)
 
     def _memory(self, recipe: Recipe) -> int:
-        """Return the estimated peak of a trial in bytes, at most the memory of the largest node."""
+        """Return the estimated peak memory of a trial in bytes, at most the memory of the largest
+        node."""
         largest = max(node.memory for node in self.nodes)
         try:
             # A trial that fits no node starts on an idle node and fails there by itself.

@@ -1,13 +1,14 @@
-"""The process that stands on this machine for a process on a Ray cluster.
+"""The local process that represents a process on a Ray cluster.
 
     lease → an actor on a node with room → the worker below the actor → the worker's exit status
 
-For a job, the driver holds the lease until the worker has taken over, and gives the job back if no
-node takes the worker. A process of a command (:mod:`luthier.cluster.ray_commands`) has no lease: the
-driver waits until a node has room, and ends the process when its own standard input closes.
+For a job, the driver renews the lease until the worker has taken over, and returns the job to the
+queue if no node accepts the worker. A process of a command (:mod:`luthier.cluster.ray_commands`)
+has no lease: the driver waits until a node has room, and ends the process when its own standard
+input closes.
 
-When the driver dies, Ray ends the actor and with it the worker. When the actor or its node dies, the
-driver ends with an exit status that the scheduler handles as the death of a worker.
+When the driver dies, Ray ends the actor and the worker. When the actor or its node dies, the driver
+ends with an exit status that the scheduler handles like the death of a worker.
 """
 
 from __future__ import annotations
@@ -42,37 +43,37 @@ from luthier.server.tables import queue
 from luthier.server.tables.database import Database
 
 PLACEMENT_SECONDS = 60.0
-"""Time until a job that no node has taken is given back, in seconds."""
+"""Time until a job that no node has accepted returns to the queue, in seconds."""
 LOOK = 0.5
 """Interval between two polls of the worker, in seconds."""
 ANSWER_SECONDS = 60.0
 """Time limit for one reply of the actor, in seconds."""
 PASSED_ON = ("LUTHIER_", "HF_", "AWS_")
-"""Prefixes of the variables that workers get from the server; other variables are the node's own."""
+"""Prefixes of the variables that workers inherit from the server."""
 
 _log = logging.getLogger("luthier.cluster.ray_driver")
 
 
 class Starter:
-    """Holds the work of a command until its process has started; there is no lease to renew."""
+    """Ownership of a command's work until the process starts. A command has no lease to renew."""
 
     placement_seconds = math.inf
     """Time until the work is given back, in seconds."""
 
     def take(self) -> None:
-        """Hold the work in place of the process."""
+        """Acquire the work."""
 
     def renew(self) -> bool:
-        """Keep holding the work. Returns whether the process has taken over."""
+        """Renew the ownership. Returns whether the process has started."""
         return True
 
     def give_back(self, message: str) -> None:
-        """Report why no node takes the work."""
+        """Report why no node accepts the work."""
         _log.error("%s", message)
 
 
 class LeaseHolder(Starter):
-    """Holds the lease of a job until its worker has taken over."""
+    """Ownership of a job's lease until the worker has taken over."""
 
     placement_seconds = PLACEMENT_SECONDS
 
@@ -83,7 +84,7 @@ class LeaseHolder(Starter):
         self._renewed = 0.0
 
     def take(self) -> None:
-        """Hold the lease in place of the server, which may end meanwhile."""
+        """Acquire the lease from the server, which may end before the worker starts."""
         with self.database.write() as session:
             row = queue.renew(session, self.table, self.row_id, self.lease)
             row.worker = self._process
@@ -102,7 +103,7 @@ class LeaseHolder(Starter):
         return False
 
     def give_back(self, message: str) -> None:
-        """Put the job back into the queue with the reason."""
+        """Return the job to the queue with the reason."""
         with suppress(LeaseLost), self.database.write() as session:
             queue.release(session, self.table, self.row_id, self.lease, message)
 
@@ -140,13 +141,13 @@ class Driver:
         self.ending = True
 
     def end(self) -> None:
-        """End the worker because the command is gone."""
+        """End the worker because the command has ended."""
         self.ending = True
         if self.actor is None:
             os._exit(0)  # connecting to a head that is gone would block until its time limit
 
     def _place(self) -> str | None:
-        """Start an actor and its worker. Returns the reason if no node takes the worker."""
+        """Start an actor and the worker. Returns the reason if no node accepts the worker."""
         import ray
 
         options = self.options

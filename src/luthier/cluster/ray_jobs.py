@@ -1,7 +1,7 @@
 """The job runner ``ray``: the server's training jobs on the nodes of a Ray cluster.
 
-Ray owns the resources. A worker starts where one node has the cores and the estimated memory of the job
-free. One worker is on its way at a time, because Ray counts a worker only after its start.
+Ray manages the resources. A worker starts when a node has the cores and the estimated memory of the
+job free. Workers start one after the other, because Ray counts a worker only after the start.
 """
 
 from __future__ import annotations

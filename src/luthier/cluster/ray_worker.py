@@ -1,8 +1,8 @@
 """The actor that runs a worker as a child process on a node of a Ray cluster.
 
-A worker needs the main thread for its signals and an environment without Ray's variables, which an
-actor lacks. The worker reads from a pipe that the actor holds and ends when the pipe closes: with the
-actor, which Ray ends together with its driver, its node or its raylet.
+A worker needs the main thread for signals and an environment without Ray's variables, so an actor
+cannot run the worker itself. The worker's standard input is a pipe of the actor. The worker ends
+when the pipe closes, so the worker ends with the actor, the driver, the node or the raylet.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ class RayWorker:
         log: str,
         needs: Sequence[str] = (),
     ) -> None:
-        """Start the worker, which appends its output to the file ``log``.
+        """Start the worker.
 
-        ``python`` is the driver's interpreter, which the node's own interpreter replaces.
+        Args:
+            command: the command of the worker.
+            environment: variables in addition to the node's environment.
+            python: the driver's interpreter, which is replaced by the node's interpreter.
+            log: the output file, to which the worker appends.
+            needs: paths that the node must see.
 
         Raises:
-            FileNotFoundError: if this node does not see ``log`` or one of ``needs``.
+            FileNotFoundError: if the node does not see ``log`` or a path in ``needs``.
         """
         for path in needs:
             os.stat(path)

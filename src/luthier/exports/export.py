@@ -1,4 +1,4 @@
-"""A model written for other software, compared there, and the record of it: for callers of any kind."""
+"""Export of a stored model: write the files, compare the outputs, record the export."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ llama.cpp and Ollama."""
 
 @dataclass(frozen=True)
 class Export:
-    """A folder that was written for other software, and how it was checked."""
+    """An exported folder and the result of its comparison with the stored model."""
 
     model: str
     folder: Path
     format: Format
     files: list[str]
-    """Their names, sorted."""
+    """File names, sorted."""
     network: str
-    """Its type, as transformers calls it."""
+    """Type of the network in transformers."""
     of_diffusers: bool = False
-    """Whether diffusers loads it, and not transformers."""
+    """Whether diffusers instead of transformers loads the export."""
     record: ExportRecord | None = None
-    """Of a GGUF or ONNX file: its hashes, and how near the answers from it are."""
+    """Hashes and parity of a GGUF or ONNX file."""
     is_recorded: bool = False
-    """Whether the record of the model and its certificate say so from now on: not of models that
-    luthier did not make, nor of signed ones, whose signature would no longer hold."""
+    """Whether the record and the certificate of the model list the export. Foreign models have no
+    record, and a changed record would break the signature of a signed model."""
     suits_onnx: bool = False
-    """Whether format ``onnx`` goes with it, too."""
+    """Whether the model can also be exported as ONNX."""
     cost: QuantizationCost | None = None
-    """The cost of the type of a GGUF file, if it was measured."""
+    """The cost of the type of a GGUF file, if measured."""
 
     @property
     def own_network(self) -> bool:
-        """Whether its network is one of luthier's own, which transformers does not have."""
+        """Whether the network is one of luthier's own, unknown to transformers."""
         from luthier.models.nets import NETS
 
         return self.network in NETS and not self.of_diffusers
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the export as JSON values."""
         found: dict[str, Any] = {
             "id": self.model, "folder": str(self.folder), "format": self.format,
             "network": self.network, "files": self.files,
@@ -70,7 +70,7 @@ class Export:
 
 
 def check_settings(format: str, merged: bool | None, quantization: str | None) -> None:
-    """Refuse settings that go with no model.
+    """Check settings that are invalid for every model.
 
     Raises:
         RecipeError: naming the setting.
@@ -111,8 +111,9 @@ def export_model(
     """Write ``stored`` to the new folder ``target``; see :func:`luthier.export`.
 
     Raises:
-        RecipeError: for a model that the other software cannot run, or that answers otherwise there.
-        RunConflict: where something is in the folder.
+        RecipeError: for a model that the target software cannot run, or with different outputs
+            there.
+        RunConflict: if the folder has files.
     """
     from luthier.exports.onnx import export_onnx, suits_onnx
     from luthier.exports.writer import export, export_gguf, ignore_progress
@@ -139,18 +140,20 @@ def export_model(
 
 
 _FIXED_BYTES = 1 << 29
-"""Of a process with torch and transformers."""
+"""Memory of a process with torch and transformers, in bytes."""
 
 
 def memory_needed(
     stored: StoredModel, format: Format, merged: bool | None, quantization: str | None = None
 ) -> int:
-    """Return the peak memory of :func:`export_model` in bytes, by the weights of the network.
+    """Return the peak memory of :func:`export_model` in bytes, from the number of weights.
 
-    Per weight: for safetensors, the network and a copy in at most float32; for GGUF, the network, the
-    network in float32 to compare with, and the file opened by llama.cpp; for a GGUF adapter, two
-    networks and the file of the base; for ONNX, the network in float32, the traced graph, the bytes
-    written, and what ONNX Runtime loads. Safetensors of a model without a parent are copied.
+    Copies per weight:
+
+    - safetensors: the network and a copy in at most float32; none for a model without a parent
+    - GGUF: the network, the network in float32 for the comparison, the file opened by llama.cpp
+    - GGUF adapter: two networks and the file of the base
+    - ONNX: the network in float32, the traced graph, the written bytes, and ONNX Runtime's copy
     """
     from luthier.engine.machine import choose_machine
 
@@ -166,9 +169,9 @@ def memory_needed(
 
 
 def change_record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -> bool:
-    """Change the record of the model that was measured, and its certificate; whether it was.
+    """Update the record and the certificate of a model. Return whether both were updated.
 
-    What was exported or measured stands, also where the record cannot be written.
+    Failures are logged: a finished export or measurement is valid without a record.
     """
     from luthier.library.models import is_recorded, update_record
     from luthier.models.manifest import SIGNATURE

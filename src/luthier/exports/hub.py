@@ -26,22 +26,22 @@ _REPOSITORY = re.compile(rf"{SCHEME}([\w.-]+/[\w.-]+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Push:
-    """A model that was uploaded."""
+    """An uploaded model."""
 
     model: str
     repository: str
-    """``owner/name``."""
+    """Repository as ``owner/name``."""
     url: str
     commit: str
-    """Of the hub, with all files."""
+    """Commit of the hub with all files."""
     private: bool
-    """Whether only its owner sees it."""
+    """Whether the repository is private."""
     files: list[str]
-    """Their names, sorted."""
+    """File names, sorted."""
     format: Format
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the upload as JSON values."""
         return {"id": self.model, **{k: v for k, v in vars(self).items() if k != "model"}}
 
 
@@ -118,7 +118,7 @@ def push(
 
 
 def library_name(written: Export) -> str:
-    """The library that loads what was written, as the hub calls it."""
+    """Return the hub's name of the library that loads the export."""
     if written.format != "safetensors":
         return written.format
     if written.of_diffusers:
@@ -127,7 +127,7 @@ def library_name(written: Export) -> str:
 
 
 def _visibility(api: HfApi, repository: str) -> bool | None:
-    """Whether a repository is private; ``None`` where there is none that the token may see."""
+    """Return whether a repository is private; ``None`` if the token sees no such repository."""
     import httpx2
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -143,7 +143,7 @@ def _visibility(api: HfApi, repository: str) -> bool | None:
 
 @contextmanager
 def _upload_errors(repository: str, endpoint: str) -> Iterator[None]:
-    """What goes wrong between here and the hub, as :class:`UploadError`."""
+    """Raise errors of the hub and the network as :class:`UploadError`."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

@@ -1,8 +1,8 @@
-"""A Modelfile, by which Ollama takes a GGUF file (github.com/ollama/ollama, docs/modelfile.md).
+"""Modelfiles, from which Ollama creates a model (github.com/ollama/ollama, docs/modelfile.md).
 
-Ollama does not run the Jinja template in a GGUF file: it looks for one like it among a few of its own,
-and where none is near it gives a model the prompt as it is. So the template is written out in Ollama's
-language, the templates of Go.
+Ollama does not run the Jinja template of a GGUF file. Ollama looks for a similar template among its
+own, and passes the prompt unchanged if no template is similar. The Modelfile therefore has the
+template in Ollama's language, Go templates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FROM_BASE = (
 
 
 def modelfile(chat: ChatFormat, file: str, adapter: str | None = None) -> str:
-    """The lines by which ``ollama create NAME`` makes a model of ``file``, in the same folder."""
+    """Return the Modelfile for ``ollama create NAME`` in the folder of ``file``."""
     lines = [f"FROM ./{file}"]
     if adapter:
         lines = [f"# {FROM_BASE}.", *lines, f"ADAPTER ./{adapter}"]
@@ -42,10 +42,11 @@ def modelfile(chat: ChatFormat, file: str, adapter: str | None = None) -> str:
 
 
 def ollama_template(chat: ChatFormat) -> str | None:
-    """The chat template of ``chat`` in Go's language; ``None`` where it cannot be said there.
+    """Return the chat template of ``chat`` as a Go template; ``None`` if Go cannot express the
+    template.
 
-    A conversation is rendered, and what stands between its texts is taken for what stands there in
-    every one; a longer conversation has to come out the same by that.
+    The text between the messages of a rendered conversation is generalized to all conversations,
+    and verified with a longer conversation.
     """
     if chat.template == "plain":
         return "{{ .Prompt }}"
@@ -75,7 +76,8 @@ def ollama_template(chat: ChatFormat) -> str | None:
 
 
 def _pieces(chat: ChatFormat, roles: tuple[str, ...]) -> list[str] | None:
-    """What the template writes before, between and behind the texts of a conversation."""
+    """Return the text that the template writes before, between and after messages; ``None`` on
+    failure."""
     texts = [f"q{number}{role}q" for number, role in enumerate(roles)]
     messages = [Message(role, text) for role, text in zip(roles, texts, strict=True)]
     try:
@@ -92,7 +94,7 @@ def _pieces(chat: ChatFormat, roles: tuple[str, ...]) -> list[str] | None:
 
 
 def _without_bos(chat: ChatFormat, text: str) -> str:
-    """llama.cpp puts the first token before every text by itself, where the file says so."""
+    """Remove the first token if llama.cpp adds the token to every prompt."""
     return text.removeprefix(str(chat.tokenizer.bos_token)) if adds_bos(chat) else text
 
 

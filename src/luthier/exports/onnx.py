@@ -1,12 +1,12 @@
-"""Models that read, as ONNX files: classifiers, taggers, ratings, rewards and embeddings.
+"""ONNX exports of encoders: classifiers, taggers, ratings, rewards and embeddings.
 
-``model.onnx`` holds the whole way from token ids (or pixels) to the answer: what pools the states,
-brings embeddings to length 1, and brings ratings to the scale of the data is part of the graph. Beside
-it lie the configuration of the network with the names of the classes, the tokenizer or how images are
-read, ``onnx.json`` with what goes in and what comes out, and a README with lines that run.
+``model.onnx`` computes the output from token ids or pixels: pooling, normalization of embeddings
+and the scale of ratings are part of the graph. The folder also has the configuration of the network
+with the class names, the tokenizer or image processor, ``onnx.json`` with inputs and output, and a
+README with example code.
 
-The file is compared before its folder is there: fixed texts of several lengths are read by luthier as
-it serves them, and by ONNX Runtime, each alone and several at once.
+Before the folder appears, the outputs of ONNX Runtime are compared with luthier's on fixed texts of
+several lengths, one text per batch and several texts per batch.
 """
 
 from __future__ import annotations
@@ -58,35 +58,35 @@ if TYPE_CHECKING:
 
 ONNX_FILE, ONNX_CONFIG, README = "model.onnx", "onnx.json", "README.md"
 ONNX_ERROR = 1e-3
-"""Largest difference of a number of an answer, beside the largest number, from what luthier answers:
-ten times what was measured or more (docs/log/service.md)."""
+"""Largest allowed difference from luthier's outputs, relative to the largest output. At least ten
+times the measured differences (docs/log/service.md)."""
 LONG_TEXT = 200
-"""Words of the longest of the texts that are compared."""
+"""Words of the longest compared text."""
 TEXTS = (
     "Yes.",
     *REFERENCE_PROMPTS,
     " ".join(f"fox {number}" for number in range(LONG_TEXT // 2)),
 )
-"""Fixed texts of 1 to :data:`LONG_TEXT` words, that no model was trained on."""
+"""Fixed texts of 1 to :data:`LONG_TEXT` words, which no model was trained on."""
 SENTENCE, MEDIA = "sentence_embedding", "media_embedding"
-"""Outputs of encoders; ``embedding`` is a node of the graph of some."""
+"""Output names of encoders. The graph of some encoders has a node named ``embedding``."""
 _CPU = torch.device("cpu")
 
 
 class _Graph(torch.nn.Module):
-    """A network that takes tensors by their place and gives one."""
+    """A network with positional tensors as inputs and a single output."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
     def outputs(self, inputs: Sequence[Tensor]) -> Any:
-        """What the network makes of its inputs."""
+        """Return the outputs of the network for positional inputs."""
         return self.model(**dict(zip(self.names, inputs, strict=True)))
 
 
 class _Logits(_Graph):
-    """Scores of the classes of a row ``[R, C]``, or of each of its tokens ``[R, T, C]``."""
+    """Class scores of each row ``[R, C]`` or of each token ``[R, T, C]``."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         logits: Tensor = self.outputs(inputs).logits
@@ -94,7 +94,7 @@ class _Logits(_Graph):
 
 
 class _Number(_Graph):
-    """One number for a row ``[R]``, in the scale of the data."""
+    """A number per row ``[R]``, in the scale of the data."""
 
     def __init__(self, model: Any, names: Sequence[str], scale: float, center: float) -> None:
         super().__init__(model, names)
@@ -106,7 +106,7 @@ class _Number(_Graph):
 
 
 class _TextEmbedding(_Graph):
-    """The embedding of a text ``[R, H]``, of length 1."""
+    """Text embeddings ``[R, H]`` of length 1."""
 
     def __init__(self, model: Any, names: Sequence[str], pooling: str) -> None:
         super().__init__(model, names)
@@ -126,37 +126,37 @@ class _TextEmbedding(_Graph):
 
 
 class _MediaEmbedding(_Graph):
-    """The embedding of an image or a sound ``[R, H]``, of length 1."""
+    """Image or audio embeddings ``[R, H]`` of length 1."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return torch.nn.functional.normalize(read_states(self.model, inputs[0]), dim=-1)
 
 
 Read = Callable[["Network", "TreeBatch"], Iterable["FloatArray"]]
-"""Luthier's own answers to the rows of a micro-batch, in their order."""
+"""Returns luthier's own outputs for the rows of a micro-batch, in order."""
 
 
 @dataclass(frozen=True)
 class OnnxAnswer:
-    """What comes out of a file: all that follows from the objective."""
+    """The output of an ONNX file, derived from the objective."""
 
     name: str
     axes: tuple[str, ...]
     meaning: str
-    """In words, for ``onnx.json``."""
+    """Description for ``onnx.json``."""
     graph: Callable[[Any, Sequence[str]], _Graph]
-    """The network from the inputs of these names to the answer."""
+    """Builds the graph from the network and the names of the inputs."""
     read: Read
     example: str
-    """The lines of :data:`_ANSWER_LINES` that show it."""
+    """Key of the example code in :data:`_ANSWER_LINES`."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Further members of ``onnx.json``."""
+    """Additional members of ``onnx.json``."""
     unit: float | None = None
-    """What differences are measured by; the largest number of all answers where not given."""
+    """Unit of differences; by default the largest output."""
 
 
 def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) -> OnnxAnswer:
-    """What models of ``objective`` answer."""
+    """Return the output of models of ``objective``."""
 
     def predict(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
         for each in objective.predict(network, batch):
@@ -235,7 +235,8 @@ _UNTRACED = ("elmo", "xlnet")
 
 
 def suits_onnx(stored: StoredModel, network: str) -> bool:
-    """Whether :func:`export_onnx` writes a model of this type of network, as far as is known before."""
+    """Return whether :func:`export_onnx` can probably export the model, from type and objective
+    alone."""
     if stored.objective.task not in _TASKS or network in _UNTRACED:
         return False
     try:
@@ -249,17 +250,18 @@ def suits_onnx(stored: StoredModel, network: str) -> bool:
 def export_onnx(
     stored: StoredModel, target: Path, on_progress: OnProgress = ignore_progress
 ) -> ExportRecord:
-    """Write a model that reads to the new folder ``target`` for ONNX Runtime; what it is and how near.
+    """Write an encoder to the new folder ``target`` for ONNX Runtime and return the record.
 
-    ``model.onnx`` takes ``pixel_values`` ``[batch, C, H, W]``, or ``input_ids`` and ``attention_mask``
-    ``[batch, tokens]``, of any number of rows and tokens, and gives, in float32: ``logits`` of a
-    classifier ``[batch, classes]`` or a tagger ``[batch, tokens, tags]``, ``rating`` or ``reward``
-    ``[batch]``, or ``sentence_embedding`` (``media_embedding``) ``[batch, hidden]``.
+    Inputs of ``model.onnx``: ``pixel_values`` ``[batch, C, H, W]``, or ``input_ids`` and
+    ``attention_mask`` ``[batch, tokens]``, for any number of rows and tokens. Outputs in float32:
+    ``logits`` of a classifier ``[batch, classes]`` or a tagger ``[batch, tokens, tags]``,
+    ``rating`` or ``reward`` ``[batch]``, or ``sentence_embedding`` (``media_embedding``) ``[batch,
+    hidden]``.
 
     Raises:
-        RecipeError: for a model that gives none of these, that cannot be traced, or that answers
-            otherwise in ONNX Runtime; or where the packages are not installed.
-        RunConflict: where something is at ``target``.
+        RecipeError: for a model without such an output, a network that cannot be traced, different
+            outputs in ONNX Runtime, or missing packages.
+        RunConflict: if the folder has files.
     """
     target = new_target(target)
     objective = stored.objective
@@ -341,7 +343,7 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class _Row:
-    """A text, and luthier's own answer to it."""
+    """A text as token ids, with luthier's own output."""
 
     ids_T: IntArray
     answer: FloatArray
@@ -350,7 +352,7 @@ class _Row:
 def _read_texts(
     network: Network, objective: Objective, chat: ChatFormat, stored: StoredModel, read: Read
 ) -> list[_Row]:
-    """What luthier answers to :data:`TEXTS`, on the layout that it serves with."""
+    """Return luthier's outputs for :data:`TEXTS`, computed as in serving."""
     room = stored.room
     predictor = Predictor(network, objective, chat, room)
     examples: list[Example] = []
@@ -371,12 +373,12 @@ def _read_texts(
 
 
 def _axes(name: str) -> tuple[str, ...]:
-    """Names of the axes of an input, of which those of media are fixed but for the first."""
+    """Return the names of an input's axes. Of media inputs, only the batch axis is dynamic."""
     return ("batch", "tokens") if name in ("input_ids", "attention_mask") else ("batch",)
 
 
 def _traced_inputs(model: Any, chat: ChatFormat, rows: int = 2) -> dict[str, Tensor]:
-    """Random images, or random tokens of two lengths, ``rows`` of them."""
+    """Return ``rows`` random images, or random tokens of two lengths."""
     generator = torch.Generator().manual_seed(rows)
     if chat.media is not None:
         return media_inputs(model, torch.randn(rows, *chat.media.shape, generator=generator))
@@ -424,10 +426,10 @@ def _largest_error(
     file: Path,
     on_progress: OnProgress,
 ) -> float:
-    """Largest difference of a number between luthier and ONNX Runtime, in the unit of the answer.
+    """Return the largest difference between luthier and ONNX Runtime, in the unit of the answer.
 
-    Texts are read each alone, two at once and all at once, so at several sizes of both axes; images
-    one and three at once, beside what the network of transformers gives.
+    Texts are compared one by one, in a batch of two and in one batch, to vary both axes. Images are
+    compared in batches of one and three with the output of transformers.
     """
     import onnxruntime
 
@@ -456,7 +458,7 @@ def _largest_error(
 
 
 def _pad(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
-    """Texts as a rectangle that is filled up at its end."""
+    """Return texts as a right-padded batch."""
     shape = len(rows), max(len(row.ids_T) for row in rows)
     ids_RT, mask_RT = torch.full(shape, fill), torch.zeros(shape, dtype=torch.int64)
     for number, row in enumerate(rows):
@@ -495,7 +497,7 @@ for number, scores in enumerate(answer):
 
 
 def _readme(name: str, answer: OnnxAnswer, chat: ChatFormat) -> str:
-    """What is in the folder, and lines that read with it."""
+    """Return a README with a description of the files and example code."""
     tags = answer.example == "tags"
     lines = [
         f"# {name}",

@@ -1,7 +1,8 @@
 """Comparison of an exported LoRA adapter under PEFT with the model that luthier serves.
 
-PEFT reads ``target_modules`` by rules of each family: layers of Mamba are refused, and names of experts
-become other layers. An adapter that PEFT loads in part is a worse model without any error.
+PEFT reads ``target_modules`` by rules of each family: PEFT rejects layers of Mamba, and matches the
+names of experts to wrong layers. An adapter that PEFT loads in part is a worse model without any
+error.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
 
 LARGEST_ERROR = 1e-3
-"""Relative difference of the outputs in float32."""
+"""Largest allowed relative difference of the outputs in float32."""
 SMALLEST_EFFECT = 0.05
-"""The difference may also be at most this share of what the adapter changes."""
+"""Largest allowed difference as a share of the adapter's effect on the outputs."""
 NAMED = 3
-"""Modules that an error message names."""
+"""Number of modules that an error message names."""
 
 
 def check_peft(stored: StoredModel, folder: Path) -> None:
@@ -75,7 +76,7 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
 
 
 def _lost_modules(adapted: Any, saved: dict[str, Tensor]) -> list[str]:
-    """Return the modules whose saved weights are not in the network under PEFT."""
+    """Return the modules whose saved weights are missing in the network under PEFT."""
     import torch
 
     loaded = {  # a new head stands beside the original one
@@ -91,7 +92,7 @@ def _lost_modules(adapted: Any, saved: dict[str, Tensor]) -> list[str]:
 
 
 def _outputs(model: Any) -> Tensor:
-    """Return the first output of ``model`` for inputs that are always the same, in float32."""
+    """Return the first output of ``model`` for fixed random inputs, in float32."""
     import torch
 
     from luthier.models.heads import decoder_of

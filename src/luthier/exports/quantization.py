@@ -1,8 +1,8 @@
-"""The cost of weights in fewer bits, measured on a user's rows.
+"""The quality cost of weights in fewer bits, measured on a user's rows.
 
-The weights are rounded in place to the values that a GGUF file of the type contains, and the same
-network computes the loss of the same rows before and after. Rounding can undo small changes of the
-weights, so the gain of tuning is also measured with base and tuned model in this type.
+The weights are rounded in place to the values of a GGUF file of the type, and the same network
+computes the loss of the same rows before and after. Rounding can undo small changes of the weights,
+so the gain of tuning is also measured with base and tuned model in this type.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Losses(NamedTuple):
     """Nats per learned token of one model on the same rows."""
 
     whole: RowScores
-    """With its own weights."""
+    """Losses with the original weights."""
     rounded: RowScores
-    """With weights of the type."""
+    """Losses with rounded weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +58,21 @@ class QuantizationCost:
     quantization: Quantization
     losses: Losses
     base: str | None
-    """Id of the model that was tuned, if it is on this machine."""
+    """Id of the base model, if stored on this machine."""
     base_losses: Losses | None
     file_bytes: int
-    """Size of the weights in a GGUF file."""
+    """Size of the weights in a GGUF file, in bytes."""
     remarks: Sequence[str] = ()
-    """Reasons why the losses say less than their intervals do."""
+    """Reasons to trust the losses less than the intervals suggest."""
 
     @cached_property
     def difference(self) -> Difference:
-        """The rounded loss less the whole loss; above 0 is worse."""
+        """The loss with rounded weights minus the original loss; above 0 is worse."""
         return _difference(self.losses.whole, self.losses.rounded)
 
     @cached_property
     def gains(self) -> tuple[Difference, Difference] | None:
-        """The base's loss less the model's, both whole and both rounded."""
+        """The base's loss minus the model's loss, with original and with rounded weights."""
         if self.base_losses is None:
             return None
         whole, rounded = map(_difference, self.losses, self.base_losses)
@@ -80,21 +80,21 @@ class QuantizationCost:
 
     @property
     def kept_share(self) -> float | None:
-        """Share of the gain of tuning that is left; None without a significant gain."""
+        """Share of the gain of tuning that survives rounding; None without a significant gain."""
         if self.gains is None or not self.gains[0].significant or self.gains[0].value <= 0:
             return None
         return self.gains[1].value / self.gains[0].value
 
     @property
     def erases(self) -> bool:
-        """Whether the rounded model is not significantly better than the base, whole or rounded."""
+        """Whether the rounded model is not significantly better than the base, original or rounded."""
         if self.base_losses is None or self.kept_share is None:
             return False
         found = [_difference(self.losses.rounded, base) for base in self.base_losses]
         return not all(each.significant and each.value > 0 for each in found)
 
     def verdict(self) -> str:
-        """Return the cost in a sentence."""
+        """Return the cost as a sentence."""
         kind, lost, share = self.quantization, self.difference, self.kept_share
         apart = f"{lost.value:+.4f} \N{PLUS-MINUS SIGN} {lost.error:.4f} nats a token"
         if self.gains is not None and self.erases:
@@ -138,7 +138,7 @@ def measure_quantization(
     """Measure the loss of ``stored`` and of its base on ``rows``, before and after rounding.
 
     Raises:
-        DataError: for rows that are too long, or in which there is nothing to learn.
+        DataError: for rows that are too long or have no learned token.
         RecipeError: for a model without a GGUF form, or rows of another task.
     """
     kind = check_quantization(quantization)
@@ -167,7 +167,8 @@ def _difference(before: RowScores, after: RowScores) -> Difference:
 def _losses(
     stored: StoredModel, kind: Quantization, texts: Sequence[Example]
 ) -> tuple[Losses, int]:
-    """Return the losses of ``texts`` before and after rounding, and the size of the weights."""
+    """Return the losses of ``texts`` before and after rounding, and the size of the weights in
+    bytes."""
     weight_R = np.array([text.weight for text in texts])
     network = open_network(stored, precise=True)
     try:
@@ -184,7 +185,7 @@ def _losses(
 
 
 def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> Sequence[Example]:
-    """Encode rows as for training; raw text is cut into pieces of ``context`` tokens."""
+    """Encode rows as for training. Raw text is packed into pieces of ``context`` tokens."""
     objective = objective_for(rows[0], chat)
     if objective.method not in ("sft", "causal_lm"):
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Writing a model as a directory that other software loads."""
+"""Writers of safetensors and GGUF exports."""
 
 from __future__ import annotations
 
@@ -60,22 +60,23 @@ from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.models.sentence_head import attach_sentence_head, sentence_head
 
 Phase = Literal["merge", "trace", "write", "compare"]
-"""A part of an export. An export has those that it needs, in this order."""
+"""A phase of an export. An export has some of the phases, in this order."""
 OnProgress = Callable[[Phase, int, int], None]
-"""Hears how much of a part is done, and how much there is: bytes of ``write``, networks of the lineage
-of ``merge``, prompts or batches of ``compare``."""
+"""Receives the phase, the finished amount and the total: bytes of ``write``, networks of ``merge``,
+prompts or batches of ``compare``."""
 
 
 def ignore_progress(phase: Phase, done: int, total: int) -> None:
-    """For callers that show no progress."""
+    """Discard the progress."""
 
 
 PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-"""Precisions of merged weights by their names."""
+"""Precisions of merged weights by name."""
 
 
 def merged_dtype(stored: StoredModel, precision: str | None = None) -> torch.dtype:
-    """Return the precision of merged weights: ``precision``, or that of the base's own weights."""
+    """Return the precision of merged weights: ``precision``, or the precision of the base's
+    weights."""
     if precision is not None:
         return PRECISIONS[precision]
     return max(map(stored_dtype, network_folders(stored.network_folder)), key=lambda d: d.itemsize)
@@ -88,18 +89,24 @@ def export(
     on_progress: OnProgress = ignore_progress,
     precision: str | None = None,
 ) -> Path:
-    """Write ``stored`` to the new folder ``target`` and return it.
+    """Write ``stored`` to the new folder ``target`` and return the folder.
 
-    With ``merged``, or for a model that is no adapter, the folder is a Hugging Face directory. Merged
-    weights have the precision of the base's weights, or the ``precision`` given, whatever machine
-    exports. Without ``merged``, an adapter is written in PEFT's format for the base model named in
-    ``adapter_config.json``; PEFT loads the adapter and the outputs are compared. An adapter on a
-    pipeline of diffusers is written for ``pipe.load_lora_weights``.
+    With ``merged``, or for a model without an adapter, the folder is a Hugging Face directory.
+    Without ``merged``, the folder has an adapter in PEFT's format for the base model in
+    ``adapter_config.json``. PEFT loads the adapter and the outputs are compared. An adapter on a
+    diffusers pipeline is written for ``pipe.load_lora_weights``.
+
+    Args:
+        stored: the model.
+        target: the new folder.
+        merged: whether to merge the adapter.
+        on_progress: receives the progress.
+        precision: precision of merged weights; by default the precision of the base's weights.
 
     Raises:
-        RecipeError: for an adapter that the format does not hold, or that PEFT loads in part.
-        CorruptFile: where a file is not the one that was stored, or changed meanwhile.
-        RunConflict: where something is at ``target``.
+        RecipeError: for an adapter that the format cannot express or that PEFT loads only in part.
+        CorruptFile: if a file of the model differs from its record, before or after the export.
+        RunConflict: if the folder has files.
     """
     if stored.parent is not None and stored.parent.parent is not None and not merged:
         raise RecipeError(
@@ -141,7 +148,7 @@ def export(
 def load_merged(
     stored: StoredModel, dtype: torch.dtype, device: torch.device, on_progress: OnProgress
 ) -> torch.nn.Module:
-    """The network of ``stored`` with all adapters of its lineage merged in, as ``merge`` goes on."""
+    """Return the network of ``stored`` with all adapters merged, and report the phase ``merge``."""
     lineage = [stored]
     while lineage[-1].parent is not None:
         lineage.append(lineage[-1].parent)
@@ -160,14 +167,15 @@ def load_merged(
 
 @contextmanager
 def _report_written(total: int, on_progress: OnProgress) -> Iterator[None]:
-    """Report the start and the end of writing ``total`` bytes: libraries report nothing in between."""
+    """Report the start and the end of writing ``total`` bytes: libraries report no progress in
+    between."""
     on_progress("write", 0, total)
     yield
     on_progress("write", total, total)
 
 
 def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
-    """Write the pipeline of a sentence encoder next to its adapter."""
+    """Write the pipeline of a sentence encoder next to the adapter."""
     pipeline, head = stored.chat.sentence, stored.objective.head()
     if pipeline is None or head.task != "embedding":
         return
@@ -179,14 +187,14 @@ def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
 
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
-"""File of an adapter that diffusers looks for in a folder."""
+"""File name that diffusers expects for an adapter."""
 
 
 def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
-    """Write an adapter on a pipeline as diffusers reads it.
+    """Write an adapter on a pipeline in diffusers' format.
 
-    The scale of the update goes into its second matrix: diffusers takes 1 where a file names none, and
-    not all versions read the same name for it.
+    The second matrix includes the scale of the update: diffusers defaults to a scale of 1, and
+    versions of diffusers differ in the name of the scale.
     """
     lora = _lora_of(stored)
     if not isinstance(lora, LoRA):
@@ -204,19 +212,17 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
 
 
 def _lora_of(stored: StoredModel) -> Adaptation:
-    """The adaptation of ``stored``, of a quantized base the LoRA on it."""
+    """Return the adaptation of ``stored``; for QLoRA, the LoRA part."""
     adaptation = stored.adaptation
     return adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
 
 
 def new_target(target: Path) -> Path:
-    """Where to write, which takes the place of nothing but an empty folder.
-
-    A link stays one, and the folder is made where it leads.
+    """Return the target folder, which must not exist or must be empty. Symbolic links are resolved.
 
     Raises:
-        RecipeError: where no folder can be made.
-        RunConflict: for anything else that is there.
+        RecipeError: if the folder cannot be created.
+        RunConflict: if the path exists and is not an empty folder.
     """
     check_creatable(target.expanduser())
     target = target.expanduser().absolute()
@@ -228,11 +234,12 @@ def new_target(target: Path) -> Path:
 
 @contextmanager
 def new_export_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
-    """As :func:`luthier.files.new_folder`, for files of ``stored`` as they are in its record.
+    """Create a folder as :func:`luthier.files.new_folder` does, while the files of ``stored`` stay
+    intact.
 
     Raises:
-        CorruptFile: where they are not, before or behind the block.
-        RunConflict: where something came to be at ``target`` meanwhile.
+        CorruptFile: if a file of ``stored`` differs from its record, before or after the block.
+        RunConflict: if ``target`` receives files during the block.
     """
     check_whole(stored)
     sweep(target.parent, target.name)
@@ -255,17 +262,27 @@ def export_gguf(
     quantization: str | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> ExportRecord:
-    """Write a model to the new folder ``target`` for llama.cpp, with a Modelfile for Ollama beside it.
+    """Write a model to the new folder ``target`` for llama.cpp, with a Modelfile for Ollama.
 
-    The weights are those that luthier serves, in the type that ``quantization`` names (f16 when not
-    given), with tokenizer, chat template and stop tokens in the same file. With ``merged`` false, it
-    is a LoRA adapter alone, in float32, for the GGUF file of its base. Where llama.cpp is installed it
-    has loaded the file before the folder is there, and its answers were compared with the model's:
-    what is returned says how near they are.
+    One file has the served weights, the tokenizer, the chat template and the stop tokens. If
+    llama.cpp is installed, llama.cpp loads the file before the folder appears, and the outputs are
+    compared with the model's.
+
+    Args:
+        stored: the model.
+        target: the new folder.
+        merged: whether to merge the adapter. Otherwise the file is a LoRA adapter in float32 for
+            the GGUF
+            file of the base.
+        quantization: type of the weights; f16 by default.
+        on_progress: receives the progress.
+
+    Returns:
+        The record, with the parity if llama.cpp is installed.
 
     Raises:
-        RecipeError: for a model that llama.cpp cannot run, or that answers otherwise there.
-        RunConflict: where something is at ``target``.
+        RecipeError: for a model that llama.cpp cannot run, or with different outputs there.
+        RunConflict: if the folder has files.
     """
     target = new_target(target)
     if not merged and quantization is not None:
@@ -329,7 +346,7 @@ def export_gguf(
 
 
 def _plain_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
-    """Return the adaptation and the base of an adapter that llama.cpp can load.
+    """Return the LoRA and the base of an adapter that llama.cpp can load.
 
     Raises:
         RecipeError: for a model that is not a plain LoRA adapter on a base model.
@@ -355,7 +372,7 @@ def _plain_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
 
 
 def _file_name(stored: StoredModel) -> str:
-    """The id of a model as a part of the name of a file."""
+    """Return the id of a model as a part of a file name."""
     base, name = split_id(stored.id)
     return "-".join(part for part in (short_name(base), name) if part)
 
@@ -372,7 +389,7 @@ def _general_metadata(stored: StoredModel) -> GeneralMetadata:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """All files of a whole network but luthier's own."""
+    """Copy the files of a whole network, without luthier's own files."""
     for path in source.iterdir():
         if path.name in OWN_FILES or path.stem == "loss":
             continue

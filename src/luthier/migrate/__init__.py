@@ -1,7 +1,7 @@
-"""What other tools keep, as files of luthier's: ``import_promptfoo`` and ``import_openai``.
+"""Imports from other tools: ``import_promptfoo`` and ``import_openai``.
 
-An import reads and converts; it asks no model and needs no network. What cannot be carried over is
-listed with its reason, in what it returns and in ``IMPORT.md`` of the new folder.
+An import converts files, without a model and without a network. Everything that cannot be imported
+is listed with a reason, in the result and in ``IMPORT.md`` of the new folder.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def import_promptfoo(
         judge: Judge for rubrics: model id, or https://host/v1#model.
 
     Returns:
-        The files, with commands to go on, and what could not be carried over.
+        The files with commands for each, and the parts without an equivalent.
 
     Raises:
-        RecipeError: for a file that is no configuration or has nothing to import, and a folder that
-            holds something.
+        RecipeError: for a file that is no configuration or has no importable test, and for a folder
+            with
+            files.
     """
     from luthier.migrate.promptfoo import convert
 
@@ -48,8 +49,8 @@ def import_openai(
 ) -> Import:
     """Write rows, recipes and graders of an OpenAI account.
 
-    The export has the objects of the API as ``.json`` or ``.jsonl``, and the contents of files by id or
-    name.
+    The export has the objects of the API as ``.json`` or ``.jsonl``, and the contents of files by
+    id or name.
 
     Args:
         export: Folder with the exported objects.
@@ -57,10 +58,10 @@ def import_openai(
         judge: Judge for graders: model id, or https://host/v1#model.
 
     Returns:
-        The files, with commands to go on, and what could not be carried over.
+        The files with commands for each, and the parts without an equivalent.
 
     Raises:
-        RecipeError: for a folder without an object of OpenAI's, and a target that holds something.
+        RecipeError: for a folder without OpenAI objects, and for a target folder with files.
     """
     from luthier.migrate.openai import convert
 

@@ -1,7 +1,7 @@
-"""Assertions of promptfoo as graders.
+"""Conversion of promptfoo's assertions to graders.
 
-What an assertion compares with stands in the row, under ``assert``, so that tests with the same kinds
-of assertions share their graders. Source: promptfoo's pages on expected outputs, of 2026.
+The expected values of assertions are stored in the row, under ``assert``, so tests with equal kinds
+of assertions share graders. Source: promptfoo's pages on expected outputs, 2026.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from luthier.graders import parse_graders
 from luthier.migrate.files import YAML_ENDINGS, Refused, number_of, parse_yaml
 
 MOST_PARTS = 16
-"""Graders of a formula."""
+"""Maximum number of graders in a formula."""
 
 LEFT_OUT = {
     "javascript": "JavaScript is not run; write it as a `python` grader",
@@ -92,7 +92,7 @@ def grade(sample, item):
 
 @dataclass
 class Checks:
-    """The assertions of one test as graders: what varies from test to test is in :attr:`values`."""
+    """The assertions of one test as graders. :attr:`values` has the expected values of the test."""
 
     fill: Callable[[Any], Any]
     read: Callable[[str], str]
@@ -100,15 +100,15 @@ class Checks:
     values: list[Any] = field(default_factory=list)
     graders: dict[str, dict[str, Any]] = field(default_factory=dict)
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What is written: a grader for each assertion, and ``pass`` for all of them."""
+    """The written graders: one per assertion, and ``pass`` for the whole test."""
     passed: list[tuple[str, str, float]] = field(default_factory=list)
-    """Of each assertion: the formulas of its score and of whether it passes, and its weight."""
+    """Formula of the score, formula of the pass condition, and weight of each assertion."""
     expected: str | None = None
     refused: list[tuple[str, str]] = field(default_factory=list)
-    """Assertions that are not carried over, and why."""
+    """Assertions without an equivalent, with reasons."""
 
     def add_all(self, asserts: Sequence[Any], threshold: float | None) -> None:
-        """Take the assertions of a test, which passes where all do, or by its ``threshold``."""
+        """Convert the assertions of a test. The test passes if all pass, or by its ``threshold``."""
         for given in asserts:
             kind = given.get("type") if isinstance(given, Mapping) else None
             before = len(self.values), set(self.graders)
@@ -146,7 +146,7 @@ class Checks:
         self.tables["pass"] = _formula(self.graders, whole)
 
     def _formulas(self, given: Mapping[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:
-        """Score and pass of an assertion, and the graders that they are computed of."""
+        """Return score formula, pass formula and graders of an assertion."""
         kind = str(given["type"])
         if kind == "assert-set":
             before = set(self.graders)
@@ -241,7 +241,7 @@ class Checks:
         raise Refused("there is no such grader here")
 
     def _comparison(self, kind: str, value: Any) -> tuple[str, str]:
-        """Equality, or a text that has to be in the reply."""
+        """Return the formulas of an equality or containment check."""
         if isinstance(value, (Mapping, list)):
             if kind != "equals":
                 raise Refused("it compares with a text")
@@ -294,7 +294,7 @@ class Checks:
         return name, name
 
     def _place(self, text: str) -> str:
-        """The template that names ``text``, which the row holds."""
+        """Store ``text`` in the row and return the template that refers to ``text``."""
         self.values.append(text)
         return f"{{{{item.assert[{len(self.values) - 1}]}}}}"
 
@@ -308,14 +308,14 @@ class Checks:
 
 @dataclass(frozen=True)
 class _Source:
-    """A file of Python, and the function of it that is asked."""
+    """The source of a Python file and the name of the grading function."""
 
     text: str
     function: str
 
 
 def _combine(parts: Sequence[tuple[str, str, float]], threshold: float | None) -> tuple[str, str]:
-    """Formulas of the weighted mean of some assertions, and of whether they pass together."""
+    """Return the formulas of the weighted mean and of the joint pass condition of assertions."""
     total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in parts)
     score = f"({total}) / {sum(weight for *_, weight in parts) or 1:g}"
     if threshold:
@@ -334,7 +334,8 @@ def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_javascript(pattern: Any) -> str:
-    """A regular expression whose digits are ASCII and whose end is the end, as JavaScript has it."""
+    """Return a Python pattern with JavaScript's meaning of digits (ASCII) and of ``$`` (end of
+    text)."""
     text = str(pattern)
     if re.search(r"(?<!\\)(?:\\\\)*\$\Z", text):
         text = text[:-1] + r"\Z"
@@ -342,7 +343,7 @@ def _of_javascript(pattern: Any) -> str:
 
 
 def judge_of(provider: Any) -> str | None:
-    """The model of OpenAI that a test or an assertion names for its rubrics."""
+    """Return the OpenAI model that a test or assertion names as the judge of rubrics."""
     if isinstance(provider, Mapping):
         provider = provider.get("text") or provider.get("id")
         provider = provider.get("id") if isinstance(provider, Mapping) else provider

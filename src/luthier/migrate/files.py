@@ -1,4 +1,4 @@
-"""The files that an import writes, and its report."""
+"""The files that an import writes, and the report of the import."""
 
 from __future__ import annotations
 
@@ -18,59 +18,59 @@ from luthier.files import new_file, write_bytes
 from luthier.recipe import to_toml
 
 MOST_BYTES = 64 * 2**20
-"""Of one file that is read whole."""
+"""Maximum size of a file that is read as a whole, in bytes."""
 REPORT = "IMPORT.md"
 YAML_ENDINGS = (".json", ".yaml", ".yml")
 
 
 class Refused(Exception):
-    """Why something is not carried over."""
+    """The reason why a part cannot be imported."""
 
 
 @dataclass(frozen=True)
 class ImportedFile:
-    """A file that an import wrote."""
+    """A file written by an import."""
 
     path: Path
     content: str
-    """What it holds, in a few words."""
+    """Short description of the content."""
     command: str | None = None
-    """A command to go on with."""
+    """A command that uses the file."""
 
 
 @dataclass(frozen=True)
 class NotImported:
-    """What could not be carried over."""
+    """A part that cannot be imported."""
 
     where: str
-    """The place in what was imported."""
+    """Location in the imported configuration or account."""
     reason: str
 
 
 @dataclass
 class Import:
-    """What came of an import."""
+    """The result of an import."""
 
     source: Path
     folder: Path
     target: Path
-    """Where files are written until the folder is whole."""
+    """Temporary folder of the files until the import is complete."""
     files: list[ImportedFile] = field(default_factory=list)
     not_imported: list[NotImported] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    """What was carried over, but means something else here."""
+    """Parts that were imported with a different meaning."""
     _said: set[tuple[str, str]] = field(default_factory=set)
     results: list[str] = field(default_factory=list)
-    """Earlier results, in sentences."""
+    """Earlier results, as sentences."""
 
     def skip(self, where: str, reason: str) -> None:
-        """Say once what is not carried over."""
+        """Record a part that cannot be imported, once."""
         if (where, reason) not in self._said:
             self._said.add((where, reason))
             self.not_imported.append(NotImported(where, reason))
 
     def remark(self, text: str) -> None:
-        """Say something once."""
+        """Record a remark, once."""
         if ("", text) not in self._said:
             self._said.add(("", text))
             self.remarks.append(text)
@@ -78,7 +78,7 @@ class Import:
     def write_rows(
         self, name: str, rows: Iterable[Mapping[str, Any]], content: str, command: str | None = None
     ) -> None:
-        """Write rows, one JSON object a line."""
+        """Write rows as JSON Lines."""
         number = 0
         with new_file(self.target / name) as made:
             for row in rows:
@@ -88,7 +88,7 @@ class Import:
         self.files.append(ImportedFile(Path(name), f"{count} {content}", command))
 
     def copy_rows(self, name: str, source: Path, content: str) -> None:
-        """Copy a file of rows as it is."""
+        """Copy a file of rows unchanged."""
         path = self.target / name
         with source.open("rb") as given, new_file(path) as made:
             shutil.copyfileobj(given, made)
@@ -101,15 +101,15 @@ class Import:
         self._write(name, to_toml(fields), content, command or None)
 
     def place(self, name: str) -> str:
-        """Where a file will stand, for commands."""
+        """Return the final path of a file, quoted for a shell."""
         return shlex.quote(str(self.folder / name))
 
     def write_report(self) -> None:
-        """Write what was done as a page of Markdown."""
+        """Write the report as Markdown."""
         self._write(REPORT, "\n".join(self.lines()) + "\n", "this report", None, listed=False)
 
     def lines(self) -> list[str]:
-        """The report."""
+        """Return the lines of the report."""
         lines = [f"# What was imported from {self.source.name}", ""]
         for file in self.files:
             lines.append(f"- `{file.path}`: {file.content}")
@@ -129,7 +129,7 @@ class Import:
         return lines
 
     def plain(self) -> dict[str, Any]:
-        """The same, ready for JSON."""
+        """Return the result as JSON values."""
         return {
             "folder": str(self.folder),
             "files": [
@@ -158,7 +158,8 @@ class Import:
 
 
 def file_name(text: str, taken: set[str], suffix: str) -> str:
-    """A name for a file that people called ``text``; each only once."""
+    """Return a file name for the title ``text`` that is not in ``taken``, and add the name to
+    ``taken``."""
     stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].rstrip("-") or "unnamed"
     name, number = f"{stem}{suffix}", 2
     while name in taken:
@@ -168,10 +169,10 @@ def file_name(text: str, taken: set[str], suffix: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file of text.
+    """Return the content of a text file.
 
     Raises:
-        RecipeError: for what is no file, too long, or no text.
+        RecipeError: for a missing file, a file over the size limit, or a file that is not UTF-8.
     """
     try:
         if not path.is_file():
@@ -186,10 +187,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """JSON, or YAML 1.2 without classes and dates.
+    """Parse JSON, or YAML 1.2 without tags and dates.
 
     Raises:
-        RecipeError: if the text is neither.
+        RecipeError: for any other text.
     """
     import yaml
 
@@ -205,7 +206,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 @cache
 def _loader() -> Any:
-    """PyYAML's safe loader with the plain values of YAML 1.2, as JavaScript's has them."""
+    """Return PyYAML's safe loader with the scalars of YAML 1.2, as in JavaScript's parser."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -225,7 +226,7 @@ def _loader() -> Any:
 
 
 def number_of(given: Any, default: float) -> float:
-    """A number, or a text that is one; ``default`` where there is nothing.
+    """Return a number or numeric text as a float; ``default`` for an empty value.
 
     Raises:
         Refused: for anything else.

@@ -1,12 +1,12 @@
-"""What an account of OpenAI's keeps as rows, graders and recipes.
+"""Import of an OpenAI account as rows, graders and recipes.
 
-OpenAI gives no export of an account; its API lists and gives everything as objects whose ``object``
-says what they are. A folder of such objects is read, however its files are called. Source: OpenAI's API
-reference on files, fine-tuning and evals, of 2026.
+OpenAI offers no export of an account. The API returns objects with their kind under ``object``, and
+the import reads a folder of such objects under any file names. Source: OpenAI's API reference on
+files, fine-tuning and evals, 2026.
 
-- files for fine-tuning become rows as they are, jobs the recipes that learn from them
-- the criteria of an eval become graders, and the rows of its runs rows
-- answers that passed become rows of prompt and reply: what another model can learn from
+- files for fine-tuning become rows, and jobs become recipes with these rows
+- the criteria of an eval become graders, and the rows of its runs become rows
+- replies that passed become rows with prompt and reply, for training another model
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _LISTS = ("list", "page")
 _HYPERPARAMETERS = (
     DpoHyperparameters.model_fields.keys() | ReinforcementHyperparameters.model_fields.keys()
 ) - Hyperparameters.model_fields.keys()
-"""Those that mean the same here; the others a job shows as they came to be for a model that is not
-here."""
+"""Hyperparameters with the same meaning in luthier. A job shows the remaining hyperparameters as
+chosen for OpenAI's model."""
 _PLACE = re.compile(r"\{\{\s*item\b")
 _PYTHON = (
     '\n\n_grade = grade\n\n\ndef grade(sample, item):\n    return _grade(sample, item["item"])\n'
@@ -51,17 +51,17 @@ _PYTHON = (
 
 @dataclass
 class _Export:
-    """The objects of a folder, by kind and id, and its other files by name."""
+    """The objects of a folder by kind and id, and all other files by name."""
 
     objects: dict[str, dict[str, Mapping[str, Any]]] = field(
         default_factory=lambda: {kind: {} for kind in _KINDS}
     )
     contents: dict[str, Path] = field(default_factory=dict)
     read: set[Path] = field(default_factory=set)
-    """Contents that an object named."""
+    """Contents that an object refers to."""
 
     def content_of(self, file_id: str | None) -> Path | None:
-        """The content of a file, by its id or the name that it was uploaded by."""
+        """Return the content of a file by id or by the name of the upload."""
         known = self.objects["file"].get(str(file_id), {})
         names = (str(file_id), str(known.get("filename") or file_id))
         found = next((self.contents[name] for name in names if name in self.contents), None)
@@ -71,7 +71,7 @@ class _Export:
 
 
 def convert(export: Path, result: Import, judge: str | None = None) -> None:
-    """Write what the folder ``export`` holds into ``result``; see :func:`..import_openai`."""
+    """Convert the folder ``export`` into ``result``; see :func:`..import_openai`."""
     if not export.is_dir():
         raise RecipeError(f"{export} is no folder")
     found = _read(export, result)
@@ -102,7 +102,7 @@ def _read(folder: Path, result: Import) -> _Export:
 
 
 def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Objects of OpenAI's in a file: one, a list or page of them, or one a line."""
+    """Yield the OpenAI objects of a file: a single object, a list or page, or one object per line."""
     for part in _lines(path) if path.suffix == ".jsonl" else [path.read_bytes()]:
         try:
             value = json.loads(part)
@@ -116,14 +116,14 @@ def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines, which end at a line feed alone."""
+    """Yield lines, separated by line feeds only."""
     with path.open("rb") as file:
         while line := file.readline(MOST_BYTES):
             yield line
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a file is empty, or a list without objects."""
+    """Return whether a file is empty or a list without objects."""
     with path.open("rb") as file:
         beginning = file.read(1000)
     try:
@@ -138,13 +138,13 @@ class _Conversion:
         self.export, self.result, self.judge = export, result, judge
         self.taken: set[str] = set()
         self.rows_of: dict[str, str] = {}
-        """Files of rows by OpenAI's ids."""
+        """Files of rows by OpenAI file id."""
         self.runs = _by(export.objects["eval.run"].values(), "eval_id")
         self.items = _by(export.objects["eval.run.output_item"].values(), "run_id")
 
     @contextmanager
     def _left_out(self, where: str) -> Iterator[None]:
-        """Write down why what the block converts is not carried over, and go on behind it."""
+        """Record why the block cannot convert an object, and continue after the block."""
         try:
             yield
         except (Refused, Fault, RowRefused) as error:
@@ -219,7 +219,7 @@ class _Conversion:
         )  # fmt: skip
 
     def _judge(self, model: str, where: str) -> str:
-        """What graders of OpenAI's ask here."""
+        """Return the judge of a model grader."""
         if self.judge is None:
             self.result.remark(
                 f"replies that a model grades are sent to {model} at api.openai.com; --judge names "
@@ -251,7 +251,7 @@ class _Conversion:
                 self._run(run, title, graders, written)
 
     def _table(self, given: Any, index: int) -> dict[str, dict[str, Any]]:
-        """The grader of a criterion, which gives 1 where a row passes."""
+        """Return the grader of a criterion. The grader returns 1 if a row passes."""
         if not isinstance(given, Mapping):
             return {}
         (criterion,) = criteria_of([given], self._judge, {})
@@ -302,7 +302,7 @@ class _Conversion:
     def _rows(
         self, run: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        """What the run asked, by its source, or else by its output items."""
+        """Yield the prompts of a run, from the data source or else from the output items."""
         given = {n: v for n, v in (run.get("data_source") or {}).items() if v is not None}
         source = validate(given, DataSource, "data_source") if _known_source(given) else None
         found = [] if source is None else self._items(given["source"])
@@ -333,7 +333,7 @@ class _Conversion:
 
 
 def _by(objects: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, list[Mapping[str, Any]]]:
-    """Objects by what they say under ``name``, in their order."""
+    """Return objects grouped by the member ``name``, in order."""
     found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for each in objects:
         found[str(each.get(name))].append(each)
@@ -347,8 +347,11 @@ def _known_source(given: Mapping[str, Any]) -> bool:
 
 
 def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a job without what was chosen for a model of OpenAI's, and that: what their service
-    knows and this one does not, too."""
+    """Split the fields of a job into the user's choices and the values that OpenAI chose for its
+    model.
+
+    Settings without an equivalent count as OpenAI's choices.
+    """
     dropped: dict[str, Any] = {}
 
     def clean(
@@ -372,7 +375,8 @@ def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], d
 
 
 def _below_item(value: Any) -> Any:
-    """Fields of a grader for rows that hold the item as ``item``, whatever its members are called."""
+    """Return grader fields for rows that store the item under ``item``, whatever the members of the
+    item."""
     if isinstance(value, str):
         return _PLACE.sub("{{item.item", value)
     if isinstance(value, Mapping):

@@ -1,13 +1,13 @@
-"""A configuration of promptfoo as rows and graders: its prompts, tests and assertions.
+"""Import of a promptfoo configuration as rows and graders: prompts, tests and assertions.
 
-Each prompt becomes a file of rows, one for each test with its variables filled in; tests with the same
-kinds of assertions share a file, and a file of graders. What an assertion compares with stands in the
-row, under ``assert``. Source: promptfoo's configuration reference and its pages on test cases and
-expected outputs, of 2026.
+Each prompt becomes a file of rows, with one row per test and choice of variables. Tests with equal
+kinds of assertions share a file of rows and a file of graders. The expected values of assertions
+are stored in the row, under ``assert``. Source: promptfoo's configuration reference and its pages
+on test cases and expected outputs, 2026.
 
-Left out is what needs promptfoo itself: JavaScript, providers, transforms, red teaming, limits of cost
-and latency, and metrics that need a retrieved context. Templates are read by Jinja2 in
-its sandbox, which Nunjucks was modelled on.
+Parts that need promptfoo are not imported: JavaScript, providers, transforms, red teaming, limits
+of cost and latency, and metrics on a retrieved context. Jinja2's sandbox renders the templates,
+because Nunjucks is modelled on Jinja2.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 class _Prompt:
     label: str
     template: str | list[Any]
-    """A text, or messages whose contents are texts."""
+    """A text, or messages with text contents."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class _Test:
     prefix: str
     suffix: str
     beside: Mapping[str, Any]
-    """Its description and metadata."""
+    """Description and metadata of the test."""
     judge: str | None
 
 
 def convert(config: Path, result: Import, judge: str | None = None) -> None:
-    """Write what ``config`` asks and checks into ``result``; see :func:`..import_promptfoo`."""
+    """Convert ``config`` into ``result``; see :func:`..import_promptfoo`."""
     try:
         _Configuration(config, result, judge).write()
     except Refused as error:
@@ -87,7 +87,7 @@ class _Configuration:
         self.default = self._default()
         self.embeds = False
         self.without: dict[str, dict[str, None]] = {}
-        """By variable, the tests that lack it, in their order."""
+        """Names of the tests that lack a variable, in order, by variable."""
 
     def write(self) -> None:
         prompts, labels = list[_Prompt](), Counter[str]()
@@ -206,7 +206,7 @@ class _Configuration:
                 yield _Prompt(f"{title} {number}" if len(parts) > 1 else title, part.strip())
 
     def _names(self, pattern: str) -> list[str]:
-        """The name of a file, or those in the folder that are like a pattern."""
+        """Return the name of a file, or the names in the folder that match a pattern."""
         if not re.search(r"[*?\[]", pattern):
             return [pattern]
         folder = self.path.parent
@@ -330,14 +330,14 @@ class _Configuration:
         return read
 
     def _resolve_variables(self, variables: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Variables may name each other."""
+        """Resolve references between variables."""
         fill = self._filler(variables, where)
         return {name: fill(value) for name, value in variables.items()}
 
     def _rows_of_test(
         self, prompt: _Prompt, test: _Test
     ) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-        """Rows of a test: one for each choice among variables that are lists."""
+        """Yield the rows of a test: one per combination of values of the list variables."""
         lists = {name: value for name, value in test.vars.items() if isinstance(value, list)}
         for chosen in itertools.product(*lists.values()):
             variables = {**test.vars, **dict(zip(lists, chosen, strict=True))}
@@ -373,7 +373,7 @@ class _Configuration:
         return {name: value for name, value in row.items() if value not in ({}, [])}, checks.tables
 
     def _filler(self, variables: Mapping[str, Any], where: str) -> Callable[[Any], Any]:
-        """What puts variables into texts, and writes down which of them are missing."""
+        """Return a function that fills variables into texts and records missing variables."""
 
         def missing(name: str) -> None:
             self.without.setdefault(name, {})[where] = None
@@ -409,7 +409,7 @@ class _Configuration:
 
 
 def _of_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A test from a row of a table, whose columns with two underscores mean something."""
+    """Return a test from a table row. Columns with two leading underscores are fields of the test."""
     test: dict[str, Any] = {"vars": {}, "assert": [], "options": {}, "metadata": {}}
     for name, value in record.items():
         if not name.startswith("__"):
@@ -428,7 +428,7 @@ def _of_columns(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_cell(text: str) -> dict[str, Any]:
-    """An assertion as a cell has it: ``contains: Paris``, ``similar(0.8): Hello``, or a text alone."""
+    """Return an assertion from a cell: ``contains: Paris``, ``similar(0.8): Hello``, or plain text."""
     found = _EXPECTED.fullmatch(text)
     known = (*LEFT_OUT, *JUDGED, *SIMILARITIES, "equals", "contains", "icontains", "contains-any",
              "contains-all", "icontains-any", "icontains-all", "regex", "starts-with", "is-json",
@@ -444,7 +444,7 @@ def _of_cell(text: str) -> dict[str, Any]:
 
 
 def _messages(text: str) -> list[Any] | None:
-    """Turns, where ``text`` is a list of them as JSON or YAML; ``None`` for any other text."""
+    """Return the messages if ``text`` is a list of messages in JSON or YAML; otherwise ``None``."""
     if not text.lstrip().startswith(("[", "- ")):
         return None
     try:
@@ -477,7 +477,7 @@ def _environment() -> Any:
 
 
 def _as_javascript(value: Any) -> Any:
-    """What a template writes of a value."""
+    """Return a value as a Nunjucks template writes the value."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (dict, list)):
@@ -497,7 +497,7 @@ def _template(text: str) -> tuple[Any, frozenset[str]]:
 
 
 def _fill(text: str, variables: Mapping[str, Any], missing: Callable[[str], None]) -> str:
-    """``text`` with the variables put into it."""
+    """Return ``text`` with variables filled in."""
     from jinja2 import TemplateError
 
     if "{{" not in text and "{%" not in text:
