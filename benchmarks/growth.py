@@ -127,7 +127,7 @@ def database_of(count: int, folder: Path) -> Any:
     database, moment = Database(f"sqlite:///{folder / 'luthier.db'}"), now()
     upgrade(database)
     fields: dict[str, Any] = {
-        "face": "bedrock", "customization_type": "FINE_TUNING", "foundation": "luthier.tiny",
+        "api": "bedrock", "customization_type": "FINE_TUNING", "foundation": "luthier.tiny",
         "base_model": "arn", "command": "tune", "recipe": {}, "request": {}, "validators": [],
         "details": {}, "created": moment, "modified": moment, "memory": 1,
     }  # fmt: skip

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="of streams, on each face")
+    parser.add_argument("--rounds", type=int, default=3, help="of streams, on each API")
     parser.add_argument("--only-streams", action="store_true")
     parser.add_argument("--clients", action="store_true", help="stream by boto3 and openai")
     parser.add_argument("--generate", action="store_true", help="transformers' generate beside it")
@@ -261,7 +261,7 @@ CONVERSE: dict[str, Any] = {
     "messages": [{"role": "user", "content": [{"text": PROMPT}]}],
     "inferenceConfig": {"maxTokens": TOKENS, "temperature": 1},
 }
-FACES = {
+APIS = {
     "openai": ("/v1/chat/completions", CHAT, b"[DONE]", rb'"content":\s?"[^"]',
                rb'"completion_tokens":\s?(\d+)'),
     "converse": (f"/model/{MODEL}/converse-stream", CONVERSE, b"messageStop", rb"contentBlockDelta",
@@ -270,16 +270,16 @@ FACES = {
 
 
 async def streams(port: int, asked: argparse.Namespace, server: psutil.Process) -> None:
-    """So many clients at once that read answers of 64 tokens, several times on each face."""
+    """So many clients at once that read answers of 64 tokens, several times on each API."""
     warm = time.perf_counter()
     await raw(port, "openai", 1)
     print(f"first stream, the model loaded for it: {time.perf_counter() - warm:.1f} s", flush=True)
     if not asked.clients:
         for round_ in range(asked.rounds):
-            for face in FACES:
+            for api in APIS:
                 began = time.perf_counter()
-                heard = await raw(port, face, asked.streams)
-                print_round(f"{face}, round {round_ + 1}", heard, began, server)
+                heard = await raw(port, api, asked.streams)
+                print_round(f"{api}, round {round_ + 1}", heard, began, server)
         return
     with ProcessPoolExecutor(CROWDS, get_context("spawn"), prepare, (port,)) as pool:
         for round_ in range(-1, asked.rounds):  # one before, in which they import what they need
@@ -309,9 +309,9 @@ def print_round(
     )
 
 
-async def raw(port: int, face: str, count: int) -> list[Heard]:
-    """Streams of a face, read from sockets."""
-    path, body, end, token, counted = FACES[face]
+async def raw(port: int, api: str, count: int) -> list[Heard]:
+    """Streams of an API, read from sockets."""
+    path, body, end, token, counted = APIS[api]
     text = json.dumps(body).encode()
     found = await asyncio.gather(
         *(Connection(port).stream(path, text, token) for _ in range(count))

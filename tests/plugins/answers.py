@@ -1,4 +1,4 @@
-"""Every answer of the Bedrock face against the service model: what clients themselves never check."""
+"""Every answer of the Bedrock API against the service model: what clients themselves never check."""
 
 from __future__ import annotations
 

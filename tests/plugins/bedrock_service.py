@@ -1,4 +1,4 @@
-"""A real server with the Bedrock face, real clients of it, and a check of every answer they get."""
+"""A real server with the Bedrock API, real clients of it, and a check of every answer they get."""
 
 from __future__ import annotations
 

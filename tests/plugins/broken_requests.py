@@ -1,4 +1,4 @@
-"""Requests with something wrong in them, to every route of the faces that speak JSON.
+"""Requests with something wrong in them, to every route of the APIs that speak JSON.
 
 Each is one that is fine, with a value of its body, its path or its query replaced, removed or added.
 """

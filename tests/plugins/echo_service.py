@@ -1,4 +1,4 @@
-"""An application whose faces answer with what they were given, and who asks it over real sockets."""
+"""An application whose APIs answer with what they were given, and who asks it over real sockets."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Taking:
 
 
 class Echo:
-    """A face that answers with what it was given."""
+    """An API that answers with what it was given."""
 
     def __init__(self) -> None:
         self.taking = Taking()

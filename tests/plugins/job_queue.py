@@ -54,7 +54,7 @@ def pairs(count: int = 12) -> list[dict[str, Any]]:
 
 
 class Queue:
-    """Jobs as a face makes them, on a tiny model, with few steps."""
+    """Jobs as an API makes them, on a tiny model, with few steps."""
 
     def __init__(self, database: Database, folder: Path, command: list[str]) -> None:
         self.database, self.folder, self.command = database, folder, command
@@ -76,14 +76,14 @@ class Queue:
         return f"s3://rows/{key}"
 
     def submission(self, name: str = "one", **changes: Any) -> Submission:
-        """What a face understood."""
+        """What an API understood."""
         base = foundation_model("luthier.tiny")
         assert base is not None
         steps = changes.pop("steps", 6)
         training = {"max_steps": steps, "batch_size": 4, "precision": "float32", "threads": 1}
         fields: dict[str, Any] = {
             "account": ACCOUNT,
-            "face": "bedrock",
+            "api": "bedrock",
             "job_name": name,
             "model_name": name,
             "customization_type": "FINE_TUNING",

@@ -16,7 +16,7 @@ def add_job(database: Database, name: str = "one", **fields: Any) -> Job:
     moment = now()
     job = Job(
         **{
-            "id": new_id(), "account": ACCOUNT, "name": name, "model_name": name, "face": "bedrock",
+            "id": new_id(), "account": ACCOUNT, "name": name, "model_name": name, "api": "bedrock",
             "customization_type": "FINE_TUNING", "foundation": "luthier.tiny", "base_model": "arn",
             "command": "tune", "recipe": {}, "request": {}, "validators": [], "state": QUEUED,
             "details": {}, "created": moment, "modified": moment, "cores": 1, "memory": 1, **fields,

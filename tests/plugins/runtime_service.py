@@ -1,4 +1,4 @@
-"""The runtime of the Bedrock face behind a real server, with a tiny model, and boto3 in front."""
+"""The runtime of the Bedrock API behind a real server, with a tiny model, and boto3 in front."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ STATUS = {"AccessDenied": 403, "Throttling": 429}
 
 @dataclass
 class Plain:
-    """A face that notes what comes, and answers with an empty object."""
+    """An API that notes what comes, and answers with an empty object."""
 
     calls: list[Request] = field(default_factory=list)
     objects: list[tuple[Signed, RequestHead]] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Plain:
 @dataclass
 class Running:
     url: str
-    face: Plain
+    api: Plain
     database: Database
     api_key: str
 
@@ -107,9 +107,9 @@ class Running:
 
 @pytest.fixture
 def server(database: Database, api_key: str) -> Iterator[Running]:
-    face = Plain()
+    api = Plain()
     application = Application(
-        face.apis(),
+        api.apis(),
         Authenticator(database, KEY),
         RateLimits(database).admit,
         Metrics(dict),
@@ -117,7 +117,7 @@ def server(database: Database, api_key: str) -> Iterator[Running]:
         lambda: None,
     )
     with served(application) as url:
-        yield Running(url, face, database, api_key)
+        yield Running(url, api, database, api_key)
 
 
 def test_boto3_on_the_control_plane(server: Running) -> None:
@@ -126,7 +126,7 @@ def test_boto3_on_the_control_plane(server: Running) -> None:
     bedrock.get_custom_model(modelIdentifier=ARN)
     bedrock.delete_custom_model(modelIdentifier="name with ~blank")
     bedrock.tag_resource(resourceARN=ARN, tags=[{"key": "k", "value": "é"}])
-    calls = server.face.calls
+    calls = server.api.calls
     assert {call.address for call in calls} == {"127.0.0.1"}
     assert [call.caller.arn for call in calls] == [f"arn:aws:iam::{FIRST}:user/root"] * 4
     assert calls[0].query == {"byProvider": ["a b+c/é"]}
@@ -138,7 +138,7 @@ def test_boto3_at_run_time(server: Running) -> None:
     runtime = server.client("bedrock-runtime")
     runtime.converse(modelId=ARN, messages=[{"role": "user", "content": [{"text": "x"}]}])
     runtime.invoke_model(modelId="a.b", body=b'{"prompt": "x"}')
-    assert [call.method for call in server.face.calls] == ["POST", "POST"]
+    assert [call.method for call in server.api.calls] == ["POST", "POST"]
 
 
 def test_boto3_and_objects(server: Running) -> None:
@@ -155,19 +155,19 @@ def test_boto3_and_objects(server: Running) -> None:
         )
         == 403
     )
-    assert {signed.service for signed, _ in server.face.objects} == {"s3"}
-    assert len(server.face.objects) == 3
+    assert {signed.service for signed, _ in server.api.objects} == {"s3"}
+    assert len(server.api.objects) == 3
 
 
 def test_openai_with_an_api_key(server: Running) -> None:
     for key in (server.api_key, short_term_key()):
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
         client.models.list()
-    assert [call.signed.service for call in server.face.calls if call.signed] == ["", ""]
+    assert [call.signed.service for call in server.api.calls if call.signed] == ["", ""]
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0)
     with pytest.raises(openai.PermissionDeniedError):
         client.models.list()
-    assert len(server.face.calls) == 2
+    assert len(server.api.calls) == 2
 
 
 def test_openai_with_a_signature(server: Running) -> None:
@@ -178,8 +178,8 @@ def test_openai_with_a_signature(server: Running) -> None:
     client.chat.completions.create(model="ft:a:b:c:d", messages=[{"role": "user", "content": "é"}])
     client.models.list()
     client.models.retrieve("ft:a:org::x")
-    assert [call.caller.user for call in server.face.calls] == ["root"] * 3
-    assert all(call.signed and call.signed.service for call in server.face.calls)
+    assert [call.caller.user for call in server.api.calls] == ["root"] * 3
+    assert all(call.signed and call.signed.service for call in server.api.calls)
 
 
 def code_of(caught: Any) -> str:
@@ -196,7 +196,7 @@ def test_who_is_not_let_in(server: Running) -> None:
         assert code_of(caught) == code
         with pytest.raises(ClientError):
             server.client("s3", keys).list_buckets()
-    assert server.face.calls == server.face.objects == []
+    assert server.api.calls == server.api.objects == []
 
 
 def test_roles_and_rates_hold_for_signers(server: Running) -> None:
@@ -225,7 +225,7 @@ def test_a_captured_request_goes_nowhere_else(server: Running) -> None:
     assert server.send(head) == 403
     for path in ("/model/a.c/invoke", "/v1/models", "//model/a.b/invoke", "/model/./a.b/invoke"):
         assert server.send(RequestHead("POST", path, "", head.headers, tls=False), b"{}") == 403
-    # A key for objects does not open the other faces, nor theirs the objects.
+    # A key for objects does not open the other APIs, nor theirs the objects.
     objects = signed("GET", "/v1/models", service="s3")
     assert server.send(objects) == 403
     renamed = [(k, v.replace("/bedrock/", "/s3/")) for k, v in head.headers]
@@ -235,5 +235,5 @@ def test_a_captured_request_goes_nowhere_else(server: Running) -> None:
     assert (
         server.send(RequestHead("DELETE", query.path, query.query, query.headers, tls=False)) == 403
     )
-    assert len(server.face.calls) == 2
-    assert server.face.objects == []
+    assert len(server.api.calls) == 2
+    assert server.api.objects == []

@@ -35,7 +35,7 @@ def server(disk: Disk, tiny_model_folder: Path) -> Iterator[Served]:
 
 
 def everything(server: Served, number: int) -> dict[str, tuple[int, str]]:
-    """One change on each face: status and what was said."""
+    """One change on each API: status and what was said."""
     record = {}
     s3 = server.client("s3", tries=1)
     calls = {

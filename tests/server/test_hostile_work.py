@@ -154,7 +154,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_of_answers(server: Served, name: str) -> None:
-    """On every face that takes one, as the form of the text and as a tool's."""
+    """On every API that takes one, as the form of the text and as a tool's."""
     schema, result = SCHEMAS[name]
     runtime = server.client("bedrock-runtime", tries=1)
     named = {"name": "f", "schema": schema}

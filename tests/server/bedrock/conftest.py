@@ -1,4 +1,4 @@
-"""A server with the Bedrock face, clients of two accounts, and jobs and models made through them."""
+"""A server with the Bedrock API, clients of two accounts, and jobs and models made through them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the console's pages about models ask of the native face, and their logic without a browser."""
+"""What the console's pages about models ask of the native API, and their logic without a browser."""
 
 from __future__ import annotations
 

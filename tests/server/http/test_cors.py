@@ -11,7 +11,7 @@ import pytest
 from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
 
 PAGE, OTHER_PAGE, STRANGER = "https://app.example", "http://localhost:3000", "https://evil.example"
-FACES = {
+APIS = {
     "openai": ("POST", "/v1/chat/completions", "authorization,content-type,x-stainless-os"),
     "bedrock": ("POST", f"/model/{BASE}/converse", "authorization,x-amz-date,amz-sdk-request"),
     "objects": ("PUT", "/data/rows", "authorization,x-amz-content-sha256,x-amz-meta-any-name"),
@@ -38,21 +38,21 @@ def send(
         return answer.status, headers, answer.read()
 
 
-def preflight(server: Served, face: str, origin: str) -> tuple[int, dict[str, str], bytes]:
-    method, path, names = FACES[face]
+def preflight(server: Served, api: str, origin: str) -> tuple[int, dict[str, str], bytes]:
+    method, path, names = APIS[api]
     return send(
         server, "OPTIONS", path, Origin=origin, Access_Control_Request_Method=method,
         Access_Control_Request_Headers=names,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_a_preflight_of_an_allowed_origin_needs_no_key(server: Served, face: str) -> None:
+@pytest.mark.parametrize("api", APIS)
+def test_a_preflight_of_an_allowed_origin_needs_no_key(server: Served, api: str) -> None:
     for origin in (PAGE, OTHER_PAGE):
-        status, headers, _ = preflight(server, face, origin)
+        status, headers, _ = preflight(server, api, origin)
         assert (status, headers["access-control-allow-origin"]) == (200, origin)
-        assert FACES[face][0] in headers["access-control-allow-methods"].split(", ")
-        assert headers["access-control-allow-headers"] == FACES[face][2]
+        assert APIS[api][0] in headers["access-control-allow-methods"].split(", ")
+        assert headers["access-control-allow-headers"] == APIS[api][2]
         assert "Origin" in headers["vary"]
         assert "access-control-allow-credentials" not in headers
 

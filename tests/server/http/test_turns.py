@@ -84,7 +84,7 @@ class Door:
 
 
 class Slow:
-    """A face that answers long requests when it is told to."""
+    """An API that answers long requests when it is told to."""
 
     def __init__(self) -> None:
         self.go, self.begun = threading.Event(), 0
@@ -120,16 +120,16 @@ class Slow:
 
 
 @pytest.fixture
-def face() -> Iterator[Slow]:
+def api() -> Iterator[Slow]:
     made = Slow()
     yield made
     made.go.set()
 
 
 @pytest.fixture
-def place(face: Slow) -> Iterator[str]:
+def place(api: Slow) -> Iterator[str]:
     application = Application(
-        (handler_api("slow", face.choose, face.refusal),),
+        (handler_api("slow", api.choose, api.refusal),),
         Door(),
         lambda caller: None,
         Metrics(dict),
@@ -138,7 +138,7 @@ def place(face: Slow) -> Iterator[str]:
     )  # fmt: skip
     with served(application) as url:
         yield url.removeprefix("http://")
-        face.go.set()
+        api.go.set()
 
 
 def ask(place: str, account: str, path: str, body: bytes = b"{}") -> tuple[int, bytes]:
@@ -150,24 +150,24 @@ def ask(place: str, account: str, path: str, body: bytes = b"{}") -> tuple[int, 
     return found
 
 
-def test_long_requests_of_one_account_hold_no_other_up(face: Slow, place: str) -> None:
+def test_long_requests_of_one_account_hold_no_other_up(api: Slow, place: str) -> None:
     count = LIMITS.model_requests + 40
     with ThreadPoolExecutor(count) as pool:
         busy = [pool.submit(ask, place, BUSY, "/long") for _ in range(count)]
         deadline = time.monotonic() + 20
-        while face.begun < OF_ONE_ACCOUNT and time.monotonic() < deadline:
+        while api.begun < OF_ONE_ACCOUNT and time.monotonic() < deadline:
             time.sleep(0.01)
         began = time.monotonic()
         assert ask(place, QUIET, "/long") == (200, json.dumps(QUIET).encode())
         assert ask(place, BUSY, "/short")[0] == 200
         assert ask(place, QUIET, "/stream") == (200, b"firstlast")
         assert time.monotonic() - began < 5 and not any(each.done() for each in busy)
-        assert face.begun == OF_ONE_ACCOUNT + 1
-        face.go.set()
+        assert api.begun == OF_ONE_ACCOUNT + 1
+        api.go.set()
         assert {each.result()[0] for each in busy} == {200}
 
 
-def test_streams_beyond_the_share_of_an_account_are_refused(face: Slow, place: str) -> None:
+def test_streams_beyond_the_share_of_an_account_are_refused(api: Slow, place: str) -> None:
     most = LIMITS.share_of(LIMITS.streams)
     with ThreadPoolExecutor(most + 1) as pool:
         busy = [pool.submit(ask, place, BUSY, "/stream") for _ in range(most + 1)]
@@ -177,5 +177,5 @@ def test_streams_beyond_the_share_of_an_account_are_refused(face: Slow, place: s
         refused = next(each for each in busy if each.done()).result()
         assert refused[0] == 429 and json.loads(refused[1])["code"] == "Throttling"
         assert ask(place, QUIET, "/stream") == (200, b"firstlast")
-        face.go.set()
+        api.go.set()
         assert sorted(each.result()[0] for each in busy) == [200] * most + [429]

@@ -58,11 +58,11 @@ class Bucket:
         self.put(key, "".join(json.dumps(each) + "\n" for each in records).encode())
         return f"s3://data/{key}"
 
-    def fetch(self, uri: str, face: str = "bedrock", base: str = "small-cnn") -> JobData:
+    def fetch(self, uri: str, api: str = "bedrock", base: str = "small-cnn") -> JobData:
         job: Any = SimpleNamespace(
             id="job1",
             account=ONE,
-            face=face,
+            api=api,
             recipe={"base": base, "data": {}},
             details={"sources": [uri]},
             validators=[],
@@ -88,14 +88,14 @@ def labels(data: JobData) -> list[tuple[str, int]]:
 EXPECTED = [("cat", 10), ("dog", 20), ("dog", 30)]
 
 
-@pytest.mark.parametrize("face", ["bedrock", "openai", "native"])
-def test_a_prefix_with_a_folder_for_each_class(bucket: Bucket, face: str) -> None:
+@pytest.mark.parametrize("api", ["bedrock", "openai", "native"])
+def test_a_prefix_with_a_folder_for_each_class(bucket: Bucket, api: str) -> None:
     for key, value in (("cat/1.png", 10), ("dog/1.png", 20), ("dog/2.png", 30)):
         bucket.put(f"photos/{key}", png(value))
     bucket.put("photos/.hidden/x.png", b"no image")
     bucket.put("photos/README.txt", b"passed over")
     bucket.locations.check(ONE, "s3://data/photos/")
-    data = bucket.fetch("s3://data/photos/", face)
+    data = bucket.fetch("s3://data/photos/", api)
     assert labels(data) == EXPECTED
     text = data.show_addresses(f"see {data.source}/cat/1.png")
     assert text == "see s3://data/photos/cat/1.png"
@@ -247,7 +247,7 @@ def test_a_base_of_texts_takes_json_lines_alone(
     bucket: Bucket, tiny_model_folder: Path, luthier_home: Path
 ) -> None:
     bucket.put("rows.csv", b"prompt,completion\na,b\n")
-    bucket.put("file-1", b"prompt,completion\na,b\n")  # as it is uploaded to OpenAI's face
+    bucket.put("file-1", b"prompt,completion\na,b\n")  # as it is uploaded to OpenAI's API
     for key in ("rows.csv", "file-1"):
         with pytest.raises(DataError, match=r"file\.form"):
             bucket.fetch(f"s3://data/{key}", base=str(tiny_model_folder))
@@ -267,7 +267,7 @@ def test_a_base_that_is_made_for_one_thing_learns_it(base: str, method: str | No
     found = foundation_model(base)
     assert found is not None
     asked = Submission(
-        account=ONE, face="bedrock", job_name="x", model_name="x", customization_type="FINE_TUNING",
+        account=ONE, api="bedrock", job_name="x", model_name="x", customization_type="FINE_TUNING",
         base=found, training=["s3://data/x.npz"],
     )  # fmt: skip
     objective = recipe_of(asked, "1").objective

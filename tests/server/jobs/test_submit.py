@@ -89,9 +89,9 @@ def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
 
 def test_the_quota_counts_models_with_those_in_the_making(queue: Any) -> None:
     limits = AccountQuotas(custom_models=1)
-    put(queue, "a", face="openai", limits=limits)
+    put(queue, "a", api="openai", limits=limits)
     with pytest.raises(QuotaExceeded, match="custom_models"):
-        put(queue, "b", face="openai", limits=limits)
+        put(queue, "b", api="openai", limits=limits)
     assert put(queue, "b", limits=limits, account=OTHER)
 
 

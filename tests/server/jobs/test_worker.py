@@ -355,7 +355,7 @@ def test_other_files_than_lines_are_refused_by_the_name_their_owner_knows(queue:
     array = queue.file("array.jsonl", [json.dumps(queue.pairs(5))])
     job = queue.ended(queue.submit("array", training=[array]))
     assert job.state == "Failed" and f"{array}: [file.form]" in job.failure
-    native = queue.ended(queue.submit("native", training=[array], face="native", steps=2))
+    native = queue.ended(queue.submit("native", training=[array], api="native", steps=2))
     assert native.state == "Completed", native.failure
 
 

@@ -1,4 +1,4 @@
-"""Models in memory through the native face: each account its own, over a real server."""
+"""Models in memory through the native API: each account its own, over a real server."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 
 def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
-    """What the native face answers to a request whose files lie in ``folder``."""
+    """What the native API answers to a request whose files lie in ``folder``."""
     database = Database()
     Base.metadata.create_all(database.engine)
     files = {file.name: file.read_bytes() for file in folder.glob("*.jsonl")}

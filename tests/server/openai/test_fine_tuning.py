@@ -304,7 +304,7 @@ def test_a_job_is_a_customization_job(client: openai.OpenAI, service: Any) -> No
     made = created(client, suffix="")
     with service.database.read() as session:
         job = jobs.get(session, "000000000000", made.id)
-        assert job is not None and job.name == made.id and job.face == "openai"
+        assert job is not None and job.name == made.id and job.api == "openai"
         model = session.query(CustomModel).filter_by(job_id=job.id).one()
         assert model.openai_id.startswith("ft:tiny:org-000000000000::")
 

@@ -31,7 +31,7 @@ def test_the_list_is_one_whole_page(client: openai.OpenAI) -> None:
 
 
 def add_model(service: Any, name: str, account: str = ACCOUNT, **fields: Any) -> CustomModel:
-    """A custom model as Bedrock's face makes them: without an ``ft:`` id."""
+    """A custom model as Bedrock's API makes them: without an ``ft:`` id."""
     columns = {
         "id": new_id(), "account": account, "name": name, "foundation": IMPORTED,
         "root": "luthier.tiny", "base_model": "", "stored_id": "tiny", "job_id": None,

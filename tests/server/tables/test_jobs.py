@@ -148,7 +148,7 @@ def test_everything_that_is_wanted_has_to_hold(database: Database) -> None:
     moment = now()
     add(database, "Alpha-1", created=moment)
     add(database, "alpha-2", created=moment + timedelta(seconds=1), state=FAILED)
-    add(database, "beta%1", created=moment + timedelta(seconds=2), face="openai",
+    add(database, "beta%1", created=moment + timedelta(seconds=2), api="openai",
         request={"metadata": {"team": "blue"}})  # fmt: skip
 
     def names(**wanted: Any) -> list[str]:

@@ -122,7 +122,7 @@ def _submission(request: ControlRequest) -> Submission:
     validation = request.get("validationDataConfig", {"validators": []})
     return Submission(
         account=request.account,
-        face="bedrock",
+        api="bedrock",
         job_name=request["jobName"],
         model_name=request["customModelName"],
         customization_type=kind,
@@ -263,7 +263,7 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
         "jobName": job.name,
         "outputModelName": job.model_name,
         "clientRequestToken": sent.get("clientRequestToken"),
-        # Jobs of other faces have none, and Bedrock's clients are promised one.
+        # Jobs of other APIs have none, and Bedrock's clients are promised one.
         "roleArn": sent.get("roleArn") or f"arn:aws:iam::{job.account}:role/none",
         "status": _STATUS[job.state],
         "statusDetails": _details(job),

@@ -153,7 +153,7 @@ class Application:
                 record.status = answer.status
                 await to_starlette(answer)(scope, receive, send)
             elif self._console is not None and self._console.serves(head, service):
-                record.face = self._console.name
+                record.api = self._console.name
                 answer = self._console.respond(head)
                 record.status = answer.status
                 await to_starlette(answer)(scope, receive, send)
@@ -185,7 +185,7 @@ class Application:
         receive: Receive,
         send: Send,
     ) -> None:
-        record.face, record.of_console = api.name, _reads_for_console(head)
+        record.api, record.of_console = api.name, _reads_for_console(head)
         body = RequestBody(head, receive, BODY_BYTES)
 
         async def send_audited(message: Message) -> None:

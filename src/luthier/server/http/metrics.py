@@ -50,7 +50,7 @@ class RequestRecord:
     method: str
     address: str
     """Address of the client."""
-    face: str = ""
+    api: str = ""
     operation: str = ""
     """Name of the operation; empty for an unknown path, because clients choose paths."""
     account: str = ""
@@ -112,12 +112,12 @@ class Metrics:
 
         self._registry = CollectorRegistry()
         self._requests = Counter(
-            "luthier_requests", "Requests that were answered.", ["face", "operation", "status"],
+            "luthier_requests", "Requests that were answered.", ["api", "operation", "status"],
             registry=self._registry,
         )  # fmt: skip
         self._seconds = Histogram(
             "luthier_request_seconds", "From the first byte of a request to the last of its answer.",
-            ["face", "operation"], buckets=BUCKETS, registry=self._registry,
+            ["api", "operation"], buckets=BUCKETS, registry=self._registry,
         )  # fmt: skip
         self._registry.register(_Gauges(gauges))
         self._count = count
@@ -126,8 +126,8 @@ class Metrics:
 
     def count_request(self, record: RequestRecord, seconds: float) -> None:
         """Count and log a request."""
-        self._requests.labels(record.face, record.operation, str(record.status)).inc()
-        self._seconds.labels(record.face, record.operation).observe(seconds)
+        self._requests.labels(record.api, record.operation, str(record.status)).inc()
+        self._seconds.labels(record.api, record.operation).observe(seconds)
         if self._count is not None and record.account:
             # The request counts for the first queried model.
             for model, read, written in record.tokens:

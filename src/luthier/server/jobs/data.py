@@ -89,7 +89,7 @@ def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
             _fetch(job, fresh, locations, media)
     recorded = read_json(folders.data / _SOURCES)
     data = JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
-    if job.face != "native" and not media:
+    if job.api != "native" and not media:
         _check_lines(data)
     return data
 

@@ -88,7 +88,7 @@ class Submission:
     """A request for a customization job, checked for form, not yet for names and quotas."""
 
     account: str
-    face: str
+    api: str
     """``bedrock``, ``openai`` or ``native``."""
     job_name: str
     model_name: str
@@ -145,7 +145,7 @@ def submit(
         account=submission.account,
         name=submission.job_name,
         model_name=submission.model_name,
-        face=submission.face,
+        api=submission.api,
         customization_type=submission.customization_type,
         foundation=submission.base.bottom,
         base_model=submission.base.arn(arns),

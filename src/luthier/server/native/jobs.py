@@ -82,7 +82,7 @@ class JobView(View):
     name: str
     model_name: str
     state: State
-    face: str
+    api: str
     customization_type: str
     base: str
     """ARN of the base model."""
@@ -188,7 +188,7 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
             session,
             Submission(
                 account=call.account,
-                face="native",
+                api="native",
                 job_name=body.name,
                 model_name=body.model_name,
                 customization_type=body.customization_type,

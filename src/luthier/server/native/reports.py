@@ -121,7 +121,7 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
         held = _fetch_held_out(call, body.validation, folder / "held", addresses, media)
         submission = Submission(
             account=call.account,
-            face="native",
+            api="native",
             job_name="estimate",
             model_name="estimate",
             customization_type=body.customization_type,

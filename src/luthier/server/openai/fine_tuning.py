@@ -69,7 +69,7 @@ _RULE = re.compile(r"\[[a-z_]+\.[a-z_]+\]")
 """Rule id in an error of the data checks."""
 _LEVELS = {"warning": "warn", "error": "error"}
 _COLUMNS = ("step", "train_loss", "valid_loss")
-FACE = "openai"
+API = "openai"
 router = openai_router()
 _KIND = "fine-tuning-job"
 """Kind of a job in ARNs of the audit log."""
@@ -296,7 +296,7 @@ def _as_sent(job: Job) -> Mapping[str, Any]:
 
     ``method`` is None if OpenAI's API has no equivalent method.
     """
-    if job.face == FACE:
+    if job.api == API:
         return job.request
     training, validation = (
         next((each.removeprefix(file_address("")) for each in addresses), None)
@@ -328,7 +328,7 @@ def _sent_hyperparameters(fields: Mapping[str, Any]) -> JsonObject:
 def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> JsonObject:
     """Return ``given`` with ``auto`` replaced by chosen values, as soon as the values are chosen."""
     found: dict[str, Any] = {}
-    if "chosen" in job.details or job.face != FACE:
+    if "chosen" in job.details or job.api != API:
         epochs = job.setting("training.epochs")
         found = {
             "n_epochs": None if epochs is None else max(1, round(epochs)),
@@ -518,7 +518,7 @@ def _submission(
     request = asked.model_dump(mode="json", exclude_none=True)
     return Submission(
         account=account,
-        face=FACE,
+        api=API,
         job_name=job_name,
         model_name=job_name,
         customization_type=REINFORCEMENT if grader is not None else FINE_TUNING,
@@ -684,7 +684,7 @@ def _with_results(call: Call, seen: JobWithModel) -> JobWithModel:
     """
     job, files = seen.job, call.context.files
     # Jobs of other APIs write metrics to the address in the request.
-    if job.state != jobs.COMPLETED or job.face != FACE:
+    if job.state != jobs.COMPLETED or job.api != API:
         return seen
     file_id = f"file-results{job.id}"
     if not files.ever(job.account, file_id):

@@ -117,7 +117,7 @@ class Job(QueuedWork, Base):
     """Name of the job, reserved beyond the end."""
     model_name: Mapped[str]
     """Name of the resulting custom model."""
-    face: Mapped[str]
+    api: Mapped[str]
     """API of the request: ``bedrock``, ``openai`` or ``native``."""
     customization_type: Mapped[str]
     """``FINE_TUNING``, ``CONTINUED_PRE_TRAINING``, ``DISTILLATION``, ``REINFORCEMENT_FINE_TUNING``."""
@@ -168,7 +168,7 @@ class Job(QueuedWork, Base):
     @property
     def suffix(self) -> str | None:
         """Suffix in the request of an OpenAI client."""
-        return self.request.get("suffix") if self.face == "openai" else None
+        return self.request.get("suffix") if self.api == "openai" else None
 
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:
