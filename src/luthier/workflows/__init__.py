@@ -1,4 +1,4 @@
-"""What is done with trainings: pipelines, searches, distillation, estimates, advice.
+"""Workflows with trainings: pipelines, searches, distillation, estimates, advice.
 
-These use the engine as its callers do, and the engine knows none of them.
+Workflows use the engine; the engine does not import workflows.
 """

@@ -2,11 +2,11 @@
 
     source → shards of rows → processes with a loaded model → a file of each shard → output
 
-Rows are streamed. Each process takes the next shard that is neither answered nor locked (``flock``,
-which a killed process releases) and writes its answers atomically into a folder beside the output.
-The name of a shard includes a hash of its rows, the settings and the files of the model, so that the
-same command resumes after an interruption and answers edited rows again. The output has the answers
-in the order of the rows, with the same bytes for any number of processes on one kind of machine.
+Rows are streamed. Each process locks the next open shard (``flock``, which a killed process
+releases) and writes the answers atomically into a folder next to the output. The name of a shard
+includes a hash of its rows, the settings and the files of the model. So the same command resumes
+after an interruption, and answers edited rows again. The output has the answers in the order of the
+rows, with the same bytes for any number of processes on one kind of machine.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ from luthier.workflows.inference_tasks import (
 )
 
 LOOK_SECONDS = 1.0
-"""Between two checks of which shards are answered."""
+"""Interval of checks for answered shards."""
 SHARDS = ".{}.shards"
-"""Name of the folder beside the output. Hidden, so that a folder of data skips it."""
+"""Name of the folder next to the output; hidden, so that a folder of data skips the folder."""
 _REQUEST, _LOCK, _WORKER = "request.json", ".lock", "process-{}"
 _ANSWERS, _PROBLEMS = ".answers", ".problems.json"
 _PROCESS_FILES = ("/dev/", "/proc/")
-"""Paths that name different files in each process."""
+"""Paths of files that differ between processes."""
 SHARD_BYTES = 64 << 20
-"""Most characters of a shard of several rows, because a process holds one shard in memory."""
+"""Maximum characters of a shard of several rows, because a process has a shard in memory."""
 END_SECONDS = 15.0
-"""Time for a process to end when all shards are answered."""
+"""Maximum seconds for a process to end after the last shard."""
 CHECK_SECONDS = 10.0
 """Between two notes of how many rows are checked."""
 
@@ -83,9 +83,9 @@ class InferenceRunner(ProcessRunner):
     """Run the processes of a batch on this machine."""
 
     def plan_processes(self, processes: int | None, memory: int, shards: int) -> tuple[int, int]:
-        """Return the number of processes, at most ``shards``, and the threads of each.
+        """Return the number of processes, at most ``shards``, and the threads of each process.
 
-        ``memory`` is what one process needs, in bytes.
+        ``memory`` is the memory of a process in bytes.
 
         Raises:
             RecipeError: for more processes than this machine has memory for.
@@ -98,7 +98,7 @@ class InferenceRunner(ProcessRunner):
 
 @dataclass(frozen=True)
 class FileAnswers:
-    """How the rows of a file were answered."""
+    """Statistics of the answered rows of a file."""
 
     rows: int
     resumed_rows: int
@@ -111,11 +111,11 @@ class FileAnswers:
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive rows, and the files of their answers."""
+    """Consecutive rows with the files of the answers."""
 
     folder: Path
     name: str
-    """Its number, and a hash of rows, settings and model."""
+    """Number of the shard, and a hash of rows, settings and model."""
     rows: int
     digest: str
     """Hash of the rows."""
@@ -127,17 +127,17 @@ class Shard:
 
     @property
     def problems(self) -> Path:
-        """File of the reasons why its rows cannot be answered."""
+        """File of the problems with unanswerable rows."""
         return self.folder / f"{self.name}{_PROBLEMS}"
 
     @property
     def lock(self) -> Path:
-        """Locked by the process that answers it."""
+        """Lock file of the process that answers the shard."""
         return self.folder / f"{self.name}{_LOCK}"
 
     @property
     def is_done(self) -> bool:
-        """Whether it is answered or refused."""
+        """True if the shard is answered or rejected."""
         return self.answers.exists() or self.problems.exists()
 
     @contextmanager
@@ -159,14 +159,15 @@ def answer_file(
     runner: InferenceRunner | None = None,
     reporter: Reporter | None = None,
 ) -> FileAnswers:
-    """Answer the rows of ``task`` with ``processes`` of ``runner`` and write them to ``output``.
+    """Answer the rows of ``task`` with ``processes`` of ``runner`` and write ``output``.
 
-    ``reporter`` gets the number of answered rows and notes about restarted processes.
+    ``reporter`` receives the number of answered rows and notes about restarted processes.
 
     Raises:
-        DataError: for rows that cannot be read, before anything is answered, or cannot be answered;
-            the other answers are kept for the next call.
-        RunConflict: while another command answers rows for the same output.
+        DataError: for unreadable rows before any answer, or for unanswerable rows; the finished
+            answers
+            are kept for the next call.
+        RunConflict: while a second command writes the same output.
         Interrupted: on Ctrl-C or SIGTERM; the same call resumes.
         LuthierError: if the processes end before all rows are answered.
     """
@@ -213,10 +214,10 @@ def answer_file(
 
 
 def _make_folder(output: Path) -> Path:
-    """Make the folder of the shards of ``output``, or return that of an earlier command.
+    """Create the folder of the shards of ``output``, or return the folder of an earlier command.
 
     Raises:
-        RecipeError: if the output is no regular file, or the folder has other files.
+        RecipeError: if the output is no regular file, or the folder has foreign files.
     """
     folder = shards_folder(output)
     if os.path.exists(output) and not os.path.isfile(output):
@@ -238,7 +239,7 @@ def _shards(
     """Check all rows of ``task`` and yield their shards.
 
     Raises:
-        DataError: for rows that cannot be read or that the task does not allow.
+        DataError: for unreadable rows, or rows that the task rejects.
     """
     settings = [luthier.__version__, task.settings(), [model.content_hash for model in models]]
     problems = BoundedProblems()
@@ -260,7 +261,7 @@ def _shards(
 
 
 def _cut(task: InferenceTask, problems: list[Problem]) -> Iterator[list[InputRow]]:
-    """Yield the rows of ``task`` in shards, which have fewer rows if these are long."""
+    """Yield the rows of ``task`` in shards; shards of long rows have fewer rows."""
     shard, size = list[InputRow](), 0
     for row in task.rows(problems):
         length = text_length([row.record, row.content])
@@ -360,7 +361,7 @@ def _answer_shards(
 
 
 class _Progress(Reporter):
-    """Count the answered rows and report them."""
+    """Counter of answered rows, with reports."""
 
     def __init__(
         self, shards: Sequence[Shard], workers: Sequence[ChildProcess], reporter: Reporter
@@ -379,11 +380,11 @@ class _Progress(Reporter):
 
     @property
     def is_done(self) -> bool:
-        """Whether all shards are done, or so many are refused that the rest can wait."""
+        """True if all shards are done, or the maximum number of shards is rejected."""
         return not self._left or len(self._refused) >= MOST_PROBLEMS
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Take a report of a process about the shard named ``what``."""
+        """Store the report of a process about the shard ``what``."""
         self._begun[what] = done
 
     def ends(self) -> bool:
@@ -393,7 +394,7 @@ class _Progress(Reporter):
         return self.is_done
 
     def update(self) -> None:
-        """Check which shards are done."""
+        """Check for finished shards."""
         self._next = time.monotonic() + LOOK_SECONDS
         names = set(os.listdir(self._folder))  # one call instead of two for each shard
         refused = [shard for shard in self._left if shard.problems.name in names]
@@ -453,7 +454,7 @@ def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) ->
 
 
 def main(folder: Path, name: str) -> None:
-    """Answer shards of the request in ``folder``, as its process ``name``."""
+    """Answer shards of the request in ``folder``, as the process ``name``."""
     on_stdin_end(lambda: os._exit(0))
     request = read_json(folder / _REQUEST)
     if os.path.isdir(request["directory"]):
@@ -483,7 +484,7 @@ def _is_free(shard: Shard) -> bool:
 def _answer_free(
     task: InferenceTask, shards: Sequence[Shard], answer: Answer, reporter: Reporter
 ) -> None:
-    """Answer the shards that are neither done nor locked; ``shards`` starts with the first one."""
+    """Answer open, unlocked shards; ``shards`` starts with the first shard."""
     cut = _cut(task, [])
     for shard in shards:
         rows = next(cut, [])
@@ -503,7 +504,7 @@ def _answer_free(
 
 
 def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Reporter) -> None:
-    """Write the answers to the rows of a shard, or the reasons why there are none."""
+    """Write the answers to the rows of a shard, or the problems with the rows."""
     next_report = time.monotonic() + LOOK_SECONDS
 
     def report(done: int) -> None:

@@ -1,8 +1,7 @@
-"""What a model can be trained for, in which ways, and whether that fits, before anything is
-fetched.
+"""Capabilities of a model: allowed objectives and adaptations with memory, without a download.
 
-The refusals are those of a run: the objective looks at the tokenizer, the head and the adaptation
-are put on a network without numbers. Nothing here says by itself what goes with what.
+The checks are the checks of a run: the objective checks the tokenizer, and head and adaptation are
+attached to a network without weights. This module has no rules of its own.
 """
 
 from __future__ import annotations
@@ -38,36 +37,36 @@ Config = Callable[[Head], Any]
 
 @dataclass(frozen=True)
 class Capability:
-    """One objective with one adaptation on one network."""
+    """An objective with an adaptation on a network."""
 
     objective: str
     adaptation: str
     reason: str = ""
-    """Why it is refused; empty where it is not."""
+    """Reason of a rejection; empty if allowed."""
     memory: int = 0
     """Estimated peak in bytes with micro-batches of ``SMALLEST_BUDGET`` tokens, without a
     teacher."""
     fits: bool = False
-    """Whether that is free on this machine."""
+    """True if the memory is free on this machine."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """All objectives with all adaptations on one model."""
+    """All objectives with all adaptations on a model."""
 
     model: str
     here: bool
-    """Whether its files are on this machine; what is not here is judged by the catalogue."""
+    """True if the files are on this machine; False means that the catalogue is the source."""
     available: int
-    """Bytes of memory that are free."""
+    """Free memory in bytes."""
     verdicts: list[Capability]
 
 
 def capabilities(model_id: str) -> Capabilities:
-    """What can be done with a model of the catalogue, fetched or not, or any other that is known.
+    """Return the capabilities of a catalogue model, downloaded or not, or of any known model.
 
     Raises:
-        UnknownModel: where it is not known.
+        UnknownModel: for an unknown model.
     """
     size = choose_machine().dtype.itemsize
     available = available_memory()
@@ -113,8 +112,7 @@ def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
 
 
 def default_objective(kind: type[Objective]) -> Objective:
-    """An objective with its defaults; a teacher has none, and any id does for what is asked
-    here."""
+    """Return an objective with defaults and a placeholder for a teacher."""
     return kind.model_validate({"teacher": "ID"} if "teacher" in kind.model_fields else {})
 
 
@@ -142,7 +140,7 @@ def _capability(
 
 
 def family_table(family: str) -> list[Capability]:
-    """The same for a family of networks of transformers' default size, and ours."""
+    """Return the capabilities of a network family of default size, from transformers or luthier."""
     from transformers import AutoConfig
 
     nets.register(family)
@@ -154,7 +152,7 @@ def family_table(family: str) -> list[Capability]:
 
 
 def format_of(config: Any) -> ChatFormat:
-    """The format of a network, with a tokenizer of which only what objectives ask for is there."""
+    """Return the format of a network, with a minimal tokenizer for the checks of objectives."""
     beside = config.is_encoder_decoder
     if media_config(config) is not None:
         shape = input_shape(config)

@@ -1,10 +1,9 @@
-"""Processes of a command, on this machine or elsewhere: their start, new starts and their end.
+"""Child processes of a command, on this machine or a cluster: start, restart and end.
 
-Each lives as long as the command: it ends where its standard input closes (the process itself sees
-to that, :func:`luthier.cancellation.on_stdin_end`), and one that is killed is started again. Where
-they run a :class:`ProcessRunner` says. A runner of another machine gives a command that stands for
-the process here: it lives as long, ends as it does, and ends it where its own standard input
-closes.
+A process lives as long as the command. The process ends when its standard input closes
+(:func:`luthier.cancellation.on_stdin_end`), and a killed process is restarted. A
+:class:`ProcessRunner` starts the processes. A runner of a cluster returns a local command that
+stands for the remote process: both end together, with the same exit status.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from luthier.errors import Interrupted
 from luthier.escaping import format_exit
 
 STARTS = 3
-"""How often one process is started that is killed each time."""
+"""Maximum starts of a process that is killed each time."""
 LOOK = 0.2
 """Seconds between two looks at the processes."""
 ERRORS, REPORTS = "errors.txt", "reports.jsonl"
@@ -32,37 +31,37 @@ ERRORS, REPORTS = "errors.txt", "reports.jsonl"
 
 @dataclass(frozen=True)
 class Resources:
-    """What a process needs of the node that it runs on."""
+    """Resources that a process needs on its node."""
 
     cores: float = 1
     memory: int = 1
     """Bytes, estimated."""
     paths: tuple[str, ...] = ()
-    """Files and folders that it reads, whole paths all of them."""
+    """Absolute paths of files and folders that the process reads."""
 
 
 class ProcessRunner:
-    """Where processes run: on this machine, as children of this one."""
+    """A runner of processes on this machine, as children of this process."""
 
     name: str | None = None
-    """What a place elsewhere is called."""
+    """Name of the cluster; None for this machine."""
     environment: Mapping[str, str] | None = None
-    """Variables of the processes that are started here; those of this one when not given."""
+    """Environment variables of local processes; by default of this process."""
 
     def command(self, process: Sequence[str], resources: Resources, errors: Path) -> list[str]:
-        """The command that stands here for ``process``.
+        """Return the local command for ``process``.
 
-        What the process prints is appended to the file ``errors``.
+        The file ``errors`` receives the output of the process.
         """
         return list(process)
 
     def was_killed(self, code: int) -> bool:
-        """Whether the exit status ``code`` says that the process was cut short, and can go on."""
+        """Return whether the exit status ``code`` means a kill, after which the process can resume."""
         return code < 0
 
 
 class ChildProcess:
-    """A process of a command, which is started again where it was killed."""
+    """A process of a command, restarted after a kill."""
 
     def __init__(
         self,
@@ -72,9 +71,10 @@ class ChildProcess:
         work: Path,
         goes_on: str,
     ) -> None:
-        """``work`` is the folder of what it prints and reports, by whose name people know it.
+        """Create a process with the folder ``work`` for output and reports; the folder name
+        identifies it.
 
-        ``goes_on`` says what becomes of its work where it is started again.
+        ``goes_on`` describes the continuation after a restart.
         """
         self.runner, self.work, self._goes_on = runner, work, goes_on
         work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ class ChildProcess:
         self.reports = ReportReader(work / REPORTS)
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start or restart the process."""
         self._starts += 1
         with (self.work / ERRORS).open("ab") as errors:  # a runner's process appends to it, too
             self._process = subprocess.Popen(
@@ -99,17 +99,17 @@ class ChildProcess:
             )
 
     def reset_starts(self) -> None:
-        """Count its new starts from here on: the work got on since the last one."""
+        """Count restarts from here, because the work has advanced since the last start."""
         self._starts = min(self._starts, 1)
 
     def release(self) -> None:
-        """Let go of the process, which ends where it has not."""
+        """Close the standard input, so that the process ends."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
     def wait(self, deadline: float) -> None:
-        """Wait for its end, after :meth:`release`; kill it where ``time.monotonic`` is
-        ``deadline``."""
+        """Wait for the end after :meth:`release`; kill the process at ``deadline``
+        (``time.monotonic``)."""
         if self._process is not None:
             try:
                 self._process.wait(max(0.0, deadline - time.monotonic()))
@@ -119,7 +119,7 @@ class ChildProcess:
         self.reports.remove()
 
     def poll(self, reporter: Reporter) -> int | None:
-        """Its exit status; ``None`` while it works. ``reporter`` hears of a new start."""
+        """Return the exit status, or ``None`` for a running process; note restarts in ``reporter``."""
         assert self._process is not None
         code = self._process.poll()
         if code is None or self._starts == STARTS or not self.runner.was_killed(code):
@@ -132,7 +132,7 @@ class ChildProcess:
         return None
 
     def reason(self, code: int) -> str:
-        """Why it ended with ``code``: the last that it said, or else how."""
+        """Return the last line of output, or a description of the exit status."""
         said = (self.work / ERRORS).read_text(errors="replace").strip().splitlines()
         return said[-1] if said else format_exit(code)
 
@@ -143,13 +143,13 @@ def run_processes(
     is_done: Callable[[], bool] = lambda: False,
     ends_within: float = 600.0,
 ) -> list[int | None]:
-    """Run processes to their ends; their exit statuses.
+    """Run processes until all end, and return the exit statuses.
 
-    ``is_done`` is asked at each look, and ends those that are left where it says so; ``None`` is
-    their status. They have ``ends_within`` seconds to end, and are killed then.
+    When ``is_done`` returns True, the remaining processes end with the status ``None``. Processes
+    that do not end within ``ends_within`` seconds are killed.
 
     Raises:
-        Interrupted: on Ctrl-C or SIGTERM, after all have ended; the caller says what goes on.
+        Interrupted: on Ctrl-C or SIGTERM, after all processes have ended.
     """
     # An exception in the middle of a start would leave a process that nobody waits for.
     asked = False

@@ -1,9 +1,9 @@
-"""Tuned models compared with techniques without training, on the same held-out rows.
+"""Comparison of tuned models with techniques without training, on the same held-out rows.
 
-A generative base model answers in several ways (:mod:`luthier.workflows.prompting`). For other base
-models, the simple baselines are fitted (:mod:`luthier.evaluation.baselines`). Copying the answer of
-the nearest training row is always a rival. All answer the same rows, so differences are known row
-by row, with Holm's correction. The cost of an answer is measured in the same run.
+A generative base model answers with several techniques (:mod:`luthier.workflows.prompting`). For
+encoders, simple baselines are fitted (:mod:`luthier.evaluation.baselines`). Copying the answer of
+the nearest training row is always a rival. All contenders answer the same rows, so differences are
+paired, with Holm's correction. The cost of an answer is measured in the same run.
 
 Left out: a search for the best prompt (DSPy and GEPA do that), several samples per answer.
 """
@@ -63,23 +63,23 @@ BASELINE_SECONDS = 120.0
 """Time limit of all simple baselines."""
 SEED = 0
 TIMES_ALIKE = 1.5
-"""Ratio of times below which they count as equal: each is measured once."""
+"""Ratio of times up to which times count as equal, because each time is measured once."""
 FREQUENT = 0.05
-"""Share of the training rows with one reply from which that reply is a rival."""
+"""Share of training rows with the same reply from which the reply is a rival."""
 NEARLY_NONE = 0.1
 """Best score up to which the grader or the model may be unsuitable."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """The measurement of one way to answer the rows."""
+    """Measurement of a model or technique on the rows."""
 
     name: str
     technique: Technique
     score: RowScores
-    """The score that is compared."""
+    """The compared score."""
     scores: dict[str, float]
-    """All scores of such rows."""
+    """All scores for the kind of rows."""
     seconds: float
     """Seconds per answer, in batches, on this machine."""
     prompt_tokens: float | None = None
@@ -95,7 +95,7 @@ class Contender:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether weights were trained."""
+        """True if weights were trained."""
         return self.technique.startswith("fine-tuning")
 
 
@@ -117,7 +117,7 @@ class HeadToHead:
         return self.contenders[0]
 
     def behind(self) -> dict[str, Difference]:
-        """Return the difference of each other contender to the best one."""
+        """Return the difference of each contender to the best contender."""
         return differences(self.best.score, {each.name: each.score for each in self.contenders[1:]})
 
     def cost_per_thousand(self, contender: Contender) -> float | None:
@@ -126,28 +126,28 @@ class HeadToHead:
 
     @property
     def rivals(self) -> tuple[Contender, Contender] | None:
-        """The best tuned contender and the best other one, if both exist."""
+        """Best tuned contender and best untuned contender, if both exist."""
         tuned = next((each for each in self.contenders if each.is_tuned), None)
         rival = next((each for each in self.contenders if not each.is_tuned), None)
         return None if tuned is None or rival is None else (tuned, rival)
 
     @property
     def worth_it(self) -> bool | None:
-        """Whether the tuned model is better (True) or worse (False) beyond chance, else None."""
+        """True if the tuned model is better beyond chance, False if worse, None if undecided."""
         if self.rivals is None:
             return None
         gain = self._gain(*self.rivals)
         return gain.value > 0 if gain.significant else None
 
     def _gain(self, tuned: Contender, rival: Contender) -> Difference:
-        """Return the advantage of ``tuned``; one of the two is the best contender."""
+        """Return the advantage of ``tuned``; either ``tuned`` or ``rival`` is the best contender."""
         leads = tuned is self.best
         found = self.behind()[rival.name if leads else tuned.name]
         value = 0.0 - found.value if leads else found.value  # not -0.0
         return replace(found, value=as_gain(self.measure, value))
 
     def verdict(self) -> str:
-        """Return in one or two sentences whether tuning was worth it."""
+        """Return a sentence or two on the benefit of tuning."""
         if self.rivals is None:
             return f"{self.best.name} is the best of them"
         tuned, rival = self.rivals
@@ -172,7 +172,7 @@ class HeadToHead:
         return f"{said} {self._speed_text(tuned, rival)}".strip()
 
     def _speed_text(self, tuned: Contender, rival: Contender) -> str:
-        """Compare the times of an answer, if they differ by more than the error of measurement."""
+        """Compare the times of an answer, if the difference exceeds the error of measurement."""
         quick, slow = sorted((tuned.seconds, rival.seconds))
         if not quick or slow / quick < TIMES_ALIKE:  # a constant answer takes no time
             return ""
@@ -238,13 +238,13 @@ def compare(
         tuned: tuned models.
         train: rows for examples and baselines.
         documents: texts for retrieval.
-        graders: graders of replies; the first one decides.
+        graders: graders of replies; the first grader decides.
         max_tokens: maximum length of a reply.
         prices: prices of the machine.
         encoder: embedding model for the search of examples and passages.
         judge: compares the replies with the base model's replies.
         note: called with progress messages.
-        on_progress: called with the number of answers and their total.
+        on_progress: called with the number of answers and the total.
 
     Raises:
         DataError: if a tenth of ``rows`` are training rows.
@@ -341,7 +341,7 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     """Return a remark on rows that have the question of a training row.
 
     Raises:
-        DataError: with each of them, if they are a tenth of the rows.
+        DataError: with each such row, if a tenth of the rows are affected.
     """
     leaked = [rows[number] for number in match_questions(rows, train)]
     if leaked and len(leaked) >= TOO_MANY * len(rows):
@@ -356,7 +356,7 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
 def _judge(
     judge: Ruler, rows: Sequence[Row], contenders: Sequence[Contender], remarks: list[str]
 ) -> list[Contender]:
-    """Replace the scores by win rates against the base model as it is."""
+    """Replace the scores by win rates against the unchanged base model."""
     reference = next(each for each in contenders if each.technique == "as it is")
 
     def answers(contender: Contender) -> list[Answer]:
@@ -385,7 +385,7 @@ def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question
 
 @dataclass
 class _Contest:
-    """The state of a comparison while the contenders answer one after the other."""
+    """State of a comparison while the contenders answer in turn."""
 
     graders: Mapping[str, Grader]
     max_tokens: int

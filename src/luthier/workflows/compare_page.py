@@ -1,4 +1,4 @@
-"""A comparison as one HTML page (``templates/compare.html``)."""
+"""HTML page of a comparison (``templates/compare.html``)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Evaluation of a stored model on held-out rows.
 
-The kind of rows decides what is measured:
+The kind of rows decides the measure:
 
 * prompts with replies: greedy replies, scored by graders;
 * raw text: perplexity;
 * choices: the likelihood of each choice (:mod:`luthier.evaluation.choices`);
-* judged answers: how often the better answer is the likelier one. The log-probability and DPO's
+* judged answers: how often the better answer is the likelier answer. The log-probability and DPO's
   implicit reward are compared: the log-probability minus the parent model's (Rafailov et al. 2023,
   section 4). Adapters are merged in float32, because rounded weights move small rewards;
 * labels, ratings, tags, pairs and media: :mod:`luthier.workflows.score_predictions`.
@@ -154,7 +154,7 @@ def attach_report(
     result: Mapping[str, Any],
     note: Callable[[str], None],
 ) -> None:
-    """Store ``result`` with each of ``models``, where their certificates find it."""
+    """Store ``result`` with each of ``models`` and update the certificates."""
     hashes = hashes_of_data(*data)
     for each in models:
         write_report(each, kind, hashes, dict(result))
@@ -165,14 +165,14 @@ def attach_report(
 def open_graders(
     graders: Mapping[str, AnyGrader], answers: int, note: Callable[[str], None]
 ) -> dict[str, AnyGrader]:
-    """Return ``graders`` with their models loaded and tried, ready for ``answers`` answers.
+    """Return ``graders`` with loaded and tested models, ready for ``answers`` answers.
 
-    Verdicts of a judge are stored in its journal, so that no prompt is sent twice.
+    Verdicts of a judge are logged, so that no prompt is sent twice.
 
     Raises:
-        UnknownModel, RecipeError: for a model that is missing or has another purpose, a rejected
-        key,
-            or a grader with the name of an error metric.
+        UnknownModel, RecipeError: for a missing or unsuitable model, a rejected key, or a grader
+            with
+            the name of an error metric.
         LuthierError: if an endpoint does not answer.
     """
     if errors := sorted(graders.keys() & LESS_IS_BETTER):
@@ -395,7 +395,7 @@ def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:
 
 
 def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
-    """Return the slice of each row by its label, length (thirds), language or a column of its file.
+    """Return the slice of each row by label, length (thirds), language or a column of the file.
 
     Raises:
         RecipeError: if no row has a label or such a column.

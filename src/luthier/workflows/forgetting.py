@@ -1,14 +1,14 @@
-"""Forgetting: what a tuned model lost, compared with the model it was tuned from.
+"""Measurement of forgetting: a tuned model compared with its base.
 
 * **Drift**, without data: the base answers our general prompts, sampled at temperature 1. For each
-  token of the answers the divergence ``KL(base || tuned)`` is computed over the vocabulary. It is 0
-  for the base itself and large if the tuned model would not write such answers.
+  token of the answers, the divergence ``KL(base || tuned)`` over the vocabulary is computed. The
+  divergence is 0 for the base and large if the tuned model would not generate the answers.
 * **Probes**: rows with choices, by log-likelihood (:mod:`luthier.evaluation.choices`).
 
-Both models answer the same rows, so differences are paired; Holm's correction over all of them says
-which are significant. One model is in memory at a time; the hidden states and the output head of the
-base are kept. Not measured: bias, toxicity and refusals (lm-evaluation-harness has large data sets),
-other languages than English, and several turns.
+Both models answer the same rows, so differences are paired, with Holm's correction over all
+differences. Only one model is in memory at a time, with the base's hidden states and output head.
+Not measured: bias, toxicity and refusals (lm-evaluation-harness has large data sets), languages
+except English, and several turns.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
 
 SAMPLE_TOKENS = 48
-"""Most tokens of an answer of the base to a general prompt."""
+"""Maximum tokens of a base answer to a general prompt."""
 CHUNK = 128
-"""Positions whose distributions over the vocabulary are in memory at once."""
+"""Positions with distributions over the vocabulary in memory at once."""
 OWN_PROBES = "general knowledge"
 
 
@@ -93,7 +93,7 @@ class MetricChange:
 
 @dataclass(frozen=True, eq=False)
 class Forgetting:
-    """A tuned model compared with its base."""
+    """Comparison of a tuned model with its base."""
 
     model: str
     base: str
@@ -109,12 +109,12 @@ class Forgetting:
 
     @property
     def regressions(self) -> list[MetricChange]:
-        """Changes that are significantly worse."""
+        """Significantly worse changes."""
         return [each for each in self.changes if self._improvement(each) < 0]
 
     @property
     def improvements(self) -> list[MetricChange]:
-        """Changes that are significantly better."""
+        """Significantly better changes."""
         return [each for each in self.changes if self._improvement(each) > 0]
 
     def _improvement(self, change: MetricChange) -> float:
@@ -271,7 +271,7 @@ def _own_choices() -> list[MultipleChoice]:
 
 
 def _answers(generator: Generator) -> list[Example]:
-    """Return the answers of the base to our prompts, with weight 1 for the sampled tokens."""
+    """Return the answers of the base to our prompts, with weight 1 for sampled tokens."""
     from luthier.models.sampling import Sampling
 
     chat = generator.chat

@@ -1,4 +1,4 @@
-"""What a tuned model forgot, as one HTML page."""
+"""HTML page of a forgetting measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from luthier.workflows.forgetting import Forgetting
 
 
 def page(forgetting: Forgetting) -> str:
-    """The whole page."""
+    """Return the HTML page."""
     drift = forgetting.drift
     low, high = drift.kl.interval
     facts = [

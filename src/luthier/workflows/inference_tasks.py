@@ -1,8 +1,7 @@
-"""What is asked of each row of a file: labels and the like, an embedding, or a reply.
+"""Tasks of batch inference: a prediction, an embedding or a reply for each row of a file.
 
-A task reads its source one row after the other, and answers rows a shard at a time. A shard is
-answered to the same bits by any process on machines of one kind, so that the shards of a file make
-what one process writes of it.
+A task streams its source and answers rows by shard. Any process on machines of one kind gives a
+shard the same bits, so the shards of a file together equal the output of a single process.
 """
 
 from __future__ import annotations
@@ -34,76 +33,74 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
 
 REASONING = "reasoning"
-"""Key of what a model thought before its completion, in what is printed and written."""
+"""Key of the reasoning before a completion, in printed and written records."""
 NUMBERS = "numbers"
-"""The count of those of all embeddings."""
+"""Count of the numbers of all embeddings."""
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """A row of a source, and what is read of it."""
+    """A row of a source."""
 
     file: str
     line: int
     record: Record
-    """The fields that are written beside the answer."""
+    """Fields that are written next to the answer."""
     content: Any
-    """The row as the model reads it."""
+    """Content for the model."""
 
 
 @dataclass(frozen=True)
 class ShardAnswer:
-    """What is written for the rows of a shard."""
+    """Output for the rows of a shard."""
 
     data: bytes
     counts: dict[str, int] = field(default_factory=dict)
-    """What is worth a count of how they went, by a name."""
+    """Counts by name, such as anomalies."""
 
 
 OnDone = Callable[[int], None]
-"""Hears how many rows are answered."""
+"""Function of the number of answered rows."""
 Answer = Callable[[Sequence[InputRow], OnDone], ShardAnswer]
-"""The answers to the rows of a shard; :class:`DataError` names every row that cannot be
-answered."""
+"""Function that answers the rows of a shard; :class:`DataError` names every unanswerable row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceTask(ABC):
-    """A model, a source of rows, and what is asked of each."""
+    """A model, a source of rows, and the kind of answer."""
 
     kind: ClassVar[str]
     shard_rows: ClassVar[int]
     answer_key: ClassVar[str]
-    """The field of the answer, which no row may have."""
+    """Field of the answer, reserved in the rows."""
 
     model: str
     source: str
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """It as plain values, of which :func:`parse_task` makes it again."""
+        """Return plain values for :func:`parse_task`."""
         return {"kind": self.kind, **asdict(self)}
 
     def settings(self) -> dict[str, Any]:
-        """What decides an answer beside the weights of the model and the row, as plain values."""
+        """Return the plain settings that decide an answer, without model and source."""
         return {key: value for key, value in self.plain().items() if key not in ("model", "source")}
 
     def rows(self, problems: list[Problem]) -> Iterator[InputRow]:
-        """The rows of the source in order, never all in memory; what is wrong goes to
-        ``problems``."""
+        """Yield the rows of the source in order; append problems to ``problems``."""
         for record, row in stream_inputs(self.source, problems, self.columns, self.answer_key):
             yield InputRow(row.file, row.line, record, row)
 
     def records(self, rows: Sequence[InputRow]) -> list[Record]:
-        """What is written of ``rows`` beside the answers.
+        """Return the fields of ``rows`` that are written next to the answers.
 
         Raises:
-            DataError: naming every row that cannot be written, or not be asked this.
+            DataError: with every row that cannot be written or answered.
         """
         return json_records([(row.record, row.content) for row in rows])
 
     def needed_models(self) -> list[StoredModel]:
-        """The models whose files have to be there."""
+        """Return the models with required files."""
         from luthier.library.models import find
 
         return [find(self.model)]
@@ -116,10 +113,10 @@ class InferenceTask(ABC):
     def open_output(
         self, file: BinaryIO, output: Path, rows: int, width: int
     ) -> Iterator[BinaryIO]:
-        """Where the answers to all ``rows`` go, one shard behind the other: lines.
+        """Open the output of all ``rows``, to which the shards are written in order.
 
-        They are packed where the ending says so. ``file`` is that of the output by the name
-        ``output``, ``width`` the numbers of a row where the task counts :data:`NUMBERS`.
+        The output is compressed according to the extension. ``file`` is the file with the name
+        ``output``. ``width`` is the number of values per row if the task counts :data:`NUMBERS`.
         """
         with pack(file, output) as packed:
             yield packed
@@ -127,8 +124,7 @@ class InferenceTask(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictTask(InferenceTask):
-    """A label, rating, tags, text or embedding beside each row, as ``luthier predict`` writes
-    them."""
+    """Add a label, rating, tags, text or embedding to each row, as ``luthier predict``."""
 
     kind: ClassVar[str] = "predict"
     shard_rows: ClassVar[int] = BLOCK_ROWS
@@ -150,7 +146,7 @@ class PredictTask(InferenceTask):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedTask(InferenceTask):
-    """The embedding of each row, as ``luthier embed`` writes them to JSON Lines or NumPy's form."""
+    """Write the embedding of each row, as ``luthier embed``, to JSON Lines or a NumPy file."""
 
     kind: ClassVar[str] = "embed"
     shard_rows: ClassVar[int] = BLOCK_ROWS
@@ -160,7 +156,7 @@ class EmbedTask(InferenceTask):
     """``jsonl``, with the fields of the rows, or ``npy``, little-endian float32 numbers alone."""
 
     def __post_init__(self) -> None:
-        """Refuse Parquet, whose columns have types that only all rows together tell."""
+        """Reject Parquet, because the types of columns depend on all rows."""
         if self.form == "parquet":
             raise RecipeError(
                 "shared out among processes, embeddings are written as .jsonl or .npy: a Parquet file "
@@ -203,7 +199,7 @@ class EmbedTask(InferenceTask):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateTask(InferenceTask):
-    """A reply to each prompt, as ``luthier generate`` writes them."""
+    """Generate a reply to each prompt, as ``luthier generate``."""
 
     kind: ClassVar[str] = "generate"
     shard_rows: ClassVar[int] = BLOCK_PROMPTS
@@ -217,8 +213,7 @@ class GenerateTask(InferenceTask):
             yield InputRow(row.file, row.line, record, row)
 
     def records(self, rows: Sequence[InputRow]) -> list[Record]:
-        """See :class:`InferenceTask`; the prompt is one of the fields, a reply it had
-        ``expected``."""
+        """Return the prompt and the further fields of each row; a reply becomes ``expected``."""
         return json_records([(_record_beside(row), row) for row in rows])
 
     def open(self) -> Answer:
@@ -238,7 +233,7 @@ class GenerateTask(InferenceTask):
 
 
 def _record_beside(row: InputRow) -> Record:
-    """The fields of a row that stand beside its completion, and what it asks as ``prompt``."""
+    """Return the fields of a row next to its completion, with the question as ``prompt``."""
     asked: PromptOnly | Conversation = row.content
     taken = {"prompt", "completion"}
     if isinstance(asked, PromptOnly):
@@ -255,17 +250,17 @@ def _record_beside(row: InputRow) -> Record:
 
 
 def _prompt_of(asked: PromptOnly | Conversation) -> Prompt:
-    """What a row asks, as a model reads it."""
+    """Return the prompt of a row for the model."""
     return asked.prompt if isinstance(asked, PromptOnly) else Chat(asked.messages, asked.tools)
 
 
 def fitting_prompts(
     rows: Sequence[InputRow], generator: Generator, sampling: Sampling
 ) -> list[Prompt]:
-    """What the rows ask.
+    """Return the prompts of the rows.
 
     Raises:
-        DataError: with those that leave too little room for a reply.
+        DataError: with every prompt that leaves too little room for a reply.
     """
     prompts = [_prompt_of(row.content) for row in rows]
     problems = list[Problem]()
@@ -284,7 +279,8 @@ TASKS: Mapping[str, type[InferenceTask]] = {
 
 
 def parse_task(plain: Mapping[str, Any]) -> InferenceTask:
-    """The task of which :meth:`InferenceTask.plain` made plain values, which may have been JSON."""
+    """Create the task of plain values from :meth:`InferenceTask.plain`, also after a JSON round
+    trip."""
     fields = dict(plain)
     task = TASKS[fields.pop("kind")]
     if sampling := fields.get("sampling"):
@@ -295,14 +291,13 @@ def parse_task(plain: Mapping[str, Any]) -> InferenceTask:
 
 
 def prediction_lines(records: Sequence[Record], answers: Sequence[dict[str, Any]]) -> str:
-    """JSON Lines of rows with what was predicted of each."""
+    """Return JSON Lines of rows with predictions."""
     pairs = zip(records, answers, strict=True)
     return json_lines({**record, PREDICTED: answer} for record, answer in pairs)
 
 
 def anomaly_counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many rows were judged, how many of them are anomalous, and how many could not be
-    judged."""
+    """Return the number of judged, anomalous and unjudged rows."""
     verdicts = [answer["anomalous"] for answer in answers if "anomalous" in answer]
     return {
         "verdicts": len(verdicts),
@@ -312,7 +307,7 @@ def anomaly_counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def reply_lines(records: Sequence[Record], answers: Sequence[GeneratedReply]) -> str:
-    """JSON Lines of prompts with the reply to each, and what the model thought before."""
+    """Return JSON Lines of prompts with replies and reasoning."""
     return json_lines(
         {"prompt": record["prompt"], "completion": answer.text, **record, **reasoning_of(answer)}
         for record, answer in zip(records, answers, strict=True)
@@ -320,7 +315,7 @@ def reply_lines(records: Sequence[Record], answers: Sequence[GeneratedReply]) ->
 
 
 def reasoning_of(answer: GeneratedReply) -> dict[str, str]:
-    """The reasoning under its key, where there is some."""
+    """Return the reasoning under its key, if any."""
     return {REASONING: answer.reasoning} if answer.reasoning else {}
 
 

@@ -32,7 +32,7 @@ from luthier.recipe import Recipe
 from luthier.workflows.trials import Measured, validation_lines
 
 SHARES = tuple(2 ** (-step / 2) for step in range(6, -1, -1))
-"""Shares from an eighth to all; together they take as long as three runs on all rows."""
+"""Shares from an eighth to all rows; together as long as three runs on all rows."""
 FEWEST_SHARES = 4
 """Three points fit any curve of three parameters."""
 FEWEST_ROWS = 8
@@ -98,9 +98,9 @@ def learning_curve(
     resume: bool = False,
     reporter: Reporter | None = None,
 ) -> LearningCurve:
-    """Train ``recipe`` on each of ``shares`` of its rows and measure it; no model is stored.
+    """Train ``recipe`` on each share of the rows and measure the result; no model is stored.
 
-    The folder ``learning-curves/NAME`` contains the points; ``resume`` continues from them.
+    The folder ``learning-curves/NAME`` stores the points, from which ``resume`` continues.
 
     Raises:
         RefusedInput: before any training, for recipe, data or shares.
@@ -156,7 +156,8 @@ def learning_curve(
 
 
 def extrapolate(points: Sequence[CurvePoint]) -> tuple[float, tuple[float, float]]:
-    """Return the fall of the cost with twice the rows of the last point, and its interval."""
+    """Return the fall of the cost with twice the rows of the last point, and the interval of the
+    fall."""
     rows_P = np.array([point.rows for point in points], dtype=np.float64)
     cost_P = np.array([point.cost for point in points])
     fitted_BP, gain_B = _fit(rows_P, cost_P[None])

@@ -1,9 +1,9 @@
-"""Several runs as one: each stage starts from a model of an earlier one.
+"""Pipelines: several runs, in which each stage starts from a model of an earlier stage.
 
-A TOML file names the stages in the order they run::
+A TOML file names the stages in order::
 
     name = "support"                      # the models become base:support-STAGE
-    base = "smollm2-135m-instruct"        # what the first stage starts from
+    base = "smollm2-135m-instruct"        # start of the first stage
 
     [[stage]]
     name = "sft"
@@ -16,15 +16,14 @@ A TOML file names the stages in the order they run::
 
     [[stage]]
     name = "dpo"
-    base = "stage:sft"                    # without this, the stage before: here, reward
+    base = "stage:sft"                    # default: the stage before, here reward
     data.train = "preferences.jsonl"
     objective.method = "dpo"
 
-A stage has the fields of a recipe, or those of another command where ``command`` says so:
-``pretrain``, ``student`` (``teacher``, ``layers``, ...) or ``distil`` (``teacher``, ``method``, and
-``base`` for the student). Wherever a model id stands, ``stage:NAME`` is the model of an earlier
-stage. All stages are parsed, and their rows checked, before the first one trains; those that are
-done are not done again.
+A stage has the fields of a recipe, or of a different command with ``command``: ``pretrain``,
+``student`` (``teacher``, ``layers``, ...) or ``distil`` (``teacher``, ``method``, and ``base`` for
+the student). For a model id, ``stage:NAME`` means the model of an earlier stage. All stages are
+parsed, and the rows are checked, before the first stage trains. Finished stages are not repeated.
 """
 
 from __future__ import annotations
@@ -51,19 +50,18 @@ REFERENCE = "stage:"
 
 
 class StageSpec(StrictModel):
-    """One stage as it is written: its name, its command, and the fields of that command's
-    recipe."""
+    """A stage of the file: name, command, and the fields of the command's recipe."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     name: ModelName
-    """Its model is ``base:PIPELINE-NAME``."""
+    """Name of the stage; the model is ``base:PIPELINE-NAME``."""
     command: Literal["tune", "pretrain", "student", "distil"] = "tune"
-    """What it runs."""
+    """Command of the stage."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of its recipe, as they are written."""
+        """Fields of the stage's recipe, as written."""
         return dict(self.model_extra or {})
 
 
@@ -71,9 +69,9 @@ class PipelineSpec(StrictModel):
     """The whole file."""
 
     name: ModelName
-    """First part of the names of all its models."""
+    """First part of all model names."""
     base: str = "smollm2-135m-instruct"
-    """Model that the first stage starts from."""
+    """Start model of the first stage."""
     stage: tuple[StageSpec, ...] = Field(min_length=1)
     """The stages, in the order they run."""
 
@@ -87,10 +85,10 @@ class PipelineSpec(StrictModel):
 
 
 class StudentRecipe(StrictModel):
-    """Fields of a ``student`` stage, those of ``luthier student``."""
+    """Fields of a ``student`` stage, as for ``luthier student``."""
 
     teacher: str
-    """Model it is made of."""
+    """Teacher model."""
     name: str
     """Name of the student."""
     layers: int | None = None
@@ -110,14 +108,14 @@ Fields = Recipe | PretrainRecipe | DistilRecipe | StudentRecipe
 
 @dataclass(frozen=True)
 class _Kind:
-    """A command that a stage can run."""
+    """A command of stages."""
 
     recipe: type[Fields]
     start: str | None
-    """The field that names the model it starts from."""
+    """Field with the start model."""
     run: Callable[[Any, Reporter, int], dict[str, Any]]
-    """What comes of it, ready for JSON; what is done is not done again. So many processes of this
-    machine share its training."""
+    """Run a recipe with a number of processes and return JSON values; finished work is not
+    repeated."""
 
 
 @dataclass(frozen=True)
@@ -127,26 +125,26 @@ class Stage:
     name: str
     command: str
     model_id: str
-    """Id of the model it makes."""
+    """Id of the resulting model."""
     recipe: Fields
     after: tuple[str, ...]
-    """Ids of the models of earlier stages that it needs."""
+    """Ids of the required models of earlier stages."""
 
     @property
     def start(self) -> str | None:
-        """Id of the model it starts from; ``None`` from random weights."""
+        """Id of the start model; ``None`` for random weights."""
         field = KINDS[self.command].start
         return str(getattr(self.recipe, field)) if field else None
 
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What came of a stage."""
+    """Result of a stage."""
 
     stage: str
     model_id: str
     details: dict[str, Any]
-    """What its command prints with ``--json``."""
+    """JSON output of the stage's command."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +156,10 @@ class Pipeline:
 
     @staticmethod
     def read(path: Path) -> Pipeline:
-        """Read a TOML pipeline; paths in it are relative to its folder.
+        """Read a TOML pipeline; relative paths start at the folder of the file.
 
         Raises:
-            RecipeError: naming the stage and the field that cannot be used.
+            RecipeError: for an invalid field, with the name of the stage.
         """
         spec = parse(PipelineSpec, _with_paths(read_toml(path, "a pipeline"), path.parent))
         stages: list[Stage] = []
@@ -170,10 +168,10 @@ class Pipeline:
         return Pipeline(spec.name, tuple(stages))
 
     def run(self, reporter: Reporter) -> list[StageOutcome]:
-        """Run every stage that is not done; what came of each, in order.
+        """Run every unfinished stage and return the results in order.
 
         Raises:
-            RefusedInput: before anything trains, where a stage cannot be used; what a stage raises.
+            RefusedInput: before any training, for an invalid stage; and the errors of the stages.
         """
         self.check(reporter)
         outcomes = []
@@ -184,8 +182,7 @@ class Pipeline:
         return outcomes
 
     def check(self, reporter: Reporter) -> None:
-        """Refuse stages whose rows cannot be learned, or whose model is older than what it
-        needs."""
+        """Raise :class:`RecipeError` for unlearnable rows, or a model older than its inputs."""
         made: dict[str, str] = {}
         for stage in self.stages:
             manifest = _manifest(stage.model_id)
@@ -225,7 +222,7 @@ def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
 
 
 def _root(start: str, before: list[Stage]) -> str:
-    """What the ids of all models begin with that go back to the same base model as ``start``."""
+    """Return the first part of the ids of all models with the base model of ``start``."""
     from luthier.library.folders import short_name, split_id
     from luthier.library.models import find
     from luthier.models.catalog import CATALOG
@@ -236,7 +233,7 @@ def _root(start: str, before: list[Stage]) -> str:
 
 
 def _resolve_stages(value: Any, stage: str, known: Mapping[str, str], needed: list[str]) -> Any:
-    """``value`` with the ids of models for ``stage:NAME``; those ids join ``needed``."""
+    """Return ``value`` with model ids for ``stage:NAME``; append the ids to ``needed``."""
     if isinstance(value, Mapping):
         return {key: _resolve_stages(item, stage, known, needed) for key, item in value.items()}
     if isinstance(value, list):
@@ -252,7 +249,7 @@ def _resolve_stages(value: Any, stage: str, known: Mapping[str, str], needed: li
 
 
 def _with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same with the data files of each stage below ``folder``."""
+    """Return ``fields`` with the data files of each stage relative to ``folder``."""
     stages = fields.get("stage")
     for stage in stages if isinstance(stages, list) else ():
         if isinstance(stage, dict):
@@ -302,11 +299,10 @@ KINDS: dict[str, _Kind] = {
 
 
 def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
-    """Encode the rows of ``stage`` as its run will, with the base model at the bottom of its
-    lineage.
+    """Encode the rows of ``stage`` as in the run, with the first base model of the lineage.
 
-    The base model of a stage that is made by another one is not there yet. What a teacher has to be
-    asked for is checked when its stage begins; here only that its rows can be read.
+    The start model of a later stage does not exist yet. Answers of a teacher are checked when the
+    stage begins; here only the prompts are read.
     """
     from luthier.data.rows import load_prompts, load_rows
     from luthier.engine.dataset import prepare
@@ -330,7 +326,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
 
 
 def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
-    """The model on this machine that ``stage`` goes back to, where there is one."""
+    """Yield the stored model at the start of the lineage of ``stage``, if any."""
     made = {each.model_id: each for each in stages}
     while stage.start is not None:
         if stage.start not in made:
@@ -340,7 +336,7 @@ def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
 
 
 def _manifest(model_id: str) -> Manifest | None:
-    """The record of a model; ``None`` where there is none, given also where its parent is gone."""
+    """Return the record of a model, also if the parent is gone; ``None`` without a record."""
     from luthier.library.folders import base_folder, folder_of
 
     folder = folder_of(model_id) or base_folder(model_id)

@@ -1,21 +1,19 @@
-"""From raw text to a base model: tokenizer, network, token file, training, store.
+"""Pre-training from raw text: tokenizer, network, token file, training, storing.
 
-A new network of random weights, or one that is gone on from with its own tokenizer: continued
-pre-training (Gururangan et al. 2020, arXiv:2004.10964) of all weights, or of an adapter beside
-them, on text of any size.
+The network has random weights, or is an existing base with its tokenizer: continued pre-training
+(Gururangan et al. 2020, arXiv:2004.10964) of all weights or an adapter, on text of any size.
 
-Everything up to the training is made once, in the run's folder, each part whole or not at all and
-from the request alone: a run that was killed goes on where it was, to the same bits. What trains is
-the engine that tunes: the network of random weights is its base, every weight moves.
+All parts before the training are created once, in the run's folder, atomically and from the request
+alone. A killed run resumes with the same bits. The tuning engine trains all weights of the network.
 
-    pretraining/<name>/survey.json   what the files hold
+    pretraining/<name>/survey.json   statistics of the files
     pretraining/<name>/start/        tokenizer, configuration and random weights
     pretraining/<name>/tokens/       the text as token ids
 
-An adapter is a custom model of its base, and its run lies with theirs, in ``runs/<base>/<name>``.
+An adapter is a custom model of its base, with the run in ``runs/<base>/<name>``.
 
-Several processes share the rows of each step as in :mod:`luthier.engine.train`, where the order of
-sequences follows from seed and step alone. The first one makes the parts.
+Several processes share the rows of each step as in :mod:`luthier.engine.train`. The order of
+sequences follows from seed and step alone. The first process creates the parts.
 """
 
 from __future__ import annotations
@@ -78,9 +76,9 @@ from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shor
 
 SURVEY, SETTLED = "survey.json", "settled.json"
 MOST_VALIDATION = 400
-"""Sequences measured on; of a longer validation text, so many spread over it."""
+"""Maximum validation sequences; sequences of a longer text are sampled evenly."""
 BATCH = 16
-"""Pieces of text that are encoded at once, about a megabyte."""
+"""Pieces of text that are encoded together, about a megabyte."""
 
 
 def pretrain(
@@ -89,10 +87,10 @@ def pretrain(
     reporter: Reporter | None = None,
     processes: int = 1,
 ) -> Result:
-    """Carry out ``recipe``; the base model is stored under its name and verified.
+    """Carry out ``recipe``, and store and verify the base model.
 
-    With ``processes`` so many of this machine share the work; under a launcher such as torchrun all
-    that it started do.
+    ``processes`` of this machine share the work; under a launcher such as torchrun, all started
+    processes.
 
     Raises:
         RefusedInput: before any training, for text, recipe, memory, disk or name.
@@ -116,7 +114,7 @@ def pretrain(
 
 
 def _train(recipe: PretrainRecipe, resume: bool, reporter: Reporter) -> Result:
-    """:func:`pretrain` in one process, which a launcher may have started with others."""
+    """Run :func:`pretrain` in this process, possibly as one of several launched processes."""
     group = ProcessGroup.of_environment()
     keep_freed_memory()
     limit_kernels(TRAINING_KERNELS)
@@ -173,12 +171,12 @@ def _request(recipe: PretrainRecipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is made once, from the request alone."""
+    """Parts of a run that are created once, from the request alone."""
 
     recipe: PretrainRecipe
-    """With the size of network and tokenizer."""
+    """Recipe with the sizes of network and tokenizer."""
     choices: list[tuple[str, Any, str]]
-    """What was left open of it: name, value, reason."""
+    """Chosen settings: name, value, reason."""
     start: store.StoredModel
     chat: ChatFormat
     context: int
@@ -187,7 +185,7 @@ class _Parts:
 
 
 def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
-    """Make or find what the run's folder has of it."""
+    """Read or create the parts in the run's folder."""
     found = _survey(recipe, run, reporter)
     recipe, choices = plan(recipe, found)
     start = _start(recipe, run, found, reporter)
@@ -208,7 +206,7 @@ def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
 def _job(
     recipe: PretrainRecipe, run: Run, machine: Machine, reporter: Reporter, group: ProcessGroup
 ) -> TrainingJob:
-    """Make or find everything that is trained with, and decide what is left open."""
+    """Read or create the parts and choose open settings."""
     parts = _make_parts(recipe, run, reporter)
     recipe, choices, start, data = parts.recipe, parts.choices, parts.start, parts.data
     weights, embedding = _count(start)
@@ -331,7 +329,7 @@ def _start(
 
 
 def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
-    """Configuration of the network, and how many tokens its tokenizer is to have."""
+    """Return the network's configuration and the vocabulary size of the tokenizer."""
     network, vocabulary = recipe.network, recipe.tokenizer.vocabulary
     if network.config is None:
         assert network.size is not None and vocabulary is not None
@@ -355,7 +353,7 @@ def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
 def _tokens(
     recipe: PretrainRecipe, run: Run, found: Survey, chat: ChatFormat, reporter: Reporter
 ) -> dict[str, Any]:
-    """Write the text as tokens, once; what ``tokens.json`` says of them."""
+    """Write the text as tokens, once, and return the content of ``tokens.json``."""
     folder = run.folder / TOKENS
     if not folder.is_dir():
         kind = id_type(len(chat.tokenizer))
@@ -382,7 +380,7 @@ def _encode(
     train: TokenWriter,
     held: TokenWriter,
 ) -> None:
-    """Append each piece to one of two files, and an end-of-text token behind each document."""
+    """Append each piece to a token file, with an end-of-text token after each document."""
     while batch := list(islice(text, BATCH)):
         encoded = bpe.encode(chat.tokenizer, [piece.text for piece, _ in batch])
         for (piece, out), ids in zip(batch, encoded, strict=True):
@@ -392,7 +390,7 @@ def _encode(
 def _report_progress(
     text: Iterator[CorpusPiece], characters: int, reporter: Reporter
 ) -> Iterator[CorpusPiece]:
-    """The same pieces; the reporter hears how far they are, a few times."""
+    """Yield the same pieces and report the progress every 15 seconds."""
     started, reported = time.monotonic(), 0.0
     reporter.stage(f"Writing {characters / 1e6:,.1f} million characters as tokens")
     for piece in text:
@@ -404,7 +402,7 @@ def _report_progress(
 
 
 def _count(start: store.StoredModel) -> tuple[int, int]:
-    """Weights of the network, and those of its embedding tables."""
+    """Return the weights of the network and of the embedding tables."""
     model: Any = start.network.sketch(start.objective.head())
     tables = {
         id(m.weight): m.weight
@@ -415,7 +413,7 @@ def _count(start: store.StoredModel) -> tuple[int, int]:
 
 
 def _spread(held: TokenFile) -> Sequence[Example]:
-    """Validation sequences, evenly spaced where there are more than are measured on."""
+    """Return at most :data:`MOST_VALIDATION` evenly spaced validation sequences."""
     stride = max(1, -(-len(held) // MOST_VALIDATION))
     return held[::stride]
 

@@ -1,5 +1,4 @@
-"""Settings of a pre-training chosen from the text and the network, each with its published
-reason."""
+"""Default settings of pre-training from text and network, with published reasons."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import Training
 
 CHARACTERS_PER_TOKEN = 4
-"""Of text in a language with spaces, for what must be chosen before there is a tokenizer."""
+"""Average characters per token of text with spaces, for choices before a tokenizer exists."""
 TOKENS_PER_WEIGHT = 20
 """Hoffmann et al. 2022, arXiv:2203.15556: for a given amount of computing, the best network."""
 MOST_PASSES = 4
@@ -25,18 +24,18 @@ VALIDATION_SEQUENCES = 200
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What the training is chosen by."""
+    """Facts for the choice of training settings."""
 
     weights: int
     embedding: int
-    """Weights of the embedding tables among them."""
+    """Weights of the embedding tables, included in ``weights``."""
     context: int
     tokens: int
     """Tokens of the training text."""
 
 
 def plan(recipe: PretrainRecipe, found: Survey) -> tuple[PretrainRecipe, list[Choice]]:
-    """Fill what must be known before anything is built: size, vocabulary, share held out."""
+    """Fill the settings needed before building: size, vocabulary, validation share."""
     choices: list[Choice] = []
     network, tokenizer, data = recipe.network, recipe.tokenizer, recipe.data
     tokens = found.characters // CHARACTERS_PER_TOKEN
@@ -77,7 +76,7 @@ def choose(training: Training, facts: NetworkFacts) -> tuple[Training, list[Choi
 
 
 def shortage(facts: NetworkFacts, training: Training) -> str:
-    """What to know where the text is far too short for the network; empty where it is not."""
+    """Return a warning if the text is far too short for the network, else an empty string."""
     seen = facts.tokens * (training.epochs or 1)
     if training.max_steps is not None or seen >= facts.weights * TOKENS_PER_WEIGHT / 4:
         return ""
@@ -89,9 +88,10 @@ def shortage(facts: NetworkFacts, training: Training) -> str:
 
 
 def learning_rate(weights: int) -> tuple[float, str]:
-    """Kaplan et al. 2020, arXiv:2001.08361, equation D.1, for ``weights`` that are no embeddings.
+    """Return the rate of Kaplan et al. 2020, arXiv:2001.08361, equation D.1, for non-embedding
+    ``weights``.
 
-    It gives 6.9e-4 for 85 million, where Brown et al. 2020, table 2.1, used 6e-4.
+    The rate is 6.9e-4 for 85 million weights; Brown et al. 2020, table 2.1, used 6e-4.
     """
     rate = 0.003239 - 0.0001395 * math.log(max(weights, 1))
     rate = float(f"{max(rate, 1e-4):.2g}")
@@ -135,10 +135,11 @@ def _passes(facts: NetworkFacts) -> tuple[float, str]:
 
 
 def _batch(facts: NetworkFacts, passes: float) -> tuple[int, str]:
-    """A thousand steps or more, and not more than pays from the first of them.
+    """Return a batch size for a thousand steps or more, within the efficient size of the first
+    steps.
 
-    ``2e8 / loss^(1 / 0.21)`` tokens pay at a loss (Kaplan et al. 2020, section 5.1): 39,000 at 6
-    nats.
+    The efficient batch at a loss has ``2e8 / loss^(1 / 0.21)`` tokens (Kaplan et al. 2020, section
+    5.1): 39,000 at 6 nats.
     """
     tokens = 1 << int(math.log2(max(1.0, facts.tokens * passes / 1000)))
     tokens = min(max(tokens, SMALLEST_BATCH), LARGEST_BATCH)

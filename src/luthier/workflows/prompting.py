@@ -1,9 +1,9 @@
-"""Techniques without training: prompts, examples and retrieval, which fine-tuning has to beat.
+"""Techniques without training: prompts, examples and retrieval, the rivals of fine-tuning.
 
 Examples are earlier turns of the conversation (Brown et al. 2020, few-shot): drawn once for all
-questions, or the nearest ones for each question (Liu et al. 2022, "What makes good in-context
-examples for GPT-3?"). Passages of documents stand before the question (Lewis et al. 2020, without a
-trained retriever). Nearest means by BM25, joined with an encoder if one is given.
+questions, or the nearest examples for each question (Liu et al. 2022, "What makes good in-context
+examples for GPT-3?"). Passages of documents precede the question (Lewis et al. 2020, without a
+trained retriever). The search uses BM25, combined with an encoder if given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
 EXAMPLES = 4
-"""Examples in a prompt: more examples help less and less, and are read again for each answer."""
+"""Examples in a prompt: further examples help less and cost input tokens in each answer."""
 PASSAGES = 2
 """Passages of documents in a prompt."""
 WORDS = 150
@@ -33,7 +33,7 @@ WORDS = 150
 
 @dataclass(frozen=True)
 class Question:
-    """A row as a question with its answer."""
+    """A question with its answer."""
 
     asked: tuple[Message, ...]
     answer: str
@@ -48,7 +48,7 @@ def questions_of(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Questi
     """Return the question of each row; questions about labels list ``labels``.
 
     Raises:
-        RecipeError: for rows without one right answer, such as raw text.
+        RecipeError: for rows without a single right answer, such as raw text.
     """
     return [_question(row, labels) for row in rows]
 
@@ -78,7 +78,7 @@ class Way:
     name: str
     context: Sequence[Sequence[Question | str]]
     shows_training_rows: bool = False
-    """Whether the context has training rows, which a tuned model has learned already."""
+    """True if the context has training rows, which a tuned model has learned already."""
 
 
 def ways_to_ask(
@@ -87,9 +87,10 @@ def ways_to_ask(
     documents: Sequence[str],
     embed: Embedder | None = None,
 ) -> list[Way]:
-    """Return the ways: as it is, with examples, with the nearest examples, and with passages.
+    """Return the techniques: unchanged, with examples, with the nearest examples, and with
+    passages.
 
-    The nearest ones are found by words, and with ``embed`` also by words and meaning.
+    The nearest examples are found by words, and with ``embed`` also by words and meaning.
     """
     ways = [Way("as it is", "asked as it is", [()] * len(questions))]
     searches: dict[str, Embedder | None] = {"": None}
@@ -114,7 +115,7 @@ def ways_to_ask(
 def rows_of_way(
     rows: Sequence[Row], questions: Sequence[Question], way: Way, chat: ChatFormat
 ) -> list[Row]:
-    """Return ``rows`` as conversations of one way, with the members that graders use."""
+    """Return ``rows`` as conversations of a technique, with the members that graders use."""
     if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
         return list(rows)
     return [

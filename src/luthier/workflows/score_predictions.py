@@ -85,7 +85,7 @@ def _score_rewards(
 def _score_partners(
     predictor: Predictor, fitting: FittingRows, first: Predictions, second: Predictions
 ) -> Evaluation:
-    """Score how often a text, or a history of items, finds its partner."""
+    """Score retrieval: the rank of each text's partner, or of the next item of a history."""
     rows = cast("Sequence[TextPair]", fitting.rows)
     anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
     known = {row.positive for row in rows}
@@ -105,7 +105,7 @@ def _score_partners(
 
 
 def _score_classes(predictor: Predictor, fitting: FittingRows, first: Predictions) -> Evaluation:
-    """Score how often a row finds other rows with its label.
+    """Score how often a row finds rows with the same label.
 
     Raises:
         DataError: if no two rows have the same label.
@@ -127,7 +127,7 @@ def _score_classes(predictor: Predictor, fitting: FittingRows, first: Prediction
 def _score_captions(
     predictor: Predictor, fitting: FittingRows, first: Predictions, second: Predictions
 ) -> Evaluation:
-    """Score how often an image finds one of its captions, and a caption one of its images."""
+    """Score how often an image finds its captions, and a caption its images."""
     rows = cast("Sequence[CaptionedImage]", fitting.rows)
     keys = [row.media.digest() for row in rows], [row.caption for row in rows]
     sides = [[answer["embedding"] for answer in side] for side in (first, second)]
@@ -143,7 +143,7 @@ def _score_captions(
 def _score_transcriptions(
     predictor: Predictor, fitting: FittingRows, first: Predictions
 ) -> Evaluation:
-    """Score the character and word errors of texts read from images."""
+    """Score the character and word errors of transcribed images."""
     rows = cast("Sequence[CaptionedImage]", fitting.rows)
     pairs = [(a["text"], row.caption) for a, row in zip(first, rows, strict=True)]
     return fitting.evaluation(

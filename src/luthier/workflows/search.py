@@ -1,8 +1,7 @@
-"""Hyperparameter search: trials of a recipe on the same validation rows; the best recipe is
-trained.
+"""Hyperparameter search: trials of a recipe on the same validation rows, then training of the best.
 
 Optuna (Akiba et al. 2019, arXiv:1907.10902) proposes settings and stops hopeless trials. The folder
-``searches/NAME`` has what a search needs to resume:
+``searches/NAME`` has the files that a search needs to resume:
 
     search.json      the request
     study.journal    Optuna's journal of trials
@@ -11,11 +10,11 @@ Optuna (Akiba et al. 2019, arXiv:1907.10902) proposes settings and stops hopeles
     best.toml        the best recipe
 
 The settings of a trial follow from the seed, its place and the trials before its round. Each place
-has its own sampler, so a resumed search makes the same trials.
+has a separate sampler, so a resumed search makes the same trials.
 
-The custom model is an ordinary run of the best recipe, not the weights of the best trial: one more
-run, but no second way to store and resume models. The engine is exact, so the run repeats the
-trial.
+The custom model is an ordinary run of the best recipe, not the weights of the best trial. The
+search needs one more run, but no second way to store and resume models. The engine is exact, so the
+run repeats the trial.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
     import optuna
 
 RANDOM_TRIALS = 5
-"""Trials before the sampler learns from them; the first is the given recipe."""
+"""Random trials before the sampler learns from results; the first trial is the given recipe."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,16 @@ def search(
     parallel: int | None = None,
     runner: TrialRunner | None = None,
 ) -> SearchResult:
-    """Try ``trials`` settings of ``recipe`` and train the best as a custom model.
+    """Try ``trials`` settings of ``recipe`` and train the best recipe as a custom model.
 
     Args:
-        recipe: the first trial, if it lies in the space. trials: number of trials. space:
-        dimensions for :func:`parse_space`; by default the learning rate and LoRA's rank. resume:
-        continue the same search. reporter: receives progress. parallel: trials per round, which run
-        at once. The settings of a round follow from the rounds
-            before.
-        runner: where trials run; by default on this machine, where they share the cores.
+        recipe: the first trial, if inside the space.
+        trials: number of trials.
+        space: dimensions for :func:`parse_space`; by default the learning rate and LoRA's rank.
+        resume: continue the same search.
+        reporter: receives progress.
+        parallel: simultaneous trials per round. The settings of a round follow from earlier rounds.
+        runner: runner of the trials; by default trials share the cores of this machine.
 
     Raises:
         RefusedInput: before any training, for space, data, recipe or name.
@@ -140,7 +140,7 @@ def need_optuna() -> None:
 
 
 class _Search:
-    """A search in its folder."""
+    """State of a search in its folder."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ class _Search:
         return study
 
     def _round(self, study: optuna.Study) -> None:
-        """Run the next round. The first trial runs alone, because it may be rejected."""
+        """Run the next round. The first trial runs alone, because a process may reject the recipe."""
         first = len(ended_trials(study))
         # A resumed search has the same rounds.
         size = self.parallel - (first - 1) % self.parallel if first else 1
@@ -280,7 +280,7 @@ class _Search:
             self._tell(study, trial, each, outcome)
 
     def _with_threads(self, recipe: Recipe) -> Recipe:
-        """Return ``recipe`` with the threads of one of several processes."""
+        """Return ``recipe`` with the threads of a single process."""
         training = recipe.training.model_copy(update={"threads": self.threads})
         return recipe.model_copy(update={"training": training})
 

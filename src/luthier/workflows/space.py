@@ -1,7 +1,7 @@
-"""The space of a search: which fields of a recipe are tried, and between what.
+"""Search space: the searched fields of a recipe and their values.
 
-On the command line a dimension is ``KEY=LOW..HIGH`` or ``KEY=a,b,c``. Light to import, so that a
-wrong space is refused at once.
+On the command line a dimension is ``KEY=LOW..HIGH`` or ``KEY=a,b,c``. The module is light to
+import, so that an invalid space is rejected at once.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from luthier.errors import RecipeError
 from luthier.recipe import Recipe, Training, assign, toml_value
 
 LOG_FROM = 10
-"""A range whose ends are this far apart is searched by orders of magnitude."""
+"""Ratio of the ends from which a range is searched on a logarithmic scale."""
 RATE_FACTOR = 5
 RANKS = (8, 16, 32)
 FIXED_FIELDS = ("seed", "evaluate_every", "micro_batch_tokens", "precision", "threads", "track")
-"""Settings of the training that change what is compared, or only how it is computed."""
+"""Training settings that change the comparison, or only the computation."""
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One field and the values it may take: ``choices``, or all from ``low`` to ``high``."""
+    """A field with its searched values: ``choices``, or the range from ``low`` to ``high``."""
 
     key: str
     choices: tuple[Any, ...] = ()
@@ -35,7 +35,7 @@ class Dimension:
 
     @property
     def whole(self) -> bool:
-        """Whether only whole numbers are tried."""
+        """True for a range of whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Dimension:
 
     @property
     def samples(self) -> list[Any]:
-        """Values that a recipe must take if it takes them all."""
+        """Values that represent the dimension in a test of validity."""
         if self.choices:
             return list(self.choices)
         inside = [] if self.whole else [self.low + 0.618 * (self.high - self.low)]
@@ -59,11 +59,12 @@ class Dimension:
 
 
 def parse_space(texts: Sequence[str], recipe: Recipe) -> list[Dimension]:
-    """Read ``KEY=LOW..HIGH`` and ``KEY=a,b,c`` and try their ends in ``recipe``.
+    """Parse ``KEY=LOW..HIGH`` and ``KEY=a,b,c`` and check the values in ``recipe``.
 
     Raises:
-        RecipeError: for a text of another form, a key that cannot be searched (the message names
-            those that can), or a value the recipe does not take.
+        RefusedInput: for an invalid text, a key that cannot be searched (the message lists the
+            keys), or
+            a value that the recipe rejects.
     """
     dimensions: list[Dimension] = []
     for text in texts:
@@ -86,10 +87,9 @@ def parse_space(texts: Sequence[str], recipe: Recipe) -> list[Dimension]:
 
 
 def searchable(recipe: Recipe) -> list[str]:
-    """Fields that may be searched.
+    """Return the fields that may be searched.
 
-    Not those of data and objective, nor the seed: trials are compared by their loss on the same
-    rows.
+    Data, objective and seed are excluded, because trials are compared by the loss on the same rows.
     """
     training = [f"training.{name}" for name in Training.model_fields if name not in FIXED_FIELDS]
     return [*training, *(f"adaptation.{name}" for name in type(recipe.adaptation).model_fields)]
@@ -119,11 +119,11 @@ def _dimension(text: str, recipe: Recipe) -> Dimension:
 
 
 def default_space(recipe: Recipe, resolved: Recipe) -> list[Dimension]:
-    """What is searched when nothing is named: the rate, and the rank of LoRA.
+    """Return the default space: the learning rate, and the rank of LoRA.
 
-    ``resolved`` is ``recipe`` with what a run of it would choose. The rate decides most, and its
-    best value depends on rows and network. LoRA's ``alpha`` stays, and so the best rate is nearly
-    the same for all ranks (Schulman et al. 2025, "LoRA Without Regret").
+    ``resolved`` is ``recipe`` with the chosen settings of a run. The best rate depends on rows and
+    network. LoRA's ``alpha`` stays, so the best rate is nearly the same for all ranks (Schulman et
+    al. 2025, "LoRA Without Regret").
     """
     rate = start_of("training.learning_rate", resolved)
     low, high = (float(f"{end:.4g}") for end in (rate / RATE_FACTOR, rate * RATE_FACTOR))
@@ -138,17 +138,16 @@ def default_space(recipe: Recipe, resolved: Recipe) -> list[Dimension]:
 
 
 def start_of(key: str, resolved: Recipe) -> Any:
-    """Value of a field in a run of the recipe as it stands."""
+    """Return the value of a field in a run of the given recipe."""
     group, _, field = key.partition(".")
     return getattr(getattr(resolved, group), field)
 
 
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """``recipe`` with the fields named in ``settings`` replaced; :class:`RecipeError` if it cannot
-    be.
+    """Return ``recipe`` with the fields in ``settings`` replaced, or raise :class:`RecipeError`.
 
-    Only what was asked for is kept beside them, so that another adaptation can take the first one's
-    place without inheriting its fields.
+    Only explicit fields are kept, so that a new adaptation does not inherit fields of the old
+    adaptation.
     """
     fields = deepcopy(recipe.model_dump(mode="json", exclude_unset=True))
     for key, value in settings.items():

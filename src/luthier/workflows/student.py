@@ -1,4 +1,4 @@
-"""From a teacher to a student in the store: planned, cut, saved, read back."""
+"""Students: smaller networks cut from a teacher's weights, stored and verified."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Student:
-    """What was made."""
+    """A stored student."""
 
     model_id: str
     model_dir: str
     parent: str
     layers: int
-    """Layers of the student, in each of its stacks."""
+    """Layers in each stack of the student."""
     kept: tuple[int, ...] | None
-    """Which of the teacher's layers they are, counted from 0; none where one layer is repeated."""
+    """Kept layers of the teacher, counted from 0; None for a network with one repeated layer."""
     weights: int
     teacher_weights: int
     saved_bytes: int
@@ -47,7 +47,7 @@ class Student:
 
 @dataclass(frozen=True)
 class _Draft:
-    """All that is settled before a weight is read."""
+    """Plan of a student before weights are read."""
 
     teacher: store.StoredModel
     head: Head
@@ -60,9 +60,9 @@ class _Draft:
 def make_student(
     teacher_id: str, name: str, shape: StudentShape, reporter: Reporter | None = None
 ) -> Student:
-    """Make a smaller network of a teacher's own weights and store it as the custom model ``name``.
+    """Cut a smaller network from a teacher's weights and store the custom model ``name``.
 
-    It is stored in the teacher's precision. Adapters of the teacher's lineage are merged first, in
+    The student has the teacher's precision. Adapters of the teacher's lineage are merged first, in
     float32. A head (classes, tags, a rating) and the tokenizer with template and stop tokens stay.
 
     Raises:
@@ -89,7 +89,7 @@ def make_student(
 
 
 def describe_draft(draft: _Draft) -> list[str]:
-    """What a draft comes to, for a person."""
+    """Return a description of a draft in lines."""
     planned, share = draft.planned, draft.weights / draft.teacher_weights
     before, after = planned.depth
     lines = []
@@ -130,7 +130,7 @@ def _draft(teacher: store.StoredModel, shape: StudentShape) -> _Draft:
 
 
 def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
-    """Cut, save, read back, and only then make it a model."""
+    """Cut, save and verify the student, and store the model."""
     teacher, head = draft.teacher, draft.head
     need_disk(
         run.model_folder, draft.weights * draft.dtype.itemsize + (16 << 20), "storing the student"

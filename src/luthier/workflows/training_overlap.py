@@ -1,4 +1,4 @@
-"""Rows of an evaluation that the model was trained on, and rows that repeat each other."""
+"""Overlap of evaluation rows with the training rows, and repeated evaluation rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luthier.library.models import StoredModel
 from luthier.types import Row
 
 MOST_COMPARED_BYTES = 64_000_000
-"""Size of the training files that are searched for evaluated rows: a few seconds."""
+"""Maximum size of the training files to search: a few seconds."""
 
 
 def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
@@ -58,10 +58,10 @@ def _training_files(stored: StoredModel) -> dict[str, str]:
 def _trained_rows(
     stored: StoredModel, trained: Mapping[str, str], rows: Sequence[Row]
 ) -> dict[int, str]:
-    """Return the places of ``rows`` with the question of a training row, and its location.
+    """Return the numbers of ``rows`` with the question of a training row, with the row's location.
 
-    Files that are missing or changed are skipped, as are files beyond :data:`MOST_COMPARED_BYTES`
-    in all and held-out lines.
+    Missing or changed files, files beyond :data:`MOST_COMPARED_BYTES` in total, and held-out lines
+    are skipped.
     """
     if not trained or not any(map(question_of, rows)):
         return {}

@@ -1,8 +1,8 @@
 """Processes of a search: parallel trials, and all runs of a search on a cluster.
 
-Each process is ``python -m luthier.workflows.trial_processes FOLDER NUMBER``. It holds the lock of
-its folder, stops at a checkpoint when the search is gone, and writes ``outcome.json``; only the
-search updates the study. A killed process is started again and resumes from its checkpoint.
+Each process is ``python -m luthier.workflows.trial_processes FOLDER NUMBER``. The process locks its
+folder, stops at a checkpoint when the search is gone, and writes ``outcome.json``; only the search
+updates the study. A killed process is restarted and resumes from its checkpoint.
 """
 
 from __future__ import annotations

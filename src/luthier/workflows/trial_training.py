@@ -37,7 +37,7 @@ def temporary_run(root: str, kind: str) -> Iterator[Run]:
 def trial_training(
     recipe: Recipe, kind: str, reporter: Reporter
 ) -> Iterator[tuple[TrainingJob, Network, Loop]]:
-    """Yield the job of ``recipe``, its network and its loop before the first step.
+    """Yield the job of ``recipe``, the network and the loop before the first step.
 
     Raises:
         RefusedInput: as :func:`luthier.engine.train.train`.

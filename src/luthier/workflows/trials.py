@@ -1,4 +1,4 @@
-"""Trials: trainings that store no model and are measured, for searches and learning curves."""
+"""Trials: measured trainings without a stored model, for searches and learning curves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TRIALS_BEFORE_PRUNING = 3
 """The median of fewer trials says little."""
 MEASUREMENTS_BEFORE_PRUNING = 2
-"""Of about eight in a run. At the first one, the learning rate is still in its warm-up."""
+"""Minimum measurements before pruning, of about eight in a run: the first is within the warm-up."""
 PLACE = "place"
 """Attribute of a trial in the study: its place in the search, from 0."""
 MEASURE = "measure"
@@ -36,7 +36,7 @@ MEASURE = "measure"
 
 @dataclass(frozen=True)
 class Measured:
-    """The best measurement of a training on its validation rows."""
+    """Best measurement of a training on its validation rows."""
 
     measure: str
     """``loss``, ``reward`` or a score."""
@@ -86,7 +86,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """How a trial ended."""
+    """Result of a trial."""
 
     state: Literal["complete", "pruned", "failed", "refused"]
     """``refused``: the recipe itself was rejected; only for the first trial."""
@@ -97,7 +97,7 @@ class TrialOutcome:
 
 
 def open_study(folder: Path) -> optuna.Study:
-    """Open the study in ``folder``, which another process may also have open."""
+    """Open the study in ``folder``, which a second process may also have open."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -110,7 +110,7 @@ def open_study(folder: Path) -> optuna.Study:
 
 
 def pruner() -> optuna.pruners.BasePruner:
-    """Return a pruner of trials that are worse than the median of complete trials."""
+    """Return a pruner of trials below the median of complete trials."""
     import optuna
 
     return optuna.pruners.MedianPruner(
@@ -126,7 +126,7 @@ def trial_folder(folder: Path, number: int) -> Path:
 def carry_out(
     recipe: Recipe, folder: Path, trial: optuna.Trial, reporter: Reporter, reported: int = 0
 ) -> TrialOutcome:
-    """Train ``recipe`` in ``folder`` as one trial of a study.
+    """Train ``recipe`` in ``folder`` as a trial of a study.
 
     ``reported`` is the number of measurements that a killed process has reported to the study.
 
@@ -154,7 +154,7 @@ class Watch(Reporter):
     def __init__(
         self, outer: Reporter, trial: optuna.Trial, folder: Path, reported: int = 0
     ) -> None:
-        """``reported`` is the number of measurements that the study has."""
+        """``reported`` is the number of measurements in the study."""
         self.outer, self.trial, self.folder = outer, trial, folder
         self.reported = reported
         self.value: float | None = None
@@ -175,7 +175,7 @@ class Watch(Reporter):
         """Report new measurements.
 
         The metrics file also has the measurements before a kill, so a resumed trial is judged like
-        one that was never killed.
+        an uninterrupted trial.
         """
         lines = validation_lines(self.folder)
         if not lines:

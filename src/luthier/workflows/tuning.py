@@ -1,12 +1,12 @@
-"""Tuning, and what is asked of a model before it may be used: that it did not forget too much.
+"""Tuning with an acceptance test of forgetting.
 
-With ``forgetting`` in its recipe a model is stored withheld. It is held beside what it was tuned
-from (:mod:`luthier.workflows.forgetting`, drift and probes alone), the report is kept with it, and
-only a model within the limits is activated. A run that is cut short in between leaves it withheld,
-and measures on when it is resumed.
+With ``forgetting`` in the recipe, a model is stored as withheld and compared with its parent
+(:mod:`luthier.workflows.forgetting`, drift and probes alone). The report is stored with the model,
+and only a model within the limits is activated. An interrupted run leaves the model withheld; a
+resumed run continues the measurement.
 
-The limits lie between what was measured of sound and of ruined models (docs/log/evaluation.md).
-They are off where they are not asked for: measuring takes as long as a small tuning itself.
+The limits lie between the measured values of good and of ruined models (docs/log/evaluation.md).
+The test is off by default, because measuring takes as long as a small tuning.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def tune(
     processes: int = 1,
     data: OpenedData | None = None,
 ) -> Result:
-    """Carry out ``recipe``; a model that forgot more than it may is stored and withheld.
+    """Carry out ``recipe``; a model outside the limits of forgetting is stored and withheld.
 
-    With ``processes`` so many of this machine share the work; under a launcher such as torchrun all
-    that it started do.
+    ``processes`` of this machine share the work; under a launcher such as torchrun, all started
+    processes.
 
     Raises:
         RefusedInput: before any training.
-        Interrupted: on Ctrl-C or SIGTERM; with ``resume`` it goes on.
+        Interrupted: on Ctrl-C or SIGTERM; the same call with ``resume`` continues.
     """
     reporter = reporter or Reporter()
     limits = recipe.forgetting
@@ -64,7 +64,7 @@ def tune(
 
 
 def outside(found: Forgetting, limits: ForgettingLimits) -> list[str]:
-    """In what a model is outside ``limits``, in words."""
+    """Return the violations of ``limits``, in words."""
     said = []
     drift = found.drift.kl.value
     if not drift <= limits.max_kl:
@@ -80,10 +80,10 @@ def outside(found: Forgetting, limits: ForgettingLimits) -> list[str]:
 
 
 def accept(model_id: str) -> StoredModel:
-    """Activate a model that is withheld; its record says that it was outside its limits.
+    """Activate a withheld model; the record keeps the violated limits.
 
     Raises:
-        RecipeError: for one that is not withheld.
+        RecipeError: for a model that is not withheld.
     """
     stored = find(model_id)
     if not stored.manifest.withheld:
@@ -94,7 +94,8 @@ def accept(model_id: str) -> StoredModel:
 
 
 def _activate_within(stored: StoredModel, limits: ForgettingLimits, reporter: Reporter) -> None:
-    """Measure what ``stored`` forgot, keep the report, and activate it within ``limits``."""
+    """Measure the forgetting of ``stored``, store the report, and activate a model within
+    ``limits``."""
     reporter.stage("Measuring what it forgot")
     found = measure_forgetting(
         stored,

@@ -1,4 +1,4 @@
-"""What to do with this data and this machine: tune, prompt, search, distil, or leave it."""
+"""Advice for given data and machine: tune, prompt, search, distil, or use a baseline."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def advise(
     seconds: float,
     reporter: Reporter,
 ) -> Advice:
-    """Inspect, estimate, try and judge.
+    """Inspect the data, estimate the job, try techniques and recommend.
 
     Args:
-        recipe: the tuning that is compared with everything else.
-        command: how it is typed, for the recommendation.
-        documents: sources of texts that answers should be true to.
-        wishes: what is wanted, and the limits.
-        seconds: of training on trial; 0 for none.
-        reporter: hears of progress.
+        recipe: the tuning to compare.
+        command: the tuning command, for the recommendation.
+        documents: sources of documents for retrieval.
+        wishes: goal and limits.
+        seconds: duration of the trial training; 0 for none.
+        reporter: receives progress.
 
     Raises:
-        RefusedInput: for a recipe or documents that cannot be.
+        RefusedInput: for an invalid recipe or document.
     """
     from luthier.data.rows import load_documents
     from luthier.workflows.advise.facts import collect
@@ -48,12 +48,12 @@ def advise(
 
 
 def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> str:
-    """``luthier tune`` of ``data`` with what was set.
+    """Return the ``luthier tune`` command of ``data`` with all settings.
 
     Args:
-        data: as it is named.
-        flags: values of fields that have options of their own, by the dotted name of the field.
-        settings: ``KEY=VALUE`` of other fields.
+        data: name of the data file.
+        flags: values of fields with an option, by dotted field name.
+        settings: ``KEY=VALUE`` of fields without an option.
     """
     parts = ["luthier", "tune", data]
     for key, option in OPTIONS.items():
@@ -66,7 +66,7 @@ def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str])
 
 
 def command_of(data: str, fields: Mapping[str, Any]) -> str:
-    """The same for plain values of the recipe by dotted name; tables of them are taken apart."""
+    """Return the tuning command of plain recipe values by dotted name; tables are flattened."""
     methods = {name: f"{name}.method" for name in ("objective", "adaptation")}
     flat = {methods.get(name, name): value for name, value in dotted_items(fields)}
     flags = {key: flat.pop(key) for key in OPTIONS if key in flat}
@@ -74,7 +74,7 @@ def command_of(data: str, fields: Mapping[str, Any]) -> str:
 
 
 def _literal(value: Any) -> str:
-    """As ``--set`` reads it back."""
+    """Return a value as an argument of ``--set``."""
     text = str(value) if isinstance(value, str | Path) else None
     if text is not None and toml_value(text) == text:
         return text

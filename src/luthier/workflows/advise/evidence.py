@@ -1,6 +1,6 @@
 """Measurements for advice: fine-tuning and its rivals on held-out rows.
 
-Generative models answer as they are, with examples, and with passages
+Generative models answer unchanged, with examples, and with passages
 (:mod:`luthier.workflows.prompting`). Models that predict are compared with the simple baselines of
 every run. The job then trains for a few steps on a temporary copy, and is measured again.
 """
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 HELD = 40
 """Held-out rows for generative models: the standard error of 50 % is 8 points."""
 HELD_LABELS = 400
-"""Held-out rows for labels, which take far less time: 2.5 points."""
+"""Held-out rows for labels, which are fast: the standard error is 2.5 points."""
 LEAST_FITTING = 0.5
-"""Share of the questions that must fit into the context for a technique to be measured."""
+"""Minimum share of questions that fit into the context, or a technique is left out."""
 BASELINE_SECONDS = 60.0
 """Time limit of all simple baselines."""
 SEED = 0
@@ -49,18 +49,18 @@ ROOM = 16
 
 @dataclass(frozen=True)
 class TechniqueResult:
-    """The measurement of one technique."""
+    """Measurement of a technique."""
 
     technique: Technique
     name: str
     score: float
     """Share of right answers, or ROUGE-L of long answers."""
     prompt_tokens: float
-    """Tokens that the model takes as input per answer."""
+    """Mean input tokens per answer."""
     seconds: float
     """Seconds per answer on this machine, in a batch."""
     constant: bool = False
-    """Whether every row has the same answer, which is a baseline and not a technique."""
+    """True for a baseline with the same answer for all rows, which is not a technique."""
     row_scores: RowScores | None = None
     """The score row by row."""
 
@@ -90,7 +90,7 @@ class Evidence:
     """Optimizer steps of the trial training, of ``all_steps``."""
     all_steps: int = 0
     left_out: tuple[str, ...] = ()
-    """Techniques that were not measured, with the reason."""
+    """Techniques without a measurement, with the reason."""
 
     def best(self, *techniques: Technique) -> TechniqueResult | None:
         """Return the best result of some techniques."""
@@ -119,7 +119,7 @@ def gather(
     """Measure all techniques on ``held``; the trial training takes about ``seconds``.
 
     Raises:
-        RefusedInput: as :func:`luthier.engine.train.train` does for the recipe.
+        RefusedInput: as :func:`luthier.engine.train.train` for the recipe.
     """
     with trial_training(recipe, "advice", reporter) as (job, network, loop):
         ways: _Predictions | _Replies
@@ -203,7 +203,7 @@ class _Replies:
         return found
 
     def measure_trained(self, name: str) -> TechniqueResult:
-        """Measure the trained model as it is."""
+        """Measure the trained model without examples."""
         from luthier.inference.generation import Generator
 
         if not self.held:
@@ -238,16 +238,16 @@ class _Replies:
 
 
 class _Predictions:
-    """Measurements of a model that predicts; its head is random before the training."""
+    """Measurements of a model that predicts; the head is random before the training."""
 
     def __init__(self, network: Network, job: TrainingJob, held: Sequence[Row]) -> None:
         self.network, self.job, self.held = network, job, held
         self.left_out: list[str] = []
         self.tokens = sum(len(row.plain_text()) for row in held) / 4 / len(held)
-        """Tokens of a row, estimated from its characters."""
+        """Tokens of a row, estimated from the characters."""
 
     def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
-        """Measure the simple baselines; their seconds are per row that was read."""
+        """Measure the simple baselines, in seconds per row."""
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.evaluation.baselines import ComparedRows
 

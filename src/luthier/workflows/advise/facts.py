@@ -1,5 +1,4 @@
-"""What advice is given on: the data, the model, the machine, what is wanted, and what was
-measured."""
+"""Facts for advice: data, model, machine, wishes and measurements."""
 
 from __future__ import annotations
 
@@ -32,33 +31,33 @@ if TYPE_CHECKING:
 
 
 Goal = Literal["quality", "cost", "latency", "knowledge", "style"]
-"""``knowledge`` is facts from documents that answers must be true to."""
+"""Goal of the user; ``knowledge`` means facts from documents."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is wanted. Nothing named is no limit."""
+    """Goal and limits of the user; ``None`` is no limit."""
 
     goal: Goal = "quality"
     max_minutes: float | None = None
-    """Of training."""
+    """Maximum minutes of training."""
     max_seconds: float | None = None
-    """For one answer."""
+    """Maximum seconds per answer."""
     max_megabytes: float | None = None
-    """Of the model."""
+    """Maximum size of the model in megabytes."""
 
 
 @dataclass(frozen=True)
 class AdviceFacts:
-    """Everything that is known before the advice."""
+    """Facts known before the advice."""
 
     wishes: Wishes
     rows: int
     shape: str
-    """As objectives name the shapes of rows."""
+    """Shape of the rows, as objectives name shapes."""
     objective: str
     labels: int
-    """Classes, 0 where there are none."""
+    """Number of classes; 0 without classes."""
     smallest_class: int
     learned_tokens: int
     prompt_tokens: int
@@ -66,31 +65,31 @@ class AdviceFacts:
     weights: int
     trained_weights: int
     megabytes: float
-    """Of the base model in the working type."""
+    """Size of the base model in the working type."""
     writes: bool
-    """Whether answers are written; labels are read off by a head."""
+    """True if the model generates answers; False if a head predicts labels."""
     refused: tuple[str, ...]
-    """Rules of the data gate that refuse the data."""
+    """Rules of the data gate with errors."""
     warned: tuple[str, ...]
-    """Rules that warn."""
+    """Rules of the data gate with warnings."""
     cautions: tuple[str, ...]
-    """What they say of the data as a whole."""
+    """Warnings about the data as a whole."""
     estimate: Estimate | None
-    """Of the recipe; ``None`` where it could not be made."""
+    """Estimate of the recipe; ``None`` if the estimate failed."""
     evidence: Evidence | None
 
     @property
     def epochs(self) -> float:
-        """Passes over the rows that the recipe makes."""
+        """Passes of the recipe over the rows."""
         return self.estimate.epochs if self.estimate else 1.0
 
     @property
     def minutes(self) -> float | None:
-        """Of training, where it was estimated."""
+        """Estimated minutes of training."""
         return self.estimate.seconds.value / 60 if self.estimate else None
 
     def plain(self) -> dict[str, Any]:
-        """What was counted, for JSON."""
+        """Return JSON values."""
         return {
             "rows": self.rows,
             "shape": self.shape,
@@ -110,16 +109,16 @@ class AdviceFacts:
 
 
 LARGEST_SHARE = 0.3
-"""Of the rows, at most so many are kept for asking."""
+"""Maximum share of held-out rows."""
 FEWEST = 5
-"""Rows that must be left on both sides."""
+"""Minimum training rows and minimum held-out rows."""
 TRIED = frozenset({"prompt", "messages", "label"})
-"""Shapes of rows that ask something with one right answer."""
+"""Shapes of rows with one right answer."""
 
 
 @dataclass(frozen=True)
 class _Model:
-    """Of the base model and the adaptation, from its shape alone."""
+    """Sizes of the base model with the adaptation."""
 
     weights: int
     trained: int
@@ -134,11 +133,12 @@ def collect(
     seconds: float,
     reporter: Reporter,
 ) -> AdviceFacts:
-    """Everything advice is given on; the trial of tuning takes about ``seconds``.
+    """Collect the facts for advice; the trial training takes about ``seconds``.
 
     Raises:
-        RefusedInput: for a recipe that cannot be, or a base model that is not here. Data that the
-            gate refuses raises nothing where any row can be read: that is the advice.
+        RefusedInput: for an invalid recipe or a missing base model. Rejected data raises an error
+            only
+            without readable rows, because the rejection is part of the advice.
     """
     from luthier.engine.job import with_base
     from luthier.library import models as store
@@ -188,7 +188,7 @@ def collect(
 
 
 def _check_texts(recipe: Recipe) -> None:
-    """Refuse rows of images, sounds and time series, which no prompt or search competes for."""
+    """Reject rows of images, audio and time series, because prompts and search do not apply."""
     source, first = recipe.data.train, None
     with suppress(RefusedInput):  # what is wrong with the rows is said when all are read
         first = next(iter(RowReader(source, recipe.data.columns)), None)
@@ -220,7 +220,7 @@ def _rules(report: Report, severity: str) -> list[str]:
 
 
 def _cautions(report: Report) -> list[str]:
-    """Warnings of the data as a whole: they bear on the choice, those of single rows do not."""
+    """Return the warnings of the data as a whole, which matter for the choice of a technique."""
     found = report.findings
     first = [
         found.examples[r.id][0] for r in found.rules() if found.severity(r) == "warning" and r.whole
@@ -229,7 +229,7 @@ def _cautions(report: Report) -> list[str]:
 
 
 def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
-    """The rows that can be read at all."""
+    """Return the readable rows."""
     try:
         rows = list(RowReader(recipe.data.train, recipe.data.columns))
     except DataError:
@@ -245,7 +245,7 @@ def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
 def _model_facts(
     recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFormat
 ) -> _Model:
-    """Sizes of the network with its adaptation, on the meta device."""
+    """Return the sizes of the network with its adaptation, from the meta device."""
     import torch
 
     from luthier.engine.machine import choose_machine
@@ -286,7 +286,7 @@ def _try_techniques(
     seconds: float,
     reporter: Reporter,
 ) -> Evidence | None:
-    """Some rows are kept for asking, the others are what everything may learn from."""
+    """Split the rows and measure the techniques on the held-out rows."""
     train, held = _split_rows(recipe, rows)
     if len(held) < FEWEST or len(train) < FEWEST:
         reporter.note("nothing was tried: there are too few rows to keep some apart")
@@ -311,37 +311,37 @@ def _try_techniques(
 
 
 class SubsetReporter(Reporter):
-    """Tells of a temporary file with some of the rows by the name of the data they are from.
+    """A reporter that replaces the path of a temporary file by the name of the data.
 
-    Settings are not told again: those chosen for the whole run stand beside its estimate.
+    Settings are not reported, because the estimate has reported the settings of the whole run.
     """
 
     def __init__(self, reporter: Reporter, file: str, source: str) -> None:
         self.reporter, self.file, self.source = reporter, file, source
 
     def rename(self, text: str) -> str:
-        """``text`` with the name of the data for that of the file."""
+        """Return ``text`` with the name of the data."""
         return text.replace(self.file, self.source)
 
     def stage(self, text: str) -> None:
-        """As of a reporter."""
+        """Report a stage."""
         self.reporter.stage(self.rename(text))
 
     def note(self, text: str) -> None:
-        """As of a reporter."""
+        """Report a note."""
         self.reporter.note(self.rename(text))
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """As of a reporter."""
+        """Report progress."""
         self.reporter.progress(done, total, what)
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """As of a reporter."""
+        """Report metrics."""
         self.reporter.metrics(line, steps)
 
 
 def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Rows to learn from, and rows to ask: near-duplicates of these are not learned from."""
+    """Return training rows and held-out rows without near-duplicates across the split."""
     from luthier.data.rows import load_rows
     from luthier.data.splitting import split_rows, strata_of
     from luthier.gate.row_keys import group_related

@@ -1,7 +1,7 @@
-"""The techniques that are compared, each judged on the facts, and the recommendation that follows.
+"""Judgements of techniques from the facts, and the resulting recommendation.
 
-The thresholds are published ones, named where they stand; they are rules of thumb, and what was
-measured on held-out rows goes before them. The recommendation may be not to tune.
+The thresholds are published rules of thumb. Measurements on held-out rows have priority. The
+recommendation may be not to tune.
 """
 
 from __future__ import annotations
@@ -28,38 +28,37 @@ MANY_ROWS = 1000
 PER_CLASS = 8
 """Tunstall et al. 2022 (SetFit): eight examples of each class make a usable classifier."""
 CORPUS = 100_000
-"""Tokens from which task-adaptive pre-training gains (Gururangan et al. 2020: 80 kB to 3 MB)."""
+"""Minimum tokens for task-adaptive pre-training (Gururangan et al. 2020: 80 kB to 3 MB)."""
 LARGE_CORPUS = 10_000_000
 PAIRS = 500
 """Preference pairs below which reported gains are within the noise of judging."""
 LEAST_TRIAL = 0.1
-"""Share of all steps of a trial that says how fast a model learns."""
+"""Minimum share of steps for an extrapolation of a trial."""
 SURE = 0.95
-"""Bedrock's guide to reinforcement: where the reward is that high already, there is nothing to
-gain."""
+"""Score above which tuning cannot gain (Bedrock's guide to reinforcement fine-tuning)."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One technique on this data."""
+    """Judgement of a technique on the data."""
 
     technique: str
     fit: Fit
     reason: str
     needs: str
-    """Data it needs, beside what there is."""
+    """Required data, compared with the existing data."""
     takes: str
     """Time and memory before the first answer."""
     each_answer: str
-    """What an answer costs."""
+    """Cost of an answer."""
     complexity: Risk
     overfitting: Risk
     forgetting: Risk
     measured: str = ""
-    """What was tried of it on held-out rows."""
+    """Measured result on held-out rows."""
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return JSON values."""
         return asdict(self)
 
 
@@ -83,7 +82,7 @@ def prompting(facts: AdviceFacts) -> Judgement:
 
 
 def baselines(facts: AdviceFacts) -> Judgement:
-    """A simple classifier on words or on the base model's states, for models that read."""
+    """Judge a simple classifier on words or on the base model's states."""
     best = facts.evidence and facts.evidence.best("simple baselines")
     fit: Fit = "yes" if best and best.score >= SURE else "perhaps"
     reason = "fitted in seconds, and no weight of the base model moves"
@@ -95,7 +94,7 @@ def baselines(facts: AdviceFacts) -> Judgement:
 
 
 def rag(facts: AdviceFacts) -> Judgement:
-    """What a search finds goes into the prompt."""
+    """Judge retrieval of passages into the prompt."""
     if not facts.writes:
         return baselines(facts)
     if facts.document_tokens:
@@ -163,7 +162,7 @@ def continued_pretraining(facts: AdviceFacts) -> Judgement:
 
 
 def distillation(facts: AdviceFacts) -> Judgement:
-    """A larger model teaches a smaller one on the user's prompts."""
+    """Judge teaching a smaller model with a larger model on the user's prompts."""
     small = facts.wishes.max_megabytes is not None or facts.wishes.max_seconds is not None
     too_large = (facts.wishes.max_megabytes or float("inf")) < facts.megabytes
     slow = _slow(facts)
@@ -185,7 +184,7 @@ def distillation(facts: AdviceFacts) -> Judgement:
 
 
 def preferences(facts: AdviceFacts) -> Judgement:
-    """DPO and its kin, and reinforcement by a reward model."""
+    """Judge DPO, similar methods, and reinforcement with a reward model."""
     have = facts.rows if facts.shape in ("preference", "rated", "thumb") else 0
     if have >= PAIRS:
         fit: Fit = "yes"
@@ -213,7 +212,7 @@ TECHNIQUES: tuple[Callable[[AdviceFacts], Judgement], ...] = (
 
 
 def overfitting(facts: AdviceFacts) -> Risk:
-    """By how many weights move for each learned token, and how often each row comes."""
+    """Return the risk from trained weights per learned token and passes over the rows."""
     ratio = facts.trained_weights / max(1, facts.learned_tokens)
     if facts.rows < FEW_ROWS or (ratio > 1000 and facts.epochs > 2):
         return "high"
@@ -221,8 +220,10 @@ def overfitting(facts: AdviceFacts) -> Risk:
 
 
 def forgetting(facts: AdviceFacts) -> Risk:
-    """By how much of the network moves (Biderman et al. 2024: LoRA learns less and forgets
-    less)."""
+    """Return the risk from the trained share of weights.
+
+    LoRA learns less and forgets less (Biderman et al. 2024).
+    """
     share = facts.trained_weights / max(1, facts.weights)
     if not facts.writes:
         return "none"
@@ -251,27 +252,27 @@ def _best_measured(facts: AdviceFacts, *techniques: Technique) -> str:
 
 
 LEAST_HELD = 20
-"""Held-out rows below which no difference is taken for one: each row is more than 5 %."""
+"""Minimum held-out rows for a difference: each of fewer rows is more than 5 %."""
 EXPENSIVE = 3.0
-"""So many times the tokens read for each answer, and training pays for itself sooner or later."""
+"""Ratio of input tokens per answer from which training pays off."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do, and why."""
+    """Recommended techniques with reasons."""
 
     techniques: tuple[str, ...]
-    """In the order to apply them; empty where the data has to be mended first."""
+    """Techniques in order of application; empty if the data needs a fix first."""
     tune: bool
-    """Whether any weight should move."""
+    """True if the recommendation is to train weights."""
     reasons: tuple[str, ...]
     cautions: tuple[str, ...] = ()
     commands: tuple[str, ...] = field(default=())
     sure: bool = True
-    """Whether what was measured, if anything was, tells this from the other ways beyond chance."""
+    """True unless the measured differences may be chance."""
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return JSON values."""
         return asdict(self)
 
 
@@ -284,7 +285,7 @@ class Advice:
     recommendation: Recommendation
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return JSON values."""
         return {
             "recommendation": self.recommendation.plain(),
             "techniques": [each.plain() for each in self.judgements],
@@ -293,7 +294,7 @@ class Advice:
 
 
 def recommend(facts: AdviceFacts, command: str) -> Advice:
-    """Judge every technique and choose; ``command`` is what tunes on this data."""
+    """Judge every technique and recommend; ``command`` is the tuning command."""
     judgements = [judge(facts) for judge in TECHNIQUES]
     chosen = _choose(facts, judgements, command)
     chosen = replace(chosen, cautions=(*facts.cautions, *chosen.cautions))
@@ -327,7 +328,7 @@ def _choose(facts: AdviceFacts, judgements: list[Judgement], command: str) -> Re
 
 
 def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> Recommendation:
-    """Rows with answers: is training worth it?"""
+    """Return the recommendation for rows with answers."""
     chosen: list[str] = []
     cautions: list[str] = []
     against, reasons, sure = _without_training(facts)
@@ -370,7 +371,7 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
 
 
 def _nearest_served(facts: AdviceFacts, command: str) -> str:
-    """What to tune for something like the best simple baseline, which is no model of the store."""
+    """Return the command for a served model similar to the best simple baseline."""
     best = facts.evidence and facts.evidence.best("simple baselines")
     plain = without_option(command, "--adaptation")
     if best and best.name == NAIVE_BAYES:
@@ -385,8 +386,7 @@ def _nearest_served(facts: AdviceFacts, command: str) -> str:
 
 
 def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
-    """What does as well without training, if anything; the reasons either way; whether it is
-    sure."""
+    """Return the best technique without training if sufficient, the reasons, and the certainty."""
     evidence = facts.evidence
     best = evidence and evidence.best("as it is", "prompt engineering", "RAG", "simple baselines")
     tuned = evidence and evidence.best("fine-tuning")
@@ -422,10 +422,11 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
 
 
 def _most_reachable(evidence: Evidence, tuned: TechniqueResult) -> float | None:
-    """The score after all steps if each gave as much as those of the trial; curves flatten instead.
+    """Return the score after all steps at the pace of the trial: an upper bound, because curves
+    flatten.
 
-    Known of heads that start from the linear probe, whose score was measured, and not of a trial of
-    less than a tenth, which may still have been warming up.
+    Known for heads that start from the measured linear probe. Unknown for a trial of less than a
+    tenth of the steps, which may be within the warm-up.
     """
     probe = next((each.score for each in evidence.tried if each.name == LINEAR_PROBE), None)
     share = evidence.steps / max(1, evidence.all_steps)
@@ -435,7 +436,7 @@ def _most_reachable(evidence: Evidence, tuned: TechniqueResult) -> float | None:
 
 
 def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[float, bool]:
-    """How much better the tuned one is, and whether that is more than noise."""
+    """Return the gain of the tuned result, and whether the gain exceeds the noise."""
     one, other, gain = tuned.row_scores, best.row_scores, tuned.score - best.score
     if one is None or other is None:
         return gain, differ(tuned.score, best.score, held)
@@ -443,7 +444,7 @@ def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[flo
 
 
 def without_option(command: str, option: str) -> str:
-    """A command without an option and its value."""
+    """Return a command without an option and its value."""
     parts = shlex.split(command)
     if option in parts:
         place = parts.index(option)
@@ -452,6 +453,6 @@ def without_option(command: str, option: str) -> str:
 
 
 def _distil(command: str, teacher: str, student: str) -> str:
-    """What distils on the data of a tuning ``command``."""
+    """Return the distillation command for the data of a tuning ``command``."""
     data = command.removeprefix("luthier tune ").split(" --")[0]
     return f"luthier distil {data} --teacher {teacher} --student {student}"

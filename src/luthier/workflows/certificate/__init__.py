@@ -1,2 +1,1 @@
-"""The certificate of a model, what it looks like in the forms of others, and whether it still
-holds."""
+"""Certificates of models: creation, model cards, pages, signatures and verification."""

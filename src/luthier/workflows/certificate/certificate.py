@@ -1,12 +1,12 @@
-"""The certificate of a model: ``certificate.json`` in its folder, which others can check.
+"""Certificate of a model: ``certificate.json`` in the model's folder.
 
-It gathers what is known of a model: its record with recipe, data report and parity, the models
-below it, the curves of its run, what the run was estimated to take and took, operations and energy,
-and the reports that were kept with it. Nothing is measured for it, and what it says is compared
-with where it comes from by :mod:`luthier.workflows.certificate.verify`.
+A certificate collects the record with recipe, data report and parity, the lineage, loss curves, the
+estimate and the actual duration, operations and energy, and stored reports. Nothing is measured for
+a certificate. :mod:`luthier.workflows.certificate.verify` compares the certificate with its
+sources.
 
-The record of the model and the list of its files are as they were: a certificate is another file
-beside them, which :func:`luthier.library.models.content_hash` does not read.
+A certificate does not change the record or the list of files, because
+:func:`luthier.library.models.content_hash` ignores the certificate.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
 
 MOST_POINTS = 200
-"""Points of a curve; of a longer run, evenly spaced ones."""
+"""Maximum points of a curve; longer curves are thinned evenly."""
 
 
 class Relative(Record):
-    """A model that this one comes from, or that helped in its training."""
+    """An ancestor of the model, or a model that helped in the training."""
 
     id: str
     part: str
-    """``parent`` for what it was made from, ``base`` for the model at the bottom, ``teacher``, …"""
+    """``parent`` for an ancestor, ``base`` for the first ancestor, ``teacher``, …."""
     helped: str | None = None
-    """Id of the model in whose training it helped, where nothing was made from it."""
+    """Id of the model trained with the help; None for an ancestor."""
     content_sha256: str | None = None
-    """Hash of all that decides its answers; ``None`` where it is not here."""
+    """Hash of everything that decides the replies; ``None`` if the model is not on this machine."""
     source: str | None = None
     source_sha256: str | None = None
     revision: str | None = None
@@ -58,19 +58,18 @@ class Relative(Record):
 
 
 class Forecast(Record):
-    """What a run was estimated to take, with the range that holds it nine times in ten, and
-    took."""
+    """An estimated quantity with its 90 % interval, and the actual value."""
 
     quantity: Literal["seconds", "peak_memory_bytes", "disk_bytes", "tokens"]
     actual: float
     estimate: float | None = None
-    """``None`` where nobody asked for an estimate before the run."""
+    """``None`` without an estimate before the run."""
     low: float | None = None
     high: float | None = None
 
 
 class KeptReport(Record):
-    """A report that was kept with the model."""
+    """A report stored with the model."""
 
     file: str
     """Below the model's folder."""
@@ -79,46 +78,47 @@ class KeptReport(Record):
 
 
 class Certificate(Record):
-    """All that is known of a model, for others to check."""
+    """Everything known about a model, in a form that can be verified."""
 
     version: Literal[1] = 1
-    """Of the certificate's form."""
+    """Version of the certificate's format."""
     id: str
     created: str
-    """When the certificate was made; ISO 8601, UTC."""
+    """Time of the certificate; ISO 8601, UTC."""
     luthier: str
-    """Version that made the certificate."""
+    """Version of luthier that created the certificate."""
     content_sha256: str
-    """Hash of all that decides what the model answers: its files, and those below its adapters."""
+    """Hash of everything that decides the replies: the model's files and the files of its
+    ancestors."""
     record_sha256: str
-    """Of ``luthier.json``."""
+    """SHA-256 of ``luthier.json``."""
     record: Manifest
     """The model's record: recipe and seed, data report, hashes of files and data, parity,
     metrics."""
     lineage: list[Relative]
-    """What it comes from, the nearest first, then what helped."""
+    """Ancestors, the nearest first, then models that helped in the training."""
     curves: dict[str, list[tuple[int, float]]]
     """Step and loss (or minus the reward) of ``train`` and ``validation``; none if the run is
     gone."""
     machine: str | None
-    """That trained it."""
+    """Machine of the training."""
     forecast: list[Forecast]
-    """What the run took, beside what was estimated."""
+    """Actual and estimated quantities of the run."""
     compute: Compute
     reports: list[KeptReport]
-    """Evaluations, comparisons and others, oldest first."""
+    """Evaluations, comparisons and further reports, oldest first."""
     missing: list[str] = Field(default_factory=list)
-    """What would belong here and is not known, in sentences."""
+    """Unknown facts, in sentences."""
     sha256: str = ""
-    """Of the file without this hash: whether a byte changed, not who changed it."""
+    """SHA-256 of the file without this field. Shows a change, not the author of the change."""
 
     @property
     def parents(self) -> list[Relative]:
-        """What the model was made from, the nearest first, without what only helped."""
+        """Ancestors of the model, the nearest first."""
         return [each for each in self.lineage if each.helped is None]
 
     def with_digest(self) -> Certificate:
-        """The same with the hash of all the rest."""
+        """Return the certificate with its SHA-256."""
         return self.model_copy(update={"sha256": self.digest()})
 
     def digest(self) -> str:
@@ -132,12 +132,12 @@ class Certificate(Record):
         return {**plain, "record": finite_or_none(self.record.plain())}
 
     def text(self) -> str:
-        """Return the content of the certificate's file, which is the same for equal certificates."""
+        """Return the content of the certificate's file; equal certificates have equal content."""
         return json_text(self.plain())
 
 
 def certificate_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of a certificate, as ``docs/certificate.schema.json`` ships it."""
+    """Return the JSON Schema (2020-12) of a certificate: ``docs/certificate.schema.json``."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "luthier certificate",
@@ -146,11 +146,7 @@ def certificate_schema() -> dict[str, Any]:
 
 
 def check_recorded(model: StoredModel) -> None:
-    """Refuse a model that luthier has no record of.
-
-    Raises:
-        RecipeError: always for such a one.
-    """
+    """Raise :class:`RecipeError` for a model without a record."""
     if not (model.folder / MANIFEST).is_file() or not model.manifest.created:
         raise RecipeError(
             f"luthier has no record of {model.id}, so there is nothing to certify; name a model that "
@@ -159,11 +155,12 @@ def check_recorded(model: StoredModel) -> None:
 
 
 def make_certificate(model: StoredModel, watts: float | None = None) -> Certificate:
-    """Gather what is known of ``model``; ``watts`` is the measured power of the machine in its run.
+    """Create the certificate of ``model``; ``watts`` is the measured power of the machine in the
+    run.
 
     Raises:
-        RecipeError: for a model that luthier has no record of.
-        CorruptFile: for a report that is no longer what was written.
+        RecipeError: for a model without a record.
+        CorruptFile: for a changed report.
     """
     check_recorded(model)
     manifest = model.manifest
@@ -280,10 +277,10 @@ def _missing(
 
 
 def certify(model_id: str) -> None:
-    """Bring the certificate of a model up to date, as its making or its judging has ended.
+    """Update the certificate of a model after training or evaluation.
 
-    One that is signed stays: who signed it makes another one. Power that was measured is taken
-    over.
+    A signed certificate is not updated; the signer creates a new certificate. A measured power is
+    kept.
     """
     # Of two that judge it at once neither may leave out the other's report.
     with lock_record(find(model_id)):
@@ -298,9 +295,9 @@ def certify(model_id: str) -> None:
 
 
 def write_certificate(model: StoredModel, certificate: Certificate) -> Path:
-    """Put it into the model's folder, whole or not at all; the place.
+    """Write the certificate into the model's folder atomically and return the path.
 
-    A signature of an earlier one is removed, as it no longer holds.
+    The signature of an earlier certificate is removed, because the signature is no longer valid.
     """
     path = model.folder / CERTIFICATE
     (model.folder / SIGNATURE).unlink(missing_ok=True)
@@ -309,10 +306,10 @@ def write_certificate(model: StoredModel, certificate: Certificate) -> Path:
 
 
 def parse_certificate(content: bytes, where: object) -> Certificate:
-    """The certificate in the bytes of a file ``where``.
+    """Return the certificate in the bytes of a file ``where``.
 
     Raises:
-        CorruptFile: naming the field, where it is none.
+        CorruptFile: for an invalid field.
     """
     try:
         return Certificate.model_validate_json(content)
@@ -325,10 +322,10 @@ def parse_certificate(content: bytes, where: object) -> Certificate:
 
 
 def read_certificate(model: StoredModel) -> Certificate:
-    """The one that was made of ``model``; of a model that an older version made, it is made now.
+    """Return the stored certificate of ``model``; create a missing certificate.
 
     Raises:
-        CorruptFile: where it is none, or was changed since it was made.
+        CorruptFile: for an invalid or changed file.
         RecipeError: see :func:`make_certificate`.
     """
     found = _stored_certificate(model)
@@ -341,7 +338,7 @@ def read_certificate(model: StoredModel) -> Certificate:
 
 
 def _stored_certificate(model: StoredModel) -> Certificate:
-    """The same, whatever has become of it."""
+    """Return the stored certificate without checking its SHA-256."""
     path = model.folder / CERTIFICATE
     if not path.is_file():
         write_certificate(model, make_certificate(model))

@@ -11,11 +11,11 @@ from __future__ import annotations
 from luthier.models.manifest import Manifest, Record
 
 ASSUMED_WATTS = {"cpu": 100.0, "gpu": 700.0}
-"""Power of the whole machine if it was not measured: a computer under load, an H100."""
+"""Power of the whole machine without a measurement: a computer under load, an H100."""
 
 
 class Compute(Record):
-    """Operations and energy of one run; ``None`` if unknown."""
+    """Operations and energy of a run; ``None`` if unknown."""
 
     flops: float | None
     """Floating-point operations of the training steps; an upper bound, since shared prefixes count
@@ -25,7 +25,7 @@ class Compute(Record):
     watts: float | None
     """Power of the machine during the run."""
     watts_assumed: bool
-    """Whether the power is an assumption and not a measurement."""
+    """True if the power is an assumption, not a measurement."""
     kilowatt_hours: float | None
     """Energy of the run."""
 
@@ -45,8 +45,7 @@ def training_flops(manifest: Manifest) -> float | None:
 def measure_compute(
     manifest: Manifest, seconds: float | None, on_gpu: bool, watts: float | None = None
 ) -> Compute:
-    """Return operations and energy of a run that took ``seconds``; ``watts`` is a measured
-    power."""
+    """Return operations and energy of a run of ``seconds``; ``watts`` is a measured power."""
     power = None if seconds is None else watts or ASSUMED_WATTS["gpu" if on_gpu else "cpu"]
     return Compute(
         flops=training_flops(manifest),

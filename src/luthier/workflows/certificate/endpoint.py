@@ -21,11 +21,11 @@ from luthier.types import Message, Row
 MIN_PROMPTS, MAX_PROMPTS, MAX_TOKENS = 3, 256, 512
 SAME_SHARE = 0.5
 """Share of identical replies from which the endpoint counts as serving the model. Greedy replies of
-another adapter, template or base rarely agree to the last character."""
+a different adapter, template or base rarely agree to the last character."""
 
 
 class EndpointSpec(ModelSpec):
-    """The endpoint that is compared."""
+    """The compared endpoint."""
 
     role: ClassVar[str] = "endpoint"
     named_by: ClassVar[str] = "endpoint_model"
@@ -38,25 +38,21 @@ class EndpointVerification:
     """The result of comparing an endpoint with a model."""
 
     prompts: int
-    """Number of prompts that the endpoint answered."""
+    """Number of prompts with a reply from the endpoint."""
     same: int
-    """Number of replies that are identical to the model's."""
+    """Number of replies identical to the model's."""
     is_served: bool
-    """Whether the endpoint serves the model."""
+    """True if the endpoint serves the model."""
     text: str
     """The result as a sentence."""
     differences: list[dict[str, str]] = field(default_factory=list)
-    """``prompt``, ``expected`` and ``received`` of each reply that differs."""
+    """``prompt``, ``expected`` and ``received`` of each different reply."""
     failures: list[str] = field(default_factory=list)
     """Reasons of the prompts without a reply."""
 
 
 def check_generates(model: StoredModel) -> None:
-    """Reject a model that does not generate text.
-
-    Raises:
-        RecipeError: for classifiers, embedding models and other models without replies.
-    """
+    """Raise :class:`RecipeError` for a model that does not generate text."""
     if not model.writes or not model.chat.has_tokenizer:
         raise RecipeError(
             f"{model.id} does not generate text, so there are no replies to compare; leave the "
@@ -106,7 +102,8 @@ def verify_endpoint(
     max_tokens: int = 32,
     note: Callable[[str], None] = lambda text: None,
 ) -> EndpointVerification:
-    """Send ``prompts`` to the endpoint at temperature 0 and compare its replies with the model's.
+    """Send ``prompts`` to the endpoint at temperature 0 and compare the replies with the model's
+    replies.
 
     Raises:
         RecipeError: if the endpoint rejects the key or does not know the model.

@@ -1,4 +1,4 @@
-"""The Hugging Face model card of a certificate."""
+"""Hugging Face model card of a certificate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PIPELINES: Mapping[str, str] = {
 
 
 class _Score(NamedTuple):
-    """One score of the latest evaluation on one data set."""
+    """A score of the latest evaluation on a data set."""
 
     data: str
     sha256: str | None
@@ -46,7 +46,7 @@ def _scores(certificate: Certificate) -> Iterator[_Score]:
 
 
 def _licence(certificate: Certificate) -> str | None:
-    """Return the licence of the model, or of its nearest ancestor with a known licence."""
+    """Return the licence of the model, or of the nearest ancestor with a known licence."""
     known = (certificate.record.licence, *(each.licence for each in certificate.parents))
     return next((each for each in known if each), None)
 
@@ -59,7 +59,7 @@ def model_card(certificate: Certificate, library: str | None = None) -> str:
     """Return ``README.md`` for the Hugging Face hub: metadata with ``model-index``, then text.
 
     ``library`` is the hub's name of the library that loads the model; the default is ``peft`` for
-    an adapter and ``transformers`` otherwise.
+    an adapter and ``transformers`` for a full model.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -91,7 +91,7 @@ def model_card(certificate: Certificate, library: str | None = None) -> str:
 
 
 def hub_name(each: Relative) -> str:
-    """Return the hub repository of a model, else its id, or the last part of a folder's path."""
+    """Return the hub repository of a model, else the id, or the last part of a folder's path."""
     kind, _, place = (each.source or "").partition(":")
     if kind == "hub" and place:
         return place

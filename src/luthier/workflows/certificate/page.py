@@ -1,4 +1,4 @@
-"""The certificate as one HTML page (``templates/certificate.html``)."""
+"""HTML page of a certificate (``templates/certificate.html``)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _facts(certificate: Certificate) -> Iterator[tuple[str, str, str]]:
 
 
 def _lineage_table(certificate: Certificate) -> Table:
-    """Return the models below this one, the nearest first, and the models that helped in training."""
+    """Return the table of ancestors, the nearest first, and of models that helped in the training."""
     rows = [
         [
             each.id,
@@ -194,8 +194,7 @@ def _report(kept: KeptReport) -> dict[str, Any]:
 
 
 def _result_table(result: Mapping[str, Any]) -> Table | None:
-    """Scores with their intervals, ways that were compared, or the single values of another
-    report."""
+    """Return scores with intervals, compared techniques, or the single values of a report."""
     scores, intervals = result.get("scores"), result.get("intervals") or {}
     if isinstance(scores, Mapping):
         rows = [

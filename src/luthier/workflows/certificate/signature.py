@@ -1,10 +1,9 @@
-"""Signatures of a model's folder by OpenSSF Model Signing (``model-signing``), with keys kept
-offline.
+"""Signatures of a model's folder with OpenSSF Model Signing (``model-signing``) and offline keys.
 
-All files of the folder are signed: weights, record, certificate and reports; those of the base
-below an adapter are named by hash in the certificate. The signature is a Sigstore bundle with an
-in-toto statement, ``model.sig``, which ``model_signing verify key`` reads without luthier. Keys are
-elliptic ones (P-256, P-384, P-521) in PEM; no service is asked.
+The signature covers all files of the folder: weights, record, certificate and reports. The
+certificate contains the hashes of the base below an adapter. The signature is a Sigstore bundle
+with an in-toto statement, ``model.sig``, which ``model_signing verify key`` reads without luthier.
+Keys are elliptic curve keys (P-256, P-384, P-521) in PEM. No service is queried.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ _LISTED = {
     "Extra files found in model": "was added since it was signed",
     "Missing files in model": "was signed and is missing",
 }
-"""How the package begins a list of files, and what we say of each."""
+"""Beginning of each file list in the package's messages, and our wording."""
 
 
 class Signer:
-    """A private key that was read and can sign."""
+    """A private key for signing."""
 
     def __init__(self, key: Path) -> None:
         """Read the key.
 
         Raises:
-            RecipeError: where the package is absent, or the key cannot be used.
+            RecipeError: if the package is not installed, or the key is invalid.
         """
         self._signing, _ = _load()
         if not key.is_file():
@@ -60,10 +59,11 @@ class Signer:
 
 
 def signature_differences(model: StoredModel, public_key: Path) -> list[str]:
-    """What is not as it was signed with the private half of ``public_key``, in sentences.
+    """Return the differences from the folder that the private half of ``public_key`` signed, as
+    sentences.
 
     Raises:
-        RecipeError: where the package is absent, or the key cannot be used.
+        RecipeError: if the package is not installed, or the key is invalid.
     """
     signing, errors = _load()
     target = model.folder / SIGNATURE
@@ -86,7 +86,7 @@ def signature_differences(model: StoredModel, public_key: Path) -> list[str]:
 
 
 def _load() -> tuple[Any, Any]:
-    """The package, and the errors of a signature that does not fit."""
+    """Return the package and the error classes of an invalid signature."""
     if importlib.util.find_spec("model_signing") is None:
         raise RecipeError("signatures need: pip install 'luthier[signing]'")
     import binascii
@@ -103,14 +103,14 @@ def _load() -> tuple[Any, Any]:
 
 
 def _hashing(signing: Any, signature: Path) -> Any:
-    """As the package's own command hashes, so that either verifies what the other signed."""
+    """Return the hashing of the package's command, so that both tools verify each other's
+    signatures."""
     config = signing.hashing.Config()
     return config.set_ignored_paths(paths=[signature], ignore_git_paths=True)
 
 
 def _mismatches(text: str, folder: Path) -> list[str]:
-    """What the package says of files; nothing where it is the signature itself that does not
-    fit."""
+    """Return the changed files from a message of the package; empty for an invalid signature."""
     _, named, listed = text.partition("Signature mismatch: ")
     if not named:
         return []

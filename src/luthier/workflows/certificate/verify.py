@@ -1,7 +1,7 @@
-"""Whether a model, its record and its certificate are still what they were.
+"""Verification of the files, the record and the certificate of a model.
 
-A hash says that bytes are those that were recorded, and nothing of who recorded them: whoever can
-change a file can change its hash. That is what a signature is for.
+A hash shows that bytes are unchanged, not the author of the bytes: an attacker who changes a file
+can change the hash too. A signature identifies the author.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from luthier.workflows.certificate.signature import signature_differences
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked of a model, and what is not as it was."""
+    """The result of verifying a model."""
 
     id: str
     checked: list[str] = field(default_factory=list)
-    """What was checked, in sentences."""
+    """Verified parts, in sentences."""
     differences: list[str] = field(default_factory=list)
-    """Each file that is not what was recorded, in sentences."""
+    """Changed files, in sentences."""
     remarks: list[str] = field(default_factory=list)
-    """What could not be checked, in sentences."""
+    """Parts that cannot be verified, in sentences."""
     endpoint: EndpointVerification | None = None
-    """What a server serves under the model's name, where one was asked."""
+    """Comparison with an endpoint, if requested."""
 
     @property
     def is_intact(self) -> bool:
-        """Whether no file differs."""
+        """True without changed files."""
         return not self.differences
 
     @property
     def holds(self) -> bool:
-        """Whether no file differs, and the server that was asked, if any, serves the model."""
+        """True without changed files, and with an endpoint that serves the model, if compared."""
         return self.is_intact and (self.endpoint is None or self.endpoint.is_served)
 
     @property
@@ -50,7 +50,7 @@ class Verification:
         return 0 if self.holds else 1
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return {
             "id": self.id, "intact": self.is_intact, "checked": self.checked,
             "differences": self.differences, "remarks": self.remarks,
@@ -59,9 +59,9 @@ class Verification:
 
 
 def verify_files(model: StoredModel, public_key: Path | None = None) -> Verification:
-    """Compute all hashes of ``model`` and of what it was made from once more.
+    """Compare the hashes of ``model`` and its ancestors with the records.
 
-    With a ``public_key`` the signature is checked, too.
+    With ``public_key``, the signature is verified too.
     """
     found = Verification(model.id)
     if public_key is not None:

@@ -1,10 +1,9 @@
-"""A teacher's knowledge into a smaller student.
+"""Distillation of a teacher into a smaller student.
 
-By ``responses`` the student is tuned on what the teacher answers (``responses.py``). The other
-methods use what the teacher thinks, not only what it says, and an objective does the work: the
-rows' own replies are what both networks read. Where rows are prompts alone, the teacher answers
-them first, as for ``responses``, and the student learns the teacher's distribution on those
-answers.
+The method ``responses`` tunes the student on the teacher's answers (``responses.py``). All further
+methods are objectives that compare the networks on the rows' own replies. For rows of prompts
+alone, the teacher answers the prompts first, and the student learns the teacher's distribution on
+the answers.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ def distil(
     reporter: Reporter | None = None,
     processes: int = 1,
 ) -> Distilled:
-    """Carry out ``recipe`` by the method it names; the student is stored and verified.
+    """Carry out ``recipe``, and store and verify the student.
 
-    So many ``processes`` of this machine share its training; a teacher is asked by this one.
+    ``processes`` of this machine share the training. This process queries the teacher.
 
     Raises:
-        RefusedInput: before the teacher is asked, for what cannot work; after, where too few of its
-            answers are accepted.
-        Interrupted: on Ctrl-C; with ``resume`` the same call goes on.
-        LuthierError: where the teacher cannot be reached any more; the same holds.
+        RefusedInput: before the teacher is queried, for an invalid request; afterwards, for too few
+            accepted answers.
+        Interrupted: on Ctrl-C; the same call with ``resume`` continues.
+        LuthierError: if the teacher cannot be reached; the same call with ``resume`` continues.
     """
     if recipe.method not in METHODS:
         raise RecipeError(f"unknown method {recipe.method!r}; there are {', '.join(METHODS)}")
@@ -55,7 +54,7 @@ def distil(
 def by_objective(
     recipe: DistilRecipe, resume: bool, reporter: Reporter, processes: int = 1
 ) -> Distilled:
-    """Train the student with the objective of ``recipe.method``, the teacher beside it."""
+    """Train the student with the objective of ``recipe.method`` and the teacher's network."""
     objective = _objective(recipe)
     recipe = recipe.model_copy(update={"objective": objective})
     if _has_bare_prompts(recipe, objective):
@@ -93,7 +92,7 @@ def _objective(recipe: DistilRecipe) -> Objective:
 
 
 def _has_bare_prompts(recipe: DistilRecipe, objective: Objective) -> bool:
-    """Whether the rows are prompts, and what is learned are replies."""
+    """Return whether the rows are prompts without the replies to learn."""
     if "prompt" not in objective.shapes | objective.further_shapes:
         return False
     first = load_rows(recipe.data.train, recipe.data.columns)[0]

@@ -1,7 +1,7 @@
-"""Prompt insights: which prompts and answers the student learns from, and why not from the others.
+"""Prompt insights: accepted prompts and answers, and the reasons for rejection.
 
-The name and the idea are Amazon Bedrock's; the rules are our own. Every rule is a plain check that
-can be checked by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
+The name and the idea are Amazon Bedrock's; the rules are our own. Every rule is a plain check. The
+rule ``answer.refusal`` is a heuristic on English phrases and misses refusals.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RULES: Mapping[str, str] = {
 }
 """Why a prompt is rejected."""
 REPEATED_SHARE = 0.1
-"""Share of the answers that may be one and the same before a warning."""
+"""Share of identical answers above which a warning is reported."""
 
 _CANNOT = r"(?:can(?:no|')?t|can not|am (?:un|not )able to|won't|will not|must decline to)"
 _DO = (
@@ -54,18 +54,18 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Insight:
-    """What became of one prompt."""
+    """Result of a prompt."""
 
     row: Row
     answer: str | None = None
     rule: str | None = None
-    """Rule that rejects it; ``None`` where it is accepted."""
+    """Rule that rejects the prompt; ``None`` for an accepted prompt."""
     reason: str = ""
     score: float | None = None
-    """What the grader gave, where there is one."""
+    """Score of the grader, if any."""
 
     def plain(self) -> dict[str, Any]:
-        """One line of ``insights.jsonl``."""
+        """Return a line of ``insights.jsonl``."""
         asked: Any = [turn.to_dict() for turn in self.row.turns()]
         if isinstance(self.row, PromptOnly):
             asked = self.row.prompt
@@ -95,13 +95,13 @@ class InsightSummary:
 
 
 def check_grader(rows: Sequence[Row], spec: InsightSpec) -> None:
-    """Refuse a grader that lacks something, and rows it has nothing to compare with."""
+    """Reject an incomplete grader, and rows without a reply to compare with."""
     if spec.grader is not None:
         check_rows([spec.grader], [Answer.of(row, "") for row in rows])
 
 
 def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
-    """Rows that are rejected before anybody is asked, by their index."""
+    """Return the rows that are rejected before the teacher is queried, by index."""
     found: dict[int, Insight] = {}
     line_of: dict[Any, int] = {}
     for index, row in enumerate(rows):
@@ -118,8 +118,7 @@ def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]
 def judge_answer(
     row: Row, outcome: Reply | Failure, spec: InsightSpec, overflow: Callable[[Row, str], str]
 ) -> Insight:
-    """What an answer is worth before it is graded. ``overflow`` says what does not fit the
-    student."""
+    """Check an answer before grading. ``overflow`` describes text beyond the student's context."""
     if isinstance(outcome, Failure):
         return Insight(row, None, outcome.rule, outcome.reason)
     answer = outcome.text.strip()
@@ -130,10 +129,10 @@ def judge_answer(
 
 
 def grade_insights(insights: Sequence[Insight], grader: Grader, threshold: float) -> list[Insight]:
-    """``insights`` in which ``grader`` rejects some of the answers that were accepted, all at once.
+    """Return ``insights`` after ``grader`` rejected accepted answers below ``threshold``.
 
     Raises:
-        GradingFailed: where a judge was out of reach: its silence is no fault of the answers.
+        GradingFailed: if a judge was unreachable, because the answers are not at fault.
     """
     places = [place for place, each in enumerate(insights) if each.rule is None]
     answers = [Answer.of(insights[place].row, insights[place].answer or "") for place in places]
@@ -153,14 +152,14 @@ def grade_insights(insights: Sequence[Insight], grader: Grader, threshold: float
 
 
 def summary(insights: Sequence[Insight]) -> InsightSummary:
-    """Count them."""
+    """Return the counts of ``insights``."""
     rules = Counter(insight.rule for insight in insights if insight.rule)
     rejected = sum(rules.values())
     return InsightSummary(len(insights), len(insights) - rejected, dict(rules.most_common()))
 
 
 def repetition_warning(insights: Sequence[Insight]) -> str:
-    """A warning where one answer is given to many prompts; else empty."""
+    """Return a warning if many prompts have the same answer, else an empty string."""
     answers = Counter(each.answer for each in insights if each.rule is None)
     if not answers:
         return ""
@@ -172,7 +171,7 @@ def repetition_warning(insights: Sequence[Insight]) -> str:
 
 
 def _fault(finish: str, answer: str, spec: InsightSpec) -> tuple[str | None, str]:
-    """The first rule that an answer breaks, and how; ``None`` where it breaks none."""
+    """Return the first rule that an answer violates, with details; ``None`` without a violation."""
     if finish in ("content_filter", "refusal"):
         return {"content_filter": "answer.filtered", "refusal": "answer.refusal"}[finish], finish
     if finish != "stop":

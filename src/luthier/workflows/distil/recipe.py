@@ -1,5 +1,4 @@
-"""The recipe of a distillation: that of tuning the student, its teacher, and what answers must
-be."""
+"""Recipe of a distillation: the student's tuning recipe, the teacher, and rules for answers."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ OBJECTIVE_OF = {
     "encoder": "encoder_distillation",
     "embedding": "embedding_distillation",
 }
-"""Objective of each method that is one."""
+"""Objective of each method with an objective."""
 
 
 class TeacherSpec(ModelSpec):
-    """Who answers: a model of this machine, or one behind an OpenAI-compatible endpoint."""
+    """Teacher: a model on this machine, or behind an OpenAI-compatible endpoint."""
 
     role: ClassVar[str] = "teacher"
     set_by: ClassVar[str] = "--set teacher."
@@ -31,44 +30,40 @@ class TeacherSpec(ModelSpec):
 
 
 class InsightSpec(StrictModel):
-    """Which prompts and answers the student learns from."""
+    """Rules for prompts and answers that the student learns from."""
 
     longest_prompt: int | None = Field(default=None, ge=1, le=1_000_000_000)
     """Characters of a prompt at most."""
     shortest_answer: int = Field(default=1, ge=1, le=1_000_000_000)
-    """Characters of an answer at least."""
+    """Minimum characters of an answer."""
     longest_answer: int | None = Field(default=None, ge=1, le=1_000_000_000)
-    """Characters of an answer at most."""
+    """Maximum characters of an answer."""
     refusals: bool = True
     """Reject answers that begin like a refusal: English phrases, a heuristic."""
     grader: AnyGrader | None = None
     """Grader that compares the answers with the rows' own replies."""
     threshold: float = Field(default=0.5, ge=0, le=1)
-    """Score that an answer needs with ``grader``."""
+    """Minimum score of an answer with ``grader``."""
     minimum: int = Field(default=10, ge=2, le=1_000_000_000)
-    """Refuse to train on fewer accepted answers (10 is the least that OpenAI's fine-tuning
-    takes)."""
+    """Minimum number of accepted answers (10 is the minimum of OpenAI's fine-tuning)."""
 
 
 class DistilRecipe(Recipe):
-    """Everything that decides what a student becomes: ``base`` is the student, ``data.train``
-    asks."""
+    """Recipe of a student: ``base`` is the student, ``data.train`` has the prompts."""
 
     method: str = "responses"
-    """How the student learns: ``responses`` tunes it on what the teacher answers, ``logits`` on
-    what it thinks of every token, ``on_policy`` on what it thinks of the student's own answers;
-    ``encoder`` and ``embedding`` are for networks that read."""
+    """Method: ``responses``, ``logits``, ``on_policy``, or for encoders ``encoder``, ``embedding``."""
     teacher: TeacherSpec
-    """Who answers."""
+    """Teacher model."""
     sampling: SamplingSpec = SamplingSpec()
-    """How the teacher chooses its words."""
+    """Sampling settings of the teacher."""
     insights: InsightSpec = InsightSpec()
-    """Which prompts and answers the student learns from."""
+    """Rules for prompts and answers that the student learns from."""
 
     @model_validator(mode="before")
     @classmethod
     def _objective_of_method(cls, fields: Any) -> Any:
-        """Fields of the objective need not repeat its name."""
+        """Add the name of the objective, which follows from the method."""
         if not isinstance(fields, Mapping) or fields.get("method") not in OBJECTIVE_OF:
             return fields
         name, given = OBJECTIVE_OF[fields["method"]], fields.get("objective")
@@ -87,6 +82,6 @@ class DistilRecipe(Recipe):
         return parse(DistilRecipe, fields)
 
     def tuning_recipe(self, **changes: Any) -> Recipe:
-        """The student's part of it, as `tune` takes it."""
+        """Return the student's tuning recipe."""
         own = {name: getattr(self, name) for name in Recipe.model_fields}
         return Recipe.model_construct(**{**own, **changes})

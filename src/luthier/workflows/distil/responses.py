@@ -1,18 +1,17 @@
-"""Distillation by responses: the student is tuned on what the teacher answers.
+"""Distillation by responses: the student is tuned on the teacher's answers.
 
 Kim and Rush 2016, Sequence-Level Knowledge Distillation (arXiv:1606.07947), section 3.2: the mode
-of the teacher's distribution over sequences, found by greedy search here and by beam search there,
-takes the place of the data. Left out: interpolation with the data's own replies (their section
-3.3).
+of the teacher's distribution over sequences replaces the data. This module uses greedy search, the
+paper beam search. Left out: interpolation with the data's own replies (section 3.3).
 
-What a distillation needs to go on after a kill lies in ``distillations/STUDENT/NAME``:
+The folder ``distillations/STUDENT/NAME`` has the files that a distillation needs to resume:
 
-    request.json     what was asked for
-    insights.jsonl   every prompt: accepted, or rejected by which rule
-    train.jsonl      what the student learns from
+    request.json     the request
+    insights.jsonl   every prompt: accepted, or rejected by a rule
+    train.jsonl      the student's training rows
 
-The teacher's answers lie in its journal (:mod:`luthier.inference.reply_log`), which all runs share,
-and the training is an ordinary run of `tune`, with its own checkpoints.
+The teacher's answers are in a log that all runs share (:mod:`luthier.inference.reply_log`). The
+training is an ordinary run of `tune` with checkpoints.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
 def by_responses(
     recipe: DistilRecipe, resume: bool, reporter: Reporter, processes: int = 1
 ) -> Distilled:
-    """Ask the teacher, sort its answers, train the student on them, by so many processes."""
+    """Query the teacher, filter the answers, and train the student with ``processes``."""
     student = find(recipe.base, reporter.stage)
     parent = luthier_home() / "distillations" / short_name(student.root)
     name = recipe.name or automatic_name(student.root, recipe.data.train, resume, parent)
@@ -73,7 +72,7 @@ def by_responses(
 
 
 class _Responses:
-    """One distillation in its folder."""
+    """State of a distillation in its folder."""
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class _Responses:
         self.training = Run(student.root, str(recipe.name))
 
     def run(self, resume: bool) -> Distilled:
-        """Everything, in the order that refuses earliest."""
+        """Run all stages; checks come first."""
         try:
             rows, teacher = self._check(resume)
         except BaseException:
@@ -105,7 +104,7 @@ class _Responses:
             raise
 
     def _check(self, resume: bool) -> tuple[list[Row], ChatModel]:
-        """All that can be refused before anybody is asked."""
+        """Run all checks that are possible before the teacher is queried."""
         self.reporter.stage("Checking the prompts")
         rows = self._prompts()
         weights = _check_student(self.recipe, self.student)
@@ -120,7 +119,7 @@ class _Responses:
         return rows, teacher
 
     def _ask_and_train(self, rows: Sequence[Row], teacher: ChatModel, resume: bool) -> Distilled:
-        """Ask, sort, train."""
+        """Query the teacher, filter the answers, and train the student."""
         insights = self._judge(rows, self._answers(rows, teacher))
         found = summary(insights)
         self._write(INSIGHTS, [insight.plain() for insight in insights])
@@ -152,7 +151,7 @@ class _Responses:
         return rows
 
     def _claim_name(self, teacher: ChatModel, resume: bool) -> None:
-        """Claim the name, or see that the same was asked for before."""
+        """Claim the name, or check that the request is the same."""
         plain = self.recipe.plain()
         # How it is asked may change while it goes on; what is asked may not.
         plain["teacher"] = {key: plain["teacher"].get(key) for key in ("model", "url")}
@@ -172,7 +171,7 @@ class _Responses:
         write_json(path, request)
 
     def _answers(self, rows: Sequence[Row], teacher: ChatModel) -> dict[int, Reply | Failure]:
-        """The outcome for each row by its index, asking only what no run has asked before."""
+        """Return the outcome of each row by index; query only prompts without a logged reply."""
         sampling, reporter = self.recipe.sampling, self.reporter
         skip = reject_prompts(rows, self.recipe.insights)
         questions = {index: row.turns() for index, row in enumerate(rows) if index not in skip}
@@ -210,7 +209,7 @@ class _Responses:
         return dict(zip(questions, outcomes, strict=True))
 
     def _judge(self, rows: Sequence[Row], outcomes: dict[int, Reply | Failure]) -> list[Insight]:
-        """What becomes of each row, in the order of the file."""
+        """Return the insight of each row, in the order of the file."""
         spec, overflow = self.recipe.insights, self._overflow()
         skip = reject_prompts(rows, spec)
         found = [
@@ -224,7 +223,7 @@ class _Responses:
         return found
 
     def _graders(self, answers: int) -> Mapping[str, Grader]:
-        """The grader of the insights, if any, with the models it names opened and tried."""
+        """Return the grader of the insights, if any, with loaded and tested models."""
         from luthier.workflows.evaluate import open_graders
 
         grader = self.recipe.insights.grader
@@ -232,7 +231,7 @@ class _Responses:
         return open_graders(given, answers, self.reporter.note)
 
     def _overflow(self) -> Callable[[Row, str], str]:
-        """Says what of a prompt and its answer the student's context does not hold."""
+        """Return a function that describes a prompt with answer beyond the student's context."""
         if self.recipe.data.long_rows != "error":
             return lambda row, answer: ""  # as the user asked, training cuts or drops them
         chat = self.student.chat
@@ -290,8 +289,7 @@ class _Responses:
 
 
 def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
-    """Refuse what could not be trained, before the teacher works for nothing; the student's
-    weights."""
+    """Reject an untrainable student before the teacher is queried; return the student's weights."""
     import torch
 
     objective = recipe.objective or OBJECTIVES["sft"].model_validate({})
@@ -309,7 +307,7 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
 
 
 def _with_reply(row: Row, reply: str) -> PromptCompletion | Conversation:
-    """What is asked in ``row`` with a reply to learn."""
+    """Return the prompt of ``row`` with ``reply``."""
     if isinstance(row, PromptOnly):
         return PromptCompletion(row.file, row.line, row.prompt, reply)
     return Conversation(row.file, row.line, (*row.turns(), Message("assistant", reply)))
@@ -317,12 +315,12 @@ def _with_reply(row: Row, reply: str) -> PromptCompletion | Conversation:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a finished distillation gives back."""
+    """Result of a distillation."""
 
     result: Result
-    """The run that trained the student."""
+    """Run that trained the student."""
     details: dict[str, Any]
-    """What the manifest holds under ``distillation``, ready for JSON."""
+    """JSON values of the manifest's field ``distillation``."""
 
     def plain(self) -> dict[str, Any]:
         """Return the run's result and the details as JSON values."""
@@ -343,7 +341,7 @@ class LocalTeacher(ChatModel):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Its id, and the hash of its files: the same id may be trained anew."""
+        """Id of the teacher and the hash of its files, because the same id may be trained again."""
         return {"model": self.stored.id, "sha256": self._digest}
 
     def ask(
@@ -353,7 +351,7 @@ class LocalTeacher(ChatModel):
         done: Done,
         note: Callable[[str], None],
     ) -> None:
-        """Answer in batches of like length, the longest first."""
+        """Generate answers in batches of similar length, the longest prompts first."""
         from luthier.inference.generation import Generator
         from luthier.models.sampling import Sampling
 
@@ -377,7 +375,7 @@ class LocalTeacher(ChatModel):
 
 
 def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> ChatModel:
-    """The teacher that ``spec`` names; refused where it cannot be one."""
+    """Return the teacher of ``spec``, or raise :class:`RecipeError`."""
     if spec.url is not None:
         from luthier.chat_models.endpoint import EndpointModel
 

@@ -1,2 +1,1 @@
-"""What a job will take, before it is run: time, memory, disk, money, and whether it can run at
-all."""
+"""Estimates of the time, memory, disk space and cost of a job."""

@@ -1,4 +1,4 @@
-"""What a job costs, and how much of it fits into the time and the money there is."""
+"""Cost of a job, and the part of the job within a limit of time or money."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from luthier.workflows.estimate.estimate import Estimate
 
 
 class Prices(StrictModel):
-    """Prices in one currency; what is not given costs nothing."""
+    """Prices in one currency; missing prices are 0."""
 
     currency: str = "EUR"
     """Name or sign of the currency."""
@@ -27,12 +27,12 @@ class Prices(StrictModel):
     per_kwh: float = Field(default=0.0, ge=0)
     """Price of a kilowatt-hour; needs ``watts``."""
     watts: float = Field(default=0.0, ge=0)
-    """What the machine draws while it computes."""
+    """Power of the machine under load, in watts."""
     per_million_tokens: float = Field(default=0.0, ge=0)
     """Price of a million tokens of training rows, each counted in every epoch."""
 
     def cost(self, seconds: float, tokens: float) -> float:
-        """What a run of ``seconds`` over ``tokens`` costs."""
+        """Return the cost of a run of ``seconds`` over ``tokens``."""
         hours = seconds / 3600
         energy = hours * self.watts / 1000 * self.per_kwh
         return hours * self.per_hour + energy + tokens / 1e6 * self.per_million_tokens
@@ -40,7 +40,7 @@ class Prices(StrictModel):
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a run, with the ends of its interval."""
+    """Cost of a run with the ends of its interval."""
 
     currency: str
     value: float
@@ -49,7 +49,7 @@ class Cost:
 
 
 def cost_of(found: Estimate, prices: Prices) -> Cost:
-    """Return what the estimated run costs."""
+    """Return the cost of the estimated run."""
     times, tokens = found.seconds, found.tokens
     return Cost(
         prices.currency,
@@ -60,15 +60,15 @@ def cost_of(found: Estimate, prices: Prices) -> Cost:
 
 
 def prices_file() -> Path:
-    """Where prices are looked for when no file is named."""
+    """Return the default path of the price table."""
     return luthier_home() / "prices.toml"
 
 
 def read_prices(path: Path | None = None) -> Prices | None:
-    """The prices in ``path``, or in the store; ``None`` where there are none.
+    """Return the prices in ``path`` or in the default file; ``None`` without a file.
 
     Raises:
-        RecipeError: for a file that is missing, unreadable, or has unknown or impossible values.
+        RecipeError: for a missing or unreadable file, or an unknown or invalid value.
     """
     if path is None:
         path = prices_file()
@@ -93,30 +93,31 @@ _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """What fits into ``seconds``; nine times out of ten, by the upper end of the estimate."""
+    """The part of a job that fits into ``seconds`` nine times out of ten (upper end of the
+    estimate)."""
 
     seconds: float
-    """Time there is."""
+    """Available time in seconds."""
     needed: float
-    """Time that the whole job takes at most."""
+    """Maximum seconds of the whole job."""
     fits: bool
     steps: int
-    """Optimizer steps that fit; 0 where not even one does."""
+    """Optimizer steps that fit; 0 if no step fits."""
     epochs: float
-    """Passes over all rows that these are."""
+    """Passes over all rows in ``steps``."""
     share: float
-    """Share of the rows that fits with the passes asked for."""
+    """Share of the rows that fits with the requested passes."""
     rows: int
-    """Rows that this share is."""
+    """Number of rows of ``share``."""
     least: float
-    """Seconds that a run of one step takes at most."""
+    """Maximum seconds of a run with a single step."""
 
 
 def plan(found: Estimate, seconds: float) -> BudgetPlan:
-    """How many steps of the job fit into ``seconds``.
+    """Return the number of steps that fit into ``seconds``.
 
-    Reading, loading and storing take their time whatever is trained; measurements and checkpoints
-    go with the steps.
+    Reading, loading and storing take a fixed time. Measurements and checkpoints grow with the
+    steps.
     """
     upper = found.seconds.high / found.seconds.value
     fixed = found.fixed_seconds * upper
@@ -137,7 +138,7 @@ def plan(found: Estimate, seconds: float) -> BudgetPlan:
 
 
 def advice(planned: BudgetPlan, asked: float) -> str:
-    """What to type for a run that fits; ``asked`` are the passes of the whole job."""
+    """Return options for a run that fits; ``asked`` is the number of passes of the whole job."""
     if planned.steps < 1:
         return (
             f"not even one step fits: reading the rows, loading and storing the model take "
@@ -156,11 +157,11 @@ def advice(planned: BudgetPlan, asked: float) -> str:
 def check_limits(
     found: Estimate, max_minutes: float | None, max_cost: float | None, prices: Prices | None
 ) -> None:
-    """Refuse a job that would take longer, or cost more, than was allowed.
+    """Reject a job above the limits of time or cost.
 
     Raises:
-        DoesNotFit: with what would fit.
-        RecipeError: where a cost is limited and there are no prices.
+        DoesNotFit: with options that fit.
+        RecipeError: for a limit of cost without prices.
     """
     if max_minutes is not None:
         planned = plan(found, 60 * max_minutes)

@@ -1,5 +1,4 @@
-"""What a job will take: from a few measured steps to the whole run, each number with its
-interval."""
+"""Estimate of a whole run from a few measured steps, with prediction intervals."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 
 @dataclass(frozen=True)
 class PredictionInterval:
-    """A value between two others; unless something else is said, nine times out of ten."""
+    """A value with its prediction interval, 90 % by default."""
 
     value: float
     low: float
@@ -35,41 +34,41 @@ class PredictionInterval:
 
     @staticmethod
     def exactly(value: float) -> PredictionInterval:
-        """A number that is known."""
+        """Return a known number."""
         return PredictionInterval(value, value, value)
 
     @staticmethod
     def around(value: float, below: float, above: float) -> PredictionInterval:
-        """``value`` with room for a share of it ``below`` and ``above``."""
+        """Return ``value`` with relative errors ``below`` and ``above``."""
         return PredictionInterval(value, value * (1 - below), value * (1 + above))
 
     def __add__(self, other: PredictionInterval) -> PredictionInterval:
-        """Sum of two numbers whose errors have nothing to do with each other."""
+        """Return the sum of two values with independent errors."""
         value = self.value + other.value
         below = math.hypot(self.value - self.low, other.value - other.low)
         above = math.hypot(self.high - self.value, other.high - other.value)
         return PredictionInterval(value, value - below, value + above)
 
     def times(self, factor: float) -> PredictionInterval:
-        """The same in another unit, or so many of it."""
+        """Return value and interval multiplied by ``factor``."""
         return PredictionInterval(self.value * factor, self.low * factor, self.high * factor)
 
     def widen(self, below: float, above: float) -> PredictionInterval:
-        """The same with shares of the value added to its error, as errors of their own."""
+        """Return the value with additional independent relative errors ``below`` and ``above``."""
         return self + PredictionInterval(0.0, -below * self.value, above * self.value)
 
 
 @dataclass(frozen=True)
 class FittedLine:
-    """Seconds of a step by its tokens: least squares through measured steps.
+    """Seconds of a step by tokens: a least-squares line through measured steps.
 
-    Neither part is negative: a step that takes less the more tokens it has is noise.
+    Intercept and slope are not negative: a step that gets faster with more tokens is noise.
     """
 
     intercept: float
     slope: float
     noise: float
-    """Standard deviation of one step around the line."""
+    """Standard deviation of a step around the line."""
     points: int
     mean: float
     spread: float
@@ -77,7 +76,7 @@ class FittedLine:
 
     @staticmethod
     def through(tokens: Sequence[float], seconds: Sequence[float]) -> FittedLine:
-        """Fit at least one point; without a spread of tokens, the mean is all that is known."""
+        """Fit at least one point; equal token counts give the mean."""
         x, y = np.array(tokens, dtype=float), np.array(seconds, dtype=float)
         mean, spread = float(x.mean()), float(((x - x.mean()) ** 2).sum())
         slope = float(((x - mean) * (y - y.mean())).sum() / spread) if spread else 0.0
@@ -94,7 +93,7 @@ class FittedLine:
         return FittedLine(intercept, slope, noise, len(x), mean, spread)
 
     def total(self, tokens: Sequence[float], steps: int) -> PredictionInterval:
-        """Seconds of ``steps`` steps, of which ``tokens`` are a fair sample."""
+        """Return the seconds of ``steps`` steps; ``tokens`` is a representative sample."""
         mean = float(np.mean(tokens))
         value = steps * (self.intercept + self.slope * mean)
         away = (mean - self.mean) ** 2 / self.spread if self.spread else 0.0
@@ -105,22 +104,21 @@ class FittedLine:
 
 
 DRIFT = 0.1
-"""How much the speed of a machine wanders by itself: what ``docs/results.md`` saw on a virtual
-one."""
+"""Relative drift of a machine's speed, measured on a virtual machine (``docs/results.md``)."""
 MEMORY_SLACK = 0.1
-"""Peaks grow a little beyond the first steps, as freed memory is kept in pieces."""
+"""Relative growth of the peak after the first steps, by fragmentation of freed memory."""
 COUNTED = 0.1
-"""Error of parts that are measured once."""
+"""Relative error of parts that are measured once."""
 PER_STEP = 400
 """Bytes of a line of the metrics."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will take. Times in seconds, sizes in bytes."""
+    """Estimate of a job. Times in seconds, sizes in bytes."""
 
     key: str
-    """Of the request; see :func:`luthier.engine.timings.request_key`."""
+    """Key of the request; see :func:`luthier.engine.timings.request_key`."""
     machine: str
     created: str
     base: str
@@ -129,47 +127,48 @@ class Estimate:
     rows: int
     """Training examples."""
     steps: int
-    """Without those of a refit; everything else has them."""
+    """Optimizer steps without a refit; all further fields include a refit."""
     refit_steps: int
-    """Steps that training once more on all rows takes at most; 0 where there is no refit."""
+    """Maximum steps of a refit on all rows; 0 without a refit."""
     epochs: float
     tokens: PredictionInterval
-    """Of the rows of all steps, shared prefixes counted in each row."""
+    """Tokens of the rows of all steps; shared prefixes count in each row."""
     learned: PredictionInterval
-    """Those among them that carry loss."""
+    """Tokens with loss."""
     parts: dict[str, PredictionInterval]
     """Seconds of each part, by its name in ``luthier.engine.timings.PARTS``."""
     seconds: PredictionInterval
-    """From the first check of the data to the stored and verified model."""
+    """Seconds from the first check of the data to the stored and verified model."""
     memory: PredictionInterval
     """Largest resident size of the process."""
     disk: PredictionInterval
-    """Checkpoints, the custom model, and what is kept of the run."""
+    """Checkpoints, the custom model, and the files of the run."""
     modelled_memory: int
-    """What the engine expects from the sizes alone, before anything is loaded."""
+    """Memory that the engine expects from the sizes, before loading."""
     tried: list[tuple[int, float]]
-    """Distinct tokens and seconds of each step that was run."""
+    """Distinct tokens and seconds of each measured step."""
     cost: Cost | None = None
     plan: BudgetPlan | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return JSON values."""
         return asdict(self)
 
     @property
     def fixed_seconds(self) -> float:
-        """Seconds that a run of one step would take as well."""
+        """Seconds of a run that do not grow with the steps."""
         changing = ("steps", "validation", "checkpoints", "ahead")
         return sum(part.value for name, part in self.parts.items() if name not in changing)
 
 
 def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
-    """Try the job of ``recipe`` and say what all of it will take.
+    """Measure a trial of ``recipe`` and estimate the whole job.
 
-    The estimate is kept in ``estimates/``, where the run finds it; nothing else stays.
+    The estimate is stored in ``estimates/`` for the certificate of the run. All files of the trial
+    are removed.
 
     Raises:
-        RefusedInput: as :func:`luthier.engine.train.train` does, for the same reasons.
+        RefusedInput: as :func:`luthier.engine.train.train`.
     """
     measured = measure(recipe, reporter or Reporter())
     found = estimate_from(measured)
@@ -178,7 +177,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
 
 
 def estimate_from(measured: Measurement) -> Estimate:
-    """Return the estimate of the whole run from what was measured."""
+    """Return the estimate of the whole run from the measurement of a trial."""
     job, work, trial = measured.job, measured.work, measured.trial
     training = job.recipe.training
     parts = _parts(measured)
@@ -236,12 +235,12 @@ def _parts(measured: Measurement) -> dict[str, PredictionInterval]:
 
 
 def _with_refit(once: PredictionInterval, share: float) -> PredictionInterval:
-    """``once`` and ``share`` of it again, or less: a refit is as long as the held-out rows say."""
+    """Return ``once`` plus ``share`` of it; a refit may stop earlier, so the lower end stays."""
     return PredictionInterval(once.value * (1 + share), once.low, once.high * (1 + share))
 
 
 def _steps(measured: Measurement) -> PredictionInterval:
-    """Warm steps by their tokens, and what each new size of a micro-batch costs once."""
+    """Return the seconds of warm steps by tokens, plus the first run of each micro-batch size."""
     trial = measured.trial
     warm = [each for each in trial.tries if not each.first] or trial.tries[1:] or trial.tries
     tokens = [trial.batches[each.batch].tokens for each in warm]
@@ -251,7 +250,7 @@ def _steps(measured: Measurement) -> PredictionInterval:
 
 
 def _new_sizes(measured: Measurement) -> float:
-    """Seconds that go into making matrix kernels for sizes that were not there before."""
+    """Return the seconds for creating matrix kernels of new sizes."""
     trial = measured.trial
     first = {each.batch: each.seconds for each in trial.tries if each.first}
     again = {each.batch: each.seconds for each in trial.tries if not each.first}
@@ -262,8 +261,8 @@ def _new_sizes(measured: Measurement) -> float:
 
 
 def measurements(steps: int, every: int | None) -> int:
-    """How often a run of ``steps`` measures on its validation rows, the first time before it
-    begins."""
+    """Return the number of validation measurements in ``steps``, including the first before
+    training."""
     every = every or steps
     return 1 + steps // every + (steps % every > 0)
 
@@ -288,8 +287,7 @@ def _baselines(measured: Measurement) -> PredictionInterval:
 
 
 def _checkpoints(seconds: float, steps: int, cost: float) -> int:
-    """How many are written in ``seconds`` of steps, by the rules of the engine for the cost of
-    one."""
+    """Return the number of checkpoints in ``seconds`` of steps, by the engine's rules."""
     each = seconds / max(1, steps)
     if not each:
         return 0

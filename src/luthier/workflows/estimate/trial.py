@@ -1,9 +1,8 @@
-"""A few real steps of a real job, on a copy that is thrown away, and which steps stand for all.
+"""Measurement of a few real steps of a job on a temporary copy.
 
-Everything goes through the code that trains (:class:`luthier.engine.train.Trainer`): the rows are
-read and checked, the model is loaded, what is computed ahead is computed for the rows that are
-tried, steps run on batches that stand for the run, a measurement, a checkpoint and the storing are
-done and timed. Only the rows are fewer. What is left in the store is nothing.
+The measurement uses the code that trains (:class:`luthier.engine.train.Trainer`) with fewer rows.
+Reading, checking, loading, precomputing, steps on representative batches, a validation measurement,
+a checkpoint and storing are timed. All files are removed at the end.
 """
 
 from __future__ import annotations
@@ -42,19 +41,18 @@ from luthier.types import Example
 from luthier.workflows.trial_training import temporary_run
 
 LOOKED_AT = 200
-"""Steps whose token trees are built to know the whole run; a longer run is sampled evenly."""
+"""Maximum steps with built token trees; steps of a longer run are sampled evenly."""
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """What one step computes: distinct tokens, those of its largest micro-batch, and their
+    """Computed size of a step: distinct tokens, tokens of the largest micro-batch, and rounded
     sizes."""
 
     tokens: int
     largest: int
     sizes: frozenset[int]
-    """Sizes of the micro-batches as they are computed. Matrix kernels are made for one size
-    each."""
+    """Padded sizes of the micro-batches. Matrix kernels are created for each size."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,17 @@ class Workload:
 
     steps: int
     tokens: int
-    """Of the rows of all steps at most, shared prefixes counted in each."""
+    """Maximum tokens of the rows of all steps; shared prefixes count in each row."""
     learned: int
-    """Those among them that carry loss."""
+    """Tokens with loss."""
     validation_tokens: int
-    """Of one measurement."""
+    """Tokens of a validation measurement."""
     row_tokens: int
-    """Of all training and validation rows, each once."""
+    """Tokens of all training and validation rows, each row once."""
 
 
 def order_of(job: TrainingJob) -> RowOrder:
-    """The order in which a run takes its rows."""
+    """Return the order of rows in a run."""
     training, data = job.recipe.training, job.data
     return RowOrder(
         data.main, training.batch_size or 1, training.seed, training.shuffle, data.mixed
@@ -81,7 +79,7 @@ def order_of(job: TrainingJob) -> RowOrder:
 
 
 def workload_of(job: TrainingJob) -> Workload:
-    """Count the tokens of ``job``, none of whose rows have been touched yet."""
+    """Count the tokens of ``job`` before any rows are precomputed."""
     order, rows = order_of(job), job.data.train
     tokens_R = np.array([_tokens(job, [row]) for row in rows])
     learned_R = np.array([_learned_tokens(job, row) for row in rows])
@@ -101,11 +99,11 @@ def spread_steps(job: TrainingJob) -> list[int]:
 
 
 def representative(job: TrainingJob, count: int) -> list[list[int]]:
-    """Rows of ``count`` whole batches of the run's first pass that stand for all.
+    """Return the rows of ``count`` representative batches of the first pass.
 
-    They lie at quantiles of the tokens, evenly apart, the largest of all among them: it decides the
-    peak of memory. The middle one comes first, as the first step of all is slower. Batches that a
-    short run does not come to are none of its own.
+    The batches are at evenly spaced quantiles of the tokens. The largest batch is included, because
+    the largest batch decides the peak of memory. The middle batch is first, because the first step
+    is slower. Only batches that the run reaches are included.
     """
     order, size = order_of(job), job.recipe.training.batch_size or 1
     batches = [order.batch(step) for step in range(min(job.steps, order.steps_per_epoch))]
@@ -121,7 +119,7 @@ def representative(job: TrainingJob, count: int) -> list[list[int]]:
 
 
 def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize:
-    """What a step on ``rows`` computes; ``shares`` tells whether prefixes are computed once."""
+    """Return the size of a step on ``rows``; ``shares`` means that prefixes are computed once."""
     budget = job.recipe.training.micro_batch_tokens or 1
     seen = _largest(job, rows)
     sizes = [
@@ -133,7 +131,7 @@ def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize
 
 
 def _largest(job: TrainingJob, rows: Sequence[Example]) -> list[Example]:
-    """All that the rows may become in a step."""
+    """Return all examples that the rows may become in a step."""
     objective = job.data.objective
     return with_completions(objective, objective.views(rows, "fixed") or rows)
 
@@ -147,65 +145,65 @@ def _learned_tokens(job: TrainingJob, row: Example) -> int:
 
 
 BATCHES = 5
-"""Batches that are tried, each twice: the first time the machine makes kernels for its sizes."""
+"""Number of tried batches. Each batch runs twice, because the first run creates matrix kernels."""
 LEAST_STEPS = 3
 PATIENCE = 60.0
-"""Seconds after which no further step is begun, once the least are done."""
+"""Seconds after which no step starts, beyond the minimum number of steps."""
 HELD_ROWS = 3 * PARITY_ROWS
-"""Validation rows that are measured on."""
+"""Validation rows of a measurement."""
 
 
 @dataclass(frozen=True)
 class TimedStep:
-    """One step that was run."""
+    """A measured step."""
 
     batch: int
     seconds: float
     first: bool
-    """Whether it was the first on this batch."""
+    """True for the first step on the batch."""
 
 
 @dataclass(frozen=True)
 class TrialRun:
-    """What the steps that were tried told. Seconds and bytes are those of the trial."""
+    """Measurements of the trial, in seconds and bytes."""
 
     batches: list[StepSize]
-    """What was run."""
+    """Sizes of the tried batches."""
     tries: list[TimedStep]
     row_tokens: int
-    """Of the rows that were tried, validation rows among them, each once."""
+    """Tokens of the tried training and validation rows, each row once."""
     held_tokens: int
-    """Of the validation rows among them."""
+    """Tokens of the tried validation rows."""
     held_seconds: float
-    """One measurement on these."""
+    """Seconds of a validation measurement."""
     token_share: float
-    """Tokens that the steps really had, as a share of what they might have had."""
+    """Actual tokens of the steps as a share of the maximum tokens."""
     peak_memory: int
     kept_memory: int
-    """What was computed ahead for the tried rows and is held in memory."""
+    """Bytes of precomputed states in memory, for the tried rows."""
     kept_disk: int
     checkpoint_bytes: int
     model_bytes: int
     run_bytes: int
-    """Of what else is left of the run: curves, metrics, the request."""
+    """Bytes of further files of the run: curves, metrics, the request."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A job, what it is to compute, and what a trial of it told."""
+    """A job, its workload, and the measurements of a trial."""
 
     job: TrainingJob
     key: str
-    """Of the request; see :func:`luthier.engine.timings.request_key`."""
+    """Key of the request; see :func:`luthier.engine.timings.request_key`."""
     machine: str
     work: Workload
     steps: list[StepSize]
-    """Of the whole run, evenly spread."""
+    """Sizes of evenly spaced steps of the whole run."""
     trial: TrialRun
     seconds: dict[str, float]
-    """Of the parts of the trial, by their names in ``luthier.engine.timings.PARTS``."""
+    """Seconds of the parts of the trial, by name in ``luthier.engine.timings.PARTS``."""
     calibration: float
-    """How many times as long calibrating takes with all rows."""
+    """Time of calibration with all rows, relative to the trial."""
 
 
 def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
@@ -255,7 +253,7 @@ def _validation_sample(job: TrainingJob) -> list[int]:
 
 
 def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
-    """Run ``count`` batches and what belongs to a run, in the order a run does it."""
+    """Run ``count`` batches and the further parts of a run, in the order of a run."""
     job, folder, network = trainer.job, trainer.run_folder, trainer.network
     batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
     steps = [step_of(job, batch, network.shares) for batch in batches]
@@ -292,7 +290,7 @@ def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
 
 
 def _tries(loop: Loop, batches: int, reporter: Reporter) -> list[TimedStep]:
-    """Each batch twice, one after the other, as long as there is time."""
+    """Run all batches twice, one pass after the other, until the time limit."""
     reporter.stage(f"Trying {batches} batches, each twice")
     started, tries, total = time.monotonic(), list[TimedStep](), 2 * batches
     for step in range(total):
