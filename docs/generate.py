@@ -30,19 +30,19 @@ from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES
-from luthier.pretrain_recipe import (
-    Corpus,
-    NewNetwork,
-    NewTokenizer,
-    PretrainRecipe,
-    PretrainTraining,
-)
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
 from luthier.validation import field_docstrings
 from luthier.workflows.capabilities import Capability, family_table
 from luthier.workflows.certificate.certificate import certificate_schema
 from luthier.workflows.distil.insights import RULES as INSIGHT_RULES
 from luthier.workflows.distil.recipe import DistilRecipe, InsightSpec, TeacherSpec
+from luthier.workflows.pretrain_recipe import (
+    Corpus,
+    NewNetwork,
+    NewTokenizer,
+    PretrainRecipe,
+    PretrainTraining,
+)
 
 TARGET = Path(__file__).parent / "reference.md"
 LIMITS = Path(__file__).parent / "guide" / "limits.md"

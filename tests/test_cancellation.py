@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.cancellation import Cancellable, KillHandle, cancellable, cancelled_by
+from luthier.processes import Cancellable, KillHandle, cancellable, cancelled_by
 
 
 def test_what_has_finished_is_not_killed() -> None:

@@ -52,7 +52,7 @@ def test_light_entry_points_load_nothing_heavy(code: str) -> None:
     "code",
     [
         "import luthier.recipe; luthier.Recipe",
-        "import luthier.pretrain_recipe",
+        "import luthier.workflows.pretrain_recipe",
         "luthier.tune, luthier.load, luthier.inspect",
     ],
     ids=["recipe", "pretrain-recipe", "sdk"],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import luthier
-from luthier.escaping import command_option, map_code
+from luthier.formatting import command_option, map_code
 from luthier.gate.checks import all_rules
 from luthier.recipe import Recipe, Training
 from luthier.server.bedrock.hyperparameters import HYPERPARAMETERS
@@ -23,7 +23,8 @@ APIS: dict[str, Callable[[str], str]] = {"bedrock": bedrock, "openai": openai, "
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
 COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate",
-            "limits.py", "pretrain_recipe.py", "server/http/server.py", "escaping.py")  # fmt: skip
+            "limits.py", "workflows/pretrain_recipe.py", "server/http/server.py",
+            "formatting.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "exports/writer.py", "workflows/learning_curve.py",

@@ -13,7 +13,7 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from luthier.errors import RefusedInput
-from luthier.escaping import did_you_mean
+from luthier.formatting import did_you_mean
 from luthier.validation import StrictModel, describe_constraint
 
 KIB, MIB = 1 << 10, 1 << 20

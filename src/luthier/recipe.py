@@ -31,8 +31,8 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.sources import absolute, files_of
 from luthier.data.template_kwargs import TemplateSettings
 from luthier.errors import Problem, RecipeError
-from luthier.escaping import did_you_mean, nearest_name
 from luthier.files import read_toml
+from luthier.formatting import did_you_mean, nearest_name
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.trackers import TRACKERS
 from luthier.validation import StrictModel, describe_constraint

@@ -104,7 +104,7 @@ def test_a_models_text_is_as_it_is_but_on_a_terminal() -> None:
 def test_any_encoding_of_the_terminal_will_do(encoding: str) -> None:
     values = ["ấ 😀 é █", "\x9b"]
     code = (
-        "import sys; from luthier.escaping import escape_unencodable as escape;"
+        "import sys; from luthier.formatting import escape_unencodable as escape;"
         "from luthier.cli.console import note, print_json, print_text;"
         f"escape(sys.stdout, sys.stderr); print_text('█ ✓ ấ é 😀'); print_json({values!r}); note('…')"
     )

@@ -15,8 +15,8 @@ from command_line import COLOURS, MODEL, ROWS, Answer, jsonl, start
 from thinking_models import THOUGHT
 
 from luthier.cli.console import stream_reasoning
-from luthier.escaping import printable
 from luthier.files import read_json
+from luthier.formatting import printable
 from luthier.models.manifest import MANIFEST
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from luthier.cli.app import app
 from luthier.cli.options import assign_fields
 from luthier.cli.pretrain import PRETRAINING
-from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import fields_of
+from luthier.workflows.pretrain_recipe import PretrainRecipe
 
 TEXT = "The quick brown fox jumps over the lazy dog. My card has not arrived yet. " * 80
 SHORT = ["--size", "tiny", "--context", "32", "--vocabulary", "300", "--batch-size", "2",

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from luthier.cancellation import Cancellable, cancelled_by
 from luthier.errors import GradingFailed, RecipeError, RowRefused
 from luthier.graders import Answer, Code, grade_answers, sandbox, sandbox_child
 from luthier.graders.code import code_of
 from luthier.graders.sandbox import Limits, SandboxError, check_sandbox, passes
+from luthier.processes import Cancellable, cancelled_by
 from luthier.types import Message, Row
 
 LIMITS = Limits(seconds=3, memory_mb=256)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.cancellation import cancelled_by
 from luthier.engine import machine as machines
 from luthier.engine.train import train
 from luthier.inference.inference import InferenceFailed, InferenceRefused
 from luthier.inference.pool import ModelPool
 from luthier.inference.scheduler import working_for
 from luthier.limits import ModelLimits
+from luthier.processes import cancelled_by
 from luthier.recipe import Recipe
 
 WORDS = ("fox", "dog", "card", "capital", "question", "answer")

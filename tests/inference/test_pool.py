@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.cancellation import cancelled_by
 from luthier.errors import UnknownModel
 from luthier.inference.decoder import Decoder
 from luthier.inference.inference import (
@@ -26,6 +25,7 @@ from luthier.inference.inference import (
 from luthier.inference.pool import RECENT, ModelPool
 from luthier.inference.scheduler import working_for
 from luthier.limits import ModelLimits
+from luthier.processes import cancelled_by
 
 REQUEST = GenerationRequest("The quick", max_tokens=4, temperature=0)
 

@@ -28,7 +28,7 @@ from hub_server import COMMIT, hub_server
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM
 
-from luthier import child_python
+from luthier import processes
 from luthier.errors import DoesNotFit, DownloadError
 from luthier.files import lock, read_json, sha256_of, verify
 from luthier.library.models import find, load
@@ -254,7 +254,7 @@ def test_pip_that_cannot_be_started_is_a_download_error(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = entry_for(build_wheel(index, FILES))
-    monkeypatch.setattr(child_python.sys, "executable", str(tmp_path / "no python"))
+    monkeypatch.setattr(processes.sys, "executable", str(tmp_path / "no python"))
     target = tmp_path / "models" / "fake"
     with pytest.raises(DownloadError) as refused:
         pull(entry, target, ignore)

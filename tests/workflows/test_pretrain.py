@@ -33,10 +33,10 @@ from luthier.errors import (
 )
 from luthier.files import read_json
 from luthier.library.models import ancestors, find
-from luthier.pretrain_recipe import PretrainRecipe
 from luthier.workflows import pretrain as engine
 from luthier.workflows import pretrain_defaults as defaults
 from luthier.workflows.pretrain_defaults import NetworkFacts
+from luthier.workflows.pretrain_recipe import PretrainRecipe
 
 SENTENCES = [
     f"{who} {does} {what} {when}."
@@ -322,7 +322,7 @@ KILLED = """
 import os, signal, sys
 from luthier.engine import checkpoints, model_writer
 from luthier.workflows import pretrain
-from luthier.pretrain_recipe import PretrainRecipe
+from luthier.workflows.pretrain_recipe import PretrainRecipe
 import json
 where, fields = sys.argv[1], json.loads(sys.argv[2])
 def die(*_, **__):

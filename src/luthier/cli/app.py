@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 
-from luthier.child_python import use_safe_path
 from luthier.cli import console
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise, show_advice
@@ -54,7 +53,8 @@ from luthier.cli.search import search, show_search
 from luthier.cli.serve import serve
 from luthier.cli.tune import print_result, tune
 from luthier.cli.worker import worker
-from luthier.escaping import escape_unencodable
+from luthier.formatting import escape_unencodable
+from luthier.processes import use_safe_path
 
 app = CommandGroup(
     "Turn a base model and your own data into a custom model you own.",

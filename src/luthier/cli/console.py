@@ -1,7 +1,7 @@
 """Output of commands: results on standard output, messages on standard error, exit codes.
 
 All terminal output passes through this module. Foreign text (keys, names, messages, generated text)
-is escaped by :func:`~luthier.escaping.printable`. This module imports no heavy library.
+is escaped by :func:`~luthier.formatting.printable`. This module imports no heavy library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.errors import Interrupted, LuthierError, RecipeError, RefusedInput
-from luthier.escaping import (
+from luthier.files import write_bytes
+from luthier.formatting import (
     command_option,
     finite_or_none,
     map_code,
@@ -27,7 +28,6 @@ from luthier.escaping import (
     printable,
     printable_json,
 )
-from luthier.files import write_bytes
 from luthier.models.process_group import ProcessGroup
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from luthier.cli import console
 from luthier.cli.bridge import FromText
 from luthier.cli.console import check_output, heavy_imports, new_console, print_text
 from luthier.cli.options import Mapped
-from luthier.escaping import one_line
 from luthier.files import write_bytes
+from luthier.formatting import one_line
 
 if TYPE_CHECKING:
     from luthier.data.convert import Conversion

@@ -10,7 +10,7 @@ from luthier.cli.bridge import FromText
 from luthier.cli.console import heavy_imports, new_console, new_table, print_table
 from luthier.cli.options import DataSource, TuningFields, parse_duration, tuning_recipe
 from luthier.errors import RecipeError
-from luthier.escaping import format_duration
+from luthier.formatting import format_duration
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

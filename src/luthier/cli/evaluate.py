@@ -13,7 +13,7 @@ from luthier.cli.bridge import FromText
 from luthier.cli.console import check_output, heavy_imports, print_text, print_written
 from luthier.cli.options import Mapped, ModelSource, parse_settings
 from luthier.errors import RecipeError
-from luthier.escaping import one_line
+from luthier.formatting import one_line
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

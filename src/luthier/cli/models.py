@@ -511,7 +511,7 @@ def _check_no_account(model: str, database: str | None) -> None:
 
 def _check_no_user(base: str, database: str | None) -> None:
     """Reject a base model that accounts of the service use."""
-    from luthier.escaping import list_some
+    from luthier.formatting import list_some
     from luthier.server.tables.database import is_database_here
     from luthier.server.tables.foundation import foundation_model
     from luthier.server.tables.removal import users_of_base

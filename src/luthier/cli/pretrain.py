@@ -66,8 +66,8 @@ def pretrain(
     Raises:
         RefusedInput: before training, for invalid text or settings.
     """
-    from luthier.pretrain_recipe import PretrainRecipe
     from luthier.recipe import fields_of
+    from luthier.workflows.pretrain_recipe import PretrainRecipe
 
     plain = fields_of([data] if isinstance(data, str | Path) else data)
     given = assign_fields(plain, fields, PRETRAINING)

@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier.cli.console import new_console
 from luthier.engine.metrics import Reporter, metrics_beside
-from luthier.escaping import command_option, format_duration, map_code, printable
+from luthier.formatting import command_option, format_duration, map_code, printable
 
 SECONDS_BETWEEN_LINES = 10.0
 """Interval between progress lines without a bar, in seconds."""

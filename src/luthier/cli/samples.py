@@ -15,7 +15,7 @@ import typer
 
 from luthier.cli.console import new_console
 from luthier.errors import RecipeError
-from luthier.escaping import printable
+from luthier.formatting import printable
 
 Line = dict[str, Any]
 PARTS = 4

@@ -12,7 +12,7 @@ import typer
 
 from luthier.cli.console import note, print_rows, print_text
 from luthier.errors import LuthierError
-from luthier.escaping import one_line
+from luthier.formatting import one_line
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -214,7 +214,7 @@ MOST_SHOWN = 5
 def print_label_issues(result: Result) -> None:
     """Print the number of possible label errors, the first errors, and the file with all errors."""
     from luthier.engine.runs import LABEL_ISSUES
-    from luthier.escaping import one_line
+    from luthier.formatting import one_line
 
     path = Path(result.run_dir) / LABEL_ISSUES
     if result.label_issues is None or not result.label_issues.issues or not path.is_file():
@@ -245,7 +245,7 @@ _STYLES = {
 
 def print_verdict(result: Result) -> None:
     """Print whether the model learned, and advice for the next run."""
-    from luthier.escaping import command_option, map_code
+    from luthier.formatting import command_option, map_code
 
     if (verdict := result.verdict) is None:
         return

@@ -37,7 +37,7 @@ def worker(
     """Run one queued work of a server."""
     _prepare_process()
     if until_stdin_closes:
-        from luthier.cancellation import on_stdin_end
+        from luthier.processes import on_stdin_end
         from luthier.server.jobs.processes import LOST
 
         on_stdin_end(lambda: os._exit(LOST))  # where the process stands

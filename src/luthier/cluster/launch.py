@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from luthier.data.sources import absolute
 from luthier.errors import RecipeError
-from luthier.escaping import format_duration, one_line
 from luthier.files import folder_size, luthier_home
+from luthier.formatting import format_duration, one_line
 from luthier.recipe import Recipe, map_sources, portable, to_toml
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier.child_python import python_command
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import luthier_home
+from luthier.processes import python_command
 from luthier.workflows.child_processes import Resources
 
 CONNECT_SECONDS = 5.0

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from contextlib import chdir, suppress
 from typing import Any
 
-from luthier.cancellation import on_stdin_end
 from luthier.cluster.ray_worker import RayWorker
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
+from luthier.processes import on_stdin_end
 from luthier.server.jobs.kinds import WORK_KINDS
 from luthier.server.jobs.processes import (
     BEGIN_SECONDS,

@@ -21,7 +21,7 @@ from luthier.data.sources import Source
 from luthier.data.turn_marks import mark_sense
 from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
 from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused
-from luthier.escaping import did_you_mean
+from luthier.formatting import did_you_mean
 from luthier.types import Row
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet"]

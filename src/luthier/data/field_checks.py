@@ -32,7 +32,7 @@ from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.data.turn_marks import read_marks
 from luthier.errors import Location, Problem, RowRefused
-from luthier.escaping import list_some, nearest_name
+from luthier.formatting import list_some, nearest_name
 from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]

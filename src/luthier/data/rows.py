@@ -41,7 +41,7 @@ from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of, media_below
 from luthier.errors import DataError, Location, Problem, RowRefused
-from luthier.escaping import list_some, nearest_name
+from luthier.formatting import list_some, nearest_name
 from luthier.types import Row
 
 Columns = Mapping[str, str]

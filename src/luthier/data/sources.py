@@ -21,8 +21,8 @@ from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT, unpacked_n
 from luthier.data.disk_sequence import spool
 from luthier.data.inputs import conversion_fix, is_media
 from luthier.errors import DataError, Location, Problem
-from luthier.escaping import list_some
 from luthier.files import names_below, sha256_of
+from luthier.formatting import list_some
 
 Source = str | Path
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from luthier.child_python import python_command
 from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
 from luthier.engine.report_file import ReportFile, handing_on
@@ -35,9 +34,9 @@ from luthier.errors import (
     report_error,
     restore_error,
 )
-from luthier.escaping import format_exit
 from luthier.files import read_json, write_json
 from luthier.models.process_group import ProcessGroup
+from luthier.processes import format_exit, python_command
 from luthier.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from luthier.engine.metrics import (
     is_hollow,
     metrics_beside,
 )
-from luthier.escaping import format_duration
+from luthier.formatting import format_duration
 from luthier.recipe import Training
 
 Outcome = Literal[

@@ -18,8 +18,8 @@ from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.texts import RatedText, TaggedWords
 from luthier.errors import DataError, Problem
-from luthier.escaping import one_line
 from luthier.evaluation.significance import RowScores, Score, Statistic
+from luthier.formatting import one_line
 from luthier.types import Row
 
 SHOWN = 5

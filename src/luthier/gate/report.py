@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.data.sources import stem_of
 from luthier.errors import Location, Problem
-from luthier.escaping import printable
+from luthier.formatting import printable
 from luthier.gate.check import Split
 from luthier.gate.checks import all_rules
 from luthier.gate.pii import KINDS

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import __version__
-from luthier.escaping import command_option, map_code
+from luthier.formatting import command_option, map_code
 from luthier.gate.histogram import density
 from luthier.gate.report import (
     Report,

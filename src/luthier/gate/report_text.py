@@ -13,7 +13,7 @@ from rich.rule import Rule as Line
 from rich.table import Table
 from rich.text import Text
 
-from luthier.escaping import command_option, map_code, printable
+from luthier.formatting import command_option, map_code, printable
 from luthier.gate.histogram import density, merge_bars
 from luthier.gate.report import (
     PLACES,

@@ -34,9 +34,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import LuthierError, RecipeError, RowRefused
 from luthier.graders.base import Answer, Ungraded
+from luthier.processes import KillHandle, cancellable
 
 MOST_SAID = 4096
 """Maximum output of a process, in bytes. Every pipe has room for more, so the process never waits

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from luthier.errors import RecipeError
-from luthier.escaping import did_you_mean
 from luthier.files import read_toml
+from luthier.formatting import did_you_mean
 from luthier.graders.base import Grader
 from luthier.validation import describe_constraint
 

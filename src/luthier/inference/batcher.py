@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from luthier.cancellation import KillHandle, cancellable
 from luthier.data.tree import READING_BUDGET
 from luthier.inference.inference import InferenceFailed, InferenceRefused
 from luthier.inference.memory import CacheBudget
 from luthier.inference.scheduler import Cancelled, FairScheduler, WaitingRequests, current_client
 from luthier.limits import ModelLimits
+from luthier.processes import KillHandle, cancellable
 
 if TYPE_CHECKING:
     from luthier.inference.prediction import Predictor

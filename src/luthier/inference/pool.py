@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from luthier.cancellation import cancellable
 from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, UnknownModel
 from luthier.files import waits_for_disk, without_home
@@ -35,6 +34,7 @@ from luthier.inference.scheduler import FairScheduler, in_background
 from luthier.inference.sequential import Embedding, ImageSamples, ModelInput, SerialModel
 from luthier.limits import ModelLimits
 from luthier.models.speculation import Speculation
+from luthier.processes import cancellable
 
 if TYPE_CHECKING:
     from luthier.data.inputs import Media

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING
 from luthier.data.reasoning import overlap
 from luthier.data.tools import parse_calls, parse_cut_calls, takes_tools
 from luthier.errors import RecipeError
-from luthier.ids import random_id
 from luthier.inference.constraints import check_depth
 from luthier.inference.inference import Chat, InferenceRefused
 from luthier.types import CALL_OPEN, Tool, ToolCall
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def new_call_id() -> str:
     """Return a new id of a tool call in Bedrock's format."""
-    return "tooluse_" + random_id(22)
+    return "tooluse_" + secrets.token_urlsafe(16)
 
 
 def marks_calls(chat: ChatFormat) -> bool:

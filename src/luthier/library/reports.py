@@ -16,8 +16,8 @@ from pydantic import Field, ValidationError
 
 from luthier import __version__
 from luthier.errors import CorruptFile, RecipeError
-from luthier.escaping import finite_or_none
 from luthier.files import json_text, luthier_home, read_json, sha256_of, write_bytes
+from luthier.formatting import finite_or_none
 from luthier.library.models import StoredModel
 from luthier.models.manifest import REPORTS, Record, created_now
 

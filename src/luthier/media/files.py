@@ -30,7 +30,7 @@ from luthier.data.inputs import (
 from luthier.data.parsing import Record, quote
 from luthier.data.sources import are_splits, is_clutter, media_below, other_files_problem
 from luthier.errors import RowRefused
-from luthier.escaping import list_some
+from luthier.formatting import list_some
 from luthier.media.decoding import scale_pixels, white_of
 
 _SHOWN = 8

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.errors import RecipeError
-from luthier.escaping import list_some
+from luthier.formatting import list_some
 from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
 from luthier.media.objectives.generative import Generative, images_at_once
 from luthier.media.objectives.vae import VAE, Compression

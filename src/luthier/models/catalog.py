@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
-from luthier.child_python import python_command
 from luthier.data.inputs import MediaKind, Processor, save_processor
 from luthier.errors import DownloadError, RecipeError
 from luthier.files import (
@@ -36,6 +35,7 @@ from luthier.models.base_kinds import base_kind
 from luthier.models.heads import Task
 from luthier.models.manifest import MANIFEST, RANDOM, Manifest, created_now
 from luthier.plugins import PluginTable
+from luthier.processes import python_command
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
 """The hub must be reached, and give its first answer, within so many seconds: its client waits

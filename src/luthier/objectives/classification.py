@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 
 from luthier.data.shapes.base import Labelled, takes_several_labels
 from luthier.errors import RecipeError, RowRefused
-from luthier.escaping import did_you_mean, list_some
+from luthier.formatting import did_you_mean, list_some
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import (
     Objective,

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from luthier.escaping import printable
+from luthier.formatting import printable
 
 MOST_TEXT = 300
 """Maximum length of text from data, in characters."""

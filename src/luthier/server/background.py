@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from luthier.cancellation import CancelScope, cancelled_by
 from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
+from luthier.processes import CancelScope, cancelled_by
 from luthier.server.http.messages import Caller, Fault
 from luthier.server.roles import authorize
 from luthier.server.tables import queue
@@ -153,7 +153,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         running: dict[Future[Done], tuple[int, CancelScope]] = {}
 
         def work_on(piece: Piece, scope: CancelScope) -> Done:
-            with cancelled_by(scope.take):
+            with cancelled_by(scope.register):
                 return do(piece)
 
         with ThreadPoolExecutor(self.at_once, self.kind.noun) as threads:

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import luthier
-from luthier.cancellation import on_stdin_end
-from luthier.child_python import python_command
 from luthier.data.inputs import Media
 from luthier.data.parsing import text_length
 from luthier.data.shapes.media import MediaRow
@@ -48,6 +46,7 @@ from luthier.errors import (
 )
 from luthier.files import folder_size, lock, new_file, read_json, sweep, write_bytes, write_json
 from luthier.library.models import StoredModel
+from luthier.processes import on_stdin_end, python_command
 from luthier.workflows.child_processes import (
     REPORTS,
     ChildProcess,

@@ -1,7 +1,7 @@
 """Child processes of a command, on this machine or a cluster: start, restart and end.
 
 A process lives as long as the command. The process ends when its standard input closes
-(:func:`luthier.cancellation.on_stdin_end`), and a killed process is restarted. A
+(:func:`luthier.processes.on_stdin_end`), and a killed process is restarted. A
 :class:`ProcessRunner` starts the processes. A runner of a cluster returns a local command that
 stands for the remote process: both end together, with the same exit status.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from luthier.engine.metrics import Reporter
 from luthier.engine.report_file import ReportReader
 from luthier.errors import Interrupted
-from luthier.escaping import format_exit
+from luthier.processes import format_exit
 
 STARTS = 3
 """Maximum starts of a process that is killed each time."""

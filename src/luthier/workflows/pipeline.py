@@ -38,10 +38,10 @@ from pydantic import ConfigDict, Field, model_validator
 from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.models.manifest import MANIFEST, Manifest
-from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import ModelName, Recipe, parse, with_paths
 from luthier.validation import StrictModel
 from luthier.workflows.distil.recipe import DistilRecipe
+from luthier.workflows.pretrain_recipe import PretrainRecipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

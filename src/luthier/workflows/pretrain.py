@@ -68,11 +68,11 @@ from luthier.models.presets import SHAPES, configuration
 from luthier.models.process_group import ProcessGroup
 from luthier.objectives.base import RunModels
 from luthier.objectives.causal_lm import CausalLM
-from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import DataSpec, Recipe, Training
 from luthier.types import Example
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shortage
+from luthier.workflows.pretrain_recipe import PretrainRecipe
 
 SURVEY, SETTLED = "survey.json", "settled.json"
 MOST_VALIDATION = 400

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from luthier.data.corpus import Survey
 from luthier.engine.defaults import Choice
 from luthier.models.presets import SHAPES, Size
-from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import Training
+from luthier.workflows.pretrain_recipe import PretrainRecipe
 
 CHARACTERS_PER_TOKEN = 4
 """Average characters per token of text with spaces, for choices before a tokenizer exists."""

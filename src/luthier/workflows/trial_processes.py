@@ -15,12 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cancellation import on_stdin_end
-from luthier.child_python import python_command
 from luthier.engine.metrics import Reporter
 from luthier.engine.report_file import ReportFile
 from luthier.errors import Interrupted, LuthierError, RefusedInput
 from luthier.files import lock, read_json, write_json
+from luthier.processes import on_stdin_end, python_command
 from luthier.recipe import Recipe
 from luthier.workflows.child_processes import (
     REPORTS,

@@ -12,8 +12,8 @@ from typing import Any
 import openai
 import pytest
 
-from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import DoesNotFit
+from luthier.processes import KillHandle, cancellable
 from luthier.server import background
 from luthier.server.http.messages import Fault
 from luthier.server.openai import batches as batches_module

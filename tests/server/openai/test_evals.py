@@ -20,7 +20,7 @@ from openai.types import EvalCreateResponse, EvalListResponse, EvalRetrieveRespo
 from openai.types.evals import RunCreateResponse, RunListResponse, RunRetrieveResponse
 from openai.types.evals.runs import OutputItemListResponse, OutputItemRetrieveResponse
 
-from luthier.cancellation import KillHandle, cancellable
+from luthier.processes import KillHandle, cancellable
 from luthier.server.http.messages import Fault
 from luthier.server.openai import eval_runner, eval_runs
 from luthier.server.openai.eval_runner import AT_ONCE, EvaluationRunner

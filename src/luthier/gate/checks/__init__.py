@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from luthier.errors import RecipeError
-from luthier.escaping import did_you_mean
+from luthier.formatting import did_you_mean
 from luthier.gate.check import Check, CheckContext
 from luthier.gate.checks.amount import Amount
 from luthier.gate.checks.balance import Balance

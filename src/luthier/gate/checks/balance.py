@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from luthier.data.parsing import quote
 from luthier.data.shapes.base import Labelled, takes_several_labels
 from luthier.data.shapes.texts import TaggedWords
-from luthier.escaping import nearest_name
+from luthier.formatting import nearest_name
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch, counts_of
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.escaping import map_code
+from luthier.formatting import map_code
 from luthier.server.bedrock import hyperparameters
 from luthier.server.bedrock.control import (
     ControlRequest,

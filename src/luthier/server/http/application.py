@@ -22,10 +22,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response as StarletteResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from luthier.cancellation import cancelled_by
 from luthier.inference.inference import meter
 from luthier.inference.scheduler import working_for
 from luthier.limits import BODY_BYTES, ServerLimits
+from luthier.processes import cancelled_by
 from luthier.server.audit import FAILURES, AuditTrail, record_actions
 from luthier.server.authentication import Authenticator
 from luthier.server.http.limits import Slots
@@ -267,7 +267,7 @@ class Application:
         async with slots.turn(record.account, self.limits.queue_seconds):
             guard = ConnectionGuard(receive)
             try:
-                with cancelled_by(guard.take):
+                with cancelled_by(guard.register):
                     yield
             except Exception as error:
                 if not await guard.end():

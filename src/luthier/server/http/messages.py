@@ -32,7 +32,7 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
-from luthier.escaping import map_code
+from luthier.formatting import map_code
 from luthier.graders.json_schema import depth_of
 from luthier.inference.inference import InferenceFailed, InferenceRefused, PredictionsOnly
 from luthier.server.tables.text import check_storable, decode_storable

@@ -19,8 +19,8 @@ from starlette.responses import Response as StarletteResponse
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from luthier.cancellation import Cancellable, CancelScope
 from luthier.inference.inference import Stream
+from luthier.processes import Cancellable, CancelScope
 from luthier.server.http.messages import (
     Fault,
     RequestHead,
@@ -184,7 +184,7 @@ class StreamedResponse(StreamingResponse):
 
     async def _wait_for_first(self, pieces: GeneratedPieces, receive: Receive) -> None:
         guard = ConnectionGuard(receive)
-        guard.take(pieces)
+        guard.register(pieces)
         try:
             with inference_faults():
                 await run_waiting(pieces.wait)
@@ -253,7 +253,7 @@ async def hung_up(receive: Receive) -> None:
 class ConnectionGuard:
     """Watch of a connection that cancels the request's work when the client disconnects.
 
-    Create the guard in the event loop. Any thread may call :meth:`take`.
+    Create the guard in the event loop. Any thread may call :meth:`register`.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -263,9 +263,9 @@ class ConnectionGuard:
         self._gone = self._ended = False
         self._watching: asyncio.Task[None] | None = None
 
-    def take(self, work: Cancellable) -> None:
+    def register(self, work: Cancellable) -> None:
         """Close ``work`` when the client disconnects, or at once if the client is disconnected."""
-        self._scope.take(work)
+        self._scope.register(work)
         if self._watching is None:
             self._loop.call_soon_threadsafe(self._watch)
 

@@ -17,7 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.engine.metrics import SCORES, Reporter
-from luthier.escaping import finite_or_none
+from luthier.formatting import finite_or_none
 from luthier.server.tables.database import now
 from luthier.server.tables.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
 

@@ -18,10 +18,9 @@ from contextlib import suppress
 
 from sqlalchemy.orm import Session
 
-from luthier.child_python import python_command
 from luthier.errors import LeaseLost, LuthierError
-from luthier.escaping import format_exit
 from luthier.files import luthier_home, room
+from luthier.processes import format_exit, python_command
 from luthier.server.jobs import processes
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import DEATH_TAIL, JobFolders

@@ -30,8 +30,8 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
-from luthier.escaping import finite_or_none
 from luthier.files import folder_size, verify, waits_for_disk
+from luthier.formatting import finite_or_none
 from luthier.inference.reply_log import asking_for
 from luthier.library import models
 from luthier.library.models import StoredModel, find

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from luthier.engine.runs import LABEL_ISSUES, run_of
-from luthier.escaping import map_code
+from luthier.formatting import map_code
 from luthier.graders import parse_graders
 from luthier.server.http.messages import Fault, parse_digits
 from luthier.server.http.routes import STREAM_TURN, Name

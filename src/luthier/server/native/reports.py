@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from luthier.child_python import python_command
-from luthier.escaping import map_code
+from luthier.formatting import map_code
+from luthier.processes import python_command
 from luthier.server.http.messages import Fault
 from luthier.server.jobs.data import base_reads_media, fetch_references
 from luthier.server.jobs.processes import worker_environment

@@ -21,8 +21,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
-from luthier.escaping import map_code
-from luthier.ids import random_id
+from luthier.formatting import map_code
 from luthier.server.http.messages import parse_digits
 from luthier.server.http.routes import Name
 from luthier.server.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
@@ -39,7 +38,7 @@ from luthier.server.openai.protocol import (
 )
 from luthier.server.tables import jobs
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
-from luthier.server.tables.database import Database, new_id
+from luthier.server.tables.database import MIXED, Database, new_id, random_id
 from luthier.server.tables.foundation import (
     FoundationModel,
     foundation_model,
@@ -511,7 +510,7 @@ def _submission(
     seed: int,
     grader: dict[str, Any] | None,
 ) -> Submission:
-    job_name = "ftjob-" + random_id(24)
+    job_name = "ftjob-" + random_id(24, MIXED)
     root = root_of(base)
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
     name = root.base if root is not None else "imported"

@@ -12,8 +12,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.ids import SMALL, random_id
-from luthier.server.tables.database import Base, JSONText, find_row, now, page_of
+from luthier.server.tables.database import Base, JSONText, find_row, now, page_of, random_id
 from luthier.server.tables.queue import BackgroundWork, next_turn
 
 VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
@@ -84,7 +83,7 @@ def create(
     """Create a batch in the state ``validating``. A lock orders creations of an account."""
     moment = now()
     batch = Batch(
-        id="batch_" + random_id(24, SMALL),
+        id="batch_" + random_id(24),
         account=account,
         turn=next_turn(session, Batch, account),
         caller=caller,

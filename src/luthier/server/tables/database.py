@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sqlite3
+import string
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +43,6 @@ from sqlalchemy.types import TypeDecorator
 
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import disk_errors, luthier_home
-from luthier.ids import SMALL, random_id
 from luthier.server.tables.text import dump_storable, storable
 
 Row = TypeVar("Row")
@@ -49,6 +50,9 @@ DATABASE_FILE = "luthier.db"
 """SQLite's file in the store."""
 BUSY_SECONDS = 30
 """Maximum wait of a transaction for a concurrent writer, in seconds."""
+SMALL = string.ascii_lowercase + string.digits
+MIXED = string.ascii_letters + string.digits
+"""Alphabets of ids."""
 
 
 class Moment(TypeDecorator[datetime]):
@@ -115,9 +119,14 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def random_id(length: int, alphabet: str = SMALL) -> str:
+    """Return a random id of ``length`` characters."""
+    return "".join(secrets.choice(alphabet) for _ in range(length))
+
+
 def new_id() -> str:
-    """Twelve random lower-case letters and digits, as they stand at the end of an ARN."""
-    return random_id(12, SMALL)
+    """Return a random id in the format of an ARN's last part."""
+    return random_id(12)
 
 
 def default_url() -> str:

@@ -16,10 +16,17 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.ids import SMALL, random_id
 from luthier.limits import AccountQuotas
 from luthier.server.tables import storage
-from luthier.server.tables.database import Base, JSONText, QuotingText, find_row, now, page_of
+from luthier.server.tables.database import (
+    Base,
+    JSONText,
+    QuotingText,
+    find_row,
+    now,
+    page_of,
+    random_id,
+)
 from luthier.server.tables.queue import BackgroundWork, next_turn
 
 QUEUED, IN_PROGRESS = "queued", "in_progress"
@@ -123,7 +130,7 @@ def create_eval(
     Raises:
         QuotaExceeded: if the account has no space for the definition.
     """
-    eval_id, moment, text = "eval_" + random_id(24, SMALL), now(), json.dumps(definition)
+    eval_id, moment, text = "eval_" + random_id(24), now(), json.dumps(definition)
     row = Eval(
         id=eval_id,
         account=account,
@@ -156,7 +163,7 @@ def create_run(
     Raises:
         QuotaExceeded: if the account has no space for the request.
     """
-    run_id = "evalrun_" + random_id(24, SMALL)
+    run_id = "evalrun_" + random_id(24)
     moment, text = now(), json.dumps(request)
     run = EvaluationRun(
         id=run_id,

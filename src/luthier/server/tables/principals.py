@@ -20,8 +20,8 @@ from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import CorruptFile, RefusedInput
-from luthier.escaping import list_some
 from luthier.files import luthier_home
+from luthier.formatting import list_some
 from luthier.server.tables.accounts import Account, account_of, invalidate_caches
 from luthier.server.tables.database import Base, new_id, now
 from luthier.server.tables.secrets import ENVIRONMENT, KEY_FILE, Sealing, has_server_key, server_key

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from luthier.escaping import finite_or_none
+from luthier.formatting import finite_or_none
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _ESCAPED = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")

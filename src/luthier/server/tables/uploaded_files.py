@@ -16,8 +16,7 @@ from sqlalchemy import BigInteger, Select, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
-from luthier.ids import random_id
-from luthier.server.tables.database import Base, Database, now, page_of
+from luthier.server.tables.database import MIXED, Base, Database, now, page_of, random_id
 from luthier.server.tables.object_files import FileWriter, WrittenFile
 from luthier.server.tables.objects import UPLOADS, ObjectMetadata, Objects
 
@@ -102,7 +101,7 @@ class UploadedFiles:
         file_id: str | None = None,
     ) -> UploadedFile:
         """Store a file that was written after :meth:`begin`; see :meth:`add`."""
-        file_id, made = file_id or "file-" + random_id(24), now()
+        file_id, made = file_id or "file-" + random_id(24, MIXED), now()
         row = UploadedFile(
             id=file_id,
             account=account,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.escaping import OPTIONS
+from luthier.formatting import OPTIONS
 from luthier.recipe import to_toml, toml_value
 from luthier.types import dotted_items
 

@@ -24,8 +24,8 @@ from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, run_of
 from luthier.engine.timings import ACTUAL
 from luthier.errors import CorruptFile, RecipeError
-from luthier.escaping import finite_or_none
 from luthier.files import json_text, read_json, sha256_of, write_bytes
+from luthier.formatting import finite_or_none
 from luthier.library.models import (
     StoredModel,
     ancestors,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier import __version__
-from luthier.escaping import format_duration
+from luthier.formatting import format_duration
 from luthier.pages import Table, interval_text, render_page, shorten
 from luthier.types import dotted_items
 from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from luthier.errors import DoesNotFit, RecipeError
-from luthier.escaping import format_duration
 from luthier.files import luthier_home, read_toml
+from luthier.formatting import format_duration
 from luthier.validation import StrictModel, describe_constraint
 from luthier.workflows.estimate.estimate import Estimate
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from luthier.escaping import (
+from luthier.formatting import (
     did_you_mean,
     finite_or_none,
     format_duration,

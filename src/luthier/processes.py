@@ -1,18 +1,42 @@
-"""Cancellation of work whose client disconnected.
+"""Start of child processes, and cancellation of work whose client disconnected.
 
 A caller collects work with :func:`cancelled_by`. Long-running code (generation, a child process)
 registers with :func:`cancellable`. Without a caller, as in training, registration does nothing.
-:func:`on_stdin_end` ends a child process after its parent.
+
+Python child processes never import from the working directory, which often contains downloaded
+data: a file such as ``random.py`` would replace a module of the standard library.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Return the command to run ``module`` with this interpreter and the safe path."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def use_safe_path() -> None:
+    """Set the safe path for all children, including children of multiprocessing and libraries.
+
+    Multiprocessing starts its processes with ``python -c``, which puts the working directory first.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def format_exit(status: int | None) -> str:
+    """Return an exit status as text; a negative ``status`` is minus the number of a signal."""
+    if status is not None and status < 0:
+        return f"by signal {-status} ({signal.strsignal(-status)})"
+    return f"with status {status}"
 
 
 class Cancellable(Protocol):
@@ -53,7 +77,7 @@ class CancelScope:
         self._works: list[Cancellable] = []
         self._closed = False
 
-    def take(self, work: Cancellable) -> None:
+    def register(self, work: Cancellable) -> None:
         """Register ``work``; after :meth:`close`, end ``work`` at once."""
         with self._lock:
             closed = self._closed

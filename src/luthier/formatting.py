@@ -11,7 +11,6 @@ import codecs
 import io
 import math
 import re
-import signal
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -168,10 +167,3 @@ def _visible(char: str) -> str:
 def _in_json(char: str) -> str:
     units = char.encode("utf-16-be", "surrogatepass").hex()
     return re.sub("(....)", r"\\u\1", units)
-
-
-def format_exit(status: int | None) -> str:
-    """Return an exit status as text; a negative ``status`` is minus the number of a signal."""
-    if status is not None and status < 0:
-        return f"by signal {-status} ({signal.strsignal(-status)})"
-    return f"with status {status}"
