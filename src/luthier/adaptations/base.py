@@ -47,10 +47,11 @@ def peft_config(peft_type: str, model: nn.Module, base: str, **fields: Any) -> d
 
 
 def full_rate(hidden: int) -> float:
-    """Learning rate for all weights of a network of width ``hidden``: ``5e-5 (2000 / hidden)^0.781``.
+    """Return the learning rate for all weights of a network of width ``hidden``: ``5e-5 (2000 /
+    hidden)^0.781``, at most 2e-4.
 
-    5e-5 is the middle of the range that Devlin et al. (2019) tune in; the exponent is what Schulman et
-    al. (2025, "LoRA Without Regret") fitted over Llama models of all sizes. At most 2e-4.
+    5e-5 is the middle of the tuning range of Devlin et al. (2019). Schulman et al. (2025, "LoRA
+    Without Regret") fitted the exponent over Llama models of all sizes.
     """
     return min(2e-4, 5e-5 * math.pow(2000 / hidden, 0.781))
 
@@ -59,7 +60,7 @@ class Adaptation(StrictModel):
     """Base class of all adaptations. Subclasses are final: one method, one file, one class."""
 
     method: str
-    """Name of the adaptation in recipes and on the command line."""
+    """Name of the adaptation in recipes and in the CLI."""
 
     new_head_rate: ClassVar[float] = 1.0
     """Factor of the learning rate for a new head with random weights."""
@@ -75,7 +76,7 @@ class Adaptation(StrictModel):
 
     @property
     def shares_base(self) -> bool:
-        """Return True if several models can share a base network
+        """True if several models can share a base network
         (:mod:`luthier.models.lora_batch`)."""
         return False
 

@@ -1,4 +1,4 @@
-"""BitFit: only the biases move (Ben Zaken, Goldberg & Ravfogel 2022, arXiv:2106.10199)."""
+"""BitFit: training the biases only (Ben Zaken, Goldberg & Ravfogel 2022, arXiv:2106.10199)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BitFit(Adaptation):
 
 
 def _biases(model: nn.Module) -> list[str]:
-    """Names of the biases below the head."""
+    """Return the names of the biases below the head."""
     new = head_weights(model)
     names = [
         name

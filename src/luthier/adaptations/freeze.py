@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Freeze(Adaptation):
-    """Keep a share of the layers as they are and train the rest."""
+    """Train a part of the layers and freeze a share of the layers."""
 
     method: Literal["freeze"] = "freeze"
     frozen: Literal["bottom", "top", "alternate", "interval"] = "bottom"
@@ -77,5 +77,5 @@ class Freeze(Adaptation):
 
 
 def _every(count: int, step: int) -> range:
-    """Every ``step``-th of ``count`` layers, counted from the last."""
+    """Return every ``step``-th of ``count`` layers, counted from the last."""
     return range((count - 1) % step, count, step)

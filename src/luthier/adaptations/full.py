@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the network moves."""
+"""Full fine-tuning: training every weight of the network."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class Full(Adaptation):
         model.requires_grad_(True)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """:func:`~luthier.adaptations.base.full_rate`."""
+        """Return :func:`~luthier.adaptations.base.full_rate`."""
         reason = f"every weight moves: 5e-5, more for small networks (width {hidden})"
         return float(f"{full_rate(hidden):.1e}"), reason

@@ -1,13 +1,13 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685).
 
-Each chosen linear layer ``y = x W^T`` becomes ``y = x W^T + (alpha / r) (x A^T) B^T`` with ``A``
-Gaussian-like and ``B`` zero at the start; only ``A`` and ``B`` move. The product and its gradient
-are one autograd node that keeps ``x`` and ``x A^T``: written as separate modules, as PEFT does,
-the same layer keeps three more tensors and adds about 20 small operations. Weights, names and
+Each chosen linear layer ``y = x W^T`` becomes ``y = x W^T + (alpha / r) (x A^T) B^T``. ``A`` starts
+with Kaiming-uniform numbers, ``B`` with zeros; only ``A`` and ``B`` are trained. The product and
+the gradient are one autograd node that stores ``x`` and ``x A^T``. As separate modules (PEFT), the
+same layer stores three more tensors and adds about 20 small operations. Weights, names and
 ``adapter_config.json`` are PEFT's, so PEFT loads the result unchanged. Left out: per-layer ranks.
 
 ``rslora`` scales by ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv:2312.03732), so that large ranks
-learn as fast as small ones. ``dora`` trains the length of each row of ``W`` apart from its
+learn as fast as small ranks. ``dora`` trains the length of each row of ``W`` apart from the
 direction (Liu et al. 2024, arXiv:2402.09353).
 """
 
@@ -76,8 +76,8 @@ class LoRA(Adaptation):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def merge(self, model: nn.Module) -> None:
-        """Add ``(alpha / r) B A`` to each weight and remove the wrappers. The result has always the
-        same bits."""
+        """Add ``(alpha / r) B A`` to each weight and remove the wrappers. The result is
+        deterministic."""
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
         from luthier.models.rounding import Rounding
 
@@ -86,7 +86,7 @@ class LoRA(Adaptation):
         replace_modules(model, names, lambda layer: layer.merge(rounding))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """PEFT's configuration of this adapter."""
+        """Return PEFT's configuration of the adapter."""
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
 
         return peft_config(

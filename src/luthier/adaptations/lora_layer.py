@@ -166,12 +166,12 @@ class LoRALinear(LayerWrapper):
 
     @property
     def _drops(self) -> bool:
-        """Return True if dropout gives the branch another input than the frozen layer."""
+        """True if dropout gives the branch another input than the frozen layer."""
         return self.training and self.dropout.p > 0
 
     @property
     def _is_plain(self) -> bool:
-        """Return True if :class:`_LowRankLinears` computes the layer's product."""
+        """True if :class:`_LowRankLinears` computes the layer's product."""
         hooks = (
             self._forward_pre_hooks,
             self._forward_hooks,
@@ -190,7 +190,7 @@ class LoRALinear(LayerWrapper):
         return [y.view(*x.shape[:-1], -1) for y in y_each]
 
     def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
-        """``[N, in]`` to ``[N, out]``, the update first (see the top of this file)."""
+        """Map ``[N, in]`` to ``[N, out]``, the update first (see the top of this file)."""
         a, b = self.lora_A.weight, self.lora_B.weight
         if (packed := packed_weight(self.base_layer)) is not None:  # decoding, without gradients
             y = packed.with_branch(flat, a, b, self.scale)
@@ -248,7 +248,7 @@ class LoRAConv2d(LayerWrapper):
         self.kernel_size, self.stride, self.dilation = kernel, base.stride, base.dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H', W']``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H', W']``."""
         y: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
         return y
 

@@ -44,7 +44,7 @@ class Prefix(VirtualTokens):
         fill_from_tokens(network, torch.randint(vocabulary, (self.virtual_tokens,)))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """PEFT's configuration of this prefix."""
+        """Return PEFT's configuration of the prefix."""
         from luthier.models.prefix import KeyValuePrefix
 
         prefix = next(m for m in model.modules() if isinstance(m, KeyValuePrefix))

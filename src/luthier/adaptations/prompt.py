@@ -62,7 +62,7 @@ class Prompt(VirtualTokens):
         replace_modules(model, names, lambda _: prompt)
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """PEFT's configuration of this prompt."""
+        """Return PEFT's configuration of the prompt."""
         return peft_config(
             "PROMPT_TUNING",
             model,
@@ -77,5 +77,6 @@ class Prompt(VirtualTokens):
         return end if end == "prompt_embeddings" else super().stored_name(name)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """Far above other methods, as in the paper; AdamW moves each number by the rate."""
+        """Return a rate far above other methods, as in the paper; AdamW moves each number by the
+        rate."""
         return 1e-2, "a prompt is a few vectors, which need large steps (Lester et al. 2021)"

@@ -24,7 +24,7 @@ class PromptEmbedding(LayerWrapper):
                 self.prompt_embeddings.copy_(base.weight[drawn.to(base.weight.device)])
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings ``[..., H]`` of ``ids [...]``."""
+        """Return embeddings ``[..., H]`` of ``ids [...]``."""
         vocabulary = len(self.base_layer.weight)
         known: Tensor = self.base_layer(ids.clamp(max=vocabulary - 1))
         virtual = ids >= vocabulary

@@ -92,7 +92,8 @@ class QLoRA(Adaptation):
         )
 
     def merge(self, model: nn.Module) -> None:
-        """Dequantize, add ``(alpha / r) B A``, put plain layers back. Always the same bits."""
+        """Dequantize, add ``(alpha / r) B A``, and restore plain layers. The result is
+        deterministic."""
         from luthier.adaptations.qlora_layer import QuantizedLinear
 
         self.lora.merge(model)
@@ -100,7 +101,7 @@ class QLoRA(Adaptation):
         replace_modules(model, rest, lambda layer: layer.plain(layer.weight_OI))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """LoRA's: PEFT's format does not say how the base is stored."""
+        """Return LoRA's configuration: PEFT's format does not describe the storage of the base."""
         return self.lora.adapter_config(model, base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:

@@ -24,7 +24,7 @@ SCALES_IN_BLOCK = 256
 """Number of scales per second-level scale in double quantization, as in the paper."""
 
 CHUNK = 1 << 18
-"""Weights packed at once, whole blocks: bitsandbytes makes some 20 bytes for each on the way."""
+"""Weights to pack at once, in whole blocks: bitsandbytes allocates about 20 bytes per weight."""
 
 
 @cache
@@ -57,9 +57,9 @@ class Packing:
 
 
 class QuantizedLinear(nn.Module):
-    """``x W^T + b`` with ``W [out, in]`` packed into ``uint8``; stands in for a frozen linear layer.
+    """``x W^T + b`` with ``W [out, in]`` packed into ``uint8``, in place of a frozen linear layer.
 
-    GPT-2's ``Conv1D`` is packed as ``[out, in]`` too, as transformers does. On the meta device only
+    GPT-2's ``Conv1D`` is packed as ``[out, in]`` too, as in transformers. On the meta device, only
     the sizes are right.
     """
 
@@ -98,7 +98,7 @@ class QuantizedLinear(nn.Module):
         }
 
     def _pack_part(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole blocks: the packed numbers, and the largest magnitude of each block."""
+        """Pack whole blocks; return the packed numbers, and the largest magnitude of each block."""
         bnb, size = _bitsandbytes(), self.packing.block_size
         if self.packing.kind == "int8":
             packed, state = bnb.quantize_blockwise(values, code=_even_levels(), blocksize=size)

@@ -71,7 +71,7 @@ class Sparse(Adaptation):
         return self.fisher_rows if self.mask == "fisher" else 0
 
     def calibration_bytes(self, model: nn.Module) -> int:
-        """Gradients of all chosen layers, and their squares in float32."""
+        """Return the bytes of the gradients of all chosen layers, and of the squares in float32."""
         if self.mask != "fisher":
             return 0
         weights = [layer.base_layer.weight for layer in self._layers(model)]

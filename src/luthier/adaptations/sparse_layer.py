@@ -45,7 +45,7 @@ class SparseLinear(LayerWrapper):
         self.values.copy_(self.base_layer.weight.detach().reshape(-1)[chosen])
 
     def whole_weight(self) -> Tensor:
-        """A new copy of the base layer's weight with the values in their places."""
+        """Return a copy of the base layer's weight with the trained values."""
         weight: Tensor = self.base_layer.weight.detach().clone(
             memory_format=torch.contiguous_format
         )
@@ -64,7 +64,7 @@ class SparseLinear(LayerWrapper):
         return y.view(*x.shape[:-1], -1)
 
     def merge(self) -> nn.Module:
-        """The base layer with the values in their places."""
+        """Return the base layer with the trained values."""
         self.base_layer.weight.data = self.whole_weight()
         base: nn.Module = self.base_layer
         return base

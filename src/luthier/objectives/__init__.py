@@ -1,4 +1,4 @@
-"""What can be learned. One file for each objective; this table is the map of the package."""
+"""Training objectives, one file per objective. The table in this file lists all objectives."""
 
 from luthier.objectives.base import Objective
 from luthier.objectives.bilm import BiLM

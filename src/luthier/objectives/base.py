@@ -1,16 +1,16 @@
-"""The seam between what is learned and how it is trained.
+"""The interface between training objectives and the engine.
 
-An objective is one frozen object: its fields are the hyper-parameters of its paper, with the vetted
-setting as default. Four methods define it:
+An objective is one frozen object. The fields are the hyper-parameters of the paper, with vetted
+defaults. Four methods define an objective:
 
     encode    rows to token ids with a loss weight for each token
-    annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
+    annotate  everything without a gradient: sampling, rewards, teacher or reference scores, noise
     turns     the optimizer steps of one batch; one step unless overridden
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
 
 A preference loss needs ``loss`` alone (``objectives/simpo.py``). All other methods of
-:class:`Objective` are hooks with defaults, in the order in which a run calls them. Objectives that
-make images have further methods: :class:`~luthier.media.objectives.generative.Generative`.
+:class:`Objective` are hooks with defaults, in the order of a run. Objectives for image generation
+have further methods: :class:`~luthier.media.objectives.generative.Generative`.
 """
 
 from __future__ import annotations
@@ -42,200 +42,201 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """What suits an objective where the recipe leaves the training open."""
+    """Default training settings of an objective."""
 
     learning_rate_multiplier: float = 1.0
-    """Share of the adaptation's learning rate."""
+    """Factor of the adaptation's learning rate."""
     pretrained_rate_multiplier: float = 1.0
-    """A further share where not all weights start from random numbers."""
+    """Additional factor, unless all weights are random."""
     batch_rows: int | None = None
-    """Rows in a step, where the rows themselves say nothing."""
+    """Batch size in rows; ``None`` derives the batch size from the number of rows."""
     batch_reason: str = ""
-    """Why so many."""
+    """Reason for :attr:`batch_rows`, for the report."""
     min_epochs: int = 1
-    """Passes over the rows where they are not too many."""
+    """Minimum number of epochs, unless the rows are many."""
     max_epochs: int = 5
-    """Passes over few rows, to reach :attr:`min_steps`."""
+    """Maximum number of epochs to reach :attr:`min_steps` with few rows."""
     min_steps: int = 150
-    """Optimizer steps to reach by passes over few rows, if the number of passes is open."""
+    """Target number of optimizer steps with few rows, if the number of epochs is open."""
     steps_per_class: int = 0
-    """Further steps for each class of the head."""
+    """Additional steps per class of the head."""
     scratch_steps: int = 0
-    """Steps to come to where all weights start from random numbers, if that is more."""
+    """Target number of steps if all weights are random; the larger target applies."""
     scratch_epochs: int = 0
-    """Passes over few rows for that, if more than :attr:`max_epochs`."""
+    """Maximum number of epochs to reach :attr:`scratch_steps`, if above :attr:`max_epochs`."""
     beta1: float | None = None
-    """Decay of the optimizer's first moment, where the usual one does not suit it."""
+    """Decay of the optimizer's first moment; ``None`` for the usual decay."""
     patience: int | None = None
-    """Measurements without a gain that end a run; 0 where they say little of what is learned."""
+    """Measurements without a gain before early stopping; 0 disables early stopping."""
     bases: Mapping[str, str] = field(default_factory=dict)
-    """Base model by what rows hold, where the rows alone would name one that cannot learn it."""
+    """Base model by kind of row, if the default base for the rows cannot train the objective."""
 
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A model next to the network that trains, such as a teacher or a judge, before it is loaded."""
+    """A model next to the trained network, such as a teacher or a judge, before loading."""
 
     objective: Objective
-    """Objective that the model was trained for."""
+    """Objective of the model's own training."""
     width: int
-    """Numbers in a hidden state."""
+    """Hidden size."""
     chat: ChatFormat
     """Format of the model's rows."""
 
 
 Changes = Literal["none", "fixed", "random"]
-"""Changes to the rows of a step: none, the same each time, or drawn from torch's global generator."""
+"""Changes to the rows of a step: none, fixed, or drawn from torch's global generator."""
 
 
 @dataclass(frozen=True)
 class RunModels:
-    """The models of a run, as far as they are known, for :meth:`Objective.bind`."""
+    """The models of a run known so far, for :meth:`Objective.bind`."""
 
     chat: ChatFormat
-    """Format of the rows of the base model."""
+    """Row format of the base model."""
     network: ModelFolder | None = None
-    """Folder of the network of the base model."""
+    """Folder of the base model's network."""
     learned: Objective | None = None
-    """Objective of the base model, if that is a custom model."""
+    """Objective of the base model, if the base is a custom model."""
     others: Mapping[str, OtherModel] = field(default_factory=dict)
     """Models of :attr:`Objective.other_models`, by name."""
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """A run before its first step, for :meth:`Objective.prepare`."""
+    """State before the first step, for :meth:`Objective.prepare`."""
 
     network: Network
-    """Network at its starting weights."""
+    """Network at the initial weights."""
     examples: Sequence[Example]
     """All training rows."""
     budget: int
-    """Tokens of one micro-batch."""
+    """Maximum number of tokens of a micro-batch."""
     new_head: bool
-    """True if the head has random numbers, because the base model has no such head."""
+    """True if the head is random because the base model has no matching head."""
     rows_read: int
-    """Rows that all steps read."""
+    """Number of rows in all training steps."""
     rows_measured: int
-    """Rows that all measurements read."""
+    """Number of rows in all measurements."""
     rows_calibrated: int
-    """Rows that the adaptation reads before the first step."""
+    """Number of calibration rows of the adaptation."""
     note: Callable[[str], None]
-    """Prints a line."""
+    """Function to print a line."""
 
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Training rows that are complete, as :meth:`Objective.prepare` returns them."""
+    """Completed training rows, the result of :meth:`Objective.prepare`."""
 
     examples: Sequence[Example]
     head_fitted: bool = False
-    """True if the new head was set from the rows."""
+    """True if the new head was fitted to the rows."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Results of one step that are known after its last turn, beyond the loss."""
+    """Results of one optimizer step, in addition to the loss."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the rows of all processes, by name."""
     samples: Sequence[Mapping[str, Any]] = ()
-    """One record for each text of ``samples.jsonl`` that the network wrote in the step."""
+    """Records for ``samples.jsonl``: text generated in the step."""
     advice: str = ""
-    """Advice from the last steps; empty for none."""
+    """Advice derived from the last steps; empty without advice."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """An objective that is complete, as :meth:`Objective.finish` returns it."""
+    """A completed objective, the result of :meth:`Objective.finish`."""
 
     objective: Objective
     rows: int = 0
-    """Rows that its settings were drawn from."""
+    """Number of rows used for the settings."""
     wanted: int = 0
-    """Held-out rows that suffice; with fewer, training rows were read too."""
+    """Sufficient number of held-out rows; with fewer, training rows were used too."""
 
 
 class Objective(StrictModel):
-    """Base of all objectives: one paper, one file, one class.
+    """Base class of all objectives: one paper, one file, one class.
 
-    Methods follow in the order of a run. ``chat`` is the format of the network's rows. Letters of
-    shapes: ``R`` rows of a micro-batch, ``T`` tokens of a row, ``N`` distinct tokens of a micro-batch,
-    ``H`` numbers of a hidden state. ``budget`` is the number of tokens of one micro-batch.
+    Methods are in the order of a run. ``chat`` is the row format of the network. Letters of tensor
+    shapes: ``R`` rows of a micro-batch, ``T`` tokens of a row, ``N`` distinct tokens of a
+    micro-batch, ``M`` learned tokens, ``H`` hidden size, ``V`` vocabulary, ``C`` positions of a
+    chunk or classes. ``budget`` is the maximum number of tokens of one micro-batch.
     """
 
     method: str
-    """Name of the objective in recipes and on the command line."""
+    """Name of the objective in recipes and in the CLI."""
 
     task: ClassVar[Task] = "causal_lm"
-    """Purpose of the network's head."""
+    """Task of the network's head."""
     shapes: ClassVar[frozenset[str]] = frozenset()
-    """Row shapes for which this objective may be chosen, by their names in ``luthier.data.shapes``."""
+    """Row shapes with this objective as default, by the names in ``luthier.data.shapes``."""
     further_shapes: ClassVar[frozenset[str]] = frozenset()
-    """Further row shapes that the objective learns from, if a recipe names the objective."""
+    """Additional row shapes, if a recipe names the objective."""
     mixed_shapes: ClassVar[frozenset[str]] = frozenset()
-    """Row shapes of the files of ``data.mix``, in addition to the others."""
+    """Additional row shapes for files of ``data.mix``."""
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
         {"choices", "messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
     )
-    """Row shapes that ``luthier evaluate`` measures models of this objective on."""
+    """Row shapes for ``luthier evaluate`` with models of this objective."""
     same_each_epoch: ClassVar[bool] = True
-    """True if the network sees the same tokens of a row in every epoch."""
+    """True if the network computes the same tokens of a row in every epoch."""
     contrasts_rows: ClassVar[bool] = False
     """True if the loss compares the rows of a batch, so that the batch size matters."""
     allows_augmentation: ClassVar[bool] = False
-    """True if words of a row may be moved or removed without a change of its label or target."""
+    """True if words of a row may move or disappear without changing the label or target."""
     can_shard: ClassVar[bool] = False
-    """True if each micro-batch is one pass that needs no other pass, so that layers can be sharded."""
+    """True if each micro-batch is a single independent pass, so that layers can be sharded."""
     generates_images: ClassVar[bool] = False
     """True if the network generates images (:mod:`luthier.media.image_generation`)."""
     measure: ClassVar[str] = "loss"
-    """Metric of :meth:`validation_metrics` that chooses the weights: ``loss``, or a score where more is
-    better. If the score is ``reward``, the loss is minus the reward."""
+    """Metric of :meth:`validation_metrics` that selects the weights: ``loss``, or a score to
+    maximize. For ``reward``, the loss is minus the reward."""
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults()
-    """Training settings for recipes that leave them open."""
+    """Default training settings."""
 
     @property
     def other_models(self) -> Mapping[str, str]:
-        """Ids of the models next to the network, by their names in ``network.others``."""
+        """Return the ids of additional models by name in ``network.others``."""
         return {}
 
     @property
     def uses_reference(self) -> bool:
-        """True if the objective runs the network at its starting weights, ``network.at_start()``."""
+        """True if the objective runs the network at the initial weights, ``network.at_start()``."""
         return False
 
     @property
     def completions(self) -> tuple[int, int]:
-        """Completions per row that the network writes in a step, and tokens of each at most."""
+        """Completions per row generated in a step, and maximum tokens per completion."""
         return 0, 0
 
     @property
     def starts_head(self) -> bool:
-        """True if :meth:`prepare` sets a new head from the rows with the current settings."""
+        """True if :meth:`prepare` fits a new head to the rows with the current settings."""
         return False
 
     # 1. Before the rows are read.
 
     def bind(self, models: RunModels) -> Self:
-        """Return this objective with the settings that follow from the models of a run.
+        """Return the objective with settings derived from the models of a run.
 
-        Called whenever more of the models is known: with the format alone, to see whether a network
-        can learn the objective, then with the other models, and after :meth:`fit` with the network.
+        Called whenever more models are known: first with the format alone, as a compatibility
+        check; next with the additional models; and after :meth:`fit` with the network.
 
         Raises:
-            RecipeError: if a model cannot be used with the current settings, with an alternative.
+            RecipeError: if a model is incompatible with the current settings, with an alternative.
         """
         return self
 
     def format(self, chat: ChatFormat) -> ChatFormat:
-        """Return the format that rows are encoded with and that the custom model is served with."""
+        """Return the format for encoding rows and for serving the custom model."""
         return chat
 
     # 2. From rows to examples.
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Return the rows of one file as the objective learns from them, such as answers as pairs.
+        """Return the rows of one file regrouped for training, such as rated answers as pairs.
 
         Raises:
             DataError: for rows without a counterpart.
@@ -243,17 +244,20 @@ class Objective(StrictModel):
         return rows
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Return this objective with the settings that follow from all training rows, such as labels.
+        """Return the objective with settings derived from all training rows, such as labels.
 
         Raises:
-            RowRefused: if nothing can be learned from the rows together.
+            RowRefused: if the rows together teach nothing.
         """
         return self
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return token ids ``[T]`` and loss weights ``[T]`` of one row.
 
-        ``chat`` is the result of :meth:`format`, and ``index`` becomes ``Example.row``.
+        Args:
+            row: the row.
+            index: the value of ``Example.row``.
+            chat: the result of :meth:`format`.
 
         Raises:
             RowRefused: with the rule, the reason and the fix.
@@ -274,25 +278,27 @@ class Objective(StrictModel):
         return RowRefused("row.too_long", f"{text}.", fix)
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Return ``example`` cut to ``context`` tokens; called for ``data.long_rows=truncate``."""
+        """Return ``example`` truncated to ``context`` tokens, for ``data.long_rows=truncate``."""
         return cut_end(example, context)
 
     def describe(self, example: Example) -> str:
-        """Return the target of a row that its tokens do not show, such as a label, for reports."""
+        """Return the target of a row for reports, such as a label, if the tokens do not contain the
+        target."""
         return ""
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return the rows that the network reads for ``examples``, such as both answers of a pair.
+        """Return the input rows of the network for ``examples``, such as both answers of a pair.
 
-        A step reads ``random`` changes, because checkpoints store the state of torch's generator, and
-        a measurement ``fixed`` changes. Reports and checks of the data read rows without changes.
+        Training steps use ``random`` changes, because checkpoints store the state of torch's
+        generator. Measurements use ``fixed`` changes. Reports and data checks use rows without
+        changes.
         """
         return list(examples)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Return the examples of one file regrouped into rows of at most ``context`` tokens.
 
-        No row is too long for an objective that overrides this method.
+        An objective with this method accepts rows of any length.
         """
         return examples
 
@@ -303,10 +309,11 @@ class Objective(StrictModel):
         return Head(self.task)
 
     def attach(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Return the modules that only training needs, by their names in ``model``.
+        """Return modules for training only, by name in ``model``.
 
-        Called after the adaptation is attached, when the weights that train are marked. ``model`` may
-        be on the meta device. The engine adds the modules and removes them before the model is stored.
+        Called after the adaptation is attached, when the trained weights are marked. ``model`` may
+        be on the meta device. The engine adds the modules and removes the modules before the model
+        is stored.
 
         Raises:
             RecipeError: if weights that this objective must train are frozen.
@@ -314,11 +321,11 @@ class Objective(StrictModel):
         return {}
 
     def prepare(self, start: RunStart) -> PreparedRows:
-        """Set a new head, and complete the training rows from the network at its starting weights.
+        """Fit a new head, and complete the training rows with the network at the initial weights.
 
-        Called without a gradient or dropout at each start of a run, before the weights of a resumed
-        run are restored. The method must not draw random numbers, and must keep the number and order
-        of the rows.
+        Called without gradient or dropout at each start of a run, before the weights of a resumed
+        run are restored. The method must not draw random numbers, and must keep the number and
+        order of the rows.
         """
         return PreparedRows(start.examples)
 
@@ -330,11 +337,11 @@ class Objective(StrictModel):
         folder: Path,
         note: Callable[[str], None],
     ) -> None:
-        """Compute once what every epoch needs of ``rows``, the training and held-out rows.
+        """Compute values for all epochs from ``rows``, the training and held-out rows.
 
-        Called after :meth:`prepare`, under the same conditions. The result belongs into
-        ``network.cache``. Files belong into ``folder``, which does not exist yet: a resumed run finds
-        the files again, and the engine deletes the folder at the end of the run.
+        Called after :meth:`prepare`, under the same conditions. Store the result in
+        ``network.cache`` and files in ``folder``, which does not exist yet. A resumed run finds the
+        files again; the engine deletes the folder at the end of the run.
         """
 
     # 4. Each step.
@@ -342,10 +349,10 @@ class Objective(StrictModel):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Return the micro-batches of a batch of rows, with everything that takes no gradient.
+        """Return the micro-batches of a batch of rows, with everything computed without a gradient.
 
-        Such are samples, rewards, scores of a teacher or of the reference model, and noise; they
-        belong into ``TreeBatch.extra``. ``network.model.training`` tells a step from a measurement.
+        Examples: samples, rewards, teacher or reference scores, and noise. The results belong into
+            ``TreeBatch.extra``. ``network.model.training`` is false in measurements.
         """
         changes: Changes = "random" if network.model.training else "fixed"
         return [*network.batches(self.views(examples, changes), budget)]
@@ -357,7 +364,7 @@ class Objective(StrictModel):
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the loss of one micro-batch as a **sum** over rows or tokens, a scalar tensor.
 
-        The engine alone divides, once, by the weight of all micro-batches of the step.
+        Only the engine divides, once, by the weight of all micro-batches of the step.
         """
         raise NotImplementedError
 
@@ -367,11 +374,14 @@ class Objective(StrictModel):
         batches: Sequence[TreeBatch],
         lines: Sequence[Mapping[str, Any]],
     ) -> StepReport:
-        """Return further metrics, samples and advice; called after the last turn of a step.
+        """Return additional metrics, samples and advice; called after the last turn of a step.
 
-        ``batches`` are the micro-batches of this process as :meth:`annotate` returned them, and
-        ``lines`` the metrics of at most 200 steps before. Every process calls the method, so it may
-        exchange numbers with the other processes.
+        Every process calls the method, so collective operations are allowed.
+
+        Args:
+            network: the network.
+            batches: micro-batches of this process from :meth:`annotate`.
+            lines: metrics of the previous steps, at most 200.
         """
         return StepReport()
 
@@ -380,7 +390,7 @@ class Objective(StrictModel):
     ) -> dict[str, Any]:
         """Return metrics of held-out rows: ``loss`` and the metrics of :meth:`loss`.
 
-        ``NAME_error`` is the standard error of a score, and ``rows`` has the scores of single rows.
+        ``NAME_error`` is the standard error of a score, and ``rows`` contains row-level scores.
         """
         return loss_metrics(self, network, examples, budget)
 
@@ -389,45 +399,46 @@ class Objective(StrictModel):
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
     ) -> Finished:
-        """Return this objective with settings drawn from the trained network, such as a threshold.
+        """Return the objective with settings derived from the trained network, such as a threshold.
 
-        Called without a gradient or dropout before the model is stored.
+        Called without gradient or dropout before the model is stored.
         """
         return Finished(self)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """Return a function of network and rows alone, which must be equal after saving and loading."""
+        """Return a deterministic function of network and rows, equal before saving and after
+        loading."""
         return mean_loss(self, network, examples, budget)
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """Return the answer to each row of the batch, in the order of its tree.
+        """Return the prediction for each row of the batch, in tree order.
 
-        An answer has labels, numbers, an embedding, or the text of an image. Models of an objective
-        without this method write text after a prompt.
+        A prediction contains labels, numbers, an embedding, or the text of an image. Models of
+        objectives without this method generate text for a prompt.
         """
         raise NotImplementedError
 
 
 class WritesReplies(Objective):
-    """Base of the objectives whose networks write replies to prompts."""
+    """Base class of the objectives for networks that generate replies."""
 
     template: Literal["auto", "chat", "plain"] = "auto"
-    """How a row becomes text: the model's chat template, or prompt and reply as they are."""
+    """Row format: the model's chat template, or prompt and reply as plain text."""
     instead_of_writing: ClassVar[str] = ""
-    """Objective to name where a network does not write, followed by ``, or ``."""
+    """Alternative objective for networks without text generation, followed by ``, or ``."""
 
     def bind(self, models: RunModels) -> Self:
-        """Reject networks that do not write."""
+        """Reject networks that cannot generate text."""
         check_writes(self, models.chat, self.instead_of_writing)
         return super().bind(models)
 
     def format(self, chat: ChatFormat) -> ChatFormat:
-        """Apply ``template``, keeping the base model's own choice for ``auto``."""
+        """Apply ``template``; ``auto`` keeps the base model's format."""
         return chat.with_template(self.template)
 
 
 def chat_of(network: Network) -> ChatFormat:
-    """How texts become tokens of ``network``, and images or sounds what it reads."""
+    """Return the row format of ``network``."""
     assert network.chat is not None
     return network.chat
 
@@ -436,13 +447,13 @@ Extra = TypeVar("Extra")
 
 
 def extra_of(batch: TreeBatch, kind: type[Extra]) -> Extra:
-    """Return the annotation of ``batch``, which is of type ``kind``."""
+    """Return the annotation of ``batch`` as type ``kind``."""
     assert isinstance(batch.extra, kind)
     return batch.extra
 
 
 def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Example]:
-    """Return ``rows`` as large as a step of ``objective`` can make them: all completions differ."""
+    """Return ``rows`` at the maximum size of a step of ``objective``: all completions differ."""
     count, tokens = objective.completions
     if not tokens:
         return list(rows)
@@ -460,14 +471,14 @@ def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Exam
 
 
 def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Add the modules of :meth:`Objective.attach` to ``model`` and return their names."""
+    """Add the modules of :meth:`Objective.attach` to ``model`` and return the names."""
     for name, module in modules.items():
         model.add_module(name, module)
     return [*modules]
 
 
 def threshold_of(objective: Objective) -> float | None:
-    """Return the score above which an answer stands out, for objectives that draw such a threshold."""
+    """Return the decision threshold of an objective that derives a threshold in :meth:`finish`."""
     drawn = type(objective).finish is not Objective.finish
     found: float | None = getattr(objective, "threshold", None) if drawn else None
     return found
@@ -479,15 +490,15 @@ def room_of(objective: Objective, chat: ChatFormat, context: int) -> int:
 
 
 def predicts(objective: Objective | None) -> bool:
-    """Return whether models of ``objective`` answer with labels, numbers or embeddings."""
+    """Return true if models of ``objective`` predict labels, numbers or embeddings."""
     return objective is not None and type(objective).predict is not Objective.predict
 
 
 def check_base(objective: Objective, chat: ChatFormat) -> None:
-    """Refuse a base model that cannot learn ``objective``, as far as its format tells.
+    """Reject a base model whose format is incompatible with ``objective``.
 
     Raises:
-        RecipeError: with the reason, and what to use.
+        RecipeError: with the reason and an alternative.
     """
     shapes = objective.shapes | objective.further_shapes
     known = {SHAPES[shape].reads for shape in shapes if shape in SHAPES}
@@ -508,10 +519,11 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
 
 
 def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:
-    """Refuse a network that cannot learn to write, as its tokenizer has no token that ends a text.
+    """Reject a network whose tokenizer has no end-of-text token, so that the network cannot
+    generate.
 
     Raises:
-        RecipeError: saying whether it is one that reads; ``instead`` is what it can learn.
+        RecipeError: with the alternative ``instead`` for encoders.
     """
     if chat.stop_ids:
         return
@@ -535,7 +547,8 @@ def rows_to_finish(
 
 
 def cut_end(example: Example, context: int) -> Example:
-    """The first ``context`` tokens of ``example``. What an encoder reads keeps its closing token."""
+    """Return the first ``context`` tokens of ``example``. An encoder's input keeps the closing
+    token."""
     source_T = example.source_T
     if source_T is not None and len(source_T) > context:
         source_T = np.append(source_T[: context - 1], source_T[-1])
@@ -544,14 +557,15 @@ def cut_end(example: Example, context: int) -> Example:
 
 
 def cut_text(example: Example, context: int) -> Example:
-    """Its first ``context - 1`` tokens and the last, which closes the text for encoders."""
+    """Return the first ``context - 1`` tokens and the last token, which closes the text for
+    encoders."""
     if len(example) <= context:
         return example
     return take_tokens(example, np.r_[0 : context - 1, len(example) - 1])
 
 
 def take_tokens(example: Example, places: slice | IntArray) -> Example:
-    """``example`` with some of its tokens; its target stays."""
+    """Return ``example`` with the selected tokens and the same target."""
     return replace(
         example,
         ids_T=example.ids_T[places],

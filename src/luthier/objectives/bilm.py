@@ -1,9 +1,10 @@
-"""Bidirectional language modelling: each word from those before, and from those behind it.
+"""Bidirectional language modelling: predict each word from the words before, and from the words
+after.
 
-(Peters et al. 2018, arXiv:1802.05365, section 3.1.) The loss is the sum of the negative log-likelihoods
-of both directions; the mean that is reported counts each prediction once. Words are predicted whole,
-over the most frequent words of the training rows; others are ``[UNK]``. Left out: samples of the
-vocabulary in the softmax, so a large vocabulary is slow.
+(Peters et al. 2018, arXiv:1802.05365, section 3.1.) The loss is the sum of the negative
+log-likelihoods of both directions. The reported mean counts each prediction once. Targets are whole
+words from the most frequent words of the training rows; all other words are ``[UNK]``. Left out: a
+sampled softmax, so a large vocabulary is slow.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ NOTHING = -1
 
 
 class BiLM(Objective):
-    """Raw text read from both sides, for ELMo."""
+    """Bidirectional language modelling of raw text, for ELMo."""
 
     method: Literal["bilm"] = "bilm"
     vocabulary: int = Field(default=20_000, ge=4, le=10_000_000)
-    """Words that are told apart when they are predicted, at most; read are all."""
+    """Maximum number of target words; the input may contain any word."""
     sequence_length: int = Field(default=512, ge=8, le=10_000_000)
-    """Longest piece a document is cut into, in characters; at most the model's context."""
+    """Maximum length of a piece of a document, in characters; at most the model's context."""
     words: tuple[str, ...] | None = None
-    """The words in the order of the head; from the training rows when not given."""
+    """Target words in head order; default: from the training rows."""
 
     task: ClassVar[Task] = "bidirectional_lm"
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def head(self) -> Head:
-        """One score for each word."""
+        """Return a head with one score per word."""
         return Head(self.task, self.words or ())
 
     def bind(self, models: RunModels) -> Self:
-        """Reject tokenizers that do not mark words."""
+        """Reject tokenizers without word boundaries."""
         chat = models.chat
         known = chat.tokenizer.get_vocab()
         if any(token not in known for token in (*SPECIAL, WORD_START)):
@@ -63,7 +64,7 @@ class BiLM(Objective):
         return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Count the words."""
+        """Select the most frequent words as targets."""
         if self.words is not None:
             return self
         counts: Counter[str] = Counter()
@@ -78,9 +79,11 @@ class BiLM(Objective):
         )
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The document; ``target [T, 2]`` holds the words beside each word, at its first character.
+        """Return the document with ``target [T, 2]``: the neighbouring words at each word's first
+        character.
 
-        First the one behind, which is predicted forwards, then the one before; -1 where there is none.
+        Column 0 is the next word (forward direction), column 1 the previous word; -1 without a
+        neighbour.
         """
         encoded = chat.tokenizer(row.plain_text(), add_special_tokens=True, truncation=False)
         tokens = encoded.tokens()
@@ -95,7 +98,7 @@ class BiLM(Objective):
         return Example(ids_T, weight_T, index, target=target_T2)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
-        """Cut documents between words; a word that is longer than a piece is cut itself."""
+        """Cut documents between words. A word longer than a piece is cut inside."""
         size = min(self.sequence_length, context)
         pieces = chain.from_iterable(_pieces(example, size) for example in examples)
         return spool(replace(piece, row=number) for number, piece in enumerate(pieces))
@@ -103,7 +106,7 @@ class BiLM(Objective):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Make the words beside each word its targets."""
+        """Set the neighbouring words as targets."""
         return [self._aim(batch) for batch in super().annotate(network, examples, budget)]
 
     def _aim(self, batch: TreeBatch) -> TreeBatch:
@@ -123,21 +126,22 @@ class BiLM(Objective):
         )
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy of both directions."""
+        """Return the summed cross-entropy of both directions."""
         from luthier.objectives.logprobs import weighted_nll
 
         return Loss(weighted_nll(network, batch))
 
 
 def _words(tokens: Sequence[str]) -> list[str]:
-    """The words of a text as they stand in the vocabulary, without the mark they begin with."""
+    """Return the words of a text without the word-start mark."""
     starts = word_starts(tokens)
     parts = zip(starts, [*starts[1:], len(tokens)], strict=True)
     return ["".join(tokens[first:end]).removeprefix(WORD_START) for first, end in parts]
 
 
 def _pieces(example: Example, size: int) -> list[Example]:
-    """``example`` in pieces of at most ``size`` characters that begin with words; none without loss."""
+    """Cut ``example`` at word starts into pieces of at most ``size`` characters, without lossless
+    pieces."""
     target = np.asarray(example.target)
     starts = np.flatnonzero((target != NOTHING).any(1))
     pieces, first = [], 0

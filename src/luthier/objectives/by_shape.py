@@ -1,4 +1,4 @@
-"""Which objective learns from rows of a shape, where none was asked for."""
+"""Default objective for the shape of the rows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from luthier.types import Row
 
 
 def objective_for(row: Row, chat: ChatFormat) -> Objective:
-    """The first objective of the table that learns from rows of this shape, on this tokenizer.
+    """Return the first objective of the table for the row's shape and the tokenizer.
 
     Raises:
-        DataError: where there is nothing to learn in such rows.
+        DataError: if no objective learns from rows of this shape.
     """
     tasks = ("masked_lm", "causal_lm") if chat.fills_masks else ("causal_lm", "masked_lm")
     kinds = [kind for kind in OBJECTIVES.values() if row.shape in kind.shapes]

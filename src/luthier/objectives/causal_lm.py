@@ -1,8 +1,8 @@
 """Causal language modelling: continued pre-training on raw text (Radford et al. 2019).
 
-Documents are joined with the end-of-text token between them and cut into sequences of
-``sequence_length`` tokens, so no token is padding and none is dropped; each token is predicted from
-those before it in its sequence. Left out: a mask between documents of one sequence.
+Documents are joined with the end-of-text token and cut into sequences of ``sequence_length``
+tokens, without padding or dropped tokens. Each token is predicted from the previous tokens of the
+sequence. Left out: a mask between documents of one sequence.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class CausalLM(Objective):
 
     method: Literal["causal_lm"] = "causal_lm"
     sequence_length: int = Field(default=512, ge=3, le=10_000_000)
-    """Tokens in a packed sequence; at most the model's context."""
+    """Tokens per packed sequence; at most the model's context."""
 
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def bind(self, models: RunModels) -> Self:
-        """Reject encoder-decoders, whose decoder would have nothing to read."""
+        """Reject encoder-decoders, because the encoder would have no input."""
         chat = models.chat
         if chat.start_id is not None:
             raise RecipeError(
@@ -46,25 +46,26 @@ class CausalLM(Objective):
         return super().bind(models)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The document and its end-of-text token, all of weight 1 but the first."""
+        """Return the document with the end-of-text token. All tokens but the first have weight 1."""
         ids_T = chat.encode_text(row.plain_text())
         return Example(ids_T, _all_but_first(len(ids_T)), index)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
-        """Join the documents and cut them; ``row`` becomes the number of the sequence."""
+        """Join the documents and cut the stream; ``row`` becomes the number of the sequence."""
         size = min(self.sequence_length, context)
         pieces = enumerate(_merge_last_token(cut_stream((each.ids_T for each in examples), size)))
         return spool(Example(ids, _all_but_first(len(ids)), row) for row, ids in pieces)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy of all tokens but the first of each sequence."""
+        """Return the summed cross-entropy of all tokens but the first of each sequence."""
         from luthier.objectives.logprobs import weighted_nll
 
         return Loss(weighted_nll(network, batch))
 
 
 def _merge_last_token(pieces: Iterable[IntArray]) -> Iterator[IntArray]:
-    """``pieces``; one token alone has nothing before it to be predicted from: give it its neighbour."""
+    """Yield ``pieces``. A final piece of one token has no context, so the token before joins the
+    piece."""
     before: IntArray | None = None
     for piece in pieces:
         if before is not None and len(piece) == 1:

@@ -1,12 +1,12 @@
-"""How often each class occurs, and the bias from which a new head starts by it.
+"""Class frequencies, and the initial bias of a new head.
 
-A head of random numbers gives every class the same probability. Where one class is much more frequent
-than the others (the tag ``O`` in named-entity recognition), the first gradients all say the same thing
-of every state: more of that class. The head's own bias follows at a learning rate a step; the network
-below it is faster, and answers by making all states alike. With LoRA on an encoder that takes eight
-steps, and nothing is left to learn from (see ``docs/log/objectives.md``). So the bias says from the
-start what the shares say, and gradients are about how texts differ. Lin et al. 2017
-(arXiv:1708.02002, section 3.3) start the rare class at a fixed share of 0.01; here it is the rows' own.
+A random head predicts equal probabilities for all classes. If one class is much more frequent (the
+tag ``O`` in named-entity recognition), the first gradients all pull every state towards the
+frequent class. The bias of the head moves by one learning rate per step. The network below moves
+faster and makes all states alike. With LoRA on an encoder, the collapse takes eight steps, and
+nothing is left to learn from (``docs/log/objectives.md``). With the class frequencies as the
+initial bias, gradients only concern differences between texts. Lin et al. 2017 (arXiv:1708.02002,
+section 3.3) start the rare class at a fixed share of 0.01; this module uses the shares of the rows.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 LARGEST_WEIGHT = 1_000_000
-"""Of a class."""
+"""Maximum weight of a class."""
 
 
 def shares_of(
     labels: Sequence[str], seen: Mapping[str, int], rows: int | None = None
 ) -> tuple[float, ...]:
-    """Share of each of ``labels``, ``seen`` so often, one more of each counted: none is 0 or 1.
+    """Return the share of each label, with add-one smoothing: no share is 0 or 1.
 
-    ``rows`` is given where a row has any number of labels: shares are then those of the rows.
+    ``seen`` counts the labels. ``rows`` is the number of rows for multi-label data; shares are then
+    shares of rows.
     """
     counts = [seen.get(name, 0) + 1 for name in labels]
     total = sum(counts) if rows is None else rows + 2
@@ -31,7 +32,7 @@ def shares_of(
 
 
 def check_shares(labels: Sequence[str] | None, shares: Sequence[float] | None) -> None:
-    """Refuse shares that are none, or that belong to no labels."""
+    """Reject invalid shares and shares without labels."""
     if shares is None:
         return
     if len(shares) != len(labels or ()):
@@ -41,10 +42,11 @@ def check_shares(labels: Sequence[str] | None, shares: Sequence[float] | None) -
 
 
 def balanced_weights(labels: Sequence[str], seen: Mapping[str, int]) -> dict[str, float]:
-    """Weight of each of ``labels``: rows / (classes * rows of its class), as scikit-learn's "balanced".
+    """Return the weight per label: rows / (classes * rows of the class), as scikit-learn's
+    "balanced".
 
-    The mean weight of a row is 1. A class without rows has weight 1, and counts as none. None is above
-    :data:`LARGEST_WEIGHT`.
+    The mean weight over rows is 1. A class without rows has weight 1 and does not count as a class.
+    Weights are at most :data:`LARGEST_WEIGHT`.
     """
     counts = {name: seen[name] for name in labels if seen.get(name)}
     mean = sum(counts.values()) / max(1, len(counts))
@@ -54,10 +56,10 @@ def balanced_weights(labels: Sequence[str], seen: Mapping[str, int]) -> dict[str
 
 
 def softmax_bias(shares: Sequence[float]) -> tuple[float, ...]:
-    """Scores whose softmax are the shares; 0 for the most frequent, and for all of equal ones."""
+    """Return scores whose softmax equals the shares; the most frequent class has score 0."""
     return tuple(math.log(share / max(shares)) for share in shares)
 
 
 def sigmoid_bias(shares: Sequence[float]) -> tuple[float, ...]:
-    """Scores whose sigmoids are the shares."""
+    """Return scores whose sigmoids equal the shares."""
     return tuple(math.log(share / (1 - share)) for share in shares)

@@ -1,12 +1,12 @@
-"""Text classification: a linear head on the state of one token (Devlin et al. 2019, section 4.1).
+"""Text classification: a linear head on a pooled state (Devlin et al. 2019, section 4.1).
 
-Encoders are read at their first token, decoders at their last, and encoders that were trained to be
-read by the mean of their states by that (Reimers and Gurevych 2019). One label a row gives softmax and
-cross-entropy; rows with arrays of labels give a sigmoid for each class. ``class_weights`` are those of
-torch's ``cross_entropy(weight=)``: each row counts as its class does, and the sum is divided by the
-weights of all rows of the step (King and Zeng 2001, "Logistic Regression in Rare Events Data"). Heads
-are transformers' own, so the custom model loads there as ``AutoModelForSequenceClassification``; it has
-none that reads a mean.
+Pooling: the first token for encoders, the last token for decoders, and the mean for encoders
+trained with mean pooling (Reimers and Gurevych 2019). Rows with one label use softmax and
+cross-entropy; rows with arrays of labels use one sigmoid per class. ``class_weights`` are the
+weights of torch's ``cross_entropy(weight=)``: the sum is divided by the weights of all rows of the
+step (King and Zeng 2001, "Logistic Regression in Rare Events Data"). Heads are transformers' own,
+so the custom model loads as ``AutoModelForSequenceClassification``. transformers has no head with
+mean pooling.
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ if TYPE_CHECKING:
 
 
 NO_LABEL = -100
-"""Target of a row without a label, which torch's cross-entropy passes over."""
+"""Target of a row without a label, ignored by torch's cross-entropy."""
 PROBED_ROWS = 10_000
-"""Rows that a new head starts from at most; more hardly move so few weights."""
+"""Maximum number of rows for fitting a new head; more rows hardly change so few weights."""
 
 
 class Classification(Objective):
-    """Which class, or which classes, a text belongs to."""
+    """Classification of rows into one or several classes."""
 
     method: Literal["classification"] = "classification"
     labels: tuple[str, ...] | None = None
-    """The classes in the order of the head; from the training rows when not given."""
+    """Classes in head order; default: from the training rows."""
     shares: tuple[float, ...] | None = None
-    """How frequent each class is, in the order of ``labels``; from the training rows when not given."""
+    """Share of each class, in the order of ``labels``; default: from the training rows."""
     multi_label: bool | None = None
-    """True if a text may have several labels, or none; from the training rows when not given."""
+    """True if a text may have several labels, or none; default: from the training rows."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
+    """Share of the target spread over all classes (Szegedy et al. 2016); single label only."""
     class_weights: Literal["balanced"] | dict[str, float] | None = None
-    """How much rows of each label count, 1 of those not named; ``balanced`` for all labels the same."""
+    """Row weight per label, 1 for labels not listed; ``balanced`` gives all labels equal weight."""
     pooling: Literal["first", "mean"] | None = None
-    """What of a BERT the head reads; ``mean`` where the base was trained for it, else ``first``."""
+    """Pooling of a BERT; default: ``mean`` if the base was trained with means, else ``first``."""
     probe: bool | None = None
-    """Start a new head from logistic regression on the base model; done where it reads means."""
+    """Start a new head from logistic regression; default: with mean pooling."""
 
     task: ClassVar[Task] = "sequence_classification"
     can_shard: ClassVar[bool] = True
@@ -93,7 +93,7 @@ class Classification(Objective):
     @field_validator("class_weights", mode="before")
     @classmethod
     def _check_class_weights(cls, given: Any) -> Any:
-        """Say what is wrong with a weight by the name of its label."""
+        """Validate the weights; error messages contain the label."""
         if not isinstance(given, Mapping):
             if given not in (None, "balanced"):
                 raise ValueError(
@@ -116,7 +116,7 @@ class Classification(Objective):
         return self
 
     def head(self) -> Head:
-        """One score for each class; a new head starts with the shares of the classes."""
+        """Return a head with one score per class; a new head starts with the class frequencies."""
         kind: Literal["multi_label_classification", "single_label_classification"] = (
             "multi_label_classification" if self.multi_label else "single_label_classification"
         )
@@ -130,13 +130,13 @@ class Classification(Objective):
 
     @property
     def _weight_C(self) -> list[float]:
-        """What a row of each class counts; empty where all count alike."""
+        """Return the row weight of each class; empty for equal weights."""
         if not isinstance(self.class_weights, dict):
             return []
         return [self.class_weights.get(name, 1.0) for name in self.labels or ()]
 
     def bind(self, models: RunModels) -> Self:
-        """Read texts with the pooling that the base model was trained with."""
+        """Use the pooling of the base model's training."""
         folder, learned, bound = models.network, models.learned, super().bind(models)
         if folder is None:
             return bound
@@ -161,11 +161,11 @@ class Classification(Objective):
 
     @property
     def starts_head(self) -> bool:
-        """True if logistic regression does; that needs two classes."""
+        """True if a new head starts from logistic regression, with two classes or more."""
         return bool(self.probe) and len(self.labels or ()) > 1
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Count the classes, and see whether rows have several."""
+        """Collect the classes, and detect multi-label rows."""
         multi = learns_several(rows) if self.multi_label is None else self.multi_label
         seen = Counter(n for row in rows if isinstance(row, Labelled) for n in row.labels)
         found = self.labels or tuple(sorted(seen))
@@ -187,7 +187,7 @@ class Classification(Objective):
     def _fit_class_weights(
         self, labels: Sequence[str], seen: Mapping[str, int], multi: bool
     ) -> dict[str, float]:
-        """The weight of each label that has one, from rows of which each class has so many."""
+        """Return the weight of each listed label. ``seen`` counts the rows per class."""
         weights, setting = self.class_weights, "objective.class_weights"
         if multi:
             raise RecipeError(
@@ -206,7 +206,7 @@ class Classification(Objective):
         return weights
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The whole row; a text's weight stands at its last token."""
+        """Return the whole row; the weight of a text is on the last token."""
         example = chat.encode_input(row, index)
         if not isinstance(row, Labelled):
             return example
@@ -224,7 +224,7 @@ class Classification(Objective):
         return replace(example, target=target)
 
     def _target(self, names: Sequence[str]) -> np.ndarray[Any, Any]:
-        """The class as ``[1]``, or a 0/1 for each class as ``[C]``."""
+        """Return the class index ``[1]``, or a 0/1 vector over the classes ``[C]``."""
         labels = self.labels or ()
         unseen = [name for name in names if name not in labels]
         if unseen:
@@ -238,14 +238,14 @@ class Classification(Objective):
         return np.array([float(label in names) for label in labels], dtype=np.float32)
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start and the closing token, and the weight."""
+        """Keep the start, the closing token and the weight."""
         return cut_text(example, context)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy; with several labels a row, its mean over the classes.
+        """Return the summed cross-entropy; for multi-label rows, the mean over classes.
 
-        Of mixed rows it is that with the shares of their classes. Each class counts by its weight, as
-        the rows do in what the sum is divided by.
+        For mixed rows, the targets are the shares of the classes. Each class counts by weight, as
+        in the divisor of the sum.
         """
         import torch
         from torch.nn import functional as F
@@ -268,10 +268,10 @@ class Classification(Objective):
         return Loss(total, ratios=_accuracy(right_R))
 
     def prepare(self, start: RunStart) -> PreparedRows:
-        """Set a new head by logistic regression on the inputs of the head's last layer.
+        """Fit a new head by logistic regression on the inputs of the head's last layer.
 
-        Linear probing, then fine-tuning (Kumar et al. 2022, arXiv:2202.10054): the first gradients of a
-        random head would pull the states of the network apart for nothing.
+        Linear probing, then fine-tuning (Kumar et al. 2022, arXiv:2202.10054): the first gradients
+        of a random head would distort the states of the network.
         """
         import torch
 
@@ -313,7 +313,7 @@ class Classification(Objective):
         return PreparedRows(examples, head_fitted=True)
 
     def describe(self, example: Example) -> str:
-        """The labels of the row, where it has one."""
+        """Return the labels of the row, if any."""
         target = np.asarray(example.target)
         if NO_LABEL in target:
             return "without a label"
@@ -321,7 +321,7 @@ class Classification(Objective):
         return ", ".join((self.labels or ())[int(index)] for index in chosen)
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: label (or labels) and a probability for each class."""
+        """Return the label (or labels) and class probabilities for each row, in tree order."""
         scores_RC = network.row_scores(batch).float()
         return [self._answer(scores_C) for scores_C in scores_RC]
 
@@ -335,7 +335,7 @@ class Classification(Objective):
 
 
 def learns_several(rows: Sequence[Row]) -> bool:
-    """True if labelled rows say that a row may have several labels."""
+    """Return true if the labelled rows are multi-label."""
     labelled = [row for row in rows if isinstance(row, Labelled)]
     arrays = [row for row in labelled if not isinstance(row.label, str)]
     unlike_one = sum(not row.has_one_label for row in arrays)
@@ -344,7 +344,7 @@ def learns_several(rows: Sequence[Row]) -> bool:
 
 @cache
 def class_of(place: int) -> IntArray:
-    """A class as the target ``[1]`` of a row; one array for all rows of it."""
+    """Return a class index as the target ``[1]`` of a row; all rows of a class share one array."""
     target = np.array([place])
     target.flags.writeable = False
     return target

@@ -1,26 +1,30 @@
-"""Contrastive learning of embeddings: what belongs together is near, all else of the batch is far.
+"""Contrastive learning of embeddings: similar items are close, all other items of the batch are
+distant.
 
-InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) on the cosines of a batch. Each row is seen from
-two sides, and what a side is to be near to follows from the rows:
+InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) on the cosines of a batch. Each row has two
+sides. The rows determine the positives:
 
     pairs of texts      the partner, among the partners of the batch
-    histories of items  the next item, among those of the batch: two towers that share their weights
+    histories of items  the next item, among the items of the batch: two towers with shared weights
                         (Yi et al. 2019, RecSys, with softmax over the batch)
-    single texts        the same text under other dropout (SimCSE, Gao et al. 2021, arXiv:2104.08821)
-    images and sounds   another view of the same one, among all views (SimCLR, Chen et al. 2020,
+    single texts        the same text under other dropout (SimCSE, Gao et al. 2021,
+        arXiv:2104.08821)
+    images and audio    another view of the same item, among all views (SimCLR, Chen et al. 2020,
                         arXiv:2002.05709)
-    those with a label  the other view, and all views of its class (supervised contrastive learning,
-                        Khosla et al. 2020, arXiv:2004.11362, its ``L_out``)
-    images with texts   the text of an image, among those of the batch, and the other way round (CLIP,
+    labelled items      the other view, and all views of the class (supervised contrastive learning,
+                        Khosla et al. 2020, arXiv:2004.11362, ``L_out``)
+    images with texts   the text of an image, among the texts of the batch, and vice versa (CLIP,
                         Radford et al. 2021, arXiv:2103.00020)
 
-Views are drawn by ``data.augmentation``. CLIP learns its temperature: cosines are multiplied by a
-weight of the network, at most 100 (its section 2.5). A batch larger than memory is computed in
-micro-batches: embeddings first without gradient, then the gradient of each embedding, then each
-micro-batch again with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that the
-loss is that of the whole batch. Left out: hard negatives; texts with labels, whose two sides are the
-same without dropout, so that held-out rows would measure nothing; and the layers that SimCSE and SimCLR
-put behind the network for training alone (docs/log/media.md).
+Views are drawn by ``data.augmentation``. CLIP learns the temperature: cosines are multiplied by a
+weight of the network, at most 100 (section 2.5). A batch larger than memory is computed in
+micro-batches: embeddings without gradient, the gradient of each embedding, and each micro-batch
+again with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983). The loss is
+therefore the loss of the whole batch.
+
+Left out: hard negatives; texts with labels, whose sides are identical without dropout, so that
+held-out rows would measure nothing; and the projection layers of SimCSE and SimCLR
+(docs/log/media.md).
 """
 
 from __future__ import annotations
@@ -62,49 +66,49 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 TEXT_TEMPERATURE, MEDIA_TEMPERATURE = 0.05, 0.1
-"""Of SimCSE, and of SimCLR and supervised contrastive learning on ImageNet."""
+"""Default temperatures of SimCSE, and of SimCLR and supervised contrastive learning on ImageNet."""
 
 LARGEST_LOGIT_SCALE = math.log(100)
-"""Of CLIP: larger scales made its training unstable."""
+"""CLIP's limit: larger scales made training unstable."""
 
 _MODES: dict[str, PoolingMode] = {"mean": "mean", "first": "cls", "last": "lasttoken"}
 """Names of sentence-transformers for ``pooling``."""
 
 MOST_COMPARED = 1_000
-"""Rows whose sides are all compared, to draw the threshold."""
+"""Maximum number of rows for the threshold, which compares all sides."""
 
 
 @dataclass(frozen=True)
 class _Cached:
-    """What the second pass over a micro-batch needs of the first."""
+    """Results of the first pass over a micro-batch, for the second pass."""
 
     gradient_RH: Tensor
     """Gradient of the loss by the embeddings."""
     scale_gradient: Tensor | None
-    """This micro-batch's part of that by the network's own scale, where it learns one."""
+    """This micro-batch's share of the gradient by a learned scale."""
     loss: float
-    """The part of the loss that is counted with this micro-batch."""
+    """This micro-batch's share of the loss."""
     metrics: dict[str, float]
-    """The parts of the metrics."""
+    """This micro-batch's share of the metrics."""
     seed: int
-    """Of what the first pass drew: dropout must fall alike."""
+    """Seed of the first pass, so that both passes have the same dropout."""
 
 
 class Contrastive(Objective):
-    """Embeddings that bring partners together."""
+    """Contrastive learning of embeddings."""
 
     method: Literal["contrastive"] = "contrastive"
     temperature: float | None = Field(default=None, gt=0, le=1000)
-    """Cosines are divided by it; 0.05, of images and sounds 0.1; a CLIP learns its own."""
+    """Divisor of the cosines; default: 0.05, 0.1 for images and audio, learned for CLIP."""
     symmetric: bool = True
-    """Look for the partner of a text in both directions."""
+    """Compare pairs of texts in both directions."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
-    """State that stands for a text; ``auto``: as the base says, or mean (decoders: last)."""
+    """Pooling of a text; ``auto``: as in the base model, or mean (decoders: last)."""
 
     false_alarms: float = Field(default=0.01, ge=0, lt=1)
-    """Share of texts that do not belong together which may count as similar."""
+    """Maximum share of unrelated texts above the threshold."""
     threshold: float | None = None
-    """Cosine above which two texts are similar; from held-out rows after training when not given."""
+    """Minimum cosine of similar texts; default: from held-out rows after training."""
 
     task: ClassVar[Task] = "embedding"
     shapes: ClassVar[frozenset[str]] = frozenset({"history", "pair", "text"})
@@ -119,7 +123,7 @@ class Contrastive(Objective):
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(scratch_steps=1_000, scratch_epochs=100)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Check that rows can have two views, and that there is more than one class."""
+        """Check that rows can have two views, and that there are at least two classes."""
         if any(isinstance(row, RawText) for row in rows) and chat.tokenizer.mask_token_id is None:
             raise RecipeError(
                 "single texts are learned from two views under dropout, which this kind of network "
@@ -145,14 +149,14 @@ class Contrastive(Objective):
         return self.model_copy(update={"temperature": MEDIA_TEMPERATURE})
 
     def format(self, chat: ChatFormat) -> ChatFormat:
-        """Replace the pooling of a sentence encoder by ``pooling``, where that is given."""
+        """Replace the pooling of a sentence encoder by ``pooling``, if set."""
         if self.pooling == "auto" or chat.media is not None:
             return chat
         pipeline = chat.sentence or SentencePipeline()
         return replace(chat, sentence=pipeline.with_pooling(_MODES[self.pooling]))
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The anchor; ``target`` holds the ids of its partner, ``given`` a row that has a class."""
+        """Return the anchor; ``target`` contains the partner's ids, ``given`` a row with a class."""
         example = chat.encode_embedded(row, index)
         partner = example
         if isinstance(row, TextPair | CaptionedImage):
@@ -168,12 +172,12 @@ class Contrastive(Objective):
         return replace(example, target=partner.ids_T, given=row if has_class else None)
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Keep start and closing token of both sides."""
+        """Keep the start and the closing token of both sides."""
         anchor, partner = (cut_text(side, context) for side in self._sides(example))
         return replace(anchor, row=example.row, target=partner.ids_T)
 
     def _sides(self, example: Example) -> list[Example]:
-        """Return both sides as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+        """Return both sides as separate rows, numbered ``2 row`` and ``2 row + 1``."""
         assert example.target is not None
         ids_T, empty = np.asarray(example.target, dtype=np.int64), np.zeros(0)
         nothing = np.zeros(len(ids_T), dtype=np.float32)
@@ -183,9 +187,10 @@ class Contrastive(Objective):
         return [anchor, other if example.given is not None else replace(other, media=None)]
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return both sides of each row; an image or audio without a caption is seen in two views.
+        """Return both sides of each row; images and audio without caption have two views.
 
-        The views are those of ``data.augmentation``, or of :meth:`Augmentation.views` if that is off.
+        The views come from ``data.augmentation``, or from :meth:`Augmentation.views` without
+        augmentation.
         """
         sides = [side for example in examples for side in self._sides(example)]
         if changes == "none":
@@ -195,7 +200,8 @@ class Contrastive(Objective):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """For batches of several micro-batches: all embeddings, and the gradient of each."""
+        """Compute all embeddings and the gradient of each embedding, if the batch has several
+        micro-batches."""
         import torch
 
         from luthier.models.sentence_head import embedding_width
@@ -236,7 +242,7 @@ class Contrastive(Objective):
         return found
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed InfoNCE over the anchors of the batch."""
+        """Return the summed InfoNCE over the anchors of the batch."""
         if batch.extra is None:
             embeddings_RH = self.embed(network, batch)
             return self._sum_loss(network, embeddings_RH, batch.tree.examples)
@@ -252,7 +258,7 @@ class Contrastive(Objective):
         return Loss(value, cached.metrics)
 
     def embed(self, network: Network, batch: TreeBatch) -> Tensor:
-        """Embeddings ``[R, H]`` of length 1 in float32, in the order of the tree."""
+        """Return embeddings ``[R, H]`` of length 1 in float32, in tree order."""
         from torch.nn.functional import normalize
 
         from luthier.models.sentence_head import sentence_head
@@ -265,11 +271,11 @@ class Contrastive(Objective):
         return normalize(network.row_states(batch, pooling).float(), dim=-1)
 
     def _learned_scale(self, network: Network) -> Tensor | None:
-        """The weight that is the logarithm of what cosines are multiplied by, if there is one."""
+        """Return the network's learned log-scale of cosines, if any."""
         return network.logit_scale if self.temperature is None else None
 
     def _scale(self, network: Network) -> Tensor | float:
-        """What cosines are multiplied by."""
+        """Return the factor of the cosines."""
         learned = self._learned_scale(network)
         if learned is None:
             return 1 / (self.temperature or TEXT_TEMPERATURE)
@@ -281,10 +287,10 @@ class Contrastive(Objective):
         return limited.exp()
 
     def _sum_loss(self, network: Network, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
-        """Summed loss over the rows, and how many anchors are nearest to what they belong to.
+        """Return the summed loss over the rows, and the number of anchors nearest to a positive.
 
-        Pairs of one anchor, or of one partner, are not told from each other: what the file calls right
-        would else count as wrong. ``chance_loss`` is that of embeddings which are all alike.
+        Pairs with equal anchors or equal partners are not negatives of each other. ``chance_loss``
+        is the loss of identical embeddings.
         """
         import torch
 
@@ -318,10 +324,11 @@ class Contrastive(Objective):
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
     ) -> Finished:
-        """Draw the cosine that at most :attr:`false_alarms` of other pairs are above.
+        """Set the threshold to the cosine exceeded by at most :attr:`false_alarms` of unrelated
+        pairs.
 
-        Other pairs are an anchor and the partner of another row. Images and audio get no threshold:
-        their sides are views of one image.
+        Unrelated pairs are an anchor and the partner of another row. Images and audio get no
+        threshold, because both sides are views of one item.
         """
         import torch
 
@@ -344,20 +351,20 @@ class Contrastive(Objective):
         return Finished(done, len(examples), wanted)
 
     def describe(self, example: Example) -> str:
-        """How long the partner is; its text is in the file."""
+        """Return the length of the partner; the file contains the text."""
         if example.given is not None:
             return "in two views"
         return f"with a partner of {len(np.asarray(example.target))} tokens"
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: its embedding."""
+        """Return the embedding of each row, in tree order."""
         return [{"embedding": row.tolist()} for row in self.embed(network, batch)]
 
 
 def read_embeddings(
     network: Network, encoder: Contrastive, rows: Sequence[Example], budget: int
 ) -> Tensor:
-    """Embeddings ``[N, H]`` of length 1 in float32, in the order of ``rows``."""
+    """Return embeddings ``[N, H]`` of length 1 in float32, in the order of ``rows``."""
     import torch
 
     from luthier.models.sentence_head import embedding_width
@@ -373,9 +380,9 @@ def read_embeddings(
 def _info_nce(
     scale: Tensor | float, query_QH: Tensor, key_KH: Tensor, positive_QK: Tensor, allowed_QK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each query ``[Q]``, and whether the nearest key is a positive one ``[Q]``.
+    """Return the loss ``[Q]`` of each query, and whether the nearest key is positive ``[Q]``.
 
-    That is ``-log softmax`` over the keys that are ``allowed``, averaged over the positive ones.
+    The loss is ``-log softmax`` over the ``allowed`` keys, averaged over the positive keys.
     """
     positive_QK, allowed_QK = (each.to(query_QH.device) for each in (positive_QK, allowed_QK))
     scores_QK = query_QH @ key_KH.t() * scale
@@ -386,7 +393,7 @@ def _info_nce(
 
 
 def _view(side: Example, training: bool) -> Example:
-    """An image or a sound as it is seen from one of its sides; a text and its image as they are."""
+    """Return a random or fixed view of an image or audio side; other sides are unchanged."""
     media = side.media
     if media is None or side.given is None:
         return side
@@ -398,6 +405,6 @@ def _view(side: Example, training: bool) -> Example:
 
 
 def _class_of(side: Example) -> str | bytes:
-    """What sides of a batch are alike by: a label, or the image, sound or text itself."""
+    """Return the key that makes sides of a batch alike: a label, or the input."""
     row = side.given
     return str(row.label) if isinstance(row, Labelled) else side.ids_T.tobytes()

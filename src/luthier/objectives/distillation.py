@@ -1,7 +1,7 @@
-"""What distillations have in common: a teacher; of language models, also what is measured.
+"""Base classes of distillation from a teacher.
 
-What is measured is how far the student's distribution over the next token is from the teacher's; see
-:mod:`luthier.objectives.divergence`.
+The metric of language models is the divergence between the next-token distributions of student and
+teacher; see :mod:`luthier.objectives.divergence`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ DivergenceName = Literal["forward", "reverse", "jsd"]
 
 
 class Taught(Objective):
-    """Base of the objectives that learn from a teacher with the student's tokens."""
+    """Base class of the objectives with a teacher that shares the student's tokenizer."""
 
     teacher: str = ""
-    """Id of the model to learn from; it has the student's tokenizer."""
+    """Id of the teacher model; must have the student's tokenizer."""
 
     @property
     def other_models(self) -> Mapping[str, str]:
-        """The teacher."""
+        """Return the teacher's id."""
         return {"teacher": self.teacher} if self.teacher else {}
 
     def bind(self, models: RunModels) -> Self:
-        """Reject a missing teacher, and a teacher whose tokens are not those of the student."""
+        """Reject a missing teacher, and a teacher with a different tokenizer."""
         if not self.teacher:
             raise RecipeError(
                 "there is no teacher; give one with `objective.teacher=ID`", rule="teacher.missing"
@@ -65,21 +65,22 @@ class Taught(Objective):
 
 
 class TokenDivergence(WritesReplies):
-    """Base of the objectives that draw the distribution over the next token to another."""
+    """Base class of the objectives with a divergence between next-token distributions."""
 
     divergence: DivergenceName = "forward"
-    """KL from teacher to student (Hinton), from student to teacher, or GKD's between both."""
+    """KL from teacher to student (Hinton), from student to teacher, or the JSD of GKD."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``jsd``; 0.5 in GKD's symmetric case."""
     temperature: float = Field(default=1.0, gt=0, le=1000)
-    """The logits of both are divided by it: 1 in GKD; higher shows more of what it thinks unlikely."""
+    """Divisor of both logits: 1 in GKD; a higher value shows more of the unlikely tokens."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
 
     def divergence_loss(
         self, network: Network, batch: TreeBatch, distribution: Distribution, mix: float = 0.0
     ) -> Loss:
-        """Summed divergence from ``distribution``, and ``mix`` times the data's own cross-entropy."""
+        """Return the summed divergence from ``distribution``, mixed with the data's cross-entropy
+        by ``mix``."""
         from luthier.objectives.divergence import CHUNK, Divergence
         from luthier.objectives.logprobs import chunked_loss
 
@@ -88,21 +89,21 @@ class TokenDivergence(WritesReplies):
         return Loss(chunked_loss(network, batch, compare, CHUNK))
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight 1 on each token of each reply, 0 on the rest, as in supervised fine-tuning."""
+        """Return the row with weight 1 on each token of each reply, as in supervised fine-tuning."""
         return encode_replies(row, index, chat)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """The cross-entropy of the rows, which asks no teacher."""
+        """Return the cross-entropy of the rows, which needs no teacher."""
         from luthier.objectives.logprobs import mean_nll
 
         return mean_nll(network, examples, budget)
 
 
 class Distillation(Taught, TokenDivergence):
-    """A teacher, and how far a student is from it."""
+    """Base class of distillation of language models: a teacher and a divergence."""
 
     def check_teacher(self, teacher: OtherModel) -> None:
-        """Reject a teacher that writes no text."""
+        """Reject a teacher without next-token distributions."""
         learned = teacher.objective
         if learned.task != "causal_lm":
             raise RecipeError(
@@ -112,7 +113,7 @@ class Distillation(Taught, TokenDivergence):
             )
 
     def bind(self, models: RunModels) -> Self:
-        """Reject a teacher that reads rows in another way."""
+        """Reject a teacher with another row format."""
         bound = super().bind(models)
         if "teacher" not in models.others:
             return bound
@@ -134,7 +135,7 @@ class Distillation(Taught, TokenDivergence):
 
 
 def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
-    """Refuse a teacher whose tokens are not the student's."""
+    """Reject a teacher with a different tokenizer."""
     from luthier.models.tokenizer import tokenizer_difference
 
     if (difference := tokenizer_difference(teacher, student)) is None:
@@ -148,11 +149,11 @@ def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
 
 
 LARGER = 1.05
-"""Up to this ratio a student is not called larger than its teacher: adapters and heads add to it."""
+"""Size ratio up to which no note is printed, because adapters and heads add weights."""
 
 
 def note_sizes(network: Network, teacher: Network, note: Callable[[str], None]) -> None:
-    """Tell people where the student is the larger one."""
+    """Print a note if the student is larger than the teacher."""
     ours, theirs = (sum(w.numel() for w in n.model.parameters()) for n in (network, teacher))
     if ours > LARGER * theirs:
         note(

@@ -1,19 +1,21 @@
-"""How far a student's token distributions are from a teacher's, with the gradient by the logits.
+"""Divergence between the token distributions of student and teacher, with the gradient by the
+logits.
 
-For each position with a learned token, with ``p`` the teacher's distribution and ``q`` the student's,
-both of logits divided by the temperature ``T``:
+At each position with a learned token, with the teacher's distribution ``p`` and the student's
+``q``, both from logits divided by the temperature ``T``:
 
-    forward   KL(p || q)                                          covers all that the teacher may say
-    reverse   KL(q || p)                                          says only what the teacher would
+    forward   KL(p || q)                                          covers every mode of the teacher
+    reverse   KL(q || p)                                          avoids tokens unlikely for the
+        teacher
     jsd       b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q
               (equation 1 of Agarwal et al. 2024, arXiv:2306.13649)
 
-times ``T^2``, so that gradients keep their size beside a cross-entropy (Hinton et al. 2015, section 2).
+times ``T^2``, so that gradients keep the scale of a cross-entropy (Hinton et al. 2015, section 2).
 
-Where only the ``k`` likeliest tokens of the teacher are known, the others are one further outcome
-with the mass that is left. Of the divergence of the whole distributions that is a lower bound, exact
-for ``k`` = all, and the student keeps a tail of the teacher's size. Were the ``k`` renormalised, the
-student would be taught that everything else is impossible.
+If only the teacher's ``k`` likeliest tokens are known, all other tokens form one outcome with the
+remaining mass. The result is a lower bound of the full divergence, exact if ``k`` is the whole
+vocabulary, and preserves the mass of the teacher's tail. Renormalising the ``k`` tokens would teach
+the student that all other tokens are impossible.
 """
 
 from __future__ import annotations
@@ -33,19 +35,19 @@ if TYPE_CHECKING:
     from luthier.objectives.logprobs import Compare
 
 Distribution = Callable[[slice], tuple[Tensor | None, Tensor]]
-"""What the teacher says at a slice of the positions: log-probabilities of all tokens, ``(None,
-[C, V'])``, or token ids ``[C, k]`` and log-probabilities ``[C, k + 1]``, the last of all others."""
+"""Teacher distribution at a slice of the positions: log-probabilities of all tokens, ``(None, [C,
+V'])``, or token ids ``[C, k]`` and log-probabilities ``[C, k + 1]`` with all other tokens last."""
 
 FLOOR = -50.0
-"""Least log-probability of all other tokens together; they may have none."""
+"""Minimum log-probability of all other tokens together, which may have no mass."""
 CHUNK = 64
-"""Positions whose logits exist at once while the head is frozen: fewer than for a cross-entropy, as
-there are more passes over them."""
+"""Positions per chunk of logits while the head is frozen. Smaller than for a cross-entropy, because
+a divergence makes more passes over the logits."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence, at which temperature."""
+    """A divergence at a temperature."""
 
     kind: str
     """``forward``, ``reverse`` or ``jsd``."""
@@ -54,9 +56,9 @@ class Divergence:
     temperature: float
 
     def compare(self, batch: TreeBatch, distribution: Distribution, mix: float = 0.0) -> Compare:
-        """``mix`` times the cross-entropy of the data, and the rest this divergence; summed.
+        """Return the summed loss ``mix * cross-entropy + (1 - mix) * divergence``.
 
-        A position counts with the weights of all tokens that are learned from it.
+        A position counts with the weights of all tokens predicted at the position.
         """
         hard = nll_of(batch)
         scale_S = torch.zeros(len(batch.source_S), device=batch.weight_E.device)
@@ -83,11 +85,12 @@ class Divergence:
     def between(
         self, logits_CV: Tensor, ids_CK: Tensor | None, teacher: Tensor, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Divergence at each position ``[C]``, and its gradient by the student's ``logits / T``.
+        """Return the divergence at each position ``[C]`` and the gradient by the student's ``logits
+        / T``.
 
-        ``ids_CK`` and ``teacher`` are what :data:`Distribution` gives; both may be overwritten. Where
-        the teacher has fewer tokens than the student, the student's others are left out of its
-        distribution: embeddings are often padded.
+        ``ids_CK`` and ``teacher`` are the result of :data:`Distribution` and may be overwritten. If
+        the teacher has fewer tokens than the student, the student's additional tokens are excluded:
+        embeddings are often padded.
         """
         if self.temperature != 1:
             logits_CV = logits_CV / self.temperature
@@ -115,7 +118,7 @@ class Divergence:
     def _of(
         self, student_CB: Tensor, teacher_CB: Tensor, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The same between log-probabilities of the same outcomes."""
+        """Return divergence and gradient for log-probabilities over the same outcomes."""
         if self.kind == "forward":
             p_CB = teacher_CB.exp()
             value_C = teacher_CB.sub_(student_CB).mul_(p_CB).sum(-1)
@@ -133,9 +136,9 @@ class Divergence:
 
 
 def _to(other_CB: Tensor, student_CB: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """``KL(student || other)``, and its slope while ``other`` stands still; overwrites both.
+    """Return ``KL(student || other)`` and the gradient with constant ``other``; overwrites both.
 
-    The mixture of ``jsd`` moves with the student, but what that adds to the gradient cancels.
+    The mixture of ``jsd`` moves with the student, but the additional gradient terms cancel.
     """
     ratio_CB = torch.sub(student_CB, other_CB, out=other_CB)
     q_CB = student_CB.exp_()

@@ -1,16 +1,16 @@
 """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
 
-The reward of an answer is what training did to its log-probability, ``beta (log p - log p_ref)``, and
-the loss makes the chosen answer's higher than the rejected one's: ``-log sigmoid(margin)``. The
-reference is the network as the run starts. Variants are fields:
+The reward of an answer is the change of log-probability in training, ``beta (log p - log p_ref)``.
+The loss raises the reward of the chosen answer above the rejected answer: ``-log sigmoid(margin)``.
+The reference is the network at the initial weights. Variants are fields:
 
     loss_type ipo      (margin / beta - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036, eq. 17)
     loss_type hinge    max(0, 1 - margin) (Zhao et al. 2023, SLiC-HF, arXiv:2305.10425)
-    label_smoothing    this share of pairs is the wrong way round (Mitchell 2023, conservative DPO)
-    length_normalised  rewards by the mean over tokens (Meng et al. 2024, arXiv:2405.14734, section 2.2)
-    sft_weight         learn the chosen answer too (Pang et al. 2024, arXiv:2404.19733, eq. 1)
+    label_smoothing    assumed share of swapped pairs (Mitchell 2023, conservative DPO)
+    length_normalised  mean log-probabilities over tokens (Meng et al. 2024, arXiv:2405.14734, 2.2)
+    sft_weight         NLL of the chosen answer (Pang et al. 2024, arXiv:2404.19733, eq. 1)
 
-Left out: other divergences than the reverse KL, and a reference that moves.
+Left out: divergences other than the reverse KL, and a moving reference.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 class DPO(ReferenceObjective, Pairwise):
-    """Raise what people chose above what they rejected, without a reward model."""
+    """Preference optimization with pairs of answers, without a reward model."""
 
     method: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0, le=1000)
-    """How near to the reference the model stays: more is nearer. 0.1 in the paper (appendix B)."""
+    """Strength of the pull towards the reference; 0.1 in the paper (appendix B)."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """What is made of the margin."""
+    """Loss as a function of the margin."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of pairs that are the wrong way round; with the sigmoid only."""
+    """Assumed share of swapped pairs; ``sigmoid`` only."""
     length_normalised: bool | None = None
-    """Rewards by the mean over tokens, not the sum; when not given, only for ipo, as its authors do."""
+    """Use the mean over tokens instead of the sum; default: only for ``ipo``, as its authors do."""
     sft_weight: float = Field(default=0.0, ge=0, le=1e6)
-    """Weight of the chosen answer's mean negative log-likelihood; 1 in its paper."""
+    """Weight of the chosen answer's mean negative log-likelihood; 1 in the paper."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -52,7 +52,7 @@ class DPO(ReferenceObjective, Pairwise):
         return self
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss over the pairs."""
+        """Return the summed loss over the pairs."""
         import torch
 
         from luthier.objectives.logprobs import row_logps
@@ -67,12 +67,12 @@ class DPO(ReferenceObjective, Pairwise):
         return Loss.of_rows(each_P, sides.measures(reward_R) | sides.likelihoods(logp_R))
 
     def _ratios(self, logp_R: Tensor, reference_R: Tensor, length_R: Tensor) -> Tensor:
-        """How much likelier each answer is than under the reference, in nats, or nats a token."""
+        """Return the log-ratio of each answer to the reference, in nats, or in nats per token."""
         mean = self.loss_type == "ipo" if self.length_normalised is None else self.length_normalised
         return (logp_R - reference_R) / (length_R if mean else 1.0)
 
     def _of_margin(self, margin_P: Tensor) -> Tensor:
-        """Loss of each pair from the margin between its rewards."""
+        """Return the loss of each pair for the margin between the rewards."""
         from torch.nn.functional import logsigmoid
 
         if self.loss_type == "ipo":

@@ -1,16 +1,17 @@
-"""Distillation of embeddings: a small encoder learns to place texts where a large one places them.
+"""Distillation of embeddings: a small encoder learns the embeddings of a large encoder.
 
-For each row, a raw text, the loss is ``1 - cos`` between both embeddings: the match of hidden states of
-DistilBERT (Sanh et al. 2019, arXiv:1910.01108, section 3) on what the encoder is used for, as Reimers &
+The loss per row, a raw text, is ``1 - cos`` between both embeddings: the hidden-state loss of
+DistilBERT (Sanh et al. 2019, arXiv:1910.01108, section 3) applied to embeddings, as Reimers &
 Gurevych (2020, arXiv:2004.09813) train students on the teacher's embeddings.
 
-A student of another width cannot have the teacher's own numbers. A map that is learned and thrown away
-would leave its cosines, which are what it is used for, unlearned. So the teacher's embeddings are
-projected, once, on the directions that keep most of their inner products over all rows (principal
-components, not centred); no other projection of that width keeps more (Eckart & Young 1936). Then they
-are turned, which leaves cosines as they are, to where the student places the texts already
-(Procrustes; Schoenemann 1966). The teacher reads all texts before the first step, and its memory is
-free after. Left out: losses over pairs of texts.
+A student of another width cannot reproduce the teacher's values. A learned map that is discarded
+after training would leave the student's cosines untrained, although cosines are the purpose of the
+student. Therefore the teacher's embeddings are projected once onto the directions that preserve
+most of the inner products over all rows (uncentred principal components). No other projection of
+the same width preserves more (Eckart & Young 1936). A rotation, which does not change cosines, then
+aligns the targets with the student's initial embeddings (Procrustes; Schoenemann 1966). The teacher
+encodes all rows before the first step and is freed afterwards. Left out: losses over pairs of
+texts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Pooling = Literal["auto", "mean", "first", "last"]
 
 @dataclass(frozen=True)
 class _TeacherEmbeddings:
-    """The teacher's embeddings of all rows, in the width of the student."""
+    """The teacher's embeddings of all rows, in the student's width."""
 
     index: Mapping[bytes, int]
     """Row of ``embedding_NH`` by the bytes of the token ids."""
@@ -51,22 +52,22 @@ class _TeacherEmbeddings:
 
 
 class EmbeddingDistillation(Taught):
-    """Embeddings near those of a teacher."""
+    """Distillation of an encoder's embeddings."""
 
     method: Literal["embedding_distillation"] = "embedding_distillation"
     teacher: str = ""
-    """Id of the encoder to learn from; it has the student's tokenizer."""
+    """Id of the teacher encoder; must have the student's tokenizer."""
     pooling: Pooling = "auto"
-    """What stands for a text; ``auto``: the mean if the network sees both ways, else the last token."""
+    """Pooling; ``auto``: the mean for bidirectional networks, else the last token."""
     teacher_pooling: Pooling = "auto"
-    """The same of the teacher; read from it."""
+    """Pooling of the teacher; read from the teacher's objective."""
 
     task: ClassVar[Task] = "embedding"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def check_teacher(self, teacher: OtherModel) -> None:
-        """Reject a teacher that is no encoder."""
+        """Reject a teacher without embeddings."""
         if teacher.objective.task != self.task:
             raise RecipeError(
                 f"the teacher {self.teacher} is for {teacher.objective.method}, and gives no "
@@ -84,7 +85,7 @@ class EmbeddingDistillation(Taught):
         return bound.model_copy(update={"teacher_pooling": pooling})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The whole text, of weight 1."""
+        """Return the whole text, with weight 1."""
         return chat.encode_embedded(row, index)
 
     def format(self, chat: ChatFormat) -> ChatFormat:
@@ -92,7 +93,7 @@ class EmbeddingDistillation(Taught):
         return self._encoder.format(chat)
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start and the closing token, and the weight."""
+        """Keep the start, the closing token and the weight."""
         return cut_text(example, context)
 
     def precompute(
@@ -103,7 +104,7 @@ class EmbeddingDistillation(Taught):
         folder: Path,
         note: Callable[[str], None],
     ) -> None:
-        """Let the teacher read all texts, keep where it places them, and let it go."""
+        """Compute the teacher's embeddings of all rows, and free the teacher."""
         from torch.nn.functional import pad
 
         from luthier.models.sentence_head import embedding_width
@@ -126,7 +127,7 @@ class EmbeddingDistillation(Taught):
         teacher.close()
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed ``1 - cos`` between the student's embeddings and the teacher's."""
+        """Return the summed ``1 - cos`` between the embeddings of student and teacher."""
         assert isinstance(network.cache, _TeacherEmbeddings)
         target_RH = network.cache.of(batch.tree.examples)
         cosine_R = (self._encoder.embed(network, batch) * target_RH).sum(-1)
@@ -137,7 +138,7 @@ class EmbeddingDistillation(Taught):
         return Contrastive(pooling=self.pooling)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """The mean sum of the absolute numbers of an embedding, which asks no teacher."""
+        """Return the mean absolute sum of the embeddings, which needs no teacher."""
         import torch
 
         network.model.eval()
@@ -149,12 +150,16 @@ class EmbeddingDistillation(Taught):
         return sum(sums) / len(examples)
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: its embedding."""
+        """Return the embedding of each row, in tree order."""
         return self._encoder.predict(network, batch)
 
 
 def project(found_NH: Tensor, width: int) -> tuple[Tensor, float]:
-    """Embeddings ``[N, width]`` of length 1 on their principal components; the share that is kept."""
+    """Project embeddings on the principal components.
+
+    Returns:
+        Embeddings ``[N, width]`` of length 1, and the preserved share of the squares.
+    """
     import torch
     from torch.nn.functional import normalize
 
@@ -166,7 +171,7 @@ def project(found_NH: Tensor, width: int) -> tuple[Tensor, float]:
 
 
 def turn(found_NH: Tensor, toward_NH: Tensor) -> Tensor:
-    """``found_NH`` times the orthogonal matrix that brings it nearest to ``toward_NH``."""
+    """Rotate ``found_NH`` by the orthogonal matrix that minimizes the distance to ``toward_NH``."""
     import torch
 
     left_HH, _, right_HH = torch.linalg.svd(found_NH.double().t() @ toward_NH.double())

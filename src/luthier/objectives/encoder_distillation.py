@@ -1,16 +1,16 @@
-"""Distillation of classifiers: a small one learns what a large one says of each text, and how it reads.
+"""Distillation of classifiers: a small classifier learns the probabilities and states of a teacher.
 
-The triple loss of DistilBERT (Sanh et al. 2019, arXiv:1910.01108, sections 2 and 3), with the task's
-labels where its pre-training has masked words. For each row
+The triple loss of DistilBERT (Sanh et al. 2019, arXiv:1910.01108, sections 2 and 3), with the
+task's labels in place of masked words. For each row:
 
     soft T^2 KL(teacher || student)         both softened by the temperature
-    + hard cross-entropy                    of the row's label, where it has one
-    + hidden mean over tokens of 1 - cos    between the last hidden states, the student's through a
-                                            linear map where the widths differ; it is not stored
+    + hard cross-entropy                    of the row's label, if any
+    + hidden mean over tokens of 1 - cos    between the last hidden states, through a linear map of
+                                            the student's if widths differ; the map is not stored
 
-Rows without a label teach by what the teacher says of them. A student that was cut from the teacher
-(``luthier student``) brings its head along. Left out: masked words as a further task, and several
-labels for one text.
+Rows without a label use the teacher's probabilities only. A student cut from the teacher (``luthier
+student``) keeps the teacher's head. Left out: masked words as an additional task, and multi-label
+rows.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
 
 
 class EncoderDistillation(Taught, Classification):
-    """Which class a text belongs to, from a teacher's opinion of it and the label."""
+    """Distillation of a single-label classifier, with or without labels."""
 
     method: Literal["encoder_distillation"] = "encoder_distillation"  # type: ignore[assignment]
     teacher: str = ""
-    """Id of the classifier to learn from; it has the student's tokenizer."""
+    """Id of the teacher classifier; must have the student's tokenizer."""
     labels: tuple[str, ...] | None = None
-    """The classes in the order of the head; the teacher's."""
+    """Classes in head order, from the teacher."""
     multi_label: Literal[False] = False
-    """A text has one label."""
+    """Always false: each text has one label."""
     class_weights: None = None
-    """All labels count alike."""
+    """Always ``None``: all labels have equal weight."""
     temperature: float = Field(default=2.0, gt=0, le=1000)
-    """Scores of both are divided by it; 2 in the authors' training."""
+    """Divisor of both logits; 2 in the authors' training."""
     soft: float = Field(default=5.0, gt=0, le=1e6)
-    """Weight of the teacher's opinion; 5 in the authors' training."""
+    """Weight of the teacher's probabilities; 5 in the authors' training."""
     hard: float = Field(default=2.0, ge=0, le=1e6)
-    """Weight of the label; 2 in the authors' training, for masked words there."""
+    """Weight of the label; 2 in the authors' training, for masked words."""
     hidden: float = Field(default=1.0, ge=0, le=1e6)
-    """Weight of the match of hidden states; 1 in the authors' training."""
+    """Weight of the hidden-state loss; 1 in the authors' training."""
     teacher_width: int | None = Field(default=None, ge=1, le=10_000_000)
-    """Numbers in a hidden state of the teacher; read from it."""
+    """Hidden size of the teacher; read from the teacher."""
 
     measure: ClassVar[str] = Objective.measure
     can_shard: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class EncoderDistillation(Taught, Classification):
     allows_augmentation: ClassVar[bool] = False
 
     def check_teacher(self, teacher: OtherModel) -> None:
-        """Reject a teacher that is no classifier of one label per text, or has other classes."""
+        """Reject a teacher that is not a single-label classifier, or has other classes."""
         learned, head = teacher.objective, teacher.objective.head()
         single = head.problem == "single_label_classification" and head.labels
         if head.task != self.task or not single:
@@ -83,7 +83,7 @@ class EncoderDistillation(Taught, Classification):
             )
 
     def bind(self, models: RunModels) -> Self:
-        """Learn the classes of the teacher; rows may have no label to start a head from."""
+        """Use the teacher's classes. Do not fit a new head, because rows may have no labels."""
         bound = super().bind(models)
         if models.network is not None:
             bound = bound.model_copy(update={"probe": bool(self.probe)})
@@ -94,13 +94,13 @@ class EncoderDistillation(Taught, Classification):
         return bound.model_copy(update={"labels": labels, "teacher_width": teacher.width})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Read the classes of the rows, where no teacher has told them."""
+        """Collect the classes of the rows if no teacher is known."""
         if self.labels is not None:
             return self
         return super().fit([row for row in rows if isinstance(row, LabelledText)], chat)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The whole text; the class, or -100, is its target."""
+        """Return the whole text with the class index, or -100, as target."""
         labels = row.labels if isinstance(row, LabelledText) else ()
         unknown = [label for label in labels if label not in (self.labels or ())]
         if unknown:
@@ -127,7 +127,7 @@ class EncoderDistillation(Taught, Classification):
         return {"teacher_map": layer}
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed triple loss; the share of texts on which both agree is shown."""
+        """Return the summed triple loss, with the share of equal predictions as a metric."""
         import torch
         from torch.nn import functional as F
 
@@ -153,13 +153,13 @@ class EncoderDistillation(Taught, Classification):
         return Loss(total, {"agreement": float(agreed_R.sum())})
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """The cross-entropy of the label, of the first class where a row has none; asks no teacher."""
+        """Return the cross-entropy of the label, or of class 0 without a label; needs no teacher."""
         known = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
         return mean_loss(Classification(labels=self.labels), network, known, budget)
 
 
 def _apart(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:
-    """``1 - cos`` between the hidden states of both, its means over the tokens of each row summed."""
+    """Return the sum over rows of the mean ``1 - cos`` between both hidden states of each token."""
     import torch
     from torch.nn.functional import cosine_similarity
 

@@ -1,19 +1,19 @@
 """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section
 4.1).
 
-``G`` completions of each prompt are sampled with the weights being trained; the advantage of a
-completion is its reward beside those of its group, ``A = (r - mean) / (std + 1e-4)``, for each of
-its tokens. With ``rho = pi(o_t) / pi_old(o_t)`` the loss of a token is
+``G`` completions of each prompt are sampled with the current weights. The advantage of a completion
+is the reward relative to the group, ``A = (r - mean) / (std + 1e-4)``, for each token. With ``rho =
+pi(o_t) / pi_old(o_t)``, the loss of a token is
 
     -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta (pi_ref/pi - log(pi_ref/pi) - 1)
 
-The last term is the estimator k3 of the divergence from the reference model. Choices that came
-later are fields: clip-higher, token-level mean, overlong completions and groups that teach nothing
-(Yu et al. 2025, "DAPO", arXiv:2503.14476, section 3); neither division by length nor by deviation
-(Liu et al. 2025, "Dr. GRPO", arXiv:2503.20783, section 3). Left out: process supervision and the
-iterated reward model of the first paper (4.1.3, 4.1.4); of the second that the batch is filled up
-with further prompts where groups are skipped, and the soft punishment of length; ratios of whole
-sequences.
+The last term is the estimator k3 of the divergence from the reference model. Later variants are
+fields: clip-higher, token-level mean, overlong completions and uninformative groups (Yu et al.
+2025, "DAPO", arXiv:2503.14476, section 3); division by neither length nor deviation (Liu et al.
+2025, "Dr. GRPO", arXiv:2503.20783, section 3).
+
+Left out: process supervision and the iterated reward model (4.1.3, 4.1.4); DAPO's refill of the
+batch after skipping groups, and the soft length penalty; sequence-level ratios.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ class GRPO(Reinforcement):
 
     method: Literal["grpo"] = "grpo"
     num_generations: int = Field(default=8, ge=2, le=10_000)
-    """Completions of each prompt, compared with each other (TRL's default; the paper has 64)."""
+    """Completions per prompt (TRL's default; 64 in the paper)."""
     epsilon: float = Field(default=0.2, gt=0, le=1e6)
-    """How far a token's ratio may fall below 1 and still be learned from (Schulman et al. 2017)."""
+    """Lower clip range: minimum ratio is 1 - ``epsilon`` (Schulman et al. 2017)."""
     epsilon_high: float | None = Field(default=None, gt=0, le=1e6)
-    """How far it may rise above 1; ``epsilon`` when not given. DAPO's clip-higher has 0.28."""
+    """Upper clip range; default: ``epsilon``. DAPO's clip-higher uses 0.28."""
     beta: float = Field(default=0.0, ge=0, le=1000)
-    """Weight of the divergence from the reference: 0.04 in the paper; 0, as in DAPO, runs none."""
+    """Weight of the divergence from the reference: 0.04 in the paper, 0 (none) in DAPO."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the deviation of the group, of the whole batch, or by nothing."""
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
-    """Mean over all tokens; over completions of their means, or of their sums by the token limit."""
+    """Mean over all tokens; or over completions, of token means or of sums by the token limit."""
     mask_truncated: bool = False
-    """Learn nothing from completions that reached the limit of tokens; their rewards still compare."""
+    """Exclude truncated completions from the loss; rewards of truncated completions still count."""
     num_iterations: int = Field(default=1, ge=1, le=10_000)
-    """Optimizer steps on each batch of completions (``mu`` of the paper)."""
+    """Optimizer steps on each batch of completions (``mu`` in the paper)."""
     dynamic_sampling: bool = False
-    """Leave groups of equal rewards out of the mean, as DAPO does; otherwise they count as 0."""
+    """Exclude groups with equal rewards from the mean, as in DAPO; otherwise the groups count as 0."""
 
     @model_validator(mode="after")
     def _below_one(self) -> Self:
@@ -67,12 +67,12 @@ class GRPO(Reinforcement):
 
     @property
     def generations(self) -> int:
-        """``G``."""
+        """Completions per prompt, ``G``."""
         return self.num_generations
 
     @property
     def uses_reference(self) -> bool:
-        """Only a divergence needs the reference model."""
+        """True if the loss has a divergence term."""
         return self.beta > 0
 
     def annotate(
@@ -107,7 +107,7 @@ class GRPO(Reinforcement):
         return batches
 
     def advantages(self, score_PG: FloatArray) -> FloatArray:
-        """Rewards beside the mean of their group; exactly 0 where the group is worth the same."""
+        """Return rewards relative to the group mean; exactly 0 for groups with equal rewards."""
         centred_PG: FloatArray = score_PG - score_PG.mean(1, keepdims=True)
         centred_PG[score_PG.max(1) == score_PG.min(1)] = 0.0
         if self.scale_rewards == "group":
@@ -117,7 +117,7 @@ class GRPO(Reinforcement):
         return centred_PG
 
     def _rows_and_divisor(self, rollouts: Rollouts) -> tuple[list[Example], float]:
-        """The completions as rows, and what the sum of their losses is divided by."""
+        """Return the completions as rows, and the divisor of the summed loss."""
         skipped_P = rollouts.equal_P if self.dynamic_sampling else np.zeros_like(rollouts.equal_P)
         rows = []
         for place, rollout in enumerate(rollouts.each):
@@ -134,12 +134,12 @@ class GRPO(Reinforcement):
         return rows, tokens if self.loss_type == "dapo" else float(len(rows))
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
-        """``num_iterations`` steps on the same completions."""
+        """Yield ``num_iterations`` steps on the same completions."""
         for _ in range(self.num_iterations):
             yield batches
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed clipped surrogate, and the divergence from the reference."""
+        """Return the summed clipped surrogate and the divergence from the reference."""
         from luthier.objectives.logprobs import token_logps
 
         policy = extra_of(batch, PolicyBatch)

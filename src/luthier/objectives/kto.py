@@ -1,11 +1,13 @@
 """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
 
-Answers come one by one, each with a thumb up or down. The reward is that of DPO, ``log p - log p_ref``,
-and its value is measured against a reference point ``z``: how far the model has moved from the
-reference on the whole. A desirable answer loses ``w (1 - sigmoid(beta (reward - z)))``, an undesirable
-one ``w (1 - sigmoid(beta (z - reward)))``. As in the paper ``z`` is the mean reward of
-mismatched answers, each prompt with the answer of its neighbour in the batch, not below 0 and without a
-gradient; the batch is the whole of a step, not the micro-batch. A batch of one row has ``z = 0``.
+Each row has one answer with a thumb up or down. The reward is DPO's, ``log p - log p_ref``,
+compared with a reference point ``z``: the average shift of the model from the reference. The loss
+of a desirable answer is ``w (1 - sigmoid(beta (reward - z)))``, of an undesirable answer ``w (1 -
+sigmoid(beta (z - reward)))``.
+
+As in the paper, ``z`` is the mean reward of mismatched answers (each prompt with the answer of the
+neighbour in the batch), at least 0 and without a gradient. The batch is the batch of the whole
+step, not the micro-batch. A batch of one row has ``z = 0``.
 """
 
 from __future__ import annotations
@@ -42,26 +44,27 @@ class _Reference:
 
 
 class KTO(ReferenceObjective, Judged):
-    """Learn from thumbs up and down, answer by answer."""
+    """Preference optimization with thumbs up and down on single answers."""
 
     method: Literal["kto"] = "kto"
     beta: float = Field(default=0.1, gt=0, le=1000)
-    """How near to the reference the model stays: more is nearer. 0.1 in most of the paper."""
+    """Strength of the pull towards the reference; 0.1 in most of the paper."""
     desirable_weight: float = Field(default=1.0, gt=0, le=1e6)
-    """Weight of answers with a thumb up."""
+    """Weight of desirable answers."""
     undesirable_weight: float = Field(default=1.0, gt=0, le=1e6)
-    """Weight of the others. The paper has desirable rows weigh 1 to 4/3 of the others, in sum."""
+    """Weight of undesirable answers; in the paper, desirable rows sum to 1 to 4/3 of undesirable."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"preference"})
     same_each_epoch: ClassVar[bool] = False
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """A pair becomes two rows: its chosen answer with a thumb up, the other with one down."""
+        """Split each pair into two rows: the chosen answer with a thumb up, the rejected with a
+        thumb down."""
         return spool(chain.from_iterable(map(_split_pair, rows)))
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Check that there are thumbs of both kinds."""
+        """Check that both thumbs occur."""
         kinds = {row.desirable for row in rows if isinstance(row, ThumbedReply)}
         if len(kinds) < 2:
             kind = "up" if True in kinds else "down"
@@ -73,7 +76,7 @@ class KTO(ReferenceObjective, Judged):
         return self
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight on each token of the answer, 1 in all."""
+        """Return the row with weight on each token of the answer, 1 in total."""
         assert isinstance(row, ThumbedReply)
         example = encode_answer(row.messages, row.reply, index, chat, tools=row.tools)
         return replace(example, desirable=row.desirable)
@@ -81,7 +84,7 @@ class KTO(ReferenceObjective, Judged):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Micro-batches with the reference log-probabilities ``[R]`` and ``z`` as ``extra``."""
+        """Return micro-batches with the reference log-probabilities ``[R]`` and ``z`` as ``extra``."""
         import torch
 
         point = self._reference_point(network, examples, budget)
@@ -92,7 +95,7 @@ class KTO(ReferenceObjective, Judged):
         ]
 
     def _reference_point(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """``z``: the mean reward of mismatched answers before ``beta``, at least 0."""
+        """Return ``z``: the mean reward of mismatched answers before ``beta``, at least 0."""
         from luthier.objectives.logprobs import row_logps
 
         rows = mismatch_answers(examples)
@@ -105,7 +108,7 @@ class KTO(ReferenceObjective, Judged):
         return max(0.0, network.processes.sum(total) / len(rows))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss over the rows."""
+        """Return the summed loss over the rows."""
         from luthier.objectives.logprobs import row_logps
 
         reference = extra_of(batch, _Reference)
@@ -134,12 +137,12 @@ class KTO(ReferenceObjective, Judged):
         return weight_R * (1 - torch.sigmoid(self.beta * sign_R * (ratio_R - point)))
 
     def describe(self, example: Example) -> str:
-        """The thumb of the row."""
+        """Return the thumb of the row."""
         return "thumb up" if example.desirable else "thumb down"
 
 
 def _split_pair(row: Row) -> Iterator[Row]:
-    """The answers of a pair, one by one; other rows as they are."""
+    """Yield the answers of a pair as separate rows; other rows are unchanged."""
     if not isinstance(row, Preference):
         yield row
         return
@@ -148,10 +151,9 @@ def _split_pair(row: Row) -> Iterator[Row]:
 
 
 def mismatch_answers(examples: Sequence[Example]) -> list[Example]:
-    """Each prompt of a batch with the answer of the row before it; none for a single row.
+    """Return each prompt of a batch with the previous row's answer; empty for a single row.
 
-    No row is longer than the longest of the batch: answers are cut to it, and left out where their
-    prompt leaves no room.
+    Answers are truncated to the longest row of the batch, and dropped if the prompt leaves no room.
     """
     if len(examples) < 2:
         return []
@@ -168,5 +170,5 @@ def mismatch_answers(examples: Sequence[Example]) -> list[Example]:
 
 
 def _answer_start(example: Example) -> int:
-    """Place of the first learned token."""
+    """Return the position of the first learned token."""
     return int(np.flatnonzero(example.weight_T)[0])

@@ -1,10 +1,10 @@
 """Listwise direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, appendix A.3).
 
-People rank several answers to a prompt. Under the Plackett-Luce model the best wins among all, the
-second among the others, and so on, each with the softmax of DPO's rewards,
-``r_k = beta (log p_k - log p_ref,k)``. The loss of a row is minus the logarithm of the chance of its
-order, ``sum_k logsumexp(r_k, ..., r_K) - r_k``: with two answers it is DPO's. The paper has no
-experiment with it. Left out: ties, which the model cannot say.
+Rows have a ranking of several answers to a prompt. In the Plackett-Luce model, the best answer wins
+among all, the second among the remaining, and so on, each with the softmax of DPO's rewards, ``r_k
+= beta (log p_k - log p_ref,k)``. The loss of a row is the negative log-probability of the ranking,
+``sum_k logsumexp(r_k, ..., r_K) - r_k``. With two answers, the loss equals DPO. The paper has no
+experiment. Left out: ties, which the model cannot express.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 class ListwiseDPO(ReferenceObjective, Judged):
-    """Learn the order in which people like several answers, without a reward model."""
+    """Preference optimization with rankings of several answers, without a reward model."""
 
     method: Literal["listwise_dpo"] = "listwise_dpo"
     beta: float = Field(default=0.1, gt=0, le=1000)
-    """How near to the reference the model stays: more is nearer. The paper's for DPO (appendix B)."""
+    """Strength of the pull towards the reference; the paper's value for DPO (appendix B)."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"ranking"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"preference"})
     evaluation_shapes: ClassVar[frozenset[str]] = Judged.evaluation_shapes | {"ranking"}
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight on each token of all answers, the same share of 1 on each."""
+        """Return all answers with weight on each token, an equal share of 1 per answer."""
         assert isinstance(row, JudgedAnswers)
         answers = row.answers()
         share = 1 / len(answers)
@@ -52,7 +52,7 @@ class ListwiseDPO(ReferenceObjective, Judged):
         return Example.of_sides(sides)
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return the answers as rows of their own that are never parted, in their order by number."""
+        """Return the answers as separate rows of one group, numbered in ranking order."""
         return [
             replace(side, row=MOST_ANSWERS * example.row + place, group=example.row)
             for example in examples
@@ -60,10 +60,10 @@ class ListwiseDPO(ReferenceObjective, Judged):
         ]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss over the rankings.
+        """Return the summed loss over the rankings.
 
-        ``accuracy`` is the share of pairs of answers the right way round, one number for each row, and
-        ``margin`` the reward of the best answer above the mean of the others.
+        ``accuracy`` is the share of correctly ordered pairs of answers, averaged per row.
+        ``margin`` is the reward of the best answer minus the mean of the remaining answers.
         """
         import torch
 
@@ -90,5 +90,5 @@ class ListwiseDPO(ReferenceObjective, Judged):
         return Loss.of_rows(torch.stack(losses), {"accuracy": accuracy, "margin": margin})
 
     def describe(self, example: Example) -> str:
-        """How many answers are worse; their texts are in the file."""
+        """Return the number of other answers; the file contains the text."""
         return f"rather than {len(example.sides) - 1} other answers"

@@ -1,14 +1,15 @@
-"""Distillation of token distributions: a student learns what its teacher thinks of each next token.
+"""Distillation of token distributions: a student learns the teacher's distribution over the next
+token.
 
-At every reply token of the rows the student's distribution is drawn to the teacher's (Hinton et al.
-2015, arXiv:1503.02531; for language models the supervised case of GKD, lambda = 0, Agarwal et al. 2024,
-arXiv:2306.13649):
+At every reply token of the rows, the student's distribution is pulled towards the teacher's (Hinton
+et al. 2015, arXiv:1503.02531; for language models the supervised case of GKD, lambda = 0, Agarwal
+et al. 2024, arXiv:2306.13649):
 
     loss = mix * cross-entropy of the data + (1 - mix) * T^2 * D(teacher, student)
 
-with ``D`` one of :mod:`luthier.objectives.divergence`. Both have the same tokenizer; logits of both
-exist for a few positions at a time. Left out: distillation between different tokenizers, for which
-there are the teacher's replies.
+with ``D`` of :mod:`luthier.objectives.divergence`. Student and teacher share a tokenizer. Logits of
+both exist for a few positions at a time. Left out: distillation between different tokenizers; use
+the teacher's replies instead.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 
 
 class LogitDistillation(Distillation):
-    """The teacher's distribution over the next token, on the rows' replies."""
+    """Distillation of the teacher's next-token distributions on the rows' replies."""
 
     method: Literal["logit_distillation"] = "logit_distillation"
     mix: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the data's own cross-entropy; none in GKD, little in Hinton (section 2)."""
+    """Share of the data's cross-entropy; 0 in GKD, small in Hinton (section 2)."""
     cache_top_k: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Ask the teacher once, before the first step, and keep its so many likeliest tokens on disk."""
+    """Run the teacher once and cache the given number of likeliest tokens on disk."""
 
     def precompute(
         self,
@@ -45,7 +46,8 @@ class LogitDistillation(Distillation):
         folder: Path,
         note: Callable[[str], None],
     ) -> None:
-        """Let the teacher read all rows, where that was asked for, and let it go."""
+        """Cache the teacher's distributions of all rows and free the teacher, if ``cache_top_k`` is
+        set."""
         from luthier.objectives.teacher import TopK
 
         if self.cache_top_k is None:
@@ -63,7 +65,7 @@ class LogitDistillation(Distillation):
         )
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed divergence and cross-entropy of the learned tokens."""
+        """Return the summed divergence and cross-entropy of the learned tokens."""
         from luthier.objectives.teacher import TopK, whole_distribution
 
         if isinstance(network.cache, TopK):

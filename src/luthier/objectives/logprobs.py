@@ -1,13 +1,14 @@
-"""Log-probabilities of chosen tokens, without ever building a ``[tokens, vocabulary]`` tensor.
+"""Log-probabilities of selected tokens without a ``[tokens, vocabulary]`` tensor.
 
-Logits exist only for the positions that carry loss, ``CHUNK`` positions at a time, in float32 for
-the softmax. The weights of the loss are known before the forward pass, so the gradient of each
-chunk is computed while its logits are there: one product for the logits and one for the gradient,
-and nothing of vocabulary size is kept for the backward pass.
+Logits exist only for positions with a loss, ``CHUNK`` positions at a time, in float32 for the
+softmax. The weights of the loss are known before the forward pass. Therefore the gradient of each
+chunk is computed while the logits exist: one product for the logits and one for the gradient.
+Nothing of vocabulary size is stored for the backward pass.
 
-Where the loss is no weighted sum known ahead (preferences, policy gradients), :func:`token_logps`
-gives the log-probability of each token by itself. Of its gradient by a hidden state, ``W[target] -
-p W``, the second part is kept while the head is frozen; while it trains, logits are computed again.
+If the loss is not a weighted sum with known weights (preferences, policy gradients),
+:func:`token_logps` returns the log-probability of each token. The gradient by a hidden state is
+``W[target] - p W``. The second term is stored while the head is frozen; while the head trains, the
+logits are computed again.
 """
 
 from __future__ import annotations
@@ -25,27 +26,30 @@ if TYPE_CHECKING:
     from luthier.types import Example
 
 CHUNK = 128
-"""Positions whose logits exist at once while the output head is frozen."""
+"""Positions per chunk of logits while the output head is frozen."""
 CHUNK_TRAINED = 512
-"""The same while the head trains: each chunk adds to its whole gradient, so fewer are better."""
+"""Positions per chunk while the head trains. Each chunk adds to the whole head gradient, so fewer
+chunks are faster."""
 
 
 Compare = Callable[[slice, slice, Tensor, bool], tuple[Tensor, Tensor | None]]
-"""Summed loss of a chunk, in float64, and its gradient by the logits ``[C, V]`` where that is wanted.
+"""Function that returns the summed loss of a chunk in float64, and the gradient by the logits ``[C,
+V]`` on request.
 
-Given are the chunk's positions, the edges that start there, and its logits in float32, which may be
-overwritten.
+Arguments: the chunk's positions, the edges of the positions, the float32 logits (may be
+overwritten), and whether to compute the gradient.
 """
 
 
 class _HeadGradients:
-    """Gradients by hidden states, head and bias, made chunk by chunk from those by the logits.
+    """Gradients by hidden states, head and bias, accumulated chunk by chunk from gradients by
+    logits.
 
-    Of the head and its bias they are summed in float32.
+    Gradients by the head and the bias are summed in float32.
     """
 
     def __init__(self, hidden_SH: Tensor, head_VH: Tensor, wanted: Sequence[bool]) -> None:
-        """``wanted`` says for each of the three whether it is asked for."""
+        """Allocate the gradients. ``wanted`` selects hidden states, head and bias."""
         self._hidden_SH, self._head_VH = hidden_SH, head_VH
         by_hidden, by_head, by_bias = wanted
         self.hidden_SH = torch.empty_like(hidden_SH) if by_hidden else None
@@ -53,7 +57,7 @@ class _HeadGradients:
         self.bias_V = torch.zeros(len(head_VH), device=head_VH.device) if by_bias else None
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
-        """Those of the positions ``rows``."""
+        """Add the gradients of the positions ``rows``."""
         if self.bias_V is not None:
             self.bias_V += grad_CV.sum(0)
         grad_CV = grad_CV.to(self._head_VH.dtype)
@@ -64,7 +68,7 @@ class _HeadGradients:
 
 
 class _Chunked(torch.autograd.Function):
-    """A loss of the logits, summed over all positions chunk by chunk (a scalar), with its gradients."""
+    """A loss of the logits, summed over all positions chunk by chunk (a scalar), with gradients."""
 
     @staticmethod
     def forward(
@@ -102,9 +106,9 @@ class _Chunked(torch.autograd.Function):
 
 
 def _learned_states(network: Network, batch: TreeBatch, hidden_SH: Tensor | None = None) -> Tensor:
-    """States ``[S, H]`` as the head takes them; several predictions of one stand behind each other.
+    """Return the head's input states ``[S, H]``. Several predictions of one state are consecutive.
 
-    ``hidden_SH`` are the network's states of ``batch.source_S``, where known.
+    ``hidden_SH`` are the network's states of ``batch.source_S``, if known.
     """
     hidden_SH = network.hidden(batch, batch.source_S) if hidden_SH is None else hidden_SH
     return network.before_vocabulary(hidden_SH).flatten(0, -2)
@@ -113,10 +117,11 @@ def _learned_states(network: Network, batch: TreeBatch, hidden_SH: Tensor | None
 def chunked_loss(
     network: Network, batch: TreeBatch, compare: Compare, size: int | None = None
 ) -> Tensor:
-    """The loss that ``compare`` makes of the logits of the batch's positions, summed (a scalar).
+    """Return the summed loss of ``compare`` over the logits of the batch's positions (a scalar).
 
-    The gradient is computed with the loss, while the logits of a chunk of ``size`` positions (``CHUNK``
-    when not given) are there. The total is accumulated in float64 and returned in float32.
+    The gradient is computed together with the loss, while the logits of a chunk of ``size``
+    positions (default: ``CHUNK``) exist. The total is accumulated in float64 and returned in
+    float32.
     """
     total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
         _learned_states(network, batch),
@@ -130,7 +135,8 @@ def chunked_loss(
 
 
 def nll_of(batch: TreeBatch) -> Compare:
-    """``sum_e weight_e * -log p(target_e | h[source_e])`` over the edges of a chunk."""
+    """Return ``sum_e weight_e * -log p(target_e | h[source_e])`` as a loss over the edges of a
+    chunk."""
     source_E, target_E, weight_E = batch.edge_source_E, batch.target_E, batch.weight_E
 
     def nll(
@@ -152,7 +158,7 @@ def nll_of(batch: TreeBatch) -> Compare:
 
 
 def weighted_nll(network: Network, batch: TreeBatch) -> Tensor:
-    """Negative log-likelihood of the batch's edges, summed with their weights (a scalar)."""
+    """Return the weighted sum of the negative log-likelihoods of the batch's edges (a scalar)."""
     return chunked_loss(network, batch, nll_of(batch))
 
 
@@ -201,7 +207,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _again(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by hidden states, head and bias, from logits that are computed once more."""
+    """Return gradients by hidden states, head and bias from recomputed logits."""
     hidden_SH, head_VH, bias_V, source_E, target_E, _ = ctx.saved_tensors
     gradients = _HeadGradients(hidden_SH, head_VH, ctx.needs_input_grad[:3])
     for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK_TRAINED):
@@ -222,7 +228,7 @@ def _again(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
 def scores(
     hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None, temperature: float = 1.0
 ) -> Tensor:
-    """Logits ``[C, V]`` in float32, divided by ``temperature``."""
+    """Return logits ``[C, V]`` in float32, divided by ``temperature``."""
     logits_CV = torch.mm(hidden_CH, head_VH.t()).float()
     if bias_V is not None:
         logits_CV += bias_V
@@ -230,7 +236,8 @@ def scores(
 
 
 def _chunks(positions: int, source_E: Tensor, size: int) -> list[tuple[slice, slice]]:
-    """Slices of the positions, ``size`` at a time, and of the edges (ascending) that start there."""
+    """Return slices of ``size`` positions with the slices of the edges (ascending) at the
+    positions."""
     starts = range(0, positions, size)
     bounds = torch.tensor([*starts, positions], device=source_E.device)
     edges = torch.searchsorted(source_E, bounds).tolist()
@@ -246,11 +253,11 @@ def token_logps(
     temperature: float = 1.0,
     hidden_SH: Tensor | None = None,
 ) -> Tensor:
-    """Log-probability of every learned token, ``[M]`` in float32, one row after the other.
+    """Return the log-probability of every learned token, ``[M]`` in float32, row by row.
 
-    Tokens are those with a weight, in the order of ``batch.learned_edges``; weights do not enter.
-    Logits are divided by ``temperature`` first. ``hidden_SH`` are the network's states of
-    ``batch.source_S``, where known.
+    Learned tokens have a weight and are in the order of ``batch.learned_edges``. The weights are
+    not applied. Logits are divided by ``temperature``. ``hidden_SH`` are the network's states of
+    ``batch.source_S``, if known.
     """
     logp_E: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         _learned_states(network, batch, hidden_SH),
@@ -265,7 +272,8 @@ def token_logps(
 
 @torch.no_grad()
 def greedy_token_logps(network: Network, batch: TreeBatch) -> tuple[Tensor, Tensor]:
-    """As :func:`token_logps`, and ``[M]`` whether each token is the likeliest; without a gradient."""
+    """Return :func:`token_logps`, and true for tokens with the highest probability ``[M]``; no
+    gradient."""
     hidden_SH = _learned_states(network, batch)
     logp_E = torch.empty(len(batch.target_E), device=hidden_SH.device)
     best_E = torch.empty(len(batch.target_E), device=hidden_SH.device, dtype=torch.bool)
@@ -280,18 +288,18 @@ def greedy_token_logps(network: Network, batch: TreeBatch) -> tuple[Tensor, Tens
 
 
 def row_sums(batch: TreeBatch, value_M: Tensor) -> Tensor:
-    """Sums ``[R]`` over the learned tokens of each row, rows in the order of the tree."""
+    """Return sums ``[R]`` over the learned tokens of each row, in tree order."""
     row_M = batch.learned_edges[0]
     return value_M.new_zeros(len(batch.tree.examples)).index_add(0, row_M, value_M)
 
 
 def row_logps(network: Network, batch: TreeBatch) -> Tensor:
-    """Log-probability ``[R]`` of the learned tokens of each row, summed."""
+    """Return the summed log-probability ``[R]`` of the learned tokens of each row."""
     return row_sums(batch, token_logps(network, batch))
 
 
 def mean_nll(network: Network, examples: Sequence[Example], budget: int) -> float:
-    """Mean negative log-likelihood of the learned tokens by their weight, without a gradient."""
+    """Return the weighted mean negative log-likelihood of the learned tokens, without a gradient."""
     network.model.eval()
     total = weight = 0.0
     with torch.no_grad():

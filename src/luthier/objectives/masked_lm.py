@@ -1,9 +1,9 @@
-"""Masked language modelling: learn to fill in hidden tokens (Devlin et al. 2019, section 3.1).
+"""Masked language modelling: fill in hidden tokens (Devlin et al. 2019, section 3.1).
 
-A share of the tokens is chosen anew each time a row is seen (Liu et al. 2019); of the chosen, 80 % are
-hidden behind the mask token, 10 % replaced by a random one, 10 % left. ``whole_word`` hides all pieces
-of a word together. Validation rows are always hidden the same way, so that losses compare. Left out:
-next-sentence prediction.
+A new random share of the tokens is selected in each epoch (Liu et al. 2019). Of the selected
+tokens, 80 % are replaced by the mask token, 10 % by a random token, and 10 % stay. ``whole_word``
+hides all pieces of a word together. Validation rows are always masked the same way, so that losses
+are comparable. Left out: next-sentence prediction.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 HIDDEN, RANDOM = 0.8, 0.1
-"""Shares of the chosen tokens that become the mask token, and a random token."""
+"""Shares of the selected tokens replaced by the mask token, and by a random token."""
 
 
 class MaskedLM(Objective):
-    """Filling in hidden tokens of raw text, for encoders."""
+    """Masked language modelling of raw text, for encoders."""
 
     method: Literal["masked_lm"] = "masked_lm"
     mask_share: float = Field(default=0.15, gt=0, lt=1)
-    """Share of the tokens that is chosen."""
+    """Share of selected tokens."""
     whole_word: bool = False
-    """Choose words, not word pieces."""
+    """Select whole words instead of word pieces."""
     sequence_length: int = Field(default=128, ge=8, le=10_000_000)
-    """Longest piece a document is cut into, special tokens included; at most the model's context."""
+    """Maximum length of a piece of a document, with special tokens; at most the model's context."""
     mask_id: int | None = Field(default=None, ge=0, le=10_000_000)
-    """The tokenizer's mask token; found when not given."""
+    """Id of the mask token; default: from the tokenizer."""
     vocabulary: int | None = Field(default=None, ge=1, le=10_000_000)
-    """Random tokens are drawn below this id; found when not given."""
+    """Upper bound of random token ids; default: from the tokenizer."""
 
     task: ClassVar[Task] = "masked_lm"
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -61,12 +61,12 @@ class MaskedLM(Objective):
         return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Find the mask token."""
+        """Read the mask token from the tokenizer."""
         found = {"mask_id": chat.tokenizer.mask_token_id, "vocabulary": len(chat.tokenizer)}
         return self.model_copy(update=found)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The document; ``target`` is the number of each token's word, -1 for special tokens."""
+        """Return the document; ``target`` is the word number of each token, -1 for special tokens."""
         encoded = chat.tokenizer(row.plain_text(), add_special_tokens=True, truncation=False)
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         words = [-1 if word is None else word for word in encoded.word_ids()]
@@ -74,7 +74,7 @@ class MaskedLM(Objective):
         return Example(ids_T, (word_T >= 0).astype(np.float32), index, target=word_T)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
-        """Cut each document into pieces, each between the special tokens the tokenizer puts around."""
+        """Cut each document into pieces, each with the tokenizer's special tokens."""
         size = min(self.sequence_length, context)
         pieces = chain.from_iterable(_pieces(example, size) for example in examples)
         return spool(replace(piece, row=number) for number, piece in enumerate(pieces))
@@ -82,7 +82,7 @@ class MaskedLM(Objective):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Choose what is hidden; the chosen tokens become the targets."""
+        """Select and hide tokens; the selected tokens become the targets."""
         seed = draw_seed() if network.model.training else 0
         return [self._hide(batch, seed) for batch in super().annotate(network, examples, budget)]
 
@@ -121,7 +121,8 @@ class MaskedLM(Objective):
     def _choose(
         self, word_T: IntArray, generator: np.random.Generator
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which tokens of one row are chosen; at least one token, or one word of whole ones."""
+        """Return the selected tokens of one row; at least one token, or one word with
+        ``whole_word``."""
         alone_T = np.where(word_T < 0, -1, np.arange(len(word_T)))
         unit_T = word_T if self.whole_word else alone_T
         units = np.unique(unit_T[unit_T >= 0])
@@ -129,14 +130,15 @@ class MaskedLM(Objective):
         return np.isin(unit_T, generator.permutation(units)[:count])
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy of the chosen tokens."""
+        """Return the summed cross-entropy of the selected tokens."""
         from luthier.objectives.logprobs import weighted_nll
 
         return Loss(weighted_nll(network, batch))
 
 
 def _pieces(example: Example, size: int) -> list[Example]:
-    """``example`` cut to ``size`` tokens, its special tokens around every piece."""
+    """Cut ``example`` into pieces of ``size`` tokens, each with the special tokens around the
+    piece."""
     words = example.target
     assert words is not None
     inside = np.flatnonzero(words >= 0)

@@ -1,4 +1,4 @@
-"""Means of the loss and its metrics over rows, measured without a gradient or dropout."""
+"""Means of the loss and the metrics over rows, without gradient or dropout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from luthier.objectives.base import Objective
 
 MOST_ROW_SCORES = 2_000
-"""Number of held-out rows up to which the metrics file has the scores of single rows."""
+"""Maximum number of held-out rows with row-level scores in the metrics file."""
 
 _Part = tuple[Sequence[int], float, dict[str, float], dict[str, list[list[float]]]]
-"""Place, weight, sums and ratios of a micro-batch, which processes exchange as JSON."""
+"""Place, weight, sums and ratios of a micro-batch, exchanged between processes as JSON."""
 
 
 class Means:
@@ -33,7 +33,7 @@ class Means:
         self._parts: list[_Part] = []
 
     def add(self, loss: Loss, weight: float, *place: int) -> None:
-        """Count in a micro-batch of ``weight``; by ``place`` those of several processes are ordered."""
+        """Add a micro-batch of ``weight``; ``place`` orders the micro-batches of several processes."""
         ratios = {
             name: [np.asarray(side, dtype=np.float64).tolist() for side in pair]
             for name, pair in loss.ratios.items()
@@ -42,7 +42,7 @@ class Means:
         self._parts.append((place, weight, sums, ratios))
 
     def of_all(self, processes: ProcessGroup) -> Means:
-        """These means with the micro-batches of the other processes, in the order of one process."""
+        """Return the means including the other processes, in the order of a single process."""
         if processes.size == 1:
             return self
         means = Means()
@@ -51,7 +51,7 @@ class Means:
         return means
 
     def values(self) -> dict[str, float]:
-        """``loss`` and each metric by its name."""
+        """Return ``loss`` and each metric by name."""
         totals: defaultdict[str, float] = defaultdict(float)
         for _, _, sums, _ in self._parts:
             for name, value in sums.items():
@@ -62,7 +62,7 @@ class Means:
         return found | {name: each.value for name, each in scores.items() if name != "loss"}
 
     def row_scores(self) -> dict[str, RowScores]:
-        """What each row adds to the scores, in the order of the micro-batches."""
+        """Return the row-level scores, in the order of the micro-batches."""
         scores: defaultdict[str, list[RowScores]] = defaultdict(list)
         for _, _, _, ratios in self._parts:
             for name, (parts_R, wholes_R) in ratios.items():

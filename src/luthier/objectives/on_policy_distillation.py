@@ -1,18 +1,18 @@
-"""On-policy distillation: the student writes, and the teacher says what it would have written.
+"""Online distillation (on-policy): the student generates, and the teacher corrects each token.
 
-A student that learns from given replies alone never sees what follows its own mistakes. Here it answers
-the prompts of the rows with the weights of the step, and at each token of its answer its distribution
-is drawn to the teacher's (GKD, Agarwal et al. 2024, arXiv:2306.13649, algorithm 1; no gradient passes
-through the sampling):
+A student trained on given replies alone never learns to recover from mistakes. Here the student
+answers the prompts of the rows with the current weights. At each token of the answer, the student's
+distribution is pulled towards the teacher's (GKD, Agarwal et al. 2024, arXiv:2306.13649, algorithm
+1; no gradient passes through the sampling):
 
     y ~ student(x) with probability student_share, else the reply of the row
-    loss = T^2 * D(teacher, student) at each token of y, given x and what is before it in y
+    loss = T^2 * D(teacher, student) at each token of y, given x and the previous tokens of y
 
-``D`` is one of :mod:`luthier.objectives.divergence`. Held-out rows are measured on their own replies,
-so that all steps are measured on the same tokens. Of a conversation the last reply is written anew, and
-it alone is learned. The paper draws the share once for each batch, here each row has its own draw. Left
-out: the mix with a reward (section 3.2), and answers written by the teacher, for which there is
-``luthier distil --method responses``.
+``D`` is a divergence of :mod:`luthier.objectives.divergence`. Held-out rows are measured on the
+given replies, so that all steps use the same tokens. In conversations, only the last reply is
+generated and learned. The paper draws the share once per batch; here each row has a separate draw.
+Left out: the mix with a reward (section 3.2), and answers of the teacher; use ``luthier distil
+--method responses`` instead.
 """
 
 from __future__ import annotations
@@ -39,46 +39,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Written:
-    """How the student's answers of one micro-batch came out."""
+    """Statistics of the student's answers in one micro-batch."""
 
     answers: int
     tokens: int
     stopped: int
     texts: list[dict[str, Any]]
-    """The answers, as ``samples.jsonl`` keeps them."""
+    """Records of the answers for ``samples.jsonl``."""
 
 
 class OwnAnswers(TokenDivergence):
-    """Base of the objectives that learn on what the network itself answers in the step."""
+    """Base class of the objectives that train on the network's own answers."""
 
     divergence: DivergenceName = "reverse"
-    """KL from teacher to student, from student to teacher (MiniLLM's), or GKD's between both."""
+    """KL from teacher to student, from student to teacher (as in MiniLLM), or the JSD of GKD."""
     max_tokens: int = Field(default=128, ge=1, le=10_000_000)
-    """Longest answer of the student; shorter where the context ends before."""
+    """Maximum tokens of the student's answer; the context may be shorter."""
     sampling_temperature: float = Field(default=1.0, gt=0, le=1000)
-    """Of the student's answers; 1 in GKD."""
+    """Sampling temperature of the student's answers; 1 in GKD."""
     stop_ids: tuple[int, ...] | None = None
-    """Tokens that end an answer; those of the model when not given."""
+    """Tokens that end an answer; default: the stop tokens of the model."""
 
     same_each_epoch: ClassVar[bool] = False
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Read what ends an answer of this model."""
+        """Read the stop tokens of the model."""
         stops = chat.stop_ids if self.stop_ids is None else self.stop_ids
         return self.model_copy(update={"stop_ids": stops})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight 1 on each token of each reply, 0 on the rest; the row stays with it, to be shown."""
+        """Return the row with weight 1 on each token of each reply; ``given`` is the row, for
+        samples."""
         return replace(super().encode(row, index, chat), given=row)
 
     def draw_answered(self, count: int) -> Sequence[bool]:
-        """Which of ``count`` rows of a step the student answers itself."""
+        """Return a flag for each of ``count`` rows: true if the student answers the row."""
         return [True] * count
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """In a step, rows with the student's answers; in a measurement, the rows as they are."""
+        """Return rows with the student's answers in a step, and the given rows in a measurement."""
         rows = list(examples)
         if not network.model.training:
             return [*network.batches(rows, budget)]
@@ -123,9 +124,9 @@ class OwnAnswers(TokenDivergence):
         batches: Sequence[TreeBatch],
         lines: Sequence[Mapping[str, Any]],
     ) -> StepReport:
-        """Return mean tokens per answer, the share of answers that ended, and the first answers.
+        """Return mean tokens per answer, the share of finished answers, and the first answers.
 
-        The means are of all processes; the answers are those of this process.
+        The means cover all processes; the answers belong to this process.
         """
         written = [extra_of(batch, _Written) for batch in batches if batch.extra is not None]
         texts = [text for each in written for text in each.texts][:SAMPLES_PER_STEP]
@@ -141,21 +142,21 @@ class OwnAnswers(TokenDivergence):
 
 
 class OnPolicyDistillation(OwnAnswers, Distillation):
-    """The teacher's distribution over the next token, on the student's own answers."""
+    """Distillation of the teacher's next-token distributions on the student's own answers."""
 
     method: Literal["on_policy_distillation"] = "on_policy_distillation"
     student_share: float = Field(default=1.0, ge=0, le=1)
-    """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
+    """Share of rows that the student answers; lambda in GKD, 1 is purely on-policy."""
 
     def draw_answered(self, count: int) -> Sequence[bool]:
-        """Rows are drawn, each by itself."""
+        """Draw each row independently with probability ``student_share``."""
         import torch
 
         drawn: list[bool] = (torch.rand(count) < self.student_share).tolist()
         return drawn
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed divergence at the tokens of the answers."""
+        """Return the summed divergence at the tokens of the answers."""
         from luthier.objectives.teacher import whole_distribution
 
         teacher = network.others["teacher"]
@@ -169,25 +170,25 @@ def _record(row: Row, prompt_T: IntArray, answer: Completion, chat: ChatFormat) 
 
 
 def _reply_start(example: Example) -> int:
-    """Place of the first token of the last reply."""
+    """Return the position of the first token of the last reply."""
     before = np.flatnonzero(example.weight_T == 0)
     return int(before[-1]) + 1
 
 
 def prompt_of(example: Example) -> IntArray:
-    """What the last reply of a row is an answer to; what the encoder reads, where there is one."""
+    """Return the prompt of the last reply; for an encoder-decoder, the encoder's input."""
     if example.source_T is not None:
         return example.source_T
     return example.ids_T[: _reply_start(example)]
 
 
 def answer_of(example: Example) -> IntArray:
-    """The tokens of the last reply of a row."""
+    """Return the tokens of the last reply of a row."""
     return example.ids_T[_reply_start(example) :]
 
 
 def with_answer(example: Example, ids_T: IntArray) -> Example:
-    """The row with another last reply, which alone is learned."""
+    """Return the row with another last reply. Only the last reply has weights."""
     start = _reply_start(example)
     weight_T = np.zeros(start + len(ids_T), dtype=np.float32)
     weight_T[start:] = 1.0
@@ -195,7 +196,7 @@ def with_answer(example: Example, ids_T: IntArray) -> Example:
 
 
 def _room(network: Network, example: Example) -> int:
-    """Tokens that fit into the context behind the prompt of a row."""
+    """Return the number of tokens of the context after the prompt of a row."""
     return network.context - network.tokens_before - _reply_start(example)
 
 

@@ -1,9 +1,9 @@
 """Odds ratio preference optimization (Hong et al. 2024, arXiv:2403.07691, equations 6 and 7).
 
-Supervised learning of the chosen answer, and beside it ``-log sigmoid`` of how much higher its odds
-are than those of the rejected one; no reference model. The probability of an answer is the geometric
-mean over its tokens, ``p = exp(mean log p)``, its odds are ``p / (1 - p)``. As in the paper the prompt
-is not learned (the authors' code, and TRL's, learn it along with the chosen answer).
+Supervised learning of the chosen answer, plus ``-log sigmoid`` of the log odds ratio between the
+chosen and the rejected answer; no reference model. The probability of an answer is the geometric
+mean over tokens, ``p = exp(mean log p)``, and the odds are ``p / (1 - p)``. As in the paper, the
+prompt is not learned (the authors' code and TRL learn the prompt with the chosen answer).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class ORPO(Pairwise):
-    """Learn the chosen answer and unlearn the rejected one in one go, without a reference."""
+    """Preference optimization with supervised learning in one loss, without a reference."""
 
     method: Literal["orpo"] = "orpo"
     odds_weight: float = Field(default=0.1, ge=0, le=1e6)
-    """Weight of the odds ratio beside supervised learning, lambda; 0.1 for the paper's Mistral-ORPO."""
+    """Weight of the odds ratio term, lambda; 0.1 for the paper's Mistral-ORPO."""
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss over the pairs."""
+        """Return the summed loss over the pairs."""
         from torch.nn.functional import logsigmoid
 
         from luthier.objectives.logprobs import row_logps
@@ -45,7 +45,8 @@ class ORPO(Pairwise):
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for ``x < 0`` without cancellation (Maechler 2012, Rmpfr vignette)."""
+    """Return ``log(1 - exp(x))`` for ``x < 0`` without cancellation (Maechler 2012, Rmpfr
+    vignette)."""
     import math
 
     import torch

@@ -1,8 +1,8 @@
-"""Two answers to one prompt in one row: what the objectives that learn from preferences share.
+"""Base classes and helpers of the objectives for preferences between answers to one prompt.
 
-The better answer is the example and the worse one its partner. The network sees both as rows of one
-micro-batch, so the token tree computes their prompt once. The learned tokens of each side weigh one
-half in all: a pair counts 1 in every mean.
+The chosen answer is the example, the rejected answer the partner. The network computes both as rows
+of one micro-batch, so the token tree computes the prompt once. The learned tokens of each side
+weigh one half in total: a pair counts 1 in every mean.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 
 class Judged(WritesReplies):
-    """Base of the objectives whose network writes, learned from answers that people judged.
+    """Base class of the objectives for text generation with judged answers.
 
-    It learned to write before, so steps are smaller than in supervised learning: Zephyr takes 1/40
-    (Tunstall et al. 2023, arXiv:2310.16944, section 4), TRL's defaults 1/20, ORPO's authors about 1/3.
+    The network can generate already, so steps are smaller than in supervised learning: Zephyr uses
+    1/40 of the rate (Tunstall et al. 2023, arXiv:2310.16944, section 4), TRL's defaults 1/20,
+    ORPO's authors about 1/3.
     """
 
     can_shard: ClassVar[bool] = True
@@ -38,31 +39,32 @@ class Judged(WritesReplies):
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Cut the end of each text off; a row with nothing learned left on one side weighs nothing."""
+        """Truncate the end of each answer. A row with an empty side gets weight 0."""
         sides = [_cut(side, context) for side in example.sides]
         if not all(side.weight for side in sides):
             return replace(sides[0], weight_T=np.zeros_like(sides[0].weight_T))
         return Example.of_sides(sides)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """Negative log-likelihood of the answers: no reference, and no other row, enters."""
+        """Return the negative log-likelihood of the answers, which depends on no reference and no
+        other row."""
         from luthier.objectives.logprobs import mean_nll
 
         return mean_nll(network, self.views(examples), budget)
 
 
 class Pairwise(Judged):
-    """Base of the objectives that compare two answers to a prompt."""
+    """Base class of the objectives that compare two answers to a prompt."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Rated answers to one prompt become pairs."""
+        """Combine rated answers to one prompt into pairs."""
         return pair_answers(rows)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight on each token of both answers, one half in all on each side."""
+        """Return both answers with weight on each token, one half in total per side."""
         assert isinstance(row, Preference)
         chosen = encode_answer(row.messages, row.chosen, index, chat, 0.5, row.tools)
         rejected = encode_answer(row.messages, row.rejected, index, chat, 0.5, row.tools)
@@ -70,34 +72,34 @@ class Pairwise(Judged):
         return replace(chosen, partner=rejected)
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+        """Return both answers as separate rows, numbered ``2 row`` and ``2 row + 1``."""
         return [side for example in examples for side in sides_of(example)]
 
     def describe(self, example: Example) -> str:
-        """How long the other answer is; its text is in the file."""
+        """Return the length of the other answer; the file contains the text."""
         assert example.partner is not None
         return f"rather than an answer of {np.count_nonzero(example.partner.weight_T)} tokens"
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Where the two sides of each pair stand among the rows ``R`` of a micro-batch."""
+    """Positions of the two sides of each pair among the rows ``R`` of a micro-batch."""
 
     chosen_P: list[int]
     rejected_P: list[int]
 
     @staticmethod
     def of(batch: TreeBatch) -> Sides:
-        """Pairs in the order of their numbers; a row that comes twice is two pairs."""
+        """Return the pairs of ``batch`` by number; a repeated row is two pairs."""
         rows = [example.row for example in batch.tree.examples]
         place = {row: index for index, row in enumerate(rows)}
         pairs = sorted(row for row in rows if row % 2 == 0)
         return Sides([place[row] for row in pairs], [place[row + 1] for row in pairs])
 
     def measures(self, reward_R: Tensor) -> dict[str, float]:
-        """Sums over the pairs: how often the chosen answer has the higher reward, and by how much.
+        """Return sums over the pairs: accuracy, margin and rewards.
 
-        Of equal rewards, as all are before training, either may be the higher one.
+        Equal rewards count one half: before training, all rewards of a pair are equal.
         """
         chosen_P, rejected_P = reward_R[self.chosen_P].detach(), reward_R[self.rejected_P].detach()
         return {
@@ -108,7 +110,7 @@ class Sides:
         }
 
     def likelihoods(self, logp_R: Tensor) -> dict[str, float]:
-        """Sums over the pairs of the log-probability of each side."""
+        """Return sums over the pairs of the log-probability of each side."""
         return {
             "logp_chosen": float(logp_R[self.chosen_P].detach().sum()),
             "logp_rejected": float(logp_R[self.rejected_P].detach().sum()),
@@ -116,7 +118,7 @@ class Sides:
 
 
 def sides_of(example: Example) -> list[Example]:
-    """A row with its partner as two rows, which are never parted."""
+    """Return a row and the partner as two rows of one group, which stay in one micro-batch."""
     assert example.partner is not None
     row = example.row
     return [
@@ -126,7 +128,7 @@ def sides_of(example: Example) -> list[Example]:
 
 
 def answer_lengths(batch: TreeBatch) -> Tensor:
-    """Learned tokens ``[R]`` of each row, float32."""
+    """Return the number of learned tokens ``[R]`` of each row, float32."""
     import torch
 
     counts = [float(np.count_nonzero(row.weight_T)) for row in batch.tree.examples]
@@ -141,14 +143,14 @@ def encode_answer(
     share: float = 1.0,
     tools: Sequence[Tool] = (),
 ) -> Example:
-    """Return ``prompt`` with one answer, whose tokens weigh ``share`` in all."""
+    """Return ``prompt`` with one answer; the tokens of the answer weigh ``share`` in total."""
     encoded = chat.encode_reply((*prompt, *answer), len(prompt), tools)
     weight_T = _spread(encoded.learned_T, share)
     return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 
 
 def check_different(chosen: Example, rejected: Example) -> None:
-    """Refuse answers that the model's template or tokenizer makes the same."""
+    """Reject answers with equal tokens after template and tokenizer."""
     if np.array_equal(chosen.ids_T, rejected.ids_T):
         raise RowRefused(
             "preference.equal",
@@ -163,6 +165,6 @@ def _spread(learned_T: NDArray[np.bool_], share: float) -> FloatArray:
 
 
 def _cut(example: Example, context: int) -> Example:
-    """One side with at most ``context`` tokens; what is left weighs as much as before."""
+    """Return one side truncated to ``context`` tokens, with the total weight unchanged."""
     shorter = cut_end(example, context)
     return replace(shorter, weight_T=_spread(shorter.weight_T != 0, example.weight))

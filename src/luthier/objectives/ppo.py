@@ -1,22 +1,22 @@
-"""Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) for texts, as InstructGPT
-has it.
+"""Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) for text, as in
+InstructGPT.
 
-One completion of each prompt is sampled with the weights being trained. A token's reward is minus
-its divergence from the reference model, ``-kl_coef log(pi / pi_ref)``, and the last token has the
-score of the text besides (Ouyang et al. 2022, arXiv:2203.02155, section 3.5). Advantages are
-generalized advantage estimates (Schulman et al. 2016, arXiv:1506.02438, equation 16), whitened over
-the batch:
+One completion of each prompt is sampled with the current weights. The reward of a token is the
+negative divergence from the reference model, ``-kl_coef log(pi / pi_ref)``. The last token adds the
+score of the text (Ouyang et al. 2022, arXiv:2203.02155, section 3.5). Advantages are generalized
+advantage estimates (Schulman et al. 2016, arXiv:1506.02438, equation 16), whitened over the batch:
 
-    delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        R_t = A_t + V_t
+    delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        R_t = A_t +
+        V_t
 
 With ``rho = pi / pi_old`` the loss of a token is
 
     max(-rho A, -clip(rho, 1 +- cliprange) A)
         + vf_coef / 2 max((V - R)^2, (clip(V, V_old +- cliprange_value) - R)^2)
 
-The value ``V`` is one linear layer on the hidden state that a token is predicted from; it starts at
-0, is trained with the network and is not part of the custom model. Left out: a value network of its
-own that starts from a reward model and the mix-in of pre-training text (InstructGPT), an adaptive
+The value ``V`` is one linear layer on the hidden state before a token. The layer starts at 0,
+trains with the network and is not part of the custom model. Left out: a separate value network
+initialized from a reward model and the mix-in of pre-training text (InstructGPT), an adaptive
 ``kl_coef`` and an entropy bonus (Schulman et al. 2017). Minibatches are the same in each epoch.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from luthier.models.process_group import ProcessGroup
 
 HEAD = "value_head"
-"""Name of the value's layer in the network while it trains."""
+"""Name of the value layer in the network during training."""
 
 
 class PPO(Reinforcement):
@@ -50,23 +50,23 @@ class PPO(Reinforcement):
     num_ppo_epochs: int = Field(default=4, ge=1, le=10_000)
     """Passes over the completions of a step (TRL's default)."""
     num_mini_batches: int = Field(default=1, ge=1, le=10_000)
-    """Optimizer steps in each pass."""
+    """Optimizer steps per pass."""
     cliprange: float = Field(default=0.2, gt=0, lt=1)
-    """How far the ratio of a token may leave 1 and still be learned from (the paper's section 6.1)."""
+    """Clip range of the ratio around 1 (section 6.1 of the paper)."""
     cliprange_value: float = Field(default=0.2, gt=0, le=1e6)
-    """How far a value may move from where it was before the step."""
+    """Clip range of a value around the value before the step."""
     vf_coef: float = Field(default=0.1, ge=0, le=1e6)
-    """Weight of the value's loss (TRL's default)."""
+    """Weight of the value loss (TRL's default)."""
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount of a reward for each token before it; 1, as a text is judged at its end (TRL's)."""
+    """Discount per token; 1 because text is graded at the end (TRL's default)."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """Decay of the advantage estimate: 1 trusts the rewards, 0 the values."""
     kl_coef: float = Field(default=0.05, ge=0, le=1e6)
-    """Price of each nat of divergence from the reference model; 0 runs none."""
+    """Price per nat of divergence from the reference model; 0 disables the reference."""
     whiten_rewards: bool = False
     """Scale the rewards of all tokens to a deviation of 1."""
     missing_eos_penalty: float = Field(default=0.0, ge=0, le=1e6)
-    """Taken from the score of a completion that reached the limit of tokens."""
+    """Score penalty for truncated completions."""
 
     defaults: ClassVar[TrainingDefaults] = replace(Reinforcement.defaults, batch_rows=32)
 
@@ -76,7 +76,7 @@ class PPO(Reinforcement):
         return self.kl_coef > 0
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Return the value's layer, at 0."""
+        """Return the value layer, initialized to 0."""
         import torch
         from torch import nn
 
@@ -110,7 +110,8 @@ class PPO(Reinforcement):
         return batches
 
     def _read(self, network: Network, batch: TreeBatch) -> None:
-        """Log-probabilities and values before the step, and log-probabilities of the reference."""
+        """Compute log-probabilities and values before the step, and the reference's
+        log-probabilities."""
         from luthier.objectives.logprobs import token_logps
 
         policy = extra_of(batch, PolicyBatch)
@@ -123,7 +124,7 @@ class PPO(Reinforcement):
             policy.diverges(batch, policy.old_M - policy.reference_M)
 
     def _estimate(self, network: Network, rollouts: Rollouts, batches: Sequence[TreeBatch]) -> None:
-        """Advantages and returns of all tokens; whitening is over all of them together."""
+        """Compute advantages and returns of all tokens. Whitening covers all tokens together."""
         import torch
 
         policies = [extra_of(batch, PolicyBatch) for batch in batches]
@@ -148,7 +149,8 @@ class PPO(Reinforcement):
             policy.advantage_M, policy.return_M = advantage, back
 
     def _rewards(self, rollouts: Rollouts, batch: TreeBatch) -> Tensor:
-        """Rewards ``[M]`` of the tokens: the price of divergence, and the score at the last token."""
+        """Return the rewards ``[M]`` of the tokens: the divergence, plus the score at the last
+        token."""
         import torch
 
         policy = extra_of(batch, PolicyBatch)
@@ -165,7 +167,7 @@ class PPO(Reinforcement):
         return reward_M
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
-        """Epochs times minibatches."""
+        """Yield the minibatches of each epoch."""
         # Of several processes, one may have no row of a minibatch.
         parts = extra_of(batches[0], PolicyBatch).parts if batches else 0
         for _ in range(self.num_ppo_epochs):
@@ -173,7 +175,7 @@ class PPO(Reinforcement):
                 yield [batch for batch in batches if extra_of(batch, PolicyBatch).part == part]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed clipped surrogate and value loss."""
+        """Return the summed clipped surrogate and value loss."""
         from luthier.objectives.logprobs import token_logps
 
         policy = extra_of(batch, PolicyBatch)
@@ -195,7 +197,8 @@ class PPO(Reinforcement):
 
 
 def advantages(reward_T: Tensor, value_T: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalized advantage estimates ``[T]`` of one completion; there is nothing after its end."""
+    """Return generalized advantage estimates ``[T]`` of one completion; the value after the end is
+    0."""
     reward, value = reward_T.tolist(), [*value_T.tolist(), 0.0]
     found, later = [0.0] * len(reward), 0.0
     for t in reversed(range(len(reward))):
@@ -205,8 +208,8 @@ def advantages(reward_T: Tensor, value_T: Tensor, gamma: float, lam: float) -> T
 
 
 def whiten(value_M: Tensor, processes: ProcessGroup, shift: bool = True) -> Tensor:
-    """Deviation 1, and mean 0 where ``shift``, over the numbers of all processes; one number is left
-    as it is."""
+    """Scale to deviation 1, and mean 0 with ``shift``, over all processes. A single number is
+    unchanged."""
     all_M = processes.concatenate(value_M)
     if len(all_M) < 2:
         return value_M
@@ -216,12 +219,12 @@ def whiten(value_M: Tensor, processes: ProcessGroup, shift: bool = True) -> Tens
 
 
 def _values(network: Network, batch: TreeBatch, hidden_SH: Tensor) -> Tensor:
-    """The value ``[M]`` of the state that each learned token is predicted from."""
+    """Return the value ``[M]`` of the state before each learned token."""
     value_S: Tensor = getattr(network.model, HEAD)(hidden_SH.float())[:, 0]
     return value_S[batch.edge_source_E][batch.learned_edges[1]]
 
 
 def _filled_in(tensor: Tensor | None) -> Tensor:
-    """What :meth:`PPO.annotate` has filled in."""
+    """Return a tensor that :meth:`PPO.annotate` must have filled in."""
     assert tensor is not None
     return tensor

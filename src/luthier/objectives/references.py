@@ -1,8 +1,8 @@
-"""The reference model's view of rows: log-probabilities at the weights a run starts from.
+"""Log-probabilities under the reference model: the network at the initial weights of the run.
 
-No second network is in memory: ``network.at_start()`` runs the network that trains at its starting
-values. If rows come more than once, the engine calls :func:`with_reference_logps` before the first
-step. Otherwise :meth:`ReferenceObjective.annotate` runs the reference model in the step.
+No second network is in memory: ``network.at_start()`` runs the trained network at the initial
+weights. If rows are used more than once, the engine calls :func:`with_reference_logps` before the
+first step. Otherwise :meth:`ReferenceObjective.annotate` runs the reference model in the step.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 AT_ONCE = 64
-"""Rows whose micro-batches are laid out at once."""
+"""Number of rows per layout of micro-batches."""
 
 
 def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
-    """Log-probability ``[R]`` of each row's learned tokens, summed, under the reference model."""
+    """Return the summed log-probability ``[R]`` of each row's learned tokens under the reference
+    model."""
     import torch
 
     from luthier.objectives.logprobs import row_logps
@@ -41,10 +42,9 @@ def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
 def with_reference_logps(
     network: Network, examples: Sequence[Example], budget: int
 ) -> Sequence[Example]:
-    """``examples``, all sides of them, with :attr:`Example.reference` filled in.
+    """Return ``examples`` with :attr:`Example.reference` set on all sides.
 
-    Rows are computed in the same micro-batches at each start of a run, so a resumed one sees the same
-    bits.
+    The micro-batches are the same at each start of a run, so a resumed run computes the same bits.
     """
     logp = list[float]()
     texts = (side for example in examples for side in example.sides)
@@ -60,7 +60,7 @@ def with_reference_logps(
 
 
 class ReferenceObjective(Objective):
-    """Base of the objectives that compare answers with what the reference model says of them."""
+    """Base class of the objectives that compare log-probabilities with a reference model."""
 
     uses_reference: ClassVar[bool] = True
     can_shard: ClassVar[bool] = False
@@ -68,6 +68,6 @@ class ReferenceObjective(Objective):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Micro-batches with the reference log-probability ``[R]`` of each row as ``extra``."""
+        """Return micro-batches with the reference log-probability ``[R]`` of each row as ``extra``."""
         batches = super().annotate(network, examples, budget)
         return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]

@@ -1,8 +1,8 @@
 """Regression: a number for each text, such as a rating or a similarity (Devlin et al. 2019, STS-B).
 
-One output of the sequence classification head, squared error. Ratings are brought to mean 0 and
-standard deviation 1 for training; both numbers are kept with the model, and answers are given in the
-user's own scale. (A directory that transformers loads gives the standardized number.)
+One output of the sequence classification head with squared error. Ratings are standardized to mean
+0 and standard deviation 1 for training. The model stores both statistics, and predictions use the
+original scale. (transformers returns the standardized number.)
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class Regression(Objective):
-    """Which number belongs to a text."""
+    """Regression of a number for each text."""
 
     method: Literal["regression"] = "regression"
     center: float | None = None
-    """Mean rating, from the training rows when not given."""
+    """Mean rating; default: from the training rows."""
     scale: float | None = None
-    """Standard deviation of the ratings, from the training rows when not given."""
+    """Standard deviation of the ratings; default: from the training rows."""
 
     task: ClassVar[Task] = "sequence_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
@@ -42,11 +42,11 @@ class Regression(Objective):
     allows_augmentation: ClassVar[bool] = True
 
     def head(self) -> Head:
-        """One output."""
+        """Return a head with one output."""
         return Head(self.task, ("rating",), "regression")
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Measure mean and spread of the ratings."""
+        """Compute mean and standard deviation of the ratings."""
         ratings = [row.rating for row in rows if isinstance(row, RatedText)]
         center = statistics.fmean(ratings) if self.center is None else self.center
         scale = statistics.pstdev(ratings) if self.scale is None else self.scale
@@ -59,7 +59,7 @@ class Regression(Objective):
         return self.model_copy(update={"center": center, "scale": scale})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The whole text; the row's weight stands at its last token."""
+        """Return the whole text; the weight of the row is on the last token."""
         example = chat.encode_input(row, index)
         if not isinstance(row, RatedText):
             return example
@@ -67,11 +67,11 @@ class Regression(Objective):
         return replace(example, target=np.array([standard], dtype=np.float32))
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start and the closing token, and the weight."""
+        """Keep the start, the closing token and the weight."""
         return cut_text(example, context)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed squared error of the standardized ratings."""
+        """Return the summed squared error of the standardized ratings."""
         import torch
 
         scores_R = network.row_scores(batch).float()[:, 0]
@@ -82,10 +82,10 @@ class Regression(Objective):
         return Loss.of_rows(error_R.square(), {"absolute_error": absolute})
 
     def describe(self, example: Example) -> str:
-        """The rating of the row."""
+        """Return the rating of the row."""
         return f"{float(np.asarray(example.target)[0]) * (self.scale or 1) + (self.center or 0):g}"
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: the rating, in the scale of the data."""
+        """Return the rating of each row in the scale of the data, in tree order."""
         scores = network.row_scores(batch).float()[:, 0].tolist()
         return [{"rating": s * (self.scale or 1.0) + (self.center or 0.0)} for s in scores]

@@ -1,12 +1,14 @@
-"""A reward model: a number for each answer, learned from which of two people preferred.
+"""Reward models: a number for each answer, learned from preferences between two answers.
 
-The Bradley-Terry model (1952) as in Ouyang et al. 2022, arXiv:2203.02155, equation 1: the chosen answer
-wins with probability ``sigmoid(r_chosen - r_rejected)``, and the loss is the negative logarithm of it.
-The scalar head is transformers' own for sequences with one label, so the model loads there. Networks
-with a chat template read the conversation in it, up to the token that ends the answer (or the one
-before, where the tokenizer also fills up with it, as transformers would not see it); the others
-(encoders) read prompt and answer with an empty line between. Left out: normalisation of all comparisons
-of one prompt (every pair counts 1).
+The Bradley-Terry model (1952) as in Ouyang et al. 2022, arXiv:2203.02155, equation 1: the chosen
+answer wins with probability ``sigmoid(r_chosen - r_rejected)``, and the loss is the negative
+log-probability. The scalar head is transformers' head for sequences with one label, so the model
+loads in transformers.
+
+Networks with a chat template encode the conversation up to the token that ends the answer. If the
+end token is also the padding token, the token before is the last, because transformers would skip
+padding. Encoders without a template encode prompt and answer with an empty line between. Left out:
+normalisation over all comparisons of one prompt (every pair counts 1).
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class RewardModel(Objective):
-    """How much people like an answer."""
+    """Reward model from preferences."""
 
     method: Literal["reward_model"] = "reward_model"
     margin: float = Field(default=0.0, ge=0, le=1e6)
-    """By how much the chosen answer is to win (Touvron et al. 2023, section 3.2.2, of one size)."""
+    """Target margin of the chosen answer (Touvron et al. 2023, section 3.2.2, with one size)."""
     centering: float = Field(default=0.0, ge=0, le=1e6)
-    """Pulls the rewards of a pair to a mean of 0 (Eisenstein et al. 2023, section 2, who take 0.01)."""
+    """Weight of a pull of each pair's mean reward to 0 (Eisenstein et al. 2023, section 2: 0.01)."""
 
     task: ClassVar[Task] = "sequence_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated", "thumb"})
@@ -46,17 +48,17 @@ class RewardModel(Objective):
     further_shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
 
     def head(self) -> Head:
-        """One output."""
+        """Return a head with one output."""
         return Head(self.task, ("reward",), "regression")
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Rated answers to one prompt become pairs."""
+        """Combine rated answers to one prompt into pairs."""
         return pair_answers(rows)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Both answers behind their prompt, one half of the weight at the last token of each.
+        """Return both answers after the prompt, with half the weight at the last token of each.
 
-        A row with one answer, a conversation, or a bare text is read as it is, for its reward.
+        A row with one answer, a conversation or raw text is encoded unchanged, to predict a reward.
         """
         if not isinstance(row, Preference):
             return _read(row, index, chat)
@@ -67,18 +69,18 @@ class RewardModel(Objective):
         return replace(chosen, weight_T=chosen.weight_T * half, partner=rejected)
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Keep start and closing token of both sides."""
+        """Keep the start and the closing token of both sides."""
         partner = example.partner
         partner = None if partner is None else cut_text(partner, context)
         return replace(cut_text(example, context), partner=partner)
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+        """Return both answers as separate rows, numbered ``2 row`` and ``2 row + 1``."""
         sides = ([each] if each.partner is None else sides_of(each) for each in examples)
         return list(chain.from_iterable(sides))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss over the pairs."""
+        """Return the summed loss over the pairs."""
         from torch.nn.functional import logsigmoid
 
         reward_R, sides = network.row_scores(batch).float()[:, 0], Sides.of(batch)
@@ -89,16 +91,16 @@ class RewardModel(Objective):
         return Loss.of_rows(each_P, sides.measures(reward_R))
 
     def describe(self, example: Example) -> str:
-        """How long the other answer is; its text is in the file."""
+        """Return the length of the other answer; the file contains the text."""
         return "" if example.partner is None else f"rather than {len(example.partner)} other tokens"
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: its reward."""
+        """Return the reward of each row, in tree order."""
         return [{"reward": float(r)} for r in network.row_scores(batch).float()[:, 0]]
 
 
 def _read(row: Row, index: int, chat: ChatFormat) -> Example:
-    """The whole of prompt and answer, of weight 1 at its last token."""
+    """Return prompt and answer, with weight 1 at the last token."""
     turns = row.turns()
     if turns and chat.template == "chat":
         ids_T = chat.encode_reply(turns, 0, row.tools).ids_T

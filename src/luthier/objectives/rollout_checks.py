@@ -1,8 +1,8 @@
-"""What to look at before and while a model learns from rewards.
+"""Checks before and during reinforcement learning.
 
-Whether training is due at all is Amazon Bedrock's advice for reinforcement fine-tuning: a model
-that never earns a reward needs supervised fine-tuning first, as there is nothing to reinforce, and
-one that nearly always does needs none.
+The check before training follows Amazon Bedrock's advice for reinforcement fine-tuning. A model
+that never earns a reward needs supervised fine-tuning first, because nothing can be reinforced. A
+model that nearly always earns a reward needs no training.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from typing import Any
 from luthier.types import Example, FloatArray
 
 PROMPTS = 8
-"""Prompts sampled before the first step."""
+"""Number of prompts to sample before the first step."""
 ENOUGH = 0.95
-"""Mean reward from which on there is too little left to gain."""
+"""Mean reward from which too little is left to gain."""
 WINDOW = 20
-"""Steps that are compared with as many before them."""
+"""Number of steps to compare with the same number of earlier steps."""
 SAMPLES_PER_STEP = 8
-"""Completions of a step that are kept: the best and the worst."""
+"""Number of stored completions per step: the best and the worst."""
 
 
 @dataclass(frozen=True)
 class Precheck:
-    """Result of the check of samples before the first step."""
+    """Result of the check before the first step."""
 
     text: str
     refused: bool = False
 
 
 def sample_evenly(examples: Sequence[Example]) -> list[Example]:
-    """:data:`PROMPTS` rows, evenly from first to last."""
+    """Return :data:`PROMPTS` evenly spaced rows."""
     every = max(1, len(examples) // PROMPTS)
     return list(examples[::every][:PROMPTS])
 
 
 def precheck(score_PG: FloatArray, is_share: bool) -> Precheck:
-    """Judge the scores of some completions; ``is_share`` ones are from 0 to 1."""
+    """Judge the scores of sampled completions. ``is_share`` means scores from 0 to 1."""
     mean, what = float(score_PG.mean()), f"{score_PG.size} completions of {len(score_PG)} prompts"
     if is_share and score_PG.max() <= 0:
         return Precheck(
@@ -61,7 +61,7 @@ def precheck(score_PG: FloatArray, is_share: bool) -> Precheck:
 
 
 def extremes(order: Sequence[int]) -> list[int]:
-    """The first and the last of ``order``, :data:`SAMPLES_PER_STEP` in all."""
+    """Return the first and the last of ``order``, :data:`SAMPLES_PER_STEP` in total."""
     if len(order) <= SAMPLES_PER_STEP:
         return list(order)
     half = SAMPLES_PER_STEP // 2
@@ -69,7 +69,7 @@ def extremes(order: Sequence[int]) -> list[int]:
 
 
 def advice(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What the last steps say, compared with those before them; empty while all is well."""
+    """Return advice from the last steps compared with earlier steps; empty without advice."""
     if len(lines) < 2 * WINDOW:
         return ""
     before, now = lines[-2 * WINDOW : -WINDOW], lines[-WINDOW:]
@@ -95,6 +95,6 @@ def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def _noise(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> float:
-    """Standard error of the difference of two mean rewards."""
+    """Return the standard error of the difference of two mean rewards."""
     spreads = [statistics.pvariance([line["reward"] for line in part]) for part in (before, now)]
     return math.sqrt(sum(spreads) / WINDOW)

@@ -1,14 +1,14 @@
-"""What methods share in which the network answers and learns from what the answers are worth.
+"""Base class of reinforcement learning: generated completions with graded rewards.
 
-A step samples completions of the prompts of its rows with the weights being trained, grades the
-texts, and lays prompt and completion out as rows of a token tree, in which the completions of a
-prompt share it. A row needs a prompt; its reply, if there is one, is never learned: it is what
-graders compare with.
+A step samples completions of the rows' prompts with the current weights, grades the text, and lays
+out prompts and completions as rows of a token tree. All completions of a prompt share the prompt in
+the tree. A row needs a prompt. The reply of a row is never learned; graders compare completions
+with the reply.
 
-The "old" log-probabilities of an importance ratio are the trainer's own and not the sampler's. Both
-come from the same weights and layers and differ by rounding alone, which every step reports
-(``sampler_difference``): so the ratio begins at exactly 1, and no correction for a sampler that is
-another program is needed (as vLLM is in TRL, which multiplies by a truncated ratio of the two).
+The "old" log-probabilities of an importance ratio come from the trainer, not from the sampler. Both
+use the same weights and layers and differ by rounding alone, which every step reports
+(``sampler_difference``). Therefore the ratio starts at exactly 1. No correction for an external
+sampler is needed (TRL with vLLM multiplies by a truncated ratio of both).
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 MEASURED_SEED = 0
-"""Seed of the draws in measurements, which are always the same."""
+"""Random seed of measurements."""
 
 
 def graded_answer(example: Example, reply: str) -> Answer:
-    """``reply`` to the prompt of an example, for a grader."""
+    """Return ``reply`` to the prompt of an example, for a grader."""
     assert example.given is not None
     return Answer.of(example.given, reply)
 
 
 def sample_record(row: Row, reply: DecodedReply, tokens: int, stopped: bool) -> dict[str, Any]:
-    """A text that the network wrote in training, as ``samples.jsonl`` keeps it."""
+    """Return the record of a generated text for ``samples.jsonl``."""
     return {
         "line": row.line,
         "prompt": row.prompt_turns()[-1].content,
@@ -73,7 +73,7 @@ def sample_record(row: Row, reply: DecodedReply, tokens: int, stopped: bool) -> 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of a prompt, and what it is worth."""
+    """One completion of a prompt with the score."""
 
     prompt: Example
     completion: Completion
@@ -84,7 +84,8 @@ class Rollout:
         return len(self.completion.ids_T)
 
     def row(self, place: int, weight: float) -> Example:
-        """Prompt and completion as one row, whose number is ``place``; ``weight`` for each token."""
+        """Return prompt and completion as one row with number ``place`` and ``weight`` on each
+        token."""
         written_T = self.completion.ids_T
         # The decoder of an encoder-decoder starts from one token; others go on with the prompt.
         before_T = self.prompt.ids_T[: 1 if self.prompt.source_T is not None else None]
@@ -96,28 +97,28 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The completions of one batch of rows: ``P`` prompts, ``G`` completions of each."""
+    """The completions of one batch of rows: ``P`` prompts with ``G`` completions each."""
 
     each: list[Rollout]
-    """Those of a prompt one after the other."""
+    """All completions, grouped by prompt."""
     group: int
-    """``G``."""
+    """Completions per prompt, ``G``."""
     ungraded: int = 0
-    """Completions that have score 0 because the grader failed on them."""
+    """Number of completions with score 0 because of grader failures."""
 
     @cached_property
     def score_PG(self) -> FloatArray:
-        """Scores, one line for each prompt."""
+        """Scores, one row per prompt."""
         scores = np.array([rollout.score for rollout in self.each], dtype=np.float32)
         return scores.reshape(-1, self.group)
 
     @property
     def equal_P(self) -> Any:
-        """True if all completions of a prompt are worth the same, so that nothing tells them apart."""
+        """True for prompts with equal scores, which teach nothing."""
         return self.score_PG.max(1) == self.score_PG.min(1)
 
     def report(self) -> dict[str, float]:
-        """Means over the completions."""
+        """Return means over the completions."""
         count, lengths = len(self.each), [len(rollout) for rollout in self.each]
         return {
             "reward": float(self.score_PG.mean()),
@@ -132,12 +133,12 @@ class Rollouts:
 
 @dataclass
 class PolicyBatch:
-    """What the loss of one micro-batch needs; ``M`` learned tokens, in the order of its rows."""
+    """Inputs of the loss of one micro-batch; ``M`` learned tokens, in row order."""
 
     rollouts: Rollouts
     weight_M: Tensor
     sampler_M: Tensor
-    """Log-probabilities as the sampler gave them."""
+    """Log-probabilities from the sampler."""
     advantage_M: Tensor
     old_M: Tensor | None = None
     """Log-probabilities before the first optimizer step on the batch."""
@@ -146,20 +147,20 @@ class PolicyBatch:
     value_M: Tensor | None = None
     return_M: Tensor | None = None
     part: int = 0
-    """Which of the minibatches it belongs to."""
+    """Index of the minibatch."""
     parts: int = 1
-    """How many of those there are."""
+    """Number of minibatches."""
     sums: dict[str, float] = field(default_factory=dict)
-    """Sums over the tokens, of the last pass."""
+    """Sums over the tokens of the last pass, by metric."""
     kl_R: dict[int, float] = field(default_factory=dict)
-    """Divergence from the reference of each completion, by its place: a sum over its tokens."""
+    """Divergence from the reference by completion, summed over tokens."""
 
     def note(self, name: str, value_M: Tensor) -> None:
-        """Keep the sum of something for the metrics."""
+        """Store the sum of a metric."""
         self.sums[name] = float(value_M.detach().sum())
 
     def diverges(self, batch: TreeBatch, kl_M: Tensor) -> None:
-        """Keep the divergence from the reference model for the metrics and the samples."""
+        """Store the divergence from the reference model for metrics and samples."""
         from luthier.objectives.logprobs import row_sums
 
         self.note("kl", kl_M)
@@ -167,7 +168,7 @@ class PolicyBatch:
         self.kl_R = {row.row: kl for row, kl in zip(batch.tree.examples, sums, strict=True)}
 
     def compare(self, logp_M: Tensor) -> Tensor:
-        """The ratio of the policy to what it was before the first step on this batch."""
+        """Return the ratio of the policy to the policy before the first step on this batch."""
         if self.old_M is None:
             # Nothing moved yet: these are the old ones, and a further forward pass is spared.
             self.old_M = logp_M.detach()
@@ -177,27 +178,27 @@ class PolicyBatch:
 
 @dataclass(frozen=True)
 class _OpenGrader:
-    """A grader as it was named, and with its models opened."""
+    """A named grader, and the same grader with opened models."""
 
     named: Grader
     grader: Grader
 
 
 class Reinforcement(WritesReplies):
-    """Base of the objectives that learn from rewards."""
+    """Base class of the objectives that learn from rewards."""
 
     grader: AnyGrader = Exact()
-    """What a completion is worth: a grader by name, or a table of its method and fields."""
+    """Grader of the completions: a name, or a table of method and fields."""
     on_error: OnError = "fail"
-    """A completion that the grader fails on stops the run, or is worth 0 and counted (``zero``)."""
+    """Action on grader failures: stop the run, or score 0 and count the failure (``zero``)."""
     time_limit_s: float = Field(default=60.0, gt=0, le=86_400)
-    """Seconds a grader may take for one completion."""
+    """Time limit of a grader per completion, in seconds."""
     max_completion_tokens: int = Field(default=256, ge=1, le=10_000_000)
-    """Tokens of a completion at most (TRL's default)."""
+    """Maximum tokens per completion (TRL's default)."""
     temperature: float = Field(default=1.0, gt=0, le=1000)
-    """Divides the logits, of sampler and trainer alike; 1 samples from the policy itself."""
+    """Divisor of the logits of sampler and trainer; 1 samples from the policy."""
     force: bool = False
-    """Train although the samples before the first step advise against it."""
+    """Train although the check before the first step advises against training."""
 
     further_shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "prompt_only", "messages"})
     same_each_epoch: ClassVar[bool] = False
@@ -210,16 +211,16 @@ class Reinforcement(WritesReplies):
 
     @property
     def generations(self) -> int:
-        """Completions of each prompt in a step, ``G``."""
+        """Completions per prompt in a step, ``G``."""
         return 1
 
     @property
     def other_models(self) -> Mapping[str, str]:
-        """The models that grade, by their ids."""
+        """Return the ids of the grader's models."""
         return {name: name for name in sorted(self.grader.models)}
 
     def bind(self, models: RunModels) -> Self:
-        """Reject a grader that lacks something, or a model without the task that the grader needs."""
+        """Reject an incomplete grader, and a grader's model with the wrong task."""
         self.grader.check()
         for name, other in models.others.items():
             check_grader_model(name, self.grader.models[name], other.objective)
@@ -227,11 +228,11 @@ class Reinforcement(WritesReplies):
 
     @property
     def _tries(self) -> int:
-        """Completions of each prompt before the first step."""
+        """Completions per prompt before the first step."""
         return max(4, self.generations)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The prompt, of no weight; refuses a row that the grader cannot compare with."""
+        """Return the prompt with weight 0; reject a row without the reply that the grader needs."""
         self.grader.check_expected(row.expected_reply())
         ids_T = chat.encode_prompt(row.prompt_turns(), row.tools)
         source_T = None
@@ -246,7 +247,8 @@ class Reinforcement(WritesReplies):
         return self.generations, self.max_completion_tokens
 
     def truncate(self, example: Example, context: int) -> Example:
-        """A prompt without its end asks something else: what comes back has nothing to learn."""
+        """Return the example unchanged, which has nothing to learn: a truncated prompt is another
+        question."""
         return example
 
     def roll_out(
@@ -256,7 +258,8 @@ class Reinforcement(WritesReplies):
         count: int,
         generator: torch.Generator | None = None,
     ) -> Rollouts:
-        """``count`` graded completions of each prompt; the same for equal weights and ``generator``."""
+        """Return ``count`` graded completions of each prompt; deterministic for weights and
+        ``generator``."""
         from luthier.models.decoding import sample
         from luthier.models.random_numbers import draw_seeds
         from luthier.models.sampling import Sampling
@@ -295,7 +298,7 @@ class Reinforcement(WritesReplies):
         return Rollouts(each, count, int(processes.sum(len(grades.problems))))
 
     def _open_grader(self, network: Network, note: Callable[[str], None] = silent) -> Grader:
-        """The grader with its models opened; it stays with the network, and knows what it was told."""
+        """Return the grader with opened models, cached in the network with the grader's history."""
         kept = network.cache
         if not isinstance(kept, _OpenGrader) or kept.named is not self.grader:
             kept = _OpenGrader(
@@ -305,7 +308,8 @@ class Reinforcement(WritesReplies):
         return kept.grader
 
     def sample_step(self, network: Network, examples: Sequence[Example]) -> Rollouts:
-        """The rollouts of a step: anew in training, by the generator that checkpoints keep."""
+        """Return the rollouts of a step, with random numbers from the checkpointed generator in
+        training."""
         generator = None if network.model.training else fixed_generator()
         return self.roll_out(network, examples, self.generations, generator)
 
@@ -317,7 +321,8 @@ class Reinforcement(WritesReplies):
         advantages: Sequence[FloatArray],
         budget: int,
     ) -> list[TreeBatch]:
-        """Micro-batches of ``rows``, each with its :class:`PolicyBatch`; ``advantages`` by number."""
+        """Return micro-batches of ``rows`` with :class:`PolicyBatch`; ``advantages`` are by row
+        number."""
         import torch
 
         def to_tensor(arrays: Iterable[FloatArray]) -> Tensor:
@@ -358,7 +363,7 @@ class Reinforcement(WritesReplies):
         return super().prepare(start)
 
     def verdicts(self, start: RunStart) -> tuple[int, int]:
-        """Return the most verdicts that a judge gives in the run, and those before the first step."""
+        """Return the maximum number of a judge's verdicts in the run, and before the first step."""
         first = rollout_checks.PROMPTS * self._tries + 1
         count = (start.rows_read + start.rows_calibrated) * self.generations
         each = self.grader.judgements
@@ -367,9 +372,9 @@ class Reinforcement(WritesReplies):
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, float]:
-        """Mean reward of one completion of each prompt, drawn the same way each time.
+        """Return the mean reward of one completion per prompt, with a fixed seed.
 
-        ``reward_error`` is the standard error of that mean.
+        ``reward_error`` is the standard error of the mean.
         """
         with network.split_work():
             rollouts = self.roll_out(network, examples, 1, fixed_generator())
@@ -379,7 +384,7 @@ class Reinforcement(WritesReplies):
         return {"loss": -reward, "reward": reward, "reward_error": error}
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """What the network says of the prompts themselves, without a draw."""
+        """Return the negative log-likelihood of the prompts, which is deterministic."""
         from luthier.objectives.logprobs import mean_nll
 
         return mean_nll(network, [_read(example) for example in examples], budget)
@@ -390,9 +395,9 @@ class Reinforcement(WritesReplies):
         batches: Sequence[TreeBatch],
         lines: Sequence[Mapping[str, Any]],
     ) -> StepReport:
-        """Return rewards, lengths and means over the learned tokens; the best and worst completions.
+        """Return rewards, lengths and token means, with the best and worst completions.
 
-        The advice is about rewards that stopped rising, or completions that all score the same.
+        The advice concerns rewards that stopped rising, and groups with equal scores.
         """
         policies = [extra_of(batch, PolicyBatch) for batch in batches]
         metrics = self._step_metrics(network, policies)
@@ -422,14 +427,15 @@ class Reinforcement(WritesReplies):
 
 
 def fixed_generator() -> torch.Generator:
-    """The draws of a measurement."""
+    """Return the random generator of measurements."""
     import torch
 
     return torch.Generator().manual_seed(MEASURED_SEED)
 
 
 def _read(example: Example) -> Example:
-    """The prompt as a text; its last token comes twice, so that at least one is predicted."""
+    """Return the prompt as learned text. The last token is repeated, so that at least one is
+    predicted."""
     prompt_T: IntArray = example.ids_T if example.source_T is None else example.source_T
     first_T = example.ids_T if example.source_T is None else example.ids_T[:1]
     ids_T = np.concatenate([first_T, prompt_T[-1:] if example.source_T is None else prompt_T])

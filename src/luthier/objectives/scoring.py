@@ -1,4 +1,4 @@
-"""What models that are loaded beside the network that trains say of its answers: scores or verdicts."""
+"""Scores and verdicts of models that are loaded next to the trained network."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ Remember = Callable[[Writer, ModelSpec, SamplingSpec], Writer]
 
 
 def silent(text: str) -> None:
-    """Tell nobody."""
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
 class LocalModels:
-    """The models that graders name, of networks in memory and of endpoints."""
+    """The models of graders: networks in memory, and endpoints."""
 
     networks: Mapping[str, Network]
-    """Frozen networks by their ids."""
+    """Frozen networks by id."""
     note: Callable[[str], None] = field(default=silent)
-    """Tells people what an endpoint makes of it."""
+    """Function to print a note about an endpoint."""
     remember: Remember = field(default=lambda write, judge, sampling: CachedWriter(write))
-    """Wraps a writer so that it asks nothing twice: in memory, unless it says otherwise."""
+    """Function that wraps a writer with a cache; default: in memory."""
 
     def scorer(self, model: str) -> Scorer:
-        """The reward model of this id."""
+        """Return the reward model with the id ``model``."""
         check_reward_model(model, self.networks[model])
         return partial(rewards, self.networks[model])
 
     def embedder(self, model: str) -> Embedder:
-        """The encoder of this id."""
+        """Return the encoder with the id ``model``."""
         return partial(embeddings, self.networks[model])
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
     ) -> Writer:
-        """The judge, who is asked nothing twice, and is kept to no ``schema``."""
+        """Return the judge with a cache of replies. ``schema`` is ignored."""
         if judge.url is None:
             network = self.networks[judge.model]
             write: Writer = partial(write_replies, network, sampling, judge.batch_size)
@@ -85,9 +85,10 @@ def write_replies(
     batch_size: int,
     conversations: Sequence[Sequence[Message]],
 ) -> list[str | Failure]:
-    """A network's reply to each conversation; a failure where its context does not hold one.
+    """Return a network's reply to each conversation; a failure for conversations beyond the
+    context.
 
-    The same for the same conversation and seed, whatever else is asked.
+    The reply depends only on the conversation and the seed, not on the other conversations.
     """
     from luthier.models.backends import reply_room
     from luthier.models.decoding import sample
@@ -121,14 +122,14 @@ def write_replies(
 
 
 def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
-    """A conversation for a model; one without a chat template reads its turns as one text."""
+    """Encode a conversation. Models without a chat template get all turns as one text."""
     if chat.template == "plain" or chat.start_id is not None:
         turns = [Message("user", "\n\n".join(turn.content for turn in turns))]
     return chat.encode_prompt(turns)
 
 
 def check_grader_model(name: str, task: Task, learned: Objective) -> None:
-    """Refuse a model that was trained for something else than what a grader asks of it."""
+    """Reject a model whose task does not fit the grader."""
     if task == "embedding" and learned.task != "embedding":
         raise RecipeError(
             f"{name} was trained for {learned.method} and gives no embeddings; take an encoder, such "
@@ -146,7 +147,7 @@ def check_grader_model(name: str, task: Task, learned: Objective) -> None:
 
 
 def check_reward_model(name: str, network: Network) -> None:
-    """Refuse a model that does not give one number for a text."""
+    """Reject a model that is not a reward model."""
     if task_of(network.model) != "sequence_classification" or network.model.config.num_labels != 1:
         raise RecipeError(
             f"{name} is no reward model; train one with `objective.method=reward_model`",
@@ -155,7 +156,7 @@ def check_reward_model(name: str, network: Network) -> None:
 
 
 def embeddings(network: Network, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Where an encoder places texts, ``[N, H]`` of length 1; of a long one it reads the beginning."""
+    """Return embeddings ``[N, H]`` of length 1; long text is truncated."""
     import torch
 
     encoder, chat = Contrastive(), chat_of(network)
@@ -171,9 +172,9 @@ def embeddings(network: Network, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:
-    """A number for each answer, read in the reward model's own format and by its own tokenizer.
+    """Return a reward for each answer, in the reward model's own format and tokenizer.
 
-    Of a text that is longer than its context it reads the beginning.
+    Answers beyond the context are truncated.
     """
     import torch
 

@@ -1,25 +1,26 @@
-"""Self-distillation fine-tuning: the network learns from itself with the answer before its eyes.
+"""Self-distillation fine-tuning: the network learns from the same network with the answer in
+context.
 
-What a model says of a task once it has read an example of a good answer is better than what it says
-without, and near to what it said before. So it is its own teacher (Shenfeld et al. 2026,
-"Self-Distillation Enables Continual Learning", arXiv:2601.19897): the student answers the prompt alone,
-and at each token of its answer its distribution is drawn to the teacher's, which has read the row's
-reply (equation 1 of the paper, every token of the vocabulary counted):
+A model with an example of a good answer in context answers better than without, and close to the
+model's own style. So the model is its own teacher (Shenfeld et al. 2026, "Self-Distillation Enables
+Continual Learning", arXiv:2601.19897). The student answers the prompt alone. At each token of the
+answer, the student's distribution is pulled towards the teacher's, whose context includes the row's
+reply (equation 1 of the paper, over the whole vocabulary):
 
     y ~ student(. | prompt)
     loss = D(teacher(. | prompt, reply, y so far), student(. | prompt, y so far))
 
-It never has to say what it would not have said, and forgets less than by imitation (``sft``). What it
-can learn is bounded by what it makes of an example: small models make little of it, and replies in a
-form that none of its own answers has are hardly found.
+The model never learns text that the model would not have generated, and forgets less than with
+imitation (``sft``). The gain is limited by in-context learning: small models gain little, and
+replies in a form that no own answer has are hardly learned.
 
-The teacher is the network at its starting weights, so no second one is held, and resuming needs nothing
-more. Left out of the paper: a teacher of averaged weights that follows the student slowly, which its
-ablation prefers to a fixed one; leaving the first tokens of an answer out of the loss. Another method
-of that name (Yang et al. 2024, "Self-Distillation Bridges Distribution Gap", arXiv:2402.13669) lets the
-model write the replies anew and imitates these: it is no part of this.
+The teacher is the network at the initial weights, so no second network is in memory, and a resume
+needs no additional state. Left out: a teacher with averaged weights that slowly follows the student
+(the paper's ablation prefers the average to a fixed teacher), and excluding the first tokens of an
+answer from the loss. A different method of the same name (Yang et al. 2024, "Self-Distillation
+Bridges Distribution Gap", arXiv:2402.13669) imitates rewritten replies and is not implemented.
 
-Held-out rows are measured on their own replies. Of a conversation the last reply is learned.
+Held-out rows are measured on the given replies. In conversations, the last reply is learned.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ REPLY = "{reply}"
 
 
 class SDFT(OwnAnswers):
-    """Self-distillation: the teacher is the model itself, which has read the row's reply."""
+    """Self-distillation with the row's reply in the teacher's context."""
 
     method: Literal["sdft"] = "sdft"
     demonstration: str = f"\n\nAn example of a good answer:\n{REPLY}\n\nNow give your own answer."
-    """What the teacher reads behind the prompt; ``{reply}`` stands for the row's own."""
+    """Text after the teacher's prompt; ``{reply}`` is replaced by the row's reply."""
 
     shapes: ClassVar[frozenset[str]] = frozenset()
     further_shapes: ClassVar[frozenset[str]] = OwnAnswers.shapes
@@ -61,7 +62,7 @@ class SDFT(OwnAnswers):
         return text
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The row with its last reply learned; beside it, what the teacher reads before the answer."""
+        """Return the row with the last reply learned; the partner is the teacher's prompt."""
         example = super().encode(row, index, chat)
         own = with_answer(example, answer_of(example))
         turns = list(row.turns())
@@ -77,7 +78,7 @@ class SDFT(OwnAnswers):
         return replace(own, partner=Example(ids_T, weight_T, index, source_T=source_T))
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return what the student reads, and what the teacher reads without learning."""
+        """Return the input rows of the student, and of the teacher with weight 0."""
         found: list[Example] = []
         for example in examples:
             if example.partner is None:
@@ -89,14 +90,14 @@ class SDFT(OwnAnswers):
         return found
 
     def truncate(self, example: Example, context: int) -> Example:
-        """The row with so much less of its reply that the teacher has room for it."""
+        """Truncate the reply, so that the teacher's input fits into the context."""
         over = max(map(len, self.views([example]))) - context
         assert example.partner is not None
         own = cut_end(example, min(context, len(example) - max(0, over)))
         return replace(own, partner=cut_end(example.partner, context))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed divergence at the tokens of the answers."""
+        """Return the summed divergence at the tokens of the answers."""
         from luthier.objectives.teacher import whole_distribution
 
         shown = [with_answer(e.partner, answer_of(e)) for e in batch.tree.examples if e.partner]

@@ -1,29 +1,28 @@
-"""Semi-supervised classification: few labelled texts and many without a label.
+"""Semi-supervised classification: few labelled texts and many texts without a label.
 
-Label propagation (Iscen et al. 2019, arXiv:1904.04717): before the first step the network reads all
-texts once, and labels spread from the labelled ones to their neighbours in the space of its
-embeddings. Where a text's likeliest label has a share of at least ``threshold``, the text is learned
-from as if it had that label. With ``n_s`` labelled rows in a step, and ``S`` the others that are sure
-enough, the loss is
+Label propagation (Iscen et al. 2019, arXiv:1904.04717): before the first step, the network encodes
+all texts once, and labels spread to the neighbours in embedding space. A text whose likeliest label
+has a share of at least ``threshold`` is trained with that label. With ``n_s`` labelled rows in a
+step, and the set ``S`` of confident unlabelled rows, the loss is
 
     (sum_s H(y, p(x)) + w sum_{u in S} H(y~, p(x))) / (n_s + w |S|)
 
-under the network's dropout, and on changed words where ``data.augmentation`` is set. What is learned
-beyond the labelled rows is that neighbours are alike, so the base model must embed texts well before
-it is tuned. How many labelled texts find their own label while it is hidden is said before training.
+with the network's dropout, and with augmentation if ``data.augmentation`` is set. The additional
+signal is that neighbours are alike, so the base model must embed texts well before training. Before
+training, the run prints how many labelled texts recover a hidden label.
 
-The spreading is that of Zhou et al. 2004 ("Learning with Local and Global Consistency", NIPS 2003):
-points that lie close together, and points of one cluster, should have one label. With ``W`` the
-symmetrically normalised similarities of near points and ``Y`` a one for each known label, the labels
-are ``F = (I - alpha W)^-1 Y``. The graph is that of Iscen et al. 2019 (section 3.2): each point is tied
-to its ``k`` nearest by ``max(0, cosine)^3``. Left out: their conjugate gradient, as the plain iteration
-``F <- alpha W F + Y`` is a few dozen sparse products (it converges, as no eigenvalue of ``W`` is above
-1), and Zhou's factor ``1 - alpha``, which is a scale.
+The propagation follows Zhou et al. 2004 ("Learning with Local and Global Consistency", NIPS 2003):
+nearby points, and points of one cluster, should have one label. With the symmetrically normalised
+similarities ``W`` of near points and a one-hot row in ``Y`` for each known label, the labels are
+``F = (I - alpha W)^-1 Y``. The graph is from Iscen et al. 2019 (section 3.2): each point is linked
+to the ``k`` nearest points with weight ``max(0, cosine)^3``. Left out: conjugate gradients, because
+the iteration ``F <- alpha W F + Y`` takes a few dozen sparse products (no eigenvalue of ``W``
+exceeds 1, so the iteration converges), and Zhou's factor ``1 - alpha``, which only scales.
 
-Labelled rows come in the main file, the others through ``data.mix``. Left out: labels found anew in
-each epoch, and weights by entropy and by the size of the class; the threshold stands for the former.
-FixMatch (Sohn et al. 2020, arXiv:2001.07685), where the network labels texts as it learns, was here
-before, and lost to the labelled rows alone (``docs/log/objectives.md``).
+Labelled rows are in the main file, unlabelled rows in ``data.mix``. Left out: new labels in each
+epoch, and weights by entropy and class size; the threshold replaces the former. An earlier version
+used FixMatch (Sohn et al. 2020, arXiv:2001.07685), which was worse than the labelled rows alone
+(``docs/log/objectives.md``).
 """
 
 from __future__ import annotations
@@ -58,31 +57,32 @@ if TYPE_CHECKING:
 POWER = 3
 """gamma of Iscen et al."""
 LEFT = 1e-3
-"""The iteration ends when at most this share of the sum is missing."""
+"""Share of the sum that the iteration may miss at the end."""
 HOPS = 20
-"""Iterations at least: a label reaches no farther, and what far points get is scaled up."""
+"""Minimum number of iterations: labels reach no farther, and shares of distant points are scaled
+up."""
 CHUNK = 1024
-"""Points whose similarities to all others exist at once."""
+"""Number of points per block of similarities to all points."""
 FOLDS = 5
-"""Parts of the labelled rows that are hidden in turn, to see whether they find their label again."""
+"""Number of folds of the labelled rows, to measure the recovery of hidden labels."""
 
 
 class SemiSupervised(Classification):
-    """Which class a text belongs to, from few labelled texts and many without a label."""
+    """Classification with few labelled and many unlabelled texts."""
 
     method: Literal["semi_supervised"] = "semi_supervised"  # type: ignore[assignment]
     multi_label: Literal[False] = False
-    """A text has one label."""
+    """Always false: each text has one label."""
     class_weights: None = None
-    """All labels count alike."""
+    """Always ``None``: all labels have equal weight."""
     threshold: float = Field(default=0.5, ge=0, le=1)
-    """Share of a text's likeliest label from which on it is learned."""
+    """Minimum share of the likeliest label of an unlabelled text."""
     unlabelled_weight: float = Field(default=1.0, gt=0, le=1e6)
-    """What an unlabelled row counts beside a labelled one."""
+    """Weight of an unlabelled row relative to a labelled row."""
     neighbours: int = Field(default=10, ge=1, le=1_000_000)
-    """Texts that each text is tied to, the nearest in the embeddings; k in the paper, which has 50."""
+    """Number of nearest neighbours in the graph; k in the paper, with the value 50."""
     alpha: float = Field(default=0.9, gt=0, lt=1)
-    """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
+    """Share of a text's label that comes from neighbours; 0.99 in the paper."""
 
     can_shard: ClassVar[bool] = False
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
@@ -91,7 +91,7 @@ class SemiSupervised(Classification):
     defaults: ClassVar[TrainingDefaults] = Objective.defaults
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Read the classes of the labelled rows, and check that there are others."""
+        """Collect the classes of the labelled rows, and check that unlabelled rows exist."""
         labelled = [row for row in rows if isinstance(row, LabelledText)]
         if len(labelled) == len(rows):
             raise RecipeError(
@@ -103,7 +103,7 @@ class SemiSupervised(Classification):
         return super().fit(labelled, chat)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The whole text; a row without a label has the target -100 and the weight of such rows."""
+        """Return the whole text; unlabelled rows have the target -100 and ``unlabelled_weight``."""
         if isinstance(row, LabelledText):
             return super().encode(row, index, chat)
         example = chat.encode_input(row, index)
@@ -111,7 +111,7 @@ class SemiSupervised(Classification):
         return replace(example, weight_T=weight_T, target=np.array([NO_LABEL]))
 
     def prepare(self, start: RunStart) -> PreparedRows:
-        """Give each text the label that spreads to it, if the share of the label is high enough."""
+        """Assign the propagated label to each text whose share reaches the threshold."""
         import torch
 
         prepared = super().prepare(start)
@@ -148,14 +148,14 @@ class SemiSupervised(Classification):
         return replace(prepared, examples=labelled)
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return the rows with a label in a step or a measurement; in a step at least one row."""
+        """Return the labelled rows in steps and measurements; a step has at least one row."""
         if changes == "none":
             return list(examples)
         found = [example for example in examples if _label(example) != NO_LABEL]
         return found or list(examples[:1] if changes == "random" else ())
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy, each row times its weight; a row without a label gives none."""
+        """Return the weighted sum of cross-entropies; rows without a label add 0."""
         import torch
         from torch.nn import functional as F
 
@@ -179,7 +179,7 @@ def _label(example: Example) -> int:
 
 
 def _fold(known_N: Tensor, fold: int) -> Tensor:
-    """Every fifth row of each class, beginning with row ``fold``."""
+    """Return every fifth row of each class, starting with row ``fold``."""
     import torch
 
     chosen_N = torch.zeros_like(known_N, dtype=torch.bool)
@@ -190,10 +190,10 @@ def _fold(known_N: Tensor, fold: int) -> Tensor:
 
 
 def neighbour_graph(points_NH: Tensor, neighbours: int) -> Tensor:
-    """Sparse ``[N, N]``: similarities of near points, normalised to ``D^-1/2 A D^-1/2``.
+    """Return the sparse graph ``[N, N]`` of near points, normalised to ``D^-1/2 A D^-1/2``.
 
-    ``points_NH`` are float32 and of length 1; a point is no neighbour of itself. Takes ``N^2 H``
-    multiplications and ``N`` times ``CHUNK`` numbers.
+    ``points_NH`` are float32 of length 1; a point is not its own neighbour. Costs ``N^2 H``
+    multiplications and a buffer of ``N * CHUNK`` numbers.
     """
     import torch
 
@@ -221,9 +221,10 @@ def neighbour_graph(points_NH: Tensor, neighbours: int) -> Tensor:
 
 
 def propagate(graph_NN: Tensor, known_N: Tensor, classes: int, alpha: float) -> Tensor:
-    """Probabilities ``[N, C]`` of each point, from ``known_N`` with -1 where nothing is known.
+    """Return class probabilities ``[N, C]`` of each point; ``known_N`` is negative for unknown
+    labels.
 
-    Points that no known label reaches have zeros.
+    Points without a path to a known label have zeros.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: learn to give the replies of the data (Ouyang et al. 2022, section 3.5).
+"""Supervised fine-tuning: learn the replies of the data (Ouyang et al. 2022, section 3.5).
 
-Loss is the cross-entropy of the reply tokens given everything before them, averaged over all
-learned tokens of the global batch. Every assistant turn of a conversation is learned, and so is the
-token that ends it; prompts are not. Left out of the paper: the mix-in of pre-training text.
+The loss is the cross-entropy of the reply tokens given all previous tokens, averaged over all
+learned tokens of the global batch. Every assistant turn of a conversation is learned, including the
+end token; prompts are not. Left out of the paper: the mix-in of pre-training text.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class SFT(WritesReplies):
     further_shapes: ClassVar[frozenset[str]] = frozenset({"rated"})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight 1 on each token of each reply, 0 on the rest."""
+        """Return the row with weight 1 on each token of each reply, 0 on all other tokens."""
         return encode_replies(row, index, chat)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy of the learned tokens."""
+        """Return the summed cross-entropy of the learned tokens."""
         from luthier.objectives.logprobs import weighted_nll
 
         return Loss(weighted_nll(network, batch))
 
 
 def encode_replies(row: Row, index: int, chat: ChatFormat) -> Example:
-    """Weight 1 on each token of each reply, 0 on the rest."""
+    """Encode a row with weight 1 on each token of each reply, 0 on all other tokens."""
     given = len(row.messages) if isinstance(row, JudgedAnswers) else 0
     encoded = chat.encode_reply(row.turns(), given, row.tools)
     weight_T = encoded.learned_T.astype(np.float32)

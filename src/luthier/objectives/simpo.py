@@ -1,9 +1,9 @@
 """Simple preference optimization (Meng et al. 2024, arXiv:2405.14734, equation 6).
 
-The reward of an answer is ``beta`` times the mean log-probability of its tokens, and the chosen answer
-must win by the target margin ``gamma``: ``-log sigmoid(reward(chosen) - reward(rejected) - gamma)``.
-There is no reference model. TRL's ``simpo_gamma`` is ``gamma`` here. Left out: the behaviour cloning
-term of CPO-SimPO; ``orpo`` learns the chosen answer too.
+The reward of an answer is ``beta`` times the mean log-probability of the tokens. The chosen answer
+must win by the target margin ``gamma``: ``-log sigmoid(reward(chosen) - reward(rejected) -
+gamma)``. No reference model is used. TRL's ``simpo_gamma`` is ``gamma`` here. Left out: the
+behaviour cloning term of CPO-SimPO; ``orpo`` learns the chosen answer too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class SimPO(Pairwise):
-    """Raise the mean log-probability of chosen answers above rejected ones by a target margin."""
+    """Preference optimization by mean log-probabilities with a target margin, without a reference."""
 
     method: Literal["simpo"] = "simpo"
     beta: float = Field(default=2.0, gt=0, le=1000)
     """Scale of the rewards; 2.0 to 2.5 in the paper."""
     gamma: float = Field(default=1.0, ge=0, le=1000)
-    """Target margin between both rewards, in their scale; 0.3 to 1.6 in the paper."""
+    """Target margin between both rewards, in reward units; 0.3 to 1.6 in the paper."""
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed loss over the pairs."""

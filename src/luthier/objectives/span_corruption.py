@@ -1,9 +1,9 @@
-"""Span corruption: write the spans that were taken out of a text (Raffel et al. 2020, section 3.1.4).
+"""Span corruption: generate the spans removed from a text (Raffel et al. 2020, section 3.1.4).
 
-Spans of ``mean_span_length`` tokens on average, ``noise_density`` of all tokens, are each replaced by
-one sentinel; the decoder writes each sentinel and what stood there, and the next sentinel at the end.
-How many spans and tokens is fixed by the length of a piece, where they are is drawn anew each time a
-row is seen, as in the authors' code: lengths of spans and of what lies between are random partitions.
+Spans of ``mean_span_length`` tokens on average, ``noise_density`` of all tokens, are each replaced
+by one sentinel. The decoder generates each sentinel with the removed span, and the next sentinel at
+the end. The length of a piece determines the number of spans and removed tokens. The positions are
+random in each epoch, as in the authors' code: random partitions into spans and gaps.
 arXiv:1910.10683. Left out: mixing in supervised tasks.
 """
 
@@ -31,21 +31,21 @@ SENTINEL = "<extra_id_{}>"
 
 
 class SpanCorruption(Objective):
-    """Fill in spans, for encoder-decoders such as T5."""
+    """Span corruption of raw text, for encoder-decoders such as T5."""
 
     method: Literal["span_corruption"] = "span_corruption"
     noise_density: float = Field(default=0.15, gt=0, lt=1)
-    """Share of the tokens that is taken out."""
+    """Share of removed tokens."""
     mean_span_length: float = Field(default=3.0, ge=1, le=1e6)
-    """Tokens in a span on average."""
+    """Mean tokens per span."""
     sequence_length: int = Field(default=512, ge=4, le=10_000_000)
-    """Tokens of a piece before spans are taken out; at most the model's context."""
+    """Tokens per piece before removing spans; at most the model's context."""
     sentinels: tuple[int, ...] | None = None
-    """Ids of the tokens that stand for the spans; the tokenizer's ``<extra_id_0>`` … if not given."""
+    """Ids of the sentinel tokens; default: the tokenizer's ``<extra_id_0>`` and following."""
     start_id: int | None = Field(default=None, ge=0, le=10_000_000)
-    """The token the decoder starts from; found when not given."""
+    """Start token of the decoder; default: from the model."""
     end_id: int | None = Field(default=None, ge=0, le=10_000_000)
-    """The token that closes both sides; found when not given."""
+    """End token of both sides; default: from the model."""
 
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -68,7 +68,7 @@ class SpanCorruption(Objective):
         return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Find the sentinels."""
+        """Read the sentinels from the tokenizer."""
         found = {
             "sentinels": self.sentinels or _sentinels(chat),
             "start_id": chat.start_id,
@@ -77,14 +77,15 @@ class SpanCorruption(Objective):
         return self.model_copy(update=found)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The document, closed by the end-of-text token."""
+        """Return the document with the end-of-text token."""
         ids_T = chat.encode_text(row.plain_text())
         if len(ids_T) < 2:
             raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
         return Example(ids_T, np.ones(len(ids_T), dtype=np.float32), index)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
-        """Join the documents and cut them into pieces; ``row`` becomes the number of the piece."""
+        """Join the documents and cut the stream into pieces; ``row`` becomes the number of the
+        piece."""
         size = min(self.sequence_length, context - 2)
         most = len(self.sentinels or ())
         if (needed := self._spans(size)[1] + 1) > most:
@@ -98,19 +99,19 @@ class SpanCorruption(Objective):
         return spool(self._piece(ids_T, row) for row, ids_T in pieces if not row or len(ids_T) > 1)
 
     def _piece(self, ids_T: IntArray, row: int) -> Example:
-        """``ids_T`` with as much weight as its target will have."""
+        """Return a piece with the weight of its future target."""
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = sum(self._spans(len(ids_T))) + 2
         return Example(ids_T, weight_T, row)
 
     def _spans(self, size: int) -> tuple[int, int]:
-        """How many tokens of ``size`` are taken out, and in how many spans."""
+        """Return the number of removed tokens of ``size``, and the number of spans."""
         noise = min(max(round(size * self.noise_density), 1), max(size - 1, 1))
         spans = max(round(noise / self.mean_span_length), 1)
         return noise, min(spans, max(size - noise, 1))
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
-        """Return each piece with spans taken out; whole pieces without ``changes``."""
+        """Return each piece with spans removed; whole pieces without ``changes``."""
         if changes == "none":
             return list(examples)
         generators = row_generators(examples, draw_seed() if changes == "random" else 0)
@@ -140,14 +141,14 @@ class SpanCorruption(Objective):
         return replace(example, ids_T=ids_T, weight_T=weight_T, source_T=source_T)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy of all tokens the decoder writes."""
+        """Return the summed cross-entropy of all decoder tokens."""
         from luthier.objectives.logprobs import weighted_nll
 
         return Loss(weighted_nll(network, batch))
 
 
 def _sentinels(chat: ChatFormat) -> tuple[int, ...]:
-    """Ids of ``<extra_id_0>``, ``<extra_id_1>`` … as far as the tokenizer has them."""
+    """Return the ids of ``<extra_id_0>``, ``<extra_id_1>`` and following in the tokenizer."""
     vocabulary = chat.tokenizer.get_vocab()
     found: list[int] = []
     while (name := SENTINEL.format(len(found))) in vocabulary:
@@ -156,7 +157,7 @@ def _sentinels(chat: ChatFormat) -> tuple[int, ...]:
 
 
 def _partition(total: int, parts: int, generator: np.random.Generator) -> IntArray:
-    """``total`` cut into ``parts`` lengths of at least 1, every way equally likely."""
+    """Partition ``total`` into ``parts`` lengths of at least 1, uniformly at random."""
     inner = np.sort(generator.permutation(total - 1)[: parts - 1]) + 1
     lengths: IntArray = np.diff(np.concatenate([[0], inner, [total]])).astype(np.int64)
     return lengths

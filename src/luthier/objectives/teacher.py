@@ -1,12 +1,12 @@
-"""What a teacher says of the tokens a student learns: asked in each step, or once and kept in files.
+"""Teacher distributions at the learned tokens: computed in each step, or cached on disk.
 
-Both see the same rows, but not the same nodes: one may have a soft prompt, or not share prefixes. They
-meet at the learned tokens, whose order is that of the rows.
+Student and teacher compute the same rows, but possibly different tree nodes: a network may have a
+soft prompt, or not share prefixes. The learned tokens are the common index, in row order.
 
-Kept (:class:`TopK`) are the likeliest tokens at every learned token of all rows: the teacher reads each
-row once, however many epochs there are, and its memory is free after. For each learned token ``k`` ids
-and ``k + 1`` log-probabilities are kept, the last that of all other tokens together: ``8 k + 4`` bytes.
-Log-probabilities are those at the temperature of the run.
+The cache (:class:`TopK`) contains the likeliest tokens at every learned token of all rows. The
+teacher runs once per row, independent of the number of epochs, and is freed afterwards. A learned
+token takes ``8 k + 4`` bytes: ``k`` ids, and ``k + 1`` log-probabilities with all other tokens
+last. The log-probabilities include the temperature of the run.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def whole_distribution(
     temperature: float,
     rows: Sequence[Example] | None = None,
 ) -> Distribution:
-    """The teacher's log-probabilities of all tokens at the positions of ``batch``.
+    """Return the teacher's log-probabilities of all tokens at the positions of ``batch``.
 
-    The teacher reads the rows here, one micro-batch at a time: the states of all rows of a measurement
-    would not fit. It reads ``rows`` instead where they are given, which end with the same learned
-    tokens. Tokens that only one of both has embeddings for are left out.
+    The teacher runs here, one micro-batch at a time, because the states of all rows of a
+    measurement would not fit in memory. ``rows`` replaces the rows of the batch as input; both must
+    end with the same learned tokens. Tokens without an embedding in either network are excluded.
     """
     with teacher.whole_work():  # it may be the network that learns
         (seen,) = teacher.batches(batch.tree.examples if rows is None else rows, sys.maxsize)
@@ -69,7 +69,7 @@ def whole_distribution(
 
 
 class TopK:
-    """What the teacher said of each row, found again by the row's tokens."""
+    """The teacher's likeliest tokens of each row on disk, looked up by the row's tokens."""
 
     def __init__(self, rows: Sequence[Example], k: int, folder: Path, key: str) -> None:
         self.k, self._folder, self._key = k, folder, key
@@ -92,9 +92,9 @@ class TopK:
         vocabulary: int,
         folder: Path,
     ) -> TopK:
-        """Let the teacher read ``rows``, at most ``budget`` tokens at once, or open what was kept.
+        """Run the teacher on ``rows``, at most ``budget`` tokens per pass, or open existing files.
 
-        Of the teacher's tokens the first ``vocabulary`` are looked at.
+        Only the first ``vocabulary`` tokens of the teacher are used.
         """
         digest = hashlib.sha256(repr((k, temperature, vocabulary)).encode())
         for row in rows:
@@ -105,7 +105,7 @@ class TopK:
         return kept
 
     def complete(self) -> bool:
-        """True if the files are there, for these rows and settings."""
+        """Return true if the files exist for the same rows and settings."""
         done = self._folder / _DONE
         return done.is_file() and read_json(done).get("key") == self._key
 
@@ -136,7 +136,7 @@ class TopK:
         write_json(self._folder / _DONE, {"key": self._key, "k": self.k, "bytes": self.bytes})
 
     def distribution(self, batch: TreeBatch) -> Distribution:
-        """What was kept, at the positions of ``batch``."""
+        """Return the stored distribution at the positions of ``batch``."""
         ids_MK, logp_MB = self._open("r")
         slot_M, device = self._slots(batch), batch.source_S.device
         source_M = batch.edge_source_E[batch.learned_edges[1]]
@@ -149,7 +149,8 @@ class TopK:
         return lambda rows: (ids_SK[rows], logp_SB[rows].clone())
 
     def _slots(self, batch: TreeBatch) -> IntArray:
-        """Places in the files of the learned tokens of ``batch``, in the order of ``learned``."""
+        """Return the file positions of the learned tokens of ``batch``, in the order of
+        ``learned_edges``."""
         return np.concatenate(
             [
                 self._start[_key(row)] + np.arange(np.count_nonzero(row.weight_T))
@@ -167,14 +168,15 @@ class TopK:
 
 
 def likeliest(logp_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids ``[C, k]`` of the likeliest tokens; their log-probabilities and that of the others."""
+    """Return ids ``[C, k]`` of the likeliest tokens, and log-probabilities ``[C, k + 1]`` with the
+    rest."""
     best_CK, ids_CK = logp_CV.topk(k)
     rest_C1 = logp_CV.scatter(-1, ids_CK, -math.inf).logsumexp(-1, keepdim=True)
     return ids_CK, torch.cat([best_CK, rest_C1.clamp_min(FLOOR)], -1)
 
 
 def _key(row: Example) -> bytes:
-    """Rows of the same tokens, the same ones learned, are one to the teacher."""
+    """Return a key of the tokens and learned positions; equal rows share one cache entry."""
     source = b"" if row.source_T is None else row.source_T.tobytes()
     learned = np.flatnonzero(row.weight_T)
     return b"/".join([source, row.ids_T.tobytes(), learned.tobytes()])

@@ -1,7 +1,7 @@
-"""Token classification: a tag for each word, as in named-entity recognition (Devlin et al. 2019, 5.3).
+"""Token classification: a tag per word, as in named-entity recognition (Devlin et al. 2019, 5.3).
 
-Words come tokenized and tagged (BIO). Each word's tag is learned and read at its first word piece;
-its other pieces carry no loss. Left out: a conditional random field over the tags.
+Words are pre-tokenized and tagged (BIO). Each word's tag is learned and predicted at the first word
+piece; the other pieces carry no loss. Left out: a conditional random field over the tags.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 class TokenClassification(Objective):
-    """Which tag each word of a sentence has."""
+    """Classification of each word of a sentence."""
 
     method: Literal["token_classification"] = "token_classification"
     labels: tuple[str, ...] | None = None
-    """The tags in the order of the head; from the training rows when not given."""
+    """Tags in head order; default: from the training rows."""
     shares: tuple[float, ...] | None = None
-    """How frequent each tag is, in the order of ``labels``; from the training rows when not given."""
+    """Share of each tag, in the order of ``labels``; default: from the training rows."""
 
     task: ClassVar[Task] = "token_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
@@ -53,11 +53,11 @@ class TokenClassification(Objective):
         return self
 
     def head(self) -> Head:
-        """One score for each tag; a new head starts with the shares of the tags."""
+        """Return a head with one score per tag; a new head starts with the tag frequencies."""
         return Head(self.task, self.labels or (), bias=softmax_bias(self.shares or ()))
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Count the tags; both B- and I- of each entity get a place, also where one never occurs."""
+        """Collect the tags. Each entity has both B- and I- tags, also if one never occurs."""
         seen = Counter(
             tag for row in rows if isinstance(row, TaggedWords) for tag in row.tags or ()
         )
@@ -73,11 +73,10 @@ class TokenClassification(Objective):
         return self.model_copy(update={"labels": found, "shares": shares})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The words as one text; weight 1 on the first piece of each word. Words of a text are what
-        stands between its spaces.
+        """Return the words as one text, with weight 1 on the first piece of each word.
 
-        A word of characters that the tokenizer drops (a lone variation selector, say) is an unknown
-        token: without it, every tag behind would shift.
+        Raw text is split at whitespace. A word without tokens (such as a lone variation selector)
+        becomes the unknown token; otherwise all following tags would shift.
         """
         words = [word for word, _, _ in _words(row)]
         tags = row.tags if isinstance(row, TaggedWords) else None
@@ -116,13 +115,13 @@ class TokenClassification(Objective):
         return (self.labels or ()).index(tag)
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start and the closing token; the words behind lose their tags."""
+        """Keep the start and the closing token; removed words lose the tags."""
         kept = np.r_[0 : context - 1, len(example) - 1]
         target = None if example.target is None else example.target[kept]
         return replace(take_tokens(example, kept), target=target)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy over the first pieces of all words."""
+        """Return the summed cross-entropy over the first pieces of all words."""
         import torch
         from torch.nn import functional as F
 
@@ -138,15 +137,15 @@ class TokenClassification(Objective):
         return Loss(total, {"accuracy": right}, {"entity_f1": (found.parts_R, found.wholes_R)})
 
     def describe(self, example: Example) -> str:
-        """The tags of the words, in order."""
+        """Return the tags of the words, in order."""
         target_T = np.asarray(example.target)
         return " ".join((self.labels or ())[int(index)] for index in target_T[target_T >= 0])
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: the tags of its words, and the entities in them.
+        """Return the tags and the entities of each row, in tree order.
 
-        An entity has its ``label``, its ``text``, and where it starts and ends, the end excluded: in
-        characters of a text, or by the places of words that were given as a list.
+        An entity has ``label``, ``text``, ``start`` and ``end`` (exclusive): characters of a text,
+        or word indexes of a list of words.
         """
         best_K = self._scores(network, batch).argmax(-1)
         answers: list[dict[str, Any]] = [{"tags": tags} for tags in self._tags(best_K, batch)]
@@ -156,7 +155,7 @@ class TokenClassification(Objective):
         return answers
 
     def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:
-        """Tags of the words of each row, from their places among the labels."""
+        """Return the tags of the words of each row, from label indexes."""
         names = iter([(self.labels or ())[index] for index in index_K.tolist()])
         counts = (int(np.count_nonzero(example.weight_T)) for example in batch.tree.examples)
         return [list(islice(names, count)) for count in counts]
@@ -169,14 +168,14 @@ class TokenClassification(Objective):
 
 
 def _words(row: Row) -> list[tuple[str, int, int]]:
-    """Words of a row, each with its start and end: characters of a text, or places among the words."""
+    """Return the words of a row with start and end: characters of a text, or word indexes."""
     if isinstance(row, TaggedWords):
         return [(word, place, place + 1) for place, word in enumerate(row.tokens)]
     return [(found[0], *found.span()) for found in re.finditer(r"\S+", row.plain_text())]
 
 
 def _entities(row: Row, tags: Sequence[str]) -> list[dict[str, Any]]:
-    """The entities that ``tags`` find in the words of ``row``, in their order."""
+    """Return the entities of ``tags`` in the words of ``row``, in order."""
     words = _words(row)
     answers = []
     for label, first, last in sorted(entities(tags), key=lambda entity: entity[1]):
@@ -194,6 +193,6 @@ def _encode_words(words: list[str], tokenizer: Any) -> Any:
 
 
 def _first_pieces(batch: TreeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which of all tokens of all rows are read."""
+    """Return true for the first word pieces among all tokens of all rows."""
     weights: np.ndarray[Any, Any] = np.concatenate([e.weight_T for e in batch.tree.examples])
     return weights > 0
