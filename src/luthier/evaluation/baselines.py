@@ -285,8 +285,7 @@ def fit_and_score(
 
     Args:
         states: states of both, in the same order, possibly for the first rows of ``train`` only.
-            Without
-            states, methods that read states are omitted.
+            Without states, methods that read states are omitted.
         until: time of ``clock`` after which no baseline starts.
 
     Returns:

@@ -52,7 +52,8 @@ def fit_logistic(
         targets: ``[N]`` classes, one per row, or ``[N, C]`` of 0 and 1 if a row may have several
             classes; then one binary regression is fitted per class.
         classes: number of classes, also of classes without rows.
-        penalty: weight of half the squared norm of the weights compared with the mean loss of a row.
+        penalty: weight of half the squared norm of the weights compared with the mean loss of a
+            row.
         bias: whether to fit a bias; otherwise the bias is 0.
         weights: weight of the rows of each class, if each row has one class; 1 by default.
     """

@@ -305,8 +305,7 @@ def check_parity(
     Args:
         text_of: returns the text of a token, for the message.
         base_rounding: measures the distance of the base's next tokens from float32. Called only for
-            models
-            with rounded weights beyond the usual limits.
+            models with rounded weights beyond the usual limits.
 
     Raises:
         LuthierError: the difference.

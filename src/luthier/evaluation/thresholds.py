@@ -27,8 +27,7 @@ def are_apart(
 
     Args:
         anchor_P, partner_P: text number of each pair, from :func:`number_keys`. Pairs with a common
-            anchor
-            or partner are related.
+            anchor or partner are related.
     """
     apart_CP: NDArray[np.bool_] = anchor_P[part][:, None] != anchor_P
     apart_CP &= partner_P[part][:, None] != partner_P

@@ -109,7 +109,7 @@ BETWEEN = f"\n{SEPARATOR}\n"
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A row of a batch that breaks a rule. Picklable."""
+    """A faulty row of a batch. Picklable."""
 
     index: int
     rule: str
@@ -184,18 +184,18 @@ _last: tuple[RowBatch, JoinedTexts] | None = None
 
 @dataclass(frozen=True)
 class Spots:
-    """Result of a check for one batch: rows that break rules, and named counts. Picklable."""
+    """Faulty rows of a batch, and named counts. Picklable."""
 
     spots: Sequence[Spot]
     counts: Mapping[str, Counter[str]] = field(default_factory=dict)
 
 
 class SpotCheck(Check):
-    """A check that judges each row on its own."""
+    """Base class of checks without comparison between rows."""
 
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
-        """Number of rows that break each rule."""
+        """Number of faulty rows per rule."""
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """Named counts for the summary."""
 
@@ -219,5 +219,5 @@ class SpotCheck(Check):
         return {"counts": dict(self.counts[name].most_common(most))}
 
     def rows_by_rule(self) -> dict[str, Any]:
-        """Return the number of rows that break each rule, for the summary."""
+        """Return the number of faulty rows per rule, for the summary."""
         return {"counts": dict(self.rows.most_common())}

@@ -87,10 +87,8 @@ def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0
     Args:
         common: sorted hashes of shingles to ignore, except in texts without any other shingle.
         share: share of the texts to sample. The sample depends on two minimum shingle hashes, which
-            agree
-            with the squared similarity of two texts (Broder 1997). Similar texts therefore usually
-                stay
-            together.
+            agree with the squared similarity of two texts (Broder 1997). Similar texts therefore
+            usually stay together.
     """
     hashes_S, counts_N = _shingles(texts)
     if common is not None and len(common):
@@ -363,8 +361,7 @@ class NearDuplicates:
 
         Args:
             keys_N: key of the text and of all values that must differ between the rows of a pair.
-                Only the
-                first row of each key is compared.
+                Only the first row of each key is compared.
             wanted: returns True for pairs worth a comparison, to skip consequences of earlier
                 pairs.
             found: receives the similar pairs.

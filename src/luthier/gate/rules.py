@@ -128,8 +128,7 @@ class Findings:
         Args:
             times: number of faults that the finding represents.
             rows: numbers of the rows to drop, if different from the finding's row: the copies of an
-                original,
-                the training rows that leak a test row.
+                original, the training rows that leak a test row.
         """
         rule = finding.rule.id
         if self.overrides.get(rule) == "off":

@@ -94,8 +94,7 @@ def inspect_sources(
 
     Args:
         processes: number of worker processes for sources of more than :data:`LARGE` bytes. The
-            report
-            does not depend on the number.
+            report does not depend on the number.
         known: findings in addition to the rows.
     """
     readers: dict[Split, RowReader] = {}

@@ -43,8 +43,7 @@ def grade_answers(
         grader: the grader.
         answers: the answers.
         on_error: for answers without a score, ``fail`` raises an error, and ``zero`` gives score 0
-            and an
-            entry in :attr:`Grades.problems`.
+            and an entry in :attr:`Grades.problems`.
         time_limit_s: seconds per answer.
 
     Raises:

@@ -114,8 +114,7 @@ def fill_template(template: str, scope: Scope, answer: Answer) -> str:
 
     Raises:
         RowRefused: a placeholder has no value in the row or the reply, or the result exceeds the
-            answer's
-            length limit. The result is not built in that case.
+            answer's length limit. The result is not built in that case.
     """
     # Texts between places, and places, by turns; the same place has the same text.
     parts = _PLACE.split(template)
