@@ -375,12 +375,11 @@ def _rules() -> list[str]:
         f"Checks, to leave out with `--skip`: {', '.join(f'`{name}`' for name in CHECKS)}. Where no",
         "fix stands here, each finding says its own.",
         "",
-        "| rule | severity | meaning | why | fix | known elsewhere as |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| rule | severity | meaning | why | fix |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for rule in known.values():
-        also = "; ".join(f"`{alias}`" for alias in rule.aliases)
-        cells = (f"`{rule.id}`", rule.severity, rule.about, rule.why, rule.fix, also)
+        cells = (f"`{rule.id}`", rule.severity, rule.about, rule.why, rule.fix)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return lines
 

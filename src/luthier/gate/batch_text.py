@@ -218,6 +218,10 @@ class SpotCheck(Check):
         """Return the ``most`` frequent entries of a named count, for the summary."""
         return {"counts": dict(self.counts[name].most_common(most))}
 
+    def summary(self) -> Mapping[str, Any]:
+        """Return the number of faulty rows per rule."""
+        return {"rows": self.rows_by_rule()}
+
     def rows_by_rule(self) -> dict[str, Any]:
         """Return the number of faulty rows per rule, for the summary."""
         return {"counts": dict(self.rows.most_common())}

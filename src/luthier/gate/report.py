@@ -91,7 +91,6 @@ class Report:
                     "about": rule.about,
                     "why": rule.why,
                     "fix": rule.fix,
-                    "aliases": list(rule.aliases),
                     "places": [each.plain() for each in found.examples[rule.id]],
                 }
                 for rule in found.rules()

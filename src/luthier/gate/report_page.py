@@ -116,11 +116,7 @@ def _rule(report: Report, rule: Rule) -> dict[str, Any]:
         }
         for each in shown
     ]
-    facts = {
-        "why": rule.why,
-        "fix": map_code(rule.fix, command_option),
-        "known as": ", ".join(rule.aliases),
-    }
+    facts = {"why": rule.why, "fix": map_code(rule.fix, command_option)}
     return {
         "rule": rule,
         "severity": found.severity(rule),

@@ -38,8 +38,6 @@ class Rule:
     """Effect on the model."""
     fix: str = ""
     """How to fix the fault, in one sentence."""
-    aliases: tuple[str, ...] = ()
-    """Names of the fault in other validators."""
     whole: bool = False
     """True for faults of the data set as a whole, which no removal of rows fixes."""
     drop: bool = False
@@ -182,25 +180,6 @@ class Findings:
         return SEVERITIES.index(self.worst)
 
 
-ALIASES: Mapping[str, tuple[str, ...]] = {
-    # OpenAI's cookbook, "Data preparation and analysis for chat model fine-tuning": format_errors.
-    "json.not_object": ("openai:data_type",),
-    "messages.type": ("openai:message_missing_key",),
-    "messages.empty": ("openai:missing_messages_list",),
-    "row.unknown_shape": ("openai:missing_messages_list",),
-    "message.role": ("openai:unrecognized_role",),
-    "field.missing": ("openai:message_missing_key",),
-    "field.empty": ("openai:missing_content",),
-    "field.type": ("openai:missing_content",),
-    "message.last": ("openai:example_missing_assistant_message",),
-    "message.order": (
-        "bedrock:A conversation must alternate between user and assistant roles.",
-        "bedrock:A conversation must start with a user message.",
-    ),
-}
-"""Names of the rules in other validators: OpenAI's keys and Bedrock's messages."""
-
-
 WHY: Mapping[str, str] = {
     "file": "Nothing of it can be read.",
     "line": "The line cannot be held in memory beside others.",
@@ -224,7 +203,6 @@ READING_RULES: Mapping[str, Rule] = {
         "error",
         about,
         WHY.get(id_.partition(".")[0], ""),
-        aliases=ALIASES.get(id_, ()),
         whole=id_.startswith("file."),
     )
     for id_, about in {**RULES, **PREFERENCE_RULES}.items()
@@ -237,7 +215,6 @@ TOO_LONG = Rule(
     "The row has more tokens than the model's context.",
     "Other trainers cut such rows in silence, and with them the end of the answer.",
     "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
-    ("openai:n_too_long",),
 )
 NOTHING_LEARNED = Rule(
     "row.nothing_learned",

@@ -54,7 +54,7 @@ from luthier.evaluation.significance import (
     Statistic,
     perplexity_of,
 )
-from luthier.gate.language_identification import detect_languages
+from luthier.gate.checks.language import detect_languages
 from luthier.graders import parse_graders
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat

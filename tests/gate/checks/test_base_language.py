@@ -22,8 +22,8 @@ from luthier.gate.checks.base_language import (
     language_name,
     spelling,
 )
+from luthier.gate.checks.language import load_identifier
 from luthier.gate.inspect import inspect_job
-from luthier.gate.language_identification import load_identifier
 from luthier.gate.report import Report, warnings
 from luthier.gate.scan import inspect_rows
 from luthier.objectives import OBJECTIVES
@@ -219,7 +219,7 @@ def test_names_of_languages() -> None:
 def test_names_of_languages_are_those_that_transformers_has() -> None:
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-    codes = set(load_identifier().single.nb_classes)
+    codes = set(load_identifier().nb_classes)
     known = {code: name.title() for code, name in LANGUAGES.items() if code in codes}
     assert {code: language_name(code) for code in codes if language_name(code) != code} == known
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.texts import RawText
 from luthier.gate.check import most_common
-from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled
+from luthier.gate.checks.language import (
+    ALL_UNTIL,
+    LEAST_CHARACTERS,
+    Language,
+    _is_sampled,
+    detect_languages,
+)
 from luthier.gate.report import Report
 from luthier.gate.report_text import print_report
 from luthier.gate.scan import inspect_rows
@@ -19,6 +26,24 @@ from luthier.types import Row
 EN = "The parcel that I ordered last week has not arrived at my home yet, number {}."
 VI = "Bưu kiện mà tôi đặt mua tuần trước vẫn chưa được giao đến nhà tôi, số {}."
 FR = "Le colis que j'ai commandé la semaine dernière n'est pas encore arrivé, numéro {}."
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (EN, "en"),
+        (VI, "vi"),
+        (FR, "fr"),
+        ("先週 注文 した 荷物 が まだ 家 に 届いて いません 番号 は 何 です か そして いつ", "ja"),
+        ("", ""),
+        ("OK, yes", ""),
+        ("x" * (LEAST_CHARACTERS - 1), ""),
+        ("1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16, 16 + 16 = 32", ""),
+    ],
+)
+def test_languages_of_texts(text: str, code: str) -> None:
+    assert detect_languages([text, text]) == [code, code]
+    detect_languages([f"lone \ud800 surrogate {text}"])
 
 
 def texts(text: str, count: int, first: int = 1) -> list[Row]:

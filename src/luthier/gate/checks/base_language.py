@@ -27,8 +27,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.tokenization import token_spans
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
-from luthier.gate.checks.language import CHARACTERS
-from luthier.gate.language_identification import detect_languages
+from luthier.gate.checks.language import CHARACTERS, detect_languages
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import WORD_READER, bases_for
 from luthier.objectives import Objective
@@ -194,13 +193,8 @@ class BaseLanguage(Check):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """Create the check.
-
-        Raises:
-            ValueError: no base model.
-        """
-        if known.chat is None:
-            raise ValueError("the check of the base's language needs a model's tokenizer")
+        """Create the check for the tokenizer of the base model."""
+        assert known.chat is not None
         return cls(known.chat, known.objective)
 
     def __init__(self, chat: ChatFormat, objective: Objective | None) -> None:
@@ -262,10 +256,6 @@ class BaseLanguage(Check):
         if task == "sequence_classification" and code not in UNSPACED:
             fix += f" `--base {WORD_READER}` learns labels by words alone, in any language."
         findings.add(Finding(UNTRAINED, Place(places.place(0).file, 0), message, fix))
-
-    def summary(self) -> dict[str, Any]:
-        """Return an empty summary: the finding has all figures."""
-        return {}
 
 
 def language_name(code: str) -> str:

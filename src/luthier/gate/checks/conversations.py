@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt, excerpt_of
 from luthier.gate.check import RowBatch
@@ -54,10 +53,6 @@ class Conversations(SpotCheck):
                 message = f'An answer calls "{calls[0].name}", and the row declares no tools.'
                 spots.append(Spot(index, UNDECLARED.id, message, excerpt_of(row)))
         return Spots(spots)
-
-    def summary(self) -> Mapping[str, Any]:
-        """Return the number of rows that break each rule."""
-        return {"rows": self.rows_by_rule()}
 
 
 def _fix_of(field: str, text: str) -> str:

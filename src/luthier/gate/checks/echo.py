@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from luthier.data.shapes.preferences import JudgedReply
 from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt
@@ -46,10 +46,6 @@ class Echo(SpotCheck):
                     spots.append(Spot(index, REPEATED.id, message, excerpt(reply)))
                     break
         return Spots(spots)
-
-    def summary(self) -> Mapping[str, Any]:
-        """Return the number of rows that break the rule."""
-        return {"rows": self.rows_by_rule()}
 
 
 def _exchanges(row: Row) -> Iterator[tuple[str, str]]:

@@ -1,23 +1,25 @@
 """Languages of inputs and targets, identified with py3langid.
 
-Probabilities of at least 0.9 are trusted; all others count as unknown. The check reads the first
-240 characters of the input and of the target. The check covers all of the first 10,000 lines of a
-file and a decreasing share of later lines, so language identification never dominates the run time.
-The summary reports the number of checked rows.
+py3langid (Barbaresi; after Lui and Baldwin 2012, langid.py) is naive Bayes on byte n-grams: offline
+and deterministic. Probabilities of at least 0.9 are trusted; all others count as unknown.
+
+The check reads the first 240 characters of the input and of the target. The check covers all of the
+first 10,000 lines of a file and a decreasing share of later lines, so language identification never
+dominates the run time. The summary reports the number of checked rows.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 
 from luthier.gate.check import BatchLines, Check, Places, RowBatch, most_common
-from luthier.gate.language_identification import detect_languages
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import IntArray, Row
 
@@ -58,6 +60,30 @@ RARE = 0.02
 APART = 0.2
 """Limit of the total variation distance between the languages of two splits."""
 LEAST_ROWS = 50
+CERTAIN = 0.9
+"""Minimum probability of an identified language."""
+NO_LANGUAGE = "zxx"
+"""py3langid's code for keys, program code and numbers."""
+LEAST_CHARACTERS = 40
+"""Minimum length of a text, in characters. Names and single words belong to many languages."""
+
+
+def detect_languages(texts: Sequence[str]) -> list[str]:
+    """Return the ISO 639 code of each text; empty for short texts and uncertain languages."""
+    return [_detect(text) if len(text) >= LEAST_CHARACTERS else "" for text in texts]
+
+
+def _detect(text: str) -> str:
+    code, probability = load_identifier().classify(text)
+    return str(code) if probability >= CERTAIN and code != NO_LANGUAGE else ""
+
+
+@lru_cache(maxsize=1)
+def load_identifier() -> Any:
+    """Load py3langid's model of 70 MB once."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 @dataclass(frozen=True)

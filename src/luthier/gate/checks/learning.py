@@ -126,13 +126,8 @@ class Learning(SpotCheck):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """Create the check.
-
-        Raises:
-            ValueError: no base model.
-        """
-        if known.chat is None:
-            raise ValueError("the check of what is learned needs a model's tokenizer")
+        """Create the check for the base model."""
+        assert known.chat is not None
         return cls(known.objective, known.chat, known.context, known.shown, known.every)
 
     def __init__(

@@ -6,8 +6,7 @@ continues indented code then loses its indentation in training and in inference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes.preferences import JudgedAnswers
@@ -103,7 +102,3 @@ class WhiteSpace(SpotCheck):
             return self.chat.render_turns(turns, (), reply=False)
         except RecipeError:  # the check of what is learned reports a template that refuses the rows
             return ""
-
-    def summary(self) -> Mapping[str, Any]:
-        """Return the number of rows that break each rule."""
-        return {"rows": self.rows_by_rule()}
