@@ -358,7 +358,7 @@ def _slurm_time(seconds: int) -> str:
 
 
 class Quoted(str):
-    """Text that a filter has quoted for its syntax."""
+    """Text that a filter has quoted."""
 
     __slots__ = ()
 

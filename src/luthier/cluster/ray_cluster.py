@@ -1,4 +1,4 @@
-"""A Ray cluster: the free resources of its nodes, and the command that runs a process on a node.
+"""A Ray cluster: free resources of the nodes, and the command that runs a process on a node.
 
 Server and commands never connect to the cluster as drivers, because Ray kills a driver whose head
 disappears. The free resources come from the head, and each process gets a small driver process
@@ -36,7 +36,7 @@ class RayNode:
 
     @property
     def idle(self) -> bool:
-        """Whether all resources of the node are free."""
+        """True if all resources of the node are free."""
         return self.free_cores == self.cores and self.free_memory == self.memory
 
 

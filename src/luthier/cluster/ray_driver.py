@@ -117,7 +117,7 @@ class Driver:
         self.actor: Any = None
 
     def run(self) -> int:
-        """Start the worker, wait for its end and return its exit status."""
+        """Run the worker and return the exit status."""
         try:
             self.starter.take()
             connect(self.options.address)

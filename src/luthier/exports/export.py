@@ -33,20 +33,20 @@ class Export:
     network: str
     """Type of the network in transformers."""
     of_diffusers: bool = False
-    """Whether diffusers instead of transformers loads the export."""
+    """True if diffusers instead of transformers loads the export."""
     record: ExportRecord | None = None
     """Hashes and parity of a GGUF or ONNX file."""
     is_recorded: bool = False
-    """Whether the record and the certificate of the model list the export. Foreign models have no
+    """True if the record and the certificate of the model list the export. Foreign models have no
     record, and a changed record would break the signature of a signed model."""
     suits_onnx: bool = False
-    """Whether the model can also be exported as ONNX."""
+    """True if the model can also be exported as ONNX."""
     cost: QuantizationCost | None = None
     """The cost of the type of a GGUF file, if measured."""
 
     @property
     def own_network(self) -> bool:
-        """Whether the network is one of luthier's own, unknown to transformers."""
+        """True if the network is one of luthier's own, unknown to transformers."""
         from luthier.models.nets import NETS
 
         return self.network in NETS and not self.of_diffusers

@@ -35,7 +35,7 @@ class Push:
     commit: str
     """Commit of the hub with all files."""
     private: bool
-    """Whether the repository is private."""
+    """True if the repository is private."""
     files: list[str]
     """File names, sorted."""
     format: Format

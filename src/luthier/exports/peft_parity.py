@@ -30,7 +30,7 @@ NAMED = 3
 
 
 def check_peft(stored: StoredModel, folder: Path) -> None:
-    """Load the adapter in ``folder`` with PEFT and compare its outputs with those of ``stored``.
+    """Load the adapter in ``folder`` with PEFT and compare the outputs with the outputs of ``stored``.
 
     Raises:
         RecipeError: naming the modules that PEFT does not load, or the difference.

@@ -53,7 +53,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class QuantizationCost:
-    """Losses of a model with its own weights and with weights of one type, on the same rows."""
+    """Losses of a model on equal rows, with original and with rounded weights."""
 
     quantization: Quantization
     losses: Losses
@@ -87,7 +87,7 @@ class QuantizationCost:
 
     @property
     def erases(self) -> bool:
-        """Whether the rounded model is not significantly better than the base, original or rounded."""
+        """True if the rounded model is not significantly better than the base, original or rounded."""
         if self.base_losses is None or self.kept_share is None:
             return False
         found = [_difference(self.losses.rounded, base) for base in self.base_losses]

@@ -1,6 +1,6 @@
 """Images, audio and time series: rows, processors, networks, objectives, checks and generation.
 
-The core never imports this package. :mod:`luthier.plugins` reads :data:`ENTRY_POINTS` as it reads the
+The core never imports this package. :mod:`luthier.plugins` reads :data:`ENTRY_POINTS` like the
 entry points of an installed package.
 """
 

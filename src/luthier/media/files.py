@@ -1,11 +1,10 @@
-"""Rows of images and sounds from what holds nothing else: a folder, a zip archive, an ``.npz`` file.
+"""Readers of images and audio from a folder, a zip archive or an ``.npz`` file.
 
-In a folder or an archive the name of the folder that a file lies in is its label, as torchvision's
-``ImageFolder`` has it; files beside each other without folders have none. Folders of an archive that
-hold all others are passed over. Hidden files and known clutter (:func:`is_clutter`) are ignored; any
-other file that is neither image nor audio is refused. An ``.npz`` file holds ``images``
-(``[N, H, W]`` or ``[N, H, W, 3]``) and ``labels`` ``[N]``. Rows are numbered from 1, in the order of
-the names.
+The folder of a file is the label, as in torchvision's ``ImageFolder``; files without subfolders
+have no labels. Common parent folders in an archive are ignored, and so are hidden files and known
+clutter (:func:`is_clutter`). Any other file that is neither image nor audio is an error. An
+``.npz`` file has the arrays ``images`` (``[N, H, W]`` or ``[N, H, W, 3]``) and ``labels`` ``[N]``.
+Rows are numbered from 1, in the order of names.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ from luthier.formatting import list_some
 from luthier.media.decoding import scale_pixels, white_of
 
 _SHOWN = 8
-"""Names of files in a message."""
+"""Maximum number of file names in a message."""
 _COLOURS = ((), (1,), (3,))
 
 OnRecord = Callable[[int, int], None]
-"""Given the number of each record before it comes, and how many there are."""
+"""Receives the number of each record before the record is read, and the number of all records."""
 
 
 def read_folder(
     folder: Path, on_record: OnRecord = lambda number, count: None
 ) -> Iterator[tuple[int, Record]]:
-    """A record for each file of a folder of images or sounds."""
+    """Yield a record for each file of a folder."""
     names = media_below(folder)
     kind, labelled = _kind_of(names), _has_labels(names)
     for number, name in enumerate(names, 1):
@@ -56,7 +55,7 @@ def read_folder(
 def read_zip(
     path: Path, on_record: OnRecord = lambda number, count: None
 ) -> Iterator[tuple[int, Record]]:
-    """A record for each file of an archive of images or sounds."""
+    """Yield a record for each file of an archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             names, others = _members(archive.namelist())
@@ -84,7 +83,7 @@ def read_zip(
 
 
 def _members(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the images and sounds of an archive, and all other files without clutter, in order."""
+    """Return the media files of an archive, and all other files without clutter, sorted."""
     media, others = list[str](), list[str]()
     for name in sorted({*names}):
         if name.endswith("/") or is_clutter(name):
@@ -95,7 +94,7 @@ def _members(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _without_common_folders(names: list[str]) -> list[str]:
-    """The names without the folders that hold all others, as archives of one folder have them."""
+    """Return the names without common parent folders."""
     parts = [PurePosixPath(name).parts for name in names]
     while all(len(each) > 2 for each in parts) and len({each[0] for each in parts}) == 1:
         parts = [each[1:] for each in parts]
@@ -112,7 +111,7 @@ def _kind_of(names: Iterable[str]) -> MediaKind:
 
 
 def _has_labels(names: Iterable[str]) -> bool:
-    """Whether the files lie in folders; all must, or none."""
+    """Return whether the files are in folders. All files must be in folders, or none."""
     inside = {"/" in name: name for name in names}
     if len(inside) > 1:
         message = f"{quote(inside[False])} lies in no folder, and {quote(inside[True])} does."
@@ -129,7 +128,7 @@ def _record(media: Media, name: str, labelled: bool) -> Record:
 def read_npz(
     path: Path, on_record: OnRecord = lambda number, count: None
 ) -> Iterator[tuple[int, Record]]:
-    """A record for each image of an ``.npz`` file."""
+    """Yield a record for each image of an ``.npz`` file."""
     try:
         # numpy leaves a file that it opened itself open if the archive is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:

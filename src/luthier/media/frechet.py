@@ -1,10 +1,13 @@
-"""The Fréchet distance of two sets of features, by the normal distributions that fit them best.
+"""The Fréchet distance between two sets of features, under a normal distribution for each set.
 
-Heusel et al. 2017 (arXiv:1706.08500, equation 6): of made and real images in the features of a
-classifier it is near 0 where both are alike in their means and in how they vary, so it sees both images
-that are unlike any real one and kinds of images that are never made. What is called FID takes an
-Inception network that was trained on ImageNet, and some 50,000 images. With other features, or another
-number of images, figures are other figures: compare those of one classifier and one number.
+Source: Heusel et al. 2017 (arXiv:1706.08500, equation 6). In the features of a classifier, the
+    distance
+between generated and real images is near 0 if means and covariances agree. The distance therefore
+detects both unrealistic images and missing kinds of images. FID is the distance in an
+    ImageNet-trained
+Inception network with about 50,000 images. Compare distances only for one classifier and one number
+    of
+images.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ from numpy.typing import NDArray
 
 
 def frechet_distance(one_ND: NDArray[Any], other_ND: NDArray[Any]) -> float:
-    """``|m - n|^2 + tr(S + T - 2 (S T)^(1/2))`` of the means and covariances of both sets.
+    """Return ``|m - n|^2 + tr(S + T - 2 (S T)^(1/2))`` for the means and covariances of both sets.
 
     Raises:
-        ValueError: where a set has fewer than two rows, or numbers that are not finite.
+        ValueError: for a set with fewer than two rows or with numbers that are not finite.
     """
     sets = [np.asarray(each, np.float64) for each in (one_ND, other_ND)]
     if any(len(each_ND) < 2 or not np.isfinite(each_ND).all() for each_ND in sets):

@@ -1,4 +1,4 @@
-"""Making images with a model: new ones, and copies of given ones."""
+"""Image generation, reconstruction and interpolation with a stored model."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ if TYPE_CHECKING:
     from luthier.types import Row
 
 MOST_SAMPLES = 100_000
-"""Of one request; they are held in memory."""
+"""Maximum number of images per request, because all images stay in memory."""
 LABELS_SHOWN = 20
-"""Classes that a refusal names."""
+"""Maximum number of classes in an error message."""
 
 
 @dataclass(frozen=True)
 class SampledImage:
-    """A new image."""
+    """A generated image."""
 
     pixels: Pixels
     label: str = ""
-    """The class it was made for, where the model knows classes."""
+    """Class of the image; empty for a model without classes."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """An image and what the model gives back of it."""
+    """An image and its reconstruction."""
 
     original: Pixels
-    """As the model reads it."""
+    """The input image after the processor."""
     copy: Pixels
     error: float
-    """Mean squared difference of pixels from 0 to 1."""
+    """Mean squared error of pixels from 0 to 1."""
     compression: Compression
-    """How much less the model keeps of the image than there is."""
+    """Ratio between the sizes of the image and of the latents."""
 
 
 class ImageGenerator:
-    """One model in memory that makes images."""
+    """A loaded model that generates images."""
 
     def __init__(self, network: Network, objective: Objective, chat: ChatFormat, name: str) -> None:
         if not isinstance(chat.media, ImageProcessor):
@@ -69,15 +69,16 @@ class ImageGenerator:
 
     @staticmethod
     def is_able(objective: Objective) -> bool:
-        """Whether models of ``objective`` make images."""
+        """Return whether models of ``objective`` generate images."""
         return isinstance(objective, Generative)
 
     @staticmethod
     def open(stored: StoredModel, name: str = "") -> ImageGenerator:
-        """Load ``stored`` on the best device of this machine; refusals call it ``name`` or by its id.
+        """Load ``stored`` on the best device of this machine; error messages use ``name`` or the
+        model's id.
 
         Raises:
-            RecipeError: where it makes no images.
+            RecipeError: for a model that generates no images.
         """
         from luthier.engine.machine import open_network
 
@@ -101,14 +102,19 @@ class ImageGenerator:
         settings: DenoisingSettings | None = None,
         prompt: str | None = None,
     ) -> list[SampledImage]:
-        """New images: the same for the same seed.
+        """Generate images, reproducible by ``seed``.
 
-        A model that knows classes makes those of ``label``, or as many of each class in turn; one that
-        learned from captions makes what ``prompt`` says. The network works in a ``turn`` for each part
-        of them.
+        Args:
+            count: number of images.
+            seed: random seed.
+            label: a class; by default, a model with classes generates each class in turn.
+            done: receives the number of finished images.
+            turn: returns a context manager around the work on each batch.
+            settings: settings of diffusion models.
+            prompt: a prompt, for a model that was trained with captions.
 
         Raises:
-            RecipeError: for a label, prompt or settings that the model has no use for.
+            RecipeError: for a label, prompt or settings that the model does not support.
         """
         import torch
 
@@ -166,10 +172,10 @@ class ImageGenerator:
         done: Callable[[int], None],
         turn: Callable[[], AbstractContextManager[None]],
     ) -> list[SampledImage]:
-        """Return the images that ``request`` asks for; see :meth:`sample`.
+        """Generate the images of ``request``; see :meth:`sample`.
 
         Raises:
-            RecipeError: with the field of the request that the model cannot follow.
+            RecipeError: naming the unsupported field of the request.
         """
         objective, processor = self.objective, self.processor
         reads_prompts = isinstance(objective, Generative) and objective.reads_prompts
@@ -191,16 +197,16 @@ class ImageGenerator:
 
     @property
     def can_reconstruct(self) -> bool:
-        """Whether the model returns copies of images."""
+        """True if the model can reconstruct images."""
         return isinstance(self.objective, VAE)
 
     def reconstruct(
         self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
     ) -> list[Reconstruction]:
-        """Each image after the way through the network, in the order given.
+        """Return each image with its reconstruction, in order.
 
         Raises:
-            RecipeError: where the model gives no images back.
+            RecipeError: for a model that cannot reconstruct images.
         """
         import torch
 
@@ -224,10 +230,10 @@ class ImageGenerator:
             return self.network.read_rows(examples, images_at_once(self.processor), read)
 
     def interpolate(self, rows: Sequence[Row], steps: int) -> list[list[Pixels]]:
-        """``steps`` images on the way from each image to the next, both ends among them.
+        """Return ``steps`` images between each image and the next, ends included.
 
         Raises:
-            RecipeError: where the model gives no images back.
+            RecipeError: for a model that cannot reconstruct images.
         """
         import torch
 

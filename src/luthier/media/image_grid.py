@@ -1,4 +1,4 @@
-"""Images as PNG files, alone or side by side."""
+"""Images as PNG files, alone or in a grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GAP = 2
 
 
 def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
-    """Images of one size side by side on white, row by row; about as many rows as columns."""
+    """Return images of one size in a grid on white; by default, about as many rows as columns."""
     height, width, _ = images[0].shape
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)
@@ -31,7 +31,7 @@ def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
 
 
 def encode_png(pixels: Pixels) -> bytes:
-    """An image ``[H, W, 3]`` as the bytes of a PNG file."""
+    """Encode an image ``[H, W, 3]`` as a PNG file."""
     from PIL import Image
 
     stream = io.BytesIO()

@@ -1,13 +1,16 @@
-"""From an image or a sound to the numbers that a network reads, stored as ``preprocessor_config.json``.
+"""Processors that convert images, audio and time series to arrays for a network.
 
-Images follow transformers' image processors: resized (and its middle cut out, where the file says so),
-brought to a range of 0 to 1, and normalized for each colour. Sounds become the logarithm of a mel
-spectrogram, an image of one channel whose height is pitch and whose width is time, of a fixed number of
-seconds, or what a feature extractor of transformers makes of them. Time series become windows of their
-latest values. The same object reads training rows and requests, and is stored with the custom model.
+A processor is stored as ``preprocessor_config.json``, and the stored object converts both training
+rows and requests.
 
-Random changes for training are drawn from a generator of their own for each row and step, so that a run
-that goes on draws what it would have drawn.
+- Images follow transformers' image processors: resize, optional center crop, scaling to 0 to 1,
+  normalization per color channel.
+- Audio becomes a log mel spectrogram of fixed length (an image with one channel, height for pitch
+  and
+  width for time), or the features of a feature extractor in transformers.
+- Time series become windows of the latest values.
+
+Augmentation has a random generator per row and step, so a resumed run draws the same numbers.
 """
 
 from __future__ import annotations
@@ -34,15 +37,15 @@ if TYPE_CHECKING:
     from luthier.media.decoding import Pixels
 
 _RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3, "lanczos": 1}
-"""Pillow's numbers, which ``preprocessor_config.json`` has."""
+"""Pillow's resampling numbers in ``preprocessor_config.json``."""
 _CROPPED_BELOW = 384
-"""Size from which on processors with ``crop_pct`` resize the whole image."""
+"""Sizes from 384 on are resized without cropping by processors with ``crop_pct``."""
 PADDED = "PaddedImageProcessor"
-"""A form of luthier's own: none of transformers' processors fills up lines at their end."""
+"""A processor type of luthier: no processor in transformers pads lines on the right."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What a file says is checked here: it comes with a model from anywhere.
 Side = Annotated[int, Field(ge=1, le=8192)]
-"""Pixels."""
+"""Size in pixels."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(gt=0, le=1000)]
@@ -51,7 +54,7 @@ SamplingRate = Annotated[int, Field(ge=100, le=1_000_000)]
 
 @dataclass(frozen=True)
 class ImageProcessor(Processor):
-    """Pixels ``[H, W, 3]`` of any size to ``[3, height, width]``."""
+    """Converts pixels ``[H, W, 3]`` of any size to ``[3, height, width]``."""
 
     name: ClassVar[str] = "image"
     kind: ClassVar[MediaKind] = "image"
@@ -62,32 +65,33 @@ class ImageProcessor(Processor):
     std: Annotated[tuple[Positive, ...], Field(min_length=3, max_length=3)] = IMAGENET_STD
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     shortest_edge: Annotated[int, Field(ge=0, le=8192)] = 0
-    """Size the shorter side is brought to before the middle is cut out; 0 to resize the whole."""
+    """Size of the shorter side before the center crop; 0 to resize without cropping."""
     pad: bool = False
-    """Keep the proportions, and fill the right and the bottom with white: lines differ in length."""
+    """Keep the aspect ratio and pad with white on the right and below, for lines of different
+    length."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of what the network reads."""
+        """Shape of the network's input."""
         return (3, self.height, self.width)
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The size of square images."""
+        """Name of the size setting for square images."""
         return ("image_size",)
 
     def with_settings(self, *, image_size: int) -> ImageProcessor:  # type: ignore[override]
-        """Return the processor of square images of another size."""
+        """Return the processor for square images of another size."""
         edge = round(self.shortest_edge * image_size / max(1, self.height))
         return dataclasses.replace(self, height=image_size, width=image_size, shortest_edge=edge)
 
     @staticmethod
     def for_shape(shape: tuple[int, int, int]) -> ImageProcessor:
-        """Return a processor with the usual settings."""
+        """Return a processor with default settings."""
         return ImageProcessor(*shape[1:])
 
     def resize(self, media: Media) -> Pixels:
-        """The image ``[height, width, 3]``, its colours as they are."""
+        """Return the resized image ``[height, width, 3]``, without normalization."""
         from PIL import Image
 
         image = Image.fromarray(read_pixels(media))
@@ -109,7 +113,8 @@ class ImageProcessor(Processor):
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
-        """What the network reads, ``[3, height, width]``; changed at random with ``augmentation``."""
+        """Return the network's input ``[3, height, width]``, changed at random with
+        ``augmentation``."""
         pixels = RESIZED.resize(self, media)
         if augmentation is not None:
             pixels = change_image(augmentation, pixels, np.random.default_rng(seed))
@@ -118,12 +123,12 @@ class ImageProcessor(Processor):
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
     def to_pixels(self, values: NDArray[np.float32]) -> Pixels:
-        """``[3, H, W]`` as a network gives it back as an image ``[H, W, 3]``."""
+        """Convert a network's output ``[3, H, W]`` to an image ``[H, W, 3]``."""
         spread = values.transpose(1, 2, 0) * np.array(self.std) + np.array(self.mean)
         return np.asarray((np.clip(spread, 0, 1) * 255).round(), dtype=np.uint8)
 
     def fields(self) -> dict[str, Any]:
-        """Contents of ``preprocessor_config.json``, in transformers' words."""
+        """Return the contents of ``preprocessor_config.json`` in transformers' format."""
         size = {"height": self.height, "width": self.width}
         fields: dict[str, Any] = {
             "image_processor_type": "ViTImageProcessor",
@@ -146,7 +151,7 @@ class ImageProcessor(Processor):
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> ImageProcessor | None:
-        """Return the image processor of a published ``preprocessor_config.json``."""
+        """Return the processor of a published ``preprocessor_config.json``, if one of images."""
         if "image_processor_type" not in fields and "image_mean" not in fields:
             return None
         crops, share = fields.get("do_center_crop", False), fields.get("crop_pct")
@@ -181,7 +186,8 @@ class ImageProcessor(Processor):
 
 
 def _normalization(fields: Mapping[str, Any], kind: str) -> tuple[tuple[float, ...], ...]:
-    """Mean and deviation of pixels from 0 to 1, whatever range the file brings them to before."""
+    """Return mean and deviation for pixels from 0 to 1, whatever range the published settings
+    expect."""
     plain = not fields.get("do_normalize", True)
     mean = (0.0,) * 3 if plain else tuple(fields.get("image_mean", IMAGENET_MEAN))
     std = (1.0,) * 3 if plain else tuple(fields.get("image_std", IMAGENET_STD))
@@ -203,15 +209,15 @@ def _sides(size: Any) -> dict[str, int]:
 
 
 MOST_CACHED = 256 * 1024 * 1024
-"""Bytes of resized images that are held: decoding and resizing take longer than a small network."""
+"""Maximum size of cached images, in bytes. Decoding and resizing take longer than a small network."""
 
 
 class ResizedImages:
-    """What :meth:`ImageProcessor.resize` gave, in ``most`` bytes.
+    """A cache of resized images, in at most ``most`` bytes.
 
-    Room is made by dropping what the processor made that was not asked for longest. The images of one
-    processor stay once they are there: rows come in turn, and of more than fit the least recently used
-    would be the next one, each time.
+    A full cache drops the images of the least recently used processor. The images of the current
+    processor are never dropped: rows repeat in a fixed order, so least-recently-used eviction would
+    always drop the next image.
     """
 
     def __init__(self, most: int = MOST_CACHED) -> None:
@@ -220,7 +226,7 @@ class ResizedImages:
         self._lock = Lock()
 
     def resize(self, processor: ImageProcessor, media: Media) -> Pixels:
-        """The image as the processor resizes it, from memory where it was done before."""
+        """Return the resized image, from the cache if possible."""
         version = media.version()
         if version is None:  # its pixels are in memory anyhow
             return processor.resize(media)
@@ -235,7 +241,7 @@ class ResizedImages:
         return found
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Drop all images."""
         with self._lock:
             self._images.clear()
             self.bytes = 0
@@ -251,14 +257,14 @@ class ResizedImages:
 
 
 RESIZED = ResizedImages()
-"""Of this process."""
+"""The cache of this process."""
 
 
 @dataclass(frozen=True)
 class AudioProcessor(Processor):
-    """A sound to the logarithm of its mel spectrogram, ``[1, num_mel_bins, frames]``.
+    """Converts audio to a log mel spectrogram ``[1, num_mel_bins, frames]``.
 
-    Each spectrogram is shifted and scaled to mean 0 and deviation 1, so loudness does not matter.
+    Each spectrogram is normalized to mean 0 and deviation 1, so loudness has no effect.
     """
 
     name: ClassVar[str] = "audio"
@@ -266,40 +272,39 @@ class AudioProcessor(Processor):
 
     sampling_rate: SamplingRate = 16_000
     max_seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = 1.0
-    """A longer sound is cut, its middle is read; a shorter one is filled up with silence."""
+    """Length in seconds. Longer audio is cut to its middle; shorter audio is padded with silence."""
     num_mel_bins: Annotated[int, Field(ge=1, le=1024)] = 64
     window_ms: Milliseconds = 25.0
     hop_ms: Milliseconds = 10.0
     top_db: Positive = 80.0
-    """How far below its greatest power a spectrogram ends, as in Whisper (Radford et al. 2022)."""
+    """Dynamic range of a spectrogram in dB below the maximum, as in Whisper (Radford et al. 2022)."""
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Sampling rate and length."""
+        """Names of the settings for sampling rate and length."""
         return ("sampling_rate", "max_seconds")
 
     def with_settings(self, **settings: float) -> AudioProcessor:
-        """Return the processor of audio of another sampling rate or length."""
+        """Return the processor for another sampling rate or length."""
         return dataclasses.replace(self, **settings)  # type: ignore[arg-type]
 
     @staticmethod
     def for_shape(shape: tuple[int, int, int]) -> AudioProcessor:
-        """Return a processor with the usual settings, whatever the shape."""
+        """Return a processor with default settings for any shape."""
         return AudioProcessor()
 
     @property
     def frames(self) -> int:
-        """Width of the spectrogram."""
+        """Width of the spectrogram in frames."""
         return 1 + self._samples // self._hop
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of what the network reads."""
+        """Shape of the network's input."""
         return (1, self.num_mel_bins, self.frames)
 
     @property
     def _samples(self) -> int:
-        """Of what is read."""
         return int(self.max_seconds * self.sampling_rate)
 
     @property
@@ -313,7 +318,8 @@ class AudioProcessor(Processor):
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
-        """What the network reads, ``[1, num_mel_bins, frames]``; random with ``augmentation``."""
+        """Return the network's input ``[1, num_mel_bins, frames]``, changed at random with
+        ``augmentation``."""
         samples, rate = read_samples(media)
         samples = resample(samples, rate, self.sampling_rate)
         random = np.random.default_rng(seed)
@@ -330,7 +336,7 @@ class AudioProcessor(Processor):
         return spectrogram[None]
 
     def _spectrogram(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``[num_mel_bins, frames]`` of mean 0 and deviation 1."""
+        """Return a spectrogram ``[num_mel_bins, frames]`` of mean 0 and deviation 1."""
         window = self._window
         size = 1 << (window - 1).bit_length()
         padded = np.pad(samples.astype(np.float32), size // 2, mode="reflect")
@@ -347,14 +353,14 @@ class AudioProcessor(Processor):
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> AudioProcessor | None:
-        """Return the processor that :meth:`fields` describes."""
+        """Return the processor of a ``preprocessor_config.json`` from :meth:`fields`."""
         if fields.get("feature_extractor_type") != "LogMelSpectrogram":
             return None
         names = ("sampling_rate", "max_seconds", "num_mel_bins", "window_ms", "hop_ms", "top_db")
         return AudioProcessor(**{name: fields[name] for name in names})
 
     def fields(self) -> dict[str, Any]:
-        """Contents of ``preprocessor_config.json``: a form of luthier's own."""
+        """Return the contents of ``preprocessor_config.json``, in luthier's own format."""
         return {
             "feature_extractor_type": "LogMelSpectrogram",
             "sampling_rate": self.sampling_rate,
@@ -368,10 +374,12 @@ class AudioProcessor(Processor):
 
 @dataclass(frozen=True)
 class FeatureExtractor(AudioProcessor):
-    """A sound as transformers' own code reads it for AST (a spectrogram) or Wav2Vec2 (its samples).
+    """Converts audio with transformers' feature extractors for AST (spectrogram) or Wav2Vec2
+    (samples).
 
-    ``[1, frames, num_mel_bins]`` or ``[1, 1, samples]``. As there, a longer sound is read at its start.
-    Without the package torchaudio, AST's spectrogram is transformers' own in numpy.
+    Shapes are ``[1, frames, num_mel_bins]`` and ``[1, 1, samples]``. As in transformers, longer
+    audio is cut at the end. Without the package torchaudio, transformers computes AST's spectrogram
+    with numpy.
     """
 
     name: ClassVar[str] = "feature_extractor"
@@ -381,7 +389,7 @@ class FeatureExtractor(AudioProcessor):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of what the network reads."""
+        """Shape of the network's input."""
         if self._makes_spectrogram:
             return (1, int(dict(self.published)["max_length"]), self.num_mel_bins)
         return (1, 1, self._samples)
@@ -392,13 +400,14 @@ class FeatureExtractor(AudioProcessor):
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The length, except of AST, whose network has a position for each frame."""
+        """Name of the length setting. AST has none, because the network has a position for each
+        frame."""
         return () if self._makes_spectrogram else ("max_seconds",)
 
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
-        """What the network reads; random with ``augmentation``."""
+        """Return the network's input, changed at random with ``augmentation``."""
         samples, rate = read_samples(media)
         samples = resample(samples, rate, self.sampling_rate)[: self._samples]
         random, count = np.random.default_rng(seed), len(samples)
@@ -425,12 +434,13 @@ class FeatureExtractor(AudioProcessor):
         return np.ascontiguousarray(spectrogram[None])
 
     def fields(self) -> dict[str, Any]:
-        """Contents of ``preprocessor_config.json``: those published, and how long a sound may be."""
+        """Return the contents of ``preprocessor_config.json``: the published fields and the maximum
+        length."""
         return {**dict(self.published), "max_seconds": self.max_seconds}
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> FeatureExtractor | None:
-        """Return the feature extractor of a published ``preprocessor_config.json``."""
+        """Return the feature extractor of a published ``preprocessor_config.json``, if supported."""
         if fields.get("feature_extractor_type") not in FEATURE_EXTRACTORS:
             return None
         rate = int(fields.get("sampling_rate", 16_000))
@@ -454,10 +464,10 @@ class FeatureExtractor(AudioProcessor):
 
 
 SHORTEST_FRAME, AST_HOP = 400, 160
-"""Samples in a frame of AST's spectrogram, and from one to the next."""
+"""Length and hop of a frame of AST's spectrogram, in samples."""
 MOST_FRAMES = 100_000
 FEATURE_EXTRACTORS = ("ASTFeatureExtractor", "Wav2Vec2FeatureExtractor")
-"""Of transformers, that are read as they are."""
+"""Feature extractors of transformers that are used unchanged."""
 
 
 @lru_cache(maxsize=4)
@@ -479,15 +489,16 @@ def _mel_filters(size: int, bins: int, rate: int) -> NDArray[np.float64]:
 
 
 LARGEST_DEVIATION = 10.0
-"""Deviations from the mean that a value of a window may have: one far outlier else says all."""
+"""Largest absolute value of a normalized window: without a limit, a far outlier would dominate."""
 
 
 @dataclass(frozen=True)
 class WindowProcessor(Processor):
-    """The latest values of a time series, ``[1, 1, length]``.
+    """Converts a time series to a window of the latest values, ``[1, 1, length]``.
 
-    They are shifted and scaled by the mean and deviation of the values before the last, so that a
-    series may drift. Where these hardly vary, a tenth of the deviation of all known values is added.
+    The window is normalized by the mean and deviation of the values before the last value, so a
+    series may drift. The deviation includes a tenth of the deviation of all known values, for flat
+    windows.
     """
 
     name: ClassVar[str] = "window"
@@ -497,13 +508,13 @@ class WindowProcessor(Processor):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of what the network reads."""
+        """Shape of the network's input."""
         return (1, 1, self.length)
 
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
-        """What the network reads, ``[1, 1, length]``; a short history is mirrored at its start."""
+        """Return the network's input ``[1, 1, length]``. A short history is mirrored at the start."""
         values_T = media.values()
         window = values_T[-self.length :]
         if len(window) < self.length:
@@ -514,25 +525,25 @@ class WindowProcessor(Processor):
         return np.asarray(scaled[None, None], dtype=np.float32)
 
     def with_settings(self, **settings: Any) -> WindowProcessor:
-        """Return this processor, which has no settings."""
+        """Return this processor: windows have no settings."""
         return self
 
     @staticmethod
     def for_shape(shape: tuple[int, int, int]) -> WindowProcessor:
-        """Return a processor of windows of as many values as the last axis of ``shape``."""
+        """Return a processor for windows of the length of the last axis of ``shape``."""
         return WindowProcessor(shape[-1])
 
     def is_whole(self, media: Media) -> bool:
-        """Return whether the series has as many values before and at this one as a window."""
+        """Return whether the series has enough values for a window."""
         return len(media.values()) >= self.length
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> WindowProcessor | None:
-        """Return the processor that :meth:`fields` describes."""
+        """Return the processor of a ``preprocessor_config.json`` from :meth:`fields`."""
         if fields.get("feature_extractor_type") != "TimeSeriesWindow":
             return None
         return WindowProcessor(length=fields["length"])
 
     def fields(self) -> dict[str, Any]:
-        """Contents of ``preprocessor_config.json``: a form of luthier's own."""
+        """Return the contents of ``preprocessor_config.json``, in luthier's own format."""
         return {"feature_extractor_type": "TimeSeriesWindow", "length": self.length}

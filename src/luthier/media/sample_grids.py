@@ -1,4 +1,4 @@
-"""Pictures of what a model makes as training goes: one for each measurement, in the run's folder."""
+"""Grids of generated images during training: one file per evaluation, in the run's folder."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from luthier.objectives.base import Objective
 from luthier.types import Example
 
 IMAGES = 30
-"""In a picture, or as many as are made at once where they are large; of classes as many each."""
+"""Maximum number of images in a grid; fewer for large images. Each class gets an equal number."""
 MOST_CLASSES = 10
-"""That a picture shows."""
+"""Maximum number of classes in a grid."""
 
 
 @dataclass(frozen=True)
 class SampleGrids:
-    """What is drawn for each picture: the same noise each time, so that they can be compared."""
+    """Settings of the grids. The noise is fixed, so the grids of a run are comparable."""
 
     folder: Path
     network: Network
     objective: Generative
     processor: ImageProcessor
     labels: Sequence[str]
-    """What each image is asked to show: classes in turn, captions of rows, or anything."""
+    """Label of each image: a class, a caption, or an empty text."""
 
     @staticmethod
     def of(
@@ -43,7 +43,10 @@ class SampleGrids:
         run_folder: Path,
         examples: Sequence[Example] = (),
     ) -> SampleGrids | None:
-        """``None`` for models that make no images; captions are those of ``examples``, in turn."""
+        """Return the grids of a run; ``None`` for models that generate no images.
+
+        Labels are the classes in turn, or captions of ``examples`` in turn.
+        """
         if not isinstance(objective, Generative) or not isinstance(chat.media, ImageProcessor):
             return None
         maker = objective.in_few_steps()
@@ -58,7 +61,7 @@ class SampleGrids:
 
     @torch.no_grad()
     def draw(self, step: int) -> None:
-        """Write the picture of ``step``; nothing is drawn from torch's global generator."""
+        """Write the grid of ``step``, without using torch's global random generator."""
         self.network.model.eval()
         generator = torch.Generator().manual_seed(0)
         images = self.objective.sample(self.network, self.labels, generator).float().cpu().numpy()

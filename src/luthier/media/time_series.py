@@ -1,8 +1,8 @@
-"""Time series as rows: a table of times and one number each, read as windows of the latest values.
+"""Reader of time series: a table of times and values becomes windows of the latest values.
 
-A table is a time series if its header has a time and a value
+A table is a time series if the header has a time and a value
 (:func:`~luthier.data.containers.is_series_header`) and the first value is a number. Each line is a
-row: the value of that time and the values before. A network takes the latest of these values.
+row: the value of that time and the values before. A network reads the latest of these values.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from luthier.data.parsing import Record, quote
 from luthier.errors import Location, Problem
 
 FIRST_LINES = 1_000
-"""Among them is a value, where a sensor starts late."""
+"""Lines that are searched for the first value, because a sensor may start late."""
 MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
-"""What tables have for a value that was not measured."""
+"""Spellings of a missing value in tables."""
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
-"""As programs write numbers: Python alone reads ``1_000``, and digits of all scripts."""
+"""ASCII numbers. Python also parses ``1_000`` and digits of other scripts."""
 _SHORT_DAY = re.compile(r"((?:19|20)\d\d)(\d\d)(\d\d)", re.ASCII)
-"""``20261123``, which is a day and no number."""
+"""Days without separators, such as ``20261123``."""
 
 
 def read_series(
     records: Iterator[tuple[int, Record]], file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
-    """The records of a table; those of a time series with the latest values as ``window``."""
+    """Return the records of a table. Records of a time series have the latest values under
+    ``window``."""
     first = next(records, None)
     if first is None:
         return iter(())
@@ -44,7 +45,7 @@ def read_series(
 
 
 def _has_numbers(lines: Iterable[tuple[int, Record]]) -> bool:
-    """Whether the first value that is there is a number."""
+    """Return whether the first non-missing value is a number."""
     values = (str([*record.values()][1]) for _, record in lines)
     value = next((value for value in values if value.strip().lower() not in MISSING), "")
     try:
@@ -62,7 +63,8 @@ def _number(value: object) -> float | None:
 
 
 def _seconds(time: object) -> float | None:
-    """A time in ISO 8601, or any number; ``None`` for others, whose days and months may be confused."""
+    """Return an ISO 8601 time or a number in seconds; ``None`` for ambiguous orders of day and
+    month."""
     text = str(time).strip()
     number = _number(text)
     if number is not None and not _SHORT_DAY.fullmatch(text):

@@ -1,4 +1,4 @@
-"""Steps of a run that trains a network to make images."""
+"""Steps of a training run for objectives that generate images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SamplePictures(TrainingStep):
-    """Pictures of images that the network generates as training goes."""
+    """Grids of generated images during training."""
 
     first_process_only = True
 
@@ -28,29 +28,29 @@ class SamplePictures(TrainingStep):
         return isinstance(job.data.objective, Generative)
 
     def before_training(self, trainer: Trainer) -> None:
-        """Choose what the pictures show."""
+        """Choose the labels of the grids."""
         data, folder = trainer.job.data, trainer.run_folder.folder
         rows = data.validation or data.train
         chat = trainer.job.chat
         self.grids = SampleGrids.of(data.objective, trainer.network, chat, folder, rows)
 
     def after_evaluation(self, trainer: Trainer, step: int) -> None:
-        """Draw the picture of a step."""
+        """Write the grid of a step."""
         if self.grids is not None:
             self.grids.draw(step)
 
 
 class GenerativeVerdict(TrainingStep):
-    """Additions to the verdict on a network that makes images."""
+    """Additions to the verdict on a network that generates images."""
 
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
-        """Return whether the objective makes images."""
+        """Return whether the objective generates images."""
         return isinstance(job.data.objective, Generative)
 
     @torch.no_grad()
     def before_storing(self, trainer: Trainer) -> None:
-        """Add the quality of copies, and advice where training from random weights was short."""
+        """Add the quality of copies, and advice if training from random weights was short."""
         objective, network, verdict = trainer.job.data.objective, trainer.network, trainer.verdict
         assert isinstance(objective, Generative) and verdict is not None
         network.model.eval()
@@ -66,7 +66,7 @@ class GenerativeVerdict(TrainingStep):
 
 
 def advised_steps(job: TrainingJob, steps: int) -> int:
-    """Return the advised number of steps if training from random weights was short; else 0."""
+    """Return the advised number of steps if training from random weights was short; otherwise 0."""
     objective = job.data.objective
     usual = max(defaults.least_steps(objective), objective.defaults.scratch_steps)
     return usual if job.base.manifest.is_random and 2 * steps <= usual else 0

@@ -109,7 +109,7 @@ class Claim:
 
     @property
     def is_presigned(self) -> bool:
-        """Whether the query has the signature."""
+        """True if the query has the signature."""
         return self.expires is not None
 
 

@@ -1,8 +1,9 @@
-"""Images and sounds that cannot be read, look alike, or say more than they should.
+"""Checks of images and audio: unreadable files, near-duplicates, metadata, loudness and size.
 
-Images that look alike have nearly the same thumbnail of 10 x 10 pixels in colour, whatever their size
-and format. Compared are those whose difference hashes (Krawetz 2013: which of two neighbours is
-brighter, on 9 x 8 grey pixels) have a quarter in common: a copy of another size rarely has all 64 bits.
+Images are near-duplicates if their color thumbnails of 10 x 10 pixels are nearly equal, whatever
+the size and format. Candidates share a quarter of the difference hash (Krawetz 2013: which of two
+neighbors is brighter, on 9 x 8 gray pixels), because a resized copy rarely has all 64 bits in
+common.
 """
 
 from __future__ import annotations
@@ -103,44 +104,45 @@ RATE = Rule(
 )
 
 MOST_COMPARED = 200_000
-"""Images that are compared with each other; each takes some 900 bytes."""
+"""Maximum number of compared images; each takes about 900 bytes."""
 ALIKE = 0.065
-"""Largest mean difference of thumbnails that look the same, as a share of how much one varies."""
+"""Largest mean difference between thumbnails of near-duplicates, relative to the deviation of a
+thumbnail."""
 LEAST_ALIKE = 2.0
-"""The same in steps of 255, where an image hardly varies."""
+"""Lower bound of this difference in steps of 255, for images that hardly vary."""
 BAND = 2
-"""Bytes of a quarter of a difference hash."""
+"""Bytes in a quarter of a difference hash."""
 MOST_CANDIDATES = 64
-"""Images with one quarter in common that a further one is compared with, the latest ones."""
+"""Maximum number of earlier images per quarter that an image is compared with, latest first."""
 SILENCE = 1e-3
-"""Largest amplitude, of 1, of what is called silent."""
+"""Largest amplitude of silence, relative to full scale."""
 PEAKS = 0.01
-"""Share of samples at full scale from which on a sound is clipped."""
+"""Smallest share of samples at full scale in clipped audio."""
 _HASH, _THUMBNAIL = (9, 8), (10, 10)
 
 
 @dataclass(frozen=True)
 class MeasuredMedia:
-    """What is known of one image or sound that can be read."""
+    """Measurements of one readable image or audio file."""
 
     index: int
-    """Of its row in the batch."""
+    """Index of the row in the batch."""
     size: str
-    """Pixels, or samples a second, for the summary."""
+    """Pixels, or samples per second, for the summary."""
     hash: bytes = b""
     """Difference hash and thumbnail of an image."""
     labels: tuple[str, ...] = ()
     rate: int = 0
-    """Samples a second of a sound."""
+    """Sampling rate of audio in samples per second."""
 
 
 MeasuredBatch = tuple[list[Spot], list[MeasuredMedia]]
-"""What is wrong with single rows, and what is known of those that can be read."""
+"""Findings on single rows, and measurements of readable rows."""
 
 
 @dataclass
 class _Seen:
-    """Where an image was first met."""
+    """The first occurrence of an image."""
 
     place: Place
     split: str
@@ -149,7 +151,7 @@ class _Seen:
 
 
 class MediaFiles(SpotCheck):
-    """Opens every image and sound."""
+    """Decodes every image and audio file."""
 
     name: ClassVar[str] = "media"
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -163,17 +165,17 @@ class MediaFiles(SpotCheck):
         self.processor = processor
         self.sizes: dict[str, Counter[str]] = {}
         self.highest_rate = 0
-        """Samples a second of a sound, the most there are."""
+        """Highest sampling rate of all audio, in samples per second."""
         self.seen: dict[tuple[int, bytes], deque[_Seen]] = {}
         self.compared = 0
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """With what the model reads, where it is known."""
+        """Return the check, with the processor of the base model if known."""
         return cls(known.chat.media if known.chat else None)
 
     def measure(self, batch: RowBatch) -> MeasuredBatch:
-        """Decode each file of a batch."""
+        """Decode the files of a batch."""
         spots: list[Spot] = []
         measured: list[MeasuredMedia] = []
         for index, row in enumerate(batch.rows):
@@ -229,7 +231,7 @@ class MediaFiles(SpotCheck):
         return MeasuredMedia(index, f"{rate:,} Hz", rate=rate)
 
     def take(self, where: BatchLines, measured: MeasuredBatch, findings: Findings) -> None:
-        """Say what is wrong with single rows, and compare images with those before."""
+        """Add the findings of a batch and compare images with earlier images."""
         spots, media = measured
         self.add_spots(where, spots, findings)
         for each in media:
@@ -261,7 +263,7 @@ class MediaFiles(SpotCheck):
             self.seen.setdefault(band, deque(maxlen=MOST_CANDIDATES)).append(seen)
 
     def summary(self) -> Mapping[str, Any]:
-        """How large images are, or how sounds are sampled; ``highest_rate`` is one to read them at."""
+        """Return the frequent image sizes or sampling rates, and a sampling rate to recommend."""
         splits = {split: {"sizes": most_common(counts, 10)} for split, counts in self.sizes.items()}
         if 0 < self.highest_rate < self._free_rate:
             return {"splits": splits, "highest_rate": self.highest_rate}
@@ -269,7 +271,8 @@ class MediaFiles(SpotCheck):
 
     @property
     def _free_rate(self) -> int:
-        """Samples a second that are read; 0 of a network that was made for one rate, and of none."""
+        """Adjustable sampling rate of the network in samples per second; 0 if fixed or without
+        audio."""
         reads = self.processor
         if isinstance(reads, FeatureExtractor) or not isinstance(reads, AudioProcessor):
             return 0

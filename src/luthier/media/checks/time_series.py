@@ -1,7 +1,7 @@
-"""Times of a series that are missing, stand twice or run backwards, and series that are too short.
+"""Checks of time series: missing, repeated, unsorted and irregular times, and short series.
 
-A network reads a row as its value with those of the lines before it, as if they followed each other
-evenly. :mod:`luthier.media.time_series` reads the times; rows without times are checked by line only.
+A network reads a row as a value with the values of earlier lines, as if equally spaced in time.
+:mod:`luthier.media.time_series` parses the times. Rows without times are not checked for gaps.
 """
 
 from __future__ import annotations
@@ -53,40 +53,40 @@ GAP = Rule(
     "Fill in estimates, or learn from a stretch without a gap.",
 )
 LEAST_VALUES = 100
-"""Lines of a series, of which some are held out, that anything can be learned from."""
+"""Minimum number of lines of a series, including held-out lines."""
 USUAL_QUANTILE = 0.9
-"""Share of steps that are as long as the usual one, or shorter: five of seven days are working days."""
+"""Quantile of the usual time step: five of seven days are working days."""
 LEAST_CLOCK_TIME = 1e8
-"""Seconds of a time in 1973; lower numbers are counts of something."""
+"""Seconds of a time in 1973. Smaller numbers are counters, not times."""
 MOST_FINDINGS = 10_000
-"""Lines of a file that break a rule, of which each is counted."""
+"""Maximum number of findings per rule and file."""
 GAP_RATIO = 1.5
-"""Times the usual step from which on one is a gap."""
+"""Smallest length of a gap, relative to the usual time step."""
 
 
 class TimeSeries(Check):
-    """Compares the time of each line with that of the line before."""
+    """Compares the time of each line with the time of the previous line."""
 
     name: ClassVar[str] = "time_series"
     rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP)
 
     def __init__(self) -> None:
         self._batches: dict[tuple[str, str], list[tuple[BatchLines, NDArray[np.float64]]]] = {}
-        """Times of the windows of each file of a split."""
+        """Times of the windows by split and file."""
 
     def measure(self, batch: RowBatch) -> NDArray[np.float64]:
-        """Seconds of each window, nan where its time is not known; empty without windows."""
+        """Return the time of each window in seconds, NaN if unknown; empty without windows."""
         rows = [row for row in batch.rows if isinstance(row, BareWindow)]
         times = [np.nan if row.media.time is None else row.media.time for row in rows]
         return np.array(times, np.float64)
 
     def take(self, where: BatchLines, measured: NDArray[np.float64], findings: Findings) -> None:
-        """Keep the times until all are there: which step is usual shows then."""
+        """Store the times until the end, when the usual time step is known."""
         if len(measured):
             self._batches.setdefault((where.split, where.file), []).append((where, measured))
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Name what is wrong with each file."""
+        """Add the findings of each file."""
         lengths = {at: sum(len(times) for _, times in each) for at, each in self._batches.items()}
         count = sum(length for (split, _), length in lengths.items() if split == "train")
         if 0 < count < LEAST_VALUES:
@@ -129,7 +129,7 @@ class TimeSeries(Check):
 
 
 def _duration(seconds: float) -> str:
-    """A number of seconds in the unit in which it is short."""
+    """Return a duration in a readable unit."""
     for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.4g} {unit}"

@@ -1,1 +1,1 @@
-"""Networks for images that transformers does not have."""
+"""Image networks that transformers lacks."""

@@ -1,12 +1,12 @@
-"""A generator and a discriminator of convolutions (Radford et al. 2016, arXiv:1511.06434).
+"""A convolutional generator and discriminator (DCGAN, Radford et al. 2016, arXiv:1511.06434).
 
-The generator doubles the sides of a small map until it is an image, the discriminator halves an image
-until it is one score. Beside that paper: norms are over groups of channels, in the generator alone, as
-batch norms would let the images of a micro-batch see each other; the generator enlarges before it
-convolves (Odena et al. 2016). Where there are classes, an embedding of the class is added to the
-generator's noise, and how well image and class agree to the discriminator's score (Miyato and Koyama
-2018, arXiv:1802.05637). Each weight of the discriminator can be divided by its spectral norm (Miyato et
-al. 2018, arXiv:1802.05957), which one step of power iteration in each turn keeps up with.
+The generator doubles the sides of a small map up to an image. The discriminator halves an image
+down to one score. Differences from the paper: group norms in the generator only, because batch
+norms would make the images of a micro-batch depend on each other; the generator enlarges before
+each convolution (Odena et al. 2016). With classes, an embedding of the class is added to the
+generator's noise, and the agreement of image and class to the discriminator's score (Miyato and
+Koyama 2018, arXiv:1802.05637). Each weight of the discriminator can be divided by its spectral norm
+(Miyato et al. 2018, arXiv:1802.05957), with one power iteration per turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from luthier.media.networks.image_stages import (
 
 
 class DCGANConfig(ImagePreTrainedConfig):
-    """Beside its stages: how many numbers of noise an image is made of."""
+    """Configuration with the number of noise values per image."""
 
     model_type = "dcgan"
 
@@ -39,19 +39,19 @@ class DCGANConfig(ImagePreTrainedConfig):
 
 @dataclass
 class DCGANOutput(ModelOutput):
-    """What the discriminator says of images."""
+    """Output of the discriminator."""
 
     scores: Tensor | None = None
-    """``[R]``: above 0 for images that look real."""
+    """Scores ``[R]``, above 0 for images that look real."""
     features: Tensor | None = None
-    """``[R, H]``: what the score is made of."""
+    """Features ``[R, H]`` before the score."""
 
 
 def spectral_weight(layer: Any) -> Tensor:
-    """The weight of a layer divided by an estimate of its largest singular value.
+    """Return the weight of a layer divided by an estimate of its largest singular value.
 
-    The estimate is one step of power iteration away from the vector ``u``, a buffer of the layer, which
-    stays: all micro-batches of a turn see one weight, however many there are and in whichever process.
+    The estimate is one power iteration from the buffer ``u``, which stays unchanged: all
+    micro-batches of a turn use an equal weight, whatever their number and process.
     """
     weight: Tensor = layer.weight
     flat = weight.flatten(1)
@@ -61,13 +61,13 @@ def spectral_weight(layer: Any) -> Tensor:
 
 @torch.no_grad()
 def _iterate(flat: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of power iteration from ``u``: singular vectors of ``flat``."""
+    """Return the singular vectors of ``flat`` after one power iteration from ``u``."""
     v = F.normalize(flat.T @ u, dim=0)
     return F.normalize(flat @ v, dim=0), v
 
 
 class SpectralConv2d(nn.Conv2d):
-    """A convolution whose weight is normalized while ``spectral``."""
+    """A convolution with an optional spectral norm."""
 
     u: Tensor
     spectral = False
@@ -77,14 +77,14 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("u", torch.zeros(self.out_channels))
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H', W']``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H', W']``."""
         weight = spectral_weight(self) if self.spectral else self.weight
         convolved: Tensor = self._conv_forward(states, weight, self.bias)
         return convolved
 
 
 class SpectralLinear(nn.Linear):
-    """A linear layer whose weight is normalized while ``spectral``."""
+    """A linear layer with an optional spectral norm."""
 
     u: Tensor
     spectral = False
@@ -94,13 +94,13 @@ class SpectralLinear(nn.Linear):
         self.register_buffer("u", torch.zeros(outer))
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, H]`` to ``[R, H']``."""
+        """Map ``[R, H]`` to ``[R, H']``."""
         weight = spectral_weight(self) if self.spectral else self.weight
         return F.linear(states, weight, self.bias)
 
 
 class DCGANGenerator(nn.Module):
-    """Noise to images from -1 to 1."""
+    """Generator of images from -1 to 1."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class DCGANGenerator(nn.Module):
         self.to_pixels = nn.Conv2d(sizes[0], config.num_channels, 3, 1, 1)
 
     def forward(self, latent_RZ: Tensor) -> Tensor:
-        """``[R, Z]`` to ``[R, C, H, W]``."""
+        """Map noise ``[R, Z]`` to images ``[R, C, H, W]``."""
         states = F.relu(self.start(latent_RZ).unflatten(-1, self.inside))
         for stage in self.stages:
             states = stage(states)
@@ -119,7 +119,7 @@ class DCGANGenerator(nn.Module):
 
 
 class DCGANDiscriminator(nn.Module):
-    """Images to what a score is made of."""
+    """Discriminator without the final score."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class DCGANDiscriminator(nn.Module):
         self.width = sizes[-1]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, H]``."""
+        """Map images ``[R, C, H, W]`` to features ``[R, H]``."""
         states = pixel_values
         for stage in self.stages:
             states = F.leaky_relu(stage(states), 0.2)
@@ -141,14 +141,14 @@ class DCGANDiscriminator(nn.Module):
 
 
 class DCGANPreTrainedModel(ImagePreTrainedModel):
-    """What both models share."""
+    """Base class with configuration and initialization."""
 
     config_class = DCGANConfig
     base_model_prefix = "dcgan"
     embedding_std = 1.0
 
     def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """Small, and at random the vector that a spectral norm is estimated by."""
+        """Draw a small weight, and the initial vector of the power iteration."""
         if isinstance(layer, SpectralConv2d | SpectralLinear):
             init.normal_(layer.u, 0.0, 1.0)
         init.normal_(layer.weight, 0.0, 0.05)
@@ -162,7 +162,7 @@ class DCGANPreTrainedModel(ImagePreTrainedModel):
 
 
 class DCGANModel(DCGANPreTrainedModel):
-    """Both players, without classes."""
+    """Generator and discriminator without classes."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -172,13 +172,13 @@ class DCGANModel(DCGANPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> DCGANOutput:
-        """What the discriminator says of images ``[R, C, H, W]``."""
+        """Return the discriminator's output for images ``[R, C, H, W]``."""
         features_RH = self.discriminator(pixel_values)
         return DCGANOutput(self.score(features_RH)[:, 0], features_RH)
 
 
 class DCGANForPreTraining(DCGANPreTrainedModel):
-    """Both players, with the embeddings of as many classes as ``num_labels``."""
+    """Generator and discriminator with embeddings of ``num_labels`` classes."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -191,7 +191,7 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
 
     @property
     def players(self) -> dict[str, list[nn.Module]]:
-        """The modules of each player."""
+        """Modules of the generator and of the discriminator."""
         model = self.dcgan
         own = (self.class_noise, self.class_features) if self.known else ()
         return {
@@ -201,12 +201,13 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
 
     @property
     def measures_whole_weights(self) -> bool:
-        """Whether nothing was put beside the weights of the discriminator."""
+        """True if the discriminator's layers are unwrapped, so that spectral norms cover whole
+        weights."""
         layers = [*self.dcgan.discriminator.stages, self.dcgan.score]
         return all(isinstance(each, SpectralConv2d | SpectralLinear) for each in layers)
 
     def generate(self, latent_RZ: Tensor, class_R: Tensor | None = None) -> Tensor:
-        """Images ``[R, C, H, W]`` of noise ``[R, Z]``, of classes ``[R]`` where there are some."""
+        """Generate images ``[R, C, H, W]`` from noise ``[R, Z]`` and classes ``[R]``, if any."""
         if self.known and class_R is not None:
             latent_RZ = latent_RZ + self.class_noise(class_R)
         images: Tensor = self.dcgan.generator(latent_RZ)
@@ -215,7 +216,7 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
     def discriminate(
         self, pixel_values: Tensor, class_R: Tensor | None = None, spectral: bool = False
     ) -> Tensor:
-        """Scores ``[R]`` of images: how real they look, as images of their class."""
+        """Return the scores ``[R]`` of images, as images of their class."""
         for module in self.modules():
             if isinstance(module, SpectralConv2d | SpectralLinear):
                 module.spectral = spectral
@@ -227,13 +228,13 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
 
     @torch.no_grad()
     def iterate_norms(self) -> None:
-        """Move the vectors that spectral norms are estimated by one step on: once in each turn."""
+        """Run one power iteration of all spectral norms. Call once per turn."""
         for module in self.modules():
             if isinstance(module, SpectralConv2d | SpectralLinear):
                 module.u.copy_(_iterate(module.weight.flatten(1), module.u)[0])
 
     def forward(self, pixel_values: Tensor, **_: Any) -> DCGANOutput:
-        """What the discriminator says of images ``[R, C, H, W]``, and of as many generated ones."""
+        """Return the scores of images ``[R, C, H, W]`` and of equally many generated images."""
         self.config.check_images(pixel_values)
         latent_RZ = pixel_values.new_zeros(len(pixel_values), self.config.latent_size)
         images = torch.cat([pixel_values, self.generate(latent_RZ)])
@@ -242,4 +243,4 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
 
 Config = DCGANConfig
 CLASSES = {"AutoModel": DCGANModel, "AutoModelForPreTraining": DCGANForPreTraining}
-"""Model of each automatic class of transformers."""
+"""Model class by automatic class of transformers."""

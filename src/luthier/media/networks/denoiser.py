@@ -1,7 +1,7 @@
-"""What a network is to :class:`~luthier.media.objectives.diffusion.Diffusion`.
+"""The interface between :class:`~luthier.media.objectives.diffusion.Diffusion` and its networks.
 
-One network works on the pixels themselves and knows classes or words; another on latents, which an
-autoencoder makes of images, and reads texts. The objective cannot tell.
+One network works on pixels, with classes or words as conditions. Another works on the latents of an
+autoencoder, with texts as conditions. The objective does not distinguish the two.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ if TYPE_CHECKING:
 
 
 class Denoiser(Protocol):
-    """A network that tells noise from latents ``[R, C, H, W]``, which may be the images themselves."""
+    """A denoising network for latents ``[R, C, H, W]``. The latents may be the images."""
 
     latent_bound: float | None
-    """What numbers of a latent are at most, but for their sign; ``None`` without a bound."""
+    """Largest absolute value of a latent number; ``None`` without a bound."""
 
     def latent_shape(self, image: Shape) -> Shape:
-        """That of the latent of an image of shape ``image``.
+        """Return the shape of the latents of an image of shape ``image``.
 
         Raises:
-            RecipeError: for a size that the network cannot have.
+            RecipeError: for an unsupported image size.
         """
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """The latents of images. Without a gradient."""
+        """Return the latents of images, without gradients."""
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The images of latents. Without a gradient."""
+        """Return the images of latents, without gradients."""
 
     def encode_conditions(self, targets: Sequence[IntArray]) -> Tensor | None:
-        """What is to be seen, as :meth:`denoise` takes it, ``[R, …]``; ``None`` for one without any.
+        """Return the encoded conditions ``[R, …]`` for :meth:`denoise`; ``None`` for a network
+        without any.
 
-        ``targets`` are places of classes or words (none: it may be anything), or tokens of texts.
-        Without a gradient where what encodes them is frozen.
+        Args:
+            targets: positions of classes or words (empty for the empty condition), or text tokens.
+                A frozen
+                encoder creates no gradients.
         """
 
     def denoise(self, mixture: Tensor, time_R: Tensor, condition: Tensor | None) -> Tensor:
-        """The prediction ``[R, C, H, W]`` for mixtures of latents and noise after steps ``[R]``."""
+        """Return the prediction ``[R, C, H, W]`` for mixtures of latents and noise after steps
+        ``[R]``."""

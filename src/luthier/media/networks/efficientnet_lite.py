@@ -2,9 +2,9 @@
 
 MobileNetV2's inverted residuals (Sandler et al. 2018, arXiv:1801.04381, section 3.3) in the seven
 stages of EfficientNet-B0, with ReLU6 and without squeeze-and-excitation, as in Google's
-``efficientnet/lite``. The published weights were trained with TensorFlow, whose ``SAME`` padding puts
-the odd pixel at the far side where a convolution strides. Left out: stochastic depth, and the wider
-siblings Lite1 to Lite4.
+``efficientnet/lite``. The published weights were trained with TensorFlow, whose ``SAME`` padding of
+a strided convolution puts the odd pixel on the far side. Not implemented: stochastic depth, and the
+larger variants Lite1 to Lite4.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STAGES = (  # expansion, channels, blocks, stride, kernel (Tan and Le 2019, tab
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Sizes of Lite0."""
+    """Configuration with the sizes of Lite0."""
 
     model_type = "efficientnet_lite"
 
@@ -60,10 +60,10 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
 
 class SamePadConv2d(nn.Conv2d):
-    """A convolution whose output has ``ceil(size / stride)`` pixels, padded as TensorFlow pads."""
+    """A convolution with an output of ``ceil(size / stride)`` pixels and TensorFlow's padding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H', W']``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H', W']``."""
         pads = []
         for axis in (-1, -2):
             size, kernel, stride = input.shape[axis], self.kernel_size[axis], self.stride[axis]
@@ -77,13 +77,14 @@ class SamePadConv2d(nn.Conv2d):
 def _layer(
     config: Any, inner: int, outer: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> Any:
-    """A convolution without a bias, and its batch norm."""
+    """Return a convolution without bias, followed by a batch norm."""
     convolution = SamePadConv2d(inner, outer, kernel, stride, groups=groups, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outer, config.batch_norm_eps))
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel by itself, project; added to the input where sizes agree."""
+    """Expansion, depthwise convolution and projection, with a residual connection if the sizes are
+    equal."""
 
     def __init__(
         self, config: Any, inner: int, outer: int, expansion: int, kernel: int, stride: int
@@ -96,21 +97,21 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and inner == outer
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H', W']``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H', W']``."""
         wide = states if self.expand is None else F.relu6(self.expand(states))
         narrow: Tensor = self.project(F.relu6(self.depthwise(wide)))
         return narrow + states if self.residual else narrow
 
 
 class EfficientNetLitePreTrainedModel(ImagePreTrainedModel):
-    """What both models share."""
+    """Base class with the configuration."""
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
 
 
 class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
-    """The network without its classifier."""
+    """The network without classifier."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -126,7 +127,7 @@ class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPoolingAndNoAttention:
-        """``[R, 3, H, W]`` to the last maps ``[R, C, H/32, W/32]`` and their means ``[R, C]``."""
+        """Map ``[R, 3, H, W]`` to the last maps ``[R, C, H/32, W/32]`` and their means ``[R, C]``."""
         states = F.relu6(self.stem(pixel_values))
         for block in self.blocks:
             states = block(states)
@@ -135,7 +136,7 @@ class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):
 
 
 class EfficientNetLiteForImageClassification(EfficientNetLitePreTrainedModel):
-    """A linear head on the mean of the last maps."""
+    """The network with a linear classifier on the means of the last maps."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -146,13 +147,13 @@ class EfficientNetLiteForImageClassification(EfficientNetLitePreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
-        """``[R, 3, H, W]`` to scores of the classes ``[R, C]``."""
+        """Map ``[R, 3, H, W]`` to class scores ``[R, C]``."""
         pooled = self.efficientnet_lite(pixel_values).pooler_output
         return ImageClassifierOutputWithNoAttention(logits=self.classifier(self.dropout(pooled)))
 
 
 def convert_state(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the PyTorch port of ``efficientnet-lite0``, by the names they have here."""
+    """Return the weights of the PyTorch port of ``efficientnet-lite0`` under luthier's names."""
     parts = {
         "_expand_conv": "expand.0", "_bn0": "expand.1", "_depthwise_conv": "depthwise.0",
         "_bn1": "depthwise.1", "_project_conv": "project.0", "_bn2": "project.1",
@@ -179,4 +180,4 @@ CLASSES = {
     "AutoModel": EfficientNetLiteModel,
     "AutoModelForImageClassification": EfficientNetLiteForImageClassification,
 }
-"""Model of each automatic class of transformers."""
+"""Model class by automatic class of transformers."""

@@ -1,8 +1,8 @@
-"""What networks of images share: the sizes of their stages, and the way from the inside out.
+"""Common parts of image networks: configuration, initialization, norms, enlarging stages.
 
-A stage of the decoder enlarges before it convolves, so that no chequered pattern appears (Odena et al.
-2016) and sides need not be even. Norms are over groups of channels, so that a row gives the same in any
-micro-batch.
+An enlarging stage enlarges before the convolution, which avoids checkerboard patterns (Odena et al.
+2016) and allows odd sides. Norms are over groups of channels, so the output of a row does not
+depend on the micro-batch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import initialization as init
 from luthier.errors import RecipeError
 
 GROUP = 16
-"""Channels that are normalized together, where there are so many."""
+"""Channels per group of a norm."""
 
 
 class ImagePreTrainedConfig(PreTrainedConfig):
-    """What such a network reads or makes, and the channels of each stage from the image inwards."""
+    """Configuration with the image size and the channels of each stage, from the image inwards."""
 
     def __init__(
         self,
@@ -39,21 +39,21 @@ class ImagePreTrainedConfig(PreTrainedConfig):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``[C, H, W]`` of an image."""
+        """Shape ``[C, H, W]`` of an image."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return (self.num_channels, height, width)
 
     @property
     def sides(self) -> list[tuple[int, int]]:
-        """Height and width of the image and behind each stage, which halves them."""
+        """Height and width of the image and after each stage. A stage halves both."""
         found = [self.shape[1:]]
         for _ in self.hidden_sizes:
             found.append((-(-found[-1][0] // 2), -(-found[-1][1] // 2)))
         return found
 
     def check_images(self, images: Tensor) -> None:
-        """Refuse images ``[R, C, H, W]`` of another size.
+        """Check the size of images ``[R, C, H, W]``.
 
         Raises:
             RecipeError: naming both sizes.
@@ -68,20 +68,20 @@ class ImagePreTrainedConfig(PreTrainedConfig):
 
 
 class ImagePreTrainedModel(PreTrainedModel):
-    """A network without embeddings of tokens. How its weights start: biases and norms as anywhere."""
+    """A network without token embeddings, with zero biases and default norms at initialization."""
 
     main_input_name = "pixel_values"
     embedding_std = 0.02
-    """Of embeddings of classes or positions."""
+    """Standard deviation of initial embeddings of classes or positions."""
 
     def get_input_embeddings(self) -> Any:
-        """None: it neither reads nor writes tokens."""
+        """Return None: the network has no token embeddings."""
         return None
 
     get_output_embeddings = get_input_embeddings
 
     def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """Draw the weight of a layer: unless a network does otherwise, as He et al. 2015 and in VGG."""
+        """Draw the initial weight of a layer, by default as in He et al. 2015 and VGG."""
         if isinstance(layer, nn.Conv2d):
             init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         else:
@@ -100,10 +100,10 @@ class ImagePreTrainedModel(PreTrainedModel):
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
-    """A group norm that can learn behind frozen layers where channels come last in memory."""
+    """A group norm that can be trained after frozen layers with channels last in memory."""
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]``, normalized."""
+        """Normalize ``[R, C, H, W]``."""
         learns = self.weight.requires_grad or self.bias.requires_grad
         if states.requires_grad or not torch.is_grad_enabled() or not learns:
             return super().forward(states)
@@ -113,14 +113,14 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 
 
 class GroupNorm(ChannelsLastGroupNorm):
-    """A norm over groups of :data:`GROUP` channels, or over all where there are fewer."""
+    """A norm over groups of :data:`GROUP` channels, or over all of fewer channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(max(1, channels // GROUP), channels)
 
 
 class Up(nn.Module):
-    """An enlargement to a given size, and a convolution."""
+    """Enlargement to a fixed size, followed by a convolution."""
 
     def __init__(
         self, inner: int, outer: int, size: tuple[int, int], activation: Callable[[Tensor], Tensor]
@@ -131,14 +131,14 @@ class Up(nn.Module):
         self.norm = GroupNorm(outer)
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', *size]``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', *size]``."""
         return self.activation(self.norm(self.conv(F.interpolate(states, self.size))))
 
 
 def enlarging_stages(
     config: ImagePreTrainedConfig, activation: Callable[[Tensor], Tensor]
 ) -> list[nn.Module]:
-    """The stages from the innermost maps to those of the size of the image."""
+    """Return the stages from the innermost maps to maps of the image's size."""
     sizes = config.hidden_sizes
     ends = zip(sizes[::-1], [*sizes[-2::-1], sizes[0]], config.sides[-2::-1], strict=True)
     return [Up(inner, outer, size, activation) for inner, outer, size in ends]

@@ -1,10 +1,10 @@
-"""Convolutions whose columns are a sequence: an encoder of lines of text, for a decoder behind it.
+"""An encoder of text lines: image columns become a sequence for a decoder.
 
-As in CRNN (Shi et al. 2015, arXiv:1507.05717) residual blocks make the image small, in height more than
-in width, and each column of the last maps becomes one state. Where CRNN has a recurrent network over
-the columns there are layers of a transformer, behind learned positions: what a decoder's
-cross-attention is guided by. Norms of maps are over groups of channels, so that a row gives the same in
-any micro-batch.
+As in CRNN (Shi et al. 2015, arXiv:1507.05717), residual blocks shrink the image, in height more
+than in width, and each column of the last maps becomes one state. CRNN's recurrent network over the
+columns is replaced by transformer layers with learned positions, because positions guide the
+decoder's cross-attention. Norms of maps are over groups of channels, so the output of a row does
+not depend on the micro-batch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from luthier.media.networks.image_stages import (
 from luthier.media.networks.small_cnn import BasicBlock
 
 COLUMN = 4
-"""Pixels of width that become one state."""
+"""Image width per state, in pixels."""
 ROW = 8
-"""Pixels of height that become one row of the last maps, all of which a state holds."""
+"""Image height per row of the last maps, in pixels. A state contains all rows of a column."""
 
 
 class LineEncoderConfig(ImagePreTrainedConfig):
-    """What it reads, the channels of its stages, and the transformer over the columns."""
+    """Configuration with image size, channels of the stages, and the transformer over columns."""
 
     model_type = "line_encoder"
 
@@ -52,7 +52,7 @@ class LineEncoderConfig(ImagePreTrainedConfig):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and two linear layers, each behind a norm and beside a shortcut."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, size: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, S, H]``, every state seeing all of its row."""
+        """Map ``[R, S, H]`` to ``[R, S, H]`` with attention over all states of a row."""
         parts = self.query_key_value(self.attention_norm(states)).chunk(3, -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -77,7 +77,7 @@ class EncoderLayer(nn.Module):
 
 
 class LineEncoderModel(ImagePreTrainedModel):
-    """Images ``[R, C, H, W]`` to states ``[R, W / 4, H']``."""
+    """Encoder of images ``[R, C, H, W]`` to states ``[R, W / 4, H']``."""
 
     config_class = LineEncoderConfig
     base_model_prefix = "line_encoder"
@@ -108,14 +108,14 @@ class LineEncoderModel(ImagePreTrainedModel):
         self.post_init()
 
     def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """Linear layers as transformers' own."""
+        """Draw linear layers as in transformers."""
         if isinstance(layer, nn.Linear):
             init.xavier_uniform_(layer.weight)
         else:
             super().draw_weight(layer)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
-        """``[R, C, H, W]`` to one state for each column, ``[R, S, H']``."""
+        """Map ``[R, C, H, W]`` to one state per column, ``[R, S, H']``."""
         self.config.check_images(pixel_values)
         states = F.relu(self.norm(self.stem(pixel_values)))
         for block in self.blocks:
@@ -129,4 +129,4 @@ class LineEncoderModel(ImagePreTrainedModel):
 
 Config = LineEncoderConfig
 CLASSES = {"AutoModel": LineEncoderModel}
-"""Model of each automatic class of transformers."""
+"""Model class by automatic class of transformers."""

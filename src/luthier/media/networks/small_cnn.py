@@ -1,9 +1,9 @@
-"""A small residual network of convolutions for images or spectrograms, to learn from random weights.
+"""A small residual network for images or spectrograms, trained from random weights.
 
-The basic blocks of He et al. 2016 (arXiv:1512.03385, section 3.3) in stages of half the size and more
-channels, with group normalization (Wu and He 2018, arXiv:1803.08494) in the place of batch norms: a row
-then gives the same numbers whoever is in its batch, so micro-batches and served batches cannot differ.
-The head reads the greatest value of each map, not the mean.
+Basic blocks (He et al. 2016, arXiv:1512.03385, section 3.3) in stages with half the size and more
+channels. Group normalization (Wu and He 2018, arXiv:1803.08494) replaces batch norms: the output of
+a row does not depend on the batch, so micro-batches and served batches agree. The head reads the
+maximum of each map, not the mean.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.media.networks.image_stages import (
 
 
 class SmallCNNConfig(ImagePreTrainedConfig):
-    """Channels of each stage, and what it reads."""
+    """Configuration with the channels of each stage and the input size."""
 
     model_type = "small_cnn"
 
@@ -44,10 +44,10 @@ class SmallCNNConfig(ImagePreTrainedConfig):
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """A residual block of two convolutions."""
 
     def __init__(self, inner: int, outer: int, stride: int | tuple[int, int]) -> None:
-        """``stride`` is that of height and width, or of each."""
+        """Create a block; ``stride`` is a number, or height and width."""
         super().__init__()
         self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
         self.norm1 = GroupNorm(outer)
@@ -57,7 +57,7 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Conv2d(inner, outer, 1, stride, bias=False) if changes else None
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H', W']``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H', W']``."""
         inside = F.relu(self.norm1(self.conv1(states)))
         inside = self.norm2(self.conv2(inside))
         beside = states if self.shortcut is None else self.shortcut(states)
@@ -65,14 +65,14 @@ class BasicBlock(nn.Module):
 
 
 class SmallCNNPreTrainedModel(ImagePreTrainedModel):
-    """What both models share."""
+    """Base class with the configuration."""
 
     config_class = SmallCNNConfig
     base_model_prefix = "small_cnn"
 
 
 class SmallCNNModel(SmallCNNPreTrainedModel):
-    """The network without its classifier."""
+    """The network without classifier."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -88,7 +88,7 @@ class SmallCNNModel(SmallCNNPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPoolingAndNoAttention:
-        """``[R, C, H, W]`` to the last maps and their peaks ``[R, C']``."""
+        """Map ``[R, C, H, W]`` to the last maps and their maxima ``[R, C']``."""
         states = F.relu(self.norm(self.stem(pixel_values)))
         for block in self.blocks:
             states = block(states)
@@ -98,7 +98,7 @@ class SmallCNNModel(SmallCNNPreTrainedModel):
 
 
 class SmallCNNForImageClassification(SmallCNNPreTrainedModel):
-    """A linear head on the peaks of the last maps."""
+    """The network with a linear classifier on the maxima of the last maps."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -109,7 +109,7 @@ class SmallCNNForImageClassification(SmallCNNPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
-        """``[R, C, H, W]`` to scores of the classes."""
+        """Map ``[R, C, H, W]`` to class scores."""
         pooled = self.small_cnn(pixel_values).pooler_output
         return ImageClassifierOutputWithNoAttention(logits=self.classifier(self.dropout(pooled)))
 
@@ -119,4 +119,4 @@ CLASSES = {
     "AutoModel": SmallCNNModel,
     "AutoModelForImageClassification": SmallCNNForImageClassification,
 }
-"""Model of each automatic class of transformers."""
+"""Model class by automatic class of transformers."""

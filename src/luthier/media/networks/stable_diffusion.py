@@ -1,9 +1,9 @@
 """Stable Diffusion 1 and 2 as one network (Rombach et al. 2022, arXiv:2112.10752).
 
-A U-Net denoises latents of images; an autoencoder makes latents of images, and images of latents; a
-text encoder reads captions. They are diffusers' and transformers' own classes. Only the U-Net learns.
-A latent is the mean that the autoencoder gives, where diffusers' scripts draw one around it: so the
-same image is the same latent each time.
+The parts are classes of diffusers and transformers: a U-Net that denoises latents, an autoencoder
+between images and latents, and a text encoder for captions. Only the U-Net is trained. A latent is
+the mean of the autoencoder's distribution; diffusers' scripts draw a sample instead. The mean gives
+equal latents for equal images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class StableDiffusionConfig(PreTrainedConfig):
-    """The configurations of the parts, as their own files have them, and the size of images."""
+    """Configurations of the parts as in their published files, and the image size."""
 
     model_type = MODEL_TYPE
 
@@ -58,23 +58,24 @@ class StableDiffusionConfig(PreTrainedConfig):
 
 
 class StableDiffusionPreTrainedModel(ImagePreTrainedModel):
-    """What both models share."""
+    """Base class with the configuration."""
 
     config_class = StableDiffusionConfig
     base_model_prefix = "unet"
 
 
 class StableDiffusion(StableDiffusionPreTrainedModel):
-    """A U-Net with what reads images and captions for it.
+    """A U-Net with frozen encoders of images and captions.
 
-    A :class:`~luthier.media.networks.denoiser.Denoiser` on latents, whose conditions are texts.
+    The network is a :class:`~luthier.media.networks.denoiser.Denoiser` of latents with text
+    conditions.
     """
 
     luthier_task = "denoising"
     frozen_parts = ("vae", "text_encoder")
     usual_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as diffusers' scripts do
     pixels_at_once = 1 << 20
-    """Pixels that the autoencoder converts at once: its maps have some hundred numbers for each."""
+    """Pixels per batch of the autoencoder, whose maps have some hundred numbers per pixel."""
     latent_bound = None
     unet: Any
     vae: Any
@@ -94,7 +95,7 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, folder: str, *, config: Any, dtype: torch.dtype, **_: Any
     ) -> tuple[StableDiffusion, dict[str, Any]]:
-        """The network of a folder of diffusers, and the weights that the folder lacks."""
+        """Load a diffusers folder. Returns the network and the names of missing weights."""
         classes = part_classes()
         missing: list[str] = []
         parts = []
@@ -115,7 +116,7 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
         return cls(config, parts), {"missing_keys": missing, "mismatched_keys": []}
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:  # type: ignore[override]
-        """Write a folder that diffusers loads; the tokenizer comes beside it."""
+        """Write a diffusers folder without the tokenizer, which the caller saves."""
         from diffusers import __version__
 
         folder = Path(folder)
@@ -143,14 +144,14 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
             path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     def train(self, mode: bool = True) -> StableDiffusion:
-        """Set the mode of the U-Net; what is frozen stays in that of evaluation."""
+        """Set the mode of the U-Net. Frozen parts stay in evaluation mode."""
         super().train(mode)
         self.vae.train(False)
         self.text_encoder.train(False)
         return self
 
     def latent_shape(self, image: Shape) -> Shape:
-        """Latents are smaller than images by what the autoencoder halves."""
+        """Return the shape of latents: the autoencoder halves both sides several times."""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         _, height, width = image
         if height % factor or width % factor:
@@ -163,27 +164,28 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Means of what the autoencoder makes of images, scaled to a deviation of about 1."""
+        """Return the means of the autoencoder's distributions, scaled to a deviation of about 1."""
         means = [self.vae.encode(part).latent_dist.mean for part in self._parts(images)]
         latents: Tensor = torch.cat(means) * self.vae.config.scaling_factor
         return latents
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The way back."""
+        """Decode latents to images."""
         scaled = latents / self.vae.config.scaling_factor
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return torch.cat([self.vae.decode(part).sample for part in self._parts(scaled, factor)])
 
     @torch.no_grad()
     def encode_conditions(self, targets: Sequence[IntArray]) -> Tensor:
-        """States ``[R, T, H]`` of texts of ``T`` tokens, padding among them, as diffusers does."""
+        """Return the states ``[R, T, H]`` of texts of ``T`` tokens, including padding, as in
+        diffusers."""
         ids_RT = torch.stack([torch.from_numpy(each) for each in targets])
         states_RTH: Tensor = self.text_encoder(ids_RT.to(self.device)).last_hidden_state
         return states_RTH
 
     def denoise(self, mixture: Tensor, time_R: Tensor, condition: Tensor | None) -> Tensor:
-        """What the U-Net predicts from mixtures ``[R, C, H, W]``."""
+        """Return the U-Net's prediction for mixtures ``[R, C, H, W]``."""
         predicted: Tensor = self(None, mixture, time_R, condition).prediction
         return predicted
 
@@ -195,7 +197,7 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
         condition: Tensor | None = None,
         **_: Any,
     ) -> UNetOutput:
-        """What the U-Net predicts from mixtures, or from images at step 0 and without a text."""
+        """Return the U-Net's prediction for mixtures, or for images at step 0 without a text."""
         if mixture is None:
             assert pixel_values is not None
             mixture = self.encode_images(pixel_values)
@@ -205,14 +207,14 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
         return UNetOutput(self.unet(mixture, time_R, encoder_hidden_states=condition).sample)
 
     def _parts(self, images: Tensor, factor: int = 1) -> Sequence[Tensor]:
-        """Split ``images`` into parts of at most :attr:`pixels_at_once`."""
+        """Split ``images`` into batches of at most :attr:`pixels_at_once`."""
         pixels = images.shape[2] * images.shape[3] * factor**2
         parts: Sequence[Tensor] = images.split(max(1, self.pixels_at_once // pixels))
         return parts
 
 
 def _draw_parts(config: Any) -> list[nn.Module]:
-    """The parts with random weights, or none on the ``meta`` device."""
+    """Return the parts with random weights, or without weights on the ``meta`` device."""
     from transformers import CLIPTextConfig
 
     unet, vae, text_encoder = part_classes().values()
@@ -222,4 +224,4 @@ def _draw_parts(config: Any) -> list[nn.Module]:
 
 Config = StableDiffusionConfig
 CLASSES = {"AutoModelForImageToImage": StableDiffusion}
-"""Model of each automatic class of transformers."""
+"""Model class by automatic class of transformers."""

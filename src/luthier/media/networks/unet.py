@@ -1,14 +1,13 @@
-"""A small U-Net that tells the noise in images from the images (Ho et al. 2020, arXiv:2006.11239).
+"""A small U-Net for denoising diffusion (Ho et al. 2020, arXiv:2006.11239).
 
-Residual blocks work on maps whose sides are halved from stage to stage, and on the way back each stage
-reads its own maps of the way in, too. How much noise there is comes in as sines and cosines of the time
-step (Vaswani et al. 2017), what is to be seen as the mean of embeddings: of a class, or of the words of
-a caption. Both shift and scale the maps of every block behind its norm (Nichol and Dhariwal 2021,
-arXiv:2102.09672).
+Residual blocks work on maps whose sides halve from stage to stage; on the way back, each stage also
+reads the maps of its counterpart. The time step enters as sines and cosines (Vaswani et al. 2017).
+The condition enters as the mean of embeddings of a class or of the words of a caption. Both shift
+and scale the maps of every block after its norm (Nichol and Dhariwal 2021, arXiv:2102.09672).
 
-Beside those papers: the first stage works on patches of 2 x 2 pixels, as the transformer of Peebles and
-Xie does (2023, arXiv:2212.09748), so the largest maps have a quarter of the numbers; and attention
-and dropout are left out, as the innermost maps of a small image are seen whole by a convolution.
+Differences from the papers: the first stage works on patches of 2 x 2 pixels (Peebles and Xie 2023,
+arXiv:2212.09748), so the largest maps have a quarter of the numbers. Attention and dropout are
+omitted, because a convolution sees the whole of the innermost maps of a small image.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 PATCH = 2
-"""Sides of the squares of pixels that the first stage reads as one."""
+"""Side of the pixel patches that the first stage reads as one."""
 SLOWEST = 10_000.0
-"""Ratio of the fastest to the slowest sine of a time step."""
+"""Ratio between the fastest and the slowest sine of a time step."""
 
 
 class UNetConfig(ImagePreTrainedConfig):
-    """Beside its stages: how many blocks each has."""
+    """Configuration with the number of blocks per stage."""
 
     model_type = "unet"
 
@@ -52,20 +51,20 @@ class UNetConfig(ImagePreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Numbers that time step and condition become."""
+        """Size of the embedding of time step and condition."""
         return 4 * self.hidden_sizes[0]
 
 
 @dataclass
 class UNetOutput(ModelOutput):
-    """What the network says of noisy images."""
+    """Output of the network for noisy images."""
 
     prediction: Tensor | None = None
-    """``[R, C, H, W]``: the noise, or what the objective has it predict instead."""
+    """Prediction ``[R, C, H, W]``: the noise, or another target of the objective."""
 
 
 def sinusoids(time_R: Tensor, size: int) -> Tensor:
-    """Sines and cosines ``[R, size]`` of time steps ``[R]``, from fast to slow."""
+    """Return sines and cosines ``[R, size]`` of time steps ``[R]``, from fast to slow."""
     half = size // 2
     steps = torch.arange(half, device=time_R.device, dtype=torch.float32)
     phase_RS = time_R.float()[:, None] * torch.exp(-math.log(SLOWEST) / half * steps)
@@ -73,11 +72,11 @@ def sinusoids(time_R: Tensor, size: int) -> Tensor:
 
 
 class LastConv2d(nn.Conv2d):
-    """The last convolution of a block, or of the network, which starts near 0."""
+    """The last convolution of a block or of the network, with an initial weight near 0."""
 
 
 class ModulatedBlock(nn.Module):
-    """A residual block whose second norm is shifted and scaled."""
+    """A residual block with a shifted and scaled second norm."""
 
     def __init__(self, inner: int, outer: int, embedding_size: int) -> None:
         super().__init__()
@@ -89,7 +88,7 @@ class ModulatedBlock(nn.Module):
         self.shortcut = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1)
 
     def forward(self, states: Tensor, embedding_RE: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H, W]``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H, W]``."""
         inside = self.conv1(F.silu(self.norm1(states)))
         scale, shift = self.modulation(embedding_RE)[:, :, None, None].chunk(2, 1)
         inside = self.norm2(inside) * (1 + scale) + shift
@@ -98,7 +97,7 @@ class ModulatedBlock(nn.Module):
 
 
 class ModulatedStage(nn.Module):
-    """The blocks of maps of one size."""
+    """The blocks for maps of one size."""
 
     def __init__(self, inner: int, outer: int, blocks: int, embedding_size: int) -> None:
         super().__init__()
@@ -108,21 +107,22 @@ class ModulatedStage(nn.Module):
         )
 
     def forward(self, states: Tensor, embedding_RE: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H, W]``."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H, W]``."""
         for block in self.blocks:
             states = block(states, embedding_RE)
         return states
 
 
 class UNetPreTrainedModel(ImagePreTrainedModel):
-    """What both models share."""
+    """Base class with configuration and initialization."""
 
     config_class = UNetConfig
     base_model_prefix = "unet"
     embedding_std = 1.0
 
     def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """Near 0 what ends a block, and so that numbers keep their size the others."""
+        """Draw the last weight of a block near 0, and other weights so that magnitudes are
+        preserved."""
         if isinstance(layer, LastConv2d):
             init.normal_(layer.weight, 0.0, 0.02)
         else:
@@ -130,7 +130,7 @@ class UNetPreTrainedModel(ImagePreTrainedModel):
 
 
 class UNetModel(UNetPreTrainedModel):
-    """The network without conditions."""
+    """The network without class or word embeddings."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -157,7 +157,8 @@ class UNetModel(UNetPreTrainedModel):
         condition_RE: Tensor | None = None,
         **_: Any,
     ) -> UNetOutput:
-        """Noisy images ``[R, C, H, W]`` at time steps ``[R]``, 0 when not given.
+        """Return the prediction for noisy images ``[R, C, H, W]`` at time steps ``[R]``, 0 by
+        default.
 
         Raises:
             RecipeError: for images of another size than the network's.
@@ -189,9 +190,10 @@ class UNetModel(UNetPreTrainedModel):
 
 
 class UNetForImageGeneration(UNetPreTrainedModel):
-    """The network with an embedding of each of ``num_labels`` classes or words.
+    """The network with embeddings of ``num_labels`` classes or words.
 
-    A :class:`~luthier.media.networks.denoiser.Denoiser` of pixels from -1 to 1: latents are the images.
+    The network is a :class:`~luthier.media.networks.denoiser.Denoiser` of pixels from -1 to 1: the
+    latents are the images.
     """
 
     luthier_task = "denoising"
@@ -206,20 +208,21 @@ class UNetForImageGeneration(UNetPreTrainedModel):
         self.post_init()
 
     def latent_shape(self, image: Shape) -> Shape:
-        """That of the images it was made for."""
+        """Return the image shape of the network."""
         shape: Shape = self.config.shape
         return shape
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """The images."""
+        """Return the images."""
         return images
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The same."""
+        """Return the latents."""
         return latents
 
     def encode_conditions(self, targets: Sequence[IntArray]) -> Tensor | None:
-        """Classes or words by their places: rows ``[R, L]`` of length 1, or 0 where none is said."""
+        """Return weights of classes or words, rows ``[R, L]`` of length 1; zeros for the empty
+        condition."""
         if self.conditions is None:
             return None
         condition_RL = torch.zeros(len(targets), self.conditions.num_embeddings)
@@ -228,7 +231,7 @@ class UNetForImageGeneration(UNetPreTrainedModel):
         return F.normalize(condition_RL).to(self.device)
 
     def denoise(self, mixture: Tensor, time_R: Tensor, condition: Tensor | None) -> Tensor:
-        """What it predicts from noisy images."""
+        """Return the prediction for noisy images."""
         predicted: Tensor = self(mixture, time_R, condition).prediction
         return predicted
 
@@ -239,10 +242,10 @@ class UNetForImageGeneration(UNetPreTrainedModel):
         condition_RL: Tensor | None = None,
         **_: Any,
     ) -> UNetOutput:
-        """Noisy images ``[R, C, H, W]`` at time steps ``[R]``.
+        """Return the prediction for noisy images ``[R, C, H, W]`` at time steps ``[R]``.
 
-        ``condition_RL`` says how much of each of the ``L`` classes or words is to be seen; zeros say
-        nothing.
+        ``condition_RL`` has the weight of each of the ``L`` classes or words; zeros are the empty
+        condition.
         """
         condition_RE = None
         if self.conditions is not None and condition_RL is not None:

@@ -1,10 +1,8 @@
 """A small variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114): encoder and decoder.
 
-The encoder gives the mean and the logarithm of the variance of each latent number, the decoder the
-mean of the image that they stand for. Images go through convolutions that halve and double their sides;
-where ``dense``, all of their numbers go through linear layers, which suits inputs of some hundred. The
-decoder enlarges before it convolves, so that no chequered pattern appears (Odena et al. 2016) and sides
-need not be even. Norms are over groups of channels, so that a row gives the same in any micro-batch.
+The encoder returns mean and log variance of each latent number, the decoder the mean of the image.
+Images pass convolutions that halve and double the sides. With ``dense``, all numbers pass linear
+layers, which suits inputs of some hundred numbers.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ from luthier.media.networks.image_stages import (
 )
 
 LARGEST_LOG_VARIANCE = 15.0
-"""Either way: a variance of e^15 or e^-15 says all there is to say, and e^90 is not finite."""
+"""Largest absolute log variance: e^90 would not be finite."""
 
 
 class VAEConfig(ImagePreTrainedConfig):
-    """Beside its stages, which may be ``dense``: how many numbers an image becomes."""
+    """Configuration with the number of latents and the kind of layers."""
 
     model_type = "vae"
 
@@ -47,14 +45,14 @@ class VAEConfig(ImagePreTrainedConfig):
 
 @dataclass
 class VAEOutput(ModelOutput):
-    """What the network makes of images at the means of their latents."""
+    """Reconstruction of images at the means of the latents."""
 
     reconstruction: Tensor | None = None
-    """``[R, C, H, W]``."""
+    """Reconstructed images, ``[R, C, H, W]``."""
     mean: Tensor | None = None
-    """``[R, Z]``."""
+    """Means of the latents, ``[R, Z]``."""
     log_variance: Tensor | None = None
-    """``[R, Z]``."""
+    """Log variances of the latents, ``[R, Z]``."""
 
 
 class Down(nn.Module):
@@ -66,7 +64,7 @@ class Down(nn.Module):
         self.norm = GroupNorm(outer)
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', H/2, W/2]``, rounded up."""
+        """Map ``[R, C, H, W]`` to ``[R, C', H/2, W/2]``, rounded up."""
         return F.silu(self.norm(self.conv(states)))
 
 
@@ -78,7 +76,7 @@ class Dense(nn.Module):
         self.linear = nn.Linear(inner, outer)
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[R, D]`` to ``[R, D']``."""
+        """Map ``[R, D]`` to ``[R, D']``."""
         return F.silu(self.linear(states))
 
 
@@ -115,11 +113,12 @@ class VAEModel(ImagePreTrainedModel):
         self.post_init()
 
     def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """As He et al. 2015 do before a rectifier."""
+        """Draw a weight as in He et al. 2015 for rectifiers."""
         init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance ``[R, Z]`` of what images ``[R, C, H, W]`` stand for."""
+        """Return mean and log variance of the latents, each ``[R, Z]``, for images ``[R, C, H,
+        W]``."""
         self.config.check_images(pixel_values)
         states = pixel_values.flatten(1) if self.config.dense else pixel_values
         for layer in self.encoder:
@@ -128,7 +127,7 @@ class VAEModel(ImagePreTrainedModel):
         return mean, log_variance.clamp(-LARGEST_LOG_VARIANCE, LARGEST_LOG_VARIANCE)
 
     def decode(self, latent_RZ: Tensor) -> Tensor:
-        """Mean of the images ``[R, C, H, W]`` of latents."""
+        """Return the mean images ``[R, C, H, W]`` of latents."""
         states = self.from_latent(latent_RZ).unflatten(-1, self.inside)
         for layer in self.decoder:
             states = layer(states)
@@ -136,11 +135,11 @@ class VAEModel(ImagePreTrainedModel):
         return pixels.unflatten(-1, self.config.shape) if self.config.dense else pixels
 
     def forward(self, pixel_values: Tensor, **_: Any) -> VAEOutput:
-        """Images through the means of their latents and back."""
+        """Return the reconstruction of images at the means of the latents."""
         mean, log_variance = self.encode(pixel_values)
         return VAEOutput(self.decode(mean), mean, log_variance)
 
 
 Config = VAEConfig
 CLASSES = {"AutoModelForImageToImage": VAEModel}
-"""Model of each automatic class of transformers."""
+"""Model class by automatic class of transformers."""

@@ -1,11 +1,12 @@
-"""VGG with 11 to 19 layers (Simonyan and Zisserman 2015, arXiv:1409.1556), with or without batch norm.
+"""VGG with 11 to 19 layers (Simonyan and Zisserman 2015, arXiv:1409.1556), with or without batch
+norm.
 
-Convolutions of 3 x 3 in five stages, each halved by its greatest values, and three linear layers:
-tables A, B, D and E. The last linear layer is the classifier, and what it reads is the embedding
-of an image. Weights are read, and written, by torchvision's names (``features.0.weight``,
-``classifier.6.bias``), so published files load as they are. Before the linear layers maps are brought
-to 7 x 7, as in torchvision, so an image may have another size. Left out: the crops and scales of the
-tests of the paper, and its local response normalization, which brought it nothing.
+Convolutions of 3 x 3 in five stages with max pooling, and three linear layers: configurations A, B,
+D and E. The last linear layer is the classifier, and its input is the embedding of an image.
+Weights have torchvision's names (``features.0.weight``, ``classifier.6.bias``), so published files
+load unchanged. As in torchvision, maps are pooled to 7 x 7 before the linear layers, so the image
+size may differ. Not implemented: the paper's test crops and scales, and local response
+normalization, which brought no gain in the paper.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ DEPTHS = {
     16: (2, 2, 3, 3, 3),
     19: (2, 2, 4, 4, 4),
 }
-"""Convolutions of each stage, by the number of layers with weights."""
+"""Convolutions of each stage, by number of layers with weights."""
 _FEATURE = re.compile(r"features\.\d{1,3}\.weight")
 _COUNTER = "num_batches_tracked"
-"""Of batch norms, which files of early versions of torch lack."""
+"""Counter of batch norms, missing in files of early versions of torch."""
 SIDE = 7
-"""Height and width of the maps that the linear layers read."""
+"""Height and width of the maps before the linear layers."""
 
 
 class VGGConfig(PreTrainedConfig):
-    """Sizes of VGG-16; ``num_layers`` names another."""
+    """Configuration, by default of VGG-16."""
 
     model_type = "vgg"
 
@@ -78,14 +79,14 @@ class VGGConfig(PreTrainedConfig):
 
 
 class VGGPreTrainedModel(ImagePreTrainedModel):
-    """What both models share."""
+    """Base class with the configuration."""
 
     config_class = VGGConfig
     base_model_prefix = "vgg"
 
 
 class VGGModel(VGGPreTrainedModel):
-    """The network up to what its classifier reads."""
+    """The network without classifier."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -104,7 +105,7 @@ class VGGModel(VGGPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPoolingAndNoAttention:
-        """``[R, C, H, W]`` to the last maps and what the classifier reads of them, ``[R, H]``."""
+        """Map ``[R, C, H, W]`` to the last maps and the embeddings ``[R, H]``."""
         states = pixel_values
         for layer in self.features:
             states = layer(states)
@@ -114,7 +115,7 @@ class VGGModel(VGGPreTrainedModel):
 
 
 class VGGForImageClassification(VGGPreTrainedModel):
-    """The last linear layer on top."""
+    """The network with the last linear layer."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -125,7 +126,7 @@ class VGGForImageClassification(VGGPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
-        """``[R, C, H, W]`` to scores of the classes ``[R, K]``."""
+        """Map ``[R, C, H, W]`` to class scores ``[R, K]``."""
         pooled = self.vgg(pixel_values).pooler_output
         return ImageClassifierOutputWithNoAttention(logits=self.classifier(self.dropout(pooled)))
 
@@ -145,13 +146,12 @@ for _kind, _inside in (("VGGModel", ""), ("VGGForImageClassification", "vgg.")):
 
 
 def write_folder(file: Path, folder: Path) -> None:
-    """Make a model folder of a file with published weights: the same file, and what it says of itself.
-
-    It reads images as torchvision does for ImageNet.
+    """Create a model folder from a file of published weights, with torchvision's ImageNet
+    preprocessing.
 
     Raises:
-        UnknownModel: where the weights are not those of a VGG.
-        CorruptFile: where the file cannot be read.
+        UnknownModel: for weights of another network.
+        CorruptFile: for an unreadable file.
     """
     from safetensors.torch import load_file, save_file
 
@@ -202,7 +202,7 @@ def write_folder(file: Path, folder: Path) -> None:
 
 
 def _own_name(published: str) -> str:
-    """The name that a weight has in :class:`VGGForImageClassification`."""
+    """Return the name of a weight in :class:`VGGForImageClassification`."""
     for old, new in {"classifier.0.": "vgg.fc1.", "classifier.3.": "vgg.fc2."}.items():
         published = published.replace(old, new)
     return re.sub(r"^features\.", "vgg.features.", published).replace(
@@ -215,4 +215,4 @@ CLASSES = {
     "AutoModel": VGGModel,
     "AutoModelForImageClassification": VGGForImageClassification,
 }
-"""Model of each automatic class of transformers."""
+"""Model class by automatic class of transformers."""

@@ -1,6 +1,6 @@
-"""What images are made of when they are asked for: the classes of labelled rows, or words of captions.
+"""Conditions of image generation: classes of labeled rows, or words of captions.
 
-A network knows each by its place among all of them (``Head.labels``), so they are fixed before
+A network identifies a class or word by position in ``Head.labels``, so the list is fixed before
 training.
 """
 
@@ -17,16 +17,17 @@ from luthier.errors import RowRefused
 from luthier.types import IntArray, Row
 
 FEWEST_ROWS = 2
-"""Rows that must have a word: one that comes once says no more than its image does."""
+"""Minimum number of rows with a word: a word in one row only identifies that row."""
 MOST_WORDS = 4096
-"""Words that are known; the most frequent ones."""
+"""Maximum number of known words, by frequency."""
 
 
 def classes_of(rows: Sequence[Row], method: str) -> tuple[str, ...]:
-    """The classes of ``rows``, sorted; none where a row has no label, or all have the same.
+    """Return the classes of ``rows``, sorted; empty if a row has no label, or all rows have one
+    label.
 
     Raises:
-        RowRefused: for rows of several labels, which ``method`` cannot learn from.
+        RowRefused: for rows with several labels, which ``method`` does not support.
     """
     names = {row.label for row in rows if isinstance(row, LabelledImage)}
     if any(isinstance(name, tuple) for name in names):
@@ -40,7 +41,7 @@ def classes_of(rows: Sequence[Row], method: str) -> tuple[str, ...]:
 
 
 def class_target(row: Row, labels: Sequence[str]) -> IntArray:
-    """The place ``[1]`` of the row's class.
+    """Return the position ``[1]`` of the row's class.
 
     Raises:
         RowRefused: for a row without one of ``labels``.
@@ -55,12 +56,12 @@ def class_target(row: Row, labels: Sequence[str]) -> IntArray:
 
 
 def caption_words(text: str) -> list[str]:
-    """The distinct words of a caption, in lower case."""
+    """Return the distinct words of a caption, in lower case."""
     return [*dict.fromkeys(re.findall(r"\w+", text.lower()))]
 
 
 def words_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The words of the captions of ``rows`` that a network can learn, sorted."""
+    """Return the words of the captions that are frequent enough to learn, sorted."""
     counts = Counter(
         word
         for row in rows
@@ -72,6 +73,6 @@ def words_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def words_target(text: str, words: Sequence[str]) -> IntArray:
-    """The places ``[K]`` of the known words of a caption; none where none is known."""
+    """Return the positions ``[K]`` of the known words of a caption."""
     known = {word: place for place, word in enumerate(words)}
     return np.array([known[w] for w in caption_words(text) if w in known], dtype=np.int64)

@@ -1,27 +1,26 @@
 """Denoising diffusion of images (Ho et al. 2020, arXiv:2006.11239).
 
-Each image is mixed with noise, as much of it as a step ``t`` drawn at random says, and the network
-predicts from the mixture and ``t`` the image, or, as in the paper, the noise. The loss of an image
-is the mean squared error of the prediction, weighed by the signal-to-noise ratio after ``t`` up to a
-bound (Hang et al. 2023, arXiv:2303.09556) or by one more (the loss of v of Salimans and Ho 2022,
-arXiv:2202.00512); the paper's simple loss is ``epsilon`` without weights. A small network predicts
-images rather than noise, which would have to pass through it unchanged (Li and He 2025,
-arXiv:2511.13720). New images begin as noise and come back in fewer steps
+Each image is mixed with noise of a random step ``t``. From the mixture and ``t``, the network
+predicts the image or, as in the paper, the noise. The loss of an image is the mean squared error of
+the prediction, weighted by the signal-to-noise ratio after ``t`` up to a bound (Hang et al. 2023,
+arXiv:2303.09556), or by the ratio plus one (the loss of v in Salimans and Ho 2022,
+arXiv:2202.00512). The paper's simple loss is ``epsilon`` without weights. A small network predicts
+images instead of noise, because noise would have to pass through the network unchanged (Li and He
+2025, arXiv:2511.13720). New images start as noise and are denoised in fewer steps
 (:mod:`luthier.media.objectives.noise_schedule`).
 
-Where all rows have labels the network is given them, and where they have captions the words in those,
-but for a share of the rows of each step. So it knows images of a class and images of any, and what sets
-the class apart can be made more of (classifier-free guidance, Ho and Salimans 2022,
-arXiv:2207.12598). ``guidance_scale`` is that of Imagen and diffusers: 1 plus the paper's ``w``. With a
-``negative_prompt`` images are moved away from those of that text instead, as in diffusers.
+Conditions are the classes of labeled rows or the words of captions, dropped for a share of the rows
+of each step. The network thus learns both conditional and unconditional images, and classifier-free
+guidance (Ho and Salimans 2022, arXiv:2207.12598) amplifies the difference. ``guidance_scale`` is
+the scale of Imagen and diffusers: 1 plus the paper's ``w``. With a ``negative_prompt``, images move
+away from that text instead, as in diffusers.
 
-The network (:class:`~luthier.media.networks.denoiser.Denoiser`) encodes images and captions.
-A pipeline of diffusers works on latents of images (latent
-diffusion, Rombach et al. 2022, arXiv:2112.10752) and reads whole texts; of it the noise is that which
-it was trained with, and so are the steps of the way back.
+The network (:class:`~luthier.media.networks.denoiser.Denoiser`) encodes images and captions. A
+diffusers pipeline works on latents (latent diffusion, Rombach et al. 2022, arXiv:2112.10752) and
+encodes whole captions. Noise and sampling steps of a pipeline follow its training.
 
-Left out: the moving average of weights, whose place in a short run has the learning rate that falls to
-0; learned variances; without a text encoder the order of the words of a caption; offset noise.
+Not implemented: the moving average of weights (the decaying learning rate has the same effect in a
+short run), learned variances, word order of captions without a text encoder, offset noise.
 """
 
 from __future__ import annotations
@@ -70,85 +69,85 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoisyImages:
-    """What is drawn for a micro-batch."""
+    """Random numbers of a micro-batch."""
 
     latents: Tensor
-    """Of the images, ``[R, C, H, W]``."""
+    """Latents of the images, ``[R, C, H, W]``."""
     noise: Tensor
-    """Standard normal, of that shape."""
+    """Standard normal noise, ``[R, C, H, W]``."""
     time_R: Tensor
-    """How many steps of noise, less one."""
+    """Noise step of each row, from 0."""
     condition: Tensor | None
-    """What each row shows, ``[R, …]``, or that the network is not to know."""
+    """Condition of each row, ``[R, …]``; dropped conditions are encoded as the empty condition."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What new images are to show."""
+    """Conditions for new images."""
 
     condition: Tensor | None
     nothing: Tensor | None
-    """The same where nothing is asked for, or of the negative prompt: they are moved away from it."""
+    """The condition that images move away from: the empty condition or the negative prompt."""
 
 
 FEW_STEPS = 20
-"""Steps from noise to an image that is only compared or shown in training."""
+"""Sampling steps for images that are only compared or shown during training."""
 
 
 @dataclass(frozen=True)
 class DenoisingSettings:
-    """Settings of one request for images; ``None`` keeps the model's own."""
+    """Sampling settings of one request; ``None`` keeps the model's setting."""
 
     steps: int | None = None
-    """Steps from noise to an image."""
+    """Sampling steps from noise to an image."""
     guidance_scale: float | None = None
     """Strength of the class or prompt; 1 is the strength in the training rows."""
     eta: float | None = None
     """Share of new noise in each step."""
     negative_prompt: str | None = None
-    """Prompt that images are moved away from."""
+    """Prompt that images move away from."""
 
 
 class Diffusion(Generative):
-    """How images look, learned by telling noise from them: new images come from noise step by step."""
+    """Denoising diffusion: a network learns to remove noise, and new images start as noise."""
 
     method: Literal["diffusion"] = "diffusion"
     prediction_type: PredictionType = "sample"
-    """What the network predicts from a noisy image: the image, its noise (epsilon), or v of both."""
+    """Target of the network for a noisy image: the image, the noise (epsilon), or v of both."""
     beta_schedule: BetaSchedule = "squaredcos_cap_v2"
-    """How noise grows: squaredcos_cap_v2 (cosine) for small images; linear is the first paper's."""
+    """Growth of noise: squaredcos_cap_v2 (cosine) for small images; linear as in the first paper."""
     beta_start: float = Field(default=1e-4, gt=0, lt=1)
-    """Variance that the first step adds; squaredcos_cap_v2 has no use for it."""
+    """Variance that the first step adds; unused with squaredcos_cap_v2."""
     beta_end: float = Field(default=0.02, gt=0, lt=1)
-    """Variance that the last step adds; squaredcos_cap_v2 has no use for it."""
+    """Variance that the last step adds; unused with squaredcos_cap_v2."""
     num_train_timesteps: int = Field(default=1000, ge=2, le=10_000)
     """Steps from an image to noise."""
     loss_weighting: LossWeighting | None = None
-    """What an error counts, by signal-to-noise ratio; snr_plus_one, of pipelines none if not given."""
+    """Weight of an error by signal-to-noise ratio. Default: snr_plus_one; none for pipelines."""
     snr_gamma: float = Field(default=5.0, gt=0, le=1e6)
-    """Bound of these weights."""
+    """Upper bound of the loss weights."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the rows of a step whose class or caption is withheld, for the guidance."""
+    """Share of rows per step whose class or caption is dropped, for classifier-free guidance."""
     num_inference_steps: int = Field(default=50, ge=1, le=10_000)
-    """Steps from noise to a new image, where none are asked for."""
+    """Default number of sampling steps from noise to a new image."""
     guidance_scale: float | None = Field(default=None, ge=0, le=1e3)
-    """How much is made of what is asked for, 1 as in the rows; 2, of pipelines 7.5 when not given."""
+    """Strength of the class or prompt; 1 as in the rows. Default: 2; 7.5 for pipelines."""
     eta: float | None = Field(default=None, ge=0, le=1)
-    """Share of new noise in each step: 0 is DDIM, 1 DDPM; 1, of pipelines 0 when not given."""
+    """Share of new noise in each step: 0 is DDIM, 1 is DDPM. Default: 1; 0 for pipelines."""
     negative_prompt: str = ""
-    """What new images are moved away from, of models of captions; images of anything if empty."""
+    """Prompt that new images move away from, for models of captions; unconditional images if empty."""
     timestep_spacing: TimestepSpacing = "trailing"
-    """Which steps the way back takes: from the end of noise (trailing), or as the base's files say."""
+    """Selection of sampling steps: trailing (starts at pure noise), or as in the base's files."""
     steps_offset: int = Field(default=0, ge=0, le=1)
-    """How many steps later they are with leading spacing."""
+    """Offset of the sampling steps with leading spacing."""
     set_alpha_to_one: bool = True
-    """Whether the way back ends at the image, or at what is left of it after the first step."""
+    """True if sampling ends at the clean image instead of the image after the first noise step."""
     labels: tuple[str, ...] | None = None
-    """The classes in the order of the network; from the training rows when not given."""
+    """Classes in the order of the network. Default: from the training rows."""
     words: tuple[str, ...] | None = None
-    """The words of captions it knows, in that order; from the training rows when not given."""
+    """Words of captions in the order of the network. Default: from the training rows."""
     reads_texts: bool = False
-    """Whether the base model has a text encoder, which reads captions whole; as it has one."""
+    """True if the base model has a text encoder for whole captions. Default: from the base model."""
 
     task: ClassVar[Task] = "denoising"
     further_shapes: ClassVar[frozenset[str]] = frozenset(
@@ -169,12 +168,12 @@ class Diffusion(Generative):
 
     @property
     def sample_labels(self) -> tuple[str, ...]:
-        """The classes."""
+        """Classes that :meth:`sample` accepts."""
         return self.labels or ()
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """How images become noise."""
+        """The noise schedule of the settings."""
         left_T = alphas_cumprod(
             self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end
         )
@@ -187,7 +186,7 @@ class Diffusion(Generative):
         )
 
     def head(self) -> Head:
-        """What can be asked for."""
+        """Return the head, with the classes or words as labels."""
         return Head(self.task, self._names)
 
     @property
@@ -197,11 +196,11 @@ class Diffusion(Generative):
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether it learned from captions."""
+        """True if :meth:`sample` accepts prompts, because the training rows had captions."""
         return self.reads_texts or (bool(self.words) and not self.labels)
 
     def check_prompt(self, prompt: str) -> None:
-        """Refuse a text of which no word is known."""
+        """Reject a prompt without a known word."""
         if not self.reads_texts and not len(words_target(prompt, self.words or ())):
             raise RecipeError(
                 f"no caption of the training rows has a word of {prompt[:64]!r}, so it says nothing to "
@@ -210,7 +209,7 @@ class Diffusion(Generative):
             )
 
     def bind(self, models: RunModels) -> Self:
-        """Check the range of pixels; use the noise that a pipeline was trained with."""
+        """Check the range of pixels, and adopt the noise settings of a pipeline."""
         reads, bound = models.chat.media, super().bind(models)
         # Noise of deviation 1 is added to the pixels.
         if isinstance(reads, ImageProcessor) and {*reads.mean, *reads.std} != {0.5}:
@@ -243,9 +242,9 @@ class Diffusion(Generative):
             ) from error
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """See which classes there are, or else which words; none where a row has no label.
+        """Collect the classes, or else the words, of the rows.
 
-        Where the base model reads texts, labels are texts, too.
+        If the base model has a text encoder, labels count as captions.
         """
         if chat is not None and chat.has_tokenizer:
             fitted = self.model_copy(update={"labels": (), "words": (), "reads_texts": True})
@@ -260,7 +259,7 @@ class Diffusion(Generative):
         return fitted
 
     def _check_negative_prompt(self, name: str) -> None:
-        """Refuse the negative prompt, called ``name``, where it would change nothing."""
+        """Reject a negative prompt without effect; ``name`` is the setting for the error message."""
         if not self.reads_prompts:
             raise RecipeError(
                 f"{name} is for models that learned from captions, and this one did not",
@@ -279,7 +278,7 @@ class Diffusion(Generative):
             )
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The image, and its class or the words or tokens of its caption where such are known."""
+        """Encode the image, with the class or the words or tokens of the caption as target."""
         example = chat.encode_input(row, index)
         if self.reads_texts:
             return replace(example, target=_tokens(_caption(row), chat))
@@ -290,7 +289,7 @@ class Diffusion(Generative):
         return example
 
     def length_problem(self, example: Example, context: int) -> RowRefused | None:
-        """Why a caption has no room in the text encoder, which reads ``context`` tokens."""
+        """Return a problem if the caption exceeds ``context``, the token limit of the text encoder."""
         if not self.reads_texts or len(_target_of(example)) <= context:
             return None
         tokens = len(_target_of(example))
@@ -301,7 +300,7 @@ class Diffusion(Generative):
         )
 
     def truncate(self, example: Example, context: int) -> Example:
-        """``example`` with the end of its caption cut off; the token that ends a text stays."""
+        """Cut the caption to ``context`` tokens and keep the end token."""
         ids_T = _target_of(example)
         if not self.reads_texts or len(ids_T) <= context:
             return example
@@ -310,7 +309,7 @@ class Diffusion(Generative):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Noise and step of each row: new in training, and else of the image alone."""
+        """Draw noise and step of each row: random in training, otherwise derived from the image."""
         import torch
 
         denoiser: Denoiser = network.model
@@ -344,23 +343,23 @@ class Diffusion(Generative):
         return found
 
     def _fixed_time(self, example: Example) -> int:
-        """A step, the same whenever the image is read."""
+        """Return a step that is fixed per image."""
         random = np.random.default_rng([int(example.ids_T[0]), 1])
         return int(random.integers(self.num_train_timesteps))
 
     @property
     def _is_conditional(self) -> bool:
-        """Whether the network is told what an image shows."""
+        """True if the network receives conditions."""
         return self.reads_texts or bool(self._names)
 
     def _nothing(self, network: Network) -> IntArray:
-        """What stands for an image of which nothing is said."""
+        """Return the empty condition."""
         if not self.reads_texts:
             return np.zeros(0, dtype=np.int64)
         return _tokens("", chat_of(network))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed over the rows: the mean squared error of the prediction for each."""
+        """Return the sum over rows of the mean squared error of each prediction."""
         drawn = extra_of(batch, NoisyImages)
         denoiser: Denoiser = network.model
         schedule = self.schedule
@@ -379,7 +378,7 @@ class Diffusion(Generative):
         return self.with_sampling(DenoisingSettings(steps=steps))
 
     def with_sampling(self, settings: DenoisingSettings) -> Self:
-        """This objective with what is asked for in the place of its own ``settings``."""
+        """Return this objective with the given sampling ``settings``."""
         asked = {
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
@@ -404,7 +403,7 @@ class Diffusion(Generative):
         return found
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
-        """New images ``[R, C, H, W]`` of classes or prompts, each from noise of its own."""
+        """Generate images ``[R, C, H, W]`` of classes or prompts, with independent noise for each."""
         import torch
 
         most = torch.iinfo(torch.int64).max
@@ -429,9 +428,13 @@ class Diffusion(Generative):
         labels: Sequence[str],
         draw: Callable[[], Tensor],
     ) -> Tensor:
-        """Images ``[R, C, H, W]`` of noise ``mixture``; ``draw`` gives new noise where ``eta`` asks.
+        """Denoise ``mixture`` to images ``[R, C, H, W]``.
 
-        ``labels`` are classes or prompts, one for each.
+        Args:
+            network: the network.
+            mixture: noise, ``[R, C, H, W]`` in the shape of latents.
+            labels: a class or prompt for each row.
+            draw: returns new noise, called if ``eta`` is above 0.
         """
         import torch
 
@@ -450,7 +453,7 @@ class Diffusion(Generative):
         return denoiser.decode_latents(mixture.to(network.dtype))
 
     def label_of(self, example: Example, chat: ChatFormat) -> str:
-        """The class of a row, its caption, or the words of that which are known."""
+        """Return the class of a row, the caption, or the known words of the caption."""
         if self.reads_texts:
             return _text_that_fits(_target_of(example), chat)
         if self.labels or example.target is None or not self.words:
@@ -459,17 +462,17 @@ class Diffusion(Generative):
 
     @property
     def _eta(self) -> float:
-        """Share of new noise: a pipeline is used without, as DDIM is."""
+        """Share of new noise; 0 by default for a pipeline, as in DDIM."""
         return self.eta if self.eta is not None else float(not self.reads_texts)
 
     @property
     def _scale(self) -> float:
-        """How far images are moved away from those of nothing."""
+        """Strength of the guidance."""
         usual = 7.5 if self.reads_texts else 2.0
         return self.guidance_scale if self.guidance_scale is not None else usual
 
     def _guidance(self, network: Network, labels: Sequence[str]) -> Guidance:
-        """What the network is told for ``labels``, and for none of them."""
+        """Return the conditions of ``labels``, and the conditions to move away from."""
         denoiser: Denoiser = network.model
         if not self._is_conditional:
             return Guidance(None, None)
@@ -482,10 +485,8 @@ class Diffusion(Generative):
         return Guidance(condition, denoiser.encode_conditions([nothing] * len(labels)))
 
     def _target(self, text: str, network: Network, name: str = "prompt") -> IntArray:
-        """The places of what is asked for, a class or the words of a prompt, or the prompt's tokens.
-
-        ``name`` is what the text is called where it is refused.
-        """
+        """Return the positions of a class or words, or the tokens of a prompt; ``name`` is for
+        error messages."""
         if self.reads_texts:
             return _check_length(text, chat_of(network), name)
         if self.labels:
@@ -495,7 +496,7 @@ class Diffusion(Generative):
     def _predict(
         self, network: Network, mixture: Tensor, time_R: Tensor, guidance: Guidance
     ) -> Tensor:
-        """Prediction for mixtures, moved away from that without the classes or words."""
+        """Return the guided prediction for mixtures."""
         import torch
 
         denoiser: Denoiser = network.model
@@ -509,7 +510,7 @@ class Diffusion(Generative):
 
 
 def _caption(row: Row) -> str:
-    """What a row says that its image shows."""
+    """Return the caption of a row, or the labels as a caption."""
     if isinstance(row, CaptionedImage):
         return row.caption
     if isinstance(row, LabelledImage):
@@ -518,15 +519,16 @@ def _caption(row: Row) -> str:
 
 
 def _tokens(text: str, chat: ChatFormat) -> IntArray:
-    """``[T]``: the tokens of a text between those that begin and end it, filled up to the longest."""
+    """Return the tokens ``[T]`` of a text with start and end tokens, padded to the maximum length."""
     found = chat.tokenizer(text, padding="max_length", truncation=False).input_ids
     return np.array(found, dtype=np.int64)
 
 
 def _text_that_fits(ids_T: IntArray, chat: ChatFormat) -> str:
-    """The text of tokens, cut until it has no more than the longest one when it is read again.
+    """Return the text of tokens, shortened until re-encoding fits the maximum length.
 
-    What ends inside a word, as truncated captions do, may be read in more tokens than it was.
+    A text that ends inside a word, such as a truncated caption, may have more tokens after
+    re-encoding.
     """
     text = str(chat.tokenizer.decode(ids_T, skip_special_tokens=True))
     while len(_tokens(text, chat)) > chat.tokenizer.model_max_length:
@@ -535,7 +537,8 @@ def _text_that_fits(ids_T: IntArray, chat: ChatFormat) -> str:
 
 
 def _check_length(text: str, chat: ChatFormat, name: str) -> IntArray:
-    """The tokens of ``text``, called ``name``; refused where they are more than are read."""
+    """Return the tokens of ``text``; raises :class:`RecipeError` naming ``name`` for too many
+    tokens."""
     ids_T, most = _tokens(text, chat), chat.tokenizer.model_max_length
     if len(ids_T) > most:
         raise RecipeError(
@@ -546,5 +549,5 @@ def _check_length(text: str, chat: ChatFormat, name: str) -> IntArray:
 
 
 def _target_of(example: Example) -> IntArray:
-    """What the example says that its image shows."""
+    """Return the condition of an example."""
     return np.asarray(example.target, dtype=np.int64)

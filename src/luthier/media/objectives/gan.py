@@ -1,25 +1,24 @@
 """Generative adversarial networks of images (Goodfellow et al. 2014, arXiv:1406.2661).
 
-Two players learn in turns from each batch of rows, as those of DCGAN (Radford et al. 2016,
-arXiv:1511.06434). With ``D`` the score of an image and ``G`` the image of some noise,
-``non_saturating`` has the losses
+Generator and discriminator learn in turns from each batch of rows. The networks follow DCGAN
+(Radford et al. 2016, arXiv:1511.06434). With ``D`` the score of an image and ``G`` the image of
+some noise, ``non_saturating`` has the losses
 
     discriminator  softplus(-D(x)) + softplus(D(G(z)))        generator  softplus(-D(G(z)))
 
-with the weights of the discriminator divided by their spectral norms (Miyato et al. 2018,
-arXiv:1802.05957), and ``wgan_gp`` (Gulrajani et al. 2017, arXiv:1704.00028)
+with the discriminator's weights divided by their spectral norms (Miyato et al. 2018,
+arXiv:1802.05957). ``wgan_gp`` (Gulrajani et al. 2017, arXiv:1704.00028) has the losses
 
     discriminator  D(G(z)) - D(x) + 10 (|grad D(between)| - 1)^2        generator  -D(G(z))
 
-where ``between`` lies at random between the real image and the made one, and the discriminator takes
-more steps than the generator (five in that paper, two here). Those steps see the same rows with new
-noise. Where rows have labels both players know them (:mod:`luthier.media.networks.dcgan`).
+with ``between`` a random mixture of the real and the generated image. The discriminator of
+``wgan_gp`` takes more steps than the generator (five in the paper, two here), on equal rows with
+new noise. If rows have labels, both networks are conditional (:mod:`luthier.media.networks.dcgan`).
 
-Neither loss says how good the images are. What is measured on held-out rows, and decides which weights
-are kept, is a distance between them and as many made images: the sliced Wasserstein distance of their
-pixels (Rabin et al. 2011), along directions that are always the same. ``diversity`` is how far made
-images of a class are apart, as a share of how far real ones are: near 0, the generator makes one image
-for all noise.
+Neither loss measures the quality of images. The metric on held-out rows, which selects the stored
+weights, is the sliced Wasserstein distance (Rabin et al. 2011) between the pixels of held-out and
+generated images, along fixed directions. ``diversity`` is the spread of generated images within
+classes relative to the spread of real images: near 0, the generator ignores the noise.
 """
 
 from __future__ import annotations
@@ -51,37 +50,38 @@ if TYPE_CHECKING:
 PENALTY = 10.0
 """Weight of the gradient penalty (the paper's lambda)."""
 DIRECTIONS = 256
-"""Along which the pixels of images are compared."""
+"""Number of directions of the sliced Wasserstein distance."""
 
 
 @dataclass(frozen=True)
 class Game:
-    """What a micro-batch needs for all its turns, or for one of them."""
+    """Random numbers of a micro-batch for all turns, or for one turn."""
 
     class_R: Tensor | None
-    """Classes of the rows, where there are some."""
+    """Classes of the rows, if any."""
     latent_TRZ: Tensor
-    """Noise of each turn, the generator's last."""
+    """Noise of each turn; the generator's turn is the last."""
     between_TR: Tensor
-    """Where between real and made images the gradient is looked at, in each turn."""
+    """Share of the real image in the mixture for the gradient penalty, per turn."""
     player: Literal["discriminator", "generator", "both"] = "both"
-    """Whose turn it is; ``both`` to measure, without a gradient."""
+    """The network that learns in this turn; ``both`` to measure without gradients."""
     ends_turn: bool = False
-    """Whether it is the last micro-batch that this process has in the turn."""
+    """True if the micro-batch is the last of this process in the turn."""
 
 
 class GAN(Generative):
-    """How images look, learned by a generator from a discriminator that learns to tell them apart."""
+    """Generative adversarial network: a generator learns from a discriminator of real and new
+    images."""
 
     method: Literal["gan"] = "gan"
     loss_type: Literal["wgan_gp", "non_saturating"] = "wgan_gp"
-    """Losses of both players; non_saturating is faster, and collapsed on digits."""
+    """Losses of both networks. non_saturating is faster, but collapsed on digits."""
     discriminator_steps: int | None = Field(default=None, ge=1, le=100)
-    """Steps of the discriminator for each of the generator; 2 of wgan_gp, else 1 when not given."""
+    """Discriminator steps per generator step. Default: 2 with wgan_gp, otherwise 1."""
     spectral_norm: bool | None = None
-    """Divide the discriminator's weights by their spectral norms; not with wgan_gp when not given."""
+    """Divide the discriminator's weights by their spectral norms. Default: not with wgan_gp."""
     labels: tuple[str, ...] | None = None
-    """The classes in the order of the network; from the training rows when not given."""
+    """Classes in the order of the network. Default: from the training rows."""
 
     task: ClassVar[Task] = "adversarial"
     further_shapes: ClassVar[frozenset[str]] = frozenset(
@@ -100,12 +100,12 @@ class GAN(Generative):
 
     @property
     def sample_labels(self) -> tuple[str, ...]:
-        """The classes."""
+        """Classes that :meth:`sample` accepts."""
         return self.labels or ()
 
     @property
     def _turns(self) -> int:
-        """Steps of the discriminator."""
+        """Steps of the discriminator per step of the generator."""
         return self.discriminator_steps or (2 if self.loss_type == "wgan_gp" else 1)
 
     @property
@@ -113,11 +113,11 @@ class GAN(Generative):
         return self.loss_type != "wgan_gp" if self.spectral_norm is None else self.spectral_norm
 
     def head(self) -> Head:
-        """Both players, and the classes they know."""
+        """Return the head, with the classes as labels."""
         return Head(self.task, self.labels or ())
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Reject a network unless both players train, and the discriminator's weights are whole."""
+        """Reject an adaptation that trains only one player or wraps weights of the discriminator."""
         players: Any = model.players
         if not model.measures_whole_weights:
             raise RecipeError(
@@ -133,12 +133,12 @@ class GAN(Generative):
         return {}
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """See which classes there are; none where a row has no label."""
+        """Collect the classes of the rows."""
         found = classes_of(rows, "a gan")
         return self.model_copy(update={"labels": found if self.labels is None else self.labels})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The image, and its class where classes are known."""
+        """Encode the image, with the class as target."""
         example = chat.encode_input(row, index)
         if not self.labels:
             return example
@@ -147,7 +147,7 @@ class GAN(Generative):
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Noise for each turn: new in training, and else of the images alone."""
+        """Draw noise for each turn: random in training, otherwise derived from the images."""
         import torch
 
         size, turns = int(network.model.config.latent_size), self._turns + 1
@@ -174,7 +174,7 @@ class GAN(Generative):
         return found
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
-        """The discriminator's steps, then the generator's."""
+        """Yield the batches of the discriminator's turns, then of the generator's turn."""
         for turn in range(self._turns + 1):
             player: Any = "generator" if turn == self._turns else "discriminator"
             yield [
@@ -193,9 +193,10 @@ class GAN(Generative):
             ]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss of the player whose turn it is; it alone gets a gradient.
+        """Return the summed loss of the current player. Only that player gets gradients.
 
-        Metrics are the loss of each player, and how often a real image has the higher score.
+        Metrics are the loss of each player and the accuracy of the discriminator: the share of
+        pairs in which the real image has the higher score.
         """
         game = extra_of(batch, Game)
         if game.player == "generator":
@@ -246,7 +247,7 @@ class GAN(Generative):
         return Loss(total, found)
 
     def _penalty(self, network: Network, batch: TreeBatch, game: Game, images: Tensor) -> Tensor:
-        """How far the gradient ``[R]`` between real and made images is from the length 1, squared."""
+        """Return the gradient penalty ``[R]`` at mixtures of real and generated images."""
         import torch
 
         share_R111 = game.between_TR[0][:, None, None, None]
@@ -259,7 +260,8 @@ class GAN(Generative):
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
-        """As ``loss`` the distance of made images from held-out ones; diversity; the players."""
+        """Return the distance of generated from held-out images as ``loss``, diversity, and
+        players' losses."""
         import torch
 
         network.model.eval()
@@ -285,7 +287,7 @@ class GAN(Generative):
         }
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
-        """New images ``[R, C, H, W]`` of the classes asked for."""
+        """Generate images ``[R, C, H, W]`` of the given classes."""
         import torch
 
         size = int(network.model.config.latent_size)
@@ -301,7 +303,7 @@ class GAN(Generative):
 
 @contextmanager
 def _frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """What is computed meanwhile leaves no gradient on the weights of ``modules``."""
+    """Disable the gradients of ``modules`` within the block."""
     weights = [w for module in modules for w in module.parameters() if w.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
@@ -313,7 +315,7 @@ def _frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def sliced_distance(one_RD: Tensor, other_RD: Tensor) -> float:
-    """Sliced Wasserstein distance of as many rows, along directions that are always the same."""
+    """Return the sliced Wasserstein distance between equally many rows, along fixed directions."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -324,7 +326,7 @@ def sliced_distance(one_RD: Tensor, other_RD: Tensor) -> float:
 
 
 def _spread(each_RD: Tensor, class_R: Tensor) -> float:
-    """Root of the mean squared distance of rows from the mean of their class."""
+    """Return the root mean squared distance of rows from the mean of their class."""
     off = [each_RD[class_R == name] - each_RD[class_R == name].mean(0) for name in class_R.unique()]
     squares = sum(float(each.square().sum()) for each in off)
     return float(np.sqrt(squares / len(each_RD)))

@@ -1,10 +1,10 @@
-"""What objectives have in common whose models make images: the noise that held-out rows are measured
-with, and how far made images are from real ones.
+"""Common parts of objectives that generate images: noise for held-out rows, and the Fréchet
+distance.
 
-Losses of such objectives say little of that. Where a classifier of such images is named, each
-measurement makes as many images as there are held-out rows, of the same classes or captions and from
-the same noise each time, and compares both in what the classifier's head reads
-(:func:`~luthier.media.frechet.frechet_distance`). Both are seen as files of the network's size.
+The loss of such an objective says little about image quality. If a classifier of images is set,
+each evaluation generates as many images as there are held-out rows, with equal classes or captions
+and fixed noise. Real and generated images are compared in the features of the classifier's head
+(:func:`~luthier.media.frechet.frechet_distance`), both at the size of the network.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
 
 MOST_COMPARED = 1_000
-"""Held-out rows that made images are compared with."""
+"""Maximum number of held-out rows that generated images are compared with."""
 AT_ONCE = 32
-"""Images that are made, and read, at once, where they are small."""
+"""Maximum batch size for small images."""
 PIXELS_AT_ONCE = 1 << 20
-"""Pixels of all that are made at once: four images of 512 x 512."""
+"""Maximum number of pixels in a batch: four images of 512 x 512."""
 
 
 class Generative(Objective):
-    """Base of the objectives whose models make images."""
+    """Base class of objectives that generate images."""
 
     feature_model: str | None = None
-    """Classifier of images, in whose features the Fréchet distance of made images is measured."""
+    """Image classifier whose features define the Fréchet distance of generated images."""
 
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
     generates_images: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class Generative(Objective):
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether :meth:`sample` accepts prompts, because the training rows had captions."""
+        """True if :meth:`sample` accepts prompts, because the training rows had captions."""
         return False
 
     def check_prompt(self, prompt: str) -> None:
@@ -65,15 +65,18 @@ class Generative(Objective):
         """
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
-        """Return one new image for each of ``labels``, ``[R, C, H, W]`` in the network's scale.
+        """Generate an image for each of ``labels``, ``[R, C, H, W]`` in the network's scale.
 
-        ``labels`` are classes, prompts, or empty for a model with neither. All random numbers come
-        from ``generator``, on the CPU.
+        Args:
+            network: the network.
+            labels: classes or prompts; empty texts for a model with neither.
+            generator: source of all random numbers, on the CPU.
         """
         raise NotImplementedError
 
     def in_few_steps(self) -> Self:
-        """Return this objective with the settings for images that are compared or shown in training."""
+        """Return this objective with fast settings, for images that are compared or shown during
+        training."""
         return self
 
     def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
@@ -82,11 +85,11 @@ class Generative(Objective):
 
     @property
     def other_models(self) -> Mapping[str, str]:
-        """The classifier, where one is named."""
+        """The classifier, if set."""
         return {"features": self.feature_model} if self.feature_model else {}
 
     def bind(self, models: RunModels) -> Self:
-        """Reject a feature model that does not classify images, and a network of other inputs."""
+        """Reject a feature model that is not an image classifier, and networks of other inputs."""
         other = models.others.get("features")
         if other is None:
             return super().bind(models)
@@ -108,12 +111,13 @@ class Generative(Objective):
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
-        """What the loss measures, and the distance where a classifier is named."""
+        """Return the loss, and the Fréchet distance if a classifier is set."""
         found = super().validation_metrics(network, examples, budget)
         return found | self.distance_metrics(network, examples)
 
     def distance_metrics(self, network: Network, examples: Sequence[Example]) -> dict[str, float]:
-        """Of made images from those of ``examples``; nothing where no classifier is named."""
+        """Return the Fréchet distance of generated images from ``examples``, if a classifier is
+        set."""
         import torch
 
         classifier = network.others.get("features")
@@ -139,34 +143,36 @@ class Generative(Objective):
         return {"frechet_distance": distance}
 
     def label_of(self, example: Example, chat: ChatFormat) -> str:
-        """What :meth:`sample` is asked for to show what a row shows: its class, or an empty text."""
+        """Return the label for :meth:`sample` that describes a row: the class, or an empty text."""
         if not self.sample_labels or example.target is None:
             return ""
         return self.sample_labels[int(example.target[0])]
 
 
 def draw_latents(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """What ``count`` new images are made of, ``[R, size]``; each by itself, as what torch draws for
-    the first rows else depends on how many there are."""
+    """Draw ``count`` latents ``[R, size]``, one after the other.
+
+    A single call of torch would draw other numbers for the first rows if ``count`` differs.
+    """
     import torch
 
     return torch.stack([torch.randn(size, generator=generator) for _ in range(count)])
 
 
 def draw_noise(generators: Sequence[np.random.Generator], size: int) -> Tensor:
-    """Normal noise ``[R, size]`` of the rows that have these generators."""
+    """Draw normal noise ``[R, size]`` from one generator per row."""
     import torch
 
     return torch.from_numpy(np.stack([g.standard_normal(size, np.float32) for g in generators]))
 
 
 def images_at_once(processor: ImageProcessor) -> int:
-    """How many images of the size of ``processor`` are made at once."""
+    """Return the batch size for images of the size of ``processor``."""
     return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (processor.height * processor.width)))
 
 
 def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.float32]:
-    """What the head of ``classifier`` reads of each image ``[H, W, 3]``: ``[R, D]``."""
+    """Return the features ``[R, D]`` of images ``[H, W, 3]`` before the head of ``classifier``."""
     import torch
 
     from luthier.models.layouts import read_states

@@ -1,17 +1,17 @@
-"""Image to text: write what is written on an image, or what it shows (TrOCR, Li et al. 2021,
+"""Image to text: transcription of text lines, or captions (TrOCR, Li et al. 2021,
 arXiv:2109.10282).
 
-An encoder reads the image, and a decoder writes its text behind it. The loss is the cross-entropy of
-the tokens of the text, the one that ends it included, given the image and the tokens before, averaged
-over all tokens of the global batch. On held-out rows the network also writes each text, always taking
-the likeliest token, and the metrics say how many characters and words are wrong.
+An encoder processes the image and a decoder generates the text. The loss is the cross-entropy of
+the text tokens, including the end token, averaged over all tokens of the global batch. On held-out
+rows the network also generates each text with greedy decoding, and the metrics are character and
+word error rates.
 
-A network of random weights has to find out where on a line to look before it can learn letters, and
-stands still until it has. A second loss (``ctc_weight``) helps it: connectionist temporal
-classification (Graves et al. 2006) of the encoder's states, column by column, by a linear layer that
-is thrown away after training (Watanabe et al. 2017, section II-B; log: docs/log/media.md).
+A network with random weights must learn where to look on a line before any letter, and makes no
+progress until then. A second loss (``ctc_weight``) helps: connectionist temporal classification
+(Graves et al. 2006) of the encoder's columns by a linear layer that is discarded after training
+(Watanabe et al. 2017, section II-B; measurements in docs/log/media.md).
 
-Left out of the paper: its pre-training on pages, its augmentation, and beam search.
+Not implemented from the paper: pre-training on pages, augmentation, beam search.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 CTC_LAYER = "columns_to_letters"
-"""Name of the layer that only training has."""
+"""Name of the CTC layer, which exists only in training."""
 CTC_WEIGHT = 0.5
 LENGTH_MARGIN = 1.25
-"""How much longer than the longest training text a written one may be."""
+"""Maximum length of a generated text relative to the longest training text."""
 
 
 class ImageToText(Objective):
-    """The text of an image: lines of writing or print, or captions."""
+    """Text of an image: a line of handwriting or print, or a caption."""
 
     method: Literal["image_to_text"] = "image_to_text"
     max_tokens: int | None = Field(default=None, ge=1, le=100_000)
-    """Tokens written to an image at most; a quarter more than in the longest text when not given."""
+    """Maximum tokens per text. Default: a quarter more than in the longest training text."""
 
     ctc_weight: float | None = Field(default=None, ge=0, le=100)
-    """Weight of CTC on the columns of a line; 0.5 for encoders of lines of random weights, else 0."""
+    """Weight of CTC on image columns. Default: 0.5 for line encoders with random weights, otherwise
+    0."""
 
     task: ClassVar[Task] = "image_to_text"
     shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
@@ -68,7 +69,7 @@ class ImageToText(Objective):
     )
 
     def bind(self, models: RunModels) -> Self:
-        """Reject networks that write nothing; choose the weight of CTC that suits the encoder."""
+        """Reject networks without a text decoder, and choose the weight of CTC for the encoder."""
         chat = models.chat
         if chat.start_id is None or chat.media is None:
             raise RecipeError(
@@ -84,7 +85,7 @@ class ImageToText(Objective):
         return self.model_copy(update={"ctc_weight": CTC_WEIGHT if columns else 0.0})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """How long texts are."""
+        """Set the maximum number of tokens from the longest text."""
         if self.max_tokens is not None:
             return self
         texts = (row.caption for row in rows if isinstance(row, CaptionedImage))
@@ -92,7 +93,7 @@ class ImageToText(Objective):
         return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Return the layer that names the letter of each column, if CTC is learned."""
+        """Return the layer that predicts the letter of each column, if CTC is used."""
         from torch import nn
 
         if not self.ctc_weight:
@@ -105,7 +106,7 @@ class ImageToText(Objective):
         return {CTC_LAYER: nn.Linear(width, config.decoder.vocab_size, device=weight.device)}
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The image, and the tokens of its text; of an image alone, what the decoder starts from."""
+        """Encode the image and the tokens of the text; without a text, the start of decoding."""
         chat.check_reads(SHAPES[row.shape].reads)
         assert isinstance(row, MediaRow)
         media = chat.media_input(row)
@@ -116,7 +117,8 @@ class ImageToText(Objective):
         return Example(ids_T, weight_T, index, media=media)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy of the tokens of the texts; in training CTC's beside it."""
+        """Return the summed cross-entropy of the text tokens, plus the weighted CTC loss in
+        training."""
         from luthier.objectives.logprobs import weighted_nll
 
         if not (self.ctc_weight and network.model.training):
@@ -130,7 +132,7 @@ class ImageToText(Objective):
         return Loss(nll + self.ctc_weight * ctc, metrics)
 
     def _ctc(self, network: Network, batch: TreeBatch, encoded_RSH: Tensor) -> Tensor:
-        """Minus log-probability of the texts, summed over all ways to lay them along the columns."""
+        """Return the negative log-likelihood of the texts, summed over all alignments to columns."""
         import torch
 
         from luthier.models.heads import filling_id
@@ -153,7 +155,8 @@ class ImageToText(Objective):
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
-        """The loss, and the error rates of characters (``cer``, which decides) and words (``wer``)."""
+        """Return the loss and the error rates of characters (``cer``, the deciding metric) and
+        words (``wer``)."""
         found = super().validation_metrics(network, examples, budget)
         written, wanted = list[str](), list[str]()
         for batch in network.batches(examples, budget):
@@ -170,10 +173,10 @@ class ImageToText(Objective):
         return found
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: the text, and how probable the network finds it.
+        """Return text and probability of each row in the order of the tree.
 
-        ``probability`` is that of all its tokens, the end included; of a text that was cut at
-        ``max_tokens`` it is that of its beginning, and it has ``"cut": True``.
+        ``probability`` covers all tokens, including the end token. A text of ``max_tokens`` tokens
+        without an end token has ``"cut": True``.
         """
         from luthier.models.decoding import sample
         from luthier.models.sampling import Sampling

@@ -1,16 +1,17 @@
-"""How an image becomes noise step by step, and the way back (Ho et al. 2020, arXiv:2006.11239).
+"""Noise schedules: how an image becomes noise step by step, and sampling steps in the opposite
+direction.
 
-After step ``t`` of ``T`` an image ``x`` is ``signal x + noise e``, with ``e`` standard normal,
-``signal`` the root of ``alphas_cumprod[t]`` and ``noise`` that of the rest. A network predicts from
-such a mixture ``x`` (``sample``), ``e`` (``epsilon``) or ``signal e - noise x`` (``v_prediction``,
-Salimans and Ho 2022, arXiv:2202.00512); each gives ``x`` and ``e``. The way back takes fewer steps than
-there were, as DDIM does (Song et al. 2021, arXiv:2010.02502): with ``eta`` 0 it draws nothing, and with
-``eta`` 1 and all ``T`` steps it is DDPM's.
+After step ``t`` of ``T`` an image ``x`` is ``signal x + noise e`` (Ho et al. 2020,
+arXiv:2006.11239), with ``e`` standard normal, ``signal`` the root of ``alphas_cumprod[t]`` and
+``noise`` the root of the rest. A network predicts ``x`` (``sample``), ``e`` (``epsilon``) or
+``signal e - noise x`` (``v_prediction``, Salimans and Ho 2022, arXiv:2202.00512) from the mixture;
+each prediction determines ``x`` and ``e``. Sampling takes fewer steps, as in DDIM (Song et al.
+2021, arXiv:2010.02502): ``eta`` 0 draws no noise, and ``eta`` 1 with all ``T`` steps equals DDPM.
 
-Numbers are those of diffusers' ``DDPMScheduler``, and of its ``DDIMScheduler``. With trailing spacing
-(Lin et al. 2024, arXiv:2305.08891) the way back starts where there is least of the image; the first
-pipelines of diffusers have leading spacing, moved by one step. With ``linspace`` each step ends
-where the next begins; diffusers' ``DDIMScheduler`` goes back a fixed way from each and so misses them.
+Numbers equal diffusers' ``DDPMScheduler`` and ``DDIMScheduler``. Trailing spacing (Lin et al. 2024,
+arXiv:2305.08891) starts at the noisiest step. The first pipelines of diffusers use leading spacing
+with an offset of one. With ``linspace`` each step ends at the start of the next; diffusers'
+``DDIMScheduler`` subtracts a constant from each step instead and misses the next start.
 """
 
 from __future__ import annotations
@@ -28,17 +29,22 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 LossWeighting = Literal["snr_plus_one", "snr", "none"]
 TimestepSpacing = Literal["trailing", "leading", "linspace"]
 LARGEST_BETA = 0.999
-"""Of the cosine schedule, whose last step would else leave nothing (Nichol and Dhariwal 2021)."""
+"""Largest variance that a step of the cosine schedule adds: the last step would otherwise leave no
+signal (Nichol and Dhariwal 2021)."""
 
 
 @cache
 def alphas_cumprod(
     schedule: BetaSchedule, steps: int, start: float = 1e-4, end: float = 0.02
 ) -> Tensor:
-    """``[T]``: the share of an image's variance that is left after each step, from much to little.
+    """Return the remaining share of the image's variance after each step, ``[T]``, decreasing.
 
-    ``start`` and ``end`` are the variances that the first and last step add; the cosine schedule
-    (Nichol and Dhariwal 2021, arXiv:2102.09672) has no use for them.
+    Args:
+        schedule: the growth of noise; the cosine schedule is from Nichol and Dhariwal 2021
+            (arXiv:2102.09672).
+        steps: ``T``.
+        start: variance that the first step adds; unused by the cosine schedule.
+        end: variance that the last step adds; unused by the cosine schedule.
     """
     import torch
 
@@ -55,34 +61,34 @@ def alphas_cumprod(
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much of image and noise there is after each step, and what a network predicts from it."""
+    """Shares of image and noise after each step, and the target of the network."""
 
     alphas_cumprod_T: Tensor
     prediction_type: PredictionType = "epsilon"
     timestep_spacing: TimestepSpacing = "trailing"
-    """Which steps the way back takes."""
+    """Selection of the sampling steps."""
     steps_offset: int = 0
-    """How many later they are, with leading spacing."""
+    """Offset of the sampling steps with leading spacing."""
     set_alpha_to_one: bool = True
-    """Whether the way back ends at the image; else at what is left of it after the first step."""
+    """True if sampling ends at the clean image instead of the image after the first noise step."""
 
     @property
     def steps(self) -> int:
-        """``T``."""
+        """Number of noise steps, ``T``."""
         return len(self.alphas_cumprod_T)
 
     def shares(self, time_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise ``[R, 1, 1, 1]`` after steps ``[R]``."""
+        """Return the factors of signal and noise, ``[R, 1, 1, 1]``, after steps ``[R]``."""
         left_R111 = self.alphas_cumprod_T.to(time_R.device)[time_R][:, None, None, None]
         return left_R111.sqrt(), (1 - left_R111).sqrt()
 
     def add_noise(self, image: Tensor, noise: Tensor, time_R: Tensor) -> Tensor:
-        """The mixtures ``[R, C, H, W]``."""
+        """Return the mixtures ``[R, C, H, W]``."""
         signal, rest = self.shares(time_R)
         return signal * image + rest * noise
 
     def target(self, image: Tensor, noise: Tensor, time_R: Tensor) -> Tensor:
-        """What the network is to predict from the mixtures, ``[R, C, H, W]``."""
+        """Return the target of the network for the mixtures, ``[R, C, H, W]``."""
         if self.prediction_type == "sample":
             return image
         if self.prediction_type == "epsilon":
@@ -91,10 +97,11 @@ class NoiseSchedule:
         return signal * noise - rest * image
 
     def weights(self, time_R: Tensor, weighting: LossWeighting, bound: float) -> Tensor:
-        """What the squared error ``[R]`` of a prediction counts after steps ``[R]``.
+        """Return the weights ``[R]`` of the squared errors of predictions after steps ``[R]``.
 
-        Weights are those of the error of the image: the signal-to-noise ratio there (``snr``) or one
-        more (``snr_plus_one``), at most ``bound``.
+        The weight of an error in the image is the signal-to-noise ratio (``snr``) or the ratio plus
+        one (``snr_plus_one``), at most ``bound``. Weights of other targets follow from the weight
+        of the image.
         """
         import torch
 
@@ -114,7 +121,7 @@ class NoiseSchedule:
         return weight_R
 
     def image(self, mixture: Tensor, predicted: Tensor, time_R: Tensor) -> Tensor:
-        """What the network takes the images of mixtures ``[R, C, H, W]`` to be."""
+        """Return the network's estimate of the images, ``[R, C, H, W]``."""
         signal, rest = self.shares(time_R)
         if self.prediction_type == "sample":
             return predicted
@@ -123,7 +130,7 @@ class NoiseSchedule:
         return signal * mixture - rest * predicted
 
     def times(self, count: int) -> list[int]:
-        """``count`` steps of ``T`` on the way back, the last one first."""
+        """Return ``count`` of ``T`` steps for sampling, the noisiest first."""
         back = range(count - 1, -1, -1)
         if self.timestep_spacing == "leading":
             apart, last = self.steps // count, self.steps - 1
@@ -141,10 +148,16 @@ class NoiseSchedule:
         eta: float = 0.0,
         drawn: Tensor | None = None,
     ) -> Tensor:
-        """The mixtures after step ``before`` from those after ``time``; the last ones where it is -1.
+        """Return the mixtures at step ``before`` from the mixtures at ``time`` (equation 12 of
+        DDIM).
 
-        ``image`` is what the network takes the images to be, ``drawn`` new noise where ``eta`` is above
-        0 (equation 12 of DDIM).
+        Args:
+            image: the network's estimate of the images.
+            mixture: the mixtures at ``time``.
+            time: the current step.
+            before: the next, less noisy step; -1 for the final images.
+            eta: share of new noise.
+            drawn: new noise, if ``eta`` is above 0.
         """
         left = float(self.alphas_cumprod_T[time])
         end = 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod_T[0])

@@ -1,19 +1,21 @@
-"""A variational autoencoder of images (Kingma and Welling 2014, arXiv:1312.6114).
+"""Variational autoencoders of images and time series (Kingma and Welling 2014, arXiv:1312.6114).
 
-An image ``x`` becomes a normal distribution over a few latent numbers ``z``, and one drawn from it
-becomes an image again. The loss of an image is minus the evidence lower bound, in nats:
+The encoder maps an input ``x`` to a normal distribution over a few latent numbers ``z``, and the
+decoder maps a sample of ``z`` back. The loss is the negative evidence lower bound in nats:
 
     -log N(x; decode(z), sigma^2)  +  beta KL(N(mean, variance) || N(0, 1))
 
-without the constant ``D log(sigma sqrt(2 pi))``, so 0 is a perfect copy. ``beta`` above 1 makes latents
-that mean one thing each, at the price of the copy (Higgins et al. 2017); it grows from 0 over the first
-part of a run, as else the latents may stay unused (Bowman et al. 2016, arXiv:1511.06349, section 3.1).
-What is unlike the training images is copied badly and lies far from where they do: minus the bound at
-the mean is the anomaly score. Its threshold is the smallest that at most ``false_alarms`` of the
-held-out rows are above, fixed when training is over. Windows of a time series that have too few values
-are not judged.
+without the constant ``D log(sigma sqrt(2 pi))``, so 0 is a perfect copy. ``beta`` above 1 gives
+latents with separate meanings, at the price of worse copies (Higgins et al. 2017). ``beta`` grows
+from 0 over the first part of a run, because latents may otherwise stay unused (Bowman et al. 2016,
+arXiv:1511.06349, section 3.1).
 
-Left out: the Bernoulli likelihood, which is for pixels of 0 and 1.
+Inputs unlike the training rows have bad copies and distant latents: the anomaly score is the
+negative bound at the mean of the latents. The threshold is the smallest score that at most a share
+of ``false_alarms`` of the held-out rows exceeds, fixed after training. Windows of a time series
+with too few values are not scored.
+
+Not implemented: the Bernoulli likelihood, which is for pixels of 0 and 1.
 """
 
 from __future__ import annotations
@@ -51,11 +53,11 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 ACTIVE = 0.01
-"""Variance of a latent's mean over the rows from which on it is in use (Burda et al. 2016)."""
+"""Smallest variance of a latent's mean over the rows that counts as active (Burda et al. 2016)."""
 
 
 LATENT_BYTES = 4
-"""Size of a latent number, in float32."""
+"""Size of a latent number in float32, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,21 @@ class Compression:
     latent_numbers: int
     """Numbers in the latents of an input."""
     bytes_each: int
-    """Bytes of a number of the input: 1 of a pixel's colour, 4 of a value of a time series."""
+    """Bytes per number of the input: 1 for a pixel channel, 4 for a value of a time series."""
 
     @property
     def ratio(self) -> float:
-        """Numbers of an input for each latent number."""
+        """Input numbers per latent number."""
         return self.numbers / self.latent_numbers
 
     @property
     def bytes_ratio(self) -> float:
-        """Bytes of an input for each byte of its latents."""
+        """Input bytes per byte of latents."""
         return self.ratio * self.bytes_each / LATENT_BYTES
 
     def __str__(self) -> str:
-        """``3,072 numbers, as the network reads them, kept as 32: 96 : 1 (24 : 1 in bytes)``."""
+        """Return, for example, ``3,072 numbers, as the network reads them, kept as 32: 96 : 1 (24 :
+        1 in bytes)``."""
         return (
             f"{self.numbers:,} numbers, as the network reads them, kept as {self.latent_numbers:,}: "
             f"{self.ratio:.3g} : 1 ({self.bytes_ratio:.3g} : 1 in bytes)"
@@ -89,28 +92,28 @@ class Compression:
 
 @dataclass(frozen=True)
 class Draw:
-    """Noise of a micro-batch, and the weight of the divergence in its step."""
+    """Noise of a micro-batch, and the weight of the divergence in the current step."""
 
     noise_RZ: Tensor
     beta: float
 
 
 class VAE(Generative):
-    """How images look: an autoencoder to sample from, and to find odd images by."""
+    """Variational autoencoder: samples images, reconstructs images, and scores anomalies."""
 
     method: Literal["vae"] = "vae"
     beta: float = Field(default=1.0, ge=0, le=1e6)
-    """Weight of the divergence of the latents; above 1 they are fewer and mean more."""
+    """Weight of the divergence of latents; above 1, fewer latents with clearer meanings."""
     kl_warmup: float = Field(default=0.1, ge=0, le=1)
-    """Share of the steps over which that weight grows from 0."""
+    """Share of the steps over which beta grows from 0."""
     sigma: float = Field(default=1.0, gt=0, le=1e3)
-    """Deviation of what is read around its copy: less makes sharper copies; 0.3 for time series."""
+    """Deviation of the input around its copy; smaller gives sharper copies. Time series: 0.3."""
     score_over: Literal["all", "last"] | None = None
-    """What is scored: all of a row, or its last value; that of a time series when not given."""
+    """Scored part of a row: all values, or the last. Default: last for time series, otherwise all."""
     false_alarms: float = Field(default=0.01, ge=0, lt=1)
-    """Share of ordinary rows that may count as anomalous."""
+    """Largest share of ordinary rows that may count as anomalous."""
     threshold: float | None = None
-    """Score above which a row is anomalous; from held-out rows after training when not given."""
+    """Score above which a row is anomalous. Default: from held-out rows after training."""
 
     task: ClassVar[Task] = "autoencoding"
     shapes: ClassVar[frozenset[str]] = frozenset({"window"})
@@ -125,11 +128,11 @@ class VAE(Generative):
     )
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The images, or windows of time series, alone."""
+        """Return rows without labels and captions."""
         return spool(row.bare() for row in rows)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """What suits the rows: windows of a time series have few values, of deviation 1."""
+        """Choose settings for the rows: windows of a time series have few values, of deviation 1."""
         windows = all(isinstance(row, BareWindow) for row in rows)
         chosen: dict[str, Any] = {} if self.score_over else {"score_over": "all"}
         if windows:
@@ -138,13 +141,13 @@ class VAE(Generative):
         return self.model_copy(update=chosen)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The image."""
+        """Encode the image or window."""
         return chat.encode_input(row, index)
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """The noise of each row: new in training, and else of the image alone."""
+        """Draw the noise of each row: random in training, otherwise derived from the input."""
         size, found = int(network.model.config.latent_size), []
         seed = draw_seed() if network.model.training else None
         for batch in super().annotate(network, examples, budget):
@@ -161,7 +164,7 @@ class VAE(Generative):
         return self.beta * share
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed minus evidence lower bound, of one draw a row."""
+        """Return the summed negative evidence lower bound, with one sample per row."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         drawn = extra_of(batch, Draw)
         latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * drawn.noise_RZ
@@ -171,7 +174,7 @@ class VAE(Generative):
         return Loss.of_rows(copy_R + drawn.beta * kl_R, metrics, states=mean_RZ.detach())
 
     def _copy_error(self, network: Network, batch: TreeBatch, latent_RZ: Tensor) -> Tensor:
-        """Nats ``[R]`` that the copies are off by."""
+        """Return the reconstruction errors ``[R]`` in nats."""
         copies = network.model.decode(latent_RZ.to(network.dtype)).float()
         off: Tensor = (copies - batch.plan.float()).square().flatten(1).sum(-1)
         return off / (2 * self.sigma**2)
@@ -179,7 +182,7 @@ class VAE(Generative):
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
-        """The loss and its parts, and how many latents are in use."""
+        """Return the loss, both parts of the loss, and the number of active latents."""
         import torch
 
         means: list[Tensor] = []
@@ -198,7 +201,7 @@ class VAE(Generative):
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
     ) -> Finished:
-        """Draw the score that at most :attr:`false_alarms` of the rows are above."""
+        """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it."""
         if self.threshold is not None:
             return Finished(self)
         wanted = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
@@ -211,7 +214,8 @@ class VAE(Generative):
         return Finished(done, len(examples), wanted)
 
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
-        """Minus the bound ``[R]`` at the means of the latents; of the last value its error alone."""
+        """Return the anomaly scores ``[R]``: the negative bound, or the error of the last value
+        alone."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         if self.score_over == "last":
             copies = network.model.decode(mean_RZ.to(network.dtype)).float()
@@ -221,9 +225,9 @@ class VAE(Generative):
         return self._copy_error(network, batch, mean_RZ) + divergence(mean_RZ, log_variance_RZ)
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: how odd it is, and whether that is too much.
+        """Return score and verdict of each row in the order of the tree.
 
-        A window of too few values is not judged: ``anomalous`` is ``None``.
+        ``anomalous`` is ``None`` for a window with too few values.
         """
         scores = self._scores(network, batch).tolist()
         threshold = self.threshold
@@ -235,14 +239,14 @@ class VAE(Generative):
         ]
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
-        """New images ``[R, C, H, W]``, of latents drawn from where all of them lie."""
+        """Generate images ``[R, C, H, W]`` from standard normal latents."""
         size = int(network.model.config.latent_size)
         latent_RZ = draw_latents(len(labels), size, generator)
         images: Tensor = network.model.decode(latent_RZ.to(network.device, network.dtype))
         return images
 
     def compression(self, network: Network) -> Compression:
-        """Numbers of an input, and latents."""
+        """Return the sizes of an input and of its latents."""
         channels, height, width = input_shape(network.model.config)
         is_image = isinstance(chat_of(network).media, ImageProcessor)
         return Compression(
@@ -250,7 +254,7 @@ class VAE(Generative):
         )
 
     def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
-        """Return the compression, and the error of copies where ``examples`` are held out."""
+        """Return the compression, and the error of copies if ``examples`` are held out."""
         text = f"Each row is {self.compression(network)}"
         if examples:
             error = self.copy_error(network, examples, budget)
@@ -258,7 +262,7 @@ class VAE(Generative):
         return text
 
     def copy_error(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """Mean squared difference of :meth:`reconstruct` from the rows, which stay as they are read."""
+        """Return the mean squared error of reconstructions; pixels are from 0 to 1."""
         import torch
 
         processor = chat_of(network).media
@@ -277,12 +281,12 @@ class VAE(Generative):
         return math.fsum(errors) / len(errors)
 
     def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
-        """The copies ``[R, C, H, W]`` of the rows, at the means of their latents."""
+        """Return the copies ``[R, C, H, W]`` of the rows at the means of the latents."""
         copies: Tensor = network.model(pixel_values=batch.plan).reconstruction
         return copies
 
     def interpolate(self, network: Network, batch: TreeBatch, steps: int) -> Tensor:
-        """Images ``[steps, C, H, W]`` on the straight line between the latents of two rows."""
+        """Return images ``[steps, C, H, W]`` on the line between the latents of two rows."""
         import torch
 
         mean_2Z = network.model.encode(batch.plan)[0]
@@ -296,6 +300,7 @@ def _is_whole(example: Example) -> bool:
 
 
 def divergence(mean_RZ: Tensor, log_variance_RZ: Tensor) -> Tensor:
-    """``KL(N(mean, variance) || N(0, 1))`` of each row, ``[R]`` in nats (the paper's appendix B)."""
+    """Return ``KL(N(mean, variance) || N(0, 1))`` of each row, ``[R]`` in nats (appendix B of the
+    paper)."""
     each_RZ = mean_RZ.square() + log_variance_RZ.exp() - 1 - log_variance_RZ
     return 0.5 * each_RZ.sum(-1)

@@ -17,7 +17,7 @@ from luthier.server.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
 
 PREFIX = "x-amz-checksum-"
 _SETTINGS = ("algorithm", "type", "mode")
-"""Suffixes of headers that are not checksums."""
+"""Suffixes of headers without checksums."""
 _WIDTHS = {"crc32": 4, "crc32c": 4, "crc64nvme": 8}
 """Width in bytes of the checksums that can be combined from the checksums of parts."""
 COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"

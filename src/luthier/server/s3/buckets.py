@@ -130,7 +130,7 @@ def decoded_token(token: str) -> str:
 
 
 def _start(request: S3Request, marker: str) -> str:
-    """Return the first key that may follow ``marker``, which may be a common prefix."""
+    """Return the first key after ``marker``, a key or common prefix."""
     if not marker:
         return ""
     prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")

@@ -51,9 +51,9 @@ class S3Operation:
     may: frozenset[str] = frozenset()
     """Optional keys of the query."""
     whole: bool = False
-    """Whether checksums in the headers cover the object instead of the body."""
+    """True if checksums in the headers cover the object instead of the body."""
     copies: bool = False
-    """Whether a header names a source object in place of a body."""
+    """True if a header names a source object in place of a body."""
 
 
 def _keys(text: str) -> frozenset[str]:
