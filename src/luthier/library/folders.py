@@ -1,15 +1,15 @@
-"""Ids of models, and the folders of models and their runs on this machine.
+"""Model ids, and the folders of models and runs on this machine.
 
-models/base/<id>/               a Hugging Face directory and ``luthier.json``
-models/custom/imported/<name>/  an imported model
-models/custom/<base>/<name>/    adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
-runs/<base>/<name>/             the run of a custom model; pretraining/<id>/ for a base model
-distillations/<base>/<name>/    a teacher's replies
-cache/gguf/                     GGUF files for llama.cpp
-cache/tokenizers/               tokenizers for the library ``tokenizers``
-probes/                         passed trials of networks
+- models/base/<id>/: a Hugging Face folder and ``luthier.json``
+- models/custom/imported/<name>/: an imported model
+- models/custom/<base>/<name>/: adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
+- runs/<base>/<name>/: the run of a custom model; pretraining/<id>/ for a base model
+- distillations/<base>/<name>/: replies of a teacher
+- cache/gguf/: GGUF files for llama.cpp
+- cache/tokenizers/: tokenizers for the library ``tokenizers``
+- probes/: passed comparisons with transformers
 
-Everything in cache/ and probes/ may be deleted at any time; the next use writes what is needed.
+Everything in cache/ and probes/ can be deleted at any time and is recreated on demand.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from luthier.files import luthier_home
 from luthier.models.manifest import MANIFEST
 
 JOB_PREFIX = "job-"
-"""Prefix of the names of models that jobs of the service made; the job's id follows."""
+"""Name prefix of models trained by service jobs, followed by the job id."""
 
 RUN_REQUEST, RUN_RESULT = "request.json", "result.json"
-"""Files of a run: the request, and the result, which an unfinished run lacks."""
+"""Files of a run: the request, and the result of a finished run."""
 
 
 def split_id(model_id: str) -> tuple[str, str]:
@@ -41,7 +41,7 @@ def id_of(folder: Path) -> str:
 
 
 def base_folder(model_id: str) -> Path:
-    """Return the folder of a base model of the catalogue, or of one made on this machine."""
+    """Return the folder of a base model, from the catalogue or pretrained on this machine."""
     return luthier_home() / "models" / "base" / model_id
 
 
@@ -62,15 +62,12 @@ def folder_of(stored_id: str | None) -> Path | None:
 
 
 def custom_folders(file: str) -> list[Path]:
-    """Return the folders of custom models that have ``file``, unfinished folders included."""
+    """Return the folders of custom models that contain ``file``, unfinished folders included."""
     return [path.parent for path in (luthier_home() / "models" / "custom").glob(f"*/*/{file}")]
 
 
 def working_folders(model_id: str) -> list[Path]:
-    """Return the folders of a model's run and of its teacher's replies.
-
-    Models whose id is a path or a hub id have no such folders.
-    """
+    """Return the folders of a model's run and of its teacher's replies; none for paths and hub ids."""
     base, name = split_id(model_id)
     if not re.fullmatch(r"\w[\w.-]*", name or base):
         return []
@@ -109,9 +106,9 @@ def remove_side_files(model_id: str) -> None:
 
 
 def gguf_folder(model_id: str, digest: str, kind: str) -> Path:
-    """Return the folder of the GGUF file of a model with this content and type of weights.
+    """Return the folder of the GGUF file for this content hash and quantization.
 
-    The name starts with the id, so that the files of a removed model are found without its parents.
+    The name starts with the model id, so files of a removed model are found without its parents.
     """
     name = re.sub(r"[^\w.-]", "~", model_id, flags=re.ASCII)
     if len(name) > 100:  # a long path
@@ -120,6 +117,6 @@ def gguf_folder(model_id: str, digest: str, kind: str) -> Path:
 
 
 def short_name(base: str) -> str:
-    """Return the name of a base model inside ids, such as ``name-1b`` for ``org/Name-1B``."""
+    """Return the short name of a base model in ids, such as ``name-1b`` for ``org/Name-1B``."""
     last = Path(base).name if "/" in base else base
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"

@@ -1,6 +1,6 @@
-"""The models on this machine: base models, and the custom models made from them.
+"""Models on this machine: base models and custom models.
 
-A custom model's id is ``base:name``. Local directories and hub ids are opened as they are.
+A custom model's id is ``base:name``. Local folders and hub ids are opened directly.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model whose files are on this machine, opened once.
+    """A model on this machine, opened once.
 
-    Configuration, tokenizer, objective and adaptation are parsed when first needed. Code that runs
-    later receives the object instead of opening the folder again.
+    Configuration, tokenizer, objective and adaptation are parsed at first use. Callers pass the
+    object on instead of opening the folder again.
     """
 
     id: str
     folder: Path
     manifest: Manifest
-    """Record of the model; only the id for a folder that luthier did not write."""
+    """Manifest of the model; only the id for folders of other tools."""
     parent: StoredModel | None = None
-    """Model that an adapter was trained on; ``None`` if the folder has a whole network."""
+    """Parent model of an adapter; ``None`` for a whole network."""
     damaged: str = ""
-    """Reason why the record cannot be read; empty if it can."""
+    """Reason for an unreadable manifest; empty for a valid manifest."""
 
     @cached_property
     def network(self) -> ModelFolder:
@@ -96,12 +96,12 @@ class StoredModel:
 
     @property
     def tokenizer_from(self) -> str | None:
-        """Id of the imported model that tokenizer and chat template come from, if any."""
+        """Id of the imported model that provides tokenizer and chat template, or ``None``."""
         return self.manifest.tokenizer_from
 
     @property
     def kind(self) -> str | None:
-        """Kind of the model by its record or by its network's family; ``None`` if unknown."""
+        """Kind from the manifest or the network's family; ``None`` if unknown."""
         if self.manifest.kind is not None or self.parent is not None:
             return self.manifest.kind
         is_network = (self.folder / CONFIG).is_file() or is_pipeline(self.folder)
@@ -114,7 +114,7 @@ class StoredModel:
 
     @cached_property
     def objective(self) -> Objective:
-        """Objective of a custom model; of a base model, the objective that its kind is made for."""
+        """Objective of a custom model, or the default objective of a base model's kind."""
         from luthier.objectives import OBJECTIVES
         from luthier.objectives.base import RunModels
 
@@ -131,7 +131,7 @@ class StoredModel:
 
     @cached_property
     def adaptation(self) -> Adaptation:
-        """Adaptation that a custom model was trained with."""
+        """Adaptation of a custom model."""
         from luthier.adaptations import ADAPTATIONS
 
         fields = (self.manifest.recipe or {})["adaptation"]
@@ -139,9 +139,9 @@ class StoredModel:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """Tokenizer, chat template and stop tokens that the model was trained and is served with.
+        """Tokenizer, chat template and stop tokens for training and inference.
 
-        The template of an imported model is refused until it is approved.
+        An unapproved template of an imported model is an error.
         """
         chat = _read_format(self)
         if self.tokenizer_from is None or self.manifest.template_approved:
@@ -150,42 +150,42 @@ class StoredModel:
         return replace(chat, check_template=check)
 
     def chat_beside(self, parent: ChatFormat) -> ChatFormat:
-        """Return ``parent``, the format of the parent, if this model has the same format.
+        """Return ``parent``, the parent's format, if this model has the same format.
 
-        Reading a tokenizer takes longer than loading an adapter.
+        Loading a tokenizer takes longer than loading an adapter.
         """
         shared = self.tokenizer_from is None and _is_format_of(parent, self)
         return parent if shared else self.chat
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the files that determine the model's answers, those below adapters included."""
+        """SHA-256 of all files that determine the model's output, parents included."""
         files = self.manifest.files or hashes_of(self.folder)
         below = self.parent.content_hash if self.parent else ""
         return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
 
     @property
     def added_tokens(self) -> int:
-        """Positions of the context that the adapters of the lineage take in every row."""
+        """Number of context positions that the adapters of the lineage use in every row."""
         if self.parent is None:
             return 0
         return int(self.adaptation.added_tokens) + self.parent.added_tokens
 
     @property
     def room(self) -> int:
-        """Tokens that a row may have: the context without the positions of adapters."""
+        """Maximum row length in tokens: the context without :attr:`added_tokens`."""
         return self.network.context - self.added_tokens
 
     @property
     def writes(self) -> bool:
-        """Whether the model generates text."""
+        """True if the model generates text."""
         if self.kind is None and self.manifest.objective is None:
             return self.network.description.task == "causal_lm"
         return self.objective.task == "causal_lm"
 
 
 def described_base(entry: CatalogEntry) -> StoredModel:
-    """A base model of the catalogue by its description, whether it was fetched or not."""
+    """Return a catalogue model from its description, without download."""
     return StoredModel(entry.id, base_folder(entry.id), entry.manifest())
 
 
@@ -194,11 +194,13 @@ def find(
     say: Callable[[str], None] = lambda text: None,
     is_able: Callable[[Objective], bool] | None = None,
 ) -> StoredModel:
-    """Open a model by id, fetching it first where it is a base model that is not here yet.
+    """Open a model by id; downloads a missing base model.
 
-    Looked up in this order: custom model (``base:name``), catalogue, base model made here, local
-    directory, hub id. Where there is none, those that may be meant are named: of these only what
-    ``is_able`` says can be used, by what they are made for.
+    Search order: custom model (``base:name``), catalogue, pretrained base model, local folder, hub
+    id.
+
+    Args:
+        is_able: Filter for the suggestions in the error for an unknown id.
     """
     if ":" in model_id and not Path(model_id).exists():
         return _find_custom(model_id, is_able)
@@ -229,10 +231,10 @@ def find(
 
 
 def check_active(model: StoredModel) -> StoredModel:
-    """``model``, which is to be used and not only measured.
+    """Return ``model`` if it may be used.
 
     Raises:
-        RecipeError: where it is withheld, as it is outside its limits.
+        RecipeError: for a model withheld because of exceeded limits.
     """
     if model.manifest.withheld:
         raise RecipeError(
@@ -245,7 +247,7 @@ def check_active(model: StoredModel) -> StoredModel:
 def _ids_of_able(
     is_able: Callable[[Objective], bool] | None, custom_only: bool = False
 ) -> list[str]:
-    """Ids of all models that ``is_able`` says can be used; of all there are, without one."""
+    """Return the ids of all models that ``is_able`` accepts."""
     known = custom_models()
     if not custom_only:
         known = [*map(described_base, CATALOG.values()), *pretrained_models(), *known]
@@ -260,7 +262,7 @@ def _is_model_able(model: StoredModel, is_able: Callable[[Objective], bool]) -> 
 
 
 def _from_file(path: Path) -> StoredModel:
-    """The base model that a file with the weights of a known network is; made at the first call."""
+    """Return the base model of a file with known weights. The first call converts the file."""
     check_lone_weights(path)
     digest = sha256_of(path)
     name = f"{short_name(path.stem)}-{digest[:8]}"
@@ -284,16 +286,13 @@ def _from_file(path: Path) -> StoredModel:
 
 
 NEAREST = 3
-"""Ids that are suggested where one is not known."""
+"""Number of suggestions for an unknown id."""
 FEW = 15
-"""Ids that are all named."""
+"""Maximum number of ids in a complete list."""
 
 
 def suggest_models(model_id: str, known: Sequence[str]) -> str:
-    """What may be meant by an id that is not known, all there are where they are few, where to look.
-
-    ``known`` are the ids that could have been given.
-    """
+    """Return suggestions for an unknown id: similar ids, or all ids if few."""
     unreadable = explain_unreadable_home()
     if not known:
         return unreadable or "There are none that can be used so."
@@ -306,7 +305,8 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
 
 
 def _suggest_runs(model_id: str) -> str:
-    """Runs that have not ended and whose model may be meant, and how to go on; empty for none."""
+    """Return a sentence on unfinished runs with similar names and the command to resume; empty for
+    none."""
     near = _near_ids(model_id, unfinished_run_ids())
     if not near:
         return ""
@@ -318,7 +318,7 @@ def _suggest_runs(model_id: str) -> str:
 
 
 def _near_ids(model_id: str, known: Sequence[str]) -> list[str]:
-    """Those of ``known`` that are most like ``model_id``, the likest first."""
+    """Return the ids of ``known`` most similar to ``model_id``, best first."""
     import difflib
 
     asked = model_id.lower().replace("/", ":")
@@ -332,15 +332,15 @@ def _near_ids(model_id: str, known: Sequence[str]) -> list[str]:
 
 
 def pretrained_models() -> list[StoredModel]:
-    """Base models that were made in this store, oldest first; see :func:`custom_models`."""
+    """Return the base models pretrained on this machine, oldest first; see :func:`custom_models`."""
     found = (path.parent for path in base_folder("*").parent.glob(f"*/{MANIFEST}"))
     return _read_models({each.name: each for each in found if each.name not in CATALOG})
 
 
 def pretrained_versions() -> tuple[tuple[str | int, ...], ...]:
-    """Names of the base models that were made in this store, each with the version of its record.
+    """Return names and manifest versions of the pretrained base models, as a cheap cache key.
 
-    Two that are the same say that :func:`pretrained_models` would give the same, and cost no reading.
+    Equal values mean equal results of :func:`pretrained_models`.
     """
     found: list[tuple[str | int, ...]] = []
     with suppress(FileNotFoundError), os.scandir(base_folder("")) as folders:
@@ -353,15 +353,15 @@ def pretrained_versions() -> tuple[tuple[str | int, ...], ...]:
 
 
 def custom_models() -> list[StoredModel]:
-    """All custom models of this store, oldest first.
+    """Return all custom models, oldest first.
 
-    One whose record cannot be read has the reason in ``damaged``, and an empty record.
+    An unreadable manifest is empty, with the reason in ``damaged``.
     """
     return _read_models({id_of(each): each for each in custom_folders(MANIFEST)})
 
 
 def _read_models(folders: Mapping[str, Path]) -> list[StoredModel]:
-    """Those that are whole, of folders by their ids."""
+    """Return the complete models of ``folders``, oldest first."""
     found = []
     for model_id, folder in folders.items():
         if folder.name.startswith("."):
@@ -375,7 +375,7 @@ def _read_models(folders: Mapping[str, Path]) -> list[StoredModel]:
 
 
 def _read_record(folder: Path, model_id: str) -> Manifest:
-    """The record of a model in its folder; raises :class:`CorruptFile` where it is another's."""
+    """Return a model's manifest; raises :class:`CorruptFile` for the manifest of another model."""
     manifest = Manifest.read(folder)
     if manifest.id != model_id:
         raise CorruptFile(
@@ -386,16 +386,16 @@ def _read_record(folder: Path, model_id: str) -> Manifest:
 
 
 def is_recorded(model: StoredModel) -> bool:
-    """Whether luthier made or imported it, and keeps its record in this store."""
+    """Return True if luthier trained or imported the model and stores its manifest."""
     return model.folder.is_relative_to(luthier_home()) and bool(model.manifest.created)
 
 
 @contextmanager
 def lock_record(model: StoredModel) -> Iterator[None]:
-    """Hold what is said of ``model``: its record, and the certificate made of it.
+    """Lock the manifest and certificate of ``model``.
 
     Raises:
-        CorruptFile: where the record is not there any more.
+        CorruptFile: for a missing manifest.
     """
     record = model.folder / MANIFEST
     with ExitStack() as held:
@@ -407,12 +407,12 @@ def lock_record(model: StoredModel) -> Iterator[None]:
 
 
 def update_record(model: StoredModel, change: Callable[[Manifest], Manifest]) -> StoredModel:
-    """Write what ``change`` makes of the record as it stands now; returns the model with it.
+    """Apply ``change`` to the current manifest, and return the updated model.
 
-    Of several that change it at once, each changes what the one before it wrote.
+    A lock serializes concurrent changes.
 
     Raises:
-        CorruptFile: where the record is not there any more, or cannot be read.
+        CorruptFile: for a missing or unreadable manifest.
     """
     with lock_record(model):
         manifest = change(_read_record(model.folder, model.id))
@@ -427,13 +427,14 @@ def load(
     head: Head | None = None,
     on_merged: Callable[[StoredModel], None] = lambda model: None,
 ) -> nn.Module:
-    """The network of ``model`` with all adapters of its lineage merged in.
+    """Load the network of ``model`` with all adapters of the lineage merged.
 
-    ``head`` is what it is loaded for: its own task when not given. ``on_merged`` is called with each
-    model of the lineage, the base first, after its weights are in the network.
+    Args:
+        head: Head to load. Default: the network's own task.
+        on_merged: Called with each model of the lineage, base model first, after merging.
 
     Raises:
-        CorruptFile: where a file is not the one that the record names.
+        CorruptFile: for a file with another hash than in the manifest.
     """
     from luthier.data.sentence import read_sentence_pipeline
     from luthier.models.heads import decoder_of, mark_decoder_opening
@@ -464,9 +465,9 @@ def load(
 
 
 def read_ahead(model_id: str) -> None:
-    """Have another thread hash the files of a model that are here, which loading it will ask for.
+    """Hash the files of a local model in another thread, ahead of loading.
 
-    It fetches nothing, and says nothing of what is wrong with them: who loads the model does.
+    Neither downloads nor reports errors; loading the model reports errors.
     """
 
     def read() -> None:
@@ -486,7 +487,7 @@ _PICTURES = frozenset({".png", ".svg"})
 
 
 def check_whole(model: StoredModel) -> None:
-    """Refuse a model whose files are not those that were stored; each is read once while it stays.
+    """Reject a model with changed files. Hashes are cached per file.
 
     Raises:
         CorruptFile: with the file.
@@ -504,7 +505,7 @@ def check_whole(model: StoredModel) -> None:
 def changed_files(
     model: StoredModel, hash_of: Callable[[Path], str] = sha256_of
 ) -> Iterator[tuple[Path, bool]]:
-    """Files that are not those of the record, and whether they are there at all."""
+    """Yield files that differ from the manifest, and if the file exists."""
     for name, digest in model.manifest.files.items():
         path = model.folder / name
         is_there = path.is_file()
@@ -516,10 +517,10 @@ _RESTORE = "restore it from a backup, or remove the model and make or fetch it a
 
 
 def attach_adapter(network: nn.Module, model: StoredModel) -> None:
-    """Put the adapter that ``model`` is into the network of its parent.
+    """Attach the adapter ``model`` to the parent's network.
 
     Raises:
-        CorruptFile: where a file is missing, is not the one that was stored, or is for another network.
+        CorruptFile: for a missing or changed file, or an adapter for another network.
     """
     from luthier.models.save import load_adapter
 
@@ -537,9 +538,9 @@ def attach_adapter(network: nn.Module, model: StoredModel) -> None:
 
 
 def shares_base(model: StoredModel) -> bool:
-    """Return whether ``model`` generates as an adapter on its parent's network instead of merged.
+    """Return True if ``model`` runs as an unmerged adapter on the parent's network.
 
-    The same for the server, the CLI and the SDK, as merging rounds and one seed should give one text.
+    Server, CLI and SDK use the same rule: merging rounds, and equal seeds should give equal text.
     """
     from luthier.models.backends import chosen_backend, merges_adapters
 
@@ -547,7 +548,7 @@ def shares_base(model: StoredModel) -> bool:
 
 
 def can_share_base(model: StoredModel) -> bool:
-    """Return whether ``model`` is an adapter that can share its parent's network."""
+    """Return True if ``model`` is an adapter that can share the parent's network."""
     parent = below = model.parent
     while below is not None and below.parent is not None:
         if not below.adaptation.mergeable:  # its layers would be under those of the adapter
@@ -566,7 +567,7 @@ def can_share_base(model: StoredModel) -> bool:
 
 
 def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
-    """Whether the adapter that ``model`` is has weights in one of these modules and weights."""
+    """Return True if the adapter has weights in one of the modules ``parts``."""
     from luthier.models.heads import is_inside
     from luthier.models.save import ADAPTER
     from luthier.models.tensors import tensor_headers
@@ -578,9 +579,9 @@ def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
 
 
 def ancestors(model: StoredModel) -> list[StoredModel | str]:
-    """Return the models that ``model`` was made from, the nearest first; ids of absent models.
+    """Return the lineage of ``model``, nearest parent first; ids for absent models.
 
-    Base models of the catalogue are not fetched.
+    Catalogue models are not downloaded.
     """
     found: list[StoredModel | str] = []
     while parent := model.manifest.parent:
@@ -603,12 +604,12 @@ def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
 
 
 def check_mergeable(model: StoredModel, need: str) -> None:
-    """Refuse a model of whose lineage an adapter cannot become part of the network's own weights.
+    """Reject a model whose lineage contains an adapter that cannot be merged.
 
-    ``need`` says what needs these weights.
+    ``need`` names the purpose in the error.
 
     Raises:
-        RecipeError: with the adapter, and what can be taken.
+        RecipeError: with the adapter and alternatives.
     """
     while model.parent is not None:
         adaptation = model.adaptation
@@ -623,7 +624,7 @@ def check_mergeable(model: StoredModel, need: str) -> None:
 
 
 def leaves_classes_out(model: StoredModel) -> bool:
-    """Whether it is another tool's classifier of images or sounds, which gives embeddings here."""
+    """Return True for another tool's image or audio classifier, used here for embeddings."""
     if model.manifest.kind is not None or model.manifest.objective is not None:
         return False
     stored_task = model.network.description.task
@@ -631,10 +632,10 @@ def leaves_classes_out(model: StoredModel) -> bool:
 
 
 def check_writes(model: StoredModel, lack: str) -> None:
-    """Refuse a model that only reads: it does not write, ``lack``.
+    """Reject a model that cannot generate text; ``lack`` completes the error message.
 
     Raises:
-        RecipeError: always for such a one.
+        RecipeError: for encoders.
     """
     if not model.writes:
         raise RecipeError(f"{model.id} does not write, {lack}", rule="export.task")
@@ -643,7 +644,7 @@ def check_writes(model: StoredModel, lack: str) -> None:
 def _method(
     table: PluginTable[Component], fields: Mapping[str, Any], model: StoredModel
 ) -> Component:
-    """The class that a model was trained with, which a package may have brought that is gone."""
+    """Return the class of a model's objective or adaptation; raises if the plugin is missing."""
     method = fields["method"]
     if method not in table:
         raise RecipeError(
@@ -654,10 +655,10 @@ def _method(
 
 
 def _check_template(model_id: str, folder: Path, sha256: str) -> None:
-    """Refuse a chat template that is not approved by now.
+    """Reject an unapproved chat template.
 
     Raises:
-        RecipeError: with the command that approves the template.
+        RecipeError: with the command to approve the template.
     """
     with suppress(CorruptFile):
         if Manifest.read(folder).template_approved:
@@ -669,7 +670,7 @@ def _check_template(model_id: str, folder: Path, sha256: str) -> None:
 
 
 def trust_template(model: StoredModel) -> StoredModel:
-    """Approve the chat template of an imported model, or of a model made from one."""
+    """Approve the chat template of an imported model, or of a model trained from one."""
     return update_record(
         model, lambda manifest: manifest.model_copy(update={"template_approved": True})
     )
@@ -715,7 +716,7 @@ def _read_format(model: StoredModel) -> ChatFormat:
 
 
 def text_format(chat: ChatFormat) -> TextFormat:
-    """What the record of a model says of the format that it was trained and is served with."""
+    """Return the manifest's description of a chat format."""
     if not chat.has_tokenizer:
         return TextFormat(template="none", stop_ids=())
     return TextFormat(

@@ -1,7 +1,7 @@
-"""What was measured of a stored model after it was made: ``reports/KIND-HASH.json`` in its folder.
+"""Evaluation reports of a stored model: ``reports/KIND-HASH.json`` in the model's folder.
 
-Evaluations, comparisons and whatever else judges a model leave their result here, so that its
-certificate can show it. A report's name holds the hash of its bytes: reports are added, never changed.
+Evaluations, comparisons and other measurements store results here for the model's certificate. The
+file name contains the content's hash: reports are added, never changed.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from luthier.models.manifest import REPORTS, Record, created_now
 
 REMEDY = "restore the file, or remove it and measure again"
 MOST_REPORTS = 1000
-"""Reports of one model."""
+"""Maximum number of reports per model."""
 
 
 class ModelReport(Record):
-    """One result of judging a model."""
+    """One evaluation result of a model."""
 
     kind: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
-    """What was done: ``evaluation``, ``comparison``, …"""
+    """Type of measurement: ``evaluation``, ``comparison``, …"""
     created: str
     """ISO 8601, UTC."""
     luthier: str
-    """Version that made it."""
+    """Version of luthier."""
     data: dict[str, str]
-    """SHA-256 of the files it was measured on, by path."""
+    """SHA-256 of the evaluation files by path."""
     result: dict[str, Any]
-    """What came out, as the command prints it with ``--json``."""
+    """Result as the command prints it with ``--json``."""
 
 
 @dataclass(frozen=True)
 class StoredReport:
-    """A report and where it is kept."""
+    """A report and its file."""
 
     name: str
-    """Of its file, below the model's folder."""
+    """Name of the file, relative to the model's folder."""
     sha256: str
     report: ModelReport
 
 
 def check_attachable(model: StoredModel) -> None:
-    """Refuse a model that reports cannot be kept with.
+    """Reject a model that cannot store reports.
 
     Raises:
-        RecipeError: for one outside the store, or with too many reports.
-        CorruptFile: for a report that is no longer what was written.
+        RecipeError: for a model outside the library, or with too many reports.
+        CorruptFile: for a changed report.
     """
     if not model.folder.is_relative_to(luthier_home()):
         raise RecipeError(
@@ -72,10 +72,10 @@ def check_attachable(model: StoredModel) -> None:
 def write_report(
     model: StoredModel, kind: str, data: Mapping[str, str], result: Mapping[str, Any]
 ) -> Path:
-    """Keep the ``result`` of judging ``model``, measured on files whose hashes are ``data``.
+    """Store ``result``, measured for ``model`` on files with the hashes ``data``.
 
     Raises:
-        RecipeError: where it has no place for reports; see :func:`check_attachable`.
+        RecipeError: see :func:`check_attachable`.
     """
     check_attachable(model)
     report = ModelReport(
@@ -92,15 +92,15 @@ def write_report(
 
 
 def hashes_of_data(*sources: str | Path) -> dict[str, str]:
-    """SHA-256 of data files and folders by their paths; nothing for what is not on this machine."""
+    """Return the SHA-256 of data files and folders by path; without missing files."""
     return {str(each): sha256_of(Path(each)) for each in sources if Path(each).exists()}
 
 
 def reports_of(model: StoredModel) -> list[StoredReport]:
-    """All reports of ``model``, oldest first.
+    """Return all reports of ``model``, oldest first.
 
     Raises:
-        CorruptFile: for one that is no report, or no longer the one that was written.
+        CorruptFile: for an invalid or changed report.
     """
     found = []
     for path in sorted((model.folder / REPORTS).glob("*.json")):

@@ -1,1 +1,1 @@
-"""Base models: which there are, how they are loaded, run over token trees, and saved."""
+"""Base models: catalogue, loading, forward passes over token trees, and saving."""

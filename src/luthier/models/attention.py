@@ -30,22 +30,25 @@ from luthier.types import IntArray
 
 NAME = "luthier_tree"
 TILE, SHORT_TILE = 64, 32
-"""Queries in a tile, and where so many less scores are computed that the smaller products, which
-are slower, pay: long enough for matmul speed, short enough that little is masked out."""
+"""Queries per tile, and queries per short tile.
+
+64 queries are enough for full matmul speed and mask few scores. Short tiles have slower matmuls, so
+they are used only if they save enough scores (:data:`SHORT_SHARE`).
+"""
 SHORT_SHARE = 0.9
-"""Share of the scores at which short tiles pay."""
+"""Largest ratio of scores, short tiles to long tiles, at which short tiles are used."""
 KEY_STEP = 64
-"""Keys of a tile are rounded up to a multiple of this, few keys to one of its half."""
+"""Multiple to which the keys of a tile are rounded up. Tiles with few keys use half of this step."""
 SMALL_GROUP = 1 << 13
-"""Scores, of one head, that cost no more than the calls of one more group."""
+"""Number of scores per head that cost no more than the kernel calls of another group."""
 
 
 class Attends(Protocol):
-    """What a layer's attention asks: who sees whom in one flat sequence of ``N`` nodes."""
+    """Attention over one flat sequence of ``N`` nodes."""
 
     @property
     def longest(self) -> int:
-        """Length of the longest path, for networks whose attention has a window."""
+        """Length of the longest path, for networks with sliding-window attention."""
         ...
 
     def attend(
@@ -60,14 +63,14 @@ class Attends(Protocol):
 
 @dataclass(frozen=True)
 class TileGroup:
-    """Tiles of equal size: ``B`` tiles of ``Q`` queries that attend to ``K`` keys each."""
+    """``B`` tiles of equal size: ``Q`` queries that attend to ``K`` keys each."""
 
     query_BQ: IntArray
     """Flat index of each query."""
     key_BK: Tensor
-    """Flat index of each key; entries that only fill up are masked."""
+    """Flat index of each key. Padding entries are masked."""
     mask_BQK: Tensor
-    """0 where the query sees the key, -inf elsewhere; added to the scores."""
+    """Additive mask: 0 if the query attends to the key, else -inf."""
 
 
 Part = Callable[[Tensor], Tensor]
@@ -75,24 +78,26 @@ Part = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TileRows:
-    """The rows of ``D`` numbers that tiles are made of: ``M`` of queries and ``L`` of keys in all.
+    """Row indices of the tiles for a given number of heads: ``M`` query rows and ``L`` key rows of
+    size ``D``.
 
-    Places are those in ``[N, heads, D]``, as the projections give them. Grouped query heads are
+    Indices refer to ``[N, heads, D]``, the layout of the projections. Grouped query heads are
     stacked as more queries, so a tile is ``Hk`` products of ``G * Q`` queries and ``K`` keys.
     """
 
     tiles: tuple[tuple[TileGroup, Part, Part], ...]
-    """Groups, with what cuts their queries ``[B * Hk, G * Q, D]`` and keys ``[B * Hk, K, D]`` out."""
+    """Each group with functions that slice the group's queries ``[B * Hk, G * Q, D]`` and keys ``[B
+    * Hk, K, D]``."""
     query_M: Tensor
-    """Place of each query."""
+    """Row index of each query."""
     place_M: Tensor
-    """Which query is at each place."""
+    """Inverse permutation of ``query_M``."""
     key_L: Tensor
-    """Place of each key."""
+    """Row index of each key."""
     copies_L: Tensor
-    """Which keys are at a place, one place after the other, without those that only fill up."""
+    """Key copies sorted by row index, without padding."""
     offset_N: Tensor
-    """Where the keys of each place begin in ``copies_L``, and its end."""
+    """Offsets into ``copies_L`` for each row, followed by the total."""
 
 
 def _place_rows(groups: tuple[TileGroup, ...], keys: int, heads: int, key_heads: int) -> TileRows:
@@ -128,21 +133,21 @@ def _part(start: int, batches: int, size: int) -> Part:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What a layer needs to attend over one tree; made once, used by every layer."""
+    """The attention pattern of one tree, shared by every layer."""
 
     groups: tuple[TileGroup, ...]
     longest: int
-    """Length of the longest path, for networks whose attention has a window."""
+    """Length of the longest path, for networks with sliding-window attention."""
     before: int = 0
-    """Keys and values of a layer's own that stand before the tree's, and that every node sees."""
+    """Number of prefix keys per layer, visible to every node (prefix tuning)."""
     keys: int = 0
-    """Keys in all, with those."""
+    """Total number of keys, prefix included."""
     block_mask: Any = None
     """FlexAttention's mask, on a GPU."""
     _rows: dict[tuple[int, int], TileRows] = field(default_factory=dict, compare=False)
 
     def rows(self, heads: int, key_heads: int) -> TileRows:
-        """Where queries and keys of the tiles lie for a layer with so many heads."""
+        """Return the row indices for ``heads`` query heads and ``key_heads`` key heads."""
         shape = heads, key_heads
         if shape not in self._rows:
             self._rows[shape] = _place_rows(self.groups, self.keys, *shape)
@@ -158,11 +163,11 @@ class AttentionPlan:
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """What the nodes see of each other."""
+        """Return the attention output for keys without the prefix."""
         return self.over(query, *self.with_prefix(module, key, value), scale)
 
     def over(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """The same, with the prefix in front already."""
+        """Return the attention output for keys that include the prefix."""
         if self.block_mask is not None:
             return _flex(query, key, value, self, scale)
         out_SHD: Tensor = _TreeAttention.apply(query[0], key[0], value[0], self, scale)  # type: ignore[no-untyped-call]
@@ -176,10 +181,11 @@ def plan_attention(
     both_ways: bool = False,
     before: int = 0,
 ) -> AttentionPlan:
-    """Cut ``tree`` into tiles, or build the block mask where the device is a GPU.
+    """Return the attention pattern of ``tree``: tiles on a CPU, a block mask on a GPU.
 
-    ``both_ways`` is for a forest of chains: each node sees the whole of its row. ``before`` keys of a
-    prefix stand before those of the tree.
+    Args:
+        both_ways: Bidirectional attention within each row. Requires a forest of chains.
+        before: Number of prefix keys (prefix tuning).
     """
     longest = before + int(tree.depth_N.max()) + 1
     keys = before + len(tree)
@@ -198,7 +204,7 @@ def plan_attention(
 
 
 Tiles = dict[tuple[int, int], list[IntArray]]
-"""Queries of the tiles, by their number and that of their keys, rounded up."""
+"""Query indices of the tiles, grouped by number of queries and padded number of keys."""
 
 
 def _cut(tree: TokenTree, tile: int, first_N: IntArray | None, before: int) -> Tiles:
@@ -222,7 +228,7 @@ def _scores(tiles: Tiles) -> int:
 
 
 def _merge_small(tiles: Tiles) -> Tiles:
-    """Groups that save few scores, computed with those of the next number of keys."""
+    """Merge groups with few scores into the group with the next larger number of keys."""
     merged: Tiles = {}
     for queries, keys in sorted(tiles, reverse=True):  # the group before has the next more keys
         parts = tiles[queries, keys]
@@ -235,7 +241,7 @@ def _merge_small(tiles: Tiles) -> Tiles:
 
 
 def _row_starts(tree: TokenTree) -> IntArray:
-    """For each node of a forest of chains, the first node of its row."""
+    """Return, for each node of a forest of chains, the first node of the row."""
     return np.arange(len(tree)) - tree.depth_N
 
 
@@ -270,11 +276,11 @@ def _group(
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Exact attention tile by tile. Shapes: q ``[Hq, S, D]``, k and v ``[Hk, before + S, D]``.
+    """Exact tiled attention. Shapes: q ``[Hq, S, D]``, k and v ``[Hk, before + S, D]``.
 
-    Rows of ``D`` numbers are picked for all tiles at once, and put back so. Probabilities are computed
-    again in the backward pass: keeping them is 1-2 % faster and takes 350 MB for four sequences of 512
-    tokens in SmolLM2-135M.
+    Rows of ``D`` numbers are gathered and scattered for all tiles at once. The backward pass
+    recomputes the probabilities: storing them is 1-2 % faster and needs 350 MB for four sequences
+    of 512 tokens in SmolLM2-135M.
     """
 
     @staticmethod
@@ -313,9 +319,9 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _sum_copies(part_LD: Tensor, rows: TileRows, key_heads: int) -> Tensor:
-    """What the tiles add to each key, ``[Hk, N, D]``: summed in float32 and rounded once.
+    """Sum the gradients of the copies of each key, ``[Hk, N, D]``: in float32, rounded once.
 
-    Every tile adds to the keys of a shared prefix.
+    Every tile contributes to the keys of a shared prefix.
     """
     sum_ND: Tensor = torch.embedding_bag(
         part_LD, rows.copies_L, rows.offset_N, False, 0, False, None, True
@@ -333,7 +339,8 @@ def _pick_keys(k_HND: Tensor, v_HND: Tensor, rows: TileRows) -> tuple[Tensor, Te
 
 
 def _probabilities(q_b: Tensor, k_b: Tensor, group: TileGroup, scale: float) -> Tensor:
-    """Rounded where the decoder rounds (:mod:`luthier.models.kv_cache`): before the scale."""
+    """Return attention probabilities, rounded before scaling like the decoder
+    (:mod:`luthier.models.kv_cache`)."""
     scores = torch.bmm(q_b, k_b.mT).mul_(scale)
     tiles, queries, keys = group.mask_BQK.shape
     scores.view(tiles, -1, queries, keys).add_(group.mask_BQK[:, None])
@@ -341,7 +348,7 @@ def _probabilities(q_b: Tensor, k_b: Tensor, group: TileGroup, scale: float) -> 
 
 
 def _flex_mask(seen_N: Tensor, both_ways: bool, before: int = 0) -> Any:
-    """Return the block mask; ``seen_N`` is the end of each node's subtree, or the start of its row."""
+    """Return the block mask. ``seen_N`` is the end of each node's subtree, or the start of the row."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def ancestor(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -380,8 +387,8 @@ _IGNORED = frozenset(
         "output_hidden_states", "num_items_in_batch", "output_router_logits", "logits_to_keep",
     )
 )  # fmt: skip
-"""Arguments of attention functions that do not change what the token tree computes. Attention weights
-are not dropped in training, and the tree decides which token sees which."""
+"""Arguments of transformers' attention functions without effect on a token tree. Attention dropout
+is off in training, and the tree defines the mask."""
 
 
 def tree_attention(

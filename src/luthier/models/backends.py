@@ -1,10 +1,9 @@
-"""What runs a network token by token: prompts are prefilled, sequences step, fork, and are freed.
+"""Backends run a network token by token: prefill, step, fork and free sequences.
 
-A :class:`Backend` is all that decoding knows of a network (:mod:`luthier.models.decoding`, and the
-server above it), so that another engine can stand in its place. :data:`BACKENDS` is the table; the
-environment variable ``LUTHIER_BACKEND`` chooses from it, for the server, the commands and evaluation
-alike. Where that is one that runs files, a network in memory, whose weights may change with the next
-step, runs by torch: rollouts do.
+Decoding (:mod:`luthier.models.decoding`) and the server depend on the :class:`Backend` protocol
+only, so another engine can replace PyTorch. The environment variable ``LUTHIER_BACKEND`` selects an
+entry of :data:`BACKENDS` for the server, the CLI and evaluation. Networks in memory, for example in
+rollouts, always run in PyTorch because their weights change.
 """
 
 from __future__ import annotations
@@ -31,145 +30,157 @@ if TYPE_CHECKING:
 SETTING = "LUTHIER_BACKEND"
 ADAPTERS_SETTING = "LUTHIER_ADAPTERS"
 LLAMA_CPP, LLAMA_CPP_VERSION = "xllamacpp", "2026.10.11549"
-"""The wheel whose library :mod:`luthier.models.llama_cpp` knows."""
+"""Name and version of the llama.cpp wheel that :mod:`luthier.models.llama_cpp` supports."""
 
 
 def llama_cpp_library() -> Path | None:
-    """The shared library of the wheel, of whatever version; ``None`` where it is not installed."""
+    """Return the path of the wheel's shared library, or ``None`` if the wheel is not installed."""
     spec = find_spec(LLAMA_CPP)
     folder = next(iter((spec and spec.submodule_search_locations) or ()), None)
     return None if folder is None else next(Path(folder).glob(f"{LLAMA_CPP}.*so"), None)
 
 
 class State(Protocol):
-    """What a network keeps of one sequence."""
+    """Decoding state of one sequence."""
 
     @property
     def unread(self) -> int:
-        """Tokens of the prompt that are still to be read."""
+        """Number of prompt tokens to prefill."""
         ...
 
 
 class Backend(Protocol):
-    """Runs one network. Prompts are token ids, a soft prompt included."""
+    """Token-by-token execution of one network. Prompts are token ids, soft prompts included."""
 
     context: int
-    """Tokens of prompt and answer together at most."""
+    """Maximum number of tokens of prompt and completion."""
 
     @property
     def device(self) -> device:
-        """Where its logits are."""
+        """Device of the logits."""
         ...
 
     @property
     def rows(self) -> int:
-        """Sequences that step together at most; further ones step after them."""
+        """Maximum number of sequences per batched step. More sequences run in additional steps."""
         ...
 
     @property
     def sequences(self) -> int:
-        """Sequences that may be open at once."""
+        """Maximum number of open sequences."""
         ...
 
     def bytes_of(self, tokens: int) -> int:
-        """Memory that a sequence of ``tokens`` takes at most."""
+        """Return the maximum memory of a sequence of ``tokens`` tokens, in bytes."""
         ...
 
     def open(self, ids_T: IntArray) -> State:
-        """A sequence with nothing read of its prompt yet."""
+        """Open a sequence. :meth:`prefill` processes the prompt."""
         ...
 
     def prefill(self, states: Sequence[State]) -> list[Tensor | None]:
-        """Read on in each prompt; at its end, logits ``[V]`` of the first token to write."""
+        """Process the next chunk of each prompt.
+
+        Returns:
+            For each prompt the logits ``[V]`` of the next token at the prompt's end, else ``None``.
+        """
         ...
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
-        """Read whole prompts together: ``copies`` sequences of each side by side, logits ``[R, V]``.
+        """Prefill whole prompts as one batch. Returns ``copies`` sequences per prompt and logits
+        ``[R, V]``.
 
-        Faster than one after the other, and the same up to rounding.
+        Faster than separate prefills, and equal up to rounding.
         """
         ...
 
     def fork(self, state: State, copies: int) -> list[State]:
-        """``copies`` sequences that go on from a prompt that was read; ``state`` is used up."""
+        """Return ``copies`` sequences that continue from the prefilled ``state``, which becomes
+        invalid."""
         ...
 
     def step(self, states: Sequence[State], tokens: Sequence[int]) -> Tensor:
-        """Append a token to each sequence; logits ``[R, V]`` of the next ones."""
+        """Append one token to each sequence and return the next logits ``[R, V]``."""
         ...
 
     def free(self, state: State) -> None:
-        """Give the memory of a sequence back."""
+        """Free the memory of a sequence."""
         ...
 
     def close(self) -> None:
-        """Let go of all sequences, and of what it opened itself; a network that it was given stays."""
+        """Free all sequences and resources that the backend opened. The caller's network stays
+        open."""
         ...
 
 
 FEWEST_SHARED = 32
-"""Tokens that a prompt has to have in common with an earlier one, as fewer are read as fast."""
+"""Minimum length of a shared prompt prefix, in tokens. Recomputing a shorter prefix is as fast."""
 
 
 @runtime_checkable
 class ReusesKeyValues(Protocol):
-    """A backend that can continue from the keys and values of a prompt with the same beginning."""
+    """A backend that can continue from the cached keys and values of a prompt prefix."""
 
     @property
     def reuses(self) -> bool:
-        """Whether this network can; a prefix of keys and values rules it out."""
+        """True if the network supports cached prefixes. Networks with prefix tuning do not."""
         ...
 
     def open(self, ids_T: IntArray, start: KeyValues | None = None) -> State:
-        """A sequence whose prompt is read from behind ``start`` on."""
+        """Open a sequence. :meth:`Backend.prefill` starts after the cached prefix ``start``."""
         ...
 
     def key_values(self, state: State, start: int, end: int) -> KeyValues:
-        """A copy of those of a prompt that was read, for tokens from ``start`` to ``end``."""
+        """Return a copy of the prompt's keys and values for tokens ``start`` to ``end``."""
         ...
 
 
 @runtime_checkable
 class Speculates(Protocol):
-    """A backend whose steps check guesses of what their sequences write next."""
+    """A backend with speculative decoding."""
 
     def speculation(self, state: State) -> Speculation:
-        """What was guessed for a sequence so far."""
+        """Return the speculation statistics of a sequence."""
         ...
 
 
 @runtime_checkable
 class ReopenableBackend(Backend, Protocol):
-    """A backend of a network in memory that can be used again after :meth:`Backend.close`."""
+    """A backend of a network in memory that can be reopened after :meth:`Backend.close`."""
 
     def reopen(self) -> None:
-        """Allow new sequences, which use the weights that the network has now."""
+        """Reopen the backend with the current weights of the network."""
         ...
 
 
 @runtime_checkable
 class AdapterBackend(Backend, Protocol):
-    """A backend whose steps have rows of several adapters on its network."""
+    """A backend that batches rows of several LoRA adapters on one base network."""
 
     def with_adapter(self, network: Network, context: int) -> Backend:
-        """A backend for ``network``, which is this one's with an adapter (``network.base``).
+        """Return a backend for ``network``, an adapter on this backend's base (``network.base``).
 
-        Sequences of both are of one kind, and step together. To close it leaves this one open.
+        Sequences of both backends can share a step. Closing the new backend leaves this backend
+        open.
         """
         ...
 
 
 def common_length(ids_T: IntArray, other_T: IntArray) -> int:
-    """How many tokens both begin with."""
+    """Return the length of the common prefix, in tokens."""
     size = min(len(ids_T), len(other_T))
     differ = ids_T[:size] != other_T[:size]
     return int(differ.argmax()) if differ.any() else size
 
 
 def reply_room(prompt: int, context: int, beside: bool) -> int:
-    """Tokens that a reply to a prompt of so many may have; below 1 where the prompt does not fit.
+    """Return the maximum number of completion tokens, below 1 if the prompt is too long.
 
-    ``beside`` where an encoder reads the prompt, which takes no room of the reply then.
+    Args:
+        prompt: Length of the prompt, in tokens.
+        context: Context length, in tokens.
+        beside: True for an encoder-decoder, whose prompt does not count towards the decoder's
+            context.
     """
     return context if beside and prompt <= context else context - prompt
 
@@ -177,10 +188,10 @@ def reply_room(prompt: int, context: int, beside: bool) -> int:
 def read_prompts(
     backend: Backend, prompts: Sequence[IntArray], copies: int
 ) -> tuple[list[State], Tensor]:
-    """Read prompts in chunks; returns what :meth:`Backend.prefill_batch` does.
+    """Prefill prompts in chunks; arguments and result as :meth:`Backend.prefill_batch`.
 
-    A beginning that an earlier prompt has, too, is read once if the backend can continue from there.
-    Short prompts are read together. After an error nothing stays open.
+    A common prefix of several prompts is processed once if the backend supports cached prefixes.
+    Short prompts form one batch. After an error all sequences are closed.
     """
     import torch
 
@@ -229,8 +240,8 @@ OpenBackend = Callable[["Network", int], Backend]
 
 
 OpenFile = Callable[[Path, int, int], Backend]
-"""Runs a GGUF file of a network, with sequences of so many tokens at most and so many tokens in its
-vocabulary."""
+"""Open a GGUF file. The arguments are the path, the maximum number of tokens per sequence, and the
+vocabulary size."""
 
 
 @dataclass(frozen=True)
@@ -240,12 +251,11 @@ class BackendEntry:
     id: str
     open: OpenBackend
     open_file: OpenFile | None = None
-    """For one that runs files; ``open`` is then for what is in memory alone."""
+    """Opens GGUF files. ``open`` then serves networks in memory only."""
     check: Callable[[], None] = lambda: None
-    """Raises :class:`RecipeError` where what it needs is not installed; loads nothing."""
+    """Raises :class:`RecipeError` if a required package is missing. Loads nothing."""
     batches_adapters: bool = False
-    """Whether ``open`` gives an :class:`AdapterBackend` for networks on the flat layout, and takes
-    networks that share the layers of their base."""
+    """True if ``open`` returns an :class:`AdapterBackend` for networks with the flat layout."""
 
 
 def _open_torch(network: Network, context: int) -> Backend:
@@ -255,7 +265,7 @@ def _open_torch(network: Network, context: int) -> Backend:
 
 
 def _check_llama_cpp() -> None:
-    """Refuse a version of the library that is not the known one."""
+    """Reject other versions of the llama.cpp wheel."""
     try:
         found = version(LLAMA_CPP)
     except PackageNotFoundError:
@@ -286,10 +296,10 @@ BACKENDS: PluginTable[BackendEntry] = PluginTable(
 
 
 def chosen_backend() -> BackendEntry:
-    """The backend that ``LUTHIER_BACKEND`` names; torch where it is not set.
+    """Return the backend that ``LUTHIER_BACKEND`` names; PyTorch by default.
 
     Raises:
-        RecipeError: for a backend that is not there, or whose package cannot be used.
+        RecipeError: for an unknown backend or a missing package.
     """
     name = os.environ.get(SETTING) or "torch"
     if name not in BACKENDS:
@@ -300,12 +310,12 @@ def chosen_backend() -> BackendEntry:
 
 
 def merges_adapters() -> bool:
-    """Whether ``LUTHIER_ADAPTERS`` has adapters merged to answer, each a network of its own.
+    """Return True if ``LUTHIER_ADAPTERS`` is ``merged``: adapters are merged for inference.
 
-    Otherwise they stand beside their base, and share its network and its batches.
+    With ``beside``, the default, adapters share the network and the batches of their base model.
 
     Raises:
-        RecipeError: for another value than ``merged`` or ``beside``.
+        RecipeError: for other values.
     """
     value = os.environ.get(ADAPTERS_SETTING) or "beside"
     if value not in ("beside", "merged"):

@@ -1,4 +1,4 @@
-"""Kinds of base models: what each is made for, by the name that records and the catalogue give it."""
+"""Kinds of base models, with their objectives and modalities."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from luthier.models.pipelines import MODEL_TYPE
 
 @dataclass(frozen=True)
 class BaseKind:
-    """What base models of one kind are made for."""
+    """A kind of base model."""
 
     objective: str
-    """Method by which one answers that was never trained here."""
+    """Default objective for inference with an untrained base model."""
     modalities: tuple[str, str]
-    """What goes in and what comes out, as Bedrock calls it. What makes images takes the name of a
-    class, and of what reads sounds there is no word."""
+    """Input and output modality in Bedrock's terms. Bedrock has no term for audio. Image generators
+    take a class label, declared as TEXT."""
     rows_decide: bool = False
-    """Whether it can learn by other methods, too, so that its rows say by which."""
+    """True if the base model supports several objectives. The rows then decide."""
     families: tuple[str, ...] = ()
-    """Networks, by ``model_type``, that are of it where no record says so."""
+    """Values of ``model_type`` that imply this kind if the manifest declares none."""
 
 
 KINDS = {
@@ -37,14 +37,15 @@ KINDS = {
         "image_to_text", ("IMAGE", "TEXT"), families=("vision-encoder-decoder",)
     ),
 }
-"""By the task of the head of a base model, or by what it encodes: an ``encoder`` texts."""
+"""Kinds by name, as manifests and the catalogue store them."""
 
 
 def base_kind(name: str | None) -> BaseKind:
-    """The kind called ``name``; without one, as in the folders of other tools, a model that writes.
+    """Return the kind ``name``. The default, for folders of other tools, is a causal language
+    model.
 
     Raises:
-        UnknownModel: for a name that is no kind.
+        UnknownModel: for an unknown kind.
     """
     if name is None:
         return KINDS["causal_lm"]
@@ -56,14 +57,14 @@ def base_kind(name: str | None) -> BaseKind:
 
 
 def sole_objective(kind: str | None) -> str | None:
-    """The method that networks of a kind are made for, where they learn by no other; else ``None``.
+    """Return the only objective that models of ``kind`` support, or ``None`` for several.
 
-    The kind of a custom model is the task it was trained for, from which it can go on to others.
+    The kind of a custom model is the trained task; training can continue with other objectives.
     """
     known = KINDS.get(kind or "")
     return None if known is None or known.rows_decide else known.objective
 
 
 def kind_of_family(model_type: str | None) -> str | None:
-    """Return the kind of a family that is made for one task; ``None`` for other families."""
+    """Return the kind of a model family with a single task; ``None`` for other families."""
     return next((name for name, kind in KINDS.items() if model_type in kind.families), None)

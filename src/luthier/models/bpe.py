@@ -1,7 +1,7 @@
-"""A byte-level BPE tokenizer trained on raw text (Sennrich et al. 2016; on bytes, Radford et al. 2019).
+"""Byte-level BPE training on raw text (Sennrich et al. 2016; on bytes, Radford et al. 2019).
 
-Any text can be written in it, as each byte is a token. Words are split as GPT-2 splits them. One
-special token, which ends a document. Left out: merges across words, dropout of merges.
+Every byte is a token, so any text can be encoded. GPT-2's pattern splits words. One special token
+ends a document. Not implemented: merges across words, BPE dropout.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ SMALLEST = 257
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> Any:
-    """A tokenizer of transformers with at most ``vocabulary`` tokens; fewer where pairs run out.
+    """Return a transformers tokenizer with at most ``vocabulary`` tokens, deterministic for equal
+    texts.
 
-    The same texts give the same tokenizer. Memory grows with the distinct words, not with the text.
+    Memory grows with the number of distinct words, not with the length of the text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,6 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without anything around it; on all cores."""
+    """Return the token ids of each text without special tokens; uses all cores."""
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [one.ids for one in encoded]

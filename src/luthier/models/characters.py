@@ -1,10 +1,9 @@
-"""Text by its spelling: tokenizers that are the same for all rows, as they are made of no text.
+"""Tokenizers with a fixed vocabulary, based on characters and bytes instead of training text.
 
-For networks that read words by the bytes of their spelling (:func:`character_tokenizer`):
-
-Words are what stands between white space; each mark of punctuation is a word of its own. A word is
-``Ġ``, as byte-level tokenizers write the space before it, and its bytes, so none is outside the
-vocabulary. A text stands between ``[S]`` and ``[/S]``, which are words of one token each.
+:func:`character_tokenizer` serves networks that encode words by their bytes. White space separates
+words, and every punctuation mark is a word. A word consists of ``Ġ``, the space marker of
+byte-level tokenizers, and the word's bytes, so no word is out of vocabulary. ``[S]`` and ``[/S]``
+enclose a text; each is a word of one token.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 SPECIAL = ("[PAD]", "[S]", "[/S]", "[E]")
-"""Padding, beginning and end of a text, end of a word (the network adds it itself)."""
+"""Padding, start of text, end of text, end of word. The network itself appends the end of word."""
 WORD_START = "Ġ"
 
 
@@ -52,7 +51,7 @@ def character_tokenizer(lowercase: bool = False) -> Any:
 
 
 def token_ids(tokenizer: Any) -> dict[str, int]:
-    """What a network must know of :func:`character_tokenizer`, as fields of its configuration."""
+    """Return the special token ids of :func:`character_tokenizer` as configuration fields."""
     return {
         "vocab_size": len(tokenizer),
         "special_tokens": len(SPECIAL),
@@ -65,7 +64,7 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def word_starts(tokens: Sequence[str]) -> list[int]:
-    """Where words begin among the tokens of a text, by the rule of this module."""
+    """Return the index of each word's first token, by the rule of this module."""
     return [place for place, token in enumerate(tokens) if token == WORD_START or token in SPECIAL]
 
 
@@ -76,14 +75,14 @@ LETTERS = (
     range(0x2010, 0x2040),  # dashes, quotation marks
     range(0x20A0, 0x20C0),  # currencies
 )
-"""Characters beyond ASCII that are one token of :func:`letter_tokenizer`."""
+"""Non-ASCII characters with one token in :func:`letter_tokenizer`."""
 
 
 def letter_tokenizer() -> Any:
-    """Text letter by letter, for networks that write what they see; always the same.
+    """Return the letter tokenizer of image-to-text networks; always identical.
 
-    A letter of Latin, Greek or Cyrillic script is one token, whatever marks it has. A character of
-    another script is two to four, its bytes, so none is outside the vocabulary.
+    A Latin, Greek or Cyrillic letter, accents included, is one token. Characters of other scripts
+    are two to four byte tokens, so no character is out of vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

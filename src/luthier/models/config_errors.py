@@ -1,4 +1,4 @@
-"""Configurations that describe no network, or one that takes too much memory to draw."""
+"""Errors of invalid configurations, and a memory limit for the networks they describe."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from luthier.errors import ModelRefused, RefusedInput
 from luthier.models.external import CONFIG
 
 MOST_MEMORY = 256 << 20
-"""Bytes that drawing a network without its numbers may take; networks of 13,000 modules take 40 MB."""
+"""Memory limit for creating a network on the meta device, in bytes. Networks with 13,000 modules
+need 40 MB."""
 
 DOES_NOT_RUN = "the network of type {} does not run as its config.json describes it"
 
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Bound the memory of this process while a block draws the network of an imported model.
+    """Limit the memory of this process while creating the network of an imported model.
 
-    Import the libraries before the block. The bound is one of the whole process.
+    The limit applies to the whole process. Import libraries before the block.
 
     Raises:
-        ModelRefused: if the block takes more than :data:`MOST_MEMORY`.
+        ModelRefused: if the block allocates more than :data:`MOST_MEMORY`.
     """
     import psutil
 
@@ -45,11 +46,11 @@ def bounded_memory() -> Iterator[None]:
 
 @contextmanager
 def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[None]:
-    """Turn what libraries raise on configurations that describe no network into ``refusal``.
+    """Convert errors that libraries raise for an invalid configuration into ``refusal``.
 
-    They check little of a configuration and end where they first compute with what is wrong, so the
-    errors are of every kind. An error of programming that starts in code of luthier which does not
-    interpret configurations is no fault of one, and stays as it is.
+    Libraries rarely validate a configuration: an invalid value fails at its first use, with any
+    error type. Errors that start in luthier's own code stay unchanged, except in the modules of
+    ``_INTERPRET``.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -75,13 +76,14 @@ _INTERPRET = (
     "luthier.models.modalities",
     "luthier.models.heads",
 )
-"""Modules of luthier in which a wrong value of a configuration can show first."""
+"""Modules of luthier that interpret configurations."""
 
 
 def _starts_in_own_code(error: BaseException) -> bool:
-    """Whether code of luthier raised ``error`` that does not interpret configurations.
+    """Return True if luthier code that does not interpret configurations raised ``error``.
 
-    What an object lacks is the fault of who made it: outputs of some families have no states to read.
+    An AttributeError belongs to the code that created the object: outputs of some families have no
+    hidden states.
     """
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

@@ -1,10 +1,10 @@
-"""Convolutions that give the right numbers in bfloat16 on a CPU.
+"""Convolutions with correct results in bfloat16 on CPUs.
 
-oneDNN 3.12, which PyTorch 2.13 brings, computes some of them wrongly where the processor has bfloat16
-in silicon: the output of one shape in a hundred has nothing to do with the input, and gradients of
-kernels add up memory that nobody wrote, so that one run in thirty ended at another loss, or at nan. Of
-70,000 random shapes with odd kernels, padded by half of them on both sides, only those were wrong that
-stride to an output of width 1; the others keep bfloat16, and everything else goes through float32.
+oneDNN 3.12 (PyTorch 2.13) computes some convolutions incorrectly on CPUs with native bfloat16.
+Outputs of about one shape in a hundred are unrelated to the input, and kernel gradients accumulate
+uninitialized memory: one run in thirty ended with a different loss or nan. Among 70,000 random
+shapes with odd kernels and padding of half the kernel, only strides to an output of width 1 failed.
+All other shapes of this kind run in bfloat16; the remaining shapes run in float32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def convolve(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """``F.conv1d`` or ``F.conv2d`` of ``x [R, C, (H,) W]``, whose output has the type of ``x``.
+    """Return ``F.conv1d`` or ``F.conv2d`` of ``x [R, C, (H,) W]`` in the data type of ``x``.
 
-    The sequences have a number for each axis, of rows first.
+    Sequence arguments have one number per axis, height first.
     """
     dtype = x.dtype
     if (
@@ -50,7 +50,7 @@ def _right_in_bfloat16(
     padding: Sequence[int] | str,
     dilation: Sequence[int],
 ) -> bool:
-    """Whether this shape is of the kind that was always right."""
+    """Return True for shapes with correct results in every bfloat16 test."""
     if isinstance(padding, str):
         return False
     half = all(2 * p + 1 == k for p, k in zip(padding, kernel, strict=True))
@@ -58,7 +58,7 @@ def _right_in_bfloat16(
 
 
 class Convolution(nn.modules.conv._ConvNd):
-    """What :func:`mend_convolutions` adds to a layer's class."""
+    """The mixin that :func:`mend_convolutions` adds to a layer's class."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Sequence[int] | str = self.padding

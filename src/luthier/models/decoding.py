@@ -1,11 +1,11 @@
-"""Decoding: choosing tokens, and writing several completions side by side.
+"""Token sampling and batched decoding.
 
-This is the one decoder of the package. Rollouts of reinforcement learning, judges and measurements
-call :func:`sample` on the network they hold; a model that is asked on the command line or through the
-SDK (:mod:`luthier.inference.generation`) and the server (:mod:`luthier.inference.decoder`) choose their
-tokens with the same :class:`TokenSampler` over the same backend (:mod:`luthier.models.backends`).
+All generation uses this module. RL rollouts, judges and evaluations call :func:`sample` on a
+network in memory. The CLI and the SDK (:mod:`luthier.inference.generation`) and the server
+(:mod:`luthier.inference.decoder`) use the same :class:`TokenSampler` and backends
+(:mod:`luthier.models.backends`).
 
-The draws of a completion follow from its seed and its number among those of its prompt alone.
+A completion depends only on the logits, the seed, and the completion's index for the prompt.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from luthier.types import FloatArray, IntArray
 
 COLDEST = 1e-6
-"""Temperatures below are 0: logits are divided by them, and would be infinite."""
+"""Temperatures below this limit count as 0, to avoid a division by zero."""
 LIKELIEST = 1024
-"""Where a draw is narrowed, so many tokens are looked at before all of them are sorted."""
+"""Number of candidates that top-k and top-p inspect before sorting the whole vocabulary."""
 
 
 def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token at which the cumulated weights pass ``uniform_R`` (in [0, 1)) of their sum.
+    """Return the token at which the cumulative weight exceeds ``uniform_R`` (in [0, 1)) of the sum.
 
-    One number a row, where ``torch.multinomial`` takes one for each token of the vocabulary. A token
-    of weight 0 is never drawn.
+    Consumes one random number per row; ``torch.multinomial`` consumes one per token of the
+    vocabulary. A token of weight 0 is never drawn.
     """
     sum_RV = weight_RV.cumsum(-1)
     total_R1 = sum_RV[:, -1:]
@@ -54,10 +54,10 @@ def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
 
 
 class TokenMask(Protocol):
-    """What a grammar lets be written next."""
+    """A grammar's constraint on the next token."""
 
     def allowed_mask(self, size: int) -> Tensor:
-        """Whether each of ``size`` tokens may follow, ``[V]``."""
+        """Return for each of ``size`` tokens if the token is allowed next, ``[V]``."""
         ...
 
     def take(self, token: int) -> None:
@@ -66,14 +66,14 @@ class TokenMask(Protocol):
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Return True if only the end can follow."""
         ...
 
 
 class TokenSampler:
-    """Chooses the tokens of one completion: penalties, grammar, temperature, draw.
+    """Token choice for one completion: penalties, grammar, temperature, sampling.
 
-    What it chooses depends on its own logits, seed and number alone.
+    Depends only on the completion's logits, seed and index.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TokenSampler:
         self._bias_N = torch.tensor([*bias.values()], dtype=torch.float32)
         self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty or bias)
         self.greedy = sampling.temperature < COLDEST
-        """Whether it takes the highest logit and draws nothing."""
+        """True for greedy decoding."""
         self._adjusts = mask is not None or repeats or self._penalised
         self._stops_N = torch.tensor(sorted(self.stop_ids), dtype=torch.int64)
         self._barred = sampling.min_tokens if self.stop_ids else 0
@@ -105,14 +105,14 @@ class TokenSampler:
 
     @property
     def plain(self) -> bool:
-        """Whether it takes the next logits as they are."""
+        """True if the logits are used without changes."""
         return not (self._adjusts or self._barred)
 
     def choose(self, logits_V: Tensor) -> int:
-        """The next token.
+        """Return the next token.
 
         Raises:
-            RecipeError: where the network gave no numbers to choose by.
+            RecipeError: if the logits contain nan.
         """
         logits_V = self._adjust(logits_V.float())
         if self.greedy:
@@ -127,12 +127,12 @@ class TokenSampler:
         return token
 
     def uniform(self) -> float:
-        """The next of its random numbers."""
+        """Return the next random number of the completion."""
         return self._random.random()
 
     @property
     def narrows(self) -> bool:
-        """Whether it draws among a part of the tokens only."""
+        """True if top-k or top-p restrict the candidates."""
         sampling = self.sampling
         return sampling.top_p < 1 or bool(sampling.top_k or sampling.min_p)
 
@@ -158,7 +158,7 @@ class TokenSampler:
         return logits_V
 
     def _allowed(self, size: int) -> Tensor | None:
-        """Return which of ``size`` tokens may be chosen next, ``[V]``; ``None`` for all."""
+        """Return the mask ``[V]`` of allowed tokens, or ``None`` for no restriction."""
         allowed_V = None if self.mask is None else self.mask.allowed_mask(size)
         if not self._barred:
             return allowed_V
@@ -192,9 +192,9 @@ class TokenSampler:
 
 
 def likeliest_tokens(logits_RV: Tensor) -> list[int]:
-    """The token of the highest logit in each row, the first of equal ones.
+    """Return the argmax of each row, the first of equal maxima.
 
-    Behind all of them, which no token is, where one is not a number.
+    A row with nan yields an index beyond the vocabulary.
     """
     if logits_RV.device.type == "cpu":
         # NumPy finds it in a tenth of the time: 32 rows of 49,152 numbers of 16 bits take torch 2.9 ms,
@@ -208,9 +208,10 @@ def likeliest_tokens(logits_RV: Tensor) -> list[int]:
 
 
 def choose_tokens(samplers: Sequence[TokenSampler], logits_RV: Tensor) -> list[int]:
-    """The next token of each row, all at once where settings allow it: the same as one by one.
+    """Return the next token of each row, vectorized if the settings allow.
 
-    The rows' settings may differ in the seed only.
+    The result equals :meth:`TokenSampler.choose` per row. Settings of the rows may differ in the
+    seed only.
     """
     first = samplers[0]
     if not first.plain or (first.narrows and not first.greedy):
@@ -231,21 +232,21 @@ def _check_tokens(tokens: list[int], logits_RV: Tensor) -> list[int]:
 
 @dataclass(eq=False)
 class RunningCompletion:
-    """One completion on its way."""
+    """State of a running completion."""
 
     sampler: TokenSampler
     state: State
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     stopped: bool = False
-    """Whether a stop token ended it, which is the last of its tokens then."""
+    """True if the last token is a stop token."""
     complete: bool = False
-    """Whether its grammar lets nothing follow."""
+    """True if the grammar allows no further token."""
     done: bool = False
 
 
 class Decoding:
-    """Completions of a few prompts that are written side by side, a token of each in a step."""
+    """Batched completions of several prompts, one token per completion and step."""
 
     def __init__(
         self,
@@ -261,11 +262,14 @@ class Decoding:
         logps: bool = False,
         masks: Sequence[TokenMask] | None = None,
     ) -> None:
-        """Read the prompts; ``seeds`` has one for each, and ``first`` numbers their first completions.
+        """Prefill the prompts.
 
-        ``together`` reads them as one, which is faster and rounds in other ways; ``logps`` keeps the
-        log-probability of each token (see :class:`Completion`); ``masks`` are of their grammars,
-        one for each completion.
+        Args:
+            seeds: One seed per prompt.
+            first: Index of the first completion of each prompt.
+            together: Prefill all prompts as one batch: faster, with different rounding.
+            logps: Store the log-probability of each token (see :class:`Completion`).
+            masks: Grammar of each completion.
         """
         self._backend, self._max_tokens, self._logps = backend, max_tokens, logps
         states, self._logits_RV = (
@@ -282,11 +286,12 @@ class Decoding:
             for index in range(count)
             for mask in [masks[place * count + index] if masks else None]
         ]
-        """In the order of the prompts, those of one prompt side by side."""
+        """Completions ordered by prompt."""
         self._alive = list(self.rows)
 
     def step(self) -> list[RunningCompletion]:
-        """Write a token to each completion that is not done; those, or none where all are done."""
+        """Append a token to each running completion. Returns the running completions, empty at the
+        end."""
         self._alive = [row for row in self._alive if not row.done]
         if not (rows := self._alive):
             return []
@@ -311,7 +316,7 @@ class Decoding:
         return rows
 
     def end(self, row: RunningCompletion) -> None:
-        """Write no more of ``row``, and give its memory back."""
+        """Stop ``row`` and free its memory."""
         if not row.done:
             row.done = True
             self._backend.free(row.state)
@@ -324,20 +329,20 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the network wrote behind a prompt."""
+    """A completion of one prompt."""
 
     ids_T: IntArray
-    """Its tokens, the stop token last where there is one."""
+    """Token ids, including the stop token."""
     logp_T: FloatArray
-    """Log-probability of each under ``softmax(logits / temperature)`` over the whole vocabulary (under
-    ``softmax(logits)`` where the temperature is 0): what a trainer that divides logits by the
-    temperature computes again. ``top_p`` narrows what is drawn, not what is told here."""
+    """Log-probability of each token under ``softmax(logits / temperature)`` over the whole
+    vocabulary, for temperature 0 under ``softmax(logits)``. A trainer that divides logits by the
+    temperature computes the same values. ``top_p`` restricts sampling, not these probabilities."""
     stopped: bool
-    """Whether a stop token ended it, and not the limit of tokens."""
+    """True for a stop token at the end, False at the token limit."""
 
     @property
     def text_ids(self) -> list[int]:
-        """Its tokens without the one that ended it."""
+        """Token ids without the stop token."""
         ids: list[int] = self.ids_T[: len(self.ids_T) - self.stopped].tolist()
         return ids
 
@@ -355,19 +360,21 @@ def sample(
     batch_size: int = 64,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[list[Completion]]:
-    """``count`` completions of each of ``prompts`` (token ids), in their order.
+    """Return ``count`` completions of each prompt (token ids), in order.
 
-    The weights are the very ones of the next training step, adapters and soft prompts in place: nothing
-    is merged or exported. Runs in eval mode, without gradients, and leaves each module in the
-    mode it found it in. ``seeds`` has one for each prompt; without them all have that of ``sampling``.
-    Where an encoder has read the prompts already (images), its states are ``encoded_RSH``, and a prompt
-    is the number of its row there.
-    At most ``batch_size`` rows run at once; ``done`` hears how many are finished. Where processes share
-    the work, each writes behind a part of the prompts, and all come to know all completions.
+    Uses the current weights with adapters and soft prompts in place, without merging or export.
+    Runs in eval mode without gradients and restores the mode of each module. Parallel processes
+    split the prompts and exchange all completions.
+
+    Args:
+        seeds: One seed per prompt. Default: the seed of ``sampling`` for all prompts.
+        encoded_RSH: Hidden states of an encoder (images). A prompt is then the index of a row.
+        batch_size: Maximum number of concurrent completions.
+        done: Called with the number of finished completions.
 
     Raises:
-        RecipeError: where the network writes no text, a prompt is empty or leaves no room in the
-            context, or there is no number of tokens.
+        RecipeError: for an encoder, an empty prompt, a prompt that fills the context, or a missing
+            token limit.
     """
     max_tokens = sampling.max_tokens
     if count < 1 or max_tokens is None:
@@ -422,7 +429,7 @@ def _share_prompts(
     seeds: Sequence[int],
     batch_size: int,
 ) -> list[list[Completion]]:
-    """:func:`sample` by all processes, each with every so many-th prompt."""
+    """Run :func:`sample` in parallel processes, each with every n-th prompt."""
     processes = network.processes
     own = slice(processes.rank, None, processes.size)
     with network.whole_work():
@@ -446,7 +453,7 @@ def _share_prompts(
 
 
 def seed_of(sampling: Sampling) -> int:
-    """The seed of ``sampling``, or a random one."""
+    """Return the seed of ``sampling``, or a random seed."""
     return secrets.randbits(63) if sampling.seed is None else sampling.seed
 
 
@@ -454,8 +461,9 @@ def seed_of(sampling: Sampling) -> int:
 def _open_backend(network: Network, context: int, encoded_RSH: Tensor | None) -> Iterator[Backend]:
     """Yield the backend of ``network``, and close it afterwards.
 
-    A backend that can be opened again stays with the network: comparing a faster forward pass with the
-    network's modules takes as long as a short completion, in each step of a reinforcement learner.
+    A reopenable backend stays with the network. Comparing the fast forward pass with the network's
+    modules takes as long as a short completion, which is too slow for each step of reinforcement
+    learning.
     """
     if encoded_RSH is not None:
         backend: Backend = ForwardBackend(network, context, encoded_RSH)
@@ -471,7 +479,7 @@ def _open_backend(network: Network, context: int, encoded_RSH: Tensor | None) ->
 
 
 def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> int:
-    """The context of ``network``, which has to write text and to hold every prompt."""
+    """Return the context of ``network``; raises for encoders and prompts that do not fit."""
     model = network.model
     if heads.task_of(model) not in ("causal_lm", "image_to_text") or network.both_ways:
         raise RecipeError(
@@ -498,7 +506,7 @@ def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> in
 
 @contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
-    """The network in eval mode; afterwards each module is in the mode it was in."""
+    """Switch the network to eval mode; restores the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def check_dropout(model: Any) -> None:
-    """Refuse a network without any dropout; works on a sketch.
+    """Reject a network without dropout layers. Works on the meta device.
 
     Raises:
-        RecipeError: with what to use instead.
+        RecipeError: with an alternative.
     """
     from torch import nn
 

@@ -1,9 +1,9 @@
-"""Models that were made elsewhere: which files of their folder are taken, and what rules they keep.
+"""File rules for imported models.
 
-Taken are weights in safetensors, the configuration, the tokenizer and what says how images or sounds
-are read, of a Hugging Face model, of a pipeline of diffusers or of a PEFT adapter. A pickle can run
-code when it is read, so that a folder with one is refused as a whole: nobody should believe that it was
-looked at. Code (``.py``) and everything else is left where it is.
+An import copies safetensors weights, the configuration, the tokenizer and preprocessor settings of
+a Hugging Face model, a diffusers pipeline or a PEFT adapter. Unpickling can execute code, so a
+folder with a pickle file is rejected as a whole: users could assume that luthier checked the file.
+Code (``.py``) and other files are ignored.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from luthier.models.tensors import tensor_headers
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 MODEL_INDEX = "model_index.json"
-"""What makes a folder one of a pipeline, whose parts lie in folders of their own."""
+"""File that marks the folder of a diffusers pipeline."""
 INDEX = "model.safetensors.index.json"
 MOST_BYTES = 200_000_000_000
-"""Of all files of a model together."""
+"""Size limit of an imported model, in bytes."""
 MOST_TEXT = 100_000_000
-"""Bytes of one file that a tokenizer is made from."""
+"""Size limit of a tokenizer file, in bytes."""
 MOST_CONFIG = 10_000_000
-"""Bytes of one other file that holds no weights: they are read as JSON, whole."""
+"""Size limit of other non-weight files, in bytes. JSON files are parsed in memory."""
 MOST_LAYERS = 1000
-"""Layers that a configuration may ask for: they are built before the weights are looked at."""
+"""Layer limit of a configuration. Layers are created before weights are read."""
 _SLACK = 10_000_000
-"""Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
+"""Number of weights that a network may have in addition to the stored weights, such as an unused
+pooler."""
 _LAYERS = frozenset(("num_hidden_layers", "num_layers", "n_layers", "n_layer"))
-"""Names of what a network has at least one of: one without any would load, and learn little."""
+"""Fields that must be at least 1. A network without layers would load and learn little."""
 _LAYER_COUNT = re.compile(r"layers?$|^blocks$|^depth$|^num_layers_per_stack$")
-"""Names of numbers of layers. ``vocab_size_per_layer_input`` and ``hidden_size_per_layer_input`` of
-Gemma 3n end otherwise; ``blocks`` and ``depth`` are those of luthier's own networks at each size of
-maps."""
+"""Fields that contain a number of layers, ``blocks`` and ``depth`` of luthier's networks included.
+Excludes Gemma 3n's ``vocab_size_per_layer_input`` and ``hidden_size_per_layer_input``."""
 _OWN_CONFIG = "Take the config.json that belongs to the weights."
 _TEXTS = frozenset(
     (
@@ -53,57 +53,57 @@ _TEXTS = frozenset(
     )
 )  # fmt: skip
 _OF_PIPELINES = frozenset((MODEL_INDEX, PREPROCESSOR_CONFIG))
-"""What is taken right from the folder of a pipeline."""
+"""Files in the top folder of a pipeline."""
 _TOKENIZERS = frozenset(
     (
         "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
         "vocab.json",
     )
 )  # fmt: skip
-"""One of them at least is what a tokenizer is made from."""
+"""Tokenizer files, of which at least one is required."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5")
 _NUMBERS = frozenset(("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"))
-"""Types of safetensors that are weights, or counted positions and masks beside them."""
+"""Accepted data types: weights, and integer buffers such as positions and masks."""
 
 
 @dataclass(frozen=True)
 class ImportedFiles:
-    """The files of a folder that are taken."""
+    """The files of a folder that an import copies."""
 
     files: tuple[tuple[str, int], ...]
     """Names and sizes in bytes."""
     left: tuple[str, ...]
-    """Names of those that are not."""
+    """Names of the ignored files."""
 
     @property
     def size(self) -> int:
-        """Bytes of all that is taken."""
+        """Total size of the copied files, in bytes."""
         return sum(size for _, size in self.files)
 
     @property
     def weights(self) -> int:
-        """Bytes of the weights among it."""
+        """Size of the weights, in bytes."""
         return sum(size for name, size in self.files if is_weights(name))
 
     @property
     def adapter(self) -> bool:
-        """Whether it is an adapter on another model."""
+        """True for an adapter of another model."""
         names = {name for name, _ in self.files}
         return ADAPTER_CONFIG in names and not names & {CONFIG, MODEL_INDEX}
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file that is taken holds weights, by its name; the others are texts."""
+    """Return True if the file name is that of a weights file."""
     return name.endswith(".safetensors")
 
 
 def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> ImportedFiles:
-    """Which of the files right in a folder, by names and sizes, make the model.
+    """Select the files of a model by name and size.
 
-    Of a pipeline, those in the folders of its parts are among them (``unet/config.json``).
+    For a pipeline, names include the folders of the parts (``unet/config.json``).
 
     Raises:
-        ModelRefused: where one must not be there, one is missing, or they are too large.
+        ModelRefused: for forbidden, missing or too large files.
     """
     entries = list(entries)
     for name, _ in entries:
@@ -157,7 +157,7 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Import
 
 
 def _is_taken(name: str, is_pipeline: bool) -> bool:
-    """Whether the file of this name is; of a pipeline only what lies in the folders of its parts."""
+    """Return True if an import copies the file. Pipelines have files in the folders of their parts."""
     part, _, file = name.rpartition("/")
     if is_pipeline and not part:
         return file in _OF_PIPELINES
@@ -165,11 +165,10 @@ def _is_taken(name: str, is_pipeline: bool) -> bool:
 
 
 def check_texts(folder: Path) -> dict[str, Any]:
-    """The configuration in ``folder``, after a look at what can be seen before anything is loaded.
+    """Return the configuration in ``folder`` after checks that need no loading.
 
     Raises:
-        ModelRefused: for files that are no JSON, shards that are missing, weights of few bits, and
-            networks of more layers than are taken.
+        ModelRefused: for invalid JSON, missing shards, quantized weights and too many layers.
     """
     config = _object(folder, CONFIG)
     for index in sorted(path.name for path in folder.glob("*.safetensors.index.json")):
@@ -191,16 +190,16 @@ def check_texts(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of its weights, in order."""
+    """Return the weights files in order."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def read_network_fields(folder: Path) -> dict[str, Any]:
-    """The configuration of the network in ``folder``; refuses one without weights in safetensors.
+    """Return the configuration of the network in ``folder``.
 
     Raises:
-        UnknownModel: for such a folder, and one without a configuration.
-        CorruptFile: for a file that cannot be read.
+        UnknownModel: for a folder without a configuration or without safetensors.
+        CorruptFile: for an unreadable file.
     """
     fields = read_fields(folder / CONFIG)
     if not weight_files(folder):
@@ -214,11 +213,11 @@ def read_network_fields(folder: Path) -> dict[str, Any]:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """A configuration.
+    """Return a configuration file's fields.
 
     Raises:
-        UnknownModel: where it is not there.
-        CorruptFile: where it is none.
+        UnknownModel: for a missing file.
+        CorruptFile: for an invalid file.
     """
     if not path.is_file():
         if (path.parent / ADAPTER_CONFIG).is_file():
@@ -237,13 +236,13 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def check_shards(folder: Path) -> None:
-    """Refuse an index of weights that names another file than one of safetensors.
+    """Reject a weights index that names files other than safetensors.
 
-    Whatever it was told of safetensors, transformers unpickles each other file that an index names.
+    transformers unpickles every other file in an index, even with ``use_safetensors``.
 
     Raises:
         UnknownModel: for such an index.
-        CorruptFile: for one that cannot be read.
+        CorruptFile: for an unreadable index.
     """
     for path in sorted(folder.glob("*.safetensors.index.json")):
         fields = read_json(path)
@@ -280,12 +279,12 @@ def check_layers(config: dict[str, Any]) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Look at the settings of a tokenizer before it is made: none may name a file elsewhere.
+    """Reject tokenizer settings that name files outside the folder.
 
-    transformers opens ``gguf_file`` wherever it is; other paths it looks up in the folder alone.
+    transformers opens ``gguf_file`` at any path; other paths are relative to the folder.
 
     Raises:
-        ModelRefused: for one that does, and for what is no JSON object.
+        ModelRefused: for such a setting, or invalid JSON.
     """
     name = "tokenizer_config.json"
     if (folder / name).is_file() and "gguf_file" in _object(folder, name):
@@ -296,10 +295,10 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> int:
-    """How many numbers the safetensors of ``folder`` hold, by their headers alone.
+    """Return the number of weights in the safetensors headers of ``folder``.
 
     Raises:
-        ModelRefused: for files that are none, and for types that are no weights.
+        ModelRefused: for invalid files and data types.
     """
     total = 0
     for path in weight_files(folder):
@@ -322,19 +321,19 @@ def check_weights(folder: Path) -> int:
 
 
 def read_shapes(path: Path) -> dict[str, Sequence[int]]:
-    """The shape of each tensor of a safetensors file, by its header alone.
+    """Return the shape of each tensor in a safetensors header.
 
     Raises:
-        CorruptFile: for a file that is none.
+        CorruptFile: for an invalid file.
     """
     return {name: shape for name, (_, shape) in tensor_headers(path).items()}
 
 
 def check_complete(missing: Collection[str], where: str) -> None:
-    """Refuse a network of which weights are ``missing`` in the files; ``where`` names it.
+    """Reject a network with ``missing`` weights; ``where`` names the network in the error.
 
     Raises:
-        UnknownModel: naming some of them.
+        UnknownModel: with some of the names.
     """
     if missing:
         raise UnknownModel(
@@ -345,11 +344,11 @@ def check_complete(missing: Collection[str], where: str) -> None:
 
 
 def check_lone_weights(path: Path) -> None:
-    """Refuse a file of weights that is no base model by itself, and say what it is instead.
+    """Reject a lone weights file that is not a base model, and describe the file.
 
     Raises:
-        UnknownModel: for weights that are not named as those of a VGG of torchvision.
-        CorruptFile: for a file that is no safetensors.
+        UnknownModel: for weights other than torchvision's VGG.
+        CorruptFile: for an invalid safetensors file.
     """
     names = sorted(read_shapes(path))
     if {"features.0.weight", "classifier.6.weight"} <= {*names}:
@@ -384,9 +383,11 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_sizes(numbers: int, stored: int) -> None:
-    """Refuse a configuration that describes a larger network than the one whose weights are stored.
+    """Reject a configuration whose network is larger than the stored weights.
 
-    ``numbers`` are those of the described weights, ``stored`` those in the files.
+    Args:
+        numbers: Number of weights in the configured network.
+        stored: Number of stored weights.
 
     Raises:
         ModelRefused: for such a configuration.
@@ -400,7 +401,7 @@ def check_sizes(numbers: int, stored: int) -> None:
 
 
 def adapter_fields(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` as it was written; raises :class:`ModelRefused` for what is none."""
+    """Return ``adapter_config.json``; raises :class:`ModelRefused` for an invalid file."""
     return _object(folder, ADAPTER_CONFIG)
 
 

@@ -1,7 +1,7 @@
-"""A model folder in the form of Hugging Face or diffusers, opened once.
+"""Model folders in Hugging Face or diffusers format.
 
-:class:`ModelFolder` parses each file of the folder when a value from the file is first needed. Code
-that runs later receives the object, not the path.
+:class:`ModelFolder` parses each file at first use. Callers pass the object on instead of the path,
+so no file is parsed twice.
 """
 
 from __future__ import annotations
@@ -43,36 +43,36 @@ if TYPE_CHECKING:
 _HEADS_LEFT_OUT: tuple[Task, ...] = (
     "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification"
 )  # fmt: skip
-"""Heads that depend on what is learned, or that few folders of the family contain."""
+"""Heads that depend on the training task, or that few folders of the family contain."""
 
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """The network that a configuration describes."""
+    """Properties of the network that a configuration describes."""
 
     task: Task
-    """Task of the class that the configuration names."""
+    """Task of the model class in the configuration."""
     numbers: int
-    """Number of weights; of an encoder of texts or a classifier without the head."""
+    """Number of weights; without the head for text encoders and classifiers."""
     flat: bool
-    """Whether the network takes the flat layout (:mod:`luthier.models.layouts`)."""
+    """True if the network supports the flat layout (:mod:`luthier.models.layouts`)."""
     heads: tuple[str, ...]
     """Names of the modules above the backbone."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The folder of a network, with its parsed files."""
+    """A model folder with lazily parsed files."""
 
     path: Path
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        """Fields of ``config.json``, or of the configuration that is made of those of a pipeline.
+        """Fields of ``config.json``, or of the configuration that a pipeline is converted to.
 
         Raises:
-            UnknownModel: for a folder without a known model, or without safetensors.
-            CorruptFile: for a file that cannot be read.
+            UnknownModel: for a folder without a supported model or without safetensors.
+            CorruptFile: for an unreadable file.
         """
         return (
             read_pipeline(self.path) if is_pipeline(self.path) else read_network_fields(self.path)
@@ -80,7 +80,7 @@ class ModelFolder:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether the folder is a pipeline of diffusers."""
+        """True for a diffusers pipeline."""
         return self.fields.get("model_type") == MODEL_TYPE
 
     @property
@@ -90,7 +90,7 @@ class ModelFolder:
 
     @cached_property
     def processor(self) -> Processor | None:
-        """Processor of images or sounds; ``None`` for a network that reads texts only."""
+        """Image or audio processor, ``None`` for a text network."""
         found = read_processor(self.path)
         # A pipeline does not have to name a processor: the processor follows from its networks.
         return (
@@ -123,10 +123,10 @@ class ModelFolder:
         return AutoConfig.from_pretrained(str(self.path), trust_remote_code=False)
 
     def check(self) -> None:
-        """Refuse a configuration that describes no network, or not the network of the stored weights.
+        """Reject an invalid configuration, or a configuration that contradicts the stored weights.
 
         Raises:
-            UnknownModel, ModelRefused: before a network is built, with the full path of the file.
+            UnknownModel, ModelRefused: before a network is created, with the full path of the file.
         """
         try:
             _ = self.description
@@ -138,11 +138,11 @@ class ModelFolder:
 
     @cached_property
     def description(self) -> NetworkDescription:
-        """The network of the configuration, constructed without numbers.
+        """Properties of the network, created on the meta device.
 
         Raises:
-            UnknownModel: for a configuration that describes no network.
-            ModelRefused: for a network that is larger than its stored weights.
+            UnknownModel: for an invalid configuration.
+            ModelRefused: for a network larger than the stored weights.
         """
         check_layers(self.fields)
         from luthier.models.layouts import is_flat
@@ -171,12 +171,12 @@ class ModelFolder:
 
     @property
     def family_kind(self) -> str | None:
-        """Kind of base model of a family that is made for one task; ``None`` for other families."""
+        """Kind of a model family with a single task; ``None`` for other families."""
         return kind_of_family(self.fields.get("model_type"))
 
     @property
     def kind(self) -> str | None:
-        """Kind of base model; ``None`` for a network that is none, such as a classifier of texts."""
+        """Kind of base model, ``None`` for other networks, such as text classifiers."""
         if self.family_kind is not None:
             return self.family_kind
         task, processor = self.description.task, self.processor
@@ -208,11 +208,12 @@ _NETWORKS = ("transformers.models.auto.modeling_auto", "transformers.models.llam
 
 
 def import_transformers(networks: bool = True) -> None:
-    """Import the parts of transformers that networks of any family need, or tokenizers alone.
+    """Import the parts of transformers that every network needs; with ``networks=False`` only
+    tokenizers.
 
-    transformers resolves its names when they are first used, and threads that resolve names at the same
-    time can get incomplete modules. The imported memory also must not count as that of a network.
-    Tokenizers do not need torch.
+    transformers imports submodules lazily, and concurrent threads can observe incomplete modules.
+    Imports must also precede :func:`~luthier.models.config_errors.bounded_memory`. Tokenizers do
+    not need torch.
     """
     with _IMPORTING:
         from transformers import AutoConfig, AutoTokenizer  # noqa: F401

@@ -1,4 +1,4 @@
-"""Networks that have no flat layout, which run by their own forward and cache."""
+"""The PyTorch backend of networks without the flat layout, based on their own forward and cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _ForwardSequence:
-    """A sequence of :class:`ForwardBackend`, a row of its group once it is read."""
+    """A sequence of :class:`ForwardBackend`; a row of a group after the prefill."""
 
     def __init__(self, ids_T: IntArray) -> None:
         self.ids_T, self.unread = ids_T, len(ids_T)
@@ -29,17 +29,17 @@ class _ForwardSequence:
 
 
 class _Group:
-    """Sequences that were read together: one batch of the network's own cache."""
+    """Sequences with a common prefill: one batch of the network's cache."""
 
     def __init__(self, cache: Any, rows: Sequence[_ForwardSequence]) -> None:
         self.cache = cache
         self.encoded_RSH: Tensor | None = None
-        """What an encoder made of the prompts."""
+        """Encoder states of the prompts."""
         self.mask_RS: Tensor | None = None
         self._hold(rows)
 
     def select(self, places: Sequence[int], rows: Sequence[_ForwardSequence]) -> None:
-        """Go on with ``rows``, whose caches are those at ``places`` now."""
+        """Reduce the group to ``rows``, whose caches are at the batch indices ``places``."""
         if self.encoded_RSH is not None:
             index_R = torch.tensor(places, device=self.encoded_RSH.device)
             self.cache.reorder_cache(index_R)
@@ -56,16 +56,17 @@ class _Group:
 
 
 class ForwardBackend:
-    """Networks that need their own forward and cache.
+    """A backend based on the network's own forward and cache.
 
-    Each sequence runs by itself; those whose prompts are read together step together, where the cache
-    can be parted again (an encoder-decoder's, and those of networks of ours).
+    Sequences run separately, except if the cache supports row selection (encoder-decoders and
+    luthier's own networks): sequences with a common prefill then share each step.
     """
 
     rows, sequences = 1, sys.maxsize
 
     def __init__(self, network: Network, context: int, encoded_RSH: Tensor | None = None) -> None:
-        """``encoded_RSH`` are prompts that the encoder has read: one is then the number of its row."""
+        """Initialize the backend. With ``encoded_RSH``, encoder states, a prompt is the index of a
+        row."""
         self.network, self.context, self.device = network, context, network.device
         self._encoded_RSH = encoded_RSH
         model = network.model
@@ -76,7 +77,7 @@ class ForwardBackend:
         self._bytes = numbers * network.dtype.itemsize
 
     def bytes_of(self, tokens: int) -> int:
-        """Memory that a sequence of ``tokens`` takes, by the size of the network's states."""
+        """Return the memory of ``tokens`` tokens, estimated from the size of the network's states."""
         return tokens * self._bytes
 
     def open(self, ids_T: IntArray) -> State:
@@ -84,11 +85,11 @@ class ForwardBackend:
         return _ForwardSequence(ids_T)
 
     def prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
-        """Read the whole prompts, one after the other."""
+        """Prefill the whole prompts, one after the other."""
         return [self._read([state])[0] for state in states]
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
-        """Read them as one rectangle, where the cache can be parted again."""
+        """Prefill the prompts as one padded batch if the cache supports row selection."""
         rows = [_ForwardSequence(prompt_T) for prompt_T in prompts]
         if not (self._beside or getattr(self.network.model.base_model, "selects_rows", False)):
             logits_UV = torch.stack([self._read([row])[0] for row in rows])
@@ -101,7 +102,7 @@ class ForwardBackend:
         return [*group.rows], logits_UV.repeat_interleave(copies, 0)
 
     def fork(self, state: Any, copies: int) -> list[State]:
-        """The prompt is read again for each further copy: not all of these caches can be copied."""
+        """Return copies of a sequence. Each copy repeats the prefill: some caches cannot be copied."""
         made: list[State] = [state]
         for _ in range(copies - 1):
             again = self.open(state.ids_T)
@@ -111,7 +112,7 @@ class ForwardBackend:
 
     @torch.no_grad()
     def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
-        """One group after the other; rows of a group that take no step here are let go of."""
+        """Step each group. Rows without a step here are removed from the group."""
         logits: dict[int, Tensor] = {}
         for group in dict.fromkeys(state.group for state in states):
             places = [place for place, state in enumerate(states) if state.group is group]
@@ -123,18 +124,18 @@ class ForwardBackend:
         return torch.stack([logits[place] for place in range(len(states))])
 
     def free(self, state: Any) -> None:
-        """Forget its cache; what it is in a group goes with the next step of the others."""
+        """Free a sequence. The memory is released with the group's next step."""
         state.group = None
 
     def close(self) -> None:
-        """Do nothing: sequences hold their own caches."""
+        """Do nothing: each sequence owns a cache."""
 
     def reopen(self) -> None:
         """Do nothing: the backend computes nothing from the weights ahead."""
 
     @torch.no_grad()
     def _read(self, rows: list[_ForwardSequence], group: _Group | None = None) -> Tensor:
-        """Logits ``[R, V]`` behind the prompts of ``rows``, which are a group from now on."""
+        """Prefill ``rows`` as a new group and return the logits ``[R, V]`` of the next tokens."""
         model, device = self.network.model, self.network.device
         group = group or _Group(None, rows)
         group.cache = prefix_cache(model, rows=len(rows))

@@ -1,13 +1,13 @@
-"""The frozen bottom of a network, computed once for each row.
+"""Cache of the activations below the first trained layer.
 
-Where the embeddings and the first ``L`` layers do not train, what goes into layer ``L`` is the same
-in every epoch. :class:`Bottom` computes it for all rows before the first step, and training starts
-there: with half of the layers frozen each epoch skips half of the forward pass, with all of them
-only the head is left. Rows are always computed in the same micro-batches, so a resumed run sees the
-same bits. Dropout below layer ``L`` is off, as it must be for what is computed once.
+If the embeddings and the first ``L`` layers are frozen, the input of layer ``L`` is the same in
+every epoch. :class:`Bottom` computes this input for all rows before the first step. With half of
+the layers frozen, each epoch skips half of the forward pass; with all layers frozen, only the head
+runs. The micro-batches are deterministic, so a resumed run computes the same bits. Dropout below
+layer ``L`` is off.
 
-Layers are swapped in the network's own list: its forward then runs through a module that gives what was
-kept, so nothing needs to know how a family of transformers calls its layers.
+The layer list of the network is replaced: the forward pass of the family then runs through a module
+that returns cached activations. No knowledge of the family's layer names is needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class _Given(nn.Module):
-    """Stands in for the bottom, whose last layer was ``like``, and gives what it gave."""
+    """A stand-in for the frozen layers that returns cached activations; ``like`` is the last frozen
+    layer."""
 
     def __init__(self, hidden: Tensor, like: nn.Module) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class _Given(nn.Module):
         self.__dict__["like"] = like  # not a submodule
 
     def __getattr__(self, name: str) -> Any:
-        """Some networks ask a layer of what kind its attention is."""
+        """Return attributes of the replaced layer: some networks read a layer's attention type."""
         return getattr(self.__dict__["like"], name)
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
@@ -45,7 +46,7 @@ class _Given(nn.Module):
 
 
 def frozen_layers(model: Any) -> int:
-    """How many layers from the input on have no weight that trains; 0 where the embeddings do."""
+    """Return the number of frozen layers from the input on; 0 if the embeddings train."""
     try:
         owner, name = _stack(model)
     except RecipeError:
@@ -68,19 +69,20 @@ def frozen_layers(model: Any) -> int:
 
 
 def _stack(model: Any) -> tuple[Any, str]:
-    """The module that owns the list of layers, and the name of the list."""
+    """Return the parent module and the name of the layer list."""
     from luthier.models.layers import layer_names, parent_of
 
     return parent_of(model, layer_names(model)[0].rpartition(".")[0])
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether no weight of ``module`` trains."""
+    """Return True if no weight of ``module`` trains."""
     return not any(weight.requires_grad for weight in module.parameters())
 
 
 class Bottom:
-    """What the first ``count`` layers make of each row; ``[tokens, H]`` in the network's type."""
+    """Activations ``[tokens, H]`` after the first ``count`` layers for every row, in the network's
+    data type."""
 
     def __init__(self, network: Network, count: int, kept: Tensor, start: dict[bytes, int]) -> None:
         self.count, self._kept, self._start = count, kept, start
@@ -110,7 +112,7 @@ class Bottom:
 
     @property
     def bytes(self) -> int:
-        """Size of what is kept, in memory or on disk."""
+        """Size of the cache in memory or on disk, in bytes."""
         return self._kept.nbytes
 
     def _compute(self, network: Network, batch: TreeBatch) -> Tensor:
@@ -126,7 +128,7 @@ class Bottom:
 
     @contextmanager
     def instead(self, batch: TreeBatch) -> Iterator[None]:
-        """While open, the network starts above the bottom with what is kept for ``batch``."""
+        """Replace the frozen layers by the cached activations of ``batch`` inside the context."""
         tree = batch.tree
         slots = [
             np.arange(len(example)) + self._start[_key(example.ids_T)] for example in tree.examples
@@ -155,7 +157,7 @@ def _key(ids_T: np.ndarray[Any, Any]) -> bytes:
 
 
 def new_activations(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> Tensor:
-    """Space for the activations: in memory, or in a file that the system pages in as needed."""
+    """Return an empty activation tensor: in memory, or a memory-mapped file."""
     if file is None:
         return torch.empty(shape, dtype=dtype)
     kept: Tensor = torch.from_file(str(file), shared=True, size=shape[0] * shape[1], dtype=dtype)

@@ -1,12 +1,11 @@
-"""Replacements for modules whose plain form wastes memory traffic, or time.
+"""Fused replacements of slow modules.
 
-``RMSNorm`` as transformers writes it makes eight passes and keeps two float32 copies of its input
-for the backward pass; here it keeps the input and one number a token. The SwiGLU product keeps its
-two inputs and not the activation between them. Both compute in float32 and round once, so results
-are those of the original to rounding; :func:`fuse` checks that on random numbers before it
-replaces anything, so a look-alike with other mathematics (Gemma adds 1 to the weight) stays as it is.
-``Dropout`` cannot be compared so: it draws 16 bits for a number on a CPU, where torch draws 32 by a
-slower kernel.
+transformers' ``RMSNorm`` needs eight passes over memory and stores two float32 copies of its input
+for the backward pass. The replacement stores the input and one number per token. The fused SwiGLU
+product does not store the activation. Both compute in float32 and round once, so results equal the
+original up to rounding. :func:`fuse` compares both on random input first: similar modules with
+other formulas (Gemma adds 1 to the weight) are not replaced. ``Dropout`` draws 16 bits per number
+on a CPU; torch draws 32 bits with a slower kernel. A comparison is impossible there.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from luthier.models.layers import read_together
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-    """What :class:`RMSNorm` computes, without what its gradient needs."""
+    """Return the norm without the intermediate values that the gradient needs."""
     return _rms_norm(x, weight_H, epsilon)[0]
 
 
 def _rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The norm of ``x [..., H]``, and the number that each token was multiplied by."""
+    """Return the norm of ``x [..., H]`` and the reciprocal root mean square of each token."""
     rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
     if x.dtype == torch.float32:
@@ -111,9 +110,9 @@ class _Dropout(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """Drops a share of the numbers in training, to the nearest 1/65536, and scales the others up.
+    """Dropout with a rate rounded to 1/65536.
 
-    The numbers are drawn from torch's generator.
+    Random numbers come from torch's generator.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +127,8 @@ class Dropout(nn.Dropout):
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace in place what computes the same, which is counted, and each dropout, which is not."""
+    """Replace equivalent modules in place and return their number. Dropout layers are replaced but
+    not counted."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -157,7 +157,7 @@ def _fuse(module: nn.Module) -> nn.Module | None:
 
 
 def _same(original: nn.Module, fused: nn.Module) -> bool:
-    """Whether both give the same numbers on random input, to the rounding of their type."""
+    """Return True if both modules agree on random input up to rounding."""
     weight = next(original.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)

@@ -1,13 +1,13 @@
-"""GGUF files: networks, tokenizers and LoRA adapters as llama.cpp and what is built on it read them.
+"""GGUF files for llama.cpp: networks, tokenizers and LoRA adapters.
 
-Names and layouts are those of the format's specification (github.com/ggml-org/ggml, docs/gguf.md) and
-of llama.cpp's own converter. A file holds all that is needed to answer: weights, tokenizer, chat
-template and stop tokens. Weights are written one by one, so it takes little memory beside the network.
+Names and layouts follow the format's specification (github.com/ggml-org/ggml, docs/gguf.md) and
+llama.cpp's converter. A file contains weights, tokenizer, chat template and stop tokens. Weights
+are written one at a time, so little memory is needed in addition to the network.
 
-Types of weights are llama.cpp's. Those of 4 to 6 bits are mixed as ``llama-quantize`` mixes them, more
-bits where errors cost most; matrices whose rows do not divide into the blocks of a type get the next
-larger one that fits, and vectors stay in float32. Where the package ``xllamacpp`` is installed, its
-llama.cpp computes them; without it the package ``gguf`` does, slower, and has no K types.
+4 to 6 bit types are mixed like in ``llama-quantize``: sensitive matrices get more bits. Matrices
+whose rows do not divide into the blocks of a type get the next larger type that fits. Vectors stay
+in float32. The package ``xllamacpp`` quantizes if installed; the slower fallback, the package
+``gguf``, has no K types.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
-"""Types of weights, the largest first; named as llama.cpp's tools name them."""
+"""Quantization types in llama.cpp's notation, largest first."""
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 _Kind = GGMLQuantizationType
@@ -58,9 +58,9 @@ _LARGER = {
     _Kind.Q4_K: _Kind.Q5_0, _Kind.Q5_K: _Kind.Q5_1, _Kind.Q6_K: _Kind.Q8_0,
     _Kind.Q4_0: _Kind.F16, _Kind.Q5_0: _Kind.F16, _Kind.Q5_1: _Kind.F16, _Kind.Q8_0: _Kind.F16,
 }  # fmt: skip
-"""What a matrix gets whose rows do not divide into the blocks of a type: 256 numbers, or 32."""
+"""Fallback types for matrices whose rows do not divide into blocks of 256 or 32 numbers."""
 _AT_ONCE = 1 << 24
-"""Numbers that are quantized at once."""
+"""Number of weights per quantization call."""
 
 _ARCHITECTURES: Mapping[str, MODEL_ARCH] = {
     "llama": MODEL_ARCH.LLAMA,
@@ -68,7 +68,7 @@ _ARCHITECTURES: Mapping[str, MODEL_ARCH] = {
     "qwen2": MODEL_ARCH.QWEN2,
     "gpt2": MODEL_ARCH.GPT2,
 }
-"""Networks that are written, by their type in ``config.json``."""
+"""Supported networks by ``model_type``."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -81,37 +81,37 @@ _PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (_LLAMA3,): "llama-bpe",
     (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),): "qwen2",
 }
-"""llama.cpp's names for how a text is cut before pieces are merged, by the steps that do it."""
+"""llama.cpp's pre-tokenizer names by the split patterns of a tokenizer."""
 _WHOLE_WORDS = frozenset({"llama-bpe"})
-"""Those of which llama.cpp takes a word that is in the vocabulary without merging."""
+"""Pre-tokenizers with llama.cpp's ``ignore_merges``: a word in the vocabulary is one token."""
 
 
 @dataclass(frozen=True)
 class GeneralMetadata:
-    """What a file says of the model in it (``general.*``)."""
+    """General metadata of a file (``general.*``)."""
 
     name: str
     base: str | None = None
-    """Id of the base model; a hub id becomes its address, too."""
+    """Id of the base model. For a hub id the file also stores the URL."""
     licence: str | None = None
     sha256: str | None = None
-    """Of all that decides what the model answers, as the store knows it."""
+    """Content hash of the model."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight of a network under its name in the file."""
+    """A weight under the file's name."""
 
     name: str
     weight: Tensor
     transposed: bool = False
-    """Whether the network keeps it ``[in, out]``."""
+    """True if the network stores the weight as ``[in, out]``."""
     heads: int = 0
-    """Heads whose halves are interleaved in the file; 0 where rows stay in their order."""
+    """Number of heads with interleaved halves in the file; 0 for the original row order."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As in the file: rows of inputs."""
+        """Shape in the file, ``[out, in]``."""
         return tuple(self.weight.shape[::-1] if self.transposed else self.weight.shape)
 
     def array(self) -> NDArray[np.float32]:
@@ -132,10 +132,10 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
 
 
 def check_writable(model_type: str, name: str) -> None:
-    """Refuse networks that are not written as GGUF.
+    """Reject networks without GGUF support.
 
     Raises:
-        RecipeError: naming those that are.
+        RecipeError: with the supported networks.
     """
     if model_type not in _ARCHITECTURES:
         raise RecipeError(
@@ -146,10 +146,10 @@ def check_writable(model_type: str, name: str) -> None:
 
 
 def check_quantization(quantization: str) -> Quantization:
-    """``quantization`` where it is known and can be computed here.
+    """Return ``quantization`` if supported on this machine.
 
     Raises:
-        RecipeError: for another, or where it needs a package that is not installed.
+        RecipeError: for an unknown type, or a type that needs a missing package.
     """
     for known in QUANTIZATIONS:
         if quantization.lower() == known:
@@ -173,13 +173,12 @@ def write_gguf(
     quantization: Quantization = "f16",
     about: GeneralMetadata | None = None,
 ) -> None:
-    """Write the network ``model`` of transformers, adapters merged, with its tokenizer to ``path``.
+    """Write the network ``model`` with merged adapters and the tokenizer to ``path``.
 
-    Without ``chat`` the file has no tokenizer, for who asks llama.cpp by token ids.
+    Without ``chat`` the file has no tokenizer, for callers that pass token ids.
 
     Raises:
-        RecipeError: before anything is written, for a network or a tokenizer that llama.cpp does not
-            compute as transformers does.
+        RecipeError: before writing, for a network or tokenizer that llama.cpp computes differently.
     """
     config = model.config
     about = about or GeneralMetadata(path.stem)
@@ -200,12 +199,15 @@ def write_gguf(
 def write_lora(
     tensors: Mapping[str, Tensor], scale: float, config: Any, path: Path, about: GeneralMetadata
 ) -> None:
-    """Write the matrices of a LoRA adapter (names of PEFT) on a network of ``config`` to ``path``.
+    """Write a LoRA adapter in float32 to ``path``.
 
-    ``scale`` is what their product is multiplied by. They are written in float32.
+    Args:
+        tensors: Matrices by PEFT name.
+        scale: Factor of the low-rank product.
+        config: Configuration of the network.
 
     Raises:
-        RecipeError: for weights that are no LoRA matrices.
+        RecipeError: for weights that are not LoRA matrices.
     """
     check_writable(config.model_type, about.name)
     names = get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
@@ -243,9 +245,9 @@ def file_size(model: Any, quantization: Quantization) -> int:
 
 @torch.no_grad()
 def round_weights(model: nn.Module, quantization: Quantization) -> None:
-    """Give each weight the value that it has when it is read back from a file of this type.
+    """Replace each weight by its value after quantization and dequantization.
 
-    So the network loses here what it loses there, but for what llama.cpp rounds while it computes.
+    Differences to llama.cpp's results then come from rounding during computation only.
     """
     weights = _weights(model)
     kinds = _kinds(weights, quantization)
@@ -302,7 +304,7 @@ def _quantize(rows: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[
 
 @cache
 def _ggml() -> ctypes.CDLL | None:
-    """llama.cpp's library, of which one function is called here; ``None`` where it is not installed."""
+    """Return llama.cpp's library, used for quantization, or ``None`` if not installed."""
     file = llama_cpp_library()
     if file is None:
         return None
@@ -329,7 +331,7 @@ def _weights(model: Any) -> list[_Weight]:
 
 
 def _heads(config: Any, name: str) -> int:
-    """Heads of the rows that are interleaved in the file; 0 for other weights."""
+    """Return the number of heads to interleave for a weight; 0 for other weights."""
     if _ARCHITECTURES[config.model_type] != MODEL_ARCH.LLAMA:
         return 0
     part = name.split(".")[2] if name.startswith("blk.") else ""
@@ -338,7 +340,7 @@ def _heads(config: Any, name: str) -> int:
 
 
 def _frequencies(model: Any, name: str) -> Iterator[_Weight]:
-    """By what the angles of Llama 3.1 are divided, each its own."""
+    """Yield the RoPE frequency factors of Llama 3.1."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "llama3":
         return
@@ -350,7 +352,7 @@ def _frequencies(model: Any, name: str) -> Iterator[_Weight]:
 
 
 def _kinds(weights: list[_Weight], quantization: Quantization) -> dict[str, GGMLQuantizationType]:
-    """The type of each weight, by its name."""
+    """Return the type of each weight by name."""
     names = {each.name for each in weights}
     blocks = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blk."))
     tied = "output.weight" not in names
@@ -405,7 +407,7 @@ def _add_general(
 
 
 def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
-    """Sizes and numbers of the network, and refusals of what llama.cpp would compute otherwise."""
+    """Write the hyperparameters; raises for settings that llama.cpp computes differently."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
@@ -446,7 +448,7 @@ def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -> None:
-    """Tokens and how they are merged, marks, the template, and what ends a reply."""
+    """Write vocabulary, merges, special tokens, chat template and stop tokens."""
     core: Any = getattr(chat.tokenizer, "backend_tokenizer", None)
     spec = json.loads(core.to_str()) if core is not None else {}
     model = spec.get("model") or {}
@@ -504,21 +506,21 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def is_sentencepiece(chat: ChatFormat) -> bool:
-    """Whether tokens are SentencePiece's: characters and, where there is none, bytes."""
+    """Return True for SentencePiece tokens with byte fallback."""
     core = getattr(chat.tokenizer, "backend_tokenizer", None)
     return bool(getattr(core and core.model, "byte_fallback", False))
 
 
 def shown_bytes(chat: ChatFormat, token: str) -> int:
-    """Bytes of the text that a token stands for, where it is no special one."""
+    """Return the number of bytes of a token's text."""
     if not is_sentencepiece(chat):
         return len(token)  # a character stands for a byte
     return 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
 
 
 def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
-    """Whether a space is put before a text and behind each special token, as llama.cpp can do it;
-    ``None`` where neither that nor its absence is what the tokenizer does."""
+    """Return if a space precedes the text and follows special tokens, as in llama.cpp's
+    ``add_space_prefix``; ``None`` for other tokenizers."""
     outer, normalizer = spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
     steps = [each.get("type") for each in normalizer.get("normalizers", [normalizer])]
     if not outer:
@@ -536,13 +538,13 @@ def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
 
 
 def adds_bos(chat: ChatFormat) -> bool:
-    """Whether texts begin with the tokenizer's first token, which no text names."""
+    """Return True if the tokenizer prepends the start token."""
     ids_T = chat.tokens("a", first=True)
     return len(ids_T) > 0 and int(ids_T[0]) == chat.tokenizer.bos_token_id
 
 
 def _pre_tokenizer(spec: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer cuts texts; ``None`` where it has none that is the same."""
+    """Return llama.cpp's name of the pre-tokenizer, or ``None`` without an equivalent."""
     normalizer = spec.get("normalizer") or {}
     outer = spec.get("pre_tokenizer") or {}
     steps: list[str] = []

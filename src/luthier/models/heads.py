@@ -1,8 +1,8 @@
-"""What stands on top of a network, where transformers' families differ.
+"""Task heads of transformers' model families.
 
-A *task* is what a network's head is for; transformers has one class for each task and family, and
-those are used as they are, so that what is saved loads there unchanged. The engine's flat layout has
-no ``[B, T, H]`` tensor, so heads are called on the hidden states of the nodes they need.
+A *task* names the purpose of a head. transformers has one class per task and family. luthier uses
+these classes unchanged, so saved models load in transformers. The flat layout has no ``[B, T, H]``
+tensor: heads run on the hidden states of selected nodes.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Task = Literal[
 
 @dataclass(frozen=True)
 class _TaskClasses:
-    """How transformers and PEFT know a task."""
+    """Classes of transformers and PEFT for a task."""
 
     words: str
-    """What a network is that can do it."""
+    """Description of a network with this head, for error messages."""
     text: str = ""
-    """Automatic class of transformers for networks that read texts; empty where none of them can."""
+    """Automatic class of transformers for text networks; empty if none exists."""
     media: tuple[str, ...] = ()
-    """The same for networks that read images, or sounds as pictures of their pitch over time."""
+    """Automatic classes for networks with images or spectrograms as input."""
     peft: str = "FEATURE_EXTRACTION"
     """PEFT's name."""
 
@@ -78,7 +78,8 @@ _TASKS: dict[Task, _TaskClasses] = {
     ),
 }
 _PERMUTED = frozenset({"xlnet"})
-"""Trained to predict tokens in any order, which is another objective than the next token."""
+"""Families trained to predict tokens in random order, a different objective than next-token
+prediction."""
 _FROM_BOTH_SIDES = frozenset({"elmo"})
 """Pre-trained by predicting words from either side; other families are by something else."""
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
@@ -86,7 +87,7 @@ _SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 @dataclass(frozen=True)
 class Head:
-    """What a network is to give: the task, and the classes where there are some."""
+    """Task and classes of a head."""
 
     task: Task
     labels: tuple[str, ...] = ()
@@ -94,12 +95,12 @@ class Head:
         "single_label_classification"
     )
     bias: tuple[float, ...] = ()
-    """What the bias of a new head starts at, one number for each class; zeros when not given."""
+    """Initial bias of a new head, one number per class. Default: zeros."""
     pooling: Literal["mean"] | None = None
-    """How a classifier of BERT reads a text; as the family does when not given."""
+    """Pooling of a BERT classifier. Default: the family's pooling."""
 
     def settings(self) -> dict[str, Any]:
-        """Fields of transformers' configuration that say so."""
+        """Return the corresponding fields of transformers' configuration."""
         if self.task in ("causal_lm", "masked_lm", "embedding", "autoencoding", "image_to_text"):
             return {}
         names = dict(enumerate(self.labels))
@@ -113,13 +114,14 @@ class Head:
 
 CAUSAL_LM = Head("causal_lm")
 MEAN_POOLED = frozenset({"bert", "mean_pooling_bert"})
-"""Families that can be read by their mean state (:mod:`luthier.models.nets.mean_pooling_bert`)."""
+"""Families with a mean-pooling classifier (:mod:`luthier.models.nets.mean_pooling_bert`)."""
 POOLING_CONFIG = Path("1_Pooling") / "config.json"
-"""Where a folder of sentence-transformers says how its texts are read."""
+"""Pooling configuration in folders of sentence-transformers."""
 
 
 def declared_pooling(folder: Path) -> Literal["mean"] | None:
-    """How the network in ``folder`` is to be read, where that is by the mean and can be done here."""
+    """Return the pooling that the folder declares, if luthier supports mean pooling for the
+    network."""
     kind = read_json(folder / "config.json").get("model_type")
     if kind == "mean_pooling_bert":
         return "mean"
@@ -131,7 +133,7 @@ def declared_pooling(folder: Path) -> Literal["mean"] | None:
 
 
 def auto_class(config: Any, task: Task) -> Any:
-    """transformers' automatic class for ``task``; refuses families that have no such head."""
+    """Return transformers' automatic class for ``task``; raises for families without such a head."""
     import transformers
 
     name = _class_name(config, task)
@@ -146,7 +148,7 @@ def auto_class(config: Any, task: Task) -> Any:
 
 
 def head_in(config: Any) -> Head:
-    """The head that a stored network has, by :func:`task_in`."""
+    """Return the head of a stored network; :func:`task_in` determines the task."""
     task = task_in(config)
     if task not in ("sequence_classification", "token_classification"):
         return Head(task)
@@ -155,10 +157,11 @@ def head_in(config: Any) -> Head:
 
 
 def task_in(config: Any) -> Task:
-    """What the head of a stored network is for: that of the class which its configuration names.
+    """Return the task of the class that a stored network's configuration names.
 
-    Where it names another (``GPT2Model``, ``BertForPreTraining``), the first of a causal language
-    model, a masked one, none and any other that the family has.
+    If the class belongs to no task (``GPT2Model``, ``BertForPreTraining``), the result is the
+    family's first task in the order: causal language model, masked language model, no head, any
+    other.
     """
     import transformers
 
@@ -174,7 +177,8 @@ def task_in(config: Any) -> Task:
 
 
 def _class_name(config: Any, task: Task) -> str:
-    """transformers' automatic class for the task on this family; empty where there is none."""
+    """Return the name of transformers' automatic class for the task and family; empty if none
+    exists."""
     if media_config(config) is not None:
         named = () if is_dual_encoder(config) and task != "embedding" else _TASKS[task].media
         return next((name for name in named if _has(config, name, task)), "")
@@ -193,7 +197,8 @@ def _class_name(config: Any, task: Task) -> str:
 
 
 def _has(config: Any, name: str, task: Task | None = None) -> bool:
-    """Whether the automatic class knows the family; with ``task``, in a class that is for no other."""
+    """Return True if the automatic class knows the family; with ``task``, by a class for no other
+    task."""
     import transformers
 
     known = getattr(transformers, name)._model_mapping
@@ -203,23 +208,23 @@ def _has(config: Any, name: str, task: Task | None = None) -> bool:
 
 
 def mark(model: nn.Module, task: Task) -> None:
-    """Write down on ``model`` what its head is for."""
+    """Store the task of the head on ``model``."""
     model.luthier_task = task  # type: ignore[assignment]
 
 
 def mark_new(model: nn.Module, names: Collection[str]) -> None:
-    """Write down which weights of the head were drawn, as what was loaded holds none that fit."""
+    """Store on ``model`` the names of randomly initialized head weights."""
     model.luthier_new_weights = frozenset(names)  # type: ignore[assignment]
 
 
 def new_weights(model: nn.Module) -> frozenset[str]:
-    """Weights of the head that were drawn and not loaded."""
+    """Return the names of head weights that were initialized and not loaded."""
     names: frozenset[str] = getattr(model, "luthier_new_weights", frozenset())
     return names
 
 
 def task_of(model: nn.Module) -> Task:
-    """What the head of ``model`` is for."""
+    """Return the task of the head of ``model``."""
     task: Task = getattr(model, "luthier_task", "causal_lm")
     return task
 
@@ -231,37 +236,38 @@ def peft_task(model: nn.Module) -> str:
 
 
 def frozen_parts(model: nn.Module) -> tuple[str, ...]:
-    """Modules that prepare what the network reads, and stay as they are whatever the adaptation."""
+    """Return the input modules that stay frozen with every adaptation."""
     names: tuple[str, ...] = getattr(model, "frozen_parts", ())
     return names
 
 
 def usual_targets(model: nn.Module) -> tuple[str, ...]:
-    """Ends of names of the linear layers that LoRA adapts in this family; none where that is all."""
+    """Return name suffixes of the family's usual LoRA targets; empty for all linear layers."""
     names: tuple[str, ...] = getattr(model, "usual_targets", ())
     return names
 
 
 def scratch_rate(model: nn.Module) -> float | None:
-    """Learning rate of a network that starts from random numbers, where it is not the usual one."""
+    """Return the learning rate for training from random weights, if the family needs a special
+    rate."""
     rate: float | None = getattr(model, "scratch_rate", None)  # fastText
     return rate
 
 
 def is_inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether the module or weight ``name`` is one of ``modules`` or in one of them."""
+    """Return True if the module or weight ``name`` is one of ``modules`` or inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 INNER_HEADS = ("pooler", "mix")
-"""Modules inside a network that belong to some tasks' heads, and that it lacks for the others."""
+"""Modules inside a network that belong to some tasks' heads and are missing for other tasks."""
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Modules that belong to the task and not to the pre-trained network, by full name.
+    """Return the full names of modules that belong to the task instead of the pretrained network.
 
-    They train and are saved whatever the adaptation. A causal language model has none: its head was
-    trained with it. A classifier that reads the first token reads it through the pooler.
+    These modules train and are saved with every adaptation. A causal language model has none: its
+    head is pretrained. A classifier on the first token includes the pooler.
     """
     from torch import nn
 
@@ -289,13 +295,14 @@ def _own(module: nn.Module, model: Any) -> bool:
 
 
 def head_weights(model: nn.Module) -> set[str]:
-    """Names of the weights of :func:`head_modules`, those shared with the network left out."""
+    """Return the names of the weights of :func:`head_modules`, without weights shared with the
+    network."""
     modules = tuple(f"{name}." for name in head_modules(model))
     return {n for n, _ in model.named_parameters() if n.startswith(modules)} if modules else set()
 
 
 def score_layer(model: Any) -> nn.Linear | None:
-    """The layer of a new head that gives the scores of the classes, where it is a linear one."""
+    """Return the linear output layer of a new head, or ``None``."""
     from torch import nn
 
     classes = int(model.config.num_labels)
@@ -309,9 +316,9 @@ def score_layer(model: Any) -> nn.Linear | None:
 
 
 def start_bias(model: nn.Module, bias: Sequence[float], new: Collection[str]) -> None:
-    """Set the bias behind the scores of classes, if it is one of the ``new`` weights.
+    """Set the bias of the class scores if the bias is one of the ``new`` weights.
 
-    Heads of decoders that classify rows have none.
+    Row classifiers on decoders have no bias.
     """
     import torch
 
@@ -324,7 +331,7 @@ def start_bias(model: nn.Module, bias: Sequence[float], new: Collection[str]) ->
 
 
 def first_position(model: Any) -> int:
-    """Position of the first token: 0, but RoBERTa's family counts on from its padding index."""
+    """Return the position of the first token: 0, or padding index + 1 in RoBERTa's family."""
     embeddings: Any = getattr(model.base_model, "embeddings", None)
     if hasattr(embeddings, "create_position_ids_from_input_ids"):
         return int(embeddings.padding_idx) + 1
@@ -332,7 +339,8 @@ def first_position(model: Any) -> int:
 
 
 def width_of(model: Any) -> int:
-    """Numbers in a hidden state, ``H``; of an image, in what its classifier or decoder reads."""
+    """Return the size ``H`` of a hidden state; for images, of the input of the classifier or
+    decoder."""
     from torch import nn
 
     if is_dual_encoder(model.config):
@@ -351,7 +359,7 @@ def width_of(model: Any) -> int:
 
 
 def _embedding_width(model: Any) -> int:
-    """Numbers in the embedding of an image: families name them differently, so one is computed."""
+    """Return the size of an image embedding, computed because families use different names."""
     import torch
 
     from luthier.models.layouts import read_states
@@ -363,7 +371,7 @@ def _embedding_width(model: Any) -> int:
 
 
 def decoder_of(model: Any) -> nn.Module | None:
-    """The decoder of an encoder-decoder, without its output head; ``None`` for other networks."""
+    """Return the decoder of an encoder-decoder, without output head; ``None`` for other networks."""
     backbone = model.base_model
     if text_config(model.config) is None or getattr(backbone, "encoder", None) is None:
         return None
@@ -372,34 +380,34 @@ def decoder_of(model: Any) -> nn.Module | None:
 
 
 def decoder_start(model: Any) -> int:
-    """The token that an encoder-decoder starts to write from."""
+    """Return the first decoder token of an encoder-decoder."""
     start = getattr(model.config, "decoder_start_token_id", None)
     return filling_id(model) if start is None else int(start)
 
 
 def mark_decoder_opening(model: nn.Module, ids: Sequence[int]) -> None:
-    """Record on ``model`` the tokens that its decoder reads before every reply."""
+    """Store on ``model`` the decoder tokens before every reply."""
     model.luthier_decoder_opening = tuple(ids)  # type: ignore[assignment]
 
 
 def decoder_opening(model: Any) -> tuple[int, ...]:
-    """Tokens that the decoder of an encoder-decoder reads before every reply."""
+    """Return the decoder tokens before every reply of an encoder-decoder."""
     ids: tuple[int, ...] = getattr(model, "luthier_decoder_opening", ())
     return ids or (decoder_start(model),)
 
 
 def filling_id(model: Any) -> int:
-    """The token that rows of a rectangle are filled up with; masked, so any will do."""
+    """Return a padding token. Padding is masked, so any valid id works."""
     return int(getattr(model.config, "pad_token_id", None) or 0)
 
 
 def logit_scale(model: Any) -> nn.Parameter | None:
-    """Logarithm of what a dual encoder learned to multiply cosines by; ``None`` of other networks."""
+    """Return the log temperature of a dual encoder, or ``None`` for other networks."""
     return model.logit_scale if is_dual_encoder(model.config) else None
 
 
 def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last", "mean"]:
-    """Which token's state the classifier of a row reads in this family; ``mean`` of all."""
+    """Return the pooling of the family's row classifier."""
     own: Literal["mean"] | None = getattr(model, "row_pooling", None)  # ELMo
     if own is not None:
         return own
@@ -410,13 +418,13 @@ def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last", "mean"]
 
 
 def gradient_reach(model: Any) -> int | None:
-    """Tokens of a row that a gradient flows back over; ``None`` where it reaches all of them."""
+    """Return the truncation length of backpropagation in tokens; ``None`` for no truncation."""
     reach: int | None = getattr(model.config, "segment_length", None)  # Transformer-XL
     return reach
 
 
 def prompt_ids(model: Any) -> tuple[int, ...]:
-    """Ids of the soft prompt that stands before every row; none without one."""
+    """Return the ids of the soft prompt before every row; empty without a soft prompt."""
     if media_config(model.config) is not None:
         return ()
     ids: tuple[int, ...] = getattr(model.get_input_embeddings(), "prompt_ids", ())
@@ -424,7 +432,7 @@ def prompt_ids(model: Any) -> tuple[int, ...]:
 
 
 def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
-    """Scores ``[R, C]`` from the hidden state that stands for each row."""
+    """Return class scores ``[R, C]`` for pooled hidden states."""
     from torch import nn
 
     if media_config(model.config) is not None:
@@ -463,9 +471,9 @@ def token_scores(model: Any, hidden_KH: Tensor) -> Tensor:
 
 
 def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
-    """Hidden states ``[S, H]`` as the output embedding takes them.
+    """Return hidden states ``[S, H]`` as input of the output embedding.
 
-    A bidirectional language model predicts from each half of them, ``[S, 2, H / 2]``.
+    A bidirectional language model predicts from each half, ``[S, 2, H / 2]``.
     """
     from torch.nn.functional import gelu
 

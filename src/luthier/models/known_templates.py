@@ -1,4 +1,4 @@
-"""SHA-256 of the chat templates that imported models may bring without an approval."""
+"""SHA-256 of chat templates that imported models may use without approval."""
 
 KNOWN_TEMPLATES = frozenset(
     {

@@ -1,7 +1,7 @@
-"""Keys and values of many sequences that are written side by side.
+"""Key-value cache for batched sequences.
 
-Sequences of about the same length lie in one :class:`Bank`, so that one batched product serves them
-all. A bank's length is of a fixed list, and what is beyond a sequence's own end is masked.
+Sequences of similar length share a :class:`Bank`, so one batched product serves all of them. Bank
+lengths come from a fixed list. Entries beyond a sequence's end are masked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def room_for(tokens: int) -> int:
 
 
 def keys_for(tokens: int) -> int:
-    """Return how many keys a chunk that ends at ``tokens`` attends to, a multiple of ``STEP``."""
+    """Return the number of keys for a chunk that ends at ``tokens``, a multiple of ``STEP``."""
     return round_up(tokens, STEP)
 
 
@@ -40,7 +40,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of some tokens that follow each other, ``[Hk, N, D]`` for each layer."""
+    """Keys and values of consecutive tokens, ``[Hk, N, D]`` per layer."""
 
     layers: dict[int, Pair]
 
@@ -54,18 +54,18 @@ class KeyValues:
         return sum(part.nbytes for pair in self.layers.values() for part in pair)
 
     def first(self, count: int) -> KeyValues:
-        """Those of the first ``count`` tokens, which hold all of them."""
+        """Return a view of the first ``count`` tokens; the memory of all tokens stays allocated."""
         return self._map(lambda part_HND: part_HND[:, :count])
 
     def split(self, at: int) -> tuple[KeyValues, KeyValues]:
-        """Those of the first ``at`` tokens and of the others, neither of which holds the other."""
+        """Split at token ``at`` into two copies that can be freed separately."""
         return (
             self._map(lambda part_HND: part_HND[:, :at].clone()),
             self._map(lambda part_HND: part_HND[:, at:].clone()),
         )
 
     def concat(self, others: Sequence[KeyValues]) -> KeyValues:
-        """These and those of ``others`` behind them."""
+        """Return the concatenation with ``others``."""
         return KeyValues(
             {
                 layer: (
@@ -84,12 +84,12 @@ class KeyValues:
 
 @dataclass(eq=False)
 class Span:
-    """The place of one sequence in a bank."""
+    """Slot of one sequence in a bank."""
 
     bank: Bank
     slot: int
     length: int = 0
-    """Tokens whose keys and values are there."""
+    """Number of stored tokens."""
 
 
 StepRow = tuple[Span, int]
@@ -97,7 +97,7 @@ StepRow = tuple[Span, int]
 
 @dataclass(eq=False)
 class Bank:
-    """Keys and values ``[slots, Hk, room, D]`` for each layer; those in use stand first."""
+    """Keys and values ``[slots, Hk, room, D]`` per layer. Occupied slots come first."""
 
     room: int
     spans: list[Span] = field(default_factory=list)
@@ -112,7 +112,7 @@ class Bank:
         return self.spans[-1]
 
     def copy(self, other: Span) -> Span:
-        """A new place with what ``other``, of another bank, holds."""
+        """Return a new slot with the content of ``other``, a slot of another bank."""
         span = self.add()
         span.length = other.length
         size = min(self.room, other.bank.room)
@@ -124,7 +124,7 @@ class Bank:
         return span
 
     def remove(self, span: Span) -> None:
-        """Give ``span`` back: the last one moves to its place."""
+        """Free ``span``. The last slot moves into the gap."""
         last = self.spans.pop()
         if last is not span:
             for parts in self.layers.values():
@@ -136,7 +136,8 @@ class Bank:
             self._resize(len(self.spans))
 
     def of(self, layer: int, key: Tensor, value: Tensor) -> Pair:
-        """Keys and values of ``layer``, for heads as those of ``key`` and ``value [.., Hk, N, D]``."""
+        """Return the keys and values of ``layer``, allocated for heads like ``key`` and ``value
+        [.., Hk, N, D]``."""
         if layer not in self.layers:
             # Zeros: what is masked is still multiplied.
             self.layers[layer] = (
@@ -165,12 +166,12 @@ class Banks:
         self._banks: dict[int, Bank] = {}
 
     def copy(self, span: Span, tokens: int) -> Span:
-        """Another place with room for ``tokens``, and what ``span`` holds."""
+        """Return a copy of ``span`` with room for ``tokens``."""
         room = room_for(tokens)
         return self._banks.setdefault(room, Bank(room)).copy(span)
 
     def with_room(self, span: Span) -> Span:
-        """Return ``span`` if it has room for one more token, else a larger one in its place."""
+        """Return ``span`` if it has room for one more token, else move it to a larger bank."""
         if span.length + 1 <= span.bank.room:
             return span
         larger = self.copy(span, span.length + 1)
@@ -193,7 +194,7 @@ class Chunk:
 
     @staticmethod
     def of(span: Span, first: int, unread: int, before: int) -> Chunk:
-        """What is read next of a prompt of which ``unread`` tokens are left."""
+        """Return the next chunk of a prompt with ``unread`` remaining tokens."""
         before = 0 if span.length else before
         start = span.length + before
         count = min(unread, CHUNK - start % CHUNK)
@@ -201,12 +202,12 @@ class Chunk:
 
     @property
     def end(self) -> int:
-        """Tokens before its end."""
+        """Number of tokens up to the chunk's end."""
         return self.start + self.count
 
 
 class ChunkAttention:
-    """Attention of the next tokens of prompts to the tokens before them and to each other."""
+    """Attention of prompt chunks to earlier tokens and to the chunk itself."""
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self._chunks, self._masks = chunks, []
@@ -241,14 +242,14 @@ class ChunkAttention:
 
 
 class StepAttention:
-    """Attention of the next tokens of several sequences, one token or more of each.
+    """Attention of the next tokens of several sequences, at least one token each.
 
-    A row is a place in a bank and the number of the sequence's tokens in this step that stand before
-    it. ``rows`` are in the order of :func:`step_order`; neighbours in a bank run as one.
+    A row is a slot and the number of the sequence's preceding tokens in this step. ``rows`` are in
+    the order of :func:`step_order`; adjacent slots run as one product.
     """
 
     def __init__(self, rows: Sequence[StepRow], device: torch.device, dtype: torch.dtype) -> None:
-        """``dtype`` is that of the keys and values."""
+        """Prepare the masks; ``dtype`` is the data type of keys and values."""
         self._runs: list[_Run] = []
         first = 0
         while first < len(rows):
@@ -283,7 +284,7 @@ class StepAttention:
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows of one bank: ``R`` slots from ``slot`` on."""
+    """``R`` adjacent slots of one bank from ``slot`` on."""
 
     bank: Bank
     slot: int
@@ -319,7 +320,7 @@ class _Run:
 
 
 def step_order(rows: Sequence[StepRow]) -> list[int]:
-    """Indices of ``rows``: those nobody is ahead of first, and neighbours in a bank as neighbours."""
+    """Return the indices of ``rows``, first tokens first and adjacent slots together."""
     return sorted(
         range(len(rows)), key=lambda i: (rows[i][1], rows[i][0].bank.room, rows[i][0].slot)
     )

@@ -1,4 +1,4 @@
-"""Where a network's repeated layers are."""
+"""Access to a network's repeated layers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the module ``name``, and the name it has there."""
+    """Return the parent of the module ``name`` and the attribute name there."""
     path, _, child = name.rpartition(".")
     return model.get_submodule(path), child
 
 
 def modules_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
-    """Names of all modules of a class, or of one of several."""
+    """Return the names of all modules of the given classes."""
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def linear_kinds() -> tuple[type[nn.Module], ...]:
-    """Classes of layers that are one matrix, and maybe a bias."""
+    """Return the classes of linear layers."""
     from torch import nn
 
     # Where transformers was not imported no layer is its transposed one.
@@ -36,9 +36,9 @@ def linear_kinds() -> tuple[type[nn.Module], ...]:
 
 
 def read_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """What linear layers that read the same ``x [..., in]`` make of it, ``[..., out]`` each.
+    """Return the outputs ``[..., out]`` of linear layers with the same input ``x [..., in]``.
 
-    A kind of layers may have a way of its own, in fewer products.
+    A layer class may implement a joint computation with fewer products.
     """
     together = getattr(type(layers[0]), "read_together", None)
     outputs: list[Tensor] | None = None if together is None else together(layers, x)
@@ -48,16 +48,16 @@ def read_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 def replace_modules(
     model: nn.Module, names: Iterable[str], make: Callable[[Any], nn.Module]
 ) -> None:
-    """Put ``make(module)`` in the place of each module named; one at a time, the old one let go of."""
+    """Replace each named module by ``make(module)``. Old modules are freed one at a time."""
     for name in names:
         parent, child = parent_of(model, name)
         setattr(parent, child, make(getattr(parent, child)))
 
 
 def share_layers(model: Any) -> Any:
-    """``model`` again, with the same layers and weights in modules of its own above them.
+    """Return a copy of the module tree with the same layers and weights.
 
-    A layer can be put in the place of another there, and the first network does not change.
+    Layers of the copy can be replaced without an effect on ``model``.
     """
     shared = [each for each in model.modules() if next(each.children(), None) is None]
     shared += [*model.parameters(), *model.buffers(), model.config]
@@ -65,10 +65,10 @@ def share_layers(model: Any) -> Any:
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Names of the repeated blocks of a network from bottom to top (``model.layers.0`` …).
+    """Return the names of the repeated blocks from bottom to top (``model.layers.0`` …).
 
-    Of an encoder-decoder those of the encoder come first. Encoders that stand side by side are one
-    network of all their layers: those of equal height follow each other.
+    For an encoder-decoder, encoder blocks come first. For parallel encoders, blocks of equal depth
+    are adjacent.
     """
     from torch import nn
 
@@ -107,9 +107,9 @@ def layer_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def first_layer_alone(model: nn.Module) -> Iterator[None]:
-    """The network with the first of its layers only, where all are alike: what one does all do.
+    """Reduce the network to its first layer if all layers are alike; other networks stay whole.
 
-    For measurements that only the shapes of the layers decide. Other networks stay whole.
+    For measurements that depend on layer shapes only.
     """
     from torch import nn
 
@@ -135,11 +135,13 @@ def first_layer_alone(model: nn.Module) -> Iterator[None]:
 
 
 def layer_positions(names: Iterable[str], layers: Sequence[str]) -> dict[str, int]:
-    """For each weight the number of its layer, from 1; 0 below all ``layers``, and one more above.
+    """Return for each weight the layer index from 1; 0 below and ``len(layers) + 1`` above all
+    layers.
 
-    ``names`` are all weights of the network in its own order, which is that of the forward pass. What
-    stands between two stacks (the last norm of an encoder) counts as the layer before it; below the
-    stacks of encoders that stand side by side there is another bottom each time.
+    Args:
+        names: All weights of the network in forward order.
+        layers: Names of the layers. Modules between two stacks (an encoder's last norm) count as
+            the preceding layer. Each parallel encoder has its own bottom.
     """
     number = {layer: index + 1 for index, layer in enumerate(layers)}
     stacks = {layer.rpartition(".")[0] for layer in layers}

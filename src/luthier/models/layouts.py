@@ -1,10 +1,9 @@
-"""How the nodes of a token tree are laid out for a network: flat, padded, for an encoder-decoder, or
-as images, which may have a decoder behind them or an encoder of texts beside them.
+"""Layouts of a token tree as network input: flat, padded, encoder-decoder, images.
 
-The flat layout is the fast one and the default: one sequence of nodes, the tree in the attention. It
-needs a network whose attention can be replaced. Others (relative positions inside the attention,
-recurrence, an encoder beside the decoder) get the rows of the tree as the rectangle they were written
-for, and their states are put back in the order of the nodes. Objectives and heads cannot tell.
+The flat layout is the default and the fastest: one sequence of nodes, with the tree in the
+attention mask. It requires replaceable attention. Other networks (relative positions inside the
+attention, recurrence, an encoder next to the decoder) get a padded rectangle, and their states are
+scattered back to the nodes. Objectives and heads are independent of the layout.
 """
 
 from __future__ import annotations
@@ -56,26 +55,27 @@ class Layout:
     """Brings the nodes of a tree through a network."""
 
     flat: ClassVar[bool] = False
-    """Whether nodes run as one sequence: layers can be computed ahead, prefixes be shared."""
+    """True if nodes form one sequence. Required for the frozen-layer cache and shared prefixes."""
     reads_media: ClassVar[bool] = False
-    """Whether rows are images or sounds, or have one beside them."""
+    """True if rows contain images or audio."""
 
     @cached_property
     def reader(self) -> MediaReader:
-        """Decodes them."""
+        """Decoder of images and audio."""
         return MediaReader()
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Begin to read the images of rows that a plan will soon be made of; of texts, nothing."""
+        """Start decoding the media of future micro-batches. Does nothing for text."""
         if self.reads_media:
             self.reader.read_ahead(examples)
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> Any:
-        """What :meth:`run` needs of ``tree``, made once for each micro-batch.
+        """Return the network input for ``tree``, computed once per micro-batch.
 
-        ``before`` is the length of a prefix of keys and values, which only the flat layout can have.
+        Args:
+            before: Length of a key-value prefix. Flat layout only.
         """
         raise NotImplementedError
 
@@ -85,12 +85,12 @@ class Layout:
 
     @property
     def size_step(self) -> int:
-        """A tree is filled up to a multiple of so many nodes."""
+        """Multiple to which trees are padded, in nodes."""
         return SIZE_STEP
 
 
 def layout_of(model: Any, both_ways: bool) -> Layout:
-    """The layout ``model`` can take; its attention is replaced where it is the flat one."""
+    """Return the layout of ``model``. For the flat layout, the model's attention is replaced."""
     if media_config(model.config) is not None:
         if text_config(model.config) is None:
             return MediaLayout()
@@ -105,14 +105,14 @@ def layout_of(model: Any, both_ways: bool) -> Layout:
 
 
 def is_flat(model: Any) -> bool:
-    """Whether ``model`` reads texts and can take the flat layout."""
+    """Return True if ``model`` is a text network with support for the flat layout."""
     texts = media_config(model.config) is None and heads.decoder_of(model) is None
     return texts and bool(model._supports_attention_backend)
 
 
 @dataclass(frozen=True)
 class Flat(Layout):
-    """All nodes in one sequence; the attention knows which sees which."""
+    """All nodes in one sequence. The attention mask represents the tree."""
 
     first_position: int
     both_ways: bool
@@ -125,11 +125,11 @@ class Flat(Layout):
         return plan_attention(tree, device, dtype, self.both_ways, before)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
-        """One forward pass over the flat sequence."""
+        """Run one forward pass over the flat sequence."""
         return self.run_with(backbone, batch, batch.plan)
 
     def run_with(self, backbone: Any, batch: TreeBatch, attention: Attends) -> Tensor:
-        """The same with another ``attention`` in the place of the batch's plan."""
+        """Run the forward pass with another ``attention`` than the batch's plan."""
         output = backbone(
             input_ids=batch.ids_N[None],
             position_ids=batch.depth_N[None] + self.first_position + batch.plan.before,
@@ -142,18 +142,18 @@ class Flat(Layout):
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Where the nodes of a forest of chains lie in ``R`` padded rows of ``T`` tokens."""
+    """Positions of a forest's chains in ``R`` padded rows of ``T`` tokens."""
 
     slot_M: Tensor
-    """Index of each node, but for those that only fill the tree up, in the flattened rectangle."""
+    """Index of each node in the flattened rectangle, without padding nodes."""
     mask_RT: Tensor
-    """1 where there is a token."""
+    """Attention mask: 1 for tokens, 0 for padding."""
     source: Tensor
-    """What the encoder reads: ids ``[R, S]`` or images ``[R, C, H, W]``; empty without one."""
+    """Encoder input: ids ``[R, S]`` or images ``[R, C, H, W]``; empty without an encoder."""
     source_mask_RS: Tensor | None
-    """1 where there is a token; ``None`` where the encoder gives as many states for each row."""
+    """Attention mask of the encoder input; ``None`` for fixed-size inputs."""
     encoded_RSH: Tensor | None = None
-    """What the encoder makes of it, where that was computed already."""
+    """Encoder states, if already computed."""
 
     def rows(self, ids_N: Tensor, fill: int) -> Tensor:
         """``ids_N`` as rows ``[R, T]``."""
@@ -162,13 +162,13 @@ class Rectangle:
         return ids_RT
 
     def nodes(self, states_RTH: Tensor, count: int) -> Tensor:
-        """``states_RTH`` in the order of ``count`` nodes, ``[N, H]``; 0 for those that fill up."""
+        """Return ``states_RTH`` in node order, ``[N, H]``; 0 for padding nodes."""
         real_MH = states_RTH.flatten(0, 1)[self.slot_M]
         return torch.nn.functional.pad(real_MH, (0, 0, 0, count - len(real_MH)))
 
 
 class Padded(Layout):
-    """Each row of the tree as a row of the rectangle, filled up at its end."""
+    """Each row of the tree as a row of a rectangle, padded at the end."""
 
     def __init__(self, model: Any) -> None:
         self.fill = heads.filling_id(model)
@@ -176,14 +176,14 @@ class Padded(Layout):
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> Rectangle:
-        """Where the nodes of ``tree`` (chains only) go."""
+        """Return the rectangle for ``tree`` (chains only)."""
         mask_RT, slot_M = _rectangle(tree)
         none = torch.empty(len(mask_RT), 0, dtype=torch.int64, device=device)
         put = [torch.from_numpy(array).to(device) for array in (slot_M, mask_RT)]
         return Rectangle(put[0], put[1], none, none)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
-        """One forward pass over the rectangle."""
+        """Run one forward pass over the rectangle."""
         plan: Rectangle = batch.plan
         ids_RT = plan.rows(batch.ids_N, self.fill)
         output = backbone(input_ids=ids_RT, attention_mask=plan.mask_RT)
@@ -191,10 +191,10 @@ class Padded(Layout):
 
 
 class EncoderDecoder(Padded):
-    """The tree holds what the decoder reads; rows carry what the encoder reads.
+    """Decoder input in the tree, encoder input in the examples.
 
-    A row without a source is read as a whole: by the encoder as it is, and by the decoder one token
-    late, as transformers' classifiers on such networks do.
+    A row without a source is input of both: the encoder gets the row, and the decoder gets the row
+    shifted by one token, like in transformers' classifiers on encoder-decoders.
     """
 
     def __init__(self, model: Any) -> None:
@@ -204,7 +204,7 @@ class EncoderDecoder(Padded):
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> Rectangle:
-        """Where the nodes go, and what the encoder reads."""
+        """Return the rectangle and the encoder input."""
         sides = super().plan(tree, device, dtype)
         prompt = np.array(tree.source_before, dtype=np.int64)
         sources = [
@@ -214,13 +214,13 @@ class EncoderDecoder(Padded):
         return Rectangle(sides.slot_M, sides.mask_RT, *_fill_up(sources, self.fill, device))
 
     def encode(self, backbone: Any, plan: Rectangle) -> Tensor:
-        """States ``[R, S, H]`` of what the encoder reads."""
+        """Return the encoder states ``[R, S, H]``."""
         encoded = backbone.get_encoder()(input_ids=plan.source, attention_mask=plan.source_mask_RS)
         states_RSH: Tensor = encoded.last_hidden_state
         return states_RSH
 
     def decoder_ids(self, batch: TreeBatch) -> Tensor:
-        """What the decoder reads, ``[R, T]``."""
+        """Return the decoder input ``[R, T]``."""
         plan: Rectangle = batch.plan
         ids_RT = plan.rows(batch.ids_N, self.fill)
         if batch.tree.examples[0].source_T is None:
@@ -228,7 +228,7 @@ class EncoderDecoder(Padded):
         return ids_RT
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
-        """Encode the sources, then decode behind them."""
+        """Run the encoder, then the decoder."""
         plan: Rectangle = batch.plan
         decoded = heads.decoder_of(backbone)(  # type: ignore[misc]
             input_ids=self.decoder_ids(batch),
@@ -243,58 +243,58 @@ class EncoderDecoder(Padded):
 
 
 class ImageEncoderDecoder(EncoderDecoder):
-    """The tree holds what the decoder writes; rows carry the image that the encoder reads."""
+    """Decoder input in the tree, images as encoder input in the examples."""
 
     reads_media: ClassVar[bool] = True
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> Rectangle:
-        """Where the nodes go, and the images, decoded now."""
+        """Return the rectangle and the decoded images."""
         sides = Padded.plan(self, tree, device, dtype)
         pixels = self.reader.arrays(tree, device, dtype)
         return Rectangle(sides.slot_M, sides.mask_RT, pixels, None)
 
     def encode(self, backbone: Any, plan: Rectangle) -> Tensor:
-        """States ``[R, S, H]`` of the images, of the width that the decoder reads."""
+        """Return the encoder states ``[R, S, H]``, projected to the decoder's width."""
         states_RSH: Tensor = backbone.encoder(pixel_values=plan.source).last_hidden_state
         project = getattr(backbone, "enc_to_dec_proj", None)
         return states_RSH if project is None else project(states_RSH)
 
     def decoder_ids(self, batch: TreeBatch) -> Tensor:
-        """The rows as they are: they begin with the token that the decoder starts from."""
+        """Return the rows unchanged: each row starts with the decoder's start token."""
         plan: Rectangle = batch.plan
         return plan.rows(batch.ids_N, self.fill)
 
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    """Those that decode, of this process."""
+    """Return the process-wide pool of decoding threads."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "luthier-decode")
 
 
 MOST_IMAGES = 32
-"""Images in a micro-batch: more are no faster, and each is some megabytes on its way."""
+"""Maximum number of images per micro-batch. More are not faster, and each needs several megabytes."""
 IMAGES_HELD = 8 * MOST_IMAGES
-"""Images whose pixels are in memory at once: 150 MB where they are 224 x 224."""
+"""Maximum number of decoded images in memory: 150 MB for 224 x 224 pixels."""
 
 
 class MediaReader:
-    """Decodes the images and sounds of rows in threads, those of the next step while one computes."""
+    """Decoding of images and audio in threads, one step ahead of the computation."""
 
     def __init__(self) -> None:
         self._ahead: dict[int, tuple[MediaInput, Future[NDArray[np.float32]]]] = {}
-        """By identity: equal rows may be changed otherwise."""
+        """Decoding tasks by identity of the input: equal inputs may have different augmentations."""
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Begin with ``examples``; what waits from before and was never asked for is not read."""
+        """Start decoding ``examples``. Unused tasks of earlier calls are cancelled."""
         for _, waiting in self._ahead.values():
             waiting.cancel()
         media = [each.media for each in examples[:IMAGES_HELD] if each.media is not None]
         self._ahead = {id(each): (each, _threads().submit(each.array)) for each in media}
 
     def arrays(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The images or sounds of the rows of ``tree``: ``[R, C, H, W]``."""
+        """Return the images or audio of the rows of ``tree``: ``[R, C, H, W]``."""
         media = [each.media for each in tree.examples if each.media is not None]
         # Pillow lets go of Python's lock while it decodes.
         begun = [self._ahead.pop(id(each), None) for each in media]
@@ -311,10 +311,10 @@ class MediaReader:
 
 
 class MediaLayout(Layout):
-    """Each image or sound of the tree, one node, as an array; its state is what the head reads.
+    """One node per image or audio clip. The node's state is the head's input.
 
-    Where nothing below the head trains and rows are never changed, states are computed once for all
-    rows (:meth:`compute_ahead`): then none is decoded again.
+    With a frozen network and without augmentation, :meth:`compute_ahead` computes the states of all
+    rows once.
     """
 
     reads_media: ClassVar[bool] = True
@@ -345,20 +345,20 @@ class MediaLayout(Layout):
         self._states_NH, self._places = states_NH, places
 
     def forget(self) -> None:
-        """Let go of what was computed ahead."""
+        """Free the precomputed states."""
         self._states_NH, self._places = None, {}
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> Tensor:
-        """The arrays ``[R, C, H, W]``, decoded now; or the states ``[R, H]`` that are known."""
+        """Return the decoded arrays ``[R, C, H, W]``, or the precomputed states ``[R, H]``."""
         places = [self._places.get(int(each.ids_T[0]), -1) for each in tree.examples]
         if self._states_NH is not None and min(places) >= 0:
             return self._states_NH[torch.tensor(places)].to(device)
         return self.reader.arrays(tree, device, dtype)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
-        """One forward pass; states ``[N, H]`` of the images, 0 for nodes that only fill the tree up."""
+        """Return the states ``[N, H]`` of one forward pass; 0 for padding nodes."""
         known = batch.plan.dim() == 2
         state_RH = batch.plan if known else read_states(backbone, batch.plan)
         state_NH = state_RH.new_zeros(len(batch.ids_N), state_RH.shape[1])
@@ -371,26 +371,26 @@ class ImagesAndTexts:
     """Rows of a tree, each an image or a text."""
 
     image_I: Tensor
-    """Numbers of the rows that are images."""
+    """Indices of the image rows."""
     text_T: Tensor
-    """Numbers of those that are texts."""
+    """Indices of the text rows."""
     pixels: Tensor
     """The images, ``[I, C, H, W]``."""
     ids_TS: Tensor
-    """The texts, filled up at their end."""
+    """Token ids, padded at the end."""
     mask_TS: Tensor
-    """1 where there is a token."""
+    """Attention mask: 1 for tokens, 0 for padding."""
     node_M: Tensor
-    """Each token of each row, one row after the other."""
+    """Nodes of each row, concatenated."""
     row_M: Tensor
     """The row of each."""
 
 
 class DualEncoder(Layout):
-    """Rows are images or texts, each kind for an encoder of its own (CLIP, Radford et al. 2021).
+    """Rows of images or text, with one encoder each (CLIP, Radford et al. 2021).
 
-    Both embed into one space. All nodes of a row have its embedding, so it is the same however a row
-    is read.
+    Both encoders share an embedding space. All nodes of a row have the row's embedding, so the
+    result is independent of the pooling.
     """
 
     reads_media: ClassVar[bool] = True
@@ -401,7 +401,7 @@ class DualEncoder(Layout):
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> ImagesAndTexts:
-        """The images, decoded now, and the texts as a rectangle."""
+        """Return the decoded images and the padded texts."""
         rows = tree.examples
         images = [number for number, row in enumerate(rows) if row.media is not None]
         texts = [number for number, row in enumerate(rows) if row.media is None]
@@ -417,7 +417,7 @@ class DualEncoder(Layout):
         return ImagesAndTexts(put[0], put[1], pixels, ids_TS, mask_TS, *put[2:])
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
-        """Embeddings ``[N, H]``, not yet of length 1; 0 for nodes that only fill the tree up."""
+        """Return unnormalized embeddings ``[N, H]``; 0 for padding nodes."""
         plan: ImagesAndTexts = batch.plan
         parts, rows = list[Tensor](), list[Tensor]()
         if len(plan.image_I):
@@ -433,7 +433,7 @@ class DualEncoder(Layout):
 
 
 def read_states(backbone: Any, pixels: Tensor) -> Tensor:
-    """What the head of a classifier reads of images or sounds ``[R, C, H, W]``: ``[R, H]``."""
+    """Return the input of the classifier head for images or audio ``[R, C, H, W]``: ``[R, H]``."""
     output = run_media(backbone, pixels)
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
@@ -447,7 +447,7 @@ def read_states(backbone: Any, pixels: Tensor) -> Tensor:
 
 
 def _fill_up(texts: Sequence[IntArray], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``texts`` as rows ``[R, S]`` that are filled up at their end, and 1 where there is a token."""
+    """Return ``texts`` as padded rows ``[R, S]`` and the attention mask."""
     ids_RS = np.full((len(texts), max(map(len, texts), default=0)), fill, dtype=np.int64)
     mask_RS = np.zeros_like(ids_RS)
     for row, ids_S in enumerate(texts):

@@ -1,11 +1,12 @@
-"""The backend that llama.cpp runs: a network from a GGUF file, token ids in, logits out.
+"""The llama.cpp backend: a GGUF file, token ids as input, logits as output.
 
-The wheel ``xllamacpp`` shows Python a server with templates, sampling and scheduling of its own. All of
-that is ours here, so the C functions of its shared library are called directly (``llama.h``). They take
-structures by value whose layout changes between versions, so other versions of the wheel are refused.
+The wheel ``xllamacpp`` exposes only a server with its own templates, sampling and scheduling. This
+module therefore calls the C functions of the shared library directly (``llama.h``). The functions
+take structures by value, and their layout changes between versions, so other versions of the wheel
+are rejected.
 
-llama.cpp ends the process where it is asked for what cannot be. Lengths, ids and capacities are
-therefore checked here before each call.
+llama.cpp aborts the process on invalid arguments. Lengths, ids and capacities are checked before
+each call.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 SEQUENCES = 128
-"""Sequences that are kept at most, and step together: the library keeps 256, and logits of all."""
+"""Maximum number of sequences. The library supports 256, but allocates logits for all."""
 CHUNK = 256
-"""Tokens of a prompt that are read at once; between two chunks the others take a step."""
+"""Number of prompt tokens per prefill call. Other sequences can step between two chunks."""
 CELLS = 1024
-"""Tokens that a context has room for at first."""
+"""Initial capacity of a context, in tokens."""
 _CELL_STEP = 256
 """The library rounds rooms up to multiples of this."""
 
@@ -57,7 +58,7 @@ class _ModelParams(ctypes.Structure):
 
 
 class _ContextParams(ctypes.Structure):
-    """``llama_context_params`` up to its booleans, and more than enough room for the rest."""
+    """``llama_context_params`` up to the booleans, with enough padding for the remaining fields."""
 
     _fields_: ClassVar = [
         *((name, c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")),
@@ -121,7 +122,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 class _Library:
-    """The C functions of the wheel, and what the library said last."""
+    """The C functions of the wheel and the library's last log message."""
 
     def __init__(self) -> None:
         file = llama_cpp_library()
@@ -166,19 +167,19 @@ class _Sequence:
 
 
 class LlamaCppBackend:
-    """A network from a GGUF file. Safe to share between threads.
+    """A network from a GGUF file. Thread-safe.
 
-    All sequences lie in one unified cache, so that copies of a prompt share what was read of it. Its
-    room grows with what is kept, and is given back when nothing is.
+    All sequences share a unified cache, so copies of a prompt share its cells. The cache grows on
+    demand and shrinks when empty.
     """
 
     rows = sequences = SEQUENCES
 
     def __init__(self, file: Path, context: int, vocabulary: int) -> None:
-        """See :data:`luthier.models.backends.OpenFile`.
+        """Open a file; see :data:`luthier.models.backends.OpenFile`.
 
         Raises:
-            RecipeError: where the library or the file cannot be used.
+            RecipeError: if the library or the file cannot be loaded.
         """
         self.context, self.vocabulary, self.device = context, vocabulary, torch.device("cpu")
         self._library, self._file = _library(), file
@@ -211,7 +212,7 @@ class LlamaCppBackend:
             raise
 
     def bytes_of(self, tokens: int) -> int:
-        """Memory that a sequence takes: twice, as room grows by half and is copied then."""
+        """Return the memory of a sequence. Doubled, because growth by half copies the cache."""
         return 2 * tokens * self._bytes
 
     def open(self, ids_T: IntArray) -> State:
@@ -224,17 +225,17 @@ class LlamaCppBackend:
             return self._add(ids_T)
 
     def prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
-        """Read the next chunk of each prompt, one after the other: together they round otherwise."""
+        """Prefill the next chunk of each prompt separately. Batched chunks would round differently."""
         with self._lock:
             self._check_open(states)
             return [self._read(state) for state in states]
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
-        """One after the other: what one gives does not depend on the others."""
+        """Prefill the prompts separately, so that results do not depend on other prompts."""
         return read_prompts(self, prompts, copies)
 
     def fork(self, state: Any, copies: int) -> list[State]:
-        """``state`` itself, and copies that share what was read."""
+        """Return ``state`` and copies that share the prompt's cells."""
         with self._lock:
             self._check_open([state])
             self._check_places(copies - 1)
@@ -248,7 +249,7 @@ class LlamaCppBackend:
             return made
 
     def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
-        """One token for each, all at once."""
+        """Append one token to each sequence in one batch."""
         with self._lock:
             self._check_open(states)
             if any(state.unread or state.length >= self.context for state in states):
@@ -265,7 +266,7 @@ class LlamaCppBackend:
             return logits_RV
 
     def free(self, state: Any) -> None:
-        """Give its cells back; with the last sequence the whole room but for what it is at first."""
+        """Free the sequence's cells. The last sequence resets the cache to its initial size."""
         with self._lock:
             if state not in self._sequences:
                 return

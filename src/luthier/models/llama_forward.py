@@ -1,11 +1,11 @@
-"""The forward pass of Llama's family without its modules' calls, for steps of few rows.
+"""Forward pass of Llama's family without module calls, for steps with few rows.
 
-With a few rows a step takes as long as reading the weights, and longer than that for all the calls and
-small operations around the products (docs/log/engine.md). Here a layer calls no modules, and ends in 39
-operations of torch and not 47, with LoRA in 47 and not 61: queries, keys and values are one product,
-gate and up another, and positions are turned for queries and keys together. The numbers are those of
-transformers' own forward to the last bit, which is tried before it is used: networks that look alike
-and compute otherwise (scaled embeddings, layers without positions) keep theirs.
+With few rows, reading the weights takes less time than the calls and small operations between the
+products (docs/log/engine.md). This forward pass needs 39 torch operations per layer instead of 47,
+with LoRA 47 instead of 61. Queries, keys and values are one product, gate and up projections
+another, and rotary embeddings apply to queries and keys together. Results equal transformers'
+forward pass bit for bit. The equality is tested before use: similar networks with other formulas
+(scaled embeddings, layers without positions) keep transformers' forward pass.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 class LlamaForward:
-    """States of a network of Llama's shape, by the weights that it has when it is asked."""
+    """Hidden states of a network with Llama's architecture, from the current weights."""
 
     def __init__(self, model: Any) -> None:
-        """``model`` is one that :meth:`fits`."""
+        """Prepare ``model``, which must pass :meth:`fits`."""
         config = model.config
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         products = [_products(layer) for layer in model.base_model.layers]
@@ -41,9 +41,9 @@ class LlamaForward:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether the modules of ``model`` are those of Llama by their names, and its layers alike.
+        """Return True if ``model`` has Llama's module names and uniform layers.
 
-        What one layer computes has to be tried.
+        Equal results require a separate test.
         """
         backbone = getattr(model, "base_model", None)
         if backbone is None or {*backbone._modules} != _BACKBONE:
@@ -64,9 +64,9 @@ class LlamaForward:
     def __call__(
         self, backbone: Any, ids_N: Tensor, position_N: Tensor, attention: Attends
     ) -> Tensor:
-        """States ``[N, H]`` of tokens that ``attention`` lets look at others.
+        """Return the states ``[N, H]`` of tokens under ``attention``.
 
-        ``backbone`` is that of the model, or the same with a :class:`LoraBatchLayer` in some places.
+        ``backbone`` is the model's backbone, possibly with :class:`LoraBatchLayer` modules.
         """
         x = backbone.embed_tokens(ids_N[None])
         cos, sin = backbone.rotary_emb(x, position_ids=position_N[None])
@@ -105,13 +105,13 @@ class LlamaForward:
 
 
 def _signed(sin: Tensor) -> Tensor:
-    """Return ``sin [..., D]`` with its first half negated: "rotate half" is then a roll alone."""
+    """Negate the first half of ``sin [..., D]``, so that "rotate half" becomes a roll."""
     half = sin.shape[-1] // 2
     return torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
 
 def _settings(layer: nn.Module) -> tuple[Any, ...]:
-    """What may tell a layer from another of its kind, such as one that turns no positions."""
+    """Return settings that distinguish layers, for example layers without rotary embeddings."""
     parts: list[Any] = [layer, layer.self_attn]
     return tuple(
         (type(part), name, value)
@@ -122,7 +122,7 @@ def _settings(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _products(layer: Any) -> list[list[Any]]:
-    """The layer's linear layers, those that read the same together."""
+    """Return the layer's linear layers, grouped by common input."""
     own, mlp = layer.self_attn, layer.mlp
     return [
         [own.q_proj, own.k_proj, own.v_proj], [own.o_proj],

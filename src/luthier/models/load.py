@@ -1,4 +1,4 @@
-"""Loading a network from a Hugging Face directory. safetensors only."""
+"""Loading of networks from Hugging Face folders with safetensors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from luthier.types import Example
 
 
 def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
-    """Return the configuration of a base model of the catalogue, which need not be on this machine."""
+    """Return the configuration of a catalogue model, without download."""
     from transformers import AutoConfig
 
     fields = dict(entry.config)
@@ -53,7 +53,7 @@ def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of the weights in ``folder``, the widest where there are several."""
+    """Return the widest data type of the weights in ``folder``."""
     kinds = {kind for kind, _ in tensor_headers(weight_files(folder)[0]).values()}
     # Norms may be kept in float32 beside weights of fewer bits; none may lose some.
     for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
@@ -88,10 +88,13 @@ def load_model(
     head: Head = CAUSAL_LM,
     opened: ModelFolder | None = None,
 ) -> nn.Module:
-    """Load a network of transformers with the given head and its plain attention.
+    """Load a transformers network with the given head and its original attention.
 
-    A head that the folder lacks, or that has other classes, starts from random weights. Any other
-    missing weight is an error. ``opened`` is ``folder``, if it is open already.
+    A head that is missing in the folder, or has other classes, gets random weights. Other missing
+    weights are an error.
+
+    Args:
+        opened: The parsed ``folder``, if available.
     """
     from safetensors import SafetensorError
 
@@ -138,7 +141,7 @@ def load_model(
 
 @torch.no_grad()
 def _check_finite(model: nn.Module, folder: Path) -> None:
-    """Refuse weights that hold nan or inf, by name: what is learned from them would be nan, too."""
+    """Reject weights with nan or inf, which would make every result nan."""
     statistics = (each for each in model.named_buffers() if "running_" in each[0])
     for name, tensor in (*model.named_parameters(), *statistics):
         if not tensor.is_floating_point() or not tensor.numel():
@@ -153,14 +156,14 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
 
 
 def _head_names(model: nn.Module) -> set[str]:
-    """All names of the weights of the head: a tied one (BERT's bias) has several."""
+    """Return all names of head weights. Tied weights (BERT's bias) have several names."""
     named = dict(model.named_parameters(remove_duplicate=False))
     own = {id(named[name]) for name in head_weights(model)}
     return {name for name, weight in named.items() if id(weight) in own}
 
 
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
-    """Put a model of transformers on its layout, and check that it gives the same numbers."""
+    """Attach the layout to a transformers model, and compare results with the model's own forward."""
     kind = model.config.model_type  # type: ignore[union-attr]
     mend_convolutions(model)
     with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
@@ -186,7 +189,7 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
 
 @torch.no_grad()
 def _check_classifier(network: Network) -> None:
-    """Compare what the head says of random images with the network's own forward."""
+    """Compare class scores of random images with the network's own forward."""
     model: Any = network.model
     pixels = _random_images(network)
     own = model(**media_inputs(model, pixels)).logits.float()
@@ -213,13 +216,13 @@ def _check_image_to_text(network: Network) -> None:
 
 @torch.no_grad()
 def check_decoder_input(network: Network) -> None:
-    """Compare what the decoder of an encoder-decoder reads of a reply with transformers.
+    """Compare the decoder input of an encoder-decoder with transformers.
 
-    The labels are all tokens of the reply but the first. From them transformers makes the input of the
-    decoder, which has to be the input that luthier trains with.
+    transformers derives the decoder input from the labels: all tokens of the reply except the
+    first. The result must equal luthier's training input.
 
     Raises:
-        RecipeError: naming the family, if the inputs differ.
+        RecipeError: with the family, if the inputs differ.
     """
     model, chat = network.model, network.chat
     writes = decoder_of(model) is not None and task_of(model) == "causal_lm"
@@ -243,7 +246,7 @@ def check_decoder_input(network: Network) -> None:
 
 @torch.no_grad()
 def _check_dual_encoder(network: Network) -> None:
-    """Compare embeddings of random images and texts with those of the network's own forward."""
+    """Compare embeddings of random images and text with the network's own forward."""
     model: Any = network.model
     end = model.config.text_config.eos_token_id
     ids_RT = torch.tensor([[3, 4, 5, end], [5, 3, end, end]], device=network.device)
@@ -268,7 +271,7 @@ def _random_images(network: Network) -> torch.Tensor:
 
 
 def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
-    """Refuse a network of which the numbers here are not its own."""
+    """Raise an error if luthier's and the network's own results differ."""
     check_finite(own)
     error = relative_error(ours, own)
     if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
@@ -279,10 +282,10 @@ def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that keeps the means and deviations it came with, also in training.
+    """Batch norm with fixed statistics, also in training. Gain and bias can train.
 
-    A few images of another kind would spoil them, and what a row gives would depend on the others of
-    its micro-batch. Gain and bias can train.
+    Few images of another domain would spoil the statistics, and results would depend on other rows
+    of the micro-batch.
     """
 
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:

@@ -1,8 +1,8 @@
-"""LoRA adapters that share one base network and its batches.
+"""Batched LoRA adapters on one base network.
 
-The product with a frozen weight is computed once for all rows of a pass, and the update of each row's
-own adapter is added. The weights of adapters with the same shapes are stacked layer by layer; slot 0 of
-a stack is zero, for rows without an adapter.
+The product with a frozen weight is computed once for all rows, and each row's own adapter update is
+added. Adapters with equal shapes are stacked per layer. Slot 0 of a stack is zero, for rows without
+an adapter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
 
 ROWS_PER_ADAPTER = 8
-"""Rows per adapter in a pass from which one product for each adapter is faster than gathering."""
+"""Rows per adapter from which one product per adapter is faster than gathered matrices."""
 
 
 @dataclass(eq=False)
@@ -34,9 +34,9 @@ class Adapter:
     layers: Mapping[str, Any] = field(default_factory=dict)
     """LoRA layers by the names of the base's layers."""
     slot: int = 0
-    """Index in its stack; 0 outside of one."""
+    """Index in the stack; 0 for an adapter outside a stack."""
     sequences: int = 0
-    """Sequences that were opened and not freed."""
+    """Number of open sequences."""
     is_closed: bool = False
 
     @staticmethod
@@ -44,7 +44,7 @@ class Adapter:
         """Return the adapter of ``network``, which shares all other layers with ``base``.
 
         Raises:
-            RecipeError: for a network that does not stand on ``base``.
+            RecipeError: if ``network`` has another base.
         """
         layers = {
             name: module
@@ -60,7 +60,7 @@ class Adapter:
 
     @cached_property
     def shapes(self) -> Hashable:
-        """The shapes of its weights, which all adapters of a stack have in common."""
+        """Weight shapes, equal for all adapters of a stack."""
         return tuple(
             (name, layer.lora_A.weight.shape, layer.lora_B.weight.shape)
             for name, layer in self.layers.items()
@@ -73,7 +73,7 @@ class _Stack:
     def __init__(self, like: Adapter) -> None:
         self.adapters: list[Adapter | None] = [None]
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}
-        """By layer: ``A [P, in, r]`` and ``scale * B [P, r, out]``."""
+        """Stacked ``A [P, in, r]`` and ``scale * B [P, r, out]`` by layer."""
         for name, layer in like.layers.items():
             a, b = layer.lora_A.weight, layer.lora_B.weight
             self.weights[name] = a.new_zeros(1, *a.t().shape), b.new_zeros(1, *b.t().shape)
@@ -113,7 +113,7 @@ class _Stack:
 
 
 class _Part:
-    """The slots of the rows of a pass in one stack."""
+    """Slots of the rows of a pass in one stack."""
 
     def __init__(self, stack: _Stack, slots: Sequence[int], device: torch.device) -> None:
         self.stack = stack
@@ -145,7 +145,7 @@ class _Part:
         return update_NO
 
     def _gathered(self, x_NI: Tensor, stack_PIO: Tensor) -> Tensor:
-        """Multiply each row by the matrix in its slot, ``[N, O]``."""
+        """Multiply each row by the matrix in the row's slot, ``[N, O]``."""
         if x_NI.device.type != "cpu":
             return torch.bmm(x_NI[:, None], stack_PIO[self._slot_N.long()])[:, 0]
         # A weighted sum of the rows of a matrix: on a CPU a batched product would copy each matrix
@@ -161,14 +161,14 @@ class _Part:
 
 
 class LoraBatchLayer(LayerWrapper):
-    """A frozen linear layer in the network whose rows have adapters."""
+    """A frozen linear layer with one adapter per row."""
 
     def __init__(self, base_layer: torch.nn.Module, name: str, batch: LoraBatch) -> None:
         super().__init__(base_layer)
         self._name, self._batch = name, batch
 
     def update(self, x_NI: Tensor) -> Tensor | None:
-        """Return what the adapters of the running pass add, ``[N, out]``; None for nothing."""
+        """Return the adapter update of the current pass, ``[N, out]``, or None."""
         total: Tensor | None = None
         for part in self._batch.parts:
             if (weights := part.stack.weights.get(self._name)) is not None:
@@ -186,12 +186,12 @@ class LoraBatchLayer(LayerWrapper):
 
 
 class LoraBatch:
-    """The adapters on one base network. Changed and run by one thread at a time."""
+    """The adapters on one base network. Not thread-safe."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.mixed: Any = None
-        """The base with a :class:`LoraBatchLayer` in each place where an adapter has a layer."""
+        """The base network with a :class:`LoraBatchLayer` for each adapted layer."""
         self.parts: list[_Part] = []
         """The running pass."""
         self._planned: tuple[Adapter, ...] = ()
@@ -200,7 +200,7 @@ class LoraBatch:
     # Passes run in this mode, and change what was made in it only.
     @torch.inference_mode()
     def add(self, adapter: Adapter) -> None:
-        """Copy the weights of ``adapter`` into its stack."""
+        """Copy the weights of ``adapter`` into a stack."""
         if not adapter.layers:
             return
         if self.mixed is None:
@@ -216,7 +216,7 @@ class LoraBatch:
 
     @torch.inference_mode()
     def remove_unused(self, adapter: Adapter) -> None:
-        """Remove the weights of ``adapter`` once it is closed and its last sequence has ended."""
+        """Remove the weights of ``adapter`` once it is closed and has no open sequences."""
         stack = self._stacks.get(adapter.shapes)
         if stack is None or not adapter.slot or adapter.sequences or not adapter.is_closed:
             return
@@ -226,7 +226,7 @@ class LoraBatch:
             del self._stacks[adapter.shapes]
 
     def model_of(self, adapters: Sequence[Adapter]) -> Any:
-        """Return the network for a pass whose rows have these adapters."""
+        """Return the network for a pass with the given adapter per row."""
         if not any(adapter.layers for adapter in adapters):
             return self.network.model
         # The next step usually has the same rows.

@@ -1,6 +1,7 @@
-"""The record of a model, ``luthier.json``: what it is, where it comes from, and what was checked.
+"""Model manifest ``luthier.json``: description, origin and checks of a model.
 
-It is what the certificate of a custom model is made of. A model is a model once its record is there.
+The certificate of a custom model is derived from the manifest. A folder without a manifest is not a
+model.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from luthier.validation import describe_constraint
 
 MANIFEST = "luthier.json"
 CERTIFICATE, REPORTS, SIGNATURE = "certificate.json", "reports", "model.sig"
-"""What is made of a model later, beside its record: none of it decides what the model answers."""
+"""Files added to a model later, without an effect on the model's output."""
 OWN_FILES = frozenset({MANIFEST, CERTIFICATE, REPORTS, SIGNATURE})
-"""Files and folders of a model that are luthier's own, and no part of its network or tokenizer."""
+"""luthier's files and folders in a model folder, not part of network or tokenizer."""
 RANDOM = "random:"
-"""How the ``source`` of a base model begins whose weights were drawn."""
+"""Prefix of ``source`` for base models with random weights."""
 
 
 UNMEASURED = "what it forgot was not measured yet, which resuming its run does"
-"""Why a model is withheld that was trained a moment ago."""
+"""Reason for withholding a model between training and the forgetting measurement."""
 
 
 def created_now() -> str:
@@ -36,20 +37,21 @@ def created_now() -> str:
 
 
 class Record(BaseModel):
-    """What is written with a model: fixed fields, none unknown."""
+    """Base class of manifest records. Unknown fields are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class TextFormat(Record):
-    """How a model reads and ends texts, beside the tokenizer in its folder."""
+    """Chat template and stop tokens of a model."""
 
     template: Literal["chat", "plain", "none"]
-    """The tokenizer's chat template, or texts as they are; ``none`` where no texts are read."""
+    """``chat`` for the tokenizer's chat template, ``plain`` for raw text, ``none`` without text
+    input."""
     stop_ids: tuple[int, ...]
     """Tokens that end a reply."""
     start_id: int | None = None
-    """Token that the decoder of an encoder-decoder starts from."""
+    """First decoder token of an encoder-decoder."""
     opening_ids: tuple[int, ...] = ()
     """Tokens between ``start_id`` and a reply."""
     closing_ids: tuple[int, ...] = ()
@@ -59,59 +61,60 @@ class TextFormat(Record):
 
 
 class LossMask(Record):
-    """Which tokens the loss counts: it shows that replies are learned whole, and prompts are not."""
+    """Statistics of the loss mask: evidence that replies train in full and prompts do not."""
 
     sha256: str
-    """Of the token ids and weights of all training rows, in their order."""
+    """Hash of the token ids and weights of all training rows, in order."""
     stretches: int
-    """Of tokens that are learned, one behind the other: replies, where rows are conversations."""
+    """Number of spans of trained tokens: for conversations, the replies."""
     behind_opening: int
-    """Those that begin right behind what the template puts before a reply."""
+    """Number of spans that start directly after the template's reply opening."""
     with_stop: int
-    """Those that end with a stop token."""
+    """Number of spans that end with a stop token."""
 
 
 class DataRecord(Record):
-    """The rows that a model was trained and measured on."""
+    """Training and test rows of a model."""
 
     sha256: dict[str, str]
     """Hash of each file, by path."""
     dropped: int
-    """Rows left out as too long, where that was asked for."""
+    """Number of rows dropped as too long, if requested."""
     truncated: int
-    """Rows cut as too long, where that was asked for."""
+    """Number of rows truncated as too long, if requested."""
     held_out: dict[str, list[int]]
-    """Lines by training file that the model was measured on."""
+    """Test rows: line numbers by training file."""
     rows: int
     validation_rows: int
     examples: int
-    """What the rows became: packed texts are fewer."""
+    """Number of examples; lower than the number of rows with packing."""
     tokens: int
     learned_tokens: int
     mask: LossMask | None = None
-    """``None`` where tokens are not learned one by one, and in records of older versions."""
+    """``None`` for objectives without token losses, and in manifests of older versions."""
     mix: list[dict[str, Any]]
-    """Further files: their path and weight, their rows, and rows in each pass."""
+    """Additional training files: path, weight, rows, and rows per epoch."""
 
 
 class TokenDifference(Record):
-    """A place where two that should be the same find another token likeliest."""
+    """A position at which two networks that should be equal predict different tokens."""
 
     row: int
-    """Number of the row or prompt among those that were compared, from 0."""
+    """Index of the row or prompt, from 0."""
     position: int
-    """Tokens of the row before it."""
+    """Position in the row."""
     token: int
-    """What the model itself finds likeliest: as it was trained, or in torch."""
+    """Prediction of the model itself: as trained, or in torch."""
     other_token: int
-    """What the other finds likeliest: what was read back, or other software."""
+    """Prediction of the reloaded model or of other software."""
     margin: float
-    """Nats by which the model finds its own token likelier than the other's."""
+    """Log-probability of ``token`` minus ``other_token`` in the model itself, in nats."""
     other_margin: float | None
-    """Nats by which the other finds its token likelier than the model's; ``None`` where unknown."""
+    """Log-probability of ``other_token`` minus ``token`` in the other network, in nats; ``None`` if
+    unknown."""
 
     def describe(self, text_of: Callable[[int], str] | None = None) -> str:
-        """In words; ``text_of`` gives the text of a token, where texts may be shown."""
+        """Return a description. ``text_of`` maps a token to text, if text may be shown."""
 
         def name(token: int) -> str:
             return str(token) if text_of is None else f"{token} ({text_of(token)!r})"
@@ -127,19 +130,19 @@ class TokenDifference(Record):
 
 
 class TokenParity(Record):
-    """How a network answers beside another that should be the same."""
+    """Agreement of two networks that should be equal."""
 
     tokens: int
-    """Places that were compared, each behind the same tokens."""
+    """Number of compared positions, each with the same preceding tokens."""
     agreement: float
-    """Share of them in which both find the same token likeliest."""
+    """Share of positions with the same prediction."""
     mean_kl: float
     """KL divergence of the next token, in nats, on average."""
     max_kl: float
     median_kl: float | None = None
-    """The same for the median place; ``None`` in records of older versions."""
+    """Median KL divergence per position; ``None`` in manifests of older versions."""
     first_difference: TokenDifference | None = None
-    """``None`` where there is none, and in records of older versions."""
+    """``None`` without a difference, and in manifests of older versions."""
 
     def describe(self) -> str:
         """Agreement and divergence, in words."""
@@ -150,69 +153,69 @@ class TokenParity(Record):
         )
 
     def difference_text(self, text_of: Callable[[int], str] | None = None) -> str:
-        """The first difference, behind what was said of the whole; empty where there is none."""
+        """Return the description of the first difference as a suffix; empty without a difference."""
         first = self.first_difference
         return "" if first is None else f"; {first.describe(text_of)}"
 
 
 class GgufParity(TokenParity):
-    """How near llama.cpp's answers are to the model's own, in each place of what llama.cpp wrote behind
-    a few prompts. Tokens that are unlikely to it count as one."""
+    """Agreement of llama.cpp and the model at each position of llama.cpp's completions of a few
+    prompts. llama.cpp's unlikely tokens are merged into one for the KL divergence."""
 
     rounded_kl: float
-    """The mean with the model's weights rounded as in the file: what llama.cpp computes otherwise."""
+    """Mean KL divergence to the model with equally rounded weights: llama.cpp's own error."""
 
 
 class Parity(Record):
-    """The network as it was trained beside what was read back from disk."""
+    """Comparison of the trained network with the reloaded network."""
 
     rows: int
     trained: float
-    """Loss as trained, in nats per learned token; ``reloaded`` is that of what was read back."""
+    """Loss of the trained network, in nats per token; ``reloaded`` is the loss after reloading."""
     reloaded: float
     rounded: bool = False
-    """Whether weights were merged and rounded on the way."""
+    """True if weights were merged and rounded before saving."""
     next_tokens: TokenParity | None = None
-    """Of a network that writes, what it says next in these rows."""
+    """Next-token predictions on the compared rows, for text generators."""
     greedy: TokenParity | None = None
-    """The same behind a few prompts along what the trained network writes greedily, step by step."""
+    """Predictions along greedy completions of a few prompts, step by step."""
     greedy_beside_base: TokenParity | None = None
-    """The same of an adapter that is served beside its base without being merged."""
+    """Predictions along greedy completions with an unmerged adapter on the base network."""
     greedy_skipped: str | None = None
-    """Why no greedy texts were compared."""
+    """Reason for a missing comparison of greedy completions."""
 
 
 class ExportRecord(Record):
-    """A form in which the model was written for other software, and how near it answers there."""
+    """An export of the model and its agreement with the model."""
 
     format: Literal["gguf", "onnx"]
     quantization: str | None = None
     """Type of the weights of a GGUF file."""
     is_adapter: bool = False
-    """Whether it is an adapter alone, without its base."""
+    """True for an adapter without its base model."""
     created: str
     """ISO 8601, UTC."""
     luthier: str
-    """Version that wrote it."""
+    """Version of luthier."""
     files: dict[str, str]
-    """SHA-256 of each file that was written, by name."""
+    """SHA-256 of each exported file by name."""
     compared_in: str | None
-    """The software that answered from the file, with its version; ``None`` if it was not there."""
+    """Name and version of the software that ran the file; ``None`` if not installed."""
     tolerance: float | None = None
-    """Largest ``tokens.rounded_kl`` or ``score_error`` with which a file is not refused."""
+    """Limit of ``tokens.rounded_kl`` or ``score_error`` for an accepted export."""
     tokens: GgufParity | None = None
-    """Of a GGUF file."""
+    """Agreement of a GGUF file."""
     score_error: float | None = None
-    """Of an ONNX file: the largest difference of a score, beside the largest score."""
+    """Maximum score difference of an ONNX file, relative to the largest score."""
 
     @property
     def name(self) -> str:
-        """The form; a model has one record of each."""
+        """Name of the format. A model has one record per name."""
         parts = (self.format, self.quantization, "adapter" if self.is_adapter else None)
         return " ".join(part for part in parts if part)
 
     def describe(self, text_of: Callable[[int], str] | None = None) -> str:
-        """The verdict, then how near it is, in words; ``text_of`` is as in :class:`TokenDifference`."""
+        """Return the verdict and the agreement; for ``text_of`` see :class:`TokenDifference`."""
         if self.tokens is not None:
             return (
                 f"{self.compared_in} computes from the file what the model does with rounded weights "
@@ -229,31 +232,31 @@ class ExportRecord(Record):
 
 
 class QuantizationRecord(Record):
-    """What the model loses with weights of one type, on rows of the user."""
+    """Quality loss of one quantization type on the user's rows."""
 
     quantization: str
     created: str
     """ISO 8601, UTC."""
     luthier: str
-    """Version that measured it."""
+    """Version of luthier."""
     data: dict[str, str]
-    """SHA-256 of the files it was measured on, by path."""
+    """SHA-256 of the evaluation files by path."""
     rows: int
     loss: float
-    """Nats a learned token, with these weights."""
+    """Loss with quantized weights, in nats per token."""
     difference: float
-    """From the loss unquantized; above 0 is worse."""
+    """Difference to the unquantized loss. Positive values are worse."""
     error: float
     """Standard error of the difference."""
     kept_share: float | None
-    """Of what tuning gained, how much is left; ``None`` where it gained nothing for sure."""
+    """Share of the fine-tuning gain that remains; ``None`` without a significant gain."""
     erases: bool
-    """Whether the model is no better for sure than the base any more."""
+    """True if the quantized model is no longer significantly better than the base model."""
     file_bytes: int
-    """Of the weights in a GGUF file."""
+    """Size of the weights in a GGUF file, in bytes."""
 
     def describe(self) -> str:
-        """In words."""
+        """Return a description."""
         if self.erases:
             kept = ", which erases the tune"
         else:
@@ -265,65 +268,65 @@ class QuantizationRecord(Record):
 
 
 class Manifest(Record):
-    """The record of one model. What does not concern it is ``None``."""
+    """Manifest of one model. Fields that do not apply are ``None``."""
 
     version: Literal[1] = 1
-    """Of the record's form."""
+    """Version of the manifest format."""
     id: str
     kind: str | None = None
-    """Task of its head; ``encoder`` where it has none."""
+    """Task of the head; ``encoder`` without a head."""
     created: str = ""
     """ISO 8601, UTC."""
     files: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each file of the folder, by path."""
     luthier: str | None = None
-    """Version that made it."""
+    """Version of luthier."""
     torch: str | None = None
-    """Version that made it."""
+    """Version of torch."""
     precision: str | None = None
-    """Number type it was trained in."""
+    """Data type of the training."""
 
     parent: str | None = None
-    """Id of the model it was made from."""
+    """Id of the parent model."""
     root: str | None = None
     """Id of the base model at the bottom of the lineage."""
     others: dict[str, str] | None = None
-    """Ids of the models that helped in its training, by their part in it."""
+    """Ids of other models in the training, by role."""
     saved: Literal["network", "adapter"] | None = None
-    """What the folder holds."""
+    """Content of the folder."""
     recipe: dict[str, Any] | None = None
-    """The recipe it was trained by, with nothing left open, as :mod:`luthier.recipe` reads it."""
+    """Training recipe with all defaults, in the format of :mod:`luthier.recipe`."""
     plugins: dict[str, str] | None = None
-    """Packages that brought the objective or adaptation, with their versions."""
+    """Versions of plugin packages with the objective or adaptation."""
     format: TextFormat | None = None
     tokenizer_from: str | None = None
-    """Id of the imported model that its tokenizer and chat template come from."""
+    """Id of the imported model that provides tokenizer and chat template."""
     template_approved: bool = False
-    """Whether the chat template of an imported model is known, or was approved by an administrator."""
+    """True if the chat template of an imported model is known or approved by an administrator."""
     data: DataRecord | None = None
     data_report: dict[str, Any] | None = None
-    """What the gate found in the rows."""
+    """Report of the data checks."""
     distillation: dict[str, Any] | None = None
-    """The teacher, and what it was asked."""
+    """Teacher and prompts of a distillation."""
     student: dict[str, Any] | None = None
-    """What was cut from the teacher's network."""
+    """Layers and widths removed from the teacher's network."""
     trained_weights_sha256: str | None = None
-    """Of the weights that moved, by name."""
+    """Hashes of the trained weights by name."""
     parity: Parity | None = None
-    """The network as trained beside what was read back from disk."""
+    """Comparison of the trained network with the reloaded network."""
     exports: list[ExportRecord] | None = None
-    """Forms in which it was written for other software, one of each."""
+    """Exports for other software, one per format."""
     quantized: list[QuantizationRecord] | None = None
-    """What it loses with weights of fewer bits, one of each type."""
+    """Quality loss by quantization, one record per type."""
     metrics: dict[str, Any] | None = None
     """The result of the run."""
     withheld: str | None = None
-    """Why it is not to be used: what it forgot, or that this is still to be measured."""
+    """Reason for withholding the model: measured forgetting, or a pending measurement."""
     accepted: str | None = None
-    """The same of a model that is used although it is outside its limits."""
+    """Reason for withholding that the user has overruled."""
 
     source: str | None = None
-    """Where a model from outside comes from: ``pypi:``, ``hub:``, or an address."""
+    """Origin of an imported model: ``pypi:``, ``hub:``, or a URL."""
     source_sha256: str | None = None
     revision: str | None = None
     """Commit of a repository."""
@@ -332,58 +335,58 @@ class Manifest(Record):
     context: int | None = None
     """Longest input in tokens."""
     adapter_of: str | None = None
-    """What an imported adapter calls its base model."""
+    """Base model that an imported adapter names."""
     left_out: list[str] | None = None
-    """Files of the source that were not taken."""
+    """Ignored files of the source."""
     checks: dict[str, Any] | None = None
-    """What an imported model was tried with before it was taken."""
+    """Checks of an imported model."""
 
     @property
     def is_random(self) -> bool:
-        """Whether all its weights were drawn, and nothing was learned yet."""
+        """True for a base model with random weights."""
         return (self.source or "").startswith(RANDOM)
 
     @property
     def limits_text(self) -> str:
-        """That it is outside its limits, in a sentence; empty where it is not, or none were set."""
+        """A sentence on exceeded forgetting limits; empty if none are exceeded."""
         if self.withheld:
             return f"Withheld, not to be used: {self.withheld}."
         return f"Accepted outside its limits: {self.accepted}." if self.accepted else ""
 
     @property
     def verdict(self) -> str:
-        """What came of its run, in a sentence; empty where that is not known."""
+        """Verdict of the training run in one sentence; empty if unknown."""
         return str(((self.metrics or {}).get("verdict") or {}).get("text", ""))
 
     @property
     def objective(self) -> dict[str, Any] | None:
-        """Fields of the objective it was trained with."""
+        """Fields of the training objective."""
         return (self.recipe or {}).get("objective")
 
     def plain(self) -> dict[str, Any]:
-        """The record as JSON-ready values, what does not concern the model left out."""
+        """Return the manifest as JSON values without empty fields."""
         return {k: v for k, v in self.model_dump(mode="json").items() if v is not None}
 
     def with_export(self, export: ExportRecord) -> Self:
-        """The record with ``export`` in the place of an earlier one of the same form."""
+        """Return a manifest with ``export``, which replaces an earlier export of the same format."""
         others = [each for each in self.exports or () if each.name != export.name]
         return self.model_copy(update={"exports": [*others, export]})
 
     def with_quantized(self, cost: QuantizationRecord) -> Self:
-        """Return the record with ``cost`` in place of an earlier one of the same type."""
+        """Return a manifest with ``cost``, which replaces an earlier record of the same type."""
         others = [e for e in self.quantized or () if e.quantization != cost.quantization]
         return self.model_copy(update={"quantized": [*others, cost]})
 
     def write(self, folder: Path) -> None:
-        """Write it into the model's folder, which makes the model one."""
+        """Write the manifest into the model's folder, which completes the model."""
         write_json(folder / MANIFEST, self.plain())
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The record in ``folder``.
+        """Return the manifest in ``folder``.
 
         Raises:
-            CorruptFile: where it is no record, or one of a later version of luthier.
+            CorruptFile: for an invalid manifest, or a manifest of a later version of luthier.
         """
         fields = read_json(folder / MANIFEST)
         try:

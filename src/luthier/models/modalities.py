@@ -1,8 +1,8 @@
-"""What a network reads, by its configuration: texts, images or sounds, in which sizes and lengths.
+"""Input modalities of a network by its configuration: text, images or audio, with sizes and
+lengths.
 
-transformers has no word for it, so families are known by their type, or by the automatic classes that
-find them. Of a network of several parts each has a configuration of its own: all that asks what a
-network is asks which of them there are.
+transformers has no attribute for the modality. luthier uses the model type and the automatic
+classes that support a family. Networks with several parts have one configuration per part.
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ _PARTS = {
     "vision-encoder-decoder": ("encoder", "decoder"),
     "clip": ("vision_config", "text_config"),
 }
-"""Families of two parts, one for images and one for tokens: a decoder that writes what the first sees,
-or an encoder of texts whose embeddings lie in one space with those of images. Other families mix images
-and texts in one sequence."""
+"""Families with one part for images and one part for tokens: an image encoder with a text decoder,
+or two encoders with a shared embedding space. Other multimodal families mix images and text in one
+sequence."""
 _SOUND_FAMILIES = frozenset({"audio-spectrogram-transformer", "wav2vec2"})
-"""Families of transformers that read sounds, as ``input_values``."""
+"""transformers' audio families with ``input_values``."""
 _MEDIA_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModelForAudioClassification",
     "AutoModelForImageToImage",
     "AutoModelForPreTraining",
 )
-"""Automatic classes of networks that have no vocabulary and read images, or sounds as pictures of their
-pitch over time."""
+"""Automatic classes of networks without a vocabulary, for images or spectrograms."""
 _RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
 RELATIVE_CONTEXT = 4096
-"""Longest row for networks of relative positions, which have no limit but memory."""
+"""Context of networks with relative positions, which have no limit except memory."""
 _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 _SECOND = 16_000
-"""Samples of a sound, of which such networks read any number."""
+"""Number of audio samples per second, for networks that accept any length."""
 
 Shape = tuple[int, int, int]
-"""Channels, height and width of an image; of sounds 1, frames and bins, or 1, 1 and samples."""
+"""Channels, height and width of an image. Audio: 1, frames, bins; or 1, 1, samples."""
 
 
 def media_config(config: Any) -> Any:
-    """The configuration of what reads images or sounds in a network; ``None`` where nothing does."""
+    """Return the configuration of the image or audio part, or ``None``."""
     kind = config.model_type
     if kind in _PARTS:
         return getattr(config, _PARTS[kind][0])
@@ -59,30 +58,30 @@ def media_config(config: Any) -> Any:
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of what reads or writes tokens in a network; ``None`` where nothing does."""
+    """Return the configuration of the text part, or ``None``."""
     if config.model_type in _PARTS:
         return getattr(config, _PARTS[config.model_type][1])
     return config if media_config(config) is None else None
 
 
 def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same of the fields of a ``config.json``; all of them where no part has its own."""
+    """Return the text part's fields in a ``config.json``; without parts, all fields."""
     parts = (config.get(name) for name in ("decoder", "text_config"))
     return next((part for part in parts if isinstance(part, Mapping)), config)
 
 
 def is_dual_encoder(config: Any) -> bool:
-    """Whether networks of this configuration embed images and texts, by an encoder for each."""
+    """Return True for networks with one encoder for images and one encoder for text."""
     return getattr(config, "model_type", "") in _PARTS and not config.is_encoder_decoder
 
 
 def reads_sound(config: Any) -> bool:
-    """Whether networks of this configuration take sounds as transformers' own do."""
+    """Return True for transformers' audio networks."""
     return config.model_type in _SOUND_FAMILIES
 
 
 def input_shape(config: Any) -> Shape:
-    """``[C, H, W]`` of the images or sounds that networks of this configuration are made to read."""
+    """Return the input shape ``[C, H, W]`` of images or audio."""
     config = media_config(config)
     if config.model_type == "audio-spectrogram-transformer":
         return (1, int(config.max_length), int(config.num_mel_bins))
@@ -94,9 +93,9 @@ def input_shape(config: Any) -> Shape:
 
 
 def media_inputs(model: Any, arrays: Tensor) -> dict[str, Tensor]:
-    """Arrays ``[R, C, H, W]`` by the name and in the shape in which ``model`` takes them.
+    """Return ``arrays [R, C, H, W]`` as keyword arguments of ``model``.
 
-    Sounds are ``[R, frames, bins]`` or ``[R, samples]``.
+    Audio has the shape ``[R, frames, bins]`` or ``[R, samples]``.
     """
     if not reads_sound(model.config):
         return {"pixel_values": arrays}
@@ -105,10 +104,10 @@ def media_inputs(model: Any, arrays: Tensor) -> dict[str, Tensor]:
 
 
 def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
-    """What ``model`` makes of arrays ``[R, C, H, W]``, with the texts that are read beside them.
+    """Run ``model`` on ``arrays [R, C, H, W]`` and optional text inputs.
 
     Raises:
-        RecipeError: for images of another size than the network is made for, where it reads no other.
+        RecipeError: for an unsupported image size.
     """
     try:
         return model(**media_inputs(model, arrays), **texts)
@@ -121,14 +120,14 @@ def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
 
 
 def context_length(config: Mapping[str, Any]) -> int:
-    """Longest input in tokens that a configuration names; an image or a sound is one token.
+    """Return the maximum input length in tokens. An image or audio clip is one token.
 
-    Beside an encoder of images it is the longest text of the decoder, or of the encoder of texts. Bases
-    with LongRoPE end at ``original_max_position_embeddings``: beyond it transformers uses other factors
-    for all positions of all rows of a batch, and keys in a cache keep the factors from before.
+    For a network with an image encoder, the length of the decoder or text encoder counts. LongRoPE
+    networks end at ``original_max_position_embeddings``: beyond this length transformers applies
+    other factors to all positions of a batch, and cached keys keep the earlier factors.
 
     Raises:
-        RecipeError: where it names none.
+        RecipeError: for a configuration without a length.
     """
     if config.get("model_type") in _SOUND_FAMILIES:
         return 1
@@ -155,7 +154,8 @@ def context_length(config: Mapping[str, Any]) -> int:
 
 
 def _longrope_border(config: Mapping[str, Any]) -> int | None:
-    """Return the length in tokens up to which LongRoPE uses its short factors, if it is used."""
+    """Return the maximum length of LongRoPE's short factors in tokens, or ``None`` without
+    LongRoPE."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for each in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
         if {each.get("rope_type"), each.get("type")} & {"longrope", "su"}:
@@ -172,5 +172,5 @@ def head_size(config: Any) -> int:
 
 
 def key_heads(config: Any) -> int:
-    """Attention heads of keys and values, which heads of queries may share."""
+    """Return the number of key-value heads."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

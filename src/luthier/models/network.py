@@ -1,8 +1,7 @@
-"""A network of transformers run over token trees.
+"""Execution of transformers networks on token trees.
 
-:class:`Network` hides which class of transformers is inside and how rows are laid out:
-objectives ask it for hidden states and for what the heads make of them, and never see padding, masks
-or a ``[B, T, V]`` tensor.
+:class:`Network` hides the transformers class and the layout. Objectives request hidden states and
+head outputs, independent of padding, masks and ``[B, T, V]`` tensors.
 """
 
 from __future__ import annotations
@@ -37,31 +36,32 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """One micro-batch on a device. ``N`` nodes, ``E`` edges with loss, ``S`` distinct parents."""
+    """One micro-batch on a device: ``N`` nodes, ``E`` edges with loss, ``S`` distinct parents."""
 
     tree: TokenTree
     ids_N: Tensor
     depth_N: Tensor
     plan: Any
-    """What the network's layout made of the tree."""
+    """The layout's input for the tree."""
     source_S: Tensor
-    """Flat index of each node whose next token carries loss, ascending; padded with index 0."""
+    """Flat index of each node whose next token has a loss, ascending; padded with 0."""
     edge_source_E: Tensor
-    """For each edge, the index of its parent in ``source_S``, ascending."""
+    """Index in ``source_S`` of each edge's parent, ascending."""
     target_E: Tensor
     weight_E: Tensor
     weight: float
-    """Sum of all weights: this batch's part of what the engine divides by."""
+    """Sum of all weights, the batch's share of the engine's divisor."""
     child_E: IntArray
     """Flat index of the token each edge predicts."""
     extra: object = None
-    """Annotation of the objective, in a type of its own."""
+    """Annotation of the objective, in the objective's own type."""
     place: int = 0
-    """Its number among the micro-batches of all processes."""
+    """Index among the micro-batches of all processes."""
     as_given: bool = True
-    """Whether ``ids_N`` are the rows' own, and not changed by the objective."""
+    """True if ``ids_N`` are unchanged by the objective."""
     is_filler: bool = False
-    """Whether it repeats the last one, so that every process runs as many; it adds nothing."""
+    """True for a repetition of the last batch, added for an equal number of batches per process.
+    Fillers contribute no gradient."""
 
     @staticmethod
     def of(
@@ -71,9 +71,10 @@ class TreeBatch:
         layout: Layout,
         before: int = 0,
     ) -> TreeBatch:
-        """Put ``tree`` on ``device`` and lay it out for a network of type ``dtype``.
+        """Move ``tree`` to ``device`` with the layout's input in ``dtype``.
 
-        ``before`` is the length of the network's prefix.
+        Args:
+            before: Length of the network's key-value prefix.
         """
         tree = pad_tree(tree, layout.size_step)
         parent_E = tree.parent_N[tree.edge_child_E]
@@ -101,9 +102,9 @@ class TreeBatch:
 
     @cached_property
     def learned_edges(self) -> tuple[Tensor, Tensor]:
-        """For every token with a weight, one row after the other: its row and its edge, ``[M]`` each.
+        """Return row index and edge index ``[M]`` of every weighted token, ordered by row.
 
-        Rows are counted in the order of the tree. Rows that share a token share its edge.
+        Rows are numbered in tree order. Rows that share a token share the token's edge.
         """
         rows = self.tree.examples
         kept_M = np.concatenate([row.weight_T for row in rows]) != 0
@@ -115,9 +116,9 @@ class TreeBatch:
 
 
 class Network:
-    """A network of transformers, on the layout it can take.
+    """A transformers network with its layout.
 
-    ``both_ways`` networks (encoders) see each row whole; the others see what came before.
+    ``both_ways`` networks (encoders) have bidirectional attention.
     """
 
     def __init__(
@@ -133,23 +134,23 @@ class Network:
         self.both_ways = both_ways
         self.layout = layout_of(model, both_ways)
         self.bottom: Bottom | None = None
-        """What the frozen bottom gives for each row, where that was computed ahead."""
+        """Cached activations of the frozen layers, if computed."""
         self.base: Network | None = None
-        """Whose layers it shares, where it is that network with an adapter (:meth:`with_adapter`)."""
+        """The network with the shared layers, for adapters (:meth:`with_adapter`)."""
         self.others: dict[str, Network] = {}
-        """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
+        """Additional networks of the objective by name: a teacher, a judge."""
         self.cache: object = None
-        """What the objective computed ahead for the rows."""
+        """Values that the objective computed ahead for the rows."""
         self.done = 1.0
-        """Share of the run's steps before the current one, for settings that change during a run."""
+        """Completed share of the run's steps, for schedules."""
         self.chat: ChatFormat | None = None
-        """How texts become its tokens; objectives that let it write or read texts need it."""
+        """Chat format, required by objectives that generate or tokenize text."""
         self.backend: ReopenableBackend | None = None
-        """Backend of :func:`luthier.models.decoding.sample`, kept between the steps that sample."""
+        """Backend of :func:`luthier.models.decoding.sample`, reused across steps."""
         self.group = ALONE
-        """The processes that train it."""
+        """Processes of the training run."""
         self.is_sharded = False
-        """Whether its layers are sharded over the processes (:mod:`luthier.models.sharding`)."""
+        """True if layers are sharded over the processes (:mod:`luthier.models.sharding`)."""
         self._is_split = False
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -162,9 +163,10 @@ class Network:
         return self.model.base_model
 
     def with_adapter(self, attach: Callable[[Any], None]) -> Network:
-        """This network with an adapter, of which ``attach`` puts the layers into their places.
+        """Return this network with an adapter; ``attach`` replaces the adapted layers.
 
-        Both share all other layers, in eval mode, and this one stays as it is. Nothing of them trains.
+        Both networks share all other layers, in eval mode and without training. This network stays
+        unchanged.
         """
         model = share_layers(self.model)
         attach(model)
@@ -175,7 +177,7 @@ class Network:
 
     @cached_property
     def context(self) -> int:
-        """Tokens of a row at most; more than any has where the configuration names no limit."""
+        """Maximum row length in tokens; practically unlimited if the configuration names no limit."""
         try:
             return context_length(self.model.config.to_dict())
         except RecipeError:
@@ -183,7 +185,7 @@ class Network:
 
     @property
     def tokens_before(self) -> int:
-        """Places of the context that a prefix and a soft prompt take before every row."""
+        """Context positions of the key-value prefix and the soft prompt."""
         return prefix_tokens(self.model) + len(heads.prompt_ids(self.model))
 
     @cached_property
@@ -205,9 +207,10 @@ class Network:
         return weight
 
     def row_states(self, batch: TreeBatch, pooling: str, hidden_NH: Tensor | None = None) -> Tensor:
-        """What stands for each row, ``[R, H]``: ``mean``, ``first`` or ``last`` of its states.
+        """Return one state per row, ``[R, H]``: the ``mean``, ``first`` or ``last`` state.
 
-        ``hidden_NH`` are the hidden states, where they were computed already.
+        Args:
+            hidden_NH: Hidden states, if already computed.
         """
         tree = batch.tree
         if pooling != "mean":
@@ -223,13 +226,13 @@ class Network:
         return sum_RH / torch.from_numpy(lengths).to(self.device)[:, None]
 
     def row_scores(self, batch: TreeBatch, hidden_NH: Tensor | None = None) -> Tensor:
-        """What the head of a sequence classifier says of each row, ``[R, C]``, in tree order."""
+        """Return sequence classification scores ``[R, C]`` in tree order."""
         pooling = heads.row_pooling(self.model, self.both_ways)
         states_RH = self.row_states(batch, pooling, hidden_NH).to(self.dtype)  # a mean is float32
         return heads.row_scores(self.model, states_RH)
 
     def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:
-        """What the head of a token classifier says of the nodes ``[K]``: ``[K, C]``."""
+        """Return token classification scores ``[K, C]`` of the nodes ``[K]``."""
         return heads.token_scores(self.model, self.hidden(batch, nodes))
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
@@ -239,17 +242,17 @@ class Network:
         )
 
     def before_vocabulary(self, hidden_SH: Tensor) -> Tensor:
-        """Hidden states as the output head takes them; encoders transform them first."""
+        """Return hidden states as input of the output head. Encoders transform the states first."""
         return heads.before_vocabulary(self.model, hidden_SH)
 
     @property
     def logit_scale(self) -> nn.Parameter | None:
-        """Logarithm of what cosines of embeddings are multiplied by, where the network learned it."""
+        """Learned log temperature of a dual encoder, or ``None``."""
         return heads.logit_scale(self.model)
 
     @property
     def head_bias_V(self) -> Tensor | None:
-        """Bias of the output head, ``[V]``, where it has one."""
+        """Bias of the output head, ``[V]``, or ``None``."""
         bias: Tensor | None = self.model.get_output_embeddings().bias
         fixed_1V: Tensor | None = getattr(self.model, "final_logits_bias", None)
         if fixed_1V is None:
@@ -258,16 +261,16 @@ class Network:
         return fixed_1V[0] if bias is None else bias + fixed_1V[0]
 
     def remember_start(self) -> None:
-        """Keep a copy of the weights that train, for :meth:`at_start`."""
+        """Copy the trainable weights for :meth:`at_start`."""
         trained = (weight for weight in self.model.parameters() if weight.requires_grad)
         self._start = [(weight, weight.detach().clone()) for weight in trained]
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """Run as the *reference model*: at the starting values of what trains, without a gradient.
+        """Run as the *reference model*: with the initial trainable weights, without gradients.
 
-        No second network is held, and no adapter has to know how to be switched off. Before
-        :meth:`remember_start` the network is at its start.
+        No second network is needed, and adapters need no switch. Without :meth:`remember_start` the
+        weights stay unchanged.
         """
         now = [weight.data for weight, _ in self._start]
         training = self.model.training
@@ -283,27 +286,27 @@ class Network:
             self.model.train(training)
 
     def close(self) -> None:
-        """Let go of the weights, so that their memory can be used again."""
+        """Free the weights."""
         self.model = self.backend = None
         self._start, self.others, self.cache, self.base = [], {}, None, None
         self.__dict__.pop("_backbone", None)
 
     @property
     def shares(self) -> bool:
-        """Whether rows with the same beginning can share it."""
+        """True if the layout supports shared prefixes."""
         return self.layout.flat and not self.both_ways
 
     def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
-        """``tree`` on this network's device, behind the network's prefix if it has one."""
+        """Return ``tree`` on the network's device, with the network's key-value prefix."""
         before = prefix_tokens(self.model) if prefix else 0
         return TreeBatch.of(tree, self.device, self.dtype, self.layout, before)
 
     def batches(self, examples: Sequence[Example], budget: int) -> Iterator[TreeBatch]:
-        """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer).
+        """Yield ``examples`` in micro-batches of at most ``budget`` tokens, more for a longer row.
 
-        Each is made when it is asked for: one of images holds their pixels. Where processes share the
-        work (:meth:`split_work`), these are the micro-batches of this one; the first process always has
-        one. Where they share the layers, too, all have as many, some by a filler.
+        Batches are created lazily because image batches contain pixels. Within :meth:`split_work`
+        each process gets its own batches, and the first process at least one. Sharded networks need
+        equal numbers of batches, so processes may add fillers.
         """
         shares = self.shares
         media = self.layout.reads_media
@@ -330,9 +333,10 @@ class Network:
         budget: int,
         read: Callable[[TreeBatch], Iterable[_Read]],
     ) -> list[_Read]:
-        """What ``read`` gives for the rows of a micro-batch, one for each of ``examples`` in order.
+        """Return the values of ``read`` for ``examples``, in order, one per row of each
+        micro-batch.
 
-        ``Example.row`` is the row's place there. This process reads all of them.
+        ``Example.row`` is the index of the example. This process runs all rows.
         """
         placed = [replace(example, row=place) for place, example in enumerate(examples)]
         found: dict[int, _Read] = {}
@@ -343,20 +347,20 @@ class Network:
 
     @property
     def processes(self) -> ProcessGroup:
-        """Those that share the work at hand: this one alone, but in :meth:`split_work`."""
+        """Processes of the current work: this process alone, except within :meth:`split_work`."""
         return self.group if self._is_split else ALONE
 
     @contextmanager
     def split_work(self) -> Iterator[ProcessGroup]:
-        """Let each process of the group have its part of the micro-batches.
+        """Split micro-batches over the processes within the context.
 
-        All of them must come here alike, and what is to be of all rows has to be exchanged.
+        All processes must enter together and exchange any result that covers all rows.
         """
         with self._splitting(True):
             yield self.group
 
     def whole_work(self) -> AbstractContextManager[None]:
-        """Let this process do, within :meth:`split_work`, what the others need not do alike."""
+        """Suspend :meth:`split_work`, for work that other processes do not repeat."""
         return self._splitting(False)
 
     @contextmanager
@@ -368,12 +372,12 @@ class Network:
             self._is_split = before
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-        """``examples`` in parts of which all batches may be held at once; of texts that is all."""
+        """Split ``examples`` such that all batches of a part fit in memory; one part for text."""
         size = IMAGES_HELD if self.layout.reads_media else max(1, len(examples))
         return (examples[start : start + size] for start in range(0, len(examples), size))
 
     def _tree(self, rows: Sequence[Example], shares: bool) -> TokenTree:
-        """The rows behind the soft prompt, where there is one."""
+        """Return the tree of the rows after the soft prompt."""
         prompt = heads.prompt_ids(self.model)
         if heads.decoder_of(self.model) is None:
             return build_tree(rows, shares, prompt)

@@ -1,9 +1,9 @@
-"""Weights in the order the processor's matrix kernels read them, for as long as a network decodes.
+"""Weights in the memory layout of CPU matrix kernels, for decoding.
 
-With a few rows a product takes as long as reading its weight, and oneDNN brings one of bfloat16 into
-the order it wants in each call. Done once ahead, such a product of 1 to 16 rows takes half the time, of
-32 two thirds; the sums are the same but for their order, and rounded once. A second copy of the weights
-lives while a :class:`PackedLinears` is entered: the weights may change afterwards.
+With few rows, a product takes as long as reading the weight, and oneDNN reorders bfloat16 weights
+in each call. With weights reordered in advance, products of 1 to 16 rows take half the time, of 32
+rows two thirds. Only the summation order differs. :class:`PackedLinears` keeps a second copy of the
+weights while active. The weights may change afterwards.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _NAME = "packed_weight"
 
 
 class _BranchedProduct:
-    """``[x, x A^T] [W, B]^T + b``: a weight with a low-rank branch, as one product, rounded once.
+    """``[x, x A^T] [W, B]^T + b``: a weight with a low-rank branch as one product, rounded once.
 
-    Of a few rows each further product takes half as long as the whole.
+    With few rows, each additional product costs half of the whole.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class PackedWeight:
     """The weight of a linear layer in the kernels' order."""
 
     def __init__(self, layer: nn.Linear, branched: bool) -> None:
-        """``branched`` where one low-rank branch belongs to it, the same in every call."""
+        """Pack ``layer``; ``branched`` if the layer has one fixed low-rank branch."""
         self._layer, self.branched = layer, branched
         self._packed: Tensor | None = None
         self._branch: _BranchedProduct | None = None
         self.group: PackedGroup | None = None
-        """What holds a copy of the weight, too, while no other product is asked for."""
+        """The group that also has a copy of the weight, until another product is needed."""
 
     def release(self) -> None:
-        """Let go of the copy, which is made again when it is next needed."""
+        """Free the copy. The next use creates a new copy."""
         self._packed = self._branch = None
 
     @property
@@ -70,9 +70,9 @@ class PackedWeight:
         return _product(x, self._packed_weight, self._layer.bias)
 
     def with_branch(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
-        """``x W^T + scale x A^T B^T``, rounded once.
+        """Return ``x W^T + scale x A^T B^T``, rounded once.
 
-        One product of both copies the weight, so it is taken for a branch alone that stays.
+        The joint product copies the weight, so it applies to a constant branch only.
         """
         if not self.branched:
             return self.plus(x_NI, torch.mm(torch.mm(x_NI, a_rI.t()) * scale, b_Or.t()))
@@ -88,13 +88,13 @@ class PackedWeight:
 
 
 class PackedGroup:
-    """Linear layers with the same input, as one product; a low-rank branch may belong to each.
+    """Linear layers with the same input as one product, each with an optional low-rank branch.
 
-    Either the group or its layers keep copies of the weights.
+    Either the group or the layers own copies of the weights.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        """``layers`` are packed linear layers, or wrap one with a branch of PEFT's names."""
+        """Group ``layers``: packed linear layers, or wrappers with a branch in PEFT's names."""
         self._layers = layers
         self._plain = [getattr(layer, "base_layer", layer) for layer in layers]
         self._members: list[PackedWeight] = []
@@ -108,7 +108,7 @@ class PackedGroup:
 
     @staticmethod
     def takes(layer: Any) -> bool:
-        """Whether a layer can be one of a group."""
+        """Return True if a layer can be part of a group."""
         if "lora_A" not in layer._modules:
             return packed_weight(layer) is not None
         packed = packed_weight(layer.base_layer)
@@ -194,10 +194,10 @@ def packed_weight(layer: Any) -> PackedWeight | None:
 
 
 class PackedLinears:
-    """The linear layers of a network on a CPU, packed while the context is entered.
+    """Packed linear layers of a network on a CPU, while the context is active.
 
-    Without gradients only. Layers that wrap a linear layer ask :func:`packed_weight`. The context can
-    be entered again: weights that changed in between are packed again.
+    Requires disabled gradients. Layers that wrap a linear layer call :func:`packed_weight`. The
+    context is reusable: changed weights are packed again.
     """
 
     def __init__(self, model: nn.Module) -> None:

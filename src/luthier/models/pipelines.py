@@ -1,9 +1,9 @@
-"""Folders of diffusers: a pipeline whose parts lie in folders of their own (``model_index.json``).
+"""Diffusers pipelines: folders with one subfolder per part (``model_index.json``).
 
-Known is Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net that tells noise from
-latents, an autoencoder between images and latents, and a text encoder with its tokenizer. A folder is
-read as diffusers wrote it, by :func:`read_pipeline` into the fields of one configuration. What else may
-lie in it (a safety checker, weights in one file) is left where it is.
+Supported are Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net that
+predicts noise in latents, an autoencoder between images and latents, and a text encoder with
+tokenizer. :func:`read_pipeline` converts diffusers' files into one configuration. Other files (a
+safety checker, single-file weights) are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from luthier.models.external import MODEL_INDEX, read_fields, read_network_field
 
 PIPELINE = "StableDiffusionPipeline"
 MODEL_TYPE = "stable_diffusion"
-"""Of the network here that a pipeline is read into."""
+"""Model type of the network that a pipeline is converted to."""
 TOKENIZER = "tokenizer"
 PARTS = {
     "unet": ("UNet2DConditionModel",),
@@ -27,46 +27,48 @@ PARTS = {
     "text_encoder": ("CLIPTextModel",),
     TOKENIZER: ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-"""Classes that each part may have."""
+"""Supported classes of each part."""
 NETWORKS = ("unet", "vae", "text_encoder")
-"""Parts that have weights."""
+"""Parts with weights."""
 PART_FOLDERS = (*PARTS, "scheduler")
-"""Folders in that of a pipeline of which anything is read."""
+"""Subfolders of a pipeline that luthier reads."""
 _LATENT_SIZE = 64
-"""Sides of the latents where the U-Net names none."""
+"""Default side length of the latents."""
 _LARGEST_SIDE = 8192
-"""Pixels: twice what any such pipeline makes."""
+"""Largest image side in pixels, twice the largest of published pipelines."""
 _MOST_STAGES = 10
-"""Of an autoencoder, each of which halves the sides; published ones have four."""
+"""Maximum number of autoencoder stages. Each stage halves the sides; published autoencoders have
+four."""
 _FURTHER_INPUTS = (
     "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"
 )  # fmt: skip
-"""Settings of a U-Net that reads more than latents, a time and a text."""
+"""Settings of U-Nets with inputs besides latents, time and text."""
 _UNREAD_NOISE = ("trained_betas", "rescale_betas_zero_snr")
-"""Settings of a schedule of noise that are not known here."""
+"""Unsupported settings of the noise schedule."""
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether ``folder`` is one of a pipeline."""
+    """Return True if ``folder`` is a diffusers pipeline."""
     return (folder / MODEL_INDEX).is_file()
 
 
 def network_folders(folder: Path) -> list[Path]:
-    """Folders with the weights of the model in ``folder``: a pipeline has one for each network."""
+    """Return the folders with weights of the model in ``folder``: one for each network of a
+    pipeline."""
     return [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where the files of the tokenizer of the model in ``folder`` lie."""
+    """Return the tokenizer folder of the model in ``folder``."""
     return folder / TOKENIZER if is_pipeline(folder) else folder
 
 
 def read_pipeline(folder: Path) -> dict[str, Any]:
-    """Fields of :class:`~luthier.media.networks.stable_diffusion.StableDiffusionConfig`.
+    """Return the fields of :class:`~luthier.media.networks.stable_diffusion.StableDiffusionConfig`.
 
     Raises:
-        UnknownModel: for another pipeline, or one with parts that are not known or pickled.
-        CorruptFile: for a file that cannot be read.
+        UnknownModel: for another pipeline, unknown parts or pickled weights.
+        CorruptFile: for an unreadable file.
     """
     index = read_fields(folder / MODEL_INDEX)
     if index.get("_class_name") != PIPELINE:
@@ -123,7 +125,7 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list[int]:
-    """Height and width in pixels of the images that the pipeline makes."""
+    """Return height and width of the pipeline's images in pixels."""
     stages = vae.get("block_out_channels", [0])
     if not isinstance(stages, list) or not 0 < len(stages) <= _MOST_STAGES:
         raise CorruptFile(
@@ -146,9 +148,9 @@ def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list
 
 
 def noise_settings(fields: dict[str, Any]) -> dict[str, Any]:
-    """What the ``fields`` of a pipeline say of its noise, by the names of fields of ``Diffusion``.
+    """Return a pipeline's noise settings as fields of ``Diffusion``.
 
-    As diffusers' own pipeline does, whatever the file says, it moves the steps of the way back by one.
+    The step offset is always 1, like in diffusers' pipeline, regardless of the file.
     """
     usual = {  # of diffusers' schedulers, where a file leaves one out
         "num_train_timesteps": 1000,
@@ -165,7 +167,7 @@ def noise_settings(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def pipeline_processor(fields: dict[str, Any]) -> Processor:
-    """Return the processor of a pipeline with these ``fields``: pixels from -1 to 1."""
+    """Return the image processor of a pipeline: pixels from -1 to 1."""
     height, width = fields["image_size"]
     lanczos, half = 1, [0.5] * 3
     image = {
@@ -176,10 +178,10 @@ def pipeline_processor(fields: dict[str, Any]) -> Processor:
 
 
 def part_classes() -> dict[str, Any]:
-    """Class of each part by its name.
+    """Return the class of each part by name.
 
     Raises:
-        RecipeError: where diffusers is not installed.
+        RecipeError: if diffusers is not installed.
     """
     if find_spec("diffusers") is None:
         raise RecipeError(

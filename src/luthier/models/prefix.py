@@ -1,8 +1,8 @@
-"""Keys and values of a layer's own that stand before those of every row's first token.
+"""Trainable keys and values before the first token of each row (prefix tuning).
 
-A prefix has no tokens: it is what a layer would have kept of tokens that were there. On the flat layout
-it is put in front of the tree's keys (:mod:`luthier.models.attention`); transformers' own forward takes
-it as a filled cache, as PEFT hands it over. In both, the first token has the position behind it.
+A prefix has no tokens, only each layer's keys and values. The flat layout prepends the prefix to
+the tree's keys (:mod:`luthier.models.attention`). transformers' own forward gets the prefix as a
+filled cache, like in PEFT. In both cases the first token's position follows the prefix.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NAME = "key_value_prefix"
 
 
 class KeyValuePrefix(nn.Module):
-    """The prefix of one layer: a part of ``weight [P, L * 2 * Hk * D]``, which all layers share.
+    """The prefix of one layer: a slice of ``weight [P, L * 2 * Hk * D]``, which all layers share.
 
-    ``P`` places, ``L`` layers, ``Hk`` key heads of ``D`` numbers. For each place the keys and then the
-    values of each layer, as PEFT stores them.
+    ``P`` positions, ``L`` layers, ``Hk`` key-value heads of size ``D``. Each position stores the
+    keys and then the values of each layer, as in PEFT.
     """
 
     def __init__(self, weight: nn.Parameter, layer: int, shape: tuple[int, int, int]) -> None:
@@ -44,7 +44,7 @@ class KeyValuePrefix(nn.Module):
         """``L, Hk, D``."""
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """What this layer sees, ``[Hk, P, D]`` each."""
+        """Return the layer's keys and values, ``[Hk, P, D]`` each."""
         layers, heads, size = self.shape
         pair_P2HD = self.weight.view(-1, layers, 2, heads, size)[:, self.layer]
         key_HPD, value_HPD = pair_P2HD.permute(1, 2, 0, 3)
@@ -57,11 +57,11 @@ class KeyValuePrefix(nn.Module):
 
 
 def add_prefix(model: Any, places: int) -> None:
-    """Give each layer's attention a prefix of ``places`` zeros.
+    """Add a zero prefix of ``places`` positions to each layer's attention.
 
     Raises:
-        RecipeError: where layers share their weights, where the network takes no keys from before, or
-            where it has a prefix already.
+        RecipeError: for layers with shared weights, networks without a key-value cache, or an
+            existing prefix.
     """
     if prefix_tokens(model):
         raise RecipeError(
@@ -92,7 +92,8 @@ def add_prefix(model: Any, places: int) -> None:
 
 
 def _attentions(model: nn.Module) -> list[Any]:
-    """The modules that call transformers' attention, which reads ``is_causal``, in order."""
+    """Return the modules that call transformers' attention interface, which read ``is_causal``, in
+    order."""
     found = [
         module
         for module in model.modules()
@@ -102,20 +103,20 @@ def _attentions(model: nn.Module) -> list[Any]:
 
 
 def _prefixes(model: nn.Module) -> list[KeyValuePrefix]:
-    """Of all layers, in order."""
+    """Return the prefixes of all layers, in order."""
     found = [module for module in model.modules() if isinstance(module, KeyValuePrefix)]
     return sorted(found, key=lambda prefix: prefix.layer)
 
 
 def prefix_tokens(model: nn.Module) -> int:
-    """Places of the prefix of ``model``; 0 without one."""
+    """Return the prefix length of ``model``; 0 without a prefix."""
     return next(
         (len(module.weight) for module in model.modules() if isinstance(module, KeyValuePrefix)), 0
     )
 
 
 def prefix_cache(model: nn.Module, rows: int) -> Any:
-    """The prefix as a cache of transformers that ``rows`` rows go on from; ``None`` without one."""
+    """Return the prefix as a transformers cache for ``rows`` rows, or ``None`` without a prefix."""
     from transformers import DynamicCache
 
     layers = [
@@ -127,7 +128,7 @@ def prefix_cache(model: nn.Module, rows: int) -> Any:
 
 @torch.no_grad()
 def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
-    """Set the prefix to the keys and values that the tokens ``ids_P`` have in the network."""
+    """Set the prefix to the keys and values of the tokens ``ids_P``."""
     assert isinstance(network.layout, Flat)  # others are refused a prefix
     model, length = network.model.eval(), len(ids_P)
     row = Example(ids_P.cpu().numpy(), np.zeros(length, np.float32), 0)
@@ -142,7 +143,7 @@ def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Recording:
-    """An attention that writes down the keys and values of each layer, ``[Hk, N, D]``."""
+    """An attention that records the keys and values of each layer, ``[Hk, N, D]``."""
 
     plan: Attends
     layers: dict[int, tuple[Tensor, Tensor]]

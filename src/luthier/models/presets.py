@@ -18,7 +18,7 @@ Size = Literal["tiny", "3m", "10m", "30m", "135m"]
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """What a network is built from."""
+    """Sizes of a new network."""
 
     hidden: int
     layers: int
@@ -27,9 +27,9 @@ class NetworkShape:
     context: int
     """Longest input in tokens."""
     vocabulary: int
-    """Tokens of its tokenizer, where the text is long enough to learn so many."""
+    """Vocabulary size, an upper limit for short texts."""
     key_heads: int | None = None
-    """Key and value heads, where query heads share them."""
+    """Number of key-value heads, for grouped-query attention."""
 
 
 SHAPES: dict[Family, dict[Size, NetworkShape]] = {
@@ -67,11 +67,11 @@ SEGMENTS = 4
 
 
 def configuration(family: Family, shape: NetworkShape, end_id: int) -> dict[str, Any]:
-    """Fields of transformers' configuration for a network of ``shape``.
+    """Return transformers' configuration fields for a network of ``shape``.
 
-    Embeddings are shared, as in all small models of late: for 10 million weights and 8192 tokens a
-    second table would take a quarter of them. There is no dropout: a text is passed over a few times
-    only (Chowdhery et al. 2022, section 5).
+    Embeddings are tied, as in recent small models: with 10 million weights and 8192 tokens, a
+    second table would need a quarter of the weights. No dropout, because pretraining uses few
+    epochs (Chowdhery et al. 2022, section 5).
     """
     common: dict[str, Any] = {
         "model_type": family,

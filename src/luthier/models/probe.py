@@ -1,10 +1,10 @@
-"""A trial of a network of transformers before anything depends on luthier's way of running it.
+"""Comparison of luthier's forward pass with transformers' before a network is used.
 
-A few tokens run through the network's own forward, through luthier's layout, and through the decoder
-with its cache. All three must give the same numbers, else the network is refused with its family and
-the first difference. The trial computes in float32 whatever the precision of the weights: rounding to
-bfloat16 hides soft caps, logit scales and attention sinks. A passed trial is remembered for each
-configuration, as the result does not depend on the weights.
+A few tokens run through the network's own forward pass, luthier's layout, and the decoder with its
+cache. All three must agree; otherwise the network is rejected with its family and the first
+difference. The comparison uses float32 regardless of the stored data type, because bfloat16
+rounding hides soft caps, logit scales and attention sinks. Results do not depend on the weights, so
+passed comparisons are cached per configuration.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
 
 TOLERANCE = 1e-3
-"""Relative error in float32 that is rounding; 2e-6 was measured for 90 families."""
+"""Maximum relative error in float32; 2e-6 was measured for 90 families."""
 ROUNDED_TOLERANCE = 0.1
-"""Relative error that is rounding for the median token in bfloat16; mixtures of experts choose other
-experts for some tokens."""
+"""Maximum median relative error in bfloat16. Mixtures of experts choose other experts for some
+tokens."""
 LENGTHS = (12, 12, 7)
-"""Tokens of the rows. The second row shares its first half with the first row."""
+"""Row lengths in tokens. The second row shares the first half of the first row."""
 SHARED = 6
 PROMPTS = (5, 7)
-"""Tokens of the first two rows that the decoder reads as prompts; the next tokens are steps."""
+"""Prompt lengths of the decoder for the first two rows. The remaining tokens are steps."""
 STEPS = 2
 _SCALED = re.compile(r"soft_?cap|logits?_cap|logits?_scal|lm_head_mult|output_mult")
 """Names of settings that change logits after the output head."""
 
 
 class _WideOperations(TorchDispatchMode):
-    """Widens each tensor where an operation uses it, so that the memory of one weight is enough."""
+    """A dispatch mode that widens each tensor on use, so only one float32 weight is in memory at a
+    time."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -66,12 +67,13 @@ class _WideOperations(TorchDispatchMode):
 
 
 class _WideConvolutions(TorchFunctionMode):
-    """Widens the inputs of convolutions, which compare types before an operation is dispatched."""
+    """A function mode that widens convolution inputs: convolutions compare data types before
+    dispatch."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func``, on widened tensors where it is a convolution."""
+        """Run ``func``, with widened tensors for convolutions."""
         kwargs = kwargs or {}
         if func in (torch.conv1d, torch.conv2d):
             args, kwargs = tree_map(_widen, (args, kwargs))
@@ -92,7 +94,7 @@ def _widen(value: Any) -> Any:
 
 
 class DenseAttention:
-    """Attention over a token tree with a dense mask, where the kernel of the device is for few bits."""
+    """Token tree attention with a dense mask, for devices whose kernel requires low precision."""
 
     def __init__(self, tree: TokenTree, both_ways: bool, device: torch.device) -> None:
         self.longest, self.before = int(tree.depth_N.max()) + 1, 0
@@ -115,7 +117,7 @@ class DenseAttention:
 
 
 class Probe:
-    """A few rows of tokens, and the outputs that a network gives for them."""
+    """Random token rows and reference outputs."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
@@ -164,9 +166,10 @@ class Probe:
         return relative_error(one_H, other_H) > TOLERANCE
 
     def ours(self, network: Network, dense: bool = False) -> tuple[Tensor, list[int]]:
-        """Return the output of luthier's layout, and the row of the probe of each part of it.
+        """Return the outputs of luthier's layout and the row index of each output.
 
-        ``dense`` runs the flat layout with :class:`DenseAttention`.
+        Args:
+            dense: Run the flat layout with :class:`DenseAttention`.
         """
         rows = [
             Example(
@@ -194,9 +197,9 @@ class Probe:
 
     @torch.no_grad()
     def cached(self, network: Network) -> list[tuple[int, Tensor]]:
-        """Return the numbers of tokens read of the first rows, and the logits of the decoder behind.
+        """Return token counts and the decoder's next-token logits for the first rows.
 
-        The decoder reads prompts and takes :data:`STEPS` steps with its cache.
+        The decoder prefills prompts and runs :data:`STEPS` cached steps.
         """
         from luthier.models.backends import read_prompts
         from luthier.models.torch_backend import torch_backend
@@ -223,7 +226,7 @@ class Probe:
 
     @torch.no_grad()
     def uncached(self, expected: Sequence[Tensor]) -> list[Tensor]:
-        """Return the logits that :meth:`cached` should give, of the network's own forward."""
+        """Return the logits that :meth:`cached` should return, from the network's own forward pass."""
         if not self.beside:
             return [
                 expected[row][at + step - 1]
@@ -240,11 +243,11 @@ class Probe:
 
 
 def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Network:
-    """Put a network for text on its layout, after the trial that its configuration has not passed yet.
+    """Attach the layout to a text network, after a comparison for new configurations.
 
     Raises:
-        RecipeError: for a network that computes otherwise here than in transformers.
-        CorruptFile: for a network whose outputs are not finite.
+        RecipeError: if results differ from transformers.
+        CorruptFile: for outputs that are not finite.
     """
     probe, record = Probe(model, device), _record(model, device)
     wide = nullcontext if dtype == torch.float32 else in_float32
@@ -289,7 +292,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
 
 @contextmanager
 def _grouped_experts_off(model: Any, device: torch.device) -> Iterator[None]:
-    """Run mixtures of experts one by one on accelerators, whose grouped product is for bfloat16."""
+    """Run experts one at a time on accelerators, whose grouped kernel requires bfloat16."""
     before = getattr(model.config, "_experts_implementation", None)
     if device.type == "cpu" or before != "grouped_mm":
         yield
@@ -302,13 +305,14 @@ def _grouped_experts_off(model: Any, device: torch.device) -> Iterator[None]:
 
 
 def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> None:
-    """Try an adapter that generates text next to its base, before anything is trained.
+    """Compare an adapter on a shared base network with the whole network, before training.
 
-    ``attach`` puts the layers of the adaptation ``method`` into a network that shares the base's
-    weights. Its new weights are random here, and the decoder must give what the whole network gives.
+    Args:
+        attach: Adds the layers of the adaptation ``method``, with random weights, to a network that
+            shares the base's weights.
 
     Raises:
-        RecipeError: for a family on which such an adapter cannot generate, or generates otherwise.
+        RecipeError: for families whose adapters cannot share a base network or generate other text.
     """
     model = network.model
     if not isinstance(network.layout, Flat) or task_of(model) != "causal_lm":
@@ -340,10 +344,10 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
 
 
 def try_training(network: Network, method: str) -> None:
-    """Try a forward and a backward pass of a network to which the adaptation ``method`` is attached.
+    """Run a forward and a backward pass of a network with the adaptation ``method``.
 
     Raises:
-        RecipeError: for a family whose modules do not work with the layers of the adaptation.
+        RecipeError: for families whose modules are incompatible with the adaptation.
     """
     model = network.model
     if media_config(model.config) is not None:
@@ -374,7 +378,7 @@ def _by_row(probe: Probe, out_MV: Tensor, rows: Sequence[int]) -> list[Tensor]:
 
 
 def check_finite(output: Tensor) -> None:
-    """Refuse a network whose own forward gives numbers that are not finite.
+    """Reject a network whose own forward pass returns nan or inf.
 
     Raises:
         CorruptFile: for such an output.
@@ -387,7 +391,7 @@ def check_finite(output: Tensor) -> None:
 
 
 def refusal(model: Any, reason: str) -> RecipeError:
-    """Return the error for a family that luthier does not run as transformers does."""
+    """Return the error for a family whose results differ from transformers."""
     return RecipeError(
         f"networks of type {model.config.model_type} cannot be trained here yet: {reason}. Use a base "
         "of another family (`luthier models list`)",
@@ -397,10 +401,10 @@ def refusal(model: Any, reason: str) -> RecipeError:
 
 @contextmanager
 def refuse_crash(model: Any, doing: str) -> Iterator[None]:
-    """Turn whatever a network raises while it is tried into a refusal that names its family.
+    """Convert any exception of the comparison into an error that names the family.
 
     Raises:
-        RecipeError: with the name of the family and the original error.
+        RecipeError: with the family and the original error.
     """
     try:
         yield
@@ -414,14 +418,14 @@ def refuse_crash(model: Any, doing: str) -> Iterator[None]:
 
 
 def _check_caps(model: Any) -> None:
-    """Refuse soft caps of logits, which numbers as small as those of a probe may not show."""
+    """Reject logit soft caps, which the small numbers of a comparison may not reveal."""
     for name, value in _settings(model.config.to_dict()):
         if "cap" in name and _SCALED.search(name) and value and not name.startswith("attn"):
             raise refusal(model, f"luthier does not implement `{name}={value}` of its config.json")
 
 
 def _settings(fields: Any) -> Iterator[tuple[str, Any]]:
-    """Yield names and plain values of a configuration, and of those inside."""
+    """Yield names and scalar values of a configuration, nested configurations included."""
     for name, value in fields.items():
         if isinstance(value, dict):
             yield from _settings(value)
@@ -435,7 +439,7 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 
 
 def _compare(model: Any, what: str, places: Sequence[str], got: Tensor, want: Tensor) -> None:
-    """Refuse a network whose ``got`` and ``want``, ``[M, V]`` each, differ by more than rounding."""
+    """Reject a network if ``got`` and ``want`` ``[M, V]`` differ by more than rounding."""
     error = relative_error(got, want)
     if error < TOLERANCE:
         return
@@ -458,7 +462,7 @@ def _compare(model: Any, what: str, places: Sequence[str], got: Tensor, want: Te
 def _compare_steps(
     model: Any, what: str, found: Sequence[tuple[int, Tensor]], wanted: Sequence[Tensor]
 ) -> None:
-    """Compare what :meth:`Probe.cached` found with what :meth:`Probe.uncached` wants."""
+    """Compare results of :meth:`Probe.cached` and :meth:`Probe.uncached`."""
     places = [f"row {n % len(PROMPTS)}, token {at}" for n, (at, _) in enumerate(found)]
     _compare(
         model, what, places, torch.stack([row_V for _, row_V in found]), torch.stack([*wanted])
@@ -468,7 +472,7 @@ def _compare_steps(
 def _compare_median(
     model: Any, what: str, found: Sequence[tuple[int, Tensor]], wanted: Sequence[Tensor]
 ) -> None:
-    """Compare them in the precision of the network, by the median token."""
+    """Compare the median token in the network's own precision."""
     error_M = [
         relative_error(row_V, want_V) for (_, row_V), want_V in zip(found, wanted, strict=True)
     ]
@@ -477,7 +481,7 @@ def _compare_median(
 
 
 def _record(model: Any, device: torch.device, *further: str) -> Path:
-    """Return the file that says that a configuration has passed with these library versions."""
+    """Return the marker file of a configuration that passed with these library versions."""
     import transformers
 
     fields = {**model.config.to_dict(), "dtype": None, "_name_or_path": None}

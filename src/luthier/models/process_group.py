@@ -1,19 +1,18 @@
-"""Several processes that train one network together, each on a part of every step.
+"""Data parallelism over several processes.
 
-Data parallelism as in PyTorch's DDP: each process holds the network, works on its own micro-batches,
-and the sums of gradients are added over all of them before the optimizer moves. What is computed is
-that of one process: the order of rows and all that is drawn are functions of seed, step and row, and
-the one division is by the weight of all processes. What they exchange goes through
-``torch.distributed``: gloo between processors, NCCL between graphics cards. Objects travel as JSON;
-nothing is pickled.
+As in PyTorch's DDP, each process has the whole network and runs its own micro-batches, and
+gradients are summed over all processes before the optimizer step. Results equal those of one
+process: row order and random numbers are functions of seed, step and row, and the gradient sum is
+divided once by the weight of all processes. Communication uses ``torch.distributed``: gloo on CPUs,
+NCCL on GPUs. Objects travel as JSON, never pickled.
 
-A process that fails or is killed closes its connections, and a process that hangs exceeds
-:data:`TIMEOUT`. The next exchange of the others then raises :class:`ProcessLost`. The launcher
-(``torchrun``, or :mod:`luthier.engine.processes`) reports the process that failed first and starts all
-processes again.
+A failed or killed process closes its connections; a hanging process exceeds :data:`TIMEOUT`. The
+next exchange of the other processes then raises :class:`ProcessLost`. The launcher (``torchrun``,
+or :mod:`luthier.engine.processes`) reports the process that failed first and restarts all
+processes.
 
-Left out: gradients that are exchanged while others are still computed (a step ends with one exchange).
-Networks that are themselves cut are in :mod:`luthier.models.sharding`.
+Not implemented: overlap of gradient exchange and computation (each step ends with one exchange).
+For sharded networks see :mod:`luthier.models.sharding`.
 """
 
 from __future__ import annotations
@@ -32,28 +31,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUCKET = 1 << 24
-"""Numbers exchanged at once: what is copied on the way is at most 64 MB."""
+"""Number of values per exchange. Buffers need at most 64 MB."""
 TIMEOUT = "LUTHIER_COLLECTIVE_TIMEOUT"
-"""Environment variable: seconds that a process waits for the others before it gives up."""
+"""Environment variable with the timeout for other processes, in seconds."""
 TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a run, seen from one of them. A group of one exchanges nothing."""
+    """The processes of a run, seen from one process. A group of one exchanges nothing."""
 
     rank: int = 0
-    """Number of this process; the first, 0, is the one that writes files and speaks."""
+    """Index of this process. Process 0 writes files and prints."""
     size: int = 1
-    """How many there are."""
+    """Number of processes."""
     local_rank: int = 0
-    """Number of this process on its machine."""
+    """Index of this process on its machine."""
     local_size: int = 1
-    """How many share its machine."""
+    """Number of processes on this machine."""
 
     @staticmethod
     def of_environment() -> ProcessGroup:
-        """The group that a launcher (torchrun, Ray, Slurm) tells of; not connected yet."""
+        """Return the unconnected group from the launcher's environment variables (torchrun, Ray,
+        Slurm)."""
         size = int(os.environ.get("WORLD_SIZE") or 1)
         if size == 1 or "RANK" not in os.environ:
             return ALONE
@@ -62,7 +62,7 @@ class ProcessGroup:
         return ProcessGroup(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
     def connect(self) -> None:
-        """Meet the other processes; waits for all of them."""
+        """Connect to the other processes; waits for all processes."""
         if self.size == 1:
             return
         import torch
@@ -98,7 +98,7 @@ class ProcessGroup:
 
     @property
     def is_connected(self) -> bool:
-        """Whether :meth:`connect` was called; a group of one always is."""
+        """True after :meth:`connect`, and always for a group of one."""
         if self.size == 1:
             return True
         from torch import distributed
@@ -106,10 +106,10 @@ class ProcessGroup:
         return distributed.is_initialized()
 
     def agree(self, problem: LuthierError | None = None) -> None:
-        """Connect, and raise in all processes if one of them has a ``problem``.
+        """Connect, and raise in all processes if one process has a ``problem``.
 
         Raises:
-            LuthierError: the problem of the first process that has one, of the same class.
+            LuthierError: the problem of the first such process, with the same class.
         """
         if self.size == 1:
             return
@@ -123,10 +123,11 @@ class ProcessGroup:
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
-        """Share errors with the other processes before training; name the cause of a failed exchange.
+        """Share errors with the other processes before training; name the cause of a failed
+        exchange.
 
         Raises:
-            LuthierError: the error of the first process that has one before the processes connect.
+            LuthierError: the first process's error before the processes connect.
             ProcessLost: if an exchange fails because another process ended or hangs.
         """
         try:
@@ -148,7 +149,7 @@ class ProcessGroup:
             ) from error
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, which is the same to the bit in all."""
+        """Replace each tensor by the sum over all processes, bitwise equal in all processes."""
         if self.size == 1:
             return
         import torch
@@ -161,7 +162,7 @@ class ProcessGroup:
                 tensor.copy_(part.view(tensor.shape))
 
     def send_first(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by that of the first process."""
+        """Replace each tensor by the first process's tensor."""
         if self.size == 1:
             return
         from torch import distributed
@@ -183,11 +184,11 @@ class ProcessGroup:
         return float(total)
 
     def any(self, value: bool) -> bool:
-        """Whether ``value`` is true in any process."""
+        """Return True if ``value`` is true in any process."""
         return self.sum(float(value)) > 0
 
     def concatenate(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, which differ in their first dimension alone, in rank order."""
+        """Concatenate the tensors of all processes along the first dimension, in rank order."""
         if self.size == 1:
             return tensor
         import torch
@@ -202,7 +203,7 @@ class ProcessGroup:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gives, by rank; numbers, texts, lists and mappings of them."""
+        """Return the JSON values of all processes by rank."""
         if self.size == 1:
             return [value]
         import torch
@@ -220,21 +221,21 @@ class ProcessGroup:
         ]
 
     def interleave(self, own: Sequence[Any]) -> list[Any]:
-        """The whole of a list of which each process has every ``size``-th member from ``rank`` on."""
+        """Merge a list of which each process has every ``size``-th element, starting at ``rank``."""
         if self.size == 1:
             return list(own)
         parts = self.gather(own)
         return [parts[n % self.size][n // self.size] for n in range(sum(map(len, parts)))]
 
     def first(self, value: Any) -> Any:
-        """What the first process gives, in all of them."""
+        """Return the first process's value in all processes."""
         if self.size == 1:
             return value
         return self.gather(value if self.rank == 0 else None)[0]
 
 
 ALONE = ProcessGroup()
-"""The group of a process that works by itself."""
+"""The group of a single process."""
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -250,7 +251,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _is_exchange_failure(error: BaseException) -> bool:
-    """Whether torch.distributed raised ``error``; gloo has no class of its own for it."""
+    """Return True if torch.distributed raised ``error``. gloo has no exception class."""
     from torch import distributed
 
     if isinstance(error, distributed.DistError):

@@ -1,6 +1,6 @@
-"""Units of a network's weights: how large each is, and taking some of them out.
+"""Removal of units from weight matrices, and unit importance.
 
-A unit is a row or a column of several matrices: a neuron, a head's part, a channel.
+A unit is a row or a column of several matrices: a neuron, a part of a head, a channel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def unit_size(state: dict[str, Tensor], module: str, axis: int, bias: bool = True) -> Tensor:
-    """Largest absolute weight of each unit along ``axis`` of a matrix, its bias among them."""
+    """Return the maximum absolute weight of each unit along ``axis`` of a matrix, with bias."""
     import torch
 
     found: Tensor = state[f"{module}.weight"].float().abs().amax(dim=1 - axis)
@@ -33,25 +33,25 @@ def largest(score: Tensor, count: int) -> Tensor:
 
 
 def select(state: dict[str, Tensor], name: str, axis: int, kept: Tensor) -> None:
-    """Keep only the units ``kept`` along ``axis`` of a tensor, where there is such a tensor."""
+    """Keep only the units ``kept`` along ``axis`` of a tensor, if the tensor exists."""
     if state.get(name) is not None:
         state[name] = state[name].index_select(axis, kept)
 
 
 def select_outputs(state: dict[str, Tensor], module: str, kept: Tensor) -> None:
-    """Keep only the outputs ``kept`` of a module: the rows of its weight, and of its bias."""
+    """Keep only the outputs ``kept`` of a module: rows of weight and bias."""
     select(state, f"{module}.weight", 0, kept)
     select(state, f"{module}.bias", 0, kept)
 
 
 def set_size(config: Any, field: str, size: int, before: int, option: str) -> None:
-    """Write a size into a configuration; refuses one above ``before``, naming ``option``."""
+    """Set a size in a configuration; raises for a size above ``before``, with the option name."""
     check_size(size, f"{before}", before, option)
     setattr(config, field, size)
 
 
 def check_size(size: int, teachers: str, before: int, option: str) -> None:
-    """Refuse a size above ``before``, which are ``teachers`` of the teacher, naming ``option``."""
+    """Reject a size above ``before``, the teacher's number of ``teachers``, with the option name."""
     if size > before:
         raise RecipeError(
             f"{option} {size} is more than the {teachers} of the teacher; give {before} or fewer",
@@ -60,5 +60,5 @@ def check_size(size: int, teachers: str, before: int, option: str) -> None:
 
 
 def nearest_multiple(size: int, of: int) -> int:
-    """The multiple of ``of`` that is nearest to ``size``; at least one."""
+    """Return the nearest multiple of ``of``, at least ``of``."""
     return max(of, round(size / of) * of)

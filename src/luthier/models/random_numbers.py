@@ -1,8 +1,8 @@
-"""What a run draws at random: functions of its seed, and of what the numbers are for.
+"""Random numbers as functions of a seed and their purpose.
 
-No generator runs through a run from its first step to its last. So a run that goes on draws what it
-would have drawn, and several processes draw what one would: the numbers of a row or of a micro-batch
-depend neither on what was drawn before them nor on who computes it.
+No generator lives through a run. A resumed run therefore draws the same numbers as an uninterrupted
+run, and several processes draw the same numbers as one process. Numbers for a row or micro-batch
+depend neither on earlier draws nor on the process.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed for what these numbers from 0 on stand for; where one is another, so is the seed."""
+    """Return a seed derived from nonnegative ``numbers``. Different numbers give different seeds."""
     low, high = np.random.SeedSequence(numbers).generate_state(2).tolist()
     seed: int = high >> 1 << 32 | low
     return seed
 
 
 def draw_seeds(count: int, generator: torch.Generator | None = None) -> list[int]:
-    """``count`` seeds from ``generator``, or from torch's own.
+    """Return ``count`` seeds from ``generator``, by default torch's global generator.
 
-    Its state is the same in all processes at the beginning of a step. What is drawn there for all of
-    them is drawn before anything is computed: dropout draws from it, too, and otherwise in each.
+    The global state is equal in all processes at the start of a step. Draw shared seeds before any
+    computation: dropout advances the generator differently in each process.
     """
     import torch
 
@@ -40,15 +40,15 @@ def draw_seeds(count: int, generator: torch.Generator | None = None) -> list[int
 
 
 def draw_seed() -> int:
-    """One of :func:`draw_seeds`."""
+    """Return one seed of :func:`draw_seeds`."""
     return draw_seeds(1)[0]
 
 
 def row_generators(rows: Sequence[Example], seed: int | None) -> list[np.random.Generator]:
-    """A generator for each row, of ``seed`` and the number of the row.
+    """Return a generator per row, from ``seed`` and the row's index.
 
-    Without a seed it is of the row's first token alone: for rows of one, as images are, it is always
-    the same then, beside whatever they are read.
+    Without a seed, the generator depends on the row's first token only. For one-token rows such as
+    images, the generator is then independent of the batch.
     """
     if seed is None:
         return [np.random.default_rng(int(row.ids_T[0])) for row in rows]
@@ -57,9 +57,9 @@ def row_generators(rows: Sequence[Example], seed: int | None) -> list[np.random.
 
 @contextmanager
 def leave_undrawn() -> Iterator[None]:
-    """Let weights that are made in the block be what their memory held, where others follow at once.
+    """Skip the initialization of weights that are loaded right after creation.
 
-    Of what this thread draws with torch's own generator: not what a generator is named for.
+    Affects this thread's draws from torch's global generator only.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -80,9 +80,9 @@ def leave_undrawn() -> Iterator[None]:
 
 
 def seed_torch(seed: int) -> None:
-    """Set the generators of the processor and of all GPUs, as ``torch.manual_seed`` does.
+    """Seed the CPU and all GPUs like ``torch.manual_seed``.
 
-    That writes down the stack for each kind of device that is not there: 1.5 ms, in each step.
+    ``torch.manual_seed`` records the stack for each missing device type: 1.5 ms per step.
     """
     import torch
 
@@ -93,7 +93,8 @@ def seed_torch(seed: int) -> None:
 
 @contextmanager
 def drawn_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw what torch draws meanwhile from ``seed``; what follows is drawn as without this."""
+    """Draw torch's random numbers from ``seed`` inside the context, and restore the state
+    afterwards."""
     import torch
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,14 +1,13 @@
-"""Rounding to bfloat16 without losing what was learned.
+"""Stochastic rounding to bfloat16.
 
-A tuned weight is a base weight plus a small step. Where the step is less than half the distance to
-the next bfloat16 number, rounding to nearest gives back the base weight, everywhere at once, and the
-network forgets. Rounding up or down with the probability that keeps the mean (stochastic rounding,
-Gupta et al. 2015) lets the steps survive as a sum. It is used where adapters are merged and where the
-float32 masters of trained weights are copied to the network; what it gains is in
+A fine-tuned weight is a base weight plus a small step. If the step is less than half the distance
+to the next bfloat16 number, rounding to nearest restores the base weight, and the network forgets.
+Stochastic rounding (Gupta et al. 2015) preserves the mean, so the sum of the steps survives. Used
+when merging adapters and when copying float32 master weights to the network; for measurements see
 ``docs/log/engine.md``.
 
-The random numbers are always the same ones: a number is rounded by where it stands, not by when, so
-weights that stay do not flicker, and a copy can be made again from the masters alone.
+The random numbers are constant: rounding depends on a weight's index, not on time. Unchanged
+weights therefore stay constant, and a copy can be recreated from the master weights alone.
 """
 
 from __future__ import annotations
@@ -19,22 +18,23 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 18
-"""Numbers rounded at once: what is read and written stays in the cache."""
+"""Number of weights per chunk, small enough for the CPU cache."""
 
 
 @cache
 def _noise(device: torch.device) -> Tensor:
-    """The random numbers: drawn once, as a step of training makes a :class:`Rounding` of its own."""
+    """Return the constant random numbers, cached because each training step creates a
+    :class:`Rounding`."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 1 << 16, (2 * CHUNK,), generator=generator, dtype=torch.int32)
     return drawn.to(device)
 
 
 class Rounding:
-    """Rounds a series of float32 tensors, the same way for each object made anew.
+    """Stochastic rounding of a series of float32 tensors; deterministic for each new object.
 
-    Each chunk starts at another place among ``2 * CHUNK`` random numbers, so no two tensors are
-    rounded alike.
+    Each chunk starts at another offset into ``2 * CHUNK`` random numbers, so no two tensors share a
+    pattern.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Rounding:
         return rounded
 
     def into(self, target: Tensor, values: Tensor) -> None:
-        """Write ``values`` (float32) to ``target`` of the same shape, in its type."""
+        """Write ``values`` (float32) to ``target`` of the same shape, in the target's data type."""
         if target.dtype != torch.bfloat16:
             target.copy_(values)
             return
@@ -68,9 +68,10 @@ class Rounding:
             into.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
 
     def into_rows(self, table: Tensor, ids_N: Tensor, values_NW: Tensor) -> None:
-        """Write ``values_NW`` to the rows ``ids_N`` of ``table`` ``[V, W]``, in its type.
+        """Write ``values_NW`` to the rows ``ids_N`` of ``table`` ``[V, W]``, in the table's data
+        type.
 
-        A number is rounded by where it stands in the table, not by which rows are beside it.
+        Rounding depends on the index in the table, not on the other rows of the call.
         """
         if table.dtype != torch.bfloat16:
             table.index_copy_(0, ids_N, values_NW.to(table.dtype))

@@ -1,4 +1,4 @@
-"""Sampling settings: one dataclass that the CLI, the SDK and the APIs read. Imports nothing heavy."""
+"""Sampling settings of the CLI, the SDK and the APIs. No heavy imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_PENALTY = 1000.0
 
 
 class FieldLimits(NamedTuple):
-    """Range of a sampling field, and the help text of its command line option."""
+    """Range and help text of a sampling field."""
 
     low: float
     high: float
@@ -25,62 +25,62 @@ class FieldLimits(NamedTuple):
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the whole text of an answer has to match, by the name of its field in :class:`Sampling`."""
+    """A constraint on the whole completion; ``kind`` is a field of :class:`Sampling`."""
 
     kind: Literal["schema", "regex", "grammar"]
     definition: Mapping[str, Any] | bool | str
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The field of :class:`Sampling` that says so."""
+        """Return the corresponding field of :class:`Sampling`."""
         return {self.kind: self.definition}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is written: the same model, prompt, settings and seed give the same text."""
+    """Sampling settings. Equal model, prompt, settings and seed give the same text."""
 
     max_tokens: Annotated[
         int | None,
         FieldLimits(1, MOST_TOKENS, "Most tokens of a reply; 256, or half of a smaller context."),
     ] = None
-    """Most tokens of an answer; without a number, each caller has its own limit."""
+    """Maximum number of tokens. The caller defines the default."""
     min_tokens: Annotated[int, FieldLimits(0, MOST_TOKENS, "Tokens before a reply may stop.")] = 0
-    """Tokens of an answer before a stop token or a stop sequence may end it; the end of a grammar
-    ends the answer earlier."""
+    """Minimum number of tokens before a stop token or stop sequence. A finished grammar ends the
+    completion earlier."""
     temperature: Annotated[float, FieldLimits(0, 1000, "0 takes the most likely token.")] = 0.0
-    """Divisor of the logits; 0 takes the most likely token."""
+    """Divisor of the logits; 0 for greedy decoding."""
     top_p: Annotated[float, FieldLimits(0, 1, "Draw from the most likely tokens only.")] = 1.0
-    """Draw only from the most likely tokens that together have this probability; 0 leaves one."""
+    """Nucleus sampling: total probability of the candidates; 0 keeps one candidate."""
     top_k: Annotated[int, FieldLimits(0, MOST_TOKENS, "Draw from this many tokens; 0 for all.")] = 0
     """Draw only from this many of the most likely tokens; 0 for all."""
     min_p: Annotated[float, FieldLimits(0, 1, "Lowest share of the top token's probability.")] = 0.0
-    """Draw no token that is less likely than this share of the likeliest (arXiv:2407.01082)."""
+    """Minimum probability relative to the most likely token (arXiv:2407.01082)."""
     repetition_penalty: Annotated[
         float,
         FieldLimits(1 / MOST_PENALTY, MOST_PENALTY, "Above 1 avoids tokens that stand before."),
     ] = 1.0
-    """Divisor of the logits of tokens that stand before; negative logits are multiplied (Keskar et
-    al. 2019, arXiv:1909.05858)."""
+    """Divisor of the logits of earlier tokens; negative logits are multiplied (Keskar et al. 2019,
+    arXiv:1909.05858)."""
     frequency_penalty: Annotated[float, FieldLimits(-2, 2, "Penalty per use of a token.")] = 0.0
-    """Subtracted from a token's logit for each time that the answer has the token already."""
+    """Logit penalty per earlier occurrence in the completion."""
     presence_penalty: Annotated[float, FieldLimits(-2, 2, "Penalty of tokens in the reply.")] = 0.0
-    """Subtracted from the logits of tokens that the answer has already."""
+    """Logit penalty for tokens in the completion."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of tokens."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, and are no part of it; its reasoning is not searched for them."""
+    """Stop sequences, excluded from the completion. Reasoning is not searched."""
     seed: Annotated[int | None, FieldLimits(0, 2**63 - 1, "Seed of the draws.")] = 0
-    """Seed of the draws, the same for every prompt; a random one where it is ``None``."""
+    """Random seed, equal for all prompts; ``None`` for a random seed."""
     schema: Mapping[str, Any] | bool | None = None
-    """JSON schema that answers have to match; ``True`` for any JSON object."""
+    """JSON schema of completions; ``True`` for any JSON object."""
     regex: str | None = None
-    """Regular expression that whole answers have to match, in the syntax of Rust's ``regex``."""
+    """Regular expression for whole completions, in the syntax of Rust's ``regex``."""
     grammar: str | None = None
-    """Context-free grammar of answers, from ``start`` on, in the Lark syntax of ``llguidance``."""
+    """Context-free grammar with the rule ``start``, in the Lark syntax of ``llguidance``."""
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Reject invalid values."""
         # mypy takes the hash of a frozen dataclass for the hash of its class.
         for name, (_, (low, high, _)) in limited_fields(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
@@ -103,7 +103,7 @@ class Sampling:
 
     @property
     def constraint(self) -> Constraint | None:
-        """What answers have to match, where that was said."""
+        """The constraint on completions, or ``None``."""
         if self.schema is not None:
             return Constraint("schema", self.schema)
         if self.regex is not None:
@@ -113,7 +113,7 @@ class Sampling:
 
 @cache
 def limited_fields(kind: type) -> dict[str, tuple[Any, FieldLimits]]:
-    """Return type and limits of each field of ``kind`` that has limits, by name."""
+    """Return the type and limits of each field of ``kind`` with limits, by name."""
     hints = get_type_hints(kind, include_extras=True)
     found = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     return {name: (hints[name].__origin__, limits[0]) for name, limits in found.items() if limits}

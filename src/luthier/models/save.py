@@ -1,4 +1,4 @@
-"""Saving what was trained: PEFT's adapter format, or a whole Hugging Face directory."""
+"""Saving of adapters in PEFT's format and of whole Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that train, by name."""
+    """Return the trainable weights by name."""
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that an adapter consists of: weights that train, and what their modules keep with them."""
+    """Return the tensors of an adapter: trainable weights and their modules' buffers."""
     return trained_weights(model) | adapter_buffers(model)
 
 
 def adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers of modules that own a weight that trains, by name."""
+    """Return the persistent buffers of modules with trainable weights, by name."""
     buffers = {
         f"{path}.{name}": buffer
         for path, module in model.named_modules()
@@ -46,7 +46,7 @@ def adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_bytes(model: nn.Module, adaptation: Adaptation) -> int:
-    """Bytes of the tensors that a custom model made of ``model`` will consist of."""
+    """Return the size of the tensors that a model trained from ``model`` stores, in bytes."""
     if adaptation.stores_network:
         persistent = model.state_dict().keys()
         buffers = sum(b.nbytes for name, b in model.named_buffers() if name in persistent)
@@ -57,7 +57,7 @@ def stored_bytes(model: nn.Module, adaptation: Adaptation) -> int:
 def save_adapter(
     model: nn.Module, adaptation: Adaptation, config: dict[str, Any], folder: Path
 ) -> None:
-    """Write ``adapter_config.json`` and what was trained, as PEFT does where it has the method."""
+    """Save the trained weights and ``adapter_config.json``, in PEFT's format for PEFT's methods."""
     kept = adapter_tensors(model).items()
     tensors = {adaptation.stored_name(n): t.contiguous().cpu() for n, t in kept}
     save_tensors(tensors, folder / ADAPTER, metadata={"format": "pt"})
@@ -71,9 +71,9 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:
-    """Attach ``adaptation`` to ``model`` and give it the weights saved in ``folder``.
+    """Attach ``adaptation`` to ``model`` and load the weights in ``folder``.
 
-    A head for other classes, or another task, keeps the numbers it was drawn with.
+    A head with other classes or another task keeps its initial weights.
     """
     import torch
 
@@ -119,9 +119,9 @@ def _fits(weight: Tensor, saved: Tensor | None) -> bool:
 
 
 def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
-    """Write a Hugging Face directory: weights, configuration, tokenizer, stop tokens.
+    """Save a Hugging Face folder: weights, configuration, tokenizer, stop tokens.
 
-    A network that diffusers has is written as diffusers does, each part in a folder of its own.
+    Networks of diffusers are saved in diffusers' format, with one subfolder per part.
     """
     stops = list(chat.stop_ids)
     if stops and task_of(model) in ("causal_lm", "image_to_text"):
@@ -142,7 +142,7 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
 
 
 def save_format(chat: ChatFormat, folder: Path) -> None:
-    """Write the processor, and the tokenizer without a template that a plain model must not use."""
+    """Save the processor and the tokenizer. Plain models get no chat template."""
     if chat.media is not None:
         save_processor(chat.media, folder)
     if not chat.has_tokenizer:

@@ -1,7 +1,7 @@
-"""Pooling and linear layers of a sentence encoder, after the states of its network.
+"""Pooling and linear layers of sentence encoders.
 
-The formulas are those of the library sentence-transformers. The linear layers stay as they are in
-training: gradients pass through them to the network.
+Formulas follow the library sentence-transformers. The linear layers are frozen; gradients pass
+through to the network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SentenceHead:
-    """A pipeline with the weights of its linear layers."""
+    """A pipeline with the weights of the linear layers."""
 
     pipeline: SentencePipeline
     weights: tuple[dict[str, Tensor], ...]
@@ -59,7 +59,7 @@ class SentenceHead:
         return vector_RD
 
     def save(self, folder: Path) -> None:
-        """Write the files that sentence-transformers reads into the folder of the network."""
+        """Save the files of sentence-transformers into the network's folder."""
         write_sentence_pipeline(self.pipeline, self.hidden, folder)
         for layer, tensors in zip(self.pipeline.dense, self.weights, strict=True):
             path = folder / layer.folder / DENSE_WEIGHTS
@@ -67,10 +67,10 @@ class SentenceHead:
 
 
 def attach_sentence_head(model: Any, pipeline: SentencePipeline | None, folder: Path) -> None:
-    """Have ``model`` give vectors by ``pipeline``, whose weights are in ``folder``.
+    """Attach ``pipeline`` with the weights in ``folder`` to ``model``.
 
     Raises:
-        CorruptFile: if the weights have other shapes than the pipeline.
+        CorruptFile: if the shapes of the weights contradict the pipeline.
     """
     head = None if pipeline is None else _load(pipeline, width_of(model), folder)
     model.luthier_sentence_head = head

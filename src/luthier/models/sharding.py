@@ -1,13 +1,13 @@
-"""The layers of a network in shards over processes, for networks that one device does not hold.
+"""Sharded layers over processes, for networks larger than one device.
 
-PyTorch's FSDP2 (``fully_shard``; Zhao et al. 2023, arXiv:2304.11277, after stage 3 of ZeRO, Rajbhandari
-et al. 2020, arXiv:1910.02054): of each weight of each layer a process holds an equal part, with its
-gradient, float32 master and moments. The weights of a layer are gathered right before it runs, forward
-or backward, and let go of after; gradients are summed into the shards. What stands outside of the
-layers (embeddings, last norm, heads) stays whole.
+PyTorch's FSDP2 (``fully_shard``; Zhao et al. 2023, arXiv:2304.11277, based on stage 3 of ZeRO,
+Rajbhandari et al. 2020, arXiv:1910.02054): each process stores an equal shard of each layer's
+weights, gradients, float32 master weights and moments. A layer's weights are gathered right before
+the forward or backward pass and freed afterwards. Gradients are reduced into the shards. Modules
+outside the layers (embeddings, last norm, heads) are replicated.
 
-Left out: gradients that are exchanged once a step (they are after each micro-batch, as their sums are
-sharded, too), shards that wait in the processor's memory, and meshes of several dimensions.
+Not implemented: one gradient exchange per step (sharded gradients are exchanged after each
+micro-batch), CPU offloading, multi-dimensional meshes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def shard_layers(network: Network, group: ProcessGroup, device: torch.device) -> None:
-    """Shard the layers of ``network`` on ``device``, where the rest of it goes as a whole.
+    """Shard the layers of ``network`` on ``device``; other modules are replicated.
 
-    From here on all processes of ``group`` run it alike, in equal numbers of passes.
-    It must have the flat layout.
+    Afterwards all processes of ``group`` must run equal numbers of passes. Requires the flat
+    layout.
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
@@ -60,17 +60,17 @@ def shard_layers(network: Network, group: ProcessGroup, device: torch.device) ->
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of ``tensor`` (a ``DTensor``)."""
+    """Return True if ``tensor`` is sharded (a ``DTensor``)."""
     return hasattr(tensor, "placements")  # its module is not imported where nothing is sharded
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's shard of ``tensor``, in the same memory; all of one that is not sharded."""
+    """Return this process's shard of ``tensor`` without a copy; an unsharded tensor unchanged."""
     return cast(Any, tensor.detach()).to_local() if is_sharded(tensor) else tensor
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of ``whole``, which is sharded as ``like`` is."""
+    """Return this process's shard of ``whole``, sharded like ``like``."""
     if not is_sharded(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -83,9 +83,9 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def full_tensor(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor of which ``part`` is this process's shard, sharded as ``like`` is.
+    """Return the whole tensor from the processes' shards ``part``, sharded like ``like``.
 
-    A collective: every process must call it, in the same order.
+    A collective operation: every process must call this function in the same order.
     """
     if not is_sharded(like) or not part.dim():  # single numbers are the same in all
         return part
@@ -104,10 +104,11 @@ def full_tensor(part: Tensor, like: Tensor) -> Tensor:
 
 
 def gather_to_first(parts: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Tensor]:
-    """By name the whole tensor of each shard; the tensor behind it says how it is sharded.
+    """Return the whole tensor of each shard by name. Entries are name, shard, and a tensor with the
+    sharding.
 
-    A collective. Whole tensors of shards come in the memory of the processor and to the first process
-    alone; what is not sharded comes back as it is, in all.
+    A collective operation. Whole tensors of shards are on the CPU of the first process only.
+    Unsharded tensors are returned unchanged in all processes.
     """
     found = {}
     for name, part, like in parts:

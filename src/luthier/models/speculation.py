@@ -13,7 +13,8 @@ from dataclasses import dataclass
 NGRAMS = (3, 2)
 """Lengths of the n-grams to look up, the longest first."""
 PATIENCE = 4
-"""Failed guesses in a row before a pause of as many tokens; each further failure doubles the pause."""
+"""Number of consecutive failed guesses before a pause of as many tokens. Each further failure
+doubles the pause."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,24 @@ class Speculation:
     """Counts of guessed tokens."""
 
     proposed: int = 0
-    """Tokens that the network checked before they were chosen."""
+    """Number of tokens checked by the network before their choice."""
     accepted: int = 0
-    """Proposed tokens that were chosen, which took no step of their own."""
+    """Number of accepted tokens, each of which saves a step."""
 
     def __add__(self, other: Speculation) -> Speculation:
         return Speculation(self.proposed + other.proposed, self.accepted + other.accepted)
 
 
 class PromptLookup:
-    """A guesser for one sequence: proposes what followed the last tokens at an earlier place."""
+    """A prompt-lookup proposer for one sequence: proposes the tokens that followed an earlier
+    occurrence of the last tokens."""
 
     def __init__(self, ids: Iterable[int]) -> None:
         """Start with the prompt ``ids``."""
         self.ids = [int(token) for token in ids]
         """The prompt and the tokens generated so far."""
         self._behind: dict[tuple[int, ...], int] = {}
-        """Index of the token behind the latest occurrence of each n-gram but the last one."""
+        """Index of the token after the latest occurrence of each n-gram, except the last n-gram."""
         self._indexed = 0
         self._failures, self._pause = 0, 0
 

@@ -1,7 +1,7 @@
-"""Tokenizers of the store, read with the library ``tokenizers`` alone.
+"""Cached tokenizers, loaded with the library ``tokenizers`` alone.
 
-transformers, which takes seconds to import, loads each tokenizer once. The store keeps the resulting
-``tokenizer.json``, chat template and special tokens in ``cache/tokenizers``.
+transformers takes seconds to import and therefore loads each tokenizer only once. The resulting
+``tokenizer.json``, chat template and special tokens are stored in ``cache/tokenizers``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 
 
 class StoredEncoding:
-    """Tokens of one text, with the names that transformers uses."""
+    """Tokens of one text, with transformers' attribute names."""
 
     is_fast = True
 
@@ -29,9 +29,9 @@ class StoredEncoding:
 
 
 class StoredTokenizer:
-    """A fast tokenizer of transformers, with the attributes and methods that encode and decode text.
+    """A fast tokenizer with transformers' attributes and methods for encoding and decoding.
 
-    Other attributes and methods are those of :attr:`transformers_tokenizer`.
+    Other attributes and methods come from :attr:`transformers_tokenizer`.
     """
 
     is_fast = True
@@ -77,7 +77,7 @@ class StoredTokenizer:
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
-        """Return the id of ``token``, or that of the unknown token."""
+        """Return the id of ``token``, or of the unknown token."""
         found = self.backend_tokenizer.token_to_id(token)
         unknown: int | None = self.unk_token_id
         return unknown if found is None else found
@@ -87,7 +87,7 @@ class StoredTokenizer:
         return [self.backend_tokenizer.id_to_token(int(each)) for each in ids]
 
     def __call__(self, text: Any, add_special_tokens: bool = True, **settings: Any) -> Any:
-        """Return the tokens of a text or, with ``is_split_into_words``, of its words."""
+        """Return the tokens of a text or, with ``is_split_into_words``, of a list of words."""
         words = settings.get("is_split_into_words", False)
         further = settings.keys() - {"is_split_into_words", "return_offsets_mapping", "verbose"}
         if isinstance(text, str) == words or any(settings[name] for name in further):
@@ -104,7 +104,7 @@ class StoredTokenizer:
         return self.backend_tokenizer.decode([int(each) for each in ids], skip_special_tokens)
 
     def apply_chat_template(self, turns: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
-        """Render a conversation as transformers does; see its ``apply_chat_template``."""
+        """Render a conversation like transformers' ``apply_chat_template``."""
         if settings.pop("tokenize", True) or not turns:
             return self.transformers_tokenizer.apply_chat_template(turns, **settings)
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -1,14 +1,14 @@
-"""A smaller network made of a larger one's own weights, before it is trained.
+"""Student networks made of a teacher's own weights, before training.
 
-*Depth.* The layers that stay are spread evenly and hold the first and the last: of 12 layers 6 are
-0, 2, 4, 7, 9 and 11. These are the layers of DistilBERT's code (Sanh et al. 2019, arXiv:1910.01108,
-section 3, "one layer out of two") and of "shrink and fine-tune" (Shleifer and Rush 2020,
-arXiv:2010.13002), whose table differs by one layer at some counts. Of an encoder-decoder both stacks
-are cut in the same way.
+*Depth.* The remaining layers are evenly spaced and include the first and the last layer: 6 of 12
+layers are 0, 2, 4, 7, 9 and 11. DistilBERT's code (Sanh et al. 2019, arXiv:1910.01108, section 3,
+"one layer out of two") and "shrink and fine-tune" (Shleifer and Rush 2020, arXiv:2010.13002) use
+these layers; the table of the latter differs by one layer at some counts. In an encoder-decoder
+both stacks shrink.
 
 *Width.* See :mod:`luthier.models.width`.
 
-What the network was made for stays with it: embeddings, norms and head are the teacher's.
+Task, embeddings, norms and head remain the teacher's.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Fields of a configuration with one entry for each layer."""
+"""Configuration fields with one entry per layer."""
 _TWO_STACKS = frozenset({"t5", "mt5", "umt5"})
 _TABLE_IN_FIRST = frozenset({"t5", "mt5"})
-"""Relative positions of all layers are looked up in the first one."""
+"""Families whose first layer contains the relative positions of all layers."""
 
 
 @dataclass(frozen=True)
 class StudentShape:
-    """How small the student is to be; what is ``None`` stays as the teacher has it."""
+    """Requested size of the student. ``None`` keeps the teacher's size."""
 
     layers: int | None = None
     """Layers of each stack, spread evenly over the teacher's."""
     keep: tuple[int, ...] | None = None
     """Or the layers themselves, counted from 0."""
     heads: int | None = None
-    """Query heads of each layer; keys and values keep their share of them."""
+    """Number of query heads per layer. The ratio to key-value heads is constant."""
     intermediate: int | None = None
     """Neurons of each MLP."""
     hidden: int | None = None
     """Channels of the residual stream."""
 
     def check(self) -> None:
-        """Refuse a shape that asks for nothing, or for two things at once."""
+        """Reject an empty shape and contradictory sizes."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if not given:
             raise RecipeError(
@@ -71,31 +71,31 @@ class StudentShape:
 
 @dataclass(frozen=True)
 class StudentPlan:
-    """What will be cut, settled from names and sizes alone."""
+    """The cuts, determined from names and sizes alone."""
 
     shape: StudentShape
     config: Any
     """The student's configuration, of the teacher's class."""
     stacks: dict[str, tuple[int, ...]]
-    """For each stack of layers, which of the teacher's stay; empty where one layer is repeated."""
+    """Indices of the remaining layers for each stack; empty for a single repeated layer."""
     depth: tuple[int, int]
     """Layers of the teacher and of the student, in each stack."""
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:
-    """``layers`` of ``count`` layers at even distances, the first and the last among them.
+    """Return ``layers`` of ``count`` layer indices, evenly spaced, with the first and the last.
 
-    A single one is the first, as in Shleifer and Rush's table.
+    A single layer is the first layer, as in Shleifer and Rush's table.
     """
     gaps = max(1, layers - 1)
     return tuple(round(index * (count - 1) / gaps) for index in range(layers))
 
 
 def plan(teacher: Any, shape: StudentShape) -> StudentPlan:
-    """Settle what ``shape`` means for ``teacher``, whose weights are not looked at.
+    """Return the cuts of ``teacher`` for ``shape``, without using weights.
 
     Raises:
-        RecipeError: for more than the teacher has, and for what its family cannot have cut.
+        RecipeError: for sizes above the teacher's, and for cuts that the family does not support.
     """
     shape.check()
     config = copy.deepcopy(teacher.config)
@@ -107,9 +107,10 @@ def plan(teacher: Any, shape: StudentShape) -> StudentPlan:
 
 
 def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
-    """The student of ``planned``, of the teacher's class, on its device and in its precision.
+    """Return the student with the teacher's class, device and data type.
 
-    Weights that stay are the teacher's bit for bit; only norms are scaled where channels are cut.
+    Remaining weights are bitwise equal to the teacher's; only norms are scaled after channel
+    removal.
     """
     from transformers.initialization import no_init_weights
 
@@ -133,7 +134,7 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
 
 
 def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]], tuple[int, int]]:
-    """Which layers of which stacks stay, and how many there are before and after."""
+    """Return the remaining layers of each stack, and the depth before and after."""
     config = teacher.config
     kind, count = config.model_type, getattr(config, "num_hidden_layers", None)
     cuts_depth = shape.layers is not None or shape.keep is not None
@@ -187,7 +188,7 @@ def _layers_to_keep(kind: str, count: int, shape: StudentShape) -> tuple[int, ..
 
 
 def _repeats(config: Any, count: int, shape: StudentShape) -> int:
-    """How often ALBERT's one layer is gone through; its weights stay what they are."""
+    """Return the number of repetitions of ALBERT's single layer. Weights stay unchanged."""
     if shape.keep is not None:
         raise RecipeError(
             "all layers of an ALBERT are one layer, repeated, so none can be chosen; --layers says how "
@@ -205,7 +206,7 @@ def _repeats(config: Any, count: int, shape: StudentShape) -> int:
 
 
 def _set_depth(config: Any, stacks: dict[str, tuple[int, ...]], depth: tuple[int, int]) -> None:
-    """Write the depth into ``config``, and keep those entries that are one for each layer."""
+    """Set the depth in ``config`` and select the per-layer entries."""
     before, after = depth
     config.num_hidden_layers = after
     if getattr(config, "num_decoder_layers", None) is not None:
@@ -218,14 +219,14 @@ def _set_depth(config: Any, stacks: dict[str, tuple[int, ...]], depth: tuple[int
 
 
 def _layers(stacks: dict[str, tuple[int, ...]]) -> list[str]:
-    """Names of the layers that stay."""
+    """Return the names of the remaining layers."""
     return [f"{stack}.{index}" for stack, kept in stacks.items() for index in kept]
 
 
 def _rename_layers(
     state: dict[str, Tensor], stacks: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """``state`` without the layers that go, the others counted anew."""
+    """Return ``state`` without removed layers, with new layer indices."""
     place = {
         f"{stack}.{index}": f"{stack}.{new}"
         for stack, kept in stacks.items()

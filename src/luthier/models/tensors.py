@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READ_WHOLE = 64 << 20
-"""Size in bytes up to which a file, such as an adapter, is read and not mapped."""
+"""Maximum size of files that are read instead of memory-mapped, such as adapters, in bytes."""
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``tensors``, which are contiguous, to the new file ``path``."""
+    """Write contiguous ``tensors`` to the new file ``path``."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
@@ -44,10 +44,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
-    """Return type, such as ``BF16``, and shape of each tensor; only the header is read.
+    """Return the type, such as ``BF16``, and shape of each tensor from the file's header.
 
     Raises:
-        CorruptFile: as :func:`load_tensors`.
+        CorruptFile: see :func:`load_tensors`.
     """
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""Loading tokenizer, chat template and stop tokens from a Hugging Face directory, without torch."""
+"""Loading of tokenizer, chat template and stop tokens without torch."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from luthier.models.stored_tokenizer import StoredTokenizer
 TOKENIZER, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
 """Files of a stored tokenizer."""
 _READ = frozenset((".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".codes"))
-"""Endings of the files that tokenizers of transformers read."""
+"""Suffixes of the files that transformers' tokenizers read."""
 _TRIALS = (
     "",
     " Hello , world . It 's 3 % of\n\n the\tfour  parts ?",
     "Łódź, naïve, 東京, 🙂 and a zero\u200bwidth",
     "x y " * 300,
 )
-"""Texts on which a stored tokenizer is compared with that of transformers."""
+"""Texts for the comparison of a cached tokenizer with transformers."""
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder: from the store, or else with transformers.
+    """Load the tokenizer of a model folder from the cache, or with transformers.
 
-    A tokenizer that transformers loads is stored if the library ``tokenizers`` alone gives the same
-    tokens. The others are tokenizers written in Python, those with several chat templates, and those
-    that translate, whose special tokens depend on the languages.
+    A tokenizer is cached if the library ``tokenizers`` alone produces the same tokens. Not cached
+    are tokenizers in Python, tokenizers with several chat templates, and translation tokenizers,
+    whose special tokens depend on the languages.
     """
     folder = tokenizer_folder(folder)
     stored = _stored_folder(folder)
@@ -65,12 +65,12 @@ def is_tokenizer_stored(folder: Path) -> bool:
 
 
 def remove_stored_tokenizer(folder: Path) -> None:
-    """Delete the stored copy of the tokenizer in ``folder``, which the next use stores again."""
+    """Delete the cached tokenizer of ``folder``. The next use creates a new copy."""
     shutil.rmtree(_stored_folder(tokenizer_folder(folder)), ignore_errors=True)
 
 
 def _stored_folder(folder: Path) -> Path:
-    """Return the folder of the stored tokenizer, which the content of the files in ``folder`` names."""
+    """Return the cache folder, named by the content of the files in ``folder``."""
     found = folder.iterdir() if folder.is_dir() else ()
     files = (path for path in found if path.suffix in _READ and path.name not in OWN_FILES)
     hashes = {path.name: cached_sha256_of(path) for path in files if path.is_file()}
@@ -80,7 +80,7 @@ def _stored_folder(folder: Path) -> Path:
 
 
 def _as_stored(own: Any, folder: Path) -> StoredTokenizer | None:
-    """Return a stored tokenizer for ``own`` of transformers; ``None`` if its tokens would differ."""
+    """Return a cached tokenizer for transformers' ``own``, or ``None`` if tokens would differ."""
     if (
         not own.is_fast
         or not isinstance(own.chat_template, str | None)
@@ -114,7 +114,7 @@ def _fields(own: Any) -> dict[str, Any]:
 
 
 def _reads_alike(stored: StoredTokenizer, own: Any) -> bool:
-    """Return whether a stored tokenizer encodes and decodes as that of transformers does."""
+    """Return True if a cached tokenizer encodes and decodes like transformers'."""
     if stored.get_vocab() != own.get_vocab() or stored.vocab_size != own.vocab_size:
         return False
     for text in (*_TRIALS, " a ".join(own.all_special_tokens)):
@@ -155,9 +155,9 @@ def load_with_transformers(folder: Path) -> Any:
 
 
 def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) -> None:
-    """Refuse a tokenizer that gives ids the network has no embedding for.
+    """Reject a tokenizer with ids beyond the network's embedding.
 
-    Tokens added to a tokenizer and used by no row are let be; many published models have some.
+    Unused added tokens are ignored, because many published models have some.
     """
     size = text_fields(config).get("vocab_size")
     known = max([chat.tokenizer.vocab_size, *(stop + 1 for stop in chat.stop_ids)])
@@ -170,9 +170,9 @@ def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) ->
 
 
 def tokenizer_difference(one: ChatFormat, other: ChatFormat) -> str | None:
-    """How the tokens of two models differ; ``None`` where what one writes the other reads.
+    """Return a description of the difference between two tokenizers, or ``None`` if compatible.
 
-    Tokens that only the larger vocabulary has are let be: models add some that no row uses.
+    Tokens that exist only in the larger vocabulary are ignored: models add tokens that no row uses.
     """
     first, second = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     shared = first.keys() & second.keys()
@@ -217,7 +217,8 @@ def load_chat_format(folder: Path, network: ModelFolder | None = None) -> ChatFo
 
 
 def reads_texts(folder: Path, processor: Processor | None) -> bool:
-    """Return whether the model in ``folder`` reads texts, next to the inputs of its ``processor``."""
+    """Return True if the model in ``folder`` has text inputs in addition to the inputs of
+    ``processor``."""
     if processor is None:
         return True
     if processor.kind == "audio":
@@ -227,9 +228,9 @@ def reads_texts(folder: Path, processor: Processor | None) -> bool:
 
 
 _STARTS_FROM_BOS = frozenset({"t5gemma", "t5gemma2"})
-"""Families whose decoder starts from ``bos_token_id``, without ``decoder_start_token_id``."""
+"""Families whose decoder starts with ``bos_token_id`` and that have no ``decoder_start_token_id``."""
 _STARTS_FROM_LAST = frozenset({"mbart", "plbart"})
-"""Families whose ``shift_tokens_right`` starts the decoder from the last token of the labels."""
+"""Families whose ``shift_tokens_right`` starts the decoder with the last token of the labels."""
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def _start_id(config: Mapping[str, Any]) -> int | None:
 def _with_frame(
     chat: ChatFormat, folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> ChatFormat:
-    """Return ``chat`` with the special tokens that its tokenizer puts around a target text."""
+    """Return ``chat`` with the tokenizer's special tokens around target texts."""
     forced_id = generation.get("forced_bos_token_id", config.get("forced_bos_token_id"))
     if problem := _language_problem(chat.tokenizer, folder, forced_id):
         return replace(chat, decoder_problem=problem)

@@ -1,15 +1,14 @@
-"""The torch backend.
+"""The PyTorch backend.
 
-On the flat layout all sequences step together: their next tokens go through the layers as the rows of
-one matrix, and each row attends to its own keys and values. Prompts are read in chunks, several prompts
-at once. In steps of few sequences, further rows check guesses of the next tokens
-(:mod:`luthier.models.speculation`): a correct guess takes no step of its own.
+On the flat layout, the next tokens of all sequences form the rows of one matrix, and each row
+attends to its own keys and values. Prompts are prefilled in chunks, several prompts at once. With
+few sequences, additional rows verify guesses of the next tokens
+(:mod:`luthier.models.speculation`): a correct guess saves a step.
 
-Kernels may sum in another order for other numbers of rows, so that a sequence rounds differently next
-to others. A sequence that runs alone always meets the same shapes.
+Kernels may sum in another order for other numbers of rows, so a sequence can round differently in a
+batch. A sequence alone always has the same shapes.
 
-Networks without a flat layout run by their own forward and cache
-(:mod:`luthier.models.forward_backend`).
+Networks without the flat layout use :mod:`luthier.models.forward_backend`.
 """
 
 from __future__ import annotations
@@ -57,20 +56,20 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 ROWS = 64
-"""Most sequences in one step; further sequences step after them."""
+"""Maximum number of sequences per step."""
 GUESSING = 8
-"""Rows of a step that take little more time than one row; guesses fill the step up to this number."""
+"""Number of rows up to which a step takes little longer than one row. Guesses fill the step."""
 PREFILL_TOKENS = 8192
-"""Tokens of prompts that run at once where many are read together."""
+"""Maximum number of prompt tokens per batched prefill."""
 TRIAL_ROWS = (2, 8, 64)
-"""Numbers of rows for which :class:`LlamaForward` is compared with the modules."""
+"""Row counts for the comparison of :class:`LlamaForward` with the modules."""
 
 
 NOTHING: IntArray = np.zeros(0, dtype=np.int64)
 
 
 def torch_backend(network: Network, context: int, packs: bool = True) -> Backend:
-    """See :data:`luthier.models.backends.OpenBackend`.
+    """Open a network; see :data:`luthier.models.backends.OpenBackend`.
 
     Without ``packs`` there is no second copy of the weights, and steps take twice as long.
     """
@@ -83,7 +82,7 @@ def torch_backend(network: Network, context: int, packs: bool = True) -> Backend
 
 
 class _Recording:
-    """Attention over a tree that keeps the keys and values of each layer, ``[Hk, before + N, D]``."""
+    """Tree attention that records the keys and values of each layer, ``[Hk, before + N, D]``."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         self.plan, self.longest = plan, plan.longest
@@ -105,20 +104,20 @@ class _FlatSequence:
         self.ids_T, self.span, self.read, self.lookup = ids_T, span, 0, lookup
         self.adapter = adapter
         self.guess: list[int] = []
-        """Guessed tokens whose keys and values are stored behind those of the sequence."""
+        """Guessed tokens, with keys and values after the sequence's own."""
         self.logits: list[Tensor] = []
         """``[V]`` behind each guessed token."""
         self.right = 0
-        """Tokens of the last guess that were chosen."""
+        """Number of accepted tokens of the last guess."""
         self.proposed = self.accepted = 0
-        """Guessed tokens, and guessed tokens that were chosen, of all guesses."""
+        """Total numbers of guessed and of accepted tokens."""
 
     @property
     def unread(self) -> int:
         return len(self.ids_T) - self.read
 
     def accept(self, token: int) -> Tensor | None:
-        """Append ``token``; return the logits behind it if it was guessed."""
+        """Append ``token``; return the next logits if the token was guessed."""
         self.lookup.append(token)
         if self.guess and self.guess[0] == token:
             self.span.length += 1
@@ -161,30 +160,31 @@ class FlatBackend:
         self._llama = self._llama_forward()
 
     def with_adapter(self, network: Network, context: int) -> Backend:
-        """Return a backend for ``network``, which is this backend's network with an adapter."""
+        """Return a backend for ``network``, an adapter on this backend's network."""
         return AdaptedBackend(self, network, context)
 
     def add_adapter(self, network: Network) -> Adapter:
-        """Add the adapter that makes ``network`` of the base."""
+        """Add the adapter of ``network``."""
         adapter = Adapter.of(network, self.network)
         with self._lock:
             self._batch.add(adapter)
         return adapter
 
     def remove_adapter(self, adapter: Adapter) -> None:
-        """Remove an adapter as soon as its last sequence has ended."""
+        """Remove an adapter once it has no open sequences."""
         with self._lock:
             adapter.is_closed = True
             self._batch.remove_unused(adapter)
 
     def bytes_of(self, tokens: int) -> int:
-        """Return the most memory that a sequence of ``tokens`` takes."""
+        """Return the maximum memory of a sequence of ``tokens`` tokens, in bytes."""
         return room_for(tokens + self._before) * self._bytes
 
     def open(
         self, ids_T: IntArray, start: KeyValues | None = None, adapter: Adapter | None = None
     ) -> State:
-        """Open a sequence in a bank of its own until its prompt is read, from behind ``start`` on."""
+        """Open a sequence after the cached prefix ``start``, in its own bank until the prefill
+        ends."""
         adapter = adapter or self._base
         span = Bank(keys_for(self._before + len(ids_T))).add()
         state = _FlatSequence(ids_T, span, PromptLookup(ids_T.tolist()), adapter)
@@ -203,7 +203,7 @@ class FlatBackend:
         return not self._before
 
     def key_values(self, state: Any, start: int, end: int) -> KeyValues:
-        """Copy those of a prompt that was read, from the token ``start`` on."""
+        """Copy the keys and values of a prompt from token ``start`` to ``end``."""
         span: Span = state.span
         return KeyValues(
             {
@@ -272,7 +272,7 @@ class FlatBackend:
 
     @torch.no_grad()
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
-        """Read them in the token tree, as training does: each distinct beginning is computed once."""
+        """Prefill the prompts as a token tree: each distinct prefix is computed once."""
         network, before = self.network, self._before
         assert isinstance(self._layout, Flat)
         read: dict[int, State] = {}
@@ -306,7 +306,7 @@ class FlatBackend:
 
     @torch.no_grad()
     def fork(self, state: Any, copies: int) -> list[State]:
-        """Copy a sequence into the banks of the sequences that step together."""
+        """Copy a sequence into the shared banks."""
         span: Span = state.span
         made: list[Span] = []
         with self._lock:
@@ -342,7 +342,7 @@ class FlatBackend:
         return Speculation(state.proposed, state.accepted)
 
     def free(self, state: Any) -> None:
-        """Give its place in the bank back."""
+        """Free the slot of a sequence."""
         with self._lock, torch.no_grad():
             try:  # to give the place back takes memory, and may fail
                 state.span.bank.remove(state.span)
@@ -360,7 +360,8 @@ class FlatBackend:
         self._packed.__enter__()
 
     def _step(self, states: Sequence[Any], tokens: Sequence[int]) -> list[Tensor]:
-        """Return logits ``[V]`` behind a token of each; those behind guesses stay with the states."""
+        """Return the next logits ``[V]`` of each sequence. Logits after guesses are stored in the
+        states."""
         self._guess(states)
         rows, row_tokens = [(state.span, 0) for state in states], [*tokens]
         adapters = [state.adapter for state in states]
@@ -384,7 +385,7 @@ class FlatBackend:
         return [row_of[place] for place in range(len(states))]
 
     def _guess(self, states: Sequence[Any]) -> None:
-        """Have ``states`` guess their next tokens, in rows that the step has to spare."""
+        """Guess the next tokens of ``states`` for the unused rows of the step."""
         spare = GUESSING - len(states)
         if spare < 1:
             return
@@ -407,7 +408,7 @@ class FlatBackend:
 
     @torch.no_grad()
     def _llama_forward(self) -> LlamaForward | None:
-        """Return a faster forward pass, where the network has one that gives the same states."""
+        """Return the fast forward pass if results equal the modules', else ``None``."""
         network = self.network
         if self.device.type != "cpu" or not LlamaForward.fits(network.model):
             return None
@@ -449,12 +450,12 @@ class FlatBackend:
 
 
 class AdaptedBackend:
-    """A :class:`FlatBackend` for one adapter, whose sequences step with all others on the base."""
+    """A view of :class:`FlatBackend` for one adapter. Its sequences share steps with all others."""
 
     def __init__(
         self, base: FlatBackend, network: Network, context: int, alone: bool = False
     ) -> None:
-        """``network`` is that of ``base`` with the adapter. ``alone``: nothing else uses ``base``."""
+        """Initialize the view. ``alone`` if nothing else uses ``base``."""
         self.network, self.device = network, base.device
         self.rows, self.sequences = base.rows, base.sequences
         self.context = min(context, base.context)
@@ -465,7 +466,7 @@ class AdaptedBackend:
         self.step, self.speculation, self.free = base.step, base.speculation, base.free
 
     def open(self, ids_T: IntArray, start: KeyValues | None = None) -> State:
-        """Open a sequence that uses the adapter."""
+        """Open a sequence with the adapter."""
         return self._base.open(ids_T, start, self._adapter)
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:

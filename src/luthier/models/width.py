@@ -1,18 +1,18 @@
-"""Narrower layers: neurons of the MLPs, attention heads, channels of the residual stream.
+"""Width pruning: MLP neurons, attention heads, channels of the residual stream.
 
-A *unit* is removed with every weight that writes it and every weight that reads it, so that what is
-left is an ordinary network of the same class (structured pruning: Fang et al. 2023, arXiv:2301.12900;
-Minitron, Muralidharan et al. 2024, arXiv:2407.14679). The largest units stay, by
+A *unit* is removed with every weight that writes or reads the unit, so the result is an ordinary
+network of the same class (structured pruning: Fang et al. 2023, arXiv:2301.12900; Minitron,
+Muralidharan et al. 2024, arXiv:2407.14679). The most important units stay:
 
-    importance = largest weight that writes it x largest weight that reads it  (absolute values),
+    importance = max |writing weight| x max |reading weight|
 
-which is 0 for a unit that does nothing, and the same however a scale is split between writer and
-reader. The largest weight and not the norm of all: networks hang on few weights that stand out (Yu et
-al. 2024, arXiv:2411.07191), and by norms the neurons of SmolLM2-135M were chosen worse than at random.
-It needs no data. Minitron ranks by activations on data instead, and searches over shapes; both
-are left out. Removing units of importance 0 changes nothing: norms are scaled for the channels they no
-longer see, which is exact for RMS norms. Layer norms subtract a mean over all channels, so there it
-cannot be (BERT's family is cut all the same, see :mod:`luthier.models.width_bert`).
+The importance of a unit without effect is 0, and scaling between writer and reader has no
+influence. The maximum is used instead of the norm: networks depend on few outlier weights (Yu et
+al. 2024, arXiv:2411.07191), and norms chose neurons of SmolLM2-135M worse than random. No data is
+needed. Minitron's activation-based ranking and shape search are not implemented. Removing units of
+importance 0 preserves the function: norms are scaled for the removed channels, which is exact for
+RMS norms. Layer norms subtract a mean over all channels and cannot be corrected; BERT's family is
+still supported (:mod:`luthier.models.width_bert`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _MLPS = (
     (("DenseReluDense.wi",), "DenseReluDense.wo", "d_ff"),
     (("ff.layer_1",), "ff.layer_2", "d_inner"),
 )
-"""Modules whose outputs are the neurons, the one that reads them, and the size in the configuration."""
+"""Modules that output the neurons, the module that reads them, and the configuration field."""
 _LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""RMS norms before each sublayer, and heads whose width is a number of its own."""
+"""Families with RMS norms before each sublayer and a separate head size."""
 _READERS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -61,7 +61,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The widths asked for; ``None`` stays."""
+    """Requested widths. ``None`` keeps the teacher's width."""
 
     heads: int | None
     intermediate: int | None
@@ -69,7 +69,7 @@ class Sizes:
 
 
 def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> None:
-    """Write ``sizes`` into ``config``; refuses what ``model`` cannot have cut, with the reason."""
+    """Set ``sizes`` in ``config``; raises with a reason for unsupported cuts."""
     kind = config.model_type
     if sizes.intermediate is not None:
         found = [_mlp(model, layer) for layer in layers]
@@ -142,7 +142,7 @@ class _Mlp:
     field: str
     size: int
     transposed: bool
-    """GPT-2 keeps its weights as ``[in, out]``."""
+    """True for GPT-2's ``[in, out]`` weights."""
 
 
 def _mlp(model: Any, layer: str) -> _Mlp:
@@ -182,7 +182,7 @@ def _cut_mlp(mlp: _Mlp, size: int, state: dict[str, Tensor]) -> None:
 
 
 def _cut_heads(model: Any, layer: str, heads: int, state: dict[str, Tensor]) -> None:
-    """Remove whole groups: one key and value with the query heads that share them."""
+    """Remove whole groups: a key-value head with its query heads."""
     import torch
 
     config, attention = model.config, f"{layer}.self_attn"
@@ -199,7 +199,7 @@ def _cut_heads(model: Any, layer: str, heads: int, state: dict[str, Tensor]) -> 
 
 
 def _cut_channels(model: Any, hidden: int, state: dict[str, Tensor], layers: Sequence[str]) -> None:
-    """Remove channels of the residual stream from all that writes or reads them."""
+    """Remove channels of the residual stream from all writing and reading weights."""
     tables, heads, last = _outside(model)
     written = [unit_size(state, name, 1, bias=False) for name in tables]
     written += [unit_size(state, f"{layer}.{name}", 0) for layer in layers for name in _WRITERS]
@@ -228,7 +228,7 @@ def _cut_channels(model: Any, hidden: int, state: dict[str, Tensor], layers: Seq
 
 
 def _outside(model: Any) -> tuple[list[str], list[str], str]:
-    """Names of the embedding table, of what stands on top, and of the last norm."""
+    """Return the names of the embedding, of the modules on top, and of the last norm."""
     from torch import nn
 
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""

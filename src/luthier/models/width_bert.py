@@ -1,9 +1,10 @@
-"""The width of BERT's family: channels and heads are cut together, as its heads fill its width.
+"""Width pruning for BERT's family, where the heads fill the width, so channels and heads shrink
+together.
 
-Norms stand behind the sublayers and subtract a mean over all channels, so a narrower network is never
-the teacher's function, not even where the channels that go are 0: it is a place to start training
-from, better than random weights because the embeddings that stay are learned ones. Channels stay by
-the rule of :mod:`luthier.models.width`, where the gain of a norm counts with what reads behind it.
+Norms follow the sublayers and subtract a mean over all channels. A narrower network therefore never
+equals the teacher, even without channels of nonzero value. It is an initialization that beats
+random weights because embeddings are kept. Channels are ranked as in :mod:`luthier.models.width`; a
+norm's gain counts with the reading weights.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _TOPS = {
     "lm_head.layer_norm": (0,),
     "lm_head.decoder": (1,),
 }
-"""What stands on the last layer, and which axes of its weight are channels."""
+"""Modules on the last layer, and the channel axes of their weights."""
 
 
 def configure(config: Any, heads: int | None, hidden: int | None) -> None:
@@ -67,7 +68,7 @@ def configure(config: Any, heads: int | None, hidden: int | None) -> None:
 
 
 def cut(model: Any, hidden: int, state: dict[str, Tensor], layers: Sequence[str]) -> None:
-    """Remove heads and channels from all that writes or reads them, in place."""
+    """Remove heads and channels from all writing and reading weights, in place."""
     config = model.config
     wide = config.hidden_size // config.num_attention_heads
     for layer in layers:
@@ -105,7 +106,7 @@ def _cut_heads(layer: str, heads: int, wide: int, state: dict[str, Tensor]) -> N
 
 
 def _importance(prefix: str, layers: Sequence[str], state: dict[str, Tensor]) -> Tensor:
-    """Score of each channel: what writes it, times what reads it behind its norms."""
+    """Return the importance of each channel: writing weights times reading weights after the norms."""
     written = [unit_size(state, f"{prefix}embeddings.{_TABLES[0]}", 1, bias=False)]
     read, norm = [], f"{prefix}embeddings.LayerNorm"
     for layer in layers:

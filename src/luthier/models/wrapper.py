@@ -1,4 +1,4 @@
-"""The base class of layers that wrap a frozen layer."""
+"""Base class of layers that wrap a frozen layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class LayerWrapper(nn.Module):
-    """A layer in the place of a frozen layer, which it holds under PEFT's name."""
+    """A layer that replaces a frozen layer and stores it under PEFT's name."""
 
     base_layer: Any
 
@@ -18,9 +18,9 @@ class LayerWrapper(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The frozen weight as the layer stores it.
+        """The frozen weight as stored.
 
-        T5 and vision transformers read its type before they call a layer, and an output head may be
-        tied to it.
+        T5 and vision transformers read the weight's data type before calling a layer, and an output
+        head may be tied to the weight.
         """
         return self.base_layer.weight

@@ -1,7 +1,7 @@
-"""Networks that transformers does not have, as its own kind of classes.
+"""Networks that transformers does not have, as subclasses of transformers' classes.
 
-Each is a module of its own whose ``CLASSES`` says which automatic class of transformers finds which
-of its models. Once registered, a folder of one loads like any other: no code comes from the folder.
+``CLASSES`` of each module maps transformers' automatic classes to the module's classes. Registered
+networks load like any other network, without code in the model folder.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ NETS = {
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
     **{name: point.value for name, point in bundled("networks").items()},
 }
-"""Module of each network by its ``model_type`` in config.json."""
+"""Modules by ``model_type``."""
 _COMPOSED = {"line_encoder": "vision-encoder-decoder"}
-"""Networks that are a part of one of transformers', whose ``config.json`` names them further inside."""
+"""Networks that are a part of a transformers network, by the ``model_type`` of the whole."""
 
 
 def register(model_type: str | None = None) -> None:
-    """Make the networks here known to transformers' automatic classes; safe to call again.
+    """Register luthier's networks in transformers' automatic classes. Idempotent.
 
-    Only the one of ``model_type`` where it is given, and none where that is transformers' own.
+    With ``model_type``, register only the network of this type, if luthier has one.
     """
     for name in NETS if model_type is None else nets_of(model_type):
         _register(name, import_module(NETS[name]))
 
 
 def nets_of(model_type: str) -> list[str]:
-    """Networks here that one of this ``model_type`` is, or may have as a part."""
+    """Return luthier's networks that a network with ``model_type`` can contain."""
     return [name for name in NETS if model_type in (name, _COMPOSED.get(name))]
 
 
@@ -48,11 +48,11 @@ def _register(name: str, net: Any) -> None:
 
 
 def convert_weights(file: Path, folder: Path) -> None:
-    """Make a model folder of a lone file with the published weights of a known network.
+    """Convert a file with published weights of a known network into a model folder.
 
     Raises:
         UnknownModel: for weights of another network.
-        CorruptFile: for a file that cannot be read.
+        CorruptFile: for an unreadable file.
     """
     for point in bundled("weight_files").values():
         point.load()(file, folder)

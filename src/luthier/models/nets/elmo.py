@@ -1,22 +1,22 @@
-"""ELMo (Peters et al. 2018, arXiv:1802.05365): words by their spelling, read from both sides.
+"""ELMo (Peters et al. 2018, arXiv:1802.05365): bidirectional LSTMs on character-based word vectors.
 
-Input are characters (:mod:`luthier.models.characters`); the network groups them into words:
+Input is characters (:mod:`luthier.models.characters`), which the network groups into words:
 
-- a word's vector is made from its characters by convolutions of several widths, each followed by its
-  maximum over the word and ``relu``, two highway layers and a projection (Kim et al. 2016,
-  arXiv:1508.06615; sizes as in the paper's section 3.4);
-- two layers of LSTMs with projections (Sak et al. 2014) read the words, one pair forwards and one
-  backwards, apart from each other, with a residual connection around the second layer;
-- each word is represented by ``gamma * sum_j s_j h_j`` (formula 1), ``s`` a softmax, ``h_0`` the word's
-  vector twice, ``h_j`` both directions of layer ``j``. ``gamma`` and ``s`` belong to the task: they
-  train with its head.
+- Convolutions of several widths, each with max-pooling over the word and ``relu``, two highway
+  layers and a projection produce the word vector (Kim et al. 2016, arXiv:1508.06615; sizes of the
+  paper's section 3.4).
+- Two layers of LSTMs with projections (Sak et al. 2014) process the words, separately in each
+  direction, with a residual connection around the second layer.
+- The word's representation is ``gamma * sum_j s_j h_j`` (formula 1) with a softmax ``s``, the
+  duplicated word vector ``h_0``, and both directions of layer ``j`` as ``h_j``. ``gamma`` and ``s``
+  train with the head.
 
-Every character has the state of its word, so that the first character of a word stands for it. A
-classifier of texts reads the mean of the states of all characters; longer words weigh more.
+Every character has the state of its word, so the first character represents the word. Text
+classifiers use the mean over all characters, which gives longer words more weight.
 
-Left out: the norm before the sum, L2 on its weights, clipping of cells and states, states kept from one
-sentence to the next, samples of the vocabulary in the softmax. Windows of a convolution begin at
-characters of the word only, and each distinct word of a batch is computed once.
+Not implemented: the norm before the sum, L2 regularization, clipping of cells and states, states
+across sentences, sampled softmax. Convolution windows start at the word's characters only, and each
+distinct word of a batch is computed once.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class ElmoConfig(PreTrainedConfig):
     special_tokens: int = 4
     """Ids below are words of their own."""
     word_start_id: int = 224
-    """The character that begins a word."""
+    """Token that starts a word."""
     word_end_id: int = 3
-    """The character that the network puts behind each word."""
+    """Token that the network appends to each word."""
     max_characters_per_token: int = 50
-    """Characters of a word that are read, both marks included."""
+    """Maximum number of characters per word, start and end tokens included."""
     character_size: int = 16
     filters: list[list[int]] = field(default_factory=lambda: [list(pair) for pair in FILTERS])
     """Width and number of the filters of each convolution."""
@@ -64,7 +64,7 @@ class ElmoConfig(PreTrainedConfig):
     """Cells of each LSTM."""
     num_hidden_layers: int = 2
     hidden_dropout: float = 0.1
-    """Share dropped of what goes into and comes out of each LSTM."""
+    """Dropout rate at the input and output of each LSTM."""
     max_position_embeddings: int = 4096
     """Longest row in characters; the network itself has no limit."""
     pad_token_id: int | None = 0
@@ -77,7 +77,7 @@ class ElmoConfig(PreTrainedConfig):
         return 2 * self.projection_size
 
     def validate_architecture(self) -> None:
-        """Refuse sizes that make no network."""
+        """Reject invalid sizes."""
         if not self.filters or any(len(pair) != 2 or min(pair) < 1 for pair in self.filters):
             raise ValueError("filters must be pairs of a width and a number of filters")
         if self.projection_size >= self.cell_size:
@@ -93,11 +93,11 @@ class Words:
     character_UC: Tensor
     """The distinct words, filled up with -1."""
     distinct_RW: Tensor
-    """Which of them each word is; any where a row has fewer words."""
+    """Index of each word's distinct word; arbitrary for padding."""
     length_R: Tensor
     """Words of each row."""
     word_RT: Tensor
-    """The word each character belongs to; any where the row is filled up."""
+    """Word index of each character; arbitrary for padding."""
 
 
 class CharacterCNN(nn.Module):
@@ -133,7 +133,7 @@ class CharacterCNN(nn.Module):
 
 
 class GateLinear(nn.Linear):
-    """A linear layer whose bias starts at numbers other than 0, one for each equal part of it."""
+    """A linear layer with a nonzero initial bias for each equal part of the output."""
 
     def __init__(self, inputs: int, outputs: int, first: tuple[float, ...]) -> None:
         super().__init__(inputs, outputs)
@@ -155,10 +155,10 @@ class Highway(nn.Module):
 
 
 class ProjectedLSTM(nn.Module):
-    """LSTM whose state is a projection of what its cells give (Sak et al. 2014, arXiv:1402.1128).
+    """LSTM with a projected state (Sak et al. 2014, arXiv:1402.1128).
 
-    torch's own keeps its matrices to itself; here they are linear layers, which adaptations can take.
-    Left out: connections from cells to gates, and the part of the state that does not recur.
+    The matrices are linear layers, so adaptations can wrap them, unlike in torch's LSTM. Not
+    implemented: peephole connections, non-recurrent projections.
     """
 
     def __init__(self, size: int, cells: int) -> None:
@@ -170,7 +170,7 @@ class ProjectedLSTM(nn.Module):
         self.projection = nn.Linear(cells, size, bias=False)
 
     def forward(self, x_RWP: Tensor) -> Tensor:
-        """The state at each word, ``[R, W, P]``. Cells are kept in float32 at least."""
+        """Return the state at each word, ``[R, W, P]``. Cells are at least float32."""
         wide = torch.promote_types(x_RWP.dtype, torch.float32)
         state_RP = x_RWP.new_zeros(len(x_RWP), x_RWP.shape[2])
         cell_RC = x_RWP.new_zeros(len(x_RWP), self.cells, dtype=wide)
@@ -185,7 +185,7 @@ class ProjectedLSTM(nn.Module):
 
 
 class TwoWayLayer(nn.Module):
-    """One LSTM for each direction, neither of which sees the other."""
+    """Two independent LSTMs, one per direction."""
 
     def __init__(self, config: ElmoConfig, residual: bool) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class ScalarMix(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(()))
         self.weights = nn.Parameter(torch.zeros(layers))
-        """``s`` before its softmax."""
+        """Logits of ``s``."""
 
     def forward(self, layers: list[Tensor]) -> Tensor:
         """The sum of ``layers``, in their shape."""
@@ -221,7 +221,7 @@ class ScalarMix(nn.Module):
 
 
 class ElmoPreTrainedModel(PreTrainedModel):
-    """What all heads share: configuration and first weights, those of the authors' code."""
+    """Common base class: configuration and the initialization of the authors' code."""
 
     config: ElmoConfig
     config_class = ElmoConfig
@@ -245,7 +245,8 @@ class ElmoPreTrainedModel(PreTrainedModel):
 
 
 class ElmoModel(ElmoPreTrainedModel):
-    """The network without a head; ``mixed=False`` gives its top layer in place of the sum."""
+    """The network without a head. ``mixed=False`` returns the top layer instead of the weighted
+    sum."""
 
     def __init__(self, config: ElmoConfig, mixed: bool = True) -> None:
         super().__init__(config)
@@ -263,7 +264,7 @@ class ElmoModel(ElmoPreTrainedModel):
         return embedding
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Put another in its place."""
+        """Replace the character embedding."""
         self.characters.embed_tokens = value
 
     def forward(
@@ -289,7 +290,7 @@ class ElmoModel(ElmoPreTrainedModel):
 
     @torch.no_grad()
     def _words(self, ids_RT: Tensor, mask_RT: Tensor) -> Words:
-        """Words begin at their mark, at special tokens and behind them, and where a row begins."""
+        """Split rows into words, at start tokens and around special tokens."""
         config = self.config
         # Ids behind the vocabulary are those of a soft prompt.
         special_RT = (ids_RT < config.special_tokens) | (ids_RT >= config.vocab_size)
@@ -315,19 +316,19 @@ class ElmoModel(ElmoPreTrainedModel):
 
 
 def _reversal_index(length_R: Tensor, size: int) -> Tensor:
-    """Indices ``[R, W]`` that turn the words of each row around, and again back."""
+    """Return indices ``[R, W]`` that reverse the words of each row. Self-inverse."""
     place_W = torch.arange(size, device=length_R.device)
     turned_RW = length_R[:, None] - 1 - place_W
     return torch.where(turned_RW >= 0, turned_RW, place_W)
 
 
 def _gather(states_RWH: Tensor, index_RT: Tensor) -> Tensor:
-    """``[R, T, H]``: of each row the states that ``index_RT`` names."""
+    """Return the states at ``index_RT``, ``[R, T, H]``."""
     return states_RWH.gather(1, index_RT[..., None].expand(-1, -1, states_RWH.shape[-1]))
 
 
 class ElmoForSequenceClassification(MeanPoolingClassifier, ElmoPreTrainedModel):
-    """A classifier that reads the mean of all characters' states."""
+    """A classifier on the mean of all characters' states."""
 
     def __init__(self, config: ElmoConfig) -> None:
         super().__init__(config)
@@ -342,7 +343,7 @@ class ElmoForTokenClassification(GenericForTokenClassification, ElmoPreTrainedMo
 
 
 class ElmoForPreTraining(ElmoPreTrainedModel):
-    """The bidirectional language model (section 3.1): one softmax over words for both directions."""
+    """The bidirectional language model (section 3.1) with one softmax for both directions."""
 
     def __init__(self, config: ElmoConfig) -> None:
         super().__init__(config)
@@ -353,7 +354,8 @@ class ElmoForPreTraining(ElmoPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> ModelOutput:
-        """Logits ``[R, T, 2, V]`` of the word behind each character's word, and of the one before."""
+        """Return logits ``[R, T, 2, V]`` of the next and the previous word of each character's
+        word."""
         state_RTH = self.model(input_ids, attention_mask).last_hidden_state
         return ModelOutput(logits=self.lm_head(state_RTH.unflatten(-1, (2, -1))))
 

@@ -1,15 +1,14 @@
-"""fastText (Joulin et al. 2016, arXiv:1607.01759): a text is the mean of its words and pairs of words.
+"""fastText (Joulin et al. 2016, arXiv:1607.01759): a text as the mean of word and bigram vectors.
 
-Input are characters (:mod:`luthier.models.characters`), so any language that puts spaces between words
-is read, with no vocabulary and nothing to be trained before. Each word, and every two words that follow
-each other, have the vector of the bucket that their hash names (section 2.2); a linear classifier reads
-the mean. Texts in a language that no encoder at hand was trained on are told apart better by this than
-by its wrong pieces (docs/log/defaults.md).
+Input is characters (:mod:`luthier.models.characters`), so any language with spaces between words
+works without vocabulary or pretraining. A hash selects the vector of each word and bigram (section
+2.2). A linear classifier uses the mean. For languages without a matching encoder, the network
+classifies better than an encoder with wrong subwords (docs/log/defaults.md).
 
-The state of a word's first character is that of the word and of the pair that ends with it, brought to
-such a size that the mean over all characters is the mean over words and pairs; other characters have
-zeros. Left out: vectors of the parts of words, a hierarchical softmax, and words that are frequent
-enough having a vector that they share with no other.
+The first character of a word has the state of the word and of the bigram that ends there. The state
+is scaled such that the mean over all characters equals the mean over words and bigrams. Other
+characters have zeros. Not implemented: subword vectors, hierarchical softmax, collision-free
+vectors of frequent words.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from luthier.models.nets.heads import MeanPoolingClassifier
 
 PRIME = (1 << 31) - 1
-"""Hashes are numbers below it: a product of two of them fits into 64 bits."""
+"""Modulus of the hashes. The product of two hashes fits into 64 bits."""
 FACTORS = (16_807, 48_271, 69_621)
 """Primitive roots of :data:`PRIME` (Park and Miller 1988; Fishman and Moore 1986)."""
 
@@ -41,12 +40,12 @@ class FastTextConfig(PreTrainedConfig):
     special_tokens: int = 4
     """Ids below are no part of any word."""
     word_start_id: int = 224
-    """The character that begins a word."""
+    """Token that starts a word."""
     buckets: int = 1 << 17
-    """Vectors that words and pairs share by their hash."""
+    """Number of vectors, which words and bigrams share."""
     hidden_size: int = 64
     num_hidden_layers: int = 1
-    """The vectors are all there is below the classifier."""
+    """1: the vectors are the only layer below the classifier."""
     max_position_embeddings: int = 8192
     """Longest row in characters; the network itself has no limit."""
     pad_token_id: int | None = 0
@@ -54,13 +53,13 @@ class FastTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def validate_architecture(self) -> None:
-        """Refuse sizes that make no network."""
+        """Reject invalid sizes."""
         if not 0 < self.buckets < PRIME:
             raise ValueError(f"buckets must be from 1 to {PRIME - 1:,}")
 
 
 class FastTextPreTrainedModel(PreTrainedModel):
-    """What all heads share: configuration and first weights."""
+    """Common base class: configuration and initialization."""
 
     config: FastTextConfig
     config_class = FastTextConfig
@@ -91,9 +90,9 @@ class FastTextModel(FastTextPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutput:
-        """States ``[R, T, H]`` of the characters ``[R, T]``, whose mean is that of words and pairs.
+        """Return character states ``[R, T, H]`` whose mean is the mean over words and bigrams.
 
-        Rows may be filled up before or behind, where ``attention_mask`` is 0.
+        Rows may have padding on both sides, with ``attention_mask`` 0.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -117,7 +116,7 @@ class FastTextModel(FastTextPreTrainedModel):
 
     @torch.no_grad()
     def _hashes(self, ids_RT: Tensor, mask_RT: Tensor) -> tuple[Tensor, Tensor]:
-        """Where words begin, and there the hash of the word: a polynomial of its bytes."""
+        """Return the word starts, and the hash of each word: a polynomial of the bytes."""
         special_RT = ids_RT < self.config.special_tokens
         start_RT = (ids_RT == self.config.word_start_id) & mask_RT
         place_T = torch.arange(ids_RT.shape[1], device=ids_RT.device)

@@ -1,4 +1,4 @@
-"""Heads that networks of ours share; each goes before their ``PreTrainedModel`` among the bases."""
+"""Heads of luthier's own networks. List each head before ``PreTrainedModel`` in the bases."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassi
 
 
 class TiedCausalLM(PreTrainedModel):
-    """The causal language model on top of a network: its input embedding is its output head.
+    """A causal language model with tied input and output embeddings.
 
-    Goes before ``GenerationMixin``, too.
+    List this class before ``GenerationMixin`` in the bases.
     """
 
     backbone: ClassVar[type[PreTrainedModel]]
@@ -33,7 +33,7 @@ class TiedCausalLM(PreTrainedModel):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]``, of the last ``logits_to_keep`` tokens where that is not 0."""
+        """Return logits ``[B, T, V]``, or only of the last ``logits_to_keep`` tokens if nonzero."""
         out = self.model(input_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None
@@ -49,7 +49,7 @@ class TiedCausalLM(PreTrainedModel):
 
 
 class MeanPoolingClassifier(PreTrainedModel):
-    """A classifier of texts that reads the mean of all tokens' states; the network sets ``score``."""
+    """A text classifier on the mean of all tokens' states. The network defines ``score``."""
 
     row_pooling: ClassVar[str] = "mean"
     score: nn.Module

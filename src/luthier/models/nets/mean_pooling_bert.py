@@ -1,7 +1,7 @@
-"""BERT as a classifier that reads the mean of a text's states, as sentence encoders are trained to be.
+"""BERT classifier with mean pooling, the pooling that sentence encoders are trained with.
 
-Of transformers' own classes for BERT each reads the first token, through a pooler that sentence
-encoders were not trained with (Reimers and Gurevych 2019, section 4.4, compares the two).
+transformers' BERT classifiers use the first token and a pooler, which sentence encoders do not
+train (Reimers and Gurevych 2019, section 4.4, compares both).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from luthier.models.nets.heads import MeanPoolingClassifier
 
 
 class MeanPoolingBertConfig(BertConfig):
-    """The configuration of BERT, under a name that transformers does not take for BERT's."""
+    """BERT's configuration under a separate ``model_type``."""
 
     model_type = "mean_pooling_bert"
 
@@ -30,7 +30,7 @@ class MeanPoolingBertModel(BertModel):
 
 
 class MeanPoolingBertForSequenceClassification(MeanPoolingClassifier, BertPreTrainedModel):
-    """A linear head on the mean, brought to one length."""
+    """A linear head on the normalized mean."""
 
     config_class = MeanPoolingBertConfig
 

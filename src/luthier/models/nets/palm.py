@@ -1,16 +1,16 @@
-"""PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 2), whose weights were never published.
+"""PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 2), a network without published weights.
 
 A decoder with *parallel* layers, ``y = x + MLP(LN(x)) + Attention(LN(x))`` with one norm for both;
-SwiGLU with an inner width of four times the width; one key and value head for all query heads
-(multi-query attention); rotary positions; no biases, in norms neither; input and output embedding
-shared. Matrices start at a variance of ``1 / fan-in``, and there is no dropout (section 5).
+SwiGLU with four times the width; one key-value head for all query heads (multi-query attention);
+rotary embeddings; no biases, also in norms; tied embeddings. Matrices are initialized with variance
+``1 / fan-in``. No dropout (section 5).
 
 The paper draws the embedding ``E`` from ``N(0, 1)`` and multiplies the logits by ``1 / sqrt(H)``.
-Stored here is ``E / sqrt(H)``: inputs are multiplied by ``sqrt(H)`` and logits by nothing. The
-function and its start are the paper's, and steps of one size fit all matrices, as AdamW takes them
-(the paper's Adafactor scales each step with its matrix).
+This module stores ``E / sqrt(H)``, multiplies inputs by ``sqrt(H)``, and does not scale logits.
+Function and initialization equal the paper's. One AdamW step size then fits all matrices (the
+paper's Adafactor scales each step with its matrix).
 
-Left out: the sizes of 8 to 540 billion, Adafactor, the z-loss, the growing batch, the 256k
+Not implemented: the 8 to 540 billion sizes, Adafactor, z-loss, batch size growth, the 256k
 SentencePiece vocabulary.
 """
 
@@ -42,7 +42,7 @@ from luthier.models.nets.heads import TiedCausalLM
 
 
 class PalmConfig(LlamaConfig):
-    """Llama's fields, with what makes a PaLM fixed: one key head, no biases, shared embeddings."""
+    """Llama's configuration with PaLM's constants: one key-value head, no biases, tied embeddings."""
 
     model_type = "palm"
     layer_norm_eps: float = 1e-6
@@ -54,7 +54,7 @@ class PalmConfig(LlamaConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse a configuration of another network under this name."""
+        """Reject configurations that contradict PaLM."""
         super().__post_init__(**kwargs)
         if self.num_key_value_heads != 1 or self.attention_bias or self.mlp_bias:
             raise ValueError("PaLM has one key and value head (num_key_value_heads) and no biases")
@@ -80,7 +80,7 @@ class PalmLayer(GradientCheckpointingLayer):
 
 
 class PalmPreTrainedModel(PreTrainedModel):
-    """What all heads share: configuration, what transformers may do with it, first weights."""
+    """Common base class: configuration, supported features and initialization."""
 
     config: PalmConfig
     config_class = PalmConfig
@@ -160,13 +160,13 @@ class PalmModel(PalmPreTrainedModel):
 
 
 class PalmForCausalLM(TiedCausalLM, PalmPreTrainedModel, GenerationMixin):
-    """The network with the input embedding as its output head."""
+    """The network with the input embedding as output head."""
 
     backbone = PalmModel
 
 
 class PalmForSequenceClassification(GenericForSequenceClassification, PalmPreTrainedModel):
-    """A classifier that reads the last token."""
+    """A classifier on the last token."""
 
 
 class PalmForTokenClassification(GenericForTokenClassification, PalmPreTrainedModel):

@@ -1,19 +1,19 @@
-"""Transformer-XL (Dai et al. 2019, arXiv:1901.02860): segments that remember, and relative positions.
+"""Transformer-XL (Dai et al. 2019, arXiv:1901.02860): segment recurrence and relative positions.
 
-A row is cut into segments of ``segment_length`` tokens. In each layer a token sees its own segment up
-to itself and the ``memory_length`` states before the segment, through which no gradient flows (section
-3.2). Queries, keys and values of layer ``n`` come from states of layer ``n - 1``, so what a token sees
-reaches ``memory_length`` further back with each layer, and all segments of a row are computed at once,
-layer by layer. Scores are those of section 3.3, divided by the root of the head's size as in the
-authors' code, with sinusoids ``R``, and ``u`` and ``v`` shared by all layers::
+Rows are split into segments of ``segment_length`` tokens. In each layer a token attends to
+preceding tokens of its segment and to ``memory_length`` states before the segment, without gradient
+(section 3.2). Queries, keys and values of layer ``n`` come from states of layer ``n - 1``, so each
+layer extends the visible context by ``memory_length``. All segments of a row are computed at once,
+layer by layer. Scores follow section 3.3, divided by the root of the head size like in the authors'
+code, with sinusoids ``R`` and with ``u`` and ``v`` shared by all layers::
 
     A[i, j] = q[i] k[j] + q[i] W_kR R[i - j] + u k[j] + v W_kR R[i - j]
 
-Norms follow the sublayers; embeddings are multiplied by the root of the width and shared with the
-output. For generation a memory of states is kept, from which the next tokens see the same.
+Norms follow the sublayers. Embeddings are multiplied by the root of the width and tied with the
+output. Generation keeps a memory of states with the same visible context.
 
-Left out: adaptive softmax and adaptive embeddings, memory between the rows of a training, a memory
-that is longer in evaluation than in training, relearned positions beyond a largest distance.
+Not implemented: adaptive softmax and embeddings, memory across training rows, longer memory in
+evaluation, maximum distances.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class TransfoXLConfig(PreTrainedConfig):
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     segment_length: int = 128
-    """Tokens between two borders that no gradient crosses."""
+    """Segment length in tokens. Gradients do not cross segments."""
     memory_length: int = 128
-    """States before a segment that each of its layers sees."""
+    """Number of states before a segment that each layer attends to."""
     max_position_embeddings: int = 4096
     """Longest row; the network itself has no limit."""
     hidden_dropout: float = 0.1
-    """Share dropped of embeddings, positions and what sublayers give."""
+    """Dropout rate of embeddings, positions and sublayer outputs."""
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     pad_token_id: int | None = None
@@ -66,7 +66,7 @@ class TransfoXLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def validate_architecture(self) -> None:
-        """Refuse sizes that make no network."""
+        """Reject invalid sizes."""
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be even, and a multiple of "
@@ -80,37 +80,37 @@ class TransfoXLConfig(PreTrainedConfig):
 
 @dataclass
 class Memory:
-    """What the layers saw of the last tokens, for the tokens that follow."""
+    """Layer inputs of preceding tokens."""
 
     states: list[Tensor]
     """Input of each layer, ``[B, K, H]``."""
     position_BK: Tensor
-    """Place of each in its row; negative for what fills a row up."""
+    """Position of each token in the row; negative for padding."""
 
     def get_seq_length(self) -> int:
-        """Tokens seen, what fills rows up included, as transformers asks it of a cache."""
+        """Return the number of cached tokens with padding, transformers' cache interface."""
         return int(self.position_BK.max()) + 1
 
     def select(self, index_R: Tensor) -> Memory:
-        """That of the rows ``index_R``, one of them possibly several times."""
+        """Return the memory of the rows ``index_R``, with possible repetitions."""
         return Memory([state[index_R] for state in self.states], self.position_BK[index_R])
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which states ``J`` the queries ``I`` of each segment ``Z`` see."""
+    """Visible states ``J`` for the queries ``I`` of each segment ``Z``."""
 
     visible_ZIJ: Tensor
     """``Z`` is 1 where all segments see alike."""
     distance_JH: Tensor
     """``R`` of the distances ``J - 1`` down to 0."""
     length: int = 0
-    """Tokens of a segment; 0 where a memory is given and rows are not cut."""
+    """Segment length in tokens; 0 with a given memory and unsplit rows."""
     memory: int = 0
     """States before each segment."""
 
     def split(self, hidden_BTH: Tensor, kept_BKH: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Queries ``[Z, I, H]`` and what they see ``[Z, J, H]``, memory first."""
+        """Return queries ``[Z, I, H]`` and visible states ``[Z, J, H]``, memory first."""
         if not self.length:
             assert kept_BKH is not None
             return hidden_BTH, torch.cat([kept_BKH, hidden_BTH], 1)
@@ -128,7 +128,7 @@ class Window:
 
 
 class RelativeAttention(nn.Module):
-    """Attention whose scores depend on contents and distances (section 3.3)."""
+    """Attention with content and distance scores (section 3.3)."""
 
     def __init__(self, config: TransfoXLConfig) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class RelativeAttention(nn.Module):
     def forward(
         self, own_ZIH: Tensor, seen_ZJH: Tensor, window: Window, bias_2ND: Tensor
     ) -> Tensor:
-        """What the queries ``[Z, I, H]`` make of what they see ``[Z, J, H]``; same shape as they."""
+        """Return the attention output ``[Z, I, H]`` of queries to visible states ``[Z, J, H]``."""
         query, key, value = (
             proj(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for proj, states in (
@@ -208,7 +208,7 @@ class TransfoXLLayer(GradientCheckpointingLayer):
         bias_2ND: Tensor,
         kept_BKH: Tensor | None = None,
     ) -> Tensor:
-        """Map ``[B, T, H]`` to the same shape; ``kept_BKH`` are this layer's inputs before them."""
+        """Map ``[B, T, H]`` to the same shape; ``kept_BKH`` are preceding inputs of this layer."""
         own_ZIH, seen_ZJH = window.split(hidden_states, kept_BKH)
         mixed = self.self_attn(own_ZIH, seen_ZJH, window, bias_2ND)
         batch, size, width = hidden_states.shape
@@ -219,7 +219,7 @@ class TransfoXLLayer(GradientCheckpointingLayer):
 
 
 class TransfoXLPreTrainedModel(PreTrainedModel):
-    """What all heads share: configuration and first weights."""
+    """Common base class: configuration and initialization."""
 
     config: TransfoXLConfig
     config_class = TransfoXLConfig
@@ -284,7 +284,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=_reorder(hidden, back_BT))
 
     def _whole(self, hidden_BTH: Tensor) -> Tensor:
-        """All segments of rows that begin with their first token."""
+        """Process all segments of complete rows."""
         batch, size, _ = hidden_BTH.shape
         length = min(self.config.segment_length, size)
         count = -(-size // length)
@@ -307,7 +307,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
     def _onwards(
         self, hidden_BTH: Tensor, mask_BT: Tensor | None, past: Memory | None
     ) -> BaseModelOutputWithPast:
-        """Tokens behind those of ``past``, each seeing what its segment sees."""
+        """Process tokens after ``past``. Each token sees the context of its segment."""
         batch, size, width = hidden_BTH.shape
         length, memory = self.config.segment_length, self.config.memory_length
         if past is None:
@@ -349,7 +349,7 @@ def _reorder(hidden_BTH: Tensor, order_BT: Tensor) -> Tensor:
 
 
 class TransfoXLForCausalLM(TiedCausalLM, TransfoXLPreTrainedModel, GenerationMixin):
-    """The network with the input embedding as its output head."""
+    """The network with the input embedding as output head."""
 
     backbone = TransfoXLModel
 
@@ -361,7 +361,7 @@ class TransfoXLForCausalLM(TiedCausalLM, TransfoXLPreTrainedModel, GenerationMix
 class TransfoXLForSequenceClassification(
     GenericForSequenceClassification, TransfoXLPreTrainedModel
 ):
-    """A classifier that reads the last token."""
+    """A classifier on the last token."""
 
 
 class TransfoXLForTokenClassification(GenericForTokenClassification, TransfoXLPreTrainedModel):
