@@ -80,10 +80,10 @@ def show_advice(advice: Advice) -> None:
     evidence = facts.evidence
     if evidence is not None:
         tried = Table(
-            title=f"Tried on {evidence.held} rows that nothing was learned from",
+            title=f"Trials on {evidence.held} held-out rows",
             title_justify="left", box=None, padding=(0, 2, 0, 0),
         )  # fmt: skip
-        for name in ("", "right", "tokens read", "s an answer"):
+        for name in ("", "score", "prompt tokens", "s per reply"):
             tried.add_column(name, justify="left" if not name else "right")
         for each in evidence.tried:
             tried.add_row(
@@ -109,8 +109,8 @@ def show_advice(advice: Advice) -> None:
         )  # fmt: skip
     out.print(table)
     chosen = advice.recommendation
-    what = ", then ".join(chosen.techniques) or "mend the data first"
-    what += "" if chosen.sure else ", as a first try"
+    what = ", then ".join(chosen.techniques) or "fix the data first"
+    what += "" if chosen.sure else ", as a first trial"
     out.print(f"\n[bold]{what}[/bold]" + ("" if chosen.tune else "  (do not tune)"))
     for reason in chosen.reasons:
         out.print(f"  because {reason}", markup=False)

@@ -121,7 +121,7 @@ for panel, commands in PANELS.items():
             app.add(command, panel)
         else:
             app.add_typer(command, name=COMMAND_GROUPS[command], rich_help_panel=panel)
-# What ends it by surprise goes into its log with its traceback.
+# Not a Command: the log of the work needs the traceback of an unexpected error.
 typer.Typer.command(app, "worker", hidden=True)(worker)
 
 
@@ -149,7 +149,7 @@ def main() -> None:
     """Entry point of the ``luthier`` command."""
     use_safe_path()
     escape_unencodable(sys.stdout, sys.stderr)
-    # Where it is installed, PEFT imports it, and it logs advice about a kernel that is not used here.
+    # PEFT imports bitsandbytes if installed, which logs advice about an unused kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     console.owns_process = True
     app()

@@ -57,13 +57,11 @@ class RowProcesses:
             RefusedInput: for options that exclude each other.
         """
         if self.ray_gpus and self.ray_address is None:
-            raise RefusedInput("--ray-gpus reserves GPUs on a cluster: give --ray-address, too")
+            raise RefusedInput("--ray-gpus needs --ray-address")
         if self.processes is None and self.ray_address is None:
             return False
         if source is None or output is None:
-            raise RecipeError(
-                "--processes and --ray-address share the rows of a file: give --input and --output"
-            )
+            raise RecipeError("--processes and --ray-address need --input and --output")
         return True
 
     def answer(self, task: InferenceTask, output: Path, reporter: Reporter) -> RowAnswers:

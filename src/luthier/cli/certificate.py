@@ -70,7 +70,7 @@ def certificate(
         check_recorded(stored)
         signer = None if sign is None else Signer(Path(sign))
         with lock_record(stored):
-            stored = find(stored.id)  # the record may have changed since
+            stored = find(stored.id)  # read again under the lock
             made = make_certificate(stored, watts)
             write_certificate(stored, made)
             if signer is not None:
@@ -99,7 +99,7 @@ def show_certificate(made: Certificate, sign: Path | None) -> None:
     if sign is not None:
         print_text(f"signature: {stored.folder / SIGNATURE}")
     if made.parents:
-        print_text(f"made from {', '.join(each.id for each in made.parents)}")
+        print_text(f"parents: {', '.join(each.id for each in made.parents)}")
     found = made.compute
     if found.flops is not None:
         print_text(f"{found.flops:.3g} floating-point operations")

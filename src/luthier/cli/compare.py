@@ -81,7 +81,7 @@ def compare(
     reporter = reporter or Reporter()
     models = [find(each) for each in tuned]
     if not models:
-        raise RecipeError("name a tuned model")
+        raise RecipeError("`tuned` needs at least one model id")
     for each in models if attach else ():
         check_attachable(each)
     chosen = chosen_graders(graders, grader_settings or {})
@@ -123,7 +123,7 @@ def show_comparison(found: HeadToHead) -> None:
     print_text(f"{found.measure.replace('_', ' ')} on {found.rows:,} rows")
     style = ".1%" if found.best.score.is_share else ".3g"
     priced = [] if found.prices is None else [f"{found.prices.currency}/1,000"]
-    numbers = ("score ±", "to the best ±", "tokens", "ms", "MB", *priced)
+    numbers = ("score ±", "vs. best ±", "tokens", "ms", "MB", *priced)
     table, behind = new_table("", *numbers, numbers=numbers), found.behind()
     for each in found.contenders:
         difference = ""
@@ -141,10 +141,10 @@ def show_comparison(found: HeadToHead) -> None:
         cost = found.cost_per_thousand(each)
         table.add_row(*cells, *([] if cost is None else [f"{cost:.3g}"]))
     print_table(table)
-    costs = "" if found.prices is None else f"; cost of 1,000 answers in {found.prices.currency}"
+    costs = "" if found.prices is None else f"; {found.prices.currency} per 1,000 replies"
     print_text(
-        f"± one standard error; tokens read and milliseconds for an answer, memory at its peak{costs}; "
-        "* may be chance"
+        f"± one standard error; prompt tokens and milliseconds per reply; peak memory{costs}; "
+        "* not significant"
     )
     for remark in found.remarks:
         print_text(remark)

@@ -46,8 +46,8 @@ def check_processes(shares_work: bool) -> None:
     size = ProcessGroup.of_environment().size
     if size > 1 and not shares_work:
         raise RefusedInput(
-            f"a launcher started {size} processes (WORLD_SIZE), and `luthier tune` and `luthier "
-            "pretrain` alone share work among several. Start this command once, without the launcher"
+            f"a launcher started {size} processes (WORLD_SIZE). Only `luthier tune` and `luthier "
+            "pretrain` share work. Start this command without the launcher"
         )
 
 
@@ -86,7 +86,7 @@ def write_json(text: str) -> None:
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Print a result for people."""
+    """Print a result as text."""
     sys.stdout.write(printable(text) + end)
 
 
@@ -107,15 +107,14 @@ def stream_reasoning(piece: str) -> None:
 def new_console(**options: Any) -> Console:
     """Return a console of rich that escapes foreign control sequences."""
     if os.environ.get("NO_COLOR"):
-        options["color_system"] = (
-            None  # rich alone would leave out the colours, and still write bold
-        )
+        # With NO_COLOR alone, rich omits colours but still writes bold.
+        options["color_system"] = None
     return _console_class()(**options)
 
 
 @cache
 def _console_class() -> type[Console]:
-    # Rich takes part of a second to import, which most commands do without.
+    # Rich takes part of a second to import, and most commands do not need rich.
     from rich.console import Console
     from rich.segment import Segment
 
@@ -131,7 +130,7 @@ def _console_class() -> type[Console]:
 
 
 def new_table(*names: str, numbers: Collection[str] = ()) -> Table:
-    """A table without borders; columns of ``numbers`` are aligned at the right."""
+    """Return a table without borders, with right-aligned columns ``numbers``."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -141,7 +140,7 @@ def new_table(*names: str, numbers: Collection[str] = ()) -> Table:
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print records for people, a line for each."""
+    """Print records as a table."""
     from rich.markup import escape
 
     def cell_text(value: Any) -> str:
@@ -160,7 +159,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def print_table(table: Table) -> None:
-    """Print a table as wide as the terminal is; into a pipe or a file no line is broken."""
+    """Print a table in the width of the terminal, without line breaks into pipes and files."""
     (new_console() if sys.stdout.isatty() else new_console(width=UNBROKEN)).print(table)
 
 
@@ -185,7 +184,7 @@ def heavy_imports(model: str = "") -> Iterator[None]:
     try:
         yield
     finally:
-        if owns_process:  # a user's own garbage may be among the objects
+        if owns_process:  # a program of a user may have garbage of its own
             gc.freeze()
         gc.enable()
 
@@ -204,7 +203,7 @@ def extra(name: str) -> Iterator[None]:
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors raised on purpose into a message and the exit code they carry."""
+    """Turn a :class:`LuthierError` into a message and its exit code."""
     try:
         yield
     except LuthierError as error:
@@ -227,7 +226,7 @@ def print_written(count: int, what: str, target: Path) -> None:
 
 
 def write_page(target: Path, page: str) -> None:
-    """Write a page of HTML, and say where."""
+    """Write an HTML page and print the path."""
     write_bytes(target, page.encode())
     note(f"page: {target}")
 
@@ -239,7 +238,7 @@ def check_json_lines(target: Path | None) -> None:
     """Reject a file name whose suffix contradicts JSON Lines."""
     if target is not None and (kind := target.suffix.lower()) in _OTHER_FORMS:
         raise RecipeError(
-            f"{target} would hold JSON Lines, which {kind} does not say: call it "
+            f"the output is JSON Lines, not {kind}. Name the file "
             f"{target.with_suffix('.jsonl').name}"
         )
 

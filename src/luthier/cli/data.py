@@ -106,7 +106,7 @@ def inspect(
         policy,
         tuple(skip),
     )
-    # A program of a user may lack the main guard that further processes need.
+    # A user's program may lack the main guard that new processes need.
     processes = os.cpu_count() if console.owns_process else 1
     report = gate.inspect(request, reporter.stage, move, processes or 1)
     if html is not None:
@@ -141,14 +141,14 @@ def clean(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> CleaningSummary:
-    """Apply fixes to a data set and write a new one.
+    """Apply fixes to a data set and write a new data set.
 
     A log, ``TARGET.changes.jsonl``, lists each changed or removed row.
 
     Args:
         source: Data file, folder, 'pattern*' or s3://.
         target: New file, e.g. rows.jsonl, rows.csv or rows.jsonl.gz.
-        normalize: Remove hidden characters, write CRLF as LF and NFC.
+        normalize: Remove hidden characters; convert to LF and NFC.
         merge_labels: Merge labels that differ in case or marks only.
         redact: Pseudonyms for email, phone, card or all; repeatable.
         drop: Drop rows by rule, 'group.*' or unreadable; repeatable.
@@ -224,19 +224,19 @@ def convert(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Conversion:
-    """Convert rows to another format or file type.
+    """Convert rows to a different format or file type.
 
-    Fields that the target cannot store are an error unless dropped explicitly. The formats are rows
-    (the format of luthier), prompt-completion, chat, openai, bedrock, bedrock-conversation, sharegpt,
+    A field outside the target format is an error unless dropped. The formats are rows (the format
+    of luthier), prompt-completion, chat, openai, bedrock, bedrock-conversation, sharegpt,
     alpaca and text.
 
     Args:
         source: Data file, folder, 'pattern*' or s3://.
         target: New file, e.g. rows.jsonl, rows.csv or rows.jsonl.gz.
         to: Format of the rows, e.g. chat or alpaca.
-        format: File type, if the name of the file does not tell.
+        format: File type, if not clear from the file name.
         columns: Column of a key, e.g. prompt=question; repeatable.
-        drop_extra_keys: Drop keys that the format does not have.
+        drop_extra_keys: Drop keys outside the format.
         overwrite: Replace an existing file.
         reporter: Receives progress; silent if not given.
 
@@ -259,7 +259,7 @@ def convert(
 
 def show_conversion(found: Conversion, target: Path) -> None:
     """Print the formats and the number of rows."""
-    print_text(f"Recognized: {found.recognized}")
+    print_text(f"Source format: {found.recognized}")
     print_text(f"{found.rows:,} rows written to {target} ({found.format}, {found.form})")
     for names, what in ((found.kept, "extra keys kept"), (found.left_out, "extra keys dropped")):
         if names:
@@ -306,6 +306,6 @@ def show_split(record: dict[str, Any], output: Path) -> None:
         print_text(f"  {part['rows']:>9,} rows  {output / part['file']}  ({name})")
     kept = record["kept_together"]
     print_text(
-        f"{kept['rows']:,} similar rows in {kept['groups']:,} groups; each group is in one split. "
-        f"Labels: {output / 'split.json'}"
+        f"{kept['rows']:,} similar rows in {kept['groups']:,} groups, each within one split. "
+        f"Labels per split: {output / 'split.json'}"
     )

@@ -18,7 +18,7 @@ BASE = "smollm2-135m-instruct"
 UPPER_LAYERS = list(range(20, 30))
 """Last third of the base's 30 layers."""
 SHOWN = 4
-"""Replies."""
+"""Number of printed replies."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def demo(*, reporter: Reporter | None = None) -> Demo:
                     "train": str(folder / "train.jsonl"),
                     "validation": str(folder / "validation.jsonl"),
                 },
-                # The upper third of the layers learns labels and voice as well as all layers, in half
-                # of the time (docs/results.md).
+                # The last third of the layers learns labels and voice as well as all layers, in half
+                # the time (docs/results.md).
                 "adaptation": {"method": "lora", "layers_to_transform": UPPER_LAYERS},
                 "training": {"epochs": 3, "evaluate_every": 27},
             }
@@ -81,7 +81,6 @@ def _measure(model_id: str, test: Path, reporter: Reporter | None = None) -> Eva
         has_time_limit: ClassVar[bool] = False
 
         def score(self, answer: Answer) -> float:
-            """Return 1 or 0."""
             lines = answer.reply.strip().split("\n")
             labelled = lines[0].startswith("[route: ") and lines[0].endswith("]")
             signature = self.expected_of(answer).strip().split("\n")[-1]

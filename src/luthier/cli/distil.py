@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 DISTILLATION: Mapping[str, RecipeField] = {
     "teacher": RecipeField("teacher", "Model id, or https://host/v1#model of an endpoint."),
-    "student": RecipeField("base", "Model that learns."),
+    "student": RecipeField("base", "Student model."),
     "method": RecipeField("method", "responses, logits, on_policy, encoder or embedding."),
     "max_tokens": RecipeField("sampling.max_tokens", "Token limit of a reply.", int),
     "temperature": RecipeField("sampling.temperature", "Sampling temperature.", float),
-    "grader": RecipeField("insights.grader", "Accept only replies that this grader accepts."),
+    "grader": RecipeField("insights.grader", "Keep only replies that pass this grader."),
     **{
         name: TUNING[name]
         for name in (
@@ -101,15 +101,15 @@ def student(
     hidden: int | None = None,
     reporter: Reporter | None = None,
 ) -> Student:
-    """Make a smaller model from a teacher's weights.
+    """Create a smaller model from a teacher's weights.
 
     The student must be tuned before use.
 
     Args:
         teacher: Model whose weights are copied.
-        name: Name of the student.
+        name: Name of the student model.
         layers: Number of layers, spread evenly over the teacher.
-        keep: Or the layers by number from 0, e.g. 0,2,4,7,9,11.
+        keep: Layers by number from 0, e.g. 0,2,4,7,9,11.
         heads: Attention heads of each layer.
         intermediate: Neurons of each MLP.
         hidden: Width of the residual stream.
@@ -139,5 +139,5 @@ def show_student(made: Student) -> None:
         f"{made.weights / made.teacher_weights:.0%} of the weights of {made.parent}, "
         f"{made.saved_bytes / 1e6:,.0f} MB"
     )
-    out.print("  it has learned nothing since it was cut; tune it before use:")
+    out.print("  tune the student before use:")
     out.print(f"  luthier tune DATA --base {made.model_id} --adaptation full")

@@ -50,14 +50,14 @@ def estimate(
     recipe = tuning_recipe(data, fields)
     table = read_prices(prices)
     if finish_by and within:
-        raise RecipeError("`finish_by` and `within` exclude each other: give one of them")
+        raise RecipeError("`finish_by` and `within` exclude each other")
     if finish_by:
         seconds_until(finish_by)  # an invalid time is an error before the trial steps
     with heavy_imports():
         from luthier.workflows.estimate.estimate import estimate as run
 
     found = run(recipe, reporter)
-    # The trial steps took a part of the time.
+    # The trial steps used part of the time.
     seconds = seconds_until(finish_by) if finish_by else within
     return replace(
         found,

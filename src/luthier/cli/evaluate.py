@@ -55,17 +55,17 @@ def evaluate(
     """Evaluate a model on held-out rows.
 
     Replies are graded, labels are scored, and raw text gives a perplexity. Rows with judged replies
-    measure how often the model ranks the replies as people did. Finished replies are stored: the same
-    call after an interruption continues.
+    measure how often the model ranks the replies as people did. The same call after an interruption
+    continues.
 
     Args:
         model: Model id, local directory or hub id.
         data: Held-out rows: file or folder.
         graders: Grader such as exact, or a TOML file; repeatable.
         grader_settings: Setting of a grader, e.g. number.tolerance=0.01.
-        on_grader_error: Effect of a reply that a grader cannot grade.
+        on_grader_error: Effect of a reply without a grade.
         max_tokens: Token limit of a reply.
-        output: Write each reply to this file (JSONL).
+        output: Write replies to this file (JSONL).
         turns: Replies of a conversation to generate.
         slices: Score slices: label, length, language or a column.
         html: Write an HTML report with slices and the worst rows.
@@ -118,7 +118,7 @@ def evaluate(
     if text := found.long_rows_text:
         reporter.note(text)
     if graders and not found.is_graded:
-        reporter.note("graders ignored: only replies are graded, and these rows need no replies")
+        reporter.note("graders ignored: these rows need no replies")
     return found
 
 
@@ -139,7 +139,7 @@ def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) ->
         print_text(remark)
     _print_slices(found)
     if found.tokens:
-        print_text(f"{found.tokens:,} tokens of {len(found.rows)} texts in {found.seconds:.0f} s")
+        print_text(f"{found.tokens:,} tokens of {len(found.rows)} rows in {found.seconds:.0f} s")
     elif not found.is_graded:
         print_text(f"{len(found.rows):,} rows of {data} in {found.seconds:.0f} s")
     for problem in found.problems[:5]:
@@ -232,7 +232,7 @@ def chosen_judge(judge: Spec) -> Ruler:
     found = chosen_graders([judge], {}) or {}
     (ruler, *others) = found.values()
     if others or not isinstance(ruler, Ruler):
-        raise RecipeError("the judge is one grader of method ruler, or a model")
+        raise RecipeError("the judge must be a model or a single grader of method ruler")
     return ruler
 
 
@@ -263,7 +263,7 @@ def chosen_graders(
         name = key.partition(".")[0]
         if name not in specs:
             raise RecipeError(
-                f"{key}: {name} is no grader; the graders are {', '.join(specs)}", setting=key
+                f"{key}: no grader has the name {name}. Graders: {', '.join(specs)}", setting=key
             )
         assign(specs, key.split("."), value)
     return parse_graders(specs)

@@ -46,7 +46,7 @@ def export(
         model: Model id.
         folder: New or empty folder.
         format: File format.
-        merged: Merge the adapter into its base, or export it alone.
+        merged: Merge the adapter into its base, or export it.
         quantization: Type of the weights, e.g. q4_k_m.
         data: Unseen rows for the loss before and after quantization.
         columns: Column of a key, e.g. prompt=question; repeatable.
@@ -68,9 +68,7 @@ def export(
     cost = None
     if data is not None:
         if format != "gguf" or quantization is None:
-            raise RecipeError(
-                "`data` measures quantized GGUF weights: give --format gguf and --quantization"
-            )
+            raise RecipeError("`data` needs --format gguf and --quantization")
         check_settings(format, merged, quantization)
         cost = _measure_cost(stored, target, data, columns, quantization, reporter)
 
@@ -100,7 +98,7 @@ def _measure_cost(
     from luthier.library.reports import hashes_of_data
     from luthier.workflows.training_overlap import row_remarks
 
-    new_target(target)  # refuses a folder that is not empty
+    new_target(target)  # raises for a folder that is not empty
     rows = load_rows(data, columns)
     remarks = row_remarks(stored, data, rows)
     for remark in remarks:
@@ -113,7 +111,7 @@ def _measure_cost(
 
 def show_export(written: Export) -> None:
     """Print the files, the comparison and compatible software."""
-    print_text(f"{written.model} was written to {written.folder}")
+    print_text(f"{written.model} exported to {written.folder}")
     if written.record is not None:
         _print_record(written, written.record)
     if written.format == "gguf":
@@ -129,26 +127,25 @@ def print_readers(written: Export) -> None:
     if written.of_diffusers:
         whole = "model_index.json" in written.files
         call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
-        print_text(f"diffusers loads it: {call}({str(written.folder)!r})")
+        print_text(f"Load with diffusers: {call}({str(written.folder)!r})")
         return
     is_adapter, own = "adapter_config.json" in written.files, written.own_network
     if is_adapter and "luthier" in read_json(written.folder / "adapter_config.json"):
-        print_text("PEFT has no adapter of this kind: nothing but luthier reads it.")
+        print_text("Only luthier can load this adapter: PEFT has no adapter of this kind.")
     elif is_adapter and own:
-        print_text(f"PEFT does not know its network, {written.network}, which is one of luthier's:")
-        print_text("nothing but luthier reads this adapter.")
-    elif own:
         print_text(
-            f"Its network, {written.network}, is one of luthier's: transformers loads it where"
+            f"Only luthier can load this adapter: {written.network} is a network of luthier."
         )
-        print_text("luthier is installed, after `luthier.models.nets.register()`.")
+    elif own:
+        print_text(f"{written.network} is a network of luthier. Before loading with transformers,")
+        print_text("call `luthier.models.nets.register()` of an installed luthier.")
     else:
         return
     command = f"luthier models export {written.model} FOLDER"
     if written.suits_onnx:
-        print_text(f"For ONNX Runtime, without luthier: {command} --format onnx")
+        print_text(f"Without luthier, use ONNX Runtime: {command} --format onnx")
     elif is_adapter and not own:
-        print_text(f"For transformers, where it can be folded into its base: {command} --merged")
+        print_text(f"For transformers, if the adapter can be merged: {command} --merged")
 
 
 def _print_record(written: Export, record: ExportRecord) -> None:
@@ -158,15 +155,11 @@ def _print_record(written: Export, record: ExportRecord) -> None:
             size = (written.folder / name).stat().st_size
             print_text(f"  {name} ({size / 1e6:,.1f} MB)")
     if record.compared_in is None:
-        print_text(
-            "Not compared with llama.cpp, which is not installed: pip install 'luthier[llama-cpp]'"
-        )
+        print_text("Not compared: llama.cpp is missing. pip install 'luthier[llama-cpp]'")
     else:
         print_text(f"Compared: {record.describe(_token_text(written.model))}")
     if not written.is_recorded:
-        print_text(
-            "The record of the model does not say so: it is signed, or not one of this store."
-        )
+        print_text("Export not recorded: the model is signed, or not in this library.")
 
 
 def _token_text(model: str) -> Callable[[int], str]:
@@ -190,14 +183,14 @@ def _print_cost(cost: QuantizationCost) -> None:
 
 
 def _print_gguf(written: Export) -> None:
-    """Print the cost of the type, and how to give the file to Ollama."""
+    """Print the cost of quantization, and the command for Ollama."""
     from luthier.exports.ollama import FROM_BASE
 
     if written.cost is not None:
         _print_cost(written.cost)
     if any(name.endswith("-LoRA.gguf") for name in written.files):
         print_text(FROM_BASE)
-    print_text(f"Ollama takes it: ollama create NAME -f {written.folder / 'Modelfile'}")
+    print_text(f"For Ollama: ollama create NAME -f {written.folder / 'Modelfile'}")
 
 
 def push(
@@ -214,13 +207,13 @@ def push(
 
     The model card comes from the certificate. A new repository is private, and other files in a
     repository stay. The token is HF_TOKEN, or the token of `hf auth login`. After a failure, the same
-    command sends only what is missing.
+    command sends only missing files.
 
     Args:
         model: Id of a model with a certificate.
         to: Repository on the Hugging Face hub: hub:owner/name.
         format: File format.
-        merged: Merge the adapter into its base, or upload it alone.
+        merged: Merge the adapter into its base, or upload it.
         quantization: Type of the weights of a GGUF file.
         public: Make the repository public.
         reporter: Receives progress; silent if not given.

@@ -54,8 +54,7 @@ def forgetting(
     before = base or stored.manifest.parent
     if before is None:
         raise RecipeError(
-            f"{stored.id} has no record of its parent. Name a tuned model, or give the model before "
-            "tuning as `base`"
+            f"{stored.id} has no recorded parent model. Name a tuned model, or set `base`"
         )
     found = measure_forgetting(
         stored,
@@ -82,11 +81,11 @@ def show_forgetting(found: Forgetting) -> None:
     drift = found.drift
     low, high = drift.kl.interval
     print_text(
-        f"drift from {found.base}: {drift.kl.value:.4f} nats a token ({low:.4f} to {high:.4f}), on "
-        f"{drift.tokens:,} tokens that it wrote; their perplexity {drift.base_perplexity.value:.2f} "
-        f"before, {drift.tuned_perplexity.value:.2f} now"
+        f"drift from {found.base}: {drift.kl.value:.4f} nats per token ({low:.4f} to {high:.4f}) on "
+        f"{drift.tokens:,} generated tokens; perplexity {drift.base_perplexity.value:.2f} before, "
+        f"{drift.tuned_perplexity.value:.2f} after"
     )
-    numbers = ("rows", "before", "now", "difference ±")
+    numbers = ("rows", "before", "after", "difference ±")
     table = new_table("", "measure", *numbers, numbers=numbers)
     for each in found.changes:
         apart = found.differences[each.name]
@@ -97,7 +96,7 @@ def show_forgetting(found: Forgetting) -> None:
             f"{apart.value:+{style}} {apart.error:{style}}{'' if apart.significant else ' *'}",
         )  # fmt: skip
     print_table(table)
-    print_text("* may be chance")
+    print_text("* not significant")
     for remark in found.remarks:
         print_text(remark)
     print_text(found.verdict())

@@ -120,7 +120,7 @@ def generate(
     reporter = reporter or Reporter()
     output = None if is_standard_output(output) else output
     if (prompt is None) == (input is None):
-        raise RecipeError("give one prompt, or --input FILE for several prompts")
+        raise RecipeError("a prompt is missing: name a prompt or --input FILE, not both")
     if prompt is not None and not prompt.strip():
         raise RecipeError("the prompt is empty")
     if input is None and (output is not None or columns):
@@ -184,7 +184,7 @@ def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Me
         reply += piece
     sys.stdout.write("\n")
     if not finished:
-        typer.echo("(cut off: --max-tokens allows more)", err=True)
+        typer.echo("(truncated: increase --max-tokens)", err=True)
     return Message("assistant", reply, reasoning="".join(thoughts))
 
 
@@ -229,9 +229,7 @@ def chat(
     if generator.backend.device.type == "cpu" and chosen_backend().id == "torch":
         with suppress(RefusedInput):
             check_derivable(stored)
-            note(
-                "Backend: torch. Without a GPU, llama.cpp may be faster: set LUTHIER_BACKEND=llama.cpp."
-            )
+            note("Backend: torch. llama.cpp may be faster on a CPU: LUTHIER_BACKEND=llama.cpp")
     history: list[Message] = []
     while True:
         try:
@@ -239,10 +237,10 @@ def chat(
         except EOFError:
             sys.stdout.write("\n")
             return
-        if text.strip() in ("/exit", "/quit", "/bye"):  # as chats of other software end
+        if text.strip() in ("/exit", "/quit", "/bye"):  # as in other chat programs
             return
         if re.fullmatch(r"/[\w?]*", text.strip()):
-            print_text(f"{text.strip()} is no command. {CHAT_HELP}")
+            print_text(f"Unknown command {text.strip()}. {CHAT_HELP}")
             continue
         if not text.strip():
             history = []

@@ -103,19 +103,17 @@ def _check_samples(output: Path) -> None:
     if ending == ".png":
         check_output(output)
     elif not output.exists():
-        # What follows the last dot of a folder's name is a number, as in `run-1.2`.
+        # A number after the last dot, as in `run-1.2`, is part of a folder name.
         if ending[1:].isalnum() and not ending[1:2].isdigit():
             raise RecipeError(
-                f"images are written as PNG: name {output.with_suffix('.png')}, or a folder without "
-                f"an ending such as {ending}"
+                f"images are written as PNG. Name {output.with_suffix('.png')}, or a folder without "
+                f"the suffix {ending}"
             )
         check_output(output)
     elif not output.is_dir():
-        raise RecipeError(
-            f"{output} is a file; name a new folder, or a picture that ends with .png"
-        )
+        raise RecipeError(f"{output} is a file. Name a new folder or a .png file")
     elif any(output.iterdir()):
-        raise RecipeError(f"{output} is not empty; name a new folder")
+        raise RecipeError(f"{output} is not empty. Name a new folder")
 
 
 def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
@@ -185,7 +183,7 @@ def reconstruct(
         RefusedInput: for unreadable images, or a model that cannot encode images.
     """
     if output.suffix.lower() != ".png":
-        raise RecipeError(f"the result is a PNG file: name {output.with_suffix('.png')}")
+        raise RecipeError(f"the output is a PNG file. Name {output.with_suffix('.png')}")
     check_output(output, input)
     with heavy_imports():
         from luthier.data.inputs import is_media

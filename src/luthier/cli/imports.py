@@ -23,9 +23,9 @@ def show_import(result: Import) -> None:
         print_text(f"{result.folder / file.path}: {file.content}")
     for title, texts in (
         ("earlier results", result.results),
-        ("means something else here", result.remarks),
+        ("differs in luthier", result.remarks),
         ("not imported", [f"{each.where}: {each.reason}" for each in result.not_imported]),
-        ("go on with", [file.command for file in result.files if file.command]),
+        ("next", [file.command for file in result.files if file.command]),
     ):
         if texts:
             print_text(f"{title}:")

@@ -35,7 +35,7 @@ def launch(
         on: Software that runs the job.
         processes: Processes on each node.
         nodes: Number of machines.
-        gpu: GPU of each process, e.g. H100, or none; by default as here.
+        gpu: GPU per process, e.g. H100, or none.
         image: Container image, by default from deploy/Dockerfile.
         time: Time limit, e.g. 2h; estimated by default; in Python seconds.
         output: File for the result; standard output by default.
@@ -67,7 +67,7 @@ def launch(
 
         write_bytes(output, text.encode())
         if reporter is not None:
-            reporter.note(f"{output} is written; its first lines say how to submit the job")
+            reporter.note(f"{output} is written. See its first lines for the submit command")
     return text
 
 

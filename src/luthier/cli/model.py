@@ -52,10 +52,10 @@ class Model:
         from luthier.media.image_generation import ImageGenerator
 
         if isinstance(self.opened, ImageGenerator):
-            raise RecipeError(f"{self.stored.id} makes images; use sample()")
+            raise RecipeError(f"{self.stored.id} generates images. Call sample()")
         if not isinstance(self.opened, Generator):
-            use = "embeddings; use embed()" if self._embeds else "labels; use predict()"
-            raise RecipeError(f"{self.stored.id} gives {use}")
+            use = "embeddings. Call embed()" if self._embeds else "labels. Call predict()"
+            raise RecipeError(f"{self.stored.id} returns {use}")
         return self.opened
 
     @property
@@ -68,7 +68,7 @@ class Model:
         if isinstance(opened, Predictor):
             opened = ImageGenerator(opened.network, opened.objective, opened.chat, self.stored.id)
         if not isinstance(opened, ImageGenerator):
-            raise RecipeError(f"{self.stored.id} writes text; use generate()")
+            raise RecipeError(f"{self.stored.id} generates text. Call generate()")
         return opened
 
     def sample(
@@ -171,7 +171,7 @@ class Model:
 
         return self.generator.stream(_prompt(prompt), Sampling(**sampling), on_reasoning)
 
-    # A text is a sequence of texts to a type checker; to people it is one.
+    # For a type checker, a str is also a Sequence[str]: the overloads overlap.
     @overload
     def predict(  # type: ignore[overload-overlap]
         self,
@@ -220,14 +220,16 @@ class Model:
         from luthier.media.image_generation import ImageGenerator
 
         if not isinstance(self.opened, Predictor):
-            does = "writes text; use generate()"
+            does = "generates text. Call generate()"
             if isinstance(self.opened, ImageGenerator):
-                does = "makes images; use sample()"
+                does = "generates images. Call sample()"
             raise RecipeError(f"{self.stored.id} {does}")
         if not isinstance(texts, Sequence):
-            raise RecipeError(f"give a text, or a list of texts, and no {type(texts).__name__}")
+            raise RecipeError(
+                f"`texts` must be a text or a list of texts, not {type(texts).__name__}"
+            )
         if top is not None and top < 1:
-            raise RecipeError(f"top must be at least 1, and is {top}")
+            raise RecipeError(f"`top` must be at least 1, not {top}")
         if not texts:
             return []
         problems: list[Problem] = []
@@ -261,14 +263,14 @@ class Model:
         if isinstance(prompts, str) and isinstance(completions, str):
             return self.rewards([prompts], [completions])[0]
         if isinstance(prompts, str) or isinstance(completions, str):
-            raise RecipeError("give one prompt and one completion, or as many of each")
+            raise RecipeError("`prompts` and `completions` must be two texts or two lists")
         from luthier.data.shapes.conversations import PromptCompletion
         from luthier.inference.prediction import Predictor
         from luthier.objectives import RewardModel
 
         opened = self.opened
         if not isinstance(opened, Predictor) or not isinstance(opened.objective, RewardModel):
-            raise RecipeError(f"{self.stored.id} is no reward model")
+            raise RecipeError(f"{self.stored.id} is not a reward model")
         pairs = enumerate(zip(prompts, completions, strict=True), 1)
         rows = [PromptCompletion("rewards()", n, p, c) for n, (p, c) in pairs]
         return [answer["reward"] for answer in opened.answers(rows)]
@@ -281,7 +283,7 @@ class Model:
             return np.asarray(self.embed([texts])[0], dtype=np.float32)
         answers = self.predict(texts)
         if answers and "embedding" not in answers[0]:
-            raise RecipeError(f"{self.stored.id} gives labels; use predict()")
+            raise RecipeError(f"{self.stored.id} returns labels. Call predict()")
         return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
 
     def nearest(
@@ -307,7 +309,7 @@ class Model:
         from luthier.inference.prediction import Predictor
 
         if not isinstance(self.opened, Predictor):
-            raise RecipeError(f"{self.stored.id} gives no embeddings; name a model that does")
+            raise RecipeError(f"{self.stored.id} returns no embeddings. Choose an embedding model")
         if isinstance(among, str | Path):
             rows = [row for _, row in load_inputs(among, columns)]
         else:
@@ -339,9 +341,7 @@ def _prompt(given: Any) -> Any:
     for each in given:
         if isinstance(each, Mapping):
             if {*each} != {"role", "content"} or not all(isinstance(v, str) for v in each.values()):
-                raise RecipeError(
-                    f"a message has a role and a content, both texts; this one has {', '.join(each)}"
-                )
+                raise RecipeError(f"a message needs `role` and `content`, not {', '.join(each)}")
             each = Message(each["role"], each["content"])
         found.append(each)
     return found

@@ -101,12 +101,14 @@ def show_list(found: Record) -> None:
     out = new_console(highlight=False)
     print_table(table)
     if not all(base["here"] for base in bases):
-        out.print("\nluthier models pull ID fetches one; tune does so by itself.")
+        out.print(
+            "\nFetch a model with luthier models pull ID. luthier tune fetches its base model."
+        )
     if custom:
         out.print()
         _print_custom(custom)
     else:
-        out.print("\nNo custom models yet: luthier tune DATA makes one.")
+        out.print("\nNo custom models. Create a model with luthier tune DATA.")
     if unfinished:
         table = new_table("unfinished run", "started at", "state")
         for each in unfinished:
@@ -115,8 +117,8 @@ def show_list(found: Record) -> None:
         out.print()
         print_table(table)
         out.print(
-            "\nThe command that began an interrupted one goes on with it by --resume; "
-            "`luthier models remove ID` drops one."
+            "\nResume an interrupted run with its command and --resume. Delete a run with "
+            "`luthier models remove ID`."
         )
 
 
@@ -135,7 +137,7 @@ def _print_custom(custom: Sequence[dict[str, Any]]) -> None:
         kept = model.get("validation", {})
         measured = validation_result(model.get("measure", ""), kept, model.get("refit_rows", 0))
         if model.get("unchanged"):
-            measured += ", nothing learned"
+            measured += ", weights unchanged"
         names = (model["objective"], model["adaptation"])
         created = model["created"][:16].replace("T", " ")
         if model.get("withheld"):
@@ -195,7 +197,7 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
     return record | {
         "adaptation": manifest.recipe["adaptation"]["method"],
         "validation_loss": manifest.metrics["validation_loss"],
-        # The package that brought the objective may be gone.
+        # A plugin with the objective may be uninstalled.
         "measure": OBJECTIVES[method].measure if method in OBJECTIVES else "",
         "validation": verdict.get("kept", {}),
     }
@@ -242,7 +244,7 @@ def print_model(details: Record) -> None:
     print_text(model)
     for name, text in _summary(stored, details["files"]):
         print_text(f"  {name:<13} {text}")
-    print_text(f"the whole record: luthier models show {model} --json")
+    print_text(f"complete record: luthier models show {model} --json")
 
 
 def _run_of(model: str) -> Run | None:
@@ -264,18 +266,15 @@ def _check_run_ended(model: str) -> None:
     if (run := _run_of(model)) is None:
         return
     if run.is_worked_on():
-        raise UnknownModel(f"there is no model {model} yet: a process is working on its run now")
+        raise UnknownModel(f"the model {model} is still in training")
     if run.is_unfinished():
-        ended = f"its run of {run.started_at():%Y-%m-%d %H:%M} UTC"
-        drops = f"`luthier models remove {model}` drops it"
+        started = f"the run of {run.started_at():%Y-%m-%d %H:%M} UTC"
+        remove = f"`luthier models remove {model}` deletes the run"
         if reason := run.failure():
-            raise UnknownModel(
-                f"there is no model {model}: {ended} diverged, and going on would end the same way "
-                f"({reason}). {drops}"
-            )
+            raise UnknownModel(f"no model {model} exists: {started} diverged ({reason}). {remove}")
         raise UnknownModel(
-            f"there is no model {model} yet: {ended} was interrupted. The command that began it goes "
-            f"on with it by --resume; {drops}"
+            f"no model {model} exists: {started} was interrupted. Repeat the command with --resume, or "
+            f"{remove}"
         )
 
 
@@ -283,7 +282,7 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
     """Yield the main properties of a model as pairs of name and text."""
     record, plain = model.manifest, _custom_record(model) if ":" in model.id else {}
     if above := lineage(model)[1:]:
-        yield "made from", ", from ".join(above)
+        yield "base", ", from ".join(above)
     elif record.source:
         yield "source", record.source
     if record.created:
@@ -298,13 +297,13 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
         )
         yield (
             "learned",
-            f"{plain['objective']} by {made_by}" + (f" ({settings})" if settings else ""),
+            f"{plain['objective']} with {made_by}" + (f" ({settings})" if settings else ""),
         )
     elif made_by:
-        yield "made as", made_by
+        yield "origin", made_by
     if (data := record.data) is not None:
         read = ", ".join(Path(path).name for path in data.sha256)
-        yield "rows", f"{data.rows:,} and {data.validation_rows:,} held out, of {read}"
+        yield "rows", f"{data.rows:,} of {read}, {data.validation_rows:,} held out"
     if found := (record.data_report or {}).get("rules"):
         kinds = [
             f"{each['rule']} ({each['count']:,})" for each in found if each["severity"] != "note"
@@ -321,8 +320,8 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
     if record.limits_text:
         yield "limits", record.limits_text
     if (parity := record.parity) is not None:
-        rows = f"{parity.rows:,} of its rows, held-out ones first"
-        yield "read back", f"loss {parity.reloaded:.4f}, as trained {parity.trained:.4f}, on {rows}"
+        trained, reloaded = f"{parity.trained:.4f}", f"{parity.reloaded:.4f}"
+        yield "parity", f"loss {trained} trained, {reloaded} reloaded, on {parity.rows:,} rows"
     if record.parameters:
         yield "parameters", f"{record.parameters:,}"
     if record.context:
@@ -334,14 +333,14 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
     for weights in record.quantized or ():
         yield f"as {weights.quantization}", weights.describe()
     if not model.folder.is_dir():
-        yield "files", "not here: luthier models pull fetches them, tune does so by itself"
+        yield "files", f"not on this machine. Fetch with luthier models pull {model.id}"
         return
     damaged = [name for name, each in files.items() if each["intact"] is False]
     size = sum(each["bytes"] for each in files.values()) / 1e6
     known = any(each["intact"] for each in files.values())
-    state = "intact" if known else "of which no hashes are recorded"
+    state = "intact" if known else "no recorded hashes"
     if damaged:
-        state = f"DAMAGED or missing: {', '.join(damaged)}"
+        state = f"damaged or missing: {', '.join(damaged)}"
     yield "files", f"{len(files)}, {size:,.1f} MB, {state}"
     yield "folder", str(model.folder)
 
@@ -418,11 +417,11 @@ def _print_capabilities(found: Capabilities) -> None:
     from luthier.objectives import OBJECTIVES
 
     out = new_console(highlight=False)
-    where = "" if found.here else ", not fetched yet"
+    where = "" if found.here else ", not on this machine"
     free = found.available / 1e9
-    out.print(f"\n[bold]{found.model}[/bold]{where}: gigabytes each takes; {free:.1f} GB are free")
+    out.print(f"\n[bold]{found.model}[/bold]{where}: memory in GB, of {free:.1f} GB available")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    # The names stand upright in 80 columns as numbers, and below the table in full.
+    # Numbers fit into 80 columns; the names follow below the table.
     numbers = {name: str(number) for number, name in enumerate(ADAPTATIONS, 1)}
     for name in ("", *numbers.values()):
         table.add_column(name, justify="right" if name else "left")
@@ -450,7 +449,7 @@ def _print_capabilities(found: Capabilities) -> None:
     for reason, mark in marks.items():
         out.print(f"  {mark}  {reason}", markup=False, soft_wrap=True)
     for reason, names in impossible.items():
-        out.print(f"  refused: {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
+        out.print(f"  unsupported: {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
 
 
 def pull_model(model: str, *, reporter: Reporter | None = None) -> Record:
@@ -503,9 +502,8 @@ def _check_no_account(model: str, database: str | None) -> None:
         account = owner_of(service, model)
     if account is not None:
         raise RecipeError(
-            f"{model} belongs to account {account} of the service. One that was registered comes back "
-            f"by `luthier admin models unregister {model}`; others are deleted there, by Bedrock's "
-            "DeleteCustomModel or OpenAI's models.delete, so that the record goes, too."
+            f"{model} belongs to account {account} of the service. Run `luthier admin models unregister "
+            f"{model}` first, or delete the model with an API of the service"
         )
 
 
@@ -523,8 +521,8 @@ def _check_no_user(base: str, database: str | None) -> None:
         users = users_of_base(service, known)
     if users:
         raise RecipeError(
-            f"accounts of the service use {base}: {list_some(users, 3)}. Delete these there first, or "
-            f"take {base} away all the same by --force"
+            f"accounts of the service use {base}: {list_some(users, 3)}. Delete the users first, or set "
+            "--force"
         )
 
 
@@ -544,33 +542,32 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
     is_base, run = ":" not in model, _run_of(model)
     fetched = base_folder(model) if model in CATALOG else None
     if run is not None:
-        model = run.model_id  # as it was stored, however the base was written
+        model = run.model_id  # with the stored form of the base id
     if fetched is not None and not fetched.is_dir():
-        raise RecipeError(f"{model} is not here, so there is nothing to remove")
+        raise RecipeError(f"{model} is not on this machine")
     if fetched is None and (
         run is None
         or not any(each.exists() for each in (run.model_folder, *working_folders(model)))
     ):
         made = [each.id for each in (*custom_models(), *pretrained_models())]
         raise RecipeError(
-            f"{model!r} is no model that was made here or fetched, and no run. "
-            f"{suggest_models(model, made)}"
+            f"no model or run {model!r} exists on this machine. {suggest_models(model, made)}"
         )
     children = [m.id for m in custom_models() if model in (m.manifest.parent, is_base and m.root)]
     if children and not force:
-        again = " (it is fetched again when one of them is used)" if fetched is not None else ""
-        was, them = ("was", "it") if len(children) == 1 else ("were", "them")
         raise RecipeError(
-            f"{', '.join(children)} {was} made from {model}; remove {them} first, or take {model} away "
-            f"all the same by --force{again}"
+            f"{model} is the base of {', '.join(children)}. Remove the derived models first, or set "
+            "--force"
         )
     running = runs_from(model) if is_base else []
     if now := [each.model_id for each in running if each.is_worked_on()]:
-        raise RecipeError(f"{', '.join(now)} learns from {model} now; wait for its end, or stop it")
+        raise RecipeError(
+            f"{model} is the base of a running training: {', '.join(now)}. Wait or stop the training"
+        )
     if running and not force:
         raise RecipeError(
-            f"{', '.join(each.model_id for each in running)} has begun from {model} and not ended; go "
-            f"on with it or remove it first, or take {model} away all the same by --force"
+            f"{model} is the base of interrupted runs: {', '.join(each.model_id for each in running)}. "
+            "Resume or remove the runs first, or set --force"
         )
     if is_base and has_service and not force:
         _check_no_user(model, database)

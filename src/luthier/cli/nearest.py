@@ -97,7 +97,7 @@ def nearest(
     if output is not None:
         processor = predictor.chat.media
         if not isinstance(processor, ImageProcessor):
-            raise RecipeError(f"--output is for images, and {model} has no image input")
+            raise RecipeError(f"--output needs a model with image input, and {model} has none")
         _write_sheet([queried, *(rows[each.place] for each in near)], processor, output)
     report = [
         {"name": each.name, "score": each.score, **_id_and_label(records[each.place][0])}

@@ -49,7 +49,7 @@ def parse_numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise RecipeError(f"{text!r} is not a list of numbers such as 0.125,0.25,0.5,1") from error
+        raise RecipeError(f"{text!r} is not a list of numbers like 0.125,0.25,0.5,1") from error
 
 
 def parse_whole_numbers(text: str) -> list[int]:
@@ -57,7 +57,7 @@ def parse_whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise RecipeError(f"{text!r} is not a list of whole numbers such as 0,2,4") from error
+        raise RecipeError(f"{text!r} is not a list of whole numbers like 0,2,4") from error
 
 
 def parse_settings(texts: list[str]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ TUNING: Mapping[str, RecipeField] = {
     "objective": RecipeField(
         "objective.method", "Objective, e.g. dpo; chosen from the rows by default."
     ),
-    "adaptation": RecipeField("adaptation.method", "Adaptation: lora, qlora, full or another."),
+    "adaptation": RecipeField("adaptation.method", "Adaptation, e.g. lora, qlora or full."),
     "epochs": RecipeField("training.epochs", "Passes over the rows.", float),
     "batch_size": RecipeField("training.batch_size", "Rows per step.", int),
     "learning_rate": RecipeField("training.learning_rate", "Peak learning rate.", float),
@@ -148,7 +148,7 @@ def tuning_recipe(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recip
     if not isinstance(data, Recipe):
         return Recipe.parse(assign_fields(fields_of(data), fields, TUNING))
     if fields:
-        raise RecipeError("a Recipe object is complete: set the fields in the object")
+        raise RecipeError("a Recipe object is complete. Set fields in the object")
     return data
 
 
@@ -166,7 +166,7 @@ def assign_fields(
     for name, value in fields.items():
         path = field_path(name, value, short_names)
         if path in names:
-            raise RecipeError(f"{names[path]} and {name} are the same field: give one of them")
+            raise RecipeError(f"`{names[path]}` and `{name}` set the same field. Set only one")
         names[path] = name
         assign(plain, path.split("."), value)
     return plain
@@ -175,5 +175,5 @@ def assign_fields(
 def field_path(name: str, value: Any, short_names: Mapping[str, RecipeField]) -> str:
     """Return the dotted path of a field from its keyword, such as ``training__epochs``."""
     path = short_names[name].path if name in short_names else name.replace("__", ".")
-    # A table replaces the whole group, a name its method.
+    # A table replaces the whole group; a text sets only the method.
     return path.removesuffix(".method") if isinstance(value, Mapping) else path

@@ -41,7 +41,7 @@ def pipeline(
     from luthier.workflows.pipeline import Pipeline
 
     stages = Pipeline.read(file)
-    # Loads torch, which takes seconds: only for a valid file.
+    # Importing torch takes seconds: only after the check of the file.
     with heavy_imports():
         import luthier.engine.train  # noqa: F401
         from luthier.engine.metrics import Reporter

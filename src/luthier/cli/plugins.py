@@ -37,4 +37,4 @@ def show_plugins(found: Plugins) -> None:
         state = f"unusable: {plugin.problem}" if plugin.problem else "usable"
         print_text(f"{plugin.group}  {plugin.name}  ({plugin.package})  {state}")
     if not found.plugins:
-        print_text("No plugins are installed. docs/guide/plugins.md explains plugins.")
+        print_text("No plugins are installed. See docs/guide/plugins.md")

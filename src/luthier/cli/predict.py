@@ -90,13 +90,13 @@ def predict(
     reporter = reporter or Reporter()
     output = None if is_standard_output(output) else output
     if (text is None) == (input is None):
-        raise RecipeError("give one text, or --input FILE for several rows")
+        raise RecipeError("a text is missing: name a text or --input FILE, not both")
     if input is None and (output is not None or columns):
         raise RecipeError(f"--{'map' if output is None else 'output'} needs --input")
     if text is not None and not text.strip():
         raise RecipeError("the text is empty")
     if text is not None and _holds_rows(text):
-        raise RecipeError(f"{text} is a file or folder of rows: give --input {shlex.quote(text)}")
+        raise RecipeError(f"{text} is a file or folder of rows. Use --input {shlex.quote(text)}")
     check_json_lines(output)
     check_output(output, input, overwrite=overwrite)
     shared = RowProcesses(processes, ray_address, ray_gpus)
@@ -104,7 +104,7 @@ def predict(
     stored = check_active(find(model, is_able=Predictor.is_able))
     threshold = threshold_of(Predictor.check(stored))
     if leaves_classes_out(stored):
-        reporter.note(f"{stored.id} has classes that no luthier job made: the result is embeddings")
+        reporter.note(f"{stored.id} has classes of its pre-training only: the output is embeddings")
     task = PredictTask(model=stored.id, source=str(input), columns=columns or {}, top=top)
     if is_shared and output is not None:
         return Predictions(shared.answer(task, output, reporter), threshold)
@@ -143,7 +143,7 @@ def _holds_rows(text: str) -> bool:
     try:
         path = Path(text)
         return path.is_dir() or (path.is_file() and not is_media(path.name))
-    except (OSError, ValueError):  # a text longer than a name can be, or with a NUL
+    except (OSError, ValueError):  # too long for a file name, or with a NUL
         return False
 
 
@@ -168,10 +168,10 @@ def _render(answer: dict[str, Any], threshold: float | None, top: int) -> str:
         return f"{answer['rating']:.3f}\n"
     if "score" in answer:
         verdicts = {name: answer[name] for name in ("anomalous", "similar") if name in answer}
-        said = [
+        texts = [
             f"{name if value else f'not {name}'} ({'above' if value else 'not above'} {threshold:.3f})"
             for name, value in verdicts.items()
         ]
-        return "  ".join([f"{answer['score']:.3f}", *said]) + "\n"
+        return "  ".join([f"{answer['score']:.3f}", *texts]) + "\n"
     scores = sorted(answer["scores"].items(), key=lambda item: -item[1])[:top]
     return "".join(f"{p:6.1%}  {name}\n" for name, p in scores)

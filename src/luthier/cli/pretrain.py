@@ -72,9 +72,9 @@ def pretrain(
     plain = fields_of([data] if isinstance(data, str | Path) else data)
     given = assign_fields(plain, fields, PRETRAINING)
     if "name" not in given:
-        raise RecipeError("the new model needs a name: --name my-base", setting="name")
+        raise RecipeError("`name` is missing: --name my-base", setting="name")
     recipe = PretrainRecipe.parse(given)
-    # Loads torch, which takes seconds: only for a valid recipe.
+    # Importing torch takes seconds: only after the check of the recipe.
     with heavy_imports():
         from luthier.workflows.pretrain import pretrain as run
 
@@ -90,12 +90,12 @@ def show_pretraining(result: Result) -> None:
     held = ""
     if (loss := result.validation_loss) is not None:
         held = f"loss {loss:.4f} (perplexity {perplexity_of(loss):.1f})"
-    kind = "an adapter" if ":" in result.model_id else "a base model here"
+    kind = "an adapter" if ":" in result.model_id else "a base model"
     out.print(f"\n[bold green]{result.model_id}[/bold green] is {kind}, stored and verified")
     speed = result.tokens / max(result.seconds, 1e-9)
     out.print(
         f"  {result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:.0f} s "
-        f"({speed:,.0f} a second); {loss_figures(result, held)}; "
+        f"({speed:,.0f} per second); {loss_figures(result, held)}; "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
     print_verdict(result)

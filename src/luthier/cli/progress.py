@@ -45,12 +45,12 @@ class ProgressLines:
         self._ended = done >= total
         start, first = self._began
         left = ""
-        if first < done < total and done >= total / 100:  # less tells nothing of the time
+        if first < done < total and done >= total / 100:  # fewer steps give no reliable time
             left = f", {format_duration((now - start) / (done - first) * (total - done))} left"
         shown = f"  {self.name} {done:,} of {total:,}{left}"
         sys.stderr.write(printable(f"{shown}: {text}" if text else shown) + "\n")
         sys.stderr.flush()
-        # A job of days needs no line every ten seconds.
+        # A run of days needs no line every ten seconds.
         wait = max(SECONDS_BETWEEN_LINES, 0.01 * (now - start))
         self._next = now + (wait if self._lines else SECONDS_TO_SECOND_LINE)
         self._lines += 1
@@ -72,7 +72,7 @@ class LiveReporter(Reporter):
         """Last measurement on the validation rows."""
         self._unprinted = ""
         """Last measurement as a line, if not printed yet."""
-        self._says_how = False
+        self._override_shown = False
         """Whether the note on overriding settings was printed."""
 
     def __enter__(self) -> LiveReporter:
@@ -88,14 +88,14 @@ class LiveReporter(Reporter):
         self._print(f"{text} …", style="bold")
 
     def note(self, text: str) -> None:
-        """Print a line worth knowing."""
+        """Print a note."""
         self._print(f"  {map_code(text, command_option)}")
 
     def nothing_to_resume(self, model_id: str) -> None:
         """Print a note if the user passed ``--resume``. Pipelines and jobs resume without the
         option."""
         if self.resume:
-            self.note(f"no run {model_id} was interrupted, so it begins now")
+            self.note(f"no interrupted run {model_id}: starting a new run")
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Print each chosen setting with the reason."""
@@ -105,9 +105,9 @@ class LiveReporter(Reporter):
             (name, f"{value:g}" if isinstance(value, float) else str(value), reason)
             for name, value, reason in defaults
         ]
-        if not self._says_how:
+        if not self._override_shown:
             self._print("Chosen for this run (override with --set NAME=VALUE):")
-        self._says_how = True
+        self._override_shown = True
         if not self.draws:
             for name, shown, reason in rows:
                 self._print(f"  {name}={shown}  {reason}")
@@ -127,7 +127,7 @@ class LiveReporter(Reporter):
         """Move the bar."""
         name = line.get("measure", "loss")
         if line["event"] == "validation":
-            # A bar has little room, and each measurement stands above it with its step.
+            # The bar is short: lines above the bar show each measurement with its step.
             step = "" if self.draws else f" (step {line['step']})"
             self._validation = f"val {line[name]:.3f}{step}  "
             self._unprinted = f"  step {line['step']}: val {line[name]:.3f}"
@@ -157,7 +157,7 @@ class LiveReporter(Reporter):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        # Nobody knows how wide a log is shown.
+        # The width of a log viewer is unknown.
         self.console.print(
             text, style=style, highlight=False, markup=False, soft_wrap=not self.draws
         )
@@ -166,7 +166,7 @@ class LiveReporter(Reporter):
         """Show that ``done`` of ``total`` are done, with ``text``."""
         if not self.draws:
             if self._lines is None:
-                # A command that takes a moment prints no progress.
+                # A short command prints no progress.
                 self._lines = ProgressLines(name or text, 0.0 if name else SECONDS_TO_SECOND_LINE)
             if self._lines.update(done, total, text if name else "") and name:
                 self._unprinted = ""

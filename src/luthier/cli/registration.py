@@ -1,4 +1,4 @@
-"""``luthier admin models``: custom models of accounts; models of the store join and leave accounts."""
+"""``luthier admin models``: custom models of accounts, registration and template approval."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from luthier.errors import RecipeError
 
 
 def list_service_models(*, account: OnlyAccount = None, database: ServiceDatabase = None) -> Record:
-    """List the custom models of accounts, with their ids in the store."""
+    """List the custom models of accounts, with ids in the library."""
     from sqlalchemy import select
 
     from luthier.server.tables.custom_models import RESERVED, CustomModel
@@ -50,7 +50,7 @@ def register(
     region: Region = "us-east-1",
     database: ServiceDatabase = None,
 ) -> Record:
-    """Give a model of the store to an account.
+    """Register a model of the CLI for an account.
 
     Clients of the account can use the model at once. No file is copied. The model then belongs to the
     account, and its clients can delete the model.
@@ -70,13 +70,13 @@ def register(
     base, end = split_id(model)
     if not end:
         raise RecipeError(
-            f"{model} is no custom model, whose ids have a colon: `luthier models list` shows them. "
-            "Base models belong to no account: they are there for all"
+            f"{model} is not a custom model. See `luthier models list`. Every account can use the base "
+            "models"
         )
     name, arns = name or end, Arns(region)
     stored, run = find(model, note), Run(base, end)
     had_run = run.folder.exists()
-    with run.lock():  # nobody removes it meanwhile
+    with run.lock():  # blocks `luthier models remove`
         try:
             check_whole(stored)
             with audited_write(
@@ -111,9 +111,7 @@ def trust(model: str, *, database: ServiceDatabase = None) -> Record:
 
     stored = find(model)
     if stored.tokenizer_from is None:
-        raise RecipeError(
-            f"{model} has no chat template of an imported model: no approval is needed"
-        )
+        raise RecipeError(f"{model} has no imported chat template, so no approval is necessary")
     sha256 = stored.chat.template_sha256
     with open_database(database) as service, service.read() as session:
         found = session.scalar(select(CustomModel).where(CustomModel.stored_id == model))
@@ -126,9 +124,9 @@ def trust(model: str, *, database: ServiceDatabase = None) -> Record:
 def unregister(
     model: str, *, region: Region = "us-east-1", database: ServiceDatabase = None
 ) -> Record:
-    """Take a registered model back from its account.
+    """Remove a registered model from its account.
 
-    A deployed or used model is an error. The files stay in the store, and the name is free again.
+    A deployed or used model is an error. The files stay, and the name is free again.
 
     Args:
         model: Id of a model, as in `luthier admin models list`.
@@ -143,18 +141,18 @@ def unregister(
     with open_database(database) as service, service.read() as session:
         found = session.scalar(registered)
         if found is None:
-            called_so = select(CustomModel.stored_id).where(CustomModel.name == model)
-            ids = [each for each in session.scalars(called_so) if each]
-            known = "`luthier admin models list` shows what accounts have"
-            if ids:
-                known = f"name it by its id: {' or '.join(ids[:3])}"
-            raise RecipeError(f"no account has a model with the id {model}: {known}")
+            named = select(CustomModel.stored_id).where(CustomModel.name == model)
+            ids = [each for each in session.scalars(named) if each]
+            hint = (
+                f"Use the id: {' or '.join(ids[:3])}" if ids else "See `luthier admin models list`"
+            )
+            raise RecipeError(f"no account has a model with the id {model}. {hint}")
     with audited_write(
         database, "models.unregister", found.account, found.name, {"model": model}
     ) as session:
         locked = session.scalar(registered.with_for_update())
         if locked is None:
-            raise RecipeError(f"account {found.account} has deleted {found.name} meanwhile")
+            raise RecipeError(f"account {found.account} has deleted {found.name}")
         removal.unregister(session, locked, Arns(region))
     return {"account": found.account, "name": found.name, "model": model}
 

@@ -24,8 +24,8 @@ _TREND = {
     "reward": "reward",
     "completion_tokens": "tokens",
     "answer_tokens": "tokens",
-    "answers_ended": "ended",
-    "truncated": "cut short",
+    "answers_ended": "completed",
+    "truncated": "truncated",
     "equal_groups": "equal groups",
     "kl": "kl",
 }
@@ -76,14 +76,12 @@ def samples(
 
         runs = [id_of(each) for each in luthier_home().glob("runs/*/*/")]
         raise RecipeError(
-            f"there is no run {run!r}. {suggest_models(run, sorted(runs))} "
-            "The folder of a run works, too."
+            f"no run {run!r} exists. {suggest_models(run, sorted(runs))} Or name the folder of a run."
         )
     records = MetricsFile(folder / SAMPLES).read()
     if not records:
         raise RecipeError(
-            f"{run} has no samples: only objectives that generate text store samples "
-            "(grpo, ppo, on_policy_distillation)"
+            f"{run} has no samples. Only grpo, ppo and on_policy_distillation store samples"
         )
     lines = [line for line in MetricsFile(folder / METRICS).read() if line["event"] == "train"]
     newest = records[-1]["step"]
@@ -94,7 +92,7 @@ def samples(
 
 
 def trend_of(lines: Sequence[Line]) -> list[Line]:
-    """Means over consecutive parts of a run."""
+    """Return means over consecutive parts of a run."""
     import statistics
 
     size = max(1, -(-len(lines) // PARTS))
@@ -139,7 +137,7 @@ def show_samples(found: TrainingSamples, full: bool) -> None:
         table.add_column(name, no_wrap=not full, overflow="fold" if full else "ellipsis", ratio=1)
     for record in records:
         texts = [
-            # Escaped before the width of a column is found.
+            # Escaped first: escapes change the column width.
             printable(record[name] if full else " ".join(record[name].split()))
             for name in ("prompt", "completion")
         ]

@@ -59,7 +59,7 @@ def search(
 
     recipe = tuning_recipe(data, fields)
     if ray_gpus and ray_address is None:
-        raise RefusedInput("--ray-gpus reserves GPUs on a cluster: give --ray-address, too")
+        raise RefusedInput("--ray-gpus needs --ray-address")
     parse_space(space, recipe)  # an invalid space is an error before torch is loaded
     with heavy_imports():
         from luthier.workflows.search import search as run

@@ -82,20 +82,20 @@ def serve(
 
         limit_kernels()
         tokenize_in_own_thread()
-        # Threads that compute in Python let go of the interpreter five times as often as by default:
-        # the one that answers all connections waits for it.
+        # Computing threads release the interpreter five times as often as by default, because the
+        # event loop of all connections waits for the interpreter.
         sys.setswitchinterval(0.001)
-        # Keys, data and databases are for nobody else on this machine.
+        # Keys, data and databases must not be readable by other users.
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key)
         ports.check()
-        # What is not there is refused now, and not at the first request.
+        # A missing library is an error now, not at the first request.
         backend, merged = chosen_backend(), merges_adapters()
-        # Nothing is less than NaN either, and would let nobody in.
+        # NaN would reject every request.
         if requests_per_second is not None and not 0 <= requests_per_second < math.inf:
             raise RefusedInput(
-                f"--requests-per-second {requests_per_second:g}: write a number from 0 on; without "
-                "the option there is no limit"
+                f"--requests-per-second {requests_per_second:g} must be a number from 0. Omit the "
+                "option for no limit"
             )
         job_runner = open_runner(runner, ray_address, ray_gpus)
         settings = Settings(
@@ -173,29 +173,28 @@ def _print_addresses(
     from luthier.server.console.routes import ROOT
 
     out = new_console(highlight=False, soft_wrap=True)
-    by = "" if backend == "torch" else f", answers written by {backend}"
+    by = "" if backend == "torch" else f", backend {backend}"
     by += ", adapters merged" if merged and backend == "torch" else ""
-    # In one piece: who reads one line alone and closes the pipe is still served.
-    # As text: an address of IPv6 stands in brackets, which markup would take for its own.
+    # A single write: a reader may close the pipe after the first line.
+    # Text, not markup: IPv6 addresses have brackets.
     out.print(
         Text.assemble(
             ("luthier serves", "bold green"),
             f" {address}{by}\n",
-            f"The console, for a browser and an API key: {address}{ROOT}",
+            f"Console (needs an API key): {address}{ROOT}",
         )
     )
     if unregistered:
-        what, verb = ("1 model", "is") if unregistered == 1 else (f"{unregistered:,} models", "are")
         out.print(
-            f"{what} of the command line {verb} in no account; to serve one: "
+            f"Models of the CLI without an account: {unregistered:,}. Register a model with "
             "luthier admin models register ID"
         )
     if issued is None:
         return
-    out.print("The first start made a root user. Its keys are shown now and never again:\n")
+    out.print("A root user was created. The keys are shown only once:\n")
     lines: dict[str, Any] = {
         "AWS_ENDPOINT_URL": address,
-        # boto3 and older tools read the one, newer SDKs of AWS the other.
+        # boto3 and older tools read AWS_DEFAULT_REGION, newer AWS SDKs read AWS_REGION.
         "AWS_DEFAULT_REGION": region,
         "AWS_REGION": region,
         "AWS_ACCESS_KEY_ID": issued.access_key,

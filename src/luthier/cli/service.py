@@ -24,7 +24,7 @@ ServiceDatabase = Annotated[
     typer.Option(
         "--database",
         metavar="URL",
-        # As the server has it: in a container with PostgreSQL a command would make another one.
+        # Without the variable, a command in a container with PostgreSQL would create a second database.
         envvar="LUTHIER_DATABASE",
         show_envvar=False,
         help="Database of the service; LUTHIER_DATABASE by default.",
@@ -32,8 +32,8 @@ ServiceDatabase = Annotated[
 ]
 Record = dict[str, Any]
 Account = Annotated[str, typer.Option(help="Twelve digits.")]
-OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only of this account.")]
-Region = Annotated[str, typer.Option(help="Region in ARNs, as of the server.")]
+OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only this account.")]
+Region = Annotated[str, typer.Option(help="Region of the server, in ARNs.")]
 FIRST = "000000000000"
 """Account of the first start of a service."""
 
@@ -79,9 +79,7 @@ def service_names(url: str | None) -> dict[str, dict[str, str]]:
         finally:
             database.close()
     except (LuthierError, SQLAlchemyError, OSError) as error:
-        note(
-            f"what the service calls its models is not known, as its database cannot be read: {error}"
-        )
+        note(f"Names in the service are omitted: the database cannot be read: {error}")
         return {}
     return {str(id_): {"account": account, "name": name} for id_, account, name in rows}
 

@@ -71,7 +71,7 @@ def tune(
 
         table = read_prices(prices)
         check_limits(estimate(recipe, reporter), max_minutes, max_cost, table)
-    # Loads torch, which takes seconds: only for a valid recipe and existing data.
+    # Importing torch takes seconds: only after the checks of recipe and data.
     with heavy_imports():
         from luthier.workflows.tuning import tune as run
 
@@ -88,7 +88,7 @@ def print_result(result: Result) -> None:
 
     stored = find(result.model_id)
     objective, chat = stored.objective, stored.chat
-    # The picture of the loss has the scores, too; that of rewards is one of its own.
+    # loss.png includes the scores; rewards have their own plot.
     curve = "reward" if objective.measure == "reward" else "loss"
     held = ""
     if result.verdict is not None:
@@ -100,8 +100,7 @@ def print_result(result: Result) -> None:
     withheld = stored.manifest.withheld
     state = "[bold red]withheld[/bold red]" if withheld else "verified"
     if result.verdict is not None and result.verdict.unchanged:
-        state += ", but [bold red]nothing was learned[/bold red]: "
-        state += "its weights are those from before training"
+        state += ", but [bold red]the weights are unchanged[/bold red]"
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and {state}")
     if withheld:
         out.print(f"  {withheld}", markup=False)
@@ -109,7 +108,7 @@ def print_result(result: Result) -> None:
     if result.verdict is not None and result.verdict.stopped_early:
         steps += " (stopped early)"
     if result.refit is not None:
-        steps += f", {result.refit.steps:,} of them of the refit on all rows"
+        steps += f", {result.refit.steps:,} in the refit on all rows"
     read = f"{result.rows_seen:,} {PLURAL[chat.reads]}"
     if chat.reads == "text":
         read = f"{result.tokens:,} tokens"
@@ -119,9 +118,8 @@ def print_result(result: Result) -> None:
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
     out.print(
-        f"  {result.trained_weights:,} of {result.weights:,} weights "
-        f"({result.trained_weights / result.weights:.2%}) were trained, stored in "
-        f"{result.saved_bytes / 1e6:,.2f} MB"
+        f"  {result.trained_weights:,} of {result.weights:,} weights trained "
+        f"({result.trained_weights / result.weights:.2%}), {result.saved_bytes / 1e6:,.2f} MB stored"
     )
     print_comparison(result.comparison, is_refit=result.refit is not None)
     print_label_issues(result)
@@ -131,14 +129,14 @@ def print_result(result: Result) -> None:
         out.print(f"  samples     {result.run_dir}/{GRIDS}/")
     use = f"chat {result.model_id}"
     if predicts(objective):
-        asked = {
+        query = {
             "image": "photo.png",
             "audio": "sound.wav",
             "window": "--input series.csv --output scores.jsonl",
         }.get(chat.reads, '"some text"')
-        use = f"predict {result.model_id} {asked}"
+        use = f"predict {result.model_id} {query}"
         if objective.task == "embedding":
-            use = f"nearest {result.model_id} DATA {asked}"
+            use = f"nearest {result.model_id} DATA {query}"
             if chat.reads != "text" and chat.has_tokenizer:
                 use += f'\n              luthier nearest {result.model_id} DATA "some text"'
     elif isinstance(objective, Generative):
@@ -192,7 +190,7 @@ def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
     from luthier.evaluation.baselines import render
 
     out = new_console(highlight=False)
-    out.print(f"  on {found.rows:,} held-out rows, beside simple baselines:")
+    out.print(f"  on {found.rows:,} held-out rows, compared with simple baselines:")
     name = "the training before the refit" if is_refit else "this model"
     lines = [(name, found.tuned, 0.0)]
     lines += [(each.name, each.score, each.seconds) for each in found.baselines]
@@ -202,7 +200,7 @@ def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
         style = "" if name in gains else "bold"
         out.print(f"    {render(found.measure, score):24} {name}{spent}", style=style, markup=False)
     for name in found.left_out:
-        out.print(f"    not measured for want of time: {name}", markup=False)
+        out.print(f"    not measured (time limit): {name}", markup=False)
     if found.verdict:
         out.print(f"  {found.verdict}", style="bold yellow", markup=False, soft_wrap=True)
 
@@ -220,10 +218,10 @@ def print_label_issues(result: Result) -> None:
     if result.label_issues is None or not result.label_issues.issues or not path.is_file():
         return
     count, rows = result.label_issues.issues, result.label_issues.rows
-    what = "1 label is" if count == 1 else f"{count:,} labels are"
+    what = "1 possible label error" if count == 1 else f"{count:,} possible label errors"
     out = new_console(highlight=False, markup=False, soft_wrap=True)
     shown = ":" if count <= MOST_SHOWN else f"; the first {MOST_SHOWN}:"
-    out.print(f"  {what} worth a look, of {rows:,} rows{shown}", style="bold yellow")
+    out.print(f"  {what} in {rows:,} rows{shown}", style="bold yellow")
     for line in path.read_text(encoding="utf-8").split("\n")[: min(count, MOST_SHOWN)]:
         each = json.loads(line)
         text = f'{Path(each["file"]).name}:{each["line"]}  "{each["label"]}" looks like '

@@ -13,25 +13,21 @@ from luthier.cli.console import heavy_imports
 
 Quotas = Annotated[
     list[str] | None,
-    typer.Option("--limit", help="NAME=VALUE of a limit of the server; may be repeated."),
+    typer.Option("--limit", help="Limit of the server, NAME=VALUE; repeatable."),
 ]
 
 
 def worker(
-    kind: Annotated[str, typer.Option(help="Of the work: training, import or export.")],
-    row_id: Annotated[str, typer.Option("--id", help="Of the job, the model or the export.")],
-    lease: Annotated[str, typer.Option(help="Token by which the worker holds it.")],
-    memory: Annotated[
-        int | None, typer.Option(help="Bytes that all workers may take together.")
-    ] = None,
-    region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
-    s3_endpoint: Annotated[str | None, typer.Option(help="Where s3:// addresses are.")] = None,
+    kind: Annotated[str, typer.Option(help="Kind of work: training, import or export.")],
+    row_id: Annotated[str, typer.Option("--id", help="Id of the job, model or export.")],
+    lease: Annotated[str, typer.Option(help="Token of the lease.")],
+    memory: Annotated[int | None, typer.Option(help="Memory for all workers, in bytes.")] = None,
+    region: Annotated[str, typer.Option(help="Region in ARNs.")] = "us-east-1",
+    s3_endpoint: Annotated[str | None, typer.Option(help="S3 endpoint of s3:// addresses.")] = None,
     limit: Quotas = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes of this machine that share a training.")
-    ] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes per training.")] = 1,
     until_stdin_closes: Annotated[
-        bool, typer.Option(help="End at once where standard input does: its starter is gone.")
+        bool, typer.Option(help="End when standard input closes.")
     ] = False,
 ) -> None:
     """Run one queued work of a server."""
@@ -40,7 +36,8 @@ def worker(
         from luthier.processes import on_stdin_end
         from luthier.server.jobs.processes import LOST
 
-        on_stdin_end(lambda: os._exit(LOST))  # where the process stands
+        # At any point: the process that started this worker has ended.
+        on_stdin_end(lambda: os._exit(LOST))
     from luthier.server.jobs.kinds import WORK_KINDS
 
     configure_logging()
@@ -57,16 +54,16 @@ def worker(
     quotas = parse_limits(limit or ())
     locations = Locations(database, s3_endpoint, quotas=quotas)
     capacity = Capacity() if memory is None else Capacity(memory)
-    made = worker_class(
+    work = worker_class(
         database, locations, row_id, lease,
         arns=Arns(region), capacity=capacity, quotas=quotas, processes=processes,
     )  # fmt: skip
-    raise typer.Exit(made.run())
+    raise typer.Exit(work.run())
 
 
 def _prepare_process() -> None:
     """Restrict new files to the owner, and lower the process priority below the server's."""
-    faulthandler.enable()  # a crash in a library leaves its Python lines in the log of the job
+    faulthandler.enable()  # after a crash in a library, the job log shows Python lines
     os.umask(0o077)
     os.nice(5)
 
