@@ -196,7 +196,7 @@ def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> N
     stored = manifest_of(result)["recipe"]["training"]
     for name in ("batch_size", "learning_rate", "evaluate_every", "micro_batch_tokens"):
         assert stored[name] == reporter.choices[f"training.{name}"][0]
-    (said,) = [note for note in reporter.notes if "weights train" in note]
+    (said,) = [note for note in reporter.notes if " weights " in note]
     assert f"{result.trained_weights:,} of {result.weights:,}" in said
     adapter = Path(result.model_dir, "adapter_model.safetensors")
     tensors = load_file(adapter).values()

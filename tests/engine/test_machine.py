@@ -32,15 +32,9 @@ def test_the_reason_of_a_precision_is_a_sentence(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(machine, "_cpu_has_bfloat16", lambda: native)
     reason = machine.choose_machine("auto", threads).reason
-    assert (
-        reason
-        == {
-            (1, True): "1 CPU thread, which multiplies bfloat16 natively",
-            (2, True): "2 CPU threads, which multiply bfloat16 natively",
-            (1, False): "1 CPU thread, which has no native bfloat16",
-            (2, False): "2 CPU threads, which have no native bfloat16",
-        }[threads, native]
-    )
+    name, support = reason.split(", ")
+    assert name == f"{threads} CPU thread{'s' * (threads > 1)}"
+    assert ("no " in support) != native
 
 
 def test_without_a_limit_it_is_the_machines(group: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_without_validation_rows_nothing_is_claimed() -> None:
         (
             (2.0, 1.999, 1.999),
             FLAT,
-            "too low or the steps are too few: try `training.learning_rate=8",
+            "too low: try `training.learning_rate=8",
         ),
         ((2.0, 2.5, 3.0), FALLING, "The training loss fell"),
         ((0.8, 300.0, 700.0), [2.0, 40.0, *range(3000, 1100, -50)], "too high: try"),
@@ -243,14 +244,12 @@ def test_labels_are_not_blamed_where_training_rows_were_not_learned() -> None:
     right = [[1, 0] * 20, [1, 0] * 20]
     flat = scored(right, FLAT, uninformative=True, informed="logistic regression on pixels")
     assert "labelled" not in flat.advice and "base model" not in flat.advice
-    assert flat.advice == (
-        "The training loss hardly moved, from 2.000 to 2.000, so the rows were not learned, and "
-        "nothing can be said of their labels: try more steps, `training.epochs=12`, "
-        "`training.learning_rate=4.0e-03` (it was 1.0e-03), `training.batch_size=16`, as steps of few "
-        "rows are noisy, or let `luthier search` find what learns"
-    )
+    settings = re.findall(r"`(training[^`]+)`", flat.advice)
+    assert settings == [
+        "training.epochs=12", "training.learning_rate=4.0e-03", "training.batch_size=16"
+    ]  # fmt: skip
     risen = scored(right, [2.0] * 20 + [9.0] * 20, uninformative=True)
-    assert "the rate is too high: try `training.learning_rate=2.5e-04`" in risen.advice
+    assert "`training.learning_rate=2.5e-04`" in risen.advice
     assert "labelled" in scored(right, uninformative=True).advice
 
 
@@ -412,10 +411,9 @@ def test_a_refit_stores_other_weights_than_those_that_were_measured() -> None:
     )
     assert "at step 20, whose weights are stored;" in plain.text
     assert "at step 20, whose weights are the best;" in found.text
-    assert found.text.endswith(
-        "These scores are of a training without the 50 held-out rows; the weights that are stored come "
-        "from a second one of 27 steps, which learned from all 200 rows and was not measured"
-    )
+    assert re.findall(r"\d+ held-out|\d+ steps|\d+ rows", found.text.rpartition("The scores")[2]) == [
+        "50 held-out", "27 steps", "200 rows"
+    ]  # fmt: skip
     assert (found.outcome, found.kept_step, found.kept) == ("overfitted", 20, {"loss": 1.0})
 
 

@@ -182,11 +182,11 @@ def test_a_row_that_was_cut_is_not_compared() -> None:
     ("measure", "tuned", "error", "said"),
     [
         ("accuracy", 0.9, 0.01, ""),
-        ("accuracy", 0.9, 0.06, "may do as well"),
-        ("accuracy", 0.8, 0.01, "does as well"),
-        ("accuracy", 0.7, 0.06, "did better here"),
-        ("accuracy", 0.7, 0.01, "does better"),
-        ("mean_absolute_error", 0.9, 0.01, "does better"),
+        ("accuracy", 0.9, 0.06, "may be as good"),
+        ("accuracy", 0.8, 0.01, "is as good"),
+        ("accuracy", 0.7, 0.06, "was better here"),
+        ("accuracy", 0.7, 0.01, "is better"),
+        ("mean_absolute_error", 0.9, 0.01, "is better"),
         ("mean_absolute_error", 0.7, 0.01, ""),
     ],
 )
@@ -196,9 +196,8 @@ def test_a_baseline_that_wins_is_said_to(
     made = [Baseline("bad", 0.1 if measure == "accuracy" else 2.0, {}, 0.1)]
     made.append(Baseline("naive Bayes", 0.8, {}, 0.1, error=error))
     verdict = Comparison(measure, 30, 60, made, tuned).judge()
-    assert verdict.startswith(f"a simple baseline {said}: naive Bayes, ") if said else not verdict
-    assert ("too few to tell" in verdict) is (said == "may do as well")
-    assert ("30 rows do not decide it" in verdict) is (said == "did better here")
+    assert verdict.startswith(f"a simple baseline {said}: naive Bayes ") if said else not verdict
+    assert (";" in verdict) is (said in ("may be as good", "was better here"))
     assert not Comparison(measure, 30, 60, made).judge()
 
 

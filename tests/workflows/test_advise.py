@@ -53,7 +53,7 @@ def test_a_model_that_writes_is_asked_in_four_ways(tmp_path: Path, tiny_model_fo
     )
     evidence = found["facts"]["evidence"]
     names = [each["technique"] for each in evidence["tried"]]
-    assert names == ["as it is", "prompt engineering", "prompt engineering", "RAG", "fine-tuning"]
+    assert names == ["zero-shot", "prompt engineering", "prompt engineering", "RAG", "fine-tuning"]
     assert all(0 <= each["score"] <= 1 < each["prompt_tokens"] for each in evidence["tried"])
     assert 5 <= evidence["held_rows"] <= 80 and evidence["trial_steps"] >= 1
     assert found["facts"]["estimate"]["seconds"]["value"] > 0

@@ -80,7 +80,7 @@ def test_the_same_models_are_told_apart_once_in_twenty_at_most() -> None:
 
 
 def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
-    base = contender("base", "as it is", 100, seconds=0.2)
+    base = contender("base", "zero-shot", 100, seconds=0.2)
     tuned = contender("tuned", "fine-tuning", 150, preparation_seconds=300.0)
     found = head_to_head(base, tuned)
     assert "75.0%" in found.verdict() and "3,000" in found.verdict()
@@ -91,7 +91,7 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     assert (found.worth_it, undecided.worth_it) == (True, None)
     ahead = head_to_head(contender("nearest", "prompt engineering", 190), tuned)
     assert ahead.worth_it is ahead.plain()["worth_it"] is False
-    near = contender("base", "as it is", 100, seconds=0.14)  # each is measured once
+    near = contender("base", "zero-shot", 100, seconds=0.14)  # each is measured once
     assert " times " not in head_to_head(near, tuned).verdict()
     slow = head_to_head(contender("words", "simple baselines", 100, seconds=0.001), tuned).verdict()
     assert " 100 times " in slow
@@ -104,7 +104,7 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
 def test_prices_and_the_page() -> None:
     prices = Prices(per_hour=3.6)
     found = head_to_head(
-        contender("base <b>", "as it is", 100),
+        contender("base <b>", "zero-shot", 100),
         contender("tuned", "fine-tuning", 150),
         prices=prices,
     )
@@ -155,7 +155,7 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     found = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
     assert found.rows == 6 and found.measure == "exact"
     assert Counter(each.technique for each in found.contenders) == {
-        "as it is": 1, "prompt engineering": 2, "RAG": 1, "simple baselines": 2, "fine-tuning": 1,
+        "zero-shot": 1, "prompt engineering": 2, "RAG": 1, "simple baselines": 2, "fine-tuning": 1,
         "fine-tuning and RAG": 1,
     }  # fmt: skip
     (always,) = [each for each in found.contenders if each.name.startswith("always")]
@@ -164,10 +164,10 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     best = found.best
     assert (best.technique, best.score.value) == ("simple baselines", 1.0)
     by_way = {each.technique: each for each in found.contenders}
-    assert (by_way["RAG"].prompt_tokens or 0) > (by_way["as it is"].prompt_tokens or 0)
+    assert (by_way["RAG"].prompt_tokens or 0) > (by_way["zero-shot"].prompt_tokens or 0)
     assert by_way["fine-tuning"].preparation_seconds > 0 == by_way["RAG"].preparation_seconds
     # The same rows and graders as `evaluate`, so the same scores.
-    for way, model in (("fine-tuning", tuned.model_id), ("as it is", str(tiny_model_folder))):
+    for way, model in (("fine-tuning", tuned.model_id), ("zero-shot", str(tiny_model_folder))):
         alone = luthier.evaluate(model, held, max_tokens=4)
         assert by_way[way].score.value == alone.scores["exact"]
     # What does not fit into the context is left out with its reason.
@@ -240,7 +240,7 @@ def test_a_classifier_beside_a_base_that_writes(
     found = luthier.compare(held, [tuned], base=str(tiny_model_folder), max_tokens=3)
     ways = Counter(each.technique for each in found.contenders)
     assert ways.pop("simple baselines") >= 4  # of words, and of the states of the base that writes
-    assert ways == {"fine-tuning": 1, "as it is": 1, "prompt engineering": 2}
+    assert ways == {"fine-tuning": 1, "zero-shot": 1, "prompt engineering": 2}
     assert found.measure == "accuracy" and {len(each.score) for each in found.contenders} == {8}
 
 

@@ -109,5 +109,7 @@ class LoRA(Adaptation):
         """Return ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without
         Regret")."""
         rate = 10 * full_rate(hidden)
-        reason = f"ten times that of full fine-tuning, more for small networks (width {hidden})"
+        reason = (
+            f"ten times the rate of full fine-tuning, higher for small networks (width {hidden})"
+        )
         return float(f"{rate:.1e}"), reason

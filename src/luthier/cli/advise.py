@@ -87,7 +87,7 @@ def show_advice(advice: Advice) -> None:
             tried.add_column(name, justify="left" if not name else "right")
         for each in evidence.tried:
             tried.add_row(
-                f"{each.technique}: {each.name}",
+                each.name if each.name == each.technique else f"{each.technique}: {each.name}",
                 f"{each.score:.0%}",
                 f"{each.prompt_tokens:,.0f}",
                 f"{each.seconds:.2f}",
@@ -98,12 +98,12 @@ def show_advice(advice: Advice) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for judged in advice.judgements:
         colour = colours[judged.fit]
-        measured = f"; tried: {judged.measured}" if judged.measured else ""
+        measured = f"; measured: {judged.measured}" if judged.measured else ""
         table.add_row(
             f"[{colour}]{judged.technique}[/]", f"[{colour}]{judged.fit}[/]", judged.reason
         )
         table.add_row(
-            "", "", f"[dim]needs {judged.needs}. Takes {judged.takes}; an answer: "
+            "", "", f"[dim]needs {judged.needs}. Effort: {judged.takes}; per reply: "
             f"{judged.each_answer}. Complexity {judged.complexity}, overfitting "
             f"{judged.overfitting}, forgetting {judged.forgetting}{measured}[/]",
         )  # fmt: skip
@@ -113,8 +113,8 @@ def show_advice(advice: Advice) -> None:
     what += "" if chosen.sure else ", as a first trial"
     out.print(f"\n[bold]{what}[/bold]" + ("" if chosen.tune else "  (do not tune)"))
     for reason in chosen.reasons:
-        out.print(f"  because {reason}", markup=False)
+        out.print(f"  reason  {reason}", markup=False)
     for caution in chosen.cautions:
-        out.print(f"  but {caution}", markup=False)
+        out.print(f"  note    {caution}", markup=False)
     for command in chosen.commands:
         out.print(f"  next    {command}", markup=False, soft_wrap=True)

@@ -106,6 +106,7 @@ def stream_reasoning(piece: str) -> None:
 
 def new_console(**options: Any) -> Console:
     """Return a console of rich that escapes foreign control sequences."""
+    options.setdefault("emoji", False)  # rich would print the id `base:x:` as an emoji
     if os.environ.get("NO_COLOR"):
         # With NO_COLOR alone, rich omits colours but still writes bold.
         options["color_system"] = None

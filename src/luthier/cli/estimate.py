@@ -76,7 +76,7 @@ def show_estimate(found: Estimate) -> None:
     out.print(
         f"[bold]{found.objective}[/bold] with [bold]{found.adaptation}[/bold] on "
         f"[bold]{found.base}[/bold]: {found.rows:,} rows, {found.steps:,} steps, "
-        f"{found.epochs:g} epochs{refit}"
+        f"{found.epochs:g} epoch{'s' * (found.epochs != 1)}{refit}"
     )
     table = new_table("", "estimate", "90 % interval", "", numbers=("estimate", "90 % interval"))
 

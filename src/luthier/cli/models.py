@@ -502,8 +502,8 @@ def _check_no_account(model: str, database: str | None) -> None:
         account = owner_of(service, model)
     if account is not None:
         raise RecipeError(
-            f"{model} belongs to account {account} of the service. Run `luthier admin models unregister "
-            f"{model}` first, or delete the model with an API of the service"
+            f"{model} belongs to account {account} of the service. Run `luthier admin models "
+            f"unregister {model}` first, or delete the model with an API of the service"
         )
 
 
@@ -521,7 +521,7 @@ def _check_no_user(base: str, database: str | None) -> None:
         users = users_of_base(service, known)
     if users:
         raise RecipeError(
-            f"accounts of the service use {base}: {list_some(users, 3)}. Delete the users first, or set "
+            f"accounts of the service use {base}: {list_some(users, 3)}. Delete these first, or set "
             "--force"
         )
 

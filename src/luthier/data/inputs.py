@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 MediaKind = Literal["image", "audio", "window"]
 """A ``window`` is the latest values of a time series."""
 SINGULAR: Mapping[str, str] = {
-    "image": "image", "audio": "sound", "window": "window of a time series", "text": "text",
+    "image": "image", "audio": "audio file", "window": "window of a time series", "text": "text",
 }  # fmt: skip
 """Names of the input kinds for messages."""
 PLURAL: Mapping[str, str] = {
-    "image": "images", "audio": "sounds", "window": "windows of a time series", "text": "texts",
+    "image": "images", "audio": "audio files", "window": "windows of a time series", "text": "texts",
 }  # fmt: skip
 
 IMAGE_ENDINGS = (

@@ -77,16 +77,16 @@ def _evaluate_every(steps: int, held_out: int, batch: int) -> tuple[int, str]:
         return every, "a measurement after each step"
     reason = f"{-(-steps // every)} measurements in {steps} steps"
     if count < 8:
-        reason += f", as one of {held_out:,} rows takes as long as {held_out / 3 / batch:.1f} steps"
+        reason += f"; measuring {held_out:,} rows takes as long as {held_out / 3 / batch:.1f} steps"
     return every, reason
 
 
 def validation_share(rows: int) -> tuple[float, str]:
     """Return the share of rows to hold out if the recipe has no validation file."""
     if rows < 20:
-        return 0.0, f"{rows} rows are too few to hold any out; give validation data to measure"
+        return 0.0, f"{rows} rows are too few for held-out rows; set `data.validation`"
     share = min(0.1, 200 / rows)
-    return share, "no validation file was given: a tenth of the rows, at most 200, is held out"
+    return share, "no validation file: a tenth of the rows, at most 200"
 
 
 def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
@@ -174,14 +174,14 @@ def token_budget(
     longest row must fit.
     """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
-    budget, reason = USUAL_BUDGET, "full speed; more would mostly take more memory"
+    budget, reason = USUAL_BUDGET, "full speed; larger values mainly need more memory"
     least = _count_computed(batches, 1 << 30)
     while _count_computed(batches, budget) > 1.1 * least and 2 * budget <= room:
         budget, reason = 2 * budget, "rows share prefixes, which smaller micro-batches would repeat"
     if longest > budget:
         return longest, f"the longest row has {longest} tokens"
     if room < budget:
-        return max(longest, room), "half of the free memory holds no more"
+        return max(longest, room), "limit of half of the free memory"
     return budget, reason
 
 
@@ -204,7 +204,7 @@ def steps_of(recipe: Recipe, rows: int, mixed: tuple[MixedSet, ...] = ()) -> int
 def _batch_size(facts: DataFacts) -> tuple[int, str]:
     rows = facts.rows
     if rows >= USUAL_BATCH * 20:
-        return USUAL_BATCH, "the usual batch for tuning; 20 steps or more in each epoch"
+        return USUAL_BATCH, "usual batch size for tuning; at least 20 steps per epoch"
     if facts.from_scratch:
         size = max(1, min(USUAL_BATCH, rows))
         return (

@@ -264,7 +264,7 @@ def prepare_job(
 
     seed = recipe.training.seed
     data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row, opened)
-    reporter.note(f"recognized: {data.recognized}")
+    reporter.note(f"data: {data.recognized}")
     if recipe.forgetting is not None and data.objective.task != "causal_lm":
         raise RecipeError(
             "`forgetting` limits what a model that writes forgets, and objective "

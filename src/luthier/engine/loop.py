@@ -190,7 +190,7 @@ class Loop:
         if self.progress.step == 0:
             if len(self.validation) >= MANY_HELD_OUT:
                 self.reporter.stage(
-                    f"Measuring {len(self.validation):,} held-out rows, as it begins"
+                    f"Measuring {len(self.validation):,} held-out rows before training"
                 )
             self.evaluate()
         with _stop_on_signal() as stopped:

@@ -68,14 +68,11 @@ def choose_machine(precision: Precision = "auto", threads: int | None = None) ->
         native = _cpu_has_bfloat16()
     if precision == "auto":
         dtype = torch.bfloat16 if native else torch.float32
-        if native:
-            why = f"{'multiply' if several else 'multiplies'} bfloat16 natively"
-        else:
-            why = f"{'have' if several else 'has'} no native bfloat16"
-        return Machine(device, dtype, count, f"{name}, which {why}")
+        why = "native bfloat16" if native else "no native bfloat16"
+        return Machine(device, dtype, count, f"{name}, {why}")
     if precision not in ("bfloat16", "float32"):
         raise RecipeError(f"unknown precision {precision!r}; use auto, bfloat16 or float32")
-    return Machine(device, getattr(torch, precision), count, f"{name}; precision was asked for")
+    return Machine(device, getattr(torch, precision), count, f"{name}; precision is set")
 
 
 def open_network(stored: StoredModel, head: Head | None = None, precise: bool = False) -> Network:

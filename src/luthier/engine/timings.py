@@ -23,15 +23,15 @@ from luthier.files import luthier_home, read_json, write_json
 ACTUAL = "actual.json"
 PARTS = {
     "data": "reading, checking and encoding the rows",
-    "load": "loading the model and what it needs beside it",
-    "begin": "what the objective asks the model before the first step",
-    "baselines": "fitting simple baselines to compare with",
-    "calibrate": "choosing the weights that train",
-    "ahead": "what is computed once for all rows",
+    "load": "loading the model",
+    "begin": "preparing the objective",
+    "baselines": "fitting simple baselines",
+    "calibrate": "choosing the trained weights",
+    "ahead": "computing states of all rows once",
     "steps": "optimizer steps",
     "validation": "measuring on validation rows",
     "checkpoints": "writing checkpoints",
-    "store": "storing the model and verifying it",
+    "store": "storing and verifying the model",
 }
 """Parts of a run's time in order, with descriptions."""
 

@@ -85,8 +85,8 @@ def load_trained_network(
     # Quantized weights are buffers, so fewer parameters are left after attaching.
     weights = max(before, sum(weight.numel() for weight in model.parameters()))
     note(
-        f"{trained:,} of {weights:,} weights train ({trained / weights:.2%}); the stored model will "
-        f"have {size / 1e6:,.2f} MB"
+        f"{trained:,} of {weights:,} weights are trained ({trained / weights:.2%}); stored size "
+        f"{size / 1e6:,.2f} MB"
     )
     if job.refit_steps:
         note(

@@ -97,9 +97,9 @@ class Refit:
     def text(self) -> str:
         """Sentence about the origin of scores and weights."""
         return (
-            f"These scores are of a training without the {self.held_out:,} held-out rows; the weights "
-            f"that are stored come from a second one of {self.steps:,} steps, which learned from all "
-            f"{self.rows:,} rows and was not measured"
+            f"The scores belong to a training without the {self.held_out:,} held-out rows. The stored "
+            f"weights come from a second training of {self.steps:,} steps on all {self.rows:,} rows, "
+            "which was not measured"
         )
 
 
@@ -354,10 +354,10 @@ class _Course:
         if harmed or self._risen(self.held):
             return too_high
         if training.max_steps is not None and self.kept is self.last:
-            return f"It was best at the last step, so more steps may help: {self._twice(training)}"
+            return f"The last step was the best, so more steps may help: {self._twice(training)}"
         return (
-            "Unless the model knew the data already, the rate is too low or the steps are too few: try "
-            f"{_rate(training, 4)}, or let `luthier search` find one"
+            "The model knew the data already, or rate or steps are too low: try "
+            f"{_rate(training, 4)}, or run `luthier search`"
         )
 
     def training_learned(self) -> bool:
@@ -368,13 +368,11 @@ class _Course:
     def advice_to_learn(self, training: Training) -> str:
         """Return advice for a run with unlearned training rows."""
         first, last = _ends(self.train)
-        moved = f"The training loss hardly moved, from {first:.3f} to {last:.3f}"
+        moved = f"The training loss changed little, from {first:.3f} to {last:.3f}"
         if self._risen(self.train):
             lower = _rate(training, 1 / 4)
             moved = f"The training loss rose from {first:.3f} to {last:.3f}"
-            return (
-                f"{moved}, so the rate is too high: try {lower}, or let `luthier search` find one"
-            )
+            return f"{moved}: the learning rate is too high. Try {lower}, or run `luthier search`"
         longer = f"`training.epochs={4 * (training.epochs or 1):g}`"
         if training.max_steps is not None or not training.epochs:
             longer = f"`training.max_steps={4 * self.train[-1]['step']}`"
@@ -383,17 +381,17 @@ class _Course:
             _rate(training, 4),
         ]
         if training.batch_size is not None and training.batch_size < SMALL_BATCH:
-            tries.append(f"`training.batch_size={SMALL_BATCH}`, as steps of few rows are noisy")
+            tries.append(f"`training.batch_size={SMALL_BATCH}` against noise")
         return (
-            f"{moved}, so the rows were not learned, and nothing can be said of their labels: try "
-            f"{', '.join(tries)}, or let `luthier search` find what learns"
+            f"{moved}: the rows were not learned. Try {', '.join(tries)}, or search settings with "
+            "`luthier search`"
         )
 
     def _reward_advice(self, outcome: Outcome, lower: str) -> str:
-        look = "Read what it wrote with `luthier samples`"
+        look = "Read the sampled text with `luthier samples`"
         if outcome == "hardly_learned":
-            return f"{look}. A finer grader, easier prompts or more steps may be what it lacks"
-        return f"{look}. A lower rate is steadier: try {lower}"
+            return f"{look}. A finer grader, easier prompts or more steps may help"
+        return f"{look}. A lower rate is more stable: try {lower}"
 
     def _twice(self, training: Training) -> str:
         """Return the setting for twice the steps, with the additional time."""

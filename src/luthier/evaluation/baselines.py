@@ -120,22 +120,21 @@ class Comparison:
             return ""
         if best.constant and best.score == 1 and self.measure == "accuracy":
             return (
-                f"all {self.rows:,} held-out rows have the same label, so accuracy says nothing of how "
-                "labels are told apart: give rows of each label to measure on"
+                f"all {self.rows:,} held-out rows have the same label: accuracy is meaningless. Hold "
+                "out rows of each label"
             )
         gain = self.gain(best)
         behind = gain < -CHANCE * best.error
-        does = "does better" if behind else "did better here" if gain < 0 else "may do as well"
-        does = does if gain else "does as well"
+        does = "is better" if behind else "was better here" if gain < 0 else "may be as good"
+        does = does if gain else "is as good"
         text = (
-            f"a simple baseline {does}: {best.name}, {render(self.measure, best.score)} against "
-            f"{render(self.measure, self.tuned)} of the tuned model, on the same {self.rows:,} rows, "
-            f"and is fitted in {best.seconds:.1f} s"
+            f"a simple baseline {does}: {best.name} has {render(self.measure, best.score)}, the tuned "
+            f"model {render(self.measure, self.tuned)} on the same {self.rows:,} rows"
         )
-        if does == "did better here":
-            text += f"; {self.rows:,} rows do not decide it"
-        elif does == "may do as well" or (not behind and self.rows < FEW_ROWS):
-            text += f"; {self.rows:,} rows are too few to tell such scores apart"
+        if does == "was better here":
+            text += "; the difference is not significant"
+        elif does == "may be as good" or (not behind and self.rows < FEW_ROWS):
+            text += "; more rows are necessary for a significant difference"
         return text
 
 
@@ -174,8 +173,8 @@ class FittedBaselines:
         measure = self.comparison.measure
         best = max(self.comparison.baselines, key=lambda each: as_gain(measure, each.score))
         return (
-            f"the best simple baseline, {best.name}, has {render(measure, best.score)} on "
-            f"{self.comparison.rows:,} held-out rows and is fitted in {best.seconds:.1f} s"
+            f"best simple baseline: {best.name}, {render(measure, best.score)} on "
+            f"{self.comparison.rows:,} held-out rows, fitted in {best.seconds:.1f} s"
         )
 
     def compare_with(self, tuned: RowScores) -> Comparison:

@@ -252,9 +252,8 @@ def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[st
     if words <= LONG_REPLY:
         return {"exact": Exact()}
     note(
-        "replies are graded by rouge_l, the words in common with the expected reply in their order: "
-        f"the expected replies have {words:.0f} words in the median, too many to be met to the letter. "
-        "Name a grader to have it otherwise"
+        "grader: rouge_l (common words in order), because the expected replies have "
+        f"{words:.0f} words (median). Choose a grader for a different measure"
     )
     return {"rouge_l": Similarity(measure="rouge_l")}
 

@@ -90,17 +90,14 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
         count = sum(wanted[name] for name in unknown)
         some = ", ".join(map(one_line, unknown[:SHOWN])) + (", …" if len(unknown) > SHOWN else "")
         have = "has a label" if count == 1 else "have labels"
-        remarks.append(
-            f"{count:,} of the rows {have} that the model was not trained with, which it can only get "
-            f"wrong: {some}"
-        )
+        remarks.append(f"{count:,} of the rows {have} outside the training labels: {some}")
     wrong = Counter(pair for pair in pairs if pair[0] != pair[1] and pair[0] not in unknown)
     if wrong:
         most = [
-            f"{one_line(answer)} for {one_line(truth)} ({count:,} of {wanted[truth]:,})"
+            f"{one_line(answer)} instead of {one_line(truth)} ({count:,} of {wanted[truth]:,})"
             for (truth, answer), count in wrong.most_common(SHOWN)
         ]
-        remarks.append(f"answered wrong most often: {', '.join(most)}")
+        remarks.append(f"most frequent errors: {', '.join(most)}")
     return remarks
 
 

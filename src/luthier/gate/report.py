@@ -185,7 +185,7 @@ def verdict_line(report: Report) -> str:
     names = ("error", "warning", "note")
     parts = [f"{count[name]:,} {name}{'s' * (count[name] != 1)}" for name in names if count[name]]
     rows = sum(report.rows.values())
-    return f"{', '.join(parts) or 'Nothing wrong'}; {rows:,} row{'s' * (rows != 1)} could be read."
+    return f"{', '.join(parts) or 'No findings'} in {rows:,} row{'s' * (rows != 1)}."
 
 
 def learning_splits(report: Report) -> Mapping[str, Mapping[str, Any]]:
@@ -208,7 +208,7 @@ def learned_share(found: Mapping[str, Any]) -> str:
 def next_steps(report: Report) -> list[tuple[str, str]]:
     """Return the next steps in order: a description, and a command if one applies."""
     cleaning = cleaning_command(report)
-    first = [("Write a new data set in which this is mended:", cleaning)] if cleaning else []
+    first = [("Write a fixed data set:", cleaning)] if cleaning else []
     return [*first, _training(report)]
 
 
@@ -227,12 +227,12 @@ def _training(report: Report) -> tuple[str, str]:
     found = report.findings
     errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}
     if errors == {TOO_LONG.id}:
-        return "Shorten the long rows, or train without them:", f"{typed} --set data.long_rows=drop"
+        return "Shorten the long rows, or drop the long rows:", f"{typed} --set data.long_rows=drop"
     if errors:
-        return "Mend the errors as their fixes say, then inspect the data again.", ""
+        return "Fix the errors, then inspect the data again.", ""
     if report.exit_code:
-        return "Look at the warnings; where they are as you want them, train:", typed
-    return "The data can be trained on:", typed
+        return "Check the warnings, then train:", typed
+    return "Next:", typed
 
 
 def has_content(summary: Any) -> bool:

@@ -216,7 +216,7 @@ def _summary(value: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
     if isinstance(rest.get("counts"), Mapping):
         counts, of = rest.pop("counts"), rest.pop("of", "")
         kinds, total = rest.pop("kinds", len(counts)), rest.pop("total", sum(counts.values()))
-        yield from _counts(counts, kinds, total, f"{title}, of {of}" if of else title)
+        yield from _counts(counts, kinds, total, f"{title}, {of}" if of else title)
     splits = rest.pop("splits", None)
     plain = {key: each for key, each in rest.items() if not isinstance(each, Mapping | list)}
     if plain:

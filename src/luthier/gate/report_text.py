@@ -113,7 +113,7 @@ def _rules(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=False)
     table.add_column("severity", no_wrap=True)
     table.add_column("count", justify="right", no_wrap=True)
-    table.add_column("what, where and how to mend it", overflow="fold", ratio=1)
+    table.add_column("rule, location and fix", overflow="fold", ratio=1)
     for rule in found.rules():
         severity = found.severity(rule)
         table.add_row(
@@ -152,11 +152,11 @@ def _lengths(report: Report, console: Console) -> None:
     if not _has_tokens(report):
         return
     summary = report.summaries["learning"]
-    _heading(f"Tokens of a row; the model reads {summary['context']:,} at most", console)
+    _heading(f"Tokens per row (context {summary['context']:,})", console)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("", "least", "median", "95 %", "most", "in all", "learned"):
+    for name in ("", "min", "median", "95 %", "max", "total", "learned"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("least to most", no_wrap=True)
+    table.add_column("distribution", no_wrap=True)
     for split, found in splits.items():
         lengths = found["lengths"]
         numbers = [f"{lengths[key]:,}" for key in ("min", "p50", "p95", "max")]
@@ -209,8 +209,7 @@ def _counts(value: Mapping[str, Any], console: Console, indent: int, name: str) 
     number, most = value.get("kinds", len(ordered)), max(counts.values(), default=1) or 1
     total = value.get("total", sum(counts.values())) or 1
     if name:
-        kinds = "1 kind" if number == 1 else f"{number:,} kinds"
-        title = f"{printable(name)}: {kinds}" + (f", of {of}" if of else "")
+        title = f"{printable(name)}: {number:,}" + (f", {of}" if of else "")
         console.print(Text(f"{' ' * indent}{title}", "dim"), soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(max_width=36, no_wrap=True, overflow="ellipsis")
@@ -236,8 +235,8 @@ def _samples(report: Report, console: Console, rows: int) -> None:
     if not rows or not any(splits.values()) or not _has_tokens(report):
         return
     coloured = console.color_system is not None and not console.no_color
-    marked = "is green" if coloured else "stands in ⟦ ⟧"
-    _heading(f"What the model sees; what it learns to write {marked}", console)
+    marked = "green" if coloured else "in ⟦ ⟧"
+    _heading(f"Model input, with trained tokens {marked}", console)
     for split, shown in splits.items():
         for row in shown:
             console.print(

@@ -178,7 +178,7 @@ class HeadToHead:
             return ""
         faster = rival if tuned.seconds > rival.seconds else tuned
         ratio = slow / quick
-        text = f"{faster.name} is {ratio:,.{1 if ratio < 10 else 0}f} times as fast"
+        text = f"Speed: {faster.name} is {ratio:,.{1 if ratio < 10 else 0}f} times as fast"
         spent = tuned.preparation_seconds - rival.preparation_seconds
         if faster is tuned and spent > 0:
             answers = spent / (rival.seconds - tuned.seconds)
@@ -357,7 +357,7 @@ def _judge(
     judge: Ruler, rows: Sequence[Row], contenders: Sequence[Contender], remarks: list[str]
 ) -> list[Contender]:
     """Replace the scores by win rates against the unchanged base model."""
-    reference = next(each for each in contenders if each.technique == "as it is")
+    reference = next(each for each in contenders if each.technique == "zero-shot")
 
     def answers(contender: Contender) -> list[Answer]:
         pairs = zip(rows, contender.replies, strict=True)
@@ -429,14 +429,14 @@ class _Contest:
         found = []
         for way in ways:
             technique: Technique = way.technique
-            name = stored.id if technique == "as it is" else f"{stored.id} with {way.name}"
+            name = stored.id if technique == "zero-shot" else f"{stored.id} with {way.name}"
             if is_tuned:
-                technique = "fine-tuning" if technique == "as it is" else "fine-tuning and RAG"
+                technique = "fine-tuning" if technique == "zero-shot" else "fine-tuning and RAG"
             asked = rows_of_way(rows, questions, way, generator.chat)
             prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in asked]
             long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
             if long:
-                self.remarks.append(f"{name} was left out: {long:,} prompts exceed the context")
+                self.remarks.append(f"{name} omitted: {long:,} prompts exceed the context")
                 self.finished += len(rows)
                 continue
             tokens = sum(map(generator.prompt_tokens, prompts)) / len(prompts)
@@ -484,10 +484,7 @@ class _Contest:
         if fitted is None:
             return []
         compared = fitted.comparison
-        self.remarks += [
-            f"{name} was left out: not enough time, or memory for the states of all rows"
-            for name in compared.left_out
-        ]
+        self.remarks += [f"{name} omitted: not enough time or memory" for name in compared.left_out]
         answers = compared.rows + compared.train_rows
         return [
             Contender(each.name, "simple baselines", score, each.scores, each.seconds / answers)

@@ -81,9 +81,9 @@ def shortage(facts: NetworkFacts, training: Training) -> str:
     if training.max_steps is not None or seen >= facts.weights * TOKENS_PER_WEIGHT / 4:
         return ""
     return (
-        f"{facts.tokens:,} tokens are {facts.tokens / facts.weights:.2g} for each weight; about "
-        f"{TOKENS_PER_WEIGHT} are best (Hoffmann et al. 2022). More text or a smaller size would learn "
-        "more; this one will learn spelling, words and style, not facts"
+        f"{facts.tokens:,} tokens are {facts.tokens / facts.weights:.2g} per weight; about "
+        f"{TOKENS_PER_WEIGHT} are optimal (Hoffmann et al. 2022). The model will learn spelling, words "
+        "and style, not facts. Use more text or a smaller size"
     )
 
 
@@ -95,7 +95,7 @@ def learning_rate(weights: int) -> tuple[float, str]:
     """
     rate = 0.003239 - 0.0001395 * math.log(max(weights, 1))
     rate = float(f"{max(rate, 1e-4):.2g}")
-    return rate, f"{weights / 1e6:.3g} M weights beside embeddings (Kaplan et al. 2020, eq. D.1)"
+    return rate, f"{weights / 1e6:.3g} M weights without embeddings (Kaplan et al. 2020, eq. D.1)"
 
 
 def _size(tokens: int) -> tuple[Size, str]:
@@ -104,15 +104,15 @@ def _size(tokens: int) -> tuple[Size, str]:
     for size, weights in sizes.items():
         if tokens * MOST_PASSES >= TOKENS_PER_WEIGHT * weights:
             chosen = size
-    return chosen, f"about {tokens:,} tokens; about {TOKENS_PER_WEIGHT} for each weight are best"
+    return chosen, f"about {tokens:,} tokens; about {TOKENS_PER_WEIGHT} per weight are optimal"
 
 
 def _vocabulary(usual: int, tokens: int) -> tuple[int, str]:
     # A token that is hardly seen is hardly learned: a hundred times each, on average.
     room = 1 << max(9, int(math.log2(max(tokens, 1) / 100)) if tokens > 100 else 0)
     if room < usual:
-        return room, "as many as occur a hundred times on average in a text this long"
-    return usual, "usual for this size: the table stays a part of the weights"
+        return room, "each token occurs 100 times on average in the text"
+    return usual, "usual for this size"
 
 
 def _validation_share(recipe: PretrainRecipe, tokens: int) -> tuple[float, str]:
@@ -121,17 +121,17 @@ def _validation_share(recipe: PretrainRecipe, tokens: int) -> tuple[float, str]:
         SHAPES[recipe.network.family][size].context if size else 512
     )
     if tokens < 20 * context:
-        return 0.0, "too little text to hold any out; give validation data to measure"
+        return 0.0, "too little text for held-out sequences; set `data.validation`"
     share = float(f"{min(0.1, VALIDATION_SEQUENCES * context / tokens):.2g}")
-    return share, f"a tenth, at most about {VALIDATION_SEQUENCES} sequences, is held out"
+    return share, f"a tenth, at most about {VALIDATION_SEQUENCES} sequences"
 
 
 def _passes(facts: NetworkFacts) -> tuple[float, str]:
     needed = TOKENS_PER_WEIGHT * facts.weights / facts.tokens
     if needed <= 1:
-        return 1.0, f"{1 / needed * TOKENS_PER_WEIGHT:.0f} tokens for each weight in one pass"
+        return 1.0, f"{1 / needed * TOKENS_PER_WEIGHT:.0f} tokens per weight in one pass"
     passes = float(min(MOST_PASSES, math.ceil(needed)))
-    return passes, "repeated text teaches up to four passes (Muennighoff et al. 2023)"
+    return passes, "repeated text helps for up to four passes (Muennighoff et al. 2023)"
 
 
 def _batch(facts: NetworkFacts, passes: float) -> tuple[int, str]:
@@ -144,4 +144,7 @@ def _batch(facts: NetworkFacts, passes: float) -> tuple[int, str]:
     tokens = 1 << int(math.log2(max(1.0, facts.tokens * passes / 1000)))
     tokens = min(max(tokens, SMALLEST_BATCH), LARGEST_BATCH)
     batch = max(1, tokens // facts.context)
-    return batch, f"{batch * facts.context:,} tokens; more pay later only (Kaplan et al. 2020, 5.1)"
+    return (
+        batch,
+        f"{batch * facts.context:,} tokens; larger batches help only later (Kaplan et al. 2020, 5.1)",
+    )

@@ -65,7 +65,7 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
     raise RecipeError("these rows have no question with one right answer")
 
 
-PromptTechnique = Literal["as it is", "prompt engineering", "RAG"]
+PromptTechnique = Literal["zero-shot", "prompt engineering", "RAG"]
 Technique = PromptTechnique | Literal["simple baselines", "fine-tuning", "fine-tuning and RAG"]
 """Name of a technique in advice and comparisons."""
 
@@ -92,7 +92,7 @@ def ways_to_ask(
 
     The nearest examples are found by words, and with ``embed`` also by words and meaning.
     """
-    ways = [Way("as it is", "asked as it is", [()] * len(questions))]
+    ways = [Way("zero-shot", "zero-shot", [()] * len(questions))]
     searches: dict[str, Embedder | None] = {"": None}
     if embed is not None:
         searches = {" by words": None, " by words and meaning": embed}
@@ -116,7 +116,7 @@ def rows_of_way(
     rows: Sequence[Row], questions: Sequence[Question], way: Way, chat: ChatFormat
 ) -> list[Row]:
     """Return ``rows`` as conversations of a technique, with the members that graders use."""
-    if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
+    if way.technique == "zero-shot" and not isinstance(rows[0], LabelledText):
         return list(rows)
     return [
         Conversation(

@@ -228,10 +228,8 @@ class Language(Check):
         if counts.total() == self._seen[split]:
             return ""
         looked_at = self._identified[split]
-        drawn = (
-            "" if looked_at == self._seen[split] else f" looked at, out of {self._seen[split]:,},"
-        )
-        return f"the {counts.total():,} of {looked_at:,} rows{drawn} whose language could be told"
+        drawn = "" if looked_at == self._seen[split] else f" (sample of {self._seen[split]:,})"
+        return f"recognized in {counts.total():,} of {looked_at:,} rows{drawn}"
 
 
 def _texts(row: Row) -> tuple[str, str]:

@@ -193,8 +193,8 @@ class TrainingWorker(Worker[Job]):
         for text in verdicts:
             reporter.note(text)
         if (found := run.get("label_issues")) and found["issues"]:
-            what = "label is" if found["issues"] == 1 else "labels are"
-            reporter.note(f"{found['issues']:,} {what} worth a look, of {found['rows']:,} rows")
+            count = f"{found['issues']:,} possible label error{'s' * (found['issues'] != 1)}"
+            reporter.note(f"{count} in {found['rows']:,} rows")
             records = work.read_label_issues()
             work.write_label_issue_records(
                 [{**each, "file": data.show_addresses(each["file"])} for each in records]

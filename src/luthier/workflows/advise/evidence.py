@@ -208,7 +208,7 @@ class _Replies:
 
         if not self.held:
             raise LuthierError("no held-out row fits into the model's context")
-        way = Way("as it is", name, [()] * len(self.held))
+        way = Way("zero-shot", name, [()] * len(self.held))
         generator = Generator(self.network, self.chat)
         found = self._measure(generator, way, "fine-tuning", name)
         generator.backend.close()
@@ -265,7 +265,7 @@ class _Predictions:
         self.left_out += [f"{name}: not enough time" for name in compared.left_out]
         found = []
         for each, rows in zip(compared.baselines, fitted.row_scores, strict=True):
-            technique: Technique = "as it is" if each.constant else "simple baselines"
+            technique: Technique = "zero-shot" if each.constant else "simple baselines"
             seconds = each.seconds / (compared.train_rows + compared.rows)
             found.append(
                 TechniqueResult(

@@ -64,20 +64,19 @@ class Judgement:
 
 def prompting(facts: AdviceFacts) -> Judgement:
     """Instructions and examples in the prompt."""
-    best = facts.evidence and facts.evidence.best("as it is", "prompt engineering")
+    best = facts.evidence and facts.evidence.best("zero-shot", "prompt engineering")
     if not facts.writes:
         fit: Fit = "no"
-        reason = (
-            "labels are read off by a head; for a model to write them, give prompt and completion"
-        )
+        reason = "a head predicts the labels; for generated labels, use prompt and completion"
     elif best and best.score >= SURE:
-        fit, reason = "yes", f"{best.name} is right {best.score:.0%} of the time already"
+        fit, reason = "yes", f"{best.name} is right in {best.score:.0%} of the rows"
     else:
-        fit, reason = "perhaps", "no training; every answer reads the examples again"
-    read = f"{best.prompt_tokens:,.0f} tokens read" if best else "the prompt and its examples"
+        fit, reason = "perhaps", "no training, but examples in every prompt"
+    read = f"{best.prompt_tokens:,.0f} prompt tokens" if best else "prompt and examples"
     return Judgement(
-        "prompt engineering", fit, reason, f"a few good examples; {facts.rows:,} rows are here",
-        "nothing", read, "low", "none", "none", _best_measured(facts, "as it is", "prompt engineering"),
+        "prompt engineering", fit, reason, f"a few good examples; {facts.rows:,} rows available",
+        "nothing", read, "low", "none", "none",
+        _best_measured(facts, "zero-shot", "prompt engineering"),
     )  # fmt: skip
 
 
@@ -85,10 +84,10 @@ def baselines(facts: AdviceFacts) -> Judgement:
     """Judge a simple classifier on words or on the base model's states."""
     best = facts.evidence and facts.evidence.best("simple baselines")
     fit: Fit = "yes" if best and best.score >= SURE else "perhaps"
-    reason = "fitted in seconds, and no weight of the base model moves"
+    reason = "fitted in seconds, without training the base model"
     return Judgement(
-        "simple baselines", fit, reason, f"labelled rows; {facts.rows:,} are here",
-        "a fit: seconds", "the text once at most", "low", "none", "none",
+        "simple baselines", fit, reason, f"labelled rows; {facts.rows:,} available",
+        "seconds", "at most one pass over the text", "low", "none", "none",
         _best_measured(facts, "simple baselines"),
     )  # fmt: skip
 
@@ -100,21 +99,18 @@ def rag(facts: AdviceFacts) -> Judgement:
     if facts.document_tokens:
         fit: Fit = "yes" if facts.wishes.goal == "knowledge" else "perhaps"
         reason = (
-            "facts stay in documents that can be changed without training; tuning teaches facts badly "
+            "documents can change without training, and tuning teaches facts badly "
             "(Ovadia et al. 2023)"
         )
-        needs = f"documents; {facts.document_tokens:,} tokens of them are here"
+        needs = f"documents; {facts.document_tokens:,} tokens available"
     else:
         fit = "no" if facts.wishes.goal == "knowledge" else "perhaps"
-        reason = (
-            "without documents there is nothing to search; the nearest of your own rows are examples "
-            "in the prompt"
-        )
-        needs = "documents (--documents); none are given"
+        reason = "without documents, only the nearest training rows can be examples in the prompt"
+        needs = "documents (--documents); none given"
     best = facts.evidence and facts.evidence.best("RAG")
-    each = f"{best.prompt_tokens:,.0f} tokens read, and a search" if best else "a search"
+    each = f"{best.prompt_tokens:,.0f} prompt tokens and a search" if best else "a search"
     return Judgement(
-        "RAG", fit, reason, needs, "an index: seconds", each, "medium", "none", "none",
+        "RAG", fit, reason, needs, "seconds for an index", each, "medium", "none", "none",
         _best_measured(facts, "RAG"),
     )  # fmt: skip
 
@@ -125,21 +121,21 @@ def fine_tuning(facts: AdviceFacts) -> Judgement:
     takes = _takes(facts)
     if facts.shape in ("text", "prompt_only"):
         fit: Fit = "no"
-        reason = "the rows hold no answers to learn"
+        reason = "the rows have no replies to learn"
     elif facts.labels and facts.smallest_class < PER_CLASS:
         fit, reason = "perhaps", f"the smallest class has {facts.smallest_class} rows"
     elif facts.rows < needed:
         fit, reason = "perhaps", f"{facts.rows:,} rows are few"
     else:
-        fit, reason = "yes", "there are enough rows with answers"
+        fit, reason = "yes", "enough rows with replies"
     if facts.refused:
-        fit, reason = "no", f"the data gate refuses the rows: {', '.join(facts.refused[:3])}"
-    needs = f"{FEW_ROWS} to {MANY_ROWS:,} rows with answers; {facts.rows:,} are here"
+        fit, reason = "no", f"the data checks reject the rows: {', '.join(facts.refused[:3])}"
+    needs = f"{FEW_ROWS} to {MANY_ROWS:,} rows with replies; {facts.rows:,} available"
     if facts.labels:
-        needs = f"{PER_CLASS} rows a class; the smallest here has {facts.smallest_class:,}"
+        needs = f"{PER_CLASS} rows per class; the smallest class has {facts.smallest_class:,}"
     return Judgement(
         "fine-tuning", fit, reason, needs, takes,
-        f"{facts.prompt_tokens / max(1, facts.rows):,.0f} tokens read",
+        f"{facts.prompt_tokens / max(1, facts.rows):,.0f} prompt tokens",
         "medium", overfitting(facts), forgetting(facts), _best_measured(facts, "fine-tuning"),
     )  # fmt: skip
 
@@ -149,15 +145,15 @@ def continued_pretraining(facts: AdviceFacts) -> Judgement:
     tokens = facts.document_tokens + (facts.learned_tokens if facts.shape == "text" else 0)
     if tokens >= LARGE_CORPUS:
         fit: Fit = "yes"
-        reason = "enough text of the field to change how the model reads and writes it"
+        reason = "enough text to learn a field or a language"
     elif tokens >= CORPUS:
         fit, reason = "perhaps", "enough to learn words and style of a field, not its facts"
     else:
         fit, reason = "no", "too little raw text"
-    needs = f"{CORPUS:,} tokens of raw text, better {LARGE_CORPUS:,}; {tokens:,} are here"
+    needs = f"{CORPUS:,} tokens of raw text, better {LARGE_CORPUS:,}; {tokens:,} available"
     return Judgement(
-        "continued pre-training", fit, reason, needs, "a pass over all text, then tuning",
-        "as the base model", "high", "medium", "high" if tokens >= CORPUS else "medium",
+        "continued pre-training", fit, reason, needs, "training on all text, then tuning",
+        "like the base model", "high", "medium", "high" if tokens >= CORPUS else "medium",
     )  # fmt: skip
 
 
@@ -168,17 +164,19 @@ def distillation(facts: AdviceFacts) -> Judgement:
     slow = _slow(facts)
     if facts.shape == "prompt_only":
         fit: Fit = "yes"
-        reason = "there are prompts without answers, which a teacher can write"
+        reason = "a teacher can generate the missing replies to the prompts"
     elif too_large or slow:
         fit = "yes"
-        reason = "the base model is larger or slower than asked for: tune it, then teach a student"
+        reason = (
+            "the base model exceeds the size or time limit: tune the model, then distil a student"
+        )
     elif facts.wishes.goal in ("latency", "cost") or small:
-        fit, reason = "perhaps", "a smaller student answers faster; quality has to be measured"
+        fit, reason = "perhaps", "a smaller student is faster; measure the quality"
     else:
-        fit, reason = "no", "nothing asks for a smaller model"
+        fit, reason = "no", "no goal requires a smaller model"
     return Judgement(
-        "distillation", fit, reason, f"prompts and a teacher; {facts.rows:,} prompts are here",
-        "the teacher's answers, then tuning", "less, by the size of the student",
+        "distillation", fit, reason, f"prompts and a teacher; {facts.rows:,} prompts available",
+        "generating replies, then tuning", "faster, by the size of the student",
         "high", "medium", "medium",
     )  # fmt: skip
 
@@ -188,15 +186,15 @@ def preferences(facts: AdviceFacts) -> Judgement:
     have = facts.rows if facts.shape in ("preference", "rated", "thumb") else 0
     if have >= PAIRS:
         fit: Fit = "yes"
-        reason = "people's choices are here; tune on good answers first where there are some"
+        reason = "enough judged replies; tune on good replies first, if available"
     elif have:
-        fit, reason = "perhaps", f"{have:,} judged answers are few"
+        fit, reason = "perhaps", f"{have:,} judged replies are few"
     else:
-        fit, reason = "no", "no judged answers"
-    needs = f"{PAIRS:,} pairs of answers; {have:,} are here"
-    takes = _takes(facts) if have else "as fine-tuning, twice the tokens"
+        fit, reason = "no", "no judged replies"
+    needs = f"{PAIRS:,} pairs of replies; {have:,} available"
+    takes = _takes(facts) if have else "fine-tuning with twice the tokens"
     return Judgement(
-        "preference tuning", fit, reason, needs, takes, "as fine-tuning",
+        "preference tuning", fit, reason, needs, takes, "like fine-tuning",
         "high", "high" if 0 < have < PAIRS else "medium", "low",
     )  # fmt: skip
 
@@ -305,23 +303,23 @@ def _choose(facts: AdviceFacts, judgements: list[Judgement], command: str) -> Re
     fits = {each.technique: each.fit for each in judgements}
     if facts.refused:
         return Recommendation(
-            (), False, (f"the data gate refuses the rows ({', '.join(facts.refused)})",),
+            (), False, (f"the data checks reject the rows ({', '.join(facts.refused)})",),
             commands=("luthier inspect, then luthier clean",),
         )  # fmt: skip
     if facts.shape == "prompt_only":
-        reason = "the rows are prompts without answers"
+        reason = "the rows are prompts without replies"
         return Recommendation(
             ("distillation",), True, (reason,), commands=(_distil(command, "MODEL", "MODEL"),)
         )
     if facts.shape in ("preference", "rated", "thumb"):
-        reason = f"{facts.rows:,} judged answers are here"
+        reason = f"{facts.rows:,} rows have judged replies"
         cautions = ("compare the win rate on held-out pairs before and after",)
         return Recommendation(("preference tuning",), True, (reason,), cautions, (command,))
     if facts.shape == "text":
         chosen = fits["continued pre-training"] != "no"
         reason = next(j.reason for j in judgements if j.technique == "continued pre-training")
         if not chosen:
-            return Recommendation(("RAG",), False, (reason, "search the texts instead"))
+            return Recommendation(("RAG",), False, (reason, "use retrieval instead"))
         cautions = ("mix in general text against forgetting: --mix FILE=0.25",)
         return Recommendation(("continued pre-training",), True, (reason,), cautions, (command,))
     return _for_labelled(facts, fits, command)
@@ -334,33 +332,30 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
     against, reasons, sure = _without_training(facts)
     if facts.evidence and not sure:
         reasons.append(
-            f"the {facts.evidence.held:,} held-out rows do not decide it, the difference is within the "
-            "noise of so few rows: take this as a first try, and give more rows to measure on "
-            "(--validation FILE)"
+            f"the difference is not significant on {facts.evidence.held:,} held-out rows. Start with "
+            "this technique, and measure on more rows (--validation FILE)"
         )
     if facts.document_tokens and facts.wishes.goal == "knowledge":
         chosen.append("RAG")
-        reasons.append("facts belong into documents, which can be changed (Ovadia et al. 2023)")
+        reasons.append("retrieval is better than tuning for facts (Ovadia et al. 2023)")
     if against:
         chosen = [*dict.fromkeys([*chosen, against])]
-        spent = f"takes about {facts.minutes:,.0f} min" if facts.minutes else "is the next step"
-        cautions.append(f"if that is not enough, tuning {spent}: {command}")
+        spent = f" (about {facts.minutes:,.0f} min)" if facts.minutes else ""
+        cautions.append(f"if the result is not sufficient, tune{spent}: {command}")
         if against == "simple baselines":
             cautions.append(_nearest_served(facts, command))
         return Recommendation(tuple(chosen), False, tuple(reasons), tuple(cautions), sure=sure)
     if facts.rows < FEW_ROWS and not facts.labels:
-        cautions.append(f"{facts.rows:,} rows are few: expect the form, not the substance")
+        cautions.append(f"{facts.rows:,} rows are few: the model learns form, not content")
     chosen.append("fine-tuning")
     if fits["distillation"] == "yes":
         chosen.append("distillation")
-        reasons.append(
-            "the tuned model is larger or slower than asked for; teach a student with it"
-        )
+        reasons.append("the tuned model exceeds the size or time limit: distil a student")
     limit, minutes = facts.wishes.max_minutes, facts.minutes
     if limit is not None and minutes is not None and minutes > limit:
         cautions.append(
-            f"training takes about {minutes:,.0f} min, more than the {limit:,.0f} allowed: luthier "
-            "estimate --within says what fits"
+            f"training takes about {minutes:,.0f} min, and the limit is {limit:,.0f} min: plan with "
+            "luthier estimate --within"
         )
     commands = [command]
     if "distillation" in chosen:
@@ -375,47 +370,44 @@ def _nearest_served(facts: AdviceFacts, command: str) -> str:
     best = facts.evidence and facts.evidence.best("simple baselines")
     plain = without_option(command, "--adaptation")
     if best and best.name == NAIVE_BAYES:
-        nearest = "learns words and pairs of words, too"
+        nearest = "learns words and pairs of words"
         plain = f"{without_option(plain, '--base')} --base {WORD_READER}"
     else:
-        nearest, plain = "moves a new head alone", f"{plain} --adaptation feature_extraction"
-    return (
-        "no command serves this baseline: fit it yourself, with scikit-learn for example; the nearest "
-        f"that is served {nearest}: {plain}"
-    )
+        nearest, plain = "trains only a new head", f"{plain} --adaptation feature_extraction"
+    return f"luthier cannot serve this baseline. The most similar model {nearest}: {plain}"
 
 
 def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
     """Return the best technique without training if sufficient, the reasons, and the certainty."""
     evidence = facts.evidence
-    best = evidence and evidence.best("as it is", "prompt engineering", "RAG", "simple baselines")
+    best = evidence and evidence.best("zero-shot", "prompt engineering", "RAG", "simple baselines")
     tuned = evidence and evidence.best("fine-tuning")
     if not evidence or not best:
-        return "", ["nothing was tried without training"], True
+        return "", ["no technique without training was measured"], True
     enough = evidence.held >= LEAST_HELD
     gain, sure = _gain(tuned, best, evidence.held) if tuned else (0.0, False)
     if best.score >= SURE and not (gain > 0 and sure):
         return best.technique, [f"{best.name}: {best.score:.1%} right without training"], enough
     if not tuned:
-        return "", [f"without training the best is {best.result}"], enough
+        return "", [f"best without training: {best.result}"], enough
     share = evidence.steps / max(1, evidence.all_steps)
     said = (
-        f"after {evidence.steps:,} of {evidence.all_steps:,} steps {tuned.result}; without "
-        f"training the best is {best.name} with {best.result}"
+        f"after {evidence.steps:,} of {evidence.all_steps:,} steps: {tuned.result}; best without "
+        f"training: {best.name}, {best.result}"
     )
     if gain > 0:
         return "", [said], sure and enough
     most = _most_reachable(evidence, tuned)
     if most is not None and most < best.score and differ(most, best.score, evidence.held):
-        pace = f"at this pace all {evidence.all_steps:,} steps would give at most {most:.0%}"
+        pace = f"all {evidence.all_steps:,} steps would reach at most {most:.0%} at this pace"
         return best.technique, [said, pace], sure and enough
     dear = best.prompt_tokens > EXPENSIVE * max(1.0, tuned.prompt_tokens)
     if share < 0.5 or (dear and facts.wishes.goal in ("cost", "latency")):
         why = (
-            f"{best.name} reads {best.prompt_tokens:,.0f} tokens for each answer, the tuned model "
+            f"{best.name} needs {best.prompt_tokens:,.0f} prompt tokens per reply, the tuned model "
             f"{tuned.prompt_tokens:,.0f}"
             if dear
-            else "the trial was too short to tell; a longer one (--trial) says more"
+            else "the trial was too short; increase --trial"
         )
         return "", [said, why], enough
     return best.technique, [said], sure and enough

@@ -259,20 +259,20 @@ def _missing(
 ) -> list[str]:
     said = []
     if manifest.data is None:
-        said.append("The record says nothing of training data.")
+        said.append("The record contains no training data.")
     elif manifest.data_report is None:
-        said.append("The data was not checked by the gate.")
+        said.append("The data was not checked.")
     if manifest.metrics is not None:
         if not curves:
-            said.append("The folder of the run is gone, and with it its curves.")
+            said.append("The run folder with the curves does not exist.")
         elif not any(each.estimate is not None for each in forecast):
-            said.append("Nobody asked for an estimate before the run.")
+            said.append("No estimate was computed before the run.")
     if manifest.parity is None:
-        said.append("The model was not compared with what is stored of it (parity).")
+        said.append("No parity check of the stored model exists.")
     kinds = {each.report.kind for each in reports}
     for kind, what in (("evaluation", "an evaluation"), ("comparison", "a comparison")):
         if kind not in kinds:
-            said.append(f"No report of {what} was kept with it.")
+            said.append(f"No report of {what} is attached.")
     return said
 
 
