@@ -35,8 +35,9 @@ from luthier.library.models import (
 from luthier.library.reports import ModelReport, reports_of
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
 from luthier.validation import describe_constraint
-from luthier.workflows.certificate.compute import Compute, measure_compute
 
+ASSUMED_WATTS = {"cpu": 100.0, "gpu": 700.0}
+"""Power of the whole machine without a measurement: a computer under load, an H100."""
 MOST_POINTS = 200
 """Maximum points of a curve; longer curves are thinned evenly."""
 
@@ -68,13 +69,29 @@ class Forecast(Record):
     high: float | None = None
 
 
-class KeptReport(Record):
+class StoredReport(Record):
     """A report stored with the model."""
 
     file: str
     """Below the model's folder."""
     sha256: str
     report: ModelReport
+
+
+class Compute(Record):
+    """Operations and energy of a run; ``None`` if unknown."""
+
+    flops: float | None
+    """Floating-point operations of the training steps; an upper bound, since shared prefixes count
+    in each row and frozen layers at each step. Sampling and other models are not counted."""
+    seconds: float | None
+    """Duration of the run."""
+    watts: float | None
+    """Power of the machine during the run."""
+    watts_assumed: bool
+    """True if the power is an assumption, not a measurement."""
+    kilowatt_hours: float | None
+    """Energy of the run."""
 
 
 class Certificate(Record):
@@ -105,7 +122,7 @@ class Certificate(Record):
     forecast: list[Forecast]
     """Actual and estimated quantities of the run."""
     compute: Compute
-    reports: list[KeptReport]
+    reports: list[StoredReport]
     """Evaluations, comparisons and further reports, oldest first."""
     missing: list[str] = Field(default_factory=list)
     """Unknown facts, in sentences."""
@@ -116,10 +133,6 @@ class Certificate(Record):
     def parents(self) -> list[Relative]:
         """Ancestors of the model, the nearest first."""
         return [each for each in self.lineage if each.helped is None]
-
-    def with_digest(self) -> Certificate:
-        """Return the certificate with its SHA-256."""
-        return self.model_copy(update={"sha256": self.digest()})
 
     def digest(self) -> str:
         """Hash of all but the hash itself."""
@@ -149,8 +162,8 @@ def check_recorded(model: StoredModel) -> None:
     """Raise :class:`RecipeError` for a model without a record."""
     if not (model.folder / MANIFEST).is_file() or not model.manifest.created:
         raise RecipeError(
-            f"luthier has no record of {model.id}, so there is nothing to certify; name a model that "
-            "it made or imported"
+            f"{model.id} has no record and cannot be certified. Name a model that luthier trained or "
+            "imported."
         )
 
 
@@ -168,11 +181,13 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
     actual = read_json(run.folder / ACTUAL) if (run.folder / ACTUAL).is_file() else {}
     seconds = actual.get("seconds") or (manifest.metrics or {}).get("seconds")
     machine = actual.get("machine")
-    reports = [KeptReport(file=r.name, sha256=r.sha256, report=r.report) for r in reports_of(model)]
+    reports = [
+        StoredReport(file=r.name, sha256=r.sha256, report=r.report) for r in reports_of(model)
+    ]
     curves = _curves(MetricsFile(run.folder / METRICS).read())
     forecast = _forecast(actual)
     on_gpu = actual.get("device", "cpu") != "cpu"
-    return Certificate(
+    certificate = Certificate(
         id=model.id,
         created=created_now(),
         luthier=__version__,
@@ -186,27 +201,54 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
         compute=measure_compute(manifest, seconds, on_gpu, watts),
         reports=reports,
         missing=_missing(manifest, forecast, curves, reports),
-    ).with_digest()
+    )
+    return certificate.model_copy(update={"sha256": certificate.digest()})
+
+
+def training_flops(manifest: Manifest) -> float | None:
+    """Return the operations of the training in ``manifest``, or ``None`` if they cannot be
+    counted."""
+    measured = manifest.metrics
+    if not measured or not measured.get("tokens"):
+        return None
+    if manifest.format is None or manifest.format.template == "none":
+        return None  # networks of images and audio use a weight more than once per input
+    weights, trained = int(measured["weights"]), int(measured["trained_weights"])
+    return (4.0 * weights + 2.0 * trained) * int(measured["tokens"])
+
+
+def measure_compute(
+    manifest: Manifest, seconds: float | None, on_gpu: bool, watts: float | None = None
+) -> Compute:
+    """Return operations and energy of a run of ``seconds``; ``watts`` is a measured power."""
+    power = None if seconds is None else watts or ASSUMED_WATTS["gpu" if on_gpu else "cpu"]
+    return Compute(
+        flops=training_flops(manifest),
+        seconds=seconds,
+        watts=power,
+        watts_assumed=watts is None,
+        kilowatt_hours=None if seconds is None or power is None else seconds * power / 3.6e6,
+    )
 
 
 def _lineage(model: StoredModel) -> list[Relative]:
-    found, helpers = [], []
+    lineage, helpers = [], []
     above = ancestors(model)
     for number, each in enumerate(above):
         part = "base" if number == len(above) - 1 else "parent"
         if isinstance(each, str):
-            found.append(Relative(id=each, part=part))
+            lineage.append(Relative(id=each, part=part))
             continue
-        known = each.manifest
-        found.append(
+        manifest = each.manifest
+        lineage.append(
             Relative(
                 id=each.id,
                 part=part,
                 content_sha256=each.content_hash,
-                source=known.source,
-                source_sha256=known.source_sha256,
-                revision=known.revision,
-                licence=known.licence,
+                source=manifest.source,
+                source_sha256=manifest.source_sha256,
+                revision=manifest.revision,
+                licence=manifest.licence,
             )
         )
     for child in (model, *(each for each in above if isinstance(each, StoredModel))):
@@ -215,7 +257,7 @@ def _lineage(model: StoredModel) -> list[Relative]:
         teacher = (child.manifest.distillation or {}).get("teacher")
         if isinstance(teacher, dict) and teacher.get("model"):
             helpers.append(Relative(id=str(teacher["model"]), part="teacher", helped=child.id))
-    return [*found, *helpers]
+    return [*lineage, *helpers]
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -238,42 +280,42 @@ def _forecast(actual: dict[str, Any]) -> list[Forecast]:
     named: dict[Literal["seconds", "peak_memory_bytes", "disk_bytes", "tokens"], str] = {
         "seconds": "seconds", "peak_memory_bytes": "memory", "disk_bytes": "disk", "tokens": "tokens",
     }  # fmt: skip
-    found = []
+    forecast = []
     for quantity, name in named.items():
         if quantity in actual:
-            known = estimate.get(name) or {}
-            found.append(
+            interval = estimate.get(name) or {}
+            forecast.append(
                 Forecast(
-                    quantity=quantity, actual=actual[quantity], estimate=known.get("value"),
-                    low=known.get("low"), high=known.get("high"),
+                    quantity=quantity, actual=actual[quantity], estimate=interval.get("value"),
+                    low=interval.get("low"), high=interval.get("high"),
                 )
             )  # fmt: skip
-    return found
+    return forecast
 
 
 def _missing(
     manifest: Manifest,
     forecast: Sequence[Forecast],
     curves: dict[str, Any],
-    reports: Sequence[KeptReport],
+    reports: Sequence[StoredReport],
 ) -> list[str]:
-    said = []
+    missing = []
     if manifest.data is None:
-        said.append("The record contains no training data.")
+        missing.append("The record has no training data.")
     elif manifest.data_report is None:
-        said.append("The data was not checked.")
+        missing.append("The data gate did not check the data.")
     if manifest.metrics is not None:
         if not curves:
-            said.append("The run folder with the curves does not exist.")
+            missing.append("The folder of the run with the loss curves is missing.")
         elif not any(each.estimate is not None for each in forecast):
-            said.append("No estimate was computed before the run.")
+            missing.append("The run has no estimate.")
     if manifest.parity is None:
-        said.append("No parity check of the stored model exists.")
+        missing.append("The stored model was not compared with the trained model (parity).")
     kinds = {each.report.kind for each in reports}
-    for kind, what in (("evaluation", "an evaluation"), ("comparison", "a comparison")):
+    for kind in ("evaluation", "comparison"):
         if kind not in kinds:
-            said.append(f"No report of {what} is attached.")
-    return said
+            missing.append(f"No {kind} is attached.")
+    return missing
 
 
 def certify(model_id: str) -> None:
@@ -282,16 +324,17 @@ def certify(model_id: str) -> None:
     A signed certificate is not updated; the signer creates a new certificate. A measured power is
     kept.
     """
-    # Of two that judge it at once neither may leave out the other's report.
+    # The lock keeps the reports of two concurrent evaluations.
     with lock_record(find(model_id)):
         model = find(model_id)
         if (model.folder / SIGNATURE).exists():
             return
-        there = _stored_certificate(model)
-        made = make_certificate(model, None if there.compute.watts_assumed else there.compute.watts)
-        same = {"created": there.created, "sha256": there.sha256}
-        if made.model_copy(update=same).text() != there.text():
-            write_certificate(model, made)
+        stored = _stored_certificate(model)
+        watts = None if stored.compute.watts_assumed else stored.compute.watts
+        certificate = make_certificate(model, watts)
+        unchanged = {"created": stored.created, "sha256": stored.sha256}
+        if certificate.model_copy(update=unchanged).text() != stored.text():
+            write_certificate(model, certificate)
 
 
 def write_certificate(model: StoredModel, certificate: Certificate) -> Path:
@@ -315,9 +358,9 @@ def parse_certificate(content: bytes, where: object) -> Certificate:
         return Certificate.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
+        location = ".".join(map(str, first["loc"])) or "file"
         raise CorruptFile(
-            f"{where} is no certificate: {place}: {describe_constraint(first)}"
+            f"{where} is not a certificate: {location}: {describe_constraint(first)}"
         ) from error
 
 
@@ -328,17 +371,16 @@ def read_certificate(model: StoredModel) -> Certificate:
         CorruptFile: for an invalid or changed file.
         RecipeError: see :func:`make_certificate`.
     """
-    found = _stored_certificate(model)
-    if found.sha256 != found.digest():
+    certificate = _stored_certificate(model)
+    if certificate.sha256 != certificate.digest():
         raise CorruptFile(
-            f"{model.folder / CERTIFICATE} was changed since it was made (SHA-256 differs): `luthier "
-            f"certificate {model.id}` makes it anew"
+            f"{model.folder / CERTIFICATE} was changed: the SHA-256 differs. Write a new certificate "
+            f"with `luthier certificate {model.id}`."
         )
-    return found
+    return certificate
 
 
 def _stored_certificate(model: StoredModel) -> Certificate:
-    """Return the stored certificate without checking its SHA-256."""
     path = model.folder / CERTIFICATE
     if not path.is_file():
         write_certificate(model, make_certificate(model))

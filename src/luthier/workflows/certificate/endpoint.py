@@ -55,8 +55,8 @@ def check_generates(model: StoredModel) -> None:
     """Raise :class:`RecipeError` for a model that does not generate text."""
     if not model.writes or not model.chat.has_tokenizer:
         raise RecipeError(
-            f"{model.id} does not generate text, so there are no replies to compare; leave the "
-            "endpoint out to verify its files"
+            f"{model.id} does not generate text, so no replies can be compared. Omit `endpoint` to "
+            "verify the files only."
         )
 
 
@@ -77,7 +77,7 @@ def select_prompts(
     source = data or recipe.get("validation") or recipe.get("train")
     if data is None and (not isinstance(source, str) or not Path(source).exists()):
         raise RecipeError(
-            f"the held-out rows of {model.id} are not on this machine; name a file of prompts as `data`"
+            f"The held-out rows of {model.id} are missing. Give a file of prompts in `data`."
         )
     rows: Sequence[Row] = load_rows(str(source), recipe.get("columns") if data is None else None)
     if data is None and model.manifest.data:

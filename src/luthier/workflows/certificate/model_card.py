@@ -47,12 +47,8 @@ def _scores(certificate: Certificate) -> Iterator[_Score]:
 
 def _licence(certificate: Certificate) -> str | None:
     """Return the licence of the model, or of the nearest ancestor with a known licence."""
-    known = (certificate.record.licence, *(each.licence for each in certificate.parents))
-    return next((each for each in known if each), None)
-
-
-def _objective(certificate: Certificate) -> str:
-    return str((certificate.record.objective or {}).get("method", ""))
+    licences = (certificate.record.licence, *(each.licence for each in certificate.parents))
+    return next(filter(None, licences), None)
 
 
 def model_card(certificate: Certificate, library: str | None = None) -> str:
@@ -76,15 +72,15 @@ def model_card(certificate: Certificate, library: str | None = None) -> str:
         )
         for score in _scores(certificate)
     ]
-    parents = certificate.parents
-    licence = _licence(certificate)
+    parents, licence = certificate.parents, _licence(certificate)
+    method = (record.objective or {}).get("method")
     data = ModelCardData(
         model_name=certificate.id,
         base_model=hub_name(parents[0]) if parents else None,
         license=licence.lower() if licence else None,
         library_name=library or ("peft" if record.saved == "adapter" else "transformers"),
         pipeline_tag=task,
-        tags=["luthier", *([method] if (method := _objective(certificate)) else [])],
+        tags=["luthier", *([method] if method else [])],
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n{_card_text(certificate)}"
@@ -92,13 +88,13 @@ def model_card(certificate: Certificate, library: str | None = None) -> str:
 
 def hub_name(each: Relative) -> str:
     """Return the hub repository of a model, else the id, or the last part of a folder's path."""
-    kind, _, place = (each.source or "").partition(":")
-    if kind == "hub" and place:
-        return place
+    kind, _, repository = (each.source or "").partition(":")
+    if kind == "hub" and repository:
+        return repository
     entry = CATALOG.get(each.id)
     if entry is not None and entry.hub and entry.source.provenance["source"] == each.source:
         return entry.hub
-    # A card is read elsewhere: the folders of this machine say nothing there, and are private.
+    # The card is public, and folder names of this machine are private.
     return PurePath(each.id).name if PurePath(each.id).is_absolute() else each.id
 
 
@@ -127,12 +123,12 @@ def _card_text(certificate: Certificate) -> str:
     if compute.flops is not None:
         lines.append(f"- {compute.flops:.3g} floating-point operations")
     if compute.kilowatt_hours is not None:
-        how = "assumed" if compute.watts_assumed else "measured"
-        lines.append(f"- {compute.kilowatt_hours:.3g} kWh, at {how} {compute.watts:,.0f} W")
+        power = "assumed" if compute.watts_assumed else "measured"
+        lines.append(f"- {compute.kilowatt_hours:.3g} kWh, at {power} {compute.watts:,.0f} W")
     if certificate.machine:
         lines.append(f"- on {certificate.machine}")
     lines += [f"- luthier {record.luthier}, torch {record.torch}", ""]
     if certificate.missing:
-        lines += ["## Not known", "", *(f"- {each}" for each in certificate.missing), ""]
+        lines += ["## Unknown", "", *(f"- {each}" for each in certificate.missing), ""]
     lines.append(f"Content SHA-256: `{certificate.content_sha256}`")
     return "\n".join(lines) + "\n"

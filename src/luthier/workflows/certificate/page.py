@@ -9,7 +9,7 @@ from luthier import __version__
 from luthier.formatting import format_duration
 from luthier.pages import Table, interval_text, render_page, shorten
 from luthier.types import dotted_items
-from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport
+from luthier.workflows.certificate.certificate import Certificate, Forecast, StoredReport
 
 WIDTH, FLOOR, LEFT = 700, 220, 52
 """Pixels of the loss chart: width, height of the axis, and left margin."""
@@ -45,10 +45,10 @@ def _facts(certificate: Certificate) -> Iterator[tuple[str, str, str]]:
     yield "kind", record.kind or "encoder", f"made {record.created[:16].replace('T', ' ')}"
     if method := (record.objective or {}).get("method"):
         adaptation = ((record.recipe or {}).get("adaptation") or {}).get("method", "")
-        yield "learned by", method, f"weights: {adaptation}" if adaptation else ""
+        yield "objective", method, f"weights: {adaptation}" if adaptation else ""
     if metrics.get("weights"):
         trained = metrics.get("trained_weights", 0)
-        yield "weights", f"{metrics['weights']:,}", f"{trained:,} of them trained"
+        yield "weights", f"{metrics['weights']:,}", f"{trained:,} trained"
     if record.data is not None:
         tokens, learned = record.data.tokens, record.data.learned_tokens
         more = f"{learned:,} of {tokens:,} tokens learned" if tokens else ""
@@ -56,7 +56,7 @@ def _facts(certificate: Certificate) -> Iterator[tuple[str, str, str]]:
         if (mask := record.data.mask) is not None and mask.behind_opening:
             replies = f"{mask.with_stop:,} end with a stop token"
             if mask.behind_opening < mask.stretches:
-                replies += f", {mask.stretches - mask.behind_opening:,} are more than replies"
+                replies += f", {mask.stretches - mask.behind_opening:,} include prompt tokens"
             yield "replies learned", f"{mask.stretches:,}", replies
     if metrics.get("validation_loss") is not None:
         yield "validation loss", f"{metrics['validation_loss']:.4f}", f"{metrics['steps']:,} steps"
@@ -77,22 +77,22 @@ def _lineage_table(certificate: Certificate) -> Table:
 
 def _draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Any] | None:
     """Return the coordinates of training and validation losses by step."""
-    points = [point for curve in curves.values() for point in curve]
+    points = [each for curve in curves.values() for each in curve]
     if not points:
         return None
     last = max(step for step, _ in points) or 1
     low, high = min(loss for _, loss in points), max(loss for _, loss in points)
     spread = high - low or 1.0
 
-    def place(step: int, loss: float) -> str:
+    def point(step: int, loss: float) -> str:
         x = LEFT + (WIDTH - LEFT - 10) * step / last
         return f"{x:.1f},{FLOOR - (FLOOR - 14) * (loss - low) / spread:.1f}"
 
     return {
         "width": WIDTH, "height": FLOOR + 24, "floor": FLOOR, "left": LEFT, "last": f"{last:,}",
         "low": f"{low:.3g}", "high": f"{high:.3g}",
-        "train": " ".join(place(*point) for point in curves.get("train", ())),
-        "validation": [place(*point).split(",") for point in curves.get("validation", ())],
+        "train": " ".join(point(*each) for each in curves.get("train", ())),
+        "validation": [point(*each).split(",") for each in curves.get("validation", ())],
     }  # fmt: skip
 
 
@@ -103,8 +103,8 @@ def _rule_table(report: Mapping[str, Any] | None) -> Table | None:
         [each["rule"], each["severity"], f"{each['count']:,}", ", ".join(each["first"])]
         for each in report["rules"]
     ]
-    columns = {"rule": "code", "severity": "text", "times": "number", "first": "text"}
-    return Table.of("What the data gate found", columns, rows) if rows else None
+    columns = {"rule": "code", "severity": "text", "count": "number", "first": "text"}
+    return Table.of("Findings of the data gate", columns, rows) if rows else None
 
 
 def _recipe_table(recipe: Mapping[str, Any] | None) -> Table | None:
@@ -118,16 +118,16 @@ def _short(value: Any) -> str:
 
 def _tables(certificate: Certificate) -> Iterator[Table]:
     if certificate.forecast:
-        columns = {"": "name", "estimated": "number", "between": "number", "took": "number"}
+        columns = {"": "name", "estimated": "number", "interval": "number", "actual": "number"}
         rows = [_forecast_row(each) for each in certificate.forecast]
-        yield Table.of("Estimate and what it took", columns, rows)
+        yield Table.of("Estimated and actual", columns, rows)
     record = certificate.record
     if record.parity is not None:
         measured = dotted_items(record.parity.model_dump(exclude_none=True))
         rows = [[name.replace("_", " "), _short(each)] for name, each in measured]
-        yield Table.of("As trained and as read back", {"": "name", "value": "number"}, rows)
+        yield Table.of("Trained and stored model compared", {"": "name", "value": "number"}, rows)
     if record.exports:
-        columns = {"form": "code", "written": "text", "how near": "text", "files": "code"}
+        columns = {"format": "code", "date": "text", "parity": "text", "files": "code"}
         rows = [
             [
                 each.name,
@@ -137,11 +137,11 @@ def _tables(certificate: Certificate) -> Iterator[Table]:
             ]
             for each in record.exports
         ]
-        yield Table.of("Written for other software", columns, rows)
+        yield Table.of("Exports", columns, rows)
     if record.quantized:
-        columns = {"weights": "code", "measured": "text", "what they cost": "text"}
+        columns = {"weights": "code", "date": "text", "cost": "text"}
         rows = [[e.quantization, e.created[:10], e.describe()] for e in record.quantized]
-        yield Table.of("With weights of fewer bits", columns, rows)
+        yield Table.of("Quantization", columns, rows)
     files = [[name, digest] for name, digest in record.files.items()]
     files.append(["luthier.json", certificate.record_sha256])
     files += [[each.file, each.sha256] for each in certificate.reports]
@@ -159,27 +159,26 @@ def _forecast_row(each: Forecast) -> list[str]:
             return format_duration(value)
         return f"{value / 1e6:,.0f} MB" if each.quantity.endswith("bytes") else f"{value:,.0f}"
 
-    between = "–" if each.low is None else f"{amount(each.low)} to {amount(each.high)}"
+    interval = "–" if each.low is None else f"{amount(each.low)} to {amount(each.high)}"
     name = each.quantity.removesuffix("_bytes").replace("_", " ")
-    return [name, amount(each.estimate), between, amount(each.actual)]
+    return [name, amount(each.estimate), interval, amount(each.actual)]
 
 
 def _compute_table(certificate: Certificate) -> Table:
-    found = certificate.compute
-    flops = "unknown" if found.flops is None else f"{found.flops:.3g}"
+    compute = certificate.compute
+    flops = "unknown" if compute.flops is None else f"{compute.flops:.3g}"
     energy, note = "unknown", ""
-    if found.kilowatt_hours is not None and found.seconds is not None:
-        power = "assumed" if found.watts_assumed else "measured"
-        energy = f"{found.kilowatt_hours:.3g} kWh"
-        note = f"{format_duration(found.seconds)} at {power} {found.watts:,.0f} W"
+    if compute.kilowatt_hours is not None and compute.seconds is not None:
+        power = "assumed" if compute.watts_assumed else "measured"
+        energy = f"{compute.kilowatt_hours:.3g} kWh"
+        note = f"{format_duration(compute.seconds)} at {power} {compute.watts:,.0f} W"
     rows = [["floating-point operations", flops, ""], ["energy", energy, note]]
-    columns = {"": "name", "amount": "number", "how it is known": "text"}
+    columns = {"": "name", "amount": "number", "source": "text"}
     return Table.of("Operations and energy", columns, rows)
 
 
-def _report(kept: KeptReport) -> dict[str, Any]:
-    report = kept.report
-    result = report.result
+def _report(stored: StoredReport) -> dict[str, Any]:
+    report, result = stored.report, stored.report.result
     return {
         "title": report.kind.replace("-", " ").capitalize(),
         "about": f"{report.created[:16].replace('T', ' ')}, luthier {report.luthier}, on "
@@ -201,7 +200,7 @@ def _result_table(result: Mapping[str, Any]) -> Table | None:
             [name, _short(score), " to ".join(f"{each:.3f}" for each in intervals.get(name, ()))]
             for name, score in scores.items()
         ]
-        columns = {"score": "name", "value": "number", "with 95 % confidence": "number"}
+        columns = {"score": "name", "value": "number", "95 % confidence": "number"}
         return Table.of("Scores", columns, rows)
     if isinstance(contenders := result.get("contenders"), Sequence):
         rows = [
@@ -209,8 +208,8 @@ def _result_table(result: Mapping[str, Any]) -> Table | None:
              interval_text(each["interval"])]
             for each in contenders
         ]  # fmt: skip
-        columns = {"": "name", "way": "text", "score": "number", "95 %": "number"}
-        return Table.of("All that were compared", columns, rows)
+        columns = {"": "name", "technique": "text", "score": "number", "95 %": "number"}
+        return Table.of("Comparison", columns, rows)
     values = [
         [name.replace("_", " "), _short(value)]
         for name, value in dotted_items(result)

@@ -21,8 +21,8 @@ from luthier.library.models import StoredModel
 from luthier.models.manifest import SIGNATURE
 
 _LISTED = {
-    "Extra files found in model": "was added since it was signed",
-    "Missing files in model": "was signed and is missing",
+    "Extra files found in model": "was added after signing",
+    "Missing files in model": "was signed, and is missing",
 }
 """Beginning of each file list in the package's messages, and our wording."""
 
@@ -38,17 +38,18 @@ class Signer:
         """
         self._signing, _ = _load()
         if not key.is_file():
-            raise RecipeError(f"there is no key {key}")
+            raise RecipeError(f"{key}: the key file does not exist", setting="sign")
         try:
             self._config = self._signing.signing.Config().use_elliptic_key_signer(private_key=key)
         except (ValueError, TypeError, AttributeError) as error:
             raise RecipeError(
-                f"{key} is no private key that can sign: {_line(error)} A key is made by `openssl "
-                "ecparam -name prime256v1 -genkey -noout -out key.pem`; it has no password"
+                f"{key} is not a private signing key: {_line(error)} Create a key without password: "
+                "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`.",
+                setting="sign",
             ) from error
 
     def sign(self, model: StoredModel) -> Path:
-        """Sign the folder of ``model``, certificate included; the place of the signature."""
+        """Sign the folder of ``model`` with the certificate, and return the signature's path."""
         target = model.folder / SIGNATURE
         hashing = _hashing(self._signing, target)
         with tempfile.TemporaryDirectory(prefix="luthier-sign-") as scratch:
@@ -68,20 +69,19 @@ def signature_differences(model: StoredModel, public_key: Path) -> list[str]:
     signing, errors = _load()
     target = model.folder / SIGNATURE
     if not public_key.is_file():
-        raise RecipeError(f"there is no key {public_key}")
+        raise RecipeError(f"{public_key}: the key file does not exist", setting="public_key")
     if not target.is_file():
         return [f"{model.id} is not signed: {target} is missing."]
     try:
         config = signing.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (ValueError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{public_key} is no public key: {_line(error)}") from error
+        text = f"{public_key} is not a public key: {_line(error)}"
+        raise RecipeError(text, setting="public_key") from error
     try:
         config.set_hashing_config(_hashing(signing, target)).verify(model.folder, target)
     except errors as error:
-        found = _mismatches(str(error), model.folder)
-        return found or [
-            f"{target} was not made with the private half of {public_key}, or was changed."
-        ]
+        invalid = f"{target} was not signed with the private half of {public_key}, or was changed."
+        return _changed_files(str(error), model.folder) or [invalid]
     return []
 
 
@@ -109,20 +109,20 @@ def _hashing(signing: Any, signature: Path) -> Any:
     return config.set_ignored_paths(paths=[signature], ignore_git_paths=True)
 
 
-def _mismatches(text: str, folder: Path) -> list[str]:
+def _changed_files(text: str, folder: Path) -> list[str]:
     """Return the changed files from a message of the package; empty for an invalid signature."""
     _, named, listed = text.partition("Signature mismatch: ")
     if not named:
         return []
-    found = []
+    differences = []
     for line in ast.literal_eval(listed):
         if changed := re.match(r"Hash mismatch for '(.+?)': ", line):
-            found.append(f"{folder / changed[1]} is not what was signed.")
-        for words, said in _LISTED.items():
-            if line.startswith(words):
+            differences.append(f"{folder / changed[1]} differs from the signed file.")
+        for prefix, change in _LISTED.items():
+            if line.startswith(prefix):
                 names = line.partition("': ")[2].split(", ")
-                found += [f"{folder / name} {said}." for name in names]
-    return found or [f"{folder} is not what was signed."]
+                differences += [f"{folder / name} {change}." for name in names]
+    return differences or [f"{folder} differs from the signed folder."]
 
 
 def _line(error: BaseException) -> str:

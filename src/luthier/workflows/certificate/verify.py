@@ -63,83 +63,81 @@ def verify_files(model: StoredModel, public_key: Path | None = None) -> Verifica
 
     With ``public_key``, the signature is verified too.
     """
-    found = Verification(model.id)
+    result = Verification(model.id)
     if public_key is not None:
-        found.differences.extend(signature_differences(model, public_key))
-        found.checked.append(f"the signature, by {public_key}")
+        result.differences.extend(signature_differences(model, public_key))
+        result.checked.append(f"the signature, by {public_key}")
     elif (model.folder / SIGNATURE).is_file():
-        found.remarks.append(f"{model.id} is signed; its signature is checked with a public key.")
+        result.remarks.append(f"{model.id} is signed. Verify the signature with a public key.")
     for each in (model, *ancestors(model)):
         if isinstance(each, str):
-            found.remarks.append(f"{each}, which it was made from, is not here.")
+            result.remarks.append(f"The ancestor {each} is not on this machine.")
             continue
         if not each.manifest.files:
-            found.remarks.append(f"No hashes were recorded of the files of {each.id}.")
+            result.remarks.append(f"The record of {each.id} has no hashes of files.")
             continue
-        found.differences.extend(_file_differences(each))
-        found.checked.append(f"{len(each.manifest.files):,} files of {each.id}")
+        result.differences.extend(_file_differences(each))
+        result.checked.append(f"{len(each.manifest.files):,} files of {each.id}")
     path = model.folder / CERTIFICATE
-    if not path.is_file() and (path.exists() or path.is_symlink()):
-        found.differences.append(f"{path} is no file.")
-        return found
     if not path.is_file():
-        found.remarks.append(
-            f"{model.id} has no certificate, so nothing says what its record, {MANIFEST}, should hold."
-        )
-        return found
+        if path.exists() or path.is_symlink():
+            result.differences.append(f"{path} is not a file.")
+        else:
+            result.remarks.append(
+                f"{model.id} has no certificate, so the record {MANIFEST} cannot be verified."
+            )
+        return result
     content = path.read_bytes()
     try:
         certificate = parse_certificate(content, path)
     except CorruptFile as error:
-        found.differences.append(f"{error}.")
-        return found
+        result.differences.append(f"{error}.")
+        return result
     if (
         certificate.text().encode("utf-8", "replace") != content
         or certificate.sha256 != certificate.digest()
     ):
-        found.differences.append(f"{path} is not what was written (SHA-256 differs).")
-    found.differences.extend(_certificate_differences(model, certificate))
-    found.checked.append(f"the certificate of {certificate.created} and the record {MANIFEST}")
-    known = {each.file for each in certificate.reports}
-    there = {f"{REPORTS}/{each.name}" for each in (model.folder / REPORTS).glob("*.json")}
-    later = sorted(there - known)
-    if later:
-        found.remarks.append(f"Kept since the certificate was made: {', '.join(later)}.")
-    return found
+        result.differences.append(f"{path} was changed: the SHA-256 differs.")
+    result.differences.extend(_certificate_differences(model, certificate))
+    result.checked.append(f"the certificate of {certificate.created} and the record {MANIFEST}")
+    certified = {each.file for each in certificate.reports}
+    stored = {f"{REPORTS}/{each.name}" for each in (model.folder / REPORTS).glob("*.json")}
+    if later := sorted(stored - certified):
+        result.remarks.append(f"Reports later than the certificate: {', '.join(later)}.")
+    return result
 
 
 def _file_differences(model: StoredModel) -> Iterator[str]:
     for name in model.manifest.files:
         target = (model.folder / name).resolve()
         if not target.is_relative_to(model.folder.resolve()):
-            yield f"{model.folder / name} is a link out of the model's folder, to {target}."
-    for path, is_there in changed_files(model):
-        how = "is not what was recorded (SHA-256 differs)" if is_there else "is missing"
-        yield f"{path} {how}."
+            yield f"{model.folder / name} is a link to {target}, outside the model's folder."
+    for path, exists in changed_files(model):
+        yield f"{path} {'differs from the record (SHA-256)' if exists else 'is missing'}."
     for name in names_below(model.folder):
-        own = name.partition("/")[0]
-        if name not in model.manifest.files and own not in OWN_FILES and own[:1] != ".":
-            yield f"{model.folder / name} was added: the record does not know it."
+        first = name.partition("/")[0]
+        if name not in model.manifest.files and first not in OWN_FILES and first[:1] != ".":
+            yield f"{model.folder / name} was added and is not in the record."
 
 
 def _certificate_differences(model: StoredModel, certificate: Certificate) -> Iterator[str]:
     path = model.folder / CERTIFICATE
     if certificate.id != model.id:
-        yield f"{path} is of {certificate.id}."
+        yield f"{path} is the certificate of {certificate.id}."
     if sha256_of(model.folder / MANIFEST) != certificate.record_sha256:
-        yield f"{model.folder / MANIFEST} is not what was certified (SHA-256 differs)."
+        yield f"{model.folder / MANIFEST} differs from the certificate (SHA-256)."
     elif Manifest.read(model.folder) != certificate.record:
-        yield f"{path} says something else of the model than its record, {MANIFEST}."
+        yield f"{path} contradicts the record {MANIFEST}."
     certified = {each.id: each.content_sha256 for each in certificate.lineage}
     for stored in ancestors(model):
         if isinstance(stored, StoredModel) and certified.get(stored.id) not in (
             None,
             stored.content_hash,
         ):
-            yield f"{stored.id}, which it was made from, is not the model that was certified."
-    for kept in certificate.reports:
-        report = model.folder / kept.file
+            yield f"The ancestor {stored.id} differs from the certificate."
+    for each in certificate.reports:
+        report = model.folder / each.file
         if not report.is_file():
             yield f"{report} is missing."
-        elif sha256_of(report) != kept.sha256:
-            yield f"{report} is not what was certified (SHA-256 differs)."
+        elif sha256_of(report) != each.sha256:
+            yield f"{report} differs from the certificate (SHA-256)."
