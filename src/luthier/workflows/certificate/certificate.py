@@ -134,6 +134,10 @@ class Certificate(Record):
         """Ancestors of the model, the nearest first."""
         return [each for each in self.lineage if each.helped is None]
 
+    def with_digest(self) -> Certificate:
+        """Return the certificate with its SHA-256."""
+        return self.model_copy(update={"sha256": self.digest()})
+
     def digest(self) -> str:
         """Hash of all but the hash itself."""
         rest = self.model_copy(update={"sha256": ""})
@@ -187,7 +191,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
     curves = _curves(MetricsFile(run.folder / METRICS).read())
     forecast = _forecast(actual)
     on_gpu = actual.get("device", "cpu") != "cpu"
-    certificate = Certificate(
+    return Certificate(
         id=model.id,
         created=created_now(),
         luthier=__version__,
@@ -201,8 +205,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
         compute=measure_compute(manifest, seconds, on_gpu, watts),
         reports=reports,
         missing=_missing(manifest, forecast, curves, reports),
-    )
-    return certificate.model_copy(update={"sha256": certificate.digest()})
+    ).with_digest()
 
 
 def training_flops(manifest: Manifest) -> float | None:
