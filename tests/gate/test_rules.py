@@ -7,7 +7,7 @@ from luthier.gate.check import Check
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.checks.encoding import Encoding
-from luthier.gate.rules import MOST_EXAMPLES, BlamedRows, Finding, Findings, Place, Rule
+from luthier.gate.rules import MOST_EXAMPLES, Finding, Findings, Place, Rule
 from luthier.gate.scan import Gate
 from luthier.types import Row
 
@@ -49,7 +49,7 @@ def row(line: int, text: str, label: str = "a", file: str = "f") -> Row:
 
 
 def blamed(check: Check, rule: str, train: list[Row], test: list[Row] | None = None) -> Findings:
-    findings = Findings(blamed={rule: BlamedRows()})
+    findings = Findings(blamed={rule: []})
     gate = Gate([check], findings)
     gate.scan_rows("train", train)
     gate.scan_rows("test", test or [])
@@ -60,26 +60,25 @@ def blamed(check: Check, rule: str, train: list[Row], test: list[Row] | None = N
 def test_copies_and_not_their_original_beyond_what_is_kept() -> None:
     rows = [row(n + 1, "the same text again") for n in range(3 * MOST_EXAMPLES)]
     found = blamed(Duplicates(), "duplicate.exact", rows)
-    assert list(found.blamed["duplicate.exact"].rows) == list(range(1, 3 * MOST_EXAMPLES))
-    assert set(found.blamed["duplicate.exact"].others) == {0}
+    copies = range(1, 3 * MOST_EXAMPLES)
+    assert found.blamed["duplicate.exact"] == [(number, 0) for number in copies]
 
 
 def test_all_rows_of_a_contradiction() -> None:
     rows = [row(1, "one"), row(2, "two", "a"), row(3, "three"), row(4, "two", "b")]
     found = blamed(Contradictions(), "label.contradiction", rows)
-    assert list(found.blamed["label.contradiction"].rows) == [1, 3]
+    assert [number for number, _ in found.blamed["label.contradiction"]] == [1, 3]
 
 
 def test_every_training_row_of_a_leak_and_no_held_out_one() -> None:
     rows = [row(1, "one text"), row(2, "Two texts!"), row(3, "three"), row(4, "two texts")]
     found = blamed(Duplicates(), "leakage.exact", rows, [row(1, "two, texts", file="g")])
     assert found.counts["leakage.exact"] == 1
-    assert sorted(found.blamed["leakage.exact"].rows) == [1, 3]
-    assert set(found.blamed["leakage.exact"].others) == {4}
+    assert sorted(found.blamed["leakage.exact"]) == [(1, 4), (3, 4)]
 
 
 def test_a_row_by_itself_and_only_of_rules_that_are_wanted() -> None:
     rows = [row(1, "plain"), row(2, "with\u200bit"), row(3, "also\u200b\x07")]
     found = blamed(Encoding(), "encoding.invisible", rows)
-    assert list(found.blamed["encoding.invisible"].rows) == [1, 2]
+    assert found.blamed["encoding.invisible"] == [(1, -1), (2, -1)]
     assert list(found.blamed) == ["encoding.invisible"] and found.counts["encoding.control"] == 1

@@ -58,8 +58,6 @@ class CleaningSummary:
     rows_in: int = 0
     """Rows of the source, readable or not."""
     rows_out: int = 0
-    kept: int = 0
-    """Rows of the source that are in the target, changed or unchanged."""
     changed: dict[str, int] = field(default_factory=dict)
     """Number of changed rows in the target, by edit."""
     edits: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -132,7 +130,7 @@ def clean(
     context = EditContext(plan, _load_context(plan, on_stage), labels)
     work = _Cleaning(source, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)
-    selection = Selection(())
+    selection = Selection()
     if plan.dropped_rules:
         splits = {split: _rows_reader(each) for split, each in held.items()}
         selector = Selector(plan, context.known, work.rows, splits)
@@ -188,7 +186,7 @@ class _Cleaning:
         """Return the columns of the records to write, in order of appearance."""
         found, problems = ColumnNames(), BoundedProblems()
         for number, each in enumerate(self._rows_left(self._pass())):
-            if not selection.why(number):
+            if number not in selection.drops:
                 _write_draft(each, found, problems)
         problems.refuse()
         return [*found.names]
@@ -204,20 +202,20 @@ class _Cleaning:
         book = _ChangeLog(log)
         done = self._pass()
         number, problems = 0, BoundedProblems()
-        for each in self._rows_left(done, book):
+        for number, each in enumerate(self._rows_left(done, book), 1):
             book.rows += 1
-            if why := selection.why(number):
-                about = self._about(why, selection, number)
-                book.log_drop(each.row.file, each.row.line, why, about)
+            if drop := selection.drops.get(number - 1):
+                # The text of the rule, because the finding may quote the row.
+                about = self.rules[drop.rule].about + (f" See {drop.other}." if drop.other else "")
+                book.log_drop(each.row.file, each.row.line, drop.rule, about)
             else:
                 book.log_change(each)
                 _write_draft(each, writer, problems)
                 summary.rows_out += 1
-            number += 1
         problems.refuse()
         self._check_end(number, selection, summary, book)
         summary.form = str(done.reader.recognition.form)
-        summary.rows_in, summary.kept = book.rows, book.kept
+        summary.rows_in = book.rows
         summary.changed, summary.dropped = dict(book.changes), dict(book.drops)
         summary.edits = {edit.name: dict(edit.counts) for edit in done.edits if edit.counts}
 
@@ -225,7 +223,7 @@ class _Cleaning:
         self, number: int, selection: Selection, summary: CleaningSummary, book: _ChangeLog
     ) -> None:
         """Reject a source that changed during the cleaning, and an empty target."""
-        if len(selection) not in (0, number):
+        if selection.rows not in (0, number):
             raise LuthierError(f"{self.source} changed during the cleaning", rule="source.changed")
         if not summary.rows_out:
             went = ", ".join(f"{rule} {count:,}" for rule, count in book.drops.items())
@@ -251,12 +249,6 @@ class _Cleaning:
                 book.log_drop(first.file, first.line, first.rule, self.rules[first.rule].about)
         done.refused.refuse()
 
-    def _about(self, why: str, selection: Selection, number: int) -> str:
-        """Explain why a row was dropped. Uses the text of the rule, because a finding may quote the
-        row."""
-        other = selection.other(number)
-        return self.rules[why].about + (f" See {other}." if other else "")
-
 
 def _write_draft(each: EditedRow, writer: Writer, problems: list[Problem]) -> None:
     """Write the record of an edited row, or add a problem."""
@@ -272,13 +264,12 @@ class _ChangeLog:
 
     def __init__(self, log: BinaryIO | None) -> None:
         self.log = log
-        self.rows = self.kept = 0
+        self.rows = 0
         self.changes: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
 
     def log_change(self, each: EditedRow) -> None:
         """Log a row that is written, with the effect of each edit."""
-        self.kept += 1
         for name, detail in each.done:
             self.changes[name] += 1
             self._line(each.row.file, each.row.line, "changed", name, detail)

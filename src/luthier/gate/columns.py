@@ -5,20 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.types import IntArray
-
 MEMORY_LIMIT = 4 << 20
 """Maximum size of all columns of a table in memory, in bytes."""
-CHUNK = 1 << 20
-"""Number of values read at a time."""
-PART = 1 << 20
-"""Approximate number of rows in memory when :func:`partition` groups rows by key."""
 
 
 class Column:
@@ -54,19 +48,6 @@ class Column:
         self._file.flush()
         self._file.seek(0)
         return np.fromfile(self._file, self.dtype, self.length)
-
-    def chunks(self, size: int = CHUNK) -> Iterator[NDArray[Any]]:
-        """Yield the values in pieces of ``size``, so that a column on disk never fills memory."""
-        if self._file is None:
-            whole = self.read()
-            yield from (whole[start : start + size] for start in range(0, self.length, size))
-            return
-        self.spill()
-        self._file.flush()
-        handle, width = self._file.fileno(), self.dtype.itemsize
-        for start in range(0, self.length, size):
-            count = min(size, self.length - start)
-            yield np.frombuffer(os.pread(handle, count * width, start * width), self.dtype)
 
     def gather(self, starts_N: NDArray[np.int64], counts_N: NDArray[np.int64]) -> NDArray[Any]:
         """Return the concatenation of the runs that start at ``starts_N``."""
@@ -114,35 +95,3 @@ class ColumnStore:
     def read(self, name: str) -> NDArray[Any]:
         """All numbers of a column, in memory."""
         return self._columns[name].read()
-
-    def chunks(self, *names: str) -> Iterator[tuple[NDArray[Any], ...]]:
-        """Columns of the same length side by side, in pieces."""
-        return zip(*(self._columns[name].chunks() for name in names), strict=True)
-
-
-Chunks = Callable[[], Iterator[tuple[NDArray[Any], ...]]]
-"""Function that returns an iterator over pieces of parallel columns."""
-
-
-def partition(
-    chunks: Chunks, total: int, size: int = PART
-) -> Iterator[tuple[IntArray, list[NDArray[Any]]]]:
-    """Partition rows by key into parts of about ``size`` rows.
-
-    Rows with equal values in the first column are in one part. Each part consists of the ascending
-    row numbers and the columns. The first column has keys with evenly distributed lower bits; the
-    remaining columns may have any type.
-    """
-    parts = max(1, -(-total // size))
-    for part in range(parts):
-        numbers, held, start = [], [], 0
-        for columns in chunks():
-            here = np.flatnonzero(columns[0] % np.uint64(parts) == np.uint64(part))
-            numbers.append(here + start)
-            held.append([column[here] for column in columns])
-            start += len(columns[0])
-        if numbers:
-            yield (
-                np.concatenate(numbers),
-                [np.concatenate(each) for each in zip(*held, strict=True)],
-            )

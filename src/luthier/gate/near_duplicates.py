@@ -318,12 +318,9 @@ def rows_by_value(keys_N: Any) -> Iterator[IntArray]:
 
 
 def first_rows(keys_N: Any) -> IntArray:
-    """``[N]`` number of the first row with the same key as each."""
-    order = np.argsort(keys_N, kind="stable")
-    sorted_N = keys_N[order]
-    new_N = np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]) if len(keys_N) else order
-    found: IntArray = np.empty(len(keys_N), np.int64)
-    found[order] = order[np.flatnonzero(new_N)[np.cumsum(new_N) - 1]] if len(keys_N) else 0
+    """Return ``[N]`` index of the first row with the key of each row."""
+    _, first_U, inverse_N = np.unique(keys_N, return_index=True, return_inverse=True)
+    found: IntArray = first_U[inverse_N]
     return found
 
 

@@ -2,19 +2,19 @@
 
 Dropping rows can uncover new findings: quartiles move, and several training rows may leak one test
 row. The gate therefore runs on the remaining rows until no row is left to drop; the last run is the
-proof. The selection stores 12 bytes per row, and no text.
+proof. The selection stores no text.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from luthier.gate.check import Check, CheckContext, Split
 from luthier.gate.checks import CHECKS, checks_for
 from luthier.gate.clean_plan import CleaningPlan
-from luthier.gate.rules import BlamedRows, Findings, Place
+from luthier.gate.rules import Findings, Place
 from luthier.gate.scan import Gate
 from luthier.types import Row
 
@@ -22,45 +22,21 @@ HeldOutRows = Mapping[Split, Callable[[], Iterable[Row]]]
 """Held-out rows by split, as functions that restart the iteration."""
 
 
+@dataclass(frozen=True)
+class Drop:
+    """Reason for dropping a row."""
+
+    rule: str
+    other: Place | None = None
+    """Row that causes the drop, such as the first of two copies."""
+
+
+@dataclass
 class Selection:
-    """Reason for dropping each row, by row number after the edits."""
+    """Dropped rows by row number after the edits, and the number of all rows."""
 
-    def __init__(self, rules: Sequence[str]) -> None:
-        self.reasons = ("", *rules)
-        self._why = array("h")
-        self._lines = array("I")
-        self._files = array("h")
-        self._names: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self._why)
-
-    def grow(self) -> None:
-        """Append a row that stays."""
-        self._why.append(0)
-        self._lines.append(0)
-        self._files.append(-1)
-
-    def why(self, number: int) -> str:
-        """Return the rule that drops the row; empty if the row stays."""
-        return self.reasons[self._why[number]] if number < len(self._why) else ""
-
-    def other(self, number: int) -> Place | None:
-        """Return the row that causes the drop, such as the first of two copies."""
-        file = self._files[number]
-        return Place(self._names[file], self._lines[number]) if file >= 0 else None
-
-    def drop(self, number: int, rule: str, other: Place | None = None) -> bool:
-        """Drop a row. Returns False if the row is already dropped."""
-        if self._why[number]:
-            return False
-        self._why[number] = self.reasons.index(rule)
-        if other is not None:
-            if other.file not in self._names:
-                self._names.append(other.file)
-            self._files[number] = self._names.index(other.file)
-            self._lines[number] = other.line
-        return True
+    drops: dict[int, Drop] = field(default_factory=dict)
+    rows: int = 0
 
 
 class Selector:
@@ -81,40 +57,41 @@ class Selector:
         held: HeldOutRows,
     ) -> None:
         self.plan, self.known, self.rows, self.held = plan, known, rows, held
-        self.selection = Selection(plan.dropped_rules)
+        self.selection = Selection()
         self.passes = 0
 
     def select(self) -> Selection:
         """Drop until nothing more is to be dropped."""
-        while self._round():
+        while self._run_pass():
             pass
         return self.selection
 
-    def _round(self) -> bool:
+    def _run_pass(self) -> bool:
         """Run one pass. Returns True if a row was dropped."""
         self.passes += 1
         wanted = self.plan.dropped_rules
-        blamed = {rule: BlamedRows() for rule in wanted}
+        blamed: dict[str, list[tuple[int, int]]] = {rule: [] for rule in wanted}
         gate = Gate(self._checks(), Findings(blamed=blamed))
         alive = array("I")
         gate.scan_rows("train", self._remaining(alive))
         for split, rows in self.held.items():
             gate.scan_rows(split, rows())
         gate.report({})
-        dropped = 0
+        drops = self.selection.drops
+        before = len(drops)
         for rule in wanted:
-            for row, other in zip(blamed[rule].rows, blamed[rule].others, strict=True):
+            for row, other in blamed[rule]:
                 if row < len(alive):
                     place = gate.places.place(other) if other >= 0 and other != row else None
-                    dropped += self.selection.drop(alive[row], rule, place)
-        return bool(dropped)
+                    drops.setdefault(alive[row], Drop(rule, place))
+        return len(drops) > before
 
     def _remaining(self, alive: array[int]) -> Iterator[Row]:
         """Yield the remaining rows and append their numbers to ``alive``."""
+        self.selection.rows = 0
         for number, row in enumerate(self.rows()):
-            if number == len(self.selection):
-                self.selection.grow()
-            if not self.selection.why(number):
+            self.selection.rows += 1
+            if number not in self.selection.drops:
                 alive.append(number)
                 yield row
 

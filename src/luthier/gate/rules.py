@@ -7,7 +7,6 @@ file with a fault in every row therefore needs no additional memory.
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -94,21 +93,6 @@ class Finding:
         return found
 
 
-class BlamedRows:
-    """Numbers of all rows that break a rule, in 16 bytes per row."""
-
-    def __init__(self) -> None:
-        self.rows = array("q")
-        """Row numbers in the order of the findings, possibly repeated."""
-        self.others = array("q")
-        """Number of the related row for each entry of ``rows``; -1 without a related row."""
-
-    def add(self, rows: Iterable[int], other: int) -> None:
-        """Add ``rows`` with the related row ``other``."""
-        self.rows.extend(rows)
-        self.others.extend([other] * (len(self.rows) - len(self.others)))
-
-
 @dataclass
 class Findings:
     """Exact counts per rule, and the first findings of each rule."""
@@ -117,8 +101,9 @@ class Findings:
     """Severities of a policy that replace the rules' severities."""
     examples: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    blamed: dict[str, BlamedRows] = field(default_factory=dict)
-    """Row numbers by rule, for the rules that cleaning drops rows for."""
+    blamed: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Numbers of each faulty row and its related row (-1 without a related row), by rule, for the rules
+    that cleaning drops rows for."""
 
     def add(self, finding: Finding, times: int = 1, rows: Iterable[int] | None = None) -> None:
         """Count ``finding``, and store the finding if the rule has room.
@@ -135,9 +120,9 @@ class Findings:
         if rule in self.blamed:
             number = finding.place.number
             if rows is not None:
-                self.blamed[rule].add(rows, number)
+                self.blamed[rule] += [(row, number) for row in rows]
             elif number >= 0:
-                self.blamed[rule].add([number], -1)
+                self.blamed[rule].append((number, -1))
         places = self.examples.setdefault(rule, [])
         if len(places) < MOST_EXAMPLES:
             places.append(finding)

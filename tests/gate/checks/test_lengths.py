@@ -102,4 +102,4 @@ def test_histograms_are_exact_in_their_counts() -> None:
     summary = gate(("ab cd", "efg"), ("a", "bcdef gh")).summaries["lengths"]
     target = summary["splits"]["train"]["target_characters"]
     assert (target["count"], target["min"], target["max"]) == (2, 3, 8)
-    assert summary["splits"]["train"]["input_words"]["max"] == 2
+    assert summary["splits"]["train"]["input_characters"]["max"] == 5

@@ -17,7 +17,7 @@ from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers
 from luthier.gate.check import BatchLines, Check, Places, RowBatch, group_finding
 from luthier.gate.checks.balance import spelling_key
-from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
+from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import normalize, rows_by_value
 from luthier.gate.row_keys import hash_texts, key_column
 from luthier.gate.rules import Findings, Rule
@@ -78,15 +78,11 @@ class Contradictions(Check):
         """Report inputs with different targets."""
         if not places.total:
             return
-        columns = ("asked", "taught", "kind")
-        for rows_P, (asked_P, taught_P, kinds_P) in partition(
-            lambda: self._table.chunks(*columns), places.total
-        ):
-            for group in rows_by_value(asked_P):
-                different = len(np.unique(taught_P[group]))
-                kind = int(kinds_P[group[0]])
-                if different > 1 and kind < len(_KINDS):
-                    self._add(_KINDS[kind], different, rows_P[group], places, findings)
+        asked_N, taught_N, kind_N = map(self._table.read, ("asked", "taught", "kind"))
+        for group in rows_by_value(asked_N):
+            different, kind = len(np.unique(taught_N[group])), int(kind_N[group[0]])
+            if different > 1 and kind < len(_KINDS):
+                self._add(_KINDS[kind], different, group, places, findings)
 
     def _add(
         self, rule: Rule, different: int, group: IntArray, places: Places, findings: Findings

@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch, group_finding
 from luthier.gate.checks import leakage
-from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
+from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,
     NearDuplicates,
@@ -163,7 +163,9 @@ class Duplicates(Check):
             return
         splits_N = places.splits_N()
         train = places.names().index("train") if "train" in places.names() else -1
-        leaks = leakage.Leaks(splits_N, train, lambda: self._table.chunks("input", "target"))
+        leaks = leakage.Leaks(
+            splits_N, train, self._table.read("input"), self._table.read("target")
+        )
         copies_N = np.zeros(places.total, np.bool_)
         self._report(EXACT, self._exact(splits_N, copies_N), places, findings)
         near, numbers = self._alike(splits_N, leaks)
@@ -185,20 +187,11 @@ class Duplicates(Check):
             self._say_sampled(places, findings)
 
     def _exact(self, splits_N: Any, copies_N: Any) -> Iterator[IntArray]:
-        """Groups of equal rows; all but the first of each are marked in ``copies_N``."""
-
-        def chunks() -> Iterator[tuple[Any, ...]]:
-            start = 0
-            for (keys_C,) in self._table.chunks("exact"):
-                split_C = splits_N[start : start + len(keys_C)].astype(np.uint64)
-                start += len(keys_C)
-                yield (combine_keys(split_C + np.uint64(1), keys_C),)
-
-        for rows_P, (keys_P,) in partition(chunks, len(splits_N)):
-            for group in rows_by_value(keys_P):
-                rows = rows_P[group]
-                copies_N[rows[1:]] = True
-                yield rows
+        """Yield groups of equal rows of a split; mark all rows but the first in ``copies_N``."""
+        split_N = splits_N.astype(np.uint64) + np.uint64(1)
+        for group in rows_by_value(combine_keys(split_N, self._table.read("exact"))):
+            copies_N[group[1:]] = True
+            yield group
 
     def _alike(self, splits_N: Any, leaks: leakage.Leaks) -> tuple[Groups, Groups]:
         """Group near-duplicates and rows with different numbers.

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from luthier.gate.check import Places
-from luthier.gate.columns import Chunks
 from luthier.gate.near_duplicates import first_rows
 from luthier.gate.row_keys import Keys, combine_keys
 from luthier.gate.rules import Finding, Findings, Place, Rule
@@ -67,11 +66,13 @@ class Leaks:
     Args:
         splits_N: split index of each row.
         train: split index of the training rows.
-        chunks: input keys and target keys of all rows, in pieces.
+        input_N: key of each row's input.
+        target_N: key of each row's target.
     """
 
-    def __init__(self, splits_N: Any, train: int, chunks: Chunks) -> None:
-        self._splits_N, self._train, self._chunks = splits_N, train, chunks
+    def __init__(self, splits_N: Any, train: int, input_N: Keys, target_N: Keys) -> None:
+        self._splits_N, self._input_N = splits_N, input_N
+        self._both_N = combine_keys(input_N, target_N)
         self._train_N = splits_N == train
         self._none = len(splits_N)
         self.possible = bool(self._train_N.any() and not self._train_N.all())
@@ -103,22 +104,19 @@ class Leaks:
         if not self.possible:
             return
         held = np.flatnonzero(~self._train_N)
-        inputs_H, both_H = self._keys_of(held)
         left = np.ones(len(held), np.bool_)
         given = np.zeros(len(self._splits_N), np.bool_)
-        near_H = self._nearest(held, inputs_H)
-        partners = near_H[near_H < self._none]
-        ways = [(EXACT, both_H, both_H), (INPUT, inputs_H, inputs_H),
-                (NEAR, inputs_H, self._keys_of(np.unique(partners))[0])]  # fmt: skip
-        for rule, keys_H, wanted in ways:
-            giving = _KeyIndex(self._chunks, self._train_N, wanted, both=rule is EXACT)
-            partner_H = near_H if rule is NEAR else giving.partners(keys_H, self._none)
+        near_H = self._nearest(held)
+        for rule, key_N in ((EXACT, self._both_N), (INPUT, self._input_N), (NEAR, self._input_N)):
+            leaking = _KeyIndex(key_N, self._train_N)
+            partner_H = near_H if rule is NEAR else leaking.first(key_N[held], self._none)
             rows = np.flatnonzero(left & (partner_H < self._none))
             left[rows] = False
             given[held[rows]] = True
             for row in rows.tolist():
                 partner = int(partner_H[row])
-                self._add(rule, int(held[row]), partner, giving.same_key(partner), places, findings)
+                rows_T = leaking.rows(key_N[partner])
+                self._add(rule, int(held[row]), partner, rows_T, places, findings)
         self._judge(given, places, findings)
 
     def report_overlap(self, places: Places, findings: Findings) -> None:
@@ -127,10 +125,8 @@ class Leaks:
         if not {"validation", "test"} <= set(names):
             return
         rows = np.flatnonzero(self._splits_N == names.index("test"))
-        keys_R, _ = self._keys_of(rows)
-        validation_N = self._splits_N == names.index("validation")
-        giving = _KeyIndex(self._chunks, validation_N, keys_R, both=False)
-        partner_R = giving.partners(keys_R, self._none)
+        validation = _KeyIndex(self._input_N, self._splits_N == names.index("validation"))
+        partner_R = validation.first(self._input_N[rows], self._none)
         for row in np.flatnonzero(partner_R < self._none).tolist():
             other = places.place(int(partner_R[row]))
             message = f"this test row asks the same as the validation row {other}."
@@ -141,18 +137,7 @@ class Leaks:
         """Return the number of leaked rows per held-out split and rule."""
         return self._counts
 
-    def _keys_of(self, rows: IntArray) -> tuple[Keys, Keys]:
-        """Return the input keys of ``rows`` (ascending), and the combined keys of input and target."""
-        inputs, both, start = [], [], 0
-        for input_C, target_C in self._chunks():
-            low, high = np.searchsorted(rows, (start, start + len(input_C)))
-            here = rows[low:high] - start
-            inputs.append(input_C[here])
-            both.append(combine_keys(input_C[here], target_C[here]))
-            start += len(input_C)
-        return np.concatenate(inputs), np.concatenate(both)
-
-    def _nearest(self, held: IntArray, inputs_H: Keys) -> IntArray:
+    def _nearest(self, held: IntArray) -> IntArray:
         """Return the near training row of each held-out row. Rows with equal input share one
         result."""
         near_H: IntArray = np.full(len(held), self._none)
@@ -161,7 +146,7 @@ class Leaks:
         mine = np.flatnonzero(self._near_S < self._none)
         at = np.searchsorted(held, self._rows_S[mine])
         np.minimum.at(near_H, at, self._near_S[mine])
-        first_H = first_rows(inputs_H)
+        first_H = first_rows(self._input_N[held])
         best_H = np.full(len(held), self._none)
         np.minimum.at(best_H, first_H, near_H)
         return best_H[first_H]
@@ -171,7 +156,7 @@ class Leaks:
         rule: Rule,
         row: int,
         partner: int,
-        giving: list[int],
+        leaking: list[int],
         places: Places,
         findings: Findings,
     ) -> None:
@@ -184,7 +169,7 @@ class Leaks:
             NEAR.id: f"this {split} row asks nearly the same as the training row",
         }[rule.id]
         finding = Finding(rule, places.place(row), f"{how} {other}.", others=(other,))
-        findings.add(finding, rows=giving)
+        findings.add(finding, rows=leaking)
 
     def _judge(self, given_N: Any, places: Places, findings: Findings) -> None:
         """Reject a split with too many leaked rows."""
@@ -200,32 +185,20 @@ class Leaks:
 
 
 class _KeyIndex:
-    """Training rows with the given keys, collected in one pass over all rows."""
+    """Index of some of the rows by key."""
 
-    def __init__(self, chunks: Chunks, train_N: Any, wanted: Keys, both: bool) -> None:
-        known = np.unique(wanted)
-        rows, found, start = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], 0
-        for input_C, target_C in chunks() if len(known) else ():
-            keys_C = combine_keys(input_C, target_C) if both else input_C
-            at_C = np.minimum(np.searchsorted(known, keys_C), len(known) - 1)
-            here = np.flatnonzero((known[at_C] == keys_C) & train_N[start : start + len(keys_C)])
-            rows.append(here + start)
-            found.append(keys_C[here])
-            start += len(keys_C)
-        self._rows, self._keys = np.concatenate(rows), np.concatenate(found)
-        order = np.argsort(self._keys, kind="stable")
-        self._by_key, self._sorted = self._rows[order], self._keys[order]
+    def __init__(self, key_N: Keys, is_indexed_N: Any) -> None:
+        rows = np.flatnonzero(is_indexed_N)
+        order = np.argsort(key_N[rows], kind="stable")
+        self._rows, self._keys = rows[order], key_N[rows][order]
 
-    def partners(self, keys_H: Keys, none: int) -> IntArray:
+    def first(self, keys_H: Keys, none: int) -> IntArray:
         """Return the first row with each key; ``none`` without a row."""
-        if not len(self._sorted):
-            return np.full(len(keys_H), none)
-        at_H = np.minimum(np.searchsorted(self._sorted, keys_H), len(self._sorted) - 1)
-        return np.where(self._sorted[at_H] == keys_H, self._by_key[at_H], none)
+        at_H = np.minimum(np.searchsorted(self._keys, keys_H), len(self._keys) - 1)
+        return np.where(self._keys[at_H] == keys_H, self._rows[at_H], none)
 
-    def same_key(self, row: int) -> list[int]:
-        """Return all rows with the key of ``row``."""
-        wanted = self._keys[np.searchsorted(self._rows, row)]
-        low, high = (np.searchsorted(self._sorted, wanted, side) for side in ("left", "right"))
-        found: list[int] = self._by_key[low:high].tolist()
+    def rows(self, key: np.uint64) -> list[int]:
+        """Return all rows with ``key``."""
+        low, high = (np.searchsorted(self._keys, key, side) for side in ("left", "right"))
+        found: list[int] = self._rows[low:high].tolist()
         return found

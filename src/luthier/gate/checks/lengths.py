@@ -13,7 +13,6 @@ import numpy as np
 from luthier.data.shapes.texts import TextPair
 from luthier.gate.batch_text import Spot, SpotCheck, excerpt
 from luthier.gate.check import BatchLines, Places, RowBatch
-from luthier.gate.columns import ColumnStore
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import FloatArray, Row
@@ -51,8 +50,6 @@ LEAST_SPREAD = 0.75
 """Minimum interquartile range of log lengths, so that data of equal length has no outliers."""
 LEAST_ROWS = 50
 """Minimum number of rows for meaningful quartiles."""
-QUARTILES_OF = 1_000_000
-"""Maximum number of rows for exact quartiles. Larger data uses every second row, every third, etc."""
 WORDS = 4
 """Number of first words of an answer that are compared."""
 MOSTLY = 0.5
@@ -70,7 +67,6 @@ class BatchLengths:
 
     log_2N: FloatArray
     """``[2, N]`` log of 1 + number of characters of input and target; 0 without text."""
-    words_2N: FloatArray
     starts: Counter[str]
     answers: int
     spots: tuple[Spot, ...]
@@ -85,7 +81,7 @@ class Lengths(SpotCheck):
 
     def __init__(self) -> None:
         super().__init__()
-        self._table = ColumnStore()
+        self._logs: dict[str, list[FloatArray]] = {side: [] for side in _SIDES}
         self._histograms: dict[str, dict[str, Histogram]] = {}
         self._starts: Counter[str] = Counter()
         self.answers = 0
@@ -94,7 +90,6 @@ class Lengths(SpotCheck):
     def measure(self, batch: RowBatch) -> BatchLengths:
         """Measure a batch."""
         sizes_2N = np.zeros((2, len(batch)), np.int64)
-        words_2N = np.zeros((2, len(batch)), np.int64)
         starts: Counter[str] = Counter()
         spots: list[Spot] = []
         answers = 0
@@ -105,7 +100,6 @@ class Lengths(SpotCheck):
                     continue
                 side = int(text.part == "target")
                 sizes_2N[side, index] += len(text.content)
-                words_2N[side, index] += text.content.count(" ") + 1
                 if side and text.field != "text" and not isinstance(row, TextPair):
                     answer = text
             if answer is None:
@@ -116,20 +110,17 @@ class Lengths(SpotCheck):
             if spot:
                 spots.append(spot)
         logs_2N = np.log1p(sizes_2N).astype(np.float32)
-        return BatchLengths(logs_2N, words_2N.astype(np.float32), starts, answers, tuple(spots))
+        return BatchLengths(logs_2N, starts, answers, tuple(spots))
 
     def take(self, where: BatchLines, measured: BatchLengths, findings: Findings) -> None:
-        """Store 8 bytes per row (on disk for many rows) and the most frequent openings."""
-        for name, log_N in zip(_SIDES, measured.log_2N, strict=True):
-            self._table.append(name, log_N)
+        """Store 8 bytes per row and the most frequent openings."""
         histograms = self._histograms.setdefault(
-            where.split, {name: Histogram() for name in _NAMES}
+            where.split, {f"{part}_characters": Histogram() for part in _SIDES}
         )
-        for side, part in enumerate(_SIDES):
-            there_N = measured.log_2N[side] > 0
-            sizes_N = np.rint(np.expm1(measured.log_2N[side].astype(np.float64)))[there_N]
+        for part, log_N in zip(_SIDES, measured.log_2N, strict=True):
+            self._logs[part].append(log_N)
+            sizes_N = np.rint(np.expm1(log_N[log_N > 0].astype(np.float64)))
             histograms[f"{part}_characters"].add(sizes_N)
-            histograms[f"{part}_words"].add(measured.words_2N[side][there_N])
         self.answers += measured.answers
         self._count(measured.starts)
         self.add_spots(where, measured.spots, findings)
@@ -160,25 +151,21 @@ class Lengths(SpotCheck):
             findings.add(Finding(SAME_START, places.place(0), message))
 
     def _outliers(self, part: str, places: Places, findings: Findings) -> None:
-        step = max(1, places.total // QUARTILES_OF)
-        sample = np.concatenate([log_C[::step] for (log_C,) in self._table.chunks(part)])
-        sample = sample[sample > 0]
-        if len(sample) < LEAST_ROWS:
+        log_N = np.concatenate(self._logs[part])
+        if np.count_nonzero(log_N) < LEAST_ROWS:
             return
-        low, middle, high = np.quantile(sample, (0.25, 0.5, 0.75))
+        low, middle, high = np.quantile(log_N[log_N > 0], (0.25, 0.5, 0.75))
         reach = FENCE * max(high - low, LEAST_SPREAD)
         self.fences[part] = (round(np.expm1(low - reach)), round(np.expm1(high + reach)))
-        usual, start = round(np.expm1(middle)), 0
-        for (log_C,) in self._table.chunks(part):
-            outside_C = (log_C > 0) & ((log_C < low - reach) | (log_C > high + reach))
-            for index in np.flatnonzero(outside_C).tolist():
-                size = round(np.expm1(float(log_C[index])))
-                message = f"The {part} has {size:,} characters; the median is {usual:,}."
-                findings.add(Finding(OUTLIER, places.place(start + index), message))
-            start += len(log_C)
+        usual = round(np.expm1(middle))
+        outside_N = (log_N > 0) & ((log_N < low - reach) | (log_N > high + reach))
+        for number in np.flatnonzero(outside_N).tolist():
+            size = round(np.expm1(float(log_N[number])))
+            message = f"The {part} has {size:,} characters; the median is {usual:,}."
+            findings.add(Finding(OUTLIER, places.place(number), message))
 
     def summary(self) -> Mapping[str, Any]:
-        """Histograms of characters and words of each split; fences; the commonest opening."""
+        """Return length histograms of each split, the fences and the most frequent opening."""
         start, count = self._starts.most_common(1)[0] if self._starts else ("", 0)
         return {
             "splits": {
@@ -192,7 +179,6 @@ class Lengths(SpotCheck):
 
 
 _SIDES = ("input", "target")
-_NAMES = ("input_characters", "input_words", "target_characters", "target_words")
 
 
 def _find_empty_answer(index: int, row: Row, field: str, answer: str) -> Spot | None:
