@@ -137,8 +137,7 @@ class Check(ABC):
           population of the shares. ``kinds`` and ``total`` give the number of names and the sum if
           names are omitted (:func:`most_common`).
         - ``{"splits": {split: summary}}`` renders the summaries of the splits side by side.
-        - A list of mappings with equal keys is a table. A list of ``{"file", "line"}`` is a list of
-          places.
+        - A list has plain values.
         - Any other mapping is a group.
         """
         return {}

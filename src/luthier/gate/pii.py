@@ -14,7 +14,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -233,13 +233,6 @@ _VERSION = re.compile(
 )
 _RESOLVERS = frozenset({"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "208.67.222.222"})
 
-_PHONE = re.compile(
-    r"(?<![\w.,/$€£+=#-])(?:\+|\(\+?)?\d(?:[\s().·–-]{0,3}\d){6,16}(?![\w%]|[.,:/]\d|-\d)"
-)
-"""Candidate for a telephone number: 7 to 17 digits with common grouping."""
-_MOST_WORDS = 7
-"""Maximum number of digit groups for which parts of the candidate are tried."""
-_WORD = re.compile(r"\S+")
 CALL = re.compile(
     r"\b(?:phone|phones|tel|telephone|call|calling|called|ring|dial|fax|mobile|mob|cell|whatsapp|zalo|viber"
     r"|sms|text|txt|contact|hotline|helpline|landline|line|reach|number is|no is|điện thoại|sđt|đt|gọi"
@@ -247,12 +240,8 @@ CALL = re.compile(
     re.IGNORECASE,
 )
 """Words before a telephone number."""
+_YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d ?[-–] ?(?:1[5-9]|20)\d\d\)?")
 _NORTH_AMERICAN = re.compile(r"(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}")
-_DATE = re.compile(
-    r"(?:19|20)\d\d[-. ](?:0?[1-9]|1[0-2])[-. ](?:0?[1-9]|[12]\d|3[01])\b"
-    r"|(?:0?[1-9]|[12]\d|3[01])[-. ](?:0?[1-9]|1[0-2])[-. ](?:19|20)\d\d\b"
-    r"|(?:1[5-9]|20)\d\d ?[-–] ?(?:1[5-9]|20)\d\d$"
-)
 
 
 def emails(text: str) -> Iterator[PiiSpan]:
@@ -305,70 +294,46 @@ def _public(found: re.Match[str]) -> Iterator[PiiSpan]:
         yield PiiSpan(*found.span(), "ip", f"IPv{address.version} address", str(address))
 
 
-def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[PiiSpan]:
+def phones(text: str, low: int, high: int, regions: tuple[str, ...]) -> Iterator[PiiSpan]:
     """Yield telephone numbers that are valid in their numbering plan (Google's libphonenumber).
 
     Numbers with a country code are found anywhere. A national number must be valid in one of
     ``regions``. The number must be written in groups or follow a word such as "call", because ten
     plain digits are equally often an order number.
     """
-    for found in _PHONE.finditer(text, low, high):
-        if _DATE.match(found[0].lstrip("(")):
-            continue
-        for start, written in _parts(found):
-            value = _phone_value(text, start, written, tuple(regions))
-            if value:
-                yield PiiSpan(start, start + len(written), "phone", "telephone number", value)
-                break
+    for start, written, value in _valid_phones(text[low:high], regions):
+        at = low + start
+        is_global = written.startswith(("+", "(+"))
+        if is_global or (not is_order_number(text, at) and _is_announced(text, at, written)):
+            yield PiiSpan(at, at + len(written), "phone", "telephone number", value)
 
 
-def _parts(found: re.Match[str]) -> Iterator[tuple[int, str]]:
-    """Yield the whole candidate and then its parts, for numbers such as ``24 (415) 626-4490 10``."""
-    words = list(_WORD.finditer(found[0]))
-    if len(words) > _MOST_WORDS:
-        yield found.start(), found[0]
-        return
-    for size in range(len(words), 0, -1):
-        for first in range(len(words) - size + 1):
-            start, end = words[first].start(), words[first + size - 1].end()
-            written = found[0][start:end]
-            if sum(character.isdigit() for character in written) >= 7:
-                yield found.start() + start, written
-
-
-def _phone_value(text: str, start: int, written: str, regions: tuple[str, ...]) -> str | None:
-    if written.count("(") != written.count(")"):
-        return None
-    if written.startswith(("+", "(+")):
-        return _valid(written, None)
-    if is_order_number(text, start) or not _as_written(text, start, written):
-        return None
-    return _valid(written, regions)
-
-
-def _as_written(text: str, start: int, written: str) -> bool:
+def _is_announced(text: str, start: int, written: str) -> bool:
     """Return True if a national number is written or announced as a telephone number."""
+    if _YEARS.fullmatch(written):
+        return False
     if is_preceded_by(CALL, text, start, before=48) or _NORTH_AMERICAN.fullmatch(written):
         return True
     groups = [len(digits) for digits in re.findall(r"\d+", written)]
     return (
-        len(groups) in (2, 3, 4, 5) and max(groups) <= 6 and min(groups) >= 2 and written[0] in "0("
+        2 <= len(groups) <= 5
+        and max(groups) <= 6
+        and min(groups) >= 2
+        and written[0] in "0("
+        and " - " not in written  # a difference of numbers
     )
 
 
-@lru_cache(maxsize=4096)
-def _valid(written: str, regions: tuple[str, ...] | None) -> str | None:
-    """Return the E.164 form of a valid number. ``regions`` apply to numbers without a country code."""
-    import phonenumbers
+def _valid_phones(text: str, regions: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """Return start, text and E.164 form of the valid numbers; the first region wins."""
+    from phonenumbers import PhoneNumberFormat, PhoneNumberMatcher, format_number
 
-    for region in regions if regions is not None else (None,):
-        try:
-            number = phonenumbers.parse(written, region)
-        except phonenumbers.NumberParseException:
-            continue
-        if phonenumbers.is_valid_number(number):
-            return str(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164))
-    return None
+    found: dict[int, tuple[int, str, str]] = {}
+    for region in regions:
+        for match in PhoneNumberMatcher(text, region):
+            value = str(format_number(match.number, PhoneNumberFormat.E164))
+            found.setdefault(match.start, (match.start, match.raw_string, value))
+    return [*found.values()]
 
 
 _APART = r"(?<![\w.,+/-])(?:", r")(?![\w%]|[.,/-]\d)"

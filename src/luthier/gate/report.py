@@ -119,6 +119,12 @@ def format_number(value: Any, key: str = "") -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+def list_values(values: Sequence[Any], count: int) -> str:
+    """Format the first ``count`` plain values of a list."""
+    more = f" and {len(values) - count:,} more" if len(values) > count else ""
+    return ", ".join(format_number(each) for each in values[:count]) + more
+
+
 def list_places(places: Sequence[Place], count: int) -> str:
     """Format the first ``count`` places. A file name appears once for consecutive lines."""
     parts, file = [], ""
@@ -158,17 +164,6 @@ def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]
             else:
                 found.append(TokenRun(token, taught))
     return [TokenRun(printable(run.text), run.learned, run.left_out) for run in found]
-
-
-def worst_rows(report: Report, count: int = 10) -> list[tuple[Place, list[Finding]]]:
-    """Return the rows that break the most rules, among the stored findings."""
-    rows: dict[Place, dict[str, Finding]] = {}
-    for findings in report.findings.examples.values():
-        for each in findings:
-            if each.place.line:
-                rows.setdefault(each.place, {}).setdefault(each.rule.id, each)
-    found = [(place, list(each.values())) for place, each in rows.items() if len(each) > 1]
-    return sorted(found, key=lambda row: -len(row[1]))[:count]
 
 
 def severities(report: Report) -> Counter[str]:

@@ -20,13 +20,12 @@ from luthier.gate.report import (
     learned_share,
     learning_splits,
     list_places,
+    list_values,
     next_steps,
     severities,
-    short_place,
     shown_place,
     token_runs,
     verdict_line,
-    worst_rows,
 )
 from luthier.gate.rules import SEVERITIES, Place, Rule
 from luthier.pages import Table, render_page
@@ -35,12 +34,12 @@ PLACES = 25
 """Number of places per rule on the page. The JSON report has all stored places."""
 OPEN = 2
 """Number of rows per split with visible tokens. Additional rows are collapsed."""
-GROUPS = 12
-"""Number of row groups per rule."""
+LONGEST = 10
+"""Number of longest rows."""
 COUNTS = 12
 """Number of counts before the rest is collapsed."""
-ROWS = 25
-"""Rows of a table of a summary."""
+ITEMS = 25
+"""Number of values of a list in a summary."""
 VERDICTS = {"passed": "Passed", "warnings": "Passed, with warnings", "refused": "Refused"}
 
 SummaryPart = tuple[str, Any]
@@ -68,10 +67,7 @@ def page(report: Report) -> str:
         open_rows=OPEN,
         lengths=list(_lengths(report)),
         length_table=_length_table(report),
-        row_tables=[
-            ("rows", "Rows to look at", list(_rows(report))),
-            ("groups", "Rows that belong together", list(_groups(report))),
-        ],
+        longest=_longest_rows(report),
         summaries=[
             (name, _title(name), list(_summary(each, _title(name))))
             for name, each in report.summaries.items()
@@ -165,44 +161,20 @@ def _length_table(report: Report) -> Table:
     )
 
 
-def _rows(report: Report) -> Iterator[tuple[str, Table]]:
-    """Yield tables of the rows with most findings and of the longest rows."""
-    if worst := worst_rows(report):
-        rows: list[list[Any]] = [
-            [
-                place,
-                ", ".join(each.rule.id for each in findings),
-                next((each.excerpt for each in findings if each.excerpt), ""),
-            ]
-            for place, findings in worst
-        ]
-        columns = {"place": "place", "rules": "code", "the row": "text"}
-        yield "That break most rules", Table.of("Rows that break most rules", columns, rows)
+def _longest_rows(report: Report) -> Table | None:
     longest = [row for found in learning_splits(report).values() for row in found["longest"]]
-    if longest:
-        longest.sort(key=lambda row: -row["tokens"])
-        rows = [
-            [Place(row["file"], row["line"]), f"{row['tokens']:,}", f"{row['learned']:,}",
-             row["begins"]]
-            for row in longest[:10]
-        ]  # fmt: skip
-        columns = {"place": "place", "tokens": "number", "learned": "number", "begins": "text"}
-        yield "The longest", Table.of("The longest rows", columns, rows)
-
-
-def _groups(report: Report) -> Iterator[tuple[str, Table]]:
-    """Yield tables of related rows: copies, and equal texts with different labels."""
-    for rule in report.findings.rules():
-        groups = [each for each in report.findings.examples[rule.id] if each.others]
-        groups.sort(key=lambda each: -len(each.others))
-        if groups:
-            rows = [
-                [f"{1 + len(each.others):,}", each.excerpt or each.message,
-                 list_places((each.place, *each.others), 8)]
-                for each in groups[:GROUPS]
-            ]  # fmt: skip
-            columns = {"rows": "number", "text": "text", "where": "text"}
-            yield rule.id, Table.of(f"Groups of {rule.id}", columns, rows)
+    longest.sort(key=lambda row: -row["tokens"])
+    rows = [
+        [
+            Place(row["file"], row["line"]),
+            f"{row['tokens']:,}",
+            f"{row['learned']:,}",
+            row["begins"],
+        ]
+        for row in longest[:LONGEST]
+    ]
+    columns = {"place": "place", "tokens": "number", "learned": "number", "begins": "text"}
+    return Table.of("The longest rows", columns, rows) if rows else None
 
 
 def _summary(value: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
@@ -231,7 +203,7 @@ def _summary(value: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
             if isinstance(each, Mapping):
                 yield "inside", list(_summary(each, _title(key)))
             else:
-                yield _list(each, key)
+                yield "text", list_values(each, ITEMS)
     if isinstance(splits, Mapping):
         yield (
             "splits",
@@ -266,35 +238,6 @@ def _counts(counts: Mapping[str, Any], kinds: int, total: int, title: str) -> It
     yield "table", Table.of(title, columns, rows[:COUNTS], 0 if rows[COUNTS:] else further)
     if rows[COUNTS:]:
         yield "folded", Table.of(f"{title}, the rest", columns, rows[COUNTS:], further)
-
-
-def _list(items: list[Any], key: str) -> SummaryPart:
-    """Return a table for mappings, a line for plain values."""
-    shown, further = items[:ROWS], max(len(items) - ROWS, 0)
-    columns = list(
-        dict.fromkeys(name for item in shown if isinstance(item, Mapping) for name in item)
-    )
-    if set(columns) in ({"file", "line"}, set()):
-        more = f" … and {further:,} more" if further else ""
-        return "text", ", ".join(_words(item, key) for item in shown) + more
-    kinds = {
-        name: "number" if all(_kind(item.get(name, 0)) == "number" for item in shown) else "text"
-        for name in columns
-    }
-    rows = [[_words(item.get(name, ""), name) for name in columns] for item in shown]
-    headings = {name.replace("_", " "): kind for name, kind in kinds.items()}
-    return "table", Table.of(_title(key), headings, rows, further)
-
-
-def _words(value: Any, key: str) -> str:
-    """Format a value of a summary on one line."""
-    if isinstance(value, list):
-        return ", ".join(_words(each, key) for each in value[:8]) + (" …" if len(value) > 8 else "")
-    if isinstance(value, Mapping) and set(value) == {"file", "line"}:
-        return short_place(Place(str(value["file"]), int(value["line"])))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(each, str(name))}" for name, each in value.items())
-    return format_number(value, key)
 
 
 def draw_histogram(

@@ -23,6 +23,7 @@ from luthier.gate.report import (
     learned_share,
     learning_splits,
     list_places,
+    list_values,
     next_steps,
     short_place,
     shown_place,
@@ -175,12 +176,9 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
     pad = " " * indent
     name = title.replace("_", " ")
     if not isinstance(value, Mapping):
-        if not isinstance(value, list):
-            console.print(Text.assemble(pad, (f"{name}  ", "dim"), format_number(value, title)))
-        elif value and all(isinstance(each, str) for each in value):
-            console.print(Text.assemble(pad, (f"{name}  ", "dim"), printable(", ".join(value))))
-        elif value:
-            console.print(Text.assemble(pad, (f"{name}  ", "dim"), f"{len(value):,}"))
+        text = list_values(value, NAMED) if isinstance(value, list) else format_number(value, title)
+        if text:
+            console.print(Text.assemble(pad, (f"{name}  ", "dim"), printable(text)))
         return
     if "bars" in value:
         line = Text.assemble(pad, (f"{name}  " if name else "", "dim"))
