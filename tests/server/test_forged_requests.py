@@ -226,7 +226,7 @@ def resigned(head: RequestHead, service: str, payload: str, day: str = "20260131
     names = sorted(key for key, _ in head.headers if key not in ("authorization", "user-agent"))
     start = f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/{day}/us-east-1/{service}/aws4_request, "
     start += f"SignedHeaders={';'.join(names)}, Signature="
-    claim = sigv4.claim_of(with_header(head, "authorization", start + "0" * 64))
+    claim = sigv4.parse_claim(with_header(head, "authorization", start + "0" * 64))
     key = sigv4.signing_key(SECRET, claim.day, claim.region, claim.service)
     value = sigv4.signature(key, claim, sigv4.canonical_request(head, claim, payload))
     return with_header(head, "authorization", start + value)
@@ -251,7 +251,7 @@ def test_a_date_header_alone() -> None:
             f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20260131/us-east-1/bedrock/aws4_request, "
         )
         start += f"SignedHeaders={names}, Signature="
-        claim = sigv4.claim_of(with_header(head, "authorization", start + "0" * 64))
+        claim = sigv4.parse_claim(with_header(head, "authorization", start + "0" * 64))
         empty = sigv4.hashlib.sha256(b"").hexdigest()
         key = sigv4.signing_key(SECRET, claim.day, claim.region, claim.service)
         value = sigv4.signature(key, claim, sigv4.canonical_request(head, claim, empty))

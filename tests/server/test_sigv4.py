@@ -57,7 +57,7 @@ def read_request(path: Path) -> tuple[RequestHead, bytes]:
 def test_published_vector(folder: Path) -> None:
     read = {end: folder / f"{folder.name}.{end}" for end in ("sreq", "creq", "sts", "authz")}
     head, body = read_request(read["sreq"])
-    claim = sigv4.claim_of(head)
+    claim = sigv4.parse_claim(head)
     payload = sigv4.hashlib.sha256(body).hexdigest()
     canonical = sigv4.canonical_request(head, claim, payload)
     assert canonical == read["creq"].read_bytes()

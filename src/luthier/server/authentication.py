@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
-from luthier.server.sigv4 import Credential, check_claim, claim_of, verify
+from luthier.server.sigv4 import Credential, check_claim, parse_claim, verify
 from luthier.server.tables.accounts import PrincipalsWatch
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.principals import SHORT_TERM, Principal, bearer, digest_of, signer
@@ -106,7 +106,7 @@ class Authenticator:
             raise _no_entry()
         head = RequestHead("POST", "/", "&".join(kept), [("host", _HOST)], tls=True)
         try:
-            claim = claim_of(head)
+            claim = parse_claim(head)
             if claim.service != "bedrock" or (claim.expires or 0) > LONGEST_SHORT_TERM:
                 raise _no_entry()
             signed = verify(head, b"", self._credential, now())

@@ -137,9 +137,9 @@ def verify(
             ``RequestTimeTooSkewed``, or ``AccessDenied`` for an expired presigned request.
     """
     claim, service = _valid_claim(head, body is None, moment)
-    payload = _payload(head, body, claim, service)
+    payload = _payload_hash(head, body, claim, service)
     credential = look_up(claim.access_key)
-    # The same work for an unknown key, whose secret nobody has.
+    # An unknown key costs equal work, so response times do not reveal which keys exist.
     secret = credential.secret if credential else secrets.token_hex(20)
     key = signing_key(secret, claim.day, claim.region, claim.service)
     expected = signature(key, claim, canonical_request(head, claim, payload))
@@ -169,7 +169,7 @@ def check_claim(
 
 
 def _valid_claim(head: RequestHead, objects: bool, moment: datetime) -> tuple[Claim, SignedService]:
-    claim = claim_of(head)
+    claim = parse_claim(head)
     service = SERVICES.get(claim.service)
     if service is None:
         raise Fault("InvalidSignature", f"Credential should be scoped to {', '.join(SERVICES)}.")
@@ -191,20 +191,20 @@ _WRONG = (
 )
 
 
-def claim_of(head: RequestHead) -> Claim:
+def parse_claim(head: RequestHead) -> Claim:
     """Return the signature data of ``head``; raises :class:`Fault` for malformed data."""
-    given = [value for name, value in head.headers if name == "authorization"]
+    authorizations = [value for name, value in head.headers if name == "authorization"]
     names = {name for name, _ in query_pairs(head.query)}
     in_query = not names.isdisjoint(_SIGNS)
-    if len(given) > 1 or (given and in_query):
-        raise _incomplete("A request carries one authorization.")
+    if len(authorizations) > 1 or (authorizations and in_query):
+        raise _incomplete("The request has several authorizations. Send one.")
     if in_query:
-        return _claim_of_query(head)
-    if not given and b"AWSAccessKeyId" in names:  # as `aws s3 presign` has it by default
-        raise _incomplete("Use Signature Version 4 (s3 signature_version=s3v4); this is Version 2.")
-    if not given:
+        return _parse_query(head)
+    if not authorizations and b"AWSAccessKeyId" in names:  # as `aws s3 presign` has it by default
+        raise _incomplete("Signature Version 2 is not supported. Use s3 signature_version=s3v4.")
+    if not authorizations:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
-    return _claim_of_header(head, given[0])
+    return _parse_header(head, authorizations[0])
 
 
 def canonical_request(head: RequestHead, claim: Claim, payload: str) -> bytes:
@@ -232,14 +232,14 @@ def canonical_path(path: str, service: str) -> bytes:
 
 def normal_path(raw: bytes) -> bytes:
     """Return a path without empty segments, ``.`` and ``..`` (RFC 3986, section 5.2.4)."""
-    kept: list[bytes] = []
-    for part in raw.split(b"/"):
-        if part == b"..":
-            kept = kept[:-1]
-        elif part not in (b"", b"."):
-            kept.append(part)
-    end = b"/" if kept and raw.endswith(b"/") else b""
-    return b"/" + b"/".join(kept) + end
+    segments: list[bytes] = []
+    for segment in raw.split(b"/"):
+        if segment == b"..":
+            segments = segments[:-1]
+        elif segment not in (b"", b"."):
+            segments.append(segment)
+    end = b"/" if segments and raw.endswith(b"/") else b""
+    return b"/" + b"/".join(segments) + end
 
 
 def canonical_query(query: str, presigned: bool) -> bytes:
@@ -271,49 +271,49 @@ def signature(key: bytes, claim: Claim, canonical: bytes) -> str:
     return hmac.new(key, string_to_sign(claim, canonical).encode(), hashlib.sha256).hexdigest()
 
 
-def _claim_of_header(head: RequestHead, value: str) -> Claim:
+def _parse_header(head: RequestHead, value: str) -> Claim:
     algorithm, _, rest = value.partition(" ")
     if algorithm != ALGORITHM:
         raise _incomplete("Authorization header is not of the kind AWS4-HMAC-SHA256.")
     fields = [part.strip(" ").partition("=") for part in rest.split(",")]
-    given = {name: text for name, _, text in fields}
-    if len(fields) != 3 or set(given) != {"Credential", "SignedHeaders", "Signature"}:
+    values = {name: text for name, _, text in fields}
+    if len(fields) != 3 or set(values) != {"Credential", "SignedHeaders", "Signature"}:
         raise _incomplete("Authorization header requires Credential, SignedHeaders and Signature.")
-    return _claim(given, _moment_of(head), None)
+    return _claim(values, _signing_time(head), None)
 
 
-def _claim_of_query(head: RequestHead) -> Claim:
+def _parse_query(head: RequestHead) -> Claim:
     pairs = [(name.decode("latin-1"), value) for name, value in query_pairs(head.query)]
-    given = {}
+    parameters = {}
     for short in _PRESIGNED:
         values = [value for name, value in pairs if name == f"X-Amz-{short}"]
         if len(values) != 1:
-            raise _incomplete(f"A presigned request has one X-Amz-{short} in its query.")
-        given[short] = values[0].decode("latin-1")
-    if given["Algorithm"] != ALGORITHM:
+            raise _incomplete(f"A presigned request must have one X-Amz-{short} in the query.")
+        parameters[short] = values[0].decode("latin-1")
+    if parameters["Algorithm"] != ALGORITHM:
         raise _incomplete("X-Amz-Algorithm is not AWS4-HMAC-SHA256.")
-    expires = given["Expires"]
+    expires = parameters["Expires"]
     if not re.fullmatch("[0-9]{1,6}", expires) or not 1 <= int(expires) <= LONGEST_PRESIGNED:
-        raise _incomplete("X-Amz-Expires is a number of seconds between 1 and 604800.")
-    return _claim(given, _check_moment(given["Date"]), int(expires))
+        raise _incomplete("X-Amz-Expires must be from 1 to 604800 seconds.")
+    return _claim(parameters, _check_moment(parameters["Date"]), int(expires))
 
 
-def _claim(given: dict[str, str], moment: str, expires: int | None) -> Claim:
-    scope = _SCOPE.fullmatch(given["Credential"])
+def _claim(fields: dict[str, str], moment: str, expires: int | None) -> Claim:
+    scope = _SCOPE.fullmatch(fields["Credential"])
     if scope is None:
         raise _incomplete("Credential must be ACCESS-KEY/yyyymmdd/region/service/aws4_request.")
-    names = tuple(given["SignedHeaders"].split(";"))
+    names = tuple(fields["SignedHeaders"].split(";"))
     if not all(re.fullmatch(r"[!-9<-@\[-~]+", name) for name in names):
-        raise _incomplete("SignedHeaders are names in lower case with semicolons between them.")
+        raise _incomplete("SignedHeaders must be names in lower case, separated by semicolons.")
     if list(names) != sorted(set(names)):
-        raise _incomplete("SignedHeaders are sorted, and each stands there once.")
-    if not _HEX.fullmatch(given["Signature"]):
-        raise _incomplete("Signature is 64 hexadecimal digits.")
+        raise _incomplete("SignedHeaders must be sorted and unique.")
+    if not _HEX.fullmatch(fields["Signature"]):
+        raise _incomplete("Signature must be 64 hexadecimal digits.")
     access_key, day, region, service = scope.group(1, 2, 3, 4)
-    return Claim(access_key, day, region, service, names, given["Signature"], moment, expires)
+    return Claim(access_key, day, region, service, names, fields["Signature"], moment, expires)
 
 
-def _moment_of(head: RequestHead) -> str:
+def _signing_time(head: RequestHead) -> str:
     value = _value(head, "x-amz-date")
     if value is not None:
         return _check_moment(value)
@@ -345,8 +345,8 @@ def _check_time(claim: Claim, service: SignedService, moment: datetime) -> None:
         return
     if not service.objects:
         text = (
-            f"Signature expired or not yet valid: it is of {claim.moment}, and the clock of the "
-            f"service says {moment.strftime(_MOMENT)}. Set the clock that is wrong."
+            f"Signature expired or not yet valid: the request was signed at {claim.moment}, and the "
+            f"server's time is {moment.strftime(_MOMENT)}. Correct the wrong clock."
         )
         raise Fault("InvalidSignature", text)
     if claim.is_presigned and moment > claim.at:
@@ -361,45 +361,49 @@ def _check_headers(head: RequestHead, claim: Claim, service: SignedService) -> N
     for name in set(names):
         if (name in _ONCE or name.startswith("x-amz")) and names.count(name) > 1:
             raise _incomplete(f"The header {name} was sent more than once.")
-    needed = {"host"} | {name for name in names if name.startswith("x-amz-")}
-    if not claim.is_presigned and "x-amz-date" not in needed:
-        needed.add("date")
+    required = {"host"} | {name for name in names if name.startswith("x-amz-")}
+    if not claim.is_presigned and "x-amz-date" not in required:
+        required.add("date")
     if not service.objects:
-        needed.discard("x-amz-content-sha256")
+        required.discard("x-amz-content-sha256")
         if normal_path(head.path.encode("latin-1")) != head.path.encode("latin-1"):
-            # Clients sign its normal form, which another path has too.
+            # Clients sign the normal form, and different paths have one normal form.
             raise Fault(code, "The path of the request has empty segments or dots.")
-    for name in sorted(needed - set(claim.signed_headers)):
-        raise Fault(code, f"The header {name} has to be signed.")
+    for name in sorted(required - set(claim.signed_headers)):
+        raise Fault(code, f"The header {name} must be signed.")
     for name in sorted(set(claim.signed_headers) - set(names)):
-        raise Fault(code, f"The header {name} was signed and is not there.")
+        raise Fault(code, f"The signed header {name} is missing.")
 
 
-def _payload(head: RequestHead, body: bytes | None, claim: Claim, service: SignedService) -> str:
+def _payload_hash(
+    head: RequestHead, body: bytes | None, claim: Claim, service: SignedService
+) -> str:
     """Return the signed hash of the body. For ``s3`` the hash is verified later, while the body
     arrives."""
     payload = _value(head, "x-amz-content-sha256")
     if body is not None:
         digest = hashlib.sha256(body).hexdigest()
         if payload is not None and payload != digest:
-            raise Fault(service.refusal, "X-Amz-Content-SHA256 is not the hash of the body.")
+            raise Fault(service.refusal, "X-Amz-Content-SHA256 does not match the body.")
         return digest
     if payload is None and claim.is_presigned:
         return UNSIGNED
     if payload is None:
         raise _incomplete("Missing required header for this request: x-amz-content-sha256")
     if payload in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.is_presigned):
-        raise Fault(service.refusal, f"{payload} is taken over TLS only.")
+        raise Fault(service.refusal, f"{payload} is accepted over TLS only.")
     if payload not in (UNSIGNED, STREAMED_UNSIGNED, *STREAMED) and not _HEX.fullmatch(payload):
-        raise _incomplete("x-amz-content-sha256 is no SHA-256 in hexadecimal, and no known word.")
+        raise _incomplete(
+            "x-amz-content-sha256 must be a SHA-256 in hexadecimal or a known keyword."
+        )
     return payload
 
 
 def _value(head: RequestHead, name: str) -> str | None:
-    found = [value for key, value in head.headers if key == name]
-    if len(found) > 1:
+    values = [value for key, value in head.headers if key == name]
+    if len(values) > 1:
         raise _incomplete(f"The header {name} was sent more than once.")
-    return found[0].strip() if found else None
+    return values[0].strip() if values else None
 
 
 def _join_values(head: RequestHead, name: str) -> bytes:

@@ -57,9 +57,9 @@ def refusal(fault: Fault, request_id: str) -> Response:
 
 def _answer(request: Request) -> Response:
     if request.method not in ("GET", "POST"):
-        raise Fault("UnknownOperation", "STS takes GET and POST.")
+        raise Fault("UnknownOperation", "STS accepts GET and POST.")
     if request.signed is None or not request.signed.service:
-        raise Fault("IncompleteSignature", "STS takes signatures only, and no API keys.")
+        raise Fault("IncompleteSignature", "STS accepts signatures only, not API keys.")
     action = _action(request)
     if action != "GetCallerIdentity":
         text = f"Could not find operation {action[:100]}; this server has GetCallerIdentity only."
@@ -84,8 +84,8 @@ def _action(request: Request) -> str:
     try:
         form = parse_qsl(request.body.decode(), keep_blank_values=True, errors="strict")
     except ValueError as error:
-        raise Fault("MalformedQueryString", "The body is no form in UTF-8.") from error
+        raise Fault("MalformedQueryString", "The body is not a form in UTF-8.") from error
     named = [value for name, value in form if name == "Action"] + request.query.get("Action", [])
     if len(named) > 1:
-        raise Fault("MalformedQueryString", "The parameter Action is in the request twice.")
+        raise Fault("MalformedQueryString", "The parameter Action occurs more than once.")
     return named[0] if named else ""

@@ -6,10 +6,11 @@ import base64
 import hashlib
 import hmac
 import re
-import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
+
+from awscrt import checksums as crt
 
 from luthier.server.http.messages import Fault, Signed, parse_digits
 from luthier.server.http.streams import RequestBody
@@ -18,8 +19,8 @@ from luthier.server.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
 PREFIX = "x-amz-checksum-"
 _SETTINGS = ("algorithm", "type", "mode")
 """Suffixes of headers without checksums."""
-_WIDTHS = {"crc32": 4, "crc32c": 4, "crc64nvme": 8}
-"""Width in bytes of the checksums that can be combined from the checksums of parts."""
+_CRC_BYTES = {"crc32": 4, "crc32c": 4, "crc64nvme": 8}
+"""Bytes of the checksums that can be combined from the checksums of parts."""
 COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"
 _LINE = 4096
 """Maximum length of a line between chunks, in bytes."""
@@ -31,96 +32,67 @@ OBJECT_LIMIT = 5 << 30
 """Maximum size of one request, in bytes. Larger objects need a multipart upload."""
 
 
-class Digest(Protocol):
-    """The interface of :mod:`hashlib` digests."""
+class CRC:
+    """A cyclic redundancy check with the interface of :mod:`hashlib` digests."""
 
-    def update(self, data: bytes, /) -> None:
-        """Process ``data``."""
+    def __init__(self, algorithm: str) -> None:
+        self._function, self._bytes = getattr(crt, algorithm), _CRC_BYTES[algorithm]
+        self._value = 0
 
-    def digest(self) -> bytes:
-        """Return the digest of all data."""
-
-
-class Cyclic:
-    """A cyclic redundancy check with the interface of a digest."""
-
-    def __init__(self, function: Callable[[bytes, int], int], width: int) -> None:
-        self._function, self._width, self._value = function, width, 0
-
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes) -> None:
         """Process ``data``."""
         self._value = self._function(data, self._value)
 
     def digest(self) -> bytes:
         """Return the checksum of all data, big-endian."""
-        return self._value.to_bytes(self._width, "big")
+        return self._value.to_bytes(self._bytes, "big")
 
 
-def new_digest(algorithm: str) -> Digest:
-    """Return a digest by S3's name in lower case. ``crc32c`` and ``crc64nvme`` need ``awscrt``.
+def new_digest(algorithm: str) -> Any:
+    """Return a digest by S3's name in lower case.
 
     Raises:
         Fault: ``NotImplemented`` for any other name: no bytes are stored without verification.
     """
-    if algorithm == "crc32":
-        return Cyclic(zlib.crc32, 4)
+    if algorithm in _CRC_BYTES:
+        return CRC(algorithm)
     if algorithm in ("sha1", "sha256", "sha512"):
         return hashlib.new(algorithm, usedforsecurity=False)
-    if algorithm in _WIDTHS:
-        return Cyclic(_awscrt(algorithm), _WIDTHS[algorithm])
-    raise _not_computed(algorithm)
-
-
-def _awscrt(name: str) -> Callable[..., int]:
-    """Return a function of ``awscrt.checksums``, because zlib has neither CRC-32C nor CRC-64."""
-    try:
-        from awscrt import checksums  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError:
-        raise _not_computed(name) from None
-    found: Callable[..., int] = getattr(checksums, name)
-    return found
-
-
-def _not_computed(name: str) -> Fault:
-    return Fault("NotImplemented", f"Checksums by {name.upper()} are not computed by this server.")
+    text = f"Checksums by {algorithm.upper()} are not supported by this server."
+    raise Fault("NotImplemented", text)
 
 
 def sent_checksums(headers: Mapping[str, str]) -> dict[str, str]:
     """Return base64 checksums by algorithm, from headers with lower-case names."""
-    named = {
-        name[len(PREFIX) :]: value for name, value in headers.items() if name.startswith(PREFIX)
-    }
+    named = {name.removeprefix(PREFIX): v for name, v in headers.items() if name.startswith(PREFIX)}
     return {name: value.strip() for name, value in named.items() if name not in _SETTINGS}
 
 
-def composite(algorithm: str, parts: Sequence[str]) -> str:
-    """Return the checksum of a multipart object: the digest of the parts' checksums, ``-``, the
-    count."""
+def check_combinable(algorithm: str, kind: str) -> None:
+    """Reject, before any part is uploaded, a checksum that the server cannot combine."""
+    if kind == FULL_OBJECT and algorithm not in _CRC_BYTES:
+        text = f"The {kind} checksum type cannot be used with the {algorithm} checksum algorithm."
+        raise Fault("InvalidRequest", text)
+    new_digest(algorithm)
+
+
+def combine_composite(algorithm: str, parts: Sequence[str]) -> str:
+    """Return the digest of the parts' checksums, followed by ``-`` and the number of parts."""
     digest = new_digest(algorithm)
     for part in parts:
         digest.update(base64.b64decode(part))
     return f"{base64.b64encode(digest.digest()).decode()}-{len(parts)}"
 
 
-def check_type(algorithm: str, kind: str) -> None:
-    """Reject, before any part is uploaded, a checksum that the server cannot compute."""
-    if kind == FULL_OBJECT and algorithm not in _WIDTHS:
-        text = f"The {kind} checksum type cannot be used with the {algorithm} checksum algorithm."
-        raise Fault("InvalidRequest", text)
-    new_digest(algorithm)
-    if kind == FULL_OBJECT:
-        _awscrt(f"combine_{algorithm}")
-
-
-def full(algorithm: str, parts: Sequence[tuple[str, int]]) -> str:
+def combine_full(algorithm: str, parts: Sequence[tuple[str, int]]) -> str:
     """Return the checksum of all bytes of an object, from the parts' checksums and sizes in bytes."""
-    combine, whole = _awscrt(f"combine_{algorithm}"), 0
+    combine, whole = getattr(crt, f"combine_{algorithm}"), 0
     for part, size in parts:
         whole = combine(whole, int.from_bytes(base64.b64decode(part), "big"), size)
-    return base64.b64encode(whole.to_bytes(_WIDTHS[algorithm], "big")).decode()
+    return base64.b64encode(whole.to_bytes(_CRC_BYTES[algorithm], "big")).decode()
 
 
-def as_headers(checksums: Mapping[str, str]) -> dict[str, str]:
+def checksum_headers(checksums: Mapping[str, str]) -> dict[str, str]:
     """Return the response headers for checksums and the checksum type."""
     if not checksums:
         return {}
@@ -128,79 +100,18 @@ def as_headers(checksums: Mapping[str, str]) -> dict[str, str]:
     return {**{PREFIX + name: value for name, value in checksums.items()}, f"{PREFIX}type": kind}
 
 
-def as_elements(checksums: Mapping[str, str]) -> list[tuple[str, str]]:
+def checksum_elements(checksums: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the XML elements for checksums."""
-    names = {"crc32": "CRC32", "crc32c": "CRC32C", "crc64nvme": "CRC64NVME"}
-    return [
-        (f"Checksum{names.get(name, name.upper())}", value) for name, value in checksums.items()
-    ]
+    return [(f"Checksum{name.upper()}", value) for name, value in checksums.items()]
 
 
-def from_elements(values: Mapping[str, str]) -> dict[str, str]:
+def parse_elements(values: Mapping[str, str]) -> dict[str, str]:
     """Return checksums by algorithm, from elements such as ``ChecksumCRC32`` by name."""
-    start = "Checksum"
     return {
-        name[len(start) :].lower(): value
+        name.removeprefix("Checksum").lower(): value
         for name, value in values.items()
-        if name.startswith(start) and name != "ChecksumType"
+        if name.startswith("Checksum") and name != "ChecksumType"
     }
-
-
-class Expected:
-    """The checksums that a request announces, computed while the body arrives."""
-
-    def __init__(self, headers: Mapping[str, str], sha256: str | None, of_body: bool) -> None:
-        """Read the announced checksums.
-
-        Args:
-            headers: headers with lower-case names.
-            sha256: the signed hash in hexadecimal.
-            of_body: whether the checksums in the headers cover the body.
-        """
-        self._sha256 = sha256
-        self._md5 = _base64(headers["content-md5"], 16) if "content-md5" in headers else None
-        self._sent = sent_checksums(headers) if of_body else {}
-        trailers = headers.get("x-amz-trailer", "")
-        self.trailers = [each.strip().lower() for each in trailers.split(",") if each.strip()]
-        later = [name[len(PREFIX) :] for name in self.trailers if name.startswith(PREFIX)]
-        self._digests = {name: new_digest(name) for name in {*self._sent, *later}}
-        self._digests |= {} if sha256 is None else {"": hashlib.sha256()}
-        self._digests |= {"md5": hashlib.md5(usedforsecurity=False)} if self._md5 else {}
-
-    def update(self, data: bytes) -> None:
-        """Process ``data``."""
-        for digest in self._digests.values():
-            digest.update(data)
-
-    def verify(self, trailers: Mapping[str, str]) -> dict[str, str]:
-        """Return the verified checksums by algorithm.
-
-        Raises:
-            Fault: ``XAmzContentSHA256Mismatch``, ``BadDigest``, ``InvalidRequest``.
-        """
-        found = {name: digest.digest() for name, digest in self._digests.items()}
-        if self._sha256 is not None and found.pop("").hex() != self._sha256:
-            text = "The provided 'x-amz-content-sha256' header does not match what was computed."
-            raise Fault("XAmzContentSHA256Mismatch", text)
-        if self._md5 and found.pop("md5") != self._md5:
-            text = "The Content-MD5 you specified did not match what we received."
-            raise Fault("BadDigest", text)
-        checksums = {**self._sent, **sent_checksums(trailers)}
-        for name, digest in found.items():
-            if base64.b64encode(digest).decode() != checksums.get(name):
-                text = f"The {name.upper()} you specified did not match the calculated checksum."
-                raise Fault("BadDigest", text)
-        return checksums
-
-
-def _base64(text: str, size: int) -> bytes:
-    try:
-        value = base64.b64decode(text.strip(), validate=True)
-    except ValueError:
-        value = b""
-    if len(value) != size:
-        raise Fault("InvalidDigest", "The Content-MD5 you specified was invalid.")
-    return value
 
 
 class Chunked:
@@ -292,9 +203,8 @@ class Chunked:
             self._lines.append(f"{name}:{value.strip()}\n")
 
     def _check_trailers(self) -> None:
-        given = self.trailers.keys() - {_SIGNATURE}
-        if given != self._announced:
-            text = "The trailers of the body are not those that x-amz-trailer announced."
+        if self.trailers.keys() - {_SIGNATURE} != self._announced:
+            text = "The trailers of the body differ from x-amz-trailer."
             raise Fault("MalformedTrailerError", text)
         if self._announced:
             digest = hashlib.sha256("".join(self._lines).encode("latin-1")).hexdigest()
@@ -305,30 +215,26 @@ class Chunked:
         """Verify a signature, which covers the signature of the previous chunk."""
         if self._signed is None:
             return
-        given = self._signed
-        text = "\n".join((kind, given.moment, given.scope, self._previous, *hashes))
-        made = hmac.new(given.signing_key, text.encode(), hashlib.sha256).hexdigest()
-        if not hmac.compare_digest(made, signature):
+        head = self._signed
+        text = "\n".join((kind, head.moment, head.scope, self._previous, *hashes))
+        expected = hmac.new(head.signing_key, text.encode(), hashlib.sha256).hexdigest()
+        if not hmac.compare_digest(expected, signature):
             text = (
                 "The signature of a chunk of the body does not match the one that was calculated."
             )
             raise Fault("SignatureDoesNotMatch", text)
-        self._previous = made
+        self._previous = expected
 
 
 def _broken() -> Fault:
-    return Fault("InvalidChunk", "The body is not in the aws-chunked coding.")
+    return Fault("InvalidChunk", "The body is not aws-chunked.")
 
 
 class SignedBody:
     """The requirements on the body of one request. :meth:`receive` reads the body."""
 
     def __init__(
-        self,
-        headers: Mapping[str, str],
-        signed: Signed,
-        limit: int,
-        of_body: bool,
+        self, headers: Mapping[str, str], signed: Signed, limit: int, covers_body: bool
     ) -> None:
         """Check the headers.
 
@@ -336,26 +242,37 @@ class SignedBody:
             headers: headers with lower-case names.
             signed: the verified signature. ``sigv4`` has decided whether the body may be unsigned.
             limit: maximum decoded size in bytes.
-            of_body: whether the checksums in the headers cover the body.
+            covers_body: whether the checksums in the headers cover the body.
 
         Raises:
             Fault: ``EntityTooLarge``, ``InvalidArgument``, ``NotImplemented``, ``InvalidDigest``.
         """
-        # A hash or one of these names: no signature with another word is let in.
         kind = signed.payload
         streaming = kind in (STREAMED_UNSIGNED, *STREAMED)
-        self._expected = Expected(headers, None if streaming or kind == UNSIGNED else kind, of_body)
-        self._chunked: Chunked | None = None
-        if streaming:
-            keys = signed if kind in STREAMED else None
-            self._chunked = Chunked(keys, self._expected.trailers)
         self.length = _length(
             headers, "x-amz-decoded-content-length" if streaming else "content-length"
         )
-        self._limit, self._size = limit, 0
         self.has_length = self.length is not None or streaming
+        self._limit, self._size = limit, 0
         if (self.length or 0) > limit:
             raise _too_large()
+        trailers = [each.strip().lower() for each in headers.get("x-amz-trailer", "").split(",")]
+        trailers = [each for each in trailers if each]
+        self._chunked: Chunked | None = None
+        if streaming:
+            self._chunked = Chunked(signed if kind in STREAMED else None, trailers)
+        self._sha256 = None if streaming or kind == UNSIGNED else kind
+        self._md5 = _decode_md5(headers["content-md5"]) if "content-md5" in headers else None
+        self._sent = sent_checksums(headers) if covers_body else {}
+        later = [each.removeprefix(PREFIX) for each in trailers if each.startswith(PREFIX)]
+        self._digests = {name: new_digest(name) for name in {*self._sent, *later}}
+        self._all_digests = [*self._digests.values()]
+        if self._sha256 is not None:
+            self._body_sha256 = hashlib.sha256()
+            self._all_digests.append(self._body_sha256)
+        if self._md5 is not None:
+            self._body_md5 = hashlib.md5(usedforsecurity=False)
+            self._all_digests.append(self._body_md5)
 
     async def receive(self, body: RequestBody, sink: Callable[[bytes], Any]) -> dict[str, str]:
         """Read the body into ``sink``, called in a thread, and return the verified checksums.
@@ -365,16 +282,17 @@ class SignedBody:
                 ``sink``.
             ClientDisconnect: if the body ends early.
         """
-        await body.write_to(partial(self._take, sink))
+        await body.write_to(partial(self._write, sink))
         return self._verify()
 
-    def _take(self, sink: Callable[[bytes], Any], data: bytes) -> None:
+    def _write(self, sink: Callable[[bytes], Any], data: bytes) -> None:
         if self._chunked is not None:
             data = self._chunked.decode(data)
         self._size += len(data)
         if self._size > self._limit:
             raise _too_large()
-        self._expected.update(data)
+        for digest in self._all_digests:
+            digest.update(data)
         sink(data)
 
     def _verify(self) -> dict[str, str]:
@@ -385,7 +303,28 @@ class SignedBody:
         if self.length is not None and self.length != self._size:
             text = "You did not provide the number of bytes specified by the Content-Length HTTP header"
             raise Fault("IncompleteBody", text)
-        return self._expected.verify(trailers)
+        if self._sha256 is not None and self._body_sha256.hexdigest() != self._sha256:
+            text = "The provided 'x-amz-content-sha256' header does not match what was computed."
+            raise Fault("XAmzContentSHA256Mismatch", text)
+        if self._md5 is not None and self._body_md5.digest() != self._md5:
+            text = "The Content-MD5 you specified did not match what we received."
+            raise Fault("BadDigest", text)
+        checksums = {**self._sent, **sent_checksums(trailers)}
+        for name, digest in self._digests.items():
+            if base64.b64encode(digest.digest()).decode() != checksums.get(name):
+                text = f"The {name.upper()} you specified did not match the calculated checksum."
+                raise Fault("BadDigest", text)
+        return checksums
+
+
+def _decode_md5(text: str) -> bytes:
+    try:
+        value = base64.b64decode(text.strip(), validate=True)
+    except ValueError:
+        value = b""
+    if len(value) != 16:
+        raise Fault("InvalidDigest", "The Content-MD5 you specified was invalid.")
+    return value
 
 
 def _length(headers: Mapping[str, str], name: str) -> int | None:

@@ -20,12 +20,12 @@ MOST_KEYS = 1000
 def list_buckets(stores: Stores, request: S3Request, body: bytes) -> Response:
     """List the account's buckets by name, all on one page."""
     prefix = request.query.get("prefix", "")
-    found = [
+    matching = [
         each for each in stores.objects.buckets(request.account) if each.name.startswith(prefix)
     ]
     shown = [
         ("Bucket", [("Name", each.name), ("CreationDate", timestamp(each.created))])
-        for each in found
+        for each in matching
     ]
     return xml_response("ListAllMyBucketsResult", [owner(request), ("Buckets", shown)])
 
@@ -59,45 +59,50 @@ def bucket_location(stores: Stores, request: S3Request, body: bytes) -> Response
 
 def list_objects_v2(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Return a page of keys after a token or after ``start-after``."""
-    asked, encode = request.query, encoding(request)
-    token, most = asked.get("continuation-token"), request.number("max-keys", MOST_KEYS, MOST_KEYS)
-    marker = asked.get("start-after", "")
+    query, encode = request.query, encoding(request)
+    token, max_keys = (
+        query.get("continuation-token"),
+        request.number("max-keys", MOST_KEYS, MOST_KEYS),
+    )
+    marker = query.get("start-after", "")
     start = decoded_token(token) if token is not None else _start(request, marker)
-    found = _page(stores, request, start, most)
+    listing = _page(stores, request, start, max_keys)
     content: list[Element | None] = [
         ("Name", request.bucket),
-        ("Prefix", encode(asked.get("prefix", ""))),
-        ("Delimiter", encode(asked["delimiter"])) if asked.get("delimiter") else None,
+        ("Prefix", encode(query.get("prefix", ""))),
+        ("Delimiter", encode(query["delimiter"])) if query.get("delimiter") else None,
         ("StartAfter", encode(marker)) if marker else None,
-        ("MaxKeys", most),
-        ("KeyCount", len(found.entries)),
-        ("EncodingType", "url") if "encoding-type" in asked else None,
+        ("MaxKeys", max_keys),
+        ("KeyCount", len(listing.entries)),
+        ("EncodingType", "url") if "encoding-type" in query else None,
         ("ContinuationToken", token) if token is not None else None,
-        ("IsTruncated", found.next is not None),
-        ("NextContinuationToken", encoded_token(found.next)) if found.next is not None else None,
+        ("IsTruncated", listing.next is not None),
+        ("NextContinuationToken", encoded_token(listing.next))
+        if listing.next is not None
+        else None,
     ]
-    whose = owner(request) if asked.get("fetch-owner") == "true" else None
-    return xml_response("ListBucketResult", [*content, *_entries(found, encode, whose)])
+    owner_element = owner(request) if query.get("fetch-owner") == "true" else None
+    return xml_response("ListBucketResult", [*content, *_entries(listing, encode, owner_element)])
 
 
 def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Return a page of keys after ``marker``: version 1 of the operation."""
-    asked, encode = request.query, encoding(request)
-    most, marker = request.number("max-keys", MOST_KEYS, MOST_KEYS), asked.get("marker", "")
-    found = _page(stores, request, _start(request, marker), most)
-    last = found.entries[-1] if found.next is not None and found.entries else None
-    following = last.key if isinstance(last, StoredObject) else last
+    query, encode = request.query, encoding(request)
+    max_keys, marker = request.number("max-keys", MOST_KEYS, MOST_KEYS), query.get("marker", "")
+    listing = _page(stores, request, _start(request, marker), max_keys)
+    last = listing.entries[-1] if listing.next is not None and listing.entries else None
+    next_marker = last.key if isinstance(last, StoredObject) else last
     content: list[Element | None] = [
         ("Name", request.bucket),
-        ("Prefix", encode(asked.get("prefix", ""))),
+        ("Prefix", encode(query.get("prefix", ""))),
         ("Marker", encode(marker)),
-        ("NextMarker", encode(following)) if following and asked.get("delimiter") else None,
-        ("MaxKeys", most),
-        ("Delimiter", encode(asked["delimiter"])) if asked.get("delimiter") else None,
-        ("EncodingType", "url") if "encoding-type" in asked else None,
-        ("IsTruncated", found.next is not None),
+        ("NextMarker", encode(next_marker)) if next_marker and query.get("delimiter") else None,
+        ("MaxKeys", max_keys),
+        ("Delimiter", encode(query["delimiter"])) if query.get("delimiter") else None,
+        ("EncodingType", "url") if "encoding-type" in query else None,
+        ("IsTruncated", listing.next is not None),
     ]
-    entries = _entries(found, encode, owner(request))
+    entries = _entries(listing, encode, owner(request))
     return xml_response("ListBucketResult", [*content, *entries])
 
 
@@ -139,8 +144,8 @@ def _start(request: S3Request, marker: str) -> str:
     return after(marker)
 
 
-def _page(stores: Stores, request: S3Request, start: str, most: int) -> Page:
-    if not most:
+def _page(stores: Stores, request: S3Request, start: str, limit: int) -> Page:
+    if not limit:
         stores.objects.bucket(request.account, request.bucket)
         return Page((), None)
     return page(
@@ -150,11 +155,13 @@ def _page(stores: Stores, request: S3Request, start: str, most: int) -> Page:
         prefix=request.query.get("prefix", ""),
         delimiter=request.query.get("delimiter", ""),
         start=start,
-        limit=most,
+        limit=limit,
     )
 
 
-def _entries(found: Page, encode: Callable[[str], str], whose: Element | None) -> list[Element]:
+def _entries(
+    listing: Page, encode: Callable[[str], str], owner_element: Element | None
+) -> list[Element]:
     entries: list[Element] = [
         (
             "Contents",
@@ -164,10 +171,10 @@ def _entries(found: Page, encode: Callable[[str], str], whose: Element | None) -
                 ("ETag", f'"{each.etag}"'),
                 *[("ChecksumAlgorithm", name.upper()) for name in each.checksums],
                 ("Size", each.size),
-                whose,
+                owner_element,
                 ("StorageClass", "STANDARD"),
             ],
         )
-        for each in found.objects
+        for each in listing.objects
     ]
-    return entries + [("CommonPrefixes", [("Prefix", encode(each))]) for each in found.prefixes]
+    return entries + [("CommonPrefixes", [("Prefix", encode(each))]) for each in listing.prefixes]

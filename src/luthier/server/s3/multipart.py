@@ -12,11 +12,11 @@ from luthier.server.s3.body import (
     COMPOSITE,
     FULL_OBJECT,
     PREFIX,
-    as_elements,
-    check_type,
-    composite,
-    from_elements,
-    full,
+    check_combinable,
+    checksum_elements,
+    combine_composite,
+    combine_full,
+    parse_elements,
     sent_checksums,
 )
 from luthier.server.s3.documents import Element, xml_response
@@ -35,8 +35,8 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
         raise Fault("InvalidRequest", "Value for x-amz-checksum-type header is invalid.")
     if algorithm:
         kind = kind or (FULL_OBJECT if algorithm == "crc64nvme" else COMPOSITE)
-        check_type(algorithm, kind)
-    made = stores.uploads.create(
+        check_combinable(algorithm, kind)
+    upload = stores.uploads.create(
         request.account,
         request.bucket,
         request.key,
@@ -46,7 +46,7 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     headers = {}
     if algorithm:
         headers = {"x-amz-checksum-algorithm": algorithm.upper(), "x-amz-checksum-type": kind}
-    content = [*_bucket_and_key(request), ("UploadId", made.id)]
+    content = [*_bucket_and_key(request), ("UploadId", upload.id)]
     return xml_response("InitiateMultipartUploadResult", content, **headers)
 
 
@@ -62,8 +62,8 @@ def upload_part(
 ) -> Response:
     """Store a part."""
     piece = _put_part(stores, request, written, checksums)
-    told = {PREFIX + name: value for name, value in piece.checksums.items()}
-    return Response(200, b"", {"ETag": f'"{piece.md5}"', **told})
+    checksum_headers = {PREFIX + name: value for name, value in piece.checksums.items()}
+    return Response(200, b"", {"ETag": f'"{piece.md5}"', **checksum_headers})
 
 
 def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -87,26 +87,26 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Create the object from the parts that a document lists."""
-    chosen = _parse_parts(body)
+    parts = _parse_parts(body)
     expected = sent_checksums(request.headers)
 
     def checksum(upload: Upload, pieces: Sequence[ObjectPiece]) -> dict[str, str]:
-        return _of_whole(upload, pieces, expected)
+        return _object_checksum(upload, pieces, expected)
 
-    made = stores.uploads.complete(
+    stored = stores.uploads.complete(
         request.account,
         request.bucket,
         request.key,
         request.query["uploadId"],
-        chosen,
+        parts,
         checksum,
         lambda now: check_write(request.headers, now),
     )
     content = [
         ("Location", f"/{request.bucket}/{request.key}"),
         *_bucket_and_key(request),
-        ("ETag", f'"{made.etag}"'),
-        *as_elements(made.checksums),
+        ("ETag", f'"{stored.etag}"'),
+        *checksum_elements(stored.checksums),
     ]
     return xml_response("CompleteMultipartUploadResult", content)
 
@@ -143,38 +143,42 @@ def _parse_parts(body: bytes) -> list[CompletedPart]:
     parts = documents.parse(body, "CompleteMultipartUpload").findall("Part")
     if not 1 <= len(parts) <= MOST_PARTS:
         raise documents.malformed_xml()
-    chosen = []
+    completed = []
     for part in parts:
         values = {child.tag: (child.text or "").strip() for child in part}
         number = parse_digits(values.get("PartNumber", ""), 9)
         etag = values.get("ETag", "").strip('"')
         if number is None or not etag:
             raise documents.malformed_xml()
-        chosen.append(CompletedPart(number, etag, from_elements(values)))
-    return chosen
+        completed.append(CompletedPart(number, etag, parse_elements(values)))
+    return completed
 
 
-def _of_whole(
+def _object_checksum(
     upload: Upload, pieces: Sequence[ObjectPiece], expected: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the checksum of the object if all parts have checksums."""
-    name, made = upload.checksum, {}
-    of_parts = [piece.checksums.get(name) for piece in pieces]
-    known = [each for each in of_parts if each is not None]
-    if name and len(known) == len(pieces):
+    algorithm, combined = upload.checksum, {}
+    of_parts = [piece.checksums.get(algorithm) for piece in pieces]
+    checksums = [each for each in of_parts if each is not None]
+    if algorithm and len(checksums) == len(pieces):
         if upload.checksum_type == COMPOSITE:
-            made = {name: composite(name, known)}
+            combined = {algorithm: combine_composite(algorithm, checksums)}
         else:
             sizes = [piece.size for piece in pieces]
-            made = {name: full(name, list(zip(known, sizes, strict=True)))}
-    for algorithm, value in expected.items():
-        if algorithm not in made:
-            text = f"The {algorithm.upper()} of the whole is not known: its parts came without."
+            combined = {
+                algorithm: combine_full(algorithm, list(zip(checksums, sizes, strict=True)))
+            }
+    for sent_algorithm, value in expected.items():
+        if sent_algorithm not in combined:
+            text = f"The {sent_algorithm.upper()} is unknown, because parts have no checksum."
             raise Fault("InvalidRequest", text)
-        if made[algorithm].partition("-")[0] != value.partition("-")[0]:
-            text = f"The {algorithm.upper()} you specified did not match the calculated checksum."
+        if combined[sent_algorithm].partition("-")[0] != value.partition("-")[0]:
+            text = (
+                f"The {sent_algorithm.upper()} you specified did not match the calculated checksum."
+            )
             raise Fault("BadDigest", text)
-    return made
+    return combined
 
 
 def _bucket_and_key(request: S3Request) -> list[Element]:

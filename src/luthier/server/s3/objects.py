@@ -11,7 +11,7 @@ from luthier.errors import ObjectRefused
 from luthier.server.audit import record_action
 from luthier.server.http.messages import Fault, Response, timestamp
 from luthier.server.s3 import documents
-from luthier.server.s3.body import as_elements, as_headers
+from luthier.server.s3.body import checksum_elements, checksum_headers
 from luthier.server.s3.documents import Element, xml_response
 from luthier.server.s3.request import S3Request, Stores, arn, copy_source, describe_object
 from luthier.server.tables.object_files import WrittenFile
@@ -32,22 +32,22 @@ def span(header: str | None, size: int) -> tuple[int, int] | None:
     Raises:
         Fault: ``InvalidRange`` if the range does not overlap the object.
     """
-    found = re.fullmatch(r"\s*bytes=([0-9]{0,18})-([0-9]{0,18})\s*", header or "")
-    if found is None or not (found[1] or found[2]):
+    match = re.fullmatch(r"\s*bytes=([0-9]{0,18})-([0-9]{0,18})\s*", header or "")
+    if match is None or not (match[1] or match[2]):
         return None  # several ranges, or another unit: passed over, as the RFC allows
-    if found[1]:
-        first, last = int(found[1]), int(found[2] or size - 1)
-        if found[2] and int(found[2]) < first:
+    if match[1]:
+        first, last = int(match[1]), int(match[2] or size - 1)
+        if match[2] and int(match[2]) < first:
             return None
     else:
-        first, last = max(0, size - int(found[2])), size - 1
-    if first >= size or (not found[1] and not int(found[2])):
+        first, last = max(0, size - int(match[2])), size - 1
+    if first >= size or (not match[1] and not int(match[2])):
         text = "The requested range is not satisfiable"
         raise Fault("InvalidRange", text, headers={"Content-Range": f"bytes */{size}"})
     return first, min(last, size - 1) - first + 1
 
 
-def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if-") -> None:
+def check_read(headers: Mapping[str, str], stored: StoredObject, start: str = "if-") -> None:
     """Check the conditions of a read, in headers whose names begin with ``start``.
 
     Raises:
@@ -56,42 +56,42 @@ def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if
     match, none_match = headers.get(f"{start}match"), headers.get(f"{start}none-match")
     changed = headers.get(f"{start}modified-since")
     unchanged = headers.get(f"{start}unmodified-since")
-    moment = found.modified.replace(microsecond=0)
+    modified = stored.modified.replace(microsecond=0)
     if match is not None:
-        if not _matches(match, found):
+        if not _matches(match, stored):
             raise _precondition_failed("If-Match")
-    elif unchanged is not None and (limit := _moment(unchanged)) and moment > limit:
+    elif unchanged is not None and (limit := _moment(unchanged)) and modified > limit:
         raise _precondition_failed("If-Unmodified-Since")
     if none_match is not None:
-        same = _matches(none_match, found)
+        is_current = _matches(none_match, stored)
     else:
         limit = _moment(changed) if changed is not None else None
-        same = limit is not None and moment <= limit
-    if same and start == "if-":
-        validators = {"ETag": f'"{found.etag}"', "Last-Modified": http_date(found.modified)}
+        is_current = limit is not None and modified <= limit
+    if is_current and start == "if-":
+        validators = {"ETag": f'"{stored.etag}"', "Last-Modified": http_date(stored.modified)}
         raise Fault("NotModified", "Not Modified", headers=validators)
-    if same:
+    if is_current:
         raise _precondition_failed("If-None-Match")
 
 
-def check_write(headers: Mapping[str, str], found: StoredObject | None) -> None:
+def check_write(headers: Mapping[str, str], stored: StoredObject | None) -> None:
     """Check the conditions of a write against the current object of the key.
 
     Raises:
         Fault: ``PreconditionFailed``; ``NoSuchKey`` if ``If-Match`` requires a missing object.
     """
     match, none_match = headers.get("if-match"), headers.get("if-none-match")
-    if match is not None and found is None:
+    if match is not None and stored is None:
         raise Fault("NoSuchKey", "The specified key does not exist.")
-    if match is not None and found is not None and not _matches(match, found):
+    if match is not None and stored is not None and not _matches(match, stored):
         raise _precondition_failed("If-Match")
-    if none_match is not None and found is not None and _matches(none_match, found):
+    if none_match is not None and stored is not None and _matches(none_match, stored):
         raise _precondition_failed("If-None-Match")
 
 
-def _matches(header: str, found: StoredObject) -> bool:
+def _matches(header: str, stored: StoredObject) -> bool:
     tags = [each.strip().removeprefix("W/").strip('"') for each in header.split(",")]
-    return "*" in tags or found.etag in tags
+    return "*" in tags or stored.etag in tags
 
 
 def _moment(text: str) -> datetime | None:
@@ -112,19 +112,19 @@ def before_put(stores: Stores, request: S3Request) -> int:
     check_key(request.key)
     describe_object(request, {})
     try:
-        found = stores.objects.head(request.account, request.bucket, request.key)
+        replaced = stores.objects.head(request.account, request.bucket, request.key)
     except ObjectRefused as refused:
         if refused.rule != "NoSuchKey":
             raise
         return 0
-    return found.size
+    return replaced.size
 
 
 def put_object(
     stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
 ) -> Response:
     """Store the received file under the key."""
-    made = stores.objects.put(
+    stored = stores.objects.put(
         request.account,
         request.bucket,
         request.key,
@@ -132,29 +132,29 @@ def put_object(
         describe_object(request, checksums),
         lambda now: check_write(request.headers, now),
     )
-    return Response(200, b"", {"ETag": f'"{made.etag}"', **as_headers(made.checksums)})
+    return Response(200, b"", {"ETag": f'"{stored.etag}"', **checksum_headers(stored.checksums)})
 
 
 def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Return an object or a byte range of an object."""
     range_header = request.headers.get("range")
 
-    def choose_range(found: StoredObject) -> tuple[int, int]:
-        check_read(request.headers, found)
-        return span(range_header, found.size) or (0, found.size)
+    def choose_range(stored: StoredObject) -> tuple[int, int]:
+        check_read(request.headers, stored)
+        return span(range_header, stored.size) or (0, stored.size)
 
-    found, pieces = stores.objects.open_range(
+    stored, pieces = stores.objects.open_range(
         request.account, request.bucket, request.key, choose_range
     )
-    status, headers = _status_and_headers(request, found)
+    status, headers = _status_and_headers(request, stored)
     return Response(status, pieces, headers)
 
 
 def head_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Return the headers of an object."""
-    found = stores.objects.head(request.account, request.bucket, request.key)
-    check_read(request.headers, found)
-    status, headers = _status_and_headers(request, found)
+    stored = stores.objects.head(request.account, request.bucket, request.key)
+    check_read(request.headers, stored)
+    status, headers = _status_and_headers(request, stored)
     return Response(status, b"", headers)
 
 
@@ -172,7 +172,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     if not keys or len(keys) > MOST_DELETED or not all(keys):
         raise documents.malformed_xml()
     if any(each.findtext("VersionId") for each in named):
-        raise Fault("NotImplemented", "Objects have no versions here.")
+        raise Fault("NotImplemented", "Object versions are not supported.")
     stores.objects.bucket(request.account, request.bucket)
     allowed: list[str] = []
     results: list[Element] = []
@@ -206,42 +206,44 @@ def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
         )
         raise Fault("InvalidRequest", text)
 
-    def describe_copy(found: StoredObject) -> ObjectMetadata:
-        check_read(request.headers, found, "x-amz-copy-source-if-")
+    def describe_copy(stored: StoredObject) -> ObjectMetadata:
+        check_read(request.headers, stored, "x-amz-copy-source-if-")
         if directive == "REPLACE":
-            return describe_object(request, found.checksums)
-        return ObjectMetadata(found.headers, found.user_metadata, found.checksums)
+            return describe_object(request, stored.checksums)
+        return ObjectMetadata(stored.headers, stored.user_metadata, stored.checksums)
 
-    made = stores.objects.copy(request.account, source, target, describe_copy)
-    return xml_response("CopyObjectResult", copy_elements(made.etag, made.modified, made.checksums))
+    copied = stores.objects.copy(request.account, source, target, describe_copy)
+    return xml_response(
+        "CopyObjectResult", copy_elements(copied.etag, copied.modified, copied.checksums)
+    )
 
 
 def copy_elements(etag: str, modified: datetime, checksums: Mapping[str, str]) -> list[Element]:
     """Return the elements that describe a copy."""
     moment = timestamp(modified)
-    return [("ETag", f'"{etag}"'), ("LastModified", moment), *as_elements(checksums)]
+    return [("ETag", f'"{etag}"'), ("LastModified", moment), *checksum_elements(checksums)]
 
 
-def _status_and_headers(request: S3Request, found: StoredObject) -> tuple[int, dict[str, str]]:
-    part = span(request.headers.get("range"), found.size)
+def _status_and_headers(request: S3Request, stored: StoredObject) -> tuple[int, dict[str, str]]:
+    byte_range = span(request.headers.get("range"), stored.size)
     headers = {
-        "ETag": f'"{found.etag}"',
-        "Last-Modified": http_date(found.modified),
+        "ETag": f'"{stored.etag}"',
+        "Last-Modified": http_date(stored.modified),
         "Accept-Ranges": "bytes",
         "content-type": "binary/octet-stream",
-        **found.headers,
+        **stored.headers,
         **_overrides(request),
-        **{f"x-amz-meta-{name}": value for name, value in found.user_metadata.items()},
-        # The console has the same origin: what a client stored must not act there.
+        **{f"x-amz-meta-{name}": value for name, value in stored.user_metadata.items()},
+        # The console has the same origin, so a stored page must not run scripts.
         "Content-Security-Policy": "sandbox",
         "X-Content-Type-Options": "nosniff",
     }
-    if part is None:
+    if byte_range is None:
         if request.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
-            headers |= as_headers(found.checksums)
-        return 200, {**headers, "Content-Length": str(found.size)}
-    first, length = part
-    headers["Content-Range"] = f"bytes {first}-{first + length - 1}/{found.size}"
+            headers |= checksum_headers(stored.checksums)
+        return 200, {**headers, "Content-Length": str(stored.size)}
+    first, length = byte_range
+    headers["Content-Range"] = f"bytes {first}-{first + length - 1}/{stored.size}"
     return 206, {**headers, "Content-Length": str(length)}
 
 
@@ -254,5 +256,5 @@ def _overrides(request: S3Request) -> dict[str, str]:
     }
     for name, value in overrides.items():
         if not all(" " <= letter <= "~" for letter in value):
-            raise Fault("InvalidArgument", f"{_RESPONSE}{name} is no value of a header.")
+            raise Fault("InvalidArgument", f"{_RESPONSE}{name} is not a valid header value.")
     return overrides

@@ -57,17 +57,17 @@ class S3Request:
         """ARN of the bucket or object."""
         return arn(self.bucket, self.key)
 
-    def number(self, name: str, default: int, most: int, least: int = 0) -> int:
+    def number(self, name: str, default: int, maximum: int, minimum: int = 0) -> int:
         """Return a number of the query, at most ``most``."""
         text = self.query.get(name, "")
         if not text:
             return default
         number = parse_digits(text, 9)
-        if number is None or number < least:
+        if number is None or number < minimum:
             raise Fault(
                 "InvalidArgument", f"Provided {name} not an integer or within integer range"
             )
-        return min(number, most)
+        return min(number, maximum)
 
 
 def arn(bucket: str, key: str = "") -> str:
@@ -103,7 +103,7 @@ def copy_source(request: S3Request) -> tuple[str, str]:
     except ValueError:
         bucket = slash = key = ""
     if query:
-        raise Fault("NotImplemented", "Objects have no versions here.")
+        raise Fault("NotImplemented", "Object versions are not supported.")
     if not (bucket and slash and key):
         text = "Copy Source must mention the source bucket and key: sourcebucket/sourcekey"
         raise Fault("InvalidArgument", text)
@@ -112,14 +112,14 @@ def copy_source(request: S3Request) -> tuple[str, str]:
 
 def describe_object(request: S3Request, checksums: Mapping[str, str]) -> ObjectMetadata:
     """Return the metadata of the new object from the headers of a request."""
-    given = request.headers
-    headers = {name: given[name] for name in DESCRIBING if name in given}
+    sent = request.headers
+    headers = {name: sent[name] for name in DESCRIBING if name in sent}
     codings = [each.strip() for each in headers.pop("content-encoding", "").split(",")]
-    left = ",".join(each for each in codings if each and each != "aws-chunked")
-    if left:
-        headers["content-encoding"] = left
+    content_encoding = ",".join(each for each in codings if each and each != "aws-chunked")
+    if content_encoding:
+        headers["content-encoding"] = content_encoding
     metadata = {
-        name[len(_METADATA) :]: value for name, value in given.items() if name.startswith(_METADATA)
+        name[len(_METADATA) :]: value for name, value in sent.items() if name.startswith(_METADATA)
     }
     if sum(len(name) + len(value) for name, value in metadata.items()) > _METADATA_BYTES:
         text = "Your metadata headers exceed the maximum allowed metadata size"
@@ -132,7 +132,9 @@ def _check(request: S3Request) -> None:
     if owner != request.account:
         raise Fault("AccessDenied", "Access Denied")
     if request.headers.get("x-amz-acl", "") not in _PRIVATE:
-        raise Fault("NotImplemented", "Everything here is private to its account.")
+        raise Fault(
+            "NotImplemented", "ACLs are not supported: each bucket is private to its account."
+        )
     for name in request.headers:
         if name.startswith(_REFUSED) and request.method in ("PUT", "POST"):
             text = "A header you provided implies functionality that is not implemented"

@@ -26,8 +26,8 @@ from luthier.server.tables.multipart import MultipartUploads
 from luthier.server.tables.object_files import WrittenFile
 from luthier.server.tables.objects import UPLOADS, Objects
 
-Works = Callable[[Stores, S3Request, bytes], Response]
-Keeps = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]
+Respond = Callable[[Stores, S3Request, bytes], Response]
+Store = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class S3Operation:
     """``service``, ``bucket`` or ``object``."""
     action: str
     """Action that a role must allow."""
-    works: Works | None = None
-    keeps: Keeps | None = None
+    respond: Respond | None = None
+    store: Store | None = None
     """Implementation of an operation that stores the body as a file."""
-    before: Callable[[Stores, S3Request], int] = lambda stores, request: 0
+    precheck: Callable[[Stores, S3Request], int] = lambda stores, request: 0
     """Checks the request before the body is read. Returns the bytes that the new file replaces."""
-    needs: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
     """Required keys of the query."""
-    may: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
     """Optional keys of the query."""
-    whole: bool = False
+    covers_object: bool = False
     """True if checksums in the headers cover the object instead of the body."""
     copies: bool = False
     """True if a header names a source object in place of a body."""
@@ -72,33 +72,34 @@ _UPLOAD, _NEW = _keys("uploadId"), _keys("uploads")
 
 OPERATIONS = (
     S3Operation("ListBuckets", "GET", "service", "s3:ListAllMyBuckets", buckets.list_buckets,
-              may=_BUCKETS),
+           optional=_BUCKETS),
     S3Operation("CreateBucket", "PUT", "bucket", "s3:CreateBucket", buckets.create_bucket),
     S3Operation("HeadBucket", "HEAD", "bucket", "s3:ListBucket", buckets.head_bucket),
     S3Operation("DeleteBucket", "DELETE", "bucket", "s3:DeleteBucket", buckets.delete_bucket),
     S3Operation("GetBucketLocation", "GET", "bucket", "s3:GetBucketLocation", buckets.bucket_location,
-              needs=_keys("location")),
+           required=_keys("location")),
     S3Operation("ListObjectsV2", "GET", "bucket", "s3:ListBucket", buckets.list_objects_v2,
-              needs=_keys("list-type"), may=_V2),
-    S3Operation("ListObjects", "GET", "bucket", "s3:ListBucket", buckets.list_objects, may=_V1),
+           required=_keys("list-type"), optional=_V2),
+    S3Operation("ListObjects", "GET", "bucket", "s3:ListBucket", buckets.list_objects, optional=_V1),
     S3Operation("DeleteObjects", "POST", "bucket", "s3:DeleteObject", objects.delete_objects,
-              needs=_keys("delete")),
-    S3Operation("PutObject", "PUT", "object", "s3:PutObject", keeps=objects.put_object,
-              before=objects.before_put),
+           required=_keys("delete")),
+    S3Operation("PutObject", "PUT", "object", "s3:PutObject", store=objects.put_object,
+           precheck=objects.before_put),
     S3Operation("CopyObject", "PUT", "object", "s3:PutObject", objects.copy_object, copies=True),
-    S3Operation("GetObject", "GET", "object", "s3:GetObject", objects.get_object, may=_RESPONSE),
-    S3Operation("HeadObject", "HEAD", "object", "s3:GetObject", objects.head_object, may=_RESPONSE),
+    S3Operation("GetObject", "GET", "object", "s3:GetObject", objects.get_object, optional=_RESPONSE),
+    S3Operation("HeadObject", "HEAD", "object", "s3:GetObject", objects.head_object,
+           optional=_RESPONSE),
     S3Operation("DeleteObject", "DELETE", "object", "s3:DeleteObject", objects.delete_object),
     S3Operation("CreateMultipartUpload", "POST", "object", "s3:PutObject", multipart.create_upload,
-              needs=_NEW),
-    S3Operation("UploadPart", "PUT", "object", "s3:PutObject", keeps=multipart.upload_part,
-              before=multipart.before_part, needs=_PART),
+           required=_NEW),
+    S3Operation("UploadPart", "PUT", "object", "s3:PutObject", store=multipart.upload_part,
+           precheck=multipart.before_part, required=_PART),
     S3Operation("UploadPartCopy", "PUT", "object", "s3:PutObject", multipart.copy_part,
-              needs=_PART, copies=True),
+           required=_PART, copies=True),
     S3Operation("CompleteMultipartUpload", "POST", "object", "s3:PutObject",
-              multipart.complete_upload, needs=_UPLOAD, whole=True),
+           multipart.complete_upload, required=_UPLOAD, covers_object=True),
     S3Operation("AbortMultipartUpload", "DELETE", "object", "s3:AbortMultipartUpload",
-              multipart.abort_upload, needs=_UPLOAD),
+           multipart.abort_upload, required=_UPLOAD),
 )  # fmt: skip
 
 
@@ -106,20 +107,21 @@ def operation_of(request: S3Request) -> S3Operation:
     """Return the requested operation.
 
     Raises:
-        Fault: ``MethodNotAllowed``. ``NotImplemented`` for an unsupported query such as ``?acl``,
-            which
+        Fault: ``MethodNotAllowed``. ``NotImplemented`` for an unsupported query such as ``?acl``, which
             must not select the operation without the query.
     """
     level = "object" if request.key else "bucket" if request.bucket else "service"
-    there = [each for each in OPERATIONS if (each.method, each.level) == (request.method, level)]
-    if not there:
+    candidates = [
+        each for each in OPERATIONS if (each.method, each.level) == (request.method, level)
+    ]
+    if not candidates:
         text = "The specified method is not allowed against this resource."
         raise Fault("MethodNotAllowed", text)
     # Signatures in the query were verified, and x-id only names the operation for logs.
-    asked = {key for key in request.query if not key.lower().startswith("x-amz-")} - {"x-id"}
+    keys = {key for key in request.query if not key.lower().startswith("x-amz-")} - {"x-id"}
     copies = "x-amz-copy-source" in request.headers
-    for each in there:
-        if each.needs <= asked <= each.needs | each.may and each.copies == copies:
+    for each in candidates:
+        if each.required <= keys <= each.required | each.optional and each.copies == copies:
             return each
     text = "A query you provided implies functionality that is not implemented"
     raise Fault("NotImplemented", text)
@@ -166,7 +168,7 @@ def s3_api(objects: Objects, region: str) -> Api:
 
     async def endpoint(sent: HttpRequest) -> HttpResponse:
         sent.state.record.operation = f"s3.{sent.method}"
-        # In the coding of chunks a body is longer than the object.
+        # An aws-chunked body is longer than the object.
         sent.state.body.limit = 2 * OBJECT_LIMIT
         try:
             return to_starlette(await _respond(stores, read_head(sent), sent.state.body))
@@ -189,8 +191,9 @@ def s3_api(objects: Objects, region: str) -> Api:
 def refusal(fault: Fault, request_id: str) -> Response:
     """Return ``fault`` in S3's form. The details have ``headers`` and ``fields`` of the document."""
     code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
-    place = str(fault.details.get("place"))
-    code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(place, code)
+    code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(
+        str(fault.details.get("place")), code
+    )
     headers = fault.details.get("headers", {})
     status = _STATUS.get(code, 400)
     if status == 304:
@@ -210,26 +213,26 @@ async def _respond(stores: Stores, sent: Request, received: RequestBody) -> Resp
     request = read_request(received.head, sent.caller)
     operation = operation_of(request)
     authorize(request.caller, operation.action, request.resource)
-    if operation.works is not objects.delete_objects:  # which records each key
+    if operation.respond is not objects.delete_objects:  # which records each key
         record_action(operation.action, request.resource)
     if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
-        # Their other half is a row of the OpenAI API's files.
-        text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."
+        # Each file also has a database row, which only the OpenAI API writes.
+        text = f"{UPLOADS} contains OpenAI files. Write and delete files with the OpenAI API."
         raise Fault("AccessDenied", text)
-    limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
+    limit = OBJECT_LIMIT if operation.store else DOCUMENT_LIMIT
     assert sent.signed is not None
-    body = SignedBody(request.headers, sent.signed, limit, not operation.whole)
-    if operation.works is not None:
-        text_of_it = bytearray()
-        await body.receive(received, text_of_it.extend)
-        return await run_in_threadpool(operation.works, stores, request, bytes(text_of_it))
-    assert operation.keeps is not None
-    freed = await run_in_threadpool(operation.before, stores, request)
+    body = SignedBody(request.headers, sent.signed, limit, not operation.covers_object)
+    if operation.respond is not None:
+        document_body = bytearray()
+        await body.receive(received, document_body.extend)
+        return await run_in_threadpool(operation.respond, stores, request, bytes(document_body))
+    assert operation.store is not None
+    replaced = await run_in_threadpool(operation.precheck, stores, request)
     if not body.has_length:
         text = "You must provide the Content-Length HTTP header."
         raise Fault("MissingContentLength", text)
-    begin = partial(stores.objects.begin, freed=freed)
+    begin = partial(stores.objects.begin, freed=replaced)
     with await run_in_threadpool(begin, request.account, body.length) as writing:
         checksums = await body.receive(received, writing.write)
         written = await run_in_threadpool(writing.finish)
-        return await run_in_threadpool(operation.keeps, stores, request, written, checksums)
+        return await run_in_threadpool(operation.store, stores, request, written, checksums)
