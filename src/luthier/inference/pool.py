@@ -160,12 +160,6 @@ class ModelPool:
         """Return the number of tokens of ``prompt``."""
         return len(self.encode(model_id, prompt))
 
-    def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of token ids; raise ``TooLong`` for more than a prompt may have."""
-        with self._borrow(model_id) as entry:
-            ids_T = _writer(entry).encode(ids).tolist()
-            return [_writer(entry).constraints.token_bytes(i) for i in ids_T]
-
     def check_constraint(self, constraint: Constraint) -> None:
         """Raise :class:`InferenceRefused` for a constraint that no reply can satisfy."""
         from luthier.inference.constraints import check_constraint

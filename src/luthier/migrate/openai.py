@@ -25,7 +25,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.graders import Answer
 from luthier.migrate.files import MOST_BYTES, Import, Refused, file_name, read_text
 from luthier.server.http.messages import Fault
-from luthier.server.openai.eval_runs import DataSource, criteria_of
+from luthier.server.openai.eval_runs import DataSource, parse_criteria
 from luthier.server.openai.fine_tuning import (
     CreateJob,
     DpoHyperparameters,
@@ -254,7 +254,7 @@ class _Conversion:
         """Return the grader of a criterion. The grader returns 1 if a row passes."""
         if not isinstance(given, Mapping):
             return {}
-        (criterion,) = criteria_of([given], self._judge, {})
+        (criterion,) = parse_criteria([given], self._judge, {})
         fields = _below_item(grader_fields(given, f"testing_criteria[{index}]", self._judge))
         name = re.sub(r"\W+", "_", criterion.name.lower(), flags=re.ASCII).strip("_") or f"c{index}"
         if given["type"] not in ("string_check", "label_model"):

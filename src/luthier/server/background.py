@@ -121,7 +121,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         except QuotaExceeded as error:
             self.fail(row, "insufficient_quota", str(error))
         except Fault as fault:
-            self.fail(row, "server_error", fault.message)
+            code = "permission_denied" if fault.code == "AccessDenied" else "server_error"
+            self.fail(row, code, fault.message)
         except (DoesNotFit, SQLAlchemyError):
             # A full disk or unreachable database is temporary: the row keeps its results and waits.
             raise

@@ -229,10 +229,39 @@ def stored_id_of(session: Session, model: str) -> str | None:
 
 @dataclass(frozen=True)
 class ModelIds:
-    """Resolution of ``modelId`` for the runtime operations."""
+    """Models that an account can name: base models, own models and endpoints."""
 
     database: Database
     arns: Arns
+
+    def base(self, account: str, name: str) -> FoundationModel | CustomModel | None:
+        """Return a base model by alias, id or ARN, or an active model of the account by any name."""
+        base = find_foundation(self.arns, name)
+        if base is not None:
+            return base
+        with self.database.read() as session:
+            model = find_model(session, self.arns, account, name)
+        return model if model is not None and model.status == ACTIVE else None
+
+    def target(self, account: str, name: str) -> Invocable | None:
+        """Return the base model, endpoint or custom model with the name ``name``, or None.
+
+        Unlike in :func:`invocable`, a custom model needs no deployment.
+
+        Raises:
+            Fault: ``ModelNotReady`` for an endpoint in creation.
+        """
+        name = resolve_name(self.database, self.arns, account, name)
+        if find_foundation(self.arns, name) is None:
+            model = invocable_model(self.database, self.arns, account, name)
+            if model is not None:
+                return model
+        try:
+            return invocable(self.database, self.arns, account, name)
+        except Fault as fault:
+            if fault.code in ("ResourceNotFound", "Validation"):
+                return None
+            raise
 
     def stored_id(self, account: str, model_id: str) -> str:
         """Return the library id of ``model_id``; see :func:`invocable`."""

@@ -16,9 +16,9 @@ from luthier.files import write_json
 from luthier.inference.pool import ModelPool
 from luthier.library.folders import custom_folder
 from luthier.limits import AccountQuotas
+from luthier.server.identifiers import find_model
 from luthier.server.jobs.submit import Submission, submit
 from luthier.server.native.operations import Context
-from luthier.server.openai.models import Catalogue
 from luthier.server.tables import removal
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
@@ -73,11 +73,10 @@ def test_a_model_has_one_set_of_names_on_every_face(context: Context, arn: str) 
         model = session.query(CustomModel).one()
         model.status, model.openai_id, model.stored_id = ACTIVE, openai_id, "smollm2:model"
         arn, own_id = model.arn(context.arns), model.id
-    catalogue = Catalogue(context.database, context.arns)
     for name in ("model", own_id, openai_id, arn):
         path = f"/api/v1/models/{quote(name, safe='')}"
         assert ask(context, "GET", path).json()["id"] == own_id
-        found = catalogue.base(ACCOUNT, name)
+        found = context.models.base(ACCOUNT, name)
         assert isinstance(found, CustomModel) and found.id == own_id
 
 
@@ -94,8 +93,8 @@ def test_an_id_comes_before_a_name(context: Context, arn: str) -> None:
         session.flush()
         first.name = second.id
         session.flush()
-        assert context.custom(session, ACCOUNT, second.id) is second
-        assert context.custom(session, ACCOUNT, first.id) is first
+        assert find_model(session, context.arns, ACCOUNT, second.id) is second
+        assert find_model(session, context.arns, ACCOUNT, first.id) is first
 
 
 def test_an_event_that_no_number_names_is_none(context: Context, arn: str) -> None:

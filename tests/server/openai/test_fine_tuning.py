@@ -124,7 +124,6 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     assert made.result_files == [] and made.integrations == []
     assert made.method.supervised.hyperparameters.n_epochs == 2
     assert made.hyperparameters.learning_rate_multiplier == "auto"
-    assert not client.fine_tuning.jobs.checkpoints.list(made.id).data
 
     work(service)
     job = client.fine_tuning.jobs.retrieve(made.id)
@@ -158,15 +157,6 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     assert {each.data["step"] for each in metrics} == {1, 2, 3, 4}  # type: ignore[index]
     assert all(isinstance(each.data["train_loss"], float) for each in metrics)  # type: ignore[index]
     assert events[-1].type == "message" and events[-1].message == "The job was created."
-
-    points = client.fine_tuning.jobs.checkpoints.list(made.id).data
-    assert [each.step_number for each in points] == [4, 2]
-    assert points[0].fine_tuned_model_checkpoint == name
-    assert points[0].metrics.train_loss is not None
-    assert list(client.fine_tuning.jobs.checkpoints.list(made.id, limit=1)) == points
-    with pytest.MonkeyPatch.context() as small:
-        small.setattr("luthier.server.openai.fine_tuning._AT_ONCE", 1)
-        assert client.fine_tuning.jobs.checkpoints.list(made.id).data == points
 
     asked: Any = {"messages": [{"role": "user", "content": "What is red?"}], "max_tokens": 5}
     answer = client.chat.completions.create(model=name, temperature=0, **asked)
@@ -352,7 +342,6 @@ def test_jobs_of_all_apis_are_listed_with_what_they_are(
     assert (done.status, done.fine_tuned_model) == ("succeeded", "first-model"), done.error
     assert done.trained_tokens and done.result_files == []
     assert client.models.retrieve("first-model").id == "first-model"
-    assert client.fine_tuning.jobs.checkpoints.list("first").data
     assert client.fine_tuning.jobs.list_events("first").data
 
 
@@ -378,7 +367,6 @@ def test_lists(client: openai.OpenAI, other: openai.OpenAI) -> None:
         jobs_of.pause,
         jobs_of.resume,
         jobs_of.list_events,
-        jobs_of.checkpoints.list,
     ):
         with pytest.raises(openai.NotFoundError):
             attempt(made[0])

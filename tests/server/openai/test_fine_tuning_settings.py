@@ -8,7 +8,7 @@ import pytest
 
 from luthier.engine.defaults import DataFacts, choose
 from luthier.recipe import Recipe
-from luthier.server.openai.fine_tuning import CreateJob, settings_of, without_effect
+from luthier.server.openai.fine_tuning import CreateJob, settings_of
 
 BASE = {"model": "tiny", "training_file": "file-a"}
 FACTS = DataFacts(rows=40, longest=64, validation_rows=0, hidden=64)
@@ -41,17 +41,6 @@ def test_what_is_given_arrives() -> None:
     made = settings("reinforcement", grader={}, hyperparameters=rewards)
     assert made["training"] == {"seed": 5, "evaluate_every": 9}
     assert made["objective"] == {"num_generations": 16}
-
-
-def test_what_changes_nothing_is_said() -> None:
-    def said(**rewards: Any) -> list[str]:
-        arm = {"grader": {}, "hyperparameters": rewards}
-        method = {"type": "reinforcement", "reinforcement": arm}
-        return without_effect(CreateJob.model_validate({**BASE, "method": method}))
-
-    assert said() == said(eval_interval=9, reasoning_effort="default") == []
-    effort, samples = said(reasoning_effort="low", eval_samples=3)
-    assert "reasoning_effort is low" in effort and "eval_samples is 3" in samples
 
 
 def test_the_old_place_of_hyperparameters() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 from urllib.parse import parse_qs, unquote
 
-from fastapi import Depends, FastAPI, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.params import Form
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
@@ -100,6 +102,38 @@ class ApiRoute(APIRoute):
                 raise fault_of(error, state.record.request_id) from error
 
         return respond
+
+
+ContextT = TypeVar("ContextT")
+
+
+@dataclass(frozen=True)
+class ApiCall(Generic[ContextT]):
+    """A call of an operation by an authenticated caller."""
+
+    context: ContextT
+    """Services for the operations."""
+    caller: messages.Caller
+    action: str
+    """Action of the operation in the audit log."""
+
+    @classmethod
+    async def of(cls, request: Request) -> Self:
+        """Return the call for a request; a dependency of operations."""
+        action = request.scope["route"].action
+        return cls(request.app.state.context, request.state.caller, action)
+
+    @property
+    def account(self) -> str:
+        """Account of the caller."""
+        return self.caller.account
+
+
+def api_router(prefix: str, route_class: type[ApiRoute], **options: Any) -> APIRouter:
+    """Return an empty router for operations below ``prefix``."""
+    # The security scheme is for the OpenAPI document: the application has verified the key.
+    key = Security(HTTPBearer(auto_error=False))
+    return APIRouter(prefix=prefix, route_class=route_class, dependencies=[key], **options)
 
 
 async def refuse(request: Request, error: Exception) -> Response:

@@ -15,13 +15,13 @@ from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, 
 from luthier.inference.inference import ImageRequest
 from luthier.server.http.messages import Fault, inference_faults
 from luthier.server.http.routes import MODEL_TURN, Name
-from luthier.server.identifiers import find_foundation
 from luthier.server.native.operations import (
     Call,
     Input,
     NativeCall,
     View,
     native_router,
+    not_found,
     uploads,
 )
 
@@ -231,11 +231,11 @@ def reconstruct_images(
 
 
 def _stored_id(call: Call, name: str) -> str:
-    """Return the stored id of the queried model."""
-    base = find_foundation(call.context.arns, name)
-    if base is not None:
-        return base.base
-    return call.invoked_model(name).stored_id
+    """Return the library id of a base model, custom model or deployment."""
+    target = call.context.models.target(call.account, name)
+    if target is None:
+        raise not_found("model", name)
+    return target.stored_id
 
 
 def _media(text: str, kind: MediaKind, parameter: str) -> Media:

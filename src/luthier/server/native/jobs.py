@@ -183,6 +183,8 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
         parse_graders(
             {"grader": grader}
         )  # compiling patterns and schemas is too slow for a transaction
+    base = context.base(call.account, body.base)
+    teacher = context.base(call.account, body.teacher) if body.teacher else None
     with context.database.write() as session:
         job = submit(
             session,
@@ -192,11 +194,11 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
                 job_name=body.name,
                 model_name=body.model_name,
                 customization_type=body.customization_type,
-                base=context.base(session, call.account, body.base),
+                base=base,
                 training=body.training,
                 validators=body.validation,
                 settings=body.settings,
-                teacher=context.base(session, call.account, body.teacher) if body.teacher else None,
+                teacher=teacher,
                 grader=grader,
                 output=body.output,
                 request=body.model_dump(mode="json", exclude_unset=True),

@@ -15,7 +15,7 @@ from luthier.errors import LuthierError
 from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
-from luthier.server.identifiers import find_foundation
+from luthier.server.identifiers import find_foundation, find_model
 from luthier.server.native.model_operations import (
     Ability,
     Reads,
@@ -151,10 +151,10 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
             lineage.append(below.base_model)
             if ":custom-model/" not in lineage[-1]:
                 break
-            try:
-                below = call.context.custom(session, call.account, lineage[-1])
-            except Fault:
+            parent = find_model(session, call.context.arns, call.account, lineage[-1])
+            if parent is None:
                 break  # deleted, only the ARN is known
+            below = parent
     return CertificateView(
         model=lineage[0],
         certificate=json.loads(_certificate_text(found)),

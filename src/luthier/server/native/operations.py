@@ -6,26 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Security
+from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.audit import record_action
-from luthier.server.http.messages import Caller, Fault
+from luthier.server.http.messages import Fault
 from luthier.server.http.messages import Response as Answer
-from luthier.server.http.routes import ApiRoute
-from luthier.server.identifiers import (
-    Invocable,
-    find_foundation,
-    find_model,
-    invocable,
-    invocable_model,
-    resolve_name,
-)
+from luthier.server.http.routes import ApiCall, ApiRoute, api_router
+from luthier.server.identifiers import ModelIds, find_model
 from luthier.server.jobs.submit import SETTABLE_DATA
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
@@ -149,12 +141,7 @@ def uploads(*kinds: str) -> dict[str, Any]:
 
 def native_router() -> APIRouter:
     """Return an empty router for operations below ``/api/v1``."""
-    key = Security(
-        HTTPBearer(auto_error=False)
-    )  # for the OpenAPI document; the key is already verified
-    return APIRouter(
-        prefix="/api/v1", route_class=NativeRoute, dependencies=[key], responses=ERRORS
-    )
+    return api_router("/api/v1", NativeRoute, responses=ERRORS)
 
 
 @dataclass(frozen=True)
@@ -172,40 +159,26 @@ class Context:
     """Delete a model and the model's files; raises ``WrongState`` if the model is in use."""
     pool: ModelPool
 
-    def base(
-        self, session: Session, account: str, identifier: str
-    ) -> FoundationModel | CustomModel:
-        """Return a foundation model, or a custom model of the account, by id, alias, name or ARN."""
-        found = find_foundation(self.arns, identifier)
-        return found or self.custom(session, account, identifier, active=True)
+    @property
+    def models(self) -> ModelIds:
+        """Models by name."""
+        return ModelIds(self.database, self.arns)
 
-    def custom(
-        self, session: Session, account: str, identifier: str, active: bool = False
-    ) -> CustomModel:
-        """Return a custom model of the account by name, id, ``ft:`` id or ARN."""
-        model = find_model(session, self.arns, account, identifier)
-        if model is None or (active and model.status != ACTIVE):
-            raise not_found("model", identifier)
+    def base(self, account: str, name: str) -> FoundationModel | CustomModel:
+        """Return a foundation model, or a custom model of the account, by any name."""
+        model = self.models.base(account, name)
+        if model is None:
+            raise not_found("model", name)
         return model
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(ApiCall[Context]):
     """A call of an operation by an authenticated caller."""
-
-    context: Context
-    caller: Caller
-    action: str
-    """Action of the operation in the audit log."""
-
-    @property
-    def account(self) -> str:
-        """Account of the caller."""
-        return self.caller.account
 
     def record(self, path: str) -> None:
         """Record the resource ``path``, the last part of an ARN, as changed by the operation, for
-        the audit log."""
+        the audit log.
+        """
         kind, _, rest = path.partition("/")
         record_action(self.action, self.context.arns.of(self.account, kind, rest))
 
@@ -219,29 +192,10 @@ class Call:
             raise not_found("model", name)
         return model
 
-    def invoked_model(self, name: str) -> Invocable:
-        """Return the deployment or custom model with the name ``name``.
-
-        See :func:`luthier.server.identifiers.resolve_name`.
-        """
-        database, arns = self.context.database, self.context.arns
-        named = resolve_name(database, arns, self.account, name)
-        if named != name:
-            return invocable(database, arns, self.account, named)
-        found = invocable_model(database, arns, self.account, name)
-        if found is None:
-            raise not_found("model", name)
-        return found
-
 
 def not_found(noun: str, name: str) -> Fault:
     """Return the fault for an unknown name."""
     return Fault("ResourceNotFound", f"There is no {noun} {name!r}.")
 
 
-async def _call(request: Request) -> Call:
-    route: NativeRoute = request.scope["route"]
-    return Call(request.app.state.context, request.state.caller, route.action)
-
-
-NativeCall = Annotated[Call, Depends(_call)]
+NativeCall = Annotated[Call, Depends(Call.of)]

@@ -112,8 +112,7 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
     from luthier.recipe import to_toml
 
     grader = check_client_grader(body.grader) if body.grader else None
-    with call.context.database.read() as session:
-        base = call.context.base(session, call.account, body.base)
+    base = call.context.base(call.account, body.base)
     with _report_folder() as folder:
         media = base_reads_media(_stored_id(call, body.base))
         rows = _fetch(call, body.training, folder / "training", media)
@@ -141,8 +140,7 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
 
 
 def _stored_id(call: Call, identifier: str) -> str:
-    with call.context.database.read() as session:
-        found = call.context.base(session, call.account, identifier)
+    found = call.context.base(call.account, identifier)
     return str(found.stored_id) if isinstance(found, CustomModel) else found.base
 
 

@@ -21,7 +21,7 @@ from luthier.server.background import BackgroundRunner, caller_fields
 from luthier.server.http.messages import Fault, parse_json
 from luthier.server.http.routes import Name
 from luthier.server.openai.generation import Answers
-from luthier.server.openai.operations import Limit, OpenAICall, openai_router, page
+from luthier.server.openai.operations import Limit, OpenAICall, openai_router, page, row_before
 from luthier.server.openai.protocol import (
     Body,
     JsonObject,
@@ -313,14 +313,10 @@ def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
 def list_batches(call: OpenAICall, limit: Limit = 20, after: str | None = None) -> JsonObject:
     """List batches, newest first."""
     with call.context.database.read() as session:
-        position = None
-        if after is not None:
-            place = store.get(session, call.account, after)
-            if place is None:
-                raise invalid(f"No such batch: {after}.", "after")
-            position = place.seq
-        found = store.list_batches(session, call.account, limit + 1, position)
-        return page([_view(session, batch) for batch in found], limit)
+        previous = row_before(after, "batch", partial(store.get, session, call.account))
+        position = None if previous is None else previous.seq
+        batches = store.list_batches(session, call.account, limit + 1, position)
+        return page([_view(session, batch) for batch in batches], limit)
 
 
 @router.get("/batches/{batch}", name="batches.retrieve")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -19,7 +19,6 @@ from luthier.inference.inference import (
 from luthier.models.sampling import MOST_TOKENS
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.http.streams import StreamedResponse
-from luthier.server.identifiers import Invocable
 from luthier.server.openai.generation import (
     FINISH,
     Inference,
@@ -43,27 +42,23 @@ _HEAD = ("cmpl", "text_completion")
 class CompletionRequest(SamplingFields):
     """Body of a text completion."""
 
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "best_of": "The server returns all replies. Use 'n'",
+        "echo": "The server does not return the prompt",
+        "suffix": "Models here cannot fill gaps",
+    }
+
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: int | None = None
-    suffix: str | None = None
 
     def check(self) -> None:
-        """Reject unsupported members, and members that contradict each other."""
+        """Reject empty prompts, and too many prompts."""
         super().check()
-        if self.suffix:
-            raise invalid("These models do not fill gaps: 'suffix' is not taken.", "suffix")
-        if self.best_of not in (None, self.n or 1):
-            raise invalid("'best_of' must be 'n': all answers that are drawn are given.", "best_of")
-        if self.echo and self.logprobs is not None:
-            text = "'echo' with 'logprobs' is not taken: tokens of the prompt are not scored."
-            raise invalid(text, "logprobs")
         if not self.prompts or not all(len(each) for each in self.prompts):
             raise invalid("The prompt is empty.", "prompt", "invalid_value")
         if len(self.prompts) > MOST_PROMPTS:
-            raise invalid(f"At most {MOST_PROMPTS} prompts are taken.", "prompt")
+            raise invalid(f"A request has at most {MOST_PROMPTS} prompts.", "prompt")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -87,84 +82,64 @@ def create(call: OpenAICall, body: CompletionRequest) -> JsonObject | StreamedRe
     inference, account = call.context.inference, call.account
     if not body.stream:
         return complete(inference, account, body)
-    streams, echoes = _begin(inference, account, body)
-    return stream_events(_chunks(body, streams, echoes), streams, body.model)
+    streams = _begin(inference, account, body)
+    return stream_events(_chunks(body, streams), streams, body.model)
 
 
-def complete(inference: Inference, account: str, asked: CompletionRequest) -> JsonObject:
+def complete(inference: Inference, account: str, body: CompletionRequest) -> JsonObject:
     """Return a whole completion."""
-    streams, echoes = _begin(inference, account, asked)
+    streams = _begin(inference, account, body)
     choices: list[JsonObject] = []
-    written = 0
-    with refusals(asked.model, "prompt"):
-        for stream, echo in zip(streams, echoes, strict=True):
-            for answer in stream.whole():
-                written += answer.tokens
-                scores = _logprobs(answer.scores, 0) if asked.logprobs is not None else None
-                reason = FINISH.get(answer.reason, "stop")
-                choices.append(_choice(len(choices), echo + answer.text, scores, reason))
-    head = completion_head(*_HEAD, asked.model)
-    return {**head, "choices": choices, "usage": usage(streams, written)}
+    tokens = 0
+    with refusals(body.model, "prompt"):
+        for stream in streams:
+            for result in stream.whole():
+                tokens += result.tokens
+                scores = _logprobs(result.scores, 0) if body.logprobs is not None else None
+                reason = FINISH.get(result.reason, "stop")
+                choices.append(_choice(len(choices), result.text, scores, reason))
+    head = completion_head(*_HEAD, body.model)
+    return {**head, "choices": choices, "usage": usage(streams, tokens)}
 
 
-def _begin(
-    inference: Inference, account: str, asked: CompletionRequest
-) -> tuple[list[Stream], list[str]]:
-    """Return a stream and an echo for each prompt."""
-    target = inference.target(account, asked.model)
-    asked.check()
-    echoes = [_echo(inference, target, asked, prompt) for prompt in asked.prompts]
+def _begin(inference: Inference, account: str, body: CompletionRequest) -> list[Stream]:
+    """Return a stream for each prompt."""
+    target = inference.target(account, body.model)
+    body.check()
     streams: list[Stream] = []
     try:
-        for prompt in asked.prompts:
-            request = partial(asked.generation_request, prompt)
-            streams.append(
-                inference.submit(target, asked.model, request, "prompt", structured=True)
-            )
+        for prompt in body.prompts:
+            request = partial(body.generation_request, prompt)
+            streams.append(inference.submit(target, body.model, request, "prompt", structured=True))
     except BaseException:
         for stream in streams:
             stream.close()
         raise
-    return streams, echoes
+    return streams
 
 
-def _echo(
-    inference: Inference, target: Invocable, asked: CompletionRequest, prompt: str | list[int]
-) -> str:
-    if not asked.echo:
-        return ""
-    if isinstance(prompt, str):
-        return prompt
-    with refusals(asked.model, "prompt"):
-        return token_text(b"".join(inference.pool.token_bytes(target.stored_id, prompt)))
-
-
-def _chunks(
-    parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
-) -> Iterator[Mapping[str, Any]]:
-    head, n = completion_head(*_HEAD, parameters.model), parameters.n or 1
-    further = {"usage": None} if parameters.wants_usage else {}
-    written = 0
-    for number, (stream, echo) in enumerate(zip(streams, echoes, strict=True)):
+def _chunks(body: CompletionRequest, streams: Sequence[Stream]) -> Iterator[Mapping[str, Any]]:
+    head, n = completion_head(*_HEAD, body.model), body.n or 1
+    usage_member = {"usage": None} if body.wants_usage else {}
+    tokens = 0
+    for number, stream in enumerate(streams):
         offsets = [0] * n
-        for index in range(n if echo else 0):
-            yield {**head, "choices": [_choice(number * n + index, echo, None, None)], **further}
         for event in stream:
             if isinstance(event, TokenChunk):
                 scores = None
-                if parameters.logprobs is not None:
+                if body.logprobs is not None:
                     scores = _logprobs(event.scores, offsets[event.index])
                     offsets[event.index] += sum(map(_length, event.scores))
                 choice = _choice(number * n + event.index, event.text, scores, None)
             elif isinstance(event, FinishEvent):
-                written += event.tokens
+                tokens += event.tokens
                 reason = FINISH.get(event.reason, "stop")
                 choice = _choice(number * n + event.index, "", None, reason)
             else:
                 continue
-            yield {**head, "choices": [choice], **further}
-    if parameters.wants_usage:
-        yield {**head, "choices": [], "usage": usage(streams, written)}
+            yield {**head, "choices": [choice], **usage_member}
+    if body.wants_usage:
+        yield {**head, "choices": [], "usage": usage(streams, tokens)}
 
 
 def _choice(

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from luthier.errors import RefusedInput
+from luthier.data.shapes.conversations import PromptOnly
+from luthier.errors import RefusedInput, RowRefused
+from luthier.files import numbered_lines
+from luthier.graders import Answer, GraderModels, JsonSchema
 from luthier.inference.inference import meter
 from luthier.inference.scheduler import working_for
-from luthier.limits import AccountQuotas
+from luthier.limits import AccountQuotas, ServerLimits
 from luthier.server.background import BackgroundRunner, caller_fields
 from luthier.server.http.messages import Caller, Fault, parse_json
+from luthier.server.openai.eval_runs import (
+    MOST_ROWS,
+    SEED,
+    TEMPERATURE,
+    TOP_P,
+    Criterion,
+    DataSource,
+    FileContent,
+    FileId,
+    parse_criteria,
+)
+from luthier.server.openai.generation import Answers, Judge
+from luthier.server.openai.graders import grade_reply, text_content
+from luthier.server.openai.protocol import error_of, invalid, validate
 from luthier.server.tables import evaluations as store
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.evaluations import EvaluationRun, GradedRow
+from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage, Usage
 
-MOST_ROWS = 50_000
-"""Maximum number of rows of a run."""
 MOST_ROW_BYTES = 262_144
 """Maximum size of a row in bytes, equal to the size of text that graders accept."""
 MOST_PROBLEMS = 5
 """Maximum number of invalid rows that an error describes; more rows are only counted."""
+MOST_MISMATCH = 300
+"""Maximum length of a schema error in characters: jsonschema repeats the whole value."""
 AT_ONCE = 4
 """Number of rows of a run that are graded concurrently. A row may need a process for graders."""
 CHECK_SECONDS = 60.0
@@ -36,31 +54,50 @@ CHECK_SECONDS = 60.0
 _log = logging.getLogger("luthier.server")
 
 
-def parse_row(line: bytes) -> Any:
-    """Return a row as JSON.
+@dataclass(frozen=True)
+class EvalParts:
+    """Services for eval tasks."""
 
-    Raises:
-        ValueError: If the row is too large or not JSON; the message describes the error.
-    """
-    if len(line) > MOST_ROW_BYTES:
-        raise ValueError(
-            f"it has more than {MOST_ROW_BYTES:,} bytes: shorten it, or make several of it."
-        )
-    try:
-        return parse_json(line)
-    except (Fault, ValueError) as error:
-        text = f"it is no JSON that can be read: {str(error).rstrip('.')}."
-        raise ValueError(text) from error
+    files: UploadedFiles
+    answers: Answers
+    """Return the chat completion for a body."""
+    judges: Callable[[str], Judge]
+    """Return the function that finds grading models of an account."""
+    models: GraderModels
+    limits: ServerLimits
 
 
-class EvaluationTask(ABC):
-    """Work of an eval run. A server that resumes the run creates the task again.
+class EvalTask:
+    """Work of an eval run. A server that resumes the run creates the task again."""
 
-    The constructor may raise :class:`Fault`.
-    """
+    def __init__(self, parts: EvalParts, run: EvaluationRun, caller: Caller) -> None:
+        """Parse the run's request, with the permissions of ``caller``.
 
-    model_names: Mapping[str, str] = {}
-    """Names of models in the run, by model id in the library."""
+        Raises:
+            Fault: If a grading model is deleted or forbidden.
+        """
+        self.parts, self.run = parts, run
+        request = run.request
+        self.source = validate(request["data_source"], DataSource, "data_source")
+        self.schema = JsonSchema(against=request["item_schema"])
+        judge, names = parts.judges(caller.account), dict[str, str]()
+
+        def find(name: str, where: str) -> str:
+            stored_id = judge(name, where)
+            names.setdefault(stored_id, name)
+            return stored_id
+
+        criteria = parse_criteria(request["testing_criteria"], find, request["item_schema"])
+        self.criteria = [criterion.open(parts.models) for criterion in criteria]
+        if self.source.model is not None:
+            # If the evaluated model is deleted, each row reports the error.
+            try:
+                names[judge(self.source.model, "data_source.model")] = self.source.model
+            except Fault as fault:
+                if fault.code == "AccessDenied":
+                    raise
+        self.model_names: Mapping[str, str] = names
+        """Names of models in the run, by model id in the library."""
 
     def count_rows(self) -> int:
         """Check all rows and return the number of rows.
@@ -69,46 +106,164 @@ class EvaluationTask(ABC):
             RefusedInput: If rows are invalid; the message names the rows and reasons.
         """
         count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
-        for name, problem in self.problems():
+        for number, line in self._lines():
             count += 1
             if count > MOST_ROWS:
                 raise RefusedInput(f"A run has at most {MOST_ROWS:,} rows.")
             if time.monotonic() - began > CHECK_SECONDS:
-                raise RefusedInput(f"The rows could not be checked in {CHECK_SECONDS:.0f} seconds.")
-            if problem:
+                raise RefusedInput(
+                    f"Checking the rows takes more than {CHECK_SECONDS:.0f} seconds. Use fewer rows."
+                )
+            if problem := self._problem(line):
                 wrong += 1
                 if wrong <= MOST_PROBLEMS:
-                    problems.append(f"{name}: {problem}")
+                    problems.append(f"row {number}: {problem}")
         if not count:
-            raise RefusedInput("There are no rows to evaluate.")
+            raise RefusedInput("The source has no rows.")
         if problems:
             rest = f" And {wrong - MOST_PROBLEMS:,} more." if wrong > MOST_PROBLEMS else ""
-            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems)}{rest}")
+            raise RefusedInput(f"{' '.join(problems)}{rest}")
         return count
 
-    @abstractmethod
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield the name and the problem of each row; the problem of a valid row is empty."""
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Yield row numbers, from 1, and rows with ``item`` and ``sample``."""
+        for number, line in self._lines():
+            yield number, json.loads(line)
 
-    @abstractmethod
-    def rows(self) -> Iterable[tuple[int, Any]]:
-        """Yield row numbers, from 1, and rows."""
-
-    @abstractmethod
     def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
-        """Query the model for a row and grade the reply, with the permissions of ``caller``.
+        """Query the model, if the run has a model, and grade the reply.
 
         Raises:
             Fault: If the model does not reply.
         """
+        item = row["item"]
+        if self.source.type == "jsonl":
+            sample = _given_sample(row.get("sample") or {})
+        else:
+            try:
+                messages = self.source.messages(self._answer(number, item, ""))
+            except RowRefused as error:
+                raise invalid(error.problem.message, reason=error.rule) from error
+            body = self.source.chat_body(messages)
+            sample = _sample(body, self.parts.answers(caller.account, body))
+        text = "".join(message["content"] or "" for message in sample["output"])
+        answer = self._answer(number, item, text)
+        results = [_result(criterion, answer) for criterion in self.criteria]
+        statuses = {result["name"]: _status(result) for result in results}
+        worst = next((s for s in (store.ERROR, store.FAIL) if s in statuses.values()), store.PASS)
+        record = {"item": item, "results": results, "sample": sample}
+        return GradedRow(worst, record, statuses)
 
-    @abstractmethod
     def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """Return the result to store for a row that failed with ``fault``."""
+        error = error_of(fault)
+        shown = {"code": error["code"] or error["type"], "message": error["message"]}
+        sample = _empty_sample(self.source.model or "") | {"error": shown, "finish_reason": "error"}
+        return GradedRow(store.ERROR, {"item": row["item"], "results": [], "sample": sample})
+
+    def _answer(self, number: int, item: Mapping[str, Any], reply: str) -> Answer:
+        row = PromptOnly("item", number, "", members=item)
+        return Answer((), reply, None, row, self.parts.limits.grading_text_characters)
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        source = self.source.source
+        if isinstance(source, FileContent):
+            rows = self.run.request["data_source"]["source"]["content"]
+            yield from ((number, json.dumps(row).encode()) for number, row in enumerate(rows, 1))
+        elif isinstance(source, FileId):
+            file = self.parts.files.get(self.run.account, source.id)
+            if file is None:
+                raise RefusedInput(f"The file {source.id} is deleted.")
+            yield from numbered_lines(self.parts.files.read(file), MOST_ROW_BYTES)
+
+    def _problem(self, line: bytes) -> str:
+        """Return the problem of a row, or an empty string."""
+        if len(line) > MOST_ROW_BYTES:
+            return f"The row has more than {MOST_ROW_BYTES:,} bytes. Shorten or split the row."
+        try:
+            row = parse_json(line)
+        except (Fault, ValueError) as error:
+            return f"The row is not valid JSON: {str(error).rstrip('.')}."
+        if not isinstance(row, dict) or not isinstance(row.get("item"), dict):
+            return "'item' is missing or not an object."
+        sample = row.get("sample") or {}
+        if not isinstance(sample, dict) or not isinstance(sample.get("output_text", ""), str):
+            return "'sample' is not an object with a text 'output_text'."
+        try:
+            mismatch = self.schema.first_error(row["item"])
+        except (TimeoutError, ValueError) as slow:
+            raise RefusedInput(f"The item_schema cannot be applied: {slow}.") from slow
+        if mismatch is None:
+            return ""
+        short = mismatch if len(mismatch) <= MOST_MISMATCH else f"{mismatch[:MOST_MISMATCH]}…"
+        return f"'item' does not match item_schema: {short}."
 
 
-MakeTask = Callable[[EvaluationRun, Caller], EvaluationTask]
-"""Function that creates the task of a run, with the permissions of the run's creator."""
+def _result(criterion: Criterion, answer: Answer) -> dict[str, Any]:
+    score, parts, error = grade_reply(criterion.grader, answer)
+    result: dict[str, Any] = {
+        "name": criterion.name,
+        "type": criterion.type,
+        "score": score,
+        "passed": error is None and score >= criterion.threshold,
+        "sample": None,
+    }
+    if parts:
+        result["sub_scores"] = parts
+    if error is not None:
+        result["error"] = {"code": error.rule, "message": error.problem.message}
+    return result
+
+
+def _status(result: Mapping[str, Any]) -> str:
+    if "error" in result:
+        return store.ERROR
+    return store.PASS if result["passed"] else store.FAIL
+
+
+def _empty_sample(model: str) -> dict[str, Any]:
+    """Return a sample with all members and no reply."""
+    return {
+        "input": [],
+        "output": [],
+        "finish_reason": "",
+        "model": model,
+        "usage": {
+            "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "cached_tokens": 0,
+        },
+        "error": None,
+        "temperature": TEMPERATURE,
+        "max_completion_tokens": 0,
+        "top_p": TOP_P,
+        "seed": SEED,
+    }  # fmt: skip
+
+
+def _given_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sample of a row that contains a reply."""
+    text = sample.get("output_text")
+    output = [] if text is None else [{"role": "assistant", "content": text}]
+    return _empty_sample("") | {"output": output}
+
+
+def _sample(body: Mapping[str, Any], completion: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sample of a chat request and completion."""
+    (choice,), usage = completion["choices"], completion["usage"]
+    message = choice["message"]
+    output = {"role": "assistant", "content": message["content"] or ""}
+    if "tool_calls" in message:
+        output["tool_calls"] = message["tool_calls"]
+    return _empty_sample(body["model"]) | {
+        "input": [
+            {"role": turn["role"], "content": text_content(turn.get("content")) or ""}
+            for turn in body["messages"]
+        ],
+        "output": [output],
+        "finish_reason": choice["finish_reason"],
+        "usage": {name: usage[name] for name in
+                  ("prompt_tokens", "completion_tokens", "total_tokens")} | {"cached_tokens": 0},
+        **{name: body[name] for name in ("temperature", "max_completion_tokens", "top_p", "seed")},
+    }  # fmt: skip
 
 
 class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
@@ -121,7 +276,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
     def __init__(
         self,
         database: Database,
-        make_task: MakeTask,
+        make_task: Callable[[EvaluationRun, Caller], EvalTask],
         quotas: Callable[[Session, str], AccountQuotas],
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
@@ -143,12 +298,10 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         Raises:
             QuotaExceeded: If the account has no space.
         """
-        account = caller.account
-        quotas = self.quotas(session, account)
         return store.create_run(
             session,
-            account,
-            quotas,
+            caller.account,
+            self.quotas(session, caller.account),
             caller=caller_fields(caller),
             name=name,
             request=request,
@@ -162,9 +315,9 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         if run.status == store.QUEUED:
             total = task.count_rows()
             with self.database.write() as session:
-                held = self.lock_held(session, run)
-                if held is not None and held.status == store.QUEUED:
-                    held.total, held.status = total, store.IN_PROGRESS
+                locked = self.lock_held(session, run)
+                if locked is not None and locked.status == store.QUEUED:
+                    locked.total, locked.status = total, store.IN_PROGRESS
         with self.database.read() as session:
             done = store.done_rows(session, run.id)
         left = ((number, (number, row)) for number, row in task.rows() if number not in done)
@@ -184,14 +337,14 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         """End ``run`` with an error; results of graded rows remain."""
         self._end(run, store.FAILED, code, message)
 
-    def _grade(self, run: EvaluationRun, task: EvaluationTask, piece: tuple[int, Any]) -> GradedRow:
+    def _grade(self, run: EvaluationRun, task: EvalTask, piece: tuple[int, Any]) -> GradedRow:
         number, row = piece
         caller = self.caller_of(run)
         calls: list[tuple[str, int, int]] = []
 
-        def count(model: str, read: int, written: int) -> None:
-            calls.append((task.model_names.get(model, model), read, written))
-            self.count_tokens(run.account, model, read, written)
+        def count(model: str, prompt: int, generated: int) -> None:
+            calls.append((task.model_names.get(model, model), prompt, generated))
+            self.count_tokens(run.account, model, prompt, generated)
 
         self.count(run.account, "", Usage(requests=1))
         with meter(count), working_for(run.account, background=True):
@@ -207,20 +360,20 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
 
     def _finish(self, run: EvaluationRun) -> None:
         with self.database.read() as session:
-            now_there = store.get_run(session, run.account, run.id)
-            if now_there is None or now_there.status != store.IN_PROGRESS:
-                return
-            if now() > now_there.expires:
-                hours = store.PATIENCE.total_seconds() / 3600
-                text = f"The run took more than {hours:.0f} hours; the rows that are graded stay."
-                self.fail(run, "expired", text)
-                return
-        self._end(run, store.COMPLETED)
+            current = store.get_run(session, run.account, run.id)
+        if current is None or current.status != store.IN_PROGRESS:
+            return
+        if now() > current.expires:
+            hours = store.PATIENCE.total_seconds() / 3600
+            text = f"The run takes more than {hours:.0f} hours. Results of graded rows remain."
+            self.fail(run, "expired", text)
+        else:
+            self._end(run, store.COMPLETED)
 
     def _end(
         self, run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
     ) -> None:
         with self.database.write() as session:
-            held = self.lock_held(session, run)
-            if held is not None and held.status not in store.ENDED:
-                store.end(held, status, code, message)
+            locked = self.lock_held(session, run)
+            if locked is not None and locked.status not in store.ENDED:
+                store.end(locked, status, code, message)

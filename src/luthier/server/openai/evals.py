@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -20,7 +21,7 @@ from luthier.server.openai.eval_runs import (
     DataSource,
     FileId,
     Label,
-    criteria_of,
+    parse_criteria,
 )
 from luthier.server.openai.operations import (
     Call,
@@ -30,6 +31,7 @@ from luthier.server.openai.operations import (
     Order,
     openai_router,
     page,
+    row_before,
 )
 from luthier.server.openai.protocol import Body, JsonObject, Metadata, absent, invalid, seconds
 from luthier.server.tables import evaluations as store
@@ -98,7 +100,7 @@ def create(call: OpenAICall, body: CreateEval) -> JsonObject:
         text = "An item is an object: no row could match this item_schema."
         raise invalid(text, "data_source_config.item_schema.type", "invalid_value")
     criteria, context = body.testing_criteria, call.context
-    criteria_of(criteria, context.inference.judge(call.account), config.item_schema)
+    parse_criteria(criteria, context.inference.judge(call.account), config.item_schema)
     definition = {"data_source_config": config.model_dump(), "testing_criteria": criteria}
     with context.database.write() as session:
         quotas = context.evaluations.quotas(session, call.account)
@@ -120,13 +122,11 @@ def list_evals(
     moment: InstrumentedAttribute[Any] = Eval.created if order_by == "created_at" else Eval.updated
     query = select(Eval).where(Eval.account == call.account)
     with call.context.database.read() as session:
-        if after is not None:
-            place = store.get_eval(session, call.account, after)
-            if place is None:
-                raise invalid(f"No such eval: {after}.", "after")
+        previous = row_before(after, "eval", partial(store.get_eval, session, call.account))
+        if previous is not None:
             position = tuple_(moment, Eval.seq)
-            last_shown = (getattr(place, moment.key), place.seq)
-            query = query.where(position > last_shown if ascending else position < last_shown)
+            last = (getattr(previous, moment.key), previous.seq)
+            query = query.where(position > last if ascending else position < last)
         sorted_by = [each.asc() if ascending else each.desc() for each in (moment, Eval.seq)]
         found = list(session.scalars(query.order_by(*sorted_by).limit(limit + 1)))
     return page(found, limit, eval_object)
@@ -221,17 +221,12 @@ def list_runs(
         query = select(EvaluationRun).where(EvaluationRun.eval_id == row.id)
         if status is not None:
             query = query.where(EvaluationRun.status == status)
-        position = None
-        if after is not None:
-            place = store.get_run(session, row.account, after)
-            if place is None or place.eval_id != row.id:
-                raise invalid(f"No such run: {after}.", "after")
-            position = place.seq
-        found = page_of(
-            session, query, EvaluationRun.seq,
-            limit=limit + 1, position=position, ascending=order == "asc",
+        previous = row_before(after, "run", partial(_run, call, session, eval_id))
+        runs = page_of(
+            session, query, EvaluationRun.seq, limit=limit + 1,
+            position=None if previous is None else previous.seq, ascending=order == "asc",
         )  # fmt: skip
-    return page(found, limit, lambda run: run_object(run, request))
+    return page(runs, limit, lambda run: run_object(run, request))
 
 
 @router.get("/evals/{eval_id}/runs/{run_id}", name="evals.runs.retrieve")
@@ -296,11 +291,7 @@ def list_items(
     """List the results of a run's rows, in the order of the source."""
     with call.context.database.read() as session:
         run = _find_run(call, session, eval_id, run_id)
-        position = None
-        if after is not None:
-            position = _number_in(run, after)
-            if position is None:
-                raise invalid(f"No such output item: {after}.", "after")
+        position = row_before(after, "output item", partial(_number_in, run))
         found = store.rows_of(
             session,
             run.id,
@@ -334,13 +325,20 @@ def _find_eval(call: Call, session: Session, eval_id: str, *, lock: bool = False
     return found
 
 
+def _run(
+    call: Call, session: Session, eval_id: str, run_id: str, *, lock: bool = False
+) -> EvaluationRun | None:
+    run = store.get_run(session, call.account, run_id, lock=lock)
+    return run if run is not None and run.eval_id == eval_id else None
+
+
 def _find_run(
     call: Call, session: Session, eval_id: str, run_id: str, *, lock: bool = False
 ) -> EvaluationRun:
-    found = store.get_run(session, call.account, run_id, lock=lock)
-    if found is None or found.eval_id != eval_id:
+    run = _run(call, session, eval_id, run_id, lock=lock)
+    if run is None:
         raise absent("eval run", run_id, "run_id")
-    return found
+    return run
 
 
 def _refuse_unended(run: EvaluationRun) -> None:

@@ -10,9 +10,8 @@ import io
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby, islice
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
@@ -26,9 +25,16 @@ from luthier.server.http.messages import parse_digits
 from luthier.server.http.routes import Name
 from luthier.server.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
 from luthier.server.openai.graders import grader_fields
-from luthier.server.openai.operations import Call, Limit, OpenAICall, openai_router, page
+from luthier.server.openai.models import id_of
+from luthier.server.openai.operations import (
+    Call,
+    Limit,
+    OpenAICall,
+    openai_router,
+    page,
+    row_before,
+)
 from luthier.server.openai.protocol import (
-    CHECKPOINT,
     JsonObject,
     Metadata,
     StrictBody,
@@ -72,7 +78,7 @@ API = "openai"
 router = openai_router()
 _KIND = "fine-tuning-job"
 """Kind of a job in ARNs of the audit log."""
-_AT_ONCE = 1000
+_PAGE = 1000
 """Page size for reading events."""
 
 
@@ -97,14 +103,11 @@ class DpoHyperparameters(Hyperparameters):
 class ReinforcementHyperparameters(Hyperparameters):
     """Hyperparameters of reinforcement training."""
 
+    without_effect = frozenset({"eval_samples", "reasoning_effort"})
     compute_multiplier: Auto | Annotated[float, Field(gt=0, le=16)] = "auto"
     """Factor of the number of completions per prompt."""
     eval_interval: Auto | Count = "auto"
     """Steps between evaluations."""
-    eval_samples: Auto | Count = "auto"
-    """Returned unchanged, without effect: an evaluation samples a single completion per prompt."""
-    reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
-    """Returned unchanged, without effect: models here have no reasoning levels."""
 
 
 class Supervised(StrictBody):
@@ -203,49 +206,32 @@ def setting_name(setting: str) -> str:
     return _NAMES.get(name, name) + equals + value
 
 
-def without_effect(parameters: CreateJob) -> list[str]:
-    """Return messages about hyperparameters without effect, for the events of the job."""
-    chosen, found = parameters.method_hyperparameters, []
-    if isinstance(chosen, ReinforcementHyperparameters):
-        if chosen.reasoning_effort != "default":
-            effort = chosen.reasoning_effort
-            found.append(
-                f"reasoning_effort is {effort} and has no effect: no model here reasons by levels."
-            )
-        if chosen.eval_samples != "auto":
-            found.append(
-                f"eval_samples is {chosen.eval_samples} and has no effect: measurements draw one "
-                "completion of each held-out prompt."
-            )
-    return found
-
-
 def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
     """Return recipe fields by group. ``auto`` hyperparameters are left to the recipe.
 
     ``writes`` is True for models that generate text. The objective of an encoder follows from the
     rows.
     """
-    chosen = parameters.method_hyperparameters
+    given = parameters.method_hyperparameters
     training: dict[str, Any] = {"seed": seed}
     objective: dict[str, Any] = {}
-    if chosen.n_epochs != "auto":
-        training["epochs"] = chosen.n_epochs
-    if chosen.batch_size != "auto":
-        training["batch_size"] = chosen.batch_size
-    if chosen.learning_rate_multiplier != "auto":
-        training["learning_rate_multiplier"] = chosen.learning_rate_multiplier
+    if given.n_epochs != "auto":
+        training["epochs"] = given.n_epochs
+    if given.batch_size != "auto":
+        training["batch_size"] = given.batch_size
+    if given.learning_rate_multiplier != "auto":
+        training["learning_rate_multiplier"] = given.learning_rate_multiplier
     if parameters.kind == "dpo":
         objective["method"] = "dpo"
     elif parameters.kind == "supervised" and writes:
         objective["method"] = "sft"
-    if isinstance(chosen, DpoHyperparameters) and chosen.beta != "auto":
-        objective["beta"] = chosen.beta
-    if isinstance(chosen, ReinforcementHyperparameters):
-        if chosen.eval_interval != "auto":
-            training["evaluate_every"] = chosen.eval_interval
-        if chosen.compute_multiplier != "auto":
-            objective["num_generations"] = max(2, round(8 * chosen.compute_multiplier))
+    if isinstance(given, DpoHyperparameters) and given.beta != "auto":
+        objective["beta"] = given.beta
+    if isinstance(given, ReinforcementHyperparameters):
+        if given.eval_interval != "auto":
+            training["evaluate_every"] = given.eval_interval
+        if given.compute_multiplier != "auto":
+            objective["num_generations"] = max(2, round(8 * given.compute_multiplier))
     return {"training": training} | ({"objective": objective} if objective else {})
 
 
@@ -375,17 +361,6 @@ def _estimated_finish(job: Job) -> int | None:
     return seconds(datetime.fromisoformat(moment))
 
 
-def event_id(event: JobEvent) -> str:
-    """Return the id of an event, which clients also use as the list position."""
-    return f"ftevent-{event.seq}"
-
-
-def position_of(identifier: str) -> int | None:
-    """Return the sequence number in an event id, or None if ``identifier`` is not an event id."""
-    known = identifier.startswith("ftevent-")
-    return parse_digits(identifier.removeprefix("ftevent-")) if known else None
-
-
 def event_object(event: JobEvent) -> JsonObject:
     """Return an event as OpenAI's object.
 
@@ -394,7 +369,7 @@ def event_object(event: JobEvent) -> JsonObject:
     """
     metrics = event.kind == "metrics" and "train_loss" in event.data
     return {
-        "id": event_id(event),
+        "id": f"ftevent-{event.seq}",
         "object": "fine_tuning.job.event",
         "created_at": seconds(event.at),
         "level": _LEVELS.get(event.kind, "info"),
@@ -404,77 +379,24 @@ def event_object(event: JobEvent) -> JsonObject:
     }
 
 
-def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[JsonObject]:
-    """Yield a checkpoint for the end of each epoch, newest first, of a job that trained ``model``.
+def result_file(metrics: Iterable[JobEvent]) -> bytes:
+    """Return a CSV file of metrics: step, train_loss, valid_loss, then additional metrics.
 
-    The last checkpoint is the model. Weights of earlier epochs are not stored and cannot be
-    queried; the checkpoints have metrics only. ``metrics`` are newest first and are read only as
-    far as needed.
+    A step that ran again after a crash has the metrics of the last run.
     """
-    measured = (each for each in metrics if isinstance(each.data.get("step"), int))
-    by_step = groupby(measured, lambda each: int(each.data["step"]))
-    steps = ((step, list(events)) for step, events in by_step)
-    nothing: tuple[int, list[JobEvent]] = (0, [])
-    step, events = next(steps, nothing)
-    total, epochs = step, _epochs(job)
-    ends = sorted({round(total * number / epochs) for number in range(1, epochs + 1)} - {0})
-    for end in reversed(ends):
-        while step > end:
-            step, events = next(steps, nothing)
-        values = {key: value for event in reversed(events) for key, value in event.data.items()}
-        yield {
-            "id": f"ftckpt-{job.id}-{end}",
-            "object": "fine_tuning.job.checkpoint",
-            "created_at": seconds(events[0].at if events else job.modified),
-            "fine_tuned_model_checkpoint": model if end == total else f"{model}{CHECKPOINT}{end}",
-            "fine_tuning_job_id": job.name,
-            "step_number": end,
-            "metrics": {"step": end, **_losses(values)},
-        }
-
-
-def result_file(metrics: Iterable[JobEvent]) -> Iterator[bytes]:
-    """Yield the CSV file of metrics: step, train_loss, valid_loss, then additional metrics. One
-    line per step."""
-    steps = _steps(metrics)
-    further = sorted(
-        {key for values in steps.values() for key in values if key not in (*_COLUMNS, "epoch")}
-    )
-    columns = (*_COLUMNS, *further)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for step, values in sorted(steps.items()):
-        writer.writerow({**values, "step": step})
-    yield text.getvalue().encode()
-
-
-def _steps(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
-    """Return metrics by step. A step that ran again after a crash has the metrics of the last run."""
     steps: dict[int, dict[str, Any]] = {}
     for event in metrics:
         step = event.data.get("step")
         if isinstance(step, int):
             steps.setdefault(step, {}).update(event.data)
-    return steps
-
-
-def _epochs(job: Job) -> int:
-    """Return the number of epochs, rounded and at least 1."""
-    return max(1, round(float(job.setting("training.epochs") or 1)))
-
-
-def _losses(values: dict[str, Any]) -> JsonObject:
-    return {key: value for key, value in values.items() if key in ("train_loss", "valid_loss")}
-
-
-@dataclass(frozen=True)
-class JobWithModel:
-    """A job, the trained model and the result files."""
-
-    job: Job
-    model: CustomModel | None
-    results: Sequence[str]
+    names = {name for values in steps.values() for name in values} - {*_COLUMNS, "epoch"}
+    columns = (*_COLUMNS, *sorted(names))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for step, values in sorted(steps.items()):
+        writer.writerow({**values, "step": step})
+    return text.getvalue().encode()
 
 
 @router.post("/fine_tuning/jobs", name="fine_tuning.jobs.create")
@@ -483,7 +405,7 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
     call.record(_KIND)
     body.check()
     context, account = call.context, call.account
-    base = context.inference.catalogue.base(account, body.model)
+    base = context.inference.base(account, body.model)
     _check_file(call, body.training_file, "training_file")
     if body.validation_file is not None:
         _check_file(call, body.validation_file, "validation_file")
@@ -497,24 +419,23 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
     seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
     submission = _submission(account, body, base, seed, grader)
     with context.database.write() as session:
-        job = submit(session, submission, context.inference.catalogue.arns, context.quotas(account))
-        seen = _with_model(session, job)
+        job = submit(session, submission, context.inference.models.arns, context.quotas(account))
     context.wake()
-    return _object(call, seen)
+    return _job_object(call, job)
 
 
 def _submission(
     account: str,
-    asked: CreateJob,
+    body: CreateJob,
     base: FoundationModel | CustomModel,
     seed: int,
     grader: dict[str, Any] | None,
 ) -> Submission:
     job_name = "ftjob-" + random_id(24, MIXED)
     root = root_of(base)
-    suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
+    suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", body.suffix or "").strip("-")
     name = root.base if root is not None else "imported"
-    request = asked.model_dump(mode="json", exclude_none=True)
+    request = body.model_dump(mode="json", exclude_none=True)
     return Submission(
         account=account,
         api=API,
@@ -522,12 +443,11 @@ def _submission(
         model_name=job_name,
         customization_type=REINFORCEMENT if grader is not None else FINE_TUNING,
         base=base,
-        training=[file_address(asked.training_file)],
-        validators=[file_address(asked.validation_file)] if asked.validation_file else [],
-        settings=settings_of(asked, seed, writes(base)),
+        training=[file_address(body.training_file)],
+        validators=[file_address(body.validation_file)] if body.validation_file else [],
+        settings=settings_of(body, seed, writes(base)),
         grader=grader,
-        request={**request, "seed": seed, "metadata": asked.metadata or {}},
-        without_effect=without_effect(asked),
+        request={**request, "seed": seed, "metadata": body.metadata or {}},
         openai_id=":".join(("ft", name, organization(account), suffix, new_id())),
     )
 
@@ -552,25 +472,18 @@ def list_jobs(
         if key.startswith("metadata[") and key.endswith("]")
     }
     with call.context.database.read() as session:
-        position = None
-        if after is not None:
-            place = _job(session, call.account, after)
-            if place is None:
-                raise invalid(f"No such job: {after}.", "after")
-            position = place.seq
-        found = jobs.list_jobs(
+        previous = row_before(after, "job", partial(_job, session, call.account))
+        position = None if previous is None else previous.seq
+        rows = jobs.list_jobs(
             session, call.account, metadata=metadata, limit=limit + 1, position=position
         )
-        seen = [_with_model(session, job) for job in found]
-    return page(
-        [_with_results(call, each) for each in seen], limit, lambda each: _object(call, each)
-    )
+    return page(rows, limit, partial(_job_object, call))
 
 
 @router.get("/fine_tuning/jobs/{job}", name="fine_tuning.jobs.retrieve")
 def retrieve(call: OpenAICall, job: Name) -> JsonObject:
     """Return a job."""
-    return _object(call, _with_results(call, _find(call, job)))
+    return _job_object(call, _find(call, job))
 
 
 @router.post("/fine_tuning/jobs/{job}/cancel", name="fine_tuning.jobs.cancel")
@@ -606,9 +519,9 @@ def _change(
             raise invalid(text, reason="invalid_state")
         try:
             job = change(session, job)
-        except WrongState as refused:
-            raise invalid(str(refused), reason="invalid_state") from refused
-        return _object(call, _with_model(session, job))
+        except WrongState as error:
+            raise invalid(str(error), reason="invalid_state") from error
+    return _job_object(call, job)
 
 
 @router.get("/fine_tuning/jobs/{job}/events", name="fine_tuning.jobs.list_events")
@@ -616,97 +529,75 @@ def list_events(
     call: OpenAICall, job: Name, limit: Limit = 20, after: str | None = None
 ) -> JsonObject:
     """List the events of a job, newest first."""
-    seen = _find(call, job)
+    row = _find(call, job)
     position = None
     if after is not None:
-        position = position_of(after)
+        is_event = after.startswith("ftevent-")
+        position = parse_digits(after.removeprefix("ftevent-")) if is_event else None
         if position is None:
             raise invalid(f"No such event: {after}.", "after")
     with call.context.database.read() as session:
-        found = jobs.events(session, seen.job, limit=limit + 1, position=position)
-    return page(found, limit, event_object)
+        events = jobs.events(session, row, limit=limit + 1, position=position)
+    return page(events, limit, event_object)
 
 
-@router.get("/fine_tuning/jobs/{job}/checkpoints", name="fine_tuning.jobs.list_checkpoints")
-def list_checkpoints(
-    call: OpenAICall, job: Name, limit: Limit = 10, after: str | None = None
-) -> JsonObject:
-    """List the checkpoints at the ends of epochs, newest first."""
-    seen = _find(call, job)
-    found: Iterator[JsonObject] = iter(())
-    if seen.job.state == jobs.COMPLETED and seen.model is not None:
-        name = call.context.inference.catalogue.id_of(seen.model, foundation_models())
-        found = checkpoints(seen.job, _metrics(call.context.database, seen.job), name)
-    if after is not None and not any(each["id"] == after for each in found):
-        raise invalid(f"No such checkpoint: {after}.", "after")
-    return page(list(islice(found, limit + 1)), limit)
-
-
-def _find(call: Call, job_id: str) -> JobWithModel:
+def _find(call: Call, job_id: str) -> Job:
     with call.context.database.read() as session:
         job = _job(session, call.account, job_id)
-        if job is None:
-            raise absent("fine-tuning job", job_id, "id")
-        return _with_model(session, job)
+    if job is None:
+        raise absent("fine-tuning job", job_id, "id")
+    return job
 
 
-def _object(call: Call, seen: JobWithModel) -> JsonObject:
-    model, catalogue = seen.model, call.context.inference.catalogue
-    name = None if model is None else catalogue.id_of(model, foundation_models())
-    return job_object(seen.job, name, seen.results)
+def _job_object(call: Call, job: Job) -> JsonObject:
+    """Return a job as OpenAI's object, with the trained model and the result file."""
+    query = select(CustomModel).where(
+        CustomModel.account == job.account,
+        CustomModel.job_id == job.id,
+        CustomModel.status == ACTIVE,
+    )
+    with call.context.database.read() as session:
+        model = session.scalar(query)
+    arns = call.context.inference.models.arns
+    name = None if model is None else id_of(model, arns, foundation_models())
+    return job_object(job, name, _result_files(call, job))
 
 
-def _metrics(database: Database, job: Job, *, ascending: bool = False) -> Iterator[JobEvent]:
-    """Yield the metrics of a job page by page, newest first unless ``ascending``."""
+def _metrics(database: Database, job: Job) -> Iterator[JobEvent]:
+    """Yield the metrics of a job page by page, oldest first."""
     position = None
     while True:
         with database.read() as session:
-            found = jobs.events(
-                session,
-                job,
-                kinds=("metrics",),
-                limit=_AT_ONCE,
-                position=position,
-                ascending=ascending,
+            events = jobs.events(
+                session, job, kinds=("metrics",), limit=_PAGE, position=position, ascending=True
             )
-        yield from found
-        if len(found) < _AT_ONCE:
+        yield from events
+        if len(events) < _PAGE:
             return
-        position = found[-1].seq
+        position = events[-1].seq
 
 
-def _with_results(call: Call, seen: JobWithModel) -> JobWithModel:
-    """Return ``seen`` with the result file, which the first request for the job writes.
+def _result_files(call: Call, job: Job) -> list[str]:
+    """Return the id of the result file. The first request after the end of the job writes the file.
 
     The file id follows from the job id, so that a job has one file. A deleted file is not written
     again. Without disk space or quota, the job has no file yet.
     """
-    job, files = seen.job, call.context.files
     # Jobs of other APIs write metrics to the address in the request.
     if job.state != jobs.COMPLETED or job.api != API:
-        return seen
-    file_id = f"file-results{job.id}"
+        return []
+    files, file_id = call.context.files, f"file-results{job.id}"
     if not files.ever(job.account, file_id):
-        pieces = result_file(_metrics(call.context.database, job, ascending=True))
+        content = result_file(_metrics(call.context.database, job))
         name = f"{job.name}_results.csv"
         try:
-            files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
+            files.add(job.account, iter([content]), name, "fine-tune-results", file_id=file_id)
         except (QuotaExceeded, DiskFull, ReadOnlyDisk):
-            return seen
-    found = files.get(job.account, file_id)
-    return JobWithModel(job, seen.model, [file_id] if found else [])
+            return []
+    return [file_id] if files.get(job.account, file_id) else []
 
 
 def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> Job | None:
     """Return the account's job with this name."""
     found = jobs.get(session, account, job_id, lock=lock)
     return found if found is not None and found.name == job_id else None
-
-
-def _with_model(session: Session, job: Job) -> JobWithModel:
-    made = select(CustomModel).where(
-        CustomModel.account == job.account,
-        CustomModel.job_id == job.id,
-        CustomModel.status == ACTIVE,
-    )
-    return JobWithModel(job, session.scalar(made), [])

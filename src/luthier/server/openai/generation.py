@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -25,8 +25,7 @@ from luthier.inference.pool import ModelPool
 from luthier.models.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import Fault, parse_digits, refusal_text
 from luthier.server.http.streams import GeneratedPieces, StreamedResponse
-from luthier.server.identifiers import Invocable
-from luthier.server.openai.models import Catalogue
+from luthier.server.identifiers import Invocable, ModelIds
 from luthier.server.openai.protocol import (
     Body,
     JsonObject,
@@ -38,8 +37,10 @@ from luthier.server.openai.protocol import (
 )
 from luthier.server.sampling_fields import sampling_of, with_sampling
 from luthier.server.structured_outputs import StructuredOutputs
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.foundation import FoundationModel
 
-Asked = TypeVar("Asked", bound=Body, contravariant=True)
+BodyT = TypeVar("BodyT", bound=Body)
 Answers = Callable[[str, Mapping[str, Any]], JsonObject]
 """Function of an account and a body that returns the response of an endpoint."""
 Judge = Callable[[str, str], str]
@@ -135,18 +136,22 @@ class SamplingFields(StrictBody):
         )
 
 
-class Complete(Protocol[Asked]):
-    """Function that generates a whole response."""
-
-    def __call__(self, inference: Inference, account: str, asked: Asked, /) -> JsonObject:
-        """Return the response for an account."""
-
-
 class Inference:
     """Resolves model names of an account, and queries models."""
 
-    def __init__(self, catalogue: Catalogue, pool: ModelPool) -> None:
-        self.catalogue, self.pool = catalogue, pool
+    def __init__(self, models: ModelIds, pool: ModelPool) -> None:
+        self.models, self.pool = models, pool
+
+    def base(self, account: str, name: str) -> FoundationModel | CustomModel:
+        """Return a base model, or an active model of ``account``, by any name.
+
+        Raises:
+            Fault: 404 ``model_not_found``.
+        """
+        model = self.models.base(account, name)
+        if model is None:
+            raise model_not_found(name)
+        return model
 
     def target(self, account: str, name: str) -> Invocable:
         """Return the model of ``account`` with the name ``name``.
@@ -154,7 +159,7 @@ class Inference:
         Raises:
             Fault: 404 ``model_not_found``.
         """
-        found = self.catalogue.target(account, name)
+        found = self.models.target(account, name)
         if found is None:
             raise model_not_found(name)
         return found
@@ -184,7 +189,7 @@ class Inference:
         """Return a function that finds grading models of ``account``."""
 
         def find(name: str, where: str) -> str:
-            found = self.catalogue.target(account, name)
+            found = self.models.target(account, name)
             if found is None:
                 text = f"The model `{name}` does not exist."
                 raise Fault("Validation", text, parameter=where, reason="model_not_found")
@@ -217,14 +222,18 @@ class Inference:
             return self.pool.submit(target.stored_id, build())
 
 
-def answers(inference: Inference, kind: type[Asked], complete: Complete[Asked]) -> Answers:
-    """Return ``complete`` as a function of unparsed bodies, for batches and evals. Streaming is
-    off."""
+def answers(
+    inference: Inference, kind: type[BodyT], complete: Callable[[Inference, str, BodyT], JsonObject]
+) -> Answers:
+    """Return ``complete`` as a function of unparsed bodies, for batches and evals.
 
-    def answer(account: str, given: Mapping[str, Any]) -> JsonObject:
+    Streaming is off.
+    """
+
+    def answer(account: str, body: Mapping[str, Any]) -> JsonObject:
         if "stream" in kind.model_fields:
-            given = {**given, "stream": False}
-        return complete(inference, account, validate(given, kind))
+            body = {**body, "stream": False}
+        return complete(inference, account, validate(body, kind))
 
     return answer
 

@@ -102,7 +102,7 @@ def run(call: OpenAICall, body: RunGrader) -> JsonObject:
     row = PromptOnly("item", 1, "", members=body.item or {})
     longest = context.limits.grading_text_characters
     sample = Answer((), body.model_sample, None, row, longest)
-    score, parts, trouble = graded_once(grader, sample)
+    score, parts, trouble = grade_reply(grader, sample)
     if trouble is not None and trouble.rule == TOO_LONG:
         raise invalid(
             f"The grader refuses this: {trouble.problem.message}", "grader", "invalid_grader"
@@ -123,7 +123,7 @@ def run(call: OpenAICall, body: RunGrader) -> JsonObject:
     }
 
 
-def graded_once(
+def grade_reply(
     grader: Grader, sample: Answer
 ) -> tuple[float, dict[str, float], RowRefused | None]:
     """Grade a reply.

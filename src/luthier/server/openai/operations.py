@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Depends, Query, Request, Security
+from fastapi import APIRouter, Depends, Query
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPBearer
 
 from luthier.limits import MIB, AccountQuotas, ServerLimits
 from luthier.server.audit import record_action
-from luthier.server.http.messages import Caller, Fault
-from luthier.server.http.routes import ApiRoute
+from luthier.server.http.messages import Fault
+from luthier.server.http.routes import ApiCall, ApiRoute, api_router
 from luthier.server.openai.protocol import JsonObject, invalid, invalid_member
 from luthier.server.tables.database import Database
 
 if TYPE_CHECKING:
     from luthier.server.openai.batches import BatchRunner
-    from luthier.server.openai.eval_runner import EvaluationRunner
-    from luthier.server.openai.eval_runs import EvalParts
+    from luthier.server.openai.eval_runner import EvalParts, EvaluationRunner
     from luthier.server.openai.generation import Inference
     from luthier.server.openai.models import DeleteModel
     from luthier.server.tables.uploaded_files import UploadedFiles
@@ -47,32 +45,16 @@ class Context:
     """Notify the scheduler of a new job."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(ApiCall[Context]):
     """A call of an operation by an authenticated caller."""
-
-    context: Context
-    caller: Caller
-    action: str
-    """Action of the operation in the audit log."""
-
-    @property
-    def account(self) -> str:
-        """Account of the caller."""
-        return self.caller.account
 
     def record(self, kind: str, identifier: str = "*") -> None:
         """Record a resource of ``kind`` as changed by the operation, for the audit log."""
-        arns = self.context.inference.catalogue.arns
+        arns = self.context.inference.models.arns
         record_action(self.action, arns.openai(self.account, kind, identifier))
 
 
-async def _call(request: Request) -> Call:
-    route: OpenAIRoute = request.scope["route"]
-    return Call(request.app.state.context, request.state.caller, route.action)
-
-
-OpenAICall = Annotated[Call, Depends(_call)]
+OpenAICall = Annotated[Call, Depends(Call.of)]
 
 
 class OpenAIRoute(ApiRoute):
@@ -103,15 +85,13 @@ class GraderRoute(OpenAIRoute):
 
 def openai_router(route_class: type[OpenAIRoute] = OpenAIRoute) -> APIRouter:
     """Return an empty router for operations below ``/v1``."""
-    key = Security(
-        HTTPBearer(auto_error=False)
-    )  # for the OpenAPI document; the key is already verified
-    return APIRouter(prefix="/v1", route_class=route_class, dependencies=[key])
+    return api_router("/v1", route_class)
 
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 """Maximum number of rows of a page."""
 Order = Literal["asc", "desc"]
+Row = TypeVar("Row")
 
 
 def page(found: Sequence[Any], limit: int, shown: Callable[[Any], JsonObject] = dict) -> JsonObject:
@@ -125,3 +105,17 @@ def page(found: Sequence[Any], limit: int, shown: Callable[[Any], JsonObject] = 
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
     }
+
+
+def row_before(after: str | None, noun: str, find: Callable[[str], Row | None]) -> Row | None:
+    """Return the last row of the previous page, or None for the first page.
+
+    Raises:
+        Fault: 400 if no row has the id ``after``.
+    """
+    if after is None:
+        return None
+    row = find(after)
+    if row is None:
+        raise invalid(f"No such {noun}: {after}.", "after")
+    return row

@@ -99,15 +99,9 @@ def absent(kind: str, identifier: str, parameter: str) -> Fault:
     return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
 
 
-CHECKPOINT = ":ckpt-step-"
-"""Separator of a model's id and the step of a checkpoint."""
-
-
 def model_not_found(model: str) -> Fault:
     """Return the fault for an unknown model, with status 404."""
     text = f"The model `{model}` does not exist or you do not have access to it."
-    if CHECKPOINT in model:
-        text += " A checkpoint is a step at which its job was measured: ask the model of the job."
     return Fault("ResourceNotFound", text, parameter="model", reason="model_not_found")
 
 

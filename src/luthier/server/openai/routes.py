@@ -13,6 +13,7 @@ from luthier.limits import AccountQuotas
 from luthier.server.http.application import Api
 from luthier.server.http.messages import Fault, Response
 from luthier.server.http.routes import api_application
+from luthier.server.identifiers import ModelIds
 from luthier.server.openai import (
     batches,
     chat,
@@ -31,11 +32,10 @@ from luthier.server.openai.batches import BatchRunner
 from luthier.server.openai.chat import ChatRequest
 from luthier.server.openai.completions import CompletionRequest
 from luthier.server.openai.embeddings import EmbeddingRequest
-from luthier.server.openai.eval_runner import EvaluationRunner
-from luthier.server.openai.eval_runs import EvalParts, EvalTask
+from luthier.server.openai.eval_runner import EvalParts, EvalTask, EvaluationRunner
 from luthier.server.openai.generation import Inference, answers
 from luthier.server.openai.graders import PooledModels
-from luthier.server.openai.models import Catalogue, DeleteModel
+from luthier.server.openai.models import DeleteModel
 from luthier.server.openai.operations import Context
 from luthier.server.openai.responses import ResponseRequest
 from luthier.server.settings import Settings
@@ -81,7 +81,7 @@ class OpenAIService:
             count: Records the usage of batches and evals.
         """
         self.files = UploadedFiles(database, objects)
-        inference = Inference(Catalogue(database, Arns(settings.region)), pool)
+        inference = Inference(ModelIds(database, Arns(settings.region)), pool)
         complete_chat = answers(inference, ChatRequest, chat.complete)
         self.batches = BatchRunner(
             database,
