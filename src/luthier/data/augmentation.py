@@ -103,7 +103,7 @@ class Augmentation(StrictModel):
         import numpy as np
 
         if example.word_T is None:
-            raise ValueError("the words of the row are not known")
+            raise ValueError("text augmentation needs a tokenizer with word numbers")
         spans = [
             np.flatnonzero(example.word_T == word)
             for word in np.unique(example.word_T[example.word_T >= 0])

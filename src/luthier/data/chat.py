@@ -90,14 +90,14 @@ class NoTokenizer:
         if isinstance(text, str) and is_media(text):
             raise RowRefused(
                 "media.missing",
-                f"there is no file {quote(text)}, and this base reads no texts.",
+                f"the file {quote(text)} does not exist, and this base model accepts no text.",
                 "Check the path for a spelling mistake.",
             )
-        given = f"{quote(text)} is a text" if isinstance(text, str) and text else "this is a text"
+        given = f"not the text {quote(text)}" if isinstance(text, str) and text else "not text"
         raise RowRefused(
             "media.base",
-            f"this base reads no texts, but images, sounds or numbers, and {given}.",
-            "Give rows that it reads, or name another base; a path that is not there is a text, too.",
+            f"this base model accepts images, audio or numbers, {given}.",
+            "Check the path of the file, or use another base model.",
         )
 
     encode = __call__
@@ -170,8 +170,8 @@ class ChatFormat:
             base = " and ".join(PLURAL[each] for each in able)
             raise RowRefused(
                 "media.base",
-                f"this base reads {base}, and the rows are {PLURAL[kind]}.",
-                f"Name a base that reads {PLURAL[kind]}; `luthier models list` shows what each reads.",
+                f"this base model accepts {base}, and the rows are {PLURAL[kind]}.",
+                f"Use a base model for {PLURAL[kind]}; `luthier models list` shows the inputs.",
             )
 
     def encode_input(self, row: Row, index: int) -> Example:
@@ -185,7 +185,7 @@ class ChatFormat:
             return Example(ids_T, ONE_T, index, target=NO_TARGET, media=media)
         ids_T, word_T = self.encode_words(row.plain_text())
         if not len(ids_T):
-            raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
+            raise RowRefused("row.empty", "the text has no tokens.", "Write some text.")
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=NO_TARGET, word_T=word_T)
@@ -309,7 +309,7 @@ class ChatFormat:
             raise RecipeError(
                 f"the model's chat template has no option `{unread[0]}`.",
                 setting=f"data.chat_template_kwargs.{unread[0]}",
-                advice="Remove the option, or choose a model whose template has this option.",
+                advice="Remove the option, or choose a model with this option.",
             )
         head = template_defaults({name: each for name, each in kwargs.items() if name != DATE})
         tokenizer = copy.copy(self.tokenizer)
@@ -439,8 +439,8 @@ class ChatFormat:
         if not parts:
             raise RowRefused(
                 "row.template",
-                "The model's chat template writes no turn that is learned as the row has it.",
-                "Give each such turn a row of its own, in which it is the last one.",
+                "The model's chat template changes every learned turn of the row.",
+                "Write one row per learned turn, with this turn as the last message.",
             )
         start, end = parts[-1]
         text = text[:end]
@@ -481,8 +481,8 @@ class ChatFormat:
         at = int(np.argmax(differs_T)) if differs_T.any() else size
         own, served = (self.pieces(each[at : at + 3].tolist()) for each in (ids_T, prompt_T))
         return (
-            f"before the last reply, from token {at + 1} on, the row has the tokens {own}, and the "
-            f"served prompt has {served}."
+            f"the tokens differ before the last reply, from token {at + 1} on: the row has {own}, the "
+            f"served prompt {served}."
         )
 
     def _segments(
@@ -550,8 +550,8 @@ class ChatFormat:
                 places.append((before, done))
             elif index == answers[-1]:
                 raise RecipeError(
-                    "the chat template begins an answer in another way than it writes one, so the "
-                    "learned tokens cannot be told apart. Use single-turn rows or template=plain.",
+                    "the chat template renders the start of an answer in two ways, so the learned "
+                    "tokens are ambiguous. Use single-turn rows or template=plain.",
                     rule="template.rewrites",
                 )
             else:
@@ -585,7 +585,7 @@ class ChatFormat:
         """Id of the token after texts and plain replies."""
         if not self.stop_ids:
             raise RecipeError(
-                "this model's tokenizer has no end-of-text token (eos_token)",
+                "the model's tokenizer has no end-of-text token (eos_token)",
                 rule="tokenizer.no_end_of_text",
             )
         return self.stop_ids[0]
@@ -689,7 +689,7 @@ class ChatFormat:
 
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError("a tokenizer that is written in Python does not say it")
+            raise ValueError("tokenizers written in Python do not expose the bytes of a token")
         return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(self.stop_ids))
 
     def check_decoder(self) -> None:
@@ -748,9 +748,9 @@ class ChatFormat:
             return last + 1
         names = ", ".join(self.text_encoder.stop_names) or "none"
         raise RecipeError(
-            "the chat template ends an assistant turn without a stop token, so the model could not "
-            f"learn to stop. The stop tokens are: {names}. Add the token that ends a turn to "
-            "`eos_token_id` in generation_config.json, or name it as the tokenizer's `eos_token`",
+            f"the chat template ends an assistant turn without a stop token ({names}), so the model "
+            "would not learn to stop. Add the end-of-turn token to `eos_token_id` in "
+            "generation_config.json, or as the tokenizer's `eos_token`",
             rule="template.no_stop",
         )
 
@@ -807,7 +807,7 @@ class ChatFormat:
                     self.render(others, reply=reply, tools=tools, kwargs=kwargs)
                     reason = f"{reason.rstrip('.')}. {SYSTEM_FIX}"
             raise RecipeError(
-                f"the model's chat template refuses this conversation: {reason}",
+                f"the model's chat template rejects this conversation: {reason}",
                 rule="template.refused",
             ) from error
         return text
@@ -857,8 +857,7 @@ class ChatFormat:
 def _check_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise RecipeError(
-            "this model's tokenizer has no chat template. Use template=plain, or a model that "
-            "was tuned on conversations.",
+            "the model's tokenizer has no chat template. Use template=plain, or a chat model.",
             rule="template.missing",
         )
 
@@ -866,18 +865,16 @@ def _check_template(tokenizer: Any) -> None:
 def _cannot_write(missing: str, index: int, fix: str = "") -> RowRefused:
     return RowRefused(
         "row.template",
-        f"The model's chat template leaves out {missing} (message {index + 1}).",
-        fix
-        or "Write it into the content as the model is to write it, use a base model whose template "
-        "has a place for it, or remove the row.",
+        f"The model's chat template drops {missing} (message {index + 1}).",
+        fix or "Write the text into the content, use another base model, or remove the row.",
     )
 
 
 def _check_single(messages: Sequence[Message]) -> None:
     if len(messages) != 2 or messages[1].role != "assistant":
         raise RecipeError(
-            "the plain template holds one prompt and one completion; this row is a longer "
-            "conversation. Use template=chat with a model that has a chat template.",
+            "the plain template supports one prompt and one completion, not a conversation. "
+            "Use a model with a chat template.",
             rule="template.plain",
         )
 
@@ -885,8 +882,7 @@ def _check_single(messages: Sequence[Message]) -> None:
 def _plain_prompt(messages: Sequence[Message]) -> str:
     if len(messages) != 1:
         raise RecipeError(
-            "this model was trained on plain text and has no chat template: it takes one prompt, "
-            "not a conversation",
+            "the model has no chat template and accepts one prompt, not a conversation",
             rule="template.plain",
         )
     return messages[0].content

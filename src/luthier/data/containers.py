@@ -49,19 +49,19 @@ SEPARATOR = re.compile(r'"?sep=([^\w"\s]|\t)"?\s*')
 """First line of a table that tells Excel the delimiter."""
 _SUPPORTED = (
     f"Supported are JSON Lines ({', '.join(JSON_LINES)}), JSON (.json), tables (.csv, .tsv, .parquet) "
-    f"and plain text ({', '.join(PLAIN_TEXT)}), in UTF-8, also packed with gzip (.gz) or zstd (.zst); "
-    "images and sounds as a folder or .zip of their files, or arrays (.npz)"
+    f"and plain text ({', '.join(PLAIN_TEXT)}) in UTF-8, optionally with .gz or .zst; "
+    "images and audio in a folder or .zip, or arrays (.npz)"
 )
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 """First bytes of a zip archive, and of an empty zip archive."""
 # Every entry is impossible at the start of UTF-8 text, so a match alone is proof.
 _MAGIC = (
-    (_GZIP, "data packed twice"),
-    (_ZSTD, "data packed twice"),
+    (_GZIP, "data compressed twice"),
+    (_ZSTD, "data compressed twice"),
     (b"\xfd7zXZ\x00", "xz-compressed data"),
     (b"PK\x03\x04", "a zip archive or an Office document"),
-    (b"PAR1", "a packed Parquet file"),
+    (b"PAR1", "a compressed Parquet file"),
     (b"\xff\xfe", "UTF-16 text"),
     (b"\xfe\xff", "UTF-16 text"),
 )
@@ -100,8 +100,8 @@ def container_of(path: Path) -> Container:
     _refuse_irregular(path)
     convert = conversion_fix([path.name])
     if is_media(path.name) or convert:
-        message = "This is a single image or sound, and no data set."
-        fix = "Name the folder that it lies in; of folders in it, the name of each is a label."
+        message = "A single image or audio file is not a data set."
+        fix = "Name the folder of the files; the names of subfolders are labels."
         fix = f"{convert} {fix}".strip()
         raise RowRefused("file.unknown_format", message, fix)
     packing: Packing = ""
@@ -195,7 +195,7 @@ def refuse_binary(data: bytes) -> None:
     if kind is None and b"\0" not in data and controls * 10 <= len(data):
         return
     message = f"The file is not UTF-8 text; it looks like {kind or 'binary data'}."
-    fix = f"Unpack or convert it, then name the result. {_SUPPORTED}."
+    fix = f"Convert the file. {_SUPPORTED}."
     if kind == "UTF-16 text":
         fix = "Save the file as UTF-8, or run: iconv -f UTF-16 -t UTF-8 OLD > NEW."
     raise RowRefused("file.binary", message, fix)
@@ -204,14 +204,14 @@ def refuse_binary(data: bytes) -> None:
 def damage_refusal(error: Exception) -> RowRefused:
     """Return the error for compressed data that cannot be decompressed."""
     said = str(error).rstrip(".")
-    message = f"The packed file is damaged or cut off: {said[:1].lower()}{said[1:]}."
-    return RowRefused("file.damaged", message, "Pack or fetch the file again.")
+    message = f"The compressed file is damaged or truncated: {said[:1].lower()}{said[1:]}."
+    return RowRefused("file.damaged", message, "Compress or download the file again.")
 
 
 def needs(package: str, extra: str, what: str) -> RowRefused:
     """Return the error for a missing optional package."""
     message = f"{what} needs the package {package}, which is not installed."
-    return RowRefused("file.extra", message, f"Install it: pip install 'luthier[{extra}]'.")
+    return RowRefused("file.extra", message, f"Run: pip install 'luthier[{extra}]'.")
 
 
 class _Zstd(io.RawIOBase):
@@ -224,7 +224,7 @@ class _Zstd(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise needs("zstandard", "zstd", "Data packed with zstd") from None
+            raise needs("zstandard", "zstd", "zstd compression") from None
         self._raw = raw
         self._error = zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor().decompressobj
@@ -243,7 +243,7 @@ class _Zstd(io.RawIOBase):
             data = data or self._raw.read(self._PIECE)
             if not data:
                 if self._begun:
-                    raise EOFError("the last frame is cut off")
+                    raise EOFError("the last frame is truncated")
                 return 0
             self._begun = True
             try:
@@ -261,16 +261,14 @@ def _refuse_irregular(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
         fix = "Check the path for a spelling mistake."
         if not path.is_absolute():
-            fix = f"Check the path for a spelling mistake; it is looked up from {Path.cwd()}."
-        raise RowRefused("file.missing", "There is no file at this path.", fix) from None
+            fix = f"Check the path for a spelling mistake; relative paths start at {Path.cwd()}."
+        raise RowRefused("file.missing", "The file does not exist.", fix) from None
     if stat.S_ISDIR(mode):
-        fix = "Name one file inside the folder."
-        raise RowRefused("file.directory", "This is a folder, not a file.", fix)
+        fix = "Name one file in the folder."
+        raise RowRefused("file.directory", "The path is a folder, not a file.", fix)
     if not stat.S_ISREG(mode):
-        message = "This is a pipe, a socket or a device, not a regular file."
-        raise RowRefused(
-            "file.unreadable", message, "Write the data to a file first, and name that."
-        )
+        message = "The path is a pipe, a socket or a device, not a regular file."
+        raise RowRefused("file.unreadable", message, "Write the data to a file first.")
 
 
 def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
@@ -335,11 +333,11 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 def empty_refusal(what: str) -> RowRefused:
     """Return the error for a file without rows."""
-    return RowRefused("file.empty", f"The file {what}.", "Add rows to it, or name another file.")
+    return RowRefused("file.empty", f"The file {what}.", "Add rows, or name another file.")
 
 
 def _unknown(suffix: str) -> RowRefused:
-    ending = f"The file ending {quote(suffix)} is not known" if suffix else "The file has no ending"
-    message = f"{ending}, and its content is neither JSON nor a table with known columns."
-    fix = f"Convert the file, or rename it if only its ending is wrong. {_SUPPORTED}."
+    ending = f"The file ending {quote(suffix)} is unknown" if suffix else "The file has no ending"
+    message = f"{ending}, and the content is neither JSON nor a table with known columns."
+    fix = f"Convert or rename the file. {_SUPPORTED}."
     return RowRefused("file.unknown_format", message, fix)

@@ -55,7 +55,7 @@ def format_of(target: Path) -> Format:
     if suffix[1:] in FORMATS:
         return suffix[1:]  # type: ignore[return-value]
     raise RecipeError(
-        f"{target} has no ending that tells the format; give one of --format {', '.join(FORMATS)}",
+        f"{target} has no known ending; add --format with one of {', '.join(FORMATS)}",
         setting="format",
     )
 
@@ -89,7 +89,7 @@ def convert(
     """
     if form not in TARGETS:
         hint = did_you_mean(form, TARGETS, f"there are {', '.join(TARGETS)}")
-        raise RecipeError(f"there is no form {form!r}; {hint}", setting="form", value=form)
+        raise RecipeError(f"unknown form {form!r}; {hint}", setting="form", value=form)
     kind = format_ or format_of(target)
     check_target(target, (), [source], overwrite)
     work = _Conversion(source, target.parent, form, columns, drop_extra_keys, on_progress)
@@ -159,8 +159,8 @@ class _Conversion:
         if kind != self.first:
             raise RowRefused(
                 "convert.form",
-                "Some rows are conversations (as with a system prompt), others a prompt and a reply.",
-                "Write all as conversations: --to chat.",
+                "Some rows are conversations, other rows a prompt and a reply.",
+                "Write all rows as conversations: --to chat.",
             )
         for key, value in extra_keys(row, given, reader.checker.form).items():
             if self.drop_extra_keys:
@@ -169,8 +169,8 @@ class _Conversion:
             if key in made:
                 raise RowRefused(
                     "convert.key",
-                    f"The key {quote(key)} is no part of the row, but of what is written.",
-                    "Leave further keys out with --drop-extra-keys, or set it aside with --map.",
+                    f"The extra key {quote(key)} collides with a key of the written form.",
+                    "Drop extra keys with --drop-extra-keys, or ignore the column with --map.",
                 )
             self.kept[key] = None
             made[key] = value
@@ -194,5 +194,5 @@ def _refuse_lost(record: Record, keeps_tools: bool) -> None:
                 raise RowRefused(
                     "convert.message",
                     f"Message {number} has the key {quote(more[0])}, which would be lost.",
-                    "Leave such keys out with --drop-extra-keys.",
+                    "Drop extra keys with --drop-extra-keys.",
                 )

@@ -51,7 +51,7 @@ def pieces(paths: Sequence[Path]) -> Iterator[CorpusPiece]:
     for path in (file for source in paths for file in files_of(source)):
         for row, ends in stream_rows(path, problems):
             if not isinstance(row, RawText):
-                message = "The row is more than a text; this learns from raw text only."
+                message = "The row has more than a text; pre-training uses raw text only."
                 fix = 'Rewrite the row as {"text"}.'
                 problems.append(Problem("row.objective", message, fix, row.location))
                 continue

@@ -135,8 +135,7 @@ class _OnDisk(_Lazy[T]):
             self._folder = Path(tempfile.gettempdir())
         except FileNotFoundError as error:
             raise LuthierError(
-                "the rows are too many for memory, and no folder for temporary files can be written. "
-                "Set TMPDIR to one"
+                "the rows do not fit into memory, and no temporary folder is writable. Set TMPDIR"
             ) from error
         with disk_errors(self._folder):
             # Unbuffered: after a full disk, closing a buffered file would write the rest again.

@@ -31,7 +31,7 @@ def read_document(
     while (start := text.next_character()) not in ("", "]"):
         if count and array:
             if start != ",":
-                raise text.invalid("an array goes on with a comma", text.place)
+                raise text.invalid("expected a comma between array elements", text.place)
             text.place += 1
             text.next_character()
         count += 1
@@ -44,14 +44,14 @@ def read_document(
             problems.append(bad.at(file, line))
     if start != ("]" if array else ""):
         raise text.invalid(
-            "the array has no end" if array else "there is no array to end", text.place
+            "the array is not closed" if array else "unexpected closing bracket", text.place
         )
     if array:
         text.place += 1
         if text.next_character():
-            raise text.invalid("something follows the array", text.place)
+            raise text.invalid("unexpected text after the array", text.place)
     if not count:
-        raise empty_refusal("holds no rows")
+        raise empty_refusal("has no rows")
 
 
 class _Text:
@@ -85,9 +85,9 @@ class _Text:
             raise parsing.too_many_digits() from None
         if self.place - start > parsing.MAX_LINE_BYTES:
             message = f"The row has more than {parsing.MAX_LINE_BYTES:,} characters."
-            raise RowRefused("line.too_long", message, "Split the row into shorter ones.")
+            raise RowRefused("line.too_long", message, "Split the row into shorter rows.")
         if not isinstance(value, dict):
-            message = f"The element is {json_kind(value)}; a row is an object, like {{...}}."
+            message = f"The element is {json_kind(value)}; a row must be an object."
             fix = 'Write each row as an object, for example [{"text": "..."}].'
             raise RowRefused("json.not_object", message, fix)
         if parsing.may_hold_surrogates(self.text[start : self.place]):
@@ -105,6 +105,6 @@ class _Text:
         """Return the error for a syntax error at ``place``."""
         line = self.text.count("\n", 0, place) + 1
         column = place - self.text.rfind("\n", 0, place)
-        message = f"The file is not valid JSON: {parsing.json_reason(reason)}, at column {column}."
-        fix = "Correct that place, or write the file again with a JSON library."
+        message = f"Invalid JSON: {parsing.json_reason(reason)}, at column {column}."
+        fix = "Correct the file at this position, or write the file with a JSON library."
         return RowRefused("json.invalid", message, fix, Location(line=line))

@@ -61,6 +61,7 @@ ROLE_RENAMES: Mapping[str, str] = {
 """Role names of other tools."""
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _BIO = re.compile(r"O|[BI]-\S+")
+TAGGED_EXAMPLE = '{"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]}'
 
 RENAMES: Mapping[str, str] = {
     "instruction": "prompt",
@@ -102,8 +103,8 @@ def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
 def column_fix(ours: str, theirs: str) -> str:
     """Return advice for a column ``theirs`` with a name similar to the key ``ours``."""
     return (
-        f'Did you mean {quote(theirs)}? Rename it to "{ours}", or say `data.columns.{ours}={theirs}` '
-        "if all rows have it."
+        f'Did you mean {quote(theirs)}? Rename the column to "{ours}", or set '
+        f"`data.columns.{ours}={theirs}`."
     )
 
 
@@ -126,14 +127,14 @@ def _part_text(part: dict[str, object]) -> str:
         if more := sorted(part.keys() - {"type", "text", "cache_control"}):
             raise RowRefused(
                 "message.part",
-                f"a part of the content has the key {quote(more[0])}, which is not read.",
+                f"a content part has the unknown key {quote(more[0])}.",
                 "Remove the key; training marks belong to the message.",
             )
         return text
     kind = part.get("type") or next(iter(part), "nothing")
     raise RowRefused(
         "message.part",
-        f"a part of the content is {quote(str(kind))}, and only text can be learned.",
+        f"a content part has the type {quote(str(kind))}; only text is supported.",
         'Keep the parts {"type": "text", "text": "..."}, or remove the row.',
     )
 
@@ -177,11 +178,11 @@ def read_label(value: object) -> str | tuple[str, ...]:
         value = _listed(value)
     if not isinstance(value, list):
         return _label_name(value)
-    names = tuple(_label_name(item, "an array with {} in it") for item in value)
+    names = tuple(_label_name(item, "an array with {} inside") for item in value)
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise RowRefused(
-            "label.duplicate", f"The label {quote(twice[0])} is named twice.", "Keep one."
+            "label.duplicate", f"The label {quote(twice[0])} occurs twice.", "Keep one."
         )
     return names
 
@@ -194,18 +195,16 @@ def _label_name(value: object, given: str = "{}") -> str:
     if isinstance(value, list) and len(value) == 3 and type(value[0]) is type(value[1]) is int:
         raise RowRefused(
             "label.type",
-            f'"label" holds the span [{value[0]}, {value[1]}, {quote(str(value[2]))}] of a text, '
-            "as doccano writes entities.",
-            'Write the words of the text and a tag for each: {"tokens": ["Rita", "sings"], '
-            '"tags": ["B-person", "O"]}.',
+            f'"label" has the text span [{value[0]}, {value[1]}, {quote(str(value[2]))}] (doccano).',
+            f"Write one tag per word: {TAGGED_EXAMPLE}.",
         )
     kind = "empty" if isinstance(value, str) else json_kind(value)
-    fix = 'Write {"text": "...", "label": "name"}, or ["a", "b"] where a text has several.'
+    fix = 'Write {"text": "...", "label": "name"}, or ["a", "b"] for several labels.'
     if type(value) is float:
-        fix += " If it is a rating, say `data.columns.rating=label`."
+        fix += " For a rating, set `data.columns.rating=label`."
     raise RowRefused(
         "label.type",
-        f'"label" must be a text or a whole number, or an array of them, but is {given.format(kind)}.',
+        f'"label" must be text, an integer, or an array of both, but is {given.format(kind)}.',
         fix,
     )
 
@@ -220,7 +219,7 @@ def read_rating(value: object) -> float:
     if isinstance(value, str):
         given = f"the text {quote(value)}" if value.strip() else "empty"
         if DECIMAL_COMMA.fullmatch(value.strip()):
-            fix = f"Write the number with a point: {value.strip().replace(',', '.')}."
+            fix = f"Write the number with a decimal point: {value.strip().replace(',', '.')}."
         elif not re.search(r"\d", value):
             fix = "Write a number, or remove the row."
     raise RowRefused("rating.type", f'"rating" must be a finite number, but is {given}.', fix)
@@ -233,14 +232,14 @@ def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[st
         raise RowRefused(
             "tags.length",
             f"The row has {len(words)} tokens and {len(names)} tags.",
-            "Give each token one tag; O for what is no entity.",
+            "Write one tag per token; O for tokens outside of entities.",
         )
     for number, name in enumerate(names, 1):
         if not _BIO.fullmatch(name):
             raise RowRefused(
                 "tags.bio",
                 f"Tag {number} is {quote(name)}.",
-                "Tags are O, B-name for the first word of an entity and I-name for the others.",
+                "Tags are O, B-name for the first word of an entity and I-name for the next words.",
             )
     return words, names
 
@@ -261,7 +260,7 @@ def read_words(value: object, key: str) -> tuple[str, ...]:
     raise RowRefused(
         "tags.type",
         f'"{key}" must be an array of texts, but is {kind}.',
-        'Write {"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]}.',
+        f"Write {TAGGED_EXAMPLE}.",
     )
 
 
@@ -333,7 +332,7 @@ class FieldChecker:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             key = quote(self.names.get(kind) or kind)
             what = SINGULAR[kind]
-            fix = f"Write the path of the {what}, as seen from the folder of this file, in {key}."
+            fix = f"Write the path of the {what}, relative to the folder of this file, in {key}."
             message = f"{key} must be a path, but is {json_kind(value)}."
             self.report("media.type", message, fix)
             return None
@@ -344,8 +343,8 @@ class FieldChecker:
             copy = folder / object_name(value)
             if copy.is_file():
                 return Media(kind, value, str(copy))
-            fix = "Jobs of the service fetch it; here, download it and write its path."
-            self.report("media.missing", f"{quote(value)} was not fetched.", fix)
+            fix = "Download the object and write its path. Jobs of the service download objects."
+            self.report("media.missing", f"{quote(value)} is not downloaded.", fix)
             return None
         try:
             path = (folder / value).resolve()
@@ -353,13 +352,13 @@ class FieldChecker:
         except (OSError, RuntimeError, ValueError):  # name too long, circular links
             path, there = folder, False
         if not path.is_relative_to(folder):
-            fix = "Put it beside the rows, in the same folder or one below."
+            fix = "Move the file into the folder of the rows, or a subfolder."
             message = f"{quote(value)} is not below the folder of this file."
             self.report("media.outside", message, fix)
             return None
         if not there:
-            fix = f"Paths are as seen from {folder}; mend the path, or remove the row."
-            self.report("media.missing", f"there is no file {quote(value)}.", fix)
+            fix = f"Correct the path (relative to {folder}), or remove the row."
+            self.report("media.missing", f"the file {quote(value)} does not exist.", fix)
             return None
         return Media(kind, value, str(path))
 
@@ -372,7 +371,7 @@ class FieldChecker:
             array = np.array(numbers[-LONGEST_WINDOW:], np.float64)
             return Media("window", f"{self.file}:{self.line}", array=array)
         message = f'"window" must be an array of finite numbers up to {LARGEST_VALUE:.0e}.'
-        self.report("media.type", message, "Write the values in their order, the latest last.")
+        self.report("media.type", message, "Write the values in order, the newest last.")
         return None
 
     def _decode_data_address(self, value: str, kind: MediaKind, name: str) -> Media | None:
@@ -383,8 +382,8 @@ class FieldChecker:
                 raise ValueError
             return Media(kind, name, data=base64.b64decode(body, validate=True))
         except ValueError:
-            fix = f"Write data:{kind}/…;base64, and the bytes of the file in base64."
-            self.report("media.type", "the data: address is not one of base64.", fix)
+            fix = f"Write data:{kind}/…;base64, and the file's bytes in base64."
+            self.report("media.type", "the data: address is not valid base64.", fix)
             return None
 
     def _column_fix(self, record: Record, key: str) -> str:
@@ -413,8 +412,8 @@ class FieldChecker:
             self._check_order(messages, answered)
             spoken = [turn for turn in messages if turn.role == "assistant"]
             if answered and spoken and not any(turn.learned for turn in spoken):
-                message = "Every turn of the assistant is marked as not learned."
-                fix = "Remove the mark of a turn that is to be learned, or remove the row."
+                message = "Every assistant turn is marked as not learned."
+                fix = "Remove the mark of a turn to learn, or remove the row."
                 self.report("message.weight", message, fix)
         return messages
 
@@ -465,7 +464,7 @@ class FieldChecker:
         role = self.text(item, "role", number)
         if role is None:
             return None
-        message = f"Message {number} has the role {quote(role)}; allowed are {_ROLE_NAMES}."
+        message = f"Message {number} has the unknown role {quote(role)}."
         better = ROLE_RENAMES.get(role.strip().lower())
         fix = f"Change the role to one of {_ROLE_NAMES}."
         if better is not None:
@@ -488,7 +487,7 @@ class FieldChecker:
             raise RowRefused(
                 "tools.type",
                 'The row has different tools under "tools", "functions" and "toolConfig".',
-                'Give all of them under "tools".',
+                'Write all tools under "tools".',
             )
         return found[0] if found else ()
 
@@ -505,41 +504,36 @@ class FieldChecker:
         last = messages[-1].role
         if answered and last != "assistant":
             number = len(messages)
-            message_text = (
-                f"The last message (message {number}) has the role {last}; it must be"
-                " assistant, as there is nothing to learn after it."
-            )
-            fix = "Add the assistant message that answers it, or remove the row."
+            text = f"The last message (message {number}) has the role {last}, not assistant."
+            fix = "Add the assistant's reply, or remove the row."
             if number > 2 and messages[-2].role == "assistant":
-                fix = f"Add the assistant message that answers it, or remove message {number}."
-            self.report("message.last", message_text, fix)
+                fix = f"Add the assistant's reply, or remove message {number}."
+            self.report("message.last", text, fix)
 
     def _report_order(self, number: int, messages: Sequence[Message]) -> None:
         role, before = messages[number - 1].role, messages[number - 2]
         if role == "system":
-            text = f"Message {number} has the role system, which may only come first."
-            fix = "Join its text to the first message, or change its role."
+            text = f"Message {number} has the role system, which is only allowed first."
+            fix = "Move the text to the first message, or change the role."
         elif role == "tool":
-            text = f"Message {number} is the result of a tool, and no call is before it."
-            fix = "Put it behind the assistant message that calls the tool, or remove it."
+            text = f"Message {number} is a tool result without a call before."
+            fix = "Move the result after the assistant's call, or remove the message."
         elif number > 1 and before.calls:
             text = (
-                f"Message {number - 1} calls a tool, and message {number} has the role {role}; "
-                "the result of the tool must come first."
+                f"Message {number - 1} calls a tool, and message {number} is not the tool's result."
             )
-            fix = f'Add {{"role": "tool", "content": "..."}} behind message {number - 1}.'
+            fix = f'Add {{"role": "tool", "content": "..."}} after message {number - 1}.'
         elif number == 1 or before.role == "system":
-            text = f"Message {number} has the role {role}; the first turn must be from the user."
-            fix = f"Add the user message that comes before message {number}, or remove it."
+            text = f"Message {number} has the role {role}; the first turn must be the user's."
+            fix = f"Add the user message before message {number}, or remove message {number}."
         elif before.role == "tool":
-            text = f"Message {number} has the role {role}, and no answer follows the tool's result."
-            fix = f"Add the assistant message that comes before message {number}."
-        else:
             text = (
-                f"Messages {number - 1} and {number} both have the role {role};"
-                " user and assistant must take turns."
+                f"Message {number} has the role {role} and follows a tool result without an answer."
             )
-            fix = "Join the two into one message, or add the turn that is missing between them."
+            fix = f"Add the assistant message before message {number}."
+        else:
+            text = f"Messages {number - 1} and {number} have the role {role}; roles must alternate."
+            fix = "Join both messages, or add the missing turn between."
         self.report("message.order", text, fix)
 
 
@@ -552,7 +546,7 @@ def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
                 raise RowRefused(
                     "message.tool_calls",
                     f"Message {number} calls {quote(call.name)}, which is not among the row's tools.",
-                    f"Add it to the tools ({list_keys(sorted(names))}), or mend the name.",
+                    f"Correct the name, or add the tool ({list_keys(sorted(names))}).",
                 )
 
 
@@ -562,8 +556,8 @@ def read_prompt(value: object, fields: FieldChecker) -> Turns:
     if turns[-1].role == "assistant":
         raise RowRefused(
             "preference.order",
-            "the prompt ends with a turn of the assistant, which is to answer it.",
-            "Move that turn to the beginning of both answers, or add the user's next turn.",
+            "the prompt ends with an assistant turn.",
+            "Move this turn to the start of both answers, or add the user's next turn.",
         )
     return turns
 
@@ -589,8 +583,8 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
         if not isinstance(item, dict) or not isinstance(item.get("content"), str):
             raise RowRefused(
                 "preference.type",
-                f'"{key}" must be a text, a message or a list of messages, but holds '
-                f"{json_kind(item)}{' without a text as content' * isinstance(item, dict)}.",
+                f'"{key}" must be a text, a message or a list of messages, but has '
+                f"{json_kind(item)}{' without text as content' * isinstance(item, dict)}.",
                 f'Write "{key}": "text", or {{"role": "{role}", "content": "text"}}.',
             )
         speaker = "system" if item.get("role") == "developer" else item.get("role")
@@ -609,8 +603,8 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
     if role == "assistant" and spoken and not any(spoken):
         raise RowRefused(
             "message.weight",
-            f"every turn of the assistant in {key} is marked as not learned.",
-            "Remove the mark of a turn that is to be learned, or remove the row.",
+            f"every assistant turn in {key} is marked as not learned.",
+            "Remove the mark of a turn to learn, or remove the row.",
         )
     return tuple(found)
 
@@ -620,7 +614,7 @@ def _refuse_calls(turns: Sequence[object], key: str) -> None:
         if isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("function_call")):
             raise RowRefused(
                 "preference.type",
-                f"a message of {key} calls a tool, which cannot be learned in preferences yet.",
+                f"a message of {key} calls a tool, which is not supported in preferences.",
                 "Write the call as text in the content, or remove the row.",
             )
 
@@ -631,8 +625,8 @@ def check_not_blank(turns: Turns) -> None:
         if not turn.content.strip():
             raise RowRefused(
                 "preference.empty",
-                f"a turn of the {turn.role} is empty, and only a rejected answer may be.",
-                "Write its text, or remove the row.",
+                f"a turn of the {turn.role} is empty; only a rejected answer may be empty.",
+                "Write some text, or remove the row.",
             )
 
 
@@ -644,6 +638,6 @@ def check_turn_order(turns: Turns) -> None:
     if roles != wanted or roles[-1:] != ["assistant"]:
         raise RowRefused(
             "preference.order",
-            f"prompt and answer are the turns {', '.join(turn.role for turn in turns)}.",
-            "After an optional system message, user and assistant take turns; the assistant ends.",
+            f"prompt and answer have the roles {', '.join(turn.role for turn in turns)}.",
+            "After an optional system message, user and assistant alternate; the assistant is last.",
         )

@@ -358,7 +358,7 @@ def _to_alpaca(row: Row) -> Record:
 
 def _to_text(row: Row) -> Record:
     if not isinstance(row, RawText):
-        raise _no_place("text", "is more than a text")
+        raise _no_place("text", "has more than a text")
     return {"text": row.text}
 
 
@@ -388,7 +388,7 @@ def _conversation_of(row: Row, form: str) -> Turns:
         if agent and form not in FORMS_WITH_TOOLS:
             raise _no_place(form, "has tools, calls or reasoning")
         if form not in FORMS_WITH_TOOLS and not all(turn.learned for turn in turns):
-            raise _no_place(form, "has a turn of the assistant that is not learned")
+            raise _no_place(form, "has an assistant turn that is not learned")
         return turns
     if isinstance(row, JudgedAnswers):
         raise _no_place(form, "is a judgement of answers")
@@ -398,8 +398,8 @@ def _conversation_of(row: Row, form: str) -> Turns:
 def _no_place(form: str, what: str) -> RowRefused:
     return RowRefused(
         "convert.form",
-        f"The row {what}, and {form} has no place for it.",
-        "Choose another form with --to (rows keeps everything), or remove the row.",
+        f"The row {what}, which the form {form} does not support.",
+        "Choose another form with --to (rows preserves everything), or remove the row.",
     )
 
 

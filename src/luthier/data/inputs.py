@@ -124,7 +124,9 @@ class Media:
         except (
             OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, KeyError, RuntimeError
         ) as error:  # fmt: skip
-            raise media_refusal("unreadable", f"it cannot be read: {reason_of(error)}.") from error
+            raise media_refusal(
+                "unreadable", f"the file cannot be read: {reason_of(error)}."
+            ) from error
 
     def _unpack(self, archive: zipfile.ZipFile) -> bytes:
         size = archive.getinfo(self.member).file_size
@@ -150,7 +152,9 @@ class Media:
         try:
             state = os.stat(self.path)
         except OSError as error:
-            raise media_refusal("unreadable", f"it cannot be read: {reason_of(error)}.") from error
+            raise media_refusal(
+                "unreadable", f"the file cannot be read: {reason_of(error)}."
+            ) from error
         return self.path, self.member, state.st_mtime_ns, state.st_size
 
     def values(self) -> NDArray[np.float64]:
@@ -211,7 +215,7 @@ def _archive(path: str, modified: int, size: int) -> zipfile.ZipFile:
 
 def _too_large(size: int) -> RowRefused:
     return media_refusal(
-        "too_large", f"the file has {size:,} bytes; at most {MOST_MEDIA_BYTES:,} are read."
+        "too_large", f"the file has {size:,} bytes; the limit is {MOST_MEDIA_BYTES:,}."
     )
 
 
@@ -225,9 +229,7 @@ def reason_of(error: Exception) -> str:
 def media_refusal(rule: str, message: str, fix: str = "") -> RowRefused:
     """Return the error for an input that breaks ``media.RULE``."""
     return RowRefused(
-        f"media.{rule}",
-        message,
-        fix or "Replace the file by one in a usual form, or remove it and its row.",
+        f"media.{rule}", message, fix or "Convert the file to a common format, or remove the row."
     )
 
 

@@ -65,8 +65,8 @@ def read_line(stream: BinaryIO, fix: str) -> bytes:
         size += len(piece.removesuffix(b"\n"))
         if piece.endswith(b"\n"):
             break
-    message = f"The line has {size:,} bytes; at most {MAX_LINE_BYTES:,} are read."
-    raise RowRefused("line.too_long", message, f"Split the row into shorter ones; {fix}.")
+    message = f"The line has {size:,} bytes; the limit is {MAX_LINE_BYTES:,}."
+    raise RowRefused("line.too_long", message, f"Split the row into shorter rows; {fix}.")
 
 
 def decode(data: bytes, line: int) -> str:
@@ -149,7 +149,7 @@ def _strict(raw: bytes, number: int) -> Record | None:
         return None
     value = loads(text)
     if not isinstance(value, dict):
-        message = f"The line holds {json_kind(value)}; a row is an object, like {{...}}."
+        message = f"The line is {json_kind(value)}; a row must be an object."
         fix = 'Write each row as one object on its own line, for example {"text": "..."}.'
         raise RowRefused("json.not_object", message, fix)
     if may_hold_surrogates(text):
@@ -168,7 +168,7 @@ def loads(text: str) -> object:
         value: object = DECODER.decode(text)
     except json.JSONDecodeError as error:
         reason = json_reason(error.msg)
-        message = f"The line is not valid JSON: {reason}, at column {error.pos + 1}."
+        message = f"Invalid JSON: {reason}, at column {error.pos + 1}."
         raise RowRefused("json.invalid", message, _json_fix(text, error)) from None
     except RecursionError:
         raise too_deep() from None
@@ -185,14 +185,16 @@ def json_reason(message: str) -> str:
 def _json_fix(text: str, error: json.JSONDecodeError) -> str:
     at = text[error.pos : error.pos + 1]
     if at == "\ufeff":
-        return "Remove the byte order mark (U+FEFF); it may stand only at the start of the file."
+        return (
+            "Remove the byte order mark (U+FEFF), which is only allowed at the start of the file."
+        )
     if error.msg.startswith("Extra data"):
-        return "Put each object on its own line, with nothing before or after it."
+        return "Write each object on its own line, without other text."
     if at == "'":
-        return 'Use double quotes (") around keys and text; json.dumps in Python writes them.'
+        return "Use double quotes (\") around keys and text, as Python's json.dumps."
     if text.strip() in ("[", "{", "]", "}", "},"):
-        return "Write each row on a single line, with no array around the rows."
-    return "Correct the line at that column, or write the file again with a JSON library."
+        return "Write each row on a single line, without an array around the rows."
+    return "Correct the line at this column, or write the file with a JSON library."
 
 
 def _unique(pairs: list[tuple[str, object]]) -> Record:
@@ -202,16 +204,14 @@ def _unique(pairs: list[tuple[str, object]]) -> Record:
         for key, _ in pairs:
             if key in seen:
                 message = f"The key {quote(key)} occurs twice in one object."
-                raise RowRefused(
-                    "json.duplicate_key", message, "Keep one of them, or rename the other."
-                )
+                raise RowRefused("json.duplicate_key", message, "Remove or rename one of the keys.")
             seen.add(key)
     return record
 
 
 def too_deep(line: int = 0) -> RowRefused:
     """Return the error for values nested too deeply."""
-    message = "Arrays or objects are nested too deeply to be read."
+    message = "Arrays or objects are nested too deeply."
     return RowRefused(
         "json.too_deep", message, "Flatten or remove the nested value.", Location(line=line)
     )
@@ -219,7 +219,7 @@ def too_deep(line: int = 0) -> RowRefused:
 
 def too_many_digits() -> RowRefused:
     """Return the error for an integer with more digits than Python converts."""
-    return _not_finite("A number with thousands of digits is too large to hold.")
+    return _not_finite("A number with thousands of digits is too large.")
 
 
 def _not_finite(message: str) -> RowRefused:
@@ -228,13 +228,13 @@ def _not_finite(message: str) -> RowRefused:
 
 
 def _constant(literal: str) -> object:
-    raise _not_finite(f"{literal} is not a number in JSON.")
+    raise _not_finite(f"{literal} is not valid in JSON.")
 
 
 def _finite(literal: str) -> float:
     value = float(literal)
     if math.isinf(value):
-        raise _not_finite(f"The number {quote(literal)} is too large to hold.")
+        raise _not_finite(f"The number {quote(literal)} is too large.")
     return value
 
 
@@ -251,8 +251,8 @@ def refuse_surrogates(record: Record) -> None:
                 stack += value
             elif isinstance(value, str) and (found := _LONE_SURROGATE.search(value)):
                 code = f"\\u{ord(found.group()):04x}"
-                message = f"Field {quote(field)} holds {code}, which is half of a character."
-                fix = "Write the whole character; text cut in the middle of an emoji does this."
+                message = f"Field {quote(field)} has {code}, which is half of a character."
+                fix = "Write the whole character; probably text was cut inside an emoji."
                 raise RowRefused("encoding.surrogate", message, fix)
 
 
@@ -269,7 +269,7 @@ def parse_embedded(text: str) -> object:
     """
     value, end = decode_embedded(text)
     if _WHITE_SPACE.fullmatch(text, end) is None:
-        raise ValueError("something follows the JSON")
+        raise ValueError("unexpected text after the JSON value")
     return value
 
 
@@ -288,5 +288,5 @@ def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:
     except RowRefused as bad:
         raise ValueError(bad.problem.message) from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the value is nested too deeply") from None
     return value, end

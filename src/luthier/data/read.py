@@ -120,8 +120,8 @@ def _records(
 
 def _read_failure(error: OSError) -> RowRefused:
     reason = error.strerror or type(error).__name__
-    fix = "Check the permissions of the file and of its folder, and the disk."
-    return RowRefused("file.unreadable", f"The file could not be read: {reason}.", fix)
+    fix = "Check the permissions of file and folder, and the disk."
+    return RowRefused("file.unreadable", f"The file cannot be read: {reason}.", fix)
 
 
 def find_container(path: Path, problems: list[Problem]) -> Container | None:
@@ -183,7 +183,7 @@ def _read_lines(
     blank = True
     for number in count(1):
         try:
-            raw = read_line(stream, "if the file is one large array, write one row per line")
+            raw = read_line(stream, "write one row per line instead of one array")
             if not raw:
                 break
             record = parse_line(raw, number)
@@ -195,4 +195,4 @@ def _read_lines(
             blank = False
             yield number, record
     if blank:
-        raise empty_refusal("holds only blank lines" if number > 1 else "is empty")
+        raise empty_refusal("has only blank lines" if number > 1 else "is empty")

@@ -196,9 +196,8 @@ def _put_before(before: list[dict[str, Any]], turns: Iterable[object]) -> list[o
         if join_parts(first.get("content")) != before[0]["content"]:
             raise RowRefused(
                 "message.order",
-                "The row has one system prompt next to its messages and another as the first "
-                "message.",
-                "Join both into one, or set a column aside, as by `data.columns.system=` (empty).",
+                "The row has one system prompt next to the messages and another as the first message.",
+                "Join both prompts, or ignore a column with `data.columns.system=`.",
             )
         before = before[1:]
     return [*before, *made]
@@ -223,15 +222,14 @@ def _system_turns(held: Record) -> list[dict[str, Any]]:
             raise RowRefused(
                 "field.type",
                 f"{quote(key)} must be a string, but is {json_kind(text)}.",
-                f"Write the system prompt as one string, or set {quote(key)} aside by "
-                f"`data.columns.{key}=` (empty).",
+                f"Write the system prompt as one string, or ignore the column with `data.columns.{key}=`.",
             )
         found[key] = text
     if len(set(found.values())) > 1:
         raise RowRefused(
             "row.ambiguous",
             f"The row has different system prompts under {' and '.join(map(quote, found))}.",
-            f"Set one aside, as by `data.columns.{next(iter(found))}=` (empty).",
+            f"Ignore one column, as with `data.columns.{next(iter(found))}=`.",
         )
     return [{"role": "system", "content": text} for text in found.values()][:1]
 
@@ -259,9 +257,8 @@ def _history_turns(record: Record) -> list[dict[str, Any]]:
         else:
             raise RowRefused(
                 "messages.type",
-                '"history" must be an array of pairs of a question and its answer.',
-                'Write "history": [["question", "answer"]], or set it aside by '
-                "`data.columns.history=` (empty).",
+                '"history" must be an array of pairs of question and answer.',
+                'Write [["question", "answer"]], or ignore the column with `data.columns.history=`.',
             )
     return turns
 

@@ -165,9 +165,8 @@ class Checker(FieldChecker):
             if not is_blank(self.given[key]) and self.given[key] != []:
                 raise RowRefused(
                     "row.ambiguous",
-                    f"The row is read as {kind.words}, and {quote(key)} would be left out.",
-                    f"{kind.other_tasks[key]} Or set {quote(key)} aside by `data.columns.{key}=` "
-                    f"(empty).",
+                    f"The row is read as {kind.words}, so {quote(key)} would be ignored.",
+                    f"{kind.other_tasks[key]} Or ignore the column with `data.columns.{key}=`.",
                 )
 
     def own_record(self, record: Record) -> Record | None:
@@ -194,8 +193,8 @@ class Checker(FieldChecker):
         generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped and key not in used]
         if len(found) > 1 or (found and generic):
             names = [*(form.name for form in found), *generic]
-            message = f"The row can be read as {' or as '.join(names)}."
-            fix = "Set aside the columns that are not meant, as with `data.columns.text=` (empty)."
+            message = f"The row matches several formats: {' and '.join(names)}."
+            fix = "Ignore the other columns, as with `data.columns.text=`."
             self.report("row.ambiguous", message, fix)
             return None
         form = found[0] if found else None
@@ -204,7 +203,7 @@ class Checker(FieldChecker):
         if self.first is None:
             self.form = form
         elif form is not self.form:
-            self._report_mixed(form.name if form else "of another form")
+            self._report_mixed(form.name if form else "of another format")
             return None
         if form is None:
             return mapped
@@ -241,10 +240,10 @@ class Checker(FieldChecker):
             source = ours if theirs and theirs not in record else theirs
             if source and source not in record:
                 message = (
-                    f"The column {quote(theirs)} is not there; the keys are {list_keys(record)}."
+                    f"The column {quote(theirs)} is missing; the keys are {list_keys(record)}."
                 )
                 near = nearest_name(theirs, record)
-                fix = f"Mend `data.columns.{ours}={theirs}`, or mend the row."
+                fix = f"Fix `data.columns.{ours}={theirs}` or the row."
                 self.report("column.missing", message, column_fix(ours, near) if near else fix)
                 return None
             if source:
@@ -265,7 +264,7 @@ class Checker(FieldChecker):
         line = self.first[1]
         where = f"line {line}" if self.first_file == self.file else f"{self.first_file}:{line}"
         message = f"The row is {what}, but the first row ({where}) is {first}."
-        fix = f"Rewrite the row as {first}, or move it to a file of its own shape."
+        fix = f"Rewrite the row as {first}, or move the row to another file."
         self.report("row.mixed_shapes", message, fix)
 
     def check_id(self, value: object) -> None:
@@ -278,8 +277,8 @@ class Checker(FieldChecker):
         first = self.line_of_id.setdefault(value, self.line)
         if first != self.line:
             name = quote(str(value))
-            message = f"The id {name} was already used on line {first}."
-            self.report("id.duplicate", message, "Give each row its own id, or remove the copy.")
+            message = f"The id {name} is already used on line {first}."
+            self.report("id.duplicate", message, "Use unique ids, or remove the copy.")
 
     def shape_of(self, record: Record) -> type[Shape] | None:
         """Return the shape for the keys of a record; report a problem unless exactly one shape
@@ -302,7 +301,7 @@ class Checker(FieldChecker):
         if len(found) > 1:
             keys = list_keys(key for kind in found for key in kind.keys if key in record)
             message = f"The row mixes {len(found)} shapes: it has the keys {keys}."
-            fix = f"Keep the keys of one shape and remove or rename the others: {_ALL_SHAPES}."
+            fix = f"Keep the keys of one shape: {_ALL_SHAPES}."
             self.report("row.ambiguous", message, fix)
             return None
         kind = found[0]
@@ -310,8 +309,8 @@ class Checker(FieldChecker):
             key, meant = misspelt
             message = f"{quote(key)} is not a known key. Did you mean {quote(meant)}?"
             fix = (
-                f"Rename the key, or say `data.columns.{meant}={key}`; "
-                f"`data.columns.{meant}=` (empty) learns the text alone."
+                f"Rename the key, or set `data.columns.{meant}={key}`; "
+                f"`data.columns.{meant}=` uses the text alone."
             )
             self.report("row.ambiguous", message, fix)
             return None
@@ -344,16 +343,16 @@ class Checker(FieldChecker):
 
     def _report_unknown(self, record: Record) -> None:
         """Report a record without a known shape, with keys to rename."""
-        has = f"it has the keys {list_keys(record)}" if record else "it has no keys"
-        message = f"The row is of no known shape: {has}."
+        has = f"the keys {list_keys(record)}" if record else "no keys"
+        message = f"The row has no known shape, but {has}."
         wanted = (("messages",), ("prompt", "completion"), ("text",))
         renamed = next(filter(None, (rename_fix(record, keys) for keys in wanted)), "")
         if {"question", "context"} <= record.keys():  # as in SQuAD
             renamed = 'Write each question as {"question": …, "context": …, "answer": …}.'
         fix = (
-            "say which column is what: `data.columns.text=COLUMN` (or `image`, `audio`) and "
-            "`data.columns.label=COLUMN` to classify, `data.columns.prompt=COLUMN` and "
-            "`data.columns.completion=COLUMN` to write."
+            "name the columns: `data.columns.text=COLUMN` (or `image`, `audio`) and "
+            "`data.columns.label=COLUMN` for classification, `data.columns.prompt=COLUMN` and "
+            "`data.columns.completion=COLUMN` for generation."
         )
         fix = f"{renamed} Or {fix}" if renamed else f"{fix[:1].upper()}{fix[1:]}"
         self.report("row.unknown_shape", message, f"{fix} The shapes are {_ALL_SHAPES}.")
@@ -371,17 +370,17 @@ class PromptChecker(Checker):
         record = own
         if "prompt" not in record and "messages" not in record:
             fix = rename_fix(record, ("prompt",)) or 'Write {"prompt": "..."} on each line.'
-            fix += " Or say which column asks: `data.columns.prompt=COLUMN`."
+            fix += " Or name the column: `data.columns.prompt=COLUMN`."
             message = (
-                f"The row has neither a prompt nor messages: its keys are {list_keys(self.given)}."
+                f"The row has no prompt and no messages, but the keys {list_keys(self.given)}."
             )
             self.report("prompt.shape", message, fix)
             return None
         key = "prompt" if "prompt" in record else "messages"
         self.first = self.first or (key, line)
         if self.form is None and self.first[0] != key:
-            message = f'The row has "{key}", but the first row (line {self.first[1]}) has not.'
-            self.report("prompt.mixed", message, "Move the row to a file of its own kind.")
+            message = f'The row has "{key}", unlike the first row (line {self.first[1]}).'
+            self.report("prompt.mixed", message, "Move the row to another file.")
             return None
         try:
             row = self._read_prompt(PromptOnly if key == "prompt" else Conversation, record)
@@ -416,9 +415,9 @@ class PromptChecker(Checker):
             expected = self.text(record, "expected")
         if not messages or messages[-1].role not in ("user", "tool"):
             fix = "Add the user's message, or remove the row."
-            text = "The messages hold no turn of the user to answer."
+            text = "The messages have no user turn."
             if any(turn.role == "user" for turn in messages):
-                text = "Without a reply at their end, the messages do not end with the user's."
+                text = "The last turn before the reply is not the user's."
             self.report("prompt.unasked", text, fix)
         return Conversation(self.file, self.line, messages, expected, tools=tools)
 
@@ -479,8 +478,8 @@ class InputChecker(Checker):
         if own is None:
             return None
         if self.reserved in record:
-            message = f'The row has a field "{self.reserved}", where the answer is to stand.'
-            self.report("row.predicted", message, "Rename or remove that field.")
+            message = f'The row has the field "{self.reserved}", which is reserved for the result.'
+            self.report("row.predicted", message, "Rename or remove the field.")
             return None
         # Text forms stay unchanged, because the output row keeps all input fields.
         forms = [form.convert(own)[0] for form in forms_of(own)]
@@ -511,7 +510,7 @@ class InputChecker(Checker):
 
     def _column_fix(self, record: Record, key: str) -> str:
         likely = super()._column_fix(record, key)
-        return likely or f"Say which column has it: `data.columns.{key}=COLUMN`."
+        return likely or f"Name the column: `data.columns.{key}=COLUMN`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -642,7 +641,7 @@ class RowReader:
                 self.checker.row(1, {"text": " "})  # reports a file without text
         if self._unnamed and self.rows:
             some = list_some(sorted(os.path.relpath(p, self._folder) for p in self._unnamed), 3)
-            message = f"No row names {len(self._unnamed):,} of the files, such as {some}."
+            message = f"{len(self._unnamed):,} files belong to no row, such as {some}."
             fix = "Add a row for each file, or move the files."
             self.doubts.append(Problem("media.unnamed", message, fix, Location(str(self._folder))))
             self._unnamed = set()
@@ -665,9 +664,9 @@ class RowReader:
         for name in unread:
             if name.lower() in SPEAKER_COLUMNS and name not in self._unread:
                 message = (
-                    f"The column {quote(name)} names speakers, and rows are held out at random."
+                    f"{quote(name)} looks like a column of speakers, and held-out rows are random."
                 )
-                fix = f"Keep speakers apart by `data.group_column={name}`."
+                fix = f"Keep speakers apart with `data.group_column={name}`."
                 self.doubts.append(Problem("column.speaker", message, fix, Location(row.file)))
 
     def _add_group(self, row: Row, record: Record, column: str) -> None:
@@ -676,9 +675,9 @@ class RowReader:
             self.group_of[row.file, row.line] = str(value)
             return
         problem = f"The column {quote(column)} is {'empty' if column in record else 'not there'}"
-        fix = "Name a column that each row has by `data.group_column`, or fill it in."
+        fix = "Fill in the column, or name another with `data.group_column`."
         if {*record} <= {"image", "audio", "window", "label"}:
-            fix += " Of files in folders and archives, write a table with their paths."
+            fix += " For files in folders and archives, write a table with their paths."
         message = f"{problem}; the keys are {list_keys(record)}."
         self.problems.append(Problem("column.missing", message, fix, row.location))
 
@@ -714,7 +713,7 @@ def load_rows(
 _NO_DOCUMENT = ("file.binary", "file.empty", "file.unknown_format", "file.directory")
 _DOCUMENT_FIX = (
     "Documents are plain text (.txt, .md, .text), or rows with text as JSON Lines, JSON, CSV, TSV or "
-    "Parquet. Convert this one, or leave it away."
+    "Parquet. Convert or omit this file."
 )
 
 
@@ -855,7 +854,7 @@ def _stream_lines(
                 any_row = True
                 yield record, row
     if not any_row and not problems:
-        fix = f"Write one {key} on each line."
+        fix = f"Write one {key} per line."
         problems.append(
-            Problem("file.empty", f"The file holds no {key}s.", fix, Location(str(source)))
+            Problem("file.empty", f"The file has no {key}s.", fix, Location(str(source)))
         )

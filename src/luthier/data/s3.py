@@ -55,7 +55,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
         raise DataError([missing.at(address, 0)]) from None
     parts = split_address(address)
     if parts is None:
-        message = "An S3 address names a bucket and a key."
+        message = "An S3 address has a bucket and a key."
         raise source_refusal(
             address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl."
         )
@@ -116,7 +116,7 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
     # Some tools create an empty object for a folder.
     below = [each for each in below if not str(each["path"]).endswith(("/", "_$folder$"))]
     if not below:
-        message = "There is no object at this address, and none below it."
+        message = "No object exists at or below this address."
         raise source_refusal(address, "file.no_match", message, "Check the bucket and the key.")
     below.sort(key=lambda each: str(each["path"]))
     start = len(prefix) + 1 if prefix else 0
@@ -149,7 +149,7 @@ def _make_tree(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.link(copy, path)
             except OSError:
-                message = f"The key {each['path']!r} cannot be the path of a file."
+                message = f"The key {each['path']!r} is not a valid file path."
                 raise source_refusal(
                     address, "file.remote", message, "Rename the object."
                 ) from None

@@ -114,7 +114,7 @@ def read_sentence_pipeline(folder: Path) -> SentencePipeline | None:
     if names[:1] != ["Transformer"] or modules[0].get("path"):
         raise RecipeError(
             f"{path}: the first module must be Transformer with an empty `path`. Save the model again "
-            "with the library sentence-transformers"
+            "with sentence-transformers"
         )
     if names[1:2] != ["Pooling"]:
         raise RecipeError(f"{path}: the second module must be Pooling. Use another base model")
@@ -132,8 +132,7 @@ def read_sentence_pipeline(folder: Path) -> SentencePipeline | None:
     fields = _existing(pooling)
     if fields.get("include_prompt") is False and prompts.get(default or ""):
         raise RecipeError(
-            f"{pooling}: `include_prompt` is false, and pooling without the prompt is not supported. "
-            "Use another base model"
+            f"{pooling}: `include_prompt=false` is not supported. Use another base model"
         )
     return SentencePipeline(
         pooling=_pooling_modes(pooling, fields),
@@ -198,7 +197,7 @@ def _module_name(path: Path, module: Any) -> str:
         raise _unsupported(path, kind)
     if not re.fullmatch(r"[\w-]*", str(module.get("path", ""))):  # never outside the folder
         raise RecipeError(
-            f"{path}: `path` of a module must be the name of a folder next to this file",
+            f"{path}: a module's `path` must be the name of a folder next to this file",
             rule="sentence.path",
         )
     return kind.rpartition(".")[2]
@@ -219,9 +218,7 @@ def _existing(path: Path) -> dict[str, Any]:
         RecipeError: if the file is missing.
     """
     if not path.is_file():
-        raise RecipeError(
-            f"{path} is missing, and {MODULES} names its folder. Copy the whole folder"
-        )
+        raise RecipeError(f"{path} is missing. Copy all folders in {MODULES}")
     fields: dict[str, Any] = read_json(path)
     return fields
 
@@ -254,7 +251,7 @@ def _read_normalize(place: Path) -> Literal["normalize"]:
     fields = read_json(path) if path.is_file() else {}
     if (inner := fields.get("module_input_name", "sentence_embedding")) != "sentence_embedding":
         raise RecipeError(
-            f"{path}: `module_input_name` is {inner!r}, which is not supported. Use another base model"
+            f"{path}: `module_input_name={inner}` is not supported. Use another base model"
         )
     return "normalize"
 
@@ -265,8 +262,8 @@ def _read_dense(folder: Path, place: Path) -> Dense:
     fields = _existing(path)
     if not (place / DENSE_WEIGHTS).is_file():
         raise RecipeError(
-            f"{place} has no {DENSE_WEIGHTS}. Pickled weights (pytorch_model.bin) can run code and are "
-            "never loaded: save the model again with save_pretrained(..., safe_serialization=True)",
+            f"{place} has no {DENSE_WEIGHTS}, and luthier never loads pickled weights, which can run code. "
+            "Save the model again with save_pretrained(..., safe_serialization=True)",
             rule="sentence.weights",
         )
     kind = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))
@@ -275,14 +272,14 @@ def _read_dense(folder: Path, place: Path) -> Dense:
     outer = fields.get("module_output_name") or inner
     problem = ""
     if not kind.startswith("torch.nn.") or name not in ACTIVATIONS:
-        problem = f"`activation_function` is {kind!r}"
+        problem = f"`activation_function={kind}`"
     elif fields.get("use_residual"):
-        problem = "`use_residual` is true"
+        problem = "`use_residual=true`"
     elif (inner, outer) != ("sentence_embedding", "sentence_embedding"):
-        problem = f"`module_input_name` is {inner!r}"
+        problem = f"`module_input_name={inner}`"
     if problem:
         raise RecipeError(
-            f"{path}: {problem}, which is not supported. Use another base model",
+            f"{path}: {problem} is not supported. Use another base model",
             rule="sentence.activation",
         )
     return Dense(
@@ -309,8 +306,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         }:
             continue
         raise RecipeError(
-            f"{path}: `{name}` is {json.dumps(value)[:100]}, which is not supported. Use another base "
-            "model",
+            f"{path}: `{name}={json.dumps(value)[:100]}` is not supported. Use another base model",
             rule="sentence.config",
         )
     return fields

@@ -72,7 +72,7 @@ def files_of(source: Source) -> list[Path]:
     wanted = [each for each in found if each.is_file()]
     if not wanted:
         what = "only folders" if found else "nothing"
-        fix = "Check the pattern; quote it, so that the shell leaves it alone."
+        fix = "Check the pattern, and quote it in a shell."
         raise source_refusal(text, "file.no_match", f"The pattern matches {what}.", fix)
     return wanted
 
@@ -117,7 +117,7 @@ def _without_endings(name: str) -> str:
 def _local(address: str) -> str:
     parts = urlsplit(address)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        message = "A file:// address names a path on this machine from its root."
+        message = "A file:// address must be an absolute path on this machine."
         raise source_refusal(
             address, "file.remote", message, "Write file:///folder/rows.jsonl, or the path."
         )
@@ -142,8 +142,10 @@ def _folder(folder: Path) -> list[Path]:
         message, fix = other_files_problem(media, [name for name, _ in others])
         raise source_refusal(str(folder), "file.directory", message, fix)
     if are_splits(classes):
-        message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
-        fix = f"Name one of them, as {folder / min(classes)}, and the other as validation data."
+        message = (
+            f"The folder has the splits {', '.join(sorted(classes))}, which must not be mixed."
+        )
+        fix = f"Name one split, as {folder / min(classes)}, and the other as validation data."
         raise source_refusal(str(folder), "file.directory", message, fix)
     return [folder]
 
@@ -158,26 +160,26 @@ def choose_data_files(named: Iterable[tuple[str, Path]], where: str) -> list[tup
     data = [(name, path) for name, path in files if is_data(name)]
     if not data:
         others = list_some((name for name, _ in files), _SHOWN)
-        message = f"There is no data file in it{f', only {others}' if files else ''}."
+        message = f"The folder has no data file{f', only {others}' if files else ''}."
         fix = conversion_fix(name for name, _ in files) or (
-            "Name a file, or a folder with images or sounds, or with files that end with "
+            "Name a file, or a folder with images, audio or files that end with "
             f"{', '.join(DATA_ENDINGS)}."
         )
         raise source_refusal(where, "file.directory", message, fix)
     if len(data) < len(files):
         others = list_some((name for name, _ in files if not is_data(name)), _SHOWN)
-        message = f"Beside {len(data)} data files it holds {others}."
+        message = f"The folder has {len(data)} data files and {others}."
         raise source_refusal(where, "file.directory", message, _pattern(where, data[0][0]))
     texts = [name for name, _ in data if _is_text(name)]
     if 0 < len(texts) < len(data):
-        message = f"It holds rows and plain text: {list_some(texts, _SHOWN)} beside the others."
+        message = f"The folder has rows and plain text ({list_some(texts, _SHOWN)})."
         rows = next(name for name, _ in data if not _is_text(name))
         raise source_refusal(where, "file.directory", message, _pattern(where, rows))
     splits = {_split(name) for name, _ in data} - {""}
     if len(splits) > 1:
         names = list_some((name for name, _ in data), _SHOWN)
-        message = f"It holds the splits {' and '.join(sorted(splits))} ({names}), which do not mix."
-        fix = "Name one of them to train on, and the other as validation data."
+        message = f"The folder has the splits {' and '.join(sorted(splits))} ({names})."
+        fix = "Name one split to train on, and the other as validation data."
         raise source_refusal(where, "file.directory", message, fix)
     return data
 
@@ -198,7 +200,7 @@ def _is_text(name: str) -> bool:
 def _pattern(where: str, example: str) -> str:
     ending = next(each for each in _ENDINGS_LONGEST if example.lower().endswith(each))
     pattern = f"{where.rstrip('/')}/*{ending}"
-    return f"Say which are meant with a pattern, as '{pattern}', or move the others."
+    return f"Select files with a pattern, as '{pattern}', or move the other files."
 
 
 def source_refusal(source: str, rule: str, message: str, fix: str) -> DataError:
@@ -216,10 +218,12 @@ def other_files_problem(count: int, others: Sequence[str]) -> tuple[str, str]:
     kinds = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in others)
     counts = list_some((f"{times:,} {kind}" for kind, times in kinds.most_common()), _SHOWN)
     message = (
-        f"Next to {count:,} images or sounds are other files ({counts}), which are not read: "
+        f"Next to {count:,} images or audio files are other files ({counts}): "
         f"{list_some(others, _SHOWN)}."
     )
-    fix = "Move such files away, or give a table of rows that name the images or sounds."
+    fix = (
+        "Move the other files away, or name a table of rows with the paths of the images or audio."
+    )
     return message, f"{conversion_fix(others)} {fix}".strip()
 
 

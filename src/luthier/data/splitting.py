@@ -30,7 +30,7 @@ def split_rows(
         RecipeError: if no training rows are left.
     """
     if sum(shares) >= 1:
-        text = f"held-out shares of {sum(shares):g} in all leave nothing to train on"
+        text = f"held-out shares of {sum(shares):g} in total leave no training rows"
         raise RecipeError(text, rule="split.empty")
     units = _Units(strata, groups_N, seed)
     for part, share in enumerate(shares, 1):

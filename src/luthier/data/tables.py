@@ -88,12 +88,14 @@ def read_table(
             return
         count += 1  # rejected rows count
     if not count:
-        raise empty_refusal("holds a header and no rows" if names else "holds no rows")
+        raise empty_refusal("has a header and no rows" if names else "has no rows")
 
 
 def _joined(first: int, last: int) -> RowRefused:
-    message = f"Quotes join the lines {first} to {last}, and each has as many cells as the header."
-    fix = 'If each line is a row, quote cells that begin with a quote, and write " in them as "".'
+    message = (
+        f"Quotes join the lines {first} to {last}, and each line has as many cells as the header."
+    )
+    fix = 'If each line is a row, quote cells that start with a quote, and write " inside as "".'
     return RowRefused("table.joined", message, fix)
 
 
@@ -113,7 +115,7 @@ class _Lines:
 
     def __next__(self) -> str:
         self.number += 1
-        raw = parsing.read_line(self.stream, "check the quotes around its cells")
+        raw = parsing.read_line(self.stream, "check the quotes around the cells")
         if not raw:
             raise StopIteration
         text = decode(raw, self.number)
@@ -129,19 +131,13 @@ def _header(cells: Sequence[str]) -> Sequence[str]:
     names = [cell.strip() for cell in cells]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or any(len(name) > _LONGEST_NAME for name in names):
-        what = (
-            "a cell longer than any name"
-            if twice is None
-            else f"the name {quote(twice)} twice"
-            if twice
-            else "empty names"
-        )
-        message = f"The first row has to name the columns, and holds {what}."
-        raise RowRefused(
-            "table.header",
-            message,
-            "Write the name of each column once in the first row, as prompt.",
-        )
+        what = "empty names"
+        if twice is None:
+            what = "a cell longer than a name"
+        elif twice:
+            what = f"the name {quote(twice)} twice"
+        message = f"The first row must name the columns, but has {what}."
+        raise RowRefused("table.header", message, "Write each column's name once in the first row.")
     return names
 
 
@@ -150,7 +146,7 @@ def _record(names: Sequence[str], cells: Sequence[str]) -> Record:
         raise RowRefused(
             "table.cells",
             f"The row has {len(cells)} cells, and the header {len(names)}.",
-            "Put cells with a delimiter, a quote or a line break in double quotes, quotes doubled.",
+            'Put cells with a delimiter, a quote or a line break in double quotes, and write " as "".',
         )
     record: Record = dict(zip(names, cells, strict=True))
     for name in OPTIONAL_COLUMNS & record.keys():
@@ -184,13 +180,9 @@ def _not_csv(error: csv.Error, begun: bool) -> RowRefused:
     what = "row" if begun else "header"
     if "new-line character" in str(error):
         message = (
-            f"The {what} holds a carriage return (CR) without a line feed (LF) behind it, outside of "
-            "quotes: old programs end lines so."
+            f"The {what} has a carriage return (CR) without a line feed (LF) outside of quotes."
         )
-        fix = (
-            "Write line ends as LF: tr '\\r' '\\n' < OLD > NEW; or put a cell with a CR in double "
-            "quotes."
-        )
+        fix = "Write line ends as LF: tr '\\r' '\\n' < OLD > NEW; or quote a cell with a CR."
         return RowRefused("table.invalid", message, fix)
     message = f"The {what} is no CSV: {error}."
     fix = 'Close each quote; inside of quotes, write " as "".'
@@ -219,10 +211,10 @@ def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
         raise RowRefused(
             "file.damaged",
             f"The Parquet file is damaged: {said}.",
-            "Write or fetch the file again.",
+            "Write or download the file again.",
         ) from None
     if not number:
-        raise empty_refusal("holds no rows")
+        raise empty_refusal("has no rows")
 
 
 def _conversions(schema: Any) -> dict[str, Callable[[object], object]]:

@@ -101,6 +101,5 @@ def date_macro(printed: Any) -> str:
         return f"{{% macro {DATE}(format) %}}{{{{ format{values} }}}}{{% endmacro %}}"
     except (TypeError, ValueError):
         raise RecipeError(
-            f"`chat_template_kwargs.{DATE}` is {quote(str(printed))}, which is not a date. Write it "
-            "as 2026-11-30"
+            f"`chat_template_kwargs.{DATE}` is {quote(str(printed))}, not a date such as 2026-11-30"
         ) from None

@@ -85,7 +85,7 @@ class TokenFile(Sequence[Example]):
         """Open a file described by :meth:`TokenWriter.close`; the file size is checked."""
         size = facts["tokens"] * np.dtype(facts["type"]).itemsize
         if not path.is_file() or path.stat().st_size != size:
-            raise CorruptFile(f"{path} has not the {size:,} bytes that were written")
+            raise CorruptFile(f"{path} does not have {size:,} bytes, as recorded")
         return TokenFile(path, facts["type"], facts["tokens"], length)
 
     def __len__(self) -> int:

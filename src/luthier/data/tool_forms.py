@@ -35,20 +35,20 @@ def read_tools(value: object) -> tuple[Tool, ...]:
         try:
             value = parse_embedded(value) if value.strip() else []
         except ValueError as error:
-            raise _refusal("tools.type", f"its tools are a text that is no JSON: {error}") from None
+            raise _refusal("tools.type", f"the tools are not valid JSON: {error}") from None
     if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
         value = value["tools"]
     if isinstance(value, list):
         value = [each for each in value if not is_cache_point(each)]
     else:
-        raise _refusal("tools.type", f"its tools must be an array, but are {type(value).__name__}")
+        raise _refusal("tools.type", f"the tools must be an array, but are {type(value).__name__}")
     if len(value) > MOST_TOOLS:
-        raise _refusal("tools.type", f"it has {len(value):,} tools, and may have {MOST_TOOLS}")
+        raise _refusal("tools.type", f"the row has {len(value):,} tools; the limit is {MOST_TOOLS}")
     tools = tuple(_read_tool(each, number) for number, each in enumerate(value, 1))
     names: set[str] = set()
     for tool in tools:
         if tool.name in names:
-            raise _refusal("tools.type", f'two of its tools are called "{tool.name}"')
+            raise _refusal("tools.type", f'two tools have the name "{tool.name}"')
         names.add(tool.name)
     return tools
 
@@ -69,14 +69,13 @@ def _read_tool(item: object, number: int) -> Tool:
                 and isinstance(schema, Mapping)
             ):
                 return Tool(name, description, schema)
-    raise _refusal("tools.type", f"tool {number} has no name, or a description or schema of no use")
+    raise _refusal("tools.type", f"tool {number} has no name, or an invalid description or schema")
 
 
 def _refusal(rule: str, text: str) -> RowRefused:
     fix = (
         'Write "tools": [{"type": "function", "function": {"name": "...", "description": "...", '
-        '"parameters": {...}}}], set the column aside by `data.columns.tools=` (empty), or remove '
-        "the row."
+        '"parameters": {...}}}], or ignore the column with `data.columns.tools=`.'
     )
     return RowRefused(rule, f"{text[0].upper()}{text[1:]}.", fix)
 
@@ -215,7 +214,7 @@ def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
 def _read_call(item: object, number: int) -> ToolCall:
     spec = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(item, Mapping) or not isinstance(spec, Mapping):
-        raise _bad_call(number, "is no object")
+        raise _bad_call(number, "is not an object")
     name, arguments = spec.get("name"), spec.get("arguments", spec.get("parameters"))
     if not isinstance(name, str) or not name.strip():
         raise _bad_call(number, "has no name")
@@ -223,17 +222,15 @@ def _read_call(item: object, number: int) -> ToolCall:
         try:
             arguments = parse_embedded(arguments) if arguments.strip() else {}
         except ValueError as error:
-            raise _bad_call(
-                number, f'of "{name}" has arguments that are no JSON: {error}'
-            ) from None
+            raise _bad_call(number, f'of "{name}" has invalid JSON arguments: {error}') from None
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
-        raise _bad_call(number, f'of "{name}" has arguments that are no object')
+        raise _bad_call(number, f'of "{name}" has arguments that are not an object')
     try:
         size = sum(1 for _ in islice(leaves(arguments), MOST_ARGUMENTS + 1))
     except RecursionError:
-        raise _bad_call(number, f'of "{name}" has arguments that are nested too deeply') from None
+        raise _bad_call(number, f'of "{name}" has arguments nested too deeply') from None
     if size > MOST_ARGUMENTS:
         raise _bad_call(number, f'of "{name}" has more than {MOST_ARGUMENTS:,} names and values')
     return ToolCall(str(item.get("id") or ""), name, arguments)
@@ -243,8 +240,7 @@ def _bad_call(number: int, what: str) -> RowRefused:
     return RowRefused(
         "message.tool_calls",
         f"A tool call of message {number} {what}.",
-        'Write {"type": "function", "function": {"name": "...", "arguments": "{...}"}}, or remove '
-        "the row.",
+        'Write {"type": "function", "function": {"name": "...", "arguments": "{...}"}}.',
     )
 
 
@@ -253,7 +249,7 @@ def _check_thought(thought: object, number: int) -> None:
         raise RowRefused(
             "field.type",
             f"The reasoning of message {number} must be a string, but is {json_kind(thought)}.",
-            "Write it as one string in double quotes, or remove the row.",
+            "Write the reasoning as one string, or remove the row.",
         )
 
 
@@ -315,6 +311,6 @@ def _link_results(turns: list[object]) -> list[object]:
 def _unmatched_result(number: int, what: str) -> RowRefused:
     return RowRefused(
         "message.order",
-        f"Message {number} is the result of a tool with {what}, and no call before it has that.",
-        "Mend it so that it is that of the call, or remove the row.",
+        f"Message {number} is a tool result with {what}, but no call before matches.",
+        "Correct the result's id or name, or remove the row.",
     )

@@ -127,12 +127,12 @@ def missing_from(text: str, message: Message) -> str | None:
             return f"its {name}"
     for call in message.calls:
         if call.name not in text:
-            return f'its call of "{call.name}"'
+            return f'the call of "{call.name}"'
         at = 0
         for value in leaves(call.arguments):
             at = _find_end(text, _forms(value), at)
             if at < 0:
-                return f'an argument of its call of "{call.name}"'
+                return f'an argument of the call of "{call.name}"'
     return None
 
 

@@ -122,7 +122,7 @@ def build_tree(
             np.add.at(weight_N, nodes_T, example.weight_T)
     edge_child_E = np.flatnonzero(weight_N)
     if len(edge_child_E) and depth_N[edge_child_E].min() == 0:
-        raise ValueError("the first token of a row has nothing before it and cannot carry loss")
+        raise ValueError("the first token of a row has no context and cannot carry loss")
     return TokenTree(
         ids_N=ids_N,
         depth_N=depth_N,

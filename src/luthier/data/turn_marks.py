@@ -39,10 +39,7 @@ _ABOUT_LEARNING = ("loss", "learn", "train", "mask", "weight")
 _YES = frozenset(("1", "1.0", "true", "yes", "y", "on"))
 _NO = frozenset(("0", "0.0", "false", "no", "n", "off"))
 _READ_OF_TURNS = frozenset(("role", "content", "tool_calls", "tool_call_id", "reasoning_content"))
-MARK_FIX = (
-    'Write "weight": 0 for a turn that is only read and "weight": 1 for a turn to learn, or remove '
-    "the key."
-)
+MARK_FIX = 'Write "weight": 0 to exclude a turn and "weight": 1 to learn a turn, or remove the key.'
 
 
 @lru_cache(10_000)
@@ -79,7 +76,7 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
         elif of_assistant and _is_about_learning(key) and _may_be_mark(value):
             raise RowRefused(
                 "message.weight",
-                f"the key {quote(key)} looks like a training mark, but is unknown.",
+                f"the key {quote(key)} looks like an unknown training mark.",
                 MARK_FIX,
             )
         elif key != "name" or turn.get("role") != "tool":
@@ -104,9 +101,8 @@ def spread_marks(record: Record, turns: Sequence[object]) -> list[object]:
         if len(marks) != len(made):
             raise RowRefused(
                 "message.weight",
-                f"{quote(key)} has {len(marks):,} values, and the row {len(made):,} messages.",
-                f"Write one value for each message, or set {quote(key)} aside by "
-                f"`data.columns.{key}=` (empty).",
+                f"{quote(key)} has {len(marks):,} values, and the row has {len(made):,} messages.",
+                f"Write one value per message, or ignore the column with `data.columns.{key}=`.",
             )
         for place, (turn, mark) in enumerate(zip(made, marks, strict=True)):
             if isinstance(turn, dict):
@@ -122,11 +118,11 @@ def check_row_marks(record: Record, may_list: bool) -> None:
             continue
         listed = _mark_list(value) is not None
         if (listed and not may_list) or (not listed and _truth(value) is (not sense)):
-            what = "holds a list of marks" if listed else "says that nothing of the row is learned"
+            what = "is a list of marks" if listed else "marks the whole row as not learned"
             raise RowRefused(
                 "message.weight",
                 f"{quote(key)} {what}.",
-                f"Remove the row, or set {quote(key)} aside by `data.columns.{key}=` (empty).",
+                f"Remove the row, or ignore the column with `data.columns.{key}=`.",
             )
 
 
@@ -166,9 +162,7 @@ def _truth_of(key: str, value: object) -> bool:
     found = _truth(value)
     if found is None:
         given = quote(str(value)) if isinstance(value, str | int | float) else json_kind(value)
-        raise RowRefused(
-            "message.weight", f"{quote(key)} is {given}, which is neither 0 nor 1.", MARK_FIX
-        )
+        raise RowRefused("message.weight", f"{quote(key)} is {given}, not 0 or 1.", MARK_FIX)
     return found
 
 

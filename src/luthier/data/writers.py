@@ -50,7 +50,7 @@ def check_target(
     for source in sources:
         if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
             raise RecipeError(
-                f"{target} would be read as a part of {source}; name a file elsewhere",
+                f"{target} would be a part of {source}; name a file elsewhere",
                 rule="target.inside_source",
             )
     read = {path.resolve() for source in sources for path in files_of(source)}
@@ -104,7 +104,7 @@ def pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
         try:
             import zstandard
         except ImportError:
-            raise _missing("zstandard", "zstd", "Data packed with zstd") from None
+            raise _missing("zstandard", "zstd", "zstd compression") from None
         with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
             yield packed
     else:
@@ -164,7 +164,7 @@ def json_records(rows: Sequence[tuple[Record, HasPlace]], finite: bool = True) -
             except (TypeError, ValueError) as error:
                 said = str(error).split(":", 1)[0]
                 bad = _no_place("JSON", f"a value in the field {quote(name)} ({said})").problem
-                fix = "Remove that field, or mend its value."
+                fix = "Remove the field, or correct the value."
                 place = Location(row.file, row.line)
                 problems.append(Problem(bad.rule, bad.message, fix, place))
         found.append(made)
@@ -178,7 +178,7 @@ def to_json(record: Record) -> str:
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
-        raise _no_place("JSON", "a value that is neither text, number, list nor object") from None
+        raise _no_place("JSON", "a value that is not text, a number, a list or an object") from None
 
 
 class _Text:
@@ -251,8 +251,8 @@ def check_columns(record: Record, names: Sequence[str]) -> None:
         if name not in record and name not in OPTIONAL_COLUMNS:
             raise RowRefused(
                 "convert.container",
-                f"The row has no {quote(name)}, and a table cannot leave it out.",
-                "Write JSON Lines (.jsonl), or leave further keys out with --drop-extra-keys.",
+                f"The row has no {quote(name)}, and a table cell cannot be missing.",
+                "Write JSON Lines (.jsonl), or drop extra keys with --drop-extra-keys.",
             )
 
 
@@ -373,6 +373,6 @@ def _missing(package: str, extra: str, what: str) -> RecipeError:
 def _no_place(where: str, what: str) -> RowRefused:
     return RowRefused(
         "convert.container",
-        f"The row has {what}, and {where} has no place for it.",
-        "Write JSON Lines (.jsonl), leave further keys out with --drop-extra-keys, or remove the row.",
+        f"The row has {what}, which {where} cannot represent.",
+        "Write JSON Lines (.jsonl), drop extra keys with --drop-extra-keys, or remove the row.",
     )

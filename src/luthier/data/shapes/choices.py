@@ -58,14 +58,14 @@ class MultipleChoice(Shape):
         if type(answer) is not int or not 0 <= answer < len(choices):
             raise RowRefused(
                 "choices.answer",
-                f'"answer" must be the place of the right choice, from 0 to {len(choices) - 1}.',
+                f'"answer" must be the index of the right choice, from 0 to {len(choices) - 1}.',
                 "Count from 0: the first choice is 0.",
             )
         if len(choices) > MOST_CHOICES or len(prompts) not in (1, len(choices)):
             raise RowRefused(
                 "choices.length",
                 f"The row has {len(prompts):,} prompts and {len(choices):,} choices.",
-                f"Give one prompt, or one for each choice, and at most {MOST_CHOICES} choices.",
+                f"Write one prompt, or one per choice, and at most {MOST_CHOICES} choices.",
             )
         return cls(fields.file, fields.line, prompts, choices, answer)
 

@@ -16,11 +16,11 @@ LONGEST_CLASS = 64
 """Most characters of a completion that counts as a class name."""
 _REJECTED = dict.fromkeys(
     ("rejected_response", "rejected_responses", "rejected_messages"),
-    'Write {"prompt", "chosen", "rejected"} to learn which answer is better.',
+    'Write {"prompt", "chosen", "rejected"} to learn preferences.',
 )
 _PASSAGE = dict.fromkeys(
     ("context", "passage", "input"),
-    'Name the columns "instruction", "context" and "response" to have both in the prompt.',
+    'Name the columns "instruction", "context" and "response" to use both in the prompt.',
 )
 
 

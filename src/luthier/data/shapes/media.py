@@ -151,7 +151,7 @@ class LabelledAudio(LabelledImage):
     shape: ClassVar[str] = "labelled_audio"
     reads: ClassVar[InputKind] = "audio"
     title: ClassVar[str] = '{"audio", "label"}'
-    words: ClassVar[str] = "sounds with labels"
+    words: ClassVar[str] = "audio with labels"
     keys: ClassVar[tuple[str, ...]] = ("audio", "label")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("audio", "label")),)
 

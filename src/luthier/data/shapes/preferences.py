@@ -120,8 +120,8 @@ class Preference(JudgedAnswers):
             if missing := [key for key in ("chosen", "rejected") if key not in record]:
                 raise RowRefused(
                     "preference.missing",
-                    f'"{missing[0]}" is missing: a preference is one answer beside another.',
-                    f'Add "{missing[0]}", or rename the other to "completion".',
+                    f'"{missing[0]}" is missing; a preference has a chosen and a rejected answer.',
+                    f'Add "{missing[0]}", or rename the other key to "completion".',
                 )
             prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
         else:
@@ -137,7 +137,7 @@ class Preference(JudgedAnswers):
             if not common or not all(whole):
                 raise RowRefused(
                     "preference.no_beginning",
-                    "there is no prompt, and chosen and rejected have no common beginning.",
+                    "the row has no prompt, and chosen and rejected have no common beginning.",
                     "Add the prompt, or begin both conversations with the same messages.",
                 )
             if given is not None and given not in (
@@ -146,15 +146,15 @@ class Preference(JudgedAnswers):
             ):
                 raise RowRefused(
                     "preference.no_beginning",
-                    "the prompt is not what both conversations begin with.",
-                    "Remove the prompt, or give only the answers as chosen and rejected.",
+                    "the prompt is not the beginning of both conversations.",
+                    "Remove the prompt, or write only the answers as chosen and rejected.",
                 )
             given, sides = common, (sides[0][len(common) :], sides[1][len(common) :])
         if _strip(sides[0]) == _strip(sides[1]):
             raise RowRefused(
                 "preference.equal",
-                "chosen and rejected are the same, so there is nothing to prefer.",
-                "Remove the row, or mend one of the two.",
+                "chosen and rejected are equal.",
+                "Remove the row, or fix one answer.",
             )
         for side in sides:
             check_turn_order((*given, *side))
@@ -234,11 +234,7 @@ class RankedReplies(JudgedAnswers):
         if "prompt" not in record:
             raise RowRefused("preference.missing", '"prompt" is missing.', 'Add "prompt".')
         if not isinstance(ranked, list) or len(ranked) < 2:
-            what = (
-                "holds one answer or none"
-                if isinstance(ranked, list)
-                else f"is {json_kind(ranked)}"
-            )
+            what = "has fewer" if isinstance(ranked, list) else f"is {json_kind(ranked)}"
             raise RowRefused(
                 "preference.type",
                 f'"ranked" must be an array of two answers at least, but {what}.',
@@ -248,15 +244,13 @@ class RankedReplies(JudgedAnswers):
         if len(ranked) > MOST_ANSWERS:
             raise RowRefused(
                 "preference.type",
-                f"the row has {len(ranked)} answers, and {MOST_ANSWERS} can be compared at once.",
-                "Leave some of them out.",
+                f"the row has {len(ranked)} answers; the limit is {MOST_ANSWERS}.",
+                "Remove some answers.",
             )
         answers = tuple(read_turns(each, "ranked", "assistant", fields) for each in ranked)
         if len({tuple(_strip(answer)) for answer in answers}) < len(answers):
             raise RowRefused(
-                "preference.equal",
-                "two of the ranked answers are the same, so there is nothing to prefer.",
-                "Remove one of the two.",
+                "preference.equal", "two ranked answers are equal.", "Remove one of both."
             )
         for answer in answers:
             check_turn_order((*prompt, *answer))
@@ -420,7 +414,7 @@ class ThumbedReply(JudgedReply):
             given = quote(value) if isinstance(value, str) else json_kind(value)
             raise RowRefused(
                 "thumb.type",
-                f"the thumb is {given}, which is neither up nor down.",
+                f"the thumb is {given}, not up or down.",
                 'Write "label": true or false, or "thumb": "up" or "down".',
             )
         prompt, reply = cls.read_reply(record, fields, may_be_empty=not thumb)
@@ -465,7 +459,7 @@ def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
         Problem(
             "preference.equal",
             "the same answer to the same prompt has another judgement in another row.",
-            "Keep one of the two rows.",
+            "Remove one of the rows.",
             pair.location,
         )
         for pair in pairs
@@ -499,14 +493,13 @@ def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:
     if len(group) == 1:
         return Problem(
             "rating.single",
-            "this is the only answer to its prompt, so there is nothing to compare it with.",
-            "Add another answer with another rating, remove the row, learn from thumbs one by one "
-            "with objective kto, or from every answer alike with objective sft.",
+            "the prompt has no other answer to compare with.",
+            "Add an answer with another rating, remove the row, or use objective kto (thumbs) or sft.",
             first.location,
         )
     return Problem(
         "rating.tied",
         f"all {len(group)} answers to this prompt have the same rating ({first.worth:g}).",
-        "Rate one of them differently, or remove the rows.",
+        "Rate one answer differently, or remove the rows.",
         first.location,
     )

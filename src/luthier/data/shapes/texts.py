@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from luthier.data.field_checks import FieldChecker, read_label, read_rating, read_tagged
+from luthier.data.field_checks import (
+    TAGGED_EXAMPLE,
+    FieldChecker,
+    read_label,
+    read_rating,
+    read_tagged,
+)
 from luthier.data.parsing import Record, json_kind
 from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, MEDIA_KEYS, Labelled, Shape
 from luthier.errors import RowRefused
@@ -17,19 +23,17 @@ _SECOND_TEXT = dict.fromkeys(
     'Join both texts into one "text".',
 )
 _ENTITIES = dict.fromkeys(
-    ("entities", "spans", "ner_tags"),
-    'Write {"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]} to find entities.',
+    ("entities", "spans", "ner_tags"), f"Write {TAGGED_EXAMPLE} for named entities."
 )
 _NEGATIVE = dict.fromkeys(
     (
         *("negative", "negatives", "neg", "hard_negative", "hard_negatives"),
         *(f"negative_{number}" for number in range(1, 11)),
     ),
-    "Pairs are learned against the partners of other rows; negatives of a row are not supported.",
+    "Negatives of a row are not supported; pairs are contrasted with other rows.",
 )
 _JUDGED_PAIR = dict.fromkeys(
-    ("score", "similarity"),
-    "Pairs are texts that belong together; scores of pairs are not supported.",
+    ("score", "similarity"), "Scored pairs are not supported; every pair is a positive pair."
 )
 
 
@@ -263,8 +267,8 @@ class History(TextPair):
             if not isinstance(each, str) or not each.strip() or len(each.splitlines()) > 1:
                 raise RowRefused(
                     "history.item",
-                    "an item is not a text of one line, by which it is known.",
-                    "Write each item as one line, the same in every row.",
+                    "an item is not a text of one line.",
+                    "Write each item as one line, identical in every row.",
                 )
         return cls(fields.file, fields.line, "\n".join(reversed(items)), item)
 
