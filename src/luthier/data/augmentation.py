@@ -123,8 +123,5 @@ class Augmentation(StrictModel):
         weight_T = np.zeros(len(kept), dtype=np.float32)
         weight_T[-1] = example.weight
         return replace(
-            example,
-            ids_T=example.ids_T[kept],
-            weight_T=weight_T,
-            word_T=example.word_T[kept],
+            example, ids_T=example.ids_T[kept], weight_T=weight_T, word_T=example.word_T[kept]
         )

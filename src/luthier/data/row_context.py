@@ -222,7 +222,7 @@ def _system_turns(held: Record) -> list[dict[str, Any]]:
             raise RowRefused(
                 "field.type",
                 f"{quote(key)} must be a string, but is {json_kind(text)}.",
-                f"Write the system prompt as one string, or ignore the column with `data.columns.{key}=`.",
+                f"Write one string, or ignore the column with `data.columns.{key}=`.",
             )
         found[key] = text
     if len(set(found.values())) > 1:

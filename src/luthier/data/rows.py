@@ -31,11 +31,7 @@ from luthier.data.row_context import is_blank, join_context, parse_turns
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.choices import MultipleChoice
-from luthier.data.shapes.conversations import (
-    Conversation,
-    PromptCompletion,
-    PromptOnly,
-)
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
@@ -663,9 +659,7 @@ class RowReader:
         """Warn about a speaker column that is not the group column."""
         for name in unread:
             if name.lower() in SPEAKER_COLUMNS and name not in self._unread:
-                message = (
-                    f"{quote(name)} looks like a column of speakers, and held-out rows are random."
-                )
+                message = f"{quote(name)} names speakers, but held-out rows are random."
                 fix = f"Keep speakers apart with `data.group_column={name}`."
                 self.doubts.append(Problem("column.speaker", message, fix, Location(row.file)))
 

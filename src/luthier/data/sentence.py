@@ -262,8 +262,8 @@ def _read_dense(folder: Path, place: Path) -> Dense:
     fields = _existing(path)
     if not (place / DENSE_WEIGHTS).is_file():
         raise RecipeError(
-            f"{place} has no {DENSE_WEIGHTS}, and luthier never loads pickled weights, which can run code. "
-            "Save the model again with save_pretrained(..., safe_serialization=True)",
+            f"{place} has no {DENSE_WEIGHTS}, and pickled weights can run code. Save the "
+            "model again with save_pretrained(..., safe_serialization=True)",
             rule="sentence.weights",
         )
     kind = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))

@@ -50,14 +50,14 @@ def check_target(
     for source in sources:
         if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
             raise RecipeError(
-                f"{target} would be a part of {source}; name a file elsewhere",
+                f"{target} is inside the source {source}; name another file",
                 rule="target.inside_source",
             )
     read = {path.resolve() for source in sources for path in files_of(source)}
     for path in (target, *beside):
         if path.resolve() in read:
             raise RecipeError(
-                f"{path} is a source and would be overwritten; name another file",
+                f"{path} is a source; name another target file",
                 rule="target.is_source",
             )
         if path.exists() and not replace:

@@ -118,10 +118,7 @@ class Conversation(Shape):
         return self.expected or (last.reply_text if last.role == "assistant" else None)
 
     def record(self) -> Record:
-        return {
-            "messages": [turn.to_row() for turn in self.messages],
-            **tool_record(self.tools),
-        }
+        return {"messages": [turn.to_row() for turn in self.messages], **tool_record(self.tools)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ class Preference(JudgedAnswers):
             raise RowRefused(
                 "preference.equal",
                 "chosen and rejected are equal.",
-                "Remove the row, or fix one answer.",
+                "Fix or remove the row.",
             )
         for side in sides:
             check_turn_order((*given, *side))
