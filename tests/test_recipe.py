@@ -389,7 +389,7 @@ def test_a_recipe_survives_toml(tmp_path: Path) -> None:
         data={
             "train": str(tmp_path / 'a "quoted" ü\u2028 name.jsonl'),
             "mix": [{"train": str(tmp_path / "b.jsonl"), "weight": 0.25}],
-            "augmentation": {"delete": 0.1},
+            "augmentation": {"flip": 0.5},
         },
         adaptation={"method": "lora", "targets": ("q_proj", "v_proj"), "rslora": True},
         training={"learning_rate": 1.2345678901234567e-5, "epochs": 2},

@@ -159,8 +159,7 @@ class Training(StrictModel):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the learning rate from each layer to the next lower layer; 1 is off."""
     head_rate_multiplier: float | None = Field(default=None, gt=0, le=10_000)
-    """Factor of a head's learning rate; 10 for a new head with ``full`` at its default rate, else
-    1."""
+    """Factor of a head's rate; 10 for a new head with ``full`` at the default rate, else 1."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)

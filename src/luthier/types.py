@@ -310,8 +310,6 @@ class Example:
     target: NDArray[Any] | None = None
     source_T: IntArray | None = None
     """Input ids of the encoder in an encoder-decoder; ``ids_T`` are the decoder's."""
-    word_T: IntArray | None = None
-    """Word number of each token, -1 for special tokens around the text; ``None`` if unknown."""
     partner: Example | None = None
     """Next text of a row with several texts, such as the rejected answer."""
     given: Row | None = None

@@ -181,11 +181,11 @@ def test_a_further_key_with_the_name_of_one_that_is_written(tmp_path: Path) -> N
     assert {problem.rule, "convert.form", "convert.container", "convert.message"} == set(RULES)
 
 
-def test_what_a_form_has_no_place_for_is_said_plainly(tmp_path: Path) -> None:
+def test_a_form_without_system_prompts_rejects_a_row_with_one(tmp_path: Path) -> None:
     turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
     source = write(tmp_path, {"messages": turns})
     (problem,) = problems_of(source, tmp_path / "o.jsonl", "bedrock")
-    assert problem.message == "The row has a system prompt, and bedrock has no place for it."
+    assert (problem.rule, problem.line) == ("convert.form", 1)
 
 
 def test_a_file_is_of_one_shape(tmp_path: Path) -> None:

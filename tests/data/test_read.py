@@ -313,7 +313,7 @@ def test_long_line_is_skipped_and_counted(
     records, problems = read_bytes(folder, fits + b"\n" + long + end)
     assert [line for line, _ in records] == [1]
     problem = only(problems, folder / "data.jsonl", 2, "line.too_long")
-    assert problem.message == "The line has 200,008 bytes; at most 100 are read."
+    assert "200,008" in problem.message
     after, problems = read_bytes(folder, b"x" + fits + b"\n" + fits)
     assert [line for line, _ in after] == [2]
     assert [(p.line, p.rule) for p in problems] == [(1, "line.too_long")]

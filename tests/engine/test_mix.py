@@ -142,7 +142,7 @@ def test_mixing_adds_rows_to_each_step_and_not_steps() -> None:
     )
 
 
-def test_augmentation_is_refused_where_words_are_learned(
+def test_augmentation_of_images_is_rejected_for_a_text_model(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     rows = write(tmp_path / "p.jsonl", [{"prompt": "say yes", "completion": "yes"}] * 4)
@@ -152,7 +152,7 @@ def test_augmentation_is_refused_where_words_are_learned(
             base=str(tiny_model_folder),
             name="no",
             data__validation_share=0,
-            data__augmentation={"delete": 0.1},
+            data__augmentation={"flip": 0.5},
         )
     assert refused.value.rule == "data.augmentation"
 

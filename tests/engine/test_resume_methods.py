@@ -178,7 +178,6 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         other = rows_for("classification", tmp_path / "more.jsonl")
         more = {
             "mix": [{"train": other, "weight": 0.7}],
-            "augmentation": {"delete": 0.2, "swap": 0.2},
         }
     if objective == "semi_supervised":
         more = {"mix": [{"train": rows_for("", tmp_path / "texts.jsonl"), "weight": 2}]}

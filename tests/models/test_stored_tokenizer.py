@@ -221,7 +221,7 @@ def test_tokens_need_no_torch(folder: Path) -> None:
         "from luthier.models.tokenizer import load_chat_format\n"
         "from luthier.types import Message\n"
         f"chat = load_chat_format(Path({str(folder)!r}))\n"
-        "chat.encode_words('Hello'), chat.grammar_tokens(len(chat.tokenizer)), chat.decode([5])\n"
+        "chat.encode_whole('Hello'), chat.grammar_tokens(len(chat.tokenizer)), chat.decode([5])\n"
         "print('transformers' in sys.modules)\n"
         "chat.encode_prompt([Message('user', 'Hello')])\n"
         "print('torch' in sys.modules)"

@@ -1,9 +1,4 @@
-"""Random changes to training rows, drawn again in every epoch.
-
-*Text*: two of the four operations of EDA (Wei & Zou 2019, arXiv:1901.11196), random deletion and
-random swap of words. Both keep the meaning of most texts and need no resources. Not included:
-synonyms and inserted words, because both need a thesaurus. Words are words of the tokenizer, so the
-pieces of a word stay together.
+"""Random changes to images and audio, drawn again in every epoch.
 
 *Images*: random crop (Szegedy et al. 2015, arXiv:1409.4842, section 6), mirror image, jitter of
 brightness, contrast and saturation, and RandAugment (Cubuk et al. 2020, arXiv:1909.13719). Not
@@ -33,10 +28,6 @@ if TYPE_CHECKING:
 class Augmentation(StrictModel):
     """Strength of each random change; off by default."""
 
-    delete: float = Field(default=0.0, ge=0, lt=1)
-    """Text: probability to delete each word; 0.1 in EDA. At least one word stays."""
-    swap: float = Field(default=0.0, ge=0, le=1)
-    """Text: number of swapped word pairs as a share of the words; 0.1 in EDA."""
     crop: float = Field(default=0.0, ge=0, lt=1)
     """Images: up to this share of the area is cut away; 0.92 from scratch on photographs, else 0.2."""
     flip: float = Field(default=0.0, ge=0, le=1)
@@ -58,9 +49,8 @@ class Augmentation(StrictModel):
 
     @property
     def kinds(self) -> set[str]:
-        """Kinds of input that change: ``text``, ``image`` or ``audio``."""
+        """Kinds of input with a change: ``image`` or ``audio``."""
         changed: dict[str, tuple[float, ...]] = {
-            "text": (self.delete, self.swap),
             "image": (self.crop, self.flip, self.colour, self.randaugment),
             "audio": (self.shift, self.speed, self.noise, self.masks),
         }
@@ -87,41 +77,7 @@ class Augmentation(StrictModel):
         return Augmentation(shift=0.2, speed=0.15, noise=0.2, masks=1)
 
     def change(self, example: Example, random: np.random.Generator) -> Example:
-        """Return a randomly changed ``example`` with an unchanged target.
-
-        Special tokens, with word number -1, stay in place. The weight stays at the last token.
-
-        Raises:
-            ValueError: if ``example`` has a text without word numbers.
-        """
-        if example.media is not None:
-            seed = (int(random.integers(1 << 62)),)
-            return replace(example, media=replace(example.media, augmentation=self, seed=seed))
-        return self._change_words(example, random)
-
-    def _change_words(self, example: Example, random: np.random.Generator) -> Example:
-        import numpy as np
-
-        if example.word_T is None:
-            raise ValueError("text augmentation needs a tokenizer with word numbers")
-        spans = [
-            np.flatnonzero(example.word_T == word)
-            for word in np.unique(example.word_T[example.word_T >= 0])
-        ]
-        if not spans:
-            return example
-        inside = np.concatenate(spans)
-        before, after = np.arange(inside[0]), np.arange(inside[-1] + 1, len(example))
-        words = np.arange(len(spans))
-        for _ in range(max(1, round(self.swap * len(spans))) if self.swap else 0):
-            first, second = random.integers(len(spans), size=2)
-            words[[first, second]] = words[[second, first]]
-        stays = random.random(len(spans)) >= self.delete
-        if not stays.any():
-            stays[random.integers(len(spans))] = True
-        kept = np.concatenate([before, *(spans[word] for word in words[stays]), after])
-        weight_T = np.zeros(len(kept), dtype=np.float32)
-        weight_T[-1] = example.weight
-        return replace(
-            example, ids_T=example.ids_T[kept], weight_T=weight_T, word_T=example.word_T[kept]
-        )
+        """Return ``example`` with another random change of its media input."""
+        assert example.media is not None
+        seed = (int(random.integers(1 << 62)),)
+        return replace(example, media=replace(example.media, augmentation=self, seed=seed))

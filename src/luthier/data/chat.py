@@ -183,12 +183,12 @@ class ChatFormat:
             media = self.media_input(row)
             ids_T = np.array([int(row.media.digest()[:15], 16)])
             return Example(ids_T, ONE_T, index, target=NO_TARGET, media=media)
-        ids_T, word_T = self.encode_words(row.plain_text())
+        ids_T = self.encode_whole(row.plain_text())
         if not len(ids_T):
             raise RowRefused("row.empty", "the text has no tokens.", "Write some text.")
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
-        return Example(ids_T, weight_T, index, target=NO_TARGET, word_T=word_T)
+        return Example(ids_T, weight_T, index, target=NO_TARGET)
 
     def encode_embedded(self, row: Row, index: int) -> Example:
         """Return a row as input of an embedding model; text gets the model's prompt."""
@@ -564,21 +564,9 @@ class ChatFormat:
 
     def encode_whole(self, text: str) -> IntArray:
         """Return the token ids of a text with the model's special tokens around the text."""
-        return self.encode_words(text)[0]
-
-    def encode_words(self, text: str) -> tuple[IntArray, IntArray | None]:
-        """Return the ids of :meth:`encode_whole` and the word number of each token; -1 for special
-        tokens.
-
-        The word numbers are ``None`` for tokenizers written in Python.
-        """
         with panics_refused():
             encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
-        if not encoded.is_fast:
-            return np.asarray(encoded["input_ids"], dtype=np.int64), None
-        words = [-1 if word is None else word for word in encoded.word_ids()]
-        ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
-        return ids_T, np.asarray(words, dtype=np.int64)
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
 
     @property
     def end_id(self) -> int:

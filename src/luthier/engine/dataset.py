@@ -410,7 +410,8 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
     if other := sorted(augmentation.kinds - {chat.reads}):
         raise RecipeError(
             f"data.augmentation has settings for {' and '.join(PLURAL[kind] for kind in other)}, and "
-            f"this base model reads {PLURAL[chat.reads]}. Leave them out"
+            f"this base model reads {PLURAL[chat.reads]}. Leave them out",
+            rule="data.augmentation",
         )
     if not objective.allows_augmentation:
         able = [name for name, kind in OBJECTIVES.items() if kind.allows_augmentation]
@@ -418,11 +419,6 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
             f"data.augmentation changes rows at random; {objective.method} learns them as they are. "
             f"It goes with {', '.join(able)}; leave it out here",
             rule="data.augmentation",
-        )
-    if chat.reads == "text" and not chat.tokenizer.is_fast:
-        raise RecipeError(
-            "data.augmentation moves whole words, and this model's tokenizer does not say which tokens "
-            "make a word. Leave it out here"
         )
 
 

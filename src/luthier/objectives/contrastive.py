@@ -182,7 +182,7 @@ class Contrastive(Objective):
         ids_T, empty = np.asarray(example.target, dtype=np.int64), np.zeros(0)
         nothing = np.zeros(len(ids_T), dtype=np.float32)
         anchor = replace(example, row=2 * example.row, target=empty)
-        other = replace(anchor, ids_T=ids_T, weight_T=nothing, row=anchor.row + 1, word_T=None)
+        other = replace(anchor, ids_T=ids_T, weight_T=nothing, row=anchor.row + 1)
         # Without a class the partner of an image is a text.
         return [anchor, other if example.given is not None else replace(other, media=None)]
 

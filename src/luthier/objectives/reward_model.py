@@ -110,4 +110,4 @@ def _read(row: Row, index: int, chat: ChatFormat) -> Example:
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=np.zeros(0))
-    return replace(chat.encode_input(row, index), word_T=None)
+    return chat.encode_input(row, index)

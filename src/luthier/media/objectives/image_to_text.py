@@ -53,8 +53,7 @@ class ImageToText(Objective):
     """Maximum tokens per text. Default: a quarter more than in the longest training text."""
 
     ctc_weight: float | None = Field(default=None, ge=0, le=100)
-    """Weight of CTC on image columns. Default: 0.5 for line encoders with random weights, otherwise
-    0."""
+    """Weight of CTC on image columns. Default: 0.5 for new line encoders, otherwise 0."""
 
     task: ClassVar[Task] = "image_to_text"
     shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
