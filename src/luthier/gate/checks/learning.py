@@ -51,20 +51,9 @@ LONGEST = 10
 """Number of longest rows per split in the summary."""
 
 
-@dataclass(frozen=True)
-class ShownRow:
-    """A row as tokens, for the report."""
-
-    file: str
-    line: int
-    pieces: tuple[str, ...]
-    """Tokens as text, with personal data and secrets masked."""
-    learned: tuple[bool, ...]
-    """Loss mask: True for tokens that are learned."""
-    source: tuple[str, ...] = ()
-    """Tokens of the encoder input of an encoder-decoder model."""
-    taught: str = ""
-    """Target of the whole row, such as a label."""
+ShownRow = dict[str, Any]
+"""A row for the report: ``file``, ``line``, ``source`` and ``tokens`` as text, the loss mask
+``learned``, and ``taught``, the target of the whole row. Personal data and secrets are masked."""
 
 
 def rows_represented(row: Row, context: int) -> int:
@@ -90,8 +79,8 @@ class EncodedBatch:
     """Weight of each row (:func:`rows_represented`)."""
     spots: tuple[Spot, ...]
     shown: tuple[ShownRow, ...] = ()
-    longest: tuple[tuple[int, int, int, str], ...] = ()
-    """Tokens, learned tokens, line and excerpt of the longest rows."""
+    longest: tuple[dict[str, Any], ...] = ()
+    """File, line, tokens, learned tokens and excerpt of the longest rows."""
     kinds: Mapping[RowKind, Witness] = field(default_factory=dict)
     """A row of each class."""
     waiting: tuple[Row, ...] = ()
@@ -145,7 +134,7 @@ class Learning(SpotCheck):
         self.learned: dict[str, int] = {}
         self.sampled = False
         self.shown: dict[str, list[ShownRow]] = {}
-        self.longest: dict[str, list[tuple[int, int, str, int, str]]] = {}
+        self.longest: dict[str, list[dict[str, Any]]] = {}
         self.fitting = ObjectiveFit()
         self.waiting: dict[tuple[str, str], list[Row]] = {}
         """Rows stored until the end by split and file, because the rows to combine with may come
@@ -217,7 +206,13 @@ class Learning(SpotCheck):
             tuple(spots),
             tuple(shown),
             tuple(
-                (int(tokens_N[i]), int(learned_N[i]), batch.rows[i].line, excerpt_of(batch.rows[i]))
+                {
+                    "file": batch.file,
+                    "line": batch.rows[i].line,
+                    "tokens": int(tokens_N[i]),
+                    "learned": int(learned_N[i]),
+                    "begins": excerpt_of(batch.rows[i]),
+                }
                 for i in most
                 if tokens_N[i]
             ),
@@ -252,16 +247,15 @@ class Learning(SpotCheck):
         # A target for each token; that of one token, an image or a sound, is of the row.
         whole = first.target is None or len(first.target) == len(first) > 1
         taught = objective.describe(example)
-        return ShownRow(
-            row.file,
-            row.line,
-            mask_pieces(self.chat.pieces(first.ids_T.tolist()), private),
-            tuple(bool(weight) and whole for weight in first.weight_T.tolist()),
-            ()
-            if first.source_T is None
-            else mask_pieces(self.chat.pieces(first.source_T.tolist()), private),
-            mask_pieces([taught], private_items([taught]))[0],
-        )
+        source = [] if first.source_T is None else self.chat.pieces(first.source_T.tolist())
+        return {
+            "file": row.file,
+            "line": row.line,
+            "source": list(mask_pieces(source, private)),
+            "tokens": list(mask_pieces(self.chat.pieces(first.ids_T.tolist()), private)),
+            "learned": [bool(weight) and whole for weight in first.weight_T.tolist()],
+            "taught": mask_pieces([taught], private_items([taught]))[0],
+        }
 
     def take(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
         """Add the counts and the findings of a batch."""
@@ -277,8 +271,8 @@ class Learning(SpotCheck):
         kept = self.shown.setdefault(where.split, [])
         kept += measured.shown[: self.kept - len(kept)]
         longest = self.longest.setdefault(where.split, [])
-        longest += [(n, m, where.file, line, begins) for n, m, line, begins in measured.longest]
-        self.longest[where.split] = nlargest(LONGEST, longest, key=lambda row: row[0])
+        longest += measured.longest
+        self.longest[where.split] = nlargest(LONGEST, longest, key=lambda row: row["tokens"])
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Report the faults that the objective finds in all rows together."""
@@ -313,21 +307,8 @@ class Learning(SpotCheck):
                     "tokens": lengths.sum,
                     "learned_tokens": self.learned[split],
                     "lengths": lengths.plain(),
-                    "longest": [
-                        {"file": file, "line": line, "tokens": n, "learned": m, "begins": begins}
-                        for n, m, file, line, begins in self.longest[split]
-                    ],
-                    "shown": [
-                        {
-                            "file": row.file,
-                            "line": row.line,
-                            "source": list(row.source),
-                            "tokens": list(row.pieces),
-                            "learned": list(row.learned),
-                            "taught": row.taught,
-                        }
-                        for row in self.shown[split]
-                    ],
+                    "longest": self.longest[split],
+                    "shown": self.shown[split],
                 }
                 for split, lengths in self.lengths.items()
             },
