@@ -100,7 +100,7 @@ def test_templates_that_stand_for_gigabytes(server: Served) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
-@pytest.mark.parametrize("metric", ["fuzzy_match", "rouge_l", "bleu", "gleu", "meteor", "rouge_5"])
+@pytest.mark.parametrize("metric", ["fuzzy_match", "rouge_l", "bleu", "gleu", "rouge_5"])
 def test_long_comparisons(server: Served, metric: str) -> None:
     texts = "ab c " * 12_000, "b a c " * 10_000
     started = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +11,12 @@ from pydantic import Field, field_validator
 
 from luthier.errors import RowRefused
 from luthier.graders.base import Answer, Grader
-from luthier.graders.code_blocks import code_blocks
 from luthier.graders.sandbox import Limits, check_sandbox, passes, side_by_side
+
+_BLOCK = re.compile(
+    r"^[ \t]*```+[ \t]*([^\s`]*)[^\n]*\n?(.*?)(?:\n?^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
+)
+"""Fenced block of Markdown: first word after the fence, and text."""
 
 
 class Code(Grader):
@@ -76,5 +81,10 @@ class Code(Grader):
 
 def code_of(reply: str) -> str:
     """Return the program in a reply."""
-    blocks = [block.text for block in code_blocks(reply) if block.language in ("python", "py", "")]
+    blocks = [text for language, text in code_blocks(reply) if language in ("python", "py", "")]
     return blocks[-1] if blocks else reply
+
+
+def code_blocks(reply: str) -> list[tuple[str, str]]:
+    """Return language and text of the fenced blocks; an unclosed block ends with the reply."""
+    return [(match[1].lower(), match[2]) for match in _BLOCK.finditer(reply)]

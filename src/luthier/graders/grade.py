@@ -135,61 +135,42 @@ def _join(parts: Sequence[Scored]) -> Scored:
 
 
 def _grade_within(grader: Grader, groups: Sequence[Sequence[Answer]], limit_s: float) -> Scored:
-    """Grade ``groups`` in a thread, and abandon the thread if a group hangs.
+    """Grade each group in a thread, and abandon the thread if the group hangs.
 
     The answers of a group that hangs are then graded separately, to find the row.
     """
-    done: list[Scored] = []
-    while len(done) < len(groups):
-        worker = _Worker(grader, groups[len(done) :])
-        for group in groups[len(done) :]:
-            found = worker.next(limit_s * len(group))
-            if found is not None:
-                done.append(found)
-                continue
-            if len(group) > 1:
-                done.append(_grade_within(grader, [[answer] for answer in group], limit_s))
-            else:
-                text = f"grader `{grader.method}` took more than {limit_s:g} s."
-                fix = "Make the grader faster, raise its time limit, or score such answers 0."
-                done.append(([math.nan], {0: RowRefused("grader.time", text, fix)}))
-            break  # the next groups need a new thread
-    return _join(done)
+    parts: list[Scored] = []
+    for group in groups:
+        scored = _attempt_within(grader, group, limit_s * len(group))
+        if scored is None and len(group) > 1:
+            scored = _grade_within(grader, [[answer] for answer in group], limit_s)
+        if scored is None:
+            text = f"grader `{grader.method}` took more than {limit_s:g} s."
+            fix = "Make the grader faster, raise its time limit, or score such answers 0."
+            scored = [math.nan], {0: RowRefused("grader.time", text, fix)}
+        parts.append(scored)
+    return _join(parts)
 
 
-class _Worker:
-    """A thread that grades groups in order, in the context of the caller.
+def _attempt_within(grader: Grader, answers: Sequence[Answer], limit_s: float) -> Scored | None:
+    """Return the scores of a new thread, or None after ``limit_s`` seconds."""
+    results: queue.SimpleQueue[Scored | BaseException] = queue.SimpleQueue()
 
-    The context has the cancellation handle of the work and the journal of verdicts.
-    """
-
-    def __init__(self, grader: Grader, groups: Sequence[Sequence[Answer]]) -> None:
-        self._found: queue.SimpleQueue[Scored | BaseException] = queue.SimpleQueue()
-        self._abandoned = threading.Event()
-        threading.Thread(
-            target=copy_context().run,
-            args=(self._run, grader, groups),
-            name=f"grader {grader.method}",
-            daemon=True,
-        ).start()
-
-    def _run(self, grader: Grader, groups: Sequence[Sequence[Answer]]) -> None:
-        for group in groups:
-            if self._abandoned.is_set():
-                return
-            try:
-                self._found.put(attempt(grader, group))
-            except BaseException as error:  # raised again in the caller's thread
-                self._found.put(error)
-                return
-
-    def next(self, limit_s: float) -> Scored | None:
-        """Return the scores of the next group, or None after ``limit_s`` seconds."""
+    def run() -> None:
         try:
-            found = self._found.get(timeout=limit_s)
-        except queue.Empty:
-            self._abandoned.set()
-            return None
-        if isinstance(found, BaseException):
-            raise found
-        return found
+            results.put(attempt(grader, answers))
+        except BaseException as error:  # raised again in the caller's thread
+            results.put(error)
+
+    # The caller's context has the cancellation handle of the work and the journal of verdicts.
+    thread = threading.Thread(
+        target=copy_context().run, args=(run,), name=f"grader {grader.method}", daemon=True
+    )
+    thread.start()
+    try:
+        scored = results.get(timeout=limit_s)
+    except queue.Empty:
+        return None
+    if isinstance(scored, BaseException):
+        raise scored
+    return scored

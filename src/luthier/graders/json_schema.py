@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader
-from luthier.graders.code_blocks import code_blocks
+from luthier.graders.code import code_blocks
 from luthier.graders.regex import check_pattern, matches
 
 SCHEMA_CHARACTERS, SCHEMA_DEPTH = 65_536, 100
@@ -78,7 +78,7 @@ class JsonSchema(Grader):
     def score(self, answer: Answer) -> float:
         """Return 1 or 0; raise :class:`TimeoutError` after :data:`TIME_LIMIT_S`."""
         blocks = code_blocks(answer.check_length(answer.reply, "the reply"))
-        text = blocks[0].text if len(blocks) == 1 else answer.reply
+        text = blocks[0][1] if len(blocks) == 1 else answer.reply
         try:
             value = json.loads(text, parse_constant=_reject_constant)
         except (ValueError, RecursionError):

@@ -15,9 +15,8 @@ from luthier.graders.templates import Template, fill_template, scope_of
 CHRF_ORDER, CHRF_BETA = 6, 2
 """Maximum n-gram length, and weight of recall: chrF2 in the literature."""
 Metric = Literal[
-    "fuzzy_match", "bleu", "gleu", "meteor",
-    "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l",
-]  # fmt: skip
+    "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
+]
 LONGEST_GRAM = 4
 
 
@@ -42,23 +41,17 @@ class Similarity(Grader):
     """Similarity measure."""
 
     def score(self, answer: Answer) -> float:
-        """The F1."""
-        texts = (
-            answer.check_length(answer.reply, "the reply"),
-            answer.check_length(self.expected_of(answer), "the expected text"),
-        )
-        if self.measure == "chrf":
-            return chrf(*texts)
-        if self.measure == "token_f1":
-            given, wanted = map(squad_words, texts)
-            common = (Counter(given) & Counter(wanted)).total()
-        else:
-            given, wanted = (
-                list(text.strip()) if self.measure == "characters" else _words(text)
-                for text in texts
-            )
-            common = common_subsequence(given, wanted)
-        return _f1(common, len(given), len(wanted))
+        """Return the F1."""
+        reply = answer.check_length(answer.reply, "the reply")
+        expected = answer.check_length(self.expected_of(answer), "the expected text")
+        match self.measure:
+            case "chrf":
+                return chrf(reply, expected)
+            case "token_f1":
+                return _overlap(squad_words(reply), squad_words(expected), 1)
+            case "characters":
+                return _lcs_f1(reply.strip(), expected.strip())
+        return _lcs_f1(_words(reply), _words(expected))
 
 
 class TextSimilarity(Grader):
@@ -69,7 +62,6 @@ class TextSimilarity(Grader):
     - ``bleu``: n-grams up to 4 with one added to counts above single words (Papineni et al. 2002; Lin
       and Och 2004 for the smoothing of sentences).
     - ``gleu``: the smaller of precision and recall of n-grams up to 4 (Wu et al. 2016, section 4.3).
-    - ``meteor``: equal words alone, no stems and no synonyms (Banerjee and Lavie 2005).
     - ``rouge_1`` to ``rouge_5``, ``rouge_l``: F of n-grams, or of the longest common subsequence of
       words (Lin 2004).
     """
@@ -85,30 +77,27 @@ class TextSimilarity(Grader):
     needs_expected = False
 
     def score(self, answer: Answer) -> float:
-        """The similarity."""
+        """Return the similarity."""
         scope = scope_of(answer)
-        texts = (
-            fill_template(self.input, scope, answer),
-            fill_template(self.reference, scope, answer),
+        text, reference = (
+            fill_template(each, scope, answer) for each in (self.input, self.reference)
         )
         if self.evaluation_metric == "fuzzy_match":
-            return _f1(common_subsequence(*texts), len(texts[0]), len(texts[1]))
-        given, wanted = map(_words, texts)
+            return _lcs_f1(text, reference)
+        given, wanted = _words(text), _words(reference)
         if not given or not wanted:
             return float(given == wanted)
-        if self.evaluation_metric == "bleu":
-            return bleu(given, wanted)
-        if self.evaluation_metric == "gleu":
-            return gleu(given, wanted)
-        if self.evaluation_metric == "meteor":
-            return meteor(given, wanted)
-        kind = self.evaluation_metric.removeprefix("rouge_")
-        if kind == "l":
-            return _f1(common_subsequence(given, wanted), len(given), len(wanted))
-        grams, others = _grams(given, int(kind)), _grams(wanted, int(kind))
-        if not grams and not others:  # both too short to tell more than whether they are the same
+        match self.evaluation_metric:
+            case "bleu":
+                return bleu(given, wanted)
+            case "gleu":
+                return gleu(given, wanted)
+            case "rouge_l":
+                return _lcs_f1(given, wanted)
+        size = int(self.evaluation_metric.removeprefix("rouge_"))
+        if max(len(given), len(wanted)) < size:  # too short for n-grams
             return float(given == wanted)
-        return _f1((grams & others).total(), grams.total(), others.total())
+        return _overlap(given, wanted, size)
 
 
 def chrf(given: str, wanted: str) -> float:
@@ -180,28 +169,18 @@ def gleu(given: Sequence[str], wanted: Sequence[str]) -> float:
     return matched / most
 
 
-def meteor(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Return METEOR with exact matches. Recall has nine times the weight of precision;
-    fragmentation costs up to a half."""
-    places: dict[str, list[int]] = {}
-    for index in range(len(wanted) - 1, -1, -1):
-        places.setdefault(wanted[index], []).append(index)
-    aligned = [places[word].pop() if places.get(word) else None for word in given]
-    matched = sum(index is not None for index in aligned)
-    if not matched:
-        return 0.0
-    before = [None, *aligned]
-    chunks = sum(
-        index is not None and (last is None or index != last + 1)
-        for last, index in zip(before, aligned, strict=False)
-    )
-    precision, recall = matched / len(given), matched / len(wanted)
-    mean = 10 * precision * recall / (recall + 9 * precision)
-    return mean * (1 - 0.5 * (chunks / matched) ** 3)
-
-
 def _grams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + size]) for i in range(len(words) - size + 1))
+
+
+def _overlap(given: Sequence[str], wanted: Sequence[str], size: int) -> float:
+    """Return the F1 of n-grams of ``size`` words."""
+    one, other = _grams(given, size), _grams(wanted, size)
+    return _f1((one & other).total(), one.total(), other.total())
+
+
+def _lcs_f1(given: Sequence[str], wanted: Sequence[str]) -> float:
+    return _f1(common_subsequence(given, wanted), len(given), len(wanted))
 
 
 def _f1(common: int, given: int, wanted: int) -> float:

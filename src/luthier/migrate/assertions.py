@@ -32,6 +32,7 @@ LEFT_OUT = {
     "classifier": "tune a classifier here and evaluate it by itself",
     "moderation": "it asks a service of OpenAI's",
     "select-best": "`luthier compare --judge` compares models",
+    "meteor": "no grader computes METEOR; use `rouge-n`, `bleu` or `gleu`",
     "max-score": "`luthier compare` compares models",
     "human": "people's scores are no graders; see `luthier evaluate --judge --human`",
 }
@@ -50,7 +51,6 @@ SIMILARITIES = {
     "rouge-n": ("rouge_1", 0.75),
     "bleu": ("bleu", 0.5),
     "gleu": ("gleu", 0.5),
-    "meteor": ("meteor", 0.5),
 }
 _CONTAINS_JSON = """
 import json
