@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luthier.engine import machine
-from luthier.engine.machine import available_memory, total_memory
+from luthier.engine.machine import available_memory, peak_memory, total_memory
 
 GIB = 1 << 30
 
@@ -79,3 +79,11 @@ print(before, working, after)
     if not list((Path(torch.__file__).parent / "lib").glob("libgomp*")):
         pytest.skip("torch computes with another OpenMP library than GNU's here")
     assert working > before
+
+
+def test_memory_of_a_gpu_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: GIB)
+    device = torch.device("cuda")
+    assert available_memory(device) == 3 * GIB
+    assert peak_memory(device) == GIB

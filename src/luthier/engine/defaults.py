@@ -29,8 +29,9 @@ MOST_REFIT_ROWS = 600
 """Maximum number of rows for a refit by default, if a score is measured (docs/log/defaults.md)."""
 SMALLEST_BUDGET = 512
 """Tokens per pass for full matmul speed on the measured machines."""
-USUAL_BUDGET = 1024
-"""Tokens per pass with a negligible fixed cost of small operations."""
+USUAL_BUDGET = {"cpu": 1024, "cuda": 16_384}
+"""Tokens per pass with a negligible fixed cost of small operations, by type of device. The value for
+GPUs is not measured yet (``benchmarks/gpu/run.sh``)."""
 MEASURING = 0.1
 """Target share of the training time for measuring held-out rows."""
 
@@ -162,7 +163,11 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
 
 
 def token_budget(
-    estimate: MemoryEstimate, batches: Sequence[Sequence[Example]], longest: int, available: int
+    estimate: MemoryEstimate,
+    batches: Sequence[Sequence[Example]],
+    longest: int,
+    available: int,
+    usual: int = USUAL_BUDGET["cpu"],
 ) -> tuple[int, str]:
     """Return the maximum number of distinct tokens in one micro-batch, from a few batches of the
     run.
@@ -174,7 +179,7 @@ def token_budget(
     longest row must fit.
     """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
-    budget, reason = USUAL_BUDGET, "full speed; larger values mainly need more memory"
+    budget, reason = usual, "full speed; larger values mainly need more memory"
     least = _count_computed(batches, 1 << 30)
     while _count_computed(batches, budget) > 1.1 * least and 2 * budget <= room:
         budget, reason = 2 * budget, "rows share prefixes, which smaller micro-batches would repeat"

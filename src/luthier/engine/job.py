@@ -439,10 +439,14 @@ def resolve_job(
         estimate = sharded_estimate(estimate, model, size, shards)
     elif recipe.training.fully_shard:
         reporter.note("`training.fully_shard` changes nothing, as one process trains")
-    available = available_memory()
+    available = available_memory(machine.device)
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
-            estimate, _first_batches(recipe, data), data.longest, available
+            estimate,
+            _first_batches(recipe, data),
+            data.longest,
+            available,
+            defaults.USUAL_BUDGET[machine.device.type],
         )
         if chat.media is not None:
             budget, reason = (

@@ -402,7 +402,7 @@ class Loop:
         line = {"event": event, "step": self._run_step, **known}
         if self.objective.measure in line:
             line["measure"] = self.objective.measure
-        line["memory_bytes"] = peak_memory()
+        line["memory_bytes"] = peak_memory(self.network.device)
         self.progress.metrics_lines = self.metrics.append(line)
         if event == "train":
             self.train_lines.append(line)

@@ -211,10 +211,15 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of this process, in bytes."""
+def peak_memory(device: torch.device | None = None) -> int:
+    """Return the largest allocated memory of a GPU, or the largest resident size of this process,
+    in bytes."""
     import resource
 
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
@@ -237,13 +242,18 @@ def total_memory() -> int:
     return total if limit is None else min(total, limit)
 
 
-def available_memory() -> int:
-    """Return the bytes that this process may still allocate, within the control group's limit.
+def available_memory(device: torch.device | None = None) -> int:
+    """Return the bytes that this process may still allocate on a GPU, or on the machine within the
+    control group's limit.
 
-    Local processes of one training have equal shares.
+    Local processes of one training have equal shares of the machine and a GPU each.
     """
     import psutil
 
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     free = int(psutil.virtual_memory().available)
     limit = _limit()
     free = free if limit is None else max(0, min(free, limit - _used_bytes()))

@@ -180,7 +180,7 @@ class ModelWriter:
             train_loss=float(progress.last_loss or 0.0),
             validation_loss=progress.best_loss,
             seconds=round(progress.seconds, 3),
-            peak_memory_bytes=peak_memory(),
+            peak_memory_bytes=peak_memory(self.job.machine.device),
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=folder_size(stored, ".safetensors"),

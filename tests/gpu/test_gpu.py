@@ -1,0 +1,78 @@
+"""Training and generation on a GPU, against the numbers of the CPU in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import luthier
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+WORDS = ["red", "green", "blue", "round", "square", "small", "large", "soft", "hard", "warm"]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    lines = (
+        {"prompt": f"Repeat: {first} {second}", "completion": f"{first} {second}"}
+        for first in WORDS
+        for second in WORDS
+        if first != second
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def train(rows: Path, base: Path, name: str, **fields: Any) -> tuple[list[float], Any]:
+    """Train 12 steps and return the losses and the result."""
+    settings = {
+        "epochs": None,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "training__max_steps": 12,
+        "training__shuffle": False,
+        "data__validation_share": 0,
+    }
+    result = luthier.tune(rows, base=str(base), name=name, **{**settings, **fields})
+    lines = Path(result.run_dir, "metrics.jsonl").read_text().splitlines()
+    events = map(json.loads, lines)
+    return [event["loss"] for event in events if event["event"] == "train"], result
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_losses_in_float32_equal_those_of_the_cpu(
+    rows: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, adaptation: str
+) -> None:
+    fields = {"adaptation": adaptation, "training__precision": "float32"}
+    losses, result = train(rows, tiny_model_folder, "gpu", **fields)
+    prompt = "Repeat: red blue"
+    text = luthier.load(result.model_id).generate(prompt, temperature=0, max_tokens=8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected, reference = train(rows, tiny_model_folder, "cpu", **fields)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert losses[-1] < losses[0]
+    expected_text = luthier.load(reference.model_id).generate(prompt, temperature=0, max_tokens=8)
+    assert text == expected_text
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora", "qlora"])
+def test_bfloat16_lowers_the_loss_and_the_stored_model_has_parity(
+    rows: Path, tiny_model_folder: Path, adaptation: str
+) -> None:
+    losses, result = train(rows, tiny_model_folder, "narrow", adaptation=adaptation)
+    assert losses[-1] < 0.95 * losses[0]
+    assert 0 < result.peak_memory_bytes < 2 << 30
+
+
+def test_memory_is_the_devices(rows: Path, tiny_model_folder: Path) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    _, result = train(rows, tiny_model_folder, "memory")
+    assert result.peak_memory_bytes == torch.cuda.max_memory_allocated()
