@@ -386,17 +386,14 @@ def test_columns_are_renamed_before_anything_is_recognized(tmp_path: Path) -> No
     assert (row.prompt, row.expected) == ("x", "y")
 
 
-def test_a_form_keeps_its_columns_under_a_mapping_that_agrees(tmp_path: Path) -> None:
+def test_a_mapping_replaces_the_form(tmp_path: Path) -> None:
     alpaca = {"instruction": "add", "input": "1 and 2", "output": "3", "kind": "sum"}
-    path = write(tmp_path, alpaca, {"instruction": "hi", "output": "ho", "kind": "talk"})
-    agreeing = {"prompt": "instruction", "completion": "output"}
-    rows, recognized = recognize(path, agreeing)
-    assert [row.prompt for row in rows] == ["add\n\n1 and 2", "hi"]
-    assert recognized.form == "Alpaca" and recognized.unread == ("kind",)
-    assert recognize(path)[1].unread == ("kind",)
-    # Set aside by name, or another column named: then it is as the mapping says.
-    assert load_rows(path, {**agreeing, "input": ""})[0].prompt == "add"
     path = write(tmp_path, alpaca)
+    assert recognize(path)[1].unread == ("kind",)
+    columns = {"prompt": "instruction", "completion": "output"}
+    (problem,) = problems_of(path, columns)
+    assert problem.rule == "row.ambiguous"
+    assert load_rows(path, {**columns, "input": ""})[0].prompt == "add"
     assert load_rows(path, {"prompt": "input", "completion": "output"})[0].prompt == "1 and 2"
 
 

@@ -37,7 +37,7 @@ CASES = {
     "layer-wise rates": ("gpt2", "sft", "full", {}),
     "a packed base": ("llama", "sft", "qlora", {}),
     "a few weights of each layer": ("llama", "sft", "sparse", {}),
-    "further rows and changed words": ("bert", "classification", "full", {}),
+    "mixed rows": ("bert", "classification", "full", {}),
     "labels that spread": ("bert", "semi_supervised", "full", {"neighbours": 3}),
     "a dropout that was asked for": ("gpt2", "classification", "lora", {}),
     "weights that matter": ("llama", "sft", "sparse", {}),
@@ -143,7 +143,7 @@ def write_sounds(folder: Path) -> Path:
 
 OFTEN = {
     "masks are drawn anew", "dropout above a frozen bottom", "a packed base", "labels that spread",
-    "further rows and changed words", "a teacher's likeliest tokens", "answers of the student",
+    "mixed rows", "a teacher's likeliest tokens", "answers of the student",
     "pairs and a reference", "completions that are drawn", "a value head", "noise of images",
     "two players", "noise of every step", "views of images", "letters of columns",
     "a scale that is learned", "norms and dropout of VGG", "layers that are left out",
@@ -174,11 +174,9 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     if objective in WRITES:
         fields = {**GRADED, **fields}
     more: dict[str, Any] = {}
-    if case == "further rows and changed words":
+    if case == "mixed rows":
         other = rows_for("classification", tmp_path / "more.jsonl")
-        more = {
-            "mix": [{"train": other, "weight": 0.7}],
-        }
+        more = {"mix": [{"train": other, "weight": 0.7}]}
     if objective == "semi_supervised":
         more = {"mix": [{"train": rows_for("", tmp_path / "texts.jsonl"), "weight": 2}]}
     monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 3 == 0)

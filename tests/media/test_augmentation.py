@@ -137,7 +137,6 @@ def test_only_what_the_network_sees_is_changed() -> None:
     [
         ({}, set()),
         ({"magnitude": 5}, set()),
-        ({"delete": 0.1}, {"text"}),
         ({"flip": 0.5, "masks": 1}, {"image", "audio"}),
     ],
 )

@@ -54,19 +54,25 @@ _OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label
 _JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen", "rejected"))
 
 
-def _question_answer(question: str, answer: str, *more: str) -> Callable[[Record], Converted]:
-    """Return the conversion of a question and an answer, with optional text below the question."""
+def _question_answer(
+    name: str,
+    question: str,
+    answer: str,
+    *context: str,
+    without: str = "",
+    applies: Callable[[Record], bool] = lambda record: True,
+) -> Form:
+    """Return the form of a question and an answer, with optional text below the question."""
 
     def convert(record: Record) -> Converted:
-        made: Record = {}
+        below = [record[key] for key in context if not is_blank(record.get(key))]
+        made: Record = {"completion": record[answer]} if answer in record else {}
         if question in record:
-            below = [record[key] for key in more if not is_blank(record.get(key))]
             made["prompt"] = _above(record[question], below)
-        if answer in record:
-            made["completion"] = record[answer]
         return _with_further_keys(record, made), {"prompt": question, "completion": answer}
 
-    return convert
+    keys, excluded = frozenset((question, answer)), frozenset(without.split())
+    return Form(name, keys, convert, excluded, frozenset(context), applies)
 
 
 _BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label")
@@ -126,8 +132,7 @@ def _turn(item: object) -> object:
 def _image_reference(record: Record) -> Converted:
     """Convert a row of Bedrock image models: location and caption."""
     made = {"image": record.get("image-ref")}
-    if "caption" in record:
-        made["caption"] = record["caption"]
+    made |= {key: record[key] for key in ("caption",) if key in record}
     return _with_further_keys(record, made), {"image": "image-ref"}
 
 
@@ -176,14 +181,19 @@ def _options(record: Record) -> Converted:
     return _with_further_keys(record, made), {"prompt": "options", "choices": "continuation"}
 
 
-def _rename(**names: str) -> Callable[[Record], Converted]:
-    """Return the conversion of rows with other key names."""
+def _pair(name: str, anchor: str, positive: str) -> Form:
+    """Return the form of two related texts under other keys."""
+    return _renamed(name, anchor=anchor, positive=positive)
+
+
+def _renamed(name: str, without: str = "", **names: str) -> Form:
+    """Return the form of rows with other key names, given by luthier's keys."""
 
     def convert(record: Record) -> Converted:
         made = {ours: record[theirs] for ours, theirs in names.items() if theirs in record}
         return _with_further_keys(record, made), names
 
-    return convert
+    return Form(name, frozenset(names.values()), convert, frozenset(without.split()))
 
 
 def _form(
@@ -199,18 +209,8 @@ FORMS: tuple[Form, ...] = (
     _form("Bedrock conversation", "schemaVersion messages", _conversation),
     _form("ShareGPT", "conversations", _sharegpt, without="chosen rejected"),
     _form("ShareGPT preference", "conversations chosen rejected", _sharegpt_preference),
-    _form(
-        "Alpaca",
-        "instruction output",
-        _question_answer("instruction", "output", "input"),
-        used="input",
-    ),
-    _form(
-        "instruction and response",
-        "instruction response",
-        _question_answer("instruction", "response", "context", "input"),
-        used="context input",
-    ),
+    _question_answer("Alpaca", "instruction", "output", "input"),
+    _question_answer("instruction and response", "instruction", "response", "context", "input"),
     Form(
         "question with choices",
         frozenset(("question", "choices", "answer")),
@@ -219,50 +219,27 @@ FORMS: tuple[Form, ...] = (
         applies=_has_choices,
     ),
     _form("options with a continuation", "options continuation answer", _options),
-    Form(
+    _question_answer(
         "question and answer",
-        frozenset(("question", "answer")),
-        _question_answer("question", "answer", "context"),
-        frozenset(("answers",)),
-        frozenset(("context",)),
+        *("question", "answer", "context"),
+        without="answers",
         applies=lambda record: not _has_choices(record),
     ),
-    _form(
-        "question and response",
-        "question response",
-        _question_answer("question", "response", "context"),
-        used="context",
-    ),
-    _form(
-        "query and response",
-        "query response",
-        _question_answer("query", "response", "context"),
-        used="context",
-    ),
-    _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
+    _question_answer("question and response", "question", "response", "context"),
+    _question_answer("query and response", "query", "response", "context"),
+    _question_answer("Bedrock input and output", "input", "output", without=_ELSE),
     _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
     _media_paths("Hugging Face image folder", "file_name"),
     *(_media_paths("paths of media files", key) for key in ("path", "filename", "file")),
-    _form("tokens and ner_tags", "tokens ner_tags", _rename(tokens="tokens", tags="ner_tags")),
-    _form("query and positive", "query positive", _rename(anchor="query", positive="positive")),
-    _form(
-        "question and positive",
-        "question positive",
-        _rename(anchor="question", positive="positive"),
-    ),
-    _form(
-        "sentence pairs", "sentence1 sentence2", _rename(anchor="sentence1", positive="sentence2")
-    ),
-    _form(
-        "premise and hypothesis",
-        "premise hypothesis",
-        _rename(anchor="premise", positive="hypothesis"),
-    ),
-    _form(
+    _renamed("tokens and ner_tags", tokens="tokens", tags="ner_tags"),
+    _pair("query and positive", "query", "positive"),
+    _pair("question and positive", "question", "positive"),
+    _pair("sentence pairs", "sentence1", "sentence2"),
+    _pair("premise and hypothesis", "premise", "hypothesis"),
+    _renamed(
         "Bedrock raw text",
-        "input",
-        _rename(text="input"),
         f"{_ELSE} system system_prompt output answer response target expected {_NO_TEXT}",
+        text="input",
     ),
 )
 """Input forms, the most specific first."""

@@ -175,8 +175,7 @@ class Checker(FieldChecker):
 
     def _from_form(self, record: Record) -> Record | None:
         """Return the record in a luthier shape; ``None`` after a reported problem."""
-        columns = self._columns_beside_form(record) if self.columns else {}
-        mapped = self._rename_columns(record, columns) if columns else record
+        mapped = self._rename_columns(record) if self.columns else record
         if mapped is None:
             return None
         try:
@@ -207,31 +206,11 @@ class Checker(FieldChecker):
         self.names = self._names_of(theirs)
         return made
 
-    def _columns_beside_form(self, record: Record) -> Columns:
-        """Return the column mapping without entries that the record's form already provides.
-
-        A form reads more columns than a mapping has (an Alpaca row's ``input``). If the mapping
-        agrees with the form, the row stays in the form.
-        """
-        left = {key: value for key, value in record.items() if self.columns.get(key) != ""}
-        found = forms_of(left)
-        if len(found) != 1:
-            return self.columns
-        _, names = found[0].convert(dict(left))
-        beside = {
-            ours: theirs
-            for ours, theirs in self.columns.items()
-            if not theirs or names.get(ours) != theirs
-        }
-        keys = found[0].keys | found[0].used
-        clash = any(theirs in keys or ours in names for ours, theirs in beside.items() if theirs)
-        return self.columns if clash or len(beside) == len(self.columns) else beside
-
-    def _rename_columns(self, record: Record, columns: Columns) -> Record | None:
-        """Return the record with renamed ``columns``; ``None`` if a column is missing."""
-        taken = {*columns.values(), *columns}
-        made = {key: value for key, value in record.items() if key not in taken}
-        for ours, theirs in columns.items():
+    def _rename_columns(self, record: Record) -> Record | None:
+        """Return the record with renamed columns; ``None`` if a column is missing."""
+        mapped = {*self.columns.values(), *self.columns}
+        made = {key: value for key, value in record.items() if key not in mapped}
+        for ours, theirs in self.columns.items():
             # A validation file may already use luthier's names.
             source = ours if theirs and theirs not in record else theirs
             if source and source not in record:
@@ -470,7 +449,7 @@ class InputChecker(Checker):
     def row(self, line: int, record: Record) -> Row | None:
         """Return the input of a row; ``None`` after a reported problem."""
         self.line = line
-        own = self._rename_columns(record, self.columns) if self.columns else record
+        own = self._rename_columns(record) if self.columns else record
         if own is None:
             return None
         if self.reserved in record:

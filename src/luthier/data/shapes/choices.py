@@ -76,15 +76,12 @@ class MultipleChoice(Shape):
         return list(zip(prompts, self.choices, strict=True))
 
     def inputs(self) -> tuple[str, ...]:
-        """The prompt, or each of several."""
         return self.prompts
 
     def targets(self) -> tuple[str, ...]:
-        """The right choice."""
         return (self.choices[self.answer],)
 
     def plain_text(self) -> str:
-        """The prompts."""
         return "\n".join(self.prompts)
 
     def record(self) -> Record:

@@ -54,11 +54,9 @@ class PromptCompletion(Shape):
         return cls(fields.file, fields.line, prompt, completion)
 
     def inputs(self) -> tuple[str, ...]:
-        """The prompt."""
         return (self.prompt,)
 
     def targets(self) -> tuple[str, ...]:
-        """The completion."""
         return (self.completion,)
 
     def turns(self) -> Turns:
@@ -109,7 +107,6 @@ class Conversation(Shape):
         return (last.whole_text,) if last.role == "assistant" else ()
 
     def turns(self) -> Turns:
-        """All turns."""
         return self.messages
 
     def expected_reply(self) -> str | None:

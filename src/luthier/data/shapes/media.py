@@ -100,7 +100,6 @@ class BareWindow(BareMedia):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """A window."""
         return cls.key() in record
 
     def inputs(self) -> tuple[str, ...]:
@@ -131,7 +130,6 @@ class LabelledImage(MediaRow, Labelled):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """Both keys."""
         return cls.key() in record and "label" in record
 
     @classmethod
@@ -190,11 +188,9 @@ class CaptionedImage(MediaRow):
         return cls(fields.file, fields.line, media, caption)
 
     def targets(self) -> tuple[str, ...]:
-        """The caption."""
         return (self.caption,)
 
     def sides(self) -> list[Row]:
-        """The image, and the caption."""
         return [self.bare(), RawText(self.file, self.line, self.caption)]
 
     def record(self) -> Record:

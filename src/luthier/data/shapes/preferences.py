@@ -70,11 +70,9 @@ class JudgedAnswers(Shape):
         return (*(turn.whole_text for turn in best), *rejected, "None")
 
     def turns(self) -> Turns:
-        """Return the prompt with the best answer."""
         return (*self.messages, *self.answers()[0])
 
     def sides(self) -> list[Row]:
-        """Return the prompt with each answer."""
         return [
             Conversation(self.file, self.line, (*self.messages, *answer), tools=self.tools)
             for answer in self.answers()
@@ -109,7 +107,6 @@ class Preference(JudgedAnswers):
 
     @classmethod
     def title_of(cls, record: Record) -> str:
-        """Ours, or OpenAI's."""
         ours = "chosen" in record or "rejected" in record
         return cls.title if ours else cls.openai_title
 
@@ -276,7 +273,6 @@ class RankedReplies(JudgedAnswers):
         return replace(JudgedAnswers.edit_texts(self, change), ranked=answers)
 
     def answers(self) -> tuple[Turns, ...]:
-        """All, the best first."""
         return self.ranked
 
     def judgement(self) -> tuple[str, ...]:
@@ -358,11 +354,9 @@ class RatedReply(JudgedReply):
 
     @property
     def worth(self) -> float:
-        """The rating."""
         return self.rating
 
     def judgement(self) -> tuple[str, ...]:
-        """The rating."""
         return (repr(self.rating),)
 
     def record(self) -> Record:
@@ -423,15 +417,12 @@ class ThumbedReply(JudgedReply):
 
     @property
     def worth(self) -> float:
-        """1 for thumb up, 0 for thumb down."""
         return float(self.desirable)
 
     def judgement(self) -> tuple[str, ...]:
-        """The thumb."""
         return (repr(self.desirable),)
 
     def classes(self) -> tuple[str, ...]:
-        """The thumb."""
         return (str(self.desirable),)
 
     def record(self) -> Record:

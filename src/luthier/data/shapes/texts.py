@@ -44,15 +44,12 @@ class TextRow(Shape):
     text: str
 
     def inputs(self) -> tuple[str, ...]:
-        """The text."""
         return (self.text,)
 
     def plain_text(self) -> str:
-        """The text."""
         return self.text
 
     def bare(self) -> RawText:
-        """The text alone."""
         return RawText(self.file, self.line, self.text)
 
 
@@ -73,7 +70,6 @@ class RawText(TextRow):
         return None if text is None else cls(fields.file, fields.line, text)
 
     def record(self) -> Record:
-        """The text."""
         return {"text": self.text}
 
 
@@ -104,7 +100,6 @@ class LabelledText(TextRow, Labelled):
         return None if text is None else cls(fields.file, fields.line, text, label)
 
     def record(self) -> Record:
-        """Text and label, or array of labels."""
         return {"text": self.text, **self.label_record()}
 
 
@@ -130,17 +125,14 @@ class RatedText(TextRow):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """A text and a finite number."""
         text = fields.text(record, "text")
         rating = read_rating(record["rating"])
         return None if text is None else cls(fields.file, fields.line, text, rating)
 
     def targets(self) -> tuple[str, ...]:
-        """The number."""
         return (repr(self.rating),)
 
     def record(self) -> Record:
-        """Text and number."""
         return {"text": self.text, "rating": self.rating}
 
 
@@ -168,23 +160,18 @@ class TaggedWords(Shape):
         return cls(fields.file, fields.line, tokens, tags)
 
     def inputs(self) -> tuple[str, ...]:
-        """The words."""
         return self.tokens
 
     def targets(self) -> tuple[str, ...]:
-        """The tags."""
         return self.tags or ()
 
     def plain_text(self) -> str:
-        """The words with spaces between."""
         return " ".join(self.tokens)
 
     def bare(self) -> TaggedWords:
-        """The words without their tags."""
         return replace(self, tags=None)
 
     def record(self) -> Record:
-        """Words and tags."""
         return {"tokens": list(self.tokens), "tags": list(self.tags or ())}
 
 
@@ -214,11 +201,9 @@ class TextPair(TextRow):
         return cls(fields.file, fields.line, anchor, positive)
 
     def targets(self) -> tuple[str, ...]:
-        """The partner."""
         return (self.positive,)
 
     def sides(self) -> list[Row]:
-        """Each text alone."""
         return [RawText(self.file, self.line, text) for text in (self.text, self.positive)]
 
     def record(self) -> Record:
@@ -248,7 +233,6 @@ class History(TextPair):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """Both keys: conversations have histories, too."""
         return "history" in record and "item" in record
 
     @classmethod
