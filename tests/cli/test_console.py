@@ -182,8 +182,7 @@ def test_who_asked_to_resume_alone_is_told_that_nothing_was_interrupted(
     file = ReportFile(tmp_path / "reports.jsonl")
     file.nothing_to_resume("base:x")
     ReportReader(file.path).hand_on(progress.LiveReporter(resume))
-    note = "  no run base:x was interrupted, so it begins now\n"
-    assert capsys.readouterr().err == (note if resume else "")
+    assert ("base:x:" in capsys.readouterr().err) == resume
     job = Job(id="j", details={})
     ReportReader(file.path).hand_on(JobReporter(job, str))
     assert "interrupted" not in str(job.details)

@@ -27,7 +27,7 @@ def test_generate_answers_one_prompt(home: Path) -> None:
     answer = Answer("generate", MODEL, "colour of sky?", "--json").good()
     assert answer.json() == {"model": MODEL, "prompt": "colour of sky?", "completion": "blue"}
     cut = Answer("generate", MODEL, "colour of sky?", "--max-tokens", "1").good()
-    assert cut.out != "blue\n" and "cut off: --max-tokens allows more" in cut.err
+    assert cut.out != "blue\n" and "--max-tokens" in cut.err
 
 
 def test_generate_writes_the_least_tokens(home: Path) -> None:
@@ -54,11 +54,10 @@ def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path:
     ]
     assert "unclosed group" in Answer(*ask, "--regex", "a(").refused()
     both = Answer(*ask, "--regex", "a", "--schema", str(schema)).refused()
-    assert "give only one of schema, regex and grammar" in both
-    missing = Answer(*ask, "--grammar", "none.lark").refused()
-    assert "none.lark cannot be read: No such file or directory" in missing
+    assert "schema" in both and "regex" in both
+    assert "none.lark" in Answer(*ask, "--grammar", "none.lark").refused()
     grammar.write_bytes(b"\xff\xfe")
-    assert "is not text in UTF-8" in Answer(*ask, "--grammar", str(grammar)).refused()
+    assert str(grammar) in Answer(*ask, "--grammar", str(grammar)).refused()
 
 
 def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
@@ -247,7 +246,7 @@ def test_chat_in_a_process_of_its_own_ends_with_its_input(home: Path) -> None:
     out, err = process.communicate("colour of grass?\n", timeout=120)
     assert process.returncode == 0, err
     assert "green" in out
-    assert err.startswith("torch writes.") and err.count("\n") == 1
+    assert "torch" in err and err.count("\n") == 1
 
 
 @pytest.fixture
@@ -262,7 +261,7 @@ def test_reasoning_is_no_part_of_what_is_printed_or_graded(thinker: str, tmp_pat
     assert (answer.out, answer.err) == ("blue\n", THOUGHT + "\n\n")
     cut = Answer("generate", thinker, "sky?", "--max-tokens", "9").good()
     thought, _, note = cut.err.partition("(")
-    assert THOUGHT.startswith(thought.strip()) and note.startswith("cut off") and cut.out == "\n"
+    assert THOUGHT.startswith(thought.strip()) and "--max-tokens" in note and cut.out == "\n"
     answer = Answer("generate", thinker, "sky?", "--max-tokens", "120", "--json").good()
     assert answer.json() == {
         "model": thinker, "prompt": "sky?", "completion": "blue", "reasoning": THOUGHT
@@ -361,6 +360,9 @@ def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
 
 
 def test_evaluate_refuses_what_cannot_be_graded(home: Path, data: Path, tmp_path: Path) -> None:
-    message = Answer("evaluate", MODEL, str(data), "--grader", "rouge").refused()
-    assert "unknown grader 'rouge'; there are exact, first_line" in message
-    assert "there is no model" in Answer("evaluate", "none", str(data)).refused()
+    answer = Answer("evaluate", MODEL, str(data), "--grader", "rouge", "--json")
+    assert "'rouge'" in answer.refused() and "first_line" in answer.err
+    assert answer.json()["error"]["type"] == "RecipeError"
+    answer = Answer("evaluate", "none", str(data), "--json")
+    answer.refused()
+    assert answer.json()["error"]["type"] == "UnknownModel"

@@ -14,27 +14,27 @@ from luthier.errors import RecipeError
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    ("output", "kind"),
     [
-        ("full", "is not empty; name a new folder"),
-        ("full/1.png", "there is no custom model"),
-        ("full/notes.txt", "is a file; name a new folder, or a picture that ends with .png"),
-        ("samples.JPG", "images are written as PNG: name"),
-        ("samples.gif", "samples.png, or a folder without an ending such as .gif"),
-        ("samples.mp4", "samples.png, or a folder without an ending such as .mp4"),
-        ("run-1.2", "there is no custom model"),
-        ("empty", "there is no custom model"),
-        ("new/folder", "there is no custom model"),
+        ("full", "RecipeError"),
+        ("full/1.png", "UnknownModel"),
+        ("full/notes.txt", "RecipeError"),
+        ("samples.JPG", "RecipeError"),
+        ("samples.gif", "RecipeError"),
+        ("samples.mp4", "RecipeError"),
+        ("run-1.2", "UnknownModel"),
+        ("empty", "UnknownModel"),
+        ("new/folder", "UnknownModel"),
     ],
 )
 def test_samples_go_to_a_picture_or_a_new_folder(
-    luthier_home: Path, tmp_path: Path, output: str, message: str
+    luthier_home: Path, tmp_path: Path, output: str, kind: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    answer = Answer("sample", "small-vae:none", "--output", str(tmp_path / output))
-    assert answer.code == 2 and message in answer.err
+    answer = Answer("sample", "small-vae:none", "--output", str(tmp_path / output), "--json")
+    assert answer.code == 2 and answer.json()["error"]["type"] == kind
 
 
 def test_a_file_that_is_no_image_is_named(luthier_home: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_conversations_are_lists_of_messages(tiny_model_folder: Path) -> None:
     assert model.generate([[turn], "Hello"], **sampling) == [reply, reply]
     assert "".join(model.stream([turn], **sampling)) == reply
     for wrong in ([{"role": "user"}], [{**turn, "name": "x"}], [[1]], [3]):
-        with pytest.raises(RecipeError, match=r"a message has|a prompt is"):
+        with pytest.raises(RecipeError, match="role"):
             model.generate(wrong, **sampling)
 
 
@@ -64,9 +64,9 @@ def test_what_is_no_text_is_refused(family_folder: Callable[[str], Path], tmp_pa
     model = luthier.load(tuned.model_id)
     assert model.predict([]) == []
     for wrong in (None, 5):
-        with pytest.raises(RecipeError, match="give a text, or a list of texts"):
+        with pytest.raises(RecipeError, match="`texts`"):
             model.predict(wrong)  # type: ignore[call-overload]
-    with pytest.raises(RecipeError, match=r"gives embeddings; use embed\(\)"):
+    with pytest.raises(RecipeError, match=r"embed\(\)"):
         model.generate("Hello")
 
 

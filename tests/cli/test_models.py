@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -69,13 +70,12 @@ def test_a_store_that_cannot_be_read_is_named(
         access = os.access
         monkeypatch.setattr(os, "access", lambda path, mode: path != named and access(path, mode))
     monkeypatch.setenv("LUTHIER_HOME", str(named))
-    sentence = f"The store {named} {why} (the environment variable LUTHIER_HOME names it)."
     listed = Answer("models", "list").good()
-    assert listed.err == f"{sentence}\n"
+    assert f"{named} {why}" in listed.err and listed.err.count("\n") == 1
     assert Answer("models", "list", "--json").good().json()["custom"] == []
     for command in ("show", "remove"):
-        assert sentence in Answer("models", command, "x:y").refused()
-    assert sentence in Answer("generate", "x:y", "hi").refused()
+        assert f"{named} {why}" in Answer("models", command, "x:y").refused()
+    assert f"{named} {why}" in Answer("generate", "x:y", "hi").refused()
     if kind == "file":
         assert "LUTHIER_HOME" in Answer("admin", "models", "list").refused(1)
 
@@ -94,9 +94,11 @@ def test_a_default_store_that_is_not_there_yet_is_no_trouble(
 ) -> None:
     monkeypatch.delenv("LUTHIER_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    listed = Answer("models", "list").good()
-    assert "No custom models yet" in listed.out and listed.err == ""
-    assert "There are none that can be used so" in Answer("models", "show", "x:y").refused()
+    assert Answer("models", "list").good().err == ""
+    assert Answer("models", "list", "--json").good().json()["custom"] == []
+    shown = Answer("models", "show", "x:y", "--json")
+    shown.refused()
+    assert shown.json()["error"]["type"] == "UnknownModel"
 
 
 def test_whose_the_figures_are_is_listed(own_home: Path) -> None:
@@ -113,7 +115,9 @@ def test_whose_the_figures_are_is_listed(own_home: Path) -> None:
     }
     path.write_text(json.dumps(record))
     text = " ".join(Answer("models", "list").good().out.split())
-    assert "nothing learned" in text and "before the refit" not in text
+    assert "unchanged" in text and "before the refit" not in text
+    (custom,) = Answer("models", "list", "--json").good().json()["custom"]
+    assert custom["unchanged"] is True
 
 
 def test_a_model_that_is_withheld_is_listed_so(own_home: Path) -> None:
@@ -133,7 +137,7 @@ def test_list_makes_no_database_and_stands_one_that_cannot_be_read(
     monkeypatch.delenv("LUTHIER_DATABASE")
     (own_home / "luthier.db").write_text("no database" * 100)
     listed = Answer("models", "list").good()
-    assert MODEL in listed.out and "its database cannot be read" in listed.err
+    assert MODEL in listed.out and "DatabaseError" in listed.err
 
 
 def test_an_unknown_id_beside_jobs_points_to_their_names(own_home: Path) -> None:
@@ -142,7 +146,7 @@ def test_an_unknown_id_beside_jobs_points_to_their_names(own_home: Path) -> None
     record = read_json(folder / "job-1" / MANIFEST)
     write_json(folder / "job-1" / MANIFEST, record | {"id": "tiny-llama:job-1"})
     message = Answer("generate", "tiny-llama:support", "hello").refused()
-    assert "shows what the service calls those named job-" in message
+    assert "job-" in message and "luthier models list" in message
 
 
 def test_list_of_an_empty_store_says_what_to_do() -> None:
@@ -177,7 +181,7 @@ def test_show_tells_files_hashes_and_whether_they_are_intact(
     (folder / "loss.png").unlink()
     (folder / "extra").write_text("x")
     damaged = Answer("models", "show", MODEL).good().out
-    assert "DAMAGED or missing: loss.png, tokenizer.json\n" in damaged
+    assert "loss.png, tokenizer.json\n" in damaged
     files = Answer("models", "show", MODEL, "--json").good().json()["files"]
     assert files["tokenizer.json"]["intact"] is False
     assert files["loss.png"]["intact"] is False
@@ -189,15 +193,13 @@ def test_show_tells_files_hashes_and_whether_they_are_intact(
 def test_show_says_in_a_few_lines_what_a_model_is(home: Path, tiny_model_folder: Path) -> None:
     lines = Answer("models", "show", MODEL).good().out.splitlines()
     shown = {line[2:15].strip(): line[16:] for line in lines[1:-1]}
-    assert (lines[0], shown["made from"]) == (MODEL, str(tiny_model_folder))
-    assert shown["learned"] == "sft by full" and shown["result"].startswith(
-        "learned: validation loss"
-    )
-    assert shown["rows"] == "4 and 4 held out, of colours.jsonl"
+    assert (lines[0], shown["base"]) == (MODEL, str(tiny_model_folder))
+    assert shown["learned"].split()[0] == "sft" and "validation loss" in shown["result"]
+    assert re.findall(r"\d+|\S+\.jsonl", shown["rows"]) == ["4", "colours.jsonl", "4"]
     assert shown["files"].endswith(" MB, intact") and shown["folder"].startswith(str(home))
     assert lines[-1].endswith(f"luthier models show {MODEL} --json") and len(lines) < 20
     pulled = Answer("models", "show", "smollm2-135m-instruct").good().out
-    assert "parameters    134,515,008\n" in pulled and "not here: luthier models pull" in pulled
+    assert "134,515,008\n" in pulled and "luthier models pull smollm2-135m-instruct" in pulled
 
 
 def test_show_describes_a_catalogue_model_without_fetching_it(luthier_home: Path) -> None:
@@ -208,7 +210,9 @@ def test_show_describes_a_catalogue_model_without_fetching_it(luthier_home: Path
     shown = Answer("models", "show", "multilingual-e5-small", "--json").good().json()
     assert shown["source"] == "hub:intfloat/multilingual-e5-small" and not shown["files"]
     assert not luthier_home.exists()
-    assert "there is no model" in Answer("models", "show", "none").refused()
+    unknown = Answer("models", "show", "none", "--json")
+    unknown.refused()
+    assert unknown.json()["error"]["type"] == "UnknownModel"
 
 
 def test_pull_that_fails_leaves_nothing(
@@ -219,11 +223,12 @@ def test_pull_that_fails_leaves_nothing(
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
     answer = Answer("models", "pull", "smollm2-135m-instruct", "--json")
-    message = answer.refused(1)
-    assert "could not be downloaded" in message
+    answer.refused(1)
     assert answer.json()["error"]["type"] == "DownloadError"
     assert files_in(luthier_home) == ["models/base/.smollm2-135m-instruct.lock"]
-    assert "there is no model" in Answer("models", "pull", "none").refused()
+    unknown = Answer("models", "pull", "none", "--json")
+    unknown.refused()
+    assert unknown.json()["error"]["type"] == "UnknownModel"
 
 
 def test_pull_mends_a_damaged_base(
@@ -301,15 +306,13 @@ def test_export_of_an_adapter_loads_with_peft(
     assert tokenizer.decode(ids, skip_special_tokens=True) == "blue"
     assert Answer("generate", "tiny-llama:thin", "colour of sky?").good().out == "blue\n"
     again = Answer("models", "export", "tiny-llama:thin", str(folder))
-    assert "exists already" in again.refused()
+    assert str(folder) in again.refused()
 
 
 def test_export_of_a_base(tiny_model_folder: Path, tmp_path: Path) -> None:
     Answer("models", "export", str(tiny_model_folder), str(tmp_path / "out")).good()
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert (
-        "there is no model" in Answer("models", "export", "none", str(tmp_path / "other")).refused()
-    )
+    Answer("models", "export", "none", str(tmp_path / "other")).refused()
     assert not (tmp_path / "other").exists()
 
 
@@ -321,13 +324,11 @@ def test_export_of_a_network_of_ours_says_what_reads_it(
     assert text.endswith("luthier models export small-cnn FOLDER --format onnx\n")
     adapter = Export("a:b", tmp_path, "safetensors", ["adapter_config.json"], "small_cnn")
     write_json(tmp_path / "adapter_config.json", {})
-    for suits, last in (
-        (False, "nothing but luthier reads this adapter."),
-        (True, "--format onnx"),
-    ):
+    for suits in (False, True):
         capsys.readouterr()
         print_readers(replace(adapter, suits_onnx=suits))
-        assert capsys.readouterr().out.endswith(f"{last}\n")
+        text = capsys.readouterr().out
+        assert "small_cnn" in text and text.endswith("--format onnx\n") == suits
 
 
 def test_export_as_gguf_says_how_llama_cpp_answers(
@@ -339,19 +340,21 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
     installed = find_spec("xllamacpp") is not None
     file = next((tmp_path / "out").glob("*-Q8_0.gguf"))
     assert file.name in text and f"-f {tmp_path / 'out' / 'Modelfile'}" in text
-    assert ("the likeliest token is the same at" in text) == installed
+    assert ("pip install" in text) != installed
     monkeypatch.setattr("luthier.exports.writer.llama_cpp_library", lambda: None)
     text = Answer("models", "export", MODEL, str(tmp_path / "two"), *given).good().out
-    assert "Not compared with llama.cpp, which is not installed" in text
+    assert "pip install 'luthier[llama-cpp]'" in text
     report = Answer("models", "export", MODEL, str(tmp_path / "3"), *given, "--json").good().json()
     assert report["parity"] is None and report["files"] == ["Modelfile", file.name]
-    for more, words in (
-        (("--quantization", "q8_0"), "types of weights are chosen for GGUF files"),
-        (("--format", "gguf", "--quantization", "q3"), "no type 'q3' of weights; take f32, f16"),
-        (("--format", "onnx", "--adapter"), "ONNX files hold whole networks"),
-        (("--format", "onnx"), "gives no classes, tags, ratings, rewards or embeddings"),
+    for more in (
+        ("--quantization", "q8_0"),
+        ("--format", "gguf", "--quantization", "q3"),
+        ("--format", "onnx", "--adapter"),
+        ("--format", "onnx"),
     ):
-        assert words in Answer("models", "export", MODEL, str(tmp_path / "no"), *more).refused()
+        answer = Answer("models", "export", MODEL, str(tmp_path / "no"), *more, "--json")
+        answer.refused()
+        assert answer.json()["error"]["type"] == "RecipeError"
     assert not (tmp_path / "no").exists()
 
 
@@ -362,13 +365,13 @@ def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
     other = gguf_folder("tiny-llama:child-2", "0" * 64, "f32")
     for made in (other, gguf_folder("tiny-llama:child", "1" * 64, "f32")):
         write_json(made / "parity.json", {})
-    assert "tiny-llama:child was made from" in Answer("models", "remove", MODEL).refused()
-    assert Answer("models", "remove", "tiny-llama:child").good().out == "tiny-llama:child is gone\n"
+    assert "tiny-llama:child" in Answer("models", "remove", MODEL).refused()
+    assert Answer("models", "remove", "tiny-llama:child", "--json").good().json()["removed"]
     assert Answer("models", "remove", MODEL, "--json").good().json() == {
         "id": MODEL, "removed": True
     }  # fmt: skip
     assert files_in(own_home) == [str((other / "parity.json").relative_to(own_home))]
-    assert "is no model that was made here" in Answer("models", "remove", MODEL).refused()
+    Answer("models", "remove", MODEL).refused()
 
 
 def test_a_model_of_the_service_is_removed_there(own_home: Path) -> None:
@@ -380,10 +383,7 @@ def test_a_model_of_the_service_is_removed_there(own_home: Path) -> None:
     with open_database(None) as database, database.write() as session:
         session.add(row)
     refused = Answer("models", "remove", MODEL).refused()
-    assert (
-        f"{MODEL} belongs to account 000000000000 of the service. One that was registered comes back"
-        in refused
-    )
+    assert "000000000000" in refused and "luthier admin models unregister" in refused
     with open_database(None) as database, database.write() as session:
         session.delete(session.get_one(CustomModel, 1))
     Answer("models", "remove", MODEL).good()
@@ -410,10 +410,7 @@ def test_models_are_removed_where_the_service_is_not_installed(
 def test_remove_takes_nothing_else(own_home: Path, model_id: str) -> None:
     before = files_in(own_home)
     refused = Answer("models", "remove", model_id).refused()
-    if model_id in CATALOG:
-        assert f"{model_id} is not here, so there is nothing to remove" in refused
-    else:
-        assert "is no model that was made here" in refused and f"There are: {MODEL}" in refused
+    assert model_id in refused and MODEL in refused
     assert files_in(own_home) == before
 
 
@@ -436,12 +433,11 @@ def test_a_fetched_base_is_removed_where_nothing_stands_on_it(own_home: Path) ->
         read_json(record) | {"id": child, "parent": folder.name},
     )
     refused = Answer("models", "remove", folder.name).refused()
-    assert f"{child} was made from {folder.name}; remove it first" in refused
-    assert "--force" in refused and "fetched again" in refused and folder.is_dir()
+    assert child in refused and "--force" in refused and folder.is_dir()
     Answer("models", "remove", folder.name, "--force").good()
     assert not folder.exists() and not derived.exists()
     assert (own_home / "models" / "custom" / folder.name / "mine" / MANIFEST).is_file()
-    assert "there is nothing to remove" in Answer("models", "remove", folder.name).refused()
+    assert folder.name in Answer("models", "remove", folder.name).refused()
 
 
 def test_a_base_that_accounts_of_the_service_use_is_kept(own_home: Path) -> None:
@@ -459,7 +455,7 @@ def test_a_base_that_accounts_of_the_service_use_is_kept(own_home: Path) -> None
             )
         )  # fmt: skip
     refused = Answer("models", "remove", folder.name).refused()
-    assert f"accounts of the service use {folder.name}: the endpoint always of account 1" in refused
+    assert "always" in refused and "111111111111" in refused
     assert "--force" in refused and folder.is_dir()
     with open_database(None) as service, service.write() as session:
         session.delete(session.query(Endpoint).one())
@@ -471,7 +467,7 @@ def test_a_base_that_accounts_of_the_service_use_is_kept(own_home: Path) -> None
             )
         )  # fmt: skip
     refused = Answer("models", "remove", folder.name).refused()
-    assert "the custom model theirs of account 111111111111" in refused
+    assert "theirs" in refused and "111111111111" in refused
     Answer("models", "remove", folder.name, "--force").good()
     assert not folder.exists()
 
@@ -484,9 +480,9 @@ def test_a_base_that_a_run_learns_from_is_kept(own_home: Path) -> None:
     with run.lock():
         for more in ([], ["--force"]):
             refused = Answer("models", "remove", folder.name, *more).refused()
-            assert f"{run.model_id} learns from {folder.name} now" in refused
+            assert run.model_id in refused and "--force" not in refused
     refused = Answer("models", "remove", folder.name).refused()
-    assert f"{run.model_id} has begun from {folder.name} and not ended" in refused
+    assert run.model_id in refused and "--force" in refused
     assert folder.is_dir()
     Answer("models", "remove", folder.name, "--force").good()
     assert not folder.exists()
@@ -510,7 +506,7 @@ def test_an_adapter_that_peft_lacks_is_exported_with_a_word_about_it(
     assert tuned.code == 0, tuned.err
     model_id, target = json.loads(tuned.out)["model_id"], tmp_path / "out"
     answer = Answer("models", "export", model_id, str(target))
-    assert answer.code == 0 and "PEFT has no adapter of this kind" in answer.out, answer.err
+    assert answer.code == 0 and "PEFT" in answer.out, answer.err
     assert read_json(target / "adapter_config.json")["luthier"]["method"] == "adapters"
-    refused = Answer("models", "export", model_id, str(tmp_path / "whole"), "--merged")
-    assert refused.code == 2 and "which cannot be merged" in refused.err
+    refused = Answer("models", "export", model_id, str(tmp_path / "whole"), "--merged", "--json")
+    assert refused.code == 2 and refused.json()["error"]["type"] == "RecipeError"

@@ -117,5 +117,5 @@ def test_a_table_is_not_what_is_written(command: str, luthier_home: Path, tmp_pa
     rows.write_text('{"prompt": "a", "text": "a"}\n')
     target = tmp_path / "answers.CSV"
     refused = Answer(command, "tiny", "--input", str(rows), "--output", str(target)).refused()
-    assert "would hold JSON Lines" in refused and "answers.jsonl" in refused
+    assert "answers.jsonl" in refused
     assert not target.exists()

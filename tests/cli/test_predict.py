@@ -47,7 +47,7 @@ def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Pa
     assert "luthier predict small-window-vae:load --input series.csv" in answer.out
 
     refused = Answer("predict", "small-window-vae:load", str(series))
-    assert refused.code == 2 and f"give --input {series}" in refused.err
+    assert refused.code == 2 and f"--input {series}" in refused.err
     scored = Answer(
         "predict", "small-window-vae:load", "--input", str(series), "--output",
         str(tmp_path / "scores.jsonl"),

@@ -73,11 +73,8 @@ def test_the_first_lines_say_what_is_stored_and_whose_the_figures_are(
     undone = replace(result.verdict, unchanged=True, stopped_early=True, kept_step=0)
     print_result(replace(result, verdict=undone, refit=refit))
     first, second = capsys.readouterr().out.split("\n")[1:3]
-    assert first == (
-        f"{MODEL} is stored and verified, but nothing was learned: its weights are those from before "
-        "training"
-    )
-    assert second.startswith("  60 steps (stopped early), 10 of them of the refit on all rows, ")
+    assert first.startswith(f"{MODEL} is stored and verified, ") and "unchanged" in first
+    assert second.startswith("  60 steps (stopped early), 10 in the refit")
     assert f"validation loss {result.verdict.kept['loss']:.4f} before the refit on all 24" in second
 
 
@@ -203,9 +200,8 @@ def test_many_problems_of_one_cause_are_counted_and_shown_once(
 ) -> None:
     path = jsonl(tmp_path / "bad.jsonl", *["{" for _ in range(50)])
     answer = Answer("tune", str(path), "--base", str(tiny_model_folder), "--json")
-    assert "50 problems in the data" in answer.refused()
-    assert answer.err.count("[json.invalid]") == 1
-    assert "(also lines 2, 3, 4 and 46 more)" in answer.err
+    assert answer.refused().count("[json.invalid]") == 1
+    assert "2, 3, 4 and 46 more" in answer.err
     assert len(answer.json()["error"]["problems"]) == 50
 
 
@@ -252,7 +248,6 @@ def test_a_store_that_cannot_be_written_is_an_error(
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "file"))
     message = Answer("tune", str(data), "--base", str(tiny_model_folder)).refused(1)
     assert str(tmp_path / "file") in message
-    assert "cannot be written" in message
 
 
 def test_control_c_before_training_leaves_nothing(
@@ -265,7 +260,7 @@ def test_control_c_before_training_leaves_nothing(
 
     monkeypatch.setattr(job, "prepare", interrupt)
     answer = Answer("tune", str(data), "--base", str(tiny_model_folder), "--json")
-    assert "stopped" in answer.refused(130)
+    answer.refused(130)
     assert answer.out == ""
     assert files_in(luthier_home) == []
 
@@ -285,8 +280,7 @@ def test_control_c_in_training_ends_with_130(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert "stopped after step" in err
-    assert "--resume goes on" in err
+    assert "--resume" in err
     assert "Traceback" not in err
 
 
@@ -297,23 +291,21 @@ def test_an_interrupted_run_is_listed_and_shown(
     run.begin({}, resume=False)
     Run("tiny-llama", "job-1").begin({}, resume=False)  # the service goes on with it by itself
     with run.lock():
-        assert (
-            "a process is working on its run now"
-            in Answer("models", "show", run.model_id).refused()
-        )
+        assert run.model_id in Answer("models", "show", run.model_id).refused()
         assert Answer("models", "list", "--json").good().json()["unfinished"] == []
     refusal = Answer("models", "show", run.model_id).refused()
-    assert "was interrupted" in refusal and "by --resume" in refusal
+    assert "--resume" in refusal and f"luthier models remove {run.model_id}" in refusal
     (listed,) = Answer("models", "list", "--json").good().json()["unfinished"]
     assert listed["id"] == run.model_id
     assert run.model_id in Answer("models", "list").good().out
     for asked in (run.model_id, "x", f"{run.model_id}2"):
         refusal = Answer("generate", asked, "Hi").refused()
-        assert f"The run {run.model_id} has not ended" in refusal
+        assert run.model_id in refusal
         assert "luthier tune … --resume" in refusal and "job-1 " not in refusal
     Answer("models", "remove", run.model_id).good()
     assert run.model_id not in Answer("models", "list").good().out
-    assert "there is no custom model" in Answer("models", "show", run.model_id).refused()
+    gone = Answer("models", "show", run.model_id, "--json")
+    assert "--resume" not in gone.refused() and gone.json()["error"]["type"] == "UnknownModel"
 
 
 @pytest.mark.slow
@@ -349,13 +341,12 @@ def comparison_lines(found: Comparison | None, capsys: pytest.CaptureFixture[str
 
 def test_one_line_each_the_best_first(capsys: pytest.CaptureFixture[str]) -> None:
     said = comparison_lines(replace(FOUND, verdict=FOUND.judge()), capsys)
-    assert said[0] == "on 200 held-out rows, beside simple baselines:"
+    assert said[0].startswith("on 200 held-out rows, ")
     assert [line.split()[1] for line in said[1:4]] == ["73.5%", "48.5%", "25.0%"]
     assert "naive Bayes on words  (0.3 s)" in said[1] and said[2].endswith("this model")
-    assert said[4] == "not measured for want of time: logistic regression on the base model"
-    assert " ".join(said[5:]).startswith(
-        "a simple baseline does better: naive Bayes on words, accuracy 73.5% against"
-    )
+    assert said[4].endswith(": logistic regression on the base model")
+    verdict = " ".join(said[5:])
+    assert "naive Bayes on words" in verdict and "73.5%" in verdict and "48.5%" in verdict
 
 
 def test_no_word_where_the_model_wins_and_nothing_without_baselines(

@@ -154,6 +154,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
         return str(value)
 
     table = new_table(*(column.replace("_", " ") for column in columns))
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(escape(one_line(cell_text(row.get(column)))) for column in columns))
     print_table(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +15,8 @@ from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import (
     heavy_imports,
     new_console,
-    new_table,
     note,
-    print_table,
+    print_rows,
     print_text,
 )
 from luthier.cli.export import export, show_export
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Run
     from luthier.library.models import StoredModel
+    from luthier.models.catalog import CatalogEntry
     from luthier.workflows.capabilities import Capabilities
 
 
@@ -41,25 +41,15 @@ def list_models(*, database: ServiceDatabase = None) -> Record:
     """List base models, custom models and interrupted runs."""
     from luthier.engine.runs import unfinished_runs
     from luthier.files import explain_unreadable_home
-    from luthier.library.folders import is_base_here
     from luthier.library.models import custom_models, pretrained_models
     from luthier.models.catalog import CATALOG
 
-    bases: list[dict[str, Any]] = [
-        {
-            "id": entry.id,
-            "kind": entry.kind,
-            "parameters": entry.parameters,
-            "context": entry.context,
-            "licence": entry.licence,
-            "languages": list(entry.languages),
-            "media": entry.media,
-            "source": entry.source.provenance["source"],
-            "here": is_base_here(entry.id),
-            "about": entry.about,
-        }
-        for entry in CATALOG.values()
-    ] + [_base_record(model) for model in pretrained_models()]
+    if unreadable := explain_unreadable_home():
+        note(unreadable)
+    catalog, pretrained = (
+        map(_catalog_record, CATALOG.values()),
+        map(_base_record, pretrained_models()),
+    )
     names = service_names(database)
     custom = [
         _custom_record(model) | ({"service": names[model.id]} if model.id in names else {})
@@ -73,80 +63,84 @@ def list_models(*, database: ServiceDatabase = None) -> Record:
         }
         for run in unfinished_runs()
     ]
-    if unreadable := explain_unreadable_home():
-        note(unreadable)
-    return {"base": bases, "custom": custom, "unfinished": unfinished}
+    return {"base": [*catalog, *pretrained], "custom": custom, "unfinished": unfinished}
 
 
 def show_list(found: Record) -> None:
     """Print base models, custom models and interrupted runs as tables."""
+    custom, unfinished = found["custom"], found["unfinished"]
+    columns = ("base model", "parameters", "context", "input", "licence", "state")
+    print_rows(columns, [_base_row(each) for each in found["base"]])
+    print_text(
+        "\nDownload a model with luthier models pull ID. luthier tune downloads its base model."
+    )
+    if not custom:
+        print_text("No custom models. Create a model with luthier tune DATA.")
+    else:
+        print_text("")
+        service = ["service"] if any("service" in each for each in custom) else []
+        columns = ("custom model", "objective", "adaptation", "validation", "created", "state")
+        print_rows([*columns, *service], [_custom_row(each) for each in custom])
+    if unfinished:
+        print_text("")
+        state = {True: "diverged", False: "interrupted"}
+        rows = [each | {"state": state[bool(each["failure"])]} for each in unfinished]
+        print_rows(("id", "started_at", "state"), rows)
+        print_text(
+            "\nResume an interrupted run with its command and --resume. Delete a run with "
+            "luthier models remove ID."
+        )
+
+
+def _base_row(record: Record) -> Record:
     from luthier.data.inputs import PLURAL
 
-    bases, custom, unfinished = found["base"], found["custom"], found["unfinished"]
-    table = new_table("base model", "parameters", "context", "reads", "licence", "here")
-    table.columns[0].no_wrap = True
-    for base in bases:
-        if "damaged" in base:
-            table.add_row(str(base["id"]), "", "", "", "", "[red]damaged[/red]")
-            continue
-        millions = base["parameters"] / 1e6
-        size = f"{millions:.0f} M" if millions >= 10 else f"{millions:.2g} M"
-        known = base.get("languages", [])
-        reads = ", ".join(known) if len(known) < 4 else f"{len(known)} languages"
-        media = PLURAL.get(base.get("media") or "")
-        context = "" if media else str(base["context"])
-        here = "yes" if base["here"] else f"no, {base['source'].partition(':')[0]}"
-        cells = (size, context, media or reads, str(base["licence"]), here)
-        table.add_row(str(base["id"]), *cells)
-    out = new_console(highlight=False)
-    print_table(table)
-    if not all(base["here"] for base in bases):
-        out.print(
-            "\nFetch a model with luthier models pull ID. luthier tune fetches its base model."
-        )
-    if custom:
-        out.print()
-        _print_custom(custom)
-    else:
-        out.print("\nNo custom models. Create a model with luthier tune DATA.")
-    if unfinished:
-        table = new_table("unfinished run", "started at", "state")
-        for each in unfinished:
-            state = "diverged" if each["failure"] else "interrupted"
-            table.add_row(each["id"], each["started_at"][:16].replace("T", " "), state)
-        out.print()
-        print_table(table)
-        out.print(
-            "\nResume an interrupted run with its command and --resume. Delete a run with "
-            "`luthier models remove ID`."
-        )
+    if "damaged" in record:
+        return {"base model": record["id"], "state": "damaged"}
+    languages, media = record.get("languages", []), record.get("media")
+    texts = ", ".join(languages) if len(languages) < 4 else f"{len(languages)} languages"
+    return {
+        "base model": record["id"],
+        "parameters": f"{record['parameters'] / 1e6:.3g} M",
+        "context": None if media else record["context"],
+        "input": PLURAL[media] if media else texts,
+        "licence": record["licence"],
+        "state": "here" if record["here"] else record["source"].partition(":")[0],
+    }
 
 
-def _print_custom(custom: Sequence[dict[str, Any]]) -> None:
-    """Print the table of custom models, with their names in the service."""
+def _custom_row(record: Record) -> Record:
     from luthier.cli.tune import validation_result
 
-    served = any("service" in model for model in custom)
-    columns = ("custom model", "learned", "weights", "validation", "created")
-    table = new_table(*columns, *(["in the service"] if served else []))
-    table.columns[0].no_wrap = True
-    for model in custom:
-        if "damaged" in model:
-            table.add_row(model["id"], "[red]damaged[/red]", "", "", "")
-            continue
-        kept = model.get("validation", {})
-        measured = validation_result(model.get("measure", ""), kept, model.get("refit_rows", 0))
-        if model.get("unchanged"):
-            measured += ", weights unchanged"
-        names = (model["objective"], model["adaptation"])
-        created = model["created"][:16].replace("T", " ")
-        if model.get("withheld"):
-            created += ", [red]withheld[/red]"
-        name = (
-            "{name} of account {account}".format_map(model["service"]) if "service" in model else ""
-        )
-        table.add_row(model["id"], *names, measured, created, *([name] if served else []))
-    print_table(table)
+    if "damaged" in record:
+        return {"custom model": record["id"], "state": "damaged"}
+    kept, service = record.get("validation", {}), record.get("service")
+    refit = record.get("refit_rows", 0)
+    states = [name for name in ("withheld", "unchanged") if record.get(name)]
+    return record | {
+        "custom model": record["id"],
+        "validation": validation_result(record.get("measure", ""), kept, refit),
+        "created": record["created"][:16].replace("T", " "),
+        "state": ", ".join(states),
+        "service": service and f"{service['name']} of account {service['account']}",
+    }
+
+
+def _catalog_record(entry: CatalogEntry) -> Record:
+    from luthier.library.folders import is_base_here
+
+    return {
+        "id": entry.id,
+        "kind": entry.kind,
+        "parameters": entry.parameters,
+        "context": entry.context,
+        "licence": entry.licence,
+        "languages": list(entry.languages),
+        "media": entry.media,
+        "source": entry.source.provenance["source"],
+        "here": is_base_here(entry.id),
+        "about": entry.about,
+    }
 
 
 def _base_record(model: StoredModel) -> dict[str, Any]:
@@ -507,23 +501,17 @@ def _check_no_account(model: str, database: str | None) -> None:
         )
 
 
-def _check_no_user(base: str, database: str | None) -> None:
-    """Reject a base model that accounts of the service use."""
-    from luthier.formatting import list_some
+def _service_users(base: str, database: str | None) -> list[str]:
+    """Return the models, jobs and endpoints of accounts that use a base model."""
     from luthier.server.tables.database import is_database_here
     from luthier.server.tables.foundation import foundation_model
     from luthier.server.tables.removal import users_of_base
 
     known = foundation_model(base)
     if known is None or not is_database_here(database):
-        return
+        return []
     with open_database(database) as service:
-        users = users_of_base(service, known)
-    if users:
-        raise RecipeError(
-            f"accounts of the service use {base}: {list_some(users, 3)}. Delete these first, or set "
-            "--force"
-        )
+        return users_of_base(service, known)
 
 
 def remove_model(model: str, *, force: bool = False, database: ServiceDatabase = None) -> Record:
@@ -534,6 +522,7 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
         force: Delete a model that other models, runs or accounts use.
     """
     from luthier.engine.runs import runs_from
+    from luthier.formatting import list_some
     from luthier.library.folders import base_folder, remove_side_files, working_folders
     from luthier.library.models import custom_models, pretrained_models, suggest_models
     from luthier.models.catalog import CATALOG, fetching_lock
@@ -543,36 +532,24 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
     fetched = base_folder(model) if model in CATALOG else None
     if run is not None:
         model = run.model_id  # with the stored form of the base id
-    if fetched is not None and not fetched.is_dir():
-        raise RecipeError(f"{model} is not on this machine")
-    if fetched is None and (
-        run is None
-        or not any(each.exists() for each in (run.model_folder, *working_folders(model)))
-    ):
+    folders = [] if run is None else [run.model_folder, *working_folders(model)]
+    if not any(each.exists() for each in ([fetched] if fetched is not None else folders)):
         made = [each.id for each in (*custom_models(), *pretrained_models())]
         raise RecipeError(
             f"no model or run {model!r} exists on this machine. {suggest_models(model, made)}"
         )
-    children = [m.id for m in custom_models() if model in (m.manifest.parent, is_base and m.root)]
-    if children and not force:
-        raise RecipeError(
-            f"{model} is the base of {', '.join(children)}. Remove the derived models first, or set "
-            "--force"
-        )
-    running = runs_from(model) if is_base else []
-    if now := [each.model_id for each in running if each.is_worked_on()]:
-        raise RecipeError(
-            f"{model} is the base of a running training: {', '.join(now)}. Wait or stop the training"
-        )
-    if running and not force:
-        raise RecipeError(
-            f"{model} is the base of interrupted runs: {', '.join(each.model_id for each in running)}. "
-            "Resume or remove the runs first, or set --force"
-        )
-    if is_base and has_service and not force:
-        _check_no_user(model, database)
-    stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
-    parents = [m.manifest.parent for m in stored if not is_base]
+    runs = runs_from(model) if is_base else []
+    if running := [each.model_id for each in runs if each.is_worked_on()]:
+        raise RecipeError(f"{model} is in use by a running training: {', '.join(running)}")
+    if not force:
+        users = [m.id for m in custom_models() if model in (m.manifest.parent, is_base and m.root)]
+        users += [f"the interrupted run {each.model_id}" for each in runs]
+        users += _service_users(model, database) if is_base and has_service else []
+        if users:
+            raise RecipeError(
+                f"{model} is in use by {list_some(users, 3)}. Remove these first, or set --force"
+            )
+    parents = [m.manifest.parent for m in custom_models() if m.id == model]
     if fetched is not None:
         with fetching_lock(fetched):
             remove_side_files(model)

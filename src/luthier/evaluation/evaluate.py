@@ -73,6 +73,8 @@ class Evaluation:
     """Time until the last reply, in seconds."""
     slices: list[Slice] = field(default_factory=list)
     """Scores of parts of the rows, if requested."""
+    model: str = ""
+    """Id of the evaluated model."""
 
     @cached_property
     def scores(self) -> dict[str, float]:
@@ -129,7 +131,8 @@ class Evaluation:
             "ungraded": len(self.problems), "dropped": self.dropped, "truncated": self.truncated,
             "tokens": self.tokens,
         }  # fmt: skip
-        found: dict[str, Any] = {"rows": len(self.rows), "scores": self.scores}
+        found: dict[str, Any] = {"model": self.model} if self.model else {}
+        found |= {"rows": len(self.rows), "scores": self.scores}
         if self.errors:
             found |= {"errors": self.errors, "intervals": self.intervals}
         found |= {name: count for name, count in counts.items() if count}

@@ -139,6 +139,7 @@ def evaluate(
         found,
         seconds=time.monotonic() - started,
         remarks=[*row_remarks(stored, data, found.rows), *found.remarks],
+        model=stored.id,
     )
     if slices:
         found = _with_slices(found, slices)

@@ -21,9 +21,7 @@ class Capacity:
     """Resources of this machine for all workers together."""
 
     memory: int = field(default_factory=lambda: int(total_memory() * SHARE))
-    """Bytes."""
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Threads."""
 
 
 def memory_of(command: str, recipe: dict[str, Any]) -> int:

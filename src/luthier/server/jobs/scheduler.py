@@ -76,7 +76,6 @@ class Scheduler:
         self.command = [*command, *options]
         self.environment = {**processes.database_environment(database), **(environment or {})}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
-        """Running workers of this server by lease."""
         self._starts: dict[str, tuple[float, Runner]] = {}
         """Start time and runner of each running worker by lease."""
         self.watch = LeaseWatch(LEASE.total_seconds())

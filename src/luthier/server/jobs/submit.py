@@ -103,7 +103,6 @@ class Submission:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the recipe by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
     teacher: AnyModel | None = None
-    """Teacher of a distillation."""
     grader: Mapping[str, Any] | None = None
     """Grader of reinforcement fine-tuning: ``method`` and fields."""
     output: str | None = None

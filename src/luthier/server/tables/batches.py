@@ -36,11 +36,9 @@ class Batch(BackgroundWork, Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """``batch_`` and letters and digits."""
     endpoint: Mapped[str]
     """``/v1/chat/completions``, ..."""
     window: Mapped[str]
-    """``24h``."""
     input_file: Mapped[str]
     output_file: Mapped[str | None]
     error_file: Mapped[str | None]
@@ -48,7 +46,6 @@ class Batch(BackgroundWork, Base):
     """Errors of the input file: ``code``, ``message``, ``param``, ``line``."""
     user_metadata: Mapped[dict[str, Any]]
     total: Mapped[int] = mapped_column(default=0)
-    """Number of lines."""
     succeeded: Mapped[int] = mapped_column(default=0)
     failed: Mapped[int] = mapped_column(default=0)
     """Number of completed or failed lines, set at the end of the batch."""
@@ -65,10 +62,8 @@ class BatchLine(Base):
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"), index=True)
     number: Mapped[int]
-    """Line of the input file, from 1."""
     failed: Mapped[bool]
     result: Mapped[dict[str, Any]] = mapped_column(JSONText)
-    """The line of the output file."""
 
 
 def create(

@@ -27,7 +27,6 @@ class Endpoint(Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """Twelve letters and digits."""
     account: Mapped[str] = mapped_column(index=True)
     kind: Mapped[str]
     """``DEPLOYMENT`` or ``PROVISIONED``."""
@@ -44,7 +43,6 @@ class Endpoint(Base):
     """``UPDATING``, ``UPDATED`` or ``NOT_UPDATED``; none before the first update."""
     failure: Mapped[str | None]
     description: Mapped[str | None]
-    """Description of a deployment."""
     units: Mapped[int | None]
     """Model units of provisioned throughput."""
     commitment: Mapped[str | None]

@@ -45,7 +45,6 @@ class Eval(Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """``eval_`` and letters and digits."""
     account: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
     definition: Mapped[dict[str, Any]] = mapped_column(JSONText)
@@ -65,11 +64,9 @@ class EvaluationRun(BackgroundWork, Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """``evalrun_`` and letters and digits."""
     eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id"), index=True)
     name: Mapped[str]
     request: Mapped[dict[str, Any]] = mapped_column(JSONText)
-    """The request of the client."""
     user_metadata: Mapped[dict[str, Any]]
     error_code: Mapped[str | None]
     error_message: Mapped[str | None] = mapped_column(QuotingText)
@@ -86,7 +83,6 @@ class EvaluationRun(BackgroundWork, Base):
     """
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     completed: Mapped[datetime | None]
-    """Time of the end."""
 
 
 class EvaluationRow(Base):

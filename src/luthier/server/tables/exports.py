@@ -48,7 +48,6 @@ class ExportResult(TypedDict):
     """Result of a completed export."""
 
     address: str
-    """Address of the folder of the files."""
     files: list[ExportedFile]
     bytes: int
     network: str
@@ -68,18 +67,14 @@ class ModelExport(QueuedWork, Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """Twelve letters and digits."""
     model: Mapped[str]
-    """ARN of the custom model."""
     model_name: Mapped[str]
     stored_id: Mapped[str]
-    """Id of the model in the library."""
     format: Mapped[str]
     """``safetensors``, ``onnx`` or ``gguf``."""
     merged: Mapped[bool | None]
     """Whether the adapter is merged into its base; ``None`` for the format's default."""
     quantization: Mapped[str | None]
-    """Type of the weights of a GGUF file."""
     output: Mapped[str]
     """Address of the export's parent folder."""
     state: Mapped[str] = mapped_column(default=QUEUED, index=True)
@@ -88,7 +83,6 @@ class ModelExport(QueuedWork, Base):
     result: Mapped[ExportResult | None] = mapped_column(Plain)
     created: Mapped[datetime]
     started: Mapped[datetime | None]
-    """Start of the first worker."""
     ended: Mapped[datetime | None]
 
     @classmethod
@@ -243,11 +237,7 @@ def renew(
 
 
 def finish(session: Session, export_id: str, lease: str, end: ExportResult | str) -> None:
-    """End a running export with a result or a failure. A stopping export becomes stopped.
-
-    Raises:
-        LeaseLost: if ``lease`` has expired.
-    """
+    """End a running export with a result or a failure. A stopping export becomes stopped."""
     export = hold(session, ModelExport, export_id, lease)
     if export.state == STOPPING:
         export.end(session)

@@ -34,11 +34,9 @@ class ModelImport(QueuedWork, Base):
     """Memory of the worker process before the files are known, in bytes."""
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    """Id of the custom model."""
     seq: Mapped[int] = mapped_column(index=True)
     """Sequence number of the model, in order of creation."""
     source: Mapped[str]
-    """Address of the folder."""
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
         """Expire the lease of a dead worker. The model fails after :data:`MOST_CRASHES` deaths."""
@@ -120,11 +118,7 @@ def complete(
 
 
 def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
-    """Fail the import; the model stores ``failure`` for its owner.
-
-    Raises:
-        LeaseLost: if ``lease`` has expired.
-    """
+    """Fail the import; the model stores ``failure`` for its owner."""
     model = _end(session, hold(session, ModelImport, model_id, lease))
     model.status, model.failure = FAILED, storable(failure[:_LONGEST])
     session.flush()

@@ -55,7 +55,6 @@ class JobPart(TypedDict):
     """Status in Bedrock's words."""
     created: str
     modified: str
-    """Times in ISO 8601."""
 
 
 class JobProgress(TypedDict):
@@ -72,12 +71,10 @@ class JobResult(TypedDict):
     """Result of a completed job."""
 
     stored_id: str
-    """Id of the custom model in the library."""
     steps: int
     tokens: int
     """Trained tokens, over all epochs."""
     train_loss: float
-    """Loss of the last step."""
     validation_losses: list[float | None]
     """Loss of each validator in order; null if not finite."""
     verdicts: NotRequired[list[str]]
@@ -112,11 +109,9 @@ class Job(QueuedWork, Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """Twelve letters and digits."""
     name: Mapped[str]
     """Name of the job, reserved beyond the end."""
     model_name: Mapped[str]
-    """Name of the resulting custom model."""
     api: Mapped[str]
     """API of the request: ``bedrock``, ``openai`` or ``native``."""
     customization_type: Mapped[str]
@@ -134,7 +129,6 @@ class Job(QueuedWork, Base):
     output: Mapped[str | None]
     """Address of the folder for metrics and certificate."""
     validators: Mapped[list[Any]]
-    """Addresses of validation files."""
 
     state: Mapped[str] = mapped_column(default=QUEUED, index=True)
     failure: Mapped[str | None] = mapped_column(QuotingText)
@@ -142,11 +136,9 @@ class Job(QueuedWork, Base):
     result: Mapped[JobResult | None] = mapped_column(Plain)
     details: Mapped[JobDetails] = mapped_column(Plain, default=dict)
     attempts: Mapped[int] = mapped_column(default=0)
-    """Number of started workers."""
     cores: Mapped[int] = mapped_column(default=1)
     """Number of threads, which determines the bits of the model."""
     worked: Mapped[float] = mapped_column(default=0.0)
-    """Seconds of work."""
     time_limit: Mapped[int | None]
     """Seconds of work after which the job fails."""
     has_working_files: Mapped[bool] = mapped_column(default=False)
@@ -156,7 +148,6 @@ class Job(QueuedWork, Base):
     since: Mapped[datetime] = synonym("modified")
     """Start of the wait of a waiting job."""
     started: Mapped[datetime | None]
-    """Start of the first worker."""
     ended: Mapped[datetime | None]
 
     def setting(self, name: str) -> Any:
@@ -368,11 +359,7 @@ def renew(
     worked: float | None = None,
     **details: Unpack[JobDetails],
 ) -> Job:
-    """Renew the lease, store ``details`` and the seconds ``worked``, and return the job.
-
-    Raises:
-        LeaseLost: if ``lease`` has expired.
-    """
+    """Renew the lease, store ``details`` and the seconds ``worked``, and return the job."""
     job = renew_lease(session, Job, job_id, lease)
     if worked is not None:
         seconds = max(0.0, worked - job.worked)
@@ -419,11 +406,7 @@ def complete(
 
 
 def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
-    """Fail a job, or stop a stopping job.
-
-    Raises:
-        LeaseLost: if ``lease`` has expired.
-    """
+    """Fail a job, or stop a stopping job."""
     job = hold(session, Job, job_id, lease)
     if job.state == STOPPING:
         return move(session, job, STOPPED, "The job was stopped.", holder=lease)

@@ -34,10 +34,8 @@ class WrittenFile:
 
     id: str
     size: int
-    """Bytes."""
     md5: str
     sha256: str
-    """Both in hexadecimal."""
 
 
 class FileWriter:

@@ -50,7 +50,6 @@ class User(Base):
     account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), index=True)
     name: Mapped[str]
     role: Mapped[str]
-    """One of :data:`ROLES`."""
     disabled: Mapped[bool] = mapped_column(default=False)
     created: Mapped[datetime]
 
@@ -91,7 +90,6 @@ class ApiKey(Base):
     account: Mapped[str] = mapped_column(index=True)
     user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
     role: Mapped[str | None]
-    """See :attr:`AccessKey.role`."""
     origin: Mapped[str]
     expires: Mapped[datetime | None]
     disabled: Mapped[bool] = mapped_column(default=False)

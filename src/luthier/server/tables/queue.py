@@ -98,7 +98,6 @@ class QueuedWork(TakesTurns):
     memory: Mapped[int] = mapped_column(BigInteger, default=0)
     """Estimated peak in bytes; 0 if unknown."""
     cores: Mapped[int] = mapped_column(default=0)
-    """Number of threads."""
     crashes: Mapped[int] = mapped_column(default=0)
     """Number of dead workers."""
     worker: Mapped[dict[str, Any] | None]
@@ -294,11 +293,7 @@ def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
 def read_leased(
     session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
 ) -> Row:
-    """Return the row with ``lease``; ``lock`` locks the row until the transaction ends.
-
-    Raises:
-        LeaseLost: if ``lease`` has expired.
-    """
+    """Return the row with ``lease``; ``lock`` locks the row until the transaction ends."""
     held = select(kind).where(kind.id == row_id, kind.lease == lease)
     row = find_row(session, held, lock=lock)
     if row is None:

@@ -34,7 +34,6 @@ class UploadedFile(Base):
     """Label from the client, never a path."""
     purpose: Mapped[str]
     size: Mapped[int] = mapped_column(BigInteger)
-    """Bytes."""
     sha256: Mapped[str]
     created: Mapped[datetime]
     expires: Mapped[datetime | None]

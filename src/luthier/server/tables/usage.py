@@ -52,9 +52,7 @@ class Usage:
     training_seconds: float = 0.0
     """Wall time of workers in seconds, validation and waiting for data included."""
     bytes_in: int = 0
-    """Bytes of request bodies."""
     bytes_out: int = 0
-    """Bytes of response bodies."""
     stored_bytes: int = 0
     """Maximum of the stored bytes, measured once a minute."""
 
