@@ -39,11 +39,11 @@ _ERRORS = {
 
 def sts_api() -> Api:
     """Return the API of ``aws sts get-caller-identity``, for all requests signed for STS."""
-    app = request_response(handler_endpoint(_answer, "sts", ACTION, BODY_LIMIT))
-    return Api("sts", app, lambda head, service: service == "sts", refusal, "x-amzn-RequestId")
+    app = request_response(handler_endpoint(_respond, "sts", ACTION, BODY_LIMIT))
+    return Api("sts", app, lambda head, service: service == "sts", render_fault, "x-amzn-RequestId")
 
 
-def refusal(fault: Fault, request_id: str) -> Response:
+def render_fault(fault: Fault, request_id: str) -> Response:
     """Return ``fault`` in the form that botocore expects of STS."""
     code, status = _ERRORS.get(fault.code, (fault.code, 400))
     error: list[Element | None] = [
@@ -55,7 +55,7 @@ def refusal(fault: Fault, request_id: str) -> Response:
     return Response(status, body, {"Content-Type": "text/xml"})
 
 
-def _answer(request: Request) -> Response:
+def _respond(request: Request) -> Response:
     if request.method not in ("GET", "POST"):
         raise Fault("UnknownOperation", "STS accepts GET and POST.")
     if request.signed is None or not request.signed.service:

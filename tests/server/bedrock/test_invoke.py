@@ -15,8 +15,8 @@ from botocore.exceptions import ClientError
 from runtime_service import CALLER, MODEL, TOOL, said, text_of
 
 from luthier.inference.pool import ModelPool
-from luthier.server.bedrock.bodies import parsed_native
-from luthier.server.bedrock.invoke import PromptBody, form_of
+from luthier.server.bedrock.bodies import parse_native
+from luthier.server.bedrock.invoke import PromptBody, parse_form
 from luthier.server.bedrock.runtime import runtime_handlers
 from luthier.server.http.messages import Fault, Request
 from luthier.server.openai.chat import InvokedChat
@@ -119,7 +119,7 @@ def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
 )
 def test_a_malformed_body_names_the_member(body: dict[str, Any], place: str) -> None:
     with pytest.raises(Fault) as caught:
-        parsed_native(PromptBody, body)
+        parse_native(PromptBody, body)
     assert caught.value.code == "Validation" and place in caught.value.message
 
 
@@ -148,4 +148,4 @@ def test_a_chat_completion_names_the_model_that_was_invoked(
 
 def test_images_to_embed_are_pointed_to_the_native_face() -> None:
     with pytest.raises(Fault, match="inputImage"):
-        form_of(MODEL, {"inputImage": "aGk="}, None)
+        parse_form(MODEL, {"inputImage": "aGk="}, None)

@@ -30,10 +30,10 @@ def check_files(stored_id: str) -> None:
     Raises:
         LuthierError: for a missing model, or missing or changed files.
     """
-    found: models.StoredModel | None = models.find(stored_id)
-    while found is not None:
-        verify(found.folder, found.manifest.files)
-        found = found.parent
+    model: models.StoredModel | None = models.find(stored_id)
+    while model is not None:
+        verify(model.folder, model.manifest.files)
+        model = model.parent
 
 
 def check_and_load(pool: ModelPool, stored_id: str) -> None:
@@ -50,7 +50,7 @@ def check_and_load(pool: ModelPool, stored_id: str) -> None:
     except InferenceFailed as failed:
         if failed.code != "ModelNotReady":
             raise
-        _log.info("%s answers, and is loaded when it is first asked: %s", stored_id, failed)
+        _log.info("%s is loaded at the first request: %s", stored_id, failed)
 
 
 class Activation:
@@ -91,8 +91,8 @@ class Activation:
                 if endpoint is not None:
                     endpoint.finish_update(model, failure)
         except Exception:
-            # It stays as it is, and is tried again at the next start.
-            _log.exception("could not write what became of %s", endpoint_id)
+            # The endpoint stays pending, and the next start tries again.
+            _log.exception("the state of endpoint %s could not be stored", endpoint_id)
 
     def _prepare(self, model: str) -> str | None:
         """Prepare the model of an ARN and return the failure message for the owner, or ``None``."""
@@ -100,12 +100,12 @@ class Activation:
             with self.database.read() as session:
                 stored_id = stored_id_of(session, model)
             if stored_id is None:
-                return "The model is not there any more."
+                return "The model was deleted."
             self.prepare(stored_id)
         except DoesNotFit as error:
             return str(error)
         except Exception:
-            # Names of files are for those who run the service.
-            _log.exception("%s cannot be used", model)
+            # File names are for the operator, not for clients.
+            _log.exception("%s cannot be loaded", model)
             return "The files of the model are missing or damaged, or cannot be loaded."
         return None

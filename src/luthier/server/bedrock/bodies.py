@@ -23,14 +23,14 @@ T = TypeVar("T", bound=BaseModel)
 def json_object(request: Request) -> dict[str, Any]:
     """Return the body of ``request``, parsed as JSON whatever the Content-Type header."""
     try:
-        found = request.json
+        body = request.json
     except ValueError as error:
         raise Fault("Serialization", f"The body of the request is not JSON: {error}.") from error
-    if found is None:
+    if body is None:
         return {}
-    if not isinstance(found, dict):
-        raise Fault("Serialization", "The body of the request has to be a JSON object.")
-    return found
+    if not isinstance(body, dict):
+        raise Fault("Serialization", "The body of the request must be a JSON object.")
+    return body
 
 
 def native_object(request: Request) -> dict[str, Any]:
@@ -44,16 +44,16 @@ def native_object(request: Request) -> dict[str, Any]:
         raise malformed_input(fault.message) from fault
 
 
-def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
+def parse_native(kind: type[T], body: Mapping[str, Any]) -> T:
     """Return the parsed body; raises :class:`Fault` Validation with each problem."""
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(body)
     except ValidationError as error:
-        wrong = [
+        problems = [
             f"#/{'/'.join(map(str, each['loc']))}{describe_error(dict(each))}"
             for each in error.errors(include_url=False)
         ]
-    raise malformed_input(", ".join(wrong))
+    raise malformed_input(", ".join(problems))
 
 
 def malformed_input(text: str) -> Fault:

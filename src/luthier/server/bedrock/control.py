@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from luthier.limits import AccountQuotas
 from luthier.server.audit import record_action
 from luthier.server.bedrock.activation import Activation
-from luthier.server.bedrock.shapes import answer_of, members_of
+from luthier.server.bedrock.shapes import parse_members, render_response
 from luthier.server.http.messages import Fault, Request, Response
 from luthier.server.http.routes import Handler
 from luthier.server.tables.arns import Arn, Arns
@@ -30,10 +30,10 @@ from luthier.server.tables.tags import TooManyTags
 TOKEN = "clientRequestToken"  # noqa: S105  (the name of a member)
 _ATTEMPTS = 3
 Row = TypeVar("Row")
-Listed = TypeVar("Listed", Job, CustomModel, Endpoint)
+PagedRow = TypeVar("PagedRow", Job, CustomModel, Endpoint)
 DEFAULT_RESULTS = 100
 _MILLISECOND = timedelta(milliseconds=1)
-LONGEST_FAILURE = 2048
+MAX_FAILURE = 2048
 """Maximum length of a failure message in characters, from Bedrock's shape."""
 
 
@@ -86,7 +86,9 @@ class ControlRequest:
         """Record ``resource``, an ARN or ``*``, as the target of the operation in the audit log."""
         record_action(f"bedrock:{self.operation.name}", resource)
 
-    def found(self, row: Row | None, arn: str | None, kind: str, identifier: str, noun: str) -> Row:
+    def require_row(
+        self, row: Row | None, arn: str | None, kind: str, identifier: str, noun: str
+    ) -> Row:
         """Return ``row`` and record ``arn`` in the audit log.
 
         Args:
@@ -115,7 +117,7 @@ class ControlRequest:
         """Return the members among ``names`` that the client sent."""
         return {name: self.members[name] for name in names if name in self.members}
 
-    def earlier_answer(self) -> dict[str, Any] | None:
+    def earlier_response(self) -> dict[str, Any] | None:
         """Return the response to an earlier request with the same client token, if any."""
         attempt = self._attempt()
         if attempt is None:
@@ -123,23 +125,23 @@ class ControlRequest:
         with self.control.database.read() as session:
             return recall(session, attempt)
 
-    def once(self, make: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
+    def create_once(self, create: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
         """Create a resource in one transaction, once per client token, and return the response.
 
         If two requests race for a name, the loser tries again and reports that the name is in use.
         """
         attempt = self._attempt()
-        for left in range(_ATTEMPTS - 1, -1, -1):
+        for remaining in range(_ATTEMPTS - 1, -1, -1):
             try:
                 with self.control.database.write() as session:
-                    answer = recall(session, attempt) if attempt else None
-                    if answer is None:
-                        answer = make(session)
+                    response = recall(session, attempt) if attempt else None
+                    if response is None:
+                        response = create(session)
                         if attempt:
-                            remember(session, attempt, answer)
-                return answer
+                            remember(session, attempt, response)
+                return response
             except IntegrityError:
-                if not left:
+                if not remaining:
                     raise
         raise AssertionError("unreachable")
 
@@ -159,30 +161,30 @@ def handler(control: Control, operation: OperationModel, operate: Operate) -> Ha
     """Return the HTTP handler of ``operation``."""
 
     def handle(request: Request) -> Response:
-        checked = ControlRequest(control, operation, request, members_of(operation, request))
+        checked = ControlRequest(control, operation, request, parse_members(operation, request))
         try:
-            return answer_of(operation, operate(checked))
+            return render_response(operation, operate(checked))
         except TooManyTags as error:
             raise Fault("TooManyTags", str(error), resourceName=error.resource) from error
 
     return handle
 
 
-def tags_of(given: Iterable[Mapping[str, str]] | None) -> dict[str, str]:
+def parse_tags(sent: Iterable[Mapping[str, str]] | None) -> dict[str, str]:
     """Return tag values by key.
 
     Raises:
         Fault: Validation for a repeated key or a key with AWS's prefix.
     """
-    found: dict[str, str] = {}
-    for tag in given or ():
+    tags: dict[str, str] = {}
+    for tag in sent or ():
         key = tag["key"]
-        if key in found:
-            raise Fault("Validation", f"The tag key {key} is given more than once.")
+        if key in tags:
+            raise Fault("Validation", f"The tag key {key} occurs more than once.")
         if key.lower().startswith("aws:"):
-            raise Fault("Validation", "Tag keys must not begin with aws:, which is reserved.")
-        found[key] = tag["value"]
-    return found
+            raise Fault("Validation", "Tag keys must not begin with the reserved prefix aws:.")
+        tags[key] = tag["value"]
+    return tags
 
 
 def not_found(kind: str, identifier: str) -> Fault:
@@ -197,12 +199,12 @@ def invalid(parameter: str, text: str) -> Fault:
 
 def failure_message(text: str | None) -> str | None:
     """Return a failure reason, cut to Bedrock's limit; ``None`` without a failure."""
-    return text[:LONGEST_FAILURE] if text else None
+    return text[:MAX_FAILURE] if text else None
 
 
 def page(
-    request: ControlRequest, table: type[Listed], *conditions: ColumnElement[bool]
-) -> tuple[Sequence[Listed], str | None]:
+    request: ControlRequest, table: type[PagedRow], *conditions: ColumnElement[bool]
+) -> tuple[Sequence[PagedRow], str | None]:
     """Return one page of the account's rows in order of creation, and the token of the next page.
 
     A token names the last row: rows created or deleted between two pages move nothing.
@@ -223,8 +225,8 @@ def page(
         query = query.where(table.created < before)
     ascending = request.get("sortOrder") == "Ascending"
     if token := request.get("nextToken"):
-        place, last = tuple_(table.created, table.seq), _position(token)
-        query = query.where(place > last if ascending else place < last)
+        position, last_position = tuple_(table.created, table.seq), _position(token)
+        query = query.where(position > last_position if ascending else position < last_position)
     order = (table.created, table.seq) if ascending else (table.created.desc(), table.seq.desc())
     limit = request.get("maxResults", DEFAULT_RESULTS)
     with request.control.database.read() as session:
@@ -242,6 +244,8 @@ def _position(token: str) -> tuple[datetime, int]:
         raise invalid("nextToken", "The provided nextToken is not valid.") from None
 
 
-def list_answer(member: str, summaries: list[dict[str, Any]], token: str | None) -> dict[str, Any]:
+def list_response(
+    member: str, summaries: list[dict[str, Any]], token: str | None
+) -> dict[str, Any]:
     """Return the response of a list; the last page has no token."""
     return {member: summaries, "nextToken": token}

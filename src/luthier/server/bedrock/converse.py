@@ -27,7 +27,7 @@ from luthier.inference.inference import (
     ToolCallEvent,
 )
 from luthier.models.sampling import Constraint
-from luthier.server.bedrock.bodies import NativeBody, parsed_native
+from luthier.server.bedrock.bodies import NativeBody, parse_native
 from luthier.server.bedrock.eventstream import event
 from luthier.server.http.messages import Fault
 from luthier.server.sampling_fields import sampling_of, with_sampling
@@ -48,7 +48,7 @@ _FRAGMENT = 64
 
 
 @with_sampling
-class Further(NativeBody):
+class AdditionalFields(NativeBody):
     """Fields of ``additionalModelRequestFields``, which only some models support."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -65,36 +65,32 @@ def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
     if "guardrailConfig" in members:
         raise Fault("Validation", "guardrailConfig is not supported by this server.")
     if members.get("promptVariables"):
-        raise Fault("Validation", "promptVariables are for prompts of Prompt management only.")
-    config, form = (
-        members.get("inferenceConfig", {}),
-        members.get("outputConfig", {}).get("textFormat"),
-    )
-    fields = _object(
-        members.get("additionalModelRequestFields", {}), "additionalModelRequestFields"
-    )
-    further = parsed_native(Further, fields)
-    constraint = further.structured_outputs.constraint if further.structured_outputs else None
-    if form:
+        raise Fault("Validation", "promptVariables are not supported by this server.")
+    config = members.get("inferenceConfig", {})
+    text_format = members.get("outputConfig", {}).get("textFormat")
+    name = "additionalModelRequestFields"
+    fields = _object(members.get(name, {}), name)
+    additional = parse_native(AdditionalFields, fields)
+    constraint = additional.structured_outputs.constraint if additional.structured_outputs else None
+    if text_format:
         if constraint is not None:
-            text = (
-                "An answer matches one thing: send outputConfig.textFormat or structured_outputs."
-            )
+            text = "Send either outputConfig.textFormat or structured_outputs, not both."
             raise Fault("Validation", text)
-        constraint = Constraint("schema", schema_of(form["structure"]["jsonSchema"]["schema"]))
+        schema = _parse_schema(text_format["structure"]["jsonSchema"]["schema"])
+        constraint = Constraint("schema", schema)
     return GenerationRequest(
-        replace(chat_of(members), template_kwargs=further.chat_template_kwargs or {}),
+        replace(parse_chat(members), template_kwargs=additional.chat_template_kwargs or {}),
         max_tokens=config.get("maxTokens"),
         temperature=config.get("temperature", TEMPERATURE),
         top_p=config.get("topP", TOP_P),
         stop=tuple(config.get("stopSequences", ())),
         **(constraint.fields if constraint else {}),
-        seed=further.seed,
-        **sampling_of(further),
+        seed=additional.seed,
+        **sampling_of(additional),
     )
 
 
-def chat_of(members: Mapping[str, Any]) -> Chat:
+def parse_chat(members: Mapping[str, Any]) -> Chat:
     """Return the conversation of ``messages``, ``system`` and ``toolConfig``.
 
     Raises:
@@ -147,7 +143,7 @@ def _tools(config: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
     if kind != "tool":
         return tuple(tools), {"auto": "auto", "any": "required"}[kind]
     if value["name"] not in names:
-        text = f"The tool {value['name']} of toolChoice is not among toolConfig.tools."
+        text = f"The tool {value['name']} of toolChoice is missing in toolConfig.tools."
         raise Fault("Validation", text)
     return tuple(tools), f"name:{value['name']}"
 
@@ -179,7 +175,7 @@ def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
 def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
     """Return a message as turns. Tool results precede the text of the same message."""
     role = message["role"]
-    # What is cached makes no difference to an answer.
+    # Cache points have no effect: the prefix cache is automatic.
     if all("cachePoint" in block for block in message["content"]):
         raise Fault(
             "Validation",
@@ -191,10 +187,10 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
     calls: list[ToolCall] = []
     results: list[Message] = []
     for index, block in enumerate(message["content"]):
-        where = f"{at}.content.{index}"
+        location = f"{at}.content.{index}"
         ((name, value),) = block.items()
         if name == "toolUse" and role == "assistant":
-            arguments = _object(value["input"], f"{where}.toolUse.input")
+            arguments = _object(value["input"], f"{location}.toolUse.input")
             calls.append(ToolCall(value["toolUseId"], value["name"], arguments))
         elif name == "toolResult" and role == "user":
             parts = [_result(part) for part in value["content"]]
@@ -205,10 +201,10 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
                 raise _unsupported_field(kind)
             thoughts.append(thought["text"])
         elif name in ("toolUse", "toolResult", "reasoningContent"):
-            text = f"The {role} role cannot have the {name} block at {where}."
+            text = f"The {role} role cannot have the {name} block at {location}."
             raise Fault("Validation", text)
-        elif (said := _block_text(block)) is not None:
-            texts.append(_text(said, where))
+        elif (block_text := _block_text(block)) is not None:
+            texts.append(_text(block_text, location))
     if texts or calls or not results:
         reasoning = "\n".join(thoughts)
         results.append(Message(role, "\n".join(texts), calls=tuple(calls), reasoning=reasoning))
@@ -226,7 +222,7 @@ def _result(part: Mapping[str, Any]) -> str:
 def _object(value: Any, at: str) -> dict[str, Any]:
     """Return ``value`` if it is an object: the service model allows any JSON."""
     if not isinstance(value, dict):
-        raise Fault("Validation", f"'{at}' has to be an object.")
+        raise Fault("Validation", f"'{at}' must be a JSON object.")
     return value
 
 
@@ -251,7 +247,7 @@ def _check_calls(turns: Sequence[Message], tools: bool) -> None:
         return
     index, ids = unmatched
     if turns[index].role == "tool":
-        text = f"The toolResult block {ids[0]} answers no toolUse block of the previous turn."
+        text = f"The toolResult block {ids[0]} has no toolUse block in the previous turn."
         raise Fault("Validation", text)
     text = f"Expected toolResult blocks for the following Ids: {', '.join(sorted(ids))}"
     raise Fault("Validation", text)
@@ -264,98 +260,74 @@ def _unsupported_field(name: str) -> Fault:
     )
 
 
-def schema_of(text: str) -> Mapping[str, Any]:
-    """Return the JSON schema in ``text``."""
+def _parse_schema(text: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
+        schema = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise Fault(
-            "Validation", "outputConfig.textFormat.structure.jsonSchema.schema is no JSON object."
-        )
-    return found
+        schema = None
+    return _object(schema, "outputConfig.textFormat.structure.jsonSchema.schema")
 
 
-def usage(read: int, written: int) -> dict[str, int]:
+def usage(input_tokens: int, output_tokens: int) -> dict[str, int]:
     """Return token counts in Converse's form."""
-    return {"inputTokens": read, "outputTokens": written, "totalTokens": read + written}
-
-
-def message_of(answer: GenerationResult) -> dict[str, Any]:
-    """Return a reply as a message."""
-    content: list[dict[str, Any]] = []
-    if answer.reasoning:
-        content.append({"reasoningContent": {"reasoningText": {"text": answer.reasoning}}})
-    if answer.text:
-        content.append({"text": answer.text})
-    content += [{"toolUse": {**_use(call), "input": dict(call.arguments)}} for call in answer.calls]
-    return {"role": "assistant", "content": content or [{"text": ""}]}
-
-
-def whole_members(stream: Stream, answer: GenerationResult) -> dict[str, Any]:
-    """Return the members of a complete reply, shared by Converse and Amazon's form of InvokeModel."""
     return {
-        "output": {"message": message_of(answer)},
-        "stopReason": STOP_REASONS[answer.reason],
-        "usage": usage(stream.prompt_tokens, answer.tokens),
+        "inputTokens": input_tokens,
+        "outputTokens": output_tokens,
+        "totalTokens": input_tokens + output_tokens,
     }
 
 
-def answer_of(
-    members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
-) -> dict[str, Any]:
-    """Return the response of Converse. ``latency()`` returns milliseconds."""
-    (answer,) = stream.whole()
-    found = {**whole_members(stream, answer), "metrics": {"latencyMs": latency()}}
-    fields = _additional_fields(
-        members.get("additionalModelResponseFieldPaths", ()), stream, answer
-    )
-    return {**found, "additionalModelResponseFields": fields} if fields else found
+def render_message(reply: GenerationResult) -> dict[str, Any]:
+    """Return a reply as a message."""
+    content: list[dict[str, Any]] = []
+    if reply.reasoning:
+        content.append({"reasoningContent": {"reasoningText": {"text": reply.reasoning}}})
+    if reply.text:
+        content.append({"text": reply.text})
+    content += [{"toolUse": {**_use(call), "input": dict(call.arguments)}} for call in reply.calls]
+    return {"role": "assistant", "content": content or [{"text": ""}]}
 
 
-def events_of(
-    members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
-) -> Iterator[bytes]:
-    """Yield the encoded events of ConverseStream."""
-    for kind, value in named_events(members.get("additionalModelResponseFieldPaths", ()), stream):
+def render_reply(stream: Stream, reply: GenerationResult) -> dict[str, Any]:
+    """Return the members of a complete reply, shared by Converse and Amazon's form of InvokeModel."""
+    return {
+        "output": {"message": render_message(reply)},
+        "stopReason": STOP_REASONS[reply.reason],
+        "usage": usage(stream.prompt_tokens, reply.tokens),
+    }
+
+
+def encode_events(stream: Stream, latency: Callable[[], int]) -> Iterator[bytes]:
+    """Yield the encoded events of ConverseStream. ``latency()`` returns milliseconds."""
+    for kind, value in named_events(stream):
         if kind == "metadata":
             value = {**value, "metrics": {"latencyMs": latency()}}
         yield event(kind, value)
 
 
-def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the events of a reply by name, without latency.
-
-    Args:
-        paths: ``additionalModelResponseFieldPaths`` of the request.
-        stream: the stream of the engine.
-    """
-    answer, index = GenerationResult(), 0
-    opened: type[TokenChunk | ReasoningChunk] | None = None
+def named_events(stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the events of a reply by name, without latency."""
+    reply, index = GenerationResult(), 0
+    open_block: type[TokenChunk | ReasoningChunk] | None = None
     yield "messageStart", {"role": "assistant"}
     for each in stream:
-        answer.take(each)
-        if opened is not None and not isinstance(each, opened):
+        reply.take(each)
+        if open_block is not None and not isinstance(each, open_block):
             yield "contentBlockStop", {"contentBlockIndex": index}
-            index, opened = index + 1, None
+            index, open_block = index + 1, None
         if isinstance(each, TokenChunk | ReasoningChunk):
             if each.text:
-                opened, delta = type(each), {"text": each.text}
-                own = delta if opened is TokenChunk else {"reasoningContent": delta}
-                yield "contentBlockDelta", {"delta": own, "contentBlockIndex": index}
+                open_block, text = type(each), {"text": each.text}
+                delta = text if open_block is TokenChunk else {"reasoningContent": text}
+                yield "contentBlockDelta", {"delta": delta, "contentBlockIndex": index}
         elif isinstance(each, ToolCallEvent):
             yield from _call_events(each.call, index)
             index += 1
-        elif not index:  # the model said nothing at all
+        elif not index:  # an empty reply
             yield "contentBlockDelta", {"delta": {"text": ""}, "contentBlockIndex": index}
             yield "contentBlockStop", {"contentBlockIndex": index}
-    stop: dict[str, Any] = {"stopReason": STOP_REASONS[answer.reason]}
-    fields = _additional_fields(paths, stream, answer)
-    if fields:
-        stop["additionalModelResponseFields"] = fields
-    yield "messageStop", stop
-    yield "metadata", {"usage": usage(stream.prompt_tokens, answer.tokens)}
+    yield "messageStop", {"stopReason": STOP_REASONS[reply.reason]}
+    yield "metadata", {"usage": usage(stream.prompt_tokens, reply.tokens)}
 
 
 def _call_events(call: ToolCall, index: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -369,23 +341,3 @@ def _call_events(call: ToolCall, index: int) -> Iterator[tuple[str, dict[str, An
 
 def _use(call: ToolCall) -> dict[str, str]:
     return {"toolUseId": call.id, "name": call.name}
-
-
-def native_stop_reason(answer: GenerationResult) -> str:
-    """Return the stop reason in Llama's form, which has two values."""
-    return "length" if answer.reason in ("length", "context") else "stop"
-
-
-def _additional_fields(
-    paths: Sequence[str], stream: Stream, answer: GenerationResult
-) -> dict[str, Any]:
-    """Return the requested fields of Llama's native response. Unknown fields are omitted."""
-    native = {
-        "generation": answer.text,
-        "prompt_token_count": stream.prompt_tokens,
-        "generation_token_count": answer.tokens,
-        "stop_reason": native_stop_reason(answer),
-        "stop_sequence": answer.stop,
-    }
-    names = [path.removeprefix("/") for path in paths]
-    return {name: native[name] for name in names if name in native}

@@ -13,9 +13,9 @@ from luthier.server.bedrock.control import (
     Operate,
     failure_message,
     invalid,
-    list_answer,
+    list_response,
     page,
-    tags_of,
+    parse_tags,
 )
 from luthier.server.bedrock.jobs import customization_details
 from luthier.server.identifiers import (
@@ -31,49 +31,51 @@ from luthier.server.tables import tags
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.jobs import Job
 
-_SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken")
+_STORED = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken")
 """Members of an import request that are stored with the model."""
 
 
 def create_model(request: ControlRequest) -> dict[str, Any]:
     """Queue the import of a model. The status is Creating until a trial run of the model succeeds."""
     request.record_kind(MODEL)
-    answer = request.earlier_answer()
-    if answer is not None:
-        return answer
-    given, source = tags_of(request.get("modelTags")), _source(request)
+    response = request.earlier_response()
+    if response is not None:
+        return response
+    model_tags, source = parse_tags(request.get("modelTags")), _source(request)
     request.control.locations.folder(request.account, source)
-    shown, quotas = request.members_sent(_SHOWN), request.control.quotas(request.account)
+    stored_members, quotas = request.members_sent(_STORED), request.control.quotas(request.account)
 
-    def make(session: Session) -> dict[str, Any]:
+    def create(session: Session) -> dict[str, Any]:
         name = request["modelName"]
         trusted = Permission.ADMINISTER in permissions_of(request.request.caller)
-        model = submit_import(session, request.account, name, source, shown, quotas, trusted)
+        model = submit_import(
+            session, request.account, name, source, stored_members, quotas, trusted
+        )
         arn = model.arn(request.arns)
-        tags.put(session, arn, given)
+        tags.put(session, arn, model_tags)
         return {"modelArn": arn}
 
-    answer = request.once(make)
+    response = request.create_once(create)
     request.control.wake()
-    return answer
+    return response
 
 
 def _source(request: ControlRequest) -> str:
     """Return the URI of the folder to import."""
     if "customModelDataSource" in request.members:
-        text = "Model packages of SageMaker are not supported by this server; name an S3 folder."
+        text = "SageMaker model packages are not supported. Use an S3 folder."
         raise invalid("customModelDataSource", text)
-    place = request.get("modelSourceConfig", {}).get("s3DataSource")
-    if place is None:
-        text = "A model needs modelSourceConfig.s3DataSource.s3Uri, the folder of its files."
+    source = request.get("modelSourceConfig", {}).get("s3DataSource")
+    if source is None:
+        text = "modelSourceConfig.s3DataSource.s3Uri is missing. Set the folder of the model."
         raise invalid("modelSourceConfig", text)
-    return str(place["s3Uri"])
+    return str(source["s3Uri"])
 
 
 def get_model(request: ControlRequest) -> dict[str, Any]:
     """Return a custom model by ARN or name."""
     with request.control.database.read() as session:
-        model = asked_model(request, session, request["modelIdentifier"])
+        model = find_requested_model(request, session, request["modelIdentifier"])
         job = _jobs(session, [model]).get(str(model.job_id))
         return _model_details(request, model, job)
 
@@ -81,7 +83,7 @@ def get_model(request: ControlRequest) -> dict[str, Any]:
 def list_models(request: ControlRequest) -> dict[str, Any]:
     """List the models of the account."""
     conditions = [CustomModel.status != RESERVED]
-    if not request.get("isOwned", True):  # models that other accounts share: there are none
+    if not request.get("isOwned", True):  # sharing between accounts is not supported
         conditions.append(false())
     if base := request.get("baseModelArnEquals"):
         conditions.append(CustomModel.base_model == base)
@@ -94,22 +96,22 @@ def list_models(request: ControlRequest) -> dict[str, Any]:
     with request.control.database.read() as session:
         jobs = _jobs(session, rows)
     summaries = [_summary(request, model, jobs.get(str(model.job_id))) for model in rows]
-    return list_answer("modelSummaries", summaries, token)
+    return list_response("modelSummaries", summaries, token)
 
 
 def delete_model(request: ControlRequest) -> dict[str, Any]:
     """Delete a model that no endpoint serves. The model's job stays."""
     with request.control.database.read() as session:
-        model = asked_model(request, session, request["modelIdentifier"])
+        model = find_requested_model(request, session, request["modelIdentifier"])
     request.control.delete_model(model)
     return {}
 
 
-def asked_model(request: ControlRequest, session: Session, identifier: str) -> CustomModel:
+def find_requested_model(request: ControlRequest, session: Session, identifier: str) -> CustomModel:
     """Return the model of an ARN or name."""
-    found = find_model(session, request.arns, request.account, identifier)
-    arn = found.arn(request.arns) if found else None
-    return request.found(found, arn, MODEL, identifier, "custom model")
+    model = find_model(session, request.arns, request.account, identifier)
+    arn = model.arn(request.arns) if model else None
+    return request.require_row(model, arn, MODEL, identifier, "custom model")
 
 
 def _model_details(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def _summary(request: ControlRequest, model: CustomModel, job: Job | None) -> di
         "modelArn": model.arn(request.arns),
         "modelName": model.name,
         "creationTime": model.created,
-        # A whole network from outside has none, and readers of lists are promised one.
+        # Required by the shape; an imported whole network has no base.
         "baseModelArn": model.base_model or model.arn(request.arns),
         "baseModelName": model.bottom,
         "customizationType": job.customization_type if job else "IMPORTED",

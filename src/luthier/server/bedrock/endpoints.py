@@ -20,10 +20,10 @@ from luthier.server.bedrock.control import (
     Operate,
     failure_message,
     invalid,
-    list_answer,
+    list_response,
     not_found,
     page,
-    tags_of,
+    parse_tags,
 )
 from luthier.server.http.messages import Fault
 from luthier.server.identifiers import (
@@ -90,70 +90,74 @@ def _create(
         fields: returns the columns of the row, with the model.
     """
     request.record_kind(kind.arn)
-    answer = request.earlier_answer()
-    if answer is not None:
-        return str(answer["arn"])
-    wanted_tags = tags_of(request.get("tags"))
-    made: list[str] = []
+    response = request.earlier_response()
+    if response is not None:
+        return str(response["arn"])
+    sent_tags = parse_tags(request.get("tags"))
+    created: list[str] = []
 
-    def make(session: Session) -> dict[str, Any]:
+    def create(session: Session) -> dict[str, Any]:
         row = fields(session)
-        lock_by_name(session, f"endpoints {request.account}")  # from here on nobody else counts
+        lock_by_name(session, f"endpoints {request.account}")  # serializes the count below
         _check_name(request, session, kind, name)
-        own = count_rows(session, *_own(request, kind))
+        count = count_rows(session, *_belongs_to_account(request, kind))
         quotas = request.control.quotas(request.account)
-        storage.check_count(own, quotas, kind.quota, kind.plural, "Delete some of them.")
-        moment = now()
+        storage.check_count(count, quotas, kind.quota, kind.plural, "Delete some of them.")
+        created_at = now()
         endpoint = Endpoint(
             id=new_id(),
             account=request.account,
             kind=kind.arn,
             name=name,
-            created=moment,
-            modified=moment,
+            created=created_at,
+            modified=created_at,
             **row,
         )
         session.add(endpoint)
         session.flush()
         arn = endpoint_arn(request.arns, endpoint)
-        tags.put(session, arn, wanted_tags)
-        made[:] = [endpoint.id]
+        tags.put(session, arn, sent_tags)
+        created[:] = [endpoint.id]
         return {"arn": arn}
 
-    answer = request.once(make)
-    for endpoint_id in made:
+    response = request.create_once(create)
+    for endpoint_id in created:
         request.control.activation.submit(endpoint_id)
-    return str(answer["arn"])
+    return str(response["arn"])
 
 
 def _find(
     request: ControlRequest, session: Session, kind: _Kind, *, lock: bool = False
 ) -> Endpoint:
     identifier = request[kind.identifier]
-    found = find_endpoint(session, request.arns, request.account, kind.arn, identifier, lock=lock)
-    arn = endpoint_arn(request.arns, found) if found else None
-    return request.found(found, arn, kind.arn, identifier, kind.resource)
+    endpoint = find_endpoint(
+        session, request.arns, request.account, kind.arn, identifier, lock=lock
+    )
+    arn = endpoint_arn(request.arns, endpoint) if endpoint else None
+    return request.require_row(endpoint, arn, kind.arn, identifier, kind.resource)
 
 
 def _delete(request: ControlRequest, kind: _Kind) -> dict[str, Any]:
     """Delete an endpoint. The model stays."""
     with request.control.database.write() as session:
-        found = _find(request, session, kind, lock=True)
-        if found.status == CREATING:
+        endpoint = _find(request, session, kind, lock=True)
+        if endpoint.status == CREATING:
             text = f"The {kind.text} is being created. Try again in a moment."
             raise Fault("Conflict", text)
-        tags.drop(session, endpoint_arn(request.arns, found))
-        session.delete(found)
+        tags.drop(session, endpoint_arn(request.arns, endpoint))
+        session.delete(endpoint)
     return {}
 
 
-def _own(request: ControlRequest, kind: _Kind) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _belongs_to_account(
+    request: ControlRequest, kind: _Kind
+) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return Endpoint.account == request.account, Endpoint.kind == kind.arn
 
 
 def _check_name(request: ControlRequest, session: Session, kind: _Kind, name: str) -> None:
-    taken = select(Endpoint.seq).where(*_own(request, kind), Endpoint.name == name)
-    if session.scalar(taken) is not None:
+    query = select(Endpoint.seq).where(*_belongs_to_account(request, kind), Endpoint.name == name)
+    if session.scalar(query) is not None:
         raise NameInUse(kind.in_use)
 
 
@@ -178,46 +182,49 @@ def create_deployment(request: ControlRequest) -> dict[str, Any]:
 def get_deployment(request: ControlRequest) -> dict[str, Any]:
     """Return a deployment by ARN or name."""
     with request.control.database.read() as session:
-        found = _find(request, session, _DEPLOYMENT)
-    update = {"modelArn": found.next_model, "updateStatus": found.update_status}
+        endpoint = _find(request, session, _DEPLOYMENT)
+    update = {"modelArn": endpoint.next_model, "updateStatus": endpoint.update_status}
     return {
-        **_deployment_summary(request, found),
-        "modelDeploymentName": found.name,
-        "description": found.description,
-        "updateDetails": update if found.update_status else None,
+        **_deployment_summary(request, endpoint),
+        "modelDeploymentName": endpoint.name,
+        "description": endpoint.description,
+        "updateDetails": update if endpoint.update_status else None,
     }
 
 
 def list_deployments(request: ControlRequest) -> dict[str, Any]:
     """List the account's deployments in order of creation."""
-    wanted: list[ColumnElement[bool]] = []
+    conditions: list[ColumnElement[bool]] = []
     if status := request.get("statusEquals"):
-        wanted.append(Endpoint.status == (READY if status == _DEPLOYMENT.ready else status))
+        conditions.append(Endpoint.status == (READY if status == _DEPLOYMENT.ready else status))
     if model := request.get("modelArnEquals"):
-        wanted.append(Endpoint.model == model)
-    rows, token = page(request, Endpoint, Endpoint.kind == DEPLOYMENT, *wanted)
+        conditions.append(Endpoint.model == model)
+    rows, token = page(request, Endpoint, Endpoint.kind == DEPLOYMENT, *conditions)
     summaries = [
         {**_deployment_summary(request, each), "customModelDeploymentName": each.name}
         for each in rows
     ]
-    return list_answer("modelDeploymentSummaries", summaries, token)
+    return list_response("modelDeploymentSummaries", summaries, token)
 
 
 def update_deployment(request: ControlRequest) -> dict[str, Any]:
     """Replace the deployed model by a model of the same base. The old model serves until then."""
     with request.control.database.write() as session:
-        found = _find(request, session, _DEPLOYMENT, lock=True)
+        endpoint = _find(request, session, _DEPLOYMENT, lock=True)
         model = _deployable(request, session)
-        if found.status != READY:
+        if endpoint.status != READY:
             raise invalid(
-                "modelArn", f"The deployment is {found.status}; only an Active one can be updated."
+                "modelArn",
+                f"The deployment is {endpoint.status}; only an Active deployment can be updated.",
             )
-        if found.foundation != model.bottom:
-            raise invalid("modelArn", "The model has another base than the one that is deployed.")
-        found.next_model = model.arn(request.arns)
-        found.update_status, found.modified = UPDATING, now()
-    request.control.activation.submit(found.id)
-    return {"customModelDeploymentArn": endpoint_arn(request.arns, found)}
+        if endpoint.foundation != model.bottom:
+            raise invalid(
+                "modelArn", "The base of the model differs from the base of the deployment."
+            )
+        endpoint.next_model = model.arn(request.arns)
+        endpoint.update_status, endpoint.modified = UPDATING, now()
+    request.control.activation.submit(endpoint.id)
+    return {"customModelDeploymentArn": endpoint_arn(request.arns, endpoint)}
 
 
 def delete_deployment(request: ControlRequest) -> dict[str, Any]:
@@ -233,19 +240,19 @@ def _deployable(request: ControlRequest, session: Session) -> CustomModel:
         raise not_found("custom model", identifier)
     if model.status != custom_models.ACTIVE:
         raise invalid(
-            "modelArn", f"The model is {model.status}; only an Active one can be deployed."
+            "modelArn", f"The model is {model.status}; only an Active model can be deployed."
         )
     return model
 
 
-def _deployment_summary(request: ControlRequest, found: Endpoint) -> dict[str, Any]:
+def _deployment_summary(request: ControlRequest, endpoint: Endpoint) -> dict[str, Any]:
     return {
-        "customModelDeploymentArn": endpoint_arn(request.arns, found),
-        "modelArn": found.model,
-        "createdAt": found.created,
-        "status": _DEPLOYMENT.ready if found.status == READY else found.status,
-        "lastUpdatedAt": found.modified,
-        "failureMessage": failure_message(found.failure),
+        "customModelDeploymentArn": endpoint_arn(request.arns, endpoint),
+        "modelArn": endpoint.model,
+        "createdAt": endpoint.created,
+        "status": _DEPLOYMENT.ready if endpoint.status == READY else endpoint.status,
+        "lastUpdatedAt": endpoint.modified,
+        "failureMessage": failure_message(endpoint.failure),
     }
 
 
@@ -271,53 +278,55 @@ def create_provisioned(request: ControlRequest) -> dict[str, Any]:
 def get_provisioned(request: ControlRequest) -> dict[str, Any]:
     """Return provisioned throughput by ARN or name."""
     with request.control.database.read() as session:
-        found = _find(request, session, _PROVISIONED)
+        endpoint = _find(request, session, _PROVISIONED)
     return {
-        **_provisioned_summary(request, found),
-        "failureMessage": failure_message(found.failure),
+        **_provisioned_summary(request, endpoint),
+        "failureMessage": failure_message(endpoint.failure),
     }
 
 
 def list_provisioned(request: ControlRequest) -> dict[str, Any]:
     """List the account's provisioned throughput in order of creation."""
-    wanted: list[ColumnElement[bool]] = []
+    conditions: list[ColumnElement[bool]] = []
     updating = func.coalesce(Endpoint.update_status, "") == UPDATING
     if status := request.get("statusEquals"):
         if status == UPDATING:
-            wanted.append(updating)
+            conditions.append(updating)
         elif status == _PROVISIONED.ready:
-            wanted.append(and_(Endpoint.status == READY, ~updating))
+            conditions.append(and_(Endpoint.status == READY, ~updating))
         else:
-            wanted.append(Endpoint.status == status)
+            conditions.append(Endpoint.status == status)
     if model := request.get("modelArnEquals"):
-        about_to = and_(Endpoint.next_model == model, updating)
-        wanted.append(or_(Endpoint.model == model, about_to))
-    rows, token = page(request, Endpoint, Endpoint.kind == PROVISIONED, *wanted)
+        pending = and_(Endpoint.next_model == model, updating)
+        conditions.append(or_(Endpoint.model == model, pending))
+    rows, token = page(request, Endpoint, Endpoint.kind == PROVISIONED, *conditions)
     summaries = [_provisioned_summary(request, each) for each in rows]
-    return list_answer("provisionedModelSummaries", summaries, token)
+    return list_response("provisionedModelSummaries", summaries, token)
 
 
 def update_provisioned(request: ControlRequest) -> dict[str, Any]:
     """Rename provisioned throughput, or replace the model by a model of the same base."""
     with request.control.database.write() as session:
-        found = _find(request, session, _PROVISIONED, lock=True)
-        if (status := _provisioned_status(found)) != _PROVISIONED.ready:
-            text = f"The provisioned throughput is {status}; only one InService can be updated."
+        endpoint = _find(request, session, _PROVISIONED, lock=True)
+        if (status := _provisioned_status(endpoint)) != _PROVISIONED.ready:
+            text = (
+                f"The provisioned throughput is {status}; only InService throughput can be updated."
+            )
             raise Fault("Validation", text)
-        name = request.get("desiredProvisionedModelName", found.name)
-        if name != found.name:
+        name = request.get("desiredProvisionedModelName", endpoint.name)
+        if name != endpoint.name:
             _check_name(request, session, _PROVISIONED, name)
-            found.name = name
+            endpoint.name = name
         if "desiredModelId" in request.members:
             model, foundation = _provisionable(request, session, request["desiredModelId"])
-            if foundation != found.foundation:
-                text = "The model has another base than the one that is provisioned."
+            if foundation != endpoint.foundation:
+                text = "The base of the model differs from the provisioned base."
                 raise Fault("Validation", text)
-            if model != found.model:
-                found.next_model, found.update_status = model, UPDATING
-        found.modified = now()
-    if found.pending_model is not None:
-        request.control.activation.submit(found.id)
+            if model != endpoint.model:
+                endpoint.next_model, endpoint.update_status = model, UPDATING
+        endpoint.modified = now()
+    if endpoint.pending_model is not None:
+        request.control.activation.submit(endpoint.id)
     return {}
 
 
@@ -335,32 +344,34 @@ def _provisionable(request: ControlRequest, session: Session, identifier: str) -
     if model is None:
         raise not_found("model", identifier)
     if model.status != custom_models.ACTIVE:
-        text = f"The model is {model.status}; only an Active one can be provisioned."
+        text = f"The model is {model.status}; only an Active model can be provisioned."
         raise Fault("Validation", text)
     return model.arn(request.arns), model.bottom
 
 
-def _provisioned_status(found: Endpoint) -> str:
-    if found.status != READY:
-        return found.status
-    return UPDATING if found.update_status == UPDATING else _PROVISIONED.ready
+def _provisioned_status(endpoint: Endpoint) -> str:
+    if endpoint.status != READY:
+        return endpoint.status
+    return UPDATING if endpoint.update_status == UPDATING else _PROVISIONED.ready
 
 
-def _provisioned_summary(request: ControlRequest, found: Endpoint) -> dict[str, Any]:
-    commitment = found.commitment
+def _provisioned_summary(request: ControlRequest, endpoint: Endpoint) -> dict[str, Any]:
+    commitment = endpoint.commitment
     return {
-        "provisionedModelName": found.name,
-        "provisionedModelArn": endpoint_arn(request.arns, found),
-        "modelArn": found.model,
-        "desiredModelArn": found.pending_model or found.model,
-        "foundationModelArn": request.arns.foundation_model(found.foundation),
-        "modelUnits": found.units,
-        "desiredModelUnits": found.units,
-        "status": _provisioned_status(found),
+        "provisionedModelName": endpoint.name,
+        "provisionedModelArn": endpoint_arn(request.arns, endpoint),
+        "modelArn": endpoint.model,
+        "desiredModelArn": endpoint.pending_model or endpoint.model,
+        "foundationModelArn": request.arns.foundation_model(endpoint.foundation),
+        "modelUnits": endpoint.units,
+        "desiredModelUnits": endpoint.units,
+        "status": _provisioned_status(endpoint),
         "commitmentDuration": commitment,
-        "commitmentExpirationTime": found.created + _COMMITMENT[commitment] if commitment else None,
-        "creationTime": found.created,
-        "lastModifiedTime": found.modified,
+        "commitmentExpirationTime": endpoint.created + _COMMITMENT[commitment]
+        if commitment
+        else None,
+        "creationTime": endpoint.created,
+        "lastModifiedTime": endpoint.modified,
     }
 
 

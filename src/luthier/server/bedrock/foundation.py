@@ -19,17 +19,17 @@ _INFERENCE = ["ON_DEMAND", "PROVISIONED"]
 def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
     """List the foundation models that match the filters, without pagination."""
     request.record("*")
-    found = [_model_details(request, model) for model in foundation_models()]
+    models = [_model_details(request, model) for model in foundation_models()]
     if provider := request.get("byProvider"):
-        found = [each for each in found if each["providerName"].lower() == provider.lower()]
-    for filtered, member in (
+        models = [each for each in models if each["providerName"].lower() == provider.lower()]
+    for parameter, member in (
         ("byCustomizationType", "customizationsSupported"),
         ("byOutputModality", "outputModalities"),
         ("byInferenceType", "inferenceTypesSupported"),
     ):
-        wanted = request.get(filtered)
-        found = [each for each in found if wanted is None or wanted in each[member]]
-    return {"modelSummaries": found}
+        value = request.get(parameter)
+        models = [each for each in models if value is None or value in each[member]]
+    return {"modelSummaries": models}
 
 
 def get_foundation_model(request: ControlRequest) -> dict[str, Any]:
@@ -48,13 +48,13 @@ def customizations(model: FoundationModel) -> tuple[str, ...]:
 
 def _find(request: ControlRequest, identifier: str) -> FoundationModel:
     request.record(invoked_arn(request.arns, identifier))
-    found = find_foundation(request.arns, identifier)
-    if found is None and "." not in identifier:
-        # Neither an alias that is known here nor what Bedrock takes for an id.
+    model = find_foundation(request.arns, identifier)
+    if model is None and "." not in identifier:
+        # Bedrock's ids have a dot; any other name is an alias.
         raise Fault("Validation", "The provided model identifier is invalid.")
-    if found is None:
+    if model is None:
         raise not_found("foundation model", identifier)
-    return found
+    return model
 
 
 def _model_details(request: ControlRequest, model: FoundationModel) -> dict[str, Any]:

@@ -62,14 +62,14 @@ def setting_name(setting: str) -> str:
     return _NAMES.get(name, name) + equals + value
 
 
-def read(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def parse(sent: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return settings by group and field; the recipe checks the values later.
 
     Raises:
         Fault: Validation, for an unknown name.
     """
     fields: dict[str, dict[str, Any]] = {}
-    for name, text in given.items():
+    for name, text in sent.items():
         if name not in HYPERPARAMETERS:
             known = ", ".join(HYPERPARAMETERS)
             message = f"Unknown hyperparameter {name[:100]!r}. Choose from {known}."
@@ -92,22 +92,22 @@ def read(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 def describe(job: Job) -> Mapping[str, str] | None:
     """Return the hyperparameters of the request, or the chosen values; ``None`` before the choice."""
     if job.request.get("hyperParameters"):
-        found: Mapping[str, str] = job.request["hyperParameters"]
-        return found
+        sent: Mapping[str, str] = job.request["hyperParameters"]
+        return sent
     if "chosen" not in job.details:
         return None
     values = {name: job.setting(HYPERPARAMETERS[name]) for name in _SHOWN_WHEN_OMITTED}
     return {name: f"{value:.10g}" for name, value in values.items() if value is not None}
 
 
-def read_rft(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def parse_rft(sent: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return settings by group from ``rftConfig.hyperParameters``, whose shapes were checked.
 
     Raises:
         Fault: Validation, for ``maxPromptLength``, which is not supported, and for a wrong length.
     """
     fields: dict[str, dict[str, Any]] = {}
-    for name, value in given.items():
+    for name, value in sent.items():
         if name == "maxPromptLength":
             text = (
                 "maxPromptLength is not supported: the context length of the model is the limit. "
@@ -115,7 +115,7 @@ def read_rft(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             )
             raise Fault("Validation", text, parameter="customizationConfig")
         if name == "inferenceMaxTokens" and value < 1:
-            text = f"{name} has to be an integer of at least 1, not {value}."
+            text = f"{name} must be an integer of at least 1, not {value}."
             raise Fault("Validation", text, parameter="customizationConfig")
         if name in RFT_FIELDS:
             group, field = RFT_FIELDS[name]
@@ -123,18 +123,18 @@ def read_rft(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return fields
 
 
-def without_effect(given: Mapping[str, Any]) -> list[str]:
+def ignored_warnings(sent: Mapping[str, Any]) -> list[str]:
     """Return warnings for hyperparameters without effect, which AWS's own examples set."""
-    if "reasoningEffort" not in given:
+    if "reasoningEffort" not in sent:
         return []
-    effort = given["reasoningEffort"]
+    effort = sent["reasoningEffort"]
     return [f"reasoningEffort is {effort} and has no effect: no model has levels of reasoning."]
 
 
 def merge_fields(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the union of settings by group; a later layer replaces values."""
-    found: dict[str, dict[str, Any]] = {}
+    merged: dict[str, dict[str, Any]] = {}
     for layer in layers:
         for group, fields in layer.items():
-            found.setdefault(group, {}).update(fields)
-    return found
+            merged.setdefault(group, {}).update(fields)
+    return merged

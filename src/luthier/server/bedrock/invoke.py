@@ -27,17 +27,16 @@ from luthier.inference.inference import (
     TokenChunk,
 )
 from luthier.models.sampling import MOST_TOKENS
-from luthier.server.bedrock.bodies import NativeBody, malformed_input, parsed_native
+from luthier.server.bedrock.bodies import NativeBody, malformed_input, parse_native
 from luthier.server.bedrock.converse import (
     TEMPERATURE,
     TOP_P,
-    chat_of,
     named_events,
-    native_stop_reason,
-    whole_members,
+    parse_chat,
+    render_reply,
 )
 from luthier.server.bedrock.eventstream import event
-from luthier.server.bedrock.shapes import body_members, operation_models
+from luthier.server.bedrock.shapes import operation_models, parse_body
 from luthier.server.http.messages import PREDICTIONS, Fault
 from luthier.server.sampling_fields import sampling_of, with_sampling
 
@@ -52,7 +51,7 @@ class NativeForm(Protocol):
         """Return the request for the engine."""
         ...
 
-    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+    def response(self, stream: Stream) -> tuple[dict[str, Any], int]:
         """Return the complete response and the number of generated tokens."""
         ...
 
@@ -90,32 +89,37 @@ class PromptBody(NativeBody):
             **sampling_of(self),
         )
 
-    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+    def response(self, stream: Stream) -> tuple[dict[str, Any], int]:
         """Return the complete response."""
-        (answer,) = stream.whole()
-        return _generation(answer.text, stream, answer.tokens, answer), answer.tokens
+        (reply,) = stream.whole()
+        return _generation(reply.text, stream, reply.tokens, reply), reply.tokens
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
         """Yield one chunk of ``generation`` per piece of text. The last chunk has reason and
         counts."""
-        answer = GenerationResult()
+        reply = GenerationResult()
         for each in stream:
-            answer.take(each)
+            reply.take(each)
             if isinstance(each, TokenChunk) and each.text:
                 yield _generation(each.text, stream, None, None), 0
             elif isinstance(each, FinishEvent):
-                yield _generation("", stream, each.tokens, answer), each.tokens
+                yield _generation("", stream, each.tokens, reply), each.tokens
 
 
 def _generation(
-    text: str, stream: Stream, tokens: int | None, ended: GenerationResult | None
+    text: str, stream: Stream, tokens: int | None, reply: GenerationResult | None
 ) -> dict[str, Any]:
     return {
         "generation": text,
         "prompt_token_count": stream.prompt_tokens,
         "generation_token_count": tokens,
-        "stop_reason": native_stop_reason(ended) if ended else None,
+        "stop_reason": _stop_reason(reply) if reply else None,
     }
+
+
+def _stop_reason(reply: GenerationResult) -> str:
+    """Return the stop reason in Llama's form, which has two values."""
+    return "length" if reply.reason in ("length", "context") else "stop"
 
 
 class MessagesConfig(NativeBody):
@@ -134,19 +138,19 @@ class MessagesConfig(NativeBody):
 class MessagesForm:
     """Amazon's form: a Converse request with different sampling members."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, body: Mapping[str, Any]) -> None:
         """Parse ``given``; raises :class:`Fault` for invalid members."""
-        if given.get("schemaVersion") != "messages-v1":
-            raise malformed_input("#/schemaVersion: it is messages-v1")
-        self._config = parsed_native(MessagesConfig, given.get("inferenceConfig") or {})
-        conversation = {name: given.get(name) for name in ("messages", "system", "toolConfig")}
-        self._members = body_members(operation_models()["Converse"], conversation)
+        if body.get("schemaVersion") != "messages-v1":
+            raise malformed_input("#/schemaVersion: must be messages-v1")
+        self._config = parse_native(MessagesConfig, body.get("inferenceConfig") or {})
+        conversation = {name: body.get(name) for name in ("messages", "system", "toolConfig")}
+        self._members = parse_body(operation_models()["Converse"], conversation)
 
     def request(self) -> GenerationRequest:
         """Return the request for the engine."""
         config = self._config
         return GenerationRequest(
-            chat_of(self._members),
+            parse_chat(self._members),
             max_tokens=config.maxTokens or config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.topP,
@@ -154,16 +158,16 @@ class MessagesForm:
             stop=tuple(config.stopSequences),
         )
 
-    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+    def response(self, stream: Stream) -> tuple[dict[str, Any], int]:
         """Return the response of Converse."""
-        (answer,) = stream.whole()
-        return whole_members(stream, answer), answer.tokens
+        (reply,) = stream.whole()
+        return render_reply(stream, reply), reply.tokens
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
         """Yield the events of ConverseStream by name."""
-        for kind, value in named_events([], stream):
-            used = value["usage"]["outputTokens"] if kind == "metadata" else 0
-            yield {kind: value}, used
+        for kind, value in named_events(stream):
+            tokens = value["usage"]["outputTokens"] if kind == "metadata" else 0
+            yield {kind: value}, tokens
 
 
 class EmbeddingBody(NativeBody):
@@ -197,13 +201,6 @@ class ImageConfig(NativeBody):
     cfgScale: Annotated[float, Field(ge=1, le=100)] | None = None
 
 
-_WITHOUT = {
-    "conditionImage": "#/textToImageParams/conditionImage: no model here is guided by an image",
-    "quality": "#/imageGenerationConfig/quality: a model has one, which is standard",
-}
-"""Error messages for members that AWS's models support and luthier's do not."""
-
-
 class ImageBody(NativeBody):
     """The form of image generation that Titan and Nova Canvas share."""
 
@@ -211,33 +208,17 @@ class ImageBody(NativeBody):
     textToImageParams: TextToImage
     imageGenerationConfig: ImageConfig = Field(default_factory=ImageConfig)
 
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> ImageBody:
-        """Parse ``given``; raises :class:`Fault` for invalid or unsupported members."""
-        if given.get("taskType") != "TEXT_IMAGE":
-            raise malformed_input(
-                "#/taskType: images are made by TEXT_IMAGE, and none are changed by this server"
-            )
-        params, config = given.get("textToImageParams"), given.get("imageGenerationConfig")
-        wanted = {**(params if isinstance(params, dict) else {}),
-                  **(config if isinstance(config, dict) else {})}  # fmt: skip
-        for name, text in _WITHOUT.items():
-            if name in wanted and wanted[name] not in (None, "", "standard"):
-                raise malformed_input(text)
-        return parsed_native(ImageBody, given)
-
     def request(self) -> ImageRequest:
         """Return the request for the engine."""
         config = self.imageGenerationConfig
-        if (config.height is None) != (config.width is None):
-            raise malformed_input("#/imageGenerationConfig: height and width go together")
         size = None
         if config.height is not None and config.width is not None:
             size = config.height, config.width
-        text = self.textToImageParams.text
+        elif config.height is not None or config.width is not None:
+            raise malformed_input("#/imageGenerationConfig: send both height and width")
         return ImageRequest(
             config.numberOfImages,
-            text,
+            self.textToImageParams.text,
             config.seed,
             size,
             guidance_scale=config.cfgScale,
@@ -245,12 +226,12 @@ class ImageBody(NativeBody):
         )
 
     @staticmethod
-    def answer(files: Sequence[bytes]) -> dict[str, Any]:
+    def response(files: Sequence[bytes]) -> dict[str, Any]:
         """Return the response: PNG files in base64."""
         return {"images": [base64.b64encode(file).decode() for file in files], "error": None}
 
     @staticmethod
-    def refusal(refused: InferenceRefused) -> Fault:
+    def to_fault(refused: InferenceRefused) -> Fault:
         """Return the engine's rejection as a fault that names the member."""
         place = _IMAGE_MEMBERS.get(refused.parameter or "")
         if place is None:
@@ -269,7 +250,7 @@ _IMAGE_MEMBERS = {
 }
 
 
-def form_of(
+def parse_form(
     model_id: str, body: Mapping[str, Any], chat: ChatForm | None
 ) -> NativeForm | EmbeddingBody | ImageBody:
     """Return ``body``, parsed in the native form of the body.
@@ -278,11 +259,11 @@ def form_of(
         Fault: Validation for an unknown form or invalid members.
     """
     if "taskType" in body:
-        return ImageBody.of(body)
+        return parse_native(ImageBody, body)
     if "inputText" in body:
-        return parsed_native(EmbeddingBody, body)
+        return parse_native(EmbeddingBody, body)
     if "prompt" in body:
-        return parsed_native(PromptBody, body)
+        return parse_native(PromptBody, body)
     if "schemaVersion" in body:
         return MessagesForm(body)
     if "messages" in body and chat is not None:
@@ -291,12 +272,12 @@ def form_of(
         except Fault as fault:
             raise malformed_input(fault.message) from fault
     if "inputImage" in body:
-        raise malformed_input(f"[inputImage] is not taken here; {PREDICTIONS} embeds images")
+        raise malformed_input(f"[inputImage] is not supported. Use {PREDICTIONS} to embed images")
     raise malformed_input("required key [prompt], [messages], [inputText] or [taskType] not found")
 
 
 @dataclass
-class AnswerTimer:
+class LatencyTimer:
     """Latency of a reply, measured from the creation of the timer."""
 
     began: float = field(default_factory=time.perf_counter)
@@ -308,26 +289,26 @@ class AnswerTimer:
         return round((time.perf_counter() - self.began) * 1000)
 
 
-def frame_chunks(form: NativeForm, stream: Stream, timer: AnswerTimer) -> Iterator[bytes]:
+def frame_chunks(form: NativeForm, stream: Stream, timer: LatencyTimer) -> Iterator[bytes]:
     """Yield the encoded chunks of a stream. The last chunk has the metrics, so each chunk waits for
     the next."""
-    held: dict[str, Any] | None = None
-    written = 0
+    previous: dict[str, Any] | None = None
+    output_tokens = 0
     for value, tokens in form.chunks(stream):
-        written = max(written, tokens)
+        output_tokens = max(output_tokens, tokens)
         if timer.first_byte is None:
             timer.first_byte = timer.latency()
-        if held is not None:
-            yield _chunk(held)
-        held = value
+        if previous is not None:
+            yield _chunk(previous)
+        previous = value
     latency = timer.latency()
     metrics = {
         "inputTokenCount": stream.prompt_tokens,
-        "outputTokenCount": written,
+        "outputTokenCount": output_tokens,
         "invocationLatency": latency,
         "firstByteLatency": latency if timer.first_byte is None else timer.first_byte,
     }
-    yield _chunk({**(held or {}), "amazon-bedrock-invocationMetrics": metrics})
+    yield _chunk({**(previous or {}), "amazon-bedrock-invocationMetrics": metrics})
 
 
 def _chunk(value: Mapping[str, Any]) -> bytes:

@@ -17,10 +17,10 @@ from luthier.server.bedrock.control import (
     Operate,
     failure_message,
     invalid,
-    list_answer,
+    list_response,
     not_found,
     page,
-    tags_of,
+    parse_tags,
 )
 from luthier.server.bedrock.foundation import customizations
 from luthier.server.bedrock.hyperparameters import setting_name
@@ -47,7 +47,7 @@ from luthier.server.tables.jobs import Job
 _CONFIGS = {DISTILLATION: "distillationConfig", REINFORCEMENT: "rftConfig"}
 """Required member of ``customizationConfig`` by customization type. The remaining types accept
 none."""
-_SHOWN = (
+_STORED = (
     "clientRequestToken",
     "roleArn",
     "customModelKmsKeyId",
@@ -79,10 +79,13 @@ _KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0
 def create_job(request: ControlRequest) -> dict[str, Any]:
     """Queue a job. A repeated client token returns the same job."""
     request.record_kind(JOB)
-    answer = request.earlier_answer()
-    if answer is not None:
-        return answer
-    job_tags, model_tags = tags_of(request.get("jobTags")), tags_of(request.get("customModelTags"))
+    response = request.earlier_response()
+    if response is not None:
+        return response
+    job_tags, model_tags = (
+        parse_tags(request.get("jobTags")),
+        parse_tags(request.get("customModelTags")),
+    )
     submission = _submission(request)
     for uri in (*submission.training, *submission.validators):
         request.control.locations.check(request.account, uri)
@@ -91,34 +94,34 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
 
     quotas = request.control.quotas(request.account)
 
-    def make(session: Session) -> dict[str, Any]:
+    def create(session: Session) -> dict[str, Any]:
         job = submit(session, submission, request.arns, quotas)
         arn = job_arn(request.arns, job)
         tags.put(session, arn, job_tags)
         reserved = session.query(CustomModel).filter_by(job_id=job.id).one()
-        # The model has them from its first moment.
+        # The reserved model has tags before the job completes.
         tags.put(session, reserved.arn(request.arns), model_tags)
         return {"jobArn": arn}
 
-    answer = request.once(make)
+    response = request.create_once(create)
     request.control.wake()
-    return answer
+    return response
 
 
 def _submission(request: ControlRequest) -> Submission:
     kind = request.get("customizationType", FINE_TUNING)
     config = _config(kind, request.get("customizationConfig"))
-    settings = hyperparameters.read(request.get("hyperParameters", {}))
+    settings = hyperparameters.parse(request.get("hyperParameters", {}))
     teacher, grader, typed = None, None, {}
     if kind == DISTILLATION:
         teacher = _teacher(request, config["teacherModelConfig"])
-        longest = config["teacherModelConfig"].get("maxResponseLengthForInference")
-        if longest is not None:
-            settings = hyperparameters.merge_fields(settings, _longest_answer(longest))
+        max_response = config["teacherModelConfig"].get("maxResponseLengthForInference")
+        if max_response is not None:
+            settings = hyperparameters.merge_fields(settings, _max_tokens(max_response))
     elif kind == REINFORCEMENT:
         grader = _grader(request, config)
         typed = config.get("hyperParameters", {})
-        settings = hyperparameters.merge_fields(settings, hyperparameters.read_rft(typed))
+        settings = hyperparameters.merge_fields(settings, hyperparameters.parse_rft(typed))
     validation = request.get("validationDataConfig", {"validators": []})
     return Submission(
         account=request.account,
@@ -133,8 +136,8 @@ def _submission(request: ControlRequest) -> Submission:
         teacher=teacher,
         grader=grader,
         output=request["outputDataConfig"]["s3Uri"],
-        request=request.members_sent(_SHOWN),
-        without_effect=[*hyperparameters.without_effect(typed), *_without_effect(request)],
+        request=request.members_sent(_STORED),
+        without_effect=[*hyperparameters.ignored_warnings(typed), *_without_effect(request)],
     )
 
 
@@ -149,16 +152,18 @@ def _without_effect(request: ControlRequest) -> Iterator[str]:
         yield "vpcConfig is shown again and has no effect: jobs run in the network of the worker."
 
 
-def _config(kind: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _config(kind: str, sent: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return the member of ``customizationConfig`` for ``kind``; empty if ``kind`` accepts none."""
     if kind == "IMPORTED":
-        raise invalid("customizationType", "IMPORTED is of imported models; no job makes one.")
-    needed = _CONFIGS.get(kind)
-    found = next(iter(given), None) if given else None
-    if found != needed:
-        wanted = f"needs {needed}" if needed else "takes none"
-        raise invalid("customizationConfig", f"The customization type {kind} {wanted}.")
-    config: Mapping[str, Any] = given[found] if given and found else {}
+        raise invalid(
+            "customizationType", "IMPORTED is the type of imported models. Use CreateCustomModel."
+        )
+    required = _CONFIGS.get(kind)
+    name = next(iter(sent), None) if sent else None
+    if name != required:
+        requirement = f"needs {required}" if required else "takes none"
+        raise invalid("customizationConfig", f"The customization type {kind} {requirement}.")
+    config: Mapping[str, Any] = sent[name] if sent and name else {}
     return config
 
 
@@ -192,17 +197,17 @@ def _training(config: Mapping[str, Any]) -> str:
 
 def _teacher(request: ControlRequest, config: Mapping[str, Any]) -> FoundationModel:
     identifier = config["teacherModelIdentifier"]
-    found = find_foundation(request.arns, identifier)
-    if found is None:
+    teacher = find_foundation(request.arns, identifier)
+    if teacher is None:
         raise not_found("teacher model", identifier)
-    if not found.writes:
-        raise invalid("customizationConfig", f"The teacher {found.id} does not write text.")
-    return found
+    if not teacher.writes:
+        raise invalid("customizationConfig", f"The teacher {teacher.id} cannot generate text.")
+    return teacher
 
 
-def _longest_answer(tokens: int) -> dict[str, dict[str, Any]]:
+def _max_tokens(tokens: int) -> dict[str, dict[str, Any]]:
     if tokens < 1:
-        text = "maxResponseLengthForInference has to be at least 1."
+        text = "maxResponseLengthForInference must be at least 1."
         raise invalid("customizationConfig", text)
     return {"sampling": {"max_tokens": tokens}}
 
@@ -212,17 +217,17 @@ def _grader(request: ControlRequest, config: Mapping[str, Any]) -> Mapping[str, 
         function = config["graderConfig"]["lambdaGrader"]["lambdaArn"]
     except KeyError as error:
         raise invalid("customizationConfig", "rftConfig needs a lambdaGrader.") from error
-    found = request.control.grader(request.account, function)
-    if found is None:
+    grader = request.control.grader(request.account, function)
+    if grader is None:
         text = f"No grader is registered with this server under {function}."
         raise invalid("customizationConfig", text)
-    return found
+    return grader
 
 
 def get_job(request: ControlRequest) -> dict[str, Any]:
     """Return a job by ARN or name."""
     with request.control.database.read() as session:
-        job = asked_job(request, session)
+        job = find_requested_job(request, session)
         model = _models(session, [job]).get(job.id)
         return job_details(request, job) | {"outputModelArn": _model_arn(request, model)}
 
@@ -236,23 +241,23 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
     with request.control.database.read() as session:
         models = _models(session, rows)
     summaries = [_summary(request, job, models.get(job.id)) for job in rows]
-    return list_answer("modelCustomizationJobSummaries", summaries, token)
+    return list_response("modelCustomizationJobSummaries", summaries, token)
 
 
 def stop_job(request: ControlRequest) -> dict[str, Any]:
     """Stop a job. A stopping or stopped job stays unchanged."""
     with request.control.database.write() as session:
-        job = asked_job(request, session, lock=True)
+        job = find_requested_job(request, session, lock=True)
         queue.stop(session, job)
     return {}
 
 
-def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) -> Job:
+def find_requested_job(request: ControlRequest, session: Session, *, lock: bool = False) -> Job:
     """Return the job that ``jobIdentifier`` names."""
     identifier = request["jobIdentifier"]
-    found = find_job(session, request.arns, request.account, identifier, lock=lock)
-    arn = job_arn(request.arns, found) if found else None
-    return request.found(found, arn, JOB, identifier, "customization job")
+    job = find_job(session, request.arns, request.account, identifier, lock=lock)
+    arn = job_arn(request.arns, job) if job else None
+    return request.require_row(job, arn, JOB, identifier, "customization job")
 
 
 def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
@@ -286,16 +291,16 @@ def _base_arn(request: ControlRequest, job: Job) -> str:
 
 def customization_details(job: Job) -> dict[str, Any]:
     """Return the members that a job shares with the job's model: configuration and result."""
-    asked, result = job.request, job.result
+    sent, result = job.request, job.result
     source = next(iter(job.details.get("sources", ())), None)
     losses = result["validation_losses"] if result else ()
     return {
         "customizationType": job.customization_type,
         "hyperParameters": hyperparameters.describe(job),
-        "trainingDataConfig": asked.get("trainingDataConfig", {"s3Uri": source}),
+        "trainingDataConfig": sent.get("trainingDataConfig", {"s3Uri": source}),
         "validationDataConfig": {"validators": [{"s3Uri": uri} for uri in job.validators]},
-        "outputDataConfig": asked.get("outputDataConfig", {"s3Uri": job.output or "s3://none"}),
-        "customizationConfig": asked.get("customizationConfig"),
+        "outputDataConfig": sent.get("outputDataConfig", {"s3Uri": job.output or "s3://none"}),
+        "customizationConfig": sent.get("customizationConfig"),
         "trainingMetrics": {"trainingLoss": result["train_loss"]} if result else None,
         "validationMetrics": [{"validationLoss": loss} for loss in losses] if losses else None,
     }
@@ -317,10 +322,10 @@ def _summary(request: ControlRequest, job: Job, model: CustomModel | None) -> di
     }
 
 
-def _models(session: Session, found: Any) -> dict[str, CustomModel]:
+def _models(session: Session, jobs: Any) -> dict[str, CustomModel]:
     """Return models by the id of the job that created the model, without deleted models."""
     query = select(CustomModel).where(
-        CustomModel.job_id.in_([job.id for job in found]), CustomModel.status != RESERVED
+        CustomModel.job_id.in_([job.id for job in jobs]), CustomModel.status != RESERVED
     )
     return {str(model.job_id): model for model in session.scalars(query)}
 
@@ -332,21 +337,21 @@ def _model_arn(request: ControlRequest, model: CustomModel | None) -> str | None
 def _details(job: Job) -> dict[str, Any]:
     """Return the status of each part of the job. A part of an ended job cannot be in progress."""
     parts = job.details.get("parts", {})
-    found: dict[str, Any] = {}
+    statuses: dict[str, Any] = {}
     for name, part in _PARTS.items():
-        details = parts.get(part)
-        if details is None:
-            found[name] = {"status": "NotStarted"}
+        progress = parts.get(part)
+        if progress is None:
+            statuses[name] = {"status": "NotStarted"}
             continue
-        status = details["status"]
+        status = progress["status"]
         if status == "InProgress" and job.state in (queue.STOPPING, *queue.ENDED):
             status = _STATUS[job.state]
-        found[name] = {
+        statuses[name] = {
             "status": status,
-            "creationTime": datetime.fromisoformat(details["created"]),
-            "lastModifiedTime": datetime.fromisoformat(details["modified"]),
+            "creationTime": datetime.fromisoformat(progress["created"]),
+            "lastModifiedTime": datetime.fromisoformat(progress["modified"]),
         }
-    return found
+    return statuses
 
 
 def _key_arn(request: ControlRequest, key: str | None) -> str | None:

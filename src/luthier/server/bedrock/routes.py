@@ -79,7 +79,7 @@ def bedrock_api(control: Control, runtime: Mapping[str, Handler]) -> Api:
     if unknown := handlers.keys() - models.keys():
         raise ValueError(f"no operations of Bedrock: {', '.join(sorted(unknown))}")
     router = Router(routes_of(models.values(), handlers), redirect_slashes=False)
-    return Api("bedrock", router, lambda head, service: True, refusal, "x-amzn-RequestId")
+    return Api("bedrock", router, lambda head, service: True, render_fault, "x-amzn-RequestId")
 
 
 def routes_of(models: Iterable[OperationModel], handlers: Mapping[str, Handler]) -> list[Route]:
@@ -93,7 +93,7 @@ def routes_of(models: Iterable[OperationModel], handlers: Mapping[str, Handler])
         runtime = model.service_model.service_name == "bedrock-runtime"
         action = f"bedrock:{model.name if model.name in handlers else 'Unsupported'}"
         endpoint = handler_endpoint(
-            handlers.get(model.name) or partial(_refuse, model.name),
+            handlers.get(model.name) or partial(_reject, model.name),
             model.name,
             action,
             BODY_BYTES if runtime else CONTROL_BODY,
@@ -105,11 +105,11 @@ def routes_of(models: Iterable[OperationModel], handlers: Mapping[str, Handler])
     return routes
 
 
-def _refuse(name: str, request: Request) -> Response:
+def _reject(name: str, request: Request) -> Response:
     raise Fault("Validation", f"{name} is not supported by this server.")
 
 
-def refusal(fault: Fault, request_id: str) -> Response:
+def render_fault(fault: Fault, request_id: str) -> Response:
     """Return ``fault`` as botocore expects: the code in a header, the message in the body."""
     fault = fault.with_setting_names(setting_name)
     status = error_statuses().get(fault.code) or _STATUS.get(fault.code, 400)

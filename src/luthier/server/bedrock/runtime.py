@@ -25,14 +25,14 @@ from luthier.server.bedrock import converse, invoke
 from luthier.server.bedrock.bodies import json_object, malformed_input, native_object
 from luthier.server.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.server.bedrock.invoke import (
-    AnswerTimer,
     ChatForm,
     EmbeddingBody,
     ImageBody,
+    LatencyTimer,
     NativeForm,
-    form_of,
+    parse_form,
 )
-from luthier.server.bedrock.shapes import body_members, operation_models
+from luthier.server.bedrock.shapes import operation_models, parse_body
 from luthier.server.http.messages import Fault, Request, Response, inference_faults
 from luthier.server.http.routes import Handler
 from luthier.server.http.streams import GeneratedPieces
@@ -86,45 +86,51 @@ class _Runtime:
 
     def converse(self, request: Request) -> Response:
         """Return the complete reply to a conversation."""
-        timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
-        members = body_members(operation_models()["Converse"], json_object(request))
+        timer, stored_id = LatencyTimer(), self._model(request, INVOKE)
+        members = parse_body(operation_models()["Converse"], json_object(request))
         with inference_faults():
             stream = self.pool.submit(stored_id, converse.generation_request(members))
-            return Response.json(converse.answer_of(members, stream, timer.latency))
+            (reply,) = stream.whole()
+        metrics = {"metrics": {"latencyMs": timer.latency()}}
+        return Response.json(converse.render_reply(stream, reply) | metrics)
 
     def converse_stream(self, request: Request) -> Response:
         """Stream the reply to a conversation."""
-        timer, stored_id = AnswerTimer(), self._model(request, STREAM)
-        members = body_members(operation_models()["ConverseStream"], json_object(request))
+        timer, stored_id = LatencyTimer(), self._model(request, STREAM)
+        members = parse_body(operation_models()["ConverseStream"], json_object(request))
         stream = self._begin(stored_id, partial(converse.generation_request, members))
-        events = _with_failure(converse.events_of(members, stream, timer.latency), _MID_CONVERSE)
+        events = _with_failure(converse.encode_events(stream, timer.latency), _MID_CONVERSE)
         pieces = GeneratedPieces(events, [stream])
         return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
 
     def invoke(self, request: Request) -> Response:
         """Return the complete reply to a body in a native form."""
-        timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
+        timer, stored_id = LatencyTimer(), self._model(request, INVOKE)
         form = self._form(request)
         if isinstance(form, EmbeddingBody):
-            value, read, written = *self._embed(stored_id, form), 0
+            value, input_tokens, output_tokens = *self._embed(stored_id, form), 0
         elif isinstance(form, ImageBody):
-            value, read, written = self._sample(stored_id, form), 0, form.request().count
+            value, input_tokens, output_tokens = (
+                self._sample(stored_id, form),
+                0,
+                form.request().count,
+            )
         else:
             with inference_faults():
                 stream = self.pool.submit(stored_id, form.request())
-                value, written = form.answer(stream)
-            read = stream.prompt_tokens
+                value, output_tokens = form.response(stream)
+            input_tokens = stream.prompt_tokens
         headers = {
             "Content-Type": "application/json",
-            "X-Amzn-Bedrock-Input-Token-Count": str(read),
-            "X-Amzn-Bedrock-Output-Token-Count": str(written),
+            "X-Amzn-Bedrock-Input-Token-Count": str(input_tokens),
+            "X-Amzn-Bedrock-Output-Token-Count": str(output_tokens),
             "X-Amzn-Bedrock-Invocation-Latency": str(timer.latency()),
         }
         return Response(200, json.dumps(value, ensure_ascii=False).encode(), headers)
 
     def invoke_stream(self, request: Request) -> Response:
         """Stream the reply to a body in a native form."""
-        timer, stored_id = AnswerTimer(), self._model(request, STREAM)
+        timer, stored_id = LatencyTimer(), self._model(request, STREAM)
         form = self._form(request)
         if isinstance(form, EmbeddingBody | ImageBody):
             raise Fault("Validation", "The model is not supported for streaming.")
@@ -139,13 +145,13 @@ class _Runtime:
     def count(self, request: Request) -> Response:
         """Return the number of input tokens of a request."""
         stored_id = self._model(request, COUNT)
-        members = body_members(operation_models()["CountTokens"], json_object(request))
+        members = parse_body(operation_models()["CountTokens"], json_object(request))
         ((kind, value),) = members["input"].items()
         if kind == "converse":
-            prompt: Prompt = converse.chat_of(value)
+            prompt: Prompt = converse.parse_chat(value)
         else:
             inner = replace(request, body=_decode_body(value["body"]))
-            form = form_of(request.params["modelId"], native_object(inner), self.chat)
+            form = parse_form(request.params["modelId"], native_object(inner), self.chat)
             if isinstance(form, EmbeddingBody):
                 _, tokens = self._embed(stored_id, form)
                 return Response.json({"inputTokens": tokens})
@@ -172,12 +178,12 @@ class _Runtime:
         kind = request.headers.get("content-type", "").partition(";")[0].strip()
         if kind not in ("", "application/json"):
             raise Fault("Validation", f"The content type {kind} is not supported by the model.")
-        return form_of(request.params["modelId"], native_object(request), self.chat)
+        return parse_form(request.params["modelId"], native_object(request), self.chat)
 
     def _embed(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
         with inference_faults():
-            (found,) = self.pool.embed(stored_id, [form.inputText])
-        vector = list(found.vector)
+            (embedding,) = self.pool.embed(stored_id, [form.inputText])
+        vector = list(embedding.vector)
         if form.dimensions is not None:
             if form.dimensions > len(vector):
                 raise malformed_input(
@@ -185,19 +191,19 @@ class _Runtime:
                 )
             vector = vector[: form.dimensions]
         if form.normalize or form.dimensions is not None:
-            length = math.sqrt(sum(value * value for value in vector)) or 1.0
-            vector = [value / length for value in vector]
-        return {"embedding": vector, "inputTextTokenCount": found.tokens}, found.tokens
+            norm = math.sqrt(sum(value * value for value in vector)) or 1.0
+            vector = [value / norm for value in vector]
+        return {"embedding": vector, "inputTextTokenCount": embedding.tokens}, embedding.tokens
 
     def _sample(self, stored_id: str, form: ImageBody) -> dict[str, Any]:
         from luthier.media.image_grid import encode_png
 
         with inference_faults():
             try:
-                made = self.pool.sample(stored_id, form.request())
+                sampled = self.pool.sample(stored_id, form.request())
             except InferenceRefused as refused:
-                raise form.refusal(refused) from refused
-        return form.answer([encode_png(each.pixels) for each in made.images])
+                raise form.to_fault(refused) from refused
+        return form.response([encode_png(each.pixels) for each in sampled.images])
 
 
 def _with_failure(
@@ -209,7 +215,7 @@ def _with_failure(
     except InferenceFailed as failed:
         yield exception(kinds.get(failed.code, "internalServerException"), str(failed))
     except Exception:
-        _log.exception("a stream failed")
+        _log.exception("the stream failed")
         yield exception("internalServerException", "Something failed inside the service.")
 
 

@@ -96,7 +96,7 @@ class ShapeChecker:
             raise Fault("Validation", f"{counted}: {'; '.join(self.problems)}")
 
     def members(
-        self, shape: StructureShape, given: Mapping[str, Any], path: str = "", located: bool = True
+        self, shape: StructureShape, sent: Mapping[str, Any], path: str = "", located: bool = True
     ) -> dict[str, Any]:
         """Return the known members of ``given`` by name in the model; ``None`` counts as absent.
 
@@ -106,20 +106,22 @@ class ShapeChecker:
             path: the path of the structure in the request, for error messages.
             located: whether to include members outside the body, such as path segments.
         """
-        found = {}
+        members = {}
         for name, member in shape.members.items():
             if not located and member.serialization.get("location"):
                 continue
-            value = given.get(member.serialization.get("name", name))
-            where = f"{path}.{name}" if path else name
+            value = sent.get(member.serialization.get("name", name))
+            location = f"{path}.{name}" if path else name
             if value is not None:
-                found[name] = self.value(member, value, where)
+                members[name] = self.value(member, value, location)
             elif name in shape.required_members:
-                self._add_problem("null", where, "Member must not be null")
-        if shape.is_tagged_union and len(found) != 1:
+                self._add_problem("null", location, "Member must not be null")
+        if shape.is_tagged_union and len(members) != 1:
             known = ", ".join(shape.members)
-            self._add_problem(sorted(found), path, f"Exactly one member must be set, of [{known}]")
-        return found
+            self._add_problem(
+                sorted(members), path, f"Exactly one member must be set, of [{known}]"
+            )
+        return members
 
     def value(self, shape: Shape, value: Any, path: str) -> Any:
         """Return ``value`` as a Python object; raises :class:`Fault` for a wrong JSON type."""
@@ -171,7 +173,7 @@ class ShapeChecker:
                 raise _wrong_type(path, "a finite number")
             self._size(shape, value, path, "value")
         elif kind == "timestamp":
-            return moment_of(_check_type(value, str, path, "a time"), path)
+            return parse_time(_check_type(value, str, path, "a time"), path)
         return value
 
     def _text(self, shape: StringShape, value: str, path: str) -> str:
@@ -191,17 +193,17 @@ class ShapeChecker:
             self._add_problem(shown, path, text)
         return value
 
-    def _size(self, shape: Shape, value: Any, path: str, what: str, shown: Any = None) -> bool:
-        size = value if what == "value" else len(value)
-        low, high = shape.metadata.get("min"), shape.metadata.get("max")
-        if high is None and isinstance(shape, StringShape) and "pattern" in shape.metadata:
-            high = LONGEST_UNBOUNDED
-        elif high is None and isinstance(shape, ListShape):
-            high = TURNS
-        if low is not None and size < low:
-            text = f"Member must have {what} greater than or equal to {low}"
-        elif high is not None and size > high:
-            text = f"Member must have {what} less than or equal to {high}"
+    def _size(self, shape: Shape, value: Any, path: str, quantity: str, shown: Any = None) -> bool:
+        size = value if quantity == "value" else len(value)
+        minimum, maximum = shape.metadata.get("min"), shape.metadata.get("max")
+        if maximum is None and isinstance(shape, StringShape) and "pattern" in shape.metadata:
+            maximum = LONGEST_UNBOUNDED
+        elif maximum is None and isinstance(shape, ListShape):
+            maximum = TURNS
+        if minimum is not None and size < minimum:
+            text = f"Member must have {quantity} greater than or equal to {minimum}"
+        elif maximum is not None and size > maximum:
+            text = f"Member must have {quantity} less than or equal to {maximum}"
         else:
             return True
         self._add_problem(value if shown is None else shown, path, text)
@@ -210,9 +212,9 @@ class ShapeChecker:
     def _add_problem(self, value: Any, path: str, constraint: str) -> None:
         shown = str(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        where = path or "the request"
+        location = path or "the request"
         self.problems.append(
-            f"Value '{shown}' at '{where}' failed to satisfy constraint: {constraint}"
+            f"Value '{shown}' at '{location}' failed to satisfy constraint: {constraint}"
         )
         if len(self.problems) == MOST_PROBLEMS:
             self.finish()
@@ -227,19 +229,19 @@ def matches(shape: Shape, value: str) -> bool:
         return False
 
 
-def moment_of(text: str, path: str) -> datetime:
+def parse_time(text: str, path: str) -> datetime:
     """Parse an ISO 8601 time. A time without a zone is in UTC.
 
     Raises:
         Fault: Validation for any other text.
     """
     try:
-        found = datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
         # A moment near the ends of the calendar may have no name in UTC.
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise Fault(
-            "Validation", f"'{path}' is no time of the form 2026-01-31T12:00:00Z.", parameter=path
+            "Validation", f"'{path}' must be a time such as 2026-01-31T12:00:00Z.", parameter=path
         ) from error
 
 
@@ -253,31 +255,31 @@ def _pattern(pattern: str, wider: str) -> Callable[..., Any]:
     return matcher
 
 
-def _check_type(value: Any, kind: type, path: str, called: str) -> Any:
+def _check_type(value: Any, kind: type, path: str, expected: str) -> Any:
     if not isinstance(value, kind):
-        raise _wrong_type(path, called)
+        raise _wrong_type(path, expected)
     return value
 
 
-def _number(value: Any, kinds: tuple[type, ...], path: str, called: str) -> Any:
+def _number(value: Any, kinds: tuple[type, ...], path: str, expected: str) -> Any:
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise _wrong_type(path, called)
+        raise _wrong_type(path, expected)
     return value
 
 
 def _wrong_type(path: str, expected: str) -> Fault:
-    return Fault("Serialization", f"'{path}' has to be {expected}.", parameter=path)
+    return Fault("Serialization", f"'{path}' must be {expected}.", parameter=path)
 
 
-def body_members(operation: OperationModel, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the validated members of a body; raises as :func:`members_of`."""
+def parse_body(operation: OperationModel, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the validated members of a body; raises as :func:`parse_members`."""
     checker = ShapeChecker()
-    found = checker.members(operation.input_shape, given, located=False)
+    members = checker.members(operation.input_shape, sent, located=False)
     checker.finish()
-    return found
+    return members
 
 
-def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
+def parse_members(operation: OperationModel, request: Request) -> dict[str, Any]:
     """Return the validated members of a request by name in the model: path, query, headers and
     body.
 
@@ -291,51 +293,51 @@ def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
     members = operation.input_shape.members
     has_body = any("location" not in shape.serialization for shape in members.values())
     body = json_object(request) if has_body else {}
-    given: dict[str, Any] = {}
+    sent: dict[str, Any] = {}
     for name, shape in members.items():
         key = shape.serialization.get("name", name)
         location = shape.serialization.get("location")
         if location == "uri":
-            given[key] = request.params.get(key)
+            sent[key] = request.params.get(key)
         elif location == "querystring":
-            given[key] = _of_query(shape, request.query.get(key), name)
+            sent[key] = _parse_query(shape, request.query.get(key), name)
         elif location == "header":
-            given[key] = request.headers.get(key.lower())
+            sent[key] = request.headers.get(key.lower())
         elif location is None:
-            given[key] = body.get(key)
+            sent[key] = body.get(key)
     checker = ShapeChecker()
-    found = checker.members(operation.input_shape, given)
+    checked = checker.members(operation.input_shape, sent)
     checker.finish()
-    return found
+    return checked
 
 
-def answer_of(operation: OperationModel, members: Mapping[str, Any]) -> Response:
+def render_response(operation: OperationModel, members: Mapping[str, Any]) -> Response:
     """Return ``members`` as the response of ``operation``, without members that are ``None``."""
     status = operation.http.get("responseCode", 200)
     if operation.output_shape is None:
         return Response.json({}, status)
-    return Response.json(plain(operation.output_shape, members), status)
+    return Response.json(render(operation.output_shape, members), status)
 
 
-def plain(shape: Shape, value: Any) -> Any:
+def render(shape: Shape, value: Any) -> Any:
     """Return ``value`` as JSON. A member outside the shape is a bug and raises KeyError."""
     if isinstance(shape, StructureShape):
-        found = {}
+        rendered = {}
         for name, member in value.items():
             inner = shape.members[name]
             # JSON has no word for a loss that is not a number.
             no_number = isinstance(member, float) and not math.isfinite(member)
             if member is not None and not no_number:
-                found[inner.serialization.get("name", name)] = plain(inner, member)
-        return found
+                rendered[inner.serialization.get("name", name)] = render(inner, member)
+        return rendered
     if isinstance(shape, ListShape):
-        return [plain(shape.member, item) for item in value]
+        return [render(shape.member, item) for item in value]
     if isinstance(shape, MapShape):
-        return {key: plain(shape.value, item) for key, item in value.items()}
+        return {key: render(shape.value, item) for key, item in value.items()}
     return timestamp(value) if isinstance(value, datetime) else value
 
 
-def _of_query(shape: Shape, values: list[str] | None, name: str) -> Any:
+def _parse_query(shape: Shape, values: list[str] | None, name: str) -> Any:
     """Return a query parameter with the type of ``shape``."""
     if values is None:
         return None
@@ -345,17 +347,17 @@ def _of_query(shape: Shape, values: list[str] | None, name: str) -> Any:
     if kind in ("integer", "long"):
         # Digits of other scripts are numbers to Python, and thousands of them cost time.
         if not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 20):
-            raise _unreadable(name, "a whole number")
+            raise _invalid_parameter(name, "a whole number")
         return int(text)
     if kind == "boolean":
         if text not in _BOOLEANS:
-            raise _unreadable(name, "true or false")
+            raise _invalid_parameter(name, "true or false")
         return _BOOLEANS[text]
     if kind == "timestamp":
-        # Once here, for a refusal that names the query, and once more by its shape.
-        return moment_of(text, name).isoformat()
+        # Parsed here, so that errors name the parameter; the shape parses the time again.
+        return parse_time(text, name).isoformat()
     return text
 
 
-def _unreadable(name: str, expected: str) -> Fault:
-    return Fault("Validation", f"'{name}' has to be {expected}.", parameter=name)
+def _invalid_parameter(name: str, expected: str) -> Fault:
+    return Fault("Validation", f"'{name}' must be {expected}.", parameter=name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from luthier.server.bedrock.control import ControlRequest, Operate, not_found, tags_of
+from luthier.server.bedrock.control import ControlRequest, Operate, not_found, parse_tags
 from luthier.server.identifiers import (
     JOB,
     MODEL,
@@ -29,10 +29,10 @@ _BY_KIND: Mapping[str, Callable[..., Job | CustomModel | None]] = {
 
 def tag_resource(request: ControlRequest) -> dict[str, Any]:
     """Set tags. A tag replaces the value of an existing key."""
-    given = tags_of(request["tags"])
+    sent = parse_tags(request["tags"])
     request.record(request["resourceARN"])
     with request.control.database.write() as session:
-        tags.put(session, _resource(request, session), given)
+        tags.put(session, _resource(request, session), sent)
     return {}
 
 
@@ -48,22 +48,22 @@ def list_tags(request: ControlRequest) -> dict[str, Any]:
     """List the tags of a resource by key."""
     request.record(request["resourceARN"])
     with request.control.database.read() as session:
-        found = tags.read(session, _resource(request, session))
-    return {"tags": [{"key": key, "value": value} for key, value in found.items()]}
+        resource_tags = tags.read(session, _resource(request, session))
+    return {"tags": [{"key": key, "value": value} for key, value in resource_tags.items()]}
 
 
 def _resource(request: ControlRequest, session: Session) -> str:
     """Return the ARN of an existing resource, the key of the tag table."""
-    text = request["resourceARN"]
-    arn = Arn.parse(text)
-    found: object | None = None
+    identifier = request["resourceARN"]
+    arn = Arn.parse(identifier)
+    row: object | None = None
     if arn is not None and arn.kind in (DEPLOYMENT, PROVISIONED):
-        found = find_endpoint(session, request.arns, request.account, arn.kind, text)
+        row = find_endpoint(session, request.arns, request.account, arn.kind, identifier)
     elif arn is not None and arn.kind in _BY_KIND:
-        found = _BY_KIND[arn.kind](session, request.arns, request.account, text)
-    if found is None:
-        raise not_found("resource", text)
-    # Partitions of AWS are told apart by clients alone: one resource, one place for its tags.
+        row = _BY_KIND[arn.kind](session, request.arns, request.account, identifier)
+    if row is None:
+        raise not_found("resource", identifier)
+    # Normalizes the partition (aws, aws-cn …), so that a resource has one set of tags.
     return str(arn)
 
 

@@ -265,7 +265,7 @@ class InvokedChat:
         """Return the request for the engine."""
         return self._parameters.generation_request()
 
-    def answer(self, stream: Stream) -> tuple[JsonObject, int]:
+    def response(self, stream: Stream) -> tuple[JsonObject, int]:
         """Return the completion and the number of generated tokens."""
         found = _completion(self._parameters, stream)
         return found, found["usage"]["completion_tokens"]

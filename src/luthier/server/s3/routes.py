@@ -182,13 +182,13 @@ def s3_api(objects: Objects, region: str) -> Api:
         "s3",
         request_response(endpoint),
         lambda head, service: service == "s3",
-        refusal,
+        render_fault,
         "x-amz-request-id",
         signs_body_hash=True,
     )
 
 
-def refusal(fault: Fault, request_id: str) -> Response:
+def render_fault(fault: Fault, request_id: str) -> Response:
     """Return ``fault`` in S3's form. The details have ``headers`` and ``fields`` of the document."""
     code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
     code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(
