@@ -214,9 +214,9 @@ class SpotCheck(Check):
             place = where.place(spot.index)
             findings.add(Finding(rule, place, spot.message, spot.fix, spot.excerpt))
 
-    def most_common_counts(self, name: str, most: int | None = None) -> dict[str, Any]:
-        """Return the ``most`` frequent entries of a named count, for the summary."""
-        return {"counts": dict(self.counts[name].most_common(most))}
+    def count(self, name: str) -> dict[str, Any]:
+        """Return a named count for the summary."""
+        return {"counts": dict(self.counts[name].most_common())}
 
     def summary(self) -> Mapping[str, Any]:
         """Return the number of faulty rows per rule."""

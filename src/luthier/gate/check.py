@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -133,26 +132,12 @@ class Check(ABC):
           (``p50``,
           ``max``) are quantiles. :meth:`Histogram.plain` returns this form.
         - ``{"counts": {name: number}}`` is a bar chart, largest bar first. An optional text ``of``
-          names the
-          population of the shares. ``kinds`` and ``total`` give the number of names and the sum if
-          names are omitted (:func:`most_common`).
+          names the population of the shares.
         - ``{"splits": {split: summary}}`` renders the summaries of the splits side by side.
         - A list has plain values.
         - Any other mapping is a group.
         """
         return {}
-
-
-def most_common(counts: Counter[str], most: int) -> dict[str, Any]:
-    """Return the ``most`` frequent names in the form of :func:`counts_of`."""
-    return counts_of(counts, [name for name, _ in counts.most_common(most)])
-
-
-def counts_of(counts: Counter[str], names: Sequence[str]) -> dict[str, Any]:
-    """Return the counts of ``names`` for a summary, with totals if names are omitted."""
-    found: dict[str, Any] = {"counts": {name: counts[name] for name in names if name in counts}}
-    all_listed = len(found["counts"]) == len(counts)
-    return found if all_listed else found | {"kinds": len(counts), "total": counts.total()}
 
 
 class Places:

@@ -36,6 +36,8 @@ OPEN = 2
 """Number of rows per split with visible tokens. Additional rows are collapsed."""
 LONGEST = 10
 """Number of longest rows."""
+MOST_COUNTS = 200
+"""Number of counts per summary, largest first."""
 COUNTS = 12
 """Number of counts before the rest is collapsed."""
 ITEMS = 25
@@ -187,8 +189,7 @@ def _summary(value: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
         return
     if isinstance(rest.get("counts"), Mapping):
         counts, of = rest.pop("counts"), rest.pop("of", "")
-        kinds, total = rest.pop("kinds", len(counts)), rest.pop("total", sum(counts.values()))
-        yield from _counts(counts, kinds, total, f"{title}, {of}" if of else title)
+        yield from _counts(counts, f"{title}, {of}" if of else title)
     splits = rest.pop("splits", None)
     plain = {key: each for key, each in rest.items() if not isinstance(each, Mapping | list)}
     if plain:
@@ -220,9 +221,9 @@ def _kind(value: Any) -> str:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else "text"
 
 
-def _counts(counts: Mapping[str, Any], kinds: int, total: int, title: str) -> Iterator[SummaryPart]:
-    ordered = sorted(counts.items(), key=lambda pair: -pair[1])
-    most = max(counts.values(), default=1) or 1
+def _counts(counts: Mapping[str, int], title: str) -> Iterator[SummaryPart]:
+    ordered = sorted(counts.items(), key=lambda pair: -pair[1])[:MOST_COUNTS]
+    most, total, kinds = max(counts.values(), default=1) or 1, sum(counts.values()), len(counts)
     rows = [
         [name, f"{count:,}", f"{count / (total or 1):.1%}",
          f"{max(count / most * 100, 0.5) if count > 0 else 0:.2f}"]

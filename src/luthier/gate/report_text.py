@@ -188,8 +188,7 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
         return
     if isinstance(value.get("counts"), Mapping):
         _counts(value, console, indent, name)
-        drawn = ("counts", "of", "kinds", "total")
-        value = {key: each for key, each in value.items() if key not in drawn}
+        value = {key: each for key, each in value.items() if key not in ("counts", "of")}
         name, title = "", ""
     if isinstance(value.get("splits"), Mapping):
         value = {**value, **value["splits"]}
@@ -204,10 +203,9 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
 def _counts(value: Mapping[str, Any], console: Console, indent: int, name: str) -> None:
     counts, of = value["counts"], value.get("of", "")
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
-    number, most = value.get("kinds", len(ordered)), max(counts.values(), default=1) or 1
-    total = value.get("total", sum(counts.values())) or 1
+    most, total = max(counts.values(), default=1) or 1, sum(counts.values()) or 1
     if name:
-        title = f"{printable(name)}: {number:,}" + (f", {of}" if of else "")
+        title = f"{printable(name)}: {len(counts):,}" + (f", {of}" if of else "")
         console.print(Text(f"{' ' * indent}{title}", "dim"), soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(max_width=36, no_wrap=True, overflow="ellipsis")
@@ -220,8 +218,6 @@ def _counts(value: Mapping[str, Any], console: Console, indent: int, name: str) 
             table.add_row(Text(f"… {len(ordered) - NAMED:,} more", "dim"))
         bar = "█" * max(round(20 * count / most), 1 if count else 0)
         table.add_row(Text(printable(str(label))), f"{count:,}", f"{count / total:.1%}", bar)
-    if number > len(ordered):
-        table.add_row(Text(f"… {number - len(ordered):,} more", "dim"))
     console.print(Padding(table, (0, 0, 0, indent + 2)))
 
 

@@ -14,7 +14,7 @@ from luthier.data.parsing import quote
 from luthier.data.shapes.base import Labelled, takes_several_labels
 from luthier.data.shapes.texts import TaggedWords
 from luthier.formatting import nearest_name
-from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch, counts_of
+from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
 from luthier.types import Row
@@ -70,8 +70,6 @@ FREQUENT = 5
 """Minimum ratio of rows between a frequent label and a possible misspelling."""
 MOST_COMPARED = 1000
 """Maximum number of labels for the comparison of rare labels with frequent labels."""
-SHOWN = 200
-"""Labels of the summary, the most frequent first."""
 
 
 @dataclass(frozen=True)
@@ -240,12 +238,8 @@ class Balance(Check):
         """Return the rows per label and split, the labelled rows and the number of labels."""
         if not any(self.counts.values()):
             return {}
-        names = Counter[str]()
-        for counts in self.counts.values():
-            names.update(counts)
-        chosen = [name for name, _ in names.most_common(SHOWN)]
         return {
-            "labels": len(names),
+            "labels": len(set[str]().union(*self.counts.values())),
             "kind": (
                 "tags"
                 if self._tagged
@@ -254,7 +248,7 @@ class Balance(Check):
                 else "labels"
             ),
             "rows": dict(self._rows),
-            "splits": {split: counts_of(counts, chosen) for split, counts in self.counts.items()},
+            "splits": {split: {"counts": dict(counts)} for split, counts in self.counts.items()},
         }
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 from luthier.gate.batch_text import BETWEEN, JoinedTexts, Spot, SpotCheck, Spots
 from luthier.gate.check import RowBatch
@@ -133,36 +132,22 @@ class Encoding(SpotCheck):
             spots += joined.spots(CONTROL, _find(CONTROL, _CONTROL, joined.text))
         marked = ((*match.span(), match[0][:24]) for match in _MARKUP.finditer(joined.text))
         spots += joined.spots(MARKUP, marked)
-        forms: Counter[str] = Counter()
         if not joined.text.isascii():
             other = joined.only(lambda text: not text.isascii())
             for rule, pattern in _BEYOND_ASCII:
                 spots += other.spots(rule, _find(rule, pattern, other.text))
-            spots += self._normal_forms(other, forms)
-        return Spots(spots, {"normal_forms": forms})
+            spots += other.spots(FORMS, _find_decomposed(other))
+        return Spots(spots)
 
-    def _normal_forms(self, joined: JoinedTexts, forms: Counter[str]) -> list[Spot]:
-        found: list[tuple[int, int, str]] = []
-        rows: dict[int, bool] = {}
-        for start, (index, text) in zip(joined.starts, joined.owners, strict=True):
-            content = text.content
-            composed = unicodedata.is_normalized("NFC", content)
-            rows[index] = rows.get(index, True) and composed
-            if not composed:
-                at = _first_difference(content)
-                what = f"{content[at : at + 2]!r} in a form other than NFC"
-                found.append((start + at, start + at + 2, what))
-        forms["NFC"] += sum(rows.values())
-        forms["other"] += len(rows) - sum(rows.values())
-        return joined.spots(FORMS, found)
 
-    def summary(self) -> Mapping[str, Any]:
-        """Return the rows that break each rule, and the rows with and without NFC form among
-        non-ASCII rows."""
-        return {
-            "rows": self.rows_by_rule(),
-            "normal_forms": {"counts": dict(self.counts["normal_forms"])},
-        }
+def _find_decomposed(joined: JoinedTexts) -> Iterator[tuple[int, int, str]]:
+    """Yield the first character of each text that is not in NFC."""
+    for start, (_, text) in zip(joined.starts, joined.owners, strict=True):
+        content = text.content
+        if not unicodedata.is_normalized("NFC", content):
+            at = start + _first_difference(content)
+            what = joined.text[at : at + 2]
+            yield at, at + 2, f"{what!r} in a form other than NFC"
 
 
 def _may_hold_control(joined: JoinedTexts) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.gate.check import BatchLines, Check, Places, RowBatch, most_common
+from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import IntArray, Row
 
@@ -209,10 +209,7 @@ class Language(Check):
         return {
             "splits": {
                 split: {
-                    part: {
-                        **most_common(counts, 12),
-                        "of": self._subset(split, counts),
-                    }
+                    part: {"counts": dict(counts), "of": self._subset(split, counts)}
                     for part, counts in parts.items()
                 }
                 for split, parts in self._shares().items()

@@ -205,9 +205,8 @@ class Markers(SpotCheck):
         answers = self.counts["answers"].total()
         return {
             "rows": self.rows_by_rule(),
-            "marks": self.most_common_counts("marks", 20),
+            "marks": self.count("marks"),
             "refusal_share": round(self.rows[REFUSAL.id] / answers, 4) if answers else 0.0,
-            "special_tokens": sorted(self.special)[:50],
         }
 
 

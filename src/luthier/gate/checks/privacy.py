@@ -99,9 +99,7 @@ class Privacy(SpotCheck):
         return {
             "items": {"counts": {kind: items[kind] for kind in KINDS if items[kind]}},
             "rows": self.rows_by_rule(),
-            "details": self.most_common_counts("details"),
-            "regions": list(self.finder.regions),
-            "national_ids_checked": can_check_ids(),
+            "details": self.count("details"),
         }
 
 

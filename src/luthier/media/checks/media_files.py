@@ -20,7 +20,7 @@ from luthier.data.inputs import Processor
 from luthier.data.shapes.media import MediaRow
 from luthier.errors import RowRefused
 from luthier.gate.batch_text import Spot, SpotCheck
-from luthier.gate.check import BatchLines, CheckContext, RowBatch, most_common
+from luthier.gate.check import BatchLines, CheckContext, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.media.decoding import read_pixels, read_place, read_samples
 from luthier.media.processors import AudioProcessor, FeatureExtractor
@@ -264,7 +264,9 @@ class MediaFiles(SpotCheck):
 
     def summary(self) -> Mapping[str, Any]:
         """Return the frequent image sizes or sampling rates, and a sampling rate to recommend."""
-        splits = {split: {"sizes": most_common(counts, 10)} for split, counts in self.sizes.items()}
+        splits = {
+            split: {"sizes": {"counts": dict(counts)}} for split, counts in self.sizes.items()
+        }
         if 0 < self.highest_rate < self._free_rate:
             return {"splits": splits, "highest_rate": self.highest_rate}
         return {"splits": splits}
