@@ -29,8 +29,8 @@ from luthier.workflows.compare import (
     HeadToHead,
     check_leakage,
     check_measures,
+    comparison_page,
 )
-from luthier.workflows.compare_page import page
 from luthier.workflows.estimate.budget import Prices
 from luthier.workflows.evaluate import open_graders
 from luthier.workflows.prompting import Technique
@@ -112,7 +112,7 @@ def test_prices_and_the_page() -> None:
     assert [each["cost_per_1000"] for each in plain["contenders"]] == pytest.approx([0.1, 0.1])
     assert plain["contenders"][1]["behind_best"]["significant"] is True
     assert "behind_best" not in plain["contenders"][0] and plain["currency"] == "EUR"
-    html = page(found, "rows.jsonl")
+    html = comparison_page(found, "rows.jsonl")
     assert "base &lt;b&gt;" in html and "<b>" not in html and plain["verdict"].split(":")[0] in html
     assert "EUR per 1,000" in html
 

@@ -396,7 +396,7 @@ def test_everything_left_open_is_chosen_with_a_reason(
     assert heard.choices["tokenizer.vocabulary"][0] == 512
     assert heard.choices["training.epochs"][0] == 4.0
     assert "Kaplan" in heard.choices["training.learning_rate"][1]
-    assert any("about 20 are best" in note for note in heard.notes)
+    assert any("Hoffmann" in note for note in heard.notes)
     training = trainer.job.recipe.training
     assert training.weight_decay == 0.1 and training.beta2 == 0.95
 

@@ -109,9 +109,9 @@ def compare(
         attach_report(models, "comparison", [data], found.plain(), reporter.note)
     if html is not None:
         from luthier.files import write_bytes
-        from luthier.workflows.compare_page import page
+        from luthier.workflows.compare import comparison_page
 
-        write_bytes(html, page(found, str(data)).encode())
+        write_bytes(html, comparison_page(found, str(data)).encode())
         reporter.note(f"page: {html}")
     return found
 

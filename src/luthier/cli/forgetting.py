@@ -67,9 +67,9 @@ def forgetting(
         attach_report([stored], "forgetting", probes, found.plain(), reporter.note)
     if html is not None:
         from luthier.files import write_bytes
-        from luthier.workflows.forgetting_page import page
+        from luthier.workflows.forgetting import forgetting_page
 
-        write_bytes(html, page(found).encode())
+        write_bytes(html, forgetting_page(found).encode())
         reporter.note(f"page: {html}")
     return found
 

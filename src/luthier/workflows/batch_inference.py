@@ -174,14 +174,14 @@ def answer_file(
     started = time.monotonic()
     if task.source.startswith(_PROCESS_FILES):
         raise RecipeError(
-            f"{task.source} is another file in each process. Write it to a file first."
+            f"{task.source} differs between processes. Write the content to a file first."
         )
     output = output.absolute()
-    made = [parent for parent in output.parents if not parent.exists()]
+    new_parents = [parent for parent in output.parents if not parent.exists()]
     folder = _make_folder(output)
-    with lock(folder / _LOCK) as free:
-        if not free:
-            raise RunConflict(f"Another command writes {output}. Wait, or name another output.")
+    with lock(folder / _LOCK) as acquired:
+        if not acquired:
+            raise RunConflict(f"A second command writes {output}. Wait, or name a new output.")
         try:
             models = task.needed_models()
             shards = [*_shards(task, models, folder, reporter)]
@@ -198,13 +198,12 @@ def answer_file(
                 counts = _write_output(task, shards, output)
             except DiskFull as error:
                 raise DiskFull(
-                    f"{error}. All rows are answered. Free space beside {folder} and run the same "
-                    "command again to write the output."
+                    f"{error}. All rows are answered. Free disk space and run the same command again."
                 ) from error
         except LuthierError:
             if not any(folder.glob(f"*{_ANSWERS}")):
                 shutil.rmtree(folder)
-                for parent in made:
+                for parent in new_parents:
                     with suppress(OSError):  # not empty any more
                         parent.rmdir()
             raise
@@ -220,15 +219,15 @@ def _make_folder(output: Path) -> Path:
     """
     folder = shards_folder(output)
     if os.path.exists(output) and not os.path.isfile(output):
-        raise RecipeError(f"{output} is no regular file. Name a file for the answers.")
+        raise RecipeError(f"{output} is not a regular file. Name a file for the answers.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        foreign = not (folder / _LOCK).exists() and any(folder.iterdir())
+        has_foreign_files = not (folder / _LOCK).exists() and any(folder.iterdir())
     except OSError as error:
         raise RecipeError(f"{output} cannot be written: {error.strerror}.") from error
-    if foreign:
-        raise RecipeError(f"{folder} has other files. Move it away, or name another output.")
+    if has_foreign_files:
+        raise RecipeError(f"{folder} has foreign files. Move the folder, or name a new output.")
     return folder
 
 
@@ -312,10 +311,10 @@ def _answer_shards(
     folder = shards[0].folder
     memory = sum(map(_memory_of, models))
     left = sum(not shard.is_done for shard in shards)
-    asked, (processes, threads) = processes, runner.plan_processes(processes, memory, left)
-    if asked and asked > processes:
+    requested, (processes, threads) = processes, runner.plan_processes(processes, memory, left)
+    if requested and requested > processes:
         reporter.note(
-            f"{processes} of {asked} processes are started, one for each {task.shard_rows:,} rows"
+            f"{processes} of {requested} processes start: one per {task.shard_rows:,} rows"
         )
     request = {
         "task": task.plain(),
@@ -331,7 +330,7 @@ def _answer_shards(
     workers = []
     for name in map(_WORKER.format, range(1, processes + 1)):
         process = python_command("luthier.workflows.batch_inference", str(folder), name)
-        on_restart = "continues with the rows that are not answered"
+        on_restart = "continues with unanswered rows"
         workers.append(ChildProcess(runner, process, resources, folder / name, on_restart))
     progress = _Progress(shards, workers, reporter)
     try:
@@ -351,11 +350,13 @@ def _answer_shards(
     if not progress.is_done:
         raise LuthierError(
             f"{progress.total - progress.answered_rows:,} of {progress.total:,} rows are not answered: "
-            f"{failed[0] if failed else 'the processes ended'}. Correct this and run the same command "
+            f"{failed[0] if failed else 'the processes ended'}. Fix the cause and run the same command "
             "again to resume."
         )
-    for why in failed:
-        reporter.note(f"other processes answered the rows of {why}")
+    for reason in failed:
+        reporter.note(
+            f"failed process, its rows were answered by the remaining processes: {reason}"
+        )
     return processes
 
 
@@ -423,17 +424,16 @@ def _folders_of(model: StoredModel) -> list[Path]:
 
 
 def _check_problems(shards: Sequence[Shard]) -> None:
-    found = list[Problem]()
+    problems = list[Problem]()
     for shard in shards:
-        if shard.problems.exists() and len(found) < MOST_PROBLEMS:
-            found += [Problem.from_dict(each) for each in read_json(shard.problems)]
-    if found:
+        if shard.problems.exists() and len(problems) < MOST_PROBLEMS:
+            problems += [Problem.from_dict(each) for each in read_json(shard.problems)]
+    if problems:
         answered = sum(shard.rows for shard in shards if shard.answers.exists())
         advice = (
-            f"The answers to {answered:,} rows are kept. Fix the other rows in their lines and run the "
-            "same command again."
+            f"{answered:,} rows are answered. Fix the listed rows and run the same command again."
         )
-        raise DataError(found, capped=len(found) >= MOST_PROBLEMS, advice=advice)
+        raise DataError(problems, capped=len(problems) >= MOST_PROBLEMS, advice=advice)
 
 
 def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) -> dict[str, int]:
@@ -468,7 +468,7 @@ def main(folder: Path, name: str) -> None:
     shards = [Shard(folder, *each) for each in request["shards"]]
     answer, reporter = task.open(), ReportFile(folder / name / REPORTS)
     while left := [shard for shard in shards if not shard.is_done]:
-        # Other processes hold the shards that are left; one of them may be killed.
+        # Remaining shards are locked by processes that may be killed.
         if any(_is_free(shard) for shard in left):
             _answer_free(task, shards[: shards.index(left[-1]) + 1], answer, reporter)
         else:
@@ -476,8 +476,8 @@ def main(folder: Path, name: str) -> None:
 
 
 def _is_free(shard: Shard) -> bool:
-    with lock(shard.lock) as free:
-        return free and not shard.is_done
+    with lock(shard.lock) as acquired:
+        return acquired and not shard.is_done
 
 
 def _answer_free(
@@ -489,14 +489,14 @@ def _answer_free(
         rows = next(cut, [])
         if shard.is_done:
             continue
-        with lock(shard.lock) as free:
-            if not free:
+        with lock(shard.lock) as acquired:
+            if not acquired:
                 continue
             if not shard.is_done:
                 if len(rows) != shard.rows or _digest(task, rows) != shard.digest:
                     raise RefusedInput(
-                        f"{task.source} changed while its rows were answered. Leave it unchanged and "
-                        "run the same command again."
+                        f"{task.source} changed during the command. Run the same command again, and "
+                        "leave the file unchanged."
                     )
                 _answer(shard, rows, answer, reporter)
             shard.lock.unlink()
@@ -513,11 +513,11 @@ def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Re
             reporter.progress(done, shard.rows, shard.name)
 
     try:
-        found = answer(rows, report)
+        shard_answer = answer(rows, report)
     except DataError as error:
         write_json(shard.problems, [problem.to_dict() for problem in error.problems])
         return
-    write_bytes(shard.answers, json.dumps(found.counts).encode() + b"\n" + found.data)
+    write_bytes(shard.answers, json.dumps(shard_answer.counts).encode() + b"\n" + shard_answer.data)
 
 
 if __name__ == "__main__":

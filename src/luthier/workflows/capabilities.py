@@ -71,9 +71,9 @@ def capabilities(model_id: str) -> Capabilities:
     size = choose_machine().dtype.itemsize
     available = available_memory()
     entry = CATALOG.get(model_id)
-    here = entry is None or is_base_here(model_id)
+    is_local = entry is None or is_base_here(model_id)
     config: Config
-    if entry is not None and not here:
+    if entry is not None and not is_local:
         config = partial(catalogue_config, entry)
         chat = format_of(config(Head("causal_lm")))
     else:
@@ -84,7 +84,7 @@ def capabilities(model_id: str) -> Capabilities:
         replace(each, fits=not each.reason and each.memory - PROCESS <= available)
         for each in verdicts
     ]
-    return Capabilities(model_id, here, available, judged)
+    return Capabilities(model_id, is_local, available, judged)
 
 
 def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
@@ -93,22 +93,22 @@ def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
     Networks differ by the task of their head alone, so each is drawn once for all objectives of a
     task.
     """
-    drawn: dict[tuple[Any, ...], Capability] = {}
-    found = []
+    sketched: dict[tuple[Any, ...], Capability] = {}
+    verdicts = []
     for kind in OBJECTIVES.values():
         objective = default_objective(kind)
         refused = _refusal(objective, chat)
         for name, adaptation in ADAPTATIONS.items():
             key = (objective.task, objective.uses_reference, name)
-            if not refused and key not in drawn:
-                usual = adaptation.model_validate({})
-                drawn[key] = _capability(config, objective, usual, size)
-            found.append(
-                replace(drawn[key], objective=objective.method)
+            if not refused and key not in sketched:
+                defaults = adaptation.model_validate({})
+                sketched[key] = _capability(config, objective, defaults, size)
+            verdicts.append(
+                replace(sketched[key], objective=objective.method)
                 if not refused
                 else Capability(objective.method, name, refused)
             )
-    return found
+    return verdicts
 
 
 def default_objective(kind: type[Objective]) -> Objective:
@@ -128,8 +128,8 @@ def _refusal(objective: Objective, chat: ChatFormat) -> str:
 def _capability(
     config: Config, objective: Objective, adaptation: Adaptation, size: int
 ) -> Capability:
-    plain = objective.task in ("causal_lm", "masked_lm", "image_to_text")
-    head = Head(objective.task, () if plain else ("a", "b"))
+    without_labels = objective.task in ("causal_lm", "masked_lm", "image_to_text")
+    head = Head(objective.task, () if without_labels else ("a", "b"))
     try:
         network = config(head)
         memory = sketch_training(network, objective, adaptation, size, head).memory
@@ -153,18 +153,20 @@ def family_table(family: str) -> list[Capability]:
 
 def format_of(config: Any) -> ChatFormat:
     """Return the format of a network, with a minimal tokenizer for the checks of objectives."""
-    beside = config.is_encoder_decoder
+    is_encoder_decoder = config.is_encoder_decoder
     if media_config(config) is not None:
         shape = input_shape(config)
         if text_config(config) is not None:
-            words = SimpleNamespace(mask_token_id=None, get_vocab=dict)
+            tokenizer = SimpleNamespace(mask_token_id=None, get_vocab=dict)
             processor = PROCESSORS["image"].for_shape(shape)
-            return ChatFormat(words, "plain", (1,), 0 if beside else None, processor)
+            return ChatFormat(
+                tokenizer, "plain", (1,), 0 if is_encoder_decoder else None, processor
+            )
         audio = shape[1] > 1 or reads_sound(config)
         kind = "image" if shape[0] == 3 else "audio" if audio else "window"
         return ChatFormat.reading(PROCESSORS[kind].for_shape(shape))
-    vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
+    vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if is_encoder_decoder else {}
     if config.model_type == "elmo":
         vocabulary = character_tokenizer().get_vocab()
-    words = SimpleNamespace(mask_token_id=0, get_vocab=lambda: vocabulary)
-    return ChatFormat(words, "plain", (1,), 0 if beside else None)
+    tokenizer = SimpleNamespace(mask_token_id=0, get_vocab=lambda: vocabulary)
+    return ChatFormat(tokenizer, "plain", (1,), 0 if is_encoder_decoder else None)

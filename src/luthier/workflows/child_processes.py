@@ -25,7 +25,7 @@ from luthier.processes import format_exit
 STARTS = 3
 """Maximum starts of a process that is killed each time."""
 LOOK = 0.2
-"""Seconds between two looks at the processes."""
+"""Interval of checks, in seconds."""
 ERRORS, REPORTS = "errors.txt", "reports.jsonl"
 
 
@@ -69,14 +69,14 @@ class ChildProcess:
         process: Sequence[str],
         resources: Resources,
         work: Path,
-        goes_on: str,
+        on_restart: str,
     ) -> None:
         """Create a process with the folder ``work`` for output and reports; the folder name
         identifies it.
 
-        ``goes_on`` describes the continuation after a restart.
+        ``on_restart`` describes the continuation after a restart.
         """
-        self.runner, self.work, self._goes_on = runner, work, goes_on
+        self.runner, self.work, self._on_restart = runner, work, on_restart
         work.mkdir(parents=True, exist_ok=True)
         for old in (ERRORS, REPORTS):
             (work / old).write_bytes(b"")
@@ -88,14 +88,14 @@ class ChildProcess:
     def start(self) -> None:
         """Start or restart the process."""
         self._starts += 1
-        with (self.work / ERRORS).open("ab") as errors:  # a runner's process appends to it, too
+        with (self.work / ERRORS).open("ab") as errors:  # a remote process appends to the file, too
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=errors,
                 stderr=errors,
                 env=self.runner.environment,
-                start_new_session=True,  # Ctrl-C goes to the command, which lets them finish their step
+                start_new_session=True,  # Ctrl-C reaches only the command, so processes finish a step
             )
 
     def reset_starts(self) -> None:
@@ -114,7 +114,7 @@ class ChildProcess:
             try:
                 self._process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self._process.kill()  # also one that is stopped
+                self._process.kill()  # also ends a stopped process (SIGSTOP)
                 self._process.wait()
         self.reports.remove()
 
@@ -124,17 +124,17 @@ class ChildProcess:
         code = self._process.poll()
         if code is None or self._starts == STARTS or not self.runner.was_killed(code):
             return code
-        how = format_exit(code) if code < 0 else "as its node or its actor did"
-        here = f" (pid {self._process.pid})" if self.runner.name is None else ""
-        reporter.note(f"{self.work.name}{here} ended {how}, and {self._goes_on}")
+        cause = format_exit(code) if code < 0 else "with its node or actor"
+        pid = f" (pid {self._process.pid})" if self.runner.name is None else ""
+        reporter.note(f"{self.work.name}{pid} ended {cause} and {self._on_restart}")
         self.release()
         self.start()
         return None
 
     def reason(self, code: int) -> str:
         """Return the last line of output, or a description of the exit status."""
-        said = (self.work / ERRORS).read_text(errors="replace").strip().splitlines()
-        return said[-1] if said else format_exit(code)
+        output = (self.work / ERRORS).read_text(errors="replace").strip().splitlines()
+        return output[-1] if output else format_exit(code)
 
 
 def run_processes(
@@ -151,29 +151,29 @@ def run_processes(
     Raises:
         Interrupted: on Ctrl-C or SIGTERM, after all processes have ended.
     """
-    # An exception in the middle of a start would leave a process that nobody waits for.
-    asked = False
+    # A flag instead of an exception, which could leave a started process without a wait.
+    stopped = False
 
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        asked = True
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
 
-    before: dict[signal.Signals, Any] = {}
+    handlers: dict[signal.Signals, Any] = {}
     try:
         with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, ask)
+                handlers[number] = signal.signal(number, stop)
         for process in processes:
             process.start()
         while True:
-            if asked:
+            if stopped:
                 raise Interrupted("stopped")
             codes = [process.poll(reporter) for process in processes]
             if is_done() or None not in codes:
                 return codes
             time.sleep(LOOK)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         for process in processes:
             process.release()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from luthier import __version__
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.texts import LabelledText, TaggedWords
 from luthier.data.tree import READING_BUDGET
@@ -40,6 +41,7 @@ from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
 from luthier.models.sampling import Sampling
+from luthier.pages import Table, interval_text, render_page
 from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies, open_graders
 from luthier.workflows.prompting import (
@@ -142,47 +144,47 @@ class HeadToHead:
     def _gain(self, tuned: Contender, rival: Contender) -> Difference:
         """Return the advantage of ``tuned``; either ``tuned`` or ``rival`` is the best contender."""
         leads = tuned is self.best
-        found = self.behind()[rival.name if leads else tuned.name]
-        value = 0.0 - found.value if leads else found.value  # not -0.0
-        return replace(found, value=as_gain(self.measure, value))
+        difference = self.behind()[rival.name if leads else tuned.name]
+        value = 0.0 - difference.value if leads else difference.value  # not -0.0
+        return replace(difference, value=as_gain(self.measure, value))
 
     def verdict(self) -> str:
         """Return a sentence or two on the benefit of tuning."""
         if self.rivals is None:
-            return f"{self.best.name} is the best of them"
+            return f"The best contender is {self.best.name}."
         tuned, rival = self.rivals
         gain = self._gain(tuned, rival)
-        apart = (
+        difference = (
             f"{self._text(gain.value, signed=True)} \N{PLUS-MINUS SIGN} {self._text(gain.error)}"
         )
         scores = (
             f"{tuned.name} has {self._text(tuned.score.value)} against "
-            f"{self._text(rival.score.value)} of {rival.name} ({apart})"
+            f"{self._text(rival.score.value)} of {rival.name} ({difference})"
         )
         if self.worth_it:
-            said = f"Tuning was worth it: {scores}."
+            text = f"Tuning was worth it: {scores}."
         elif self.worth_it is False:
-            said = f"Do not use the tuned model: {scores}, which needs no tuning."
+            text = f"Do not use the tuned model: {scores}, without tuning."
         else:
             least = NormalDist().inv_cdf(1 - 0.025 / (len(self.contenders) - 1)) * gain.error
-            said = (
-                f"Tuning is not shown to be better: {scores}, which may be chance; {self.rows:,} rows "
-                f"show differences of {self._text(least)} and more."
+            text = (
+                f"Tuning is not significantly better: {scores}. {self.rows:,} rows show differences of "
+                f"{self._text(least)} and more."
             )
-        return f"{said} {self._speed_text(tuned, rival)}".strip()
+        return f"{text} {self._speed_text(tuned, rival)}".strip()
 
     def _speed_text(self, tuned: Contender, rival: Contender) -> str:
         """Compare the times of an answer, if the difference exceeds the error of measurement."""
-        quick, slow = sorted((tuned.seconds, rival.seconds))
-        if not quick or slow / quick < TIMES_ALIKE:  # a constant answer takes no time
+        fastest, slowest = sorted((tuned.seconds, rival.seconds))
+        if not fastest or slowest / fastest < TIMES_ALIKE:  # a constant answer takes no time
             return ""
         faster = rival if tuned.seconds > rival.seconds else tuned
-        ratio = slow / quick
+        ratio = slowest / fastest
         text = f"Speed: {faster.name} is {ratio:,.{1 if ratio < 10 else 0}f} times as fast"
         spent = tuned.preparation_seconds - rival.preparation_seconds
         if faster is tuned and spent > 0:
             answers = spent / (rival.seconds - tuned.seconds)
-            text += f", which pays for the time of tuning after {answers:,.0f} answers"
+            text += f" and repays the time of tuning after {answers:,.0f} answers"
         return f"{text}."
 
     def _text(self, score: float, signed: bool = False) -> str:
@@ -252,88 +254,87 @@ def compare(
     """
 
     if not rows:
-        raise RecipeError("there are no rows to compare on")
+        raise RecipeError("the comparison needs rows")
     names = [base.id, *(each.id for each in tuned)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"{twice} is given twice; name each model once")
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"{duplicate} is listed twice. Name each model once.")
     repeats = {*repeated_rows(rows)}
     rows = [row for number, row in enumerate(rows) if number not in repeats]
     remarks = check_leakage(rows, train)
     if repeats:
-        remarks.append(f"{len(repeats):,} rows repeat other rows and were left out")
+        remarks.append(f"{len(repeats):,} duplicate rows omitted")
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
     generative = [base] if base.writes else []
     if judge is not None and (labelled or not generative):
         raise RecipeError(
-            "a judge needs rows of prompt and reply, and a generative base", setting="judge"
+            "`judge` needs rows of prompt and reply, and a generative base", setting="judge"
         )
     writers = [each for each in tuned if each.writes]
     readers = [each for each in tuned if not each.writes]
-    asked = [*writers, *generative]
-    if len(readers) + len(asked) < 2 and not train:
+    generators = [*writers, *generative]
+    if len(readers) + len(generators) < 2 and not train:
         raise RecipeError(
-            "there is nothing to compare: give a generative base model, training rows for baselines, "
-            "or several tuned models"
+            "a comparison needs two contenders. Give a generative base model, training rows for "
+            "baselines, or several tuned models."
         )
-    held, known = _questions(rows, train) if asked else ([], [])
-    embed = None if encoder is None or not asked else Predictor.open(encoder).embed
-    ways = ways_to_ask(held, known, documents, embed) if asked else []
+    row_questions, train_questions = _questions(rows, train) if generators else ([], [])
+    embed = None if encoder is None or not generators else Predictor.open(encoder).embed
+    ways = ways_to_ask(row_questions, train_questions, documents, embed) if generators else []
     tuned_ways = [way for way in ways if not way.shows_training_rows]
-    for what, given in (("the documents", documents), ("the graders", graders)):
-        if given and not asked:
-            remarks.append(f"{what} were not used: no model generates text")
+    for option, value in (("documents", documents), ("graders", graders)):
+        if value and not generators:
+            remarks.append(f"{option} ignored: no model generates text")
     if graders is None and labelled:
         # A base model without tuning writes labels with capitals and full stops.
         graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
     elif graders is None:
-        graders = default_graders(rows, note if asked else lambda text: None)
-    written = len(writers) * len(tuned_ways) + len(generative) * len(ways)
-    replies = len(rows) * (written + 2 * bool(known))
-    opened = open_graders(graders, replies, note) if asked else {}
+        graders = default_graders(rows, note if generators else lambda text: None)
+    generated = len(writers) * len(tuned_ways) + len(generative) * len(ways)
+    replies = len(rows) * (generated + 2 * bool(train_questions))
+    opened = open_graders(graders, replies, note) if generators else {}
     if judge is not None:  # each pair in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
     contest = _Contest(
-        opened, max_tokens, note, on_progress, len(rows) * (len(readers) + written), remarks
+        opened, max_tokens, note, on_progress, len(rows) * (len(readers) + generated), remarks
     )
     contenders: list[Contender] = []
-    measures = {each.id: "accuracy" if labelled else next(iter(opened)) for each in asked}
+    measures = {each.id: "accuracy" if labelled else next(iter(opened)) for each in generators}
     for stored in readers:
         contender, measures[stored.id] = contest.predict(stored, rows)
         contenders.append(contender)
     if train and (labelled or not generative):
-        fitted = contest.baselines(base, rows, train)
-        measures |= {each.name: next(iter(each.scores)) for each in fitted}
-        contenders += fitted
+        baselines = contest.baselines(base, rows, train)
+        measures |= {each.name: next(iter(each.scores)) for each in baselines}
+        contenders += baselines
     check_measures(measures)
     for stored in writers:
-        contenders += contest.generate(stored, rows, held, tuned_ways, is_tuned=True)
+        contenders += contest.generate(stored, rows, row_questions, tuned_ways, is_tuned=True)
     for stored in generative:
-        contenders += contest.generate(stored, rows, held, ways)
-    if known and not labelled:
-        contenders += contest.copies(rows, held, known)
+        contenders += contest.generate(stored, rows, row_questions, ways)
+    if train_questions and not labelled:
+        contenders += contest.copies(rows, row_questions, train_questions)
     measure = next(iter(measures.values()))
     if judge is not None:
         measure, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
     if len(contenders) < 2:
-        raise RecipeError("; ".join(["nothing is left to compare", *remarks]))
+        raise RecipeError("; ".join(["fewer than two contenders remain", *remarks]))
     contenders.sort(key=lambda each: -as_gain(measure, each.score.value))
     best = contenders[0].score
-    if asked and best.is_share and best.value <= NEARLY_NONE:
+    if generators and best.is_share and best.value <= NEARLY_NONE:
         remarks.append(
-            f"nearly all replies score 0 by {measure}; read some replies, and choose another grader if "
-            "they are right in other words"
+            f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
     return HeadToHead(measure, len(rows), contenders, remarks, prices)
 
 
 def check_measures(measures: Mapping[str, str]) -> None:
     """Raise :class:`RecipeError` for contenders with different measures."""
-    first, *others = measures.items()
-    for name, other in others:
+    first, *rest = measures.items()
+    for name, other in rest:
         if other != first[1]:
             raise RecipeError(
-                f"{first[0]} is measured by {first[1]} on such rows, and {name} by {other}; compare "
-                "models of one kind"
+                f"{first[0]} is measured by {first[1]}, and {name} by {other}. Compare models with the "
+                "same measure."
             )
 
 
@@ -346,7 +347,7 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     leaked = [rows[number] for number in match_questions(rows, train)]
     if leaked and len(leaked) >= TOO_MANY * len(rows):
         message = "the row has the question of a training row, so its score measures memory."
-        fix = "Compare on other rows; `luthier split` keeps some apart."
+        fix = "Compare on held-out rows; `luthier split` creates them."
         raise DataError([Problem("leakage.input", message, fix, row.location) for row in leaked])
     if not leaked:
         return []
@@ -363,18 +364,18 @@ def _judge(
         pairs = zip(rows, contender.replies, strict=True)
         return [Answer.of(row, reply) for row, reply in pairs]
 
-    found, consistent = [], list[bool]()
+    judged, consistent = [], list[bool]()
     for each in contenders:
         verdicts = judge_pairs(judge, [*zip(answers(each), answers(reference), strict=True)])
         score = RowScores.of([verdict.win for verdict in verdicts])
-        found.append(replace(each, score=score, scores={"win_rate": score.value, **each.scores}))
+        judged.append(replace(each, score=score, scores={"win_rate": score.value, **each.scores}))
         consistent += [v.is_consistent for v in verdicts if v.is_consistent is not None]
     remark = f"the win rate is against {reference.name}, with each pair in both orders"
     if consistent:
         changed = 1 - sum(consistent) / len(consistent)
         remark += f"; the order changed {changed:.0%} of the verdicts, which count one half"
     remarks.append(remark)
-    return found
+    return judged
 
 
 def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question], list[Question]]:
@@ -398,18 +399,18 @@ class _Contest:
 
     def predict(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Contender, str]:
         """Measure a model that predicts; also return the name of the measure."""
-        resting = begin_peak_memory()
+        base_memory = begin_peak_memory()
         predictor = Predictor.open(stored)
         began = time.perf_counter()
-        found = score_predictions(predictor, rows, self._done)
+        evaluation = score_predictions(predictor, rows, self._done)
         seconds = (time.perf_counter() - began) / len(rows)
         self.finished += len(rows)
-        measure, score = next(iter(found.row_scores.items()))
-        if not isinstance(score, RowScores) or not len(score) == len(found.rows) == len(rows):
-            raise RecipeError(f"{stored.id} is not scored row by row on such rows")
+        measure, score = next(iter(evaluation.row_scores.items()))
+        if not isinstance(score, RowScores) or not len(score) == len(evaluation.rows) == len(rows):
+            raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
         contender = Contender(
-            stored.id, "fine-tuning", score, found.scores, seconds,
-            model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - resting,
+            stored.id, "fine-tuning", score, evaluation.scores, seconds,
+            model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
             preparation_seconds=_training_seconds(stored),
         )  # fmt: skip
         return contender, measure
@@ -423,49 +424,54 @@ class _Contest:
         is_tuned: bool = False,
     ) -> list[Contender]:
         """Measure a generative model in several ways."""
-        resting = begin_peak_memory()
+        base_memory = begin_peak_memory()
         generator = Generator.open(stored)
         sampling = Sampling(max_tokens=self.max_tokens)
-        found = []
+        contenders = []
         for way in ways:
             technique: Technique = way.technique
             name = stored.id if technique == "zero-shot" else f"{stored.id} with {way.name}"
             if is_tuned:
                 technique = "fine-tuning" if technique == "zero-shot" else "fine-tuning and RAG"
-            asked = rows_of_way(rows, questions, way, generator.chat)
-            prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in asked]
-            long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
-            if long:
-                self.remarks.append(f"{name} omitted: {long:,} prompts exceed the context")
+            prompt_rows = rows_of_way(rows, questions, way, generator.chat)
+            prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in prompt_rows]
+            too_long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
+            if too_long:
+                self.remarks.append(f"{name} omitted: {too_long:,} prompts exceed the context")
                 self.finished += len(rows)
                 continue
             tokens = sum(map(generator.prompt_tokens, prompts)) / len(prompts)
             begin_peak_memory()
-            graded = grade_replies(generator, asked, self.graders, self.max_tokens, self._done)
+            graded = grade_replies(
+                generator, prompt_rows, self.graders, self.max_tokens, self._done
+            )
             self.finished += len(rows)
-            found.append(
+            contenders.append(
                 Contender(
                     name, technique, _first_score(graded), graded.scores,
                     graded.reply_seconds / len(rows), tokens, _weight_bytes(stored),
-                    peak_memory() - resting, _training_seconds(stored) if is_tuned else 0.0,
+                    peak_memory() - base_memory, _training_seconds(stored) if is_tuned else 0.0,
                     [each["reply"] for each in graded.records],
                 )
             )  # fmt: skip
-        return found
+        return contenders
 
     def copies(
-        self, rows: Sequence[Row], questions: Sequence[Question], known: Sequence[Question]
+        self,
+        rows: Sequence[Row],
+        questions: Sequence[Question],
+        train_questions: Sequence[Question],
     ) -> list[Contender]:
         """Measure copies of training replies: the nearest row's, and a frequent reply."""
         began = time.perf_counter()
-        replies = [nearest.answer for (nearest,) in nearest_examples(questions, known, 1)]
+        replies = [nearest.answer for (nearest,) in nearest_examples(questions, train_questions, 1)]
         seconds = (time.perf_counter() - began) / len(rows)
-        found = [self._copy("the nearest row by words", rows, replies, seconds)]
-        reply, count = Counter(each.answer for each in known).most_common(1)[0]
-        if count > max(1, FREQUENT * len(known)):
+        contenders = [self._copy("the nearest row by words", rows, replies, seconds)]
+        reply, count = Counter(each.answer for each in train_questions).most_common(1)[0]
+        if count > max(1, FREQUENT * len(train_questions)):
             name = "always the most frequent reply"
-            found.append(self._copy(name, rows, [reply] * len(rows), 0.0))
-        return found
+            contenders.append(self._copy(name, rows, [reply] * len(rows), 0.0))
+        return contenders
 
     def _copy(
         self, name: str, rows: Sequence[Row], replies: Sequence[str], seconds: float
@@ -506,15 +512,17 @@ class _Contest:
         def encode(some: Sequence[Row]) -> list[Example]:
             return encode_cut(encoder, [row.bare() for row in some], chat, room)
 
-        known = ComparedRows.of(train, encode(train), SEED)
-        asked = ComparedRows(rows, encode(rows))
-        cut = sum(not is_comparable(*each) for each in zip(rows, asked.examples, strict=True))
+        train_rows = ComparedRows.of(train, encode(train), SEED)
+        held_rows = ComparedRows(rows, encode(rows))
+        cut = sum(not is_comparable(*each) for each in zip(rows, held_rows.examples, strict=True))
         if tagged and cut:  # words behind the cut have no state
             self.remarks.append(
-                f"{cut:,} rows are longer than the context of {base.id}, so no baseline uses its states"
+                f"baselines on states omitted: {cut:,} rows exceed the context of {base.id}"
             )
-            return fit_and_score(known.rows, rows, None, time.monotonic() + BASELINE_SECONDS)
-        return fit_baselines(network, encoder, known, asked, READING_BUDGET, BASELINE_SECONDS)
+            return fit_and_score(train_rows.rows, rows, None, time.monotonic() + BASELINE_SECONDS)
+        return fit_baselines(
+            network, encoder, train_rows, held_rows, READING_BUDGET, BASELINE_SECONDS
+        )
 
     def _done(self, count: int) -> None:
         self.on_progress(self.finished + count, self.total)
@@ -533,3 +541,61 @@ def _first_score(graded: Evaluation) -> RowScores:
     score = next(iter(graded.row_scores.values()))
     assert isinstance(score, RowScores)
     return score
+
+
+def comparison_page(comparison: HeadToHead, data: str) -> str:
+    """Return the HTML page of a comparison on the rows of ``data``."""
+    return render_page(
+        "luthier.workflows",
+        "compare.html",
+        version=__version__,
+        data=data,
+        rows=comparison.rows,
+        measure=comparison.measure.replace("_", " "),
+        verdict=comparison.verdict(),
+        remarks=comparison.remarks,
+        scores=_score_table(comparison),
+        costs=_cost_table(comparison),
+    )
+
+
+def _score_table(comparison: HeadToHead) -> Table:
+    behind = comparison.behind()
+    columns = {
+        "technique": "text", "": "name", "score": "number", "95 %": "number", "to the best": "number",
+        "significant": "text",
+    }  # fmt: skip
+    rows = []
+    for each in comparison.contenders:
+        difference = behind.get(each.name)
+        rows.append(
+            [
+                each.technique, each.name, f"{each.score.value:.3f}",
+                interval_text(each.score.interval),
+                "" if difference is None else f"{difference.value:+.3f} ± {difference.error:.3f}",
+                "" if difference is None else "yes" if difference.significant else "no",
+            ]
+        )  # fmt: skip
+    return Table.of("Scores", columns, rows)
+
+
+def _cost_table(comparison: HeadToHead) -> Table:
+    columns = {
+        "": "name", "input tokens": "number", "ms per answer": "number", "memory, MB": "number",
+        "preparation, s": "number",
+    }  # fmt: skip
+    prices = comparison.prices
+    columns |= {} if prices is None else {f"{prices.currency} per 1,000": "number"}
+    rows = []
+    for each in comparison.contenders:
+        cost = comparison.cost_per_thousand(each)
+        rows.append(
+            [
+                each.name, "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
+                f"{1000 * each.seconds:,.1f}",
+                f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
+                f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
+                *([] if cost is None else [f"{cost:.3g}"]),
+            ]
+        )  # fmt: skip
+    return Table.of("Cost of an answer", columns, rows)

@@ -102,8 +102,8 @@ def evaluate(
 
     ``opened`` is the model in memory, if it is loaded already.
     """
-    chosen = {} if graders is None else parse_graders(graders)
-    rows = load_graded(data, columns, chosen.values(), turns)
+    parsed = {} if graders is None else parse_graders(graders)
+    rows = load_graded(data, columns, parsed.values(), turns)
     total = len(rows)
     stored = library.find(model) if isinstance(model, str) else model
     if attach:
@@ -120,32 +120,32 @@ def evaluate(
     if predicts(objective):
         predictor = opened if isinstance(opened, Predictor) else Predictor.open(stored)
         started = time.monotonic()
-        found = _with_inputs(score_predictions(predictor, rows, done, long_rows))
+        evaluation = _with_inputs(score_predictions(predictor, rows, done, long_rows))
     elif of_shape(JudgedAnswers, rows):
-        found = preference_scores(stored, rows, done, long_rows)
+        evaluation = preference_scores(stored, rows, done, long_rows)
     elif of_shape(RawText, rows):
-        found = perplexity(stored, rows)
+        evaluation = perplexity(stored, rows)
     elif choices := of_shape(MultipleChoice, rows):
-        found = multiple_choice(stored, choices, done, long_rows)
+        evaluation = multiple_choice(stored, choices, done, long_rows)
     else:
         if graders is None:
-            chosen = default_graders(rows, note)
-        check(rows, chosen)
+            parsed = default_graders(rows, note)
+        check(rows, parsed)
         generator = opened if isinstance(opened, Generator) else Generator.open(stored)
-        chosen = open_graders(chosen, total, note)
+        parsed = open_graders(parsed, total, note)
         started = time.monotonic()
-        found = grade_replies(generator, rows, chosen, max_tokens, done, on_error, long_rows)
-    found = replace(
-        found,
+        evaluation = grade_replies(generator, rows, parsed, max_tokens, done, on_error, long_rows)
+    evaluation = replace(
+        evaluation,
         seconds=time.monotonic() - started,
-        remarks=[*row_remarks(stored, data, found.rows), *found.remarks],
+        remarks=[*row_remarks(stored, data, evaluation.rows), *evaluation.remarks],
         model=stored.id,
     )
     if slices:
-        found = _with_slices(found, slices)
+        evaluation = _with_slices(evaluation, slices)
     if attach:
-        attach_report([stored], "evaluation", [data], found.plain(), note)
-    return found
+        attach_report([stored], "evaluation", [data], evaluation.plain(), note)
+    return evaluation
 
 
 def attach_report(
@@ -160,7 +160,7 @@ def attach_report(
     for each in models:
         write_report(each, kind, hashes, dict(result))
         certify(each.id)
-        note(f"stored with {each.id}: `luthier certificate {each.id}` shows it")
+        note(f"attached to {each.id}; see `luthier certificate {each.id}`")
 
 
 def open_graders(
@@ -178,12 +178,11 @@ def open_graders(
     """
     if errors := sorted(graders.keys() & LESS_IS_BETTER):
         raise RecipeError(
-            f"`{errors[0]}` is the name of an error metric, for which less is better; give the grader "
-            "another name"
+            f"`{errors[0]}` is the name of an error metric, which is minimized. Rename the grader."
         )
     verdicts = sum(grader.judgements for grader in graders.values())
     if verdicts:
-        note(f"at most {verdicts * (answers + 1):,} verdicts are requested from the judge")
+        note(f"the judge receives at most {verdicts * (answers + 1):,} requests")
     if not verdicts and not any(grader.models for grader in graders.values()):
         return dict(graders)
     from luthier.engine.machine import choose_machine
@@ -225,26 +224,25 @@ def grade_replies(
     """
     if long_rows == "truncate":
         raise RecipeError(
-            "a truncated prompt loses its question, so prompts are not truncated; set "
-            "`long_rows=drop`",
+            "Prompts are not truncated, because the question is at the end. Set `long_rows=drop`.",
             setting="long_rows",
         )
     prompts = [Chat(each, row.tools) for row, each in zip(rows, questions(rows), strict=True)]
     sampling = Sampling(max_tokens=max_tokens)
     refusals = [generator.refusal(prompt, sampling) for prompt in prompts]
-    kept = [index for index, refusal in enumerate(refusals) if refusal is None]
+    fitting = [index for index, refusal in enumerate(refusals) if refusal is None]
     fix = "Shorten the row, set `long_rows=drop`, or lower `max_tokens`."
     problems = [
         Problem("row.too_long", refusal, fix, row.location)
         for row, refusal in zip(rows, refusals, strict=True)
         if refusal is not None and long_rows == "error"
     ]
-    dropped = len(rows) - len(kept)
-    reject_long_rows(problems, len(kept), dropped)
+    dropped = len(rows) - len(fitting)
+    reject_long_rows(problems, len(fitting), dropped)
     began = time.perf_counter()
-    replies = generator.replies([prompts[index] for index in kept], sampling, done=done)
+    replies = generator.replies([prompts[index] for index in fitting], sampling, done=done)
     seconds = time.perf_counter() - began
-    graded = grade([rows[index] for index in kept], replies, graders, on_error)
+    graded = grade([rows[index] for index in fitting], replies, graders, on_error)
     return replace(graded, dropped=dropped, reply_seconds=seconds)
 
 
@@ -336,10 +334,12 @@ def multiple_choice(
     library.check_writes(stored, "so choices have no probability under it")
     fitting = fit_choices(rows, stored.chat, stored.room, long_rows)
     network = open_network(stored, precise=True)
-    found = choice_likelihoods(network, fitting.examples)
+    likelihoods = choice_likelihoods(network, fitting.examples)
     network.close()
     done(len(rows))
-    return fitting.evaluation(*choice_scores(of_shape(MultipleChoice, fitting.rows) or (), found))
+    return fitting.evaluation(
+        *choice_scores(of_shape(MultipleChoice, fitting.rows) or (), likelihoods)
+    )
 
 
 def fit_choices(
@@ -380,8 +380,8 @@ def choice_likelihoods(
         )
 
     with torch.no_grad():
-        found = iter(network.read_rows([*chain(*choices)], READING_BUDGET, read))
-    return [[next(found) for _ in of_row] for of_row in choices]
+        likelihoods = iter(network.read_rows([*chain(*choices)], READING_BUDGET, read))
+    return [[next(likelihoods) for _ in of_row] for of_row in choices]
 
 
 def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:
@@ -391,8 +391,8 @@ def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:
     from luthier.objectives.references import with_reference_logps
 
     with torch.no_grad():
-        found = with_reference_logps(network, texts, READING_BUDGET)
-    return [float(each.reference or 0.0) for each in found]
+        examples = with_reference_logps(network, texts, READING_BUDGET)
+    return [float(each.reference or 0.0) for each in examples]
 
 
 def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
@@ -416,53 +416,51 @@ def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
         keys = [columns[row.file].get(row.line, "") for row in rows]
     if not any(keys):
         raise RecipeError(
-            f"no row has a value for the slice {by!r}; slice by label, length, language or a column "
-            "with text or numbers",
+            f"No row has a value for the slice {by!r}. Use label, length, language or a column of text "
+            "or numbers.",
             setting="slices",
         )
     return [key or "none" for key in keys]
 
 
 def _read_column(file: Path, name: str) -> dict[int, str]:
-    found = {line: record.get(name) for line, record in read_records(file, [])}
-    return {line: str(each) for line, each in found.items() if isinstance(each, str | int | float)}
+    values = {line: record.get(name) for line, record in read_records(file, [])}
+    return {line: str(each) for line, each in values.items() if isinstance(each, str | int | float)}
 
 
-def _with_slices(found: Evaluation, slices: Sequence[str]) -> Evaluation:
+def _with_slices(evaluation: Evaluation, slices: Sequence[str]) -> Evaluation:
     """Return ``found`` with the scores of each slice.
 
     Raises:
         RecipeError: if the scores are not scores of single rows.
     """
     # Raw text is packed, so no score belongs to one text.
-    packed = of_shape(RawText, found.rows)
-    whole = {n: s for n, s in found.row_scores.items() if len(s) == len(found.rows)}
-    if packed or not whole:
-        raise RecipeError(
-            "these rows are not scored one by one; leave `slices` out", setting="slices"
-        )
-    parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
-    return replace(found, slices=[each for part in parts for each in part])
+    packed = of_shape(RawText, evaluation.rows)
+    per_row = {n: s for n, s in evaluation.row_scores.items() if len(s) == len(evaluation.rows)}
+    if packed or not per_row:
+        raise RecipeError("These rows have no scores per row. Omit `slices`.", setting="slices")
+    parts = [slice_scores(per_row, by, slice_keys(evaluation.rows, by)) for by in slices]
+    return replace(evaluation, slices=[each for part in parts for each in part])
 
 
 def _stored_logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     from luthier.engine.machine import open_network
 
     network = open_network(stored, precise=True)
-    found = text_logps(network, texts)
+    logps = text_logps(network, texts)
     network.close()
-    return found
+    return logps
 
 
-def _with_inputs(found: Evaluation) -> Evaluation:
+def _with_inputs(evaluation: Evaluation) -> Evaluation:
     """Return ``found`` with input and expected answer in each record."""
-    if of_shape(JudgedAnswers, found.rows):
-        return found
+    if of_shape(JudgedAnswers, evaluation.rows):
+        return evaluation
     records = [
         {**_input_of(row), "expected": _expected_of(row), **answer}
-        for row, answer in zip(found.rows, found.records, strict=True)
+        for row, answer in zip(evaluation.rows, evaluation.records, strict=True)
     ]
-    return replace(found, records=records)
+    return replace(evaluation, records=records)
 
 
 def _input_of(row: Row) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier import __version__
 from luthier.data.read import read_records
 from luthier.data.rows import load_rows
 from luthier.data.shapes import of_shape
@@ -38,6 +39,7 @@ from luthier.evaluation.significance import (
     paired_differences,
     perplexity_of,
 )
+from luthier.pages import Table, interval_text, render_page
 from luthier.types import Example, Message
 from luthier.workflows.evaluate import choice_likelihoods, fit_choices
 
@@ -72,8 +74,8 @@ class Drift:
     def plain(self) -> dict[str, Any]:
         """Return the drift in JSON types."""
         both = {"base": self.base_perplexity, "tuned": self.tuned_perplexity}
-        found = {"samples": self.samples, "tokens": self.tokens, "kl": _plain(self.kl)}
-        return found | {"perplexity": {name: _plain(each) for name, each in both.items()}}
+        values = {"samples": self.samples, "tokens": self.tokens, "kl": _plain(self.kl)}
+        return values | {"perplexity": {name: _plain(each) for name, each in both.items()}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +120,8 @@ class Forgetting:
         return [each for each in self.changes if self._improvement(each) > 0]
 
     def _improvement(self, change: MetricChange) -> float:
-        found = self.differences[change.name]
-        return as_gain(change.measure, found.value) * found.significant
+        difference = self.differences[change.name]
+        return as_gain(change.measure, difference.value) * difference.significant
 
     def verdict(self) -> str:
         """Return a summary in a few sentences."""
@@ -141,21 +143,22 @@ class Forgetting:
 
     def describe(self, change: MetricChange) -> str:
         """Return a change in words."""
-        found = self.differences[change.name]
-        texts = (_text(change.base), _text(change.tuned))
-        apart = f"{_number(found.value, change.base, '+')} ± {_number(found.error, change.base)}"
-        return f"{change.name}, {change.measure} {texts[0]} to {texts[1]} ({apart})"
+        difference = self.differences[change.name]
+        value, error = difference.value, difference.error
+        text = f"{_number(value, change.base, '+')} ± {_number(error, change.base)}"
+        scores = f"{_text(change.base)} to {_text(change.tuned)}"
+        return f"{change.name}, {change.measure} {scores} ({text})"
 
     def plain(self) -> dict[str, Any]:
         """Return the comparison in JSON types."""
         changes = []
         for each in self.changes:
-            found = self.differences[each.name]
+            difference = self.differences[each.name]
             changes.append(
                 {
                     "name": each.name, "measure": each.measure, "rows": each.rows,
                     "base": _plain(each.base), "tuned": _plain(each.tuned),
-                    **found.plain(),
+                    **difference.plain(),
                 }
             )  # fmt: skip
         return {
@@ -206,8 +209,8 @@ def measure_forgetting(
         )
     if base.chat.tokenizer.get_vocab() != tuned.chat.tokenizer.get_vocab():
         raise RecipeError(
-            f"{tuned.id} and {base.id} have different vocabularies, so their distributions are not "
-            "comparable. Name the model that it was tuned from."
+            f"{tuned.id} and {base.id} have different vocabularies and cannot be compared. Use the "
+            f"parent of {tuned.id}."
         )
     sets = {OWN_PROBES: _own_choices(), **(probes or {})}
     remarks: list[str] = []
@@ -250,7 +253,7 @@ def load_probes(paths: Sequence[str | Path]) -> dict[str, list[MultipleChoice]]:
         columns = {"prompt": "text", "choices": "target"} if {"text", "target"} <= keys else None
         for row in load_rows(path, columns):
             if not isinstance(row, MultipleChoice):
-                message = "the row is no prompt with choices."
+                message = "the row is not a prompt with choices."
                 fix = 'Write {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}.'
                 raise DataError([Problem("row.objective", message, fix, row.location)])
             task = records.get(row.line, {}).get("task")
@@ -278,26 +281,26 @@ def _answers(generator: Generator) -> list[Example]:
     prompts = [[Message("user", str(each["prompt"]))] for each in _own_prompts()]
     # The divergence is an expectation over sampled answers; greedy ones would underestimate it.
     sampling = Sampling(max_tokens=SAMPLE_TOKENS, temperature=1.0, seed=7)
-    found: list[Example] = []
+    examples: list[Example] = []
     for prompt, reply in zip(prompts, generator.answers(prompts, sampling), strict=True):
         if reply.reasoning:  # the template might render it in another way
             reply_T = np.array(reply.ids, dtype=np.int64)
             ids_T = np.concatenate([chat.encode_prompt(prompt), reply_T])
             weight_T = np.zeros(len(ids_T), dtype=np.float32)
             weight_T[len(ids_T) - len(reply_T) :] = 1.0
-            found.append(Example(ids_T, weight_T, len(found)))
+            examples.append(Example(ids_T, weight_T, len(examples)))
         elif reply.text.strip():
             encoded = chat.encode_reply([*prompt, Message("assistant", reply.text)])
             weight_T = encoded.learned_T.astype(np.float32)
             if not reply.finished:
                 weight_T[np.flatnonzero(weight_T)[-1]] = 0.0  # the end token was not sampled
             if weight_T.any():
-                found.append(
-                    Example(encoded.ids_T, weight_T, len(found), source_T=encoded.source_T)
+                examples.append(
+                    Example(encoded.ids_T, weight_T, len(examples), source_T=encoded.source_T)
                 )
-    if not found:
-        raise RecipeError("The base answers no prompt, so there is nothing to compare.")
-    return found
+    if not examples:
+        raise RecipeError("The base model generates empty replies, so no drift can be measured.")
+    return examples
 
 
 def _accuracy(
@@ -307,16 +310,16 @@ def _accuracy(
     remarks: list[str],
 ) -> dict[str, RowScores]:
     """Return the accuracy by the name of the probes."""
-    found = dict[str, RowScores]()
+    accuracy = dict[str, RowScores]()
     for name, rows in sets.items():
         fitted = fit_choices(rows, chat, network.context, "truncate")
         if fitted.truncated:
-            remarks.append(f"{fitted.truncated:,} prompts of {name} were cut to the context")
+            remarks.append(f"{fitted.truncated:,} prompts of {name} were truncated to the context")
         likelihoods = choice_likelihoods(network, fitted.examples)
         correct = choice_scores(rows, likelihoods)[0]["accuracy"]
         assert isinstance(correct, RowScores)
-        found[name] = correct
-    return found
+        accuracy[name] = correct
+    return accuracy
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,3 +392,44 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
 
     kl = RowScores.of(kl_R, tokens_R, is_share=False)
     return Drift(samples, size, kl, perplexity(base_R), perplexity(tuned_R))
+
+
+def forgetting_page(forgetting: Forgetting) -> str:
+    """Return the HTML page."""
+    drift = forgetting.drift
+    low, high = drift.kl.interval
+    facts = [
+        ("drift, nats per token", f"{drift.kl.value:.4f}", f"{low:.4f} to {high:.4f}"),
+        ("perplexity before", f"{drift.base_perplexity.value:.2f}", f"of {drift.tokens:,} tokens"),
+        ("perplexity after", f"{drift.tuned_perplexity.value:.2f}", f"{drift.samples:,} answers"),
+    ]
+    return render_page(
+        "luthier.workflows",
+        "forgetting.html",
+        version=__version__,
+        model=forgetting.model,
+        base=forgetting.base,
+        verdict=forgetting.verdict(),
+        facts=facts,
+        remarks=forgetting.remarks,
+        changes=_change_table(forgetting),
+    )
+
+
+def _change_table(forgetting: Forgetting) -> Table:
+    columns = {
+        "": "name", "measure": "text", "rows": "number", "before": "number", "95 %": "number",
+        "after": "number", "95 % ": "number", "difference": "number", "significant": "text",
+    }  # fmt: skip
+    rows = []
+    for each in forgetting.changes:
+        difference = forgetting.differences[each.name]
+        rows.append(
+            [
+                each.name, each.measure, f"{each.rows:,}", f"{each.base.value:.3f}",
+                interval_text(each.base.interval), f"{each.tuned.value:.3f}",
+                interval_text(each.tuned.interval), f"{difference.value:+.3f} ± {difference.error:.3f}",
+                "yes" if difference.significant else "no",
+            ]
+        )  # fmt: skip
+    return Table.of("Before and after", columns, rows)

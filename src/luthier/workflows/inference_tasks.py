@@ -159,8 +159,8 @@ class EmbedTask(InferenceTask):
         """Reject Parquet, because the types of columns depend on all rows."""
         if self.form == "parquet":
             raise RecipeError(
-                "shared out among processes, embeddings are written as .jsonl or .npy: a Parquet file "
-                "takes its types from all rows. Name such a file, or let the command itself write it"
+                "Several processes write embeddings as .jsonl or .npy, because the types of a Parquet "
+                "file depend on all rows. Name a .jsonl or .npy file."
             )
 
     @contextmanager
@@ -234,24 +234,26 @@ class GenerateTask(InferenceTask):
 
 def _record_beside(row: InputRow) -> Record:
     """Return the fields of a row next to its completion, with the question as ``prompt``."""
-    asked: PromptOnly | Conversation = row.content
-    taken = {"prompt", "completion"}
-    if isinstance(asked, PromptOnly):
-        prompt: Any = asked.prompt
+    content: PromptOnly | Conversation = row.content
+    replaced = {"prompt", "completion"}
+    if isinstance(content, PromptOnly):
+        prompt: Any = content.prompt
     else:
-        prompt = [turn.to_dict() for turn in asked.messages]
-        taken.add("messages")
-    reply = row.record.get("completion") if asked.expected is None else asked.expected
-    own = {key: value for key, value in row.record.items() if key not in taken}
-    # Where nothing is expected, as in a null of a table's column, the row's own reply is what is.
-    if reply is not None and own.get("expected") in (None, "", [], {}):
-        own.pop("expected", None)
-    return {"prompt": prompt, **({} if reply is None else {"expected": reply}), **own}
+        prompt = [turn.to_dict() for turn in content.messages]
+        replaced.add("messages")
+    reply = row.record.get("completion") if content.expected is None else content.expected
+    rest = {key: value for key, value in row.record.items() if key not in replaced}
+    # Without an expected reply, such as a null in a column of a table, the row's reply is expected.
+    if reply is not None and rest.get("expected") in (None, "", [], {}):
+        rest.pop("expected", None)
+    return {"prompt": prompt, **({} if reply is None else {"expected": reply}), **rest}
 
 
-def _prompt_of(asked: PromptOnly | Conversation) -> Prompt:
+def _prompt_of(content: PromptOnly | Conversation) -> Prompt:
     """Return the prompt of a row for the model."""
-    return asked.prompt if isinstance(asked, PromptOnly) else Chat(asked.messages, asked.tools)
+    return (
+        content.prompt if isinstance(content, PromptOnly) else Chat(content.messages, content.tools)
+    )
 
 
 def fitting_prompts(
@@ -266,7 +268,7 @@ def fitting_prompts(
     problems = list[Problem]()
     for row, prompt in zip(rows, prompts, strict=True):
         if refusal := generator.refusal(prompt, sampling):
-            fix = "Shorten it, or ask for fewer tokens of a reply."
+            fix = "Shorten the prompt, or lower `--max-tokens`."
             problems.append(Problem("row.too_long", refusal, fix, Location(row.file, row.line)))
     if problems:
         raise DataError(problems)

@@ -107,48 +107,49 @@ def learning_curve(
         Interrupted: on Ctrl-C or SIGTERM.
     """
     reporter = reporter or Reporter()
-    chosen = sorted(set(shares))
-    if len(chosen) < FEWEST_SHARES or not 0 < chosen[0] <= chosen[-1] <= 1:
+    sorted_shares = sorted(set(shares))
+    if len(sorted_shares) < FEWEST_SHARES or not 0 < sorted_shares[0] <= sorted_shares[-1] <= 1:
         raise RecipeError(
-            f"give {FEWEST_SHARES} or more different shares above 0 and up to 1",
+            f"`shares` needs at least {FEWEST_SHARES} different values above 0 and up to 1.",
+            setting="shares",
             rule="curve.shares",
         )
     recipe = with_base(recipe, reporter)
     base = find(recipe.base, reporter.stage)
     parent = luthier_home() / "learning-curves"
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
-    folder, asked = parent / name, parent / name / "request.json"
+    folder, request_file = parent / name, parent / name / "request.json"
     reporter.stage("Checking the data")
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    settled = read_json(asked) if resume and asked.is_file() else {}
-    job = prepare_job(recipe, base, machine, Reporter(), settled)
+    stored_request = read_json(request_file) if resume and request_file.is_file() else {}
+    job = prepare_job(recipe, base, machine, Reporter(), stored_request)
     # All shares are rendered with one date, if the chat template prints a date.
     kwargs = job.recipe.data.chat_template_kwargs
     data = recipe.data.model_copy(update={"chat_template_kwargs": kwargs})
     rows = job.data.counts["rows"]
-    if round(chosen[0] * rows) < FEWEST_ROWS or not job.data.validation:
+    if round(sorted_shares[0] * rows) < FEWEST_ROWS or not job.data.validation:
         raise RecipeError(
-            f"a learning curve needs held-out rows, and {FEWEST_ROWS} training rows in its smallest "
-            f"share; there are {rows:,} training and {len(job.data.validation):,} held-out rows",
+            f"A learning curve needs held-out rows, and {FEWEST_ROWS} training rows in the smallest "
+            f"share. The data has {rows:,} training and {len(job.data.validation):,} held-out rows.",
             rule="curve.too_few_rows",
         )
     with lock_folder(folder, f"the learning curve {name}"):
-        points, done = [], folder / "points.json"
-        request = {"shares": chosen, **job.request()}
-        if not is_resumed(asked, request, f"learning curve {name}", resume):
-            write_json(asked, request)
-        elif done.is_file():
-            points = [CurvePoint(**each) for each in read_json(done)]
-        for share in chosen[len(points) :]:
+        points, points_file = [], folder / "points.json"
+        request = {"shares": sorted_shares, **job.request()}
+        if not is_resumed(request_file, request, f"learning curve {name}", resume):
+            write_json(request_file, request)
+        elif points_file.is_file():
+            points = [CurvePoint(**each) for each in read_json(points_file)]
+        for share in sorted_shares[len(points) :]:
             count = round(share * rows)
             reporter.note(f"share {share:.3g}: {count:,} of {rows:,} rows")
             # Relative to the share that the recipe itself sets.
             part = data.model_copy(update={"train_share": share * (data.train_share or 1.0)})
             work = folder / f"share-{len(points)}"
             rehearse(recipe.model_copy(update={"data": part}), work, reporter)
-            found = Measured.of(validation_lines(work))
-            points.append(CurvePoint(share, count, found.measure, found.cost, found.error))
-            write_json(done, list(map(asdict, points)))
+            measured = Measured.of(validation_lines(work))
+            points.append(CurvePoint(share, count, measured.measure, measured.cost, measured.error))
+            write_json(points_file, list(map(asdict, points)))
             shutil.rmtree(work)
         gain, interval = extrapolate(points)
         _draw(points, interval, folder / "curve.png")

@@ -66,21 +66,21 @@ class StageSpec(StrictModel):
 
 
 class PipelineSpec(StrictModel):
-    """The whole file."""
+    """Content of a pipeline file."""
 
     name: ModelName
     """First part of all model names."""
     base: str = "smollm2-135m-instruct"
     """Start model of the first stage."""
     stage: tuple[StageSpec, ...] = Field(min_length=1)
-    """The stages, in the order they run."""
+    """Stages in order."""
 
     @model_validator(mode="after")
     def _distinct(self) -> PipelineSpec:
         names = [stage.name for stage in self.stage]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two stages are called {name!r}; give each its own name")
+                raise ValueError(f"two stages have the name {name!r}; use distinct names")
         return self
 
 
@@ -183,69 +183,70 @@ class Pipeline:
 
     def check(self, reporter: Reporter) -> None:
         """Raise :class:`RecipeError` for unlearnable rows, or a model older than its inputs."""
-        made: dict[str, str] = {}
+        created_at: dict[str, str] = {}
         for stage in self.stages:
             manifest = _manifest(stage.model_id)
             created = manifest.created if manifest else ""
             for needed in stage.after if created else ():
-                if made[needed] == "" or made[needed] > created:
+                if created_at[needed] == "" or created_at[needed] > created:
                     raise RecipeError(
-                        f"stage {stage.name}: {stage.model_id} was made from a model {needed} that is "
-                        "no longer there. Remove it, so that it is made again: luthier models remove "
-                        f"{stage.model_id}"
+                        f"Stage {stage.name}: {stage.model_id} is older than its input {needed}. "
+                        f"Train again after `luthier models remove {stage.model_id}`."
                     )
-            made[stage.model_id] = created
+            created_at[stage.model_id] = created
             if not created:
                 reporter.stage(f"Checking the data of stage {stage.name}")
                 _check_rows(stage, self.stages)
 
 
-def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
+def _stage(spec: PipelineSpec, each: StageSpec, earlier: list[Stage]) -> Stage:
     kind, fields = KINDS[each.command], each.fields
     if kind.start and kind.start not in fields:
-        fields[kind.start] = before[-1].model_id if before else spec.base
-    needed: list[str] = []
-    known = {stage.name: stage.model_id for stage in before}
-    fields = _resolve_stages(fields, each.name, known, needed)
-    if kind.start and fields[kind.start] in known.values():
-        needed.append(str(fields[kind.start]))
+        fields[kind.start] = earlier[-1].model_id if earlier else spec.base
+    inputs: list[str] = []
+    model_ids = {stage.name: stage.model_id for stage in earlier}
+    fields = _resolve_stages(fields, each.name, model_ids, inputs)
+    if kind.start and fields[kind.start] in model_ids.values():
+        inputs.append(str(fields[kind.start]))
     fields["name"] = name = f"{spec.name}-{each.name}"
     try:
         recipe = parse(kind.recipe, fields)
     except RecipeError as error:
-        raise RecipeError(f"stage {each.name}: {error}") from error
+        raise RecipeError(f"Stage {each.name}: {error}") from error
     root = fields[kind.start] if kind.start else None
     if isinstance(recipe, PretrainRecipe) and recipe.makes_adapter:
         root = recipe.network.base
-    model_id = f"{_root(root, before)}:{name}" if root is not None else name
-    return Stage(each.name, each.command, model_id, recipe, tuple(dict.fromkeys(needed)))
+    model_id = f"{_root(root, earlier)}:{name}" if root is not None else name
+    return Stage(each.name, each.command, model_id, recipe, tuple(dict.fromkeys(inputs)))
 
 
-def _root(start: str, before: list[Stage]) -> str:
+def _root(start: str, earlier: list[Stage]) -> str:
     """Return the first part of the ids of all models with the base model of ``start``."""
     from luthier.library.folders import short_name, split_id
     from luthier.library.models import find
     from luthier.models.catalog import CATALOG
 
-    if start in {stage.model_id for stage in before}:
+    if start in {stage.model_id for stage in earlier}:
         return split_id(start)[0]
     return start if start in CATALOG else short_name(find(start).root)
 
 
-def _resolve_stages(value: Any, stage: str, known: Mapping[str, str], needed: list[str]) -> Any:
+def _resolve_stages(value: Any, stage: str, model_ids: Mapping[str, str], inputs: list[str]) -> Any:
     """Return ``value`` with model ids for ``stage:NAME``; append the ids to ``needed``."""
     if isinstance(value, Mapping):
-        return {key: _resolve_stages(item, stage, known, needed) for key, item in value.items()}
+        return {key: _resolve_stages(item, stage, model_ids, inputs) for key, item in value.items()}
     if isinstance(value, list):
-        return [_resolve_stages(item, stage, known, needed) for item in value]
+        return [_resolve_stages(item, stage, model_ids, inputs) for item in value]
     if not (isinstance(value, str) and value.startswith(REFERENCE)):
         return value
     name = value.removeprefix(REFERENCE)
-    if name not in known:
-        listed = ", ".join(known) or "none"
-        raise RecipeError(f"stage {stage}: {value!r} names no stage before it; there are {listed}")
-    needed.append(known[name])
-    return known[name]
+    if name not in model_ids:
+        names = ", ".join(model_ids) or "none"
+        raise RecipeError(
+            f"Stage {stage}: {value!r} is not an earlier stage. Earlier stages: {names}."
+        )
+    inputs.append(model_ids[name])
+    return model_ids[name]
 
 
 def _with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -272,8 +273,8 @@ def _pretrain(recipe: PretrainRecipe, reporter: Reporter, processes: int) -> dic
 def _distil(recipe: DistilRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
     from luthier.workflows.distil import distil
 
-    found = distil(recipe, True, reporter, processes)
-    return {**asdict(found.result), "distillation": found.details}
+    distilled = distil(recipe, True, reporter, processes)
+    return {**asdict(distilled.result), "distillation": distilled.details}
 
 
 def _student(recipe: StudentRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def _student(recipe: StudentRecipe, reporter: Reporter, processes: int) -> dict[
 
     model_id = f"{short_name(find(recipe.teacher).root)}:{recipe.name}"
     if _manifest(model_id):
-        reporter.note(f"{model_id} was already made")
+        reporter.note(f"{model_id} exists already")
         return {"model_id": model_id}
     shape = StudentShape(**recipe.model_dump(exclude={"teacher", "name"}))
     return asdict(make_student(recipe.teacher, recipe.name, shape, reporter))
@@ -310,8 +311,8 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
 
     recipe = stage.recipe
     if isinstance(recipe, DistilRecipe):
-        read = load_prompts if recipe.method == "responses" else load_rows
-        read(recipe.data.train, recipe.data.columns)
+        load = load_prompts if recipe.method == "responses" else load_rows
+        load(recipe.data.train, recipe.data.columns)
         return
     if not isinstance(recipe, Recipe):
         return
@@ -327,12 +328,12 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
 
 def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
     """Yield the stored model at the start of the lineage of ``stage``, if any."""
-    made = {each.model_id: each for each in stages}
+    stages_by_model = {each.model_id: each for each in stages}
     while stage.start is not None:
-        if stage.start not in made:
+        if stage.start not in stages_by_model:
             yield stage.start
             return
-        stage = made[stage.start]
+        stage = stages_by_model[stage.start]
 
 
 def _manifest(model_id: str) -> Manifest | None:

@@ -103,7 +103,7 @@ def pretrain(
         run = _run_of(recipe, reporter)
         with run.lock():
             if _begin(recipe, run, resume) is None:
-                # Once for all of them: no process waits for as long as a large text takes.
+                # Before the start of the processes, which would wait longer than their time limit.
                 with _dropped_if_refused(run):
                     _make_parts(recipe, run, reporter)
         request = {"recipe": recipe.plain(), "resume": True}
@@ -139,7 +139,7 @@ def _run_of(recipe: PretrainRecipe, reporter: Reporter) -> Run:
 
 def _begin(recipe: PretrainRecipe, run: Run, resume: bool) -> Result | None:
     launch = launch_id()
-    # Nodes that join and leave start all processes again, too.
+    # A node that joins or leaves restarts all processes.
     resume = resume or started_again() or bool(launch and run.read_launch() == launch)
     try:
         return run.begin(_request(recipe), resume, launch)
@@ -158,8 +158,8 @@ def _dropped_if_refused(run: Run) -> Iterator[None]:
 
 
 def _request(recipe: PretrainRecipe) -> dict[str, Any]:
-    given = [*recipe.data.train, *recipe.data.validation]
-    files = [file for source in given for file in files_of(source)]
+    sources = [*recipe.data.train, *recipe.data.validation]
+    files = [file for source in sources for file in files_of(source)]
     problems: list[Problem] = []
     for path in files:
         find_container(path, problems)
@@ -186,20 +186,21 @@ class _Parts:
 
 def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
     """Read or create the parts in the run's folder."""
-    found = _survey(recipe, run, reporter)
-    recipe, choices = plan(recipe, found)
-    start = _start(recipe, run, found, reporter)
+    statistics = _survey(recipe, run, reporter)
+    recipe, choices = plan(recipe, statistics)
+    start = _start(recipe, run, statistics, reporter)
     chat = start.chat.with_date()
     context = room = start.room - recipe.adaptation.added_tokens
     if recipe.network.base is not None:
         CausalLM().bind(RunModels(chat))
         if (recipe.network.context or 0) > room:
             raise RecipeError(
-                f"{start.id} reads {room:,} tokens at most, and network.context is "
-                f"{recipe.network.context:,}. Leave it out, or take a shorter one"
+                f"`network.context` is {recipe.network.context:,}, and {start.id} allows at most "
+                f"{room:,} tokens. Remove the setting, or reduce the value.",
+                setting="network.context",
             )
         context = min(room, recipe.network.context or CausalLM().sequence_length)
-    data = _dataset(recipe, run, found, chat, context, reporter)
+    data = _dataset(recipe, run, statistics, chat, context, reporter)
     return _Parts(recipe, choices, start, chat, context, data)
 
 
@@ -211,7 +212,7 @@ def _job(
     recipe, choices, start, data = parts.recipe, parts.choices, parts.start, parts.data
     weights, embedding = _count(start)
     training: Training = recipe.training
-    if recipe.network.base is None:  # what goes on from trained weights has the defaults of tuning
+    if recipe.network.base is None:  # continued pre-training uses the defaults of tuning
         facts = NetworkFacts(weights, embedding, parts.context, data.counts["tokens"])
         training, more = choose(training, facts)
         if note := shortage(facts, training):
@@ -225,7 +226,7 @@ def _job(
         adaptation=recipe.adaptation,
         training=training,
     )
-    settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
+    stored_settings = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
     job = resolve_job(
         whole,
         start,
@@ -233,7 +234,7 @@ def _job(
         replace(data, choices=choices),
         machine,
         reporter,
-        settled,
+        stored_settings,
         group.size,
         run.checkpoint_bytes(),
     )
@@ -241,9 +242,9 @@ def _job(
         # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
         budget = job.recipe.training.micro_batch_tokens
         write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
-    chosen = job.recipe.plain()
+    resolved = job.recipe.plain()
     names = ("training", "objective", "adaptation")
-    filled = {name: chosen[name] for name in names}
+    filled = {name: resolved[name] for name in names}
     origin: dict[str, Any] = {"recipe": recipe.plain() | filled}
     if recipe.network.base is not None:
         origin |= {"parent": start.id, **store.tokenizer_origin(start)}
@@ -259,29 +260,30 @@ def _job(
 def _dataset(
     recipe: PretrainRecipe,
     run: Run,
-    found: Survey,
+    statistics: Survey,
     chat: ChatFormat,
     context: int,
     reporter: Reporter,
 ) -> Dataset:
-    """The token file as sequences to learn from and to measure on."""
-    folder, facts = run.folder / TOKENS, _tokens(recipe, run, found, chat, reporter)
+    """Return the token file as training and validation sequences."""
+    folder, facts = run.folder / TOKENS, _tokens(recipe, run, statistics, chat, reporter)
     train = TokenFile.open(folder / "train.bin", facts["train"], context)
-    held = TokenFile.open(folder / "validation.bin", facts["validation"], context)
+    validation = TokenFile.open(folder / "validation.bin", facts["validation"], context)
     if not train:
         raise RecipeError(
-            f"{train.tokens} tokens are left to train on; give more text, or a smaller validation share"
+            f"The training text has only {train.tokens} tokens. Give more text, or reduce "
+            "`data.validation_share`."
         )
     return Dataset(
         objective=recipe.objective(context),
         train=train,
-        validation=_spread(held),
+        validation=_spread(validation),
         longest=train.longest,
         hashes=run.request_value("data"),
         choices=[],
         counts={
-            "rows": found.documents,
-            "validation_rows": len(held),
+            "rows": statistics.documents,
+            "validation_rows": len(validation),
             "tokens": train.tokens,
             "learned_tokens": train.tokens - len(train),
             "examples": len(train),
@@ -300,9 +302,9 @@ def _survey(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> Survey:
 
 
 def _start(
-    recipe: PretrainRecipe, run: Run, found: Survey, reporter: Reporter
+    recipe: PretrainRecipe, run: Run, statistics: Survey, reporter: Reporter
 ) -> store.StoredModel:
-    """Tokenizer and network before the first step."""
+    """Return tokenizer and network before the first step."""
     if recipe.network.base is not None:
         return store.find(recipe.network.base, reporter.stage)
     folder = run.folder / START
@@ -310,13 +312,15 @@ def _start(
         fields, vocabulary = _network(recipe)
         reporter.stage(f"Training a tokenizer of {vocabulary:,} tokens")
         size = recipe.tokenizer.sample
-        texts = sample(recipe.data.train, size, found.characters)
-        if found.characters > size:
-            reporter.note(f"the tokenizer learns from {size:,} of {found.characters:,} characters")
+        texts = sample(recipe.data.train, size, statistics.characters)
+        if statistics.characters > size:
+            reporter.note(
+                f"the tokenizer learns from {size:,} of {statistics.characters:,} characters"
+            )
         tokenizer = bpe.train_bpe(texts, vocabulary)
         if len(tokenizer) < vocabulary:
             reporter.note(
-                f"no more than {len(tokenizer):,} tokens occur in the text; the vocabulary is as large"
+                f"the text has only {len(tokenizer):,} different tokens, the size of the vocabulary"
             )
         end = tokenizer.eos_token_id
         fields |= {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}
@@ -340,9 +344,9 @@ def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
     vocabulary = vocabulary or fields.get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < bpe.SMALLEST:
         raise RecipeError(
-            f"a vocabulary of {vocabulary} is too small: 256 bytes and the end-of-text token are "
-            f"the least. Set vocab_size in {network.config} to {bpe.SMALLEST} or more, or give "
-            "--vocabulary."
+            f"The vocabulary of {vocabulary} is below the minimum of {bpe.SMALLEST}: 256 bytes and the "
+            f"end-of-text token. Change `vocab_size` in {network.config}, or set `--vocabulary`.",
+            setting="tokenizer.vocabulary",
         )
     if network.context is not None:
         fields.pop("n_positions", None)
@@ -351,24 +355,26 @@ def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
 
 
 def _tokens(
-    recipe: PretrainRecipe, run: Run, found: Survey, chat: ChatFormat, reporter: Reporter
+    recipe: PretrainRecipe, run: Run, statistics: Survey, chat: ChatFormat, reporter: Reporter
 ) -> dict[str, Any]:
     """Write the text as tokens, once, and return the content of ``tokens.json``."""
     folder = run.folder / TOKENS
     if not folder.is_dir():
         kind = id_type(len(chat.tokenizer))
-        bytes_at_most = 2 * found.characters * int(kind[-1])
+        bytes_at_most = 2 * statistics.characters * int(kind[-1])
         need_disk(run.folder, bytes_at_most, "the text as tokens")
-        out = HeldOut(recipe.data.validation_share or 0.0, recipe.training.seed, found)
+        split = HeldOut(recipe.data.validation_share or 0.0, recipe.training.seed, statistics)
         with (
             new_folder(folder) as fresh,
             TokenWriter(fresh / "train.bin", kind) as train,
-            TokenWriter(fresh / "validation.bin", kind) as held,
+            TokenWriter(fresh / "validation.bin", kind) as validation,
         ):
-            text = _report_progress(pieces(recipe.data.train), found.characters, reporter)
-            _encode(out.parts(text), chat, train, held)
-            _encode(((piece, True) for piece in pieces(recipe.data.validation)), chat, train, held)
-            facts = {"train": train.close(), "validation": held.close()}
+            text = _report_progress(pieces(recipe.data.train), statistics.characters, reporter)
+            _encode(split.parts(text), chat, train, validation)
+            _encode(
+                ((piece, True) for piece in pieces(recipe.data.validation)), chat, train, validation
+            )
+            facts = {"train": train.close(), "validation": validation.close()}
             write_json(fresh / "tokens.json", facts)
     facts = read_json(folder / "tokens.json")
     return dict(facts)
@@ -378,13 +384,15 @@ def _encode(
     text: Iterator[tuple[CorpusPiece, bool]],
     chat: ChatFormat,
     train: TokenWriter,
-    held: TokenWriter,
+    validation: TokenWriter,
 ) -> None:
     """Append each piece to a token file, with an end-of-text token after each document."""
     while batch := list(islice(text, BATCH)):
         encoded = bpe.encode(chat.tokenizer, [piece.text for piece, _ in batch])
-        for (piece, out), ids in zip(batch, encoded, strict=True):
-            (held if out else train).append([*ids, chat.end_id] if piece.ends else ids)
+        for (piece, is_validation), ids in zip(batch, encoded, strict=True):
+            (validation if is_validation else train).append(
+                [*ids, chat.end_id] if piece.ends else ids
+            )
 
 
 def _report_progress(
@@ -412,14 +420,14 @@ def _count(start: store.StoredModel) -> tuple[int, int]:
     return sum(weight.numel() for weight in model.parameters()), embedding
 
 
-def _spread(held: TokenFile) -> Sequence[Example]:
+def _spread(validation: TokenFile) -> Sequence[Example]:
     """Return at most :data:`MOST_VALIDATION` evenly spaced validation sequences."""
-    stride = max(1, -(-len(held) // MOST_VALIDATION))
-    return held[::stride]
+    stride = max(1, -(-len(validation) // MOST_VALIDATION))
+    return validation[::stride]
 
 
 def _train_request(request: Mapping[str, Any], reporter: Reporter) -> Result:
-    # It was parsed before, and has its defaults by now, which nobody may give beside others.
+    # Not `parse`: a parsed recipe contains defaults that exclude each other.
     recipe = PretrainRecipe.model_validate(request["recipe"])
     return _train(recipe, request["resume"], reporter)
 

@@ -34,18 +34,18 @@ class NetworkFacts:
     """Tokens of the training text."""
 
 
-def plan(recipe: PretrainRecipe, found: Survey) -> tuple[PretrainRecipe, list[Choice]]:
+def plan(recipe: PretrainRecipe, statistics: Survey) -> tuple[PretrainRecipe, list[Choice]]:
     """Fill the settings needed before building: size, vocabulary, validation share."""
     choices: list[Choice] = []
     network, tokenizer, data = recipe.network, recipe.tokenizer, recipe.data
-    tokens = found.characters // CHARACTERS_PER_TOKEN
+    tokens = statistics.characters // CHARACTERS_PER_TOKEN
     if network.size is None and network.config is None and network.base is None:
         size, reason = _size(tokens)
         network = network.model_copy(update={"size": size})
         choices.append(("network.size", size, reason))
     if tokenizer.vocabulary is None and network.size is not None:
-        usual = SHAPES[network.family][network.size].vocabulary
-        vocabulary, reason = _vocabulary(usual, tokens)
+        default = SHAPES[network.family][network.size].vocabulary
+        vocabulary, reason = _vocabulary(default, tokens)
         tokenizer = tokenizer.model_copy(update={"vocabulary": vocabulary})
         choices.append(("tokenizer.vocabulary", vocabulary, reason))
     if data.validation_share is None and not data.validation:
@@ -107,12 +107,12 @@ def _size(tokens: int) -> tuple[Size, str]:
     return chosen, f"about {tokens:,} tokens; about {TOKENS_PER_WEIGHT} per weight are optimal"
 
 
-def _vocabulary(usual: int, tokens: int) -> tuple[int, str]:
+def _vocabulary(default: int, tokens: int) -> tuple[int, str]:
     # A token that is hardly seen is hardly learned: a hundred times each, on average.
     room = 1 << max(9, int(math.log2(max(tokens, 1) / 100)) if tokens > 100 else 0)
-    if room < usual:
+    if room < default:
         return room, "each token occurs 100 times on average in the text"
-    return usual, "usual for this size"
+    return default, "usual for this size"
 
 
 def _validation_share(recipe: PretrainRecipe, tokens: int) -> tuple[float, str]:

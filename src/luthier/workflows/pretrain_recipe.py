@@ -88,7 +88,7 @@ class PretrainRecipe(StrictModel):
     @classmethod
     def _name(cls, name: str) -> str:
         if name in CATALOG:
-            raise ValueError("this is a base model of the catalogue; choose another name")
+            raise ValueError("a base model of the catalogue has this name; choose a different name")
         return name
 
     @field_validator("adaptation", mode="before")
@@ -110,8 +110,7 @@ class PretrainRecipe(StrictModel):
             new += [name for name in ("vocabulary", "sample") if name in (tokenizer or {})]
             if new:
                 raise RecipeError(
-                    f"a base that is gone on from has its own network and tokenizer: leave out "
-                    f"{', '.join(new)}, or the base"
+                    f"`network.base` has a network and tokenizer. Remove {', '.join(new)}, or the base."
                 )
         if (
             isinstance(network, dict)
@@ -119,19 +118,18 @@ class PretrainRecipe(StrictModel):
             and network.keys() & {"family", "size"}
         ):
             raise RecipeError(
-                "a config.json says family and size itself: give --config, or --family and --size"
+                "A configuration file sets the family and size. Remove `--family` and `--size`."
             )
-        found = parse(PretrainRecipe, fields)
-        if found.adaptation.method != "full" and found.network.base is None:
+        recipe = parse(PretrainRecipe, fields)
+        if recipe.adaptation.method != "full" and recipe.network.base is None:
             raise RecipeError(
-                f"`adaptation` {found.adaptation.method} trains beside a network that has learned, and "
-                "this one starts from random weights. Give the base that is gone on from "
-                "(`network.base`), or leave the adaptation out"
+                f"`adaptation` {recipe.adaptation.method} needs a trained base model. Set "
+                "`network.base`, or remove `adaptation`."
             )
-        return found
+        return recipe
 
     def plain(self) -> dict[str, Any]:
-        """The recipe as JSON-ready values, unset fields left out."""
+        """Return JSON values without unset fields."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def objective(self, context: int) -> CausalLM:

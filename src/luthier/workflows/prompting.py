@@ -62,7 +62,7 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
         # In the system message: examples would repeat the list, and search uses the text alone.
         ask = f"Which one of these is each text: {', '.join(labels)}? Answer with the name alone."
         return Question((Message("system", ask), Message("user", row.text)), row.label)
-    raise RecipeError("these rows have no question with one right answer")
+    raise RecipeError("These rows have no question with a single right answer.")
 
 
 PromptTechnique = Literal["zero-shot", "prompt engineering", "RAG"]
@@ -97,9 +97,11 @@ def ways_to_ask(
     if embed is not None:
         searches = {" by words": None, " by words and meaning": embed}
     if train:
-        shown = few_shot(train, EXAMPLES, 0)
+        examples = few_shot(train, EXAMPLES, 0)
         ways.append(
-            Way("prompt engineering", f"{len(shown)} examples", [shown] * len(questions), True)
+            Way(
+                "prompt engineering", f"{len(examples)} examples", [examples] * len(questions), True
+            )
         )
         for by, search in searches.items():
             nearest = nearest_examples(questions, train, EXAMPLES, search)
@@ -140,23 +142,25 @@ def conversation_of(
     """
     turns: list[Message] = []
     passages = [each for each in context if isinstance(each, str)]
-    shown = [each for each in context if isinstance(each, Question)]
-    said = [turn.content for turn in question.asked if turn.role == "system"]
+    examples = [each for each in context if isinstance(each, Question)]
+    system = [turn.content for turn in question.asked if turn.role == "system"]
     if chat.template == "plain":
-        examples = (f"{each.text}\n{each.answer}" for each in shown)
-        return (Message("user", "\n\n".join([*said, *examples, *passages, question.text])),)
-    for each in shown:
+        example_texts = (f"{each.text}\n{each.answer}" for each in examples)
+        return (Message("user", "\n\n".join([*system, *example_texts, *passages, question.text])),)
+    for each in examples:
         turns += [turn for turn in each.asked if turn.role != "system"]
         turns.append(Message("assistant", each.answer))
-    rest = [turn for turn in question.asked if turn.role != "system"]
+    turns_of_question = [turn for turn in question.asked if turn.role != "system"]
     if passages:
         before = "\n\n".join(["Use this where it helps:", *passages])
-        rest[-1] = Message(rest[-1].role, f"{before}\n\n{rest[-1].content}")
-    turns += rest
-    if said and not chat.takes_system:
-        turns[0] = Message(turns[0].role, "\n\n".join([*said, turns[0].content]))
-    elif said:
-        turns.insert(0, Message("system", "\n\n".join(said)))
+        turns_of_question[-1] = Message(
+            turns_of_question[-1].role, f"{before}\n\n{turns_of_question[-1].content}"
+        )
+    turns += turns_of_question
+    if system and not chat.takes_system:
+        turns[0] = Message(turns[0].role, "\n\n".join([*system, turns[0].content]))
+    elif system:
+        turns.insert(0, Message("system", "\n\n".join(system)))
     return tuple(turns)
 
 
@@ -166,8 +170,8 @@ def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]
     first: dict[str, int] = {}
     for number in order:
         first.setdefault(train[number].answer, number)
-    others = [number for number in order if first[train[number].answer] != number]
-    return [train[number] for number in [*first.values(), *others][:count]]
+    rest = [number for number in order if first[train[number].answer] != number]
+    return [train[number] for number in [*first.values(), *rest][:count]]
 
 
 def nearest_examples(
@@ -203,15 +207,15 @@ def cut_passages(documents: Sequence[str]) -> list[str]:
 
 
 def _cut(document: str) -> Iterator[str]:
-    held: list[str] = []
+    passage: list[str] = []
     for line in document.split("\n"):
         words = line.split()
-        if held and len(held) + len(words) > WORDS:
-            yield " ".join(held)
-            held = []
-        held += words
-        while len(held) > WORDS:
-            yield " ".join(held[:WORDS])
-            held = held[WORDS:]
-    if held:
-        yield " ".join(held)
+        if passage and len(passage) + len(words) > WORDS:
+            yield " ".join(passage)
+            passage = []
+        passage += words
+        while len(passage) > WORDS:
+            yield " ".join(passage[:WORDS])
+            passage = passage[WORDS:]
+    if passage:
+        yield " ".join(passage)

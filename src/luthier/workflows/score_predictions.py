@@ -54,8 +54,8 @@ def score_predictions(
     fitting = fit_rows(rows, examples, predictor.context, long_rows, objective.truncate)
     count = len(fitting.examples[0]) if fitting.rows else 1
     flat = [text for texts in fitting.examples for text in texts]
-    found = predictor.read(flat, lambda finished: done(finished // count))
-    sides = [found[side::count] for side in range(count)]
+    predictions = predictor.read(flat, lambda finished: done(finished // count))
+    sides = [predictions[side::count] for side in range(count)]
     if fitting.rows:
         kinds: tuple[tuple[type[Row], str, Callable[..., Evaluation]], ...] = (
             (JudgedAnswers, "reward", _score_rewards),
@@ -88,20 +88,21 @@ def _score_partners(
     """Score retrieval: the rank of each text's partner, or of the next item of a history."""
     rows = cast("Sequence[TextPair]", fitting.rows)
     anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
-    known = {row.positive for row in rows}
+    positives = {row.positive for row in rows}
     # Items that are no row's next item can be found as well.
     earlier = [item for row in rows if isinstance(row, History) for item in row.items]
-    items = [item for item in dict.fromkeys(earlier) if item not in known]
+    items = [item for item in dict.fromkeys(earlier) if item not in positives]
     bare = [RawText(rows[0].file, 0, item) for item in items]
-    others = [answer["embedding"] for answer in predictor.answers(bare)]
-    ranks = partner_ranks(anchors, partners, [row.positive for row in rows], others)
-    what = "next item" if isinstance(rows[0], History) else "partner"
-    remark = f"each {what} is searched among {len(known) + len(others):,} different ones"
-    found = retrieval_scores(ranks)
+    other_embeddings = [answer["embedding"] for answer in predictor.answers(bare)]
+    ranks = partner_ranks(anchors, partners, [row.positive for row in rows], other_embeddings)
+    target = "next item" if isinstance(rows[0], History) else "partner"
+    count = len(positives) + len(other_embeddings)
+    remark = f"each {target} is searched among {count:,} candidates"
+    scores = retrieval_scores(ranks)
     if predictor.threshold is not None:
         texts = [row.text for row in rows], [row.positive for row in rows]
-        found |= threshold_scores(anchors, partners, *texts, predictor.threshold)
-    return fitting.evaluation(found, first, [remark])
+        scores |= threshold_scores(anchors, partners, *texts, predictor.threshold)
+    return fitting.evaluation(scores, first, [remark])
 
 
 def _score_classes(predictor: Predictor, fitting: FittingRows, first: Predictions) -> Evaluation:
@@ -111,8 +112,8 @@ def _score_classes(predictor: Predictor, fitting: FittingRows, first: Prediction
         DataError: if no two rows have the same label.
     """
     rows = cast("Sequence[Labelled]", fitting.rows)
-    found = ClassRetrieval.of([a["embedding"] for a in first], [str(row.label) for row in rows])
-    count = len(found.rank_R)
+    retrieval = ClassRetrieval.of([a["embedding"] for a in first], [str(row.label) for row in rows])
+    count = len(retrieval.rank_R)
     if not count:
         message = "no two rows have the same label, so no row can find another of its label."
         fix = "Give several rows of the same label."
@@ -121,7 +122,7 @@ def _score_classes(predictor: Predictor, fitting: FittingRows, first: Prediction
     remark = f"each row searches the {len(rows) - 1:,} other rows for its label"
     if count < len(rows):
         remark += f"; {len(rows) - count:,} rows are alone with their label and do not search"
-    return fitting.evaluation(found.scores, first, [remark])
+    return fitting.evaluation(retrieval.scores, first, [remark])
 
 
 def _score_captions(
@@ -131,13 +132,13 @@ def _score_captions(
     rows = cast("Sequence[CaptionedImage]", fitting.rows)
     keys = [row.media.digest() for row in rows], [row.caption for row in rows]
     sides = [[answer["embedding"] for answer in side] for side in (first, second)]
-    found = dict[str, RowScores]()
+    scores = dict[str, RowScores]()
     for name, (query, item) in {"image_to_text": (0, 1), "text_to_image": (1, 0)}.items():
         ranks = pair_ranks(sides[query], sides[item], keys[query], keys[item])
-        found |= {f"{name}_{key}": value for key, value in retrieval_scores(ranks).items()}
+        scores |= {f"{name}_{key}": value for key, value in retrieval_scores(ranks).items()}
     images, texts = (len({*each}) for each in keys)
     remark = f"each of {images:,} images searches {texts:,} texts, and each text the images"
-    return fitting.evaluation(found, first, [remark])
+    return fitting.evaluation(scores, first, [remark])
 
 
 def _score_transcriptions(

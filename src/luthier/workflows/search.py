@@ -120,15 +120,15 @@ def search(
     with lock_folder(work.folder, f"the search {name}"):
         try:
             work.begin(resume)
-            found = work.run()
-            certify(found.result.model_id)
-            return found
+            result = work.run()
+            certify(result.result.model_id)
+            return result
         except RefusedInput as error:
-            # Without a trial there is nothing to resume.
-            begun = (work.folder / "trials").exists()
-            if begun and not isinstance(error, RunConflict):  # a process rejected its trial
-                begun = any((work.folder / "trials").glob(f"*/{METRICS}"))
-            if not begun:
+            # Without a started trial, the search cannot be resumed.
+            has_trials = (work.folder / "trials").exists()
+            if has_trials and not isinstance(error, RunConflict):  # a process rejected its trial
+                has_trials = any((work.folder / "trials").glob(f"*/{METRICS}"))
+            if not has_trials:
                 shutil.rmtree(work.folder, ignore_errors=True)
             raise
 
@@ -136,7 +136,7 @@ def search(
 def need_optuna() -> None:
     """Raise :class:`RefusedInput` if Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
-        raise RefusedInput("a search needs Optuna: pip install 'luthier[search]'")
+        raise RefusedInput("`search` needs Optuna: pip install 'luthier[search]'")
 
 
 class _Search:
@@ -159,7 +159,7 @@ class _Search:
         self.dimensions = list(dimensions) or default_space(recipe, resolved)
         keys = {dimension.key for dimension in self.dimensions}
         if "training.learning_rate" in keys and "adaptation.method" not in keys:
-            # A given rate would also be the rate of the head, and no trial would be the default run.
+            # Otherwise a trial's rate also changes the rate of the head.
             recipe = with_settings(
                 recipe, {"training.head_rate_multiplier": resolved.training.head_rate_multiplier}
             )
@@ -176,20 +176,19 @@ class _Search:
         path = self.folder / "search.json"
         if self.runner.name and resume and path.is_file():
             # Rounds and sums stay the same even if the cluster has grown or shrunk.
-            before = read_json(path)
-            self.threads = before.get("threads", self.threads)
+            stored = read_json(path)
+            self.threads = stored.get("threads", self.threads)
             if self._chosen_by_runner:
-                self.parallel = before["parallel"]
+                self.parallel = stored["parallel"]
         request = self._request()
         started = self.run_folder.folder.exists() or self.run_folder.model_folder.exists()
-        asked = request
+        expected = request
         if path.is_file() and not started:
             # Trials may be added until the best recipe is trained.
-            asked = {**request, "trials": read_json(path)["trials"]}
-        if not is_resumed(path, asked, f"search {self.recipe.name}", resume) and started:
+            expected = {**request, "trials": read_json(path)["trials"]}
+        if not is_resumed(path, expected, f"search {self.recipe.name}", resume) and started:
             raise RunConflict(
-                f"{self.run_folder.model_id} exists, and the best model would get that name; choose "
-                "another --name",
+                f"{self.run_folder.model_id} exists. Choose a different `--name` for the best model.",
                 rule="run.name_taken",
             )
         write_json(path, request)
@@ -211,7 +210,9 @@ class _Search:
         trials.sort(key=lambda trial: (order.index(trial.state), trial.value or 0.0))
         best = trials[0]
         if best.value is None or best.state != "complete":
-            raise Diverged(f"none of the {len(trials)} trials finished; the first: {best.reason}")
+            raise Diverged(
+                f"None of {len(trials)} trials finished. The first failed: {best.reason}"
+            )
         recipe = with_settings(self.recipe, best.settings)
         file = self._write_recipe(recipe, best)
         self.reporter.note(
@@ -262,21 +263,23 @@ class _Search:
         first = len(ended_trials(study))
         # A resumed search has the same rounds.
         size = self.parallel - (first - 1) % self.parallel if first else 1
-        asked = [self._ask(study, first + index) for index in range(min(size, self.count - first))]
+        study_trials = [
+            self._ask(study, first + index) for index in range(min(size, self.count - first))
+        ]
         trials = [
             Trial(first + index + 1, dict(a.params), None, "failed")
-            for index, a in enumerate(asked)
+            for index, a in enumerate(study_trials)
         ]
         for trial in trials:
             self.reporter.stage(f"Trial {trial.number} of {self.count}: {describe_trial(trial)}")
-        if len(asked) > 1 or self.runner.name:
+        if len(study_trials) > 1 or self.runner.name:
             shared = self._with_threads(self.recipe)
-            outcomes = side_by_side(self.folder, shared, asked, self.runner, self.reporter)
+            outcomes = side_by_side(self.folder, shared, study_trials, self.runner, self.reporter)
         else:
             recipe = with_settings(self.recipe, trials[0].settings)
             folder = trial_folder(self.folder, first + 1)
-            outcomes = [carry_out(recipe, folder, asked[0], self.reporter)]
-        for trial, each, outcome in zip(trials, asked, outcomes, strict=True):
+            outcomes = [carry_out(recipe, folder, study_trials[0], self.reporter)]
+        for trial, each, outcome in zip(trials, study_trials, outcomes, strict=True):
             self._tell(study, trial, each, outcome)
 
     def _with_threads(self, recipe: Recipe) -> Recipe:
@@ -302,17 +305,17 @@ class _Search:
         return trial
 
     def _tell(
-        self, study: optuna.Study, trial: Trial, asked: optuna.Trial, outcome: TrialOutcome
+        self, study: optuna.Study, trial: Trial, study_trial: optuna.Trial, outcome: TrialOutcome
     ) -> None:
         """Record the outcome in the study, and remove the trial's checkpoints."""
         import optuna
 
         if outcome.state == "complete":
-            study.tell(asked, outcome.value)
+            study.tell(study_trial, outcome.value)
         else:
             if outcome.reason:
-                asked.set_user_attr("reason", outcome.reason)
-            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+                study_trial.set_user_attr("reason", outcome.reason)
+            study.tell(study_trial, state=optuna.trial.TrialState.PRUNED)
         folder = trial_folder(self.folder, trial.number)
         Run(self.base.root, folder.name, rehearsal=folder).drop_working_files()
         done = trial_of(trial.number, ended_trials(study)[trial.number - 1])

@@ -31,7 +31,7 @@ class Dimension:
     low: float = 0
     high: float = 0
     log: bool = False
-    reason: str = "asked for"
+    reason: str = "requested"
 
     @property
     def whole(self) -> bool:
@@ -70,15 +70,16 @@ def parse_space(texts: Sequence[str], recipe: Recipe) -> list[Dimension]:
     for text in texts:
         dimension = _dimension(text, recipe)
         if any(dimension.key == other.key for other in dimensions):
-            raise RecipeError(f"--space {dimension.key} is given twice")
+            raise RecipeError(f"`--space {dimension.key}` is given twice.", setting=dimension.key)
         dimensions.append(dimension)
     keys = {dimension.key for dimension in dimensions}
     if "adaptation.method" in keys and any(
         key.startswith("adaptation.") for key in keys - {"adaptation.method"}
     ):
         raise RecipeError(
-            "--space adaptation.method goes without other fields of the adaptation: each method has "
-            "its own. Search each method by itself."
+            "`--space adaptation.method` excludes fields of the adaptation, because methods have "
+            "different fields. Search each method separately.",
+            setting="adaptation.method",
         )
     for dimension in dimensions:
         for value in dimension.samples:
@@ -98,23 +99,25 @@ def searchable(recipe: Recipe) -> list[str]:
 def _dimension(text: str, recipe: Recipe) -> Dimension:
     key, equals, values = (part.strip() for part in text.partition("="))
     if not equals or not values:
-        raise RecipeError(f"--space takes KEY=LOW..HIGH or KEY=a,b,c; got {text!r}")
-    known = searchable(recipe)
-    if key not in known:
+        message = f"`--space` {text!r} is invalid. Write KEY=LOW..HIGH or KEY=a,b,c."
+        raise RecipeError(message, setting="space")
+    fields = searchable(recipe)
+    if key not in fields:
         raise RecipeError(
-            f"--space {key}: no such field can be searched; there are {', '.join(known)}"
+            f"`--space`: {key!r} cannot be searched. Choose from {', '.join(fields)}.", setting=key
         )
     if ".." not in values:
         choices = tuple(dict.fromkeys(toml_value(part.strip()) for part in values.split(",")))
         if len(choices) < 2:
-            raise RecipeError(f"--space {key} has one value only; fix it with --set {key}={values}")
+            text = f"`--space {key}` has a single value. Use `--set {key}={values}`."
+            raise RecipeError(text, setting=key)
         return Dimension(key, choices=choices)
     low, high = (toml_value(part.strip()) for part in values.split("..", 1))
     for value in (low, high):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise RecipeError(f"--space {key}: {value!r} is not a number")
+            raise RecipeError(f"`--space {key}`: {value!r} is not a number.", setting=key)
     if not low < high:
-        raise RecipeError(f"--space {key}: {low:g} is not below {high:g}")
+        raise RecipeError(f"`--space {key}`: {low:g} is not below {high:g}.", setting=key)
     return Dimension(key, low=low, high=high, log=low > 0 and high >= LOG_FROM * low)
 
 
@@ -128,12 +131,12 @@ def default_space(recipe: Recipe, resolved: Recipe) -> list[Dimension]:
     rate = start_of("training.learning_rate", resolved)
     low, high = (float(f"{end:.4g}") for end in (rate / RATE_FACTOR, rate * RATE_FACTOR))
     source = "the recipe's" if recipe.training.learning_rate else "the default"
-    reason = f"a factor of {RATE_FACTOR} around {source} {rate:g}; the rate decides most"
+    reason = f"a factor of {RATE_FACTOR} around {source} {rate:g}"
     space = [Dimension("training.learning_rate", low=low, high=high, log=True, reason=reason)]
     if recipe.adaptation.method == "lora":
         rank = start_of("adaptation.rank", resolved)
         ranks = tuple(sorted({*RANKS, rank}))
-        space.append(Dimension("adaptation.rank", ranks, reason="how much LoRA can take up"))
+        space.append(Dimension("adaptation.rank", ranks, reason="capacity of LoRA"))
     return space
 
 

@@ -74,7 +74,7 @@ def make_student(
     try:
         run = Run(teacher.root, check_name(name))
     except ValueError as error:
-        raise RecipeError(f"name {name!r}: {error}") from error
+        raise RecipeError(f"`name` {name!r}: {error}", setting="name") from error
     with run.lock():
         try:
             run.check_free()
@@ -94,8 +94,8 @@ def describe_draft(draft: _Draft) -> list[str]:
     before, after = planned.depth
     lines = []
     if after != before or planned.shape.keep is not None:
-        kept = next(iter(planned.stacks.values()), None)
-        which = "one layer, repeated" if kept is None else ", ".join(map(str, kept))
+        kept_layers = next(iter(planned.stacks.values()), None)
+        which = "one layer, repeated" if kept_layers is None else ", ".join(map(str, kept_layers))
         stacks = f" in each of {len(planned.stacks)} stacks" if len(planned.stacks) > 1 else ""
         lines.append(f"layers: {after} of {before}{stacks} ({which})")
     widths = ("heads", "intermediate", "hidden")
@@ -111,7 +111,7 @@ def describe_draft(draft: _Draft) -> list[str]:
         f"{size:,.1f} MB in {kind}"
     )
     if share == 1:
-        lines.append("the student is as large as its teacher")
+        lines.append("the student has the size of the teacher")
     return lines
 
 
@@ -136,8 +136,8 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
         run.model_folder, draft.weights * draft.dtype.itemsize + (16 << 20), "storing the student"
     )
     stage(f"Loading {teacher.id}")
-    torch.manual_seed(0)  # a pooler that no file holds is drawn
-    # Merged in float32, as a sum in fewer bits loses most of a small change.
+    torch.manual_seed(0)  # weights that are missing in the files are random
+    # Merged in float32, because a sum in fewer bits loses most of a small change.
     precision = draft.dtype if teacher.parent is None else torch.float32
     student = shrink(store.load(teacher, precision, CPU, head).to(draft.dtype), draft.planned)
     stage("Storing and verifying the student")
@@ -145,12 +145,16 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
         save_network(student, teacher.chat, fresh)
         manifest = _manifest(draft, run, fresh)
         stored = store.StoredModel(run.model_id, fresh, manifest)
-        again = store.load(stored, draft.dtype, CPU, head).state_dict()
-        made = student.state_dict()
-        if odd := [name for name in made if name not in again or not made[name].equal(again[name])]:
+        loaded = store.load(stored, draft.dtype, CPU, head).state_dict()
+        different = [
+            name
+            for name, weight in student.state_dict().items()
+            if name not in loaded or not weight.equal(loaded[name])
+        ]
+        if different:
             raise LuthierError(
-                f"the saved student is not the one that was made ({', '.join(odd[:3])}); nothing was "
-                "stored"
+                f"The saved weights differ from the student ({', '.join(different[:3])}). The student "
+                "is not stored."
             )
         manifest.model_copy(update={"files": hashes_of(fresh)}).write(fresh)
     return Student(

@@ -76,10 +76,10 @@ def _trained_rows(
         skipped = {line for files in held_out for line in files.get(path, ())}
         return (row for row in RowReader(path, columns, checker) if row.line not in skipped)
 
-    usable, left = list[str](), MOST_COMPARED_BYTES
+    usable, remaining = list[str](), MOST_COMPARED_BYTES
     for path in filter(os.path.isfile, trained):
-        if (size := os.path.getsize(path)) <= left:
-            left -= size
+        if (size := os.path.getsize(path)) <= remaining:
+            remaining -= size
             usable.append(path)
     same = (path for path in usable if sha256_of(Path(path)) == trained[path])
     return match_questions(rows, chain.from_iterable(map(rows_of, same)))

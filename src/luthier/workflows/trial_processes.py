@@ -122,8 +122,8 @@ def _run(
     try:
         codes = [code or 0 for code in run_processes(processes, reporter, forward)]
     except Interrupted:
-        again = "stopped; the same command with --resume continues the running trials"
-        raise Interrupted(again) from None
+        text = "Stopped. Run the same command with `--resume` to continue the running trials."
+        raise Interrupted(text) from None
     for process, code in zip(processes, codes, strict=True):
         if code or not (process.work / OUTCOME).is_file():
             raise LuthierError(f"{process.work.name} has no outcome: {process.reason(code)}")

@@ -80,8 +80,8 @@ class Trial:
         """The measurement as text."""
         if self.value is None:
             return ""
-        shown = measured_of(self.value, self.measure)
-        return f"{SCORES.get(self.measure, self.measure)} {shown:.4f}"
+        value = measured_of(self.value, self.measure)
+        return f"{SCORES.get(self.measure, self.measure)} {value:.4f}"
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,9 @@ def open_journal(path: Path) -> Any:
 
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
     if path.is_file():
-        whole, _, rest = path.read_bytes().rpartition(b"\n")
+        complete, _, rest = path.read_bytes().rpartition(b"\n")
         if rest:
-            write_bytes(path, whole + b"\n" if whole else b"")
+            write_bytes(path, complete + b"\n" if complete else b"")
     return JournalFileBackend(str(path))
 
 
@@ -209,8 +209,8 @@ def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Return the finished trials by place."""
     from optuna.trial import TrialState
 
-    found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return sorted(found, key=lambda trial: int(trial.user_attrs[PLACE]))
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return sorted(trials, key=lambda trial: int(trial.user_attrs[PLACE]))
 
 
 def trial_of(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
@@ -224,5 +224,5 @@ def trial_of(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
 
 def describe_trial(trial: Trial) -> str:
     """Return the settings of a trial as text."""
-    shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
-    return ", ".join(f"{key}={value}" for key, value in shown.items())
+    settings = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
+    return ", ".join(f"{key}={value}" for key, value in settings.items())

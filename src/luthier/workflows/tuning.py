@@ -63,20 +63,20 @@ def tune(
     return result
 
 
-def outside(found: Forgetting, limits: ForgettingLimits) -> list[str]:
+def outside(forgetting: Forgetting, limits: ForgettingLimits) -> list[str]:
     """Return the violations of ``limits``, in words."""
-    said = []
-    drift = found.drift.kl.value
+    violations = []
+    drift = forgetting.drift.kl.value
     if not drift <= limits.max_kl:
-        said.append(f"it drifted {drift:.2f} nats a token, where {limits.max_kl:g} are allowed")
-    for change in found.regressions:
-        loss = -found.differences[change.name].value
+        violations.append(f"drift of {drift:.2f} nats per token, limit {limits.max_kl:g}")
+    for change in forgetting.regressions:
+        loss = -forgetting.differences[change.name].value
         if loss > limits.max_accuracy_loss:
-            said.append(
-                f"{change.name} fell from {change.base.value:.1%} to {change.tuned.value:.1%}, where a "
-                f"loss of {limits.max_accuracy_loss:.1%} is allowed"
+            violations.append(
+                f"{change.name} fell from {change.base.value:.1%} to {change.tuned.value:.1%}, limit "
+                f"{limits.max_accuracy_loss:.1%}"
             )
-    return said
+    return violations
 
 
 def accept(model_id: str) -> StoredModel:
@@ -87,7 +87,7 @@ def accept(model_id: str) -> StoredModel:
     """
     stored = find(model_id)
     if not stored.manifest.withheld:
-        raise RecipeError(f"{stored.id} is not withheld, so there is nothing to accept")
+        raise RecipeError(f"{stored.id} is active and needs no acceptance.")
     accepted = _mark(stored, withheld=None, accepted=stored.manifest.withheld)
     certify(accepted.id)
     return accepted
@@ -96,16 +96,16 @@ def accept(model_id: str) -> StoredModel:
 def _activate_within(stored: StoredModel, limits: ForgettingLimits, reporter: Reporter) -> None:
     """Measure the forgetting of ``stored``, store the report, and activate a model within
     ``limits``."""
-    reporter.stage("Measuring what it forgot")
-    found = measure_forgetting(
+    reporter.stage("Measuring forgetting")
+    forgetting = measure_forgetting(
         stored,
         find(str(stored.manifest.parent)),
         load_probes(limits.probes),
         on_progress=lambda done, total: reporter.progress(done, total, "parts"),
     )
-    write_report(stored, "forgetting", hashes_of_data(*limits.probes), found.plain())
-    reporter.note(found.verdict())
-    reason = "; ".join(outside(found, limits)) or None
+    write_report(stored, "forgetting", hashes_of_data(*limits.probes), forgetting.plain())
+    reporter.note(forgetting.verdict())
+    reason = "; ".join(outside(forgetting, limits)) or None
     if reason and limits.accept:
         _mark(stored, withheld=None, accepted=reason)
     else:

@@ -109,7 +109,7 @@ def test_the_upper_end_is_planned_with() -> None:
 def test_where_no_step_fits_the_smallest_run_is_named() -> None:
     planned = plan(estimate(), 10)
     assert planned.steps == 0 and planned.least == pytest.approx(21)
-    assert "not even one step fits" in advice(planned, 4) and "21 s" in advice(planned, 4)
+    assert "21 s" in advice(planned, 4)
 
 
 def test_less_than_one_pass_is_a_part_of_one() -> None:

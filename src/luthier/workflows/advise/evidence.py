@@ -22,9 +22,9 @@ from luthier.inference.inference import Chat
 from luthier.models.sampling import Sampling
 from luthier.objectives.base import predicts
 from luthier.types import Row
+from luthier.workflows.estimate.trial import trial_training
 from luthier.workflows.evaluate import grade_replies
 from luthier.workflows.prompting import Technique, Way, questions_of, rows_of_way, ways_to_ask
-from luthier.workflows.trial_training import trial_training
 
 if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
@@ -75,9 +75,9 @@ class TechniqueResult:
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values without the rows."""
-        found = asdict(self)
-        del found["row_scores"]
-        return found
+        values = asdict(self)
+        del values["row_scores"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ class Evidence:
 
     def best(self, *techniques: Technique) -> TechniqueResult | None:
         """Return the best result of some techniques."""
-        found = [each for each in self.tried if each.technique in techniques and not each.constant]
-        return max(found, key=lambda each: each.score, default=None)
+        results = [
+            each for each in self.tried if each.technique in techniques and not each.constant
+        ]
+        return max(results, key=lambda each: each.score, default=None)
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -178,41 +180,41 @@ class _Replies:
         from luthier.inference.generation import Generator
 
         generator = Generator(self.network, self.chat)
-        rows = able = self._fitting(generator, self.ways[0])
-        tried = []
+        rows = fitting = self._fitting(generator, self.ways[0])
+        fitting_ways = []
         for way in self.ways:
-            places = {*self._fitting(generator, way)}
-            common = [place for place in rows if place in places]
-            if not common or len(common) < LEAST_FITTING * len(able):
+            way_rows = {*self._fitting(generator, way)}
+            common = [number for number in rows if number in way_rows]
+            if not common or len(common) < LEAST_FITTING * len(fitting):
                 self.left_out.append(
-                    f"{way.name}: {len(places)} of {len(self.held)} questions fit into the context"
+                    f"{way.name}: {len(way_rows)} of {len(self.held)} questions fit into the context"
                 )
             else:
                 rows = common
-                tried.append(way)
+                fitting_ways.append(way)
         if len(rows) < len(self.held):
-            note(f"{len(rows)} of {len(self.held)} questions fit into the context in every way")
-        self.held = [self.held[place] for place in rows]
-        self.questions = [self.questions[place] for place in rows]
-        found = []
-        for way in tried:
-            own = Way(way.technique, way.name, [way.context[place] for place in rows])
-            found.append(self._measure(generator, own, way.technique, way.name))
-            note(found[-1].describe())
+            note(f"{len(rows)} of {len(self.held)} questions fit into the context")
+        self.held = [self.held[number] for number in rows]
+        self.questions = [self.questions[number] for number in rows]
+        results = []
+        for way in fitting_ways:
+            own = Way(way.technique, way.name, [way.context[number] for number in rows])
+            results.append(self._measure(generator, own, way.technique, way.name))
+            note(results[-1].describe())
         generator.backend.close()
-        return found
+        return results
 
     def measure_trained(self, name: str) -> TechniqueResult:
         """Measure the trained model without examples."""
         from luthier.inference.generation import Generator
 
         if not self.held:
-            raise LuthierError("no held-out row fits into the model's context")
+            raise LuthierError("No held-out row fits into the model's context. Shorten the rows.")
         way = Way("zero-shot", name, [()] * len(self.held))
         generator = Generator(self.network, self.chat)
-        found = self._measure(generator, way, "fine-tuning", name)
+        result = self._measure(generator, way, "fine-tuning", name)
         generator.backend.close()
-        return found
+        return result
 
     def _prompts(self, way: Way) -> list[Chat]:
         rows = rows_of_way(self.held, self.questions, way, self.chat)
@@ -251,7 +253,7 @@ class _Predictions:
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.evaluation.baselines import ComparedRows
 
-        # Bare rows: a label without training rows is a wrong answer here, not a fault.
+        # Bare rows: a label without training rows counts as a wrong answer, not as an error.
         bare, chat = [row.bare() for row in self.held], self.job.chat
         examples = encode_cut(self.job.data.objective, bare, chat, self._context)
         held, train = ComparedRows(self.held, examples), self.job.data.compared[0]
@@ -259,21 +261,21 @@ class _Predictions:
             self.network, self.job.data.objective, train, held, READING_BUDGET, BASELINE_SECONDS
         )
         if fitted is None:
-            self.left_out.append("simple baselines: there are none for such rows")
+            self.left_out.append("simple baselines: none for this kind of rows")
             return []
         compared = fitted.comparison
         self.left_out += [f"{name}: not enough time" for name in compared.left_out]
-        found = []
+        results = []
         for each, rows in zip(compared.baselines, fitted.row_scores, strict=True):
             technique: Technique = "zero-shot" if each.constant else "simple baselines"
             seconds = each.seconds / (compared.train_rows + compared.rows)
-            found.append(
+            results.append(
                 TechniqueResult(
                     technique, each.name, each.score, self.tokens, seconds, each.constant, rows
                 )
             )
-            note(found[-1].describe())
-        return found
+            note(results[-1].describe())
+        return results
 
     def measure_trained(self, name: str) -> TechniqueResult:
         """Measure the trained head."""

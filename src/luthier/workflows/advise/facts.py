@@ -116,16 +116,6 @@ TRIED = frozenset({"prompt", "messages", "label"})
 """Shapes of rows with one right answer."""
 
 
-@dataclass(frozen=True)
-class _Model:
-    """Sizes of the base model with the adaptation."""
-
-    weights: int
-    trained: int
-    megabytes: float
-    writes: bool
-
-
 def collect(
     recipe: Recipe,
     documents: Sequence[str],
@@ -141,6 +131,7 @@ def collect(
             without readable rows, because the rejection is part of the advice.
     """
     from luthier.engine.job import with_base
+    from luthier.engine.machine import choose_machine
     from luthier.library import models as store
     from luthier.objectives.by_shape import objective_for
 
@@ -154,7 +145,8 @@ def collect(
     shape = rows[0].shape
     if recipe.objective is None and shape != "prompt_only":
         recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
-    model = _model_facts(recipe, base, rows, chat)
+    weights, trained = _count_weights(recipe, base, rows, chat)
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
     estimate: Estimate | None = None
     evidence: Evidence | None = None
     if not refused and shape != "prompt_only":
@@ -175,10 +167,10 @@ def collect(
         learned_tokens=learned,
         prompt_tokens=int(tokens.get("tokens", 0)) - learned,
         document_tokens=sum(len(chat.tokenizer.encode(text)) for text in documents),
-        weights=model.weights,
-        trained_weights=model.trained,
-        megabytes=model.megabytes,
-        writes=model.writes,
+        weights=weights,
+        trained_weights=trained,
+        megabytes=weights * machine.dtype.itemsize / 1e6,
+        writes=not predicts(recipe.objective),
         refused=tuple(refused),
         warned=tuple(_rules(report, "warning")),
         cautions=tuple(_cautions(report)),
@@ -190,13 +182,12 @@ def collect(
 def _check_texts(recipe: Recipe) -> None:
     """Reject rows of images, audio and time series, because prompts and search do not apply."""
     source, first = recipe.data.train, None
-    with suppress(RefusedInput):  # what is wrong with the rows is said when all are read
+    with suppress(RefusedInput):  # the gate reports invalid rows later
         first = next(iter(RowReader(source, recipe.data.columns)), None)
     if isinstance(first, MediaRow):
         raise RecipeError(
-            f"advice compares tuning with prompts and search, which are for texts, and {source} holds "
-            f"{first.words}. `luthier inspect {source}` says what can be learned from them, and "
-            f"`luthier estimate {source}` what that takes"
+            f"`advise` compares tuning with prompts and search for text, and {source} has "
+            f"{first.words}. Use `luthier inspect {source}` and `luthier estimate {source}`."
         )
 
 
@@ -204,26 +195,28 @@ def _inspect(recipe: Recipe, reporter: Reporter) -> Report:
     from luthier.gate import inspect as gate
 
     reporter.stage("Inspecting the data")
-    given = recipe.objective.model_dump(mode="json") if recipe.objective else None
+    objective = recipe.objective.model_dump(mode="json") if recipe.objective else None
     data = recipe.data
     return gate.inspect(
         gate.InspectionRequest(
             data.train, data.validation, columns=data.columns, base=recipe.base,
-            objective=given, severity=data.severity or {},
+            objective=objective, severity=data.severity or {},
         )
     )  # fmt: skip
 
 
 def _rules(report: Report, severity: str) -> list[str]:
-    found = report.findings
-    return [rule.id for rule in found.rules() if found.severity(rule) == severity]
+    findings = report.findings
+    return [rule.id for rule in findings.rules() if findings.severity(rule) == severity]
 
 
 def _cautions(report: Report) -> list[str]:
     """Return the warnings of the data as a whole, which matter for the choice of a technique."""
-    found = report.findings
+    findings = report.findings
     first = [
-        found.examples[r.id][0] for r in found.rules() if found.severity(r) == "warning" and r.whole
+        findings.examples[r.id][0]
+        for r in findings.rules()
+        if findings.severity(r) == "warning" and r.whole
     ]
     return [f"{each.message} {each.closest_fix}" for each in first]
 
@@ -236,37 +229,32 @@ def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
         rows = []
     if not rows:
         raise RecipeError(
-            f"nothing can be advised on {recipe.data.train}: no row can be used "
-            f"({', '.join(refused) or 'it is empty'}). `luthier inspect` says what is wrong"
+            f"{recipe.data.train} has no usable row ({', '.join(refused) or 'the file is empty'}). "
+            "Run `luthier inspect` for details."
         )
     return rows
 
 
-def _model_facts(
+def _count_weights(
     recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFormat
-) -> _Model:
-    """Return the sizes of the network with its adaptation, from the meta device."""
+) -> tuple[int, int]:
+    """Return the weights of the base model, and the trained weights with the adaptation."""
     import torch
 
-    from luthier.engine.machine import choose_machine
     from luthier.engine.memory import trained_numbers
     from luthier.models.heads import Head
 
-    own = base.objective
-    head = own.head()
+    head = base.objective.head()
     if recipe.objective is not None:
         try:
             head = recipe.objective.fit(rows, chat).head()
         except RefusedInput:
-            head = Head(own.task)
+            head = Head(base.objective.task)
     model = base.network.sketch(head)
     weights = sum(weight.numel() for weight in model.parameters())
     with torch.device("meta"):
         recipe.adaptation.attach(model)
-    machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    megabytes = weights * machine.dtype.itemsize / 1e6
-    writes = not predicts(recipe.objective)
-    return _Model(weights, trained_numbers(model), megabytes, writes)
+    return weights, trained_numbers(model)
 
 
 def _estimate(recipe: Recipe, reporter: Reporter) -> Estimate | None:
@@ -289,7 +277,7 @@ def _try_techniques(
     """Split the rows and measure the techniques on the held-out rows."""
     train, held = _split_rows(recipe, rows)
     if len(held) < FEWEST or len(train) < FEWEST:
-        reporter.note("nothing was tried: there are too few rows to keep some apart")
+        reporter.note(f"no technique measured: fewer than {FEWEST} training or held-out rows")
         return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -301,12 +289,12 @@ def _try_techniques(
                 "test_share": None, "columns": None,
             }
         )  # fmt: skip
-        tried = recipe.model_copy(update={"data": data, "name": None})
-        named = SubsetReporter(reporter, str(file), recipe.data.train)
+        trial_recipe = recipe.model_copy(update={"data": data, "name": None})
+        renaming = SubsetReporter(reporter, str(file), recipe.data.train)
         try:
-            return gather(tried, train, held, documents, seconds, named)
-        except DataError as error:  # fewer rows than a run needs, for one
-            reporter.note(f"nothing was tried: {named.rename(str(error))}")
+            return gather(trial_recipe, train, held, documents, seconds, renaming)
+        except DataError as error:  # such as fewer rows than a run needs
+            reporter.note(f"no technique measured: {renaming.rename(str(error))}")
             return None
 
 
@@ -349,14 +337,16 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
     count = HELD_LABELS if predicts(recipe.objective) else HELD
     if recipe.data.validation:
         held = load_rows(recipe.data.validation, recipe.data.columns)
-        if len(held) > count:  # in the order of the file it might be one label alone
+        if len(held) > count:  # stratified, because files are often sorted by label
             each_N = np.arange(len(held))
             _, held_N = split_rows(strata_of(held), each_N, [count / len(held)], SEED)
             held = [held[i] for i in held_N]
         group_N = group_related([*held, *rows])
-        asked = {*group_N[: len(held)].tolist()}
+        held_groups = {*group_N[: len(held)].tolist()}
         groups = group_N[len(held) :].tolist()
-        return [row for row, group in zip(rows, groups, strict=True) if group not in asked], held
+        return [
+            row for row, group in zip(rows, groups, strict=True) if group not in held_groups
+        ], held
     share = min(LARGEST_SHARE, count / len(rows))
-    kept_N, held_N = split_rows(strata_of(rows), group_related(rows), [share], SEED)
-    return [rows[i] for i in kept_N], [rows[i] for i in held_N][: 2 * count]
+    train_N, held_N = split_rows(strata_of(rows), group_related(rows), [share], SEED)
+    return [rows[i] for i in train_N], [rows[i] for i in held_N][: 2 * count]

@@ -229,13 +229,13 @@ def forgetting(facts: AdviceFacts) -> Risk:
 
 
 def _takes(facts: AdviceFacts) -> str:
-    found = facts.estimate
-    if found is None:
+    estimate = facts.estimate
+    if estimate is None:
         return "not estimated"
-    low, high = found.seconds.low / 60, found.seconds.high / 60
+    low, high = estimate.seconds.low / 60, estimate.seconds.high / 60
     texts = dict.fromkeys((f"{low:,.0f}", f"{high:,.0f}"))
     minutes = "less than 1" if high < 1 else " to ".join(texts)
-    return f"{minutes} min, {found.memory.value / 1e9:.1f} GB of memory"
+    return f"{minutes} min, {estimate.memory.value / 1e9:.1f} GB of memory"
 
 
 def _slow(facts: AdviceFacts) -> bool:
@@ -316,9 +316,9 @@ def _choose(facts: AdviceFacts, judgements: list[Judgement], command: str) -> Re
         cautions = ("compare the win rate on held-out pairs before and after",)
         return Recommendation(("preference tuning",), True, (reason,), cautions, (command,))
     if facts.shape == "text":
-        chosen = fits["continued pre-training"] != "no"
+        is_recommended = fits["continued pre-training"] != "no"
         reason = next(j.reason for j in judgements if j.technique == "continued pre-training")
-        if not chosen:
+        if not is_recommended:
             return Recommendation(("RAG",), False, (reason, "use retrieval instead"))
         cautions = ("mix in general text against forgetting: --mix FILE=0.25",)
         return Recommendation(("continued pre-training",), True, (reason,), cautions, (command,))
@@ -439,8 +439,8 @@ def without_option(command: str, option: str) -> str:
     """Return a command without an option and its value."""
     parts = shlex.split(command)
     if option in parts:
-        place = parts.index(option)
-        del parts[place : place + 2]
+        position = parts.index(option)
+        del parts[position : position + 2]
     return shlex.join(parts)
 
 

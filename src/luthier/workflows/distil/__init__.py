@@ -44,11 +44,11 @@ def distil(
         LuthierError: if the teacher cannot be reached; the same call with ``resume`` continues.
     """
     if recipe.method not in METHODS:
-        raise RecipeError(f"unknown method {recipe.method!r}; there are {', '.join(METHODS)}")
+        raise RecipeError(f"Unknown method {recipe.method!r}. Choose from {', '.join(METHODS)}.")
     method = by_responses if recipe.method == "responses" else by_objective
-    made = method(recipe, resume, reporter or Reporter(), processes)
-    certify(made.result.model_id)
-    return made
+    distilled = method(recipe, resume, reporter or Reporter(), processes)
+    certify(distilled.result.model_id)
+    return distilled
 
 
 def by_objective(
@@ -67,8 +67,8 @@ def by_objective(
         "teacher": {"model": recipe.teacher.model},
         "rows": {"file": str(rows), "sha256": hash_of(rows)},
     }
-    further = {"distillation": lineage}
-    result = train_in_processes(recipe.tuning_recipe(), processes, resume, reporter, further)
+    origin = {"distillation": lineage}
+    result = train_in_processes(recipe.tuning_recipe(), processes, resume, reporter, origin)
     return Distilled(result, lineage)
 
 
@@ -76,15 +76,15 @@ def _objective(recipe: DistilRecipe) -> Objective:
     name = OBJECTIVE_OF[recipe.method]
     if recipe.teacher.url is not None:
         raise RecipeError(
-            f"method {recipe.method} compares the networks themselves, and {recipe.teacher.url} gives "
-            "texts only. Use `method=responses`, or a teacher on this machine",
+            f"Method {recipe.method} compares networks, and {recipe.teacher.url} returns text only. "
+            "Use `method=responses`, or a teacher on this machine.",
             rule="teacher.network",
         )
     fields = {} if recipe.objective is None else recipe.objective.model_dump(exclude_unset=True)
     if fields.get("method", name) != name:
         raise RecipeError(
-            f"method {recipe.method} trains with objective {name}, and {fields['method']} was asked "
-            "for; leave objective.method out",
+            f"Method {recipe.method} trains with objective {name}, not {fields['method']}. Remove "
+            "`objective.method`.",
             rule="objective.conflict",
         )
     fields |= {"method": name, "teacher": recipe.teacher.model}

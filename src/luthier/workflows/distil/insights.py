@@ -20,19 +20,19 @@ from luthier.types import Row
 from luthier.workflows.distil.recipe import InsightSpec
 
 RULES: Mapping[str, str] = {
-    "prompt.duplicate": "An earlier row asks the same.",
+    "prompt.duplicate": "An earlier row has the same prompt.",
     "prompt.too_long": "The prompt has more characters than `insights.longest_prompt`.",
-    "teacher.refused": "The teacher takes no such prompt: too long for it, or refused by its endpoint.",
-    "teacher.failed": "No whole answer came, however often it was asked for.",
+    "teacher.refused": "The prompt is too long for the teacher, or its endpoint rejected the prompt.",
+    "teacher.failed": "The teacher returned no complete answer after all retries.",
     "answer.cut": "The answer was cut off, by `sampling.max_tokens` or otherwise.",
-    "answer.filtered": "The endpoint's own filter cut the answer off.",
-    "answer.empty": "The answer holds nothing but white space.",
+    "answer.filtered": "The endpoint's content filter cut the answer off.",
+    "answer.empty": "The answer is empty or white space.",
     "answer.too_short": "The answer has fewer characters than `insights.shortest_answer`.",
     "answer.too_long": "The answer has more characters than `insights.longest_answer`.",
     "answer.refusal": "The answer begins like a refusal (English phrases, a heuristic).",
     "answer.context": "Prompt and answer have more tokens than the student's context.",
-    "grader.failed": "The grader has no score for the answer: it raised, hung or gave no number.",
-    "grader.score": "The grader gives the answer less than `insights.threshold`.",
+    "grader.failed": "The grader failed: an error, a timeout, or no number.",
+    "grader.score": "The score of the answer is below `insights.threshold`.",
 }
 """Why a prompt is rejected."""
 REPEATED_SHARE = 0.1
@@ -66,16 +66,13 @@ class Insight:
 
     def plain(self) -> dict[str, Any]:
         """Return a line of ``insights.jsonl``."""
-        asked: Any = [turn.to_dict() for turn in self.row.turns()]
+        prompt: Any = [turn.to_dict() for turn in self.row.turns()]
         if isinstance(self.row, PromptOnly):
-            asked = self.row.prompt
-        line: dict[str, Any] = {
-            "line": self.row.line,
-            "accepted": self.rule is None,
-            "rule": self.rule,
-        }
-        line |= {"reason": self.reason or None, "score": self.score}
-        return {**line, "prompt": asked, "answer": self.answer}
+            prompt = self.row.prompt
+        return {
+            "line": self.row.line, "accepted": self.rule is None, "rule": self.rule,
+            "reason": self.reason or None, "score": self.score, "prompt": prompt, "answer": self.answer,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class InsightSummary:
 
     @property
     def lines(self) -> list[str]:
-        """A small table for people."""
+        """Table of the counts, as text."""
         table = [f"{count:>7,}  {rule:<17} {RULES[rule]}" for rule, count in self.rules.items()]
         return [f"{self.accepted:,} of {self.prompts:,} prompts are accepted", *table]
 
@@ -102,17 +99,17 @@ def check_grader(rows: Sequence[Row], spec: InsightSpec) -> None:
 
 def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
     """Return the rows that are rejected before the teacher is queried, by index."""
-    found: dict[int, Insight] = {}
+    rejected: dict[int, Insight] = {}
     line_of: dict[Any, int] = {}
     for index, row in enumerate(rows):
         turns = row.turns()
         first = line_of.setdefault(tuple((t.role, t.content.strip()) for t in turns), row.line)
         size = sum(len(turn.content) for turn in turns)
         if first != row.line:
-            found[index] = Insight(row, None, "prompt.duplicate", f"the same as line {first}")
+            rejected[index] = Insight(row, None, "prompt.duplicate", f"same prompt as line {first}")
         elif spec.longest_prompt is not None and size > spec.longest_prompt:
-            found[index] = Insight(row, None, "prompt.too_long", f"{size:,} characters")
-    return found
+            rejected[index] = Insight(row, None, "prompt.too_long", f"{size:,} characters")
+    return rejected
 
 
 def judge_answer(
@@ -134,21 +131,23 @@ def grade_insights(insights: Sequence[Insight], grader: Grader, threshold: float
     Raises:
         GradingFailed: if a judge was unreachable, because the answers are not at fault.
     """
-    places = [place for place, each in enumerate(insights) if each.rule is None]
-    answers = [Answer.of(insights[place].row, insights[place].answer or "") for place in places]
+    positions = [position for position, each in enumerate(insights) if each.rule is None]
+    answers = [
+        Answer.of(insights[position].row, insights[position].answer or "") for position in positions
+    ]
     grades = grade_answers(grader, answers, on_error="zero")
-    if lost := [problem for problem in grades.problems if problem.rule == "judge.failed"]:
-        raise GradingFailed(lost)
+    if unreachable := [each for each in grades.problems if each.rule == "judge.failed"]:
+        raise GradingFailed(unreachable)
     failed = dict(zip(grades.places, grades.problems, strict=True))
-    found = list(insights)
-    for index, (place, score) in enumerate(zip(places, grades.scores, strict=True)):
+    graded = list(insights)
+    for index, (position, score) in enumerate(zip(positions, grades.scores, strict=True)):
         rule, reason = None, ""
         if index in failed:
             rule, reason = "grader.failed", failed[index].message
         elif score < threshold:
-            rule, reason = "grader.score", f"{grader.method} {score:g}, {threshold:g} is needed"
-        found[place] = replace(insights[place], rule=rule, reason=reason, score=score)
-    return found
+            rule, reason = "grader.score", f"{grader.method} {score:g}, minimum {threshold:g}"
+        graded[position] = replace(insights[position], rule=rule, reason=reason, score=score)
+    return graded
 
 
 def summary(insights: Sequence[Insight]) -> InsightSummary:
@@ -166,8 +165,8 @@ def repetition_warning(insights: Sequence[Insight]) -> str:
     answer, count = answers.most_common(1)[0]
     if count < 3 or count <= REPEATED_SHARE * answers.total():
         return ""
-    shown = str(answer) if len(str(answer)) <= 60 else f"{str(answer)[:59]}…"
-    return f"{count} of {answers.total()} accepted answers are the same: {shown!r}"
+    text = str(answer) if len(str(answer)) <= 60 else f"{str(answer)[:59]}…"
+    return f"{count} of {answers.total()} accepted answers are the same: {text!r}"
 
 
 def _fault(finish: str, answer: str, spec: InsightSpec) -> tuple[str | None, str]:
@@ -175,12 +174,12 @@ def _fault(finish: str, answer: str, spec: InsightSpec) -> tuple[str | None, str
     if finish in ("content_filter", "refusal"):
         return {"content_filter": "answer.filtered", "refusal": "answer.refusal"}[finish], finish
     if finish != "stop":
-        return "answer.cut", f"the teacher ended it with {finish!r}"
+        return "answer.cut", f"finish reason {finish!r}"
     if not answer:
         return "answer.empty", ""
     if len(answer) < spec.shortest_answer:
         return "answer.too_short", f"{len(answer):,} characters"
     if spec.longest_answer is not None and len(answer) > spec.longest_answer:
         return "answer.too_long", f"{len(answer):,} characters"
-    found = _REFUSAL.match(answer.replace("’", "'")) if spec.refusals else None
-    return ("answer.refusal", f"it begins with {found[0]!r}") if found else (None, "")
+    refusal = _REFUSAL.match(answer.replace("’", "'")) if spec.refusals else None
+    return ("answer.refusal", f"begins with {refusal[0]!r}") if refusal else (None, "")

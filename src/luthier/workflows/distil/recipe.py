@@ -26,14 +26,16 @@ class TeacherSpec(ModelSpec):
 
     role: ClassVar[str] = "teacher"
     set_by: ClassVar[str] = "--set teacher."
-    goes_on: ClassVar[str] = "The answers so far are kept; the same command with --resume goes on"
+    goes_on: ClassVar[str] = (
+        "The answers are stored. Run the same command with --resume to continue"
+    )
 
 
 class InsightSpec(StrictModel):
     """Rules for prompts and answers that the student learns from."""
 
     longest_prompt: int | None = Field(default=None, ge=1, le=1_000_000_000)
-    """Characters of a prompt at most."""
+    """Maximum characters of a prompt."""
     shortest_answer: int = Field(default=1, ge=1, le=1_000_000_000)
     """Minimum characters of an answer."""
     longest_answer: int | None = Field(default=None, ge=1, le=1_000_000_000)
@@ -66,10 +68,10 @@ class DistilRecipe(Recipe):
         """Add the name of the objective, which follows from the method."""
         if not isinstance(fields, Mapping) or fields.get("method") not in OBJECTIVE_OF:
             return fields
-        name, given = OBJECTIVE_OF[fields["method"]], fields.get("objective")
-        if not isinstance(given, Mapping):
+        name, objective = OBJECTIVE_OF[fields["method"]], fields.get("objective")
+        if not isinstance(objective, Mapping):
             return fields
-        return {**fields, "objective": {"method": name, **given}}
+        return {**fields, "objective": {"method": name, **objective}}
 
     @field_validator("teacher", mode="before")
     @classmethod
@@ -83,5 +85,5 @@ class DistilRecipe(Recipe):
 
     def tuning_recipe(self, **changes: Any) -> Recipe:
         """Return the student's tuning recipe."""
-        own = {name: getattr(self, name) for name in Recipe.model_fields}
-        return Recipe.model_construct(**{**own, **changes})
+        fields = {name: getattr(self, name) for name in Recipe.model_fields}
+        return Recipe.model_construct(**{**fields, **changes})

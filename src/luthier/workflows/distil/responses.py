@@ -98,7 +98,7 @@ class _Responses:
         try:
             return self._ask_and_train(rows, teacher, resume)
         except RefusedInput:
-            # The name is free for a better try; what was answered stays in the journal.
+            # The name becomes free for a new request; the log keeps the answers.
             if self.training.request_value("recipe") is None:
                 (self.folder / _REQUEST).unlink()
             raise
@@ -113,47 +113,48 @@ class _Responses:
         self._claim_name(teacher, resume)
         if teacher.weights is not None and weights > teacher.weights:
             self.reporter.note(
-                f"warning: the student is larger than its teacher ({weights:,} weights, and "
-                f"{teacher.weights:,}); it will be slower, and hardly better"
+                f"warning: the student ({weights:,} weights) is larger than the teacher "
+                f"({teacher.weights:,} weights)"
             )
         return rows, teacher
 
     def _ask_and_train(self, rows: Sequence[Row], teacher: ChatModel, resume: bool) -> Distilled:
         """Query the teacher, filter the answers, and train the student."""
         insights = self._judge(rows, self._answers(rows, teacher))
-        found = summary(insights)
+        counts = summary(insights)
         self._write(INSIGHTS, [insight.plain() for insight in insights])
-        for line in found.lines:
+        for line in counts.lines:
             self.reporter.note(line)
         if warning := repetition_warning(insights):
             self.reporter.note(f"warning: {warning}")
-        self._check_enough(found)
+        self._check_enough(counts)
         accepted = [each for each in insights if each.rule is None]
         pairs = [_with_reply(each.row, each.answer or "").record() for each in accepted]
         self._write(ANSWERS, pairs)
-        lineage = self._lineage(teacher, found)
+        lineage = self._lineage(teacher, counts)
         return Distilled(self._train(resume, lineage), lineage)
 
     def _prompts(self) -> list[Row]:
         spec, path = self.recipe.insights, self.recipe.data.train
         rows = load_prompts(path, self.recipe.data.columns)
-        if asked := next((row for row in rows if row.tools), None):
+        if row := next((row for row in rows if row.tools), None):
             raise RecipeError(
-                f"{asked.file}:{asked.line} has tools, and teachers are asked without any. Leave such "
-                "rows out, or tune on the calls themselves"
+                f"{row.file}:{row.line} has tools, which teachers do not support. Remove rows with "
+                "tools, or tune on rows with tool calls."
             )
         check_grader(rows, spec)
         if len(rows) < spec.minimum:
             raise RecipeError(
-                f"{path} holds {len(rows)} prompts, and {spec.minimum} answers are wanted at least. "
-                f"Give more prompts, or set `insights.minimum={max(2, len(rows))}`"
+                f"{path} has {len(rows)} prompts, and the minimum is {spec.minimum} answers. Give more "
+                f"prompts, or set `insights.minimum={max(2, len(rows))}`.",
+                setting="insights.minimum",
             )
         return rows
 
     def _claim_name(self, teacher: ChatModel, resume: bool) -> None:
         """Claim the name, or check that the request is the same."""
         plain = self.recipe.plain()
-        # How it is asked may change while it goes on; what is asked may not.
+        # Key, time limits and retries may change in a resumed distillation.
         plain["teacher"] = {key: plain["teacher"].get(key) for key in ("model", "url")}
         request = {
             "recipe": plain,
@@ -166,7 +167,7 @@ class _Responses:
             return
         if self.training.folder.exists() or self.training.model_folder.exists():
             raise RunConflict(
-                f"there is a run {self.training.model_id} already; choose another --name"
+                f"The run {self.training.model_id} exists. Choose a different `--name`."
             )
         write_json(path, request)
 
@@ -178,23 +179,23 @@ class _Responses:
         settings = sampling.model_dump(mode="json")
         keys = [key_of(teacher.identity, each, settings) for each in questions.values()]
 
-        def ask(places: list[int], done: Done) -> None:
-            known = len(keys) - len(places)
-            if known:
-                reporter.note(f"{known:,} of {len(keys):,} answers are in the journal already")
-            if not places:
+        def ask(positions: list[int], done: Done) -> None:
+            logged = len(keys) - len(positions)
+            if logged:
+                reporter.note(f"{logged:,} of {len(keys):,} answers are logged already")
+            if not positions:
                 return
-            reporter.stage(f"Asking {teacher.name}")
+            reporter.stage(f"Querying {teacher.name}")
             if teacher.terms:
                 reporter.note(teacher.terms)
-            numbers = count(known + 1)
+            numbers = count(logged + 1)
 
             def on_answer(number: int, outcome: Reply | Failure) -> None:
-                done(places[number], outcome)
+                done(positions[number], outcome)
                 reporter.progress(next(numbers), len(keys), "answers")
 
             conversations = [*questions.values()]
-            missing = [conversations[place] for place in places]
+            missing = [conversations[position] for position in positions]
             teacher.ask(missing, sampling, on_answer, reporter.note)
 
         with Journal.open(journal_path(teacher.identity, teacher.name)) as journal:
@@ -203,8 +204,8 @@ class _Responses:
             except KeyboardInterrupt:
                 finished = sum(key in journal.replies for key in keys)
                 raise Interrupted(
-                    f"stopped at {finished:,} of {len(keys):,} answers, which are kept; the same "
-                    "command with --resume goes on"
+                    f"Stopped with {finished:,} of {len(keys):,} answers stored. Run the same command "
+                    "with `--resume` to continue."
                 ) from None
         return dict(zip(questions, outcomes, strict=True))
 
@@ -212,28 +213,28 @@ class _Responses:
         """Return the insight of each row, in the order of the file."""
         spec, overflow = self.recipe.insights, self._overflow()
         skip = reject_prompts(rows, spec)
-        found = [
+        insights = [
             skip[index] if index in skip else judge_answer(row, outcomes[index], spec, overflow)
             for index, row in enumerate(rows)
         ]
         for grader in self.graders.values():
-            self.reporter.stage(f"Grading {sum(each.rule is None for each in found):,} answers")
-            found = grade_insights(found, grader, spec.threshold)
+            self.reporter.stage(f"Grading {sum(each.rule is None for each in insights):,} answers")
+            insights = grade_insights(insights, grader, spec.threshold)
         self.graders = {}  # frees a judge of this machine before the student trains
-        return found
+        return insights
 
     def _graders(self, answers: int) -> Mapping[str, Grader]:
         """Return the grader of the insights, if any, with loaded and tested models."""
         from luthier.workflows.evaluate import open_graders
 
         grader = self.recipe.insights.grader
-        given = {} if grader is None else {grader.method: grader}
-        return open_graders(given, answers, self.reporter.note)
+        graders = {} if grader is None else {grader.method: grader}
+        return open_graders(graders, answers, self.reporter.note)
 
     def _overflow(self) -> Callable[[Row, str], str]:
         """Return a function that describes a prompt with answer beyond the student's context."""
         if self.recipe.data.long_rows != "error":
-            return lambda row, answer: ""  # as the user asked, training cuts or drops them
+            return lambda row, answer: ""  # training truncates or drops long rows
         chat = self.student.chat
         context = self.student.room - self.recipe.adaptation.added_tokens
         objective = self.recipe.objective or OBJECTIVES["sft"].model_validate({})
@@ -244,26 +245,25 @@ class _Responses:
 
         return overflow
 
-    def _check_enough(self, found: InsightSummary) -> None:
-        least = self.recipe.insights.minimum
-        if found.accepted >= least:
+    def _check_enough(self, counts: InsightSummary) -> None:
+        minimum = self.recipe.insights.minimum
+        if counts.accepted >= minimum:
             return
         fixes = {
             "answer.cut": "a larger `sampling.max_tokens`",
-            "answer.refusal": "`insights.refusals=false` if they are none",
+            "answer.refusal": "`insights.refusals=false` for false positives",
             "grader.score": "a lower `insights.threshold`",
         }
-        advice = [fixes[rule] for rule in found.rules if rule in fixes]
-        counts = ", ".join(f"{count} {rule}" for rule, count in found.rules.items())
+        advice = [fixes[rule] for rule in counts.rules if rule in fixes]
+        rejections = ", ".join(f"{count} {rule}" for rule, count in counts.rules.items())
         raise RefusedInput(
-            f"only {found.accepted} of {found.prompts} prompts are accepted, and {least} are needed: "
-            f"{counts}. {self.folder / INSIGHTS} has the reason for each. Give "
-            f"{', or '.join(['more prompts', *advice, 'a lower `insights.minimum`'])}. The answers "
-            "are kept and will not be asked for again",
+            f"Only {counts.accepted} of {counts.prompts} prompts are accepted, and the minimum is "
+            f"{minimum}: {rejections}. See {self.folder / INSIGHTS}. Use "
+            f"{', or '.join(['more prompts', *advice, 'a lower `insights.minimum`'])}.",
             rule="distil.too_few",
         )
 
-    def _lineage(self, teacher: ChatModel, found: InsightSummary) -> dict[str, Any]:
+    def _lineage(self, teacher: ChatModel, counts: InsightSummary) -> dict[str, Any]:
         return {
             "method": self.recipe.method,
             "teacher": dict(teacher.identity),
@@ -272,7 +272,7 @@ class _Responses:
                 "file": str(self.recipe.data.train),
                 "sha256": hash_of(self.recipe.data.train),
             },
-            "insights": {**asdict(found), "file": str(self.folder / INSIGHTS)},
+            "insights": {**asdict(counts), "file": str(self.folder / INSIGHTS)},
             "answers_sha256": sha256_of(self.folder / ANSWERS),
         }
 
@@ -281,8 +281,8 @@ class _Responses:
 
         data = self.recipe.data.model_copy(update={"train": str(self.folder / ANSWERS)})
         recipe = self.recipe.tuning_recipe(data=data)
-        further = {"distillation": lineage}
-        return train_in_processes(recipe, self.processes, resume, self.reporter, further)
+        origin = {"distillation": lineage}
+        return train_in_processes(recipe, self.processes, resume, self.reporter, origin)
 
     def _write(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         write_bytes(self.folder / name, json_lines(lines).encode())
@@ -295,8 +295,9 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
     objective = recipe.objective or OBJECTIVES["sft"].model_validate({})
     if "prompt" not in objective.shapes | objective.further_shapes:
         raise RecipeError(
-            f"distillation by responses teaches replies to prompts, and objective {objective.method} "
-            "does not learn from such rows. Leave it out, or use sft"
+            f"Method responses needs rows of prompt and reply, which objective {objective.method} does "
+            "not support. Use `sft`.",
+            setting="objective",
         )
     objective.bind(RunModels(student.chat))
     network = student.network.sketch(objective.head())
@@ -356,19 +357,19 @@ class LocalTeacher(ChatModel):
         from luthier.models.sampling import Sampling
 
         generator = Generator.open(self.stored)
-        chosen = Sampling(**sampling.model_dump())
-        able = []
+        settings = Sampling(**sampling.model_dump())
+        accepted = []
         for index, messages in enumerate(questions):
-            refusal = generator.refusal(messages, chosen)
+            refusal = generator.refusal(messages, settings)
             if refusal is None:
-                able.append(index)
+                accepted.append(index)
             else:
                 done(index, Failure("teacher.refused", refusal))
-        able.sort(key=lambda index: -sum(len(turn.content) for turn in questions[index]))
+        accepted.sort(key=lambda index: -sum(len(turn.content) for turn in questions[index]))
         size = self.spec.batch_size
-        for start in range(0, len(able), size):
-            batch = able[start : start + size]
-            answers = generator.answers([questions[index] for index in batch], chosen, size)
+        for start in range(0, len(accepted), size):
+            batch = accepted[start : start + size]
+            answers = generator.answers([questions[index] for index in batch], settings, size)
             for index, answer in zip(batch, answers, strict=True):
                 finish = "stop" if answer.finished else "length"
                 done(index, Reply(answer.text, finish, answer.tokens))

@@ -48,9 +48,9 @@ class Cost:
     high: float
 
 
-def cost_of(found: Estimate, prices: Prices) -> Cost:
+def cost_of(estimate: Estimate, prices: Prices) -> Cost:
     """Return the cost of the estimated run."""
-    times, tokens = found.seconds, found.tokens
+    times, tokens = estimate.seconds, estimate.tokens
     return Cost(
         prices.currency,
         prices.cost(times.value, tokens.value),
@@ -75,17 +75,19 @@ def read_prices(path: Path | None = None) -> Prices | None:
         if not path.is_file():
             return None
     try:
-        found = Prices.model_validate(read_toml(path, "prices"))
+        prices = Prices.model_validate(read_toml(path, "prices"))
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {describe_constraint(e)}" for e in error.errors()
         )
-        raise RecipeError(f"{path}: {wrong}. docs/guide/decisions.md has an example") from error
-    if bool(found.per_kwh) != bool(found.watts):
         raise RecipeError(
-            f"{path}: electricity costs per_kwh times watts; give both or none of them"
+            f"{path}: {wrong}. See the example in docs/guide/decisions.md."
+        ) from error
+    if bool(prices.per_kwh) != bool(prices.watts):
+        raise RecipeError(
+            f"{path}: `per_kwh` and `watts` belong together. Give both fields or neither."
         )
-    return found
+    return prices
 
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -113,49 +115,48 @@ class BudgetPlan:
     """Maximum seconds of a run with a single step."""
 
 
-def plan(found: Estimate, seconds: float) -> BudgetPlan:
+def plan(estimate: Estimate, seconds: float) -> BudgetPlan:
     """Return the number of steps that fit into ``seconds``.
 
     Reading, loading and storing take a fixed time. Measurements and checkpoints grow with the
     steps.
     """
-    upper = found.seconds.high / found.seconds.value
-    fixed = found.fixed_seconds * upper
-    per_step = max(1e-9, (found.seconds.high - fixed) / found.steps)
-    # A hair of tolerance: the time that is needed is enough.
-    steps = min(found.steps, int((seconds - fixed) / per_step + 1e-6)) if seconds > fixed else 0
-    share = steps / found.steps
+    upper = estimate.seconds.high / estimate.seconds.value
+    fixed = estimate.fixed_seconds * upper
+    per_step = max(1e-9, (estimate.seconds.high - fixed) / estimate.steps)
+    # The tolerance accepts exactly the needed time in spite of rounding.
+    steps = min(estimate.steps, int((seconds - fixed) / per_step + 1e-6)) if seconds > fixed else 0
+    share = steps / estimate.steps
     return BudgetPlan(
         seconds=seconds,
-        needed=found.seconds.high,
-        fits=seconds >= found.seconds.high,
+        needed=estimate.seconds.high,
+        fits=seconds >= estimate.seconds.high,
         steps=steps,
-        epochs=found.epochs * share,
+        epochs=estimate.epochs * share,
         share=share,
-        rows=int(found.rows * share),
+        rows=int(estimate.rows * share),
         least=fixed + per_step,
     )
 
 
-def advice(planned: BudgetPlan, asked: float) -> str:
+def advice(planned: BudgetPlan, epochs_requested: float) -> str:
     """Return options for a run that fits; ``asked`` is the number of passes of the whole job."""
     if planned.steps < 1:
         return (
-            f"not even one step fits: reading the rows, loading and storing the model take "
-            f"{format_duration(planned.least)} by themselves, so that is the smallest there is. Take a "
-            "smaller base model or more time"
+            f"no step, because reading, loading and storing take {format_duration(planned.least)}. Use "
+            "a smaller base model or more time"
         )
     parts = 1 if planned.epochs >= 1 else 100
     epochs = math.floor(parts * planned.epochs + 1e-6) / parts
     passes = f"--epochs {epochs:g}" if epochs else f"--set training.max_steps={planned.steps}"
     return (
         f"{passes} ({planned.steps:,} steps), or {int(100 * planned.share)} % of the rows "
-        f"({planned.rows:,}) with --epochs {asked:g}"
+        f"({planned.rows:,}) with --epochs {epochs_requested:g}"
     )
 
 
 def check_limits(
-    found: Estimate, max_minutes: float | None, max_cost: float | None, prices: Prices | None
+    estimate: Estimate, max_minutes: float | None, max_cost: float | None, prices: Prices | None
 ) -> None:
     """Reject a job above the limits of time or cost.
 
@@ -164,30 +165,30 @@ def check_limits(
         RecipeError: for a limit of cost without prices.
     """
     if max_minutes is not None:
-        planned = plan(found, 60 * max_minutes)
+        planned = plan(estimate, 60 * max_minutes)
         if not planned.fits:
             raise DoesNotFit(
-                f"this run needs up to {format_duration(planned.needed)} and {max_minutes:g} minutes "
-                f"are allowed. What fits: {advice(planned, found.epochs)}."
+                f"The run needs up to {format_duration(planned.needed)}; the limit is {max_minutes:g} "
+                f"minutes. The limit allows {advice(planned, estimate.epochs)}."
             )
     if max_cost is None:
         return
     if prices is None:
         raise RecipeError(
-            "a limit of cost needs a price table; docs/guide/decisions.md has an example"
+            "`--max-cost` needs a price table. See the example in docs/guide/decisions.md."
         )
-    cost = prices.cost(found.seconds.high, found.tokens.high)
+    cost = prices.cost(estimate.seconds.high, estimate.tokens.high)
     if cost > max_cost:
-        # What a run costs goes with its time and its tokens, and both with its steps.
-        planned = plan(found, found.seconds.high * max_cost / cost)
+        # The cost is proportional to time and tokens, and both to the steps.
+        planned = plan(estimate, estimate.seconds.high * max_cost / cost)
         raise DoesNotFit(
-            f"this run costs up to {cost:.2f} {prices.currency} and {max_cost:.2f} are allowed. "
-            f"What fits: {advice(planned, found.epochs)}."
+            f"The run costs up to {cost:.2f} {prices.currency}; the limit is {max_cost:.2f}. "
+            f"The limit allows {advice(planned, estimate.epochs)}."
         )
 
 
 def seconds_until(clock: str, now: datetime | None = None) -> float:
-    """Seconds until ``18:00`` (tomorrow's, where today's is over) or ``2026-11-21 18:00``."""
+    """Return the seconds until ``18:00`` (today or tomorrow) or ``2026-11-21 18:00``."""
     now = now or datetime.now()
     try:
         if "-" in clock:
@@ -198,23 +199,18 @@ def seconds_until(clock: str, now: datetime | None = None) -> float:
             at += timedelta(days=1) if at <= now else timedelta()
     except ValueError as error:
         raise RecipeError(
-            f"--finish-by takes a time such as 18:00 or 2026-11-21T18:00, not {clock!r}"
+            f"`--finish-by` {clock!r} is invalid. Write 18:00 or 2026-11-21T18:00."
         ) from error
-    left = (at - now).total_seconds()
-    if left <= 0:
-        raise RecipeError(f"{clock} is over; give a time to come")
-    return left
+    seconds = (at - now).total_seconds()
+    if seconds <= 0:
+        raise RecipeError(f"`--finish-by` {clock} is in the past. Give a future time.")
+    return seconds
 
 
 def duration(text: str) -> float:
-    """Seconds of ``90m``, ``2h``, ``1h30m`` or ``45s``."""
-    parts = re.findall(r"([0-9.]+)\s*(min|[smhd])", text)
-    if not parts or "".join(re.split(r"\s+", text)) != "".join(n + unit for n, unit in parts):
-        raise RecipeError(f"{text!r} is no time; write 2h, 90m or 1h30m")
-    try:
-        total = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    except ValueError as error:
-        raise RecipeError(f"{text!r} is no time; write 2h, 90m or 1h30m") from error
-    if total <= 0:
-        raise RecipeError(f"{text!r} is no time at all; write 2h, 90m or 1h30m")
+    """Return the seconds of ``90m``, ``2h``, ``1h30m`` or ``45s``."""
+    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)\s*(min|[smhd])", text)
+    total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if total <= 0 or "".join(text.split()) != "".join(number + unit for number, unit in parts):
+        raise RecipeError(f"The duration {text!r} is invalid. Write 2h, 90m or 1h30m.")
     return total

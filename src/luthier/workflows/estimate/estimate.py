@@ -87,17 +87,21 @@ class FittedLine:
         intercept = float(y.mean()) - slope * mean
         if intercept < 0:
             intercept, slope = 0.0, float((x * y).sum() / (x * x).sum())
-        left = y - intercept - slope * x
+        residuals = y - intercept - slope * x
         freedom = max(1, len(x) - 2)
-        noise = math.sqrt(float((left**2).sum()) / freedom) if len(x) > 2 else 0.1 * float(y.mean())
+        noise = (
+            math.sqrt(float((residuals**2).sum()) / freedom)
+            if len(x) > 2
+            else 0.1 * float(y.mean())
+        )
         return FittedLine(intercept, slope, noise, len(x), mean, spread)
 
     def total(self, tokens: Sequence[float], steps: int) -> PredictionInterval:
         """Return the seconds of ``steps`` steps; ``tokens`` is a representative sample."""
         mean = float(np.mean(tokens))
         value = steps * (self.intercept + self.slope * mean)
-        away = (mean - self.mean) ** 2 / self.spread if self.spread else 0.0
-        of_mean = self.noise * math.sqrt(1 / self.points + away)
+        leverage = (mean - self.mean) ** 2 / self.spread if self.spread else 0.0
+        of_mean = self.noise * math.sqrt(1 / self.points + leverage)
         error = math.hypot(steps * of_mean, self.noise * math.sqrt(steps))
         error *= _T90[min(max(1, self.points - 2), len(_T90)) - 1]
         return PredictionInterval(value, max(0.0, value - error), value + error)
@@ -171,9 +175,9 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
         RefusedInput: as :func:`luthier.engine.train.train`.
     """
     measured = measure(recipe, reporter or Reporter())
-    found = estimate_from(measured)
-    write_json(estimates_folder() / f"{found.key}.json", found.plain())
-    return found
+    result = estimate_from(measured)
+    write_json(estimates_folder() / f"{result.key}.json", result.plain())
+    return result
 
 
 def estimate_from(measured: Measurement) -> Estimate:
@@ -215,23 +219,23 @@ def estimate_from(measured: Measurement) -> Estimate:
 def _parts(measured: Measurement) -> dict[str, PredictionInterval]:
     """Seconds of each part of the run."""
     once, trial = measured.seconds, measured.trial
-    found = {name: PredictionInterval.around(once[name], COUNTED, COUNTED) for name in PARTS}
+    parts = {name: PredictionInterval.around(once[name], COUNTED, COUNTED) for name in PARTS}
     # An average row is behind both, so that what is said of the tried rows holds for all of them.
-    every = measured.work.row_tokens / max(1, trial.row_tokens)
-    found["ahead"] = found["ahead"].times(every)
-    found["calibrate"] = found["calibrate"].times(measured.calibration)
-    found["baselines"] = _baselines(measured)
-    found["steps"] = _steps(measured)
-    found["validation"] = PredictionInterval.around(_validation(measured), COUNTED, COUNTED)
-    going = found["steps"].value + found["validation"].value
-    writes = _checkpoints(going, measured.work.steps, once["checkpoints"])
-    found["checkpoints"] = PredictionInterval.around(writes * once["checkpoints"], COUNTED, COUNTED)
+    scale = measured.work.row_tokens / max(1, trial.row_tokens)
+    parts["ahead"] = parts["ahead"].times(scale)
+    parts["calibrate"] = parts["calibrate"].times(measured.calibration)
+    parts["baselines"] = _baselines(measured)
+    parts["steps"] = _steps(measured)
+    parts["validation"] = PredictionInterval.around(_validation(measured), COUNTED, COUNTED)
+    step_seconds = parts["steps"].value + parts["validation"].value
+    writes = _checkpoints(step_seconds, measured.work.steps, once["checkpoints"])
+    parts["checkpoints"] = PredictionInterval.around(writes * once["checkpoints"], COUNTED, COUNTED)
     if refit_steps := measured.job.refit_steps:
         for name in ("data", "load", "begin", "ahead", "calibrate"):
-            found[name] = _with_refit(found[name], 1.0)
+            parts[name] = _with_refit(parts[name], 1.0)
         for name in ("steps", "checkpoints"):
-            found[name] = _with_refit(found[name], refit_steps / measured.work.steps)
-    return found
+            parts[name] = _with_refit(parts[name], refit_steps / measured.work.steps)
+    return parts
 
 
 def _with_refit(once: PredictionInterval, share: float) -> PredictionInterval:
@@ -245,19 +249,19 @@ def _steps(measured: Measurement) -> PredictionInterval:
     warm = [each for each in trial.tries if not each.first] or trial.tries[1:] or trial.tries
     tokens = [trial.batches[each.batch].tokens for each in warm]
     line = FittedLine.through(tokens, [each.seconds for each in warm])
-    found = line.total([step.tokens for step in measured.steps], measured.work.steps)
-    return found + PredictionInterval.around(_new_sizes(measured), 0.5, 0.5)
+    total = line.total([step.tokens for step in measured.steps], measured.work.steps)
+    return total + PredictionInterval.around(_new_sizes(measured), 0.5, 0.5)
 
 
 def _new_sizes(measured: Measurement) -> float:
     """Return the seconds for creating matrix kernels of new sizes."""
     trial = measured.trial
     first = {each.batch: each.seconds for each in trial.tries if each.first}
-    again = {each.batch: each.seconds for each in trial.tries if not each.first}
-    tried = frozenset[int]().union(*(trial.batches[batch].sizes for batch in again))
-    coming = frozenset[int]().union(*(step.sizes for step in measured.steps))
-    more = sum(first[batch] - seconds for batch, seconds in again.items())
-    return max(0.0, more) * len(coming) / len(tried) if tried else 0.0
+    repeated = {each.batch: each.seconds for each in trial.tries if not each.first}
+    tried_sizes = frozenset[int]().union(*(trial.batches[batch].sizes for batch in repeated))
+    run_sizes = frozenset[int]().union(*(step.sizes for step in measured.steps))
+    extra = sum(first[batch] - seconds for batch, seconds in repeated.items())
+    return max(0.0, extra) * len(run_sizes) / len(tried_sizes) if tried_sizes else 0.0
 
 
 def measurements(steps: int, every: int | None) -> int:
@@ -278,12 +282,12 @@ def _validation(measured: Measurement) -> float:
 def _baselines(measured: Measurement) -> PredictionInterval:
     """Seconds to read the rows once, for the states of the base model, and as long again to fit."""
     trial, job = measured.trial, measured.job
-    most = job.recipe.training.baseline_seconds
+    limit = job.recipe.training.baseline_seconds
     if not trial.held_tokens or not all(job.data.compared):
         return PredictionInterval.exactly(0.0)
     tokens = sum(len(example) for rows in job.data.compared for example in rows.examples)
-    value = min(most, 2 * trial.held_seconds * tokens / trial.held_tokens)
-    return PredictionInterval(value, 0.0, most)
+    value = min(limit, 2 * trial.held_seconds * tokens / trial.held_tokens)
+    return PredictionInterval(value, 0.0, limit)
 
 
 def _checkpoints(seconds: float, steps: int, cost: float) -> int:
@@ -300,19 +304,19 @@ def _checkpoints(seconds: float, steps: int, cost: float) -> int:
 
 def _memory(measured: Measurement) -> PredictionInterval:
     trial = measured.trial
-    further = measured.work.row_tokens / max(1, trial.row_tokens) - 1
-    value = trial.peak_memory + trial.kept_memory * max(0.0, further)
+    remaining = measured.work.row_tokens / max(1, trial.row_tokens) - 1
+    value = trial.peak_memory + trial.kept_memory * max(0.0, remaining)
     return PredictionInterval.around(value, MEMORY_SLACK / 2, MEMORY_SLACK)
 
 
 def _disk(measured: Measurement, parts: Mapping[str, PredictionInterval]) -> PredictionInterval:
     trial = measured.trial
-    every = measured.work.row_tokens / max(1, trial.row_tokens)
-    model = trial.model_bytes + trial.kept_disk * every + trial.run_bytes
+    scale = measured.work.row_tokens / max(1, trial.row_tokens)
+    model = trial.model_bytes + trial.kept_disk * scale + trial.run_bytes
     model += PER_STEP * measured.work.steps
     trainings = 2 if measured.job.refit_steps else 1  # each has checkpoints until the run ends
-    most = model + trainings * checkpoints.RETAINED * trial.checkpoint_bytes
-    going = parts["steps"].value + parts["validation"].value
-    written = _checkpoints(going, measured.work.steps, measured.seconds["checkpoints"])
-    value = model + trainings * min(checkpoints.RETAINED, written) * trial.checkpoint_bytes
-    return PredictionInterval(value, model, most)
+    maximum = model + trainings * checkpoints.RETAINED * trial.checkpoint_bytes
+    step_seconds = parts["steps"].value + parts["validation"].value
+    writes = _checkpoints(step_seconds, measured.work.steps, measured.seconds["checkpoints"])
+    value = model + trainings * min(checkpoints.RETAINED, writes) * trial.checkpoint_bytes
+    return PredictionInterval(value, model, maximum)

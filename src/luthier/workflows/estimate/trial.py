@@ -7,9 +7,13 @@ a checkpoint and storing are timed. All files are removed at the end.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -28,17 +32,17 @@ from luthier.engine.machine import (
 )
 from luthier.engine.metrics import Reporter
 from luthier.engine.model_writer import PARITY_ROWS
-from luthier.engine.runs import PRECOMPUTED
+from luthier.engine.runs import PRECOMPUTED, Run
 from luthier.engine.steps import select_steps
 from luthier.engine.timings import Clock, request_key
 from luthier.engine.train import Trainer
-from luthier.files import folder_size
+from luthier.files import TEMPORARY, folder_size, luthier_home
 from luthier.library import models as store
 from luthier.models.layouts import SIZE_STEP
+from luthier.models.network import Network
 from luthier.objectives.base import with_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
-from luthier.workflows.trial_training import temporary_run
 
 LOOKED_AT = 200
 """Maximum steps with built token trees; steps of a longer run are sampled evenly."""
@@ -88,14 +92,16 @@ def workload_of(job: TrainingJob) -> Workload:
         batch = order.batch(step)
         tokens += int(tokens_R[batch].sum())
         learned += int(learned_R[batch].sum())
-    held = _tokens(job, job.data.validation)
-    return Workload(job.steps, tokens, learned, held, held + int(tokens_R.sum()))
+    validation_tokens = _tokens(job, job.data.validation)
+    return Workload(
+        job.steps, tokens, learned, validation_tokens, validation_tokens + int(tokens_R.sum())
+    )
 
 
 def spread_steps(job: TrainingJob) -> list[int]:
     """Numbers of steps, spread evenly over the run."""
     count = min(job.steps, LOOKED_AT)
-    return sorted({int(place * job.steps / count) for place in range(count)})
+    return sorted({int(position * job.steps / count) for position in range(count)})
 
 
 def representative(job: TrainingJob, count: int) -> list[list[int]]:
@@ -111,20 +117,20 @@ def representative(job: TrainingJob, count: int) -> list[list[int]]:
     tokens_R = np.array([_tokens(job, [row]) for row in job.data.train])
     whole.sort(key=lambda batch: int(tokens_R[batch].sum()))
     count = min(count, len(whole))
-    places = [round((place + 0.5) / count * len(whole) - 0.5) for place in range(count)]
-    places[-1] = len(whole) - 1
-    chosen = [whole[place] for place in dict.fromkeys(places)]
-    middle = len(chosen) // 2
-    return [chosen[middle], *chosen[:middle], *chosen[middle + 1 :]]
+    positions = [round((position + 0.5) / count * len(whole) - 0.5) for position in range(count)]
+    positions[-1] = len(whole) - 1
+    selected = [whole[position] for position in dict.fromkeys(positions)]
+    middle = len(selected) // 2
+    return [selected[middle], *selected[:middle], *selected[middle + 1 :]]
 
 
 def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize:
     """Return the size of a step on ``rows``; ``shares`` means that prefixes are computed once."""
     budget = job.recipe.training.micro_batch_tokens or 1
-    seen = _largest(job, rows)
+    examples = _largest(job, rows)
     sizes = [
         len(build_tree(part, shares)) if shares else sum(row.tokens for row in part)
-        for part in (split_to_budget(seen, budget, shares) if seen else [])
+        for part in (split_to_budget(examples, budget, shares) if examples else [])
     ]
     rounded = frozenset(-(-size // SIZE_STEP) for size in sizes)
     return StepSize(sum(sizes), max(sizes, default=0), rounded)
@@ -206,6 +212,36 @@ class Measurement:
     """Time of calibration with all rows, relative to the trial."""
 
 
+@contextmanager
+def temporary_run(root: str, kind: str) -> Iterator[Run]:
+    """Yield a run of a base model below ``kind`` in the home folder, removed at the end."""
+    home = luthier_home() / kind
+    home.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=home))
+    try:
+        yield Run(root, kind, rehearsal=folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def trial_training(
+    recipe: Recipe, kind: str, reporter: Reporter
+) -> Iterator[tuple[TrainingJob, Network, Loop]]:
+    """Yield the job of ``recipe``, the network and the loop before the first step.
+
+    Raises:
+        RefusedInput: as :func:`luthier.engine.train.train`.
+    """
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    recipe = with_base(recipe, reporter)
+    job = prepare_job(recipe, store.find(recipe.base, reporter.stage), machine, reporter)
+    with temporary_run(job.base.root, kind) as run:
+        trainer = Trainer(job, run, reporter, select_steps(job, trial=True))
+        loop = trainer.start(resume=False)
+        yield job, trainer.network, loop
+
+
 def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     """Try the job of ``recipe``.
 
@@ -229,27 +265,30 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
         loop = trainer.start(resume=False)
         shares = trainer.network.shares
         trial = _try(trainer, loop, len(batches))
-    asked = trainer.calibration_rows
-    begun = replace(job, data=replace(job.data, train=trainer.prepared_rows))
-    order = order_of(begun)
-    spread = [[begun.data.train[row] for row in order.batch(step)] for step in spread_steps(begun)]
+    calibration_rows = trainer.calibration_rows
+    prepared = replace(job, data=replace(job.data, train=trainer.prepared_rows))
+    order = order_of(prepared)
+    spread = [
+        [prepared.data.train[row] for row in order.batch(step)] for step in spread_steps(prepared)
+    ]
     return Measurement(
         job=job,
         key=request_key(recipe.plain(), job.data.hashes, machine),
         machine=machine_name(machine.device),
         work=work,
-        steps=[step_of(begun, batch, shares) for batch in spread],
+        steps=[step_of(prepared, batch, shares) for batch in spread],
         trial=trial,
         seconds=clock.parts,
-        calibration=min(asked, len(job.data.train)) / max(1, min(asked, len(rows))),
+        calibration=min(calibration_rows, len(job.data.train))
+        / max(1, min(calibration_rows, len(rows))),
     )
 
 
 def _validation_sample(job: TrainingJob) -> list[int]:
     """Validation rows to measure on, evenly spread."""
-    there = len(job.data.validation)
-    count = min(there, HELD_ROWS)
-    return [int(place * there / count) for place in range(count)]
+    available = len(job.data.validation)
+    count = min(available, HELD_ROWS)
+    return [int(position * available / count) for position in range(count)]
 
 
 def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
@@ -257,17 +296,17 @@ def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     job, folder, network = trainer.job, trainer.run_folder, trainer.network
     batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
     steps = [step_of(job, batch, network.shares) for batch in batches]
-    kept = network.bottom.bytes if network.bottom is not None else 0
+    frozen_bytes = network.bottom.bytes if network.bottom is not None else 0
     loop.evaluate()
     loop.reporter = Reporter()  # its lines and their time left are those of the whole run
     tries = _tries(loop, count, trainer.reporter)
     before = loop.clock.parts["validation"]
     loop.evaluate()
-    held = loop.clock.parts["validation"] - before
+    held_seconds = loop.clock.parts["validation"] - before
     loop.checkpoint()
     sizes = folder_size(loop.checkpoints.folder), folder_size(folder.folder / PRECOMPUTED)
     trainer.progress, trainer.lines = loop.progress, loop.metrics.read()
-    asked = workload_of(replace(job, steps=len(tries)))
+    sample_work = workload_of(replace(job, steps=len(tries)))
     trainer.release()
     # The copy is thrown away: that it is stored and verified is nothing to tell.
     trainer.reporter = Reporter()
@@ -276,12 +315,12 @@ def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     return TrialRun(
         batches=steps,
         tries=tries,
-        row_tokens=asked.row_tokens,
-        held_tokens=asked.validation_tokens,
-        held_seconds=held,
-        token_share=loop.progress.tokens / max(1, asked.tokens),
+        row_tokens=sample_work.row_tokens,
+        held_tokens=sample_work.validation_tokens,
+        held_seconds=held_seconds,
+        token_share=loop.progress.tokens / max(1, sample_work.tokens),
         peak_memory=peak_memory(),
-        kept_memory=kept,
+        kept_memory=frozen_bytes,
         kept_disk=sizes[1],
         checkpoint_bytes=sizes[0],
         model_bytes=model,
