@@ -1,11 +1,11 @@
-"""What each adaptation reaches on one data set, with how many weights and in how many bytes.
+"""Accuracy, trained weights and stored bytes of each adaptation on one data set.
 
     python benchmarks/adaptations.py BANKING77 [--rows 2000] [--epochs 4] [--case full@5e-4] ...
 
-all-MiniLM-L6-v2 learns the 77 intents of Banking77 from rows of `train.jsonl`, one run after another,
-at the default rate or at the rate behind `@`; settings of the adaptation follow after commas
-(`sparse,mask=fisher@5e-3`). Accuracy is that of the stored model on all rows of `test.jsonl`. One
-thread, so that runs on a shared machine can be compared.
+all-MiniLM-L6-v2 learns the 77 intents of Banking77 from rows of `train.jsonl`, one run after
+another, at the default rate or at the rate behind `@`. Settings of the adaptation follow after
+commas (`sparse,mask=fisher@5e-3`). Accuracy is measured on the stored model and all rows of
+`test.jsonl`. One thread, so that runs on a shared machine can be compared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES = [
 
 
 def measured(case: str, train: Path, test: Path, base: str, epochs: float) -> dict[str, Any]:
-    """Tune, then evaluate, in processes of their own and a home that is thrown away."""
+    """Tune and evaluate in separate processes with a temporary LUTHIER_HOME."""
     from luthier.files import luthier_home
 
     words, _, rate = case.partition("@")

@@ -1,11 +1,11 @@
-"""How often `luthier advise` forecasts what `luthier compare` finds after the tuning.
+"""Agreement between `luthier advise` and the later result of `luthier compare`.
 
     python benchmarks/advice_vs_comparison.py DATA [--set sib200_vi ...]
 
-Each set is advised on (a trial of 60 s), then tuned with no setting but the base, and the tuned model
-is compared on the set's own test rows, 500 at most, which neither the advice nor the tuning saw. Both
-agree where tuning was advised and is worth it, or was advised against and is not shown to be better.
-Where the rows of the advice decide nothing, it says so: "not sure".
+`advise` runs a trial of 60 s on each data set. The data set is then tuned with default settings,
+and the tuned model is compared on at most 500 test rows that neither command saw. Both agree if
+tuning was advised and is worth it, or was not advised and is not shown to be better. If the rows
+decide nothing, the advice has low confidence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Running one side of a comparison as a process of its own, and reading what it took."""
+"""Child processes of a comparison, with their output, time and memory."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ TRL = [
 
 
 Curve = dict[str, list[float]]
-"""``seconds``, ``losses`` and ``memory`` (the peak so far), one entry for each step."""
+"""``seconds``, ``losses`` and ``memory`` (the peak so far), one entry per step."""
 _CURVE = {"seconds": "seconds", "losses": "loss", "memory": "memory_bytes"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one process printed and took."""
+    """Output, time and memory of one process."""
 
     report: dict[str, Any]
     peak_bytes: int
     seconds: float
-    """From its start to its end, imports included."""
+    """Seconds from start to end, imports included."""
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> Outcome:
-    """Run ``command``, whose last line of output is a JSON object; peak memory is the kernel's."""
+    """Run ``command`` and read a JSON object from its last line of output. The kernel measures peak
+    memory."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         began = time.perf_counter()
         child = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(env or {})})
@@ -61,11 +62,11 @@ def tune(
     settings: dict[str, str],
     further: dict[str, str] | None = None,
 ) -> tuple[Outcome, Curve]:
-    """``luthier tune`` in a home of its own that shares the base models; rows in the file's order.
+    """Run ``luthier tune`` in a temporary LUTHIER_HOME with the base models of the current one.
 
-    No warm-up and no validation, so that the steps are the same as a peer's. ``ahead`` is added to
-    the report: seconds spent on frozen layers before the first step. ``further`` names more values
-    of each step for the curve.
+    Rows stay in the file's order, without warm-up and validation, so that the steps equal a peer's.
+    ``ahead`` of the report is the time for frozen layers before the first step. ``further`` names
+    additional values of each step for the curve.
     """
     from luthier.files import luthier_home
 
@@ -105,7 +106,7 @@ def trl_python() -> str:
 
 
 def sum_operations(act: Callable[[], Any], cost: Callable[[Any, Any], float]) -> float:
-    """The ``cost`` of each operation of torch that ``act`` ends in, by its overload and arguments."""
+    """Return the sum of ``cost`` over all torch operations of ``act``, by overload and arguments."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Sum(TorchDispatchMode):
@@ -123,7 +124,7 @@ def sum_operations(act: Callable[[], Any], cost: Callable[[Any, Any], float]) ->
 
 
 def print_pair(ours: Outcome, curve: Curve, peer: Outcome, **about: Any) -> None:
-    """All that was measured of a pair of runs, on standard error; ``about`` says which."""
+    """Print all figures of a pair of runs to standard error; ``about`` names the pair."""
     sides = {
         "luthier": {**curve, "peak_bytes": ours.peak_bytes},
         "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
@@ -149,7 +150,7 @@ def tail(losses: list[float]) -> float:
 
 
 def steady_rate(seconds: list[float], each: int) -> float:
-    """Things per second over all steps but the first, which warms up."""
+    """Return the items per second over all steps except the first, which warms up."""
     return each * (len(seconds) - 1) / sum(seconds[1:])
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer's side: a classifier, with all layers, half of them, or the head alone.
+"""Classifier of the Hugging Face Trainer with all layers, half of the layers, or the head alone.
 
 Usage: python classify_side.py MODEL ROWS.jsonl EPOCHS CASE RATE
 """

@@ -1,8 +1,7 @@
-"""Faults that are only faults beside other rows: copies, leaks and contradictions.
+"""Faults that need two rows: duplicates, leaks and contradictions.
 
-The row that is copied stays where it is. Similarity is taken here from sets of strings, not by the
-sketches of the code that looks for them; what counts as a letter (case, punctuation, white space) is
-the check's own definition.
+The copied row stays at its line. Similarity is computed from sets of strings here, not from the
+sketches of the check. The definition of a letter (case, punctuation, white space) is the check's.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from faults import Fault, Record, answer, with_answer
 from luthier.gate.near_duplicates import LEAST_SIMILARITY, LENGTH, normalize
 
 MOST = 0.97
-"""Similarity down to which at least near copies are edited, where their length allows it."""
+"""Similarity down to which near-duplicates are edited at least, if their length allows."""
 TRIES = 60
 
 
 def asked(record: Record) -> str:
-    """What a model is given, as the check has it: preferences are conversations."""
+    """Return the input of the model, as the check sees it; preferences are conversations."""
     if "chosen" in record:
         return f"user: {record['prompt']}"
     if "messages" in record:
@@ -32,7 +31,7 @@ def asked(record: Record) -> str:
 
 
 def with_asked(record: Record, text: str) -> Record:
-    """The row with another question, of a chat its first."""
+    """Return the row with another question; in a chat, with another first turn."""
     if "messages" in record:
         first, *turns = record["messages"]
         return {**record, "messages": [{**first, "content": text}, *turns]}
@@ -45,7 +44,7 @@ def _question(record: Record) -> str:
 
 
 def whole(record: Record) -> str:
-    """All texts of a row, as the check compares them."""
+    """Return the complete text of a row, as the check compares rows."""
     if "text" in record:
         return normalize(record["text"])
     answers = [answer(record)]
@@ -60,14 +59,14 @@ def shingles(text: str) -> frozenset[str]:
 
 
 def similarity(one: str, other: str) -> float:
-    """Jaccard similarity of two normal texts."""
+    """Return the Jaccard similarity of two normalized texts."""
     first, second = shingles(one), shingles(other)
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)
 
 
 def edited(text: str, records: Sequence[Record], rng: random.Random) -> str:
-    """``text`` with one word exchanged, added, taken away or misspelt."""
+    """Return ``text`` with one word exchanged, added, removed or misspelt."""
     words = text.split(" ")
     at = rng.randrange(len(words))
     others = [word for word in asked(rng.choice(records)).split() if word.isalpha()]
@@ -117,7 +116,8 @@ def _rejected(record: Record, text: str) -> Record:
 
 
 def near_copy(records: list[Record], number: int, rng: random.Random) -> Record:
-    """Question and answer edited; of preferences what is preferred stays, as another is no copy."""
+    """Edit question and reply of a row. The preferred reply of a preference stays, because another
+    reply is no copy."""
     record = records[number]
     texts: list[Any] = [(_question, with_asked)]
     if "rejected" in record:
@@ -134,19 +134,19 @@ def near_question(records: list[Record], number: int, rng: random.Random) -> Rec
 
 
 def copy(records: list[Record], number: int, rng: random.Random) -> str:
-    """The same row, its keys in another order."""
+    """Return the row with its keys in another order."""
     record = records[number]
     keys = rng.sample(list(record), len(record))
     return json.dumps({key: record[key] for key in keys}, ensure_ascii=False)
 
 
 def _written_otherwise(text: str, rng: random.Random) -> str:
-    """The same text to people: other case, marks or blanks."""
+    """Return the text with another case, punctuation or white space."""
     return rng.choice([text.upper(), f"{text} !", f"  {text}", text.replace(" ", "  "), text])
 
 
 def another_answer(records: list[Record], number: int, rng: random.Random) -> Record:
-    """The same question with the answer or label of another row."""
+    """Return the question with the reply or label of another row."""
     record = with_asked(records[number], _written_otherwise(_question(records[number]), rng))
     said = "label" if "label" in record else ""
     current = record[said] if said else answer(record)
@@ -158,7 +158,7 @@ def another_answer(records: list[Record], number: int, rng: random.Random) -> Re
 
 
 def swapped(records: list[Record], number: int, rng: random.Random) -> Record:
-    """Preferred is what the row rejects."""
+    """Return the preference with chosen and rejected exchanged."""
     record = records[number]
     return {**record, "chosen": record["rejected"], "rejected": record["chosen"]}
 
@@ -211,11 +211,11 @@ COPIES: tuple[Fault, ...] = (
         )
     ),
 )
-"""All of them. ``fits`` says which sets can have each."""
+"""All faults that need two rows. ``fits`` selects the data sets for each."""
 
 
 class Truth:
-    """Whether a rule is right about a row that nobody touched, by comparing it with all others."""
+    """Exact check of a finding on an untouched row, against all other rows."""
 
     def __init__(self, rows: Sequence[tuple[str, Record]]) -> None:
         self.rows: list[tuple[str, Record]] = []
@@ -228,10 +228,10 @@ class Truth:
                 self.rows.append((split, row))
 
     def right(self, rule: str, split: str, record: Record) -> bool:
-        """As the rule says, with similarities from sets of strings.
+        """Return True if the finding is right, with similarities from sets of strings.
 
         Raises:
-            ValueError: for a rule that is not about other rows.
+            ValueError: if the rule does not compare rows.
         """
         group, _, kind = rule.partition(".")
         question, text = normalize(asked(record)), whole(record)

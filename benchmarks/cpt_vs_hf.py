@@ -1,10 +1,10 @@
-"""Continued pre-training at 512 tokens: against the Hugging Face Trainer, and against the machine.
+"""Continued pre-training at 512 tokens, against the Hugging Face Trainer and the machine's limit.
 
     python benchmarks/cpt_vs_hf.py TEXT.jsonl [--steps 8] [--pairs 2]
 
-SmolLM2-135M, every weight, four sequences of 512 tokens in a step, same order, rate and schedule. The
-limit of a step is the time its matrix products would take at the best rate measured for the layers'
-own shapes: three products for each linear layer and the output head, and causal attention.
+SmolLM2-135M, all weights, four sequences of 512 tokens per step, equal order, rate and schedule.
+The limit of a step is the time of its matrix products at the best rate measured for the layers'
+shapes: three products for each linear layer and the output head, and causal attention.
 """
 
 from __future__ import annotations

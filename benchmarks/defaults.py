@@ -1,15 +1,14 @@
-"""Runs with defaults beside the cheap rivals and a search, on test rows that none of them saw.
+"""Default runs against simple baselines and a search, on unseen test rows.
 
     python benchmarks/defaults.py DATA [--set sib200_vi ...] [--trials 6]
 
-Each set is tuned with no setting but the base, in a home of its own; `luthier evaluate` measures what
-was stored on the set's test rows, 2,000 at most. The rivals are those that each run fits by itself.
-Here they learn from all training rows (10,000 at most) and are measured on the same test rows, in a run
-of one step that has the test rows for its validation. With ``--trials`` a search over rate, adaptation
-and batch size spends so many runs beside it. Sets that no rival goes with are measured before and
-after, on the run's own held-out rows.
+Each data set is tuned with default settings in a temporary LUTHIER_HOME. `luthier evaluate`
+measures the stored model on at most 2,000 test rows. The baselines are those of each run, fitted on
+all training rows (at most 10,000) in a run of one step with the test rows as validation rows.
+``--trials`` adds a search over rate, adaptation and batch size. Data sets without a baseline are
+measured before and after training on the held-out rows.
 
-Sets marked * were looked at while the defaults were chosen; the others were not.
+Data sets marked * were used while the defaults were chosen.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Rows = list[dict[str, Any]]
 ENCODER, DECODER = "all-minilm-l6-v2", "smollm2-135m-instruct"
 MOST_TEST_ROWS = MOST_ROWS // 5
 ALLOW_LEAKAGE = '{"leakage.exact"="note","leakage.near"="note","leakage.many"="note"}'
-"""Test rows that stand among the training rows are named, and measured all the same."""
+"""Settings that report test rows among the training rows without rejecting the data."""
 SPACE = (
     "training.learning_rate=3e-5..2e-3",
     "adaptation.method=lora,full",
@@ -67,7 +66,7 @@ def as_preferences(rows: Rows) -> Rows:
 
 
 def as_ratings(rows: Rows) -> Rows:
-    """A rating from 1 to 5 that any text has: its words, by tens. No public one is at hand."""
+    """Turn the number of words, in tens, into a rating from 1 to 5. No public data set has ratings."""
     return [
         {"text": row["text"], "rating": 1 + min(4, len(row["text"].split()) // 10)} for row in rows
     ]
@@ -80,18 +79,18 @@ class Case:
     name: str
     folder: str
     cut: Callable[[Rows], Rows] = lambda rows: rows
-    """What of the training rows is used."""
+    """Selection of the training rows."""
     form: Callable[[Rows], Rows] = lambda rows: rows
-    """What becomes of training and test rows."""
+    """Conversion of training and test rows."""
     train: str = "train.jsonl"
     test: str = "test.jsonl"
     base: str = ENCODER
     settings: tuple[str, ...] = ()
-    """What has to be said for such rows to be read at all."""
+    """Settings needed to read the rows."""
     has_rivals: bool = True
-    """Whether some go with its rows, which `luthier evaluate` measures without writing texts then."""
+    """Whether baselines exist for the rows, which `luthier evaluate` measures without generation."""
     cuts_long_rows: bool = False
-    """Whether `luthier evaluate` has to be told to cut rows."""
+    """Whether `luthier evaluate` must truncate rows."""
 
 
 SETS = (
@@ -126,7 +125,7 @@ SETS = (
 
 
 def new_home(folder: Path) -> Path:
-    """A home in ``folder`` with the base models of this one."""
+    """Create a LUTHIER_HOME in ``folder`` with the base models of the current one."""
     from luthier.files import luthier_home
 
     home = folder / "home"
@@ -154,7 +153,7 @@ def flags(settings: Sequence[str]) -> list[str]:
 
 
 def rivals(home: Path, case: Case, train: Path, test: Path) -> Comparison | None:
-    """What cheap methods that learned from all training rows are worth on the test rows."""
+    """Return the scores of the baselines on the test rows, fitted on all training rows."""
     settings = (
         "training.max_steps=1", "training.baseline_seconds=600", f"data.severity={ALLOW_LEAKAGE}",
         *case.settings,
@@ -176,7 +175,7 @@ def score(home: Path, case: Case, name: str, test: Path, measure: str) -> float:
 
 
 def run_search(home: Path, case: Case, train: Path, trials: int) -> None:
-    """Store what a search of ``trials`` runs finds as the model ``searched``."""
+    """Store the best model of a search with ``trials`` runs as ``searched``."""
     fields = [word for field in SPACE for word in ("--space", field)]
     run_luthier(
         home, "search", str(train), "--base", case.base, "--name", "searched", "--trials",

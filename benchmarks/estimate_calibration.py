@@ -1,11 +1,12 @@
-"""Estimates beside what came of them: ten varied jobs, each estimated and then run.
+"""Accuracy of estimates: ten different jobs, each estimated and then run.
 
-    python benchmarks/estimate_calibration.py DATA [--only NAME ...] [--json FILE] [--processor-time]
+    python benchmarks/estimate_calibration.py DATA [--only NAME ...] [--json FILE]
+        [--processor-time]
 
-DATA is a folder with the public data sets named below. Each estimate and each run is a process of its
-own, as a user starts them; both base models are fetched first, so that no download is timed. Runs are
-removed after. Run it on a quiet machine, or with ``--processor-time`` and
-OMP_NUM_THREADS=1: estimates and runs then count seconds of the processor in place of the clock's.
+DATA is a folder with the public data sets named below. Each estimate and each run is a separate
+process. Both base models are fetched first, so that no download is timed. Runs are removed
+afterwards. Use a quiet machine, or ``--processor-time`` with OMP_NUM_THREADS=1, which compares
+processor seconds.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
         "pairs.jsonl", ENCODER, ["--set", "training.max_steps=12"],
     ),
 }  # fmt: skip
-"""Data, base model, and what is not default. Few steps, so that all ten take a quarter of an hour."""
+"""Data, base model and settings of each job. Few steps, so that all ten take 15 minutes."""
 
 
 def main() -> None:
@@ -91,13 +92,13 @@ def main() -> None:
 
 
 def paired(file: Path) -> list[str]:
-    """Questions and their answers as pairs of anchor and positive."""
+    """Return questions and replies as pairs of anchor and positive."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     return [json.dumps({"anchor": r["prompt"], "positive": r["completion"]}) + "\n" for r in rows]
 
 
 def job(name: str, data: Path, base: str, options: list[str]) -> dict[str, Any]:
-    """Estimate, run, and remove what was made."""
+    """Estimate and run a job, and remove its files."""
     # A run that stops early takes less than any estimate of its whole says.
     given = [str(data), "--base", base, "--set", "training.patience=0", *options]
     luthier("estimate", *given)

@@ -1,8 +1,8 @@
-"""The faults of seeded_faults.py: how each is made, and the rules that must find it.
+"""Faults of seeded_faults.py: how to make each fault, and the rules that must find the fault.
 
-A fault takes all records, the number of the one to spoil and a random generator, and gives the line
-that is written in its place. Items of personal data are made here from their public structure, not by
-the code that looks for them.
+A fault is a function of all records, the index of the record to change and a random generator, and
+returns the new line. Personal data is generated from its public structure, not by the code of the
+checks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Spoil = Callable[[list[Record], int, random.Random], "Record | str | bytes"]
 class Fault:
     name: str
     rules: tuple[str, ...]
-    """One of them must be named for the row."""
+    """Rules of which at least one must report the row."""
     spoil: Spoil
     fits: Callable[[Record], bool] = lambda record: True
     split: str = "train"
-    """Where the spoiled row is written."""
+    """Split of the changed row."""
     beside: bool = False
-    """Whether the row itself stays where it is, and the spoiled one comes last in its split."""
+    """Whether the original row stays, and the changed row is the last of its split."""
 
     def line(self, records: list[Record], number: int, rng: random.Random) -> bytes:
         made = self.spoil(records, number, rng)
@@ -47,7 +47,7 @@ def _key(record: Record) -> str:
 
 
 def answer(record: Record) -> str:
-    """What is learned: the last turn, the completion, or the text."""
+    """Return the trained text: the last turn, the completion, or the text."""
     if "messages" in record:
         return str(record["messages"][-1]["content"])
     return str(record[_key(record)])
@@ -61,7 +61,7 @@ def with_answer(record: Record, text: object) -> Record:
 
 
 def text(name: str, rule: str, change: Callable[[str, random.Random], str], **fields: Any) -> Fault:
-    """A fault of the answer's text."""
+    """Return a fault of the reply's text."""
 
     def spoil(records: list[Record], number: int, rng: random.Random) -> Record:
         record = records[number]
@@ -81,7 +81,8 @@ def inside(text: str, item: str, rng: random.Random) -> str:
 
 
 def mojibake(text: str, rng: random.Random) -> str:
-    """One word read in the wrong encoding; a foreign one is added where all are ASCII."""
+    """Return the text with one word decoded with the wrong encoding; ASCII texts get a foreign word
+    first."""
     words = text.split(" ")
     wrong = [n for n, word in enumerate(words) if not word.isascii()]
     if not wrong:
@@ -150,7 +151,8 @@ def email(rng: random.Random) -> str:
 
 
 def phone(rng: random.Random) -> str:
-    """In a form that people write; without a country code in groups, or behind a word for it."""
+    """Return a phone number in a common notation: with a country code, in groups, or after a word
+    such as "call"."""
     vn = f"9{rng.choice('01678')}{digits(7, rng)}"
     area = rng.choice(["212", "415", "650", "312"])
     us = f"{area}{rng.choice('23456789')}{rng.choice('02345678')}{digits(5, rng)}"
@@ -396,4 +398,4 @@ FAULTS: tuple[Fault, ...] = (
     item("private_key", private_key),
     item("password", password),
 )
-"""All faults. A new one is one more entry; ``spoil`` sees all records, so it can copy one."""
+"""All faults of single rows. ``spoil`` receives all records, so a fault can copy a row."""

@@ -1,12 +1,11 @@
-"""What luthier has won in speed, each as a ratio with a floor: ends with an error where one is lost.
+"""Lower bounds of speed ratios: fails if a ratio is below its floor.
 
     python benchmarks/floors.py [--rounds 3] [--only NAME ...]
 
-To be run by hand or at night on a machine that does nothing else. Both sides of a ratio run in turns on
-the same rows and weights (SmolLM2-135M), the best round of each counts. The peer is transformers with
-PEFT, as their own examples have them: float32 weights under bfloat16 autocast, a padded batch. Commands
-are held beside ``import torch``, which none of them can do without. The floors are some 15 % below what
-was measured on 2 cores of an AMD EPYC (docs/results.md); another machine has others.
+For a quiet machine. Both sides of a ratio run in turns on the same rows and weights (SmolLM2-135M);
+the best round of each side counts. The peer is transformers with PEFT as in their examples: float32
+weights, bfloat16 autocast, a padded batch. Commands are compared with ``import torch``. The floors
+are about 15 % below the values measured on 2 cores of an AMD EPYC (docs/results.md).
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ Side = Callable[[], object]
 
 
 def encoded_rows(shared: int, own: int) -> list[Any]:
-    """A step's rows: ``shared`` tokens in front of all, some ``own`` further ones, and an answer."""
+    """Return the rows of a step: ``shared`` common tokens, about ``own`` individual tokens, and a
+    reply."""
     from luthier.types import Example
 
     draw = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def training_step(shared: int, own: int, budget: int) -> tuple[Side, Side]:
 
 
 def rollouts(count: int, tokens: int = 32) -> tuple[Side, Side]:
-    """Completions of one prompt, as reinforcement learning samples them: LoRA in its place."""
+    """Return completions of one prompt as in reinforcement learning, with LoRA attached."""
     import torch
 
     from luthier.adaptations.lora import LoRA
@@ -134,7 +134,7 @@ def rollouts(count: int, tokens: int = 32) -> tuple[Side, Side]:
 
 
 def command(*arguments: str) -> tuple[Side, Side]:
-    """A whole command in a process of its own, beside ``import torch``."""
+    """Return a complete command in a separate process, and ``import torch``."""
 
     def run(*line: str) -> None:
         with tempfile.TemporaryDirectory() as home:
@@ -153,7 +153,7 @@ def command(*arguments: str) -> tuple[Side, Side]:
 
 @contextmanager
 def sample_rows(count: int) -> Iterator[Path]:
-    """Rows of some 60 bytes and answers of a few words."""
+    """Write rows of about 60 bytes with replies of a few words."""
     words = ["".join(random.Random(k).choices("aeiorstln", k=6)) for k in range(4000)]
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,10 @@
-"""Frozen layers and feature extraction: epochs against the Hugging Face Trainer's, and against full.
+"""Frozen layers and feature extraction, against the Hugging Face Trainer and full tuning.
 
     python benchmarks/freezing_vs_hf.py BANKING77/train.jsonl [--rows 2000] [--epochs 3]
 
-all-MiniLM-L6-v2, 77 classes, batch 16, the rows in one order. The Trainer freezes by
-`requires_grad`, as its users do, pads each batch to its longest row and computes in bfloat16
-autocast. The first epoch of luthier includes computing the frozen layers for all rows; later ones
-start above them.
+all-MiniLM-L6-v2, 77 classes, batch 16, rows in one order. The Trainer freezes with `requires_grad`,
+pads each batch to its longest row and computes in bfloat16 autocast. The first epoch of luthier
+includes computing the frozen layers of all rows; later epochs start above these layers.
 """
 
 from __future__ import annotations

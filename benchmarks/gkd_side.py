@@ -1,7 +1,6 @@
-"""TRL's side of the comparison: GKDTrainer as published, run in its own environment.
+"""TRL's GKDTrainer with default code, in a separate environment.
 
-Usage: python gkd_side.py STUDENT TEACHER ROWS.jsonl STEPS CASE RATE
-where CASE is lora or full.
+Usage: python gkd_side.py STUDENT TEACHER ROWS.jsonl STEPS CASE RATE where CASE is lora or full.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python benchmarks/gkd_vs_trl.py ROWS.jsonl [--steps 12] [--pairs 2] [--case NAME]
 
-ROWS.jsonl has prompts and completions. The teacher is SmolLM2-135M-Instruct, the student every second
-of its layers, untrained since. Forward KL at the replies' tokens (TRL: lmbda 0, beta 0), batch 16, rows
-of at most 1,000 characters in one fixed order, the same rate and cosine schedule, no validation. TRL
-runs in its own environment, with four rows at a time, accumulated; weights are loaded in bfloat16 where
-they are frozen, teacher included, and trained under bfloat16 autocast elsewhere. Rows/s leave the first
-step out; memory is the largest resident size of the whole process, imports included. Losses are means
-over the last third of the steps, beside luthier's in float32.
+ROWS.jsonl has prompts and completions. The teacher is SmolLM2-135M-Instruct, the student has every
+second layer. Forward KL on the tokens of the replies (TRL: lmbda 0, beta 0), batch 16, rows of at
+most 1,000 characters in one fixed order, equal rate and cosine schedule, no validation. TRL runs in
+a separate environment, four rows at a time, accumulated. Frozen weights and the teacher are loaded
+in bfloat16; other weights train under bfloat16 autocast. Rows/s exclude the first step. Memory is
+the peak resident size of the process, imports included. Losses are means over the last third of the
+steps, compared with luthier in float32.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ HEADER = [
 
 
 def write_rows(source: Path, target: Path, count: int) -> None:
-    """The first ``count`` rows that are short enough, shuffled, as conversations."""
+    """Write the first ``count`` rows within the length limit as conversations, shuffled."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line]
     random.Random(0).shuffle(rows)
     short = [row for row in rows if len(row["prompt"]) + len(row["completion"]) <= LONGEST]
@@ -68,7 +68,7 @@ def write_rows(source: Path, target: Path, count: int) -> None:
 
 
 def cut_student(teacher: str, folder: Path) -> None:
-    """Every second layer of the teacher, as a Hugging Face directory that both sides load."""
+    """Write every second layer of the teacher as a Hugging Face directory for both sides."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

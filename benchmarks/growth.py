@@ -1,13 +1,12 @@
-"""What each stage costs as rows, steps, jobs and accounts grow: a table, and an error where it bends.
+"""Cost of each stage as rows, steps, jobs and accounts grow; fails if a cost per row grows.
 
     python benchmarks/growth.py [--rows 1000 10000 100000] [--order 1000 100000 10000000]
         [--jobs 1000 10000 100000] [--plot growth.png] [--base smollm2-135m-instruct]
 
-Each stage runs alone in a process of its own, on rows made from a seed; time is the processor's, by row
-(step, line, job), so that other work on the machine disturbs it little; memory is the peak of the
-process beyond that of the smallest size. The last column is the exponent between the two largest sizes:
-1 is a cost by row that stays as it is. Ends with an error where one is above 1.15, or where what is to
-cost the same whatever there is (a step's rows, a page of jobs, a claim) costs over twice as much.
+Each stage runs in a separate process on generated rows. Time is processor time per row (step, line,
+job). Memory is the peak beyond the smallest size. The last column is the exponent between the two
+largest sizes; 1 means a constant cost per row. Fails if an exponent is above 1.15, or if a stage
+with constant cost (rows of a step, a page of jobs, a claim) takes more than twice as long.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from typing import Any
 from children import table
 
 LINEAR, FLAT = 1.15, 2.0
-"""Exponents, and ratios of what does not grow, up to which all is well."""
+"""Largest accepted exponent, and largest accepted ratio of stages with constant cost."""
 BASE = "smollm2-135m-instruct"
 WORDS = ["".join(random.Random(number).choices("aeiorstln", k=6)) for number in range(4000)]
 Spent = tuple[float, int]
-"""Seconds of the processor for what grows, and how often it was done."""
+"""Processor seconds of the growing part, and the number of repetitions."""
 
 
 def write_rows(count: int, folder: Path) -> Path:
-    """Rows of some 20 words, of which one in 50 comes again."""
+    """Write rows of about 20 words; one in 50 is a repetition."""
     draw, path = random.Random(0), folder / f"rows-{count}.jsonl"
     texts: list[str] = []
     with path.open("w") as file:
@@ -117,7 +116,8 @@ def read_metrics(count: int, folder: Path, base: str) -> Spent:
 
 
 def database_of(count: int, folder: Path) -> Any:
-    """A database with so many jobs of a tenth as many accounts; the last hundred wait."""
+    """Create a database with ``count`` jobs of a tenth as many accounts; the last hundred jobs
+    wait."""
     from sqlalchemy import insert
 
     from luthier.server.tables.database import Database, new_id, now
@@ -191,9 +191,9 @@ BY_JOBS: dict[str, tuple[Stage, str]] = {
     "claim the next of 100 jobs that wait": (claim_job, "claim"),
 }
 LIMITS = {"draw an epoch": 1.35}
-"""Where the exponent may be higher: a permutation of 10 million leaves the processor's caches."""
+"""Higher limits: a permutation of 10 million leaves the processor's caches."""
 SAME = {"rows of a step", "a page of an account's jobs", "claim the next of 100 jobs that wait"}
-"""What is to cost the same however much there is."""
+"""Stages with constant cost."""
 
 
 def run_alone(stage: Stage, count: int, base: str) -> tuple[float, float]:

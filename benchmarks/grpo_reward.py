@@ -1,8 +1,8 @@
-"""Reinforcement that raises a real reward: SMS spam, answered in one exact word.
+"""GRPO with a real reward: SMS spam, classified with one exact word.
 
-The base model never answers in the form asked for, so a first tuning on 48 answers gives it the form;
-GRPO then has the right word as its only reward, on 432 further messages. Measured on 200 messages that
-neither has seen, half of them spam.
+The base model never generates the format. A first tuning on 48 replies teaches the format. GRPO
+then uses the right word as its only reward, on 432 other messages. The test has 200 unseen
+messages, half of them spam.
 
     python benchmarks/grpo_reward.py DATA/sms_spam
 """

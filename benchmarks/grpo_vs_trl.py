@@ -1,13 +1,13 @@
-"""luthier's GRPO against TRL 1.16's on the same prompts of GSM8K, in turns.
+"""GRPO against TRL 1.16's on the same prompts of GSM8K, in turns.
 
     python benchmarks/grpo_vs_trl.py GSM8K/train.jsonl [--steps 6] [--pairs 2] [--prompts 1]
 
-SmolLM2-135M, LoRA of rank 16 on all linear layers, 8 completions of at most 64 tokens for each prompt,
-no reference model, one optimizer step on each batch. TRL runs in its own environment, with its defaults
-and with the best settings we found for it (weights loaded in bfloat16, no gradient checkpointing). The
-rewards differ in every group, so that neither side may skip a group; what a completion is worth takes
-no time on either side. Completions/s leave the first step out, and count sampling, grading and
-training; memory is the largest resident size of the whole process.
+SmolLM2-135M, LoRA of rank 16 on all linear layers, 8 completions of at most 64 tokens per prompt,
+no reference model, one optimizer step per batch. TRL runs in a separate environment with its
+defaults and with the best settings we found (weights in bfloat16, no gradient checkpointing).
+Rewards differ in every group, so that no side skips a group; the reward function takes no time.
+Completions/s exclude the first step and include sampling, grading and training. Memory is the peak
+resident size of the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer's side: continued pre-training at 512 tokens, every weight.
+"""Continued pre-training of all weights at 512 tokens by the Hugging Face Trainer.
 
 Usage: python hf_side.py MODEL TEXT.jsonl STEPS RATE
 """

@@ -1,10 +1,10 @@
-"""The Fréchet distance of two sets of images in the features of a classifier; of one, of its halves.
+"""Fréchet distance of two sets of images, or of the halves of one, in a classifier's features.
 
     python benchmarks/image_distance.py small-cnn:judge DATA/mnist10k/test.npz [MADE] [--size 32]
 
-What it is between two halves of real images is as near as made ones can come with so many. All images
-are brought to ``size`` x ``size`` first, as those are that a network of that size makes. Sets are cut
-to the length of the shorter one.
+The distance between two halves of real images is the lower limit for generated images of that
+number. All images are resized to ``size`` x ``size`` first. The longer set is cut to the length of
+the shorter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The Hugging Face Trainer's side: the head of a frozen network of images, in float32.
+"""Head of a frozen image network, trained by the Hugging Face Trainer in float32.
 
 Usage: python image_features_side.py FOLDER ROWS.npz EPOCHS BATCH RATE
 
-FOLDER holds the network with its head. Prints the seconds of each epoch and the loss of each step.
+FOLDER has the network with its head. Prints the seconds of each epoch and the loss of each step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class EpochClock(Clock):
 
 
 class FrozenTrainer(Trainer):
-    """Leaves batch norms as they are, and keeps each step's loss with all its digits."""
+    """A Trainer that leaves batch norms unchanged and stores each step's loss with all digits."""
 
     exact: list[float]
 

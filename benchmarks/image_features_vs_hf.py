@@ -1,14 +1,13 @@
-"""Feature extraction from images: epochs against the Hugging Face Trainer's on the same frozen network.
+"""Feature extraction from images, against the Hugging Face Trainer on the same frozen network.
 
     python benchmarks/image_features_vs_hf.py DATA/sign_digits/train.npz [--rows 600] [--epochs 4]
         [--pairs 2]
 
-efficientnet-lite0, ten classes, batch 16, the rows in one order, float32, one thread, AdamW at 1e-3
-with a cosine schedule. Both sides begin with the same weights, new head included, without dropout, and
-only the head trains. The Trainer freezes by `requires_grad`, as its users do, holds its images in
-memory as it reads them, and keeps the statistics of batch norms. Times are by the clock from the end
-of one epoch to the end of the next; that of luthier's first begins before features are computed. The
-sides take turns.
+efficientnet-lite0, ten classes, batch 16, rows in one order, float32, one thread, AdamW at 1e-3
+with a cosine schedule. Both sides start with the same weights and head, without dropout, and train
+only the head. The Trainer freezes with `requires_grad`, stores decoded images in memory and keeps
+the statistics of batch norms. An epoch is timed from the end of the previous epoch; luthier's first
+epoch includes the features. The sides run in turns.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ BATCH, RATE = 16, 1e-3
 
 
 def write_rows(source: Path, target: Path, count: int) -> None:
-    """The first ``count`` rows in an order that follows from a seed alone."""
+    """Write the first ``count`` rows in an order that depends on a seed alone."""
     with np.load(source) as arrays:
         chosen = np.random.default_rng(0).permutation(len(arrays["labels"]))[:count]
         np.savez(target, images=arrays["images"][chosen], labels=arrays["labels"][chosen])
@@ -65,7 +64,7 @@ def tune(folder: Path, rows: Path, epochs: int, steps: int) -> tuple[list[float]
     from luthier.engine.metrics import Reporter
 
     class Clock(Reporter):
-        """Notes when what happens."""
+        """A reporter that records the time of each event."""
 
         def __init__(self) -> None:
             self.ends: list[float] = []

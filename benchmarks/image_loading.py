@@ -1,12 +1,12 @@
-"""How long steps wait for images: a folder of JPEG or PNG files, changed at random in training.
+"""Waiting time of steps for images: a folder of JPEG or PNG files, augmented in training.
 
     python benchmarks/image_loading.py DATA/sign_digits/train.npz [--rows 96] [--pixels 640]
 
-The photographs are files of 100 x 100 pixels, as they are, and of 640 x 480. To read an image
-is to decode, resize, change and scale it. While a step computes, threads read the images
-of the next one; what is measured is the share of a step that waits for them, with that and without
-(``now``). In the first epoch every file is decoded; later ones find what was resized in memory, as long
-as it has room there. One thread computes, so that the threads that read have the other cores.
+The photographs are files of 100 x 100 pixels and of 640 x 480. Reading an image means decoding,
+resizing, augmenting and scaling. During a step, threads read the images of the next step. The
+benchmark measures the share of a step that waits, with and without reading ahead (``now``). The
+first epoch decodes every file; later epochs find resized images in memory. One thread computes, so
+that other cores can read.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ CASES = (
 
 
 class Waiting(Reporter):
-    """Seconds of each step, and those of them in which it waited for images."""
+    """Seconds of each step, and the seconds spent waiting for images."""
 
     def __init__(self) -> None:
         self.waited = 0.0
         self.steps: list[tuple[float, float]] = []
 
     def measured(self, reader: layouts.MediaReader, *given: Any) -> Any:
-        """What a layout calls in the place of its own method."""
+        """Replace a layout's method with a timed method."""
         started = time.perf_counter()
         found = ARRAYS(reader, *given)
         self.waited += time.perf_counter() - started
@@ -62,7 +62,7 @@ ARRAYS, READ_AHEAD = layouts.MediaReader.arrays, layouts.MediaReader.read_ahead
 
 
 def write(source: Path, folder: Path, rows: int, size: tuple[int, int] | None, ending: str) -> None:
-    """The first ``rows`` images as files, in a folder for each class."""
+    """Write the first ``rows`` images as files, one folder per class."""
     with np.load(source) as arrays:
         for number, label in enumerate(arrays["labels"][:rows]):
             image = Image.fromarray(arrays["images"][number])

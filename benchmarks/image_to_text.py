@@ -1,13 +1,14 @@
-"""Lines of text rendered in several fonts with noise, and how well a network learns to read them.
+"""Text recognition on rendered lines in several fonts with noise.
 
-    python benchmarks/image_to_text.py DATA [--fonts A.ttf B.ttf ...] [--held-out C.ttf] [--rows 24000]
+    python benchmarks/image_to_text.py DATA [--fonts A.ttf B.ttf ...] [--held-out C.ttf] [--rows
+        24000]
         [--output FOLDER] [--set training.epochs=3 ...]
 
-DATA has ``sib200_vi`` and ``d2l_vi``, Vietnamese sentences; their own splits keep the texts of training
-and test apart, and test lines that stand among the training lines are left out. Sentences are cut into
-lines of three to six words, of at most 40 characters. Each line has a font, size, ink, ground, slant,
-blur and noise of its own. The same test lines are written once in the fonts of the training lines and
-once in ``--held-out``, which no training line has. Fonts are matplotlib's DejaVu unless named.
+DATA has ``sib200_vi`` and ``d2l_vi``, Vietnamese sentences with separate texts for training and
+test. Test lines that also occur in training are removed. Sentences are cut into lines of three to
+six words and at most 40 characters. Each line has its own font, size, ink, ground, slant, blur and
+noise. The same test lines are rendered in the fonts of the training lines and in ``--held-out``, an
+unseen font. Fonts are matplotlib's DejaVu by default.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SETS = ("sib200_vi", "d2l_vi")
 LONGEST = 40
 MARKS = "ÀÁÂÃÈÉÊÌÍÒÓÔÕÙÚÝàáâãèéêìíòóôõùúýĂăĐđĨĩŨũƠơƯư–“”"
 LETTERS = {*map(chr, range(32, 127)), *MARKS, *map(chr, range(0x1EA0, 0x1EFA))}
-"""Characters of the lines; lines of code and formulas have others."""
+"""Characters of the lines. Lines with other characters, such as code and formulas, are removed."""
 DEJAVU = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif",
     "DejaVuSerif-Bold",
@@ -63,7 +64,7 @@ def lines_of(data: Path, split: str, rng: random.Random) -> list[str]:
 
 
 def render(text: str, font: Path, rng: random.Random) -> Image.Image:
-    """A line in grey, as a bad scan has it."""
+    """Render a line in grey, like a bad scan."""
     size = rng.randint(24, 36)
     face = ImageFont.truetype(str(font), size)
     left, _, right, _ = face.getbbox(text)
@@ -81,7 +82,7 @@ def render(text: str, font: Path, rng: random.Random) -> Image.Image:
 
 
 def write(folder: Path, lines: Sequence[str], fonts: Sequence[Path], rng: random.Random) -> Path:
-    """The lines as an image folder of Hugging Face."""
+    """Write the lines as a Hugging Face image folder."""
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w") as metadata:
         for number, line in enumerate(lines):

@@ -1,9 +1,9 @@
-"""Throughput of each check of the data gate, on one core.
+"""Throughput of each data check on one core.
 
     python benchmarks/inspection_speed.py DATA.jsonl [DATA.jsonl ...] [--base ID] [--megabytes 8]
 
-Each file is repeated up to the size; rows are read once, and each check then runs alone over the same
-batches. MB are bytes of the file; the time is the processor's, best of three.
+Each file is repeated up to the size. Rows are read once, and each check then runs alone over the
+same batches. MB are bytes of the file; the time is processor time, the best of three.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from luthier.gate.scan import batches
 
 
 def seconds(made: Callable[[], Check], parts: list[RowBatch]) -> float:
-    """Processor time of one check over all batches."""
+    """Return the processor time of one check over all batches."""
     best = float("inf")
     for _ in range(3):
         check, places, findings = made(), Places(), Findings()

@@ -1,10 +1,10 @@
 """Anomalies of time series: a VAE of windows against a rolling z-score, on series of NAB.
 
-Both learn from the first 15 % of each series, which NAB calls probationary and has no anomaly in. An
-anomaly counts as found when a value in the window that NAB gives it is above the threshold; a false
-alarm is a value outside of all windows that is. The threshold of each detector is first its own, from
-the first part at a budget of 1 %, and then the one at which it gives a false alarm on so many of the
-values outside: at equal alarms, which finds more?
+Both learn from the first 15 % of each series, which NAB calls probationary and which has no
+anomaly. An anomaly is found if a value in NAB's window is above the threshold. A false alarm is a
+value above the threshold outside all windows. Each detector has two thresholds: its own, from the
+first part with a budget of 1 %, and the threshold at a given false-alarm rate outside the windows,
+for a comparison at equal alarms.
 
     python benchmarks/nab.py DATA_FOLDER
 """
@@ -30,7 +30,7 @@ PROBATION = 0.15
 BUDGET = 0.01
 ALARMS = (0.001, 0.005, 0.01)
 WIDTH = 24
-"""Values that the rolling z-score looks back on."""
+"""Number of previous values for the rolling z-score."""
 
 
 @dataclass
@@ -62,7 +62,8 @@ def read(folder: Path) -> list[Series]:
 
 
 def z_scores(series: Series) -> Scores:
-    """How far each value lies from the mean of those before it, in their deviations."""
+    """Return the distance of each value from the mean of the previous values, in standard
+    deviations."""
     first = np.full(WIDTH, series.values[0])
     before = np.lib.stride_tricks.sliding_window_view(np.r_[first, series.values], WIDTH)[:-1]
     floor = 1e-6 * np.abs(series.values).max()
@@ -70,7 +71,7 @@ def z_scores(series: Series) -> Scores:
 
 
 def vae_scores(series: Series, folder: Path, seed: int) -> tuple[Scores, float, float]:
-    """Scores of the model, the largest that it takes for ordinary, and the seconds of training."""
+    """Return the scores of the model, its threshold, and the seconds of training."""
     path = folder / f"{series.name}.csv"
     rows = zip(series.times[: series.learned], series.values.tolist(), strict=False)
     path.write_text("timestamp,value\n" + "".join(f"{t},{value!r}\n" for t, value in rows))

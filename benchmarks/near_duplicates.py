@@ -2,9 +2,9 @@
 
     python benchmarks/near_duplicates.py DATA/banking77 --rows 1000000
 
-Rows are texts of the folder's JSON Lines with up to three words exchanged for others of the same
-folder, so that similarities of all sizes occur. Recall and false alarms are those of pairs, against
-exact Jaccard similarity on sets of strings, for all pairs of which one row is in a random sample.
+Rows are texts of the folder's JSON Lines with up to three words exchanged, so that all similarities
+occur. Recall and false alarms count pairs with one row in a random sample, against exact Jaccard
+similarity on sets of strings.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def grams(text: str) -> set[str]:
 
 
 def sampled_pairs(texts: dict[int, str], sample: list[int]) -> tuple[set[tuple[int, int]], int]:
-    """Pairs of at least the least similarity of which one row is in the sample."""
+    """Return the pairs above the smallest similarity with one row in the sample."""
     sets = {row: grams(texts[row]) for row in sample}
     holding = defaultdict(list)
     for row, shingles in sets.items():

@@ -1,4 +1,4 @@
-"""What all peers' sides share: the settings of transformers' Trainer, a training, times and losses."""
+"""Settings, training, times and losses shared by the peers' scripts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Clock(TrainerCallback):
 def train(
     trainer_of: Any, config_of: Any, steps: str, rate: str, settings: dict[str, Any], **given: Any
 ) -> None:
-    """Train as published by ``settings`` beside ours, and print seconds and losses of the steps."""
+    """Train with the peer's trainer and ``settings``, and print seconds and losses of the steps."""
     with tempfile.TemporaryDirectory() as scratch:
         config = config_of(
             output_dir=scratch,

@@ -1,9 +1,9 @@
-"""Nearest images by their pixels alone: what embeddings of images have to be better than.
+"""Nearest images by pixels: the baseline for embeddings of images.
 
     python benchmarks/pixel_neighbours.py DATA/sign_digits/test.npz [--size 32]
 
-Each image is brought to ``size`` x ``size`` pixels; two are as near as the cosine of their values, 0
-to 1. The scores are those of ``luthier evaluate`` on a model of embeddings.
+Each image is resized to ``size`` x ``size`` pixels; similarity is the cosine of the values from 0
+to 1. The scores are those of ``luthier evaluate`` on an embedding model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""TRL's losses and gradients on given token ids, run in TRL's own environment.
+"""TRL's losses and gradients on given token ids, in TRL's environment.
 
-Usage: python preference_losses_side.py POLICY REFERENCE REWARD ROWS.json
-where ROWS.json holds {"prompt", "chosen", "rejected"} as lists of token ids, and the folders are
-Hugging Face directories. Prints the loss of each method, and the norm of its gradient.
+Usage: python preference_losses_side.py POLICY REFERENCE REWARD ROWS.json where ROWS.json has
+{"prompt", "chosen", "rejected"} as lists of token ids, and the folders are Hugging Face
+directories. Prints the loss and the gradient norm of each method.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DPO = {
 
 
 def padded(sides: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Prompts with answers, filled up on the right; which tokens are there, and which are answers."""
+    """Return prompts with replies, padded on the right, with the masks of tokens and of replies."""
     longest = max(len(prompt) + len(answer) for prompt, answer in sides)
     ids = [[*p, *a] + [0] * (longest - len(p) - len(a)) for p, a in sides]
     there = [[1] * (len(p) + len(a)) + [0] * (longest - len(p) - len(a)) for p, a in sides]
@@ -112,7 +112,8 @@ def kto(
     fields: dict[str, Any],
     shared: dict[str, Any],
 ) -> dict[str, float]:
-    """Chosen answers first, all with a thumb up; each prompt beside the answer of the row before."""
+    """Return KTO's losses: chosen replies first, all desirable; the KL pair is the reply of the
+    previous row."""
     trainer = KTOTrainer(
         model=model,
         ref_model=reference,
@@ -130,7 +131,8 @@ def kto(
 
 
 def odds_ratio(trainer: Any, pairs: list[dict[str, list[int]]]) -> dict[str, float]:
-    """The mean of ORPO's second term; TRL's first one learns the prompt, which the paper does not."""
+    """Return the mean of ORPO's second term. TRL's first term trains on the prompt, unlike the
+    paper."""
     batch: dict[str, Any] = {}
     for side in ("chosen", "rejected"):
         made = padded([(pair["prompt"], pair[side]) for pair in pairs])

@@ -1,7 +1,7 @@
-"""TRL's side of the comparison: DPOTrainer or RewardTrainer as published, in its own environment.
+"""TRL's DPOTrainer or RewardTrainer with default code, in a separate environment.
 
-Usage: python preferences_side.py OBJECTIVE MODEL ROWS.jsonl STEPS SETTING RATE
-where OBJECTIVE is dpo or reward_model, and SETTING is defaults or best.
+Usage: python preferences_side.py OBJECTIVE MODEL ROWS.jsonl STEPS SETTING RATE where OBJECTIVE is
+dpo or reward_model, and SETTING is defaults or best.
 """
 
 from __future__ import annotations

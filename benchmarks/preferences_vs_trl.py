@@ -1,16 +1,16 @@
-"""luthier's dpo or reward_model against TRL 1.16's DPOTrainer or RewardTrainer on the same pairs.
+"""DPO or a reward model against TRL 1.16's DPOTrainer or RewardTrainer on the same pairs.
 
     python benchmarks/preferences_vs_trl.py PANDALM_PREF/train.jsonl [--objective dpo]
         [--steps 12] [--pairs 2] [--against NAME]
 
-SmolLM2-135M, LoRA r16 on all linear layers, batch 8, the rows in one order, drawn once (pandalm_pref
-has the answers to one prompt behind each other), the model's chat template, the same rate and cosine
-schedule, no validation, each row once, so that the reference of DPO is computed in the step by both.
-The two sides take turns. TRL runs in its own environment, with its defaults and with the best settings
-we found for it (weights loaded in bfloat16, two pairs at a time, accumulated). Rows are pairs; rows/s
-leave the first step out; memory is the largest resident size of the whole process, imports included.
-Losses are means over the last third of the steps, beside that of luthier in float32; all losses of each
-run go to standard error.
+SmolLM2-135M, LoRA of rank 16 on all linear layers, batch 8, rows in one random order (pandalm_pref
+stores the replies to one prompt next to each other), the model's chat template, equal rate and
+cosine schedule, no validation. Each row occurs once, so both sides compute DPO's reference in the
+step. The sides run in turns. TRL runs in a separate environment with its defaults and with the best
+settings we found (weights in bfloat16, two pairs at a time, accumulated). Rows are pairs; rows/s
+exclude the first step. Memory is the peak resident size of the process, imports included. Losses
+are means over the last third of the steps, compared with luthier in float32; standard error has all
+losses.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SETTINGS = ("defaults", "best")
 
 
 def write_rows(source: Path, target: Path, count: int) -> None:
-    """The first ``count`` rows in a random order, prompts and answers as messages."""
+    """Write the first ``count`` rows in a random order, prompts and replies as messages."""
     rows = [json.loads(line) for line in source.read_text().split("\n") if line]
     random.Random(0).shuffle(rows)
     if len(rows) < count:
@@ -74,7 +74,7 @@ def luthier(
 def compare(
     objective: str, source: Path, steps: int, pairs: int, model: str, settings: list[str]
 ) -> list[list[str]]:
-    """One line of the table for each pair of runs."""
+    """Return one line of the table per pair of runs."""
     out = []
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"

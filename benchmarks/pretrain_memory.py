@@ -1,11 +1,11 @@
-"""Peak memory of ``luthier pretrain`` on a corpus larger than it: the file grows, the memory does not.
+"""Peak memory of ``luthier pretrain`` on corpora larger than memory.
 
-    python benchmarks/pretrain_memory.py DATA/tinyshakespeare/train.jsonl --megabytes 50 500 [--base ID]
+    python benchmarks/pretrain_memory.py DATA/tinyshakespeare/train.jsonl --megabytes 50 500 [--base
+        ID]
 
-Each corpus is the text of the rows again and again, each time under a heading of its own, in one
-plain-text file.
-It is checked, a tokenizer is trained (that of ``--base`` is taken), all of it is written as tokens, and
-two steps are taken.
+Each corpus repeats the text of the rows in one plain-text file, each time with another heading. The
+run checks the corpus, trains a tokenizer (or uses that of ``--base``), writes all tokens, and
+trains two steps.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def corpus(rows: Path, size: int, target: Path) -> None:
 
 
 def main() -> None:
-    """Run each size in a process of its own and print a table."""
+    """Run each size in a separate process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 1000])

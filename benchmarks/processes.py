@@ -1,12 +1,11 @@
-"""Several processes beside one, and processes that share the layers: time, memory and loss.
+"""Time, memory and loss of one process, of several, and of several that share the layers (FSDP2).
 
     python benchmarks/processes.py [--processes 1 2] [--base smollm2-135m-instruct] [--steps 8]
 
-`luthier tune` on the demo's rows, full tuning and LoRA; the cores are shared out, so that one process
-has the threads of all. For each run: seconds for a step, the largest private memory of a process while
-steps run (`RssAnon` of the kernel; mapped files are shared by all and can be let go of), and the last
-loss, which must be that of one process. Storing is left out: there the first process holds the whole
-network.
+`luthier tune` on the demo's rows, full tuning and LoRA; the cores are divided among the processes.
+For each run: seconds per step, the largest private memory of a process during steps (`RssAnon` of
+the kernel; mapped files are shared), and the last loss, which must equal that of one process.
+Storing is excluded, because the first process then has the whole network.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ ROWS = Path(__file__).parent.parent / "src" / "luthier" / "demo" / "train.jsonl"
 
 
 def private_bytes(process: psutil.Process) -> int:
-    """What no other process shares; 0 of one that has ended."""
+    """Return the private memory of a process; 0 if the process has ended."""
     try:
         text = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:
@@ -46,7 +45,8 @@ def train_lines(metrics: Path) -> list[dict[str, Any]]:
 
 
 def measure(base: str, method: str, processes: int, sharded: bool, steps: int) -> dict[str, Any]:
-    """Peak of one process from the second step to the last, seconds for a step, the last loss."""
+    """Return the peak of one process from the second to the last step, seconds per step, and the
+    last loss."""
     with tempfile.TemporaryDirectory() as folder:
         home = new_home(Path(folder))
         settings = (

@@ -1,19 +1,18 @@
-"""Classification and embeddings for many clients: the server beside a plain transformers pipeline.
+"""Classification and embeddings for many clients: the server against a transformers pipeline.
 
     python benchmarks/reading_serving.py ROWS.jsonl [--clients 1 8 32] [--requests 320] [--rounds 3]
 
-A classifier is made of all-MiniLM-L6-v2 on the first 1,000 of ROWS (``text`` and ``label``, as
-Banking77), and asked about others, one text a request, by clients that ask again as soon as they have
-their answer. Sides, in turns, each in a process of its own:
+A classifier is trained from all-MiniLM-L6-v2 on the first 1,000 of ROWS (``text`` and ``label``, as
+Banking77). Clients send one text per request, and the next after each reply. Sides, in turns, each
+in a separate process:
 
 - ``server``: ``luthier serve`` over HTTP, with the clients in another process on the same cores;
-- ``pool``: the same engine called in its process, a thread for each client;
+- ``pool``: the same engine called in its process, one thread per client;
 - ``pipeline``: ``transformers.pipeline`` on the same network, called by as many threads;
 - ``locked``: the same behind a lock.
 
-Of each the answers a second, and p50 / p95 of what a client waits, in milliseconds; ratios are of rates
-of the same round. The server's own time for a request is what one client waits for an answer over HTTP,
-less what it waits for one in the process of the model (``pool``).
+Prints replies per second, and p50 / p95 latency in milliseconds; ratios compare rates of one round.
+The server's own time per request is one client's latency over HTTP minus its latency with ``pool``.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from service_load import Connection, aws, start
 BASE, TRAINED, NAME = "all-minilm-l6-v2", 1_000, "intents"
 SIDES = ("server", "pool", "pipeline", "locked")
 Times = tuple[float, list[float]]
-"""Seconds in all, and what each request waited."""
+"""Total seconds, and the latency of each request."""
 
 
 # A side is a process that reads lines `{"clients": …, "requests": …}` and answers with times. ---------
@@ -190,7 +189,7 @@ def measure(
 
 
 def classifier(port: int, rows: Path) -> None:
-    """A job of the server makes it; ``predictions`` answer by its name."""
+    """Train the classifier with a job of the server."""
     s3 = aws("s3", port)
     s3.create_bucket(Bucket="intents")
     lines = rows.read_text(encoding="utf-8").split("\n")

@@ -1,9 +1,9 @@
-"""The Hugging Face Trainer's side: a classifier of texts or of words, in float32, from a given start.
+"""Classifier of texts or of words by the Hugging Face Trainer, in float32, from given weights.
 
 Usage: python reading_side.py FOLDER TRAIN.jsonl TEST.jsonl EPOCHS RATE
 
-FOLDER holds the network with its head; its configuration names the labels. Prints the loss of each step
-and what the trained network says of each test row.
+FOLDER has the network with its head; its configuration names the labels. Prints the loss of each
+step and the prediction for each test row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def examples(rows: list[dict[str, Any]], tokenizer: Any, place: dict[str, int]) 
 
 
 class Recording(Trainer):
-    """Keeps each step's loss with all its digits."""
+    """A Trainer that stores each step's loss with all digits."""
 
     losses: list[float]
 

@@ -1,10 +1,10 @@
-"""How fast rows are read and checked, against json and orjson, and how much memory a large file takes.
+"""Speed of reading and checking rows against json and orjson, and memory for a large file.
 
     python benchmarks/reading_speed.py [FOLDER] [--large GB]
 
-FOLDER holds JSON Lines files at any depth (data sets of your own). Parsers that are not installed are
-left out. Rates are by processor time, which other work on the machine disturbs little. ``--large``
-writes a file of so many gigabytes and reads it in a process of its own.
+FOLDER has JSON Lines files at any depth. Parsers that are not installed are skipped. Rates use
+processor time. ``--large`` writes a file of the given size in gigabytes and reads the file in a
+separate process.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Classification and tagging beside the Hugging Face Trainer: losses of each step, and the final score.
+"""Classification and tagging against the Hugging Face Trainer: losses and final score.
 
     python benchmarks/reading_vs_hf.py DATA [--rows 800] [--epochs 2] [--test-rows 500]
 
-all-MiniLM-L6-v2 in float32 on Banking77 (accuracy) and NCBI-disease (entity F1). Both sides begin with
-the same weights, new head included, take the same rows in the same order, without dropout, with AdamW
-and a cosine schedule; every weight moves. The scores are computed by one function from what each side
-answers. The Trainer runs in this environment: peft brings accelerate.
+all-MiniLM-L6-v2 in float32 on Banking77 (accuracy) and NCBI-disease (entity F1). Both sides start
+with the same weights and head, and read the same rows in the same order, without dropout, with
+AdamW and a cosine schedule; all weights train. One function computes the scores of both sides. The
+Trainer runs in this environment, because peft installs accelerate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CASES = {"banking77": "accuracy", "ncbi_disease": "entity_f1"}
 
 
 def cut(source: Path, target: Path, count: int) -> Path:
-    """The first ``count`` rows in an order that follows from a seed alone."""
+    """Write the first ``count`` rows in an order that depends on a seed alone."""
     lines = [line for line in source.read_text(encoding="utf-8").split("\n") if line]
     random.Random(0).shuffle(lines)
     target.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
@@ -54,7 +54,8 @@ def write_start(base: Path, data: Path, folder: Path) -> None:
 
 
 def luthier(folder: Path, train: Path, test: Path, epochs: int) -> tuple[list[float], list[Any]]:
-    """Losses of all steps, and what the stored model says of the test rows in float32."""
+    """Return the losses of all steps, and the stored model's predictions of the test rows in
+    float32."""
     import torch
 
     import luthier

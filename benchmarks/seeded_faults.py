@@ -1,15 +1,14 @@
-"""Faults put into clean data at known rows: what the gate finds, and what it says of clean rows.
+"""Faults seeded into clean data: recall of the checks, and false alarms on clean rows.
 
     python benchmarks/seeded_faults.py DATA [--base smollm2-135m-instruct] [--seeds 5] [--show NAME]
 
-DATA is a folder with banking77, dolly_hhrlhf, gsm8k, medquad, pandalm_pref and sib200_vi (see SETS).
-The faults of `faults.py` and `copied_faults.py` are put into rows drawn by the seed, one fault a row; a
-tenth of the others are validation rows, and a tenth test rows. Recall is the share of the rows with a
-fault for which one of the fault's rules is named at that very line. A false alarm is a rule that is
-named for a row nobody touched; it may be right about it. What is said of rows beside others is compared
-with all others exactly; only where no other makes it true it is wrong. `--show` prints the rows for
-which a rule gave a false alarm, or those in which a fault was missed. With a base model, its own
-special tokens are looked for too.
+DATA is a folder with banking77, dolly_hhrlhf, gsm8k, medquad, pandalm_pref and sib200_vi (see
+SETS). The faults of `faults.py` and `copied_faults.py` are put into random rows, one fault per row.
+A tenth of the other rows are validation rows, and a tenth test rows. Recall is the share of changed
+rows for which one of the fault's rules reports the exact line. A false alarm is a rule that reports
+an untouched row, which may be right. Findings that compare rows are checked exactly against all
+other rows, and are wrong only if no row confirms the finding. `--show` prints the rows of false
+alarms, or of missed faults. With a base model, its special tokens are checked too.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The service under load: reads of the control plane, a long list, many streams; and its memory.
+"""The service under load: reads of the control plane, a long list, many streams, and memory.
 
     python benchmarks/service_load.py [--rate 500] [--seconds 20] [--jobs 1000] [--streams 64]
     python benchmarks/service_load.py --only-streams [--rounds 3] [--clients] [--generate]
 
-A server of its own is started on an empty store. Reads are sent at a fixed rate, whether or not earlier
-ones were answered: what a request waits counts from the moment it should have been sent. The clients
-run on the same machine, in a process of their own; ``--clients`` are boto3 and openai, a thread for
-each stream, in four processes. Else streams are read from plain sockets, which takes hardly any time.
+A server is started on an empty store. Reads are sent at a fixed rate, independent of replies:
+latency counts from the scheduled time. The clients run on the same machine in a separate process.
+``--clients`` uses boto3 and openai, one thread per stream, in four processes; otherwise streams are
+read from plain sockets, which costs almost no time.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ SECRET = "benchmark-secret-0123456789"
 CROWDS = 4
 """Processes of clients."""
 Heard = tuple[bool, float, int]
-"""Of a stream: whether it came to its end, seconds until its first text, and its tokens."""
+"""Result of a stream: complete or not, seconds until the first text, and the number of tokens."""
 
 
 class Connection:
-    """One HTTP/1.1 connection that is kept open."""
+    """A persistent HTTP/1.1 connection."""
 
     def __init__(self, port: int, key: str = KEY) -> None:
         self.port, self.key = port, key
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def start(home: Path, workers: bool = False) -> tuple[subprocess.Popen[str], int]:
-    """A server with two accounts; without workers the queue stays as long as it is."""
+    """Start a server with two accounts; without workers the queue keeps its length."""
     principals = [
         {
             "account": account, "user": "root", "access_key_id": access_key,
@@ -189,7 +189,7 @@ async def rows(one: Connection) -> None:
 
 
 def aws(service: str, port: int) -> Any:
-    """A client of boto3 that asks once, with room for a connection a thread."""
+    """Return a boto3 client without retries, with one connection per thread."""
     import boto3
     from botocore.config import Config
 
@@ -270,7 +270,7 @@ APIS = {
 
 
 async def streams(port: int, asked: argparse.Namespace, server: psutil.Process) -> None:
-    """So many clients at once that read answers of 64 tokens, several times on each API."""
+    """Run the given number of concurrent clients with replies of 64 tokens, several times per API."""
     warm = time.perf_counter()
     await raw(port, "openai", 1)
     print(f"first stream, the model loaded for it: {time.perf_counter() - warm:.1f} s", flush=True)
@@ -310,7 +310,7 @@ def print_round(
 
 
 async def raw(port: int, api: str, count: int) -> list[Heard]:
-    """Streams of an API, read from sockets."""
+    """Read streams of an API from sockets."""
     path, body, end, token, counted = APIS[api]
     text = json.dumps(body).encode()
     found = await asyncio.gather(
@@ -324,7 +324,7 @@ async def raw(port: int, api: str, count: int) -> list[Heard]:
 
 
 ASK: dict[str, Callable[[], Iterator[tuple[str, int, bool]]]] = {}
-"""In a process of clients: text, all tokens as far as they are told, and whether it is the end."""
+"""Streams of a client process: text, number of tokens if known, and whether the stream ended."""
 
 
 def prepare(port: int) -> None:
@@ -351,7 +351,7 @@ def prepare(port: int) -> None:
 
 
 def crowd(name: str, count: int) -> tuple[list[Heard], float]:
-    """Streams of one process of clients, and the processor time it took for them."""
+    """Return the streams of one client process, and their processor time."""
 
     def one(_: int) -> Heard:
         began, first, tokens, whole = time.perf_counter(), 0.0, 0, False
@@ -369,7 +369,7 @@ def crowd(name: str, count: int) -> tuple[list[Heard], float]:
 
 
 def generate(home: Path, count: int) -> None:
-    """The same prompts as one batch of transformers' ``generate``."""
+    """Generate the same prompts as one batch of transformers' ``generate``."""
     os.environ["LUTHIER_HOME"] = str(home)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,10 +1,10 @@
-"""Memory of the server at rest, at its peak and afterwards, and what a neighbour notices meanwhile.
+"""Memory of the server at rest, at the peak and afterwards, and latency of another account.
 
     python benchmarks/service_memory.py [--models LUTHIER_HOME] [--after 10] [SCENARIO ...]
 
-Each scenario has a server of its own with two accounts and both base models. One account sends the
-load; the other asks for a short chat and a list, over and over. Resident memory is read each 10 ms
-from ``/proc``. ``after`` is read some seconds after the last answer.
+Each scenario has a separate server with two accounts and both base models. One account sends the
+load; the other repeats a short chat and a list. Resident memory is read from ``/proc`` each 10 ms.
+``after`` is read some seconds after the last reply.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Peak:
 
 
 class Neighbour:
-    """Another account that chats and lists while the block runs."""
+    """Another account that sends chats and list requests during the block."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -167,7 +167,7 @@ def embedding(texts: Any) -> Request:
 
 
 def faces(text: str) -> list[Request]:
-    """``text`` as the prompt of every operation that reads one."""
+    """Return ``text`` as the prompt of every operation with a prompt."""
     turns = [{"role": "user", "content": [{"text": text}]}]
     return [
         chat(text),
@@ -184,7 +184,7 @@ def faces(text: str) -> list[Request]:
 async def send(
     port: int, requests: Iterable[Request], key: str = KEY
 ) -> list[tuple[int, float, bytes]]:
-    """All of them at once; status, seconds and body of each answer."""
+    """Send all requests at once; return status, seconds and body of each reply."""
 
     async def one(path: str, body: Mapping[str, Any]) -> tuple[int, float, bytes]:
         data = json.dumps(body).encode()

@@ -1,16 +1,16 @@
-"""Tokens a second: the server's engine, transformers' `generate` and llama.cpp, in turns in one run.
+"""Tokens per second of the server's engine, transformers' `generate` and llama.cpp, in turns.
 
     python benchmarks/serving.py [--streams 1 8 32 64] [--tokens 64] [--rounds 3] [--gguf q8_0]
     python benchmarks/serving.py --only-prefix
 
-SmolLM2-135M in the machine's type, greedy, a prompt of some 30 tokens for each stream, and 64 tokens of
-answer. luthier is asked through the pool that all faces of the server use, a thread for each stream;
-`generate` has the prompts as one batch; llama.cpp's own server, in this process, has a slot for each
-stream and the weights in the type that is named (bf16: as ours). Of luthier, seconds to the first text
-and between texts are told too. The median round counts.
+SmolLM2-135M in the machine's number type, greedy, prompts of about 30 tokens, replies of 64 tokens.
+luthier is called through the pool of the server, one thread per stream. `generate` has the prompts
+as one batch. llama.cpp's server runs in this process with one slot per stream and the given weight
+type (bf16: as luthier). For luthier, the time to the first token and between tokens are also
+printed. The median round counts.
 
-The second part asks twenty questions behind the same instructions of some 600 tokens, one after the
-other: seconds to the first text for the first one and for the others.
+The second part sends twenty questions with the same instruction of about 600 tokens, one after
+another, and prints the seconds to the first token for the first and for the later questions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ INSTRUCTIONS = " ".join(
 
 
 def prompts(count: int) -> list[str]:
-    """``count`` different questions that a model answers at length."""
+    """Return ``count`` different questions that need long replies."""
     return [
         f"Write a long story about the {THINGS[at % 8]} {TIMES[at // 8]}, with many details."
         for at in range(count)
@@ -68,11 +68,11 @@ def prompts(count: int) -> list[str]:
 
 
 Times = tuple[float, list[float]]
-"""Seconds to the first text, and those between all further ones."""
+"""Seconds to the first token, and between later tokens."""
 
 
 class Round:
-    """What one round of one side gave."""
+    """Results of one round of one side."""
 
     def __init__(self, seconds: float, tokens: int, times: Sequence[Times] = ()) -> None:
         self.rate, self.times = tokens / seconds, times
@@ -130,7 +130,7 @@ def generate_round(theirs: torch.nn.Module, model: StoredModel) -> Callable[...,
 
 @contextmanager
 def llama_cpp(file: Path, slots: int, tokens: int) -> Iterator[Callable[[Sequence[str]], Round]]:
-    """llama.cpp's server with so many slots, asked over its own loopback address."""
+    """Run llama.cpp's server with ``slots`` slots, queried over the loopback interface."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

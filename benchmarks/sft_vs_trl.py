@@ -1,15 +1,14 @@
-"""luthier against TRL 1.16 on the same Banking77 rows, in turns.
+"""Supervised fine-tuning against TRL 1.16 on the same Banking77 rows, in turns.
 
     python benchmarks/sft_vs_trl.py BANKING77/train.jsonl [--steps 12] [--pairs 2] [--case NAME]
         [--task TEXT]
 
-SmolLM2-135M, batch 16, the rows in one fixed order, the same rate and cosine schedule, no validation.
-TRL runs in its own environment, with its defaults and with the best settings we found for it (weights
-loaded in bfloat16, four rows at a time, accumulated). Rows/s leave the first step out; memory is the
-largest resident size of the whole process, imports included. *Whole* is the command from its start to
-its end: luthier also checks the data, stores the model and compares what it reads back; TRL stores
-nothing. Losses are means over the last third of the steps, beside that of luthier in float32: what both
-would reach without rounding.
+SmolLM2-135M, batch 16, rows in one fixed order, equal rate and cosine schedule, no validation. TRL
+runs in a separate environment with its defaults and with the best settings we found (weights in
+bfloat16, four rows at a time, accumulated). Rows/s exclude the first step. Memory is the peak
+resident size of the process, imports included. *Whole* is the complete command: luthier also checks
+the data, stores the model and compares the stored model; TRL stores nothing. Losses are means over
+the last third of the steps, compared with luthier in float32, which has no rounding.
 """
 
 from __future__ import annotations

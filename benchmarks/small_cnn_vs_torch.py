@@ -1,14 +1,13 @@
-"""A small network of convolutions from random weights: luthier against a plain loop of PyTorch.
+"""A small convolutional network with random weights: luthier against a plain PyTorch loop.
 
     python benchmarks/small_cnn_vs_torch.py DATA/mnist10k [--epochs 2]
 
-``small-cnn`` on handwritten digits, batch 32, float32 (bfloat16 where the processor multiplies it), one
-thread. Both sides begin with the same weights, see the rows in the same order, and take AdamW with the
-same rates and clipping. The plain loop is what somebody who knows PyTorch writes: channels last, fused
-AdamW, images resized once. Without changes to the images it holds them as one tensor; with changes its
-`DataLoader` makes those that luthier makes, image by image, with Pillow. The sides take turns step by
-step in one process, once without and once with changes. Beside the times stands the accuracy on the
-test images.
+``small-cnn`` on handwritten digits, batch 32, float32 (bfloat16 if the processor multiplies
+bfloat16), one thread. Both sides start with the same weights, read the rows in the same order, and
+use AdamW with the same rates and clipping. The plain loop uses channels last, fused AdamW, and
+images resized once. Without augmentation its images are one tensor; with augmentation its
+`DataLoader` applies luthier's augmentation with Pillow, image by image. The sides run in turns,
+step by step in one process. The table has times and the accuracy on the test images.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ Images = NDArray[np.uint8]
 
 
 class Turns(Reporter):
-    """Lets the plain loop take a step after each of luthier's, and notes seconds and losses of both."""
+    """A reporter that runs a step of the plain loop after each of luthier's, and records both."""
 
     def __init__(self, other: Iterator[float]) -> None:
         self.other = other
@@ -74,13 +73,13 @@ def read(path: Path) -> tuple[Images, list[str]]:
 
 
 def pixels(processor: ImageProcessor, images: Images) -> Tensor:
-    """All images as the network reads them, ``[N, 3, H, W]``."""
+    """Return all images as network input, ``[N, 3, H, W]``."""
     media = (Media("image", "row", array=image) for image in images)
     return torch.from_numpy(np.stack([processor.array(each) for each in media]))
 
 
 class Changed(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Resized images, each changed at random when it is asked for."""
+    """Resized images, augmented on each access."""
 
     def __init__(self, processor: ImageProcessor, images: Images, targets: list[int]) -> None:
         media = (Media("image", "row", array=image) for image in images)
@@ -166,7 +165,7 @@ def tune(data: Path, labels: list[str], epochs: int, changed: bool, turns: Turns
 
 @torch.no_grad()
 def accuracy(model: Any, read_NCHW: Tensor, labels: list[str], names: list[str]) -> float:
-    """Share of test images that are right."""
+    """Return the share of correctly classified test images."""
     model.eval()
     best = [model(part).logits.argmax(-1) for part in read_NCHW.split(200)]
     right = (labels[place] == name for place, name in zip(torch.cat(best), names, strict=True))

@@ -1,10 +1,11 @@
-"""Spoken digits of speakers who were never heard, beside logistic regression on the same spectrograms.
+"""Spoken digits of unseen speakers, against logistic regression on the same spectrograms.
 
-    python benchmarks/spoken_digits.py DATA/fsdd [--speakers theo george ...] [--seeds 0 1] [--set ...]
+    python benchmarks/spoken_digits.py DATA/fsdd [--speakers theo george ...] [--seeds 0 1] [--set
+        ...]
 
-DATA/fsdd has ``train.zip`` and ``test.zip``, whose files are called ``{digit}_{speaker}_{number}.wav``.
-All recordings of one speaker are tested with a model of all others, each speaker in turn. Without
-``--seeds`` nothing but the regression is fitted.
+DATA/fsdd has ``train.zip`` and ``test.zip`` with files named ``{digit}_{speaker}_{number}.wav``.
+All recordings of one speaker are the test of a model of all other speakers, each speaker in turn.
+Without ``--seeds`` only the regression is fitted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from luthier.media.processors import AudioProcessor
 
 RATE = 8000
 FRAMES = 20
-"""Each word is brought to so many, whatever it lasts: that is what logistic regression needs most."""
+"""Number of frames per word for logistic regression, whatever the word's duration."""
 
 
 def read(data: Path) -> dict[str, bytes]:

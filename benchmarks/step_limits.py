@@ -1,12 +1,12 @@
-"""How near training steps come to what the processor's matrix products allow.
+"""Share of the processor's matrix-product rate that training steps reach.
 
     python benchmarks/step_limits.py DATA [--case sft] [--steps 4]
 
-Of a step of each method: seconds, the multiplications and additions of all its matrix products as torch
-runs them (sampling, references and teachers included), the time these would take at the best rate
-measured here for products of the layers' own shapes, and the share of that limit that is reached. Peers
-multiply as much or more, so a ratio to one of them that would need more than 100 % cannot be had on
-this machine. SmolLM2-135M in its native precision, settings as in the benchmark against each peer.
+For a step of each method: seconds, the multiplications and additions of all its matrix products as
+torch runs them (sampling, references and teachers included), their time at the best rate measured
+for the layers' shapes, and the share of that limit. A ratio to a peer that would need more than 100
+% is impossible on this machine. SmolLM2-135M in its native precision, settings as in the benchmark
+against each peer.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ ROWS: dict[str, Callable[[Path, Path, int], None]] = {
     "grpo": grpo_vs_trl.write_rows,
     "logit_distillation": gkd_vs_trl.write_rows,
 }
-"""How the benchmarks against peers make their rows."""
+"""Functions that write the rows of the benchmarks against peers."""
 
 
 def product_flops(function: Any, args: Any) -> float:
-    """Multiplications and additions of an operation, where it is a matrix product."""
+    """Return the multiplications and additions of a matrix product; 0 for other operations."""
     name = function._schema.name.partition("::")[2].rstrip("_")
     if name in ("mm", "bmm"):
         return 2.0 * args[0].numel() * args[1].shape[-1]
@@ -77,7 +77,8 @@ def product_flops(function: Any, args: Any) -> float:
 
 
 def measure(case: str, data: Path, steps: int) -> NoReturn:
-    """Print seconds of a step, the median but for the first, and the products of one more; then end."""
+    """Print the median seconds of a step without the first, and the products of one more step; then
+    exit."""
     from luthier.engine import loop as loops
     from luthier.engine.train import train
     from luthier.library.models import find

@@ -1,7 +1,7 @@
-"""TRL's side of the comparison: GRPOTrainer as published, run in its own environment.
+"""TRL's GRPOTrainer with default code, in a separate environment.
 
-Usage: python trl_grpo_side.py MODEL ROWS.jsonl STEPS PROMPTS GENERATIONS TOKENS SETTING RATE
-where SETTING is defaults or best.
+Usage: python trl_grpo_side.py MODEL ROWS.jsonl STEPS PROMPTS GENERATIONS TOKENS SETTING RATE where
+SETTING is defaults or best.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from peer import SETTINGS, Clock
 
 
 def similar(completions: list[Any], expected: list[str], **_: Any) -> list[float]:
-    """Share of the expected words that a completion has, so that rewards differ in every group."""
+    """Return the share of the expected words in a completion, so that rewards differ in every
+    group."""
     rewards = []
     for completion, wanted in zip(completions, expected, strict=True):
         said, words = set(completion[0]["content"].split()), set(wanted.split())

@@ -1,7 +1,7 @@
-"""TRL's side of the comparison: SFTTrainer as published, run in its own environment.
+"""TRL's SFTTrainer with default code, in a separate environment.
 
-Usage: python trl_side.py MODEL ROWS.jsonl STEPS SETTING RATE
-where SETTING is lora-defaults, lora-best, full-defaults or full-best.
+Usage: python trl_side.py MODEL ROWS.jsonl STEPS SETTING RATE where SETTING is lora-defaults,
+lora-best, full-defaults or full-best.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Peak memory and time of ``luthier tune`` on data that grows: do they follow its rows?
+"""Peak memory and time of ``luthier tune`` on growing data.
 
     python benchmarks/tune_memory.py images --rows 10000 100000 1000000
     python benchmarks/tune_memory.py texts --rows 10000 100000
 
-``images`` is a folder of ten classes of PNG files of 24 x 24 pixels; of ten names one file is distinct,
-and the others are hard links to it. ``texts`` is a file of documents of 2 KB, of words drawn at random
-from 20,000. All of it is read, checked, split and encoded, then two steps are taken: of ``small-cnn``,
-or of LoRA on SmolLM2-135M with packed sequences of 128 tokens. For each size a process of its own says
-how long each stage took it, waits for others on the machine not counted, and how much memory it had
-needed by then.
+``images`` is a folder of ten classes of PNG files of 24 x 24 pixels; nine of ten names are hard
+links. ``texts`` is a file of documents of 2 KB with random words from a vocabulary of 20,000. The
+run reads, checks, splits and encodes all rows, then trains two steps of ``small-cnn``, or of LoRA
+on SmolLM2-135M with packed sequences of 128 tokens. A separate process per size prints the
+processor time and the peak memory of each stage.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def write_images(folder: Path, count: int) -> Path:
 
 
 def write_texts(path: Path, count: int) -> Path:
-    """``count`` documents, one a line."""
+    """Write ``count`` documents, one per line."""
     random = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlu"))
     words = ["".join(random.choice(letters, size)) for size in random.integers(2, 10, WORDS)]
@@ -80,7 +79,7 @@ def write_texts(path: Path, count: int) -> Path:
 
 
 def main() -> None:
-    """Run each size in a process of its own and print a table."""
+    """Run each size in a separate process and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

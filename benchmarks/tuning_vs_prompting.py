@@ -1,13 +1,13 @@
-"""Was tuning worth it: `luthier compare` on tasks whose answers should differ.
+"""Results of `luthier compare` on tasks with different best methods.
 
     python benchmarks/tuning_vs_prompting.py DATA [--task banking77] [--rows 200]
 
-Labels (`banking77` with 20 rows a label, `sib200_vi`): a tuned MiniLM and a tuned SmolLM2-135M beside
-what SmolLM2 writes when asked, with examples, with the nearest ones by words and by meaning, and
-beside the simple baselines. Questions on documents (`xquad_en`, `xquad_vi`):
-SmolLM2 as it is, with passages, tuned on questions alone, and tuned with passages; each test question
-is answered by one of some 200. Scored by ROUGE-L, as answers are phrases. Each run has a home of its
-own; what is printed is a table for each task, and its verdict.
+Labels (`banking77` with 20 rows per label, `sib200_vi`): a tuned MiniLM and a tuned SmolLM2-135M
+against SmolLM2 with prompting, with fixed and retrieved examples, and against the simple baselines.
+Questions on documents (`xquad_en`, `xquad_vi`): SmolLM2 without tuning, with passages, tuned on
+questions alone, and tuned with passages; each test question belongs to one of about 200 passages.
+The score is ROUGE-L. Each run has a temporary LUTHIER_HOME. Prints a table and the verdict per
+task.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ reference = "{{item.expected}}"
 
 
 def spread(rows: Rows, count: int) -> Rows:
-    """``count`` rows from all of a file that is sorted by its labels."""
+    """Return ``count`` rows spread over a file sorted by labels."""
     return [rows[place * len(rows) // count] for place in range(min(count, len(rows)))]
 
 

@@ -1,10 +1,11 @@
-"""A sweep of the VAE's ``beta``: error of copies, divergence, latents in use, and a picture to look at.
+"""Sweep of the VAE's ``beta``: reconstruction error, divergence, latents in use, samples.
 
-    python benchmarks/vae_beta.py DATA/mnist10k [--beta 0.5 1 2 4 8] [--epochs 3] [--picture beta.png]
+    python benchmarks/vae_beta.py DATA/mnist10k [--beta 0.5 1 2 4 8] [--epochs 3] [--picture
+        beta.png]
 
-One autoencoder for each ``beta``, all else as by default. Nats and latents in use are of the held-out
-rows, the mean squared error of pixels from 0 to 1 of the test images. A row of the picture is one
-``beta``: eight test images beside their copies, then samples.
+One autoencoder per ``beta``, all other settings by default. Nats and latents in use are measured on
+the held-out rows, the mean squared error of pixels from 0 to 1 on the test images. A row of the
+image is one ``beta``: eight test images next to their reconstructions, then samples.
 """
 
 from __future__ import annotations
