@@ -56,7 +56,7 @@ def test_a_path_that_cannot_be_is_refused(
         *(target if each == "TARGET" else each for each in COMMANDS[command])
     ).refused()
     if target == "full.jsonl":
-        wanted = ("exists already", "holds something already")
+        wanted = ("exists already", "is not empty")
         assert any(each in refusal for each in wanted if command in FOLDERS) or (
             "is a folder; name a file" in refusal and command not in FOLDERS
         )

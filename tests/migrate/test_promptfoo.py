@@ -180,9 +180,9 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
         "test 1 with 'prompt 4'",
     }  # fmt: skip
     reasons = {each.where: each.reason for each in found.not_imported}
-    assert "outside the folder" in reasons["test 2"] and "is not there" in reasons["test 3"]
+    assert "outside the folder" in reasons["test 2"] and reasons["test 3"] == "gone.csv is missing"
     assert list(scores(found, "white", "-1")) == ["contains"]  # the one that is left
-    assert "there is no variable `question`" in found.remarks[0]
+    assert "`question`" in found.remarks[0]
     assert "Which?" not in "".join(p.read_text() for p in found.folder.iterdir())
     report = (found.folder / "IMPORT.md").read_text()
     assert all(each.reason in report for each in found.not_imported)
@@ -352,5 +352,4 @@ def test_the_command_says_where_to_go_on_and_keeps_what_is_there(
     words = command.replace("MODEL", str(tiny_model_folder)).split()[1:]
     report = Answer(*words, "--max-tokens", "4", "--json").good().json()
     assert report["rows"] == 1 and set(report["scores"]) == {"icontains"}
-    again = Answer("import", "promptfoo", str(config), str(out))
-    assert "holds something already" in again.refused()
+    assert str(out) in Answer("import", "promptfoo", str(config), str(out)).refused()

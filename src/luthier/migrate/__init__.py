@@ -77,7 +77,7 @@ def _new_import(source: Path, folder: Path) -> Iterator[Import]:
 
     check_creatable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError(f"{folder} holds something already; name a new folder")
+        raise RecipeError(f"{folder} is not empty. Choose a new folder")
     with new_folder(folder) as target:
         result = Import(source, folder, target)
         yield result

@@ -15,36 +15,36 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.graders import parse_graders
-from luthier.migrate.files import YAML_ENDINGS, Refused, number_of, parse_yaml
+from luthier.migrate.files import YAML_ENDINGS, NotConvertible, parse_number, parse_yaml
 
 MOST_PARTS = 16
 """Maximum number of graders in a formula."""
 
-LEFT_OUT = {
-    "javascript": "JavaScript is not run; write it as a `python` grader",
-    "ruby": "Ruby is not run; write it as a `python` grader",
-    "webhook": "graders call no address of your own; write it as a `python` grader",
-    "latency": "`luthier compare` measures the time of each answer",
-    "cost": "`luthier compare --prices` tells what answers cost",
+UNSUPPORTED = {
+    "javascript": "JavaScript is not supported; write a `python` grader",
+    "ruby": "Ruby is not supported; write a `python` grader",
+    "webhook": "graders call no webhooks; write a `python` grader",
+    "latency": "`luthier compare` measures latency",
+    "cost": "`luthier compare --prices` reports costs",
     "perplexity": "`luthier evaluate` measures perplexity on rows of raw text",
     "perplexity-score": "`luthier evaluate` measures perplexity on rows of raw text",
-    "answer-relevance": "no grader makes up questions; use `llm-rubric`",
-    "classifier": "tune a classifier here and evaluate it by itself",
-    "moderation": "it asks a service of OpenAI's",
+    "answer-relevance": "no grader generates questions; use `llm-rubric`",
+    "classifier": "tune a classifier and evaluate the classifier",
+    "moderation": "needs OpenAI's moderation service",
     "select-best": "`luthier compare --judge` compares models",
     "meteor": "no grader computes METEOR; use `rouge-n`, `bleu` or `gleu`",
     "max-score": "`luthier compare` compares models",
-    "human": "people's scores are no graders; see `luthier evaluate --judge --human`",
+    "human": "see `luthier evaluate --judge --human`",
 }
-_AGREES = (
+_AGREEMENT = (
     "The reply agrees with the reference in all facts it states, and leaves out none that is "
     "essential."
 )
 JUDGED = {
     "llm-rubric": "The reply fulfils the rubric.",
     "model-graded-closedqa": "The reply meets the criterion.",
-    "factuality": _AGREES,
-    "model-graded-factuality": _AGREES,
+    "factuality": _AGREEMENT,
+    "model-graded-factuality": _AGREEMENT,
     "g-eval": "The reply fulfils the criterion.",
 }
 SIMILARITIES = {
@@ -104,73 +104,71 @@ class Checks:
     passed: list[tuple[str, str, float]] = field(default_factory=list)
     """Formula of the score, formula of the pass condition, and weight of each assertion."""
     expected: str | None = None
-    refused: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     """Assertions without an equivalent, with reasons."""
 
     def add_all(self, asserts: Sequence[Any], threshold: float | None) -> None:
         """Convert the assertions of a test. The test passes if all pass, or by its ``threshold``."""
-        for given in asserts:
-            kind = given.get("type") if isinstance(given, Mapping) else None
+        for assertion in asserts:
+            kind = assertion.get("type") if isinstance(assertion, Mapping) else None
             before = len(self.values), set(self.graders)
             try:
-                if not isinstance(kind, str) or not isinstance(given, Mapping):
-                    raise Refused("an assertion is an object with a `type`")
-                weight = number_of(given.get("weight"), 1.0)
-                score, passed, own = self._formulas(given)
-                parse_graders(own)
-            except (Refused, RecipeError) as error:
+                if not isinstance(kind, str) or not isinstance(assertion, Mapping):
+                    raise NotConvertible("an assertion must be an object with a `type`")
+                weight = parse_number(assertion.get("weight"), 1.0)
+                score, passed, graders = self._formulas(assertion)
+                parse_graders(graders)
+            except (NotConvertible, RecipeError) as error:
                 del self.values[before[0] :]
                 self.graders = {n: g for n, g in self.graders.items() if n in before[1]}
-                self.refused.append((f"assertion `{kind}`", " ".join(str(error).split())))
+                self.skipped.append((f"assertion `{kind}`", " ".join(str(error).split())))
                 continue
-            name = self._name(str(given.get("metric") or kind), self.tables)
-            first = next(iter(own))
-            simple = len(own) == 1 and passed == first
-            self.tables[name] = own[first] if simple else _formula(own, passed)
+            name = self._name(str(assertion.get("metric") or kind), self.tables)
+            first = next(iter(graders))
+            simple = len(graders) == 1 and passed == first
+            self.tables[name] = graders[first] if simple else _formula(graders, passed)
             self.passed.append((score, passed, weight))
-        if self.passed and self.refused:
-            self.refused.append(
-                ("result of the test", "not all of its assertions are carried over")
-            )
+        if self.passed and self.skipped:
+            self.skipped.append(("result of the test", "some assertions are not imported"))
         elif len(self.passed) > 1 or (threshold and self.passed):
             self._add_whole(threshold)
 
     def _add_whole(self, threshold: float | None) -> None:
-        counted = [each for each in self.passed if each[2] > 0]
-        if not counted:
+        weighted = [each for each in self.passed if each[2] > 0]
+        if not weighted:
             return
-        _, whole = _combine(counted, threshold)
-        if len(self.graders) > MOST_PARTS or len(whole) > 1000:
-            self.refused.append(("the test's result", f"more than {MOST_PARTS} parts"))
+        _, formula = _combine(weighted, threshold)
+        if len(self.graders) > MOST_PARTS or len(formula) > 1000:
+            self.skipped.append(("the test's result", f"more than {MOST_PARTS} parts"))
             return
-        self.tables["pass"] = _formula(self.graders, whole)
+        self.tables["pass"] = _formula(self.graders, formula)
 
-    def _formulas(self, given: Mapping[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:
+    def _formulas(self, assertion: Mapping[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:
         """Return score formula, pass formula and graders of an assertion."""
-        kind = str(given["type"])
+        kind = str(assertion["type"])
         if kind == "assert-set":
             before = set(self.graders)
             inner = Checks(self.fill, self.read, self.judge, self.values, self.graders)
-            inner.add_all(given.get("assert") or [], None)
-            if inner.refused:
-                raise Refused("; ".join(f"{what}: {why}" for what, why in inner.refused))
-            threshold = number_of(given.get("threshold"), 0.0)
+            inner.add_all(assertion.get("assert") or [], None)
+            if inner.skipped:
+                raise NotConvertible("; ".join(f"{what}: {why}" for what, why in inner.skipped))
+            threshold = parse_number(assertion.get("threshold"), 0.0)
             if not inner.passed:
-                raise Refused("it holds no assertions")
+                raise NotConvertible("the set has no assertions")
             score, passed = _combine(inner.passed, threshold)
-            own = {name: each for name, each in self.graders.items() if name not in before}
-            return score, passed, own
-        if given.get("transform") or given.get("contextTransform"):
-            raise Refused("replies are graded as they are: a transform is JavaScript")
+            added = {name: each for name, each in self.graders.items() if name not in before}
+            return score, passed, added
+        if assertion.get("transform") or assertion.get("contextTransform"):
+            raise NotConvertible("transforms are JavaScript, which is not supported")
         negated = kind.startswith("not-")
         kind = kind.removeprefix("not-")
         before = set(self.graders)
-        value = self._value(given.get("value"))
-        score, passed = self._positive(kind, value, given)
-        own = {name: grader for name, grader in self.graders.items() if name not in before}
+        value = self._value(assertion.get("value"))
+        score, passed = self._positive(kind, value, assertion)
+        added = {name: grader for name, grader in self.graders.items() if name not in before}
         if kind == "equals" and not negated and isinstance(value, str):
             self.expected = value
-        return (f"1 - ({score})", f"({passed}) < 1", own) if negated else (score, passed, own)
+        return (f"1 - ({score})", f"({passed}) < 1", added) if negated else (score, passed, added)
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("file://"):
@@ -182,103 +180,104 @@ class Checks:
             return parse_yaml(text, name) if name.endswith(YAML_ENDINGS) else text.strip()
         return self.fill(value)
 
-    def _positive(self, kind: str, value: Any, given: Mapping[str, Any]) -> tuple[str, str]:
-        judge = self.judge or judge_of(given.get("provider"))
+    def _positive(self, kind: str, value: Any, assertion: Mapping[str, Any]) -> tuple[str, str]:
+        judge = self.judge or parse_judge(assertion.get("provider"))
         if isinstance(value, _Source) and kind != "python":
-            raise Refused("its value is made by a program, which is not run")
-        if kind in LEFT_OUT or (kind in JUDGED and judge is None):
-            raise Refused(
-                LEFT_OUT.get(kind) or "no judge is named: import again with a judge to ask"
+            raise NotConvertible("generated values are not supported")
+        if kind in UNSUPPORTED or (kind in JUDGED and judge is None):
+            raise NotConvertible(
+                UNSUPPORTED.get(kind) or "no judge is set. Import again with --judge"
             )
-        limit = given.get("threshold")
+        threshold = assertion.get("threshold")
         if kind in JUDGED:
-            return self._model_judge(kind, value, limit, str(judge))
+            return self._model_judge(kind, value, threshold, str(judge))
         if kind in ("equals", "contains", "icontains"):
             return self._comparison(kind, value)
         if kind in ("contains-any", "contains-all", "icontains-any", "icontains-all"):
-            words = value if isinstance(value, list) else str(value).split(",")
-            if not 0 < len(words) <= MOST_PARTS:
-                raise Refused(f"it has {len(words)} texts; a grader takes 1 to {MOST_PARTS}")
-            base, _, some = kind.rpartition("-")
-            parts = [self._comparison(base, str(word).strip())[0] for word in words]
-            formula = (
-                f"{'max' if some == 'any' else 'min'}({', '.join(parts)}, {int(some == 'all')})"
-            )
+            parts = value if isinstance(value, list) else str(value).split(",")
+            if not 0 < len(parts) <= MOST_PARTS:
+                raise NotConvertible(
+                    f"{len(parts)} texts are too many or too few: use 1 to {MOST_PARTS}"
+                )
+            base, _, quantifier = kind.rpartition("-")
+            scores = [self._comparison(base, str(word).strip())[0] for word in parts]
+            function, neutral = ("max", 0) if quantifier == "any" else ("min", 1)
+            formula = f"{function}({', '.join(scores)}, {neutral})"
             return formula, f"{formula} >= 1"
         if kind in ("regex", "starts-with"):
             pattern = (
-                rf"\A{re.escape(str(value))}" if kind == "starts-with" else _of_javascript(value)
+                rf"\A{re.escape(str(value))}" if kind == "starts-with" else _convert_regex(value)
             )
             return self._one(kind, {"method": "regex", "pattern": pattern})
         if kind == "is-json":
-            schema = parse_yaml(value, "its schema") if isinstance(value, str) else value
+            schema = parse_yaml(value, "the schema") if isinstance(value, str) else value
             if not isinstance(schema or {}, Mapping):
-                raise Refused("its schema is no object")
+                raise NotConvertible("the schema must be an object")
             return self._one(kind, _schema(schema or {}))
         if kind == "contains-json":
             if value:
-                raise Refused("a schema is checked of whole replies only: use `is-json`")
+                raise NotConvertible("schemas apply to whole replies only. Use `is-json`")
             return self._one(kind, {"method": "python", "source": _CONTAINS_JSON})
         if kind in SIMILARITIES:
-            metric, least = SIMILARITIES[kind]
+            metric, default = SIMILARITIES[kind]
             name, _ = self._one(
                 kind, {"method": "text_similarity", "evaluation_metric": metric,
                        "reference": self._place(str(value))}
             )  # fmt: skip
-            return name, f"{name} >= {number_of(limit, least):g}"
+            return name, f"{name} >= {parse_number(threshold, default):g}"
         if kind == "similar":
             fields = {"method": "embedding_similarity", "reference": self._place(str(value))}
             name, _ = self._one(kind, fields)
-            return name, f"{name} >= {number_of(limit, 0.75):g}"
+            return name, f"{name} >= {parse_number(threshold, 0.75):g}"
         if kind == "levenshtein":
             self.values.append(str(value))
             source = _LEVENSHTEIN.replace("PLACE", str(len(self.values) - 1))
             name, _ = self._one(kind, {"method": "python", "source": source})
-            passed = f"{name} <= {number_of(limit, 5):g}"
+            passed = f"{name} <= {parse_number(threshold, 5):g}"
             return passed, passed
         if kind == "python":
-            return self._python(value, limit, given.get("config"))
-        raise Refused("there is no such grader here")
+            return self._python(value, threshold, assertion.get("config"))
+        raise NotConvertible("no equivalent grader")
 
     def _comparison(self, kind: str, value: Any) -> tuple[str, str]:
         """Return the formulas of an equality or containment check."""
         if isinstance(value, (Mapping, list)):
             if kind != "equals":
-                raise Refused("it compares with a text")
+                raise NotConvertible("the value must be text")
             return self._one(kind, _schema({"const": value}))
         if value is None:
-            raise Refused("it has no `value`")
+            raise NotConvertible("`value` is missing")
         operation = {"equals": "eq", "contains": "like", "icontains": "ilike"}[kind]
         text = value if isinstance(value, str) else json.dumps(value)
         fields = {"method": "string_check", "operation": operation, "reference": self._place(text)}
         return self._one(kind, fields)
 
-    def _model_judge(self, kind: str, value: Any, limit: Any, judge: str) -> tuple[str, str]:
+    def _model_judge(self, kind: str, value: Any, threshold: Any, judge: str) -> tuple[str, str]:
         if not isinstance(value, str):
-            raise Refused("its rubric is no text")
+            raise NotConvertible("the rubric must be text")
         claim = JUDGED[kind]
         question = (
             f"A reply is to be judged. Claim: {claim}\n\nPrompt:\n{{{{item.messages}}}}\n\n"
             "Reply:\n{{sample.output_text}}\n\n"
             f"Rubric, criterion or reference:\n{self._place(value)}"
         )
-        asked: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "model": judge,
             "input": [{"role": "user", "content": question}],
         }
-        if limit is None and kind != "g-eval":
+        if threshold is None and kind != "g-eval":
             labels = {"labels": ["holds", "does not hold"], "passing_labels": ["holds"]}
-            return self._one(kind, {"method": "label_model", **asked, **labels})
-        asked["input"][0]["content"] += "\n\nHow far does the claim hold, from 0 to 1?"
-        name, _ = self._one(kind, {"method": "score_model", **asked})
-        return name, f"{name} >= {number_of(limit, 0.7):g}"
+            return self._one(kind, {"method": "label_model", **fields, **labels})
+        fields["input"][0]["content"] += "\n\nHow far does the claim hold, from 0 to 1?"
+        name, _ = self._one(kind, {"method": "score_model", **fields})
+        return name, f"{name} >= {parse_number(threshold, 0.7):g}"
 
-    def _python(self, value: Any, limit: Any, config: Any) -> tuple[str, str]:
+    def _python(self, value: Any, threshold: Any, config: Any) -> tuple[str, str]:
         source = value if isinstance(value, _Source) else None
         if source is None:
             body = str(value).strip("\n")
-            one = "\n" not in body and not body.startswith("return ")
-            lines = [f"return {body.strip()}"] if one else body.splitlines()
+            is_expression = "\n" not in body and not body.startswith("return ")
+            lines = [f"return {body.strip()}"] if is_expression else body.splitlines()
             code = "\n".join(
                 ["def get_assert(output, context):", *(f"    {each}" for each in lines)]
             )
@@ -286,7 +285,10 @@ class Checks:
         call = _PYTHON.replace("FUNCTION", source.function).replace("CONFIG", repr(config or {}))
         code = source.text.rstrip() + "\n" + call
         name, _ = self._one("python", {"method": "python", "source": code})
-        return name, f"{name} > 0" if limit is None else f"{name} >= {number_of(limit, 0.0):g}"
+        return (
+            name,
+            f"{name} > 0" if threshold is None else f"{name} >= {parse_number(threshold, 0.0):g}",
+        )
 
     def _one(self, kind: str, fields: dict[str, Any]) -> tuple[str, str]:
         name = self._name(kind, self.graders)
@@ -299,11 +301,11 @@ class Checks:
         return f"{{{{item.assert[{len(self.values) - 1}]}}}}"
 
     @staticmethod
-    def _name(kind: str, taken: Mapping[str, Any]) -> str:
+    def _name(kind: str, used: Mapping[str, Any]) -> str:
         stem = re.sub(r"\W+", "_", kind.lower(), flags=re.ASCII).strip("_") or "check"
         stem = f"check_{stem}" if stem[0].isdigit() or stem == "pass" else stem
         numbers = (stem if n == 1 else f"{stem}_{n}" for n in itertools.count(1))
-        return next(name for name in numbers if name not in taken)
+        return next(name for name in numbers if name not in used)
 
 
 @dataclass(frozen=True)
@@ -329,11 +331,11 @@ def _formula(graders: Mapping[str, dict[str, Any]], formula: str) -> dict[str, A
 
 def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     if "null" in re.findall(r'"(?:[^"\\]|\\.)*"|null', json.dumps(schema, default=str)):
-        raise Refused("null cannot stand in a file of graders")
+        raise NotConvertible("null is not supported in grader files")
     return {"method": "json_schema", "against": dict(schema)}
 
 
-def _of_javascript(pattern: Any) -> str:
+def _convert_regex(pattern: Any) -> str:
     """Return a Python pattern with JavaScript's meaning of digits (ASCII) and of ``$`` (end of
     text)."""
     text = str(pattern)
@@ -342,10 +344,10 @@ def _of_javascript(pattern: Any) -> str:
     return f"(?a){text}"
 
 
-def judge_of(provider: Any) -> str | None:
+def parse_judge(provider: Any) -> str | None:
     """Return the OpenAI model that a test or assertion names as the judge of rubrics."""
     if isinstance(provider, Mapping):
         provider = provider.get("text") or provider.get("id")
         provider = provider.get("id") if isinstance(provider, Mapping) else provider
-    found = re.fullmatch(r"openai:(?:chat:|responses:)?([\w.-]+)", str(provider))
-    return f"https://api.openai.com/v1#{found[1]}" if found else None
+    match = re.fullmatch(r"openai:(?:chat:|responses:)?([\w.-]+)", str(provider))
+    return f"https://api.openai.com/v1#{match[1]}" if match else None

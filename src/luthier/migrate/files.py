@@ -17,13 +17,13 @@ from luthier.errors import RecipeError
 from luthier.files import new_file, write_bytes
 from luthier.recipe import to_toml
 
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 """Maximum size of a file that is read as a whole, in bytes."""
 REPORT = "IMPORT.md"
 YAML_ENDINGS = (".json", ".yaml", ".yml")
 
 
-class Refused(Exception):
+class NotConvertible(Exception):
     """The reason why a part cannot be imported."""
 
 
@@ -59,20 +59,20 @@ class Import:
     not_imported: list[NotImported] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """Parts that were imported with a different meaning."""
-    _said: set[tuple[str, str]] = field(default_factory=set)
+    _reported: set[tuple[str, str]] = field(default_factory=set)
     results: list[str] = field(default_factory=list)
     """Earlier results, as sentences."""
 
     def skip(self, where: str, reason: str) -> None:
         """Record a part that cannot be imported, once."""
-        if (where, reason) not in self._said:
-            self._said.add((where, reason))
+        if (where, reason) not in self._reported:
+            self._reported.add((where, reason))
             self.not_imported.append(NotImported(where, reason))
 
     def remark(self, text: str) -> None:
         """Record a remark, once."""
-        if ("", text) not in self._said:
-            self._said.add(("", text))
+        if ("", text) not in self._reported:
+            self._reported.add(("", text))
             self.remarks.append(text)
 
     def write_rows(
@@ -80,9 +80,9 @@ class Import:
     ) -> None:
         """Write rows as JSON Lines."""
         number = 0
-        with new_file(self.target / name) as made:
+        with new_file(self.target / name) as file:
             for row in rows:
-                made.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+                file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
                 number += 1
         count = f"{number:,} row{'s' * (number != 1)}"
         self.files.append(ImportedFile(Path(name), f"{count} {content}", command))
@@ -90,8 +90,8 @@ class Import:
     def copy_rows(self, name: str, source: Path, content: str) -> None:
         """Copy a file of rows unchanged."""
         path = self.target / name
-        with source.open("rb") as given, new_file(path) as made:
-            shutil.copyfileobj(given, made)
+        with source.open("rb") as original, new_file(path) as copy:
+            shutil.copyfileobj(original, copy)
         self.files.append(ImportedFile(Path(name), content, f"luthier inspect {self.place(name)}"))
 
     def write_toml(
@@ -110,7 +110,7 @@ class Import:
 
     def lines(self) -> list[str]:
         """Return the lines of the report."""
-        lines = [f"# What was imported from {self.source.name}", ""]
+        lines = [f"# Import of {self.source.name}", ""]
         for file in self.files:
             lines.append(f"- `{file.path}`: {file.content}")
         commands = [file.command for file in self.files if file.command]
@@ -118,9 +118,9 @@ class Import:
             lines += ["", "## Commands", "", "```sh", *commands, "```"]
         for title, texts in (
             ("Earlier results", self.results),
-            ("What means something else here", self.remarks),
+            ("Differences", self.remarks),
             (
-                "What was not imported",
+                "Not imported",
                 [f"{each.where}: {each.reason}" for each in self.not_imported],
             ),
         ):
@@ -157,14 +157,14 @@ class Import:
             self.files.append(ImportedFile(Path(name), content, command))
 
 
-def file_name(text: str, taken: set[str], suffix: str) -> str:
+def file_name(text: str, used: set[str], suffix: str) -> str:
     """Return a file name for the title ``text`` that is not in ``taken``, and add the name to
     ``taken``."""
     stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].rstrip("-") or "unnamed"
     name, number = f"{stem}{suffix}", 2
-    while name in taken:
+    while name in used:
         name, number = f"{stem}-{number}{suffix}", number + 1
-    taken.add(name)
+    used.add(name)
     return name
 
 
@@ -176,11 +176,11 @@ def read_text(path: Path) -> str:
     """
     try:
         if not path.is_file():
-            raise RecipeError(f"{path} is no file")
+            raise RecipeError(f"{path} is not a file")
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise RecipeError(f"{path} has more than {MOST_BYTES >> 20} MiB")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
         return content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
@@ -199,7 +199,7 @@ def parse_yaml(text: str, name: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return yaml.load(text, Loader=_loader())  # noqa: S506 (it makes plain values alone)
+        return yaml.load(text, Loader=_loader())  # noqa: S506 (plain values only)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"{name} cannot be read: {str(error)[:300]}") from error
 
@@ -225,18 +225,18 @@ def _loader() -> Any:
     return Loader
 
 
-def number_of(given: Any, default: float) -> float:
+def parse_number(value: Any, default: float) -> float:
     """Return a number or numeric text as a float; ``default`` for an empty value.
 
     Raises:
         Refused: for anything else.
     """
-    if given is None or given == "":
+    if value is None or value == "":
         return default
     try:
-        found = math.nan if isinstance(given, bool) else float(given)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (OverflowError, TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise Refused(f"{str(given)[:40]!r} is no number")
-    return found
+        number = math.nan
+    if not math.isfinite(number):
+        raise NotConvertible(f"{str(value)[:40]!r} is not a number")
+    return number

@@ -23,7 +23,7 @@ from typing import Any
 from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import RecipeError, RowRefused
 from luthier.graders import Answer
-from luthier.migrate.files import MOST_BYTES, Import, Refused, file_name, read_text
+from luthier.migrate.files import MAX_BYTES, Import, NotConvertible, file_name, read_text
 from luthier.server.http.messages import Fault
 from luthier.server.openai.eval_runs import DataSource, parse_criteria
 from luthier.server.openai.fine_tuning import (
@@ -62,25 +62,25 @@ class _Export:
 
     def content_of(self, file_id: str | None) -> Path | None:
         """Return the content of a file by id or by the name of the upload."""
-        known = self.objects["file"].get(str(file_id), {})
-        names = (str(file_id), str(known.get("filename") or file_id))
-        found = next((self.contents[name] for name in names if name in self.contents), None)
-        if found is not None:
-            self.read.add(found)
-        return found
+        file = self.objects["file"].get(str(file_id), {})
+        names = (str(file_id), str(file.get("filename") or file_id))
+        path = next((self.contents[name] for name in names if name in self.contents), None)
+        if path is not None:
+            self.read.add(path)
+        return path
 
 
 def convert(export: Path, result: Import, judge: str | None = None) -> None:
     """Convert the folder ``export`` into ``result``; see :func:`..import_openai`."""
     if not export.is_dir():
-        raise RecipeError(f"{export} is no folder")
-    found = _read(export, result)
-    if not any(found.objects.values()):
+        raise RecipeError(f"{export} is not a folder")
+    objects = _read(export, result)
+    if not any(objects.objects.values()):
         raise RecipeError(
-            f"{export} holds no object of OpenAI's: save what the API lists, such as "
-            "client.evals.list(), as .json or .jsonl"
+            f"{export} has no OpenAI objects. Save lists of the API, such as client.evals.list(), as "
+            ".json or .jsonl"
         )
-    _Conversion(found, result, judge).write()
+    _Conversion(objects, result, judge).write()
 
 
 def _read(folder: Path, result: Import) -> _Export:
@@ -88,15 +88,15 @@ def _read(folder: Path, result: Import) -> _Export:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_file():
             continue
-        if path.suffix == ".json" and path.stat().st_size > MOST_BYTES:
-            size = f"it has more than {MOST_BYTES >> 20} MiB; write an object a line"
+        if path.suffix == ".json" and path.stat().st_size > MAX_BYTES:
+            size = f"larger than {MAX_BYTES >> 20} MiB. Write one object per line"
             result.skip(path.name, size)
             continue
-        found = list(_objects(path)) if path.suffix in (".json", ".jsonl") else []
-        if not found:
+        objects = list(_objects(path)) if path.suffix in (".json", ".jsonl") else []
+        if not objects:
             export.contents[path.name] = path
             export.contents.setdefault(path.stem, path)
-        for each in found:
+        for each in objects:
             export.objects[each["object"]][str(each["id"])] = each
     return export
 
@@ -118,7 +118,7 @@ def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
 def _lines(path: Path) -> Iterator[bytes]:
     """Yield lines, separated by line feeds only."""
     with path.open("rb") as file:
-        while line := file.readline(MOST_BYTES):
+        while line := file.readline(MAX_BYTES):
             yield line
 
 
@@ -139,18 +139,18 @@ class _Conversion:
         self.taken: set[str] = set()
         self.rows_of: dict[str, str] = {}
         """Files of rows by OpenAI file id."""
-        self.runs = _by(export.objects["eval.run"].values(), "eval_id")
-        self.items = _by(export.objects["eval.run.output_item"].values(), "run_id")
+        self.runs = _group_by(export.objects["eval.run"].values(), "eval_id")
+        self.items = _group_by(export.objects["eval.run.output_item"].values(), "run_id")
 
     @contextmanager
-    def _left_out(self, where: str) -> Iterator[None]:
+    def _skip_errors(self, where: str) -> Iterator[None]:
         """Record why the block cannot convert an object, and continue after the block."""
         try:
             yield
-        except (Refused, Fault, RowRefused) as error:
+        except (NotConvertible, Fault, RowRefused) as error:
             self.result.skip(where, str(error))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            self.result.skip(where, f"it is not as OpenAI writes it: {error!r:.200}")
+            self.result.skip(where, f"the object is malformed: {error!r:.200}")
 
     def write(self) -> None:
         objects = self.export.objects
@@ -158,39 +158,39 @@ class _Conversion:
             ("file", self._file), ("fine_tuning.job", self._job), ("eval", self._eval),
         ):  # fmt: skip
             for number, each in enumerate(objects[kind].values(), 1):
-                with self._left_out(f"{kind} {each.get('id', number)}"):
+                with self._skip_errors(f"{kind} {each.get('id', number)}"):
                     convert_one(each)
         for run in objects["eval.run"].values():
             if str(run.get("eval_id")) not in objects["eval"]:
                 self.result.skip(
-                    f"eval.run {run['id']}", f"its eval {run.get('eval_id')} is not there"
+                    f"eval.run {run['id']}", f"the eval {run.get('eval_id')} is missing"
                 )
         for path in sorted({*self.export.contents.values()} - self.export.read):
             if path.suffix in (".json", ".jsonl") and not _is_empty(path):
                 self.result.skip(
                     path.name,
-                    "it holds no object that is known here, and none names it as its content",
+                    "no known object, and no object refers to the file",
                 )
 
-    def _file(self, given: Mapping[str, Any]) -> None:
-        if given.get("purpose") != "fine-tune":
-            return  # of evals: read with their runs
-        file_id, name = str(given["id"]), str(given.get("filename") or given["id"])
+    def _file(self, file: Mapping[str, Any]) -> None:
+        if file.get("purpose") != "fine-tune":
+            return  # the runs of an eval read the rows of the eval
+        file_id, name = str(file["id"]), str(file.get("filename") or file["id"])
         path = self.export.content_of(file_id)
         if path is None:
-            raise Refused(f"its content is not there; save it as {file_id}.jsonl")
+            raise NotConvertible(f"the content is missing. Save the content as {file_id}.jsonl")
         target = file_name(Path(name).stem, self.taken, ".jsonl")
         self.rows_of[file_id] = target
         self.result.copy_rows(target, path, f"rows of {name}")
 
-    def _job(self, given: Mapping[str, Any]) -> None:
+    def _job(self, job: Mapping[str, Any]) -> None:
         names = ("model", "training_file", "validation_file", "seed", "hyperparameters", "method")
-        fields = {name: given[name] for name in names if given.get(name) is not None}
-        chosen, dropped = _without_their_choices(fields)
-        parameters = validate(chosen, CreateJob)
+        fields = {name: job[name] for name in names if job.get(name) is not None}
+        user_fields, dropped = _split_choices(fields)
+        parameters = validate(user_fields, CreateJob)
         train = self.rows_of.get(parameters.training_file)
         if train is None:
-            raise Refused(f"its rows, {parameters.training_file}, are not there")
+            raise NotConvertible(f"the rows {parameters.training_file} are missing")
         settings = settings_of(parameters, parameters.seed or 0, writes=True)
         if parameters.seed is None:
             del settings["training"]["seed"]
@@ -203,18 +203,18 @@ class _Conversion:
         if parameters.validation_file in self.rows_of:
             name = self.rows_of[str(parameters.validation_file)]
             data["validation"] = str(self.result.folder.absolute() / name)
-        tuned = str(given.get("fine_tuned_model") or "")
+        tuned = str(job.get("fine_tuned_model") or "")
         label = tuned.split(":")[3] if tuned.count(":") >= 4 else ""
         recipe = {"data": data, "objective": objective, "training": settings["training"]}
         recipe = {group: values for group, values in recipe.items() if values}
-        target = file_name(f"tune {label or given['id']}", self.taken, ".toml")
+        target = file_name(f"tune {label or job['id']}", self.taken, ".toml")
         if dropped:
             self.result.remark(
                 f"{target}: {', '.join(f'{name}={value}' for name, value in dropped.items())} were for "
                 f"{parameters.model}; luthier chooses by the rows and your base model"
             )
         self.result.write_toml(
-            target, recipe, f"recipe of the job {given['id']} ({parameters.model})",
+            target, recipe, f"recipe of the job {job['id']} ({parameters.model})",
             f"luthier tune {self.result.place(target)}",
         )  # fmt: skip
 
@@ -222,19 +222,18 @@ class _Conversion:
         """Return the judge of a model grader."""
         if self.judge is None:
             self.result.remark(
-                f"replies that a model grades are sent to {model} at api.openai.com; --judge names "
-                "another model"
+                f"model graders query {model} at api.openai.com. Choose another model with --judge"
             )
         return self.judge or f"https://api.openai.com/v1#{model}"
 
-    def _eval(self, given: Mapping[str, Any]) -> None:
-        title = str(given.get("name") or given["id"])
+    def _eval(self, eval_object: Mapping[str, Any]) -> None:
+        title = str(eval_object.get("name") or eval_object["id"])
         tables: dict[str, dict[str, Any]] = {}
-        for index, criterion in enumerate(given.get("testing_criteria") or []):
-            with self._left_out(f"eval {title!r}, criterion {index + 1}"):
+        for index, criterion in enumerate(eval_object.get("testing_criteria") or []):
+            with self._skip_errors(f"eval {title!r}, criterion {index + 1}"):
                 for name, table in self._table(criterion, index).items():
                     tables[name if name not in tables else f"{name}_{index + 1}"] = table
-        runs = self.runs[str(given["id"])]
+        runs = self.runs[str(eval_object["id"])]
         graders = None
         if tables:
             graders = file_name(f"{title} graders", self.taken, ".toml")
@@ -242,22 +241,22 @@ class _Conversion:
                 graders, tables, f"graders of the eval {title!r}: {', '.join(tables)}"
             )
         if not runs:
-            self.result.skip(
-                f"rows of the eval {title!r}", "no run of it is there to take them from"
-            )
+            self.result.skip(f"rows of the eval {title!r}", "the eval has no run with rows")
         written: dict[str, str] = {}
         for run in runs:
-            with self._left_out(f"run {run['id']} of {title!r}"):
+            with self._skip_errors(f"run {run['id']} of {title!r}"):
                 self._run(run, title, graders, written)
 
-    def _table(self, given: Any, index: int) -> dict[str, dict[str, Any]]:
+    def _table(self, criterion_object: Any, index: int) -> dict[str, dict[str, Any]]:
         """Return the grader of a criterion. The grader returns 1 if a row passes."""
-        if not isinstance(given, Mapping):
+        if not isinstance(criterion_object, Mapping):
             return {}
-        (criterion,) = parse_criteria([given], self._judge, {})
-        fields = _below_item(grader_fields(given, f"testing_criteria[{index}]", self._judge))
+        (criterion,) = parse_criteria([criterion_object], self._judge, {})
+        fields = _nest_item(
+            grader_fields(criterion_object, f"testing_criteria[{index}]", self._judge)
+        )
         name = re.sub(r"\W+", "_", criterion.name.lower(), flags=re.ASCII).strip("_") or f"c{index}"
-        if given["type"] not in ("string_check", "label_model"):
+        if criterion_object["type"] not in ("string_check", "label_model"):
             fields = {
                 "method": "multi", "calculate_output": f"score >= {criterion.threshold:g}",
                 "graders": {"score": fields},
@@ -269,9 +268,9 @@ class _Conversion:
     ) -> None:
         items = self.items[str(run["id"])]
         counts = run.get("result_counts") or {}
-        asked = str(run.get("model") or "answers that were brought along")
+        model = str(run.get("model") or "imported replies")
         self.result.results.append(
-            f"{title}, run {run.get('name') or run['id']}: {asked} passed "
+            f"{title}, run {run.get('name') or run['id']}: {model} passed "
             f"{counts.get('passed', 0):,} of {counts.get('total', 0):,}"
         )
         rows = list(self._rows(run, items))
@@ -285,29 +284,31 @@ class _Conversion:
                 self.result.write_rows(
                     written[content], rows, f"of the eval {title!r}", command if graders else None
                 )
-        answers = [
+        replies = [
             row for each in items if each.get("status") == "pass" for row in _answer_rows(each)
         ]
-        if answers:
-            name = file_name(f"{title} answers {asked}", self.taken, ".jsonl")
+        if replies:
+            name = file_name(f"{title} answers {model}", self.taken, ".jsonl")
             self.result.write_rows(
                 name,
-                answers,
-                f"with answers of {asked} that passed",
+                replies,
+                f"with replies of {model} that passed",
                 f"luthier tune {self.result.place(name)}",
             )
         if not rows:
-            raise Refused("there is neither what it asked nor what was answered")
+            raise NotConvertible("the run has neither prompts nor replies")
 
     def _rows(
         self, run: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         """Yield the prompts of a run, from the data source or else from the output items."""
-        given = {n: v for n, v in (run.get("data_source") or {}).items() if v is not None}
-        source = validate(given, DataSource, "data_source") if _known_source(given) else None
-        found = [] if source is None else self._items(given["source"])
-        if found and source is not None and source.input_messages is not None:
-            for number, item in enumerate(found, 1):
+        data_source = {n: v for n, v in (run.get("data_source") or {}).items() if v is not None}
+        source = (
+            validate(data_source, DataSource, "data_source") if _known_source(data_source) else None
+        )
+        data_items = [] if source is None else self._items(data_source["source"])
+        if data_items and source is not None and source.input_messages is not None:
+            for number, item in enumerate(data_items, 1):
                 answer = Answer((), "", None, PromptOnly("rows", number, "", members=item))
                 yield _row(source.messages(answer), item)
             return
@@ -320,7 +321,7 @@ class _Conversion:
         rows = source.get("content") or []
         if source.get("type") == "file_id":
             path = self.export.content_of(source.get("id"))
-            if path is None or path.stat().st_size > MOST_BYTES:
+            if path is None or path.stat().st_size > MAX_BYTES:
                 return []
             rows = []
             for line in read_text(path).split("\n"):
@@ -328,25 +329,27 @@ class _Conversion:
                     try:
                         rows.append(json.loads(line))
                     except ValueError as error:
-                        raise Refused(f"{path.name} is no JSON Lines: {error}") from error
+                        raise NotConvertible(f"{path.name} is not JSON Lines: {error}") from error
         return [row["item"] for row in rows if isinstance(row, Mapping) and "item" in row]
 
 
-def _by(objects: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, list[Mapping[str, Any]]]:
+def _group_by(
+    objects: Iterable[Mapping[str, Any]], name: str
+) -> Mapping[str, list[Mapping[str, Any]]]:
     """Return objects grouped by the member ``name``, in order."""
-    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for each in objects:
-        found[str(each.get(name))].append(each)
-    return found
+        groups[str(each.get(name))].append(each)
+    return groups
 
 
-def _known_source(given: Mapping[str, Any]) -> bool:
-    kind = (given.get("source") or {}).get("type")
-    rows = (given.get("source") or {}).get("content")
+def _known_source(data_source: Mapping[str, Any]) -> bool:
+    kind = (data_source.get("source") or {}).get("type")
+    rows = (data_source.get("source") or {}).get("content")
     return kind == "file_id" or (kind == "file_content" and bool(rows))
 
 
-def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split the fields of a job into the user's choices and the values that OpenAI chose for its
     model.
 
@@ -355,36 +358,36 @@ def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], d
     dropped: dict[str, Any] = {}
 
     def clean(
-        given: Mapping[str, Any], taken: Collection[str] = _HYPERPARAMETERS
+        values: Mapping[str, Any], known: Collection[str] = _HYPERPARAMETERS
     ) -> dict[str, Any]:
         dropped.update(
-            {n: v for n, v in given.items() if n not in taken and v not in (None, "auto")}
+            {n: v for n, v in values.items() if n not in known and v not in (None, "auto")}
         )
-        return {n: v for n, v in given.items() if n in taken and v is not None}
+        return {n: v for n, v in values.items() if n in known and v is not None}
 
-    chosen = {name: value for name, value in fields.items() if name != "hyperparameters"}
+    user_fields = {name: value for name, value in fields.items() if name != "hyperparameters"}
     clean(fields.get("hyperparameters") or {})
     method = fields.get("method")
     if isinstance(method, Mapping) and isinstance(
-        arm := method.get(str(method.get("type"))), Mapping
+        settings := method.get(str(method.get("type"))), Mapping
     ):
-        kept = clean(arm, ("grader", "hyperparameters"))
-        kept["hyperparameters"] = clean(arm.get("hyperparameters") or {})
-        chosen["method"] = {"type": method["type"], method["type"]: kept}
-    return chosen, dropped
+        method_fields = clean(settings, ("grader", "hyperparameters"))
+        method_fields["hyperparameters"] = clean(settings.get("hyperparameters") or {})
+        user_fields["method"] = {"type": method["type"], method["type"]: method_fields}
+    return user_fields, dropped
 
 
-def _below_item(value: Any) -> Any:
+def _nest_item(value: Any) -> Any:
     """Return grader fields for rows that store the item under ``item``, whatever the members of the
     item."""
     if isinstance(value, str):
         return _PLACE.sub("{{item.item", value)
     if isinstance(value, Mapping):
-        found = {name: _below_item(each) for name, each in value.items()}
-        if found.get("method") == "python":
-            found["source"] = str(value["source"]).rstrip() + _PYTHON
-        return found
-    return [_below_item(each) for each in value] if isinstance(value, (list, tuple)) else value
+        fields = {name: _nest_item(each) for name, each in value.items()}
+        if fields.get("method") == "python":
+            fields["source"] = str(value["source"]).rstrip() + _PYTHON
+        return fields
+    return [_nest_item(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _row(messages: Sequence[Mapping[str, Any]], item: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,7 +404,7 @@ def _prompt_row(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if isinstance(each.get("content"), str) and isinstance(each.get("role"), str)
     ]
     if len(turns) != len(messages) or not turns:
-        raise Refused("its messages hold more than texts")
+        raise NotConvertible("messages must have text contents")
     return {"messages": turns}
 
 

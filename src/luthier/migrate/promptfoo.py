@@ -26,17 +26,17 @@ from luthier.data.read import read_records
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.migrate.assertions import (
     JUDGED,
-    LEFT_OUT,
     SIMILARITIES,
+    UNSUPPORTED,
     Checks,
-    judge_of,
+    parse_judge,
 )
 from luthier.migrate.files import (
     YAML_ENDINGS,
     Import,
-    Refused,
+    NotConvertible,
     file_name,
-    number_of,
+    parse_number,
     parse_yaml,
     read_text,
 )
@@ -74,10 +74,10 @@ def convert(config: Path, result: Import, judge: str | None = None) -> None:
     """Convert ``config`` into ``result``; see :func:`..import_promptfoo`."""
     try:
         _Configuration(config, result, judge).write()
-    except Refused as error:
+    except NotConvertible as error:
         raise RecipeError(f"{config}: {error}") from error
     except (AttributeError, KeyError, NotImplementedError, OSError, TypeError, ValueError) as error:
-        raise RecipeError(f"{config} has a part that promptfoo does not write: {error}") from error
+        raise RecipeError(f"{config} has an invalid part: {error}") from error
 
 
 class _Configuration:
@@ -121,14 +121,14 @@ class _Configuration:
     ) -> None:
         # A file of rows has the number of the graders that belong to it.
         numbers = {each: f" {n}" if len(tables) > 1 else "" for n, each in enumerate(tables, 1)}
-        taken: set[str] = set()
+        used: set[str] = set()
         graders: dict[str, str] = {}
         for signature, checks in tables.items():
             if checks:
-                graders[signature] = file_name(f"graders{numbers[signature]}", taken, ".toml")
+                graders[signature] = file_name(f"graders{numbers[signature]}", used, ".toml")
                 self.result.write_toml(graders[signature], checks, f"graders: {', '.join(checks)}")
         for (label, signature), rows in files.items():
-            name = file_name(f"{label}{numbers[signature]}", taken, ".jsonl")
+            name = file_name(f"{label}{numbers[signature]}", used, ".jsonl")
             command = None
             if signature in graders:
                 command = (
@@ -138,58 +138,56 @@ class _Configuration:
             self.result.write_rows(name, rows, f"of the prompt {label!r}", command)
 
     def _fields(self) -> Mapping[str, Any]:
-        found = parse_yaml(read_text(self.path), str(self.path))
-        if not isinstance(found, Mapping) or not found.keys() & {"prompts", "tests", "scenarios"}:
-            raise RecipeError(
-                f"{self.path} is no configuration of promptfoo: it has no prompts and no tests"
-            )
-        return found
+        fields = parse_yaml(read_text(self.path), str(self.path))
+        if not isinstance(fields, Mapping) or not fields.keys() & {"prompts", "tests", "scenarios"}:
+            raise RecipeError(f"{self.path} is not a promptfoo configuration: no prompts, no tests")
+        return fields
 
     def _default(self) -> Mapping[str, Any]:
-        given = self.fields.get("defaultTest") or {}
-        if isinstance(given, str):
-            given = parse_yaml(self._read(given.removeprefix("file://")), given)
-        return given if isinstance(given, Mapping) else {}
+        default = self.fields.get("defaultTest") or {}
+        if isinstance(default, str):
+            default = parse_yaml(self._read(default.removeprefix("file://")), default)
+        return default if isinstance(default, Mapping) else {}
 
     def _file(self, name: str) -> Path:
         folder = self.path.parent.resolve()
         path = (folder / name).resolve()
         if not path.is_relative_to(folder):
-            raise Refused(f"{name} is outside the folder of {self.path.name}; move it there")
+            raise NotConvertible(f"{name} is outside the folder of {self.path.name}")
         if not path.is_file():
-            raise Refused(f"{name} is not there")
+            raise NotConvertible(f"{name} is missing")
         return path
 
     def _read(self, name: str) -> str:
         try:
             return read_text(self._file(name))
         except RecipeError as error:
-            raise Refused(str(error)) from error
+            raise NotConvertible(str(error)) from error
 
     def _prompts(self) -> Iterator[_Prompt]:
-        given = self.fields.get("prompts", ["{{prompt}}"])
-        for number, each in enumerate(given if isinstance(given, list) else [given], 1):
+        prompts = self.fields.get("prompts", ["{{prompt}}"])
+        for number, each in enumerate(prompts if isinstance(prompts, list) else [prompts], 1):
             where, label = f"prompt {number}", None
             if isinstance(each, Mapping):
                 label, each = each.get("label"), each.get("raw") or each.get("id")
             try:
                 if not isinstance(each, str):
-                    raise Refused("it is no text and no file")
+                    raise NotConvertible("the prompt is neither text nor a file")
                 yield from self._prompt(each, label, where)
-            except Refused as error:
+            except NotConvertible as error:
                 self.result.skip(where, str(error))
 
-    def _prompt(self, given: str, label: Any, where: str) -> Iterator[_Prompt]:
-        given = given.strip() if given.strip().startswith("file://") else given
-        is_path = re.fullmatch(r"[^\s{}]+\.(txt|md|j2|json|ya?ml|csv|tsv)", given) is not None
-        if re.match(r"(exec|langfuse|portkey|helicone)(:|://)", given) or re.fullmatch(
-            r"[^\s{}]+\.(js|cjs|mjs|ts|py|sh|rb)(:\w+)?", given
+    def _prompt(self, prompt: str, label: Any, where: str) -> Iterator[_Prompt]:
+        prompt = prompt.strip() if prompt.strip().startswith("file://") else prompt
+        is_path = re.fullmatch(r"[^\s{}]+\.(txt|md|j2|json|ya?ml|csv|tsv)", prompt) is not None
+        if re.match(r"(exec|langfuse|portkey|helicone)(:|://)", prompt) or re.fullmatch(
+            r"[^\s{}]+\.(js|cjs|mjs|ts|py|sh|rb)(:\w+)?", prompt
         ):
-            raise Refused(f"{given}: prompts made by programs or other services are not run")
-        if not given.startswith("file://") and not is_path:
-            yield _Prompt(str(label or where), _messages(given) or given)
+            raise NotConvertible(f"{prompt}: generated prompts are not supported")
+        if not prompt.startswith("file://") and not is_path:
+            yield _Prompt(str(label or where), _messages(prompt) or prompt)
             return
-        for each in self._names(given.removeprefix("file://")):
+        for each in self._names(prompt.removeprefix("file://")):
             title = str(label or Path(each).stem)
             if Path(each).suffix in (".csv", ".tsv"):
                 for row in self._records(each):
@@ -211,35 +209,35 @@ class _Configuration:
             return [pattern]
         folder = self.path.parent
         try:
-            found = sorted(folder.glob(pattern))
-            names = [str(path.relative_to(folder)) for path in found if ".." not in path.parts]
+            paths = sorted(folder.glob(pattern))
+            names = [str(path.relative_to(folder)) for path in paths if ".." not in path.parts]
         except (NotImplementedError, ValueError, OSError) as error:
-            raise Refused(f"{pattern}: {error}") from error
+            raise NotConvertible(f"{pattern}: {error}") from error
         if not names:
-            raise Refused(f"no file in the folder is like {pattern}")
+            raise NotConvertible(f"no file matches {pattern}")
         return names
 
     def _records(self, name: str) -> list[Mapping[str, Any]]:
         problems: list[Problem] = []
-        found: list[Mapping[str, Any]] = [
+        records: list[Mapping[str, Any]] = [
             record for _, record in read_records(self._file(name), problems)
         ]
         if problems:
             raise RecipeError(str(DataError(problems)))
-        return found
+        return records
 
     def _tests(self) -> Iterator[_Test]:
         yield from self._inline_tests(self.fields.get("tests", []), "test")
         for number, scenario in enumerate(self.fields.get("scenarios") or [], 1):
             where = f"scenario {number}"
             if not isinstance(scenario, Mapping):
-                self.result.skip(where, "only scenarios in the file itself are read")
+                self.result.skip(where, "only inline scenarios are supported")
                 continue
             configs = scenario.get("config") or [{}]
             tests = scenario.get("tests") or [{}]
             for config, test in itertools.product(configs, tests):
                 if not isinstance(config, Mapping) or not isinstance(test, Mapping):
-                    self.result.skip(where, "only configs and tests in the file itself are read")
+                    self.result.skip(where, "only inline configs and tests are supported")
                     continue
                 joined = {
                     **config,
@@ -250,84 +248,82 @@ class _Configuration:
                 }
                 yield from self._inline_tests([joined], where)
 
-    def _inline_tests(self, given: Any, where: str) -> Iterator[_Test]:
-        for number, each in enumerate(given if isinstance(given, list) else [given], 1):
-            place = f"{where} {number}"
+    def _inline_tests(self, tests: Any, where: str) -> Iterator[_Test]:
+        for number, each in enumerate(tests if isinstance(tests, list) else [tests], 1):
+            location = f"{where} {number}"
             try:
                 if isinstance(each, str):
                     yield from self._tests_of_file(each)
                 elif isinstance(each, Mapping) and "path" in each and "vars" not in each:
-                    raise Refused("tests made by programs are not run")
+                    raise NotConvertible("generated tests are not supported")
                 elif isinstance(each, Mapping):
-                    yield self._test(each, place)
+                    yield self._test(each, location)
                 else:
-                    raise Refused("a test is an object, or the name of a file")
-            except Refused as error:
-                self.result.skip(place, str(error))
+                    raise NotConvertible("a test must be an object or a file name")
+            except NotConvertible as error:
+                self.result.skip(location, str(error))
 
-    def _tests_of_file(self, given: str) -> Iterator[_Test]:
-        name = given.removeprefix("file://")
+    def _tests_of_file(self, reference: str) -> Iterator[_Test]:
+        name = reference.removeprefix("file://")
         if re.match(r"(https?|huggingface|s3|az)://", name):
-            raise Refused(f"{name}: nothing is fetched; save it beside the configuration")
+            raise NotConvertible(f"{name}: downloads are not supported. Save the file first")
         if re.search(r"\.(py|js|cjs|mjs|ts)(:\w+)?$", name):
-            raise Refused(f"{name}: tests made by programs are not run")
+            raise NotConvertible(f"{name}: generated tests are not supported")
         for each in self._names(name):
             if Path(each).suffix in _TABLES:
                 for line, record in enumerate(self._records(each), 1):
-                    listed = (
-                        record if "vars" in record or "assert" in record else _of_columns(record)
+                    test = (
+                        record if "vars" in record or "assert" in record else _parse_columns(record)
                     )
-                    place = f"{each} row {line}"
+                    location = f"{each} row {line}"
                     try:
-                        yield self._test(listed, place)
-                    except Refused as error:
-                        self.result.skip(place, str(error))
+                        yield self._test(test, location)
+                    except NotConvertible as error:
+                        self.result.skip(location, str(error))
                 continue
             found_tests = parse_yaml(self._read(each), each)
             yield from self._inline_tests(found_tests, each)
 
-    def _test(self, given: Mapping[str, Any], where: str) -> _Test:
-        options = {**(self.default.get("options") or {}), **(given.get("options") or {})}
+    def _test(self, test: Mapping[str, Any], where: str) -> _Test:
+        options = {**(self.default.get("options") or {}), **(test.get("options") or {})}
         for name in ("transform", "postprocess", "transformVars"):
-            if options.get(name) or given.get(name):
-                self.result.remark(f"`{name}` is JavaScript: replies are graded as they are")
+            if options.get(name) or test.get(name):
+                self.result.remark(f"`{name}` is JavaScript and has no effect")
         for name in ("rubricPrompt", "disableVarExpansion"):
             if options.get(name):
-                self.result.remark(f"the option `{name}` is not carried over")
-        if given.get("assertScoringFunction"):
-            self.result.remark("`assertScoringFunction` is JavaScript: scores are weighted means")
-        variables = self._resolve_variables(
-            {**self._vars(self.default), **self._vars(given)}, where
-        )
+                self.result.remark(f"the option `{name}` has no effect")
+        if test.get("assertScoringFunction"):
+            self.result.remark("`assertScoringFunction` has no effect: scores are weighted means")
+        variables = self._resolve_variables({**self._vars(self.default), **self._vars(test)}, where)
         if empty := [name for name, value in variables.items() if value == []]:
-            raise Refused(f"`{empty[0]}` is an empty list, so there is no row")
-        asserts = [*(self.default.get("assert") or []), *(given.get("assert") or [])]
-        beside = {name: given[name] for name in ("description", "metadata") if given.get(name)}
-        threshold = given.get("threshold", self.default.get("threshold"))
+            raise NotConvertible(f"the list `{empty[0]}` is empty")
+        asserts = [*(self.default.get("assert") or []), *(test.get("assert") or [])]
+        extra = {name: test[name] for name in ("description", "metadata") if test.get(name)}
+        threshold = test.get("threshold", self.default.get("threshold"))
         return _Test(
-            where, variables, asserts, number_of(threshold, 0.0) or None,
-            str(options.get("prefix") or ""), str(options.get("suffix") or ""), beside,
-            self.judge or judge_of(options.get("provider")),
+            where, variables, asserts, parse_number(threshold, 0.0) or None,
+            str(options.get("prefix") or ""), str(options.get("suffix") or ""), extra,
+            self.judge or parse_judge(options.get("provider")),
         )  # fmt: skip
 
-    def _vars(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        found = given.get("vars") or {}
-        if isinstance(found, str):
-            found = parse_yaml(self._read(found.removeprefix("file://")), found)
-        if not isinstance(found, Mapping):
-            raise Refused("`vars` is no object")
-        read = {}
-        for name, value in found.items():
+    def _vars(self, test: Mapping[str, Any]) -> dict[str, Any]:
+        variables = test.get("vars") or {}
+        if isinstance(variables, str):
+            variables = parse_yaml(self._read(variables.removeprefix("file://")), variables)
+        if not isinstance(variables, Mapping):
+            raise NotConvertible("`vars` must be an object")
+        values = {}
+        for name, value in variables.items():
             if isinstance(value, str) and value.strip().startswith("file://"):
                 path = value.strip().removeprefix("file://")
                 if Path(path).suffix not in (".txt", ".md", *YAML_ENDINGS):
-                    raise Refused(f"`{name}`: {value} is no text")
+                    raise NotConvertible(f"`{name}`: {value} is not a text file")
                 text = self._read(path)
                 is_yaml = Path(path).suffix in YAML_ENDINGS
                 value = json.dumps(parse_yaml(text, path), ensure_ascii=False) if is_yaml else text
-            # As there, one line end behind a text is none of it.
-            read[str(name)] = value.removesuffix("\n") if isinstance(value, str) else value
-        return read
+            # promptfoo also removes one line end after a text.
+            values[str(name)] = value.removesuffix("\n") if isinstance(value, str) else value
+        return values
 
     def _resolve_variables(self, variables: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Resolve references between variables."""
@@ -343,7 +339,7 @@ class _Configuration:
             variables = {**test.vars, **dict(zip(lists, chosen, strict=True))}
             try:
                 yield self._row(prompt, test, variables)
-            except Refused as error:
+            except NotConvertible as error:
                 self.result.skip(f"{test.where} with {prompt.label!r}", str(error))
 
     def _row(
@@ -352,23 +348,25 @@ class _Configuration:
         fill = self._filler(variables, test.where)
         if isinstance(prompt.template, str):
             text = f"{test.prefix}{fill(prompt.template)}{test.suffix}"
-            asked: Any = _messages(text) or text
+            content: Any = _messages(text) or text
         else:
-            asked = fill(prompt.template)
-        if isinstance(asked, str) and not asked.strip():
-            raise Refused("the prompt is empty")
+            content = fill(prompt.template)
+        if isinstance(content, str) and not content.strip():
+            raise NotConvertible("the prompt is empty")
         checks = Checks(fill, self._read, test.judge)
         checks.add_all(test.asserts, test.threshold)
         self.embeds |= any(
             each["method"] == "embedding_similarity" for each in checks.graders.values()
         )
-        for what, why in checks.refused:
+        for what, why in checks.skipped:
             self.result.skip(f"{test.where}, {what}", why)
-        row: dict[str, Any] = {"prompt": asked} if isinstance(asked, str) else {"messages": asked}
-        if checks.expected is not None and isinstance(asked, str):
+        row: dict[str, Any] = (
+            {"prompt": content} if isinstance(content, str) else {"messages": content}
+        )
+        if checks.expected is not None and isinstance(content, str):
             row["completion"] = checks.expected
         elif checks.expected is not None:
-            row["messages"] = [*asked, {"role": "assistant", "content": checks.expected}]
+            row["messages"] = [*content, {"role": "assistant", "content": checks.expected}]
         row |= {"vars": dict(variables), "assert": checks.values, **test.beside}
         return {name: value for name, value in row.items() if value not in ({}, [])}, checks.tables
 
@@ -383,14 +381,13 @@ class _Configuration:
     def _note_the_rest(self) -> None:
         if self.embeds:
             self.result.remark(
-                "`similar` is the cosine of all-minilm-l6-v2's embeddings: thresholds for another "
-                "encoder may be too high or too low"
+                "`similar` uses all-minilm-l6-v2. Check thresholds for another encoder"
             )
         for name, tests in self.without.items():
             first = ", ".join(list(tests)[:3])
             more = f" and {len(tests) - 3:,} more tests" if len(tests) > 3 else ""
             self.result.remark(
-                f"{first}{more}: there is no variable `{name}`, and its place is empty"
+                f"{first}{more}: the variable `{name}` is missing and replaced by nothing"
             )
         providers = self.fields.get("providers") or self.fields.get("targets") or []
         names = [
@@ -398,24 +395,24 @@ class _Configuration:
             for each in (providers if isinstance(providers, list) else [providers])
         ]
         if names:
-            self.result.skip(f"providers ({', '.join(names)})", "name a model in each command")
+            self.result.skip(f"providers ({', '.join(names)})", "set the model in each command")
         for name in ("redteam", "derivedMetrics", "extensions", "nunjucksFilters"):
             if self.fields.get(name):
-                self.result.skip(name, "promptfoo alone has it")
+                self.result.skip(name, "no equivalent in luthier")
 
     def _reasons(self) -> str:
-        found = [f"{each.where}: {each.reason}" for each in self.result.not_imported[:5]]
-        return "; ".join(found) or "there is none in the file"
+        reasons = [f"{each.where}: {each.reason}" for each in self.result.not_imported[:5]]
+        return "; ".join(reasons) or "the file has none"
 
 
-def _of_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a test from a table row. Columns with two leading underscores are fields of the test."""
     test: dict[str, Any] = {"vars": {}, "assert": [], "options": {}, "metadata": {}}
     for name, value in record.items():
         if not name.startswith("__"):
             test["vars"][name] = value
         elif re.fullmatch(r"__expected[0-9]*", name) and str(value).strip():
-            test["assert"].append(_of_cell(str(value)))
+            test["assert"].append(_parse_cell(str(value)))
         elif name in ("__description", "__threshold") and str(value).strip():
             test[name[2:]] = str(value)
         elif name in ("__prefix", "__suffix"):
@@ -427,20 +424,20 @@ def _of_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     return test
 
 
-def _of_cell(text: str) -> dict[str, Any]:
+def _parse_cell(text: str) -> dict[str, Any]:
     """Return an assertion from a cell: ``contains: Paris``, ``similar(0.8): Hello``, or plain text."""
-    found = _EXPECTED.fullmatch(text)
-    known = (*LEFT_OUT, *JUDGED, *SIMILARITIES, "equals", "contains", "icontains", "contains-any",
+    match = _EXPECTED.fullmatch(text)
+    kinds = (*UNSUPPORTED, *JUDGED, *SIMILARITIES, "equals", "contains", "icontains", "contains-any",
              "contains-all", "icontains-any", "icontains-all", "regex", "starts-with", "is-json",
              "contains-json", "levenshtein", "similar", "python", "is-refusal", "grade", "fn",
              "eval")  # fmt: skip
-    if found is None or found[2] not in known:
+    if match is None or match[2] not in kinds:
         return {"type": "equals", "value": text}
-    if found[4] is None and found[2] not in _WITHOUT_VALUE:
+    if match[4] is None and match[2] not in _WITHOUT_VALUE:
         return {"type": "equals", "value": text}
-    kind = {"grade": "llm-rubric", "fn": "javascript", "eval": "javascript"}.get(found[2], found[2])
-    fields: dict[str, Any] = {"type": f"{found[1] or ''}{kind}", "value": found[4] or None}
-    return fields | ({"threshold": found[3]} if found[3] else {})
+    kind = {"grade": "llm-rubric", "fn": "javascript", "eval": "javascript"}.get(match[2], match[2])
+    fields: dict[str, Any] = {"type": f"{match[1] or ''}{kind}", "value": match[4] or None}
+    return fields | ({"threshold": match[3]} if match[3] else {})
 
 
 def _messages(text: str) -> list[Any] | None:
@@ -448,18 +445,20 @@ def _messages(text: str) -> list[Any] | None:
     if not text.lstrip().startswith(("[", "- ")):
         return None
     try:
-        found = parse_yaml(text, "a prompt")
+        turns_given = parse_yaml(text, "a prompt")
     except RecipeError:
         return None
-    if not isinstance(found, list) or not all(
-        isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in found
+    if not isinstance(turns_given, list) or not all(
+        isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in turns_given
     ):
         return None
     turns = []
-    for turn in found:
+    for turn in turns_given:
         role = "system" if turn["role"] == "developer" else turn["role"]
         if role not in _CHAT_ROLES or not isinstance(turn["content"], str):
-            raise Refused(f"its messages hold more than texts of {', '.join(_CHAT_ROLES)}")
+            raise NotConvertible(
+                f"messages need text contents and roles of {', '.join(_CHAT_ROLES)}"
+            )
         turns.append({"role": role, "content": turn["content"]})
     return turns or None
 
@@ -515,4 +514,4 @@ def _fill(text: str, variables: Mapping[str, Any], missing: Callable[[str], None
         MemoryError,
         RecursionError,
     ) as error:
-        raise Refused(f"its template cannot be filled: {error}") from error
+        raise NotConvertible(f"the template cannot be rendered: {error}") from error
