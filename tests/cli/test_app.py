@@ -86,7 +86,7 @@ def test_streams_are_apart_in_a_process_of_its_own(home: Path, tmp_path: Path) -
     assert process.returncode == 2
     assert list(json.loads(out)) == ["error"]
     assert out.count("\n") == 1
-    assert err.startswith("luthier: there is no model 'none'.")
+    assert err.startswith("luthier: Unknown model 'none'.")
     assert "Traceback" not in err
 
 

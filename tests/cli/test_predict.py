@@ -64,7 +64,7 @@ def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Pa
 def test_a_folder_is_no_text(luthier_home: Path, tmp_path: Path) -> None:
     answer = Answer("predict", "any:model", str(tmp_path))
     assert answer.code == 2 and "--input" in answer.err
-    assert "there is no custom model" in Answer("predict", "any:model", "x" * 5_000).err
+    assert "Unknown custom model" in Answer("predict", "any:model", "x" * 5_000).err
 
 
 @pytest.mark.parametrize(

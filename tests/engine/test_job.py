@@ -101,7 +101,7 @@ def test_full_tuning_needs_more_disk_than_lora(
     ("fields", "kind", "match"),
     [
         ({"adaptation": {"targets": "no_proj"}}, RecipeError, "no linear layer is called no_proj"),
-        ({"base": "nothing-here"}, UnknownModel, "there is no model"),
+        ({"base": "nothing-here"}, UnknownModel, "Unknown model"),
         ({"data": {"train": "/no/such.jsonl"}}, DataError, "file.missing"),
         ({"objective": "causal_lm"}, DataError, "row.objective"),
     ],
@@ -144,7 +144,7 @@ def test_a_base_that_is_no_causal_language_model_is_refused(
     auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     write_json(folder / "config.json", {**config, "model_type": other, "auto_map": auto_map})
     (folder / "evil.py").write_text("import os; os.mkdir('exploded')")
-    kinds = (UnknownModel, "cannot be loaded") if other == "evil" else (RecipeError, "cannot be")
+    kinds = (UnknownModel, "Cannot load") if other == "evil" else (RecipeError, "cannot be")
     refused(recipe(base=str(folder)), *kinds, luthier_home)
 
 

@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mamba": ({"state_size": 8, "time_step_rank": 4}, ""),
     "diffllama": ({"num_key_value_heads": 2}, "generation with a cache"),
-    "bert-generation": ({}, "tokens see the tokens"),
+    "bert-generation": ({}, "tokens attend to later tokens"),
 }
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

@@ -18,14 +18,19 @@ from data.test_tools import FAMILIES
 from luthier.data.chat import ChatFormat
 from luthier.errors import UnknownModel
 from luthier.library.folders import custom_folder, remove_side_files
+from luthier.models import tokenizer
 from luthier.models.stored_tokenizer import StoredTokenizer
 from luthier.models.tokenizer import (
-    is_tokenizer_stored,
     load_chat_format,
     load_tokenizer,
     load_with_transformers,
 )
 from luthier.types import Message
+
+
+def is_tokenizer_stored(folder: Path) -> bool:
+    return (tokenizer._stored_folder(folder) / tokenizer.SPECIAL_TOKENS).is_file()
+
 
 TEXTS = (
     "Hello, how are you? Fine.",

@@ -323,7 +323,7 @@ def test_exports_stand_in_the_record_and_the_certificate(
     assert luthier.verify(ID).is_intact and find(ID).content_hash == before
     assert made.content_sha256 == before and len(made.reports) == 2
     installed = find_spec("xllamacpp") is not None
-    told = "the likeliest token is the same at" if installed else "not compared"
+    told = "equal predictions at" if installed else "not compared"
     said = CliRunner().invoke(app, ["certificate", ID]).stdout
     assert told in said
     html = page(made)

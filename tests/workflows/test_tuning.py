@@ -89,7 +89,7 @@ def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_pat
     answer = runner.invoke(app, ["models", "accept", model_id])
     assert answer.exit_code == 0
     assert check_active(find(model_id)).manifest.accepted == reason
-    page, said = tmp_path / "page.html", f"Accepted outside its limits: {reason}."
+    page, said = tmp_path / "page.html", f"Accepted despite exceeded limits: {reason}."
     told = runner.invoke(app, ["certificate", model_id, "--html", str(page)])
     assert said in told.output and said in page.read_text()
     again = runner.invoke(app, ["models", "accept", model_id])

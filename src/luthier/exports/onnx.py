@@ -240,7 +240,7 @@ def suits_onnx(stored: StoredModel, network: str) -> bool:
     if stored.objective.task not in _TASKS or network in _UNTRACED:
         return False
     try:
-        check_mergeable(stored, "an ONNX file holds nothing else")
+        check_mergeable(stored, "an ONNX file contains merged weights only")
     except RecipeError:
         return False
     return True
@@ -272,7 +272,7 @@ def export_onnx(
             "llama.cpp with format gguf",
             rule="export.task",
         )
-    check_mergeable(stored, "an ONNX file holds nothing else")
+    check_mergeable(stored, "an ONNX file contains merged weights only")
     for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
         if find_spec(package) is None:
             raise RecipeError(

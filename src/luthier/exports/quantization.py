@@ -142,10 +142,10 @@ def measure_quantization(
         RecipeError: for a model without a GGUF form, or rows of another task.
     """
     kind = check_quantization(quantization)
-    check_writes(stored, "and only the weights of models that write are quantized here")
+    check_writes(stored)
     head = stored.objective.head()
     check_writable(stored.network.config(head).model_type, stored.id)
-    check_mergeable(stored, "those are what is quantized")
+    check_mergeable(stored, "quantization requires merged weights")
     texts = _encode(rows, stored.chat, stored.room) if rows else ()
     if len(texts) < 2:
         raise RecipeError(

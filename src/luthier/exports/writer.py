@@ -120,7 +120,7 @@ def export(
             with _report_written(folder_size(stored.folder), on_progress):
                 _copy(stored.folder, fresh)
         elif merged:
-            check_mergeable(stored, "a merged export writes nothing else")
+            check_mergeable(stored, "a merged export contains merged weights only")
             dtype = merged_dtype(stored, precision)
             # Steps of an adapter are smaller than what float16 rounds to.
             wide = torch.float32 if dtype == torch.float16 else dtype
@@ -291,12 +291,12 @@ def export_gguf(
             rule="export.precision",
         )
     kind = check_quantization(quantization or "f16")
-    check_writes(stored, "and GGUF files are of models that write text")
+    check_writes(stored)
     config = stored.network.config(stored.objective.head())
     check_writable(config.model_type, stored.id)
     chat = stored.chat
     if merged:
-        check_mergeable(stored, "a GGUF file holds nothing else")
+        check_mergeable(stored, "a GGUF file contains merged weights only")
         machine = machines.choose_machine()
         network: Any = load_merged(stored, machine.dtype, torch.device("cpu"), on_progress)
         size = file_size(network, kind)

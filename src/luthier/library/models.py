@@ -220,13 +220,13 @@ def find(
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
         if (custom_folder(*model_id.split("/")) / MANIFEST).is_file():
             meant = model_id.replace("/", ":")
-            raise UnknownModel(f"there is no model {model_id!r}. Did you mean {meant}?")
+            raise UnknownModel(f"Unknown model {model_id!r}. Did you mean {meant}?")
         say(f"Looking up {model_id} on the hub")
         return StoredModel(model_id, download_from_hub(model_id)[0], Manifest(id=model_id))
     raise UnknownModel(
-        f"there is no model {model_id!r}. {_suggest_runs(model_id)}"
-        f"{suggest_models(model_id, _ids_of_able(is_able))} A local "
-        "Hugging Face directory or a hub id (organisation/name) works too."
+        f"Unknown model {model_id!r}. "
+        f"{_suggest_runs(model_id)}{suggest_models(model_id, _ids_of_able(is_able))} A local "
+        "Hugging Face folder or a hub id (organisation/name) is also accepted."
     )
 
 
@@ -238,8 +238,9 @@ def check_active(model: StoredModel) -> StoredModel:
     """
     if model.manifest.withheld:
         raise RecipeError(
-            f"{model.id} is withheld: {model.manifest.withheld}. `luthier evaluate` and `luthier "
-            f"forgetting` measure it all the same; `luthier models accept {model.id}` activates it"
+            f"{model.id} is withheld: {model.manifest.withheld}. `luthier models accept "
+            f"{model.id}` activates the model. `luthier evaluate` and `luthier forgetting` "
+            "also measure withheld models."
         )
     return model
 
@@ -295,13 +296,13 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
     """Return suggestions for an unknown id: similar ids, or all ids if few."""
     unreadable = explain_unreadable_home()
     if not known:
-        return unreadable or "There are none that can be used so."
+        return unreadable or "No model on this machine supports this command."
     meant = f"{unreadable} " if unreadable else ""
     if near := _near_ids(model_id, known):
         meant += f"Did you mean {' or '.join(near)}? "
     if len(known) <= FEW:
-        return f"{meant}There are: {', '.join(known)}."
-    return f"{meant}`luthier models list` shows all {len(known)}."
+        return f"{meant}Available: {', '.join(known)}."
+    return f"{meant}`luthier models list` shows all {len(known)} models."
 
 
 def _suggest_runs(model_id: str) -> str:
@@ -310,10 +311,9 @@ def _suggest_runs(model_id: str) -> str:
     near = _near_ids(model_id, unfinished_run_ids())
     if not near:
         return ""
-    which = f"The run {near[0]} has" if len(near) == 1 else f"The runs {' and '.join(near)} have"
     return (
-        f"{which} not ended, and a model is stored at the end: an interrupted run goes on by the "
-        "command that began it, with --resume (luthier tune … --resume). "
+        f"Unfinished runs: {', '.join(near)}. Repeat the command with `--resume` to complete a run "
+        "(luthier tune … --resume). "
     )
 
 
@@ -379,8 +379,8 @@ def _read_record(folder: Path, model_id: str) -> Manifest:
     manifest = Manifest.read(folder)
     if manifest.id != model_id:
         raise CorruptFile(
-            f"{folder} holds the record of {manifest.id}: a folder that was copied or renamed is no "
-            "model of its own. Name it as it was, or remove it"
+            f"{folder} contains the manifest of {manifest.id}. A copied or renamed folder is "
+            "not a model. Restore the name or remove the folder."
         )
     return manifest
 
@@ -497,9 +497,7 @@ def check_whole(model: StoredModel) -> None:
             continue
         if not is_there:
             raise CorruptFile(f"{path} is missing; {_RESTORE}", rule="file.missing")
-        raise CorruptFile(
-            f"{path} is not what was stored (its SHA-256 differs); {_RESTORE}", rule="file.changed"
-        )
+        raise CorruptFile(f"{path} has changed (SHA-256 differs); {_RESTORE}", rule="file.changed")
 
 
 def changed_files(
@@ -513,7 +511,7 @@ def changed_files(
             yield path, is_there
 
 
-_RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
+_RESTORE = "restore the file from a backup, or remove the model and create it again"
 
 
 def attach_adapter(network: nn.Module, model: StoredModel) -> None:
@@ -524,17 +522,8 @@ def attach_adapter(network: nn.Module, model: StoredModel) -> None:
     """
     from luthier.models.save import load_adapter
 
-    def versions() -> list[tuple[int, ...]]:
-        paths = [model.folder / name for name in model.manifest.files]
-        return [file_version(path.stat()) for path in paths if path.is_file()]
-
-    before = versions()
     check_whole(model)
     load_adapter(network, model.adaptation, model.folder)
-    if versions() != before:
-        raise CorruptFile(
-            f"files of {model.folder} were changed while they were read; load it again"
-        )
 
 
 def shares_base(model: StoredModel) -> bool:
@@ -615,9 +604,9 @@ def check_mergeable(model: StoredModel, need: str) -> None:
         adaptation = model.adaptation
         if not adaptation.mergeable:
             raise RecipeError(
-                f"{model.id} was tuned with {adaptation.method}, which cannot be merged into the "
-                f"network's own weights, and {need}. Use {model.parent.id}, or a model tuned with "
-                "lora or full.",
+                f"{model.id} was trained with {adaptation.method}, which cannot be merged "
+                f"into the network, and {need}. Use {model.parent.id}, or a model trained "
+                "with lora or full.",
                 rule="export.unmergeable",
             )
         model = model.parent
@@ -631,14 +620,14 @@ def leaves_classes_out(model: StoredModel) -> bool:
     return model.objective.task == "embedding" and stored_task == "sequence_classification"
 
 
-def check_writes(model: StoredModel, lack: str) -> None:
-    """Reject a model that cannot generate text; ``lack`` completes the error message.
+def check_writes(model: StoredModel) -> None:
+    """Reject a model that cannot generate text.
 
     Raises:
         RecipeError: for encoders.
     """
     if not model.writes:
-        raise RecipeError(f"{model.id} does not write, {lack}", rule="export.task")
+        raise RecipeError(f"{model.id} is an encoder and cannot generate text.", rule="export.task")
 
 
 def _method(
@@ -648,8 +637,8 @@ def _method(
     method = fields["method"]
     if method not in table:
         raise RecipeError(
-            f"{model.id} was trained with {method}, which comes from a package that is not installed "
-            f"here ({table.group}). Install it to use the model"
+            f"{model.id} requires {method} of a package that is not installed "
+            f"({table.group}). Install the package to use the model."
         )
     return table[method]
 
@@ -664,8 +653,8 @@ def _check_template(model_id: str, folder: Path, sha256: str) -> None:
         if Manifest.read(folder).template_approved:
             return
     raise RecipeError(
-        f"the chat template of {model_id} is not approved (SHA-256 {sha256}). An administrator can "
-        f"approve the template with `luthier admin models trust {model_id}`"
+        f"The chat template of {model_id} is not approved (SHA-256 {sha256}). An "
+        f"administrator can approve the template with `luthier admin models trust {model_id}`."
     )
 
 
@@ -736,13 +725,11 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
     if not known or not (folder / MANIFEST).is_file():
         others = _ids_of_able(is_able, custom_only=True)
         message = (
-            f"there is no custom model {model_id!r}. {_suggest_runs(model_id)}"
+            f"Unknown custom model {model_id!r}. {_suggest_runs(model_id)}"
             f"{suggest_models(model_id, others)}"
         )
         if any(split_id(other)[1].startswith(JOB_PREFIX) for other in others):
-            message += (
-                f" `luthier models list` shows what the service calls those named {JOB_PREFIX}…."
-            )
+            message += f" `luthier models list` shows the service's names of models {JOB_PREFIX}…."
         raise UnknownModel(message)
     manifest = _read_record(folder, model_id)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None

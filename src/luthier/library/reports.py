@@ -60,13 +60,15 @@ def check_attachable(model: StoredModel) -> None:
     """
     if not model.folder.is_relative_to(luthier_home()):
         raise RecipeError(
-            f"{model.id} is not in the store, so no report can be kept with it; write the result to a "
-            "file of your own"
+            f"{model.id} is not in the library, so reports cannot be attached. Write the "
+            "result to a file."
         )
     # Those that stand there already go into the certificate with the new one.
     if len(reports_of(model)) >= MOST_REPORTS:
         folder = model.folder / REPORTS
-        raise RecipeError(f"{folder} holds {MOST_REPORTS:,} reports already; delete some of them")
+        raise RecipeError(
+            f"{folder} already contains {MOST_REPORTS:,} reports. Delete some reports."
+        )
 
 
 def write_report(
@@ -107,13 +109,13 @@ def reports_of(model: StoredModel) -> list[StoredReport]:
         try:
             report = ModelReport.model_validate(read_json(path))
         except ValidationError as error:
-            raise CorruptFile(f"{path} is no report of a model: {REMEDY}") from error
+            raise CorruptFile(f"{path} is not a valid report: {REMEDY}") from error
         except CorruptFile as error:
             raise CorruptFile(f"{error}: {REMEDY}") from error
         digest = sha256_of(path)
         if path.stem != f"{report.kind}-{digest[:16]}":
             raise CorruptFile(
-                f"{path} no longer has the bytes that were recorded (SHA-256 differs): {REMEDY}",
+                f"{path} has changed (SHA-256 differs): {REMEDY}",
                 rule="report.changed",
             )
         found.append(StoredReport(f"{REPORTS}/{path.name}", digest, report))

@@ -411,18 +411,17 @@ def tree_attention(
     unknown = sorted(n for n, v in further.items() if v is not None and n not in _IGNORED)
     if unknown or tree is None:
         kind = getattr(getattr(module, "config", None), "model_type", "of unknown type")
-        lack = (
-            f"luthier does not implement the `{unknown[0]}` of their attention" if unknown else ""
-        )
+        reason = "the layers do not pass keyword arguments to the attention"
+        if unknown:
+            reason = f"luthier does not implement the attention argument `{unknown[0]}`"
         raise RecipeError(
-            f"networks of type {kind} cannot be trained here yet: "
-            f"{lack or 'they do not pass keyword arguments on to their attention'}. Use a base of "
-            "another family (`luthier models list`)"
+            f"Networks of type {kind} are not supported yet: {reason}. Choose a base model of "
+            "another family (`luthier models list`)."
         )
     if sliding_window is not None and sliding_window < tree.longest:
         raise RecipeError(
-            f"rows of {tree.longest} tokens exceed the attention window of {sliding_window} tokens "
-            "of this network; the token tree has no sliding window yet. Shorten the rows.",
+            f"Rows of {tree.longest} tokens exceed the attention window of {sliding_window} "
+            "tokens of this network. Shorten the rows.",
             rule="row.window",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

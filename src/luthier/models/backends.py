@@ -267,14 +267,13 @@ def _open_torch(network: Network, context: int) -> Backend:
 def _check_llama_cpp() -> None:
     """Reject other versions of the llama.cpp wheel."""
     try:
-        found = version(LLAMA_CPP)
+        installed = version(LLAMA_CPP)
     except PackageNotFoundError:
-        found = ""
-    if found != LLAMA_CPP_VERSION:
-        there = f"{found} is" if found else "it is not"
+        installed = ""
+    if installed != LLAMA_CPP_VERSION:
         raise RecipeError(
-            f"llama.cpp needs {LLAMA_CPP} {LLAMA_CPP_VERSION}, and {there} installed: "
-            "pip install 'luthier[llama-cpp]'",
+            f"llama.cpp requires {LLAMA_CPP} {LLAMA_CPP_VERSION}, installed is "
+            f"{installed or 'no version'}. Run `pip install 'luthier[llama-cpp]'`.",
             rule="backend.version",
         )
 
@@ -303,7 +302,7 @@ def chosen_backend() -> BackendEntry:
     """
     name = os.environ.get(SETTING) or "torch"
     if name not in BACKENDS:
-        text = f"{SETTING} is {name!r}; the backends are {', '.join(BACKENDS)}"
+        text = f"{SETTING} is {name!r}. Choose one of {', '.join(BACKENDS)}."
         raise RecipeError(text, setting=SETTING, value=name)
     BACKENDS[name].check()
     return BACKENDS[name]
@@ -319,7 +318,7 @@ def merges_adapters() -> bool:
     """
     value = os.environ.get(ADAPTERS_SETTING) or "beside"
     if value not in ("beside", "merged"):
-        raise RecipeError(f"{ADAPTERS_SETTING} is {value!r}, and may be beside or merged")
+        raise RecipeError(f"{ADAPTERS_SETTING} is {value!r}. Use beside or merged.")
     return value == "merged"
 
 

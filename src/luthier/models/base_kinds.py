@@ -51,7 +51,7 @@ def base_kind(name: str | None) -> BaseKind:
         return KINDS["causal_lm"]
     if name not in KINDS:
         raise UnknownModel(
-            f"there is no kind of base models called {name!r}; there are {', '.join(KINDS)}"
+            f"Unknown kind of base model {name!r}. Choose one of {', '.join(KINDS)}."
         )
     return KINDS[name]
 

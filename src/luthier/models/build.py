@@ -19,19 +19,16 @@ def read_configuration(path: Path) -> dict[str, Any]:
     """Return the fields of a ``config.json``; raises for an unknown network."""
     if not path.is_file():
         raise RecipeError(
-            f"there is no configuration file {path}; --config names a config.json",
+            f"{path} does not exist. Set `--config` to a config.json.",
             rule="config.missing",
         )
     try:
         fields = read_json(path)
     except CorruptFile as error:
-        raise RecipeError(
-            f"{path} is not a configuration in JSON: {error}", rule="config.invalid"
-        ) from error
+        raise RecipeError(f"{path} is not valid JSON: {error}", rule="config.invalid") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise RecipeError(
-            f"{path} names no model_type, such as llama or gpt2, so it is not the config.json of a "
-            "network",
+            f"{path} has no `model_type`, such as llama or gpt2. Use the config.json of a network.",
             rule="config.invalid",
         )
     return {key: value for key, value in fields.items() if not key.startswith("_")}
@@ -83,7 +80,7 @@ def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
     kind = fields["model_type"]
     nets.register(kind)
     with refuse_configuration(
-        RecipeError, f"no network of type {kind} can be built from this configuration"
+        RecipeError, f"Cannot create a network of type {kind} from this configuration"
     ):
         config: Any = AutoConfig.for_model(**fields)
         torch.manual_seed(seed)

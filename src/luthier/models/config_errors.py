@@ -13,7 +13,7 @@ MOST_MEMORY = 256 << 20
 """Memory limit for creating a network on the meta device, in bytes. Networks with 13,000 modules
 need 40 MB."""
 
-DOES_NOT_RUN = "the network of type {} does not run as its config.json describes it"
+DOES_NOT_RUN = "The network of type {} does not run with this config.json"
 
 
 @contextmanager
@@ -36,9 +36,8 @@ def bounded_memory() -> Iterator[None]:
     except MemoryError as error:
         raise ModelRefused(
             CONFIG, "model.network",
-            f"Drawing the network that it describes takes more than {MOST_MEMORY >> 20:,} MiB of "
-            "memory.",
-            "Take the config.json that belongs to the weights.",
+            f"Creating the network needs more than {MOST_MEMORY >> 20:,} MiB of memory.",
+            "Use the config.json that belongs to the weights.",
         ) from error  # fmt: skip
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

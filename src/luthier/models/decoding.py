@@ -120,7 +120,7 @@ class TokenSampler:
         else:
             token = self._draw(logits_V / self.sampling.temperature)
         if not 0 <= token < len(logits_V):
-            raise RecipeError("The model gave no probabilities.", rule="model.no_probabilities")
+            raise RecipeError("The model returned no probabilities.", rule="model.no_probabilities")
         if self._penalised or self._read is not None:
             self._written[token] += 1
         self._barred = max(0, self._barred - 1)
@@ -226,7 +226,7 @@ def choose_tokens(samplers: Sequence[TokenSampler], logits_RV: Tensor) -> list[i
 
 def _check_tokens(tokens: list[int], logits_RV: Tensor) -> list[int]:
     if max(tokens) >= logits_RV.shape[-1]:
-        raise RecipeError("The model gave no probabilities.", rule="model.no_probabilities")
+        raise RecipeError("The model returned no probabilities.", rule="model.no_probabilities")
     return tokens
 
 
@@ -379,10 +379,11 @@ def sample(
     max_tokens = sampling.max_tokens
     if count < 1 or max_tokens is None:
         raise RecipeError(
-            "the number of completions and max_tokens must be at least 1", rule="sampling.too_few"
+            "The number of completions and `max_tokens` must be at least 1.",
+            rule="sampling.too_few",
         )
     if sampling.constraint is not None:
-        raise RecipeError("what is sampled here follows no schema, regex or grammar")
+        raise RecipeError("Sampling in training does not support `schema`, `regex` and `grammar`.")
     context = _check(network, prompts, max_tokens)
     if seeds is None:
         seeds = [seed_of(sampling)] * len(prompts)
@@ -483,8 +484,8 @@ def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> in
     model = network.model
     if heads.task_of(model) not in ("causal_lm", "image_to_text") or network.both_ways:
         raise RecipeError(
-            f"networks of type {model.config.model_type} with this head do not write text, so "
-            "there is nothing to sample. Take a base model that generates.",
+            f"Networks of type {model.config.model_type} with this head cannot generate text. "
+            "Choose a base model with kind causal_lm.",
             rule="model.cannot_write",
         )
     before, context = network.tokens_before, network.context
@@ -492,13 +493,12 @@ def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> in
     for index, prompt_T in enumerate(prompts):
         size = before + len(prompt_T)
         if not len(prompt_T):
-            raise RecipeError(
-                f"prompt {index + 1} has no tokens to go on from", rule="prompt.empty"
-            )
+            raise RecipeError(f"Prompt {index + 1} has no tokens.", rule="prompt.empty")
         if max_tokens > reply_room(size, context, beside):
             raise RecipeError(
-                f"prompt {index + 1} has {size} tokens; with {max_tokens} for the completion that "
-                f"is more than the model's context of {context}. Shorten it, or allow fewer tokens.",
+                f"Prompt {index + 1} has {size} tokens; with {max_tokens} tokens for the "
+                f"completion, the model's context of {context} is exceeded. Shorten the "
+                "prompt or reduce `max_tokens`.",
                 rule="prompt.too_long",
             )
     return context

@@ -73,8 +73,7 @@ def set_dropout(network: Network, share: float) -> list[str]:
 
 def _nowhere(model: Any) -> RecipeError:
     return RecipeError(
-        f"networks of type {model.config.model_type} drop nothing but attention weights, and those are "
-        "not dropped here: training.dropout would do nothing. Leave it out; LoRA has a dropout of its "
-        "own, `adaptation.dropout`",
+        f"Networks of type {model.config.model_type} have attention dropout only, which luthier "
+        "disables. Remove `training.dropout`, or use `adaptation.dropout` with LoRA.",
         rule="dropout.none",
     )

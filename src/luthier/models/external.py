@@ -109,9 +109,9 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Import
     for name, _ in entries:
         if name.lower().endswith(_PICKLES):
             raise ModelRefused(
-                name, "model.pickle", "It is of a form that can run code when it is read (pickle).",
-                "Delete it; weights are saved by save_pretrained(..., safe_serialization=True) as "
-                ".safetensors.",
+                name, "model.pickle", "Loading a pickle file can run code.",
+                "Delete the file. save_pretrained(..., safe_serialization=True) saves "
+                "weights as .safetensors.",
             )  # fmt: skip
     is_pipeline = MODEL_INDEX in {name for name, _ in entries}
     taken = [each for each in entries if _is_taken(each[0], is_pipeline)]
@@ -120,38 +120,39 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Import
     if not names & {CONFIG, ADAPTER_CONFIG}:
         raise ModelRefused(
             CONFIG, "model.config",
-            "It is missing, and so are adapter_config.json and model_index.json.",
-            "Name the folder itself in which save_pretrained wrote the model.",
+            "The folder has no config.json, adapter_config.json or model_index.json.",
+            "Choose the folder that save_pretrained wrote.",
         )  # fmt: skip
     if {CONFIG, ADAPTER_CONFIG} <= names:
         raise ModelRefused(
-            ADAPTER_CONFIG, "model.config", "It lies beside config.json: is it a model, or an adapter?",
-            "Keep model and adapter in folders of their own, and name one of them.",
+            ADAPTER_CONFIG, "model.config", "The folder has config.json and "
+                                            "adapter_config.json, so it can be a model or an "
+                                            "adapter.",
+            "Move the model and the adapter to separate folders.",
         )  # fmt: skip
     if not chosen.weights:
         raise ModelRefused(
-            "model.safetensors", "model.weights", "There is no .safetensors file beside config.json.",
-            "Save the model with save_pretrained(..., safe_serialization=True) into the folder.",
+            "model.safetensors", "model.weights", "The folder has no .safetensors file.",
+            "Save the model with save_pretrained(..., safe_serialization=True).",
         )  # fmt: skip
     if not chosen.adapter and not names & {*_TOKENIZERS, PREPROCESSOR_CONFIG}:
         raise ModelRefused(
             "tokenizer.json", "model.tokenizer",
-            f"The folder has no tokenizer, and no {PREPROCESSOR_CONFIG} of a network that reads images "
-            "or sounds.",
-            "Call save_pretrained(folder) of the model's tokenizer, image processor or feature "
-            "extractor.",
+            f"The folder has no tokenizer and no {PREPROCESSOR_CONFIG} for images or audio.",
+            "Run save_pretrained(folder) with the model's tokenizer, image processor or "
+            "feature extractor.",
         )  # fmt: skip
     for name, size in taken:
         may = MOST_TEXT if PurePosixPath(name).name in (*_TOKENIZERS, "merges.txt") else MOST_CONFIG
         if not is_weights(name) and size > may:
             raise ModelRefused(
-                name, "model.size", f"It has {size:,} bytes, and {may:,} are taken.",
-                "Save configuration and tokenizer anew.",
+                name, "model.size", f"The file has {size:,} bytes, the limit is {may:,}.",
+                "Save configuration and tokenizer again.",
             )  # fmt: skip
     if chosen.size > most:
         raise ModelRefused(
-            "*", "model.size", f"The files have {chosen.size:,} bytes, and {most:,} are taken.",
-            "Save the weights in bfloat16, or take a smaller model.",
+            "*", "model.size", f"The files have {chosen.size:,} bytes, the limit is {most:,}.",
+            "Save the weights in bfloat16, or choose a smaller model.",
         )  # fmt: skip
     return chosen
 
@@ -176,7 +177,7 @@ def check_texts(folder: Path) -> dict[str, Any]:
         named = set(shards.values()) if isinstance(shards, dict) else {None}
         if missing := sorted(str(n) for n in named if not _is_file_of(folder, n)):
             raise ModelRefused(
-                index, "model.shards", f"It names {missing[0]}, which is not in the folder.",
+                index, "model.shards", f"The folder does not contain the shard {missing[0]}.",
                 "Copy all shards of the model into the folder.",
             )  # fmt: skip
     check_tokenizer(folder)
@@ -204,8 +205,9 @@ def read_network_fields(folder: Path) -> dict[str, Any]:
     fields = read_fields(folder / CONFIG)
     if not weight_files(folder):
         raise UnknownModel(
-            f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
-            "never loaded; convert them with save_pretrained(..., safe_serialization=True).",
+            f"{folder} has no .safetensors file. luthier never loads pickled weights (.bin, "
+            ".pt), because unpickling can run code. Convert the weights with "
+            "save_pretrained(..., safe_serialization=True).",
             rule="model.file_missing",
         )
     check_shards(folder)
@@ -222,16 +224,16 @@ def read_fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         if (path.parent / ADAPTER_CONFIG).is_file():
             raise UnknownModel(
-                f"{path.parent} is an adapter (it has {ADAPTER_CONFIG}), not a whole model: merge it "
-                "into its base first, as by PEFT's `merge_and_unload`"
+                f"{path.parent} is an adapter ({ADAPTER_CONFIG}), not a whole model. Merge "
+                "the adapter into its base model, for example with PEFT's `merge_and_unload`."
             )
         raise UnknownModel(
-            f"{path.parent} has no {path.name}, so it is not a whole Hugging Face model folder",
+            f"{path.parent} has no {path.name}. Choose the folder that save_pretrained wrote.",
             rule="model.file_missing",
         )
     fields = read_json(path)
     if not isinstance(fields, dict):
-        raise CorruptFile(f"{path} is no configuration")
+        raise CorruptFile(f"{path} is not a JSON object.")
     return fields
 
 
@@ -250,8 +252,8 @@ def check_shards(folder: Path) -> None:
         named = [*shards.values()] if isinstance(shards, dict) else [None]
         if odd := [each for each in named if not str(each).endswith(".safetensors")]:
             raise UnknownModel(
-                f"{path} names {odd[0]}, which is no .safetensors file. Pickled weights (.bin) can run "
-                "code and are never loaded",
+                f"{path} names {odd[0]}, which is not a .safetensors file. luthier never "
+                "loads pickled weights (.bin), because unpickling can run code.",
                 rule="model.file_missing",
             )
 
@@ -289,8 +291,8 @@ def check_tokenizer(folder: Path) -> None:
     name = "tokenizer_config.json"
     if (folder / name).is_file() and "gguf_file" in _object(folder, name):
         raise ModelRefused(
-            name, "model.tokenizer", "It names a file of its own (gguf_file).",
-            "Save the tokenizer anew with save_pretrained, as tokenizer.json.",
+            name, "model.tokenizer", "The setting gguf_file is not allowed.",
+            "Save the tokenizer with save_pretrained, as tokenizer.json.",
         )  # fmt: skip
 
 
@@ -307,13 +309,13 @@ def check_weights(folder: Path) -> int:
         except CorruptFile as error:
             why = error.__cause__ or error
             raise ModelRefused(
-                path.name, "model.weights", f"It is no whole safetensors file: {why}.",
-                "Copy it again, and compare its size and SHA-256 with the original's.",
+                path.name, "model.weights", f"Invalid safetensors file: {why}.",
+                "Copy the file again, and compare size and SHA-256 with the original.",
             ) from error  # fmt: skip
         for name, (kind, shape) in headers.items():
             if kind not in _NUMBERS:
                 raise ModelRefused(
-                    path.name, "model.quantized", f"{name} has the type {kind}.",
+                    path.name, "model.quantized", f"{name} has the unsupported type {kind}.",
                     "Save the model dequantized, in bfloat16, float16 or float32.",
                 )  # fmt: skip
             total += math.prod(shape)
@@ -337,14 +339,14 @@ def check_complete(missing: Collection[str], where: str) -> None:
     """
     if missing:
         raise UnknownModel(
-            f"{where} has not all weights of the network: {len(missing)} are missing or of another "
-            f"shape, {', '.join(sorted(missing)[:3])} among them",
+            f"{where} lacks {len(missing)} weights of the network, or their shapes differ, "
+            f"for example {', '.join(sorted(missing)[:3])}.",
             rule="model.weights_missing",
         )
 
 
 def check_lone_weights(path: Path) -> None:
-    """Reject a lone weights file that is not a base model, and describe the file.
+    """Reject a lone weights file that is not a base model.
 
     Raises:
         UnknownModel: for weights other than torchvision's VGG.
@@ -353,16 +355,9 @@ def check_lone_weights(path: Path) -> None:
     names = sorted(read_shapes(path))
     if {"features.0.weight", "classifier.6.weight"} <= {*names}:
         return
-    what = f"{len(names):,} tensors ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
-    cure = "name a folder with its config.json"
-    if any("lora_" in name or ".lora." in name for name in names):
-        what = f"an adapter ({names[0]})"
-        cure = "merge it into its model (merge_and_unload), save that and name its folder"
-    elif (path.parent / CONFIG).is_file():
-        what, cure = "the weights of a model in a folder", f"name the folder: {path.parent}"
     raise UnknownModel(
-        f"{path} holds {what}. A VGG of torchvision (features.0.weight, classifier.6.weight) is all "
-        f"that is known by its weights alone; {cure}",
+        f"{path} is not a base model ({len(names):,} tensors, {names[0]} first). The only supported "
+        "single file is a VGG of torchvision. Use the model's folder with config.json.",
         rule="model.weights",
     )
 
@@ -376,8 +371,8 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
         raise ModelRefused(
             name,
             "model.config",
-            "It is no JSON object.",
-            "Save the model anew with save_pretrained.",
+            "The file is not a JSON object.",
+            "Save the model again with save_pretrained.",
         )
     return found
 
@@ -395,8 +390,9 @@ def check_sizes(numbers: int, stored: int) -> None:
     if numbers > stored + _SLACK:
         raise ModelRefused(
             CONFIG, "model.weights",
-            f"It describes a network of {numbers:,} numbers, and the .safetensors hold {stored:,}.",
-            "Take the config.json that belongs to the weights, and all of their shards.",
+            f"The configured network has {numbers:,} weights, but the .safetensors files "
+            f"contain {stored:,}.",
+            "Use the config.json that belongs to the weights, and copy all shards.",
         )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ class ModelFolder:
         if self.is_pipeline:
             part_classes()
         kind = self.fields.get("model_type", "of unknown type")
-        message = f"the network in {self.path} ({kind}) cannot be loaded"
+        message = f"Cannot load the network in {self.path} ({kind})"
         with refuse_configuration(UnknownModel, message):
             config = copy.deepcopy(self._config)
             task = task_in(config)
@@ -160,9 +160,9 @@ class ModelFolder:
             network = sketch(for_head(config, head), head)
             shape = input_shape(config) if media_config(config) is not None else (1,)
             if min(shape) < 1 or prod(shape) > MOST_PIXELS:
-                raise ValueError(f"its inputs have the shape {shape}")
+                raise ValueError(f"inputs have the shape {shape}")
             if empty := [name for name, weight in network.named_parameters() if not weight.numel()]:
-                raise ValueError(f"{empty[0]} has no numbers")
+                raise ValueError(f"{empty[0]} is empty")
         numbers = sum(weight.numel() for weight in network.parameters())
         if not self.fields.get("quantization_config"):  # files of few bits pack several numbers
             check_sizes(numbers, sum(map(check_weights, network_folders(self.path))))

@@ -139,8 +139,8 @@ def check_writable(model_type: str, name: str) -> None:
     """
     if model_type not in _ARCHITECTURES:
         raise RecipeError(
-            f"{name} is a network of type {model_type}, and GGUF files are written of "
-            f"{', '.join(_ARCHITECTURES)} alone",
+            f"{name} has the network type {model_type}. GGUF export supports "
+            f"{', '.join(_ARCHITECTURES)}.",
             rule="gguf.network",
         )
 
@@ -155,13 +155,13 @@ def check_quantization(quantization: str) -> Quantization:
         if quantization.lower() == known:
             if _KINDS[known][0] in _K_KINDS and llama_cpp_library() is None:
                 raise RecipeError(
-                    f"{known} is computed by llama.cpp, which is not installed: pip install "
-                    "'luthier[llama-cpp]', or take q8_0 or q4_0",
+                    f"Quantization {known} requires llama.cpp. Run `pip install "
+                    "'luthier[llama-cpp]'`, or use q8_0 or q4_0.",
                     rule="gguf.library",
                 )
             return known
     raise RecipeError(
-        f"there is no type {quantization!r} of weights; take {', '.join(QUANTIZATIONS)}",
+        f"Unknown quantization {quantization!r}. Choose one of {', '.join(QUANTIZATIONS)}.",
         rule="gguf.type",
     )
 
@@ -218,8 +218,8 @@ def write_lora(
         known = names.get_name(layer)
         if known is None or side not in ("A.weight", "B.weight"):
             raise RecipeError(
-                f"{about.name} trained {name}, which a LoRA file for llama.cpp has no place for; "
-                "export it merged"
+                f"{about.name} has the trained weight {name}, which a LoRA file for llama.cpp "
+                "cannot contain. Export the model with `--merged`."
             )
         tensor = tensors[name].detach().float().cpu().contiguous()
         if side == "A.weight":
@@ -324,7 +324,7 @@ def _weights(model: Any) -> list[_Weight]:
     for name, weight in model.named_parameters():  # a tied head is not named again
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
-            raise RecipeError(f"GGUF files have no place for the weight {name}")
+            raise RecipeError(f"The GGUF format has no name for the weight {name}.")
         transposed = config.model_type == "gpt2" and weight.ndim == 2 and ".h." in name
         found.append(_Weight(known, weight, transposed, _heads(config, known)))
     return found
@@ -345,7 +345,7 @@ def _frequencies(model: Any, name: str) -> Iterator[_Weight]:
     if rope.get("rope_type", "default") != "llama3":
         return
     if model.config.model_type != "llama":
-        raise RecipeError(f"llama.cpp does not compute the rotary embeddings of {name} (llama3)")
+        raise RecipeError(f"llama.cpp does not support the rotary embeddings of {name} (llama3).")
     frequency = model.model.rotary_emb.inv_freq.detach().float().cpu()
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(frequency)) / len(frequency))
     yield _Weight("rope_freqs.weight", plain / frequency)
@@ -415,7 +415,7 @@ def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
     if config.model_type == "gpt2":
         plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
         if not plain or config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise RecipeError(f"llama.cpp does not compute the attention or activation of {name}")
+            raise RecipeError(f"llama.cpp does not support the attention or activation of {name}.")
         writer.add_context_length(config.n_positions)
         writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
@@ -424,12 +424,12 @@ def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise RecipeError(
-            f"llama.cpp does not compute the rotary embeddings of {name} ({kind})",
+            f"llama.cpp does not support the rotary embeddings of {name} ({kind}).",
             rule="gguf.rotary",
         )
     if config.hidden_act != "silu":
         raise RecipeError(
-            f"llama.cpp does not compute the activation of {name}, {config.hidden_act}",
+            f"llama.cpp does not support the activation {config.hidden_act} of {name}.",
             rule="gguf.activation",
         )
     head = head_size(config)
@@ -456,8 +456,8 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
     prefix = _space_prefix(chat, spec) if pieces else None
     if model.get("type") != "BPE" or (prefix is None if pieces else pre is None):
         raise RecipeError(
-            f"the tokenizer of {name} cuts texts in a way that llama.cpp is not known to have; of BPE, "
-            "those of GPT-2, SmolLM, Llama and Qwen 2 are written",
+            f"llama.cpp has no equivalent of the tokenizer of {name}. Supported are the BPE "
+            "tokenizers of GPT-2, SmolLM, Llama and Qwen 2.",
             rule="gguf.tokenizer",
         )
     marked = {each["id"]: each["special"] for each in spec["added_tokens"]}

@@ -140,8 +140,8 @@ def auto_class(config: Any, task: Task) -> Any:
     if not name:
         able = [each.words for other, each in _TASKS.items() if _class_name(config, other)]
         raise RecipeError(
-            f"a network of type {config.model_type} cannot be {_TASKS[task].words}; it can be "
-            f"{', '.join(able) or 'none of what can be tuned here'}.",
+            f"A network of type {config.model_type} cannot be {_TASKS[task].words}. "
+            f"Supported: {', '.join(able) or 'no task'}.",
             rule="network.head",
         )
     return getattr(transformers, name)

@@ -86,7 +86,8 @@ def layer_names(model: nn.Module) -> list[str]:
     ]
     if not outer:
         raise RecipeError(
-            "this network has no stack of layers to choose from", rule="network.layers"
+            "The network has no stack of layers, so layers cannot be selected.",
+            rule="network.layers",
         )
     _, largest = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     stacks = [(name, stack) for name, stack in outer if type(stack[0]) is type(largest[0])]

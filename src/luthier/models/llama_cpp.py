@@ -127,7 +127,7 @@ class _Library:
     def __init__(self) -> None:
         file = llama_cpp_library()
         if file is None:
-            raise RecipeError(f"llama.cpp cannot be used: {LLAMA_CPP} has no shared library")
+            raise RecipeError(f"Cannot load llama.cpp: {LLAMA_CPP} has no shared library.")
         try:
             # Torch is loaded by now: both take the one OpenMP runtime that it brings.
             self._functions = ctypes.CDLL(str(file))
@@ -135,7 +135,7 @@ class _Library:
                 function = getattr(self._functions, name)
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
-            raise RecipeError(f"llama.cpp cannot be used: {error}") from error
+            raise RecipeError(f"Cannot load llama.cpp: {error}") from error
         self.errors: list[str] = []
         self._log = _LOG(self._on_log)  # kept: the library calls it as long as it is loaded
         self.llama_log_set(self._log, None)
@@ -199,7 +199,7 @@ class LlamaCppBackend:
         try:
             if size != vocabulary:
                 raise RecipeError(
-                    f"{file} has {size} tokens, and the network {vocabulary}",
+                    f"{file} has {size} tokens, but the network has {vocabulary}.",
                     rule="gguf.vocabulary",
                 )
             state = self._add(np.zeros(1, dtype=np.int64))
@@ -218,9 +218,9 @@ class LlamaCppBackend:
     def open(self, ids_T: IntArray) -> State:
         """A sequence with nothing read."""
         if not len(ids_T) or not 0 <= int(ids_T.min()) <= int(ids_T.max()) < self.vocabulary:
-            raise ValueError("a prompt has tokens, and all of them are of the vocabulary")
+            raise ValueError("prompts must have tokens, and all tokens must be in the vocabulary")
         if len(ids_T) > self.context:
-            raise ValueError(f"a prompt of {len(ids_T)} tokens, and the context is {self.context}")
+            raise ValueError(f"the prompt has {len(ids_T)} tokens, the context is {self.context}")
         with self._lock:
             return self._add(ids_T)
 
@@ -253,9 +253,9 @@ class LlamaCppBackend:
         with self._lock:
             self._check_open(states)
             if any(state.unread or state.length >= self.context for state in states):
-                raise ValueError("a sequence has an unread prompt, or no room for a token more")
+                raise ValueError("a sequence has an unread prompt or a full context")
             if not all(0 <= token < self.vocabulary for token in tokens):
-                raise ValueError("a token is not of the vocabulary")
+                raise ValueError("a token is not in the vocabulary")
             self._room(len(states))
             for index, (state, token) in enumerate(zip(states, tokens, strict=True)):
                 self._put(index, token, state.length, state.place)
@@ -305,12 +305,12 @@ class LlamaCppBackend:
 
     def _check_places(self, count: int) -> None:
         if count > len(self._free_places):
-            raise RuntimeError(f"llama.cpp keeps {SEQUENCES} sequences at most")
+            raise RuntimeError(f"llama.cpp supports at most {SEQUENCES} sequences")
 
     def _check_open(self, states: Sequence[_Sequence]) -> None:
         places = {state.place for state in states}
         if len(places) < len(states) or any(state not in self._sequences for state in states):
-            raise RuntimeError("a sequence was freed, or is there twice")
+            raise RuntimeError("a sequence is freed or repeated")
 
     def _put(self, index: int, token: int, position: int, place: int) -> None:
         batch = self._batch

@@ -105,7 +105,7 @@ def load_model(
     kind = config.model_type
     logging.disable_progress_bar()
     quiet = logging.get_verbosity()
-    message = f"the network in {folder} ({kind}) cannot be loaded"
+    message = f"Cannot load the network in {folder} ({kind})"
     try:
         logging.set_verbosity_error()  # transformers reports a new head as a defect
         with _CONSTRUCTING, refuse_configuration(UnknownModel, message):
@@ -120,7 +120,7 @@ def load_model(
             )
         model, loaded = found
     except SafetensorError as error:
-        raise CorruptFile(f"the weights in {folder} cannot be read: {error}") from error
+        raise CorruptFile(f"Cannot read the weights in {folder}: {error}") from error
     finally:
         logging.set_verbosity(quiet)
     mark(model, head.task)
@@ -149,8 +149,8 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
         # One pass, and nan is the least and the greatest: a tenth of the time of isfinite().
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise CorruptFile(
-                f"{name} in {folder} holds numbers that are not finite (nan or inf): the file is "
-                "damaged, or what wrote it diverged. Take weights from before that",
+                f"{name} in {folder} contains nan or inf: the file is damaged, or the "
+                "training diverged. Use an earlier checkpoint.",
                 rule="weights.not_finite",
             )
 
@@ -237,9 +237,9 @@ def check_decoder_input(network: Network) -> None:
         given = model(input_ids=source_1S, decoder_input_ids=ids_1T[:, :-1]).logits.float()
     if relative_error(given, expected) > 1e-3:
         raise RecipeError(
-            f"networks of type {kind} cannot be trained here yet: their decoder does not start from "
-            f"token {chat.start_id}, as transformers shifts the labels in another way. Use a T5, BART "
-            "or M2M-100",
+            f"Networks of type {kind} are not supported yet: transformers shifts the labels "
+            f"differently, so the decoder does not start with token {chat.start_id}. Use a "
+            "T5, BART or M2M-100.",
             rule="network.unsupported",
         )
 
@@ -276,8 +276,8 @@ def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
     error = relative_error(ours, own)
     if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
         raise RecipeError(
-            f"networks of type {network.model.config.model_type} cannot be trained here yet: what "
-            f"their head reads is not known (relative error {error:.2g})"
+            f"Networks of type {network.model.config.model_type} are not supported yet: "
+            f"luthier's outputs differ from transformers' (relative error {error:.2g})."
         )
 
 

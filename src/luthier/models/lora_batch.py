@@ -54,7 +54,8 @@ class Adapter:
         for name, layer in layers.items():
             if base.model.get_submodule(name) is not layer.base_layer:
                 raise RecipeError(
-                    f"the adapter's {name} is not a layer of the base network", rule="adapter.layer"
+                    f"The adapter's {name} is not a layer of the base network.",
+                    rule="adapter.layer",
                 )
         return Adapter(layers)
 

@@ -27,7 +27,7 @@ RANDOM = "random:"
 """Prefix of ``source`` for base models with random weights."""
 
 
-UNMEASURED = "what it forgot was not measured yet, which resuming its run does"
+UNMEASURED = "the forgetting measurement is pending; resume the run to complete the measurement"
 """Reason for withholding a model between training and the forgetting measurement."""
 
 
@@ -119,13 +119,11 @@ class TokenDifference(Record):
         def name(token: int) -> str:
             return str(token) if text_of is None else f"{token} ({text_of(token)!r})"
 
-        back = ""
-        if self.other_margin is not None:
-            back = f" and the other {self.other_margin:.2g} nats less likely"
+        reverse = "" if self.other_margin is None else f", reverse margin {self.other_margin:.2g}"
         return (
-            f"the first other token is in row {self.row} at position {self.position}: "
-            f"{name(self.other_token)}, and not {name(self.token)}, which the model finds "
-            f"{self.margin:.2g} nats likelier{back}"
+            f"first difference in row {self.row} at position {self.position}: "
+            f"{name(self.other_token)} instead of {name(self.token)} (margin {self.margin:.2g} nats"
+            f"{reverse})"
         )
 
 
@@ -147,9 +145,8 @@ class TokenParity(Record):
     def describe(self) -> str:
         """Agreement and divergence, in words."""
         return (
-            f"the likeliest token is the same at {self.agreement:.1%} of {self.tokens} places, and its "
-            f"probabilities are {self.mean_kl:.2g} nats a token from the model's (largest "
-            f"{self.max_kl:.2g})"
+            f"{self.agreement:.1%} equal predictions at {self.tokens} positions, KL divergence "
+            f"{self.mean_kl:.2g} nats per token (maximum {self.max_kl:.2g})"
         )
 
     def difference_text(self, text_of: Callable[[int], str] | None = None) -> str:
@@ -218,17 +215,17 @@ class ExportRecord(Record):
         """Return the verdict and the agreement; for ``text_of`` see :class:`TokenDifference`."""
         if self.tokens is not None:
             return (
-                f"{self.compared_in} computes from the file what the model does with rounded weights "
-                f"({self.tokens.rounded_kl:.2g} nats a token apart, {self.tolerance:g} are allowed). "
-                f"Beside the model as it is, {self.tokens.describe()}"
+                f"{self.compared_in} agrees with the model with rounded weights (KL divergence "
+                f"{self.tokens.rounded_kl:.2g} nats per token, limit {self.tolerance:g}). Compared "
+                f"with the original model: {self.tokens.describe()}"
                 f"{self.tokens.difference_text(text_of)}"
             )
         if self.score_error is not None:
             return (
-                f"{self.compared_in} gives the model's scores from the file: they differ by up to "
-                f"{self.score_error:.1g} of the largest, where {self.tolerance:g} is allowed"
+                f"{self.compared_in} returns the model's scores (maximum relative difference "
+                f"{self.score_error:.1g}, limit {self.tolerance:g})"
             )
-        return "not compared, as its software was not installed"
+        return "not compared, because the software is not installed"
 
 
 class QuantizationRecord(Record):
@@ -258,11 +255,11 @@ class QuantizationRecord(Record):
     def describe(self) -> str:
         """Return a description."""
         if self.erases:
-            kept = ", which erases the tune"
+            gain = ", no gain of the fine-tuning remains"
         else:
-            kept = "" if self.kept_share is None else f", {self.kept_share:.0%} of the tune is left"
+            gain = "" if self.kept_share is None else f", {self.kept_share:.0%} of the gain remains"
         return (
-            f"{self.difference:+.4f} ± {self.error:.4f} nats a token on {self.rows:,} rows{kept}, "
+            f"{self.difference:+.4f} ± {self.error:.4f} nats per token on {self.rows:,} rows{gain}, "
             f"{self.file_bytes / 1e6:,.1f} MB"
         )
 
@@ -350,8 +347,8 @@ class Manifest(Record):
     def limits_text(self) -> str:
         """A sentence on exceeded forgetting limits; empty if none are exceeded."""
         if self.withheld:
-            return f"Withheld, not to be used: {self.withheld}."
-        return f"Accepted outside its limits: {self.accepted}." if self.accepted else ""
+            return f"Withheld: {self.withheld}."
+        return f"Accepted despite exceeded limits: {self.accepted}." if self.accepted else ""
 
     @property
     def verdict(self) -> str:
@@ -395,6 +392,6 @@ class Manifest(Record):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
             raise CorruptFile(
-                f"{folder / MANIFEST} is no record of a model: {where}: {describe_constraint(first)}",
+                f"{folder / MANIFEST} is invalid: {where}: {describe_constraint(first)}",
                 rule="manifest.invalid",
             ) from error

@@ -115,7 +115,7 @@ def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
         if reads_sound(model.config) or tuple(arrays.shape[1:]) == input_shape(model.config):
             raise
         raise RecipeError(
-            f"{str(error).rstrip('.')}. Leave data.image_size out", rule="data.image_size"
+            f"{str(error).rstrip('.')}. Remove `data.image_size`.", rule="data.image_size"
         ) from error
 
 
@@ -147,8 +147,8 @@ def context_length(config: Mapping[str, Any]) -> int:
     if "vocab_size" not in config and ("image_size" in config or "num_channels" in config):
         return 1  # ResNet reads images of any size, and names none
     raise RecipeError(
-        f"networks of type {config.get('model_type', 'unknown')} cannot be trained here yet: their "
-        "config.json names no context length (max_position_embeddings)",
+        f"Networks of type {config.get('model_type', 'unknown')} are not supported yet: "
+        "config.json has no context length (max_position_embeddings).",
         rule="network.unsupported",
     )
 

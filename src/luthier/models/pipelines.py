@@ -73,8 +73,8 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
     index = read_fields(folder / MODEL_INDEX)
     if index.get("_class_name") != PIPELINE:
         raise UnknownModel(
-            f"{folder} is a {index.get('_class_name', 'pipeline without a name')}, and of pipelines of "
-            f"diffusers {PIPELINE} (Stable Diffusion 1 and 2) can be tuned here",
+            f"{folder} is a {index.get('_class_name', 'pipeline without a name')}. Supported "
+            f"is {PIPELINE} (Stable Diffusion 1 and 2).",
             rule="pipeline.class",
         )
     for part, known in PARTS.items():
@@ -82,35 +82,34 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
         found = named[1] if isinstance(named, list) and len(named) == 2 else None
         if found not in known:
             raise UnknownModel(
-                f"the {part} of the pipeline in {folder} is of class {found}, and {known[0]} is known "
-                "here",
+                f"The {part} of the pipeline in {folder} has the class {found}. Supported is "
+                f"{known[0]}.",
                 rule="pipeline.class",
             )
     unet, vae, text_encoder = (read_network_fields(folder / part) for part in NETWORKS)
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise UnknownModel(
-            f"the unet in {folder} reads {unet.get('in_channels')} channels, and latents have "
-            f"{vae.get('latent_channels')}: one that reads more beside them (for inpainting) is not "
-            "known here",
+            f"The unet in {folder} has {unet.get('in_channels')} input channels, but latents "
+            f"have {vae.get('latent_channels')}. Inpainting networks are not supported.",
             rule="pipeline.setting",
         )
     if odd := [name for name in ("in_channels", "out_channels") if vae.get(name, 3) != 3]:
-        raise UnknownModel(f"the vae in {folder} has {odd[0]}={vae[odd[0]]}, and images have 3")
+        raise UnknownModel(f"The vae in {folder} has {odd[0]}={vae[odd[0]]} instead of 3.")
     if further := [name for name in _FURTHER_INPUTS if unet.get(name) is not None]:
         raise UnknownModel(
-            f"the unet in {folder} has {further[0]}, which is not known here",
+            f"The unet in {folder} has the unsupported setting {further[0]}.",
             rule="pipeline.setting",
         )
     scheduler = read_fields(folder / "scheduler" / "scheduler_config.json")
     if unread := [name for name in _UNREAD_NOISE if scheduler.get(name)]:
         raise UnknownModel(
-            f"the scheduler in {folder} has {unread[0]}, which is not known here",
+            f"The scheduler in {folder} has the unsupported setting {unread[0]}.",
             rule="pipeline.setting",
         )
     scale = vae.get("scaling_factor", 1)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CorruptFile(
-            f"the vae in {folder} has scaling_factor={scale}, not a number above 0",
+            f"The vae in {folder} has scaling_factor={scale} instead of a positive number.",
             rule="pipeline.setting",
         )
     return {
@@ -129,8 +128,8 @@ def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list
     stages = vae.get("block_out_channels", [0])
     if not isinstance(stages, list) or not 0 < len(stages) <= _MOST_STAGES:
         raise CorruptFile(
-            f"the vae in {folder} has block_out_channels={str(stages)[:80]}, not a list of at most "
-            f"{_MOST_STAGES} numbers",
+            f"The vae in {folder} has block_out_channels={str(stages)[:80]} instead of a list "
+            f"of at most {_MOST_STAGES} numbers.",
             rule="pipeline.setting",
         )
     size = unet.get("sample_size") or _LATENT_SIZE
@@ -140,8 +139,8 @@ def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list
         isinstance(side, int) and 0 < side * factor <= _LARGEST_SIDE for side in sides
     ):
         raise CorruptFile(
-            f"the unet in {folder} has sample_size={str(size)[:80]}, not a number, or two, for images "
-            f"of at most {_LARGEST_SIDE:,} pixels a side",
+            f"The unet in {folder} has sample_size={str(size)[:80]} instead of one or two "
+            f"numbers, for images of at most {_LARGEST_SIDE:,} pixels per side.",
             rule="pipeline.setting",
         )
     return [side * factor for side in sides]
@@ -185,7 +184,8 @@ def part_classes() -> dict[str, Any]:
     """
     if find_spec("diffusers") is None:
         raise RecipeError(
-            "pipelines of diffusers need its package: pip install 'luthier[diffusers]'"
+            "Diffusers pipelines require the package diffusers. Run `pip install "
+            "'luthier[diffusers]'`."
         )
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

@@ -65,8 +65,8 @@ def add_prefix(model: Any, places: int) -> None:
     """
     if prefix_tokens(model):
         raise RecipeError(
-            "the model to start from has a prefix already, which a second one would replace. Train "
-            "lora on it, or a prefix on the model below it.",
+            "The model already has a prefix. Train lora on the model, or a prefix on the "
+            "model's parent.",
             rule="adapter.occupied",
         )
     config = model.config
@@ -79,8 +79,8 @@ def add_prefix(model: Any, places: int) -> None:
     )
     if not takes or indices != list(range(config.num_hidden_layers)):
         raise RecipeError(
-            f"a prefix is keys and values for each layer, and networks of type {config.model_type} "
-            "have no place for them. Use prompt, which is tokens for the lowest one, or lora.",
+            f"Networks of type {config.model_type} do not support key-value prefixes. Use "
+            "`prompt` or `lora`.",
             rule="adapter.network",
         )
     heads, size = key_heads(config), head_size(config)

@@ -266,7 +266,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         sees_ahead = probe.sees_ahead()
         wanted = probe.uncached(expected) if decodes else []
     if decodes and sees_ahead:
-        raise refusal(model, "its tokens see the tokens that they are to predict")
+        raise refusal(model, "tokens attend to later tokens")
     network = Network(model, device, dtype, sees_ahead)
     fuse(model)
     with torch.no_grad():
@@ -275,7 +275,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
             ours, rows = probe.ours(network, dense=device.type != "cpu")
     want = torch.cat([expected[row] for row in rows])
     places = [f"row {row}, token {at}" for row in rows for at in range(len(expected[row]))]
-    _compare(model, "luthier's forward", places, ours.float().view_as(want), want)
+    _compare(model, "luthier's forward pass", places, ours.float().view_as(want), want)
     if network.tokens_before:  # generation goes on behind a prefix that transformers does not see
         return network
     if decodes:
@@ -385,7 +385,7 @@ def check_finite(output: Tensor) -> None:
     """
     if not output.isfinite().all():
         raise CorruptFile(
-            "the network answers with numbers that are not finite: its weights are damaged",
+            "The network returns nan or inf: the weights are damaged.",
             rule="weights.not_finite",
         )
 
@@ -393,8 +393,8 @@ def check_finite(output: Tensor) -> None:
 def refusal(model: Any, reason: str) -> RecipeError:
     """Return the error for a family whose results differ from transformers."""
     return RecipeError(
-        f"networks of type {model.config.model_type} cannot be trained here yet: {reason}. Use a base "
-        "of another family (`luthier models list`)",
+        f"Networks of type {model.config.model_type} are not supported yet: {reason}. Choose a base "
+        "model of another family (`luthier models list`).",
         rule="network.unsupported",
     )
 
@@ -412,16 +412,14 @@ def refuse_crash(model: Any, doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise refusal(
-            model, f"a trial to {doing} failed ({type(error).__name__}: {reason})"
-        ) from error
+        raise refusal(model, f"cannot {doing} ({type(error).__name__}: {reason})") from error
 
 
 def _check_caps(model: Any) -> None:
     """Reject logit soft caps, which the small numbers of a comparison may not reveal."""
     for name, value in _settings(model.config.to_dict()):
         if "cap" in name and _SCALED.search(name) and value and not name.startswith("attn"):
-            raise refusal(model, f"luthier does not implement `{name}={value}` of its config.json")
+            raise refusal(model, f"luthier does not implement `{name}={value}` of config.json")
 
 
 def _settings(fields: Any) -> Iterator[tuple[str, Any]]:
@@ -451,11 +449,11 @@ def _compare(model: Any, what: str, places: Sequence[str], got: Tensor, want: Te
         for name, value in _settings(model.config.to_dict())
         if _SCALED.search(name) and value not in (None, 1, 1.0)
     ]
-    hint = f"; its config.json has {', '.join(scaled)}" if scaled else ""
+    hint = f"; config.json has {', '.join(scaled)}" if scaled else ""
     raise refusal(
         model,
-        f"{what} gives other numbers than transformers (relative error {error:.2g}; {places[at]}: "
-        f"{float(got[at, column]):.4f} where transformers has {float(want[at, column]):.4f}{hint})",
+        f"{what} differs from transformers (relative error {error:.2g}; {places[at]}: "
+        f"{float(got[at, column]):.4f} instead of {float(want[at, column]):.4f}{hint})",
     )
 
 

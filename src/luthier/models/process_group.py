@@ -92,7 +92,7 @@ class ProcessGroup:
                 raise
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ProcessLost(
-                f"process {self.rank} of {self.size} did not meet the others at {place} within "
+                f"Process {self.rank} of {self.size} cannot connect to {place} within "
                 f"{seconds:g} seconds ({TIMEOUT}): {error}"
             ) from error
 
@@ -143,9 +143,9 @@ class ProcessGroup:
             if self.size == 1 or not _is_exchange_failure(error):
                 raise
             raise ProcessLost(
-                f"process {self.rank} of {self.size}: another process of the run ended, or did not "
-                f"answer in time ({TIMEOUT}): {error}. See the output of the others, and start "
-                "the run again: it resumes from its last checkpoint"
+                f"Process {self.rank} of {self.size}: another process ended or exceeded the "
+                f"timeout ({TIMEOUT}): {error}. Check the output of the other processes and "
+                "restart the run to resume from the last checkpoint."
             ) from error
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:

@@ -54,7 +54,7 @@ def check_size(size: int, teachers: str, before: int, option: str) -> None:
     """Reject a size above ``before``, the teacher's number of ``teachers``, with the option name."""
     if size > before:
         raise RecipeError(
-            f"{option} {size} is more than the {teachers} of the teacher; give {before} or fewer",
+            f"`{option}` {size} exceeds the teacher's {teachers}. Use {before} or less.",
             rule="student.layers",
         )
 

@@ -78,7 +78,7 @@ class Rounding:
             return
         width = table.shape[1]
         if width > CHUNK:
-            raise ValueError(f"rows of {width:,} numbers, and there is noise for {CHUNK:,}")
+            raise ValueError(f"rows have {width:,} numbers, the limit is {CHUNK:,}")
         self._start = (self._start + 7919) % CHUNK
         noise_SW = _noise(table.device).as_strided((CHUNK, width), (1, 1))
         for ids, values in zip(

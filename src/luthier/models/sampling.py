@@ -88,12 +88,12 @@ class Sampling:
             if value is not None and not low <= value <= high:
                 raise self.refusal(f"{name} must be between {low:,} and {high:,}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            text = f"min_tokens must not be above max_tokens, which is {self.max_tokens:,}"
+            text = f"min_tokens must be at most max_tokens, {self.max_tokens:,}"
             raise self.refusal(text, "min_tokens")
         if not all(self.stop):
             raise self.refusal("a stop sequence must not be empty", "stop")
         if [self.schema, self.regex, self.grammar].count(None) < 2:
-            text = "give only one of schema, regex and grammar for an answer to match"
+            text = "schema, regex and grammar are mutually exclusive"
             raise self.refusal(text, "grammar")
 
     @staticmethod

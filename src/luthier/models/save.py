@@ -105,7 +105,7 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     if odd:
         odd = odd[:3]
         raise CorruptFile(
-            f"{folder / ADAPTER} does not fit the network: {', '.join(odd)} …",
+            f"{folder / ADAPTER} does not match the network: {', '.join(odd)} …",
             rule="weights.layers",
         )
     with torch.no_grad():

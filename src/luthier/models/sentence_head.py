@@ -100,7 +100,7 @@ def _load(pipeline: SentencePipeline, hidden: int, folder: Path) -> SentenceHead
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes or layer.inputs != width:
             raise CorruptFile(
-                f"{path} does not fit {width} values: the file has {found}, not {shapes}",
+                f"{path} has the shapes {found} instead of {shapes} for {width} input values.",
                 rule="sentence.weights",
             )
         weights.append(tensors)

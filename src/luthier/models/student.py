@@ -53,20 +53,18 @@ class StudentShape:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if not given:
             raise RecipeError(
-                "say how small the student is to be: --layers, --keep, --heads, --intermediate or "
-                "--hidden",
+                "Set the student's size with `--layers`, `--keep`, `--heads`, "
+                "`--intermediate` or `--hidden`.",
                 rule="student.size",
             )
         if self.layers is not None and self.keep is not None:
             raise RecipeError(
-                "--layers and --keep both choose the layers; give one of them",
+                "`--layers` and `--keep` are mutually exclusive.",
                 rule="student.layers",
             )
         for name, value in given.items():
             if name != "keep" and value < 1:
-                raise RecipeError(
-                    f"--{name} {value} leaves nothing; give 1 or more", rule="student.layers"
-                )
+                raise RecipeError(f"`--{name}` {value} must be at least 1.", rule="student.layers")
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,8 @@ def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]
     cuts_depth = shape.layers is not None or shape.keep is not None
     if count is None or kind == "elmo":
         raise RecipeError(
-            f"a student of a network of type {kind} cannot be made: its layers are no stack of equal "
-            "ones. Take a teacher of transformer layers, such as Llama, GPT-2, BERT or RoBERTa.",
+            f"Networks of type {kind} cannot be a teacher: the layers are not a uniform "
+            "stack. Use Llama, GPT-2, BERT or RoBERTa.",
             rule="student.network",
         )
     if kind == "albert":
@@ -151,17 +149,17 @@ def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]
         stack = name.rpartition(".")[0]
         names[stack] = names.get(stack, 0) + 1
     if count == 1 and cuts_depth:
-        raise RecipeError("the teacher has one layer, so none can be left out; cut its width")
+        raise RecipeError("The teacher has only one layer. Reduce the width instead.")
     if cuts_depth and len(names) > 1 and kind not in _TWO_STACKS:
         raise RecipeError(
-            f"networks of type {kind} have {len(names)} stacks of layers, and which may be cut is not "
-            "known here; of encoder-decoders T5 can be a teacher"
+            f"Networks of type {kind} have {len(names)} stacks of layers and cannot be a "
+            "teacher. Of encoder-decoders, T5 is supported."
         )
     stacks = {stack: _layers_to_keep(kind, size, shape) for stack, size in names.items()}
     if set(names.values()) - {count}:
         raise RecipeError(
-            f"the stacks of this {kind} have {', '.join(map(str, names.values()))} layers, and its "
-            f"configuration says {count}; only stacks of one depth can be cut"
+            f"The stacks of this {kind} have {', '.join(map(str, names.values()))} layers, "
+            f"but config.json has {count}. Only stacks of equal depth are supported."
         )
     return stacks, (count, len(next(iter(stacks.values()), range(count))))
 
@@ -174,14 +172,14 @@ def _layers_to_keep(kind: str, count: int, shape: StudentShape) -> tuple[int, ..
     kept = shape.keep
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
         raise RecipeError(
-            f"--keep {','.join(map(str, kept))}: name layers from 0 to {count - 1} of the teacher, "
-            "each once, in rising order",
+            f"`--keep` {','.join(map(str, kept))}: list layers from 0 to {count - 1} in "
+            "ascending order.",
             rule="student.keep",
         )
     if kind in _TABLE_IN_FIRST and kept[0] != 0:
         raise RecipeError(
-            f"layer 0 of a network of type {kind} holds the positions of all others; --keep must begin "
-            "with 0",
+            f"Layer 0 of a network of type {kind} contains the positions of all layers. Start "
+            "`--keep` with 0.",
             rule="student.keep",
         )
     return kept
@@ -191,14 +189,14 @@ def _repeats(config: Any, count: int, shape: StudentShape) -> int:
     """Return the number of repetitions of ALBERT's single layer. Weights stay unchanged."""
     if shape.keep is not None:
         raise RecipeError(
-            "all layers of an ALBERT are one layer, repeated, so none can be chosen; --layers says how "
-            "often it is repeated",
+            "ALBERT repeats one layer, so layers cannot be selected. Use `--layers` for the "
+            "number of repetitions.",
             rule="student.keep",
         )
     if config.num_hidden_groups != 1:
         raise RecipeError(
-            f"an ALBERT of {config.num_hidden_groups} groups of layers cannot be cut here, only one "
-            "whose layers are all the same"
+            f"An ALBERT with {config.num_hidden_groups} layer groups cannot be reduced. Only "
+            "one group is supported."
         )
     layers = shape.layers or count
     check_size(layers, f"{count} layers", count, "--layers")

@@ -65,4 +65,4 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}", rule="file.unreadable") from error
+        raise CorruptFile(f"Cannot read {path}: {error}", rule="file.unreadable") from error

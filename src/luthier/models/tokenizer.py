@@ -59,11 +59,6 @@ def load_tokenizer(folder: Path) -> Any:
     return plain
 
 
-def is_tokenizer_stored(folder: Path) -> bool:
-    """Return whether :func:`load_tokenizer` needs no transformers for ``folder``."""
-    return (_stored_folder(tokenizer_folder(folder)) / SPECIAL_TOKENS).is_file()
-
-
 def remove_stored_tokenizer(folder: Path) -> None:
     """Delete the cached tokenizer of ``folder``. The next use creates a new copy."""
     shutil.rmtree(_stored_folder(tokenizer_folder(folder)), ignore_errors=True)
@@ -148,7 +143,7 @@ def load_with_transformers(folder: Path) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UnknownModel(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise UnknownModel(f"Cannot load the tokenizer in {folder}: {error}") from error
     # Rows that are too long are refused with line and fix; its own warning would only come before.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
@@ -163,9 +158,9 @@ def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) ->
     known = max([chat.tokenizer.vocab_size, *(stop + 1 for stop in chat.stop_ids)])
     if isinstance(size, int) and known > size:
         raise RecipeError(
-            f"the tokenizer of {model_id} does not belong to its network: it gives ids up to "
-            f"{known - 1:,}, and the network has embeddings for {size:,}. Put the tokenizer files of "
-            "the network's own model into the folder."
+            f"The tokenizer of {model_id} has ids up to {known - 1:,}, but the network has "
+            f"{size:,} embeddings. Copy the tokenizer files of the network's own model into "
+            "the folder."
         )
 
 
@@ -182,8 +177,8 @@ def tokenizer_difference(one: ChatFormat, other: ChatFormat) -> str | None:
         return None
     example = f" ({moved[0]!r} is {first[moved[0]]} and {second[moved[0]]})" if moved else ""
     return (
-        f"{len(first):,} and {len(second):,} tokens, {lacking:,} of the fewer without a counterpart, "
-        f"{len(moved):,} with another id{example}"
+        f"{len(first):,} and {len(second):,} tokens, {lacking:,} of the smaller vocabulary missing in "
+        f"the larger, {len(moved):,} with different ids{example}"
     )
 
 
@@ -272,7 +267,7 @@ def _with_frame(
     whole, inner = [*encoded["input_ids"]], chat.target_tokens(text).tolist()
     starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
     if not inner or not starts:
-        problem = f"{folder}: the tokenizer's special tokens around a target text are not known."
+        problem = f"{folder}: the tokenizer adds unknown special tokens to target texts."
         return replace(chat, decoder_problem=f"{problem} Use a T5, BART or M2M-100.")
     opening, closing = whole[: starts[0]], whole[starts[0] + len(inner) :]
     start_id, kind = chat.start_id, config.get("model_type")
@@ -303,7 +298,6 @@ def _language_problem(tokenizer: Any, folder: Path, forced_id: int | None) -> st
 
 
 _NO_LANGUAGE = (
-    "{}: this model translates, and no setting names the {} language. Set `{}` in this file, as "
-    'AutoTokenizer.from_pretrained(FOLDER, src_lang="...", tgt_lang="...").save_pretrained(FOLDER) '
-    "does."
+    "{}: the {} language of the translation model is missing. Set `{}` with "
+    'AutoTokenizer.from_pretrained(FOLDER, src_lang="...", tgt_lang="...").save_pretrained(FOLDER).'
 )

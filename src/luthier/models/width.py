@@ -75,8 +75,8 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         found = [_mlp(model, layer) for layer in layers]
         if not found:
             raise RecipeError(
-                f"this {kind} has one layer, or one that is repeated, and --intermediate cuts "
-                "stacks of several",
+                f"`--intermediate` requires several separate layers, but this {kind} has one "
+                "layer or repeats one.",
                 rule="student.intermediate",
             )
         set_size(config, found[0].field, sizes.intermediate, found[0].size, "--intermediate")
@@ -88,9 +88,9 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
     if kind not in _LLAMA_LIKE:
         able = ", ".join(sorted(_LLAMA_LIKE | width_bert.FAMILY))
         raise RecipeError(
-            f"--heads and --hidden cut networks of type {able}, and this is "
-            f"of type {kind}: there the width of a head follows from both, or layer norms subtract a "
-            "mean over all channels, which cutting some would change. Cut --layers and --intermediate.",
+            f"`--heads` and `--hidden` support networks of type {able}, not {kind}, where "
+            "both determine the head size or layer norms use all channels. Use `--layers` "
+            "and `--intermediate`.",
             rule="student.network",
         )
     heads, groups, channels = (
@@ -101,8 +101,8 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         share = heads // groups
         if sizes.heads % share:
             raise RecipeError(
-                f"--heads {sizes.heads}: {share} heads share one key and value in the teacher, so "
-                f"give a multiple of {share}",
+                f"`--heads` {sizes.heads}: {share} heads share one key-value head in the "
+                f"teacher. Use a multiple of {share}.",
                 rule="student.heads",
             )
         set_size(config, "num_attention_heads", sizes.heads, heads, "--heads")
@@ -112,9 +112,10 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         config.rms_norm_eps *= channels / sizes.hidden
     if config.hidden_size % config.num_attention_heads:
         raise RecipeError(
-            f"a hidden size of {config.hidden_size} is no multiple of {config.num_attention_heads} "
-            f"heads, which transformers asks of a {kind}; give --hidden "
-            f"{nearest_multiple(config.hidden_size, config.num_attention_heads)}, or other --heads",
+            f"The hidden size {config.hidden_size} is not a multiple of "
+            f"{config.num_attention_heads} heads, which {kind} requires. Use `--hidden` "
+            f"{nearest_multiple(config.hidden_size, config.num_attention_heads)} or other "
+            "`--heads`.",
             rule="student.hidden",
         )
 
@@ -163,8 +164,8 @@ def _mlp(model: Any, layer: str) -> _Mlp:
                 transposed,
             )
     raise RecipeError(
-        f"where the MLP of a network of type {model.config.model_type} is, is not known here, so "
-        "--intermediate cannot cut it; cut --layers",
+        f"`--intermediate` does not support networks of type {model.config.model_type}. Use "
+        "`--layers`.",
         rule="student.intermediate",
     )
 

@@ -51,15 +51,15 @@ def configure(config: Any, heads: int | None, hidden: int | None) -> None:
     wide = config.hidden_size // config.num_attention_heads
     if heads is not None:
         raise RecipeError(
-            f"the heads of this {config.model_type} fill its width, {wide} channels each: give "
-            f"--hidden {wide * heads} for {heads} of them",
+            f"The heads of this {config.model_type} have {wide} channels each and fill the "
+            f"width. Use `--hidden` {wide * heads} for {heads} heads.",
             rule="student.hidden",
         )
     assert hidden is not None
     if hidden % wide or hidden < wide:
         raise RecipeError(
-            f"--hidden {hidden}: the heads of this {config.model_type} have {wide} channels each; give "
-            f"a multiple, such as {nearest_multiple(hidden, wide)}",
+            f"`--hidden` {hidden}: the heads of this {config.model_type} have {wide} channels "
+            f"each. Use a multiple, such as {nearest_multiple(hidden, wide)}.",
             rule="student.hidden",
         )
     before = config.num_attention_heads

@@ -252,7 +252,7 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
     ``loss`` is in nats per token without the first token of each sequence. ``bits_per_character``
     compares models of different tokenizers. Standard errors are those of a mean over sequences.
     """
-    library.check_writes(stored, "so raw text has no perplexity under it")
+    library.check_writes(stored)
     trained = stored.objective
     objective = trained if isinstance(trained, CausalLM) else CausalLM()
     chat = stored.chat
@@ -285,7 +285,7 @@ def preference_scores(
     Raises:
         DataError: with every row longer than the context, if ``long_rows`` is ``error``.
     """
-    library.check_writes(stored, "so answers have no probability under it")
+    library.check_writes(stored)
     objective = KTO() if isinstance(rows[0], ThumbedReply) else DPO()
     rows = objective.regroup(rows)
     chat = stored.chat
@@ -331,7 +331,7 @@ def multiple_choice(
     """
     from luthier.engine.machine import open_network
 
-    library.check_writes(stored, "so choices have no probability under it")
+    library.check_writes(stored)
     fitting = fit_choices(rows, stored.chat, stored.room, long_rows)
     network = open_network(stored, precise=True)
     likelihoods = choice_likelihoods(network, fitting.examples)

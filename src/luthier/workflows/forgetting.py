@@ -203,10 +203,7 @@ def measure_forgetting(
     from luthier.library.models import check_writes
 
     for each in (tuned, base):
-        check_writes(
-            each,
-            "so its drift cannot be measured. Use `luthier evaluate` on rows of the earlier task",
-        )
+        check_writes(each)
     if base.chat.tokenizer.get_vocab() != tuned.chat.tokenizer.get_vocab():
         raise RecipeError(
             f"{tuned.id} and {base.id} have different vocabularies and cannot be compared. Use the "

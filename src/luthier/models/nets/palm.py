@@ -59,7 +59,7 @@ class PalmConfig(LlamaConfig):
         if self.num_key_value_heads != 1 or self.attention_bias or self.mlp_bias:
             raise ValueError("PaLM has one key and value head (num_key_value_heads) and no biases")
         if not self.tie_word_embeddings:
-            raise ValueError("PaLM shares its embeddings: tie_word_embeddings must be true")
+            raise ValueError("PaLM requires tied embeddings: tie_word_embeddings must be true")
 
 
 class PalmLayer(GradientCheckpointingLayer):

@@ -75,7 +75,9 @@ class TransfoXLConfig(PreTrainedConfig):
         if self.segment_length < 1 or self.memory_length < 0:
             raise ValueError("segment_length must be 1 or more, memory_length 0 or more")
         if not self.tie_word_embeddings:
-            raise ValueError("Transformer-XL shares its embeddings: tie_word_embeddings is true")
+            raise ValueError(
+                "Transformer-XL requires tied embeddings: tie_word_embeddings must be true"
+            )
 
 
 @dataclass

@@ -334,7 +334,7 @@ class LocalTeacher(ChatModel):
     def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
         from luthier.library.models import check_writes
 
-        check_writes(stored, "so it cannot teach by its answers")
+        check_writes(stored)
         self.name, self.spec, self.stored = stored.id, spec, stored
         network = stored.network.sketch(stored.objective.head())
         self.weights = sum(weight.numel() for weight in network.parameters())
