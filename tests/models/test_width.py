@@ -201,35 +201,29 @@ def test_a_narrow_encoder_is_found_inside_a_wide_one(
 
 
 @pytest.mark.parametrize(
-    ("family", "shape", "said"),
+    ("family", "shape", "rule"),
     [
-        ("llama", StudentShape(intermediate=65), "--intermediate 65 is more than the 64"),
-        ("llama", StudentShape(heads=3), "give a multiple of 2"),
-        ("llama", StudentShape(heads=6), "--heads 6 is more than the 4"),
-        ("llama", StudentShape(hidden=40), "--hidden 40 is more than the 32"),
-        ("llama", StudentShape(hidden=21), "no multiple of 4 heads.*give --hidden 20"),
-        ("gpt2", StudentShape(heads=2), "width of a head follows from both"),
-        ("bert", StudentShape(heads=2), "the heads of this bert fill its width.*give --hidden 16"),
-        ("roberta", StudentShape(hidden=12), "heads of this roberta have 8 channels.*such as"),
-        ("bert", StudentShape(hidden=40), "--hidden 40 is more than the 32"),
-        ("t5", StudentShape(hidden=16), "Cut --layers and --intermediate"),
-        ("albert", StudentShape(intermediate=16), "one that is repeated"),
-        ("palm", StudentShape(heads=2), "and this is of type palm"),
-        ("transfo_xl", StudentShape(intermediate=16), "is not known here"),
+        ("llama", StudentShape(intermediate=65), "student.layers"),
+        ("llama", StudentShape(heads=3), "student.heads"),
+        ("llama", StudentShape(heads=6), "student.layers"),
+        ("llama", StudentShape(hidden=40), "student.layers"),
+        ("llama", StudentShape(hidden=21), "student.hidden"),
+        ("gpt2", StudentShape(heads=2), "student.network"),
+        ("bert", StudentShape(heads=2), "student.hidden"),
+        ("roberta", StudentShape(hidden=12), "student.hidden"),
+        ("bert", StudentShape(hidden=40), "student.layers"),
+        ("t5", StudentShape(hidden=16), "student.network"),
+        ("albert", StudentShape(intermediate=16), "student.intermediate"),
+        ("palm", StudentShape(heads=2), "student.network"),
+        ("transfo_xl", StudentShape(intermediate=16), "student.intermediate"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(
-    family: str, shape: StudentShape, said: str, teacher_of: Teacher
+    family: str, shape: StudentShape, rule: str, teacher_of: Teacher
 ) -> None:
     teacher = teacher_of(family)
     before = teacher.config.to_dict()
     with pytest.raises(RecipeError) as refused:
         plan(teacher, shape)
-    assert refused.value.rule in {
-        "student.heads",
-        "student.hidden",
-        "student.intermediate",
-        "student.layers",
-        "student.network",
-    }
+    assert refused.value.rule == rule
     assert teacher.config.to_dict() == before
