@@ -21,7 +21,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.data.rows import load_rows
 from luthier.graders import parse_graders
-from luthier.recipe import Recipe, set_field
+from luthier.recipe import Recipe, assign, parse_setting
 from luthier.workflows.distil.recipe import DistilRecipe
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,8 @@ def check(command: str) -> None:
                         fields = {}
                     if node.name == "distil":
                         fields["teacher"] = {"model": "x"}
-                    set_field(fields, value)
+                    key, parsed = parse_setting(value)
+                    assign(fields, key.split("."), parsed)
                     KINDS.get(node.name, Recipe.parse)(fields)
     many = any(param.nargs == -1 for param in places)
     assert many or len(given) <= len(places), f"{given} are too many arguments"

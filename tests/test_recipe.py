@@ -27,8 +27,8 @@ from luthier.recipe import (
     Recipe,
     Training,
     assign,
+    parse_setting,
     read_recipe,
-    set_field,
     to_toml,
 )
 from luthier.validation import field_docstrings
@@ -189,6 +189,11 @@ def test_bad_names(name: str) -> None:
 def test_recipes_are_frozen() -> None:
     with pytest.raises(ValidationError):
         parse().base = "other"  # type: ignore[misc]
+
+
+def set_field(fields: dict[str, Any], assignment: str) -> None:
+    key, value = parse_setting(assignment)
+    assign(fields, key.split("."), value)
 
 
 def test_set_field_reads_the_value_as_toml_where_that_works() -> None:

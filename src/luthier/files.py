@@ -54,18 +54,15 @@ def explain_unreadable_home() -> str:
     A missing default folder is no reason, because the first write creates the folder.
     """
     home, is_named = luthier_home(), bool(os.environ.get("LUTHIER_HOME"))
-    if not os.path.lexists(home):
-        why = "does not exist" if is_named else ""
-    elif not home.is_dir():
-        why = "is no folder"
-    elif not os.access(home, os.R_OK | os.X_OK):
-        why = "cannot be read: you have no right to"
-    else:
-        why = ""
-    if not why:
+    if os.access(home, os.R_OK | os.X_OK) and home.is_dir():
         return ""
-    origin = "the environment variable LUTHIER_HOME names it" if is_named else "it is the default"
-    return f"The store {home} {why} ({origin})."
+    why = "is not a folder" if home.exists() and not home.is_dir() else "is not readable"
+    if not os.path.lexists(home):
+        if not is_named:
+            return ""
+        why = "does not exist"
+    origin = "the environment variable LUTHIER_HOME" if is_named else "the default"
+    return f"The store {home} ({origin}) {why}."
 
 
 def sha256_of(path: Path) -> str:
@@ -128,9 +125,7 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
         if not path.is_file():
             raise CorruptFile(f"{path} is missing")
         if sha256_of(path) != expected:
-            raise CorruptFile(
-                f"{path} no longer has the bytes that were recorded (SHA-256 differs)"
-            )
+            raise CorruptFile(f"{path} differs from its recorded SHA-256")
 
 
 def without_home(text: str) -> str:
@@ -254,7 +249,7 @@ def read_text(path: Path) -> str:
             f"{path} cannot be read: {error.strerror}", rule="file.unreadable"
         ) from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
+        raise RecipeError(f"{path} is not UTF-8 text", rule="file.unreadable") from error
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -435,9 +430,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         number = _system_error(error)
         if number in _FULL:
-            raise DiskFull(
-                f"the disk of {folder} is full; nothing was left half-written"
-            ) from error
+            raise DiskFull(f"the disk of {folder} is full. Free some space") from error
         if number == errno.EROFS:
             raise ReadOnlyDisk(f"{folder} cannot be written: {os.strerror(number)}") from error
         if number in _UNWRITABLE:
@@ -456,35 +449,18 @@ def check_creatable(path: Path) -> None:
     if str(path) == "-":
         raise RecipeError("- is standard output; name a file", rule="file.unwritable")
     try:
-        # Some file systems, such as /proc, grant write access but reject new files.
-        if _is_device(path):
-            if not os.access(path, os.W_OK):
-                raise _unwritable(path, "you have no right to")
-            return
-        there = path.resolve()
-        is_there = there.exists()
-        parent = nearest_existing(there.parent)
-        if not parent.is_dir():
-            raise _unwritable(path, f"{parent} is not a folder")
-        if not os.access(there if is_there else parent, os.W_OK):
-            read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
-            why = (
-                "its disk takes no writes (it is read-only)"
-                if read_only
-                else "you have no right to"
-            )
-            raise _unwritable(path, why)
-        with TemporaryFile(prefix=TEMPORARY, dir=parent):
-            pass
+        target = path.resolve()
+        parent = nearest_existing(target.parent)
+        if not os.access(target if target.exists() else parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "")
+        if not _is_device(path):
+            # Some file systems, such as /proc, grant write access but reject new files.
+            TemporaryFile(prefix=TEMPORARY, dir=parent).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: circular links
         number = getattr(error, "errno", None) or errno.ELOOP
-        if number in _FULL:
-            return  # the write reports the error
-        raise _unwritable(path, os.strerror(number)) from error
-
-
-def _unwritable(path: Path, why: str) -> RecipeError:
-    return RecipeError(f"{path} cannot be written: {why}", rule="file.unwritable")
+        if number not in _FULL:  # the write reports a full disk
+            reason = f"{path} cannot be written: {os.strerror(number)}"
+            raise RecipeError(reason, rule="file.unwritable") from error
 
 
 def waits_for_disk(error: BaseException) -> bool:

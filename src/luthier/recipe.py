@@ -334,12 +334,6 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
     return key.strip(), toml_value(text)
 
 
-def set_field(fields: dict[str, Any], assignment: str) -> None:
-    """Set a field from ``KEY=VALUE``."""
-    key, value = parse_setting(assignment)
-    assign(fields, key.split("."), value)
-
-
 def parse_mix(text: str) -> dict[str, Any]:
     """An entry of ``data.mix`` from ``FILE=RATIO`` of the command line."""
     file, _, ratio = text.rpartition("=")

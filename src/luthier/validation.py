@@ -79,22 +79,6 @@ def expected_type(error: Mapping[str, Any]) -> str | None:
     return _TYPES.get(error["type"])
 
 
-def type_of(value: Any) -> str:
-    """The JSON type of a value."""
-    for name, kind in (
-        ("null", type(None)), ("boolean", bool), ("integer", int), ("number", float), ("string", str),
-        ("array", list),
-    ):  # fmt: skip
-        if isinstance(value, kind):
-            return name
-    return "object"
-
-
-def plain_number(value: Any) -> Any:
-    """Format a float bound without a trailing zero (1 for 1.0); other values unchanged."""
-    return f"{value:g}" if isinstance(value, float) else value
-
-
 def custom_message(error: Mapping[str, Any]) -> str:
     """Return the message of luthier's own validators, or pydantic's."""
     return str(error["msg"]).removeprefix("Value error, ")
@@ -105,8 +89,11 @@ def describe_constraint(error: Mapping[str, Any]) -> str:
     if (expected := expected_type(error)) is not None:
         return f"must be {_WORDS[expected]}"
     if (rule := _RULES.get(error["type"])) is not None:
-        context = error.get("ctx", {})
-        return rule.format(**{name: plain_number(value) for name, value in context.items()})
+        # Bounds are floats in pydantic: 1 instead of 1.0.
+        bounds = {
+            k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()
+        }
+        return rule.format(**bounds)
     message = custom_message(error)
     return f"{message[:1].lower()}{message[1:]}"
 

@@ -403,12 +403,11 @@ def test_the_fix_of_questions_about_a_passage_keeps_the_passage(
 
 
 @pytest.mark.parametrize("label", [[[0, 4, "PER"]], [[0, 4, "PER"], [5, 9, "X"]]])
-def test_spans_of_doccano_are_named(tmp_path: Path, label: object) -> None:
+def test_spans_of_doccano_are_no_labels(tmp_path: Path, label: object) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path, {"text": "Rita sings", "label": label}).read_all()
     (problem,) = caught.value.problems
     assert problem.rule == "label.type"
-    assert "[0, 4" in problem.message and '"tokens"' in problem.advice
 
 
 @pytest.mark.parametrize("rating", ["4,5", "nan", ""])

@@ -192,12 +192,6 @@ def _label_name(value: object, given: str = "{}") -> str:
         return str(value)
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, list) and len(value) == 3 and type(value[0]) is type(value[1]) is int:
-        raise RowRefused(
-            "label.type",
-            f'"label" has the text span [{value[0]}, {value[1]}, {quote(str(value[2]))}] (doccano).',
-            f"Write one tag per word: {TAGGED_EXAMPLE}.",
-        )
     kind = "empty" if isinstance(value, str) else json_kind(value)
     fix = 'Write {"text": "...", "label": "name"}, or ["a", "b"] for several labels.'
     if type(value) is float:

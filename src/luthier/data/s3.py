@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,8 @@ def split_address(address: str) -> tuple[str, str] | None:
     return (found[1], found[2] or "") if found else None
 
 
-def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = None) -> list[Path]:
+def fetch(address: str) -> list[Path]:
     """Return local copies of the objects at ``address``, in the order of the keys.
-
-    Args:
-        address: ``s3://bucket/key``, or a prefix.
-        on_progress: called with a key, the bytes so far, and the bytes in total.
 
     Raises:
         DataError: if no object exists, or an object cannot be read.
@@ -63,10 +58,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
     try:
         store = S3Store(bucket, **connection_settings())
         objects = _list_objects(obstore, store, key, address)
-        copies = [
-            _copy(obstore, store, bucket, each, on_progress or _print_progress())
-            for each in objects
-        ]
+        copies = [_copy(obstore, store, bucket, each) for each in objects]
         if key != objects[0]["path"] and any(is_media(copy.name) for copy in copies):
             tree = _make_tree(bucket, key.strip("/"), objects, copies, address)
             try:
@@ -156,13 +148,7 @@ def _make_tree(
     return target
 
 
-def _copy(
-    obstore: Any,
-    store: Any,
-    bucket: str,
-    found: dict[str, Any],
-    on_progress: Callable[[str, int, int], None],
-) -> Path:
+def _copy(obstore: Any, store: Any, bucket: str, found: dict[str, Any]) -> Path:
     """Return the cached copy of an object; download if this version is not cached."""
     key, size = str(found["path"]), int(found["size"])
     endpoint = connection_settings().get("endpoint", "")
@@ -178,20 +164,14 @@ def _copy(
         done = 0
         for piece in answer.stream(min_chunk_size=_PIECE):
             done += file.write(piece)
-            on_progress(key, done, size)
+            _print_progress(key, done, size)
         if done != size:
-            raise OSError(f"{key} has {size} bytes, and {done} came")
+            raise OSError(f"{key} has {size} bytes, but {done} arrived")
     return target
 
 
-def _print_progress() -> Callable[[str, int, int], None]:
-    """Return a callback that prints the download progress on a terminal."""
-    if not sys.stderr.isatty():
-        return lambda key, done, size: None
-
-    def on_progress(key: str, done: int, size: int) -> None:
+def _print_progress(key: str, done: int, size: int) -> None:
+    if sys.stderr.isatty():
         end = "\n" if done >= size else ""
-        sys.stderr.write(f"\rfetching {key}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB{end}")
+        sys.stderr.write(f"\rdownload {key}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB{end}")
         sys.stderr.flush()
-
-    return on_progress

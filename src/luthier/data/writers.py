@@ -133,28 +133,14 @@ class _Array:
         self.text.write("[]\n" if self.before == "[\n" else "\n]\n")
 
 
-class HasPlace(Protocol):
-    """An object with a location in a file."""
-
-    @property
-    def file(self) -> str:
-        """The path."""
-        ...
-
-    @property
-    def line(self) -> int:
-        """1-based line."""
-        ...
-
-
-def json_records(rows: Sequence[tuple[Record, HasPlace]], finite: bool = True) -> list[Record]:
+def json_records(rows: Sequence[tuple[Record, Location]], finite: bool = True) -> list[Record]:
     """Return the records in JSON types; dates and similar values of tables become text.
 
     Raises:
         DataError: with every row that JSON cannot represent; with ``finite`` also rows with NaN.
     """
     problems, found = list[Problem](), list[Record]()
-    for record, row in rows:
+    for record, location in rows:
         made = dict(record)
         for name, value in record.items():
             if value is None or isinstance(value, str | int):
@@ -165,8 +151,7 @@ def json_records(rows: Sequence[tuple[Record, HasPlace]], finite: bool = True) -
                 said = str(error).split(":", 1)[0]
                 bad = _no_place("JSON", f"a value in the field {quote(name)} ({said})").problem
                 fix = "Remove the field, or correct the value."
-                place = Location(row.file, row.line)
-                problems.append(Problem(bad.rule, bad.message, fix, place))
+                problems.append(Problem(bad.rule, bad.message, fix, location))
         found.append(made)
     if problems:
         raise DataError(problems)

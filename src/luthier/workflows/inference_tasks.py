@@ -97,7 +97,7 @@ class InferenceTask(ABC):
         Raises:
             DataError: with every row that cannot be written or answered.
         """
-        return json_records([(row.record, row.content) for row in rows])
+        return json_records([(row.record, Location(row.file, row.line)) for row in rows])
 
     def needed_models(self) -> list[StoredModel]:
         """Return the models with required files."""
@@ -214,7 +214,7 @@ class GenerateTask(InferenceTask):
 
     def records(self, rows: Sequence[InputRow]) -> list[Record]:
         """Return the prompt and the further fields of each row; a reply becomes ``expected``."""
-        return json_records([(_record_beside(row), row) for row in rows])
+        return json_records([(_record_beside(row), Location(row.file, row.line)) for row in rows])
 
     def open(self) -> Answer:
         """See :class:`InferenceTask`."""
