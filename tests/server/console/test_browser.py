@@ -339,11 +339,11 @@ def test_a_key_that_ends_and_keys_that_cannot_be_sent(server: Served, page: Brow
     assert page.script("return location.hash") == "#/jobs"
     page.script("sessionStorage.setItem('luthier.key', 'sk-gone')")
     page.click('#navigation a[href="#/models"]')
-    page.until_text("does not accept this key", "[role=alert]")
+    page.until_text("rejects this key", "[role=alert]")
     assert page.script("return sessionStorage.getItem('luthier.key')") is None
     page.fill("#key", "wrong")
     page.click(".sign-in button")
-    page.until_text("does not accept this key", "[role=alert]")
+    page.until_text("rejects this key", "[role=alert]")
     sign_in(page, KEYS[OTHER]["api_key"])
     assert page.text("#account").startswith(OTHER)
     page.click("#account button")
@@ -410,7 +410,7 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
     page.get(f"{server.url}/console/#/jobs/waits-2")
     page.until_text("The job was created.", ".messages")
     server.kill()
-    page.until_text("does not answer", "[role=alert]")
+    page.until_text("unreachable", "[role=alert]")
     assert page.script("return sessionStorage.getItem('luthier.key')") == KEY
 
 

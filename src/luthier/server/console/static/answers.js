@@ -1,8 +1,8 @@
-// Answers of models, prepared for display without the DOM.
+// Replies of models, prepared for display without the DOM.
 
 /** Why an answer ended early. */
 export const ENDINGS = {
-  length: "cut at the maximum number of tokens or the context length of the model",
+  length: "truncated at the maximum number of tokens or at the context length",
   content_filter: "stopped by a content filter",
 };
 

@@ -8,7 +8,7 @@ const LONGEST_EVENT = 1 << 24;
 /** Permissions of the key, as `GET /api/v1/whoami` names them. */
 export const rights = signal(new Set());
 
-/** An error that the API returned, in its own words. */
+/** An error of the API. */
 export class ApiError extends Error {
   constructor(status, code, message, parameter = null) {
     super(message);
@@ -47,7 +47,7 @@ export function problemOfKey(value) {
   const odd = /[^\x20-\x7e]/u.exec(value.trim())?.[0];
   if (odd === undefined) return null;
   const shown = /[\p{L}\p{N}\p{P}\p{S}]/u.test(odd) ? `the character “${odd}”` : "an invisible character";
-  return `The key contains ${shown}, which no key contains. Copy the complete key again.`;
+  return `The key contains ${shown}, which is not allowed in a key. Copy the key again.`;
 }
 
 /** Return the text of an error for the user. */
@@ -64,7 +64,7 @@ export async function call(method, path, { accept, ...options } = {}) {
     return accept ? await response.blob() : await response.json();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(response.status, "RowRefused", "The answer of the server is incomplete. Try again.");
+    throw new ApiError(response.status, "InvalidResponse", "The response is incomplete. Try again.");
   }
 }
 
@@ -83,7 +83,7 @@ export async function* chat(path, body, { signal: left } = {}) {
   for await (const { data } of read(response)) {
     if (data === "[DONE]") return;
     const chunk = parsed(data);
-    if (chunk === undefined) throw new ApiError(response.status, "RowRefused", "A part of the answer cannot be read. Try again.");
+    if (chunk === undefined) throw new ApiError(response.status, "InvalidResponse", "A part of the response is not valid JSON. Try again.");
     if (chunk.error) throw errorOf(response.status, chunk);
     yield chunk;
   }
@@ -108,7 +108,7 @@ export function upload(file, { signal: left, onProgress }) {
       return reject(errorOf(sending.status, answer));
     };
     sending.onerror = () => reject(unreachable());
-    sending.onabort = () => reject(new DOMException("The upload was stopped.", "AbortError"));
+    sending.onabort = () => reject(new DOMException("The upload was cancelled.", "AbortError"));
     left.addEventListener("abort", () => sending.abort(), { once: true });
     sending.send(form);
   });
@@ -143,16 +143,16 @@ async function request(method, path, { body, query, signal: left, accept = "appl
 
 function expired(used) {
   // The answer to an earlier key does not matter for the current key.
-  if (used === key()) signOut("The server does not accept this key. Sign in with another key.");
+  if (used === key()) signOut("The server rejects this key. Sign in with another key.");
 }
 
 function unreachable() {
-  return new ApiError(0, "Unreachable", "The server does not answer. Check that the server runs, then try again.");
+  return new ApiError(0, "Unreachable", "The server is unreachable. Check that the server is running, then try again.");
 }
 
 function errorOf(status, answer) {
   const { message, code = "Unknown", parameter, param } = answer?.error ?? {};
-  return new ApiError(status, code, message ?? `The server answered with status ${status} and no explanation.`, parameter ?? param);
+  return new ApiError(status, code, message ?? `The server returned status ${status} without a message.`, parameter ?? param);
 }
 
 function parsed(text) {
@@ -175,7 +175,7 @@ async function* read(response) {
       });
       if (piece.done) return;
       rest += piece.value;
-      if (rest.length > LONGEST_EVENT) throw new ApiError(0, "TooLong", "The server sent a line that is too long.");
+      if (rest.length > LONGEST_EVENT) throw new ApiError(0, "TooLong", "The server sent an event that is too long.");
       const lines = rest.split(/\r\n|\n|\r(?!$)/);
       rest = lines.pop();
       for (const line of lines) {

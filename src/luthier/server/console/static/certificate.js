@@ -69,7 +69,7 @@ function verdict(record, metrics) {
   const limits = record.withheld
     ? html`<p class="box error">Withheld, do not use: ${record.withheld}.</p>`
     : record.accepted && html`<p class="box warning">Accepted outside its limits: ${record.accepted}.</p>`;
-  if (!found?.text) return [limits, html`<p class="soft">No measurement shows whether the model learned.</p>`];
+  if (!found?.text) return [limits, html`<p class="soft">No verdict: the run has no measurements.</p>`];
   return [
     limits,
     html`

@@ -44,7 +44,7 @@ export function Chat({ model }) {
     const complete = await answers;
     stop.value = null;
     if (left.aborted) return;
-    announce(complete.every(Boolean) ? "The answer is complete." : "The answer is incomplete.");
+    announce(complete.every(Boolean) ? "The reply is complete." : "The reply is incomplete.");
     // The user keeps a message without an answer.
     if (!complete.some(Boolean) && !own.signal.aborted && !message.current.value) message.current.value = text;
     message.current.focus();
@@ -60,11 +60,11 @@ export function Chat({ model }) {
       <summary>Settings</summary>
       <div class="inside">
         <div class="fields">
-          <${Field} id="temperature" label="Temperature" help="0: the most likely token. 1: the distribution of the model.">
+          <${Field} id="temperature" label="Temperature" help="0 selects the most likely token.">
             <input id="temperature" type="number" min="0" max="2" step="0.1" defaultValue="0" />
           <//>
           <${Field} id="most" label="Maximum tokens"><input id="most" type="number" min="1" max="100000" defaultValue="256" /><//>
-          <${Field} id="seed" label="Seed" help="An equal seed gives an equal answer.">
+          <${Field} id="seed" label="Seed" help="The same seed gives the same reply.">
             <input id="seed" type="number" min="0" step="1" placeholder="random" />
           <//>
         </div>
@@ -141,7 +141,7 @@ class Side {
         });
       }
       // A server that is killed may close the connection as if the answer were complete.
-      if (!answer.finish) problem = "The server ended the answer before it was complete. Check that the server runs, then ask again.";
+      if (!answer.finish) problem = "The reply is incomplete: the server closed the connection. Check that the server is running, then send the message again.";
     } catch (error) {
       problem = error.name === "AbortError" ? "Stopped." : messageOf(error);
     }
@@ -189,7 +189,7 @@ function Turn({ state }) {
       ${busy && !text && !reasoning && html`<p class="soft">…</p>`}
       <p class="said" dir="auto">${text}</p>
       ${tools.map((each) => html`<p>Tool call: <code>${each.name}</code></p><pre class="row">${each.given}</pre>`)}
-      ${!busy && !text && !tools.length && !problem && html`<p class="soft">The answer is empty.</p>`}
+      ${!busy && !text && !tools.length && !problem && html`<p class="soft">The reply is empty.</p>`}
       ${!busy && html`<p class="help">${measures(answer)}</p>`}
       ${problem && html`
         <p class=${problem === "Stopped." ? "soft" : "box error"} role=${problem === "Stopped." ? null : "alert"}>${problem}</p>

@@ -30,7 +30,7 @@ export function Exports({ model }) {
       <${ErrorBox} error=${stop.error} />
       <${ErrorBox} error=${error} again=${read} />
       ${data && html`
-        <${Table} caption="Exports of this model, the newest first"
+        <${Table} caption="Exports of this model, newest first"
           columns=${["Format", "State", "Address", "Age", { name: "Stop", hidden: true }]}
           rows=${data.exports.map((each) => rowOf(each, stop.run))} empty="This model has no exports yet." />
       `}

@@ -5,8 +5,8 @@ import { bytes, duration, number, shortName, words } from "./format.js";
 import { Chip, Facts, Table, html } from "./ui.js";
 
 const VERDICTS = {
-  passed: "The data are ready for training.", warnings: "The data can be used for training. Read the warnings first.",
-  refused: "The data cannot be used for training. Fix the errors.",
+  passed: "The data are ready for training.", warnings: "The data have warnings. Read the warnings before training.",
+  refused: "The data have errors. Fix the errors before training.",
 };
 const ORDER = ["error", "warning", "note"];
 const MOST_ROWS = 3;
@@ -36,7 +36,7 @@ export function Inspection({ verdict, report }) {
         ["Learned tokens", splits.train ? number(splits.train.tokens) : null],
         ["Errors", number(count("error"))],
         ["Warnings", number(count("warning"))],
-        ["Form of the rows", report.forms?.train],
+        ["Row format", report.forms?.train],
         ["Base model", report.base ? withNames(report.base) : null],
       ]} />
       ${rules.length > 0 && html`<h3>Findings</h3>`}
@@ -85,8 +85,8 @@ function placeOf({ file, line }) {
 function Rows({ split, rows }) {
   if (!rows.length) return null;
   return html`
-    <h3>${split === "train" ? "Rows as input of the model" : `Rows of ${split}`}</h3>
-    <p class="soft">The model learns the marked tokens and reads the others.</p>
+    <h3>${split === "train" ? "Model input" : `Rows of ${split}`}</h3>
+    <p class="soft">Marked tokens are training targets.</p>
     ${rows.slice(0, MOST_ROWS).map(
       (row) => html`
         <figure class="example">
@@ -141,7 +141,7 @@ export function Estimate({ estimate }) {
       ]} />
       <p class="soft">
         Objective ${estimate.objective}, adaptation ${estimate.adaptation}, on ${estimate.machine}. The figures come from a
-        few real steps on these rows. Other work on the machine makes the job slower.
+        few training steps on these rows. Other work on the machine makes the job slower.
       </p>
       <details>
         <summary>Time by part</summary>

@@ -254,7 +254,7 @@ function LabelIssues({ job }) {
         ${number(issues)} of ${number(rows)} labels differ from the labels of similar rows. Many of these labels may be
         right. Read the rows, correct wrong labels in your file, and train again.
       </p>
-      <${Table} caption="Rows with label issues, the largest difference first"
+      <${Table} caption="Rows with label issues, largest difference first"
         columns=${["Line", "Label", "Similar rows", { name: "Probability", kind: "number" }, "Text"]}
         rows=${found.value.map((each) => [
           `${shortName(withNames(each.file))}:${each.line}`,
@@ -275,7 +275,7 @@ function Settings({ job }) {
   return html`<${Table} caption="Settings chosen for these rows" showCaption
     columns=${[{ name: "Setting", kind: "code" }, "Value", "Reason"]}
     rows=${Object.entries(chosen).map(([name, value]) => [name, shown(value), withNames(reasons[name] ?? "")])}
-    empty=${hasEnded(job.state) ? "No setting was chosen automatically." : "Empty settings are chosen once the data are read."} />`;
+    empty=${hasEnded(job.state) ? "No setting was chosen automatically." : "The settings are chosen after the data are read."} />`;
 }
 
 function Parts({ job }) {

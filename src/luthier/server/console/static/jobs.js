@@ -16,10 +16,10 @@ const COLOURS = { Running: "note", Completed: "good", Failed: "error", Paused: "
 
 /** Methods of customization: the name and what the method is for. */
 export const CUSTOMIZATIONS = {
-  FINE_TUNING: { name: "Fine-tuning", about: "the form of the rows decides what the model learns" },
-  CONTINUED_PRE_TRAINING: { name: "Continued pre-training", about: "continue to learn from plain text" },
-  DISTILLATION: { name: "Distillation", about: "learn the answers of a teacher model" },
-  REINFORCEMENT_FINE_TUNING: { name: "Reinforcement fine-tuning", about: "learn to score well with a grader" },
+  FINE_TUNING: { name: "Fine-tuning", about: "objective chosen from the rows" },
+  CONTINUED_PRE_TRAINING: { name: "Continued pre-training", about: "train on plain text" },
+  DISTILLATION: { name: "Distillation", about: "train on the replies of a teacher" },
+  REINFORCEMENT_FINE_TUNING: { name: "Reinforcement fine-tuning", about: "optimize the score of a grader" },
 };
 
 /** The page. */
@@ -62,7 +62,7 @@ function List({ state }) {
     : ["There are no jobs yet. ", may("develop") && html`<a href=${link("new")}>Train the first model</a>`];
   return html`
     <${ErrorBox} error=${error} again=${read} />
-    <${Table} caption="Jobs, the newest first" columns=${COLUMNS} empty=${empty}
+    <${Table} caption="Jobs, newest first" columns=${COLUMNS} empty=${empty}
       rows=${data.jobs.map((job) => rowOf(job, names.data))} />
     <div class="actions pages">
       ${pages.value.length > 1 && html`<button type="button" onclick=${() => turn(pages.value.slice(0, -1))}>Newer</button>`}

@@ -1,4 +1,4 @@
-// The start of the console: signs the user in and shows the page that the address names.
+// Start of the console: sign-in and routing.
 
 import { InputError, call, key, may, messageOf, problemOfKey, rights, signIn, signOut } from "./api.js";
 import { EvalRun } from "./eval_run.js";
@@ -23,7 +23,7 @@ const ROUTES = [
   ["evals/:eval/runs/:run", EvalRun],
   ["usage", Usage],
 ];
-const REFUSED = "The server does not accept this key. Check that the key is complete and belongs to this server.";
+const REFUSED = "The server rejects this key. Check that the key is complete and belongs to this server.";
 /** `who` is signed in; without `who`, the sign-in form shows `message`, or the page shows `error`. */
 const session = signal({ who: null, message: "", error: null });
 const address = signal(window.location.hash);
@@ -81,7 +81,7 @@ function App() {
     main.current.focus();
   };
   return html`
-    <a class="skip" href="#main" onclick=${skip}>Skip to the content</a>
+    <a class="skip" href="#main" onclick=${skip}>Skip to content</a>
     <header class="top">
       <a class="brand" href=${home()}>luthier</a>
       <${Menu} who=${who} />
@@ -155,7 +155,7 @@ function Shown({ hash }) {
     const params = Object.fromEntries(wanted.map((part, index) => [part.slice(1), decode(given[index])]));
     return html`<${Guarded} key=${path} page=${page} params=${params} query=${new URLSearchParams(query)} />`;
   }
-  return html`<${Heading} title="Page not found" /><p><a href=${home()}>Go to the first page</a></p>`;
+  return html`<${Heading} title="Page not found" /><p><a href=${home()}>Go to the start page</a></p>`;
 }
 
 /** A page, or the error that stopped the page. */

@@ -19,17 +19,17 @@ const SETTINGS = [
   ["adaptation.rank", "Rank (LoRA and QLoRA)", { min: "1", step: "1" }],
 ];
 const ADAPTATIONS = [
-  ["", "Chosen automatically"],
+  ["", "Automatic"],
   ["lora", "LoRA: low-rank adapters"],
   ["qlora", "QLoRA: LoRA on a 4-bit base model"],
   ["full", "Full fine-tuning"],
   ["freeze", "Last layers only"],
   ["feature_extraction", "New head only"],
   ["bitfit", "BitFit: biases only"],
-  ["adapters", "Adapters: small layers between the layers"],
+  ["adapters", "Bottleneck adapters"],
   ["prompt", "Prompt tuning"],
   ["prefix", "Prefix tuning"],
-  ["sparse", "Sparse: weights chosen by their gradients"],
+  ["sparse", "Sparse: weights with the largest gradients"],
 ];
 const KINDS = Object.entries(CUSTOMIZATIONS).map(([value, { name, about }]) => [value, `${name}: ${about}`]);
 const LONGEST_NAME = 63;
@@ -42,7 +42,7 @@ export function NewJob({ query }) {
     <${Heading} title="New job" />
     ${may("develop")
       ? html`<${JobForm} models=${found.data.filter((each) => /^active$/i.test(each.status))} start=${query.get("base")} />`
-      : html`<p class="box note">This key may not create jobs.</p>`}
+      : html`<p class="box note">This key has no permission to create jobs. Sign in with a key of the role developer.</p>`}
   `;
 }
 
@@ -85,7 +85,7 @@ function JobForm({ models, start }) {
   const chooseBase = async (signal) => {
     if (valueOf("base")) return;
     const { verdict, report } = await inspect(signal);
-    if (verdict === "refused") throw new InputError("Fix the data: the checks found errors.", "training", { verdict, report });
+    if (verdict === "refused") throw new InputError("The data checks found errors. Fix the data.", "training", { verdict, report });
     const field = form.current.elements.base;
     const found = [...field.options].find((each) => each.textContent === report.base);
     if (!found) throw new InputError(`Choose a base model: ${report.base} is not available on this server.`, "base");
@@ -133,7 +133,7 @@ function JobForm({ models, start }) {
       inspection.value = await inspect(signal);
     });
   const startEstimate = () =>
-    run("Running a few real steps", async (signal) => {
+    run("Running a few training steps", async (signal) => {
       const body = { ...(await common(signal)), training: training.value.address };
       estimate.value = (await call("POST", "/api/v1/estimates", { body, signal })).estimate;
     });
@@ -173,9 +173,9 @@ function JobForm({ models, start }) {
         <legend>Data</legend>
         <div class="fields">
           <${DataField} id="training" label="Training rows" field=${training} onchange=${forget}
-            help="JSON Lines, CSV, Parquet or text. An address that ends with a slash names all files below it." />
+            help="JSON Lines, CSV, Parquet or text. An address that ends with a slash selects all files below." />
           <${DataField} id="validation" label="Validation rows (optional)" field=${validation} onchange=${forget}
-            help="The model is measured on these rows and never learns them." />
+            help="Rows to evaluate the model. The model is not trained on these rows." />
         </div>
       </fieldset>
       <fieldset>
@@ -183,17 +183,17 @@ function JobForm({ models, start }) {
         <div class="fields">
           ${row("base", "Base model", html`
             <select ...${field("base")} onchange=${changeBase}>
-              <option value="">Chosen automatically from the rows</option><${ModelOptions} models=${models} chosen=${base.peek()} />
+              <option value="">Automatic</option><${ModelOptions} models=${models} chosen=${base.peek()} />
             </select>
           `)}
           ${row("customization_type", "Method", html`
             <select ...${field("customization_type")} value=${kind} onchange=${changeKind}>${options(KINDS)}</select>
           `)}
           ${row("teacher", "Teacher", html`<select ...${field("teacher")}><${ModelOptions} models=${models} /></select>`,
-            { help: "The model whose answers are learned.", hidden: !isDistillation })}
+            { help: "The model that generates the training targets.", hidden: !isDistillation })}
           ${row("grader", "Grader", html`
             <textarea ...${field("grader")} rows="4" spellcheck="false" class="code" onchange=${stale}>${'{"method": "exact"}'}</textarea>
-          `, { help: "The scoring of answers, as JSON.", hidden: !isReinforcement })}
+          `, { help: "Grader of replies, as JSON.", hidden: !isReinforcement })}
         </div>
       </fieldset>
       <fieldset>
@@ -209,7 +209,7 @@ function JobForm({ models, start }) {
         </div>
         <details class="further" open=${about === "settings"}>
           <summary>More settings</summary>
-          ${row("settings", "Settings of a recipe, as JSON", html`
+          ${row("settings", "Recipe settings, as JSON", html`
             <textarea ...${field("settings")} rows="4" spellcheck="false" class="code" onchange=${stale}
               placeholder='{"training": {"seed": 1}}'></textarea>
           `, { help: "Grouped as in a recipe. These settings override the fields above." })}
@@ -218,7 +218,7 @@ function JobForm({ models, start }) {
       <fieldset>
         <legend>Names</legend>
         <div class="fields">
-          ${row("name", "Job", nameField("name"), { help: "A name that no other job of the account has." })}
+          ${row("name", "Job", nameField("name"), { help: "Unique in the account." })}
           ${row("model_name", "Model", nameField("model_name"), { help: "Letters, digits, - and _." })}
         </div>
       </fieldset>
@@ -226,7 +226,7 @@ function JobForm({ models, start }) {
       <div class="actions submit">
         <button type="button" disabled=${!ready} onclick=${startInspection}>Inspect the data</button>
         <button type="button" disabled=${!ready || isDistillation} onclick=${startEstimate}
-          title=${isDistillation ? "The time of a distillation depends on the answers of its teacher." : null}>Estimate</button>
+          title=${isDistillation ? "Distillation has no estimate: the time depends on the teacher." : null}>Estimate</button>
         <button type="submit" class="primary" disabled=${!ready}>Start</button>
       </div>
       <div class="outcome">
@@ -281,7 +281,7 @@ function readSettings(elements, hasValidation) {
   const found = {};
   for (const [name] of SETTINGS) {
     const { validity, value } = elements[name];
-    if (validity.badInput) throw new InputError("Write a number.", `settings.${name}`);
+    if (validity.badInput) throw new InputError("Enter a number.", `settings.${name}`);
     if (value !== "" && !(hasValidation && name === SETTINGS[0][0])) found[name] = Number(value);
   }
   const method = elements["adaptation.method"].value;
@@ -316,7 +316,7 @@ function parseObject(text, parameter) {
     throw new InputError(`Invalid JSON: ${error.message}.`, parameter);
   }
   if (typeof found !== "object" || found === null || Array.isArray(found))
-    throw new InputError("Write a JSON object: { … }.", parameter);
+    throw new InputError("Enter a JSON object: { … }.", parameter);
   return found;
 }
 

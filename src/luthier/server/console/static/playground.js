@@ -28,7 +28,7 @@ export function Playground({ params }) {
       <a class="button" href=${link("models", model.id)}>About this model</a>
     <//>
     ${does.length > 1 && html`
-      <div class="actions tabs" role="group" aria-label="Ability">
+      <div class="actions tabs" role="group" aria-label="Task">
         ${does.map((each) => html`
           <button type="button" aria-pressed=${String(each === shown)} onclick=${() => (chosen.value = each)}>${TABS[each][0]}</button>
         `)}
@@ -43,6 +43,6 @@ function reasonFor({ kind, status, failure, abilities }) {
   if (kind === "custom" && status !== "Active")
     return `The model has the status ${status} and cannot be used${failure ? `: ${failure}` : "."}`;
   if (!abilities)
-    return "The abilities of this model are unknown. Its files or the package that trained it may be missing on this server.";
-  return `Models of the method ${abilities.method} return no answers. Train the model for labels, tags or embeddings.`;
+    return "The tasks of this model are unknown. Files or a package of the model are missing on this server.";
+  return `Models of the method ${abilities.method} have no predictions. Train a model for labels, tags or embeddings.`;
 }

@@ -45,7 +45,7 @@ async function base64Of(file, noun) {
     reader.onloadend = done;
     reader.readAsDataURL(file);
   });
-  if (reader.error) throw new InputError("The file cannot be read because it was moved or changed. Choose the file again.");
+  if (reader.error) throw new InputError("The file is moved or changed. Choose the file again.");
   return reader.result.slice(reader.result.indexOf(",") + 1);
 }
 
@@ -81,8 +81,8 @@ export function Similarity({ model }) {
   }
   const ask = async ({ texts }, signal) => {
     const lines = texts.value.split("\n").map((each) => each.trim()).filter(Boolean);
-    if (lines.length < 2) throw new InputError("Write at least two texts, one per line.");
-    if (lines.length > MOST_TEXTS) throw new InputError(`Write at most ${MOST_TEXTS} texts; the field has ${lines.length}.`);
+    if (lines.length < 2) throw new InputError("Enter at least 2 texts, one per line.");
+    if (lines.length > MOST_TEXTS) throw new InputError(`Enter at most ${MOST_TEXTS} texts; the field has ${lines.length}.`);
     return html`<${Pairs} answers=${await predict(model, lines.map((text) => ({ text })), signal)} names=${lines} />`;
   };
   const placeholder = "My card has not arrived\nWhere is my new card?\nHow do I change my PIN?";
@@ -103,7 +103,7 @@ async function predict(model, inputs, signal) {
 function Input({ kind, id, label }) {
   const [name, accept] = INPUTS[kind];
   if (accept) return html`<${FileField} id=${id} label=${label ?? name} accept=${accept} />`;
-  const help = kind === "window" && "Numbers in order, separated by spaces, commas or lines. The last number is judged.";
+  const help = kind === "window" && "Numbers in order, separated by spaces, commas or lines. The model scores the last number.";
   return html`<${Field} id=${id} label=${label ?? name} help=${help}><textarea id=${id} rows="4" dir="auto" /><//>`;
 }
 
@@ -115,10 +115,10 @@ function FileField({ id, label, accept }) {
 async function read(field, kind) {
   const [, accept, noun] = INPUTS[kind];
   if (accept) return { [kind]: await base64Of(field.files[0], noun) };
-  if (!field.value.trim()) throw new InputError(kind === "text" ? "Write a text." : "Write some numbers.");
+  if (!field.value.trim()) throw new InputError(kind === "text" ? "Enter text." : "Enter numbers.");
   if (kind === "text") return { text: field.value };
   const found = field.value.split(/[\s,;]+/).filter(Boolean).map(Number);
-  if (!found.length || !found.every(Number.isFinite)) throw new InputError("Write only numbers, such as 1.0 1.2 0.9.");
+  if (!found.length || !found.every(Number.isFinite)) throw new InputError("Enter only numbers, such as 1.0 1.2 0.9.");
   return { window: found };
 }
 
@@ -128,7 +128,7 @@ function Answer({ answer, text }) {
   const figure = (name, value) => typeof value === "number" && html`<p>${name}: <strong>${number(value, 4)}</strong></p>`;
   return html`
     <section>
-      <h2>Answer</h2>
+      <h2>Prediction</h2>
       ${entities ? html`<${Entities} text=${text} found=${entities} />` : tags && html`<p class="row" dir="auto">${tags.join(" ")}</p>`}
       ${label !== undefined && html`<p>Label: <strong><bdi>${[label].flat().join(", ") || "none"}</bdi></strong></p>`}
       ${scores && html`<${Scores} scores=${scores} />`}
@@ -208,7 +208,7 @@ export function Samples({ model }) {
         <div class="pictures">
           ${made.images.map((each, index) => html`<${Picture} png=${each.png} caption=${each.label ?? body.prompt} index=${index} />`)}
         </div>
-        <p class="soft">${number(made.width)} × ${number(made.height)} pixels. Seed ${made.seed} gives the same images again.</p>
+        <p class="soft">${number(made.width)} × ${number(made.height)} pixels. Seed: ${made.seed}.</p>
       </section>
     `;
   };
@@ -245,7 +245,7 @@ export function Reconstruction({ model }) {
           <figure><${FileImage} file=${file} /><figcaption>original</figcaption></figure>
           ${found.images.map((each, index) => html`<${Picture} png=${each.png} caption=${`error ${number(each.error)}`} index=${index} />`)}
         </div>
-        <p class="soft">Compression: ${number(found.compression_ratio)} values of the image for each stored value.</p>
+        <p class="soft">Compression ratio: ${number(found.compression_ratio)}.</p>
       </section>
     `;
   };

@@ -15,7 +15,7 @@ export function snippets({ origin, model, storedId }) {
   if (does.includes("make_images")) {
     const body = prompts ? '{"count": 4, "prompt": "a red star"}' : '{"count": 4}';
     const code = curl("images", ["-H 'Accept: image/png' --output images.png"], body);
-    found.push(snippet("curl: new images", code, "Without the Accept header, the answer has each image in base64."));
+    found.push(snippet("curl: new images", code, "Without the Accept header, the response contains each image in base64."));
   }
   if (does.includes("reconstruct")) {
     const code = curl("reconstructions", ["-H 'Accept: image/png' --output back.png"], "@image.png", "image/png");

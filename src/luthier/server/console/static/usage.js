@@ -88,7 +88,7 @@ function Days({ report, measure }) {
         each.stored_bytes ? bytes(each.stored_bytes) : "–",
       ])} />
     ${shown.length > MOST_ROWS && html`
-      <p class="soft">Showing the latest ${MOST_ROWS} of ${number(shown.length)} rows. Choose fewer days to see the others.</p>
+      <p class="soft">Showing the latest ${MOST_ROWS} of ${number(shown.length)} rows. Choose fewer days to see all rows.</p>
     `}
     <p class="help">Days are in UTC. The last minute may be missing.</p>
   `;
