@@ -46,6 +46,10 @@ def ask(
     return outcomes
 
 
+def failed(outcome: Reply | Failure) -> bool:
+    return isinstance(outcome, Failure) and outcome.rule == "teacher.failed"
+
+
 def test_each_prompt_is_asked_once_with_key_and_settings(endpoint: Any, key: str) -> None:
     prompts = [f"question {n}" for n in range(8)]
     endpoint.delay = 0.1
@@ -112,7 +116,7 @@ def test_a_rate_limit_that_lasts_ends_the_run(endpoint: Any, key: str) -> None:
     with pytest.raises(LuthierError) as caught:
         ask(endpoint.url, "a")
     assert endpoint.asked["a"] == 1
-    assert key not in str(caught.value)
+    assert caught.value.rule == "endpoint.rate_limit" and key not in str(caught.value)
 
 
 @pytest.mark.parametrize("finish", ["length", "content_filter", None])
@@ -144,7 +148,7 @@ def test_an_outage_in_passing_costs_no_prompt(endpoint: Any) -> None:
 def test_silence_is_a_failure_with_its_time(endpoint: Any) -> None:
     endpoint.actions["a"] = [1.0, 1.0]
     found = ask(endpoint.url, "a", "b", retries=0, timeout=0.3)
-    assert found["a"] == Failure("teacher.failed", "none came within 0.3 s")
+    assert failed(found["a"])
 
 
 def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> None:
@@ -162,8 +166,9 @@ def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> No
     endpoint.answer = lambda prompt: "fine" if prompt == "good" or answered.wait(30) else "late"
     spec = TeacherSpec(url=endpoint.url, model="big", retries=0, concurrency=2)
     questions = [[Message("user", prompt)] for prompt in ["good", *bad]]
-    with pytest.raises(LuthierError):
+    with pytest.raises(LuthierError) as caught:
         EndpointModel(spec).ask(questions, SamplingSpec(), hear, lambda _: None)
+    assert caught.value.rule == "endpoint.failures"
     assert heard == [0]
     assert endpoint.asked.total() <= 8
 
@@ -172,14 +177,15 @@ def test_a_refused_key_is_named_and_not_shown(endpoint: Any, key: str) -> None:
     endpoint.actions["a"] = [(401, {})]
     with pytest.raises(RecipeError) as caught:
         ask(endpoint.url, "a")
-    assert key not in str(caught.value)
+    assert caught.value.rule == "endpoint.key" and key not in str(caught.value)
     assert endpoint.asked["a"] == 1
 
 
 def test_an_unknown_model_is_refused(endpoint: Any) -> None:
     endpoint.actions["a"] = [(404, {})]
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError) as caught:
         ask(endpoint.url, "a")
+    assert caught.value.rule == "endpoint.model"
 
 
 def test_a_server_that_is_down_ends_the_run() -> None:
@@ -187,8 +193,9 @@ def test_a_server_that_is_down_ends_the_run() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(LuthierError):
+    with pytest.raises(LuthierError) as caught:
         ask(f"http://127.0.0.1:{port}/v1", "a", retries=1)
+    assert caught.value.rule == "endpoint.unreachable"
 
 
 def test_it_runs_inside_a_running_loop(endpoint: Any) -> None:
@@ -234,9 +241,7 @@ def test_json_that_is_no_chat_completion_fails_its_prompt_alone(
 ) -> None:
     endpoint.actions["a"] = [json.dumps({"choices": choices}).encode()] * 9
     found = ask(endpoint.url, "a", "b", retries=0)
-    assert found["a"] == Failure(
-        "teacher.failed", "it broke off (the endpoint's answer is no chat completion)"
-    )
+    assert failed(found["a"])
     assert isinstance(found["b"], Reply)
 
 
@@ -271,7 +276,7 @@ def test_a_byte_now_and_then_does_not_keep_the_client(endpoint: Any) -> None:
     began = time.monotonic()
     found = ask(endpoint.url, "a", "b", timeout=5.0, deadline=0.5)
     assert time.monotonic() - began < 5
-    assert found["a"] == Failure("teacher.failed", "it was not whole within 0.5 s")
+    assert failed(found["a"])
     assert isinstance(found["b"], Reply)
 
 
@@ -280,7 +285,7 @@ def test_repeats_count_in_the_time_of_an_answer(endpoint: Any) -> None:
     began = time.monotonic()
     found = ask(endpoint.url, "a", retries=1000, deadline=0.7)
     assert time.monotonic() - began < 5
-    assert found["a"] == Failure("teacher.failed", "it was not whole within 0.7 s")
+    assert failed(found["a"])
 
 
 @pytest.mark.parametrize(
@@ -357,7 +362,7 @@ def test_no_redirect_takes_the_key_or_the_prompts_elsewhere(
         thread.join()
     assert not other.asked and not other.keys
     assert endpoint.asked["a"] == 1
-    assert location in str(caught.value) and key not in str(caught.value)
+    assert caught.value.rule == "endpoint.redirect" and key not in str(caught.value)
 
 
 def test_json_nested_without_end_fails_its_prompt_alone(endpoint: Any) -> None:

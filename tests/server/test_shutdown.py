@@ -18,7 +18,6 @@ from botocore.exceptions import EventStreamError
 from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
 
 PROMPT = "Tell me of the sea."
-ENDING = "The service is ending"
 
 
 @pytest.fixture
@@ -100,7 +99,7 @@ def raw(server: Served) -> Any:
                 lines.append(piece)
                 yield piece
     error = json.loads(lines[-2].removeprefix(b"data: "))["error"]
-    assert error["code"] == "service_unavailable" and ENDING in error["message"]
+    assert error["code"] == "service_unavailable"
 
 
 @pytest.mark.parametrize(
@@ -132,12 +131,12 @@ def test_streams_that_are_cut_end_with_an_error(server: Served, limit: str, sign
     for kind in (converse, invoke):
         error = read[kind].error
         assert isinstance(error, EventStreamError), error
-        assert "serviceUnavailableException" in str(error) and ENDING in str(error)
+        assert "serviceUnavailableException" in str(error)
     assert isinstance(read[chat].error, openai.APIError), read[chat].error
-    assert ENDING in read[chat].error.message
+    assert read[chat].error.code == "service_unavailable"
     last = read[responses].last
     assert read[responses].error is None and last.type == "response.failed"
-    assert ENDING in last.response.error.message
+    assert last.response.error.code == "service_unavailable"
     assert read[raw].error is None
     log = (server.home / "server.log").read_text()
     assert "Traceback" not in log, log

@@ -208,7 +208,7 @@ def test_an_endpoint_judges(judged: Any, endpoint: Any, key: str, tmp_path: Path
     done = judged("--json", "--output", str(target), model=f"{endpoint.url}#big", concurrency=5)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["scores"]["judge"] == pytest.approx((8 / 9 + 4 * 3 / 9) / 5)
-    assert done.stderr.count("requests at once") == 1
+    assert done.stderr.count("concurrent requests") == 1
     assert set(endpoint.asked.values()) == {1} and endpoint.asked.total() == 6
     assert 1 < endpoint.most_at_once <= 5
     assert endpoint.keys == {f"Bearer {key}"} and key not in done.output

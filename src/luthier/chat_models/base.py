@@ -72,11 +72,11 @@ class ModelSpec(StrictModel):
             return None
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("an endpoint's address is like https://host/v1")
+            raise ValueError("the URL is not a base URL such as https://host/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
-                "the address may hold no user, password, query or fragment, as it is stored with the "
-                "model; put the key into an environment variable"
+                "the URL must not have a user, password, query or fragment: the URL is stored with the "
+                "model. Set the key in an environment variable"
             )
         return url.rstrip("/")
 
@@ -87,7 +87,7 @@ class ModelSpec(StrictModel):
             r"[A-Za-z_][A-Za-z0-9_]*", name
         ):  # never shown, because the value may be a key
             raise ValueError(
-                "this is the name of an environment variable, such as OPENAI_API_KEY, not the key"
+                "the value must be the name of an environment variable, such as OPENAI_API_KEY"
             )
         return name
 
@@ -96,8 +96,8 @@ class ModelSpec(StrictModel):
         parts = urlsplit(self.url or "https:")
         if parts.scheme == "http" and not self.plain_http and not _loopback(parts.hostname or ""):
             raise ValueError(
-                f"{self.url} is another machine, and http is not encrypted: the key and your prompts "
-                f"could be read on the way. Use https, or allow it with {self.set_by}plain_http=true"
+                f"{self.url} is another machine, and http is not encrypted. Use https, or allow http "
+                f"with `{self.set_by}plain_http=true`"
             )
         return self
 
@@ -203,7 +203,7 @@ def writer_of(
 
     def write(conversations: Conversations) -> list[str | Failure]:
         outcomes: dict[int, Reply | Failure] = {}
-        lost = Failure(f"{role}.failed", "no answer came")
+        lost = Failure(f"{role}.failed", "no reply")
         try:
             model.ask(conversations, sampling, outcomes.__setitem__, note)
         except RefusedInput:  # wrong key or unknown model: all rows would fail
@@ -233,7 +233,7 @@ class CachedWriter:
         }
         found = self.write(list(new.values())) if new else []
         if len(found) != len(new):
-            raise ValueError(f"{len(found)} answers came to {len(new)} conversations")
+            raise ValueError(f"{len(found)} replies to {len(new)} conversations")
         heard = dict(zip(new, found, strict=True))
         self._known |= {key: each for key, each in heard.items() if isinstance(each, str)}
         return [self._known.get(key, heard.get(key, "")) for key in keys]

@@ -48,7 +48,7 @@ class EndpointModel(ChatModel):
     def __init__(self, spec: ModelSpec) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
-                f"a {spec.role} at an endpoint needs: pip install 'luthier[endpoint]'"
+                f"a {spec.role} at an endpoint needs openai. Run pip install 'luthier[endpoint]'"
             )
         self.spec = spec
         self.name = f"{spec.model} at {urlsplit(spec.url or '').netloc}"
@@ -73,8 +73,8 @@ class EndpointModel(ChatModel):
     def terms(self) -> str:
         """Model, API key variable and number of concurrent requests."""
         name = self.spec.key_env
-        sent = f"the key of {name} is sent" if self._key else f"{name} is not set"
-        return f"{self.name}: {sent}; {self.spec.concurrency} requests at once"
+        sent = f"with the key in {name}" if self._key else f"without key, {name} is not set"
+        return f"{self.name} {sent}; {self.spec.concurrency} concurrent requests"
 
     @property
     def _key(self) -> str:
@@ -113,7 +113,7 @@ class _Session:
         ) as client:
             await self._round(client, range(len(self.questions)))
             if self.failed:
-                self.note(f"asking once more what got no answer: {len(self.failed)}")
+                self.note(f"retrying failed prompts: {len(self.failed)}")
                 again, self.failed = sorted(self.failed), {}
                 self.in_a_row = -len(again)  # failures of the second round do not end the run
                 await self._round(client, again)
@@ -149,9 +149,9 @@ class _Session:
         self.failed[index] = outcome
         if self.in_a_row >= IN_A_ROW and self.fatal is None:
             self.fatal = LuthierError(
-                f"{self.in_a_row} prompts in a row got no answer of {self.spec.model} "
-                f"({outcome.reason}). {self.spec.goes_on}, perhaps with a longer "
-                f"{self.spec.set_by}timeout"
+                f"{self.in_a_row} prompts in a row have no reply of {self.spec.model} "
+                f"({outcome.reason}). {self.spec.goes_on}, or increase `{self.spec.set_by}timeout`",
+                rule="endpoint.failures",
             )
 
     async def _one(
@@ -170,13 +170,13 @@ class _Session:
                     found = await client.chat.completions.create(messages=turns, **self.settings)
                 return _reply(found)
             except TimeoutError:
-                reason = f"it was not whole within {self.spec.deadline:g} s"
+                reason = f"the reply is not complete after {self.spec.deadline:g} s"
                 return Failure(f"{self.spec.role}.failed", reason)
             except openai.APIStatusError as error:
                 wait = _wait_asked_for(error)
                 if wait is None or attempt > self.spec.retries:
                     return self._handle_status(error)
-                self.note(f"the endpoint asks to wait {wait:.0f} s")
+                self.note(f"waiting {wait:.0f} s, as the endpoint requests")
                 end += wait
             except (openai.APIConnectionError, ValueError, RecursionError) as error:
                 # The package retries broken connections, but not truncated JSON.
@@ -193,25 +193,26 @@ class _Session:
         if code < 400:
             target = " ".join(error.response.headers.get("location", "nowhere").split())[:300]
             raise RecipeError(
-                f"{self.spec.url} redirects to {target} (HTTP {code}), and no redirect is followed: "
-                "the key and the prompts go only to the address that was given. If you trust the other "
-                "one, give it instead"
+                f"{self.spec.url} redirects to {target} (HTTP {code}). Redirects are not followed. "
+                "If you trust the target, use the target as URL",
+                rule="endpoint.redirect",
             )
         if code in (401, 403):
             raise RecipeError(
-                f"{self.spec.url} refuses the key of {self.spec.key_env} (HTTP {code}). Set that "
-                f"variable to a valid key, or name another with {self.spec.set_by}key_env",
+                f"{self.spec.url} rejects the key in {self.spec.key_env} (HTTP {code}). Set a valid "
+                f"key, or another variable with `{self.spec.set_by}key_env`",
                 rule="endpoint.key",
             )
         if code == 404:
             raise RecipeError(
-                f"{self.spec.url} has no model {self.spec.model!r}: {said}. {self.spec.url}/models "
-                f"lists those it has; name one with {self.spec.set_by}{self.spec.named_by}",
+                f"{self.spec.url} has no model {self.spec.model!r}: {said}. Set a model of "
+                f"{self.spec.url}/models with `{self.spec.set_by}{self.spec.named_by}`",
                 rule="endpoint.model",
             )
         if code == 429:
             raise LuthierError(
-                f"{self.spec.url} still limits the rate: {said}. {self.spec.goes_on}"
+                f"{self.spec.url} limits the request rate: {said}. {self.spec.goes_on}",
+                rule="endpoint.rate_limit",
             )
         kind = "failed" if code >= 500 or code in (408, 409) else "refused"
         return Failure(f"{self.spec.role}.{kind}", f"HTTP {code}: {said}")
@@ -223,13 +224,16 @@ class _Session:
         cause = type(error.__cause__).__name__ if error.__cause__ else ""
         rule = f"{self.spec.role}.failed"
         if isinstance(error, openai.APITimeoutError) and cause != "ConnectTimeout":
-            return Failure(rule, f"none came within {self.spec.timeout:g} s")
+            return Failure(rule, f"no reply within {self.spec.timeout:g} s")
         if cause in ("ConnectError", "ConnectTimeout"):
             raise LuthierError(
-                f"{self.spec.url} cannot be reached: {self._error_line(error.__cause__)}. "
-                f"{self.spec.goes_on}"
+                f"{self.spec.url} is unreachable: {self._error_line(error.__cause__)}. "
+                f"{self.spec.goes_on}",
+                rule="endpoint.unreachable",
             )
-        return Failure(rule, f"it broke off ({self._error_line(error.__cause__ or error)})")
+        return Failure(
+            rule, f"the reply is incomplete ({self._error_line(error.__cause__ or error)})"
+        )
 
     def _error_line(self, error: BaseException | None) -> str:
         """Return the error as a line of text, without the API key, which some endpoints repeat."""
@@ -267,7 +271,7 @@ def _bounded_client(connections: int) -> httpx2.AsyncClient:
                 async for piece in response.aiter_bytes():
                     size += len(piece)
                     if size > MOST_BYTES:
-                        raise httpx2.ReadError(f"more than {MOST_BYTES:,} bytes came")
+                        raise httpx2.ReadError(f"the response has more than {MOST_BYTES:,} bytes")
                     pieces.append(piece)
             finally:
                 await response.aclose()
@@ -290,13 +294,13 @@ def _reply(found: Any) -> Reply:
     try:
         return _read_reply(found)
     except (AttributeError, KeyError, TypeError, IndexError):
-        raise ValueError("the endpoint's answer is no chat completion") from None
+        raise ValueError("the response is not a chat completion") from None
 
 
 def _read_reply(found: Any) -> Reply:
     choices = getattr(found, "choices", None)
     if not choices or choices[0].message is None:
-        raise ValueError("the endpoint's answer holds no choices")
+        raise ValueError("the response has no choices")
     message, usage = choices[0].message, found.usage
     text, finish = message.content or "", choices[0].finish_reason or "unknown"
     if getattr(message, "refusal", None):

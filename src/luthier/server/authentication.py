@@ -63,7 +63,9 @@ class Authenticator:
         if key is not None:
             # A key and a presigned query may belong to different users: reject the request.
             if "X-Amz-Signature" in head.query or body is None:
-                raise Fault("IncompleteSignature", "A request carries one authorization.")
+                raise Fault(
+                    "IncompleteSignature", "The request has two authorizations. Remove one."
+                )
             return Signed(self._bearer(key))
         return verify(head, body, self._credential, now())
 

@@ -199,7 +199,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             role = active_role(session, account, user)
         caller = Caller(account, user, () if role is None else (role,))
         if role is None:
-            text = f"User: {caller.arn} is disabled or removed, so the work cannot continue."
+            text = f"User: {caller.arn} is disabled or removed."
             raise Fault("AccessDenied", text)
         authorize(caller, self.action, "*")
         return caller

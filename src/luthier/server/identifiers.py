@@ -208,7 +208,7 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
     if found.status == CREATING:
         raise Fault("ModelNotReady", f"The {text} is being created. Try again in a moment.")
     if found.status == FAILED:
-        raise Fault("Validation", f"The {text} is Failed and cannot answer.")
+        raise Fault("Validation", f"The {text} is Failed.")
     if stored_id is None:
         raise _unknown(model_id)
     return Invocable(stored_id, model_id, found.model)

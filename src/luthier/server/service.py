@@ -173,7 +173,7 @@ class Service:
             with self.database.read() as session:
                 session.execute(text("SELECT 1"))
         except SQLAlchemyError:
-            return "the database cannot be reached"
+            return "the database is unreachable"
         return None
 
     def _sweep(self) -> None:
@@ -278,8 +278,8 @@ def _check_runner(settings: Settings, runner: Runner, database: Database) -> Non
         option = f"--job-processes {settings.job_processes} (LUTHIER_JOB_PROCESSES)"
         if not isinstance(runner, LocalRunner):
             raise RefusedInput(
-                f"{option} is for jobs of this machine: on a cluster one process trains each job. "
-                "Leave out --job-processes or --runner"
+                f"{option} has no effect on a cluster: a single process trains each job. "
+                "Remove `--job-processes` or `--runner`"
             )
         try:
             check_room(settings.job_processes)

@@ -31,7 +31,9 @@ class StructuredOutputs(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> StructuredOutputs:
         if len(self.model_fields_set) != 1 or self.constraint is None:
-            raise ValueError("it has one of json, json_object, regex, choice and grammar")
+            raise ValueError(
+                "exactly one of json, json_object, regex, choice and grammar is required"
+            )
         return self
 
     @property
@@ -41,7 +43,7 @@ class StructuredOutputs(BaseModel):
             try:
                 found = json.loads(self.json_schema)
             except (ValueError, RecursionError) as error:
-                raise ValueError("json is no JSON") from error
+                raise ValueError("json is not valid JSON") from error
             return Constraint("schema", found)
         if self.json_schema is not None:
             return Constraint("schema", self.json_schema)

@@ -217,7 +217,7 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
     assert shown("jobs", "There are no jobs yet") == menu
     assert shown("models", "Base models") == menu
     assert shown("models/luthier.tiny", "Use the model") == [*menu, "Copy"]
-    assert shown("new", "may not create jobs") == menu
+    assert shown("new", "no permission") == menu
     page.click("#account button")
     sign_in(page, new_key(server, "invoker"))
     page.until_text("Base models", "main")

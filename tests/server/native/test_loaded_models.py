@@ -145,7 +145,7 @@ def test_an_account_touches_and_sees_its_own_models_alone(
             status, refused = call("POST", f"models/{quoted}/{action}")
             assert (status, refused["code"]) == (404, "ResourceNotFound")
     status, refused = call("POST", f"models/{FOUNDATION}/load")
-    assert status == 400 and "all accounts share" in refused["message"]
+    assert (status, refused["code"], refused["parameter"]) == (400, "Validation", "model")
 
 
 def test_a_deployment_that_is_active_has_its_model_in_memory(

@@ -69,7 +69,7 @@ class Slots:
 
 
 def _busy() -> Fault:
-    text = "Too many requests of this account are at work. Please wait and try again."
+    text = "The account has too many active requests. Wait and try again."
     return Fault("Throttling", text, retry_after=2)
 
 
@@ -114,7 +114,7 @@ class RateLimits:
         with self._lock:
             missing = self._take(caller.account, rate, version)
         if missing > 0:
-            text = "Too many requests, please wait before trying again."
+            text = "The account exceeds the rate limit. Wait and try again."
             wait = missing / rate if rate > 0 else 60
             raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
 

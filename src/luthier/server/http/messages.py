@@ -188,28 +188,28 @@ def parse_json(data: bytes) -> Any:
         # json.loads would also accept UTF-16 and lone surrogates.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
+        raise ValueError("the text is not UTF-8") from None
     try:
         found = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
             # Recursive encoders could not write the value.
-            raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
+            raise ValueError(f"the value has more than {JSON_DEPTH} levels")
         if b"\\u" in data:
             # Check escapes after parsing, which joins surrogate pairs and resolves backslashes.
             _check_texts(found)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the value has too many levels") from None
     return found
 
 
 def _not_finite(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def _finite(text: str) -> float:
     if math.isinf(number := float(text)):
         shown = text if len(text) <= 20 else f"{text[:20]}…"
-        raise Fault("Validation", f"The body has the number {shown}, which is too large to hold.")
+        raise Fault("Validation", f"The number {shown} in the body is out of range.")
     return number
 
 
@@ -230,10 +230,10 @@ class Response:
 
 
 _TROUBLES = {
-    "is full": "has no room: its operator frees some of its disk",
-    "No space left": "has no room: its operator frees some of its disk",
-    "readonly": "takes no writes now",
-    "read-only": "takes no writes now",
+    "is full": "has no disk space. The operator must free disk space",
+    "No space left": "has no disk space. The operator must free disk space",
+    "readonly": "is read-only",
+    "read-only": "is read-only",
     "locked": "is busy",
 }
 """Advice by a phrase in a database error."""
@@ -265,11 +265,11 @@ class Fault(LuthierError):
     def unavailable(error: OperationalError | ReadOnlyDisk) -> Fault:
         """Return the fault for a database or disk that is unreachable, full or read-only."""
         if isinstance(error, ReadOnlyDisk):
-            text = "The service's disk takes no writes now: its operator mends that."
+            text = "The server's disk is read-only. The operator must fix the disk."
             return Fault("ServiceUnavailable", text, retry_after=30)
         said = str(error.orig)
-        why = next((text for word, text in _TROUBLES.items() if word in said), "does not answer")
-        text = f"The service's database {why}. Ask again; what was asked may have been done."
+        why = next((text for word, text in _TROUBLES.items() if word in said), "is unreachable")
+        text = f"The server's database {why}. Try again; the request may have been completed."
         return Fault("ServiceUnavailable", text, retry_after=5)
 
     @staticmethod
@@ -278,13 +278,12 @@ class Fault(LuthierError):
         fault."""
         if isinstance(error, DoesNotFit):
             # The error names folders of the server, which clients must not see.
-            why = (
-                "Its disk is full: its operator frees some." if isinstance(error, DiskFull) else ""
-            )
-            text = f"The server has no room for it now. {why}".rstrip()
+            full = isinstance(error, DiskFull)
+            why = "The disk is full. The operator must free disk space." if full else ""
+            text = f"The server has not enough memory or disk space now. {why}".rstrip()
             return Fault("ServiceUnavailable", text, retry_after=30)
         if isinstance(error, UnknownModel):
-            return Fault("ResourceNotFound", "The files of the model are not there.")
+            return Fault("ResourceNotFound", "The files of the model are missing.")
         kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
         code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
         field = error.setting or error.problem.location.field or None
@@ -321,7 +320,7 @@ def fault_of(error: BaseException, request_id: str) -> Fault:
         unknown = error.status_code in (404, 405)
         return Fault("UnknownOperation" if unknown else "Validation", str(error.detail))
     if isinstance(error, asyncio.CancelledError):
-        text = "The service is ending. Ask again; what was asked may have been done."
+        text = "The server shuts down. Try again; the request may have been completed."
         return Fault("ServiceUnavailable", text, retry_after=5)
     if isinstance(error, OperationalError | ReadOnlyDisk):
         # Outages of the database or disk are temporary: clients should retry.
@@ -329,13 +328,13 @@ def fault_of(error: BaseException, request_id: str) -> Fault:
         return Fault.unavailable(error)
     # Details of internal errors appear only in the log.
     _log.error("request failed", exc_info=error, extra={"request_id": request_id})
-    text = f"Something failed inside the service; its log has request {request_id}."
+    text = f"Internal error. See request {request_id} in the server's log."
     return Fault("InternalServer", text)
 
 
 def refusal_text(refused: InferenceRefused) -> str:
     """Return the reason of a rejected query, with the operation that supports the model."""
-    hint = f" Ask it by {PREDICTIONS}." if isinstance(refused, PredictionsOnly) else ""
+    hint = f" Use {PREDICTIONS}." if isinstance(refused, PredictionsOnly) else ""
     return f"{refused}{hint}"
 
 
@@ -347,7 +346,7 @@ def inference_faults() -> Iterator[None]:
     except InferenceRefused as refused:
         raise Fault("Validation", refusal_text(refused), parameter=refused.parameter) from refused
     except UnknownModel as refused:
-        raise Fault("ResourceNotFound", "The model is no longer there.") from refused
+        raise Fault("ResourceNotFound", "The model is deleted.") from refused
     except InferenceFailed as failed:
         raise Fault.of_inference(failed) from failed
 
@@ -397,7 +396,7 @@ def check_text(head: RequestHead) -> None:
     try:
         decode_storable(unquote_to_bytes(head.path.encode("latin-1")))
     except ValueError as error:
-        text = f"The path cannot be used: {error}."
+        text = f"The path is invalid: {error}."
         raise Fault("Validation", text, place="path") from None
     for name, value in query_pairs(head.query):
         try:
@@ -405,7 +404,7 @@ def check_text(head: RequestHead) -> None:
             decode_storable(value)
         except ValueError as error:
             shown = name.decode(errors="replace").replace("\0", "\ufffd")[:64]
-            text = f"The query parameter '{shown}' cannot be used: {error}."
+            text = f"The query parameter '{shown}' is invalid: {error}."
             raise Fault("Validation", text, parameter=shown, place="query") from None
 
 

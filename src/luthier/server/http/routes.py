@@ -62,7 +62,7 @@ class ApiRoute(APIRoute):
 
     def not_json(self, error: ValueError) -> Fault:
         """Return the fault for a body that is not JSON."""
-        return Fault("Serialization", f"The body is no JSON: {error}.")
+        return Fault("Serialization", f"The body is not valid JSON: {error}.")
 
     async def parse(self, request: Request) -> Any:
         """Return the JSON of the body; an empty body is an empty object."""
@@ -157,7 +157,7 @@ def _unknown(request: Request, status: int) -> Fault:
     routes = request.app.routes
     found = [each for each in routes if each.matches(request.scope)[0] is not Match.NONE]
     allow = ", ".join(sorted(set().union(*(each.methods for each in found))))
-    return Fault("MethodNotAllowed", f"{path} takes {allow}.", allow=allow)
+    return Fault("MethodNotAllowed", f"{path} supports {allow}.", allow=allow)
 
 
 def api_application(routes: Sequence[BaseRoute], context: Any, **options: Any) -> FastAPI:

@@ -38,7 +38,7 @@ class Ports:
             RefusedInput: If the certificate or the key is missing.
         """
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise RefusedInput("TLS needs both --tls-cert and --tls-key")
+            raise RefusedInput("`--tls-cert` and `--tls-key` are required together")
         for path in (self.tls_certificate, self.tls_key):
             if path is not None and not path.is_file():
                 raise RefusedInput(f"{path} is not a file")
@@ -72,7 +72,7 @@ async def _run(
     try:
         server.config.load()
     except OSError as error:
-        raise RefusedInput(f"the certificate cannot be used: {error}") from error
+        raise RefusedInput(f"the certificate is invalid: {error}") from error
     try:
         listening = listen(ports.host, ports.port)
     except OSError as error:

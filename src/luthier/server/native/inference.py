@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import Header, Response
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
-from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
+from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media, MediaKind
 from luthier.inference.inference import ImageRequest
 from luthier.server.http.messages import Fault, inference_faults
 from luthier.server.http.routes import MODEL_TURN, Name
@@ -52,7 +52,7 @@ class PredictionInput(Input):
     @model_validator(mode="after")
     def _one(self) -> PredictionInput:
         if [self.text, self.image, self.audio, self.window].count(None) != 3:
-            raise ValueError("an input is one of text, image, audio and window")
+            raise ValueError("an input has exactly one of text, image, audio and window")
         return self
 
 
@@ -244,18 +244,18 @@ def _media(text: str, kind: MediaKind, parameter: str) -> Media:
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
             raise Fault(
-                "Validation", f"{parameter}: the data: address is not base64.", parameter=parameter
+                "Validation", f"{parameter}: the data: URL is not base64.", parameter=parameter
             )
         if not head.startswith(f"data:{kind}/"):
             raise Fault(
                 "Validation",
-                f"{parameter}: the data: address says to be {head[5:64]}, and no {SINGULAR[kind]}.",
+                f"{parameter}: the data: URL has the type {head[5:64]}, not {kind}.",
                 parameter=parameter,
             )
     try:
         data = base64.b64decode(text, validate=True)
     except (ValueError, binascii.Error):
-        raise Fault("Validation", f"{parameter}: it is not base64.", parameter=parameter) from None
+        raise Fault("Validation", f"{parameter} is not base64.", parameter=parameter) from None
     return Media(kind, parameter, data=data)
 
 

@@ -269,8 +269,8 @@ def list_label_issues(
     if result is not None and not records and result.get("label_issues", {}).get("issues"):
         raise Fault(
             "Conflict",
-            f"The label issues of the job {found.name} are on the machine that trained it. Read "
-            f"{LABEL_ISSUES} below the `output` of the job, or ask the server on that machine.",
+            f"The label issues of the job {found.name} are on another machine. Read {LABEL_ISSUES} "
+            "below the `output` of the job.",
         )
     end = page.position + page.limit
     return LabelIssuesView(

@@ -86,7 +86,7 @@ def _find(call: Call, name: str) -> tuple[CustomModel, str]:
     if base is not None:
         raise Fault(
             "Validation",
-            f"{name} is a foundation model, which all accounts share. Name a custom model.",
+            f"{name} is a foundation model, shared by all accounts. Use a custom model.",
             parameter="model",
         )
     with call.context.database.read() as session:

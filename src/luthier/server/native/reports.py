@@ -184,7 +184,9 @@ def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
 @contextmanager
 def _report_folder() -> Iterator[Path]:
     if not _free.acquire(blocking=False):
-        text = f"{AT_ONCE} reports and estimates are being made; ask again in a few seconds."
+        text = (
+            f"The server already runs {AT_ONCE} reports or estimates. Try again in a few seconds."
+        )
         raise Fault("Throttling", text, retry_after=5)
     try:
         with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
@@ -202,7 +204,7 @@ def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int
             env=worker_environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."
+        text = f"The command takes more than {SECONDS:.0f} seconds. Use fewer rows."
         raise Fault("Validation", text) from error
     out = done.stdout.strip()
     for path, address in addresses.items():
@@ -210,6 +212,6 @@ def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int
         out = out.replace(json.dumps(path)[1:-1], json.dumps(address, ensure_ascii=False)[1:-1])
     answer = json.loads(out) if out else {}
     if done.returncode not in codes or not out or "error" in answer:
-        message = answer.get("error", {}).get("message") or "It failed without a word."
+        message = answer.get("error", {}).get("message") or "The command fails without a message."
         raise Fault("Validation", map_code(message, setting_name)[-4000:])
     return map_texts(answer, lambda text: map_code(text, setting_name))

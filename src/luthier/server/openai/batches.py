@@ -87,7 +87,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         """Check the lines of ``batch``, run each line without a result, and write the result files."""
         row = self.files.get(batch.account, batch.input_file)
         if row is None:
-            self._fail(batch, [_error("file_not_found", "The input file is gone.", None)])
+            self._fail(batch, [_error("file_not_found", "The input file is deleted.", None)])
             return
         if batch.status == store.VALIDATING:
             total, errors = self._problems(
@@ -147,7 +147,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 found.append(_error("line_too_large", fault.message, number))
                 continue
             except ValueError as error:
-                text = f"The line is no JSON: {error}."
+                text = f"The line is not valid JSON: {error}."
                 found.append(_error("invalid_json_line", text, number))
                 continue
             code, text, param = _problem(line_body, endpoint, first, number)
@@ -249,21 +249,21 @@ def _problem(
     """Return code, message and parameter of the first error of a line. The code is empty if the
     line is valid."""
     if not isinstance(asked, dict):
-        return "invalid_json_line", "The line is no JSON object.", None
+        return "invalid_json_line", "The line is not a JSON object.", None
     custom_id = asked.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        return "missing_required_parameter", "A line needs its 'custom_id'.", "custom_id"
+        return "missing_required_parameter", "The line has no 'custom_id'.", "custom_id"
     if first.setdefault(custom_id, number) != number:
-        text = f"The custom_id {custom_id!r} stands on line {first[custom_id]} already."
+        text = f"Line {first[custom_id]} has the same custom_id {custom_id!r}."
         return "duplicate_custom_id", text, "custom_id"
     if asked.get("method") != "POST":
-        return "invalid_method", "The method of a line is POST.", "method"
+        return "invalid_method", "The method is not POST.", "method"
     if asked.get("url") != endpoint:
-        return "mismatched_url", f"The url of a line is the batch's, {endpoint}.", "url"
+        return "mismatched_url", f"The url is not the batch's endpoint {endpoint}.", "url"
     if not isinstance(asked.get("body"), dict):
-        return "missing_required_parameter", "A line needs its 'body', an object.", "body"
+        return "missing_required_parameter", "The 'body' is missing or not an object.", "body"
     if asked["body"].get("stream"):
-        return "invalid_request", "Lines of a batch are not streamed.", "body.stream"
+        return "invalid_request", "Batches do not support streams.", "body.stream"
     return "", "", None
 
 
@@ -290,7 +290,7 @@ def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
         text = f"No such file: {body.input_file_id}."
         raise invalid(text, "input_file_id", "file_not_found")
     if found.purpose != "batch":
-        text = f"File {found.id} was uploaded for '{found.purpose}' and not for 'batch'."
+        text = f"The purpose of file {found.id} is '{found.purpose}', not 'batch'."
         raise invalid(text, "input_file_id", "invalid_file_purpose")
     with context.database.write() as session:
         quotas = context.files.objects.quotas(session, account)
@@ -338,7 +338,7 @@ def cancel(call: OpenAICall, batch: Name) -> JsonObject:
         if found is None:
             raise absent("batch", batch, "id")
         if not store.cancel(found):
-            text = f"The batch is {found.status}; it cannot be cancelled any more."
+            text = f"The batch is {found.status} and cannot be cancelled."
             raise invalid(text, reason="invalid_state")
         view = _view(session, found)
     call.context.batches.wake()

@@ -97,9 +97,7 @@ class ChatMessage(Body):
         if self.role == "assistant":
             reasoning = self.reasoning_content or self.reasoning or ""
         if content is None and not (self.role == "assistant" and (self.tool_calls or reasoning)):
-            raise invalid(
-                f"Invalid value for '{where}.content': it must be text.", f"{where}.content"
-            )
+            raise invalid(f"'{where}.content' is not text.", f"{where}.content", "invalid_type")
         if self.role == "tool" and not self.tool_call_id:
             raise missing(f"{where}.tool_call_id")
         calls = tuple(
@@ -135,10 +133,10 @@ class ChatRequest(SamplingFields):
         "reasoning_effort", "safety_identifier", "service_tier", "store", "verbosity",
     }  # fmt: skip
     unsupported: ClassVar[Mapping[str, str]] = {
-        "functions": "Functions are given as 'tools' here",
-        "function_call": "A function is chosen by 'tool_choice' here, and given as one of the 'tools'",
-        "audio": "Models here answer by text",
-        "web_search_options": "Models here search nothing: give what they are to know as messages",
+        "functions": "Use 'tools' instead",
+        "function_call": "Use 'tools' and 'tool_choice' instead",
+        "audio": "Models here generate text only",
+        "web_search_options": "The server has no web search. Add the information to the messages",
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=TURNS)]
@@ -157,7 +155,7 @@ class ChatRequest(SamplingFields):
         """Reject members that contradict each other."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+            raise invalid("'top_logprobs' needs 'logprobs'.", "top_logprobs")
         check_tools([tool.function for tool in self.tools or ()], self.tool_choice)
         form = self.response_format
         if form is not None and form.type == "json_schema" and form.json_schema is None:
@@ -200,7 +198,7 @@ def _check_calls(turns: Sequence[Message]) -> None:
         return
     index, ids = unmatched
     if turns[index].role == "tool":
-        text = f"The message with role 'tool' answers no call '{ids[0]}' of the turn before it."
+        text = f"The preceding assistant message has no tool call '{ids[0]}'."
         raise invalid(text, f"messages[{index}].tool_call_id", "invalid_value")
     text = (
         "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
@@ -216,7 +214,7 @@ def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -
         text = part.refusal if part.type == "refusal" else part.text
         if part.type not in (*kinds, "refusal") or text is None:
             name = f"{where}[{index}].type"
-            raise invalid(f"This model reads text alone, and no '{part.type}'.", name)
+            raise invalid(f"Messages support text only, not '{part.type}'.", name)
         texts.append(text)
     return "".join(texts)
 

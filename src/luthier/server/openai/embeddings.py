@@ -36,9 +36,9 @@ class EmbeddingRequest(StrictBody):
     def check(self) -> None:
         """Reject empty inputs, and too many inputs."""
         if not self.texts or not all(len(each) for each in self.texts):
-            raise invalid("'input' cannot be empty, and neither can a text in it.", "input")
+            raise invalid("'input' or a text in 'input' is empty.", "input")
         if len(self.texts) > MOST_INPUTS:
-            raise invalid(f"At most {MOST_INPUTS} texts are taken.", "input")
+            raise invalid(f"A request has at most {MOST_INPUTS} inputs.", "input")
 
 
 @router.post("/embeddings", name="embeddings.create", dependencies=[MODEL_TURN])

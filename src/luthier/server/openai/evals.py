@@ -90,14 +90,14 @@ def create(call: OpenAICall, body: CreateEval) -> JsonObject:
     call.record("eval")
     config = body.data_source_config
     if isinstance(config, LogsConfig):
-        text = "Answers are not kept here: use 'custom', and send rows with each run."
+        text = "The server stores no replies. Use 'custom', and send rows with each run."
         raise invalid(text, "data_source_config.type", "unsupported_value")
     try:
         JsonSchema(against=config.item_schema).check()
     except RecipeError as error:
         raise invalid(error.text, "data_source_config.item_schema", "invalid_value") from error
     if config.item_schema.get("type", "object") not in ("object", ["object"]):
-        text = "An item is an object: no row could match this item_schema."
+        text = "The type of item_schema is not 'object', so no row can match."
         raise invalid(text, "data_source_config.item_schema.type", "invalid_value")
     criteria, context = body.testing_criteria, call.context
     parse_criteria(criteria, context.inference.judge(call.account), config.item_schema)
@@ -245,7 +245,7 @@ def cancel_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) 
     with call.context.database.write() as session:
         run = _find_run(call, session, eval_id, run_id, lock=True)
         if run.status in store.ENDED:
-            text = f"The run is {run.status}; it cannot be canceled any more."
+            text = f"The run is {run.status} and cannot be canceled."
             raise invalid(text, reason="invalid_state")
         store.end(run, store.CANCELED)
     call.context.evaluations.wake()
@@ -343,7 +343,7 @@ def _find_run(
 
 def _refuse_unended(run: EvaluationRun) -> None:
     if run.status not in store.ENDED:
-        text = f"The run {run.id} is {run.status}: cancel it first."
+        text = f"The run {run.id} is {run.status}. Cancel the run first."
         raise invalid(text, reason="invalid_state")
 
 

@@ -65,7 +65,7 @@ def create(
     try:
         check_storable(name)
     except ValueError as error:
-        raise invalid(f"The name of the file cannot be used: {error}.", "file") from None
+        raise invalid(f"The file name is invalid: {error}.", "file") from None
     pieces = iter(partial(file.file.read, MIB), b"")
     lives = None if lifetime is None else timedelta(seconds=lifetime)
     return file_object(call.context.files.add(call.account, pieces, name, purpose, lives))

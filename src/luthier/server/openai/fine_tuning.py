@@ -142,8 +142,7 @@ class CreateJob(StrictBody):
     """Body of a request for a new job."""
 
     unsupported: ClassVar[Mapping[str, str]] = {
-        "integrations": "Jobs here report to nobody else: losses are in the job's events, checkpoints "
-        "and result file"
+        "integrations": "Jobs have no integrations. The events and the result file contain the metrics"
     }
 
     model: Annotated[str, Field(min_length=1)]
@@ -176,7 +175,7 @@ class CreateJob(StrictBody):
             return
         for arm in ARMS:
             if arm != self.kind and getattr(self.method, arm) is not None:
-                text = f"A job of type '{self.kind}' takes no settings of '{arm}'."
+                text = f"A job of type '{self.kind}' has no settings '{arm}'."
                 raise invalid(text, f"method.{arm}")
         if self.kind == "reinforcement" and self.method.reinforcement is None:
             text = "Reinforcement fine-tuning needs a grader."
@@ -457,7 +456,7 @@ def _check_file(call: Call, file_id: str, parameter: str) -> None:
     if found is None:
         raise invalid(f"No such file: {file_id}.", parameter, "file_not_found")
     if found.purpose != "fine-tune":
-        text = f"File {file_id} was uploaded for '{found.purpose}' and not for 'fine-tune'."
+        text = f"The purpose of file {file_id} is '{found.purpose}', not 'fine-tune'."
         raise invalid(text, parameter, "invalid_file_purpose")
 
 
@@ -515,7 +514,7 @@ def _change(
         stopping = job.state == jobs.STOPPING
         if job.state in jobs.ENDED or (stopping and verb != "cancel"):
             status = "being cancelled" if stopping else job_object(job)["status"]
-            text = f"The job {job_id} is {status}; you cannot {verb} it any more."
+            text = f"The job {job_id} is {status}. You cannot {verb} the job."
             raise invalid(text, reason="invalid_state")
         try:
             job = change(session, job)

@@ -64,7 +64,7 @@ def _stops(value: Any) -> Any:
 
 def _some(value: list[str] | None) -> list[str] | None:
     if value is not None and (len(value) > MOST_STOPS or not all(value)):
-        raise ValueError(f"at most {MOST_STOPS} strings are allowed, none of them empty")
+        raise ValueError(f"at most {MOST_STOPS} strings are allowed, each of at least 1 character")
     return value
 
 
@@ -115,7 +115,7 @@ class SamplingFields(StrictBody):
         for key, value in (self.logit_bias or {}).items():
             token = parse_digits(key, 9)
             if token is None:
-                raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
+                raise invalid(f"{key!r} is not a token id.", "logit_bias", "invalid_value")
             bias[token] = value
         given: dict[str, Any] = {
             **sampling_of(self),
@@ -204,7 +204,7 @@ class Inference:
         except UnknownModel as unknown:
             raise model_not_found(name) from unknown
         if not writes:
-            raise invalid(f"The model `{name}` writes no text.", where, "invalid_value")
+            raise invalid(f"The model `{name}` cannot generate text.", where, "invalid_value")
 
     def submit(
         self,

@@ -105,7 +105,7 @@ def run(call: OpenAICall, body: RunGrader) -> JsonObject:
     score, parts, trouble = grade_reply(grader, sample)
     if trouble is not None and trouble.rule == TOO_LONG:
         raise invalid(
-            f"The grader refuses this: {trouble.problem.message}", "grader", "invalid_grader"
+            f"The grader rejects the input: {trouble.problem.message}", "grader", "invalid_grader"
         )
     return {
         "reward": score,
@@ -174,7 +174,7 @@ def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any
     kind = given.get("type")
     if not isinstance(kind, str) or kind not in _MEMBERS:
         known = ", ".join(_MEMBERS)
-        raise invalid(f"Unknown grader type {kind!r}; there are {known}.", f"{where}.type")
+        raise invalid(f"Unknown grader type {kind!r}. Use one of {known}.", f"{where}.type")
     fields = {name: given[name] for name in _MEMBERS[kind] if name in given}
     if kind == "multi":
         fields["graders"] = {
@@ -202,9 +202,12 @@ def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
         raise invalid("A multi grader needs graders by name.", where)
     for name, part in given.items():
         if not isinstance(part, Mapping) or part.get("type") == "multi":
-            raise invalid("Graders in a multi grader are objects, and no multi graders.", where)
+            raise invalid("A part of a multi grader is not an object, or is a multi grader.", where)
         if not str(name).isidentifier():
-            raise invalid(f"{name!r} cannot stand in a formula.", where)
+            raise invalid(
+                f"The grader name {name!r} is not allowed in a formula. Use letters, digits and _.",
+                where,
+            )
     return dict(given)
 
 
@@ -212,13 +215,13 @@ def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return messages and sampling settings of a grader that queries a model."""
     turns = given.get("input")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise invalid("A grader that asks a model needs a list of messages.", f"{where}.input")
+        raise invalid("The input of a model grader is not a list of messages.", f"{where}.input")
     made = [
         {"role": turn.get("role"), "content": text_content(turn.get("content"))} for turn in turns
     ]
     asked = given.get("sampling_params") or {}
     if not isinstance(asked, Mapping):
-        raise invalid("sampling_params must be an object.", f"{where}.sampling_params")
+        raise invalid("sampling_params is not an object.", f"{where}.sampling_params")
     sampling = {
         ours: asked[theirs] for theirs, ours in _SAMPLING.items() if asked.get(theirs) is not None
     }
@@ -292,11 +295,11 @@ class PooledModels:
 
     def scorer(self, model: str) -> Scorer:
         """Raise an error: OpenAI's graders use no reward models."""
-        raise RecipeError("a reward model cannot be asked here")
+        raise RecipeError("OpenAI graders support no reward models")
 
     def embedder(self, model: str) -> Embedder:
         """Raise an error: OpenAI's graders use no encoders."""
-        raise RecipeError("an encoder cannot be asked here")
+        raise RecipeError("OpenAI graders support no encoders")
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None

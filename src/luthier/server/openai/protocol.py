@@ -220,10 +220,10 @@ _ARMS = {"str", "int", "float", "bool", "list", "dict", "none", "constrained"}
 
 def _metadata(value: dict[str, str] | None) -> dict[str, str] | None:
     if value is not None and len(value) > METADATA_KEYS:
-        raise ValueError(f"at most {METADATA_KEYS} keys are taken")
+        raise ValueError(f"at most {METADATA_KEYS} keys are allowed")
     for key, text in (value or {}).items():
         if len(key) > 64 or len(text) > 512:
-            raise ValueError("keys have at most 64 letters, values 512")
+            raise ValueError("keys have at most 64 characters, values 512")
     return value
 
 

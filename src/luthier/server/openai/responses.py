@@ -102,11 +102,10 @@ class ResponseRequest(StrictBody):
         }
     )  # fmt: skip
     unsupported: ClassVar[Mapping[str, str]] = {
-        "previous_response_id": "Responses are not kept here: send the earlier items in 'input'",
-        "conversation": "Conversations are not kept here: send the earlier items in 'input'",
-        "prompt": "Prompts are not kept here: send the text in 'instructions' and 'input'",
-        "background": "Responses are written while you wait: use /v1/batches for work in the "
-        "background",
+        "previous_response_id": "The server stores no responses. Send the earlier items in 'input'",
+        "conversation": "The server stores no conversations. Send the earlier items in 'input'",
+        "prompt": "The server stores no prompts. Send the text in 'instructions' and 'input'",
+        "background": "The server has no background responses. Use /v1/batches",
     }
 
     model: Annotated[str, Field(min_length=1)]
@@ -136,7 +135,7 @@ class ResponseRequest(StrictBody):
         """Reject unsupported members, and members that contradict each other."""
         check_tools(self.tools or (), self.tool_choice)
         if self.top_logprobs is not None and not self.wants_logprobs:
-            raise invalid(f"'top_logprobs' needs 'include' to name {LOGPROBS}.", "top_logprobs")
+            raise invalid(f"'top_logprobs' needs '{LOGPROBS}' in 'include'.", "top_logprobs")
         form = self.text.format if self.text else None
         if form is not None and form.type == "json_schema" and form.json_schema is None:
             raise missing("text.format.schema")
@@ -204,7 +203,7 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
         if reasoning := _text(item.content or "", f"{where}.content"):
             turns.append(Message("assistant", reasoning=reasoning))
     else:
-        raise invalid(f"Items of the type '{item.type}' are not taken.", f"{where}.type")
+        raise invalid(f"Items of the type '{item.type}' are not supported.", f"{where}.type")
 
 
 def _is_reasoning_alone(turn: Message) -> bool:

@@ -87,7 +87,7 @@ def check_tools(tools: Sequence[Function], choice: Choice) -> None:
     elif isinstance(choice, NamedFunction):
         named = choice.name
     if named is not None and named not in names:
-        raise invalid(f"There is no tool '{named}' to choose.", where)
+        raise invalid(f"There is no tool '{named}'.", where)
     if len(set(names)) != len(names):
         raise invalid("Two tools have the same name.", "tools")
 
@@ -117,7 +117,7 @@ def arguments(text: str | None, where: str) -> Mapping[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or depth_of(found) > JSON_DEPTH:
-        raise invalid("The arguments of a call are a JSON object.", where)
+        raise invalid("The arguments are not a JSON object.", where)
     return found
 
 
