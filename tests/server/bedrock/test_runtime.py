@@ -46,11 +46,18 @@ def test_converse_and_its_stream_say_the_same(runtime_client: Any) -> None:
 def test_stop_sequences_end_both_alike(runtime_client: Any) -> None:
     whole = text_of(runtime_client.converse(**said()))
     stop = whole[7:10]
-    request = said(inferenceConfig={"stopSequences": [stop]})
+    request = said(
+        inferenceConfig={"stopSequences": [stop]},
+        additionalModelResponseFieldPaths=["/stop_sequence", "/unknown"],
+    )
     answer = runtime_client.converse(**request)
     assert (text_of(answer), answer["stopReason"]) == (whole[: whole.index(stop)], "stop_sequence")
+    assert answer["additionalModelResponseFields"] == {"stop_sequence": stop}
     events = streamed(runtime_client, **request)
-    assert events[-2]["messageStop"]["stopReason"] == "stop_sequence"
+    assert events[-2]["messageStop"] == {
+        "stopReason": "stop_sequence",
+        "additionalModelResponseFields": {"stop_sequence": stop},
+    }
     assert events[-1]["metadata"]["usage"] == answer["usage"]
 
 

@@ -288,24 +288,39 @@ def render_message(reply: GenerationResult) -> dict[str, Any]:
     return {"role": "assistant", "content": content or [{"text": ""}]}
 
 
-def render_reply(stream: Stream, reply: GenerationResult) -> dict[str, Any]:
-    """Return the members of a complete reply, shared by Converse and Amazon's form of InvokeModel."""
+def render_reply(
+    stream: Stream, reply: GenerationResult, paths: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the members of a complete reply, shared by Converse and Amazon's form of InvokeModel.
+
+    ``paths`` are the ``additionalModelResponseFieldPaths`` of the request.
+    """
     return {
         "output": {"message": render_message(reply)},
         "stopReason": STOP_REASONS[reply.reason],
         "usage": usage(stream.prompt_tokens, reply.tokens),
+        **_additional_fields(paths, reply),
     }
 
 
-def encode_events(stream: Stream, latency: Callable[[], int]) -> Iterator[bytes]:
+def _additional_fields(paths: Sequence[str], reply: GenerationResult) -> dict[str, Any]:
+    """Return ``additionalModelResponseFields``, if a path names a field of this server."""
+    fields = {"/generation": reply.text, "/stop_sequence": reply.stop}
+    chosen = {path[1:]: fields[path] for path in paths if path in fields}
+    return {"additionalModelResponseFields": chosen} if chosen else {}
+
+
+def encode_events(
+    stream: Stream, latency: Callable[[], int], paths: Sequence[str] = ()
+) -> Iterator[bytes]:
     """Yield the encoded events of ConverseStream. ``latency()`` returns milliseconds."""
-    for kind, value in named_events(stream):
+    for kind, value in named_events(stream, paths):
         if kind == "metadata":
             value = {**value, "metrics": {"latencyMs": latency()}}
         yield event(kind, value)
 
 
-def named_events(stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
+def named_events(stream: Stream, paths: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the events of a reply by name, without latency."""
     reply, index = GenerationResult(), 0
     open_block: type[TokenChunk | ReasoningChunk] | None = None
@@ -326,7 +341,8 @@ def named_events(stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
         elif not index:  # an empty reply
             yield "contentBlockDelta", {"delta": {"text": ""}, "contentBlockIndex": index}
             yield "contentBlockStop", {"contentBlockIndex": index}
-    yield "messageStop", {"stopReason": STOP_REASONS[reply.reason]}
+    stop_reason = STOP_REASONS[reply.reason]
+    yield "messageStop", {"stopReason": stop_reason, **_additional_fields(paths, reply)}
     yield "metadata", {"usage": usage(stream.prompt_tokens, reply.tokens)}
 
 

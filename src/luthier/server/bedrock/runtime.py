@@ -92,14 +92,17 @@ class _Runtime:
             stream = self.pool.submit(stored_id, converse.generation_request(members))
             (reply,) = stream.whole()
         metrics = {"metrics": {"latencyMs": timer.latency()}}
-        return Response.json(converse.render_reply(stream, reply) | metrics)
+        paths = members.get("additionalModelResponseFieldPaths", ())
+        return Response.json(converse.render_reply(stream, reply, paths) | metrics)
 
     def converse_stream(self, request: Request) -> Response:
         """Stream the reply to a conversation."""
         timer, stored_id = LatencyTimer(), self._model(request, STREAM)
         members = parse_body(operation_models()["ConverseStream"], json_object(request))
         stream = self._begin(stored_id, partial(converse.generation_request, members))
-        events = _with_failure(converse.encode_events(stream, timer.latency), _MID_CONVERSE)
+        paths = members.get("additionalModelResponseFieldPaths", ())
+        events = converse.encode_events(stream, timer.latency, paths)
+        events = _with_failure(events, _MID_CONVERSE)
         pieces = GeneratedPieces(events, [stream])
         return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
 
