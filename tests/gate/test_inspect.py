@@ -77,17 +77,15 @@ def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash
     vietnamese = "Tôi muốn biết khi nào cửa hàng mở cửa vào ngày mai"
     found, reason = base_of(vietnamese)
     assert found == "fasttext"
-    assert "in Vietnamese" in reason and "pull multilingual-e5-small" in reason
+    assert "Vietnamese" in reason and "pull multilingual-e5-small" in reason
     english = base_of("I would like to know when the shop opens tomorrow morning")
     assert english[0] == base_of("?? 12")[0] == gate.READER
     assert base_of("私はその店が明日の朝いつ開くのか知りたいと思っています")[0] == gate.READER
     known = base_folder("multilingual-e5-small")
     known.mkdir(parents=True)
     (known / MANIFEST).write_text("{}")
-    assert base_of(vietnamese) == (
-        known.name,
-        f"{reason.split(',')[0]}, which this encoder was trained on",
-    )
+    chosen, reason = base_of(vietnamese)
+    assert chosen == known.name and "Vietnamese" in reason
 
 
 def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_a_fix_of_one_class_is_not_said_of_all() -> None:
         alone = name == "a"
         assert ("Add 1 row with a." in text) == alone and (rule.fix in text) != alone
         assert ("Add 1 row with a." in warnings(report)[0]) == alone
-    assert warnings(report)[0].endswith(f"a has 7 rows. The same holds for 2 more. {rule.fix}")
+    assert warnings(report)[0].endswith(f"a has 7 rows. 2 more findings. {rule.fix}")
 
 
 def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:

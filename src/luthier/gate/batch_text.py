@@ -174,7 +174,7 @@ class JoinedTexts:
         spots = []
         for index, (text, start, end, what) in first.items():
             others = f", and {more[index]} more in this row" if index in more else ""
-            message = f"{text.field} holds {what}{others}."
+            message = f"{text.field} contains {what}{others}."
             spots.append(Spot(index, rule.id, message, excerpt(text.content, start, end)))
         return spots
 

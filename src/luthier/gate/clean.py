@@ -116,7 +116,7 @@ def clean(
     held = dict(held or {})
     if plan.needs_held_out and not held:
         raise RecipeError(
-            "rows that leak are found by comparison with held-out rows; name --validation or --test",
+            "`--drop leakage.*` needs held-out rows; set `--validation` or `--test`",
             rule="clean.no_held_out",
         )
     kind = "text" if target.suffix.lower() in PLAIN_TEXT else format_of(target)
@@ -227,7 +227,7 @@ class _Cleaning:
             raise LuthierError(f"{self.source} changed during the cleaning", rule="source.changed")
         if not summary.rows_out:
             went = ", ".join(f"{rule} {count:,}" for rule, count in book.drops.items())
-            text = f"no row would be left of {self.source} ({went}); drop less"
+            text = f"{self.source}: all rows would be dropped ({went}); drop fewer rules"
             raise RecipeError(text, rule="clean.nothing_left")
 
     def _pass(self) -> EditPass:
@@ -403,8 +403,8 @@ def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> R
     name = form.name if form else "its own"
     raise RowRefused(
         "convert.form",
-        f"The row was changed and cannot be written in the form {name} again.",
-        "Write the data in luthier's own form first: luthier convert SOURCE rows.jsonl.",
+        f"the form {name} cannot express the changed row.",
+        "Convert the data first: `luthier convert SOURCE rows.jsonl`.",
     )
 
 

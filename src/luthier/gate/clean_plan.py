@@ -61,7 +61,7 @@ class CleaningPlan(StrictModel):
             where = str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
             what = describe_constraint(item)
             if item["type"] == "extra_forbidden":
-                what = f"there is no such field; there are {', '.join(CleaningPlan.model_fields)}"
+                what = f"unknown field; choose from {', '.join(CleaningPlan.model_fields)}"
             lines.append(f"{where}: {what}" if where else what)
         raise RecipeError("; ".join(dict.fromkeys(lines)), rule="clean.plan", setting=first)
 
@@ -69,13 +69,13 @@ class CleaningPlan(StrictModel):
     def _check(self) -> Self:
         if not (self.edits or self.dropped_rules or self.refused_rules):
             raise ValueError(
-                "nothing is asked for; choose from --normalize, --merge-labels, --redact, --drop "
-                "and --dedupe"
+                "the plan has no fix; choose from `--normalize`, `--merge-labels`, `--redact`, "
+                "`--drop` and `--dedupe`"
             )
         for kind in self.redact:
             if kind not in (*KINDS, "all"):
                 raise ValueError(
-                    f"redact: there is no kind {kind!r}; there are all, {', '.join(KINDS)}"
+                    f"redact: unknown kind {kind!r}; choose from all, {', '.join(KINDS)}"
                 )
         if not self.base:
             self._check_base()
@@ -86,7 +86,7 @@ class CleaningPlan(StrictModel):
         for name in left_out:
             for rule in CHECKS[name].rules:
                 if rule.id in self.dropped_rules:
-                    raise ValueError(f"drop: {rule.id} is found with a model only; give --base ID")
+                    raise ValueError(f"drop: {rule.id} needs a base model; set `--base`")
 
     @property
     def edits(self) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ def _droppable(name: str) -> list[str]:
         raise ValueError(f"drop: {error}") from error
     if all(rule.whole for rule in rules):
         raise ValueError(
-            f"drop: {name} is about the data as a whole, and no row can be removed for it; "
-            f"{rules[0].fix or 'mend the file'}"
+            f"drop: {name} is a fault of the whole data set, not of rows. "
+            f"{rules[0].fix or 'Fix the file.'}"
         )
     return [rule.id for rule in rules if not rule.whole]

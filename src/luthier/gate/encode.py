@@ -54,18 +54,18 @@ class RowEncoder:
     def _refuse_shape(self, row: Row, shape: str) -> RowRefused:
         objective, learned = self.objective, describe_shapes(self.shapes)
         message = (
-            f"objective {objective.method} learns from {learned}, and this row is "
+            f"objective {objective.method} supports {learned}, and the row is "
             f"{describe_shapes([shape])}."
         )
         if self.beside:
-            fix = f"Bring the rows into the form of {learned}, or leave the file out."
+            fix = f"Convert the rows to {learned}, or omit the file."
         elif shape in objective.mixed_shapes:
             here = describe_shapes(objective.shapes)
-            fix = f"Such rows are for a file of `data.mix`; {here} goes here."
+            fix = f"Move the row to a `data.mix` file; the main file needs {here}."
         else:
             try:
                 other = objective_for(row, self.chat).method
-                fix = f"Use `objective.method={other}`, or bring the rows into the other form."
+                fix = f"Use `objective.method={other}`, or convert the rows."
             except DataError as error:
                 fix = error.problem.advice
         return RowRefused(SHAPE.id, message, fix)
@@ -79,7 +79,7 @@ class RowEncoder:
         try:
             example = self.objective.encode(row, index, self.format)
         except RecipeError as error:
-            fix = "Change the row as the message says, or use a base with another chat template."
+            fix = "Change the row, or choose a base model with another chat template."
             raise RowRefused(TEMPLATE.id, str(error), fix) from error
         if any(self._differences_allowed.values()) and self.objective.task == "causal_lm":
             self._check_prompt(row)
@@ -138,7 +138,7 @@ class RowEncoder:
         if not np.any(shorter.weight_T):
             raise RowRefused(
                 NOTHING_LEARNED.id,
-                f"cut to the context of {context} tokens, nothing of the reply is left.",
+                f"truncated to the context of {context} tokens, the row has no reply left.",
                 "Shorten the prompt, or use `data.long_rows=drop`.",
             )
         return shorter
@@ -146,7 +146,7 @@ class RowEncoder:
 
 def refuse_single(row: Row) -> RowRefused | None:
     """Reject a single training row; return ``None`` for raw text, which may be one row."""
-    message = "this is the only row; one example cannot show what is to be learned."
+    message = "the data has a single row, and one example does not define a task."
     return None if row.shape == "text" else RowRefused(TOO_FEW.id, message, TOO_FEW.fix)
 
 

@@ -57,8 +57,9 @@ MEDIA_BASES: Mapping[MediaKind, str] = {
 def default_base(reader: RowReader, objective: Objective | None = None) -> tuple[str, str]:
     """Return the base model for the first rows of ``reader`` and the reason, if no base is named.
 
-    On Banking77 with 5 rows an intent a small encoder is right on 77 % of test rows after two minutes,
-    the default decoder on 65 % after fourteen (docs/log/defaults.md). Bad rows are refused later.
+    On Banking77 with 5 rows per intent, a small encoder is right on 77 % of test rows after two
+    minutes, and the default decoder on 65 % after fourteen (docs/log/defaults.md). Invalid rows are
+    rejected later.
     """
     plain = DEFAULT_BASE, "the default"
     bases = objective.defaults.bases if objective is not None else {}
@@ -69,21 +70,19 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
         reads = SHAPES[row.shape].reads if row is not None else ""
         return (
             bases.get(reads, next(iter(bases.values()))),
-            f"objective {objective.method} trains such a network",
+            f"the default of objective {objective.method}",
         )
     if isinstance(row, MediaRow):
         for kind in OBJECTIVES.values():
             own = kind.defaults.bases.get(row.media.kind)
             if own and row.shape in kind.shapes:
-                return own, f"the rows are {describe_shapes([row.shape])}, which it learns from"
+                return own, f"the default for {describe_shapes([row.shape])}"
         known = MEDIA_BASES[row.media.kind]
-        return known, f"the rows are {PLURAL[row.media.kind]}, which it reads"
+        return known, f"the default for {PLURAL[row.media.kind]}"
     what = row and SHAPES[row.shape].reader_text
     if isinstance(row, LabelledText) and objective is None:
         return _encoder_of_labels(reader.first(LANGUAGE_ROWS))
-    return (
-        (READER, f"the rows are texts with {what}, which an encoder reads best") if what else plain
-    )
+    return (READER, f"an encoder is best for texts with {what}") if what else plain
 
 
 def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
@@ -94,19 +93,15 @@ def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
     """
     code = main_language(rows)
     if not code or code in CATALOG[READER].languages or code in UNSPACED:
-        return READER, "the rows are texts with labels, which an encoder reads best"
-    language = f"the rows are texts with labels in {language_name(code)}"
+        return READER, "an encoder is best for texts with labels"
+    language = language_name(code)
     fitting = bases_for(code, "embedding")
     here = [each for each in fitting if is_base_here(each)]
     if here:
-        return here[0], f"{language}, which this encoder was trained on"
-    reason = (
-        f"{language}, which no encoder here was trained on, and this reads words of any language"
-    )
+        return here[0], f"an encoder trained on {language}"
+    reason = f"a model of words in any language, because no local encoder was trained on {language}"
     if fitting:
-        reason += (
-            f"; `luthier models pull {fitting[0]}` fetches one that was, where a hub is reachable"
-        )
+        reason += f"; `luthier models pull {fitting[0]}` downloads such an encoder"
     return WORD_READER, reason
 
 

@@ -62,12 +62,14 @@ def read_policy(path: Path) -> GatePolicy:
     fields = read_toml(path, "a policy")
     if unknown := set(fields) - {"severity", "skip"}:
         name = sorted(unknown)[0]
-        raise RecipeError(f"{path}: a policy has `severity` and `skip`, not {name!r}", setting=name)
+        raise RecipeError(
+            f"{path}: unknown key {name!r}; a policy has `severity` and `skip`", setting=name
+        )
     severity, skip = fields.get("severity", {}), fields.get("skip", [])
     if not isinstance(severity, dict) or not isinstance(skip, list):
         wrong = "skip" if isinstance(severity, dict) else "severity"
         raise RecipeError(
-            f"{path}: `severity` is a table, and `skip` an array of names of checks", setting=wrong
+            f"{path}: `severity` must be a table, and `skip` an array of check names", setting=wrong
         )
     return parse_policy(severity, map(str, skip))
 
@@ -78,14 +80,14 @@ def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> GateP
     for name, value in dotted_items(severity):
         if value not in CHOICES:
             raise RecipeError(
-                f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}",
+                f"{name}: unknown severity {value!r}; choose from {', '.join(CHOICES)}",
                 setting=name,
                 value=value,
             )
         rules = [rule for rule in rules_named(name) if rule.id not in _FIXED]
         if not rules:
             raise RecipeError(
-                f"{name}: training fails on such rows, so the rule is always an error",
+                f"{name}: the rule is always an error, because training would fail",
                 rule="policy.fixed",
                 setting=name,
                 advice="Fix the rows or remove them.",
@@ -104,8 +106,8 @@ def parse_severity(text: str) -> dict[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(
-            f"--severity takes RULE=off, note, warning or error, for example row.too_long=warning; "
-            f"got {text!r}",
+            f"`--severity {text}`: write RULE=LEVEL with the level off, note, warning or error, for "
+            "example row.too_long=warning",
             setting="severity",
             value=text,
         )

@@ -338,7 +338,7 @@ def warnings(report: Report) -> list[str]:
         if rule.whole:
             text, fix = first.message, first.closest_fix
             if (more := found.counts[rule.id] - 1) and len(found.examples[rule.id]) > 1:
-                text, fix = f"{text} The same holds for {more:,} more.", rule.fix or first.fix
+                text, fix = f"{text} {more:,} more findings.", rule.fix or first.fix
             lines.append(f"warning: [{rule.id}] {text} {fix}".rstrip())
             continue
         by_row = True
@@ -354,7 +354,7 @@ def warnings(report: Report) -> list[str]:
         if "validation" in report.sources:
             words += ["--validation", report.source("validation")]
         words += [*report.map_options(), "--html", "report.html"]
-        lines.append(f"to see all of them, row by row, run `{shlex.join(words)}`")
+        lines.append(f"for all rows, run `{shlex.join(words)}`")
     return lines
 
 

@@ -166,18 +166,18 @@ class Findings:
 
 
 WHY: Mapping[str, str] = {
-    "file": "Nothing of it can be read.",
-    "line": "The line cannot be held in memory beside others.",
-    "encoding": "Characters would be lost, or learned wrong.",
-    "json": "What the row says is unclear, so it would be lost or learned wrong.",
-    "row": "It is unclear what is given and what is to be learned.",
-    "field": "There is nothing to learn from, or nothing to learn.",
-    "id": "Answers and findings could not be told apart by their id.",
-    "messages": "There is no conversation to learn from.",
-    "message": "The model's template would write the conversation wrong.",
-    "label": "It is unclear which class is to be learned.",
-    "rating": "There is no number to learn.",
-    "tags": "Tags would be learned for the wrong words.",
+    "file": "The file is unreadable.",
+    "line": "The line does not fit in memory.",
+    "encoding": "Characters would be lost or wrong.",
+    "json": "The content of the row is ambiguous.",
+    "row": "Input and target of the row are ambiguous.",
+    "field": "The input or the target is missing.",
+    "id": "Equal ids make answers and findings ambiguous.",
+    "messages": "The conversation is missing.",
+    "message": "The model's template would render a wrong conversation.",
+    "label": "The class is ambiguous.",
+    "rating": "The number is missing.",
+    "tags": "Tags would belong to the wrong words.",
 }
 """Purpose of the reading rules, by the first part of the id."""
 
@@ -198,54 +198,52 @@ TOO_LONG = Rule(
     "row.too_long",
     "error",
     "The row has more tokens than the model's context.",
-    "Other trainers cut such rows in silence, and with them the end of the answer.",
-    "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
+    "Truncation would lose the end of the answer.",
+    "Shorten the row, or set `data.long_rows=drop` or `data.long_rows=truncate`.",
 )
 NOTHING_LEARNED = Rule(
     "row.nothing_learned",
     "error",
     "No token of the row is learned.",
-    "The row costs time and teaches nothing.",
-    "Add what is to be learned, or remove the row.",
+    "The row costs time without effect.",
+    "Add a target, or remove the row.",
     drop=True,
 )
 TEMPLATE = Rule(
     "row.template",
     "error",
-    "The row cannot be written in the model's template.",
+    "The model's template rejects the row.",
 )
 PROMPT_TOKENS = Rule(
     "base.prompt_tokens",
     "error",
-    "The tokens before a reply are others than those of the served prompt.",
-    "The model would learn replies to prompts that it is never given.",
-    "Give each reply a row of its own, or use another base model.",
+    "The tokens before a reply differ from the tokens of the prompt in inference.",
+    "The model would learn replies to prompts that never occur in inference.",
+    "Write each reply in a separate row, or choose another base model.",
     whole=True,
 )
-SHAPE = Rule(
-    "row.objective", "error", "The row has a shape that the objective does not learn from."
-)
+SHAPE = Rule("row.objective", "error", "The objective does not support the shape of the row.")
 TOO_FEW = Rule(
     "rows.too_few",
     "error",
     "A single labelled row is not enough to learn from.",
-    fix="Give at least two, better fifty or more; a single reply belongs in the prompt.",
+    fix="Add rows, ideally fifty or more. Write a single example in the prompt instead.",
     whole=True,
 )
 ONE_CLASS = Rule(
     "label.one_class",
     "error",
     "All rows have the same label.",
-    "There is nothing to tell apart.",
+    "The model has nothing to distinguish.",
     "Add rows of the other classes.",
     whole=True,
 )
 UNSEEN = Rule(
     "label.unseen",
     "error",
-    "A label of held-out rows is in none of the training rows.",
-    "The model cannot give a label it was never shown.",
-    "Add training rows with it, or make the splits with `luthier split`.",
+    "A label of held-out rows is missing in the training rows.",
+    "The model cannot predict an unseen label.",
+    "Add training rows with the label, or make the splits with `luthier split`.",
     whole=True,
 )
 ENCODING_RULES: Mapping[str, Rule] = {
@@ -256,14 +254,14 @@ ENCODING_RULES: Mapping[str, Rule] = {
         TEMPLATE,
         PROMPT_TOKENS,
         SHAPE,
-        Rule("row.empty", "error", "The tokenizer makes nothing of the text.", drop=True),
+        Rule("row.empty", "error", "The text has no tokens.", drop=True),
         TOO_FEW,
         ONE_CLASS,
         UNSEEN,
         Rule(
             "label.mixed",
             "error",
-            "Some rows have one label and others an array of them.",
+            "Some rows have a label, and some rows an array of labels.",
             whole=True,
         ),
         Rule("rating.constant", "error", "All rows have the same rating.", whole=True),
@@ -276,8 +274,8 @@ ENCODING_RULES: Mapping[str, Rule] = {
 JOINED_ROWS = Rule(
     "table.joined",
     "warning",
-    "Quotes make one row of several lines, each of which has as many cells as the header.",
-    "If the quotes are plain text, rows and their labels disappear inside of another row.",
+    "A quoted cell spans several lines with as many cells as the header.",
+    "If the quotes are plain text, one row swallows several rows with labels.",
     'Quote cells that begin with a quote and write " in them as "", or ignore the warning.',
 )
 
@@ -285,16 +283,16 @@ JOINED_ROWS = Rule(
 SPEAKERS = Rule(
     "column.speaker",
     "warning",
-    "A table of audio files has a column of speakers, which no split uses.",
-    "The model is measured on voices that it learned from, so the score is too good.",
-    "Name the column by `data.group_column`, or measure on a file of other speakers.",
+    "A table of audio files has a column of speakers, and the split ignores the column.",
+    "Training and held-out rows share voices, so the score is too high.",
+    "Set `data.group_column` to the column, or evaluate on other speakers.",
     whole=True,
 )
 UNNAMED_MEDIA = Rule(
     "media.unnamed",
     "warning",
-    "The folder holds images or audio files that no row names.",
-    "The model does not learn from these files; their rows may be missing in the table.",
+    "The folder contains images or audio files without a row.",
+    "The model does not learn from these files.",
     "Add a row for each file, or move the files. To use the class folders, move the table.",
     whole=True,
 )
@@ -305,4 +303,4 @@ DOUBTS: Mapping[str, Rule] = {rule.id: rule for rule in (JOINED_ROWS, SPEAKERS, 
 def rule_of(id_: str) -> Rule:
     """Return the rule of a reading or encoding problem. Objectives may define further rules."""
     known = DOUBTS.get(id_) or READING_RULES.get(id_) or ENCODING_RULES.get(id_)
-    return known or Rule(id_, "error", "The objective refuses the row.")
+    return known or Rule(id_, "error", "The objective rejects the row.")

@@ -39,19 +39,19 @@ def split_file(
     """
     check_creatable(output)
     if output.exists():
-        raise RunConflict(f"{output} exists already; name a new folder with --output")
+        raise RunConflict(f"{output} exists; set `--output` to a new folder")
     problems: list[Problem] = []
     found = find_container(source, problems)
     if problems:
         raise DataError(problems)
     if found != Container("jsonl"):
         raise RecipeError(
-            f"{source} holds {found} and lines can only be copied from JSON Lines; `luthier convert "
-            f"{source} rows.jsonl` makes it",
+            f"{source}: a split needs JSON Lines, not {found}. Run `luthier convert {source} "
+            "rows.jsonl`",
             rule="split.format",
         )
     if sum(shares.values()) >= 1:
-        text = "the shares leave nothing to train on; they must sum to less than 1"
+        text = "the shares leave no training rows; the sum must be less than 1"
         raise RecipeError(text, rule="split.empty")
     kin, strata, lines = RelatedRows(), Strata(), list[int]()
     rows = (row for row, _ in stream_rows(source, problems))

@@ -34,10 +34,9 @@ def messages(rows: list[Row], fitted: bool = False, split: str = "train") -> lis
 )
 def test_fewer_rows_than_teach_anything_are_said_to_be_few(row: Row, enough: int) -> None:
     words = SHAPES[row.shape].words
-    assert messages([row] * (enough - 1)) == [
-        f"{enough - 1} rows of {words}; 1 more would make {enough}."
-    ]
-    assert messages([row]) == [f"1 row of {words}; {enough - 1} more would make {enough}."]
+    for count in (1, enough - 1):
+        (message,) = messages([row] * count)
+        assert message.startswith(f"{count} row") and words in message and f" {enough} " in message
     assert messages([row] * enough) == messages([row], split="validation") == []
     # That is refused, and said so already.
     assert messages([row], fitted=True) == []
@@ -47,7 +46,7 @@ def test_of_raw_text_the_characters_count_and_of_labels_the_rows_of_each() -> No
     half = RawText("f", 1, "x" * (ENOUGH_CHARACTERS // 2))
     assert messages([half, half]) == []
     (message,) = messages([half])
-    assert message.startswith("the text has 50,000 characters in all; from 100,000 on")
+    assert "50,000" in message and "100,000" in message
     assert messages([LabelledText("f", 1, text="a", label="b")] * 2) == []
 
 
@@ -55,5 +54,5 @@ def test_texts_of_several_files_are_said_to_be_of_all_of_them() -> None:
     texts = [RawText(f"d/{name}.txt", 1, "x" * 30) for name in ("a", "b/c")]
     report = inspect_rows({"train": texts}, [Amount()])
     (found,) = report.findings.examples["rows.few"]
-    assert str(found.place) == "d/a.txt" and "texts of 2 files" in found.message
-    assert found.message.startswith("the texts of 2 files have 60 characters in all; ")
+    assert str(found.place) == "d/a.txt"
+    assert "2 files" in found.message and " 60 " in found.message

@@ -38,7 +38,9 @@ def test_labels_tags_and_ratings(limit: int) -> None:
         limit=limit,
     )
     assert lines(found) == {"label.contradiction": [[1, 2, 3]]}
-    assert found.findings.examples["label.contradiction"][0].message.startswith("2 ways")
+    assert found.findings.examples["label.contradiction"][0].message.startswith(
+        "one text has 2 labels"
+    )
     assert found.summaries["contradictions"] == {"label.contradiction": {"inputs": 1, "rows": 3}}
     tags = report(
         {"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]},

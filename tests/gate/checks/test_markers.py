@@ -40,7 +40,7 @@ def test_a_special_token_in_a_message_ends_the_turn_so_it_is_an_error(tokenizer:
     report = gate(("hi", answer), ("hi", "Yes."), chat=chat)
     assert dict(report.findings.counts) == {"marker.special_token": 1}
     found = report.findings.examples["marker.special_token"][0]
-    assert found.message == "completion holds <|im_end|>, and 1 more in this row."
+    assert found.message.startswith("completion contains <|im_end|>, and 1 more")
     assert report.findings.exit_code == 2
     assert report.summaries["markers"]["marks"]["counts"] == {"<|im_end|>": 1, "<|im_start|>": 1}
 
@@ -62,8 +62,12 @@ def test_a_special_token_in_what_is_asked_is_a_note(
     row = Conversation("f", 1, tuple(turns))
     found = Markers(ChatFormat.of(tokenizer)).measure(RowBatch("train", "f", [row])).spots
     places = {spot.rule: spot.message for spot in found}
-    assert places["marker.special_text"].startswith("messages[1].content holds <|im_end|>, and 2 ")
-    assert places["marker.special_token"].startswith("messages[3].content holds <|im_end|>, and 1 ")
+    assert places["marker.special_text"].startswith(
+        "messages[1].content contains <|im_end|>, and 2 "
+    )
+    assert places["marker.special_token"].startswith(
+        "messages[3].content contains <|im_end|>, and 1 "
+    )
     pair = Preference(
         "f", 1, tuple(turns[1:4]), (Message("assistant", "x"),), (Message("assistant", "y"),)
     )

@@ -48,14 +48,14 @@ CHECKS: PluginTable[type[Check]] = PluginTable(
 BASE_MISSING = Rule(
     "base.missing",
     "warning",
-    "The base model could not be fetched, so no row was encoded.",
-    "Template, lengths in tokens and what is learned are not checked.",
-    "Run `luthier models pull ID` where there is a network, or `luthier inspect --base none`.",
+    "The base model is unavailable, so no row is encoded.",
+    "Template, token counts and the loss mask are not checked.",
+    "Run `luthier models pull ID` with a network, or `luthier inspect --base none`.",
     whole=True,
 )
 
 
-NO_READER = "needs a base model that reads texts"
+NO_READER = "needs a base model with a tokenizer"
 """Reason for omitting checks that need a tokenizer."""
 
 
@@ -72,7 +72,7 @@ def checks_for(
     chosen, left = [], {}
     for name, kind in CHECKS.items():
         if name in skip:
-            left[name] = "skipped, as asked"
+            left[name] = "skipped"
         elif in_jobs and not kind.in_jobs:
             left[name] = "not run in jobs"
         elif kind.needs_model and known.chat is None:
@@ -97,7 +97,7 @@ def rules_named(name: str, also: Iterable[str] = ()) -> list[Rule]:
         found = [rules[name]] if name in rules else []
     if not found:
         hint = did_you_mean(name, [*rules, *also], "docs/reference.md lists them all")
-        raise RecipeError(f"there is no rule {name!r}; {hint}", rule="policy.unknown", setting=name)
+        raise RecipeError(f"unknown rule {name!r}; {hint}", rule="policy.unknown", setting=name)
     return found
 
 

@@ -16,8 +16,8 @@ from luthier.gate.rules import Finding, Findings, Place, Rule
 FEW = Rule(
     "rows.few",
     "warning",
-    "There are few rows to learn from.",
-    "A model learns the form of so few rows, not their substance; held-out ones measure chance.",
+    "The data has few training rows.",
+    "The model learns the form of the rows, not the content; scores on few held-out rows are chance.",
     "Add rows.",
     whole=True,
 )
@@ -66,10 +66,10 @@ class Amount(Check):
         enough = SHAPES[shape].enough
         if shape == "text" and self._characters < ENOUGH_CHARACTERS:
             what = "the text has" if one else f"the texts of {len(self._files):,} files have"
-            message = f"{what} {self._characters:,} characters in all; "
-            message += f"from {ENOUGH_CHARACTERS:,} on it teaches more than a few phrases."
+            message = f"{what} {self._characters:,} characters; "
+            message += f"at least {ENOUGH_CHARACTERS:,} are recommended."
             findings.add(Finding(FEW, place, message, "Add text."))
         elif count < enough:
             message = f"{count:,} row{'s' * (count != 1)} of {SHAPES[shape].words}; "
-            message += f"{enough - count:,} more would make {enough:,}."
+            message += f"at least {enough:,} are recommended."
             findings.add(Finding(FEW, place, message, f"Add {enough - count:,} rows or more."))

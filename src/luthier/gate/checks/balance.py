@@ -23,41 +23,41 @@ SMALL = Rule(
     "label.few_rows",
     "warning",
     "A class has fewer than 8 training rows.",
-    "What so few rows teach depends on which they are.",
-    "Add rows of it, or merge it with a class of nearly the same meaning.",
+    "The result depends on the choice of the rows.",
+    "Add rows of the class, or merge the class with a similar class.",
     whole=True,
 )
 SPELLING = Rule(
     "label.spelling",
     "warning",
-    "Names of labels differ in letter case, white space or punctuation only.",
-    "They are learned as two classes with the same meaning.",
-    "Write the label in one way, or let `luthier clean SOURCE TARGET --merge-labels` write each in its "
-    "most frequent one.",
+    "Labels differ in letter case, white space or punctuation only.",
+    "The model learns two classes with the same meaning.",
+    "Use one spelling, or run `luthier clean SOURCE TARGET --merge-labels` to use the most frequent "
+    "spelling.",
     whole=True,
 )
 UNEVEN = Rule(
     "label.imbalance",
     "note",
-    "One class has nine of ten training rows, or a hundred times those of another.",
-    "Accuracy is high for a model that knows one answer only.",
-    "Compare by macro F1, which `luthier evaluate` prints too; add rows of the rare classes, or let "
-    "them count more with `objective.class_weights=balanced` (of `objective.method=classification`).",
+    "One class has 90 % of the training rows, or a hundred times the rows of another class.",
+    "A model that always predicts the frequent class has a high accuracy.",
+    "Compare macro F1 in `luthier evaluate`. Add rows of the rare classes, or set "
+    "`objective.class_weights=balanced` (of `objective.method=classification`).",
     whole=True,
 )
 SEVERAL = Rule(
     "label.several",
     "warning",
-    "A row has several labels, or none, and nearly all others have one.",
-    "For these few rows the whole model is made to give any number of labels to a row, also none.",
-    "Write one label in each row; where several are meant, say `objective.multi_label=true`.",
+    "A row has several labels or none, and nearly all rows have one.",
+    "These few rows turn the model into a multi-label model.",
+    "Write one label in each row. For a multi-label model, set `objective.multi_label=true`.",
     drop=True,
 )
 COMBINED = Rule(
     "label.combined",
     "warning",
     "A label consists of several labels of other rows.",
-    "Each combination is learned as a class of its own, with few rows.",
+    "The model learns each combination as a separate class with few rows.",
     'Write several labels as a JSON array: ["a", "b"].',
     whole=True,
 )
@@ -176,15 +176,15 @@ class Balance(Check):
         for name, count in by_place:
             if count < FEWEST and name not in usual:
                 message = f"{quote(name)} has {_count_rows(count)}; "
-                message += f"{FEWEST - count} more would make {FEWEST}."
+                message += f"at least {FEWEST} are recommended."
                 fix = (
-                    f"Add {_count_rows(FEWEST - count)} with this label, or merge it with one of "
-                    "nearly the same meaning."
+                    f"Add {_count_rows(FEWEST - count)} with this label, or merge the label with a "
+                    "similar label."
                 )
                 if meant := _likely_spelling(name, train):
-                    message += f" It may be a misspelling of {quote(meant)}"
+                    message += f" Possible misspelling of {quote(meant)}"
                     message += f" ({_count_rows(train[meant])})."
-                    fix = f"If {quote(meant)} is meant, write it so; if not: {fix}"
+                    fix = f"Write {quote(meant)} if meant. Otherwise: {fix}"
                 findings.add(Finding(SMALL, self._places["train", name], message, fix))
         if len(train) < 2 or self._tagged:
             return
@@ -211,8 +211,8 @@ class Balance(Check):
         for number, count in zip(numbers, labels, strict=True):
             has = f"{count} labels" if count else "no label"
             message = (
-                f"the row has {has}, and {rows - len(numbers):,} of the {rows:,} rows have one: this "
-                "makes a model of several labels per row."
+                f"the row has {has}; {rows - len(numbers):,} of {rows:,} rows have one label, so the "
+                "row makes a multi-label model."
             )
             findings.add(Finding(SEVERAL, places.place(number), message))
 

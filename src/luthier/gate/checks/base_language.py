@@ -38,8 +38,8 @@ UNTRAINED = Rule(
     "base.language",
     "warning",
     "The base model was not trained on the language of the rows.",
-    "Its tokenizer cuts the words into letters: rows are longer and slower, and the model is weaker.",
-    "Start from a base that was trained on it: `--base ID`, where ID may be a hub id or a folder.",
+    "The tokenizer cuts words into letters: rows are longer and slower, and the model is weaker.",
+    "Choose a base model for the language: `--base ID`, with a hub id or a folder.",
     whole=True,
 )
 ENGLISH = (
@@ -231,30 +231,26 @@ class BaseLanguage(Check):
         name = language_name(code)
         if code in UNSPACED:
             cost = (
-                f"{written.per_letter:.1f} pieces a character of it, where one that was trained on "
-                "it needs 1 at most"
+                f"{written.per_letter:.1f} tokens per character, and a trained tokenizer at most 1"
             )
         else:
             english = spelling(ENGLISH, tokenizer)
-            cost = (
-                f"{written.per_word:.1f} pieces a word of it and {english.per_word:.1f} of English"
-            )
+            cost = f"{written.per_word:.1f} tokens per word, and {english.per_word:.1f} for English"
         message = (
-            f"{share:.0%} of the text is in {name} ({code}), and the tokenizer of the base model "
-            f"needs {cost}: the base was not trained on {name}. Rows are longer and slower, and the "
-            "model will be weaker."
+            f"{share:.0%} of the text is in {name} ({code}). The base model was not trained on {name}: "
+            f"the tokenizer needs {cost}. Rows are longer and slower, and the model is weaker."
         )
         task = self.objective.task if self.objective else "causal_lm"
         fitting = [f"`--base {each}`" for each in bases_for(code, task)]
         kind = {"causal_lm": "decoder", "masked_lm": "masked language model"}.get(task, "encoder")
         fix = (
-            f"Start from {' or '.join(fitting)}, which was trained on {name}."
+            f"Choose a base model trained on {name}: {' or '.join(fitting)}."
             if fitting
-            else f"No {kind} of the catalogue knows {name}: give one that does as `--base`, by its "
-            "hub id (organisation/name) or as a folder."
+            else f"The catalog has no {kind} for {name}: set `--base` to a hub id "
+            "(organisation/name) or a folder."
         )
         if task == "sequence_classification" and code not in UNSPACED:
-            fix += f" `--base {WORD_READER}` learns labels by words alone, in any language."
+            fix += f" `--base {WORD_READER}` classifies by words, in any language."
         findings.add(Finding(UNTRAINED, Place(places.place(0).file, 0), message, fix))
 
 

@@ -27,24 +27,24 @@ LABEL = Rule(
     "label.contradiction",
     "warning",
     "Rows with the same text have different labels, tags, ratings or judgements.",
-    "The model learns the mean of both and is wrong about one of them.",
-    "Decide which is right; where both are, write an array of labels.",
+    "The model learns the mean of the targets.",
+    "Correct the wrong row. If both labels are right, write an array of labels.",
     drop=True,
 )
 PREFERENCE = Rule(
     "preference.contradiction",
     "warning",
-    "Of two answers to one prompt, one row prefers what another rejects.",
+    "Two rows have opposite preferences between two answers to a prompt.",
     "The two rows cancel each other.",
-    "Keep the one that people meant, or neither.",
+    "Keep the correct row, or remove both.",
     drop=True,
 )
 ANSWERS = Rule(
     "answer.several",
     "note",
-    "The same prompt is answered in different ways.",
-    "Several good answers teach variety; contradicting ones teach the mean.",
-    "Look whether all of them are right.",
+    "A prompt has different answers.",
+    "Good answers teach variety; contradicting answers teach the mean.",
+    "Check all answers.",
 )
 _KINDS = (LABEL, PREFERENCE, ANSWERS)
 
@@ -90,9 +90,12 @@ class Contradictions(Check):
         count = self._summary.setdefault(rule.id, {"inputs": 0, "rows": 0})
         count["inputs"] += 1
         count["rows"] += len(group)
-        words = {LABEL: "ways of labelling one text", ANSWERS: "answers to one prompt"}
-        said = f"{different} {words.get(rule, 'opposite preferences between two answers')}"
-        message = f"{said}, in {len(group)} rows."
+        conflict = {
+            LABEL: f"one text has {different} labels",
+            PREFERENCE: "two answers have opposite preferences",
+            ANSWERS: f"one prompt has {different} answers",
+        }[rule]
+        message = f"{conflict}, in {len(group)} rows."
         finding = group_finding(rule, group, message, places, findings)
         findings.add(finding, rows=group.tolist())
 

@@ -12,15 +12,15 @@ from luthier.gate.rules import Rule
 IN_TEXT = Rule(
     "message.in_text",
     "warning",
-    "A text holds a conversation in JSON, which is learned as text.",
-    "The model learns to write brackets and roles, and its chat template is not used.",
-    "Say `data.columns.messages=text` for an array of messages under `text`; else write messages.",
+    "A text contains a conversation in JSON, which the model learns as text.",
+    "The model learns to write brackets and roles, without the chat template.",
+    "Set `data.columns.messages=text` for an array of messages in `text`, or write `messages`.",
 )
 UNDECLARED = Rule(
     "message.undeclared_tool",
     "warning",
     "An answer calls a function, and the row declares no tools.",
-    "A client sends the tools with its request, so the model is served another prompt than it learned.",
+    "Requests declare tools, so the prompt in inference differs from the prompt in training.",
     'Add the functions to the row under "tools".',
 )
 _TURNS = re.compile(
@@ -45,7 +45,7 @@ class Conversations(SpotCheck):
                 if text.content[:1] in "[{ \n\t\r" and (found := _TURNS.match(text.content)):
                     fix = _fix_of(text.field, text.content.lstrip())
                     shown = excerpt(text.content, found.start(), found.end())
-                    message = f"{text.field} holds a conversation in JSON."
+                    message = f"{text.field} contains a conversation in JSON."
                     spots.append(Spot(index, IN_TEXT.id, message, shown, fix))
                     break
             calls = [] if row.tools else [c for turn in row.turns() for c in turn.calls]
@@ -61,7 +61,7 @@ def _fix_of(field: str, text: str) -> str:
         return "Write the conversation as JSON, in double quotes, under `messages`."
     if field == "text" and text.startswith("["):
         key = "conversations" if re.match(r'\[\s*\{\s*"(?:from|value)"', text) else "messages"
-        return f"Say `data.columns.{key}=text` (`--map {key}=text`)."
+        return f"Set `data.columns.{key}=text` (`--map {key}=text`)."
     if field == "text":
         return "Write the object as the row: `jq -c '.text | fromjson' OLD > NEW.jsonl`."
     return f"Write {field} as an array of messages, in JSON Lines and not as text."

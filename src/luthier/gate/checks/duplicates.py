@@ -42,29 +42,29 @@ from luthier.types import IntArray
 EXACT = Rule(
     "duplicate.exact",
     "warning",
-    "The same row comes more than once in a split.",
-    "It counts double in every pass and is learned by heart before the others are learned.",
-    "Keep the first, unless the repetition is meant.",
+    "A split has the same row several times.",
+    "A copied row has double weight and is memorized first.",
+    "Keep the first row, unless the repetition is intended.",
 )
 NEAR = Rule(
     "duplicate.near",
     "warning",
-    "Rows of a split are nearly the same, in what they ask and in what they teach.",
-    "They count almost double, and a split of them puts the answer on both sides.",
-    "Keep one of them.",
+    "Rows of a split have nearly equal inputs and targets.",
+    "Similar rows have nearly double weight, and a random split leaks the answers.",
+    "Keep one of the rows.",
 )
 NUMBERS = Rule(
     "duplicate.numbers",
     "note",
     "Rows of a split differ in their numbers only.",
-    "Filled-in templates teach the template; for data about numbers that may be the purpose.",
+    "The model learns the template. For data about numbers, this may be intended.",
     "Keep a few of each template.",
 )
 SAMPLED = Rule(
     "duplicate.sampled",
     "note",
-    "Of data with very many rows, a share is compared for near-duplicates and near leaks.",
-    "Counts of those are counts among the rows compared; exact copies are looked for among all rows.",
+    "The search for near-duplicates and near leaks uses a sample of the rows.",
+    "Counts of near-duplicates refer to the sample. Exact copies are found among all rows.",
     "To compare all rows, run `luthier clean --dedupe near`.",
     whole=True,
 )
@@ -184,7 +184,7 @@ class Duplicates(Check):
         leaks.report_overlap(places, findings)
         self._summary["leakage"] = leaks.summary()
         if 0 < self.share < 1:
-            self._say_sampled(places, findings)
+            self._report_sampling(places, findings)
 
     def _exact(self, splits_N: Any, copies_N: Any) -> Iterator[IntArray]:
         """Yield groups of equal rows of a split; mark all rows but the first in ``copies_N``."""
@@ -228,27 +228,25 @@ class Duplicates(Check):
     def _report(
         self, rule: Rule, groups: Iterable[IntArray], places: Places, findings: Findings
     ) -> None:
-        words = {EXACT.id: "the same as", NEAR.id: "nearly the same as",
-                 NUMBERS.id: "but for its numbers the same as"}[rule.id]  # fmt: skip
+        relation = {EXACT.id: "equal to", NEAR.id: "nearly equal to",
+                    NUMBERS.id: "except for numbers equal to"}[rule.id]  # fmt: skip
         count, rows, largest = 0, 0, list[int]()
         for group in groups:
             count, rows = count + 1, rows + len(group)
             if len(largest) < LARGEST or len(group) > largest[-1]:
                 largest = sorted([*largest, len(group)], reverse=True)[:LARGEST]
-            further = len(group) - 1
-            message = (
-                f"{further} further {'rows are' if further > 1 else 'row is'} {words} this one."
-            )
+            copies = len(group) - 1
+            message = f"{copies} more {'rows are' if copies > 1 else 'row is'} {relation} this row."
             finding = group_finding(rule, group, message, places, findings)
-            findings.add(finding, further, rows=group[1:].tolist())
+            findings.add(finding, copies, rows=group[1:].tolist())
         self._summary[rule.id] = {"groups": count, "copies": rows - count, "largest": largest}
 
-    def _say_sampled(self, places: Places, findings: Findings) -> None:
+    def _report_sampling(self, places: Places, findings: Findings) -> None:
         count = self._wholes.rows
         self._summary["rows_compared_for_likeness"] = {"rows": count, "of": places.total}
         message = (
-            f"{count:,} of {places.total:,} rows were compared, drawn so that rows alike are drawn "
-            f"together; in all there may be {1 / self.share:,.1f} times as many near copies."
+            f"{count:,} of {places.total:,} rows are compared; similar rows are sampled together. All "
+            f"rows may have {1 / self.share:,.1f} times as many near-duplicates."
         )
         findings.add(Finding(SAMPLED, Place(places.place(0).file, 0), message))
 

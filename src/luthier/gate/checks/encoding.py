@@ -15,52 +15,52 @@ from luthier.gate.rules import Rule
 CONTROL = Rule(
     "encoding.control",
     "warning",
-    "The text holds control characters.",
-    "They come from broken exports; the model learns to write them.",
+    "The text contains control characters.",
+    "Control characters come from broken exports; the model learns to write the characters.",
     "Remove them.",
 )
 REPLACEMENT = Rule(
     "encoding.replacement",
     "warning",
-    "The text holds U+FFFD, which stands where a character was lost.",
-    "What was lost is not in the data any more; the model learns the gap.",
-    "Export the data again with the encoding that it has.",
+    "The text contains U+FFFD, the replacement of a lost character.",
+    "The original character is lost; the model learns the replacement character.",
+    "Export the data again with the correct encoding.",
     drop=True,
 )
 MOJIBAKE = Rule(
     "encoding.mojibake",
     "warning",
     "UTF-8 was read as another encoding: Ã© for é.",
-    "The words are others to the tokenizer, and take several times as many tokens.",
+    "The tokenizer sees different words, with several times as many tokens.",
     "Decode again: text.encode('cp1252').decode('utf-8'), or ftfy.fix_text(text).",
 )
 INVISIBLE = Rule(
     "encoding.invisible",
     "warning",
-    "The text holds characters that nobody sees: byte order marks, zero-width spaces, tags.",
-    "Words that look alike are others to the tokenizer, and hidden text may give orders.",
+    "The text contains invisible characters: byte order marks, zero-width spaces, tags.",
+    "The tokenizer sees different words, and hidden text may contain instructions.",
     "Remove them.",
 )
 BIDI = Rule(
     "encoding.bidi",
     "warning",
-    "The text holds marks that turn the direction of writing.",
-    "It reads otherwise than it looks (Boucher and Anderson 2021, Trojan Source).",
+    "The text contains direction marks.",
+    "Direction marks hide the order of the characters (Boucher and Anderson 2021, Trojan Source).",
     "Remove them.",
 )
 FORMS = Rule(
     "encoding.not_nfc",
     "warning",
-    "The text writes letters as a base and combining marks, where one character would do.",
-    "The same word has other tokens than in its usual form (NFC), which models were trained on.",
+    "The text is not in NFC: letters are written as a base letter with combining marks.",
+    "Words have other tokens than in NFC, the form in the training data of models.",
     "Normalize: unicodedata.normalize('NFC', text).",
 )
 MARKUP = Rule(
     "encoding.markup",
     "note",
-    "The text holds HTML entities or tags.",
-    "The model learns to write them; good where that is wanted.",
-    "Unescape entities and strip tags, unless the answers are meant to hold them.",
+    "The text contains HTML entities or tags.",
+    "The model learns to write markup.",
+    "Unescape entities and strip tags, unless answers need markup.",
 )
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufdd0-\ufdef\ufffe\uffff]")

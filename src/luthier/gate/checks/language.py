@@ -27,21 +27,21 @@ MIX = Rule(
     "language.mix",
     "note",
     "The rows are in several languages.",
-    "Each is learned from its own share of the rows only.",
-    "Nothing, if it is meant; else remove the rows of the other languages.",
+    "The model learns each language from a part of the rows.",
+    "If unintended, remove the rows in other languages.",
     whole=True,
 )
 OTHER = Rule(
     "language.other",
     "warning",
-    "The row is in another language than almost all others.",
-    "A few such rows are mostly there by mistake; the model learns to change its language.",
+    "The language of the row differs from almost all rows.",
+    "A few rows in another language are usually mistakes; the model learns to change the language.",
     "Translate the row, or remove it.",
 )
 ANSWER = Rule(
     "language.answer",
     "warning",
-    "The answer is in another language than its question, unlike in almost all other rows.",
+    "The languages of question and answer differ, unlike in almost all rows.",
     "The model learns to answer in the wrong language.",
     "Write the answer in the language of the question.",
 )
@@ -49,8 +49,8 @@ SPLITS = Rule(
     "language.splits_differ",
     "warning",
     "Training and held-out rows are in different languages.",
-    "What is measured on the held-out rows says little about what was trained.",
-    "Draw both from the same rows.",
+    "Scores on the held-out rows say little about the training.",
+    "Split one data set into training and held-out rows.",
     whole=True,
 )
 CHARACTERS = 240
@@ -191,8 +191,8 @@ class Language(Check):
                 if distance > APART:
                     most, usual = counts.most_common(1)[0][0], trained.most_common(1)[0][0]
                     message = (
-                        f"The {part} of {split} is mostly in {most!r}, that of train in {usual!r}; "
-                        f"{distance:.0%} of the rows would have to change their language."
+                        f"The {part} is mostly in {most!r} in {split}, and in {usual!r} in train; the "
+                        f"languages differ in {distance:.0%} of the rows."
                     )
                     findings.add(Finding(SPLITS, places.place(0), message))
 

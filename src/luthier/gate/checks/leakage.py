@@ -19,39 +19,39 @@ from luthier.gate.row_keys import Keys, combine_keys
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.types import IntArray
 
-_WHY = "What is measured on it is memory."
-_FIX = "Remove the row from one side; `luthier split` makes splits without such rows."
+_WHY = "The score measures memory."
+_FIX = "Remove one of the rows; `luthier split` makes splits without leaks."
 EXACT = Rule(
     "leakage.exact",
     "warning",
-    "A held-out row is also a training row, with its answer.",
+    "A held-out row is also a training row, with the same answer.",
     _WHY,
     _FIX,
 )
 INPUT = Rule(
     "leakage.input",
     "warning",
-    "A held-out row asks what a training row asks, and has another answer.",
-    "What is measured on it is memory, or the two contradict each other.",
+    "A held-out row has the input of a training row, with another answer.",
+    "The score measures memory, or the rows contradict each other.",
     _FIX,
 )
 NEAR = Rule(
-    "leakage.near", "warning", "A held-out row asks nearly what a training row asks.", _WHY, _FIX
+    "leakage.near", "warning", "A held-out row has nearly the input of a training row.", _WHY, _FIX
 )
 MANY = Rule(
     "leakage.many",
     "error",
-    "A tenth or more of a held-out split is in the training rows.",
-    "Its figures would say how much was learned by heart.",
-    "Make new splits with `luthier split`, or remove these rows from one side.",
+    "At least a tenth of a held-out split is in the training rows.",
+    "The scores of the split measure memory.",
+    "Make new splits with `luthier split`, or remove the rows from one split.",
     whole=True,
 )
 OVERLAP = Rule(
     "split.overlap",
     "warning",
-    "A test row asks what a validation row asks.",
-    "Settings and the moment to stop are chosen by the validation rows, so they fit it too.",
-    "Remove the row from one side; `luthier split` makes splits without such rows.",
+    "A test row has the input of a validation row.",
+    "Validation rows select settings and the stopping time, so the test score is too high.",
+    "Remove one of the rows; `luthier split` makes splits without leaks.",
 )
 RULES = (EXACT, INPUT, NEAR, MANY, OVERLAP)
 TOO_MANY = 0.1
@@ -129,7 +129,7 @@ class Leaks:
         partner_R = validation.first(self._input_N[rows], self._none)
         for row in np.flatnonzero(partner_R < self._none).tolist():
             other = places.place(int(partner_R[row]))
-            message = f"this test row asks the same as the validation row {other}."
+            message = f"this test row has the input of the validation row {other}."
             finding = Finding(OVERLAP, places.place(int(rows[row])), message, others=(other,))
             findings.add(finding)
 
@@ -164,9 +164,9 @@ class Leaks:
         count = self._counts.setdefault(split, {})
         count[rule.id] = count.get(rule.id, 0) + 1
         how = {
-            EXACT.id: f"this {split} row is also the training row",
-            INPUT.id: f"this {split} row asks the same, with another answer, as the training row",
-            NEAR.id: f"this {split} row asks nearly the same as the training row",
+            EXACT.id: f"this {split} row equals the training row",
+            INPUT.id: f"this {split} row has another answer than, and the input of, the training row",
+            NEAR.id: f"this {split} row has nearly the input of the training row",
         }[rule.id]
         finding = Finding(rule, places.place(row), f"{how} {other}.", others=(other,))
         findings.add(finding, rows=leaking)
@@ -180,7 +180,7 @@ class Leaks:
                 continue
             file = places.place(int(rows[0])).file
             share = f"{count} of {len(rows)} {split} rows ({count / len(rows):.0%})"
-            message = f"{share} are in the training rows, or nearly."
+            message = f"{share} are in the training rows, exactly or nearly."
             findings.add(Finding(MANY, Place(file, 0), message))
 
 

@@ -20,15 +20,15 @@ from luthier.types import FloatArray, Row
 OUTLIER = Rule(
     "length.outlier",
     "note",
-    "The row is far longer or shorter than the others.",
-    "Such rows are often cut, joined or empty by mistake; long ones set the cost of their batch.",
-    "Look at it.",
+    "The row is far longer or shorter than usual.",
+    "Outliers are often cut, joined or empty rows. Long rows determine the cost of a batch.",
+    "Check the row.",
 )
 EMPTYISH = Rule(
     "target.says_nothing",
     "warning",
-    "The answer is a stand-in for none: N/A, -, null.",
-    "The model learns that this is an answer.",
+    "The answer is a placeholder: N/A, -, null.",
+    "The model learns the placeholder as an answer.",
     "Write the answer, or remove the row.",
     drop=True,
 )
@@ -36,8 +36,8 @@ SAME_START = Rule(
     "target.same_start",
     "note",
     "Most answers begin with the same words.",
-    "The model learns the phrase before anything else, and begins every answer with it.",
-    "Remove the phrase, unless it is wanted.",
+    "The model learns the phrase first, and begins every answer with the phrase.",
+    "Remove the phrase, unless intended.",
     whole=True,
 )
 FENCE = 2.0

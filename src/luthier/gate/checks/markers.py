@@ -24,44 +24,44 @@ from luthier.types import Row, Text
 SPECIAL = Rule(
     "marker.special_token",
     "error",
-    "The text holds a string that the model's tokenizer turns into a special token.",
-    "The turn ends or another begins there, and an answer teaches the model to stop in its middle.",
-    "Remove it; if the row was rendered by a template already, give the turns as messages instead.",
+    "The text contains a string that the tokenizer turns into a special token.",
+    "The special token ends the turn, and the model learns to stop in the middle of an answer.",
+    "Remove the string. If the row is rendered with a template, write the turns as messages.",
 )
 AS_TEXT = Rule(
     "marker.special_text",
     "note",
-    "The name of a special token stands in a turn that is not the assistant's.",
-    "The name is tokenized as text, in training and serving alike: it ends no turn and begins none.",
-    "Leave it; if the row was rendered by a template already, give the turns as messages instead.",
+    "A turn of the user or the system contains the name of a special token.",
+    "The name is tokenized as text, in training and inference, and does not end the turn.",
+    "Keep the name. If the row is rendered with a template, write the turns as messages.",
 )
 TEMPLATE = Rule(
     "marker.other_template",
     "warning",
-    "The text holds marks of a chat template, which are plain text to this model.",
-    "The row was rendered for another model: the marks are learned as words, and answers write them.",
-    "Give the turns as messages; luthier writes the model's own template around them.",
+    "The text contains markers of another chat template, which are plain text for the model.",
+    "The row is rendered for another model. The model learns to write the markers.",
+    "Write the turns as messages; luthier applies the model's template.",
 )
 ROLE = Rule(
     "marker.role_prefix",
     "warning",
-    "The answer begins with the name of a role.",
-    "The template says who speaks already; the model learns to write the name too.",
+    "The answer begins with a role name.",
+    "The template already writes the role; the model learns to write the name again.",
     "Remove the name from the answer.",
 )
 PLACEHOLDER = Rule(
     "marker.placeholder",
     "warning",
-    "The text holds a placeholder that nobody filled in.",
+    "The text contains a placeholder.",
     "The model learns to answer with the placeholder.",
-    "Fill it in, or remove the row.",
+    "Replace the placeholder, or remove the row.",
 )
 REFUSAL = Rule(
     "marker.refusal",
     "note",
-    "The answer refuses, or speaks of itself as a language model.",
-    "Other models' refusals are learned like any answer; a few per cent of them are soon a habit.",
-    "Remove the row, unless the model is to refuse this.",
+    "The answer is a refusal, or mentions being a language model.",
+    "The model learns refusals like any answer; a few percent of the rows suffice.",
+    "Remove the row, unless the refusal is intended.",
 )
 
 _TEMPLATE = re.compile(
@@ -161,7 +161,7 @@ class Markers(SpotCheck):
             answers.add(index)
             role = _ROLE.match(text.content)
             if role:
-                roles.append((start, start + role.end(), f"{role[0].strip()!r} at its start"))
+                roles.append((start, start + role.end(), f"{role[0].strip()!r} at the start"))
             refusal = _refusal(text.content)
             if refusal:
                 at = start + refusal.start()

@@ -18,10 +18,11 @@ from luthier.gate.check import Places, RowBatch
 from luthier.gate.pii import KINDS, SECRETS, Finder, PiiKind, can_check_ids
 from luthier.gate.rules import Finding, Findings, Place, Rule
 
-_WHY = "A model gives back what it has learned by heart, to whoever asks."
-_REDACT = "Redact it, or remove the row."
+_WHY = "A model reveals memorized text to any client."
+_REDACT = "Redact the item, or remove the row."
 _REVOKE = (
-    "Revoke it at its service, then redact it or remove the row: it has left its place already."
+    "Revoke the secret, because the file already reveals the secret. Then redact the item, or remove "
+    "the row."
 )
 
 _ABOUT: Mapping[PiiKind, str] = {
@@ -40,7 +41,7 @@ RULES: Mapping[PiiKind, Rule] = {
     kind: Rule(
         f"{'secret' if kind in SECRETS else 'privacy'}.{kind}",
         "error" if kind in ("private_key", "api_key") else "warning",
-        f"The row holds {about}.",
+        f"The row contains {about}.",
         _WHY,
         _REVOKE if kind in SECRETS else _REDACT,
     )
@@ -49,8 +50,8 @@ RULES: Mapping[PiiKind, Rule] = {
 UNCHECKED = Rule(
     "privacy.unchecked",
     "note",
-    "Bank accounts and national ids were not looked for.",
-    "They can be told from other numbers by their check digits only.",
+    "Bank accounts and national ids are not checked.",
+    "Only check digits distinguish these numbers from other numbers.",
     "Install the extra: pip install 'luthier[privacy]'.",
     whole=True,
 )
@@ -91,7 +92,7 @@ class Privacy(SpotCheck):
         wanted = {"iban", "national_id"} & set(self.finder.kinds)
         if wanted and places.total and not can_check_ids():
             place = Place(places.place(0).file, 0)
-            findings.add(Finding(UNCHECKED, place, "python-stdnum is not installed here."))
+            findings.add(Finding(UNCHECKED, place, "the library python-stdnum is not installed."))
 
     def summary(self) -> Mapping[str, Any]:
         """Items and rows of each kind."""

@@ -20,16 +20,16 @@ INDENTATION = Rule(
     "template.indentation",
     "warning",
     "The model's chat template removes the indentation of a reply.",
-    "The model learns, and gives, the reply without the indentation of the first line.",
-    "Put the code in a fenced block, use a base whose template does not trim, or train with "
+    "The model learns and generates the reply without the indentation of the first line.",
+    "Write the code in a fenced block, choose a base model with another template, or set "
     "`objective.template=plain`.",
 )
 TRIMMED = Rule(
     "template.trim",
     "note",
     "The model's chat template removes white space around a reply.",
-    "The model learns, and gives, the reply without this white space.",
-    "Remove the white space, or use a base whose template does not trim.",
+    "The model learns and generates the reply without this white space.",
+    "Remove the white space, or choose a base model with another template.",
 )
 _WORD = "the reply of a probe"
 
