@@ -237,25 +237,25 @@ def test_networks_whose_layers_share_their_weights_are_refused(
     assert refused.value.rule == "adapter.network"
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("is_bidirectional", [False, True])
 def test_every_query_sees_the_prefix_in_tiles_and_in_the_gpu_mask(
-    both_ways: bool, monkeypatch: pytest.MonkeyPatch
+    is_bidirectional: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
     monkeypatch.setattr(attention, "TILE", 4)
     monkeypatch.setattr(attention, "KEY_STEP", 2)
-    tree = build_tree(rows(), share=not both_ways)
+    tree = build_tree(rows(), share=not is_bidirectional)
     size = len(tree)
     dense = torch.zeros(size, 3 + size, dtype=torch.bool)
-    for group in plan_attention(tree, CPU, torch.float32, both_ways, before=3).groups:
+    for group in plan_attention(tree, CPU, torch.float32, is_bidirectional, before=3).groups:
         for query_Q, key_K, mask_QK in zip(
             group.query_BQ, group.key_BK, group.mask_BQK, strict=True
         ):
             for query, mask_K in zip(query_Q, mask_QK, strict=True):
                 dense[query, key_K[mask_K == 0]] = True
     plain = torch.zeros(size, size, dtype=torch.bool)
-    for group in plan_attention(tree, CPU, torch.float32, both_ways).groups:
+    for group in plan_attention(tree, CPU, torch.float32, is_bidirectional).groups:
         for query_Q, key_K, mask_QK in zip(
             group.query_BQ, group.key_BK, group.mask_BQK, strict=True
         ):
@@ -263,6 +263,6 @@ def test_every_query_sees_the_prefix_in_tiles_and_in_the_gpu_mask(
                 plain[query, key_K[mask_K == 0]] = True
     assert dense[:, :3].all() and torch.equal(dense[:, 3:], plain)
     depth, end = tree.depth_N, tree.subtree_end_N
-    seen = torch.from_numpy(np.arange(size) - depth if both_ways else end)
-    block = _flex_mask(seen, both_ways, before=3)
+    seen = torch.from_numpy(np.arange(size) - depth if is_bidirectional else end)
+    block = _flex_mask(seen, is_bidirectional, before=3)
     assert torch.equal(create_mask(block.mask_mod, 1, 1, size, 3 + size, "cpu")[0, 0], dense)

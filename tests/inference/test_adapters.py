@@ -384,7 +384,7 @@ def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(
     def fail(*given: Any) -> None:
         raise RuntimeError("no tokens")
 
-    monkeypatch.setattr(StoredModel, "chat_beside", fail)
+    monkeypatch.setattr(StoredModel, "shared_chat", fail)
     with pytest.raises(InferenceFailed):
         pool.submit(NAMES[0], asked())
     assert not pool._entries[base].model._backend._batch._stacks

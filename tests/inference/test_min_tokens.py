@@ -34,7 +34,7 @@ class Grammar:
     def allowed_mask(self, size: int) -> torch.Tensor:
         return torch.tensor([token in self.tokens for token in range(size)])
 
-    def take(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         pass
 
 

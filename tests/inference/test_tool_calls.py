@@ -191,7 +191,7 @@ def test_the_grammar_of_a_marked_call(tokenizer: Any) -> None:
     written = '<tool_call>\n{"name": "weather", "arguments": {"city": 3}}\n</tool_call>'
     for token in tokenizer.encode(written, add_special_tokens=False):
         assert matcher.allowed_mask(len(tokenizer))[token]
-        matcher.take(token)
+        matcher.accept_token(token)
     assert matcher.is_finished
     again = constraints.calls([WEATHER], marked=True)
     first = again.copy().allowed_mask(len(tokenizer))

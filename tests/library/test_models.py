@@ -7,7 +7,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -450,31 +449,4 @@ def test_a_folder_of_another_tool_is_what_its_network_is(
     assert stored.manifest.kind is None
     assert stored.objective.method == method
     assert stored.writes == (method == "causal_lm")
-    assert store.leaves_classes_out(stored) == (family == "resnet")
-
-
-def test_files_are_hashed_ahead_and_what_is_wrong_is_said_by_who_loads(
-    luthier_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_base(BASE)
-    write_json(base / MANIFEST, {"id": BASE, "kind": "causal_lm", "files": {"weights": "another"}})
-    (base / "weights").write_bytes(b"numbers")
-    mine = make_custom(BASE, "mine", BASE, "adapter", files={"adapter": "hash"})
-    (mine / "adapter").write_bytes(b"numbers")
-    # Its base is not here, and is not fetched for it.
-    other = next(each for each in CATALOG if each != BASE)
-    alone = make_custom(other, "alone", other, "adapter", files={"adapter": "hash"})
-    (alone / "adapter").write_bytes(b"numbers")
-    monkeypatch.setattr(store, "pull", lambda *given: pytest.fail("it fetches a base"))
-    hashed: list[Path] = []
-    monkeypatch.setattr(store, "cached_sha256_of", lambda path: hashed.append(path) or "hash")
-    for model_id in (f"{BASE}:mine", BASE, f"{BASE}:none", "no-model", "../x:y", f"{other}:alone"):
-        store.read_ahead(model_id)
-    for thread in threading.enumerate():
-        if thread.name == "read ahead":
-            thread.join(60)
-    files = [mine / "adapter", base / "weights", base / "weights", alone / "adapter"]
-    assert sorted(hashed) == sorted(files)
-    with pytest.raises(CorruptFile) as refused:
-        store.check_whole(find(BASE))
-    assert refused.value.rule == "file.changed"
+    assert store.ignores_classes(stored) == (family == "resnet")

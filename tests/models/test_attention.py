@@ -319,7 +319,7 @@ def test_the_gpu_mask_is_the_ancestor_relation(shape: str) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
     tree = pad_tree(build_tree(make_rows(SHAPES[shape])), 32)
-    block_mask = _flex_mask(torch.from_numpy(tree.subtree_end_N), both_ways=False)
+    block_mask = _flex_mask(torch.from_numpy(tree.subtree_end_N), is_bidirectional=False)
     dense = create_mask(block_mask.mask_mod, None, None, len(tree), len(tree), device="cpu")
     assert torch.equal(dense[0, 0], ancestors(tree))
     blocks = block_mask.to_dense()[0, 0].bool()

@@ -10,34 +10,34 @@ import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from luthier.errors import UnknownModel
-from luthier.models.config_errors import refuse_configuration
+from luthier.models.config_errors import reject_configuration
 from luthier.types import Message
 
 
 def test_a_full_gpu_is_no_fault_of_a_configuration() -> None:
     caught = pytest.raises(UnknownModel)
-    with caught as refused, refuse_configuration(UnknownModel, "no network"):
+    with caught as refused, reject_configuration(UnknownModel, "no network"):
         raise RuntimeError("no such size")
     assert refused.value.rule == "config.rejected"
-    with pytest.raises(torch.OutOfMemoryError), refuse_configuration(UnknownModel, "no network"):
+    with pytest.raises(torch.OutOfMemoryError), reject_configuration(UnknownModel, "no network"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("place", ["transformers.models.odd", "luthier.models.nets.odd"])
 def test_what_interprets_a_configuration_is_refused_for_its_errors(place: str) -> None:
-    with pytest.raises(UnknownModel), refuse_configuration(UnknownModel, "no network"):
+    with pytest.raises(UnknownModel), reject_configuration(UnknownModel, "no network"):
         _function_of(place)()
 
 
 def test_an_error_of_our_own_is_no_fault_of_a_configuration() -> None:
-    with pytest.raises(TypeError), refuse_configuration(UnknownModel, "no network"):
+    with pytest.raises(TypeError), reject_configuration(UnknownModel, "no network"):
         _function_of("luthier.models.load")()
 
 
 def test_what_an_object_lacks_is_the_fault_of_who_made_it() -> None:
-    with pytest.raises(UnknownModel), refuse_configuration(UnknownModel, "no network"):
+    with pytest.raises(UnknownModel), reject_configuration(UnknownModel, "no network"):
         _function_of("luthier.models.layouts", lambda: ImageClassifierOutput().last_hidden_state)()  # type: ignore[attr-defined]
-    with pytest.raises(AttributeError), refuse_configuration(UnknownModel, "no network"):
+    with pytest.raises(AttributeError), reject_configuration(UnknownModel, "no network"):
         _function_of("luthier.models.layouts", lambda: Message("user", "a").states)()  # type: ignore[attr-defined]
 
 

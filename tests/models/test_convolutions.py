@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from luthier.models.convolutions import Convolution, mend_convolutions
+from luthier.models.convolutions import Convolution, fix_convolutions
 
 WRONG = [
     (nn.Conv1d(8, 64, 8), (1, 8, 1137)),
@@ -36,7 +36,7 @@ def test_bfloat16_gives_what_float32_gives(layer: nn.Module, shape: tuple[int, .
     x = torch.randn(shape, dtype=torch.bfloat16)
     layer = copy.deepcopy(layer).bfloat16()
     expected = gradients(copy.deepcopy(layer).float(), x.float().requires_grad_())
-    mend_convolutions(layer)
+    fix_convolutions(layer)
     given = gradients(layer, x.requires_grad_())
     for one, other in zip(given, expected, strict=True):
         assert one.dtype == torch.bfloat16
@@ -47,7 +47,7 @@ def test_memory_that_nobody_wrote_is_not_added_up() -> None:
     """The gradient of Wav2Vec2's second convolution, beside memory that was full of nan."""
     torch.manual_seed(0)
     layer = nn.Conv1d(16, 16, 8, stride=4, bias=False).bfloat16()
-    mend_convolutions(layer)
+    fix_convolutions(layer)
     x = torch.randn(2, 16, 1599, dtype=torch.bfloat16, requires_grad=True)
     first = gradients(layer, x)
     for n in range(60):
@@ -63,9 +63,9 @@ def test_layers_stay_what_they_are() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), weight_norm(nn.Conv1d(4, 4, 8)))
     names = [type(layer).__name__ for layer in model]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    mend_convolutions(model)
+    fix_convolutions(model)
     kinds = [type(layer) for layer in model]
-    mend_convolutions(model)
+    fix_convolutions(model)
     assert kinds == [type(layer) for layer in model]
     assert names == [kind.__name__ for kind in kinds]
     assert isinstance(model[0], nn.Conv2d) and isinstance(model[0], Convolution)

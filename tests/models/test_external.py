@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from luthier.errors import ModelRefused
 from luthier.models.external import (
     INDEX,
+    check_configuration,
     check_layers,
-    check_texts,
     check_tokenizer,
     check_weights,
-    choose,
+    select_files,
 )
 
 WHOLE = [("config.json", 10), ("model.safetensors", 100), ("tokenizer.json", 10)]
@@ -25,16 +25,16 @@ WHOLE = [("config.json", 10), ("model.safetensors", 100), ("tokenizer.json", 10)
 
 def rule(*entries: tuple[str, int], most: int = 10_000) -> tuple[str, str]:
     with pytest.raises(ModelRefused) as caught:
-        choose(entries, most)
+        select_files(entries, most)
     return caught.value.problem.file, caught.value.problem.rule
 
 
 def test_only_what_makes_the_model_is_taken() -> None:
     further = ["README.md", "modeling_x.py", ".gitattributes", "vocab.png", "a b.safetensors"]
-    chosen = choose([*WHOLE, *((name, 1) for name in further)])
+    chosen = select_files([*WHOLE, *((name, 1) for name in further)])
     assert list(chosen.files) == WHOLE and list(chosen.left) == further
     assert (chosen.size, chosen.weights, chosen.adapter) == (120, 100, False)
-    assert choose([("adapter_config.json", 1), ("adapter_model.safetensors", 1)]).adapter
+    assert select_files([("adapter_config.json", 1), ("adapter_model.safetensors", 1)]).adapter
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_is_missing_or_too_large() -> None:
     assert rule(WHOLE[0], ("model.safetensors", 0), WHOLE[2])[1] == "model.weights"
     assert rule(WHOLE[0], WHOLE[1]) == ("tokenizer.json", "model.tokenizer")
     assert rule(*WHOLE, most=119) == ("*", "model.size")
-    assert choose(WHOLE, most=120)
+    assert select_files(WHOLE, most=120)
     assert rule(*WHOLE, ("vocab.json", 100_000_001)) == ("vocab.json", "model.size")
     for name in ("config.json", INDEX, "tokenizer_config.json"):
         entries = [*(each for each in WHOLE if each[0] != name), (name, 10_000_001)]
@@ -62,16 +62,16 @@ def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"a": torch.zeros(3, 4)}, tmp_path / "one.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
-    assert check_texts(tmp_path) == {} and check_weights(tmp_path) == 12
+    assert check_configuration(tmp_path) == {} and check_weights(tmp_path) == 12
     (tmp_path / "elsewhere").mkdir()
     for name in ("two.safetensors", "../one.safetensors", None, 3):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(ModelRefused) as refused:
-            check_texts(tmp_path)
+            check_configuration(tmp_path)
         assert refused.value.rule == "model.shards"
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(ModelRefused) as refused:
-        check_texts(tmp_path)
+        check_configuration(tmp_path)
     assert refused.value.rule == "model.config"
 
 
@@ -87,10 +87,10 @@ def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
 def test_too_many_layers_are_refused_at_any_depth(tmp_path: Path, config: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelRefused) as refused:
-        check_texts(tmp_path)
+        check_configuration(tmp_path)
     assert refused.value.rule == "model.layers"
     (tmp_path / "config.json").write_text(json.dumps(config).replace("1001", "1000"))
-    check_texts(tmp_path)
+    check_configuration(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["depth", "blocks"])
@@ -123,7 +123,7 @@ def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> N
     check_tokenizer(tmp_path)
     settings.write_text(json.dumps({"gguf_file": "/srv/other/model.gguf"}))
     (tmp_path / "config.json").write_text("{}")
-    for check in (check_tokenizer, check_texts):
+    for check in (check_tokenizer, check_configuration):
         with pytest.raises(ModelRefused) as refused:
             check(tmp_path)
         assert refused.value.rule == "model.tokenizer"
@@ -140,7 +140,7 @@ PIPELINE = [
 
 def test_of_a_pipeline_the_folders_of_its_parts_are_taken() -> None:
     further = ["v1-5-pruned.safetensors", "README.md", "unet/README.md", "tokenizer/x.py"]
-    chosen = choose([*PIPELINE, *((name, 1) for name in further)])
+    chosen = select_files([*PIPELINE, *((name, 1) for name in further)])
     assert list(chosen.files) == PIPELINE and list(chosen.left) == further
     assert (chosen.weights, chosen.adapter) == (190, False)
     assert rule(*PIPELINE, ("unet/a.bin", 1)) == ("unet/a.bin", "model.pickle")
@@ -150,4 +150,4 @@ def test_of_a_pipeline_the_folders_of_its_parts_are_taken() -> None:
 
 def test_what_reads_images_needs_no_tokenizer() -> None:
     entries = [*WHOLE[:2], ("preprocessor_config.json", 10)]
-    assert list(choose(entries).files) == entries
+    assert list(select_files(entries).files) == entries

@@ -12,7 +12,7 @@ import torch
 
 from luthier.adaptations import FeatureExtraction, Freeze, Full, LoRA
 from luthier.data.shapes.texts import LabelledText
-from luthier.models.frozen_layer_cache import Bottom, frozen_layers
+from luthier.models.frozen_layer_cache import FrozenLayerCache, frozen_layers
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
@@ -90,7 +90,7 @@ def test_loss_and_gradients_do_not_change(
     assert 0 < count <= network.model.config.num_hidden_layers
     where = tmp_path / "activations.bin" if file else None
     names = [name for name, _ in network.model.named_modules()]
-    network.bottom = Bottom.of(network, count, examples, 40, where)
+    network.frozen_cache = FrozenLayerCache.of(network, count, examples, 40, where)
     found, got = gradients(network, objective, examples[::-1])
     assert found == pytest.approx(expected, rel=1e-5)
     assert got.keys() == wanted.keys()
@@ -103,8 +103,10 @@ def test_the_frozen_layers_are_not_run_again(
     extracting: tuple[Network, Classification, list[Example]],
 ) -> None:
     network, objective, examples = extracting
-    network.bottom = Bottom.of(network, frozen_layers(network.model), examples, 40, None)
-    stack = network.bottom._owner, network.bottom._name
+    network.frozen_cache = FrozenLayerCache.of(
+        network, frozen_layers(network.model), examples, 40, None
+    )
+    stack = network.frozen_cache._owner, network.frozen_cache._name
     runs = []
     for layer in getattr(*stack):
         layer.register_forward_hook(lambda *_: runs.append(1))
@@ -128,6 +130,6 @@ def test_rows_of_the_same_tokens_are_kept_once(
 ) -> None:
     network, _, examples = extracting
     twice = [*examples, *(Example(e.ids_T, e.weight_T, 9, e.target) for e in examples)]
-    bottom = Bottom.of(network, 1, twice, 40, None)
-    assert len(bottom._kept) == sum(map(len, examples))
-    assert np.isfinite(bottom._kept.numpy()).all()
+    frozen_cache = FrozenLayerCache.of(network, 1, twice, 40, None)
+    assert len(frozen_cache._kept) == sum(map(len, examples))
+    assert np.isfinite(frozen_cache._kept.numpy()).all()

@@ -102,7 +102,7 @@ def test_loss_and_gradients_are_those_of_transformers(
         "t5",
         "token_classification",
     )
-    assert network.both_ways == reads
+    assert network.is_bidirectional == reads
     total = torch.zeros(())
     for batch in network.batches(examples, 20):
         total = total + objective.loss(network, batch).total

@@ -103,9 +103,9 @@ def made(family: str, dtype: torch.dtype, **changes: Any) -> Any:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * (0.2 if weight.dim() > 1 else 0.05))
-    from luthier.models.heads import mark
+    from luthier.models.heads import set_task
 
-    mark(model, "causal_lm")
+    set_task(model, "causal_lm")
     return model.to(dtype)
 
 
@@ -187,9 +187,9 @@ def test_a_family_that_lora_does_not_fit_is_refused_before_it_trains(family: str
         family, **SIZES, **moe, **(mamba | order if family == "jamba" else {})
     )
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    from luthier.models.heads import mark
+    from luthier.models.heads import set_task
 
-    mark(model, "causal_lm")
+    set_task(model, "causal_lm")
     network = as_network(model, CPU, torch.float32)
     ADAPTATIONS["lora"].model_validate({}).attach(network.model)
     with pytest.raises(RecipeError) as refused:
@@ -208,7 +208,7 @@ def test_whether_tokens_see_ahead_is_no_question_of_bits(monkeypatch: pytest.Mon
         return found
 
     monkeypatch.setattr(model.base_model, "forward", rounded)
-    assert not Probe(model, CPU).sees_ahead()
+    assert not Probe(model, CPU).is_bidirectional()
 
 
 def test_a_passed_trial_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,18 +217,18 @@ def test_a_passed_trial_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe.Probe, "plain", lambda self: tried.append(self))
     network = as_network(made("qwen3_moe", torch.float32), CPU, torch.float32)
     assert not tried
-    assert not network.both_ways
+    assert not network.is_bidirectional
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
-def test_the_dense_attention_of_accelerators_is_that_of_the_tree(both_ways: bool) -> None:
+@pytest.mark.parametrize("is_bidirectional", [False, True])
+def test_the_dense_attention_of_accelerators_is_that_of_the_tree(is_bidirectional: bool) -> None:
     from luthier.models.attention import plan_attention
 
     rows = [Example(ids, np.zeros(len(ids), np.float32), n) for n, ids in enumerate(rows_of(9, 5))]
-    tree = build_tree(rows, share=not both_ways)
+    tree = build_tree(rows, share=not is_bidirectional)
     query, key, value = (torch.randn(1, heads, len(tree), 8) for heads in (4, 2, 2))
-    plan = plan_attention(tree, CPU, torch.float32, both_ways)
-    dense = DenseAttention(tree, both_ways, CPU).attend(None, query, key, value, 0.3)
+    plan = plan_attention(tree, CPU, torch.float32, is_bidirectional)
+    dense = DenseAttention(tree, is_bidirectional, CPU).attend(None, query, key, value, 0.3)
     assert torch.allclose(dense, plan.attend(None, query, key, value, 0.3), atol=1e-5)
 
 

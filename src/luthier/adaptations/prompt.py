@@ -28,7 +28,7 @@ class Prompt(VirtualTokens):
     def adapt(self, model: nn.Module) -> None:
         """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
         from luthier.adaptations.prompt_layer import PromptEmbedding
-        from luthier.models.heads import gradient_reach
+        from luthier.models.heads import truncation_length
 
         if prompt_ids(model):
             raise RecipeError(
@@ -36,7 +36,7 @@ class Prompt(VirtualTokens):
                 "Train lora on it, or a prompt on the model below it.",
                 rule="adapter.occupied",
             )
-        if (reach := gradient_reach(model)) is not None:
+        if (reach := truncation_length(model)) is not None:
             kind = model.config.model_type  # type: ignore[union-attr]
             raise RecipeError(
                 "a soft prompt stands at the beginning of a row, and in networks of type "

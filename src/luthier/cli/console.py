@@ -172,17 +172,13 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def heavy_imports(model: str = "") -> Iterator[None]:
+def heavy_imports() -> Iterator[None]:
     """Disable the garbage collector during imports and loading, which create no garbage.
 
     The collector would scan hundreds of thousands of objects of torch and transformers: 3.05 s with
-    and 2.45 s without collector for a start. The files of ``model`` are hashed meanwhile.
+    and 2.45 s without collector for a start.
     """
     gc.disable()
-    if model:
-        from luthier.library.models import read_ahead
-
-        read_ahead(model)
     try:
         yield
     finally:

@@ -65,7 +65,7 @@ def embed(
     Raises:
         RefusedInput: for unreadable rows, or a model without embeddings.
     """
-    with heavy_imports(model):
+    with heavy_imports():
         from luthier.data.rows import load_inputs
         from luthier.engine.metrics import Reporter
         from luthier.inference.embeddings import (

@@ -111,7 +111,7 @@ def generate(
     Raises:
         RefusedInput: for unreadable rows, or a prompt that leaves too little room for a reply.
     """
-    with heavy_imports(model):
+    with heavy_imports():
         from luthier.engine.metrics import Reporter
         from luthier.inference.generation import Generator
         from luthier.library.models import check_active, find
@@ -213,7 +213,7 @@ def chat(
         max_tokens: Token limit of a reply.
         temperature: Sampling temperature.
     """
-    with heavy_imports(model):
+    with heavy_imports():
         from luthier.inference.derived_gguf import check_derivable
         from luthier.inference.generation import Generator
         from luthier.library.models import check_active, find

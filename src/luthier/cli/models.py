@@ -204,7 +204,7 @@ def show_model(model: str) -> Record:
         model: Model id.
     """
     from luthier.library.folders import is_base_here
-    from luthier.library.models import described_base, find
+    from luthier.library.models import catalogue_model, find
     from luthier.models.catalog import CATALOG
 
     entry = CATALOG.get(model)
@@ -215,7 +215,7 @@ def show_model(model: str) -> Record:
             _check_run_ended(model)
             raise
     else:
-        stored = described_base(entry)
+        stored = catalogue_model(entry)
     return {
         "id": stored.id,
         "folder": str(stored.folder),
@@ -229,12 +229,12 @@ def show_model(model: str) -> Record:
 def print_model(details: Record) -> None:
     """Print the main facts of a model."""
     from luthier.library.folders import is_base_here
-    from luthier.library.models import described_base, find
+    from luthier.library.models import catalogue_model, find
     from luthier.models.catalog import CATALOG
 
     model = details["id"]
     is_here = model not in CATALOG or is_base_here(model)
-    stored = find(model) if is_here else described_base(CATALOG[model])
+    stored = find(model) if is_here else catalogue_model(CATALOG[model])
     print_text(model)
     for name, text in _summary(stored, details["files"]):
         print_text(f"  {name:<13} {text}")

@@ -79,11 +79,11 @@ def predict(
     Raises:
         RefusedInput: for unreadable rows, or a model that generates text or images.
     """
-    with heavy_imports(model):
+    with heavy_imports():
         from luthier.data.rows import input_row
         from luthier.engine.metrics import Reporter
         from luthier.inference.prediction import Predictor
-        from luthier.library.models import check_active, find, leaves_classes_out
+        from luthier.library.models import check_active, find, ignores_classes
         from luthier.objectives.base import threshold_of
         from luthier.workflows.inference_tasks import PredictTask, prediction_lines
 
@@ -103,7 +103,7 @@ def predict(
     is_shared = shared.check(input, output)
     stored = check_active(find(model, is_able=Predictor.is_able))
     threshold = threshold_of(Predictor.check(stored))
-    if leaves_classes_out(stored):
+    if ignores_classes(stored):
         reporter.note(f"{stored.id} has classes of its pre-training only: the output is embeddings")
     task = PredictTask(model=stored.id, source=str(input), columns=columns or {}, top=top)
     if is_shared and output is not None:

@@ -35,7 +35,7 @@ from luthier.library.folders import base_folder
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
 from luthier.models.dropout import check_dropout
-from luthier.models.heads import head_weights, scratch_rate, width_of
+from luthier.models.heads import head_weights, hidden_size_of, scratch_rate
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
 from luthier.models.tokenizer import check_vocabulary
@@ -404,7 +404,7 @@ def resolve_job(
         check_shardable(model, data.objective, recipe.adaptation)
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
-    width = width_of(model)
+    width = hidden_size_of(model)
     # A custom model of the same task and classes brings its head along.
     brings = base.manifest.kind == data.objective.task
     one, other = own.head(), bound.head()
@@ -496,7 +496,7 @@ def bind_models(
     for name, each in objective.other_models.items():
         found = store.find(each, say)
         learned = found.objective
-        width = width_of(found.network.sketch(learned.head()))
+        width = hidden_size_of(found.network.sketch(learned.head()))
         others[name] = OtherModel(learned, width, found.chat)
     return objective.bind(RunModels(chat, others=others))
 

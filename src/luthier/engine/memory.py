@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.adaptations import Adaptation
 from luthier.errors import DoesNotFit, UnknownModel
-from luthier.models.config_errors import DOES_NOT_RUN, refuse_configuration
+from luthier.models.config_errors import DOES_NOT_RUN, reject_configuration
 from luthier.models.heads import Head, frozen_parts
 from luthier.models.layers import layer_names
 from luthier.models.modalities import (
@@ -161,7 +161,7 @@ def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = No
     config: Any = model.config
     dropped = getattr(config, "layerdrop", 0.0)
     with (
-        refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)),
+        reject_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         if dropped:
@@ -198,7 +198,7 @@ def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = N
     inside = (each for name in parts for each in model.get_submodule(name).modules())
     hooks = [each.register_forward_hook(measure) for each in inside]
     try:
-        with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(model.config.model_type)):
+        with reject_configuration(UnknownModel, DOES_NOT_RUN.format(model.config.model_type)):
             model.decode_latents(model.encode_images(torch.empty(1, *shape, device="meta")))
     finally:
         for hook in hooks:
@@ -264,7 +264,7 @@ def sketch_training(
     model = sketch(config, head or objective.head())
     # Families of several parts have their sizes elsewhere (PaliGemma), or no embedding (HuBERT).
     message = f"networks of type {config.model_type} cannot be trained here yet"
-    with refuse_configuration(UnknownModel, message):
+    with reject_configuration(UnknownModel, message):
         plain = weight_bytes(model, size)
         adaptation = adaptation.bind_network(model)
         with torch.device("meta"):

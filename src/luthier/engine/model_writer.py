@@ -241,7 +241,7 @@ class ModelWriter:
     def _why_not_greedy(self, network: Network) -> str | None:
         """Return the reason against a comparison of greedy text, or ``None``."""
         task = self.job.data.objective.task
-        if task != "causal_lm" or network.both_ways:
+        if task != "causal_lm" or network.is_bidirectional:
             return f"a network for {task.replace('_', ' ')} does not write from texts"
         return None
 

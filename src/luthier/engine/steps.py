@@ -25,7 +25,7 @@ from luthier.engine.runs import ACTIVATIONS, METRICS, PRECOMPUTED, REFIT, Run
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.files import need_disk
 from luthier.gate.checks.base_language import UNTRAINED
-from luthier.models.frozen_layer_cache import Bottom, frozen_layers, is_frozen
+from luthier.models.frozen_layer_cache import FrozenLayerCache, frozen_layers, is_frozen
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MediaLayout
 from luthier.objectives.base import RunStart, threshold_of
@@ -211,7 +211,9 @@ class FrozenLayers(TrainingStep):
                 media.compute_ahead(network, rows, trainer.reading_budget, file)
                 reporter.note(f"{kept}; each epoch runs the head alone")
             else:
-                network.bottom = Bottom.of(network, count, rows, trainer.reading_budget, file)
+                network.frozen_cache = FrozenLayerCache.of(
+                    network, count, rows, trainer.reading_budget, file
+                )
                 reporter.note(f"{kept}; each epoch starts at layer {count + 1}")
             seconds = time.monotonic() - started
         trainer.first_lines["frozen_layers"] = {"layers": count, "seconds": seconds}

@@ -416,7 +416,8 @@ class Trainer:
         network = self.network
         for other in network.others.values():
             other.close()
-        network.bottom, network.others, network.cache, network.backend = None, {}, None, None
+        network.frozen_cache, network.others, network.cache = None, {}, None
+        network.uses_llama_forward = None  # the extra modules are part of the comparison
         if isinstance(network.layout, MediaLayout):
             network.layout.forget()
         for name in self._loaded.extra_modules:

@@ -40,8 +40,8 @@ from luthier.exports.writer import (
 from luthier.files import hashes_of, write_bytes, write_json
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, check_mergeable
-from luthier.models.heads import filling_id
-from luthier.models.layouts import read_states
+from luthier.models.heads import padding_id
+from luthier.models.layouts import pooled_states
 from luthier.models.load import as_network
 from luthier.models.manifest import ExportRecord, created_now
 from luthier.models.modalities import is_dual_encoder, media_inputs
@@ -129,7 +129,7 @@ class _MediaEmbedding(_Graph):
     """Image or audio embeddings ``[R, H]`` of length 1."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(read_states(self.model, inputs[0]), dim=-1)
+        return torch.nn.functional.normalize(pooled_states(self.model, inputs[0]), dim=-1)
 
 
 Read = Callable[["Network", "TreeBatch"], Iterable["FloatArray"]]
@@ -166,7 +166,7 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
     if objective.task == "embedding":
         axes = "batch", "hidden"
         details: dict[str, Any] = {"normalized": True}
-        if network.layout.reads_media:
+        if network.layout.has_media:
             meaning = "the embedding of a row"
             return OnnxAnswer(MEDIA, axes, meaning, _MediaEmbedding, predict, "embedding", details)
         pooling = getattr(objective, "pooling", "auto")
@@ -186,7 +186,7 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
                 )
             pooling = names[own]
         if pooling == "auto":
-            pooling = "mean" if network.both_ways else "last"
+            pooling = "mean" if network.is_bidirectional else "last"
         threshold = getattr(objective, "threshold", None)
         details |= {"pooling": pooling, "similarity_threshold": threshold}
         meaning = f"the {pooling} of the states of a text's tokens, brought to length 1"
@@ -325,7 +325,7 @@ def export_onnx(
             "output": {"name": answer.name, "axes": [*answer.axes], "meaning": answer.meaning},
             "max_tokens": None if chat.media else stored.room,
             "template": None if chat.media else chat.template,
-            "pad_token_id": None if chat.media else filling_id(model),
+            "pad_token_id": None if chat.media else padding_id(model),
             **answer.details,
         }
         write_json(fresh / ONNX_CONFIG, config)
@@ -385,7 +385,7 @@ def _traced_inputs(model: Any, chat: ChatFormat, rows: int = 2) -> dict[str, Ten
     tokens = 8 * rows
     ids_RT = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
     mask_RT = torch.ones_like(ids_RT)
-    ids_RT[0, 5:], mask_RT[0, 5:] = filling_id(model), 0
+    ids_RT[0, 5:], mask_RT[0, 5:] = padding_id(model), 0
     return {"input_ids": ids_RT, "attention_mask": mask_RT}
 
 
@@ -440,7 +440,7 @@ def _largest_error(
             inputs = _traced_inputs(graph.model, chat, count)
             batches.append((inputs, list(graph(*inputs.values()).float().numpy())))
     else:
-        fill = filling_id(graph.model)
+        fill = padding_id(graph.model)
         for part in (*([row] for row in rows), rows[:2], rows):
             batches.append((_pad(part, fill), [row.answer for row in part]))
     largest, worst = 1e-6, 0.0

@@ -172,7 +172,7 @@ class RowBatcher:
         network = predictor.network
         self._predictor, self._scheduler, self._memory = predictor, scheduler, memory
         self._deterministic = deterministic
-        self._media = network.layout.reads_media
+        self._media = network.layout.has_media
         self._most = MOST_IMAGES if self._media else READING_BUDGET
         self._row_bytes = 0 if self._media else _bytes_per_token(network)
         self._fewest = 1 if self._media else FEWEST_TOKENS

@@ -81,7 +81,7 @@ class Matcher:
         allowed = np.unpackbits(bits, bitorder="little")[:vocabulary].astype(bool)
         return torch.from_numpy(np.pad(allowed, (0, vocabulary - len(allowed))))
 
-    def take(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         """Advance by ``token``."""
         self._matcher.consume_token(token)
         self._check()

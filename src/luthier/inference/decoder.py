@@ -50,7 +50,7 @@ from luthier.inference.scheduler import (
 from luthier.inference.text import AnswerDelta, AnswerText
 from luthier.inference.tool_calls import CallSplitter
 from luthier.limits import ModelLimits
-from luthier.models.backends import ReusesKeyValues, Speculates, reply_room
+from luthier.models.backends import ReusesKeyValues, Speculates, completion_limit
 from luthier.models.decoding import TokenSampler, likeliest_tokens, seed_of
 from luthier.models.kv_cache import CHUNK
 from luthier.models.speculation import Speculation
@@ -153,7 +153,7 @@ class RunningAnswer:
         if self.last in sampler.stop_ids:
             return self._end("stop")
         if matcher is not None:
-            matcher.take(self.last)
+            matcher.accept_token(self.last)
         self._show(self._text.feed(self.last, self._score(logits_V)))
         self.count += 1
         if self._text.stop is not None:
@@ -292,7 +292,7 @@ class Decoder:
         with ExitStack() as opening:
             opened = open_model(stored, None if base is None else base._opened)
             opening.callback(opened.close)  # an adapter must leave its base if the rest fails
-            chat = stored.chat if base is None else stored.chat_beside(base.chat)
+            chat = stored.chat if base is None else stored.shared_chat(base.chat)
             made = Decoder(
                 opened, chat, memory, limits, scheduler, prefixes, base, latency, deterministic
             )
@@ -383,7 +383,7 @@ class Decoder:
         reasoning = reasoning_after(self.chat, ids_T) if isinstance(request.prompt, Chat) else None
         if matcher is not None and reasoning is not None:
             matcher = self._matcher(request, reasoning)
-        room = reply_room(len(ids_T), self.context, beside=self.chat.start_id is not None)
+        room = completion_limit(len(ids_T), self.context, beside=self.chat.start_id is not None)
         if room < 1:
             raise self._limit.too_long()
         if any(not 0 <= token < self.vocabulary for token in request.logit_bias):

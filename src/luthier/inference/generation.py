@@ -22,7 +22,7 @@ from luthier.inference.inference import Chat
 from luthier.inference.opened_model import OpenedModel, open_model
 from luthier.inference.prediction import BLOCK_PROMPTS
 from luthier.inference.text import AnswerDelta, AnswerText
-from luthier.models.backends import reply_room
+from luthier.models.backends import completion_limit
 from luthier.models.decoding import Decoding, RunningCompletion, seed_of
 from luthier.models.sampling import Sampling
 from luthier.models.torch_backend import AdaptedBackend, FlatBackend
@@ -211,7 +211,7 @@ class Generator:
     def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
         reply = self.max_tokens(sampling)
         beside = self.chat.start_id is not None
-        if reply <= reply_room(len(ids_T), self.context, beside):
+        if reply <= completion_limit(len(ids_T), self.context, beside):
             return None
         return (
             f"has {len(ids_T)} tokens; with {reply} for the reply that is more than the "

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -39,7 +38,6 @@ from luthier.library.folders import (
     base_folder,
     custom_folder,
     custom_folders,
-    folder_of,
     id_of,
     is_base_here,
     short_name,
@@ -149,7 +147,7 @@ class StoredModel:
         check = partial(_check_template, self.id, self.folder, chat.template_sha256)
         return replace(chat, check_template=check)
 
-    def chat_beside(self, parent: ChatFormat) -> ChatFormat:
+    def shared_chat(self, parent: ChatFormat) -> ChatFormat:
         """Return ``parent``, the parent's format, if this model has the same format.
 
         Loading a tokenizer takes longer than loading an adapter.
@@ -184,7 +182,7 @@ class StoredModel:
         return self.objective.task == "causal_lm"
 
 
-def described_base(entry: CatalogEntry) -> StoredModel:
+def catalogue_model(entry: CatalogEntry) -> StoredModel:
     """Return a catalogue model from its description, without download."""
     return StoredModel(entry.id, base_folder(entry.id), entry.manifest())
 
@@ -251,7 +249,7 @@ def _ids_of_able(
     """Return the ids of all models that ``is_able`` accepts."""
     known = custom_models()
     if not custom_only:
-        known = [*map(described_base, CATALOG.values()), *pretrained_models(), *known]
+        known = [*map(catalogue_model, CATALOG.values()), *pretrained_models(), *known]
     return [each.id for each in known if is_able is None or _is_model_able(each, is_able)]
 
 
@@ -437,7 +435,7 @@ def load(
         CorruptFile: for a file with another hash than in the manifest.
     """
     from luthier.data.sentence import read_sentence_pipeline
-    from luthier.models.heads import decoder_of, mark_decoder_opening
+    from luthier.models.heads import decoder_of, set_decoder_opening
     from luthier.models.load import load_model
     from luthier.models.modalities import media_config
     from luthier.models.sentence_head import attach_sentence_head
@@ -453,7 +451,7 @@ def load(
     if head.task == "causal_lm" and decoder_of(network) is not None:
         form = model.manifest.format or model.chat
         if form.start_id is not None:
-            mark_decoder_opening(network, (form.start_id, *form.opening_ids))
+            set_decoder_opening(network, (form.start_id, *form.opening_ids))
     if head.task == "embedding":
         stored, folder = model.manifest.format, model.network_folder
         pipeline = None if stored is None else stored.sentence
@@ -462,25 +460,6 @@ def load(
         attach_sentence_head(network, pipeline, folder)
     on_merged(model)
     return network
-
-
-def read_ahead(model_id: str) -> None:
-    """Hash the files of a local model in another thread, ahead of loading.
-
-    Neither downloads nor reports errors; loading the model reports errors.
-    """
-
-    def read() -> None:
-        below: str | None = model_id
-        with suppress(LuthierError, OSError, ValueError):
-            while below is not None:
-                folder = folder_of(below) or base_folder(below)
-                manifest = _read_record(folder, below)
-                check_whole(StoredModel(below, folder, manifest))
-                below = manifest.parent if manifest.saved == "adapter" else None
-
-    if ":" in model_id or model_id in CATALOG:
-        threading.Thread(target=read, name="read ahead", daemon=True).start()
 
 
 _PICTURES = frozenset({".png", ".svg"})
@@ -612,7 +591,7 @@ def check_mergeable(model: StoredModel, need: str) -> None:
         model = model.parent
 
 
-def leaves_classes_out(model: StoredModel) -> bool:
+def ignores_classes(model: StoredModel) -> bool:
     """Return True for another tool's image or audio classifier, used here for embeddings."""
     if model.manifest.kind is not None or model.manifest.objective is not None:
         return False

@@ -174,25 +174,41 @@ class AttentionPlan:
         return out_SHD[None]
 
 
+class RecordingAttention:
+    """Tree attention that records the keys and values of each layer, ``[Hk, before + N, D]``."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.plan, self.longest = plan, plan.longest
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Record the keys and values, then attend."""
+        key, value = self.plan.with_prefix(module, key, value)
+        self.layers[module.layer_idx] = key[0], value[0]
+        return self.plan.over(query, key, value, scale)
+
+
 def plan_attention(
     tree: TokenTree,
     device: torch.device,
     dtype: torch.dtype,
-    both_ways: bool = False,
+    is_bidirectional: bool = False,
     before: int = 0,
 ) -> AttentionPlan:
     """Return the attention pattern of ``tree``: tiles on a CPU, a block mask on a GPU.
 
     Args:
-        both_ways: Bidirectional attention within each row. Requires a forest of chains.
+        is_bidirectional: Bidirectional attention within each row. Requires a forest of chains.
         before: Number of prefix keys (prefix tuning).
     """
     longest = before + int(tree.depth_N.max()) + 1
     keys = before + len(tree)
-    first_N = _row_starts(tree) if both_ways else None
+    first_N = _row_starts(tree) if is_bidirectional else None
     if device.type != "cpu":
         seen_N = tree.subtree_end_N if first_N is None else first_N
-        mask = _flex_mask(torch.from_numpy(seen_N).to(device), both_ways, before)
+        mask = _flex_mask(torch.from_numpy(seen_N).to(device), is_bidirectional, before)
         return AttentionPlan((), longest, before, keys, mask)
     short, long = (_cut(tree, tile, first_N, before) for tile in (SHORT_TILE, TILE))
     tiles = short if _scores(short) <= SHORT_SHARE * _scores(long) else long
@@ -347,7 +363,7 @@ def _probabilities(q_b: Tensor, k_b: Tensor, group: TileGroup, scale: float) -> 
     return torch.softmax(scores, -1)
 
 
-def _flex_mask(seen_N: Tensor, both_ways: bool, before: int = 0) -> Any:
+def _flex_mask(seen_N: Tensor, is_bidirectional: bool, before: int = 0) -> Any:
     """Return the block mask. ``seen_N`` is the end of each node's subtree, or the start of the row."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -360,7 +376,7 @@ def _flex_mask(seen_N: Tensor, both_ways: bool, before: int = 0) -> Any:
     def behind_prefix(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key < before) | tree_mask(_b, _h, query, (key - before).clamp(min=0))
 
-    tree_mask = same_row if both_ways else ancestor
+    tree_mask = same_row if is_bidirectional else ancestor
     mask = behind_prefix if before else tree_mask
     nodes = len(seen_N)
     return create_block_mask(mask, None, None, nodes, before + nodes, device=seen_N.device)

@@ -145,15 +145,6 @@ class Speculates(Protocol):
 
 
 @runtime_checkable
-class ReopenableBackend(Backend, Protocol):
-    """A backend of a network in memory that can be reopened after :meth:`Backend.close`."""
-
-    def reopen(self) -> None:
-        """Reopen the backend with the current weights of the network."""
-        ...
-
-
-@runtime_checkable
 class AdapterBackend(Backend, Protocol):
     """A backend that batches rows of several LoRA adapters on one base network."""
 
@@ -173,7 +164,7 @@ def common_length(ids_T: IntArray, other_T: IntArray) -> int:
     return int(differ.argmax()) if differ.any() else size
 
 
-def reply_room(prompt: int, context: int, beside: bool) -> int:
+def completion_limit(prompt: int, context: int, beside: bool) -> int:
     """Return the maximum number of completion tokens, below 1 if the prompt is too long.
 
     Args:

@@ -9,7 +9,7 @@ from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json
 from luthier.models import nets
 from luthier.models.characters import character_tokenizer, letter_tokenizer, token_ids
-from luthier.models.config_errors import refuse_configuration
+from luthier.models.config_errors import reject_configuration
 
 if TYPE_CHECKING:
     from luthier.models.heads import Task
@@ -79,7 +79,7 @@ def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
 
     kind = fields["model_type"]
     nets.register(kind)
-    with refuse_configuration(
+    with reject_configuration(
         RecipeError, f"Cannot create a network of type {kind} from this configuration"
     ):
         config: Any = AutoConfig.for_model(**fields)

@@ -44,7 +44,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 @contextmanager
-def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[None]:
+def reject_configuration(refusal: type[RefusedInput], message: str) -> Iterator[None]:
     """Convert errors that libraries raise for an invalid configuration into ``refusal``.
 
     Libraries rarely validate a configuration: an invalid value fails at its first use, with any

@@ -58,7 +58,7 @@ def _right_in_bfloat16(
 
 
 class Convolution(nn.modules.conv._ConvNd):
-    """The mixin that :func:`mend_convolutions` adds to a layer's class."""
+    """The mixin that :func:`fix_convolutions` adds to a layer's class."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Sequence[int] | str = self.padding
@@ -68,7 +68,7 @@ class Convolution(nn.modules.conv._ConvNd):
         return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-def mend_convolutions(model: nn.Module) -> None:
+def fix_convolutions(model: nn.Module) -> None:
     """Let the convolutions of ``model`` compute by :func:`convolve`; names and weights stay."""
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, Convolution):

@@ -15,7 +15,7 @@ import random
 import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.backends import ReopenableBackend, backend_of, read_prompts, reply_room
+from luthier.models.backends import backend_of, completion_limit, read_prompts
 from luthier.models.forward_backend import ForwardBackend
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class TokenMask(Protocol):
         """Return for each of ``size`` tokens if the token is allowed next, ``[V]``."""
         ...
 
-    def take(self, token: int) -> None:
-        """Go on behind ``token``."""
+    def accept_token(self, token: int) -> None:
+        """Advance the grammar by ``token``."""
         ...
 
     @property
@@ -309,7 +309,7 @@ class Decoding:
             row.ids.append(token)
             row.stopped = token in row.sampler.stop_ids
             if (mask := row.sampler.mask) is not None and not row.stopped:
-                mask.take(token)
+                mask.accept_token(token)
                 row.complete = mask.is_finished
             if row.stopped or row.complete or len(row.ids) == self._max_tokens:
                 self.end(row)
@@ -394,7 +394,13 @@ def sample(
     finished = 0
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     together = max(1, batch_size // count)
-    with _eval_mode(network.model), _open_backend(network, context, encoded_RSH) as backend:
+    with _eval_mode(network.model), ExitStack() as stack:
+        backend: Backend = (
+            backend_of(network, context)
+            if encoded_RSH is None
+            else ForwardBackend(network, context, encoded_RSH)
+        )
+        stack.enter_context(closing(backend))
         for start, first in itertools.product(
             range(0, len(order), together), range(0, count, batch_size)
         ):
@@ -458,31 +464,10 @@ def seed_of(sampling: Sampling) -> int:
     return secrets.randbits(63) if sampling.seed is None else sampling.seed
 
 
-@contextmanager
-def _open_backend(network: Network, context: int, encoded_RSH: Tensor | None) -> Iterator[Backend]:
-    """Yield the backend of ``network``, and close it afterwards.
-
-    A reopenable backend stays with the network. Comparing the fast forward pass with the network's
-    modules takes as long as a short completion, which is too slow for each step of reinforcement
-    learning.
-    """
-    if encoded_RSH is not None:
-        backend: Backend = ForwardBackend(network, context, encoded_RSH)
-    elif network.backend is not None:
-        backend = network.backend
-        network.backend.reopen()
-    else:
-        backend = backend_of(network, context)
-        if isinstance(backend, ReopenableBackend):
-            network.backend = backend
-    with closing(backend):
-        yield backend
-
-
 def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> int:
     """Return the context of ``network``; raises for encoders and prompts that do not fit."""
     model = network.model
-    if heads.task_of(model) not in ("causal_lm", "image_to_text") or network.both_ways:
+    if heads.task_of(model) not in ("causal_lm", "image_to_text") or network.is_bidirectional:
         raise RecipeError(
             f"Networks of type {model.config.model_type} with this head cannot generate text. "
             "Choose a base model with kind causal_lm.",
@@ -494,7 +479,7 @@ def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> in
         size = before + len(prompt_T)
         if not len(prompt_T):
             raise RecipeError(f"Prompt {index + 1} has no tokens.", rule="prompt.empty")
-        if max_tokens > reply_room(size, context, beside):
+        if max_tokens > completion_limit(size, context, beside):
             raise RecipeError(
                 f"Prompt {index + 1} has {size} tokens; with {max_tokens} tokens for the "
                 f"completion, the model's context of {context} is exceeded. Shorten the "

@@ -19,7 +19,7 @@ from luthier.data.inputs import MOST_PIXELS, Processor, read_processor
 from luthier.errors import ModelRefused, UnknownModel
 from luthier.models import nets
 from luthier.models.base_kinds import kind_of_family
-from luthier.models.config_errors import refuse_configuration
+from luthier.models.config_errors import reject_configuration
 from luthier.models.external import (
     check_layers,
     check_sizes,
@@ -153,7 +153,7 @@ class ModelFolder:
             part_classes()
         kind = self.fields.get("model_type", "of unknown type")
         message = f"Cannot load the network in {self.path} ({kind})"
-        with refuse_configuration(UnknownModel, message):
+        with reject_configuration(UnknownModel, message):
             config = copy.deepcopy(self._config)
             task = task_in(config)
             head = Head("embedding" if task in _HEADS_LEFT_OUT else task)

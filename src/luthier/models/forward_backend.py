@@ -130,9 +130,6 @@ class ForwardBackend:
     def close(self) -> None:
         """Do nothing: each sequence owns a cache."""
 
-    def reopen(self) -> None:
-        """Do nothing: the backend computes nothing from the weights ahead."""
-
     @torch.no_grad()
     def _read(self, rows: list[_ForwardSequence], group: _Group | None = None) -> Tensor:
         """Prefill ``rows`` as a new group and return the logits ``[R, V]`` of the next tokens."""
@@ -141,7 +138,7 @@ class ForwardBackend:
         group.cache = prefix_cache(model, rows=len(rows))
         # Beside a decoder a prompt is filled up at its end, else before its first token.
         width = max(len(row.ids_T) for row in rows)
-        ids_RT = np.full((len(rows), width), heads.filling_id(model), dtype=np.int64)
+        ids_RT = np.full((len(rows), width), heads.padding_id(model), dtype=np.int64)
         mask_RT = np.zeros_like(ids_RT)
         for index, row in enumerate(rows):
             size = len(row.ids_T)

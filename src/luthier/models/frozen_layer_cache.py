@@ -1,10 +1,10 @@
 """Cache of the activations below the first trained layer.
 
 If the embeddings and the first ``L`` layers are frozen, the input of layer ``L`` is the same in
-every epoch. :class:`Bottom` computes this input for all rows before the first step. With half of
-the layers frozen, each epoch skips half of the forward pass; with all layers frozen, only the head
-runs. The micro-batches are deterministic, so a resumed run computes the same bits. Dropout below
-layer ``L`` is off.
+every epoch. :class:`FrozenLayerCache` computes this input for all rows before the first step. With
+half of the layers frozen, each epoch skips half of the forward pass; with all layers frozen, only
+the head runs. The micro-batches are deterministic, so a resumed run computes the same bits. Dropout
+below layer ``L`` is off.
 
 The layer list of the network is replaced: the forward pass of the family then runs through a module
 that returns cached activations. No knowledge of the family's layer names is needed.
@@ -80,7 +80,7 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(weight.requires_grad for weight in module.parameters())
 
 
-class Bottom:
+class FrozenLayerCache:
     """Activations ``[tokens, H]`` after the first ``count`` layers for every row, in the network's
     data type."""
 
@@ -92,14 +92,14 @@ class Bottom:
     @torch.no_grad()
     def of(
         network: Network, count: int, examples: Sequence[Example], budget: int, file: Path | None
-    ) -> Bottom:
+    ) -> FrozenLayerCache:
         """Run ``examples`` through the bottom. With ``file`` the result lives there, not in memory."""
         network.model.eval()
         start: dict[bytes, int] = {}
         unique = {_key(example.ids_T): example for example in examples}
         size = sum(len(example) for example in unique.values())
         kept = new_activations((size, network.width), network.dtype, file)
-        bottom = Bottom(network, count, kept, start)
+        bottom = FrozenLayerCache(network, count, kept, start)
         end = 0
         for batch in network.batches(list(unique.values()), budget):
             hidden_NH = bottom._compute(network, batch)

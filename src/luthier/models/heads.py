@@ -207,12 +207,12 @@ def _has(config: Any, name: str, task: Task | None = None) -> bool:
     return task in (None, "embedding", getattr(known[type(config)], "luthier_task", task))
 
 
-def mark(model: nn.Module, task: Task) -> None:
+def set_task(model: nn.Module, task: Task) -> None:
     """Store the task of the head on ``model``."""
     model.luthier_task = task  # type: ignore[assignment]
 
 
-def mark_new(model: nn.Module, names: Collection[str]) -> None:
+def set_new_weights(model: nn.Module, names: Collection[str]) -> None:
     """Store on ``model`` the names of randomly initialized head weights."""
     model.luthier_new_weights = frozenset(names)  # type: ignore[assignment]
 
@@ -338,7 +338,7 @@ def first_position(model: Any) -> int:
     return 0
 
 
-def width_of(model: Any) -> int:
+def hidden_size_of(model: Any) -> int:
     """Return the size ``H`` of a hidden state; for images, of the input of the classifier or
     decoder."""
     from torch import nn
@@ -362,12 +362,12 @@ def _embedding_width(model: Any) -> int:
     """Return the size of an image embedding, computed because families use different names."""
     import torch
 
-    from luthier.models.layouts import read_states
+    from luthier.models.layouts import pooled_states
 
     weight = next(model.parameters())
     pixels = torch.zeros(1, *input_shape(model.config), device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        return int(read_states(model.base_model, pixels).shape[-1])
+        return int(pooled_states(model.base_model, pixels).shape[-1])
 
 
 def decoder_of(model: Any) -> nn.Module | None:
@@ -382,10 +382,10 @@ def decoder_of(model: Any) -> nn.Module | None:
 def decoder_start(model: Any) -> int:
     """Return the first decoder token of an encoder-decoder."""
     start = getattr(model.config, "decoder_start_token_id", None)
-    return filling_id(model) if start is None else int(start)
+    return padding_id(model) if start is None else int(start)
 
 
-def mark_decoder_opening(model: nn.Module, ids: Sequence[int]) -> None:
+def set_decoder_opening(model: nn.Module, ids: Sequence[int]) -> None:
     """Store on ``model`` the decoder tokens before every reply."""
     model.luthier_decoder_opening = tuple(ids)  # type: ignore[assignment]
 
@@ -396,7 +396,7 @@ def decoder_opening(model: Any) -> tuple[int, ...]:
     return ids or (decoder_start(model),)
 
 
-def filling_id(model: Any) -> int:
+def padding_id(model: Any) -> int:
     """Return a padding token. Padding is masked, so any valid id works."""
     return int(getattr(model.config, "pad_token_id", None) or 0)
 
@@ -406,7 +406,7 @@ def logit_scale(model: Any) -> nn.Parameter | None:
     return model.logit_scale if is_dual_encoder(model.config) else None
 
 
-def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last", "mean"]:
+def row_pooling(model: Any, is_bidirectional: bool) -> Literal["first", "last", "mean"]:
     """Return the pooling of the family's row classifier."""
     own: Literal["mean"] | None = getattr(model, "row_pooling", None)  # ELMo
     if own is not None:
@@ -414,10 +414,10 @@ def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last", "mean"]
     summary = getattr(model, "sequence_summary", None)
     if summary is not None and summary.summary_type == "last":  # XLNet closes a text with [CLS]
         return "last"
-    return "first" if both_ways else "last"
+    return "first" if is_bidirectional else "last"
 
 
-def gradient_reach(model: Any) -> int | None:
+def truncation_length(model: Any) -> int | None:
     """Return the truncation length of backpropagation in tokens; ``None`` for no truncation."""
     reach: int | None = getattr(model.config, "segment_length", None)  # Transformer-XL
     return reach

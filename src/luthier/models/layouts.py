@@ -56,7 +56,7 @@ class Layout:
 
     flat: ClassVar[bool] = False
     """True if nodes form one sequence. Required for the frozen-layer cache and shared prefixes."""
-    reads_media: ClassVar[bool] = False
+    has_media: ClassVar[bool] = False
     """True if rows contain images or audio."""
 
     @cached_property
@@ -66,7 +66,7 @@ class Layout:
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
         """Start decoding the media of future micro-batches. Does nothing for text."""
-        if self.reads_media:
+        if self.has_media:
             self.reader.read_ahead(examples)
 
     def plan(
@@ -89,7 +89,7 @@ class Layout:
         return SIZE_STEP
 
 
-def layout_of(model: Any, both_ways: bool) -> Layout:
+def layout_of(model: Any, is_bidirectional: bool) -> Layout:
     """Return the layout of ``model``. For the flat layout, the model's attention is replaced."""
     if media_config(model.config) is not None:
         if text_config(model.config) is None:
@@ -101,7 +101,7 @@ def layout_of(model: Any, both_ways: bool) -> Layout:
         return Padded(model)
     register()
     model.set_attn_implementation(NAME)
-    return Flat(heads.first_position(model), both_ways)
+    return Flat(heads.first_position(model), is_bidirectional)
 
 
 def is_flat(model: Any) -> bool:
@@ -115,14 +115,14 @@ class Flat(Layout):
     """All nodes in one sequence. The attention mask represents the tree."""
 
     first_position: int
-    both_ways: bool
+    is_bidirectional: bool
     flat: ClassVar[bool] = True
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> AttentionPlan:
         """The attention over ``tree``."""
-        return plan_attention(tree, device, dtype, self.both_ways, before)
+        return plan_attention(tree, device, dtype, self.is_bidirectional, before)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Run one forward pass over the flat sequence."""
@@ -171,7 +171,7 @@ class Padded(Layout):
     """Each row of the tree as a row of a rectangle, padded at the end."""
 
     def __init__(self, model: Any) -> None:
-        self.fill = heads.filling_id(model)
+        self.fill = heads.padding_id(model)
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -245,7 +245,7 @@ class EncoderDecoder(Padded):
 class ImageEncoderDecoder(EncoderDecoder):
     """Decoder input in the tree, images as encoder input in the examples."""
 
-    reads_media: ClassVar[bool] = True
+    has_media: ClassVar[bool] = True
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -317,7 +317,7 @@ class MediaLayout(Layout):
     rows once.
     """
 
-    reads_media: ClassVar[bool] = True
+    has_media: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._states_NH: Tensor | None = None
@@ -338,7 +338,7 @@ class MediaLayout(Layout):
         states_NH = new_activations((len(unique), network.width), network.dtype, file)
         places: dict[int, int] = {}
         for batch in network.batches(unique, budget):
-            states_RH = read_states(network.model.base_model, batch.plan)
+            states_RH = pooled_states(network.model.base_model, batch.plan)
             for example, state_H in zip(batch.tree.examples, states_RH, strict=True):
                 states_NH[len(places)] = state_H.cpu()
                 places[int(example.ids_T[0])] = len(places)
@@ -360,7 +360,7 @@ class MediaLayout(Layout):
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Return the states ``[N, H]`` of one forward pass; 0 for padding nodes."""
         known = batch.plan.dim() == 2
-        state_RH = batch.plan if known else read_states(backbone, batch.plan)
+        state_RH = batch.plan if known else pooled_states(backbone, batch.plan)
         state_NH = state_RH.new_zeros(len(batch.ids_N), state_RH.shape[1])
         nodes = torch.from_numpy(batch.tree.leaf_R).to(state_RH.device)
         return state_NH.index_copy(0, nodes, state_RH)
@@ -393,10 +393,10 @@ class DualEncoder(Layout):
     result is independent of the pooling.
     """
 
-    reads_media: ClassVar[bool] = True
+    has_media: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
-        self.fill = heads.filling_id(model)
+        self.fill = heads.padding_id(model)
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -432,7 +432,7 @@ class DualEncoder(Layout):
         return state_NH.index_copy(0, plan.node_M, embedded_RH[plan.row_M])
 
 
-def read_states(backbone: Any, pixels: Tensor) -> Tensor:
+def pooled_states(backbone: Any, pixels: Tensor) -> Tensor:
     """Return the input of the classifier head for images or audio ``[R, C, H, W]``: ``[R, H]``."""
     output = run_media(backbone, pixels)
     pooled: Tensor | None = getattr(output, "pooler_output", None)

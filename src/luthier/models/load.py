@@ -14,8 +14,8 @@ from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.models import nets
 from luthier.models.catalog import CatalogEntry
-from luthier.models.config_errors import DOES_NOT_RUN, refuse_configuration
-from luthier.models.convolutions import mend_convolutions
+from luthier.models.config_errors import DOES_NOT_RUN, reject_configuration
+from luthier.models.convolutions import fix_convolutions
 from luthier.models.external import check_complete, weight_files
 from luthier.models.folder import ModelFolder, for_head, import_transformers
 from luthier.models.heads import (
@@ -24,9 +24,9 @@ from luthier.models.heads import (
     auto_class,
     decoder_of,
     head_weights,
-    mark,
-    mark_new,
     row_scores,
+    set_new_weights,
+    set_task,
     start_bias,
     task_of,
 )
@@ -34,7 +34,7 @@ from luthier.models.layouts import (
     DualEncoder,
     ImageEncoderDecoder,
     Rectangle,
-    read_states,
+    pooled_states,
 )
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network
@@ -73,11 +73,11 @@ def sketch(config: Any, head: Head) -> nn.Module:
     Raises:
         UnknownModel: for a configuration that describes no network.
     """
-    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
+    with reject_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
         kind = auto_class(config, head.task)
         with _CONSTRUCTING, torch.device("meta"):
             model: nn.Module = kind.from_config(config, trust_remote_code=False)
-        mark(model, head.task)
+        set_task(model, head.task)
         return model
 
 
@@ -108,7 +108,7 @@ def load_model(
     message = f"Cannot load the network in {folder} ({kind})"
     try:
         logging.set_verbosity_error()  # transformers reports a new head as a defect
-        with _CONSTRUCTING, refuse_configuration(UnknownModel, message):
+        with _CONSTRUCTING, reject_configuration(UnknownModel, message):
             found: Any = auto_class(config, head.task).from_pretrained(
                 str(folder),
                 config=config,
@@ -123,7 +123,7 @@ def load_model(
         raise CorruptFile(f"Cannot read the weights in {folder}: {error}") from error
     finally:
         logging.set_verbosity(quiet)
-    mark(model, head.task)
+    set_task(model, head.task)
     # An embedding of a text does not look at the pooler; of an image it would, so that one goes.
     unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
     if unused and media_config(config) is not None and text_config(config) is None:
@@ -134,7 +134,7 @@ def load_model(
     check_complete(absent - _head_names(model) - unused, f"{folder} ({kind})")
     _check_finite(model, folder)
     start_bias(model, head.bias, absent)
-    mark_new(model, absent & head_weights(model))
+    set_new_weights(model, absent & head_weights(model))
     on_device: nn.Module = model.to(device)
     return on_device
 
@@ -165,8 +165,8 @@ def _head_names(model: nn.Module) -> set[str]:
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     """Attach the layout to a transformers model, and compare results with the model's own forward."""
     kind = model.config.model_type  # type: ignore[union-attr]
-    mend_convolutions(model)
-    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
+    fix_convolutions(model)
+    with reject_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
         return _checked_network(model, device, dtype)
 
 
@@ -174,7 +174,7 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
     if media_config(model.config) is not None:
         # Convolutions read their channels side by side a quarter faster, as this was measured on a CPU.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        network = Network(model, device, dtype, both_ways=text_config(model.config) is None)
+        network = Network(model, device, dtype, is_bidirectional=text_config(model.config) is None)
         freeze_statistics(model)
         model.eval()
         if isinstance(network.layout, ImageEncoderDecoder):
@@ -193,7 +193,7 @@ def _check_classifier(network: Network) -> None:
     model: Any = network.model
     pixels = _random_images(network)
     own = model(**media_inputs(model, pixels)).logits.float()
-    _compare(network, row_scores(model, read_states(model.base_model, pixels)).float(), own)
+    _compare(network, row_scores(model, pooled_states(model.base_model, pixels)).float(), own)
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def check_decoder_input(network: Network) -> None:
     ids_1T = torch.from_numpy(chat.decoder_ids("a reply"))[None].to(network.device)
     source_1S = torch.from_numpy(chat.encode_whole("a prompt"))[None].to(network.device)
     kind = model.config.model_type
-    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
+    with reject_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
         expected = model(input_ids=source_1S, labels=ids_1T[:, 1:]).logits.float()
         given = model(input_ids=source_1S, decoder_input_ids=ids_1T[:, :-1]).logits.float()
     if relative_error(given, expected) > 1e-3:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.frozen_layer_cache import Bottom
+from luthier.models.frozen_layer_cache import FrozenLayerCache
 from luthier.models.layers import share_layers
 from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, SIZE_STEP, Layout, layout_of
 from luthier.models.modalities import context_length
@@ -29,7 +29,6 @@ from luthier.types import Example, IntArray
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.backends import ReopenableBackend
 
 _Read = TypeVar("_Read")
 
@@ -57,7 +56,7 @@ class TreeBatch:
     """Annotation of the objective, in the objective's own type."""
     place: int = 0
     """Index among the micro-batches of all processes."""
-    as_given: bool = True
+    is_unchanged: bool = True
     """True if ``ids_N`` are unchanged by the objective."""
     is_filler: bool = False
     """True for a repetition of the last batch, added for an equal number of batches per process.
@@ -118,7 +117,7 @@ class TreeBatch:
 class Network:
     """A transformers network with its layout.
 
-    ``both_ways`` networks (encoders) have bidirectional attention.
+    ``is_bidirectional`` networks (encoders) have bidirectional attention.
     """
 
     def __init__(
@@ -126,14 +125,14 @@ class Network:
         model: nn.Module,
         device: torch.device,
         dtype: torch.dtype,
-        both_ways: bool = False,
+        is_bidirectional: bool = False,
     ) -> None:
         self.model: Any = model
         self.device = device
         self.dtype = dtype
-        self.both_ways = both_ways
-        self.layout = layout_of(model, both_ways)
-        self.bottom: Bottom | None = None
+        self.is_bidirectional = is_bidirectional
+        self.layout = layout_of(model, is_bidirectional)
+        self.frozen_cache: FrozenLayerCache | None = None
         """Cached activations of the frozen layers, if computed."""
         self.base: Network | None = None
         """The network with the shared layers, for adapters (:meth:`with_adapter`)."""
@@ -145,18 +144,15 @@ class Network:
         """Completed share of the run's steps, for schedules."""
         self.chat: ChatFormat | None = None
         """Chat format, required by objectives that generate or tokenize text."""
-        self.backend: ReopenableBackend | None = None
-        """Backend of :func:`luthier.models.decoding.sample`, reused across steps."""
+        self.uses_llama_forward: bool | None = None
+        """Result of comparing :class:`luthier.models.llama_forward.LlamaForward` with the modules;
+        ``None`` before the comparison. The comparison takes as long as a short completion."""
         self.group = ALONE
         """Processes of the training run."""
         self.is_sharded = False
         """True if layers are sharded over the processes (:mod:`luthier.models.sharding`)."""
         self._is_split = False
         self._start: list[tuple[nn.Parameter, Tensor]] = []
-
-    def __getstate__(self) -> dict[str, object]:
-        # A backend has locks and caches of this network; a copy opens its own.
-        return {**self.__dict__, "backend": None}
 
     @cached_property
     def _backbone(self) -> Any:
@@ -171,7 +167,7 @@ class Network:
         model = share_layers(self.model)
         attach(model)
         model.requires_grad_(False)
-        network = Network(model.eval(), self.device, self.dtype, self.both_ways)
+        network = Network(model.eval(), self.device, self.dtype, self.is_bidirectional)
         network.base = self
         return network
 
@@ -191,12 +187,12 @@ class Network:
     @cached_property
     def width(self) -> int:
         """Numbers in a hidden state, ``H``."""
-        return heads.width_of(self.model)
+        return heads.hidden_size_of(self.model)
 
     def hidden(self, batch: TreeBatch, node_S: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``[N, H]`` of the tree, or ``[S, H]`` of ``node_S``."""
-        bottom = self.bottom if batch.as_given else None
-        with nullcontext() if bottom is None else bottom.instead(batch):
+        frozen_cache = self.frozen_cache if batch.is_unchanged else None
+        with nullcontext() if frozen_cache is None else frozen_cache.instead(batch):
             hidden_NH = self.layout.run(self._backbone, batch)
         return hidden_NH if node_S is None else hidden_NH[node_S]
 
@@ -227,7 +223,7 @@ class Network:
 
     def row_scores(self, batch: TreeBatch, hidden_NH: Tensor | None = None) -> Tensor:
         """Return sequence classification scores ``[R, C]`` in tree order."""
-        pooling = heads.row_pooling(self.model, self.both_ways)
+        pooling = heads.row_pooling(self.model, self.is_bidirectional)
         states_RH = self.row_states(batch, pooling, hidden_NH).to(self.dtype)  # a mean is float32
         return heads.row_scores(self.model, states_RH)
 
@@ -287,14 +283,14 @@ class Network:
 
     def close(self) -> None:
         """Free the weights."""
-        self.model = self.backend = None
+        self.model = None
         self._start, self.others, self.cache, self.base = [], {}, None, None
         self.__dict__.pop("_backbone", None)
 
     @property
     def shares(self) -> bool:
         """True if the layout supports shared prefixes."""
-        return self.layout.flat and not self.both_ways
+        return self.layout.flat and not self.is_bidirectional
 
     def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
         """Return ``tree`` on the network's device, with the network's key-value prefix."""
@@ -309,7 +305,7 @@ class Network:
         equal numbers of batches, so processes may add fillers.
         """
         shares = self.shares
-        media = self.layout.reads_media
+        media = self.layout.has_media
         if media:
             budget = min(budget, MOST_IMAGES)
         group = self.processes
@@ -373,7 +369,7 @@ class Network:
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
         """Split ``examples`` such that all batches of a part fit in memory; one part for text."""
-        size = IMAGES_HELD if self.layout.reads_media else max(1, len(examples))
+        size = IMAGES_HELD if self.layout.has_media else max(1, len(examples))
         return (examples[start : start + size] for start in range(0, len(examples), size))
 
     def _tree(self, rows: Sequence[Example], shares: bool) -> TokenTree:

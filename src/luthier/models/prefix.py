@@ -8,7 +8,6 @@ filled cache, like in PEFT. In both cases the first token's position follows the
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
-from luthier.models.attention import Attends
+from luthier.models.attention import RecordingAttention
 from luthier.models.heads import decoder_of
 from luthier.models.layouts import Flat
 from luthier.models.modalities import head_size, key_heads
@@ -133,27 +132,9 @@ def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
     model, length = network.model.eval(), len(ids_P)
     row = Example(ids_P.cpu().numpy(), np.zeros(length, np.float32), 0)
     batch = network.batch(build_tree([row], share=False), prefix=False)
-    recording = _Recording(batch.plan, {})
+    recording = RecordingAttention(batch.plan)
     network.layout.run_with(model.base_model, batch, recording)
     for prefix in _prefixes(model):
         pairs = zip(prefix.keys_and_values(), recording.layers[prefix.layer], strict=True)
         for part_HPD, computed_HND in pairs:
             part_HPD.copy_(computed_HND[:, :length])
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """An attention that records the keys and values of each layer, ``[Hk, N, D]``."""
-
-    plan: Attends
-    layers: dict[int, tuple[Tensor, Tensor]]
-
-    @property
-    def longest(self) -> int:
-        return self.plan.longest
-
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        self.layers[int(module.layer_idx)] = key[0], value[0]
-        return self.plan.attend(module, query, key, value, scale)

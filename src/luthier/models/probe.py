@@ -96,11 +96,11 @@ def _widen(value: Any) -> Any:
 class DenseAttention:
     """Token tree attention with a dense mask, for devices whose kernel requires low precision."""
 
-    def __init__(self, tree: TokenTree, both_ways: bool, device: torch.device) -> None:
+    def __init__(self, tree: TokenTree, is_bidirectional: bool, device: torch.device) -> None:
         self.longest, self.before = int(tree.depth_N.max()) + 1, 0
         place_N = np.arange(len(tree))
         first_N = place_N - tree.depth_N
-        if both_ways:
+        if is_bidirectional:
             sees_NN = first_N[:, None] == first_N
         else:
             sees_NN = (place_N <= place_N[:, None]) & (place_N[:, None] < tree.subtree_end_N)
@@ -154,7 +154,7 @@ class Probe:
         return outputs
 
     @torch.no_grad()
-    def sees_ahead(self) -> bool:
+    def is_bidirectional(self) -> bool:
         """Return whether the state of the first token depends on later tokens."""
         if self.beside:
             return False
@@ -183,7 +183,9 @@ class Probe:
         tree = build_tree(rows, share=network.shares)
         batch = network.batch(tree, prefix=False)
         if dense and isinstance(network.layout, Flat):
-            batch = replace(batch, plan=DenseAttention(batch.tree, network.both_ways, self.device))
+            batch = replace(
+                batch, plan=DenseAttention(batch.tree, network.is_bidirectional, self.device)
+            )
         return self._head(network, batch), tree.row_R.tolist()
 
     def _head(self, network: Network, batch: TreeBatch) -> Tensor:
@@ -252,7 +254,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     probe, record = Probe(model, device), _record(model, device)
     wide = nullcontext if dtype == torch.float32 else in_float32
     if (known := _passed(record)) is not None:
-        network = Network(model, device, dtype, known["sees_ahead"])
+        network = Network(model, device, dtype, known["is_bidirectional"])
         fuse(model)
         model.eval()
         with torch.no_grad():
@@ -263,11 +265,11 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         _check_caps(model)
     with _grouped_experts_off(model, device), wide():
         expected = probe.plain()
-        sees_ahead = probe.sees_ahead()
+        is_bidirectional = probe.is_bidirectional()
         wanted = probe.uncached(expected) if decodes else []
-    if decodes and sees_ahead:
+    if decodes and is_bidirectional:
         raise refusal(model, "tokens attend to later tokens")
-    network = Network(model, device, dtype, sees_ahead)
+    network = Network(model, device, dtype, is_bidirectional)
     fuse(model)
     with torch.no_grad():
         check_finite(probe.ours(network)[0])
@@ -279,14 +281,14 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     if network.tokens_before:  # generation goes on behind a prefix that transformers does not see
         return network
     if decodes:
-        with refuse_crash(model, "generate text"), _grouped_experts_off(model, device), wide():
+        with reject_crash(model, "generate text"), _grouped_experts_off(model, device), wide():
             found = probe.cached(network)
         _compare_steps(model, "generation with a cache", found, wanted)
         if dtype != torch.float32:  # where the decoder may take another way, such as LlamaForward
-            with refuse_crash(model, "generate text"):
+            with reject_crash(model, "generate text"):
                 found = probe.cached(network)
             _compare_median(model, "generation with a cache", found, wanted)
-    _remember(record, model, sees_ahead=sees_ahead)
+    _remember(record, model, is_bidirectional=is_bidirectional)
     return network
 
 
@@ -319,7 +321,7 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
         return
     own, device = {id(weight) for weight in model.parameters()}, network.device
     with (
-        refuse_crash(model, f"generate text with {method}"),
+        reject_crash(model, f"generate text with {method}"),
         _same_random(device),
         torch.no_grad(),
     ):
@@ -352,7 +354,7 @@ def try_training(network: Network, method: str) -> None:
     model = network.model
     if media_config(model.config) is not None:
         return
-    with refuse_crash(model, f"train with {method}"), _same_random(network.device):
+    with reject_crash(model, f"train with {method}"), _same_random(network.device):
         model.train()
         try:
             with first_layer_alone(model):  # where all layers are alike, what one does all do
@@ -400,7 +402,7 @@ def refusal(model: Any, reason: str) -> RecipeError:
 
 
 @contextmanager
-def refuse_crash(model: Any, doing: str) -> Iterator[None]:
+def reject_crash(model: Any, doing: str) -> Iterator[None]:
     """Convert any exception of the comparison into an error that names the family.
 
     Raises:
@@ -500,4 +502,4 @@ def _passed(record: Path) -> dict[str, Any] | None:
     if not record.is_file():
         return None
     found = read_json(record)
-    return found if isinstance(found, dict) and "sees_ahead" in found else None
+    return found if isinstance(found, dict) and "is_bidirectional" in found else None

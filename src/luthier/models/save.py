@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.inputs import save_processor
 from luthier.errors import CorruptFile
 from luthier.files import write_bytes
-from luthier.models.heads import INNER_HEADS, head_weights, mark_new, task_of
+from luthier.models.heads import INNER_HEADS, head_weights, set_new_weights, task_of
 from luthier.models.pipelines import tokenizer_folder
 from luthier.models.sentence_head import sentence_head
 from luthier.models.tensors import load_tensors, save_tensors
@@ -111,7 +111,7 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])
-    mark_new(model, kept)
+    set_new_weights(model, kept)
 
 
 def _fits(weight: Tensor, saved: Tensor | None) -> bool:

@@ -21,7 +21,7 @@ from luthier.data.sentence import (
     write_sentence_pipeline,
 )
 from luthier.errors import CorruptFile
-from luthier.models.heads import width_of
+from luthier.models.heads import hidden_size_of
 from luthier.models.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def attach_sentence_head(model: Any, pipeline: SentencePipeline | None, folder: 
     Raises:
         CorruptFile: if the shapes of the weights contradict the pipeline.
     """
-    head = None if pipeline is None else _load(pipeline, width_of(model), folder)
+    head = None if pipeline is None else _load(pipeline, hidden_size_of(model), folder)
     model.luthier_sentence_head = head
 
 

@@ -112,7 +112,7 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
     """
     from transformers.initialization import no_init_weights
 
-    from luthier.models.heads import auto_class, mark, task_of
+    from luthier.models.heads import auto_class, set_task, task_of
 
     shape = planned.shape
     sizes = width.Sizes(shape.heads, shape.intermediate, shape.hidden)
@@ -124,7 +124,7 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
         student: Any = kind.from_config(copy.deepcopy(planned.config), dtype=weight.dtype)
     student.tie_weights()  # left out where nothing is drawn
     student.load_state_dict(state, strict=True)
-    mark(student, task_of(teacher))
+    set_task(student, task_of(teacher))
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     smaller: nn.Module = student.to(weight.device).train(teacher.training)

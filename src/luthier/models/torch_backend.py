@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.tree import build_tree, split_to_budget
-from luthier.models.attention import AttentionPlan
+from luthier.models.attention import RecordingAttention
 from luthier.models.backends import read_prompts
 from luthier.models.forward_backend import ForwardBackend
 from luthier.models.kv_cache import (
@@ -79,21 +79,6 @@ def torch_backend(network: Network, context: int, packs: bool = True) -> Backend
         return FlatBackend(network, context, packs)
     alone = FlatBackend(network.base, context, packs)
     return AdaptedBackend(alone, network, context, alone=True)
-
-
-class _Recording:
-    """Tree attention that records the keys and values of each layer, ``[Hk, before + N, D]``."""
-
-    def __init__(self, plan: AttentionPlan) -> None:
-        self.plan, self.longest = plan, plan.longest
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        key, value = self.plan.with_prefix(module, key, value)
-        self.layers[module.layer_idx] = key[0], value[0]
-        return self.plan.over(query, key, value, scale)
 
 
 class _FlatSequence:
@@ -157,7 +142,13 @@ class FlatBackend:
         self._lock = threading.RLock()
         self._base, self._batch = Adapter(), LoraBatch(network)
         self._llama: LlamaForward | None = None
-        self._llama = self._llama_forward()
+        if self.device.type == "cpu" and LlamaForward.fits(network.model):
+            uses = network.uses_llama_forward if packs else None
+            if uses is None:
+                uses = self._equals_modules()
+            if packs:  # results can differ without packing, and while a probe computes in float32
+                network.uses_llama_forward = uses
+            self._llama = LlamaForward(network.model) if uses else None
 
     def with_adapter(self, network: Network, context: int) -> Backend:
         """Return a backend for ``network``, an adapter on this backend's network."""
@@ -283,7 +274,7 @@ class FlatBackend:
         last: dict[int, Tensor] = {}
         for part in split_to_budget(rows, PREFILL_TOKENS, network.shares):
             batch = network.batch(build_tree(part, network.shares))
-            plan = _Recording(batch.plan)
+            plan = RecordingAttention(batch.plan)
             hidden_NH = self._layout.run_with(network.model.base_model, batch, plan)
             for row, leaf in zip(
                 batch.tree.row_R.tolist(), batch.tree.leaf_R.tolist(), strict=True
@@ -355,10 +346,6 @@ class FlatBackend:
         self._packed.__exit__(None, None, None)
         self._banks, self._batch = Banks(), LoraBatch(self.network)
 
-    def reopen(self) -> None:
-        """Allow new sequences on current weights; the faster forward pass is not tried again."""
-        self._packed.__enter__()
-
     def _step(self, states: Sequence[Any], tokens: Sequence[int]) -> list[Tensor]:
         """Return the next logits ``[V]`` of each sequence. Logits after guesses are stored in the
         states."""
@@ -407,12 +394,10 @@ class FlatBackend:
         return hidden_NH
 
     @torch.no_grad()
-    def _llama_forward(self) -> LlamaForward | None:
-        """Return the fast forward pass if results equal the modules', else ``None``."""
+    def _equals_modules(self) -> bool:
+        """Return True if :class:`LlamaForward` and the modules give bitwise equal states."""
         network = self.network
-        if self.device.type != "cpu" or not LlamaForward.fits(network.model):
-            return None
-        made = LlamaForward(network.model)
+        fast_forward = LlamaForward(network.model)
         vocabulary = int(network.model.config.vocab_size)
         with first_layer_alone(network.model):
             for count in TRIAL_ROWS:
@@ -420,11 +405,11 @@ class FlatBackend:
                 ids = np.random.default_rng(count).integers(0, vocabulary, (4, count))
                 self._llama = None
                 expected = self._trial_states(ids)
-                self._llama = made
-                # Equal, as networks that look alike may differ little (a layer without positions).
+                self._llama = fast_forward
+                # Equal, because similar networks may differ little (a layer without positions).
                 if not torch.equal(self._trial_states(ids), expected):
-                    return None
-        return made
+                    return False
+        return True
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         head = packed_weight(self.network.model.get_output_embeddings())

@@ -267,7 +267,7 @@ class Contrastive(Objective):
         if pooling == "auto" and head is not None:
             return normalize(head.vectors(network, batch), dim=-1)
         if pooling == "auto":
-            pooling = "mean" if network.both_ways else "last"
+            pooling = "mean" if network.is_bidirectional else "last"
         return normalize(network.row_states(batch, pooling).float(), dim=-1)
 
     def _learned_scale(self, network: Network) -> Tensor | None:

@@ -115,7 +115,7 @@ class MaskedLM(Objective):
             target_E=target_K,
             weight_E=torch.ones(len(node_K), device=ids_N.device),
             weight=float(len(node_K)),
-            as_given=False,
+            is_unchanged=False,
         )
 
     def _choose(

@@ -90,7 +90,7 @@ def write_replies(
 
     The reply depends only on the conversation and the seed, not on the other conversations.
     """
-    from luthier.models.backends import reply_room
+    from luthier.models.backends import completion_limit
     from luthier.models.decoding import sample
     from luthier.models.sampling import Sampling
 
@@ -100,7 +100,7 @@ def write_replies(
     able = [
         place
         for place, prompt_T in enumerate(prompts)
-        if sampling.max_tokens <= reply_room(before + len(prompt_T), network.context, beside)
+        if sampling.max_tokens <= completion_limit(before + len(prompt_T), network.context, beside)
     ]
     found: list[str | Failure] = [
         Failure(

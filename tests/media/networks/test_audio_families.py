@@ -26,7 +26,7 @@ from luthier.media.decoding import decode_audio
 from luthier.media.processors import FeatureExtractor
 from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, row_scores
-from luthier.models.layouts import read_states
+from luthier.models.layouts import pooled_states
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
@@ -78,7 +78,7 @@ def test_what_is_read_and_said_of_a_sound_is_what_transformers_does(
     model = load_model(base, torch.float32, CPU, head)
     network = as_network(model, CPU, torch.float32)
     with torch.no_grad():
-        states = read_states(network.model.base_model, torch.from_numpy(found)[None])
+        states = pooled_states(network.model.base_model, torch.from_numpy(found)[None])
         scores = row_scores(network.model, states)
         assert torch.allclose(scores, own(**inputs).logits, atol=1e-5)
 

@@ -15,7 +15,7 @@ from luthier.media.processors import ImageProcessor
 from luthier.models.catalog import CATALOG, pull
 from luthier.models.characters import LETTERS, letter_tokenizer
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import Head, head_in, width_of
+from luthier.models.heads import Head, head_in, hidden_size_of
 from luthier.models.load import load_model
 from luthier.models.modalities import context_length, is_dual_encoder, media_config, text_config
 
@@ -63,7 +63,7 @@ def test_the_base_of_the_catalogue_loads_as_a_class_of_transformers(tmp_path: Pa
     reads = read_processor(tmp_path)
     assert isinstance(reads, ImageProcessor) and reads.pad and reads.shape == (3, 32, 320)
     loaded = load_model(tmp_path, torch.float32, torch.device("cpu"), head_in(config))
-    assert width_of(loaded) == 128
+    assert hidden_size_of(loaded) == 128
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == config.decoder.vocab_size
 
 

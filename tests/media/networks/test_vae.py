@@ -16,8 +16,8 @@ from luthier.models.heads import (
     auto_class,
     head_in,
     head_modules,
-    mark,
-    width_of,
+    hidden_size_of,
+    set_task,
 )
 from luthier.models.modalities import media_config
 
@@ -29,7 +29,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("fields", SHAPES)
+@pytest.set_task.parametrize("fields", SHAPES)
 def test_images_of_any_shape_go_through_and_back(fields: dict[str, object]) -> None:
     config = VAEConfig(latent_size=5, **fields)  # type: ignore[arg-type]
     model = VAEModel(config).eval()
@@ -57,8 +57,8 @@ def test_it_is_an_autoencoder_and_nothing_else() -> None:
     config = VAEConfig(image_size=8, hidden_sizes=(8, 8), latent_size=4)
     assert media_config(config) is config
     model = auto_class(config, "autoencoding").from_config(config)
-    mark(model, "autoencoding")
-    assert head_modules(model) == [] and width_of(model) == 4
+    set_task(model, "autoencoding")
+    assert head_modules(model) == [] and hidden_size_of(model) == 4
     with pytest.raises(RecipeError) as refused:
         auto_class(config, "sequence_classification")
     assert refused.value.rule == "network.head"

@@ -19,7 +19,7 @@ from luthier.exports.onnx import export_onnx
 from luthier.exports.writer import export
 from luthier.library.models import find
 from luthier.models.heads import Head, row_scores
-from luthier.models.layouts import read_states
+from luthier.models.layouts import pooled_states
 from luthier.models.load import FrozenBatchNorm2d, as_network, load_model
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_what_is_read_and_said_of_an_image_is_what_transformers_does(
     model = load_model(base, torch.float32, CPU, Head("sequence_classification", ("a", "b")))
     network = as_network(model, CPU, torch.float32)
     with torch.no_grad():
-        states = read_states(network.model.base_model, found)
+        states = pooled_states(network.model.base_model, found)
         assert states.shape == (1, network.width)
         logits = own(wanted).logits
         assert logits.std() > 1e-3
@@ -144,7 +144,7 @@ def test_statistics_of_batch_norms_stay_and_their_gains_learn(
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         alone, together = (
-            read_states(network.model.base_model, each) for each in (images[:1], images)
+            pooled_states(network.model.base_model, each) for each in (images[:1], images)
         )
     assert torch.allclose(alone, together[:1], rtol=1e-4, atol=1e-5)
 
@@ -183,7 +183,7 @@ def test_an_embedding_of_an_image_reads_no_layer_that_its_file_lacks(
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         one, other = (
-            read_states(load_model(family_folder("vit"), torch.float32, CPU, head).eval(), images)
+            pooled_states(load_model(family_folder("vit"), torch.float32, CPU, head).eval(), images)
             for head in (Head("embedding"), Head("embedding"))
         )
         own: Any = AutoModelForImageClassification.from_pretrained(family_folder("vit")).eval()

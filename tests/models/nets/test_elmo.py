@@ -184,7 +184,7 @@ def test_heads_and_the_sum_of_layers_belong_to_the_task(
     own = {"model.mix.gamma", "model.mix.weights", "score.weight", "score.bias"}
     assert head_weights(model) == (own if labels else set())
     network = as_network(model, CPU, torch.float32)
-    assert network.both_ways and not network.layout.flat
+    assert network.is_bidirectional and not network.layout.flat
     half = load_model(tmp_path, torch.bfloat16, CPU, Head(task, labels))
     as_network(half, CPU, torch.bfloat16)  # compares with the network's own forward
 

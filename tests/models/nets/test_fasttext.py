@@ -82,7 +82,7 @@ def test_texts_without_words_and_with_one_of_thousands_of_letters_are_read(
 def test_the_trainer_reads_it_as_its_own_forward_does(folder: Path, dtype: torch.dtype) -> None:
     head = Head("sequence_classification", ("a", "b"))
     network = as_network(load_model(folder, dtype, CPU, head), CPU, dtype)  # compares the two
-    assert network.both_ways and not network.layout.flat
+    assert network.is_bidirectional and not network.layout.flat
 
 
 def test_the_same_weights_are_drawn_each_time(folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_saved_network_comes_back_with_the_same_bits(
     ours, theirs = palm.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert as_network(again, CPU, torch.float32).both_ways is False
+    assert as_network(again, CPU, torch.float32).is_bidirectional is False
 
 
 @pytest.mark.parametrize("task", ["embedding", "sequence_classification", "token_classification"])

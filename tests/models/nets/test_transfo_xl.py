@@ -275,7 +275,7 @@ def test_a_saved_network_comes_back_with_the_same_bits(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     network = as_network(again, CPU, torch.float32)
-    assert not network.both_ways and not network.layout.flat
+    assert not network.is_bidirectional and not network.layout.flat
 
 
 @pytest.mark.parametrize("task", ["embedding", "sequence_classification", "token_classification"])

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from luthier.data.chat import ChatFormat
 from luthier.errors import ModelRefused
 from luthier.library.models import StoredModel
-from luthier.models.external import ImportedFiles, choose
-from luthier.models.known_templates import KNOWN_TEMPLATES
+from luthier.models.external import KNOWN_TEMPLATES, ImportedFiles, select_files
 from luthier.models.manifest import Manifest
 from luthier.server.jobs.import_checks import accept_network, memory_needed
 from tokenizers_of_families import GLM, TEMPLATES
@@ -31,13 +30,13 @@ def adapter(folder: Path, base: str) -> ImportedFiles:
     """Of an adapter whose weights are not there yet."""
     fields = {"peft_type": "LORA", "base_model_name_or_path": base}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
-    return choose([("adapter_config.json", 60), ("adapter_model.safetensors", 7 * GIB)])
+    return select_files([("adapter_config.json", 60), ("adapter_model.safetensors", 7 * GIB)])
 
 
 def test_memory_is_told_by_the_sizes_of_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
     base = StoredModel("tiny", tiny_model_folder, Manifest(id="tiny", kind="causal_lm"))
     entries = [("config.json", 10), ("tokenizer.json", 10), ("model.safetensors", 2 * GIB)]
-    assert memory_needed(tmp_path, choose(entries), lambda name: None) == 6 * GIB + PROCESS
+    assert memory_needed(tmp_path, select_files(entries), lambda name: None) == 6 * GIB + PROCESS
     # All of the adapter's file is read, whatever stands in it; its base is there twice.
     size = (tiny_model_folder / "model.safetensors").stat().st_size
     named: list[str] = []

@@ -175,7 +175,7 @@ def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.flo
     """Return the features ``[R, D]`` of images ``[H, W, 3]`` before the head of ``classifier``."""
     import torch
 
-    from luthier.models.layouts import read_states
+    from luthier.models.layouts import pooled_states
 
     assert classifier.chat is not None and isinstance(classifier.chat.media, ImageProcessor)
     read = classifier.chat.media.array
@@ -183,6 +183,6 @@ def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.flo
     pixels = torch.from_numpy(arrays).to(classifier.device, classifier.dtype)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        states_RD = read_states(classifier.model.base_model, pixels)
+        states_RD = pooled_states(classifier.model.base_model, pixels)
     found: NDArray[np.float32] = states_RD.float().cpu().numpy()
     return found

@@ -134,7 +134,7 @@ class ImageToText(Objective):
         """Return the negative log-likelihood of the texts, summed over all alignments to columns."""
         import torch
 
-        from luthier.models.heads import filling_id
+        from luthier.models.heads import padding_id
 
         layer = network.model.get_submodule(CTC_LAYER)
         logp_SRV = layer(encoded_RSH.to(layer.weight.dtype)).float().log_softmax(-1).transpose(0, 1)
@@ -145,7 +145,7 @@ class ImageToText(Objective):
             torch.from_numpy(np.concatenate(texts)).to(logp_SRV.device),
             torch.full((rows,), columns),
             torch.tensor([len(text) for text in texts]),
-            blank=filling_id(network.model),
+            blank=padding_id(network.model),
             reduction="sum",
             zero_infinity=True,  # a text of more letters than there are columns
         )

@@ -76,7 +76,7 @@ def _memory_of(command: str, fields: str) -> int:
         # A model distilled from another one learns on without its teacher.
         return OBJECTIVES["contrastive"].model_validate({}) if own.other_models else own
 
-    def reads_media(model_id: str) -> bool:
+    def has_media(model_id: str) -> bool:
         if entry := described(model_id):
             return entry.media is not None
         return find(model_id).network.processor is not None
@@ -99,5 +99,5 @@ def _memory_of(command: str, fields: str) -> int:
         if ":" in other:
             head = find(other).objective.head()
         memory = memory.beside(weight_bytes(sketch(config(other, head), head), size))
-    usual = MOST_IMAGES if reads_media(parsed.base) else TOKENS
+    usual = MOST_IMAGES if has_media(parsed.base) else TOKENS
     return memory.peak(parsed.training.micro_batch_tokens or usual)

@@ -38,14 +38,14 @@ from luthier.library.models import StoredModel, load, text_format
 from luthier.models.external import (
     ADAPTER_CONFIG,
     CONFIG,
+    KNOWN_TEMPLATES,
     MODEL_INDEX,
     ImportedFiles,
     adapter_fields,
-    check_texts,
+    check_configuration,
     check_tokenizer,
     check_weights,
 )
-from luthier.models.known_templates import KNOWN_TEMPLATES
 from luthier.models.manifest import Manifest
 from luthier.models.pipelines import is_pipeline, network_folders, tokenizer_folder
 from luthier.models.save import ADAPTER
@@ -122,7 +122,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
 
     for part in network_folders(folder):
         with _in_folder(part.relative_to(folder)):
-            check_texts(part)
+            check_configuration(part)
             check_weights(part)
     check_tokenizer(tokenizer_folder(folder))
     fix = "Save the image processor or feature extractor of the model into the folder."

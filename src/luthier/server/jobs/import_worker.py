@@ -44,7 +44,7 @@ from luthier.files import (
     without_home,
 )
 from luthier.library.models import StoredModel, find
-from luthier.models.external import MODEL_INDEX, ImportedFiles, choose, is_weights
+from luthier.models.external import MODEL_INDEX, ImportedFiles, is_weights, select_files
 from luthier.models.manifest import Manifest, created_now
 from luthier.models.pipelines import PART_FOLDERS
 from luthier.server.jobs.folders import ImportFolders
@@ -130,7 +130,7 @@ class ImportWorker(Worker[ModelImport]):
 
     def _store(self, found: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
         """Store the model. Returns changed columns and details of the model's row."""
-        chosen = choose(self._entries(found))
+        chosen = select_files(self._entries(found))
         with self.database.read() as session:
             quotas = quotas_of(session, found.account, self.quotas)
             storage.check(session, found.account, quotas, stored_bytes=chosen.size)

@@ -50,12 +50,12 @@ def abilities_of_base(base: str) -> Abilities:
     Raises:
         UnknownModel: If the model is neither on disk nor in the catalog.
     """
-    from luthier.library.models import described_base, find
+    from luthier.library.models import catalogue_model, find
 
     entry = CATALOG.get(base)
     if entry is None or is_base_here(base):
         return abilities_of(find(base))
-    return _abilities(described_base(entry), _described_input(entry))
+    return _abilities(catalogue_model(entry), _described_input(entry))
 
 
 def abilities_of(stored: StoredModel) -> Abilities:

@@ -296,7 +296,7 @@ def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     job, folder, network = trainer.job, trainer.run_folder, trainer.network
     batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
     steps = [step_of(job, batch, network.shares) for batch in batches]
-    frozen_bytes = network.bottom.bytes if network.bottom is not None else 0
+    frozen_bytes = network.frozen_cache.bytes if network.frozen_cache is not None else 0
     loop.evaluate()
     loop.reporter = Reporter()  # its lines and their time left are those of the whole run
     tries = _tries(loop, count, trainer.reporter)
