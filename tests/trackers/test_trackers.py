@@ -102,13 +102,14 @@ def test_the_end_of_a_run_is_recorded(recorded: Callable[[str], Recorded], tmp_p
 def test_unknown_and_missing_trackers_are_refused(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RecipeError, match="mlflow") as refused:
+    with pytest.raises(RecipeError) as refused:
         recipe(training={"track": ["mlflov"]})
     assert refused.value.setting == "training.track"
     entry = TrackerEntry("absent", lambda run: Recorded(""), "no_such_package")
     monkeypatch.setitem(TRACKERS.built_in, "absent", entry)
-    with pytest.raises(RecipeError, match="no_such_package"):
+    with pytest.raises(RecipeError) as refused:
         train(recipe(training={"track": ["absent"]}))
+    assert (refused.value.setting, refused.value.problem.value) == ("training.track", "absent")
     train(recipe())  # the name is free
 
 

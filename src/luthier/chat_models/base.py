@@ -210,8 +210,8 @@ def writer_of(
             raise
         except LuthierError as error:
             lost = Failure(f"{role}.failed", str(error))
-        found = (outcomes.get(index, lost) for index in range(len(conversations)))
-        return [each.text if isinstance(each, Reply) else each for each in found]
+        replies = (outcomes.get(index, lost) for index in range(len(conversations)))
+        return [each.text if isinstance(each, Reply) else each for each in replies]
 
     return write
 
@@ -225,18 +225,22 @@ class CachedWriter:
 
     def __call__(self, conversations: Conversations) -> list[str | Failure]:
         """Return the replies in order."""
-        keys = [_digest(each) for each in conversations]
+        keys = [_digest(conversation) for conversation in conversations]
         new = {
-            key: each
-            for key, each in zip(keys, conversations, strict=True)
+            key: conversation
+            for key, conversation in zip(keys, conversations, strict=True)
             if key not in self._known
         }
-        found = self.write(list(new.values())) if new else []
-        if len(found) != len(new):
-            raise ValueError(f"{len(found)} replies to {len(new)} conversations")
-        heard = dict(zip(new, found, strict=True))
-        self._known |= {key: each for key, each in heard.items() if isinstance(each, str)}
-        return [self._known.get(key, heard.get(key, "")) for key in keys]
+        replies = self.write(list(new.values())) if new else []
+        if len(replies) != len(new):
+            raise ValueError(f"{len(replies)} replies to {len(new)} conversations")
+        new_replies = dict(zip(new, replies, strict=True))
+        self._known |= {
+            key: conversation
+            for key, conversation in new_replies.items()
+            if isinstance(conversation, str)
+        }
+        return [self._known.get(key, new_replies.get(key, "")) for key in keys]
 
 
 def _digest(conversation: Sequence[Message]) -> bytes:

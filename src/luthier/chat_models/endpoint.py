@@ -167,8 +167,8 @@ class _Session:
             try:
                 # The package's timeout restarts with each byte.
                 async with asyncio.timeout_at(end):
-                    found = await client.chat.completions.create(messages=turns, **self.settings)
-                return _reply(found)
+                    response = await client.chat.completions.create(messages=turns, **self.settings)
+                return _reply(response)
             except TimeoutError:
                 reason = f"the reply is not complete after {self.spec.deadline:g} s"
                 return Failure(f"{self.spec.role}.failed", reason)
@@ -189,7 +189,7 @@ class _Session:
     def _handle_status(self, error: openai.APIStatusError) -> Failure:
         """Return the failure of this prompt for an error status; raise an error that affects all
         prompts."""
-        code, said = error.status_code, self._error_line(error)
+        code, detail = error.status_code, self._error_line(error)
         if code < 400:
             target = " ".join(error.response.headers.get("location", "nowhere").split())[:300]
             raise RecipeError(
@@ -205,17 +205,17 @@ class _Session:
             )
         if code == 404:
             raise RecipeError(
-                f"{self.spec.url} has no model {self.spec.model!r}: {said}. Set a model of "
+                f"{self.spec.url} has no model {self.spec.model!r}: {detail}. Set a model of "
                 f"{self.spec.url}/models with `{self.spec.set_by}{self.spec.named_by}`",
                 rule="endpoint.model",
             )
         if code == 429:
             raise LuthierError(
-                f"{self.spec.url} limits the request rate: {said}. {self.spec.goes_on}",
+                f"{self.spec.url} limits the request rate: {detail}. {self.spec.goes_on}",
                 rule="endpoint.rate_limit",
             )
         kind = "failed" if code >= 500 or code in (408, 409) else "refused"
-        return Failure(f"{self.spec.role}.{kind}", f"HTTP {code}: {said}")
+        return Failure(f"{self.spec.role}.{kind}", f"HTTP {code}: {detail}")
 
     def _handle_broken(self, error: Exception) -> Failure:
         """Return the failure of a broken or late reply; raise an error for an unreachable endpoint."""
@@ -287,21 +287,21 @@ def _bounded_client(connections: int) -> httpx2.AsyncClient:
     return BoundedClient(follow_redirects=False, limits=httpx2.Limits(max_connections=connections))
 
 
-def _reply(found: Any) -> Reply:
+def _reply(response: Any) -> Reply:
     """Return the reply in a response; raise :class:`ValueError` if the response is not a chat
     completion."""
     # The package does not validate types: any JSON may arrive.
     try:
-        return _read_reply(found)
+        return _read_reply(response)
     except (AttributeError, KeyError, TypeError, IndexError):
         raise ValueError("the response is not a chat completion") from None
 
 
-def _read_reply(found: Any) -> Reply:
-    choices = getattr(found, "choices", None)
+def _read_reply(response: Any) -> Reply:
+    choices = getattr(response, "choices", None)
     if not choices or choices[0].message is None:
         raise ValueError("the response has no choices")
-    message, usage = choices[0].message, found.usage
+    message, usage = choices[0].message, response.usage
     text, finish = message.content or "", choices[0].finish_reason or "unknown"
     if getattr(message, "refusal", None):
         text, finish = message.refusal, "refusal"

@@ -89,10 +89,10 @@ class Authenticator:
             with self._database.read() as session:
                 return bearer(session, digest)
 
-        found = self._read_cached("API key", digest, read)
-        if found is None or (found.expires is not None and found.expires <= now()):
+        principal = self._read_cached("API key", digest, read)
+        if principal is None or (principal.expires is not None and principal.expires <= now()):
             raise _no_entry()
-        return _caller(found)
+        return _caller(principal)
 
     def _short_term(self, text: str) -> Caller:
         """Return the caller of a short-term key: a presigned request in base64, signed by the
@@ -101,12 +101,12 @@ class Authenticator:
             url = base64.b64decode(text, validate=True).decode("ascii")
         except (binascii.Error, ValueError) as error:
             raise _no_entry() from error
-        place, _, query = url.partition("?")
-        kept = [part for part in query.split("&") if part.partition("=")[0] != "Version"]
+        location, _, query = url.partition("?")
+        signed_parts = [part for part in query.split("&") if part.partition("=")[0] != "Version"]
         pairs = parse_qsl(query, keep_blank_values=True)
-        if place != f"{_HOST}/" or [pair for pair in pairs if pair[0] == "Action"] != [_ACTION]:
+        if location != f"{_HOST}/" or [pair for pair in pairs if pair[0] == "Action"] != [_ACTION]:
             raise _no_entry()
-        head = RequestHead("POST", "/", "&".join(kept), [("host", _HOST)], tls=True)
+        head = RequestHead("POST", "/", "&".join(signed_parts), [("host", _HOST)], tls=True)
         try:
             claim = parse_claim(head)
             if claim.service != "bedrock" or (claim.expires or 0) > LONGEST_SHORT_TERM:
@@ -121,8 +121,8 @@ class Authenticator:
             with self._database.read() as session:
                 return signer(session, access_key, self._sealing)
 
-        found = self._read_cached("access key", access_key, read)
-        return None if found is None else Credential(found.secret, _caller(found))
+        principal = self._read_cached("access key", access_key, read)
+        return None if principal is None else Credential(principal.secret, _caller(principal))
 
     def _read_cached(
         self, kind: str, identifier: str, read: Callable[[], Principal | None]
@@ -140,14 +140,14 @@ class Authenticator:
         return entry.principal
 
 
-def _caller(found: Principal) -> Caller:
-    return Caller(found.account, found.user, found.roles, found.id)
+def _caller(principal: Principal) -> Caller:
+    return Caller(principal.account, principal.user, principal.roles, principal.id)
 
 
 def _bearer_key(head: RequestHead) -> str | None:
     """Return the API key in the header ``Authorization``; ``None`` without a key."""
-    given = [value for name, value in head.headers if name == "authorization"]
-    scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    values = [value for name, value in head.headers if name == "authorization"]
+    scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     return key.strip() if scheme.lower() == "bearer" else None
 
 

@@ -150,7 +150,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         work of other accounts. A large row therefore delays other accounts only for :data:`SLICE`
         seconds.
         """
-        pieces, began, gives_way = iter(left), time.monotonic(), False
+        pieces, began, yields = iter(left), time.monotonic(), False
         running: dict[Future[Done], tuple[int, CancelScope]] = {}
 
         def work_on(piece: Piece, scope: CancelScope) -> Done:
@@ -160,15 +160,15 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         with ThreadPoolExecutor(self.at_once, self.kind.noun) as threads:
             state = self._keep(row, {})
             while state is not None:
-                goes_on = state == self.working and not self._closed.is_set()
-                if goes_on and not gives_way:
+                continues = state == self.working and not self._closed.is_set()
+                if continues and not yields:
                     for number, piece in islice(pieces, self.at_once - len(running)):
                         scope = CancelScope()
                         running[threads.submit(work_on, piece, scope)] = number, scope
-                if not running or state != self.working or (self.gives_up and not goes_on):
+                if not running or state != self.working or (self.gives_up and not continues):
                     break
-                if not gives_way and time.monotonic() - began >= SLICE:
-                    gives_way = self._give_way(row)
+                if not yields and time.monotonic() - began >= SLICE:
+                    yields = self._give_way(row)
                 ended, _ = wait(running, self.renewal, FIRST_COMPLETED)
                 state = self._keep(row, {running.pop(each)[0]: each for each in ended})
             if running and state is not None:
@@ -176,7 +176,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
                 state = self._keep(row, {running.pop(each)[0]: each for each in ended})
             for _, scope in running.values():
                 scope.close()
-        if gives_way and next(pieces, None) is not None:
+        if yields and next(pieces, None) is not None:
             return False
         return state is not None and not self._closed.is_set()
 
@@ -225,9 +225,9 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
 
     def _claim(self) -> Work | None:
         with self.database.write() as session:
-            held = queue.leases(session, self.kind)
-            silent = [each for each in held if self.watch.silent(*each)]
-            self.watch.forget_others({row_id for row_id, _ in held})
+            leases = queue.leases(session, self.kind)
+            silent = [each for each in leases if self.watch.silent(*each)]
+            self.watch.forget_others({row_id for row_id, _ in leases})
             return queue.claim_next(session, self.kind, self._token, silent)
 
     def _give_way(self, row: Work) -> bool:
@@ -244,12 +244,12 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         with self.database.write() as session:
             # Only the holder of the lease stores results, so that no piece is stored twice.
             try:
-                held = queue.renew(session, self.kind, row.id, self._token)
+                locked = queue.renew(session, self.kind, row.id, self._token)
             except LeaseLost:
                 return None
             for number, piece in done.items():
-                self.record(session, held, number, piece.result())
-            return self.state(held)
+                self.record(session, locked, number, piece.result())
+            return self.state(locked)
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def find_model(
 ) -> CustomModel | None:
     """Return a custom model by ARN, id, ``ft:`` id or name, except models of unfinished jobs."""
     columns = _MODEL_NAMES
-    found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, columns, lock)
-    return found if found and found.status != RESERVED else None
+    model = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, columns, lock)
+    return model if model and model.status != RESERVED else None
 
 
 def find_endpoint(
@@ -114,9 +114,9 @@ def _find(
         query = query.order_by(*order)
     if table is Endpoint:
         query = query.where(Endpoint.kind == kind)
-    found = find_row(session, query, lock=lock)
+    row = find_row(session, query, lock=lock)
     # The ARN contains the foundation model, which must match too.
-    return None if found and arn and str(arn) != arn_of(arns, found) else found
+    return None if row and arn and str(arn) != arn_of(arns, row) else row
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def invoked_arn(arns: Arns, model_id: str) -> str:
     """Return the ARN of a ``modelId`` for the audit log, without reading the database."""
     if model_id.startswith("arn:"):
         return model_id
-    found = foundation_model(model_id)
-    return arns.foundation_model(found.id if found else model_id)
+    base = foundation_model(model_id)
+    return arns.foundation_model(base.id if base else model_id)
 
 
 def resolve_name(database: Database, arns: Arns, account: str, identifier: str) -> str:
@@ -150,8 +150,8 @@ def resolve_name(database: Database, arns: Arns, account: str, identifier: str) 
         return identifier
     named = select(Endpoint).where(Endpoint.account == account, Endpoint.name == identifier)
     with database.read() as session:
-        found = find_row(session, named.order_by((Endpoint.kind == DEPLOYMENT).desc()))
-    return identifier if found is None else endpoint_arn(arns, found)
+        endpoint = find_row(session, named.order_by((Endpoint.kind == DEPLOYMENT).desc()))
+    return identifier if endpoint is None else endpoint_arn(arns, endpoint)
 
 
 def invocable_model(
@@ -163,11 +163,11 @@ def invocable_model(
     another model.
     """
     with database.read() as session:
-        found = find_model(session, arns, account, identifier)
-    if found is None or found.status != ACTIVE or found.stored_id is None:
+        model = find_model(session, arns, account, identifier)
+    if model is None or model.status != ACTIVE or model.stored_id is None:
         return None
-    arn = found.arn(arns)
-    return Invocable(found.stored_id, arn, arn)
+    arn = model.arn(arns)
+    return Invocable(model.stored_id, arn, arn)
 
 
 def invocable(database: Database, arns: Arns, account: str, model_id: str) -> Invocable:
@@ -200,18 +200,18 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
             )
         raise _unknown(model_id)
     with database.read() as session:
-        found = find_endpoint(session, arns, account, named.kind, model_id)
-        stored_id = stored_id_of(session, found.model) if found else None
-    if found is None:
+        endpoint = find_endpoint(session, arns, account, named.kind, model_id)
+        stored_id = stored_id_of(session, endpoint.model) if endpoint else None
+    if endpoint is None:
         raise _unknown(model_id)
     text = _ENDPOINTS[named.kind]
-    if found.status == CREATING:
+    if endpoint.status == CREATING:
         raise Fault("ModelNotReady", f"The {text} is being created. Try again in a moment.")
-    if found.status == FAILED:
+    if endpoint.status == FAILED:
         raise Fault("Validation", f"The {text} is Failed.")
     if stored_id is None:
         raise _unknown(model_id)
-    return Invocable(stored_id, model_id, found.model)
+    return Invocable(stored_id, model_id, endpoint.model)
 
 
 def stored_id_of(session: Session, model: str) -> str | None:
@@ -223,8 +223,8 @@ def stored_id_of(session: Session, model: str) -> str | None:
         base = foundation_model(model)
         return base.base if base else None
     query = select(CustomModel).filter_by(account=arn.account, id=arn.id)
-    found = session.scalars(query).one_or_none()
-    return found.stored_id if found else None
+    custom = session.scalars(query).one_or_none()
+    return custom.stored_id if custom else None
 
 
 @dataclass(frozen=True)

@@ -229,10 +229,10 @@ class Service:
     def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:
         """Return the grader configured for a Lambda function of the account, by the function's
         name."""
-        found = LAMBDA.fullmatch(function)
-        if found is None or found["account"] != account:
+        match = LAMBDA.fullmatch(function)
+        if match is None or match["account"] != account:
             return None
-        return self.settings.graders.get(found["name"])
+        return self.settings.graders.get(match["name"])
 
     def _delete(self, model: CustomModel) -> None:
         """Delete a custom model that is not in use, and unload the model."""

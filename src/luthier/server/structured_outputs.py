@@ -41,10 +41,10 @@ class StructuredOutputs(BaseModel):
         """Constraint for the engine."""
         if isinstance(self.json_schema, str):
             try:
-                found = json.loads(self.json_schema)
+                schema = json.loads(self.json_schema)
             except (ValueError, RecursionError) as error:
                 raise ValueError("json is not valid JSON") from error
-            return Constraint("schema", found)
+            return Constraint("schema", schema)
         if self.json_schema is not None:
             return Constraint("schema", self.json_schema)
         if self.json_object:

@@ -66,7 +66,9 @@ class TrackerEntry:
         if self.package and find_spec(self.package) is None:
             raise RecipeError(
                 f"`training.track`: {self.id} needs the package {self.package}. "
-                f"Run pip install 'luthier[{self.id}]'"
+                f"Run pip install 'luthier[{self.id}]'",
+                setting="training.track",
+                value=self.id,
             )
 
 

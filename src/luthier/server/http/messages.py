@@ -190,16 +190,16 @@ def parse_json(data: bytes) -> Any:
     except UnicodeDecodeError:
         raise ValueError("the text is not UTF-8") from None
     try:
-        found = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
-        if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
+        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(value) > JSON_DEPTH:
             # Recursive encoders could not write the value.
             raise ValueError(f"the value has more than {JSON_DEPTH} levels")
         if b"\\u" in data:
             # Check escapes after parsing, which joins surrogate pairs and resolves backslashes.
-            _check_texts(found)
+            _check_texts(value)
     except RecursionError:
         raise ValueError("the value has too many levels") from None
-    return found
+    return value
 
 
 def _not_finite(text: str) -> Any:
@@ -267,8 +267,8 @@ class Fault(LuthierError):
         if isinstance(error, ReadOnlyDisk):
             text = "The server's disk is read-only. The operator must fix the disk."
             return Fault("ServiceUnavailable", text, retry_after=30)
-        said = str(error.orig)
-        why = next((text for word, text in _TROUBLES.items() if word in said), "is unreachable")
+        detail = str(error.orig)
+        why = next((text for word, text in _TROUBLES.items() if word in detail), "is unreachable")
         text = f"The server's database {why}. Try again; the request may have been completed."
         return Fault("ServiceUnavailable", text, retry_after=5)
 

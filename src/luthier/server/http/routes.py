@@ -155,8 +155,8 @@ def _unknown(request: Request, status: int) -> Fault:
         return Fault("UnknownOperation", f"There is no {request.method} {path}.")
     # Starlette reports the methods of the first route only.
     routes = request.app.routes
-    found = [each for each in routes if each.matches(request.scope)[0] is not Match.NONE]
-    allow = ", ".join(sorted(set().union(*(each.methods for each in found))))
+    matching = [each for each in routes if each.matches(request.scope)[0] is not Match.NONE]
+    allow = ", ".join(sorted(set().union(*(each.methods for each in matching))))
     return Fault("MethodNotAllowed", f"{path} supports {allow}.", allow=allow)
 
 

@@ -208,11 +208,11 @@ class StreamedResponse(StreamingResponse):
                     with suppress(Exception):
                         await piece
                     return True
-                found = await piece
-                await send(_body_message(found))
-                if found is None:
+                content = await piece
+                await send(_body_message(content))
+                if content is None:
                     return False
-                sent += len(found)
+                sent += len(content)
         except asyncio.CancelledError:
             if isinstance(self._pieces, GeneratedPieces):
                 await run_waiting(self._pieces.interrupt)
@@ -226,10 +226,10 @@ class StreamedResponse(StreamingResponse):
 
     async def _send_rest(self, send: Send, piece: asyncio.Future[bytes | None] | None) -> None:
         """Send the last pieces of an interrupted stream. A thread may still produce ``piece``."""
-        found: bytes | None = b""
-        while found is not None:
-            found = await (piece or run_waiting(partial(next, self._pieces, None)))
-            await send(_body_message(found))
+        content: bytes | None = b""
+        while content is not None:
+            content = await (piece or run_waiting(partial(next, self._pieces, None)))
+            await send(_body_message(content))
             piece = None
 
 

@@ -90,15 +90,15 @@ def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
     """Create an export of a custom model."""
     context = call.context
     with context.database.read() as session:
-        asked = call.model(session, model, active=True)
+        named = call.model(session, model, active=True)
     context.locations.check_writable(call.account, body.output)
     with context.database.write() as session:
-        found = session.get(CustomModel, asked.seq, with_for_update=True)
-        if found is None:  # deleted by another request
+        row = session.get(CustomModel, named.seq, with_for_update=True)
+        if row is None:  # deleted by another request
             raise not_found("model", model)
-        arn, kind = found.arn(context.arns), body.format
-        made = submit_export(session, found, arn, body.output, kind, body.merged, body.quantization)
-        view = _view(made)
+        arn, kind = row.arn(context.arns), body.format
+        export = submit_export(session, row, arn, body.output, kind, body.merged, body.quantization)
+        view = _view(export)
     context.wake()
     return view
 
@@ -109,19 +109,19 @@ def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> Exp
     states = (page.state,) if page.state else ()
     with call.context.database.read() as session:
         limit, position = page.limit + 1, page.position
-        found = exports.list_exports(
+        rows = exports.list_exports(
             session, call.account, states, model=page.model, limit=limit, position=position
         )
-    following = found[page.limit - 1].seq if len(found) > page.limit else None
-    return ExportsView(exports=[_view(each) for each in found[: page.limit]], next=following)
+    next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
+    return ExportsView(exports=[_view(each) for each in rows[: page.limit]], next=next_position)
 
 
 @router.get("/exports/{export}")
 def get_export(call: NativeCall, export: Name) -> ExportView:
     """Return an export."""
     with call.context.database.read() as session:
-        found = exports.get(session, call.account, export)
-    return _view(_existing(export, found))
+        row = exports.get(session, call.account, export)
+    return _view(_existing(export, row))
 
 
 @router.post("/exports/{export}/stop")
@@ -129,16 +129,16 @@ def stop_export(call: NativeCall, export: Name) -> ExportView:
     """Stop an export. Stopping an ended export is a conflict."""
     call.record(f"model-export/{export}")
     with call.context.database.write() as session:
-        found = exports.get(session, call.account, export, lock=True)
-        view = _view(exports.stop(session, _existing(export, found)))
+        row = exports.get(session, call.account, export, lock=True)
+        view = _view(exports.stop(session, _existing(export, row)))
     call.context.wake()
     return view
 
 
-def _existing(name: str, found: ModelExport | None) -> ModelExport:
-    if found is None:
+def _existing(name: str, export: ModelExport | None) -> ModelExport:
+    if export is None:
         raise not_found("export", name)
-    return found
+    return export
 
 
 def _view(export: ModelExport) -> ExportView:

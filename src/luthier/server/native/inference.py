@@ -155,11 +155,11 @@ class ReconstructionsView(View):
     dependencies=[MODEL_TURN],
     openapi_extra=uploads("image", "audio"),
 )
-def predict(call: NativeCall, model: Name, asked: PredictionRequest) -> PredictionsView:
+def predict(call: NativeCall, model: Name, body: PredictionRequest) -> PredictionsView:
     """Return predictions for text, images, audio or time series."""
     stored_id = _stored_id(call, model)
     inputs: list[str | Media] = []
-    for index, each in enumerate(asked.inputs):
+    for index, each in enumerate(body.inputs):
         if each.image is not None:
             inputs.append(_media(each.image, "image", f"inputs.{index}.image"))
         elif each.audio is not None:
@@ -170,7 +170,7 @@ def predict(call: NativeCall, model: Name, asked: PredictionRequest) -> Predicti
         else:
             inputs.append(each.text or "")
     with inference_faults():
-        answers = call.context.pool.predict(stored_id, inputs, asked.top)
+        answers = call.context.pool.predict(stored_id, inputs, body.top)
     return PredictionsView(model=model, answers=answers)
 
 
@@ -181,27 +181,27 @@ def predict(call: NativeCall, model: Name, asked: PredictionRequest) -> Predicti
     responses=PICTURES,
 )
 def sample_images(
-    call: NativeCall, model: Name, asked: SampleRequest, accept: Accept = ""
+    call: NativeCall, model: Name, body: SampleRequest, accept: Accept = ""
 ) -> SamplesView | Response:
     """Generate images."""
     from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model)
     with inference_faults():
-        wanted = ImageRequest(
-            asked.count, asked.prompt or asked.label, asked.seed, None, asked.steps,
-            asked.guidance_scale, asked.negative_prompt,
+        request = ImageRequest(
+            body.count, body.prompt or body.label, body.seed, None, body.steps,
+            body.guidance_scale, body.negative_prompt,
         )  # fmt: skip
-        made = call.context.pool.sample(stored_id, wanted)
-    pixels = [each.pixels for each in made.images]
+        samples = call.context.pool.sample(stored_id, request)
+    pixels = [each.pixels for each in samples.images]
     if PNG in accept:
-        return _picture(pixels, {"X-Luthier-Seed": str(made.seed)})
+        return _picture(pixels, {"X-Luthier-Seed": str(samples.seed)})
     height, width, _ = pixels[0].shape
     views = [
         SampleView(png=_base64(encode_png(each.pixels)), label=each.label or None)
-        for each in made.images
+        for each in samples.images
     ]
-    return SamplesView(model=model, seed=made.seed, width=width, height=height, images=views)
+    return SamplesView(model=model, seed=samples.seed, width=width, height=height, images=views)
 
 
 @router.post(
@@ -212,21 +212,21 @@ def sample_images(
     openapi_extra=uploads("image"),
 )
 def reconstruct_images(
-    call: NativeCall, model: Name, asked: ReconstructionRequest, accept: Accept = ""
+    call: NativeCall, model: Name, body: ReconstructionRequest, accept: Accept = ""
 ) -> ReconstructionsView | Response:
     """Encode and decode images with an autoencoder."""
     from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model)
-    images = [_media(each, "image", f"images.{index}") for index, each in enumerate(asked.images)]
+    images = [_media(each, "image", f"images.{index}") for index, each in enumerate(body.images)]
     with inference_faults():
-        found = call.context.pool.reconstruct(stored_id, images)
+        copies = call.context.pool.reconstruct(stored_id, images)
     if PNG in accept:
-        return _picture([pixels for each in found for pixels in (each.original, each.copy)])
+        return _picture([pixels for each in copies for pixels in (each.original, each.copy)])
     views = [
-        ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error) for each in found
+        ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error) for each in copies
     ]
-    ratio = found[0].compression.ratio
+    ratio = copies[0].compression.ratio
     return ReconstructionsView(model=model, images=views, compression_ratio=ratio)
 
 

@@ -218,26 +218,26 @@ def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
     """List jobs, newest first."""
     states = (page.state,) if page.state else ()
     with call.context.database.read() as session:
-        found = queue.list_jobs(
+        rows = queue.list_jobs(
             session, call.account, states=states, limit=page.limit + 1, position=page.position
         )
-    following = found[page.limit - 1].seq if len(found) > page.limit else None
-    return JobsView(jobs=[_view(job) for job in found[: page.limit]], next=following)
+    next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
+    return JobsView(jobs=[_view(job) for job in rows[: page.limit]], next=next_position)
 
 
 @router.get("/jobs/{job}")
 def get_job(call: NativeCall, job: Name) -> JobView:
     """Return a job by name or id."""
-    found = _find(call, job)
-    return _view(found, JobFolders(found.id).log_tail())
+    row = _find(call, job)
+    return _view(row, JobFolders(row.id).log_tail())
 
 
 @router.delete("/jobs/{job}")
 def delete_job(call: NativeCall, job: Name) -> DeletedJobView:
     """Delete an ended job with events and files. The trained model must be deleted first."""
-    found = _find(call, job)
-    deletion.delete_job(call.context.database, call.context.arns, found)
-    return DeletedJobView(job=found.id)
+    row = _find(call, job)
+    deletion.delete_job(call.context.database, call.context.arns, row)
+    return DeletedJobView(job=row.id)
 
 
 @router.post("/jobs/{job}/stop")
@@ -263,13 +263,13 @@ def list_label_issues(
     call: NativeCall, job: Name, page: Annotated[LabelIssuesPage, Query()]
 ) -> LabelIssuesView:
     """List rows with likely wrong labels."""
-    found = _find(call, job)
-    result = found.result
+    row = _find(call, job)
+    result = row.result
     records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
     if result is not None and not records and result.get("label_issues", {}).get("issues"):
         raise Fault(
             "Conflict",
-            f"The label issues of the job {found.name} are on another machine. Read {LABEL_ISSUES} "
+            f"The label issues of the job {row.name} are on another machine. Read {LABEL_ISSUES} "
             "below the `output` of the job.",
         )
     end = page.position + page.limit
@@ -292,17 +292,17 @@ async def job_events(
     last_event_id: Annotated[str, Header()] = "",
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream states, messages and metrics of a job as server-sent events."""
-    known = parse_digits(last_event_id)
+    last = parse_digits(last_event_id)
     # The maximum of the query field; databases store 63 bits.
-    after = min(since.after if known is None else known, 2**62)
+    after = min(since.after if last is None else last, 2**62)
     while True:
-        state, found = await run_in_threadpool(_events, call, job, after)
-        for event in found:
+        state, events = await run_in_threadpool(_events, call, job, after)
+        for event in events:
             after = event.seq
             message = map_code(event.message, setting_name)
             entry = {"at": event.at.isoformat(), "message": message, **event.data}
             yield ServerSentEvent(data=entry, event=event.kind, id=str(event.seq))
-        if not found:
+        if not events:
             if state in ENDED or not since.follow:
                 return
             await asyncio.sleep(POLL_SECONDS)

@@ -57,27 +57,27 @@ def list_loaded_models(call: NativeCall) -> LoadedModelsView:
         CustomModel.account == call.account, CustomModel.stored_id.in_([*loaded])
     )
     with call.context.database.read() as session:
-        found = list(session.scalars(own.order_by(CustomModel.seq)))
-    order = {model_id: place for place, model_id in enumerate(loaded)}
-    found.sort(key=lambda model: order.get(model.stored_id or "", len(order)))
-    return LoadedModelsView(models=[_view(call, each) for each in found])
+        models = list(session.scalars(own.order_by(CustomModel.seq)))
+    order = {model_id: index for index, model_id in enumerate(loaded)}
+    models.sort(key=lambda model: order.get(model.stored_id or "", len(order)))
+    return LoadedModelsView(models=[_view(call, each) for each in models])
 
 
 @router.post("/models/{model}/load", dependencies=[MODEL_TURN])
 def load_model(call: NativeCall, model: Name) -> LoadedModelView:
     """Load a custom model into memory."""
-    found, stored_id = _find(call, model)
+    row, stored_id = _find(call, model)
     with inference_faults():
         call.context.pool.load(stored_id)
-    return _view(call, found)
+    return _view(call, row)
 
 
 @router.post("/models/{model}/unload")
 def unload_model(call: NativeCall, model: Name) -> LoadedModelView:
     """Unload a custom model after the active requests have ended."""
-    found, stored_id = _find(call, model)
+    row, stored_id = _find(call, model)
     call.context.pool.unload(stored_id)
-    return _view(call, found)
+    return _view(call, row)
 
 
 def _find(call: Call, name: str) -> tuple[CustomModel, str]:
@@ -103,7 +103,7 @@ def _view(call: Call, model: CustomModel) -> LoadedModelView:
     )
     if loaded is None:
         return LoadedModelView(id=model.id, name=model.name, arn=arn, loaded=False)
-    guessed = loaded.speculation
+    speculation = loaded.speculation
     return LoadedModelView(
         id=model.id,
         name=model.name,
@@ -114,6 +114,6 @@ def _view(call: Call, model: CustomModel) -> LoadedModelView:
         loaded_at=loaded.loaded,
         last_used=loaded.last_used,
         requests=loaded.requests,
-        proposed_tokens=None if guessed is None else guessed.proposed,
-        accepted_tokens=None if guessed is None else guessed.accepted,
+        proposed_tokens=None if speculation is None else speculation.proposed,
+        accepted_tokens=None if speculation is None else speculation.accepted,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from luthier.media.objectives.vae import VAE
 from luthier.models.base_kinds import KINDS
 from luthier.models.catalog import CATALOG, CatalogEntry
 from luthier.objectives.base import predicts
+from luthier.server.native.operations import View
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.foundation import AnyModel, kind_of
 
@@ -30,13 +30,15 @@ Ability = Literal["write", "predict", "embed", "make_images", "reconstruct"]
 Reads = Literal["text", "image", "audio", "window"]
 
 
-@dataclass(frozen=True)
-class Abilities:
+class Abilities(View):
     """Supported operations and inputs of a model."""
 
     method: str
     """Objective of the model."""
     does: tuple[Ability, ...]
+    """Operations: ``write`` for chats, ``predict`` and ``embed`` for ``predictions``,
+    ``make_images`` for ``images``, ``reconstruct`` for ``reconstructions``. Empty for models that
+    are only bases for training."""
     reads: tuple[Reads, ...]
     labels: tuple[str, ...] = ()
     """Classes for image generation."""
@@ -104,26 +106,28 @@ def _kind_writes(kind: str) -> bool:
 
 
 def _writes(stored: StoredModel, objective: Objective) -> bool:
-
     return not predicts(objective) and stored.writes
 
 
 def _abilities(stored: StoredModel, reads: tuple[Reads, ...]) -> Abilities:
-
     objective, does = stored.objective, list[Ability]()
     if predicts(objective):
         does.append("embed" if gives_embeddings(objective) else "predict")
     elif _writes(stored, objective):
         does.append("write")
-    labels: tuple[str, ...] = ()
-    prompts = False
+    labels, reads_prompts = tuple[str, ...](), False
     if isinstance(objective, Generative) and reads == ("image",):
         does.append("make_images")
-        labels = objective.sample_labels
-        prompts = objective.reads_prompts
+        labels, reads_prompts = objective.sample_labels, objective.reads_prompts
     if isinstance(objective, VAE) and reads == ("image",):
         does.append("reconstruct")
-    return Abilities(objective.method, tuple(does), reads, labels, prompts)
+    return Abilities(
+        method=objective.method,
+        does=tuple(does),
+        reads=reads,
+        labels=labels,
+        reads_prompts=reads_prompts,
+    )
 
 
 def _input_of(stored: StoredModel) -> tuple[Reads, ...]:

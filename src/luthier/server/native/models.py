@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -17,8 +16,7 @@ from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.identifiers import find_foundation, find_model
 from luthier.server.native.model_operations import (
-    Ability,
-    Reads,
+    Abilities,
     abilities_of,
     abilities_of_base,
     writes,
@@ -29,22 +27,6 @@ from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
 
 router = native_router()
-
-
-class AbilitiesView(View):
-    """Supported operations and inputs of a model."""
-
-    method: str
-    """Objective of the model."""
-    does: list[Ability]
-    """Operations: ``write`` for chats, ``predict`` and ``embed`` for ``predictions``,
-    ``make_images`` for ``images``, ``reconstruct`` for ``reconstructions``. Empty for models that
-    are only bases for training."""
-    reads: list[Reads]
-    labels: list[str]
-    """Classes for image generation."""
-    reads_prompts: bool
-    """True if the model generates images from text."""
 
 
 class ModelView(View):
@@ -72,7 +54,7 @@ class ModelView(View):
     writes: bool
     """True if the model generates text. If the files are on another server, the base model's kind
     decides."""
-    abilities: AbilitiesView | None = None
+    abilities: Abilities | None = None
     """Supported operations. Missing in lists, and if the model's files or package are not on this
     server."""
 
@@ -111,10 +93,10 @@ def list_models(call: NativeCall) -> ModelsView:
         CustomModel.account == call.account, CustomModel.status != RESERVED
     )
     with call.context.database.read() as session:
-        found = list(session.scalars(own.order_by(CustomModel.seq)))
+        rows = list(session.scalars(own.order_by(CustomModel.seq)))
     arns = call.context.arns
     views = [_foundation(arns, each) for each in foundation_models()]
-    return ModelsView(models=views + [_custom(arns, each) for each in found])
+    return ModelsView(models=views + [_custom(arns, each) for each in rows])
 
 
 @router.get("/models/{model}")
@@ -122,21 +104,21 @@ def get_model(call: NativeCall, model: Name) -> ModelView:
     """Return a model by id, name or ARN."""
     arns = call.context.arns
     with call.context.database.read() as session:
-        found = find_foundation(arns, model) or call.model(session, model)
-    if isinstance(found, FoundationModel):
-        view = _foundation(arns, found)
+        row = find_foundation(arns, model) or call.model(session, model)
+    if isinstance(row, FoundationModel):
+        view = _foundation(arns, row)
     else:
-        view = _custom(arns, found)
-    return view.model_copy(update={"abilities": _abilities(found)})
+        view = _custom(arns, row)
+    return view.model_copy(update={"abilities": _abilities(row)})
 
 
 @router.delete("/models/{model}")
 def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
     """Delete a custom model. The model must not be deployed or the base of a running job."""
     with call.context.database.read() as session:
-        found = call.model(session, model)
-    call.context.delete_model(found)
-    return DeletedModelView(model=found.arn(call.context.arns))
+        row = call.model(session, model)
+    call.context.delete_model(row)
+    return DeletedModelView(model=row.arn(call.context.arns))
 
 
 @router.get("/models/{model}/certificate")
@@ -144,7 +126,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
     """Return the certificate and the lineage of a custom model."""
     lineage: list[str] = []
     with call.context.database.read() as session:
-        found = below = call.model(session, model)
+        row = below = call.model(session, model)
         lineage.append(below.arn(call.context.arns))
         # An imported full model has no base model.
         while below.base_model:
@@ -157,7 +139,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
             below = parent
     return CertificateView(
         model=lineage[0],
-        certificate=json.loads(_certificate_text(found)),
+        certificate=json.loads(_certificate_text(row)),
         lineage=lineage,
         shares=sorted(SHARES),
         errors=sorted(LESS_IS_BETTER),
@@ -168,10 +150,10 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
 def download_certificate(call: NativeCall, model: Name) -> Response:
     """Download a custom model's certificate.json for `luthier verify`."""
     with call.context.database.read() as session:
-        found = call.model(session, model)
+        row = call.model(session, model)
     # The hash covers the exact bytes; a JavaScript client would write 32.0 as 32.
     headers = {"Content-Disposition": 'attachment; filename="certificate.json"'}
-    text = _certificate_text(found).encode("utf-8", "replace")
+    text = _certificate_text(row).encode("utf-8", "replace")
     return Response(text, headers=headers, media_type="application/json")
 
 
@@ -216,16 +198,12 @@ def _certificate_text(model: CustomModel) -> str:
     return read_certificate(find(model.stored_id)).text()
 
 
-def _abilities(model: FoundationModel | CustomModel) -> AbilitiesView | None:
+def _abilities(model: FoundationModel | CustomModel) -> Abilities | None:
     from luthier.library.models import find
 
     try:
         if isinstance(model, FoundationModel):
-            found = abilities_of_base(model.base)
-        elif model.stored_id is not None:
-            found = abilities_of(find(model.stored_id))
-        else:
-            return None
+            return abilities_of_base(model.base)
+        return None if model.stored_id is None else abilities_of(find(model.stored_id))
     except (LuthierError, OSError):
         return None  # files on another server, damaged files, or a missing package
-    return AbilitiesView(**asdict(found))

@@ -97,9 +97,9 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
         command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
         addresses = {str(rows): body.training}
         if body.validation is not None:
-            held = _fetch(call, body.validation, folder / "validation", media)
-            command += ["--validation", str(held)]
-            addresses[str(held)] = body.validation
+            validation = _fetch(call, body.validation, folder / "validation", media)
+            command += ["--validation", str(validation)]
+            addresses[str(validation)] = body.validation
         if body.objective is not None:
             command += ["--objective", body.objective]
         report = _run_command(command, addresses, (0, 1, 2))
@@ -117,7 +117,7 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
         media = base_reads_media(_stored_id(call, body.base))
         rows = _fetch(call, body.training, folder / "training", media)
         addresses = {str(rows): body.training}
-        held = _fetch_held_out(call, body.validation, folder / "held", addresses, media)
+        validation = _fetch_held_out(call, body.validation, folder / "held", addresses, media)
         submission = Submission(
             account=call.account,
             api="native",
@@ -131,37 +131,37 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
             grader=grader,
         )
         fields = recipe_of(submission, "estimate").plain()
-        if held is not None:
-            fields["data"]["validation"] = str(held)
+        if validation is not None:
+            fields["data"]["validation"] = str(validation)
         recipe = folder / "recipe.toml"
         recipe.write_text(to_toml(fields), encoding="utf-8")
-        found = _run_command(["estimate", str(recipe)], addresses, (0,))
-    return EstimateView(estimate=found)
+        estimate = _run_command(["estimate", str(recipe)], addresses, (0,))
+    return EstimateView(estimate=estimate)
 
 
 def _stored_id(call: Call, identifier: str) -> str:
-    found = call.context.base(call.account, identifier)
-    return str(found.stored_id) if isinstance(found, CustomModel) else found.base
+    model = call.context.base(call.account, identifier)
+    return str(model.stored_id) if isinstance(model, CustomModel) else model.base
 
 
 def _fetch_held_out(
     call: Call,
-    named: Sequence[str],
+    sources: Sequence[str],
     folder: Path,
     addresses: dict[str, str],
     media: bool,
 ) -> Path | None:
     """Fetch validation data below ``folder``, and add the address of each file to ``addresses``."""
-    if not named:
+    if not sources:
         return None
     folder.mkdir()
-    found: list[Path] = []
-    for number, address in enumerate(named):
-        found.append(_fetch(call, address, folder / f"{number:02d}", media))
-        addresses[str(found[-1])] = address
+    files: list[Path] = []
+    for number, address in enumerate(sources):
+        files.append(_fetch(call, address, folder / f"{number:02d}", media))
+        addresses[str(files[-1])] = address
     # After the files in the folder, because the replacement of paths follows this order.
-    addresses[str(folder)] = ", ".join(named)
-    return found[0] if len(found) == 1 else folder
+    addresses[str(folder)] = ", ".join(sources)
+    return files[0] if len(files) == 1 else folder
 
 
 def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
@@ -197,21 +197,21 @@ def _report_folder() -> Iterator[Path]:
 
 def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
     """Return the JSON output of a command, with paths and settings renamed for the client."""
-    whole = python_command("luthier", *command, "--json")
+    arguments = python_command("luthier", *command, "--json")
     try:
-        done = subprocess.run(
-            whole, capture_output=True, text=True, check=False, timeout=SECONDS,
+        process = subprocess.run(
+            arguments, capture_output=True, text=True, check=False, timeout=SECONDS,
             env=worker_environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         text = f"The command takes more than {SECONDS:.0f} seconds. Use fewer rows."
         raise Fault("Validation", text) from error
-    out = done.stdout.strip()
+    out = process.stdout.strip()
     for path, address in addresses.items():
         # Replace the JSON encoding of the path, without quotes.
         out = out.replace(json.dumps(path)[1:-1], json.dumps(address, ensure_ascii=False)[1:-1])
-    answer = json.loads(out) if out else {}
-    if done.returncode not in codes or not out or "error" in answer:
-        message = answer.get("error", {}).get("message") or "The command fails without a message."
+    output = json.loads(out) if out else {}
+    if process.returncode not in codes or not out or "error" in output:
+        message = output.get("error", {}).get("message") or "The command fails without a message."
         raise Fault("Validation", map_code(message, setting_name)[-4000:])
-    return map_texts(answer, lambda text: map_code(text, setting_name))
+    return map_texts(output, lambda text: map_code(text, setting_name))

@@ -78,19 +78,19 @@ def get_usage(call: NativeCall) -> UsageView:
     """Return the account's current use of each quota."""
     quotas = call.context.quotas(call.account)
     with call.context.database.read() as session:
-        found = quota_usage(session, call.account)
+        current = quota_usage(session, call.account)
     views = {
-        name: QuotaView(used=used, quota=getattr(quotas, name)) for name, used in found.items()
+        name: QuotaView(used=used, quota=getattr(quotas, name)) for name, used in current.items()
     }
     return UsageView(account=call.account, quotas=views)
 
 
 @router.get("/usage/days")
-def get_daily_usage(call: NativeCall, asked: Annotated[Days, Query()]) -> DaysView:
+def get_daily_usage(call: NativeCall, range_of_days: Annotated[Days, Query()]) -> DaysView:
     """Return the account's usage by day and model."""
-    last = asked.last or now().date()
-    first = asked.first or last - timedelta(days=DAYS)
+    last = range_of_days.last or now().date()
+    first = range_of_days.first or last - timedelta(days=DAYS)
     with call.context.database.read() as session:
-        found = report(session, first, last, call.account)
-    days = [DayView(**each) for each in found]
+        rows = report(session, first, last, call.account)
+    days = [DayView(**each) for each in rows]
     return DaysView(account=call.account, first=first, last=last, days=days)

@@ -97,10 +97,10 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 self._fail(batch, errors)
                 return
             with self.database.write() as session:
-                held = self.lock_held(session, batch)
-                if held is not None and held.status == store.VALIDATING:
-                    held.total = total
-                    store.enter(held, store.IN_PROGRESS)
+                locked = self.lock_held(session, batch)
+                if locked is not None and locked.status == store.VALIDATING:
+                    locked.total = total
+                    store.enter(locked, store.IN_PROGRESS)
         with self.database.read() as session:
             done = store.done_lines(session, batch.id)
         # The file is read again line by line, because it may be larger than the memory.
@@ -128,7 +128,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         self, lines: Iterable[tuple[int, bytes]], endpoint: str
     ) -> tuple[int, list[JsonObject]]:
         """Return the number of lines of an input file, and their errors."""
-        count, found = 0, list[JsonObject]()
+        count, errors = 0, list[JsonObject]()
         first: dict[str, int] = {}
         for number, line in lines:
             count += 1
@@ -137,29 +137,29 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 return count, [_error("too_many_lines", text, None)]
             if len(line) > LONGEST_LINE:
                 text = f"A line has at most {LONGEST_LINE:,} bytes."
-                found.append(_error("line_too_large", text, number))
+                errors.append(_error("line_too_large", text, number))
                 continue
-            if len(found) > MOST_ERRORS:
+            if len(errors) > MOST_ERRORS:
                 continue
             try:
                 line_body = parse_json(line)
             except Fault as fault:
-                found.append(_error("line_too_large", fault.message, number))
+                errors.append(_error("line_too_large", fault.message, number))
                 continue
             except ValueError as error:
                 text = f"The line is not valid JSON: {error}."
-                found.append(_error("invalid_json_line", text, number))
+                errors.append(_error("invalid_json_line", text, number))
                 continue
             code, text, param = _problem(line_body, endpoint, first, number)
             if code:
-                found.append(_error(code, text, number, param))
+                errors.append(_error(code, text, number, param))
         if not count:
-            found.append(_error("empty_file", "The input file has no lines.", None))
-        return count, found
+            errors.append(_error("empty_file", "The input file has no lines.", None))
+        return count, errors
 
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, JsonObject]:
         members = json.loads(line)
-        refused: Fault | None = None
+        fault_of_line: Fault | None = None
         try:
             caller = self.caller_of(batch)
             self.count(batch.account, "", Usage(requests=1))
@@ -167,16 +167,16 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
             with meter(count), working_for(batch.account, background=True):
                 answer = self.endpoints[batch.endpoint](caller.account, members["body"])
         except Fault as fault:
-            refused = fault
+            fault_of_line = fault
         except Exception as error:
             _log.exception("a line of %s failed", batch.id)
-            refused = Fault("InternalServer", f"The request failed: {type(error).__name__}.")
-        if refused is None:
+            fault_of_line = Fault("InternalServer", f"The request failed: {type(error).__name__}.")
+        if fault_of_line is None:
             status = 200
         else:
-            status, answer = shape_of(refused).status, {"error": error_of(refused)}
+            status, answer = shape_of(fault_of_line).status, {"error": error_of(fault_of_line)}
         response = {"status_code": status, "request_id": secrets.token_hex(12), "body": answer}
-        return refused is not None, {
+        return fault_of_line is not None, {
             "id": f"batch_req_{secrets.token_hex(12)}",
             "custom_id": members["custom_id"],
             "response": response,
@@ -186,16 +186,16 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
     def _finish(self, batch: Batch) -> None:
         """Write the result files, then set the status: the files of a completed batch always exist."""
         with self.database.write() as session:
-            held = self.lock_held(session, batch)
-            if held is None:
+            locked = self.lock_held(session, batch)
+            if locked is None:
                 return
-            counts = store.counts(session, held)
-            missing = held.total > sum(counts)
+            counts = store.counts(session, locked)
+            missing = locked.total > sum(counts)
             end = store.EXPIRED if missing else store.COMPLETED
-            if held.status == store.CANCELLING:
+            if locked.status == store.CANCELLING:
                 end = store.CANCELLED
-            elif held.status == store.IN_PROGRESS:
-                store.enter(held, store.FINALIZING)
+            elif locked.status == store.IN_PROGRESS:
+                store.enter(locked, store.FINALIZING)
         files: dict[str, str] = {}
         for failed, column in ((False, "output_file"), (True, "error_file")):
             if counts[failed]:
@@ -217,52 +217,52 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                     raise
                 files[column] = file_id
         with self.database.write() as session:
-            held = self.lock_held(session, batch)
-            if held is not None:
+            locked = self.lock_held(session, batch)
+            if locked is not None:
                 for column, file_id in files.items():
-                    setattr(held, column, file_id)
-                store.end(session, held, end)
+                    setattr(locked, column, file_id)
+                store.end(session, locked, end)
 
     def _result_lines(self, batch: Batch, failed: bool) -> Iterator[bytes]:
         """Yield the lines of the output file, or of the error file if ``failed``, page by page."""
         after = 0
         while True:
             with self.database.read() as session:
-                found = store.results(session, batch.id, failed, after)
-            if not found:
+                results = store.results(session, batch.id, failed, after)
+            if not results:
                 return
-            for _, result in found:
+            for _, result in results:
                 yield json.dumps(result, ensure_ascii=False).encode() + b"\n"
-            after = found[-1][0]
+            after = results[-1][0]
 
     def _fail(self, batch: Batch, errors: list[JsonObject]) -> None:
         with self.database.write() as session:
-            held = self.lock_held(session, batch)
-            if held is not None and held.status not in store.ENDED:
-                held.errors = errors[:MOST_ERRORS]
-                store.end(session, held, store.FAILED)
+            locked = self.lock_held(session, batch)
+            if locked is not None and locked.status not in store.ENDED:
+                locked.errors = errors[:MOST_ERRORS]
+                store.end(session, locked, store.FAILED)
 
 
 def _problem(
-    asked: Any, endpoint: str, first: dict[str, int], number: int
+    line: Any, endpoint: str, first: dict[str, int], number: int
 ) -> tuple[str, str, str | None]:
     """Return code, message and parameter of the first error of a line. The code is empty if the
     line is valid."""
-    if not isinstance(asked, dict):
+    if not isinstance(line, dict):
         return "invalid_json_line", "The line is not a JSON object.", None
-    custom_id = asked.get("custom_id")
+    custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         return "missing_required_parameter", "The line has no 'custom_id'.", "custom_id"
     if first.setdefault(custom_id, number) != number:
         text = f"Line {first[custom_id]} has the same custom_id {custom_id!r}."
         return "duplicate_custom_id", text, "custom_id"
-    if asked.get("method") != "POST":
+    if line.get("method") != "POST":
         return "invalid_method", "The method is not POST.", "method"
-    if asked.get("url") != endpoint:
+    if line.get("url") != endpoint:
         return "mismatched_url", f"The url is not the batch's endpoint {endpoint}.", "url"
-    if not isinstance(asked.get("body"), dict):
+    if not isinstance(line.get("body"), dict):
         return "missing_required_parameter", "The 'body' is missing or not an object.", "body"
-    if asked["body"].get("stream"):
+    if line["body"].get("stream"):
         return "invalid_request", "Batches do not support streams.", "body.stream"
     return "", "", None
 
@@ -285,12 +285,12 @@ def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
     """Create a batch. The server runs the lines in the background."""
     call.record("batch")
     context, account = call.context, call.account
-    found = context.files.get(account, body.input_file_id)
-    if found is None:
+    file = context.files.get(account, body.input_file_id)
+    if file is None:
         text = f"No such file: {body.input_file_id}."
         raise invalid(text, "input_file_id", "file_not_found")
-    if found.purpose != "batch":
-        text = f"The purpose of file {found.id} is '{found.purpose}', not 'batch'."
+    if file.purpose != "batch":
+        text = f"The purpose of file {file.id} is '{file.purpose}', not 'batch'."
         raise invalid(text, "input_file_id", "invalid_file_purpose")
     with context.database.write() as session:
         quotas = context.files.objects.quotas(session, account)
@@ -323,10 +323,10 @@ def list_batches(call: OpenAICall, limit: Limit = 20, after: str | None = None) 
 def retrieve(call: OpenAICall, batch: Name) -> JsonObject:
     """Return a batch."""
     with call.context.database.read() as session:
-        found = store.get(session, call.account, batch)
-        if found is None:
+        row = store.get(session, call.account, batch)
+        if row is None:
             raise absent("batch", batch, "id")
-        return _view(session, found)
+        return _view(session, row)
 
 
 @router.post("/batches/{batch}/cancel", name="batches.cancel")
@@ -334,13 +334,13 @@ def cancel(call: OpenAICall, batch: Name) -> JsonObject:
     """Cancel a batch; the files contain the results of completed lines."""
     call.record("batch", batch)
     with call.context.database.write() as session:
-        found = store.get(session, call.account, batch, lock=True)
-        if found is None:
+        row = store.get(session, call.account, batch, lock=True)
+        if row is None:
             raise absent("batch", batch, "id")
-        if not store.cancel(found):
-            text = f"The batch is {found.status} and cannot be cancelled."
+        if not store.cancel(row):
+            text = f"The batch is {row.status} and cannot be cancelled."
             raise invalid(text, reason="invalid_state")
-        view = _view(session, found)
+        view = _view(session, row)
     call.context.batches.wake()
     return view
 

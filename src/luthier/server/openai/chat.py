@@ -234,29 +234,29 @@ def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse
     return stream_events(_Chunks(body).of(stream, stream), [stream], body.model)
 
 
-def complete(inference: Inference, account: str, asked: ChatRequest) -> JsonObject:
+def complete(inference: Inference, account: str, body: ChatRequest) -> JsonObject:
     """Return a whole completion."""
-    return _completion(asked, _begin(inference, account, asked))
+    return _completion(body, _begin(inference, account, body))
 
 
-def _begin(inference: Inference, account: str, asked: ChatRequest) -> Stream:
-    target = inference.target(account, asked.model)
-    asked.check()
-    structured = asked.structured_outputs is not None
-    return inference.submit(target, asked.model, asked.generation_request, structured=structured)
+def _begin(inference: Inference, account: str, body: ChatRequest) -> Stream:
+    target = inference.target(account, body.model)
+    body.check()
+    structured = body.structured_outputs is not None
+    return inference.submit(target, body.model, body.generation_request, structured=structured)
 
 
 class InvokedChat:
     """A chat completion sent through Bedrock's InvokeModel. The URL contains the model, not the
     body."""
 
-    def __init__(self, model_id: str, given: Mapping[str, Any]) -> None:
-        """Check ``given``.
+    def __init__(self, model_id: str, body: Mapping[str, Any]) -> None:
+        """Check ``body``.
 
         Raises:
             Fault: If a member is invalid.
         """
-        self._parameters = validate({**given, "model": model_id, "stream": False}, ChatRequest)
+        self._parameters = validate({**body, "model": model_id, "stream": False}, ChatRequest)
         self._parameters.check()
 
     def request(self) -> GenerationRequest:
@@ -377,5 +377,5 @@ class _Chunks:
         finish: str | None = None,
     ) -> Mapping[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
-        further = {"usage": None} if self._parameters.wants_usage else {}
-        return {**self._head, "choices": [choice], **further}
+        usage_member = {"usage": None} if self._parameters.wants_usage else {}
+        return {**self._head, "choices": [choice], **usage_member}

@@ -47,28 +47,28 @@ def create(call: OpenAICall, body: EmbeddingRequest) -> JsonObject:
     return complete(call.context.inference, call.account, body)
 
 
-def complete(inference: Inference, account: str, asked: EmbeddingRequest) -> JsonObject:
+def complete(inference: Inference, account: str, body: EmbeddingRequest) -> JsonObject:
     """Return an embedding for each input."""
-    target = inference.target(account, asked.model)
-    asked.check()
-    with refusals(asked.model, "input"):
-        found = inference.pool.embed(target.stored_id, asked.texts)
-    tokens = sum(each.tokens for each in found)
+    target = inference.target(account, body.model)
+    body.check()
+    with refusals(body.model, "input"):
+        embeddings = inference.pool.embed(target.stored_id, body.texts)
+    tokens = sum(embedding.tokens for embedding in embeddings)
     data = [
         {
             "object": "embedding",
             "index": index,
             "embedding": _encode(
-                _shorten(np.asarray(each.vector, dtype="<f4"), asked.dimensions),
-                asked.encoding_format,
+                _shorten(np.asarray(embedding.vector, dtype="<f4"), body.dimensions),
+                body.encoding_format,
             ),
         }
-        for index, each in enumerate(found)
+        for index, embedding in enumerate(embeddings)
     ]
     return {
         "object": "list",
         "data": data,
-        "model": asked.model,
+        "model": body.model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 

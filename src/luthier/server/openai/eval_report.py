@@ -89,22 +89,22 @@ def _run_table(session: Session, run: EvaluationRun) -> Table | None:
     query = select(EvaluationRun).where(
         EvaluationRun.eval_id == run.eval_id, EvaluationRun.status == store.COMPLETED
     )
-    found = list(session.scalars(query.order_by(EvaluationRun.seq.desc()).limit(MOST_RUNS)))
-    if all(each.id == run.id for each in found):
+    runs = list(session.scalars(query.order_by(EvaluationRun.seq.desc()).limit(MOST_RUNS)))
+    if all(other.id == run.id for other in runs):
         return None
-    apart = _differences(session, run, found)
+    differences_by_run = _differences(session, run, runs)
     rows = []
-    for each in found:
-        graded = each.passed + each.failed + each.errored
+    for other in runs:
+        graded = other.passed + other.failed + other.errored
         rows.append(
             [
-                each.name + (" (this one)" if each.id == run.id else ""),
-                each.request["data_source"].get("model") or "",
-                f"{each.created:%Y-%m-%d %H:%M}",
+                other.name + (" (this one)" if other.id == run.id else ""),
+                other.request["data_source"].get("model") or "",
+                f"{other.created:%Y-%m-%d %H:%M}",
                 f"{graded:,}",
-                _share(each.passed, graded),
-                _between(each.passed, graded),
-                _words(apart.get(each.id)),
+                _share(other.passed, graded),
+                _between(other.passed, graded),
+                _words(differences_by_run.get(other.id)),
             ]
         )
     columns = {"run": "name", "model": "text", "when (UTC)": "text", "rows": "number"}
@@ -119,11 +119,11 @@ def _differences(
     own = _passes(session, run)
     source = run.request["data_source"]["source"]
     scores = {
-        each.id: RowScores.of([float(found[number]) for number in sorted(own)])
-        for each in others
-        if each.id != run.id
-        and each.request["data_source"]["source"] == source
-        and (found := _passes(session, each)).keys() == own.keys()
+        other.id: RowScores.of([float(passes[number]) for number in sorted(own)])
+        for other in others
+        if other.id != run.id
+        and other.request["data_source"]["source"] == source
+        and (passes := _passes(session, other)).keys() == own.keys()
     }
     if not own or not scores:
         return {}
@@ -132,29 +132,29 @@ def _differences(
 
 def _passes(session: Session, run: EvaluationRun) -> dict[int, bool]:
     query = select(EvaluationRow.number, EvaluationRow.status)
-    found = session.execute(query.where(EvaluationRow.run_id == run.id))
-    return {number: status == store.PASS for number, status in found}
+    statuses = session.execute(query.where(EvaluationRow.run_id == run.id))
+    return {number: status == store.PASS for number, status in statuses}
 
 
-def _words(apart: Difference | None) -> str:
-    if apart is None:
+def _words(difference: Difference | None) -> str:
+    if difference is None:
         return ""
-    sure = "more than chance" if apart.significant else "may be chance"
-    return f"{100 * apart.value:+.1f} points ({sure})"
+    verdict = "more than chance" if difference.significant else "may be chance"
+    return f"{100 * difference.value:+.1f} points ({verdict})"
 
 
 def _failing_table(session: Session, run: EvaluationRun) -> Table | None:
     """Return the table of failed rows, beginning with rows that have an error."""
-    found = [
+    failing = [
         row
         for status in (store.ERROR, store.FAIL)
         for row in store.rows_of(session, run.id, MOST_ROWS, status=status)
     ]
     rows = []
-    for row in found[:MOST_ROWS]:
+    for row in failing[:MOST_ROWS]:
         record = row.record
-        said = "".join(each["content"] or "" for each in record["sample"]["output"])
-        rows.append([f"{row.number:,}", shorten(record["item"]), shorten(said), _why(record)])
+        reply = "".join(each["content"] or "" for each in record["sample"]["output"])
+        rows.append([f"{row.number:,}", shorten(record["item"]), shorten(reply), _why(record)])
     columns = {"row": "number", "item": "code", "answer": "text", "why": "text"}
     further = max(0, run.failed + run.errored - MOST_ROWS)
     return Table.of("Rows that do not pass", columns, rows, further) if rows else None
@@ -163,12 +163,15 @@ def _failing_table(session: Session, run: EvaluationRun) -> Table | None:
 def _why(record: dict[str, Any]) -> str:
     if record["sample"]["error"]:
         return str(record["sample"]["error"]["message"])
-    said = [
-        (each["name"], each["error"]["message"] if "error" in each else f"{each['score']:.3g}")
-        for each in record["results"]
-        if not each["passed"]
+    reasons = [
+        (
+            result["name"],
+            result["error"]["message"] if "error" in result else f"{result['score']:.3g}",
+        )
+        for result in record["results"]
+        if not result["passed"]
     ]
-    return "; ".join(f"{name}: {why}" for name, why in said)
+    return "; ".join(f"{name}: {why}" for name, why in reasons)
 
 
 def _usage_table(run: EvaluationRun) -> Table | None:

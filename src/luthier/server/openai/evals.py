@@ -128,8 +128,8 @@ def list_evals(
             last = (getattr(previous, moment.key), previous.seq)
             query = query.where(position > last if ascending else position < last)
         sorted_by = [each.asc() if ascending else each.desc() for each in (moment, Eval.seq)]
-        found = list(session.scalars(query.order_by(*sorted_by).limit(limit + 1)))
-    return page(found, limit, eval_object)
+        evals = list(session.scalars(query.order_by(*sorted_by).limit(limit + 1)))
+    return page(evals, limit, eval_object)
 
 
 @router.get("/evals/{eval_id}", name="evals.retrieve")
@@ -179,14 +179,14 @@ def create_run(call: OpenAICall, eval_id: Name, body: CreateRun, request: Reques
     source, definition = body.data_source, row.definition
     source.check(definition["data_source_config"]["item_schema"])
     if isinstance(source.source, FileId):
-        found = context.files.get(call.account, source.source.id)
-        if found is None:
+        file = context.files.get(call.account, source.source.id)
+        if file is None:
             text = f"No such file: {source.source.id}."
             raise invalid(text, "data_source.source.id", "file_not_found")
     if source.model is not None and source.type != "jsonl":
         context.inference.check(call.account, source.model, "data_source.model")
     source.check_constraint(context.inference.check_constraint)
-    asked = {
+    run_request = {
         "data_source": request.state.json["data_source"],
         "testing_criteria": definition["testing_criteria"],
         "item_schema": definition["data_source_config"]["item_schema"],
@@ -197,7 +197,7 @@ def create_run(call: OpenAICall, eval_id: Name, body: CreateRun, request: Reques
             session,
             call.caller,
             name=body.name or row.name,
-            request=asked,
+            request=run_request,
             metadata=body.metadata or {},
             eval_id=eval_id,
         )
@@ -292,7 +292,7 @@ def list_items(
     with call.context.database.read() as session:
         run = _find_run(call, session, eval_id, run_id)
         position = row_before(after, "output item", partial(_number_in, run))
-        found = store.rows_of(
+        rows = store.rows_of(
             session,
             run.id,
             limit + 1,
@@ -300,7 +300,7 @@ def list_items(
             status=None if status is None else _FILTERS[status],
             ascending=order == "asc",
         )
-        return page(found, limit, lambda row: item_object(run, row))
+        return page(rows, limit, lambda row: item_object(run, row))
 
 
 @router.get(
@@ -312,17 +312,17 @@ def retrieve_item(call: OpenAICall, eval_id: Name, run_id: Name, item: Name) -> 
     with call.context.database.read() as session:
         run = _find_run(call, session, eval_id, run_id)
         number = _number_in(run, item)
-        found = [] if number is None else store.rows_of(session, run.id, 1, number - 1)
-        if not found or found[0].number != number:
+        rows = [] if number is None else store.rows_of(session, run.id, 1, number - 1)
+        if not rows or rows[0].number != number:
             raise absent("output item", item, "output_item_id")
-        return item_object(run, found[0])
+        return item_object(run, rows[0])
 
 
 def _find_eval(call: Call, session: Session, eval_id: str, *, lock: bool = False) -> Eval:
-    found = store.get_eval(session, call.account, eval_id, lock=lock)
-    if found is None:
+    row = store.get_eval(session, call.account, eval_id, lock=lock)
+    if row is None:
         raise absent("eval", eval_id, "eval_id")
-    return found
+    return row
 
 
 def _run(
@@ -349,10 +349,10 @@ def _refuse_unended(run: EvaluationRun) -> None:
 
 def _number_in(run: EvaluationRun, item_id: str) -> int | None:
     """Return the row number of an output item, or None if the item belongs to another run."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         rf"outputitem_{run.id.removeprefix('evalrun_')}-([1-9][0-9]{{0,8}})", item_id
     )
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None
 
 
 def eval_object(row: Eval) -> JsonObject:

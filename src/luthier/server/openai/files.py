@@ -80,12 +80,12 @@ def list_files(
     order: Order = "desc",
 ) -> JsonObject:
     """List files, newest first."""
-    found = call.context.files.list(
+    files = call.context.files.list(
         call.account, limit + 1, after=after, purpose=purpose, ascending=order == "asc"
     )
-    if found is None:
+    if files is None:
         raise invalid(f"No such file: {after}.", "after")
-    return page(found, limit, file_object)
+    return page(files, limit, file_object)
 
 
 @router.get("/files/{file}", name="files.retrieve")

@@ -165,8 +165,8 @@ class CreateJob(StrictBody):
         """The hyperparameters of the method."""
         arm = getattr(self.method, self.kind) if self.method else None
         if arm is not None:
-            found: Hyperparameters = arm.hyperparameters
-            return found
+            own: Hyperparameters = arm.hyperparameters
+            return own
         return self.hyperparameters or Hyperparameters()
 
     def check(self) -> None:
@@ -211,26 +211,26 @@ def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
     ``writes`` is True for models that generate text. The objective of an encoder follows from the
     rows.
     """
-    given = parameters.method_hyperparameters
+    hyperparameters = parameters.method_hyperparameters
     training: dict[str, Any] = {"seed": seed}
     objective: dict[str, Any] = {}
-    if given.n_epochs != "auto":
-        training["epochs"] = given.n_epochs
-    if given.batch_size != "auto":
-        training["batch_size"] = given.batch_size
-    if given.learning_rate_multiplier != "auto":
-        training["learning_rate_multiplier"] = given.learning_rate_multiplier
+    if hyperparameters.n_epochs != "auto":
+        training["epochs"] = hyperparameters.n_epochs
+    if hyperparameters.batch_size != "auto":
+        training["batch_size"] = hyperparameters.batch_size
+    if hyperparameters.learning_rate_multiplier != "auto":
+        training["learning_rate_multiplier"] = hyperparameters.learning_rate_multiplier
     if parameters.kind == "dpo":
         objective["method"] = "dpo"
     elif parameters.kind == "supervised" and writes:
         objective["method"] = "sft"
-    if isinstance(given, DpoHyperparameters) and given.beta != "auto":
-        objective["beta"] = given.beta
-    if isinstance(given, ReinforcementHyperparameters):
-        if given.eval_interval != "auto":
-            training["evaluate_every"] = given.eval_interval
-        if given.compute_multiplier != "auto":
-            objective["num_generations"] = max(2, round(8 * given.compute_multiplier))
+    if isinstance(hyperparameters, DpoHyperparameters) and hyperparameters.beta != "auto":
+        objective["beta"] = hyperparameters.beta
+    if isinstance(hyperparameters, ReinforcementHyperparameters):
+        if hyperparameters.eval_interval != "auto":
+            training["evaluate_every"] = hyperparameters.eval_interval
+        if hyperparameters.compute_multiplier != "auto":
+            objective["num_generations"] = max(2, round(8 * hyperparameters.compute_multiplier))
     return {"training": training} | ({"objective": objective} if objective else {})
 
 
@@ -305,16 +305,18 @@ def _kind(fields: Mapping[str, Any]) -> str:
 def _sent_hyperparameters(fields: Mapping[str, Any]) -> JsonObject:
     """Return the hyperparameters of a request."""
     arm = (fields.get("method") or {}).get(_kind(fields), {})
-    found: dict[str, Any] = arm.get("hyperparameters") or fields.get("hyperparameters") or {}
-    return found
+    hyperparameters: dict[str, Any] = (
+        arm.get("hyperparameters") or fields.get("hyperparameters") or {}
+    )
+    return hyperparameters
 
 
-def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> JsonObject:
-    """Return ``given`` with ``auto`` replaced by chosen values, as soon as the values are chosen."""
-    found: dict[str, Any] = {}
+def _resolved_hyperparameters(job: Job, sent: dict[str, Any]) -> JsonObject:
+    """Return ``sent`` with ``auto`` replaced by chosen values, as soon as the values are chosen."""
+    chosen: dict[str, Any] = {}
     if "chosen" in job.details or job.api != API:
         epochs = job.setting("training.epochs")
-        found = {
+        chosen = {
             "n_epochs": None if epochs is None else max(1, round(epochs)),
             "batch_size": job.setting("training.batch_size"),
             "learning_rate_multiplier": job.setting("training.learning_rate_multiplier") or 1.0,
@@ -322,9 +324,9 @@ def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> JsonObject:
             "compute_multiplier": (job.setting("objective.num_generations") or 8) / 8,
             "eval_interval": job.setting("training.evaluate_every"),
         }
-    known = {name: value for name, value in found.items() if value is not None}
-    asked = {name: value for name, value in given.items() if value != "auto"}
-    return {**dict.fromkeys(given, "auto"), **known, **asked}
+    resolved = {name: value for name, value in chosen.items() if value is not None}
+    explicit = {name: value for name, value in sent.items() if value != "auto"}
+    return {**dict.fromkeys(sent, "auto"), **resolved, **explicit}
 
 
 def _method(fields: Mapping[str, Any], resolved: dict[str, Any]) -> JsonObject:
@@ -346,9 +348,9 @@ def _error(job: Job) -> dict[str, Any] | None:
     message = failure.replace(file_address(""), "")
     if not _RULE.search(message):
         return {"code": "job_failed", "message": message, "param": None}
-    held = _as_sent(job).get("validation_file")
+    validation = _as_sent(job).get("validation_file")
     first = _RULE.split(message, maxsplit=1)[0]
-    param = "validation_file" if held and held in first else "training_file"
+    param = "validation_file" if validation and validation in first else "training_file"
     return {"code": f"invalid_{param}", "message": message, "param": param}
 
 
@@ -452,11 +454,11 @@ def _submission(
 
 
 def _check_file(call: Call, file_id: str, parameter: str) -> None:
-    found = call.context.files.get(call.account, file_id)
-    if found is None:
+    file = call.context.files.get(call.account, file_id)
+    if file is None:
         raise invalid(f"No such file: {file_id}.", parameter, "file_not_found")
-    if found.purpose != "fine-tune":
-        text = f"The purpose of file {file_id} is '{found.purpose}', not 'fine-tune'."
+    if file.purpose != "fine-tune":
+        text = f"The purpose of file {file_id} is '{file.purpose}', not 'fine-tune'."
         raise invalid(text, parameter, "invalid_file_purpose")
 
 
@@ -598,5 +600,5 @@ def _result_files(call: Call, job: Job) -> list[str]:
 
 def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> Job | None:
     """Return the account's job with this name."""
-    found = jobs.get(session, account, job_id, lock=lock)
-    return found if found is not None and found.name == job_id else None
+    job = jobs.get(session, account, job_id, lock=lock)
+    return job if job is not None and job.name == job_id else None

@@ -117,7 +117,7 @@ class SamplingFields(StrictBody):
             if token is None:
                 raise invalid(f"{key!r} is not a token id.", "logit_bias", "invalid_value")
             bias[token] = value
-        given: dict[str, Any] = {
+        sampling: dict[str, Any] = {
             **sampling_of(self),
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -131,7 +131,7 @@ class SamplingFields(StrictBody):
             prompt,
             logit_bias=bias,
             stop=tuple(self.stop or ()),
-            **{name: value for name, value in given.items() if value is not None},
+            **{name: value for name, value in sampling.items() if value is not None},
             **further,
         )
 
@@ -159,10 +159,10 @@ class Inference:
         Raises:
             Fault: 404 ``model_not_found``.
         """
-        found = self.models.target(account, name)
-        if found is None:
+        model = self.models.target(account, name)
+        if model is None:
             raise model_not_found(name)
-        return found
+        return model
 
     def check(self, account: str, name: str, where: str) -> None:
         """Reject a model that cannot generate text.
@@ -189,12 +189,12 @@ class Inference:
         """Return a function that finds grading models of ``account``."""
 
         def find(name: str, where: str) -> str:
-            found = self.models.target(account, name)
-            if found is None:
+            model = self.models.target(account, name)
+            if model is None:
                 text = f"The model `{name}` does not exist."
                 raise Fault("Validation", text, parameter=where, reason="model_not_found")
-            self._check_writes(found.stored_id, name, where)
-            return found.stored_id
+            self._check_writes(model.stored_id, name, where)
+            return model.stored_id
 
         return find
 
@@ -238,13 +238,13 @@ def answers(
     return answer
 
 
-def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+def split_inputs(value: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
     """Return the inputs of a member that accepts a single text or token list, or several."""
-    if isinstance(given, str):
-        return [given]
-    if given and isinstance(given[0], int):
-        return [given]
-    return list(given)  # type: ignore[arg-type]
+    if isinstance(value, str):
+        return [value]
+    if value and isinstance(value[0], int):
+        return [value]
+    return list(value)  # type: ignore[arg-type]
 
 
 def completion_head(prefix: str, kind: str, model: str) -> JsonObject:

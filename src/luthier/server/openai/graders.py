@@ -94,31 +94,31 @@ def run(call: OpenAICall, body: RunGrader) -> JsonObject:
     Raises:
         Fault: 400 if a text is too long.
     """
-    context, given = call.context, body.grader
-    grader = grader_from(grader_fields(given, "grader", context.inference.judge(call.account)))
+    context, definition = call.context, body.grader
+    grader = grader_from(grader_fields(definition, "grader", context.inference.judge(call.account)))
     if grader.models:
         grader = grader.with_models(context.eval_parts.models)
     began = time.perf_counter()
     row = PromptOnly("item", 1, "", members=body.item or {})
     longest = context.limits.grading_text_characters
     sample = Answer((), body.model_sample, None, row, longest)
-    score, parts, trouble = grade_reply(grader, sample)
-    if trouble is not None and trouble.rule == TOO_LONG:
+    score, parts, error = grade_reply(grader, sample)
+    if error is not None and error.rule == TOO_LONG:
         raise invalid(
-            f"The grader rejects the input: {trouble.problem.message}", "grader", "invalid_grader"
+            f"The grader rejects the input: {error.problem.message}", "grader", "invalid_grader"
         )
     return {
         "reward": score,
         "sub_rewards": parts,
         "model_grader_token_usage_per_model": {},
         "metadata": {
-            "name": str(given.get("name", given["type"])),
-            "type": given["type"],
-            "errors": _errors(given["type"], trouble),
+            "name": str(definition.get("name", definition["type"])),
+            "type": definition["type"],
+            "errors": _errors(definition["type"], error),
             "execution_time": time.perf_counter() - began,
             "scores": parts,
             "token_usage": None,
-            "sampled_model_name": given.get("model"),
+            "sampled_model_name": definition.get("model"),
         },
     }
 
@@ -151,18 +151,18 @@ def grade_reply(
     return (0.0 if faults else score), parts, faults.get(0)
 
 
-def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
+def grader_fields(definition: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
     """Return an OpenAI grader as ``method`` and fields of a luthier grader.
 
     Args:
-        given: OpenAI's grader.
+        definition: OpenAI's grader.
         where: Location of the grader in the request.
         judge: Finds the model of a ``score_model`` or ``label_model`` grader.
 
     Raises:
         Fault: 400 for an unknown type, a missing member or an invalid value.
     """
-    fields = _fields(given, where, judge)
+    fields = _fields(definition, where, judge)
     try:
         parse_graders({fields["method"]: fields})
     except RecipeError as error:
@@ -170,37 +170,37 @@ def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[st
     return fields
 
 
-def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
-    kind = given.get("type")
+def _fields(definition: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
+    kind = definition.get("type")
     if not isinstance(kind, str) or kind not in _MEMBERS:
         known = ", ".join(_MEMBERS)
         raise invalid(f"Unknown grader type {kind!r}. Use one of {known}.", f"{where}.type")
-    fields = {name: given[name] for name in _MEMBERS[kind] if name in given}
+    fields = {name: definition[name] for name in _MEMBERS[kind] if name in definition}
     if kind == "multi":
         fields["graders"] = {
             name: _fields(part, f"{where}.graders.{name}", judge)
-            for name, part in _parts(given.get("graders"), f"{where}.graders").items()
+            for name, part in _parts(definition.get("graders"), f"{where}.graders").items()
         }
     if kind in _ASKING:
-        fields |= _turns_and_sampling(given, where)
-        fields["model"] = judge(str(given.get("model", "")), f"{where}.model")
+        fields |= _turns_and_sampling(definition, where)
+        fields["model"] = judge(str(definition.get("model", "")), f"{where}.model")
     return {"method": kind, **fields}
 
 
-def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
+def _parts(graders: Any, where: str) -> dict[str, Mapping[str, Any]]:
     """Return the graders of a multi grader by name; accept a mapping, a list or one grader."""
-    if isinstance(given, Mapping) and isinstance(given.get("type"), str):
-        given = [given]
-    if isinstance(given, list):
-        if not all(isinstance(each, Mapping) and each.get("name") for each in given):
+    if isinstance(graders, Mapping) and isinstance(graders.get("type"), str):
+        graders = [graders]
+    if isinstance(graders, list):
+        if not all(isinstance(grader, Mapping) and grader.get("name") for grader in graders):
             raise invalid("Graders in a list need names.", where)
-        named = {str(each["name"]): each for each in given}
-        if len(named) < len(given):
+        named = {str(grader["name"]): grader for grader in graders}
+        if len(named) < len(graders):
             raise invalid("Two graders of a multi grader have the same name.", where)
-        given = named
-    if not isinstance(given, Mapping) or not given:
+        graders = named
+    if not isinstance(graders, Mapping) or not graders:
         raise invalid("A multi grader needs graders by name.", where)
-    for name, part in given.items():
+    for name, part in graders.items():
         if not isinstance(part, Mapping) or part.get("type") == "multi":
             raise invalid("A part of a multi grader is not an object, or is a multi grader.", where)
         if not str(name).isidentifier():
@@ -208,45 +208,47 @@ def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
                 f"The grader name {name!r} is not allowed in a formula. Use letters, digits and _.",
                 where,
             )
-    return dict(given)
+    return dict(graders)
 
 
-def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _turns_and_sampling(definition: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return messages and sampling settings of a grader that queries a model."""
-    turns = given.get("input")
+    turns = definition.get("input")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise invalid("The input of a model grader is not a list of messages.", f"{where}.input")
-    made = [
+    messages = [
         {"role": turn.get("role"), "content": text_content(turn.get("content"))} for turn in turns
     ]
-    asked = given.get("sampling_params") or {}
-    if not isinstance(asked, Mapping):
+    params = definition.get("sampling_params") or {}
+    if not isinstance(params, Mapping):
         raise invalid("sampling_params is not an object.", f"{where}.sampling_params")
     sampling = {
-        ours: asked[theirs] for theirs, ours in _SAMPLING.items() if asked.get(theirs) is not None
+        name: params[openai_name]
+        for openai_name, name in _SAMPLING.items()
+        if params.get(openai_name) is not None
     }
     with suppress(ValidationError):  # parse_graders reports invalid sampling
         _generation_request((), SamplingSpec.model_validate(sampling), None, where)
-    return {"input": made, "sampling": sampling}
+    return {"input": messages, "sampling": sampling}
 
 
-def text_content(given: Any) -> Any:
+def text_content(content: Any) -> Any:
     """Return the joined text of a message. Content with other blocks is returned unchanged, for a
     later error."""
-    blocks = given if isinstance(given, list) else [given]
+    blocks = content if isinstance(content, list) else [content]
     texts = [block.get("text") if isinstance(block, Mapping) else block for block in blocks]
-    known = [text for text in texts if isinstance(text, str)]
-    return "".join(known) if len(known) == len(texts) else given
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if len(strings) == len(texts) else content
 
 
-def _errors(kind: str, trouble: RowRefused | None) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(_ERRORS, False)
+def _errors(kind: str, error: RowRefused | None) -> dict[str, Any]:
+    flags: dict[str, Any] = dict.fromkeys(_ERRORS, False)
     details: dict[str, Any] = {
         "python_grader_server_error_type": None,
         "python_grader_runtime_error_details": None,
         "model_grader_server_error_details": None,
     }
-    if trouble is not None:
+    if error is not None:
         name = {
             "grader.no_member": "invalid_variable_error",
             "grader.formula": "formula_parse_error",
@@ -255,12 +257,12 @@ def _errors(kind: str, trouble: RowRefused | None) -> dict[str, Any]:
             "python": "python_grader_runtime_error",
             **dict.fromkeys(_ASKING, "model_grader_parse_error"),
         }
-        found[name.get(trouble.rule) or kinds.get(kind, "other_error")] = True
+        flags[name.get(error.rule) or kinds.get(kind, "other_error")] = True
         if kind == "python":
-            details["python_grader_runtime_error_details"] = trouble.problem.message
+            details["python_grader_runtime_error_details"] = error.problem.message
         elif kind in _ASKING:
-            details["model_grader_server_error_details"] = trouble.problem.message
-    return {**found, **details}
+            details["model_grader_server_error_details"] = error.problem.message
+    return {**flags, **details}
 
 
 def _finite(score: float) -> float:

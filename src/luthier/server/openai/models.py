@@ -60,10 +60,10 @@ def retrieve(call: OpenAICall, model: Name) -> JsonObject:
 def delete(call: OpenAICall, model: Name) -> JsonObject:
     """Delete a model of the account; base models are shared by all accounts."""
     call.record("model", model)
-    found = call.context.inference.base(call.account, model)
-    if isinstance(found, FoundationModel):
+    target = call.context.inference.base(call.account, model)
+    if isinstance(target, FoundationModel):
         raise Fault("AccessDenied", f"The base model `{model}` cannot be deleted.")
-    call.context.delete_model(found)
+    call.context.delete_model(target)
     return {"id": model, "object": "model", "deleted": True}
 
 

@@ -94,14 +94,16 @@ Order = Literal["asc", "desc"]
 Row = TypeVar("Row")
 
 
-def page(found: Sequence[Any], limit: int, shown: Callable[[Any], JsonObject] = dict) -> JsonObject:
-    """Return a list object of at most ``limit`` rows. An additional row in ``found`` means that
+def page(
+    rows: Sequence[Any], limit: int, to_object: Callable[[Any], JsonObject] = dict
+) -> JsonObject:
+    """Return a list object of at most ``limit`` rows. An additional row in ``rows`` means that
     more rows follow."""
-    data = [shown(each) for each in found[:limit]]
+    data = [to_object(row) for row in rows[:limit]]
     return {
         "object": "list",
         "data": data,
-        "has_more": len(found) > limit,
+        "has_more": len(rows) > limit,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
     }

@@ -126,34 +126,34 @@ class StrictBody(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_unused(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _drop_unused(cls, members: Any) -> Any:
+        if not isinstance(members, dict):
+            return members
         for name, text in cls.unsupported.items():
-            if name in given and given[name] not in _NOTHING:
+            if name in members and members[name] not in _NOTHING:
                 raise invalid(f"{text}.", name, "unsupported_parameter")
         unused = cls.without_effect.union(cls.unsupported)
-        return {name: value for name, value in given.items() if name not in unused}
+        return {name: value for name, value in members.items() if name not in unused}
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-def validate(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Parsed:
-    """Return ``given`` as ``kind``; ``under`` is the location of ``given`` in the request."""
+def validate(body: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Parsed:
+    """Return ``body`` as ``kind``; ``under`` is the location of ``body`` in the request."""
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(body)
     except ValidationError as error:
-        raise invalid_member(error.errors(include_url=False), given, under) from error
+        raise invalid_member(error.errors(include_url=False), body, under) from error
 
 
-def invalid_member(errors: Sequence[Mapping[str, Any]], given: Any, under: str = "") -> Fault:
-    """Return the fault for pydantic's ``errors``, about the first invalid member of ``given``."""
-    found = _errors_of_one_member(errors, given)
-    where = _format_location([part for part in (under, *found[0]["loc"]) if part != ""])
+def invalid_member(errors: Sequence[Mapping[str, Any]], body: Any, under: str = "") -> Fault:
+    """Return the fault for pydantic's ``errors``, about the first invalid member of ``body``."""
+    errors_of_member = _errors_of_one_member(errors, body)
+    where = _format_location([part for part in (under, *errors_of_member[0]["loc"]) if part != ""])
     if not where:
         return invalid("The body of the request must be a JSON object.")
-    kind, context = found[0]["type"], found[0].get("ctx", {})
+    kind, context = errors_of_member[0]["type"], errors_of_member[0].get("ctx", {})
     if kind == "union_tag_not_found":
         where += f".{context['discriminator'].strip(chr(39))}"
     if kind in ("missing", "union_tag_not_found"):
@@ -163,42 +163,42 @@ def invalid_member(errors: Sequence[Mapping[str, Any]], given: Any, under: str =
     if kind == "union_tag_invalid":
         text = f"must have one of the types {context['expected_tags']}"
     else:
-        text = " or ".join(dict.fromkeys(map(describe_constraint, found)))
-    code = "invalid_type" if all(map(expected_type, found)) else "invalid_value"
+        text = " or ".join(dict.fromkeys(map(describe_constraint, errors_of_member)))
+    code = "invalid_type" if all(map(expected_type, errors_of_member)) else "invalid_value"
     return invalid(f"Invalid value for '{where}': {text}.", where, code)
 
 
-def _errors_of_one_member(errors: Sequence[Mapping[str, Any]], given: Any) -> list[Any]:
+def _errors_of_one_member(errors: Sequence[Mapping[str, Any]], body: Any) -> list[Any]:
     """Return all errors about the first invalid member.
 
     For a union, an error about the value precedes errors about the type.
     """
-    found = [{**each, "loc": _without_tags(each["loc"], given)} for each in errors]
-    same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
+    cleaned = [{**each, "loc": _without_tags(each["loc"], body)} for each in errors]
+    same = [each for each in cleaned if each["loc"][:1] == cleaned[0]["loc"][:1]]
     value = [
         each for each in same if expected_type(each) is None and each["type"] != "literal_error"
     ]
-    places = [_format_location(each["loc"]) for each in same]
-    place = _format_location(value[0]["loc"]) if value else max(places, key=len)
-    own = [each for each, at in zip(same, places, strict=True) if at == place]
+    locations = [_format_location(each["loc"]) for each in same]
+    location = _format_location(value[0]["loc"]) if value else max(locations, key=len)
+    own = [each for each, at in zip(same, locations, strict=True) if at == location]
     return value[:1] + [each for each in own if each not in value[:1]]
 
 
-def _without_tags(location: Sequence[str | int], given: Any) -> tuple[str | int, ...]:
+def _without_tags(location: Sequence[str | int], value: Any) -> tuple[str | int, ...]:
     """Return ``location`` without the union tags that pydantic inserts after an object with a
     ``type``."""
-    kept: list[str | int] = []
-    for place, part in enumerate(location):
-        if isinstance(given, Mapping) and given.get("type") == part:
-            further = location[place + 1 : place + 2]
-            if part not in given or (further and further[0] in given):
+    parts: list[str | int] = []
+    for index, part in enumerate(location):
+        if isinstance(value, Mapping) and value.get("type") == part:
+            next_part = location[index + 1 : index + 2]
+            if part not in value or (next_part and next_part[0] in value):
                 continue
-        kept.append(part)
+        parts.append(part)
         try:
-            given = given[part]
+            value = value[part]
         except (KeyError, IndexError, TypeError):
-            given = None
-    return tuple(kept)
+            value = None
+    return tuple(parts)
 
 
 def _format_location(location: Sequence[str | int]) -> str:

@@ -144,13 +144,13 @@ class ResponseRequest(StrictBody):
 
     def generation_request(self) -> GenerationRequest:
         """Return the request for the engine."""
-        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
+        sampling: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
         return GenerationRequest(
             Chat(self._turns(), engine_tools(self.tools or ()), engine_choice(self.tool_choice)),
             max_tokens=self.max_output_tokens,
             top_logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
             **(self._constraint.fields if self._constraint else {}),
-            **{name: value for name, value in given.items() if value is not None},
+            **{name: value for name, value in sampling.items() if value is not None},
         )
 
     def _turns(self) -> tuple[Message, ...]:
@@ -232,21 +232,21 @@ def create(call: OpenAICall, body: ResponseRequest) -> JsonObject | StreamedResp
     return StreamedResponse(GeneratedPieces(_pieces(body, stream), [stream]), STREAM_HEADERS)
 
 
-def complete(inference: Inference, account: str, asked: ResponseRequest) -> JsonObject:
+def complete(inference: Inference, account: str, body: ResponseRequest) -> JsonObject:
     """Return a whole response."""
-    response = _Response(asked, _begin(inference, account, asked))
-    with refusals(asked.model, "input"):
+    response = _Response(body, _begin(inference, account, body))
+    with refusals(body.model, "input"):
         for _ in response.events():
             pass
     return response.to_dict()
 
 
-def _begin(inference: Inference, account: str, asked: ResponseRequest) -> Stream:
-    target = inference.target(account, asked.model)
-    asked.check()
-    structured = asked.structured_outputs is not None
+def _begin(inference: Inference, account: str, body: ResponseRequest) -> Stream:
+    target = inference.target(account, body.model)
+    body.check()
+    structured = body.structured_outputs is not None
     return inference.submit(
-        target, asked.model, asked.generation_request, "input", structured=structured
+        target, body.model, body.generation_request, "input", structured=structured
     )
 
 
@@ -449,6 +449,6 @@ class _Response:
         return {"item_id": item["id"], "output_index": len(self._items) - 1, **further}
 
 
-def _without_none(given: Any) -> JsonObject:
-    found: JsonObject = given.model_dump(by_alias=True, exclude_none=True)
-    return found
+def _without_none(model: Any) -> JsonObject:
+    members: JsonObject = model.model_dump(by_alias=True, exclude_none=True)
+    return members

@@ -113,12 +113,12 @@ def arguments(text: str | None, where: str) -> Mapping[str, Any]:
         Fault: 400 if ``text`` is not a JSON object.
     """
     try:
-        found = parse_embedded(text or "{}")
+        members = parse_embedded(text or "{}")
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or depth_of(found) > JSON_DEPTH:
+        members = None
+    if not isinstance(members, dict) or depth_of(members) > JSON_DEPTH:
         raise invalid("The arguments are not a JSON object.", where)
-    return found
+    return members
 
 
 def call_id(call: ToolCall) -> str:
