@@ -16,6 +16,7 @@ from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError
 from luthier.files import (
     disk_errors,
     hashes_of,
+    is_disk_error,
     lock,
     luthier_home,
     need_disk,
@@ -24,7 +25,6 @@ from luthier.files import (
     sha256_of,
     sweep,
     verify,
-    waits_for_disk,
     write_bytes,
     write_json,
 )
@@ -345,7 +345,7 @@ def test_need_disk_looks_at_the_nearest_folder_that_exists(
     for size, kind in ((6_000_000, DiskFull), (9_000_000, DoesNotFit)):
         with pytest.raises(DoesNotFit) as refused:
             need_disk(tmp_path, size, "this run")
-        assert type(refused.value) is kind and waits_for_disk(refused.value) == (kind is DiskFull)
+        assert type(refused.value) is kind and is_disk_error(refused.value) == (kind is DiskFull)
 
 
 def test_sweep_of_one_folder_leaves_its_neighbours_to_others(tmp_path: Path) -> None:

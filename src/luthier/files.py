@@ -463,14 +463,14 @@ def check_creatable(path: Path) -> None:
             raise RecipeError(reason, rule="file.unwritable") from error
 
 
-def waits_for_disk(error: BaseException) -> bool:
+def is_disk_error(error: BaseException) -> bool:
     """Return whether work failed only because the disk is full or read-only."""
     if isinstance(error, DiskFull | ReadOnlyDisk):
         return True
     return isinstance(error, Exception) and _system_error(error) in (*_FULL, errno.EROFS)
 
 
-def room(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of ``folder``; 0 for a read-only disk."""
     found = os.statvfs(nearest_existing(folder))
     return 0 if found.f_flag & os.ST_RDONLY else found.f_bavail * found.f_frsize

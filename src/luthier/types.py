@@ -312,7 +312,7 @@ class Example:
     """Input ids of the encoder in an encoder-decoder; ``ids_T`` are the decoder's."""
     partner: Example | None = None
     """Next text of a row with several texts, such as the rejected answer."""
-    given: Row | None = None
+    source_row: Row | None = None
     """The original row, for objectives that need the text: graders and character positions."""
     group: int | None = None
     """Rows with the same number share a micro-batch, because the loss needs all of them."""
@@ -338,7 +338,7 @@ class Example:
         return [*chain, side]
 
     @staticmethod
-    def of_sides(sides: Sequence[Example]) -> Example:
+    def from_sides(sides: Sequence[Example]) -> Example:
         """Return one example for several texts, the inverse of :attr:`sides`."""
         *others, example = sides
         for side in reversed(others):
@@ -380,7 +380,7 @@ class Loss:
     """States of the rows ``[R, …]`` without a gradient, for metrics of all rows."""
 
     @staticmethod
-    def of_rows(
+    def from_rows(
         each_R: Tensor,
         metrics: Mapping[str, float],
         ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,

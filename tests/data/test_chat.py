@@ -457,10 +457,10 @@ def test_rows_that_a_base_does_not_read_are_refused_in_one_wording(
     ):
         assert chat.reads == reads[0]
         if wanted in reads:
-            chat.check_reads(wanted)
+            chat.check_input_kind(wanted)
             continue
         with pytest.raises(RowRefused) as refused:
-            chat.check_reads(wanted)
+            chat.check_input_kind(wanted)
         assert refused.value.rule == "media.base"
 
 

@@ -216,11 +216,11 @@ def test_quoted_cells_with_line_breaks_stay_one_cell(
     data = b"\n".join(lines).replace(b",", delimiter).replace(b"\n", end)
     path = tmp_path / "a.tsv"
     path.write_bytes(data)
-    problems, doubts = list[Problem](), list[Problem]()
-    records = [each for _, each in read_records(path, problems, doubts=doubts)]
+    problems, warnings = list[Problem](), list[Problem]()
+    records = [each for _, each in read_records(path, problems, warnings=warnings)]
     plain = cell[1:-1].replace(b'""', b'"') if cell.startswith(b'"') else cell
     text = plain.replace(b"\n", end).decode()
-    assert problems == doubts == []
+    assert problems == warnings == []
     assert [records[0]["text"], records[1]["other"], records[2]["label"]] == [text] * 3
 
 
@@ -232,10 +232,10 @@ def test_quoted_names_of_columns_tell_that_cells_are_quoted(tmp_path: Path) -> N
 def test_rows_that_quotes_may_have_joined_are_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'text,label\nx,1\n"a,1\nb,2\nc",1\ny,2\n"m\nn",1\n')
-    problems, doubts = list[Problem](), list[Problem]()
-    records = list(read_records(path, problems, doubts=doubts))
+    problems, warnings = list[Problem](), list[Problem]()
+    records = list(read_records(path, problems, warnings=warnings))
     assert [line for line, _ in records] == [2, 3, 6, 7] and not problems
-    assert [(each.rule, each.line) for each in doubts] == [("table.joined", 3)]
+    assert [(each.rule, each.line) for each in warnings] == [("table.joined", 3)]
     report = inspect_sources({"train": path}, [])
     assert {rule.id: report.findings.severity(rule) for rule in report.findings.rules()} == {
         "table.joined": "warning"

@@ -197,13 +197,13 @@ def asked(text: str, place: str) -> tuple[list[Message], tuple[Tool, ...]]:
     return turns, ()
 
 
-@pytest.mark.parametrize("takes_tools", [False, True])
+@pytest.mark.parametrize("supports_tools", [False, True])
 @pytest.mark.parametrize("place", ["system", "user", "tool", "tool result"])
 @pytest.mark.parametrize("text", MARKS)
 def test_text_that_users_send_has_no_special_tokens(
-    text: str, place: str, takes_tools: bool, new_tokenizer: Callable[..., Any]
+    text: str, place: str, supports_tools: bool, new_tokenizer: Callable[..., Any]
 ) -> None:
-    template = "{% if tools %}{{ tools | tojson }}{% endif %}" if takes_tools else ""
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" if supports_tools else ""
     made = new_tokenizer(template + CHATML, CHATML_SPECIAL)
     chat = ChatFormat.of(made)
     turns, tools = asked(text, place)

@@ -17,7 +17,7 @@ import pytest
 
 from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import ReasoningMarks
-from luthier.data.tools import in_words, missing_from, parse_calls, template_turns
+from luthier.data.tools import calls_as_text, missing_from, parse_calls, template_turns
 from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message, Tool, ToolCall
 
@@ -440,7 +440,7 @@ def test_a_result_is_that_of_the_last_call_with_its_id() -> None:
     assert [turn["tool_calls"][0]["id"] for turn in turns[1::2]] == ["call00000", "call00001"]
     results = [(turn["tool_call_id"], turn["name"]) for turn in turns[2::2]]
     assert results == [("call00000", "a"), ("call00001", "b")]
-    words = [turn.content for turn in in_words(messages, ())][2::2]
+    words = [turn.content for turn in calls_as_text(messages, ())][2::2]
     assert words == ["Result of a: 1", "Result of b: 1"]
 
 

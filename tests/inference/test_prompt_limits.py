@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.tools import in_words
+from luthier.data.tools import calls_as_text
 from luthier.inference import prompt_limits as prompts
 from luthier.inference.decoder import Decoder
 from luthier.inference.inference import (
@@ -219,7 +219,7 @@ class TestConversations:
         calls = tuple(ToolCall(str(n), f"f{n}", {}) for n in range(20_000))
         results = tuple(Message("tool", "x" * 100, call_id=str(n)) for n in range(20_000))
         began = time.process_time()
-        (_, assistant, user) = in_words(
+        (_, assistant, user) = calls_as_text(
             (Message("user", "Hi"), Message("assistant", calls=calls), *results), ()
         )
         assert time.process_time() - began < 3

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.tools import parse_calls, takes_tools
+from luthier.data.tools import parse_calls, supports_tools
 from luthier.inference.constraints import Constraints
 from luthier.inference.inference import Chat, InferenceRefused
 from luthier.inference.tool_calls import CallSplitter, encode, marks_calls
@@ -41,7 +41,7 @@ def text(chat: ChatFormat, asked: Chat) -> str:
 
 def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(HERMES, SPECIAL, "<|im_end|>"))
-    assert takes_tools(chat.template_text) and marks_calls(chat)
+    assert supports_tools(chat.template_text) and marks_calls(chat)
     found = text(chat, Chat(TALK, (WEATHER,)))
     listed = found[len("<tools>") : found.index("</tools>")]
     function = json.loads(listed)[0]["function"]
@@ -54,7 +54,7 @@ def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[...
 
 def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
-    assert not takes_tools(chat.template_text)
+    assert not supports_tools(chat.template_text)
     found = text(chat, Chat(TALK, (WEATHER,)))
     assert found.count("<|im_start|>system\n") == 1
     assert (

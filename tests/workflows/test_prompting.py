@@ -59,7 +59,7 @@ def test_names_stand_before_the_first_turn_where_a_template_has_no_system(
         "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
     )
     chat = ChatFormat.of(new_tokenizer(without))
-    assert not chat.takes_system and ChatFormat.of(new_tokenizer()).takes_system
+    assert not chat.supports_system_prompt and ChatFormat.of(new_tokenizer()).supports_system_prompt
     turns = conversation_of(HELD[0], TRAIN[:1], chat)
     assert [turn.role for turn in turns] == ["user", "assistant", "user"]
     assert "animal, bank" in turns[0].content and turns[0].content.endswith("the quick brown fox")

@@ -40,12 +40,12 @@ from luthier.data.template_kwargs import (
     names_read,
     template_defaults,
 )
-from luthier.data.tokenization import SENTINEL, TextEncoder, panics_refused
+from luthier.data.tokenization import SENTINEL, TextEncoder, tokenizer_errors
 from luthier.data.tools import (
+    calls_as_text,
     describe_tool,
-    in_words,
     missing_from,
-    takes_tools,
+    supports_tools,
     template_turns,
     uses_tools,
 )
@@ -103,7 +103,9 @@ class NoTokenizer:
     encode = __call__
 
 
-def inputs_read(kind: InputKind, has_tokenizer: bool, has_decoder: bool) -> tuple[InputKind, ...]:
+def accepted_inputs(
+    kind: InputKind, has_tokenizer: bool, has_decoder: bool
+) -> tuple[InputKind, ...]:
     """Return the kinds of input that a network accepts, starting with ``kind``.
 
     A CLIP model accepts images and text. A network with a text decoder behind its images accepts
@@ -163,9 +165,9 @@ class ChatFormat:
         """Kind of the network's main input."""
         return "text" if self.media is None else self.media.kind
 
-    def check_reads(self, kind: InputKind) -> None:
+    def check_input_kind(self, kind: InputKind) -> None:
         """Raise :class:`RowRefused` if the network does not accept rows of ``kind``."""
-        able = inputs_read(self.reads, self.has_tokenizer, self.start_id is not None)
+        able = accepted_inputs(self.reads, self.has_tokenizer, self.start_id is not None)
         if kind not in able:
             base = " and ".join(PLURAL[each] for each in able)
             raise RowRefused(
@@ -212,7 +214,7 @@ class ChatFormat:
         Raises:
             RowRefused: if the network does not accept the kind.
         """
-        self.check_reads(row.media.kind)
+        self.check_input_kind(row.media.kind)
         assert self.media is not None
         return MediaInput(row.media, self.media, file=row.file, line=row.line)
 
@@ -382,7 +384,7 @@ class ChatFormat:
         """Return the prompt as text; :meth:`encode_prompt` tokenizes this text."""
         if self.start_id is not None or self.template == "plain":
             self.check_decoder()
-            return _plain_prompt(in_words(messages, tools))
+            return _plain_prompt(calls_as_text(messages, tools))
         return self.render_turns(messages, tools, reply=True, kwargs=self.read_kwargs(kwargs or {}))
 
     @cached_property
@@ -391,7 +393,7 @@ class ChatFormat:
         return None if self.start_id is not None else find_marks(self)
 
     @cached_property
-    def takes_system(self) -> bool:
+    def supports_system_prompt(self) -> bool:
         """True if the template renders a system prompt; some templates reject or drop system turns."""
         said = "what the system says"
         try:
@@ -427,9 +429,9 @@ class ChatFormat:
             RecipeError: if the template rejects the conversation.
         """
         if self.start_id is not None:
-            return self._encode_sides(in_words(messages, tools))
+            return self._encode_sides(calls_as_text(messages, tools))
         if self.template == "plain":
-            return self._encode_plain(in_words(messages, tools))
+            return self._encode_plain(calls_as_text(messages, tools))
         text, done, parts = "", 0, list[tuple[int, int]]()
         for segment, learns in self._segments(messages, given, tools):
             text += segment
@@ -509,7 +511,7 @@ class ChatFormat:
             if rewrites or message.calls or message.reasoning:
                 missing = missing_from(reply, message)
             if missing and learns and index == answers[-1]:
-                raise _cannot_write(missing, index)
+                raise _dropped_by_template(missing, index)
             # Templates write an empty reasoning block for turns without reasoning.
             marks = None if message.reasoning else self.reasoning_marks
             thoughtless = marks.empty_block.match(reply) if marks else None
@@ -521,10 +523,10 @@ class ChatFormat:
             done = after
         done = done.replace(SENTINEL, "")
         for index, message in enumerate(messages[: answers[-1]]):
-            if message.role == "system" and not self.takes_system:
-                raise _cannot_write("the system prompt", index, SYSTEM_FIX)
+            if message.role == "system" and not self.supports_system_prompt:
+                raise _dropped_by_template("the system prompt", index, SYSTEM_FIX)
             if message.role == "tool" and (missing := missing_from(done, message)):
-                raise _cannot_write(missing, index)
+                raise _dropped_by_template(missing, index)
         return segments
 
     def _places_in_whole(
@@ -564,7 +566,7 @@ class ChatFormat:
 
     def encode_whole(self, text: str) -> IntArray:
         """Return the token ids of a text with the model's special tokens around the text."""
-        with panics_refused():
+        with tokenizer_errors():
             encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 
@@ -591,7 +593,7 @@ class ChatFormat:
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens."""
-        with panics_refused():
+        with tokenizer_errors():
             text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
@@ -626,7 +628,7 @@ class ChatFormat:
         if backend is not None and type(backend.model).__name__ == "WordPiece":
             # WordPiece tokens have no spaces; "##" marks the continuation of a word.
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
-        with panics_refused():
+        with tokenizer_errors():
             texts = [self._piece([i]) for i in ids]
             for start, text in enumerate(texts):
                 if BROKEN not in text:
@@ -705,7 +707,7 @@ class ChatFormat:
         """Return the token ids of ``text`` as decoder output, without special tokens."""
         if not hasattr(self.tokenizer, "spm_target"):
             return self.tokens(text, first=False)
-        with panics_refused():  # Marian has a second SentencePiece model for targets
+        with tokenizer_errors():  # Marian has a second SentencePiece model for targets
             encoded = self.tokenizer(text_target=text, add_special_tokens=False)
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 
@@ -807,7 +809,7 @@ class ChatFormat:
         """
         if not first:
             return np.asarray(self.text_encoder.ids(text), dtype=np.int64)
-        with panics_refused():
+        with tokenizer_errors():
             ids = self.tokenizer.encode(text, add_special_tokens=True)
         if len(ids) > 1 and ids[-1] in self.stop_ids:
             # Some tokenizers append an end token to every text; a prompt must stay open.
@@ -834,12 +836,14 @@ class ChatFormat:
         kwargs: TemplateKwargs | None = None,
     ) -> str:
         """Return messages and tools as rendered by the chat template; see :meth:`render`."""
-        if uses_tools(messages, tools) and takes_tools(self.template_text):
+        if uses_tools(messages, tools) and supports_tools(self.template_text):
             described = [describe_tool(tool) for tool in tools]
             return self.render(
                 template_turns(messages), reply=reply, tools=described, kwargs=kwargs
             )
-        return self.render(template_turns(in_words(messages, tools)), reply=reply, kwargs=kwargs)
+        return self.render(
+            template_turns(calls_as_text(messages, tools)), reply=reply, kwargs=kwargs
+        )
 
 
 def _check_template(tokenizer: Any) -> None:
@@ -850,7 +854,7 @@ def _check_template(tokenizer: Any) -> None:
         )
 
 
-def _cannot_write(missing: str, index: int, fix: str = "") -> RowRefused:
+def _dropped_by_template(missing: str, index: int, fix: str = "") -> RowRefused:
     return RowRefused(
         "row.template",
         f"The model's chat template drops {missing} (message {index + 1}).",

@@ -97,7 +97,7 @@ def container_of(path: Path) -> Container:
     """
     if path.is_dir() and any(map(is_media, names_below(path))):
         return Container("folder")
-    _refuse_irregular(path)
+    _reject_irregular(path)
     convert = conversion_fix([path.name])
     if is_media(path.name) or convert:
         message = "A single image or audio file is not a data set."
@@ -113,15 +113,15 @@ def container_of(path: Path) -> Container:
             try:
                 head = unpack(raw, packing).read(_HEAD_BYTES)
             except BROKEN as error:
-                raise damage_refusal(error) from None
+                raise damaged_file_error(error) from None
     if not head and path.suffix.lower() in (".parquet", ".npz", ".zip"):
-        raise empty_refusal("is empty")
+        raise empty_file_error("is empty")
     if head.startswith(_PARQUET) and not packing:
         return Container("parquet")
     if head.startswith(_ZIP) and path.suffix.lower() in ("", ".npz", ".zip") and not packing:
         arrays = path.suffix.lower() == ".npz" or (not path.suffix and _holds_arrays(path))
         return Container("npz" if arrays else "zip")
-    refuse_binary(head)
+    reject_binary(head)
     suffix = Path(unpacked_name(path.name) if packing else path.name.lower()).suffix
     # errors="ignore" drops an incomplete last character.
     text = head.decode("utf-8", errors="ignore").removeprefix("\ufeff")
@@ -188,7 +188,7 @@ def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:
     return io.BufferedReader(_Zstd(raw), 1 << 18) if packing else raw
 
 
-def refuse_binary(data: bytes) -> None:
+def reject_binary(data: bytes) -> None:
     """:class:`RowRefused` where ``data`` cannot be the start of UTF-8 text."""
     kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
     controls = len(data) - len(data.translate(None, _CONTROL))
@@ -201,7 +201,7 @@ def refuse_binary(data: bytes) -> None:
     raise RowRefused("file.binary", message, fix)
 
 
-def damage_refusal(error: Exception) -> RowRefused:
+def damaged_file_error(error: Exception) -> RowRefused:
     """Return the error for compressed data that cannot be decompressed."""
     said = str(error).rstrip(".")
     message = f"The compressed file is damaged or truncated: {said[:1].lower()}{said[1:]}."
@@ -255,7 +255,7 @@ class _Zstd(io.RawIOBase):
         return size
 
 
-def _refuse_irregular(path: Path) -> None:
+def _reject_irregular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
@@ -331,7 +331,7 @@ def _cells(line: str, delimiter: str) -> list[str]:
         return []
 
 
-def empty_refusal(what: str) -> RowRefused:
+def empty_file_error(what: str) -> RowRefused:
     """Return the error for a file without rows."""
     return RowRefused("file.empty", f"The file {what}.", "Add rows, or name another file.")
 

@@ -140,7 +140,7 @@ class _Conversion:
         return reader
 
     def _record(self, row: Row, reader: RowReader) -> Record:
-        given = reader.checker.given
+        given = reader.checker.record
         made = TARGETS[self.form](row)
         if isinstance(row, MediaRow) and row.media.path and made.get(row.key()) == row.media.name:
             # Readers resolve a path from the table's folder and reject paths outside.
@@ -153,7 +153,7 @@ class _Conversion:
                 )
             made[row.key()] = f"{path}/{row.media.member}" if row.media.member else path
         if not self.drop_extra_keys:
-            _refuse_lost(given, self.form in FORMS_WITH_TOOLS)
+            _reject_lost_keys(given, self.form in FORMS_WITH_TOOLS)
         kind = "messages" if "messages" in made else "others"
         self.first = self.first or kind
         if kind != self.first:
@@ -177,7 +177,7 @@ class _Conversion:
         return made
 
 
-def _refuse_lost(record: Record, keeps_tools: bool) -> None:
+def _reject_lost_keys(record: Record, keeps_tools: bool) -> None:
     """Reject messages with keys that the target form cannot represent."""
     written = _BESIDE_TEXT | (_BESIDE_CALLS if keeps_tools else frozenset())
     for key in ("messages", "conversations"):

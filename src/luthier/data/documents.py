@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from luthier.data import parsing
-from luthier.data.containers import empty_refusal
+from luthier.data.containers import empty_file_error
 from luthier.data.parsing import DECODER, Record, decode, json_kind
 from luthier.errors import Location, Problem, RowRefused
 
@@ -51,7 +51,7 @@ def read_document(
         if text.next_character():
             raise text.invalid("unexpected text after the array", text.place)
     if not count:
-        raise empty_refusal("has no rows")
+        raise empty_file_error("has no rows")
 
 
 class _Text:
@@ -91,7 +91,7 @@ class _Text:
             fix = 'Write each row as an object, for example [{"text": "..."}].'
             raise RowRefused("json.not_object", message, fix)
         if parsing.may_hold_surrogates(self.text[start : self.place]):
-            parsing.refuse_surrogates(value)
+            parsing.reject_surrogates(value)
         return value
 
     def _end(self, start: int) -> int:

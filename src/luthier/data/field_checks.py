@@ -567,9 +567,9 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
     items = value if isinstance(value, list) and value else [value]
     found = []
     # Check before, for malformed calls, and after, for calls in other forms.
-    _refuse_calls(items, key)
+    _reject_calls(items, key)
     turns = unify_turns(items)
-    _refuse_calls(turns, key)
+    _reject_calls(turns, key)
     for each in turns:
         item = each
         if isinstance(each, dict) and "content" in each:
@@ -603,7 +603,7 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
     return tuple(found)
 
 
-def _refuse_calls(turns: Sequence[object], key: str) -> None:
+def _reject_calls(turns: Sequence[object], key: str) -> None:
     for turn in turns:
         if isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("function_call")):
             raise RowRefused(

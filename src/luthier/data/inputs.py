@@ -124,7 +124,7 @@ class Media:
         except (
             OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, KeyError, RuntimeError
         ) as error:  # fmt: skip
-            raise media_refusal(
+            raise media_error(
                 "unreadable", f"the file cannot be read: {reason_of(error)}."
             ) from error
 
@@ -152,7 +152,7 @@ class Media:
         try:
             state = os.stat(self.path)
         except OSError as error:
-            raise media_refusal(
+            raise media_error(
                 "unreadable", f"the file cannot be read: {reason_of(error)}."
             ) from error
         return self.path, self.member, state.st_mtime_ns, state.st_size
@@ -214,7 +214,7 @@ def _archive(path: str, modified: int, size: int) -> zipfile.ZipFile:
 
 
 def _too_large(size: int) -> RowRefused:
-    return media_refusal(
+    return media_error(
         "too_large", f"the file has {size:,} bytes; the limit is {MOST_MEDIA_BYTES:,}."
     )
 
@@ -226,7 +226,7 @@ def reason_of(error: Exception) -> str:
     return text.rstrip(".")[:200]
 
 
-def media_refusal(rule: str, message: str, fix: str = "") -> RowRefused:
+def media_error(rule: str, message: str, fix: str = "") -> RowRefused:
     """Return the error for an input that breaks ``media.RULE``."""
     return RowRefused(
         f"media.{rule}", message, fix or "Convert the file to a common format, or remove the row."

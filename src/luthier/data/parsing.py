@@ -153,7 +153,7 @@ def _strict(raw: bytes, number: int) -> Record | None:
         fix = 'Write each row as one object on its own line, for example {"text": "..."}.'
         raise RowRefused("json.not_object", message, fix)
     if may_hold_surrogates(text):
-        refuse_surrogates(value)
+        reject_surrogates(value)
     return value
 
 
@@ -238,7 +238,7 @@ def _finite(literal: str) -> float:
     return value
 
 
-def refuse_surrogates(record: Record) -> None:
+def reject_surrogates(record: Record) -> None:
     """Raise :class:`RowRefused` if a string has a lone surrogate."""
     for field, content in record.items():
         stack: list[object] = [field, content]
@@ -284,7 +284,7 @@ def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:
     try:
         value, end = _EMBEDDED.raw_decode(text, start)
         if may_hold_surrogates(text[start:end]):  # surrogate escapes in an embedded string
-            refuse_surrogates({"": value})
+            reject_surrogates({"": value})
     except RowRefused as bad:
         raise ValueError(bad.problem.message) from None
     except RecursionError:

@@ -20,9 +20,9 @@ from luthier.data.containers import (
     BROKEN,
     Container,
     container_of,
-    damage_refusal,
-    empty_refusal,
-    refuse_binary,
+    damaged_file_error,
+    empty_file_error,
+    reject_binary,
     unpack,
 )
 from luthier.data.documents import read_document
@@ -43,7 +43,7 @@ def read_records(
     *,
     container: Container | None = None,
     on_progress: Callable[[int], None] | None = None,
-    doubts: list[Problem] | None = None,
+    warnings: list[Problem] | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each readable record; append problems to ``problems``.
 
@@ -58,7 +58,7 @@ def read_records(
         whole: read plain text as one record.
         container: format of the file, if known.
         on_progress: called with the number of bytes read so far.
-        doubts: list for warnings about records that are probably parsed incorrectly.
+        warnings: list for warnings about records that are probably parsed incorrectly.
     """
     file = str(path)
     try:
@@ -75,7 +75,7 @@ def read_records(
             yield from reader.load()(path, on_record)
             return
         with path.open("rb") as raw:
-            records = _records(raw, container, file, problems, whole, doubts)
+            records = _records(raw, container, file, problems, whole, warnings)
             for done, record in enumerate(records):
                 yield record
                 if on_progress is not None and done % _PROGRESS_EVERY == 0:
@@ -85,7 +85,7 @@ def read_records(
     except RowRefused as bad:
         problems.append(bad.at(file, bad.problem.line))
     except BROKEN as error:
-        problems.append(damage_refusal(error).at(file, 0))
+        problems.append(damaged_file_error(error).at(file, 0))
     except OSError as error:
         problems.append(_read_failure(error).at(file, 0))
 
@@ -101,7 +101,7 @@ def _records(
     file: str,
     problems: list[Problem],
     whole: bool,
-    doubts: list[Problem] | None,
+    warnings: list[Problem] | None,
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
         return read_parquet(raw)
@@ -109,7 +109,7 @@ def _records(
     if container.kind == "json":
         return read_document(stream, file, problems)
     if container.kind in ("csv", "tsv"):
-        table = read_table(stream, file, problems, container.delimiter, container.quoted, doubts)
+        table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
         for reader in bundled("table_readers").values():
             table = reader.load()(table, file, problems)
         return table
@@ -138,10 +138,10 @@ def find_container(path: Path, problems: list[Problem]) -> Container | None:
 def _read_text(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
     data = stream.read()
     if b"\0" in data:
-        refuse_binary(data)
+        reject_binary(data)
     text = decode(data, 1).removeprefix("\ufeff")
     if not text:
-        raise empty_refusal("is empty")
+        raise empty_file_error("is empty")
     yield 1, {"text": text}
 
 
@@ -150,7 +150,7 @@ def _read_pieces(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
     decoder, text, empty = PieceDecoder(), "", True
     while data := stream.read(_CHUNK_BYTES):
         if b"\0" in data:
-            refuse_binary(data)
+            reject_binary(data)
         text += decoder.decode(data)
         # Text without white space is cut at the limit for lines.
         cut = last_cut(text) or (len(text) if len(text) > parsing.MAX_LINE_BYTES else 0)
@@ -161,7 +161,7 @@ def _read_pieces(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
     if text:
         yield 1, {"text": text}
     elif empty:
-        raise empty_refusal("is empty")
+        raise empty_file_error("is empty")
 
 
 def last_cut(text: str) -> int:
@@ -195,4 +195,4 @@ def _read_lines(
             blank = False
             yield number, record
     if blank:
-        raise empty_refusal("has only blank lines" if number > 1 else "is empty")
+        raise empty_file_error("has only blank lines" if number > 1 else "is empty")

@@ -93,7 +93,7 @@ class Checker(FieldChecker):
         self.names = self._names_of({})
         self.known: dict[tuple[str, ...], type[Shape]] = {}
         """Shapes by the keys of rows of our own shapes, in their order."""
-        self.given: Record = {}
+        self.record: Record = {}
         """Current record with renamed columns."""
         self.line_of_id: dict[str | int, int] = {}
 
@@ -115,7 +115,7 @@ class Checker(FieldChecker):
         keys = tuple(record)
         known = self.known.get(keys)
         if known is not None:
-            self.given = record
+            self.record = record
             if "id" in record:
                 self.check_id(record["id"])
             return self._read(known, record)
@@ -130,7 +130,7 @@ class Checker(FieldChecker):
         values_tell = "completion" in own and _VALUES_TELL & own.keys()
         if (
             own is record
-            and own is self.given
+            and own is self.record
             and not values_tell
             and len(self.known) < _MOST_KNOWN
         ):
@@ -154,14 +154,14 @@ class Checker(FieldChecker):
         Raises:
             RowRefused: with the key.
         """
-        if kind.other_tasks.keys().isdisjoint(self.given):
+        if kind.other_tasks.keys().isdisjoint(self.record):
             return
         read = self.form.keys | self.form.used if self.form else frozenset[str]()
-        for key in kind.other_tasks.keys() & self.given.keys() - read:
-            if not is_blank(self.given[key]) and self.given[key] != []:
+        for key in kind.other_tasks.keys() & self.record.keys() - read:
+            if not is_blank(self.record[key]) and self.record[key] != []:
                 raise RowRefused(
                     "row.ambiguous",
-                    f"The row is read as {kind.words}, so {quote(key)} would be ignored.",
+                    f"The row is read as {kind.noun}, so {quote(key)} would be ignored.",
                     f"{kind.other_tasks[key]} Or ignore the column with `data.columns.{key}=`.",
                 )
 
@@ -179,7 +179,7 @@ class Checker(FieldChecker):
         if mapped is None:
             return None
         try:
-            self.given = mapped = parse_turns(mapped)
+            self.record = mapped = parse_turns(mapped)
         except RowRefused as bad:
             self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
@@ -347,7 +347,7 @@ class PromptChecker(Checker):
             fix = rename_fix(record, ("prompt",)) or 'Write {"prompt": "..."} on each line.'
             fix += " Or name the column: `data.columns.prompt=COLUMN`."
             message = (
-                f"The row has no prompt and no messages, but the keys {list_keys(self.given)}."
+                f"The row has no prompt and no messages, but the keys {list_keys(self.record)}."
             )
             self.report("prompt.shape", message, fix)
             return None
@@ -362,7 +362,7 @@ class PromptChecker(Checker):
         except RowRefused as bad:
             self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
-        members = {key: value for key, value in self.given.items() if key != "messages"}
+        members = {key: value for key, value in self.record.items() if key != "messages"}
         return row and replace(row, members=members)
 
     def _read_prompt(self, kind: type[Shape], record: Record) -> Conversation | PromptOnly | None:
@@ -538,7 +538,7 @@ class RowReader:
     ) -> None:
         self.files = files_of(source)
         self.problems = [] if problems is None else problems
-        self.doubts: list[Problem] = []
+        self.warnings: list[Problem] = []
         """Warnings about rows that are probably parsed incorrectly."""
         self.checker = checker(str(self.files[0]), self.problems, columns)
         self.whole = whole
@@ -600,7 +600,7 @@ class RowReader:
                 self.whole,
                 container=container,
                 on_progress=on_progress,
-                doubts=self.doubts,
+                warnings=self.warnings,
             ):
                 row = _piece(path, record) if in_pieces else self.checker.row(line, record)
                 if row is None:
@@ -618,12 +618,14 @@ class RowReader:
             some = list_some(sorted(os.path.relpath(p, self._folder) for p in self._unnamed), 3)
             message = f"{len(self._unnamed):,} files belong to no row, such as {some}."
             fix = "Add a row for each file, or move the files."
-            self.doubts.append(Problem("media.unnamed", message, fix, Location(str(self._folder))))
+            self.warnings.append(
+                Problem("media.unnamed", message, fix, Location(str(self._folder)))
+            )
             self._unnamed = set()
 
     def _add_unread(self, row: Row) -> None:
         """Record the ignored columns of a row."""
-        given, columns = self.checker.given, self.checker.columns
+        given, columns = self.checker.record, self.checker.columns
         looked_at = not self.problems and self.rows <= ROWS_CHECKED
         # Both columns of a time series are read.
         looked_at &= not isinstance(given.get("window"), Media)
@@ -631,16 +633,16 @@ class RowReader:
             unread = extra_keys(row, given, self.checker.form).keys()
             new = dict.fromkeys(sorted(unread - {"id", "schemaVersion", self.group_column}))
             if isinstance(row, MediaRow) and row.media.kind == "audio" and not self.group_column:
-                self._doubt_speakers(row, new)
+                self._warn_about_speakers(row, new)
             self._unread |= new
 
-    def _doubt_speakers(self, row: Row, unread: Iterable[str]) -> None:
+    def _warn_about_speakers(self, row: Row, unread: Iterable[str]) -> None:
         """Warn about a speaker column that is not the group column."""
         for name in unread:
             if name.lower() in SPEAKER_COLUMNS and name not in self._unread:
                 message = f"{quote(name)} names speakers, but held-out rows are random."
                 fix = f"Keep speakers apart with `data.group_column={name}`."
-                self.doubts.append(Problem("column.speaker", message, fix, Location(row.file)))
+                self.warnings.append(Problem("column.speaker", message, fix, Location(row.file)))
 
     def _add_group(self, row: Row, record: Record, column: str) -> None:
         value = record.get(column)

@@ -18,7 +18,7 @@ from typing import Any
 
 from luthier.data.containers import needs
 from luthier.data.inputs import is_media
-from luthier.data.sources import choose_data_files, files_of, source_refusal
+from luthier.data.sources import choose_data_files, files_of, source_error
 from luthier.errors import DataError
 from luthier.files import luthier_home, new_file, new_folder
 
@@ -51,9 +51,7 @@ def fetch(address: str) -> list[Path]:
     parts = split_address(address)
     if parts is None:
         message = "An S3 address has a bucket and a key."
-        raise source_refusal(
-            address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl."
-        )
+        raise source_error(address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl.")
     bucket, key = parts
     try:
         store = S3Store(bucket, **connection_settings())
@@ -70,7 +68,7 @@ def fetch(address: str) -> list[Path]:
     except (BaseError, OSError, PermissionError) as error:
         said = str(error).strip().split("\n", 1)[0][:300]
         fix = "Check bucket, key, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, ...)."
-        raise source_refusal(address, "file.remote", f"S3 could not be read: {said}", fix) from None
+        raise source_error(address, "file.remote", f"S3 could not be read: {said}", fix) from None
 
 
 def connection_settings(endpoint: str | None = None) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
     below = [each for each in below if not str(each["path"]).endswith(("/", "_$folder$"))]
     if not below:
         message = "No object exists at or below this address."
-        raise source_refusal(address, "file.no_match", message, "Check the bucket and the key.")
+        raise source_error(address, "file.no_match", message, "Check the bucket and the key.")
     below.sort(key=lambda each: str(each["path"]))
     start = len(prefix) + 1 if prefix else 0
     if any(is_media(each["path"]) for each in below):
@@ -142,9 +140,7 @@ def _make_tree(
                 os.link(copy, path)
             except OSError:
                 message = f"The key {each['path']!r} is not a valid file path."
-                raise source_refusal(
-                    address, "file.remote", message, "Rename the object."
-                ) from None
+                raise source_error(address, "file.remote", message, "Rename the object.") from None
     return target
 
 

@@ -73,7 +73,7 @@ def files_of(source: Source) -> list[Path]:
     if not wanted:
         what = "only folders" if found else "nothing"
         fix = "Check the pattern, and quote it in a shell."
-        raise source_refusal(text, "file.no_match", f"The pattern matches {what}.", fix)
+        raise source_error(text, "file.no_match", f"The pattern matches {what}.", fix)
     return wanted
 
 
@@ -118,7 +118,7 @@ def _local(address: str) -> str:
     parts = urlsplit(address)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         message = "A file:// address must be an absolute path on this machine."
-        raise source_refusal(
+        raise source_error(
             address, "file.remote", message, "Write file:///folder/rows.jsonl, or the path."
         )
     return unquote(parts.path)
@@ -140,13 +140,13 @@ def _folder(folder: Path) -> list[Path]:
         return [path for _, path in choose_data_files(others, str(folder))]
     if others:
         message, fix = other_files_problem(media, [name for name, _ in others])
-        raise source_refusal(str(folder), "file.directory", message, fix)
+        raise source_error(str(folder), "file.directory", message, fix)
     if are_splits(classes):
         message = (
             f"The folder has the splits {', '.join(sorted(classes))}, which must not be mixed."
         )
         fix = f"Name one split, as {folder / min(classes)}, and the other as validation data."
-        raise source_refusal(str(folder), "file.directory", message, fix)
+        raise source_error(str(folder), "file.directory", message, fix)
     return [folder]
 
 
@@ -165,22 +165,22 @@ def choose_data_files(named: Iterable[tuple[str, Path]], where: str) -> list[tup
             "Name a file, or a folder with images, audio or files that end with "
             f"{', '.join(DATA_ENDINGS)}."
         )
-        raise source_refusal(where, "file.directory", message, fix)
+        raise source_error(where, "file.directory", message, fix)
     if len(data) < len(files):
         others = list_some((name for name, _ in files if not is_data(name)), _SHOWN)
         message = f"The folder has {len(data)} data files and {others}."
-        raise source_refusal(where, "file.directory", message, _pattern(where, data[0][0]))
+        raise source_error(where, "file.directory", message, _pattern(where, data[0][0]))
     texts = [name for name, _ in data if _is_text(name)]
     if 0 < len(texts) < len(data):
         message = f"The folder has rows and plain text ({list_some(texts, _SHOWN)})."
         rows = next(name for name, _ in data if not _is_text(name))
-        raise source_refusal(where, "file.directory", message, _pattern(where, rows))
+        raise source_error(where, "file.directory", message, _pattern(where, rows))
     splits = {_split(name) for name, _ in data} - {""}
     if len(splits) > 1:
         names = list_some((name for name, _ in data), _SHOWN)
         message = f"The folder has the splits {' and '.join(sorted(splits))} ({names})."
         fix = "Name one split to train on, and the other as validation data."
-        raise source_refusal(where, "file.directory", message, fix)
+        raise source_error(where, "file.directory", message, fix)
     return data
 
 
@@ -203,7 +203,7 @@ def _pattern(where: str, example: str) -> str:
     return f"Select files with a pattern, as '{pattern}', or move the other files."
 
 
-def source_refusal(source: str, rule: str, message: str, fix: str) -> DataError:
+def source_error(source: str, rule: str, message: str, fix: str) -> DataError:
     """The refusal of a source as a whole."""
     return DataError([Problem(rule, message, fix, Location(source))])
 

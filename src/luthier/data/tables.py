@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 from luthier.data import parsing
-from luthier.data.containers import SEPARATOR, empty_refusal, needs
+from luthier.data.containers import SEPARATOR, empty_file_error, needs
 from luthier.data.parsing import Record, decode, loads, quote
 from luthier.data.shapes import SHAPES
 from luthier.errors import Problem, RowRefused
@@ -38,7 +38,7 @@ def read_table(
     problems: list[Problem],
     delimiter: str,
     quoted: bool = True,
-    doubts: list[Problem] | None = None,
+    warnings: list[Problem] | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each row below the header; the line is the row's first line.
 
@@ -48,7 +48,7 @@ def read_table(
         problems: list for rows that cannot be read.
         delimiter: character between cells.
         quoted: False if quotes are part of the text.
-        doubts: list for rows that may be several rows, joined by unescaped quotes.
+        warnings: list for rows that may be several rows, joined by unescaped quotes.
     """
     csv.field_size_limit(parsing.MAX_LINE_BYTES)
     lines = _Lines(stream, delimiter)
@@ -79,8 +79,8 @@ def read_table(
             problems.append(bad.at(file, bad.problem.line or line))
         else:
             joined = len(lines.cells) > 1 and all(n == len(names) > 1 for n in lines.cells)
-            if joined and doubts is not None:
-                doubts.append(_joined(line, lines.number).at(file, line))
+            if joined and warnings is not None:
+                warnings.append(_joined(line, lines.number).at(file, line))
             yield line, record
             count += 1
             continue
@@ -88,7 +88,7 @@ def read_table(
             return
         count += 1  # rejected rows count
     if not count:
-        raise empty_refusal("has a header and no rows" if names else "has no rows")
+        raise empty_file_error("has a header and no rows" if names else "has no rows")
 
 
 def _joined(first: int, last: int) -> RowRefused:
@@ -172,7 +172,7 @@ def _json_cell(name: str, text: str) -> object:
         message = f"Column {quote(name)}: {bad.problem.message}"
         raise RowRefused(bad.rule, message, bad.problem.advice) from None
     if parsing.may_hold_surrogates(text):
-        parsing.refuse_surrogates({name: value})
+        parsing.reject_surrogates({name: value})
     return value
 
 
@@ -214,7 +214,7 @@ def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
             "Write or download the file again.",
         ) from None
     if not number:
-        raise empty_refusal("has no rows")
+        raise empty_file_error("has no rows")
 
 
 def _conversions(schema: Any) -> dict[str, Callable[[object], object]]:

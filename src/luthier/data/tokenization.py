@@ -44,7 +44,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 def token_spans(tokenizer: Any, text: str) -> list[Span]:
     """Return the tokens of ``text`` with their places; ``tokenizer`` must be a fast tokenizer."""
-    with panics_refused():
+    with tokenizer_errors():
         encoded = tokenizer(
             text,
             add_special_tokens=False,
@@ -57,7 +57,7 @@ def token_spans(tokenizer: Any, text: str) -> list[Span]:
 
 
 @contextmanager
-def panics_refused() -> Iterator[None]:
+def tokenizer_errors() -> Iterator[None]:
     """Turn a panic of a tokenizer's Rust code, as by a pattern without end, into an error.
 
     Panics are not an ``Exception``: without this, a panic would end the thread that serves a model.
@@ -121,7 +121,7 @@ class TextEncoder:
     def ids(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without tokens of sentinels."""
         if SENTINEL not in text:
-            with panics_refused():
+            with tokenizer_errors():
                 ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
             return ids
         if self.is_fast:

@@ -26,7 +26,7 @@ To call one, answer with nothing but a JSON object with the members "name", the 
 "arguments", an object that matches its parameters. Where no function helps, answer in words."""
 
 
-def takes_tools(template: str) -> bool:
+def supports_tools(template: str) -> bool:
     """Return whether a chat template renders tools."""
     return re.search(r"\btools\b", template) is not None
 
@@ -95,7 +95,7 @@ def template_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return turns
 
 
-def in_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+def calls_as_text(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     """The conversation in words, for templates without a place for tools."""
     names: dict[str, str] = {}
     parts: list[tuple[Message, list[str]]] = []

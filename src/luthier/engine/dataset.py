@@ -161,7 +161,9 @@ def prepare(
     check_shapes(rows, held, concatenate(further), objective, chat)
     context = room_of(objective, objective.format(chat), context)
     try:
-        chat.check_reads(SHAPES[rows[0].shape].reads)  # once, where else each row would be refused
+        chat.check_input_kind(
+            SHAPES[rows[0].shape].reads
+        )  # once, where else each row would be refused
     except RowRefused as bad:
         raise DataError([bad.at(rows[0].file, rows[0].line)]) from bad
     if spec.augmentation:
@@ -169,7 +171,7 @@ def prepare(
     # As the files are: a held-out part of one file is not yet split from it.
     splits = {"train": concatenate([rows, *further]), "validation": held}
     filled = {name: each for name, each in splits.items() if each}
-    report = inspect_job(spec, filled, objective, chat, on_row, reader.doubts)
+    report = inspect_job(spec, filled, objective, chat, on_row, reader.warnings)
     rows, held, *further = [objective.regroup(each) for each in (rows, held, *further)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:

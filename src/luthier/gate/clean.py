@@ -352,7 +352,7 @@ class EditPass:
         return problems
 
     def _edit(self, row: Row) -> EditedRow:
-        given = self.reader.checker.given
+        given = self.reader.checker.record
         draft = RowDraft(row, extra_keys(row, given, self.reader.checker.form))
         done = []
         for edit in self.edits:

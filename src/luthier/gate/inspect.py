@@ -79,7 +79,7 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
                 return own, f"the default for {describe_shapes([row.shape])}"
         known = MEDIA_BASES[row.media.kind]
         return known, f"the default for {PLURAL[row.media.kind]}"
-    what = row and SHAPES[row.shape].reader_text
+    what = row and SHAPES[row.shape].encoder_targets
     if isinstance(row, LabelledText) and objective is None:
         return _encoder_of_labels(reader.first(LANGUAGE_ROWS))
     return (READER, f"an encoder is best for texts with {what}") if what else plain
@@ -206,20 +206,20 @@ def inspect_job(
     objective: Objective,
     chat: ChatFormat | None = None,
     on_row: Callable[[int, int], None] = lambda done, count: None,
-    doubts: Sequence[Problem] = (),
+    warnings: Sequence[Problem] = (),
 ) -> Report:
     """Run the checks of a job over the rows. Encoding reports separate findings.
 
     Args:
         on_row: called with the number of processed rows and the total.
-        doubts: warnings of the reader.
+        warnings: warnings of the reader.
 
     Raises:
         RecipeError: invalid policy or severity.
     """
     decided = load_policy(spec.policy, spec.severity or {})
     checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
-    report = inspect_rows(splits, checks, decided.severity, on_row, doubts)
+    report = inspect_rows(splits, checks, decided.severity, on_row, warnings)
     named = {"train": spec.train, "validation": spec.validation}
     sources = {split: source for split, source in named.items() if source}
     left_out = {**left_out, **report.left_out}

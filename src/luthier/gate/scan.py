@@ -65,17 +65,17 @@ def inspect_rows(
     checks: Sequence[Check],
     overrides: Mapping[str, SeverityChoice] | None = None,
     on_row: Callable[[int, int], None] = lambda done, count: None,
-    doubts: Sequence[Problem] = (),
+    warnings: Sequence[Problem] = (),
 ) -> Report:
     """Run the checks on rows in memory, as in a job.
 
     Args:
         on_row: called with the number of processed rows and the total.
-        doubts: warnings of the reader.
+        warnings: warnings of the reader.
     """
     count = sum(map(len, splits.values()))
     with Gate(checks, Findings(overrides or {})) as gate:
-        gate.add_problems([*doubts])
+        gate.add_problems([*warnings])
         for split, rows in splits.items():
             gate.scan_rows(split, rows, lambda: on_row(gate.places.total, count))
         return gate.report({split: sorted(gate.files[split]) for split in splits})
@@ -191,10 +191,10 @@ class Gate:
         for batch in batches(split, rows):
             self.submit(batch)
             self.add_problems(problems)
-            self.add_problems(reader.doubts)
+            self.add_problems(reader.warnings)
             yield
         self.add_problems(problems)
-        self.add_problems(reader.doubts)
+        self.add_problems(reader.warnings)
         self.drain()
         found = reader.recognition
         if found.form != "nothing":  # also where every row is refused

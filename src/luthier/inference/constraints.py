@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.tokenization import panics_refused
+from luthier.data.tokenization import tokenizer_errors
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import VALUES, depth_of
 from luthier.graders.regex import UNROLLED_CHARACTERS, unrolled_size
@@ -229,7 +229,7 @@ class Constraints:
     def _tokens(self) -> Any:
         if self._tokenizer is None:
             try:
-                with panics_refused():
+                with tokenizer_errors():
                     self._tokenizer = self._chat.grammar_tokens(self._vocabulary)
             except (ValueError, RecipeError) as error:
                 raise InferenceRefused(

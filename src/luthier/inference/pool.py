@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, UnknownModel
-from luthier.files import waits_for_disk, without_home
+from luthier.files import is_disk_error, without_home
 from luthier.inference.batcher import Work
 from luthier.inference.inference import (
     GenerationRequest,
@@ -440,7 +440,7 @@ class ModelPool:
             entry.error = _failure(error)
         except Exception as error:
             # Memory or disk space may be available later.
-            short = isinstance(error, MemoryError) or waits_for_disk(error)
+            short = isinstance(error, MemoryError) or is_disk_error(error)
             entry.error = InferenceFailed(
                 "ModelNotReady" if short else "ModelError",
                 f"The model cannot be loaded: {type(error).__name__}.",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from luthier.data.reasoning import overlap
-from luthier.data.tools import parse_calls, parse_cut_calls, takes_tools
+from luthier.data.tools import parse_calls, parse_cut_calls, supports_tools
 from luthier.errors import RecipeError
 from luthier.inference.constraints import check_depth
 from luthier.inference.inference import Chat, InferenceRefused
@@ -26,7 +26,7 @@ def new_call_id() -> str:
 
 def marks_calls(chat: ChatFormat) -> bool:
     """Return whether the model's template puts tool calls between tags."""
-    return takes_tools(chat.template_text) and CALL_OPEN in chat.template_text
+    return supports_tools(chat.template_text) and CALL_OPEN in chat.template_text
 
 
 def encode(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.inputs import MOST_PIXELS, Media, conversion_fix, media_refusal, reason_of
+from luthier.data.inputs import MOST_PIXELS, Media, conversion_fix, media_error, reason_of
 from luthier.errors import RowRefused
 
 _NPY = b"\x93NUMPY"
@@ -57,7 +57,7 @@ def read_samples(media: Media) -> tuple[NDArray[np.float32], int]:
         RowRefused: for a file that is not audio, or audio that is too long.
     """
     if media.array is not None:
-        raise media_refusal("unreadable", "an array of samples names no sampling rate.")
+        raise media_error("unreadable", "an array of samples names no sampling rate.")
     return decode_audio(media.read(), media.most)
 
 
@@ -116,19 +116,19 @@ def _open_image(data: bytes, most: int) -> Iterator[Any]:
                 width, height = opened.size
                 if width * height > most:
                     text = f"{width:,} x {height:,} pixels; at most {most:,} are decoded."
-                    raise media_refusal("too_large", f"it says to have {text}")
+                    raise media_error("too_large", f"it says to have {text}")
                 yield opened
     except RowRefused:
         raise
     except Image.DecompressionBombError:  # Pillow's own bound, before the size can be asked
         text = f"it says to have more pixels than the {most:,} that are decoded."
-        raise media_refusal("too_large", text) from None
+        raise media_error("too_large", text) from None
     except _DAMAGE as error:
         message, fix = f"it is no image that can be read: {reason_of(error)}.", ""
         if data[4:8] == b"ftyp" and b"avif" not in data[8:64]:  # cameras name such files .jpg, too
             message = "it is a HEIC file, which Pillow cannot decode."
             fix = conversion_fix([".heic"])
-        raise media_refusal("unreadable", message, fix) from error
+        raise media_error("unreadable", message, fix) from error
 
 
 def white_of(values: NDArray[Any]) -> float:
@@ -150,7 +150,7 @@ def white_of(values: NDArray[Any]) -> float:
     overshoot, whites = (_OVERSHOOT, _WHITES) if values.dtype.kind == "f" else (0, _WHITES[1:])
     white = next((each for each in whites if high <= each * (1 + overshoot)), None)
     if white is None or low < -overshoot * max(high, 1):
-        raise media_refusal(
+        raise media_error(
             "unreadable",
             f"its pixels range from {low:g} to {high:g}; ranges that are read are 0 to 1 (floats), "
             "0 to 255 and 0 to 65535.",
@@ -169,12 +169,12 @@ def _read_npy(data: bytes, most: int) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     except _DAMAGE as error:
-        raise media_refusal(
+        raise media_error(
             "unreadable", f"it is no array that can be read: {reason_of(error)}."
         ) from error
     if math.prod(array.shape[:2]) > most:
         text = f"it is an array with the shape {array.shape}; at most {most:,} pixels are decoded."
-        raise media_refusal("too_large", text)
+        raise media_error("too_large", text)
     return array
 
 
@@ -183,7 +183,7 @@ def _array_pixels(array: NDArray[Any]) -> Pixels:
         array = array[..., 0]
     is_shaped = array.ndim in (2, 3) and array.shape[2:] in ((), (3,)) and array.size
     if array.dtype.kind not in "buif" or not is_shaped:
-        raise media_refusal(
+        raise media_error(
             "unreadable",
             f"an array of {array.dtype} with shape {array.shape} is no image; images are numbers, "
             "[H, W] or [H, W, 3].",
@@ -202,7 +202,7 @@ def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float
         try:
             import soundfile
         except ImportError:
-            raise media_refusal(
+            raise media_error(
                 "unreadable",
                 "only WAV files of whole numbers are read without the package soundfile.",
                 "Install it: pip install 'luthier[audio]'.",
@@ -218,9 +218,9 @@ def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float
             if data[4:8] == b"ftyp":
                 message = "it is an M4A file, which libsndfile cannot decode."
                 fix = conversion_fix([".m4a"])
-            raise media_refusal("unreadable", message, fix) from error
+            raise media_error("unreadable", message, fix) from error
     if not len(samples) or not np.isfinite(samples).all():
-        raise media_refusal(
+        raise media_error(
             "unreadable", "it has no samples." if not len(samples) else "it is damaged."
         )
     return samples, rate
@@ -254,10 +254,10 @@ def _read_pcm(data: bytes, most: int) -> tuple[NDArray[np.float32], int] | None:
 
 def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
     if rate <= 0:
-        raise media_refusal("unreadable", "it names no sampling rate.")
+        raise media_error("unreadable", "it names no sampling rate.")
     if frames > MOST_SECONDS * rate:
         text = f"it lasts {frames / rate:,.0f} s; at most {MOST_SECONDS} are read."
-        raise media_refusal("too_large", text)
+        raise media_error("too_large", text)
     if frames * channels > most:
         text = f"it has {frames * channels:,} samples; at most {most:,} are read."
-        raise media_refusal("too_large", text)
+        raise media_error("too_large", text)

@@ -15,7 +15,7 @@ from typing import Any
 from luthier.data.chat import ChatFormat
 from luthier.data.inputs import Processor, read_processor
 from luthier.data.sentence import read_sentence_pipeline
-from luthier.data.tokenization import panics_refused
+from luthier.data.tokenization import tokenizer_errors
 from luthier.errors import LuthierError, RecipeError, UnknownModel
 from luthier.files import cached_sha256_of, luthier_home, read_json, write_bytes
 from luthier.models import nets
@@ -85,7 +85,7 @@ def _as_stored(own: Any, folder: Path) -> StoredTokenizer | None:
     ):
         return None
     made = StoredTokenizer(own.backend_tokenizer.to_str().encode(), _fields(own), folder)
-    with suppress(RecipeError), panics_refused():
+    with suppress(RecipeError), tokenizer_errors():
         if _reads_alike(made, own):
             return made
     return None

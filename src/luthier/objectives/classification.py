@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from luthier.data.shapes.base import Labelled, takes_several_labels
+from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.errors import RecipeError, RowRefused
 from luthier.formatting import did_you_mean, list_some
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
@@ -339,7 +339,7 @@ def learns_several(rows: Sequence[Row]) -> bool:
     labelled = [row for row in rows if isinstance(row, Labelled)]
     arrays = [row for row in labelled if not isinstance(row.label, str)]
     unlike_one = sum(not row.has_one_label for row in arrays)
-    return takes_several_labels(len(labelled), len(arrays), unlike_one)
+    return is_multi_label(len(labelled), len(arrays), unlike_one)
 
 
 @cache

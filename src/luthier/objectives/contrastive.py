@@ -169,7 +169,7 @@ class Contrastive(Objective):
                 "Write one label.",
             )
         has_class = isinstance(row, Labelled | MediaRow) and not isinstance(row, CaptionedImage)
-        return replace(example, target=partner.ids_T, given=row if has_class else None)
+        return replace(example, target=partner.ids_T, source_row=row if has_class else None)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token of both sides."""
@@ -184,7 +184,7 @@ class Contrastive(Objective):
         anchor = replace(example, row=2 * example.row, target=empty)
         other = replace(anchor, ids_T=ids_T, weight_T=nothing, row=anchor.row + 1)
         # Without a class the partner of an image is a text.
-        return [anchor, other if example.given is not None else replace(other, media=None)]
+        return [anchor, other if example.source_row is not None else replace(other, media=None)]
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
         """Return both sides of each row; images and audio without caption have two views.
@@ -300,7 +300,7 @@ class Contrastive(Objective):
         order = [place[row] for row in (*anchors, *(row + 1 for row in anchors))]
         side_VH, in_order = embeddings_RH[order], [sides[index] for index in order]
         scale = self._scale(network)
-        if any(side.given is not None for side in sides):
+        if any(side.source_row is not None for side in sides):
             class_V = number_keys([_class_of(side) for side in in_order])
             alike_VV = torch.from_numpy(class_V[:, None] == class_V)
             others_VV = ~torch.eye(2 * count, dtype=torch.bool)
@@ -319,7 +319,7 @@ class Contrastive(Objective):
                 each_P = (each_P + back_P) / 2
         chance = float(allowed_PK.sum(1).log().sum())
         ratios = {"accuracy": (right_P.tolist(), [1] * count)}
-        return Loss.of_rows(each_P, {"chance_loss": chance}, ratios)
+        return Loss.from_rows(each_P, {"chance_loss": chance}, ratios)
 
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
@@ -337,7 +337,7 @@ class Contrastive(Objective):
         wanted = 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
         examples = rows_to_finish(held, train, wanted)
         rows = [replace(each, row=n) for n, each in enumerate(examples[:MOST_COMPARED])]
-        if any(row.given is not None for row in rows):
+        if any(row.source_row is not None for row in rows):
             return Finished(self)
         sides = self.views(rows)
         found = network.read_rows(sides, budget, lambda batch: self.embed(network, batch).cpu())
@@ -352,7 +352,7 @@ class Contrastive(Objective):
 
     def describe(self, example: Example) -> str:
         """Return the length of the partner; the file contains the text."""
-        if example.given is not None:
+        if example.source_row is not None:
             return "in two views"
         return f"with a partner of {len(np.asarray(example.target))} tokens"
 
@@ -395,7 +395,7 @@ def _info_nce(
 def _view(side: Example, training: bool) -> Example:
     """Return a random or fixed view of an image or audio side; other sides are unchanged."""
     media = side.media
-    if media is None or side.given is None:
+    if media is None or side.source_row is None:
         return side
     changes = media.augmentation or Augmentation.views(media.media.kind)
     drawn = media.seed
@@ -406,5 +406,5 @@ def _view(side: Example, training: bool) -> Example:
 
 def _class_of(side: Example) -> str | bytes:
     """Return the key that makes sides of a batch alike: a label, or the input."""
-    row = side.given
+    row = side.source_row
     return str(row.label) if isinstance(row, Labelled) else side.ids_T.tobytes()

@@ -64,7 +64,7 @@ class DPO(ReferenceObjective, Pairwise):
         if self.sft_weight:
             mean_R = logp_R / length_R
             each_P = each_P - self.sft_weight * mean_R[sides.chosen_P]
-        return Loss.of_rows(each_P, sides.measures(reward_R) | sides.likelihoods(logp_R))
+        return Loss.from_rows(each_P, sides.measures(reward_R) | sides.likelihoods(logp_R))
 
     def _ratios(self, logp_R: Tensor, reference_R: Tensor, length_R: Tensor) -> Tensor:
         """Return the log-ratio of each answer to the reference, in nats, or in nats per token."""

@@ -119,7 +119,7 @@ class KTO(ReferenceObjective, Judged):
         each_R = self._losses(ratio_R, wanted_R, point)
         reward_R = self.beta * ratio_R.detach()
         right_R = (ratio_R.detach() > point) == wanted_R
-        return Loss.of_rows(
+        return Loss.from_rows(
             each_R,
             {
                 "accuracy": float(right_R.sum()),

@@ -49,7 +49,7 @@ class ListwiseDPO(ReferenceObjective, Judged):
         ]
         for one, other in combinations(sides, 2):
             check_different(one, other)
-        return Example.of_sides(sides)
+        return Example.from_sides(sides)
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
         """Return the answers as separate rows of one group, numbered in ranking order."""
@@ -87,7 +87,7 @@ class ListwiseDPO(ReferenceObjective, Judged):
             # Of equal rewards, as all are before training, either may be the higher one.
             accuracy += 0.5 + float(above_KK.triu(1).sum()) / (2 * pairs)
             margin += float(known_K[0] - known_K[1:].mean())
-        return Loss.of_rows(torch.stack(losses), {"accuracy": accuracy, "margin": margin})
+        return Loss.from_rows(torch.stack(losses), {"accuracy": accuracy, "margin": margin})
 
     def describe(self, example: Example) -> str:
         """Return the number of other answers; the file contains the text."""

@@ -70,7 +70,7 @@ class OwnAnswers(TokenDivergence):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the row with weight 1 on each token of each reply; ``given`` is the row, for
         samples."""
-        return replace(super().encode(row, index, chat), given=row)
+        return replace(super().encode(row, index, chat), source_row=row)
 
     def draw_answered(self, count: int) -> Sequence[bool]:
         """Return a flag for each of ``count`` rows: true if the student answers the row."""
@@ -209,8 +209,8 @@ def _match_completions(
         sum(int(np.count_nonzero(row.weight_T)) for row, _ in own),
         sum(answer.stopped for _, answer in own),
         [
-            _record(row.given, prompt_of(row), answer, chat)
+            _record(row.source_row, prompt_of(row), answer, chat)
             for row, answer in own
-            if row.given and chat
+            if row.source_row and chat
         ],
     )

@@ -41,7 +41,7 @@ class ORPO(Pairwise):
         nll_P = -mean_R[sides.chosen_P]
         each_P = nll_P - self.odds_weight * logsigmoid(ratio_P)
         measures = sides.measures(mean_R) | sides.likelihoods(logp_R)
-        return Loss.of_rows(each_P, {**measures, "nll": float(nll_P.detach().sum())})
+        return Loss.from_rows(each_P, {**measures, "nll": float(nll_P.detach().sum())})
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Judged(WritesReplies):
         sides = [_cut(side, context) for side in example.sides]
         if not all(side.weight for side in sides):
             return replace(sides[0], weight_T=np.zeros_like(sides[0].weight_T))
-        return Example.of_sides(sides)
+        return Example.from_sides(sides)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """Return the negative log-likelihood of the answers, which depends on no reference and no

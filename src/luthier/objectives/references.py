@@ -54,7 +54,7 @@ def with_reference_logps(
         )
     values = iter(logp)
     return spool(
-        Example.of_sides([replace(side, reference=next(values)) for side in example.sides])
+        Example.from_sides([replace(side, reference=next(values)) for side in example.sides])
         for example in examples
     )
 

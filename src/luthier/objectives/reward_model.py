@@ -88,7 +88,7 @@ class RewardModel(Objective):
         each_P = -logsigmoid(chosen_P - rejected_P - self.margin)
         if self.centering:
             each_P = each_P + self.centering * (chosen_P + rejected_P).square()
-        return Loss.of_rows(each_P, sides.measures(reward_R))
+        return Loss.from_rows(each_P, sides.measures(reward_R))
 
     def describe(self, example: Example) -> str:
         """Return the length of the other answer; the file contains the text."""

@@ -54,8 +54,8 @@ MEASURED_SEED = 0
 
 def graded_answer(example: Example, reply: str) -> Answer:
     """Return ``reply`` to the prompt of an example, for a grader."""
-    assert example.given is not None
-    return Answer.of(example.given, reply)
+    assert example.source_row is not None
+    return Answer.of(example.source_row, reply)
 
 
 def sample_record(row: Row, reply: DecodedReply, tokens: int, stopped: bool) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Reinforcement(WritesReplies):
         if chat.start_id is not None:
             ids_T, source_T = chat.decoder_opening, ids_T
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
-        return Example(ids_T, weight_T, index, source_T=source_T, given=row)
+        return Example(ids_T, weight_T, index, source_T=source_T, source_row=row)
 
     @property
     def completions(self) -> tuple[int, int]:
@@ -445,7 +445,7 @@ def _read(example: Example) -> Example:
 
 
 def _record(rollout: Rollout, kl: float | None) -> dict[str, Any]:
-    row, stopped = rollout.prompt.given, rollout.completion.stopped
+    row, stopped = rollout.prompt.source_row, rollout.completion.stopped
     assert row is not None
     record = sample_record(row, rollout.reply, len(rollout), stopped)
     return {**record, "reward": rollout.score, "kl": kl}

@@ -38,4 +38,4 @@ class SimPO(Pairwise):
         reward_R = self.beta * logp_R / answer_lengths(batch)
         margin_P = reward_R[sides.chosen_P] - reward_R[sides.rejected_P]
         measures = sides.measures(reward_R) | sides.likelihoods(logp_R)
-        return Loss.of_rows(-logsigmoid(margin_P - self.gamma), measures)
+        return Loss.from_rows(-logsigmoid(margin_P - self.gamma), measures)

@@ -103,7 +103,7 @@ class TokenClassification(Objective):
             )
         # To say where entities are, the words are needed.
         given = row if tags is None else None
-        return Example(ids_T, first_T.astype(np.float32), index, target=target_T, given=given)
+        return Example(ids_T, first_T.astype(np.float32), index, target=target_T, source_row=given)
 
     def _index(self, tag: str) -> int:
         if tag not in (self.labels or ()):
@@ -150,8 +150,8 @@ class TokenClassification(Objective):
         best_K = self._scores(network, batch).argmax(-1)
         answers: list[dict[str, Any]] = [{"tags": tags} for tags in self._tags(best_K, batch)]
         for answer, example in zip(answers, batch.tree.examples, strict=True):
-            if example.given is not None:
-                answer["entities"] = _entities(example.given, answer["tags"])
+            if example.source_row is not None:
+                answer["entities"] = _entities(example.source_row, answer["tags"])
         return answers
 
     def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:

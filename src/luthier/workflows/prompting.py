@@ -157,7 +157,7 @@ def conversation_of(
             turns_of_question[-1].role, f"{before}\n\n{turns_of_question[-1].content}"
         )
     turns += turns_of_question
-    if system and not chat.takes_system:
+    if system and not chat.supports_system_prompt:
         turns[0] = Message(turns[0].role, "\n\n".join([*system, turns[0].content]))
     elif system:
         turns.insert(0, Message("system", "\n\n".join(system)))

@@ -26,13 +26,13 @@ def test_images_that_no_row_names_are_counted(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     reader = RowReader(tmp_path)
     assert len(reader.read_all()) == 3
-    (found,) = reader.doubts
+    (found,) = reader.warnings
     assert (found.rule, found.file) == ("media.unnamed", str(tmp_path))
     assert "img/3.png, img/4.png" in found.message
     lines += ["img/3.png,a", "img/4.png,b"]
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     reader = RowReader(tmp_path)
-    assert len(reader.read_all()) == 5 and not reader.doubts
+    assert len(reader.read_all()) == 5 and not reader.warnings
 
 
 def test_converted_paths_are_read_from_the_folder_of_the_new_file(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ SHAPES: Mapping[str, type[Shape]] = {
 
 def describe_shapes(shapes: Iterable[str]) -> str:
     """Shapes in words."""
-    *others, last = (SHAPES[shape].words for shape in sorted(shapes))
+    *others, last = (SHAPES[shape].noun for shape in sorted(shapes))
     return f"{', '.join(others)} or {last}" if others else last
 
 

@@ -25,13 +25,13 @@ class Shape(Row):
 
     title: ClassVar[str]
     """Keys of the shape, for messages."""
-    words: ClassVar[str]
+    noun: ClassVar[str]
     """Plural noun for the rows, for messages."""
     keys: ClassVar[tuple[str, ...]]
     """Identifying keys; any key suffices."""
     complete: ClassVar[tuple[frozenset[str], ...]] = ()
     """Key sets that identify the shape regardless of other keys."""
-    further_keys: ClassVar[frozenset[str]] = frozenset()
+    optional_keys: ClassVar[frozenset[str]] = frozenset()
     """Additional keys that the shape reads."""
     beside: ClassVar[frozenset[str]] = frozenset()
     """Keys of the shape that forms of other tools also have."""
@@ -45,7 +45,7 @@ class Shape(Row):
     """Keys whose values may be objects."""
     reads: ClassVar[InputKind] = "text"
     """Kind of input that a network needs for the shape."""
-    reader_text: ClassVar[str] = ""
+    encoder_targets: ClassVar[str] = ""
     """Targets that an encoder learns from the shape; empty if none."""
     enough: ClassVar[int] = 0
     """Fewest training rows to learn more than the output format; 0 without a limit."""
@@ -58,7 +58,7 @@ class Shape(Row):
     @classmethod
     def source_keys(cls) -> frozenset[str]:
         """Return all keys that the shape may read."""
-        return cls.further_keys.union(cls.keys, *cls.complete)
+        return cls.optional_keys.union(cls.keys, *cls.complete)
 
     @classmethod
     def title_of(cls, record: Record) -> str:
@@ -81,7 +81,7 @@ class Labelled(Shape):
     __slots__ = ()
 
     annotated: ClassVar[bool] = True
-    reader_text: ClassVar[str] = "labels"
+    encoder_targets: ClassVar[str] = "labels"
 
     label: str | tuple[str, ...]
 
@@ -106,7 +106,7 @@ class Labelled(Shape):
         return {"label": self.label if isinstance(self.label, str) else list(self.label)}
 
 
-def takes_several_labels(rows: int, arrays: int, unlike_one: int) -> bool:
+def is_multi_label(rows: int, arrays: int, unlike_one: int) -> bool:
     """Return whether the labels are multi-label: a row has not exactly one label, or all are
     arrays.
 

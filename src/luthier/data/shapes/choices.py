@@ -26,7 +26,7 @@ class MultipleChoice(Shape):
 
     shape: ClassVar[str] = "choices"
     title: ClassVar[str] = '{"prompt", "choices", "answer"}'
-    words: ClassVar[str] = "prompts with choices"
+    noun: ClassVar[str] = "prompts with choices"
     keys: ClassVar[tuple[str, ...]] = ("choices",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "choices", "answer")),)
     json_keys: ClassVar[frozenset[str]] = frozenset(("choices",))

@@ -35,7 +35,7 @@ class PromptCompletion(Shape):
 
     shape: ClassVar[str] = "prompt"
     title: ClassVar[str] = '{"prompt", "completion"}'
-    words: ClassVar[str] = "prompt and completion"
+    noun: ClassVar[str] = "prompt and completion"
     enough: ClassVar[int] = ENOUGH_ANSWERS
     other_tasks: ClassVar[Mapping[str, str]] = {**_REJECTED, **_PASSAGE}
     keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
@@ -76,12 +76,12 @@ class Conversation(Shape):
 
     shape: ClassVar[str] = "messages"
     title: ClassVar[str] = '{"messages"}'
-    words: ClassVar[str] = "messages"
+    noun: ClassVar[str] = "messages"
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("messages",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
     other_tasks: ClassVar[Mapping[str, str]] = _REJECTED
-    further_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input"))
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools", "functions"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
 
@@ -124,10 +124,10 @@ class PromptOnly(Shape):
 
     shape: ClassVar[str] = "prompt_only"
     title: ClassVar[str] = '{"prompt"}'
-    words: ClassVar[str] = "a prompt without a reply"
+    noun: ClassVar[str] = "a prompt without a reply"
     enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("prompt",)
-    further_keys: ClassVar[frozenset[str]] = frozenset(("expected",))
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("expected",))
     beside: ClassVar[frozenset[str]] = frozenset(("expected",))
     parts: ClassVar[Mapping[str, Part]] = {
         "system": "input",

@@ -65,7 +65,7 @@ class BareImage(BareMedia):
     shape: ClassVar[str] = "image"
     reads: ClassVar[InputKind] = "image"
     title: ClassVar[str] = '{"image"}'
-    words: ClassVar[str] = PLURAL["image"]
+    noun: ClassVar[str] = PLURAL["image"]
     keys: ClassVar[tuple[str, ...]] = ("image",)
 
     @classmethod
@@ -80,7 +80,7 @@ class BareAudio(BareMedia):
     shape: ClassVar[str] = "audio"
     reads: ClassVar[InputKind] = "audio"
     title: ClassVar[str] = '{"audio"}'
-    words: ClassVar[str] = PLURAL["audio"]
+    noun: ClassVar[str] = PLURAL["audio"]
     keys: ClassVar[tuple[str, ...]] = ("audio",)
 
     @classmethod
@@ -95,7 +95,7 @@ class BareWindow(BareMedia):
     shape: ClassVar[str] = "window"
     reads: ClassVar[InputKind] = "window"
     title: ClassVar[str] = '{"window"}'
-    words: ClassVar[str] = PLURAL["window"]
+    noun: ClassVar[str] = PLURAL["window"]
     keys: ClassVar[tuple[str, ...]] = ("window",)
 
     @classmethod
@@ -122,7 +122,7 @@ class LabelledImage(MediaRow, Labelled):
     shape: ClassVar[str] = "labelled_image"
     reads: ClassVar[InputKind] = "image"
     title: ClassVar[str] = '{"image", "label"}'
-    words: ClassVar[str] = "images with labels"
+    noun: ClassVar[str] = "images with labels"
     keys: ClassVar[tuple[str, ...]] = ("image", "label")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("image", "label")),)
 
@@ -149,7 +149,7 @@ class LabelledAudio(LabelledImage):
     shape: ClassVar[str] = "labelled_audio"
     reads: ClassVar[InputKind] = "audio"
     title: ClassVar[str] = '{"audio", "label"}'
-    words: ClassVar[str] = "audio with labels"
+    noun: ClassVar[str] = "audio with labels"
     keys: ClassVar[tuple[str, ...]] = ("audio", "label")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("audio", "label")),)
 
@@ -161,7 +161,7 @@ class CaptionedImage(MediaRow):
     shape: ClassVar[str] = "captioned_image"
     reads: ClassVar[InputKind] = "image"
     title: ClassVar[str] = '{"image", "caption"}'
-    words: ClassVar[str] = "images with captions"
+    noun: ClassVar[str] = "images with captions"
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("image", "caption")
     complete: ClassVar[tuple[frozenset[str], ...]] = tuple(

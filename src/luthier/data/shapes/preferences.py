@@ -87,10 +87,10 @@ class Preference(JudgedAnswers):
     title: ClassVar[str] = '{"prompt", "chosen", "rejected"}'
     openai_title: ClassVar[str] = '{"input", "preferred_output", "non_preferred_output"}'
     openai_keys: ClassVar[tuple[str, ...]] = ("input", "preferred_output", "non_preferred_output")
-    words: ClassVar[str] = "chosen and rejected answers"
+    noun: ClassVar[str] = "chosen and rejected answers"
     keys: ClassVar[tuple[str, ...]] = ("chosen", "rejected", *openai_keys[1:])
     complete: ClassVar[tuple[frozenset[str], ...]] = tuple(frozenset((key,)) for key in keys)
-    further_keys: ClassVar[frozenset[str]] = frozenset(
+    optional_keys: ClassVar[frozenset[str]] = frozenset(
         ("messages", "prompt", "completion", "input")
     )
     object_keys: ClassVar[frozenset[str]] = frozenset(
@@ -215,7 +215,7 @@ class RankedReplies(JudgedAnswers):
 
     shape: ClassVar[str] = "ranking"
     title: ClassVar[str] = '{"prompt", "ranked"}'
-    words: ClassVar[str] = "ranked answers"
+    noun: ClassVar[str] = "ranked answers"
     keys: ClassVar[tuple[str, ...]] = ("ranked",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "ranked")),)
     json_keys: ClassVar[frozenset[str]] = frozenset(("ranked",))
@@ -296,7 +296,7 @@ class JudgedReply(JudgedAnswers):
     reply: Turns
 
     @property
-    def worth(self) -> float:
+    def score(self) -> float:
         """Score of the answer; higher is better."""
         raise NotImplementedError
 
@@ -332,8 +332,8 @@ class RatedReply(JudgedReply):
 
     shape: ClassVar[str] = "rated"
     title: ClassVar[str] = '{"prompt", "completion", "rating"}'
-    words: ClassVar[str] = "answers with a rating"
-    further_keys: ClassVar[frozenset[str]] = frozenset(
+    noun: ClassVar[str] = "answers with a rating"
+    optional_keys: ClassVar[frozenset[str]] = frozenset(
         ("messages", "prompt", "input", "completion", "rating", "score")
     )
     beside: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
@@ -353,7 +353,7 @@ class RatedReply(JudgedReply):
         return cls(fields.file, fields.line, prompt, reply, rating, tools=tools)
 
     @property
-    def worth(self) -> float:
+    def score(self) -> float:
         return self.rating
 
     def judgement(self) -> tuple[str, ...]:
@@ -381,8 +381,8 @@ class ThumbedReply(JudgedReply):
 
     shape: ClassVar[str] = "thumb"
     title: ClassVar[str] = '{"prompt", "completion", "label": true}'
-    words: ClassVar[str] = "answers with a thumb"
-    further_keys: ClassVar[frozenset[str]] = frozenset(
+    noun: ClassVar[str] = "answers with a thumb"
+    optional_keys: ClassVar[frozenset[str]] = frozenset(
         ("messages", "prompt", "input", "completion", "label", "thumb")
     )
     beside: ClassVar[frozenset[str]] = frozenset(("label", "thumb"))
@@ -416,7 +416,7 @@ class ThumbedReply(JudgedReply):
         return cls(fields.file, fields.line, prompt, reply, thumb, tools=tools)
 
     @property
-    def worth(self) -> float:
+    def score(self) -> float:
         return float(self.desirable)
 
     def judgement(self) -> tuple[str, ...]:
@@ -472,14 +472,14 @@ def _pairs(
         sides = list(combinations(row.answers(), 2))
         if isinstance(row, JudgedReply):
             group = groups[row.messages]
-            sides = [(row.reply, other.reply) for other in group if other.worth < row.worth]
+            sides = [(row.reply, other.reply) for other in group if other.score < row.score]
         for better, worse in sides:
             yield Preference(row.file, row.line, row.messages, better, worse, tools=row.tools)
 
 
 def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:
     first = group[0]
-    if any(other.worth != first.worth for other in group):
+    if any(other.score != first.score for other in group):
         return None
     if len(group) == 1:
         return Problem(
@@ -490,7 +490,7 @@ def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:
         )
     return Problem(
         "rating.tied",
-        f"all {len(group)} answers to this prompt have the same rating ({first.worth:g}).",
+        f"all {len(group)} answers to this prompt have the same rating ({first.score:g}).",
         "Rate one answer differently, or remove the rows.",
         first.location,
     )

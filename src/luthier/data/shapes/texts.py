@@ -59,7 +59,7 @@ class RawText(TextRow):
 
     shape: ClassVar[str] = "text"
     title: ClassVar[str] = '{"text"}'
-    words: ClassVar[str] = "raw text"
+    noun: ClassVar[str] = "raw text"
     keys: ClassVar[tuple[str, ...]] = ("text",)
     other_tasks: ClassVar[Mapping[str, str]] = _ENTITIES
     parts: ClassVar[Mapping[str, Part]] = {"text": "target"}
@@ -79,7 +79,7 @@ class LabelledText(TextRow, Labelled):
 
     shape: ClassVar[str] = "label"
     title: ClassVar[str] = '{"text", "label"}'
-    words: ClassVar[str] = "text with labels"
+    noun: ClassVar[str] = "text with labels"
     keys: ClassVar[tuple[str, ...]] = ("label",)
     other_tasks: ClassVar[Mapping[str, str]] = _SECOND_TEXT
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "label")),)
@@ -109,17 +109,17 @@ class RatedText(TextRow):
 
     shape: ClassVar[str] = "rating"
     title: ClassVar[str] = '{"text", "rating"}'
-    words: ClassVar[str] = "text with ratings"
+    noun: ClassVar[str] = "text with ratings"
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("rating",)
     other_tasks: ClassVar[Mapping[str, str]] = _SECOND_TEXT
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "rating")),)
-    further_keys: ClassVar[frozenset[str]] = frozenset(("score",))
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("score",))
     beside: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
     number_keys: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
     parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
     annotated: ClassVar[bool] = True
-    reader_text: ClassVar[str] = "ratings"
+    encoder_targets: ClassVar[str] = "ratings"
 
     rating: float
 
@@ -142,13 +142,13 @@ class TaggedWords(Shape):
 
     shape: ClassVar[str] = "tags"
     title: ClassVar[str] = '{"tokens", "tags"}'
-    words: ClassVar[str] = "tokens with tags"
+    noun: ClassVar[str] = "tokens with tags"
     keys: ClassVar[tuple[str, ...]] = ("tokens",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("tokens", "tags")),)
     json_keys: ClassVar[frozenset[str]] = frozenset(("tokens", "tags"))
     parts: ClassVar[Mapping[str, Part]] = {"tokens": "input"}
     annotated: ClassVar[bool] = True
-    reader_text: ClassVar[str] = "tags"
+    encoder_targets: ClassVar[str] = "tags"
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None
@@ -181,14 +181,14 @@ class TextPair(TextRow):
 
     shape: ClassVar[str] = "pair"
     title: ClassVar[str] = '{"anchor", "positive"}'
-    words: ClassVar[str] = "pairs of anchor and positive"
+    noun: ClassVar[str] = "pairs of anchor and positive"
     enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("anchor", "positive")
     other_tasks: ClassVar[Mapping[str, str]] = {**_NEGATIVE, **_JUDGED_PAIR}
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("anchor", "positive")),)
-    further_keys: ClassVar[frozenset[str]] = frozenset(("text",))
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("text",))
     parts: ClassVar[Mapping[str, Part]] = {"text": "input", "positive": "target"}
-    reader_text: ClassVar[str] = "partners"
+    encoder_targets: ClassVar[str] = "partners"
 
     positive: str
     """Partner of ``text``."""
@@ -224,12 +224,12 @@ class History(TextPair):
 
     shape: ClassVar[str] = "history"
     title: ClassVar[str] = '{"history", "item"}'
-    words: ClassVar[str] = "histories with the next item"
+    noun: ClassVar[str] = "histories with the next item"
     keys: ClassVar[tuple[str, ...]] = ("history",)
     other_tasks: ClassVar[Mapping[str, str]] = {}
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("history", "item")),)
-    further_keys: ClassVar[frozenset[str]] = frozenset()
-    reader_text: ClassVar[str] = "items"
+    optional_keys: ClassVar[frozenset[str]] = frozenset()
+    encoder_targets: ClassVar[str] = "items"
 
     @classmethod
     def matches(cls, record: Record) -> bool:

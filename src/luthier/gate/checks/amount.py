@@ -70,6 +70,6 @@ class Amount(Check):
             message += f"at least {ENOUGH_CHARACTERS:,} are recommended."
             findings.add(Finding(FEW, place, message, "Add text."))
         elif count < enough:
-            message = f"{count:,} row{'s' * (count != 1)} of {SHAPES[shape].words}; "
+            message = f"{count:,} row{'s' * (count != 1)} of {SHAPES[shape].noun}; "
             message += f"at least {enough:,} are recommended."
             findings.add(Finding(FEW, place, message, f"Add {enough - count:,} rows or more."))

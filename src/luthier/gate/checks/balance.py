@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
-from luthier.data.shapes.base import Labelled, takes_several_labels
+from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.data.shapes.texts import TaggedWords
 from luthier.formatting import nearest_name
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
@@ -200,7 +200,7 @@ class Balance(Check):
     def _takes_several(self) -> bool:
         """Return True if objectives would choose multi-label training for the training rows."""
         numbers, _ = self._several.get("train", ((), ()))
-        return takes_several_labels(self._rows["train"], self._arrays["train"], len(numbers))
+        return is_multi_label(self._rows["train"], self._arrays["train"], len(numbers))
 
     def _find_several(self, places: Places, findings: Findings) -> None:
         """Report the few rows with several labels among rows with one label."""

@@ -370,7 +370,7 @@ class Diffusion(Generative):
         usual: LossWeighting = "none" if self.reads_texts else "snr_plus_one"
         weighting = self.loss_weighting or usual
         weight_R = schedule.weights(drawn.time_R, weighting, self.snr_gamma)
-        return Loss.of_rows(error_R * weight_R, {})
+        return Loss.from_rows(error_R * weight_R, {})
 
     def in_few_steps(self) -> Self:
         """Return this objective with at most :data:`FEW_STEPS` steps from noise to an image."""

@@ -106,7 +106,7 @@ class ImageToText(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Encode the image and the tokens of the text; without a text, the start of decoding."""
-        chat.check_reads(SHAPES[row.shape].reads)
+        chat.check_input_kind(SHAPES[row.shape].reads)
         assert isinstance(row, MediaRow)
         media = chat.media_input(row)
         ids_T = chat.decoder_opening

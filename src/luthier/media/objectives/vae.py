@@ -171,7 +171,7 @@ class VAE(Generative):
         copy_R = self._copy_error(network, batch, latent_RZ)
         kl_R = divergence(mean_RZ, log_variance_RZ)
         metrics = {"reconstruction": float(copy_R.detach().sum()), "kl": float(kl_R.detach().sum())}
-        return Loss.of_rows(copy_R + drawn.beta * kl_R, metrics, states=mean_RZ.detach())
+        return Loss.from_rows(copy_R + drawn.beta * kl_R, metrics, states=mean_RZ.detach())
 
     def _copy_error(self, network: Network, batch: TreeBatch, latent_RZ: Tensor) -> Tensor:
         """Return the reconstruction errors ``[R]`` in nats."""

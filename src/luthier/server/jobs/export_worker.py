@@ -28,7 +28,7 @@ from luthier.errors import (
     UnknownModel,
 )
 from luthier.exports.export import Export, Format, export_model, memory_needed
-from luthier.files import hashes_of, json_text, luthier_home, waits_for_disk
+from luthier.files import hashes_of, is_disk_error, json_text, luthier_home
 from luthier.library.models import find
 from luthier.models.manifest import created_now
 from luthier.server.jobs.folders import ExportFolders
@@ -63,7 +63,7 @@ class ExportWorker(Worker[ModelExport]):
         except (Interrupted, KeyboardInterrupt, LeaseLost, OperationalError):
             raise
         except Exception as error:
-            if waits_for_disk(error):
+            if is_disk_error(error):
                 raise
             _log.exception("export %s failed", self.row_id)
             end = self._explain(error, row)

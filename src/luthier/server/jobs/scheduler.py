@@ -19,7 +19,7 @@ from contextlib import suppress
 from sqlalchemy.orm import Session
 
 from luthier.errors import LeaseLost, LuthierError
-from luthier.files import luthier_home, room
+from luthier.files import free_bytes, luthier_home
 from luthier.processes import format_exit, python_command
 from luthier.server.jobs import processes
 from luthier.server.jobs.admission import Capacity
@@ -211,7 +211,7 @@ class Scheduler:
             return False
         row = None
         try:
-            if room(luthier_home()) < ROOM:
+            if free_bytes(luthier_home()) < ROOM:
                 raise LuthierError(f"the disk of {luthier_home()} is full or read-only")
             runner.refresh()
             row = self._claim_next(kind, runner)

@@ -30,7 +30,7 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
-from luthier.files import folder_size, verify, waits_for_disk
+from luthier.files import folder_size, is_disk_error, verify
 from luthier.formatting import finite_or_none
 from luthier.inference.reply_log import asking_for
 from luthier.library import models
@@ -254,7 +254,7 @@ class TrainingWorker(Worker[Job]):
         if isinstance(error, WrongState):
             # The job was stopped or paused at the last moment.
             return self._end_interrupted(job, heartbeat, error)
-        if waits_for_disk(error):
+        if is_disk_error(error):
             _log.exception("what job %s writes has no place now", self.row_id)
             message = self._rename(explain_wait(error))
             self._end(heartbeat, lambda s: self.give_back(s, message))

@@ -28,7 +28,7 @@ from luthier.errors import (
     LuthierError,
     RefusedInput,
 )
-from luthier.files import waits_for_disk
+from luthier.files import is_disk_error
 from luthier.limits import AccountQuotas
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import JobFolders
@@ -175,7 +175,7 @@ class Worker(ABC, Generic[Work]):
                 self.write(lambda session: self.give_back(session, self.given_back))
             return 0
         except Exception as error:
-            if not waits_for_disk(error):
+            if not is_disk_error(error):
                 raise
             _log.exception("what %s writes has no place now", self.row_id)
             message = explain_wait(error)

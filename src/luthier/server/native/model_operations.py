@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from luthier.data.chat import inputs_read
+from luthier.data.chat import accepted_inputs
 from luthier.data.inputs import read_processor
 from luthier.errors import LuthierError, UnknownModel
 from luthier.files import luthier_home
@@ -136,7 +136,7 @@ def _input_of(stored: StoredModel) -> tuple[Reads, ...]:
         return ("text",)
     form = stored.manifest.format
     has_decoder = form is not None and form.start_id is not None
-    return inputs_read(
+    return accepted_inputs(
         processor.kind,
         any(stored.folder.glob("tokenizer*.json")),
         has_decoder or stored.manifest.kind == "image_to_text",

@@ -30,12 +30,12 @@ from luthier.files import (
     TEMPORARY,
     check_creatable,
     disk_errors,
+    free_bytes,
     hashes_of,
     luthier_home,
     names_below,
     new_folder,
     read_json,
-    room,
     sweep,
     temporary_folder,
     write_json,
@@ -228,7 +228,7 @@ def _copy_database(database: Database, session: Session, folder: Path) -> None:
             found = copy.execute("PRAGMA integrity_check").fetchone()[0]
     except sqlite3.Error as error:
         # SQLite reports a full disk as an I/O error.
-        text = f"the database cannot be copied: {error}; {room(folder):,} bytes are free"
+        text = f"the database cannot be copied: {error}; {free_bytes(folder):,} bytes are free"
         raise LuthierError(f"{text} on the disk of {folder.parent}") from error
     if found != "ok":
         raise CorruptFile(f"the database is damaged: {found}")

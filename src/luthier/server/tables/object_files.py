@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from luthier.errors import CorruptFile, DiskFull
-from luthier.files import disk_errors, luthier_home, new_file, room
+from luthier.files import disk_errors, free_bytes, luthier_home, new_file
 
 READ_SIZE = 1 << 20
 """Size of a piece of an object in memory, in bytes."""
@@ -73,7 +73,7 @@ class FileWriter:
         Raises:
             DoesNotFit: if the disk is full.
         """
-        if room(self._folder) < LEAST_FREE + len(data):
+        if free_bytes(self._folder) < LEAST_FREE + len(data):
             raise DiskFull(f"the disk of {self._folder} is full; no further objects are taken")
         with disk_errors(self._folder):
             self._file.write(data)

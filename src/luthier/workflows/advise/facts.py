@@ -187,7 +187,7 @@ def _check_texts(recipe: Recipe) -> None:
     if isinstance(first, MediaRow):
         raise RecipeError(
             f"`advise` compares tuning with prompts and search for text, and {source} has "
-            f"{first.words}. Use `luthier inspect {source}` and `luthier estimate {source}`."
+            f"{first.noun}. Use `luthier inspect {source}` and `luthier estimate {source}`."
         )
 
 
