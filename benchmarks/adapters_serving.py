@@ -75,7 +75,7 @@ def tokens_per_second(pool: ModelPool, models: list[str], tokens: int) -> float:
         request = GenerationRequest(
             PROMPT.format(index), max_tokens=tokens, temperature=0, logit_bias={2: -100.0}
         )
-        return pool.submit(models[index], request).whole()[0].tokens
+        return pool.submit(models[index], request).results()[0].tokens
 
     began = time.perf_counter()
     with ThreadPoolExecutor(len(models)) as clients:

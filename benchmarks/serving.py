@@ -240,7 +240,7 @@ def repeated_instructions(pool: ModelPool, model: StoredModel) -> None:
         began = time.perf_counter()
         next(stream)
         firsts.append(time.perf_counter() - began)
-        stream.whole()
+        stream.results()
     print(
         f"{stream.prompt_tokens} tokens of prompt, {stream.cached()} of them known: first text after "
         f"{1000 * firsts[0]:,.0f} ms, then {percentiles(firsts[1:])} (p50 / p95 / p99)"
@@ -258,7 +258,7 @@ def main() -> None:
     limit_kernels()
     model = find(BASE, print)
     pool = ModelPool()
-    pool.submit(model.id, GenerationRequest([5, 6, 7], temperature=0, max_tokens=2)).whole()
+    pool.submit(model.id, GenerationRequest([5, 6, 7], temperature=0, max_tokens=2)).results()
     repeated_instructions(pool, model)
     if not options.only_prefix:
         counts = options.streams or [1, 8, 32, 64]

@@ -130,7 +130,7 @@ def test_a_backend_from_a_package_decodes(
         asked = GenerationRequest(
             Chat((Message("user", "say fox"),)), max_tokens=8, temperature=0.0
         )
-        (answer,) = decoder.submit(asked).whole()
+        (answer,) = decoder.submit(asked).results()
         assert answer.text == expected[0]
     finally:
         decoder.close()

@@ -226,6 +226,6 @@ def test_a_model_that_writes_is_refused(
     tiny_model_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     answer = Answer("embed", str(tiny_model_folder), str(rows), "--output", str(tmp_path / "x.npy"))
-    assert answer.code == 2 and "gives no embeddings" in answer.err
+    assert answer.code == 2 and "no embeddings" in answer.err
     answer = Answer("embed", "none:such", str(rows), "--output", str(tmp_path / "x.npy"))
     assert answer.code == 2 and "none:such" in answer.err

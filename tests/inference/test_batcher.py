@@ -235,11 +235,11 @@ def test_passes_take_their_memory_of_the_budget_for_sequences(
         passes.go_on.set()
         assert first.result(20)
         # Others have all of it for a while.
-        assert pool.memory.take("others", total)
+        assert pool.memory.reserve("others", total)
         waits = clients.submit(pool.predict, model, ["dog"])
         time.sleep(0.15)
         assert not waits.done()
-        pool.memory.give("others", total)
+        pool.memory.release("others", total)
         assert waits.result(20)
     pool.memory.total = 10
     with pytest.raises(InferenceRefused):

@@ -111,7 +111,7 @@ def test_schemas_that_cannot_be_enforced(opened: Decoder, schema: dict[str, Any]
     for tool in (Tool("f", "", schema), Tool("g", "", {"properties": {"a": schema}})):
         chat = Chat((Message("user", "Hi"),), (tool,), "required")
         with suppress(InferenceRefused):
-            assert len(opened.submit(GenerationRequest(chat, max_tokens=3)).whole()) == 1
+            assert len(opened.submit(GenerationRequest(chat, max_tokens=3)).results()) == 1
 
 
 PATTERNS = [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]
@@ -246,7 +246,7 @@ def test_texts_match_regular_expressions_and_grammars(opened: Decoder, name: str
         request = asked("Hi", temperature=2.0, seed=seed, n=2, max_tokens=300, **constraint.fields)
         events = [*opened.submit(request)]
         assert not any("\ufffd" in each.text for each in events if isinstance(each, TokenChunk))
-        for whole in opened.submit(request).whole():
+        for whole in opened.submit(request).results():
             if name in ("nested", "list") and whole.reason == "length":
                 continue  # of these some texts have no end
             assert whole.reason == "stop"

@@ -87,7 +87,7 @@ def test_one_seed_gives_one_text_everywhere(
             continue
         prompts = [generator.chat.encode_prompt([Message("user", q)]) for q in QUESTIONS]
         drawn = sample(generator.network, prompts, 2, sampling, stop_ids=generator.chat.stop_ids)
-        several = [opened.submit(asked(q, n=2, **fields)).whole() for q in QUESTIONS]
+        several = [opened.submit(asked(q, n=2, **fields)).results() for q in QUESTIONS]
         for pair, two in zip(drawn, several, strict=True):
             for completion, each in zip(pair, two, strict=True):
                 ids = completion.ids_T[: len(completion.ids_T) - completion.stopped].tolist()
@@ -100,7 +100,7 @@ def test_seeds(opened: Decoder) -> None:
 
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert len({text() for _ in range(8)}) > 4  # two may both end at once, as empty texts
-    several = opened.submit(asked("Hi", temperature=1, seed=1, n=5)).whole()
+    several = opened.submit(asked("Hi", temperature=1, seed=1, n=5)).results()
     assert several[0].text == text(seed=1)
     assert len({each.text for each in several}) == 5
 
@@ -108,11 +108,11 @@ def test_seeds(opened: Decoder) -> None:
 def first_tokens(opened: Decoder, count: int, **fields: Any) -> set[bytes]:
     """The first tokens of ``count`` draws."""
     found = opened.submit(asked("Hi", max_tokens=1, n=count, top_logprobs=0, seed=3, **fields))
-    return {score.text for each in found.whole() for score in each.scores}
+    return {score.text for each in found.results() for score in each.scores}
 
 
 def test_draws_stay_within_what_was_asked(opened: Decoder) -> None:
-    (result,) = opened.submit(asked("Hi", max_tokens=1, top_logprobs=20)).whole()
+    (result,) = opened.submit(asked("Hi", max_tokens=1, top_logprobs=20)).results()
     top = result.scores[0].top
     ranked = [text for text, _ in top]
     assert first_tokens(opened, 100, temperature=1, top_k=3) == set(ranked[:3])
@@ -187,7 +187,7 @@ def test_more_answers_than_step_together_take_turns(
 ) -> None:
     """Where a model steps for one answer at a time, a short one waits for none of another's eight."""
     many = asked("Hi", n=8, temperature=1, seed=3, max_tokens=60)
-    alone = [whole.text for whole in opened.submit(many).whole()]
+    alone = [whole.text for whole in opened.submit(many).results()]
     short = answer(opened, asked("My card has not arrived", max_tokens=12)).text
     steps: list[tuple[int, bool]] = []
     step = opened._backend.step
@@ -206,8 +206,8 @@ def test_more_answers_than_step_together_take_turns(
     while len(steps) < 80:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    assert submit(opened, "short", asked(QUESTIONS[4], max_tokens=12)).whole()[0].text == short
-    assert [whole.text for whole in busy.whole()] == alone
+    assert submit(opened, "short", asked(QUESTIONS[4], max_tokens=12)).results()[0].text == short
+    assert [whole.text for whole in busy.results()] == alone
     assert {count for count, _ in steps} == {1}
     own = [place for place, (_, mine) in enumerate(steps) if mine]
     # It came far behind the other, and had nearly every step from its first one on.
@@ -282,14 +282,14 @@ def test_long_prompts_of_one_client_slow_another_one_by_half_at_most(
 ) -> None:
     clock = SimulatedClock(opened, monkeypatch)
     short = asked("Hi", max_tokens=60, logit_bias={1: -100.0})
-    quiet = submit(opened, "neighbour", short).whole()
+    quiet = submit(opened, "neighbour", short).results()
     quiet_seconds, clock.now = clock.now, 0.0
     long = GenerationRequest([5, 6, 7] * 300, max_tokens=100, temperature=1, logit_bias={1: -100.0})
     streams = [submit(opened, "attacker", long) for _ in range(60)]
     next(streams[0])
     for _ in range(5):
         began = clock.now
-        assert submit(opened, "neighbour", short).whole() == quiet
+        assert submit(opened, "neighbour", short).results() == quiet
         # and a chunk, with a step of all others, that had begun already
         assert clock.now - began <= 2 * quiet_seconds + 0.35
     assert any(not job.cancelled for job in (*opened._reading, *opened._writing))
@@ -311,7 +311,7 @@ def test_clients_that_pause_change_no_answer(
 
     monkeypatch.setattr(opened._scheduler, "runnable", some)
     streams = [submit(opened, f"client {i % 3}", each) for i, each in enumerate(requests)]
-    assert [stream.whole()[0] for stream in streams] == alone
+    assert [stream.results()[0] for stream in streams] == alone
     assert settled(opened)
 
 
@@ -321,7 +321,7 @@ def test_more_answers_than_there_may_be_are_refused(
     monkeypatch.setattr(opened, "limits", ModelLimits(answers=4))
     with pytest.raises(InferenceRefused):
         opened.submit(asked("Hi", n=5))
-    assert len(opened.submit(asked("Hi", n=4)).whole()) == 4
+    assert len(opened.submit(asked("Hi", n=4)).results()) == 4
 
 
 def test_what_fails_in_one_answer_is_told_to_its_client_alone(
@@ -338,9 +338,9 @@ def test_what_fails_in_one_answer_is_told_to_its_client_alone(
 
     monkeypatch.setattr(TokenSampler, "choose", choose)
     with pytest.raises(InferenceFailed) as refused:
-        submit(opened, "one", asked("Hi", temperature=1, seed=13)).whole()
+        submit(opened, "one", asked("Hi", temperature=1, seed=13)).results()
     assert refused.value.code == "ModelError"
-    assert other.whole() == [usual]
+    assert other.results() == [usual]
     no_numbers = torch.full((320,), torch.nan)
     with pytest.raises(RecipeError):
         TokenSampler(asked("Hi", temperature=1), 0, 0, np.array([1]), None).choose(no_numbers)
@@ -348,7 +348,7 @@ def test_what_fails_in_one_answer_is_told_to_its_client_alone(
 
 def test_log_probabilities_have_a_limit(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opened, "limits", ModelLimits(logprobs=2 * 24 * 4))
-    assert len(opened.submit(asked("Hi", n=2, top_logprobs=3)).whole()) == 2
+    assert len(opened.submit(asked("Hi", n=2, top_logprobs=3)).results()) == 2
     with pytest.raises(InferenceRefused) as refused:
         opened.submit(asked("Hi", n=2, top_logprobs=10, max_tokens=12))
     assert refused.value.parameter == "top_logprobs"
@@ -363,13 +363,13 @@ def test_who_does_not_read_is_written_no_more_until_it_does(
     monkeypatch.setattr(module, "UNREAD", 5)
     stream = submit(opened, "slow", long)
     for _ in range(20):
-        assert submit(opened, "other", asked("Hi", max_tokens=9)).whole()
+        assert submit(opened, "other", asked("Hi", max_tokens=9)).results()
     assert stream.written() < 20
     deadline = time.monotonic() + 10
     while opened._scheduler._at_work:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert stream.whole() == [whole]
+    assert stream.results() == [whole]
     assert settled(opened)
 
 
@@ -390,9 +390,9 @@ def test_what_cannot_be_given_back_stops_nobody(
 
     monkeypatch.setattr(opened._backend, "free", fail)
     with suppress(InferenceFailed):
-        submit(opened, "one", asked("Hi")).whole()
+        submit(opened, "one", asked("Hi")).results()
     monkeypatch.setattr(opened._backend, "free", drop)
-    assert submit(opened, "two", asked("Hi")).whole()
+    assert submit(opened, "two", asked("Hi")).results()
     assert settled(opened)
     assert not opened._scheduler._at_work
 
@@ -403,7 +403,7 @@ def test_nobody_has_all_the_memory_or_all_answers(
     endless = asked("Hi", max_tokens=900, n=8, temperature=1, logit_bias={1: -100.0})
     streams = [submit(opened, "one", endless) for _ in range(20)]
     next(streams[0])
-    assert submit(opened, "two", asked("Hi", n=32)).whole()
+    assert submit(opened, "two", asked("Hi", n=32)).results()
     assert opened._answers["one"] == opened.limits.share_of(opened.limits.answers)
     assert len([*opened._waiting]) == 8
     for stream in streams:
@@ -414,7 +414,7 @@ def test_nobody_has_all_the_memory_or_all_answers(
     single = asked("Hi", max_tokens=900, temperature=1, logit_bias={1: -100.0})
     streams = [submit(opened, "one", single) for _ in range(5)]
     next(streams[0])
-    assert submit(opened, "two", asked("Hi")).whole()
+    assert submit(opened, "two", asked("Hi")).results()
     assert opened._answers["one"] == 3
     for stream in streams:
         stream.close()
@@ -428,7 +428,7 @@ def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> 
     write = opened._write
     monkeypatch.setattr(opened, "_write", lambda: (seen.append(opened._answers.copy()), write())[1])
     streams = [submit(opened, f"client {i % 2}", asked("Hi")) for i in range(6)]
-    assert len({stream.whole()[0].text for stream in streams}) == 1
+    assert len({stream.results()[0].text for stream in streams}) == 1
     assert max(each.total() for each in seen) == 2
     assert max(max(each.values()) for each in seen) == 1
     with pytest.raises(InferenceRefused):
@@ -468,7 +468,7 @@ def test_a_prompt_that_cannot_be_begun_fails_alone(
     monkeypatch.setattr(opened._backend, "open", fail)
     with pytest.raises(InferenceFailed):
         answer(opened, asked("Hi"))
-    assert other.whole()[0].tokens == 200
+    assert other.results()[0].tokens == 200
     assert settled(opened)
 
 
@@ -507,11 +507,11 @@ def test_who_waits_too_long_is_told_that_the_model_is_busy(
     with working_for("", background=True):
         patient = opened.submit(asked("Hi"))
     with pytest.raises(InferenceFailed) as refused:
-        late.whole()
+        late.results()
     assert refused.value.code == "Throttling"
     assert next(busy)
     busy.close()
-    assert patient.whole()[0].tokens > 0
+    assert patient.results()[0].tokens > 0
     assert settled(opened)
 
 
@@ -529,7 +529,7 @@ def test_an_answer_that_takes_too_long_ends_and_others_go_on(
     with pytest.raises(InferenceFailed) as ended:
         pieces.extend(late)
     assert ended.value.code == "ModelTimeout"
-    assert other.whole()[0] == expected
+    assert other.results()[0] == expected
     assert settled(opened)
 
 
@@ -560,7 +560,7 @@ def test_deterministic_runs_one_sequence_at_a_time(
         asked(QUESTIONS[i % 5], temperature=0.8, seed=i, n=1 + i % 2, top_logprobs=1)
         for i in range(8)
     ]
-    alone = [made.submit(request).whole() for request in requests]
+    alone = [made.submit(request).results() for request in requests]
     sizes: list[int] = []
     backend: Any = made._backend
     for name in ("prefill", "step"):
@@ -571,7 +571,7 @@ def test_deterministic_runs_one_sequence_at_a_time(
             lambda states, *rest, run=honest: (sizes.append(len(states)), run(states, *rest))[1],
         )
     with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(lambda request: made.submit(request).whole(), requests))
+        together = list(threads.map(lambda request: made.submit(request).results(), requests))
     made.close()
     assert together == alone, "also each log-probability, to the last bit"
     assert {*sizes} == {1} and len(sizes) > 50

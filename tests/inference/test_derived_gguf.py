@@ -65,7 +65,7 @@ def test_commands_and_server_answer_by_the_file(
         )
         served = answer(decoder, asked(PROMPTS[1], max_tokens=16, temperature=0.9, seed=5))
         assert generator.replies(PROMPTS[1:2], drawn)[0].rstrip("\ufffd") == served.text
-        several = decoder.submit(asked(PROMPTS[0], n=3, temperature=1.0, seed=1)).whole()
+        several = decoder.submit(asked(PROMPTS[0], n=3, temperature=1.0, seed=1)).results()
         assert len(several) == 3
         digits = answer(decoder, asked("Hi", regex="[0-9]{4}é", temperature=2, seed=3))
         assert re.fullmatch("[0-9]{4}é", digits.text) and digits.reason == "stop"
@@ -117,9 +117,7 @@ def test_a_file_that_answers_otherwise_is_not_used(
     with caplog.at_level(logging.WARNING, "luthier.inference"):
         for _ in range(2):
             assert isinstance(Generator.open(stored).backend, FlatBackend)
-    assert [each.message for each in caplog.records if "answers otherwise" in each.message] == [
-        caplog.records[0].message
-    ]
+    assert sum(stored.id in each.message for each in caplog.records) == 1
     folder = gguf_folder(stored.id, stored.content_hash, "f32")
     assert not (folder / "model.gguf").exists()
     monkeypatch.setattr(derived_gguf, "_derive", lambda *given: pytest.fail("written again"))
@@ -173,13 +171,13 @@ def test_the_network_is_loaded_when_it_is_asked_for(tiny_model_folder: Path) -> 
     pool = ModelPool(1 << 30, 1 << 28)
     try:
         request = asked("Hi", max_tokens=4)
-        assert pool.submit(str(tiny_model_folder), request).whole()[0].tokens
+        assert pool.submit(str(tiny_model_folder), request).results()[0].tokens
         entry = pool._entries[str(tiny_model_folder)]
         assert entry.model._opened._network is None
         with pytest.raises(InferenceRefused):
             pool.embed(str(tiny_model_folder), ["say fox"])
         assert entry.model._opened._network is None
         assert entry.model._opened.network is entry.model._opened._network is not None
-        assert pool.submit(str(tiny_model_folder), request).whole()[0].tokens
+        assert pool.submit(str(tiny_model_folder), request).results()[0].tokens
     finally:
         pool.close()

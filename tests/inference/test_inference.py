@@ -45,7 +45,7 @@ def test_whole_answers_of_a_stream_that_was_closed_before() -> None:
     stream = Stream(events, prompt_tokens=3, n=1)
     stream.close()  # as by a client that hung up while its request was submitted
     with pytest.raises(InferenceFailed) as failed:
-        stream.whole()
+        stream.results()
     assert failed.value.code == "ServiceUnavailable"
 
 

@@ -41,7 +41,7 @@ def of(decoder: Decoder) -> ModelMetrics:
 
 
 def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "MOST_LABELS", 3)
+    monkeypatch.setattr(latency, "MAX_LABELS", 3)
     table = LatencyTable(lambda stored: stored.id)
     models = [StoredModel(str(n), Path(str(n)), Manifest(id=str(n))) for n in range(6)]
     found = [table.of(each) for each in models]
@@ -57,7 +57,7 @@ def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_request_has_a_first_token_and_each_other_one_a_time(decoder: Decoder) -> None:
     began = time.perf_counter()
     answer(decoder, asked("Hi", max_tokens=5, **SAME))
-    decoder.submit(asked("Hello", n=3, max_tokens=4, **SAME)).whole()
+    decoder.submit(asked("Hello", n=3, max_tokens=4, **SAME)).results()
     whole = time.perf_counter() - began
     decoder.close()
     first, between = of(decoder).first_token, of(decoder).between_tokens
@@ -68,16 +68,16 @@ def test_each_request_has_a_first_token_and_each_other_one_a_time(decoder: Decod
 def test_a_wait_for_a_turn_is_part_of_the_first_token(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = decoder.memory.take
+    reserve = decoder.memory.reserve
     refused: list[float] = []
 
-    def take(*each: Any) -> bool:
+    def reserve_later(*each: Any) -> bool:
         if len(refused) < 3:
             refused.append(time.perf_counter())
             return False
-        return taken(*each)
+        return reserve(*each)
 
-    monkeypatch.setattr(decoder.memory, "take", take)
+    monkeypatch.setattr(decoder.memory, "reserve", reserve_later)
     answer(decoder, asked("Hi", max_tokens=3, **SAME))
     decoder.close()
     assert value(of(decoder).first_token, "_sum") > refused[-1] - refused[0] > 0

@@ -103,7 +103,7 @@ def test_the_decoder_writes_the_same(
         asked = Chat((Message("user", "Hi"),))
         for temperature in (0.0, 1.0):
             request = GenerationRequest(asked, temperature=temperature, seed=1, **settings)
-            (answer,) = decoder.submit(request).whole()
+            (answer,) = decoder.submit(request).results()
             same = model.reply("Hi", temperature=temperature, seed=1, **settings)
             assert (answer.tokens, answer.reason, answer.text) == (5, "stop", same.text)
     finally:

@@ -62,7 +62,7 @@ def test_many_who_ask_at_once_load_it_once(
     )
     with ThreadPoolExecutor(8) as threads:
         texts = list(
-            threads.map(lambda _: pool.submit(folders[0], REQUEST).whole()[0].text, range(8))
+            threads.map(lambda _: pool.submit(folders[0], REQUEST).results()[0].text, range(8))
         )
     assert len(set(texts)) == len(loads) == 1
 
@@ -85,14 +85,14 @@ def test_two_models_are_never_loaded_side_by_side(
 
     monkeypatch.setattr(Decoder, "open", slow)
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda name: pool.submit(name, REQUEST).whole(), folders[:2]))
+        list(threads.map(lambda name: pool.submit(name, REQUEST).results(), folders[:2]))
     assert most == 1
 
 
 @pytest.mark.slow
 def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     for folder in (folders[0], folders[1], folders[0], folders[2]):
-        pool.submit(folder, REQUEST).whole()
+        pool.submit(folder, REQUEST).results()
     assert pool.loaded_ids() == [folders[0], folders[2]]
     bias = {1: -100.0}
     busy = [
@@ -103,7 +103,7 @@ def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
         pool.submit(folders[1], REQUEST)
     assert refused.value.code == "ModelNotReady"
     busy[0].close()
-    assert pool.submit(folders[1], REQUEST).whole()[0].tokens == 4
+    assert pool.submit(folders[1], REQUEST).results()[0].tokens == 4
     assert pool.loaded_ids() == [folders[2], folders[1]]
     busy[1].close()
     assert [entry.uses for entry in pool._entries.values()] == [0, 0]
@@ -138,7 +138,7 @@ def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
 ) -> None:
     bias = {1: -100.0}
     busy = pool.submit(folders[0], GenerationRequest("x", max_tokens=900, logit_bias=bias))
-    pool.submit(folders[1], REQUEST).whole()
+    pool.submit(folders[1], REQUEST).results()
     with pytest.raises(InferenceFailed) as refused:
         pool.load(folders[2])
     assert refused.value.code == "ModelNotReady"
@@ -177,9 +177,9 @@ def test_idle_models_go_where_memory_is_short_now(
 ) -> None:
     from luthier.inference import pool as pools
 
-    pool.submit(folders[0], REQUEST).whole()
+    pool.submit(folders[0], REQUEST).results()
     monkeypatch.setattr(pools, "available_memory", lambda: 0)
-    assert pool.submit(folders[1], REQUEST).whole()[0].tokens == 4
+    assert pool.submit(folders[1], REQUEST).results()[0].tokens == 4
     assert pool.loaded_ids() == [folders[1]]
 
 
@@ -189,8 +189,8 @@ def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
 ) -> None:
     from luthier.library import models as store
 
-    pool.submit(folders[0], REQUEST).whole()
-    pool.submit(folders[1], REQUEST).whole()
+    pool.submit(folders[0], REQUEST).results()
+    pool.submit(folders[1], REQUEST).results()
     evicted, find, close = pool._entries[folders[0]].model, store.find, Decoder.close
     finding, found, closing, closed = (threading.Event() for _ in range(4))
 
@@ -209,10 +209,10 @@ def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
     monkeypatch.setattr(store, "find", slow_find)
     monkeypatch.setattr(Decoder, "close", slow_close)
     with ThreadPoolExecutor(2) as threads:
-        asked = threads.submit(lambda: pool.submit(folders[2], REQUEST).whole()[0].tokens)
+        asked = threads.submit(lambda: pool.submit(folders[2], REQUEST).results()[0].tokens)
         for reached, go_on in ((finding, found), (closing, closed)):
             assert reached.wait(20)
-            other = threads.submit(lambda: pool.submit(folders[1], REQUEST).whole()[0].tokens)
+            other = threads.submit(lambda: pool.submit(folders[1], REQUEST).results()[0].tokens)
             try:
                 assert other.result(10) == 4 and pool.weight_bytes() > 0
             finally:
@@ -251,7 +251,7 @@ def test_a_failure_is_told_and_not_kept(pool: ModelPool, folders: list[str]) -> 
     assert failed.value.code == "ModelError"
     assert pool.loaded_ids() == []
     weights.write_bytes(whole)
-    assert pool.submit(folders[0], REQUEST).whole()[0].tokens == 4
+    assert pool.submit(folders[0], REQUEST).results()[0].tokens == 4
     with pytest.raises(UnknownModel):
         pool.submit("nothing-like-it", REQUEST)
     with pytest.raises(InferenceFailed):
@@ -395,7 +395,7 @@ def test_a_model_that_writes_gives_no_embeddings(pool: ModelPool, folders: list[
     with pytest.raises(InferenceRefused) as refused:
         pool.embed(folders[0], ["fox"])
     assert refused.value.parameter == "model"
-    assert writing.whole()[0].text == pool.submit(folders[0], request).whole()[0].text
+    assert writing.results()[0].text == pool.submit(folders[0], request).results()[0].text
 
 
 def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[str]) -> None:
@@ -409,11 +409,11 @@ def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[st
     second = pool.submit(
         folders[1], GenerationRequest("x", max_tokens=4, temperature=0, logit_bias=bias)
     )
-    assert second.whole()[0].tokens == 4
+    assert second.results()[0].tokens == 4
     until = time.monotonic() + 1
     while (
         pool.memory.reserved_bytes and time.monotonic() < until
     ):  # given back behind the last piece
         time.sleep(0.01)
     assert pool.memory.reserved_bytes == 0
-    assert first.whole()[0].tokens == 300
+    assert first.results()[0].tokens == 300

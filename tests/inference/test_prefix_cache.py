@@ -105,13 +105,13 @@ def test_requests_have_the_memory_when_they_need_it() -> None:
     cache = PrefixCache(memory, share=0.5)
     for place in range(5):
         add(cache, prompt((1000 * place, 100)))
-    assert memory.take("a", 700 * TOKEN)
+    assert memory.reserve("a", 700 * TOKEN)
     assert cache.nbytes == 300 * TOKEN
     add(cache, prompt((9000, 100)))
     assert cache.nbytes <= 300 * TOKEN
-    assert memory.take("a", 300 * TOKEN) and not cache.nbytes
-    assert not memory.take("a", TOKEN)
-    memory.give("a", 1000 * TOKEN)
+    assert memory.reserve("a", 300 * TOKEN) and not cache.nbytes
+    assert not memory.reserve("a", TOKEN)
+    memory.release("a", 1000 * TOKEN)
     add(cache, prompt((0, 100)))
     assert cache.nbytes == 100 * TOKEN
 
@@ -125,7 +125,7 @@ def test_all_goes_at_once_where_all_the_memory_is_needed(monkeypatch: pytest.Mon
     looks: list[int] = []
     nodes = PrefixCache._nodes
     monkeypatch.setattr(PrefixCache, "_nodes", lambda self: looks.append(1) or nodes(self))
-    assert memory.take("a", 1 << 30)
+    assert memory.reserve("a", 1 << 30)
     assert not cache.nbytes and memory._spare == 0 and not cache._roots
     assert len(looks) == 1
 
@@ -136,9 +136,9 @@ def test_a_repeated_beginning_gives_the_same_text_and_is_told(opened: Decoder) -
     def request(own: int) -> GenerationRequest:
         return GenerationRequest([*shared, own], max_tokens=12, temperature=0.7, seed=3)
 
-    alone = [opened.submit(request(own)).whole()[0].text for own in (5, 6)]
+    alone = [opened.submit(request(own)).results()[0].text for own in (5, 6)]
     opened._prefixes.forget(opened)  # type: ignore[union-attr]
     answer(opened, request(9))
     streams = [opened.submit(request(own)) for own in (5, 6)]
-    assert [stream.whole()[0].text for stream in streams] == alone
+    assert [stream.results()[0].text for stream in streams] == alone
     assert [stream.cached() for stream in streams] == [100, 100]

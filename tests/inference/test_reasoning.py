@@ -153,7 +153,7 @@ def test_what_is_said_matches_and_what_is_thought_is_free(
     (written,) = generator.answers([chat("sky?")], Sampling(max_tokens=120, **constraint))
     assert (written.text, written.reasoning) == (found.text, found.reasoning)
     drawn = asked(chat("sky?"), temperature=1.5, n=3, seed=1, **constraint)
-    for each in thinker.submit(drawn).whole():
+    for each in thinker.submit(drawn).results():
         if each.reason == "stop" and "regex" in constraint:
             assert each.text in ("green", "grey")
 
@@ -187,5 +187,5 @@ def test_results_are_put_together_again() -> None:
         ReasoningChunk(0, "a"), ReasoningChunk(0, "b"), TokenChunk(0, "c"),
         FinishEvent(0, "stop", 5, None, 4),
     ):  # fmt: skip
-        result.take(event)
+        result.add(event)
     assert (result.reasoning, result.text, result.reasoning_tokens) == ("ab", "c", 4)

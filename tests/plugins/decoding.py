@@ -19,7 +19,7 @@ def asked(text: str, **fields: Any) -> GenerationRequest:
 
 
 def answer(decoder: Decoder, request: GenerationRequest) -> GenerationResult:
-    return decoder.submit(request).whole()[0]
+    return decoder.submit(request).results()[0]
 
 
 def submit(decoder: Decoder, client: str, request: GenerationRequest) -> Stream:

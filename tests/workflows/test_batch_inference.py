@@ -101,7 +101,7 @@ def test_rows_are_answered_once_and_written_in_their_order(source: Path, tmp_pat
 def test_progress_counts_the_rows_of_a_shard_that_is_not_answered(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_inference, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(batch_inference, "CHECK_SECONDS", 0.1)
     output, heard = tmp_path / "out.jsonl", Heard()
     (tmp_path / WAIT).touch()
     with ThreadPoolExecutor(1) as pool:

@@ -21,9 +21,9 @@ from luthier.workflows.prompting import (
     cut_passages,
     few_shot,
     nearest_examples,
+    prompt_variants,
     questions_of,
     retrieve_passages,
-    ways_to_ask,
 )
 
 TRAIN = questions_of(
@@ -35,7 +35,7 @@ TRAIN = questions_of(
     ],
     ("animal", "bank"),
 )
-HELD = questions_of(
+HELD_OUT_ROWS = questions_of(
     [LabelledText("f", 5, text="the quick fox", label="animal")], ("animal", "bank")
 )
 
@@ -60,12 +60,12 @@ def test_names_stand_before_the_first_turn_where_a_template_has_no_system(
     )
     chat = ChatFormat.of(new_tokenizer(without))
     assert not chat.supports_system_prompt and ChatFormat.of(new_tokenizer()).supports_system_prompt
-    turns = conversation_of(HELD[0], TRAIN[:1], chat)
+    turns = conversation_of(HELD_OUT_ROWS[0], TRAIN[:1], chat)
     assert [turn.role for turn in turns] == ["user", "assistant", "user"]
     assert "animal, bank" in turns[0].content and turns[0].content.endswith("the quick brown fox")
     assert "animal, bank" not in turns[2].content
     assert chat.prompt_text(turns).count("animal, bank") == 1
-    with_system = conversation_of(HELD[0], TRAIN[:1], ChatFormat.of(new_tokenizer()))
+    with_system = conversation_of(HELD_OUT_ROWS[0], TRAIN[:1], ChatFormat.of(new_tokenizer()))
     assert [turn.role for turn in with_system] == ["system", "user", "assistant", "user"]
 
 
@@ -78,10 +78,10 @@ def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
 
 
 def test_the_nearest_example_stands_last() -> None:
-    ((*_, last),) = nearest_examples(HELD, TRAIN, 3)
+    ((*_, last),) = nearest_examples(HELD_OUT_ROWS, TRAIN, 3)
     assert "fox" in last.text
     ((text,),) = retrieve_passages(
-        HELD, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1
+        HELD_OUT_ROWS, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1
     )
     assert "fox" in text
 
@@ -96,7 +96,7 @@ def test_what_is_meant_finds_what_is_said_in_other_words() -> None:
     asked = [Question((Message("user", "How high does a fox jump?"),), "2 m")]
     ((*_, found),) = retrieve_passages(asked, documents, 1, embed)
     assert "vixen" in found
-    names = [way.name for way in ways_to_ask(asked, TRAIN, documents, embed)]
+    names = [variant.name for variant in prompt_variants(asked, TRAIN, documents, embed)]
     assert names[2:] == [
         "4 nearest examples by words", "4 nearest examples by words and meaning",
         "passages of the documents by words", "passages of the documents by words and meaning",
@@ -113,5 +113,5 @@ def test_documents_are_cut_at_lines_and_lose_no_word() -> None:
 
 def test_a_template_without_turns_becomes_one_text(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer()).with_template("plain")
-    (turn,) = conversation_of(HELD[0], [*few_shot(TRAIN, 1, 0), "A passage."], chat)
+    (turn,) = conversation_of(HELD_OUT_ROWS[0], [*few_shot(TRAIN, 1, 0), "A passage."], chat)
     assert turn.content.index("A passage.") < turn.content.index("the quick fox")

@@ -83,8 +83,8 @@ class Work:
         if self._used + seconds > self._seconds:
             raise InferenceFailed(
                 "ModelTimeout",
-                f"The model has worked on this request for {self._seconds:g} seconds, the limit of a "
-                "request. Request less at once.",
+                f"The request used the model for {self._seconds:g} seconds, the limit of a request. "
+                "Send smaller requests.",
             )
 
     def spend(self, seconds: float) -> None:
@@ -219,7 +219,7 @@ class RowBatcher:
             raise
         finally:
             for row in rows:
-                self._memory.give(row.request.client, row.nbytes)
+                self._memory.release(row.request.client, row.nbytes)
 
     def read(self, rows: Sequence[PassRow]) -> None:
         """Read ``rows`` together; after a failure row by row, to find the failing row."""
@@ -270,17 +270,17 @@ class RowBatcher:
     def _choose(self, first: ReadRequest) -> list[PassRow]:
         rows: list[PassRow] = []
         with self._lock:
-            room, able = self._size, self._able(first)
+            room, requests = self._size, self._runnable_requests(first)
             read = set[ReadRequest]()
-            while able:
-                for request in [*able]:
+            while requests:
+                for request in [*requests]:
                     row = self._row(request, request.unread[0]) if request.unread else None
                     if (
                         row is None
                         or (rows and (row.cost > room or self._deterministic))
-                        or not self._memory.take(request.client, row.nbytes)
+                        or not self._memory.reserve(request.client, row.nbytes)
                     ):
-                        able.remove(request)
+                        requests.remove(request)
                         continue
                     rows.append(row)
                     read.add(request)
@@ -291,7 +291,7 @@ class RowBatcher:
                 self._waiting.move_to_end(request)
         return rows
 
-    def _able(self, first: ReadRequest) -> list[ReadRequest]:
+    def _runnable_requests(self, first: ReadRequest) -> list[ReadRequest]:
         """Return ``first`` and the requests of clients that may run now."""
         scheduler = self._scheduler
         clients = sorted(scheduler.runnable(self._waiting.clients), key=scheduler.seconds)

@@ -89,7 +89,7 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = _reason(str(self._matcher.get_error()))
-            text = f"The answer cannot be kept to its {self._noun}: {reason}"
+            text = f"The reply cannot match the {self._noun}: {reason}"
             raise InferenceFailed("Validation", text)
 
 
@@ -115,16 +115,16 @@ def _read_grammar(tokenizer: Any, grammar: str, kind: str) -> Any:
     )
 
     def read() -> tuple[Any, str]:
-        made = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-        first = made.deep_copy()
-        if not made.is_error():
+        matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+        first = matcher.deep_copy()
+        if not matcher.is_error():
             first.compute_bitmask()  # fails for a grammar that nothing matches
-        return made, first.get_error() if first.is_error() else ""
+        return matcher, first.get_error() if first.is_error() else ""
 
-    made, error = _with_deep_stack(read)
+    matcher, error = _with_deep_stack(read)
     if error:
         raise InferenceRefused(f"The {_NOUNS[kind]} cannot be enforced: {_reason(error)}", kind)
-    return made
+    return matcher
 
 
 def _library() -> Any:
@@ -136,8 +136,8 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError:
-        need = "schemas and grammars of answers need: pip install 'luthier[server]'"
-        raise RecipeError(need) from None
+        text = "Constrained decoding needs llguidance: pip install 'luthier[server]'"
+        raise RecipeError(text) from None
     return llguidance
 
 
@@ -146,21 +146,21 @@ _starting = threading.Lock()
 
 def _with_deep_stack(work: Callable[[], Any]) -> Any:
     """Run ``work`` in a thread with a stack of :data:`STACK_BYTES` and return the result."""
-    found: Future[Any] = Future()
+    result: Future[Any] = Future()
 
     def run() -> None:
         try:
-            found.set_result(work())
+            result.set_result(work())
         except BaseException as error:
-            found.set_exception(error)
+            result.set_exception(error)
 
     with _starting:  # the size applies to all threads that start
-        before = threading.stack_size(STACK_BYTES)
+        previous = threading.stack_size(STACK_BYTES)
         try:
             threading.Thread(target=run, daemon=True).start()
         finally:
-            threading.stack_size(before)
-    return found.result()
+            threading.stack_size(previous)
+    return result.result()
 
 
 class Constraints:
@@ -212,8 +212,8 @@ class Constraints:
                 tokenizer = self._tokens()
             except InferenceRefused:  # a tokenizer in Python
                 return self._chat.pieces([token])[0].encode()
-        found: bytes = tokenizer.decode_bytes([token])
-        return found
+        content: bytes = tokenizer.decode_bytes([token])
+        return content
 
     def _matcher(
         self, grammar: str, kind: str = "schema", reasoning: ReasoningFormat | None = None
@@ -233,7 +233,7 @@ class Constraints:
                     self._tokenizer = self._chat.grammar_tokens(self._vocabulary)
             except (ValueError, RecipeError) as error:
                 raise InferenceRefused(
-                    f"Answers of this model cannot be kept to a grammar: {error}", "schema"
+                    f"This model does not support constrained decoding: {error}", "schema"
                 ) from error
         return self._tokenizer
 
@@ -245,13 +245,15 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
     if kind == "schema":
         return _schema_grammar(text, characters)
     if not isinstance(text, str) or not text:
-        raise InferenceRefused(f"The {_NOUNS[kind]} must be text that is not empty.", kind)
+        raise InferenceRefused(f"The {_NOUNS[kind]} must be non-empty text.", kind)
     if len(text) > characters:
         raise InferenceRefused(f"The {_NOUNS[kind]} has more than {characters:,} characters.", kind)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InferenceRefused(f"The {_NOUNS[kind]} is no text: {error.reason}.", kind) from error
+        raise InferenceRefused(
+            f"The {_NOUNS[kind]} is not valid text: {error.reason}.", kind
+        ) from error
     _check_repeats(text, kind)
     if kind == "regex":
         grammar: str = library.LLMatcher.grammar_from_regex(text)
@@ -260,15 +262,13 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
         try:
             value, _ = json.JSONDecoder().raw_decode(text, embedded.end())
         except (ValueError, RecursionError) as error:
-            raise InferenceRefused(
-                f"The JSON behind %json cannot be read: {error}", kind
-            ) from error
+            raise InferenceRefused(f"The JSON after %json is invalid: {error}", kind) from error
         check_schema(value, kind)
     return _named_lark(text)
 
 
 def _named_lark(text: str) -> str:
-    # Named, because a bare text of JSON would be read as a grammar in llguidance's own form.
+    # Wrapped, because llguidance would parse JSON text as a grammar in its own format.
     return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
 
 
@@ -357,24 +357,24 @@ def check_schema(schema: Any, kind: str = "schema") -> None:
             denominator = math.lcm(denominator, exact.denominator)
             if numerator * denominator > MULTIPLE:
                 text = (
-                    "The JSON schema cannot be enforced: the least common multiple of its "
-                    f"`multipleOf` is more than {MULTIPLE:,}. Use a simpler one."
+                    "The JSON schema cannot be enforced: the least common multiple of all "
+                    f"`multipleOf` exceeds {MULTIPLE:,}. Simplify the schema."
                 )
                 raise InferenceRefused(text, kind)
     if min(patterns, joined) > INTERSECTIONS:
         text = (
-            f"The JSON schema cannot be enforced: it joins more than {INTERSECTIONS} patterns by "
-            "`allOf` or `$ref`. Use a simpler one."
+            f"The JSON schema cannot be enforced: `allOf` or `$ref` join more than {INTERSECTIONS} "
+            "patterns. Simplify the schema."
         )
         raise InferenceRefused(text, kind)
 
 
 def _check_repeats(pattern: str, kind: str) -> None:
     """Refuse large counted repeats: llguidance needs 165 MiB for a million characters."""
-    most = max(UNROLLED_CHARACTERS, len(pattern))
-    if unrolled_size(pattern) > most:
+    limit = max(UNROLLED_CHARACTERS, len(pattern))
+    if unrolled_size(pattern) > limit:
         text = (
-            f"The {_NOUNS[kind]} cannot be enforced: counts in braces repeat more than {most:,} "
+            f"The {_NOUNS[kind]} cannot be enforced: counts in braces repeat more than {limit:,} "
             "characters. Lower the counts, or use * or +."
         )
         raise InferenceRefused(text, kind)
@@ -393,14 +393,14 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _unreadable(error: Exception) -> InferenceRefused:
-    return InferenceRefused(f"The JSON schema cannot be read: {_reason(str(error))}", "schema")
+    return InferenceRefused(f"The JSON schema is invalid: {_reason(str(error))}", "schema")
 
 
 def _reason(error: str) -> str:
     """Return an error message of llguidance without the grammar and the parser state."""
     text = error.partition("<state>")[0]
     if "NoExtensionBias" in text:
-        return "nothing can match it, or its references form a circle."
+        return "no text can match, or references form a circle."
     if "regex parse error" in text:
         text = f"invalid regular expression: {text.rpartition('error:')[2]}"
     return " ".join(_QUOTED.split(text)[0].split())[:300]

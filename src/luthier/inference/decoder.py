@@ -44,7 +44,7 @@ from luthier.inference.scheduler import (
     FairScheduler,
     WaitingRequests,
     current_client,
-    discount,
+    decrement,
     in_background,
 )
 from luthier.inference.text import AnswerDelta, AnswerText
@@ -293,11 +293,11 @@ class Decoder:
             opened = open_model(stored, None if base is None else base._opened)
             opening.callback(opened.close)  # an adapter must leave its base if the rest fails
             chat = stored.chat if base is None else stored.shared_chat(base.chat)
-            made = Decoder(
+            decoder = Decoder(
                 opened, chat, memory, limits, scheduler, prefixes, base, latency, deterministic
             )
             opening.pop_all()
-        return made
+        return decoder
 
     @property
     def idle(self) -> bool:
@@ -387,24 +387,24 @@ class Decoder:
         if room < 1:
             raise self._limit.too_long()
         if any(not 0 <= token < self.vocabulary for token in request.logit_bias):
-            raise InferenceRefused("logit_bias has ids that are not tokens.", "logit_bias")
+            raise InferenceRefused("`logit_bias` has ids outside the vocabulary.", "logit_bias")
         if request.n > self.limits.answers:
             raise InferenceRefused(
-                f"This server runs {self.limits.answers} answers at once. Request fewer.", "n"
+                f"`n` is {request.n}, and the server's limit is {self.limits.answers}.", "n"
             )
         longest = min(request.max_tokens or room, room)
         scores = 0 if request.top_logprobs is None else 1 + request.top_logprobs
         if request.n * longest * scores > self.limits.logprobs:
             raise InferenceRefused(
-                f"This request may have {request.n * longest * scores:,} log probabilities, and "
-                f"{self.limits.logprobs:,} are allowed. Request fewer tokens or answers.",
+                f"The request may return {request.n * longest * scores:,} log probabilities, and the "
+                f"limit is {self.limits.logprobs:,}. Request fewer tokens or replies.",
                 "top_logprobs",
             )
         memory = request.n * self._backend.bytes_of(len(self._soft) + len(ids_T) + longest)
         if memory > self.memory.total:
             raise InferenceRefused(
-                f"This request may need {memory >> 20} MiB of memory; {self.memory.total >> 20} are "
-                "available. Request fewer tokens or answers.",
+                f"The request may need {memory >> 20} MiB of memory, and the limit is "
+                f"{self.memory.total >> 20} MiB. Request fewer tokens or replies.",
                 "max_tokens",
             )
         ids_P = np.concatenate([self._soft, ids_T])
@@ -427,13 +427,15 @@ class Decoder:
         if chat is None or not chat.tools or chat.tool_choice in ("auto", "none"):
             constraint = request.constraint
             return None if constraint is None else self.constraints.matcher(constraint, reasoning)
-        chosen = chat.tools
+        tools = chat.tools
         if chat.tool_choice != "required":
             name = chat.tool_choice.removeprefix("name:")
-            chosen = tuple(tool for tool in chat.tools if tool.name == name)
-            if not chosen:
-                raise InferenceRefused(f"There is no tool {name!r} to choose.", "tool_choice")
-        return self.constraints.calls(chosen, marks_calls(self.chat), reasoning)
+            tools = tuple(tool for tool in chat.tools if tool.name == name)
+            if not tools:
+                raise InferenceRefused(
+                    f"`tool_choice` names an unknown tool {name!r}.", "tool_choice"
+                )
+        return self.constraints.calls(tools, marks_calls(self.chat), reasoning)
 
     def _cancel(self, job: RunningRequest) -> None:
         with self._wake:
@@ -447,7 +449,7 @@ class Decoder:
             try:
                 self._decode()
             finally:
-                # However the loop ends, no request may wait for an answer.
+                # After any end of the loop, no request may wait for a reply.
                 self._end()
                 if self._prefixes is not None:
                     self._prefixes.forget(self)
@@ -473,7 +475,7 @@ class Decoder:
             if self._closed:
                 return False
             self._arrived = False
-            while (job := self._next_waiting()) and self._lets_in(job):
+            while (job := self._next_waiting()) and self._admit(job):
                 self._waiting.remove(job)
             if not (self._reading or self._writing):
                 # Other models use the memory, and do not notify when they free it.
@@ -482,13 +484,13 @@ class Decoder:
 
     def _end(self) -> None:
         """Fail all requests."""
-        gone = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
+        failure = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
         with self._wake:
             self._closed = True
             for job in self._waiting:
-                job.events.put(gone)
+                job.events.put(failure)
             self._waiting.clear()
-        self._forget_all(gone)
+        self._forget_all(failure)
 
     def _forget_all(self, reason: InferenceFailed) -> None:
         """Fail and forget all admitted requests, whatever fails."""
@@ -505,23 +507,23 @@ class Decoder:
     def _next_waiting(self) -> RunningRequest | None:
         """Return the next request of the waiting client with the least seconds."""
         heads = [next(iter(self._waiting.of(client))) for client in self._waiting.clients]
-        able = [job for job in heads if self._may_begin(job)]
-        return min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
+        allowed = [job for job in heads if self._may_begin(job)]
+        return min(allowed, key=lambda job: self._scheduler.seconds(job.client), default=None)
 
     def _may_begin(self, job: RunningRequest) -> bool:
         """Return whether the client's share of replies and memory allows the request."""
         answers = self._answers[job.client]
-        most = self.limits.share_of(self.limits.answers)
-        within = not answers or answers + job.request.n <= most
+        limit = self.limits.share_of(self.limits.answers)
+        within = not answers or answers + job.request.n <= limit
         return job.cancelled or (within and self.memory.allows(job.client, job.memory))
 
-    def _lets_in(self, job: RunningRequest) -> bool:
+    def _admit(self, job: RunningRequest) -> bool:
         """Admit ``job`` if the limits allow; return whether the request leaves the queue."""
         if job.cancelled:
             return True
         if self._answers.total() + job.request.n > self.limits.answers:
             return False
-        if not self.memory.take(job.client, job.memory):
+        if not self.memory.reserve(job.client, job.memory):
             return False
         job.began = time.perf_counter()
         self._answers[job.client] += job.request.n
@@ -541,7 +543,7 @@ class Decoder:
                     self._waiting.remove(job)
         for job in self._at_work():
             if now - job.began > limits.answer_seconds and not job.cancelled:
-                text = f"The answer took more than {limits.answer_seconds:g} seconds."
+                text = f"The reply took more than {limits.answer_seconds:g} seconds."
                 job.events.put(InferenceFailed("ModelTimeout", f"{text} Request fewer tokens."))
                 job.cancelled = True
             if job.cancelled:
@@ -553,10 +555,10 @@ class Decoder:
             self._reading.remove(job)
         else:
             self._writing.remove(job)
-        self.memory.give(job.client, job.memory)
+        self.memory.release(job.client, job.memory)
         if not job.unread:
             self._scheduler.leave(job.client)
-        discount(self._answers, job.client, job.request.n)
+        decrement(self._answers, job.client, job.request.n)
         state, job.state = job.state, None
         if state is not None:
             self._backend.free(state)
@@ -568,7 +570,7 @@ class Decoder:
         clients = {job.client for job in self._at_work() if not job.unread}
         return self._scheduler.runnable(clients)
 
-    def _note_readers(self) -> None:
+    def _pause_slow_readers(self) -> None:
         """Pause replies with too many unread events, because each event needs memory."""
         for job in self._writing:
             unread = job.events.qsize() > UNREAD
@@ -597,11 +599,11 @@ class Decoder:
         """Return prompts to read together, of the clients furthest behind first."""
         runnable = self._runnable()
         # The adapter of a cancelled request may be gone.
-        able = [job for job in self._reading if job.client in runnable and not job.cancelled]
-        able.sort(key=lambda job: self._scheduler.seconds(job.client))
+        allowed = [job for job in self._reading if job.client in runnable and not job.cancelled]
+        allowed.sort(key=lambda job: self._scheduler.seconds(job.client))
         jobs: list[RunningRequest] = []
         rows = 0
-        for job in able:
+        for job in allowed:
             if job.state is None and not self._try_open(job):
                 continue
             rows += min(job.state.unread, CHUNK)
@@ -666,7 +668,7 @@ class Decoder:
 
     def _write(self) -> bool:
         """Run one step of as many replies as fit; return whether a reply ran."""
-        self._note_readers()
+        self._pause_slow_readers()
         runnable = self._runnable()
         jobs = [job for job in self._writing if job.client in runnable and not job.unread]
         writing = [a for job in jobs for a in job.answers if a.state is not None]
@@ -725,10 +727,10 @@ class Decoder:
         if state is None:
             return
         if self._speculates is not None:
-            found, model = self._speculates.speculation(state), answer.job.model
-            model.speculation += found
+            speculation, model = self._speculates.speculation(state), answer.job.model
+            model.speculation += speculation
             if model.latency is not None:
-                model.latency.add_speculation(found)
+                model.latency.add_speculation(speculation)
         self._backend.free(state)
 
     def _settle(self, job: RunningRequest) -> None:

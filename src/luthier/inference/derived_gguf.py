@@ -97,8 +97,8 @@ def _read(folder: Path) -> DerivedFile | None:
     """Return the record of an intact file that was compared in this version of llama.cpp."""
     try:
         record = DerivedFile.model_validate(read_json(folder / RECORD))
-        whole = record.refusal or sha256_of(folder / FILE) == record.sha256
-        return record if whole and record.llama_cpp == LLAMA_CPP_VERSION else None
+        is_intact = record.refusal or sha256_of(folder / FILE) == record.sha256
+        return record if is_intact and record.llama_cpp == LLAMA_CPP_VERSION else None
     except (CorruptFile, OSError, ValidationError):
         return None
 
@@ -145,8 +145,8 @@ def _derive(
 def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
     """Return the token ids of sample prompts."""
     chat = stored.chat
-    found = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
-    return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in found]
+    prompts = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
+    return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in prompts]
 
 
 def _refusal(parity: TokenParity, kind: Quantization) -> str:
@@ -155,6 +155,6 @@ def _refusal(parity: TokenParity, kind: Quantization) -> str:
     if parity.mean_kl <= limit:
         return ""
     return (
-        f"its GGUF file ({kind}) answers otherwise than the model: {parity.describe()}, and more than "
-        f"{limit:g} is no rounding{parity.difference_text()}"
+        f"the GGUF file ({kind}) differs from the model: {parity.describe()}, limit "
+        f"{limit:g}{parity.difference_text()}"
     )

@@ -47,15 +47,15 @@ def check_embeds(stored: StoredModel, objective: Objective) -> None:
     base = stored.root
     embeds = base != stored.id and gives_embeddings(find(base).objective)
     name = f"its base model {base}" if embeds else "an embedding model"
-    raise RecipeError(f"{stored.id} gives no embeddings. Use {name}.")
+    raise RecipeError(f"{stored.id} has no embeddings. Use {name}.")
 
 
 def embedding_notes(stored: StoredModel) -> Iterator[str]:
     """Yield notes for users about the embeddings of a model."""
     if stored.manifest.is_random:
         yield (
-            f"{stored.id} has random weights, so its embeddings say little about the meaning of rows. "
-            "Train it with luthier tune."
+            f"{stored.id} has random weights and meaningless embeddings. Train the model with "
+            "`luthier tune`."
         )
     form = stored.manifest.format
     pipeline = read_sentence_pipeline(stored.folder) if form is None else form.sentence
@@ -63,8 +63,8 @@ def embedding_notes(stored: StoredModel) -> Iterator[str]:
         return
     if named := [repr(text) for text in pipeline.prompts.values() if text]:
         yield (
-            f"{stored.id} was trained with prompts ({', '.join(named[:5])}) and has no default. Write "
-            "the prompt that fits in front of each text."
+            f"{stored.id} was trained with prompts ({', '.join(named[:5])}) and has no default prompt. "
+            "Write a suitable prompt before each text."
         )
 
 
@@ -78,8 +78,8 @@ def embedding_format(target: Path) -> EmbeddingFormat:
     if ending == ".npy":
         return "npy"
     raise RecipeError(
-        f"Embeddings are not written as {ending or 'a file without an extension'}. Use .jsonl or "
-        ".parquet for rows with embeddings, or .npy for embeddings alone."
+        f"Unknown output format {ending or 'without extension'}. Use .jsonl or .parquet for rows with "
+        "embeddings, or .npy for embeddings alone."
     )
 
 
@@ -143,16 +143,16 @@ def _parquet(
 
         def write(row_NH: NDArray[np.float32]) -> None:
             vectors = FixedSizeListArray.from_arrays(row_NH.reshape(-1), row_NH.shape[1])
-            made = table({**columns, EMBEDDING: vectors})
-            parquet.write_table(made, file, row_group_size=_GROUP_ROWS)
+            table_with_embeddings = table({**columns, EMBEDDING: vectors})
+            parquet.write_table(table_with_embeddings, file, row_group_size=_GROUP_ROWS)
 
         yield write
 
 
 def check_sides(rows: Sequence[Row]) -> None:
     """Raise :class:`DataError` for rows with two sides, because a file has one embedding per row."""
-    message = "The row has two sides, and only one embedding is written for each row."
-    fix = "Drop one with `--map other=` (empty), or write each into its own row."
+    message = "The row has two sides and needs two embeddings."
+    fix = "Drop a side with `--map other=` (empty), or write each side as a row."
     problems = [
         Problem("row.ambiguous", message, fix, row.location)
         for row in rows

@@ -95,8 +95,8 @@ class Generator:
 
         if not Generator.is_able(stored.objective):
             raise RecipeError(
-                f"{stored.id} does not write text: it was trained for "
-                f"{stored.objective.method}. Use luthier predict."
+                f"{stored.id} does not generate text, because its objective is "
+                f"{stored.objective.method}. Use `luthier predict`."
             )
 
     @staticmethod
@@ -111,9 +111,9 @@ class Generator:
         with ExitStack() as opening:
             opened = open_model(stored)
             opening.callback(opened.close)
-            made = Generator(opened, stored.chat)
+            generator = Generator(opened, stored.chat)
             opening.pop_all()
-        return made
+        return generator
 
     def max_tokens(self, sampling: Sampling) -> int:
         """Return the maximum tokens of a reply; by default half of the context is for the prompt."""
@@ -146,10 +146,10 @@ class Generator:
         )
         answers: dict[int, GeneratedReply] = {}
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = self._batch([encoded[index] for index in chosen], sampling)
-            answers.update(zip(chosen, batch, strict=True))
-            done(start + len(chosen))
+            indices = order[start : start + batch_size]
+            batch = self._batch([encoded[index] for index in indices], sampling)
+            answers.update(zip(indices, batch, strict=True))
+            done(start + len(indices))
         return [answers[index] for index in range(len(encoded))]
 
     def refusal(self, prompt: Prompt, sampling: Sampling) -> str | None:
@@ -196,7 +196,9 @@ class Generator:
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         ids_T = self._prompt_ids(prompt)
         if refusal := self._refusal(ids_T, sampling):
-            raise RecipeError(f"prompt {index + 1} {refusal} Shorten it, or lower max_tokens.")
+            raise RecipeError(
+                f"prompt {index + 1} {refusal} Shorten the prompt, or lower `max_tokens`."
+            )
         return ids_T
 
     def _prompt_ids(self, prompt: Prompt) -> IntArray:
@@ -210,12 +212,11 @@ class Generator:
 
     def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
         reply = self.max_tokens(sampling)
-        beside = self.chat.start_id is not None
-        if reply <= completion_limit(len(ids_T), self.context, beside):
+        if reply <= completion_limit(len(ids_T), self.context, self.chat.start_id is not None):
             return None
         return (
-            f"has {len(ids_T)} tokens; with {reply} for the reply that is more than the "
-            f"model's context of {self.context}."
+            f"has {len(ids_T)} tokens, and {reply} more for the reply exceed the model's context of "
+            f"{self.context}."
         )
 
     def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[GeneratedReply]:
@@ -269,7 +270,7 @@ class Generator:
             [seed_of(sampling) for _ in prompts],
             self.max_tokens(sampling),
             self.chat.stop_ids,
-            # In chunks, as the server reads them: a prompt alone has the same bits.
+            # In chunks, as in the server: a prompt alone has the same bits.
             together=not isinstance(self.backend, FlatBackend | AdaptedBackend),
             masks=masks,
         )

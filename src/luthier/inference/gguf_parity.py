@@ -89,14 +89,14 @@ class LlamaCpp:
         params.api_keys = [self._key]
         try:
             self._server: Any = xllamacpp.Server(params)
-        except Exception as error:  # its own classes, by what went wrong
-            raise LuthierError(f"llama.cpp does not load {file.name}: {error}") from error
-        # A server that is closed before its loop of tasks has begun waits for that loop forever. What
-        # is asked here is answered by the loop, so that it runs when this returns.
+        except Exception as error:  # xllamacpp has no common error class
+            raise LuthierError(f"llama.cpp cannot load {file.name}: {error}") from error
+        # A server closed before its task loop starts waits forever. The loop answers this request, so
+        # the loop runs after the response.
         self._request("/lora-adapters")
 
     def close(self) -> None:
-        """Let go of the network."""
+        """Free the network."""
         self._server = None
 
     def tokens(self, text: str, *, first: bool) -> list[int]:
@@ -144,7 +144,7 @@ class LlamaCpp:
                 f"llama.cpp: {error.read().decode(errors='replace')[:500]}"
             ) from error
         except (URLError, OSError) as error:
-            raise LuthierError(f"llama.cpp does not answer: {error}") from error
+            raise LuthierError(f"llama.cpp's server is unreachable: {error}") from error
 
 
 @torch.no_grad()
@@ -182,19 +182,19 @@ def compare_gguf(
             if room > 0:
                 texts.append((ids_T, opened.write(ids_T, min(TOKENS, room))))
             on_progress(number, total)
-    found = _compare(network, chat, texts)
+    comparison = _compare(network, chat, texts)
     on_progress(2 * len(REFERENCE_PROMPTS), total)
-    if found.is_empty:
-        raise RecipeError("llama.cpp wrote nothing behind any prompt")
-    as_it_is = found.parity()
+    if comparison.is_empty:
+        raise RecipeError("llama.cpp generated no token for any prompt")
+    as_it_is = comparison.parity()
     round_weights(network, quantization)
     rounded = _compare(network, chat, texts).parity()
     on_progress(total, total)
     limit = largest_divergence(quantization)
     if not rounded.mean_kl <= limit:
         raise RecipeError(
-            f"llama.cpp answers otherwise: with the same weights, {rounded.describe()}, and more than "
-            f"{limit:g} is no rounding{rounded.difference_text(lambda token: chat.decode([token]))}",
+            f"llama.cpp differs from the model with the same weights: {rounded.describe()}, limit "
+            f"{limit:g}{rounded.difference_text(lambda token: chat.decode([token]))}",
             rule="export.differs",
         )
     return GgufParity(**as_it_is.model_dump(), rounded_kl=rounded.mean_kl)
@@ -205,22 +205,22 @@ def _compare(
 ) -> TokenComparison:
     """Compare the most likely tokens at each position, and the reported probabilities."""
     comparison = TokenComparison()
-    for row, (ids_T, written) in enumerate(texts):
-        whole_T = torch.tensor([*ids_T.tolist(), *written.tokens])
+    for row, (ids_T, continuation) in enumerate(texts):
+        whole_T = torch.tensor([*ids_T.tolist(), *continuation.tokens])
         logits_TV = network(input_ids=whole_T[None]).logits[0, len(ids_T) - 1 : -1].float()
         logp_TV = torch.log_softmax(logits_TV, -1)
-        known = dict(zip(_places(written, chat), written.token_logps, strict=True))
-        for place, theirs in enumerate(written.tokens):
-            logp_V, logps = logp_TV[place], known[place].logps if place in known else {}
-            ours = int(logp_V.argmax())
-            both_known = ours in logps and theirs in logps
+        reported = dict(zip(_places(continuation, chat), continuation.token_logps, strict=True))
+        for place, other in enumerate(continuation.tokens):
+            logp_V, logps = logp_TV[place], reported[place].logps if place in reported else {}
+            own = int(logp_V.argmax())
+            both_known = own in logps and other in logps
             comparison.add(
                 row,
                 len(ids_T) + place,
-                (ours, theirs),
+                (own, other),
                 (
-                    float(logp_V[ours] - logp_V[theirs]),
-                    logps[theirs] - logps[ours] if both_known else None,
+                    float(logp_V[own] - logp_V[other]),
+                    logps[other] - logps[own] if both_known else None,
                 ),
                 _divergence(logp_V, logps) if logps else None,
             )
@@ -229,24 +229,24 @@ def _compare(
 
 def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]) -> IntArray:
     """Return the token ids of a prompt, equal in llama.cpp and here."""
-    # llama.cpp gives templates of Llama 3 today's date, where transformers prints the template's own.
+    # For templates of Llama 3, llama.cpp inserts today's date, transformers the template's default.
     kwargs = chat.read_kwargs({"date_string": "26 Jul 2024"})
-    text, plain = chat.prompt_text(messages, kwargs=kwargs), chat.template == "plain"
-    if not plain and (other := opened.prompt_text(messages, kwargs)) != text:
-        bare = text.removeprefix(str(chat.tokenizer.bos_token))  # it is put before tokens instead
+    text, is_plain = chat.prompt_text(messages, kwargs=kwargs), chat.template == "plain"
+    if not is_plain and (other := opened.prompt_text(messages, kwargs)) != text:
+        bare = text.removeprefix(str(chat.tokenizer.bos_token))  # added during tokenization
         if other != bare:
             raise RecipeError(
-                f"llama.cpp's reading of the chat template gives {other[:200]!r}, and not "
+                f"llama.cpp renders the chat template differently: {other[:200]!r} instead of "
                 f"{text[:200]!r}"
             )
     ids_T = chat.prompt_tokens(text)
-    read = opened.tokens(text, first=plain)
-    if read != ids_T.tolist():
-        pairs = zip(ids_T.tolist(), read, strict=False)
-        place = next((at for at, (one, other) in enumerate(pairs) if one != other), len(read))
+    other_ids = opened.tokens(text, first=is_plain)
+    if other_ids != ids_T.tolist():
+        pairs = zip(ids_T.tolist(), other_ids, strict=False)
+        place = next((at for at, (one, other) in enumerate(pairs) if one != other), len(other_ids))
         raise RecipeError(
-            f"llama.cpp makes other tokens of {text[:80]!r}: token {place + 1} is "
-            f"{read[place : place + 1]}, and not {ids_T[place : place + 1].tolist()}"
+            f"llama.cpp tokenizes {text[:80]!r} differently: token {place + 1} is "
+            f"{other_ids[place : place + 1]} instead of {ids_T[place : place + 1].tolist()}"
         )
     return ids_T
 
@@ -255,21 +255,21 @@ def _places(written: Continuation, chat: ChatFormat) -> list[int]:
     """Return the positions of the tokens that llama.cpp reported."""
     texts = chat.tokenizer.convert_ids_to_tokens(written.tokens)
     added = chat.tokenizer.added_tokens_decoder
-    sizes = [  # special tokens are not shown, nor those that no text becomes
+    sizes = [  # special tokens and unused ids have no text
         0 if text is None or (token in added and added[token].special) else shown_bytes(chat, text)
         for token, text in zip(written.tokens, texts, strict=True)
     ]
-    found = [-1]
+    positions = [-1]
     for number, each in enumerate(written.token_logps):
-        wanted = sum(other.size for other in written.token_logps[: number + 1])
-        found.append(
+        end = sum(other.size for other in written.token_logps[: number + 1])
+        positions.append(
             next(
                 place
-                for place in range(found[-1] + 1, len(sizes))
-                if written.tokens[place] == each.id and sum(sizes[: place + 1]) >= wanted
+                for place in range(positions[-1] + 1, len(sizes))
+                if written.tokens[place] == each.id and sum(sizes[: place + 1]) >= end
             )
         )
-    return found[1:]
+    return positions[1:]
 
 
 def _divergence(logp_V: torch.Tensor, other: Mapping[int, float]) -> float:
@@ -277,7 +277,7 @@ def _divergence(logp_V: torch.Tensor, other: Mapping[int, float]) -> float:
 
     All unreported tokens count as one token.
     """
-    ours = logp_V[list(other)].double().exp().numpy()
-    theirs = np.exp(np.array([*other.values()], dtype=np.float64))
-    ours, theirs = (np.append(each, max(1.0 - each.sum(), 1e-9)) for each in (ours, theirs))
-    return max(0.0, float((ours * (np.log(ours + 1e-30) - np.log(theirs + 1e-30))).sum()))
+    own = logp_V[list(other)].double().exp().numpy()
+    reported = np.exp(np.array([*other.values()], dtype=np.float64))
+    own, reported = (np.append(each, max(1.0 - each.sum(), 1e-9)) for each in (own, reported))
+    return max(0.0, float((own * (np.log(own + 1e-30) - np.log(reported + 1e-30))).sum()))

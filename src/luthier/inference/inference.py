@@ -95,11 +95,13 @@ class GenerationRequest(Sampling):
         """Check the ranges of all fields."""
         super().__post_init__()
         if len(self.logit_bias) > BIASES:
-            raise InferenceRefused(f"logit_bias must be at most {BIASES:,} tokens", "logit_bias")
+            raise InferenceRefused(
+                f"`logit_bias` must have at most {BIASES:,} tokens", "logit_bias"
+            )
         for value in self.logit_bias.values():
             _in("logit_bias", value, -100, 100)
         if len(self.stop) > STOPS:
-            raise InferenceRefused(f"stop must be at most {STOPS} texts", "stop")
+            raise InferenceRefused(f"`stop` must have at most {STOPS} texts", "stop")
 
     @staticmethod
     def refusal(message: str, field: str) -> Exception:
@@ -132,9 +134,9 @@ class ImageRequest:
 
 
 def _in(name: str, value: float, low: float, high: float) -> None:
-    # Written so that NaN is refused too.
+    # The negated comparison also rejects NaN.
     if not low <= value <= high:
-        raise InferenceRefused(f"{name} must be between {low} and {high}", name)
+        raise InferenceRefused(f"`{name}` must be between {low} and {high}", name)
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class GenerationResult:
     reasoning_scores: list[Score] = field(default_factory=list)
     reasoning_tokens: int = 0
 
-    def take(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         """Append ``event`` to the reply."""
         match event:
             case TokenChunk():
@@ -252,10 +254,10 @@ def meter(count: Meter) -> Iterator[None]:
         _metered.reset(token)
 
 
-def count_tokens(model_id: str, read: int, written: int = 0) -> None:
+def count_tokens(model_id: str, input_tokens: int, output_tokens: int = 0) -> None:
     """Report tokens of a request to the active :func:`meter`."""
     if (count := _metered.get()) is not None:
-        count(model_id, read, written)
+        count(model_id, input_tokens, output_tokens)
 
 
 def metered_stream(stream: Stream, model_id: str) -> Stream:
@@ -282,7 +284,7 @@ class Stream:
         """Return the number of generated tokens of all replies."""
         self.cached = cached
         """Return the number of prompt tokens from the prefix cache, after the prompt is processed."""
-        self._events, self._n, self._left = events, n, n
+        self._events, self._n, self._unfinished = events, n, n
         self._at_end: list[Callable[[], None]] = []
         self._interruption: InferenceFailed | None = None
         self._first: Any = None
@@ -301,20 +303,20 @@ class Stream:
         Raises:
             InferenceFailed: if the request failed; the stream has ended.
         """
-        if not self._left:
+        if not self._unfinished:
             raise StopIteration
         event, self._first = self._first, None
         event = self._interruption or event or self._events.get()
-        # What was written before it waits in the queue, and an answer that is cut needs none of it.
+        # An interruption overtakes queued events, which an incomplete reply does not need.
         event = self._interruption or event
         if isinstance(event, BaseException):
             self.close()
             raise event
-        if event is ENDED or not self._left:
+        if event is ENDED or not self._unfinished:
             raise StopIteration
         if isinstance(event, FinishEvent):
-            self._left -= 1
-            if not self._left:
+            self._unfinished -= 1
+            if not self._unfinished:
                 self.close()
         assert isinstance(event, Event)
         return event
@@ -325,7 +327,7 @@ class Stream:
         Raises:
             InferenceFailed: if the request failed before the first event.
         """
-        if self._first is not None or not self._left:
+        if self._first is not None or not self._unfinished:
             return
         event = self._events.get()
         event = self._interruption or event
@@ -336,33 +338,33 @@ class Stream:
 
     def close(self) -> None:
         """Cancel unfinished replies. Any thread may call this method."""
-        self._left = 0
+        self._unfinished = 0
         while True:
             try:
-                act = self._at_end.pop(0)  # the work ends before the model is given back
-            except IndexError:  # who reads it may have come to its end at the same time
+                act = self._at_end.pop(0)  # in order: the work ends before the model is released
+            except IndexError:  # the reader may reach the end at the same time
                 break
             act()
-        self._events.put(ENDED)  # for one who waits for the next piece
+        self._events.put(ENDED)  # wakes a waiting reader
 
     def interrupt(self) -> None:
         """End the stream with an error for the reader, because the service stops. Any thread may
         call this method."""
-        text = "The service is ending. Ask again; the answer is not whole."
+        text = "The service is stopping and the reply is incomplete. Send the request again."
         self._interruption = InferenceFailed("ServiceUnavailable", text)
-        self._events.put(ENDED)  # for one who waits for the next piece
+        self._events.put(ENDED)  # wakes a waiting reader
 
-    def whole(self) -> list[GenerationResult]:
+    def results(self) -> list[GenerationResult]:
         """Return all replies after the last event.
 
         Raises:
             InferenceFailed: if the request failed, or the stream was closed early.
         """
         answers = [GenerationResult() for _ in range(self._n)]
-        missing = self._n  # it may be closed already, by a client that hung up at once
+        missing = self._n  # a client that hangs up closes the stream early
         for event in self:
-            answers[event.index].take(event)
+            answers[event.index].add(event)
             missing -= isinstance(event, FinishEvent)
         if missing:
-            raise InferenceFailed("ServiceUnavailable", "The answer was given up half-way.")
+            raise InferenceFailed("ServiceUnavailable", "The reply was cancelled.")
         return answers

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of all histograms, in seconds."""
-MOST_LABELS = 100
+MAX_LABELS = 100
 """Maximum number of models with a separate label; all further models share :data:`OTHER`."""
 OTHER = "other"
 
@@ -30,10 +30,10 @@ class ModelMetrics:
     proposed: Counter
     accepted: Counter
 
-    def add_speculation(self, found: Speculation) -> None:
+    def add_speculation(self, speculation: Speculation) -> None:
         """Count the guessed tokens of a finished reply."""
-        self.proposed.inc(found.proposed)
-        self.accepted.inc(found.accepted)
+        self.proposed.inc(speculation.proposed)
+        self.accepted.inc(speculation.accepted)
 
 
 class LatencyTable:
@@ -70,7 +70,7 @@ class LatencyTable:
         """Return the metrics of the label of ``stored``, or of ``other`` beyond the limit."""
         label = self._label_of(stored)
         with self._lock:
-            if label not in self._labels and len(self._labels) >= MOST_LABELS:
+            if label not in self._labels and len(self._labels) >= MAX_LABELS:
                 label = OTHER
             self._labels.add(label)
         return ModelMetrics(

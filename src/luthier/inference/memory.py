@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from luthier.engine.machine import return_freed_memory, set_malloc_threshold
-from luthier.inference.scheduler import discount
+from luthier.inference.scheduler import decrement
 
 LARGE_BLOCK = 4 << 20
 """Size in bytes from which the allocator maps a block separately and returns the block when freed."""
@@ -59,17 +59,17 @@ class FreedMemory:
             self._thread.join()
 
     def _run(self) -> None:
-        least, rounds = resident_bytes(), 0
+        lowest, rounds = resident_bytes(), 0
         while not self._closed.wait(self.seconds):
             now = resident_bytes()
-            if now > least + GROWTH:
+            if now > lowest + GROWTH:
                 rounds = ROUNDS
             if not rounds:
-                least = min(least, now)
+                lowest = min(lowest, now)
                 continue
             # Again for a while: what is freed later grows nothing, and stays as well.
             return_freed_memory()
-            least, rounds = resident_bytes(), rounds - 1
+            lowest, rounds = resident_bytes(), rounds - 1
 
 
 RETRY_SECONDS = 0.05
@@ -91,7 +91,7 @@ class CacheBudget:
         self._lock = threading.Lock()
 
     def on_shortage(self, reclaim: Callable[[int], None]) -> None:
-        """Call ``reclaim`` with the number of bytes to free from :meth:`take_spare`."""
+        """Call ``reclaim`` with the number of bytes to free from :meth:`reserve_spare`."""
         self._reclaim = reclaim
 
     @property
@@ -104,7 +104,7 @@ class CacheBudget:
         """Return whether the share of ``client`` allows ``size`` more bytes."""
         return not self._held[client] or self._held[client] + size <= self.per_client
 
-    def take(self, client: str, size: int) -> bool:
+    def reserve(self, client: str, size: int) -> bool:
         """Reserve ``size`` bytes if the total and the share of ``client`` allow the reservation."""
         with self._lock:
             if not self.allows(client, size) or self._held.total() + size > self.total:
@@ -115,19 +115,19 @@ class CacheBudget:
             self._reclaim(shortage)
         return True
 
-    def give(self, client: str, size: int) -> None:
+    def release(self, client: str, size: int) -> None:
         """Return ``size`` reserved bytes."""
         with self._lock:
-            discount(self._held, client, size)
+            decrement(self._held, client, size)
 
-    def take_spare(self, size: int) -> bool:
+    def reserve_spare(self, size: int) -> bool:
         """Reserve ``size`` free bytes until a request needs the memory."""
         with self._lock:
             fits = self._held.total() + self._spare + size <= self.total
             self._spare += size if fits else 0
         return fits
 
-    def give_back_spare(self, size: int) -> None:
+    def release_spare(self, size: int) -> None:
         """Return ``size`` spare bytes."""
         with self._lock:
             self._spare -= size

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
     from luthier.types import Row
 
-MOST_ROWS = 1_000_000
+MAX_ROWS = 1_000_000
 """Maximum rows of a collection, because the embeddings are in memory."""
 FORM = "luthier-embeddings-2"
 """Format name in the file's metadata."""
@@ -84,24 +84,24 @@ def find_nearest(
 
     check_embeds(stored, predictor.objective)
     if not rows or not queries:
-        raise RecipeError("there is nothing to look up, or nothing to look among")
-    if len(rows) > MOST_ROWS:
-        raise RecipeError(f"a collection has at most {MOST_ROWS:,} rows, and this {len(rows):,}")
+        raise RecipeError("The search needs at least one query and one row.")
+    if len(rows) > MAX_ROWS:
+        raise RecipeError(f"The collection has {len(rows):,} rows; the limit is {MAX_ROWS:,}.")
     if count < 1:
-        raise RecipeError(f"count must be at least 1, and is {count}")
+        raise RecipeError(f"`count` must be at least 1, not {count}.", setting="count")
     queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
     embeddings = EmbeddingIndex.open(index, stored)
-    asked_QH = predictor.embed_rows(queries)
-    row_NH, embedded = embeddings.of(predictor, rows, on_progress)
-    places_QK, scores_QK = nearest(asked_QH, row_NH, count)
-    found = [
+    query_QH = predictor.embed_rows(queries)
+    row_NH, embedded = embeddings.embeddings_of(predictor, rows, on_progress)
+    places_QK, scores_QK = nearest(query_QH, row_NH, count)
+    neighbours = [
         [
             Neighbour(place, rows[place].excerpt() or rows[place].plain_text(), score)
             for place, score in zip(places_K, scores_K, strict=True)
         ]
         for places_K, scores_K in zip(places_QK.tolist(), scores_QK.tolist(), strict=True)
     ]
-    return NearestRows(found, embedded)
+    return NearestRows(neighbours, embedded)
 
 
 class EmbeddingIndex:
@@ -133,27 +133,27 @@ class EmbeddingIndex:
             with safe_open(str(file), framework="np") as tensors:
                 about = tensors.metadata() or {}
                 if about.get("form") != FORM:
-                    raise CorruptFile(f"{file} is no index of embeddings; name another file")
+                    raise CorruptFile(
+                        f"{file} is not an index of embeddings. Name a different file."
+                    )
                 if about.get("fingerprint") != self.fingerprint:
                     raise RecipeError(
-                        f"{file} holds embeddings of {about.get('model', 'another model')} as it was "
-                        f"then, and not of {self.model} as it is now. Name another file, or remove it"
+                        f"{file} has embeddings of {about.get('model', 'an unknown model')} with "
+                        f"different weights than {self.model}. Remove the file."
                     )
                 digests, known_NH = tensors.get_tensor("sha256"), tensors.get_tensor("embeddings")
         except (SafetensorError, OSError, KeyError) as error:
-            raise CorruptFile(
-                f"{file} cannot be read as an index of embeddings: {error}"
-            ) from error
+            raise CorruptFile(f"{file} is not a readable index of embeddings: {error}") from error
         fits = digests.dtype == np.uint8 and digests.shape == (len(known_NH), 32)
         if not fits or known_NH.ndim != 2 or known_NH.dtype != np.float32:
-            raise CorruptFile(f"{file} holds no embeddings beside their hashes; remove it")
+            raise CorruptFile(f"{file} has no matching embeddings and hashes. Remove the file.")
         self._places = {digest.tobytes(): place for place, digest in enumerate(digests)}
         self._known_NH = known_NH
 
-    def of(
+    def embeddings_of(
         self, predictor: Predictor, rows: Sequence[Row], on_progress: Callable[[int], None]
     ) -> tuple[NDArray[np.float32], int]:
-        """Embeddings ``[N, H]`` of ``rows``, and how many contents were new and now are known."""
+        """Return embeddings ``[N, H]`` of ``rows``, and the number of newly embedded contents."""
         digests = [_digest(row) for row in rows]
         new = {
             digest: row
@@ -167,7 +167,7 @@ class EmbeddingIndex:
     def _add(self, digests: Sequence[bytes], new_NH: NDArray[np.float32]) -> None:
         from safetensors.numpy import save
 
-        if len(self._places) + len(digests) > MOST_ROWS:  # what is not asked for now goes
+        if len(self._places) + len(digests) > MAX_ROWS:  # keep only the requested rows
             self._places, self._known_NH = {}, self._known_NH[:0]
         before = len(self._places)
         self._known_NH = np.concatenate([self._known_NH, new_NH]) if before else new_NH

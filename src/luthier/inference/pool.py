@@ -181,9 +181,9 @@ class ModelPool:
         with self._borrow(model_id) as entry:
             encoder = _serial(entry, "has no embeddings. Use an encoder")
             examples = encoder.texts(texts)
-            found = encoder.embed(examples, self._work(math.inf))
-        count_tokens(model_id, sum(each.tokens for each in found))
-        return found
+            embeddings = encoder.embed(examples, self._work(math.inf))
+        count_tokens(model_id, sum(each.tokens for each in embeddings))
+        return embeddings
 
     def predict(
         self, model_id: str, inputs: Sequence[ModelInput], top: int | None = None
@@ -208,9 +208,9 @@ class ModelPool:
         self._check_count(len(images), "images")
         with self._borrow(model_id) as entry:
             model = _serial(entry)
-            found = model.reconstruct(images, self._work())
-        count_tokens(model_id, len(found), len(found))
-        return found
+            reconstructions = model.reconstruct(images, self._work())
+        count_tokens(model_id, len(reconstructions), len(reconstructions))
+        return reconstructions
 
     def sample(self, model_id: str, request: ImageRequest) -> ImageSamples:
         """Generate images; each image counts as one output token.
@@ -221,11 +221,11 @@ class ModelPool:
         self._check_count(request.count, "count")
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         with self._borrow(model_id) as entry:
-            made = [0]
+            counts = [0]
             try:
-                images = _serial(entry).sample(request, seed, self._work(), made.append)
+                images = _serial(entry).sample(request, seed, self._work(), counts.append)
             finally:
-                count_tokens(model_id, 0, made[-1])
+                count_tokens(model_id, 0, counts[-1])
         return ImageSamples(images, seed)
 
     def _check_count(self, count: int, parameter: str) -> None:
@@ -246,25 +246,25 @@ class ModelPool:
             UnknownModel: if the model does not exist.
             InferenceFailed: ``ModelNotReady`` without room, ``ModelError`` if loading fails.
         """
-        with self._borrow(model_id, unasked=True):
+        with self._borrow(model_id, preload=True):
             pass
 
     def unload(self, model_id: str) -> None:
         """Unload a model and its adapters as soon as the running replies end."""
         with self._lock:
-            gone = self._take_out(model_id)
-        for entry in gone:
+            entries = self._remove_entries(model_id)
+        for entry in entries:
             self._release(entry)
 
-    def _take_out(self, model_id: str) -> list[_Entry]:
+    def _remove_entries(self, model_id: str) -> list[_Entry]:
         """Move a model and its adapters to ``_leaving``. The caller has acquired the lock."""
         first = self._entries.get(model_id)
-        gone = [each for each in self._entries.values() if first and first in (each, each.base)]
-        for entry in gone:
+        entries = [each for each in self._entries.values() if first and first in (each, each.base)]
+        for entry in entries:
             del self._entries[entry.id]
             entry.uses += 1
-        self._leaving += gone
-        return gone
+        self._leaving += entries
+        return entries
 
     def close(self) -> None:
         """Close all models."""
@@ -304,14 +304,14 @@ class ModelPool:
         return sum(entry.bytes for entry in (*self._entries.values(), *self._leaving))
 
     @contextmanager
-    def _borrow(self, model_id: str, unasked: bool = False) -> Iterator[_Entry]:
-        entry = self._acquire(model_id, unasked)
+    def _borrow(self, model_id: str, preload: bool = False) -> Iterator[_Entry]:
+        entry = self._acquire(model_id, preload)
         try:
             yield entry
         finally:
             self._release(entry)
 
-    def _acquire(self, model_id: str, unasked: bool = False) -> _Entry:
+    def _acquire(self, model_id: str, preload: bool = False) -> _Entry:
         """Return the loaded model, which stays in memory until :meth:`_release`."""
         with self._lock:
             entry = self._use(model_id)
@@ -324,10 +324,10 @@ class ModelPool:
             base = None
             if store.shares_base(stored):
                 assert stored.parent is not None
-                base = self._acquire(stored.parent.id, unasked)
+                base = self._acquire(stored.parent.id, preload)
             try:
                 size = _weights(stored, base is not None)
-                entry, first = self._reserve(model_id, size, base, unasked)
+                entry, first = self._reserve(model_id, size, base, preload)
             except BaseException:
                 if base is not None:
                     self._release(base)
@@ -362,11 +362,11 @@ class ModelPool:
                 self._entries.move_to_end(each.id)
 
     def _reserve(
-        self, model_id: str, size: int, base: _Entry | None, unasked: bool
+        self, model_id: str, size: int, base: _Entry | None, preload: bool
     ) -> tuple[_Entry, bool]:
         """Return the entry of the model, and whether the caller must load the model.
 
-        Evicts models if necessary. An ``unasked`` load evicts no model with a recent request. A new
+        Evicts models if necessary. An ``preload`` load evicts no model with a recent request. A new
         entry owns the use of ``base``.
         """
         recent = datetime.now(UTC) - RECENT
@@ -384,7 +384,7 @@ class ModelPool:
             evicted: list[_Entry] = []
             for other in self._entries.values():
                 adapters = sum(each.base is other for each in evicted)
-                stays = unasked and other.last_used > recent
+                stays = preload and other.last_used > recent
                 if excess > 0 and other.uses == adapters and not stays:
                     evicted.append(other)
                     excess -= other.bytes
@@ -396,7 +396,7 @@ class ModelPool:
                 raise InferenceFailed(
                     "ModelNotReady",
                     f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than the "
-                    "models in use leave. Try again soon.",
+                    "models in use leave free. Try again soon.",
                 )
             for other in evicted:
                 del self._entries[other.id]
@@ -440,9 +440,9 @@ class ModelPool:
             entry.error = _failure(error)
         except Exception as error:
             # Memory or disk space may be available later.
-            short = isinstance(error, MemoryError) or is_disk_error(error)
+            is_temporary = isinstance(error, MemoryError) or is_disk_error(error)
             entry.error = InferenceFailed(
-                "ModelNotReady" if short else "ModelError",
+                "ModelNotReady" if is_temporary else "ModelError",
                 f"The model cannot be loaded: {type(error).__name__}.",
             )
             entry.error.__cause__ = error

@@ -84,8 +84,7 @@ class Predictor:
         if stored.writes:
             raise RecipeError(f"{stored.id} generates text. Use luthier generate.")
         raise RecipeError(
-            f"{stored.id} is an encoder of another tool, and what it predicts is unknown. Tune the "
-            "model with luthier tune."
+            f"{stored.id} is an encoder without a known head. Train a head with `luthier tune`."
         )
 
     @property
@@ -102,7 +101,7 @@ class Predictor:
             DataError: with every row that is unreadable or longer than the context.
         """
         sides = [self._sides(row) for row in rows]
-        texts = [side for own in sides for side in own]
+        texts = [side for parts in sides for side in parts]
         examples = iter(self._encode_rows(texts))
         answers: list[dict[str, Any]] = []
         for start in range(0, len(rows), BLOCK_ROWS):
@@ -115,8 +114,8 @@ class Predictor:
                 done(start + round(share * finished))
 
             with self._named_media_errors(texts):
-                read = iter(self.read([*islice(examples, count)], block_done))
-            answers += [self._combine([next(read) for _ in own]) for own in block]
+                predictions = iter(self.read([*islice(examples, count)], block_done))
+            answers += [self._combine([next(predictions) for _ in parts]) for parts in block]
         keep_likeliest(answers, top)
         return answers
 
@@ -129,7 +128,7 @@ class Predictor:
             DataError: with every row that is unreadable or longer than the context.
         """
         examples = self._encode_rows(rows)
-        found: list[NDArray[np.float32]] = []
+        arrays: list[NDArray[np.float32]] = []
         for start in range(0, len(examples), BLOCK_ROWS):
 
             def block_done(count: int, start: int = start) -> None:
@@ -137,8 +136,8 @@ class Predictor:
 
             with self._named_media_errors(rows):
                 answers = self.read(examples[start : start + BLOCK_ROWS], block_done)
-            found.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
-        return np.concatenate(found)
+            arrays.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
+        return np.concatenate(arrays)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings ``[N, H]`` of texts, each truncated to the context.
@@ -147,7 +146,7 @@ class Predictor:
             RecipeError: for a model without embeddings.
         """
         if self.objective.task != "embedding":
-            raise RecipeError(f"a model of objective {self.objective.method} has no embeddings")
+            raise RecipeError(f"A model of objective {self.objective.method} has no embeddings.")
         rows = [RawText("text", number, text) for number, text in enumerate(texts, 1)]
         examples = [self.encode(row, index) for index, row in enumerate(rows)]
         room = self.context
@@ -164,10 +163,10 @@ class Predictor:
 
         def predict(batch: TreeBatch) -> list[dict[str, Any]]:
             nonlocal finished
-            found = self.objective.predict(self.network, batch)
-            finished += len(found)
+            predictions = self.objective.predict(self.network, batch)
+            finished += len(predictions)
             done(finished)
-            return found
+            return predictions
 
         with torch.inference_mode():
             return self.network.read_rows(examples, READING_BUDGET, predict)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from luthier.models.kv_cache import KeyValues
     from luthier.types import IntArray
 
-MOST_NODES = 4096
+MAX_NODES = 4096
 """Maximum number of nodes of all trees."""
 
 Key = tuple[Hashable, str]
@@ -82,17 +82,17 @@ class PrefixCache:
         key = model, client
         with self._lock:
             path = [*self._path(key, ids_T)]
-            known = sum(count for _, count in path)
-            if len(ids_T) - known < FEWEST_SHARED:
+            cached = sum(count for _, count in path)
+            if len(ids_T) - cached < FEWEST_SHARED:
                 return
-            new = copy(known)
+            new = copy(cached)
             if not self._make_room(new.nbytes, {each for each, _ in path}):
                 return
             root = self._roots.setdefault(key, _Node(ids_T[:0], None))
             node, shared = path[-1] if path else (root, 0)
             if shared < len(node.ids_T):
                 node = self._split(node, shared)
-            child = _Node(ids_T[known:].copy(), new, node, used=next(self._clock))
+            child = _Node(ids_T[cached:].copy(), new, node, used=next(self._clock))
             node.children[int(child.ids_T[0])] = child
             self._bytes[key] = self._bytes.get(key, 0) + new.nbytes
 
@@ -101,7 +101,7 @@ class PrefixCache:
         with self._lock:
             for key in [key for key in self._roots if key[0] == model]:
                 del self._roots[key]
-                self._memory.give_back_spare(self._bytes.pop(key, 0))
+                self._memory.release_spare(self._bytes.pop(key, 0))
 
     def reclaim(self, size: int) -> None:
         """Free ``size`` bytes, or all bytes if fewer are cached."""
@@ -140,9 +140,9 @@ class PrefixCache:
             return False
         nodes, evictions = sum(1 for _ in self._nodes()), self._evictions(path)
         while (
-            nodes >= MOST_NODES
+            nodes >= MAX_NODES
             or sum(self._bytes.values()) + size > self._most
-            or not self._memory.take_spare(size)
+            or not self._memory.reserve_spare(size)
         ):
             if not next(evictions, 0):
                 return False
@@ -170,13 +170,13 @@ class PrefixCache:
                 del leaves[key]
             if not self._roots[key].children:
                 del self._roots[key], self._bytes[key]
-            self._memory.give_back_spare(oldest.nbytes)
+            self._memory.release_spare(oldest.nbytes)
             yield oldest.nbytes
 
     def _nodes(self) -> Iterator[tuple[Key, _Node]]:
         for key, root in self._roots.items():
-            left = [*root.children.values()]
-            while left:
-                node = left.pop()
+            pending = [*root.children.values()]
+            while pending:
+                node = pending.pop()
                 yield key, node
-                left += node.children.values()
+                pending += node.children.values()

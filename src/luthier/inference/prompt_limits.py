@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SLACK, CUT = 2, 128
 """The pieces of a text have at most ``SLACK`` times the tokens of the whole, plus ``CUT`` for each
-cut. Cuts are at white space if possible; elsewhere they split a few tokens or an unknown word."""
+cut. Cuts are at white space if possible; other cuts split a few tokens or an unknown word."""
 PIECE = 1 << 13
 """Minimum characters of a piece: about 10 ms of work, after which another thread can run."""
 
@@ -88,7 +88,7 @@ class PromptLimit:
             raise self.too_long()
         most = SLACK * self._context
         if size <= max(self._piece, most):
-            return  # the whole is as cheap as the pieces
+            return  # tokenizing the whole text costs as much as the pieces
         until = time.monotonic() + self._seconds
         tokens = 0
         for piece in self._pieces(text):
@@ -98,7 +98,7 @@ class PromptLimit:
             if time.monotonic() > until:
                 raise InferenceRefused(
                     f"The model's tokenizer takes more than {self._seconds:g} seconds for this "
-                    "prompt. Send a shorter one.",
+                    "prompt. Shorten the prompt.",
                     self._parameter,
                 )
 
@@ -137,4 +137,4 @@ def _json_length(value: Any) -> int:
     try:
         return len(json.dumps(value, ensure_ascii=False))
     except (RecursionError, ValueError) as error:
-        raise RecipeError(f"it cannot be written as JSON: {error}") from error
+        raise RecipeError(f"The value cannot be written as JSON: {error}") from error

@@ -28,50 +28,50 @@ from luthier.types import Message
 
 RUN = "run"
 """Key of the run in a line of a service's log."""
-AT_ONCE = 64
+VERDICT_BATCH = 64
 """Verdicts per batch; a killed run loses at most one batch."""
 
 
 @dataclass(frozen=True)
-class Asker:
+class LogOwner:
     """Account and run of a service, for queries to teachers."""
 
     account: str
     run: str
 
 
-_asker: ContextVar[Asker | None] = ContextVar("asker", default=None)
+_asker: ContextVar[LogOwner | None] = ContextVar("asker", default=None)
 
 
 @contextmanager
-def asking_for(account: str, run: str) -> Iterator[None]:
+def logged_for(account: str, run: str) -> Iterator[None]:
     """Use the logs of ``account`` in the block."""
-    before = _asker.set(Asker(account, run))
+    token = _asker.set(LogOwner(account, run))
     try:
         yield
     finally:
-        _asker.reset(before)
+        _asker.reset(token)
 
 
-def key_of(
+def reply_key(
     identity: Mapping[str, Any], messages: Sequence[Message], sampling: Mapping[str, Any]
 ) -> str:
     """Return the SHA-256 of the teacher, conversation and sampling settings."""
     turns = [message.to_dict() for message in messages]
-    asked = {"teacher": dict(identity), "messages": turns, "sampling": dict(sampling)}
-    text = json.dumps(asked, sort_keys=True, ensure_ascii=False)
+    request = {"teacher": dict(identity), "messages": turns, "sampling": dict(sampling)}
+    text = json.dumps(request, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def journal_path(identity: Mapping[str, Any], name: str) -> Path:
+def reply_log_path(identity: Mapping[str, Any], name: str) -> Path:
     """Return the path of the log of a teacher."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     short = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:50] or "teacher"
     asker = _asker.get()
-    return journals(asker.account if asker else None) / f"{short}-{digest}.jsonl"
+    return reply_log_folder(asker.account if asker else None) / f"{short}-{digest}.jsonl"
 
 
-def journals(account: str | None) -> Path:
+def reply_log_folder(account: str | None) -> Path:
     """Return the folder of the logs of an account; ``None`` stands for runs without a service."""
     folder = luthier_home() / "teachers"
     return folder / account if account else folder
@@ -83,20 +83,20 @@ def forget(account: str, runs: Collection[str]) -> None:
     Raises:
         WrongState: while another run uses the log.
     """
-    for path in sorted(journals(account).glob("*.jsonl")):
-        with lock(path.with_suffix(".lock")) as free:
-            if not free:
+    for path in sorted(reply_log_folder(account).glob("*.jsonl")):
+        with lock(path.with_suffix(".lock")) as acquired:
+            if not acquired:
                 raise WrongState(
-                    f"a job asks a teacher now ({path.stem}); ask again when it has ended"
+                    f"A job queries the teacher of {path.stem}. Repeat the deletion after the job."
                 )
-            kept = [line for line in _lines(path) if not _is_of(line, runs)]
-            if kept:
-                write_bytes(path, b"".join(kept))
+            lines = [line for line in _lines(path) if not _is_of(line, runs)]
+            if lines:
+                write_bytes(path, b"".join(lines))
             else:
                 path.unlink()
 
 
-class Journal:
+class ReplyLog:
     """Replies of one model by key. :meth:`open` acquires the file's lock and creates the log."""
 
     def __init__(self, path: Path) -> None:
@@ -107,10 +107,10 @@ class Journal:
 
     @staticmethod
     @contextmanager
-    def open(path: Path) -> Iterator[Journal]:
+    def open(path: Path) -> Iterator[ReplyLog]:
         """Acquire the file's lock, wait if necessary, and read the log."""
         with lock(path.with_suffix(".lock"), wait=True):
-            yield Journal(path)
+            yield ReplyLog(path)
 
     def append(self, key: str, reply: Reply) -> None:
         """Write a reply to disk and add the reply to ``replies``."""
@@ -132,14 +132,14 @@ class Journal:
         ``ask`` receives the positions of missing keys. For each position, ``ask`` calls ``done``
         with the outcome: a reply is written to disk, a failure is not stored.
         """
-        missing = {key: place for place, key in enumerate(keys) if key not in self.replies}
+        missing = {key: position for position, key in enumerate(keys) if key not in self.replies}
         failures: dict[str, Failure] = {}
 
-        def done(place: int, outcome: Reply | Failure) -> None:
+        def done(position: int, outcome: Reply | Failure) -> None:
             if isinstance(outcome, Reply):
-                self.append(keys[place], outcome)
+                self.append(keys[position], outcome)
             else:
-                failures[keys[place]] = outcome
+                failures[keys[position]] = outcome
 
         ask([*missing.values()], done)
         return [failures[key] if key in failures else self.replies[key] for key in keys]
@@ -160,13 +160,13 @@ def _is_of(line: bytes, runs: Collection[str]) -> bool:
 def _read(path: Path) -> dict[str, Reply]:
     """Return all replies; truncate a last line that a killed process left incomplete."""
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
         with disk_errors(path.parent), path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(complete)
             os.fsync(file.fileno())
     replies = {}
-    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+    for number, line in enumerate(content[:complete].split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
             record.pop(RUN, None)
@@ -174,27 +174,27 @@ def _read(path: Path) -> dict[str, Reply]:
             replies[key] = Reply(**record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptFile(
-                f"{path}:{number} is no answer of a teacher. Remove that line: its prompt is asked anew"
+                f"{path}:{number}: invalid reply. Remove the line to send the prompt again."
             ) from error
     return replies
 
 
-def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
+def log_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
     """Wrap ``write``: store verdicts in the judge's log and reuse stored verdicts."""
     identity, settings = _identity(judge), sampling.model_dump(mode="json")
-    path = journal_path(identity, f"judge-{judge.model}")
+    path = reply_log_path(identity, f"judge-{judge.model}")
 
     def judge_all(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
-        def ask(places: list[int], done: Done) -> None:
-            for start in range(0, len(places), AT_ONCE):
-                chosen = places[start : start + AT_ONCE]
-                found = write([conversations[place] for place in chosen])
-                for place, each in zip(chosen, found, strict=True):
-                    done(place, each if isinstance(each, Failure) else Reply(each, "unknown"))
+        def ask(positions: list[int], done: Done) -> None:
+            for start in range(0, len(positions), VERDICT_BATCH):
+                batch = positions[start : start + VERDICT_BATCH]
+                verdicts = write([conversations[position] for position in batch])
+                for position, each in zip(batch, verdicts, strict=True):
+                    done(position, each if isinstance(each, Failure) else Reply(each, "unknown"))
 
-        keys = [key_of(identity, each, settings) for each in conversations]
-        with Journal.open(path) as journal:
-            outcomes = journal.complete(keys, ask)
+        keys = [reply_key(identity, each, settings) for each in conversations]
+        with ReplyLog.open(path) as log:
+            outcomes = log.complete(keys, ask)
         return [each.text if isinstance(each, Reply) else each for each in outcomes]
 
     return judge_all

@@ -57,7 +57,7 @@ def in_background() -> bool:
     return _background.get()
 
 
-def discount(counts: Counter[str], client: str, by: int = 1) -> None:
+def decrement(counts: Counter[str], client: str, by: int = 1) -> None:
     """Subtract ``by`` from the count of ``client``, and drop a count of 0."""
     counts[client] -= by
     if not counts[client]:
@@ -151,7 +151,7 @@ class FairScheduler:
     def leave(self, client: str) -> None:
         """Unregister a running request of ``client``."""
         with self._changed:
-            discount(self._at_work, client)
+            decrement(self._at_work, client)
             self._changed.notify_all()
 
     @property
@@ -171,8 +171,8 @@ class FairScheduler:
         """Return the ``clients`` with a counter below the limit."""
         with self._changed:
             limit = self._limit()
-            known = [client for client in clients if client in self._seconds]
-            return {client for client in known if self._now(client) <= limit}
+            registered = [client for client in clients if client in self._seconds]
+            return {client for client in registered if self._now(client) <= limit}
 
     def charge(self, client: str, seconds: float) -> None:
         """Add ``seconds`` to the counter of a running client."""
@@ -214,7 +214,7 @@ class FairScheduler:
                 self._busy[model] = client, time.perf_counter()
                 self._at_work[client] += 1
             finally:
-                discount(waiting, client)
+                decrement(waiting, client)
                 if not waiting:
                     del self._waiting[model]
         parts = Counter[str]()
@@ -232,8 +232,8 @@ class FairScheduler:
     def _is_next(self, client: str, model: Hashable) -> bool:
         """Return whether ``model`` is free and ``client`` is next."""
         first = min(self._waiting[model], key=self._seconds.__getitem__)
-        mine = self._seconds[client]
-        return model not in self._busy and mine <= min(self._seconds[first], self._limit())
+        own = self._seconds[client]
+        return model not in self._busy and own <= min(self._seconds[first], self._limit())
 
     def _limit(self) -> float:
         """Return the limit for the counter of a running client."""
@@ -257,11 +257,11 @@ class FairScheduler:
         present = self._present()
         if not present:
             self._seconds.clear()  # no client has waited for another
-        mine = self.seconds(client)
+        own = self.seconds(client)
         floor = self._floor(present)
         self._seconds = {
             each: seconds
             for each, seconds in self._seconds.items()
             if seconds > floor or each in present
         }
-        self._seconds[client] = mine
+        self._seconds[client] = own

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
     from luthier.types import Example
 
-COPIED_AT_ONCE = 8
+RECONSTRUCTED_PER_TURN = 8
 """Images per turn of an autoencoder, because large images take long to decode."""
 THIS_MODEL = "This model"
 """Name of the model in errors; clients do not know the id in the library."""
@@ -158,7 +158,7 @@ class SerialModel:
         """Kind of input: ``text``, ``image``, ``audio`` or ``window``."""
         return self._chat.reads
 
-    def texts(self, given: Sequence[str | Sequence[int]]) -> list[Example]:
+    def texts(self, inputs: Sequence[str | Sequence[int]]) -> list[Example]:
         """Encode texts, or token ids, for :meth:`embed`.
 
         Raises:
@@ -169,7 +169,7 @@ class SerialModel:
             raise self.refusal("This model predicts labels and has no embeddings.")
         limit, vocabulary = self._text_limit(), int(self._network.model.config.vocab_size)
         examples: list[Example] = []
-        for each in given:
+        for each in inputs:
             if not isinstance(each, str):
                 limit.check_ids(each, vocabulary)
                 each = predictor.chat.decode(list(each))
@@ -189,7 +189,7 @@ class SerialModel:
             for vector, example in zip(vectors, examples, strict=True)
         ]
 
-    def inputs(self, given: Sequence[ModelInput]) -> tuple[list[Example], int]:
+    def inputs(self, inputs: Sequence[ModelInput]) -> tuple[list[Example], int]:
         """Encode inputs and count their tokens: 1 per image or audio clip.
 
         Raises:
@@ -197,14 +197,14 @@ class SerialModel:
         """
         predictor = self._reader()
         examples: list[Example] = []
-        for index, each in enumerate(given):
+        for index, each in enumerate(inputs):
             try:
                 if isinstance(each, Media):
                     examples.append(predictor.encode(self._media_row(each, index), index))
                 else:
                     examples.append(self._encode_text(each, index))
-            except (InferenceRefused, RowRefused) as refused:
-                raise _input_refusal(index, each, refused.problem.message) from None
+            except (InferenceRefused, RowRefused) as error:
+                raise _input_refusal(index, each, error.problem.message) from None
         return examples, sum(1 if each.media is not None else len(each) for each in examples)
 
     def predict(
@@ -231,7 +231,7 @@ class SerialModel:
         """
         generator = self._generator
         if generator is None or not generator.can_reconstruct:
-            text = f"This model {self.purpose}, and reconstructs none. A vae does."
+            text = f"This model {self.purpose} and reconstructs no images. Use a vae."
             raise InferenceRefused(text, "model")
         rows: list[MediaRow] = []
         for index, each in enumerate(images):
@@ -239,15 +239,15 @@ class SerialModel:
                 rows.append(self._media_row(each, index))
             except InferenceRefused as refused:
                 raise _input_refusal(index, each, refused.problem.message) from None
-        found: list[Reconstruction] = []
-        for start in range(0, len(rows), COPIED_AT_ONCE):
-            part = rows[start : start + COPIED_AT_ONCE]
+        reconstructions: list[Reconstruction] = []
+        for start in range(0, len(rows), RECONSTRUCTED_PER_TURN):
+            part = rows[start : start + RECONSTRUCTED_PER_TURN]
             with self._turn(work):
                 try:
-                    found += generator.reconstruct(part)
+                    reconstructions += generator.reconstruct(part)
                 except RowRefused as refused:
                     raise self._undecodable(part, refused) from refused
-        return found
+        return reconstructions
 
     def sample(
         self, request: ImageRequest, seed: int, work: Work, done: Callable[[int], None]
@@ -275,12 +275,12 @@ class SerialModel:
 
     def _reader(self) -> Predictor:
         if self._predictor is None:
-            raise InferenceRefused(f"This model {self.purpose} and takes none.", "model")
+            raise InferenceRefused(f"This model {self.purpose} and takes no input.", "model")
         return self._predictor
 
     def _text_limit(self) -> PromptLimit:
         if self._prompt_limit is None:
-            raise InferenceRefused(f"This model {self.purpose}, and no texts.", "model")
+            raise InferenceRefused(f"This model {self.purpose} and takes no text.", "model")
         return self._prompt_limit
 
     def _encode_text(self, text: str, index: int) -> Example:
@@ -297,13 +297,13 @@ class SerialModel:
             raise limit.too_long()
         return example
 
-    def _media_row(self, given: Media, index: int) -> MediaRow:
-        if given.kind != self._chat.reads:
-            text = f"This model {self.purpose}, and no {PLURAL[given.kind]}."
+    def _media_row(self, media: Media, index: int) -> MediaRow:
+        if media.kind != self._chat.reads:
+            text = f"This model {self.purpose} and takes no {PLURAL[media.kind]}."
             raise InferenceRefused(text, "input")
-        most = {"image": self._limits.image_pixels, "audio": self._limits.sound_samples}
-        media = replace(given, most=most.get(given.kind))
-        return BARE_MEDIA[given.kind]("", index + 1, media)
+        limits = {"image": self._limits.image_pixels, "audio": self._limits.sound_samples}
+        limited = replace(media, most=limits.get(media.kind))
+        return BARE_MEDIA[media.kind]("", index + 1, limited)
 
     def _undecodable(self, part: Sequence[MediaRow], refused: RowRefused) -> InferenceRefused:
         """Return the error of the first undecodable row of ``part``."""
@@ -391,7 +391,7 @@ def _unloaded_failure() -> InferenceFailed:
     return InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
 
 
-def _input_refusal(index: int, given: ModelInput, message: str) -> InferenceRefused:
-    member = given.kind if isinstance(given, Media) else "text"
+def _input_refusal(index: int, content: ModelInput, message: str) -> InferenceRefused:
+    member = content.kind if isinstance(content, Media) else "text"
     field = f"inputs.{index}.{member}"
     return InferenceRefused(f"{field}: {message[:1].lower()}{message[1:]}", field)

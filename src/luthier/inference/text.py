@@ -26,12 +26,12 @@ class Detokenizer:
     def feed(self, token: int) -> str:
         """Return the text that ``token`` completes, or an empty string within a character."""
         self._ids.append(token)
-        shown = self._decode(self._ids[self._before : self._whole])
+        previous = self._decode(self._ids[self._before : self._whole])
         text = self._decode(self._ids[self._before :])
-        if len(text) <= len(shown) or text.endswith(BROKEN):
+        if len(text) <= len(previous) or text.endswith(BROKEN):
             return ""
         self._before, self._whole = self._whole, len(self._ids)
-        return text[len(shown) :]
+        return text[len(previous) :]
 
 
 class StopFinder:
@@ -127,10 +127,10 @@ class AnswerText:
         if start is None:
             return len(self._begins)
         if self._reasoning_tokens is None:
-            count = sum(begin < start for begin, _ in self._begins)
+            tokens = sum(begin < start for begin, _ in self._begins)
             ends = [*(begin for begin, _ in self._begins), self._came]
             # A token may close the reasoning and begin the answer; it is one of the answer then.
-            self._reasoning_tokens = count - bool(count and ends[count] > start)
+            self._reasoning_tokens = tokens - bool(tokens and ends[tokens] > start)
         return self._reasoning_tokens
 
     def feed(self, token: int, score: Score | None) -> AnswerDelta:
@@ -138,21 +138,21 @@ class AnswerText:
         self._begins.append((self._came, score))
         text = self._characters.feed(token)
         self._came += len(text)
-        reasoning, said = self._splitter.feed(text)
-        return self._delta(reasoning, self._search(said), self._stops.passed)
+        reasoning, answer = self._splitter.feed(text)
+        return self._delta(reasoning, self._search(answer), self._stops.passed)
 
     def end(self) -> AnswerDelta:
         """Return the delayed text at the end of the reply."""
-        reasoning, said = self._splitter.end()
-        shown = self._search(said) + self._stops.end()
+        reasoning, answer = self._splitter.end()
+        shown = self._search(answer) + self._stops.end()
         return self._delta(reasoning, shown, None)
 
-    def _search(self, said: str) -> str:
+    def _search(self, text: str) -> str:
         """Return the text to show; ignore stop sequences in the first ``min_tokens`` tokens."""
-        few = len(self._begins) <= self._min_tokens
-        return self._stops.skip(said) if few else self._stops.feed(said)
+        is_protected = len(self._begins) <= self._min_tokens
+        return self._stops.skip(text) if is_protected else self._stops.feed(text)
 
-    def _delta(self, reasoning: str, shown: str, passed: int | None) -> AnswerDelta:
+    def _delta(self, reasoning: str, text: str, passed: int | None) -> AnswerDelta:
         """Return the new text with scores of tokens before ``passed`` characters; ``None`` means
         all."""
         start, thought = self._splitter.answer_start, []
@@ -162,7 +162,7 @@ class AnswerText:
             return AnswerDelta("", [], reasoning, thought)
         thought = self._scores(self.reasoning_tokens)
         until = self.tokens if passed is None else self._until(start + passed)
-        return AnswerDelta(shown, self._scores(until), reasoning, thought)
+        return AnswerDelta(text, self._scores(until), reasoning, thought)
 
     def _until(self, place: int) -> int:
         """Return the number of tokens before the character ``place``."""
@@ -172,6 +172,6 @@ class AnswerText:
         return count
 
     def _scores(self, until: int) -> list[Score]:
-        given = [score for _, score in self._begins[self._given : until] if score is not None]
+        scores = [score for _, score in self._begins[self._given : until] if score is not None]
         self._given = max(self._given, until)
-        return given
+        return scores

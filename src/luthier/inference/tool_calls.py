@@ -38,7 +38,7 @@ def encode(
         InferenceRefused: for a conversation that the model's template does not support.
     """
     if not conversation.turns:
-        raise InferenceRefused("A conversation has at least one message.", "messages")
+        raise InferenceRefused("`messages` must not be empty.", "messages")
     tools = () if conversation.tool_choice == "none" else conversation.tools
     for tool in tools:
         check_depth(tool.parameters)
@@ -59,7 +59,7 @@ class CallSplitter:
     def __init__(
         self, tools: Sequence[Tool], forced: bool = False, structured: bool = False
     ) -> None:
-        """``forced``: nothing but calls is written; ``structured``: else JSON of a schema is."""
+        """``forced`` replies have only calls; ``structured`` replies may be JSON of a schema."""
         self._tools, self._forced = tools, forced
         self._may_hide = forced or not structured
         self._held = ""
@@ -95,9 +95,9 @@ class CallSplitter:
         """Return the remaining text and the tool calls; ``cut`` means that a token limit ended the
         reply."""
         if cut and self._may_hide and (self._calling or self._forced):
-            found, self.incomplete = parse_cut_calls(self._held, self._tools)
-            self.incomplete |= self._forced and not found
+            calls, self.incomplete = parse_cut_calls(self._held, self._tools)
+            self.incomplete |= self._forced and not calls
         else:
-            found = parse_calls(self._held, self._tools, known=True)
-        calls = [replace(call, id=new_call_id()) for call in found]
+            calls = parse_calls(self._held, self._tools, known=True)
+        calls = [replace(call, id=new_call_id()) for call in calls]
         return ("" if calls or self.incomplete else self._held), calls

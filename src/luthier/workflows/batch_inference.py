@@ -62,7 +62,7 @@ from luthier.workflows.inference_tasks import (
     parse_task,
 )
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 """Interval of checks for answered shards."""
 SHARDS = ".{}.shards"
 """Name of the folder next to the output; hidden, so that a folder of data skips the folder."""
@@ -74,7 +74,7 @@ SHARD_BYTES = 64 << 20
 """Maximum characters of a shard of several rows, because a process has a shard in memory."""
 END_SECONDS = 15.0
 """Maximum seconds for a process to end after the last shard."""
-CHECK_SECONDS = 10.0
+NOTE_SECONDS = 10.0
 """Between two notes of how many rows are checked."""
 
 
@@ -241,11 +241,11 @@ def _shards(
     """
     settings = [luthier.__version__, task.settings(), [model.content_hash for model in models]]
     problems = BoundedProblems()
-    checked, next_note = 0, time.monotonic() + CHECK_SECONDS
+    checked, next_note = 0, time.monotonic() + NOTE_SECONDS
     for number, rows in enumerate(_cut(task, problems)):
         checked += len(rows)
         if time.monotonic() >= next_note:
-            next_note = time.monotonic() + CHECK_SECONDS
+            next_note = time.monotonic() + NOTE_SECONDS
             reporter.note(f"{checked:,} rows are checked")
         try:
             digest = _digest(task, rows)
@@ -388,14 +388,14 @@ class _Progress(Reporter):
         self._begun[what] = done
 
     def ends(self) -> bool:
-        """Return :attr:`is_done`, updated every :data:`LOOK_SECONDS`."""
+        """Return :attr:`is_done`, updated every :data:`CHECK_SECONDS`."""
         if time.monotonic() >= self._next:
             self.update()
         return self.is_done
 
     def update(self) -> None:
         """Check for finished shards."""
-        self._next = time.monotonic() + LOOK_SECONDS
+        self._next = time.monotonic() + CHECK_SECONDS
         names = set(os.listdir(self._folder))  # one call instead of two for each shard
         refused = [shard for shard in self._left if shard.problems.name in names]
         left = [
@@ -472,7 +472,7 @@ def main(folder: Path, name: str) -> None:
         if any(_is_free(shard) for shard in left):
             _answer_free(task, shards[: shards.index(left[-1]) + 1], answer, reporter)
         else:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
 
 
 def _is_free(shard: Shard) -> bool:
@@ -504,12 +504,12 @@ def _answer_free(
 
 def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Reporter) -> None:
     """Write the answers to the rows of a shard, or the problems with the rows."""
-    next_report = time.monotonic() + LOOK_SECONDS
+    next_report = time.monotonic() + CHECK_SECONDS
 
     def report(done: int) -> None:
         nonlocal next_report
         if time.monotonic() >= next_report:
-            next_report = time.monotonic() + LOOK_SECONDS
+            next_report = time.monotonic() + CHECK_SECONDS
             reporter.progress(done, shard.rows, shard.name)
 
     try:

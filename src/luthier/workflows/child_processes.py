@@ -24,7 +24,7 @@ from luthier.processes import format_exit
 
 STARTS = 3
 """Maximum starts of a process that is killed each time."""
-LOOK = 0.2
+CHECK_INTERVAL = 0.2
 """Interval of checks, in seconds."""
 ERRORS, REPORTS = "errors.txt", "reports.jsonl"
 
@@ -171,7 +171,7 @@ def run_processes(
             codes = [process.poll(reporter) for process in processes]
             if is_done() or None not in codes:
                 return codes
-            time.sleep(LOOK)
+            time.sleep(CHECK_INTERVAL)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -45,13 +45,13 @@ from luthier.pages import Table, interval_text, render_page
 from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies, open_graders
 from luthier.workflows.prompting import (
+    PromptVariant,
     Question,
     Technique,
-    Way,
     nearest_examples,
+    prompt_variants,
     questions_of,
-    rows_of_way,
-    ways_to_ask,
+    rows_of_variant,
 )
 from luthier.workflows.score_predictions import score_predictions
 
@@ -64,11 +64,11 @@ if TYPE_CHECKING:
 BASELINE_SECONDS = 120.0
 """Time limit of all simple baselines."""
 SEED = 0
-TIMES_ALIKE = 1.5
+EQUAL_TIME_RATIO = 1.5
 """Ratio of times up to which times count as equal, because each time is measured once."""
 FREQUENT = 0.05
 """Share of training rows with the same reply from which the reply is a rival."""
-NEARLY_NONE = 0.1
+LOW_SCORE = 0.1
 """Best score up to which the grader or the model may be unsuitable."""
 
 
@@ -176,7 +176,7 @@ class HeadToHead:
     def _speed_text(self, tuned: Contender, rival: Contender) -> str:
         """Compare the times of an answer, if the difference exceeds the error of measurement."""
         fastest, slowest = sorted((tuned.seconds, rival.seconds))
-        if not fastest or slowest / fastest < TIMES_ALIKE:  # a constant answer takes no time
+        if not fastest or slowest / fastest < EQUAL_TIME_RATIO:  # a constant answer takes no time
             return ""
         faster = rival if tuned.seconds > rival.seconds else tuned
         ratio = slowest / fastest
@@ -279,8 +279,10 @@ def compare(
         )
     row_questions, train_questions = _questions(rows, train) if generators else ([], [])
     embed = None if encoder is None or not generators else Predictor.open(encoder).embed
-    ways = ways_to_ask(row_questions, train_questions, documents, embed) if generators else []
-    tuned_ways = [way for way in ways if not way.shows_training_rows]
+    variants = (
+        prompt_variants(row_questions, train_questions, documents, embed) if generators else []
+    )
+    tuned_variants = [variant for variant in variants if not variant.shows_training_rows]
     for option, value in (("documents", documents), ("graders", graders)):
         if value and not generators:
             remarks.append(f"{option} ignored: no model generates text")
@@ -289,12 +291,12 @@ def compare(
         graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
     elif graders is None:
         graders = default_graders(rows, note if generators else lambda text: None)
-    generated = len(writers) * len(tuned_ways) + len(generative) * len(ways)
+    generated = len(writers) * len(tuned_variants) + len(generative) * len(variants)
     replies = len(rows) * (generated + 2 * bool(train_questions))
     opened = open_graders(graders, replies, note) if generators else {}
     if judge is not None:  # each pair in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
-    contest = _Contest(
+    contest = _Contenders(
         opened, max_tokens, note, on_progress, len(rows) * (len(readers) + generated), remarks
     )
     contenders: list[Contender] = []
@@ -308,9 +310,9 @@ def compare(
         contenders += baselines
     check_measures(measures)
     for stored in writers:
-        contenders += contest.generate(stored, rows, row_questions, tuned_ways, is_tuned=True)
+        contenders += contest.generate(stored, rows, row_questions, tuned_variants, is_tuned=True)
     for stored in generative:
-        contenders += contest.generate(stored, rows, row_questions, ways)
+        contenders += contest.generate(stored, rows, row_questions, variants)
     if train_questions and not labelled:
         contenders += contest.copies(rows, row_questions, train_questions)
     measure = next(iter(measures.values()))
@@ -320,7 +322,7 @@ def compare(
         raise RecipeError("; ".join(["fewer than two contenders remain", *remarks]))
     contenders.sort(key=lambda each: -as_gain(measure, each.score.value))
     best = contenders[0].score
-    if generators and best.is_share and best.value <= NEARLY_NONE:
+    if generators and best.is_share and best.value <= LOW_SCORE:
         remarks.append(
             f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
@@ -385,7 +387,7 @@ def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question
 
 
 @dataclass
-class _Contest:
+class _Contenders:
     """State of a comparison while the contenders answer in turn."""
 
     graders: Mapping[str, Grader]
@@ -420,20 +422,20 @@ class _Contest:
         stored: StoredModel,
         rows: Sequence[Row],
         questions: Sequence[Question],
-        ways: Sequence[Way],
+        variants: Sequence[PromptVariant],
         is_tuned: bool = False,
     ) -> list[Contender]:
-        """Measure a generative model in several ways."""
+        """Measure a generative model in several variants."""
         base_memory = begin_peak_memory()
         generator = Generator.open(stored)
         sampling = Sampling(max_tokens=self.max_tokens)
         contenders = []
-        for way in ways:
-            technique: Technique = way.technique
-            name = stored.id if technique == "zero-shot" else f"{stored.id} with {way.name}"
+        for variant in variants:
+            technique: Technique = variant.technique
+            name = stored.id if technique == "zero-shot" else f"{stored.id} with {variant.name}"
             if is_tuned:
                 technique = "fine-tuning" if technique == "zero-shot" else "fine-tuning and RAG"
-            prompt_rows = rows_of_way(rows, questions, way, generator.chat)
+            prompt_rows = rows_of_variant(rows, questions, variant, generator.chat)
             prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in prompt_rows]
             too_long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
             if too_long:

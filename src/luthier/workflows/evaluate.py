@@ -59,7 +59,7 @@ from luthier.graders import parse_graders
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
-from luthier.inference.reply_log import journal_verdicts
+from luthier.inference.reply_log import log_verdicts
 from luthier.library import models as library
 from luthier.library.reports import check_attachable, hashes_of_data, write_report
 from luthier.models.sampling import Sampling
@@ -196,7 +196,7 @@ def open_graders(
             check_grader_model(name, task, stored[name].objective)
     machine = choose_machine()
     networks = {name: load_frozen(each, machine, Reporter()) for name, each in stored.items()}
-    models = LocalModels(networks, note, journal_verdicts)
+    models = LocalModels(networks, note, log_verdicts)
     ready = {name: grader.with_models(models) for name, grader in graders.items()}
     for name, grader in ready.items():
         if warning := grader.rehearse():

@@ -33,9 +33,9 @@ from luthier.workflows.trials import Measured, validation_lines
 
 SHARES = tuple(2 ** (-step / 2) for step in range(6, -1, -1))
 """Shares from an eighth to all rows; together as long as three runs on all rows."""
-FEWEST_SHARES = 4
+MIN_SHARES = 4
 """Three points fit any curve of three parameters."""
-FEWEST_ROWS = 8
+MIN_ROWS = 8
 """Rows of the smallest share."""
 EXPONENTS = np.linspace(0.05, 2.0, 40)
 RESAMPLES = 1000
@@ -108,9 +108,9 @@ def learning_curve(
     """
     reporter = reporter or Reporter()
     sorted_shares = sorted(set(shares))
-    if len(sorted_shares) < FEWEST_SHARES or not 0 < sorted_shares[0] <= sorted_shares[-1] <= 1:
+    if len(sorted_shares) < MIN_SHARES or not 0 < sorted_shares[0] <= sorted_shares[-1] <= 1:
         raise RecipeError(
-            f"`shares` needs at least {FEWEST_SHARES} different values above 0 and up to 1.",
+            f"`shares` needs at least {MIN_SHARES} different values above 0 and up to 1.",
             setting="shares",
             rule="curve.shares",
         )
@@ -127,9 +127,9 @@ def learning_curve(
     kwargs = job.recipe.data.chat_template_kwargs
     data = recipe.data.model_copy(update={"chat_template_kwargs": kwargs})
     rows = job.data.counts["rows"]
-    if round(sorted_shares[0] * rows) < FEWEST_ROWS or not job.data.validation:
+    if round(sorted_shares[0] * rows) < MIN_ROWS or not job.data.validation:
         raise RecipeError(
-            f"A learning curve needs held-out rows, and {FEWEST_ROWS} training rows in the smallest "
+            f"A learning curve needs held-out rows, and {MIN_ROWS} training rows in the smallest "
             f"share. The data has {rows:,} training and {len(job.data.validation):,} held-out rows.",
             rule="curve.too_few_rows",
         )

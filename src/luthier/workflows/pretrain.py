@@ -75,7 +75,7 @@ from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shor
 from luthier.workflows.pretrain_recipe import PretrainRecipe
 
 SURVEY, SETTLED = "survey.json", "settled.json"
-MOST_VALIDATION = 400
+MAX_VALIDATION = 400
 """Maximum validation sequences; sequences of a longer text are sampled evenly."""
 BATCH = 16
 """Pieces of text that are encoded together, about a megabyte."""
@@ -421,8 +421,8 @@ def _count(start: store.StoredModel) -> tuple[int, int]:
 
 
 def _spread(validation: TokenFile) -> Sequence[Example]:
-    """Return at most :data:`MOST_VALIDATION` evenly spaced validation sequences."""
-    stride = max(1, -(-len(validation) // MOST_VALIDATION))
+    """Return at most :data:`MAX_VALIDATION` evenly spaced validation sequences."""
+    stride = max(1, -(-len(validation) // MAX_VALIDATION))
     return validation[::stride]
 
 

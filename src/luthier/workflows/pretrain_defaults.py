@@ -15,7 +15,7 @@ CHARACTERS_PER_TOKEN = 4
 """Average characters per token of text with spaces, for choices before a tokenizer exists."""
 TOKENS_PER_WEIGHT = 20
 """Hoffmann et al. 2022, arXiv:2203.15556: for a given amount of computing, the best network."""
-MOST_PASSES = 4
+MAX_PASSES = 4
 """Muennighoff et al. 2023, arXiv:2305.16264: up to four passes teach nearly as much as new text."""
 LARGEST_BATCH = 1 << 15
 SMALLEST_BATCH = 1 << 11
@@ -102,7 +102,7 @@ def _size(tokens: int) -> tuple[Size, str]:
     sizes: dict[Size, float] = {"tiny": 1e6, "3m": 3e6, "10m": 10e6, "30m": 30e6}
     chosen: Size = "tiny"
     for size, weights in sizes.items():
-        if tokens * MOST_PASSES >= TOKENS_PER_WEIGHT * weights:
+        if tokens * MAX_PASSES >= TOKENS_PER_WEIGHT * weights:
             chosen = size
     return chosen, f"about {tokens:,} tokens; about {TOKENS_PER_WEIGHT} per weight are optimal"
 
@@ -130,7 +130,7 @@ def _passes(facts: NetworkFacts) -> tuple[float, str]:
     needed = TOKENS_PER_WEIGHT * facts.weights / facts.tokens
     if needed <= 1:
         return 1.0, f"{1 / needed * TOKENS_PER_WEIGHT:.0f} tokens per weight in one pass"
-    passes = float(min(MOST_PASSES, math.ceil(needed)))
+    passes = float(min(MAX_PASSES, math.ceil(needed)))
     return passes, "repeated text helps for up to four passes (Muennighoff et al. 2023)"
 
 

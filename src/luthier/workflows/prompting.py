@@ -71,7 +71,7 @@ Technique = PromptTechnique | Literal["simple baselines", "fine-tuning", "fine-t
 
 
 @dataclass(frozen=True)
-class Way:
+class PromptVariant:
     """A technique with the examples or passages for each question."""
 
     technique: PromptTechnique
@@ -81,44 +81,44 @@ class Way:
     """True if the context has training rows, which a tuned model has learned already."""
 
 
-def ways_to_ask(
+def prompt_variants(
     questions: Sequence[Question],
     train: Sequence[Question],
     documents: Sequence[str],
     embed: Embedder | None = None,
-) -> list[Way]:
+) -> list[PromptVariant]:
     """Return the techniques: unchanged, with examples, with the nearest examples, and with
     passages.
 
     The nearest examples are found by words, and with ``embed`` also by words and meaning.
     """
-    ways = [Way("zero-shot", "zero-shot", [()] * len(questions))]
+    variants = [PromptVariant("zero-shot", "zero-shot", [()] * len(questions))]
     searches: dict[str, Embedder | None] = {"": None}
     if embed is not None:
         searches = {" by words": None, " by words and meaning": embed}
     if train:
         examples = few_shot(train, EXAMPLES, 0)
-        ways.append(
-            Way(
+        variants.append(
+            PromptVariant(
                 "prompt engineering", f"{len(examples)} examples", [examples] * len(questions), True
             )
         )
         for by, search in searches.items():
             nearest = nearest_examples(questions, train, EXAMPLES, search)
             name = f"{EXAMPLES} nearest examples{by}"
-            ways.append(Way("prompt engineering", name, nearest, True))
+            variants.append(PromptVariant("prompt engineering", name, nearest, True))
     if documents:
         for by, search in searches.items():
             passages = retrieve_passages(questions, documents, embed=search)
-            ways.append(Way("RAG", f"passages of the documents{by}", passages))
-    return ways
+            variants.append(PromptVariant("RAG", f"passages of the documents{by}", passages))
+    return variants
 
 
-def rows_of_way(
-    rows: Sequence[Row], questions: Sequence[Question], way: Way, chat: ChatFormat
+def rows_of_variant(
+    rows: Sequence[Row], questions: Sequence[Question], variant: PromptVariant, chat: ChatFormat
 ) -> list[Row]:
     """Return ``rows`` as conversations of a technique, with the members that graders use."""
-    if way.technique == "zero-shot" and not isinstance(rows[0], LabelledText):
+    if variant.technique == "zero-shot" and not isinstance(rows[0], LabelledText):
         return list(rows)
     return [
         Conversation(
@@ -129,7 +129,7 @@ def rows_of_way(
             members=row.members,
             tools=row.tools,
         )
-        for row, question, context in zip(rows, questions, way.context, strict=True)
+        for row, question, context in zip(rows, questions, variant.context, strict=True)
     ]
 
 

@@ -45,16 +45,16 @@ from luthier.workflows.space import (
     start_of,
     with_settings,
 )
-from luthier.workflows.trial_processes import BEST, TrialRunner, run_best, side_by_side
+from luthier.workflows.trial_processes import BEST, TrialRunner, run_best, run_trials
 from luthier.workflows.trials import (
     PLACE,
     Trial,
     TrialOutcome,
-    carry_out,
     describe_trial,
     ended_trials,
     open_journal,
     pruner,
+    run_trial,
     trial_folder,
     trial_of,
 )
@@ -274,11 +274,11 @@ class _Search:
             self.reporter.stage(f"Trial {trial.number} of {self.count}: {describe_trial(trial)}")
         if len(study_trials) > 1 or self.runner.name:
             shared = self._with_threads(self.recipe)
-            outcomes = side_by_side(self.folder, shared, study_trials, self.runner, self.reporter)
+            outcomes = run_trials(self.folder, shared, study_trials, self.runner, self.reporter)
         else:
             recipe = with_settings(self.recipe, trials[0].settings)
             folder = trial_folder(self.folder, first + 1)
-            outcomes = [carry_out(recipe, folder, study_trials[0], self.reporter)]
+            outcomes = [run_trial(recipe, folder, study_trials[0], self.reporter)]
         for trial, each, outcome in zip(trials, study_trials, outcomes, strict=True):
             self._tell(study, trial, each, outcome)
 

@@ -16,7 +16,7 @@ from luthier.library.folders import working_folders
 from luthier.library.models import StoredModel
 from luthier.types import Row
 
-MOST_COMPARED_BYTES = 64_000_000
+MAX_COMPARED_BYTES = 64_000_000
 """Maximum size of the training files to search: a few seconds."""
 
 
@@ -60,7 +60,7 @@ def _trained_rows(
 ) -> dict[int, str]:
     """Return the numbers of ``rows`` with the question of a training row, with the row's location.
 
-    Missing or changed files, files beyond :data:`MOST_COMPARED_BYTES` in total, and held-out lines
+    Missing or changed files, files beyond :data:`MAX_COMPARED_BYTES` in total, and held-out lines
     are skipped.
     """
     if not trained or not any(map(question_of, rows)):
@@ -76,7 +76,7 @@ def _trained_rows(
         skipped = {line for files in held_out for line in files.get(path, ())}
         return (row for row in RowReader(path, columns, checker) if row.line not in skipped)
 
-    usable, remaining = list[str](), MOST_COMPARED_BYTES
+    usable, remaining = list[str](), MAX_COMPARED_BYTES
     for path in filter(os.path.isfile, trained):
         if (size := os.path.getsize(path)) <= remaining:
             remaining -= size

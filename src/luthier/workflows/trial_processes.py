@@ -29,7 +29,7 @@ from luthier.workflows.child_processes import (
     run_processes,
 )
 from luthier.workflows.space import with_settings
-from luthier.workflows.trials import PLACE, TrialOutcome, Watch, carry_out, open_study, trial_folder
+from luthier.workflows.trials import PLACE, TrialOutcome, Watch, open_study, run_trial, trial_folder
 from luthier.workflows.tuning import tune
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TrialRunner(ProcessRunner):
         return Resources()
 
 
-def side_by_side(
+def run_trials(
     folder: Path,
     recipe: Recipe,
     trials: Sequence[optuna.Trial],
@@ -154,7 +154,7 @@ def main(folder: Path, name: str) -> None:
             Watch(Reporter(), trial, work, reported).report()
             return
         try:
-            outcome = carry_out(
+            outcome = run_trial(
                 with_settings(recipe, frozen.params),
                 work,
                 trial,

@@ -123,7 +123,7 @@ def trial_folder(folder: Path, number: int) -> Path:
     return folder / "trials" / f"{number:03d}"
 
 
-def carry_out(
+def run_trial(
     recipe: Recipe, folder: Path, trial: optuna.Trial, reporter: Reporter, reported: int = 0
 ) -> TrialOutcome:
     """Train ``recipe`` in ``folder`` as a trial of a study.

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 
 from luthier.chat_models.base import Reply
 from luthier.errors import WrongState
-from luthier.inference.reply_log import Journal, asking_for, journal_path
+from luthier.inference.reply_log import ReplyLog, logged_for, reply_log_path
 from luthier.server.jobs import deletion
 from luthier.server.jobs.deletion import delete_job
 from luthier.server.tables import removal
@@ -29,8 +29,10 @@ def rows(queue: Any, table: Any) -> int:
 def files_of(job: Job, home: Path) -> list[Path]:
     """Files and folders of the job and of its model, the teacher's replies included."""
     found = [path for path in home.rglob("*") if job.id in str(path.relative_to(home))]
-    journals = [path for path in home.glob("teachers/*/*.jsonl") if job.id in path.read_text()]
-    return found + journals
+    reply_log_folder = [
+        path for path in home.glob("teachers/*/*.jsonl") if job.id in path.read_text()
+    ]
+    return found + reply_log_folder
 
 
 class Killed(BaseException):
@@ -44,10 +46,10 @@ def test_model_and_job_leave_no_files(
     queue.scheduler()
     job = queue.ended(queue.submit("one", steps=2))
     assert job.state == "Completed", job.failure
-    with asking_for(job.account, run_name(job.id)):
-        path = journal_path({"model": "a"}, "a")
-        with Journal.open(path) as journal:
-            journal.append("key", Reply("reply", "stop"))
+    with logged_for(job.account, run_name(job.id)):
+        path = reply_log_path({"model": "a"}, "a")
+        with ReplyLog.open(path) as log:
+            log.append("key", Reply("reply", "stop"))
     with pytest.raises(WrongState):
         delete_job(queue.database, Arns(), job)
     with queue.database.read() as session:

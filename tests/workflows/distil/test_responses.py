@@ -315,15 +315,15 @@ def test_after_kill_9_nothing_is_asked_twice(
         "--set", "training.max_steps=2", "--set", "training.threads=1",
     ]  # fmt: skip
     process = start(luthier_home, *command, "--json")
-    journals = luthier_home / "teachers"
+    reply_log_folder = luthier_home / "teachers"
     deadline = time.monotonic() + 60
-    while sum(path.read_bytes().count(b"\n") for path in journals.glob("*.jsonl")) < 4:
+    while sum(path.read_bytes().count(b"\n") for path in reply_log_folder.glob("*.jsonl")) < 4:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    journal = next(journals.glob("*.jsonl"))
+    journal = next(reply_log_folder.glob("*.jsonl"))
     kept = [line["text"].removeprefix("the answer to ") for line in lines(journal)]
     assert 4 <= len(kept) < 12
     before = dict(endpoint.asked)

@@ -27,7 +27,7 @@ from luthier.workflows.estimate.estimate import (
     estimate,
     measurements,
 )
-from luthier.workflows.estimate.trial import BATCHES
+from luthier.workflows.estimate.trial import TRIAL_BATCHES
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
 
@@ -114,7 +114,7 @@ def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
     left = [path for path in left if path.parts[0] not in ("cache", "probes")]
     assert [str(path) for path in left] == ["estimates", f"estimates/{found.key}.json"]
     assert found.parts.keys() == PARTS.keys()
-    assert 3 <= len(found.tried) <= 2 * BATCHES
+    assert 3 <= len(found.tried) <= 2 * TRIAL_BATCHES
 
     result = train(job)
     actual = read_json(Path(result.run_dir) / ACTUAL)
@@ -166,7 +166,7 @@ def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
     from luthier.workflows.estimate import trial as benchmark
 
     whole = estimate(recipe())
-    monkeypatch.setattr(benchmark, "BATCHES", 2)
+    monkeypatch.setattr(benchmark, "TRIAL_BATCHES", 2)
     less = estimate(recipe())
     assert (less.steps, less.tokens, less.learned) == (whole.steps, whole.tokens, whole.learned)
     assert len(less.tried) == 4
@@ -181,16 +181,16 @@ def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe
     asked = recipe(max_steps=3)
     job = prepare_job(asked, find(asked.base), choose_machine("float32", 1), Reporter())
     own = [order_of(job).batch(step) for step in range(3)]
-    assert sorted(representative(job, BATCHES)) == sorted(own)
+    assert sorted(representative(job, TRIAL_BATCHES)) == sorted(own)
     longer = prepare_job(recipe(), find(asked.base), choose_machine("float32", 1), Reporter())
-    chosen, order = representative(longer, BATCHES), order_of(longer)
+    chosen, order = representative(longer, TRIAL_BATCHES), order_of(longer)
 
     def tokens(batch: list[int]) -> int:
         return sum(longer.data.train[row].tokens for row in batch)
 
     every = [order.batch(step) for step in range(order.steps_per_epoch)]
     whole = [batch for batch in every if len(batch) == 4]
-    assert len(chosen) == BATCHES and all(batch in whole for batch in chosen)
+    assert len(chosen) == TRIAL_BATCHES and all(batch in whole for batch in chosen)
     assert max(map(tokens, chosen)) == max(map(tokens, whole))
 
 

@@ -326,7 +326,7 @@ def named_events(stream: Stream, paths: Sequence[str] = ()) -> Iterator[tuple[st
     open_block: type[TokenChunk | ReasoningChunk] | None = None
     yield "messageStart", {"role": "assistant"}
     for each in stream:
-        reply.take(each)
+        reply.add(each)
         if open_block is not None and not isinstance(each, open_block):
             yield "contentBlockStop", {"contentBlockIndex": index}
             index, open_block = index + 1, None

@@ -91,7 +91,7 @@ class PromptBody(NativeBody):
 
     def response(self, stream: Stream) -> tuple[dict[str, Any], int]:
         """Return the complete response."""
-        (reply,) = stream.whole()
+        (reply,) = stream.results()
         return _generation(reply.text, stream, reply.tokens, reply), reply.tokens
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
@@ -99,7 +99,7 @@ class PromptBody(NativeBody):
         counts."""
         reply = GenerationResult()
         for each in stream:
-            reply.take(each)
+            reply.add(each)
             if isinstance(each, TokenChunk) and each.text:
                 yield _generation(each.text, stream, None, None), 0
             elif isinstance(each, FinishEvent):
@@ -160,7 +160,7 @@ class MessagesForm:
 
     def response(self, stream: Stream) -> tuple[dict[str, Any], int]:
         """Return the response of Converse."""
-        (reply,) = stream.whole()
+        (reply,) = stream.results()
         return render_reply(stream, reply), reply.tokens
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:

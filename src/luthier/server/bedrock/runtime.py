@@ -90,7 +90,7 @@ class _Runtime:
         members = parse_body(operation_models()["Converse"], json_object(request))
         with inference_faults():
             stream = self.pool.submit(stored_id, converse.generation_request(members))
-            (reply,) = stream.whole()
+            (reply,) = stream.results()
         metrics = {"metrics": {"latencyMs": timer.latency()}}
         paths = members.get("additionalModelResponseFieldPaths", ())
         return Response.json(converse.render_reply(stream, reply, paths) | metrics)

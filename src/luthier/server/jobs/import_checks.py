@@ -283,7 +283,7 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
             prompt = "Hello."
         request = GenerationRequest(prompt, max_tokens=ANSWER, temperature=0.0)
         stream = decoder.submit(request)
-        stream.whole()
+        stream.results()
         read = stream.prompt_tokens
     finally:
         decoder.close()

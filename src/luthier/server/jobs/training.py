@@ -32,7 +32,7 @@ from luthier.errors import (
 )
 from luthier.files import folder_size, is_disk_error, verify
 from luthier.formatting import finite_or_none
-from luthier.inference.reply_log import asking_for
+from luthier.inference.reply_log import logged_for
 from luthier.library import models
 from luthier.library.models import StoredModel, find
 from luthier.recipe import DataSpec, parse
@@ -182,7 +182,7 @@ class TrainingWorker(Worker[Job]):
         metrics = MetricsFile(work.folder / METRICS)
         if "progress" in reporter.details:
             reporter.catch_up(metrics.read(), reporter.details["progress"]["steps"])
-        with asking_for(job.account, run_name(job.id)):
+        with logged_for(job.account, run_name(job.id)):
             run = kind.run(recipe, reporter, self._count_processes(reporter))
         reporter.catch_up(metrics.read(), int(run["steps"]))
         verdicts = []

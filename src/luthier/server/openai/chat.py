@@ -285,7 +285,7 @@ def _add_up_tokens(stream: Stream, ended: list[int]) -> Iterator[Event]:
 
 def _completion(parameters: ChatRequest, stream: Stream) -> JsonObject:
     with refusals(parameters.model):
-        answers = stream.whole()
+        answers = stream.results()
     tokens = sum(each.tokens for each in answers)
     return {
         **completion_head("chatcmpl", "chat.completion", parameters.model),

@@ -93,7 +93,7 @@ def complete(inference: Inference, account: str, body: CompletionRequest) -> Jso
     tokens = 0
     with refusals(body.model, "prompt"):
         for stream in streams:
-            for result in stream.whole():
+            for result in stream.results():
                 tokens += result.tokens
                 scores = _logprobs(result.scores, 0) if body.logprobs is not None else None
                 reason = FINISH.get(result.reason, "stop")

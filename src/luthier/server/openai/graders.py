@@ -322,6 +322,6 @@ class PooledModels:
     ) -> str | Failure:
         request = _generation_request(turns, sampling, schema, "")
         try:
-            return self.pool.submit(model, request).whole()[0].text
+            return self.pool.submit(model, request).results()[0].text
         except LuthierError as error:
             return Failure("judge.failed", str(error))

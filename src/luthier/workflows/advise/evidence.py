@@ -24,7 +24,13 @@ from luthier.objectives.base import predicts
 from luthier.types import Row
 from luthier.workflows.estimate.trial import trial_training
 from luthier.workflows.evaluate import grade_replies
-from luthier.workflows.prompting import Technique, Way, questions_of, rows_of_way, ways_to_ask
+from luthier.workflows.prompting import (
+    PromptVariant,
+    Technique,
+    prompt_variants,
+    questions_of,
+    rows_of_variant,
+)
 
 if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
@@ -34,11 +40,11 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
     from luthier.recipe import Recipe
 
-HELD = 40
+HELD_OUT_ROWS = 40
 """Held-out rows for generative models: the standard error of 50 % is 8 points."""
-HELD_LABELS = 400
+HELD_OUT_LABELS = 400
 """Held-out rows for labels, which are fast: the standard error is 2.5 points."""
-LEAST_FITTING = 0.5
+MIN_FITTING = 0.5
 """Minimum share of questions that fit into the context, or a technique is left out."""
 BASELINE_SECONDS = 60.0
 """Time limit of all simple baselines."""
@@ -124,18 +130,18 @@ def gather(
         RefusedInput: as :func:`luthier.engine.train.train` for the recipe.
     """
     with trial_training(recipe, "advice", reporter) as (job, network, loop):
-        ways: _Predictions | _Replies
+        variants: _Predictions | _Replies
         if predicts(job.data.objective):
-            ways = _Predictions(network, job, held)
+            variants = _Predictions(network, job, held)
         else:
-            ways = _Replies(network, job, train, held, documents)
+            variants = _Replies(network, job, train, held, documents)
         reporter.stage(f"Measuring {len(held)} held-out rows without training")
-        tried = ways.measure_untrained(reporter.note)
+        tried = variants.measure_untrained(reporter.note)
         steps = _train(loop, job.steps, seconds, reporter)
         if steps:
             reporter.stage("Measuring the trained model")
-            tried.append(ways.measure_trained(f"after {steps} steps"))
-    return Evidence(len(ways.held), tried, steps, job.steps, tuple(ways.left_out))
+            tried.append(variants.measure_trained(f"after {steps} steps"))
+    return Evidence(len(variants.held), tried, steps, job.steps, tuple(variants.left_out))
 
 
 def _train(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
@@ -170,36 +176,40 @@ class _Replies:
         }
         self.network, self.chat, self.held = network, job.chat, list(held)
         self.questions = questions_of(held, sorted(labels))
-        self.ways = ways_to_ask(self.questions, questions_of(train, sorted(labels)), documents)
+        self.variants = prompt_variants(
+            self.questions, questions_of(train, sorted(labels)), documents
+        )
         self.left_out: list[str] = []
         longest = max(len(self.chat.tokenizer.encode(each.answer)) for each in self.questions)
         self.sampling = Sampling(max_tokens=longest + ROOM)
 
     def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
-        """Measure every way on the same rows; long prompts would make a way look better."""
+        """Measure every variant on the same rows; long prompts would make a variant look better."""
         from luthier.inference.generation import Generator
 
         generator = Generator(self.network, self.chat)
-        rows = fitting = self._fitting(generator, self.ways[0])
-        fitting_ways = []
-        for way in self.ways:
-            way_rows = {*self._fitting(generator, way)}
-            common = [number for number in rows if number in way_rows]
-            if not common or len(common) < LEAST_FITTING * len(fitting):
+        rows = fitting = self._fitting(generator, self.variants[0])
+        measured_variants = []
+        for variant in self.variants:
+            fitting_rows = {*self._fitting(generator, variant)}
+            common = [number for number in rows if number in fitting_rows]
+            if not common or len(common) < MIN_FITTING * len(fitting):
                 self.left_out.append(
-                    f"{way.name}: {len(way_rows)} of {len(self.held)} questions fit into the context"
+                    f"{variant.name}: {len(fitting_rows)} of {len(self.held)} questions fit"
                 )
             else:
                 rows = common
-                fitting_ways.append(way)
+                measured_variants.append(variant)
         if len(rows) < len(self.held):
             note(f"{len(rows)} of {len(self.held)} questions fit into the context")
         self.held = [self.held[number] for number in rows]
         self.questions = [self.questions[number] for number in rows]
         results = []
-        for way in fitting_ways:
-            own = Way(way.technique, way.name, [way.context[number] for number in rows])
-            results.append(self._measure(generator, own, way.technique, way.name))
+        for variant in measured_variants:
+            own = PromptVariant(
+                variant.technique, variant.name, [variant.context[number] for number in rows]
+            )
+            results.append(self._measure(generator, own, variant.technique, variant.name))
             note(results[-1].describe())
         generator.backend.close()
         return results
@@ -210,25 +220,25 @@ class _Replies:
 
         if not self.held:
             raise LuthierError("No held-out row fits into the model's context. Shorten the rows.")
-        way = Way("zero-shot", name, [()] * len(self.held))
+        variant = PromptVariant("zero-shot", name, [()] * len(self.held))
         generator = Generator(self.network, self.chat)
-        result = self._measure(generator, way, "fine-tuning", name)
+        result = self._measure(generator, variant, "fine-tuning", name)
         generator.backend.close()
         return result
 
-    def _prompts(self, way: Way) -> list[Chat]:
-        rows = rows_of_way(self.held, self.questions, way, self.chat)
+    def _prompts(self, variant: PromptVariant) -> list[Chat]:
+        rows = rows_of_variant(self.held, self.questions, variant, self.chat)
         return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]
 
-    def _fitting(self, generator: Generator, way: Way) -> list[int]:
-        prompts = self._prompts(way)
+    def _fitting(self, generator: Generator, variant: PromptVariant) -> list[int]:
+        prompts = self._prompts(variant)
         return [n for n, p in enumerate(prompts) if generator.refusal(p, self.sampling) is None]
 
     def _measure(
-        self, generator: Generator, way: Way, technique: Technique, name: str
+        self, generator: Generator, variant: PromptVariant, technique: Technique, name: str
     ) -> TechniqueResult:
-        rows = rows_of_way(self.held, self.questions, way, self.chat)
-        tokens = sum(map(generator.prompt_tokens, self._prompts(way))) / len(rows)
+        rows = rows_of_variant(self.held, self.questions, variant, self.chat)
+        tokens = sum(map(generator.prompt_tokens, self._prompts(variant))) / len(rows)
         graders = default_graders(rows, lambda text: None)
         if isinstance(self.held[0], Labelled):  # untrained models write labels with capitals
             graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}

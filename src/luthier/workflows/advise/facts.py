@@ -20,7 +20,7 @@ from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.objectives.base import predicts
 from luthier.types import Row
-from luthier.workflows.advise.evidence import HELD, HELD_LABELS, SEED, Evidence, gather
+from luthier.workflows.advise.evidence import HELD_OUT_LABELS, HELD_OUT_ROWS, SEED, Evidence, gather
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -108,11 +108,11 @@ class AdviceFacts:
         }
 
 
-LARGEST_SHARE = 0.3
+MAX_HELD_OUT_SHARE = 0.3
 """Maximum share of held-out rows."""
-FEWEST = 5
+MIN_ROWS = 5
 """Minimum training rows and minimum held-out rows."""
-TRIED = frozenset({"prompt", "messages", "label"})
+TASK_SHAPES = frozenset({"prompt", "messages", "label"})
 """Shapes of rows with one right answer."""
 
 
@@ -151,7 +151,7 @@ def collect(
     evidence: Evidence | None = None
     if not refused and shape != "prompt_only":
         estimate = _estimate(recipe, reporter)
-        if shape in TRIED:
+        if shape in TASK_SHAPES:
             evidence = _try_techniques(recipe, rows, documents, seconds, reporter)
     learning: Any = report.summaries.get("learning", {})
     tokens = learning.get("splits", {}).get("train", {})
@@ -276,8 +276,8 @@ def _try_techniques(
 ) -> Evidence | None:
     """Split the rows and measure the techniques on the held-out rows."""
     train, held = _split_rows(recipe, rows)
-    if len(held) < FEWEST or len(train) < FEWEST:
-        reporter.note(f"no technique measured: fewer than {FEWEST} training or held-out rows")
+    if len(held) < MIN_ROWS or len(train) < MIN_ROWS:
+        reporter.note(f"no technique measured: fewer than {MIN_ROWS} training or held-out rows")
         return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -334,7 +334,7 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
     from luthier.data.splitting import split_rows, strata_of
     from luthier.gate.row_keys import group_related
 
-    count = HELD_LABELS if predicts(recipe.objective) else HELD
+    count = HELD_OUT_LABELS if predicts(recipe.objective) else HELD_OUT_ROWS
     if recipe.data.validation:
         held = load_rows(recipe.data.validation, recipe.data.columns)
         if len(held) > count:  # stratified, because files are often sorted by label
@@ -347,6 +347,6 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
         return [
             row for row, group in zip(rows, groups, strict=True) if group not in held_groups
         ], held
-    share = min(LARGEST_SHARE, count / len(rows))
+    share = min(MAX_HELD_OUT_SHARE, count / len(rows))
     train_N, held_N = split_rows(strata_of(rows), group_related(rows), [share], SEED)
     return [rows[i] for i in train_N], [rows[i] for i in held_N][: 2 * count]

@@ -32,7 +32,7 @@ CORPUS = 100_000
 LARGE_CORPUS = 10_000_000
 PAIRS = 500
 """Preference pairs below which reported gains are within the noise of judging."""
-LEAST_TRIAL = 0.1
+MIN_TRIAL_SHARE = 0.1
 """Minimum share of steps for an extrapolation of a trial."""
 SURE = 0.95
 """Score above which tuning cannot gain (Bedrock's guide to reinforcement fine-tuning)."""
@@ -249,7 +249,7 @@ def _best_measured(facts: AdviceFacts, *techniques: Technique) -> str:
     return f"{best.result} ({best.name})" if best else ""
 
 
-LEAST_HELD = 20
+MIN_HELD_OUT = 20
 """Minimum held-out rows for a difference: each of fewer rows is more than 5 %."""
 EXPENSIVE = 3.0
 """Ratio of input tokens per answer from which training pays off."""
@@ -384,7 +384,7 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
     tuned = evidence and evidence.best("fine-tuning")
     if not evidence or not best:
         return "", ["no technique without training was measured"], True
-    enough = evidence.held >= LEAST_HELD
+    enough = evidence.held >= MIN_HELD_OUT
     gain, sure = _gain(tuned, best, evidence.held) if tuned else (0.0, False)
     if best.score >= SURE and not (gain > 0 and sure):
         return best.technique, [f"{best.name}: {best.score:.1%} right without training"], enough
@@ -422,7 +422,7 @@ def _most_reachable(evidence: Evidence, tuned: TechniqueResult) -> float | None:
     """
     probe = next((each.score for each in evidence.tried if each.name == LINEAR_PROBE), None)
     share = evidence.steps / max(1, evidence.all_steps)
-    if probe is None or share < LEAST_TRIAL:
+    if probe is None or share < MIN_TRIAL_SHARE:
         return None
     return min(1.0, tuned.score + max(0.0, tuned.score - probe) * (1 - share) / share)
 

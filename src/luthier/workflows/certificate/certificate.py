@@ -38,7 +38,7 @@ from luthier.validation import describe_constraint
 
 ASSUMED_WATTS = {"cpu": 100.0, "gpu": 700.0}
 """Power of the whole machine without a measurement: a computer under load, an H100."""
-MOST_POINTS = 200
+MAX_POINTS = 200
 """Maximum points of a curve; longer curves are thinned evenly."""
 
 
@@ -271,7 +271,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]
             for line in lines
             if line.get("event") == event and math.isfinite(line.get("loss", math.nan))
         ]
-        stride = -(-len(points) // (MOST_POINTS - 1)) or 1
+        stride = -(-len(points) // (MAX_POINTS - 1)) or 1
         if points:
             # The last point is where the run ended, whatever the stride.
             curves[event] = [*points[:-1:stride], points[-1]]

@@ -13,7 +13,7 @@ from luthier.workflows.certificate.certificate import Certificate, Forecast, Sto
 
 WIDTH, FLOOR, LEFT = 700, 220, 52
 """Pixels of the loss chart: width, height of the axis, and left margin."""
-MOST_VALUES = 40
+MAX_VALUES = 40
 """Values of a report on the page."""
 
 
@@ -215,6 +215,6 @@ def _result_table(result: Mapping[str, Any]) -> Table | None:
         for name, value in dotted_items(result)
         if isinstance(value, str | int | float) and name != "verdict"
     ]
-    further = max(0, len(values) - MOST_VALUES)
+    further = max(0, len(values) - MAX_VALUES)
     columns = {"": "name", "value": "text"}
-    return Table.of("Values", columns, values[:MOST_VALUES], further) if values else None
+    return Table.of("Values", columns, values[:MAX_VALUES], further) if values else None

@@ -34,9 +34,9 @@ from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
 from luthier.files import json_lines, luthier_home, sha256_of, write_bytes, write_json
 from luthier.graders import Grader
 from luthier.inference.reply_log import (
-    Journal,
-    journal_path,
-    key_of,
+    ReplyLog,
+    reply_key,
+    reply_log_path,
 )
 from luthier.library.folders import short_name
 from luthier.library.models import StoredModel, find
@@ -177,7 +177,7 @@ class _Responses:
         skip = reject_prompts(rows, self.recipe.insights)
         questions = {index: row.turns() for index, row in enumerate(rows) if index not in skip}
         settings = sampling.model_dump(mode="json")
-        keys = [key_of(teacher.identity, each, settings) for each in questions.values()]
+        keys = [reply_key(teacher.identity, each, settings) for each in questions.values()]
 
         def ask(positions: list[int], done: Done) -> None:
             logged = len(keys) - len(positions)
@@ -198,11 +198,11 @@ class _Responses:
             missing = [conversations[position] for position in positions]
             teacher.ask(missing, sampling, on_answer, reporter.note)
 
-        with Journal.open(journal_path(teacher.identity, teacher.name)) as journal:
+        with ReplyLog.open(reply_log_path(teacher.identity, teacher.name)) as log:
             try:
-                outcomes = journal.complete(keys, ask)
+                outcomes = log.complete(keys, ask)
             except KeyboardInterrupt:
-                finished = sum(key in journal.replies for key in keys)
+                finished = sum(key in log.replies for key in keys)
                 raise Interrupted(
                     f"Stopped with {finished:,} of {len(keys):,} answers stored. Run the same command "
                     "with `--resume` to continue."

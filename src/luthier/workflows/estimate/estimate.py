@@ -107,11 +107,11 @@ class FittedLine:
         return PredictionInterval(value, max(0.0, value - error), value + error)
 
 
-DRIFT = 0.1
+SPEED_DRIFT = 0.1
 """Relative drift of a machine's speed, measured on a virtual machine (``docs/results.md``)."""
 MEMORY_SLACK = 0.1
 """Relative growth of the peak after the first steps, by fragmentation of freed memory."""
-COUNTED = 0.1
+SINGLE_ERROR = 0.1
 """Relative error of parts that are measured once."""
 PER_STEP = 400
 """Bytes of a line of the metrics."""
@@ -208,7 +208,7 @@ def estimate_from(measured: Measurement) -> Estimate:
         tokens=tokens,
         learned=tokens.times(ratio),
         parts=parts,
-        seconds=seconds.widen(DRIFT, DRIFT),
+        seconds=seconds.widen(SPEED_DRIFT, SPEED_DRIFT),
         memory=_memory(measured),
         disk=_disk(measured, parts),
         modelled_memory=job.expected_memory,
@@ -219,17 +219,23 @@ def estimate_from(measured: Measurement) -> Estimate:
 def _parts(measured: Measurement) -> dict[str, PredictionInterval]:
     """Seconds of each part of the run."""
     once, trial = measured.seconds, measured.trial
-    parts = {name: PredictionInterval.around(once[name], COUNTED, COUNTED) for name in PARTS}
+    parts = {
+        name: PredictionInterval.around(once[name], SINGLE_ERROR, SINGLE_ERROR) for name in PARTS
+    }
     # An average row is behind both, so that what is said of the tried rows holds for all of them.
     scale = measured.work.row_tokens / max(1, trial.row_tokens)
     parts["ahead"] = parts["ahead"].times(scale)
     parts["calibrate"] = parts["calibrate"].times(measured.calibration)
     parts["baselines"] = _baselines(measured)
     parts["steps"] = _steps(measured)
-    parts["validation"] = PredictionInterval.around(_validation(measured), COUNTED, COUNTED)
+    parts["validation"] = PredictionInterval.around(
+        _validation(measured), SINGLE_ERROR, SINGLE_ERROR
+    )
     step_seconds = parts["steps"].value + parts["validation"].value
     writes = _checkpoints(step_seconds, measured.work.steps, once["checkpoints"])
-    parts["checkpoints"] = PredictionInterval.around(writes * once["checkpoints"], COUNTED, COUNTED)
+    parts["checkpoints"] = PredictionInterval.around(
+        writes * once["checkpoints"], SINGLE_ERROR, SINGLE_ERROR
+    )
     if refit_steps := measured.job.refit_steps:
         for name in ("data", "load", "begin", "ahead", "calibrate"):
             parts[name] = _with_refit(parts[name], 1.0)

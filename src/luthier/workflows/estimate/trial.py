@@ -44,7 +44,7 @@ from luthier.objectives.base import with_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
 
-LOOKED_AT = 200
+SAMPLED_STEPS = 200
 """Maximum steps with built token trees; steps of a longer run are sampled evenly."""
 
 
@@ -100,7 +100,7 @@ def workload_of(job: TrainingJob) -> Workload:
 
 def spread_steps(job: TrainingJob) -> list[int]:
     """Numbers of steps, spread evenly over the run."""
-    count = min(job.steps, LOOKED_AT)
+    count = min(job.steps, SAMPLED_STEPS)
     return sorted({int(position * job.steps / count) for position in range(count)})
 
 
@@ -150,12 +150,12 @@ def _learned_tokens(job: TrainingJob, row: Example) -> int:
     return sum(int(np.count_nonzero(view.weight_T)) for view in job.data.objective.views([row]))
 
 
-BATCHES = 5
+TRIAL_BATCHES = 5
 """Number of tried batches. Each batch runs twice, because the first run creates matrix kernels."""
-LEAST_STEPS = 3
-PATIENCE = 60.0
+MIN_STEPS = 3
+TRIAL_SECONDS = 60.0
 """Seconds after which no step starts, beyond the minimum number of steps."""
-HELD_ROWS = 3 * PARITY_ROWS
+VALIDATION_ROWS = 3 * PARITY_ROWS
 """Validation rows of a measurement."""
 
 
@@ -257,7 +257,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     clock = Clock()
     with clock.part("data"):
         job = prepare_job(recipe, base, machine, reporter)
-    work, batches = workload_of(job), representative(job, BATCHES)
+    work, batches = workload_of(job), representative(job, TRIAL_BATCHES)
     rows = [row for batch in batches for row in batch]
     with temporary_run(base.root, "estimates") as run:
         sampled = job.with_sample(rows, _validation_sample(job))
@@ -287,7 +287,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
 def _validation_sample(job: TrainingJob) -> list[int]:
     """Validation rows to measure on, evenly spread."""
     available = len(job.data.validation)
-    count = min(available, HELD_ROWS)
+    count = min(available, VALIDATION_ROWS)
     return [int(position * available / count) for position in range(count)]
 
 
@@ -334,7 +334,7 @@ def _tries(loop: Loop, batches: int, reporter: Reporter) -> list[TimedStep]:
     started, tries, total = time.monotonic(), list[TimedStep](), 2 * batches
     for step in range(total):
         tries.append(TimedStep(step % batches, loop.step(), step < batches))
-        late = time.monotonic() - started > PATIENCE and len(tries) >= LEAST_STEPS
+        late = time.monotonic() - started > TRIAL_SECONDS and len(tries) >= MIN_STEPS
         reporter.progress(total if late else step + 1, total, "steps tried")
         if late:
             break
