@@ -46,14 +46,14 @@ from luthier.models.save import save_adapter, save_format, save_network, stored_
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import RunModels, add_modules
-from luthier.objectives.pairs import Judged
+from luthier.objectives.pairs import PreferenceObjective
 from luthier.recipe import Training
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
 DECODERS, ENCODERS = ("llama", "gpt2", "palm", "transfo_xl"), ("bert", "roberta", "albert")
 READERS, MASKLESS = (*ENCODERS, "xlnet", "elmo"), (*DECODERS, "t5", "xlnet", "elmo")
-JUDGED = [name for name, kind in OBJECTIVES.items() if issubclass(kind, Judged)]
+JUDGED = [name for name, kind in OBJECTIVES.items() if issubclass(kind, PreferenceObjective)]
 FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet", "elmo")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]

@@ -181,10 +181,10 @@ def test_who_asked_to_resume_alone_is_told_that_nothing_was_interrupted(
     """Pipelines and jobs go on with what has begun, and their user asked for nothing."""
     file = ReportFile(tmp_path / "reports.jsonl")
     file.nothing_to_resume("base:x")
-    ReportReader(file.path).hand_on(progress.LiveReporter(resume))
+    ReportReader(file.path).forward(progress.LiveReporter(resume))
     assert ("base:x:" in capsys.readouterr().err) == resume
     job = Job(id="j", details={})
-    ReportReader(file.path).hand_on(JobReporter(job, str))
+    ReportReader(file.path).forward(JobReporter(job, str))
     assert "interrupted" not in str(job.details)
 
 

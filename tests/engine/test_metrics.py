@@ -44,7 +44,7 @@ def test_text_that_holds_line_ends_stays_on_one_line(metrics: MetricsFile) -> No
     metrics.append({"note": "a\nb\u2028c\x85d"})
     metrics.append({"note": "e"})
     assert [record["note"] for record in metrics.read()] == ["a\nb\u2028c\x85d", "e"]
-    metrics.cut(1)
+    metrics.truncate(1)
     assert [record["note"] for record in metrics.read()] == ["a\nb\u2028c\x85d"]
 
 
@@ -55,7 +55,7 @@ def test_there_are_no_records_before_the_first(metrics: MetricsFile) -> None:
 def test_cutting_keeps_the_first_lines_and_goes_on_counting(metrics: MetricsFile) -> None:
     for step in range(1, 6):
         metrics.append(line(step, 1.0))
-    metrics.cut(2)
+    metrics.truncate(2)
     assert [record["step"] for record in metrics.read()] == [1, 2]
     assert metrics.append(line(3, 0.5)) == 3
     assert [record["loss"] for record in metrics.read()] == [1.0, 1.0, 0.5]
@@ -65,12 +65,12 @@ def test_a_new_process_counts_from_what_it_keeps(metrics: MetricsFile) -> None:
     for step in range(1, 4):
         metrics.append(line(step, 1.0))
     again = MetricsFile(metrics.path)
-    again.cut(3)
+    again.truncate(3)
     assert again.append(line(4, 1.0)) == 4
 
 
 def test_a_file_that_is_not_there_can_be_cut(metrics: MetricsFile) -> None:
-    metrics.cut(0)
+    metrics.truncate(0)
     assert metrics.read() == []
 
 
@@ -79,7 +79,7 @@ def test_a_line_that_a_kill_cut_short_is_not_read(metrics: MetricsFile) -> None:
     with metrics.path.open("a") as file:
         file.write('{"event": "train", "st')
     assert [record["step"] for record in metrics.read()] == [1]
-    metrics.cut(1)
+    metrics.truncate(1)
     metrics.append(line(2, 0.5))
     assert [record["step"] for record in metrics.read()] == [1, 2]
 

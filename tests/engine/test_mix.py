@@ -137,7 +137,7 @@ def test_mixing_adds_rows_to_each_step_and_not_steps() -> None:
     assert plain.training.epochs == more.training.epochs
     assert steps_of(plain, 320) == steps_of(more, 320, mixed)
     assert (
-        "16 of the main file"
+        "16 rows of the main file"
         in {field: reason for field, _, reason in choices}["training.batch_size"]
     )
 

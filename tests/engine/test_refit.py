@@ -195,7 +195,7 @@ def test_a_run_that_is_broken_in_either_training_goes_on_to_the_same_bits(
     notes = Notes()
     again = train(recipe("broken"), resume=True, reporter=notes)
     if step > STEPS + 2:
-        assert f"going on after step {STEPS - 2}" in notes.notes
+        assert f"resuming from step {STEPS - 2}" in notes.notes
     assert sha256(again) == sha256(whole)
     assert (again.steps, again.tokens, again.refit) == (whole.steps, whole.tokens, whole.refit)
     assert again.verdict is not None and whole.verdict is not None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.engine.metrics import Reporter
-from luthier.engine.report_file import ReportFile, ReportReader, handing_on
+from luthier.engine.report_file import ReportFile, ReportReader, forward_reports
 
 
 class Heard(Reporter):
@@ -51,17 +51,17 @@ def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
 def test_a_line_is_handed_on_once_when_it_is_whole(tmp_path: Path) -> None:
     path, heard = tmp_path / "reports.jsonl", Heard()
     reader = ReportReader(path)
-    reader.hand_on(heard)  # it is not there yet
+    reader.forward(heard)  # it is not there yet
     file = ReportFile(path)
     file.note("one")
     with path.open("a") as unfinished:
         unfinished.write('["note", ["t')
-    reader.hand_on(heard)
-    reader.hand_on(heard)
+    reader.forward(heard)
+    reader.forward(heard)
     with path.open("a") as rest:
         rest.write('wo"]]\n')
     file.metrics({"loss": 0.5}, 8)
-    reader.hand_on(heard)
+    reader.forward(heard)
     assert heard.calls == ["one", "two", ({"loss": 0.5}, 8)]
     reader.remove()
     assert not [*tmp_path.iterdir()]
@@ -76,7 +76,7 @@ def test_a_reporter_that_breaks_holds_no_run_up(tmp_path: Path) -> None:
         file.note("after")
 
     def follow() -> None:
-        with handing_on(path, heard):
+        with forward_reports(path, heard):
             thread = threading.Thread(target=run, daemon=True)
             thread.start()
             thread.join(30)

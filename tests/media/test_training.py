@@ -19,7 +19,7 @@ from short_runs import Notes
 import luthier
 from luthier.data.inputs import MediaInput, save_processor
 from luthier.data.rows import load_rows
-from luthier.engine.job import with_reading_defaults
+from luthier.engine.job import with_base_defaults
 from luthier.engine.loop import Loop
 from luthier.errors import CorruptFile, DataError, RecipeError, RefusedInput
 from luthier.library import models as store
@@ -380,7 +380,7 @@ def test_a_part_of_random_weights_is_warned_of(pictures: Path, base: Path) -> No
         fields = {"base": str(base), "data": {"train": str(pictures / "learn")}}
         recipe = Recipe.parse({**fields, "adaptation": {"method": adaptation}})
         reporter = Notes()
-        with_reading_defaults(recipe, stored, stored.chat, reporter)
+        with_base_defaults(recipe, stored, stored.chat, reporter)
         return [note for note in reporter.notes if "random numbers" in note]
 
     assert not notes("full")

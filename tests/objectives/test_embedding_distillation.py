@@ -21,7 +21,7 @@ from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive, EmbeddingDistillation
 from luthier.objectives.base import OtherModel, RunModels
-from luthier.objectives.embedding_distillation import project, turn
+from luthier.objectives.embedding_distillation import project, rotate
 from luthier.objectives.means import mean_loss
 from luthier.recipe import Recipe
 
@@ -89,7 +89,7 @@ def test_turning_finds_the_way_back() -> None:
     torch.manual_seed(1)
     points = torch.randn(30, 6)
     rotation, _ = torch.linalg.qr(torch.randn(6, 6))
-    torch.testing.assert_close(turn(points @ rotation, points), points, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotate(points @ rotation, points), points, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -147,9 +147,9 @@ def outcome(home: Path) -> Outcome:
     manifest = json.loads((model / "luthier.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((run / "result.json").read_text())
-    # How long a longer run would take follows from how long this one took.
+    # The estimated duration in the advice depends on the measured duration.
     result["verdict"]["advice"] = re.sub(
-        "take .* more", "take some more", result["verdict"]["advice"]
+        "takes .* more", "takes some more", result["verdict"]["advice"]
     )
     return Outcome(
         manifest,

@@ -15,7 +15,7 @@ from command_line import Answer
 from short_runs import metrics_of
 
 from luthier.engine.metrics import Reporter
-from luthier.engine.tracking import tracked
+from luthier.engine.tracking import track
 from luthier.engine.train import train
 from luthier.errors import Interrupted, RecipeError
 from luthier.recipe import Recipe
@@ -93,7 +93,7 @@ def test_the_end_of_a_run_is_recorded(recorded: Callable[[str], Recorded], tmp_p
         tracker = recorded("")
         with (
             pytest.raises(type(error)),
-            tracked(Reporter(), ["recorded"], "m:x", tmp_path, {}),
+            track(Reporter(), ["recorded"], "m:x", tmp_path, {}),
         ):
             raise error
         assert tracker.status == [status]
@@ -151,7 +151,7 @@ def test_mlflow_keeps_the_run_of_a_resumed_training(
     line = {"event": "train", "step": 1, "loss": 2.0, "measure": "loss"}
 
     def interrupted() -> None:
-        with tracked(Reporter(), ["mlflow"], "m:x", tmp_path, {"a": {"b": 1}}) as reporter:
+        with track(Reporter(), ["mlflow"], "m:x", tmp_path, {"a": {"b": 1}}) as reporter:
             reporter.metrics(line, 2)
             raise Interrupted("x")
 
@@ -161,7 +161,7 @@ def test_mlflow_keeps_the_run_of_a_resumed_training(
     (experiment,) = [each for each in client.search_experiments() if each.name == "luthier"]
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "KILLED"
-    with tracked(Reporter(), ["mlflow"], "m:x", tmp_path, {"a": {"b": 1}}) as reporter:
+    with track(Reporter(), ["mlflow"], "m:x", tmp_path, {"a": {"b": 1}}) as reporter:
         reporter.metrics({**line, "step": 2}, 2)
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.status, run.data.params) == ("FINISHED", {"a.b": "1"})

@@ -274,7 +274,7 @@ def test_a_tagger_beside_the_linear_probe_of_each_word(
     assert "the most frequent tag of each word" in names
     # A base that reads less of a row than the tuned model has no state for each of its words.
     monkeypatch.setattr(
-        "luthier.library.models.room_of",
+        "luthier.library.models.row_limit",
         lambda stored: stored.room if stored.id == "bert:tags" else 8,
     )
     found = luthier.compare(test, tuned=["bert:tags"])

@@ -248,7 +248,7 @@ def test_two_processes_have_the_curve_of_one_and_go_on_where_they_were_stopped(
     with pytest.raises(Interrupted):
         made(fields(training, name="two"), reporter=stopping, processes=2)
     two = made(fields(training, name="two"), resume=True, reporter=heard, processes=2)
-    assert any(note.startswith("going on after step") for note in heard.notes)
+    assert any(note.startswith("resuming from step") for note in heard.notes)
     assert len(train_losses(one)) == 43
     assert train_losses(two) == pytest.approx(train_losses(one), rel=1e-5)
     assert (two.steps, two.tokens) == (one.steps, one.tokens)

@@ -78,8 +78,7 @@ class Adapters(Adaptation):
             family = getattr(getattr(model, "config", None), "model_type", "this type")
             other = "placement=pfeiffer or lora" if last else "lora"
             raise RecipeError(
-                f"{placement} adapters do not know where the sublayers of networks of type "
-                f"{family} end. Use {other}.",
+                f"{placement} adapters do not support networks of type {family}. Use {other}.",
                 rule="adapter.network",
             )
         model.requires_grad_(False)
@@ -114,7 +113,7 @@ def _ends(model: nn.Module, kind: re.Pattern[str]) -> list[str]:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         is_layer = isinstance(weight, Tensor) and weight.dim() in (2, 4)  # and no norm
-        if is_layer and (found := kind.search(name)) and not is_inside(name, others):
-            block = found.groupdict().get("block")
-            last[name[: found.end("block")] if block else name] = name
+        if is_layer and (match := kind.search(name)) and not is_inside(name, others):
+            block = match.groupdict().get("block")
+            last[name[: match.end("block")] if block else name] = name
     return [*last.values()]

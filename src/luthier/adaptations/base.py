@@ -99,8 +99,8 @@ class Adaptation(StrictModel):
 
         if not self.takes_media and media_config(model.config) is not None:
             raise RecipeError(
-                f"{self.method} works among the tokens of a text, and this network reads images, "
-                "sounds or time series. Use full, lora, adapters, freeze, bitfit or feature_extraction"
+                f"{self.method} requires text tokens, and the network's input is images, audio "
+                "or time series. Use full, lora, adapters, freeze, bitfit or feature_extraction"
             )
         self.adapt(model)
         new, frozen = head_weights(model), frozen_parts(model)

@@ -32,13 +32,13 @@ class FeatureExtraction(Adaptation):
         head = network.get_output_embeddings()
         if head is None:
             raise RecipeError(
-                "feature_extraction trains a head, and for this objective the network has none. Use "
-                "lora, or freeze the bottom layers."
+                "feature_extraction trains a head, and the network has none for this objective. "
+                "Use lora or freeze."
             )
         if head.weight is network.get_input_embeddings().weight:
             raise RecipeError(
-                "feature_extraction trains the output head, and this network's is tied to its input "
-                "embedding, which is frozen. Use lora, or freeze the bottom layers."
+                "feature_extraction trains the output head, and the network's head is tied to "
+                "the frozen input embedding. Use lora or freeze."
             )
         head.requires_grad_(True)
 

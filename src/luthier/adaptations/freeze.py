@@ -68,9 +68,9 @@ class Freeze(Adaptation):
         if missed[best] > 0.5:
             shares = dict.fromkeys(1 - len(_every(count, n)) / count for n in steps)
             raise RecipeError(
-                f"training every n-th of {count} layers freezes a share of "
-                f"{', '.join(f'{share:.3g}' for share in shares)}, and not of {self.share:g}. Take "
-                "one of these, or frozen=alternate, which takes any.",
+                f"`adaptation.share={self.share:g}` is not possible with frozen=interval and "
+                f"{count} layers, only {', '.join(f'{share:.3g}' for share in shares)}. Use a "
+                "possible share, or frozen=alternate.",
                 rule="freeze.share",
             )
         return best

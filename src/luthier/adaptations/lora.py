@@ -65,7 +65,10 @@ class LoRA(Adaptation):
             if not isinstance(base, nn.Conv2d):
                 return kind(base, self.rank, self.scale, self.dropout)
             if self.dora:
-                raise RecipeError("adaptation.dora is for linear layers; leave it out here")
+                raise RecipeError(
+                    "adaptation.dora requires linear layers, and the network has convolutions. "
+                    "Remove the setting"
+                )
             return LoRAConv2d(base, self.rank, self.scale, self.dropout)
 
         replace_modules(model, names, wrap)

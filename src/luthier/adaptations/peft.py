@@ -46,9 +46,9 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
     from peft import LoraConfig
 
     if fields.get("peft_type") != "LORA":
-        raise _refusal(f"peft_type is {fields.get('peft_type')!r}, and LORA is taken.")
+        raise _refusal(f"peft_type is {fields.get('peft_type')!r}; only LORA is supported.")
     if fields.get("task_type") not in ("CAUSAL_LM", None):
-        raise _refusal(f"task_type is {fields.get('task_type')!r}, and CAUSAL_LM is taken.")
+        raise _refusal(f"task_type is {fields.get('task_type')!r}; only CAUSAL_LM is supported.")
     if fields.get("init_lora_weights", True) not in _STARTS:
         text = (
             f"init_lora_weights is {fields['init_lora_weights']!r}, which changes the base model."
@@ -60,7 +60,7 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
             continue
         if name == "bias" and value == "none":
             continue
-        raise _refusal(f"{name} is {str(value)[:100]!r}, which is not supported here.")
+        raise _refusal(f"{name} is {str(value)[:100]!r}, which is not supported.")
     _check_rank(fields.get("r"), weights)
     _check_vocabulary(weights, model)
     try:
@@ -73,15 +73,15 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
             targets=_targets(weights, model),
         )
     except (KeyError, ValueError) as error:
-        raise _refusal(f"Its numbers are no LoRA's: {str(error)[:300]}") from error
+        raise _refusal(f"Invalid values for LoRA: {str(error)[:300]}") from error
     except RecipeError as error:
-        raise _refusal(f"It is made for another network: {error}") from error
+        raise _refusal(f"The adapter belongs to another network: {error}") from error
 
 
 def target_modules(names: Iterable[str]) -> list[str]:
     """Return the full names of the layers that a saved adapter changes, from the ``names`` of its
     weights."""
-    return sorted(found[1] for name in names if (found := _LORA_A.fullmatch(name)))
+    return sorted(match[1] for name in names if (match := _LORA_A.fullmatch(name)))
 
 
 def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
@@ -105,8 +105,8 @@ def _check_vocabulary(weights: Mapping[str, Tensor], model: nn.Module) -> None:
                 "adapter_model.safetensors", "adapter.vocabulary",
                 f"The adapter has embeddings for {weight.shape[0]:,} tokens ({name[:200]}); the base "
                 f"model has {rows:,}.",
-                "Merge the adapter into its model first (merge_and_unload), save the model and its "
-                "tokenizer, and name that folder.",
+                "Merge the adapter into the base model (merge_and_unload), save model and "
+                "tokenizer, and use the new folder.",
             )  # fmt: skip
 
 

@@ -32,23 +32,22 @@ class Prompt(VirtualTokens):
 
         if prompt_ids(model):
             raise RecipeError(
-                "the model to start from has a soft prompt already, which a second one would replace. "
-                "Train lora on it, or a prompt on the model below it.",
+                "the base model has a soft prompt already, and only one is possible. Train lora "
+                "on this model, or a prompt on the original base.",
                 rule="adapter.occupied",
             )
         if (reach := truncation_length(model)) is not None:
             kind = model.config.model_type  # type: ignore[union-attr]
             raise RecipeError(
-                "a soft prompt stands at the beginning of a row, and in networks of type "
-                f"{kind} no gradient flows back over the borders of segments, here of {reach} "
-                "tokens: what is learned behind the first would not teach it. Use lora."
+                f"a soft prompt cannot be trained in networks of type {kind}: no gradient "
+                f"crosses the segments of {reach} tokens. Use lora."
             )
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         if embedding is None:
             kind = model.config.model_type  # type: ignore[union-attr]
             raise RecipeError(
-                "a soft prompt is vectors among those of the tokens, and in networks of type "
-                f"{kind} tokens have none of their own. Use full.",
+                f"a soft prompt requires token embeddings, and networks of type {kind} have "
+                "none. Use full.",
                 rule="prompt.no_tokens",
             )
         model.requires_grad_(False)

@@ -26,9 +26,9 @@ class PromptEmbedding(LayerWrapper):
     def forward(self, ids: Tensor) -> Tensor:
         """Return embeddings ``[..., H]`` of ``ids [...]``."""
         vocabulary = len(self.base_layer.weight)
-        known: Tensor = self.base_layer(ids.clamp(max=vocabulary - 1))
+        embeddings: Tensor = self.base_layer(ids.clamp(max=vocabulary - 1))
         virtual = ids >= vocabulary
         if not virtual.any():
-            return known
+            return embeddings
         prompt = self.prompt_embeddings[(ids - vocabulary).clamp(min=0)]
-        return torch.where(virtual[..., None], prompt, known)
+        return torch.where(virtual[..., None], prompt, embeddings)

@@ -71,8 +71,8 @@ class QLoRA(Adaptation):
         """
         if find_spec("bitsandbytes") is None:
             raise RecipeError(
-                "qlora stores the base model in 4 or 8 bits with bitsandbytes, which is not "
-                "installed: pip install 'luthier[qlora]'. Or use lora.",
+                "qlora requires bitsandbytes, which is not installed: pip install "
+                "'luthier[qlora]'. Or use lora.",
                 rule="adapter.extra",
             )
         from luthier.adaptations.qlora_layer import Packing, QLoRALinear, QuantizedLinear

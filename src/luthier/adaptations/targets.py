@@ -53,27 +53,27 @@ def linear_targets(
     if targets is None:
         targets = usual_targets(model) or ALL_LINEAR
     if targets == ALL_LINEAR:
-        found = names
+        selected = names
     else:
-        wanted = (targets,) if isinstance(targets, str) else targets
-        found = [n for n in names if any(n == t or n.endswith(f".{t}") for t in wanted)]
+        endings = (targets,) if isinstance(targets, str) else targets
+        selected = [n for n in names if any(n == t or n.endswith(f".{t}") for t in endings)]
         ends = sorted({name.rpartition(".")[2] for name in names})
-        missing = [t for t in wanted if not any(n == t or n.endswith(f".{t}") for n in names)]
+        missing = [t for t in endings if not any(n == t or n.endswith(f".{t}") for n in names)]
         if missing:
             raise RecipeError(
-                f"no linear layer is called {', '.join(missing)}. This network has: "
-                f"{', '.join(ends)}; or use {ALL_LINEAR}.",
+                f"no linear layer is called {', '.join(missing)}. Choose from {', '.join(ends)}, "
+                f"or {ALL_LINEAR}.",
                 rule="adapter.targets",
             )
     if blocks is not None:
         inside = _in_blocks(model, blocks)
-        found = [name for name in found if name.startswith(inside)]
-    if not found:
+        selected = [name for name in selected if name.startswith(inside)]
+    if not selected:
         where = " in these blocks" if blocks is not None else ""
         raise RecipeError(
             f"this network has no linear layers to adapt{where}", rule="adapter.network"
         )
-    return found
+    return selected
 
 
 def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:
     there = {int(number) for _, number in blocks}
     if missing := sorted(set(numbers) - there):
         raise RecipeError(
-            f"this network has no block {missing[0]}; its blocks have the numbers 0 to {max(there)}",
+            f"the network has no block {missing[0]}, only 0 to {max(there)}",
             setting="adaptation.layers_to_transform",
         )
     chosen = tuple(f"{stack}.{number}." for stack, number in blocks if int(number) in numbers)

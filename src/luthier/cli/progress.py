@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.cli.console import new_console
-from luthier.engine.metrics import Reporter, metrics_beside
+from luthier.engine.metrics import Reporter, additional_metrics
 from luthier.formatting import command_option, format_duration, map_code, printable
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -133,7 +133,7 @@ class LiveReporter(Reporter):
             self._unprinted = f"  step {line['step']}: val {line[name]:.3f}"
             if self.draws:
                 kept = "  (kept)" if line["best_step"] == line["step"] else ""
-                beside = (each for each in metrics_beside(name) if each in line)
+                beside = (each for each in additional_metrics(name) if each in line)
                 scores = "".join(f"  {each} {line[each]:.3f}" for each in beside)
                 if self._progress is None:
                     self._open(steps)

@@ -101,10 +101,10 @@ class Checkpoints:
             self._read(path)
         # What is newer was damaged, or this run would have gone on from it.
         present = sorted(self.folder.glob("step-*"))
-        kept = [other for other in present if other <= path][-RETAINED:]
-        for other in present:
-            if other not in kept:
-                _remove(other)
+        retained = [checkpoint for checkpoint in present if checkpoint <= path][-RETAINED:]
+        for checkpoint in present:
+            if checkpoint not in retained:
+                _remove(checkpoint)
         self._cost, self._last = time.monotonic() - started, time.monotonic()
         return path
 
@@ -118,7 +118,7 @@ class Checkpoints:
                 log.warning("checkpoint %s is damaged and was skipped: %s", path.name, error)
         if paths:
             raise CorruptFile(
-                f"none of the {len(paths)} checkpoints in {self.folder} can be read",
+                f"none of the {len(paths)} checkpoints in {self.folder} is readable",
                 rule="checkpoint.none_readable",
             )
         return None
@@ -129,13 +129,11 @@ class Checkpoints:
         try:
             progress, hashes = TrainingProgress(**state["progress"]), state["sha256"]
         except (KeyError, TypeError) as error:
-            raise CorruptFile(
-                f"{path / 'state.json'} has not the fields of a checkpoint"
-            ) from error
+            raise CorruptFile(f"{path / 'state.json'} lacks fields of a checkpoint") from error
         for name, expected in hashes.items():
             if not (path / name).is_file() or sha256_of(path / name) != expected:
                 raise CorruptFile(
-                    f"{path / name} no longer has the bytes that were recorded",
+                    f"{path / name} differs from the recorded hash",
                     rule="checkpoint.differs",
                 )
         return progress, load_tensors(path / "tensors.safetensors")

@@ -83,8 +83,8 @@ def fit_baselines(
     if not isinstance(held.rows[0], Labelled):
         return fitted
     both_NH = torch.cat([states.train_NH, states.held_QH])
-    found = find_label_issues([*train.rows[: states.rows], *held.rows], both_NH)
-    return replace(fitted, label_issues=found)
+    issues = find_label_issues([*train.rows[: states.rows], *held.rows], both_NH)
+    return replace(fitted, label_issues=issues)
 
 
 @torch.no_grad()
@@ -130,17 +130,17 @@ def base_states(
             return None
         both_VH = torch.cat(both)
         return States(both_VH[:0], both_VH[::2], 0, time.monotonic() - began, both_VH[1::2])
-    asked = read(held.examples, budget, began + seconds)
-    if len(asked) < len(held):
+    held_states = read(held.examples, budget, began + seconds)
+    if len(held_states) < len(held):
         return None
     most = max(1, LARGEST_STATES // network.width)
-    learned = read(train.examples[:most], budget, began + seconds)
-    if not learned:
+    train_states = read(train.examples[:most], budget, began + seconds)
+    if not train_states:
         return None
-    train_NH, held_QH = torch.cat(learned), torch.cat(asked)
+    train_NH, held_QH = torch.cat(train_states), torch.cat(held_states)
     if not (train_NH.isfinite().all() and held_QH.isfinite().all()):
         return None
-    return States(train_NH, held_QH, len(learned), time.monotonic() - began)
+    return States(train_NH, held_QH, len(train_states), time.monotonic() - began)
 
 
 def _states(
@@ -159,15 +159,15 @@ def _states(
         on_read(len(states))
         return states
 
-    found: list[Tensor] = []
+    row_states: list[Tensor] = []
     numbers = 0
     for start in range(0, len(examples), CHUNK):
         if time.monotonic() > until or numbers > LARGEST_STATES:
             break
         states = network.read_rows(examples[start : start + CHUNK], budget, read_batch)
         numbers += sum(each.numel() for each in states)
-        found += states
-    return found
+        row_states += states
+    return row_states
 
 
 @torch.no_grad()

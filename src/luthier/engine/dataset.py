@@ -31,7 +31,7 @@ from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.models.manifest import LossMask
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import check_base, predicts, room_of
+from luthier.objectives.base import check_base, predicts, row_limit
 from luthier.objectives.by_shape import objective_for
 from luthier.recipe import DataSpec
 from luthier.types import Example, IntArray, Row
@@ -150,7 +150,7 @@ def prepare(
     reader.on_progress = on_progress
     rows, recognized = reader.read_all(), reader.recognition
     held = [] if data.validation is None else data.validation.read_all()
-    further = [each.read_all() for each in data.mix]
+    mixed_rows = [each.read_all() for each in data.mix]
     choices: list[Choice] = []
     if objective is None:
         objective = objective_for(rows[0], chat)
@@ -158,8 +158,8 @@ def prepare(
             ("objective", objective.method, f"the rows are {describe_shapes([rows[0].shape])}")
         )
     check_base(objective, chat)
-    check_shapes(rows, held, concatenate(further), objective, chat)
-    context = room_of(objective, objective.format(chat), context)
+    check_shapes(rows, held, concatenate(mixed_rows), objective, chat)
+    context = row_limit(objective, objective.format(chat), context)
     try:
         chat.check_input_kind(
             SHAPES[rows[0].shape].reads
@@ -169,10 +169,10 @@ def prepare(
     if spec.augmentation:
         _check_augmentation(spec.augmentation, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
-    splits = {"train": concatenate([rows, *further]), "validation": held}
+    splits = {"train": concatenate([rows, *mixed_rows]), "validation": held}
     filled = {name: each for name, each in splits.items() if each}
     report = inspect_job(spec, filled, objective, chat, on_row, reader.warnings)
-    rows, held, *further = [objective.regroup(each) for each in (rows, held, *further)]
+    rows, held, *mixed_rows = [objective.regroup(each) for each in (rows, held, *mixed_rows)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:
         # Drawn by the same seed, the rows of a smaller share are among those of a larger one.
@@ -181,20 +181,20 @@ def prepare(
         rows = select(rows, part_N)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
-    learned = concatenate([rows, *further])
-    given = objective
+    learned = concatenate([rows, *mixed_rows])
+    unfitted = objective
     try:
-        objective = given.fit(learned, chat)
+        objective = unfitted.fit(learned, chat)
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
     choices += [
         (f"objective.{name}", True, "the rows say so")
         for name, value in objective
-        if value is True and getattr(given, name) is None
+        if value is True and getattr(unfitted, name) is None
     ]
     encoder = RowEncoder(objective, chat)
     encode = partial(encoder.encode_all, context=context, long_rows=spec.long_rows)
-    sets, validation = [encode(each) for each in (rows, *further)], encode(held)
+    sets, validation = [encode(each) for each in (rows, *mixed_rows)], encode(held)
     refused, capped = refusals(report)
     if problems := [*encoder.problems, *refused]:
         raise DataError(problems, capped=capped)
@@ -211,7 +211,7 @@ def prepare(
     # Of rows with one side, simple baselines have no embedding to compare.
     able = {"history", "pair"} if objective.task == "embedding" else None
     answers = predicts(objective) and (able is None or {row.shape for row in rows} <= able)
-    learned = concatenate(map(_rows_of, (rows, *further), sets)) if answers else ()
+    learned = concatenate(map(_rows_of, (rows, *mixed_rows), sets)) if answers else ()
     compared = (
         ComparedRows.of(learned, encoded if answers else (), seed),
         ComparedRows.of(_rows_of(held, validation), validation, seed, MOST_ROWS // 5),
@@ -227,7 +227,7 @@ def prepare(
         longest=max(view.tokens for view in _sequences(objective, train))
         + objective.completions[1],
         hashes={str(path): sha256_of(path) for path in spec.files}
-        | _hash_named_media(spec, chain(rows, held, *further)),
+        | _hash_named_media(spec, chain(rows, held, *mixed_rows)),
         choices=choices,
         dropped=encoder.dropped,
         truncated=encoder.truncated,
@@ -322,8 +322,8 @@ def _split_groups(
     """
     if len({*values}) <= sum(share > 0 for share in shares):
         raise RecipeError(
-            f"data.group_column={column} has {len({*values})} values, too few to learn from some and "
-            "hold out others. Leave it out, or name a column that tells groups of rows apart"
+            f"data.group_column={column} has {len({*values})} values, too few for training and "
+            "held-out rows. Remove the setting, or name a column with more values"
         )
     groups_N, strata = group_related(rows, values), strata_of(rows)
     for draw in range(MOST_DRAWS):
@@ -334,9 +334,9 @@ def _split_groups(
         ):
             return parts
     raise RecipeError(
-        f"rows cannot be held out by whole values of data.group_column={column}: some label would not "
-        "be learned from. Give more groups of each label, leave the column out, or give rows to "
-        "measure on as data.validation"
+        f"whole values of data.group_column={column} cannot be held out: a label would be "
+        "missing in training. Add groups of each label, remove the setting, or give rows with "
+        "`data.validation`"
     )
 
 
@@ -364,10 +364,10 @@ def loss_mask(examples: Iterable[Example], chat: ChatFormat) -> LossMask | None:
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Return the line numbers of the rows, by file."""
-    found: dict[str, set[int]] = {}
+    lines_by_file: dict[str, set[int]] = {}
     for row in rows:
-        found.setdefault(row.file, set()).add(row.line)
-    return {file: sorted(lines) for file, lines in found.items()}
+        lines_by_file.setdefault(row.file, set()).add(row.line)
+    return {file: sorted(lines) for file, lines in lines_by_file.items()}
 
 
 def _mix(
@@ -378,15 +378,16 @@ def _mix(
     files = [spec.train, *(each.train for each in spec.mix)]
     for path, examples in zip(files, sets, strict=True):
         if not examples:
-            raise RecipeError(f"no row of {path} is left to train on")
+            raise RecipeError(f"{path} has no training rows left")
     parts, mixed = [sets[0]], list[MixedSet]()
     after = max(example.row for example in sets[0]) + 1
     for each, examples in zip(spec.mix, sets[1:], strict=True):
         drawn = round(each.weight * len(sets[0]))
         if not drawn:
             raise RecipeError(
-                f"data.mix: a weight of {each.weight:g} takes less than one row of {each.train} in a "
-                f"pass over the {len(sets[0])} of {spec.train}; use {1 / len(sets[0]):.2g} or more",
+                f"data.mix: a weight of {each.weight:g} is less than one row of {each.train} per "
+                f"epoch over the {len(sets[0])} rows of {spec.train}. Use {1 / len(sets[0]):.2g} "
+                "or more",
                 rule="data.mix_too_small",
             )
         mixed.append(MixedSet(len(examples), drawn))
@@ -411,15 +412,15 @@ def _shares(spec: DataSpec, mixed: Sequence[MixedSet], main: int) -> list[Choice
 def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: ChatFormat) -> None:
     if other := sorted(augmentation.kinds - {chat.reads}):
         raise RecipeError(
-            f"data.augmentation has settings for {' and '.join(PLURAL[kind] for kind in other)}, and "
-            f"this base model reads {PLURAL[chat.reads]}. Leave them out",
+            f"data.augmentation has settings for {' and '.join(PLURAL[kind] for kind in other)}; "
+            f"the base model takes {PLURAL[chat.reads]} as input. Remove the settings",
             rule="data.augmentation",
         )
     if not objective.allows_augmentation:
         able = [name for name, kind in OBJECTIVES.items() if kind.allows_augmentation]
         raise RecipeError(
-            f"data.augmentation changes rows at random; {objective.method} learns them as they are. "
-            f"It goes with {', '.join(able)}; leave it out here",
+            f"data.augmentation is not supported by {objective.method}, only by "
+            f"{', '.join(able)}. Remove the setting",
             rule="data.augmentation",
         )
 

@@ -102,7 +102,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
             choices.append((f"training.{field}", value, reason))
 
     if objective.contrasts_rows:
-        reason = "each row is told from the others of its batch, so more of them teach more"
+        reason = "each row is compared with all rows of the batch"
         fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
     if objective.defaults.batch_rows:
         size = min(objective.defaults.batch_rows, max(1, facts.rows))
@@ -116,32 +116,32 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     apart = facts.new_head and not starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
     if facts.from_scratch:
-        rate, reason, apart = facts.scratch_rate, "all weights start from random numbers", False
+        rate, reason, apart = facts.scratch_rate, "all weights are random", False
     factor = objective.defaults.learning_rate_multiplier
     if not facts.from_scratch:
         factor *= objective.defaults.pretrained_rate_multiplier
     if factor != 1:
-        reason += f"; {objective.method} takes {factor:g} of it"
+        reason += f"; times {factor:g} for {objective.method}"
     if starts_head:
         factor *= FITTED_HEAD_RATE
-        known = "the regression of the new head" if facts.new_head else "what the head has learned"
-        reason += f"; {FITTED_HEAD_RATE:g} of it, as more would undo {known}"
+        origin = "fitted" if facts.new_head else "trained"
+        reason += f"; times {FITTED_HEAD_RATE:g} to preserve the {origin} head"
     if training.learning_rate_multiplier != 1:
-        reason += f"; times {training.learning_rate_multiplier:g}, as asked"
+        reason += f"; times `learning_rate_multiplier` {training.learning_rate_multiplier:g}"
     fill("learning_rate", rate * factor * training.learning_rate_multiplier, reason)
     factor = recipe.adaptation.new_head_rate if apart else 1.0
     if factor == 1:  # nothing to tell
         training = training.model_copy(
             update={"head_rate_multiplier": training.head_rate_multiplier or 1.0}
         )
-    reason = "the new head starts from random numbers, the weights below it from learned ones"
+    reason = "the new head is random, the weights below are pre-trained"
     fill("head_rate_multiplier", factor, reason)
     for field, value, reason in (
-        ("beta1", objective.defaults.beta1, f"what {objective.method} is known to need"),
+        ("beta1", objective.defaults.beta1, f"usual for {objective.method}"),
         (
             "patience",
             objective.defaults.patience,
-            f"a measurement says little of what {objective.method} makes: none ends the run",
+            f"measurements of {objective.method} are too rough for early stopping",
         ),
     ):
         if value is not None and field not in training.model_fields_set:
@@ -157,7 +157,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         and rows <= MOST_REFIT_ROWS
         and objective.measure in SCORES.keys() - LESS_IS_BETTER
     ):
-        reason = f"{rows} rows are few: once it is known how long, all of them are learned from"
+        reason = f"{rows} rows are few: after finding the number of steps, train on all rows"
         fill("refit", True, reason)
     return recipe.model_copy(update={"training": training}), choices
 
@@ -182,7 +182,10 @@ def token_budget(
     budget, reason = usual, "full speed; larger values mainly need more memory"
     least = _count_computed(batches, 1 << 30)
     while _count_computed(batches, budget) > 1.1 * least and 2 * budget <= room:
-        budget, reason = 2 * budget, "rows share prefixes, which smaller micro-batches would repeat"
+        budget, reason = (
+            2 * budget,
+            "rows share prefixes; smaller micro-batches would repeat prefixes",
+        )
     if longest > budget:
         return longest, f"the longest row has {longest} tokens"
     if room < budget:
@@ -214,10 +217,10 @@ def _batch_size(facts: DataFacts) -> tuple[int, str]:
         size = max(1, min(USUAL_BATCH, rows))
         return (
             size,
-            "all weights start from random numbers, which learned nothing in steps of 4 rows",
+            "all weights are random, and batches of 4 rows learned nothing",
         )
     size = max(1, 1 << max(0, (rows // 20).bit_length() - 1))
-    return size, f"{rows} rows: small enough for about 20 steps in each epoch"
+    return size, f"{rows} rows: about 20 steps per epoch"
 
 
 def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
@@ -226,7 +229,7 @@ def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
         return size, reason
     return round(
         size * facts.mix_factor
-    ), f"{reason}; {size} of the main file, the others beside them"
+    ), f"{reason}; {size} rows of the main file, the rest mixed in"
 
 
 def least_steps(objective: Objective) -> int:
@@ -245,11 +248,11 @@ def _epochs(objective: Objective, rows: int, batch: int, from_scratch: bool) -> 
     # Further passes still help many classes; a set of a million rows teaches all it can in one.
     repeated = min(objective.defaults.min_epochs, LONGEST_REPEATED // per_epoch)
     if repeated > epochs:
-        reason = f"{per_epoch} steps in a pass: {repeated} passes teach more than one"
-        return float(repeated), f"{reason}, and stop early where they do not"
+        reason = f"{per_epoch} steps per epoch: {repeated} epochs, with early stopping"
+        return float(repeated), reason
     if epochs == 1:
-        return 1.0, f"{rows} rows give {per_epoch} steps in one pass, enough to learn from"
-    each = f"{per_epoch} step{'s' * (per_epoch != 1)} in a pass"
+        return 1.0, f"{rows} rows give {per_epoch} steps in one epoch, which is enough"
+    each = f"{per_epoch} step{'s' * (per_epoch != 1)} per epoch"
     if per_epoch * most < least:
-        return float(epochs), f"{each}: {most} passes; more of the same rows teach little"
-    return float(epochs), f"{each}: {epochs} passes make {epochs * per_epoch} steps"
+        return float(epochs), f"{each}: {most} epochs; more epochs teach little"
+    return float(epochs), f"{each}: {epochs} epochs make {epochs * per_epoch} steps"

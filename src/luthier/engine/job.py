@@ -40,7 +40,7 @@ from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import OtherModel, RunModels, with_completions
+from luthier.objectives.base import OtherModel, RunModels, with_longest_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -65,7 +65,7 @@ class TrainingJob:
     """A recipe with every setting resolved, and the objects to train with."""
 
     recipe: Recipe
-    asked: Recipe
+    original_recipe: Recipe
     """The original recipe, before defaults are filled in."""
     base: store.StoredModel
     chat: ChatFormat
@@ -124,13 +124,13 @@ class TrainingJob:
     def request(self) -> dict[str, Any]:
         """Return the request to compare on resume."""
         return {
-            "recipe": self.asked.plain(),
+            "recipe": self.original_recipe.plain(),
             "data": self.data.hashes,
             "luthier": __version__,
-            **self.settled(),
+            **self.fixed_values(),
         }
 
-    def settled(self) -> dict[str, Any]:
+    def fixed_values(self) -> dict[str, Any]:
         """Return the values chosen at the start of a run and fixed on resume."""
         return {
             "micro_batch_tokens": self.recipe.training.micro_batch_tokens,
@@ -148,7 +148,7 @@ def with_base(recipe: Recipe, reporter: Reporter, data: OpenedData | None = None
     return recipe.model_copy(update={"base": base})
 
 
-def with_reading_defaults(
+def with_base_defaults(
     recipe: Recipe, base: store.StoredModel, chat: ChatFormat, reporter: Reporter
 ) -> Recipe:
     """Return the recipe with defaults for the kind of base model and rows.
@@ -160,22 +160,18 @@ def with_reading_defaults(
     choices: list[defaults.Choice] = []
     own = sole_objective(base.kind)
     if recipe.objective is None and own is not None:
-        choices.append(("objective", own, f"{base.id} is made for that"))
+        choices.append(("objective", own, f"the only objective for {base.id}"))
         recipe = recipe.model_copy(update={"objective": OBJECTIVES[own].model_validate({})})
     full = ADAPTATIONS["full"].model_validate({})
     learns_all = base.manifest.is_random or begins_random(base.root)
     if learns_all and "adaptation" not in recipe.model_fields_set:
-        reason = "all weights of this base are random numbers, so all of them learn"
-        if not base.manifest.is_random:
-            reason = (
-                f"all weights of {base.root} were random numbers, so all of them go on learning"
-            )
+        reason = f"all weights of {base.root} started from random numbers"
         choices.append(("adaptation.method", full.method, reason))
         recipe = recipe.model_copy(update={"adaptation": full})
     elif base.manifest.is_random and type(recipe.adaptation) is not type(full):
         reporter.note(
-            f"warning: all weights of {base.id} are random numbers, and {recipe.adaptation.method} "
-            "leaves most of them so. `--adaptation full` learns them all"
+            f"warning: all weights of {base.id} are random, and {recipe.adaptation.method} "
+            "trains few of the weights. Use `--adaptation full`"
         )
     if recipe.data.augmentation is None:
         usual = Augmentation()
@@ -184,9 +180,9 @@ def with_reading_defaults(
         if processor is not None and changes and not recipe.adaptation.head_only:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
-            reason = f"each {SINGULAR[processor.kind]} is seen a little differently each time"
+            reason = f"small random changes of each {SINGULAR[processor.kind]}"
             if contrasts:
-                reason = f"two views of each {SINGULAR[processor.kind]} are learned to be the same"
+                reason = f"two similar views of each {SINGULAR[processor.kind]}"
             amounts = usual.model_dump(exclude_defaults=True).items()
             if words := ", ".join(f"{name}={amount:g}" for name, amount in amounts):
                 choices.append(("data.augmentation", words, reason))
@@ -202,7 +198,7 @@ def prepare_job(
     base: store.StoredModel,
     machine: Machine,
     reporter: Reporter,
-    settled: Mapping[str, Any] | None = None,
+    fixed_values: Mapping[str, Any] | None = None,
     refit: bool = False,
     processes: int = 1,
     stored_bytes: int = 0,
@@ -215,77 +211,79 @@ def prepare_job(
         base: the base model.
         machine: device, number type and threads.
         reporter: receiver of messages.
-        settled: :meth:`TrainingJob.settled` of the resumed run.
+        fixed_values: :meth:`TrainingJob.fixed_values` of the resumed run.
         refit: whether to train on the held-out rows too.
         processes: number of processes that train together.
         stored_bytes: size of the run's checkpoints, in bytes.
         opened: the opened row sources, if the caller has opened the sources already.
     """
-    settled = settled or {}
+    fixed_values = fixed_values or {}
     reporter.stage("Checking the data")
     base.network.check()
     kwargs = recipe.data.chat_template_kwargs or {}
     chat = base.chat.with_template_kwargs(kwargs)
-    asked = recipe
+    original = recipe
     if chat.prints_date and chat.date is None:
         # Training rows, the parity check and a resumed run must have the same tokens on every day.
-        chat = chat.with_date(settled.get("template_date"))
+        chat = chat.with_date(fixed_values.get("template_date"))
         kwargs = {**kwargs, DATE: str(chat.date)}
         recipe = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"chat_template_kwargs": kwargs})}
         )
-        reason = "the chat template prints a date; a server prints today's"
+        reason = "the chat template prints a date; a server prints the current date"
         reporter.settings([(f"data.chat_template_kwargs.{DATE}", chat.date, reason)])
     chat = chat.with_media_settings(
         image_size=recipe.data.image_size,
         sampling_rate=recipe.data.sampling_rate,
         max_seconds=recipe.data.max_seconds,
     )
-    recipe = with_reading_defaults(recipe, base, chat, reporter)
+    recipe = with_base_defaults(recipe, base, chat, reporter)
     check_vocabulary(chat, base.network.fields, base.id)
     context, room = base.network.context, base.room - recipe.adaptation.added_tokens
     if room < 1:
         raise RecipeError(
-            f"{context - room} added tokens leave no room in the model's context of {context}; use "
-            "fewer"
+            f"{context - room} added tokens leave no room in the model's context of {context}. "
+            "Use fewer tokens"
         )
     objective = bind_models(recipe.objective, chat, reporter.stage)
 
-    reads = chat.media
+    media = chat.media
 
     def on_progress(done: int, size: int) -> None:
-        if size >= LARGE and reads is None:  # images and sounds are not yet read then
+        if size >= LARGE and media is None:  # images and sounds are not yet read then
             reporter.progress(done // 1_000_000, size // 1_000_000, "MB read")
 
     def on_row(done: int, count: int) -> None:
-        if reads is not None or count >= MANY_ROWS:
-            what = "rows" if reads is None else PLURAL[reads.kind]
-            reporter.progress(done, count, f"{what} looked at")
+        if media is not None or count >= MANY_ROWS:
+            what = "rows" if media is None else PLURAL[media.kind]
+            reporter.progress(done, count, f"{what} checked")
 
     seed = recipe.training.seed
     data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row, opened)
     reporter.note(f"data: {data.recognized}")
     if recipe.forgetting is not None and data.objective.task != "causal_lm":
         raise RecipeError(
-            "`forgetting` limits what a model that writes forgets, and objective "
-            f"{data.objective.method} makes none. What one that reads forgot, `luthier evaluate` says "
-            "on rows of the earlier task"
+            "`forgetting` requires an objective for text generation, and objective "
+            f"{data.objective.method} is not. Evaluate rows of the earlier task with `luthier "
+            "evaluate`"
         )
     if data.recognized and data.recognized.unread:
-        reporter.note(f"columns that nothing is read from: {', '.join(data.recognized.unread)}")
+        reporter.note(f"ignored columns: {', '.join(data.recognized.unread)}")
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
-            reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
+            reporter.note(f"{count} rows longer than {context} tokens were {what}")
     for line in warnings(data.report) if data.report else ():
         reporter.note(line)
-    if seen := rows_learned_by(base, data):
+    if learned_rows := rows_learned_by(base, data):
         reporter.note(
-            f"{seen:,} of the {len(data.validation):,} held-out rows are rows that {base.id} learned "
-            "from, so what is measured on them is too good. Give rows that it has not seen as "
-            "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
+            f"warning: {base.id} was trained on {learned_rows:,} of {len(data.validation):,} held-out "
+            "rows, so measurements are too good. Give new rows as `data.validation=FILE`, or use the "
+            "`training.seed` of the base to hold out the same rows"
         )
-    job = resolve_job(recipe, base, chat, data, machine, reporter, settled, processes, stored_bytes)
-    job = replace(job, asked=asked)
+    job = resolve_job(
+        recipe, base, chat, data, machine, reporter, fixed_values, processes, stored_bytes
+    )
+    job = replace(job, original_recipe=original)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     origin |= store.tokenizer_origin(base)
     if job.others:
@@ -304,23 +302,23 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
     problem = ""
     if not objective.can_shard:
         able = ", ".join(name for name, kind in OBJECTIVES.items() if kind.can_shard)
-        problem = f"is not made for {objective.method}, but for these objectives: {able}"
+        problem = f"does not support {objective.method}, only {able}"
     elif type(adaptation).calibrate is not Adaptation.calibrate:
-        problem = (
-            f"does not work with {adaptation.method}, which reads the network before it trains"
-        )
+        problem = f"does not support {adaptation.method}, which runs the network before training"
     elif any(buffer.dtype in (torch.uint8, torch.int8) for buffer in model.buffers()):
-        problem = f"does not work with {adaptation.method}, as quantized weights cannot be cut"
+        problem = f"does not support the quantized weights of {adaptation.method}"
     elif not is_flat(model):
         kind = model.config.model_type
-        problem = f"is for language models and encoders of texts; {kind} runs in another way"
+        problem = f"supports language models and text encoders, not {kind}"
     else:
         try:
             layer_names(model)
         except RecipeError as error:
-            problem = f"needs layers of which each is sharded, and {error}"
+            problem = f"shards layer by layer, and {error}"
     if problem:
-        raise RecipeError(f"`training.fully_shard` {problem}. Leave it out", rule="pair.impossible")
+        raise RecipeError(
+            f"`training.fully_shard` {problem}. Remove the setting", rule="pair.impossible"
+        )
 
 
 def prepare_refit(
@@ -344,15 +342,22 @@ def prepare_refit(
     """
     training = job.recipe.training
     settings = training.model_copy(update={"refit": False})
-    asked = job.asked.model_copy(update={"training": settings})
-    whole = prepare_job(
-        asked, job.base, job.machine, Reporter(), job.settled(), True, processes, stored_bytes
+    original = job.original_recipe.model_copy(update={"training": settings})
+    refit = prepare_job(
+        original,
+        job.base,
+        job.machine,
+        Reporter(),
+        job.fixed_values(),
+        True,
+        processes,
+        stored_bytes,
     )
-    recipe = job.recipe.model_copy(update={"objective": whole.recipe.objective})
+    recipe = job.recipe.model_copy(update={"objective": refit.recipe.objective})
     return replace(
-        whole,
+        refit,
         origin={**job.origin, "recipe": recipe.plain()},
-        until=max(1, round(kept_step * whole.steps / job.steps)),
+        until=max(1, round(kept_step * refit.steps / job.steps)),
         steps_before=steps_before,
     )
 
@@ -360,15 +365,16 @@ def prepare_refit(
 def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
     """Return the number of held-out rows among the base model's training rows, by file hash and
     line."""
-    known = base.manifest.data
-    if known is None:
+    record = base.manifest.data
+    if record is None:
         return 0
-    own = {sha256: path for path, sha256 in known.sha256.items()}
-    seen = 0
+    path_by_hash = {sha256: path for path, sha256 in record.sha256.items()}
+    count = 0
     for path, lines in data.held_out.get("validation", {}).items():
-        if (before := own.get(data.hashes.get(path, ""))) is not None:
-            seen += len({*lines} - {*known.held_out.get(before, ())})
-    return seen
+        base_path = path_by_hash.get(data.hashes.get(path, ""))
+        if base_path is not None:
+            count += len({*lines} - {*record.held_out.get(base_path, ())})
+    return count
 
 
 def resolve_job(
@@ -378,25 +384,24 @@ def resolve_job(
     data: Dataset,
     machine: Machine,
     reporter: Reporter,
-    settled: Mapping[str, Any],
+    fixed_values: Mapping[str, Any],
     processes: int = 1,
     stored_bytes: int = 0,
 ) -> TrainingJob:
     """Fill in every open setting and check every given setting, before any weight is loaded.
 
-    ``settled`` is :meth:`TrainingJob.settled` of the resumed run; ``stored_bytes`` is the size of
-    the run's checkpoints.
+    ``fixed_values`` are from the resumed run; ``stored_bytes`` is the size of its checkpoints.
     """
-    asked = recipe
+    original = recipe
     size = machine.dtype.itemsize
-    own = base.objective
-    learned = own if base.manifest.recipe else None
-    bound = data.objective.bind(RunModels(chat, base.network, learned))
+    base_objective = base.objective
+    learned_objective = base_objective if base.manifest.recipe else None
+    bound = data.objective.bind(RunModels(chat, base.network, learned_objective))
     data = replace(data, objective=bound)
     config = base.network.config(data.objective.head())
-    reads = chat.media.shape if chat.media is not None else None
-    drawn = sketch_training(config, data.objective, recipe.adaptation, size, reads=reads)
-    model, recipe = drawn.model, recipe.model_copy(update={"adaptation": drawn.adaptation})
+    input_shape = chat.media.shape if chat.media is not None else None
+    sketch = sketch_training(config, data.objective, recipe.adaptation, size, reads=input_shape)
+    model, recipe = sketch.model, recipe.model_copy(update={"adaptation": sketch.adaptation})
     others = {name: store.find(each, reporter.stage) for name, each in bound.other_models.items()}
     if recipe.training.dropout is not None:
         check_dropout(model)
@@ -407,14 +412,14 @@ def resolve_job(
     width = hidden_size_of(model)
     # A custom model of the same task and classes brings its head along.
     brings = base.manifest.kind == data.objective.task
-    one, other = own.head(), bound.head()
+    one, other = base_objective.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings
     held_out = sum(map(len, data.held_out.get("validation", {}).values()))
     if recipe.training.refit and not held_out:
         raise RecipeError(
-            "`training.refit` learns from the rows that were held out of the training data, and none "
-            "are: rows of a validation file are only measured on. Leave it out",
+            "`training.refit` trains on rows held out of the training data, and no rows are "
+            "held out. Remove the setting, or the validation file",
             rule="refit.no_held_out",
         )
     facts = defaults.DataFacts(
@@ -432,13 +437,13 @@ def resolve_job(
     open_rate = recipe.training.model_copy(update={"learning_rate": None})
     usual, _ = defaults.choose(recipe.model_copy(update={"training": open_rate}), facts)
     recipe, choices = defaults.choose(recipe, facts)
-    beside = sum(weight_bytes(o.network.sketch(o.objective.head()), size) for o in others.values())
-    estimate = drawn.memory.beside(beside)
+    sketches = (other.network.sketch(other.objective.head()) for other in others.values())
+    estimate = sketch.memory.plus(sum(weight_bytes(each, size) for each in sketches))
     shards = processes if recipe.training.fully_shard else 1
     if shards > 1:
         estimate = sharded_estimate(estimate, model, size, shards)
     elif recipe.training.fully_shard:
-        reporter.note("`training.fully_shard` changes nothing, as one process trains")
+        reporter.note("`training.fully_shard` has no effect with one process")
     available = available_memory(machine.device)
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
@@ -451,19 +456,19 @@ def resolve_job(
         if chat.media is not None:
             budget, reason = (
                 min(budget, MOST_IMAGES),
-                f"{PLURAL[chat.reads]} at once; more is no faster",
+                f"{PLURAL[chat.reads]} at once; more are no faster",
             )
-        if (before := settled.get("micro_batch_tokens")) is not None:
-            budget, reason = int(before), "as when the run began"
+        if (before := fixed_values.get("micro_batch_tokens")) is not None:
+            budget, reason = int(before), "same as at the start of the run"
         training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
     check_memory(estimate, tokens, data.longest, available)
-    whole = disk_needed(model, size, recipe.adaptation, bool(recipe.training.refit))
-    need_disk(base_folder("x"), max(0, whole - stored_bytes), "this run")
-    number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
-    reporter.settings([("precision", number, machine.reason), *data.choices, *choices])
+    disk_bytes = disk_needed(model, size, recipe.adaptation, bool(recipe.training.refit))
+    need_disk(base_folder("x"), max(0, disk_bytes - stored_bytes), "this run")
+    number_type = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
+    reporter.settings([("precision", number_type, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)
     chat = data.objective.format(chat)
     expected = estimate.peak(tokens)
@@ -472,7 +477,7 @@ def resolve_job(
         refit_steps = defaults.steps_of(recipe, data.main + len(data.validation), data.mixed)
     return TrainingJob(
         recipe,
-        asked,
+        original,
         base,
         chat,
         data,
@@ -494,10 +499,10 @@ def bind_models(
         return None
     others = {}
     for name, each in objective.other_models.items():
-        found = store.find(each, say)
-        learned = found.objective
-        width = hidden_size_of(found.network.sketch(learned.head()))
-        others[name] = OtherModel(learned, width, found.chat)
+        model = store.find(each, say)
+        objective_of_model = model.objective
+        width = hidden_size_of(model.network.sketch(objective_of_model.head()))
+        others[name] = OtherModel(objective_of_model, width, model.chat)
     return objective.bind(RunModels(chat, others=others))
 
 
@@ -510,5 +515,6 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
     objective = data.objective
     return [
-        with_completions(objective, objective.views(batch, "fixed") or batch) for batch in chosen
+        with_longest_completions(objective, objective.views(batch, "fixed") or batch)
+        for batch in chosen
     ]

@@ -148,20 +148,20 @@ class Loop:
         """Restore the state of :meth:`Checkpoints.latest`."""
         self.progress = progress
         self.optimizer.restore(tensors)
-        for name, kept in adapter_buffers(self.network.model).items():
-            kept.copy_(tensors[f"{_BUFFER}{name}"])
+        for name, buffer in adapter_buffers(self.network.model).items():
+            buffer.copy_(tensors[f"{_BUFFER}{name}"])
         self.best = {
             name: shard_like(tensors[f"{_BEST}{name}"], weight)
             for name, weight in self.optimizer.weights.items()
             if f"{_BEST}{name}" in tensors
         }
-        self.cut_lines()
+        self.truncate_files()
         # What is noted of single rows decides what is kept. The first process alone has the file.
         lines = self.processes.first(self.metrics.read(rows=True))
         self.measured = [line for line in lines if line["event"] == "validation"]
         self.train_lines.extend(line for line in lines if line["event"] == "train")
 
-    def cut_lines(self) -> None:
+    def truncate_files(self) -> None:
         """Remove the lines written after the restored state. Training will write the lines again."""
         progress = self.progress
         for file, lines in (
@@ -169,7 +169,7 @@ class Loop:
             (self.samples, progress.sample_lines),
         ):
             if file is not None and (lines or file.path.exists()):
-                file.cut(lines)
+                file.truncate(lines)
 
     def run(self) -> TrainingProgress:
         """Train to the end or until early stopping. Afterwards the network has the best weights."""
@@ -205,8 +205,8 @@ class Loop:
                         self.checkpoint()
                         self.processes.first(None)  # has written it before another one ends
                     raise Interrupted(
-                        f"stopped after step {self._run_step} of {self.all_steps}; "
-                        "the same command with --resume goes on"
+                        f"stopped after step {self._run_step} of {self.all_steps}. Resume with "
+                        "the same command and --resume"
                     )
                 shards = self.processes.size if self.network.is_sharded else 1
                 due = self.checkpoints.due(self.progress.step, shards * self.optimizer.bytes)
@@ -270,9 +270,9 @@ class Loop:
         # A process that has no micro-batch takes part in the turns of the others.
         while self.processes.any((turn := next(turns, None)) is not None):
             # Of turns that measure the same the last one counts, as it does for the loss.
-            loss, further = self._backward(objective, turn or (), number)
+            loss, turn_metrics = self._backward(objective, turn or (), number)
             number += 1
-            metrics |= further
+            metrics |= turn_metrics
             try:
                 norm = self.optimizer.step(rate)
             except Diverged as error:
@@ -282,8 +282,8 @@ class Loop:
         self.processes.send_first(self._buffers)
         seconds = time.monotonic() - started
         counted = [batch.tree.examples for batch in batches if not batch.is_filler]
-        own = sum(row.tokens for rows in counted for row in rows)
-        tokens = int(self.processes.sum(own))
+        own_tokens = sum(row.tokens for rows in counted for row in rows)
+        tokens = int(self.processes.sum(own_tokens))
         progress = self.progress
         progress.step += 1
         progress.tokens += tokens
@@ -329,8 +329,8 @@ class Loop:
     ) -> tuple[float, dict[str, float]]:
         """Compute the gradients of the mean loss over the micro-batches of all processes. Return
         the mean loss and the objective's metrics."""
-        own = math.fsum(batch.weight for batch in batches if not batch.is_filler)
-        weight = self.processes.sum(own)
+        own_weight = math.fsum(batch.weight for batch in batches if not batch.is_filler)
+        weight = self.processes.sum(own_weight)
         means = Means()
         for batch in batches:
             # Dropout, too, is the same whichever process computes the micro-batch.
@@ -342,64 +342,59 @@ class Loop:
             if not batch.is_filler:
                 means.add(loss, batch.weight, batch.place)
         self.optimizer.add_up()
-        further = means.of_all(self.processes).values()
-        mean = further.pop("loss")
+        metrics = means.of_all(self.processes).values()
+        mean = metrics.pop("loss")
         if not math.isfinite(mean):
             raise Diverged(f"the loss of step {self._run_step + 1} is {mean}. {self._cure}")
-        return mean, further
+        return mean, metrics
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         self.network.model.eval()
-        found = self.objective.validation_metrics(self.network, self.validation, self.budget)
+        measured = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress = self.progress
-        if not all(math.isfinite(found[name]) for name in {"loss", self.objective.measure}):
+        if not all(math.isfinite(measured[name]) for name in {"loss", self.objective.measure}):
             raise Diverged(self._no_number(), rule="training.validation")
-        progress.validation_loss = found["loss"]
-        measure = deciding_measure([*self.measured, found], self.objective.measure)
+        progress.validation_loss = measured["loss"]
+        measure = deciding_measure([*self.measured, measured], self.objective.measure)
         before = min((cost_of(line, measure) for line in self.measured), default=math.inf)
-        self.measured.append(found)
-        better = best_measurement(self.measured, measure) is found
+        self.measured.append(measured)
+        better = best_measurement(self.measured, measure) is measured
         if better:
-            progress.best_loss, progress.best_step = found["loss"], progress.step
+            progress.best_loss, progress.best_step = measured["loss"], progress.step
             self.best = {n: local_shard(w.data).clone() for n, w in self.optimizer.weights.items()}
         min_delta = self.training.min_delta
         # Relative, because losses and scores have different scales.
-        enough = math.isinf(before) or cost_of(found, measure) < before - min_delta * abs(before)
-        gained = better and (not min_delta or enough)
+        gained = better and (
+            not min_delta
+            or math.isinf(before)
+            or cost_of(measured, measure) < before - min_delta * abs(before)
+        )
         progress.worse = 0 if gained else progress.worse + 1
-        self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
+        self.record("validation", **measured, best=progress.best_loss, best_step=progress.best_step)
 
     def _no_number(self) -> str:
         """Return the error message for a non-finite validation measurement."""
         step = self.progress.step
         if step == 0:
             return (
-                "what is measured on the validation rows is no finite number even before the first "
-                "step: look for targets that are out of all proportion among them, or compute with "
-                "more digits by `training.precision=float32`"
+                "the validation measurement is not finite before training. Check for extreme targets, "
+                "or set `training.precision=float32`"
             )
-        what = "what is measured on the validation rows is no finite number"
-        return f"{what} after step {step}. {self._cure}"
+        return f"the validation measurement after step {step} is not finite. {self._cure}"
 
     @property
     def _cure(self) -> str:
         """Advice for non-finite numbers."""
         if self.rate > self.usual_rate > 0:
-            return (
-                f"Lower the learning rate: it was {self.rate:g} at its highest, and "
-                f"{self.usual_rate:.2g} is what this run would take by itself."
-            )
-        return (
-            f"Lower the learning rate (it was {self.rate:g} at its highest), or look for rows with "
-            "extreme content."
-        )
+            return f"Lower the learning rate of {self.rate:g} (default: {self.usual_rate:.2g})"
+        return f"Lower the learning rate of {self.rate:g}, or check for rows with extreme content"
 
     def record(self, event: str, **values: Any) -> None:
         """Add a line to the metrics file and report the line."""
         # JSON has no word for a number that is not finite, such as a mean of no rows.
-        known = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        line = {"event": event, "step": self._run_step, **known}
+        finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        line = {"event": event, "step": self._run_step, **finite}
         if self.objective.measure in line:
             line["measure"] = self.objective.measure
         line["memory_bytes"] = peak_memory(self.network.device)
@@ -423,8 +418,8 @@ class Loop:
         )
         if self.processes.rank:
             return  # the first process has put them together
-        kept = adapter_buffers(self.network.model)
-        tensors |= {f"{_BUFFER}{name}": value for name, value in kept.items()}
+        buffers = adapter_buffers(self.network.model)
+        tensors |= {f"{_BUFFER}{name}": value for name, value in buffers.items()}
         self.checkpoints.write(self.progress, tensors)
 
     def _all_learned(self) -> bool:
@@ -461,17 +456,14 @@ class Loop:
     def _why_it_stopped(self) -> str:
         """Return the note about early stopping."""
         patience, best = self.training.patience, self.progress.best_step or 0
-        ends = f"stopped early, after step {self._run_step} of {self.steps_before + self.until}: "
+        ends = f"stopped early after step {self._run_step} of {self.steps_before + self.until}: "
         to_end = "`training.patience=0` trains to the end"
         if self._all_learned():
             return f"{ends}all held-out rows are right and the loss is near 0. {to_end}"
-        what = "measurement was" if patience == 1 else f"{patience} measurements were"
-        why = "no better than before training"
         if self.progress.worse < patience:
-            why = "all right, so there is nothing to gain"
-        elif best:
-            why = f"no better than that of step {best + self.steps_before}"
-        return f"{ends}the last {what} {why}. {to_end}"
+            return f"{ends}all held-out rows are right. {to_end}"
+        since = f"step {best + self.steps_before}" if best else "before training"
+        return f"{ends}no gain since {since}. {to_end}"
 
     def _use_best(self) -> None:
         if self.best and self.progress.best_step != self.progress.step:
@@ -503,9 +495,7 @@ def row_gradients(
         whole = (examples[index] for step in steps for index in order.batch(step))
         # A row may teach nothing by itself: a text whose label nobody knows.
         chosen = list(islice((row for row in whole if objective.views([row], "fixed")), rows))
-        reporter.stage(
-            f"Reading gradients of {len(chosen):,} rows, to choose the weights that train"
-        )
+        reporter.stage(f"Computing gradients of {len(chosen):,} rows to select the trained weights")
         for start in range(0, len(chosen), size):
             with torch.no_grad():
                 batches = objective.annotate(network, chosen[start : start + size], budget)
@@ -521,20 +511,20 @@ def row_gradients(
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Turn Ctrl-C and SIGTERM into a flag for the training loop. A second signal stops at once."""
-    asked = False
+    stopped = False
 
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal stopped
+        if stopped:
             raise KeyboardInterrupt
-        asked = True
+        stopped = True
 
     try:
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: whoever runs us there has its own way to stop
         before = {}
     try:
-        yield lambda: asked
+        yield lambda: stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -142,13 +142,13 @@ def machine_name(device: torch.device) -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    found = platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
     if platform.system() == "Linux":
         text = Path("/proc/cpuinfo").read_text(errors="replace")
-        named = (line for line in text.splitlines() if line.startswith("model name"))
-        found = next(named, f": {platform.machine()}").partition(":")[2].strip()
+        names = (line for line in text.splitlines() if line.startswith("model name"))
+        name = next(names, f": {platform.machine()}").partition(":")[2].strip()
     memory = round(psutil.virtual_memory().total / 2**30)
-    return f"{found}, {os.cpu_count()} cores, {memory} GiB"
+    return f"{name}, {os.cpu_count()} cores, {memory} GiB"
 
 
 SHARDED_MALLOC_THRESHOLD = 1 << 20

@@ -51,7 +51,7 @@ class MemoryEstimate:
     least: int = 0
     """Memory for loading and for the parity check, in bytes."""
 
-    def beside(self, further: int) -> MemoryEstimate:
+    def plus(self, further: int) -> MemoryEstimate:
         """Return the estimate with ``further`` additional bytes for the whole training."""
         return replace(self, fixed=self.fixed + further)
 
@@ -99,7 +99,7 @@ def sharded_estimate(
     held = sum(numbers) * bytes_per_number + optimizer_bytes(sum(trained), bytes_per_number)
     on_the_way = 2 * max(numbers) * bytes_per_number + 2 * max(trained) * (bytes_per_number + 4)
     checkpoint = sum(trained) * (12 + bytes_per_number)
-    return estimate.beside(on_the_way + checkpoint - (held - held // processes))
+    return estimate.plus(on_the_way + checkpoint - (held - held // processes))
 
 
 def estimate_memory(
@@ -272,7 +272,7 @@ def sketch_training(
             add_modules(model, objective.attach(model))
         memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model), reads)
         start = trained_numbers(model) * size if objective.uses_reference else 0
-    return TrainingSketch(model, memory.beside(start), adaptation)
+    return TrainingSketch(model, memory.plus(start), adaptation)
 
 
 def check_memory(memory: MemoryEstimate, tokens: int, longest: int, available: int) -> None:
@@ -301,6 +301,7 @@ def check_memory(memory: MemoryEstimate, tokens: int, longest: int, available: i
         advice = "Use `adaptation=lora` or a smaller base, or a machine with more memory"
     raise DoesNotFit(
         f"this run needs about {peak / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
-        f"free ({max(memory.fixed, memory.least) / 1e9:.1f} GB whatever the batch, "
-        f"{memory.per_token * tokens / 1e9:.1f} GB for micro-batches of {tokens} tokens). {advice}"
+        f"free ({max(memory.fixed, memory.least) / 1e9:.1f} GB fixed, "
+        f"{memory.per_token * tokens / 1e9:.1f} GB for micro-batches of {tokens} tokens). "
+        f"{advice}"
     )

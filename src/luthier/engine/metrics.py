@@ -148,7 +148,7 @@ def without_rows(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name != "rows"}
 
 
-def metrics_beside(measure: str) -> dict[str, str]:
+def additional_metrics(measure: str) -> dict[str, str]:
     """Return the display names of the metrics shown in addition to ``measure``."""
     loss = {"loss": "loss"} if measure in SCORES else {}
     scores = {name: text for name, text in SCORES.items() if name != measure}
@@ -156,25 +156,37 @@ def metrics_beside(measure: str) -> dict[str, str]:
 
 
 class Reporter:
-    """Receiver of a run's messages and metrics. The base class ignores everything; the CLI draws."""
+    """Receiver of a run's messages and metrics. The base class ignores everything; the CLI draws.
+
+    Every method passes its call to :meth:`receive` unless overridden.
+    """
 
     def stage(self, text: str) -> None:
         """Report the start of a part of the work."""
+        self.receive("stage", text)
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Report default settings: name, value, reason."""
+        self.receive("settings", defaults)
 
     def note(self, text: str) -> None:
         """Report a note or a warning."""
+        self.receive("note", text)
 
     def nothing_to_resume(self, model_id: str) -> None:
         """Report that the run to resume does not exist and starts now."""
+        self.receive("nothing_to_resume", model_id)
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Report ``done`` of ``total`` outside training; ``what`` names the unit."""
+        self.receive("progress", done, total, what)
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Report a new line of the metrics file; ``steps`` is the length of the run."""
+        self.receive("metrics", line, steps)
+
+    def receive(self, method: str, *arguments: Any) -> None:
+        """Handle the call of a method that the class does not override."""
 
 
 class MetricsFile:
@@ -191,7 +203,7 @@ class MetricsFile:
         self.lines += 1
         return self.lines
 
-    def cut(self, lines: int) -> None:
+    def truncate(self, lines: int) -> None:
         """Keep the first ``lines`` lines: a resumed run writes the later lines again."""
         text = self.path.read_bytes() if self.path.is_file() else b""
         write_bytes(self.path, b"".join(text.splitlines(keepends=True)[:lines]))
@@ -203,8 +215,8 @@ class MetricsFile:
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
         lines = self.path.read_bytes().split(b"\n")[:-1]
-        found = map(json.loads, lines)
-        return [line if rows else without_rows(line) for line in found]
+        values = map(json.loads, lines)
+        return [line if rows else without_rows(line) for line in values]
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
@@ -232,13 +244,13 @@ def _draw_picture(
     """Plot one panel per entry of ``shown``, with training, validation and the kept step."""
     figure, panels = new_figure(len(shown))
     held = [line for line in lines if line["event"] == "validation"]
-    kept = best_measurement(held, held[0].get("measure", "loss")) if held else None
-    for axes, (name, text) in zip(panels, shown.items(), strict=True):
+    best = best_measurement(held, held[0].get("measure", "loss")) if held else None
+    for axes, (name, label) in zip(panels, shown.items(), strict=True):
         _draw_train(axes, lines, name)
         # Where rewards are measured, the loss is minus the reward and no point on a curve of losses.
         points = [x for x in held if name in x and not (name == "loss" and "reward" in x)]
-        _draw_validation(axes, points, name, kept)
-        axes.set(ylabel=text)
+        _draw_validation(axes, points, name, best)
+        axes.set(ylabel=label)
     panels[0].set(title=title)
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="optimizer step")
@@ -255,10 +267,10 @@ def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
 
     size = (8, 4.5 if panels == 1 else 2.6 * panels)
     figure, axes = pyplot.subplots(panels, 1, figsize=size, layout="constrained", sharex=True)
-    found = [axes] if panels == 1 else list(axes)
-    for each in found:
+    panel_list = [axes] if panels == 1 else list(axes)
+    for each in panel_list:
         each.grid(alpha=0.25)
-    return figure, found
+    return figure, panel_list
 
 
 def _draw_train(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> None:

@@ -70,7 +70,7 @@ TOKEN_PARITY_ROWS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class NetworkAnswers:
+class NetworkOutputs:
     """Outputs of the trained network, to compare with the outputs of the stored model."""
 
     loss: float
@@ -107,7 +107,7 @@ class ModelWriter:
         """Save the model, free the network, load the saved model, compare, and register the model
         last."""
         run = self.run
-        trained = self._answers(network)
+        trained = self._outputs(network)
         with new_folder(run.model_folder) as fresh:
             manifest = self._save(network, fresh)
             network.close()
@@ -221,36 +221,36 @@ class ModelWriter:
     def _few_rows(self) -> list[Example]:
         return self._sample()[:TOKEN_PARITY_ROWS]
 
-    def _answers(self, network: Network) -> NetworkAnswers:
+    def _outputs(self, network: Network) -> NetworkOutputs:
         """Return the outputs of the trained network."""
         loss, logps = self._loss(network), self._logps(network)
         skipped = self._why_not_greedy(network)
         if skipped:
-            return NetworkAnswers(loss, logps, None, skipped)
+            return NetworkOutputs(loss, logps, None, skipped)
         # Beside the texts a soft prompt and a prefix stand in the context.
         room = network.context - network.tokens_before - GREEDY_TOKENS
         soft = list(prompt_ids(network.model))
         own = greedy_prompts(self._few_rows(), TOKEN_PARITY_ROWS, room)
         if not own:
-            return NetworkAnswers(loss, logps, None, "no row has a prompt that fits the context")
+            return NetworkOutputs(loss, logps, None, "no prompt fits the context")
         prompts = [np.array([*soft, *ids_T], dtype=np.int64) for ids_T in own]
         with _open_backend(network) as backend:
             written = write_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
-        return NetworkAnswers(loss, logps, written, None)
+        return NetworkOutputs(loss, logps, written, None)
 
     def _why_not_greedy(self, network: Network) -> str | None:
         """Return the reason against a comparison of greedy text, or ``None``."""
         task = self.job.data.objective.task
         if task != "causal_lm" or network.is_bidirectional:
-            return f"a network for {task.replace('_', ' ')} does not write from texts"
+            return f"a network for {task.replace('_', ' ')} cannot generate text"
         return None
 
-    def _parity(self, folder: Path, manifest: Manifest, trained: NetworkAnswers) -> Parity:
+    def _parity(self, folder: Path, manifest: Manifest, trained: NetworkOutputs) -> Parity:
         """Load the stored model as for serving, and compare the outputs."""
         parent = self.job.base if manifest.saved == "adapter" else None
         if parent and fingerprint(read_adapter(folder)) != manifest.trained_weights_sha256:
             raise LuthierError(
-                "the saved adapter has not the bits of the trained one", rule="model.not_saved"
+                "the saved adapter differs from the trained adapter", rule="model.not_saved"
             )
         stored = store.StoredModel(manifest.id, folder, manifest, parent)
         head = self.job.data.objective.head()
@@ -286,7 +286,7 @@ class ModelWriter:
         )
         if stored.chat.stop_ids != chat.stop_ids:
             raise LuthierError(
-                "the saved tokenizer has other stop tokens than the one trained with",
+                "the stop tokens of the saved tokenizer differ from training",
                 rule="model.not_saved",
             )
         return parity

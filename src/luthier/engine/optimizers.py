@@ -75,7 +75,7 @@ class MasterAdamW:
         tables: Collection[str] = (),
     ) -> None:
         if tables and (training.weight_decay or processes.size > 1):
-            raise ValueError("rows of tables are for one process, and weights that do not decay")
+            raise ValueError("`tables` requires one process and no weight decay")
         everything = dict(named)
         self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
         self._tables = {n: EmbeddingRows(self.weights[n].data) for n in tables}
@@ -112,14 +112,14 @@ class MasterAdamW:
                 table.add(gradient)
                 self._sums[name] = table[GRADIENT]
                 self._state.setdefault(name, {"step": torch.zeros((), device=gradient.device)})
-                self._take_rows(name, table)
+                self._update_views(name, table)
             elif name in self._sums:
                 self._sums[name] += gradient
             else:
                 self._sums[name] = gradient.float()
             weight.grad = None
 
-    def _take_rows(self, name: str, table: EmbeddingRows) -> None:
+    def _update_views(self, name: str, table: EmbeddingRows) -> None:
         """Update the views of master and moments after the table has grown."""
         self.masters[name] = table[MASTER]
         if name in self._state:
@@ -145,7 +145,7 @@ class MasterAdamW:
         gradient norm."""
         norm = self._norm()
         if not torch.isfinite(norm):
-            raise Diverged("a gradient is no longer finite")
+            raise Diverged("the gradient is not finite")
         if self._max_norm and norm > self._max_norm:
             for name, gradient in self._sums.items():
                 self.masters[name].grad = gradient
@@ -231,29 +231,29 @@ class MasterAdamW:
         for name, master in self.masters.items():
             weight = self.weights[name]
             keys = [key for key in (MASTER, *MOMENTS) if f"{key}.{name}" in tensors]
-            found = {key: tensors[f"{key}.{name}"] for key in keys}
+            values = {key: tensors[f"{key}.{name}"] for key in keys}
             ids = tensors.get(f"{_ROWS}.{name}")
             state: dict[str, Tensor] = {}
             if f"step.{name}" in tensors:
                 state["step"] = tensors[f"step.{name}"].to(master.device, copy=True)
             if (table := self._tables.get(name)) is not None:
                 if ids is None:
-                    table.restore_whole(found)
+                    table.restore_whole(values)
                 else:
-                    table.restore(ids, found)
+                    table.restore(ids, values)
             else:
                 if ids is not None:
                     whole = full_tensor(local_shard(weight.data), weight)
-                    found = whole_tables(ids, found, whole)
-                master.copy_(shard_like(found.pop(MASTER), weight))
-                for key, value in found.items():
+                    values = whole_tables(ids, values, whole)
+                master.copy_(shard_like(values.pop(MASTER), weight))
+                for key, value in values.items():
                     # The fused step reads all three in the order they lie in memory, which for
                     # convolutions (channels last) is not the order of a file.
                     state[key] = torch.empty_like(master).copy_(shard_like(value, weight))
             if state:
                 self._state[name] = state
             if table is not None:
-                self._take_rows(name, table)
+                self._update_views(name, table)
         self.publish()
 
     def publish(self) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
-from luthier.engine.report_file import ReportFile, handing_on
+from luthier.engine.report_file import ReportFile, forward_reports
 from luthier.engine.runs import Result
 from luthier.errors import (
     Interrupted,
@@ -105,7 +105,7 @@ def run_in_processes(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if ProcessGroup.of_environment().size > 1:
-        raise RecipeError("a launcher has started several processes already: leave `processes` out")
+        raise RecipeError("a launcher has started several processes already. Remove `processes`")
     _check_number(processes, reporter)
     with TemporaryDirectory(prefix="luthier-processes-") as path:
         folder = Path(path)
@@ -129,7 +129,7 @@ def run_in_processes(
             with (
                 _own_signals(),
                 _quiet_agent(processes),
-                handing_on(folder / _REPORTS, reporter),
+                forward_reports(folder / _REPORTS, reporter),
             ):
                 program, *arguments = python_command(module, path)
                 elastic_launch(config, program)(*arguments)
@@ -139,14 +139,14 @@ def run_in_processes(
             rank, failure = error.get_first_failure()
             how = format_exit(failure.exitcode)
             raise LuthierError(
-                f"process {rank} of {processes} ended {how}, also after {MAX_RESTARTS} new starts. "
-                f"It said last: {_last_words(folder, rank)}. Resume the run, and it goes on "
-                "from the last checkpoint"
+                f"process {rank} of {processes} ended {how} after {MAX_RESTARTS} restarts. Last "
+                f"output: {_last_words(folder, rank)}. Resume the run from the last checkpoint"
             ) from error
         except SignalException as error:
             if not _outcomes(folder):
                 raise Interrupted(
-                    "stopped before the first checkpoint; the run begins anew when it is resumed"
+                    "stopped before the first checkpoint. A resume starts the run from the "
+                    "beginning"
                 ) from error
         finally:
             _log_output(folder)
@@ -213,9 +213,8 @@ def check_room(processes: int, each: int = PROCESS_BYTES) -> None:
     room = available_memory() // each
     if not 1 <= processes <= room:
         raise RecipeError(
-            f"{processes} processes were asked for, and this machine has room for 1 to {room}: each "
-            f"takes {each / 1e9:.1f} GB before it has read anything. Take one for each "
-            "GPU, or for each socket",
+            f"{processes} processes do not fit in memory: this machine has room for 1 to {room}, "
+            f"at {each / 1e9:.1f} GB each before any data. Use one process per GPU or per socket",
             rule="machine.processes",
         )
 
@@ -229,8 +228,8 @@ def _check_number(processes: int, reporter: Reporter) -> None:
     if processes > able:
         kind = "GPU" if torch.cuda.is_available() else "core"
         reporter.note(
-            f"warning: {processes} processes share {able} {kind}{'s' * (able != 1)}: more than {able} "
-            "make a run slower"
+            f"warning: {processes} processes share {able} {kind}{'s' * (able != 1)}. More than "
+            f"{able} processes make a run slower"
         )
 
 
@@ -251,8 +250,8 @@ def watch_agent(agent: int) -> None:
 
 def launch_id() -> str:
     """Return torchrun's ``--rdzv-id``, equal on all nodes and after restarts; empty without an id."""
-    given = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return "" if given == "none" else given  # what torchrun says without one
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if run_id == "none" else run_id  # what torchrun says without one
 
 
 def has_agent() -> bool:

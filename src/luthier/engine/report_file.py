@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,12 @@ class ReportFile(Reporter):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def stage(self, text: str) -> None:
-        """See :class:`Reporter`."""
-        self._append("stage", text)
-
-    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-        """See :class:`Reporter`."""
-        self._append("settings", list(defaults))
-
-    def note(self, text: str) -> None:
-        """See :class:`Reporter`."""
-        self._append("note", text)
-
-    def nothing_to_resume(self, model_id: str) -> None:
-        """See :class:`Reporter`."""
-        self._append("nothing_to_resume", model_id)
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """See :class:`Reporter`."""
-        self._append("progress", done, total, what)
-
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """See :class:`Reporter`."""
-        self._append("metrics", without_rows(line), steps)
+        """Write the line without row-level values, which no reader displays."""
+        super().metrics(without_rows(line), steps)
 
-    def _append(self, method: str, *arguments: Any) -> None:
+    def receive(self, method: str, *arguments: Any) -> None:
+        """Append the call to the file."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps([method, arguments], default=str) + "\n")
 
@@ -59,7 +40,7 @@ class ReportReader:
     def __init__(self, path: Path) -> None:
         self.path, self._place = path, 0
 
-    def hand_on(self, reporter: Reporter) -> None:
+    def forward(self, reporter: Reporter) -> None:
         """Report the new lines since the last call to ``reporter``."""
         if not self.path.is_file():
             return
@@ -77,7 +58,7 @@ class ReportReader:
 
 
 @contextmanager
-def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
+def forward_reports(path: Path, reporter: Reporter) -> Iterator[None]:
     """Forward the new lines of ``path`` to ``reporter`` during the block.
 
     An exception of ``reporter`` is raised at the end of the block; ``reporter`` receives no more
@@ -87,10 +68,10 @@ def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
     reader = ReportReader(path)
     raised: list[BaseException] = []
 
-    def hand_on() -> None:
+    def forward_new() -> None:
         while True:
             try:
-                reader.hand_on(Reporter() if raised else reporter)
+                reader.forward(Reporter() if raised else reporter)
             except BaseException as error:
                 raised.append(error)
             else:
@@ -98,7 +79,7 @@ def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
 
     def follow() -> None:
         while not ended.wait(LOOK_SECONDS):
-            hand_on()
+            forward_new()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -107,6 +88,6 @@ def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        hand_on()
+        forward_new()
     if raised:
         raise raised[0]

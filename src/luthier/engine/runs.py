@@ -143,8 +143,8 @@ class Run:
             self._record_launch(launch)
             write_json(self.folder / RUN_REQUEST, dict(request))
             return None
-        asked = self.folder / RUN_REQUEST
-        same_request(read_json(asked), request, self.model_id)
+        request_file = self.folder / RUN_REQUEST
+        same_request(read_json(request_file), request, self.model_id)
         (self.folder / _FAILURE).unlink(missing_ok=True)
         self._record_launch(launch)
         return Result.parse(read_json(self.folder / RUN_RESULT)) if self.has_ended() else None
@@ -176,19 +176,18 @@ class Run:
         stored = (self.model_folder / MANIFEST).is_file()
         if (self.folder / RUN_REQUEST).is_file():
             run = "a finished run" if stored else "an unfinished run"
-            advice = "Choose" if stored else "Go on with it by --resume, choose"
+            advice = "Choose" if stored else "Resume with --resume, choose"
             why = ""
             if not stored and (reason := self.failure()):
-                run, advice = "a run", "Choose"
-                why = f", and going on would end as it did: {reason}"
+                run, advice, why = "a run", "Choose", f" and would fail again: {reason}"
             raise RunConflict(
-                f"there is {run} {self.model_id} already{why}. {advice} another --name, or remove it "
-                f"with `luthier models remove {self.model_id}`",
+                f"{run} {self.model_id} exists already{why}. {advice} another --name, or remove "
+                f"the run with `luthier models remove {self.model_id}`",
                 rule="run.name_taken",
             )
         if stored:
             raise RunConflict(
-                f"there is a model {self.model_id} already; choose another --name",
+                f"a model {self.model_id} exists already. Choose another --name",
                 rule="run.name_taken",
             )
 
@@ -210,7 +209,7 @@ class Run:
         """Return a field of the run's request; ``None`` if the run has not begun."""
         return self.read_request().get(field)
 
-    def hold_out(self, lines: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+    def record_held_out(self, lines: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
         """Record the held-out line numbers by split and file, and copy the test rows."""
         if not lines:
             (self.folder / HELD_OUT).unlink(missing_ok=True)
@@ -314,11 +313,11 @@ def unfinished_runs() -> list[Run]:
 
     Excludes runs with an active process, and runs of jobs, which the service resumes.
     """
-    found: list[tuple[datetime, Run]] = []
+    started_runs: list[tuple[datetime, Run]] = []
     for run in map(run_of, unfinished_run_ids()):
         with suppress(FileNotFoundError):  # removed meanwhile
-            found += [] if run.is_worked_on() else [(run.started_at(), run)]
-    return [run for _, run in sorted(found, key=itemgetter(0))]
+            started_runs += [] if run.is_worked_on() else [(run.started_at(), run)]
+    return [run for _, run in sorted(started_runs, key=itemgetter(0))]
 
 
 def runs_from(base: str) -> list[Run]:
@@ -346,13 +345,13 @@ def automatic_name(
             re.fullmatch(rf"{re.escape(stem)}-([0-9]+)", folder.name)
             for folder in parent.glob(f"{stem}-*")
         ]
-        if taken := [int(match[1]) for match in matches if match]:
-            own = [
+        if numbers := [int(match[1]) for match in matches if match]:
+            launch_numbers = [
                 number
-                for number in taken
+                for number in numbers
                 if launch and Run(base, f"{stem}-{number}").read_launch() == launch
             ]
-            return f"{stem}-{max(own or taken)}"
+            return f"{stem}-{max(launch_numbers or numbers)}"
     number = 1
     while True:
         name = f"{stem}-{number}"
@@ -379,7 +378,7 @@ def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[
                 yield
                 return
         if time.monotonic() >= deadline:
-            raise RunConflict(f"another process is working on {what} now", rule="run.in_use")
+            raise RunConflict(f"another process is working on {what}", rule="run.in_use")
         time.sleep(LOOK_SECONDS)
 
 
@@ -393,7 +392,7 @@ def is_resumed(path: Path, request: Mapping[str, Any], what: str, resume: bool) 
         return False
     if not resume:
         raise RunConflict(
-            f"there is a {what} already. --resume goes on with it; choose another --name, or remove "
+            f"a {what} exists already. Resume with --resume, choose another --name, or remove "
             f"{path.parent}"
         )
     same_request(read_json(path), request, f"the {what}")
@@ -408,12 +407,12 @@ def same_request(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -
     if changed and sources == changed:
         names = ", ".join(key.removeprefix("data.") for key in sources)
         raise RunConflict(
-            f"{what} cannot be resumed: its data changed ({names}). Restore the files and repeat the "
-            "command, or choose another --name to train on the new data"
+            f"{what} cannot be resumed: the data changed ({names}). Restore the files and repeat "
+            "the command, or choose another --name"
         )
     if changed:
         shown = "; ".join(
-            f"{key} was {_describe_value(old.get(key))} and is {_describe_value(new.get(key))} now"
+            f"{key} changed from {_describe_value(old.get(key))} to {_describe_value(new.get(key))}"
             for key in changed[:3]
         )
         raise RunConflict(
@@ -423,4 +422,4 @@ def same_request(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -
 
 
 def _describe_value(value: Any) -> str:
-    return "not given" if value is None else str(value)
+    return "unset" if value is None else str(value)

@@ -73,7 +73,7 @@ class Preparation(TrainingStep):
         objective, budget = job.data.objective, trainer.reading_budget
         network.model.eval()
         with trainer.clock.part("begin"):
-            steps, measured, calibrated = rows_read(job)
+            steps, measured, calibrated = count_rows(job)
             start = RunStart(
                 network,
                 job.data.train,
@@ -107,7 +107,7 @@ class Baselines(TrainingStep):
     def before_training(self, trainer: Trainer) -> None:
         """Fit the baselines on the hidden states of the base model, before any weight moves."""
         if trainer.network.is_sharded:
-            trainer.reporter.note("no baselines are fitted: one process cannot run shards alone")
+            trainer.reporter.note("baselines skipped: one process cannot run shards alone")
             return
         job, media = trainer.job, trainer.job.chat.media
         train, held = job.data.compared
@@ -118,7 +118,7 @@ class Baselines(TrainingStep):
 
         with trainer.clock.part("baselines"):
             trainer.reporter.stage("Fitting simple baselines to compare with")
-            found = fit_baselines(
+            fitted = fit_baselines(
                 trainer.network,
                 job.data.objective,
                 train,
@@ -128,10 +128,10 @@ class Baselines(TrainingStep):
                 on_progress,
                 label_issues=True,
             )
-        trainer.baselines = found
-        if found is not None:
-            trainer.reporter.note(found.describe())
-        issues = found.label_issues if found is not None else None
+        trainer.baselines = fitted
+        if fitted is not None:
+            trainer.reporter.note(fitted.describe())
+        issues = fitted.label_issues if fitted is not None else None
         trainer.run_folder.write_label_issues(issues.issues if issues is not None else ())
         return_freed_memory()
 
@@ -156,7 +156,7 @@ class AdaptationCalibration(TrainingStep):
         reference calibrate again: the checkpoint does not store the initial weights.
         """
         job = trainer.job
-        if trainer.found is not None and not job.data.objective.uses_reference:
+        if trainer.checkpoint is not None and not job.data.objective.uses_reference:
             return
         read_rows = row_gradients(
             trainer.network,
@@ -206,15 +206,17 @@ class FrozenLayers(TrainingStep):
                 need_disk(folder, size, "keeping the activations of the frozen layers")
                 file = folder / ACTIVATIONS
             reporter.stage(f"Computing the {count} frozen layers once for {len(rows):,} rows")
-            kept = f"{size / 1e6:,.1f} MB of states are stored {'on disk' if file else 'in memory'}"
+            size_note = (
+                f"{size / 1e6:,.1f} MB of states are stored {'on disk' if file else 'in memory'}"
+            )
             if media is not None:
                 media.compute_ahead(network, rows, trainer.reading_budget, file)
-                reporter.note(f"{kept}; each epoch runs the head alone")
+                reporter.note(f"{size_note}; each epoch computes the head alone")
             else:
                 network.frozen_cache = FrozenLayerCache.of(
                     network, count, rows, trainer.reading_budget, file
                 )
-                reporter.note(f"{kept}; each epoch starts at layer {count + 1}")
+                reporter.note(f"{size_note}; each epoch starts at layer {count + 1}")
             seconds = time.monotonic() - started
         trainer.first_lines["frozen_layers"] = {"layers": count, "seconds": seconds}
 
@@ -289,12 +291,12 @@ class RefitTraining(TrainingStep):
         )
         resume = bool(group.first(run.has_metrics()))
         run.begin(job.request(), resume=True)
-        again = trainer.of_refit(job, run)
+        again = trainer.refit_trainer(job, run)
         again.learn(resume)
         metrics = MetricsFile(trainer.run_folder.folder / METRICS)
         for line in again.lines:
             metrics.append(line)
-        trainer.run_folder.hold_out(job.data.held_out)
+        trainer.run_folder.record_held_out(job.data.held_out)
         trainer.network, trainer.stored_job = again.network, job
         trainer.progress = replace(
             again.progress,
@@ -325,13 +327,13 @@ class Threshold(TrainingStep):
         threshold = threshold_of(done.objective)
         trainer.reporter.settings([("objective.threshold", threshold, reason)])
         if len(held) < done.wanted or trainer.refit is not None:
-            why = f"{len(held):,} rows are held out, and {done.wanted:,} suffice"
+            why = f"{len(held):,} rows are held out, and {done.wanted:,} are needed"
             why += " (`data.validation_share`)"
             if trainer.refit is not None:
-                why = "the refit learned from the held-out rows"
+                why = "the refit trained on the held-out rows"
             trainer.reporter.note(
-                "warning: the threshold comes from rows that the model learned from, so more of other "
-                f"rows will be above it; {why}"
+                "warning: the threshold comes from training rows, so more new rows will exceed "
+                f"the threshold; {why}"
             )
         recipe = job.recipe.model_copy(update={"objective": done.objective})
         origin = {**job.origin, "recipe": recipe.plain()}
@@ -404,7 +406,7 @@ def judge(trainer: Trainer, refit: Refit | None = None) -> RunVerdict:
     )
 
 
-def rows_read(job: TrainingJob) -> tuple[int, int, int]:
+def count_rows(job: TrainingJob) -> tuple[int, int, int]:
     """Return the maximum number of rows used by training, by all measurements, and by the
     calibration."""
     training, rows = job.recipe.training, len(job.data.train)

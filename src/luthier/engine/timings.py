@@ -70,12 +70,12 @@ def request_key(recipe: Mapping[str, Any], hashes: Mapping[str, str], machine: M
     """
     data = {k: v for k, v in recipe["data"].items() if k not in ("train", "validation", "mix")}
     weights = [each["weight"] for each in recipe["data"].get("mix", [])]
-    asked = {
+    request = {
         **{key: value for key, value in recipe.items() if key not in ("name", "data")},
         "data": [data, weights, list(hashes.values())],
         "machine": [machine_name(machine.device), machine.threads, str(machine.dtype)],
     }
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def estimate_of(key: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 from luthier.engine.metrics import Reporter
 from luthier.errors import Interrupted
 from luthier.trackers import TRACKERS, Status, TrackedRun, Tracker
+from luthier.types import dotted_items
 
 
 class TrackingReporter(Reporter):
@@ -47,9 +48,13 @@ class TrackingReporter(Reporter):
         """Report to each tracker how the run ended."""
         self._track(lambda tracker: tracker.end(status))
 
+    def receive(self, method: str, *arguments: Any) -> None:
+        """Forward the call to the wrapped reporter."""
+        getattr(self._reporter, method)(*arguments)
+
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Forward the line, and log its numbers to each tracker."""
-        self._reporter.metrics(line, steps)
+        """Forward the line, and log the numbers to each tracker."""
+        super().metrics(line, steps)
         values = {
             f"{line['event']}/{name}": float(value)
             for name, value in line.items()
@@ -57,29 +62,9 @@ class TrackingReporter(Reporter):
         }
         self._track(lambda tracker: tracker.log(int(line["step"]), values))
 
-    def stage(self, text: str) -> None:
-        """See :class:`Reporter`."""
-        self._reporter.stage(text)
-
-    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-        """See :class:`Reporter`."""
-        self._reporter.settings(defaults)
-
-    def note(self, text: str) -> None:
-        """See :class:`Reporter`."""
-        self._reporter.note(text)
-
-    def nothing_to_resume(self, model_id: str) -> None:
-        """See :class:`Reporter`."""
-        self._reporter.nothing_to_resume(model_id)
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """See :class:`Reporter`."""
-        self._reporter.progress(done, total, what)
-
 
 @contextmanager
-def tracked(
+def track(
     reporter: Reporter, names: Sequence[str], model_id: str, folder: Path, recipe: Mapping[str, Any]
 ) -> Iterator[Reporter]:
     """Yield a reporter with the trackers ``names`` until the block ends.
@@ -92,7 +77,9 @@ def tracked(
         return
     for name in names:
         TRACKERS[name].check()
-    tracking = TrackingReporter(reporter, TrackedRun(model_id, folder, flatten(recipe)), names)
+    tracking = TrackingReporter(
+        reporter, TrackedRun(model_id, folder, dict(dotted_items(recipe))), names
+    )
     status: Status = "failed"
     try:
         yield tracking
@@ -102,14 +89,3 @@ def tracked(
         raise
     finally:
         tracking.end(status)
-
-
-def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested ``fields`` by dotted name, such as ``training.epochs``."""
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found

@@ -40,7 +40,7 @@ from luthier.engine.runs import (
 )
 from luthier.engine.steps import TrainingStep, select_steps
 from luthier.engine.timings import Clock, record_actual
-from luthier.engine.tracking import tracked
+from luthier.engine.tracking import track
 from luthier.engine.trained_network import load_trained_network
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import (
@@ -95,12 +95,14 @@ def train(
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     with group.shared_errors():
         if group.rank:
-            return _train_beside(recipe, machine, group)
+            return _train_other_process(recipe, machine, group)
         data = data or OpenedData(recipe.data, recipe.objective)
-        return _train_first(recipe, data, resume, reporter or Reporter(), lineage, machine, group)
+        return _train_first_process(
+            recipe, data, resume, reporter or Reporter(), lineage, machine, group
+        )
 
 
-def _train_first(
+def _train_first_process(
     recipe: Recipe,
     data: OpenedData,
     resume: bool,
@@ -130,14 +132,14 @@ def _train_first(
             elif run.request_value("luthier") is None:
                 reporter.nothing_to_resume(run.model_id)
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
-            settled = run.read_request() if resume else {}
+            fixed_values = run.read_request() if resume else {}
             with clock.part("data"):
                 job = prepare_job(
                     recipe,
                     base,
                     machine,
                     reporter,
-                    settled,
+                    fixed_values,
                     processes=group.size,
                     stored_bytes=run.checkpoint_bytes(),
                     opened=data,
@@ -145,11 +147,11 @@ def _train_first(
             job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(job.request(), resume, launch)
             if done is None:
-                run.hold_out(job.data.held_out)
+                run.record_held_out(job.data.held_out)
         except BaseException:
             run.drop_if_empty()
             raise
-        return train_first(None if done else job, run, done, resume, reporter, clock, group)
+        return train_first_process(None if done else job, run, done, resume, reporter, clock, group)
 
 
 def _check_free(run: Run, recipe: Recipe, base: store.StoredModel, data: OpenedData) -> None:
@@ -162,7 +164,7 @@ def _check_free(run: Run, recipe: Recipe, base: store.StoredModel, data: OpenedD
         raise
 
 
-def train_first(
+def train_first_process(
     job: TrainingJob | None,
     run: Run,
     done: Result | None,
@@ -176,28 +178,27 @@ def train_first(
     ``job`` is ``None`` if the run was finished before; ``done`` is then the result.
     """
     group.agree()
-    settled = job.settled() if job is not None else {}
-    known = asdict(done) if done is not None else None
-    group.first([str(run.folder), settled, resume, known])
+    fixed_values = job.fixed_values() if job is not None else {}
+    done_fields = asdict(done) if done is not None else None
+    group.first([str(run.folder), fixed_values, resume, done_fields])
     if job is None:
         assert done is not None
-        reporter.note(f"{done.model_id} was already finished")
+        reporter.note(f"{done.model_id} is finished already")
         return done
     if group.size > 1:
         reporter.note(f"{group.size} processes share the rows of each step")
         rows = job.recipe.training.batch_size or 1
         if rows < group.size:
             reporter.note(
-                f"warning: a step has {rows} row{'s' * (rows != 1)} for {group.size} processes, so "
-                f"some may have nothing to do; take fewer processes, or "
-                f"`training.batch_size={group.size}`"
+                f"warning: a step has {rows} row{'s' * (rows != 1)} for {group.size} processes, "
+                f"so some are idle. Use fewer processes, or `training.batch_size={group.size}`"
             )
     recipe = job.recipe
     names, settings = recipe.training.track, recipe.plain()
     try:
         with (
             _explain_changed_rows(),
-            tracked(reporter, names, run.model_id, run.folder, settings) as tracking,
+            track(reporter, names, run.model_id, run.folder, settings) as tracking,
         ):
             result = Trainer(job, run, tracking, select_steps(job), clock, group).run(resume)
         group.first(asdict(result))
@@ -210,34 +211,34 @@ def train_first(
         raise
 
 
-def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Result:
+def _train_other_process(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Result:
     """Run :func:`train` in a process without files: compute a share of each step."""
     recipe = with_base(recipe, Reporter())
     base = store.find(recipe.base)
     job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
 
-    def prepare(settled: Mapping[str, Any]) -> TrainingJob:
-        if settled["template_date"] == job.chat.date:
+    def prepare(fixed_values: Mapping[str, Any]) -> TrainingJob:
+        if fixed_values["template_date"] == job.chat.date:
             return job
         # The run began on another day, and its rows have the date of that day.
-        return prepare_job(recipe, base, machine, Reporter(), settled, processes=group.size)
+        return prepare_job(recipe, base, machine, Reporter(), fixed_values, processes=group.size)
 
-    return train_beside(prepare, group)
+    return train_other_process(prepare, group)
 
 
-def train_beside(
+def train_other_process(
     prepare: Callable[[Mapping[str, Any]], TrainingJob], group: ProcessGroup
 ) -> Result:
-    """Take part in the training of :func:`train_first`, in another process of ``group``.
+    """Take part in the training of :func:`train_first_process`, in another process of ``group``.
 
-    ``prepare`` makes the job from the values of :meth:`TrainingJob.settled`, after the first
+    ``prepare`` makes the job from the values of :meth:`TrainingJob.fixed_values`, after the first
     process is ready.
     """
     group.agree()
-    folder, settled, resume, done = group.first(None)
+    folder, fixed_values, resume, done = group.first(None)
     if done is None:
-        job = prepare(settled)
-        budget = settled["micro_batch_tokens"]
+        job = prepare(fixed_values)
+        budget = fixed_values["micro_batch_tokens"]
         training = job.recipe.training.model_copy(update={"micro_batch_tokens": budget})
         job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
         with TemporaryDirectory(prefix="luthier-process-") as own:
@@ -245,7 +246,7 @@ def train_beside(
             steps = select_steps(job, stores=False)
             trainer = Trainer(job, run, Reporter(), steps, group=group, first_folder=Path(folder))
             with _explain_changed_rows():
-                trainer.take_part(resume)
+                trainer.run_without_storing(resume)
         done = group.first(None)
     return Result.parse(done)
 
@@ -287,8 +288,8 @@ def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> 
     )
     if not job.data.validation:
         raise RecipeError(
-            "trials are compared on validation rows, and there are none; give --validation FILE, or "
-            "at least 20 rows, of which some are held out"
+            "trials are compared on validation rows, and none exist. Give --validation FILE, or "
+            "at least 20 rows"
         )
     run.begin(job.request(), resume=True)
     trainer = Trainer(job, run, reporter, select_steps(job, trial=True))
@@ -326,7 +327,7 @@ class Trainer:
         """Job of the stored weights, completed by steps before storing."""
         self.steps, self.clock, self.group = steps, clock or Clock(), group
         self.first_folder = first_folder or run.folder
-        self.found: tuple[TrainingProgress, Mapping[str, torch.Tensor]] | None = None
+        self.checkpoint: tuple[TrainingProgress, Mapping[str, torch.Tensor]] | None = None
         """Checkpoint to resume from."""
         self.prepared_rows = job.data.train
         """All training rows after :meth:`Objective.prepare`; a trial may train on a sample of the
@@ -360,7 +361,7 @@ class Trainer:
             record_actual(self.run_folder, self.job.machine, self.clock, result, disk, resumed)
         return result
 
-    def take_part(self, resume: bool) -> None:
+    def run_without_storing(self, resume: bool) -> None:
         """Train in a process without a stored model."""
         self.learn(resume)
         for step in self.steps:
@@ -392,23 +393,23 @@ class Trainer:
             self._loaded = load_trained_network(self.job, self.group, self.reporter)
         self.network = self._loaded.network
         checkpoints = Checkpoints(self.first_folder / CHECKPOINTS)
-        self.found = checkpoints.latest() if resume else None
+        self.checkpoint = checkpoints.latest() if resume else None
         for step in self.steps:
             step.before_training(self)
         loop = self._loop(checkpoints)
-        if self.found is not None:
-            loop.resume(*self.found)
+        if self.checkpoint is not None:
+            loop.resume(*self.checkpoint)
         else:
-            loop.cut_lines()
+            loop.truncate_files()
         if resume:
             done = loop.progress.step
             self.reporter.note(
-                f"going on after step {done}" if self.found else "starting at step 1"
+                f"resuming from step {done}" if self.checkpoint else "starting at step 1"
             )
         if loop.progress.step == 0:
             for event, values in self.first_lines.items():
                 loop.record(event, **values)
-        self.found = None  # the tensors of the checkpoint are in the loop now
+        self.checkpoint = None  # the tensors of the checkpoint are in the loop now
         return loop
 
     def release(self) -> None:
@@ -448,7 +449,7 @@ class Trainer:
         with self.clock.part("store"):
             return writer.write(self.network)
 
-    def of_refit(self, job: TrainingJob, run: Run) -> Trainer:
+    def refit_trainer(self, job: TrainingJob, run: Run) -> Trainer:
         """Return the trainer of the refit, which stores no model."""
         return Trainer(
             job,

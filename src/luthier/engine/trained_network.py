@@ -50,17 +50,17 @@ def load_trained_network(
     # A refit loads the network a second time: its notes would repeat those of the first training.
     note = Reporter().note if whole or job.steps_before else reporter.note
     torch.manual_seed(training.seed)
-    reporter.stage(f"Loading {job.base.id}{', to collect the shards' if whole else ''}")
+    reporter.stage(f"Loading {job.base.id}{' to gather the shards' if whole else ''}")
     # A device may have no room for a network whose layers are sharded.
     device = torch.device("cpu") if is_sharded or whole else machine.device
     head = objective.head()
     model = store.load(job.base, machine.dtype, device, head)
     if new_weights(model):
         classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
-        why = f": {job.base.id} has no head that fits"
+        why = f": {job.base.id} has no matching head"
         if old := job.base.objective.head().labels:
             some = ", ".join(old[:5]) + (", …" if len(old) > 5 else "")
-            why = f"; the old head, of {some}, is dropped"
+            why = f", replacing the head with {some}"
         note(f"new head{classes}{why}")
     if getattr(model.config, "attention_dropout", 0):
         model.config.attention_dropout = 0.0  # type: ignore[union-attr]
@@ -90,15 +90,16 @@ def load_trained_network(
     )
     if job.refit_steps:
         note(
-            f"{job.all_steps:,} steps in all: {job.steps:,} measured on the held-out rows, then up to "
-            f"{job.refit_steps:,} to train again on all rows (`training.refit`)"
+            f"{job.all_steps:,} steps in all: {job.steps:,} measured on the held-out rows, then "
+            f"up to {job.refit_steps:,} on all rows (`training.refit`)"
         )
     if is_sharded:
         shard_layers(network, group, machine.device)
         return_freed_memory()
         own = sum(local_shard(weight).nbytes for weight in model.parameters())
         note(
-            f"the layers are cut into {group.size} shards: each process stores {own / 1e6:,.1f} of "
+            f"the layers are sharded over {group.size} processes: each process stores "
+            f"{own / 1e6:,.1f} of "
             f"{sum(weight.nbytes for weight in model.parameters()) / 1e6:,.1f} MB of weights"
         )
     network.others = {

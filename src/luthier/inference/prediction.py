@@ -14,7 +14,7 @@ from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.texts import RawText, TextPair
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.objectives.base import predicts, room_of, threshold_of
+from luthier.objectives.base import predicts, row_limit, threshold_of
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Predictor:
         self, network: Network, objective: Objective, chat: ChatFormat, context: int
     ) -> None:
         self.network, self.objective, self.chat = network, objective, chat
-        self.context = room_of(objective, chat, context)
+        self.context = row_limit(objective, chat, context)
         network.model.eval()
         network.chat = chat
 

@@ -59,9 +59,11 @@ class GenerativeVerdict(TrainingStep):
             verdict = replace(verdict, text=f"{verdict.text}. {copied}")
         steps = trainer.progress.step
         if usual := advised_steps(trainer.job, steps):
-            text = f"{verdict.text}. {steps:,} steps from random weights are few to make images"
-            advice = f"Train for {usual:,} steps or more: `training.max_steps={usual}`"
-            verdict = replace(verdict, text=text, advice=advice)
+            advice = (
+                f"{steps:,} steps from random weights are few for images: try "
+                f"`training.max_steps={usual}` or more"
+            )
+            verdict = replace(verdict, cause="few_steps", advice=advice)
         trainer.verdict = verdict
 
 

@@ -271,10 +271,10 @@ class Objective(StrictModel):
         longest = max(max(view.longest, len(view) + added) for view in views)
         if longest <= context or type(self).pack is not Objective.pack:
             return None
-        text = f"{longest} tokens are more than the model's context of {context}"
+        text = f"the row has {longest} tokens, and the context of the model has {context}"
         if added:
-            text += f"; at most {added} of them are for the completion"
-        fix = "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`."
+            text += f", including {added} tokens for the completion"
+        fix = "Shorten the row, or set `data.long_rows=drop` or `data.long_rows=truncate`."
         return RowRefused("row.too_long", f"{text}.", fix)
 
     def truncate(self, example: Example, context: int) -> Example:
@@ -419,17 +419,17 @@ class Objective(StrictModel):
         raise NotImplementedError
 
 
-class WritesReplies(Objective):
+class ReplyObjective(Objective):
     """Base class of the objectives for networks that generate replies."""
 
     template: Literal["auto", "chat", "plain"] = "auto"
     """Row format: the model's chat template, or prompt and reply as plain text."""
-    instead_of_writing: ClassVar[str] = ""
+    encoder_alternative: ClassVar[str] = ""
     """Alternative objective for networks without text generation, followed by ``, or ``."""
 
     def bind(self, models: RunModels) -> Self:
         """Reject networks that cannot generate text."""
-        check_writes(self, models.chat, self.instead_of_writing)
+        check_writes(self, models.chat, self.encoder_alternative)
         return super().bind(models)
 
     def format(self, chat: ChatFormat) -> ChatFormat:
@@ -452,7 +452,7 @@ def extra_of(batch: TreeBatch, kind: type[Extra]) -> Extra:
     return batch.extra
 
 
-def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Example]:
+def with_longest_completions(objective: Objective, rows: Sequence[Example]) -> list[Example]:
     """Return ``rows`` at the maximum size of a step of ``objective``: all completions differ."""
     count, tokens = objective.completions
     if not tokens:
@@ -479,12 +479,12 @@ def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
 
 def threshold_of(objective: Objective) -> float | None:
     """Return the decision threshold of an objective that derives a threshold in :meth:`finish`."""
-    drawn = type(objective).finish is not Objective.finish
-    found: float | None = getattr(objective, "threshold", None) if drawn else None
-    return found
+    is_derived = type(objective).finish is not Objective.finish
+    threshold: float | None = getattr(objective, "threshold", None) if is_derived else None
+    return threshold
 
 
-def room_of(objective: Objective, chat: ChatFormat, context: int) -> int:
+def row_limit(objective: Objective, chat: ChatFormat, context: int) -> int:
     """Return the largest number of tokens of a row for a network of ``context`` tokens."""
     return chat.longest_embedded(context) if objective.task == "embedding" else context
 
@@ -501,11 +501,12 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
         RecipeError: with the reason and an alternative.
     """
     shapes = objective.shapes | objective.further_shapes
-    known = {SHAPES[shape].reads for shape in shapes if shape in SHAPES}
-    if known and chat.reads not in known:
-        learned = " and ".join(PLURAL[kind] for kind in sorted(known))
+    modalities = {SHAPES[shape].reads for shape in shapes if shape in SHAPES}
+    if modalities and chat.reads not in modalities:
+        names = " and ".join(PLURAL[kind] for kind in sorted(modalities))
         raise RecipeError(
-            f"this base model reads {PLURAL[chat.reads]}, and the objective learns from {learned}.",
+            f"the base model takes {PLURAL[chat.reads]} as input, and the objective requires "
+            f"{names}.",
             rule="base.kind",
             setting="objective.method",
             value=objective.method,
@@ -529,21 +530,21 @@ def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> N
         return
     if chat.tokenizer.mask_token_id is None:
         raise RecipeError(
-            f"objective {objective.method} learns to write, and this model's tokenizer names no token "
-            "that ends a text (eos_token). Name it in the model's tokenizer_config.json"
+            f"objective {objective.method} requires an end-of-text token, and the model's "
+            "tokenizer has none. Set `eos_token` in the model's tokenizer_config.json"
         )
     raise RecipeError(
-        f"this base reads, it does not write: objective {objective.method} learns to write, and its "
-        "tokenizer names no token that ends a text, as those of encoders do not. "
-        f"Use {instead}a base that writes, such as `base=smollm2-135m-instruct`"
+        "the base model is an encoder and cannot generate text, which objective "
+        f"{objective.method} requires. Use {instead}a base that generates text, such as "
+        "`base=smollm2-135m-instruct`"
     )
 
 
 def rows_to_finish(
-    held: Sequence[Example], train: Sequence[Example], wanted: int
+    held: Sequence[Example], train: Sequence[Example], minimum: int
 ) -> Sequence[Example]:
     """Return the held-out rows, and the training rows too if fewer than ``wanted`` are held out."""
-    return held if len(held) >= wanted else concatenate([held, train])
+    return held if len(held) >= minimum else concatenate([held, train])
 
 
 def cut_end(example: Example, context: int) -> Example:

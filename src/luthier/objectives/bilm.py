@@ -54,11 +54,11 @@ class BiLM(Objective):
     def bind(self, models: RunModels) -> Self:
         """Reject tokenizers without word boundaries."""
         chat = models.chat
-        known = chat.tokenizer.get_vocab()
-        if any(token not in known for token in (*SPECIAL, WORD_START)):
+        vocabulary = chat.tokenizer.get_vocab()
+        if any(token not in vocabulary for token in (*SPECIAL, WORD_START)):
             raise RecipeError(
-                "bilm predicts whole words, and this model's tokenizer does not mark where they "
-                "begin. Use causal_lm or masked_lm, or a network of type elmo.",
+                "bilm predicts whole words, and the model's tokenizer does not mark word "
+                "starts. Use causal_lm or masked_lm, or a network of type elmo.",
                 rule="objective.tokenizer",
             )
         return super().bind(models)

@@ -21,25 +21,23 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
     tasks = ("masked_lm", "causal_lm") if chat.fills_masks else ("causal_lm", "masked_lm")
     kinds = [kind for kind in OBJECTIVES.values() if row.shape in kind.shapes]
     if not kinds:
-        message = f"there is nothing to learn in {describe_shapes([row.shape])}."
+        message = f"no objective trains on {describe_shapes([row.shape])} by default."
         fix = (
-            "Add the replies as `completion`, or let a teacher write them with `luthier distil`, or "
-            "learn from what replies are worth with `objective.method=grpo`."
+            "Add replies as `completion`, generate replies with a teacher (`luthier distil`), or train "
+            "on rewards with `objective.method=grpo`."
         )
         if isinstance(row, MultipleChoice):
             fix = (
-                "Such rows measure what a model knows (`luthier evaluate`). To learn from them, write "
-                "each prompt with the right choice as its completion."
+                "Evaluate a model with the rows (`luthier evaluate`). To train, write each prompt with "
+                "the right choice as `completion`."
             )
         if isinstance(row, MediaRow):
-            named = [
-                name
+            choices = [
+                f"`objective.method={name}`"
                 for name, kind in OBJECTIVES.items()
                 if row.shape in kind.shapes | kind.further_shapes
             ]
-            choices = [f"`objective.method={name}`" for name in named]
-            choices.append("give each a label, as with `data.columns.label=COLUMN`")
-            fix = f"Say what is to be learned: {', or '.join(choices)}."
+            fix = f"Set {', or '.join(choices)}, or add labels (`data.columns.label=COLUMN`)."
         raise DataError([Problem("row.objective", message, fix, row.location)])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]

@@ -39,8 +39,8 @@ class CausalLM(Objective):
         chat = models.chat
         if chat.start_id is not None:
             raise RecipeError(
-                "causal_lm is for networks that go on with a text, and this one answers what its "
-                "encoder reads. Use span_corruption for raw text, or sft for prompts with replies."
+                "causal_lm requires a decoder, and the base model is an encoder-decoder. Use "
+                "span_corruption for raw text, or sft for prompts with replies."
             )
         check_writes(self, chat, "masked_lm for raw text, or ")
         return super().bind(models)

@@ -36,9 +36,9 @@ def check_shares(labels: Sequence[str] | None, shares: Sequence[float] | None) -
     if shares is None:
         return
     if len(shares) != len(labels or ()):
-        raise ValueError("shares go with labels: give both, one share for each label")
+        raise ValueError("`shares` requires `labels`, with one share per label")
     if not all(0 < share < 1 for share in shares):
-        raise ValueError("a share is a number between 0 and 1, the ends left out")
+        raise ValueError("a share must be above 0 and below 1")
 
 
 def balanced_weights(labels: Sequence[str], seen: Mapping[str, int]) -> dict[str, float]:

@@ -92,23 +92,23 @@ class Classification(Objective):
 
     @field_validator("class_weights", mode="before")
     @classmethod
-    def _check_class_weights(cls, given: Any) -> Any:
+    def _check_class_weights(cls, weights: Any) -> Any:
         """Validate the weights; error messages contain the label."""
-        if not isinstance(given, Mapping):
-            if given not in (None, "balanced"):
+        if not isinstance(weights, Mapping):
+            if weights not in (None, "balanced"):
                 raise ValueError(
-                    "must be balanced, or a table of labels and what they count, such as "
+                    "must be `balanced`, or a table of labels and weights, such as "
                     "`objective.class_weights.rare=5`"
                 )
-            return given
-        for name, weight in given.items():
+            return weights
+        for name, weight in weights.items():
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not 1 / LARGEST_WEIGHT <= weight <= LARGEST_WEIGHT:
                 raise ValueError(
                     f"the weight of {name!r} must be a number from {1 / LARGEST_WEIGHT:g} to "
                     f"{LARGEST_WEIGHT:,}, and is {weight!r}"
                 )
-        return given
+        return weights
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -143,11 +143,11 @@ class Classification(Objective):
         kind = folder.fields.get("model_type")
         if self.pooling == "mean" and kind not in MEAN_POOLED:
             raise RecipeError(
-                f"objective.pooling=mean reads a BERT; the base model is of type {kind}"
+                f"objective.pooling=mean requires a BERT; the base model has type {kind}"
             )
         if self.pooling == "first" and kind == "mean_pooling_bert":
             raise RecipeError(
-                "objective.pooling=first: the base model was trained to be read by the mean"
+                "objective.pooling=first: the base model was trained with mean pooling"
             )
         pooling = self.pooling
         if pooling is None and isinstance(learned, Classification):
@@ -166,22 +166,24 @@ class Classification(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Collect the classes, and detect multi-label rows."""
-        multi = learns_several(rows) if self.multi_label is None else self.multi_label
-        seen = Counter(n for row in rows if isinstance(row, Labelled) for n in row.labels)
-        found = self.labels or tuple(sorted(seen))
-        if len(found) < (1 if multi else 2):
-            only = (
-                f"all rows that have a label have {found[0]!r}." if found else "no row has a label."
+        multi_label = detect_multi_label(rows) if self.multi_label is None else self.multi_label
+        counts = Counter(n for row in rows if isinstance(row, Labelled) for n in row.labels)
+        labels = self.labels or tuple(sorted(counts))
+        if len(labels) < (1 if multi_label else 2):
+            message = (
+                f"all rows that have a label have {labels[0]!r}."
+                if labels
+                else "no row has a label."
             )
             raise RowRefused(
                 "label.one_class",
-                only,
+                message,
                 "Add rows of at least one other class.",
             )
-        shares = self.shares or shares_of(found, seen, len(rows) if multi else None)
-        update = {"labels": found, "multi_label": multi, "shares": shares}
+        shares = self.shares or shares_of(labels, counts, len(rows) if multi_label else None)
+        update = {"labels": labels, "multi_label": multi_label, "shares": shares}
         if self.class_weights is not None:
-            update["class_weights"] = self._fit_class_weights(found, seen, multi)
+            update["class_weights"] = self._fit_class_weights(labels, counts, multi_label)
         return self.model_copy(update=update)
 
     def _fit_class_weights(
@@ -191,8 +193,7 @@ class Classification(Objective):
         weights, setting = self.class_weights, "objective.class_weights"
         if multi:
             raise RecipeError(
-                f"`{setting}` is for rows of one label each; with several, each class is told from the "
-                "rest by itself. Leave it out",
+                f"`{setting}` requires rows with one label each. Remove the setting",
                 setting=setting,
             )
         if not isinstance(weights, dict):
@@ -200,7 +201,7 @@ class Classification(Objective):
         if unknown := [name for name in weights if name not in labels]:
             nearest = did_you_mean(unknown[0], labels, f"the labels are {list_some(labels, 20)}")
             raise RecipeError(
-                f"`{setting}` names {unknown[0]!r}, and no row has that label: {nearest}",
+                f"`{setting}` names {unknown[0]!r}, which no row has: {nearest}",
                 setting=setting,
             )
         return weights
@@ -214,7 +215,7 @@ class Classification(Objective):
             count = "no label" if not row.labels else f"{len(row.labels)} labels"
             raise RowRefused(
                 "label.mixed",
-                f"the row has {count}, and the objective takes one label a row.",
+                f"the row has {count}, and the objective requires one label per row.",
                 "Write one label, or use `objective.multi_label=true`.",
             )
         target = self._target(row.labels)
@@ -230,8 +231,8 @@ class Classification(Objective):
         if unseen:
             raise RowRefused(
                 "label.unseen",
-                f"the label {unseen[0]!r} is in none of the training rows.",
-                "Add training rows of that class, or remove the row.",
+                f"no training row has the label {unseen[0]!r}.",
+                "Add training rows with the label, or remove the row.",
             )
         if not self.multi_label:
             return class_of(labels.index(names[0]))
@@ -288,7 +289,7 @@ class Classification(Objective):
         chosen = [examples[row] for row in labelled[:: -(-len(labelled) // PROBED_ROWS)]]
         features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
         tap = layer.register_forward_pre_hook(
-            lambda _, given: features.append(given[0].flatten(0, -2).float().cpu())
+            lambda _, inputs: features.append(inputs[0].flatten(0, -2).float().cpu())
         )
         try:
             for batch in network.batches(chosen, start.budget):
@@ -299,16 +300,16 @@ class Classification(Objective):
         target, features_NH = torch.from_numpy(np.stack(targets)), torch.cat(features)
         if not features_NH.isfinite().all():
             return plain
-        found = fit_logistic(
+        fitted = fit_logistic(
             features_NH,
             target if self.multi_label else target[:, 0],
             classes,
             bias=layer.bias is not None,
             weights=self._weight_C,
         )
-        layer.weight.copy_(found.weight_CH)
+        layer.weight.copy_(fitted.weight_CH)
         if layer.bias is not None:
-            layer.bias.copy_(found.bias_C)
+            layer.bias.copy_(fitted.bias_C)
         start.note(f"the new head starts from logistic regression on {len(chosen):,} rows")
         return PreparedRows(examples, head_fitted=True)
 
@@ -334,7 +335,7 @@ class Classification(Objective):
         return {"label": max(scores, key=scores.__getitem__), "scores": scores}
 
 
-def learns_several(rows: Sequence[Row]) -> bool:
+def detect_multi_label(rows: Sequence[Row]) -> bool:
     """Return true if the labelled rows are multi-label."""
     labelled = [row for row in rows if isinstance(row, Labelled)]
     arrays = [row for row in labelled if not isinstance(row.label, str)]

@@ -126,22 +126,22 @@ class Contrastive(Objective):
         """Check that rows can have two views, and that there are at least two classes."""
         if any(isinstance(row, RawText) for row in rows) and chat.tokenizer.mask_token_id is None:
             raise RecipeError(
-                "single texts are learned from two views under dropout, which this kind of network "
-                'has none of. Give pairs: {"anchor": "...", "positive": "..."}.',
+                "single texts require dropout, and the network has none. Give pairs: "
+                '{"anchor": "...", "positive": "..."}.',
                 rule="objective.dropout",
             )
         labels = {row.label if isinstance(row, Labelled) else None for row in rows}
         if len(labels) == 1 and None not in labels:
             raise RowRefused(
                 "label.one_class",
-                f"all rows have the label {labels.pop()!r}, so all are to be near each other.",
+                f"all rows have the label {labels.pop()!r}, so no row is dissimilar.",
                 "Add rows of at least one other class, or leave the labels out.",
             )
         captions = of_shape(CaptionedImage, rows)
         if captions and (not chat.has_tokenizer or chat.start_id is not None):
             raise RecipeError(
-                "images with captions are learned by contrast with an encoder of images beside one of "
-                "texts. Name a CLIP by folder or hub id, such as `base=openai/clip-vit-base-patch32`",
+                "images with captions require a CLIP model. Name a CLIP by folder or hub id, "
+                "such as `base=openai/clip-vit-base-patch32`",
                 rule="objective.network",
             )
         if self.temperature is not None or chat.media is None or captions:
@@ -165,7 +165,7 @@ class Contrastive(Objective):
         if isinstance(row, Labelled) and not isinstance(row.label, str):
             raise RowRefused(
                 "label.mixed",
-                "the row has an array of labels, and one label says what it is near to.",
+                "the row has an array of labels, and the objective requires one label.",
                 "Write one label.",
             )
         has_class = isinstance(row, Labelled | MediaRow) and not isinstance(row, CaptionedImage)
@@ -227,7 +227,7 @@ class Contrastive(Objective):
             scale = self._learned_scale(network)
             learned = [scale] if scale is not None and scale.requires_grad else []
             gradient_RH, *by_scale = torch.autograd.grad(whole.total, [all_RH, *learned])
-        found = []
+        cached_batches = []
         place_of = {number: place for place, number in enumerate(numbers)}
         for batch in batches:
             gradient = gradient_RH[[place_of[side.row] for side in batch.tree.examples]]
@@ -238,8 +238,8 @@ class Contrastive(Objective):
             part = by_scale[0] * share if by_scale else None
             seed = derive_seed(first, batch.place)
             cached = _Cached(gradient, part, total, {**metrics, "accuracy": right}, seed)
-            found.append(replace(batch, extra=cached))
-        return found
+            cached_batches.append(replace(batch, extra=cached))
+        return cached_batches
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed InfoNCE over the anchors of the batch."""
@@ -334,21 +334,23 @@ class Contrastive(Objective):
 
         if self.threshold is not None:
             return Finished(self)
-        wanted = 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
-        examples = rows_to_finish(held, train, wanted)
+        minimum = 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
+        examples = rows_to_finish(held, train, minimum)
         rows = [replace(each, row=n) for n, each in enumerate(examples[:MOST_COMPARED])]
         if any(row.source_row is not None for row in rows):
             return Finished(self)
         sides = self.views(rows)
-        found = network.read_rows(sides, budget, lambda batch: self.embed(network, batch).cpu())
-        scores_PP = (torch.stack(found[::2]) @ torch.stack(found[1::2]).t()).numpy()
+        embeddings = network.read_rows(
+            sides, budget, lambda batch: self.embed(network, batch).cpu()
+        )
+        scores_PP = (torch.stack(embeddings[::2]) @ torch.stack(embeddings[1::2]).t()).numpy()
         text_V = number_keys([side.ids_T.tobytes() for side in sides])
-        others = scores_PP[are_apart(text_V[::2], text_V[1::2])]
-        if not len(others):
+        unrelated = scores_PP[are_apart(text_V[::2], text_V[1::2])]
+        if not len(unrelated):
             return Finished(self)
-        threshold = draw_threshold(others, self.false_alarms)
-        done = self.model_copy(update={"threshold": threshold})
-        return Finished(done, len(examples), wanted)
+        threshold = draw_threshold(unrelated, self.false_alarms)
+        completed = self.model_copy(update={"threshold": threshold})
+        return Finished(completed, len(examples), minimum)
 
     def describe(self, example: Example) -> str:
         """Return the length of the partner; the file contains the text."""

@@ -16,9 +16,9 @@ from luthier.objectives.base import (
     Objective,
     OtherModel,
     PreparedRows,
+    ReplyObjective,
     RunModels,
     RunStart,
-    WritesReplies,
 )
 from luthier.objectives.sft import encode_replies
 from luthier.types import Example, Loss, Row
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DivergenceName = Literal["forward", "reverse", "jsd"]
 
 
-class Taught(Objective):
+class TeacherObjective(Objective):
     """Base class of the objectives with a teacher that shares the student's tokenizer."""
 
     teacher: str = ""
@@ -45,9 +45,7 @@ class Taught(Objective):
     def bind(self, models: RunModels) -> Self:
         """Reject a missing teacher, and a teacher with a different tokenizer."""
         if not self.teacher:
-            raise RecipeError(
-                "there is no teacher; give one with `objective.teacher=ID`", rule="teacher.missing"
-            )
+            raise RecipeError("no teacher. Set `objective.teacher=ID`", rule="teacher.missing")
         if "teacher" not in models.others:
             return super().bind(models)
         teacher = models.others["teacher"]
@@ -64,7 +62,7 @@ class Taught(Objective):
         return super().prepare(start)
 
 
-class TokenDivergence(WritesReplies):
+class TokenDivergence(ReplyObjective):
     """Base class of the objectives with a divergence between next-token distributions."""
 
     divergence: DivergenceName = "forward"
@@ -99,7 +97,7 @@ class TokenDivergence(WritesReplies):
         return mean_nll(network, examples, budget)
 
 
-class Distillation(Taught, TokenDivergence):
+class Distillation(TeacherObjective, TokenDivergence):
     """Base class of distillation of language models: a teacher and a divergence."""
 
     def check_teacher(self, teacher: OtherModel) -> None:
@@ -107,9 +105,9 @@ class Distillation(Taught, TokenDivergence):
         learned = teacher.objective
         if learned.task != "causal_lm":
             raise RecipeError(
-                f"the teacher {self.teacher} is for {learned.method}, and gives no distribution over "
-                "the next token. Take a model that writes text; classifiers are distilled with "
-                "encoder_distillation, and encoders with embedding_distillation."
+                f"the teacher {self.teacher} was trained for {learned.method} and cannot "
+                "generate text. Use a model that generates text, encoder_distillation for "
+                "classifiers, or embedding_distillation for encoders."
             )
 
     def bind(self, models: RunModels) -> Self:
@@ -120,15 +118,14 @@ class Distillation(Taught, TokenDivergence):
         theirs, chat = models.others["teacher"].chat, self.format(models.chat)
         if (theirs.start_id is None) != (chat.start_id is None):
             raise RecipeError(
-                "one of teacher and student is an encoder-decoder and the other is not, so they do not "
-                "read the same rows. Let the student learn from what the teacher writes: "
-                "`method=responses`.",
+                "only one of teacher and student is an encoder-decoder, so the formats of rows "
+                "differ. Train the student on the teacher's replies: `method=responses`.",
                 rule="teacher.network",
             )
         if theirs.template != chat.template:
             raise RecipeError(
-                f"the teacher was tuned with template={theirs.template}, and the student is to read "
-                f"rows with template={chat.template}. Use `objective.template={theirs.template}`.",
+                f"the teacher was tuned with template={theirs.template}, and the student uses "
+                f"template={chat.template}. Set `objective.template={theirs.template}`.",
                 rule="teacher.template",
             )
         return bound
@@ -141,9 +138,8 @@ def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
     if (difference := tokenizer_difference(teacher, student)) is None:
         return
     raise RecipeError(
-        "teacher and student have different tokenizers, so their distributions are over other tokens: "
-        f"{difference}. Let the student learn from what the teacher writes (`method=responses`), or "
-        "take a student of the teacher's family.",
+        f"the tokenizers of teacher and student differ: {difference}. Train the student on the "
+        "teacher's replies (`method=responses`), or use a student of the teacher's family.",
         rule="teacher.tokenizer",
     )
 
@@ -157,6 +153,6 @@ def note_sizes(network: Network, teacher: Network, note: Callable[[str], None]) 
     ours, theirs = (sum(w.numel() for w in n.model.parameters()) for n in (network, teacher))
     if ours > LARGER * theirs:
         note(
-            f"the student has more weights than its teacher ({ours:,} and {theirs:,}): it learns to be "
-            "like the teacher, and may do better when it is tuned on the data itself"
+            f"the student has more weights than the teacher ({ours:,} and {theirs:,}). Tuning "
+            "the student on the data may be better than imitating the teacher"
         )

@@ -48,7 +48,7 @@ class DPO(ReferenceObjective, Pairwise):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing goes with loss_type sigmoid, not {self.loss_type}")
+            raise ValueError(f"label_smoothing requires loss_type=sigmoid, not {self.loss_type}")
         return self
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:

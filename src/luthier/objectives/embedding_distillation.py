@@ -24,7 +24,7 @@ from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.objectives.base import OtherModel, RunModels, cut_text
 from luthier.objectives.contrastive import Contrastive, read_embeddings
-from luthier.objectives.distillation import Taught
+from luthier.objectives.distillation import TeacherObjective
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _TeacherEmbeddings:
         return self.embedding_NH[[self.index[each.ids_T.tobytes()] for each in examples]]
 
 
-class EmbeddingDistillation(Taught):
+class EmbeddingDistillation(TeacherObjective):
     """Distillation of an encoder's embeddings."""
 
     method: Literal["embedding_distillation"] = "embedding_distillation"
@@ -70,9 +70,10 @@ class EmbeddingDistillation(Taught):
         """Reject a teacher without embeddings."""
         if teacher.objective.task != self.task:
             raise RecipeError(
-                f"the teacher {self.teacher} is for {teacher.objective.method}, and gives no "
-                "embeddings of texts. Take an encoder, such as all-minilm-l6-v2; classifiers are "
-                "distilled with encoder_distillation, models that write with logit_distillation.",
+                f"the teacher {self.teacher} was trained for {teacher.objective.method} and has "
+                "no text embeddings. Use an encoder, such as all-minilm-l6-v2, "
+                "encoder_distillation for classifiers, or logit_distillation for models that "
+                "generate text.",
                 rule="teacher.task",
             )
 
@@ -117,10 +118,10 @@ class EmbeddingDistillation(Taught):
         if found_NH.shape[-1] > width:
             before = found_NH.shape[-1]
             found_NH, share = project(found_NH, width)
-            found_NH = turn(found_NH, read_embeddings(network, self._encoder, unique, budget))
+            found_NH = rotate(found_NH, read_embeddings(network, self._encoder, unique, budget))
             note(
-                f"the teacher's {before} numbers a text are projected on the student's "
-                f"{width}, which keeps {share:.1%} of their squares"
+                f"the teacher's {before} dimensions are projected to the student's {width}, "
+                f"which preserves {share:.1%} of the squares"
             )
         targets_NH = pad(found_NH, (0, width - found_NH.shape[-1]))
         network.cache = _TeacherEmbeddings(place, targets_NH)
@@ -170,10 +171,10 @@ def project(found_NH: Tensor, width: int) -> tuple[Tensor, float]:
     return normalize(found_NH @ kept_HW, dim=-1), share
 
 
-def turn(found_NH: Tensor, toward_NH: Tensor) -> Tensor:
+def rotate(found_NH: Tensor, toward_NH: Tensor) -> Tensor:
     """Rotate ``found_NH`` by the orthogonal matrix that minimizes the distance to ``toward_NH``."""
     import torch
 
     left_HH, _, right_HH = torch.linalg.svd(found_NH.double().t() @ toward_NH.double())
-    turned_NH: Tensor = found_NH @ (left_HH @ right_HH).to(found_NH.dtype)
-    return turned_NH
+    rotated_NH: Tensor = found_NH @ (left_HH @ right_HH).to(found_NH.dtype)
+    return rotated_NH

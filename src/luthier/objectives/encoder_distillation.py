@@ -27,7 +27,7 @@ from luthier.data.shapes.texts import LabelledText
 from luthier.errors import RecipeError, RowRefused
 from luthier.objectives.base import Objective, OtherModel, RunModels
 from luthier.objectives.classification import NO_LABEL, Classification
-from luthier.objectives.distillation import Taught
+from luthier.objectives.distillation import TeacherObjective
 from luthier.objectives.means import mean_loss
 from luthier.types import Example, Loss, Row
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class EncoderDistillation(Taught, Classification):
+class EncoderDistillation(TeacherObjective, Classification):
     """Distillation of a single-label classifier, with or without labels."""
 
     method: Literal["encoder_distillation"] = "encoder_distillation"  # type: ignore[assignment]
@@ -72,14 +72,15 @@ class EncoderDistillation(Taught, Classification):
         single = head.problem == "single_label_classification" and head.labels
         if head.task != self.task or not single:
             raise RecipeError(
-                f"the teacher {self.teacher} is for {learned.method}, and gives no probabilities of "
-                "one class for a text. Take a custom model of objective classification; models that "
-                "write are distilled with logit_distillation, encoders with embedding_distillation."
+                f"the teacher {self.teacher} was trained for {learned.method} and is not a "
+                "single-label classifier. Use a custom model of objective classification, "
+                "logit_distillation for models that generate text, or embedding_distillation "
+                "for encoders."
             )
         if self.labels not in (None, head.labels):
             raise RecipeError(
-                f"the teacher {self.teacher} has the classes {', '.join(head.labels)}, in this order, "
-                "and objective.labels names others. Leave it out."
+                f"objective.labels differ from the classes of the teacher {self.teacher}: "
+                f"{', '.join(head.labels)}. Remove `objective.labels`."
             )
 
     def bind(self, models: RunModels) -> Self:
@@ -102,12 +103,12 @@ class EncoderDistillation(Taught, Classification):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the whole text with the class index, or -100, as target."""
         labels = row.labels if isinstance(row, LabelledText) else ()
-        unknown = [label for label in labels if label not in (self.labels or ())]
-        if unknown:
+        unseen = [label for label in labels if label not in (self.labels or ())]
+        if unseen:
             raise RowRefused(
                 "label.unseen",
-                f"the label {unknown[0]!r} is none of the teacher's: {', '.join(self.labels or ())}.",
-                "Correct it, remove the row, or leave its label out.",
+                f"the teacher has no label {unseen[0]!r}, only {', '.join(self.labels or ())}.",
+                "Correct the label, or remove the label or the row.",
             )
         if isinstance(row, LabelledText):
             return super().encode(row, index, chat)
@@ -148,17 +149,17 @@ class EncoderDistillation(Taught, Classification):
         total = self.soft * soft + self.hard * hard
         if self.hidden:
             theirs_MH = theirs_NH[torch.from_numpy(seen.tree.node_M).to(theirs_NH.device)]
-            total = total + self.hidden * _apart(network, batch, ours_NH, theirs_MH)
+            total = total + self.hidden * _hidden_loss(network, batch, ours_NH, theirs_MH)
         agreed_R = ours_RC.argmax(-1) == theirs_RC.argmax(-1)
         return Loss(total, {"agreement": float(agreed_R.sum())})
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """Return the cross-entropy of the label, or of class 0 without a label; needs no teacher."""
-        known = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
-        return mean_loss(Classification(labels=self.labels), network, known, budget)
+        labelled = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
+        return mean_loss(Classification(labels=self.labels), network, labelled, budget)
 
 
-def _apart(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:
+def _hidden_loss(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:
     """Return the sum over rows of the mean ``1 - cos`` between both hidden states of each token."""
     import torch
     from torch.nn.functional import cosine_similarity

@@ -88,8 +88,8 @@ class GRPO(Reinforcement):
         rows = [
             row for row in counted if np.any(row.weight_T) and (self.beta or advantage_R[row.row])
         ]
-        taught = bool(rows)
-        if not taught:  # one completion without an advantage stands for all
+        has_signal = bool(rows)
+        if not has_signal:  # one completion without an advantage stands for all
             rows, advantage_R, divisor = [rollouts.each[0].row(0, 1.0)], 0 * advantage_R, 1.0
         advantages = [
             np.full(len(rollout), advantage)
@@ -98,7 +98,7 @@ class GRPO(Reinforcement):
         batches = self.make_batches(network, rollouts, rows, advantages, budget)
         count = network.processes.sum(len(batches))
         batches = [replace(batch, weight=divisor / count) for batch in batches]
-        if self.beta and taught:
+        if self.beta and has_signal:
             with network.at_start():
                 for batch in batches:
                     extra_of(batch, PolicyBatch).reference_M = token_logps(

@@ -24,7 +24,7 @@ from luthier.data.disk_sequence import spool
 from luthier.data.shapes.preferences import Preference, ThumbedReply
 from luthier.errors import RowRefused
 from luthier.objectives.base import extra_of
-from luthier.objectives.pairs import Judged, encode_answer
+from luthier.objectives.pairs import PreferenceObjective, encode_answer
 from luthier.objectives.references import ReferenceObjective, reference_logps
 from luthier.types import Example, Loss, Row
 
@@ -43,7 +43,7 @@ class _Reference:
     point: float
 
 
-class KTO(ReferenceObjective, Judged):
+class KTO(ReferenceObjective, PreferenceObjective):
     """Preference optimization with thumbs up and down on single answers."""
 
     method: Literal["kto"] = "kto"
@@ -70,8 +70,8 @@ class KTO(ReferenceObjective, Judged):
             kind = "up" if True in kinds else "down"
             raise RowRefused(
                 "thumb.one_kind",
-                f"all {len(rows)} training rows have a thumb {kind}: there is nothing to tell apart.",
-                "Add rows of the other kind, or learn good answers with objective sft.",
+                f"all {len(rows)} training rows have a thumb {kind}.",
+                "Add rows with the other thumb, or train on good answers with objective sft.",
             )
         return self
 

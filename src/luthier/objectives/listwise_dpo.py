@@ -19,7 +19,7 @@ from pydantic import Field
 
 from luthier.data.shapes.preferences import MOST_ANSWERS, JudgedAnswers
 from luthier.objectives.base import Changes, extra_of
-from luthier.objectives.pairs import Judged, check_different, encode_answer
+from luthier.objectives.pairs import PreferenceObjective, check_different, encode_answer
 from luthier.objectives.references import ReferenceObjective
 from luthier.types import Example, Loss, Row
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class ListwiseDPO(ReferenceObjective, Judged):
+class ListwiseDPO(ReferenceObjective, PreferenceObjective):
     """Preference optimization with rankings of several answers, without a reward model."""
 
     method: Literal["listwise_dpo"] = "listwise_dpo"
@@ -37,7 +37,9 @@ class ListwiseDPO(ReferenceObjective, Judged):
 
     shapes: ClassVar[frozenset[str]] = frozenset({"ranking"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"preference"})
-    evaluation_shapes: ClassVar[frozenset[str]] = Judged.evaluation_shapes | {"ranking"}
+    evaluation_shapes: ClassVar[frozenset[str]] = PreferenceObjective.evaluation_shapes | {
+        "ranking"
+    }
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return all answers with weight on each token, an equal share of 1 per answer."""

@@ -54,14 +54,14 @@ class LogitDistillation(Distillation):
             return
         teacher = network.others["teacher"]
         shared = min(len(network.head_VH), len(teacher.head_VH))
-        kept = TopK.of(
+        cache = TopK.of(
             teacher, list(rows), budget, self.cache_top_k, self.temperature, shared, folder
         )
-        network.cache = kept
+        network.cache = cache
         network.others.pop("teacher").close()
         note(
-            f"the teacher's {kept.k} likeliest tokens at each learned token are kept on disk, "
-            f"{kept.bytes / 1e6:,.1f} MB; its memory is free"
+            f"the teacher's {cache.k} likeliest tokens at each learned token are stored on disk "
+            f"({cache.bytes / 1e6:,.1f} MB), and the teacher's memory is free"
         )
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:

@@ -48,10 +48,10 @@ class _HeadGradients:
     Gradients by the head and the bias are summed in float32.
     """
 
-    def __init__(self, hidden_SH: Tensor, head_VH: Tensor, wanted: Sequence[bool]) -> None:
+    def __init__(self, hidden_SH: Tensor, head_VH: Tensor, needed: Sequence[bool]) -> None:
         """Allocate the gradients. ``wanted`` selects hidden states, head and bias."""
         self._hidden_SH, self._head_VH = hidden_SH, head_VH
-        by_hidden, by_head, by_bias = wanted
+        by_hidden, by_head, by_bias = needed
         self.hidden_SH = torch.empty_like(hidden_SH) if by_hidden else None
         self.head_VH = torch.zeros(head_VH.shape, device=head_VH.device) if by_head else None
         self.bias_V = torch.zeros(len(head_VH), device=head_VH.device) if by_bias else None
@@ -80,13 +80,13 @@ class _Chunked(torch.autograd.Function):
         compare: Compare,
         size: int,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[:3]
-        gradients = _HeadGradients(hidden_SH, head_VH, wanted)
+        needed = ctx.needs_input_grad[:3]
+        gradients = _HeadGradients(hidden_SH, head_VH, needed)
         chunk = size if gradients.head_VH is None else CHUNK_TRAINED
         total = torch.zeros((), dtype=torch.float64, device=hidden_SH.device)
         for rows, edges in _chunks(len(hidden_SH), source_E, chunk):
             logits_CV = scores(hidden_SH[rows], head_VH, bias_V)
-            part, grad_CV = compare(rows, edges, logits_CV, any(wanted))
+            part, grad_CV = compare(rows, edges, logits_CV, any(needed))
             total += part
             if grad_CV is not None:
                 gradients.add(rows, grad_CV)
@@ -199,14 +199,16 @@ class _TokenLogps(torch.autograd.Function):
         hidden_SH, head_VH, _, source_E, target_E, kept_SH = ctx.saved_tensors
         grad_E = grad_E / ctx.temperature
         if kept_SH is None:
-            return *_again(ctx, grad_E), None, None, None
+            return *_recompute_gradients(ctx, grad_E), None, None, None
         sum_S = grad_E.new_zeros(len(hidden_SH)).index_add_(0, source_E, grad_E)
         dhidden_SH = kept_SH.float() * -sum_S[:, None]
         dhidden_SH.index_add_(0, source_E, head_VH[target_E].float() * grad_E[:, None])
         return dhidden_SH.to(hidden_SH.dtype), None, None, None, None, None
 
 
-def _again(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _recompute_gradients(
+    ctx: Any, grad_E: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return gradients by hidden states, head and bias from recomputed logits."""
     hidden_SH, head_VH, bias_V, source_E, target_E, _ = ctx.saved_tensors
     gradients = _HeadGradients(hidden_SH, head_VH, ctx.needs_input_grad[:3])

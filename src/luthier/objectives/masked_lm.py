@@ -55,15 +55,15 @@ class MaskedLM(Objective):
         chat = models.chat
         if chat.tokenizer.mask_token_id is None:
             raise RecipeError(
-                "this model's tokenizer has no mask token, so it cannot learn to fill one in. Use "
-                "objective causal_lm, or an encoder such as all-minilm-l6-v2."
+                "the model's tokenizer has no mask token. Use objective causal_lm, or an "
+                "encoder such as all-minilm-l6-v2."
             )
         return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the mask token from the tokenizer."""
-        found = {"mask_id": chat.tokenizer.mask_token_id, "vocabulary": len(chat.tokenizer)}
-        return self.model_copy(update=found)
+        settings = {"mask_id": chat.tokenizer.mask_token_id, "vocabulary": len(chat.tokenizer)}
+        return self.model_copy(update=settings)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the document; ``target`` is the word number of each token, -1 for special tokens."""
@@ -148,6 +148,8 @@ def _pieces(example: Example, size: int) -> list[Example]:
     step = size - len(before) - len(after)
     pieces = []
     for start in range(inside[0], inside[-1] + 1, step):
-        kept = np.concatenate([before, np.arange(start, min(start + step, inside[-1] + 1)), after])
-        pieces.append(replace(take_tokens(example, kept), target=words[kept]))
+        positions = np.concatenate(
+            [before, np.arange(start, min(start + step, inside[-1] + 1)), after]
+        )
+        pieces.append(replace(take_tokens(example, positions), target=words[positions]))
     return pieces

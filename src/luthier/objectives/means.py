@@ -57,9 +57,9 @@ class Means:
             for name, value in sums.items():
                 totals[name] += value
         weight = math.fsum(each for _, each, _, _ in self._parts)
-        found = {name: total / weight for name, total in totals.items()}
+        means = {name: total / weight for name, total in totals.items()}
         scores = self.row_scores()
-        return found | {name: each.value for name, each in scores.items() if name != "loss"}
+        return means | {name: each.value for name, each in scores.items() if name != "loss"}
 
     def row_scores(self) -> dict[str, RowScores]:
         """Return the row-level scores, in the order of the micro-batches."""
@@ -112,10 +112,10 @@ def loss_metrics(
 ) -> dict[str, Any]:
     """Return the metrics of the loss on ``examples``, with standard errors and scores of rows."""
     means = loss_means(objective, network, examples, budget, on_loss)
-    found: dict[str, Any] = means.values()
+    metrics: dict[str, Any] = means.values()
     scores = means.row_scores()
     if objective.measure in scores:
-        found[f"{objective.measure}_error"] = scores[objective.measure].error
+        metrics[f"{objective.measure}_error"] = scores[objective.measure].error
     if scores and len(examples) <= MOST_ROW_SCORES:
-        found["rows"] = {name: each.plain() for name, each in scores.items()}
-    return found
+        metrics["rows"] = {name: each.plain() for name, each in scores.items()}
+    return metrics

@@ -48,7 +48,7 @@ class _Written:
     """Records of the answers for ``samples.jsonl``."""
 
 
-class OwnAnswers(TokenDivergence):
+class OnPolicyObjective(TokenDivergence):
     """Base class of the objectives that train on the network's own answers."""
 
     divergence: DivergenceName = "reverse"
@@ -105,7 +105,7 @@ class OwnAnswers(TokenDivergence):
         if not prompts:
             return []
         room = min(_room(network, side) for example in examples for side in example.sides)
-        found = sample(
+        completions = sample(
             network,
             prompts,
             1,
@@ -116,7 +116,7 @@ class OwnAnswers(TokenDivergence):
             stop_ids=self.stop_ids or (),
             seeds=draw_seeds(len(prompts)),
         )
-        return [answers[0] for answers in found]
+        return [answers[0] for answers in completions]
 
     def report(
         self,
@@ -141,7 +141,7 @@ class OwnAnswers(TokenDivergence):
         return StepReport(metrics, texts)
 
 
-class OnPolicyDistillation(OwnAnswers, Distillation):
+class OnPolicyDistillation(OnPolicyObjective, Distillation):
     """Distillation of the teacher's next-token distributions on the student's own answers."""
 
     method: Literal["on_policy_distillation"] = "on_policy_distillation"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.errors import RowRefused
-from luthier.objectives.base import Changes, TrainingDefaults, WritesReplies, cut_end
+from luthier.objectives.base import Changes, ReplyObjective, TrainingDefaults, cut_end
 from luthier.types import Example, FloatArray, Message, Row, Tool
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class Judged(WritesReplies):
+class PreferenceObjective(ReplyObjective):
     """Base class of the objectives for text generation with judged answers.
 
     The network can generate already, so steps are smaller than in supervised learning: Zephyr uses
@@ -35,7 +35,7 @@ class Judged(WritesReplies):
     """
 
     can_shard: ClassVar[bool] = True
-    instead_of_writing: ClassVar[str] = "reward_model, or "
+    encoder_alternative: ClassVar[str] = "reward_model, or "
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
 
     def truncate(self, example: Example, context: int) -> Example:
@@ -53,7 +53,7 @@ class Judged(WritesReplies):
         return mean_nll(network, self.views(examples), budget)
 
 
-class Pairwise(Judged):
+class Pairwise(PreferenceObjective):
     """Base class of the objectives that compare two answers to a prompt."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
@@ -154,8 +154,8 @@ def check_different(chosen: Example, rejected: Example) -> None:
     if np.array_equal(chosen.ids_T, rejected.ids_T):
         raise RowRefused(
             "preference.equal",
-            "chosen and rejected have the same tokens, so there is nothing to prefer.",
-            "Remove the row, or mend one of the two.",
+            "`chosen` and `rejected` have equal tokens.",
+            "Remove the row, or fix one of both answers.",
         )
 
 

@@ -104,12 +104,12 @@ class PPO(Reinforcement):
         training = network.model.training
         network.model.eval()  # what is old is without dropout, as the sampler is
         for batch in batches:
-            self._read(network, batch)
+            self._compute_old(network, batch)
         network.model.train(training)
         self._estimate(network, rollouts, batches)
         return batches
 
-    def _read(self, network: Network, batch: TreeBatch) -> None:
+    def _compute_old(self, network: Network, batch: TreeBatch) -> None:
         """Compute log-probabilities and values before the step, and the reference's
         log-probabilities."""
         from luthier.objectives.logprobs import token_logps
@@ -130,7 +130,7 @@ class PPO(Reinforcement):
         policies = [extra_of(batch, PolicyBatch) for batch in batches]
         none_M = torch.zeros(0, device=network.device)
         reward_M = torch.cat([none_M, *(self._rewards(rollouts, batch) for batch in batches)])
-        value_M = torch.cat([none_M, *(_filled_in(policy.value_M) for policy in policies)])
+        value_M = torch.cat([none_M, *(_required(policy.value_M) for policy in policies)])
         if self.whiten_rewards:
             reward_M = whiten(reward_M, network.processes, shift=False)
         lengths = [len(rollouts.each[r.row]) for b in batches for r in b.tree.examples]
@@ -156,7 +156,7 @@ class PPO(Reinforcement):
         policy = extra_of(batch, PolicyBatch)
         reward_M = torch.zeros_like(policy.weight_M)
         if policy.reference_M is not None:
-            reward_M = -self.kl_coef * (_filled_in(policy.old_M) - policy.reference_M)
+            reward_M = -self.kl_coef * (_required(policy.old_M) - policy.reference_M)
         chosen = [rollouts.each[row.row] for row in batch.tree.examples]
         ends = np.cumsum([len(rollout) for rollout in chosen]) - 1
         scores = [
@@ -187,8 +187,8 @@ class PPO(Reinforcement):
         policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
         value_M, old_M, back_M = (
             _values(network, batch, hidden_SH),
-            _filled_in(policy.value_M),
-            _filled_in(policy.return_M),
+            _required(policy.value_M),
+            _required(policy.return_M),
         )
         near_M = value_M.clamp(old_M - self.cliprange_value, old_M + self.cliprange_value)
         error_M = (value_M - back_M).square().maximum((near_M - back_M).square()) / 2
@@ -200,11 +200,11 @@ def advantages(reward_T: Tensor, value_T: Tensor, gamma: float, lam: float) -> T
     """Return generalized advantage estimates ``[T]`` of one completion; the value after the end is
     0."""
     reward, value = reward_T.tolist(), [*value_T.tolist(), 0.0]
-    found, later = [0.0] * len(reward), 0.0
+    advantage, following = [0.0] * len(reward), 0.0
     for t in reversed(range(len(reward))):
-        later = reward[t] + gamma * value[t + 1] - value[t] + gamma * lam * later
-        found[t] = later
-    return reward_T.new_tensor(found)
+        following = reward[t] + gamma * value[t + 1] - value[t] + gamma * lam * following
+        advantage[t] = following
+    return reward_T.new_tensor(advantage)
 
 
 def whiten(value_M: Tensor, processes: ProcessGroup, shift: bool = True) -> Tensor:
@@ -224,7 +224,7 @@ def _values(network: Network, batch: TreeBatch, hidden_SH: Tensor) -> Tensor:
     return value_S[batch.edge_source_E][batch.learned_edges[1]]
 
 
-def _filled_in(tensor: Tensor | None) -> Tensor:
+def _required(tensor: Tensor | None) -> Tensor:
     """Return a tensor that :meth:`PPO.annotate` must have filled in."""
     assert tensor is not None
     return tensor

@@ -32,9 +32,9 @@ def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
 
     from luthier.objectives.logprobs import row_logps
 
-    known = [row.reference for row in batch.tree.examples]
-    if None not in known:
-        return torch.tensor(known, device=batch.target_E.device, dtype=torch.float32)
+    cached = [row.reference for row in batch.tree.examples]
+    if None not in cached:
+        return torch.tensor(cached, device=batch.target_E.device, dtype=torch.float32)
     with network.at_start():
         return row_logps(network, batch)
 

@@ -61,8 +61,8 @@ class RewardModel(Objective):
         A row with one answer, a conversation or raw text is encoded unchanged, to predict a reward.
         """
         if not isinstance(row, Preference):
-            return _read(row, index, chat)
-        chosen, rejected = (_read(side, index, chat) for side in row.sides())
+            return _encode_whole(row, index, chat)
+        chosen, rejected = (_encode_whole(side, index, chat) for side in row.sides())
         check_different(chosen, rejected)
         half = np.float32(0.5)
         rejected = replace(rejected, weight_T=rejected.weight_T * half)
@@ -99,7 +99,7 @@ class RewardModel(Objective):
         return [{"reward": float(r)} for r in network.row_scores(batch).float()[:, 0]]
 
 
-def _read(row: Row, index: int, chat: ChatFormat) -> Example:
+def _encode_whole(row: Row, index: int, chat: ChatFormat) -> Example:
     """Return prompt and answer, with weight 1 at the last token."""
     turns = row.turns()
     if turns and chat.template == "chat":

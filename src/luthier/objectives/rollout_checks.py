@@ -44,15 +44,15 @@ def precheck(score_PG: FloatArray, is_share: bool) -> Precheck:
     mean, what = float(score_PG.mean()), f"{score_PG.size} completions of {len(score_PG)} prompts"
     if is_share and score_PG.max() <= 0:
         return Precheck(
-            f"none of {what} earns a reward, so there is nothing to reinforce. Tune the model on good "
-            "replies first (objective sft), use an easier grader (a mix that rewards the form too), "
-            "or allow more tokens (objective.max_completion_tokens).",
+            f"none of {what} earns a reward, so training has no signal. Train on good replies "
+            "with objective sft first, use an easier grader, or allow more tokens "
+            "(`objective.max_completion_tokens`).",
             refused=True,
         )
     if is_share and mean >= ENOUGH:
         return Precheck(
-            f"{what} have a mean reward of {mean:.2f} before any training: there is next to nothing "
-            "left to gain. Use the model as it is, or harder prompts.",
+            f"{what} have a mean reward of {mean:.2f} before training, so little is left to "
+            "gain. Use the model unchanged, or harder prompts.",
             refused=True,
         )
     differ = int((score_PG.max(1) > score_PG.min(1)).sum())
@@ -77,15 +77,15 @@ def advice(lines: Sequence[Mapping[str, Any]]) -> str:
     equal = _mean(now, "equal_groups")
     if equal > 0.9:
         return (
-            f"in {equal:.0%} of the groups up to step {step} all completions have the same reward, and "
-            "teach nothing: use harder or easier prompts, a finer grader, or a higher temperature"
+            f"{equal:.0%} of the groups up to step {step} have equal rewards and teach nothing: use "
+            "harder or easier prompts, a finer grader, or a higher temperature"
         )
     gain = _mean(now, "reward") - _mean(before, "reward")
     if gain <= _noise(before, now):
         return (
-            f"the reward has not risen in the {WINDOW} steps up to step {step} "
-            f"({_mean(before, 'reward'):.3f}, then {_mean(now, 'reward'):.3f}); look at the texts "
-            "with `luthier samples` before training longer"
+            f"the reward did not rise in the {WINDOW} steps up to step {step} "
+            f"({_mean(before, 'reward'):.3f}, then {_mean(now, 'reward'):.3f}): check the replies with "
+            "`luthier samples` before training longer"
         )
     return ""
 

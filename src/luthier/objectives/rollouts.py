@@ -28,11 +28,11 @@ from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_ans
 from luthier.objectives import rollout_checks
 from luthier.objectives.base import (
     PreparedRows,
+    ReplyObjective,
     RunModels,
     RunStart,
     StepReport,
     TrainingDefaults,
-    WritesReplies,
     chat_of,
     extra_of,
 )
@@ -184,7 +184,7 @@ class _OpenGrader:
     grader: Grader
 
 
-class Reinforcement(WritesReplies):
+class Reinforcement(ReplyObjective):
     """Base class of the objectives that learn from rewards."""
 
     grader: AnyGrader = Exact()
@@ -206,7 +206,7 @@ class Reinforcement(WritesReplies):
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         learning_rate_multiplier=0.1,
         batch_rows=4,
-        batch_reason="each row is many texts: the network writes its own answers",
+        batch_reason="each row is many completions",
     )
 
     @property
@@ -266,7 +266,7 @@ class Reinforcement(WritesReplies):
 
         chat = chat_of(network)
         prompts = [e.ids_T if e.source_T is None else e.source_T for e in examples]
-        found = sample(
+        completions = sample(
             network,
             prompts,
             count,
@@ -274,10 +274,10 @@ class Reinforcement(WritesReplies):
             stop_ids=chat.stop_ids,
             seeds=draw_seeds(len(prompts), generator),
         )
-        pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
+        pairs = [(e, c) for e, row in zip(examples, completions, strict=True) for c in row]
         replies = [
             chat.decode_reply(prompt_T, c.text_ids)
-            for prompt_T, row in zip(prompts, found, strict=True)
+            for prompt_T, row in zip(prompts, completions, strict=True)
             for c in row
         ]
         answers = [
@@ -299,13 +299,13 @@ class Reinforcement(WritesReplies):
 
     def _open_grader(self, network: Network, note: Callable[[str], None] = silent) -> Grader:
         """Return the grader with opened models, cached in the network with the grader's history."""
-        kept = network.cache
-        if not isinstance(kept, _OpenGrader) or kept.named is not self.grader:
-            kept = _OpenGrader(
+        opened = network.cache
+        if not isinstance(opened, _OpenGrader) or opened.named is not self.grader:
+            opened = _OpenGrader(
                 self.grader, self.grader.with_models(LocalModels(network.others, note))
             )
-            network.cache = kept
-        return kept.grader
+            network.cache = opened
+        return opened.grader
 
     def sample_step(self, network: Network, examples: Sequence[Example]) -> Rollouts:
         """Return the rollouts of a step, with random numbers from the checkpointed generator in
@@ -346,8 +346,8 @@ class Reinforcement(WritesReplies):
         count, first = self.verdicts(start)
         if count:
             start.note(
-                f"the judge gives at most {count:,} verdicts; {first:,} of them come before the first "
-                "step, and again if the run is resumed"
+                f"the judge is called at most {count:,} times, {first:,} of which before the "
+                "first step and again on each resume"
             )
         if warning := self._open_grader(start.network, start.note).rehearse():
             start.note(f"warning: {warning}")
@@ -356,7 +356,7 @@ class Reinforcement(WritesReplies):
         verdict = rollout_checks.precheck(rollouts.score_PG, self.grader.is_share)
         if verdict.refused and not self.force:
             raise RecipeError(
-                verdict.text + " To train all the same, set `objective.force=true`",
+                verdict.text + " Set `objective.force=true` to train anyway",
                 rule="rollouts.no_reward",
             )
         start.note(verdict.text)
@@ -387,7 +387,7 @@ class Reinforcement(WritesReplies):
         """Return the negative log-likelihood of the prompts, which is deterministic."""
         from luthier.objectives.logprobs import mean_nll
 
-        return mean_nll(network, [_read(example) for example in examples], budget)
+        return mean_nll(network, [_prompt_as_text(example) for example in examples], budget)
 
     def report(
         self,
@@ -433,7 +433,7 @@ def fixed_generator() -> torch.Generator:
     return torch.Generator().manual_seed(MEASURED_SEED)
 
 
-def _read(example: Example) -> Example:
+def _prompt_as_text(example: Example) -> Example:
     """Return the prompt as learned text. The last token is repeated, so that at least one is
     predicted."""
     prompt_T: IntArray = example.ids_T if example.source_T is None else example.source_T

@@ -102,7 +102,7 @@ def write_replies(
         for place, prompt_T in enumerate(prompts)
         if sampling.max_tokens <= completion_limit(before + len(prompt_T), network.context, beside)
     ]
-    found: list[str | Failure] = [
+    replies: list[str | Failure] = [
         Failure(
             "judge.refused", f"{len(prompt_T):,} tokens are more than the judge's context holds"
         )
@@ -117,8 +117,8 @@ def write_replies(
         batch_size=batch_size,
     )
     for place, (completion,) in zip(able, completions, strict=True):
-        found[place] = chat.decode_reply(prompts[place], completion.text_ids).text
-    return found
+        replies[place] = chat.decode_reply(prompts[place], completion.text_ids).text
+    return replies
 
 
 def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
@@ -132,17 +132,15 @@ def check_grader_model(name: str, task: Task, learned: Objective) -> None:
     """Reject a model whose task does not fit the grader."""
     if task == "embedding" and learned.task != "embedding":
         raise RecipeError(
-            f"{name} was trained for {learned.method} and gives no embeddings; take an encoder, such "
-            "as all-minilm-l6-v2"
+            f"{name} was trained for {learned.method} and has no embeddings. Use an encoder, "
+            "such as all-minilm-l6-v2"
         )
     if (pooling := getattr(learned, "pooling", "auto")) != "auto" and task == "embedding":
-        raise RecipeError(
-            f"{name} pools its states by {pooling!r}, and graders read encoders of pooling 'auto' alone"
-        )
+        raise RecipeError(f"{name} uses pooling {pooling!r}, and graders require pooling 'auto'")
     if task == "causal_lm" and learned.task != "causal_lm":
         raise RecipeError(
-            f"{name} cannot judge: it was trained for {learned.method} and does not write text. A "
-            "reward model is grader `reward`"
+            f"{name} was trained for {learned.method} and cannot generate text. Use grader "
+            "`reward` for reward models"
         )
 
 
@@ -150,7 +148,8 @@ def check_reward_model(name: str, network: Network) -> None:
     """Reject a model that is not a reward model."""
     if task_of(network.model) != "sequence_classification" or network.model.config.num_labels != 1:
         raise RecipeError(
-            f"{name} is no reward model; train one with `objective.method=reward_model`",
+            f"{name} is not a reward model. Train a reward model with "
+            "`objective.method=reward_model`",
             rule="scorer.task",
         )
 

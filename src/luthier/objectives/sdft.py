@@ -33,7 +33,7 @@ import numpy as np
 from pydantic import field_validator
 
 from luthier.objectives.base import Changes, cut_end
-from luthier.objectives.on_policy_distillation import OwnAnswers, answer_of, with_answer
+from luthier.objectives.on_policy_distillation import OnPolicyObjective, answer_of, with_answer
 from luthier.types import Example, Loss, Message, Row
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 REPLY = "{reply}"
 
 
-class SDFT(OwnAnswers):
+class SDFT(OnPolicyObjective):
     """Self-distillation with the row's reply in the teacher's context."""
 
     method: Literal["sdft"] = "sdft"
@@ -51,14 +51,14 @@ class SDFT(OwnAnswers):
     """Text after the teacher's prompt; ``{reply}`` is replaced by the row's reply."""
 
     shapes: ClassVar[frozenset[str]] = frozenset()
-    further_shapes: ClassVar[frozenset[str]] = OwnAnswers.shapes
+    further_shapes: ClassVar[frozenset[str]] = OnPolicyObjective.shapes
     uses_reference: ClassVar[bool] = True
 
     @field_validator("demonstration")
     @classmethod
     def _shows_the_reply(cls, text: str) -> str:
         if REPLY not in text:
-            raise ValueError(f"must hold {REPLY}, where the teacher reads the reply of the row")
+            raise ValueError(f"must contain {REPLY}, the place of the row's reply")
         return text
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
@@ -68,9 +68,9 @@ class SDFT(OwnAnswers):
         turns = list(row.turns())
         while turns[-1].role != "assistant" or not turns[-1].learned:
             turns.pop()
-        shown = self.demonstration.replace(REPLY, turns.pop().reply_text)
-        asked = turns.pop() if turns else Message("user")
-        turns.append(replace(asked, content=asked.content + shown))
+        demonstration = self.demonstration.replace(REPLY, turns.pop().reply_text)
+        question = turns.pop() if turns else Message("user")
+        turns.append(replace(question, content=question.content + demonstration))
         read_T = chat.encode_prompt(turns, row.tools)
         ids_T = read_T if own.source_T is None else own.ids_T[:1]
         source_T = None if own.source_T is None else read_T
@@ -79,15 +79,15 @@ class SDFT(OwnAnswers):
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
         """Return the input rows of the student, and of the teacher with weight 0."""
-        found: list[Example] = []
+        rows: list[Example] = []
         for example in examples:
             if example.partner is None:
-                found.append(example)
+                rows.append(example)
                 continue
-            shown = with_answer(example.partner, answer_of(example))
-            unlearned = replace(shown, weight_T=np.zeros_like(shown.weight_T))
-            found += [replace(example, partner=None), unlearned]
-        return found
+            teacher_row = with_answer(example.partner, answer_of(example))
+            unlearned = replace(teacher_row, weight_T=np.zeros_like(teacher_row.weight_T))
+            rows += [replace(example, partner=None), unlearned]
+        return rows
 
     def truncate(self, example: Example, context: int) -> Example:
         """Truncate the reply, so that the teacher's input fits into the context."""

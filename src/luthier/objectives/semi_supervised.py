@@ -95,9 +95,9 @@ class SemiSupervised(Classification):
         labelled = [row for row in rows if isinstance(row, LabelledText)]
         if len(labelled) == len(rows):
             raise RecipeError(
-                f"all {len(rows)} rows have labels, and semi_supervised learns from texts without one "
-                "too. Give a file of such rows with `data.mix=FILE=10` (ten for each labelled one), or "
-                "use objective classification",
+                f"all {len(rows)} rows have labels, and semi_supervised needs unlabelled text "
+                "too. Give a file with `data.mix=FILE=10` (ten rows per labelled row), or use "
+                "objective classification",
                 rule="data.all_labelled",
             )
         return super().fit(labelled, chat)
@@ -137,8 +137,9 @@ class SemiSupervised(Classification):
             again_N |= hidden_N & (label_N == known_N)
         start.note(
             f"{int(sure_N.sum()):,} of {int(bare_N.sum()):,} texts have a label of "
-            f"{self.threshold:g} or more from their neighbours; with a fifth of the labels hidden, "
-            f"{int(again_N.sum()) / int((~bare_N).sum()):.0%} of those are found again"
+            f"{self.threshold:g} or more from their neighbours; with a fifth of the labels "
+            f"hidden, {int(again_N.sum()) / int((~bare_N).sum()):.0%} of the hidden labels are "
+            "recovered"
         )
         labels = torch.where(sure_N, found_N, known_N).tolist()
         labelled = [
@@ -151,8 +152,8 @@ class SemiSupervised(Classification):
         """Return the labelled rows in steps and measurements; a step has at least one row."""
         if changes == "none":
             return list(examples)
-        found = [example for example in examples if _label(example) != NO_LABEL]
-        return found or list(examples[:1] if changes == "random" else ())
+        labelled = [example for example in examples if _label(example) != NO_LABEL]
+        return labelled or list(examples[:1] if changes == "random" else ())
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the weighted sum of cross-entropies; rows without a label add 0."""

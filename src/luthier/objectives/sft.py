@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from luthier.data.shapes.preferences import JudgedAnswers
-from luthier.objectives.base import WritesReplies
+from luthier.objectives.base import ReplyObjective
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class SFT(WritesReplies):
+class SFT(ReplyObjective):
     """Supervised fine-tuning on prompt and completion pairs or conversations."""
 
     method: Literal["sft"] = "sft"
@@ -41,7 +41,7 @@ class SFT(WritesReplies):
 
 def encode_replies(row: Row, index: int, chat: ChatFormat) -> Example:
     """Encode a row with weight 1 on each token of each reply, 0 on all other tokens."""
-    given = len(row.messages) if isinstance(row, JudgedAnswers) else 0
-    encoded = chat.encode_reply(row.turns(), given, row.tools)
+    prompt_turns = len(row.messages) if isinstance(row, JudgedAnswers) else 0
+    encoded = chat.encode_reply(row.turns(), prompt_turns, row.tools)
     weight_T = encoded.learned_T.astype(np.float32)
     return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)

@@ -56,25 +56,25 @@ class SpanCorruption(Objective):
         chat = models.chat
         if chat.start_id is None:
             raise RecipeError(
-                "span_corruption is for encoder-decoders such as T5, and this network is none. Use "
-                "causal_lm for networks that write, masked_lm for encoders.",
+                "span_corruption requires an encoder-decoder such as T5. Use causal_lm for "
+                "decoders, or masked_lm for encoders.",
                 rule="objective.network",
             )
         if not (self.sentinels or _sentinels(chat)):
             raise RecipeError(
-                "span_corruption needs tokens that stand for the spans, <extra_id_0> and so on, and "
-                "this tokenizer has none. Name others with `objective.sentinels=[ID, ...]`."
+                "span_corruption requires sentinel tokens such as <extra_id_0>, and the "
+                "tokenizer has none. Set `objective.sentinels=[ID, ...]`."
             )
         return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the sentinels from the tokenizer."""
-        found = {
+        settings = {
             "sentinels": self.sentinels or _sentinels(chat),
             "start_id": chat.start_id,
             "end_id": chat.end_id,
         }
-        return self.model_copy(update=found)
+        return self.model_copy(update=settings)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the document with the end-of-text token."""
@@ -90,8 +90,8 @@ class SpanCorruption(Objective):
         most = len(self.sentinels or ())
         if (needed := self._spans(size)[1] + 1) > most:
             raise RecipeError(
-                f"pieces of {size} tokens have {needed - 1} spans, which take {needed} sentinels, and "
-                f"there are {most}. Use a smaller objective.sequence_length or longer spans.",
+                f"pieces of {size} tokens need {needed} sentinels, and the tokenizer has {most}. "
+                "Use a smaller `objective.sequence_length` or longer spans.",
                 rule="objective.sentinels",
             )
         pieces = enumerate(cut_stream((example.ids_T for example in examples), size))
@@ -150,10 +150,10 @@ class SpanCorruption(Objective):
 def _sentinels(chat: ChatFormat) -> tuple[int, ...]:
     """Return the ids of ``<extra_id_0>``, ``<extra_id_1>`` and following in the tokenizer."""
     vocabulary = chat.tokenizer.get_vocab()
-    found: list[int] = []
-    while (name := SENTINEL.format(len(found))) in vocabulary:
-        found.append(vocabulary[name])
-    return tuple(found)
+    ids: list[int] = []
+    while (name := SENTINEL.format(len(ids))) in vocabulary:
+        ids.append(vocabulary[name])
+    return tuple(ids)
 
 
 def _partition(total: int, parts: int, generator: np.random.Generator) -> IntArray:

@@ -99,10 +99,10 @@ class TopK:
         digest = hashlib.sha256(repr((k, temperature, vocabulary)).encode())
         for row in rows:
             digest.update(_key(row))
-        kept = TopK(rows, min(k, vocabulary), folder, digest.hexdigest())
-        if not kept.complete():
-            kept._write(teacher, rows, budget, temperature, vocabulary)
-        return kept
+        cache = TopK(rows, min(k, vocabulary), folder, digest.hexdigest())
+        if not cache.complete():
+            cache._write(teacher, rows, budget, temperature, vocabulary)
+        return cache
 
     def complete(self) -> bool:
         """Return true if the files exist for the same rows and settings."""

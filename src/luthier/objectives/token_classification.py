@@ -58,19 +58,19 @@ class TokenClassification(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Collect the tags. Each entity has both B- and I- tags, also if one never occurs."""
-        seen = Counter(
+        counts = Counter(
             tag for row in rows if isinstance(row, TaggedWords) for tag in row.tags or ()
         )
-        kinds = sorted({tag[2:] for tag in seen if tag != "O"})
+        kinds = sorted({tag[2:] for tag in counts if tag != "O"})
         if self.labels is None and not kinds:
             raise RowRefused(
                 "label.one_class",
                 f"all words of {len(rows)} rows have the tag O.",
                 "Add rows with entities in them.",
             )
-        found = self.labels or ("O", *(f"{edge}-{kind}" for kind in kinds for edge in "BI"))
-        shares = self.shares or shares_of(found, seen)
-        return self.model_copy(update={"labels": found, "shares": shares})
+        labels = self.labels or ("O", *(f"{edge}-{kind}" for kind in kinds for edge in "BI"))
+        shares = self.shares or shares_of(labels, counts)
+        return self.model_copy(update={"labels": labels, "shares": shares})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the words as one text, with weight 1 on the first piece of each word.
@@ -81,10 +81,12 @@ class TokenClassification(Objective):
         words = [word for word, _, _ in _words(row)]
         tags = row.tags if isinstance(row, TaggedWords) else None
         encoded = _encode_words(words, chat.tokenizer)
-        read = set(encoded.word_ids())
-        if chat.tokenizer.unk_token and not read.issuperset(range(len(words))):
+        encoded_words = set(encoded.word_ids())
+        if chat.tokenizer.unk_token and not encoded_words.issuperset(range(len(words))):
             unknown = chat.tokenizer.unk_token
-            words = [word if index in read else unknown for index, word in enumerate(words)]
+            words = [
+                word if index in encoded_words else unknown for index, word in enumerate(words)
+            ]
             encoded = _encode_words(words, chat.tokenizer)
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         first_T = np.zeros(len(ids_T), dtype=bool)
@@ -98,27 +100,29 @@ class TokenClassification(Objective):
             missing = sorted(set(range(len(words))) - set(encoded.word_ids()))
             raise RowRefused(
                 "row.empty",
-                f"the tokenizer makes nothing of token {missing[0] + 1}, {words[missing[0]]!r}.",
+                f"the tokenizer drops token {missing[0] + 1}, {words[missing[0]]!r}.",
                 "Remove the token and its tag.",
             )
         # To say where entities are, the words are needed.
-        given = row if tags is None else None
-        return Example(ids_T, first_T.astype(np.float32), index, target=target_T, source_row=given)
+        source_row = row if tags is None else None
+        return Example(
+            ids_T, first_T.astype(np.float32), index, target=target_T, source_row=source_row
+        )
 
     def _index(self, tag: str) -> int:
         if tag not in (self.labels or ()):
             raise RowRefused(
                 "label.unseen",
-                f"the tag {tag!r} is in none of the training rows.",
-                "Add training rows with that entity, or remove the row.",
+                f"no training row has the tag {tag!r}.",
+                "Add training rows with the entity, or remove the row.",
             )
         return (self.labels or ()).index(tag)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token; removed words lose the tags."""
-        kept = np.r_[0 : context - 1, len(example) - 1]
-        target = None if example.target is None else example.target[kept]
-        return replace(take_tokens(example, kept), target=target)
+        positions = np.r_[0 : context - 1, len(example) - 1]
+        target = None if example.target is None else example.target[positions]
+        return replace(take_tokens(example, positions), target=target)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed cross-entropy over the first pieces of all words."""
@@ -133,8 +137,8 @@ class TokenClassification(Objective):
         best_K = scores_KC.argmax(-1)
         right = float((best_K == target_K).sum())
         rows = zip(self._tags(best_K, batch), self._tags(target_K, batch), strict=True)
-        found = tag_scores(rows)
-        return Loss(total, {"accuracy": right}, {"entity_f1": (found.parts_R, found.wholes_R)})
+        scores = tag_scores(rows)
+        return Loss(total, {"accuracy": right}, {"entity_f1": (scores.parts_R, scores.wholes_R)})
 
     def describe(self, example: Example) -> str:
         """Return the tags of the words, in order."""
@@ -171,7 +175,7 @@ def _words(row: Row) -> list[tuple[str, int, int]]:
     """Return the words of a row with start and end: characters of a text, or word indexes."""
     if isinstance(row, TaggedWords):
         return [(word, place, place + 1) for place, word in enumerate(row.tokens)]
-    return [(found[0], *found.span()) for found in re.finditer(r"\S+", row.plain_text())]
+    return [(match[0], *match.span()) for match in re.finditer(r"\S+", row.plain_text())]
 
 
 def _entities(row: Row, tags: Sequence[str]) -> list[dict[str, Any]]:

@@ -408,7 +408,7 @@ class _Progress(Reporter):
                 worker.reset_starts()
         self._left, self._refused = left, self._refused + refused
         for worker in self._workers:
-            worker.reports.hand_on(self)
+            worker.reports.forward(self)
         begun = sum(self._begun.get(shard.name, 0) for shard in left)
         self._reporter.progress(self.answered_rows + begun, self.total, "answer")
 

@@ -51,7 +51,7 @@ from luthier.engine.processes import (
 )
 from luthier.engine.runs import START, TOKENS, BaseRun, Result, Run
 from luthier.engine.timings import Clock
-from luthier.engine.train import train_beside, train_first
+from luthier.engine.train import train_first_process, train_other_process
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.files import (
     need_disk,
@@ -123,12 +123,12 @@ def _train(recipe: PretrainRecipe, resume: bool, reporter: Reporter) -> Result:
     with group.shared_errors():
         if group.rank:
             silent = Reporter()
-            return train_beside(lambda _: _job(recipe, run, machine, silent, group), group)
+            return train_other_process(lambda _: _job(recipe, run, machine, silent, group), group)
         with run.lock(ORPHAN_SECONDS if has_agent() else 0.0):
             done = _begin(recipe, run, resume)
             with _dropped_if_refused(run):
                 job = None if done else _job(recipe, run, machine, reporter, group)
-            return train_first(job, run, done, run.has_metrics(), reporter, Clock(), group)
+            return train_first_process(job, run, done, run.has_metrics(), reporter, Clock(), group)
 
 
 def _run_of(recipe: PretrainRecipe, reporter: Reporter) -> Run:

@@ -116,7 +116,7 @@ def _run(
 
     def forward() -> bool:
         if len(processes) == 1:
-            processes[0].reports.hand_on(reporter)
+            processes[0].reports.forward(reporter)
         return False
 
     try:

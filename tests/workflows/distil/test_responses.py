@@ -257,7 +257,7 @@ def test_a_stop_in_training_asks_nothing_again(prompts: Path, distil: Any, endpo
     reporter = Notes()
     found = distil(prompts, resume=True, reporter=reporter)
     assert found.result.steps == 3
-    assert any(note.startswith("going on after step") for note in reporter.notes)
+    assert any(note.startswith("resuming from step") for note in reporter.notes)
     assert set(endpoint.asked.values()) == {1}
     again = distil(prompts, resume=True)
     assert again.result == found.result

@@ -98,6 +98,6 @@ def _memory_of(command: str, fields: str) -> int:
         head = OBJECTIVES["causal_lm"].model_validate({}).head()
         if ":" in other:
             head = find(other).objective.head()
-        memory = memory.beside(weight_bytes(sketch(config(other, head), head), size))
+        memory = memory.plus(weight_bytes(sketch(config(other, head), head), size))
     usual = MOST_IMAGES if has_media(parsed.base) else TOKENS
     return memory.peak(parsed.training.micro_batch_tokens or usual)

@@ -40,7 +40,7 @@ from luthier.files import TEMPORARY, folder_size, luthier_home
 from luthier.library import models as store
 from luthier.models.layouts import SIZE_STEP
 from luthier.models.network import Network
-from luthier.objectives.base import with_completions
+from luthier.objectives.base import with_longest_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -139,7 +139,7 @@ def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize
 def _largest(job: TrainingJob, rows: Sequence[Example]) -> list[Example]:
     """Return all examples that the rows may become in a step."""
     objective = job.data.objective
-    return with_completions(objective, objective.views(rows, "fixed") or rows)
+    return with_longest_completions(objective, objective.views(rows, "fixed") or rows)
 
 
 def _tokens(job: TrainingJob, rows: Sequence[Example]) -> int:
