@@ -188,7 +188,7 @@ def test_custom_models_are_sorted_by_age_and_unfinished_ones_left_out(luthier_ho
 
 
 def test_the_hub_is_named_when_a_model_cannot_be_fetched(tmp_path: Path) -> None:
-    """The real client, told to stay offline."""
+    """The real client in offline mode."""
     script = (
         "import sys\n"
         "from luthier.errors import LuthierError\n"
@@ -415,7 +415,7 @@ def test_a_folder_without_a_record_is_known_by_its_network(
 
 
 def test_changes_of_a_record_wait_for_each_other(luthier_home: Path) -> None:
-    """By threads and by processes, each of which reads the record before it writes it."""
+    """Threads and processes read the manifest before writing."""
     make_custom("tiny", "x", "tiny")
     code = (
         "import sys\nfrom luthier.models.manifest import ExportRecord\n"

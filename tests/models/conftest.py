@@ -1,4 +1,4 @@
-"""Teachers of every family, and what they answer in their own forward."""
+"""Teachers of every family and their own outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def teacher_of(family_folder: Callable[[str], Path]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def answers() -> Callable[[Any], torch.Tensor]:
-    """``answers(model)``: logits, scores or states for two rows of tokens."""
+    """Return ``answers(model)``: logits, scores or states for two rows of tokens."""
 
     @torch.no_grad()
     def told(model: Any) -> torch.Tensor:

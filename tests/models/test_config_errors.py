@@ -1,4 +1,4 @@
-"""Errors of libraries on configurations that describe no network."""
+"""Errors of libraries for invalid configurations."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def test_what_an_object_lacks_is_the_fault_of_who_made_it() -> None:
 
 
 def _function_of(module: str, code: Callable[[], object] = lambda: len(5)) -> Callable[[], object]:  # type: ignore[arg-type]
-    """The function as one of that module; it raises a TypeError where none is given."""
+    """Return ``code`` as a function of ``module``; raises a TypeError by default."""
     return FunctionType(code.__code__, {**globals(), "__name__": module})

@@ -1,4 +1,4 @@
-"""Convolutions in bfloat16 against those in float32, of shapes that oneDNN computes wrongly."""
+"""Convolutions in bfloat16 compared with float32, for shapes that oneDNN computes incorrectly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_bfloat16_gives_what_float32_gives(layer: nn.Module, shape: tuple[int, .
 
 
 def test_memory_that_nobody_wrote_is_not_added_up() -> None:
-    """The gradient of Wav2Vec2's second convolution, beside memory that was full of nan."""
+    """The gradient of Wav2Vec2's second convolution, with memory full of nan."""
     torch.manual_seed(0)
     layer = nn.Conv1d(16, 16, 8, stride=4, bias=False).bfloat16()
     fix_convolutions(layer)

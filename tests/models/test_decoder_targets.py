@@ -1,4 +1,4 @@
-"""Labels and decoder inputs of encoder-decoders are those of transformers."""
+"""Labels and decoder inputs of encoder-decoders compared with transformers."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _network(family: str, size: int, tokenizer: Any) -> Any:
 
 @pytest.fixture
 def new_folder(tmp_path: Path) -> Callable[..., Path]:
-    """``new_folder(family, source, target)``: a tiny encoder-decoder for these languages."""
+    """Return ``new_folder(family, source, target)``: a tiny encoder-decoder for these languages."""
 
     def make(family: str, source: str | None = "en", target: str | None = "ro") -> Path:
         of_mbart = {"en": "en_XX", "ro": "ro_RO", None: None}
@@ -142,7 +142,7 @@ def _open(folder: Path) -> Network:
 def test_targets_are_those_of_transformers(
     family: str, new_folder: Callable[..., Path], luthier_home: Path
 ) -> None:
-    """The loss of a row is that of ``model(input_ids, labels=tokenizer(text_target=reply))``."""
+    """The loss of a row equals ``model(input_ids, labels=tokenizer(text_target=reply))``."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     folder = new_folder(family)
@@ -191,7 +191,7 @@ def test_replies_begin_where_training_begins(
 
 
 def test_record_keeps_tokens_around_replies(new_folder: Callable[..., Path]) -> None:
-    """A record has the tokens around a reply; one without them keeps the earlier form."""
+    """A manifest without tokens around the reply keeps the earlier format."""
     chat = load_chat_format(new_folder("mbart"))
     form = store.text_format(chat)
     language = chat.tokenizer.convert_tokens_to_ids("ro_RO")
@@ -201,7 +201,7 @@ def test_record_keeps_tokens_around_replies(new_folder: Callable[..., Path]) -> 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m_100"])
 def test_unknown_language_is_refused(family: str, new_folder: Callable[..., Path]) -> None:
-    """transformers would take English, or the source language, without a word."""
+    """transformers would assume English, or the source language, without a warning."""
     chat = load_chat_format(new_folder(family, target=None))
     turns = [Message("user", PROMPT), Message("assistant", REPLY)]
     for call in (lambda: chat.encode_reply(turns), lambda: chat.encode_prompt(turns[:1])):
@@ -222,7 +222,7 @@ def test_unknown_source_language_is_refused(new_folder: Callable[..., Path]) -> 
 
 
 def test_language_of_generation_config_is_taken(new_folder: Callable[..., Path]) -> None:
-    """``forced_bos_token_id`` names the target language where the tokenizer does not."""
+    """``forced_bos_token_id`` names the target language if the tokenizer has no setting."""
     folder = new_folder("mbart50", target=None)
     path = folder / "generation_config.json"
     fields = read_json(path)
@@ -234,7 +234,7 @@ def test_language_of_generation_config_is_taken(new_folder: Callable[..., Path])
 
 
 def test_other_shift_is_refused(new_folder: Callable[..., Path], luthier_home: Path) -> None:
-    """A family that shifts labels in another way cannot be trained."""
+    """A family with another label shift cannot be trained."""
     network = _open(new_folder("bart"))
     network.model.config.decoder_start_token_id = 5
     with pytest.raises(RecipeError) as refused:

@@ -1,4 +1,4 @@
-"""Completions are what the network says: tokens, log-probabilities and draws."""
+"""Sampled tokens and log-probabilities compared with the network's logits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Opened = Callable[..., Network]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_likeliest_token_is_the_first_of_equal_ones(dtype: torch.dtype) -> None:
-    """As of torch, one row after the other: in 16 bits the highest logit often stands twice."""
+    """Same result as torch per row; in bfloat16 the highest logit often occurs twice."""
     logits_RV = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).mul(2).round()
     logits_RV[3, 7], logits_RV[4] = torch.nan, -torch.inf
     logits_RV = logits_RV.to(dtype)
@@ -61,7 +61,7 @@ def test_the_likeliest_token_is_the_first_of_equal_ones(dtype: torch.dtype) -> N
 
 @pytest.fixture
 def opened(family_folder: Callable[[str], Path]) -> Opened:
-    """A tiny network of a family in float32, with an adapter whose weights are not their start."""
+    """Return a tiny network of a family in float32, with an adapter that differs from its start."""
 
     def network(family: str, adaptation: Any = None) -> Network:
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ def texts(found: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
 
 
 def trainers_logp(network: Network, prompt_T: Any, ids_T: Any, temperature: float = 1.0) -> Any:
-    """Log-probabilities by the forward that the trainer uses, from whole rows."""
+    """Return log-probabilities of whole rows from the trainer's forward pass."""
     weight_T = np.ones(len(prompt_T) + len(ids_T), dtype=np.float32)
     weight_T[: len(prompt_T)] = 0
     example = Example(np.concatenate([prompt_T, ids_T]), weight_T, 0)
@@ -133,7 +133,7 @@ def trainers_logp(network: Network, prompt_T: Any, ids_T: Any, temperature: floa
 
 
 def generated(network: Network, prompt_T: Any, stop: int, count: int) -> list[int]:
-    """What transformers' own ``generate`` gives; ``network.model`` has plain attention."""
+    """Return the result of transformers' ``generate``; ``network.model`` has plain attention."""
     out = network.model.generate(
         torch.from_numpy(prompt_T)[None],
         attention_mask=torch.ones(1, len(prompt_T), dtype=torch.int64),
@@ -147,7 +147,7 @@ def generated(network: Network, prompt_T: Any, stop: int, count: int) -> list[in
 
 @pytest.mark.parametrize("family", WRITERS)
 def test_greedy_tokens_are_those_of_generate(opened: Opened, family: str) -> None:
-    """Prompts of all lengths in one batch, some of which stop before others."""
+    """Prompts of all lengths in one batch; some completions stop earlier."""
     network = opened(family)
     found = sampled(network, PROMPTS, 2, max_tokens=40, temperature=0)
     # A token that ends some completions early and not all.

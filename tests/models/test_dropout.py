@@ -1,4 +1,4 @@
-"""Where a network drops hidden states, and that a share asked for is the share dropped."""
+"""Dropout layers of each family, and the share of dropped numbers."""
 
 from __future__ import annotations
 

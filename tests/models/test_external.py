@@ -1,4 +1,4 @@
-"""Which files of a folder from outside are taken."""
+"""File selection for imported models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that are read as one rectangle step together, and each writes what it writes alone."""
+"""Batched sequences of networks with their own cache, compared with single sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from luthier.models.load import as_network, load_model
 CPU = torch.device("cpu")
 PROMPTS = [np.arange(5, 5 + size) % 200 + 3 for size in (3, 17, 9)]
 TOKENS = [[20 + 7 * row + 3 * step for step in range(6)] for row in range(3)]
-"""What is said that each row has written: what is likeliest would often be the same token."""
+"""Fixed tokens per row: greedy decoding would often repeat one token."""
 
 
 @pytest.fixture(params=["t5", "transfo_xl"])
@@ -27,7 +27,7 @@ def backend(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]
 
 
 def alone(backend: ForwardBackend, row: int) -> list[torch.Tensor]:
-    """Logits behind a prompt and behind each of its tokens."""
+    """Return logits after a prompt and after each token."""
     state = backend.open(PROMPTS[row])
     (first,) = backend.prefill([state])
     assert first is not None

@@ -67,7 +67,7 @@ def extracting(
     family_folder: Callable[[str], Path],
     objective_and_examples: tuple[Classification, list[Example]],
 ) -> tuple[Network, Classification, list[Example]]:
-    """A network of which only the head trains, and what it learns."""
+    """Return a network with a trainable head only, and its objective and examples."""
     objective, examples = objective_and_examples
     network = network_of(family_folder(family), objective, FeatureExtraction())
     return network, objective, examples

@@ -1,4 +1,4 @@
-"""Fused modules against the modules of transformers that they stand in for."""
+"""Fused modules compared with transformers' modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from luthier.models.fused import Dropout, RMSNorm, SwiGLU, fuse
 
 
 def outcome(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Output and all gradients of one forward and backward pass."""
+    """Return output and all gradients of one forward and backward pass."""
     x = x.clone().requires_grad_()
     module.zero_grad()
     y = module(x)
@@ -181,7 +181,7 @@ def test_dropout_does_nothing_outside_of_training(share: float) -> None:
 
 
 def fuse_one(module: nn.Module) -> Any:
-    """What :func:`fuse` puts in the place of ``module``."""
+    """Return the replacement that :func:`fuse` chooses for ``module``."""
     parent = nn.Sequential(module)
     fuse(parent)
     return parent[0]

@@ -1,4 +1,4 @@
-"""GGUF files, read back by llama.cpp's own package, and by llama.cpp itself where it is installed."""
+"""GGUF files read by llama.cpp's package, and by llama.cpp if installed."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 3 and Qwen 2 cut texts, but for how many digits stay together."""
+"""Split pattern of Llama 3 and Qwen 2, with a placeholder for the number of digits."""
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_both_packages_give_the_same_bits(
 
 
 def sentencepiece(template: str | None, prepend: str) -> ChatFormat:
-    """Characters, pieces within words, and bytes for the rest, as Llama 2 and Mistral have them."""
+    """Return a SentencePiece tokenizer with byte fallback, like Llama 2 and Mistral."""
     import json
 
     from tokenizers import decoders, models, trainers

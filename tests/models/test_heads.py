@@ -62,7 +62,7 @@ def ready(name: str, folder: Path) -> tuple[Objective, list[Example]]:
 
 
 def padded_loss(model: Any, name: str, examples: list[Example]) -> torch.Tensor:
-    """Transformers' own forward, row by row, and the loss by its formula."""
+    """Return the loss by its formula, from transformers' own forward pass per row."""
     total = torch.zeros(())
     for example in examples:
         ids = torch.from_numpy(example.ids_T)[None]

@@ -1,4 +1,4 @@
-"""llama.cpp keeps the contract of a backend, and nothing that is asked of it ends the process."""
+"""The llama.cpp backend: the backend contract, and errors instead of aborts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ except RecipeError as missing:
 CPU = torch.device("cpu")
 VOCABULARY, CONTEXT = 320, 512
 ROUNDING = 0.01
-"""Of logits of some tens: keys and values have 16 bits."""
+"""Tolerance for logits of some tens: keys and values have 16 bits."""
 PROMPTS = [np.arange(5, 5 + size) % 300 + 3 for size in (1, 7, 31, 33, 64, 290)]
 
 
@@ -60,7 +60,7 @@ def begin(backend: Backend, ids: Any) -> tuple[Any, Any]:
 
 
 def written(backend: Backend, prompts: list[Any], count: int) -> list[list[int]]:
-    """The likeliest tokens behind each prompt, all of them stepping together."""
+    """Return greedy tokens of each prompt, all in joint steps."""
     begun = [begin(backend, ids) for ids in prompts]
     states = [backend.fork(state, 1)[0] for state, _ in begun]
     found = [[int(logits.argmax())] for _, logits in begun]
@@ -74,7 +74,7 @@ def written(backend: Backend, prompts: list[Any], count: int) -> list[list[int]]
 
 
 def test_it_answers_as_torch_does(network: Any, backend: llama_cpp.LlamaCppBackend) -> None:
-    """Logits, behind prompts of one chunk and of two, and where all step together."""
+    """Logits after prompts of one and two chunks, and in joint steps."""
     parity = compare_backends(FlatBackend(network, CONTEXT), backend, PROMPTS, 24)
     assert parity.tokens == 24 * len(PROMPTS)
     assert parity.agreement == 1 and parity.max_kl < 1e-4
@@ -149,7 +149,7 @@ def test_all_sequences_step_at_once(backend: llama_cpp.LlamaCppBackend) -> None:
 def test_room_grows_with_what_is_kept_and_is_given_back(
     file: Path, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read lies in the new room as it lay in the old one, copies too."""
+    """Growing the cache preserves its content, copies included."""
     monkeypatch.setattr(llama_cpp, "CELLS", 256)
     backend = llama_cpp.LlamaCppBackend(file, CONTEXT, VOCABULARY)
     try:

@@ -1,4 +1,4 @@
-"""Llama's forward pass in fewer operations gives what the modules give, or is not used."""
+"""Llama's fast forward pass equals the modules, or is not used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def qwen2() -> Any:
 
 
 def states(backend: FlatBackend) -> list[torch.Tensor]:
-    """Logits behind a prompt, and of some steps of five sequences that begin with it."""
+    """Return logits after a prompt and in steps of five sequences with the same prompt."""
     state, logits = backend.open(PROMPT), None
     while logits is None:
         (logits,) = backend.prefill([state])

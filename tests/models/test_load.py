@@ -1,4 +1,4 @@
-"""Folders from anywhere: configurations that describe no network, and weights that are no numbers."""
+"""Loading of folders with invalid configurations and weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Copy = Callable[..., Path]
 
 @pytest.fixture
 def copy(family_folder: Callable[[str], Path], tmp_path: Path) -> Copy:
-    """``copy(family, part.field=value)`` gives a folder of a family with another configuration."""
+    """Return ``copy(family, part.field=value)``: a folder of a family with a changed configuration."""
 
     def write(family: str, **changes: Any) -> Path:
         folder = shutil.copytree(family_folder(family), tmp_path / family, dirs_exist_ok=True)
@@ -229,7 +229,7 @@ def test_threads_import_transformers_one_after_the_other(
 
 @pytest.mark.slow
 def test_networks_are_imported_before_any_is_drawn() -> None:
-    """What they import is not to count as the memory of the one that is drawn."""
+    """Imports must not count as memory of the created network."""
     code = (
         "import sys; from luthier.models.folder import import_transformers\n"
         "sys.modules['torch'] = None\n"

@@ -1,4 +1,4 @@
-"""LoRA adapters on one base network, whose rows run in one batch."""
+"""LoRA adapters on one base network in joint batches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base_network(folder: Path) -> Any:
 
 
 def drawn(adaptation: Any, seed: int) -> Callable[[Any], None]:
-    """Attaches ``adaptation`` with weights far from where it starts."""
+    """Return a function that attaches ``adaptation`` with weights far from the initialization."""
 
     def attach(model: Any) -> None:
         torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def drawn(adaptation: Any, seed: int) -> Callable[[Any], None]:
 
 
 def logits_of(backends: list[Backend], prompts: list[Any], count: int) -> list[torch.Tensor]:
-    """The logits ``[count + 1, V]`` behind each prompt by its backend, all stepping together."""
+    """Return logits ``[count + 1, V]`` per prompt and backend, in joint steps."""
     states = [each.open(ids) for each, ids in zip(backends, prompts, strict=True)]
     ends: list[Any] = [None] * len(states)
     while left := [place for place, end in enumerate(ends) if end is None]:
@@ -84,7 +84,7 @@ def test_each_row_has_the_logits_of_its_adapted_network(
     family_folder: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of several shapes, more than one row of some, and the bare base, together and alone."""
+    """Several shapes, several rows of some adapters, and the base network, together and alone."""
     if packed:
         monkeypatch.setattr(packing, "SMALLEST", 0)
     folder = family_folder(family)
@@ -112,7 +112,7 @@ def test_each_row_has_the_logits_of_its_adapted_network(
 
 
 def test_many_adapters_come_and_go(family_folder: Callable[[str], Path]) -> None:
-    """The weights of others move in the stack; sequences keep their adapter until they end."""
+    """Adapters move in the stack; sequences keep their adapter until they end."""
     network = base_network(family_folder("llama"))
     base = FlatBackend(network, 512)
     kinds = [LoRA(rank=2)] * 12

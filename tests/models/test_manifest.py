@@ -1,4 +1,4 @@
-"""The record of a model: what is written is read back, and what makes no sense is refused."""
+"""Round trip and validation of manifests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What networks read, by their configurations."""
+"""Input modalities by configuration."""
 
 from __future__ import annotations
 

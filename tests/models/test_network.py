@@ -1,4 +1,4 @@
-"""The network at its start, and what batches say of the tokens of their rows."""
+"""The reference model, and token indices of batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families of decoders that no source file names: what transformers builds is tuned and exported."""
+"""Decoder families without their own code in luthier: training and export."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TEMPLATE = (
     "{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n<think>\n\n</think>\n\n"
     "{%- endif -%}"
 )
-"""ChatML with an empty block of reasoning before each answer, as both families close it."""
+"""ChatML with an empty reasoning block before each reply, as in both families."""
 ROWS = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("fox", "dog", "cat")]
 PROMPTS = ["say fox", "The quick brown"]
 

@@ -1,4 +1,4 @@
-"""Sizes are what their names say, and what is built is what was asked for."""
+"""Sizes of preset networks, and built networks compared with their configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families of networks: each gives the numbers that it gives in transformers, or is refused by name."""
+"""Families that equal transformers, and families that are rejected by name."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def made(family: str, dtype: torch.dtype, **changes: Any) -> Any:
-    """A tiny network with weights so large that each part of the mathematics shows in its logits."""
+    """Return a tiny network with weights large enough that each formula affects the logits."""
     sizes = ACCEPTED.get(family) or REFUSED[family][0]
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SIZES, **sizes, **changes})
@@ -198,7 +198,7 @@ def test_a_family_that_lora_does_not_fit_is_refused_before_it_trains(family: str
 
 
 def test_whether_tokens_see_ahead_is_no_question_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of mixtures of experts sum in another order beside other tokens."""
+    """Kernels of mixtures of experts sum in another order next to other tokens."""
     model = made("llama", torch.float32)
     forward = model.base_model.forward
 

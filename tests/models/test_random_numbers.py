@@ -1,4 +1,4 @@
-"""What is drawn, and what is not because other numbers follow at once."""
+"""Random numbers and skipped initializations."""
 
 from __future__ import annotations
 

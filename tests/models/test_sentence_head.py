@@ -1,4 +1,4 @@
-"""Sentence encoders give the vectors that sentence-transformers defines.
+"""Sentence encoders compared with the definition of sentence-transformers.
 
 The expected vectors are computed with transformers and the formulas of the library's documentation.
 """
@@ -175,7 +175,7 @@ def test_prompts_without_a_default_are_named(new_folder: Callable[..., Path]) ->
 
 @pytest.mark.parametrize("place", ["sentence_bert_config.json", "tokenizer_config.json"])
 def test_longest_text_is_that_of_the_folder(place: str, new_folder: Callable[..., Path]) -> None:
-    """Older folders have ``max_seq_length``, newer ones ``model_max_length`` of the tokenizer."""
+    """Older folders define ``max_seq_length``, newer folders the tokenizer's ``model_max_length``."""
     folder = new_folder(settings={"max_seq_length": 9} if place.startswith("sentence") else None)
     if place == "tokenizer_config.json":
         path = folder / place
@@ -209,7 +209,7 @@ def tune(base: Path, data: Path, **fields: Any) -> str:
 def test_tuned_encoder_is_exported_as_sentence_encoder(
     adaptation: str, merged: bool, new_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The export has the pipeline of the base and gives the vectors that luthier serves."""
+    """The export has the base model's pipeline and the vectors that luthier serves."""
     texts = {"prompts": {"query": "dog "}, "default_prompt_name": "query"}
     folder = new_folder(("cls",), ((32, 8, True, TANH),), texts=texts)
     data = tmp_path / "rows.jsonl"
@@ -289,7 +289,6 @@ def test_dense_layers_of_another_width_are_refused(new_folder: Callable[..., Pat
 
 
 def test_files_of_a_sentence_encoder_are_imported() -> None:
-    """A server copies them with the model."""
     own = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
     own += ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
     names = ["config.json", "model.safetensors", "tokenizer.json", *own, "README.md"]

@@ -1,4 +1,4 @@
-"""Guesses come from what stood before, and pause where they fail."""
+"""Guesses from earlier text, and pauses after failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored tokenizers give the tokens, texts and prompts of transformers, without importing torch."""
+"""Cached tokenizers compared with transformers, without importing torch."""
 
 from __future__ import annotations
 

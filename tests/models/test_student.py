@@ -1,4 +1,4 @@
-"""Students against their teacher with the other layers taken out of its own forward."""
+"""Students compared with the teacher's forward pass without the removed layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", "bert", "roberta", "t5", "xln
 
 
 def without(model: Any, stacks: dict[str, tuple[int, ...]]) -> Any:
-    """The teacher itself, with some layers left out of its lists."""
+    """Return the teacher without some layers."""
     shorter = copy.deepcopy(model)
     for stack, kept in stacks.items():
         owner, name = parent_of(shorter, stack)

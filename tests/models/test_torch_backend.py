@@ -1,4 +1,4 @@
-"""Sequences that step together: logits are close to those of each sequence alone."""
+"""Logits of joint steps compared with single sequences."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def begin(backend: Backend, ids: Any) -> tuple[Any, int]:
 
 
 def written(backend: Backend, prompts: list[Any], count: int) -> list[list[int]]:
-    """The likeliest tokens behind each prompt, all of them stepping together."""
+    """Return greedy tokens of each prompt, all in joint steps."""
     begun = [begin(backend, ids) for ids in prompts]
     found = [[token] for _, token in begun]
     for _ in range(count - 1):
@@ -241,7 +241,7 @@ def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
 
 
 def test_what_a_sequence_left_is_never_read(family_folder: Callable[[str], Path]) -> None:
-    """Nor where it was no number: another sequence grows into its place, and 0 times that is none."""
+    """Freed slots may contain nan, and 0 times nan is nan."""
     backend = FlatBackend(network(family_folder("llama")), 512)
     expected = written(backend, PROMPTS[:1], 100)
     others = [begin(backend, np.arange(100) % 90 + 3)[0] for _ in range(4)]
@@ -279,7 +279,7 @@ def test_a_window_ends_the_context(family_folder: Callable[[str], Path]) -> None
 def test_a_table_of_positions_may_end_anywhere(
     positions: int, tiny_gpt2: Callable[..., Any]
 ) -> None:
-    """Guesses may lie beyond the end, but no token that is chosen."""
+    """Guesses may exceed the position table; accepted tokens may not."""
     with torch.inference_mode(False):
         short, long = (
             as_network(tiny_gpt2(n_positions=size).eval(), CPU, torch.float32)

@@ -1,4 +1,4 @@
-"""Narrower networks: what does nothing can go, and what goes is what does least."""
+"""Width pruning: units without effect go first, and the least important units next."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NEURONS = {
     "t5": (r"DenseReluDense\.wo\.weight", 1, 64),
     "xlnet": (r"ff\.layer_2\.weight", 1, 64),
 }
-"""The matrix of each family that reads the neurons, along which axis, and how many there are."""
+"""Matrix with the neurons as input, the neuron axis, and the number of neurons per family."""
 QWEN = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "initializer_range": 0.15}  # fmt: skip
 
 
 def silence(model: Any, pattern: str, axis: int, units: list[int]) -> int:
-    """Set ``units`` of the matrices of that name to zero; how many matrices they were."""
+    """Set ``units`` of the matching matrices to zero; return the number of matrices."""
     found = 0
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -172,7 +172,7 @@ def test_a_classifier_keeps_its_head_when_channels_go(
 def test_a_narrow_encoder_is_found_inside_a_wide_one(
     family: str, task: Any, teacher_of: Teacher
 ) -> None:
-    """A small network is planted at chosen channels and heads of a wide one that is nearly 0 there."""
+    """A small network is planted at chosen channels and heads of a wide network with tiny weights."""
     head = Head(task, ("no", "yes") if task == "sequence_classification" else ())
     teacher = teacher_of(family, head)
     small: Any = shrink(teacher, plan(teacher, StudentShape(hidden=16)))

@@ -1,4 +1,4 @@
-"""Every answer of the Bedrock API against the service model: what clients themselves never check."""
+"""Validation of Bedrock API responses against the service model, which clients never check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 def check_answer(operation_model: OperationModel, response_dict: Any, **_: Any) -> None:
-    """For botocore's event ``before-parse``: status, headers, and each member of the body."""
+    """Check status, headers and body members in botocore's event ``before-parse``."""
     status, headers = response_dict["status_code"], response_dict["headers"]
     assert headers["x-amzn-RequestId"]
     assert headers["content-type"] == "application/json"
@@ -37,7 +37,7 @@ def check_answer(operation_model: OperationModel, response_dict: Any, **_: Any) 
 
 
 def check(shape: Shape, value: Any, where: str) -> None:
-    """``value`` is what ``shape`` allows: types, required members, limits, enumerations, patterns."""
+    """Check types, required members, limits, enumerations and patterns of ``shape``."""
     limits = shape.metadata
     if shape.type_name == "structure":
         assert isinstance(value, dict), where

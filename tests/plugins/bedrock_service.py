@@ -1,4 +1,4 @@
-"""A real server with the Bedrock API, real clients of it, and a check of every answer they get."""
+"""A real server with the Bedrock API, real clients, and validation of every response."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Places:
 
 
 class Preparation:
-    """Stands for loading: it can be held up, and it can fail."""
+    """A stub for loading that can block and fail."""
 
     def __init__(self) -> None:
         self.free = threading.Event()
@@ -87,7 +87,7 @@ class Preparation:
 
 
 class Service:
-    """What stands behind the server."""
+    """The components behind the server."""
 
     def __init__(
         self, server: Server, database: Database, quotas: AccountQuotas, handlers: Any
@@ -96,10 +96,10 @@ class Service:
         self.database = database
         self.places, self.preparation = Places(), Preparation()
         self.told_of = threading.Event()
-        """Whether the scheduler was told of a job."""
+        """Set when the scheduler is notified of a job."""
         self.trail = AuditTrail(database)
         self.deleted: list[str | None] = []
-        """Ids in the store of models that the control plane had deleted."""
+        """Library ids of the models that the control plane deleted."""
         self.control = Control(
             database,
             Arns("us-east-1"),
@@ -117,7 +117,7 @@ class Service:
             return session.query(Job).filter_by(account=account, name=name).one()
 
     def complete(self, account: str, name: str, **result: Any) -> CustomModel:
-        """Let the job end as its worker would; the model that it made."""
+        """Complete the job like a worker, and return the model."""
         job = self.job(account, name)
         with self.database.write() as session:
             claimed = session.get(Job, job.seq)
@@ -148,7 +148,7 @@ class Service:
 
 
 class Server:
-    """One uvicorn for all tests of a process; what answers is exchanged."""
+    """One uvicorn server for all tests of a process, with a replaceable application."""
 
     def __init__(self) -> None:
         self.app: Application | None = None
@@ -177,7 +177,7 @@ class Server:
         await self.app(scope, receive, send)
 
     def client(self, account: str = ALICE) -> Any:
-        """boto3's ``bedrock``; each answer is held against the service model."""
+        """Return boto3's ``bedrock`` client; each response is validated against the service model."""
         if account not in self._clients:
             made = boto3.client(
                 "bedrock",
@@ -200,7 +200,7 @@ class Server:
     def serving(
         self, database: Database, quotas: AccountQuotas | None = None, handlers: Any = None
     ) -> Iterator[Service]:
-        """The service on ``database``, as after each of its starts."""
+        """Start the service on ``database``."""
         made = Service(self, database, quotas or AccountQuotas(), handlers or {})
         self.app = Application(
             (made.api,),
@@ -227,12 +227,12 @@ def opened(url: str) -> Iterator[Database]:
 
 
 def graders(account: str, function: str) -> dict[str, Any] | None:
-    """One function is registered."""
+    """Return the only registered function."""
     return {"method": "exact"} if function.endswith(":function:grade") else None
 
 
 def eventually(holds: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait until it does."""
+    """Wait until ``holds`` returns a true value."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
@@ -240,7 +240,7 @@ def eventually(holds: Callable[[], Any], seconds: float = 20) -> None:
 
 
 def job_members(name: str = "job-1", **members: Any) -> dict[str, Any]:
-    """Members of a request that is fine."""
+    """Return the members of a valid request."""
     return {
         "jobName": name,
         "customModelName": f"model-of-{name}",

@@ -1,6 +1,6 @@
-"""Requests with something wrong in them, to every route of the APIs that speak JSON.
+"""Invalid requests for every route of the JSON APIs.
 
-Each is one that is fine, with a value of its body, its path or its query replaced, removed or added.
+Each request is a valid request with one replaced, removed or added value in body, path or query.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ HARD = (
     "arn:aws:bedrock:us-east-1:000000000000:custom-model/a.b/abcdefabcdef", [], [[]], [None], {},
     {"": None}, {"a": {"b": {}}}, [{}] * 300, MODEL, "tiny",
 )  # fmt: skip
-"""Values that programs trip over."""
+"""Values that often cause errors."""
 hard = st.sampled_from(HARD).map(copy.deepcopy) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20),
@@ -124,7 +124,7 @@ hard = st.sampled_from(HARD).map(copy.deepcopy) | st.recursive(
 
 @st.composite
 def broken(draw: st.DrawFn, cases: list[tuple[str, str, Any]]) -> tuple[str, str, Any]:
-    """A request with something wrong in its path, its query or its body."""
+    """Draw a request with an invalid path, query or body."""
     method, path, body = draw(st.sampled_from(cases))
     if body is None or draw(st.integers(0, 9)) == 0:
         path = draw(mistaken(path))
@@ -154,7 +154,7 @@ def mistaken(draw: st.DrawFn, path: str) -> str:
 
 @st.composite
 def mutated(draw: st.DrawFn, body: Any) -> Any:
-    """``body`` with one value replaced, removed, or added."""
+    """Draw ``body`` with one replaced, removed or added value."""
     places = list(walked(body)) if isinstance(body, (dict, list)) else []
     if not places or draw(st.integers(0, 19)) == 0:
         return draw(hard)
@@ -172,7 +172,7 @@ def mutated(draw: st.DrawFn, body: Any) -> Any:
 
 
 def walked(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in a value, as what holds it and its key there."""
+    """Yield every container in a value with the key of each child."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, each in pairs:
         yield value, key
@@ -181,7 +181,7 @@ def walked(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def shaped(shape: Any, depth: int = 0) -> Any:
-    """A value of a shape of botocore's, with every member that is no more than six deep."""
+    """Return a value of a botocore shape with every member up to depth six."""
     kind = shape.type_name
     if kind == "structure":
         members = shape.members.items() if depth < 6 else ()
@@ -231,7 +231,7 @@ def control() -> list[tuple[str, str, Any]]:
 
 
 def asked(operation: OperationModel) -> tuple[str, str, Any]:
-    """A request that has every member, each in its place."""
+    """Return a request with every member."""
     shape: Any = operation.input_shape
     members = shape.members if shape is not None else {}
     path, query, body = operation.http["requestUri"], {}, {}

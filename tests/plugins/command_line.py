@@ -1,4 +1,4 @@
-"""Commands in this process and in processes of their own, on a model that knows four answers."""
+"""Commands in this process and in separate processes, with a model that has memorized four replies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(home: Path, *arguments: str, **keywords: Any) -> Command:
 
 
 def memorise(folder: Path, data: Path, name: str, adaptation: str, rate: float) -> list[str]:
-    """Arguments that make the tiny model know four answers by heart."""
+    """Return arguments that train the tiny model on four replies until it memorizes them."""
     return [
         "tune", str(data), "--validation", str(data), "--base", str(folder), "--name", name,
         "--adaptation", adaptation, "--batch-size", "4", "--learning-rate", str(rate),
@@ -43,7 +43,7 @@ def memorise(folder: Path, data: Path, name: str, adaptation: str, rate: float) 
 
 
 class Answer:
-    """What a command that ran in this process printed, and how it ended."""
+    """Output and exit code of a command in this process."""
 
     def __init__(self, *arguments: str, text: str = "") -> None:
         done = CliRunner().invoke(app, list(arguments), input=text)
@@ -52,7 +52,7 @@ class Answer:
         self.code, self.out, self.err = done.exit_code, done.stdout, done.stderr
 
     def json(self) -> dict[str, Any]:
-        """The one object on standard output, with nothing beside it."""
+        """The only object on standard output."""
         assert self.out.endswith("\n")
         assert self.out.count("\n") == 1
         value = json.loads(self.out)
@@ -64,6 +64,6 @@ class Answer:
         return self
 
     def refused(self, code: int = 2) -> str:
-        """The message, which is on standard error."""
+        """Return the error message on standard error."""
         assert self.code == code, (self.code, self.out, self.err)
         return self.err

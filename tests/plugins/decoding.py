@@ -1,4 +1,4 @@
-"""Questions to a decoder, and what it answers."""
+"""Requests to a decoder and their results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def submit(decoder: Decoder, client: str, request: GenerationRequest) -> Stream:
 
 
 def settled(decoder: Decoder) -> bool:
-    """Whether it comes to rest, with nothing kept, within a second."""
+    """Return True if the decoder is idle and empty within a second."""
     until = time.monotonic() + 1
     while time.monotonic() < until:
         if decoder.idle and decoder.memory.reserved_bytes == decoder._answers.total() == 0:

@@ -1,4 +1,4 @@
-"""An application whose APIs answer with what they were given, and who asks it over real sockets."""
+"""An application whose APIs echo requests, with clients on real sockets."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from luthier.server.http.streams import to_starlette
 
 ANNA = Caller("111111111111", "anna", ("administrator",))
 ACTION = "luthier:WhoAmI"
-"""Action of all operations here: every role allows it."""
+"""Action of all operations here, allowed for every role."""
 
 
 class Door:
-    """Lets in whoever shows the key, and remembers what it was shown."""
+    """Authentication by one key, with a record of presented keys."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes | None] = []
@@ -49,7 +49,7 @@ class Door:
 
 
 class Waiting:
-    """Pieces of which the second never comes; closing it wakes who waits."""
+    """A body whose second piece never arrives; closing unblocks the reader."""
 
     def __init__(self) -> None:
         self.closed = threading.Event()
@@ -70,7 +70,7 @@ class Waiting:
 
 
 class Taking:
-    """Takes a body in pieces, and remembers how."""
+    """A handler that reads a body in pieces and records the sizes."""
 
     def __init__(self) -> None:
         self.pieces: list[int] = []
@@ -97,7 +97,7 @@ class Taking:
 
 
 class Echo:
-    """An API that answers with what it was given."""
+    """An API that echoes requests."""
 
     def __init__(self) -> None:
         self.taking = Taking()

@@ -40,15 +40,14 @@ HEAVY = (
 )  # fmt: skip
 LUTHIER = "import runpy\nrunpy.run_module('luthier', run_name='__main__', alter_sys=True)\n"
 LARGEST_MESSAGE = 1 << 17
-"""Bytes: a job with its environment and its code."""
+"""Maximum message size in bytes: a job with its environment and code."""
 MOST_FILES = 16
 
 
 class Command(subprocess.Popen[str]):
-    """``python -m luthier ARGUMENTS``, forked; ``before`` is code that it runs first.
+    """``python -m luthier ARGUMENTS`` as a fork. ``before`` is code to run first.
 
-    Of the options of ``Popen`` it takes the streams, ``pass_fds``, ``env``, ``cwd`` and
-    ``start_new_session``.
+    Supports the streams, ``pass_fds``, ``env``, ``cwd`` and ``start_new_session`` of ``Popen``.
     """
 
     def __init__(self, *arguments: str, before: str = "", **options: Any) -> None:
@@ -56,7 +55,7 @@ class Command(subprocess.Popen[str]):
         super().__init__(["luthier", *arguments], text=True, **options)
 
     def _execute_child(self, arguments: list[str], *settings: Any) -> None:
-        """Where ``Popen`` would fork by itself."""
+        """Fork through the fork server instead of ``Popen``."""
         executable, preexec_fn, _, pass_fds, folder, environment = settings[:6]
         assert not (executable or preexec_fn)
         pipes, start_new_session = settings[9:15], settings[20]
@@ -93,7 +92,7 @@ class Command(subprocess.Popen[str]):
 
 
 def run(*arguments: str, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A command to its end, and what it printed; ``TimeoutExpired`` after so many seconds."""
+    """Run a command to its end and return the output; raises ``TimeoutExpired``."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with Command(*arguments, **pipes, **options) as command:
         try:
@@ -113,9 +112,10 @@ def ask(
     folder: str = ".",
     start_new_session: bool = True,
 ) -> socket.socket:
-    """Have a process forked that runs ``code``: from the socket come its number, and how it ended.
+    """Fork a process that runs ``code``. The socket returns its process id and exit code.
 
-    ``files`` are those that it has open, by its own numbers for them. It is killed with the socket.
+    ``files`` maps file descriptors of the fork to descriptors here. Closing the socket kills the
+    fork.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     deadline = time.monotonic() + 250
@@ -137,7 +137,7 @@ def ask(
 
 
 def stand_for(path: str, code: str, arguments: Sequence[str]) -> NoReturn:
-    """Have a worker forked, as the process that a scheduler started, and end as it does."""
+    """Fork a worker, act as its process for the scheduler, and exit like the worker."""
     connection = ask(path, code, arguments, {0: 0, 1: 1, 2: 2})
     connection.recv(16)  # its number
     ended = int(connection.recv(16) or 70)
@@ -148,7 +148,7 @@ def stand_for(path: str, code: str, arguments: Sequence[str]) -> NoReturn:
 
 
 def forked_workers() -> str:
-    """What a server is to run before it starts, so that its workers are forked, too."""
+    """Return code for a server to fork its workers, too."""
     command = [sys.executable, "-S", "-E", __file__, forker(), "worker"]
     return (
         "from luthier.server.jobs.scheduler import Scheduler\n"
@@ -158,9 +158,9 @@ def forked_workers() -> str:
 
 @cache
 def forker() -> str:
-    """The socket of the process that all are forked from, which ends with this one.
+    """Return the socket of the fork server, which ends with this process.
 
-    With several test workers it is that of the process that started them.
+    Several test workers share the fork server of their parent.
     """
     if path := os.environ.get("LUTHIER_TEST_FORKER"):
         return path
@@ -180,7 +180,7 @@ def forker() -> str:
 
 
 def main(path: str) -> None:
-    """Import everything, then fork for who asks."""
+    """Import everything, then fork on request."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in HEAVY:
         importlib.import_module(name)
@@ -195,7 +195,7 @@ def main(path: str) -> None:
 
 
 def _fork_for_all(path: str) -> dict[str, Any] | None:
-    """The job in each process that is forked, nothing in that which forks, once its input ends."""
+    """Serve forks until the input ends. Returns the job in a fork, and None in the server."""
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(path)
     listening.listen(64)
@@ -242,7 +242,7 @@ def _fork_for_all(path: str) -> dict[str, Any] | None:
 
 
 def _become(job: dict[str, Any], files: list[int]) -> None:
-    """Take over what a process has from who started it."""
+    """Set up signals, environment, streams and folder of the requesting process."""
     if job["start_new_session"]:
         os.setsid()
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100) for file in files]
@@ -261,7 +261,7 @@ def _become(job: dict[str, Any], files: list[int]) -> None:
 
 
 def _run(code: str) -> None:
-    """Run it, and end without taking the interpreter apart, which would copy all that is shared."""
+    """Run ``code``, and exit without interpreter shutdown, which would copy all shared memory."""
     try:
         exec(code, {})
     except SystemExit as error:

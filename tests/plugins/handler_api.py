@@ -1,4 +1,4 @@
-"""An API of handlers that a test chooses by the head of the request."""
+"""An API with handlers chosen by the request head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as its client asks for to fetch a model, on this machine."""
+"""A local server with the Hugging Face hub's download API."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def hub_server(repository: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Its address while the block runs, and the paths of all files it gave; one repository."""
+    """Yield the address and the list of served paths of one repository."""
     given: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

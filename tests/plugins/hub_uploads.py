@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as its client asks for to upload a model, on this machine."""
+"""A local server with the Hugging Face hub's upload API."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _LARGE = (".safetensors", ".gguf", ".onnx")
 
 @dataclass
 class HubUploads:
-    """What the hub holds, and what it was asked for."""
+    """Content of the hub, and received requests."""
 
     url: str = ""
     private: dict[str, bool] = field(default_factory=dict)
-    """Its repositories."""
+    """Visibility of each repository."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """By repository and path."""
+    """Content by repository and path."""
     objects: dict[str, bytes] = field(default_factory=dict)
     """Large files by their SHA-256, committed or not."""
     commits: list[str] = field(default_factory=list)
     """Their messages."""
     puts: list[str] = field(default_factory=list)
-    """SHA-256 of the large files that were sent."""
+    """SHA-256 of the uploaded large files."""
     refused: set[str] = field(default_factory=set)
-    """What is answered 403: ``commit``, or ``upload``, which then is cut half-way."""
+    """Requests to answer with 403: ``commit``, or ``upload``, which also breaks half-way."""
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         """Status and JSON."""

@@ -1,4 +1,4 @@
-"""What tests of models from outside share: a folder in a bucket becomes a model that answers."""
+"""Helpers for tests of imported models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def create(server: Served, name: str, uri: str, account: str = ONE, **members: A
 
 
 def ended(server: Served, arn: str) -> dict[str, Any]:
-    """The model once it is no longer Creating."""
+    """Return the model after its status Creating."""
     found: dict[str, Any] = {}
 
     def done() -> bool:
@@ -73,6 +73,6 @@ def deployed(server: Served, name: str, model: str) -> str:
 
 
 def nothing_left(home: Path) -> bool:
-    """Whether no import left anything but its model."""
+    """Return True if imports left only their models."""
     left = [*home.rglob(".tmp-*"), *(home / "jobs").glob("import-*")]
     return not left

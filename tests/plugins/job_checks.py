@@ -1,4 +1,4 @@
-"""What has to be true of a job that something went wrong under, and a run that takes its time."""
+"""Invariants of jobs after failures, and a slow run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MetricsFile.append = slow_append
 
 
 def running(step: int = 1) -> Any:
-    """Whether a worker that came so far is at work, and not only being started."""
+    """Return a condition: the worker has reached ``step``."""
     return lambda job: (
         job.state == "Running"
         and not job.worker.get("starting")

@@ -42,7 +42,7 @@ def tiny_base(luthier_home: Path, tiny_model_folder: Path) -> str:
 
 
 def pairs(count: int = 12) -> list[dict[str, Any]]:
-    """Rows of prompt and completion, each another one."""
+    """Return distinct rows of prompt and completion."""
     words = ("red", "blue", "green", "small", "tall", "loud", "quiet")
     return [
         {
@@ -54,7 +54,7 @@ def pairs(count: int = 12) -> list[dict[str, Any]]:
 
 
 class Queue:
-    """Jobs as an API makes them, on a tiny model, with few steps."""
+    """A job queue with a tiny model and few steps."""
 
     def __init__(self, database: Database, folder: Path, command: list[str]) -> None:
         self.database, self.folder, self.command = database, folder, command
@@ -62,7 +62,7 @@ class Queue:
         self.pairs = pairs
 
     def file(self, name: str, rows: list[Any]) -> str:
-        """Address of a file of rows; a text is a line as it stands."""
+        """Store rows as a file and return its address; a string is a raw line."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -76,7 +76,7 @@ class Queue:
         return f"s3://rows/{key}"
 
     def submission(self, name: str = "one", **changes: Any) -> Submission:
-        """What an API understood."""
+        """Return a parsed submission."""
         base = foundation_model("luthier.tiny")
         assert base is not None
         steps = changes.pop("steps", 6)
@@ -96,12 +96,12 @@ class Queue:
         return Submission(**fields)
 
     def submit(self, name: str = "one", **changes: Any) -> str:
-        """Put a job into the queue; its id."""
+        """Submit a job and return its id."""
         with self.database.write() as session:
             return submit(session, self.submission(name, **changes), Arns()).id
 
     def scheduler(self, **settings: Any) -> Scheduler:
-        """One that runs, with workers that begin at once."""
+        """Return a running scheduler whose workers start at once."""
         capacity = settings.pop("capacity", Capacity(memory=64_000_000_000, cores=2))
         made = Scheduler(self.database, capacity, command=self.command, **settings)
         made.start()
@@ -109,12 +109,12 @@ class Queue:
         return made
 
     def job(self, job_id: str) -> Job:
-        """The row as it is now."""
+        """Return the job's current row."""
         with self.database.read() as session:
             return session.query(Job).filter_by(id=job_id).one()
 
     def until(self, job_id: str, wanted: Callable[[Job], Any], seconds: float = 300) -> Job:
-        """Wait for something to be true of a job; one that fails meanwhile is an error."""
+        """Wait for a condition of a job; a failed job is an error."""
         deadline = time.monotonic() + seconds
         while True:
             job = self.job(job_id)
@@ -130,14 +130,14 @@ class Queue:
             time.sleep(0.02)
 
     def ended(self, job_id: str, seconds: float = 300) -> Job:
-        """Wait until a job has ended and its files are tidy."""
+        """Wait until a job has ended and its files are cleaned up."""
         done = ("Completed", "Failed", "Stopped")
         return self.until(
             job_id, lambda job: job.state in done and not job.has_working_files, seconds
         )
 
     def kill(self, job_id: str) -> int | None:
-        """Kill the worker that has the job, if there is one; its number."""
+        """Kill the job's worker, if any, and return its process id."""
         worker = self.job(job_id).worker
         if worker is None or worker.get("starting"):
             return None
@@ -148,7 +148,7 @@ class Queue:
 
 @pytest.fixture
 def queue(database: Database, tmp_path: Path, tiny_base: str) -> Iterator[Queue]:
-    """An empty queue, whose workers begin at once; what still works when the test ends is killed."""
+    """Yield an empty queue with immediate workers; remaining workers are killed at the end."""
     command = [sys.executable, "-S", "-E", str(FORKS), forker()]
     made = Queue(database, tmp_path / "data", command)
     yield made

@@ -1,4 +1,4 @@
-"""Runs that are killed: forked from one process, told where to die, compared by all they leave."""
+"""Runs that are killed at a chosen point, compared by all their files."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ runs.Run.drop_working_files = die
 
 @dataclass
 class Job:
-    """One process that tunes."""
+    """A training process."""
 
     process: Command
     home: Path
@@ -116,7 +116,7 @@ class Job:
 
 
 class Forker:
-    """Starts runs that print into files of a folder."""
+    """Starts runs with output in files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -133,7 +133,7 @@ class Forker:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a run leaves, but for time and memory."""
+    """All results of a run except times and memory."""
 
     manifest: dict[str, Any]
     weights: str
@@ -173,7 +173,7 @@ def same(one: Outcome, other: Outcome) -> None:
 
 
 def leftovers(home: Path) -> list[str]:
-    """Remains of writing that nothing reads, and checkpoints of a run that is done."""
+    """Return temporary files, and checkpoints of a finished run."""
     names = [path.relative_to(home).as_posix() for path in home.rglob("*")]
     return [name for name in names if ".tmp-" in name or "checkpoints" in name]
 

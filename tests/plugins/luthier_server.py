@@ -1,4 +1,4 @@
-"""``luthier serve`` as a process of its own, with unmodified clients, and ways to kill it."""
+"""``luthier serve`` as a separate process, with unmodified clients, and ways to kill the process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from luthier.models.manifest import MANIFEST
 
 BASE = "luthier.tiny"
 ENCODER = "luthier.encoder"
-"""A base that gives embeddings, where a test adds it."""
+"""Id of an embedding base model that a test adds."""
 KEYS = {
     account: {
         "account": account,
@@ -45,11 +45,11 @@ class Served:
     def __init__(self, home: Path, forked: bool = True) -> None:
         self.home = home
         self.forked = forked
-        """Begins with everything imported, as its workers do; memory counts what it shares, then."""
+        """True if the server is a fork with all imports. Memory figures then include shared pages."""
         self.options: list[str] = []
-        """Of ``luthier serve``."""
+        """Options of ``luthier serve``."""
         self.own: dict[str, str] = {}
-        """What commands have in their environment, and the server has not."""
+        """Environment variables of commands, but not of the server."""
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
 
@@ -78,7 +78,7 @@ class Served:
         self.process.stdout.close()
 
     def end(self) -> None:
-        """Ask it to end, as a system does, unless it is gone."""
+        """Terminate the server like a system does, if running."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(60) == 0

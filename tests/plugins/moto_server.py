@@ -1,4 +1,4 @@
-"""moto, the S3 that boto3's users test with, as a server of its own."""
+"""moto's S3 as a separate server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import boto3
 import pytest
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
-"""Environment of who asks it."""
+"""Environment of clients."""
 
 
 @contextmanager
 def moto_server() -> Iterator[int]:
-    """Its port on this machine while the block runs; the test is skipped where moto is missing."""
+    """Yield the server's port; skips the test without moto."""
     pytest.importorskip("moto.server", reason="moto[s3], flask and flask-cors are not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def moto_server() -> Iterator[int]:
 
 
 def moto_client(port: int) -> Any:
-    """boto3 that asks it."""
+    """Return a boto3 client of the server."""
     return boto3.client(
         "s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
         aws_access_key_id="testing", aws_secret_access_key="testing",

@@ -18,7 +18,7 @@ ACCOUNT = "000000000000"
 
 
 def native_client(context: Context, account: str = ACCOUNT) -> TestClient:
-    """A client whose requests are sent by an administrator of ``account``."""
+    """Return a client that acts as an administrator of ``account``."""
     signed = Signed(Caller(account, "anna", ("administrator",)))
     authenticator: Any = SimpleNamespace(
         authenticate=lambda head, body: signed, recognize=lambda head: signed

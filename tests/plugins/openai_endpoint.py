@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that can be slow, rude, or break off."""
+"""An OpenAI-compatible endpoint on loopback that can be slow, return errors, or disconnect."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ KEY = "sk-very-secret-0123456789"
 
 
 class Endpoint:
-    """What the server does with each prompt, and what it was asked."""
+    """Responses of the endpoint and received requests."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Any]] = defaultdict(list)
-        """Actions by prompt, one for each request; ``ok`` when there are none left."""
+        """Actions by prompt, one per request, then ``ok``."""
         self.answers: dict[str, str] = {}
         self.answer: Callable[[str], str] = lambda prompt: f"the answer to {prompt}"
-        """The answer to a prompt that :attr:`answers` does not hold."""
+        """Reply for prompts without an entry in :attr:`answers`."""
         self.action: Callable[[str], Any] = lambda prompt: "ok"
-        """What is done with a prompt that :attr:`actions` says nothing of."""
+        """Action for prompts without an entry in :attr:`actions`."""
         self.known: set[str] | None = None
-        """Keys that are taken; all of them when not given."""
+        """Accepted keys; ``None`` for any."""
         self.models: set[str] | None = None
-        """Models there are; any when not given."""
+        """Available models; ``None`` for any."""
         self.delay = 0.0
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ PLACES = ("/usr/lib/postgresql/*/bin", "/usr/local/pgsql/bin", "/opt/homebrew/op
 
 
 class Postgres:
-    """One server in a folder of its own, on a socket and a port of loopback."""
+    """A server in its own folder, with a socket and a loopback port."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
         self.binaries, self.folder = binaries, folder

@@ -1,4 +1,4 @@
-"""A database with the service's tables, and principals in it."""
+"""A database with the service's tables and principals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTHER = "111111111111"
 
 
 def made_at(url: str) -> Iterator[Database]:
-    """A database with all tables; closed at the end, also where a loop over it ends by an error."""
+    """Yield a database with all tables, and close the database at the end."""
     made = Database(url)
     try:
         upgrade(made)

@@ -1,4 +1,4 @@
-"""A real Ray cluster: nodes that are processes of this machine, started by `ray start`."""
+"""A real Ray cluster of local processes, started by `ray start`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from luthier.cluster.ray_cluster import RayCluster
 RAY = Path(sys.executable).with_name("ray")
 MEMORY = 2_000_000_000
 STARTS = 6
-"""How often a node is started: it ends by itself where its agents take more than 15 s to begin."""
+"""Maximum number of starts per node: a node ends if its agents need more than 15 s."""
 
 
 class NodeEnded(Exception):
-    """A node did not start; with what it printed."""
+    """A failed start of a node, with the output."""
 
 
 class Cluster:
-    """Nodes on this machine, each with one CPU; the first is the head and takes no work."""
+    """Local nodes with one CPU each; the head node runs no work."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.port = folder, port
@@ -36,7 +36,7 @@ class Cluster:
         self._start(lambda: self.start(*head), 0)
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
-        """One more node, as a process that ends when its raylet does."""
+        """Start a node as a process that ends with its raylet."""
         command = [str(RAY), "start", *options, "--block", "--disable-usage-stats"]
         command += ["--include-dashboard=false"] if "--head" in options else []
         command += [f"--memory={MEMORY}", "--object-store-memory=80000000"]
@@ -47,11 +47,11 @@ class Cluster:
         return node
 
     def add_until(self, count: int) -> None:
-        """One more node that takes work; wait until so many do."""
+        """Start a worker node and wait for ``count`` worker nodes."""
         self._start(lambda: self.start(f"--address={self.address}", "--num-cpus=1"), count)
 
     def _start(self, start: Callable[[], subprocess.Popen[bytes]], count: int) -> None:
-        """Start a node and wait for ``count`` that take work."""
+        """Start a node and wait for ``count`` worker nodes."""
         for left in reversed(range(STARTS)):
             node = start()
             try:
@@ -64,7 +64,7 @@ class Cluster:
     def wait_for(
         self, count: int, seconds: float = 300, node: subprocess.Popen[bytes] | None = None
     ) -> None:
-        """Wait until so many nodes take work; ``node`` is one that has to live meanwhile."""
+        """Wait for ``count`` worker nodes; ``node`` must stay alive."""
         deadline = time.monotonic() + seconds
         while True:
             if node is not None:
@@ -85,7 +85,7 @@ class Cluster:
             time.sleep(0.5)
 
     def wait_for_idle(self, count: int, seconds: float = 60) -> None:
-        """Wait until so many nodes have all of their resources free."""
+        """Wait until ``count`` nodes have all resources free."""
         deadline = time.monotonic() + seconds
         while sum(n.idle for n in RayCluster(self.address).nodes()) != count:
             assert time.monotonic() < deadline
@@ -105,7 +105,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A head and two nodes that take a job each."""
+    """Yield a head node and two nodes with one job slot each."""
     # Its sockets lie below, and their names may have 107 characters: pytest's folders are too long.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     # Ray's workers listen from 10002 to 19999, and connections go out from 32768 on.

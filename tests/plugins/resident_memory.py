@@ -1,4 +1,4 @@
-"""The memory that a server holds, with all its processes, watched while something happens to it."""
+"""Resident memory of a server with all its processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from luthier_server import Served
 
 
 def processes(server: Served) -> list[psutil.Process]:
-    """The server's own, and all that it started."""
+    """Return the server's process and its descendants."""
     assert server.process is not None
     process = psutil.Process(server.process.pid)
     return [process, *process.children(recursive=True)]
 
 
 def resident(server: Served, *, children: bool = True) -> int:
-    """Bytes that they hold now, or the server's own process alone.
+    """Return the resident memory in bytes, optionally without children.
 
-    A child that runs no program of its own yet shares all its memory with its parent.
+    A child before exec shares all memory with its parent.
     """
     own, *others = processes(server)
     total = int(own.memory_info().rss)
@@ -34,9 +34,9 @@ def resident(server: Served, *, children: bool = True) -> int:
 
 
 class Growth:
-    """The most by which it grew while the block ran.
+    """Maximum growth during a block.
 
-    Files in ``folder``, which lies in memory, count as well.
+    Includes files in ``folder``, which is in memory.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Growth:
         self._thread = threading.Thread(target=self._look)
 
     def now(self) -> int:
-        """By how much it is larger than at the beginning."""
+        """Return the current growth in bytes."""
         return self._now() - self.rest
 
     def comes_back(self, within: int, seconds: float = 30) -> bool:
-        """Whether it is soon no more than ``within`` bytes larger than at the beginning."""
+        """Return True if the growth falls to ``within`` bytes in time."""
         deadline = time.monotonic() + seconds
         while self.now() > within:
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""A row that breaks each rule of files and rows."""
+"""A row that violates each rule of files and rows."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ TOOL = {"toolSpec": {"name": "mood", "description": "Tells it.", "inputSchema": 
 
 
 class Service:
-    """The application around the handlers of the runtime, for one caller."""
+    """The runtime API's application for one caller."""
 
     def __init__(self, pool: ModelPool, models: dict[str, str]) -> None:
         def resolve(account: str, model_id: str) -> str:
@@ -76,7 +76,7 @@ def runtime_service(
 
 
 def serve(pool: ModelPool, folder: str) -> Iterator[tuple[Service, str]]:
-    """A service of the model in ``folder`` behind a server, and its address."""
+    """Yield a service of the model in ``folder`` with its address."""
     made = Service(pool, {MODEL: folder, "arn:aws:a/b": folder})
     with served(made.application) as url:
         yield made, url

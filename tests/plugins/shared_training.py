@@ -1,7 +1,7 @@
-"""What several processes of a group train, for tests: objectives and adaptations on small networks.
+"""Training by several processes, for tests: objectives and adaptations on small networks.
 
-``python shared_training.py REQUEST OUTPUT`` in each process of a group; the first writes the losses.
-With ``sharded`` behind them the processes share the layers, too.
+Run ``python shared_training.py REQUEST OUTPUT`` in each process of a group; process 0 writes the
+losses. With a third argument ``sharded`` the layers are sharded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STEPS = 3
 def train(
     method: str, how: dict[str, Any], folder: Path, own: Path, group: ProcessGroup, sharded: bool
 ) -> list[Any]:
-    """The lines of the metrics of three steps, without what depends on the clock.
+    """Return the metrics of three steps without times.
 
     ``how`` has the fields of the adaptation.
     """
@@ -84,7 +84,7 @@ def train(
 
 
 def check_gathering(model: torch.nn.Module, group: ProcessGroup) -> None:
-    """Whole weights hold the part of every process, each in its place."""
+    """Check that gathered weights contain the shard of every process."""
     parts = 0
     with torch.no_grad():
         for weight in model.parameters():
@@ -104,7 +104,7 @@ def check_gathering(model: torch.nn.Module, group: ProcessGroup) -> None:
 def train_each(
     request: list[tuple[str, str, dict[str, Any], str]], group: ProcessGroup, sharded: bool = False
 ) -> dict[str, list[Any]]:
-    """All that the request asks for, one after the other: name, objective, adaptation, network."""
+    """Train each entry of the request: name, objective, adaptation, network."""
     lines = {}
     for name, method, how, folder in request:
         with TemporaryDirectory() as own:
@@ -113,7 +113,7 @@ def train_each(
 
 
 def main(request: Path, output: Path, sharded: bool) -> None:
-    """One process of a group, whose first writes what was measured."""
+    """Run one process of a group; process 0 writes the results."""
     torch.set_num_threads(1)
     group = ProcessGroup.of_environment()
     group.connect()

@@ -1,4 +1,4 @@
-"""Short runs on small files: what they read, what they tell, and what they leave."""
+"""Short runs on small files: inputs, messages and results."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def manifest_of(result: Result) -> dict[str, Any]:
 
 
 def stored_loss(model_id: str, data: Path) -> float:
-    """Loss of the model as it is served, on all rows of a file."""
+    """Return the stored model's loss on all rows of a file."""
     stored = find(model_id)
     network = as_network(load(stored, torch.float32, CPU), CPU, torch.float32)
     spec = Recipe.parse({"data": {"train": str(data), "validation_share": 0}})

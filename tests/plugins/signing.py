@@ -29,9 +29,9 @@ _ONE_AT_A_TIME = RLock()
 
 @contextmanager
 def clock(at: datetime) -> Iterator[None]:
-    """botocore's time; clients sign by awscrt where it is installed.
+    """Set botocore's clock; awscrt signs if installed.
 
-    One thread at a time: two that patch would leave the time of one behind.
+    Only one thread at a time may patch the clock.
     """
 
     def now(remove_tzinfo: bool = True) -> datetime:
@@ -57,7 +57,7 @@ def signed(
     region: str = "us-east-1",
     scheme: str = "http",
 ) -> RequestHead:
-    """A request with the ``Authorization`` that botocore gives it."""
+    """Return a request with botocore's ``Authorization`` header."""
     kind = S3SigV4Auth if service == "s3" else SigV4Auth
     request = _request(method, target, body, headers, scheme)
     with clock(at or datetime.now(UTC)):
@@ -77,7 +77,7 @@ def presigned(
     keys: tuple[str, str] = (ACCESS_KEY, SECRET),
     host: str = HOST,
 ) -> RequestHead:
-    """A request with the query that botocore gives it."""
+    """Return a request with botocore's presigned query."""
     kind = S3SigV4QueryAuth if service == "s3" else SigV4QueryAuth
     request = _request(method, target, body, headers, "http", host)
     with clock(at or datetime.now(UTC)):
@@ -94,7 +94,7 @@ def short_term_key(
     host: str = "bedrock.amazonaws.com",
     service: str = "bedrock",
 ) -> str:
-    """A short-term key as Amazon's token generators make it."""
+    """Return a short-term key like Amazon's token generators."""
     head = presigned(
         "POST", f"/?Action={action}", service=service, at=at, expires=expires, keys=keys, host=host,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A small file system in memory, which can be filled and made read-only. Only root may mount it."""
+"""A small file system in memory that can be full or read-only. Only root can mount it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Disk:
-    """A file system that can be filled, and made read-only."""
+    """A file system that can be full or read-only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.filler = folder, folder / "filler"
@@ -32,7 +32,7 @@ class Disk:
         self.filler.unlink(missing_ok=True)
 
     def lock(self, read_only: bool) -> None:
-        """What is opened from now on, that is: files that are open stay as they are."""
+        """Set the mode for files opened later; open files keep theirs."""
         place = str(self.folder)
         if not read_only:
             subprocess.run(["umount", "-l", place], check=True)

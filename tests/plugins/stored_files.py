@@ -1,4 +1,4 @@
-"""What stands in a store."""
+"""Files of a library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models that were tuned on rows with reasoning, and know by heart what to think and to say."""
+"""Tiny models that have memorized reasoning and replies."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ ASKS_ITSELF = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
-"""As Qwen3's: the model opens its reasoning, where ``enable_thinking`` does not say otherwise."""
+"""Template like Qwen3's: the model opens the reasoning, unless ``enable_thinking`` is false."""
 IS_OPENED = ASKS_ITSELF.replace(
     "%}<think>\n\n</think>\n\n{% endif %}{% endif %}",
     "%}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}",
 )
-"""As QwQ's and DeepSeek-R1's: the prompt opens it."""
+"""Template like QwQ's and DeepSeek-R1's: the prompt opens the reasoning."""
 TEMPLATES = {"asks itself": ASKS_ITSELF, "is opened": IS_OPENED}
 THOUGHT = "Grün 日本\nand bear 👋"
 SAID = {"sky?": "blue", "how many?": '{"mood": "good", "age": 7}'}
-"""What is asked, and what is said behind the thought."""
+"""Prompts and replies after the reasoning."""
 CALLS = "rose?"
-"""What is answered by a call of the tool below, behind the same thought."""
+"""Prompt with a tool call as reply."""
 PAINT = {
     "name": "paint",
     "parameters": {"type": "object", "properties": {"colour": {"type": "string"}}},
@@ -38,7 +38,7 @@ PAINT = {
 
 
 def make_thinking_model(folder: Path, network: Any, tokenizer: Any) -> Path:
-    """Tune a network on the rows above; the custom model as a Hugging Face directory."""
+    """Train a network on these rows and return the model folder."""
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")

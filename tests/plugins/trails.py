@@ -1,4 +1,4 @@
-"""An audit log that is only remembered."""
+"""An audit log in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from luthier.server.http.messages import Caller
 
 
 class Remembered:
-    """What would stand in the audit log, line by line."""
+    """Lines of the audit log."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, ...]] = []

@@ -1,7 +1,7 @@
-"""Batch inference without a model: an answer is the text in capitals, and a log says who gave it.
+"""Batch inference without a model: replies are the text in capitals, with a log of the process ids.
 
-``python -m upper_task FOLDER NAME`` is a process of a batch, and the command is
-``python -m upper_task run SOURCE OUTPUT PROCESSES``.
+``python -m upper_task FOLDER NAME`` is a process of a batch, and the command is ``python -m
+upper_task run SOURCE OUTPUT PROCESSES``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from luthier.workflows.inference_tasks import (
 
 SHARD_ROWS = 4
 LOG, KILL, WAIT = "answered.log", "kill", "wait"
-"""Files beside the source: rows that were answered; what kills the next process; and lets all wait."""
+"""Files next to the source: log of answered rows, kill switch for the next process, pause switch."""
 STOP, STOPPED = "stop", "stopped"
-"""What stops the next process before it answers anything, and the id of that process."""
+"""Files that stop the next process before its first row, and report its id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpperTask(InferenceTask):
-    """The text of each row in capitals; one of "?" cannot be answered, and one of "!" ends all."""
+    """Capitalizes each row; rows with "?" fail, and "!" ends the batch."""
 
     kind: ClassVar[str] = "upper"
     shard_rows: ClassVar[int] = SHARD_ROWS
@@ -99,7 +99,7 @@ TASKS[UpperTask.kind] = UpperTask  # type: ignore[index]
 
 
 class UpperRunner(InferenceRunner):
-    """Processes that know the task."""
+    """A runner whose processes use the task."""
 
     def command(self, process: Sequence[str], resources: Resources, errors: Path) -> list[str]:
         return [sys.executable, "-m", "upper_task", *process[-2:]]
@@ -108,7 +108,7 @@ class UpperRunner(InferenceRunner):
 def run(
     source: Path, output: Path, processes: int, mark: str = "", reporter: Reporter | None = None
 ) -> FileAnswers:
-    """Answer the rows of ``source`` as a command does."""
+    """Process the rows of ``source`` like a command."""
     task = UpperTask(model="none", source=str(source), mark=mark)
     return batch_inference.answer_file(task, output, processes, UpperRunner(), reporter)
 

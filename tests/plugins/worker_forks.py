@@ -1,8 +1,8 @@
-"""Workers for tests: real processes that begin with everything imported.
+"""Real worker processes for tests, forked with all imports.
 
-``python worker_forks.py SOCKET --kind … --id … --lease …`` is the command of the scheduler: it has a
-worker forked (``forked_commands``), and ends as that does. What a worker reads and writes is
-``file://``, below a folder for each account.
+``python worker_forks.py SOCKET --kind … --id … --lease …`` is the scheduler's command: it forks a
+worker (``forked_commands``) and exits like the worker. Workers read and write ``file://`` addresses
+below a folder for each account.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from forked_commands import stand_for
 
 
 class Folders:
-    """``file://`` addresses, without a look at whose they are; ``s3://`` as the service has it."""
+    """Access to ``file://`` addresses without account checks, and ``s3://`` addresses of the
+    service."""
 
     def __init__(self, stored: Any) -> None:
         self.stored = stored
@@ -46,7 +47,7 @@ class Folders:
 
 
 def work(arguments: list[str]) -> int:
-    """What a worker does that a scheduler started with ``arguments``."""
+    """Run a worker with the scheduler's ``arguments``."""
     exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
     from luthier.cli.worker import configure_logging
     from luthier.server.jobs.training import TrainingWorker

@@ -1,4 +1,4 @@
-"""Rows as files hold them, good and bad ones."""
+"""Valid and invalid rows in files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_line(record: object) -> bytes:
 
 
 def row_of(file: str, line: int, **fields: Any) -> Row:
-    """A row of the only shape that has just these fields, those with a default aside."""
+    """Return a row of the only shape with exactly these required fields."""
     (row,) = (
         kind(file, line, **fields)
         for kind in SHAPES.values()

@@ -90,7 +90,7 @@ def unfinished_run_ids() -> list[str]:
         for run_id, folder in runs
         if not folder.name.startswith(JOB_PREFIX)
         and not (folder / RUN_RESULT).is_file()
-        and working_folders(run_id)  # a copied folder may have a name that is no id
+        and working_folders(run_id)  # the name of a copied folder may be an invalid id
     )
 
 

@@ -119,10 +119,10 @@ class StoredModel:
         fields = self.manifest.objective
         if fields is not None:
             return _method(OBJECTIVES, fields, self).model_validate(fields)
-        # Folders of other tools have no record with a kind.
+        # Folders of other tools have no manifest.
         kind = base_kind(self.kind or self.network.kind)
         objective = OBJECTIVES[kind.objective].model_validate({})
-        # A pipeline of diffusers stores how it makes images.
+        # A diffusers pipeline stores its sampling settings.
         if is_pipeline(self.folder):
             return objective.bind(RunModels(self.chat, self.network))
         return objective
@@ -256,7 +256,7 @@ def _ids_of_able(
 def _is_model_able(model: StoredModel, is_able: Callable[[Objective], bool]) -> bool:
     try:
         return is_able(model.objective)
-    except (LuthierError, ValueError):  # it is damaged, or of a plugin that is gone
+    except (LuthierError, ValueError):  # damaged, or of a missing plugin
         return False
 
 
@@ -322,7 +322,7 @@ def _near_ids(model_id: str, known: Sequence[str]) -> list[str]:
     asked = model_id.lower().replace("/", ":")
     holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
     close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
-    if ":" not in asked:  # the name alone was given
+    if ":" not in asked:  # a name without base model
         names = [split_id(each)[1] for each in known]
         alike = difflib.get_close_matches(asked, filter(None, names), NEAREST, cutoff=0.7)
         close = [*(known[names.index(name)] for name in alike), *close]
@@ -472,7 +472,7 @@ def check_whole(model: StoredModel) -> None:
         CorruptFile: with the file.
     """
     for path, is_there in changed_files(model, cached_sha256_of):
-        if path.suffix in _PICTURES:  # they decide nothing
+        if path.suffix in _PICTURES:  # images do not affect the model
             continue
         if not is_there:
             raise CorruptFile(f"{path} is missing; {_RESTORE}", rule="file.missing")
@@ -519,7 +519,7 @@ def can_share_base(model: StoredModel) -> bool:
     """Return True if ``model`` is an adapter that can share the parent's network."""
     parent = below = model.parent
     while below is not None and below.parent is not None:
-        if not below.adaptation.mergeable:  # its layers would be under those of the adapter
+        if not below.adaptation.mergeable:  # its layers would be below the adapter's layers
             return False
         below = below.parent
     if (
@@ -527,7 +527,7 @@ def can_share_base(model: StoredModel) -> bool:
         or not model.adaptation.shares_base
         or not (model.writes and parent.writes)
         or parent.manifest.withheld
-        or can_share_base(parent)  # it has no network of its own that could be shared
+        or can_share_base(parent)  # the parent has no own network to share
     ):
         return False
     network = parent.network.description
@@ -541,7 +541,7 @@ def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
     from luthier.models.tensors import tensor_headers
 
     stored_parts = [*map(model.adaptation.stored_name, parts)]
-    with suppress(LuthierError):  # whoever loads the file says what is wrong with it
+    with suppress(LuthierError):  # loading the file reports the error
         return any(is_inside(name, stored_parts) for name in tensor_headers(model.folder / ADAPTER))
     return False
 

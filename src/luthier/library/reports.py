@@ -63,7 +63,7 @@ def check_attachable(model: StoredModel) -> None:
             f"{model.id} is not in the library, so reports cannot be attached. Write the "
             "result to a file."
         )
-    # Those that stand there already go into the certificate with the new one.
+    # Existing reports are part of the next certificate.
     if len(reports_of(model)) >= MOST_REPORTS:
         folder = model.folder / REPORTS
         raise RecipeError(

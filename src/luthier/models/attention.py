@@ -246,7 +246,9 @@ def _scores(tiles: Tiles) -> int:
 def _merge_small(tiles: Tiles) -> Tiles:
     """Merge groups with few scores into the group with the next larger number of keys."""
     merged: Tiles = {}
-    for queries, keys in sorted(tiles, reverse=True):  # the group before has the next more keys
+    for queries, keys in sorted(
+        tiles, reverse=True
+    ):  # the previous group has the next larger number of keys
         parts = tiles[queries, keys]
         larger = min((shape for shape in merged if shape[0] == queries), default=None)
         if larger and (larger[1] - keys) * queries * len(parts) <= SMALL_GROUP:

@@ -250,7 +250,7 @@ class BackendEntry:
 
 
 def _open_torch(network: Network, context: int) -> Backend:
-    from luthier.models.torch_backend import torch_backend  # torch is not needed to list backends
+    from luthier.models.torch_backend import torch_backend  # listing backends must not import torch
 
     return torch_backend(network, context)
 

@@ -156,7 +156,7 @@ class HubSource:
             DownloadError: if the hub is unreachable or does not serve the repository.
         """
         commit = download_from_hub(self.repository, target)[1]
-        shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own notes
+        shutil.rmtree(target / ".cache", ignore_errors=True)  # notes of the hub client
         return {**self.provenance, "revision": commit}
 
 
@@ -221,7 +221,7 @@ def _convert_gguf(name: str, folder: Path, target: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # transformers shows this progress by tqdm itself, whatever its own setting says.
+    # transformers prints this progress with tqdm regardless of its own setting.
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -230,9 +230,9 @@ def _convert_gguf(name: str, folder: Path, target: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-    # GGUF stores the number in float32.
+    # GGUF stores the value in float32.
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
-    del model.config._model_name_or_path  # the authors' own name of the run
+    del model.config._model_name_or_path  # the authors' name of the training run
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -264,7 +264,7 @@ def random_entry(
     )
 
 
-# Languages of XLM-R, whose tokenizer and weights multilingual E5 started from.
+# Languages of XLM-R, the base of multilingual E5.
 _XLM_R = (
     "af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he "
     "hi hr hu hy id is it ja jv ka kk km kn ko ku ky la lo lt lv mg mk ml mn mr ms my ne nl no om "
@@ -272,9 +272,9 @@ _XLM_R = (
 )
 
 
-# No hub could be reached where this was written: figures of the entries from the hub are those of
-# the published model cards and configurations, and no revision is pinned. The manifest of a fetched
-# model records the commit and the hash of each file.
+# The hub was unreachable when these entries were written: figures come from the published model
+# cards and configurations, and no revision is pinned. The manifest of a downloaded model records
+# the commit and the hash of each file.
 _ENTRIES = (
     CatalogEntry(
         id="smollm2-135m-instruct",
@@ -494,7 +494,7 @@ def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path
     commit, refusal = "", ""
     try:
         try:
-            # The one request with a time limit goes first: those of snapshot_download have none.
+            # This request comes first because it has a time limit; snapshot_download has none.
             limit: Any = httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
             commit = HfApi().model_info(repository, timeout=limit).sha or ""
         except HfHubHTTPError as error:
@@ -507,7 +507,7 @@ def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path
             raise DownloadError(_unreachable(repository, refusal))
         found = snapshot_download(
             repository,
-            # The cache is found again by its branch, not by a commit.
+            # The cache is indexed by branch, not by commit.
             revision=commit if folder is not None else None,
             local_dir=folder,
             local_files_only=bool(refusal),

@@ -57,7 +57,7 @@ def reject_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
     try:
         yield
     except torch.OutOfMemoryError:
-        raise  # of a GPU, whatever the configuration says
+        raise  # GPU memory does not depend on the configuration
     except (
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
         RuntimeError, StrictDataclassError, TypeError, ValueError,

@@ -68,7 +68,7 @@ _NUMBERS = frozenset(("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U
 KNOWN_TEMPLATES = frozenset(
     {
         "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # SmolLM2
-        # In the style of these families, as the tests have them:
+        # As in the tests, in the style of these families:
         "f950548988e50713a9975a11be0eaf1d29c4fe4be0ba22a57daeebbc27a7adb9",  # ChatML
         "f447d5c477873264321523ccaf951699c1297c7f08f4c3e623213d9084687413",  # Mistral
         "0d27966024b1411a2b302c253677111f9443518506aabf3135f3be6d999bc364",  # Llama 2
@@ -420,5 +420,5 @@ def adapter_fields(folder: Path) -> dict[str, Any]:
 
 
 def _is_file_of(folder: Path, name: Any) -> bool:
-    # Names with a folder in them would be looked for elsewhere.
+    # Reject names with a folder: transformers resolves them elsewhere.
     return isinstance(name, str) and "/" not in name and (folder / name).is_file()

@@ -92,7 +92,7 @@ class ModelFolder:
     def processor(self) -> Processor | None:
         """Image or audio processor, ``None`` for a text network."""
         found = read_processor(self.path)
-        # A pipeline does not have to name a processor: the processor follows from its networks.
+        # A pipeline may lack a preprocessor file; its networks determine the processor.
         return (
             pipeline_processor(self.fields) if found is None and is_pipeline(self.path) else found
         )
@@ -164,7 +164,7 @@ class ModelFolder:
             if empty := [name for name, weight in network.named_parameters() if not weight.numel()]:
                 raise ValueError(f"{empty[0]} is empty")
         numbers = sum(weight.numel() for weight in network.parameters())
-        if not self.fields.get("quantization_config"):  # files of few bits pack several numbers
+        if not self.fields.get("quantization_config"):  # quantized files pack several numbers
             check_sizes(numbers, sum(map(check_weights, network_folders(self.path))))
         above = [n for n, child in network.named_children() if child is not network.base_model]
         return NetworkDescription(task, numbers, is_flat(network), tuple(above))
@@ -196,7 +196,7 @@ def for_head(config: Any, head: Head) -> Any:
         fields = config.to_dict()
         config = mean_pooling_bert.Config(**{k: v for k, v in fields.items() if k != "model_type"})
     if hasattr(config, "apply_spec_augment"):
-        # Wav2Vec2 would draw masks from numpy's own stream, which no checkpoint holds.
+        # Wav2Vec2 would draw masks from numpy's global generator, which checkpoints do not store.
         config.apply_spec_augment = False
     for key, value in head.settings().items():
         setattr(config, key, value)

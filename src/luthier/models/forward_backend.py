@@ -136,7 +136,7 @@ class ForwardBackend:
         model, device = self.network.model, self.network.device
         group = group or _Group(None, rows)
         group.cache = prefix_cache(model, rows=len(rows))
-        # Beside a decoder a prompt is filled up at its end, else before its first token.
+        # Encoder prompts are padded at the end, decoder prompts at the start.
         width = max(len(row.ids_T) for row in rows)
         ids_RT = np.full((len(rows), width), heads.padding_id(model), dtype=np.int64)
         mask_RT = np.zeros_like(ids_RT)

@@ -266,7 +266,7 @@ def _write(
     parts: list[tuple[str, tuple[int, ...], GGMLQuantizationType, Callable[[], Any]]],
 ) -> None:
     for name, shape, kind, _ in parts:
-        # Shapes of bytes mean types of blocks to the writer.
+        # GGUFWriter interprets byte shapes as block types.
         blocks = kind not in (_Kind.F32, _Kind.F16)
         stored = quant_shape_to_byte_shape(shape, kind) if blocks else shape
         dtype = np.dtype(np.uint8 if blocks else np.float32 if kind == _Kind.F32 else np.float16)
@@ -294,7 +294,9 @@ def _quantize(rows: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         into = found[start : start + step]
-        if library := _ggml():  # the same bits, and the only way to the K types
+        if (
+            library := _ggml()
+        ):  # same bits as the package gguf, and the only implementation of K types
             pointers = part.ctypes.data, into.ctypes.data
             library.ggml_quantize_chunk(int(kind), *pointers, 0, len(part), part.shape[-1], None)
         else:
@@ -321,7 +323,7 @@ def _weights(model: Any) -> list[_Weight]:
     config = model.config
     names = get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
     found = []
-    for name, weight in model.named_parameters():  # a tied head is not named again
+    for name, weight in model.named_parameters():  # tied heads appear once
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
             raise RecipeError(f"The GGUF format has no name for the weight {name}.")
@@ -374,7 +376,7 @@ def _kind(
     if each.name == "output.weight" or (tied and each.name == "token_embd.weight"):
         if kind in _K_KINDS:
             return _Kind.Q6_K
-        # llama-quantize has Q6_K here: this needs no package, and is finer.
+        # llama-quantize uses Q6_K here; Q8_0 needs no package and is more precise.
         return _Kind.Q8_0 if kind == _Kind.Q4_0 else kind
     if quantization in ("q4_k_m", "q5_k_m") and each.name.startswith("blk."):
         _, block, part, *_ = each.name.split(".")
@@ -436,7 +438,7 @@ def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
-    # llama.cpp has no windows for these networks; within one, attention is the same.
+    # llama.cpp has no sliding window for these networks; within one window, attention is equal.
     writer.add_context_length(min(config.max_position_embeddings, window or 1 << 31))
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -479,7 +481,7 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
     writer.add_token_types(kinds)
     merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
     if pieces:
-        # The piece that is merged first has the highest score.
+        # The first merge has the highest score.
         rank = {"".join(pair): place for place, pair in reversed([*enumerate(merges)])}
         writer.add_token_scores([-float(rank.get(token, len(merges))) for token in tokens])
         writer.add_add_space_prefix(bool(prefix))
@@ -493,7 +495,7 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
         "padding": tokenizer.pad_token_id,
         "unknown": tokenizer.unk_token_id,
     }
-    # A reply ends with any of them; the format has names for three.
+    # Several tokens can end a reply; the format has names for three.
     ids |= dict(zip(("eos", "eot", "eom"), chat.stop_ids, strict=False))
     for part, number in ids.items():
         if number is not None:
@@ -514,7 +516,7 @@ def is_sentencepiece(chat: ChatFormat) -> bool:
 def shown_bytes(chat: ChatFormat, token: str) -> int:
     """Return the number of bytes of a token's text."""
     if not is_sentencepiece(chat):
-        return len(token)  # a character stands for a byte
+        return len(token)  # one character per byte
     return 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
 
 
@@ -530,7 +532,7 @@ def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
     scheme = outer.get("prepend_scheme")
     if scheme != "first":
         return {"always": True, "never": False}.get(str(scheme))
-    # Before the first text alone: of prompts that begin with a special token there is none.
+    # "first": before the first text only; prompts that start with a special token have no such text.
     if chat.template == "plain":
         return True
     ids_T = chat.encode_prompt((Message("user", "a"),))
@@ -558,7 +560,7 @@ def _pre_tokenizer(spec: Mapping[str, Any]) -> str | None:
         else:
             return None
     found = _PRE_TOKENIZERS.get(tuple(steps))
-    # Qwen's texts are composed first (NFC), which llama.cpp leaves to who writes them.
+    # Qwen's tokenizer normalizes to NFC, which llama.cpp leaves to the caller.
     composed = normalizer.get("type") == "NFC" and found == "qwen2"
     whole = bool((spec.get("model") or {}).get("ignore_merges"))
     if found is None or not (composed or not normalizer) or whole != (found in _WHOLE_WORDS):

@@ -186,10 +186,10 @@ def _class_name(config: Any, task: Task) -> str:
     if not name or (task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES):
         return ""
     if _has(config, _SEQ2SEQ):
-        # The encoder alone reads a text; the decoder is for writing.
+        # Text encoding needs the encoder only; the decoder generates.
         name = {"causal_lm": _SEQ2SEQ, "embedding": "AutoModelForTextEncoding"}.get(task, name)
         return name if _has(config, name) else ""
-    # transformers would take these for language models; they see what they are to predict.
+    # transformers maps these families to causal language models, but their attention is bidirectional.
     ahead = config.model_type in _PERMUTED or _has(config, _TASKS["masked_lm"].text)
     if task == "causal_lm" and ahead and not getattr(config, "is_decoder", False):
         return ""
@@ -351,8 +351,8 @@ def hidden_size_of(model: Any) -> int:
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
     if task_of(model) == "denoising" and hasattr(model.config, "embedding_size"):
-        return int(model.config.embedding_size)  # ResNet calls the width of its first layer so
-    if not hasattr(model, "classifier"):  # one that gives embeddings
+        return int(model.config.embedding_size)  # ResNet's name for the width of its first layer
+    if not hasattr(model, "classifier"):  # an embedding network
         return _embedding_width(model)
     linear = [each for each in model.classifier.modules() if isinstance(each, nn.Linear)]
     return linear[0].in_features
@@ -436,7 +436,9 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     from torch import nn
 
     if media_config(model.config) is not None:
-        if hasattr(model, "projector"):  # Wav2Vec2: of a mean it gives the mean of its own
+        if hasattr(
+            model, "projector"
+        ):  # Wav2Vec2: the projector is linear, so projecting the mean equals the mean of projections
             chosen_RH = model.projector(chosen_RH)
         dropout = getattr(model, "dropout", None)
         of_media: Tensor = model.classifier(dropout(chosen_RH) if dropout else chosen_RH)
@@ -452,7 +454,7 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
         from_summary: Tensor = model.logits_proj(model.sequence_summary(as_sequences))
         return from_summary
     pooler = getattr(model.base_model, "pooler", None)
-    if pooler is None:  # RoBERTa: the head takes the first token itself
+    if pooler is None:  # RoBERTa: the head selects the first token itself
         into_head = as_sequences
     elif isinstance(pooler, nn.Linear):  # ALBERT
         into_head = model.dropout(model.base_model.pooler_activation(pooler(chosen_RH)))
@@ -477,7 +479,7 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """
     from torch.nn.functional import gelu
 
-    if media_config(model.config) is not None:  # a decoder beside it writes
+    if media_config(model.config) is not None:  # the text decoder of an image encoder
         model = model.decoder
     if task_of(model) == "bidirectional_lm":
         hidden_SH = hidden_SH.unflatten(-1, (2, -1))

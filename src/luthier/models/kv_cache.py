@@ -119,7 +119,7 @@ class Bank:
         for layer, parts in other.bank.layers.items():
             for mine, theirs in zip(self.of(layer, *parts), parts, strict=True):
                 mine[span.slot, :, :size] = theirs[other.slot, :, :size]
-                # What was there before may be no number, and is multiplied by 0 where it is masked.
+                # Old content may be nan, and masked entries are multiplied by 0.
                 mine[span.slot, :, size:] = 0
         return span
 
@@ -131,7 +131,7 @@ class Bank:
                 for part in parts:
                     part[span.slot] = part[last.slot]
             self.spans[span.slot], last.slot = last, span.slot
-        # Not at half already: one that comes and goes beside the others would copy them each time.
+        # Shrink below half only, so that short sequences do not copy all others each time.
         if not self.spans or 2 * len(self.spans) < self.capacity:
             self._resize(len(self.spans))
 
@@ -139,7 +139,7 @@ class Bank:
         """Return the keys and values of ``layer``, allocated for heads like ``key`` and ``value
         [.., Hk, N, D]``."""
         if layer not in self.layers:
-            # Zeros: what is masked is still multiplied.
+            # Zeros, because masked entries are still multiplied.
             self.layers[layer] = (
                 key.new_zeros(self.capacity, key.shape[1], self.room, key.shape[-1]),
                 value.new_zeros(self.capacity, value.shape[1], self.room, value.shape[-1]),

@@ -30,7 +30,7 @@ def linear_kinds() -> tuple[type[nn.Module], ...]:
     """Return the classes of linear layers."""
     from torch import nn
 
-    # Where transformers was not imported no layer is its transposed one.
+    # Conv1D layers exist only if transformers is imported.
     loaded = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear,) if loaded is None else (nn.Linear, loaded.Conv1D)
 
@@ -92,7 +92,7 @@ def layer_names(model: nn.Module) -> list[str]:
     _, largest = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     stacks = [(name, stack) for name, stack in outer if type(stack[0]) is type(largest[0])]
     found = [
-        # Each encoder is first at every other height, so that every second layer is not all of one.
+        # Alternate the order, so that every second layer is not always of the same encoder.
         (index / len(stack), side if index % 2 else -side, f"{name}.{index}")
         for side, (name, stack) in enumerate(stacks)
         for index in range(len(stack))
@@ -116,7 +116,7 @@ def first_layer_alone(model: nn.Module) -> Iterator[None]:
 
     try:
         names = layer_names(model)
-    except RecipeError:  # it has one layer, or none that are alike
+    except RecipeError:  # a single layer, or different layers
         yield
         return
     stack, *further = {parent_of(model, name)[0] for name in names}

@@ -296,7 +296,7 @@ class MediaReader:
     def arrays(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the images or audio of the rows of ``tree``: ``[R, C, H, W]``."""
         media = [each.media for each in tree.examples if each.media is not None]
-        # Pillow lets go of Python's lock while it decodes.
+        # Pillow releases the GIL while decoding.
         begun = [self._ahead.pop(id(each), None) for each in media]
         reading = [
             _threads().submit(each.array) if ahead is None else ahead[1]
@@ -305,7 +305,7 @@ class MediaReader:
         try:
             pixels = torch.from_numpy(np.stack([each.result() for each in reading]))
         finally:
-            for each in reading:  # where one cannot be read, the others need not be
+            for each in reading:  # after an error, the remaining media are not needed
                 each.cancel()
         return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
@@ -438,10 +438,10 @@ def pooled_states(backbone: Any, pixels: Tensor) -> Tensor:
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled.flatten(1)
-    if reads_sound(backbone.config):  # Wav2Vec2 is read by the mean
+    if reads_sound(backbone.config):  # Wav2Vec2 classifies the mean
         mean_RH: Tensor = output.last_hidden_state.mean(1)
         return mean_RH
-    # Vision transformers are read at their first token, convolutions by the mean of their maps.
+    # Vision transformers classify the first token, convolutional networks the mean of their maps.
     first_RH: Tensor = output.last_hidden_state[:, 0]
     return first_RH
 

@@ -129,7 +129,7 @@ class _Library:
         if file is None:
             raise RecipeError(f"Cannot load llama.cpp: {LLAMA_CPP} has no shared library.")
         try:
-            # Torch is loaded by now: both take the one OpenMP runtime that it brings.
+            # torch is already loaded, so both use torch's OpenMP runtime.
             self._functions = ctypes.CDLL(str(file))
             for name, (result, arguments) in _FUNCTIONS.items():
                 function = getattr(self._functions, name)
@@ -137,7 +137,9 @@ class _Library:
         except (OSError, AttributeError) as error:
             raise RecipeError(f"Cannot load llama.cpp: {error}") from error
         self.errors: list[str] = []
-        self._log = _LOG(self._on_log)  # kept: the library calls it as long as it is loaded
+        self._log = _LOG(
+            self._on_log
+        )  # keep a reference: the library calls this function until exit
         self.llama_log_set(self._log, None)
         self.llama_backend_init()
 
@@ -288,7 +290,7 @@ class LlamaCppBackend:
                 self._library.llama_model_free(self._model)
                 self._model = None
 
-    # What follows is called with the lock.
+    # Callers of the following methods must own the lock.
 
     @property
     def _memory(self) -> int:

@@ -70,7 +70,10 @@ class LlamaForward:
         """
         x = backbone.embed_tokens(ids_N[None])
         cos, sin = backbone.rotary_emb(x, position_ids=position_N[None])
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # float32 of some families: the trial tells
+        cos, sin = (
+            cos.to(x.dtype),
+            sin.to(x.dtype),
+        )  # some families compute in float32 here; the comparison detects differences
         half = cos.shape[-1] // 2
         cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
         turned = self._heads + self._key_heads

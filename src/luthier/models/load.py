@@ -55,7 +55,7 @@ def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the widest data type of the weights in ``folder``."""
     kinds = {kind for kind, _ in tensor_headers(weight_files(folder)[0]).values()}
-    # Norms may be kept in float32 beside weights of fewer bits; none may lose some.
+    # Norms may be float32 next to weights with lower precision; no weight may lose precision.
     for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
         if name in kinds:
             return dtype
@@ -63,8 +63,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 _CONSTRUCTING = threading.Lock()
-# While transformers loads a network, PreTrainedModel.tie_weights is replaced for the whole process: a
-# network that another thread constructs then would get an output layer of its own.
+# transformers patches PreTrainedModel.tie_weights globally while loading: a network created in
+# another thread meanwhile would get an untied output layer.
 
 
 def sketch(config: Any, head: Head) -> nn.Module:
@@ -124,13 +124,13 @@ def load_model(
     finally:
         logging.set_verbosity(quiet)
     set_task(model, head.task)
-    # An embedding of a text does not look at the pooler; of an image it would, so that one goes.
+    # Text embeddings do not use the pooler. Image embeddings would, so an untrained pooler is removed.
     unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
     if unused and media_config(config) is not None and text_config(config) is None:
         model.base_model.pooler = None
     other = {name for name, *_ in loaded["mismatched_keys"]}
     absent = set(loaded["missing_keys"]) | other
-    # transformers would draw them at random, with no more than a warning.
+    # transformers would initialize missing weights with only a warning.
     check_complete(absent - _head_names(model) - unused, f"{folder} ({kind})")
     _check_finite(model, folder)
     start_bias(model, head.bias, absent)
@@ -146,7 +146,7 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
     for name, tensor in (*model.named_parameters(), *statistics):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        # One pass, and nan is the least and the greatest: a tenth of the time of isfinite().
+        # aminmax propagates nan, in one pass: a tenth of the time of isfinite().
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise CorruptFile(
                 f"{name} in {folder} contains nan or inf: the file is damaged, or the "
@@ -172,7 +172,7 @@ def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Ne
 
 def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     if media_config(model.config) is not None:
-        # Convolutions read their channels side by side a quarter faster, as this was measured on a CPU.
+        # Measured on a CPU: convolutions are a quarter faster with channels_last.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network = Network(model, device, dtype, is_bidirectional=text_config(model.config) is None)
         freeze_statistics(model)

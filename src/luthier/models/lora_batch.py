@@ -149,8 +149,8 @@ class _Part:
         """Multiply each row by the matrix in the row's slot, ``[N, O]``."""
         if x_NI.device.type != "cpu":
             return torch.bmm(x_NI[:, None], stack_PIO[self._slot_N.long()])[:, 0]
-        # A weighted sum of the rows of a matrix: on a CPU a batched product would copy each matrix
-        # first, and takes 2.5 times as long with one row for each of 32 adapters.
+        # A weighted sum of matrix rows: on a CPU, bmm copies each matrix and takes 2.5 times as long
+        # with one row for each of 32 adapters.
         size = stack_PIO.shape[1]
         if size not in self._rows:
             at_I = torch.arange(size, dtype=torch.int32)
@@ -198,7 +198,7 @@ class LoraBatch:
         self._planned: tuple[Adapter, ...] = ()
         self._stacks: dict[Hashable, _Stack] = {}
 
-    # Passes run in this mode, and change what was made in it only.
+    # Passes run in inference mode, and can only modify tensors created in inference mode.
     @torch.inference_mode()
     def add(self, adapter: Adapter) -> None:
         """Copy the weights of ``adapter`` into a stack."""
@@ -210,7 +210,7 @@ class LoraBatch:
             if not isinstance(self.mixed.get_submodule(name), LoraBatchLayer):
                 make = partial(LoraBatchLayer, name=name, batch=self)
                 replace_modules(self.mixed, [name], make)
-        self._planned = ()  # the stack may get other tensors
+        self._planned = ()  # add() can replace the tensors of the stack
         if adapter.shapes not in self._stacks:
             self._stacks[adapter.shapes] = _Stack(adapter)
         self._stacks[adapter.shapes].add(adapter)

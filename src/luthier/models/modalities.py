@@ -139,13 +139,13 @@ def context_length(config: Mapping[str, Any]) -> int:
         return first
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(config.get(key), int):
-            # RoBERTa's family starts counting behind its padding index.
+            # RoBERTa's positions start after the padding index.
             skipped = (
                 config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
             )
             return int(config[key]) - skipped
     if "vocab_size" not in config and ("image_size" in config or "num_channels" in config):
-        return 1  # ResNet reads images of any size, and names none
+        return 1  # ResNet accepts any image size, so config.json has none
     raise RecipeError(
         f"Networks of type {config.get('model_type', 'unknown')} are not supported yet: "
         "config.json has no context length (max_position_embeddings).",

@@ -77,7 +77,7 @@ class TreeBatch:
         """
         tree = pad_tree(tree, layout.size_step)
         parent_E = tree.parent_N[tree.edge_child_E]
-        # Children of one parent are not neighbours in depth-first order.
+        # Children of one parent are not adjacent in depth-first order.
         order = np.argsort(parent_E, kind="stable")
         source_S, edge_source_E = np.unique(parent_E[order], return_inverse=True)
         source_S = np.pad(source_S, (0, -len(source_S) % SIZE_STEP))
@@ -253,7 +253,7 @@ class Network:
         fixed_1V: Tensor | None = getattr(self.model, "final_logits_bias", None)
         if fixed_1V is None:
             return bias
-        # A buffer of BART's family; Marian's checkpoints hold numbers other than 0 there.
+        # BART's buffer; nonzero in Marian's checkpoints.
         return fixed_1V[0] if bias is None else bias + fixed_1V[0]
 
     def remember_start(self) -> None:

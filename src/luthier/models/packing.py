@@ -55,7 +55,7 @@ class PackedWeight:
 
     @property
     def _packed_weight(self) -> Tensor:
-        packed = self._packed  # another thread may release it meanwhile
+        packed = self._packed  # another thread may release the copy meanwhile
         if packed is None:
             self._release_group()
             packed = self._packed = _reorder(self._layer.weight)
@@ -112,7 +112,7 @@ class PackedGroup:
         if "lora_A" not in layer._modules:
             return packed_weight(layer) is not None
         packed = packed_weight(layer.base_layer)
-        # Other parts, such as DoRA's lengths, are more than a branch.
+        # More parameters, such as DoRA's magnitudes, are not a plain branch.
         own = {*layer._modules, *layer._parameters}
         branch_alone = own <= {"base_layer", "lora_A", "lora_B", "dropout"}
         return packed is not None and packed.branched and branch_alone
@@ -201,7 +201,7 @@ class PackedLinears:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # A network that several adapters share is plain here: they stand in networks of their own.
+        # A shared base network has no branches here: its adapters wrap layers in their own networks.
         branched = {
             module.base_layer
             for module in model.modules()

@@ -151,7 +151,7 @@ def noise_settings(fields: dict[str, Any]) -> dict[str, Any]:
 
     The step offset is always 1, like in diffusers' pipeline, regardless of the file.
     """
-    usual = {  # of diffusers' schedulers, where a file leaves one out
+    usual = {  # default of diffusers' schedulers
         "num_train_timesteps": 1000,
         "beta_start": 0.0001,
         "beta_end": 0.02,

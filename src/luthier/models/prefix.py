@@ -128,7 +128,7 @@ def prefix_cache(model: nn.Module, rows: int) -> Any:
 @torch.no_grad()
 def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
     """Set the prefix to the keys and values of the tokens ``ids_P``."""
-    assert isinstance(network.layout, Flat)  # others are refused a prefix
+    assert isinstance(network.layout, Flat)  # add_prefix requires the flat layout
     model, length = network.model.eval(), len(ids_P)
     row = Example(ids_P.cpu().numpy(), np.zeros(length, np.float32), 0)
     batch = network.batch(build_tree([row], share=False), prefix=False)

@@ -60,7 +60,7 @@ class _WideOperations(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` on widened tensors."""
-        if func is torch.ops.aten.embedding.default:  # rows are picked before they are widened
+        if func is torch.ops.aten.embedding.default:  # select rows before widening, to save memory
             return _widen(func(*args, **(kwargs or {})))
         args, kwargs = tree_map(_widen, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -126,12 +126,12 @@ class Probe:
         self.beside = decoder_of(model) is not None
         self.task = task_of(model)
         self.writes = self.beside and self.task == "causal_lm"
-        # Low ids may be padding, which some networks do not count.
+        # Low ids may be padding tokens.
         rows = torch.randint(vocabulary // 2, vocabulary, (3, LENGTHS[0]), generator=generator)
         rows[1, :SHARED] = rows[0, :SHARED]
         lengths = LENGTHS[:2] if self.beside else LENGTHS
         if self.beside:
-            rows[:, -1] = model.config.eos_token_id  # T5's classifier looks for it
+            rows[:, -1] = model.config.eos_token_id  # T5's classifier uses the end token
         self.rows = [rows[row, :length] for row, length in enumerate(lengths)]
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class Probe:
         parts: Sequence[Sequence[Tensor]] = [self.rows[:2], *([row] for row in self.rows[2:])]
         if (
             self.task == "sequence_classification"
-        ):  # without a token for padding, only one row at once
+        ):  # batches require a padding token, so rows run alone
             parts = [[row] for row in self.rows]
         outputs: list[Tensor] = []
         for rows in parts:
@@ -162,7 +162,7 @@ class Probe:
         ids_2T[1, 0] = ids_2T[0, 0]
         found = self.model.base_model(input_ids=ids_2T.to(self.device))
         one_H, other_H = found.last_hidden_state[:, 0].float()
-        # Mixtures of experts sum in another order beside other tokens: bits may differ.
+        # Mixtures of experts sum in another order next to other tokens, so bits may differ.
         return relative_error(one_H, other_H) > TOLERANCE
 
     def ours(self, network: Network, dense: bool = False) -> tuple[Tensor, list[int]]:
@@ -278,13 +278,15 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     want = torch.cat([expected[row] for row in rows])
     places = [f"row {row}, token {at}" for row in rows for at in range(len(expected[row]))]
     _compare(model, "luthier's forward pass", places, ours.float().view_as(want), want)
-    if network.tokens_before:  # generation goes on behind a prefix that transformers does not see
+    if network.tokens_before:  # transformers' forward pass would not include the prefix
         return network
     if decodes:
         with reject_crash(model, "generate text"), _grouped_experts_off(model, device), wide():
             found = probe.cached(network)
         _compare_steps(model, "generation with a cache", found, wanted)
-        if dtype != torch.float32:  # where the decoder may take another way, such as LlamaForward
+        if (
+            dtype != torch.float32
+        ):  # the decoder can use another code path in bfloat16, such as LlamaForward
             with reject_crash(model, "generate text"):
                 found = probe.cached(network)
             _compare_median(model, "generation with a cache", found, wanted)
@@ -332,15 +334,15 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
         probe = Probe(shared.model, device)
         names = [n for n, each in shared.model.named_parameters() if id(each) not in own]
         if not all(name.startswith(f"{model.base_model_prefix}.") for name in names):
-            return  # an adapter above the backbone does not share its base
+            return  # an adapter above the backbone cannot share its base network
         record = _record(shared.model, device, method, str(network.dtype), *names)
         if record.is_file():
             return
         ours, rows = probe.ours(shared)
         wanted = probe.uncached(_by_row(probe, ours.float(), rows))
         found = probe.cached(shared)
-    # In the network's own precision: stacks of adapters are inference tensors, which a mode of dispatch
-    # cannot view. The adapter is so large that a row without it differs by more than rounding.
+    # In the network's own precision: adapter stacks are inference tensors, which a dispatch mode cannot
+    # view. The adapter weights are large, so a missing adapter exceeds the rounding error.
     _compare_median(model, f"generation with {method} next to its base", found, wanted)
     _remember(record, model)
 
@@ -357,9 +359,9 @@ def try_training(network: Network, method: str) -> None:
     with reject_crash(model, f"train with {method}"), _same_random(network.device):
         model.train()
         try:
-            with first_layer_alone(model):  # where all layers are alike, what one does all do
+            with first_layer_alone(model):  # one layer is enough if all layers are alike
                 out, _ = Probe(model, network.device).ours(network)
-                if out.requires_grad:  # not behind a soft prompt, which rows of a probe do not have
+                if out.requires_grad:  # no gradient with a soft prompt, which the probe's rows lack
                     out.float().square().mean().backward()
         finally:
             model.zero_grad(set_to_none=True)

@@ -76,8 +76,8 @@ class ProcessGroup:
         try:
             store, rank, size = next(rendezvous("env://", timeout=timeout))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                # torchrun keeps this store when it starts processes again, with the addresses of
-                # processes that ended.
+                # torchrun keeps this store across restarts, with the addresses of
+                # ended processes.
                 start = f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
                 store = distributed.PrefixStore(start, store)  # type: ignore[attr-defined]
             distributed.init_process_group(

@@ -63,8 +63,8 @@ class Rounding:
             torch.add(
                 part.view(torch.int32), noise[self._start : self._start + len(part)], out=bits
             )
-            # The upper half of a float32 is the bfloat16 cut from it; a copy of every second half
-            # takes twice the time.
+            # The upper half of a float32 is the truncated bfloat16; a copy of every second half takes
+            # twice the time.
             into.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
 
     def into_rows(self, table: Tensor, ids_N: Tensor, values_NW: Tensor) -> None:
@@ -84,7 +84,7 @@ class Rounding:
         for ids, values in zip(
             ids_N.split(CHUNK // width), values_NW.split(CHUNK // width), strict=True
         ):
-            # Rows are a prime apart.
+            # Rows are offset by a prime.
             bits = noise_SW.index_select(0, (self._start + ids * 104729) % CHUNK)
             bits += values.contiguous().view(torch.int32)
             rounded = bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)

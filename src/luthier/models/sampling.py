@@ -81,10 +81,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Reject invalid values."""
-        # mypy takes the hash of a frozen dataclass for the hash of its class.
+        # mypy confuses the hash of a frozen dataclass with the hash of its class.
         for name, (_, (low, high, _)) in limited_fields(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
-            # Written so that NaN is refused too.
+            # The comparison also rejects NaN.
             if value is not None and not low <= value <= high:
                 raise self.refusal(f"{name} must be between {low:,} and {high:,}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

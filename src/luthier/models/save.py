@@ -80,20 +80,20 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     from luthier.models.random_numbers import leave_undrawn
 
     saved = read_adapter(folder)
-    # All that is new is replaced below; to draw it first would take a third of the time.
+    # All new weights are replaced below; initializing them would take a third of the time.
     with torch.random.fork_rng([]), leave_undrawn():
         adaptation.attach(model)
     new = head_weights(model)
     weights = {
         adaptation.stored_name(n): p
         for n, p in adapter_tensors(model).items()
-        # An adapter of another task does not hold the head of this one, and one for other classes
-        # holds a head of another size.
+        # An adapter of another task lacks this task's head, and a head for other classes has another
+        # size.
         if n not in new or _fits(p, saved.get(adaptation.stored_name(n)))
     }
     kept = {n for n in new if adaptation.stored_name(n) not in weights}
     inside = adaptation.stored_name(getattr(model, "base_model_prefix", ""))
-    # ... and brings the head of its own, which this one has no place for.
+    # An adapter also contains the head of its own task, which this network lacks.
     others = tuple(f"{inside}.{name}." for name in INNER_HEADS)
     saved = {
         n: w
@@ -133,7 +133,7 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
             if len(chat.opening_ids) == 1:
                 model.generation_config.forced_bos_token_id = chat.opening_ids[0]
     if stops and getattr(model.config, "pad_token_id", None) is None:
-        # transformers finds the last token of each row of a batch by it.
+        # transformers uses the padding token to find the last token of each row.
         model.config.pad_token_id = stops[0]
     model.save_pretrained(folder)
     if task_of(model) == "embedding" and (head := sentence_head(model)) is not None:

@@ -39,7 +39,7 @@ def shard_layers(network: Network, group: ProcessGroup, device: torch.device) ->
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     layers = [network.model.get_submodule(name) for name in layer_names(network.model)]
     for layer in layers:
-        # A single number cannot be cut.
+        # Scalars cannot be sharded.
         single = {weight for weight in layer.parameters() if weight.dim() == 0}
         fully_shard(
             layer, mesh=mesh, reshard_after_forward=True, mp_policy=precision,
@@ -47,11 +47,11 @@ def shard_layers(network: Network, group: ProcessGroup, device: torch.device) ->
         )  # fmt: skip
     backbone = network.model.base_model
     whole = {weight for weight in network.model.parameters() if not is_sharded(weight)}
-    # It has no weights of its own then; it lets the layers gather ahead of their turn.
+    # The root owns no weights, but prefetches the layers.
     fully_shard(backbone, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for module in (*layers, backbone):
         shards = cast(FSDPModule, module)
-        # The engine divides, once; gloo knows no other reduction than the sum.
+        # The engine divides once; gloo supports sums only.
         shards.set_gradient_divide_factor(1.0)
         shards.set_force_sum_reduction_for_comms(True)
     for tensor in (*whole, *network.model.buffers()):
@@ -61,7 +61,7 @@ def shard_layers(network: Network, group: ProcessGroup, device: torch.device) ->
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return True if ``tensor`` is sharded (a ``DTensor``)."""
-    return hasattr(tensor, "placements")  # its module is not imported where nothing is sharded
+    return hasattr(tensor, "placements")  # an imported module implies sharding
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def full_tensor(part: Tensor, like: Tensor) -> Tensor:
 
     A collective operation: every process must call this function in the same order.
     """
-    if not is_sharded(like) or not part.dim():  # single numbers are the same in all
+    if not is_sharded(like) or not part.dim():  # scalars are equal in all processes
         return part
     from torch.distributed.tensor import DTensor
 

@@ -57,7 +57,7 @@ class PromptLookup:
         ids = self.ids
         if most < 1 or self._pause > 0:
             return []
-        # Indexed here and not in `append`: with many sequences in a step nothing is ever guessed.
+        # Indexed here instead of in `append`, because large batches never guess.
         for end in range(self._indexed, len(ids)):
             for size in NGRAMS:
                 if end >= size:

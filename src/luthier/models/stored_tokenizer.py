@@ -55,7 +55,7 @@ class StoredTokenizer:
         return load_with_transformers(self.source)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # copying and unpickling ask for such names before any is set
+        if name.startswith("_"):  # copy and pickle read such names before any attribute exists
             raise AttributeError(name)
         return getattr(self.transformers_tokenizer, name)
 

@@ -122,7 +122,7 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
     weight = next(teacher.parameters())
     with no_init_weights():
         student: Any = kind.from_config(copy.deepcopy(planned.config), dtype=weight.dtype)
-    student.tie_weights()  # left out where nothing is drawn
+    student.tie_weights()  # no_init_weights skips tying
     student.load_state_dict(state, strict=True)
     set_task(student, task_of(teacher))
     if getattr(teacher, "generation_config", None) is not None:

@@ -38,7 +38,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if path.stat().st_size <= READ_WHOLE:
             try:
                 return dict(load(path.read_bytes()))
-            except KeyError:  # a type that safetensors only knows in mapped files, such as F4
+            except KeyError:  # a type that safetensors supports in mapped files only, such as F4
                 pass
         return dict(load_file(path))
 
@@ -51,7 +51,7 @@ def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
     """
     from safetensors import safe_open
 
-    # torch would be imported for "pt".
+    # framework "pt" would import torch
     with _reading(path), safe_open(path, framework="np") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}

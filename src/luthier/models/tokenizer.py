@@ -47,13 +47,13 @@ def load_tokenizer(folder: Path) -> Any:
     """
     folder = tokenizer_folder(folder)
     stored = _stored_folder(folder)
-    with suppress(OSError, ValueError):  # not stored, just removed, or damaged
+    with suppress(OSError, ValueError):  # not cached, just removed, or damaged
         content, fields = (stored / TOKENIZER).read_bytes(), (stored / SPECIAL_TOKENS).read_bytes()
         return StoredTokenizer(content, json.loads(fields), folder)
     own = load_with_transformers(folder)
     if (plain := _as_stored(own, folder)) is None:
         return own
-    with suppress(OSError, LuthierError):  # the store is full or read-only
+    with suppress(OSError, LuthierError):  # a full or read-only disk
         write_bytes(stored / TOKENIZER, own.backend_tokenizer.to_str().encode())
         write_bytes(stored / SPECIAL_TOKENS, json.dumps(_fields(own)).encode())
     return plain
@@ -138,13 +138,13 @@ def load_with_transformers(folder: Path) -> Any:
     import_transformers(networks=False)
     from transformers import AutoTokenizer
 
-    if (folder / "config.json").is_file():  # transformers looks up the network's type there
+    if (folder / "config.json").is_file():  # transformers reads the model type there
         nets.register(read_json(folder / "config.json").get("model_type", ""))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnknownModel(f"Cannot load the tokenizer in {folder}: {error}") from error
-    # Rows that are too long are refused with line and fix; its own warning would only come before.
+    # luthier reports long rows with line and fix; this warning would repeat the report.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
@@ -194,7 +194,7 @@ def load_chat_format(folder: Path, network: ModelFolder | None = None) -> ChatFo
     if processor is not None and not reads_texts(folder, processor):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
-    if network.is_pipeline:  # files of older pipelines do not name the longest text
+    if network.is_pipeline:  # older pipelines do not define a maximum length
         tokenizer.model_max_length = config["max_position_embeddings"]
     generation = _generation_config(folder)
     stops = generation.get("eos_token_id")
@@ -202,7 +202,7 @@ def load_chat_format(folder: Path, network: ModelFolder | None = None) -> ChatFo
     chat = ChatFormat.of(
         tokenizer, "auto", listed, _start_id(config), processor, is_causal=is_causal(config)
     )
-    if processor is not None:  # TrOCR is pre-trained without the tokenizer's special tokens
+    if processor is not None:  # TrOCR's pretraining uses no special tokens of the tokenizer
         return chat
     try:
         chat = replace(chat, sentence=read_sentence_pipeline(folder))
@@ -217,7 +217,7 @@ def reads_texts(folder: Path, processor: Processor | None) -> bool:
     if processor is None:
         return True
     if processor.kind == "audio":
-        return False  # the tokenizer of a network of sounds is for transcriptions
+        return False  # audio networks use the tokenizer for transcriptions
     place = tokenizer_folder(folder)
     return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
@@ -274,7 +274,7 @@ def _with_frame(
     if kind in _STARTS_FROM_LAST:
         start_id = whole[-1]
     elif kind in _STARTS_FROM_BOS and opening[:1] == [start_id]:
-        opening = opening[1:]  # the tokenizer's <bos> is the token that the decoder starts from
+        opening = opening[1:]  # the tokenizer's <bos> is the decoder's start token
     if not {*closing} & {*chat.stop_ids}:
         closing = [*closing, *chat.stop_ids[:1]]
     return replace(chat, start_id=start_id, opening_ids=tuple(opening), closing_ids=tuple(closing))
@@ -292,7 +292,7 @@ def _language_problem(tokenizer: Any, folder: Path, forced_id: int | None) -> st
         tokenizer.tgt_lang = tokenizer.convert_ids_to_tokens(forced_id).strip("_")
     elif not named.get("tgt_lang"):
         return _NO_LANGUAGE.format(folder / "tokenizer_config.json", "target", "tgt_lang")
-    if not named.get("src_lang"):  # transformers would take English
+    if not named.get("src_lang"):  # transformers would assume English
         return _NO_LANGUAGE.format(folder / "tokenizer_config.json", "source", "src_lang")
     return ""
 

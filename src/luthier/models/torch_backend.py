@@ -123,13 +123,13 @@ class FlatBackend:
 
     def __init__(self, network: Network, context: int, packs: bool = True) -> None:
         window = getattr(network.model.config, "sliding_window", None)
-        # Attention here sees everything; where a network would forget, a sequence ends.
+        # The cache has no sliding window, so a sequence ends at the window's size.
         self.context = min(context, window) if isinstance(window, int) and window else context
         self.network, self._layout = network, network.layout
         self.device = network.device
         assert isinstance(self._layout, Flat)
         self._first = self._layout.first_position
-        # Guesses may stand behind it, where a table of positions ends.
+        # Guesses may exceed the position table and are clamped.
         self._last = self._first + network.context - 1
         self._before = prefix_tokens(network.model)
         self._packed = PackedLinears(network.model) if packs else nullcontext()
@@ -138,7 +138,7 @@ class FlatBackend:
         config = network.model.config
         numbers = 2 * int(config.num_hidden_layers) * key_heads(config) * head_size(config)
         self._bytes = numbers * network.dtype.itemsize
-        # A step moves sequences in the banks: no other thread may be looking.
+        # A step moves sequences between banks, which other threads must not observe.
         self._lock = threading.RLock()
         self._base, self._batch = Adapter(), LoraBatch(network)
         self._llama: LlamaForward | None = None
@@ -185,7 +185,7 @@ class FlatBackend:
                 all_k, all_v = span.bank.of(layer, key[None], value[None])
                 all_k[span.slot, :, : state.read], all_v[span.slot, :, : state.read] = key, value
         with self._lock:
-            adapter.sequences += 1  # last: an error before has opened no sequence
+            adapter.sequences += 1  # last, so that an earlier error leaves no open sequence
         return state
 
     @property
@@ -236,7 +236,7 @@ class FlatBackend:
             [np.arange(chunk.start, chunk.end) for chunk in chunks]
         )
         attention = ChunkAttention(chunks, self.network.device)
-        # Another thread may add an adapter, which changes the network of all rows.
+        # Another thread may add an adapter, which replaces the network.
         with self._lock:
             model = self._batch.model_of(
                 [
@@ -304,7 +304,7 @@ class FlatBackend:
             try:
                 for _ in range(copies):
                     made.append(self._banks.copy(span, span.length + 1))
-            except BaseException:  # there was no memory for all of them
+            except BaseException:  # out of memory
                 for own in made:
                     own.bank.remove(own)
                 raise
@@ -335,7 +335,7 @@ class FlatBackend:
     def free(self, state: Any) -> None:
         """Free the slot of a sequence."""
         with self._lock, torch.no_grad():
-            try:  # to give the place back takes memory, and may fail
+            try:  # shrinking a bank allocates memory and may fail
                 state.span.bank.remove(state.span)
             finally:
                 state.adapter.sequences -= 1
@@ -401,7 +401,7 @@ class FlatBackend:
         vocabulary = int(network.model.config.vocab_size)
         with first_layer_alone(network.model):
             for count in TRIAL_ROWS:
-                # Other tokens at each place: attention to equal values hides how positions turn.
+                # Different tokens per position: attention to equal values would hide errors in rotary embeddings.
                 ids = np.random.default_rng(count).integers(0, vocabulary, (4, count))
                 self._llama = None
                 expected = self._trial_states(ids)

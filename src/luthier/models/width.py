@@ -205,7 +205,7 @@ def _cut_channels(model: Any, hidden: int, state: dict[str, Tensor], layers: Seq
     written = [unit_size(state, name, 1, bias=False) for name in tables]
     written += [unit_size(state, f"{layer}.{name}", 0) for layer in layers for name in _WRITERS]
     norms = [last, *(f"{layer}.{name}" for layer in layers for name in _NORMS)]
-    # Of all the weights behind a norm; those of the norm itself scale what they read.
+    # All weights after a norm; the norm's gain scales their input.
     read = [unit_size(state, name, 1, bias=False) * gain(state, last) for name in heads]
     for layer in layers:
         for name in _READERS:

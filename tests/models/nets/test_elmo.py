@@ -1,4 +1,4 @@
-"""ELMo against the formulas of its papers, written out here a second time, and torch's own LSTM."""
+"""ELMo compared with the papers' formulas and torch's LSTM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokenizer() -> Any:
 
 
 def drawn(model: Any) -> Any:
-    """The same network with biases and shares that differ, so that none can be left out."""
+    """Return the network with random biases and layer weights, so that each has an effect."""
     generator = torch.Generator().manual_seed(5)
     for name, weight in model.named_parameters():
         if name.endswith(("bias", "mix.weights", "gamma")):

@@ -1,4 +1,4 @@
-"""fastText against its definition, written out here a second time: words, pairs, buckets and a mean."""
+"""fastText compared with a second implementation of the paper."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEXTS = ("Xe của tôi bị hỏng", "xe", "Mở cửa, mở cửa!", "a b a b"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small one, as the catalogue's are made."""
+    """Return a small network, built like the catalogue's."""
     path = tmp_path_factory.mktemp("models") / "fasttext"
     build_speller({"model_type": "fasttext", "buckets": 512, "hidden_size": 8}, 0, path, True)
     return path
 
 
 def buckets_of(text: str) -> list[int]:
-    """Buckets of the words and pairs of a text, from its letters."""
+    """Return the buckets of the words and bigrams of a text."""
     tokenizer = character_tokenizer(lowercase=True)
     start = tokenizer.convert_tokens_to_ids("Ġ")
     words: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""A classifier that reads the mean of BERT's states, against transformers' network and a formula."""
+"""The mean-pooling BERT classifier compared with transformers' network and a formula."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAD = Head("sequence_classification", ("a", "b", "c"), pooling="mean")
 
 @pytest.fixture
 def sentence_encoder(family_folder: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A folder as sentence-transformers writes it."""
+    """Return a folder in the format of sentence-transformers."""
     folder = tmp_path / "encoder"
     shutil.copytree(family_folder("bert"), folder)
     (folder / "1_Pooling").mkdir()

@@ -1,4 +1,4 @@
-"""PaLM against the equations of its paper, written out here a second time."""
+"""PaLM compared with the paper's equations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rotated(x_TD: Tensor) -> Tensor:
 
 
 def by_the_paper(w: dict[str, Tensor], ids_T: Tensor, layers: int) -> Tensor:
-    """Logits ``[T, V]``; ``E = sqrt(H)`` times what is stored."""
+    """Return logits ``[T, V]``, with ``E = sqrt(H)`` times the stored embedding."""
     table_VH = w["model.embed_tokens.weight"] * math.sqrt(WIDTH)
     x_TH = table_VH[ids_T]
     causal = torch.ones(len(ids_T), len(ids_T)).tril().bool()

@@ -1,4 +1,4 @@
-"""Transformer-XL against the equations of its paper, written out here a second time with loops."""
+"""Transformer-XL compared with the paper's equations, implemented with loops."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def attention(w: dict[str, Tensor], at: str, h: Tensor, earlier: Tensor) -> Tensor:
-    """Section 3.3 for one segment ``h [I, H]`` behind ``earlier [M, H]``, score by score."""
+    """Return section 3.3 for one segment ``h [I, H]`` after ``earlier [M, H]``, score by score."""
     seen = torch.cat([earlier, h])
     u, v = w["model.attention_biases"]
     out = torch.zeros_like(h)
@@ -69,7 +69,7 @@ def attention(w: dict[str, Tensor], at: str, h: Tensor, earlier: Tensor) -> Tens
 
 
 def by_the_paper(w: dict[str, Tensor], ids_T: Tensor) -> Tensor:
-    """Logits ``[T, V]``, one segment after the other, the memory as the paper keeps it."""
+    """Return logits ``[T, V]``, segment by segment, with the paper's memory."""
     table_VH = w["model.embed_tokens.weight"]
     memory = [torch.zeros(0, WIDTH, dtype=torch.float64)] * LAYERS
     rows = []
@@ -98,7 +98,7 @@ def test_logits_are_those_of_the_paper_s_equations(size: int, network: Any) -> N
 
 
 def test_a_token_sees_through_several_segments_and_not_further(network: Any) -> None:
-    """Each layer reaches as far as the memory before its segment: three layers, 3 x 6 states."""
+    """Each layer extends the context by the memory: three layers, 3 x 6 states."""
     ids_T = ids_of(33)
     with torch.no_grad():
         before = network(ids_T[None]).logits[0, -1]  # token 32, the first of its segment
@@ -122,7 +122,7 @@ def test_no_gradient_crosses_a_border(network: Any) -> None:
 
 
 def test_gradients_are_those_of_segments_one_after_the_other(network: Any) -> None:
-    """Weights learn from memory too: only the states of it are constants."""
+    """Memory states are constants, but weights get gradients through memory."""
     ids_T = ids_of(19)
     network(ids_T[None]).logits.square().sum().backward()
     got = {name: weight.grad.clone() for name, weight in network.named_parameters()}
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_segments_one_after_the_other(network: Any) -> No
 
 
 def one_segment(network: Any, layer: Any, h: Tensor, seen: Tensor) -> Tensor:
-    """One layer on one segment, with scores by a table of distances."""
+    """Return one layer on one segment, with scores from a table of distances."""
     attention, (u, v) = layer.self_attn, network.model.attention_biases
     q, k, val = (
         proj(x).view(len(x), HEADS, HEAD).transpose(0, 1)

@@ -146,7 +146,7 @@ class Highway(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.transform = nn.Linear(width, width)
-        self.gate = GateLinear(width, width, (-2.0,))  # a word passes unchanged at first
+        self.gate = GateLinear(width, width, (-2.0,))  # words pass unchanged at initialization
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., F]`` to the same shape."""
@@ -164,7 +164,7 @@ class ProjectedLSTM(nn.Module):
     def __init__(self, size: int, cells: int) -> None:
         super().__init__()
         self.cells = cells
-        # What enters the cells, what they keep (all at first), what is new, what they give.
+        # Gates: input, forget (all kept at initialization), candidate, output.
         self.inputs = GateLinear(size, 4 * cells, (0.0, 1.0, 0.0, 0.0))
         self.recurrent = nn.Linear(size, 4 * cells, bias=False)
         self.projection = nn.Linear(cells, size, bias=False)
@@ -292,7 +292,7 @@ class ElmoModel(ElmoPreTrainedModel):
     def _words(self, ids_RT: Tensor, mask_RT: Tensor) -> Words:
         """Split rows into words, at start tokens and around special tokens."""
         config = self.config
-        # Ids behind the vocabulary are those of a soft prompt.
+        # Ids beyond the vocabulary belong to a soft prompt.
         special_RT = (ids_RT < config.special_tokens) | (ids_RT >= config.vocab_size)
         start_RT = special_RT | (ids_RT == config.word_start_id)
         start_RT[:, 1:] |= special_RT[:, :-1] | ~mask_RT[:, :-1]

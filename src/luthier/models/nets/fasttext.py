@@ -100,7 +100,7 @@ class FastTextModel(FastTextPreTrainedModel):
         start_RT, word_RT = self._hashes(input_ids, mask_RT)
         row_K, place_K = start_RT.nonzero(as_tuple=True)
         word_K = word_RT[row_K, place_K]
-        # The word before, of the same row; its first word ends no pair.
+        # The previous word of the same row; the first word ends no bigram.
         paired_K = torch.zeros_like(row_K, dtype=torch.bool)
         paired_K[1:] = row_K[1:] == row_K[:-1]
         pair_K = (word_K.roll(1) * FACTORS[1] % PRIME + word_K * FACTORS[2] % PRIME) % PRIME

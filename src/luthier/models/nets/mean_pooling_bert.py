@@ -38,7 +38,7 @@ class MeanPoolingBertForSequenceClassification(MeanPoolingClassifier, BertPreTra
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = MeanPoolingBertModel(config)
-        # Such encoders compare texts by cosine: only the direction of a mean says something.
+        # Sentence encoders train cosine similarity, so only the direction of the mean is meaningful.
         self.score = nn.Sequential(
             nn.RMSNorm(config.hidden_size, elementwise_affine=False),
             nn.Linear(config.hidden_size, int(config.num_labels)),

@@ -122,7 +122,7 @@ class Window:
         own_ZIH = whole.reshape(batch * count, self.length, width)
         if not self.memory:
             return own_ZIH, own_ZIH
-        # The paper's SG(m): the states before each border, without their gradient.
+        # The paper's SG(m): states before each segment, without gradient.
         earlier = F.pad(whole.detach()[:, : -self.length], (0, 0, self.memory, 0))
         memory_BSHM = earlier.unfold(1, self.memory, self.length)
         memory_ZMH = memory_BSHM.transpose(2, 3).flatten(0, 1)
@@ -279,7 +279,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
             return self._onwards(hidden, attention_mask, past_key_values)
         if attention_mask is None:
             return BaseModelOutputWithPast(last_hidden_state=self._whole(hidden))
-        # Borders count from a row's first token: what fills it up goes to its end.
+        # Segments count from a row's first token, so padding moves to the end.
         order_BT = attention_mask.long().argsort(dim=1, descending=True, stable=True)
         back_BT = order_BT.argsort(dim=1)
         hidden = self._whole(_reorder(hidden, order_BT))
@@ -357,7 +357,7 @@ class TransfoXLForCausalLM(TiedCausalLM, TransfoXLPreTrainedModel, GenerationMix
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate() is to take the memory of the first call
+        return False  # generate() must use the memory of the first call
 
 
 class TransfoXLForSequenceClassification(
