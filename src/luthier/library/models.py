@@ -34,7 +34,6 @@ from luthier.files import (
     sha256_of,
 )
 from luthier.library.folders import (
-    JOB_PREFIX,
     base_folder,
     custom_folder,
     custom_folders,
@@ -703,13 +702,10 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
     known = re.fullmatch(r"[\w.-]+", name) is not None
     if not known or not (folder / MANIFEST).is_file():
         others = _ids_of_able(is_able, custom_only=True)
-        message = (
+        raise UnknownModel(
             f"Unknown custom model {model_id!r}. {_suggest_runs(model_id)}"
             f"{suggest_models(model_id, others)}"
         )
-        if any(split_id(other)[1].startswith(JOB_PREFIX) for other in others):
-            message += f" `luthier models list` shows the service's names of models {JOB_PREFIX}…."
-        raise UnknownModel(message)
     manifest = _read_record(folder, model_id)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None
     return StoredModel(manifest.id, folder, manifest, parent)

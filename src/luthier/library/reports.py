@@ -22,8 +22,6 @@ from luthier.library.models import StoredModel
 from luthier.models.manifest import REPORTS, Record, created_now
 
 REMEDY = "restore the file, or remove it and measure again"
-MOST_REPORTS = 1000
-"""Maximum number of reports per model."""
 
 
 class ModelReport(Record):
@@ -55,7 +53,7 @@ def check_attachable(model: StoredModel) -> None:
     """Reject a model that cannot store reports.
 
     Raises:
-        RecipeError: for a model outside the library, or with too many reports.
+        RecipeError: for a model outside the library.
         CorruptFile: for a changed report.
     """
     if not model.folder.is_relative_to(luthier_home()):
@@ -63,12 +61,7 @@ def check_attachable(model: StoredModel) -> None:
             f"{model.id} is not in the library, so reports cannot be attached. Write the "
             "result to a file."
         )
-    # Existing reports are part of the next certificate.
-    if len(reports_of(model)) >= MOST_REPORTS:
-        folder = model.folder / REPORTS
-        raise RecipeError(
-            f"{folder} already contains {MOST_REPORTS:,} reports. Delete some reports."
-        )
+    reports_of(model)  # existing reports are part of the next certificate
 
 
 def write_report(

@@ -41,7 +41,8 @@ class TreeBatch:
     ids_N: Tensor
     depth_N: Tensor
     plan: Any
-    """The layout's input for the tree."""
+    """Result of :meth:`luthier.models.layouts.Layout.plan`: an attention plan, a rectangle, images with
+    texts, or arrays ``[R, C, H, W]``."""
     source_S: Tensor
     """Flat index of each node whose next token has a loss, ascending; padded with 0."""
     edge_source_E: Tensor

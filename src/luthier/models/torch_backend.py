@@ -401,7 +401,7 @@ class FlatBackend:
         vocabulary = int(network.model.config.vocab_size)
         with first_layer_alone(network.model):
             for count in TRIAL_ROWS:
-                # Different tokens per position: attention to equal values would hide errors in rotary embeddings.
+                # Different tokens per position: equal values would hide errors in rotary embeddings.
                 ids = np.random.default_rng(count).integers(0, vocabulary, (4, count))
                 self._llama = None
                 expected = self._trial_states(ids)
