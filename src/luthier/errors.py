@@ -209,13 +209,13 @@ def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: b
         cause = problem.at(problem.location.file)
         lines_of_cause.setdefault(cause, {})[problem.location.line] = None
     text = [title]
-    for cause, found in list(lines_of_cause.items())[:most]:
-        first, *others = found
+    for cause, line_numbers in list(lines_of_cause.items())[:most]:
+        first, *others = line_numbers
         also = f" (also line{'s' * (len(others) > 1)} {', '.join(map(str, others[:3]))}"
         more = f" and {least}{len(others) - 3} more)" if len(others) > 3 else ")"
         where = cause.at(cause.location.file, first)
         text.append(f"  {where}{also + more if others else ''}")
-    if left := sum(len(found) for found in list(lines_of_cause.values())[most:]):
+    if left := sum(len(line_numbers) for line_numbers in list(lines_of_cause.values())[most:]):
         text.append(f"  … and {least}{left} more.")
     return "\n".join(text)
 
@@ -382,8 +382,10 @@ def report_error(error: Exception, prefix: str = "") -> dict[str, Any]:
 
     ``error`` is the most specific class that this module defines.
     """
-    known = [kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind]
-    report: dict[str, Any] = {"error": (known or [type(error).__name__])[0]}
+    classes = [
+        kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind
+    ]
+    report: dict[str, Any] = {"error": (classes or [type(error).__name__])[0]}
     if isinstance(error, LuthierError):
         report["problems"] = [problem.to_dict() for problem in error.problems]
     return report | {"message": f"{prefix}{error}"}

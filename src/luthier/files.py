@@ -56,13 +56,13 @@ def explain_unreadable_home() -> str:
     home, is_named = luthier_home(), bool(os.environ.get("LUTHIER_HOME"))
     if os.access(home, os.R_OK | os.X_OK) and home.is_dir():
         return ""
-    why = "is not a folder" if home.exists() and not home.is_dir() else "is not readable"
+    problem = "is not a folder" if home.exists() and not home.is_dir() else "is not readable"
     if not os.path.lexists(home):
         if not is_named:
             return ""
-        why = "does not exist"
+        problem = "does not exist"
     origin = "the environment variable LUTHIER_HOME" if is_named else "the default"
-    return f"The store {home} ({origin}) {why}."
+    return f"The store {home} ({origin}) {problem}."
 
 
 def sha256_of(path: Path) -> str:
@@ -108,10 +108,12 @@ def names_below(folder: Path) -> Iterator[str]:
     """
     try:
         with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+            sorted_entries = sorted(
+                (entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries
+            )
     except PermissionError:
         return
-    for name, is_folder in found:
+    for name, is_folder in sorted_entries:
         if is_folder:
             yield from (f"{name}/{below}" for below in names_below(folder / name))
         elif os.path.isfile(os.path.join(folder, name)):
@@ -210,10 +212,10 @@ def copy_lines(source: Path, lines: Sequence[int], target: Sink) -> None:
 
     Only ``\\n`` ends a line.
     """
-    wanted = set(lines)
+    selected = set(lines)
     with source.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if number in wanted:
+            if number in selected:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
 
 
@@ -434,9 +436,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if number == errno.EROFS:
             raise ReadOnlyDisk(f"{folder} cannot be written: {os.strerror(number)}") from error
         if number in _UNWRITABLE:
-            why = f"{folder} cannot be written: {os.strerror(number)}"
+            reason = f"{folder} cannot be written: {os.strerror(number)}"
             home = explain_unreadable_home() if folder.is_relative_to(luthier_home()) else ""
-            raise LuthierError(f"{why}. {home}".rstrip(". "), rule="file.unwritable") from error
+            raise LuthierError(f"{reason}. {home}".rstrip(". "), rule="file.unwritable") from error
         raise
 
 
@@ -472,8 +474,8 @@ def is_disk_error(error: BaseException) -> bool:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of ``folder``; 0 for a read-only disk."""
-    found = os.statvfs(nearest_existing(folder))
-    return 0 if found.f_flag & os.ST_RDONLY else found.f_bavail * found.f_frsize
+    status = os.statvfs(nearest_existing(folder))
+    return 0 if status.f_flag & os.ST_RDONLY else status.f_bavail * status.f_frsize
 
 
 def _system_error(error: Exception) -> int | None:
@@ -482,8 +484,8 @@ def _system_error(error: Exception) -> int | None:
         # NumPy reports a full disk only in the message.
         full = error.errno is None and re.search(r"Not enough free space|requested and", str(error))
         return errno.ENOSPC if full else error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found and type(error).__name__ == "SafetensorError" else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match and type(error).__name__ == "SafetensorError" else None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -71,8 +71,10 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
     @cached_property
     def _points(self) -> dict[str, EntryPoint]:
         # Sorted, because the order of entry points depends on sys.path.
-        found = sorted(entry_points(group=self.group), key=lambda each: (each.name, _package(each)))
-        return {each.name: each for each in reversed(found)}
+        points = sorted(
+            entry_points(group=self.group), key=lambda each: (each.name, _package(each))
+        )
+        return {each.name: each for each in reversed(points)}
 
     def plugins(self) -> list[Plugin]:
         """Return all plugins of the table, each loaded to detect problems."""

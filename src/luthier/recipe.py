@@ -107,8 +107,8 @@ class DataSpec(StrictModel):
     @property
     def files(self) -> list[Path]:
         """All data files; ``s3://`` objects are downloaded."""
-        given = (self.train, self.validation, *(m.train for m in self.mix))
-        return [path for source in given if source for path in files_of(source)]
+        sources = (self.train, self.validation, *(m.train for m in self.mix))
+        return [path for source in sources if source for path in files_of(source)]
 
     @model_validator(mode="after")
     def _groups_are_split(self) -> Self:
@@ -439,10 +439,12 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
         default = {"objective": "sft", "adaptation": "lora"}[kind]
         value, method = {"method": default, **value}, default
     if not isinstance(method, str) or method not in table:
-        able = [name for name, part in table.items() if method in getattr(part, "model_fields", ())]
-        if able:
+        owners = [
+            name for name, part in table.items() if method in getattr(part, "model_fields", ())
+        ]
+        if owners:
             raise ValueError(
-                f"{method} is no {kind} but a field of {able[0]}: use `{kind}.{method}=true`"
+                f"{method} is no {kind} but a field of {owners[0]}: use `{kind}.{method}=true`"
             )
         hint = did_you_mean(method, table, f"there are {', '.join(table)}")
         raise ValueError(f"unknown {kind} {method!r}; {hint}")
@@ -481,7 +483,7 @@ def _unknown_field(where: str, kind: type[BaseModel]) -> str:
     tables: Mapping[str, Mapping[str, type[BaseModel]]] = {
         "objective": OBJECTIVES, "adaptation": ADAPTATIONS
     }  # fmt: skip
-    known: dict[str, list[str]] = {
+    fields_of_group: dict[str, list[str]] = {
         name: list(info.annotation.model_fields)
         for name, info in kind.model_fields.items()
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
@@ -491,21 +493,25 @@ def _unknown_field(where: str, kind: type[BaseModel]) -> str:
     }
     group, _, field = where.rpartition(".")
     group = group.split(".")[0]
-    able = [name for name, part in tables.get(group, {}).items() if field in part.model_fields]
-    if able:
-        return f"belongs to {group} {' or '.join(able)}: add `{group}.method={able[0]}`"
-    if not group and (homes := [name for name, fields in known.items() if field in fields]):
+    owners = [name for name, part in tables.get(group, {}).items() if field in part.model_fields]
+    if owners:
+        return f"belongs to {group} {' or '.join(owners)}: add `{group}.method={owners[0]}`"
+    if not group and (
+        homes := [name for name, fields in fields_of_group.items() if field in fields]
+    ):
         return f"there is no such field; did you mean `{homes[0]}.{field}`?"
     if not group and (meant := _SYNONYMS.get(field)):
         return f"there is no such field; did you mean `{meant}`?"
     every = {
-        name: f"{home}.{name}" for home in ("training", "data") for name in known.get(home, ())
+        name: f"{home}.{name}"
+        for home in ("training", "data")
+        for name in fields_of_group.get(home, ())
     }
-    names = known.get(group, list(kind.model_fields))
+    names = fields_of_group.get(group, list(kind.model_fields))
     if not group:
         near = nearest_name(field, [*names, *every])
         near = every.get(near, near) if near else None
     elif near := nearest_name(field, names):
-        near = f"{group}.{near}" if group in known else near
+        near = f"{group}.{near}" if group in fields_of_group else near
     hint = f"did you mean `{near}`?" if near else f"there are {', '.join(names)}"
     return f"there is no such field; {hint}"

@@ -113,8 +113,8 @@ class Message:
     @property
     def whole_text(self) -> str:
         """Content, reasoning and calls, for comparison of turns."""
-        further = [self.reasoning] if self.reasoning else []
-        return "\n".join([self.content, *further, *(call.text for call in self.calls)])
+        reasoning = [self.reasoning] if self.reasoning else []
+        return "\n".join([self.content, *reasoning, *(call.text for call in self.calls)])
 
     def texts(self, name: str, part: Part) -> Iterator[Text]:
         """Yield all texts of the turn, with field names under ``name``."""
@@ -221,9 +221,9 @@ class Row:
             elif value and isinstance(value[0], str):
                 yield Text(name, " ".join(value), part)
             elif value is not None:
-                given: Part = "other" if part == "other" else "input"
+                context_part: Part = "other" if part == "other" else "input"
                 for number, turn in enumerate(value, 1):
-                    side = part if turn.role == "assistant" else given
+                    side = part if turn.role == "assistant" else context_part
                     yield from turn.texts(f"{name}[{number}]", side)
 
     def edit_texts(self, change: Callable[[str, str], str]) -> Self:

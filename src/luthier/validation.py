@@ -60,7 +60,7 @@ def field_docstrings(cls: type[BaseModel]) -> Mapping[str, str]:
     pydantic's ``use_attribute_docstrings`` parses the source when a class is created, which takes a
     third of a second at the start of every command.
     """
-    found: dict[str, str] = {}
+    docstrings: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         if each is BaseModel or not issubclass(each, BaseModel):
             continue
@@ -70,8 +70,8 @@ def field_docstrings(cls: type[BaseModel]) -> Mapping[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 text = below.value if isinstance(below, ast.Expr) else None
                 if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    found[field.target.id] = inspect.cleandoc(text.value)
-    return found
+                    docstrings[field.target.id] = inspect.cleandoc(text.value)
+    return docstrings
 
 
 def expected_type(error: Mapping[str, Any]) -> str | None:
@@ -100,5 +100,5 @@ def describe_constraint(error: Mapping[str, Any]) -> str:
 
 def describe_error(error: Mapping[str, Any]) -> str:
     """Return the constraint with a separator; a custom message follows a colon."""
-    known = expected_type(error) is not None or error["type"] in _RULES
-    return f" {describe_constraint(error)}" if known else f": {custom_message(error)}"
+    is_builtin = expected_type(error) is not None or error["type"] in _RULES
+    return f" {describe_constraint(error)}" if is_builtin else f": {custom_message(error)}"

@@ -376,7 +376,7 @@ def test_calls_that_were_learned_are_found_again(family: str, chats: dict[str, C
         messages, tools = CONVERSATIONS[name]
         _, _, texts = learned_parts(chats[family], messages, tools)
         said = re.sub(r"^<think>\s*</think>\s*", "", texts[0]).replace(FAMILIES[family].end, "")
-        found = parse_calls(said, tools, known=True)
+        found = parse_calls(said, tools, declared_only=True)
         assert [(call.name, call.arguments) for call in found] == [
             (call.name, call.arguments) for call in messages[1].calls
         ]
@@ -400,7 +400,7 @@ def test_calls_in_xml_have_the_types_of_the_schema(
     tool = Tool("weather", "", {"type": "object", "properties": kinds})
     call = Message("assistant", calls=(ToolCall("a", "weather", arguments),))
     _, _, (text,) = learned_parts(chats[family], (ASK, call), (tool,))
-    (found,) = parse_calls(text.replace(FAMILIES[family].end, ""), [tool], known=True)
+    (found,) = parse_calls(text.replace(FAMILIES[family].end, ""), [tool], declared_only=True)
     assert found.arguments == arguments
     assert parse_calls(text.replace("weather", "wea ther"), [tool]) == []
 
@@ -412,7 +412,9 @@ def test_arguments_may_hold_the_tags_of_calls() -> None:
     )
     written = (Message("assistant", calls=calls), Message("assistant", "Look.", calls=calls[:1]))
     for message in (*written, *(Message("assistant", calls=(call,)) for call in calls)):
-        assert parse_calls(message.reply_text, [Tool("weather")], known=True) == [*message.calls]
+        assert parse_calls(message.reply_text, [Tool("weather")], declared_only=True) == [
+            *message.calls
+        ]
 
 
 @pytest.mark.parametrize(

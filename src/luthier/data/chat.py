@@ -93,10 +93,10 @@ class NoTokenizer:
                 f"the file {quote(text)} does not exist, and this base model accepts no text.",
                 "Check the path for a spelling mistake.",
             )
-        given = f"not the text {quote(text)}" if isinstance(text, str) and text else "not text"
+        problem = f"not the text {quote(text)}" if isinstance(text, str) and text else "not text"
         raise RowRefused(
             "media.base",
-            f"this base model accepts images, audio or numbers, {given}.",
+            f"this base model accepts images, audio or numbers, {problem}.",
             "Check the path of the file, or use another base model.",
         )
 
@@ -167,9 +167,9 @@ class ChatFormat:
 
     def check_input_kind(self, kind: InputKind) -> None:
         """Raise :class:`RowRefused` if the network does not accept rows of ``kind``."""
-        able = accepted_inputs(self.reads, self.has_tokenizer, self.start_id is not None)
-        if kind not in able:
-            base = " and ".join(PLURAL[each] for each in able)
+        accepted = accepted_inputs(self.reads, self.has_tokenizer, self.start_id is not None)
+        if kind not in accepted:
+            base = " and ".join(PLURAL[each] for each in accepted)
             raise RowRefused(
                 "media.base",
                 f"this base model accepts {base}, and the rows are {PLURAL[kind]}.",
@@ -224,16 +224,16 @@ class ChatFormat:
         Raises:
             RecipeError: for a setting that the processor does not have.
         """
-        given = {name: value for name, value in settings.items() if value}
-        able = self.media.settings if self.media is not None else ()
-        if other := next((name for name in given if name not in able), None):
+        changed = {name: value for name, value in settings.items() if value}
+        supported = self.media.settings if self.media is not None else ()
+        if other := next((name for name in changed if name not in supported), None):
             raise RecipeError(
                 f"`data.{other}` does not apply to this base model. Remove the setting",
                 setting=f"data.{other}",
             )
-        if self.media is None or not given:
+        if self.media is None or not changed:
             return self
-        return replace(self, media=self.media.with_settings(**given))
+        return replace(self, media=self.media.with_settings(**changed))
 
     @staticmethod
     def reading(processor: Processor) -> ChatFormat:
@@ -395,9 +395,9 @@ class ChatFormat:
     @cached_property
     def supports_system_prompt(self) -> bool:
         """True if the template renders a system prompt; some templates reject or drop system turns."""
-        said = "what the system says"
+        probe = "what the system says"
         try:
-            return said in self.prompt_text((Message("system", said), Message("user", "a")))
+            return probe in self.prompt_text((Message("system", probe), Message("user", "a")))
         except RecipeError:
             return False
 
@@ -416,11 +416,11 @@ class ChatFormat:
         return self.tokens(text, first=self.template == "plain")
 
     def encode_reply(
-        self, messages: Sequence[Message], given: int = 0, tools: Sequence[Tool] = ()
+        self, messages: Sequence[Message], context: int = 0, tools: Sequence[Tool] = ()
     ) -> EncodedReply:
         """Encode a conversation with all assistant turns learned, each with its end-of-turn token.
 
-        Not learned are the first ``given`` messages, turns with ``learned=False``, and turns that
+        Not learned are the first ``context`` messages, turns with ``learned=False``, and turns that
         the template shortens once more turns follow (for example without the reasoning). Tokens
         after the last learned token, often a newline, are dropped.
 
@@ -433,7 +433,7 @@ class ChatFormat:
         if self.template == "plain":
             return self._encode_plain(calls_as_text(messages, tools))
         text, done, parts = "", 0, list[tuple[int, int]]()
-        for segment, learns in self._segments(messages, given, tools):
+        for segment, learns in self._segments(messages, context, tools):
             text += segment
             if learns:
                 parts.append((done, len(text)))
@@ -488,7 +488,7 @@ class ChatFormat:
         )
 
     def _segments(
-        self, messages: Sequence[Message], given: int, tools: Sequence[Tool]
+        self, messages: Sequence[Message], context: int, tools: Sequence[Tool]
     ) -> list[tuple[str, bool]]:
         """The text of a conversation in pieces, and whether each is learned."""
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -506,7 +506,7 @@ class ChatFormat:
         done = ""
         for index, (before, after) in zip(answers, places, strict=True):
             reply, message = after[len(before) :], messages[index]
-            learns = index >= given and message.learned and bool(reply)
+            learns = index >= context and message.learned and bool(reply)
             missing = None
             if rewrites or message.calls or message.reasoning:
                 missing = missing_from(reply, message)
@@ -514,11 +514,11 @@ class ChatFormat:
                 raise _dropped_by_template(missing, index)
             # Templates write an empty reasoning block for turns without reasoning.
             marks = None if message.reasoning else self.reasoning_marks
-            thoughtless = marks.empty_block.match(reply) if marks else None
-            unlearned = thoughtless[0] if thoughtless else ""
+            empty_block = marks.empty_block.match(reply) if marks else None
+            prefix = empty_block[0] if empty_block else ""
             segments += [
-                (before[len(done) :] + unlearned, False),
-                (reply[len(unlearned) :], learns and not missing),
+                (before[len(done) :] + prefix, False),
+                (reply[len(prefix) :], learns and not missing),
             ]
             done = after
         done = done.replace(SENTINEL, "")

@@ -126,13 +126,13 @@ def container_of(path: Path) -> Container:
     # errors="ignore" drops an incomplete last character.
     text = head.decode("utf-8", errors="ignore").removeprefix("\ufeff")
     first, _, rest = text.partition("\n")
-    named = SEPARATOR.fullmatch(first)
-    kind = _kind(rest if named else text, suffix, len(head) < _HEAD_BYTES)
+    separator = SEPARATOR.fullmatch(first)
+    kind = _kind(rest if separator else text, suffix, len(head) < _HEAD_BYTES)
     if kind is None:
         raise _unknown(path.suffix.lower())
     if kind not in ("csv", "tsv"):
         return Container(kind, packing)
-    delimiter = named[1] if named else _delimiter(text, kind)
+    delimiter = separator[1] if separator else _delimiter(text, kind)
     quoted = delimiter not in _UNQUOTED or not _lacks_quoting(path, packing, delimiter)
     return Container(kind, packing, delimiter, quoted)
 
@@ -161,12 +161,12 @@ def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
             if cells == [b""] or (not columns and line.startswith((b"sep=", b'"sep='))):
                 continue
             is_header, columns = not columns, columns or len(cells)
-            begun = [cell for cell in cells if cell.startswith(b'"')]
-            if len(cells) != columns or columns == 1 or (is_header and begun):
+            quoted = [cell for cell in cells if cell.startswith(b'"')]
+            if len(cells) != columns or columns == 1 or (is_header and quoted):
                 return False
-            if any(b'""' in cell[1:-1] for cell in begun):
+            if any(b'""' in cell[1:-1] for cell in quoted):
                 return False
-            is_open |= any(not _QUOTED.fullmatch(cell) for cell in begun)
+            is_open |= any(not _QUOTED.fullmatch(cell) for cell in quoted)
         return is_open
     return False
 
@@ -203,8 +203,8 @@ def reject_binary(data: bytes) -> None:
 
 def damaged_file_error(error: Exception) -> RowRefused:
     """Return the error for compressed data that cannot be decompressed."""
-    said = str(error).rstrip(".")
-    message = f"The compressed file is damaged or truncated: {said[:1].lower()}{said[1:]}."
+    reason = str(error).rstrip(".")
+    message = f"The compressed file is damaged or truncated: {reason[:1].lower()}{reason[1:]}."
     return RowRefused("file.damaged", message, "Compress or download the file again.")
 
 

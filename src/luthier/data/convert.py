@@ -94,11 +94,11 @@ def convert(
     check_target(target, (), [source], overwrite)
     work = _Conversion(source, target.parent, form, columns, drop_extra_keys, on_progress)
     # A table needs all column names before the first row, so a first pass collects and checks them.
-    found = ColumnNames()
+    columns_writer = ColumnNames()
     if kind not in ("jsonl", "json"):
-        work.write(found)
+        work.write(columns_writer)
     try:
-        with writer_of(kind, target, [*found.names]) as writer:
+        with writer_of(kind, target, [*columns_writer.names]) as writer:
             reader = work.write(writer)
     except RowRefused as bad:  # rows of the current batch
         raise DataError([bad.at(str(source), 0)]) from bad
@@ -140,9 +140,9 @@ class _Conversion:
         return reader
 
     def _record(self, row: Row, reader: RowReader) -> Record:
-        given = reader.checker.record
-        made = TARGETS[self.form](row)
-        if isinstance(row, MediaRow) and row.media.path and made.get(row.key()) == row.media.name:
+        source_record = reader.checker.record
+        record = TARGETS[self.form](row)
+        if isinstance(row, MediaRow) and row.media.path and record.get(row.key()) == row.media.name:
             # Readers resolve a path from the table's folder and reject paths outside.
             path = os.path.relpath(row.media.path, self.folder)
             if path.startswith(".."):
@@ -151,10 +151,10 @@ class _Conversion:
                     f"{quote(row.media.name)} is not below the folder of the new file.",
                     "Write the new file into the folder of the images or audio files.",
                 )
-            made[row.key()] = f"{path}/{row.media.member}" if row.media.member else path
+            record[row.key()] = f"{path}/{row.media.member}" if row.media.member else path
         if not self.drop_extra_keys:
-            _reject_lost_keys(given, self.form in FORMS_WITH_TOOLS)
-        kind = "messages" if "messages" in made else "others"
+            _reject_lost_keys(source_record, self.form in FORMS_WITH_TOOLS)
+        kind = "messages" if "messages" in record else "others"
         self.first = self.first or kind
         if kind != self.first:
             raise RowRefused(
@@ -162,19 +162,19 @@ class _Conversion:
                 "Some rows are conversations, other rows a prompt and a reply.",
                 "Write all rows as conversations: --to chat.",
             )
-        for key, value in extra_keys(row, given, reader.checker.form).items():
+        for key, value in extra_keys(row, source_record, reader.checker.form).items():
             if self.drop_extra_keys:
                 self.left_out[key] = None
                 continue
-            if key in made:
+            if key in record:
                 raise RowRefused(
                     "convert.key",
                     f"The extra key {quote(key)} collides with a key of the written form.",
                     "Drop extra keys with --drop-extra-keys, or ignore the column with --map.",
                 )
             self.kept[key] = None
-            made[key] = value
-        return made
+            record[key] = value
+        return record
 
 
 def _reject_lost_keys(record: Record, keeps_tools: bool) -> None:

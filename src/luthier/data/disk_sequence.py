@@ -41,17 +41,17 @@ def spool(items: Iterable[T], limit: int | None = None) -> Sequence[T]:
         DiskFull: if the temporary folder has no space.
     """
     limit = MEMORY_LIMIT if limit is None else limit
-    held, size, weighed, step = list[T](), 0, 0, 1
+    in_memory, size, measured, step = list[T](), 0, 0, 1
     source = iter(items)
     for item in source:
-        held.append(item)
-        if len(held) == weighed + step:
+        in_memory.append(item)
+        if len(in_memory) == measured + step:
             one = len(pickle.dumps(item))
-            size, weighed = size + step * one, len(held)
+            size, measured = size + step * one, len(in_memory)
             if size > limit:
-                return _OnDisk(chain(_drain(held), source))
+                return _OnDisk(chain(_drain(in_memory), source))
             step = max(1, min(SAMPLE_EVERY, limit // (64 * one)))  # every item if items are large
-    return held
+    return in_memory
 
 
 def select(items: Sequence[T], rows: IntArray) -> Sequence[T]:
@@ -181,8 +181,8 @@ class _OnDisk(_Lazy[T]):
             first = last
 
     def _load(self, data: bytes | memoryview) -> T:
-        found: T = _Unpickler(io.BytesIO(data), self._shared).load()
-        return found
+        item: T = _Unpickler(io.BytesIO(data), self._shared).load()
+        return item
 
 
 class _Pickler(pickle.Pickler):

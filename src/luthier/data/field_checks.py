@@ -82,29 +82,29 @@ def list_keys(keys: Iterable[str]) -> str:
     return list_some(map(quote, keys), 10)
 
 
-def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
+def rename_fix(holder: Record, targets: tuple[str, ...]) -> str:
     """Return advice to rename similar keys to the wanted keys; empty without a similar key."""
     steps, absent = [], []
-    for target in wanted:
-        found = [key for key in holder if RENAMES.get(key.strip().lower()) == target]
-        if len(found) == 1:
-            steps.append(f'rename {quote(found[0])} to "{target}"')
-        elif found:
-            steps.append(f'join {list_keys(found)} into "{target}"')
+    for target in targets:
+        similar = [key for key in holder if RENAMES.get(key.strip().lower()) == target]
+        if len(similar) == 1:
+            steps.append(f'rename {quote(similar[0])} to "{target}"')
+        elif similar:
+            steps.append(f'join {list_keys(similar)} into "{target}"')
         else:
             absent.append(f'add "{target}"')
     if not steps:
         return ""
     fix = " and ".join(steps + absent)
-    hint = ', as an array of {"role", "content"}' if wanted == ("messages",) else ""
+    hint = ', as an array of {"role", "content"}' if targets == ("messages",) else ""
     return f"{fix[:1].upper()}{fix[1:]}{hint}."
 
 
-def column_fix(ours: str, theirs: str) -> str:
+def column_fix(key: str, column: str) -> str:
     """Return advice for a column ``theirs`` with a name similar to the key ``ours``."""
     return (
-        f'Did you mean {quote(theirs)}? Rename the column to "{ours}", or set '
-        f"`data.columns.{ours}={theirs}`."
+        f'Did you mean {quote(column)}? Rename the column to "{key}", or set '
+        f"`data.columns.{key}={column}`."
     )
 
 
@@ -179,15 +179,15 @@ def read_label(value: object) -> str | tuple[str, ...]:
     if not isinstance(value, list):
         return _label_name(value)
     names = tuple(_label_name(item, "an array with {} inside") for item in value)
-    twice = sorted(name for name, times in Counter(names).items() if times > 1)
-    if twice:
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
+    if repeated:
         raise RowRefused(
-            "label.duplicate", f"The label {quote(twice[0])} occurs twice.", "Keep one."
+            "label.duplicate", f"The label {quote(repeated[0])} occurs twice.", "Keep one."
         )
     return names
 
 
-def _label_name(value: object, given: str = "{}") -> str:
+def _label_name(value: object, description: str = "{}") -> str:
     if type(value) is int:
         return str(value)
     if isinstance(value, str) and value.strip():
@@ -198,7 +198,7 @@ def _label_name(value: object, given: str = "{}") -> str:
         fix += " For a rating, set `data.columns.rating=label`."
     raise RowRefused(
         "label.type",
-        f'"label" must be text, an integer, or an array of both, but is {given.format(kind)}.',
+        f'"label" must be text, an integer, or an array of both, but is {description.format(kind)}.',
         fix,
     )
 
@@ -208,15 +208,15 @@ def read_rating(value: object) -> float:
     number = type(value) in (int, float)
     if number and math.isfinite(value):  # type: ignore[arg-type]
         return float(value)  # type: ignore[arg-type]
-    given = f"{value}" if number else json_kind(value)
+    description = f"{value}" if number else json_kind(value)
     fix = "Write the number without quotes, or remove the row."
     if isinstance(value, str):
-        given = f"the text {quote(value)}" if value.strip() else "empty"
+        description = f"the text {quote(value)}" if value.strip() else "empty"
         if DECIMAL_COMMA.fullmatch(value.strip()):
             fix = f"Write the number with a decimal point: {value.strip().replace(',', '.')}."
         elif not re.search(r"\d", value):
             fix = "Write a number, or remove the row."
-    raise RowRefused("rating.type", f'"rating" must be a finite number, but is {given}.', fix)
+    raise RowRefused("rating.type", f'"rating" must be a finite number, but is {description}.', fix)
 
 
 def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -342,15 +342,15 @@ class FieldChecker:
             return None
         try:
             path = (folder / value).resolve()
-            there = path.is_file()
+            exists = path.is_file()
         except (OSError, RuntimeError, ValueError):  # name too long, circular links
-            path, there = folder, False
+            path, exists = folder, False
         if not path.is_relative_to(folder):
             fix = "Move the file into the folder of the rows, or a subfolder."
             message = f"{quote(value)} is not below the folder of this file."
             self.report("media.outside", message, fix)
             return None
-        if not there:
+        if not exists:
             fix = f"Correct the path (relative to {folder}), or remove the row."
             self.report("media.missing", f"the file {quote(value)} does not exist.", fix)
             return None
@@ -404,8 +404,8 @@ class FieldChecker:
         # The order is undefined if a message is missing or has an unknown role.
         if len(messages) == len(turns):
             self._check_order(messages, answered)
-            spoken = [turn for turn in messages if turn.role == "assistant"]
-            if answered and spoken and not any(turn.learned for turn in spoken):
+            replies = [turn for turn in messages if turn.role == "assistant"]
+            if answered and replies and not any(turn.learned for turn in replies):
                 message = "Every assistant turn is marked as not learned."
                 fix = "Remove the mark of a turn to learn, or remove the row."
                 self.report("message.weight", message, fix)
@@ -472,18 +472,18 @@ class FieldChecker:
         Raises:
             RowRefused: for invalid tools.
         """
-        found = [
+        variants = [
             tools
             for key in ("tools", "functions", "toolConfig")
             if (value := record.get(key)) is not None and (tools := read_tools(value))
         ]
-        if any(tools != found[0] for tools in found):
+        if any(tools != variants[0] for tools in variants):
             raise RowRefused(
                 "tools.type",
                 'The row has different tools under "tools", "functions" and "toolConfig".',
                 'Write all tools under "tools".',
             )
-        return found[0] if found else ()
+        return variants[0] if variants else ()
 
     def _check_order(self, messages: Sequence[Message], answered: bool) -> None:
         """Report the first turn in a wrong position."""
@@ -565,7 +565,7 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
     if isinstance(value, str):
         return (Message(role, value),)
     items = value if isinstance(value, list) and value else [value]
-    found = []
+    messages = []
     # Check before, for malformed calls, and after, for calls in other forms.
     _reject_calls(items, key)
     turns = unify_turns(items)
@@ -592,15 +592,15 @@ def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turn
         # A prompt is never learned, so marks have no effect.
         learned = fields.learned(item, key, answers and role == "assistant")
         reasoning = str(item.get("reasoning_content") or "").strip() if answers else ""
-        found.append(Message(speaker, item["content"], learned, reasoning=reasoning))
-    spoken = [turn.learned for turn in found if turn.role == "assistant"]
-    if role == "assistant" and spoken and not any(spoken):
+        messages.append(Message(speaker, item["content"], learned, reasoning=reasoning))
+    learned_turns = [turn.learned for turn in messages if turn.role == "assistant"]
+    if role == "assistant" and learned_turns and not any(learned_turns):
         raise RowRefused(
             "message.weight",
             f"every assistant turn in {key} is marked as not learned.",
             "Remove the mark of a turn to learn, or remove the row.",
         )
-    return tuple(found)
+    return tuple(messages)
 
 
 def _reject_calls(turns: Sequence[object], key: str) -> None:
@@ -627,9 +627,9 @@ def check_not_blank(turns: Turns) -> None:
 def check_turn_order(turns: Turns) -> None:
     """System may come first, then user and assistant in turns, the assistant last."""
     start = 1 if turns[0].role == "system" else 0
-    wanted = [("user", "assistant")[place % 2] for place in range(len(turns) - start)]
+    expected = [("user", "assistant")[place % 2] for place in range(len(turns) - start)]
     roles = [turn.role for turn in turns[start:]]
-    if roles != wanted or roles[-1:] != ["assistant"]:
+    if roles != expected or roles[-1:] != ["assistant"]:
         raise RowRefused(
             "preference.order",
             f"prompt and answer have the roles {', '.join(turn.role for turn in turns)}.",

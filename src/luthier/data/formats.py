@@ -66,10 +66,10 @@ def _question_answer(
 
     def convert(record: Record) -> Converted:
         below = [record[key] for key in context if not is_blank(record.get(key))]
-        made: Record = {"completion": record[answer]} if answer in record else {}
+        converted: Record = {"completion": record[answer]} if answer in record else {}
         if question in record:
-            made["prompt"] = _above(record[question], below)
-        return _with_further_keys(record, made), {"prompt": question, "completion": answer}
+            converted["prompt"] = _above(record[question], below)
+        return _with_further_keys(record, converted), {"prompt": question, "completion": answer}
 
     keys, excluded = frozenset((question, answer)), frozenset(without.split())
     return Form(name, keys, convert, excluded, frozenset(context), applies)
@@ -85,10 +85,10 @@ def _above(text: object, below: list[object]) -> object:
     return wrong[0] if wrong else "\n\n".join(map(str, parts))
 
 
-def _with_further_keys(record: Record, made: Record) -> Record:
+def _with_further_keys(record: Record, converted: Record) -> Record:
     """Return ``made`` with keys common to all forms: id, expected answer, judgement, context."""
-    context = context_keys(Conversation, {**record, **made})
-    return made | {key: record[key] for key in record if key in _BESIDE_ANY or key in context}
+    context = context_keys(Conversation, {**record, **converted})
+    return converted | {key: record[key] for key in record if key in _BESIDE_ANY or key in context}
 
 
 def _conversation(record: Record) -> Converted:
@@ -109,10 +109,10 @@ def _sharegpt(record: Record) -> Converted:
 
 def _sharegpt_preference(record: Record) -> Converted:
     """Convert a preference of LLaMA-Factory: earlier turns and two turns to compare."""
-    made, names = _sharegpt(record)
+    converted, names = _sharegpt(record)
     sides: Record = {key: _turn(record[key]) for key in ("chosen", "rejected")}
     names = {**names, "prompt": names["messages"]}
-    return {**made, "prompt": made.pop("messages"), **sides}, names
+    return {**converted, "prompt": converted.pop("messages"), **sides}, names
 
 
 def _turn(item: object) -> object:
@@ -120,20 +120,20 @@ def _turn(item: object) -> object:
     if not isinstance(item, dict) or "from" not in item:
         return item
     role = item["from"]
-    known = ROLE_RENAMES.get(role) if isinstance(role, str) else None
-    further = {key: value for key, value in item.items() if key not in ("from", "value")}
+    standard_role = ROLE_RENAMES.get(role) if isinstance(role, str) else None
+    rest = {key: value for key, value in item.items() if key not in ("from", "value")}
     return {
-        **further,
-        "role": known or role,
+        **rest,
+        "role": standard_role or role,
         **({"content": item["value"]} if "value" in item else {}),
     }
 
 
 def _image_reference(record: Record) -> Converted:
     """Convert a row of Bedrock image models: location and caption."""
-    made = {"image": record.get("image-ref")}
-    made |= {key: record[key] for key in ("caption",) if key in record}
-    return _with_further_keys(record, made), {"image": "image-ref"}
+    converted = {"image": record.get("image-ref")}
+    converted |= {key: record[key] for key in ("caption",) if key in record}
+    return _with_further_keys(record, converted), {"image": "image-ref"}
 
 
 def _media_paths(name: str, key: str) -> Form:
@@ -142,8 +142,8 @@ def _media_paths(name: str, key: str) -> Form:
     def convert(record: Record) -> Converted:
         path = str(record[key])
         kind = media_kind(path) or "audio"
-        beside = {each: record[each] for each in CAPTION_KEYS if each in record}
-        return _with_further_keys(record, {kind: path, **beside}), {kind: key}
+        annotations = {each: record[each] for each in CAPTION_KEYS if each in record}
+        return _with_further_keys(record, {kind: path, **annotations}), {kind: key}
 
     def applies(record: Record) -> bool:
         return isinstance(record[key], str) and media_kind(str(record[key])) is not None
@@ -165,8 +165,8 @@ def _multiple_choice(record: Record) -> Converted:
     prompt: object = next((each for each in texts if not isinstance(each, str)), None)
     if prompt is None and not is_blank(record["question"]):
         prompt = "\n".join([*map(str, above), f"Question: {record['question']}", f"{asks}:"])
-    made = {"prompt": prompt, "choices": record["choices"], "answer": record["answer"]}
-    return _with_further_keys(record, made), {"prompt": "question"}
+    converted = {"prompt": prompt, "choices": record["choices"], "answer": record["answer"]}
+    return _with_further_keys(record, converted), {"prompt": "question"}
 
 
 def _has_choices(record: Record) -> bool:
@@ -177,8 +177,8 @@ def _options(record: Record) -> Converted:
     """Convert WinoGrande: one continuation for several beginnings, as in its scoring."""
     options = record["options"]
     choices = [record["continuation"]] * (len(options) if isinstance(options, list) else 1)
-    made = {"prompt": options, "choices": choices, "answer": record["answer"]}
-    return _with_further_keys(record, made), {"prompt": "options", "choices": "continuation"}
+    converted = {"prompt": options, "choices": choices, "answer": record["answer"]}
+    return _with_further_keys(record, converted), {"prompt": "options", "choices": "continuation"}
 
 
 def _pair(name: str, anchor: str, positive: str) -> Form:
@@ -190,8 +190,8 @@ def _renamed(name: str, without: str = "", **names: str) -> Form:
     """Return the form of rows with other key names, given by luthier's keys."""
 
     def convert(record: Record) -> Converted:
-        made = {ours: record[theirs] for ours, theirs in names.items() if theirs in record}
-        return _with_further_keys(record, made), names
+        converted = {key: record[column] for key, column in names.items() if column in record}
+        return _with_further_keys(record, converted), names
 
     return Form(name, frozenset(names.values()), convert, frozenset(without.split()))
 
@@ -256,14 +256,14 @@ def forms_of(record: Record) -> list[Form]:
     own = any(needed <= keys for kind in SHAPES.values() for needed in kind.complete)
     if own and keys.isdisjoint(("schemaVersion", "conversations")):
         return []
-    found = [
+    matching = [
         form
         for form in FORMS
         if form.keys <= keys and not form.without & keys and form.applies(record)
     ]
     # Compared or classified texts are not a positive pair.
     paired = ("positive", "sentence1", "premise")
-    return [form for form in found if not (form.keys & {*paired} and keys & _JUDGED)]
+    return [form for form in matching if not (form.keys & {*paired} and keys & _JUDGED)]
 
 
 def extra_keys(row: Row, record: Record, form: Form | None) -> Record:
@@ -310,8 +310,8 @@ def _to_bedrock_conversation(row: Row) -> Record:
         {"role": t.role, "content": [{"text": t.content}]} for t in turns if t.role != "system"
     ]
     system = [{"text": turn.content} for turn in turns if turn.role == "system"]
-    beside: Record = {"system": system} if system else {}
-    return {"schemaVersion": "bedrock-conversation-2024", **beside, "messages": blocks}
+    context: Record = {"system": system} if system else {}
+    return {"schemaVersion": "bedrock-conversation-2024", **context, "messages": blocks}
 
 
 def _to_sharegpt(row: Row) -> Record:
@@ -323,14 +323,14 @@ def _to_sharegpt(row: Row) -> Record:
 def _to_alpaca(row: Row) -> Record:
     turns = list(_conversation_of(row, "alpaca"))
     system = turns.pop(0).content if turns[0].role == "system" else None
-    *earlier, asked, answered = turns
-    made: Record = {"instruction": asked.content, "input": "", "output": answered.content}
+    *earlier, prompt, reply = turns
+    converted: Record = {"instruction": prompt.content, "input": "", "output": reply.content}
     if system is not None:
-        made["system"] = system
+        converted["system"] = system
     if earlier:
         pairs = zip(earlier[::2], earlier[1::2], strict=True)
-        made["history"] = [[one.content, other.content] for one, other in pairs]
-    return made
+        converted["history"] = [[one.content, other.content] for one, other in pairs]
+    return converted
 
 
 def _to_text(row: Row) -> Record:

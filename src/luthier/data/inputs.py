@@ -116,8 +116,8 @@ class Media:
         assert self.path is not None
         try:
             if self.member:
-                known = os.stat(self.path)
-                return self._unpack(_archive(self.path, known.st_mtime_ns, known.st_size))
+                status = os.stat(self.path)
+                return self._unpack(_archive(self.path, status.st_mtime_ns, status.st_size))
             if (size := os.stat(self.path).st_size) > MOST_MEDIA_BYTES:
                 raise _too_large(size)
             return Path(self.path).read_bytes()
@@ -184,7 +184,7 @@ def object_name(address: str) -> str:
 
 def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[str]:
     """Return the paths and addresses of images and audio in a record, without embedded data."""
-    found = []
+    references = []
     for key in keys:
         value = record.get(key)
         if isinstance(value, dict):
@@ -192,8 +192,8 @@ def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[s
         if key == "path" and not is_media(str(value)):
             continue  # the path of a text's origin, not of media
         if isinstance(value, str) and value.strip() and not value.startswith("data:"):
-            found.append(value)
-    return found
+            references.append(value)
+    return references
 
 
 def is_media(name: str) -> bool:
@@ -321,9 +321,9 @@ class MediaInput:
         try:
             return self.processor.array(self.media, self.augmentation, self.seed)
         except RowRefused as bad:
-            why, place = bad.problem, Location(self.file, self.line)
-            message = f"{self.media.name}: {why.message}"  # row.file may be a folder
-            raise RowRefused(why.rule, message, why.advice, place) from bad
+            problem, location = bad.problem, Location(self.file, self.line)
+            message = f"{self.media.name}: {problem.message}"  # row.file may be a folder
+            raise RowRefused(problem.rule, message, problem.advice, location) from bad
 
 
 def read_processor(folder: Path) -> Processor | None:
@@ -345,8 +345,8 @@ def parse_processor(fields: Any, path: Path) -> Processor:
     """
     try:
         for kind in PROCESSORS.values():
-            if (found := kind.parse(fields)) is not None:
-                return found
+            if (processor := kind.parse(fields)) is not None:
+                return processor
         name = fields.get("feature_extractor_type", "without a type")
         raise UnknownModel(f"the preprocessor {name} is not supported")
     except UnknownModel as error:

@@ -76,8 +76,8 @@ def decode(data: bytes, line: int) -> str:
     except UnicodeDecodeError as error:
         start = data.rfind(b"\n", 0, error.start) + 1
         number = line + data.count(b"\n", 0, error.start)
-        found = f"0x{data[error.start]:02X}"
-        message = f"Byte {error.start - start + 1} of the line ({found}) is not valid UTF-8."
+        byte = f"0x{data[error.start]:02X}"
+        message = f"Byte {error.start - start + 1} of the line ({byte}) is not valid UTF-8."
         fix = "Save the file as UTF-8; from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
         raise RowRefused("encoding.utf8", message, fix, Location(line=number)) from None
 
@@ -249,8 +249,8 @@ def reject_surrogates(record: Record) -> None:
                 stack += value.values()
             elif isinstance(value, list):
                 stack += value
-            elif isinstance(value, str) and (found := _LONE_SURROGATE.search(value)):
-                code = f"\\u{ord(found.group()):04x}"
+            elif isinstance(value, str) and (surrogate := _LONE_SURROGATE.search(value)):
+                code = f"\\u{ord(surrogate.group()):04x}"
                 message = f"Field {quote(field)} has {code}, which is half of a character."
                 fix = "Write the whole character; probably text was cut inside an emoji."
                 raise RowRefused("encoding.surrogate", message, fix)

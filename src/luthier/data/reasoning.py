@@ -131,8 +131,8 @@ def _cut_from_history(
     """Yield the pairs whose reasoning the template cuts from the content of earlier turns."""
     turns: list[Message] = []
     for number, (_, close) in enumerate(pairs):
-        said = f"{_THOUGHT} {number}.{close}{_ANSWER} {number}."
-        turns += [Message("user", _USER), Message("assistant", said)]
+        reply = f"{_THOUGHT} {number}.{close}{_ANSWER} {number}."
+        turns += [Message("user", _USER), Message("assistant", reply)]
     text = _render(chat, (*turns, Message("user", _USER)))
     for number, pair in enumerate(pairs):
         if f"{_ANSWER} {number}." in text and f"{_THOUGHT} {number}." not in text:
@@ -187,9 +187,9 @@ class ReasoningSplitter:
         self._state: Literal["opening", "reasoning", "closed", "answer"] = (
             "answer" if reasoning is None else "opening"
         )
-        self._held = ""
-        self._came = 0
-        self._shown = False
+        self._buffer = ""
+        self._received = 0
+        self._has_reasoning = False
         self.answer_start: int | None = 0 if reasoning is None else None
         """Characters before the answer, marks included; ``None`` before the answer starts."""
 
@@ -198,40 +198,40 @@ class ReasoningSplitter:
         reasoning = self._reasoning
         if reasoning is None:
             return "", text
-        self._held += text
-        self._came += len(text)
+        self._buffer += text
+        self._received += len(text)
         if self._state == "opening":
             self._open(reasoning)
-        thought = ""
+        reasoning_text = ""
         if self._state == "reasoning":
-            thought = self._reason(reasoning.marks.close)
-        if self._state == "closed" and (said := self._held.lstrip()):
-            space = self._held[: len(self._held) - len(said)]
-            self._held = self._held[space.rfind("\n") + 1 :]
+            reasoning_text = self._reason(reasoning.marks.close)
+        if self._state == "closed" and (answer := self._buffer.lstrip()):
+            space = self._buffer[: len(self._buffer) - len(answer)]
+            self._buffer = self._buffer[space.rfind("\n") + 1 :]
             self._begin_answer()
         if self._state != "answer":
-            return thought, ""
-        said, self._held = self._held, ""
-        return thought, said
+            return reasoning_text, ""
+        answer, self._buffer = self._buffer, ""
+        return reasoning_text, answer
 
     def end(self) -> tuple[str, str]:
         """Return the buffered reasoning and answer at the end of the text."""
-        reasoning, held = self._reasoning, self._held
-        self._held = ""
+        reasoning, text = self._reasoning, self._buffer
+        self._buffer = ""
         if reasoning is None:
             return "", ""
         if self._state == "opening" and not reasoning.is_open:
             self.answer_start, self._state = 0, "answer"
-            return "", held
+            return "", text
         if self._state in ("opening", "reasoning"):
-            return (held.rstrip() if self._shown else held.strip()), ""
+            return (text.rstrip() if self._has_reasoning else text.strip()), ""
         return "", ""
 
     def _open(self, reasoning: ReasoningFormat) -> None:
-        mark, text = reasoning.marks.open, self._held.lstrip()
+        mark, text = reasoning.marks.open, self._buffer.lstrip()
         if text.startswith(mark):
             # A model may repeat the opening mark of the prompt.
-            self._held, self._state = text[len(mark) :], "reasoning"
+            self._buffer, self._state = text[len(mark) :], "reasoning"
         elif not mark.startswith(text):
             if reasoning.is_open:
                 self._state = "reasoning"
@@ -240,20 +240,25 @@ class ReasoningSplitter:
 
     def _reason(self, close: str) -> str:
         """Return the new reasoning before a possible closing mark."""
-        if not self._shown:
-            self._held = self._held.lstrip()
-        at = self._held.find(close)
+        if not self._has_reasoning:
+            self._buffer = self._buffer.lstrip()
+        at = self._buffer.find(close)
         if at >= 0:
-            thought, self._held = self._held[:at].rstrip(), self._held[at + len(close) :]
+            reasoning_text, self._buffer = (
+                self._buffer[:at].rstrip(),
+                self._buffer[at + len(close) :],
+            )
             self._state = "closed"
         else:
-            thought = self._held[: len(self._held) - overlap(self._held, [close])].rstrip()
-            self._held = self._held[len(thought) :]
-        self._shown = self._shown or bool(thought)
-        return thought
+            reasoning_text = self._buffer[
+                : len(self._buffer) - overlap(self._buffer, [close])
+            ].rstrip()
+            self._buffer = self._buffer[len(reasoning_text) :]
+        self._has_reasoning = self._has_reasoning or bool(reasoning_text)
+        return reasoning_text
 
     def _begin_answer(self) -> None:
-        self.answer_start, self._state = self._came - len(self._held), "answer"
+        self.answer_start, self._state = self._received - len(self._buffer), "answer"
 
 
 def split_reply(reasoning: ReasoningFormat | None, text: str) -> DecodedReply:

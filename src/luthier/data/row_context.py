@@ -45,9 +45,9 @@ def context_keys(kind: type[Shape], record: Record) -> set[str]:
         return {key for key in record if is_system_key(key)}
     if not issubclass(kind, Conversation | PromptCompletion | JudgedAnswers):
         return set()
-    further = TOOL_KEYS if any(key in record for key in TURN_KEYS) else _CONTEXT_KEYS
+    accepted = TOOL_KEYS if any(key in record for key in TURN_KEYS) else _CONTEXT_KEYS
     return {
-        key for key in record if key in further or is_system_key(key) or is_mark(key, record[key])
+        key for key in record if key in accepted or is_system_key(key) or is_mark(key, record[key])
     }
 
 
@@ -99,21 +99,21 @@ def join_context(
         check_row_marks(flags, may_list=False)
         return kind, record
     keys = context_keys(PromptCompletion if asks else kind, record)
-    held = {key: record[key] for key in keys if not asks or mark_sense(key) is None}
-    if not held:
+    context = {key: record[key] for key in keys if not asks or mark_sense(key) is None}
+    if not context:
         return kind, record
-    check_row_marks(held, may_list=not issubclass(kind, JudgedAnswers))
+    check_row_marks(context, may_list=not issubclass(kind, JudgedAnswers))
     if issubclass(kind, Conversation):
         turns = record["messages"]
         if isinstance(turns, list):
-            turns = _put_before(_system_turns(held), spread_marks(held, turns))
+            turns = _put_before(_system_turns(context), spread_marks(context, turns))
         return kind, {**record, "messages": turns}
     if issubclass(kind, JudgedAnswers):
-        return kind, _with_turns_before(record, [*_system_turns(held), *_history_turns(record)])
+        return kind, _with_turns_before(record, [*_system_turns(context), *_history_turns(record)])
     if issubclass(kind, PromptOnly) and not asks:
-        system = _system_turns(held)
+        system = _system_turns(context)
         return kind, {**record, "system": system[0]["content"] if system else None}
-    return _as_messages(kind, record, held)
+    return _as_messages(kind, record, context)
 
 
 def _join_turn_lists(kind: type[Shape], record: Record) -> tuple[type[Shape], Record]:
@@ -127,19 +127,21 @@ def _join_turn_lists(kind: type[Shape], record: Record) -> tuple[type[Shape], Re
     turns = [*prompt, *completion]
     if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         return kind, record
-    given = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
+    prompt_turns = [
+        {**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt
+    ]
     rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
-    return Conversation, {**rest, "messages": [*given, *completion]}
+    return Conversation, {**rest, "messages": [*prompt_turns, *completion]}
 
 
-def _as_messages(kind: type[Shape], record: Record, held: Record) -> tuple[type[Shape], Record]:
+def _as_messages(kind: type[Shape], record: Record, context: Record) -> tuple[type[Shape], Record]:
     """Return a prompt and an optional completion as messages if the row has context."""
-    before = [*_system_turns(held), *_history_turns(record)]
+    before = [*_system_turns(context), *_history_turns(record)]
     tools = any(record.get(key) not in (None, "", [], {}, "[]") for key in TOOL_KEYS)
     texts = [record.get("prompt")]
     if issubclass(kind, PromptCompletion) or not is_blank(record.get("completion")):
         texts.append(record.get("completion"))
-    if not (before or tools or has_mark_list(held)) or any(
+    if not (before or tools or has_mark_list(context)) or any(
         is_blank(text) or not isinstance(text, str) for text in texts
     ):
         return kind, record
@@ -148,18 +150,21 @@ def _as_messages(kind: type[Shape], record: Record, held: Record) -> tuple[type[
         for role, text in zip(("user", "assistant"), texts, strict=False)
     ]
     rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
-    return Conversation, {**rest, "messages": [*before, *spread_marks(held, turns)]}
+    return Conversation, {**rest, "messages": [*before, *spread_marks(context, turns)]}
 
 
 def _with_turns_before(record: Record, before: list[dict[str, Any]]) -> Record:
     """Return a row of judged answers with turns before its prompt, or before both conversations."""
     if not before:
         return record
-    asked = record.get("input")
-    if "prompt" not in record and isinstance(asked, Mapping) and "messages" in asked:
+    openai_input = record.get("input")
+    if "prompt" not in record and isinstance(openai_input, Mapping) and "messages" in openai_input:
         return {
             **record,
-            "input": {**asked, "messages": _put_before(before, _turns_of(asked["messages"]))},
+            "input": {
+                **openai_input,
+                "messages": _put_before(before, _turns_of(openai_input["messages"])),
+            },
         }
     sides = [key for key in ("chosen", "rejected") if _is_whole(record.get(key))]
     if sides:
@@ -185,8 +190,8 @@ def _put_before(before: list[dict[str, Any]], turns: Iterable[object]) -> list[o
     Raises:
         RowRefused: for two different system prompts.
     """
-    made = list(turns)
-    first = made[0] if made else None
+    result = list(turns)
+    first = result[0] if result else None
     if (
         before
         and before[0]["role"] == "system"
@@ -200,17 +205,17 @@ def _put_before(before: list[dict[str, Any]], turns: Iterable[object]) -> list[o
                 "Join both prompts, or ignore a column with `data.columns.system=`.",
             )
         before = before[1:]
-    return [*before, *made]
+    return [*before, *result]
 
 
-def _system_turns(held: Record) -> list[dict[str, Any]]:
+def _system_turns(context: Record) -> list[dict[str, Any]]:
     """Return the system prompt as a list of at most one turn.
 
     Raises:
         RowRefused: if the prompt is not text, or two keys have different prompts.
     """
-    found: dict[str, str] = {}
-    for key, value in held.items():
+    prompts: dict[str, str] = {}
+    for key, value in context.items():
         if not is_system_key(key):
             continue
         if isinstance(value, Mapping) and "content" in value:
@@ -224,14 +229,14 @@ def _system_turns(held: Record) -> list[dict[str, Any]]:
                 f"{quote(key)} must be a string, but is {json_kind(text)}.",
                 f"Write one string, or ignore the column with `data.columns.{key}=`.",
             )
-        found[key] = text
-    if len(set(found.values())) > 1:
+        prompts[key] = text
+    if len(set(prompts.values())) > 1:
         raise RowRefused(
             "row.ambiguous",
-            f"The row has different system prompts under {' and '.join(map(quote, found))}.",
-            f"Ignore one column, as with `data.columns.{next(iter(found))}=`.",
+            f"The row has different system prompts under {' and '.join(map(quote, prompts))}.",
+            f"Ignore one column, as with `data.columns.{next(iter(prompts))}=`.",
         )
-    return [{"role": "system", "content": text} for text in found.values()][:1]
+    return [{"role": "system", "content": text} for text in prompts.values()][:1]
 
 
 def _history_turns(record: Record) -> list[dict[str, Any]]:

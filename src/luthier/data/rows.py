@@ -183,16 +183,16 @@ class Checker(FieldChecker):
         except RowRefused as bad:
             self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
-        found = forms_of(mapped)
-        used = frozenset().union(*(form.used for form in found))
+        forms = forms_of(mapped)
+        used = frozenset().union(*(form.used for form in forms))
         generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped and key not in used]
-        if len(found) > 1 or (found and generic):
-            names = [*(form.name for form in found), *generic]
+        if len(forms) > 1 or (forms and generic):
+            names = [*(form.name for form in forms), *generic]
             message = f"The row matches several formats: {' and '.join(names)}."
             fix = "Ignore the other columns, as with `data.columns.text=`."
             self.report("row.ambiguous", message, fix)
             return None
-        form = found[0] if found else None
+        form = forms[0] if forms else None
         if form is None and self.form is not None and self.form.keys & mapped.keys():
             form = self.form if not any(key in mapped for key in ("prompt", "messages")) else None
         if self.first is None:
@@ -202,34 +202,34 @@ class Checker(FieldChecker):
             return None
         if form is None:
             return mapped
-        made, theirs = form.convert(mapped)
-        self.names = self._names_of(theirs)
-        return made
+        converted, column_names = form.convert(mapped)
+        self.names = self._names_of(column_names)
+        return converted
 
     def _rename_columns(self, record: Record) -> Record | None:
         """Return the record with renamed columns; ``None`` if a column is missing."""
         mapped = {*self.columns.values(), *self.columns}
-        made = {key: value for key, value in record.items() if key not in mapped}
-        for ours, theirs in self.columns.items():
+        renamed = {key: value for key, value in record.items() if key not in mapped}
+        for key, column in self.columns.items():
             # A validation file may already use luthier's names.
-            source = ours if theirs and theirs not in record else theirs
+            source = key if column and column not in record else column
             if source and source not in record:
                 message = (
-                    f"The column {quote(theirs)} is missing; the keys are {list_keys(record)}."
+                    f"The column {quote(column)} is missing; the keys are {list_keys(record)}."
                 )
-                near = nearest_name(theirs, record)
-                fix = f"Fix `data.columns.{ours}={theirs}` or the row."
-                self.report("column.missing", message, column_fix(ours, near) if near else fix)
+                near = nearest_name(column, record)
+                fix = f"Fix `data.columns.{key}={column}` or the row."
+                self.report("column.missing", message, column_fix(key, near) if near else fix)
                 return None
             if source:
-                made[ours] = record[source]
-        return made
+                renamed[key] = record[source]
+        return renamed
 
     def _names_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
         """Return the file's names for luthier's keys, after form and mapping."""
         return {
             **self.columns,
-            **{ours: self.columns.get(own) or own for ours, own in names.items()},
+            **{key: self.columns.get(form_key) or form_key for key, form_key in names.items()},
         }
 
     def _report_mixed(self, what: str) -> None:
@@ -258,28 +258,28 @@ class Checker(FieldChecker):
     def shape_of(self, record: Record) -> type[Shape] | None:
         """Return the shape for the keys of a record; report a problem unless exactly one shape
         fits."""
-        found: list[type[Shape]] = [k for k in SHAPES.values() if k.matches(record)]
-        if judged := next((kind for kind in found if issubclass(kind, JudgedAnswers)), None):
-            found = [judged]  # a judged answer is more specific than an answer
-        if MultipleChoice in found:
-            found = [MultipleChoice]  # more specific than a prompt
-        if PromptOnly in found:
-            found.remove(PromptCompletion if self._only_asks(record) else PromptOnly)
-        if any(kind in found for kind in _ASKED):
+        shapes: list[type[Shape]] = [k for k in SHAPES.values() if k.matches(record)]
+        if judged := next((kind for kind in shapes if issubclass(kind, JudgedAnswers)), None):
+            shapes = [judged]  # a judged answer is more specific than an answer
+        if MultipleChoice in shapes:
+            shapes = [MultipleChoice]  # more specific than a prompt
+        if PromptOnly in shapes:
+            shapes.remove(PromptCompletion if self._only_asks(record) else PromptOnly)
+        if any(kind in shapes for kind in _ASKED):
             # Tags or a rating next to a conversation are metadata, not a shape.
-            found = [kind for kind in found if kind in (*_ASKED, RawText)]
-        elif len(found) > 1 and RawText in found:
-            found.remove(RawText)  # the labelled text
-        if not found:
+            shapes = [kind for kind in shapes if kind in (*_ASKED, RawText)]
+        elif len(shapes) > 1 and RawText in shapes:
+            shapes.remove(RawText)  # the labelled text
+        if not shapes:
             self._report_unknown(record)
             return None
-        if len(found) > 1:
-            keys = list_keys(key for kind in found for key in kind.keys if key in record)
-            message = f"The row mixes {len(found)} shapes: it has the keys {keys}."
+        if len(shapes) > 1:
+            keys = list_keys(key for kind in shapes for key in kind.keys if key in record)
+            message = f"The row mixes {len(shapes)} shapes: it has the keys {keys}."
             fix = f"Keep the keys of one shape: {_ALL_SHAPES}."
             self.report("row.ambiguous", message, fix)
             return None
-        kind = found[0]
+        kind = shapes[0]
         if kind is RawText and (misspelt := self._misspelt(record)):
             key, meant = misspelt
             message = f"{quote(key)} is not a known key. Did you mean {quote(meant)}?"
@@ -303,8 +303,8 @@ class Checker(FieldChecker):
         key."""
         for key in record:
             # The first letter must match: "grading" is similar to "rating".
-            able = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
-            near = nearest_name(key.strip().lower(), able, cutoff=0.8)
+            candidates = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
+            near = nearest_name(key.strip().lower(), candidates, cutoff=0.8)
             if near and near not in (key, *self.columns):
                 return key, near
         return None
@@ -320,8 +320,8 @@ class Checker(FieldChecker):
         """Report a record without a known shape, with keys to rename."""
         has = f"the keys {list_keys(record)}" if record else "no keys"
         message = f"The row has no known shape, but {has}."
-        wanted = (("messages",), ("prompt", "completion"), ("text",))
-        renamed = next(filter(None, (rename_fix(record, keys) for keys in wanted)), "")
+        key_sets = (("messages",), ("prompt", "completion"), ("text",))
+        renamed = next(filter(None, (rename_fix(record, keys) for keys in key_sets)), "")
         if {"question", "context"} <= record.keys():  # as in SQuAD
             renamed = 'Write each question as {"question": …, "context": …, "answer": …}.'
         fix = (
@@ -371,8 +371,8 @@ class PromptChecker(Checker):
         if kind is Conversation:
             return self._conversation(record)
         reply = record.get("completion")
-        asked = {"expected": reply, **record} if isinstance(reply, str) else record
-        return PromptOnly.read(asked, self)
+        prompt_record = {"expected": reply, **record} if isinstance(reply, str) else record
+        return PromptOnly.read(prompt_record, self)
 
     def _conversation(self, record: Record) -> Conversation | None:
         """Return the turns of a conversation up to the last of the user."""
@@ -416,16 +416,16 @@ class PromptInputChecker(PromptChecker):
         }
 
 
-def input_row(given: str, file: str, line: int = 1) -> Row:
+def input_row(text: str, file: str, line: int = 1) -> Row:
     """Return the input row for a text, or for the path of an existing image or audio file."""
-    path = Path(given) if len(given) < MOST_PATH and "\0" not in given else Path()
+    path = Path(text) if len(text) < MOST_PATH and "\0" not in text else Path()
     kind = media_kind(path.name)
     try:
         if kind is None or not path.is_file():
-            return RawText(file, line, given)
+            return RawText(file, line, text)
     except OSError:  # text longer than a file name
-        return RawText(file, line, given)
-    return BARE_MEDIA[kind](file, line, Media(kind, given, str(path)))
+        return RawText(file, line, text)
+    return BARE_MEDIA[kind](file, line, Media(kind, text, str(path)))
 
 
 class InputChecker(Checker):
@@ -625,12 +625,12 @@ class RowReader:
 
     def _add_unread(self, row: Row) -> None:
         """Record the ignored columns of a row."""
-        given, columns = self.checker.record, self.checker.columns
+        record, columns = self.checker.record, self.checker.columns
         looked_at = not self.problems and self.rows <= ROWS_CHECKED
         # Both columns of a time series are read.
-        looked_at &= not isinstance(given.get("window"), Media)
+        looked_at &= not isinstance(record.get("window"), Media)
         if row.members is None and (columns or looked_at):
-            unread = extra_keys(row, given, self.checker.form).keys()
+            unread = extra_keys(row, record, self.checker.form).keys()
             new = dict.fromkeys(sorted(unread - {"id", "schemaVersion", self.group_column}))
             if isinstance(row, MediaRow) and row.media.kind == "audio" and not self.group_column:
                 self._warn_about_speakers(row, new)
@@ -702,15 +702,15 @@ def load_documents(sources: Iterable[Source]) -> list[str]:
     problems: list[Problem] = []
     for source in sources:
         try:
-            found = [(row, row.plain_text()) for row in load_rows(source)]
+            documents = [(row, row.plain_text()) for row in load_rows(source)]
         except DataError as error:
             problems += [
                 replace(each, advice=_DOCUMENT_FIX) if each.rule in _NO_DOCUMENT else each
                 for each in error.problems
             ]
             continue
-        texts += [text for _, text in found if text.strip()]
-        for row, text in found:
+        texts += [text for _, text in documents if text.strip()]
+        for row, text in documents:
             if not text.strip():
                 message = "The document has no text."
                 problems.append(Problem("file.empty", message, _DOCUMENT_FIX, row.location))
@@ -755,8 +755,8 @@ def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
     key. In a plain-text file, each non-blank line is a prompt.
     """
     problems: list[Problem] = []
-    found = _stream_lines(source, problems, PromptChecker, columns, "prompt", PromptOnly)
-    rows = [row for _, row in found]
+    stream = _stream_lines(source, problems, PromptChecker, columns, "prompt", PromptOnly)
+    rows = [row for _, row in stream]
     if problems:
         raise DataError(problems)
     return rows
@@ -784,10 +784,10 @@ def load_inputs(
         DataError: with all problems.
     """
     problems: list[Problem] = []
-    found = [*stream_inputs(source, problems, columns, reserved)]
+    inputs = [*stream_inputs(source, problems, columns, reserved)]
     if problems:
         raise DataError(problems)
-    return found
+    return inputs
 
 
 def stream_inputs(

@@ -31,8 +31,8 @@ LONGEST_NAME = 255
 
 def split_address(address: str) -> tuple[str, str] | None:
     """Return bucket and key of an ``s3://`` address; ``None`` for any other source."""
-    found = re.fullmatch(rf"s3://({BUCKET})(?:/(.*))?", address, re.DOTALL)
-    return (found[1], found[2] or "") if found else None
+    match = re.fullmatch(rf"s3://({BUCKET})(?:/(.*))?", address, re.DOTALL)
+    return (match[1], match[2] or "") if match else None
 
 
 def fetch(address: str) -> list[Path]:
@@ -62,13 +62,13 @@ def fetch(address: str) -> list[Path]:
             try:
                 return files_of(tree)
             except DataError as bad:  # with paths of the copies, so replace the location
-                named = [each.at(address, each.line) for each in bad.problems]
-                raise DataError(named) from None
+                problems = [each.at(address, each.line) for each in bad.problems]
+                raise DataError(problems) from None
         return copies
     except (BaseError, OSError, PermissionError) as error:
-        said = str(error).strip().split("\n", 1)[0][:300]
+        reason = str(error).strip().split("\n", 1)[0][:300]
         fix = "Check bucket, key, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, ...)."
-        raise source_error(address, "file.remote", f"S3 could not be read: {said}", fix) from None
+        raise source_error(address, "file.remote", f"S3 could not be read: {reason}", fix) from None
 
 
 def connection_settings(endpoint: str | None = None) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def connection_settings(endpoint: str | None = None) -> dict[str, Any]:
         endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    found: dict[str, Any] = {"region": region or "us-east-1"}
+    settings: dict[str, Any] = {"region": region or "us-east-1"}
     if endpoint:
         # Like boto3, accept a custom endpoint unchanged, also with http.
         allowed = {"allow_http": endpoint.startswith("http://")}
-        found |= {"endpoint": endpoint, "client_options": allowed}
-    return found
+        settings |= {"endpoint": endpoint, "client_options": allowed}
+    return settings
 
 
 def is_file_name(part: str) -> bool:
@@ -115,8 +115,8 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
     chosen = choose_data_files(
         [(each["path"][start:], Path(each["path"])) for each in below], address
     )
-    wanted = {str(path) for _, path in chosen}
-    return [each for each in below if each["path"] in wanted]
+    paths = {str(path) for _, path in chosen}
+    return [each for each in below if each["path"] in paths]
 
 
 def _make_tree(
@@ -144,21 +144,21 @@ def _make_tree(
     return target
 
 
-def _copy(obstore: Any, store: Any, bucket: str, found: dict[str, Any]) -> Path:
+def _copy(obstore: Any, store: Any, bucket: str, metadata: dict[str, Any]) -> Path:
     """Return the cached copy of an object; download if this version is not cached."""
-    key, size = str(found["path"]), int(found["size"])
+    key, size = str(metadata["path"]), int(metadata["size"])
     endpoint = connection_settings().get("endpoint", "")
-    version = f"{endpoint}\n{bucket}\n{key}\n{found['e_tag']}\n{size}"
+    version = f"{endpoint}\n{bucket}\n{key}\n{metadata['e_tag']}\n{size}"
     digest = hashlib.sha256(version.encode()).hexdigest()[:16]
     target = luthier_home() / "cache" / "s3" / bucket / digest / local_name(key)
     if target.is_file() and target.stat().st_size == size:
         return target
-    answer = obstore.get(
-        store, key, options={"if_match": found["e_tag"]} if found["e_tag"] else None
+    response = obstore.get(
+        store, key, options={"if_match": metadata["e_tag"]} if metadata["e_tag"] else None
     )
     with new_file(target) as file:
         done = 0
-        for piece in answer.stream(min_chunk_size=_PIECE):
+        for piece in response.stream(min_chunk_size=_PIECE):
             done += file.write(piece)
             _print_progress(key, done, size)
         if done != size:

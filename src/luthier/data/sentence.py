@@ -224,25 +224,25 @@ def _existing(path: Path) -> dict[str, Any]:
 
 
 def _pooling_modes(path: Path, fields: dict[str, Any]) -> tuple[PoolingMode, ...]:
-    known = tuple(_LEGACY_MODES.values())
-    found: list[Any]
-    given = fields.get("pooling_mode")
-    if given is None:
-        found = [mode for name, mode in _LEGACY_MODES.items() if fields.get(name) is True]
+    supported = tuple(_LEGACY_MODES.values())
+    modes: list[Any]
+    setting = fields.get("pooling_mode")
+    if setting is None:
+        modes = [mode for name, mode in _LEGACY_MODES.items() if fields.get(name) is True]
         other = [
             name
             for name, on in fields.items()
             if name.startswith("pooling_mode") and on is True and name not in _LEGACY_MODES
         ]
     else:
-        found = [given] if isinstance(given, str) else list(given)
-        other = [mode for mode in found if mode not in known]
+        modes = [setting] if isinstance(setting, str) else list(setting)
+        other = [mode for mode in modes if mode not in supported]
     if other:
         raise RecipeError(
             f"{path}: pooling {str(other[0])!r} is not supported. Use another base model",
             rule="sentence.pooling",
         )
-    return tuple(found) or ("mean",)
+    return tuple(modes) or ("mean",)
 
 
 def _read_normalize(place: Path) -> Literal["normalize"]:

@@ -68,13 +68,13 @@ def files_of(source: Source) -> list[Path]:
         return _folder(path)
     if path.exists() or path.is_symlink() or not has_magic(text):
         return [path]
-    found = sorted(Path(each) for each in glob(text, recursive=True))
-    wanted = [each for each in found if each.is_file()]
-    if not wanted:
-        what = "only folders" if found else "nothing"
+    matches = sorted(Path(each) for each in glob(text, recursive=True))
+    files = [each for each in matches if each.is_file()]
+    if not files:
+        what = "only folders" if matches else "nothing"
         fix = "Check the pattern, and quote it in a shell."
         raise source_error(text, "file.no_match", f"The pattern matches {what}.", fix)
-    return wanted
+    return files
 
 
 def hash_of(source: Source) -> str:
@@ -150,13 +150,13 @@ def _folder(folder: Path) -> list[Path]:
     return [folder]
 
 
-def choose_data_files(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:
+def choose_data_files(candidates: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:
     """Return the data files of a folder or prefix, without clutter.
 
     Raises:
         DataError: if no data file exists, or files of several kinds.
     """
-    files = [(name, path) for name, path in named if not is_clutter(name)]
+    files = [(name, path) for name, path in candidates if not is_clutter(name)]
     data = [(name, path) for name, path in files if is_data(name)]
     if not data:
         others = list_some((name for name, _ in files), _SHOWN)
@@ -186,10 +186,10 @@ def choose_data_files(named: Iterable[tuple[str, Path]], where: str) -> list[tup
 
 def _split(name: str) -> str:
     """Return the split in a file name: train, validation, test or empty."""
-    found = SPLIT_NAME.search(name)
-    if found is None:
+    match = SPLIT_NAME.search(name)
+    if match is None:
         return ""
-    word = found[1].lower()
+    word = match[1].lower()
     return word if word in ("train", "test") else "validation"
 
 

@@ -131,11 +131,11 @@ class Strata:
         few = self._completions and ROWS_PER_COMPLETION * len(self._counts) > rows
         if self._are_texts or few:
             return [""] * rows
-        found = [
+        stratum_names = [
             min(names, key=lambda name: (self._counts[name], name), default="")
             for names in self._numbers
         ]
-        return [found[number] for number in self._number_N]
+        return [stratum_names[number] for number in self._number_N]
 
 
 def strata_of(rows: Sequence[Row]) -> list[str]:

@@ -129,13 +129,13 @@ class _Lines:
 
 def _header(cells: Sequence[str]) -> Sequence[str]:
     names = [cell.strip() for cell in cells]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None or any(len(name) > _LONGEST_NAME for name in names):
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None or any(len(name) > _LONGEST_NAME for name in names):
         what = "empty names"
-        if twice is None:
+        if repeated is None:
             what = "a cell longer than a name"
-        elif twice:
-            what = f"the name {quote(twice)} twice"
+        elif repeated:
+            what = f"the name {quote(repeated)} twice"
         message = f"The first row must name the columns, but has {what}."
         raise RowRefused("table.header", message, "Write each column's name once in the first row.")
     return names
@@ -176,8 +176,8 @@ def _json_cell(name: str, text: str) -> object:
     return value
 
 
-def _not_csv(error: csv.Error, begun: bool) -> RowRefused:
-    what = "row" if begun else "header"
+def _not_csv(error: csv.Error, has_header: bool) -> RowRefused:
+    what = "row" if has_header else "header"
     if "new-line character" in str(error):
         message = (
             f"The {what} has a carriage return (CR) without a line feed (LF) outside of quotes."
@@ -207,10 +207,10 @@ def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
                     record[name] = each(record[name])
                 yield number, _present(record)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        said = str(error).split("\n", 1)[0].rstrip(".")
+        reason = str(error).split("\n", 1)[0].rstrip(".")
         raise RowRefused(
             "file.damaged",
-            f"The Parquet file is damaged: {said}.",
+            f"The Parquet file is damaged: {reason}.",
             "Write or download the file again.",
         ) from None
     if not number:
@@ -221,7 +221,7 @@ def _conversions(schema: Any) -> dict[str, Callable[[object], object]]:
     """Return conversions from Parquet's values to JSON's, by column."""
     from pyarrow.types import is_nested
 
-    found: dict[str, Callable[[object], object]] = {
+    conversions: dict[str, Callable[[object], object]] = {
         each.name: _without_padding for each in schema if is_nested(each.type)
     }
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -230,8 +230,8 @@ def _conversions(schema: Any) -> dict[str, Callable[[object], object]]:
             while isinstance(feature, list) or "feature" in feature:
                 feature = feature[0] if isinstance(feature, list) else feature["feature"]
             if feature.get("_type") == "ClassLabel" and name in schema.names:
-                found[name] = partial(_class_names, [str(each) for each in feature["names"]])
-    return found
+                conversions[name] = partial(_class_names, [str(each) for each in feature["names"]])
+    return conversions
 
 
 def _without_padding(value: object) -> object:

@@ -33,13 +33,13 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
     Added tokens with ``special=False`` (often ``<think>``) are excluded.
     """
-    known = getattr(tokenizer, "added_tokens_decoder", {})
-    found = {
-        str(token): int(id_) for id_, token in known.items() if getattr(token, "special", True)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    specials = {
+        str(token): int(id_) for id_, token in added.items() if getattr(token, "special", True)
     }
     for name in tokenizer.all_special_tokens:
-        found.setdefault(str(name), int(tokenizer.convert_tokens_to_ids(name)))
-    return found
+        specials.setdefault(str(name), int(tokenizer.convert_tokens_to_ids(name)))
+    return specials
 
 
 def token_spans(tokenizer: Any, text: str) -> list[Span]:
@@ -113,10 +113,10 @@ class TextEncoder:
 
     def spans(self, text: str) -> list[Span]:
         """Return the tokens of ``text`` with their places, without tokens of sentinels."""
-        found = token_spans(self.tokenizer, text)
+        spans = token_spans(self.tokenizer, text)
         if SENTINEL not in text:
-            return found
-        return [span for span in found if {*text[span[1] : span[2]]} != {SENTINEL}]
+            return spans
+        return [span for span in spans if {*text[span[1] : span[2]]} != {SENTINEL}]
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without tokens of sentinels."""
@@ -209,12 +209,12 @@ class TextEncoder:
 
     def _tail(self, text: str) -> list[Span]:
         """Return the tokens of a prompt's end, cached because many rows share the end."""
-        found = self._tails.get(text)
-        if found is None:
-            found = self.spans(text)
+        spans = self._tails.get(text)
+        if spans is None:
+            spans = self.spans(text)
             if len(text) <= _CACHED and len(self._tails) < _MOST_CACHED:
-                self._tails[text] = found
-        return found
+                self._tails[text] = spans
+        return spans
 
     def _behind(self, text: str, character: int) -> list[Span]:
         """Return the tokens of ``text`` as a continuation that starts at ``character``."""

@@ -150,9 +150,11 @@ def _split_blocks(turn: dict[str, Any], number: int) -> list[dict[str, Any]]:
         else:
             inner = block.get("reasoningContent", block)
             inner = inner.get("reasoningText", inner) if isinstance(inner, Mapping) else {}
-            thought = inner.get("text", inner.get("thinking")) if isinstance(inner, Mapping) else ""
-            _check_thought(thought, number)
-            turn["reasoning_content"] = f"{turn.get('reasoning_content') or ''}{thought or ''}"
+            reasoning = (
+                inner.get("text", inner.get("thinking")) if isinstance(inner, Mapping) else ""
+            )
+            _check_thought(reasoning, number)
+            turn["reasoning_content"] = f"{turn.get('reasoning_content') or ''}{reasoning or ''}"
     if texts or turn.get("tool_calls") or not results:
         turn["content"] = texts or ""
         return [*results, turn]
@@ -201,9 +203,9 @@ def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
         raise _bad_call(number, "must be in an array")
     if old:
         calls = [*calls, old]
-    thought = turn.pop("reasoning", None) or turn.pop("thinking", None)
-    if thought and not turn.get("reasoning_content"):
-        turn["reasoning_content"] = thought
+    reasoning = turn.pop("reasoning", None) or turn.pop("thinking", None)
+    if reasoning and not turn.get("reasoning_content"):
+        turn["reasoning_content"] = reasoning
     _check_thought(turn.get("reasoning_content"), number)
     if calls:
         turn["tool_calls"] = [_read_call(each, number) for each in calls]
@@ -244,11 +246,11 @@ def _bad_call(number: int, what: str) -> RowRefused:
     )
 
 
-def _check_thought(thought: object, number: int) -> None:
-    if thought is not None and not isinstance(thought, str):
+def _check_thought(reasoning: object, number: int) -> None:
+    if reasoning is not None and not isinstance(reasoning, str):
         raise RowRefused(
             "field.type",
-            f"The reasoning of message {number} must be a string, but is {json_kind(thought)}.",
+            f"The reasoning of message {number} must be a string, but is {json_kind(reasoning)}.",
             "Write the reasoning as one string, or remove the row.",
         )
 

@@ -42,17 +42,17 @@ def find_unmatched_call(messages: Sequence[Message]) -> tuple[int, list[str]] | 
     A result without a call in the turn before is also returned, with its id. ``None`` without
     either.
     """
-    asked, waiting = 0, dict[str, None]()
+    pending, waiting = 0, dict[str, None]()
     for index, message in enumerate(messages):
         if message.role != "tool":
             if waiting:
                 break
-            asked, waiting = index, {call.id: None for call in message.calls}
+            pending, waiting = index, {call.id: None for call in message.calls}
         elif message.call_id in waiting:
             del waiting[message.call_id]
         else:
             return index, [message.call_id]
-    return (asked, list(waiting)) if waiting else None
+    return (pending, list(waiting)) if waiting else None
 
 
 def describe_tool(tool: Tool) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def _find_end(text: str, forms: Sequence[str], at: int) -> int:
     """
     for start, span in ((at, 200), (at, len(text)), (0, len(text))):
         for form in forms:
-            found = text.find(form, start, start + len(form) + span)
-            if found >= 0:
-                return found + len(form)
+            start_of_form = text.find(form, start, start + len(form) + span)
+            if start_of_form >= 0:
+                return start_of_form + len(form)
     return -1
 
 
@@ -171,18 +171,20 @@ def _forms(value: Any) -> tuple[str, ...]:
     return value, plain, json.dumps(value)[1:-1], json.dumps(plain)[1:-1], repr(value)[1:-1]
 
 
-def parse_calls(text: str, tools: Sequence[Tool] = (), known: bool = False) -> list[ToolCall]:
+def parse_calls(
+    text: str, tools: Sequence[Tool] = (), declared_only: bool = False
+) -> list[ToolCall]:
     """Return the calls in a generated text, without ids; empty if the text has any other content.
 
     Calls are JSON, or between tags also XML of GLM 4.5 and Qwen3-Coder, with types from the schemas
-    of ``tools``. With ``known``, functions outside of ``tools`` are not calls.
+    of ``tools``. With ``declared_only``, functions outside of ``tools`` are not calls.
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     try:
         bodies = [parse_embedded(text)]
     except ValueError:
         bodies = _tagged_bodies(text, parameters)
-    return _calls_in(bodies, parameters if known else None)
+    return _calls_in(bodies, parameters if declared_only else None)
 
 
 def parse_cut_calls(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], bool]:
@@ -236,22 +238,22 @@ def _may_begin_call(text: str, names: Iterable[str]) -> bool:
     if matched := _FIRST_KEY.fullmatch(text):
         return any(key.startswith(matched[1] or "") for key in _CALL_KEYS)
     try:
-        begun = jiter.from_json(text.encode(), partial_mode="trailing-strings")
+        partial = jiter.from_json(text.encode(), partial_mode="trailing-strings")
     except ValueError:
         return False
-    if not isinstance(begun, dict) or not begun.keys() <= {*_CALL_KEYS}:
+    if not isinstance(partial, dict) or not partial.keys() <= {*_CALL_KEYS}:
         return False
-    name = begun.get("name", "")
+    name = partial.get("name", "")
     return isinstance(name, str) and any(each.startswith(name) for each in names)
 
 
-def _calls_in(bodies: Sequence[Any], known: Container[str] | None) -> list[ToolCall]:
-    """Return the calls of parsed ``bodies``; empty if any body is not a call or not ``known``."""
+def _calls_in(bodies: Sequence[Any], allowed: Container[str] | None) -> list[ToolCall]:
+    """Return the calls of parsed ``bodies``; empty if any body is not a call or not ``allowed``."""
     calls: list[ToolCall] = []
     for parsed in bodies:
         for each in parsed if isinstance(parsed, list) else [parsed]:
             call = _call_in(each)
-            if call is None or (known is not None and call.name not in known):
+            if call is None or (allowed is not None and call.name not in allowed):
                 return []
             calls.append(call)
     return calls
@@ -322,9 +324,9 @@ def _read_xml(body: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[st
     properties = parameters.get(name, {}).get("properties")
     arguments = {}
     for part in parts:
-        key, found, value = part.rstrip().partition(middle)
+        key, separator, value = part.rstrip().partition(middle)
         value = value.lstrip() if opening else value
-        if not found or not value.startswith(opening) or not value.endswith(closing):
+        if not separator or not value.startswith(opening) or not value.endswith(closing):
             return None
         value = value[len(opening) : -len(closing)]
         if in_lines:  # Qwen3-Coder writes each value on separate lines

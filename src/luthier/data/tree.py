@@ -107,11 +107,15 @@ def build_tree(
     Edges carry the weights of rows whose target is the next token; other rows have no edges with
     loss. ``before`` are ids in front of every row: a soft prompt.
     """
-    given = tuple(sorted(examples, key=_sort_key))
-    rows = [_with_prefix(example, before) for example in given] if before else list(given)
+    sorted_examples = tuple(sorted(examples, key=_sort_key))
+    rows = (
+        [_with_prefix(example, before) for example in sorted_examples]
+        if before
+        else list(sorted_examples)
+    )
     shared_R = _shared_prefixes(rows, share)
-    kept = [example.ids_T[shared:] for example, shared in zip(rows, shared_R, strict=True)]
-    ids_N = np.concatenate(kept).astype(np.int64)
+    new_ids = [example.ids_T[shared:] for example, shared in zip(rows, shared_R, strict=True)]
+    ids_N = np.concatenate(new_ids).astype(np.int64)
     depth_N = np.concatenate(
         [np.arange(shared, len(row)) for row, shared in zip(rows, shared_R, strict=True)]
     )
@@ -133,7 +137,7 @@ def build_tree(
         row_R=np.array([example.row for example in rows], dtype=np.int64),
         leaf_R=np.array([nodes_T[-1] for nodes_T in node_of], dtype=np.int64),
         node_M=np.concatenate([nodes_T[len(before) :] for nodes_T in node_of]),
-        examples=given,
+        examples=sorted_examples,
     )
 
 
@@ -184,10 +188,12 @@ def split_to_budget(
     shared_R = _shared_prefixes(rows, share and not whole_rows)
     parts = _fill(rows, tokens_R, shared_R, budget)
     if processes > 1:
-        wanted = round_up(len(parts), processes)
+        target_parts = round_up(len(parts), processes)
         # The smallest budget for this number of parts gives the most even sizes.
         size = bisect_left(
-            range(budget), True, key=lambda s: len(_fill(rows, tokens_R, shared_R, s)) <= wanted
+            range(budget),
+            True,
+            key=lambda s: len(_fill(rows, tokens_R, shared_R, s)) <= target_parts,
         )
         return _fill(rows, tokens_R, shared_R, size)
     # Rows longer than the budget may raise the mean above the budget.
@@ -207,11 +213,11 @@ def _fill(
     used = 0
     for unit in _units(rows):
         # The first row of a unit shares a prefix with the row before only inside a micro-batch.
-        further = sum(tokens_R[at] - shared_R[at] for at in unit[1:])
-        added = tokens_R[unit[0]] - shared_R[unit[0]] + further
+        rest = sum(tokens_R[at] - shared_R[at] for at in unit[1:])
+        added = tokens_R[unit[0]] - shared_R[unit[0]] + rest
         if not parts or used + added > budget:
             parts.append([])
-            used, added = 0, tokens_R[unit[0]] + further
+            used, added = 0, tokens_R[unit[0]] + rest
         parts[-1] += [rows[at] for at in unit]
         used += added
     return parts

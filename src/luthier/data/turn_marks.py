@@ -64,7 +64,7 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
     """
     if turn.keys() <= _READ_OF_TURNS:
         return True, []
-    said: dict[str, bool] = {}
+    marks: dict[str, bool] = {}
     unread: list[str] = []
     for key, value in turn.items():
         if key in _READ_OF_TURNS or value in (None, "", [], {}):
@@ -72,7 +72,7 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
         sense = mark_sense(key)
         if sense is not None:
             if of_assistant:
-                said[key] = _truth_of(key, value) == sense
+                marks[key] = _truth_of(key, value) == sense
         elif of_assistant and _is_about_learning(key) and _may_be_mark(value):
             raise RowRefused(
                 "message.weight",
@@ -81,10 +81,10 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
             )
         elif key != "name" or turn.get("role") != "tool":
             unread.append(key)
-    if len(set(said.values())) > 1:
-        keys = " and ".join(map(quote, said))
+    if len(set(marks.values())) > 1:
+        keys = " and ".join(map(quote, marks))
         raise RowRefused("message.weight", f"{keys} contradict each other.", MARK_FIX)
-    return all(said.values()), unread
+    return all(marks.values()), unread
 
 
 def spread_marks(record: Record, turns: Sequence[object]) -> list[object]:
@@ -93,21 +93,21 @@ def spread_marks(record: Record, turns: Sequence[object]) -> list[object]:
     Raises:
         RowRefused: if a list and the turns have different lengths.
     """
-    made = list(turns)
+    result = list(turns)
     for key, value in record.items():
         marks = _mark_list(value)
         if mark_sense(key) is None or marks is None:
             continue
-        if len(marks) != len(made):
+        if len(marks) != len(result):
             raise RowRefused(
                 "message.weight",
-                f"{quote(key)} has {len(marks):,} values, and the row has {len(made):,} messages.",
+                f"{quote(key)} has {len(marks):,} values, and the row has {len(result):,} messages.",
                 f"Write one value per message, or ignore the column with `data.columns.{key}=`.",
             )
-        for place, (turn, mark) in enumerate(zip(made, marks, strict=True)):
+        for place, (turn, mark) in enumerate(zip(result, marks, strict=True)):
             if isinstance(turn, dict):
-                made[place] = {**turn, key: mark} if turn.get(key) in (None, mark) else turn
-    return made
+                result[place] = {**turn, key: mark} if turn.get(key) in (None, mark) else turn
+    return result
 
 
 def check_row_marks(record: Record, may_list: bool) -> None:
@@ -159,11 +159,13 @@ def _truth(value: object) -> bool | None:
 
 
 def _truth_of(key: str, value: object) -> bool:
-    found = _truth(value)
-    if found is None:
-        given = quote(str(value)) if isinstance(value, str | int | float) else json_kind(value)
-        raise RowRefused("message.weight", f"{quote(key)} is {given}, not 0 or 1.", MARK_FIX)
-    return found
+    truth = _truth(value)
+    if truth is None:
+        description = (
+            quote(str(value)) if isinstance(value, str | int | float) else json_kind(value)
+        )
+        raise RowRefused("message.weight", f"{quote(key)} is {description}, not 0 or 1.", MARK_FIX)
+    return truth
 
 
 def _is_about_learning(key: str) -> bool:

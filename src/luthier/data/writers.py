@@ -31,13 +31,13 @@ class Writer(Protocol):
 
 
 def check_target(
-    target: Path, beside: Sequence[Path], sources: Sequence[Source], replace: bool
+    target: Path, additional: Sequence[Path], sources: Sequence[Source], replace: bool
 ) -> None:
     """Reject a target that is a source, or that exists and may not be replaced.
 
     Args:
         target: the new file.
-        beside: additional files written with the target.
+        additional: other files written with the target.
         sources: sources of the command.
         replace: allow to replace existing files.
 
@@ -54,7 +54,7 @@ def check_target(
                 rule="target.inside_source",
             )
     read = {path.resolve() for source in sources for path in files_of(source)}
-    for path in (target, *beside):
+    for path in (target, *additional):
         if path.resolve() in read:
             raise RecipeError(
                 f"{path} is a source; name another target file",
@@ -139,23 +139,23 @@ def json_records(rows: Sequence[tuple[Record, Location]], finite: bool = True) -
     Raises:
         DataError: with every row that JSON cannot represent; with ``finite`` also rows with NaN.
     """
-    problems, found = list[Problem](), list[Record]()
+    problems, converted = list[Problem](), list[Record]()
     for record, location in rows:
-        made = dict(record)
+        json_record = dict(record)
         for name, value in record.items():
             if value is None or isinstance(value, str | int):
                 continue
             try:
-                made[name] = json.loads(json.dumps(value, default=str, allow_nan=not finite))
+                json_record[name] = json.loads(json.dumps(value, default=str, allow_nan=not finite))
             except (TypeError, ValueError) as error:
-                said = str(error).split(":", 1)[0]
-                bad = _no_place("JSON", f"a value in the field {quote(name)} ({said})").problem
+                reason = str(error).split(":", 1)[0]
+                bad = _no_place("JSON", f"a value in the field {quote(name)} ({reason})").problem
                 fix = "Remove the field, or correct the value."
                 problems.append(Problem(bad.rule, bad.message, fix, location))
-        found.append(made)
+        converted.append(json_record)
     if problems:
         raise DataError(problems)
-    return found
+    return converted
 
 
 def to_json(record: Record) -> str:
@@ -292,8 +292,8 @@ def arrow_columns(
         try:
             column = pyarrow.array(values)
         except (pyarrow.ArrowException, TypeError, OverflowError) as error:
-            said = str(error).split("\n", 1)[0]
-            what = f"a value that does not fit the column {quote(name)} ({said})"
+            reason = str(error).split("\n", 1)[0]
+            what = f"a value that does not fit the column {quote(name)} ({reason})"
             refuse(_first_misfit(values, pyarrow), _no_place("a Parquet column", what))
             continue
         is_empty = str(column.type) == "null"
@@ -334,15 +334,15 @@ class _Parquet:
             return
         try:
             if self.schema is None:
-                found = self.arrow.Table.from_pylist(self.rows).schema
+                schema = self.arrow.Table.from_pylist(self.rows).schema
                 text = self.arrow.string()
-                fields = [f.with_type(text) if str(f.type) == "null" else f for f in found]
+                fields = [f.with_type(text) if str(f.type) == "null" else f for f in schema]
                 self.schema = self.arrow.schema(fields)
                 self.writer = self.arrow.parquet.ParquetWriter(self.file, self.schema)
             table = self.arrow.Table.from_pylist(self.rows, schema=self.schema)
         except (self.arrow.ArrowException, TypeError) as error:
-            said = str(error).split("\n", 1)[0]
-            raise _no_place("a Parquet column", f"values of several types ({said})") from None
+            reason = str(error).split("\n", 1)[0]
+            raise _no_place("a Parquet column", f"values of several types ({reason})") from None
         self.writer.write_table(table)
         self.rows = []
 

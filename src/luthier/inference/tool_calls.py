@@ -98,6 +98,6 @@ class CallSplitter:
             calls, self.incomplete = parse_cut_calls(self._held, self._tools)
             self.incomplete |= self._forced and not calls
         else:
-            calls = parse_calls(self._held, self._tools, known=True)
+            calls = parse_calls(self._held, self._tools, declared_only=True)
         calls = [replace(call, id=new_call_id()) for call in calls]
         return ("" if calls or self.incomplete else self._held), calls

@@ -95,9 +95,9 @@ def _one_or_more(record: Record, key: str) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts):
         return tuple(texts)
-    found = json_kind(value) if not isinstance(value, str | list) else "blank, empty or mixed"
+    description = json_kind(value) if not isinstance(value, str | list) else "blank, empty or mixed"
     raise RowRefused(
         "choices.type",
-        f'"{key}" must be a text or an array of texts, but is {found}.',
+        f'"{key}" must be a text or an array of texts, but is {description}.',
         'Write {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}.',
     )

@@ -107,8 +107,8 @@ class Preference(JudgedAnswers):
 
     @classmethod
     def title_of(cls, record: Record) -> str:
-        ours = "chosen" in record or "rejected" in record
-        return cls.title if ours else cls.openai_title
+        is_own = "chosen" in record or "rejected" in record
+        return cls.title if is_own else cls.openai_title
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
@@ -178,14 +178,14 @@ def _openai_sides(record: Record, keys: Sequence[str]) -> tuple[object, object, 
         raise RowRefused(
             "preference.missing", f'"{missing[0]}" is missing.', f'Add "{missing[0]}".'
         )
-    given, chosen, rejected = (record[key] for key in keys)
-    if not isinstance(given, dict) or "messages" not in given:
+    prompt, chosen, rejected = (record[key] for key in keys)
+    if not isinstance(prompt, dict) or "messages" not in prompt:
         raise RowRefused(
             "preference.type",
-            f'"input" must be an object with "messages", but is {json_kind(given)}.',
+            f'"input" must be an object with "messages", but is {json_kind(prompt)}.',
             'Write "input": {"messages": [{"role": "user", "content": "..."}]}.',
         )
-    return given["messages"], chosen, rejected
+    return prompt["messages"], chosen, rejected
 
 
 def _common_beginning(one: Turns, other: Turns) -> Turns:
@@ -442,7 +442,7 @@ def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
     for row in rows:
         if isinstance(row, JudgedReply):
             groups.setdefault(row.messages, []).append(row)
-    problems = [found for group in groups.values() if (found := _incomparable(group))]
+    problems = [problem for group in groups.values() if (problem := _incomparable(group))]
     if problems:
         raise DataError(problems)
     pairs = spool(_pairs(rows, groups))
