@@ -50,16 +50,14 @@ def test_accounts_and_quotas(database: Database) -> None:
     admin("accounts", "remove", OTHER)
     assert admin("accounts", "list")["accounts"] == []
     error = admin("accounts", "disable", OTHER, code=2)["error"]
-    assert error["message"].startswith(
-        f"there is no account {OTHER}: `luthier admin accounts list`"
-    )
+    assert error["type"] == "RefusedInput" and OTHER in error["message"]
 
 
 def test_users_and_roles(database: Database, ann: str) -> None:
     assert admin("users", "role", ann, "invoker")["role"] == "invoker"
     assert details_of("users.role") == {"role": "invoker"}
     error = admin("users", "role", ann, "admin", code=2)["error"]
-    assert "'admin' is not a role" in error["message"]
+    assert error["type"] == "RefusedInput" and "'admin'" in error["message"]
     assert admin("users", "list")["users"][0]["role"] == "invoker"
     assert admin("users", "create", "bob")["role"] == "read-only"
     admin("users", "remove", "bob")

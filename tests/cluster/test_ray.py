@@ -12,6 +12,7 @@ from ray_cluster import Cluster
 from luthier.cluster.ray_cluster import RayCluster
 from luthier.cluster.ray_jobs import RayRunner
 from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.jobs.training import TrainingWorker
 from luthier.server.tables.jobs import Job, JobEvent, get, stop
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'luthier[ray]'")
@@ -102,4 +103,4 @@ def test_a_stopped_job_ends_and_its_node_is_free_again(queue: Any, cluster: Clus
     queue.until(again, lambda job: job.state == "Queued" or job.attempts == 2)
     with queue.database.read() as session:
         texts = [e.message for e in session.query(JobEvent).filter_by(job_id=again)]
-    assert "The worker made a checkpoint and gave the job back." in texts
+    assert TrainingWorker.release_message in texts

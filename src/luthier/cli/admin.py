@@ -17,7 +17,7 @@ from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import note
 from luthier.cli.registration import service_models_app
 from luthier.cli.service import (
-    FIRST,
+    FIRST_ACCOUNT,
     Account,
     OnlyAccount,
     Record,
@@ -287,7 +287,7 @@ def list_users(*, account: OnlyAccount = None, database: ServiceDatabase = None)
 def create_user(
     user: str,
     *,
-    account: Account = FIRST,
+    account: Account = FIRST_ACCOUNT,
     role: Role = "read-only",
     database: ServiceDatabase = None,
 ) -> Record:
@@ -299,7 +299,7 @@ def create_user(
 
 
 def set_role(
-    user: str, role: str, *, account: Account = FIRST, database: ServiceDatabase = None
+    user: str, role: str, *, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
 ) -> Record:
     """Change the role of a user.
 
@@ -318,7 +318,9 @@ def set_role(
 def user_command(action: Literal["disable", "enable", "remove"], about: str) -> Command:
     """Return the command that changes the state of a user."""
 
-    def run(user: str, *, account: Account = FIRST, database: ServiceDatabase = None) -> Record:
+    def run(
+        user: str, *, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
+    ) -> Record:
         from luthier.server.tables import principals
 
         with audited_write(database, f"users.{action}", account, user) as session:
@@ -334,7 +336,7 @@ def user_command(action: Literal["disable", "enable", "remove"], about: str) -> 
 
 
 def list_keys(
-    *, user: str | None = None, account: Account = FIRST, database: ServiceDatabase = None
+    *, user: str | None = None, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
 ) -> Record:
     """List keys without their secrets.
 
@@ -368,7 +370,7 @@ def create_key(
     user: str,
     *,
     kind: Literal["access", "api"] = "api",
-    account: Account = FIRST,
+    account: Account = FIRST_ACCOUNT,
     days: float | None = None,
     label: str = "",
     role: str | None = None,

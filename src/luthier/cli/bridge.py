@@ -27,12 +27,12 @@ from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo, OptionInfo
 
 from luthier.cli.console import (
-    UNBROKEN,
+    NO_WRAP,
     check_processes,
     errors,
     extra,
     print_json,
-    train_beside_first,
+    train_in_other_process,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -99,7 +99,7 @@ class Command:
     def _call(self, keywords: dict[str, Any]) -> Any:
         if "reporter" not in inspect.signature(self.function).parameters:
             return self.function(**keywords)
-        if self.shares_work and train_beside_first(lambda: self.function(**keywords)):
+        if self.shares_work and train_in_other_process(lambda: self.function(**keywords)):
             raise typer.Exit(0)
         from luthier.cli.progress import LiveReporter
 
@@ -225,7 +225,7 @@ class _Group(TyperGroup):
             if not command.hidden:
                 panel = command.rich_help_panel
                 rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
-                rows.append((name, command.get_short_help_str(UNBROKEN)))
+                rows.append((name, command.get_short_help_str(NO_WRAP)))
         for panel, rows in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(rows)
@@ -250,7 +250,7 @@ class CommandGroup(typer.Typer):
     def __init__(self, help: str, extra: str = "", **settings: Any) -> None:
         """Create a group; ``extra`` is the required extra of the package."""
         # Commands below have the width of the first; click's own is 80 columns at most.
-        width = {"max_content_width": UNBROKEN}
+        width = {"max_content_width": NO_WRAP}
         super().__init__(
             help=help, no_args_is_help=True, cls=_Group, context_settings=width, **settings
         )

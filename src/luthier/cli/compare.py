@@ -13,8 +13,8 @@ from luthier.cli.evaluate import (
     Graders,
     GraderSettings,
     OptionalJudge,
-    chosen_graders,
-    chosen_judge,
+    resolve_graders,
+    resolve_judge,
 )
 from luthier.cli.options import Mapped
 from luthier.errors import RecipeError
@@ -84,7 +84,7 @@ def compare(
         raise RecipeError("`tuned` needs at least one model id")
     for each in models if attach else ():
         check_attachable(each)
-    chosen = chosen_graders(graders, grader_settings or {})
+    chosen = resolve_graders(graders, grader_settings or {})
     rows = load_graded(data, columns, (chosen or {}).values())
     known, train_columns = models[0].manifest.recipe or {}, columns
     learned = known.get("data", {}).get("train")
@@ -101,7 +101,7 @@ def compare(
         max_tokens,
         read_prices(prices),
         None if encoder is None else find(encoder),
-        None if judge is None else chosen_judge(judge),
+        None if judge is None else resolve_judge(judge),
         reporter.note,
         lambda done, total: reporter.progress(done, total, "compare"),
     )

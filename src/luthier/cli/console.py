@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 owns_process = False
 """Whether this process runs a command, in contrast to a program that imports :mod:`luthier`."""
-UNBROKEN = 10_000
+NO_WRAP = 10_000
 """Line width without a terminal, in columns."""
 
 
@@ -51,7 +51,7 @@ def check_processes(shares_work: bool) -> None:
         )
 
 
-def train_beside_first(train: Callable[[], object]) -> bool:
+def train_in_other_process(train: Callable[[], object]) -> bool:
     """Run ``train`` and return True in every process of a launcher except the first.
 
     The first process reports for all processes; other processes print only their own errors. A
@@ -162,7 +162,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
 
 def print_table(table: Table) -> None:
     """Print a table in the width of the terminal, without line breaks into pipes and files."""
-    (new_console() if sys.stdout.isatty() else new_console(width=UNBROKEN)).print(table)
+    (new_console() if sys.stdout.isatty() else new_console(width=NO_WRAP)).print(table)
 
 
 def note(text: str) -> None:

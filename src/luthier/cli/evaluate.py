@@ -92,7 +92,7 @@ def evaluate(
     found = run(
         model.stored if isinstance(model, Model) else model,
         data,
-        chosen_graders(graders, grader_settings or {}),
+        resolve_graders(graders, grader_settings or {}),
         max_tokens,
         on_grader_error,
         reporter.note,
@@ -206,7 +206,7 @@ def judge(
         names["chosen"] = human
     pairs = check_pairs(load_rows(data, names))
     # The judge sees each pair in both orders.
-    ruler = open_graders({"judge": chosen_judge(judge)}, 2 * len(pairs), reporter.note)["judge"]
+    ruler = open_graders({"judge": resolve_judge(judge)}, 2 * len(pairs), reporter.note)["judge"]
     return measure_agreement(
         ruler, pairs, lambda done: reporter.progress(done, len(pairs), "judge")
     )
@@ -219,7 +219,7 @@ def show_agreement(found: JudgeAgreement) -> None:
         print_text(f"{found.unread:,} verdicts without scores count one half")
 
 
-def chosen_judge(judge: Spec) -> Ruler:
+def resolve_judge(judge: Spec) -> Ruler:
     """Return the judge for a model id, a TOML file or a table.
 
     Raises:
@@ -229,14 +229,14 @@ def chosen_judge(judge: Spec) -> Ruler:
 
     if isinstance(judge, str) and not judge.endswith(".toml"):
         judge = {"method": "ruler", "model": judge}
-    found = chosen_graders([judge], {}) or {}
+    found = resolve_graders([judge], {}) or {}
     (ruler, *others) = found.values()
     if others or not isinstance(ruler, Ruler):
         raise RecipeError("the judge must be a model or a single grader of method ruler")
     return ruler
 
 
-def chosen_graders(
+def resolve_graders(
     graders: Sequence[Spec] | Mapping[str, Spec] | None, settings: Mapping[str, Any]
 ) -> dict[str, Grader] | None:
     """Return graders by name, with ``settings`` such as ``number.tolerance``; ``None`` for the

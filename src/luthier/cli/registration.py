@@ -5,7 +5,7 @@ from __future__ import annotations
 from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import note
 from luthier.cli.service import (
-    FIRST,
+    FIRST_ACCOUNT,
     Account,
     OnlyAccount,
     Record,
@@ -46,7 +46,7 @@ def register(
     model: str,
     *,
     name: str | None = None,
-    account: Account = FIRST,
+    account: Account = FIRST_ACCOUNT,
     region: Region = "us-east-1",
     database: ServiceDatabase = None,
 ) -> Record:

@@ -34,7 +34,7 @@ Record = dict[str, Any]
 Account = Annotated[str, typer.Option(help="Twelve digits.")]
 OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only this account.")]
 Region = Annotated[str, typer.Option(help="Region of the server, in ARNs.")]
-FIRST = "000000000000"
+FIRST_ACCOUNT = "000000000000"
 """Account of the first start of a service."""
 
 

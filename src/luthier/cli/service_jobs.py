@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import print_text
 from luthier.cli.service import (
-    FIRST,
+    FIRST_ACCOUNT,
     Account,
     OnlyAccount,
     Record,
@@ -34,7 +34,9 @@ def list_service_jobs(*, account: OnlyAccount = None, database: ServiceDatabase 
         return {"jobs": [_record(job) for job in session.scalars(query)]}
 
 
-def show_job(job: str, *, account: Account = FIRST, database: ServiceDatabase = None) -> Record:
+def show_job(
+    job: str, *, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
+) -> Record:
     """Show a job: state, failure and the end of the log.
 
     Args:

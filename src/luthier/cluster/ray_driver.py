@@ -67,7 +67,7 @@ class Starter:
         """Renew the ownership. Returns whether the process has started."""
         return True
 
-    def give_back(self, message: str) -> None:
+    def release(self, message: str) -> None:
         """Report why no node accepts the work."""
         _log.error("%s", message)
 
@@ -95,14 +95,14 @@ class LeaseHolder(Starter):
         if time.monotonic() - self._renewed < RENEWAL:
             return False
         with self.database.write() as session:
-            row = queue.hold(session, self.table, self.row_id, self.lease)
+            row = queue.lock_leased(session, self.table, self.row_id, self.lease)
             if row.worker != self._process:
                 return True
             queue.renew(session, self.table, self.row_id, self.lease)
         self._renewed = time.monotonic()
         return False
 
-    def give_back(self, message: str) -> None:
+    def release(self, message: str) -> None:
         """Return the job to the queue with the reason."""
         with suppress(LeaseLost), self.database.write() as session:
             queue.release(session, self.table, self.row_id, self.lease, message)
@@ -133,7 +133,7 @@ class Driver:
             _log.exception("the cluster took no worker")
             refusal = f"The Ray cluster took no worker: {_first_line(error)}"
         if refusal is not None:
-            self.starter.give_back(refusal)
+            self.starter.release(refusal)
             return 0 if self.ending else NO_NODE
         return self._wait()
 

@@ -184,7 +184,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         """Return ``row``, locked until the end of the transaction; ``None`` if this server lost the
         lease."""
         with suppress(LeaseLost):
-            return queue.hold(session, self.kind, row.id, self._token)
+            return queue.lock_leased(session, self.kind, row.id, self._token)
         return None
 
     def caller_of(self, row: Work) -> Caller:
@@ -226,14 +226,14 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
     def _claim(self) -> Work | None:
         with self.database.write() as session:
             leases = queue.leases(session, self.kind)
-            silent = [each for each in leases if self.watch.silent(*each)]
-            self.watch.forget_others({row_id for row_id, _ in leases})
+            silent = [each for each in leases if self.watch.is_silent(*each)]
+            self.watch.forget_except({row_id for row_id, _ in leases})
             return queue.claim_next(session, self.kind, self._token, silent)
 
     def _give_way(self, row: Work) -> bool:
         """Let waiting rows of other accounts go first; return False if no such rows exist."""
         with suppress(LeaseLost), self.database.write() as session:
-            return queue.give_way(session, self.kind, row.id, self._token)
+            return queue.yield_turn(session, self.kind, row.id, self._token)
         return False
 
     def _keep(self, row: Work, done: Mapping[int, Future[Done]]) -> str | None:

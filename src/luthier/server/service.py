@@ -33,7 +33,7 @@ from luthier.server.http.limits import RateLimits
 from luthier.server.http.metrics import Meter, Metrics
 from luthier.server.identifiers import ModelIds
 from luthier.server.jobs.admission import Capacity
-from luthier.server.jobs.runners import LocalRunner, Runner
+from luthier.server.jobs.runners import Runner
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.native.operations import Context
 from luthier.server.native.routes import native_api
@@ -101,7 +101,7 @@ class Service:
         self.memory = FreedMemory()
         self.locations = Locations(self.database, settings.s3_endpoint, quotas=limits)
         self.activation = Activation(self.database, partial(check_and_load, self.pool))
-        runner = runner or LocalRunner()
+        runner = runner or Runner()
         if settings.work:
             _check_runner(settings, runner, self.database)
         capacity = Capacity()
@@ -152,14 +152,14 @@ class Service:
         if work:
             self.scheduler.start()
 
-    def close(self, give_back: bool = False) -> None:
+    def close(self, release_work: bool = False) -> None:
         """Stop the background work.
 
-        Training workers continue for the next server; with ``give_back``, workers release the jobs
+        Training workers continue for the next server; with ``release_work``, workers release the jobs
         first.
         """
         self._later.cancel()
-        self.scheduler.stop(give_back)
+        self.scheduler.stop(release_work)
         self.openai.close()
         self.activation.close()
         self.meter.close()
@@ -276,7 +276,7 @@ def _check_runner(settings: Settings, runner: Runner, database: Database) -> Non
     """Raise :class:`RefusedInput` if jobs cannot run."""
     if settings.job_processes != 1:
         option = f"--job-processes {settings.job_processes} (LUTHIER_JOB_PROCESSES)"
-        if not isinstance(runner, LocalRunner):
+        if type(runner) is not Runner:  # a subclass: other machines
             raise RefusedInput(
                 f"{option} has no effect on a cluster: a single process trains each job. "
                 "Remove `--job-processes` or `--runner`"

@@ -154,10 +154,10 @@ def test_an_import_says_what_it_takes_and_waits_where_others_have_it(machine: Ma
     worker, found = worker_of(machine, machine.model("model"))
     machine.job("job", memory=2 * GIB)
     machine.scheduler.tick()
-    worker._have_memory(2 * GIB)
+    worker._reserve(2 * GIB)
     assert noted(machine) == 2 * GIB
     with pytest.raises(Interrupted):
-        worker._have_memory(3 * GIB)
+        worker._reserve(3 * GIB)
     assert noted(machine) == 3 * GIB
     with machine.database.write() as session:
         leased_work.release(session, ModelImport, found.id, str(found.lease))

@@ -118,9 +118,9 @@ def stop(database: Database, export_id: str) -> None:
 def objects(database: Database, folder: Path) -> dict[str, Path]:
     """Copies of what is in the bucket, by key."""
     places = Locations(database)
-    keys = [key for key, _ in places._own.below(ACCOUNT, "bucket", "")]
+    keys = [key for key, _ in places._built_in.below(ACCOUNT, "bucket", "")]
     for number, key in enumerate(keys):
-        places._own.fetch(ACCOUNT, "bucket", key, folder / str(number))
+        places._built_in.fetch(ACCOUNT, "bucket", key, folder / str(number))
     return {key: folder / str(number) for number, key in enumerate(keys)}
 
 

@@ -41,12 +41,12 @@ def test_memory_is_told_by_the_sizes_of_weights(tmp_path: Path, tiny_model_folde
     size = (tiny_model_folder / "model.safetensors").stat().st_size
     named: list[str] = []
 
-    def base_of(name: str) -> StoredModel:
+    def find_base(name: str) -> StoredModel:
         named.append(name)
         return base
 
     chosen = adapter(tmp_path, "somebody/Tiny")
-    assert memory_needed(tmp_path, chosen, base_of) == 3 * (7 * GIB + 2 * size) + PROCESS
+    assert memory_needed(tmp_path, chosen, find_base) == 3 * (7 * GIB + 2 * size) + PROCESS
     assert named == ["tiny"]
 
 

@@ -47,7 +47,7 @@ def test_memory_is_asked_for_before_any_weights_come(
         assert size == 3 * (tiny_model_folder / "model.safetensors").stat().st_size + (1 << 29)
         raise _Asked
 
-    monkeypatch.setattr(ImportWorker, "_have_memory", asked)
+    monkeypatch.setattr(ImportWorker, "_reserve", asked)
     with pytest.raises(_Asked):
         worker._store(found)
     assert "config.json" in there and "tokenizer.json" in there

@@ -13,7 +13,7 @@ def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     reporter = JobReporter(Job(id="j", details={}), str)
     for line in lines:
         reporter.metrics(line, 10)
-    return [(event["message"], event["data"]) for event in reporter.take().events]
+    return [(event["message"], event["data"]) for event in reporter.drain().events]
 
 
 def test_scores_of_validation_rows_stand_beside_those_of_training() -> None:
@@ -37,7 +37,7 @@ def test_settings_of_each_stage_stay() -> None:
     reporter.settings([("training.epochs", 3, "few rows"), ("precision", "float32", "the CPU")])
     reporter.settings([("objective.threshold", 1.5, "set by 40 rows")])
     chosen = {"training.epochs": 3, "precision": "float32", "objective.threshold": 1.5}
-    details = reporter.take().details
+    details = reporter.drain().details
     assert details["chosen"] == chosen
     assert details["reasons"] == {
         "training.epochs": "few rows", "precision": "the CPU", "objective.threshold": "set by 40 rows",

@@ -226,7 +226,7 @@ def test_more_than_can_be_looked_at(bucket: Bucket, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("luthier.server.tables.locations.MOST_MEDIA_BYTES", 10)
     with pytest.raises(LocationRefused):
         bucket.fetch("s3://data/many/")
-    monkeypatch.setattr("luthier.server.jobs.data.MOST_REFERENCES", 2)
+    monkeypatch.setattr("luthier.server.jobs.data.MAX_REFERENCES", 2)
     rows = [{"image": f"many/{number}.png", "label": "x"} for number in range(3)]
     with pytest.raises(DataError, match=r"media\.count"):
         bucket.fetch(bucket.rows("rows.jsonl", *rows))

@@ -133,16 +133,16 @@ def test_a_worker_that_starts_slowly_is_no_death(queue: Any, monkeypatch: Any) -
 def test_a_clock_that_jumps_makes_nobody_look_dead() -> None:
     clock = [100.0]
     watch = LeaseWatch(30, lambda: clock[0])
-    assert not watch.silent("a", "12:00")
+    assert not watch.is_silent("a", "12:00")
     clock[0] += 29
     # Renewed by a worker whose clock says tomorrow, then yesterday.
-    assert not watch.silent("a", "tomorrow")
+    assert not watch.is_silent("a", "tomorrow")
     clock[0] += 29
-    assert not watch.silent("a", "yesterday")
+    assert not watch.is_silent("a", "yesterday")
     clock[0] += 31
-    assert watch.silent("a", "yesterday")
-    watch.forget_others(set())
-    assert not watch.silent("a", "yesterday")
+    assert watch.is_silent("a", "yesterday")
+    watch.forget_except(set())
+    assert not watch.is_silent("a", "yesterday")
 
 
 @sqlite
@@ -194,7 +194,7 @@ def test_what_a_dead_worker_left_of_an_ended_job_is_tidied(queue: Any, luthier_h
     child.wait()
     scheduler = nobody(queue)
     folders = JobFolders(job.id)
-    with folders.hold():
+    with folders.lock():
         scheduler.tick()
         assert queue.job(job.id).state == "Stopped"
         # Somebody still has the files.

@@ -217,7 +217,7 @@ def test_a_server_that_ends_can_have_its_jobs_given_back(queue: Any) -> None:
     job_id = queue.submit(steps=300)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     queue.until(job_id, running(2))
-    scheduler.stop(give_back=True)
+    scheduler.stop(release_work=True)
     job = queue.job(job_id)
     assert (job.state, job.lease, job.crashes) == ("Queued", None, 0)
     assert job.details["progress"]["step"] >= 2

@@ -122,7 +122,7 @@ def test_only_the_holder_of_the_lease_writes(kind: Kind) -> None:
     made = kind.submit()
     found = kind.claim()
     assert found is not None
-    for act in (queue.renew, queue.release, queue.hold):
+    for act in (queue.renew, queue.release, queue.lock_leased):
         with pytest.raises(LeaseLost):
             kind.change(act, made, "an older lease")
     with pytest.raises(LeaseLost):

@@ -95,8 +95,8 @@ def test_jobs_write_nothing_among_the_files_of_the_openai_api(data: Objects) -> 
     locations = Locations(data.database)
     data.create_bucket(ONE, UPLOADS)
     address = f"s3://{UPLOADS}/x/"
-    assert "Name another one" in refusal(locations.check_writable, ONE, address)
-    assert "Name another one" in refusal(locations.write, ONE, address, "x", b"")
+    assert "reserved" in refusal(locations.check_writable, ONE, address)
+    assert "reserved" in refusal(locations.write, ONE, address, "x", b"")
 
 
 def test_what_cannot_be_read(data: Objects) -> None:

@@ -27,9 +27,9 @@ from luthier.server.jobs.folders import JobFolders
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
 
-MOST_REFERENCES = 100_000
+MAX_REFERENCES = 100_000
 """Maximum number of images and audio files in the rows of a file."""
-MOST_REFUSED = 20
+MAX_MISSING = 20
 """Maximum number of reported missing files."""
 _SOURCES = "sources.json"
 
@@ -106,8 +106,8 @@ def _check_lines(data: JobData) -> None:
     problems = []
     for name, address in data.addresses.items():
         if (data.folder / name).is_dir():
-            message = "It holds images or sounds, and the base model reads texts."
-            fix = "Name a base model that reads them, or an object with rows of text."
+            message = "The data is images or audio, and the base model needs text."
+            fix = "Choose a base model for images or audio, or name an object with rows of text."
             problems.append(Problem("media.base", message, fix, Location(address)))
             continue
         try:
@@ -116,8 +116,8 @@ def _check_lines(data: JobData) -> None:
             problems.append(bad.at(address, 0))
             continue
         if found != Container("jsonl"):
-            message = f"The file is {found}, and JSON Lines are wanted: one object a line."
-            fix = "Write it anew as JSON Lines, and do not pack it."
+            message = f"The file is {found}, not JSON Lines (one object per line)."
+            fix = "Convert the file to uncompressed JSON Lines."
             problems.append(Problem("file.form", message, fix, Location(address)))
     if problems:
         raise DataError(problems)
@@ -127,16 +127,16 @@ def _fetch(job: Job, folder: Path, locations: Locations, media: bool) -> None:
     addresses: dict[str, str] = {}
     incoming = folder / "incoming"
 
-    def take(uri: str, part: str, count: int) -> list[str]:
+    def fetch_part(uri: str, part: str, count: int) -> list[str]:
         names = []
         fetched = locations.fetch(job.account, uri, incoming)
         for number, (address, path) in enumerate(fetched, 1):
-            # Names are ours: a folder of data passes over files with some names. Findings name files
-            # without their folders, so none is called as another (``show_addresses``).
+            # New names: readers of folders skip some file names, and findings name files without
+            # folders, so every name is unique (``show_addresses``).
             name = f"{part}/{count:02d}/{part[0]}{count:02d}-{number:05d}"
             if not path.is_dir():
-                # What rows name lies beside them: files of several folders do not mix.
-                ending = _ending(path)
+                # One folder per file: rows name media relative to their own folder.
+                ending = _suffix(path)
                 name += f"/{Path(name).name}{ending}" if media else ending
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, folder / name)
@@ -151,14 +151,14 @@ def _fetch(job: Job, folder: Path, locations: Locations, media: bool) -> None:
     train = [
         name
         for number, uri in enumerate(job.details["sources"], 1)
-        for name in take(uri, "train", number)
+        for name in fetch_part(uri, "train", number)
     ]
-    validators = [take(uri, "held", number) for number, uri in enumerate(job.validators, 1)]
+    validators = [fetch_part(uri, "held", number) for number, uri in enumerate(job.validators, 1)]
     found: dict[str, Any] = {"train": train, "validators": validators, "addresses": addresses}
     write_json(folder / _SOURCES, found)
 
 
-def _ending(path: Path) -> str:
+def _suffix(path: Path) -> str:
     """Return the suffix of a file, or the suffix for the content of a file without a suffix."""
     if path.suffix:
         return path.suffix
@@ -196,15 +196,15 @@ def fetch_references(
     for line, record in read_records(table, []):
         for reference in media_references(record, (*REFERENCES, *own)):
             wanted.setdefault(reference, line)
-        if len(wanted) > MOST_REFERENCES:
-            message = f"Its rows name more than {MOST_REFERENCES:,} images or sounds."
+        if len(wanted) > MAX_REFERENCES:
+            message = f"The rows name more than {MAX_REFERENCES:,} images or audio files."
             raise DataError(
                 [Problem("media.count", message, "Split the file.", Location(address, line))]
             )
     problems: list[Problem] = []
     incoming = table.parent / ".incoming"
     for reference, line in wanted.items():
-        place = _place_of(reference, address)
+        place = _resolve(reference, address)
         if place is None or (table.parent / place[1]).exists():
             continue  # reading the row reports the problem
         try:
@@ -216,18 +216,20 @@ def fetch_references(
             shutil.move(copy, target)
         except (LocationRefused, OSError) as error:
             text = (
-                str(error) if isinstance(error, LocationRefused) else f"{reference} has no place."
+                str(error)
+                if isinstance(error, LocationRefused)
+                else f"{reference} cannot be stored."
             )
-            fix = "Mend the path, upload the file, or remove the row."
+            fix = "Fix the path, upload the file, or remove the row."
             problems.append(Problem("media.missing", text, fix, Location(address, line)))
-        if len(problems) >= MOST_REFUSED:
+        if len(problems) >= MAX_MISSING:
             break
     shutil.rmtree(incoming, ignore_errors=True)
     if problems:
         raise DataError(problems)
 
 
-def _place_of(reference: str, address: str) -> tuple[str, str] | None:
+def _resolve(reference: str, address: str) -> tuple[str, str] | None:
     """Return the address and the relative path of a reference; ``None`` for an invalid reference."""
     if reference.startswith("s3://"):
         return None if reference.endswith("/") else (reference, object_name(reference))

@@ -28,15 +28,15 @@ def delete_job(database: Database, arns: Arns, job: Job) -> None:
     if job.state not in ENDED:
         raise WrongState(f"The job {job.name} has not ended. Stop the job first.")
     if model is not None:
-        raise WrongState(f"The job {job.name} made the model {model}. Delete the model first.")
+        raise WrongState(f"The job {job.name} has the model {model}. Delete the model first.")
     folders = JobFolders(job.id)
-    with folders.hold() as is_free:
+    with folders.lock() as is_free:
         if not is_free:
             raise WrongState(f"A process still uses files of the job {job.name}. Try again later.")
-        # First, as a running job that uses the same teacher keeps the replies locked.
+        # First, because a running job with the same teacher keeps the replies locked.
         forget(job.account, {run_name(job.id)})
         # The folder of a deleted model stays in models/ while other models are built on the model.
-        folders.drop_run()
+        folders.remove_run()
         folders.log.unlink(missing_ok=True)
     with database.write() as session:
         tags.drop(session, arns.job(job.account, job.foundation, job.id))

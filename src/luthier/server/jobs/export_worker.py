@@ -71,7 +71,7 @@ class ExportWorker(Worker[ModelExport]):
             self.ending = True
             self.heartbeat.finish()
         self.write(lambda s: exports.finish(s, self.row_id, self.lease, end))
-        self.folders.drop_working_files()
+        self.folders.remove_working_files()
         self.folders.log.unlink(missing_ok=True)
         return 0
 
@@ -86,7 +86,7 @@ class ExportWorker(Worker[ModelExport]):
                 state = exports.renew(session, self.row_id, self.lease, progress).state
             self._renewed = time.monotonic()
         if state == STOPPING and not self.ending:
-            self.heartbeat.ask_to_stop()
+            self.heartbeat.interrupt()
 
     def _show(self, phase: str, done: int, total: int) -> None:
         self.progress = ExportProgress(phase=phase, done=done, total=total)
@@ -99,8 +99,8 @@ class ExportWorker(Worker[ModelExport]):
         size = memory_needed(model, form, row.merged, row.quantization)
         if size > total_memory():
             raise RecipeError(
-                f"the export takes about {size >> 20:,} MiB of memory, and the server has "
-                f"{total_memory() >> 20:,}. Export a smaller model, or the adapter alone"
+                f"the export needs about {size >> 20:,} MiB of memory, and the server has "
+                f"{total_memory() >> 20:,} MiB. Export a smaller model, or only the adapter"
             )
         self.reserve_memory(size)
         target = self.folders.target
@@ -154,11 +154,11 @@ class ExportWorker(Worker[ModelExport]):
     def _explain(self, error: Exception, row: ModelExport) -> str:
         """Return the failure for the owner, without paths and names of the server."""
         if isinstance(error, UnknownModel):
-            return f"the model {row.model_name} is no longer there."
+            return f"the model {row.model_name} does not exist any more."
         if isinstance(error, DoesNotFit):
-            return "The server has no room for the export now. Ask again later."
+            return "The server has no memory for the export now. Try again later."
         if isinstance(error, QuotaExceeded):
-            return f"The files of the export have no room: {error}"
+            return f"The files of the export exceed a quota: {error}"
         text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
         for name, shown in (
             (row.stored_id, row.model_name), (str(self.folders.target), row.output),

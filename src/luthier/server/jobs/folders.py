@@ -41,11 +41,11 @@ class JobFolders:
         self.log = log_file(job_id)
         self.lock_file = self.parent / f"{job_id}.lock"
 
-    def hold(self) -> AbstractContextManager[bool]:
+    def lock(self) -> AbstractContextManager[bool]:
         """Acquire the job's file lock. Yields False if another process holds the lock."""
         return lock(self.lock_file)
 
-    def drop_working_files(self) -> None:
+    def remove_working_files(self) -> None:
         """Remove working files of a finished job; run and model stay."""
         sweep(self.parent, self.job_id)
         shutil.rmtree(self.data, ignore_errors=True)
@@ -58,15 +58,15 @@ class JobFolders:
             (folder / SAMPLES).unlink(missing_ok=True)
             shutil.rmtree(folder / GRIDS, ignore_errors=True)
 
-    def drop_run(self) -> None:
+    def remove_run(self) -> None:
         """Remove the run and the working files."""
-        self.drop_working_files()
+        self.remove_working_files()
         for folder in self.below("runs"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def drop_all(self) -> None:
+    def remove_all(self) -> None:
         """Remove all files of a job without a model, except the log."""
-        self.drop_run()
+        self.remove_run()
         for parent in (luthier_home() / "models" / "custom").glob("*"):
             sweep(parent, run_name(self.job_id))
         for folder in self.below("models/custom"):
@@ -103,12 +103,12 @@ class ImportFolders(JobFolders):
         self.model = custom_folder(IMPORTED, imports.stored_name(model_id))
         self.stored_id = id_of(self.model)
 
-    def drop_here(self) -> None:
+    def remove_model(self) -> None:
         """Remove the model folder. The caller holds the lock."""
         sweep(self.model.parent, self.model.name)
         shutil.rmtree(self.model, ignore_errors=True)
 
-    def drop(self, *, model: bool) -> None:
+    def remove_files(self, *, model: bool) -> None:
         """Remove working files and, for a failed import, the model folder. The caller holds the
         lock.
 
@@ -116,8 +116,8 @@ class ImportFolders(JobFolders):
         """
         sweep(self.model.parent, self.model.name)
         if model:
-            self.drop_here()
-        self.drop_working_files()
+            self.remove_model()
+        self.remove_working_files()
 
 
 class ExportFolders(JobFolders):
@@ -129,17 +129,17 @@ class ExportFolders(JobFolders):
         super().__init__(exports.files_name(export_id))
         self.target = self.data / "export"
 
-    def drop(self, *, model: bool) -> None:
+    def remove_files(self, *, model: bool) -> None:
         """Remove working files. The caller holds the lock. ``model`` has no effect on an export."""
-        self.drop_working_files()
+        self.remove_working_files()
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:
     """Remove unneeded files of an ended job. The caller holds the lock."""
     if job.state == COMPLETED:
-        folders.drop_working_files()
+        folders.remove_working_files()
     else:
-        folders.drop_all()
+        folders.remove_all()
     with database.write() as session:
         found = session.get(Job, job.seq)
         if found is not None:

@@ -57,13 +57,13 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat, Template
     from luthier.inference.sequential import ModelInput
 
-ANSWER = 8
+TEST_TOKENS = 8
 """Number of generated tokens of the trial request."""
 MOST_INPUT = 3 << 20
 """Maximum number of input values: an image of 1,024 x 1,024 pixels in three colours."""
 _STEPS = 2
 """Denoising steps of the trial image."""
-_SAME = 1e-3
+_MAX_PEFT_ERROR = 1e-3
 """Maximum relative difference between logits of PEFT and luthier, in float32."""
 _GIB = 1 << 30
 _LOADED = 3
@@ -83,22 +83,22 @@ class AcceptedModel:
 
 
 def memory_needed(
-    folder: Path, chosen: ImportedFiles, base_of: Callable[[str], StoredModel | None]
+    folder: Path, chosen: ImportedFiles, find_base: Callable[[str], StoredModel | None]
 ) -> int:
     """Return the memory of the acceptance tests, in bytes.
 
     Args:
         folder: folder of the model. Only the configuration is read.
         chosen: files with sizes. The weights need not exist yet.
-        base_of: see :func:`accept_adapter`.
+        find_base: see :func:`accept_adapter`.
 
     Raises:
         ModelRefused: for an adapter on an unknown base model.
     """
     beside = 0
     if chosen.adapter:
-        base = _base_for(adapter_fields(folder), base_of)
-        # Under PEFT, and as it is served.
+        base = _find_base(adapter_fields(folder), find_base)
+        # Once for PEFT, once for inference.
         beside = 2 * folder_size(base.network_folder, ".safetensors")
     return _LOADED * (chosen.weights + beside) + _PROCESS
 
@@ -126,12 +126,12 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
             check_weights(part)
     check_tokenizer(tokenizer_folder(folder))
     fix = "Save the image processor or feature extractor of the model into the folder."
-    with _as(PREPROCESSOR_CONFIG, "model.input", fix):
+    with _translate_errors(PREPROCESSOR_CONFIG, "model.input", fix):
         _check_input(read_processor(folder))
-    index, fix = CONFIG, "Take a family of networks that transformers has built in."
+    index, fix = CONFIG, "Choose a network that transformers includes."
     if is_pipeline(folder):
-        index, fix = MODEL_INDEX, "Take a Stable Diffusion 1 or 2, as diffusers saves it."
-    with _as(index, "model.network", fix):
+        index, fix = MODEL_INDEX, "Choose a Stable Diffusion 1 or 2, as saved by diffusers."
+    with _translate_errors(index, "model.network", fix):
         fields = opened.fields
         import_transformers()
         with bounded_memory():
@@ -140,19 +140,19 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
         if kind is None:
             raise ModelRefused(
                 CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",
-                "Take a model that writes text, an encoder, a network of images or sounds, or a "
-                "pipeline that makes images; classifiers of texts are made here by a job.",
+                "Import a language model, an encoder, an image or audio network, or a pipeline that "
+                "generates images. Train text classifiers with a job.",
             )  # fmt: skip
     if kind == "causal_lm":
-        # What it may read of images is not taken in here.
+        # Image inputs of language models are not supported.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
     with_texts, form = reads_texts(folder, opened.processor), None
     approved = False
     if with_texts:
         fix = "Save the model's own tokenizer into the folder."
-        with _as("tokenizer.json", "model.tokenizer", fix):
+        with _translate_errors("tokenizer.json", "model.tokenizer", fix):
             chat = load_chat_format(folder, opened)
-            approved = _try_format(chat, trusted)
+            approved = _test_format(chat, trusted)
             check_vocabulary(chat, fields.get("text_encoder", fields), "the model")
             if chat.start_id is not None:
                 chat.check_decoder()
@@ -160,7 +160,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     elif text_fields(fields) is not fields:
         raise ModelRefused(
             "tokenizer.json", "model.tokenizer",
-            "The folder has no tokenizer, and its network is made for texts beside images.",
+            "The folder has no tokenizer, and the network needs text and images.",
             "Call save_pretrained(folder) with the processor of the model.",
         )  # fmt: skip
     manifest = Manifest(
@@ -173,9 +173,9 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
         template_approved=approved,
         format=form,
     )
-    checks = _try(StoredModel(model_id, folder, manifest))
+    checks = _test(StoredModel(model_id, folder, manifest))
     if network.task == "sequence_classification":
-        checks["classes"] = "left out, as it gives embeddings"
+        checks["classes"] = "removed: the model returns embeddings"
     return AcceptedModel(manifest.model_copy(update={"checks": checks}), None)
 
 
@@ -184,19 +184,19 @@ def _check_input(processor: Processor | None) -> None:
     if processor is not None and math.prod(processor.shape) > MOST_INPUT:
         height, width = processor.shape[-2:]
         raise LuthierError(
-            f"it makes inputs of {height:,} x {width:,} numbers, and {MOST_INPUT:,} are taken"
+            f"inputs have {height:,} x {width:,} values, and the limit is {MOST_INPUT:,}"
         )
 
 
 def accept_adapter(
     folder: Path,
     model_id: str,
-    base_of: Callable[[str], StoredModel | None],
+    find_base: Callable[[str], StoredModel | None],
     trusted: bool = False,
 ) -> AcceptedModel:
     """Test the PEFT adapter in ``folder`` on the named base model.
 
-    ``base_of`` returns a base model of this server by its short name. See :func:`accept_network`.
+    ``find_base`` returns a base model of this server by its short name. See :func:`accept_network`.
     """
     import torch
 
@@ -206,15 +206,15 @@ def accept_adapter(
     from luthier.objectives import OBJECTIVES
 
     fields = adapter_fields(folder)
-    base = _base_for(fields, base_of)
+    base = _find_base(fields, find_base)
     check_weights(folder)
     check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
     lora = lora_of(fields, read_adapter(folder), base.network.sketch(head))
     fix = "Save the base model's tokenizer into the folder."
-    with _as("tokenizer.json", "model.tokenizer", fix):
+    with _translate_errors("tokenizer.json", "model.tokenizer", fix):
         chat = _adapter_format(folder, base)
-        approved = _try_format(chat, trusted)
+        approved = _test_format(chat, trusted)
         check_vocabulary(chat, base.network.fields, "the adapter")
     manifest = Manifest(
         id=model_id,
@@ -230,32 +230,33 @@ def accept_adapter(
     )
     candidate = StoredModel(model_id, folder, manifest, base)
     config = base.network.config(head)
-    with _as(ADAPTER, "adapter.weights", "Save the adapter anew with PEFT's save_pretrained."):
-        expected = _by_peft(folder, base, int(config.vocab_size))
+    with _translate_errors(
+        ADAPTER, "adapter.weights", "Save the adapter again with PEFT's save_pretrained."
+    ):
+        expected = _peft_logits(folder, base, int(config.vocab_size))
         ours = load(candidate, torch.float32, torch.device("cpu"))
         error = _difference(ours, expected, int(config.vocab_size))
-        if not error < _SAME:
+        if not error < _MAX_PEFT_ERROR:
             raise ModelRefused(
                 ADAPTER, "adapter.parity",
-                f"Put on {base.id} here it computes other numbers than under PEFT (relative error "
-                f"{error:.2g}).",
-                "Merge it into its model (merge_and_unload), save that and name its folder.",
+                f"On {base.id}, the logits differ from PEFT's (relative error {error:.2g}).",
+                "Merge the adapter into its base (merge_and_unload), and import the merged model.",
             )  # fmt: skip
-    checks = {"peft": "same numbers as PEFT", "peft_error": error, **_try(candidate)}
+    checks = {"peft": "same numbers as PEFT", "peft_error": error, **_test(candidate)}
     return AcceptedModel(manifest.model_copy(update={"checks": checks}), base)
 
 
-def _base_for(
-    fields: Mapping[str, Any], base_of: Callable[[str], StoredModel | None]
+def _find_base(
+    fields: Mapping[str, Any], find_base: Callable[[str], StoredModel | None]
 ) -> StoredModel:
     """Return the base model of an adapter."""
     named = _base_name(fields)
-    base = base_of(short_name(named)) if named else None
+    base = find_base(short_name(named)) if named else None
     if base is None or base.kind != "causal_lm":
         raise ModelRefused(
             ADAPTER_CONFIG, "adapter.base",
-            f"The adapter belongs to {named[:200]!r}, which is no base model of this server.",
-            "Merge it into its model (merge_and_unload), save that and name its folder.",
+            f"The adapter belongs to {named[:200]!r}, which is not a base model of this server.",
+            "Merge the adapter into its base (merge_and_unload), and import the merged model.",
         )  # fmt: skip
     return base
 
@@ -264,24 +265,30 @@ def _base_name(fields: Mapping[str, Any]) -> str:
     return str(fields.get("base_model_name_or_path") or "")
 
 
-def _try(candidate: StoredModel) -> dict[str, Any]:
+def _test(candidate: StoredModel) -> dict[str, Any]:
     """Load the model for inference, compare the layout with transformers, and run a trial request."""
-    with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
-        return _answers(candidate) if candidate.kind == "causal_lm" else _try_serial(candidate)
+    with _translate_errors(
+        "*.safetensors", "model.load", "Save the whole model again with save_pretrained."
+    ):
+        return (
+            _test_generation(candidate)
+            if candidate.kind == "causal_lm"
+            else _test_serial(candidate)
+        )
 
 
-def _answers(candidate: StoredModel) -> dict[str, Any]:
+def _test_generation(candidate: StoredModel) -> dict[str, Any]:
     from luthier.engine.machine import available_memory
     from luthier.inference.decoder import Decoder
     from luthier.inference.memory import CacheBudget
 
-    # Opening it compares the layout with the network's own forward.
+    # Decoder.open compares the layout with the network's own forward pass.
     decoder = Decoder.open(candidate, CacheBudget(max(_GIB // 4, available_memory() // 4)))
     try:
         prompt: Prompt = Chat((Message("user", "Hello."),))
         if not candidate.manifest.template_approved:
             prompt = "Hello."
-        request = GenerationRequest(prompt, max_tokens=ANSWER, temperature=0.0)
+        request = GenerationRequest(prompt, max_tokens=TEST_TOKENS, temperature=0.0)
         stream = decoder.submit(request)
         stream.results()
         read = stream.prompt_tokens
@@ -290,7 +297,7 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
     return {"layout": "same numbers as transformers", "answered": True, "prompt_tokens": read}
 
 
-def _try_serial(candidate: StoredModel) -> dict[str, Any]:
+def _test_serial(candidate: StoredModel) -> dict[str, Any]:
     """Run an encoder on a trial input, or sample an image."""
     from luthier.inference.batcher import Work
     from luthier.inference.sequential import SerialModel
@@ -301,7 +308,7 @@ def _try_serial(candidate: StoredModel) -> dict[str, Any]:
             request = (
                 ImageRequest(steps=_STEPS) if candidate.kind == "denoising" else ImageRequest()
             )
-            with np.errstate(invalid="raise"):  # numbers that are not finite are no pixels
+            with np.errstate(invalid="raise"):  # NaN would become a pixel value
                 (image,) = model.sample(request, 0, Work(), lambda count: None)
             return {"made": "an image", "pixels": list(image.pixels.shape[:2])}
         examples, _ = model.inputs([_sample_input(model.reads)])
@@ -311,7 +318,7 @@ def _try_serial(candidate: StoredModel) -> dict[str, Any]:
     if "embedding" not in answer:
         return {"answered": True}
     if not np.isfinite(answer["embedding"]).all():
-        raise LuthierError("its vector holds numbers that are not finite")
+        raise LuthierError("the embedding has values that are not finite")
     same = {"layout": "same numbers as transformers"} if candidate.kind == "encoder" else {}
     return {**same, "dimensions": len(answer["embedding"])}
 
@@ -320,7 +327,7 @@ def _sample_input(kind: str) -> ModelInput:
     """Return a trial input of the given kind."""
     if kind == "text":
         return "Hello."
-    values = np.sin(np.linspace(0, 440 * 2 * np.pi, 16_000))  # a second of 440 Hz
+    values = np.sin(np.linspace(0, 440 * 2 * np.pi, 16_000))  # one second of 440 Hz
     if kind == "window":
         return Media("window", "a curve", array=values[:LONGEST_WINDOW].astype(np.float32))
     stream = io.BytesIO()
@@ -351,18 +358,18 @@ def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
     return ChatFormat.of(load_tokenizer(folder), template, **form)
 
 
-def _try_format(chat: ChatFormat, trusted: bool) -> bool:
+def _test_format(chat: ChatFormat, trusted: bool) -> bool:
     """Encode a first text, and render an approved template; return whether the template is approved."""
     chat.encode_whole("Hello.")
     approved = trusted or not chat.template_sha256 or chat.template_sha256 in KNOWN_TEMPLATES
     if approved and chat.template == "chat":
         fix = "Save the tokenizer with the chat template that the model was trained with, or with none."
-        with _as("chat_template", "model.template", fix):
+        with _translate_errors("chat_template", "model.template", fix):
             chat.encode_prompt([Message("user", "Hello.")])
     return approved
 
 
-def _by_peft(folder: Path, base: StoredModel, vocabulary: int) -> Tensor:
+def _peft_logits(folder: Path, base: StoredModel, vocabulary: int) -> Tensor:
     import torch
     from peft import PeftModel
 
@@ -397,7 +404,7 @@ def _in_folder(part: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _as(file: str, rule: str, fix: str) -> Iterator[None]:
+def _translate_errors(file: str, rule: str, fix: str) -> Iterator[None]:
     """Translate every error of the block into :class:`ModelRefused`.
 
     Libraries raise exceptions of any type for malformed files.

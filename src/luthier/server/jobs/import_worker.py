@@ -78,12 +78,12 @@ class ImportWorker(Worker[ModelImport]):
 
     def work(self, row: ModelImport) -> int:
         """Import the model and return the exit status."""
-        signal.signal(signal.SIGALRM, _too_long)
+        signal.signal(signal.SIGALRM, _on_alarm)
         signal.alarm(SECONDS)
         self.heartbeat = Heartbeat(self.beat)
         self.heartbeat.start()
         try:
-            self._take(row)
+            self._import(row)
         finally:
             signal.alarm(0)
             self.heartbeat.finish()
@@ -94,7 +94,7 @@ class ImportWorker(Worker[ModelImport]):
         with self.database.write() as session:
             queue.renew(session, ModelImport, self.row_id, self.lease)
 
-    def _take(self, row: ModelImport) -> None:
+    def _import(self, row: ModelImport) -> None:
         sweep(self.folders.model.parent, self.folders.model.name)
         try:
             changes, details = self._store(row)
@@ -110,34 +110,34 @@ class ImportWorker(Worker[ModelImport]):
                 )
             )
         except QuotaExceeded as error:
-            # Others of the account took the room meanwhile. After no other error are the files
-            # dropped: the transaction may have been committed.
+            # Only after this error are the files removed: after others, the transaction may have
+            # been committed.
             self._fail(error, row)
             return
-        self.folders.drop(model=False)
+        self.folders.remove_files(model=False)
         self.folders.log.unlink(missing_ok=True)
 
-    def _fail(self, error: Exception, found: ModelImport) -> None:
-        # The files are gone before the owner reads that the import failed.
-        self.folders.drop_here()
+    def _fail(self, error: Exception, row: ModelImport) -> None:
+        # Remove the files before the owner sees the failure.
+        self.folders.remove_model()
         if not isinstance(error, RefusedInput):
             _log.exception("model %s failed", self.row_id, exc_info=error)
-        failure = self._explain(error, found.source)
+        failure = self._explain(error, row.source)
         self._end(lambda s: imports.fail(s, self.row_id, self.lease, failure))
-        self.folders.drop(model=True)
+        self.folders.remove_files(model=True)
         if isinstance(error, RefusedInput):
             self.folders.log.unlink(missing_ok=True)
 
-    def _store(self, found: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _store(self, row: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
         """Store the model. Returns changed columns and details of the model's row."""
-        chosen = select_files(self._entries(found))
+        chosen = select_files(self._entries(row))
         with self.database.read() as session:
-            quotas = quotas_of(session, found.account, self.quotas)
-            storage.check(session, found.account, quotas, stored_bytes=chosen.size)
+            quotas = quotas_of(session, row.account, self.quotas)
+            storage.check(session, row.account, quotas, stored_bytes=chosen.size)
         need_disk(self.folders.model, chosen.size + (64 << 20), "copying the model")
         with new_folder(self.folders.model) as fresh:
-            accepted = self._try(found, chosen, fresh)
-            self._manifest(fresh, found, chosen, accepted).write(fresh)
+            accepted = self._test(row, chosen, fresh)
+            self._manifest(fresh, row, chosen, accepted).write(fresh)
         certify(self.folders.stored_id)
         size = folder_size(self.folders.model)
         changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}
@@ -149,42 +149,42 @@ class ImportWorker(Worker[ModelImport]):
             changes["root"] = imports.root_name(self.row_id)
         return changes, {"kind": accepted.manifest.kind}
 
-    def _entries(self, found: ModelImport) -> list[tuple[str, int]]:
+    def _entries(self, row: ModelImport) -> list[tuple[str, int]]:
         """Return the names and sizes of the files of a model, parts of a pipeline included."""
-        entries = self.locations.folder(found.account, found.source)
+        entries = self.locations.folder(row.account, row.source)
         if MODEL_INDEX in dict(entries):
             for part in PART_FOLDERS:
-                place = f"{found.source.rstrip('/')}/{part}"
+                place = f"{row.source.rstrip('/')}/{part}"
                 try:
-                    below = self.locations.folder(found.account, place)
+                    below = self.locations.folder(row.account, place)
                 except LocationRefused as error:
                     raise ModelRefused(
-                        part, "model.pipeline", f"It cannot be read: {error}",
-                        f"Copy the whole folder of the pipeline, {', '.join(PART_FOLDERS)} among it.",
+                        part, "model.pipeline", f"The folder cannot be read: {error}",
+                        f"Copy the whole folder of the pipeline with {', '.join(PART_FOLDERS)}.",
                     ) from error  # fmt: skip
                 entries += [(f"{part}/{name}", size) for name, size in below]
         if MODULES in dict(entries):
             for part in SENTENCE_FOLDERS:
-                place = f"{found.source.rstrip('/')}/{part}"
-                with suppress(LocationRefused):  # not all models have all of them
-                    below = self.locations.folder(found.account, place)
+                place = f"{row.source.rstrip('/')}/{part}"
+                with suppress(LocationRefused):  # some models have no such folder
+                    below = self.locations.folder(row.account, place)
                     entries += [(f"{part}/{name}", size) for name, size in below]
         return entries
 
-    def _try(self, found: ModelImport, chosen: ImportedFiles, folder: Path) -> AcceptedModel:
+    def _test(self, row: ModelImport, chosen: ImportedFiles, folder: Path) -> AcceptedModel:
         """Copy the model into ``folder``, the weights last, and try the model there."""
         texts = [each for each in chosen.files if not is_weights(each[0])]
-        self._copy(found, texts, folder)
-        size = memory_needed(folder, chosen, _base)
-        self._have_memory(size)
-        self._copy(found, [each for each in chosen.files if is_weights(each[0])], folder)
+        self._copy(row, texts, folder)
+        size = memory_needed(folder, chosen, _find_base)
+        self._reserve(size)
+        self._copy(row, [each for each in chosen.files if is_weights(each[0])], folder)
         with self.database.read() as session:
             trusted = imports.is_trusted(session, self.row_id)
         if chosen.adapter:
-            return accept_adapter(folder, self.folders.stored_id, _base, trusted)
+            return accept_adapter(folder, self.folders.stored_id, _find_base, trusted)
         return accept_network(folder, self.folders.stored_id, trusted)
 
-    def _have_memory(self, size: int) -> None:
+    def _reserve(self, size: int) -> None:
         """Reserve ``size`` bytes and wait until ``size`` bytes are free.
 
         Raises:
@@ -194,21 +194,21 @@ class ImportWorker(Worker[ModelImport]):
         if size > total_memory():
             raise ModelRefused(
                 "*.safetensors", "model.memory",
-                f"Trying the model takes about {size >> 20:,} MiB of memory, which are not there.",
-                "Take a smaller model, or a server with more memory.",
+                f"The import needs about {size >> 20:,} MiB of memory, more than the server has.",
+                "Use a smaller model, or a server with more memory.",
             )  # fmt: skip
         self.reserve_memory(size)
         _wait_for_memory(size)
 
     def _manifest(
-        self, fresh: Path, found: ModelImport, chosen: ImportedFiles, accepted: AcceptedModel
+        self, fresh: Path, row: ModelImport, chosen: ImportedFiles, accepted: AcceptedModel
     ) -> Manifest:
         import torch
 
         return accepted.manifest.model_copy(
             update={
                 "id": self.folders.stored_id,
-                "source": found.source,
+                "source": row.source,
                 "left_out": list(chosen.left),
                 "created": created_now(),
                 "luthier": __version__,
@@ -217,27 +217,25 @@ class ImportWorker(Worker[ModelImport]):
             }
         )
 
-    def _copy(self, found: ModelImport, files: Iterable[tuple[str, int]], folder: Path) -> None:
+    def _copy(self, row: ModelImport, files: Iterable[tuple[str, int]], folder: Path) -> None:
         for name, size in files:
-            fetch = partial(
-                self.locations.fetch_from, found.account, found.source, name, folder / name
-            )
+            fetch = partial(self.locations.fetch_from, row.account, row.source, name, folder / name)
             self.retry(fetch)
             if (copied := (folder / name).stat().st_size) != size:
                 raise ModelRefused(
                     name, "model.changed",
-                    f"The file had {size:,} bytes at first, and then {copied:,}.",
-                    "Create the model again when no process writes to the folder any more.",
+                    f"The file size changed from {size:,} to {copied:,} bytes.",
+                    "Create the model again after all writes to the folder have ended.",
                 )  # fmt: skip
 
     def _explain(self, error: Exception, source: str) -> str:
         """Return the failure for the owner, without paths of the server."""
         if isinstance(error, DoesNotFit):
-            text = "The server has no room for the model now. Create it again later."
+            text = "The server has no memory or disk space for the model now. Try again later."
         elif isinstance(error, LuthierError):
             text = str(error)
         else:
-            text = f"{type(error).__name__}: the model could not be taken."
+            text = f"{type(error).__name__}: the model cannot be imported."
         temporary = re.escape(f"{self.folders.model.parent}/{TEMPORARY}{self.folders.model.name}~")
         text = re.sub(rf"{temporary}\w*", source.rstrip("/"), text)
         return without_home(text)
@@ -250,7 +248,7 @@ class ImportWorker(Worker[ModelImport]):
         self.write(change)
 
 
-def _base(name: str) -> StoredModel | None:
+def _find_base(name: str) -> StoredModel | None:
     """Return the base model of an adapter by name."""
     known = foundation_model(name)
     return find(known.base) if known else None
@@ -261,12 +259,12 @@ def _wait_for_memory(size: int) -> None:
     deadline = time.monotonic() + MEMORY_SECONDS
     while available_memory() < size:
         if time.monotonic() > deadline:
-            raise DoesNotFit("no memory for a model from outside")
+            raise DoesNotFit("no memory for an imported model")
         time.sleep(1)
 
 
-def _too_long(number: int, frame: Any) -> None:
+def _on_alarm(number: int, frame: Any) -> None:
     raise ModelRefused(
-        "*", "model.time", f"The model was not taken after {SECONDS} seconds.",
-        "Take a smaller model, or an address nearer to the server.",
+        "*", "model.time", f"The import exceeded {SECONDS} seconds.",
+        "Import a smaller model, or use a faster address.",
     )  # fmt: skip

@@ -124,22 +124,17 @@ class JobReporter(Reporter):
             parts[name] = JobPart(status=status, created=created, modified=moment)
             self._detail(parts=parts)
 
-    def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
-        """Report unstored metrics of a killed worker."""
-        for line in lines:
-            self.metrics(line, steps)
-
-    def take(self) -> Pending:
-        """Return the pending reports; call :meth:`give_back` if they could not be written."""
+    def drain(self) -> Pending:
+        """Return the pending reports; call :meth:`restore` if they could not be written."""
         with self._lock:
-            taken, self._pending = self._pending, Pending()
-        return taken
+            pending, self._pending = self._pending, Pending()
+        return pending
 
-    def give_back(self, taken: Pending) -> None:
-        """Keep ``taken`` for the next time, before later reports."""
+    def restore(self, pending: Pending) -> None:
+        """Restore ``pending`` before later reports, after a failed transaction."""
         with self._lock:
-            self._pending.events[:0] = taken.events
-            self._pending.details = {**taken.details, **self._pending.details}
+            self._pending.events[:0] = pending.events
+            self._pending.details = {**pending.details, **self._pending.details}
 
     def _progress(self, line: Mapping[str, Any], step: int, steps: int) -> None:
         if self._began is None or step <= self._began[1]:

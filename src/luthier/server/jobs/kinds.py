@@ -46,12 +46,10 @@ class WorkKind:
     """Constructor of the work's folders by id."""
     prepare: Callable[[Database], None] = lambda database: None
     """Called in each scheduling round: removes files of dead workers, estimates memory."""
-    at_once: int | None = None
+    max_running: int | None = None
     """Maximum number of simultaneous works on a machine; ``None`` for no limit."""
-    elsewhere: bool = False
-    """Support for job runners on other machines."""
-    shared: bool = False
-    """Support for several processes per work."""
+    distributed: bool = False
+    """Support for job runners on other machines, and for several processes per work."""
 
     def worker_class(self) -> Any:
         """Return the class of the worker, a :class:`luthier.server.jobs.worker.Worker`."""
@@ -69,13 +67,13 @@ def _prepare_jobs(database: Database) -> None:
         unknown = list(session.scalars(new))
     for job in untidy:
         folders = JobFolders(job.id)
-        with folders.hold() as free:
+        with folders.lock() as free:
             if not free:
                 continue
             try:
                 tidy(database, job, folders)
             except (LuthierError, OSError) as error:
-                _log.warning("the files of job %s stay for now: %s", job.id, error)
+                _log.warning("the files of job %s are not removed yet: %s", job.id, error)
     for job in unknown:
         try:
             memory = memory_of(job.command, job.recipe)
@@ -96,17 +94,17 @@ def _remove_left_behind(
     for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
         work_id = lock.stem.removeprefix(prefix)
         folders = folders_of(work_id)
-        with folders.hold() as free, database.read() as session:
+        with folders.lock() as free, database.read() as session:
             if not free or has_unfinished(session, table, work_id):
                 continue
             made = select(CustomModel.id).filter_by(id=work_id, status=ACTIVE)
             has_model = session.scalar(made) is not None
             try:
-                folders.drop(model=not has_model)
+                folders.remove_files(model=not has_model)
             except (LuthierError, OSError) as error:
-                _log.warning("the files of %s stay for now: %s", folders.job_id, error)
+                _log.warning("the files of %s are not removed yet: %s", folders.job_id, error)
                 continue
-            # The reason of the death is in the failure of the work.
+            # The failure of the work contains the end of the log.
             folders.log.unlink(missing_ok=True)
 
 
@@ -116,7 +114,7 @@ IMPORT = WorkKind(
     "luthier.server.jobs.import_worker:ImportWorker",
     ImportFolders,
     partial(_remove_left_behind, ModelImport, ImportFolders),
-    at_once=1,  # each may need much of the machine's memory
+    max_running=1,  # an import may need most of the machine's memory
 )
 EXPORT = WorkKind(
     "export",
@@ -124,15 +122,14 @@ EXPORT = WorkKind(
     "luthier.server.jobs.export_worker:ExportWorker",
     ExportFolders,
     partial(_remove_left_behind, ModelExport, ExportFolders),
-    at_once=1,  # as an import
+    max_running=1,  # like an import
 )
 TRAINING = WorkKind(
     "training",
     Job,
     "luthier.server.jobs.training:TrainingWorker",
     prepare=_prepare_jobs,
-    elsewhere=True,
-    shared=True,
+    distributed=True,
 )
 WORK_KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, EXPORT, TRAINING)}
 """Kinds by name, in the order of scheduling: imports and exports are few and short."""

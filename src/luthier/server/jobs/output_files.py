@@ -18,7 +18,7 @@ from luthier.server.jobs.data import JobData
 from luthier.server.tables.jobs import Job, JobResult, run_name
 from luthier.workflows.certificate.certificate import parse_certificate, read_certificate
 
-OF_ROWS = {"train": "synthetic_data.jsonl", "insights": "prompt_insights.jsonl"}
+DISTILLATION_FILES = {"train": "synthetic_data.jsonl", "insights": "prompt_insights.jsonl"}
 """Output file names of a distillation, by luthier's file stems."""
 _NO_COLUMNS = frozenset(("event", "step", "loss", "best", "best_step", "measure"))
 
@@ -50,7 +50,7 @@ def files(
         result: result of the job.
         data: fetched data, for addresses in place of paths.
     """
-    # Raw text is packed: a pass goes over fewer examples than there are rows.
+    # Raw text is packed: an epoch has fewer examples than rows.
     learned = model.manifest.data
     epoch = _Epochs(model, learned.examples if learned else rows)
     yield artifact(job.id, "step_wise_training_metrics.csv"), training_csv(lines, epoch)
@@ -72,7 +72,7 @@ def files(
     issues = run_of(model.id).folder / LABEL_ISSUES
     if issues.is_file():
         yield artifact(job.id, LABEL_ISSUES), issues.read_bytes()
-    for name, called in OF_ROWS.items():
+    for name, called in DISTILLATION_FILES.items():
         of_job = f"*/{run_name(job.id)}/{name}.jsonl"
         for path in sorted((luthier_home() / "distillations").glob(of_job)):
             yield artifact(job.id, called), path.read_bytes()
@@ -93,16 +93,16 @@ class _Epochs:
 def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
     """Return training metrics as CSV: step from 0, epoch, loss, perplexity, and other metrics."""
     train = [line for line in lines if line["event"] == "train"]
-    # A mean reward is called so by those who read these files; the rest keeps its name.
-    further = list(dict.fromkeys(k for line in train for k in line if k not in _NO_COLUMNS))
-    names = ["reward_mean" if name == "reward" else name for name in further]
+    # Readers of these files expect the name reward_mean.
+    extra = list(dict.fromkeys(k for line in train for k in line if k not in _NO_COLUMNS))
+    names = ["reward_mean" if name == "reward" else name for name in extra]
     rows = [
         [
             line["step"] - 1,
             epochs.of(line["step"] - 1),
             line["loss"],
             perplexity_of(line["loss"]),
-            *(line.get(key, "") for key in further),
+            *(line.get(key, "") for key in extra),
         ]
         for line in train
     ]
@@ -111,11 +111,11 @@ def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
 
 def validation_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
     """``step_number``, ``epoch_number``, ``validation_loss``, ``perplexity``; a line a measurement."""
-    held = [line for line in lines if line["event"] == "validation"]
-    rewards = any("reward" in line for line in held)
+    measured = [line for line in lines if line["event"] == "validation"]
+    rewards = any("reward" in line for line in measured)
     rows = []
-    for line in held:
-        # Measured after so many steps.
+    for line in measured:
+        # The number of steps before the measurement.
         step = line["step"]
         row = [step, epochs.of(max(0, step - 1)), line["loss"], perplexity_of(line["loss"])]
         rows.append([*row, line.get("reward", "")] if rewards else row)

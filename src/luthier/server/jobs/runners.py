@@ -7,7 +7,6 @@ child process lives as long as the worker and ends with the worker's exit status
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,14 +38,12 @@ class FreeCapacity:
         return not self.at_work
 
 
-class Runner(ABC):
-    """Machines for workers."""
+class Runner:
+    """Workers as child processes of the server. Subclasses run workers on other machines."""
 
-    @abstractmethod
     def check(self, database: Database) -> None:
         """Raise :class:`RefusedInput` if no job could run, before the server starts."""
 
-    @abstractmethod
     def refresh(self) -> None:
         """Query the free capacity of other machines, before a transaction begins.
 
@@ -54,33 +51,15 @@ class Runner(ABC):
             LuthierError: if the machines do not answer.
         """
 
-    @abstractmethod
     def free(self, session: Session, capacity: Capacity) -> Sequence[FreeCapacity]:
         """Return the free capacity of each machine; an empty sequence if no worker may start now.
 
         No other server claims work before the transaction ends. ``capacity`` belongs to this machine.
         """
-
-    @abstractmethod
-    def command(self, worker: Sequence[str], kind: WorkKind, row: QueuedWork) -> list[str]:
-        """Return the command of the server's child process for the command ``worker``."""
-
-
-class LocalRunner(Runner):
-    """Workers as child processes of the server."""
-
-    def check(self, database: Database) -> None:
-        """Accept any database."""
-
-    def refresh(self) -> None:
-        """Query no machine."""
-
-    def free(self, session: Session, capacity: Capacity) -> Sequence[FreeCapacity]:
-        """See :class:`Runner`."""
         return [free(session, capacity)]
 
     def command(self, worker: Sequence[str], kind: WorkKind, row: QueuedWork) -> list[str]:
-        """See :class:`Runner`."""
+        """Return the command of the server's child process for the command ``worker``."""
         return list(worker)
 
 
@@ -94,7 +73,7 @@ class RunnerEntry:
 
 
 RUNNERS: PluginTable[RunnerEntry] = PluginTable(
-    "runners", RunnerEntry, {"local": RunnerEntry("local", lambda address, gpus: LocalRunner())}
+    "runners", RunnerEntry, {"local": RunnerEntry("local", lambda address, gpus: Runner())}
 )
 
 
@@ -105,22 +84,24 @@ def open_runner(name: str, address: str | None, gpus: float) -> Runner:
         RefusedInput: for an unknown name, or an address that is missing or without effect.
     """
     if name not in RUNNERS:
-        raise RefusedInput(f"--runner {name}: choose one of {', '.join(RUNNERS)}")
+        raise RefusedInput(f"--runner {name} is unknown. Choose one of {', '.join(RUNNERS)}")
     if (name == "local") != (address is None):
-        raise RefusedInput("--runner ray and --ray-address HOST:PORT belong together")
+        raise RefusedInput(
+            "--runner ray needs --ray-address HOST:PORT, and --ray-address needs --runner ray"
+        )
     return RUNNERS[name].open(address or "", gpus)
 
 
-def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCapacity:
+def free(session: Session, capacity: Capacity, ignored: str | None = None) -> FreeCapacity:
     """Return the unused part of ``capacity`` on this machine.
 
-    No other server claims work before the transaction ends. ``but`` is the id of a work to ignore.
+    No other server claims work before the transaction ends. ``ignored`` is the id of a work to ignore.
     """
     rows = [
         row
         for row in claimed_rows(session)
         # Work without a recorded worker may run on this machine.
-        if row.id != but and (row.worker is None or processes.is_here(row.worker))
+        if row.id != ignored and (row.worker is None or processes.is_here(row.worker))
     ]
     memory = capacity.memory - sum(row.needed_memory for row in rows)
     cores = capacity.cores - sum(row.needed_cores for row in rows)

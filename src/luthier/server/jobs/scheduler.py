@@ -25,7 +25,7 @@ from luthier.server.jobs import processes
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import DEATH_TAIL, JobFolders
 from luthier.server.jobs.kinds import WORK_KINDS, WorkKind
-from luthier.server.jobs.runners import LocalRunner, Runner
+from luthier.server.jobs.runners import Runner
 from luthier.server.tables import queue
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.queue import LEASE, LeaseWatch, QueuedWork
@@ -70,7 +70,7 @@ class Scheduler:
             shared_by: number of processes per work, for kinds that support several processes.
         """
         self.database, self.kinds = database, kinds
-        self._local = LocalRunner()
+        self._local = Runner()
         self._runner = runner or self._local
         self.capacity, self.shared_by = capacity or Capacity(), shared_by
         self.command = [*command, *options]
@@ -82,7 +82,7 @@ class Scheduler:
         self._not_before: dict[Runner, float] = {}
         """Earliest time of the next worker start, by runner."""
         self._thread: threading.Thread | None = None
-        self._wanted = threading.Event()
+        self._wake = threading.Event()
         self._ending = False
 
     def start(self) -> None:
@@ -92,19 +92,19 @@ class Scheduler:
 
     def wake(self) -> None:
         """Start a scheduling round now."""
-        self._wanted.set()
+        self._wake.set()
 
-    def stop(self, give_back: bool = False) -> None:
-        """End the thread. Workers continue unless ``give_back`` is set.
+    def stop(self, release_work: bool = False) -> None:
+        """End the thread. Workers continue unless ``release_work`` is set.
 
-        With ``give_back``, workers write a checkpoint and give their work back, for servers whose
+        With ``release_work``, workers write a checkpoint and give their work back, for servers whose
         processes all end together, as in a container.
         """
         self._ending = True
         self.wake()
         if self._thread is not None:
             self._thread.join()
-        if not give_back:
+        if not release_work:
             return
         with self.database.read() as session:
             held = [(str(row.lease), row.worker) for row in self._leased_rows(session)]
@@ -132,8 +132,8 @@ class Scheduler:
             except Exception:
                 # The database or the disk is unavailable: the next round sees the same rows.
                 _log.exception("the scheduling round failed")
-            self._wanted.wait(TICK)
-            self._wanted.clear()
+            self._wake.wait(TICK)
+            self._wake.clear()
 
     def tick(self) -> None:
         """Run a scheduling round: expire dead workers, prepare the queue, start workers."""
@@ -163,27 +163,26 @@ class Scheduler:
             elif worker.get("starting") and self._renew_start(row, lease):
                 continue
             elif (
-                lease
-                not in self.children  # the exit status of a child tells more in the next round
+                lease not in self.children  # for a child, the next round knows the exit status
                 and worker
                 and processes.is_here(worker)
                 and not processes.is_alive(worker)
             ):
-                why = "its worker is gone"
-            elif self.watch.silent(lease, row.lease_ends):
+                why = "its worker does not run any more"
+            elif self.watch.is_silent(lease, row.lease_ends):
                 if worker and not worker.get("starting"):
                     processes.send(worker, signal.SIGKILL)
                     if not processes.is_here(worker) and lease in self.children:
-                        self.children[lease].kill()  # and so the worker on another machine
-                why = "its worker was not heard from any more"
+                        self.children[lease].kill()  # also ends the worker on another machine
+                why = "its worker did not renew the lease"
             else:
                 continue
             cause = _cause_of_death(ended.get(lease), row, folders[type(row)](row.id))
-            with suppress(LeaseLost):  # the worker gave the lease back meanwhile
+            with suppress(LeaseLost):  # the worker released the lease meanwhile
                 with self.database.write() as session:
                     text = queue.expire(session, type(row), row.id, lease, why, cause)
                 _log.warning("%s %s: %s; %s", row.noun, row.id, why, text)
-        self.watch.forget_others({str(row.lease) for row in held})
+        self.watch.forget_except({str(row.lease) for row in held})
         for lease, status in ended.items():
             if status is not None:
                 del self.children[lease]
@@ -206,7 +205,7 @@ class Scheduler:
 
     def _start_next(self, kind: WorkKind) -> bool:
         """Start a worker for the next suitable work of ``kind``. Returns False if no work starts."""
-        runner = self._runner if kind.elsewhere else self._local
+        runner = self._runner if kind.distributed else self._local
         if time.monotonic() < self._not_before.get(runner, 0.0):
             return False
         row = None
@@ -230,12 +229,12 @@ class Scheduler:
 
     def _claim_next(self, kind: WorkKind, runner: Runner) -> QueuedWork | None:
         """Lease the next suitable work of ``kind``. Returns ``None`` if no work fits."""
-        # The server holds the lease until the worker has started.
-        among = self.shared_by if kind.shared else 1
+        # The server owns the lease until the worker has started.
+        among = self.shared_by if kind.distributed else 1
         process = {**processes.this_process(among), "starting": True}
         with self.database.write() as session:
             for left in runner.free(session, self.capacity):
-                if kind.at_once is not None and left.at_work[kind.table] >= kind.at_once:
+                if kind.max_running is not None and left.at_work[kind.table] >= kind.max_running:
                     continue
                 row = queue.claim(
                     session, kind.table, process, left.memory, left.cores, idle=left.idle
@@ -268,7 +267,9 @@ def _cause_of_death(status: int | None, row: QueuedWork, folders: JobFolders) ->
     """Return the cause of a worker's death from the exit status and the log."""
     found = []
     if status == -signal.SIGKILL:
-        found.append(f"If memory was short and the system ended the worker, {row.memory_advice}")
+        found.append(
+            f"If the system killed the worker because memory was short, {row.memory_advice}"
+        )
     if lines := folders.log_tail(DEATH_TAIL):
         found.append("\n".join(["The log ends with:", *lines]))
     return " ".join(found)

@@ -44,7 +44,7 @@ from luthier.server.tables.foundation import (
     root_of,
     writes,
 )
-from luthier.server.tables.jobs import GOING_ON, QUEUED, Job, record, run_name
+from luthier.server.tables.jobs import QUEUED, QUEUED_OR_RUNNING, Job, record, run_name
 from luthier.server.tables.queue import in_flight, next_turn
 from luthier.server.tables.removal import is_removed
 
@@ -134,7 +134,7 @@ def submit(
     _check_free(session, CustomModel, submission.account, submission.model_name)
     storage.check_count(
         in_flight(session, Job, submission.account), limits, "jobs_in_flight",
-        "customization jobs that have not ended", "Wait for some of them, or stop them.",
+        "unfinished customization jobs", "Wait, or stop some jobs.",
     )  # fmt: skip
     _check_model_quota(session, submission.account, limits)
     job_id, moment = new_id(), now()
@@ -156,7 +156,7 @@ def submit(
         state=QUEUED,
         details={"sources": list(submission.training)},
         priority=submission.priority,
-        turn=next_turn(session, Job, submission.account, Job.state.in_(GOING_ON)),
+        turn=next_turn(session, Job, submission.account, Job.state.in_(QUEUED_OR_RUNNING)),
         cores=recipe.training.threads,
         time_limit=submission.time_limit,
         created=moment,
@@ -183,15 +183,15 @@ def check_client_grader(fields: Any) -> dict[str, Any]:
     method = fields.get("method") if isinstance(fields, Mapping) else None
     if method not in CLIENT_GRADERS:
         raise RecipeError(
-            f"grader {method!r} cannot be used here; there are {', '.join(CLIENT_GRADERS)}"
+            f"grader {method!r} is not available to clients. Choose one of {', '.join(CLIENT_GRADERS)}"
         )
     checked = dict(fields)
     if method == "json_schema" and not isinstance(checked.get("against"), Mapping):
-        raise RecipeError("grader json_schema: `against` is the schema itself, an object")
+        raise RecipeError("grader json_schema: `against` must be a JSON schema (an object)")
     if part := _GRADER_PARTS.get(method):
         inner = checked.get(part)
         if not isinstance(inner, Mapping):
-            raise RecipeError(f"grader {method}: `{part}` holds graders by name")
+            raise RecipeError(f"grader {method}: `{part}` must be an object of graders by name")
         checked[part] = {name: check_client_grader(each) for name, each in inner.items()}
     return checked
 
@@ -257,34 +257,30 @@ def register_model(
     lock_by_name(session, f"register {stored.id}")
     lock_by_name(session, f"submit {account}")
     if foundation_model(name) is not None:
-        text = (
-            f"{name} is a base model, which would answer in its place: give this one another name"
-        )
-        raise RecipeError(text)
+        raise RecipeError(f"{name} is the name of a base model. Choose a different name")
     if len(name) > LONGEST_NAME or not re.fullmatch(NAME, name):
         raise RecipeError(
-            f"a model of the service cannot be called {name!r}: give it another name, of letters and "
-            f"digits with single hyphens or underscores between them, {LONGEST_NAME} characters at most"
+            f"{name!r} is not a valid name. Use at most {LONGEST_NAME} letters and digits, with single "
+            "hyphens or underscores in between"
         )
     if ":" not in stored.id or not is_recorded(stored):
         raise RecipeError(
-            f"{stored.id} is a base model, which belongs to no account: those of the catalogue and of "
-            "`luthier pretrain` are there for all"
+            f"{stored.id} is a base model. Every account can use base models without registration"
         )
     check_active(stored)
     if is_removed(stored.id) or not (stored.folder / MANIFEST).is_file():
-        raise WrongState(f"{stored.id} was deleted, and only models that were made from it need it")
+        raise WrongState(f"{stored.id} is deleted; only derived models still use its files")
     registered = session.scalar(select(CustomModel).filter_by(stored_id=stored.id))
     if registered is not None:
         raise WrongState(
-            f"{stored.id} is registered already: it belongs to account {registered.account}, as "
-            f"{registered.name}"
+            f"{stored.id} already belongs to account {registered.account}, as {registered.name}"
         )
     try:
         _check_free(session, CustomModel, account, name)
     except NameInUse as error:
-        text = f"account {account} has a model {name}: give this one another name"
-        raise RecipeError(text) from error
+        raise RecipeError(
+            f"account {account} has a model {name}. Choose a different name"
+        ) from error
     _check_model_quota(session, account, limits)
     model_id, base = new_id(), _base_of(session, account, stored)
     model = CustomModel(
@@ -362,7 +358,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     cores = os.cpu_count() or 1
     training.setdefault("threads", min(cores, MOST_CORES))
     if isinstance(training["threads"], int) and training["threads"] > cores:
-        raise RecipeError(f"training.threads: there are {cores} cores")
+        raise RecipeError(f"`training.threads` exceeds the {cores} cores of the server")
     fields["training"] = training
     objective = dict(fields.get("objective", {}))
     kind = submission.customization_type
@@ -378,7 +374,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
         method = "causal_lm" if writes(submission.base) else "masked_lm"
         objective = {"method": method, **objective}
     elif kind != FINE_TUNING:
-        raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
+        raise RecipeError(f"unknown customization type {kind!r}. Choose one of {', '.join(TYPES)}")
     elif (own := sole_objective(kind_of(submission.base))) is not None:
         objective = {"method": own, **objective}
     # Without a method, the rows decide: preferences are trained with DPO.
@@ -394,7 +390,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     return recipe
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a request.
 
     The APIs resolve models, graders and teachers, because these belong to accounts.
@@ -402,22 +398,22 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: for fields that a request may not set.
     """
-    data, teacher = given.get("data", {}), given.get("teacher", {})
-    refused = [key for key in given if key not in (*_GROUPS, "data")]
+    data, teacher = settings.get("data", {}), settings.get("teacher", {})
+    refused = [key for key in settings if key not in (*_GROUPS, "data")]
     for group in ("objective", "insights", "sampling"):
-        named = given.get(group, {})
+        named = settings.get(group, {})
         refused += [
-            f"{group}.{key}" for key in named if key in _NAMING or _holds_mapping(named[key])
+            f"{group}.{key}" for key in named if key in _NAMING or _contains_mapping(named[key])
         ]
     refused += [f"data.{key}" for key in data if key not in SETTABLE_DATA]
     refused += [f"teacher.{key}" for key in teacher if key not in _TEACHER]
-    refused += [f"forgetting.{key}" for key in given.get("forgetting", {}) if key == "probes"]
+    refused += [f"forgetting.{key}" for key in settings.get("forgetting", {}) if key == "probes"]
     if refused:
         raise RecipeError(f"a customization job cannot set {', '.join(refused)}")
-    return dict(given)
+    return dict(settings)
 
 
-def _holds_mapping(value: Any) -> bool:
+def _contains_mapping(value: Any) -> bool:
     """Return whether a value may contain a field of :data:`_NAMING`."""
     return isinstance(value, Mapping) or (
         isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value)
@@ -435,7 +431,7 @@ def _check_model_quota(session: Session, account: str, limits: AccountQuotas) ->
     """Raise :class:`QuotaExceeded` if the account has reached the quota of models."""
     storage.check_count(
         count_rows(session, CustomModel.account == account), limits, "custom_models",
-        "custom models, those in the making among them", "Delete some of them.",
+        "custom models, unfinished models included", "Delete some models.",
     )  # fmt: skip
     # The model will count as stored: report a full quota now, not hours later.
     storage.check(session, account, limits, stored_bytes=1)
@@ -470,5 +466,7 @@ def _stored_id(model: AnyModel) -> str:
     if isinstance(model, FoundationModel):
         return model.base
     if model.status != ACTIVE or model.stored_id is None:
-        raise RecipeError(f"custom model {model.name} is {model.status}; wait until it is Active")
+        raise RecipeError(
+            f"custom model {model.name} is {model.status}. Wait until the state is Active"
+        )
     return model.stored_id

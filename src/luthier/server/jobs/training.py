@@ -75,9 +75,9 @@ class JobHeartbeat(Heartbeat):
         job: Job,
         lease: str,
         reporter: JobReporter,
-        ask_again_seconds: float = AGAIN,
+        repeat_seconds: float = AGAIN,
     ) -> None:
-        super().__init__(self.beat, BEAT, ask_again_seconds)
+        super().__init__(self.beat, BEAT, repeat_seconds)
         self.database, self.reporter = database, reporter
         self.job_id, self.lease = job.id, lease
         self.limit, self.before = job.time_limit, job.worked
@@ -92,7 +92,7 @@ class JobHeartbeat(Heartbeat):
 
     def beat(self) -> None:
         """Store pending reports, renew the lease, and interrupt the work if necessary."""
-        pending = self.reporter.take()
+        pending = self.reporter.drain()
         try:
             if pending or time.monotonic() - self._renewed > RENEWAL:
                 with self.database.write() as session:
@@ -109,27 +109,27 @@ class JobHeartbeat(Heartbeat):
                 with self.database.read() as session:
                     job = queue.read_leased(session, Job, self.job_id, self.lease)
         except Exception:
-            self.reporter.give_back(pending)
+            self.reporter.restore(pending)
             raise
         self._obey(job)
 
     def _obey(self, job: Job) -> None:
-        wanted = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)
-        if wanted is None and job.state != RUNNING:
-            wanted = "pause"  # resumed before this worker had ended
-        if wanted is None and self.limit is not None and self.seconds_worked > self.limit:
-            wanted = "time"
-        if wanted is None:
+        reason = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)
+        if reason is None and job.state != RUNNING:
+            reason = "pause"  # resumed before this worker had ended
+        if reason is None and self.limit is not None and self.seconds_worked > self.limit:
+            reason = "time"
+        if reason is None:
             return
-        self.reason = wanted
-        self.ask_to_stop()
+        self.reason = reason
+        self.interrupt()
 
 
 class TrainingWorker(Worker[Job]):
     """Worker of a customization job."""
 
     table = Job
-    given_back = "The worker made a checkpoint and gave the job back."
+    release_message = "The worker wrote a checkpoint and released the job."
 
     _model_bytes = 0
     _withheld: str | None = None
@@ -141,7 +141,7 @@ class TrainingWorker(Worker[Job]):
         with self.database.read() as session:
             job = session.scalars(select(Job).where(Job.id == self.row_id)).first()
         if job is None or (job.state in ENDED and not job.has_working_files):
-            self.folders.drop_working_files()
+            self.folders.remove_working_files()
 
     def work(self, row: Job) -> int:
         """Train, verify and write the outputs. Returns the exit status."""
@@ -165,7 +165,7 @@ class TrainingWorker(Worker[Job]):
             self.ending = True
             return self._end_interrupted(row, heartbeat, error)
         except OperationalError:
-            _log.exception("the database is away; another worker will go on")
+            _log.exception("the database does not answer; another worker will resume the job")
             return 1
         except Exception as error:
             self.ending = True
@@ -181,10 +181,13 @@ class TrainingWorker(Worker[Job]):
         work = Run(base.root, run_name(job.id))
         metrics = MetricsFile(work.folder / METRICS)
         if "progress" in reporter.details:
-            reporter.catch_up(metrics.read(), reporter.details["progress"]["steps"])
+            # The reporter skips stored steps: these metrics are of a killed worker.
+            for line in metrics.read():
+                reporter.metrics(line, reporter.details["progress"]["steps"])
         with logged_for(job.account, run_name(job.id)):
             run = kind.run(recipe, reporter, self._count_processes(reporter))
-        reporter.catch_up(metrics.read(), int(run["steps"]))
+        for line in metrics.read():
+            reporter.metrics(line, int(run["steps"]))
         verdicts = []
         if verdict := run["verdict"]:
             verdicts.append(f"{verdict['text']}. {verdict['advice']}".strip())
@@ -244,20 +247,20 @@ class TrainingWorker(Worker[Job]):
     def _end_interrupted(self, job: Job, heartbeat: JobHeartbeat, error: BaseException) -> int:
         if heartbeat.reason == "time":
             failure = (
-                f"the time limit of {heartbeat.limit} seconds was reached ({error}). Ask for fewer "
-                "epochs or for more time."
+                f"the time limit of {heartbeat.limit} seconds was reached ({error}). Set fewer epochs "
+                "or a higher limit."
             )
             return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
-        return self._end(heartbeat, lambda s: self.give_back(s, self.given_back))
+        return self._end(heartbeat, lambda s: self.release(s, self.release_message))
 
     def _end_failed(self, job: Job, heartbeat: JobHeartbeat, error: Exception) -> int:
         if isinstance(error, WrongState):
             # The job was stopped or paused at the last moment.
             return self._end_interrupted(job, heartbeat, error)
         if is_disk_error(error):
-            _log.exception("what job %s writes has no place now", self.row_id)
+            _log.exception("no disk space for job %s", self.row_id)
             message = self._rename(explain_wait(error))
-            self._end(heartbeat, lambda s: self.give_back(s, message))
+            self._end(heartbeat, lambda s: self.release(s, message))
             return NO_DISK
         _log.exception("job %s failed", self.row_id)
         failure = self._rename(explain(error))
@@ -266,7 +269,7 @@ class TrainingWorker(Worker[Job]):
     def _end(self, heartbeat: JobHeartbeat, change: Callable[[Session], object]) -> int:
         """Write the last transaction with pending reports, then remove working files."""
         heartbeat.finish()
-        pending = heartbeat.reporter.take()
+        pending = heartbeat.reporter.drain()
 
         def write(session: Session) -> Job:
             ended = jobs.renew(
@@ -279,7 +282,7 @@ class TrainingWorker(Worker[Job]):
         try:
             job = self.write(write)
         except (QuotaExceeded, WrongState):
-            heartbeat.reporter.give_back(pending)
+            heartbeat.reporter.restore(pending)
             raise
         if job.state in ENDED:
             tidy(self.database, job, self.folders)
@@ -294,7 +297,7 @@ def explain(error: Exception) -> str:
     """Return the failure message of a job for the job's owner."""
     if isinstance(error, UnknownModel):
         # The error of the library names models of other accounts.
-        return "a model that the job starts from, or learns from, is no longer there."
+        return "the base model or the teacher of the job does not exist any more."
     return str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
 
 

@@ -66,12 +66,12 @@ class Heartbeat(threading.Thread):
         self,
         beat: Callable[[], None],
         seconds: float = RENEWAL,
-        ask_again_seconds: float = AGAIN,
+        repeat_seconds: float = AGAIN,
     ) -> None:
         """Call ``beat``, which renews or checks the lease, at an interval of ``seconds``."""
         super().__init__(name="heartbeat", daemon=True)
         self._beat, self._seconds = beat, seconds
-        self._ask_again_seconds, self._asked = ask_again_seconds, -math.inf
+        self._repeat_seconds, self._asked = repeat_seconds, -math.inf
         self._finished = threading.Event()
 
     def run(self) -> None:
@@ -81,7 +81,7 @@ class Heartbeat(threading.Thread):
             try:
                 self._beat()
             except LeaseLost:
-                _log.error("the lease is lost; nothing more is written")
+                _log.error("the lease is lost: the worker ends")
                 os._exit(LOST)
             except Exception as error:
                 # This thread must survive every error, such as a full disk.
@@ -91,9 +91,9 @@ class Heartbeat(threading.Thread):
             else:
                 heard = time.monotonic()
 
-    def ask_to_stop(self) -> None:
+    def interrupt(self) -> None:
         """Interrupt the main thread, unless the last interruption was less than :data:`AGAIN` ago."""
-        if time.monotonic() - self._asked > self._ask_again_seconds:
+        if time.monotonic() - self._asked > self._repeat_seconds:
             self._asked = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -110,7 +110,7 @@ class Worker(ABC, Generic[Work]):
     folders_type: type[JobFolders] = JobFolders
     folders: JobFolders
     """Folders of the work."""
-    given_back = "The worker gave it back."
+    release_message = "The worker released the work."
     """Message of work that was released after a signal."""
 
     def __init__(
@@ -159,7 +159,7 @@ class Worker(ABC, Generic[Work]):
         try:
             with ExitStack() as files:
                 if not self._wait_for_files(files):
-                    _log.error("another process still works on the files of %s", self.row_id)
+                    _log.error("another process still uses the files of %s", self.row_id)
                     return LOST
                 try:
                     return self.work(self._begin())
@@ -170,20 +170,20 @@ class Worker(ABC, Generic[Work]):
             _log.error("%s", error)
             return LOST
         except (Interrupted, KeyboardInterrupt):
-            # The work had not begun: there is only the lease to give back.
+            # The work has not begun: only the lease must be released.
             with suppress(LeaseLost):
-                self.write(lambda session: self.give_back(session, self.given_back))
+                self.write(lambda session: self.release(session, self.release_message))
             return 0
         except Exception as error:
             if not is_disk_error(error):
                 raise
-            _log.exception("what %s writes has no place now", self.row_id)
+            _log.exception("no disk space for %s", self.row_id)
             message = explain_wait(error)
             with suppress(LeaseLost):
-                self.write(lambda session: self.give_back(session, message))
+                self.write(lambda session: self.release(session, message))
             return NO_DISK
 
-    def give_back(self, session: Session, message: str) -> None:
+    def release(self, session: Session, message: str) -> None:
         """Give the work back with a reason."""
         queue.release(session, self.table, self.row_id, self.lease, message)
 
@@ -202,7 +202,7 @@ class Worker(ABC, Generic[Work]):
         deadline = time.monotonic() + FILES_FREE
         while time.monotonic() < deadline:
             with ExitStack() as attempt:
-                if attempt.enter_context(self.folders.hold()):
+                if attempt.enter_context(self.folders.lock()):
                     files.push(attempt.pop_all())
                     return True
             time.sleep(0.2)
@@ -228,10 +228,10 @@ class Worker(ABC, Generic[Work]):
             Interrupted: if other work has the memory: the work starts again when it fits.
         """
         with self.database.write() as session:
-            left = free(session, self.capacity, but=self.row_id)
-            queue.hold(session, self.table, self.row_id, self.lease).memory = size
+            left = free(session, self.capacity, ignored=self.row_id)
+            queue.lock_leased(session, self.table, self.row_id, self.lease).memory = size
         if not (left.idle or size <= left.memory):
-            raise Interrupted(f"{size >> 20:,} MiB are not free; the work waits for them")
+            raise Interrupted(f"{size >> 20:,} MiB are not free; the work waits")
 
     def retry(self, action: Callable[[], Done]) -> Done:
         """Run ``action``, and repeat after failures that may be temporary."""
@@ -256,6 +256,6 @@ class Worker(ABC, Generic[Work]):
 def explain_wait(error: Exception) -> str:
     """Return the message of work that waits for disk space."""
     return (
-        f"The server's disk cannot take what the job writes ({str(error).rstrip('.')}). "
-        "The job goes on from its last checkpoint when it can."
+        f"The server's disk is full or read-only ({str(error).rstrip('.')}). The job resumes from its "
+        "last checkpoint when the disk is writable."
     )

@@ -148,7 +148,7 @@ def _failing_table(session: Session, run: EvaluationRun) -> Table | None:
     failing = [
         row
         for status in (store.ERROR, store.FAIL)
-        for row in store.rows_of(session, run.id, MOST_ROWS, status=status)
+        for row in store.list_rows(session, run.id, MOST_ROWS, status=status)
     ]
     rows = []
     for row in failing[:MOST_ROWS]:

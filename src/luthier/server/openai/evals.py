@@ -292,7 +292,7 @@ def list_items(
     with call.context.database.read() as session:
         run = _find_run(call, session, eval_id, run_id)
         position = row_before(after, "output item", partial(_number_in, run))
-        rows = store.rows_of(
+        rows = store.list_rows(
             session,
             run.id,
             limit + 1,
@@ -312,7 +312,7 @@ def retrieve_item(call: OpenAICall, eval_id: Name, run_id: Name, item: Name) -> 
     with call.context.database.read() as session:
         run = _find_run(call, session, eval_id, run_id)
         number = _number_in(run, item)
-        rows = [] if number is None else store.rows_of(session, run.id, 1, number - 1)
+        rows = [] if number is None else store.list_rows(session, run.id, 1, number - 1)
         if not rows or rows[0].number != number:
             raise absent("output item", item, "output_item_id")
         return item_object(run, rows[0])

@@ -588,7 +588,7 @@ def _result_files(call: Call, job: Job) -> list[str]:
     if job.state != jobs.COMPLETED or job.api != API:
         return []
     files, file_id = call.context.files, f"file-results{job.id}"
-    if not files.ever(job.account, file_id):
+    if not files.existed(job.account, file_id):
         content = result_file(_metrics(call.context.database, job))
         name = f"{job.name}_results.csv"
         try:

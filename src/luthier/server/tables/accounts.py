@@ -19,7 +19,7 @@ from luthier.server.tables.storage import Storage
 
 FRESH_SECONDS = 1.0
 """Maximum delay until other processes notice a change, in seconds."""
-_OWN = (
+_IDENTITY_TABLES = (
     "accounts", "quotas", "access_keys", "api_keys", "audit_log", "storage", "usage",
 )  # fmt: skip
 """Tables with an account's identity and history, not property."""
@@ -34,7 +34,7 @@ class Account(Base):
     """Twelve digits."""
     name: Mapped[str]
     disabled: Mapped[bool] = mapped_column(default=False)
-    created: Mapped[datetime]
+    created: Mapped[datetime] = mapped_column(default=now)
 
 
 class Quota(Base):
@@ -53,7 +53,7 @@ class Quota(Base):
 
 QUOTAS = (*AccountQuotas.model_fields, "requests_per_second")
 """Columns of :class:`Quota`; see :class:`luthier.limits.AccountQuotas`."""
-_MOST = {"stored_bytes": 2**63 - 1}
+_MAX_VALUES = {"stored_bytes": 2**63 - 1}
 """Maximum values of columns wider than 32 bits."""
 
 
@@ -117,10 +117,10 @@ def create_account(session: Session, account: str, name: str = "") -> Account:
         RefusedInput: if the account exists, or if its id is not 12 digits.
     """
     if not re.fullmatch("[0-9]{12}", account):
-        raise RefusedInput(f"{account!r} is no account: it has twelve digits")
+        raise RefusedInput(f"{account!r} is not an account id of twelve digits")
     if session.get(Account, account) is not None:
-        raise RefusedInput(f"there is an account {account} already")
-    made = Account(id=account, name=name, disabled=False, created=now())
+        raise RefusedInput(f"account {account} exists already")
+    made = Account(id=account, name=name)
     session.add(made)
     session.flush()
     invalidate_caches(session)
@@ -132,14 +132,14 @@ def account_of(session: Session, account: str) -> Account:
     found = session.get(Account, account)
     if found is None:
         raise RefusedInput(
-            f"there is no account {account}: `luthier admin accounts list` shows those there are, and "
-            "the first start of `luthier serve` makes 000000000000"
+            f"account {account} does not exist. See `luthier admin accounts list`. The first start of "
+            "`luthier serve` creates 000000000000"
         )
     return found
 
 
 def accounts(session: Session) -> list[Account]:
-    """All accounts, by id."""
+    """Return all accounts, by id."""
     return list(session.scalars(select(Account).order_by(Account.id)))
 
 
@@ -163,7 +163,9 @@ def remove_account(session: Session, account: str) -> None:
     owned = {name: number for name, number in _count_owned(session, account) if number}
     if owned:
         text = ", ".join(f"{number} in {name}" for name, number in owned.items())
-        raise RefusedInput(f"account {account} still has {text}; disable it, or remove those first")
+        raise RefusedInput(
+            f"account {account} still has {text}. Remove these first, or disable the account"
+        )
     if (quota := session.get(Quota, account)) is not None:
         session.delete(quota)
         session.flush()
@@ -173,15 +175,15 @@ def remove_account(session: Session, account: str) -> None:
 
 
 def set_quota(session: Session, account: str, **values: float | None) -> Quota:
-    """Change quotas of ``QUOTAS`` by name; ``None`` goes back to the server's default."""
+    """Change quotas by name; ``None`` restores the server's default."""
     account_of(session, account)
     quota = session.get(Quota, account) or Quota(account=account)
     for name, value in values.items():
         if name not in QUOTAS:
-            raise RefusedInput(f"there is no quota {name}; there are {', '.join(QUOTAS)}")
-        most = _MOST.get(name, 2**31 - 1)
-        if value is not None and not 0 <= value <= most:  # so NaN is refused, which is neither
-            raise RefusedInput(f"{name} is a number from 0 to {most:,}, not {value:,}")
+            raise RefusedInput(f"unknown quota {name}. Choose one of {', '.join(QUOTAS)}")
+        most = _MAX_VALUES.get(name, 2**31 - 1)
+        if value is not None and not 0 <= value <= most:  # False for NaN, too
+            raise RefusedInput(f"{name} must be from 0 to {most:,}, not {value:,}")
         setattr(quota, name, value)
     session.add(quota)
     invalidate_caches(session)
@@ -205,7 +207,9 @@ def quotas_of(session: Session, account: str, defaults: AccountQuotas) -> Accoun
 def _count_owned(session: Session, account: str) -> list[tuple[str, int]]:
     from luthier.server.tables.schema import METADATA  # imports the modules of all tables
 
-    owning = [t for t in METADATA.sorted_tables if "account" in t.c and t.name not in _OWN]
+    owning = [
+        t for t in METADATA.sorted_tables if "account" in t.c and t.name not in _IDENTITY_TABLES
+    ]
     counted = {
         table.name: select(func.count()).select_from(table).where(table.c.account == account)
         for table in owning

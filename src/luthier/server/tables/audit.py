@@ -75,10 +75,8 @@ def entries(
 ) -> Sequence[AuditEntry]:
     """Return entries, the newest first; ``before`` is the number of the last entry of a page."""
     query = select(AuditEntry).order_by(AuditEntry.seq.desc()).limit(limit)
-    if account is not None:
-        query = query.where(AuditEntry.account == account)
-    if user is not None:
-        query = query.where(AuditEntry.user == user)
+    exact = {"account": account, "user": user}
+    query = query.filter_by(**{name: each for name, each in exact.items() if each is not None})
     if action is not None:
         query = query.where(func.lower(AuditEntry.action).contains(action.lower(), autoescape=True))
     if since is not None:

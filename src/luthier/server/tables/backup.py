@@ -109,7 +109,7 @@ def restore(source: Path, database: str | None = None) -> int:
         raise CorruptFile(f"{source} has no {INDEX}, so it is not a complete backup")
     index: Any = read_json(source / INDEX)
     if not isinstance(index, dict) or index.get("format") != _FORMAT:
-        raise CorruptFile(f"{source / INDEX} is not of a backup that this version can read")
+        raise CorruptFile(f"{source / INDEX} has an unknown backup format")
     hashes: dict[str, str] = index["hashes"]
     if DUMP in hashes and not (database or "").startswith("postgresql"):
         raise RefusedInput(
@@ -128,7 +128,9 @@ def restore(source: Path, database: str | None = None) -> int:
             with closing(Database(database)) as empty:
                 url = empty.engine.url
                 if empty.tables():
-                    raise RunConflict(f"{url.render_as_string()} has tables. Name an empty one")
+                    raise RunConflict(
+                        f"{url.render_as_string()} has tables. Name an empty database"
+                    )
                 options = "--single-transaction", "--exit-on-error"
                 _run(url, "pg_restore", *options, str(source / DUMP))
     return len(hashes)
@@ -146,7 +148,7 @@ def _copy(database: Database, home: Path, folder: Path) -> dict[str, str | None]
                 return named
         # Two states of the database name the file, and the file was missing both times.
         _check(dict.fromkeys(before & missing, ""), {}, home, _LOST)
-    raise LuthierError(f"clients deleted files in {_TRIES} attempts. Try again when fewer write")
+    raise LuthierError(f"clients deleted files during {_TRIES} attempts. Try again later")
 
 
 def _named_files(session: Session, home: Path) -> dict[str, str | None]:
@@ -184,22 +186,23 @@ def _link(named: Mapping[str, str | None], home: Path, folder: Path) -> set[str]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
-            if name.startswith("runs/") or not _hard_link(source, target):
+            if name.startswith("runs/"):
                 shutil.copyfile(source, target)
+            else:
+                _link_or_copy(source, target)
         except FileNotFoundError:
             missing.add(name)
     return missing
 
 
-def _hard_link(source: Path, target: Path) -> bool:
-    """Link ``target`` to the bytes of ``source``; return whether the file system can."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Create a hard link, or a copy if the file system has no such link."""
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
-        return False
-    return True
+        shutil.copyfile(source, target)
 
 
 def _check(

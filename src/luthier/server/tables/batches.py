@@ -85,17 +85,10 @@ def create(
         endpoint=endpoint,
         window=window,
         input_file=input_file,
-        output_file=None,
-        error_file=None,
         status=VALIDATING,
-        errors=[],
         user_metadata=metadata,
-        total=0,
-        moments={},
         created=moment,
         expires=moment + timedelta(hours=24),
-        lease=None,
-        lease_ends=None,
     )
     session.add(batch)
     session.flush()
@@ -103,7 +96,7 @@ def create(
 
 
 def get(session: Session, account: str, batch_id: str, *, lock: bool = False) -> Batch | None:
-    """The account's batch."""
+    """Return the account's batch; ``lock`` locks the row until the transaction ends."""
     found = select(Batch).where(Batch.account == account, Batch.id == batch_id)
     return find_row(session, found, lock=lock)
 
@@ -115,7 +108,7 @@ def list_batches(session: Session, account: str, limit: int, position: int | Non
 
 
 def enter(batch: Batch, status: str) -> None:
-    """Bring a batch to ``status``, and note when."""
+    """Set the status of a batch and its time."""
     batch.status = status
     batch.moments = {**batch.moments, status: int(now().timestamp())}
 

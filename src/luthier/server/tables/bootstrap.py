@@ -79,12 +79,12 @@ def prepare(database: Database, sealing: Sealing, account: str) -> IssuedKeys | 
 
 
 def make_root(session: Session, sealing: Sealing, account: str) -> IssuedKeys:
-    """A root user with an access key and an API key."""
+    """Create a root user with an access key and an API key."""
     if session.get(Account, account) is None:
         create_account(session, account, ROOT)
     user = create_user(session, account, ROOT, role="administrator")
     access_key, secret = create_access_key(session, user, sealing)
-    _, text = create_api_key(session, user, label="made at the first start")
+    _, text = create_api_key(session, user, label="first start")
     return IssuedKeys(account, ROOT, access_key.id, secret, text)
 
 
@@ -110,7 +110,7 @@ def read(path: Path) -> list[Mapping[str, Any]]:
 
 def apply(session: Session, entries: list[Mapping[str, Any]], sealing: Sealing) -> None:
     """Create or update principals. Keys that only an earlier file contains are removed."""
-    _forget(session, entries)
+    _remove_keys(session, entries)
     for entry in entries:
         account, name = entry["account"], entry["user"]
         if session.get(Account, account) is None:
@@ -142,7 +142,7 @@ def _set_access_key(
     identifier, secret = entry["access_key_id"], entry["secret_access_key"]
     key = session.get(AccessKey, identifier)
     if key is not None and key.user != user.seq:
-        raise RefusedInput(f"the access key {identifier} belongs to another user")
+        raise RefusedInput(f"the access key {identifier} belongs to a different user")
     if key is not None and sealing.open(key.sealed, key.id) == secret:
         return
     if key is not None:
@@ -159,7 +159,7 @@ def _set_api_key(session: Session, user: User, entry: Mapping[str, Any]) -> None
         session.flush()
 
 
-def _forget(session: Session, entries: list[Mapping[str, Any]]) -> None:
+def _remove_keys(session: Session, entries: list[Mapping[str, Any]]) -> None:
     """Remove keys of the listed users that only an earlier file contains."""
     kept: dict[tuple[str, str], set[str]] = {}
     for entry in entries:

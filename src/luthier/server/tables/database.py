@@ -47,7 +47,7 @@ from luthier.server.tables.text import dump_storable, storable
 
 Row = TypeVar("Row")
 DATABASE_FILE = "luthier.db"
-"""SQLite's file in the store."""
+"""SQLite's file name in the home folder."""
 BUSY_SECONDS = 30
 """Maximum wait of a transaction for a concurrent writer, in seconds."""
 SMALL = string.ascii_lowercase + string.digits
@@ -66,7 +66,7 @@ class Moment(TypeDecorator[datetime]):
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("a time without a zone")
+            raise ValueError("the datetime has no time zone")
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
@@ -115,7 +115,7 @@ class Base(DeclarativeBase):
 
 
 def now() -> datetime:
-    """This moment, UTC."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -130,7 +130,7 @@ def new_id() -> str:
 
 
 def default_url() -> str:
-    """Address of the database in the store."""
+    """Return the URL of the SQLite database in the home folder."""
     return f"sqlite:///{luthier_home() / DATABASE_FILE}"
 
 
@@ -162,7 +162,7 @@ class Database:
             fault = f"the database {self.engine.url.render_as_string()} cannot be "
             fault += f"opened: {error.orig}. " if self.is_sqlite else f"reached: {error.orig}"
             if self.is_sqlite:
-                fault += "Check that its disk has space and that you may write to its folder"
+                fault += "Check the disk space and the permissions of the folder"
             raise LuthierError(fault) from error
 
     @property
@@ -180,7 +180,7 @@ class Database:
         with Session(self.engine, expire_on_commit=False) as session:
             if self.is_sqlite:
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-            # An exception leaves through the session, which rolls back.
+            # After an exception, leaving the session rolls back.
             yield session
             session.commit()
 
@@ -199,7 +199,7 @@ class Database:
         return set(inspect(self.engine).get_table_names())
 
     def close(self) -> None:
-        """Give all connections back."""
+        """Close all connections."""
         self.engine.dispose()
 
 
@@ -207,18 +207,18 @@ def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise RefusedInput(f"{url!r} is not the address of a database") from error
+        raise RefusedInput(f"{url!r} is not a database URL") from error
     if parsed.get_backend_name() == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
         if find_spec("psycopg") is None:
             raise RefusedInput("PostgreSQL needs psycopg: pip install 'luthier[postgres]'")
-        # A connection that died with a restarted server is noticed before it is used.
+        # Detects connections that died with a restarted database server.
         return create_engine(
             parsed, json_serializer=dump_storable, pool_pre_ping=True, pool_size=10, max_overflow=20
         )
     if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise RefusedInput(
-            f"{parsed.render_as_string()} is no database luthier knows; use sqlite:///FILE or "
+            f"{parsed.render_as_string()} is not supported. Use sqlite:///FILE or "
             "postgresql://USER@HOST/NAME"
         )
     folder = Path(parsed.database).parent
@@ -235,7 +235,7 @@ def _engine(url: str) -> Engine:
 def _keep_private(path: Path) -> None:
     """Restrict SQLite's file to the owner. SQLite gives new log files the same permissions."""
     path = path.resolve()
-    # Where this fails the file is another user's or the disk takes no writes, and opening tells.
+    # If this fails, opening the database reports the reason.
     with suppress(OSError):
         if not path.exists():
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -252,7 +252,7 @@ def count_rows(session: Session, *conditions: ColumnElement[bool]) -> int:
 def find_row(session: Session, query: Select[Row], *, lock: bool = False) -> Row | None:
     """Return the first row of ``query``. ``lock`` locks the current row until the transaction ends."""
     if lock:
-        # What the session has read of it before may have changed since.
+        # Refresh attributes that the session read before the lock.
         query = query.with_for_update().execution_options(populate_existing=True)
     return session.scalars(query).first()
 
@@ -291,10 +291,10 @@ def lock_by_name(session: Session, name: str) -> None:
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
-    # Transactions are begun by us: the driver would begin them late, after what was read.
+    # The driver would begin transactions late, after the first read.
     connection.isolation_level = None
     _write_ahead(connection)
-    # What is deleted is overwritten: it may be data that somebody wants gone.
+    # secure_delete overwrites deleted rows: clients expect deletion of their data.
     for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -308,7 +308,7 @@ def _write_ahead(connection: Any) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            # This change alone does not wait for the lock, whatever the time limit of the connection.
+            # PRAGMA journal_mode ignores the connection's busy timeout.
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)

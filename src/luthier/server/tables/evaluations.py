@@ -71,7 +71,7 @@ class EvaluationRun(BackgroundWork, Base):
     error_code: Mapped[str | None]
     error_message: Mapped[str | None] = mapped_column(QuotingText)
     total: Mapped[int] = mapped_column(default=0)
-    """Rows, once they are counted."""
+    """Number of rows; 0 before counting."""
     passed: Mapped[int] = mapped_column(default=0)
     failed: Mapped[int] = mapped_column(default=0)
     errored: Mapped[int] = mapped_column(default=0)
@@ -171,7 +171,6 @@ def create_run(
         request=dict(request),
         user_metadata=dict(metadata),
         status=QUEUED,
-        tallies={},
         stored_bytes=len(text),
         created=moment,
         expires=moment + PATIENCE,
@@ -183,7 +182,7 @@ def create_run(
 
 
 def get_eval(session: Session, account: str, eval_id: str, *, lock: bool = False) -> Eval | None:
-    """The account's eval."""
+    """Return the account's evaluation; ``lock`` locks the row."""
     found = select(Eval).where(Eval.account == account, Eval.id == eval_id)
     return find_row(session, found, lock=lock)
 
@@ -191,7 +190,7 @@ def get_eval(session: Session, account: str, eval_id: str, *, lock: bool = False
 def get_run(
     session: Session, account: str, run_id: str, *, lock: bool = False
 ) -> EvaluationRun | None:
-    """The account's run."""
+    """Return the account's run; ``lock`` locks the row until the transaction ends."""
     found = select(EvaluationRun).where(
         EvaluationRun.account == account, EvaluationRun.id == run_id
     )
@@ -241,7 +240,7 @@ def record(
     storage.charge(session, run.account, quotas, stored_bytes=len(text))
 
 
-def rows_of(
+def list_rows(
     session: Session,
     run_id: str,
     limit: int,

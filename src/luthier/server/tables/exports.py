@@ -16,7 +16,7 @@ from luthier.errors import WrongState
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Base, Plain, QuotingText, find_row, new_id, now, page_of
 from luthier.server.tables.jobs import COMPLETED, ENDED, FAILED, QUEUED, RUNNING, STOPPED, STOPPING
-from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
+from luthier.server.tables.queue import QueuedWork, lock_leased, log_file, next_turn
 from luthier.server.tables.queue import renew as renew_lease
 
 MOST_CRASHES = 3
@@ -62,7 +62,7 @@ class ModelExport(QueuedWork, Base):
 
     __tablename__ = "model_exports"
     noun = "the export"
-    memory_advice = "ask for another format, or for a server with more memory."
+    memory_advice = "choose a different format, or a server with more memory."
     unknown_memory = 1 << 29
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -100,13 +100,13 @@ class ModelExport(QueuedWork, Base):
         self.state, self.started = RUNNING, self.started or now()
         super().start(session, lease, worker)
 
-    def give_back(self, session: Session, message: str) -> None:
+    def release(self, session: Session, message: str) -> None:
         """Queue the export again, or end a stopped export."""
         if self.state == STOPPING:
             self.end(session)
             return
         self.state, self.since, self.progress = QUEUED, now(), None
-        super().give_back(session, message)
+        super().release(session, message)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
         """Expire the lease of a dead worker. The export fails after :data:`MOST_CRASHES` deaths."""
@@ -114,13 +114,13 @@ class ModelExport(QueuedWork, Base):
         if self.crashes >= MOST_CRASHES and self.state == RUNNING:
             self.end(
                 session,
-                failure=f"{self.crashes} workers died one after the other over the export (the last "
-                f"one: {why}). {cause}".rstrip(),
+                failure=f"{self.crashes} workers died during the export; in the last attempt, {why}. "
+                f"{cause}".rstrip(),
             )
-            # The worker may have died before it locked its files.
+            # A worker that died before locking its files leaves the log.
             log_file(files_name(self.id)).unlink(missing_ok=True)
         else:
-            self.give_back(session, why)
+            self.release(session, why)
         return f"it is {self.state}"
 
     def end(
@@ -164,9 +164,6 @@ def create_export(
         merged=merged,
         quantization=quantization,
         output=output,
-        lease=None,
-        lease_ends=None,
-        worker=None,
     )
     session.add(made)
     session.flush()
@@ -238,7 +235,7 @@ def renew(
 
 def finish(session: Session, export_id: str, lease: str, end: ExportResult | str) -> None:
     """End a running export with a result or a failure. A stopping export becomes stopped."""
-    export = hold(session, ModelExport, export_id, lease)
+    export = lock_leased(session, ModelExport, export_id, lease)
     if export.state == STOPPING:
         export.end(session)
     elif isinstance(end, str):

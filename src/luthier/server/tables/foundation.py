@@ -36,7 +36,7 @@ class FoundationModel:
 
     @property
     def root(self) -> str:
-        """Itself, as of a custom model the foundation model at the bottom."""
+        """The id, like the root of a custom model."""
         return self.id
 
     @property
@@ -70,7 +70,7 @@ def foundation_models() -> list[FoundationModel]:
 
     Hub models join after `luthier models pull`: no request makes a server download models.
     """
-    return [*filter(_is_offered, _catalog_entries(tuple(CATALOG))), *_pretrained_here()]
+    return [*filter(_is_available, _catalog_entries(tuple(CATALOG))), *_pretrained_here()]
 
 
 def foundation_model(identifier: str) -> FoundationModel | None:
@@ -78,11 +78,11 @@ def foundation_model(identifier: str) -> FoundationModel | None:
     arn = Arn.parse(identifier)
     if arn is not None and (arn.kind, arn.account) != ("foundation-model", ""):
         return None
-    # Those of the catalogue first: each request asks, and the others stand on the disk.
+    # The catalogue first: it is in memory, and this lookup runs in every request.
     known = identifier if arn is None else arn.path
     for model in _catalog_entries(tuple(CATALOG)):
-        # An alias is no part of an ARN.
-        if (known == model.id or (arn is None and known == model.base)) and _is_offered(model):
+        # An ARN contains no alias.
+        if (known == model.id or (arn is None and known == model.base)) and _is_available(model):
             return model
     for model in _pretrained_here():
         if known == model.id or (arn is None and known == model.base):
@@ -109,7 +109,7 @@ def writes(model: AnyModel) -> bool:
     return kind_of(model) == "causal_lm"
 
 
-def _is_offered(model: FoundationModel) -> bool:
+def _is_available(model: FoundationModel) -> bool:
     """Return whether a catalogue model is on this machine, or is downloaded on demand."""
     return not isinstance(CATALOG[model.base].source, HubSource) or is_base_here(model.base)
 
@@ -134,14 +134,14 @@ def _dotless(name: str) -> str:
 
 
 def _pretrained_here() -> tuple[FoundationModel, ...]:
-    # Each request for a custom model asks, and to read the records takes longer than all its rest.
+    # Cached: this lookup runs in every request for a custom model.
     return _read_pretrained(luthier_home(), pretrained_versions())
 
 
 @lru_cache(maxsize=8)
 def _read_pretrained(home: Path, versions: tuple[Any, ...]) -> tuple[FoundationModel, ...]:
     """Return the pre-trained models in ``home``; ``versions`` of their manifests are the cache key."""
-    # A record that another version of luthier wrote may name a kind that this one cannot use.
+    # A manifest of a different version of luthier may name an unknown kind.
     found = []
     for each in pretrained_models():
         kind, created = each.manifest.kind or "causal_lm", each.manifest.created

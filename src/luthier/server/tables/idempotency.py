@@ -24,7 +24,7 @@ RETENTION = timedelta(days=1)
 
 
 class TokenReused(WrongState):
-    """The token came before, with other parameters."""
+    """Error for a token that was used with different parameters."""
 
 
 class AnsweredRequest(Base):
@@ -53,7 +53,7 @@ class Attempt:
 
     @staticmethod
     def of(account: str, operation: str, token: str, members: Mapping[str, Any]) -> Attempt:
-        """``members`` are plain values, in any order."""
+        """Return the request; the order of ``members``, plain values, does not matter."""
         text = json.dumps(members, sort_keys=True, separators=(",", ":"))
         return Attempt(account, operation, token, hashlib.sha256(text.encode()).hexdigest())
 
@@ -75,9 +75,7 @@ def recall(session: Session, attempt: Attempt) -> dict[str, Any] | None:
     if found is None:
         return None
     if found.parameters != attempt.parameters:
-        raise TokenReused(
-            "The provided client request token was used before with other parameters."
-        )
+        raise TokenReused("The client request token was used before with different parameters.")
     return dict(found.answer)
 
 

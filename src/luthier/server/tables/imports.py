@@ -16,13 +16,13 @@ from luthier.server.tables import storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.custom_models import ACTIVE, CREATING, FAILED, IMPORTED, CustomModel
 from luthier.server.tables.database import Base
-from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
+from luthier.server.tables.queue import QueuedWork, lock_leased, log_file, next_turn
 from luthier.server.tables.text import storable
 
 MOST_CRASHES = 3
 """Maximum number of worker deaths before an import fails."""
 _LONGEST = 2048
-"""Letters of a failure message."""
+"""Maximum length of a failure message, in characters."""
 
 
 class ModelImport(QueuedWork, Base):
@@ -43,11 +43,10 @@ class ModelImport(QueuedWork, Base):
         if self.crashes + 1 < MOST_CRASHES:
             return super().expire(session, why, cause)
         failure = (
-            f"{self.crashes + 1} processes died one after the other while they looked at the model "
-            f"(the last one: {why}). {cause}"
+            f"{self.crashes + 1} workers died during the import; in the last attempt, {why}. {cause}"
         ).rstrip()
         fail(session, self.id, str(self.lease), failure)
-        # The process may have died before it locked its files, so that nobody else would.
+        # A worker that died before locking its files leaves the log.
         log_file(files_name(self.id)).unlink(missing_ok=True)
         return "the model failed"
 
@@ -58,7 +57,7 @@ def files_name(model_id: str) -> str:
 
 
 def stored_name(model_id: str) -> str:
-    """Name in the store of a model from outside: no tenant's names ever meet there."""
+    """Return the name of an imported model in the library, unique among accounts."""
     return f"model-{model_id}"
 
 
@@ -76,9 +75,6 @@ def create_import(session: Session, model: CustomModel, source: str) -> ModelImp
         since=model.created,
         account=model.account,
         source=source,
-        lease=None,
-        lease_ends=None,
-        worker=None,
     )
     session.add(made)
     session.flush()
@@ -107,7 +103,7 @@ def complete(
         LeaseLost: if ``lease`` has expired.
         QuotaExceeded: if the account has no space for the model.
     """
-    model = _end(session, hold(session, ModelImport, model_id, lease))
+    model = _end(session, lock_leased(session, ModelImport, model_id, lease))
     model.status, model.failure = ACTIVE, None
     for name, value in changes.items():
         setattr(model, name, value)
@@ -119,7 +115,7 @@ def complete(
 
 def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
     """Fail the import; the model stores ``failure`` for its owner."""
-    model = _end(session, hold(session, ModelImport, model_id, lease))
+    model = _end(session, lock_leased(session, ModelImport, model_id, lease))
     model.status, model.failure = FAILED, storable(failure[:_LONGEST])
     session.flush()
 

@@ -21,7 +21,7 @@ from luthier.server.tables import custom_models, storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.server.tables.database import Base, Plain, QuotingText, find_row, now, page_of
-from luthier.server.tables.queue import QueuedWork, hold
+from luthier.server.tables.queue import QueuedWork, lock_leased
 from luthier.server.tables.queue import renew as renew_lease
 from luthier.server.tables.usage import Usage, add_usage
 
@@ -29,11 +29,11 @@ QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
 ENDED = (COMPLETED, FAILED, STOPPED)
 """Final states."""
-GOING_ON = (QUEUED, RUNNING)
+QUEUED_OR_RUNNING = (QUEUED, RUNNING)
 """States of jobs that count in the turns of accounts."""
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     QUEUED: frozenset((RUNNING, PAUSED, STOPPING, STOPPED, FAILED)),
-    # The worker died, or gave the job back at a checkpoint.
+    # Back to Queued if the worker died or released the job at a checkpoint.
     RUNNING: frozenset((QUEUED, PAUSED, STOPPING, COMPLETED, FAILED)),
     PAUSED: frozenset((QUEUED, STOPPING, STOPPED, FAILED)),
     STOPPING: frozenset((STOPPED,)),
@@ -173,13 +173,13 @@ class Job(QueuedWork, Base):
 
     def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
         """Give the lease to ``worker``, with an event."""
-        again = " to go on with it" if self.attempts else ""
+        again = " again" if self.attempts else ""
         moment = now()
         move(
             session,
             self,
             RUNNING,
-            f"A worker is started{again}.",
+            f"A worker started{again}.",
             attempts=self.attempts + 1,
             lease=lease,
             lease_ends=moment + self.lease_time,
@@ -188,7 +188,7 @@ class Job(QueuedWork, Base):
             worker=dict(worker),
         )
 
-    def give_back(self, session: Session, message: str) -> None:
+    def release(self, session: Session, message: str) -> None:
         """Release the job: to the queue, or to the state that a client requested meanwhile."""
         nobody: dict[str, Any] = {"lease": None, "lease_ends": None, "worker": None}
         token = self.lease
@@ -208,18 +208,18 @@ class Job(QueuedWork, Base):
         The job fails after :data:`MOST_CRASHES` deaths without a step between the deaths.
         """
         if self.state != RUNNING:
-            self.give_back(session, why)
+            self.release(session, why)
             return f"it is {self.state}"
         step = self.details["progress"]["step"] if "progress" in self.details else 0
         self.crashes = 1 if step > self.details.get("crashed_at", -1) else self.crashes + 1
         self.details = {**self.details, "crashed_at": step}
         session.flush()
         if self.crashes < MOST_CRASHES:
-            text = f"{why}; the job goes on from its last checkpoint. {cause}".rstrip()
+            text = f"{why}; the job resumes from its last checkpoint. {cause}".rstrip()
             record(session, self.id, "warning", text)
-            self.give_back(session, "The job is queued again.")
+            self.release(session, "The job is queued again.")
             return f"it is {self.state}"
-        failure = f"{self.crashes} workers died one after the other at step {step}: {why}. {cause}"
+        failure = f"{self.crashes} workers died at step {step}: {why}. {cause}"
         failure = failure.rstrip()
         move(session, self, FAILED, failure, holder=self.lease, failure=failure)
         return f"it is {self.state}"
@@ -269,7 +269,7 @@ def move(
         LeaseLost: if the lease ``holder`` has expired.
     """
     if target not in TRANSITIONS[job.state]:
-        raise WrongState(f"job {job.name} is {job.state}, which does not lead to {target}")
+        raise WrongState(f"job {job.name} is {job.state} and cannot become {target}")
     values = {"state": target, "modified": now(), **changes}
     if target in ENDED:
         values |= {"ended": values["modified"], "lease": None, "lease_ends": None, "worker": None}
@@ -279,7 +279,7 @@ def move(
     statement = update(Job).where(*conditions).values(**values).returning(Job.seq)
     if session.execute(statement).first() is None:
         if holder is not None:
-            raise LeaseLost(f"job {job.name} is held by another worker")
+            raise LeaseLost(f"a different worker owns job {job.name}")
         raise WrongState(f"job {job.name} is no longer {job.state}")
     if target in (FAILED, STOPPED):
         freed = CustomModel.job_id == job.id, CustomModel.status == RESERVED
@@ -305,7 +305,7 @@ def get(session: Session, account: str, identifier: str, *, lock: bool = False) 
     """Return the account's job of this id or name, locked with ``lock``."""
     found = select(Job).where(Job.account == account)
     found = found.where((Job.id == identifier) | (Job.name == identifier))
-    # The name of one job may be the id of another: ids come first.
+    # A job's name may equal a different job's id: ids take precedence.
     found = found.order_by((Job.id == identifier).desc()).limit(1)
     return find_row(session, found, lock=lock)
 
@@ -392,7 +392,7 @@ def complete(
         LeaseLost: if ``lease`` has expired.
         WrongState: if the job was stopped or paused meanwhile.
     """
-    job = hold(session, Job, job_id, lease)
+    job = lock_leased(session, Job, job_id, lease)
     move(session, job, COMPLETED, "The job is completed.", holder=lease, result=result)
     made = update(CustomModel).where(CustomModel.job_id == job_id, CustomModel.status == RESERVED)
     state = (
@@ -407,7 +407,7 @@ def complete(
 
 def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
     """Fail a job, or stop a stopping job."""
-    job = hold(session, Job, job_id, lease)
+    job = lock_leased(session, Job, job_id, lease)
     if job.state == STOPPING:
         return move(session, job, STOPPED, "The job was stopped.", holder=lease)
     return move(session, job, FAILED, failure, holder=lease, failure=failure)

@@ -16,7 +16,7 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Page:
-    """Some of the keys, in order."""
+    """Page of keys, in order."""
 
     entries: tuple[StoredObject | str, ...]
     """Objects, and common prefixes as text, in order."""
@@ -25,12 +25,12 @@ class Page:
 
     @property
     def objects(self) -> list[StoredObject]:
-        """Without the common prefixes."""
+        """Objects without the common prefixes."""
         return [each for each in self.entries if isinstance(each, StoredObject)]
 
     @property
     def prefixes(self) -> list[str]:
-        """The common prefixes."""
+        """Common prefixes."""
         return [each for each in self.entries if isinstance(each, str)]
 
 
@@ -79,7 +79,7 @@ def beyond(prefix: str) -> str | None:
         prefix = prefix[:-1]
     if not prefix:
         return None
-    # Code points are in the order of their UTF-8; surrogates are none.
+    # Code points sort like UTF-8. Surrogates are not valid.
     following = ord(prefix[-1]) + 1
     return prefix[:-1] + chr(0xE000 if following == 0xD800 else following)
 
@@ -104,7 +104,7 @@ def _walk(
             return
         for row in rows:
             if row.key < at:
-                continue  # of a common prefix that is already listed
+                continue  # below a listed common prefix
             group = rolled_up(row.key, prefix, delimiter)
             yield (row if group is None else group), row.key
             following = beyond(group) if group is not None else after(row.key)

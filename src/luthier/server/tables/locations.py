@@ -23,7 +23,14 @@ from luthier.limits import AccountQuotas
 from luthier.server.tables.database import Database
 from luthier.server.tables.listing import page
 from luthier.server.tables.object_files import READ_SIZE, ObjectFiles
-from luthier.server.tables.objects import UPLOADS, ObjectMetadata, ObjectPiece, Objects, check_key
+from luthier.server.tables.objects import (
+    UPLOADS,
+    Content,
+    ObjectMetadata,
+    ObjectPiece,
+    Objects,
+    check_key,
+)
 
 ROWS = ".jsonl"
 """Suffix of the files that an address with a final ``/`` selects."""
@@ -55,8 +62,8 @@ class Locations:
 
         ``quotas`` are those of accounts without own quotas.
         """
-        self._own = BuiltInBuckets(Objects(database, files, quotas))
-        self._given = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
+        self._built_in = BuiltInBuckets(Objects(database, files, quotas))
+        self._default = ExternalBuckets(s3_endpoint) if s3_endpoint else self._built_in
 
     def check(self, account: str, uri: str) -> None:
         """Check the form of an address and the account's right to read the data."""
@@ -84,14 +91,14 @@ class Locations:
         if address.folder and is_media(keys[0]):
             return [(uri, self._fetch_tree(account, address, keys, folder))]
         for key in keys:
-            target = _free(folder, local_name(key), len(fetched))
+            target = _unused_path(folder, local_name(key), len(fetched))
             self._buckets(address.bucket).fetch(account, address.bucket, key, target)
             fetched.append((f"s3://{address.bucket}/{key}", target))
         return fetched
 
     def _fetch_tree(self, account: str, address: _Address, keys: list[str], folder: Path) -> Path:
         """Copy the objects below an address into a folder, in subfolders by their keys."""
-        root = _free(folder, local_name(address.key.rstrip("/") or address.bucket), 0)
+        root = _unused_path(folder, local_name(address.key.rstrip("/") or address.bucket), 0)
         names = {key: PurePosixPath(key.removeprefix(address.key)) for key in keys}
         taken = {parent for name in names.values() for parent in name.parents}
         for key, name in names.items():
@@ -99,7 +106,7 @@ class Locations:
             # A key may contain "..", or name a file that is also a folder.
             if name in taken or not all(is_file_name(part) for part in parts):
                 where = f"s3://{address.bucket}/{key}"
-                raise LocationRefused(f"The key of {where} cannot be the path of a file.")
+                raise LocationRefused(f"The key of {where} is not a valid file path.")
         for key, name in names.items():
             self._buckets(address.bucket).fetch(account, address.bucket, key, root / name)
         return root
@@ -120,7 +127,7 @@ class Locations:
             if (name := key.removeprefix(prefix)) and "/" not in name:
                 found.append((name, size))
         if not found:
-            raise LocationRefused(f"There is no file right below {uri}.")
+            raise LocationRefused(f"There is no file directly below {uri}.")
         return found
 
     def fetch_from(self, account: str, uri: str, name: str, target: Path) -> None:
@@ -138,7 +145,7 @@ class Locations:
 
     def _buckets(self, bucket: str) -> BuiltInBuckets | ExternalBuckets:
         """Return the buckets of a name. Files of the OpenAI API are always in the built-in store."""
-        return self._own if bucket == UPLOADS else self._given
+        return self._built_in if bucket == UPLOADS else self._default
 
     def _keys(self, account: str, address: _Address) -> list[str]:
         """Return the keys of the objects of an address."""
@@ -147,10 +154,10 @@ class Locations:
         buckets.check_bucket(account, bucket)
         if not key and not address.folder:
             raise LocationRefused(
-                f"s3://{bucket} names a bucket and no object in it. Did you mean s3://{bucket}/?"
+                f"s3://{bucket} names a bucket, not an object. Did you mean s3://{bucket}/?"
             )
         if not address.folder:
-            if not buckets.holds(account, bucket, key):
+            if not buckets.exists(account, bucket, key):
                 is_folder = any(buckets.below(account, bucket, f"{key}/", 1))
                 hint = f" Did you mean s3://{bucket}/{key}/?" if is_folder else ""
                 raise LocationRefused(f"There is no object s3://{bucket}/{key}.{hint}")
@@ -173,11 +180,13 @@ class Locations:
             raise LocationRefused(" ".join(other_files_problem(len(media), others)))
         for each, size in media:
             if size > MOST_MEDIA_BYTES:
-                text = f"s3://{bucket}/{each} has {size:,} bytes; an image or a sound has at most "
-                raise LocationRefused(f"{text}{MOST_MEDIA_BYTES:,}.")
+                text = (
+                    f"s3://{bucket}/{each} has {size:,} bytes; the limit is {MOST_MEDIA_BYTES:,}."
+                )
+                raise LocationRefused(text)
         if not media:
             text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}"
-            raise LocationRefused(f"{text}, and no image or sound.")
+            raise LocationRefused(f"{text}, and no image or audio file.")
         return [each for each, _ in media]
 
 
@@ -194,7 +203,7 @@ class BuiltInBuckets:
         except ObjectRefused:
             raise LocationRefused(f"There is no bucket {bucket}.") from None
 
-    def holds(self, account: str, bucket: str, key: str) -> bool:
+    def exists(self, account: str, bucket: str, key: str) -> bool:
         """Return whether the key names an object."""
         try:
             self._objects.head(account, bucket, key)
@@ -214,19 +223,17 @@ class BuiltInBuckets:
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
         """Copy an object to a file and compare the bytes with their recorded hashes."""
-        try:
-            content = self._objects.open(account, bucket, key)
+
+        def copy(content: Content) -> None:
             with new_file(target) as file:
                 for piece in content.pieces:
                     for data in self._verify(account, piece):
                         file.write(data)
+
+        try:
+            self._objects.use(account, bucket, key, copy)
         except ObjectRefused:
-            raise LocationRefused(f"There is no object s3://{bucket}/{key} any more.") from None
-        except FileNotFoundError:
-            # The object was replaced after the query, or its bytes are lost.
-            if self._objects.open(account, bucket, key).ids == content.ids:
-                raise CorruptFile(f"the bytes of s3://{bucket}/{key} are missing") from None
-            self.fetch(account, bucket, key, target)
+            raise LocationRefused(f"The object s3://{bucket}/{key} is deleted.") from None
 
     def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
         """Write bytes or a file as an object."""
@@ -283,7 +290,7 @@ def _writable(uri: str) -> _Address:
     """Parse an address that jobs may write below."""
     address = _address(uri)
     if address.bucket == UPLOADS:
-        text = f"The bucket {UPLOADS} holds files of the OpenAI API alone. Name another one."
+        text = f"The bucket {UPLOADS} is reserved for the OpenAI API. Name a different bucket."
         raise LocationRefused(text)
     return address
 
@@ -297,7 +304,7 @@ def _at_most(below: Iterable[Entry], what: str, most: int | None = None) -> Iter
         yield each
 
 
-def _free(folder: Path, name: str, number: int) -> Path:
+def _unused_path(folder: Path, name: str, number: int) -> Path:
     """Return a free path in ``folder``: two keys may end with the same name."""
     path = folder / name
     while path.exists():
@@ -337,7 +344,7 @@ class ExternalBuckets:
         with _translate_errors(f"s3://{bucket}"):
             next(iter(obstore.list(self._store(bucket), chunk_size=1)), None)
 
-    def holds(self, account: str, bucket: str, key: str) -> bool:
+    def exists(self, account: str, bucket: str, key: str) -> bool:
         """Return whether the key names an object."""
         import obstore
 
@@ -368,7 +375,7 @@ class ExternalBuckets:
             answer = obstore.get(self._store(bucket), key)
             done = sum(file.write(piece) for piece in answer.stream(min_chunk_size=1 << 23))
             if done != answer.meta["size"]:
-                raise OSError(f"{answer.meta['size']} bytes were to come, and {done} came")
+                raise OSError(f"received {done} of {answer.meta['size']} bytes")
 
     def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
         """Write bytes or a file as an object."""
@@ -394,7 +401,7 @@ def _translate_errors(what: str) -> Iterator[None]:
         # obstore reports the status of some operations only in the text.
         status = re.search(r"status code: (4[0-9]{2})\b", str(error))
         if isinstance(error, FileNotFoundError) or (status and status[1] == "404"):
-            raise LocationRefused(f"There is nothing at {what}.") from None
+            raise LocationRefused(f"{what} does not exist.") from None
         if isinstance(error, PermissionError) or (status and status[1] in ("401", "403")):
             raise LocationRefused(f"The service may not read or write {what}.") from None
         raise DownloadError(f"{what} could not be reached ({type(error).__name__}).") from error

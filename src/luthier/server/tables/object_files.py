@@ -63,7 +63,7 @@ class FileWriter:
         if self._open:
             self._open = False
             reason = error or _Abandoned()
-            # The file is removed by passing on what ended the block.
+            # new_file removes the file when its context ends with an exception.
             with suppress(_Abandoned):
                 self._context.__exit__(type(reason), reason, trace)
 
@@ -74,7 +74,7 @@ class FileWriter:
             DoesNotFit: if the disk is full.
         """
         if free_bytes(self._folder) < LEAST_FREE + len(data):
-            raise DiskFull(f"the disk of {self._folder} is full; no further objects are taken")
+            raise DiskFull(f"the disk of {self._folder} is full")
         with disk_errors(self._folder):
             self._file.write(data)
         self._size += len(data)
@@ -170,7 +170,7 @@ class ObjectFiles:
         """
         newest, removed = time.time() - older_than, 0
         for folder in sorted(self.folder.glob("*/??")):
-            # Listed before the rows are read: a file that gets a row in between is kept.
+            # List files before rows: a file that gets a row in between stays.
             seen = [path for path in folder.iterdir() if _change_time(path) <= newest]
             known = named(folder.name) if seen else set()
             for path in seen:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, ForeignKey, Index, Text, UniqueConstraint, delete, select
 from sqlalchemy.exc import IntegrityError
@@ -198,7 +198,7 @@ def check_key(key: str) -> None:
     if len(key.encode()) > KEY_BYTES:
         raise ObjectRefused("KeyTooLongError", "Your key is too long")
     if not key or "\0" in key:
-        raise ObjectRefused("InvalidArgument", "A key is not empty and holds no NUL.")
+        raise ObjectRefused("InvalidArgument", "A key must not be empty or contain NUL.")
 
 
 def remove_uploads(session: Session, bucket: Bucket) -> FreedStorage:
@@ -223,7 +223,7 @@ def remove_upload(session: Session, upload: Upload) -> FreedStorage:
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
 """Path prefixes of other APIs on the same port."""
-_FOUND_AGAIN = 5
+_MAX_ATTEMPTS = 5
 """Attempts to open an object during concurrent replacements."""
 
 
@@ -240,6 +240,9 @@ class Content:
     def ids(self) -> list[str]:
         """Names of the files, which change when the object is replaced."""
         return [piece.id for piece in self.pieces]
+
+
+Used = TypeVar("Used")
 
 
 class Objects:
@@ -418,18 +421,29 @@ class Objects:
 
         ``span`` returns the first byte and the number of bytes of the range, and may raise.
         """
-        for last in range(_FOUND_AGAIN):
-            content = self.open(account, bucket, key)
+
+        def start(content: Content) -> tuple[StoredObject, Iterator[bytes]]:
             pieces = content.read(*span(content.found))
-            try:
-                first = next(pieces, b"")
-            except FileNotFoundError:
-                # The object was replaced after the query: open the new one.
-                if last == _FOUND_AGAIN - 1:
-                    raise
-                continue
+            first = next(pieces, b"")  # opens the file
             return content.found, chain([first] if first else [], pieces)
-        raise AssertionError("not reached")
+
+        return self.use(account, bucket, key, start)
+
+    def use(self, account: str, bucket: str, key: str, action: Callable[[Content], Used]) -> Used:
+        """Return ``action`` of the object; repeat with the new object after a replacement.
+
+        Raises:
+            CorruptFile: if the bytes of the object are missing.
+        """
+        for _ in range(_MAX_ATTEMPTS):
+            content = self.open(account, bucket, key)
+            try:
+                return action(content)
+            except FileNotFoundError:
+                # Either the object was replaced after the query, or the bytes are lost.
+                if self.open(account, bucket, key).ids == content.ids:
+                    break
+        raise CorruptFile(f"the bytes of s3://{bucket}/{key} are missing")
 
     def copy(
         self,
@@ -442,28 +456,21 @@ class Objects:
 
         ``described`` returns the metadata of the copy, and may raise.
         """
-        content = self.open(account, *source)
-        description = described(content.found)
-        pieces: list[ObjectPiece] = []
-        try:
-            for piece in content.pieces:
-                written = WrittenFile(
-                    self.files.link(account, piece.id),
-                    piece.size,
-                    piece.md5,
-                    piece.sha256,
-                )
-                pieces.append(ObjectPiece.of(account, piece.number, written, piece.checksums))
-        except Exception as error:
-            self.files.remove(account, [piece.id for piece in pieces])
-            if not isinstance(error, FileNotFoundError):
+
+        def place(content: Content) -> StoredObject:
+            found, description = content.found, described(content.found)
+            pieces: list[ObjectPiece] = []
+            try:
+                for piece in content.pieces:
+                    link = self.files.link(account, piece.id)
+                    written = WrittenFile(link, piece.size, piece.md5, piece.sha256)
+                    pieces.append(ObjectPiece.of(account, piece.number, written, piece.checksums))
+            except Exception:
+                self.files.remove(account, [piece.id for piece in pieces])
                 raise
-            # The object was replaced after the query, or its bytes are lost.
-            if self.open(account, *source).ids == content.ids:
-                raise CorruptFile(f"the bytes of {'/'.join(source)} are missing") from None
-            return self.copy(account, source, target, described)
-        found = content.found
-        return self.place(account, *target, pieces, found.etag, found.parts, description)
+            return self.place(account, *target, pieces, found.etag, found.parts, description)
+
+        return self.use(account, *source, place)
 
     def delete(
         self,

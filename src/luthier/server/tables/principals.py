@@ -32,7 +32,7 @@ ISSUED, BOOTSTRAP = "issued", "bootstrap"
 """Origins of a key."""
 SHORT_TERM = "bedrock-api-key-"
 """Prefix of Bedrock's short-term keys, which a client signs."""
-_NAMED = 5
+_MAX_NAMED_KEYS = 5
 """Maximum number of access keys in an error message."""
 _log = logging.getLogger("luthier.server")
 _NAME = re.compile(r"[A-Za-z0-9_+=,.@-]{1,64}")
@@ -51,7 +51,7 @@ class User(Base):
     name: Mapped[str]
     role: Mapped[str]
     disabled: Mapped[bool] = mapped_column(default=False)
-    created: Mapped[datetime]
+    created: Mapped[datetime] = mapped_column(default=now)
 
     @property
     def unique_id(self) -> str:
@@ -73,7 +73,7 @@ class AccessKey(Base):
     """Role that restricts the key further than the user; ``None`` for the user's role."""
     origin: Mapped[str]
     disabled: Mapped[bool] = mapped_column(default=False)
-    created: Mapped[datetime]
+    created: Mapped[datetime] = mapped_column(default=now)
 
 
 class ApiKey(Base):
@@ -93,7 +93,7 @@ class ApiKey(Base):
     origin: Mapped[str]
     expires: Mapped[datetime | None]
     disabled: Mapped[bool] = mapped_column(default=False)
-    created: Mapped[datetime]
+    created: Mapped[datetime] = mapped_column(default=now)
 
 
 Key = TypeVar("Key", AccessKey, ApiKey)
@@ -108,7 +108,7 @@ class Principal:
     roles: tuple[str, ...]
     """Role of the user, and the key's own role if set."""
     expires: datetime | None = None
-    """After this moment the key proves nothing."""
+    """Time at which the key expires."""
     secret: str = field(default="", repr=False)
     """Secret of the access key; empty for an API key."""
     id: str = ""
@@ -143,22 +143,21 @@ def matching_server_key(session: Session) -> bytes:
     query = select(AccessKey.id, AccessKey.sealed).order_by(AccessKey.created)
     rows = session.execute(query).all()
     if rows and not has_server_key():
-        raise CorruptFile(f"there is no server key, {_without_key([row.id for row in rows])}")
+        raise CorruptFile(f"the server key is missing, {_key_advice([row.id for row in rows])}")
     key = server_key()
     sealing = Sealing(key)
     closed = [row.id for row in rows if not sealing.opens(row.sealed, row.id)]
     if closed:
-        raise CorruptFile(f"the server key is another one, {_without_key(closed)}")
+        raise CorruptFile(f"the server key has changed, {_key_advice(closed)}")
     return key
 
 
-def _without_key(access_keys: Sequence[str]) -> str:
+def _key_advice(access_keys: Sequence[str]) -> str:
     """Return the error message for access keys that need a different server key."""
-    names = list_some(access_keys, _NAMED)
+    names = list_some(access_keys, _MAX_NAMED_KEYS)
     return (
-        f"and access keys do not open without the one they were made under ({names}): put the "
-        f"{KEY_FILE} of that time back into {luthier_home()}, or give it in {ENVIRONMENT}. To go on "
-        "without these access keys, remove each: luthier admin keys remove ID"
+        f"so these access keys cannot be decrypted: {names}. Restore {KEY_FILE} in {luthier_home()}, "
+        f"or set {ENVIRONMENT}. Or remove each access key: luthier admin keys remove ID"
     )
 
 
@@ -222,10 +221,12 @@ def create_user(session: Session, account: str, name: str, role: str = "read-onl
     """Add a user."""
     account_of(session, account)
     if not _NAME.fullmatch(name):
-        raise RefusedInput(f"{name!r} is no user name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
+        raise RefusedInput(
+            f"{name!r} is not a valid user name: use 1 to 64 of A-Z a-z 0-9 _ + = , . @ -"
+        )
     if find_user(session, account, name) is not None:
-        raise RefusedInput(f"account {account} has a user {name} already")
-    user = User(account=account, name=name, role=check_role(role), disabled=False, created=now())
+        raise RefusedInput(f"user {name} exists already in account {account}")
+    user = User(account=account, name=name, role=check_role(role))
     session.add(user)
     session.flush()
     invalidate_caches(session)
@@ -252,7 +253,7 @@ def users(session: Session, account: str | None = None) -> list[User]:
 
 
 def set_role(session: Session, user: User, role: str) -> None:
-    """Change the role of a user, and so of all keys without their own."""
+    """Change the role of a user and of all keys without an own role."""
     user.role = check_role(role)
     invalidate_caches(session)
 
@@ -285,11 +286,11 @@ def create_access_key(
     access_key = access_key or "AKIA" + base64.b32encode(secrets.token_bytes(10)).decode()
     secret = secret or secrets.token_urlsafe(30)
     if not _ACCESS_KEY.fullmatch(access_key):
-        raise RefusedInput("an access key id is 1 to 128 of A-Z a-z 0-9 _ . + = @ -")
+        raise RefusedInput("an access key id needs 1 to 128 of A-Z a-z 0-9 _ . + = @ -")
     if not _PRINTABLE.fullmatch(secret):
-        raise RefusedInput("a secret access key is 1 to 512 letters without blanks")
+        raise RefusedInput("a secret access key needs 1 to 512 characters without blanks")
     if session.get(AccessKey, access_key) is not None:
-        raise RefusedInput(f"there is an access key {access_key} already")
+        raise RefusedInput(f"access key {access_key} exists already")
     key = AccessKey(
         id=access_key,
         account=user.account,
@@ -297,8 +298,6 @@ def create_access_key(
         sealed=sealing.seal(secret, access_key),
         role=role and check_role(role),
         origin=origin,
-        disabled=False,
-        created=now(),
     )
     session.add(key)
     invalidate_caches(session)
@@ -317,9 +316,9 @@ def create_api_key(
     """Create an API key and return the text, available only now."""
     text = key or f"sk-{secrets.token_urlsafe(36)}"
     if not _PRINTABLE.fullmatch(text) or text.startswith(SHORT_TERM):
-        raise RefusedInput("an API key is 1 to 512 letters without blanks, such as sk-…")
+        raise RefusedInput("an API key needs 1 to 512 characters without blanks, like sk-…")
     if session.scalar(select(ApiKey.id).where(ApiKey.digest == digest_of(text))) is not None:
-        raise RefusedInput("this API key is in use already")
+        raise RefusedInput("this API key exists already")
     made = ApiKey(
         id=new_id(),
         digest=digest_of(text),
@@ -330,8 +329,6 @@ def create_api_key(
         role=role and check_role(role),
         origin=origin,
         expires=expires,
-        disabled=False,
-        created=now(),
     )
     session.add(made)
     invalidate_caches(session)
@@ -339,13 +336,13 @@ def create_api_key(
 
 
 def access_keys(session: Session, user: User) -> list[AccessKey]:
-    """Access keys of a user, the oldest first."""
+    """Return the access keys of a user, the oldest first."""
     query = select(AccessKey).where(AccessKey.user == user.seq)
     return list(session.scalars(query.order_by(AccessKey.created)))
 
 
 def api_keys(session: Session, user: User) -> list[ApiKey]:
-    """API keys of a user, the oldest first."""
+    """Return the API keys of a user, the oldest first."""
     query = select(ApiKey).where(ApiKey.user == user.seq)
     return list(session.scalars(query.order_by(ApiKey.created)))
 
@@ -354,17 +351,17 @@ def key_of(session: Session, identifier: str) -> AccessKey | ApiKey:
     """Return an access key or API key by its id; raises :class:`RefusedInput` for an unknown id."""
     found = session.get(AccessKey, identifier) or session.get(ApiKey, identifier)
     if found is None:
-        raise RefusedInput(f"there is no key {identifier}")
+        raise RefusedInput(f"key {identifier} does not exist")
     return found
 
 
 def disable_key(session: Session, key: AccessKey | ApiKey, disabled: bool = True) -> None:
-    """Let the key in no more, or again."""
+    """Disable or enable a key."""
     key.disabled = disabled
     invalidate_caches(session)
 
 
 def remove_key(session: Session, key: AccessKey | ApiKey) -> None:
-    """Forget the key."""
+    """Delete a key."""
     session.delete(key)
     invalidate_caches(session)

@@ -25,7 +25,7 @@ LEASE = timedelta(seconds=30)
 """Time after the last renewal until a worker counts as dead."""
 PATIENCE = timedelta(minutes=10)
 """Time during which smaller work may overtake larger work."""
-LOOKED_AT = 500
+MAX_SCANNED = 500
 """Maximum number of waiting rows per claim."""
 
 
@@ -43,7 +43,7 @@ class Leased:
     lease_ends: Mapped[datetime | None]
     """Time at which the lease expires unless renewed."""
 
-    def give_back(self, session: Session, message: str) -> None:
+    def release(self, session: Session, message: str) -> None:
         """Release the row for another process, with the reason ``message``."""
         self.lease = self.lease_ends = None
         session.flush()
@@ -117,10 +117,10 @@ class QueuedWork(TakesTurns):
         self.lease, self.lease_ends, self.worker = lease, now() + self.lease_time, dict(worker)
         session.flush()
 
-    def give_back(self, session: Session, message: str) -> None:
+    def release(self, session: Session, message: str) -> None:
         """Release the row for another process, with the reason ``message``."""
         self.worker = None
-        super().give_back(session, message)
+        super().release(session, message)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
         """Expire the lease of a dead worker and return the new state for the log.
@@ -129,7 +129,7 @@ class QueuedWork(TakesTurns):
         Kinds of work that fail after several deaths override this method.
         """
         self.crashes += 1
-        self.give_back(session, why)
+        self.release(session, why)
         return "another worker goes on"
 
     @property
@@ -193,7 +193,7 @@ def claim(
     processes = worker.get("processes", 1)
     waiting = select(kind.seq, kind.memory, kind.cores, kind.since)
     waiting = waiting.where(kind.lease.is_(None), *kind.ready())
-    in_turn = waiting.order_by(kind.priority.desc(), kind.turn, kind.seq).limit(LOOKED_AT)
+    in_turn = waiting.order_by(kind.priority.desc(), kind.turn, kind.seq).limit(MAX_SCANNED)
     for row in session.execute(in_turn).all():
         need, cores = kind.needs(row.memory, row.cores, processes)
         if not (idle or (need <= free_memory and cores <= max(free_cores, 0))):
@@ -210,18 +210,18 @@ def claim(
 
 
 def next_turn(
-    session: Session, kind: type[TakesTurns], account: str, *going_on: ColumnElement[bool]
+    session: Session, kind: type[TakesTurns], account: str, *conditions: ColumnElement[bool]
 ) -> int:
     """Return the turn of new work: after the account's last turn, or the lowest turn of all
     accounts.
 
     An account without work waits for at most one work of every account with work (start-time fair
-    queueing, Goyal, Vin and Cheng 1996, with equal shares). ``going_on`` are the conditions of rows
+    queueing, Goyal, Vin and Cheng 1996, with equal shares). ``conditions`` are the conditions of rows
     that count; by default unfinished rows.
     """
-    going_on = going_on or (kind.is_unfinished(),)
-    lowest = select(func.min(kind.turn)).where(*going_on)
-    last = select(func.max(kind.turn)).where(kind.account == account, *going_on)
+    conditions = conditions or (kind.is_unfinished(),)
+    lowest = select(func.min(kind.turn)).where(*conditions)
+    last = select(func.max(kind.turn)).where(kind.account == account, *conditions)
     own, others = session.scalar(last), session.scalar(lowest)
     return int(others or 0) if own is None else int(own) + 1
 
@@ -264,14 +264,14 @@ def claim_next(
     return row
 
 
-def give_way(session: Session, kind: type[Background], row_id: str, lease: str) -> bool:
+def yield_turn(session: Session, kind: type[Background], row_id: str, lease: str) -> bool:
     """Move the row behind the next waiting row of each account. Returns False without a waiting
     row.
 
     Raises:
-        LeaseLost: as :func:`hold`.
+        LeaseLost: as :func:`lock_leased`.
     """
-    row = hold(session, kind, row_id, lease)
+    row = lock_leased(session, kind, row_id, lease)
     firsts = (
         select(func.min(kind.turn).label("turn"))
         .where(kind.is_unfinished(), kind.lease.is_(None), kind.account != row.account)
@@ -301,14 +301,14 @@ def read_leased(
     return row
 
 
-def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
+def lock_leased(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
     """Return the row with ``lease``, locked; raises like :func:`read_leased`."""
     return read_leased(session, kind, row_id, lease, lock=True)
 
 
 def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """Renew the lease and return the row; raises like :func:`hold`."""
-    row = hold(session, kind, row_id, lease)
+    """Renew the lease and return the row; raises like :func:`lock_leased`."""
+    row = lock_leased(session, kind, row_id, lease)
     row.lease_ends = now() + row.lease_time
     return row
 
@@ -316,15 +316,15 @@ def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
 def release(
     session: Session, kind: type[Leased], row_id: str, lease: str, message: str = ""
 ) -> None:
-    """Release the row for another process with a reason; raises like :func:`hold`."""
-    hold(session, kind, row_id, lease).give_back(session, message)
+    """Release the row for another process with a reason; raises like :func:`lock_leased`."""
+    lock_leased(session, kind, row_id, lease).release(session, message)
 
 
 def expire(
     session: Session, kind: type[QueuedWork], row_id: str, lease: str, why: str, cause: str = ""
 ) -> str:
-    """Expire the lease of a dead worker, see :meth:`QueuedWork.expire`; raises like :func:`hold`."""
-    return hold(session, kind, row_id, lease).expire(session, why, cause)
+    """Expire the lease of a dead worker; see :meth:`QueuedWork.expire`."""
+    return lock_leased(session, kind, row_id, lease).expire(session, why, cause)
 
 
 def log_file(work: str) -> Path:
@@ -343,7 +343,7 @@ class LeaseWatch:
         self.seconds, self.clock = seconds, clock
         self._seen: dict[str, tuple[object, float]] = {}
 
-    def silent(self, lease: str, ends: object) -> bool:
+    def is_silent(self, lease: str, ends: object) -> bool:
         """Return whether ``ends`` of this lease has not changed for too long."""
         before, since = self._seen.get(lease, (None, 0.0))
         if before != ends:
@@ -351,6 +351,6 @@ class LeaseWatch:
             return False
         return self.clock() - since > self.seconds
 
-    def forget_others(self, leases: Collection[str]) -> None:
+    def forget_except(self, leases: Collection[str]) -> None:
         """Forget all leases except ``leases``."""
         self._seen = {lease: seen for lease, seen in self._seen.items() if lease in leases}

@@ -34,7 +34,7 @@ from luthier.server.tables.imports import files_name, stored_name
 from luthier.server.tables.jobs import Job, job_of_run, run_name
 from luthier.server.tables.queue import log_file
 
-_REMOVED = ".removed"
+_REMOVED_MARK = ".removed"
 """Marker file in the folder of a model without a record."""
 
 
@@ -55,10 +55,10 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
             if found is not None:
                 remove(session, found, found.arn(arns))
                 if folder is not None and folder.is_dir():
-                    write_bytes(folder / _REMOVED, b"")
+                    write_bytes(folder / _REMOVED_MARK, b"")
     except BaseException:
         if folder is not None:
-            (folder / _REMOVED).unlink(missing_ok=True)
+            (folder / _REMOVED_MARK).unlink(missing_ok=True)
         raise
     # An import that fails unexpectedly leaves its log.
     log_file(files_name(model.id)).unlink(missing_ok=True)
@@ -79,21 +79,21 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     endpoint = endpoint_that_uses(session, arn)
     if endpoint is not None and endpoint.kind == DEPLOYMENT:
         raise ModelInUse(
-            f"The model {model.name} is deployed as {endpoint.name}. Delete that deployment first, by "
-            f"DeleteCustomModelDeployment (customModelDeploymentIdentifier {endpoint.name})."
+            f"The model {model.name} is deployed as {endpoint.name}. Call DeleteCustomModelDeployment "
+            f"(customModelDeploymentIdentifier {endpoint.name}) first."
         )
     if endpoint is not None:
         raise ModelInUse(
-            f"The model {model.name} has the provisioned throughput {endpoint.name}. Delete that "
-            f"first, by DeleteProvisionedModelThroughput (provisionedModelId {endpoint.name})."
+            f"The model {model.name} has the provisioned throughput {endpoint.name}. Call "
+            f"DeleteProvisionedModelThroughput (provisionedModelId {endpoint.name}) first."
         )
     started = select(Job.seq).where(
         Job.account == model.account, Job.base_model == arn, Job.is_unfinished()
     )
     if session.scalar(started.limit(1)) is not None:
-        raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")
+        raise ModelInUse(f"The model {model.name} is the base of an unfinished job.")
     if exports.is_exported(session, arn):
-        raise ModelInUse(f"The model {model.name} is being exported. Stop its exports, or wait.")
+        raise ModelInUse(f"The model {model.name} has a running export. Stop the export, or wait.")
     tags.drop(session, arn)
     session.delete(model)
     session.flush()
@@ -117,9 +117,8 @@ def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
     )
     if own:
         raise WrongState(
-            f"{model.name} was made by a job of account {model.account}, or brought in from outside, "
-            "and was never one of the command line. Its clients delete it; `luthier models export` "
-            "writes a copy"
+            f"{model.name} was created or imported by account {model.account}, not registered. Its "
+            "clients can delete the model; `luthier models export` writes a copy"
         )
     remove(session, model, model.arn(arns))
 
@@ -143,10 +142,10 @@ def users_of_base(database: Database, base: FoundationModel) -> list[str]:
 
 def finish_deletions(database: Database) -> None:
     """Delete the files of models without a record, left by interrupted deletions."""
-    for folder in custom_folders(_REMOVED):
+    for folder in custom_folders(_REMOVED_MARK):
         stored_id = id_of(folder)
         if owner_of(database, stored_id) is not None:
-            (folder / _REMOVED).unlink(missing_ok=True)
+            (folder / _REMOVED_MARK).unlink(missing_ok=True)
         else:
             remove_files(stored_id)
 
@@ -161,7 +160,7 @@ def owner_of(database: Database, stored_id: str) -> str | None:
 def is_removed(stored_id: str) -> bool:
     """Return whether a model was deleted while other models still need its files."""
     folder = folder_of(stored_id)
-    return folder is not None and (folder / _REMOVED).exists()
+    return folder is not None and (folder / _REMOVED_MARK).exists()
 
 
 def count_without_account(database: Database) -> int:
@@ -169,7 +168,7 @@ def count_without_account(database: Database) -> int:
     here = {
         id_of(folder)
         for folder in custom_folders(MANIFEST)
-        # A job's stands here a moment before its account has it.
+        # Models of jobs appear here shortly before their record.
         if not folder.name.startswith((".", run_name("")))
     }
     with database.read() as session:
@@ -191,9 +190,9 @@ def remove_files(stored_id: str | None) -> None:
     if found is None:
         return
     if any(each.manifest.parent == found.id for each in stored.values()):
-        write_bytes(found.folder / _REMOVED, b"")
+        write_bytes(found.folder / _REMOVED_MARK, b"")
         return
-    # A process that changes the record under the lock would write the folder again.
+    # Under the lock: a process that changes the record would recreate the folder.
     with suppress(CorruptFile), lock_record(found):
         shutil.rmtree(found.folder, ignore_errors=True)
     shutil.rmtree(found.folder, ignore_errors=True)  # without a record, too
@@ -203,6 +202,6 @@ def remove_files(stored_id: str | None) -> None:
 def remove_unneeded(stored_id: str | None) -> None:
     """Delete the files of a deleted model, unless another model needs the files."""
     found = next((each for each in custom_models() if each.id == stored_id), None)
-    # Models of the CLI have no record, and no mark.
-    if found is not None and (found.folder / _REMOVED).is_file():
+    # Models of the CLI have neither record nor marker.
+    if found is not None and (found.folder / _REMOVED_MARK).is_file():
         remove_files(stored_id)

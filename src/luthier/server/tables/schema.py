@@ -59,12 +59,12 @@ def upgrade(database: Database) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
         elif compare_metadata(MigrationContext.configure(connection), METADATA):
-            # A version between two releases made other tables under the same revision.
+            # A development version has different tables under the same revision.
             raise _other_version(database)
 
 
 def _other_version(database: Database) -> LuthierError:
     return LuthierError(
-        f"the database {database.engine.url.render_as_string()} was made by another version of "
-        "luthier. Start that version, or use another database (LUTHIER_DATABASE)"
+        f"the database {database.engine.url.render_as_string()} belongs to a different version of "
+        "luthier. Start that version, or set LUTHIER_DATABASE to a different database"
     )

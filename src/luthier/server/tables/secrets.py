@@ -44,13 +44,13 @@ def server_key(folder: Path | None = None) -> bytes:
         return _parse_key(given, ENVIRONMENT)
     path = (folder or luthier_home()) / KEY_FILE
     if not path.exists():
-        # Of several processes that start at once, one makes it.
+        # Only one of several starting processes creates the key.
         with lock(path.with_name(f"{KEY_FILE}.lock"), wait=True):
             if not path.exists():
                 with new_file(path, mode=0o600) as file:
                     file.write(base64.b64encode(secrets.token_bytes(KEY_BYTES)) + b"\n")
     if path.stat().st_mode & 0o077:
-        raise LuthierError(f"{path} can be read by others; chmod 600 {path}")
+        raise LuthierError(f"other users can read {path}. Run chmod 600 {path}")
     try:
         return _parse_key(path.read_text().strip(), str(path))
     except (RefusedInput, UnicodeDecodeError) as error:
@@ -58,10 +58,10 @@ def server_key(folder: Path | None = None) -> bytes:
 
 
 class Sealing:
-    """Encrypts and decrypts secrets; each is bound to a name, and opens under no other."""
+    """Encryption of secrets, each bound to a name (the associated data of AES-GCM)."""
 
     def __init__(self, key: bytes) -> None:
-        """``key`` is the server's."""
+        """Derive the cipher from the server's ``key``."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         self._cipher = AESGCM(hmac.digest(key, b"luthier: secrets of access keys", "sha256"))
@@ -89,8 +89,8 @@ class Sealing:
             return self._cipher.decrypt(nonce, encrypted, name.encode()).decode()
         except (InvalidTag, ValueError) as error:
             raise CorruptFile(
-                f"the secret of {name} does not open with this server's key; give back the "
-                f"server.key or {ENVIRONMENT} that it was made under"
+                f"the secret of {name} cannot be decrypted with the server's key. Restore the original "
+                f"{KEY_FILE} or {ENVIRONMENT}"
             ) from error
 
     def opens(self, sealed: bytes, name: str) -> bool:
@@ -103,11 +103,11 @@ class Sealing:
 
 
 def _parse_key(text: str, where: str) -> bytes:
-    """Return the 32 bytes of a key in base64; :class:`RefusedInput` names ``where`` the key stands."""
+    """Return the 32 bytes of a key in base64; errors name the source ``where``."""
     try:
         key = base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise RefusedInput(f"{where} is not base64") from error
     if len(key) != KEY_BYTES:
-        raise RefusedInput(f"{where} has {len(key)} bytes; it needs {KEY_BYTES}, in base64")
+        raise RefusedInput(f"{where} has {len(key)} bytes instead of {KEY_BYTES}")
     return key

@@ -47,11 +47,7 @@ def stored_by(session: Session, account: str) -> int:
 
 
 def check(session: Session, account: str, quotas: AccountQuotas, *, stored_bytes: int) -> None:
-    """Check early whether the account has room for more bytes.
-
-    Raises:
-        QuotaExceeded: if the account has no room for ``stored_bytes`` more.
-    """
+    """Raise :class:`QuotaExceeded` early if the account has no space for ``stored_bytes`` more."""
     _check(stored_by(session, account), quotas, stored_bytes)
 
 
@@ -70,7 +66,7 @@ def charge(session: Session, account: str, quotas: AccountQuotas, *, stored_byte
 
 
 def release(session: Session, account: str, *, stored_bytes: int) -> None:
-    """Count ``stored_bytes`` less."""
+    """Subtract ``stored_bytes``."""
     if stored_bytes:
         charge(session, account, AccountQuotas(), stored_bytes=-stored_bytes)
 
@@ -98,9 +94,8 @@ def check_count(used: int, quotas: AccountQuotas, name: str, what: str, remedy: 
 def _check(used: int, quotas: AccountQuotas, more: int) -> None:
     if more > 0 and used + more > quotas.stored_bytes:
         raise QuotaExceeded(
-            f"The account may have {quotas.stored_bytes:,} bytes (quota stored_bytes) and has "
-            f"{used:,}. Delete some of what it stores, or have the operator of the server raise the "
-            "quota.",
+            f"The account stores {used:,} of {quotas.stored_bytes:,} bytes (quota stored_bytes). "
+            "Delete data, or ask the operator of the server for a higher quota.",
             setting="stored_bytes",
         )
 

@@ -61,7 +61,7 @@ def drop(session: Session, resource: str) -> None:
 
 
 def read(session: Session, resource: str) -> dict[str, str]:
-    """Values by key, in the order of the keys."""
+    """Return the values by key, sorted by key."""
     return {tag.key: tag.value for tag in _of(session, resource)}
 
 

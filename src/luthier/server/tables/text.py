@@ -23,7 +23,7 @@ def check_storable(text: str) -> None:
     found = _UNSTORABLE.search(text)
     if found is not None:
         what = "the character U+0000" if found[0] == "\0" else "half a surrogate pair"
-        raise ValueError(f"it holds {what}")
+        raise ValueError(f"the text contains {what}")
 
 
 def decode_storable(data: bytes) -> str:
@@ -32,7 +32,7 @@ def decode_storable(data: bytes) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
+        raise ValueError("the text is not UTF-8") from None
     check_storable(text)
     return text
 
@@ -48,7 +48,7 @@ def dump_storable(value: Any) -> str:
         text = json.dumps(value, allow_nan=False)
     except ValueError:
         return dump_storable(finite_or_none(value))
-    # Nearly no value needs the second look, and pairs that are whole pass it unchanged.
+    # Rare: json.dumps escaped U+0000 or a surrogate. Valid pairs stay unchanged.
     return json.dumps(storable_value(value)) if _ESCAPED.search(text) else text
 
 

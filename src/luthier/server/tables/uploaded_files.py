@@ -40,7 +40,7 @@ class UploadedFile(Base):
     deleted: Mapped[datetime | None]
 
 
-class _AlreadyThere(Exception):
+class _IdInUse(Exception):
     """Error for an id that is or was in use."""
 
 
@@ -50,7 +50,7 @@ def file_address(file_id: str) -> str:
 
 
 class UploadedFiles:
-    """The files of all accounts. Safe to share between threads and processes."""
+    """Files of all accounts. Safe to share between threads and processes."""
 
     def __init__(self, database: Database, objects: Objects) -> None:
         self.database, self.objects = database, objects
@@ -61,11 +61,11 @@ class UploadedFiles:
         pieces: Iterable[bytes],
         name: str,
         purpose: str,
-        lives: timedelta | None = None,
+        lifetime: timedelta | None = None,
         file_id: str | None = None,
     ) -> UploadedFile:
         """Store bytes as a file of ``account``, completely or not at all. The file expires after
-        ``lives``.
+        ``lifetime``.
 
         If ``file_id`` exists, the existing file is returned unchanged.
         """
@@ -73,7 +73,7 @@ class UploadedFiles:
             for piece in pieces:
                 file.write(piece)
             written = file.finish()
-        return self.keep(account, written, name, purpose, lives, file_id)
+        return self.keep(account, written, name, purpose, lifetime, file_id)
 
     def begin(self, account: str, size: int | None = None) -> FileWriter:
         """Return a writer for a new file, to use with ``with``; :meth:`keep` gives the file a name.
@@ -96,7 +96,7 @@ class UploadedFiles:
         written: WrittenFile,
         name: str,
         purpose: str,
-        lives: timedelta | None = None,
+        lifetime: timedelta | None = None,
         file_id: str | None = None,
     ) -> UploadedFile:
         """Store a file that was written after :meth:`begin`; see :meth:`add`."""
@@ -109,20 +109,19 @@ class UploadedFiles:
             size=written.size,
             sha256=written.sha256,
             created=made,
-            expires=made + lives if lives else None,
-            deleted=None,
+            expires=made + lifetime if lifetime else None,
         )
         known = select(UploadedFile).where(UploadedFile.id == file_id)
 
         def note(session: Session) -> None:
             if session.scalar(known) is not None:
-                raise _AlreadyThere  # ends the transaction, and the new bytes go
+                raise _IdInUse  # rolls back and removes the new bytes
             session.add(row)
             session.flush()
 
         try:
             self.objects.put(account, UPLOADS, file_id, written, ObjectMetadata(), also=note)
-        except _AlreadyThere:
+        except _IdInUse:
             with self.database.read() as session:
                 return session.scalars(known).one()
         return row
@@ -131,11 +130,11 @@ class UploadedFiles:
         """Return a file of this account; ``None`` for a deleted, expired or foreign file."""
         with self.database.read() as session:
             found: UploadedFile | None = session.scalar(
-                _there(account).where(UploadedFile.id == file_id)
+                _visible(account).where(UploadedFile.id == file_id)
             )
             return found
 
-    def ever(self, account: str, file_id: str) -> bool:
+    def existed(self, account: str, file_id: str) -> bool:
         """Return whether the file exists or existed."""
         with self.database.read() as session:
             return _place(session, account, file_id) is not None
@@ -149,8 +148,8 @@ class UploadedFiles:
         purpose: str | None = None,
         ascending: bool = False,
     ) -> list[UploadedFile] | None:
-        """``limit`` files behind ``after``, by creation; ``None`` where ``after`` never was."""
-        wanted = _there(account)
+        """Return ``limit`` files after ``after``, by creation; ``None`` for an unknown ``after``."""
+        wanted = _visible(account)
         if purpose is not None:
             wanted = wanted.where(UploadedFile.purpose == purpose)
         with self.database.read() as session:
@@ -162,7 +161,7 @@ class UploadedFiles:
             )
 
     def read(self, row: UploadedFile) -> Iterator[bytes]:
-        """The bytes of a file, in pieces."""
+        """Yield the bytes of a file."""
         _, pieces = self.objects.open_range(
             row.account, UPLOADS, row.id, lambda found: (0, found.size)
         )
@@ -172,7 +171,7 @@ class UploadedFiles:
         """Delete a file and its bytes. Returns False for an unknown file."""
         if self.get(account, file_id) is None:
             return False
-        return self._forget(account, file_id)
+        return self._delete(account, file_id)
 
     def remove_expired(self) -> int:
         """Delete expired files and return their number."""
@@ -181,9 +180,9 @@ class UploadedFiles:
         )
         with self.database.read() as session:
             rows = list(session.scalars(late))
-        return sum(self._forget(row.account, row.id) for row in rows)
+        return sum(self._delete(row.account, row.id) for row in rows)
 
-    def _forget(self, account: str, file_id: str) -> bool:
+    def _delete(self, account: str, file_id: str) -> bool:
         """Delete the bytes of a file in one transaction. Returns False for an unknown file."""
         marked = 0
 
@@ -198,7 +197,7 @@ class UploadedFiles:
         try:
             self.objects.delete(account, UPLOADS, [file_id], mark)
         except ObjectRefused:
-            # The bucket was deleted, and its objects before it.
+            # The bucket and its objects were deleted before.
             with self.database.write() as session:
                 mark(session)
         return bool(marked)
@@ -209,7 +208,7 @@ def _place(session: Session, account: str, file_id: str) -> int | None:
     return session.scalar(select(UploadedFile.seq).where(*mine))
 
 
-def _there(account: str) -> Select[Any]:
+def _visible(account: str) -> Select[Any]:
     """Return the query of an account's files that are neither deleted nor expired."""
     return select(UploadedFile).where(
         UploadedFile.account == account,

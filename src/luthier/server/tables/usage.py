@@ -73,7 +73,7 @@ def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> 
     """Add ``used`` by day, account and model."""
     if not used:
         return
-    # In one order, so that two servers that write at once wait for each other and never cross.
+    # Sorted, so that two servers lock the rows in the same order and cannot deadlock.
     rows = [
         {"account": account, "day": day, "model": model, **asdict(each)}
         for (day, account, model), each in sorted(used.items(), key=lambda pair: pair[0])
@@ -103,7 +103,7 @@ def report(
     """
     if not timedelta(0) <= last - first <= LONGEST_REPORT:
         raise RefusedInput(
-            f"a report is from a day to a later one, over {LONGEST_REPORT.days} days at most"
+            f"a report needs first and last day in order, at most {LONGEST_REPORT.days} days apart"
         )
     query = (
         select(DailyUsage, CustomModel.name)
