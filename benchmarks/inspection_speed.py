@@ -39,7 +39,7 @@ def seconds(made: Callable[[], Check], parts: list[RowBatch]) -> float:
         for batch in parts:
             lines_N = np.fromiter((row.line for row in batch.rows), np.int64, len(batch))
             where = places.add(batch.split, batch.file, lines_N)
-            check.take(where, check.measure(batch), findings)
+            check.collect(where, check.measure(batch), findings)
         check.finish(places, findings)
         best = min(best, time.process_time() - began)
     return best

@@ -29,7 +29,7 @@ def test_macro_f1_of_drawn_rows_is_over_the_labels_of_these_rows() -> None:
     rows = [LabelledText("f", n, text="x", label=t) for n, t in enumerate("aabc")]
     macro = scores(rows, [{"label": g} for g in "abbd"])["macro_f1"]
     assert macro.value == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
-    assert macro.take(np.array([0, 1, 1])).value == pytest.approx((1 / 2 + 0) / 2)
+    assert macro.subset(np.array([0, 1, 1])).value == pytest.approx((1 / 2 + 0) / 2)
 
 
 def test_several_labels_a_row() -> None:

@@ -16,9 +16,9 @@ from luthier.evaluation.parity import (
     check_parity,
     compare_backends,
     compare_greedy,
+    generate_greedily,
     greedy_prompts,
-    learned_logps,
-    write_greedily,
+    target_logps,
 )
 from luthier.models.load import as_network
 from luthier.models.manifest import Parity, TokenDifference, TokenParity
@@ -161,7 +161,7 @@ def test_next_tokens_are_found_at_their_places(tiny_llama: Callable[..., Any]) -
         Example(np.array(ids), np.array(weight, dtype=np.float32), row)
         for row, (ids, weight) in enumerate(zip(texts, weights, strict=True))
     ]
-    found = learned_logps(network_of(model), examples, 1024)
+    found = target_logps(network_of(model), examples, 1024)
     assert found is not None
     places = dict(zip(found.places, found.logp_PV, strict=True))
     # Trees are padded, and a place that fills up is the first token of all.
@@ -180,12 +180,12 @@ def test_greedy_texts_are_what_the_network_writes(
 ) -> None:
     make = tiny_gpt2 if family == "gpt2" else tiny_llama
     expected = [naive_greedy(make(), prompt, 8) for prompt in PROMPTS]
-    text = write_greedily(backend_of(make()), PROMPTS, 8)
+    text = generate_greedily(backend_of(make()), PROMPTS, 8)
     assert text.tokens == expected
     assert [logps.argmax(-1).tolist() for logps in text.logps] == expected
     # A token that ends replies is the last, and the others go on.
     stop = expected[0][2]
-    cut = write_greedily(backend_of(make()), PROMPTS, 8, {stop}).tokens
+    cut = generate_greedily(backend_of(make()), PROMPTS, 8, {stop}).tokens
     ends = [ids.index(stop) + 1 if stop in ids else 8 for ids in expected]
     assert cut == [ids[:end] for ids, end in zip(expected, ends, strict=True)]
     assert min(ends) < 8
@@ -200,7 +200,7 @@ def test_a_damaged_weight_is_found_at_the_first_token_that_it_changes(
             model.model.layers[0].mlp.down_proj.weight[3] *= 30
         return model
 
-    text = write_greedily(backend_of(tiny_llama()), PROMPTS, 12)
+    text = generate_greedily(backend_of(tiny_llama()), PROMPTS, 12)
     same = compare_greedy(text, backend_of(tiny_llama()))
     assert same.tokens == 36 and same.agreement == 1 and same.first_difference is None
     assert same.max_kl < 1e-6

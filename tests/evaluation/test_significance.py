@@ -101,8 +101,8 @@ def test_the_bootstrap_finds_the_error_that_is_known_of_a_mean() -> None:
     assert drawn.error == pytest.approx(known.error, rel=0.1)
     assert drawn.error == Statistic.of(drawn.measure, 400).error  # the same each time
     part = np.arange(50)
-    assert drawn.take(part).value == known.take(part).value == right_R[:50].mean()
-    assert drawn.take(part).error > 2 * drawn.error
+    assert drawn.subset(part).value == known.subset(part).value == right_R[:50].mean()
+    assert drawn.subset(part).error > 2 * drawn.error
 
 
 def test_resamples_without_a_score_are_left_out_of_the_error() -> None:

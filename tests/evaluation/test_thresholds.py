@@ -7,22 +7,22 @@ import pytest
 
 from luthier.evaluation.retrieval import number_keys
 from luthier.evaluation.significance import values
-from luthier.evaluation.thresholds import are_apart, draw_threshold, threshold_scores
+from luthier.evaluation.thresholds import choose_threshold, threshold_scores, unrelated_pairs
 
 
 @pytest.mark.parametrize(("share", "above"), [(0.0, 0), (0.01, 0), (0.05, 0), (0.2, 3), (0.99, 18)])
 def test_no_more_scores_are_above_than_the_budget_has(share: float, above: int) -> None:
     scores = np.random.default_rng(0).permutation(20) / 7
-    found = draw_threshold(scores, share)
+    found = choose_threshold(scores, share)
     assert found in scores
     assert (scores > found).sum() == above <= share * 20
 
 
 def test_pairs_with_a_text_in_common_belong_together() -> None:
     anchors, partners = number_keys(["a", "b", "a"]), number_keys([b"x", "y", "y"])
-    apart = are_apart(anchors, partners)
+    apart = unrelated_pairs(anchors, partners)
     assert apart.tolist() == [[False, True, False], [True, False, False], [False, False, False]]
-    assert (are_apart(anchors, partners, slice(1, 3)) == apart[1:3]).all()
+    assert (unrelated_pairs(anchors, partners, slice(1, 3)) == apart[1:3]).all()
 
 
 def test_pairs_above_a_threshold_and_others_are_counted_apart() -> None:

@@ -31,7 +31,7 @@ class Shouting(Check):
     def measure(self, batch: RowBatch) -> list[int]:
         return [i for i, row in enumerate(batch.rows) if "".join(row.inputs()).isupper()]
 
-    def take(self, where: BatchLines, measured: IntArray, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: IntArray, findings: Findings) -> None:
         findings.extend(Finding(SHOUTS, where.place(i), f"row {i} shouts") for i in measured)
 
 

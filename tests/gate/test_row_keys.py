@@ -18,10 +18,10 @@ def rows(*texts: str) -> list[Row]:
 def test_near_and_same_questions_are_one_group_whatever_they_teach() -> None:
     texts = [LONG, "yes", "no", LONG + " now", "Yes.", "maybe", "what else"]
     assert group_related(rows(*texts)).tolist() == [0, 1, 2, 0, 1, 5, 6]
-    kin = RelatedRows(limit=0)
-    kin.add(rows(*texts)[:4])
-    kin.add(rows(*texts)[4:])
-    assert kin.groups().tolist() == group_related(rows(*texts)).tolist()
+    related = RelatedRows(limit=0)
+    related.add(rows(*texts)[:4])
+    related.add(rows(*texts)[4:])
+    assert related.groups().tolist() == group_related(rows(*texts)).tolist()
 
 
 def test_a_group_of_most_rows_is_taken_apart() -> None:

@@ -26,13 +26,13 @@ from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.label_issues import LabelIssueCounts
 from luthier.evaluation.parity import (
     GREEDY_TOKENS,
-    GreedyText,
-    LearnedLogps,
+    GreedyReference,
+    TargetLogps,
     check_parity,
     compare_greedy,
+    generate_greedily,
     greedy_prompts,
-    learned_logps,
-    write_greedily,
+    target_logps,
 )
 from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
@@ -74,9 +74,9 @@ class NetworkOutputs:
     """Outputs of the trained network, to compare with the outputs of the stored model."""
 
     loss: float
-    logps: LearnedLogps | None
+    logps: TargetLogps | None
     """Next-token log-probabilities of a few rows; ``None`` for networks that generate no text."""
-    greedy: GreedyText | None
+    greedy: GreedyReference | None
     """Greedy text for a few prompts."""
     greedy_skipped: str | None
     """Reason for missing greedy text."""
@@ -210,13 +210,13 @@ class ModelWriter:
         with torch.no_grad():
             return self.job.data.objective.parity_loss(network, self._sample(), self._budget)
 
-    def _logps(self, network: Network) -> LearnedLogps | None:
+    def _logps(self, network: Network) -> TargetLogps | None:
         """Return next-token log-probabilities of a few rows; ``None`` for networks without
         generation."""
         if self.job.data.objective.task != "causal_lm":
             return None
         rows = [replace(row, row=place) for place, row in enumerate(self._few_rows())]
-        return learned_logps(network, rows, self._budget)
+        return target_logps(network, rows, self._budget)
 
     def _few_rows(self) -> list[Example]:
         return self._sample()[:TOKEN_PARITY_ROWS]
@@ -235,7 +235,7 @@ class ModelWriter:
             return NetworkOutputs(loss, logps, None, "no prompt fits the context")
         prompts = [np.array([*soft, *ids_T], dtype=np.int64) for ids_T in own]
         with _open_backend(network) as backend:
-            written = write_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
+            written = generate_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
         return NetworkOutputs(loss, logps, written, None)
 
     def _why_not_greedy(self, network: Network) -> str | None:

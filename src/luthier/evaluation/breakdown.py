@@ -64,7 +64,7 @@ def slice_scores(scores: Mapping[str, Score], by: str, keys: Sequence[str]) -> l
     found = []
     for name in largest:
         own, rest = (
-            (each, first.take(each))
+            (each, first.subset(each))
             for each in (np.flatnonzero(names == name), np.flatnonzero(names != name))
         )
         apart = abs(own[1].value - rest[1].value)
@@ -73,7 +73,7 @@ def slice_scores(scores: Mapping[str, Score], by: str, keys: Sequence[str]) -> l
             and all(_is_known(each) for _, each in (own, rest))
             and apart > border * np.hypot(own[1].error, rest[1].error)
         )
-        own_scores = {each: score.take(own[0]) for each, score in scores.items()}
+        own_scores = {each: score.subset(own[0]) for each, score in scores.items()}
         found.append(Slice(by, name, len(own[0]), values(own_scores), own[1].interval, stands_out))
     return found
 

@@ -37,26 +37,28 @@ class JudgeAgreement:
     def verdict(self) -> str:
         """Summary in sentences."""
         agreement, rows = self.agreement, len(self.agreement)
-        said = (
+        summary = (
             f"The judge agrees with people on {agreement.value:.1%} of {rows:,} pairs "
             f"(\N{PLUS-MINUS SIGN} {agreement.error:.1%})"
         )
         if agreement.value - CHANCE * agreement.error <= 0.5:
-            said += ", which may be chance: do not rely on it here."
+            summary += ", which may be chance: do not rely on it here."
         else:
-            said += "."
+            summary += "."
         if len(self.consistency):
             changed = 1 - self.consistency.value
-            said += f" The order of the replies changes {changed:.0%} of its verdicts"
-            said += f", {self.first.value:.0%} of them for the first." if len(self.first) else "."
+            summary += f" The order of the replies changes {changed:.0%} of its verdicts"
+            summary += (
+                f", {self.first.value:.0%} of them for the first." if len(self.first) else "."
+            )
         own, theirs = self.longer, self.people_longer
         if abs(own.value - theirs.value) > CHANCE * own.difference_error(theirs):
-            said += (
+            summary += (
                 f" It likes long replies {'more' if own.value > theirs.value else 'less'} than people "
                 f"do: it prefers the longer one of {own.value:.0%} of the pairs it decides, people of "
                 f"{theirs.value:.0%}."
             )
-        return said
+        return summary
 
     def plain(self) -> dict[str, Any]:
         """Return all figures for JSON."""

@@ -140,23 +140,21 @@ class TokenComparison:
 
 
 @dataclass(frozen=True, eq=False)
-class LearnedLogps:
+class TargetLogps:
     """Log-probabilities of the tokens that carry loss."""
 
     places: list[tuple[int, int]]
     """Row and position of each token."""
     logp_PV: Tensor
 
-    def beside(self, other: LearnedLogps) -> TokenParity:
+    def beside(self, other: TargetLogps) -> TokenParity:
         """Compare with the log-probabilities of another network at the same positions."""
         comparison = TokenComparison()
         comparison.add_logps(self.places, self.logp_PV, other.logp_PV)
         return comparison.parity()
 
 
-def learned_logps(
-    network: Network, examples: Sequence[Example], budget: int
-) -> LearnedLogps | None:
+def target_logps(network: Network, examples: Sequence[Example], budget: int) -> TargetLogps | None:
     """Compute log-probabilities at the first positions that carry loss, up to :data:`MOST_LOGPS`.
 
     Args:
@@ -181,11 +179,11 @@ def learned_logps(
                 parts.append(torch.log_softmax(logits_SV, -1).cpu())
                 places += [batch.tree.place_of(node) for node in place_S.tolist()]
                 left -= len(place_S)
-    return LearnedLogps([(row, at + 1) for row, at in places], torch.cat(parts)) if parts else None
+    return TargetLogps([(row, at + 1) for row, at in places], torch.cat(parts)) if parts else None
 
 
 @dataclass(frozen=True, eq=False)
-class GreedyText:
+class GreedyReference:
     """Greedy generation after a few prompts: the reference of a comparison."""
 
     prompts: Sequence[IntArray]
@@ -195,13 +193,13 @@ class GreedyText:
     """``[T, V]`` log-probabilities of each prompt's tokens."""
 
 
-def write_greedily(
+def generate_greedily(
     backend: Backend, prompts: Sequence[IntArray], count: int, stop_ids: Collection[int] = ()
-) -> GreedyText:
+) -> GreedyReference:
     """Generate up to ``count`` tokens greedily after each prompt. ``stop_ids`` end a sequence."""
     import torch
 
-    text = GreedyText(prompts, [[] for _ in prompts], [])
+    text = GreedyReference(prompts, [[] for _ in prompts], [])
     logps: list[list[Tensor]] = [[] for _ in prompts]
 
     def choose(row: int, logp_V: Tensor) -> int | None:
@@ -215,7 +213,7 @@ def write_greedily(
     return text
 
 
-def compare_greedy(text: GreedyText, backend: Backend) -> TokenParity:
+def compare_greedy(text: GreedyReference, backend: Backend) -> TokenParity:
     """Compare the next-token predictions of ``backend`` at each position of ``text``, step by step.
 
     After a different token, the comparison continues with the token of ``text``, so one near tie
@@ -243,7 +241,7 @@ def compare_backends(
 
     The sequences opened in the backends are freed.
     """
-    return compare_greedy(write_greedily(reference, prompts, tokens), other)
+    return compare_greedy(generate_greedily(reference, prompts, tokens), other)
 
 
 def _follow(

@@ -87,7 +87,7 @@ class RowScores:
     def __len__(self) -> int:
         return len(self.parts_R)
 
-    def take(self, row_K: NDArray[np.int64]) -> RowScores:
+    def subset(self, row_K: NDArray[np.int64]) -> RowScores:
         """Return the score of a subset of the rows, by index."""
         return RowScores(self.parts_R[row_K], self.wholes_R[row_K], self.is_share)
 
@@ -153,7 +153,7 @@ class Statistic:
     def __len__(self) -> int:
         return len(self.row_R)
 
-    def take(self, row_K: NDArray[np.int64]) -> Statistic:
+    def subset(self, row_K: NDArray[np.int64]) -> Statistic:
         """Return the score of a subset of the rows, by position."""
         return Statistic(self.measure, self.row_R[row_K], self.is_share)
 

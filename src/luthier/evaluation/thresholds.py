@@ -12,7 +12,7 @@ from luthier.evaluation.retrieval import blocks, number_keys
 from luthier.evaluation.significance import RowScores
 
 
-def draw_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
+def choose_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
     """Return the threshold that at most the share ``false_alarms`` of ``ordinary`` scores exceeds.
 
     The threshold is the quantile; between two scores, the higher score.
@@ -20,7 +20,7 @@ def draw_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
     return float(np.quantile(np.asarray(ordinary), 1 - false_alarms, method="higher"))
 
 
-def are_apart(
+def unrelated_pairs(
     anchor_P: NDArray[Any], partner_P: NDArray[Any], part: slice = slice(None)
 ) -> NDArray[np.bool_]:
     """Return ``[C, P]`` True for anchors of ``part`` and partners of unrelated pairs.
@@ -49,7 +49,7 @@ def threshold_scores(
     anchor_P, partner_P = number_keys(anchor_texts), number_keys(partner_texts)
     alarms, others = [np.empty(0)], [np.empty(0)]
     for part, scores_CP in blocks(anchor_PH, partner_PH):
-        apart_CP = are_apart(anchor_P, partner_P, part)
+        apart_CP = unrelated_pairs(anchor_P, partner_P, part)
         alarms.append(((scores_CP > threshold) & apart_CP).sum(1))
         others.append(apart_CP.sum(1))
     own_P = (anchor_PH * partner_PH).sum(1)

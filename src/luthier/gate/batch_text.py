@@ -199,7 +199,7 @@ class SpotCheck(Check):
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """Named counts for the summary."""
 
-    def take(self, where: BatchLines, measured: Any, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: Any, findings: Findings) -> None:
         """Add the findings and the counts of a batch."""
         self.add_spots(where, measured.spots, findings)
         for name, counts in measured.counts.items():

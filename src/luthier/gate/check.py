@@ -1,7 +1,7 @@
 """Base class of the data checks.
 
 A check is one small file. :meth:`Check.measure` may run in a worker process: the method depends on
-the check's fields and one batch only, and returns a picklable value. :meth:`Check.take` and
+the check's fields and one batch only, and returns a picklable value. :meth:`Check.collect` and
 :meth:`Check.finish` run in the main process, in the order of the files, and combine the batches.
 Batches are discarded after use. A check stores numbers, not texts, so files may exceed memory.
 """
@@ -94,8 +94,8 @@ class Check(ABC):
     """Fields that :meth:`measure` reads. Only these fields are pickled for worker processes."""
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
-        """Create the check with defaults for the model and the objective of ``known``."""
+    def of(cls, context: CheckContext) -> Self:
+        """Create the check with defaults for the model and the objective of ``context``."""
         return cls()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Check(ABC):
         """Measure one batch, independently of all other batches. The result is picklable."""
 
     @abstractmethod
-    def take(self, where: BatchLines, measured: Any, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: Any, findings: Findings) -> None:
         """Combine the measured value of a batch. Batches arrive in order."""
 
     def finish(self, places: Places, findings: Findings) -> None:  # noqa: B027 - most have nothing to add

@@ -98,22 +98,22 @@ def _strip_text(text: str, done: Counter[str]) -> str:
     if text.isascii() and text.isprintable():
         return text
     found, before = Counter[str](), ""
-    mended = text
-    while mended != before:
-        before = mended
-        if lines := mended.count("\r\n"):
-            mended = mended.replace("\r\n", "\n")
+    fixed = text
+    while fixed != before:
+        before = fixed
+        if lines := fixed.count("\r\n"):
+            fixed = fixed.replace("\r\n", "\n")
             found[LINE_ENDS] += lines
-        mended, removed = remove_hidden(mended)
+        fixed, removed = remove_hidden(fixed)
         if removed:
             found[CHARACTERS] += removed
-        if not unicodedata.is_normalized("NFC", mended):
-            mended = unicodedata.normalize("NFC", mended)
+        if not unicodedata.is_normalized("NFC", fixed):
+            fixed = unicodedata.normalize("NFC", fixed)
             found[FORM] = 1
-    if not mended.strip() and text:
+    if not fixed.strip() and text:
         return text
     done += found
-    return mended
+    return fixed
 
 
 class MergeLabels(Edit):
@@ -262,10 +262,10 @@ class Redact(Edit):
         if not new:
             return draft, ""
         self.counts.update({str(kind): count for kind, count in new.items()})
-        said = [f"{change.field}: {change.pseudonym}" for change in changes]
+        changed_fields = [f"{change.field}: {change.pseudonym}" for change in changes]
         if further != draft.further:
-            said.append(f"{sum(new.values()) - len(changes)} in further keys")
-        return RowDraft(row, further), ", ".join(said)
+            changed_fields.append(f"{sum(new.values()) - len(changes)} in further keys")
+        return RowDraft(row, further), ", ".join(changed_fields)
 
 
 _KINDS: tuple[type[Edit], ...] = (Strip, MergeLabels, Redact)

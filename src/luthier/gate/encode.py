@@ -144,7 +144,7 @@ class RowEncoder:
         return shorter
 
 
-def refuse_single(row: Row) -> RowRefused | None:
+def single_row_error(row: Row) -> RowRefused | None:
     """Reject a single training row; return ``None`` for raw text, which may be one row."""
     message = "the data has a single row, and one example does not define a task."
     return None if row.shape == "text" else RowRefused(TOO_FEW.id, message, TOO_FEW.fix)
@@ -168,7 +168,7 @@ def check_shapes(
         DataError: all rejected rows.
     """
     problems: list[Problem] = []
-    if len(rows) == 1 and (bad := refuse_single(rows[0])):
+    if len(rows) == 1 and (bad := single_row_error(rows[0])):
         problems.append(bad.at(rows[0].file, rows[0].line))
     for beside, some in ((False, chain(rows, held)), (True, further)):
         encoder = RowEncoder(objective, chat, beside)

@@ -96,9 +96,9 @@ def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
         return READER, "an encoder is best for texts with labels"
     language = language_name(code)
     fitting = bases_for(code, "embedding")
-    here = [each for each in fitting if is_base_here(each)]
-    if here:
-        return here[0], f"an encoder trained on {language}"
+    local = [each for each in fitting if is_base_here(each)]
+    if local:
+        return local[0], f"an encoder trained on {language}"
     reason = f"a model of words in any language, because no local encoder was trained on {language}"
     if fitting:
         reason += f"; `luthier models pull {fitting[0]}` downloads such an encoder"
@@ -150,7 +150,7 @@ def inspect(
             objective.
         UnknownModel, DownloadError: the given base model is unavailable.
     """
-    decided = load_policy(request.policy, request.severity, request.skip)
+    policy = load_policy(request.policy, request.severity, request.skip)
     known, missing, base = CheckContext(shown=request.shown), "", request.base
     if base == AUTO:
         base = DEFAULT_BASE
@@ -164,11 +164,11 @@ def inspect(
             if request.base not in (AUTO, DEFAULT_BASE):
                 raise
             missing = str(error)
-    checks, left_out = checks_for(known, decided.skip)
+    checks, left_out = checks_for(known, policy.skip)
     place = Place(str(request.data), 0)
-    beside = [Finding(BASE_MISSING, place, missing)] if missing else []
+    extra = [Finding(BASE_MISSING, place, missing)] if missing else []
     report = inspect_sources(
-        request.sources, checks, decided.severity, request.columns, progress, processes, beside
+        request.sources, checks, policy.severity, request.columns, progress, processes, extra
     )
     used = base if known.chat else None
     if report.left_out:  # where no row has a text, no base would help
@@ -190,14 +190,14 @@ def load_context(
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> CheckContext:
     """Return format, context length and objective of a base model; download a missing base."""
-    wanted = parse_objective(objective)
+    chosen = parse_objective(objective)
     stored = store.find(base, on_stage)
     chat, room = stored.chat, stored.room
-    if wanted is None and (own := sole_objective(stored.kind)) is not None:
-        wanted = OBJECTIVES[own].model_validate({})
-    if wanted is not None:
-        check_base(wanted, chat)
-    return CheckContext(chat, wanted, room, shown)
+    if chosen is None and (own := sole_objective(stored.kind)) is not None:
+        chosen = OBJECTIVES[own].model_validate({})
+    if chosen is not None:
+        check_base(chosen, chat)
+    return CheckContext(chat, chosen, room, shown)
 
 
 def inspect_job(
@@ -217,9 +217,9 @@ def inspect_job(
     Raises:
         RecipeError: invalid policy or severity.
     """
-    decided = load_policy(spec.policy, spec.severity or {})
-    checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
-    report = inspect_rows(splits, checks, decided.severity, on_row, warnings)
+    policy = load_policy(spec.policy, spec.severity or {})
+    checks, left_out = checks_for(CheckContext(chat, objective), policy.skip, in_jobs=True)
+    report = inspect_rows(splits, checks, policy.severity, on_row, warnings)
     named = {"train": spec.train, "validation": spec.validation}
     sources = {split: source for split, source in named.items() if source}
     left_out = {**left_out, **report.left_out}

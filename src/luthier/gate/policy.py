@@ -49,8 +49,8 @@ def load_policy(
         RecipeError: invalid policy.
     """
     file = read_policy(Path(path)) if path else GatePolicy()
-    said = parse_policy(severity, skip)
-    return GatePolicy({**file.severity, **said.severity}, file.skip | said.skip)
+    options = parse_policy(severity, skip)
+    return GatePolicy({**file.severity, **options.severity}, file.skip | options.skip)
 
 
 def read_policy(path: Path) -> GatePolicy:
@@ -93,12 +93,12 @@ def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> GateP
                 advice="Fix the rows or remove them.",
             )
         chosen |= dict.fromkeys((rule.id for rule in rules), value)
-    left = frozenset(skip)
-    for name in sorted(left - set(CHECKS)):
+    skipped = frozenset(skip)
+    for name in sorted(skipped - set(CHECKS)):
         raise RecipeError(
             f"{name!r} is not a check. Choose from {', '.join(CHECKS)}", setting="skip", value=name
         )
-    return GatePolicy(chosen, left)
+    return GatePolicy(chosen, skipped)
 
 
 def parse_severity(text: str) -> dict[str, str]:

@@ -261,7 +261,7 @@ _SAME_ENDING = (".csv", ".tsv", ".parquet", ".txt", ".md")
 def cleaning_command(report: Report) -> str:
     """Return the cleaning command that fixes the findings of the training rows; empty without
     fixes."""
-    options = _options(_mendable_rules(report))
+    options = _options(_fixable_rules(report))
     if not options:
         return ""
     source = report.source("train")
@@ -284,7 +284,7 @@ def target_of(source: str) -> str:
     return str(path.with_name(name)) if path.is_file() else name
 
 
-def _mendable_rules(report: Report) -> Iterable[Rule]:
+def _fixable_rules(report: Report) -> Iterable[Rule]:
     """Yield the rules with an automatic fix. Notes are left to the user."""
     found = report.findings
     train = set(report.files.get("train", ()))

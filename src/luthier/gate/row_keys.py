@@ -200,9 +200,9 @@ def group_related(rows: Sequence[Row], values: Sequence[str] | None = None) -> I
     Rows with equal ``values`` always stay together. Related rows of different values stay together,
     unless a group would have more than half of all rows.
     """
-    kin = RelatedRows()
-    kin.add(rows)
-    related_N = kin.groups()
+    related = RelatedRows()
+    related.add(rows)
+    related_N = related.groups()
     if values is None:
         return related_N
     named_N = first_rows(np.array(values))

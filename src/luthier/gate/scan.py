@@ -227,7 +227,7 @@ class Gate:
         self.has_texts = self.has_texts or any(any(row.texts()) for row in batch.rows)
         self.forms.setdefault(batch.split, describe_shapes([batch.rows[0].shape]))
         for check, found in zip(self.checks, measured, strict=True):
-            check.take(where, found, self.findings)
+            check.collect(where, found, self.findings)
 
     def add_problems(self, problems: list[Problem]) -> None:
         """Convert reading problems to findings, and clear the list."""

@@ -53,15 +53,15 @@ def split_file(
     if sum(shares.values()) >= 1:
         text = "the shares leave no training rows; the sum must be less than 1"
         raise RecipeError(text, rule="split.empty")
-    kin, strata, lines = RelatedRows(), Strata(), list[int]()
+    related, strata, lines = RelatedRows(), Strata(), list[int]()
     rows = (row for row, _ in stream_rows(source, problems))
     while batch := list(islice(rows, BATCH)):
-        kin.add(batch)
+        related.add(batch)
         strata.add(batch)
         lines += [row.line for row in batch]
     if problems:
         raise DataError(problems)
-    groups_N, names = kin.groups(), strata.names()
+    groups_N, names = related.groups(), strata.names()
     chosen = {name: share for name, share in shares.items() if share > 0}
     parts = split_rows(names, groups_N, list(chosen.values()), seed)
     with new_folder(output) as folder:

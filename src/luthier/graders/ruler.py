@@ -121,9 +121,9 @@ def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[Pa
     Raises:
         LuthierError: the judge does not answer, or half of all verdicts have no scores.
     """
-    asked = [place for place, (one, other) in enumerate(pairs) if one.reply != other.reply]
-    orders = [[judge.comparison(pairs[place]) for place in asked]]
-    orders += [[judge.comparison(pairs[place][::-1]) for place in asked]]
+    judged = [place for place, (one, other) in enumerate(pairs) if one.reply != other.reply]
+    orders = [[judge.comparison(pairs[place]) for place in judged]]
+    orders += [[judge.comparison(pairs[place][::-1]) for place in judged]]
     verdicts = judge.all_verdicts([*orders[0], *orders[1]])
     signs: list[int | None] = []
     unread: list[str] = []
@@ -140,8 +140,8 @@ def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[Pa
             f"such as {verdict_end(unread[0])}: use a stronger judge"
         )
     found = [PairVerdict(0, 0, is_asked=False)] * len(pairs)
-    count = len(asked)
-    for n, place in enumerate(asked):
+    count = len(judged)
+    for n, place in enumerate(judged):
         both = signs[n], signs[count + n]
         first, second = (sign or 0 for sign in both)
         found[place] = PairVerdict(first, -second, both.count(None))

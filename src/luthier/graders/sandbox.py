@@ -38,7 +38,7 @@ from luthier.errors import LuthierError, RecipeError, RowRefused
 from luthier.graders.base import Answer, Ungraded
 from luthier.processes import KillHandle, cancellable
 
-MOST_SAID = 4096
+MAX_OUTPUT = 4096
 """Maximum output of a process, in bytes. Every pipe has room for more, so the process never waits
 for a reader."""
 START_S = 10.0
@@ -87,9 +87,9 @@ def value_of(code: str, call: str, limits: Limits) -> Any:
     Raises:
         SandboxError: building the sandbox failed.
     """
-    said = _result_of(code, call, limits, value=True)
+    output = _result_of(code, call, limits, value=True)
     try:
-        return None if said is None else json.loads(said)
+        return None if output is None else json.loads(output)
     except ValueError:
         return None
 
@@ -97,24 +97,24 @@ def value_of(code: str, call: str, limits: Limits) -> Any:
 def _result_of(code: str, tests: str, limits: Limits, value: bool = False) -> bytes | None:
     """Return the output after the token, or None if the process did not get so far."""
     token = secrets.token_hex(16)
-    wanted = {"token": token, "code": code, "tests": tests, "value": value}
+    request = {"token": token, "code": code, "tests": tests, "value": value}
     verdict, writes = os.pipe()
     try:
         with tempfile.TemporaryDirectory(
             prefix="luthier-code-", ignore_cleanup_errors=True
         ) as folder:
-            _run(json.dumps(wanted).encode(), writes, folder, limits)
+            _run(json.dumps(request).encode(), writes, folder, limits)
         os.set_blocking(verdict, False)
         with suppress(BlockingIOError):
-            said = os.read(verdict, MOST_SAID)
-            return said[len(token) :] if said.startswith(token.encode()) else None
+            output = os.read(verdict, MAX_OUTPUT)
+            return output[len(token) :] if output.startswith(token.encode()) else None
         return None
     finally:
         os.close(verdict)
         os.close(writes)
 
 
-def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
+def _run(request: bytes, writes: int, folder: str, limits: Limits) -> None:
     settings = {
         "folder": folder,
         "writes": writes,
@@ -143,15 +143,15 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
 
     running = cancellable(KillHandle(kill))
     try:
-        _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
+        _, output = process.communicate(request, timeout=limits.seconds + START_S)
     except subprocess.TimeoutExpired:
-        said = f"not built in {START_S:g} s; the machine may be overloaded".encode()
+        output = f"not built in {START_S:g} s; the machine may be overloaded".encode()
     finally:
         running.close()
         process.communicate()
         running.finish()
-    if said:
-        raise SandboxError(said.decode(errors="replace").strip()[-300:])
+    if output:
+        raise SandboxError(output.decode(errors="replace").strip()[-300:])
 
 
 def side_by_side(

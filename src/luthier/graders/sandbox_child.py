@@ -144,16 +144,16 @@ def read(proc: int, pid: int, name: str) -> str:
         os.close(file)
 
 
-def refuse_calls() -> None:
+def block_calls() -> None:
     """Block sockets and memory that no other limit covers, with a seccomp filter.
 
     Raises:
         OSError: the kernel or the processor has no such filter.
     """
-    known = SYSCALLS.get(platform.machine())
-    if known is None:
+    calls = SYSCALLS.get(platform.machine())
+    if calls is None:
         raise OSError(f"no list of system calls for {platform.machine()}")
-    name, sockets, refused = known
+    name, sockets, blocked = calls
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
     # Steps are (code, steps to skip where true, where false, value), as in struct sock_filter.
@@ -171,7 +171,7 @@ def refuse_calls() -> None:
         (at_least, 0, 1, 0x40000000),  # x32: the same, with numbers of its own
         (give, 0, 0, kill),
     ]
-    for call in refused:
+    for call in blocked:
         steps += [(equal, 0, 1, call), (give, 0, 0, error | NO_SYSTEM_CALL)]
     steps += [
         (equal, 2, 0, sockets[0]),
@@ -212,7 +212,7 @@ def guard(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-ar
 def become(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-arg]
     """Drop the remaining privileges, set limits and run the program."""
     try:
-        said = os.dup(2)  # closed by exec
+        errors = os.dup(2)  # closed by exec
         quiet = os.open("/null" if os.path.exists("/null") else "/dev/null", os.O_RDWR)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
@@ -233,16 +233,16 @@ def become(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-a
             most = most if now == resource.RLIM_INFINITY else min(most, now)
             resource.setrlimit(kind, (most, most))
         try:
-            refuse_calls()
+            block_calls()
         except OSError as error:
             if settings["isolated"]:
-                os.write(said, f"no filter of system calls: {error}".encode())
+                os.write(errors, f"no filter of system calls: {error}".encode())
                 os._exit(1)
         python = settings["python"]
         writes = str(settings["writes"])
         os.execve(python, [python, "-I", "-S", "-c", settings["harness"], writes], {})  # noqa: S606
     except OSError as error:
-        os.write(said, f"cannot start {settings['python']}: {error}".encode())
+        os.write(errors, f"cannot start {settings['python']}: {error}".encode())
         os._exit(1)
 
 

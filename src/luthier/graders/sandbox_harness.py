@@ -7,12 +7,12 @@ import sys
 
 def main(writes: int) -> None:
     """Read the code from standard input, run the code, and write the token and the requested value."""
-    wanted = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     names = {"__name__": "reply"}
-    exec(compile(wanted["code"], "reply.py", "exec"), names)  # noqa: S102
-    exec(compile(wanted["tests"], "tests.py", "exec"), names)  # noqa: S102
-    said = json.dumps(names.get("result")) if wanted["value"] else ""
-    os.write(writes, (wanted["token"] + said)[:4096].encode())
+    exec(compile(request["code"], "reply.py", "exec"), names)  # noqa: S102
+    exec(compile(request["tests"], "tests.py", "exec"), names)  # noqa: S102
+    output = json.dumps(names.get("result")) if request["value"] else ""
+    os.write(writes, (request["token"] + output)[:4096].encode())
     os._exit(0)
 
 

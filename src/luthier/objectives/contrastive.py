@@ -45,7 +45,7 @@ from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import number_keys
-from luthier.evaluation.thresholds import are_apart, draw_threshold
+from luthier.evaluation.thresholds import choose_threshold, unrelated_pairs
 from luthier.models.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
 from luthier.objectives.base import (
@@ -310,7 +310,7 @@ class Contrastive(Objective):
         else:
             own_PP = torch.eye(count, dtype=torch.bool)
             text_V = number_keys([side.ids_T.tobytes() for side in in_order])
-            apart_PP = torch.from_numpy(are_apart(text_V[:count], text_V[count:]))
+            apart_PP = torch.from_numpy(unrelated_pairs(text_V[:count], text_V[count:]))
             allowed_PK = own_PP | apart_PP
             anchor_PH, partner_PH = side_VH.split(count)
             each_P, right_P = _info_nce(scale, anchor_PH, partner_PH, own_PP, allowed_PK)
@@ -345,10 +345,10 @@ class Contrastive(Objective):
         )
         scores_PP = (torch.stack(embeddings[::2]) @ torch.stack(embeddings[1::2]).t()).numpy()
         text_V = number_keys([side.ids_T.tobytes() for side in sides])
-        unrelated = scores_PP[are_apart(text_V[::2], text_V[1::2])]
+        unrelated = scores_PP[unrelated_pairs(text_V[::2], text_V[1::2])]
         if not len(unrelated):
             return Finished(self)
-        threshold = draw_threshold(unrelated, self.false_alarms)
+        threshold = choose_threshold(unrelated, self.false_alarms)
         completed = self.model_copy(update={"threshold": threshold})
         return Finished(completed, len(examples), minimum)
 

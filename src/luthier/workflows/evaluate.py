@@ -264,7 +264,9 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
     bits = tokens / math.log(2) / max(1, sum(len(row.plain_text()) for row in rows))
 
     def of_loss(change: Callable[[float], float]) -> Statistic:
-        return Statistic.of(lambda row_K: change(loss.take(row_K).value), len(loss), is_share=False)
+        return Statistic.of(
+            lambda row_K: change(loss.subset(row_K).value), len(loss), is_share=False
+        )
 
     scores: dict[str, Score] = {
         "perplexity": of_loss(perplexity_of),

@@ -16,7 +16,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage, LabelledAudio, LabelledImage
 from luthier.gate.check import CheckContext
-from luthier.gate.checks import checks_for
+from luthier.gate.checks import NO_READER, checks_for
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.report import Report, next_steps
 from luthier.gate.scan import inspect_rows
@@ -186,7 +186,7 @@ def test_rows_of_texts_are_passed_over() -> None:
 def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer() -> None:
     known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
     chosen, left = checks_for(known, skip=["learning"])
-    assert "base_language" in left and "tokenizer" not in left["base_language"]
+    assert left["base_language"] == NO_READER
     captions = ["<|im_end|> a red disc", "Call ann.doe@nowhere.de", "a caf\u00c3\u00a9", "As an AI"]
     rows = [
         CaptionedImage("t", n, Media("image", f"{n}.png", array=noise(n)), text)

@@ -32,9 +32,9 @@ class Amount(Check):
     rules: ClassVar[tuple[Rule, ...]] = (FEW,)
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
+    def of(cls, context: CheckContext) -> Self:
         """Create the check. With a base model, fitting the objective already rejects a single row."""
-        return cls(fitted=known.chat is not None)
+        return cls(fitted=context.chat is not None)
 
     def __init__(self, fitted: bool = False) -> None:
         self.fitted = fitted
@@ -48,7 +48,7 @@ class Amount(Check):
         texts = sum(len(row.plain_text()) for row in batch.rows if row.shape == "text")
         return Counter(row.shape for row in batch.rows), texts
 
-    def take(
+    def collect(
         self, where: BatchLines, measured: tuple[Counter[str], int], findings: Findings
     ) -> None:
         """Add up the counts of training rows."""

@@ -97,10 +97,10 @@ class Balance(Check):
     )  # fmt: skip
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
+    def of(cls, context: CheckContext) -> Self:
         """Create the check. With a base model, fitting the objective finds unlearnable labels."""
-        chosen = getattr(known.objective, "multi_label", None)
-        return cls(fitted=known.chat is not None, by_rows=chosen is None)
+        chosen = getattr(context.objective, "multi_label", None)
+        return cls(fitted=context.chat is not None, by_rows=chosen is None)
 
     def __init__(self, fitted: bool = False, by_rows: bool = True) -> None:
         self.fitted = fitted
@@ -136,7 +136,7 @@ class Balance(Check):
         several = {index: count for index, count in arrays.items() if count != 1}
         return _Labels(counts, labelled, tagged, len(arrays), several)
 
-    def take(self, where: BatchLines, measured: _Labels, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: _Labels, findings: Findings) -> None:
         """Add up, and remember where each label comes first."""
         self._rows[where.split] += measured.rows
         self._tagged |= measured.tagged

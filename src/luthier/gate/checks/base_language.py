@@ -192,10 +192,10 @@ class BaseLanguage(Check):
     needs_tokenizer: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
+    def of(cls, context: CheckContext) -> Self:
         """Create the check for the tokenizer of the base model."""
-        assert known.chat is not None
-        return cls(known.chat, known.objective)
+        assert context.chat is not None
+        return cls(context.chat, context.objective)
 
     def __init__(self, chat: ChatFormat, objective: Objective | None) -> None:
         self.chat, self.objective = chat, objective
@@ -215,7 +215,9 @@ class BaseLanguage(Check):
         drawn = ((zlib.crc32(text.encode("utf-8", "surrogatepass")), text) for text in texts)
         return heapq.nsmallest(SAMPLES, drawn)
 
-    def take(self, where: BatchLines, measured: list[tuple[int, str]], findings: Findings) -> None:
+    def collect(
+        self, where: BatchLines, measured: list[tuple[int, str]], findings: Findings
+    ) -> None:
         """Keep the sample of all batches: 60 kB at most."""
         self._samples = heapq.nsmallest(SAMPLES, [*self._samples, *measured])
 

@@ -69,7 +69,7 @@ class Contradictions(Check):
             "taught": key_column((taught for _, _, taught in parts), count),
         }
 
-    def take(self, where: BatchLines, measured: Mapping[str, Any], findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: Mapping[str, Any], findings: Findings) -> None:
         """Store the keys until all rows are known."""
         for name, column in measured.items():
             self._table.append(name, column)

@@ -96,11 +96,11 @@ class Duplicates(Check):
     measures_with: ClassVar[tuple[str, ...]] = ("common", "share")
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
+    def of(cls, context: CheckContext) -> Self:
         """Create the check: compare every row if requested, and no row if no near rule is
         requested."""
         near = {NEAR.id, NUMBERS.id, leakage.NEAR.id, leakage.MANY.id}
-        return cls(every=known.every, alike=known.only is None or bool(known.only & near))
+        return cls(every=context.every, alike=context.only is None or bool(context.only & near))
 
     def __init__(self, limit: int = MEMORY_LIMIT, every: bool = False, alike: bool = True) -> None:
         self.common: tuple[Words, Words] | None = None
@@ -145,7 +145,7 @@ class Duplicates(Check):
         }
         return DuplicateKeys(columns, asked, whole, of_chosen)
 
-    def take(self, where: BatchLines, measured: DuplicateKeys, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: DuplicateKeys, findings: Findings) -> None:
         """Store the keys and sketches until all rows are known."""
         for name, column in measured.columns.items():
             self._table.append(name, column)

@@ -124,7 +124,7 @@ class Language(Check):
         pairs = tuple(zip(codes[::2], codes[1::2], strict=True))
         return BatchLanguages(np.asarray(rows, np.int64), pairs)
 
-    def take(self, where: BatchLines, measured: BatchLanguages, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: BatchLanguages, findings: Findings) -> None:
         """Keep the codes of the sample."""
         self._rows.append(measured.rows_N + where.first)
         self._codes += measured.codes

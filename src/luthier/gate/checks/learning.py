@@ -27,7 +27,7 @@ from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWo
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.batch_text import Spot, SpotCheck, excerpt_of, mask_pieces, private_items
 from luthier.gate.check import BatchLines, CheckContext, Places, RowBatch
-from luthier.gate.encode import RowEncoder, refuse_single
+from luthier.gate.encode import RowEncoder, single_row_error
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import (
     ENCODING_RULES,
@@ -114,10 +114,10 @@ class Learning(SpotCheck):
     measures_with: ClassVar[tuple[str, ...]] = ("objective", "chat", "context", "kept", "every")
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
+    def of(cls, context: CheckContext) -> Self:
         """Create the check for the base model."""
-        assert known.chat is not None
-        return cls(known.objective, known.chat, known.context, known.shown, known.every)
+        assert context.chat is not None
+        return cls(context.objective, context.chat, context.context, context.shown, context.every)
 
     def __init__(
         self,
@@ -257,10 +257,10 @@ class Learning(SpotCheck):
             "taught": mask_pieces([taught], private_items([taught]))[0],
         }
 
-    def take(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
         """Add the counts and the findings of a batch."""
         self.add_spots(where, measured.spots, findings)
-        self.fitting.take(where, measured.kinds)
+        self.fitting.collect(where, measured.kinds)
         if measured.waiting:
             self.waiting.setdefault((where.split, where.file), []).extend(measured.waiting)
         lengths = self.lengths.setdefault(where.split, Histogram())
@@ -288,7 +288,7 @@ class Learning(SpotCheck):
                 continue
             lines_N = np.array([row.line for row in pairs], np.int64)
             measured = self.measure(RowBatch(split, file, pairs))
-            self.take(BatchLines(split, file, lines_N, -1), measured, findings)
+            self.collect(BatchLines(split, file, lines_N, -1), measured, findings)
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)
 
@@ -377,7 +377,7 @@ class ObjectiveFit:
         self.several_labels = False
         """True if the fitted objective gives a row several labels."""
 
-    def take(self, where: BatchLines, found: Mapping[RowKind, Witness]) -> None:
+    def collect(self, where: BatchLines, found: Mapping[RowKind, Witness]) -> None:
         """Add the witnesses of a batch."""
         self._lines[where.split] += len(where.lines_N)
         kept = self._kept.setdefault(where.split, {})
@@ -401,7 +401,7 @@ class ObjectiveFit:
         if not rows:
             return []
         file = next(iter(train.values()))[0].file
-        if self._lines["train"] == 1 and (bad := refuse_single(rows[0])):
+        if self._lines["train"] == 1 and (bad := single_row_error(rows[0])):
             return [(Finding(TOO_FEW, Place(file, rows[0].line), bad.problem.message), 1)]
         try:
             fitted = objective.fit(rows, chat)

@@ -112,7 +112,7 @@ class Lengths(SpotCheck):
         logs_2N = np.log1p(sizes_2N).astype(np.float32)
         return BatchLengths(logs_2N, starts, answers, tuple(spots))
 
-    def take(self, where: BatchLines, measured: BatchLengths, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: BatchLengths, findings: Findings) -> None:
         """Store 8 bytes per row and the most frequent openings."""
         histograms = self._histograms.setdefault(
             where.split, {f"{part}_characters": Histogram() for part in _SIDES}

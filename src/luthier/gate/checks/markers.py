@@ -127,9 +127,11 @@ class Markers(SpotCheck):
     measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special", "breaks")
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
+    def of(cls, context: CheckContext) -> Self:
         """Create the check with the special tokens of the base model, if given."""
-        return cls(known.chat if known.chat is not None and known.chat.has_tokenizer else None)
+        return cls(
+            context.chat if context.chat is not None and context.chat.has_tokenizer else None
+        )
 
     def __init__(self, chat: ChatFormat | None = None) -> None:
         super().__init__()
@@ -145,7 +147,7 @@ class Markers(SpotCheck):
         marks: Counter[str] = Counter()
         found = list(self._find_reserved(joined))
         owners = [joined.at(start) for start, _, _ in found]
-        broken = [self.breaks and _is_asked(batch.rows[index], text) for index, text, _ in owners]
+        broken = [self.breaks and _is_prompt(batch.rows[index], text) for index, text, _ in owners]
         special = [each for each, is_broken in zip(found, broken, strict=True) if not is_broken]
         asked = [each for each, is_broken in zip(found, broken, strict=True) if is_broken]
         templates = list(self._foreign(joined.text, {start for start, _, _ in found}))
@@ -210,7 +212,7 @@ class Markers(SpotCheck):
         }
 
 
-def _is_asked(row: Row, text: Text) -> bool:
+def _is_prompt(row: Row, text: Text) -> bool:
     """Return True if ``text`` belongs to a turn of the user or the system."""
     if text.part != "input" or not row.turns():
         return False

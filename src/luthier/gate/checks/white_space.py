@@ -45,10 +45,10 @@ class WhiteSpace(SpotCheck):
     measures_with: ClassVar[tuple[str, ...]] = ("chat",)
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
+    def of(cls, context: CheckContext) -> Self:
         """Create the check for the template that the objective renders."""
-        assert known.chat is not None
-        objective, chat = known.objective, known.chat
+        assert context.chat is not None
+        objective, chat = context.objective, context.chat
         return cls(chat if objective is None else objective.format(chat))
 
     def __init__(self, chat: ChatFormat) -> None:

@@ -170,9 +170,9 @@ class MediaFiles(SpotCheck):
         self.compared = 0
 
     @classmethod
-    def of(cls, known: CheckContext) -> Self:
-        """Return the check, with the processor of the base model if known."""
-        return cls(known.chat.media if known.chat else None)
+    def of(cls, context: CheckContext) -> Self:
+        """Return the check, with the processor of the base model if context."""
+        return cls(context.chat.media if context.chat else None)
 
     def measure(self, batch: RowBatch) -> MeasuredBatch:
         """Decode the files of a batch."""
@@ -230,7 +230,7 @@ class MediaFiles(SpotCheck):
             spots.append(Spot(index, RATE.id, text))
         return MeasuredMedia(index, f"{rate:,} Hz", rate=rate)
 
-    def take(self, where: BatchLines, measured: MeasuredBatch, findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: MeasuredBatch, findings: Findings) -> None:
         """Add the findings of a batch and compare images with earlier images."""
         spots, media = measured
         self.add_spots(where, spots, findings)

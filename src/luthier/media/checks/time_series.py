@@ -80,7 +80,7 @@ class TimeSeries(Check):
         times = [np.nan if row.media.time is None else row.media.time for row in rows]
         return np.array(times, np.float64)
 
-    def take(self, where: BatchLines, measured: NDArray[np.float64], findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: NDArray[np.float64], findings: Findings) -> None:
         """Store the times until the end, when the usual time step is known."""
         if len(measured):
             self._batches.setdefault((where.split, where.file), []).append((where, measured))

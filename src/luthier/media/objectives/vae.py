@@ -30,7 +30,7 @@ from pydantic import Field
 from luthier.data.chat import ChatFormat
 from luthier.data.disk_sequence import spool
 from luthier.data.shapes.media import BareWindow
-from luthier.evaluation.thresholds import draw_threshold
+from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.media.processors import ImageProcessor
 from luthier.models.heads import Task
@@ -209,7 +209,7 @@ class VAE(Generative):
         whole = [example for example in examples if _is_whole(example)]
         batches = network.batches(whole or examples, budget)
         scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
-        threshold = draw_threshold(scores, self.false_alarms)
+        threshold = choose_threshold(scores, self.false_alarms)
         done = self.model_copy(update={"threshold": threshold})
         return Finished(done, len(examples), wanted)
 
