@@ -34,7 +34,6 @@ class BitFit(Adaptation):
 
 
 def _biases(model: nn.Module) -> list[str]:
-    """Return the names of the biases below the head."""
     new = head_weights(model)
     names = [
         name

@@ -86,10 +86,12 @@ class _LowRankLinears(torch.autograd.Function):
         z_NZ = torch.mm(x, a_ZI.t())
         y_each = []
         for layer, bias, b, z in zip(layers, biases, b_each, _parts(z_NZ, b_each), strict=True):
+            # addmm_ accumulates in float32 and rounds once (see the top of this file).
             y = torch.mm(z * layer.scale, b.t()).addmm_(x, layer.weight_OI.t())
             if bias is not None:
                 y += bias
             y_each.append(y)
+        # `x A^T` is rank numbers per token: storing is cheaper than computing again.
         ctx.save_for_backward(x, z_NZ, *weights)
         ctx.layers = layers
         return tuple(y_each)
@@ -112,6 +114,7 @@ class _LowRankLinears(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dz_NZ, a_ZI)
             for layer, grad in zip(layers, grads, strict=True):
+                # In place: one buffer for the gradients of all layers with the same input.
                 dx.addmm_(grad, layer.weight_OI)
         return dx, None, None, *da_each, *db_each
 
@@ -121,7 +124,6 @@ def _joined(a_each: Sequence[Tensor]) -> Tensor:
 
 
 def _parts(z_NZ: Tensor, b_each: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The columns of each layer."""
     parts: Sequence[Tensor] = torch.split(z_NZ, [b.shape[1] for b in b_each], 1)
     return parts
 

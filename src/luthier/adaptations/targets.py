@@ -77,7 +77,6 @@ def linear_targets(
 
 
 def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:
-    """Return the name prefixes of all modules in these blocks."""
     blocks = [name.rpartition(".")[::2] for name in layer_names(model)]
     there = {int(number) for _, number in blocks}
     if missing := sorted(set(numbers) - there):

@@ -90,6 +90,7 @@ class Checkpoints:
         """Write a checkpoint and remove all but the newest two. The first checkpoint is read back."""
         started = time.monotonic()
         path = self.folder / f"step-{progress.step:08d}"
+        # new_folder renames after fsync, so a checkpoint exists completely or not at all.
         with new_folder(path) as temporary:
             file = temporary / "tensors.safetensors"
             save_tensors({name: t.contiguous() for name, t in tensors.items()}, file)
@@ -97,6 +98,7 @@ class Checkpoints:
                 temporary / "state.json",
                 {"progress": asdict(progress), "sha256": {file.name: sha256_of(file)}},
             )
+        # Read back the first checkpoint: a faulty disk shows early, at the cost of one read.
         if self._cost is None:
             self._read(path)
         # What is newer was damaged, or this run would have gone on from it.
@@ -155,5 +157,6 @@ def _remove(path: Path) -> None:
     import shutil
 
     doomed = path.with_name(f"{TEMPORARY}{path.name}")
+    # Rename first: a kill during rmtree must not leave a checkpoint that looks complete.
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -251,7 +251,6 @@ def _sequences(objective: Objective, examples: Iterable[Example]) -> Iterator[Ex
 
 
 def _rows_of(rows: Sequence[Row], examples: Sequence[Example]) -> Sequence[Row]:
-    """Return the source row of each example."""
     return select(rows, np.fromiter((e.row for e in examples), np.int64, len(examples)))
 
 
@@ -363,7 +362,6 @@ def loss_mask(examples: Iterable[Example], chat: ChatFormat) -> LossMask | None:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Return the line numbers of the rows, by file."""
     lines_by_file: dict[str, set[int]] = {}
     for row in rows:
         lines_by_file.setdefault(row.file, set()).add(row.line)

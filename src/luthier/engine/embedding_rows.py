@@ -71,6 +71,7 @@ class EmbeddingRows:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
+        # Row number in the buffers by table row; -1 for rows without a gradient so far.
         self._place_V = torch.full((len(weight),), -1, device=weight.device)
         self._ids_V = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
         # On a CPU the system gives memory to what is written: to the rows that are there.
@@ -128,7 +129,6 @@ class EmbeddingRows:
         self.restore(ids, {name: each[ids.to(each.device)] for name, each in tables.items()})
 
     def _append(self, ids_N: Tensor) -> None:
-        """Add new rows to the buffers."""
         start, self._count = self._count, self._count + len(ids_N)
         self._ids_V[start : self._count] = ids_N
         self._place_V[ids_N] = torch.arange(start, self._count, device=ids_N.device)

@@ -507,7 +507,6 @@ def bind_models(
 
 
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
-    """Return the rows of the first steps, to choose the token budget."""
     training = recipe.training
     size = training.batch_size or 1
     order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)

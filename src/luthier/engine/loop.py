@@ -105,7 +105,7 @@ class Loop:
     """Default learning rate for the run; 0 if unknown."""
 
     def __post_init__(self) -> None:
-        """Create the optimizer, the row order and the progress."""
+        # A refit stops early in the schedule of the first training, so `until` and `steps` differ.
         self.until = self.until or self.steps
         self.all_steps = self.all_steps or self.until
         training = self.training
@@ -257,6 +257,7 @@ class Loop:
         self.network.done = self.progress.step / self.steps
         # What is drawn in a step follows from seed and step, as its rows do.
         seed_torch(derive_seed(self.training.seed, self.progress.step))
+        # Processes share the work of annotation, such as sampling and scoring.
         with torch.no_grad(), self.network.split_work():
             batches = objective.annotate(self.network, chosen, self.budget)
         self._upcoming = None
@@ -329,6 +330,7 @@ class Loop:
     ) -> tuple[float, dict[str, float]]:
         """Compute the gradients of the mean loss over the micro-batches of all processes. Return
         the mean loss and the objective's metrics."""
+        # fsum: the sum must not depend on the order of micro-batches.
         own_weight = math.fsum(batch.weight for batch in batches if not batch.is_filler)
         weight = self.processes.sum(own_weight)
         means = Means()
@@ -337,6 +339,8 @@ class Loop:
             seed = derive_seed(self.training.seed, self.progress.step, turn, batch.place)
             with drawn_from(seed, self.network.device):
                 loss = objective.loss(self.network, batch)
+                # The only division: all micro-batches then sum to the gradient of the global mean.
+                # A filler batch (sharded training) runs the same collectives with a gradient of 0.
                 (loss.total / (math.inf if batch.is_filler else weight)).backward()
             self.optimizer.collect()
             if not batch.is_filler:
@@ -362,6 +366,7 @@ class Loop:
         better = best_measurement(self.measured, measure) is measured
         if better:
             progress.best_loss, progress.best_step = measured["loss"], progress.step
+            # Without masters and moments: training never continues from the best weights.
             self.best = {n: local_shard(w.data).clone() for n, w in self.optimizer.weights.items()}
         min_delta = self.training.min_delta
         # Relative, because losses and scores have different scales.

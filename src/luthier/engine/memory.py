@@ -132,7 +132,9 @@ def estimate_memory(
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     vocabulary = int(config.vocab_size)
+    # One chunk of logprobs.CHUNK positions: float32 logits and gradient, and two working copies.
     logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
+    # Saved tensors per token: 11 of width hidden and 4 of width inner in each layer (fitted).
     activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
     return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, least)
 

@@ -274,7 +274,6 @@ def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
 
 
 def _draw_train(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Plot a value of the training steps, raw and smoothed."""
     train = [
         (line["step"], line[name]) for line in lines if line["event"] == "train" and name in line
     ]

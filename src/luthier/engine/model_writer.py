@@ -108,6 +108,7 @@ class ModelWriter:
         last."""
         run = self.run
         trained = self._outputs(network)
+        # The folder is renamed last: a model with a failed parity check never becomes visible.
         with new_folder(run.model_folder) as fresh:
             manifest = self._save(network, fresh)
             network.close()
@@ -222,7 +223,6 @@ class ModelWriter:
         return self._sample()[:TOKEN_PARITY_ROWS]
 
     def _outputs(self, network: Network) -> NetworkOutputs:
-        """Return the outputs of the trained network."""
         loss, logps = self._loss(network), self._logps(network)
         skipped = self._why_not_greedy(network)
         if skipped:

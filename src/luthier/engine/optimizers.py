@@ -143,6 +143,7 @@ class MasterAdamW:
     def step(self, learning_rate: float) -> float:
         """Clip the gradients, move the masters, copy the masters to the network, and return the
         gradient norm."""
+        # The norm covers all weights before any weight moves, as in torch's clip_grad_norm_.
         norm = self._norm()
         if not torch.isfinite(norm):
             raise Diverged("the gradient is not finite")
@@ -164,6 +165,7 @@ class MasterAdamW:
 
     def _move(self, group: _Group, rate: float) -> None:
         """Move the masters of ``group`` with a gradient."""
+        # Weights without a gradient keep their moments, as in torch.optim.AdamW.
         names = [name for name in group.names if name in self._sums]
         for name in names:
             if name not in self._state:
@@ -191,13 +193,13 @@ class MasterAdamW:
         )
 
     def _norm(self) -> Tensor:
-        """Return the norm of all gradients together."""
         whole, parts = list[Tensor](), list[Tensor]()
         for name, weight in self.weights.items():
             if name in self._sums:
                 (parts if is_sharded(weight) else whole).append(self._sums[name])
         norm = nn.utils.get_total_norm(whole, foreach=True)
         if parts:
+            # Shards are disjoint, so squared norms of the processes add up.
             own = float(nn.utils.get_total_norm(parts, foreach=True))
             norm = torch.tensor(math.hypot(float(norm), math.sqrt(self._processes.sum(own**2))))
         return norm
@@ -282,6 +284,7 @@ def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> di
     """
     if decay == 1 or not layers:
         return dict.fromkeys(names, 1.0)
+    # Position 0 is below all layers, `top` is above: the exponent counts layers from the top.
     top = len(layers) + 1
     return {name: decay ** (top - at) for name, at in layer_positions(names, layers).items()}
 
@@ -299,7 +302,6 @@ class _Group:
 def _groups(
     masters: Mapping[str, Tensor], shares: Mapping[str, float], weight_decay: float
 ) -> list[_Group]:
-    """Group the masters by weight decay and by learning rate factor."""
     groups: dict[tuple[bool, float], list[str]] = {}
     for name, master in masters.items():
         groups.setdefault((master.dim() < 2, shares[name]), []).append(name)

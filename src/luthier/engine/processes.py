@@ -312,7 +312,6 @@ def _outcomes(folder: Path) -> list[Path]:
 
 
 def _log_of(folder: Path, rank: int | str) -> Path:
-    """Return the output file of process ``rank``."""
     return folder / f"process-{rank}.log"
 
 

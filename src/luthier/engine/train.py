@@ -381,6 +381,7 @@ class Trainer:
         if self.network.is_sharded:
             trained = adapter_tensors(self.network.model).items()
             tensors = gather_to_first((name, local_shard(each), each) for name, each in trained)
+            # The gathered tensors are the only copy: free shards before the whole network loads.
             self.network.close()
             del loop, trained
             return_freed_memory()

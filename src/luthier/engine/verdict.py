@@ -405,7 +405,7 @@ def _rate(training: Training, times: float) -> str:
 
 
 def _ends(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return the mean loss of the first three lines at most, and of the last quarter."""
+    """Return the mean loss of at most three first lines, and of the last quarter."""
     losses = [line["loss"] for line in lines]
     part = max(1, len(losses) // 4)
     return statistics.fmean(losses[: min(part, 3)]), statistics.fmean(losses[-part:])

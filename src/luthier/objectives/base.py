@@ -279,7 +279,8 @@ class Objective(StrictModel):
 
     def truncate(self, example: Example, context: int) -> Example:
         """Return ``example`` truncated to ``context`` tokens, for ``data.long_rows=truncate``."""
-        return cut_end(example, context)
+        cut = cut_end if self.task == "causal_lm" else cut_text
+        return cut(example, context)
 
     def describe(self, example: Example) -> str:
         """Return the target of a row for reports, such as a label, if the tokens do not contain the

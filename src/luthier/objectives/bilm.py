@@ -140,8 +140,7 @@ def _words(tokens: Sequence[str]) -> list[str]:
 
 
 def _pieces(example: Example, size: int) -> list[Example]:
-    """Cut ``example`` at word starts into pieces of at most ``size`` characters, without lossless
-    pieces."""
+    """Cut ``example`` at word starts into pieces of at most ``size`` characters with targets."""
     target = np.asarray(example.target)
     starts = np.flatnonzero((target != NOTHING).any(1))
     pieces, first = [], 0

@@ -30,7 +30,6 @@ from luthier.objectives.base import (
     RunModels,
     RunStart,
     TrainingDefaults,
-    cut_text,
 )
 from luthier.objectives.class_priors import (
     LARGEST_WEIGHT,
@@ -189,7 +188,6 @@ class Classification(Objective):
     def _fit_class_weights(
         self, labels: Sequence[str], seen: Mapping[str, int], multi: bool
     ) -> dict[str, float]:
-        """Return the weight of each listed label. ``seen`` counts the rows per class."""
         weights, setting = self.class_weights, "objective.class_weights"
         if multi:
             raise RecipeError(
@@ -237,10 +235,6 @@ class Classification(Objective):
         if not self.multi_label:
             return class_of(labels.index(names[0]))
         return np.array([float(label in names) for label in labels], dtype=np.float32)
-
-    def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start, the closing token and the weight."""
-        return cut_text(example, context)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed cross-entropy; for multi-label rows, the mean over classes.

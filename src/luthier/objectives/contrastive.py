@@ -221,6 +221,7 @@ class Contrastive(Objective):
         numbers = [number for each in processes.gather(own) for number in each]
         by_number = {side.row: side for side in sides}
         order = [by_number[number] for number in numbers]
+        # annotate() runs without gradient; only the loss over embeddings needs one here.
         with torch.enable_grad():
             all_RH = processes.concatenate(torch.cat(parts).detach()).requires_grad_()
             whole = self._sum_loss(network, all_RH, order)
@@ -249,6 +250,7 @@ class Contrastive(Objective):
         cached = extra_of(batch, _Cached)
         with drawn_from(cached.seed, network.device):
             embeddings_RH = self.embed(network, batch)
+        # The gradient of this product by the network equals the gradient of the whole batch's loss.
         product = (embeddings_RH * cached.gradient_RH).sum()
         scale = network.logit_scale
         if scale is not None and cached.scale_gradient is not None:
@@ -275,11 +277,11 @@ class Contrastive(Objective):
         return network.logit_scale if self.temperature is None else None
 
     def _scale(self, network: Network) -> Tensor | float:
-        """Return the factor of the cosines."""
         learned = self._learned_scale(network)
         if learned is None:
             return 1 / (self.temperature or TEXT_TEMPERATURE)
         log_scale = learned.float()
+        # Straight-through: the value is clamped, the gradient is not.
         limited = log_scale + (log_scale.clamp(max=LARGEST_LOGIT_SCALE) - log_scale).detach()
         if limited.requires_grad and float(log_scale.detach()) >= LARGEST_LOGIT_SCALE:
             # At the limit it can fall and not rise; a clamp alone would hold it there for good.
@@ -388,6 +390,7 @@ def _info_nce(
     """
     positive_QK, allowed_QK = (each.to(query_QH.device) for each in (positive_QK, allowed_QK))
     scores_QK = query_QH @ key_KH.t() * scale
+    # -inf removes duplicates of the positive from the denominator; they are no negatives.
     scores_QK = scores_QK.masked_fill(~allowed_QK, float("-inf"))
     logp_QK = scores_QK.log_softmax(-1).masked_fill(~positive_QK, 0.0)
     nearest_Q1 = scores_QK.argmax(-1, keepdim=True)

@@ -62,6 +62,7 @@ class Divergence:
         """
         hard = nll_of(batch)
         scale_S = torch.zeros(len(batch.source_S), device=batch.weight_E.device)
+        # Rows with a common prefix share positions: one divergence counts for all rows.
         scale_S.index_add_(0, batch.edge_source_E, batch.weight_E)
 
         def compare(
@@ -72,6 +73,7 @@ class Divergence:
                 total, hard_CV = hard(rows, edges, logits_CV.clone(), gradient)
             scale_C = scale_S[rows]
             value_C, grad_CV = self.between(logits_CV, *distribution(rows), gradient)
+            # T^2 restores the scale of gradients, which shrink by 1 / T^2 (Hinton et al. 2015).
             soft = (value_C * scale_C).sum(dtype=torch.float64) * self.temperature**2
             total = mix * total + (1 - mix) * soft
             if grad_CV is not None:
@@ -96,6 +98,7 @@ class Divergence:
             logits_CV = logits_CV / self.temperature
         if ids_CK is not None:
             return self._few(logits_CV.log_softmax(-1), ids_CK, teacher, gradient)
+        # Embeddings are padded to different sizes within one model family.
         shared = teacher.shape[-1]
         value_C, slope_CV = self._of(logits_CV[:, :shared].log_softmax(-1), teacher, gradient)
         if slope_CV is not None and shared < logits_CV.shape[-1]:
@@ -121,6 +124,7 @@ class Divergence:
         """Return divergence and gradient for log-probabilities over the same outcomes."""
         if self.kind == "forward":
             p_CB = teacher_CB.exp()
+            # In place: tensors of vocabulary size dominate memory here.
             value_C = teacher_CB.sub_(student_CB).mul_(p_CB).sum(-1)
             return value_C, student_CB.exp_().sub_(p_CB) if gradient else None
         if self.kind == "reverse":

@@ -72,7 +72,6 @@ class DPO(ReferenceObjective, Pairwise):
         return (logp_R - reference_R) / (length_R if mean else 1.0)
 
     def _of_margin(self, margin_P: Tensor) -> Tensor:
-        """Return the loss of each pair for the margin between the rewards."""
         from torch.nn.functional import logsigmoid
 
         if self.loss_type == "ipo":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
-from luthier.objectives.base import OtherModel, RunModels, cut_text
+from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.distillation import TeacherObjective
 from luthier.types import Example, Loss, Row
@@ -92,10 +92,6 @@ class EmbeddingDistillation(TeacherObjective):
     def format(self, chat: ChatFormat) -> ChatFormat:
         """See :meth:`Contrastive.format`."""
         return self._encoder.format(chat)
-
-    def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start, the closing token and the weight."""
-        return cut_text(example, context)
 
     def precompute(
         self,

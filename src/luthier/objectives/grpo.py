@@ -96,6 +96,7 @@ class GRPO(Reinforcement):
             for rollout, advantage in zip(rollouts.each, advantage_R, strict=True)
         ]
         batches = self.make_batches(network, rollouts, rows, advantages, budget)
+        # The engine divides by the sum of weights, so each batch carries a part of the divisor.
         count = network.processes.sum(len(batches))
         batches = [replace(batch, weight=divisor / count) for batch in batches]
         if self.beta and has_signal:
@@ -109,6 +110,7 @@ class GRPO(Reinforcement):
     def advantages(self, score_PG: FloatArray) -> FloatArray:
         """Return rewards relative to the group mean; exactly 0 for groups with equal rewards."""
         centred_PG: FloatArray = score_PG - score_PG.mean(1, keepdims=True)
+        # Exactly 0: float rounding of equal rewards divided by a tiny deviation would be noise.
         centred_PG[score_PG.max(1) == score_PG.min(1)] = 0.0
         if self.scale_rewards == "group":
             centred_PG /= score_PG.std(1, ddof=1, keepdims=True) + SMALLEST_STD
@@ -147,10 +149,12 @@ class GRPO(Reinforcement):
         ratio_M, advantage_M = policy.compare(logp_M), policy.advantage_M
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         clipped_M = ratio_M.clamp(1 - self.epsilon, 1 + high) * advantage_M
+        # The minimum clips only the side that would move the policy further away.
         loss_M = -(ratio_M * advantage_M).minimum(clipped_M)
         policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
         if policy.reference_M is not None:
             log_M = policy.reference_M - logp_M
+            # k3 (Schulman 2020): unbiased, non-negative, lower variance than -log.
             kl_M = log_M.exp() - log_M - 1
             loss_M = loss_M + self.beta * kl_M
             policy.diverges(batch, kl_M)

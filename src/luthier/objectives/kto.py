@@ -105,6 +105,7 @@ class KTO(ReferenceObjective, PreferenceObjective):
         for batch in network.batches(rows, budget):
             logp_R = row_logps(network, batch)
             total += float((logp_R - reference_logps(network, batch)).sum())
+        # A divergence is never negative; the estimate from mismatched pairs can be.
         return max(0.0, network.processes.sum(total) / len(rows))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
@@ -142,7 +143,6 @@ class KTO(ReferenceObjective, PreferenceObjective):
 
 
 def _split_pair(row: Row) -> Iterator[Row]:
-    """Yield the answers of a pair as separate rows; other rows are unchanged."""
     if not isinstance(row, Preference):
         yield row
         return
@@ -170,5 +170,4 @@ def mismatch_answers(examples: Sequence[Example]) -> list[Example]:
 
 
 def _answer_start(example: Example) -> int:
-    """Return the position of the first learned token."""
     return int(np.flatnonzero(example.weight_T)[0])

@@ -49,7 +49,7 @@ class _HeadGradients:
     """
 
     def __init__(self, hidden_SH: Tensor, head_VH: Tensor, needed: Sequence[bool]) -> None:
-        """Allocate the gradients. ``wanted`` selects hidden states, head and bias."""
+        """Allocate the gradients. ``needed`` selects hidden states, head and bias."""
         self._hidden_SH, self._head_VH = hidden_SH, head_VH
         by_hidden, by_head, by_bias = needed
         self.hidden_SH = torch.empty_like(hidden_SH) if by_hidden else None
@@ -83,6 +83,7 @@ class _Chunked(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         gradients = _HeadGradients(hidden_SH, head_VH, needed)
         chunk = size if gradients.head_VH is None else CHUNK_TRAINED
+        # float64: a float32 sum over many chunks would round at every addition.
         total = torch.zeros((), dtype=torch.float64, device=hidden_SH.device)
         for rows, edges in _chunks(len(hidden_SH), source_E, chunk):
             logits_CV = scores(hidden_SH[rows], head_VH, bias_V)
@@ -90,6 +91,7 @@ class _Chunked(torch.autograd.Function):
             total += part
             if grad_CV is not None:
                 gradients.add(rows, grad_CV)
+        # The final gradients are stored instead of logits: [S, H] instead of [S, V] numbers.
         ctx.save_for_backward(gradients.hidden_SH, gradients.head_VH, gradients.bias_V)
         ctx.head_dtype = head_VH.dtype
         return total.float()
@@ -149,6 +151,7 @@ def nll_of(batch: TreeBatch) -> Compare:
         total = (each * weight).sum(dtype=torch.float64)
         if not gradient:
             return total, None
+        # In place: logits become the gradient `scale * softmax - weight * onehot` without a copy.
         scale_C = torch.zeros_like(lse_C).index_add_(0, position, weight)
         grad_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(scale_C[:, None])
         grad_CV.index_put_((position, target), -weight, accumulate=True)
@@ -201,6 +204,7 @@ class _TokenLogps(torch.autograd.Function):
         if kept_SH is None:
             return *_recompute_gradients(ctx, grad_E), None, None, None
         sum_S = grad_E.new_zeros(len(hidden_SH)).index_add_(0, source_E, grad_E)
+        # Gradient of log p: `W[target] - p W`, with `p W` stored by the forward pass.
         dhidden_SH = kept_SH.float() * -sum_S[:, None]
         dhidden_SH.index_add_(0, source_E, head_VH[target_E].float() * grad_E[:, None])
         return dhidden_SH.to(hidden_SH.dtype), None, None, None, None, None
@@ -231,6 +235,7 @@ def scores(
     hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None, temperature: float = 1.0
 ) -> Tensor:
     """Return logits ``[C, V]`` in float32, divided by ``temperature``."""
+    # The product runs in the network's type, the softmax in float32: bfloat16 has 8 bits.
     logits_CV = torch.mm(hidden_CH, head_VH.t()).float()
     if bias_V is not None:
         logits_CV += bias_V
@@ -242,6 +247,7 @@ def _chunks(positions: int, source_E: Tensor, size: int) -> list[tuple[slice, sl
     positions."""
     starts = range(0, positions, size)
     bounds = torch.tensor([*starts, positions], device=source_E.device)
+    # One transfer from the device for all chunks; edges are sorted by position.
     edges = torch.searchsorted(source_E, bounds).tolist()
     return [
         (slice(start, min(start + size, positions)), slice(edges[index], edges[index + 1]))

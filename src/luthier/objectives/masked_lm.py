@@ -137,8 +137,7 @@ class MaskedLM(Objective):
 
 
 def _pieces(example: Example, size: int) -> list[Example]:
-    """Cut ``example`` into pieces of ``size`` tokens, each with the special tokens around the
-    piece."""
+    """Cut ``example`` into pieces of ``size`` tokens with special tokens."""
     words = example.target
     assert words is not None
     inside = np.flatnonzero(words >= 0)

@@ -170,7 +170,6 @@ def _record(row: Row, prompt_T: IntArray, answer: Completion, chat: ChatFormat) 
 
 
 def _reply_start(example: Example) -> int:
-    """Return the position of the first token of the last reply."""
     before = np.flatnonzero(example.weight_T == 0)
     return int(before[-1]) + 1
 
@@ -196,7 +195,6 @@ def with_answer(example: Example, ids_T: IntArray) -> Example:
 
 
 def _room(network: Network, example: Example) -> int:
-    """Return the number of tokens of the context after the prompt of a row."""
     return network.context - network.tokens_before - _reply_start(example)
 
 

@@ -45,8 +45,7 @@ class ORPO(Pairwise):
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:
-    """Return ``log(1 - exp(x))`` for ``x < 0`` without cancellation (Maechler 2012, Rmpfr
-    vignette)."""
+    """Return ``log(1 - exp(x))`` for ``x < 0`` without cancellation (Maechler 2012)."""
     import math
 
     import torch

@@ -82,7 +82,9 @@ class PPO(Reinforcement):
 
         width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
         weight = next(model.parameters())
+        # float32: values are regressed to small differences that bfloat16 would round away.
         head = nn.Linear(width, 1, device=weight.device, dtype=torch.float32)
+        # From 0, the first advantages are the rewards: a random value head would add noise.
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return {HEAD: head}
@@ -201,6 +203,7 @@ def advantages(reward_T: Tensor, value_T: Tensor, gamma: float, lam: float) -> T
     0."""
     reward, value = reward_T.tolist(), [*value_T.tolist(), 0.0]
     advantage, following = [0.0] * len(reward), 0.0
+    # Python numbers: the recursion is sequential, with one small operation per token.
     for t in reversed(range(len(reward))):
         following = reward[t] + gamma * value[t + 1] - value[t] + gamma * lam * following
         advantage[t] = following
@@ -214,6 +217,7 @@ def whiten(value_M: Tensor, processes: ProcessGroup, shift: bool = True) -> Tens
     if len(all_M) < 2:
         return value_M
     mean = all_M.mean()
+    # 1e-8 as in TRL, so that equal advantages do not divide by 0.
     white_M = (value_M - mean) * (all_M.var() + 1e-8).rsqrt()
     return white_M if shift else white_M + mean
 
@@ -225,6 +229,5 @@ def _values(network: Network, batch: TreeBatch, hidden_SH: Tensor) -> Tensor:
 
 
 def _required(tensor: Tensor | None) -> Tensor:
-    """Return a tensor that :meth:`PPO.annotate` must have filled in."""
     assert tensor is not None
     return tensor

@@ -49,6 +49,7 @@ def with_reference_logps(
     logp = list[float]()
     texts = (side for example in examples for side in example.sides)
     while part := [*islice(texts, AT_ONCE)]:
+        # Small parts: token trees of all rows at once would not fit in memory.
         logp += network.read_rows(
             part, budget, lambda batch: reference_logps(network, batch).tolist()
         )

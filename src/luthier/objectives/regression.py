@@ -18,7 +18,7 @@ import numpy as np
 from luthier.data.shapes.texts import RatedText
 from luthier.errors import RowRefused
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective, cut_text
+from luthier.objectives.base import Objective
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -65,10 +65,6 @@ class Regression(Objective):
             return example
         standard = (row.rating - (self.center or 0.0)) / (self.scale or 1.0)
         return replace(example, target=np.array([standard], dtype=np.float32))
-
-    def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start, the closing token and the weight."""
-        return cut_text(example, context)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed squared error of the standardized ratings."""

@@ -85,6 +85,7 @@ class RewardModel(Objective):
 
         reward_R, sides = network.row_scores(batch).float()[:, 0], Sides.of(batch)
         chosen_P, rejected_P = reward_R[sides.chosen_P], reward_R[sides.rejected_P]
+        # logsigmoid, not log(sigmoid): the latter is -inf for large negative margins.
         each_P = -logsigmoid(chosen_P - rejected_P - self.margin)
         if self.centering:
             each_P = each_P + self.centering * (chosen_P + rejected_P).square()

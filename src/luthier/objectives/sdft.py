@@ -101,6 +101,7 @@ class SDFT(OnPolicyObjective):
         from luthier.objectives.teacher import whole_distribution
 
         shown = [with_answer(e.partner, answer_of(e)) for e in batch.tree.examples if e.partner]
+        # The teacher runs before the student: `at_start` changes the weights of the same network.
         with network.at_start():
             distribution = whole_distribution(network, network, batch, self.temperature, shown)
         return self.divergence_loss(network, batch, distribution)

@@ -204,7 +204,9 @@ def neighbour_graph(points_NH: Tensor, neighbours: int) -> Tensor:
     for start in range(0, count, CHUNK):
         cosine_MN = points_NH[start : start + CHUNK] @ points_NH.t()
         own_M = torch.arange(len(cosine_MN), device=points_NH.device)
+        # A point must not be its own neighbour: its label would only confirm itself.
         cosine_MN[own_M, start + own_M] = -math.inf
+        # Blocks of CHUNK rows: N x N similarities of 100,000 texts would take 40 GB.
         best_MK, index_MK = cosine_MN.topk(near)
         similarities.append(best_MK.clamp(min=0) ** POWER)
         indices.append(index_MK)

@@ -105,7 +105,8 @@ class SpanCorruption(Objective):
         return Example(ids_T, weight_T, row)
 
     def _spans(self, size: int) -> tuple[int, int]:
-        """Return the number of removed tokens of ``size``, and the number of spans."""
+        """Return the number of removed tokens and the number of spans for a piece of ``size``
+        tokens."""
         noise = min(max(round(size * self.noise_density), 1), max(size - 1, 1))
         spans = max(round(noise / self.mean_span_length), 1)
         return noise, min(spans, max(size - noise, 1))
@@ -158,6 +159,7 @@ def _sentinels(chat: ChatFormat) -> tuple[int, ...]:
 
 def _partition(total: int, parts: int, generator: np.random.Generator) -> IntArray:
     """Partition ``total`` into ``parts`` lengths of at least 1, uniformly at random."""
+    # Distinct cut points make every composition equally likely, as in the authors' code.
     inner = np.sort(generator.permutation(total - 1)[: parts - 1]) + 1
     lengths: IntArray = np.diff(np.concatenate([[0], inner, [total]])).astype(np.int64)
     return lengths

@@ -159,7 +159,6 @@ class TokenClassification(Objective):
         return answers
 
     def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:
-        """Return the tags of the words of each row, from label indexes."""
         names = iter([(self.labels or ())[index] for index in index_K.tolist()])
         counts = (int(np.count_nonzero(example.weight_T)) for example in batch.tree.examples)
         return [list(islice(names, count)) for count in counts]
@@ -179,7 +178,6 @@ def _words(row: Row) -> list[tuple[str, int, int]]:
 
 
 def _entities(row: Row, tags: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the entities of ``tags`` in the words of ``row``, in order."""
     words = _words(row)
     answers = []
     for label, first, last in sorted(entities(tags), key=lambda entity: entity[1]):
@@ -197,6 +195,5 @@ def _encode_words(words: list[str], tokenizer: Any) -> Any:
 
 
 def _first_pieces(batch: TreeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return true for the first word pieces among all tokens of all rows."""
     weights: np.ndarray[Any, Any] = np.concatenate([e.weight_T for e in batch.tree.examples])
     return weights > 0
