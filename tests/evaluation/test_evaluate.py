@@ -159,7 +159,8 @@ def test_scores_are_means_and_every_answer_is_kept() -> None:
 def test_a_model_that_always_says_the_same_is_remarked() -> None:
     rows = [PromptCompletion("f", n, prompt="x", completion="ab"[n % 2]) for n in range(10)]
     exact = {"exact": Exact()}
-    assert grade(rows, ["a"] * 10, exact).remarks == ["all 10 replies are the same: 'a'"]
+    (remark,) = grade(rows, ["a"] * 10, exact).remarks
+    assert "10 replies" in remark and "'a'" in remark
     assert not grade(rows, [*["a"] * 9, "b"], exact).remarks
     assert not grade(rows[:9], ["a"] * 9, exact).remarks  # too few to tell
     assert not grade(rows[::2] * 2, ["a"] * 10, exact).remarks  # which is what is asked for

@@ -55,8 +55,8 @@ def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
         if not len(choice_T):
             raise RowRefused(
                 "choices.type",
-                f"choice {place} gives no tokens of its own behind the prompt.",
-                "Write a choice that does not run into the last word of the prompt.",
+                f"choice {place} has no tokens after the prompt.",
+                "Separate the choice from the last word of the prompt.",
             )
         weight_T = np.zeros(len(before_T) + len(choice_T), dtype=np.float32)
         weight_T[len(before_T) :] = 1.0

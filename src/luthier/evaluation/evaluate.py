@@ -158,17 +158,16 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
     """
     if not objective.evaluation_shapes:
         raise RecipeError(
-            f"models of objective {objective.method} answer nothing that rows could tell right from "
-            "wrong. The losses of held-out rows stand in the run; `luthier sample` and `luthier "
-            "predict` show what was learned"
+            f"models of objective {objective.method} have no scores on rows. The run has the losses "
+            "of held-out rows; `luthier sample` and `luthier predict` show outputs"
         )
     wanted = describe_shapes(objective.evaluation_shapes)
     problems = [
         Problem(
             "row.objective",
-            f"models of objective {objective.method} are evaluated on {wanted}, and this row is "
+            f"models of objective {objective.method} are evaluated on {wanted}, and the row is "
             f"{describe_shapes([row.shape])}.",
-            "Bring the rows into the other form, or name a model that was trained for such rows.",
+            "Convert the rows, or choose a model for rows of this shape.",
             row.location,
         )
         for row in rows
@@ -189,7 +188,7 @@ def questions(rows: Sequence[Row]) -> list[tuple[Message, ...]]:
     if mute := next((row for row, turns in zip(rows, asked, strict=True) if not turns), None):
         problem = Problem(
             "row.no_reply",
-            "the row asks nothing that could be answered.",
+            "the row has no prompt.",
             "Give rows of prompt and completion, of prompt and expected, or messages.",
             mute.location,
         )
@@ -237,7 +236,7 @@ def choose_turns(rows: Sequence[Row], turns: TurnChoice) -> list[Row]:
         if turns == "all" and row.messages[-1].role != "assistant":
             chosen.append(row)
     if not chosen:
-        raise RecipeError("no turn of these rows calls a tool; leave `turns=calls` away")
+        raise RecipeError("no turn of the rows calls a tool; omit `turns=calls`")
     return chosen
 
 
@@ -274,8 +273,8 @@ def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:
             turn.calls for turns in conversations for turn in turns
         ):
             raise RecipeError(
-                "every row ends with words, so grader `tool_calls` would only see that nothing is "
-                "called there. Ask for the turns that call with `turns=calls`.",
+                "no row ends with a tool call, so grader `tool_calls` has nothing to compare. Set "
+                "`turns=calls` to evaluate the turns with calls.",
                 rule="grader.no_calls",
             )
     questions(rows)
@@ -314,20 +313,19 @@ def grade(
     expected = {answer.expected for answer in answers}
     if len(replies) >= FEW_REPLIES and len({*replies}) == 1 < len(expected):
         shown = replies[0] if len(replies[0]) <= SHOWN else f"{replies[0][:SHOWN]} …"
-        remarks.append(f"all {len(replies):,} replies are the same: {shown!r}")
+        remarks.append(f"all {len(replies):,} replies are equal: {shown!r}")
     words = median_words(answer.expected for answer in answers)
     for name, grader in graders.items():
         none = len(replies) >= FEW_REPLIES and scores[name].value == 0
         if none and type(grader) is Exact and words > LONG_REPLY:
             remarks.append(
-                f"{name} cannot tell such replies apart: it wants the expected one to the letter, of "
-                f"{words:.0f} words in the median. Grader `similarity` with `measure=rouge_l` says how "
-                "much they have in common"
+                f"{name} is too strict for long replies: the expected replies have {words:.0f} words "
+                "(median). Use grader `similarity` with `measure=rouge_l`"
             )
         elif none and grader.is_share:
             remarks.append(
-                f"no reply scores above 0 by {name}: read some of them, and choose another grader "
-                "where they are right in other words"
+                f"all replies have score 0 by {name}: read some replies, and choose another grader if "
+                "the replies are right"
             )
     return Evaluation(
         scores, list(rows), problems, remarks=remarks, records=records, is_graded=True

@@ -42,20 +42,18 @@ class JudgeAgreement:
             f"(\N{PLUS-MINUS SIGN} {agreement.error:.1%})"
         )
         if agreement.value - CHANCE * agreement.error <= 0.5:
-            summary += ", which may be chance: do not rely on it here."
+            summary += ", which may be chance."
         else:
             summary += "."
         if len(self.consistency):
             changed = 1 - self.consistency.value
-            summary += f" The order of the replies changes {changed:.0%} of its verdicts"
-            summary += (
-                f", {self.first.value:.0%} of them for the first." if len(self.first) else "."
-            )
+            summary += f" The order of the replies changes {changed:.0%} of the verdicts"
+            summary += f" ({self.first.value:.0%} for the first reply)." if len(self.first) else "."
         own, theirs = self.longer, self.people_longer
         if abs(own.value - theirs.value) > CHANCE * own.difference_error(theirs):
             summary += (
-                f" It likes long replies {'more' if own.value > theirs.value else 'less'} than people "
-                f"do: it prefers the longer one of {own.value:.0%} of the pairs it decides, people of "
+                f" The judge prefers long replies {'more' if own.value > theirs.value else 'less'} "
+                f"often than people: in {own.value:.0%} of the decided pairs, and people in "
                 f"{theirs.value:.0%}."
             )
         return summary
@@ -86,8 +84,8 @@ def check_pairs(rows: Sequence[Row]) -> list[tuple[Answer, Answer]]:
     for row in rows:
         answers = row.answers() if isinstance(row, JudgedAnswers) else ()
         if len(answers) < 2:
-            message = "people have not judged two replies here."
-            fix = "Give rows of prompt, chosen and rejected, or of prompt and ranked replies."
+            message = "the row has no human preference between two replies."
+            fix = "Write rows of prompt, chosen and rejected, or of prompt and ranked replies."
             problems.append(Problem("judge.pair", message, fix, row.location))
             continue
         assert isinstance(row, JudgedAnswers)

@@ -35,8 +35,8 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
         return {}
     missing = [row for row in rows if not row.annotated]
     if missing:
-        fix = "Give rows of text and label, text and rating, or tokens and tags."
-        message = "there is nothing to compare with."
+        fix = "Write rows of text and label, text and rating, or tokens and tags."
+        message = "the row has no target."
         raise DataError([Problem("row.no_label", message, fix, row.location) for row in missing])
     if rated := of_shape(RatedText, rows):
         return _ratings([(r.rating, a["rating"]) for r, a in zip(rated, answers, strict=True)])

@@ -64,7 +64,7 @@ def fit_rows(
         elif long_rows == "drop":
             dropped += 1
         else:
-            message = f"{longest} tokens are more than the model's context of {context}."
+            message = f"the row has {longest} tokens, and the model's context {context}."
             fix = "Shorten the row, or set `long_rows=drop` or `long_rows=truncate`."
             problems.append(Problem("row.too_long", message, fix, row.location))
     reject_long_rows(problems, len(kept), dropped)
@@ -76,4 +76,4 @@ def reject_long_rows(problems: Sequence[Problem], kept: int, dropped: int) -> No
     if problems:
         raise DataError(problems)
     if dropped and not kept:
-        raise RecipeError(f"all {dropped} rows are longer than the model's context; none is left")
+        raise RecipeError(f"all {dropped} rows are longer than the model's context")

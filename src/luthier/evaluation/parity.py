@@ -317,8 +317,8 @@ def check_parity(
     far_first = sorted(filter(None, compared), key=lambda each: each.describe() not in reason)
     texts = (each.difference_text(text_of) for each in far_first)
     raise LuthierError(
-        f"the saved model is not the trained one: {reason}{next(filter(None, texts), '')}. It was not "
-        "stored; the run and its checkpoints are kept.",
+        f"the saved model differs from the trained model: {reason}{next(filter(None, texts), '')}. The "
+        "model is not stored; the run and the checkpoints are kept.",
         rule="model.not_saved",
     )
 
@@ -335,9 +335,9 @@ def _difference(parity: Parity, rounding: TokenParity | None) -> str:
     most = ROUNDED_KL if parity.rounded else SAME_KL
     stepped = STEPPED_KL if parity.rounded else most
     for where, found, limit in (
-        ("in these rows", parity.next_tokens, most),
-        ("along what it writes greedily", parity.greedy, most),
-        ("along what it writes greedily beside its base", parity.greedy_beside_base, stepped),
+        ("on held-out rows", parity.next_tokens, most),
+        ("in greedy generation", parity.greedy, most),
+        ("in greedy generation with a separate adapter", parity.greedy_beside_base, stepped),
     ):
         if found is None:
             continue
@@ -347,5 +347,5 @@ def _difference(parity: Parity, rounding: TokenParity | None) -> str:
             if rounding is not None:
                 limit = max(limit, OWN_ROUNDING * (rounding.median_kl or 0.0))
         if not (typical <= limit and found.mean_kl <= max(tail, limit, own)):
-            return f"{where} {found.describe()}, where {limit:g} is rounding"
+            return f"{where} {found.describe()}; the limit for rounding is {limit:g}"
     return ""
