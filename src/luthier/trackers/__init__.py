@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -72,30 +73,24 @@ class TrackerEntry:
             )
 
 
-def _open_mlflow(run: TrackedRun) -> Tracker:
-    from luthier.trackers.mlflow import MlflowTracker
+def _built_in(name: str, class_name: str) -> Callable[[TrackedRun], Tracker]:
+    """Return a function that imports a tracker's module on first use: the libraries are optional."""
 
-    return MlflowTracker(run)
+    def open_tracker(run: TrackedRun) -> Tracker:
+        tracker: Tracker = getattr(import_module(f"luthier.trackers.{name}"), class_name)(run)
+        return tracker
 
-
-def _open_tensorboard(run: TrackedRun) -> Tracker:
-    from luthier.trackers.tensorboard import TensorBoardTracker
-
-    return TensorBoardTracker(run)
-
-
-def _open_wandb(run: TrackedRun) -> Tracker:
-    from luthier.trackers.wandb import WandbTracker
-
-    return WandbTracker(run)
+    return open_tracker
 
 
 TRACKERS: PluginTable[TrackerEntry] = PluginTable(
     "trackers",
     TrackerEntry,
     {
-        "mlflow": TrackerEntry("mlflow", _open_mlflow, "mlflow"),
-        "tensorboard": TrackerEntry("tensorboard", _open_tensorboard, "tensorboard"),
-        "wandb": TrackerEntry("wandb", _open_wandb, "wandb"),
+        "mlflow": TrackerEntry("mlflow", _built_in("mlflow", "MlflowTracker"), "mlflow"),
+        "tensorboard": TrackerEntry(
+            "tensorboard", _built_in("tensorboard", "TensorBoardTracker"), "tensorboard"
+        ),
+        "wandb": TrackerEntry("wandb", _built_in("wandb", "WandbTracker"), "wandb"),
     },
 )

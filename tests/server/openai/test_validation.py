@@ -62,7 +62,7 @@ TEXT = {"text": "x"}
         ({"share": 2.5}, "share", "invalid_value"),
         ({"choice": "x"}, "choice", "invalid_value"),
         ({"epochs": "many"}, "epochs", "invalid_value"),
-        ({"pet": {"type": "cow"}}, "pet", "invalid_value"),
+        ({"pet": {"type": "cow"}}, "pet.type", "invalid_value"),
         ({"pet": {}}, "pet.type", "missing_required_parameter"),
     ],
 )

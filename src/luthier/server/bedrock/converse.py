@@ -30,8 +30,7 @@ from luthier.models.sampling import Constraint
 from luthier.server.bedrock.bodies import NativeBody, parse_native
 from luthier.server.bedrock.eventstream import event
 from luthier.server.http.messages import Fault
-from luthier.server.sampling_fields import sampling_of, with_sampling
-from luthier.server.structured_outputs import StructuredOutputs
+from luthier.server.sampling_fields import StructuredOutputs, sampling_of, with_sampling
 from luthier.types import Message, Tool, ToolCall
 
 TEMPERATURE, TOP_P = 0.5, 0.9

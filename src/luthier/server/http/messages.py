@@ -229,16 +229,6 @@ class Response:
         return Response(status, body, {"Content-Type": "application/json", **headers})
 
 
-_TROUBLES = {
-    "is full": "has no disk space. The operator must free disk space",
-    "No space left": "has no disk space. The operator must free disk space",
-    "readonly": "is read-only",
-    "read-only": "is read-only",
-    "locked": "is busy",
-}
-"""Advice by a phrase in a database error."""
-
-
 class Fault(LuthierError):
     """An error that each API reports in the API's own format.
 
@@ -267,9 +257,9 @@ class Fault(LuthierError):
         if isinstance(error, ReadOnlyDisk):
             text = "The server's disk is read-only. The operator must fix the disk."
             return Fault("ServiceUnavailable", text, retry_after=30)
-        detail = str(error.orig)
-        why = next((text for word, text in _TROUBLES.items() if word in detail), "is unreachable")
-        text = f"The server's database {why}. Try again; the request may have been completed."
+        text = (
+            "The server's database is unavailable. Try again; the request may have been completed."
+        )
         return Fault("ServiceUnavailable", text, retry_after=5)
 
     @staticmethod

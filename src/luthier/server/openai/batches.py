@@ -16,7 +16,7 @@ from luthier.errors import QuotaExceeded
 from luthier.files import numbered_lines
 from luthier.inference.inference import meter
 from luthier.inference.scheduler import working_for
-from luthier.limits import BODY_BYTES, ServerLimits
+from luthier.limits import BODY_BYTES
 from luthier.server.background import BackgroundRunner, caller_fields
 from luthier.server.http.messages import Fault, parse_json
 from luthier.server.http.routes import Name
@@ -73,11 +73,10 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         files: UploadedFiles,
         endpoints: Mapping[str, Answers],
         count: CountUsage = lambda account, model, used: None,
-        limits: ServerLimits | None = None,
     ) -> None:
         """Create the runner; ``count`` records the usage of accounts."""
         super().__init__(database, count)
-        self.limits, self.files, self.endpoints = limits or ServerLimits(), files, endpoints
+        self.files, self.endpoints = files, endpoints
 
     def sweep(self) -> None:
         """Remove expired files."""

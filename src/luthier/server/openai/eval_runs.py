@@ -55,12 +55,6 @@ class FileId(Body):
     id: Annotated[str, Field(min_length=1)]
 
 
-class Stored(Body):
-    """Source of replies that OpenAI stores. Always rejected: luthier stores no replies."""
-
-    type: Literal["stored_completions", "responses"]
-
-
 class TemplateMessage(Body):
     """A message with template placeholders."""
 
@@ -102,7 +96,7 @@ class DataSource(Body):
     """Source of rows, and the model and messages of a run."""
 
     type: Literal["jsonl", "completions", "responses"]
-    source: Annotated[FileContent | FileId | Stored, Field(discriminator="type")]
+    source: Annotated[FileContent | FileId, Field(discriminator="type")]
     input_messages: Annotated[Template | ItemReference, Field(discriminator="type")] | None = None
     model: Annotated[str, Field(min_length=1)] | None = None
     sampling_params: SamplingParameters | None = None
@@ -113,10 +107,7 @@ class DataSource(Body):
         return self.sampling_params or SamplingParameters()
 
     def check(self, item_schema: Mapping[str, Any]) -> None:
-        """Reject unsupported sources, and templates that no row of the schema can fill."""
-        if isinstance(self.source, Stored):
-            text = "The server stores no replies. Use a source of type 'file_content' or 'file_id'."
-            raise invalid(text, "data_source.source.type", "unsupported_value")
+        """Reject missing members, and templates that no row of the schema can fill."""
         if self.type == "jsonl":
             return
         for name in ("model", "input_messages"):

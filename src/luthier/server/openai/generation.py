@@ -35,8 +35,7 @@ from luthier.server.openai.protocol import (
     model_not_found,
     validate,
 )
-from luthier.server.sampling_fields import sampling_of, with_sampling
-from luthier.server.structured_outputs import StructuredOutputs
+from luthier.server.sampling_fields import StructuredOutputs, sampling_of, with_sampling
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.foundation import FoundationModel
 

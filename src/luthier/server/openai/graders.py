@@ -188,16 +188,12 @@ def _fields(definition: Mapping[str, Any], where: str, judge: Judge) -> dict[str
 
 
 def _parts(graders: Any, where: str) -> dict[str, Mapping[str, Any]]:
-    """Return the graders of a multi grader by name; accept a mapping, a list or one grader."""
+    """Return the graders of a multi grader by name.
+
+    OpenAI's guide documents a mapping by name, the client's types a single grader.
+    """
     if isinstance(graders, Mapping) and isinstance(graders.get("type"), str):
-        graders = [graders]
-    if isinstance(graders, list):
-        if not all(isinstance(grader, Mapping) and grader.get("name") for grader in graders):
-            raise invalid("Graders in a list need names.", where)
-        named = {str(grader["name"]): grader for grader in graders}
-        if len(named) < len(graders):
-            raise invalid("Two graders of a multi grader have the same name.", where)
-        graders = named
+        graders = {graders.get("name"): graders}
     if not isinstance(graders, Mapping) or not graders:
         raise invalid("A multi grader needs graders by name.", where)
     for name, part in graders.items():

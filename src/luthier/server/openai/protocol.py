@@ -154,7 +154,7 @@ def invalid_member(errors: Sequence[Mapping[str, Any]], body: Any, under: str = 
     if not where:
         return invalid("The body of the request must be a JSON object.")
     kind, context = errors_of_member[0]["type"], errors_of_member[0].get("ctx", {})
-    if kind == "union_tag_not_found":
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
         where += f".{context['discriminator'].strip(chr(39))}"
     if kind in ("missing", "union_tag_not_found"):
         return missing(where)

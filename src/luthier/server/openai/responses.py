@@ -60,7 +60,7 @@ from luthier.server.openai.tools import (
     engine_choice,
     engine_tools,
 )
-from luthier.server.structured_outputs import StructuredOutputs
+from luthier.server.sampling_fields import StructuredOutputs
 from luthier.types import Message, ToolCall
 
 router = openai_router()

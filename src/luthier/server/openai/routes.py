@@ -93,7 +93,6 @@ class OpenAIService:
                 "/v1/responses": answers(inference, ResponseRequest, responses.complete),
             },
             count,
-            settings.limits,
         )
         parts = EvalParts(
             self.files, complete_chat, inference.judge, PooledModels(pool), settings.limits
