@@ -18,8 +18,7 @@ from luthier.data.rows import load_inputs
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.machine import choose_machine
 from luthier.library.models import find, load
-from luthier.media.frechet import frechet_distance
-from luthier.media.objectives.generative import features_of
+from luthier.media.objectives.generative import features_of, frechet_distance
 from luthier.media.processors import ImageProcessor
 from luthier.models.load import as_network
 

@@ -364,7 +364,7 @@ def test_threads_of_a_process_are_those_of_all_on_its_node(recipe: Callable[...,
 
 def test_a_time_that_is_given_is_the_limit() -> None:
     sizing = size_job(FOUND, LaunchRequest("slurm", seconds=90), PROCESSOR)
-    assert sizing.seconds == 90 and sizing.reasons["time"] == "Time: 90 s as asked for."
+    assert sizing.seconds == 90 and sizing.reasons["time"] == "Time: 90 s by option."
     short = replace(FOUND, seconds=PredictionInterval.exactly(5))
     assert size_job(short, LaunchRequest("slurm"), PROCESSOR).seconds == 600
 
@@ -422,9 +422,9 @@ def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path
         str(tmp_path / "missing.toml"), "--on", "ray"
     )
     assert "missing.jsonl" in refusal(str(tmp_path / "missing.jsonl"), "--on", "ray")
-    assert "nodes is a number" in refusal(rows, "--on", "ray", "--nodes", "0")
+    assert "nodes must be" in refusal(rows, "--on", "ray", "--nodes", "0")
     assert "'pbs' is not one of" in refusal(rows, "--on", "pbs")
-    assert "Unknown model 'nobody'" in refusal(rows, "--on", "ray", "--base", "nobody")
+    assert "'nobody'" in refusal(rows, "--on", "ray", "--base", "nobody")
     assert "'soon'" in refusal(rows, "--on", "ray", "--time", "soon")
     assert "is a folder" in refusal(rows, "--on", "ray", "--output", str(tmp_path))
     with pytest.raises(UnknownModel):

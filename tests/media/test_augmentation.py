@@ -7,7 +7,7 @@ import pytest
 
 from luthier.data.augmentation import Augmentation
 from luthier.data.inputs import Media, MediaInput
-from luthier.media.augmentation import change_image, change_sound, mask_spectrogram
+from luthier.media.augmentation import change_audio, change_image, mask_spectrogram
 from luthier.media.processors import ImageProcessor
 from luthier.types import Example
 
@@ -75,7 +75,7 @@ def test_a_sound_is_moved_by_no_more_than_it_may() -> None:
     wanted = len(SOUND)
     moves = set()
     for seed in range(60):
-        made = change_sound(Augmentation(shift=0.1), SOUND, wanted, np.random.default_rng(seed))
+        made = change_audio(Augmentation(shift=0.1), SOUND, wanted, np.random.default_rng(seed))
         spare = len(made) - wanted
         middle = made[spare // 2 :][:wanted]  # what the processor reads
         best = int(np.argmax([np.dot(middle, np.roll(SOUND, by)) for by in range(-410, 411)])) - 410
@@ -87,7 +87,7 @@ def test_a_sound_is_moved_by_no_more_than_it_may() -> None:
 def test_a_sound_is_played_slower_or_faster_by_no_more_than_it_may() -> None:
     lengths = []
     for seed in range(40):
-        made = change_sound(Augmentation(speed=0.2), SOUND, 4000, np.random.default_rng(seed))
+        made = change_audio(Augmentation(speed=0.2), SOUND, 4000, np.random.default_rng(seed))
         pitch = int(np.argmax(np.abs(np.fft.rfft(made)))) / len(made)
         assert pitch == pytest.approx(len(SOUND) / len(made) / 9 / 2 / np.pi, rel=0.02)
         lengths.append(len(made) / len(SOUND))
@@ -97,12 +97,12 @@ def test_a_sound_is_played_slower_or_faster_by_no_more_than_it_may() -> None:
 def test_noise_is_as_strong_as_it_may_be_and_no_stronger() -> None:
     strengths = []
     for seed in range(60):
-        made = change_sound(Augmentation(noise=0.1), SOUND, 4000, np.random.default_rng(seed))
+        made = change_audio(Augmentation(noise=0.1), SOUND, 4000, np.random.default_rng(seed))
         strengths.append(float((made - SOUND).std() / SOUND.std()))
         assert made.dtype == np.float32
     assert max(strengths) < 0.105 and max(strengths) > 0.08 and min(strengths) < 0.02
     silent = np.zeros(100, np.float32)
-    assert not change_sound(Augmentation(noise=0.1), silent, 100, np.random.default_rng(0)).any()
+    assert not change_audio(Augmentation(noise=0.1), silent, 100, np.random.default_rng(0)).any()
 
 
 def test_masks_cover_bands_of_pitch_and_spans_of_time() -> None:

@@ -43,14 +43,14 @@ HOME = "/luthier/home"
 DATA = "/luthier/data"
 """Folder of copied files."""
 RECIPE = "/etc/luthier/recipe.toml"
-MEMORY_ROOM = 1.25
+MEMORY_FACTOR = 1.25
 """Factor on the upper bound of the estimated memory. A process above the memory limit is killed."""
-TIME_ROOM = 1.5
+TIME_FACTOR = 1.5
 """Factor on the upper bound of the estimated time. A run stopped at the time limit is queued again."""
-LEAST_SECONDS = 600.0
-LEAD = 120
+MIN_SECONDS = 600.0
+CHECKPOINT_SECONDS = 120
 """Time for one step and a checkpoint before the time limit, in seconds."""
-THREADS_BESIDE_GPU = 4
+GPU_PROCESS_THREADS = 4
 RESTARTS = 10
 """Maximum number of restarts after a failure or the time limit."""
 
@@ -74,23 +74,25 @@ class LaunchRequest:
         """Validate the fields; raises :class:`RecipeError`."""
         if self.target not in get_args(Target):
             raise RecipeError(
-                f"{self.target!r} is nothing to launch on; there are {', '.join(TEMPLATES)}"
+                f"unknown launch target {self.target!r}. Choose one of {', '.join(TEMPLATES)}"
             )
         for name in ("nodes", "processes"):
             count = getattr(self, name)
             if not 1 <= count <= 10_000:
-                raise RecipeError(f"{name} is a number from 1 to 10,000, not {count}")
+                raise RecipeError(f"{name} must be from 1 to 10,000, not {count}")
         if self.gpu is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,39}", self.gpu):
-            raise RecipeError(f"{self.gpu!r} is no name of a GPU; write H100, A100 or none, say")
+            raise RecipeError(
+                f"{self.gpu!r} is not a GPU type. Use a type such as H100 or A100, or none"
+            )
         if self.image is not None and not re.fullmatch(r"[!-~]{1,500}", self.image):
-            raise RecipeError(f"{self.image!r} is no container image; write registry/name:tag")
+            raise RecipeError(f"{self.image!r} is not a container image. Use registry/name:tag")
         if self.image is not None and self.target == "ray":
             raise RecipeError(
-                "the nodes of a Ray cluster bring the environment that jobs run in: install luthier "
-                "there, and give no image"
+                "Ray jobs run in the environment of the node. Install luthier on the nodes and omit "
+                "`--image`"
             )
         if self.seconds is not None and not 60 <= self.seconds < math.inf:
-            raise RecipeError(f"a time limit is a minute or more, not {self.seconds:g} seconds")
+            raise RecipeError(f"the time limit must be at least 60 seconds, not {self.seconds:g}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Sizing:
 
 
 def size_job(
-    found: Estimate, request: LaunchRequest, machine: Machine, kept_bytes: int = 0
+    estimate: Estimate, request: LaunchRequest, machine: Machine, input_bytes: int = 0
 ) -> Sizing:
     """Return the resources of one node for the estimated job.
 
@@ -129,27 +131,28 @@ def size_job(
     """
     gpu = request.gpu
     if gpu is None:
-        gpu = _gpu_name(found.machine) if machine.device.type == "cuda" else "none"
+        gpu = _gpu_name(estimate.machine) if machine.device.type == "cuda" else "none"
     gpus = 0 if gpu.lower() == "none" else request.processes
-    threads = min(machine.threads, THREADS_BESIDE_GPU) if gpus else machine.threads
-    each = found.memory.high * MEMORY_ROOM / 2**30
-    # What processes exchange lies in memory, too.
-    memory = math.ceil(request.processes * each) + (1 if request.processes > 1 else 0)
-    disk = max(10, math.ceil((found.disk.high * MEMORY_ROOM + kept_bytes) / 2**30))
-    seconds = request.seconds or max(LEAST_SECONDS, TIME_ROOM * found.seconds.high)
+    threads = min(machine.threads, GPU_PROCESS_THREADS) if gpus else machine.threads
+    bytes_each = estimate.memory.high * MEMORY_FACTOR / 2**30
+    # Communication buffers need memory, too.
+    memory = math.ceil(request.processes * bytes_each) + (1 if request.processes > 1 else 0)
+    disk = max(10, math.ceil((estimate.disk.high * MEMORY_FACTOR + input_bytes) / 2**30))
+    seconds = request.seconds or max(MIN_SECONDS, TIME_FACTOR * estimate.seconds.high)
     processes = f"{request.processes} process{'es' * (request.processes > 1)}"
     reasons = {
         "cpus": f"{processes} of {threads} thread{'s' * (threads > 1)}: "
-        + ("the GPU computes." if gpus else "as many as the estimate was measured with."),
-        "memory": f"{processes} of {_size(found.memory.high)} at most (estimate), and a "
-        "quarter more" + (", and 1 GB for what they exchange." if request.processes > 1 else "."),
-        "disk": f"The store: {_size(found.disk.high)} for checkpoints and the custom model "
-        f"(estimate) and {_size(kept_bytes)} for the base model and the rows, or 10 GB.",
-        "gpus": "One for each process.",
-        "image": "As given."
+        + ("the GPU computes." if gpus else "as in the estimate."),
+        "memory": f"{MEMORY_FACTOR:g} times the estimated maximum of {processes} of "
+        f"{_format_size(estimate.memory.high)}"
+        + (", and 1 GB for communication." if request.processes > 1 else "."),
+        "disk": f"The store: {_format_size(estimate.disk.high)} for checkpoints and the custom model "
+        f"(estimate) and {_format_size(input_bytes)} for the base model and the rows, at least 10 GB.",
+        "gpus": "One per process.",
+        "image": "By option."
         if request.image
-        else "docker build -f deploy/Dockerfile -t luthier . : name it as your registry does.",
-        "time": _time_reason(found, request, gpus > 0 and machine.device.type != "cuda"),
+        else "docker build -f deploy/Dockerfile -t luthier . : use the name in your registry.",
+        "time": _time_reason(estimate, request, gpus > 0 and machine.device.type != "cuda"),
     }
     return Sizing(
         threads=threads,
@@ -163,30 +166,32 @@ def size_job(
     )
 
 
-def _time_reason(found: Estimate, request: LaunchRequest, on_other: bool) -> str:
+def _time_reason(estimate: Estimate, request: LaunchRequest, is_other_device: bool) -> str:
     if request.seconds:
-        return f"Time: {format_duration(request.seconds)} as asked for."
+        return f"Time: {format_duration(request.seconds)} by option."
     return (
-        f"Time: {format_duration(found.seconds.high)} at most by the estimate for one process on "
-        f"{found.machine}, and half as much again, or {format_duration(LEAST_SECONDS)}."
-        + " A GPU takes less."
-        * on_other
+        f"Time: {TIME_FACTOR:g} times the estimate of {format_duration(estimate.seconds.high)} for one "
+        f"process on {estimate.machine}, at least {format_duration(MIN_SECONDS)}."
+        + " A GPU needs less time."
+        * is_other_device
     )
 
 
-def _size(count: float) -> str:
+def _format_size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _gpu_name(device: str) -> str:
     """Return a GPU type in the names of SkyPilot and Ray: ``H100`` for ``NVIDIA H100 80GB HBM3``."""
-    found = re.search(r"\b(?!NVIDIA|RTX)([A-Z]{1,2}[0-9]{1,4}[A-Z]?|V100)\b", device)
-    if found is None:
-        raise RecipeError(f"it is not known what a cluster calls {device!r}; name the GPU")
-    return found[1]
+    match = re.search(r"\b(?!NVIDIA|RTX)([A-Z]{1,2}[0-9]{1,4}[A-Z]?|V100)\b", device)
+    if match is None:
+        raise RecipeError(f"the cluster's name of {device!r} is unknown. Set `--gpu`")
+    return match[1]
 
 
-def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine: Machine) -> str:
+def launch_file(
+    recipe: Recipe, estimate: Estimate, request: LaunchRequest, machine: Machine
+) -> str:
     """Return the launch file of ``recipe``, sized by the estimate ``found``.
 
     Raises:
@@ -203,8 +208,8 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
     data: dict[str, str] = {} if shared else _copied_data(recipe)
     models = {} if shared else _copied_models(base)
     files = sum(path.stat().st_size for path in recipe.data.files)
-    sizing = size_job(found, request, machine, files + folder_size(base.network_folder))
-    if recipe.training.threads:  # of one process here, and of all that share a node there
+    sizing = size_job(estimate, request, machine, files + folder_size(base.network_folder))
+    if recipe.training.threads:  # the option counts one process, the file all processes of a node
         threads = {"threads": recipe.training.threads * request.processes}
         training = recipe.training.model_copy(update=threads)
         recipe = recipe.model_copy(update={"training": training})
@@ -213,13 +218,14 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
     values = {
         **vars(request),
         **vars(sizing),
-        "title": f"luthier tune {found.base} as {name}: {found.objective} with {found.adaptation} on "
-        f"{found.rows:,} rows, {found.steps:,} steps (luthier {__version__})",
-        "measured": f"Estimate of {found.created[:10]}, one process on {found.machine}: "
-        f"{format_duration(found.seconds.value)}, {_size(found.memory.value)} of memory, "
-        f"{_size(found.disk.value)} of disk.",
+        "title": f"luthier tune {estimate.base} as {name}: {estimate.objective} with "
+        f"{estimate.adaptation} on {estimate.rows:,} rows, {estimate.steps:,} steps "
+        f"(luthier {__version__})",
+        "measured": f"Estimate of {estimate.created[:10]}, one process on {estimate.machine}: "
+        f"{format_duration(estimate.seconds.value)}, {_format_size(estimate.memory.value)} of memory, "
+        f"{_format_size(estimate.disk.value)} of disk.",
         "label": label,
-        "key": found.key[:8],
+        "key": estimate.key[:8],
         "recipe": recipe_text(recipe, name, data),
         "home": home,
         "bin": str(Path(sys.executable).parent),
@@ -234,13 +240,13 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
         "copies": [*data.items(), *models.items()],
         "restarts": RESTARTS,
         "limit": sizing.seconds if request.seconds else 0,
-        "lead": min(LEAD, sizing.seconds // 4),
+        "lead": min(CHECKPOINT_SECONDS, sizing.seconds // 4),
         "slurm_time": _slurm_time(sizing.seconds),
     }
     return render(TEMPLATES[request.target], values)
 
 
-def recipe_text(recipe: Recipe, name: str, moved: Mapping[str, str]) -> str:
+def recipe_text(recipe: Recipe, name: str, targets: Mapping[str, str]) -> str:
     """Return the recipe as TOML with absolute paths and printable characters only.
 
     Args:
@@ -249,24 +255,24 @@ def recipe_text(recipe: Recipe, name: str, moved: Mapping[str, str]) -> str:
         moved: target paths by local paths of files and folders.
     """
 
-    def place(source: str) -> str:
-        for ours, there in moved.items():
+    def target_path(source: str) -> str:
+        for ours, there in targets.items():
             if source == ours or source.startswith(f"{ours}/"):
                 return there + source[len(ours) :]
         return source
 
-    plain = map_sources(portable(recipe), place)
+    plain = map_sources(portable(recipe), target_path)
     base = str(Path(recipe.base).absolute()) if Path(recipe.base).is_dir() else recipe.base
-    text = to_toml({"name": name, **plain, "base": place(base)}).strip()
+    text = to_toml({"name": name, **plain, "base": target_path(base)}).strip()
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RecipeError(
-            f"{one_line(text[max(0, error.start - 40) : error.end])!r} is a name that is no UTF-8, "
-            "which no recipe can hold; rename the file",
+            f"{one_line(text[max(0, error.start - 40) : error.end])!r} is not valid UTF-8, which a "
+            "recipe requires. Rename the file",
             rule="recipe.encoding",
         ) from error
-    # Whatever is not printable stands between quotes, where TOML has an escape for it.
+    # Unprintable characters occur inside quotes only, so TOML escapes are valid.
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
 
 
@@ -275,32 +281,32 @@ def _local_sources(recipe: Recipe) -> list[str]:
     folder."""
     from glob import has_magic
 
-    found: list[str] = []
+    paths: list[str] = []
 
     def add(source: str) -> str:
         if "://" not in source:
             path = Path(source)
             while has_magic(str(path)) and not path.exists():
                 path = path.parent
-            found.append(str(path))
+            paths.append(str(path))
         return source
 
     map_sources(portable(recipe), add)
     if Path(recipe.base).is_dir():
-        found.append(str(Path(recipe.base).absolute()))
-    return list(dict.fromkeys(found))
+        paths.append(str(Path(recipe.base).absolute()))
+    return list(dict.fromkeys(paths))
 
 
 def _copied_data(recipe: Recipe) -> dict[str, str]:
     """Return target paths by local paths. Rows with images or audio need their whole folder."""
     sources = _local_sources(recipe)
     sources = [str(Path(each).parent) if _names_media(recipe, each) else each for each in sources]
-    found: dict[str, str] = {}
+    targets: dict[str, str] = {}
     for source in dict.fromkeys(sources):
         name = Path(source).name or "data"
-        number = sum(Path(other).name == name for other in found)
-        found[source] = f"{DATA}/{number}/{name}" if number else f"{DATA}/{name}"
-    return found
+        number = sum(Path(other).name == name for other in targets)
+        targets[source] = f"{DATA}/{number}/{name}" if number else f"{DATA}/{name}"
+    return targets
 
 
 def _names_media(recipe: Recipe, source: str) -> bool:
@@ -320,20 +326,22 @@ def _copied_models(base: StoredModel | None) -> dict[str, str]:
     """Return target paths of the local models that no other machine can download."""
     from luthier.models.catalog import CATALOG
 
-    found: dict[str, str] = {}
+    targets: dict[str, str] = {}
     while base is not None:
         if base.id not in CATALOG and base.folder.is_relative_to(luthier_home() / "models"):
             inside = base.folder.relative_to(luthier_home()).as_posix()
-            found[str(base.folder)] = f"{HOME}/{inside}"
+            targets[str(base.folder)] = f"{HOME}/{inside}"
         base = base.parent
-    return found
+    return targets
 
 
 def _mounts(sources: Sequence[str]) -> str:
     """Return the mounts of a Slurm container: local folders at equal paths."""
     folders = dict.fromkeys(str(Path(s).parent) if Path(s).is_file() else s for s in sources)
     if odd := next((each for each in folders if set(each) & set(",:")), None):
-        raise RecipeError(f"{odd}: a container mounts no folder with a comma or colon; rename it")
+        raise RecipeError(
+            f"{odd}: containers cannot mount folders with commas or colons. Rename the folder"
+        )
     return ",".join(f"{each}:{each}" for each in folders)
 
 
@@ -391,7 +399,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 def _only_quoted(value: Any) -> Any:
     if isinstance(value, Quoted | int):
         return value
-    raise TypeError(f"{value!r} is not quoted for the place where it stands")
+    raise TypeError(f"{value!r} is not quoted")
 
 
 def _paragraph(text: str, indent: int) -> Quoted:
@@ -403,7 +411,7 @@ def _paragraph(text: str, indent: int) -> Quoted:
 def _word(text: str) -> Quoted:
     """Return text that needs no quotes in any target syntax; raises :class:`ValueError` otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9._:/-]+", text):
-        raise ValueError(f"{text!r} has to be quoted")
+        raise ValueError(f"{text!r} needs quotes")
     return Quoted(text)
 
 
@@ -418,5 +426,5 @@ def _yaml_scalar(text: str) -> str:
 def _block(text: str, indent: int) -> Quoted:
     """Return printable text for a here-document or YAML block, indented after the first line."""
     if any(not (c.isprintable() or c == "\n") for c in text):
-        raise ValueError("a block holds printable text")
+        raise ValueError("a block must have printable text")
     return Quoted(text.replace("\n", "\n" + " " * indent).replace(" " * indent + "\n", "\n"))

@@ -56,10 +56,10 @@ class RayCluster:
         self.host, _, port = address.rpartition(":")
         if not self.host or not port.isdigit():
             raise RefusedInput(
-                f"--ray-address {address}: write HOST:PORT, as `ray start` prints it"
+                f"--ray-address {address}: must be HOST:PORT, as printed by `ray start`"
             )
         if not gpus >= 0:
-            raise RefusedInput(f"--ray-gpus {gpus}: write a number from 0 on")
+            raise RefusedInput(f"--ray-gpus {gpus}: must be at least 0")
         self.address, self.port, self.gpus = address, int(port), gpus
 
     def check(self) -> list[RayNode]:
@@ -75,7 +75,7 @@ class RayCluster:
             raise RefusedInput(str(error)) from error
         if not nodes:
             raise RefusedInput(
-                f"the Ray cluster at {self.address} has no node with CPUs: add one with "
+                f"the Ray cluster at {self.address} has no node with CPUs. Add a node with "
                 f"`ray start --address={self.address} --num-cpus=…`"
             )
         try:
@@ -93,9 +93,8 @@ class RayCluster:
                 return nodes
             failure = next(reversed(probe.stderr.strip().splitlines()), "no message")
         raise RefusedInput(
-            f"no process can be started on the Ray cluster at {self.address} from here ({failure}). "
-            "This machine has to be a node of the cluster: run "
-            f"`ray start --address={self.address} --num-cpus=0` here"
+            f"the Ray cluster at {self.address} starts no process of this machine ({failure}). This "
+            f"machine must be a node: run `ray start --address={self.address} --num-cpus=0`"
         )
 
     def nodes(self) -> list[RayNode]:
@@ -110,19 +109,19 @@ class RayCluster:
         except OSError as error:
             raise LuthierError(
                 f"the Ray cluster at {self.address} cannot be reached ({error}). Start it with "
-                "`ray start --head`, or give its address by --ray-address"
+                "`ray start --head`, or set `--ray-address`"
             ) from error
         try:
             from ray.autoscaler.v2.sdk import get_cluster_status
         except ModuleNotFoundError as error:
-            raise RefusedInput("this needs ray: pip install 'luthier[ray]'") from error
+            raise RefusedInput("ray is not installed: pip install 'luthier[ray]'") from error
         from ray.exceptions import RayError
 
         try:
             status = get_cluster_status(self.address)
         except RayError as error:
             raise LuthierError(
-                f"the Ray cluster at {self.address} does not answer: {error}"
+                f"the Ray cluster at {self.address} does not respond: {error}"
             ) from error
         nodes = []
         for state in [*status.active_nodes, *status.idle_nodes]:

@@ -44,23 +44,23 @@ from luthier.server.tables.database import Database
 
 PLACEMENT_SECONDS = 60.0
 """Time until a job that no node has accepted returns to the queue, in seconds."""
-LOOK = 0.5
+POLL_SECONDS = 0.5
 """Interval between two polls of the worker, in seconds."""
-ANSWER_SECONDS = 60.0
+REPLY_SECONDS = 60.0
 """Time limit for one reply of the actor, in seconds."""
-PASSED_ON = ("LUTHIER_", "HF_", "AWS_")
+INHERITED_PREFIXES = ("LUTHIER_", "HF_", "AWS_")
 """Prefixes of the variables that workers inherit from the server."""
 
 _log = logging.getLogger("luthier.cluster.ray_driver")
 
 
-class Starter:
+class CommandWork:
     """Ownership of a command's work until the process starts. A command has no lease to renew."""
 
     placement_seconds = math.inf
     """Time until the work is given back, in seconds."""
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Acquire the work."""
 
     def renew(self) -> bool:
@@ -72,7 +72,7 @@ class Starter:
         _log.error("%s", message)
 
 
-class LeaseHolder(Starter):
+class JobWork(CommandWork):
     """Ownership of a job's lease until the worker has taken over."""
 
     placement_seconds = PLACEMENT_SECONDS
@@ -83,7 +83,7 @@ class LeaseHolder(Starter):
         self._process = {**this_process(), "starting": True}
         self._renewed = 0.0
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Acquire the lease from the server, which may end before the worker starts."""
         with self.database.write() as session:
             row = queue.renew(session, self.table, self.row_id, self.lease)
@@ -111,15 +111,15 @@ class LeaseHolder(Starter):
 class Driver:
     """Runs one worker on the cluster."""
 
-    def __init__(self, options: argparse.Namespace, starter: Starter) -> None:
-        self.options, self.starter = options, starter
+    def __init__(self, options: argparse.Namespace, work: CommandWork) -> None:
+        self.options, self.work = options, work
         self.ending = False
         self.actor: Any = None
 
     def run(self) -> int:
         """Run the worker and return the exit status."""
         try:
-            self.starter.take()
+            self.work.acquire()
             connect(self.options.address)
             # Ray's own handlers would end this process at once.
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -130,10 +130,10 @@ class Driver:
             return LOST
         except Exception as error:
             # The error is one of Ray or the network: the job was not tried, so no attempt counts.
-            _log.exception("the cluster took no worker")
-            refusal = f"The Ray cluster took no worker: {_first_line(error)}"
+            _log.exception("the cluster did not accept the worker")
+            refusal = f"The Ray cluster did not accept the worker: {_first_line(error)}"
         if refusal is not None:
-            self.starter.release(refusal)
+            self.work.release(refusal)
             return 0 if self.ending else NO_NODE
         return self._wait()
 
@@ -159,30 +159,29 @@ class Driver:
         )
         self.actor = actor.remote()
         environment = {
-            name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)
+            name: value for name, value in os.environ.items() if name.startswith(INHERITED_PREFIXES)
         }
         environment["LUTHIER_HOME"] = str(luthier_home().absolute())
         log = options.log or WORK_KINDS[options.kind].folders(options.id).log.absolute()
         started = self.actor.start.remote(
             options.command, environment, sys.executable, str(log), options.needs
         )
-        deadline = time.monotonic() + self.starter.placement_seconds
-        while not ray.wait([started], timeout=LOOK)[0]:
-            self.starter.renew()
+        deadline = time.monotonic() + self.work.placement_seconds
+        while not ray.wait([started], timeout=POLL_SECONDS)[0]:
+            self.work.renew()
             if self.ending or time.monotonic() > deadline:
                 ray.kill(self.actor)
                 if self.ending:
                     return "The worker was ended before a node had room."
-                seconds = self.starter.placement_seconds
+                seconds = self.work.placement_seconds
                 return f"No node of the Ray cluster had room within {seconds:g} seconds."
         try:
             ray.get(started)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FileNotFoundError):
                 return (
-                    f"A node of the Ray cluster does not see {error.cause.filename}: data, local base "
-                    "models and LUTHIER_HOME have to be on storage that all nodes share, at the same "
-                    "path."
+                    f"A node of the Ray cluster cannot read {error.cause.filename}. Data, local base "
+                    "models and LUTHIER_HOME must be on shared storage with equal paths."
                 )
             raise
         return None
@@ -199,7 +198,7 @@ class Driver:
                 self.actor.send.remote(signal.SIGTERM)
             if not begun:
                 try:
-                    begun = self.starter.renew()
+                    begun = self.work.renew()
                 except LeaseLost as error:
                     # The worker may have begun and ended between two polls: its exit status tells.
                     _log.info("%s", error)
@@ -210,16 +209,16 @@ class Driver:
                     _log.error("the worker did not begin within %g seconds", BEGIN_SECONDS)
                     return 1
             try:
-                status = ray.get(self.actor.poll.remote(), timeout=ANSWER_SECONDS)
+                status = ray.get(self.actor.poll.remote(), timeout=REPLY_SECONDS)
             except ray.exceptions.GetTimeoutError:
-                _log.warning("the worker's node does not answer")
+                _log.warning("the worker's node does not respond")
                 continue
             except ray.exceptions.RayError as error:
                 _log.error("the worker's actor or its node died: %s", _first_line(error))
                 return NODE_LOST
             if status is not None:
                 return int(status)
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
 
 
 def connect(address: str) -> None:
@@ -261,11 +260,11 @@ def main(arguments: Sequence[str]) -> int:
         connect(options.address)
         return 0
     if options.lease is None:
-        driver = Driver(options, Starter())
+        driver = Driver(options, CommandWork())
         on_stdin_end(driver.end)
         return driver.run()
-    holder = LeaseHolder(inherited_database(), options.kind, options.id, options.lease)
-    return Driver(options, holder).run()
+    work = JobWork(inherited_database(), options.kind, options.id, options.lease)
+    return Driver(options, work).run()
 
 
 if __name__ == "__main__":

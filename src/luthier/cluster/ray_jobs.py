@@ -35,8 +35,8 @@ class RayRunner(Runner):
         sqlite = make_url(database.engine.url).get_backend_name() == "sqlite"
         if sqlite and len({node.address for node in nodes}) > 1:
             raise RefusedInput(
-                "SQLite serves one machine, and the Ray cluster has several: give --database "
-                "postgresql://… for all of them"
+                "the Ray cluster has several machines, and SQLite supports one. Use "
+                "--database postgresql://…"
             )
 
     def refresh(self) -> None:
@@ -57,7 +57,7 @@ class RayRunner(Runner):
             at_work = Counter[type[QueuedWork]]()
             if not node.idle:
                 at_work.update(type(row) for row in rows)
-                at_work[QueuedWork] += 1  # the work may be that of others who share the cluster
+                at_work[QueuedWork] += 1  # other users of the cluster may run work
             offers.append(FreeCapacity(node.free_memory, int(node.free_cores), at_work))
         return offers
 

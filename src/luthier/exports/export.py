@@ -53,20 +53,20 @@ class Export:
 
     def plain(self) -> dict[str, Any]:
         """Return the export as JSON values."""
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "id": self.model, "folder": str(self.folder), "format": self.format,
             "network": self.network, "files": self.files,
         }  # fmt: skip
         if self.format == "safetensors":
-            found["own_network"] = self.own_network
+            values["own_network"] = self.own_network
         if self.record is not None and self.format == "onnx":
-            found["difference"] = self.record.score_error
+            values["difference"] = self.record.score_error
         if self.record is not None and self.format == "gguf":
             parity = self.record.tokens
-            found["parity"] = None if parity is None else parity.model_dump()
+            values["parity"] = None if parity is None else parity.model_dump()
         if self.cost is not None:
-            found["cost"] = self.cost.plain()
-        return found
+            values["cost"] = self.cost.plain()
+        return values
 
 
 def check_settings(format: str, merged: bool | None, quantization: str | None) -> None:
@@ -76,28 +76,28 @@ def check_settings(format: str, merged: bool | None, quantization: str | None) -
         RecipeError: naming the setting.
     """
     if format not in get_args(Format):
-        raise RecipeError(f"there is no format {format!r}; take {', '.join(get_args(Format))}")
+        raise RecipeError(f"unknown format {format!r}. Choose one of {', '.join(get_args(Format))}")
     if quantization is not None and format == "safetensors" and merged:
         from luthier.exports.writer import PRECISIONS
 
         if quantization not in PRECISIONS:
             raise RecipeError(
-                f"merged safetensors cannot have the type {quantization!r}; choose one of "
+                f"merged safetensors cannot have the type {quantization!r}. Choose one of "
                 f"{', '.join(PRECISIONS)}"
             )
     elif quantization is not None:
         if format != "gguf":
             raise RecipeError(
-                "types of weights are chosen for GGUF files and merged safetensors; leave them out "
-                f"for {format}"
+                "`--quantization` is for GGUF files and merged safetensors. Omit `--quantization` for "
+                f"{format}"
             )
         from luthier.models.gguf import check_quantization
 
         check_quantization(quantization)
         if merged is False:
-            raise RecipeError("an adapter alone has no type of weights; export it merged")
+            raise RecipeError("an adapter has no `--quantization`. Export with `--merged`")
     if format == "onnx" and merged is False:
-        raise RecipeError("ONNX files hold whole networks; export the adapter merged")
+        raise RecipeError("ONNX files contain whole networks. Export with `--merged`")
 
 
 def export_model(
@@ -121,15 +121,15 @@ def export_model(
 
     check_settings(format, merged, quantization)
     check_active(stored)
-    tell = on_progress or ignore_progress
+    on_phase = on_progress or ignore_progress
     network = stored.network.config(stored.objective.head()).model_type
     record = None
     if format == "onnx":
-        record = export_onnx(stored, target, tell)
+        record = export_onnx(stored, target, on_phase)
     elif format == "gguf":
-        record = export_gguf(stored, target, merged is not False, quantization, tell)
+        record = export_gguf(stored, target, merged is not False, quantization, on_phase)
     else:
-        export(stored, target, bool(merged), tell, quantization)
+        export(stored, target, bool(merged), on_phase, quantization)
     is_recorded = record is not None and change_record(
         stored, lambda manifest: manifest.with_export(record)
     )
@@ -160,12 +160,12 @@ def memory_needed(
     network = stored.network.sketch(stored.objective.head())
     count = sum(weight.numel() for weight in network.parameters())
     if format == "gguf":
-        each = 16 if merged is False else choose_machine().dtype.itemsize + 8
+        bytes_each = 16 if merged is False else choose_machine().dtype.itemsize + 8
     elif format == "onnx":
-        each = 20
+        bytes_each = 20
     else:
-        each = 0 if stored.parent is None and quantization is None else 8
-    return _FIXED_BYTES + count * each
+        bytes_each = 0 if stored.parent is None and quantization is None else 8
+    return _FIXED_BYTES + count * bytes_each
 
 
 def change_record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -> bool:
@@ -182,7 +182,7 @@ def change_record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -
     is_changed = False
 
     def change_same(manifest: Manifest) -> Manifest:
-        # Meanwhile it may have been signed, or another model made under its name.
+        # Another process may have signed or replaced the model during the export.
         nonlocal is_changed
         signed = (stored.folder / SIGNATURE).exists()
         is_changed = manifest.files == stored.manifest.files and not signed
@@ -194,7 +194,7 @@ def change_record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -
             certify(stored.id)
     except (LuthierError, OSError) as error:
         logging.getLogger(__name__).warning(
-            "the record of %s does not say it: %s", stored.id, error
+            "the record of %s was not updated: %s", stored.id, error
         )
         return False
     return is_changed

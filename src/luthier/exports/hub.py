@@ -61,13 +61,13 @@ def push(
     from luthier.workflows.certificate.certificate import check_recorded, make_certificate
     from luthier.workflows.certificate.model_card import hub_name, model_card
 
-    found = _REPOSITORY.fullmatch(to)
-    if found is None:
-        raise RecipeError(f"{to!r} is no repository of the hub: write {SCHEME}owner/name")
-    repository, token = found[1], get_token()
+    match = _REPOSITORY.fullmatch(to)
+    if match is None:
+        raise RecipeError(f"{to!r} is not a hub repository. Use {SCHEME}owner/name")
+    repository, token = match[1], get_token()
     if token is None:
         raise RecipeError(
-            "uploading to the hub needs a token that may write: set HF_TOKEN to one of "
+            "the upload needs a token with write access. Set HF_TOKEN to a token of "
             "https://huggingface.co/settings/tokens, or run `hf auth login`"
         )
     api = HfApi(token=token)
@@ -76,13 +76,12 @@ def push(
         private = _visibility(api, repository)
     if private is False and not public:
         raise RecipeError(
-            f"{repository} exists and is public, so everybody could see the model. Give `--public` or "
-            "name another repository"
+            f"{repository} exists and is public. Use `--public`, or choose another repository"
         )
     if private and public:
         raise RecipeError(
-            f"{repository} exists and is private, and an upload does not change that. Omit `--public`, "
-            "publish the repository in its settings on the hub, or name another repository"
+            f"{repository} exists and is private. Omit `--public`, change the visibility on the hub, "
+            "or choose another repository"
         )
     with TemporaryDirectory() as scratch:
         note(f"Writing {stored.id} for upload")
@@ -92,15 +91,15 @@ def push(
         card = model_card(certificate, library_name(written))
         (folder / CARD).write_text(card, encoding="utf-8")
         if PEFT_CONFIG in written.files:
-            # It names the folder of the base in this store.
+            # The exported configuration has a local path of the base.
             config = read_json(folder / PEFT_CONFIG)
             base = hub_name(certificate.parents[0])
             config["base_model_name_or_path"] = base
             write_json(folder / PEFT_CONFIG, config)
             if _REPOSITORY.fullmatch(SCHEME + base) is None:
                 note(
-                    f"{base}, which the adapter needs, is no repository of the hub: whoever loads it "
-                    f"sets base_model_name_or_path in {PEFT_CONFIG}"
+                    f"the adapter's base {base} is not a hub repository. Users of the adapter must set "
+                    f"base_model_name_or_path in {PEFT_CONFIG}"
                 )
         files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         note(f"Uploading {len(files)} files to {repository}")
@@ -133,7 +132,7 @@ def _visibility(api: HfApi, repository: str) -> bool | None:
 
     from luthier.models.catalog import ANSWER_SECONDS, CONNECT_SECONDS
 
-    # The one request with a time limit goes first: the client waits without one for the others.
+    # The only request with a time limit goes first, to detect a dead connection early.
     limit: Any = httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
     try:
         return bool(api.model_info(repository, timeout=limit).private)
@@ -147,21 +146,21 @@ def _upload_errors(repository: str, endpoint: str) -> Iterator[None]:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    again = "Nothing that has arrived is sent again by the next `luthier push`"
+    again = "The next `luthier push` skips uploaded files"
     try:
         yield
     except HFValidationError as error:
-        raise RecipeError(f"{repository!r} is no repository of the hub: {error}") from error
+        raise RecipeError(f"{repository!r} is not a hub repository: {error}") from error
     except OfflineModeIsEnabled as error:
-        raise UploadError("HF_HUB_OFFLINE is set; unset it to upload") from error
+        raise UploadError("HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE to upload") from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
-        # A file that fails among others is wrapped once, by a text that names the file alone.
+        # The hub wraps the error of one file in an error with the name of the file only.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         file = f"{error} " if cause is not error else ""
         status = getattr(getattr(cause, "response", None), "status_code", None)
         fix = again
         if status in (401, 403):
-            fix = "Use a token that may write there (https://huggingface.co/settings/tokens)"
+            fix = "Use a token with write access (https://huggingface.co/settings/tokens)"
         lines = [line.strip().rstrip(".") for line in str(cause).splitlines() if line.strip()]
         reason = f"{file}{[*lines, repr(cause)][0]}"
         raise UploadError(

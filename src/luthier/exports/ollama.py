@@ -50,16 +50,16 @@ def ollama_template(chat: ChatFormat) -> str | None:
     """
     if chat.template == "plain":
         return "{{ .Prompt }}"
-    bare = _pieces(chat, ("user", "assistant", "user"))
-    if bare is None:
+    pieces = _pieces(chat, ("user", "assistant", "user"))
+    if pieces is None:
         return None
-    start, after_user, after_reply, end = bare
+    start, after_user, after_reply, end = pieces
     longer = _pieces(chat, ("user", "assistant", "user", "assistant", "user"))
     if longer != [start, *2 * (after_user, after_reply), end]:
         return None
     opening = _escape(_without_bos(chat, start))
     system = _pieces(chat, ("system", "user", "assistant", "user"))
-    if system is not None and system[2:] == bare[1:]:
+    if system is not None and system[2:] == pieces[1:]:
         before, after = _escape(_without_bos(chat, system[0])), _escape(system[1])
         with_system = f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}"
         opening = f"{with_system}{{{{ else }}}}{opening}{{{{ end }}}}"
@@ -71,8 +71,8 @@ def ollama_template(chat: ChatFormat) -> str | None:
     reply = '{{ else if eq .Role "assistant" }}{{ .Content }}'
     reply += f"{not_last}{_escape(after_reply)}{{{{ end }}}}"
     turns = f"{{{{ range $i, $_ := .Messages }}}}{user}{reply}{{{{ end }}}}{{{{ end }}}}"
-    found = opening + turns
-    return None if '"""' in found else found
+    template = opening + turns
+    return None if '"""' in template else template
 
 
 def _pieces(chat: ChatFormat, roles: tuple[str, ...]) -> list[str] | None:
@@ -84,13 +84,13 @@ def _pieces(chat: ChatFormat, roles: tuple[str, ...]) -> list[str] | None:
         rest = chat.prompt_text(messages)
     except LuthierError:
         return None
-    found = []
+    pieces = []
     for text in texts:
-        piece, there, rest = rest.partition(text)
-        if not there or text in rest:
+        piece, separator, rest = rest.partition(text)
+        if not separator or text in rest:
             return None
-        found.append(piece)
-    return [*found, rest]
+        pieces.append(piece)
+    return [*pieces, rest]
 
 
 def _without_bos(chat: ChatFormat, text: str) -> str:

@@ -62,7 +62,7 @@ ONNX_ERROR = 1e-3
 times the measured differences (docs/log/service.md)."""
 LONG_TEXT = 200
 """Words of the longest compared text."""
-TEXTS = (
+COMPARED_TEXTS = (
     "Yes.",
     *REFERENCE_PROMPTS,
     " ".join(f"fox {number}" for number in range(LONG_TEXT // 2)),
@@ -137,7 +137,7 @@ Read = Callable[["Network", "TreeBatch"], Iterable["FloatArray"]]
 
 
 @dataclass(frozen=True)
-class OnnxAnswer:
+class OnnxOutput:
     """The output of an ONNX file, derived from the objective."""
 
     name: str
@@ -155,7 +155,7 @@ class OnnxAnswer:
     """Unit of differences; by default the largest output."""
 
 
-def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) -> OnnxAnswer:
+def _output_of(objective: Objective, network: Network, labels: Sequence[str]) -> OnnxOutput:
     """Return the output of models of ``objective``."""
 
     def predict(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
@@ -168,7 +168,7 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
         details: dict[str, Any] = {"normalized": True}
         if network.layout.has_media:
             meaning = "the embedding of a row"
-            return OnnxAnswer(MEDIA, axes, meaning, _MediaEmbedding, predict, "embedding", details)
+            return OnnxOutput(MEDIA, axes, meaning, _MediaEmbedding, predict, "embedding", details)
         pooling = getattr(objective, "pooling", "auto")
         head = sentence_head(network.model)
         if pooling == "auto" and head is not None:
@@ -177,45 +177,47 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
             changes_text = pipeline.prepare("A") != "A"
             if pipeline.dense or len(pipeline.pooling) > 1 or changes_text:
                 raise RecipeError(
-                    "ONNX files hold sentence encoders of one pooling, without dense layers, default "
-                    "prompt and lower case; export the model as safetensors"
+                    "ONNX export supports sentence encoders with one pooling and without dense layers, "
+                    "default prompt and lower case. Export as safetensors"
                 )
-            if (own := head.pipeline.pooling[0]) not in names:
+            if (method := head.pipeline.pooling[0]) not in names:
                 raise RecipeError(
-                    f"pooling {own!r} cannot be written to ONNX; export the model as safetensors"
+                    f"pooling {method!r} is not supported in ONNX. Export as safetensors"
                 )
-            pooling = names[own]
+            pooling = names[method]
         if pooling == "auto":
             pooling = "mean" if network.is_bidirectional else "last"
         threshold = getattr(objective, "threshold", None)
         details |= {"pooling": pooling, "similarity_threshold": threshold}
-        meaning = f"the {pooling} of the states of a text's tokens, brought to length 1"
+        meaning = f"the {pooling} of the states of a text's tokens, normalized to length 1"
         graph = partial(_TextEmbedding, pooling=pooling)
-        return OnnxAnswer(SENTENCE, axes, meaning, graph, predict, "embedding", details)
+        return OnnxOutput(SENTENCE, axes, meaning, graph, predict, "embedding", details)
     if isinstance(objective, Regression):
         scale, center = objective.scale or 1.0, objective.center or 0.0
-        return OnnxAnswer(
+        return OnnxOutput(
             "rating", ("batch",), "the rating, in the scale of the training data",
             partial(_Number, scale=scale, center=center), predict, "number", unit=objective.scale,
         )  # fmt: skip
     if isinstance(objective, RewardModel):
-        return OnnxAnswer(
-            "reward", ("batch",), "how much an answer is liked, larger is better",
+        return OnnxOutput(
+            "reward", ("batch",), "the reward of a reply, larger is better",
             partial(_Number, scale=1.0, center=0.0), predict, "number",
         )  # fmt: skip
     classes: dict[str, Any] = {"labels": [*labels]}
     if objective.task == "token_classification":
-        return OnnxAnswer(
+        return OnnxOutput(
             "logits", ("batch", "tokens", "tags"),
             "scores of the tags of each token; the tag of a word is that of its first token",
             _Logits, _token_scores, "tags", classes,
         )  # fmt: skip
-    several = bool(getattr(objective, "multi_label", False))
-    function = "sigmoid gives the probability of each" if several else "softmax gives probabilities"
-    return OnnxAnswer(
+    multi_label = bool(getattr(objective, "multi_label", False))
+    function = (
+        "sigmoid gives the probability of each" if multi_label else "softmax gives probabilities"
+    )
+    return OnnxOutput(
         "logits", ("batch", "classes"), f"scores of the classes; {function}",
-        _Logits, _row_scores, "labels" if several else "label",
-        {**classes, "multi_label": several},
+        _Logits, _row_scores, "labels" if multi_label else "label",
+        {**classes, "multi_label": multi_label},
     )  # fmt: skip
 
 
@@ -267,39 +269,38 @@ def export_onnx(
     objective = stored.objective
     if objective.task not in _TASKS:
         raise RecipeError(
-            f"{stored.id} gives no classes, tags, ratings, rewards or embeddings, and ONNX files are "
-            f"written of models that do (it is for {objective.task}); models that write text go to "
-            "llama.cpp with format gguf",
+            f"ONNX export supports classifiers, taggers, ratings, rewards and embeddings, and "
+            f"{stored.id} is for {objective.task}. Export text generators with `--format gguf`",
             rule="export.task",
         )
     check_mergeable(stored, "an ONNX file contains merged weights only")
-    for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
+    for package in ("onnx", "onnxscript", "onnxruntime"):  # before loading the network
         if find_spec(package) is None:
             raise RecipeError(
-                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'",
+                f"the package {package} is not installed: pip install 'luthier[onnx]'",
                 rule="export.extra",
             )
     chat = stored.chat
     network = as_network(load_merged(stored, torch.float32, _CPU, on_progress), _CPU, torch.float32)
     if is_dual_encoder(network.model.config):
         raise RecipeError(
-            f"{stored.id} reads images and texts, each by an encoder of its own, and an ONNX file is "
-            "written of networks that have one",
+            f"{stored.id} has separate encoders for images and text, and ONNX export supports one "
+            "encoder",
             rule="export.network",
         )
     pads = getattr(network.model.config, "pad_token_id", None) is not None
     if chat.media is None and objective.task == "sequence_classification" and not pads:
-        # transformers finds the last token of each row by it.
+        # transformers finds the last token of each row by the padding token.
         raise RecipeError(
-            f"{stored.id} has no padding token, so it cannot read texts of several lengths at once",
+            f"{stored.id} has no padding token, which batches of several lengths need",
             rule="export.padding",
         )
     labels = list(objective.head().labels)
-    answer = _answer_of(objective, network, labels)
+    answer = _output_of(objective, network, labels)
     rows: list[_Row] = []
     if chat.media is None:
         rows = _read_texts(network, objective, chat, stored, answer.read)
-    del network  # its modules are not those that transformers traces
+    del network  # transformers traces its own modules
     model: Any = load_merged(stored, torch.float32, _CPU, ignore_progress)
     model.eval()
     with new_export_folder(target, stored) as fresh:
@@ -311,8 +312,8 @@ def export_onnx(
         error = _largest_error(graph, answer, chat, rows, fresh / ONNX_FILE, on_progress)
         if not error <= ONNX_ERROR:
             raise RecipeError(
-                f"ONNX Runtime answers otherwise: {answer.name} differs by up to {error:.2g} of "
-                f"{'the spread of ratings' if answer.unit else 'the largest number'}, where "
+                f"outputs of ONNX Runtime differ: {answer.name} differs by up to {error:.2g} of "
+                f"{'the spread of ratings' if answer.unit else 'the largest number'}, and "
                 f"{ONNX_ERROR:g} is allowed",
                 rule="export.differs",
             )
@@ -356,7 +357,7 @@ def _read_texts(
     room = stored.room
     predictor = Predictor(network, objective, chat, room)
     examples: list[Example] = []
-    for number, text in enumerate(TEXTS):
+    for number, text in enumerate(COMPARED_TEXTS):
         try:
             example = predictor.encode(RawText("text", number + 1, text), number)
         except RowRefused:  # a tokenizer may have no token for a script
@@ -364,8 +365,7 @@ def _read_texts(
         examples.append(objective.truncate(example, room) if len(example) > room else example)
     if not examples:
         raise RecipeError(
-            f"{stored.id} reads none of the texts that it would be compared on: its tokenizer has no "
-            "tokens for them"
+            f"the tokenizer of {stored.id} has no tokens for the texts of the comparison"
         )
     answers = network.read_rows(examples, READING_BUDGET, partial(read, network))
     rows = zip(examples, answers, strict=True)
@@ -390,13 +390,13 @@ def _traced_inputs(model: Any, chat: ChatFormat, rows: int = 2) -> dict[str, Ten
 
 
 def _trace(
-    graph: _Graph, inputs: dict[str, Tensor], answer: OnnxAnswer, file: Path, name: str
+    graph: _Graph, inputs: dict[str, Tensor], answer: OnnxOutput, file: Path, name: str
 ) -> None:
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     shapes = tuple(dict(enumerate(_axes(each))) for each in inputs)
     try:
-        quiet.setLevel(logging.ERROR)  # it names each operator of torchvision, which is not here
+        quiet.setLevel(logging.ERROR)  # torch warns about each missing operator of torchvision
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -420,7 +420,7 @@ def _trace(
 
 def _largest_error(
     graph: _Graph,
-    answer: OnnxAnswer,
+    answer: OnnxOutput,
     chat: ChatFormat,
     rows: Sequence[_Row],
     file: Path,
@@ -443,18 +443,20 @@ def _largest_error(
         fill = padding_id(graph.model)
         for part in (*([row] for row in rows), rows[:2], rows):
             batches.append((_pad(part, fill), [row.answer for row in part]))
-    largest, worst = 1e-6, 0.0
-    for number, (inputs, wanted) in enumerate(batches, 1):
-        (found,) = session.run(None, {name: each.numpy() for name, each in inputs.items()})
-        for row, ours in zip(found, wanted, strict=True):
-            # Tags of filled-up places mean nothing.
-            difference = float(np.abs(row[: len(ours)] - ours if ours.ndim else row - ours).max())
-            worst = max(worst, difference) if np.isfinite(difference) else float("nan")
-            largest = max(largest, float(np.abs(ours).max()))
+    largest_output, largest_difference = 1e-6, 0.0
+    for number, (inputs, expected) in enumerate(batches, 1):
+        (outputs,) = session.run(None, {name: each.numpy() for name, each in inputs.items()})
+        for row, own in zip(outputs, expected, strict=True):
+            # Tags of padding have no meaning.
+            difference = float(np.abs(row[: len(own)] - own if own.ndim else row - own).max())
+            largest_difference = (
+                max(largest_difference, difference) if np.isfinite(difference) else float("nan")
+            )
+            largest_output = max(largest_output, float(np.abs(own).max()))
         on_progress("compare", number, len(batches))
-        if worst != worst:
-            return worst
-    return worst / (answer.unit or largest)
+        if largest_difference != largest_difference:
+            return largest_difference
+    return largest_difference / (answer.unit or largest_output)
 
 
 def _pad(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
@@ -477,7 +479,7 @@ inputs = {{
     "attention_mask": numpy.array([each.attention_mask for each in read]),
 }}
 """
-_ANSWER_LINES = {
+_OUTPUT_LINES = {
     "embedding": "print((answer @ answer.T).round(3))  # cosines of the texts",
     "number": "print(answer)",
     "label": """\
@@ -496,7 +498,7 @@ for number, scores in enumerate(answer):
 }
 
 
-def _readme(name: str, answer: OnnxAnswer, chat: ChatFormat) -> str:
+def _readme(name: str, answer: OnnxOutput, chat: ChatFormat) -> str:
     """Return a README with a description of the files and example code."""
     tags = answer.example == "tags"
     lines = [
@@ -520,6 +522,6 @@ def _readme(name: str, answer: OnnxAnswer, chat: ChatFormat) -> str:
         _TEXT_LINES.format(texts=encoded).rstrip(),
         f'session = onnxruntime.InferenceSession(str(folder / "{ONNX_FILE}"))',
         "(answer,) = session.run(None, inputs)",
-        _ANSWER_LINES[answer.example],
+        _OUTPUT_LINES[answer.example],
     ]  # fmt: skip
     return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

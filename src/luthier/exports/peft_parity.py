@@ -48,7 +48,7 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing weights are named below
             adapted: Any = PeftModel.from_pretrained(base, str(folder))
-    except Exception as error:  # PEFT raises whatever a family's rules raise
+    except Exception as error:  # rules of a family raise any exception
         raise RecipeError(
             f"PEFT cannot load the adapter of {stored.id}: {str(error).splitlines()[0]} {fix}"
         ) from error
@@ -62,15 +62,14 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
         )
     if not isinstance(stored.adaptation, LoRA):
         return  # QLoRA was trained on a quantized base, which PEFT does not know
-    found = _outputs(adapted)
+    outputs = _outputs(adapted)
     del adapted, base
     expected = _outputs(load(stored, torch.float32, cpu, head))
-    change = float((found - expected).norm())
+    change = float((outputs - expected).norm())
     size, effect = float(expected.norm()), float((expected - plain).norm())
     if change > LARGEST_ERROR * size or change > max(SMALLEST_EFFECT * effect, 1e-5 * size):
         raise RecipeError(
-            f"under PEFT the adapter of {stored.id} gives other outputs (relative difference "
-            f"{change / size:.2g}). {fix}",
+            f"outputs of {stored.id} under PEFT differ by {change / size:.2g} (relative). {fix}",
             rule="export.differs",
         )
 
@@ -105,14 +104,14 @@ def _outputs(model: Any) -> Tensor:
         pixels = torch.randn(2, *input_shape(config), generator=generator)
         inputs = media_inputs(network, pixels)
     if (texts := text_config(config)) is not None:
-        most = int(texts.vocab_size)
-        ids_2T = torch.randint(most // 2, most, (2, 16), generator=generator)
+        size = int(texts.vocab_size)
+        ids_2T = torch.randint(size // 2, size, (2, 16), generator=generator)
         if getattr(texts, "eos_token_id", None) is not None:
-            ids_2T[:, -1] = texts.eos_token_id  # T5's classifier looks for it
+            ids_2T[:, -1] = texts.eos_token_id  # T5's classifier needs an end token
         if decoder_of(network) is not None:
             inputs["decoder_input_ids"] = ids_2T
         if "pixel_values" not in inputs or decoder_of(network) is None:
             inputs["input_ids"] = ids_2T
     with torch.no_grad():
-        found: Tensor = model.eval()(**inputs)[0]
-    return found.float()
+        output: Tensor = model.eval()(**inputs)[0]
+    return output.float()

@@ -90,24 +90,26 @@ class QuantizationCost:
         """True if the rounded model is not significantly better than the base, original or rounded."""
         if self.base_losses is None or self.kept_share is None:
             return False
-        found = [_difference(self.losses.rounded, base) for base in self.base_losses]
-        return not all(each.significant and each.value > 0 for each in found)
+        gains = [_difference(self.losses.rounded, base) for base in self.base_losses]
+        return not all(each.significant and each.value > 0 for each in gains)
 
     def verdict(self) -> str:
         """Return the cost as a sentence."""
-        kind, lost, share = self.quantization, self.difference, self.kept_share
-        apart = f"{lost.value:+.4f} \N{PLUS-MINUS SIGN} {lost.error:.4f} nats a token"
+        kind, difference, share = self.quantization, self.difference, self.kept_share
+        change = (
+            f"{difference.value:+.4f} \N{PLUS-MINUS SIGN} {difference.error:.4f} nats per token"
+        )
         if self.gains is not None and self.erases:
             gain, left = self.gains
             return (
-                f"{kind} erases the tune: of a gain of {gain.value:.4f} nats a token over {self.base}, "
-                f"{left.value:.4f} \N{PLUS-MINUS SIGN} {left.error:.4f} are left ({apart}). Use a type "
-                "with more bits."
+                f"{kind} erases the gain of tuning: {left.value:.4f} \N{PLUS-MINUS SIGN} "
+                f"{left.error:.4f} of {gain.value:.4f} nats per token over {self.base} are left "
+                f"({change}). Use a type with more bits."
             )
-        said = f"{kind} changes the loss by {apart}"
-        said += "." if lost.significant else ", which may be chance."
+        text = f"{kind} changes the loss by {change}"
+        text += "." if difference.significant else " (not significant)."
         return (
-            said if share is None else f"{said} {min(share, 1):.0%} of the gain of tuning is left."
+            text if share is None else f"{text} {min(share, 1):.0%} of the gain of tuning is left."
         )
 
     def record(self, data: Mapping[str, str]) -> QuantizationRecord:
@@ -149,7 +151,7 @@ def measure_quantization(
     texts = _encode(rows, stored.chat, stored.room) if rows else ()
     if len(texts) < 2:
         raise RecipeError(
-            "one text is too few for the interval of a loss; give more rows",
+            "the interval of a loss needs at least two texts. Use more rows",
             rule="export.too_few_rows",
         )
     above = ancestors(stored)
@@ -189,8 +191,8 @@ def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> Sequence[Exa
     objective = objective_for(rows[0], chat)
     if objective.method not in ("sft", "causal_lm"):
         raise RecipeError(
-            "the cost of fewer bits is measured on prompts with their replies, or on raw text; these "
-            f"rows are for {objective.method}"
+            "the cost is measured on prompts with replies or on raw text, and these rows are for "
+            f"{objective.method}"
         )
     examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     if isinstance(objective, CausalLM):

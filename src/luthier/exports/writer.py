@@ -110,8 +110,7 @@ def export(
     """
     if stored.parent is not None and stored.parent.parent is not None and not merged:
         raise RecipeError(
-            f"{stored.id} is an adapter on the adapter {stored.parent.id}, and PEFT does not put one "
-            "on another; export it merged",
+            f"{stored.id} is an adapter on the adapter {stored.parent.id}. Export with `--merged`",
             rule="export.stacked",
         )
     target = new_target(target)
@@ -122,7 +121,7 @@ def export(
         elif merged:
             check_mergeable(stored, "a merged export contains merged weights only")
             dtype = merged_dtype(stored, precision)
-            # Steps of an adapter are smaller than what float16 rounds to.
+            # float16 would round away the small updates of an adapter.
             wide = torch.float32 if dtype == torch.float16 else dtype
             device = machines.choose_machine().device
             model = load_merged(stored, wide, device, on_progress).to(dtype)
@@ -152,7 +151,7 @@ def load_merged(
     lineage = [stored]
     while lineage[-1].parent is not None:
         lineage.append(lineage[-1].parent)
-    if len(lineage) == 1:  # a base: there is nothing to merge
+    if len(lineage) == 1:  # a base model has nothing to merge
         return load(stored, dtype, device)
     done, total = 0, len(lineage)
 
@@ -181,9 +180,9 @@ def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
         return
     network: Any = stored.network.sketch(head)
     attach_sentence_head(network, pipeline, stored.network_folder)
-    found = sentence_head(network)
-    assert found is not None
-    found.save(folder)
+    sentence = sentence_head(network)
+    assert sentence is not None
+    sentence.save(folder)
 
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
@@ -198,11 +197,8 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
     """
     lora = _lora_of(stored)
     if not isinstance(lora, LoRA):
-        whole = "export the whole pipeline, merged"
-        raise RecipeError(
-            f"{lora.method} is no adapter that diffusers has; "
-            f"{whole if lora.mergeable else 'it cannot be merged either, so tune with lora'}"
-        )
+        fix = "Export with `--merged`" if lora.mergeable else "Tune with lora"
+        raise RecipeError(f"diffusers does not support adapters of {lora.method}. {fix}")
     prefix = lora.stored_name("")
     tensors = {
         name.removeprefix(prefix): tensor * lora.scale if ".lora_B." in name else tensor
@@ -228,7 +224,7 @@ def new_target(target: Path) -> Path:
     target = target.expanduser().absolute()
     target = target.resolve() if target.is_symlink() else target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
+        raise RunConflict(f"{target} is not empty. Choose a new or empty folder")
     return target
 
 
@@ -246,13 +242,11 @@ def new_export_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
     try:
         with new_folder(target, replace=False) as fresh:
             yield fresh
-            check_whole(stored)  # it may have been made anew while it was read
+            check_whole(stored)  # another process may have replaced the model meanwhile
     except OSError as error:
         if error.errno != errno.ENOTEMPTY:
             raise
-        raise RunConflict(
-            f"something was written to {target} meanwhile; name another one"
-        ) from error
+        raise RunConflict(f"another process wrote to {target}. Choose another folder") from error
 
 
 def export_gguf(
@@ -287,7 +281,7 @@ def export_gguf(
     target = new_target(target)
     if not merged and quantization is not None:
         raise RecipeError(
-            "an adapter is written in float32: give a type of weights to its base, or export it merged",
+            "adapters are written in float32. Omit `--quantization`, or export with `--merged`",
             rule="export.precision",
         )
     kind = check_quantization(quantization or "f16")
@@ -353,19 +347,19 @@ def _plain_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
     """
     if stored.parent is None:
         raise RecipeError(
-            f"{stored.id} is no adapter but a whole network; export it merged",
+            f"{stored.id} is a whole network, not an adapter. Export with `--merged`",
             rule="export.no_adapter",
         )
     if stored.parent.parent is not None:
         raise RecipeError(
-            f"{stored.id} is an adapter on the adapter {stored.parent.id}; export it merged",
+            f"{stored.id} is an adapter on the adapter {stored.parent.id}. Export with `--merged`",
             rule="export.stacked",
         )
     lora = _lora_of(stored)
     if not isinstance(lora, LoRA) or lora.dora:
         raise RecipeError(
             f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
-            "llama.cpp loads plain LoRA adapters only; export it merged",
+            "llama.cpp loads plain LoRA adapters only. Export with `--merged`",
             rule="export.unmergeable",
         )
     return lora, stored.parent
@@ -378,8 +372,8 @@ def _file_name(stored: StoredModel) -> str:
 
 
 def _general_metadata(stored: StoredModel) -> GeneralMetadata:
-    known = [stored, *(each for each in ancestors(stored) if isinstance(each, StoredModel))]
-    licences = [each.manifest.licence for each in known if each.manifest.licence]
+    lineage = [stored, *(each for each in ancestors(stored) if isinstance(each, StoredModel))]
+    licences = [each.manifest.licence for each in lineage if each.manifest.licence]
     return GeneralMetadata(
         name=stored.id,
         base=stored.root if stored.root != stored.id else None,

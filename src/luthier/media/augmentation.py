@@ -21,7 +21,7 @@ def change_image(settings: Augmentation, pixels: Pixels, random: np.random.Gener
     """Return a randomly changed image ``[H, W, 3]`` of the same size."""
     image: Any = Image.fromarray(pixels)
     if settings.crop:
-        image = _part(settings, image, random)
+        image = _random_crop(settings, image, random)
     if random.random() < settings.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if settings.colour:
@@ -33,7 +33,7 @@ def change_image(settings: Augmentation, pixels: Pixels, random: np.random.Gener
     return np.asarray(image)
 
 
-def _part(settings: Augmentation, image: Any, random: np.random.Generator) -> Any:
+def _random_crop(settings: Augmentation, image: Any, random: np.random.Generator) -> Any:
     """Return a random crop, resized to the size of the image."""
     width, height = image.size
     area = width * height * random.uniform(1 - settings.crop, 1)
@@ -46,8 +46,8 @@ def _part(settings: Augmentation, image: Any, random: np.random.Generator) -> An
     return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
-def change_sound(
-    settings: Augmentation, samples: NDArray[np.float32], wanted: int, random: np.random.Generator
+def change_audio(
+    settings: Augmentation, samples: NDArray[np.float32], length: int, random: np.random.Generator
 ) -> NDArray[np.float32]:
     """Return audio ``[T]`` with random speed, noise and shift. The network reads ``wanted``
     samples."""
@@ -61,9 +61,9 @@ def change_sound(
         noise = random.standard_normal(len(samples), dtype=np.float32)
         samples = samples + np.float32(strength) * noise
     if settings.shift:
-        by = round(random.uniform(-settings.shift, settings.shift) * wanted)
+        offset = round(random.uniform(-settings.shift, settings.shift) * length)
         # What is read is the middle: twice as much at one end moves it by so much.
-        samples = np.pad(samples, (max(0, 2 * by), max(0, -2 * by)))
+        samples = np.pad(samples, (max(0, 2 * offset), max(0, -2 * offset)))
     return samples
 
 
@@ -81,11 +81,11 @@ def mask_spectrogram(
     return values
 
 
-def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
+def resample(samples: NDArray[np.float32], rate: int, target_rate: int) -> NDArray[np.float32]:
     """Return audio ``[T]`` at another sampling rate, by Fourier transform, so without aliases."""
-    if rate == wanted or not len(samples):
+    if rate == target_rate or not len(samples):
         return samples
-    count = max(1, round(len(samples) * wanted / rate))
+    count = max(1, round(len(samples) * target_rate / rate))
     spectrum = np.fft.rfft(samples)[: count // 2 + 1]
     spectrum = np.pad(spectrum, (0, count // 2 + 1 - len(spectrum)))
     return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)

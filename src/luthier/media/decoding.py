@@ -57,7 +57,7 @@ def read_samples(media: Media) -> tuple[NDArray[np.float32], int]:
         RowRefused: for a file that is not audio, or audio that is too long.
     """
     if media.array is not None:
-        raise media_error("unreadable", "an array of samples names no sampling rate.")
+        raise media_error("unreadable", "an array of samples has no sampling rate.")
     return decode_audio(media.read(), media.most)
 
 
@@ -111,22 +111,22 @@ def _open_image(data: bytes, most: int) -> Iterator[Any]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata that Pillow cannot read; pixels matter
+            warnings.simplefilter("ignore")  # Pillow warns about metadata
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
                 width, height = opened.size
                 if width * height > most:
                     text = f"{width:,} x {height:,} pixels; at most {most:,} are decoded."
-                    raise media_error("too_large", f"it says to have {text}")
+                    raise media_error("too_large", f"the image has {text}")
                 yield opened
     except RowRefused:
         raise
-    except Image.DecompressionBombError:  # Pillow's own bound, before the size can be asked
-        text = f"it says to have more pixels than the {most:,} that are decoded."
+    except Image.DecompressionBombError:  # Pillow's own limit comes before the size is known
+        text = f"the image has more than {most:,} pixels."
         raise media_error("too_large", text) from None
     except _DAMAGE as error:
-        message, fix = f"it is no image that can be read: {reason_of(error)}.", ""
-        if data[4:8] == b"ftyp" and b"avif" not in data[8:64]:  # cameras name such files .jpg, too
-            message = "it is a HEIC file, which Pillow cannot decode."
+        message, fix = f"the image cannot be decoded: {reason_of(error)}.", ""
+        if data[4:8] == b"ftyp" and b"avif" not in data[8:64]:  # cameras also write HEIC under .jpg
+            message = "HEIC files are not supported."
             fix = conversion_fix([".heic"])
         raise media_error("unreadable", message, fix) from error
 
@@ -152,9 +152,8 @@ def white_of(values: NDArray[Any]) -> float:
     if white is None or low < -overshoot * max(high, 1):
         raise media_error(
             "unreadable",
-            f"its pixels range from {low:g} to {high:g}; ranges that are read are 0 to 1 (floats), "
-            "0 to 255 and 0 to 65535.",
-            "Scale the pixels to one of these ranges, or save the image with 8 or 16 bits.",
+            f"pixels from {low:g} to {high:g} are outside of the known ranges.",
+            "Scale the pixels to 0 to 1 (floats), 0 to 255 or 0 to 65535.",
         )
     return white
 
@@ -169,11 +168,9 @@ def _read_npy(data: bytes, most: int) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     except _DAMAGE as error:
-        raise media_error(
-            "unreadable", f"it is no array that can be read: {reason_of(error)}."
-        ) from error
+        raise media_error("unreadable", f"the array cannot be read: {reason_of(error)}.") from error
     if math.prod(array.shape[:2]) > most:
-        text = f"it is an array with the shape {array.shape}; at most {most:,} pixels are decoded."
+        text = f"the array has the shape {array.shape}; at most {most:,} pixels are decoded."
         raise media_error("too_large", text)
     return array
 
@@ -185,8 +182,8 @@ def _array_pixels(array: NDArray[Any]) -> Pixels:
     if array.dtype.kind not in "buif" or not is_shaped:
         raise media_error(
             "unreadable",
-            f"an array of {array.dtype} with shape {array.shape} is no image; images are numbers, "
-            "[H, W] or [H, W, 3].",
+            f"the array is {array.dtype} of shape {array.shape}; images are numbers, [H, W] or "
+            "[H, W, 3].",
         )
     if array.dtype != np.uint8:
         array = scale_pixels(array, white_of(array))
@@ -196,32 +193,33 @@ def _array_pixels(array: NDArray[Any]) -> Pixels:
 def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float32], int]:
     """Decode audio of at most ``most`` samples in all channels. PCM in WAV needs no extra package."""
     most = most or MOST_SAMPLES
-    if data[:4] == b"RIFF" and (read := _read_pcm(data, most)) is not None:
-        samples, rate = read
+    if data[:4] == b"RIFF" and (pcm := _read_pcm(data, most)) is not None:
+        samples, rate = pcm
     else:
         try:
             import soundfile
         except ImportError:
             raise media_error(
                 "unreadable",
-                "only WAV files of whole numbers are read without the package soundfile.",
-                "Install it: pip install 'luthier[audio]'.",
+                "without soundfile, only WAV files with PCM samples are supported.",
+                "Install soundfile: pip install 'luthier[audio]'.",
             ) from None
         try:
             with soundfile.SoundFile(io.BytesIO(data)) as file:
                 _check_length(file.frames, file.samplerate, file.channels, most)
-                read_TC, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+                samples_TC, rate = file.read(dtype="float32", always_2d=True), file.samplerate
             with np.errstate(invalid="ignore"):
-                samples = read_TC.mean(1)
+                samples = samples_TC.mean(1)
         except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
-            message, fix = f"it is no sound that can be read: {reason_of(error)}.", ""
+            message, fix = f"the audio cannot be decoded: {reason_of(error)}.", ""
             if data[4:8] == b"ftyp":
-                message = "it is an M4A file, which libsndfile cannot decode."
+                message = "M4A files are not supported."
                 fix = conversion_fix([".m4a"])
             raise media_error("unreadable", message, fix) from error
     if not len(samples) or not np.isfinite(samples).all():
         raise media_error(
-            "unreadable", "it has no samples." if not len(samples) else "it is damaged."
+            "unreadable",
+            "the audio has no samples." if not len(samples) else "samples are not finite.",
         )
     return samples, rate
 
@@ -233,11 +231,11 @@ def _read_pcm(data: bytes, most: int) -> tuple[NDArray[np.float32], int] | None:
             width, rate, channels = file.getsampwidth(), file.getframerate(), file.getnchannels()
             if width > 4:
                 return None
-            # What was written to a pipe, or cut off, claims more than there is.
+            # Headers of pipes and truncated files claim too many frames.
             count = min(file.getnframes(), len(data) // (width * channels))
             _check_length(count, rate, channels, most)
             raw = file.readframes(count)
-    except (wave.Error, EOFError, RuntimeError):  # the last of a part that ends behind the file
+    except (wave.Error, EOFError, RuntimeError):  # RuntimeError for a chunk beyond the end
         return None
     raw = raw[: len(raw) // (width * channels) * width * channels]
     if width == 1:  # the only width that is unsigned
@@ -254,10 +252,10 @@ def _read_pcm(data: bytes, most: int) -> tuple[NDArray[np.float32], int] | None:
 
 def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
     if rate <= 0:
-        raise media_error("unreadable", "it names no sampling rate.")
+        raise media_error("unreadable", "the audio has no sampling rate.")
     if frames > MOST_SECONDS * rate:
-        text = f"it lasts {frames / rate:,.0f} s; at most {MOST_SECONDS} are read."
+        text = f"the audio lasts {frames / rate:,.0f} s; the maximum is {MOST_SECONDS} s."
         raise media_error("too_large", text)
     if frames * channels > most:
-        text = f"it has {frames * channels:,} samples; at most {most:,} are read."
+        text = f"the audio has {frames * channels:,} samples; the maximum is {most:,}."
         raise media_error("too_large", text)

@@ -61,20 +61,22 @@ def read_zip(
             names, others = _members(archive.namelist())
     except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
         message = f"The archive cannot be read: {str(error).rstrip('.')}."
-        raise RowRefused("file.damaged", message, "Pack or fetch the file again.") from error
+        raise RowRefused(
+            "file.damaged", message, "Create or download the archive again."
+        ) from error
     if not names:
-        only = f", only {list_some(others, _SHOWN)}" if others else ""
-        fix = f"Put files into it that end with {', '.join(MEDIA_ENDINGS)}, or unpack it."
+        only = f": {list_some(others, _SHOWN)}" if others else ""
+        fix = f"Supported file types: {', '.join(MEDIA_ENDINGS)}."
         fix = conversion_fix(others) or fix
-        raise RowRefused("file.empty", f"The archive holds no images or sounds{only}.", fix)
+        raise RowRefused("file.empty", f"The archive has no images or audio{only}.", fix)
     if others:
         raise RowRefused("file.directory", *other_files_problem(len(names), others))
     inside = _without_common_folders(names)
     kind, labelled = _kind_of(names), _has_labels(inside)
     classes = {PurePosixPath(name).parts[0] for name in inside}
     if labelled and are_splits(classes):
-        message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
-        raise RowRefused("media.folder", message, "Pack each into an archive of its own.")
+        message = f"The folders are splits: {', '.join(sorted(classes))}."
+        raise RowRefused("media.folder", message, "Create one archive per split.")
     archive_path = str(path)
     for number, (name, below) in enumerate(zip(names, inside, strict=True), 1):
         media = Media(kind, f"{path.name}/{name}", archive_path, name)
@@ -105,8 +107,8 @@ def _kind_of(names: Iterable[str]) -> MediaKind:
     endings = {os.path.splitext(name)[1].lower() for name in names}  # paths intern their parts
     kinds = set(map(media_kind, endings))
     if {"image", "audio"} <= kinds:
-        message = f"It holds images and sounds: {', '.join(sorted(endings))}."
-        raise RowRefused("media.mixed", message, "Put them into two folders.")
+        message = f"Images and audio are mixed: {', '.join(sorted(endings))}."
+        raise RowRefused("media.mixed", message, "Use one folder for images and one for audio.")
     return "image" if "image" in kinds else "audio"
 
 
@@ -114,8 +116,8 @@ def _has_labels(names: Iterable[str]) -> bool:
     """Return whether the files are in folders. All files must be in folders, or none."""
     inside = {"/" in name: name for name in names}
     if len(inside) > 1:
-        message = f"{quote(inside[False])} lies in no folder, and {quote(inside[True])} does."
-        fix = "The folder of a file is its label: move it into one, or all files out of theirs."
+        message = f"{quote(inside[False])} has no folder, and {quote(inside[True])} has one."
+        fix = "Folders are labels: move all files into folders, or none."
         raise RowRefused("media.folder", message, fix)
     return True in inside
 
@@ -135,19 +137,19 @@ def read_npz(
             names = set(arrays.files)
             if "images" not in names:
                 message = (
-                    f"The file has no array `images`, only {', '.join(sorted(names)) or 'none'}."
+                    f"The array `images` is missing. Arrays: {', '.join(sorted(names)) or 'none'}."
                 )
-                raise RowRefused("media.npz", message, "Save it with images=… and labels=….")
-            # numpy gives a member that is no array as bytes.
+                raise RowRefused("media.npz", message, "Save the file with images=… and labels=….")
+            # numpy returns a member without an array as bytes.
             images = np.asarray(arrays["images"])
             labels = np.asarray(arrays["labels"]) if "labels" in names else None
     except (
         ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
         lzma.LZMAError,
     ) as error:  # fmt: skip
-        message = f"The file holds no plain arrays: {str(error).rstrip('.')}."
+        message = f"The file has no plain arrays: {str(error).rstrip('.')}."
         raise RowRefused(
-            "file.damaged", message, "Save it with numpy.savez, without objects."
+            "file.damaged", message, "Save the file with numpy.savez, without objects."
         ) from None
     if (
         images.ndim not in (3, 4)
@@ -155,16 +157,16 @@ def read_npz(
         or images.shape[3:] not in _COLOURS
     ):
         message = f"`images` is {images.dtype} of shape {images.shape}."
-        raise RowRefused("media.npz", message, "It must hold numbers, [N, H, W] or [N, H, W, 3].")
+        raise RowRefused("media.npz", message, "Use numbers of shape [N, H, W] or [N, H, W, 3].")
     if 0 in images.shape[1:]:
         message = f"`images` has the shape {images.shape}."
-        raise RowRefused("media.npz", message, "Save images that have pixels.")
+        raise RowRefused("media.npz", message, "Remove empty images.")
     if labels is not None and labels.shape != images.shape[:1]:
-        message = f"`labels` has the shape {labels.shape} beside {len(images)} images."
-        raise RowRefused("media.npz", message, "Give one label for each image.")
+        message = f"`labels` has the shape {labels.shape} for {len(images)} images."
+        raise RowRefused("media.npz", message, "Use one label per image.")
     if labels is not None and labels.dtype.kind not in "iuU":
         message = f"`labels` is {labels.dtype}."
-        raise RowRefused("media.npz", message, "Give whole numbers or texts.")
+        raise RowRefused("media.npz", message, "Use integers or text.")
     try:
         white = white_of(images)
     except RowRefused as bad:

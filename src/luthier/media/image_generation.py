@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 100_000
 """Maximum number of images per request, because all images stay in memory."""
-LABELS_SHOWN = 20
+MAX_SHOWN_LABELS = 20
 """Maximum number of classes in an error message."""
 
 
@@ -61,7 +61,7 @@ class ImageGenerator:
 
     def __init__(self, network: Network, objective: Objective, chat: ChatFormat, name: str) -> None:
         if not isinstance(chat.media, ImageProcessor):
-            raise RecipeError(f"{name} reads no images, so it makes none")
+            raise RecipeError(f"{name} is not an image model")
         self.network, self.objective, self.chat, self.name = network, objective, chat, name
         self.processor = chat.media
         network.chat = chat
@@ -85,9 +85,8 @@ class ImageGenerator:
         objective = stored.objective
         if not isinstance(objective, Generative):
             raise RecipeError(
-                f"{stored.id} was not trained to make images; train one with "
-                "`objective.method=vae`, which also gives images back, `objective.method=gan` or "
-                "`objective.method=diffusion`"
+                f"{stored.id} cannot generate images. Train a model with `objective.method=vae`, "
+                "`objective.method=gan` or `objective.method=diffusion`"
             )
         chat = stored.chat
         return ImageGenerator(open_network(stored), objective, chat, name or stored.id)
@@ -120,50 +119,48 @@ class ImageGenerator:
 
         objective = self.objective
         if not isinstance(objective, Generative):
-            raise RecipeError(f"{self.name} was not trained to make images")
+            raise RecipeError(f"{self.name} cannot generate images")
         if settings is not None and settings != DenoisingSettings():
             if not isinstance(objective, Diffusion):
                 raise RecipeError(
-                    f"{self.name} makes an image in one go: steps, guidance_scale, eta and "
-                    "negative_prompt are for models that were trained with "
-                    "`objective.method=diffusion`",
+                    f"{self.name} is not a diffusion model. Omit steps, guidance_scale, eta and "
+                    "negative_prompt",
                     setting=next(
                         name for name, value in asdict(settings).items() if value is not None
                     ),
                 )
             objective = objective.with_sampling(settings)
         if not 1 <= count <= MOST_SAMPLES:
-            raise RecipeError(f"count must be from 1 to {MOST_SAMPLES:,}, and is {count:,}")
+            raise RecipeError(f"count must be from 1 to {MOST_SAMPLES:,}, not {count:,}")
         if not -(2**63) <= seed < 2**64:
-            raise RecipeError(f"a seed has 64 bits, and {seed} has more")
-        known = objective.sample_labels
-        if label is not None and label not in known:
-            names = list_some(known, LABELS_SHOWN) or "no classes"
-            text = f"{self.name} cannot make images of {label[:64]!r}: it knows {names}"
+            raise RecipeError(f"the seed {seed} has more than 64 bits")
+        classes = objective.sample_labels
+        if label is not None and label not in classes:
+            names = list_some(classes, MAX_SHOWN_LABELS) or "none"
+            text = f"{self.name} cannot generate {label[:64]!r}. Known classes: {names}"
             raise RecipeError(text, setting="label")
         if prompt is not None:
             if not objective.reads_prompts:
-                use = f"use label, one of {', '.join(known)}" if known else "leave the prompt out"
-                raise RecipeError(
-                    f"{self.name} did not learn from captions; {use}", setting="prompt"
-                )
+                fix = f"Use label, one of {', '.join(classes)}" if classes else "Omit the prompt"
+                text = f"{self.name} was trained without captions. {fix}"
+                raise RecipeError(text, setting="prompt")
             objective.check_prompt(prompt)
-        asked = label if label is not None else prompt
-        classes = [asked] if asked is not None else list(known) or [""]
-        wanted = [classes[index % len(classes)] for index in range(count)]
+        condition = label if label is not None else prompt
+        conditions = [condition] if condition is not None else list(classes) or [""]
+        labels = [conditions[index % len(conditions)] for index in range(count)]
         generator = torch.Generator().manual_seed(seed)
-        made: list[SampledImage] = []
+        generated: list[SampledImage] = []
         at_once = images_at_once(self.processor)
         for start in range(0, count, at_once):
-            part = wanted[start : start + at_once]
+            batch = labels[start : start + at_once]
             with turn(), torch.inference_mode():
-                images = self._pixels(objective.sample(self.network, part, generator))
-            made += [
-                SampledImage(image, name if name in known else "")
-                for image, name in zip(images, part, strict=True)
+                images = self._pixels(objective.sample(self.network, batch, generator))
+            generated += [
+                SampledImage(image, name if name in classes else "")
+                for image, name in zip(images, batch, strict=True)
             ]
-            done(len(made))
-        return made
+            done(len(generated))
+        return generated
 
     def generate(
         self,
@@ -186,8 +183,8 @@ class ImageGenerator:
         settings = DenoisingSettings(
             request.steps, request.guidance_scale, negative_prompt=request.negative_prompt or None
         )
-        asked = request.label or None
-        label, prompt = (None, asked) if reads_prompts else (asked, None)
+        condition = request.label or None
+        label, prompt = (None, condition) if reads_prompts else (condition, None)
         try:
             return self.sample(request.count, seed, label, done, turn, settings, prompt)
         except RecipeError as refused:
@@ -214,20 +211,22 @@ class ImageGenerator:
         compression = objective.compression(self.network)
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
 
-        def read(batch: TreeBatch) -> list[Reconstruction]:
+        def reconstruct_batch(batch: TreeBatch) -> list[Reconstruction]:
             nonlocal finished
             copies = self._pixels(objective.reconstruct(self.network, batch))
-            found = []
+            reconstructions = []
             for original, copy in zip(self._pixels(batch.plan), copies, strict=True):
                 difference = (original.astype(np.float64) - copy) / 255
                 error = float(np.square(difference).mean())
-                found.append(Reconstruction(original, copy, error, compression))
-            finished += len(found)
+                reconstructions.append(Reconstruction(original, copy, error, compression))
+            finished += len(reconstructions)
             done(finished)
-            return found
+            return reconstructions
 
         with torch.inference_mode():
-            return self.network.read_rows(examples, images_at_once(self.processor), read)
+            return self.network.read_rows(
+                examples, images_at_once(self.processor), reconstruct_batch
+            )
 
     def interpolate(self, rows: Sequence[Row], steps: int) -> list[list[Pixels]]:
         """Return ``steps`` images between each image and the next, ends included.
@@ -239,7 +238,7 @@ class ImageGenerator:
 
         objective = self._reconstructor()
         if len(rows) < 2 or steps < 2:
-            raise RecipeError("a way needs two images and two steps at least")
+            raise RecipeError("interpolation needs at least two images and two steps")
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
         ways: list[list[Pixels]] = []
         with torch.inference_mode():
@@ -253,8 +252,7 @@ class ImageGenerator:
     def _reconstructor(self) -> VAE:
         if not isinstance(self.objective, VAE):
             raise RecipeError(
-                f"{self.name} makes images of nothing but noise, and cannot give one back. Train a "
-                "model for that with `objective.method=vae`"
+                f"{self.name} cannot reconstruct images. Train a model with `objective.method=vae`"
             )
         return self.objective
 

@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 
 from luthier.data.inputs import LONGEST_WINDOW, Media, MediaKind, Processor
 from luthier.errors import UnknownModel
-from luthier.media.augmentation import change_image, change_sound, mask_spectrogram, resample
+from luthier.media.augmentation import change_audio, change_image, mask_spectrogram, resample
 from luthier.media.decoding import MOST_SECONDS, read_pixels, read_samples
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _CROPPED_BELOW = 384
 PADDED = "PaddedImageProcessor"
 """A processor type of luthier: no processor in transformers pads lines on the right."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# What a file says is checked here: it comes with a model from anywhere.
+# The configuration comes with a third-party model, so values are validated.
 Side = Annotated[int, Field(ge=1, le=8192)]
 """Size in pixels."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -104,7 +104,7 @@ class ImageProcessor(Processor):
             return np.asarray(whole)
         if not self.shortest_edge:
             return np.asarray(image.resize((self.width, self.height), method))
-        # In whole numbers: a rounding error would make the shorter side one pixel too short.
+        # Integer arithmetic: rounding could make the shorter side one pixel too short.
         size = [self.shortest_edge * side // min(image.size) for side in image.size]
         image = image.resize((size[0], size[1]), method)
         left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
@@ -158,7 +158,7 @@ class ImageProcessor(Processor):
         size, crop = fields.get("size", 224), _sides(fields.get("crop_size", 0) if crops else 0)
         kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
         if isinstance(size, int) and (share or (crops and not kind.startswith("DeiT"))):
-            size = {"shortest_edge": size}  # as configurations before transformers 4.27 have it
+            size = {"shortest_edge": size}  # configurations before transformers 4.27
         size = _sides(size)
         edge = int(size.get("shortest_edge", 0))
         if edge and share and not crops:  # ConvNeXt, ResNet
@@ -167,8 +167,7 @@ class ImageProcessor(Processor):
         whole = crop if crop["height"] else size
         if whole.get("height", 0) < 1 or (not edge and crops and whole != size):
             raise UnknownModel(
-                f"this way to resize images is not known here: {fields.get('size')} with "
-                f"crop_size {fields.get('crop_size')}"
+                f"unsupported image size: {fields.get('size')} with crop_size {fields.get('crop_size')}"
             )
         names = {number: name for name, number in _RESAMPLE.items()}
         mean, std = _normalization(fields, kind)
@@ -196,7 +195,7 @@ def _normalization(fields: Mapping[str, Any], kind: str) -> tuple[tuple[float, .
     offset = 0.0
     if kind.startswith("EfficientNet"):
         offset = 1.0 if fields.get("rescale_offset") else 0.0
-        if fields.get("include_top", True):  # its classifiers read what is divided once more
+        if fields.get("include_top", True):  # classifiers divide by the deviation twice
             again = fields.get("image_std", IMAGENET_STD)
             std = tuple(own * other for own, other in zip(std, again, strict=True))
     if (scale, offset) == (1.0, 0.0):
@@ -228,17 +227,17 @@ class ResizedImages:
     def resize(self, processor: ImageProcessor, media: Media) -> Pixels:
         """Return the resized image, from the cache if possible."""
         version = media.version()
-        if version is None:  # its pixels are in memory anyhow
+        if version is None:  # the pixels are in memory
             return processor.resize(media)
         with self._lock:
             own = self._images.setdefault(processor, {})
             self._images.move_to_end(processor)
-            found = own.get(version)
-        if found is None:
-            found = processor.resize(media)
+            resized = own.get(version)
+        if resized is None:
+            resized = processor.resize(media)
             with self._lock:
-                self._add(processor, version, found)
-        return found
+                self._add(processor, version, resized)
+        return resized
 
     def clear(self) -> None:
         """Drop all images."""
@@ -323,13 +322,13 @@ class AudioProcessor(Processor):
         samples, rate = read_samples(media)
         samples = resample(samples, rate, self.sampling_rate)
         random = np.random.default_rng(seed)
-        wanted = self._samples
+        target = self._samples
         if augmentation is not None:
-            samples = change_sound(augmentation, samples, wanted, random)
-        spare = len(samples) - wanted
-        if spare > 0:
-            samples = samples[spare // 2 : spare // 2 + wanted]
-        samples = np.pad(samples, (max(0, -spare) // 2, max(0, -spare) - max(0, -spare) // 2))
+            samples = change_audio(augmentation, samples, target, random)
+        excess = len(samples) - target
+        if excess > 0:
+            samples = samples[excess // 2 : excess // 2 + target]
+        samples = np.pad(samples, (max(0, -excess) // 2, max(0, -excess) - max(0, -excess) // 2))
         spectrogram = self._spectrogram(samples)
         if augmentation is not None:
             spectrogram = mask_spectrogram(augmentation, spectrogram, random)
@@ -345,8 +344,8 @@ class AudioProcessor(Processor):
         shape[(size - window) // 2 :][:window] = np.hanning(window + 1)[:-1]
         power = np.abs(np.fft.rfft(frames * shape)) ** 2
         mel = _mel_filters(size, self.num_mel_bins, self.sampling_rate).T @ power.T
-        # Silence that was filled in, and pitches that a sound of a lower rate cannot have, are far
-        # below the noise of any recording: without a floor they would be all the contrast.
+        # Padding, and pitches above half the rate of the recording, are far below the noise of
+        # any recording. Without a floor, padding would dominate the contrast.
         least = float(mel.max()) * 10 ** (-self.top_db / 10)
         log = np.log(np.maximum(mel, max(least, 1e-10)))
         return np.asarray((log - log.mean()) / (log.std() + 1e-5), dtype=np.float32)
@@ -412,9 +411,9 @@ class FeatureExtractor(AudioProcessor):
         samples = resample(samples, rate, self.sampling_rate)[: self._samples]
         random, count = np.random.default_rng(seed), len(samples)
         if augmentation is not None:
-            samples = change_sound(augmentation, samples, count, random)
-            spare = max(0, len(samples) - count) // 2
-            samples = samples[spare : spare + count]
+            samples = change_audio(augmentation, samples, count, random)
+            excess = max(0, len(samples) - count) // 2
+            samples = samples[excess : excess + count]
         extractor = _extractor(self.published)
         if not self._makes_spectrogram:
             values = extractor(
@@ -450,16 +449,16 @@ class FeatureExtractor(AudioProcessor):
         if fields["feature_extractor_type"] == "ASTFeatureExtractor":
             frames = int(published.setdefault("max_length", 1024))
             if not 1 <= frames <= MOST_FRAMES or not 1 <= bins <= SHORTEST_FRAME:
-                raise UnknownModel(f"a spectrogram of {frames} x {bins} cannot be read here")
+                raise UnknownModel(f"unsupported spectrogram size {frames} x {bins}")
             seconds = (SHORTEST_FRAME + AST_HOP * (frames - 1)) / rate
         else:
             del published["num_mel_bins"]
-        kept = {n: v for n, v in published.items() if isinstance(v, str | int | float)}
+        scalars = {n: v for n, v in published.items() if isinstance(v, str | int | float)}
         return FeatureExtractor(
             sampling_rate=rate,
             max_seconds=seconds,
             num_mel_bins=bins,
-            published=tuple(sorted(kept.items())),
+            published=tuple(sorted(scalars.items())),
         )
 
 
@@ -482,10 +481,10 @@ def _extractor(published: tuple[tuple[str, Any], ...]) -> Any:
 def _mel_filters(size: int, bins: int, rate: int) -> NDArray[np.float64]:
     from transformers.audio_utils import mel_filter_bank
 
-    found: NDArray[np.float64] = mel_filter_bank(
+    filters: NDArray[np.float64] = mel_filter_bank(
         size // 2 + 1, bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
     )
-    return found
+    return filters
 
 
 LARGEST_DEVIATION = 10.0
@@ -520,7 +519,7 @@ class WindowProcessor(Processor):
         if len(window) < self.length:
             window = np.pad(window, (self.length - len(window), 0), mode="symmetric")
         scale = window[:-1].std() + 0.1 * values_T.std()
-        scale = scale or 1.0  # all are the same
+        scale = scale or 1.0  # constant series
         scaled = ((window - window[:-1].mean()) / scale).clip(-LARGEST_DEVIATION, LARGEST_DEVIATION)
         return np.asarray(scaled[None, None], dtype=np.float32)
 

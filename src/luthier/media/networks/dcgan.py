@@ -156,7 +156,7 @@ class DCGANPreTrainedModel(ImagePreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DCGANForPreTraining) and module.known:
+        if isinstance(module, DCGANForPreTraining) and module.has_classes:
             # The one is added to noise of deviation 1, the other multiplied as a weight is.
             init.normal_(module.class_features.weight, 0.0, 0.05)
 
@@ -183,8 +183,8 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.dcgan = DCGANModel(config)
-        self.known = config.num_labels > 1
-        if self.known:
+        self.has_classes = config.num_labels > 1
+        if self.has_classes:
             self.class_noise = nn.Embedding(config.num_labels, config.latent_size)
             self.class_features = nn.Embedding(config.num_labels, self.dcgan.discriminator.width)
         self.post_init()
@@ -193,14 +193,14 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
     def players(self) -> dict[str, list[nn.Module]]:
         """Modules of the generator and of the discriminator."""
         model = self.dcgan
-        own = (self.class_noise, self.class_features) if self.known else ()
+        own = (self.class_noise, self.class_features) if self.has_classes else ()
         return {
             "generator": [model.generator, *own[:1]],
             "discriminator": [model.discriminator, model.score, *own[1:]],
         }
 
     @property
-    def measures_whole_weights(self) -> bool:
+    def has_whole_weights(self) -> bool:
         """True if the discriminator's layers are unwrapped, so that spectral norms cover whole
         weights."""
         layers = [*self.dcgan.discriminator.stages, self.dcgan.score]
@@ -208,7 +208,7 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
 
     def generate(self, latent_RZ: Tensor, class_R: Tensor | None = None) -> Tensor:
         """Generate images ``[R, C, H, W]`` from noise ``[R, Z]`` and classes ``[R]``, if any."""
-        if self.known and class_R is not None:
+        if self.has_classes and class_R is not None:
             latent_RZ = latent_RZ + self.class_noise(class_R)
         images: Tensor = self.dcgan.generator(latent_RZ)
         return images
@@ -222,7 +222,7 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
                 module.spectral = spectral
         features_RH = self.dcgan.discriminator(pixel_values)
         score_R: Tensor = self.dcgan.score(features_RH)[:, 0]
-        if self.known and class_R is not None:
+        if self.has_classes and class_R is not None:
             score_R = score_R + (features_RH * self.class_features(class_R)).sum(-1)
         return score_R
 

@@ -161,7 +161,7 @@ def convert_state(published: dict[str, Tensor]) -> dict[str, Tensor]:
     outer = {
         "_conv_stem": "stem.0", "_bn0": "stem.1", "_conv_head": "top.0", "_bn1": "top.1",
     }  # fmt: skip
-    found = {}
+    converted = {}
     for name, weight in published.items():
         head, _, rest = name.partition(".")
         if head == "_blocks":
@@ -171,8 +171,8 @@ def convert_state(published: dict[str, Tensor]) -> dict[str, Tensor]:
             new = f"classifier.{rest}"
         else:
             new = f"efficientnet_lite.{outer[head]}.{rest}"
-        found[new] = weight
-    return found
+        converted[new] = weight
+    return converted
 
 
 Config = EfficientNetLiteConfig

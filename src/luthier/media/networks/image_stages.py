@@ -47,10 +47,10 @@ class ImagePreTrainedConfig(PreTrainedConfig):
     @property
     def sides(self) -> list[tuple[int, int]]:
         """Height and width of the image and after each stage. A stage halves both."""
-        found = [self.shape[1:]]
+        sizes = [self.shape[1:]]
         for _ in self.hidden_sizes:
-            found.append((-(-found[-1][0] // 2), -(-found[-1][1] // 2)))
-        return found
+            sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+        return sizes
 
     def check_images(self, images: Tensor) -> None:
         """Check the size of images ``[R, C, H, W]``.
@@ -59,10 +59,12 @@ class ImagePreTrainedConfig(PreTrainedConfig):
             RecipeError: naming both sizes.
         """
         if tuple(images.shape[1:]) != self.shape:
-            read, made = (" x ".join(map(str, each)) for each in (images.shape[1:], self.shape))
+            actual, expected = (
+                " x ".join(map(str, each)) for each in (images.shape[1:], self.shape)
+            )
             raise RecipeError(
-                f"the network is made for images of {made} (channels, height, width), and these are "
-                f"{read}. Leave data.image_size out, or build a network of that size",
+                f"the network needs images of {expected} (channels, height, width), not {actual}. Omit "
+                "`data.image_size`, or use a network of that size",
                 rule="image.size",
             )
 
@@ -107,7 +109,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         learns = self.weight.requires_grad or self.bias.requires_grad
         if states.requires_grad or not torch.is_grad_enabled() or not learns:
             return super().forward(states)
-        # Behind frozen layers, torch 2.13 crashes on channels that come last.
+        # After frozen layers, torch 2.13 crashes on channels last.
         normal = F.group_norm(states, self.num_groups, None, None, self.eps)
         return normal * self.weight[:, None, None] + self.bias[:, None, None]
 

@@ -87,8 +87,8 @@ class LineEncoderModel(ImagePreTrainedModel):
         _, height, width = config.shape
         if height % ROW or width % COLUMN or len(config.hidden_sizes) != 3:
             raise ValueError(
-                f"image_size must be a multiple of {ROW} high and of {COLUMN} wide, and hidden_sizes "
-                f"three numbers; they are {height} x {width} and {config.hidden_sizes}"
+                f"image_size {height} x {width} must be a multiple of {ROW} x {COLUMN}, and "
+                f"hidden_sizes {config.hidden_sizes} must have three numbers"
             )
         first, second, third = config.hidden_sizes
         self.stem = nn.Conv2d(config.num_channels, first, 3, 2, 1, bias=False)

@@ -67,7 +67,7 @@ class StableDiffusionPreTrainedModel(ImagePreTrainedModel):
 class StableDiffusion(StableDiffusionPreTrainedModel):
     """A U-Net with frozen encoders of images and captions.
 
-    The network is a :class:`~luthier.media.networks.denoiser.Denoiser` of latents with text
+    The network is a :class:`~luthier.media.objectives.diffusion.Denoiser` of latents with text
     conditions.
     """
 
@@ -156,7 +156,7 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
         _, height, width = image
         if height % factor or width % factor:
             raise RecipeError(
-                f"sides of images must be multiples of {factor}, and these are {height} x {width}",
+                f"image sides must be multiples of {factor}, not {height} x {width}",
                 rule="image.size",
             )
         channels = int(self.vae.config.latent_channels)

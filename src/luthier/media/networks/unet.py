@@ -92,8 +92,8 @@ class ModulatedBlock(nn.Module):
         inside = self.conv1(F.silu(self.norm1(states)))
         scale, shift = self.modulation(embedding_RE)[:, :, None, None].chunk(2, 1)
         inside = self.norm2(inside) * (1 + scale) + shift
-        found: Tensor = self.shortcut(states) + self.conv2(F.silu(inside))
-        return found
+        output: Tensor = self.shortcut(states) + self.conv2(F.silu(inside))
+        return output
 
 
 class ModulatedStage(nn.Module):
@@ -192,7 +192,7 @@ class UNetModel(UNetPreTrainedModel):
 class UNetForImageGeneration(UNetPreTrainedModel):
     """The network with embeddings of ``num_labels`` classes or words.
 
-    The network is a :class:`~luthier.media.networks.denoiser.Denoiser` of pixels from -1 to 1: the
+    The network is a :class:`~luthier.media.objectives.diffusion.Denoiser` of pixels from -1 to 1: the
     latents are the images.
     """
 

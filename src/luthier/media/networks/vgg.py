@@ -66,7 +66,7 @@ class VGGConfig(PreTrainedConfig):
     ) -> None:
         if num_layers not in DEPTHS:
             raise ValueError(
-                f"a VGG has {', '.join(map(str, DEPTHS))} layers, and not {num_layers}"
+                f"num_layers must be one of {', '.join(map(str, DEPTHS))}, not {num_layers}"
             )
         self.num_layers = num_layers
         self.batch_norm = batch_norm
@@ -160,35 +160,35 @@ def write_folder(file: Path, folder: Path) -> None:
     layers = [shapes[f"features.{number}.weight"] for number in numbers]
     convolutions = [shape for shape in layers if len(shape) == 4]
     depth = len(convolutions) + 3
-    wanted = ("classifier.0.weight", "classifier.3.weight", "classifier.6.weight")
-    linear = sum(len(shapes.get(name, ())) == 2 for name in wanted)
-    if depth not in DEPTHS or linear < len(wanted):
+    linear_names = ("classifier.0.weight", "classifier.3.weight", "classifier.6.weight")
+    linear = sum(len(shapes.get(name, ())) == 2 for name in linear_names)
+    if depth not in DEPTHS or linear < len(linear_names):
         raise UnknownModel(
-            f"{file} is no VGG: that has {', '.join(str(each - 3) for each in DEPTHS)} convolutions "
-            f"and three linear layers, and this has {len(convolutions)} and {linear}",
+            f"{file} is not a VGG: found {len(convolutions)} convolutions and {linear} linear layers, "
+            f"expected {', '.join(str(each - 3) for each in DEPTHS)} and three",
             rule="model.weights",
         )
-    ends, sizes = 0, list[int]()
+    last, sizes = 0, list[int]()
     for count in DEPTHS[depth]:
-        ends += count
-        sizes.append(convolutions[ends - 1][0])
+        last += count
+        sizes.append(convolutions[last - 1][0])
     config = VGGConfig(
         depth,
         batch_norm="features.1.running_mean" in shapes,
         num_channels=convolutions[0][1],
         hidden_sizes=tuple(sizes),
-        intermediate_size=shapes[wanted[1]][0],
-        num_labels=shapes[wanted[2]][0],
+        intermediate_size=shapes[linear_names[1]][0],
+        num_labels=shapes[linear_names[2]][0],
     )
     with torch.device("meta"):
         model = VGGForImageClassification(config)
-    own = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    given = {_own_name(name): list(shape) for name, shape in shapes.items()}
-    counters = sorted(name for name in own.keys() - given.keys() if name.endswith(_COUNTER))
-    every = (own.keys() | given.keys()) - {*counters}
-    if odd := sorted(name for name in every if own.get(name) != given.get(name)):
+    expected = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    sent = {_own_name(name): list(shape) for name, shape in shapes.items()}
+    counters = sorted(name for name in expected.keys() - sent.keys() if name.endswith(_COUNTER))
+    names = (expected.keys() | sent.keys()) - {*counters}
+    if mismatched := sorted(name for name in names if expected.get(name) != sent.get(name)):
         raise UnknownModel(
-            f"{file} is no VGG with {depth} layers: {', '.join(odd[:3])} differ",
+            f"{file} is not a VGG with {depth} layers: {', '.join(mismatched[:3])} differ",
             rule="model.weights",
         )
     if counters:

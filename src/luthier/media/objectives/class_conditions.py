@@ -33,8 +33,8 @@ def classes_of(rows: Sequence[Row], method: str) -> tuple[str, ...]:
     if any(isinstance(name, tuple) for name in names):
         raise RowRefused(
             "label.mixed",
-            f"rows have arrays of labels, and {method} takes one label a row.",
-            "Write one label, or leave the labels out.",
+            f"rows have several labels, and {method} supports one label per row.",
+            "Use one label, or omit all labels.",
         )
     whole = all(isinstance(row, LabelledImage) for row in rows) and len(names) > 1
     return tuple(sorted(str(name) for name in names)) if whole else ()
@@ -49,8 +49,8 @@ def class_target(row: Row, labels: Sequence[str]) -> IntArray:
     if not isinstance(row, LabelledImage) or row.label not in labels:
         raise RowRefused(
             "label.unseen",
-            "the row has no label that the training rows have.",
-            "Give it one, or remove the row.",
+            "the label of the row is missing in the training rows.",
+            "Correct the label, or remove the row.",
         )
     return np.array([labels.index(str(row.label))])
 
@@ -74,5 +74,5 @@ def words_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def words_target(text: str, words: Sequence[str]) -> IntArray:
     """Return the positions ``[K]`` of the known words of a caption."""
-    known = {word: place for place, word in enumerate(words)}
-    return np.array([known[w] for w in caption_words(text) if w in known], dtype=np.int64)
+    positions = {word: place for place, word in enumerate(words)}
+    return np.array([positions[w] for w in caption_words(text) if w in positions], dtype=np.int64)

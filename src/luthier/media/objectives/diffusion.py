@@ -15,7 +15,7 @@ guidance (Ho and Salimans 2022, arXiv:2207.12598) amplifies the difference. ``gu
 the scale of Imagen and diffusers: 1 plus the paper's ``w``. With a ``negative_prompt``, images move
 away from that text instead, as in diffusers.
 
-The network (:class:`~luthier.media.networks.denoiser.Denoiser`) encodes images and captions. A
+The network (:class:`Denoiser`) encodes images and captions. A
 diffusers pipeline works on latents (latent diffusion, Rombach et al. 2022, arXiv:2112.10752) and
 encodes whole captions. Noise and sampling steps of a pipeline follow its training.
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -63,8 +63,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.media.networks.denoiser import Denoiser
+    from luthier.models.modalities import Shape
     from luthier.models.network import Network, TreeBatch
+
+
+class Denoiser(Protocol):
+    """A denoising network for latents ``[R, C, H, W]``. The latents may be the images."""
+
+    latent_bound: float | None
+    """Largest absolute value of a latent number; ``None`` without a bound."""
+
+    def latent_shape(self, image: Shape) -> Shape:
+        """Return the shape of the latents of an image of shape ``image``.
+
+        Raises:
+            RecipeError: for an unsupported image size.
+        """
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the latents of images, without gradients."""
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Return the images of latents, without gradients."""
+
+    def encode_conditions(self, targets: Sequence[IntArray]) -> Tensor | None:
+        """Return the encoded conditions ``[R, …]`` for :meth:`denoise`; ``None`` for a network
+        without any.
+
+        Args:
+            targets: positions of classes or words (empty for the empty condition), or text tokens.
+                A frozen
+                encoder creates no gradients.
+        """
+
+    def denoise(self, mixture: Tensor, time_R: Tensor, condition: Tensor | None) -> Tensor:
+        """Return the prediction ``[R, C, H, W]`` for mixtures of latents and noise after steps
+        ``[R]``."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +197,7 @@ class Diffusion(Generative):
         max_epochs=100,
         scratch_steps=4_000,
         bases={"image": "small-unet"},
-        min_steps=1_000,  # each step says little, of one amount of noise for each row
+        min_steps=1_000,  # one random noise level per row makes each step uninformative
     )
 
     @property
@@ -203,8 +237,7 @@ class Diffusion(Generative):
         """Reject a prompt without a known word."""
         if not self.reads_texts and not len(words_target(prompt, self.words or ())):
             raise RecipeError(
-                f"no caption of the training rows has a word of {prompt[:64]!r}, so it says nothing to "
-                "the model",
+                f"no training caption has a word of {prompt[:64]!r}. Use known words",
                 setting="prompt",
             )
 
@@ -214,8 +247,8 @@ class Diffusion(Generative):
         # Noise of deviation 1 is added to the pixels.
         if isinstance(reads, ImageProcessor) and {*reads.mean, *reads.std} != {0.5}:
             raise RecipeError(
-                "diffusion learns from pixels from -1 to 1, and the base model reads others. Set "
-                "image_mean and image_std to 0.5 in its preprocessor_config.json",
+                "diffusion needs pixels from -1 to 1. Set image_mean and image_std to 0.5 in the base "
+                "model's preprocessor_config.json",
                 rule="image.range",
             )
         folder = models.network
@@ -223,11 +256,10 @@ class Diffusion(Generative):
             return bound
         noise = noise_settings(folder.fields)
         for name, value in noise.items():
-            # A recipe that was stored names all fields.
+            # A stored recipe has values for all fields.
             if getattr(self, name) not in (value, type(self).model_fields[name].default):
                 raise RecipeError(
-                    f"the base model was trained with {name}={value}, and reads no other noise; "
-                    f"leave objective.{name} out",
+                    f"the base model was trained with {name}={value}. Omit `objective.{name}`",
                     setting=f"objective.{name}",
                 )
         try:
@@ -236,7 +268,7 @@ class Diffusion(Generative):
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RecipeError(
-                f"the scheduler of {folder.path} has {name}={noise.get(name)}, which is unknown: "
+                f"unknown value {name}={noise.get(name)} in the scheduler of {folder.path}: "
                 f"{describe_constraint(first)}",
                 rule="scheduler.invalid",
             ) from error
@@ -262,18 +294,17 @@ class Diffusion(Generative):
         """Reject a negative prompt without effect; ``name`` is the setting for the error message."""
         if not self.reads_prompts:
             raise RecipeError(
-                f"{name} is for models that learned from captions, and this one did not",
+                f"{name} needs a model that was trained with captions",
                 setting=name,
             )
         if not self.reads_texts and not len(words_target(self.negative_prompt, self.words or ())):
             raise RecipeError(
-                f"no caption of the training rows has a word of {self.negative_prompt[:64]!r}, so "
-                f"{name} says nothing to the model",
+                f"{name}: no training caption has a word of {self.negative_prompt[:64]!r}",
                 setting=name,
             )
         if self._scale == 1:
             raise RecipeError(
-                f"{name} changes nothing where guidance_scale is 1: images are not moved away then",
+                f"{name} has no effect with guidance_scale 1. Use a larger guidance_scale",
                 setting=name,
             )
 
@@ -290,18 +321,18 @@ class Diffusion(Generative):
 
     def length_problem(self, example: Example, context: int) -> RowRefused | None:
         """Return a problem if the caption exceeds ``context``, the token limit of the text encoder."""
-        if not self.reads_texts or len(_target_of(example)) <= context:
+        if not self.reads_texts or len(_condition_of(example)) <= context:
             return None
-        tokens = len(_target_of(example))
+        tokens = len(_condition_of(example))
         return RowRefused(
             "row.too_long",
-            f"the caption has {tokens} tokens, and the text encoder of the base model reads {context}.",
+            f"the caption has {tokens} tokens, and the limit of the text encoder is {context}.",
             "Shorten the caption, or choose `data.long_rows=drop` or `data.long_rows=truncate`.",
         )
 
     def truncate(self, example: Example, context: int) -> Example:
         """Cut the caption to ``context`` tokens and keep the end token."""
-        ids_T = _target_of(example)
+        ids_T = _condition_of(example)
         if not self.reads_texts or len(ids_T) <= context:
             return example
         return replace(example, target=np.append(ids_T[: context - 1], ids_T[-1]))
@@ -314,20 +345,20 @@ class Diffusion(Generative):
 
         denoiser: Denoiser = network.model
         seed = draw_seed() if network.model.training else None
-        found = []
+        annotated = []
         for batch in super().annotate(network, examples, budget):
             rows = batch.tree.examples
             latents = denoiser.encode_images(batch.plan)
             size = latents.shape[1:]
-            targets = [_target_of(each) for each in rows]
+            targets = [_condition_of(each) for each in rows]
             generators = row_generators(rows, seed)
             noise = draw_noise(generators, size.numel()).unflatten(-1, size)
             if seed is not None:
                 times = [int(each.integers(self.num_train_timesteps)) for each in generators]
                 if self._is_conditional:
-                    nothing = self._nothing(network)
+                    empty = self._empty_condition(network)
                     targets = [
-                        target if each.random() >= self.condition_dropout else nothing
+                        target if each.random() >= self.condition_dropout else empty
                         for target, each in zip(targets, generators, strict=True)
                     ]
             else:
@@ -339,8 +370,8 @@ class Diffusion(Generative):
                 time_R.to(network.device),
                 denoiser.encode_conditions(targets) if self._is_conditional else None,
             )
-            found.append(replace(batch, extra=drawn))
-        return found
+            annotated.append(replace(batch, extra=drawn))
+        return annotated
 
     def _fixed_time(self, example: Example) -> int:
         """Return a step that is fixed per image."""
@@ -352,7 +383,7 @@ class Diffusion(Generative):
         """True if the network receives conditions."""
         return self.reads_texts or bool(self._names)
 
-    def _nothing(self, network: Network) -> IntArray:
+    def _empty_condition(self, network: Network) -> IntArray:
         """Return the empty condition."""
         if not self.reads_texts:
             return np.zeros(0, dtype=np.int64)
@@ -379,28 +410,27 @@ class Diffusion(Generative):
 
     def with_sampling(self, settings: DenoisingSettings) -> Self:
         """Return this objective with the given sampling ``settings``."""
-        asked = {
+        fields = {
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "eta": settings.eta,
             "negative_prompt": settings.negative_prompt,
         }
-        given = {name: value for name, value in asked.items() if value is not None}
+        changes = {name: value for name, value in fields.items() if value is not None}
         if settings.steps is not None and settings.steps > self.num_train_timesteps:
             raise RecipeError(
-                f"steps: the model knows {self.num_train_timesteps:,} steps from noise to an image, "
-                f"and {settings.steps:,} are more",
+                f"steps must be at most {self.num_train_timesteps:,}, not {settings.steps:,}",
                 setting="steps",
             )
         try:
-            found = self.model_validate(self.model_dump() | given)
+            changed = self.model_validate(self.model_dump() | changes)
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RecipeError(f"{name} {describe_constraint(first)}", setting=name) from error
         if settings.negative_prompt:
-            found._check_negative_prompt("negative_prompt")
-        return found
+            changed._check_negative_prompt("negative_prompt")
+        return changed
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """Generate images ``[R, C, H, W]`` of classes or prompts, with independent noise for each."""
@@ -408,7 +438,7 @@ class Diffusion(Generative):
 
         most = torch.iinfo(torch.int64).max
         seeds = [int(torch.randint(most, (1,), generator=generator)) for _ in labels]
-        # A generator for each: what is drawn for a row else depends on how many there are.
+        # One generator per row makes the noise of a row independent of the batch size.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         denoiser: Denoiser = network.model
         reads = network.chat.media if network.chat is not None else None
@@ -455,7 +485,7 @@ class Diffusion(Generative):
     def label_of(self, example: Example, chat: ChatFormat) -> str:
         """Return the class of a row, the caption, or the known words of the caption."""
         if self.reads_texts:
-            return _text_that_fits(_target_of(example), chat)
+            return _fitting_text(_condition_of(example), chat)
         if self.labels or example.target is None or not self.words:
             return super().label_of(example, chat)
         return " ".join(self.words[place] for place in example.target)
@@ -479,10 +509,10 @@ class Diffusion(Generative):
         condition = denoiser.encode_conditions([self._target(text, network) for text in labels])
         if self._scale == 1:
             return Guidance(condition, None)
-        nothing = self._nothing(network)
+        unconditional = self._empty_condition(network)
         if self.negative_prompt:
-            nothing = self._target(self.negative_prompt, network, "negative_prompt")
-        return Guidance(condition, denoiser.encode_conditions([nothing] * len(labels)))
+            unconditional = self._target(self.negative_prompt, network, "negative_prompt")
+        return Guidance(condition, denoiser.encode_conditions([unconditional] * len(labels)))
 
     def _target(self, text: str, network: Network, name: str = "prompt") -> IntArray:
         """Return the positions of a class or words, or the tokens of a prompt; ``name`` is for
@@ -520,11 +550,11 @@ def _caption(row: Row) -> str:
 
 def _tokens(text: str, chat: ChatFormat) -> IntArray:
     """Return the tokens ``[T]`` of a text with start and end tokens, padded to the maximum length."""
-    found = chat.tokenizer(text, padding="max_length", truncation=False).input_ids
-    return np.array(found, dtype=np.int64)
+    ids = chat.tokenizer(text, padding="max_length", truncation=False).input_ids
+    return np.array(ids, dtype=np.int64)
 
 
-def _text_that_fits(ids_T: IntArray, chat: ChatFormat) -> str:
+def _fitting_text(ids_T: IntArray, chat: ChatFormat) -> str:
     """Return the text of tokens, shortened until re-encoding fits the maximum length.
 
     A text that ends inside a word, such as a truncated caption, may have more tokens after
@@ -542,12 +572,12 @@ def _check_length(text: str, chat: ChatFormat, name: str) -> IntArray:
     ids_T, most = _tokens(text, chat), chat.tokenizer.model_max_length
     if len(ids_T) > most:
         raise RecipeError(
-            f"the {name.replace('_', ' ')} has {len(ids_T)} tokens, and the text encoder reads {most}",
+            f"{name} has {len(ids_T)} tokens, and the limit of the text encoder is {most}",
             setting=name,
         )
     return ids_T
 
 
-def _target_of(example: Example) -> IntArray:
+def _condition_of(example: Example) -> IntArray:
     """Return the condition of an example."""
     return np.asarray(example.target, dtype=np.int64)

@@ -95,7 +95,7 @@ class GAN(Generative):
         min_epochs=10,
         max_epochs=100,
         bases={"image": "small-dcgan"},
-        min_steps=3_000,  # two players that start from random numbers take long
+        min_steps=3_000,  # two networks with random weights need many steps
     )
 
     @property
@@ -119,23 +119,23 @@ class GAN(Generative):
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
         """Reject an adaptation that trains only one player or wraps weights of the discriminator."""
         players: Any = model.players
-        if not model.measures_whole_weights:
+        if not model.has_whole_weights:
             raise RecipeError(
-                "the spectral norm of a discriminator is that of its whole weights, and the adaptation "
-                "puts a part beside them. Use full or bitfit"
+                "the adaptation adds weights to the discriminator, and the spectral norm needs plain "
+                "weights. Use full or bitfit"
             )
         for name, modules in players.items():
             if not any(w.requires_grad for module in modules for w in module.parameters()):
                 raise RecipeError(
-                    f"the adaptation leaves the {name} no weights to learn by, and both players of a "
-                    "gan must learn. Use full or bitfit"
+                    f"the adaptation freezes the {name}, and both networks must learn. Use full or "
+                    "bitfit"
                 )
         return {}
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Collect the classes of the rows."""
-        found = classes_of(rows, "a gan")
-        return self.model_copy(update={"labels": found if self.labels is None else self.labels})
+        classes = classes_of(rows, "a gan")
+        return self.model_copy(update={"labels": classes if self.labels is None else self.labels})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Encode the image, with the class as target."""
@@ -152,7 +152,7 @@ class GAN(Generative):
 
         size, turns = int(network.model.config.latent_size), self._turns + 1
         seed = draw_seed() if network.model.training else None
-        found = []
+        annotated = []
         for batch in super().annotate(network, examples, budget):
             rows = batch.tree.examples
             generators = row_generators(rows, seed)
@@ -170,8 +170,8 @@ class GAN(Generative):
                 class_R = torch.from_numpy(targets).to(network.device)
             latent_TRZ = latent_TRZ.to(network.device, network.dtype)
             between_TR = between_TR.to(network.device, network.dtype)
-            found.append(replace(batch, extra=Game(class_R, latent_TRZ, between_TR)))
-        return found
+            annotated.append(replace(batch, extra=Game(class_R, latent_TRZ, between_TR)))
+        return annotated
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Yield the batches of the discriminator's turns, then of the generator's turn."""
@@ -200,16 +200,19 @@ class GAN(Generative):
         """
         game = extra_of(batch, Game)
         if game.player == "generator":
-            found = self._generator_loss(network, game)
+            own_loss = self._generator_loss(network, game)
         else:
-            found = self._discriminator_loss(network, batch, game)
+            own_loss = self._discriminator_loss(network, batch, game)
         if game.player == "both":
-            other = self._generator_loss(network, game)
-            return Loss(found.total + other.total, {**found.metrics, **other.metrics})
+            generator_loss = self._generator_loss(network, game)
+            return Loss(
+                own_loss.total + generator_loss.total,
+                {**own_loss.metrics, **generator_loss.metrics},
+            )
         if game.ends_turn and self._spectral:
-            # In each process alike, so that all have the norms of one.
+            # Each process updates, so all processes have equal norms.
             network.model.iterate_norms()
-        return found
+        return own_loss
 
     def _generator_loss(self, network: Network, game: Game) -> Loss:
         from torch.nn import functional as F
@@ -217,9 +220,9 @@ class GAN(Generative):
         model = network.model
         with _frozen(model.players["discriminator"]):
             images = model.generate(game.latent_TRZ[-1], game.class_R)
-            made_R = model.discriminate(images, game.class_R, self._spectral).float()
-        each_R = -made_R if self.loss_type == "wgan_gp" else F.softplus(-made_R)
-        total: Tensor = each_R.sum()
+            score_R = model.discriminate(images, game.class_R, self._spectral).float()
+        loss_R = -score_R if self.loss_type == "wgan_gp" else F.softplus(-score_R)
+        total: Tensor = loss_R.sum()
         return Loss(total, {"generator_loss": float(total.detach())})
 
     def _discriminator_loss(self, network: Network, batch: TreeBatch, game: Game) -> Loss:
@@ -231,20 +234,20 @@ class GAN(Generative):
             images = model.generate(game.latent_TRZ[0], game.class_R)
         class_2R = None if game.class_R is None else torch.cat([game.class_R] * 2)
         both_2R = model.discriminate(torch.cat([batch.plan, images]), class_2R, self._spectral)
-        real_R, made_R = both_2R.float().chunk(2)
-        right = (real_R > made_R).sum()  # the score of wgan_gp has no zero
+        real_R, generated_R = both_2R.float().chunk(2)
+        right = (real_R > generated_R).sum()  # scores of wgan_gp have no fixed threshold
         if self.loss_type == "wgan_gp":
-            each_R = made_R - real_R
+            loss_R = generated_R - real_R
             if game.player == "discriminator":
-                each_R = each_R + PENALTY * self._penalty(network, batch, game, images)
+                loss_R = loss_R + PENALTY * self._penalty(network, batch, game, images)
         else:
-            each_R = F.softplus(-real_R) + F.softplus(made_R)
-        total: Tensor = each_R.sum()
-        found = {
+            loss_R = F.softplus(-real_R) + F.softplus(generated_R)
+        total: Tensor = loss_R.sum()
+        metrics = {
             "discriminator_loss": float(total.detach()),
             "discriminator_accuracy": float(right),
         }
-        return Loss(total, found)
+        return Loss(total, metrics)
 
     def _penalty(self, network: Network, batch: TreeBatch, game: Game, images: Tensor) -> Tensor:
         """Return the gradient penalty ``[R]`` at mixtures of real and generated images."""
@@ -266,7 +269,7 @@ class GAN(Generative):
 
         network.model.eval()
         batches = self.annotate(network, examples[:MOST_COMPARED], budget)
-        real, made, classes = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        real, generated, classes = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
         means = Means()
         with torch.no_grad():
             for batch in batches:
@@ -274,15 +277,15 @@ class GAN(Generative):
                 means.add(self.loss(network, batch), batch.weight)
                 real.append(batch.plan.float().flatten(1))
                 images = network.model.generate(game.latent_TRZ[0], game.class_R)
-                made.append(images.float().flatten(1))
+                generated.append(images.float().flatten(1))
                 none = torch.zeros(len(images), dtype=torch.int64, device=images.device)
                 classes.append(none if game.class_R is None else game.class_R)
-        real_RD, made_RD, class_R = torch.cat(real), torch.cat(made), torch.cat(classes)
+        real_RD, generated_RD, class_R = torch.cat(real), torch.cat(generated), torch.cat(classes)
         spread = _spread(real_RD, class_R)
         return {
             **means.values(),
-            "loss": sliced_distance(real_RD, made_RD),
-            "diversity": _spread(made_RD, class_R) / spread if spread else 0.0,
+            "loss": sliced_distance(real_RD, generated_RD),
+            "diversity": _spread(generated_RD, class_R) / spread if spread else 0.0,
             **self.distance_metrics(network, examples),
         }
 
@@ -294,8 +297,8 @@ class GAN(Generative):
         latent_RZ = draw_latents(len(labels), size, generator)
         class_R = None
         if self.labels:
-            known = [self.labels.index(label) for label in labels]
-            class_R = torch.tensor(known, device=network.device)
+            indices = [self.labels.index(label) for label in labels]
+            class_R = torch.tensor(indices, device=network.device)
         latent_RZ = latent_RZ.to(network.device, network.dtype)
         images: Tensor = network.model.generate(latent_RZ, class_R)
         return images

@@ -4,7 +4,7 @@ distance.
 The loss of such an objective says little about image quality. If a classifier of images is set,
 each evaluation generates as many images as there are held-out rows, with equal classes or captions
 and fixed noise. Real and generated images are compared in the features of the classifier's head
-(:func:`~luthier.media.frechet.frechet_distance`), both at the size of the network.
+(:func:`frechet_distance`), both at the size of the network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 
 from luthier.data.inputs import PLURAL, Media
 from luthier.errors import RecipeError
-from luthier.media.frechet import frechet_distance
 from luthier.media.processors import ImageProcessor
 from luthier.objectives.base import Objective, RunModels, chat_of
 from luthier.types import Example
@@ -95,15 +94,15 @@ class Generative(Objective):
             return super().bind(models)
         if other.objective.task != "sequence_classification":
             raise RecipeError(
-                f"objective.feature_model is a classifier of images, and {self.feature_model} has no "
-                "classes; tune it on images with labels, and name the model that comes of it",
+                f"objective.feature_model={self.feature_model} is not a classifier. Use a model with "
+                "classes of images",
                 rule="objective.feature_model",
             )
         for each in (other.chat, models.chat):
             if each.reads != "image":
                 raise RecipeError(
-                    "objective.feature_model compares images, and one of both networks reads "
-                    f"{PLURAL[each.reads]}; leave it out",
+                    "`objective.feature_model` needs two image networks, and one network is for "
+                    f"{PLURAL[each.reads]}. Omit `objective.feature_model`",
                     rule="objective.feature_model",
                 )
         return super().bind(models)
@@ -112,8 +111,8 @@ class Generative(Objective):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
         """Return the loss, and the Fréchet distance if a classifier is set."""
-        found = super().validation_metrics(network, examples, budget)
-        return found | self.distance_metrics(network, examples)
+        metrics = super().validation_metrics(network, examples, budget)
+        return metrics | self.distance_metrics(network, examples)
 
     def distance_metrics(self, network: Network, examples: Sequence[Example]) -> dict[str, float]:
         """Return the Fréchet distance of generated images from ``examples``, if a classifier is
@@ -126,20 +125,22 @@ class Generative(Objective):
             return {}
         chat = chat_of(network)
         assert isinstance(chat.media, ImageProcessor)
-        maker, to_pixels = self.in_few_steps(), chat.media.to_pixels
+        sampler, to_pixels = self.in_few_steps(), chat.media.to_pixels
         generator = torch.Generator().manual_seed(0)
         at_once = images_at_once(chat.media)
         real_RD: list[NDArray[np.float32]] = []
-        made_RD: list[NDArray[np.float32]] = []
+        generated_RD: list[NDArray[np.float32]] = []
         with torch.no_grad():
             for start in range(0, len(examples), at_once):
                 part = examples[start : start + at_once]
                 real = [each.media.array() for each in part if each.media is not None]
                 labels = [self.label_of(each, chat) for each in part]
-                made = maker.sample(network, labels, generator)
+                generated = sampler.sample(network, labels, generator)
                 real_RD.append(features_of(classifier, map(to_pixels, real)))
-                made_RD.append(features_of(classifier, map(to_pixels, made.float().cpu().numpy())))
-        distance = frechet_distance(np.concatenate(real_RD), np.concatenate(made_RD))
+                generated_RD.append(
+                    features_of(classifier, map(to_pixels, generated.float().cpu().numpy()))
+                )
+        distance = frechet_distance(np.concatenate(real_RD), np.concatenate(generated_RD))
         return {"frechet_distance": distance}
 
     def label_of(self, example: Example, chat: ChatFormat) -> str:
@@ -147,6 +148,31 @@ class Generative(Objective):
         if not self.sample_labels or example.target is None:
             return ""
         return self.sample_labels[int(example.target[0])]
+
+
+def frechet_distance(one_ND: NDArray[Any], other_ND: NDArray[Any]) -> float:
+    """Return the Fréchet distance between normal distributions that fit two sets of features.
+
+    The distance is ``|m - n|^2 + tr(S + T - 2 (S T)^(1/2))`` for the means and covariances of both sets
+    (Heusel et al. 2017, arXiv:1706.08500, equation 6). Near 0, means and covariances agree, so the
+    distance detects both unrealistic images and missing kinds of images. FID is the distance in an
+    ImageNet-trained Inception network with about 50,000 images. Compare distances only for one
+    classifier and one number of images.
+
+    Raises:
+        ValueError: for a set with fewer than two rows or with numbers that are not finite.
+    """
+    sets = [np.asarray(each, np.float64) for each in (one_ND, other_ND)]
+    if any(len(each_ND) < 2 or not np.isfinite(each_ND).all() for each_ND in sets):
+        raise ValueError("a Fréchet distance needs at least two finite rows per set")
+    one_D, other_D = (each_ND.mean(0) for each_ND in sets)
+    one_DD, other_DD = (np.atleast_2d(np.cov(each_ND, rowvar=False)) for each_ND in sets)
+    # S^(1/2) T S^(1/2) has the eigenvalues of S T and is symmetric, so none of them is complex.
+    values_D, vectors_DD = np.linalg.eigh(one_DD)
+    root_DD = (vectors_DD * np.sqrt(values_D.clip(0))) @ vectors_DD.T
+    crossed_D = np.linalg.eigvalsh(root_DD @ other_DD @ root_DD).clip(0)
+    apart = np.square(one_D - other_D).sum() + np.trace(one_DD) + np.trace(other_DD)
+    return max(0.0, float(apart - 2 * np.sqrt(crossed_D).sum()))
 
 
 def draw_latents(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -178,11 +204,11 @@ def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.flo
     from luthier.models.layouts import pooled_states
 
     assert classifier.chat is not None and isinstance(classifier.chat.media, ImageProcessor)
-    read = classifier.chat.media.array
-    arrays = np.stack([read(Media("image", "compared", array=image)) for image in images])
+    to_array = classifier.chat.media.array
+    arrays = np.stack([to_array(Media("image", "compared", array=image)) for image in images])
     pixels = torch.from_numpy(arrays).to(classifier.device, classifier.dtype)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         states_RD = pooled_states(classifier.model.base_model, pixels)
-    found: NDArray[np.float32] = states_RD.float().cpu().numpy()
-    return found
+    features: NDArray[np.float32] = states_RD.float().cpu().numpy()
+    return features

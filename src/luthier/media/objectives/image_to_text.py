@@ -64,7 +64,7 @@ class ImageToText(Objective):
         min_epochs=3,
         max_epochs=20,
         bases={"image": "small-ocr"},
-        min_steps=3_000,  # where to look has to be learned before any letter is
+        min_steps=3_000,  # the network must learn where to look before any letter
     )
 
     def bind(self, models: RunModels) -> Self:
@@ -72,9 +72,8 @@ class ImageToText(Objective):
         chat = models.chat
         if chat.start_id is None or chat.media is None:
             raise RecipeError(
-                "objective image_to_text trains a network with an encoder of images and a decoder of "
-                "text, and this is none. Use base=small-ocr, or a VisionEncoderDecoder of transformers "
-                "such as TrOCR",
+                "image_to_text needs an image encoder with a text decoder. Use base=small-ocr, or a "
+                "VisionEncoderDecoder of transformers such as TrOCR",
                 rule="objective.network",
             )
         if models.network is None or self.ctc_weight is not None:
@@ -140,36 +139,36 @@ class ImageToText(Objective):
         logp_SRV = layer(encoded_RSH.to(layer.weight.dtype)).float().log_softmax(-1).transpose(0, 1)
         texts = [row.ids_T[1:-1] for row in batch.tree.examples]
         columns, rows = logp_SRV.shape[:2]
-        found: Tensor = torch.nn.functional.ctc_loss(
+        loss: Tensor = torch.nn.functional.ctc_loss(
             logp_SRV,
             torch.from_numpy(np.concatenate(texts)).to(logp_SRV.device),
             torch.full((rows,), columns),
             torch.tensor([len(text) for text in texts]),
             blank=padding_id(network.model),
             reduction="sum",
-            zero_infinity=True,  # a text of more letters than there are columns
+            zero_infinity=True,  # texts with more letters than columns
         )
-        return found
+        return loss
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
         """Return the loss and the error rates of characters (``cer``, the deciding metric) and
         words (``wer``)."""
-        found = super().validation_metrics(network, examples, budget)
-        written, wanted = list[str](), list[str]()
+        metrics = super().validation_metrics(network, examples, budget)
+        replies, references = list[str](), list[str]()
         for batch in network.batches(examples, budget):
-            written += [answer["text"] for answer in self.predict(network, batch)]
-            wanted += [
+            replies += [answer["text"] for answer in self.predict(network, batch)]
+            references += [
                 chat_of(network).decode(row.ids_T[1:].tolist()) for row in batch.tree.examples
             ]
-        pairs = [*zip(written, wanted, strict=True)]
+        pairs = [*zip(replies, references, strict=True)]
         scores = {"cer": character_errors(pairs), "wer": word_errors(pairs)}
-        found |= {name: each.value for name, each in scores.items()}
-        found["cer_error"] = scores["cer"].error
+        metrics |= {name: each.value for name, each in scores.items()}
+        metrics["cer_error"] = scores["cer"].error
         if len(examples) <= MOST_ROW_SCORES:
-            found["rows"] = {"cer": scores["cer"].plain()}
-        return found
+            metrics["rows"] = {"cer": scores["cer"].plain()}
+        return metrics
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return text and probability of each row in the order of the tree.
@@ -184,7 +183,7 @@ class ImageToText(Objective):
         layout: Any = network.layout
         longest = min(self.max_tokens or network.context, network.context - 1)
         encoded_RSH = layout.encode(network.model, batch.plan)
-        found = sample(
+        samples = sample(
             network,
             [np.array([row]) for row in range(len(batch.tree.examples))],
             1,
@@ -193,7 +192,7 @@ class ImageToText(Objective):
             encoded_RSH=encoded_RSH,
         )
         answers: list[dict[str, Any]] = []
-        for (completion,) in found:
+        for (completion,) in samples:
             text = chat.decode(completion.ids_T.tolist())
             answers.append({"text": text, "probability": float(np.exp(completion.logp_T.sum()))})
             if not completion.stopped:

@@ -161,8 +161,8 @@ class NoiseSchedule:
         """
         left = float(self.alphas_cumprod_T[time])
         end = 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod_T[0])
-        then = float(self.alphas_cumprod_T[before]) if before >= 0 else end
+        next_left = float(self.alphas_cumprod_T[before]) if before >= 0 else end
         noise = (mixture - left**0.5 * image) / (1 - left) ** 0.5
-        variance = (1 - then) / (1 - left) * (1 - left / then) * eta**2
-        found: Tensor = then**0.5 * image + max(0.0, 1 - then - variance) ** 0.5 * noise
-        return found if drawn is None else found + variance**0.5 * drawn
+        variance = (1 - next_left) / (1 - left) * (1 - left / next_left) * eta**2
+        mean: Tensor = next_left**0.5 * image + max(0.0, 1 - next_left - variance) ** 0.5 * noise
+        return mean if drawn is None else mean + variance**0.5 * drawn

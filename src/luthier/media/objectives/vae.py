@@ -82,10 +82,9 @@ class Compression:
         return self.ratio * self.bytes_each / LATENT_BYTES
 
     def __str__(self) -> str:
-        """Return, for example, ``3,072 numbers, as the network reads them, kept as 32: 96 : 1 (24 :
-        1 in bytes)``."""
+        """Return, for example, ``3,072 numbers, compressed to 32: 96 : 1 (24 : 1 in bytes)``."""
         return (
-            f"{self.numbers:,} numbers, as the network reads them, kept as {self.latent_numbers:,}: "
+            f"{self.numbers:,} numbers, compressed to {self.latent_numbers:,}: "
             f"{self.ratio:.3g} : 1 ({self.bytes_ratio:.3g} : 1 in bytes)"
         )
 
@@ -124,7 +123,7 @@ class VAE(Generative):
         min_epochs=3,
         max_epochs=20,
         bases={"image": "small-vae", "window": "small-window-vae"},
-        min_steps=1_000,  # all weights start from random numbers
+        min_steps=1_000,  # training starts from random weights
     )
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -148,15 +147,15 @@ class VAE(Generative):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Draw the noise of each row: random in training, otherwise derived from the input."""
-        size, found = int(network.model.config.latent_size), []
+        size, annotated = int(network.model.config.latent_size), []
         seed = draw_seed() if network.model.training else None
         for batch in super().annotate(network, examples, budget):
             noise_RZ = draw_noise(row_generators(batch.tree.examples, seed), size)
             drawn = Draw(
                 noise_RZ.to(network.device), self._beta_after(network.done, seed is not None)
             )
-            found.append(replace(batch, extra=drawn))
-        return found
+            annotated.append(replace(batch, extra=drawn))
+        return annotated
 
     def _beta_after(self, done: float, training: bool) -> float:
         """Return the weight of the divergence after the share ``done`` of a run."""
@@ -191,12 +190,12 @@ class VAE(Generative):
             if loss.states is not None:
                 means.append(loss.states)
 
-        found = loss_metrics(self, network, examples, budget, collect)
+        metrics = loss_metrics(self, network, examples, budget, collect)
         if len(examples) > 1:
             none = torch.zeros(0, int(network.model.config.latent_size), device=network.device)
             means_RZ = network.group.concatenate(torch.cat([none, *means]))
-            found["active_units"] = int((means_RZ.var(0) > ACTIVE).sum())
-        return found | self.distance_metrics(network, examples)
+            metrics["active_units"] = int((means_RZ.var(0) > ACTIVE).sum())
+        return metrics | self.distance_metrics(network, examples)
 
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
@@ -204,14 +203,14 @@ class VAE(Generative):
         """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it."""
         if self.threshold is not None:
             return Finished(self)
-        wanted = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
-        examples = rows_to_finish(held, train, wanted)
+        wanted_rows = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
+        examples = rows_to_finish(held, train, wanted_rows)
         whole = [example for example in examples if _is_whole(example)]
         batches = network.batches(whole or examples, budget)
         scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
         threshold = choose_threshold(scores, self.false_alarms)
         done = self.model_copy(update={"threshold": threshold})
-        return Finished(done, len(examples), wanted)
+        return Finished(done, len(examples), wanted_rows)
 
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return the anomaly scores ``[R]``: the negative bound, or the error of the last value
@@ -231,7 +230,7 @@ class VAE(Generative):
         """
         scores = self._scores(network, batch).tolist()
         threshold = self.threshold
-        if threshold is None:  # a base model that was never trained
+        if threshold is None:  # an untrained base model
             return [{"score": score} for score in scores]
         return [
             {"score": score, "anomalous": score > threshold if _is_whole(example) else None}
@@ -255,10 +254,10 @@ class VAE(Generative):
 
     def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
         """Return the compression, and the error of copies if ``examples`` are held out."""
-        text = f"Each row is {self.compression(network)}"
+        text = f"Each row has {self.compression(network)}"
         if examples:
             error = self.copy_error(network, examples, budget)
-            text += f"; copies of held-out ones have a mean squared error of {error:.5f}"
+            text += f"; copies of held-out rows have a mean squared error of {error:.5f}"
         return text
 
     def copy_error(self, network: Network, examples: Sequence[Example], budget: int) -> float:
@@ -266,7 +265,7 @@ class VAE(Generative):
         import torch
 
         processor = chat_of(network).media
-        # Pixels have a deviation for each colour, and are cut off at black and white.
+        # Pixels have a deviation per color channel, and are clipped at black and white.
         spread = torch.ones(1)
         low, high = torch.tensor(-math.inf), torch.tensor(math.inf)
         if isinstance(processor, ImageProcessor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from luthier.media.frechet import frechet_distance
+from luthier.media.objectives.generative import frechet_distance
 
 RANDOM = np.random.default_rng(0)
 
