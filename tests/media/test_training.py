@@ -57,7 +57,7 @@ def test_a_base_of_images_says_so_before_anything_else_is_said_of_other_rows(
     with pytest.raises(DataError) as refused:
         luthier.tune(data, base=str(family_folder("small_cnn")))
     (problem,) = refused.value.problems
-    assert problem.rule == "RULE"
+    assert problem.rule == "media.base"
 
 
 def picture(kind: str, seed: int) -> Image.Image:
@@ -214,7 +214,6 @@ def test_features_that_are_computed_once_train_the_same_head(
     [
         ({"sampling_rate": 8000}, "data.sampling_rate"),
         ({"augmentation": {"masks": 1}}, None),
-        ({"augmentation": {"swap": 0.1}}, None),
     ],
 )
 def test_settings_of_other_rows_are_refused(
