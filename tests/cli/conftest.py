@@ -1,4 +1,4 @@
-"""One model that a real ``python -m luthier`` tuned, shared by all that only asks it."""
+"""A model tuned by a real ``python -m luthier``, shared by all tests that only query the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from command_line import ROWS, jsonl, memorise, start
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions and answers that are learned by heart."""
+    """Return a file of questions with answers to memorize."""
     return jsonl(tmp_path_factory.mktemp("data") / "colours.jsonl", *ROWS)
 
 
@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuned(
     data: Path, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], str, str]:
-    """A store with one model; what the command printed on standard output and standard error."""
+    """Return a home folder with one model, and the result and output of the command."""
     home = tmp_path_factory.mktemp("home")
     process = start(home, *memorise(tiny_model_folder, data, "colours", "full", 0.005), "--json")
     out, err = process.communicate(timeout=120)
@@ -31,7 +31,7 @@ def tuned(
 
 @pytest.fixture
 def home(tuned: tuple[Path, dict[str, Any], str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shared store, for commands that only read it."""
+    """Use the shared home folder, for commands that only read."""
     monkeypatch.setenv("LUTHIER_HOME", str(tuned[0]))
     return tuned[0]
 
@@ -40,7 +40,7 @@ def home(tuned: tuple[Path, dict[str, Any], str, str], monkeypatch: pytest.Monke
 def own_home(
     tuned: tuple[Path, dict[str, Any], str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A copy of it, for commands that change it."""
+    """Use a copy of the shared home folder, for commands that change files."""
     shutil.copytree(tuned[0], tmp_path / "home")
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
     return tmp_path / "home"

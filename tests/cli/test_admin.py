@@ -18,7 +18,7 @@ from luthier.server.tables.secrets import Sealing, server_key
 
 
 def run(app: Any, *arguments: str, code: int = 0) -> Any:
-    """What a command prints with ``--json``, as an object; its output, where that is none."""
+    """Return the JSON object of a command, or the output if there is no object."""
     done = CliRunner().invoke(app, [*arguments])
     assert done.exit_code == code, done.output
     return json.loads(done.stdout) if "--json" in arguments else done.stdout
@@ -120,7 +120,7 @@ def test_changes_are_in_the_audit_log_and_refusals_change_nothing(
 
 
 def details_of(action: str) -> dict[str, Any]:
-    """What the log says of the last change of this kind."""
+    """Return the details of the last audit entry of an action."""
     listed = run(app, "admin", "audit", "--action", action, "--json")["entries"]
     details: dict[str, Any] = listed[0]["details"]
     return details

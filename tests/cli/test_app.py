@@ -1,4 +1,4 @@
-"""The command line as a whole: help, wrong usage, and streams that are kept apart."""
+"""The whole command line: help, wrong usage, and separate output streams."""
 
 from __future__ import annotations
 

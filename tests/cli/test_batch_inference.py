@@ -1,4 +1,4 @@
-"""Files answered by processes of their own: the bytes are those of the command alone."""
+"""Files processed by several processes: the bytes equal the output of one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = 1100
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Texts of many lengths, of which those of a micro-batch round otherwise beside others."""
+    """Return texts of many lengths, whose values round differently in different micro-batches."""
     draw = random.Random(0)
     lines = (
         {"id": n, "text": " ".join(draw.choices(WORDS, k=draw.randint(1, 20)))} for n in range(ROWS)
@@ -31,7 +31,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tune(family_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., str]:
-    """Ids of models that learned for two steps."""
+    """Return a function that tunes a model for two steps and returns its id."""
 
     def tune(objective: str, data: Path) -> str:
         fields = {"training__max_steps": 2, "data__validation_share": 0}
@@ -43,7 +43,7 @@ def tune(family_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
 
 
 def same(tmp_path: Path, name: str, *command: str) -> dict[str, object]:
-    """The report of ``command`` with two processes, which write what the command alone writes."""
+    """Run ``command`` with two processes, compare the file with one process, and return the report."""
     alone, shared = tmp_path / f"alone-{name}", tmp_path / f"shared-{name}"
     Answer(*command, "--output", str(alone)).good()
     answer = Answer(*command, "--output", str(shared), "--processes", "2", "--json").good()

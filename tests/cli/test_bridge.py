@@ -1,4 +1,4 @@
-"""Commands that are built from functions: arguments, options, conversions and results."""
+"""Commands built from functions: arguments, options, conversions and results."""
 
 from __future__ import annotations
 

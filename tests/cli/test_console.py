@@ -1,4 +1,4 @@
-"""What others wrote acts on no terminal, whichever way a command prints it."""
+"""Foreign text on terminals: no control sequence takes effect in any command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\
 
 
 def acts(text: str) -> set[str]:
-    """Characters of ``text`` that a terminal acts on."""
+    """Return the characters of ``text`` that a terminal interprets."""
     return {char for char in text if not char.isprintable()} - {"\n"}
 
 
@@ -139,7 +139,7 @@ def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: b
 
 
 class Clock:
-    """Stands for the clock of the console; it moves when it is told."""
+    """Manual clock for the console."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -178,7 +178,7 @@ def test_without_a_terminal_a_run_is_a_line_now_and_then(
 def test_who_asked_to_resume_alone_is_told_that_nothing_was_interrupted(
     resume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pipelines and jobs go on with what has begun, and their user asked for nothing."""
+    """Pipelines and jobs resume without an option, so the note is only for users of ``--resume``."""
     file = ReportFile(tmp_path / "reports.jsonl")
     file.nothing_to_resume("base:x")
     ReportReader(file.path).forward(progress.LiveReporter(resume))

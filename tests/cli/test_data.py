@@ -1,4 +1,4 @@
-"""``luthier.convert`` and ``luthier.split`` beside what the commands do."""
+"""``luthier.convert`` and ``luthier.split`` compared with the commands."""
 
 from __future__ import annotations
 

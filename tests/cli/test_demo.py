@@ -1,4 +1,4 @@
-"""What ``luthier demo`` prints at its end; tests/test_readme.py runs the whole (slow)."""
+"""The final output of ``luthier demo``; tests/test_readme.py runs the command (slow)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``luthier embed``: what each form of file holds, and what is refused before anything is embedded."""
+"""``luthier embed``: output formats, and errors before any row is embedded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = ["the quick brown fox", "my card has not arrived", "the lazy dog", "what
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Texts with a number and a language each."""
+    """Return texts with a number and a language."""
     path = tmp_path / "rows.jsonl"
     lines = ({"id": n, "text": text, "lang": "en"} for n, text in enumerate(TEXTS))
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -32,7 +32,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two pictures of each of two classes."""
+    """Return a folder with two images of each of two classes."""
     for label, part in (("above", np.s_[:4]), ("left", np.s_[:, :3])):
         for number in range(2):
             pixels = np.full((9, 7, 3), 20 * number, np.uint8)
@@ -45,7 +45,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[..., str]:
-    """Ids of models that learned by contrast for two steps."""
+    """Return a function that trains a contrastive model for two steps and returns its id."""
 
     def tune(data: Path, family: str) -> str:
         fields: dict[str, Any] = {"training__max_steps": 2, "data__validation_share": 0}

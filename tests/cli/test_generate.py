@@ -1,4 +1,4 @@
-"""Generating, chatting and evaluating from the command line, with a model that knows its answers."""
+"""``luthier generate``, ``chat`` and ``evaluate`` with a model that memorized its answers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
 
 
 def test_generate_takes_messages(home: Path, tmp_path: Path) -> None:
-    """A reply that is there already is not given away."""
+    """The expected reply in the file is not part of the prompt."""
     source = jsonl(
         tmp_path / "in.jsonl",
         {"messages": [{"role": "user", "content": "colour of coal?"}]},
@@ -251,7 +251,7 @@ def test_chat_in_a_process_of_its_own_ends_with_its_input(home: Path) -> None:
 
 @pytest.fixture
 def thinker(thinking_folder: Callable[[str], Path]) -> str:
-    """A model that thinks before it answers."""
+    """Return the id of a reasoning model."""
     return str(thinking_folder("is opened"))
 
 

@@ -1,4 +1,4 @@
-"""Where ``luthier sample`` may write is said before images are made."""
+"""``luthier sample``: output paths are checked before sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data gate from the command line: what is shown, and how it ends."""
+"""``luthier inspect``: printed report and exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from command_line import ROWS, Answer, jsonl
 from luthier.errors import DownloadError
 
 ANY_NUMBER = ("--severity", "rows.few=off")
-"""Four rows are few, which the tests of other things are not about."""
+"""Options that disable the finding for few rows."""
 
 
 def test_inspect_shows_the_learned_tokens(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a model in memory takes for a prompt, and what it says of anything else."""
+"""Prompts of a loaded model, and errors for other types."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_replies_have_their_reasoning_apart(thinking_folder: Callable[[str], Pat
 def test_a_custom_model_keeps_the_marks_of_its_base(
     thinking_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it was tuned, before it was exported: its template is stored with it."""
+    """The chat template of a tuned model is stored with the model, without an export."""
     home = thinking_folder("asks itself").parent / "home"
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     assert luthier.load("base:thinker").reply("sky?", max_tokens=120).reasoning == THOUGHT

@@ -234,7 +234,7 @@ def test_pull_that_fails_leaves_nothing(
 def test_pull_mends_a_damaged_base(
     tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the fetch; what is fetched and how is tested with the catalogue."""
+    """The download is replaced; tests of the catalogue cover downloads."""
     from luthier.files import hashes_of
     from luthier.library import models as store
 

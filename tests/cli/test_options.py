@@ -1,4 +1,4 @@
-"""Recipes from keywords and settings, and commands that are read back as the same recipe."""
+"""Recipes from keywords and settings, and commands that parse to the same recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths that nothing can be written to are refused before the work, by every command."""
+"""Unwritable output paths are errors before the work starts, in every command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TARGETS = (
     "full.jsonl",
 )
 FOLDERS = ("split", "export", "import")
-"""Commands that write a folder, which takes the place of an empty one at most."""
+"""Commands that write a folder, new or empty."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What one command makes of a series of values, and what another says of it then."""
+"""Tuning and prediction on a time series with the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 240
 
 @pytest.fixture
 def series(tmp_path: Path) -> Path:
-    """A value that swings each day, an hour apart."""
+    """Return a series with a daily cycle and hourly values."""
     noise = np.random.default_rng(0).normal(0, 0.1, ROWS)
     lines = [
         f"2026-01-{1 + hour // 24:02} {hour % 24:02}:00:00,{math.sin(hour / 24 * math.tau) + each}"

@@ -1,4 +1,4 @@
-"""``luthier pretrain`` as it is typed, and what the other commands make of its model."""
+"""``luthier pretrain``, and other commands with the resulting model."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def hub() -> Iterator[HubUploads]:
 
 @pytest.fixture
 def online(hub: HubUploads, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the client read from the environment when it was imported."""
+    """Set the values that the hub client read from the environment at import."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -1,4 +1,4 @@
-"""``luthier admin models``: models of the command line that an account is given, and asks."""
+"""``luthier admin models``: registration of models of the CLI, and requests to these models."""
 
 from __future__ import annotations
 

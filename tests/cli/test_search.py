@@ -1,4 +1,4 @@
-"""``luthier search``: real processes, one of them killed, and what is printed and refused."""
+"""``luthier search`` with real processes: a killed process, printed results and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def result_of(home: Path, words: list[str]) -> dict[str, Any]:
 def whole(
     rows: Path, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """A search that nothing disturbed: its store, and the one object it printed."""
+    """Return the home folder and the result of an uninterrupted search."""
     home = tmp_path_factory.mktemp("whole")
     return home, result_of(home, arguments(rows, tiny_model_folder, "--json"))
 
@@ -108,7 +108,7 @@ def test_the_table_comes_with_what_to_type_next(
     tiny_model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The search is finished, so ``--resume`` prints what it came to."""
+    """The search is complete, so ``--resume`` only prints the result."""
     home, found = whole
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     monkeypatch.setenv("COLUMNS", "200")

@@ -1,4 +1,4 @@
-"""What ``luthier serve`` is told, before it serves anything."""
+"""Options of ``luthier serve`` before the server starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from luthier.server.tables.database import Database
 
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
-    """``serve`` changes its process, which here is that of all tests."""
+    """Restore settings of the test process that ``serve`` changes."""
     loggers = [logging.getLogger(name) for name in ("luthier", "uvicorn.error")]
     before = [(each.handlers, each.propagate, each.level) for each in loggers]
     interval, mask = sys.getswitchinterval(), os.umask(0o077)
@@ -49,7 +49,7 @@ def test_a_backend_that_is_not_there_is_refused_at_the_start(
 
 @pytest.mark.parametrize("port", ["-1", "80000"])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
-    """The system would listen on its remainder by 65,536."""
+    """The system would use the port modulo 65,536."""
     answer = CliRunner().invoke(app, ["serve", "--port", port])
     assert answer.exit_code == 2 and "'--port': Input should be" in answer.output
 

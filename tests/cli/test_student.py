@@ -1,4 +1,4 @@
-"""``luthier student`` as it is typed, and what the other commands make of a student."""
+"""``luthier student``, and other commands with the resulting student."""
 
 from __future__ import annotations
 

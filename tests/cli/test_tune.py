@@ -1,4 +1,4 @@
-"""Tuning from the command line: what goes where, exit codes, and refusals that leave nothing."""
+"""``luthier tune``: output streams, exit codes, and errors that leave no files."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_figures_of_one_line_are_of_the_same_weights(
 def test_tune_without_json_tells_choices_and_next_steps(
     data: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    """Not on a terminal: no bar, no colours; the result on stdout, the choices on stderr."""
+    """Without a terminal: no bar, no colours; the result on stdout, the settings on stderr."""
     process = start(
         tmp_path, "tune", str(data), "--base", str(tiny_model_folder), "--epochs", "1",
         "--set", "adaptation.rank=2",

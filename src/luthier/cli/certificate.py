@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import check_output, print_text
+from luthier.cli.console import check_output, print_text, write_page
 from luthier.cli.model import stored_model
 from luthier.cli.options import ModelSource
 from luthier.errors import RecipeError
@@ -76,8 +76,7 @@ def certificate(
             if signer is not None:
                 signer.sign(stored)
     if html is not None:
-        write_bytes(html, page(made).encode())
-        reporter.note(f"page: {html}")
+        write_page(html, page(made), reporter)
     if card is not None:
         write_bytes(card, model_card(made).encode())
         reporter.note(f"model card: {card}")

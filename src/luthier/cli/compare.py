@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, new_table, print_table, print_text
+from luthier.cli.console import (
+    check_output,
+    heavy_imports,
+    new_table,
+    print_table,
+    print_text,
+    write_page,
+)
 from luthier.cli.evaluate import (
     Graders,
     GraderSettings,
@@ -108,11 +115,9 @@ def compare(
     if attach:
         attach_report(models, "comparison", [data], found.plain(), reporter.note)
     if html is not None:
-        from luthier.files import write_bytes
         from luthier.workflows.compare import comparison_page
 
-        write_bytes(html, comparison_page(found, str(data)).encode())
-        reporter.note(f"page: {html}")
+        write_page(html, comparison_page(found, str(data)), reporter)
     return found
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from luthier.engine.metrics import Reporter
+
 
 owns_process = False
 """Whether this process runs a command, in contrast to a program that imports :mod:`luthier`."""
@@ -223,10 +225,10 @@ def print_written(count: int, what: str, target: Path) -> None:
     print_text(f"{count:,} {what} written to {target}")
 
 
-def write_page(target: Path, page: str) -> None:
-    """Write an HTML page and print the path."""
+def write_page(target: Path, page: str, reporter: Reporter) -> None:
+    """Write an HTML page and report the path."""
     write_bytes(target, page.encode())
-    note(f"page: {target}")
+    reporter.note(f"page: {target}")
 
 
 _OTHER_FORMS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".txt"}

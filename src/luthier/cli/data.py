@@ -11,9 +11,8 @@ import typer
 
 from luthier.cli import console
 from luthier.cli.bridge import FromText
-from luthier.cli.console import check_output, heavy_imports, new_console, print_text
+from luthier.cli.console import check_output, heavy_imports, new_console, print_text, write_page
 from luthier.cli.options import Mapped
-from luthier.files import write_bytes
 from luthier.formatting import one_line
 
 if TYPE_CHECKING:
@@ -110,8 +109,7 @@ def inspect(
     processes = os.cpu_count() if console.owns_process else 1
     report = gate.inspect(request, reporter.stage, move, processes or 1)
     if html is not None:
-        write_bytes(html, report.html().encode())
-        reporter.note(f"page: {html}")
+        write_page(html, report.html(), reporter)
     return report
 
 

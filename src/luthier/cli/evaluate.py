@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from luthier.cli.bridge import FromText
-from luthier.cli.console import check_output, heavy_imports, print_text, print_written
+from luthier.cli.console import check_output, heavy_imports, print_text, print_written, write_page
 from luthier.cli.options import Mapped, ModelSource, parse_settings
 from luthier.errors import RecipeError
 from luthier.formatting import one_line
@@ -111,10 +111,8 @@ def evaluate(
         write_bytes(output, "".join(lines).encode())
     if html is not None:
         from luthier.evaluation.report_page import page
-        from luthier.files import write_bytes
 
-        write_bytes(html, page(found, str(model), str(data)).encode())
-        reporter.note(f"page: {html}")
+        write_page(html, page(found, str(model), str(data)), reporter)
     if text := found.long_rows_text:
         reporter.note(text)
     if graders and not found.is_graded:

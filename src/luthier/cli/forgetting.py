@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import check_output, heavy_imports, new_table, print_table, print_text
+from luthier.cli.console import (
+    check_output,
+    heavy_imports,
+    new_table,
+    print_table,
+    print_text,
+    write_page,
+)
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -66,11 +73,9 @@ def forgetting(
     if attach:
         attach_report([stored], "forgetting", probes, found.plain(), reporter.note)
     if html is not None:
-        from luthier.files import write_bytes
         from luthier.workflows.forgetting import forgetting_page
 
-        write_bytes(html, forgetting_page(found).encode())
-        reporter.note(f"page: {html}")
+        write_page(html, forgetting_page(found), reporter)
     return found
 
 

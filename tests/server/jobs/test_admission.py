@@ -1,4 +1,4 @@
-"""One account of memory: jobs and imports that are at work together fit the machine."""
+"""Memory of running jobs and imports: together they fit into the machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 
 class Machine:
-    """Two schedulers, of jobs and of imports, that share a capacity of 4 GiB, and whom they start."""
+    """Schedulers of jobs and of imports with a shared capacity of 4 GiB, and started workers."""
 
     def __init__(self, queue: Any) -> None:
         self.queue, self.database = queue, queue.database
@@ -66,7 +66,7 @@ class Machine:
             return names | {name for (name,) in models}
 
     def end(self, name: str) -> None:
-        """Whoever worked on ``name`` is done."""
+        """End the worker of ``name``."""
         with self.database.write() as session:
             for job in leased_work.leased_rows(session, Job):
                 if job.name == name:
@@ -134,7 +134,7 @@ def test_what_fits_only_alone_is_started_alone(machine: Machine) -> None:
 
 
 def worker_of(machine: Machine, model_id: str) -> tuple[ImportWorker, ModelImport]:
-    """The process of an import that was claimed."""
+    """Return the worker and row of a claimed import."""
     with machine.database.write() as session:
         found = leased_work.claim(session, ModelImport, processes.this_process(), 10**15)
     assert found is not None and found.id == model_id

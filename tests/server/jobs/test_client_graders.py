@@ -1,4 +1,4 @@
-"""Graders and settings that clients may name: none that asks a model, an address or a file."""
+"""Graders and settings of clients: no models, addresses or files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``luthier worker`` as the scheduler starts it, from one end of a job to the other."""
+"""``luthier worker`` as started by the scheduler, for a whole job."""
 
 from __future__ import annotations
 

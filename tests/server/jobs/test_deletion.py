@@ -27,7 +27,7 @@ def rows(queue: Any, table: Any) -> int:
 
 
 def files_of(job: Job, home: Path) -> list[Path]:
-    """Files and folders of the job and of its model, the teacher's replies included."""
+    """Return files and folders of a job and its model, teacher replies included."""
     found = [path for path in home.rglob("*") if job.id in str(path.relative_to(home))]
     reply_log_folder = [
         path for path in home.glob("teachers/*/*.jsonl") if job.id in path.read_text()

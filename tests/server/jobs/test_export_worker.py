@@ -40,12 +40,12 @@ ACCOUNT = "000000000000"
 
 @pytest.fixture
 def database_url(luthier_home: Path) -> str:
-    """One kind of database: what both do is tested with the tables."""
+    """Use SQLite only: tests of the tables cover both databases."""
     return f"sqlite:///{luthier_home / 'luthier.db'}"
 
 
 def tune(home: Path, tiny_model_folder: Path) -> None:
-    """Put the base model ``tiny`` and ``tiny:job-x``, a LoRA adapter on it, into the store."""
+    """Create the base model ``tiny`` and its LoRA adapter ``tiny:job-x``."""
     shutil.copytree(tiny_model_folder, base_folder("tiny"))
     manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
     write_json(base_folder("tiny") / MANIFEST, manifest)
@@ -71,7 +71,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 @pytest.fixture
 def model(database: Database, luthier_home: Path, models: Path) -> CustomModel:
-    """A LoRA model in the store, with its row, and a bucket."""
+    """Return the row of a LoRA model, with files and a bucket."""
     shutil.copytree(models, luthier_home / "models")
     return with_row(database)
 
@@ -116,7 +116,7 @@ def stop(database: Database, export_id: str) -> None:
 
 
 def objects(database: Database, folder: Path) -> dict[str, Path]:
-    """Copies of what is in the bucket, by key."""
+    """Return copies of the objects in the bucket, by key."""
     places = Locations(database)
     keys = [key for key, _ in places._built_in.below(ACCOUNT, "bucket", "")]
     for number, key in enumerate(keys):
@@ -154,11 +154,11 @@ def test_the_files_lie_at_the_address_and_the_index_names_them(
 
 
 class Killed(BaseException):
-    """Stands for ``kill -9``: nothing of the worker runs behind it."""
+    """Replacement for ``kill -9``: no code of the worker runs afterwards."""
 
 
 class DyingLocations(Locations):
-    """Those of a worker that is killed when it has written so many files."""
+    """Locations of a worker that is killed after a number of writes."""
 
     def __init__(self, database: Database, files: int, act: Callable[[], None]) -> None:
         super().__init__(database)

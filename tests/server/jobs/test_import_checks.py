@@ -1,4 +1,4 @@
-"""What is known of a model from outside before it is loaded."""
+"""Checks of imported models before loading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROCESS = GIB // 2
 
 
 def adapter(folder: Path, base: str) -> ImportedFiles:
-    """Of an adapter whose weights are not there yet."""
+    """Return the files of an adapter without its weights."""
     fields = {"peft_type": "LORA", "base_model_name_or_path": base}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     return select_files([("adapter_config.json", 60), ("adapter_model.safetensors", 7 * GIB)])

@@ -21,7 +21,7 @@ class _Asked(Exception):
 
 
 def begun(database: Database, folder: Path) -> tuple[ImportWorker, ModelImport]:
-    """A worker that is to take the model in ``folder``."""
+    """Return a worker for the import of the model in ``folder``."""
     put_objects(
         database,
         "000000000000",

@@ -1,4 +1,4 @@
-"""What of a run becomes events of its job."""
+"""Events of a job from the reports of its run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from luthier.server.tables.jobs import Job
 
 
 def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Message and data of what a reporter makes of ``lines`` of the metrics."""
+    """Return messages and data of the events for ``lines`` of the metrics."""
     reporter = JobReporter(Job(id="j", details={}), str)
     for line in lines:
         reporter.metrics(line, 10)

@@ -1,4 +1,4 @@
-"""What the importer does by itself: whom it takes for dead, and what it tidies."""
+"""Scheduling of imports: dead workers, and removal of their files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of jobs that are images or sounds: prefixes, archives, and what tables name."""
+"""Image and audio rows of jobs: prefixes, archives, and files named in tables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def png(value: int) -> bytes:
 
 
 class Bucket:
-    """Objects of two accounts, and jobs on them."""
+    """Objects of two accounts, and jobs on the objects."""
 
     def __init__(self, database: Database) -> None:
         self.objects, self.locations = Objects(database), Locations(database)
@@ -79,7 +79,7 @@ def bucket(luthier_home: Path, tmp_path: Path) -> Iterator[Bucket]:
 
 
 def labels(data: JobData) -> list[tuple[str, int]]:
-    """Label and colour of each row, as training reads them."""
+    """Return label and colour of each row, read as in training."""
     rows = load_rows(data.source)
     assert all(isinstance(row, LabelledImage) for row in rows)
     return [(row.label, int(read_pixels(row.media)[0, 0, 0])) for row in rows]  # type: ignore
@@ -139,7 +139,7 @@ def test_tables_that_clients_of_openai_upload_are_read_as_tables(
 
 
 def _fresh(bucket: Bucket) -> Bucket:
-    """The same, for a job that has fetched nothing yet."""
+    """Return the bucket for a job without fetched data."""
     shutil.rmtree(JobFolders("job1").data, ignore_errors=True)
     return bucket
 

@@ -1,4 +1,4 @@
-"""What jobs and imports write counts as stored: without room they fail, and nothing of them is left."""
+"""Storage quotas of jobs and imports: above a quota they fail and leave no files."""
 
 from __future__ import annotations
 

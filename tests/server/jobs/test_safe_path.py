@@ -1,4 +1,4 @@
-"""Commands typed in a folder whose files have the names of standard modules."""
+"""Commands in a folder whose files have the names of standard modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ main()
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: each module in it leaves a file behind where it is imported."""
+    """Return a working directory whose modules write a file when imported."""
     made = tmp_path / "work"
     made.mkdir()
     for name in TRAPS:

@@ -1,4 +1,4 @@
-"""What the scheduler does by itself: whom it takes for dead, what it tidies, what it starts."""
+"""The scheduler: dead workers, removal of files, and starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def claimed(queue: Any, worker: dict[str, Any]) -> Job:
 
 
 def nobody(queue: Any) -> Scheduler:
-    """A scheduler that can start nothing."""
+    """Return a scheduler without capacity."""
     return Scheduler(queue.database, Capacity(memory=0, cores=0), command=["/no/such/program"])
 
 

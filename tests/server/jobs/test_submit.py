@@ -1,4 +1,4 @@
-"""From a request to the queue: names, quota, recipe."""
+"""Submission of requests: names, quotas and recipes."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_what_no_job_can_be_is_refused_and_leaves_no_trace(
 
 
 def taken(queue: Any) -> list[str]:
-    """Names of the jobs that wait, in the order in which workers take them; each ends at once."""
+    """Return the names of waiting jobs in the order of claims. Each job ends at once."""
     names = []
     with queue.database.write() as session:
         session.execute(update(Job).values(memory=1))
@@ -183,7 +183,7 @@ def taken(queue: Any) -> list[str]:
 
 
 def test_accounts_take_turns(queue: Any) -> None:
-    """One account's queue of five makes another's two wait for one each."""
+    """Two jobs of an account wait for at most one job each of a queue of five."""
     for number in range(5):
         put(queue, f"mine-{number}")
     for number in range(2):

@@ -1,4 +1,4 @@
-"""Real workers on a tiny model: what comes of a job, and what is left of one that does not end well."""
+"""Real workers on a tiny model: results of a job, and remaining files after a failure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def change(queue: Any, act: Any, job_id: str) -> None:
 
 
 def files(home: Path, job_id: str) -> list[str]:
-    """What is on disk of a job, but for its log."""
+    """Return the files of a job on disk, without the log."""
     found = [str(path.relative_to(home)) for path in home.rglob("*") if job_id in str(path)]
     return sorted(name for name in found if not name.endswith(".log"))
 

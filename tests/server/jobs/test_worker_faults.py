@@ -1,4 +1,4 @@
-"""What goes wrong under a worker and is no reason for its job to end."""
+"""Faults of a worker that do not end its job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A database, and an object store, of its own for each test."""
+"""A new database and object store for each test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.server.tables.schema import METADATA
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    """All tables, and nothing in them: once of each kind of database."""
+    """Return a database with empty tables, once per kind of database."""
     made = Database(database_url)
     METADATA.create_all(made.engine)
     yield made
@@ -22,5 +22,5 @@ def database(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def objects(database: Database) -> Objects:
-    """Nothing is in it."""
+    """Return an empty object store."""
     return Objects(database)

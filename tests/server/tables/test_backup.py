@@ -31,7 +31,7 @@ from luthier.server.tables.secrets import Sealing, server_key
 
 @pytest.fixture
 def database_url(luthier_home: Path) -> str:
-    """SQLite; PostgreSQL has a test of its own."""
+    """Use SQLite; a separate test covers PostgreSQL."""
     return f"sqlite:///{luthier_home / 'luthier.db'}"
 
 
@@ -56,19 +56,19 @@ def store(database: Database, luthier_home: Path) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """The store that backups are restored into; it does not exist yet."""
+    """Return the path of the home folder for restored backups, which does not exist yet."""
     return tmp_path / "restored"
 
 
 def restore_to(home: Path, source: Path, database: str | None = None) -> int:
-    """Restore a backup into another store than that of the test."""
+    """Restore a backup into ``home``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
         return restore(source, database)
 
 
 def put(database: Database, content: bytes, key: str = "key") -> Path:
-    """Let ``key`` of a bucket name ``content``; its file."""
+    """Store ``content`` as the object ``key`` and return its file."""
     objects = Objects(database)
     if not any(bucket.name == "data" for bucket in objects.buckets(FIRST)):
         objects.create_bucket(FIRST, "data")
@@ -80,7 +80,7 @@ def put(database: Database, content: bytes, key: str = "key") -> Path:
 
 
 def model_of(database: Database, home: Path, name: str) -> Path:
-    """The folder of a new custom model with a row, its files and its ended run."""
+    """Return the folder of a new custom model with a row, files and an ended run."""
     folder = home / "models" / "custom" / "tiny" / name
     folder.mkdir(parents=True)
     (folder / "adapter.safetensors").write_bytes(name.encode() * 50)

@@ -1,4 +1,4 @@
-"""The first principals, and the server's key that their secrets are sealed under."""
+"""First principals, and the server's key that encrypts their secrets."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_file_gives_principals(
 def test_a_file_brings_principals_up_to_date(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it said before and says no more is gone; what was made otherwise stays."""
+    """Principals that left the file lose their keys. Other principals stay."""
     boot(database, tmp_path, monkeypatch, ROOT, GUEST)
     with database.write() as session:
         root = principals.user_of(session, FIRST, "root")

@@ -1,4 +1,4 @@
-"""Who may read SQLite's files; writers and who keeps them out for a moment, on PostgreSQL."""
+"""Permissions of SQLite's files, and concurrent writers on PostgreSQL."""
 
 from __future__ import annotations
 

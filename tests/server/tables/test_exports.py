@@ -23,7 +23,7 @@ RESULT = ExportResult(address="s3://b/x", files=[], bytes=0, network="llama", co
 
 @pytest.fixture
 def database(database: Database) -> Database:
-    """With an active model of one account and of another."""
+    """Return a database with active models of two accounts."""
     for account in (ACCOUNT, OTHER):
         with database.write() as session:
             session.add(
@@ -48,7 +48,7 @@ def submit(database: Database, account: str = ACCOUNT) -> str:
 
 
 def claimed(database: Database) -> tuple[str, str]:
-    """Id and lease of the next one."""
+    """Return id and lease of the next export."""
     with database.write() as session:
         found = queue.claim(session, ModelExport, WORKER, 10**12)
         assert found is not None

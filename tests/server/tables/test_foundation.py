@@ -1,4 +1,4 @@
-"""Foundation models by what clients call them."""
+"""Foundation models by the names that clients use."""
 
 from __future__ import annotations
 

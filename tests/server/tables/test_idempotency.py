@@ -1,4 +1,4 @@
-"""Answers to requests that come again."""
+"""Replies to repeated requests."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ WORKER = {"host": "here", "pid": 1, "born": 0.0}
 
 @pytest.fixture
 def database(database: Database) -> Database:
-    """With two models that wait, one after the other."""
+    """Return a database with two waiting imports."""
     for name in ("first", "second"):
         with database.write() as session:
             submit_import(session, ACCOUNT, name, f"s3://data/{name}", {"roleArn": "r"})

@@ -1,4 +1,4 @@
-"""Jobs in the database: every way between states, lists, and what people may ask of a job."""
+"""Jobs in the database: all transitions, lists, and actions of clients."""
 
 from __future__ import annotations
 

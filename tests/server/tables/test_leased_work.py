@@ -1,4 +1,4 @@
-"""One contract for all kinds of leased work: jobs, imports and exports, on each kind of database."""
+"""Contract of all kinds of leased work (jobs, imports, exports), on each kind of database."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def submit_model_export(database: Database, account: str) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of leased work on one database."""
+    """Kind of leased work on one database."""
 
     database: Database
     table: type[QueuedWork]
     add: Callable[[Database, str], str]
     fail: Callable[..., Any]
-    """Ends a work that a lease holds with a failure."""
+    """Ends leased work with a failure."""
     most_crashes: int
 
     def submit(self, account: str = ACCOUNT) -> str:

@@ -1,4 +1,4 @@
-"""Addresses of data: who can read what, and that nothing is told of what is not theirs."""
+"""Addresses of data: rights, and errors that reveal nothing about other accounts."""
 
 from __future__ import annotations
 

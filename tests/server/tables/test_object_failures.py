@@ -1,4 +1,4 @@
-"""Databases that fail while rows of new objects are written: no file stays that no row names."""
+"""Database failures while rows of new objects are written: no unnamed file remains."""
 
 from __future__ import annotations
 

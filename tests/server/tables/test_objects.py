@@ -1,4 +1,4 @@
-"""The object store below its API: what a death in the middle leaves, and who sees what."""
+"""The object store below its API: interrupted writes and rights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of models go when nothing needs them any more, in whatever order their models are deleted."""
+"""Files of models are deleted when no model needs them, in any order of deletion."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(name: str) -> Path:
 
 
 def left() -> set[str]:
-    """Models that are on disk; runs are of such models."""
+    """Return the models on disk. Runs belong to these models."""
     models = {each.folder.name for each in custom_models()}
     runs = {path.name for path in (luthier_home() / "runs" / "tiny").iterdir()}
     assert runs <= models
@@ -120,7 +120,7 @@ def recorded(database: Database, stored_id: str) -> CustomModel:
 
 
 class Killed(BaseException):
-    """As if the process were not there any more."""
+    """Replacement for a killed process."""
 
 
 def test_a_deletion_that_was_killed_behind_its_record_is_finished(

@@ -1,4 +1,4 @@
-"""What accounts store is counted as it changes, to the byte, and held below their quotas."""
+"""Stored bytes of accounts: exact counts, and quotas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PART = 5 << 20
 
 
 class Store:
-    """An object store and what is counted of it."""
+    """Object store with the counted bytes."""
 
     def __init__(self, database: Database, quotas: AccountQuotas) -> None:
         self.database, self.objects = database, Objects(database, quotas=quotas)
