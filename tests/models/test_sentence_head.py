@@ -23,7 +23,7 @@ from luthier.exports.writer import export
 from luthier.inference.embeddings import embedding_notes
 from luthier.inference.prediction import Predictor
 from luthier.library.models import find
-from luthier.models.external import choose
+from luthier.models.external import select_files
 from luthier.recipe import Recipe
 
 TEXTS = ["the quick brown fox", "jumps over the lazy dog and over the fox", "What is it"]
@@ -278,7 +278,7 @@ def test_pickled_dense_layers_are_refused(new_folder: Callable[..., Path]) -> No
     assert refused.value.rule == "sentence.weights"
     files = ["config.json", "model.safetensors", "tokenizer.json", "2_Dense/pytorch_model.bin"]
     with pytest.raises(ModelRefused) as refusal:
-        choose([(name, 1) for name in files])
+        select_files([(name, 1) for name in files])
     assert refusal.value.problem.rule == "model.pickle"
 
 
@@ -292,7 +292,7 @@ def test_files_of_a_sentence_encoder_are_imported() -> None:
     own = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
     own += ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
     names = ["config.json", "model.safetensors", "tokenizer.json", *own, "README.md"]
-    chosen = choose([(name, 1) for name in names])
+    chosen = select_files([(name, 1) for name in names])
     assert {name for name, _ in chosen.files} >= {*own} and chosen.left == ("README.md",)
 
 
