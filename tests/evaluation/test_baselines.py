@@ -1,4 +1,4 @@
-"""Simple baselines, on rows whose right answers are plain to see."""
+"""Baselines on rows with obvious answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def labelled(count: int) -> list[Row]:
 
 
 def states_of(train: list[Row], held: list[Row], read: int | None = None) -> States:
-    """The label is the direction, beside some noise."""
+    """Return states with the label as the direction, and some noise."""
     generator = torch.Generator().manual_seed(0)
 
     def made(rows: list[Row]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Grading: what is asked, what is compared, what the scores are."""
+"""Evaluation: prompts, comparisons and scores."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_raw_text_has_no_reply() -> None:
 
 
 def test_rows_may_only_ask_where_a_grader_needs_no_reply(tmp_path: Path) -> None:
-    """And what it names of them is there, whatever they are."""
+    """Templates can name any key of the prompts."""
     data = tmp_path / "rows.jsonl"
     chat = {"messages": [{"role": "user", "content": "Hi"}], "name": "Ann"}
     data.write_text(json.dumps(chat) + "\n")
@@ -226,7 +226,7 @@ def test_there_must_be_a_reply_for_each_row() -> None:
 
 
 def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) -> None:
-    """The expected replies are the model's own, but for one."""
+    """All expected replies except one are the model's own replies."""
     model = luthier.load(str(tiny_model_folder))
     prompts = ["say fox", "say dog", "say cat"]
     replies = model.generate(prompts, max_tokens=8)

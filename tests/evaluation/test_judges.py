@@ -1,4 +1,4 @@
-"""A judge compared with people: what it prefers, what the order does, and what it likes too much."""
+"""Agreement of a judge with people: preferences, order and length bias."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def replies(conversation: Sequence[Message]) -> list[str]:
 
 
 def by(score: Callable[[str, int], int]) -> Ruler:
-    """A judge that scores a reply by itself and by where it stands."""
+    """Return a judge that scores a reply by content and position."""
 
     def writer(conversations: Conversations) -> list[str]:
         return [

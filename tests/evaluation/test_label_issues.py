@@ -1,4 +1,4 @@
-"""Rows whose label is probably wrong: against formulas written out, and where nothing is said."""
+"""Suspicious labels: against written-out formulas, and data without a result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLIPPED = (3, 50, 187)
 
 
 def clusters(rows: int, spread: float = 1.0) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    """Points around three corners, and the corner that each belongs to."""
+    """Return points around three corners, and the corner of each point."""
     generator = torch.Generator().manual_seed(1)
     class_N = torch.arange(rows) % 3
     corners_NH = 5 * torch.eye(3, 6)[class_N]
@@ -33,7 +33,7 @@ def clusters(rows: int, spread: float = 1.0) -> tuple[torch.Tensor, NDArray[np.i
 
 
 def flipped(rows: int = 240) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    """The same, with some in the middle of one class and labelled as another."""
+    """Return clusters with some points in the middle of one class and the label of another class."""
     points_NH, class_N = clusters(rows)
     points_NH[[*FLIPPED]] = 6 * torch.eye(3, 6)[class_N[[*FLIPPED]]]
     class_N[[*FLIPPED]] = (class_N[[*FLIPPED]] + 1) % 3
@@ -123,7 +123,8 @@ def test_too_few_rows_say_nothing() -> None:
 
 
 def test_labels_that_the_states_do_not_tell_are_left_alone() -> None:
-    """One of ten rows has the rarer label, whatever its state: its neighbours never do."""
+    """One of ten rows has the rare label, independent of the state, so neighbours never have the
+    label."""
     generator = torch.Generator().manual_seed(0)
     points_NH = torch.randn(1000, 6, generator=generator)
     class_N = (np.random.default_rng(0).random(1000) < 0.1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Linear models on fixed features, on points whose answer is known."""
+"""Linear models on fixed features, on points with a known solution."""
 
 from __future__ import annotations
 

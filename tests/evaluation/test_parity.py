@@ -1,4 +1,4 @@
-"""How networks are held beside each other, and which models the gate refuses."""
+"""Comparison of networks, and rejection of models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def backend_of(model: Any) -> Any:
 
 
 def naive_greedy(model: Any, prompt: Any, count: int) -> list[int]:
-    """By transformers' own forward over the whole text at every step."""
+    """Generate with transformers' forward pass over the whole text at every step."""
     ids = prompt.tolist()
     with torch.no_grad():
         for _ in range(count):
@@ -153,7 +153,7 @@ def test_a_comparison_has_the_divergence_of_both_and_the_first_difference() -> N
 
 
 def test_next_tokens_are_found_at_their_places(tiny_llama: Callable[..., Any]) -> None:
-    """Rows that share a beginning share its places, which are those of the first row."""
+    """Rows with a common beginning share the positions of the first row."""
     model, plain = tiny_llama(), tiny_llama().eval()
     texts = [[5, 6, 7, 8, 9], [5, 6, 7, 30, 31, 32], [40, 41, 42]]
     weights = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 1]]

@@ -1,4 +1,4 @@
-"""Places at which partners are found, counted by hand."""
+"""Ranks of partners, counted by hand."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_many_anchors_are_ranked_in_parts() -> None:
 
 
 def bm25(query: str, texts: Sequence[str]) -> list[float]:
-    """As Lucene has it (k1 = 1.5, b = 0.75), written out; words of one letter are left out."""
+    """Compute BM25 as in Lucene (k1 = 1.5, b = 0.75). Words of one letter are ignored."""
     documents = [[word for word in text.split() if len(word) > 1] for text in texts]
     average = sum(map(len, documents)) / len(documents)
     found = []

@@ -16,7 +16,7 @@ from luthier.evaluation.transcription import (
 
 
 def edits(one: str | list[str], other: str | list[str]) -> int:
-    """Levenshtein's distance by its definition."""
+    """Return the Levenshtein distance by definition."""
     if not one or not other:
         return len(one) + len(other)
     same = one[0] == other[0]

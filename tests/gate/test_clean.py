@@ -1,4 +1,4 @@
-"""Whole cleanings: what the gate found is gone, nothing else is, and every change is in the log."""
+"""Complete cleanings: dropped rows, unchanged rows and the change log."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> tuple[Path, Path]:
-    """120 rows with faults at known places, and held-out rows of which training rows give some away."""
+    """Return 120 rows with faults at known lines, and held-out rows with leaks."""
     rows: list[Any] = labelled(120)
     held = labelled(30, seed=1)
     rows[10] = dict(rows[5])  # copy

@@ -1,4 +1,4 @@
-"""Plans: what can be asked for, from Python and from a TOML file, and what is said of what cannot."""
+"""Cleaning plans from Python and TOML, and errors in plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Personal data is replaced, and everything else stays as it was."""
+"""Replacement of personal data in rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole gate on small files: what is counted, where, and what the objective says of all rows."""
+"""Complete inspections of small files: counts, places and rejections of the objective."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_the_objective_judges_all_rows_together_as_a_job_does(
     test: list[Any],
     rules: dict[str, int],
 ) -> None:
-    """Batches of few rows: one of a single class must not look like data of a single class."""
+    """Small batches: a batch with a single class is not data with a single class."""
     monkeypatch.setattr("luthier.gate.scan.ROWS", 1)
     held = written(tmp_path / "test.jsonl", *test) if test else None
     data = written(tmp_path / "a.jsonl", *train)

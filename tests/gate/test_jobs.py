@@ -1,4 +1,4 @@
-"""A job inspects its rows before it trains: warnings are said and kept, errors refuse it."""
+"""Data checks of a job: warnings before training, rejection on errors."""
 
 from __future__ import annotations
 

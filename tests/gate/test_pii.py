@@ -1,6 +1,6 @@
-"""What is found and what is not: published test numbers, forms that vendors document, near misses.
+"""Detected items and near misses: published test numbers and formats from vendor documentation.
 
-Keys are put together at run time, so that scanners of source code find none here.
+Keys are assembled at run time, so that scanners of source code find no key.
 """
 
 from __future__ import annotations

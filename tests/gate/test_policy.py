@@ -1,4 +1,4 @@
-"""A policy names rules that there are, and cannot make rows trainable that cannot be trained on."""
+"""Policies: known rules only, and rules with a fixed severity."""
 
 from __future__ import annotations
 

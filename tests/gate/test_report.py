@@ -44,7 +44,7 @@ VOID = {"meta", "input", "br", "hr"}
 
 
 class Tags(HTMLParser):
-    """All tags with their attributes; fails where they do not close in order."""
+    """Tags with attributes. Fails if tags do not close in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

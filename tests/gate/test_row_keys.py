@@ -1,4 +1,4 @@
-"""Rows that ask the same stay together, unless that were most of them."""
+"""Groups of rows with equal input, unless most rows are equal."""
 
 from __future__ import annotations
 

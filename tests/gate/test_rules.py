@@ -1,4 +1,4 @@
-"""Counts are exact, places are bounded, policy has the last word, all rows that must go are blamed."""
+"""Exact counts, bounded findings, severities of policies, and rows to drop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring in other processes: the same report as in one, in the same order."""
+"""Worker processes: equal reports in equal order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs of replies in their sandbox: good ones, bad ones and hostile ones."""
+"""Programs in the sandbox: correct, wrong and hostile programs."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ def answer(reply: str, tests: str | None = "assert add(1, 2) == 3") -> Answer:
 
 
 def left_over() -> list[str]:
-    """Command lines of processes that sandboxes left behind.
+    """Return the command lines of orphaned sandbox processes.
 
-    Those that tests beside these still run have one of their processes above them; what is left behind
-    has none, or this one.
+    Sandboxes of parallel tests have a running ancestor. An orphan has no ancestor, or this process.
     """
     beside = {each.pid for each in psutil.Process(os.getppid()).children()} - {os.getpid()}
     lines = []
@@ -188,7 +187,7 @@ def test_hostile_code_scores_0_within_its_limits(name: str) -> None:
 def test_what_the_sandbox_keeps_from_code(
     code: str, tests: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of these passes its tests, and the tests say what the code could not do."""
+    """Each program passes its tests, and the tests state the blocked action."""
     import socket
 
     monkeypatch.setenv("SECRET", "sk-123")
@@ -219,7 +218,7 @@ while len(os.listdir(".")) < 8:
 @isolated
 @pytest.mark.parametrize(("each", "passed"), [(8, True), (100, False)])
 def test_memory_is_limited_in_all(each: int, passed: bool) -> None:
-    """Daemons in sessions of their own, each of which may have as much."""
+    """Start daemons in separate sessions, each below the limit."""
     started = time.monotonic()
     assert passes(EIGHT.format(each=each), "pass", Limits(seconds=30, memory_mb=256)) is passed
     assert time.monotonic() - started < 25
@@ -227,7 +226,7 @@ def test_memory_is_limited_in_all(each: int, passed: bool) -> None:
 
 
 def test_a_process_that_ends_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory can be read once, and is gone at the next look."""
+    """The memory can be read once; then the process is gone."""
     sizes = iter(["100 40 30"])
     monkeypatch.setattr(sandbox_child, "children", lambda proc, pid: [2] if pid == 1 else [])
     monkeypatch.setattr(sandbox_child, "read", lambda proc, pid, name: next(sizes, ""))

@@ -1,4 +1,4 @@
-"""Cosines of what an encoder makes of two texts."""
+"""Cosines of the embeddings of two texts."""
 
 from __future__ import annotations
 

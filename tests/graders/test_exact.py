@@ -1,4 +1,4 @@
-"""Graders that compare texts as they are."""
+"""Exact comparison of texts."""
 
 from __future__ import annotations
 

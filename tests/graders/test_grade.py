@@ -1,4 +1,4 @@
-"""Graders that raise, hang, or give nonsense."""
+"""Graders that raise errors, hang or return invalid scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Own(Grader):
 
 
 class AtOnce(Own):
-    """The same, with all answers of a batch in one call."""
+    """A grader with all answers of a batch in one call."""
 
     @property
     def prefers_batches(self) -> bool:
@@ -40,7 +40,7 @@ class AtOnce(Own):
 
 
 def by_name(reply: str) -> Any:
-    """A hostile grader: what it does is what it reads."""
+    """Misbehave as the reply demands."""
     match reply:
         case "raise":
             raise KeyError("no such thing")

@@ -1,4 +1,4 @@
-"""Replies that are to be JSON."""
+"""Replies that must be JSON."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_patterns_are_bounded_in_time() -> None:
 
 
 def alternatives(levels: int) -> dict[str, Any]:
-    """A schema of references that takes two to the power of ``levels`` steps."""
+    """Return a schema of references that takes 2 ** ``levels`` steps."""
     either = [{"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(levels)]
     defined = {f"a{n}": each for n, each in enumerate(either)}
     return {"$defs": {**defined, f"a{levels}": {"type": "string"}}, "$ref": "#/$defs/a0"}

@@ -1,4 +1,4 @@
-"""A judge that is a function; what it reads and how its verdicts are read."""
+"""Judges as functions: prompts and parsing of verdicts."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_judge_that_is_down_is_an_error_for_every_row() -> None:
 
 
 class Opener:
-    """Opens whatever is named, and remembers who it was."""
+    """Opens any model and records the id."""
 
     def __init__(self, *verdicts: str | Failure) -> None:
         self.verdicts, self.opened = list(verdicts), list[tuple[str, str | None]]()

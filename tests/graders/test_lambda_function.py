@@ -1,4 +1,4 @@
-"""Handlers of Lambda functions as graders: what they are given, and what becomes of bad ones."""
+"""Lambda handlers as graders: events, results and errors."""
 
 from __future__ import annotations
 

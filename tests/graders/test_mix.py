@@ -1,4 +1,4 @@
-"""Several graders as one."""
+"""Combination of several graders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def answer(reply: str, expected: str | None = "#### 42") -> Answer:
 
 
 class Length(Grader):
-    """As a reward model: any number."""
+    """A grader with unbounded scores, like a reward model."""
 
     method: str = "length"
     needs_expected = False

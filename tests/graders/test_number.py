@@ -1,4 +1,4 @@
-"""The last number of a reply, and GSM8K."""
+"""Final numbers of replies, and GSM8K."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_huge_replies_take_little_time() -> None:
 @needs_data("gsm8k")
 @pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
 def test_every_answer_of_gsm8k(name: str) -> None:
-    """Gold answers score 1, whole or as a sentence; those with another result 0."""
+    """Gold answers score 1, complete or as a sentence. Answers with another result score 0."""
     drawn = random.Random(0)
     rows = [json.loads(line) for line in (GSM8K / name).read_text().split("\n") if line]
     assert len(rows) == {"train.jsonl": 7473, "test.jsonl": 1319}[name]

@@ -1,4 +1,4 @@
-"""Several replies to one prompt, compared by one verdict of a judge that is a function."""
+"""Several replies to one prompt in one verdict, with a function as the judge."""
 
 from __future__ import annotations
 

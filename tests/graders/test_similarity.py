@@ -42,7 +42,7 @@ def test_the_longest_common_subsequence_of_words(first: list[str], second: list[
 
 
 def bits(first: str, second: str) -> int:
-    """One column of the table as one whole number (Hyyrö 2004), for long texts."""
+    """Compute the LCS with a column of the table as an integer (Hyyrö 2004), for long texts."""
     places: dict[str, int] = {}
     for index, item in enumerate(second):
         places[item] = places.get(item, 0) | 1 << index

@@ -1,4 +1,4 @@
-"""Graders from names, tables and files, and what all of them promise."""
+"""Graders from names, tables and files, and the contract of all graders."""
 
 from __future__ import annotations
 

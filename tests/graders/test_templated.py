@@ -179,7 +179,7 @@ def test_a_function_that_takes_too_long() -> None:
 
 
 class Opens:
-    """A judge that says what it is told to."""
+    """Opens a judge with fixed verdicts."""
 
     def __init__(self, *replies: str | Failure) -> None:
         self.replies, self.asked = list(replies), [list[Message]()]

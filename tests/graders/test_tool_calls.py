@@ -1,4 +1,4 @@
-"""Calls of tools in replies beside those that were expected."""
+"""Tool calls of replies compared with expected calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many rows are few, by what a row of each shape can teach."""
+"""Minimum number of rows for each shape."""
 
 from __future__ import annotations
 

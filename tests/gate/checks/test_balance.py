@@ -1,4 +1,4 @@
-"""Counts of labels, and what is wrong with them."""
+"""Label counts, and findings about labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base whose tokenizer does not know the language of the rows is warned of, and no other."""
+"""Warning about base models whose tokenizer does not know the language of the rows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ TH = [
 
 
 def trained_on(texts: Iterator[str], size: int) -> Any:
-    """A byte-level BPE tokenizer, as SmolLM2 has one."""
+    """Train a byte-level BPE tokenizer like SmolLM2's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -114,7 +114,7 @@ def gate(chat: ChatFormat, given: list[Row], objective: str | None = None) -> Re
 
 
 def found(report: Report) -> tuple[str, str] | None:
-    """Message and fix of the one finding, or nothing."""
+    """Return message and fix of the only finding."""
     kept = report.findings.examples.get("base.language", [])
     assert len(kept) < 2 and report.findings.counts.total() == len(kept)
     return (kept[0].message, kept[0].fix) if kept else None

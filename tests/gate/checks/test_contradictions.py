@@ -1,4 +1,4 @@
-"""Rows that ask the same and teach something else, of each shape."""
+"""Rows with equal input and different targets, in each shape."""
 
 from __future__ import annotations
 

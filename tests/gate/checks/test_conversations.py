@@ -1,4 +1,4 @@
-"""Conversations inside texts, and calls of functions that the row does not declare."""
+"""Conversations inside texts, and calls of undeclared functions."""
 
 from __future__ import annotations
 

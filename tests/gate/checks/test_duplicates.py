@@ -36,7 +36,7 @@ def labelled(*pairs: tuple[str, str], file: str = "train.jsonl") -> list[Row]:
 
 
 def found(report: Report, rule: str) -> list[list[int]]:
-    """Lines of each finding of ``rule``, the first row's before the others."""
+    """Return the lines of each finding of ``rule``, original first."""
     places = report.findings.examples.get(rule, [])
     return [[each.place.line, *(other.line for other in each.others)] for each in places]
 
@@ -95,7 +95,7 @@ def test_rows_that_differ_in_numbers_are_a_note() -> None:
     ],
 )
 def test_an_answer_makes_rows_different(shape: Any) -> None:
-    """Also under a long instruction that all rows share, and for one question with many answers."""
+    """Different answers, also below a long common instruction and for one question."""
     report = report_of(
         rows(
             shape(LONG, "on Monday, if nothing comes between, before noon"),

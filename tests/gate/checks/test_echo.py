@@ -1,4 +1,4 @@
-"""Replies that repeat the prompt are reported with file, line and fix."""
+"""Replies that repeat the prompt: file, line and fix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ASKED = "Which river flows through Vienna?"
 
 
 def lines(*records: dict[str, Any]) -> list[int]:
-    """Lines with a finding; each record is read as the first of its file, so that shapes may differ."""
+    """Return the lines with a finding. Each record is a file, so shapes may differ."""
     problems: list[Any] = []
     rows = [Checker("rows.jsonl", problems).row(n, record) for n, record in enumerate(records, 1)]
     assert not problems

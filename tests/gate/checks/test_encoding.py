@@ -24,7 +24,7 @@ def rules(text: str) -> list[str]:
 
 
 def read_as(text: str, encoding: str) -> str:
-    """UTF-8 read as ``encoding``; the five bytes that Windows-1252 leaves free stay what they are."""
+    """Decode UTF-8 as ``encoding``; bytes unknown to Windows-1252 stay."""
     parts = [bytes([byte]) for byte in text.encode()]
     return "".join(part.decode(encoding, "ignore") or part.decode("latin-1") for part in parts)
 

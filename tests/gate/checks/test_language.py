@@ -1,4 +1,4 @@
-"""Strays are found among many rows of one language; data sets of two languages are left alone."""
+"""Rows in a rare language, and data sets in two languages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gate says a model would learn is what training encodes."""
+"""Equality of the reported training input and the encoding in training."""
 
 from __future__ import annotations
 

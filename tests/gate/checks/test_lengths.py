@@ -1,4 +1,4 @@
-"""Rows that stand out among many, and none where the rows are merely different."""
+"""Length outliers, and data without outliers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gate(*rows: tuple[str, str]) -> Report:
 
 
 def usual(count: int = 300, seed: int = 0) -> list[tuple[str, str]]:
-    """Prompts and answers of 55 to 400 characters, with answers that begin differently."""
+    """Return prompts and answers of 55 to 400 characters, with different openings."""
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.uniform(4, 6, (count, 2))).astype(int)
     return [(f"{n} q " + "a " * (one // 2), f"{n} t " + "b " * (two // 2)) for n, (one, two) in

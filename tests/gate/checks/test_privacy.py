@@ -1,4 +1,4 @@
-"""Items are counted by kind and row, and no finding or summary holds one."""
+"""Counts of personal data by kind and row, without quotes in findings and summaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replies whose white space the chat template removes."""
+"""Replies that lose white space in the chat template."""
 
 from __future__ import annotations
 
