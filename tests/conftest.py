@@ -1,4 +1,4 @@
-"""Tiny models and a tiny tokenizer, made from a seed; a store of its own for each test."""
+"""Fixtures: tiny models and a tiny tokenizer from a seed, and a separate store per test."""
 
 from __future__ import annotations
 
@@ -52,15 +52,14 @@ LONGEST = {
     "exports/test_onnx.py",
     "test_processes.py",
 }
-"""Files of few tests that take more than 10 s each."""
+"""Files with few tests of more than 10 s each."""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a slow test an hour, the others what pyproject.toml says; begin with the longest files.
+    """Set an hour as time limit of slow tests, and start with the longest files.
 
-    Left to itself xdist begins with the files of most tests, and would end with one worker alone in a
-    test that takes most of a minute.
+    By default, xdist starts with the files of most tests and ends with a single busy worker.
     """
     for item in items:
         if item.get_closest_marker("slow"):
@@ -75,11 +74,11 @@ _FREEZE, _UNFREEZE = gc.freeze, gc.unfreeze
 
 
 def pytest_collection_finish() -> None:
-    """Let no pass of the garbage collector look at what collecting has made.
+    """Exclude the collected objects from garbage collection.
 
-    It is 1.1 million objects, most of a second in each full pass, of which a model pool makes one for
-    each base it loads. The pool thaws all that is frozen as it closes, these objects too: here it
-    freezes and thaws nothing, but in tests of ``freezing``.
+    1.1 million objects take most of a second per full collection, and a model pool collects once
+    per base. The pool would unfreeze these objects on close, so freezing is off except in tests of
+    ``freezing``.
     """
     gc.collect()
     gc.freeze()
@@ -88,7 +87,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def freezing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the product freezes and thaws is frozen and thawed; nothing is frozen at first."""
+    """Enable freezing of objects; no object is frozen at the start."""
     monkeypatch.setattr(gc, "freeze", _FREEZE)
     monkeypatch.setattr(gc, "unfreeze", _UNFREEZE)
     gc.unfreeze()
@@ -101,9 +100,9 @@ _STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Note where the terminal is, before a test's output is captured.
+    """Store the terminal before pytest captures output.
 
-    Where there are to be workers, what they have commands forked from begins to import.
+    With xdist, the fork server of commands starts its imports.
     """
     config.stash[_STDERR] = os.dup(sys.__stderr__.fileno())
     if getattr(config.option, "tx", None):
@@ -118,11 +117,10 @@ def _exit_later(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Where a test's time limit cannot end it, say where each thread stands, and exit.
+    """Print all stacks and exit if the time limit cannot end a test.
 
-    The limit is a signal, which native code does not hear, and which comes once: one that fails by it
-    can wait in the end of its fixtures for ever. Instead of a run that names no test, there is a worker
-    that "crashed while running" one.
+    The limit is a single signal, and native code ignores signals. Fixture teardown after the signal
+    can hang. The exit gives "crashed while running" with the test's name.
     """
     _exit_later(item)
     try:
@@ -133,16 +131,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
-    """Begin to wait anew: pytest stops waiting at a failure."""
+    """Restart the timer: pytest cancels the timer at a failure."""
     if isinstance(node, pytest.Item):
         _exit_later(node)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread gains nothing, and waits where other work runs.
+    """Use one thread: for tiny tensors a second thread gains nothing and waits for other work.
 
-    Runs inside a test take all cores, as they do for a user, and would leave that to the next test.
+    Runs inside a test use all cores and would leave that setting to the next test.
     """
     torch.set_num_threads(1)
     yield
@@ -151,10 +149,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def pictures_drawn_once() -> Iterator[None]:
-    """Curves of runs in this process are drawn once for each set of metrics, and copied from then on.
+    """Draw the curves of runs once per set of metrics, and copy the images.
 
-    To draw them is a quarter of a short run. What they show is tested in test_metrics.py; commands and
-    workers, which are processes of their own, draw theirs.
+    Drawing takes a quarter of a short run. test_metrics.py tests the content. Commands and workers
+    are separate processes with their own curves.
     """
     from luthier.engine import model_writer
     from luthier.files import write_bytes
@@ -178,7 +176,7 @@ def pictures_drawn_once() -> Iterator[None]:
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are opened in float32 on one processor thread, whatever this machine would choose."""
+    """Open models in float32 on one thread, regardless of the machine."""
     from luthier.engine import machine as machines
 
     machine = machines.Machine(torch.device("cpu"), torch.float32, 1, "a test")
@@ -187,7 +185,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def luthier_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store that the test cannot leave."""
+    """An empty store for one test."""
     home = tmp_path / "luthier-home"
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     return home
@@ -201,7 +199,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def new_tokenizer() -> Callable[..., Any]:
-    """``new_tokenizer(template, special, eos)`` makes one with other turns and special tokens."""
+    """``new_tokenizer(template, special, eos)`` returns a tokenizer with other turns and special
+    tokens."""
     return make_tokenizer
 
 
@@ -225,7 +224,7 @@ def tiny_gpt2() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_palm() -> Callable[..., Any]:
-    """``tiny_palm(seed=…)`` makes a PalmForCausalLM: parallel layers, one key head, tied head."""
+    """``tiny_palm(seed=…)`` returns a PalmForCausalLM: parallel layers, one key head, tied head."""
     return make_palm
 
 
@@ -237,13 +236,13 @@ def tiny_transfo_xl() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_elmo() -> Callable[..., Any]:
-    """``tiny_elmo(kind=…, seed=…)`` makes a network of ELMo's family, by the name of its class."""
+    """``tiny_elmo(kind=…, seed=…)`` returns a network of ELMo's family by class name."""
     return make_elmo
 
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A Hugging Face directory: tiny Llama, tokenizer and chat template. Not to be written to."""
+    """A read-only Hugging Face folder: tiny Llama, tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     model = make_llama(eos_token_id=tokenizer.eos_token_id)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -255,7 +254,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) 
 
 @pytest.fixture(scope="session")
 def thinking_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``thinking_folder(kind)``: the directory of a model that was tuned to think before it answers."""
+    """``thinking_folder(kind)`` returns the folder of a reasoning model."""
 
     @cache
     def make(kind: str) -> Path:
@@ -270,7 +269,7 @@ def thinking_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``family_folder(name)``: a Hugging Face directory of a tiny pre-trained network of a family."""
+    """``family_folder(name)`` returns a Hugging Face folder of a tiny network of a family."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -334,8 +333,8 @@ TROCR = {
 
 
 def make_image_family(name: str, folder: Path) -> None:
-    """A tiny network for images of 9 x 7 (TrOCR's and CLIP's: 16 x 16, VGG's: 32 x 32), and how it
-    reads them."""
+    """Write a tiny network for images of 9 x 7 (TrOCR, CLIP: 16 x 16, VGG: 32 x 32) with its
+    processor."""
     from luthier.data.inputs import save_processor
     from luthier.media.processors import ImageProcessor
     from luthier.models.build import build_media
@@ -373,7 +372,7 @@ def make_image_family(name: str, folder: Path) -> None:
 
 
 def make_sound_family(name: str, folder: Path) -> None:
-    """A tiny classifier of transformers with the feature extractor that is published with such."""
+    """Write a tiny audio classifier with the published feature extractor."""
     import transformers
 
     rate, reads = 8_000, {"max_length": 40, "num_mel_bins": 16}
@@ -464,14 +463,14 @@ PUBLISHED_PROCESSORS: dict[str, dict[str, Any]] = {
         "image_std": [0.5, 0.5, 0.5],
     },
 }
-"""How images are read, in the words of what is published with such networks."""
+"""Published preprocessor settings of image networks."""
 
 
 def make_vision_family(name: str, folder: Path) -> None:
-    """A tiny classifier of transformers for images of 32 x 32.
+    """Write a tiny transformers classifier for images of 32 x 32.
 
-    Its batch norms hold the statistics of two batches: with those that they are drawn with, nothing of
-    an image would be left behind the last layer.
+    The batch norms have the statistics of two batches: with random statistics, the last layer would
+    lose the image.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -497,7 +496,7 @@ def make_vision_family(name: str, folder: Path) -> None:
 
 
 def make_clip(tokenizer: Any) -> Any:
-    """Encoders of images of 16 x 16 and of texts of at most 40 tokens, of three layers each."""
+    """Return encoders for images of 16 x 16 and for text of at most 40 tokens, three layers each."""
     from transformers import CLIPConfig, CLIPModel
 
     sizes: dict[str, Any] = {
@@ -537,7 +536,8 @@ def tiny_pipeline() -> Callable[..., Any]:
 
 
 def make_pipeline(**noise: Any) -> Any:
-    """One whose text encoder reads letters, 48 at most; ``noise`` are settings of its scheduler."""
+    """Return a pipeline whose text encoder takes at most 48 letters; ``noise`` configures the
+    scheduler."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as UNet
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -603,9 +603,9 @@ def make_pipeline(**noise: Any) -> Any:
 
 
 def make_wordpiece() -> Any:
-    """Lower-case word pieces between [CLS] and [SEP], as BERT has them.
+    """Return a lower-case WordPiece tokenizer with [CLS] and [SEP], like BERT.
 
-    The library's trainer breaks ties by chance: other pieces, and other results, in each process.
+    The library's trainer breaks ties randomly, which would give other results in each process.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -635,7 +635,7 @@ def make_wordpiece() -> Any:
 
 
 def make_family(name: str, tokenizer: Any) -> Any:
-    """A tiny network of a family with its pre-training head."""
+    """Return a tiny network of a family with its pre-training head."""
     import transformers
 
     if name == "llama":
@@ -671,7 +671,7 @@ def make_family(name: str, tokenizer: Any) -> Any:
 
 
 def make_padded(name: str, tokenizer: Any) -> Any:
-    """Networks whose attention has relative positions of its own."""
+    """Return a network whose attention has its own relative positions."""
     import transformers
 
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -694,7 +694,7 @@ def make_padded(name: str, tokenizer: Any) -> Any:
 
 
 def make_t5_tokenizer() -> Any:
-    """Byte-level pieces closed by ``</s>``, with sentinels for spans, as T5 has them."""
+    """Return a byte-level tokenizer with ``</s>`` and span sentinels, like T5."""
     from tokenizers import processors
 
     sentinels = tuple(f"<extra_id_{n}>" for n in range(20))
@@ -707,7 +707,7 @@ def make_t5_tokenizer() -> Any:
 
 
 def make_xlnet_tokenizer() -> Any:
-    """Byte-level pieces closed by ``<sep><cls>``, as XLNet has them."""
+    """Return a byte-level tokenizer that ends with ``<sep><cls>``, like XLNet."""
     from tokenizers import processors
 
     special = ("<pad>", "<sep>", "<cls>", "<mask>")

@@ -1,4 +1,4 @@
-"""Public data sets that some tests read: ``LUTHIER_TEST_DATA`` names the folder that holds them."""
+"""Public data sets of some tests in the folder ``LUTHIER_TEST_DATA``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FOLDER = Path(os.environ.get("LUTHIER_TEST_DATA", "/nonexistent"))
 
 
 def needs_data(name: str) -> pytest.MarkDecorator:
-    """Skip a test where the data set ``name`` is not there."""
+    """Skip a test if the data set ``name`` is missing."""
     return pytest.mark.skipif(
         not (FOLDER / name).is_dir(), reason=f"LUTHIER_TEST_DATA names no folder with {name}"
     )

@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand: what they import must be there all the same."""
+"""Tests of the imports of benchmarks, which run by hand only."""
 
 from __future__ import annotations
 

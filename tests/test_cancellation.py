@@ -1,4 +1,4 @@
-"""Work that can be ended: while it runs, and never after."""
+"""Tests of cancellation: work can be ended while running, not after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files in ``deploy/``: what they start exists, and takes the options that it is given."""
+"""Tests of ``deploy/``: started programs exist and accept the options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors carry their problems, compose one message, and survive the way to another process."""
+"""Tests of errors: problems, composed message, transfer between processes."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_errors_cross_processes_with_class_and_problems(error: LuthierError) -> 
 
 def test_foreign_classes_are_restored_as_the_nearest_base() -> None:
     class Closer(RecipeError):
-        """An error of another module."""
+        """An error class of another module."""
 
         def __init__(self, code: int) -> None:
             super().__init__(f"code {code}", rule="closer")

@@ -311,7 +311,7 @@ def test_a_store_that_is_a_file_is_named_with_its_variable(
 
 
 def test_a_full_disk_is_known_by_what_safetensors_makes_of_it(tmp_path: Path) -> None:
-    """``save_file`` on a full tmpfs raised this; it is no OSError."""
+    """``save_file`` raised this error on a full tmpfs; the error is not an OSError."""
     from safetensors import SafetensorError
 
     text = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -349,7 +349,7 @@ def test_need_disk_looks_at_the_nearest_folder_that_exists(
 
 
 def test_sweep_of_one_folder_leaves_its_neighbours_to_others(tmp_path: Path) -> None:
-    """Who sweeps ``x`` holds the lock on ``x``, and not on ``x-1``."""
+    """A process that sweeps ``x`` has the lock of ``x``, not of ``x-1``."""
     with new_folder(tmp_path / "x-1") as other, new_folder(tmp_path / "x") as fresh:
         sweep(tmp_path, "x")
         assert not fresh.exists()

@@ -1,4 +1,4 @@
-"""Text of others: what would act on a terminal or a page is seen, and the rest is as it was."""
+"""Tests of escaping: unsafe characters become visible, other text stays unchanged."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Each shell block of the guide, run as it stands (slow): a page from top to bottom in one folder.
+"""Runs of each shell block of the guide (slow), page by page in one folder.
 
-Blocks behind ``<!-- not run: reason -->`` are left out, and lines that install an extra. The files that
-a page names are short cuts of the sample data, so that a run takes seconds.
+Blocks after ``<!-- not run: reason -->`` and lines that install extras are skipped. The files of a
+page are short samples, so a run takes seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HOME = luthier_home()
 
 
 def runnable(page: Path) -> list[tuple[str, str]]:
-    """Language and text of each block that is run; of a service's page nothing is."""
+    """Return language and text of each runnable block; none for pages about the service."""
     found = []
     for skipped, language, body in BLOCK.findall(page.read_text()):
         lines = [line for line in body.splitlines() if not line.startswith("pip install")]
@@ -54,7 +54,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def make_files(folder: Path) -> None:
-    """What the pages call the reader's own data."""
+    """Create the reader's own data files of the pages."""
     write(
         folder / "my.jsonl", sample("train.jsonl", 60)
     )  # of fewer `inspect` warns, and ends with 1
@@ -119,7 +119,7 @@ def make_files(folder: Path) -> None:
 
 
 def make_media(folder: Path) -> None:
-    """Captioned pictures of three shapes, two files of strokes for digits, and high and low tones."""
+    """Create captioned images of three shapes, two files of digit strokes, and high and low tones."""
     random = np.random.default_rng(0)
     for name, count in (("digits", 100), ("test", 20)):
         labels_N = np.arange(count) % 10

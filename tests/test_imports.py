@@ -1,4 +1,4 @@
-"""What importing costs, what is public, and which way imports go."""
+"""Tests of import time, public names and import directions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_recipes_and_the_sdk_load_no_torch(code: str) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [("", "5000"), ("900", "900")])
 def test_waiting_threads_do_not_spin_for_long(before: str, after: str) -> None:
-    """OpenMP reads it when torch is loaded."""
+    """OpenMP reads the variable when torch is loaded."""
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     environment |= {"GOMP_SPINCOUNT": before} if before else {}
     code = "import luthier, os; print(os.environ['GOMP_SPINCOUNT'])"

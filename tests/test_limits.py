@@ -1,4 +1,4 @@
-"""Limits as the command line names them."""
+"""Tests of limits on the command line."""
 
 from __future__ import annotations
 

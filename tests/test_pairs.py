@@ -1,4 +1,5 @@
-"""Every objective with every adaptation on every family: it trains, or is refused with the reason."""
+"""Every objective with every adaptation on every family: training works, or is rejected with a
+reason."""
 
 from __future__ import annotations
 
@@ -149,7 +150,7 @@ ROWS["labelled_audio"] = [
 DISTILLED = ("logit_distillation", "on_policy_distillation", "sdft")
 ROWS["prompt_only"] = [PromptOnly("f", n, prompt=text) for n, text in enumerate(TEXTS)]
 WRITTEN = {"max_completion_tokens": 5, "grader": {"method": "regex", "pattern": "[a-l]"}}
-"""Of completions that are drawn at random, about half have such a letter."""
+"""About half of all random completions match the pattern."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "sparse": {"mask": "fisher", "fisher_rows": 3},
     "grpo": {**WRITTEN, "num_generations": 4, "beta": 0.1},
@@ -167,11 +168,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "encoder_distillation": {"teacher": "teacher"},
     "embedding_distillation": {"teacher": "teacher"},
 }
-"""Where the defaults would leave out what has to be tried."""
+"""Settings for methods whose defaults would skip code."""
 
 
 def rows_of(objective: Objective, folder: Path) -> list[Row]:
-    """Rows it learns from with such a network, those that come from further files included."""
+    """Return rows for an objective and network, including rows of additional files."""
     further = objective.mixed_shapes - objective.shapes
     able = objective.shapes | objective.further_shapes
     images = folder.name in IMAGES.values() and "image" in able
@@ -188,11 +189,11 @@ IMAGES = {
     "contrastive": "small_cnn",
     "image_to_text": "trocr",
 }
-"""Family of each objective that learns from images; the other networks read tokens."""
+"""Family for each objective on images; other networks take tokens."""
 BESIDE_TEXTS = "clip"
-"""Reads images and texts, each with an encoder of its own."""
+"""A network with separate encoders for images and text."""
 PIPELINE = "stable_diffusion"
-"""A network of several parts, of which one learns."""
+"""A network of several parts, of which one is trained."""
 VISION_FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit")
 MEDIA_ROWS = {
     BESIDE_TEXTS: "captioned_image",
@@ -202,7 +203,7 @@ MEDIA_ROWS = {
     "ast": "labelled_audio",
     "wav2vec2": "labelled_audio",
 }
-"""Rows of further networks that read images or sounds."""
+"""Row shapes of additional image and audio networks."""
 CLASSIFIERS = ("vgg", *VISION_FAMILIES, "ast", "wav2vec2")
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
@@ -229,13 +230,13 @@ REFUSED = {
     **{("bilm", f): "does not mark where they begin" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
-"""Objectives that a family cannot learn, and what the refusal says."""
+"""Objectives that a family cannot learn, with a pattern of the error."""
 
 
 def timed(triple: tuple[str, str, str]) -> Any:
-    """The triple, marked slow but for one family of each objective and adaptation.
+    """Mark a triple as slow, except for one family per objective and adaptation.
 
-    Which family that is goes on from pair to pair, so that each has its share.
+    The family rotates from pair to pair.
     """
     method, name, family = triple
     of = CLASSIFIERS if family in CLASSIFIERS else FAMILIES
@@ -246,14 +247,14 @@ def timed(triple: tuple[str, str, str]) -> Any:
 
 
 def refused(method: str, name: str, family: str) -> str:
-    """What the refusal of a triple says; empty where it can be learned."""
+    """Return the pattern of a triple's error; empty for a supported triple."""
     wanted = REFUSED.get((method, family)) or adaptation_refusals().get((name, family))
     return wanted or refusals_of_both().get((method, name, family), "")
 
 
 @cache
 def adaptation_refusals() -> dict[tuple[str, str], str]:
-    """Adaptations that a family cannot take, and what the refusal says."""
+    """Return the adaptations that a family does not support, with a pattern of the error."""
     return {
         **{
             ("bitfit", f): f"bitfit trains biases, and networks of type {f} have none. Use lora"
@@ -291,7 +292,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
 
 @cache
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
-    """Refusals that take all three."""
+    """Return errors that depend on all three parts."""
     kinds = ("sft", *DISTILLED, "grpo", "ppo", *JUDGED)
     written = [(o, f) for o in ("causal_lm", *kinds) for f in ("gpt2", "palm", "transfo_xl")]
     written += [(o, "t5") for o in ("span_corruption", *kinds)]
@@ -342,7 +343,7 @@ def save(model: Any, adaptation: Adaptation, chat: Any, base: Path, folder: Path
 
 
 def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Path) -> Network:
-    """As serving does: the base with the adapter merged in, or the whole network."""
+    """Load like serving: the base with the merged adapter, or the whole network."""
     whole = (folder / "config.json").is_file() or is_pipeline(folder)
     recipe = {"adaptation": adaptation.model_dump(), "objective": objective.model_dump()}
     parent = None if whole else store.StoredModel("base", base, Manifest(id="base"))
@@ -354,7 +355,7 @@ def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Pat
 def join_others(
     network: Network, objective: Objective, folder: Path, examples: list[Example], kept: Path
 ) -> None:
-    """Give the network the further models it asks for: of its own family, and of other weights."""
+    """Give the network the additional models of the objective: same family, other weights."""
     for name in objective.other_models:
         torch.manual_seed(7)
         other = load_model(folder, torch.float32, CPU, objective.head())
@@ -367,7 +368,7 @@ def join_others(
 
 
 def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
-    """Why a triple is refused before any weight is loaded; empty where it is not."""
+    """Return the error of a triple before any weight is loaded; empty for a supported triple."""
     try:
         chat = objective.format(load_chat_format(folder))
         objective.bind(RunModels(chat))
@@ -463,7 +464,7 @@ def test_an_adaptation_names_itself_and_its_learning_rate(name: str) -> None:
 MEDIA_SHAPES = {
     "image", "audio", "window", "captioned_image", "labelled_image", "labelled_audio",
 }  # fmt: skip
-"""What is learned from them is tested with networks that read them."""
+"""Shapes that are tested with media networks."""
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

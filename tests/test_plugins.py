@@ -1,4 +1,4 @@
-"""A package that is really installed beside luthier, and what it adds used end to end."""
+"""End-to-end tests of an installed plugin package."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TABLES: tuple[plugins.PluginTable[Any], ...] = (
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the sample package is installed in, as pip does it."""
+    """A folder with the sample package, installed as pip does."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     shutil.copytree(SAMPLE, source, dirs_exist_ok=True)
     install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
@@ -117,7 +117,7 @@ def test_a_run_with_everything_from_a_package(tmp_path: Path) -> None:
 def test_a_backend_from_a_package_decodes(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the commands and on the server, and it writes what our own writes."""
+    """The plugin backend generates the text of the built-in backend, in commands and on the server."""
     prompts = ["say fox", "say the dog", "x"]
     expected = luthier.load(str(tiny_model_folder)).generate(prompts, max_tokens=8)
     monkeypatch.setenv("LUTHIER_BACKEND", "recomputing")

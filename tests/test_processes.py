@@ -1,4 +1,4 @@
-"""Several processes train what one would: every objective, kills, refusals, launchers."""
+"""Tests of several processes against one: objectives, kills, errors, launchers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parent / "plugins" / "shared_training.py"
 
 
 def run_group(size: int, command: list[str], folder: Path, timeout: float = 300) -> None:
-    """``command`` in each process of a group; fails where one fails."""
+    """Run ``command`` in each process of a group; fail if any process fails."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -51,7 +51,7 @@ def run_group(size: int, command: list[str], folder: Path, timeout: float = 300)
 
 
 def family_of(method: str, name: str) -> str:
-    """A network that learns the objective with the adaptation; empty where none does."""
+    """Return a network that can learn the objective with the adaptation; empty if none can."""
     if method in IMAGES:
         return IMAGES[method] if method != "contrastive" else "bert"
     return next((f for f in FAMILIES if not refused(method, name, f)), "")
@@ -77,9 +77,9 @@ def losses_of(
 def train_all(
     size: int, wanted: list[tuple[str, dict[str, Any], str]], folder: Path, sharded: bool = False
 ) -> dict[str, Any]:
-    """What so many processes measure of each objective, adaptation and network of ``wanted``.
+    """Return the measurements of ``size`` processes for each objective, adaptation and network.
 
-    A single one is this process, which has imported all that it takes.
+    A single process is this process, which has already imported all modules.
     """
     named = [
         (
@@ -102,7 +102,7 @@ def train_all(
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """All that is measured and all that is trained, line by line."""
+    """Compare all measurements and trained weights, line by line."""
     wrong = {}
     for pair, lines in one.items():
         assert len(lines) == len(other[pair]), pair
@@ -136,7 +136,7 @@ HOW: tuple[dict[str, Any], ...] = (
     {"method": "prefix"},
     *({"method": "sparse", "mask": mask} for mask in ("magnitude", "fisher")),
 )
-"""Every adaptation, with the settings that make it another one."""
+"""Every adaptation, with distinct settings."""
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ HOW: tuple[dict[str, Any], ...] = (
 def test_processes_have_the_curve_of_one_for_every_adaptation(
     family_folder: Callable[[str], Path], tmp_path: Path, size: int
 ) -> None:
-    """Of texts that are written and of labels, whose head is new; with four some have no row."""
+    """For generated text and for labels with a new head; with four processes, some have no row."""
     assert {how["method"] for how in HOW} == {*ADAPTATIONS}
     plain = {how["method"]: how for how in HOW}.values()
     wanted = [
@@ -199,7 +199,7 @@ def test_processes_that_share_the_layers_have_the_curve_of_one(
 def test_four_processes_have_it_with_adapters_too(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """There are fewer rows in a step than processes, so some have nothing to do."""
+    """A step has fewer rows than processes, so some processes are idle."""
     names = ("lora", "bitfit", "prompt")
     one, four = (losses_of(size, family_folder, tmp_path, names) for size in (1, 4))
     compare(one, four)

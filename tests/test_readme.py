@@ -1,4 +1,4 @@
-"""What the documents say to type exists; what the README promises first is done for real (slow)."""
+"""Tests of documented commands, and of the README's main promises (slow)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DOCUMENTS = [
     ROOT / "src" / "luthier" / "demo" / "README.md",
 ]
 HOLES = re.compile(r"[A-Z_]{3,}|…|\.\.\.|[\[\]<>|]")
-"""Marks of a synopsis (``luthier tune DATA``), which is not something to type as it is."""
+"""Placeholders of a synopsis (``luthier tune DATA``)."""
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -68,17 +68,17 @@ def check_graders(fields: dict[str, Any]) -> None:
 
 
 KINDS = {"evaluate": check_graders, "distil": DistilRecipe.parse}
-"""What ``--set`` gives fields of, by command; a recipe elsewhere."""
+"""Parser of ``--set`` fields by command; a recipe for other commands."""
 
 
 @cache
 def command_tree() -> Any:
-    """Made once: it takes a fifth of a second."""
+    """The command tree, built once because this takes 0.2 s."""
     return typer.main.get_command(app)
 
 
 def check(command: str) -> None:
-    """Follow a command down the tree of commands; each option must be there and take its value."""
+    """Check that a command and its options exist and accept the values."""
     words = shlex.split(command)[1:]
     node: Any = command_tree()
     while words and hasattr(node, "commands"):
@@ -142,7 +142,7 @@ def test_commands_in_the_documents_exist(command: str) -> None:
 
 
 def test_the_readme_shows_the_main_commands() -> None:
-    """So that the test above cannot pass by finding nothing."""
+    """Without this test, the test above could pass without any command."""
     text = (ROOT / "README.md").read_text()
     shown = {" ".join(command.split()[:2]) for command in commands(text, "luthier")}
     for name in ("tune", "chat", "predict", "evaluate", "inspect", "serve"):
@@ -212,7 +212,7 @@ def test_the_demo_s_data_is_what_its_page_says() -> None:
 
 @pytest.mark.slow
 def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
-    """``make demo``: fetches the base model, tunes it, measures before and after."""
+    """``make demo``: download the base model, tune, measure before and after."""
     done = subprocess.run(
         [sys.executable, "-m", "luthier", "demo", "--json"],
         env={
@@ -239,7 +239,7 @@ def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_service_does_what_its_page_shows(tmp_path: Path) -> None:
-    """``luthier serve``, the variables it prints and the page's Python, pasted as they stand."""
+    """Run ``luthier serve`` with the printed variables and the page's Python code."""
     aws, compatible, *_ = blocks((ROOT / "docs/guide/service.md").read_text(), "python")
     (tmp_path / "my.jsonl").write_text(
         "".join((ROOT / "src/luthier/demo/train.jsonl").read_text().splitlines(keepends=True)[:40])

@@ -1,4 +1,4 @@
-"""Recipes: what is refused and in which words, and that no way of writing one loses anything."""
+"""Tests of recipes: rejected fields, and lossless notations."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_numbers_are_finite(value: float) -> None:
 
 
 def unbounded(kind: type[BaseModel]) -> list[str]:
-    """Numbers of ``kind`` that may be as large as anybody likes."""
+    """Return the number fields of ``kind`` without an upper bound."""
     found = []
     for name, info in kind.model_fields.items():
         numbers = {int, float} & {info.annotation, *get_args(info.annotation)}

@@ -1,4 +1,4 @@
-"""Names of settings in messages: recipe names between backticks, which each API replaces by its own."""
+"""Tests of settings in messages: recipe names in backticks, replaced by each API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
 COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate",
             "limits.py", "workflows/pretrain_recipe.py", "server/http/server.py",
             "formatting.py")  # fmt: skip
-"""What only commands run, the start of a server, and the home of these names."""
+"""Code of commands and of the server's start, and the home of the names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "exports/writer.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
@@ -34,7 +34,7 @@ FURTHER = (
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
     "gate/row_selection.py", "gate/splits.py", "server/tables/backup.py",
 )  # fmt: skip
-"""The same, file by file."""
+"""Additional files of commands."""
 OF_COMMANDS = {
     "recipe.py": r"--(set|mix|map) takes",
     # Names of runs and what goes on: a job is its own name, goes on by itself, and has local teachers.
@@ -47,11 +47,11 @@ OF_COMMANDS = {
     "server/jobs/runners.py": "--(runner|ray-address)",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
-"""Texts of other files that clients of the API never come to."""
+"""Messages in other files that API clients never see, as patterns."""
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Every text of the rooms that serve the API, and the file that has it; docstrings left out."""
+    """Yield every message of code behind the API with its file; without docstrings."""
     for path in sorted(SOURCE.rglob("*.py")):
         name = path.relative_to(SOURCE).as_posix()
         if name.startswith(COMMANDS) or name in FURTHER:

@@ -14,7 +14,7 @@ _CORPUS = (
     "USER: ASSISTANT: [INST] yes or no? [/INST] <<SYS>> be brief <</SYS>> the door is open",
 )
 PREPENDS = ("normalizer", "always", "first", "never", "legacy", "not legacy")
-"""Ways in which tokenizers of SentencePiece begin a text with a space."""
+"""Ways to prepend a space in SentencePiece tokenizers."""
 
 _TURNS = "{% for m in messages %}{% if m['role'] == 'user' %}"
 MISTRAL = (
@@ -61,10 +61,9 @@ TEMPLATES = {
 
 
 def sentencepiece(prepend: str, template: str | None, first: bool = True) -> Any:
-    """Return a tokenizer of pieces with ``▁``, and bytes for unknown characters.
+    """Return a tokenizer with ``▁`` pieces, and bytes for unknown characters.
 
-    ``prepend`` is one of :data:`PREPENDS`; ``first`` adds a post-processor that begins texts with
-    ``<s>``.
+    ``prepend`` is one of :data:`PREPENDS`; ``first`` adds ``<s>`` at the start of texts.
     """
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 

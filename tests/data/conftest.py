@@ -1,4 +1,4 @@
-"""A folder for the files that the tests of one module write."""
+"""Fixtures of the data tests."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import pytest
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for each module."""
+    """One folder per module."""
     return tmp_path_factory.mktemp("data")

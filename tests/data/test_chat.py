@@ -1,4 +1,4 @@
-"""Which tokens are learned, shown as text: what stands between « and » is learned."""
+"""Tests of learned tokens, shown as text: the text between « and » is learned."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def test_a_setting_of_a_template_is_one_value(value: Any) -> None:
 
 
 def test_no_client_sets_what_transformers_takes_itself() -> None:
-    """A request with ``chat_template`` would bring a program of its own."""
+    """A request with ``chat_template`` would run the client's own program."""
     from transformers import PreTrainedTokenizerBase
 
     taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters

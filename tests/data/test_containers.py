@@ -1,4 +1,4 @@
-"""What files are made of is told by their bytes; damaged and packed ones come out right or refused."""
+"""Tests of format detection, decompression and damaged files."""
 
 from __future__ import annotations
 

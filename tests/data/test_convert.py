@@ -1,4 +1,4 @@
-"""Converting: there and back the texts are the same, and what cannot be said is refused."""
+"""Tests of conversions: round trips preserve text, and unsupported rows are rejected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(folder: Path, *records: dict[str, Any], name: str = "in.jsonl") -> Pat
 
 
 def same(rows: list[Row]) -> list[Row]:
-    """Rows without their places, a prompt with its completion as a conversation."""
+    """Return rows without locations, and a prompt with a completion as a conversation."""
     made = [replace(row, file="", line=0) for row in rows]
     return [
         Conversation("", 0, row.turns()) if isinstance(row, PromptCompletion) else row

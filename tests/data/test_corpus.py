@@ -1,4 +1,4 @@
-"""Raw text in pieces: nothing lost, nothing read otherwise than as a whole, nothing kept."""
+"""Tests of raw text in pieces: no text is lost, and the pieces tokenize like the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences that go to disk: what is read back is what was put in, and it takes no memory."""
+"""Tests of sequences on disk: equal items, constant memory."""
 
 from __future__ import annotations
 

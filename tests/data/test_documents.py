@@ -1,4 +1,4 @@
-"""A JSON array or object: the same records as one a line, every mistake named."""
+"""Tests of JSON arrays and objects: the records of JSON Lines, and located problems."""
 
 from __future__ import annotations
 

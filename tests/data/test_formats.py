@@ -1,4 +1,4 @@
-"""Forms of other tools become our shapes by their keys, their texts unchanged."""
+"""Tests of row forms: detection by keys, unchanged text."""
 
 from __future__ import annotations
 

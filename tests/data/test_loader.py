@@ -1,4 +1,4 @@
-"""Which rows each step sees, and which are held out."""
+"""Tests of the row order of each step."""
 
 from __future__ import annotations
 

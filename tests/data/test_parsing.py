@@ -1,4 +1,4 @@
-"""The fast parser takes exactly what the strict one takes, and the same values."""
+"""Tests of the fast JSON parser against the strict parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preferences: every shape, every rule, and ratings that become pairs."""
+"""Tests of preference shapes, rules and pairs from ratings."""
 
 from __future__ import annotations
 

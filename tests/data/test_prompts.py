@@ -1,4 +1,4 @@
-"""What is asked: prompts with and without replies of their own."""
+"""Tests of prompts with and without a reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes to records: every way a file can be unreadable, and that nothing readable is changed."""
+"""Tests of reading files: unreadable files are reported, readable files unchanged."""
 
 from __future__ import annotations
 

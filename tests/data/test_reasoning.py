@@ -1,4 +1,4 @@
-"""Marks of reasoning are found in what templates render, and part a text however it comes."""
+"""Tests of reasoning marks: detection in templates, incremental splitting."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TURN = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CUTS = TURN.replace("CONTENT", "{{ m.content.split('</think>')[-1] }}")
-"""As DeepSeek-R1's first template, which names the closing mark alone."""
+"""Template like DeepSeek-R1's first template, with a closing mark only."""
 EMPTY = TURN.replace("CONTENT", "<think>\n\n</think>\n{{ m.content }}")
 SWITCH = TURN.replace("CONTENT", "{{ m.content }}").replace(
     "assistant\n{% endif %}",
     "assistant\n{{ '<think>' if thinking else '</think>' }}{% endif %}",
 )
-"""As DeepSeek-V3.1's: either mark stands in the prompt."""
+"""Template like DeepSeek-V3.1's, with either mark in the prompt."""
 BRACKETS = TURN.replace(
     "CONTENT", "{{ '[THINK]' ~ m.reasoning_content ~ '[/THINK]' }}{{ m.content }}"
 )

@@ -1,4 +1,4 @@
-"""System prompts, histories, tools and marks next to the turns reach the row, whatever its form."""
+"""Tests of system prompts, histories, tools and marks in separate columns, for all row forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records to rows: what is accepted, and the promises that hold for any file."""
+"""Tests of row checks, and properties that hold for any file."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ CORRUPTIONS: list[Callable[[bytes], bytes]] = [
 
 @st.composite
 def damaged_files(draw: st.DrawFn) -> tuple[list[bytes], list[int]]:
-    """The lines of a valid file with some spoiled, and the 0-based indices of those."""
+    """Draw the lines of a file with some damaged lines, and the 0-based indices of these lines."""
     lines = [json.dumps(record).encode() for record in draw(files)]
     spoiled = draw(st.sets(st.sampled_from(range(len(lines))), min_size=1))
     for index in spoiled:

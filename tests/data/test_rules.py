@@ -1,4 +1,4 @@
-"""Each rule of files and rows by example, and the list of them, which is whole."""
+"""An example of each data rule, and the completeness of the list."""
 
 from __future__ import annotations
 

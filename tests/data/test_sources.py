@@ -1,4 +1,4 @@
-"""What a path names: files in order, or a refusal that says what was found and what to type."""
+"""Tests of sources: ordered files, or an error with the files and a pattern."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_absolute_leaves_addresses_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """An S3 server on this machine: moto's, the one that boto3's users test with."""
+    """A local S3 server (moto)."""
     pytest.importorskip("moto.server", reason="moto[s3], flask and flask-cors are not installed")
     pytest.importorskip("obstore")
     port = 5555 + os.getpid() % 3000

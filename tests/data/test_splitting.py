@@ -1,4 +1,4 @@
-"""Splits: every row in one part, groups whole, labels in proportion and always in training."""
+"""Tests of splits: disjoint parts, whole groups, stratified labels."""
 
 from __future__ import annotations
 

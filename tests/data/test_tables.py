@@ -1,4 +1,4 @@
-"""Tables: cells are text unless the column says otherwise, and every mistake names its row."""
+"""Tests of tables: cell types by column, problems with the row's line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens in a file: every one comes back, in sequences that all can be learned from."""
+"""Tests of token files: every token is read back in trainable sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools, calls, results and thoughts in the forms that people keep them in."""
+"""Tests of tools, calls, results and reasoning in the forms of other tools."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tool calls and reasoning in the templates of thirteen families, small, as each family writes them.
+"""Tests of tool calls and reasoning with shortened templates of thirteen families.
 
-What a model is trained to go on from is what it is given when it is served, byte for byte.
+The training tokens start with the served prompt, byte for byte.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ COMMAND_R = (
 
 @dataclass(frozen=True)
 class Family:
-    """A template, and the conversations it has no place for."""
+    """A template, and the conversations that the template does not support."""
 
     template: str
     special: tuple[str, ...]
@@ -263,7 +263,7 @@ def chats(new_tokenizer: Callable[..., Any]) -> dict[str, ChatFormat]:
 
 
 def learned_parts(chat: ChatFormat, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> Any:
-    """Where each learned part begins, and its text."""
+    """Return the start and text of each learned part."""
     encoded = chat.encode_reply(messages, tools=tools)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned_T, [0]])))
     spans = list(zip(edges[::2], edges[1::2], strict=True))
@@ -307,7 +307,7 @@ def test_a_model_is_trained_to_go_on_from_what_it_is_served(
 def test_a_model_that_learned_no_thoughts_is_asked_for_none(
     conversation: str, chats: dict[str, ChatFormat]
 ) -> None:
-    """Training goes on from the empty block that the template writes for ``enable_thinking=false``."""
+    """Training continues the empty block that the template writes for ``enable_thinking=false``."""
     quiet = chats["Qwen3"].with_template_kwargs({"enable_thinking": False})
     messages, tools = CONVERSATIONS[conversation]
     if "thought" in conversation:

@@ -1,4 +1,4 @@
-"""The token tree against a trie of tuples, which is slow and plainly right."""
+"""Tests of the token tree against a slow trie of tuples."""
 
 from __future__ import annotations
 
