@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def opened(tiny_model_folder: Path) -> Iterator[Decoder]:
-    """In float32, until the tests of the module are done."""
+    """Yield a float32 decoder for the tests of a module."""
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(CPU, torch.float32, 1, "a test")
         patch.setattr(machines, "choose_machine", lambda *arguments: machine)

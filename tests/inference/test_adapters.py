@@ -1,4 +1,4 @@
-"""Custom models that are adapters share one base network, in memory and in each step."""
+"""Custom models with adapters share a base network, in memory and in each step."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def text_of(pool: ModelPool, model: str, **fields: Any) -> str:
 
 
 def text_of_generator(model: str) -> str:
-    """The same without a server."""
+    """Return the reply of a generator without a server."""
     sampling = Sampling(temperature=0, max_tokens=16, logit_bias={1: -100.0})
     reply: str = Generator.open(find(model)).replies(["say fox"], sampling)[0]
     return reply.rstrip("\ufffd")
@@ -152,7 +152,7 @@ def test_what_changes_the_output_head_does_not_share_its_base(
     pool: ModelPool,
     family_tokenizer: Callable[[str], Any],
 ) -> None:
-    """Logits of all rows are made by the base's head: BERT has a linear layer in it."""
+    """The base's head computes the logits of all rows; BERT has a linear layer in the head."""
     import transformers
 
     tokenizer = family_tokenizer("bert")
@@ -174,7 +174,7 @@ def test_what_changes_the_output_head_does_not_share_its_base(
 
 
 def test_an_adapter_stands_beside_its_base_as_it_was_trained() -> None:
-    """And not rounded into its weights: those are the base's own."""
+    """The adapter is not rounded into the shared weights of the base."""
     stored = find(NAMES[0])
     assert stored.parent is not None
     generator = Generator.open(stored)
@@ -260,7 +260,7 @@ def test_adapters_are_loaded_and_dropped_while_others_stream(pool: ModelPool) ->
 def test_a_file_that_is_not_the_stored_one_is_named(
     damage: str, pool: ModelPool, home: Path, base: str
 ) -> None:
-    """And never passed over in silence; nobody else is disturbed, and mended it answers."""
+    """A damaged file is an error, concurrent requests continue, and a repaired file works."""
     stored = find(NAMES[0])
     file = stored.folder / ADAPTER
     whole, expected = file.read_bytes(), text_of(pool, NAMES[0])

@@ -1,4 +1,4 @@
-"""Rows of many requests in one pass: the same answers, nobody held up, nobody hurt by others."""
+"""Dynamic batching: equal predictions, no waiting for large requests, isolated failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[list[dict[str, Any]], str]] = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, family_folder: Callable[[str], Path]) -> Path:
-    """With a model of each kind."""
+    """Return a store with a model of each kind."""
     home = tmp_path_factory.mktemp("reading")
     machine = machines.Machine(torch.device("cpu"), torch.float32, 1, "a test")
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def pool(home: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None) -> Itera
 
 
 class Passes:
-    """What a model reads in each of its passes; the first one waits for :attr:`go_on`."""
+    """Records the rows of each pass; the first pass waits for :attr:`go_on`."""
 
     def __init__(self, pool: ModelPool, model: str, patch: pytest.MonkeyPatch) -> None:
         pool.predict(model, ["fox"])
@@ -101,7 +101,7 @@ def name_of(model: str) -> str:
 
 
 def check_close(found: Any, expected: Any) -> None:
-    """The same answer, whose numbers may differ by rounding."""
+    """Compare predictions up to rounding."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key, value in expected.items():

@@ -1,4 +1,4 @@
-"""What is enforced while an answer is drawn: schemas, calls of tools, whole characters."""
+"""Constrained decoding: schemas, tool calls, whole characters."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ JOINED = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}", **PATTERNS[n]} for n in range(1
 
 
 def chained(rule: str, count: int) -> str:
-    """Return rules that each name the next one."""
+    """Return a chain of rules."""
     return "".join(f"{rule}{n}: {rule}{n + 1}\n" for n in range(count)) + f'{rule}{count}: "x"\n'
 
 

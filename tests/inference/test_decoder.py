@@ -1,4 +1,5 @@
-"""One engine: answers do not depend on what else runs, and who hangs up leaves nothing behind."""
+"""The decoder: replies are independent of concurrent requests, and cancelled requests leave
+nothing."""
 
 from __future__ import annotations
 
@@ -106,7 +107,7 @@ def test_seeds(opened: Decoder) -> None:
 
 
 def first_tokens(opened: Decoder, count: int, **fields: Any) -> set[bytes]:
-    """The first tokens of ``count`` draws."""
+    """Return the first tokens of ``count`` samples."""
     found = opened.submit(asked("Hi", max_tokens=1, n=count, top_logprobs=0, seed=3, **fields))
     return {score.text for each in found.results() for score in each.scores}
 
@@ -124,7 +125,7 @@ def test_draws_stay_within_what_was_asked(opened: Decoder) -> None:
 
 
 def test_logprobs_are_the_network_s_own(opened: Decoder, tiny_model_folder: Path) -> None:
-    """Also where something else than they chose: they are told before penalties and temperature."""
+    """Log-probabilities precede penalties and temperature, also for tokens that were not chosen."""
     model: Any = load(find(str(tiny_model_folder)), torch.float32, CPU).eval()
     request = asked("Hi", temperature=1.5, seed=5, top_logprobs=3, repetition_penalty=1.3)
     found = answer(opened, request)
@@ -185,7 +186,8 @@ def test_stop_sequences_over_borders_of_tokens(opened: Decoder) -> None:
 def test_more_answers_than_step_together_take_turns(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a model steps for one answer at a time, a short one waits for none of another's eight."""
+    """With one sequence per step, a short request does not wait for the eight replies of a long
+    request."""
     many = asked("Hi", n=8, temperature=1, seed=3, max_tokens=60)
     alone = [whole.text for whole in opened.submit(many).results()]
     short = answer(opened, asked("My card has not arrived", max_tokens=12)).text
@@ -256,7 +258,7 @@ def test_too_many_are_turned_away(opened: Decoder, monkeypatch: pytest.MonkeyPat
 
 
 class SimulatedClock:
-    """The time that a network takes, where a chunk of a prompt costs ten steps."""
+    """Simulated time of a network; a chunk of a prompt costs ten steps."""
 
     def __init__(self, opened: Decoder, patch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -301,7 +303,7 @@ def test_long_prompts_of_one_client_slow_another_one_by_half_at_most(
 def test_clients_that_pause_change_no_answer(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their sequences lie between those that step, in the same bank."""
+    """Paused sequences lie between running sequences in the same bank."""
     requests = [asked(f"Hi {i}", max_tokens=40, logit_bias={1: -100.0}) for i in range(9)]
     alone = [answer(opened, request) for request in requests]
     draws = random.Random(0)
@@ -456,7 +458,7 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
 def test_a_prompt_that_cannot_be_begun_fails_alone(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As that of an adapter which is gone by then: others go on."""
+    """An adapter that was removed fails its request only."""
     other = opened.submit(asked("Hi", max_tokens=200, logit_bias={1: -100.0}))
     next(other)
     begin = opened._backend.open

@@ -1,4 +1,4 @@
-"""Stored models under llama.cpp: their file is written once, compared with torch, and kept."""
+"""Derived GGUF files: written once, compared with torch, and stored."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
 def test_a_file_that_answers_otherwise_is_not_used(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Torch answers in its place; the reason is said once, and nothing is written a second time."""
+    """Torch runs the model, the log has one warning, and the file is not written again."""
     stored = find(str(tiny_model_folder))
     monkeypatch.setattr(gguf_parity, "LIMIT", -1.0)
     with caplog.at_level(logging.WARNING, "luthier.inference"):

@@ -1,4 +1,4 @@
-"""Answers: streamed or in batches they are the same, whole, and end where the model ends them."""
+"""Generation: streamed and batched replies are equal, complete, and end at stop tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def open_float32(folder: Path) -> Generator:
 
 
 def stopping(generator: Generator, *stops: int) -> Generator:
-    """The same network with further stop tokens."""
+    """Return the same network with additional stop tokens."""
     chat = generator.chat
     return Generator(
         generator.network, ChatFormat(chat.tokenizer, chat.template, (*chat.stop_ids, *stops))
@@ -59,7 +59,7 @@ def stopping(generator: Generator, *stops: int) -> Generator:
 def test_a_reply_that_ends_within_a_character_leaves_it_out(
     tokenizer: Any, generator: Generator
 ) -> None:
-    """Cut off by max_tokens, as the server cuts it."""
+    """The token limit cuts the reply as in the server."""
     ids = [*tokenizer.encode("a日", add_special_tokens=False)[:3]]
     sampling = Sampling(max_tokens=3)
     assert "".join(script(tokenizer, ids).stream("x", sampling)) == "a"
@@ -76,7 +76,7 @@ def test_a_stop_sequence_ends_a_reply(tokenizer: Any) -> None:
 
 
 def test_padding_does_not_change_replies(generator: Generator) -> None:
-    """A batch of mixed lengths gives what each prompt gives alone."""
+    """A batch of mixed lengths gives the replies of single prompts."""
     sampling = Sampling(max_tokens=20)
     alone = [generator.replies([prompt], sampling)[0] for prompt in PROMPTS]
     assert generator.replies(PROMPTS, sampling) == alone
@@ -110,7 +110,7 @@ def text_of(generator: Generator, ids: list[int]) -> str:
 
 
 def test_stop_tokens_end_a_reply_and_are_never_shown(generator: Generator) -> None:
-    """Every stop token ends it, also in a batch where other replies go on."""
+    """Each stop token ends a reply, also in a batch with running replies."""
     for prompt in PROMPTS[:3]:
         tokens = first_tokens(generator, prompt, 12)
         stop = next(token for token in tokens[2:] if token not in tokens[:2])
@@ -138,7 +138,7 @@ def test_replies_have_at_most_so_many_tokens(generator: Generator, count: int) -
 
 
 class Scripted:
-    """A backend that answers with given tokens, whatever it is asked, one a call."""
+    """A backend that returns the given tokens, one per call."""
 
     rows, context = 64, 512
     network: Any = None
@@ -183,7 +183,7 @@ class Scripted:
 
 
 class ScriptedGenerator(Generator):
-    """Runs any backend: all that a generator needs beside it is a format."""
+    """A generator with any backend and a chat format."""
 
     def __init__(self, backend: Scripted, chat: ChatFormat) -> None:
         self.backend, self.chat, self.context = backend, chat, 512
@@ -250,7 +250,7 @@ def test_the_seed_decides_the_draws(generator: Generator, streamed: bool) -> Non
 def test_the_base_s_own_generation_settings_do_not_interfere(
     generator: Generator, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    """They would hold for batches and not for streams, and differ from what was measured."""
+    """The base's settings would apply to batches only."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)
     settings = json.loads((folder / "generation_config.json").read_text())

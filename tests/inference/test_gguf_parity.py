@@ -1,4 +1,4 @@
-"""GGUF files that llama.cpp answers from as the model does, and files that it does not."""
+"""Comparison of GGUF files in llama.cpp with the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest.importorskip("xllamacpp")
 
 
 def tiny_again(family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]) -> Any:
-    """The model as it was before a comparison rounded its weights."""
+    """Return the model before a comparison rounded its weights."""
     return (tiny_gpt2() if family == "gpt2" else tiny_llama(tied=family == "tied")).eval()
 
 
@@ -63,7 +63,7 @@ def test_heads_in_the_wrong_order_are_seen(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The mistake that converters make most: everything loads, and the answers are wrong."""
+    """A frequent error of converters: the file loads, and the replies are wrong."""
     model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
     monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
     write_gguf(model, chat, path, "f32")
@@ -94,7 +94,7 @@ def test_another_template_and_other_tokens_are_seen(
 def test_a_server_that_was_asked_nothing_ends(
     tiny_llama: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
-    """llama.cpp's own waits forever for its loop of tasks where that has not begun."""
+    """The server of llama.cpp waits forever if the task loop has not started."""
     write_gguf(tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "tiny.gguf", "f32")
     for _ in range(20):
         LlamaCpp(tmp_path / "tiny.gguf").close()
@@ -113,7 +113,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, tiny_llama: Callable[...
 def test_a_template_that_llama_cpp_gives_the_date_is_compared(
     clock: str, tiny_llama: Callable[..., Any], new_tokenizer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """llama.cpp gives every template that looks like Llama 3's today's date as ``date_string``."""
+    """llama.cpp passes today's date as ``date_string`` to templates similar to Llama 3's."""
     marks = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     template = (
         "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"

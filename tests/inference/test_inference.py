@@ -1,4 +1,4 @@
-"""Requests that mean nothing are refused before any model is asked."""
+"""Invalid requests are rejected before a model runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How soon a decoder writes, and how well it guesses, as it counts it."""
+"""Latencies and guessed tokens of a decoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from luthier.models.manifest import Manifest
 from luthier.models.speculation import Speculation
 
 SAME = {"logit_bias": {7: 100.0}}
-"""One token again and again: whoever guesses that is right."""
+"""Forces the same token repeatedly, so that every guess is right."""
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def decoder(tiny_model_folder: Path, in_float32: None) -> Decoder:
 
 
 def value(metric: Any, name: str) -> float:
-    """The sample of a Prometheus metric whose name ends in ``name``."""
+    """Return the sample of a Prometheus metric with the given suffix."""
     samples = [each for family in metric.collect() for each in family.samples]
     (found,) = [each.value for each in samples if each.name.endswith(name)]
     return float(found)

@@ -1,4 +1,4 @@
-"""Memory of a server whose products come in ever new sizes."""
+"""Memory of a server with matrix products of many sizes."""
 
 from __future__ import annotations
 

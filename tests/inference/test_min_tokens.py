@@ -1,4 +1,4 @@
-"""No stop token and no stop sequence ends an answer before ``min_tokens``."""
+"""No stop token and no stop sequence ends a reply before ``min_tokens``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOGITS_V = torch.tensor([0.0, 5.0, 1.0, 2.0])
 
 
 class Grammar:
-    """A grammar that always allows the same tokens."""
+    """A grammar with a constant set of allowed tokens."""
 
     is_finished = False
 
@@ -45,7 +45,7 @@ def model(tiny_model_folder: Path) -> luthier.Model:
 
 @pytest.fixture
 def always_stops(tokenizer: Any) -> dict[int, float]:
-    """A bias by which the model draws the stop token first."""
+    """Return a bias that makes the stop token the most likely token."""
     return {tokenizer.eos_token_id: 100.0}
 
 

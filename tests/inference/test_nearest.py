@@ -1,4 +1,4 @@
-"""Nearest neighbours: what is found, what is embedded once, and whose embeddings a file holds."""
+"""Similarity search: results, cached embeddings, and the owner of an index."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*words: object) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures that are light above, below, or on the left."""
+    """Return a folder of images with light at the top, bottom or left."""
     for kind, part in (("above", np.s_[:4]), ("below", np.s_[5:]), ("left", np.s_[:, :3])):
         for number in range(3):
             pixels = np.full((9, 7, 3), 10 * number, np.uint8)
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[..., str]:
-    """Ids of models that learned by contrast for two steps."""
+    """Return a function that trains contrastive models for two steps."""
 
     def tune(data: Path, family: str, name: str = "x", seed: int = 0) -> str:
         fields: dict[str, Any] = {"training__max_steps": 2, "data__validation_share": 0}

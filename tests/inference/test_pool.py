@@ -1,4 +1,4 @@
-"""Models in memory: loaded once, let go of when others need the place, failures not kept."""
+"""The model pool: one load per model, eviction, and retries after failures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def encoder(family_folder: Callable[[str], Path]) -> str:
 
 @pytest.fixture
 def pool(folders: list[str]) -> Iterator[ModelPool]:
-    """With room for two of them."""
+    """Yield a pool with memory for two models."""
     size = sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors"))
     made = ModelPool(int(2.5 * 2.5 * size), cache=1 << 28)
     yield made
@@ -154,7 +154,7 @@ def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
 def test_what_does_not_fit_into_the_memory_that_is_free_now_is_refused_before_it_is_loaded(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Jobs may have taken since what was free when the server was started."""
+    """Jobs may use memory that was free at the start of the server."""
     from luthier.inference import pool as pools
 
     busy = pool.submit(folders[0], GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0}))
@@ -399,7 +399,7 @@ def test_a_model_that_writes_gives_no_embeddings(pool: ModelPool, folders: list[
 
 
 def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[str]) -> None:
-    """One waits until the other gives it back."""
+    """A request waits until a second model releases memory."""
     bias = {1: -100.0}
     first = pool.submit(
         folders[0], GenerationRequest("x", max_tokens=300, temperature=1, logit_bias=bias)

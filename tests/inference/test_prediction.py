@@ -1,4 +1,4 @@
-"""Models that read: from rows to answers, and into other software."""
+"""Models that predict: rows, predictions and exports."""
 
 from __future__ import annotations
 

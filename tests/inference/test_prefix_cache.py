@@ -1,4 +1,4 @@
-"""What prompts have in common is kept once, for each client alone, and within its memory."""
+"""The prefix cache stores shared prefixes once, per client, within a memory limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKEN = 2 * HEADS * SIZE * 4
 
 
 def key_values(ids: Any, start: int) -> KeyValues:
-    """Numbers that tell which tokens they are of."""
+    """Return keys and values that identify their tokens."""
     part_T = torch.tensor(ids[start:], dtype=torch.float32)
     key_HTD = part_T[None, :, None].expand(HEADS, -1, SIZE).clone()
     return KeyValues({0: (key_HTD, -key_HTD)})
@@ -32,7 +32,7 @@ def add(cache: PrefixCache, ids: Any, client: str = "a", model: str = "m") -> No
 
 
 def known(cache: PrefixCache, ids: Any, client: str = "a", model: str = "m") -> int:
-    """How many tokens of ``ids`` are there; they have to be the right ones."""
+    """Return the number of cached tokens of ``ids``, and check their values."""
     found = cache.longest(model, client, ids)
     if found is None:
         return 0
@@ -117,7 +117,7 @@ def test_requests_have_the_memory_when_they_need_it() -> None:
 
 
 def test_all_goes_at_once_where_all_the_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there is looked through once, and not again for each prompt: others wait meanwhile."""
+    """The cache is searched once for all evictions, because requests wait meanwhile."""
     memory = CacheBudget(1 << 30)
     cache = PrefixCache(memory)
     for place in range(40):

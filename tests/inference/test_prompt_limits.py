@@ -1,4 +1,4 @@
-"""Texts that are too long are refused early, and no others; what is not refused is read as ever."""
+"""Too long text is rejected early, and all shorter text is accepted."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SENTENCES = (
     "My card has not arrived yet. When will my new card be delivered to me?",
 )
 PIECE = 2048
-"""Characters, so that short texts have many pieces; 64 times the longest token is more for some."""
+"""Characters of a piece, so that short texts have many pieces."""
 
 
 def make_unigram() -> Any:
-    """Pieces of whole texts behind NFKC, unknown characters run together, as XLNet and T5 have them."""
+    """Return a unigram tokenizer with NFKC and merged unknown characters, as in XLNet and T5."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def texts(seed: int) -> list[str]:
-    """What tokenizers take in very different ways, and mixtures of it, of some 20,000 characters."""
+    """Return texts of about 20,000 characters that tokenizers split very differently."""
     draw = random.Random(seed)
     kinds: list[Callable[[], str]] = [
         lambda: str(draw.randrange(10**12)),
@@ -137,7 +137,7 @@ def test_no_token_stands_for_more_bytes_than_the_longest(chat: ChatFormat) -> No
 
 
 class Counted:
-    """Counts what a format is asked to tokenize."""
+    """Counts the tokenized characters of a format."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self.chat, self.characters = chat, 0

@@ -1,4 +1,4 @@
-"""Models that were tuned to think before they answer: both stand apart."""
+"""Models with reasoning: reasoning and reply are separated."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_what_is_said_matches_and_what_is_thought_is_free(
 
 
 def test_reasoning_that_is_turned_off(thinker: Decoder) -> None:
-    """The prompt has an empty block, and the text is what the model writes, marks or not."""
+    """The prompt has an empty block, and the text is the complete output, with any marks."""
     quiet = chat("sky?", enable_thinking=False)
     found = answer(thinker, asked(quiet))
     assert (found.reasoning, found.reasoning_tokens) == ("", 0)

@@ -1,4 +1,4 @@
-"""Answers are kept whole or not at all, and found again by what was asked."""
+"""The log of replies: complete lines, found by request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who pauses: nobody has more of a network than others that want it, and nobody loses by sharing."""
+"""Fair scheduling: equal shares for clients, and no loss by sharing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown is whole characters, and nothing of a stop sequence, however it was cut."""
+"""Shown text: whole characters, without stop sequences, for any split into pieces."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 @example(["baa"], ["a", "baa"])
 @example(["ab", "b"], ["b", "ab"])
 def test_text_ends_before_the_first_stop(pieces: list[str], stops: list[str]) -> None:
-    """As one who reads it letter by letter would cut it, for every way of cutting it into pieces."""
+    """Each split gives the result of single characters."""
     whole = "".join(pieces)
     ends = (
         [end for end in range(len(whole) + 1) if whole[:end].endswith(tuple(stops))]
@@ -54,12 +54,12 @@ def test_text_ends_before_the_first_stop(pieces: list[str], stops: list[str]) ->
     for piece in pieces:
         shown += finder.feed(piece)
         assert expected.startswith(shown)
-        if finder.found:
+        if finder.stop:
             break
     shown += finder.end()
     assert shown == expected
     assert finder.passed == len(expected)
-    assert finder.found == first
+    assert finder.stop == first
 
 
 def test_no_more_is_held_back_than_may_be_a_stop() -> None:

@@ -1,4 +1,4 @@
-"""Tools in the prompt of models with and without a place for them, and calls in what they write."""
+"""Tools in prompts, with and without template support, and tool calls in replies."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ ONE = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 def test_a_call_that_the_limit_of_tokens_cuts_off_is_not_shown(
     written: str, calls: int, incomplete: bool
 ) -> None:
-    """What is whole is a call, what is of none is text."""
+    """A complete call is a call, and text without a call is text."""
     for size in (1, 7, 1_000_000):
         if len(written) // size > 10_000:
             continue

@@ -1,4 +1,4 @@
-"""The short run and its rows that tests of the engine use, too."""
+"""The short run of the engine's tests."""
 
 from short_runs import recipe, rows
 

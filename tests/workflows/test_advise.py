@@ -1,4 +1,4 @@
-"""The whole advice with tiny models: a gate, an estimate, tries on held-out rows, and a recipe."""
+"""Complete advice with tiny models: gate, estimate, measurements and recipe."""
 
 from __future__ import annotations
 

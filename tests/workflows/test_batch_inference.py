@@ -1,4 +1,4 @@
-"""Rows shared among processes: their order, what is answered once, and going on after kills."""
+"""Batch inference with several processes: order, no repeated work, and resuming after kills."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def write(path: Path, **texts: str) -> None:
-    """Rows of which some, by ``row_7``, have another text."""
+    """Write rows; ``row_7`` replaces the text of row 7."""
     rows = [{"text": texts.get(f"row_{n}", f"text {n}"), "id": n} for n in range(1, ROWS + 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -59,7 +59,7 @@ def expected(source: Path, mark: str = "") -> str:
 
 
 def answered(source: Path) -> Counter[int]:
-    """How often each row was answered."""
+    """Return the number of answers per row."""
     lines = (source.parent / LOG).read_text().splitlines()
     return Counter(int(line.split()[0]) for line in lines)
 
@@ -72,7 +72,7 @@ def when(condition: Callable[[], Any]) -> None:
 
 
 class Heard(Reporter):
-    """Notes, and rows that were answered at each look."""
+    """Stores notes and the numbers of answered rows."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

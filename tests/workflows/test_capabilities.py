@@ -1,4 +1,4 @@
-"""What goes with what on one model, asked before anything is fetched."""
+"""Objectives and adaptations of a model, without a download."""
 
 from __future__ import annotations
 

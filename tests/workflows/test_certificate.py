@@ -1,4 +1,4 @@
-"""Certificates: what they gather, that others can read them, and that a changed byte is found."""
+"""Certificates: content, schema, and detection of changed bytes."""
 
 from __future__ import annotations
 

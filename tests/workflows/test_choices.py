@@ -1,4 +1,4 @@
-"""Choices by log-likelihood: the same picks as lm-evaluation-harness, whose algorithm stands here."""
+"""Choices by log-likelihood, compared with the algorithm of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ def made_rows(count: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def plain_logps(folder: str, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
-    """Each context with its continuation in a forward of its own: ``_encode_pair`` and
-    ``_loglikelihood_tokens`` of lm-evaluation-harness 0.4, without batches."""
+    """Return the log-probability of each continuation from a separate forward pass.
+
+    Follows ``_encode_pair`` and ``_loglikelihood_tokens`` of lm-evaluation-harness 0.4, without
+    batches.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []

@@ -1,4 +1,4 @@
-"""Tuned models beside what needs no training: who is compared, what chance does, what is said of it."""
+"""Comparison of tuned models with techniques without training: contenders, chance and verdict."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_a_classifier_beside_a_base_that_writes(
 def test_a_tagger_beside_the_linear_probe_of_each_word(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Words have states of their own, of which the tests' rows have different numbers."""
+    """Each word has a state, and rows have different numbers of words."""
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
 
     def rows(first: int, count: int) -> list[dict[str, Any]]:

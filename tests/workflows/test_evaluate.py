@@ -1,4 +1,4 @@
-"""How good models are: held-out win rates, and graders that are opened for their replies."""
+"""Evaluation: held-out win rates, and graders with models."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def verdict(asked: str) -> str:
-    """9 for the row that wants a fox, and 4 elsewhere."""
+    """Return 9 for the row about a fox, else 4."""
     return "Reasons.\nScore: 9" if "<reference>\nfox" in asked else "Score: 4"
 
 
@@ -259,7 +259,7 @@ def test_a_row_that_the_endpoint_fails_on_is_named(judged: Any, endpoint: Any) -
 
 @pytest.fixture
 def local_judge(tiny_model_folder: Path, tmp_path: Path, luthier_home: Path) -> Callable[[], str]:
-    """Id of a tiny model that was tuned to say ``Score: 7`` to whatever it is to judge."""
+    """Return a function that trains a tiny model to reply ``Score: 7``."""
 
     def made() -> str:
         talks = []

@@ -1,4 +1,4 @@
-"""A tuned model compared with its base: drift and probes."""
+"""Comparison of a tuned model with its base: drift and probes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def base(family_folder: Callable[[str], Path]) -> str:
 
 @pytest.fixture(autouse=True)
 def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of our own prompts every sixth, and short answers: networks here know nothing anyhow."""
+    """Use every sixth prompt and short answers."""
     own = forgetting._own_prompts
     monkeypatch.setattr(forgetting, "_own_prompts", lambda: own()[::6])
     monkeypatch.setattr(forgetting, "SAMPLE_TOKENS", 8)

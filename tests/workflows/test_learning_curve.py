@@ -1,4 +1,4 @@
-"""The learning curve: the law is found again, its interval holds, and real runs make one."""
+"""Learning curves: fitted law, coverage of the interval, and real runs."""
 
 from __future__ import annotations
 

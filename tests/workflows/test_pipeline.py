@@ -1,4 +1,4 @@
-"""Stages that follow each other: what is read, what is refused, and what is not done twice."""
+"""Pipelines: parsing, rejected stages, and finished stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From raw text to a base model: what is made, refused, cut short, gone on with, and used."""
+"""Pre-training from raw text: parts, rejections, interruptions, resuming and use."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_base_is_gone_on_from_with_its_tokenizer(
 def test_it_has_the_bits_of_tuning_on_the_same_text(
     fields: Callable[..., dict[str, Any]], text: Path, adaptation: str
 ) -> None:
-    """One document, nothing held out: the sequences of both are the same."""
+    """A single document without held-out text gives both the same sequences."""
     made(fields({"max_steps": 2}))
     training = {"max_steps": 5, "weight_decay": 0.0, "beta2": 0.999, "shuffle": False}
     data = {"train": [str(text)], "validation_share": 0}
@@ -357,7 +357,7 @@ def test_a_killed_run_ends_at_the_same_bits(fields: Callable[..., dict[str, Any]
 def test_the_text_is_not_held_in_memory(
     fields: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No more of it than a few sequences at a time is read while training."""
+    """Training reads only a few sequences at a time."""
     from luthier.data.tokens import TokenFile
 
     read: list[int] = []
@@ -479,7 +479,7 @@ def test_a_name_that_is_taken_is_not_overwritten(fields: Callable[..., dict[str,
 
 
 def test_the_rate_is_that_of_the_paper() -> None:
-    """Kaplan et al. 2020, D.1; Brown et al. 2020 used 6e-4 for 125 million (85 beside embeddings)."""
+    """Kaplan et al. 2020, D.1; Brown et al. 2020 used 6e-4 for 125 million (85 without embeddings)."""
     assert defaults.learning_rate(85_000_000)[0] == pytest.approx(
         0.003239 - 0.0001395 * math.log(85_000_000), rel=0.01
     )

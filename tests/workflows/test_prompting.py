@@ -1,4 +1,4 @@
-"""What prompting gives: what is put before a question, and that loss and answers are the model's."""
+"""Prompts of techniques: text before a question, and unchanged loss and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From facts to a recommendation: what is measured goes before rules of thumb."""
+"""Recommendations: measurements have priority over rules of thumb."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_handful_of_rows_decides_nothing() -> None:
 
 
 def test_differences_are_those_of_the_same_rows() -> None:
-    """Both miss the same rows but for eight, which decides what two samples would not."""
+    """Paired errors differ in eight rows, which two independent samples would not show."""
     same = [1] * 30 + [0] * 66
     one, other = RowScores.of([*same, 1, 1, 1, 1, 1, 1, 1, 1]), RowScores.of([*same, *[0] * 8])
     ways = [

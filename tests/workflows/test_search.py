@@ -1,4 +1,4 @@
-"""Searches that really train: what is compared, stopped, stored, and how a broken one goes on."""
+"""Searches with real training: comparison, pruning, storing and resuming."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def recipe(rows: Path, tiny_model_folder: Path) -> Callable[..., Recipe]:
 
 
 class Broken(Exception):
-    """What ends a search in the middle."""
+    """Ends a search in the middle."""
 
 
 class BreakingReporter(Reporter):
-    """Raises after so many lines of metrics, over all trials."""
+    """Raises after the given number of metric lines over all trials."""
 
     def __init__(self, lines: int) -> None:
         self.lines = lines
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Count one line down."""
+        """Count down by a line."""
         self.lines -= 1
         if not self.lines:
             raise Broken
@@ -83,7 +83,7 @@ def measured(folder: Path) -> list[float]:
 
 
 def reported(found: SearchResult) -> list[tuple[str, Any, Any, Any]]:
-    """State, settings, value and measurements of each trial that holds a place, from the journal."""
+    """Return state, settings, value and measurements of each finished trial, from the journal."""
     import optuna
 
     backend = optuna.storages.journal.JournalFileBackend(f"{found.folder}/study.journal")
@@ -149,7 +149,7 @@ def test_the_recipe_as_it_stands_is_the_first_trial(recipe: Callable[..., Recipe
 def test_the_first_trial_of_a_classifier_is_its_default_run(
     adaptation: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Its rates are chosen for it, that of the new head too, and its accuracy is what counts."""
+    """The default run chooses the rates of network and head, and the accuracy is the measure."""
     path = tmp_path / "labels.jsonl"
     texts = [(f"{WORDS[n % 12]} {WORDS[n % 5]} {n}", "ab"[n % 2]) for n in range(60)]
     path.write_text("".join(json.dumps({"text": t, "label": c}) + "\n" for t, c in texts))
@@ -303,7 +303,7 @@ def test_two_processes_do_not_work_on_one_search(
 def test_settings_that_do_not_fit_fail_alone(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refusal of the first trial is the search's; later ones are the trial's."""
+    """A rejected first trial ends the search; a later rejected trial fails alone."""
     honest = trials.rehearse
 
     def rehearse(mine: Recipe, folder: Path, reporter: Reporter) -> Any:
@@ -342,7 +342,7 @@ def test_without_optuna_it_says_what_to_install(
 def test_trials_run_side_by_side_and_a_killed_search_goes_on(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
-    """Also by what they measured: a trial that had ended is not done again."""
+    """A finished trial is not repeated, and its measurements are kept."""
     unbroken = search(recipe("whole"), 5, [RATES, RANKS], parallel=2)
     assert next(trial.state for trial in unbroken.trials if trial.number == 1) == "complete"
     assert not list(Path(unbroken.folder).rglob("*.safetensors"))

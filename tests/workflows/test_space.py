@@ -1,4 +1,4 @@
-"""The space of a search: what is read, what is refused, and what is searched when nothing is named."""
+"""Search spaces: parsing, rejections and defaults."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_settings_replace_fields_and_nothing_else() -> None:
 
 
 def resolved(recipe: Recipe, rate: float) -> Recipe:
-    """With the rate that a run would choose."""
+    """Return ``recipe`` with the learning rate of a run."""
     return with_settings(recipe, {"training.learning_rate": rate, "training.epochs": 2.0})
 
 

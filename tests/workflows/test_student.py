@@ -1,4 +1,4 @@
-"""Students in the store: made, recorded, found again, tuned; and refusals that leave nothing."""
+"""Students: cutting, records, loading, tuning, and rejections without files."""
 
 from __future__ import annotations
 

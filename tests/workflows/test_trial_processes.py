@@ -1,4 +1,4 @@
-"""Processes of a search, without what they carry out: ends, new starts, what they report."""
+"""Processes of a search with scripted work: end, restart and reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WAIT = "sys.stdin.read(); open('stopped', 'w')"
 
 
 class Scripted(TrialRunner):
-    """Processes that do one thing after each start."""
+    """Runs a scripted action after each start."""
 
     def __init__(self, work: Path, *starts: str) -> None:
         work.mkdir(parents=True)
@@ -58,7 +58,7 @@ class Scripted(TrialRunner):
 
 
 class Heard(Reporter):
-    """Everything that was reported."""
+    """Stores all reports."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

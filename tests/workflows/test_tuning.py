@@ -1,4 +1,4 @@
-"""A model that forgot more than it may is stored, withheld, and active only where that is accepted."""
+"""A model with too much forgetting is stored, withheld, and active only after acceptance."""
 
 from __future__ import annotations
 

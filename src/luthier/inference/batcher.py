@@ -235,7 +235,6 @@ class RowBatcher:
                     self.read([row])
 
     def _try(self, rows: Sequence[PassRow]) -> list[dict[str, Any]] | Exception:
-        """Return the predictions for ``rows`` or the error, and count the time."""
         began, cost = time.monotonic(), sum(row.cost for row in rows)
 
         def check(*_: Any) -> None:

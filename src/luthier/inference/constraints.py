@@ -128,11 +128,6 @@ def _read_grammar(tokenizer: Any, grammar: str, kind: str) -> Any:
 
 
 def _library() -> Any:
-    """Import llguidance.
-
-    Raises:
-        RecipeError: if llguidance is not installed.
-    """
     try:
         import llguidance
     except ImportError:
@@ -317,7 +312,6 @@ def _schema_grammar(schema: Any, characters: int) -> str:
 
 
 def _serialize(schema: Mapping[str, Any], characters: int) -> str:
-    """Return ``schema`` as JSON of at most ``characters``."""
     pieces, size = [], 0
     encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
     try:
@@ -381,7 +375,6 @@ def _check_repeats(pattern: str, kind: str) -> None:
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield each object of a JSON value, at any depth."""
     waiting = [value]
     while waiting:
         each = waiting.pop()

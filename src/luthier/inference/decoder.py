@@ -465,7 +465,7 @@ class Decoder:
                     self._scheduler.wait(RETRY_SECONDS)
             except Exception as error:
                 _log.exception("decoding failed")
-                self._fail(error)
+                self._forget_all(_failure_of(error))
 
     def _next(self) -> bool:
         """Wait for requests and admit requests that fit; return False when the decoder closes."""
@@ -493,7 +493,6 @@ class Decoder:
         self._forget_all(failure)
 
     def _forget_all(self, reason: InferenceFailed) -> None:
-        """Fail and forget all admitted requests, whatever fails."""
         for job in self._at_work():
             job.events.put(reason)
             try:
@@ -566,7 +565,6 @@ class Decoder:
             self._end_state(answer)
 
     def _runnable(self) -> set[str]:
-        """Return the clients with requests that may run now."""
         clients = {job.client for job in self._at_work() if not job.unread}
         return self._scheduler.runnable(clients)
 
@@ -712,7 +710,6 @@ class Decoder:
             self._end_state(answer)
 
     def _measure(self, answer: RunningAnswer) -> None:
-        """Record the time of a new token."""
         moment, latency = time.perf_counter(), answer.job.model.latency
         if latency is None:
             return
@@ -736,9 +733,6 @@ class Decoder:
     def _settle(self, job: RunningRequest) -> None:
         if job in self._writing and all(answer.done for answer in job.answers):
             self._forget(job)
-
-    def _fail(self, error: Exception) -> None:
-        self._forget_all(_failure_of(error))
 
 
 def _failure_of(error: Exception) -> InferenceFailed:

@@ -16,7 +16,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import ValidationError
 
 from luthier.errors import CorruptFile, RecipeError
@@ -31,7 +30,6 @@ from luthier.types import Message
 
 if TYPE_CHECKING:
     from luthier.models.gguf import Quantization
-    from luthier.types import IntArray
 
 TYPE_SETTING = "LUTHIER_GGUF_TYPE"
 """Environment variable of the weight type."""
@@ -116,7 +114,10 @@ def _derive(
         with new_folder(folder) as fresh:
             write_gguf(network.model, None, fresh / FILE, kind, GeneralMetadata(stored.id))
             context, vocabulary = stored.room, int(network.model.config.vocab_size)
-            prompts = _prompts(stored, context // 2)
+            chat, longest = stored.chat, context // 2
+            prompts = [
+                chat.encode_prompt([Message("user", text)])[:longest] for text in REFERENCE_PROMPTS
+            ]
             reference = torch_backend(network, context)
             try:
                 other = open_file(fresh / FILE, context, vocabulary)
@@ -142,15 +143,7 @@ def _derive(
     return record
 
 
-def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
-    """Return the token ids of sample prompts."""
-    chat = stored.chat
-    prompts = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
-    return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in prompts]
-
-
 def _refusal(parity: TokenParity, kind: Quantization) -> str:
-    """Return why the file is rejected, or an empty string."""
     limit = largest_divergence(kind)
     if parity.mean_kl <= limit:
         return ""

@@ -252,7 +252,6 @@ def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]
 
 
 def _places(written: Continuation, chat: ChatFormat) -> list[int]:
-    """Return the positions of the tokens that llama.cpp reported."""
     texts = chat.tokenizer.convert_ids_to_tokens(written.tokens)
     added = chat.tokenizer.added_tokens_decoder
     sizes = [  # special tokens and unused ids have no text

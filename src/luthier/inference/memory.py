@@ -46,8 +46,8 @@ class FreedMemory:
 
     def start(self) -> None:
         """Start the thread and map large blocks separately."""
-        # By default the library takes blocks of up to 32 MiB from its heaps once it has seen such a one
-        # freed, keeps up to 64 MiB at the end of each heap, and there are eight for each core.
+        # By default glibc serves blocks of up to 32 MiB from its heaps after the first such free,
+        # keeps up to 64 MiB at the end of each heap, and has eight heaps per core.
         if set_malloc_threshold(LARGE_BLOCK):
             self._thread = threading.Thread(target=self._run, name="freed-memory", daemon=True)
             self._thread.start()
@@ -67,7 +67,7 @@ class FreedMemory:
             if not rounds:
                 lowest = min(lowest, now)
                 continue
-            # Again for a while: what is freed later grows nothing, and stays as well.
+            # Repeated, because memory freed later does not trigger a check by growth.
             return_freed_memory()
             lowest, rounds = resident_bytes(), rounds - 1
 
@@ -85,7 +85,7 @@ class CacheBudget:
     def __init__(self, total: int, per_client: int | None = None) -> None:
         """Create a budget of ``total`` bytes, at most ``per_client`` bytes for one client."""
         self.total, self.per_client = total, total if per_client is None else per_client
-        self._held: Counter[str] = Counter()
+        self._reserved: Counter[str] = Counter()
         self._spare = 0
         self._reclaim: Callable[[int], None] = lambda size: None
         self._lock = threading.Lock()
@@ -98,19 +98,19 @@ class CacheBudget:
     def reserved_bytes(self) -> int:
         """Number of reserved bytes."""
         with self._lock:
-            return self._held.total()
+            return self._reserved.total()
 
     def allows(self, client: str, size: int) -> bool:
         """Return whether the share of ``client`` allows ``size`` more bytes."""
-        return not self._held[client] or self._held[client] + size <= self.per_client
+        return not self._reserved[client] or self._reserved[client] + size <= self.per_client
 
     def reserve(self, client: str, size: int) -> bool:
         """Reserve ``size`` bytes if the total and the share of ``client`` allow the reservation."""
         with self._lock:
-            if not self.allows(client, size) or self._held.total() + size > self.total:
+            if not self.allows(client, size) or self._reserved.total() + size > self.total:
                 return False
-            self._held[client] += size
-            shortage = self._held.total() + self._spare - self.total
+            self._reserved[client] += size
+            shortage = self._reserved.total() + self._spare - self.total
         if shortage > 0:
             self._reclaim(shortage)
         return True
@@ -118,12 +118,12 @@ class CacheBudget:
     def release(self, client: str, size: int) -> None:
         """Return ``size`` reserved bytes."""
         with self._lock:
-            decrement(self._held, client, size)
+            decrement(self._reserved, client, size)
 
     def reserve_spare(self, size: int) -> bool:
         """Reserve ``size`` free bytes until a request needs the memory."""
         with self._lock:
-            fits = self._held.total() + self._spare + size <= self.total
+            fits = self._reserved.total() + self._spare + size <= self.total
             self._spare += size if fits else 0
         return fits
 

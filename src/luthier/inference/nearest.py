@@ -181,7 +181,6 @@ class EmbeddingIndex:
 
 
 def _digest(row: Row) -> bytes:
-    """Return the SHA-256 of the content of a row."""
     if isinstance(row, MediaRow):
         return bytes.fromhex(row.media.digest())
     return hashlib.sha256(row.plain_text().encode("utf-8", "surrogatepass")).digest()

@@ -56,8 +56,6 @@ _STACKED = 2.0
 
 @dataclass(eq=False)
 class _Entry:
-    """A loaded or loading model."""
-
     id: str
     bytes: int
     ready: threading.Event = field(default_factory=threading.Event)
@@ -300,7 +298,6 @@ class ModelPool:
             return self._used_bytes()
 
     def _used_bytes(self) -> int:
-        """Return the memory of all loaded and leaving models. Called with the lock."""
         return sum(entry.bytes for entry in (*self._entries.values(), *self._leaving))
 
     @contextmanager
@@ -509,7 +506,6 @@ def _failure(error: LuthierError) -> InferenceFailed:
 
 
 def _decoder(entry: _Entry) -> Decoder | None:
-    """Return the decoder of a generative model, else None."""
     from luthier.inference.decoder import Decoder
 
     return entry.model if isinstance(entry.model, Decoder) else None

@@ -124,7 +124,6 @@ class PrefixCache:
             ids_T = ids_T[shared:]
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Split ``node`` after ``at`` tokens and return the new upper node."""
         assert node.parent is not None and node.key_values is not None
         first, rest = node.key_values.split(at)
         upper = _Node(node.ids_T[:at], first, node.parent, used=node.used)
@@ -151,9 +150,9 @@ class PrefixCache:
 
     def _evictions(self, path: set[_Node]) -> Iterator[int]:
         """Evict a leaf per iteration and yield the freed bytes."""
-        # Looked for once: whoever needs the memory holds others up, and all that is there may go.
+        # A single search for all evictions, because concurrent requests wait for the lock.
         leaves: dict[Key, list[tuple[int, int, _Node]]] = {}
-        numbers = itertools.count()  # of those that were used at once, any may go first
+        numbers = itertools.count()  # breaks ties of equal use
         for key, node in self._nodes():
             if not node.children and node not in path:
                 heappush(leaves.setdefault(key, []), (node.used, next(numbers), node))

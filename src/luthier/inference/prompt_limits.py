@@ -133,7 +133,6 @@ class PromptLimit:
 
 
 def _json_length(value: Any) -> int:
-    """Return the length of ``value`` in JSON."""
     try:
         return len(json.dumps(value, ensure_ascii=False))
     except (RecursionError, ValueError) as error:

@@ -89,7 +89,7 @@ def forget(account: str, runs: Collection[str]) -> None:
                 raise WrongState(
                     f"A job queries the teacher of {path.stem}. Repeat the deletion after the job."
                 )
-            lines = [line for line in _lines(path) if not _is_of(line, runs)]
+            lines = [line for line in path.read_bytes().splitlines(True) if not _is_of(line, runs)]
             if lines:
                 write_bytes(path, b"".join(lines))
             else:
@@ -143,10 +143,6 @@ class ReplyLog:
 
         ask([*missing.values()], done)
         return [failures[key] if key in failures else self.replies[key] for key in keys]
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines(keepends=True)
 
 
 def _is_of(line: bytes, runs: Collection[str]) -> bool:

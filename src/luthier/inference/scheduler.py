@@ -230,7 +230,6 @@ class FairScheduler:
                 self.leave(client)
 
     def _is_next(self, client: str, model: Hashable) -> bool:
-        """Return whether ``model`` is free and ``client`` is next."""
         first = min(self._waiting[model], key=self._seconds.__getitem__)
         own = self._seconds[client]
         return model not in self._busy and own <= min(self._seconds[first], self._limit())

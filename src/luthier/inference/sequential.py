@@ -306,7 +306,6 @@ class SerialModel:
         return BARE_MEDIA[media.kind]("", index + 1, limited)
 
     def _undecodable(self, part: Sequence[MediaRow], refused: RowRefused) -> InferenceRefused:
-        """Return the error of the first undecodable row of ``part``."""
         for row in part:
             media = self._chat.media_input(row)
             try:
@@ -383,7 +382,6 @@ def _is_over(work: Work) -> bool:
 
 
 def _failure_of(work: Work) -> InferenceFailed:
-    """Return why unfinished work ended."""
     return InferenceFailed.busy(work.queue_seconds) if work.is_late else _unloaded_failure()
 
 

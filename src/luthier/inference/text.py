@@ -21,16 +21,16 @@ class Detokenizer:
         """Start after the tokens ``before``, and leave their text out."""
         self._decode = decode
         self._ids = [*before]
-        self._before, self._whole = 0, len(self._ids)
+        self._start, self._complete = 0, len(self._ids)
 
     def feed(self, token: int) -> str:
         """Return the text that ``token`` completes, or an empty string within a character."""
         self._ids.append(token)
-        previous = self._decode(self._ids[self._before : self._whole])
-        text = self._decode(self._ids[self._before :])
+        previous = self._decode(self._ids[self._start : self._complete])
+        text = self._decode(self._ids[self._start :])
         if len(text) <= len(previous) or text.endswith(BROKEN):
             return ""
-        self._before, self._whole = self._whole, len(self._ids)
+        self._start, self._complete = self._complete, len(self._ids)
         return text[len(previous) :]
 
 
@@ -43,34 +43,34 @@ class StopFinder:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._pending = ""
         self.passed = 0
         """Number of passed characters."""
-        self.found: str | None = None
+        self.stop: str | None = None
         """First stop sequence in the text."""
 
     def feed(self, text: str) -> str:
         """Add ``text`` and return the text to show."""
-        self._held += text
-        starts = {stop: self._held.find(stop) for stop in self._stops if stop in self._held}
+        self._pending += text
+        starts = {stop: self._pending.find(stop) for stop in self._stops if stop in self._pending}
         if starts:
-            self.found = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
-            at = starts[self.found]
+            self.stop = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
+            at = starts[self.stop]
         else:
-            at = len(self._held) - overlap(self._held, self._stops)
+            at = len(self._pending) - overlap(self._pending, self._stops)
         return self._pass(at)
 
     def skip(self, text: str) -> str:
         """Let ``text`` through without a search."""
-        self._held += text
-        return self._pass(len(self._held))
+        self._pending += text
+        return self._pass(len(self._pending))
 
     def end(self) -> str:
         """Return the delayed text at the end of the reply."""
-        return self._pass(len(self._held)) if self.found is None else ""
+        return self._pass(len(self._pending)) if self.stop is None else ""
 
     def _pass(self, count: int) -> str:
-        shown, self._held = self._held[:count], self._held[count:]
+        shown, self._pending = self._pending[:count], self._pending[count:]
         self.passed += len(shown)
         return shown
 
@@ -103,15 +103,15 @@ class AnswerText:
         self._characters, self._stops = Detokenizer(decode, before), StopFinder(sampling.stop)
         self._splitter = ReasoningSplitter(reasoning)
         self._min_tokens = sampling.min_tokens
-        self._came = 0
+        self._length = 0
         self._begins: list[tuple[int, Score | None]] = []
-        self._given = 0
+        self._scored = 0
         self._reasoning_tokens: int | None = None
 
     @property
     def stop(self) -> str | None:
         """Stop sequence that ended the reply."""
-        return self._stops.found
+        return self._stops.stop
 
     @property
     def tokens(self) -> int:
@@ -128,16 +128,16 @@ class AnswerText:
             return len(self._begins)
         if self._reasoning_tokens is None:
             tokens = sum(begin < start for begin, _ in self._begins)
-            ends = [*(begin for begin, _ in self._begins), self._came]
-            # A token may close the reasoning and begin the answer; it is one of the answer then.
+            ends = [*(begin for begin, _ in self._begins), self._length]
+            # A token that closes the reasoning and begins the answer counts as a token of the answer.
             self._reasoning_tokens = tokens - bool(tokens and ends[tokens] > start)
         return self._reasoning_tokens
 
     def feed(self, token: int, score: Score | None) -> AnswerDelta:
         """The next token."""
-        self._begins.append((self._came, score))
+        self._begins.append((self._length, score))
         text = self._characters.feed(token)
-        self._came += len(text)
+        self._length += len(text)
         reasoning, answer = self._splitter.feed(text)
         return self._delta(reasoning, self._search(answer), self._stops.passed)
 
@@ -165,13 +165,12 @@ class AnswerText:
         return AnswerDelta(text, self._scores(until), reasoning, thought)
 
     def _until(self, place: int) -> int:
-        """Return the number of tokens before the character ``place``."""
-        count = self._given
+        count = self._scored
         while count < len(self._begins) and self._begins[count][0] < place:
             count += 1
         return count
 
     def _scores(self, until: int) -> list[Score]:
-        scores = [score for _, score in self._begins[self._given : until] if score is not None]
-        self._given = max(self._given, until)
+        scores = [score for _, score in self._begins[self._scored : until] if score is not None]
+        self._scored = max(self._scored, until)
         return scores

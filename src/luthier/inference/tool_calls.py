@@ -62,42 +62,42 @@ class CallSplitter:
         """``forced`` replies have only calls; ``structured`` replies may be JSON of a schema."""
         self._tools, self._forced = tools, forced
         self._may_hide = forced or not structured
-        self._held = ""
-        self._shown = False
+        self._pending = ""
+        self._has_shown = False
         self._calling = False
         self.incomplete = False
         """True if the reply ended within a tool call. The reply shows no such call."""
 
     def feed(self, text: str) -> str:
         """Add ``text`` and return the text to show."""
-        self._held += text
+        self._pending += text
         if self._calling:
             return ""
-        if not self._shown:
-            begun = self._held.lstrip()
-            if not begun:
+        if not self._has_shown:
+            start = self._pending.lstrip()
+            if not start:
                 return ""
-            if begun[0] in "{[":
+            if start[0] in "{[":
                 self._calling = True
                 return ""
-        at = self._held.find(CALL_OPEN)
+        at = self._pending.find(CALL_OPEN)
         if at >= 0:
             self._calling = True
         else:
-            at = len(self._held) - overlap(self._held, [CALL_OPEN])
-        shown, self._held = self._held[:at], self._held[at:]
+            at = len(self._pending) - overlap(self._pending, [CALL_OPEN])
+        shown, self._pending = self._pending[:at], self._pending[at:]
         if self._calling and not shown.strip():
             shown = ""
-        self._shown = self._shown or bool(shown.strip())
+        self._has_shown = self._has_shown or bool(shown.strip())
         return shown
 
     def end(self, cut: bool = False) -> tuple[str, list[ToolCall]]:
         """Return the remaining text and the tool calls; ``cut`` means that a token limit ended the
         reply."""
         if cut and self._may_hide and (self._calling or self._forced):
-            calls, self.incomplete = parse_cut_calls(self._held, self._tools)
+            calls, self.incomplete = parse_cut_calls(self._pending, self._tools)
             self.incomplete |= self._forced and not calls
         else:
-            calls = parse_calls(self._held, self._tools, declared_only=True)
+            calls = parse_calls(self._pending, self._tools, declared_only=True)
         calls = [replace(call, id=new_call_id()) for call in calls]
-        return ("" if calls or self.incomplete else self._held), calls
+        return ("" if calls or self.incomplete else self._pending), calls

@@ -419,7 +419,6 @@ def _memory_of(model: StoredModel) -> int:
 
 
 def _folders_of(model: StoredModel) -> list[Path]:
-    """Return the folders of a model and its bases."""
     return [model.folder, *(_folders_of(model.parent) if model.parent else [])]
 
 
@@ -437,7 +436,6 @@ def _check_problems(shards: Sequence[Shard]) -> None:
 
 
 def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) -> dict[str, int]:
-    """Concatenate the answers and return the total counts."""
     totals = Counter[str]()
     rows = sum(shard.rows for shard in shards)
     with ExitStack() as stack:
@@ -503,7 +501,6 @@ def _answer_free(
 
 
 def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Reporter) -> None:
-    """Write the answers to the rows of a shard, or the problems with the rows."""
     next_report = time.monotonic() + CHECK_SECONDS
 
     def report(done: int) -> None:

@@ -359,7 +359,6 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
 def _judge(
     judge: Ruler, rows: Sequence[Row], contenders: Sequence[Contender], remarks: list[str]
 ) -> list[Contender]:
-    """Replace the scores by win rates against the unchanged base model."""
     reference = next(each for each in contenders if each.technique == "zero-shot")
 
     def answers(contender: Contender) -> list[Answer]:

@@ -455,7 +455,6 @@ def _stored_logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
 
 
 def _with_inputs(evaluation: Evaluation) -> Evaluation:
-    """Return ``found`` with input and expected answer in each record."""
     if of_shape(JudgedAnswers, evaluation.rows):
         return evaluation
     records = [

@@ -209,7 +209,9 @@ def measure_forgetting(
             f"{tuned.id} and {base.id} have different vocabularies and cannot be compared. Use the "
             f"parent of {tuned.id}."
         )
-    sets = {OWN_PROBES: _own_choices(), **(probes or {})}
+    with as_file(files("luthier") / "evaluation" / "probes" / "choices.jsonl") as path:
+        own_probes = of_shape(MultipleChoice, load_rows(path)) or ()
+    sets = {OWN_PROBES: own_probes, **(probes or {})}
     remarks: list[str] = []
     answers: list[Example] = []
     states: list[_States] = []
@@ -259,28 +261,19 @@ def load_probes(paths: Sequence[str | Path]) -> dict[str, list[MultipleChoice]]:
     return sets
 
 
-def _own_prompts() -> list[dict[str, Any]]:
-    """Return our general prompts."""
-    with as_file(files("luthier") / "evaluation" / "probes" / "prompts.jsonl") as path:
-        return [record for _, record in read_records(path, [])]
-
-
-def _own_choices() -> list[MultipleChoice]:
-    with as_file(files("luthier") / "evaluation" / "probes" / "choices.jsonl") as path:
-        return [*(of_shape(MultipleChoice, load_rows(path)) or ())]
-
-
 def _answers(generator: Generator) -> list[Example]:
     """Return the answers of the base to our prompts, with weight 1 for sampled tokens."""
     from luthier.models.sampling import Sampling
 
     chat = generator.chat
-    prompts = [[Message("user", str(each["prompt"]))] for each in _own_prompts()]
-    # The divergence is an expectation over sampled answers; greedy ones would underestimate it.
+    with as_file(files("luthier") / "evaluation" / "probes" / "prompts.jsonl") as path:
+        records = read_records(path, [])
+        prompts = [[Message("user", str(record["prompt"]))] for _, record in records]
+    # The divergence is an expectation over samples; greedy answers would underestimate the value.
     sampling = Sampling(max_tokens=SAMPLE_TOKENS, temperature=1.0, seed=7)
     examples: list[Example] = []
     for prompt, reply in zip(prompts, generator.answers(prompts, sampling), strict=True):
-        if reply.reasoning:  # the template might render it in another way
+        if reply.reasoning:  # the template might render reasoning differently
             reply_T = np.array(reply.ids, dtype=np.int64)
             ids_T = np.concatenate([chat.encode_prompt(prompt), reply_T])
             weight_T = np.zeros(len(ids_T), dtype=np.float32)
@@ -306,7 +299,6 @@ def _accuracy(
     sets: Mapping[str, Sequence[MultipleChoice]],
     remarks: list[str],
 ) -> dict[str, RowScores]:
-    """Return the accuracy by the name of the probes."""
     accuracy = dict[str, RowScores]()
     for name, rows in sets.items():
         fitted = fit_choices(rows, chat, network.context, "truncate")
@@ -355,7 +347,6 @@ def _states(network: Network, rows: Sequence[Example]) -> _States:
 
 
 def _drift(base: _States, tuned: _States, samples: int) -> Drift:
-    """Compute the divergence and the perplexities of the same tokens."""
     import torch
 
     from luthier.objectives.logprobs import scores

@@ -249,13 +249,6 @@ def _record_beside(row: InputRow) -> Record:
     return {"prompt": prompt, **({} if reply is None else {"expected": reply}), **rest}
 
 
-def _prompt_of(content: PromptOnly | Conversation) -> Prompt:
-    """Return the prompt of a row for the model."""
-    return (
-        content.prompt if isinstance(content, PromptOnly) else Chat(content.messages, content.tools)
-    )
-
-
 def fitting_prompts(
     rows: Sequence[InputRow], generator: Generator, sampling: Sampling
 ) -> list[Prompt]:
@@ -264,7 +257,11 @@ def fitting_prompts(
     Raises:
         DataError: with every prompt that leaves too little room for a reply.
     """
-    prompts = [_prompt_of(row.content) for row in rows]
+    contents: list[PromptOnly | Conversation] = [row.content for row in rows]
+    prompts: list[Prompt] = [
+        each.prompt if isinstance(each, PromptOnly) else Chat(each.messages, each.tools)
+        for each in contents
+    ]
     problems = list[Problem]()
     for row, prompt in zip(rows, prompts, strict=True):
         if refusal := generator.refusal(prompt, sampling):

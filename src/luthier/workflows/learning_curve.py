@@ -185,7 +185,6 @@ def _fit(rows_P: Array, cost_BP: Array) -> tuple[Array, Array]:
 
 
 def _draw(points: Sequence[CurvePoint], interval: tuple[float, float], path: Path) -> None:
-    """Draw the measured scores, and the interval at twice the rows."""
     last, (figure, (axes,)) = points[-1], new_figure()
     rows, values, errors = zip(*((p.rows, p.value, p.error) for p in points), strict=True)
     axes.semilogx(rows, values, color="#2f5d9b")

@@ -19,7 +19,7 @@ sequences follows from seed and step alone. The first process creates the parts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -69,7 +69,6 @@ from luthier.models.process_group import ProcessGroup
 from luthier.objectives.base import RunModels
 from luthier.objectives.causal_lm import CausalLM
 from luthier.recipe import DataSpec, Recipe, Training
-from luthier.types import Example
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shortage
 from luthier.workflows.pretrain_recipe import PretrainRecipe
@@ -171,8 +170,6 @@ def _request(recipe: PretrainRecipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Parts of a run that are created once, from the request alone."""
-
     recipe: PretrainRecipe
     """Recipe with the sizes of network and tokenizer."""
     choices: list[tuple[str, Any, str]]
@@ -185,7 +182,6 @@ class _Parts:
 
 
 def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
-    """Read or create the parts in the run's folder."""
     statistics = _survey(recipe, run, reporter)
     recipe, choices = plan(recipe, statistics)
     start = _start(recipe, run, statistics, reporter)
@@ -239,7 +235,7 @@ def _job(
         run.checkpoint_bytes(),
     )
     if group.rank == 0:
-        # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
+        # A resumed run keeps the micro-batches, because their size changes the last bits.
         budget = job.recipe.training.micro_batch_tokens
         write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
     resolved = job.recipe.plain()
@@ -265,7 +261,6 @@ def _dataset(
     context: int,
     reporter: Reporter,
 ) -> Dataset:
-    """Return the token file as training and validation sequences."""
     folder, facts = run.folder / TOKENS, _tokens(recipe, run, statistics, chat, reporter)
     train = TokenFile.open(folder / "train.bin", facts["train"], context)
     validation = TokenFile.open(folder / "validation.bin", facts["validation"], context)
@@ -277,7 +272,7 @@ def _dataset(
     return Dataset(
         objective=recipe.objective(context),
         train=train,
-        validation=_spread(validation),
+        validation=validation[:: max(1, -(-len(validation) // MAX_VALIDATION))],
         longest=train.longest,
         hashes=run.request_value("data"),
         choices=[],
@@ -418,12 +413,6 @@ def _count(start: store.StoredModel) -> tuple[int, int]:
     }
     embedding = sum(weight.numel() for weight in tables.values())
     return sum(weight.numel() for weight in model.parameters()), embedding
-
-
-def _spread(validation: TokenFile) -> Sequence[Example]:
-    """Return at most :data:`MAX_VALIDATION` evenly spaced validation sequences."""
-    stride = max(1, -(-len(validation) // MAX_VALIDATION))
-    return validation[::stride]
 
 
 def _train_request(request: Mapping[str, Any], reporter: Reporter) -> Result:

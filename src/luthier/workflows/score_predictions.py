@@ -73,7 +73,6 @@ def score_predictions(
 def _score_rewards(
     predictor: Predictor, fitting: FittingRows, first: Predictions, second: Predictions
 ) -> Evaluation:
-    """Score how often the better of two answers has the higher reward."""
     pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
     records = [
         {"line": row.line, "chosen": c, "rejected": r}
@@ -89,7 +88,7 @@ def _score_partners(
     rows = cast("Sequence[TextPair]", fitting.rows)
     anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
     positives = {row.positive for row in rows}
-    # Items that are no row's next item can be found as well.
+    # The candidates include earlier items of histories.
     earlier = [item for row in rows if isinstance(row, History) for item in row.items]
     items = [item for item in dict.fromkeys(earlier) if item not in positives]
     bare = [RawText(rows[0].file, 0, item) for item in items]
@@ -144,7 +143,6 @@ def _score_captions(
 def _score_transcriptions(
     predictor: Predictor, fitting: FittingRows, first: Predictions
 ) -> Evaluation:
-    """Score the character and word errors of transcribed images."""
     rows = cast("Sequence[CaptionedImage]", fitting.rows)
     pairs = [(a["text"], row.caption) for a, row in zip(first, rows, strict=True)]
     return fitting.evaluation(
@@ -153,11 +151,10 @@ def _score_transcriptions(
 
 
 def _score_labels(predictor: Predictor, fitting: FittingRows, first: Predictions) -> Evaluation:
-    """Score labels, ratings or tags."""
     rows = fitting.rows
     for row, answer in zip(rows, first, strict=True):
         if isinstance(row, TaggedWords):
-            # The model did not read the words behind the cut, so no entity was found there.
+            # Words after the cut were not encoded and have no entity.
             answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
     found = scores(rows, first)
     if calibration := Calibration.of(rows, first):

@@ -114,7 +114,7 @@ def search(
     parent = luthier_home() / "searches"
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
     recipe = recipe.model_copy(update={"name": name})
-    if runner.name:  # its processes have other working folders
+    if runner.name:  # remote processes have different working folders
         recipe = Recipe.parse({**portable(recipe), "base": base.id, "name": name})
     work = _Search(recipe, base, dimensions, trials, parent / name, reporter, parallel, runner)
     with lock_folder(work.folder, f"the search {name}"):
@@ -140,8 +140,6 @@ def need_optuna() -> None:
 
 
 class _Search:
-    """State of a search in its folder."""
-
     def __init__(
         self,
         recipe: Recipe,
@@ -259,7 +257,6 @@ class _Search:
         return study
 
     def _round(self, study: optuna.Study) -> None:
-        """Run the next round. The first trial runs alone, because a process may reject the recipe."""
         first = len(ended_trials(study))
         # A resumed search has the same rounds.
         size = self.parallel - (first - 1) % self.parallel if first else 1
@@ -288,7 +285,6 @@ class _Search:
         return recipe.model_copy(update={"training": training})
 
     def _ask(self, study: optuna.Study, place: int) -> optuna.Trial:
-        """Return settings for the trial at ``place``."""
         import optuna
 
         seeds = np.random.SeedSequence([self.recipe.training.seed, place])

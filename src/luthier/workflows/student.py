@@ -47,8 +47,6 @@ class Student:
 
 @dataclass(frozen=True)
 class _Draft:
-    """Plan of a student before weights are read."""
-
     teacher: store.StoredModel
     head: Head
     planned: StudentPlan

@@ -45,7 +45,6 @@ def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> l
 
 
 def _training_files(stored: StoredModel) -> dict[str, str]:
-    """Return the SHA-256 of each training file by path."""
     if stored.manifest.data is None:
         return {}
     data = (stored.manifest.recipe or {}).get("data", {})

@@ -100,7 +100,6 @@ def _run(
     runner: TrialRunner,
     reporter: Reporter,
 ) -> None:
-    """Run a process for each name, working folder and recipe."""
     fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     write_json(folder / _REQUEST, {"recipe": fields})
     processes = [

@@ -1,4 +1,4 @@
-"""Distillation by an objective, through the same command: on replies, or on the teacher's answers."""
+"""Distillation by an objective: on replies, or on the teacher's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each rule rejects what it says, and nothing that is fine."""
+"""Each rule rejects its cases and accepts all further cases."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_grader_without_anything_to_compare_with_is_refused() -> None:
 
 
 class Broken(Grader):
-    """A grader that gives no number."""
+    """A grader that returns no number."""
 
     method: Literal["broken"] = "broken"
 

@@ -1,4 +1,4 @@
-"""Where a teacher may be, and what a distillation's recipe takes from that of tuning."""
+"""Teachers of a distillation, and the fields shared with tuning recipes."""
 
 from __future__ import annotations
 

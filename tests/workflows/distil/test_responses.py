@@ -1,4 +1,4 @@
-"""From prompts to a student: what is asked, learned and recorded, and what a kill costs."""
+"""Distillation by responses: requests, training, records, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUICK = {
 
 
 class Notes(Reporter):
-    """Keeps what is said."""
+    """Stores all notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -305,7 +305,7 @@ def test_a_teacher_that_does_not_write_is_refused(prompts: Path, family_folder: 
 def test_after_kill_9_nothing_is_asked_twice(
     prompts: Path, endpoint: Any, tiny_model_folder: Path, luthier_home: Path
 ) -> None:
-    """A slow endpoint that limits the rate and drops connections, and a kill in the middle."""
+    """The endpoint is slow, limits the rate and drops connections."""
     endpoint.delay = 0.3
     endpoint.actions[PROMPTS[0]] = ["drop"]
     endpoint.actions[PROMPTS[1]] = [(429, {"retry-after": "1"})]

@@ -1,4 +1,4 @@
-"""Price tables: what a run costs, and what is refused."""
+"""Price tables: costs and limits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_table_that_is_named_must_be_there(tmp_path: Path) -> None:
 
 
 def estimate(**other: Any) -> Estimate:
-    """100 s of steps, 20 s around them, no error at all."""
+    """Return an estimate of 100 s of steps and 20 s of fixed time, without error."""
     fields: dict[str, Any] = {
         "key": "k",
         "machine": "m",

@@ -161,8 +161,6 @@ def _train(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
 
 
 class _Replies:
-    """Measurements of a generative model."""
-
     def __init__(
         self,
         network: Network,

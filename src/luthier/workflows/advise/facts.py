@@ -211,7 +211,6 @@ def _rules(report: Report, severity: str) -> list[str]:
 
 
 def _cautions(report: Report) -> list[str]:
-    """Return the warnings of the data as a whole, which matter for the choice of a technique."""
     findings = report.findings
     first = [
         findings.examples[r.id][0]
@@ -222,7 +221,6 @@ def _cautions(report: Report) -> list[str]:
 
 
 def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
-    """Return the readable rows."""
     try:
         rows = list(RowReader(recipe.data.train, recipe.data.columns))
     except DataError:

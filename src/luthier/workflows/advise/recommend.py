@@ -161,11 +161,12 @@ def distillation(facts: AdviceFacts) -> Judgement:
     """Judge teaching a smaller model with a larger model on the user's prompts."""
     small = facts.wishes.max_megabytes is not None or facts.wishes.max_seconds is not None
     too_large = (facts.wishes.max_megabytes or float("inf")) < facts.megabytes
-    slow = _slow(facts)
+    tuned = facts.evidence.best("fine-tuning") if facts.evidence else None
+    too_slow = tuned is not None and tuned.seconds > (facts.wishes.max_seconds or float("inf"))
     if facts.shape == "prompt_only":
         fit: Fit = "yes"
         reason = "a teacher can generate the missing replies to the prompts"
-    elif too_large or slow:
+    elif too_large or too_slow:
         fit = "yes"
         reason = (
             "the base model exceeds the size or time limit: tune the model, then distil a student"
@@ -236,12 +237,6 @@ def _takes(facts: AdviceFacts) -> str:
     texts = dict.fromkeys((f"{low:,.0f}", f"{high:,.0f}"))
     minutes = "less than 1" if high < 1 else " to ".join(texts)
     return f"{minutes} min, {estimate.memory.value / 1e9:.1f} GB of memory"
-
-
-def _slow(facts: AdviceFacts) -> bool:
-    limit = facts.wishes.max_seconds
-    tuned = facts.evidence and facts.evidence.best("fine-tuning")
-    return bool(limit and tuned and tuned.seconds > limit)
 
 
 def _best_measured(facts: AdviceFacts, *techniques: Technique) -> str:
@@ -326,7 +321,6 @@ def _choose(facts: AdviceFacts, judgements: list[Judgement], command: str) -> Re
 
 
 def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> Recommendation:
-    """Return the recommendation for rows with answers."""
     chosen: list[str] = []
     cautions: list[str] = []
     against, reasons, sure = _without_training(facts)
@@ -432,7 +426,7 @@ def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[flo
     one, other, gain = tuned.row_scores, best.row_scores, tuned.score - best.score
     if one is None or other is None:
         return gain, differ(tuned.score, best.score, held)
-    return gain, abs(gain) >= CHANCE * one.difference_error(other)  # of the same rows
+    return gain, abs(gain) >= CHANCE * one.difference_error(other)  # paired by row
 
 
 def without_option(command: str, option: str) -> str:
@@ -445,6 +439,5 @@ def without_option(command: str, option: str) -> str:
 
 
 def _distil(command: str, teacher: str, student: str) -> str:
-    """Return the distillation command for the data of a tuning ``command``."""
     data = command.removeprefix("luthier tune ").split(" --")[0]
     return f"luthier distil {data} --teacher {teacher} --student {student}"

@@ -273,7 +273,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]
         ]
         stride = -(-len(points) // (MAX_POINTS - 1)) or 1
         if points:
-            # The last point is where the run ended, whatever the stride.
+            # Always include the last point, the end of the run.
             curves[event] = [*points[:-1:stride], points[-1]]
     return curves
 

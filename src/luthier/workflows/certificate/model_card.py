@@ -20,8 +20,6 @@ _PIPELINES: Mapping[str, str] = {
 
 
 class _Score(NamedTuple):
-    """A score of the latest evaluation on a data set."""
-
     data: str
     sha256: str | None
     """SHA-256 of the first data file."""
@@ -46,7 +44,6 @@ def _scores(certificate: Certificate) -> Iterator[_Score]:
 
 
 def _licence(certificate: Certificate) -> str | None:
-    """Return the licence of the model, or of the nearest ancestor with a known licence."""
     licences = (certificate.record.licence, *(each.licence for each in certificate.parents))
     return next(filter(None, licences), None)
 

@@ -76,7 +76,6 @@ def _lineage_table(certificate: Certificate) -> Table:
 
 
 def _draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Any] | None:
-    """Return the coordinates of training and validation losses by step."""
     points = [each for curve in curves.values() for each in curve]
     if not points:
         return None

@@ -72,8 +72,6 @@ def by_responses(
 
 
 class _Responses:
-    """State of a distillation in its folder."""
-
     def __init__(
         self,
         recipe: DistilRecipe,
@@ -104,7 +102,6 @@ class _Responses:
             raise
 
     def _check(self, resume: bool) -> tuple[list[Row], ChatModel]:
-        """Run all checks that are possible before the teacher is queried."""
         self.reporter.stage("Checking the prompts")
         rows = self._prompts()
         weights = _check_student(self.recipe, self.student)
@@ -119,7 +116,6 @@ class _Responses:
         return rows, teacher
 
     def _ask_and_train(self, rows: Sequence[Row], teacher: ChatModel, resume: bool) -> Distilled:
-        """Query the teacher, filter the answers, and train the student."""
         insights = self._judge(rows, self._answers(rows, teacher))
         counts = summary(insights)
         self._write(INSIGHTS, [insight.plain() for insight in insights])
@@ -152,7 +148,6 @@ class _Responses:
         return rows
 
     def _claim_name(self, teacher: ChatModel, resume: bool) -> None:
-        """Claim the name, or check that the request is the same."""
         plain = self.recipe.plain()
         # Key, time limits and retries may change in a resumed distillation.
         plain["teacher"] = {key: plain["teacher"].get(key) for key in ("model", "url")}
@@ -308,7 +303,6 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
 
 
 def _with_reply(row: Row, reply: str) -> PromptCompletion | Conversation:
-    """Return the prompt of ``row`` with ``reply``."""
     if isinstance(row, PromptOnly):
         return PromptCompletion(row.file, row.line, row.prompt, reply)
     return Conversation(row.file, row.line, (*row.turns(), Message("assistant", reply)))

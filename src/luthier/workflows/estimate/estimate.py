@@ -190,7 +190,7 @@ def estimate_from(measured: Measurement) -> Estimate:
         seconds += part
     steps_per_pass = job.rows / (training.batch_size or 1)
     tokens = PredictionInterval.exactly(work.tokens * trial.token_share)
-    if trial.token_share < 0.999:  # the network writes as much as it likes
+    if trial.token_share < 0.999:  # generated replies have any length
         tokens = PredictionInterval(tokens.value, tokens.value * 0.7, float(work.tokens))
     tokens = _with_refit(tokens, job.refit_steps / work.steps)
     ratio = work.learned / max(1, work.tokens)
@@ -217,12 +217,11 @@ def estimate_from(measured: Measurement) -> Estimate:
 
 
 def _parts(measured: Measurement) -> dict[str, PredictionInterval]:
-    """Seconds of each part of the run."""
     once, trial = measured.seconds, measured.trial
     parts = {
         name: PredictionInterval.around(once[name], SINGLE_ERROR, SINGLE_ERROR) for name in PARTS
     }
-    # An average row is behind both, so that what is said of the tried rows holds for all of them.
+    # Scales the tried rows to all rows: both have the average length.
     scale = measured.work.row_tokens / max(1, trial.row_tokens)
     parts["ahead"] = parts["ahead"].times(scale)
     parts["calibrate"] = parts["calibrate"].times(measured.calibration)
@@ -301,7 +300,7 @@ def _checkpoints(seconds: float, steps: int, cost: float) -> int:
     each = seconds / max(1, steps)
     if not each:
         return 0
-    # One can be due only when a step is done.
+    # Checkpoints are written only between steps.
     latest, wait = checkpoints.FIRST_SECONDS, checkpoints.first_seconds(cost)
     first = min(math.ceil(latest / each), max(checkpoints.FIRST_STEP, math.ceil(wait / each)))
     apart = math.ceil(max(10.0, cost / checkpoints.SHARE_OF_TIME) / each)

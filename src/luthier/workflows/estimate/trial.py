@@ -260,7 +260,10 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     work, batches = workload_of(job), representative(job, TRIAL_BATCHES)
     rows = [row for batch in batches for row in batch]
     with temporary_run(base.root, "estimates") as run:
-        sampled = job.with_sample(rows, _validation_sample(job))
+        available = len(job.data.validation)
+        count = min(available, VALIDATION_ROWS)
+        validation = [int(number * available / count) for number in range(count)]
+        sampled = job.with_sample(rows, validation)
         trainer = Trainer(sampled, run, reporter, select_steps(sampled, trial=True), clock)
         loop = trainer.start(resume=False)
         shares = trainer.network.shares
@@ -284,13 +287,6 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     )
 
 
-def _validation_sample(job: TrainingJob) -> list[int]:
-    """Validation rows to measure on, evenly spread."""
-    available = len(job.data.validation)
-    count = min(available, VALIDATION_ROWS)
-    return [int(position * available / count) for position in range(count)]
-
-
 def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     """Run ``count`` batches and the further parts of a run, in the order of a run."""
     job, folder, network = trainer.job, trainer.run_folder, trainer.network
@@ -298,7 +294,7 @@ def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     steps = [step_of(job, batch, network.shares) for batch in batches]
     frozen_bytes = network.frozen_cache.bytes if network.frozen_cache is not None else 0
     loop.evaluate()
-    loop.reporter = Reporter()  # its lines and their time left are those of the whole run
+    loop.reporter = Reporter()  # silent: progress lines describe the whole run
     tries = _tries(loop, count, trainer.reporter)
     before = loop.clock.parts["validation"]
     loop.evaluate()
@@ -308,7 +304,7 @@ def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     trainer.progress, trainer.lines = loop.progress, loop.metrics.read()
     sample_work = workload_of(replace(job, steps=len(tries)))
     trainer.release()
-    # The copy is thrown away: that it is stored and verified is nothing to tell.
+    # Silent, because the stored copy is temporary.
     trainer.reporter = Reporter()
     trainer.store()
     model = folder_size(folder.model_folder)  # in the folder of the run, for a trial
