@@ -261,14 +261,17 @@ def load_probes(paths: Sequence[str | Path]) -> dict[str, list[MultipleChoice]]:
     return sets
 
 
+def _own_prompts() -> list[dict[str, Any]]:
+    with as_file(files("luthier") / "evaluation" / "probes" / "prompts.jsonl") as path:
+        return [record for _, record in read_records(path, [])]
+
+
 def _answers(generator: Generator) -> list[Example]:
     """Return the answers of the base to our prompts, with weight 1 for sampled tokens."""
     from luthier.models.sampling import Sampling
 
     chat = generator.chat
-    with as_file(files("luthier") / "evaluation" / "probes" / "prompts.jsonl") as path:
-        records = read_records(path, [])
-        prompts = [[Message("user", str(record["prompt"]))] for _, record in records]
+    prompts = [[Message("user", str(each["prompt"]))] for each in _own_prompts()]
     # The divergence is an expectation over samples; greedy answers would underestimate the value.
     sampling = Sampling(max_tokens=SAMPLE_TOKENS, temperature=1.0, seed=7)
     examples: list[Example] = []
