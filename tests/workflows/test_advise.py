@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.data.inputs import PLURAL
 from luthier.data.shapes.texts import LabelledText
 from luthier.recipe import Recipe
 from luthier.workflows.advise.facts import _split_rows
@@ -88,9 +87,8 @@ def test_of_what_is_no_text_it_names_the_commands_that_say_more(tmp_path: Path, 
         (path / "a" / f"1.{'png' if kind == 'image' else 'wav'}").write_bytes(b"never opened")
     found = CliRunner().invoke(app, ["advise", str(path)])
     assert found.exit_code == 2 and "\n" not in found.output.strip()
-    what = {"image": "images with labels", "audio": "sounds with labels"}
-    for words in (what.get(kind, PLURAL["window"]), f"luthier estimate {path}"):
-        assert words in found.output
+    for command in ("luthier inspect", "luthier estimate"):
+        assert f"{command} {path}" in found.output
     assert not list((tmp_path / "models").glob("*")), "a base was fetched"
 
 
