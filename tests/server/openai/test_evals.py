@@ -547,7 +547,7 @@ WRONG_EVALS: list[tuple[dict[str, Any], str]] = [
 WRONG_SOURCES: list[tuple[Any, str]] = [
     (content([]), "data_source.source.content"),
     ({"type": "jsonl", "source": {"type": "file_id"}}, "data_source.source.id"),
-    ({"type": "jsonl", "source": {"type": "none"}}, "data_source.source"),
+    ({"type": "jsonl", "source": {"type": "none"}}, "data_source.source.type"),
     (asking(rows(1), input_messages={"type": "template", "template": "a"}),
      "data_source.input_messages.template"),
     ({"type": "jsonl", "source": {"type": "file_id", "id": "file-none"}}, "data_source.source.id"),
