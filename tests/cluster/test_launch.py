@@ -1,4 +1,4 @@
-"""Launch files: read by what reads them on a cluster, run with stand-ins, and attacked with names."""
+"""Launch files: parsed by the target's own tools, run with stub programs, attacked with file names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ EVIL = (
     "it's \"$(touch pwned)\" `touch pwned`; touch pwned\nRECIPE\ntouch pwned\n# {{ 7 * 7 }} \\ '''"
     "\u2028\u0085\x1b[2J\r\x07 %j : - &"
 )
-"""A folder's name that would break out of quotes, here-documents, comments and templates."""
+"""A folder name that would break out of quotes, here-documents, comments and templates."""
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ def recipe(tmp_path: Path, tiny_model_folder: Path) -> Callable[..., Recipe]:
 
 
 def documents(text: str) -> dict[str, dict[str, Any]]:
-    """Those of a file for Kubernetes, by kind."""
+    """Return the documents of a Kubernetes file by kind."""
     return {each["kind"]: each for each in yaml.safe_load_all(text)}
 
 
 def recipe_in(target: Target, text: str) -> dict[str, Any]:
-    """The recipe that a file carries, read as the cluster would."""
+    """Return the recipe of a launch file, parsed as on the cluster."""
     if target == "kubernetes":
         text = documents(text)["ConfigMap"]["data"]["recipe.toml"]
     elif target == "ray":
@@ -94,7 +94,7 @@ def recipe_in(target: Target, text: str) -> dict[str, Any]:
 
 
 def stand_ins(folder: Path, *names: str) -> Path:
-    """Programs that write down how they were called, and with what recipe."""
+    """Write stub programs that record arguments and recipe."""
     folder.mkdir()
     for name in names:
         program = folder / name

@@ -1,4 +1,4 @@
-"""Training on a real Ray cluster: nodes that are processes of this machine, started by `ray start`."""
+"""Training on a real Ray cluster whose nodes are local processes of ``ray start``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 300
 
 
 def scheduler(queue: Any, cluster: Cluster) -> Scheduler:
-    """Start the scheduler of a server whose training runs on the cluster."""
+    """Start the scheduler of a server that trains on the cluster."""
     runner = RayRunner(RayCluster(cluster.address))
     runner.check(queue.database)
     made = Scheduler(
@@ -45,7 +45,7 @@ def submit_rows(queue: Any, name: str, steps: int) -> str:
 
 
 def actor_of(job: Job) -> psutil.Process:
-    """The process of Ray's that the worker of a job runs below."""
+    """Return the Ray process above the worker of a job."""
     parent = psutil.Process(job.worker["pid"]).parent()
     assert parent is not None and "RayWorker" in " ".join(parent.cmdline())
     return parent

@@ -1,4 +1,4 @@
-"""Searches and batch inference on a real Ray cluster, of which workers and nodes are killed."""
+"""Searches and batch inference on a real Ray cluster, with killed workers and nodes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def weights(found: SearchResult) -> str:
 
 
 def process_of(number: int | str, home: Path) -> psutil.Process | None:
-    """The process on a node that carries out a trial."""
+    """Return the process of a trial on a node."""
     own = f"{home}/searches"
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
@@ -151,7 +151,7 @@ def task(tmp_path: Path, tiny_model_folder: Path) -> GenerateTask:
 
 
 def inference_process(output: Path, number: int) -> psutil.Process | None:
-    """The process on a node that answers rows."""
+    """Return the process of batch inference on a node."""
     own = ["luthier.workflows.batch_inference", str(shards_folder(output)), f"process-{number}"]
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []

@@ -1,4 +1,4 @@
-"""Modelfiles, by what Ollama makes of them."""
+"""Modelfiles and the prompts that Ollama renders from a Modelfile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUMBERED = (
 
 
 def render(template: str, messages: Sequence[Message]) -> str:
-    """What Go makes of the few actions that are written, as Ollama calls it."""
+    """Render the supported actions of Go templates as Ollama does."""
     system = "\n\n".join(each.content for each in messages if each.role == "system")
     opening, _, turns = template.rpartition("{{ range $i, $_ := .Messages }}")
     pattern = r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}$"

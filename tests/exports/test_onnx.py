@@ -1,4 +1,4 @@
-"""ONNX files of models that read, beside what luthier itself answers."""
+"""ONNX exports compared with luthier's own outputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tuned(folder: Path, base: str, method: str) -> StoredModel:
 
 
 class Session:
-    """A written file, read by the words of its folder alone."""
+    """An exported ONNX model, used with the files of its folder only."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -60,7 +60,7 @@ class Session:
         self.session = onnxruntime.InferenceSession(str(folder / ONNX_FILE))
 
     def ask(self, texts: Any, **how: Any) -> tuple[Any, list[Any]]:
-        """The answer to all ``texts`` at once, and how they were tokenized."""
+        """Return the outputs for a batch of ``texts`` and the encodings."""
         read = self.tokenizer.encode_batch(texts, **how)
         inputs = {
             "input_ids": np.array([each.ids for each in read]),
@@ -174,7 +174,7 @@ def test_embeddings_of_images_are_those_of_luthier(tmp_path: Path) -> None:
 def test_a_graph_that_answers_otherwise_is_refused(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mean over the filled-up places, too, is what a careless export gives: right alone only."""
+    """A mean that includes padding is correct for a single text only."""
     stored = tuned(tmp_path, str(family_folder("bert")), "contrastive")
 
     def forward(graph: Any, *inputs: Any) -> Any:

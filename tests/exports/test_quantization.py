@@ -35,7 +35,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, rows: Path) -> Path:
-    """A store with ``strong``, which learned much, and ``light``, which hardly moved."""
+    """Return a store with ``strong``, a large gain, and ``light``, a small gain."""
     home = tmp_path_factory.mktemp("home")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -129,8 +129,13 @@ def test_an_export_without_a_measurable_type_is_refused(
 
 
 def cost(lost: float, gained: float | None, kept: float) -> QuantizationCost:
-    """Losses of 40 rows around 1: in q4_0 ``lost`` more, of the base ``gained`` more, and of the base
-    in q4_0 ``kept`` more than of the model in it."""
+    """Return the cost for 40 rows with losses around 1.
+
+    Args:
+        lost: additional loss of the model in q4_0.
+        gained: additional loss of the base.
+        kept: additional loss of the base in q4_0 compared with the model in q4_0.
+    """
     noise_R = np.random.default_rng(0).normal(0, 0.01, 40)
 
     def scores(more: float) -> RowScores:

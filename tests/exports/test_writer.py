@@ -36,8 +36,11 @@ PROMPTS = ["say fox", "The quick brown", "What is the capital of France?"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Path]:
-    """A store with models tuned in float32: ``adapter``, ``whole``, ``plain``, ``stacked``, and two
-    whose rows all stand behind something: ``prefix`` and ``prompt``."""
+    """Return a store with models tuned in float32.
+
+    The models are ``adapter``, ``whole``, ``plain``, ``stacked``, and ``prefix`` and ``prompt``,
+    whose rows all follow learned tokens.
+    """
     home = tmp_path_factory.mktemp("home")
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("fox", "dog", "cat")]
@@ -76,7 +79,7 @@ def store(home: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def greedy(folder: Path, prompt: str, tokens: int = 16) -> list[int]:
-    """As someone with nothing but transformers would ask."""
+    """Generate greedily with transformers only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -123,7 +126,7 @@ def test_merged_exports_give_the_same_tokens_in_transformers(name: str, tmp_path
 
 
 def test_the_exported_model_stops_where_the_served_one_does(tmp_path: Path) -> None:
-    """``fox`` was learned with its end-of-turn token."""
+    """The model was trained with an end-of-turn token after ``fox``."""
     folder = export(find("tiny-llama:whole"), tmp_path / "out", merged=True)
     settings = json.loads((folder / "generation_config.json").read_text())
     assert settings["eos_token_id"] == find("tiny-llama:whole").chat.stop_ids[0]
@@ -156,7 +159,7 @@ def test_an_adapter_loads_with_peft(tmp_path: Path, tiny_model_folder: Path) -> 
 
 
 def test_adapter_that_peft_reads_otherwise_is_refused(tmp_path: Path) -> None:
-    """PEFT gives no error for a layer that ``target_modules`` leaves out, or for another scale."""
+    """PEFT raises no error for a layer missing in ``target_modules`` or for another scale."""
     stored = find("tiny-llama:adapter")
     folder = export(stored, tmp_path / "out", merged=False)
     path = folder / "adapter_config.json"
@@ -198,7 +201,7 @@ def test_adapter_of_earlier_versions_is_exported_with_full_names(tmp_path: Path)
 def test_merged_weights_have_the_precision_of_the_base(
     precision: str | None, expected: torch.dtype, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    """Not that of the exporting machine, which computes in float32 here."""
+    """The precision does not depend on the exporting machine, which computes in float32 here."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_folder, base)
     weights = load_file(base / "model.safetensors")
@@ -286,7 +289,7 @@ def test_a_base_model_is_exported_as_it_is(
 
 
 def test_the_plain_format_goes_along(tmp_path: Path) -> None:
-    """Trained without the chat template, exported without it, so nobody applies it by mistake."""
+    """A model trained without chat template is exported without chat template."""
     folder = export(find("tiny-llama:plain"), tmp_path / "out", merged=False)
     from transformers import AutoTokenizer
 

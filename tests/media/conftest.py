@@ -1,4 +1,4 @@
-"""A folder for the files that the tests of one module write, and a starter of runs."""
+"""Fixtures: output folders and a starter of runs."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def forker(tmp_path_factory: pytest.TempPathFactory) -> Forker:
-    """Return a starter of runs with one folder for the output of all runs."""
+    """Return a starter of runs with one output folder."""
     return Forker(tmp_path_factory.mktemp("forker"))

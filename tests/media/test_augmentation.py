@@ -43,7 +43,7 @@ def test_a_mirror_image_is_one() -> None:
 
 
 def test_a_crop_cuts_no_more_than_it_may() -> None:
-    """Of a slope from 0 to 255 the range that is left is that of the part, which is at its old size."""
+    """The range of a slope from 0 to 255 after the crop is the range of the cropped part."""
     slope = np.broadcast_to(np.linspace(0, 255, 100).astype(np.uint8)[None, :, None], (100, 100, 3))
     least = 1.0
     for seed in range(100):

@@ -1,4 +1,4 @@
-"""Folders, archives and arrays as rows, and rows of tables that name files."""
+"""Folders, archives and arrays as rows, and tables that name files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def png(level: int = 0) -> bytes:
 
 
 def write(folder: Path, *names: str) -> Path:
-    """A picture of another grey at each name."""
+    """Write an image of a different gray for each name."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(png(number))
@@ -49,7 +49,7 @@ def rows_of(source: Path) -> list[Row]:
 
 
 def labels_of(source: Path) -> dict[str, str | tuple[str, ...]]:
-    """Label by the name under which the file is known."""
+    """Return labels by file name."""
     found = {}
     for row in rows_of(source):
         assert isinstance(row, LabelledImage)
@@ -260,7 +260,7 @@ def test_other_arrays_are_refused_and_no_pickle_is_opened(
 
 
 def _stored(**members: bytes) -> bytearray:
-    """An archive as ``numpy.savez`` writes it."""
+    """Return an archive in the format of ``numpy.savez``."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, content in members.items():

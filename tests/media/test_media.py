@@ -1,4 +1,4 @@
-"""Images and sounds to numbers: usual files, odd ones, and those that would do harm."""
+"""Decoding of images and audio: usual, unusual and malicious files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 
 def picture(height: int = 6, width: int = 9) -> NDArray[np.uint8]:
-    """Smooth, so that JPEG keeps it nearly."""
+    """Return a smooth image, which JPEG preserves closely."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [255 * x / width, 255 * y / height, np.full_like(x, 128)]
     return np.stack(channels, -1).astype(np.uint8)
@@ -131,7 +131,7 @@ def test_a_photograph_stands_upright(turn: int) -> None:
 
 
 def bomb(side: int) -> bytes:
-    """The beginning of a PNG of that many pixels a side, which would unpack to zeros."""
+    """Return the start of a PNG of ``side`` x ``side`` pixels that would decompress to zeros."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(name + body))

@@ -1,4 +1,4 @@
-"""What networks read of images and sounds, beside other people's code and formulas."""
+"""Processors compared with third-party code and formulas."""
 
 from __future__ import annotations
 
@@ -213,7 +213,8 @@ def sound(samples: NDArray[np.float32], rate: int) -> Media:
 
 
 def mel_spectrogram(samples: NDArray[np.float64], rate: int, bins: int) -> NDArray[np.float64]:
-    """Slaney's mel scale, a Hann window of 25 ms every 10 ms; one frame and one bin after the other."""
+    """Compute a spectrogram with Slaney's mel scale and a Hann window of 25 ms every 10 ms, bin by
+    bin."""
 
     def mel(hertz: float) -> float:
         steps = np.log(6.4) / 27
@@ -283,7 +284,7 @@ def test_how_loud_a_sound_is_does_not_matter_and_silence_can_be_read() -> None:
 
 
 def test_what_is_far_below_the_peak_is_cut_off() -> None:
-    """Else empty parts would be nearly all the contrast of a short sound, and noise the rest."""
+    """Without a floor, padding would dominate the contrast of short audio."""
     soft = np.where(np.arange(8000) < 4000, np.float32(1e-3), np.float32(1))  # 60 dB
     noise = np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10
     media = sound(noise * soft, 8000)

@@ -1,4 +1,4 @@
-"""Pictures of what a model makes as training goes."""
+"""Grids of generated images during training."""
 
 from __future__ import annotations
 

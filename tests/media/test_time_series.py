@@ -1,4 +1,4 @@
-"""Tables of times and values become windows; other tables stay what they are."""
+"""Tables of times and values become windows; other tables stay unchanged."""
 
 from __future__ import annotations
 

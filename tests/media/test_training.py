@@ -1,4 +1,4 @@
-"""Pictures of three kinds, learned, predicted, evaluated, and resumed after a kill."""
+"""Training, prediction, evaluation and resuming on images of three classes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def picture(kind: str, seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``learn`` and ``test``, each with one per class."""
+    """Return folders ``learn`` and ``test``, each with a folder per class."""
     folder = tmp_path_factory.mktemp("pictures")
     for part, seeds in (("learn", range(16)), ("test", range(100, 108))):
         for kind in KINDS:
@@ -124,7 +124,7 @@ def losses_of(home: Path) -> list[Any]:
 def tuned(
     forker: Forker, pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """The store that a whole run leaves, and its result."""
+    """Return the store of a complete run and the result."""
     home = tmp_path_factory.mktemp("tuned")
     return home, forker.start(home, command(pictures, base)).result()
 

@@ -1,4 +1,4 @@
-"""Models that make images say that they had few steps."""
+"""Advice on the number of steps for models that generate images."""
 
 from __future__ import annotations
 

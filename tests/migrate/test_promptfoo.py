@@ -1,4 +1,4 @@
-"""promptfoo's configurations as rows and graders: what passes there passes here."""
+"""Imports of promptfoo configurations: equal replies pass in promptfoo and in luthier."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows_of(found: Any, name: str) -> list[Row]:
 
 
 def scores(found: Any, reply: str, number: str = "") -> dict[str, float]:
-    """What the graders say of ``reply`` to the first row."""
+    """Return the scores of ``reply`` to the first row."""
     (row, *_) = rows_of(found, f"prompt-1{number}.jsonl")
     graders = parse_graders(read_graders(found.folder / f"graders{number}.toml"))
     return dict(grade([row], [reply], graders).records[0]["scores"])

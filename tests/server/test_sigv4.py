@@ -1,4 +1,4 @@
-"""Signatures: the published vectors, and requests that botocore signs."""
+"""Signatures: the published test vectors, and requests signed by botocore."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ AMBIGUOUS = {
     "get-relative", "get-relative-relative", "get-slash", "get-slash-dot-slash", "get-slashes",
     "get-slash-pointless-dot", "post-sts-header-after",
 }  # fmt: skip
-"""Right by the specification; refused for the form of the path, or a token that is not signed."""
+"""Valid by the specification, but rejected for the form of the path or an unsigned token."""
 
 
 @needs_data("aws4_testsuite")

@@ -1,4 +1,4 @@
-"""GetCallerIdentity of STS: boto3, the AWS CLI, and requests that are not valid."""
+"""GetCallerIdentity with boto3, the AWS CLI and invalid requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 
 Keys = dict[str, str]
-"""As boto3 takes them."""
+"""Keyword arguments of boto3 with keys."""
 
 
 def keys_of(entry: dict[str, Any]) -> Keys:
@@ -74,7 +74,7 @@ def plain(
     server: Served, method: str = "POST", *, presign: bool = False, path: str = "/",
     entry: dict[str, Any] = ADMIN, **form: str,
 ) -> tuple[int, ElementTree.Element]:  # fmt: skip
-    """A request as any signer makes it, and the document of its answer."""
+    """Send a signed request and return status and document."""
     text = urlencode({"Version": "2011-06-15", **form})
     url = f"{server.url}{path}" + (f"?{text}" if method == "GET" else "")
     kind = {"Content-Type": "application/x-www-form-urlencoded"}

@@ -1,4 +1,4 @@
-"""What the gate finds in images and sounds, a rule at a time."""
+"""Findings of the checks of images and audio, one rule at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from luthier.types import Row
 
 
 def noise(seed: int, size: int = 48) -> NDArray[np.uint8]:
-    """A picture of its own: soft patches of colour."""
+    """Return an image of random soft color patches."""
     patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(patches).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -62,7 +62,7 @@ def messages(report: Report) -> dict[str, list[str]]:
 
 
 def places(report: Report) -> dict[str, list[tuple[str, ...]]]:
-    """The place of each finding and the places of its counterparts, by rule."""
+    """Return the place of each finding and of the other rows of the finding, by rule."""
     return {
         rule: [(str(each.place), *map(str, each.others)) for each in found]
         for rule, found in report.findings.examples.items()
@@ -172,7 +172,7 @@ def test_what_is_odd_about_a_sound(
 
 
 def test_the_command_to_train_reads_sounds_at_their_rate() -> None:
-    """A network of random weights reads half of nothing otherwise, which the notes alone said."""
+    """A network with random weights would waste half of its input at a higher rate."""
     slow = check(sound(TONE, 8_000), sound(TONE[:9000], 11_025), reads=AudioProcessor())
     assert slow.summaries["media"]["highest_rate"] == 11_025
     assert next_steps(slow)[-1][1].endswith(" --set data.sampling_rate=11025")

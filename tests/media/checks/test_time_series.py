@@ -1,4 +1,4 @@
-"""What the gate finds in the times of a series, a rule at a time."""
+"""Findings of the checks of time series, one rule at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders with images that no row of the table names."""
+"""Folders with images that are missing in the table."""
 
 from __future__ import annotations
 

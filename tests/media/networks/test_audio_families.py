@@ -1,4 +1,4 @@
-"""AST and Wav2Vec2 of transformers: what they say of a sound, and what is learned with them."""
+"""AST and Wav2Vec2 of transformers: outputs and training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_sound(path: Path, pitch: float, count: int, seed: int = 0) -> Path:
 
 
 def own_inputs(family: str, folder: Path, file: Path) -> Any:
-    """The sound as transformers' feature extractor reads it; Wav2Vec2's filled up to a second."""
+    """Return the features of transformers' feature extractor; Wav2Vec2's are padded to one second."""
     samples, rate = decode_audio(file.read_bytes())
     fill = {"padding": "max_length", "max_length": RATE, "truncation": True}
     more: Any = fill if family == "wav2vec2" else {}

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 beside the paper's table, computed again without its modules."""
+"""EfficientNet-Lite0 compared with a plain computation of the paper's table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = [  # expansion, input, output, stride, kernel of each of the 16 blocks,
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Random weights, and statistics of batch norms as training leaves them: not 0 and 1."""
+    """Return a network with random weights and trained batch norm statistics."""
     torch.manual_seed(0)
     made: Any = net.EfficientNetLiteForImageClassification(net.Config(num_labels=7))
     for module in made.modules():
@@ -112,7 +112,7 @@ def test_every_weight_of_the_published_file_finds_its_place(model: Any) -> None:
 
 
 def test_batch_norms_keep_their_statistics_in_training(model: Any) -> None:
-    """So that what a row gives does not depend on the others of its batch."""
+    """The output of a row must not depend on the batch."""
     import copy
 
     nets.register("efficientnet_lite")

@@ -1,4 +1,4 @@
-"""The encoder of lines: shapes, rows that do not depend on each other, transformers' class with it."""
+"""The line encoder: shapes, independence of rows, and use with transformers' decoder class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of diffusers: what is read of them, and what is refused by its name."""
+"""Diffusers folders: supported parts and error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from luthier.models.tokenizer import load_chat_format
 
 @pytest.fixture
 def folder(family_folder: Callable[[str], Path], tmp_path: Path) -> Path:
-    """One that may be changed."""
+    """Return a copy that tests may change."""
     return shutil.copytree(family_folder("stable_diffusion"), tmp_path / "pipeline")
 
 

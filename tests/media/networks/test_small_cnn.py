@@ -1,4 +1,4 @@
-"""The small residual network beside a plain computation, and what it must not depend on."""
+"""The small residual network compared with a plain computation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(**fields: Any) -> Any:
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Groups of 16 channels of one image ``[C, H, W]`` to mean 0 and deviation 1."""
+    """Normalize groups of 16 channels of one image ``[C, H, W]`` to mean 0 and deviation 1."""
     groups = x.reshape(-1, 16, *x.shape[1:])
     mean = groups.mean((1, 2, 3), keepdim=True)
     variance = ((groups - mean) ** 2).mean((1, 2, 3), keepdim=True)
@@ -95,7 +95,7 @@ def test_a_norm_has_its_gradient_also_where_its_input_needs_none() -> None:
 
 
 def test_a_network_of_random_weights_tells_rows_apart() -> None:
-    """Means of the maps do not, and such a network stood still for a hundred steps."""
+    """With means instead of maxima, training made no progress for a hundred steps."""
     torch.manual_seed(0)
     model = net.SmallCNNModel(net.Config())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Stable Diffusion as one network: each part gives what it gives in diffusers' own pipeline."""
+"""Stable Diffusion as one network, compared with diffusers' pipeline part by part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denoising U-Net: shapes, what it is told, and whose base it is."""
+"""The denoising U-Net: shapes, conditions and supported objectives."""
 
 from __future__ import annotations
 

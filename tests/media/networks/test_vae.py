@@ -1,4 +1,4 @@
-"""The network of the variational autoencoder: shapes, saving, and what it refuses."""
+"""The variational autoencoder's network: shapes, saving and rejected inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VGG beside a plain stack of the same weights, by the names that torchvision gives them."""
+"""VGG compared with a plain stack of equal weights under torchvision's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classifiers of images of transformers: what they say of an image, and what is learned with them."""
+"""Image classifiers of transformers: outputs and training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FamilyFolder = Callable[[str], Path]
 
 
 def write_images(folder: Path, count: int = 6) -> Path:
-    """Dark images and bright ones, of 40 x 36."""
+    """Write dark and bright images of 40 x 36."""
     random = np.random.default_rng(0)
     for n in range(count):
         for name, level in (("dark", 40), ("bright", 190)):
@@ -47,7 +47,7 @@ def write_images(folder: Path, count: int = 6) -> Path:
 
 
 def own_pixels(family: str, folder: Path, file: Path) -> torch.Tensor:
-    """The image as transformers' own image processor reads it, ``[1, 3, H, W]``."""
+    """Return an image ``[1, 3, H, W]`` from transformers' image processor."""
     kind = getattr(transformers, f"{PROCESSORS[family]}ImageProcessorPil")
     pixels: torch.Tensor = kind.from_pretrained(folder)(Image.open(file), return_tensors="pt")[
         "pixel_values"
@@ -179,7 +179,7 @@ def test_onnx_gives_the_same_scores(
 def test_an_embedding_of_an_image_reads_no_layer_that_its_file_lacks(
     family_folder: FamilyFolder,
 ) -> None:
-    """ViT's pooler is no part of a classifier: it was drawn anew each time such a file was opened."""
+    """ViT's pooler is missing in classifiers and would be initialized at random on each load."""
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         one, other = (

@@ -1,4 +1,4 @@
-"""Denoising diffusion: its loss from its parts, what is drawn when, conditions, the way back."""
+"""Denoising diffusion: loss, random numbers, conditions and sampling."""
 
 from __future__ import annotations
 

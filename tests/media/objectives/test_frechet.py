@@ -11,7 +11,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def matrix_root(given_DD: np.ndarray) -> np.ndarray:
-    """By the iteration of Denman and Beavers (1976), which knows nothing of eigenvalues."""
+    """Compute the root by the iteration of Denman and Beavers (1976), without eigenvalues."""
     root_DD, inverse_DD = given_DD, np.eye(len(given_DD))
     for _ in range(40):
         root_DD, inverse_DD = (
@@ -23,7 +23,7 @@ def matrix_root(given_DD: np.ndarray) -> np.ndarray:
 
 
 def by_matrix_root(one_ND: np.ndarray, other_ND: np.ndarray) -> float:
-    """As the paper has it, with the root of the product of both covariances."""
+    """Compute the distance by the paper's formula, with the root of the product of covariances."""
     one_DD, other_DD = np.cov(one_ND.T), np.cov(other_ND.T)
     apart = np.sum((one_ND.mean(0) - other_ND.mean(0)) ** 2)
     return float(apart + np.trace(one_DD + other_DD - 2 * matrix_root(one_DD @ other_DD)))

@@ -1,4 +1,4 @@
-"""Two players: their losses against the papers' formulas, whose gradients move, what is measured."""
+"""GAN: losses against the papers' formulas, gradients per turn, metrics."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_each_turn_leaves_gradients_on_its_own_player(
 def test_spectral_norms_move_once_a_turn_however_rows_are_cut(
     fields: dict[str, Any], prepared: Callable[..., Any]
 ) -> None:
-    """So that processes that share the rows of a step have the curve of one."""
+    """Processes that share the rows of a step must follow the curve of one process."""
     found: dict[int, list[float]] = {}
     vectors: dict[int, list[torch.Tensor]] = {}
     for budget in (100, 2, 1):

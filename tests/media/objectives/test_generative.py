@@ -1,4 +1,4 @@
-"""Made images beside held-out ones in the features of a classifier, for each kind of maker."""
+"""The Fréchet distance of generated images from held-out images, for each objective."""
 
 from __future__ import annotations
 

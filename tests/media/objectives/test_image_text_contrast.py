@@ -1,4 +1,4 @@
-"""CLIP: the loss and the embeddings of transformers' own, and what is made of them."""
+"""CLIP: loss and embeddings compared with transformers, and training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CAPTIONS = [f"{kind} {colour}" for colour in COLOURS for kind in ("all", "half")
 
 
 def picture(caption: str, seed: int = 0) -> np.ndarray[Any, Any]:
-    """A square of the colour, or black with the colour in its lower half."""
+    """Return a square of one color, or black with a colored lower half."""
     kind, colour = caption.split()
     pixels = np.zeros((20, 16, 3))
     pixels[10 if kind == "half" else 0 :] = COLOURS[colour]
@@ -56,7 +56,7 @@ def ready(folder: Path, objective: Contrastive) -> tuple[Network, list[Example]]
 
 
 def own_inputs(folder: Path) -> dict[str, torch.Tensor]:
-    """The rows as transformers' processor reads them."""
+    """Return the rows as encoded by transformers' processor."""
     images = [Image.fromarray(picture(each, n)) for n, each in enumerate(CAPTIONS)]
     processor = CLIPProcessor.from_pretrained(folder)
     return dict(processor(text=CAPTIONS, images=images, padding=True, return_tensors="pt"))

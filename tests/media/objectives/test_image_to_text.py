@@ -1,4 +1,4 @@
-"""Image to text: the loss and the greedy text of transformers' own network, and what is measured."""
+"""Image to text: loss and greedy text compared with transformers, and metrics."""
 
 from __future__ import annotations
 

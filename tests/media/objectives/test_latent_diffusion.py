@@ -1,4 +1,4 @@
-"""Diffusion on a pipeline of diffusers: its loss and its images are those of diffusers' own parts."""
+"""Diffusion with a diffusers pipeline: loss and images compared with diffusers' own parts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROWS: list[Row] = [CaptionedImage("f", n, image(n), text) for n, text in enumera
 
 @dataclass
 class Prepared:
-    """A pipeline with an adapter that is not at its start."""
+    """A pipeline with a trained adapter."""
 
     objective: Diffusion
     network: Network
@@ -78,7 +78,7 @@ def prepared(family_folder: Callable[[str], Path], tmp_path: Path) -> Callable[.
 
 
 def pipeline_of(prepared: Prepared, spacing: str | None = None) -> Any:
-    """diffusers' own, with the adapter merged into its U-Net."""
+    """Return diffusers' pipeline with the adapter merged into the U-Net."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(prepared.folder)
@@ -273,7 +273,7 @@ def test_a_caption_that_was_cut_inside_a_word_can_be_read_again(
 
 
 class CutWords:
-    """A tokenizer that reads the end of a word as one token more."""
+    """A tokenizer that encodes the end of a word with an additional token."""
 
     def __init__(self, own: Any) -> None:
         self.own, self.model_max_length = own, own.model_max_length
@@ -289,7 +289,7 @@ class CutWords:
 def test_memory_is_counted_for_the_largest_map_of_the_autoencoder(
     side: int, at_once: int, family_folder: Callable[[str], Path]
 ) -> None:
-    """The last stage of its decoder enlarges maps before it has fewer channels."""
+    """The decoder's last stage enlarges maps before reducing channels."""
     model = ModelFolder(family_folder("stable_diffusion")).sketch(Diffusion().head())
     channels = 16
     found = preparation_bytes(model, 2, (3, side, side))

@@ -1,4 +1,4 @@
-"""How images become noise and come back: against the papers' formulas, and diffusers' schedulers."""
+"""Noise schedules and sampling steps, compared with the papers' formulas and diffusers' schedulers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The variational autoencoder: its loss against torch.distributions, noise, threshold, images."""
+"""The variational autoencoder: loss against torch.distributions, noise, threshold, images."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_gradients_reach_all_weights(network: Network, examples: list[Example]) 
 
 
 def test_an_image_of_no_noise_is_its_own_copy(network: Network, examples: list[Example]) -> None:
-    """The reconstruction is 0 where the decoder gives the image back."""
+    """The reconstruction error is 0 if the decoder returns the image."""
     (batch,) = VAE().annotate(network, examples, 100)
     network.model.decode = lambda latents: batch.plan
     found = VAE().loss(network, replace(batch))

@@ -1,4 +1,4 @@
-"""A server with the Bedrock API, clients of two accounts, and jobs and models made through them."""
+"""Fixtures: a server with the Bedrock API, clients of two accounts, jobs and models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from luthier.server.tables.database import Database
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """On a free port."""
+    """Run a server on a free port."""
     made = Server()
     yield made
     made.close()
@@ -22,7 +22,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    """In a file, with all tables."""
+    """Return a database file with all tables."""
     yield from opened(f"sqlite:///{tmp_path / 'service.db'}")
 
 
@@ -41,13 +41,13 @@ def bedrock(service: Service) -> Any:
 
 @pytest.fixture
 def bob(service: Service) -> Any:
-    """The client of another account."""
+    """Return the client of another account."""
     return service.client(BOB)
 
 
 @pytest.fixture
 def submit(bedrock: Any) -> Callable[..., str]:
-    """``submit(name, **members)`` makes a job of Alice's; its ARN."""
+    """Return a function that creates a job of Alice and returns the ARN."""
 
     def make(name: str = "job-1", client: Any = bedrock, **members: Any) -> str:
         return client.create_model_customization_job(**job_members(name, **members))["jobArn"]
@@ -57,7 +57,7 @@ def submit(bedrock: Any) -> Callable[..., str]:
 
 @pytest.fixture
 def model(service: Service, submit: Callable[..., str]) -> Callable[..., str]:
-    """``model(name)`` makes a custom model of Alice's by a job of that name; its ARN."""
+    """Return a function that creates a custom model of Alice with a job and returns the ARN."""
 
     def make(name: str = "job-1", account: str = ALICE, **members: Any) -> str:
         submit(name, service.client(account), **members)

@@ -1,4 +1,4 @@
-"""What makes a deployment usable: the files of its model, and of those below it."""
+"""Verification of a deployment's model files and of the files of parent models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.server.bedrock.activation import check_files
 
 
 def store_model(home: Path, name: str, **manifest: str) -> Path:
-    """A custom model of one file, recorded as it is."""
+    """Store a custom model with one file and a correct record."""
     folder = home / "models" / "custom" / "base" / name
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(name.encode())

@@ -29,7 +29,7 @@ def refused(call: Callable[..., Any], **members: Any) -> str:
 
 
 def deploy(bedrock: Any, arn: str, name: str = "d", **members: Any) -> str:
-    """ARN of a deployment that may still be Creating."""
+    """Return the ARN of a deployment, possibly still Creating."""
     asked = {"modelDeploymentName": name, "modelArn": arn, **members}
     answer = bedrock.create_custom_model_deployment(**asked)
     assert answer["ResponseMetadata"]["HTTPStatusCode"] == 202
@@ -45,7 +45,7 @@ def active(bedrock: Any, identifier: str) -> None:
 
 
 def asked(service: Service, model_id: str, account: str = ALICE) -> Any:
-    """What would answer to ``modelId``."""
+    """Return the model that serves ``modelId``."""
     return invocable(service.database, service.control.arns, account, model_id)
 
 

@@ -1,4 +1,4 @@
-"""Messages of the event stream are the bytes that botocore reads, checksums and all."""
+"""Event stream messages are parsed by botocore, including checksums."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_botocore_reads_what_was_written(headers: dict[str, str], payload: bytes
 
 
 def test_a_known_message() -> None:
-    """By the layout of the specification, byte for byte."""
+    """Compare a message with the layout of the specification, byte for byte."""
     parts = ["00000018", "00000006", "dcd1a61f", "016107000162", "7b7d", "f3d78873"]
     assert frame({"a": "b"}, b"{}").hex() == "".join(parts)
     buffer = EventStreamBuffer()

@@ -29,7 +29,7 @@ runtime_service = serving.runtime_service
 
 
 def invoked(runtime_client: Any, **body: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Without a content type, as boto3 sends it when none is given."""
+    """Invoke without a content type, as boto3 does by default."""
     answer = runtime_client.invoke_model(modelId=MODEL, body=json.dumps(body))
     assert answer["contentType"] == "application/json"
     return json.loads(answer["body"].read()), answer["ResponseMetadata"]["HTTPHeaders"]

@@ -94,7 +94,8 @@ def test_without_validation_data_the_answer_says_so(
 def test_a_job_that_was_sent_no_hyperparameters_shows_what_it_chose(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
-    """One that was sent some shows these alone: Terraform makes a model anew where they differ."""
+    """A job with hyperparameters returns the request's values only: Terraform replaces changed
+    models."""
     chosen = {"training.epochs": 6.0, "training.batch_size": 2, "training.learning_rate": 2e-4}
     arns = submit("open"), submit("set", hyperParameters={"epochCount": "6"})
     for name in ("open", "set"):

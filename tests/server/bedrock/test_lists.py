@@ -1,4 +1,4 @@
-"""Lists in pages, tags, tokens of clients: what holds for every operation alike."""
+"""Pagination, tags and client tokens of all operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from luthier.server.tables.database import Database
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    """Once SQLite and once PostgreSQL: what waits for what differs."""
+    """Return SQLite and PostgreSQL databases, which differ in locking."""
     yield from opened(database_url)
 
 
@@ -124,7 +124,7 @@ def test_tokens_of_deployments_and_throughput(
 
 @pytest.fixture
 def resources(bedrock: Any, submit: Callable[..., str], model: Callable[..., str]) -> list[str]:
-    """One of each kind that takes tags: made with the tag ``made=yes``."""
+    """Create one resource of each kind with tags, each with the tag ``made=yes``."""
     tags = [{"key": "made", "value": "yes"}]
     custom = model("job-0", customModelTags=tags)
     deployed = {"modelDeploymentName": "d", "modelArn": custom, "tags": tags}

@@ -1,4 +1,4 @@
-"""Converse, its stream and InvokeModel of a model that thinks before it answers, by boto3."""
+"""Converse, ConverseStream and InvokeModel with a reasoning model, called with boto3."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def thinker(
 
 @pytest.fixture(scope="module")
 def client(thinker: tuple[Service, str]) -> Any:
-    """As boto3 is: it checks what it sends by the service model."""
+    """Return a boto3 client, which validates requests by the service model."""
     return boto3.client(
         "bedrock-runtime", endpoint_url=thinker[1], region_name="us-east-1",
         aws_access_key_id="a", aws_secret_access_key="b",

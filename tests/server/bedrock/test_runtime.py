@@ -1,4 +1,4 @@
-"""boto3 against a real server: Converse and its stream."""
+"""Converse and ConverseStream of a real server, called with boto3."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ ASKS_TWICE = {
 
 
 def answered(*results: dict[str, Any]) -> dict[str, Any]:
-    """A turn with two calls, and what is said to them."""
+    """Return a turn with two tool calls, followed by ``results``."""
     turn = {"role": "user", "content": list(results)}
     return {**ASKS_TWICE, "messages": [*ASKS_TWICE["messages"], turn]}
 

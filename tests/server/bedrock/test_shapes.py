@@ -1,4 +1,4 @@
-"""Values against shapes: patterns mean what they meant, and none of them can be made to hang."""
+"""Validation of values against shapes; patterns keep their meaning and have a time limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from luthier.server.http.messages import Fault
 
 
 def texts(shape: Shape | None, visited: set[str]) -> Iterator[StringShape]:
-    """All shapes of texts below one, each once; a filter may hold filters."""
+    """Yield all string shapes below a shape once; filters may be nested."""
     if shape is None or shape.name in visited:
         return
     visited.add(shape.name)

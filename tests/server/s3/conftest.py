@@ -1,4 +1,4 @@
-"""A service on loopback, over http and https, whose object store unmodified clients use."""
+"""Fixtures: a service over HTTP and HTTPS with an object store for unmodified clients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SECRET = "a secret of thirty letters, or so"
 
 
 class Names:
-    """Lets two users in, each of an account of its own, if their signatures are right."""
+    """Authentication of two users of separate accounts by signature."""
 
     def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
         return verify(head, body, self.look_up, now())
@@ -52,7 +52,7 @@ class Names:
 
 @dataclass
 class Service:
-    """One server and what is behind it."""
+    """A server with its object store."""
 
     url: str
     objects: Objects
@@ -72,7 +72,7 @@ class Service:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    """Return a self-signed certificate for 127.0.0.1 and the key."""
     folder = tmp_path_factory.mktemp("tls")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "luthier")])
@@ -98,7 +98,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def any_s3(objects: Objects) -> Api:
-    """The API, for requests that nobody signed, too."""
+    """Return the API for unsigned requests, too."""
     return replace(s3_api(objects, "us-east-1"), serves=lambda head, service: True)
 
 
@@ -127,7 +127,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service]:
-    """The same service over https."""
+    """Serve the service over HTTPS."""
     app = service.app  # type: ignore[attr-defined]
     # An application belongs to one loop: the second server has its own over the same store.
     other = Application(
@@ -144,7 +144,7 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
 
 @pytest.fixture(params=["http", "https"])
 def either(request: pytest.FixtureRequest) -> Service:
-    """The service by http, and by https, where bodies are sent in another coding."""
+    """Return the service over HTTP and over HTTPS, which differ in the encoding of bodies."""
     return request.getfixturevalue("service" if request.param == "http" else "secure")
 
 
@@ -158,7 +158,7 @@ def bucket(service: Service) -> str:
 
 @pytest.fixture
 def refused() -> Callable[..., tuple[str, int]]:
-    """``refused(call, **arguments)`` gives code and status of what the server refuses."""
+    """Return a function that calls a client and returns code and status of the error."""
     return code_of
 
 

@@ -1,4 +1,4 @@
-"""What goes over the wire: hashes, checksums and signed chunks, as clients other than boto3 send."""
+"""Hashes, checksums and signed chunks on the wire, as sent by clients other than boto3."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNSIGNED_TRAILER = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
 
 class Raw:
-    """Signs heads as boto3 does, and sends any body after them."""
+    """A client that signs heads like boto3 and sends any body."""
 
     def __init__(self, service: Any, bucket: str) -> None:
         self.service, self.bucket = service, bucket
@@ -56,7 +56,7 @@ class Raw:
         coded: Callable[[dict[str, str]], bytes] | None = None,
         **headers: str,
     ) -> tuple[int, str]:
-        """PUT of the key ``k``; status and code. ``coded`` makes the body that is really sent."""
+        """PUT the key ``k`` and return status and code. ``coded`` creates the sent body."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         path = f"/{self.bucket}/k"
         signed = self.signed("PUT", path, payload, named)
@@ -104,7 +104,8 @@ def signed_chunks(
     forge: int | None = None,
     change: Callable[[bytes], bytes] = lambda body: body,
 ) -> Callable[[dict[str, str]], bytes]:
-    """Codes ``chunks`` with their signatures, by the specification; ``forge`` spoils one of them."""
+    """Return an encoder of signed ``chunks`` by the specification; ``forge`` is the wrong
+    signature."""
 
     def coded(headers: dict[str, str]) -> bytes:
         moment = headers["X-Amz-Date"]

@@ -1,4 +1,4 @@
-"""Multipart uploads through unmodified boto3 and its transfer manager."""
+"""Multipart uploads with boto3 and its transfer manager."""
 
 from __future__ import annotations
 

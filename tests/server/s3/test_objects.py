@@ -1,4 +1,4 @@
-"""Objects through unmodified boto3: what goes in comes out, by http and https."""
+"""Objects with boto3 over HTTP and HTTPS."""
 
 from __future__ import annotations
 

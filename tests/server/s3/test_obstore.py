@@ -1,4 +1,4 @@
-"""Another client: obstore, with which luthier itself reads buckets of other endpoints."""
+"""The object store with obstore, the client of luthier for external buckets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACCOUNT = "000000000009"
 
 @pytest.fixture
 def locations(service: Any, monkeypatch: pytest.MonkeyPatch) -> Locations:
-    """Locations of a service to which this one is another endpoint."""
+    """Return the locations of a service with the tested service as external endpoint."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKONE")

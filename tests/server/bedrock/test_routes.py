@@ -1,4 +1,4 @@
-"""Routes, refusals and the wire itself: what no client of ours would send, too."""
+"""Routes, rejected requests and raw HTTP of the Bedrock API."""
 
 from __future__ import annotations
 
