@@ -1,4 +1,4 @@
-"""Bottleneck adapters and BitFit: where they are, what they compute, how many weights they take."""
+"""Bottleneck adapters and BitFit: positions, computation, and number of weights."""
 
 from __future__ import annotations
 

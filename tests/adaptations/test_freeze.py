@@ -1,4 +1,4 @@
-"""Which layers move when some are frozen."""
+"""Trained layers for each kind of freezing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from luthier.models.load import load_model
 
 
 def moving(model: nn.Module) -> set[str]:
-    """``0`` … for layers that train whole, and the names of other weights that train."""
+    """Return the numbers of fully trained layers, and the names of other trained weights."""
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     layers: dict[str, list[bool]] = {}
     rest = set()

@@ -1,4 +1,4 @@
-"""LoRA against PEFT, which is where its weights, names and file format come from."""
+"""LoRA against PEFT, the origin of weights, names and file format."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def peft_model(base: Any) -> Any:
 
 @pytest.fixture
 def trained(tiny_llama: Callable[..., Any], tmp_path: Path) -> tuple[Any, Network, list[float]]:
-    """An untouched base, a network trained from it, and its losses."""
+    """Return an unchanged base, a network trained from the base, and the losses."""
     base = tiny_llama()
     model = copy.deepcopy(base)
     network = as_network(model, CPU, torch.float32)

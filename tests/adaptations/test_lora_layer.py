@@ -1,4 +1,4 @@
-"""The layer of LoRA: what it computes, what it rounds, and what it merges into."""
+"""The LoRA layer: computation, rounding, and merging."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def test_layers_that_do_more_are_read_one_by_one(other: str) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 1e-6])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_small_update_is_not_lost_beside_a_large_output(bias: bool, dropout: float) -> None:
-    """In bfloat16 the update is below half the spacing of most outputs; on average all of it counts."""
+    """In bfloat16 the update is below half the spacing of most outputs; on average all of it
+    counts."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(576, 576, bias=bias).bfloat16(), 16, scale=2.0, dropout=dropout)
     nn.init.normal_(layer.base_layer.weight, std=576**-0.5)
@@ -122,7 +123,7 @@ def test_a_small_update_is_not_lost_beside_a_large_output(bias: bool, dropout: f
     base = F.linear(x.double(), *(p.double() for p in layer.base_layer.parameters()))
 
     def kept(y: Tensor) -> float:
-        """Share of the update that is in ``y``, by projection."""
+        """Return the share of the update in ``y``, by projection."""
         return float(((y.double() - base) * update).sum() / update.square().sum())
 
     assert kept(found) == pytest.approx(1.0, abs=0.02)

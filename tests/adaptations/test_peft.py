@@ -1,4 +1,4 @@
-"""Adapters of PEFT that say one thing and hold another."""
+"""PEFT adapters with a configuration that contradicts the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from luthier.errors import ModelRefused
 
 
 def test_the_rank_is_that_of_the_weights(tiny_llama: Any) -> None:
-    """A rank that is only claimed would be built in memory before anything is compared."""
+    """A wrong rank would be allocated in memory before any comparison."""
     model = tiny_llama(seed=1)
     layer = "model.layers.0.self_attn.q_proj"
     width = model.get_submodule(layer).in_features

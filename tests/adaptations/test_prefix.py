@@ -1,4 +1,4 @@
-"""Prefix tuning: PEFT's numbers, PEFT's file, and the same prefix in training and in answers."""
+"""Prefix tuning: PEFT's numbers and file, and the same prefix in training and in inference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def prefix_of(model: Any) -> torch.nn.Parameter:
 
 
 def prefixed(model: Any, seed: int = 3) -> Network:
-    """A network with a prefix that is nothing like the keys and values of tokens."""
+    """Return a network with a prefix unlike the keys and values of tokens."""
     network = as_network(model, CPU, torch.float32)
     PREFIX.attach(model)
     torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def prefixed(model: Any, seed: int = 3) -> Network:
 
 
 def in_peft(model: Any, prefix: Tensor, task: str = "CAUSAL_LM") -> Any:
-    """PEFT makes its own configuration from the network's."""
+    """Return the network in PEFT, with PEFT's own configuration."""
     import peft
 
     config = peft.PrefixTuningConfig(num_virtual_tokens=len(prefix), task_type=task)
@@ -189,7 +189,7 @@ def text_of(chat: Any, ids: list[int]) -> str:
 
 
 def plain_of(model: Any) -> Any:
-    """The same network without its prefix."""
+    """Return the same network without prefix."""
     bare = copy.deepcopy(model)
     for module in list(bare.modules()):
         if hasattr(module, "key_value_prefix"):
@@ -199,7 +199,7 @@ def plain_of(model: Any) -> Any:
 
 
 def test_it_starts_as_tokens_that_stood_there(model: Any) -> None:
-    """The network with the prefix is the network with those tokens before each row."""
+    """The network with the prefix equals the network with the tokens before each row."""
     plain = copy.deepcopy(model).eval()
     network = as_network(model, CPU, torch.float32)
     torch.manual_seed(5)

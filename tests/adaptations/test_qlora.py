@@ -65,7 +65,7 @@ def branch(layer: LoRALinear) -> tuple[Tensor, Tensor]:
 
 
 def made(dtype: torch.dtype, dropout: float = 0.0, kind: str = "nf4", size: int = 96) -> Any:
-    """A packed layer ``[40, size]`` with a bias and a branch that does something."""
+    """Return a packed layer ``[40, size]`` with a bias and an effective branch."""
     torch.manual_seed(0)
     base = nn.Linear(size, 40, dtype=dtype).requires_grad_(False)
     quantized = QuantizedLinear(base, Packing(kind, 64, double=True))
@@ -236,7 +236,7 @@ def test_a_packed_base_is_smaller_and_the_sketch_knows_by_how_much(
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """In training mode, which changes nothing here but that bitsandbytes keeps to float32."""
+    """Compute in training mode, which only makes bitsandbytes keep float32."""
     with torch.no_grad():
         logits: Tensor = model.train()(input_ids=ids).logits
     return logits

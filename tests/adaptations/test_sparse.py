@@ -1,4 +1,4 @@
-"""Sparse tuning: which weights move, with which gradients, and what is stored of them."""
+"""Sparse tuning: trained weights, gradients, and stored weights."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_layer_and_its_gradients_are_those_of_autograd_on_the_whole_weight(
 
 
 def network_and_rows(model: Any) -> tuple[Any, Any, list[Example]]:
-    """A network with ``FISHER`` attached, and what gives it the gradients of its rows, and the rows."""
+    """Return a network with ``FISHER`` attached, the gradient source, and the rows."""
     from luthier.objectives import SFT
 
     draw = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A short run and its rows; runs that are killed, and what is left by those that are not."""
+"""Fixtures for short runs, killed runs, and the files of uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["recipe", "rows"]
 
 @pytest.fixture(scope="session")
 def forker(tmp_path_factory: pytest.TempPathFactory) -> Forker:
-    """Starts runs, with one folder for what all of them print."""
+    """Starter of forked runs, with one folder for all output."""
     return Forker(tmp_path_factory.mktemp("forker"))
 
 
@@ -36,9 +36,10 @@ def uneven_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def command(uneven_rows: Path, tiny_model_folder: Path) -> Callable[..., list[str]]:
-    """``command("lora")`` is the command line of a run, with dropout where there is any.
+    """Return the command line of a run by name, such as ``command("lora")``, with dropout if
+    supported.
 
-    ``bfloat16`` is full tuning in that type, where weights and their masters are two things.
+    ``bfloat16`` is full tuning in bfloat16, where weights and masters differ.
     """
 
     def build(adaptation: str, *more: str) -> list[str]:
@@ -83,7 +84,7 @@ def real(
 def unbroken(
     forker: Forker, command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Outcome]:
-    """What runs leave that are not interrupted."""
+    """Return the outcomes of uninterrupted runs."""
     homes = {name: tmp_path_factory.mktemp(name) for name in ("lora", "full", "bfloat16")}
     for name, home in homes.items():
         assert forker.start(home, command(name)).result()["steps"] == STEPS

@@ -1,7 +1,7 @@
-"""Classification and tagging step by step beside the Hugging Face Trainer, from one start.
+"""Classification and tagging compared with the Hugging Face Trainer, step by step.
 
-The same weights, new head included, the same rows in the same order, no dropout: the Trainer pads,
-luthier does not, and the losses, the weights and the answers are the same.
+Both start from the same weights (including the new head) with the same rows in the same order and
+no dropout. The Trainer pads, luthier does not; losses, weights and predictions are equal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked when read, and one more than is needed."""
+"""Checkpoints: atomic, verified when read, with one spare."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(kept: Checkpoints, *steps: int) -> Path:
 
 
 def newest(folder: Path) -> int | None:
-    """Step of the checkpoint that is found, its tensors compared bit by bit."""
+    """Return the step of the newest valid checkpoint, after comparing the tensors bit by bit."""
     found = Checkpoints(folder).latest()
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""A run beside simple baselines: what it stores, and what it leaves alone."""
+"""Simple baselines of a run: stored results, and no effect on training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ THINGS = ("card", "bank", "house", "stone")
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
-    """What a row is about stands in it as a word."""
+    """Write rows with the label as a word of the text."""
     rows = [
         {
             "text": f"the {word} and my {other} {n}",
@@ -118,7 +118,7 @@ MISLABELLED = (17, 60, 181)
 
 @pytest.fixture
 def mislabelled(labelled: Path) -> list[dict[str, str]]:
-    """240 rows of two topics that an untrained network tells apart, three of them of the other one."""
+    """Return 240 rows of two topics that an untrained network separates, with three wrong labels."""
     words = {"animal": "fox fox fox fox fox", "thing": "card card card card card"}
     rows = [
         {"text": f"{words[label]} {number % 40}", "label": label}

@@ -1,4 +1,4 @@
-"""What is written down of the rows that a model learned."""
+"""Records of the training rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is chosen for a run, and why."""
+"""Default settings and reasons."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> N
 
 
 def test_defaults_module_names_only_fields_of_the_recipe() -> None:
-    """A choice is printed under the name that ``--set`` takes."""
+    """Choices are printed under the names of ``--set``."""
     from luthier.recipe import assign
 
     _, chosen, _ = plan(1000, 100)

@@ -1,4 +1,4 @@
-"""Two nodes of a run, each an agent of torchrun: one comes late, is lost, and comes back."""
+"""Two nodes of a run, each an agent of torchrun: one starts late, fails, and returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAIT = 120
 
 
 class Node:
-    """An agent of torchrun with one process, that trains the recipe in a file."""
+    """An agent of torchrun with one process, training the recipe in a file."""
 
     def __init__(self, port: int, recipe: Path, log: Path) -> None:
         agent = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "9"]
@@ -45,7 +45,7 @@ class Node:
             )
 
     def kill(self) -> list[psutil.Process]:
-        """Kill the agent alone; the processes that it leaves behind."""
+        """Kill the agent alone and return the remaining processes."""
         children = psutil.Process(self.agent.pid).children(recursive=True)
         self.agent.kill()
         self.agent.wait()
@@ -63,7 +63,7 @@ def wait_for(what: Callable[[], Any], *nodes: Node) -> None:
 
 
 def lines(metrics: Path) -> list[dict[str, Any]]:
-    """What is noted of the steps by now."""
+    """Return the metrics of the steps so far."""
     whole = metrics.read_bytes().split(b"\n")[:-1] if metrics.is_file() else []
     found = [json.loads(line) for line in whole]
     return [line for line in found if line["event"] == "train"]

@@ -1,4 +1,4 @@
-"""Rows of embedding tables beside AdamW over the whole table."""
+"""Embedding rows compared with AdamW over the whole table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def optimizer_of(model: nn.Module, tables: Any = (), **settings: Any) -> MasterA
 
 
 def learn(model: nn.Sequential, optimizer: MasterAdamW, steps: range, parts: int = 2) -> None:
-    """Steps in which few rows have a gradient, other ones each time, some again."""
+    """Run steps with gradients for a few rows: new rows in each step, some rows repeated."""
     for step in steps:
         for part in range(parts):
             generator = torch.Generator().manual_seed(parts * step + part)

@@ -1,4 +1,4 @@
-"""What is refused before any work, and leaves nothing."""
+"""Rejections before any work, without leftover files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refused(recipe: Recipe, kind: type[LuthierError], match: str, home: Path) ->
 def test_too_little_memory_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(job, "available_memory", lambda device: 100_000)
     refused(recipe(), DoesNotFit, r"needs about 0\.\d GB of memory and 0\.0 GB are", luthier_home)
 
 

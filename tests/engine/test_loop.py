@@ -1,4 +1,4 @@
-"""When a run ends before its last step."""
+"""Early stopping."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_all_right_again_and_again_ends_a_run(
 def test_nothing_left_to_learn_ends_a_run(
     held: float, right: float, train: list[float], ends: bool, patience: int
 ) -> None:
-    """However few the held-out rows are, and although the training rows are changed."""
+    """Holds for any number of held-out rows, and with augmented training rows."""
     loop: Any = object.__new__(Loop)
     loop.training = Training(patience=patience, evaluate_every=6)
     loop.objective = Classification()

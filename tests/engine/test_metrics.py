@@ -85,7 +85,7 @@ def test_a_line_that_a_kill_cut_short_is_not_read(metrics: MetricsFile) -> None:
 
 
 def test_training_and_validation_are_in_one_picture(tmp_path: Path) -> None:
-    """As the loop writes the lines: each says what it measures."""
+    """The lines have the format of the loop: each line names the measure."""
     lines = [line(step, 3.0 / step) for step in range(1, 20)]
     lines += [line(step, 4.0 / step, "validation") for step in (5, 10, 19)]
     lines = [{**each, "measure": "loss"} for each in lines]
@@ -121,7 +121,7 @@ def test_a_curve_without_validation_marks_no_step(tmp_path: Path) -> None:
 
 
 def words_of(picture: Path) -> set[str]:
-    """The texts in an SVG, which matplotlib notes beside their outlines."""
+    """Return the text in an SVG, from matplotlib's comments."""
     return set(re.findall(r"<!-- (.*?) -->", picture.read_text()))
 
 
@@ -170,7 +170,7 @@ def test_an_error_rate_is_to_be_low() -> None:
 
 
 def test_a_loss_that_says_nothing_is_not_kept() -> None:
-    """Embeddings that are all alike have the loss of chance, which may be below that at the start."""
+    """Identical embeddings have the chance loss, which may be below the initial loss."""
     first = {
         "loss": 4.02,
         "accuracy": 0.9,

@@ -1,4 +1,4 @@
-"""Rows of further files beside the main one: what is drawn, recorded, chosen and refused."""
+"""Mixed-in files: sampling, records, defaults and rejections."""
 
 from __future__ import annotations
 
@@ -161,7 +161,8 @@ def test_augmentation_of_images_is_rejected_for_a_text_model(
 def test_replay_keeps_what_was_learned_before(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
-    """Trained on new classes only, the old ones are lost; with old rows beside them they are not."""
+    """Training on new classes only loses the old classes; mixing in old rows preserves the old
+    classes."""
     old = write(
         tmp_path / "old.jsonl",
         [{"text": f"{word} {n}", "label": word} for word in ("fox", "dog") for n in range(8)],

@@ -1,4 +1,4 @@
-"""What can go wrong while storing: a disk that fills, and a model that is not the trained one."""
+"""Failures while storing: a full disk, and a stored model that differs from the trained model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from luthier.recipe import Recipe
 
 
 def no_space(kind: str) -> Exception:
-    """As the system reports a full disk, and as safetensors does (seen on a full tmpfs)."""
+    """Return the error of the system for a full disk, or the error of safetensors (seen on tmpfs)."""
     if kind == "system":
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return SafetensorError(
@@ -153,9 +153,9 @@ def test_what_is_stored_must_be_what_was_trained(
 def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Merged it answers as it was trained; the steps that serving takes leave it out.
+    """The merged model equals the trained model, but the serving path drops the adapter.
 
-    Also where it is trained in an environment that merges: others may serve it beside its base.
+    Also rejected if the training environment merges: other servers may serve the adapter unmerged.
     """
     monkeypatch.setenv("LUTHIER_ADAPTERS", "merged")
     monkeypatch.setattr(

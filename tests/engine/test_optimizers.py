@@ -217,7 +217,7 @@ def push(optimizer: MasterAdamW, weights: dict[str, nn.Parameter], step: int) ->
 
 
 def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above() -> None:
-    """By AdamW's first step, which moves a weight by the rate whatever its gradient is."""
+    """AdamW's first step moves a weight by the rate, independent of the gradient."""
     weights = make_layered()
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     training = Training(learning_rate=RATE, layer_decay=0.5, max_gradient_norm=0.0)
@@ -331,7 +331,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float) -
 
 
 def test_a_head_learns_at_its_own_rate() -> None:
-    """One step of Adam moves each weight by its rate, whatever the gradient."""
+    """The first step of Adam moves each weight by the rate, independent of the gradient."""
     weights = {name: nn.Parameter(torch.ones(3)) for name in ("body", "head")}
     training = Training(learning_rate=RATE, head_rate_multiplier=10.0, max_gradient_norm=0.0)
     optimizer = MasterAdamW(weights.items(), training, heads={"head"})

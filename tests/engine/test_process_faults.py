@@ -1,4 +1,4 @@
-"""Faults under a run of several processes: kills, a process that hangs, disks that are full."""
+"""Faults of runs with several processes: kills, hanging processes, full disks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Recipes = Callable[..., Recipe]
 # Steps take some 10 ms, and what is told of them comes ten times a second.
 SETTINGS = {"training": {"max_steps": 80, "refit": False, "patience": 0}}
 CHECKPOINT = 10
-"""The step after which the first checkpoint is written."""
+"""Step of the first checkpoint."""
 
 
 class Faults(Reporter):
@@ -88,7 +88,7 @@ def test_each_process_can_be_killed_and_no_bit_is_lost(
 def test_processes_that_are_started_again_take_no_earlier_run_for_their_own(
     luthier_home: Path, recipe: Recipes
 ) -> None:
-    """Without a name a run is called by its data; an earlier one has the same request."""
+    """An unnamed run is named after the data, and an earlier run may have the same request."""
     settings = {"training": {"max_steps": 2, "refit": False}, "name": None}
     earlier = train(recipe(**settings))
 
@@ -108,7 +108,7 @@ def test_processes_that_are_started_again_take_no_earlier_run_for_their_own(
 def test_a_launch_goes_on_with_its_own_run_alone(
     luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
-    """When a node joins or leaves, torchrun starts all processes again and counts no restart."""
+    """If a node joins or leaves, torchrun starts all processes again without counting a restart."""
 
     class Stopping(Faults):
         def metrics(self, line: Mapping[str, Any], steps: int) -> None:
@@ -141,7 +141,7 @@ def test_a_launch_goes_on_with_its_own_run_alone(
 def test_a_run_goes_on_after_a_process_that_hangs(
     luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its agent waits for half a minute before it kills what does not end."""
+    """The agent waits half a minute before killing hanging processes."""
     whole = train_in_processes(recipe(**SETTINGS, name="whole"), 2)
     monkeypatch.setenv("LUTHIER_COLLECTIVE_TIMEOUT", "20")
     for rank in (0, 1):
@@ -166,7 +166,7 @@ def test_shards_survive_each_kind_of_end(luthier_home: Path, recipe: Recipes, ra
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    """The store of the test, on a disk of its own."""
+    """Separate file system for the store of the test."""
     home = tmp_path / "small"
     home.mkdir()
     monkeypatch.setenv("LUTHIER_HOME", str(home))
@@ -178,7 +178,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
 
 def check_resumed(settings: dict[str, Any], recipe: Recipes, folder: Path) -> None:
-    """What lies in the run's ``folder`` is whole, and any number of processes goes on with it."""
+    """Check that the files in ``folder`` are intact and that any number of processes can resume."""
     present = [path.name for path in (folder / "checkpoints").iterdir()]
     assert present == [f"step-{CHECKPOINT:08d}"]
     found = Checkpoints(folder / "checkpoints").latest()
@@ -208,7 +208,7 @@ def test_a_full_disk_of_the_first_process_ends_all_and_the_run_can_be_resumed(
 def test_a_full_disk_of_another_process_ends_all_and_the_run_can_be_resumed(
     luthier_home: Path, recipe: Recipes, tiny_model_folder: Path
 ) -> None:
-    """Files of one process alone may grow no more, which is how a quota or a full disk shows."""
+    """The file size limit of one process acts as a quota or a full disk."""
 
     def limit(processes: Mapping[int, psutil.Process]) -> None:
         size = 2000  # its metrics have more by now

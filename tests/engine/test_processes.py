@@ -1,4 +1,4 @@
-"""A tuning by several processes: its result, what it says, refusals, kills, and launchers."""
+"""Training in several processes: results, reports, rejections, kills and launchers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Recipes = Callable[..., Recipe]
 
 
 class Lines(Reporter):
-    """Keeps what a run says, and kills one of its processes after step ``kill_at``."""
+    """Reporter with all lines of a run. Kills one process of the run after step ``kill_at``."""
 
     def __init__(self, kill_at: int = 0) -> None:
         self.notes: list[str] = []

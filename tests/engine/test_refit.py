@@ -1,4 +1,4 @@
-"""Training once more on all rows: what is learned, what is said of it, and going on after a kill."""
+"""Refits: stored weights, records, and resume after a kill."""
 
 from __future__ import annotations
 
@@ -166,11 +166,11 @@ def test_trials_are_not_trained_once_more(recipe: Callable[..., Recipe], tmp_pat
 
 
 class Broken(Exception):
-    """What ends the first run."""
+    """End of the first run."""
 
 
 class BreakingReporter(Reporter):
-    """Raises after the line of a step was written, before its checkpoint, as a kill would come."""
+    """Reporter that raises between the line of a step and the checkpoint, like a kill."""
 
     def __init__(self, step: int) -> None:
         self.step = step

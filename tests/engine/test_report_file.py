@@ -1,4 +1,4 @@
-"""What a process reports by a file is heard once and in order by another."""
+"""Forwarding of reports between processes: once and in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from luthier.engine.report_file import ReportFile, ReportReader, forward_reports
 
 
 class Heard(Reporter):
-    """Keeps what it hears, and breaks where a note says so."""
+    """Reporter with all calls. Raises on a special note."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

@@ -1,8 +1,8 @@
-"""A run that is killed and resumed gives the same bits as one that was never interrupted.
+"""A killed and resumed run produces the same bits as an uninterrupted run.
 
-Runs are processes of their own and die by a real SIGKILL: sent from here when ``metrics.jsonl`` has
-so many lines, or by the process to itself at a named point in the code. One pair of runs is
-``python -m luthier``; the others are forked (``forked_commands``).
+Runs are separate processes and end with a real SIGKILL: from the test at a given number of lines in
+``metrics.jsonl``, or from the process itself at a named point in the code. One pair of runs uses
+``python -m luthier``; all other runs are forked (``forked_commands``).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_a_run_repeats_itself_whatever_the_checkpoints(
 def test_the_module_killed_and_resumed(
     real: Callable[..., subprocess.Popen[str]], unbroken: dict[str, Outcome], tmp_path: Path
 ) -> None:
-    """``python -m luthier``, nothing changed in it: the first checkpoint is after step 10."""
+    """``python -m luthier`` without changes: the first checkpoint is after step 10."""
     process = real(tmp_path)
     wait_for_lines(tmp_path, 16, lambda: process.poll() is None)
     process.send_signal(signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_killed_again_and_again(
 
 
 def recorded(home: Path) -> int:
-    """Lines that belong to the newest checkpoint."""
+    """Return the number of metrics lines up to the newest checkpoint."""
     if not checkpoints(home):
         return 0
     state = json.loads((checkpoints(home)[-1] / "state.json").read_text())
@@ -131,7 +131,7 @@ def recorded(home: Path) -> int:
 
 
 def wait_for_cut(home: Path, lines: int) -> None:
-    """Wait until the resumed run has cut the file, which may be longer than ``lines`` before."""
+    """Wait until the resumed run has truncated the file to ``lines`` or fewer lines."""
     end = time.monotonic() + 60
     while lines_of(home) >= lines and time.monotonic() < end:
         time.sleep(0.002)
@@ -141,7 +141,7 @@ def wait_for_cut(home: Path, lines: int) -> None:
 def test_the_best_weights_and_the_patience_survive_a_kill(
     forker: Forker, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Killed after the best measurement, the run still ends where it would have, with those weights."""
+    """A run killed after the best measurement ends with the same weights as an uninterrupted run."""
     arguments = command(
         "full", "--set", "training.evaluate_every=1", "--set", "training.patience=7"
     )
@@ -217,7 +217,7 @@ def test_a_run_without_a_name_is_found_again(
     uneven_rows: Path,
     tmp_path: Path,
 ) -> None:
-    """The same command with ``--resume`` goes on, as the message says."""
+    """The same command with ``--resume`` resumes, as the message states."""
     arguments = command("lora")
     at = arguments.index("--name")
     del arguments[at : at + 2]
@@ -255,7 +255,7 @@ def test_stopped_while_storing_leaves_no_half_model(
 def test_resuming_a_finished_run_returns_its_result(
     forker: Forker, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """And a name that is taken is refused, in words that fit."""
+    """An existing name is rejected with a fitting message."""
     first = forker.start(tmp_path, command("full")).result()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert forker.start(tmp_path, command("full", "--resume")).result() == first

@@ -1,6 +1,6 @@
-"""What a resumed run finds: damaged checkpoints, less memory, another recipe.
+"""Changes before a resume: damaged checkpoints, less memory, another recipe.
 
-All begin with a copy of one store, whose run was killed when it had two checkpoints.
+Every test starts with a copy of one store, whose run was killed with two checkpoints.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def other_fields(path: Path) -> None:
 def killed(
     forker: Forker, command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The store of a run that was killed when it had two checkpoints. To be copied."""
+    """Store of a run that was killed with two checkpoints; tests use copies."""
     home = tmp_path_factory.mktemp("killed")
     job = forker.start(home, command("lora"), OFTEN + SLOWLY)
     wait_for_lines(home, 22)
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 def test_checkpoints_that_are_all_damaged_are_an_error(
     forker: Forker, command: Callable[..., list[str]], interrupted: Path
 ) -> None:
-    """Not a silent start from the beginning."""
+    """The run must not silently start from the beginning."""
     for path in checkpoints(interrupted):
         flip(path)
     job = forker.start(interrupted, command("lora", "--resume"))
@@ -103,7 +103,7 @@ def test_less_memory_on_resume_does_not_change_the_result(
     unbroken: dict[str, Outcome],
     interrupted: Path,
 ) -> None:
-    """Micro-batches are part of the arithmetic: a resumed run keeps those it began with."""
+    """Micro-batches are part of the arithmetic: a resumed run keeps the original size."""
     less = "from luthier.engine import defaults\ndefaults.token_budget = lambda *_: (120, 'less')"
     job = forker.start(interrupted, command("lora", "--resume"), less)
     job.result()

@@ -1,8 +1,8 @@
-"""Resume is exact for methods that keep more than weights: random masks, frozen bottoms, prompts.
+"""Exact resume for methods with state beyond weights: random masks, frozen layers, prompts.
 
-The run ends by an exception in the middle of a step, which leaves what a kill leaves (kills
-themselves are in ``test_resume.py``); then it is resumed and compared with one that was never
-broken. The unbroken one has its rows in lists, the other one on disk, as large data sets are.
+An exception in the middle of a step ends the run and leaves the same files as a kill (real kills
+are in ``test_resume.py``). The resumed run is compared with an uninterrupted run. The uninterrupted
+run has rows in lists, the resumed run has rows on disk, as large data sets have.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ GRADED = {"grader": {"method": "regex", "pattern": "[a-l]"}, "max_completion_tok
 
 
 SEEN = {"leakage.many": "note"}
-"""Rows that are measured on are those learned from: here it does not matter."""
+"""Validation rows equal training rows, which does not matter here."""
 
 
 class Broken(Exception):
-    """What ends the first run."""
+    """End of the first run."""
 
 
 class BreakingReporter(Reporter):
@@ -95,7 +95,7 @@ class BreakingReporter(Reporter):
         self.step = step
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Break after the line of the step was written, before its checkpoint."""
+        """Raise between the line of the step and the checkpoint."""
         if line["event"] == "train" and line["step"] == self.step:
             raise Broken
 
@@ -148,7 +148,7 @@ OFTEN = {
     "two players", "noise of every step", "views of images", "letters of columns",
     "a scale that is learned", "norms and dropout of VGG", "layers that are left out",
 }  # fmt: skip
-"""Those with a state of their own; the others differ from one of them in what is trained."""
+"""Methods with a state of their own; the remaining methods differ in the trained weights only."""
 assert set(CASES) >= OFTEN
 
 

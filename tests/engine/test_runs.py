@@ -1,4 +1,4 @@
-"""What a run that goes on must be asked for again, and who works on it."""
+"""Requests of resumed runs, and locks of run folders."""
 
 from __future__ import annotations
 

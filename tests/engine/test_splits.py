@@ -1,4 +1,4 @@
-"""What a job holds out: whole groups, the same each time, and where to find them."""
+"""Held-out rows of a job: whole groups, deterministic, with recorded lines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_test_share_is_neither_learned_from_nor_measured_on(
 
 
 def recorded(folder: Path, speakers: int, form: str) -> Path:
-    """Eight rows of each speaker, of two labels: texts, or images that a table names."""
+    """Write eight rows per speaker with two labels: text, or images in a table."""
     records = []
     for n in range(8 * speakers):
         record = {"label": "ab"[n % 2], "speaker": str(n // 8)}
@@ -81,7 +81,7 @@ def recorded(folder: Path, speakers: int, form: str) -> Path:
 def test_rows_of_one_group_are_on_one_side(
     tmp_path: Path, form: str, family_folder: Callable[[str], Path]
 ) -> None:
-    """A network that has seen every person is measured on persons."""
+    """A network that has seen every speaker would be measured on known speakers."""
     data = recorded(tmp_path, 6, form)
     chat = find(str(family_folder("llama" if form == "text" else "small_cnn"))).chat
 

@@ -1,4 +1,4 @@
-"""Chat templates that print today's date: trained on one day, resumed and served on another."""
+"""Chat templates with the current date: trained on one day, resumed and served on another."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ASK = (Message("user", "a"),)
 
 @pytest.fixture
 def set_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """``set_day("2020-01-31")`` sets the clock that dates and templates read."""
+    """``set_day("2020-01-31")`` sets the clock for dates and templates."""
     from transformers.utils import chat_template_utils
 
     def set_to(day: str) -> None:

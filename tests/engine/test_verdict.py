@@ -21,7 +21,7 @@ def held(step: int, loss: float, **further: Any) -> dict[str, Any]:
 def judged(
     losses: Sequence[float], train: Sequence[float] = FALLING, steps: int = 40, rate: float = 2e-3
 ) -> RunVerdict:
-    """The verdict on a run that measured ``losses`` at even distances, first before training."""
+    """Return the verdict on a run with evenly spaced ``losses``, the first before training."""
     lines = [{"event": "train", "step": n, "loss": loss} for n, loss in enumerate(train, 1)]
     every = len(train) // max(1, len(losses) - 1)
     return judge_run(
@@ -121,7 +121,7 @@ def test_a_rise_of_both_losses_is_no_overfitting() -> None:
 def capped(
     losses: Sequence[float], steps_per_pass: float, rows: int = 0, train: float = -0.02
 ) -> RunVerdict:
-    """The verdict on ten steps, each measured, as `training.max_steps=10` asked for."""
+    """Return the verdict on ten steps, each measured, with `training.max_steps=10`."""
     lines = [{"event": "train", "step": n, "loss": 2.0 + train * n} for n in range(1, 11)]
     lines += [held(n, loss) for n, loss in enumerate(losses)]
     settings = Training(learning_rate=1e-3, max_steps=10)
@@ -187,7 +187,7 @@ def test_the_cause_follows_from_both_losses(
 def scored(
     right: Sequence[Sequence[int]], train: Sequence[float] = (), **fields: Any
 ) -> RunVerdict:
-    """The verdict on a run that got these rows right, first before training."""
+    """Return the verdict on a run with these correct rows, the first before training."""
     losses = train or [1 / n for n in range(1, 41)]
     lines = [{"event": "train", "step": n, "loss": loss} for n, loss in enumerate(losses, 1)]
     every = 40 // (len(right) - 1)
@@ -323,7 +323,7 @@ def test_few_held_out_rows_are_said_to_be_few() -> None:
 
 
 def test_a_loss_that_rose_by_chance_on_few_rows_does_not_undo_the_run() -> None:
-    """Four pairs of which two are better and two worse tell nothing of the run."""
+    """Four pairs, two better and two worse, prove nothing."""
 
     def measured(step: int, parts: Sequence[float]) -> dict[str, Any]:
         rows = {"loss": {"parts": parts, "is_share": False}}

@@ -1,4 +1,4 @@
-"""Language modelling on raw text: packing, and the loss by its formula."""
+"""Language modelling on raw text: packing, and the loss against the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new head starts with the shares of the classes; a head that is brought along does not."""
+"""Initial bias of a new head: the class frequencies; a trained head is unchanged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_sigmoids_of_the_bias_are_the_shares() -> None:
 
 
 def scores_at_the_start(folder: Path, head: Head) -> torch.Tensor:
-    """Class probabilities of a token that the new head's random matrix has no say in."""
+    """Return class probabilities of a token on which the new head's random matrix has no effect."""
     torch.manual_seed(0)
     model: Any = load_model(folder, torch.float32, CPU, head).eval()
     for name, weight in model.named_parameters():

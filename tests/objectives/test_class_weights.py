@@ -1,4 +1,4 @@
-"""How much rows of each class count: torch's weighted cross-entropy, scikit-learn's formula."""
+"""Class weights: torch's weighted cross-entropy, scikit-learn's formula."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FamilyFolder = Callable[[str], Path]
 
 
 def rows_of(family: str) -> list[Row]:
-    """Four rows of three classes, of which one has two."""
+    """Return four rows of three classes; one class has two rows."""
     return [
         replace(row, label=name) for row, name in zip(ROWS[ROWS_OF[family]], NAMES, strict=True)
     ]
@@ -113,7 +113,7 @@ def test_the_loss_is_the_weighted_mean_of_torch_however_rows_are_cut(
 def first_step(
     network: Any, objective: Classification, examples: list[Example], budget: int, folder: Path
 ) -> dict[str, Any]:
-    """What a step on all rows measures, in micro-batches of so many tokens; the weights stay."""
+    """Measure a step on all rows in micro-batches of ``budget`` tokens; the weights stay."""
     training = Training(
         batch_size=len(examples), learning_rate=1e-30, warmup_ratio=0.0, micro_batch_tokens=budget
     )
@@ -175,7 +175,7 @@ def test_other_labels_and_several_labels_are_refused(family_folder: FamilyFolder
 def test_a_rare_class_is_found_with_it_and_not_without(
     tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
-    """Where texts say nothing of the class, the frequent one is the best answer but for its weight."""
+    """The text is unrelated to the class, so only weights make the rare class a good answer."""
     lines = [
         f'{{"text": "the lazy dog", "label": "{"often" if n % 5 else "rare"}"}}' for n in range(40)
     ]

@@ -1,4 +1,4 @@
-"""InfoNCE by its formula, and a cached batch against a whole one."""
+"""InfoNCE against the formula, and gradient caching against a whole batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Divergences and their gradients against torch's own, written out; against TRL where it is there."""
+"""Divergences and gradients against torch's autograd, and against TRL if installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd",
 
 
 def written_out(kind: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
-    """The divergence of distributions over the last dimension, by its definition."""
+    """Return the divergence of distributions over the last dimension, by definition."""
 
     def kl(one: Tensor, other: Tensor) -> Tensor:
         return (one * (one / other).log()).sum(-1)
@@ -36,7 +36,7 @@ def written_out(kind: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
 
 
 def top_k(logp_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids of the likeliest tokens, and their log-probabilities with that of all others behind."""
+    """Return ids of the likeliest tokens, and log-probabilities with all other tokens last."""
     values, ids = logp_CV.topk(k)
     rest = (1 - values.double().exp().sum(-1, keepdim=True)).clamp_min(1e-30).log()
     return ids, torch.cat([values, rest.to(values.dtype)], -1)
@@ -114,7 +114,7 @@ def test_padded_embeddings_of_either_side_are_left_out() -> None:
 
 
 def head(positions: int, vocabulary: int, trained: bool) -> tuple[Any, Any, Tensor]:
-    """Something with hidden states and a head, a batch on it, and the weight of each position."""
+    """Return hidden states with a head, a batch, and the weight of each position."""
     torch.manual_seed(4)
     hidden = torch.randn(positions, 6).requires_grad_()
     network = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Distilled embeddings: the loss row by row, the projection of a wider teacher, what comes of it."""
+"""Embedding distillation: the loss row by row, the projection of a wider teacher, and results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXTS = (
 
 
 def encoder(folder: Path, seed: int) -> tuple[Network, Any]:
-    """The network, and the same as transformers has it."""
+    """Return the network, and the same network in transformers."""
     torch.manual_seed(seed)
     head = EmbeddingDistillation().head()
     model = load_model(folder, torch.float32, CPU, head)

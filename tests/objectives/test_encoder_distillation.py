@@ -1,4 +1,4 @@
-"""Distilled classifiers: the triple loss row by row, the map between widths, and what is refused."""
+"""Classifier distillation: the triple loss row by row, the map between widths, and rejections."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def narrow(family_folder: Callable[[str], Path], folder: Path) -> Path:
 
 
 def classifier(folder: Path, seed: int) -> tuple[Network, Any]:
-    """The network, and the same as transformers has it."""
+    """Return the network, and the same network in transformers."""
     torch.manual_seed(seed)
     head = Classification(labels=("animal", "bank")).head()
     model = load_model(folder, torch.float32, CPU, head)

@@ -1,4 +1,4 @@
-"""GRPO by its formula, by TRL's own numbers, and what a batch of completions is made into."""
+"""GRPO against the formula, against TRL's numbers, and the layout of completions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def prompts(objective: GRPO, network: Network) -> list[Example]:
 def written(
     objective: GRPO, network: Network, scores: Sequence[Sequence[float]] = SCORES
 ) -> Rollouts:
-    """Completions of given sizes and scores; what they say does not matter."""
+    """Return completions of given sizes and scores; the content does not matter."""
     draw = np.random.default_rng(0)
     each = []
     for p, prompt in enumerate(prompts(objective, network)):
@@ -94,7 +94,7 @@ def disturb(*models: Any, size: float = 0.03) -> None:
 def formula(
     objective: GRPO, rollouts: Rollouts, now: list[Tensor], old: list[Tensor], start: list[Tensor]
 ) -> Tensor:
-    """The loss as the papers have it, one completion after the other."""
+    """Return the loss of the papers, one completion after another."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     high = objective.epsilon_high or objective.epsilon
     scores = torch.tensor(SCORES, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_loss_and_gradient_are_trls() -> None:
 
 
 def ours(tensors: dict[str, Tensor], case: dict[str, Any]) -> tuple[float, Tensor]:
-    """The loss of this objective on the same tensors, and its gradient by the log-probabilities."""
+    """Return the objective's loss on the same tensors, and the gradient by the log-probabilities."""
     fields = {name: case[name] for name in ("loss_type", "beta", "epsilon", "epsilon_high")}
     objective = GRPO(**fields, max_completion_tokens=case["max_completion_length"])
     mask = tensors["mask"]

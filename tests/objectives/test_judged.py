@@ -1,4 +1,4 @@
-"""Learning from a judge: an endpoint or a model of this machine, its costs, and its silence."""
+"""Training with a judge: an endpoint or a local model, the number of calls, and missing verdicts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIELDS: dict[str, Any] = {
 
 
 class Notes(Reporter):
-    """Keeps what is said."""
+    """Reporter with all notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Distilled distributions: loss and gradients row by row, what is kept on disk, what is refused."""
+"""Logit distillation: loss and gradients row by row, the cache on disk, and rejections."""
 
 from __future__ import annotations
 

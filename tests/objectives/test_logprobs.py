@@ -16,12 +16,12 @@ from luthier.objectives import logprobs
 from luthier.objectives.logprobs import row_sums, token_logps, weighted_nll
 
 Edges = Sequence[tuple[int, int, float]]
-"""Parent, token that follows it, weight; ordered by parent."""
+"""Parent, following token and weight; ordered by parent."""
 
 
 @dataclass
 class Head:
-    """A network that is nothing but its last hidden states and its output head."""
+    """A network with only hidden states and an output head."""
 
     hidden_NH: Tensor
     head_VH: Tensor
@@ -133,7 +133,7 @@ def test_a_batch_without_loss_is_worth_nothing() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every operation for the largest first dimension beside one of vocabulary size."""
+    """Dispatch mode with the largest first dimension of tensors with vocabulary size."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()

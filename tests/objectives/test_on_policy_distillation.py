@@ -1,4 +1,4 @@
-"""On-policy distillation: who writes what, on which tokens it is measured, and what comes of it."""
+"""On-policy distillation: generated answers, measured tokens, and results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PPO by its formulas: rewards of tokens, advantages, whitening, clipped losses, the value head."""
+"""PPO against the formulas: token rewards, advantages, whitening, clipped losses, the value head."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def read(model: Any, rollouts: Rollouts) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def estimates(reward: list[float], value: list[float], gamma: float, lam: float) -> list[float]:
-    """Equation 16 of the paper, as the sum it is."""
+    """Return equation 16 of the paper as a sum."""
     value = [*value, 0.0]
     delta = [reward[t] + gamma * value[t + 1] - value[t] for t in range(len(reward))]
     return [

@@ -57,7 +57,7 @@ def moved(model: Any, amount: float = 0.02) -> None:
 
 
 class Setup:
-    """A network that has moved away from its start, and both as plain transformers models."""
+    """A trained network and the initial network, both also as plain transformers models."""
 
     def __init__(self, folder: Path, objective: Objective) -> None:
         self.chat = load_chat_format(folder)
@@ -74,7 +74,7 @@ class Setup:
 def measured(
     network: Network, objective: Objective, examples: Sequence[Example], budget: int
 ) -> tuple[float, dict[str, Tensor], dict[str, float], int]:
-    """Mean loss, gradients, metrics and number of micro-batches, as the engine has them."""
+    """Return mean loss, gradients, metrics and number of micro-batches, as in the engine."""
     network.model.zero_grad(set_to_none=True)
     with torch.no_grad():
         batches = objective.annotate(network, examples, budget)

@@ -1,4 +1,4 @@
-"""What comes next, learned from histories by contrast: a catalogue whose structure is known."""
+"""Next-item recommendation from histories, with a catalogue of known structure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("quick", "lazy", "brown", "new", "old", "small")
 
 
 def histories(count: int, seed: int) -> list[dict[str, Any]]:
-    """Each person keeps to one taste, and chooses four of its six items in any order."""
+    """Return histories: each user has one taste and chooses four of its six items in any order."""
     random = np.random.default_rng(seed)
     rows = []
     for number in range(count):

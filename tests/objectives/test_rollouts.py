@@ -1,4 +1,5 @@
-"""Learning from rewards as a whole: sampling, grading, what is refused, measured, kept and stored."""
+"""Reinforcement learning end to end: sampling, grading, rejections, measurements and stored
+records."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ class Share(Grader):
 
 
 class Broken(Share):
-    """Raises for what the first row asks."""
+    """Grader that raises for the first row."""
 
     method: Literal["broken"] = "broken"  # type: ignore[assignment]
 
@@ -73,7 +74,7 @@ def _graders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Notes(Reporter):
-    """Keeps what it is told."""
+    """Reporter with all notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -197,7 +198,7 @@ def test_one_backend_writes_for_all_steps_with_the_weights_of_each(
 
 @pytest.mark.slow
 def test_what_is_graded_is_said_and_not_thought(thinking_folder: Callable[[str], Path]) -> None:
-    """By rewards, and by a judge that is a model of this machine."""
+    """With a rule-based reward, and with a local model as judge."""
     network = network_of(thinking_folder("is opened"))
     objective = GRPO(
         grader=GRADERS.built_in["exact"](), max_completion_tokens=120, temperature=1e-9

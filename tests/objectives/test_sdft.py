@@ -1,4 +1,4 @@
-"""Self-distillation: what the teacher reads, whose weights it has, and what comes of it."""
+"""Self-distillation: the teacher's input, the teacher's weights, and results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels that spread, the loss of a step whole and in parts, and from files to a model that is used."""
+"""Label propagation, the loss of a step whole and in parts, and an end-to-end run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ready(folder: Path, objective: SemiSupervised) -> tuple[Network, SemiSupervi
 def begun(
     network: Network, objective: SemiSupervised, examples: list[Example], budget: int = 1000
 ) -> tuple[list[int], list[str]]:
-    """The label of each row after the network has read all of them, and what was said."""
+    """Return the label of each row after propagation, and the notes."""
     notes: list[str] = []
     with torch.no_grad():
         after = objective.prepare(
@@ -66,7 +66,8 @@ def begun(
 
 
 def shares(network: Network, examples: list[Example], neighbours: int, alpha: float) -> np.ndarray:
-    """Row by row and by an inverse: mean states, the graph of the nearest, and labels on it."""
+    """Compute propagation row by row with an explicit inverse: mean states, nearest neighbours,
+    labels."""
     with torch.no_grad():
         states = [network.hidden(next(network.batches([e], 1000)))[: len(e)] for e in examples]
     points = np.array([state.double().mean(0).numpy() for state in states])

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what is learned, and the loss by its formula."""
+"""Supervised fine-tuning: learned tokens, and the loss against the formula."""
 
 from __future__ import annotations
 

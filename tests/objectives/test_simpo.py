@@ -1,4 +1,4 @@
-"""SimPO by its formula, written out on single rows of a plain transformers model."""
+"""SimPO against the formula, on single rows of a plain transformers model."""
 
 from __future__ import annotations
 

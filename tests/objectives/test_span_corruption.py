@@ -27,7 +27,7 @@ def objective(**fields: Any) -> SpanCorruption:
 
 
 def restored(example: Example) -> list[int]:
-    """The text that source and target give when the spans are put back."""
+    """Return the text with the spans of source and target put back."""
     assert example.source_T is not None
     spans: dict[int, list[int]] = {}
     for token in example.ids_T.tolist()[1:-1]:

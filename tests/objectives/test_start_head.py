@@ -1,4 +1,4 @@
-"""A new head starts from logistic regression on the states of the base model, where asked for."""
+"""A new head starts from logistic regression on the states of the base model, if set."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def started(
 
 
 def head_fitted(objective: Classification, network: Network, examples: list[Example]) -> bool:
-    """Fit the new head alone, and return whether that was done."""
+    """Fit the new head alone, and return whether the head was fitted."""
     start = RunStart(network, examples, 2048, True, 0, 0, 0, lambda text: None)
     return Classification.prepare(objective, start).head_fitted
 

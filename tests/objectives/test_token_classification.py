@@ -1,4 +1,4 @@
-"""Tags on words: which piece carries them, also where the tokenizer drops a word."""
+"""Tags on words: the tagged piece of a word, also for words that the tokenizer drops."""
 
 from __future__ import annotations
 

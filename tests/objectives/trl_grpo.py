@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 
 class Accelerator:
-    """One process, so that nothing is brought together."""
+    """A single process, so that nothing is gathered."""
 
     num_processes = 1
 

@@ -139,7 +139,7 @@ def prepare(
         on_progress: function that receives the bytes read and the total bytes.
         refit: whether to train on the validation rows too. Test rows stay held out.
         on_row: function that receives the number of checked rows and the total.
-        data: the opened row sources, if the caller has opened the sources already.
+        data: the opened row sources, if opened already.
 
     Raises:
         DataError: with every problem of the rows.

@@ -206,16 +206,8 @@ def prepare_job(
 ) -> TrainingJob:
     """Check the data against the base model and return the job of ``recipe``.
 
-    Args:
-        recipe: the recipe.
-        base: the base model.
-        machine: device, number type and threads.
-        reporter: receiver of messages.
-        fixed_values: :meth:`TrainingJob.fixed_values` of the resumed run.
-        refit: whether to train on the held-out rows too.
-        processes: number of processes that train together.
-        stored_bytes: size of the run's checkpoints, in bytes.
-        opened: the opened row sources, if the caller has opened the sources already.
+    ``fixed_values`` and ``stored_bytes`` (size of the checkpoints) are those of the resumed run. With
+    ``refit``, held-out rows are trained too. ``opened`` are the row sources, if opened already.
     """
     fixed_values = fixed_values or {}
     reporter.stage("Checking the data")
@@ -331,14 +323,7 @@ def prepare_refit(
     """Return the job of the refit: training on all rows, including the held-out rows of ``job``.
 
     The refit repeats the settings and the schedule of ``job`` and stops after the number of passes
-    that led to ``kept_step``.
-
-    Args:
-        job: the job of the first training.
-        kept_step: step with the best weights of the first training.
-        steps_before: total steps of the first training.
-        processes: number of processes that train together.
-        stored_bytes: size of the refit's checkpoints, in bytes.
+    that led to ``kept_step``. The first training took ``steps_before`` steps.
     """
     training = job.recipe.training
     settings = training.model_copy(update={"refit": False})

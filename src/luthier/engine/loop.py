@@ -215,7 +215,9 @@ class Loop:
                     self.checkpoint()
         if self.progress.step < self.until:
             self.reporter.note(self._why_it_stopped())
-        self._use_best()
+        if self.best and self.progress.best_step != self.progress.step:
+            for name, weight in self.optimizer.weights.items():
+                local_shard(weight.data).copy_(self.best[name])
         return self.progress
 
     def step(self) -> float:
@@ -278,7 +280,8 @@ class Loop:
                 norm = self.optimizer.step(rate)
             except Diverged as error:
                 raise Diverged(
-                    f"{error} in step {self._run_step + 1}. {self._cure}", rule="training.gradient"
+                    f"{error} in step {self._run_step + 1}. {self._divergence_advice}",
+                    rule="training.gradient",
                 ) from error
         self.processes.send_first(self._buffers)
         seconds = time.monotonic() - started
@@ -349,7 +352,9 @@ class Loop:
         metrics = means.of_all(self.processes).values()
         mean = metrics.pop("loss")
         if not math.isfinite(mean):
-            raise Diverged(f"the loss of step {self._run_step + 1} is {mean}. {self._cure}")
+            raise Diverged(
+                f"the loss of step {self._run_step + 1} is {mean}. {self._divergence_advice}"
+            )
         return mean, metrics
 
     @torch.no_grad()
@@ -358,7 +363,13 @@ class Loop:
         measured = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress = self.progress
         if not all(math.isfinite(measured[name]) for name in {"loss", self.objective.measure}):
-            raise Diverged(self._no_number(), rule="training.validation")
+            advice = self._divergence_advice
+            if progress.step == 0:
+                advice = "Check for extreme targets, or set `training.precision=float32`"
+            raise Diverged(
+                f"the validation measurement at step {progress.step} is not finite. {advice}",
+                rule="training.validation",
+            )
         progress.validation_loss = measured["loss"]
         measure = deciding_measure([*self.measured, measured], self.objective.measure)
         before = min((cost_of(line, measure) for line in self.measured), default=math.inf)
@@ -378,18 +389,8 @@ class Loop:
         progress.worse = 0 if gained else progress.worse + 1
         self.record("validation", **measured, best=progress.best_loss, best_step=progress.best_step)
 
-    def _no_number(self) -> str:
-        """Return the error message for a non-finite validation measurement."""
-        step = self.progress.step
-        if step == 0:
-            return (
-                "the validation measurement is not finite before training. Check for extreme targets, "
-                "or set `training.precision=float32`"
-            )
-        return f"the validation measurement after step {step} is not finite. {self._cure}"
-
     @property
-    def _cure(self) -> str:
+    def _divergence_advice(self) -> str:
         """Advice for non-finite numbers."""
         if self.rate > self.usual_rate > 0:
             return f"Lower the learning rate of {self.rate:g} (default: {self.usual_rate:.2g})"
@@ -469,11 +470,6 @@ class Loop:
             return f"{ends}all held-out rows are right. {to_end}"
         since = f"step {best + self.steps_before}" if best else "before training"
         return f"{ends}no gain since {since}. {to_end}"
-
-    def _use_best(self) -> None:
-        if self.best and self.progress.best_step != self.progress.step:
-            for name, weight in self.optimizer.weights.items():
-                local_shard(weight.data).copy_(self.best[name])
 
 
 def row_gradients(

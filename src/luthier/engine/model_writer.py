@@ -224,26 +224,20 @@ class ModelWriter:
 
     def _outputs(self, network: Network) -> NetworkOutputs:
         loss, logps = self._loss(network), self._logps(network)
-        skipped = self._why_not_greedy(network)
-        if skipped:
-            return NetworkOutputs(loss, logps, None, skipped)
-        # Beside the texts a soft prompt and a prefix stand in the context.
+        task = self.job.data.objective.task
+        if task != "causal_lm" or network.is_bidirectional:
+            reason = f"a network for {task.replace('_', ' ')} cannot generate text"
+            return NetworkOutputs(loss, logps, None, reason)
+        # Soft prompts and prefixes use context too.
         room = network.context - network.tokens_before - GREEDY_TOKENS
         soft = list(prompt_ids(network.model))
-        own = greedy_prompts(self._few_rows(), TOKEN_PARITY_ROWS, room)
-        if not own:
+        row_prompts = greedy_prompts(self._few_rows(), TOKEN_PARITY_ROWS, room)
+        if not row_prompts:
             return NetworkOutputs(loss, logps, None, "no prompt fits the context")
-        prompts = [np.array([*soft, *ids_T], dtype=np.int64) for ids_T in own]
+        prompts = [np.array([*soft, *ids_T], dtype=np.int64) for ids_T in row_prompts]
         with _open_backend(network) as backend:
             written = generate_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
         return NetworkOutputs(loss, logps, written, None)
-
-    def _why_not_greedy(self, network: Network) -> str | None:
-        """Return the reason against a comparison of greedy text, or ``None``."""
-        task = self.job.data.objective.task
-        if task != "causal_lm" or network.is_bidirectional:
-            return f"a network for {task.replace('_', ' ')} cannot generate text"
-        return None
 
     def _parity(self, folder: Path, manifest: Manifest, trained: NetworkOutputs) -> Parity:
         """Load the stored model as for serving, and compare the outputs."""

@@ -370,10 +370,7 @@ def select_steps(
 ) -> list[TrainingStep]:
     """Return the steps of a run of ``job``, in order.
 
-    Args:
-        job: the prepared job.
-        trial: whether the run stores no model.
-        stores: whether this process stores the model.
+    A ``trial`` stores no model. ``stores`` is true in the process that stores the model.
     """
     return [
         step()

@@ -59,17 +59,16 @@ class DPO(ReferenceObjective, Pairwise):
 
         logp_R = row_logps(network, batch)
         length_R, sides = answer_lengths(batch), Sides.of(batch)
-        reward_R = self.beta * self._ratios(logp_R, extra_of(batch, torch.Tensor), length_R)
+        per_token = (
+            self.loss_type == "ipo" if self.length_normalised is None else self.length_normalised
+        )
+        ratio_R = (logp_R - extra_of(batch, torch.Tensor)) / (length_R if per_token else 1.0)
+        reward_R = self.beta * ratio_R
         each_P = self._of_margin(reward_R[sides.chosen_P] - reward_R[sides.rejected_P])
         if self.sft_weight:
             mean_R = logp_R / length_R
             each_P = each_P - self.sft_weight * mean_R[sides.chosen_P]
         return Loss.from_rows(each_P, sides.measures(reward_R) | sides.likelihoods(logp_R))
-
-    def _ratios(self, logp_R: Tensor, reference_R: Tensor, length_R: Tensor) -> Tensor:
-        """Return the log-ratio of each answer to the reference, in nats, or in nats per token."""
-        mean = self.loss_type == "ipo" if self.length_normalised is None else self.length_normalised
-        return (logp_R - reference_R) / (length_R if mean else 1.0)
 
     def _of_margin(self, margin_P: Tensor) -> Tensor:
         from torch.nn.functional import logsigmoid
