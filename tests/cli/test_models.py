@@ -53,11 +53,7 @@ def test_list_names_bases_and_custom_models(
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [
-        ("none", "does not exist"),
-        ("file", "is no folder"),
-        ("closed", "cannot be read: you have no right to"),
-    ],
+    [("none", "does not exist"), ("file", "is not a folder"), ("closed", "is not readable")],
 )
 def test_a_store_that_cannot_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
@@ -71,11 +67,11 @@ def test_a_store_that_cannot_be_read_is_named(
         monkeypatch.setattr(os, "access", lambda path, mode: path != named and access(path, mode))
     monkeypatch.setenv("LUTHIER_HOME", str(named))
     listed = Answer("models", "list").good()
-    assert f"{named} {why}" in listed.err and listed.err.count("\n") == 1
+    assert str(named) in listed.err and why in listed.err and listed.err.count("\n") == 1
     assert Answer("models", "list", "--json").good().json()["custom"] == []
     for command in ("show", "remove"):
-        assert f"{named} {why}" in Answer("models", command, "x:y").refused()
-    assert f"{named} {why}" in Answer("generate", "x:y", "hi").refused()
+        assert listed.err.strip() in Answer("models", command, "x:y").refused()
+    assert listed.err.strip() in Answer("generate", "x:y", "hi").refused()
     if kind == "file":
         assert "LUTHIER_HOME" in Answer("admin", "models", "list").refused(1)
 
@@ -146,7 +142,7 @@ def test_an_unknown_id_beside_jobs_points_to_their_names(own_home: Path) -> None
     record = read_json(folder / "job-1" / MANIFEST)
     write_json(folder / "job-1" / MANIFEST, record | {"id": "tiny-llama:job-1"})
     message = Answer("generate", "tiny-llama:support", "hello").refused()
-    assert "job-" in message and "luthier models list" in message
+    assert "tiny-llama:job-1" in message
 
 
 def test_list_of_an_empty_store_says_what_to_do() -> None:

@@ -195,5 +195,5 @@ def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPat
     assert "quota custom_models" in refused(*register, "tiny-llama:twin", "--account", OTHER)
     (twin / "tokenizer.json").write_text("{}")
     damaged = Answer("admin", *register, "tiny-llama:twin").refused(1)
-    assert "tokenizer.json is not what was stored" in damaged
+    assert "tokenizer.json" in damaged
     assert not (own_home / "runs/tiny-llama/twin").exists()

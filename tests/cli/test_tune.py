@@ -209,8 +209,8 @@ def test_many_problems_of_one_cause_are_counted_and_shown_once(
     ("more", "kind", "text"),
     [
         (["--base", "no-such-model"], "UnknownModel", "smollm2-135m-instruct"),
-        (["--base", "./no/such/folder"], "UnknownModel", "there is no model"),
-        (["--base", "tiny-llama:none"], "UnknownModel", "no custom model"),
+        (["--base", "./no/such/folder"], "UnknownModel", "no/such/folder"),
+        (["--base", "tiny-llama:none"], "UnknownModel", "tiny-llama:none"),
         (["--set", "adaptation.rnk=8"], "RecipeError", "did you mean `adaptation.rank`?"),
         (["--set", "nonsense"], "RecipeError", "KEY=VALUE"),
         (
