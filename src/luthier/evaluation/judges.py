@@ -108,7 +108,7 @@ def measure_agreement(
     reply."""
     verdicts: list[PairVerdict] = []
     while len(verdicts) < len(pairs):
-        # A judge that gives no scores shows it on the first two.
+        # Two pairs reveal a judge without scores.
         size = CHUNK if verdicts else 2
         verdicts += judge_pairs(judge, pairs[len(verdicts) :][:size])
         done(len(verdicts))

@@ -104,7 +104,7 @@ def likely_classes(
     rows_N = np.arange(len(class_N))
     chance_NC = out_of_sample(states_NH, class_N, classes)
     own_N, count_C = chance_NC[rows_N, class_N], np.bincount(class_N, minlength=classes)
-    # How likely its own class mostly is for a row of it: what counts as likely for that class.
+    # Mean probability of the own class: the threshold of a likely class.
     threshold_C = np.bincount(class_N, own_N, classes) / np.maximum(count_C, 1)
     likely_NC = np.where(chance_NC >= threshold_C, chance_NC, -1.0)
     other_N = likely_NC.argmax(1)

@@ -369,7 +369,7 @@ class NearDuplicates:
         self._whole_N = self._table.read("whole")
         self._starts_N = np.cumsum(self._counts_N, dtype=np.int64) - self._counts_N
         alone = np.flatnonzero(first_rows(keys_N) == np.arange(self.rows))
-        # By key, so that what is found does not depend on the order of rows.
+        # Sorted by key, so that the result does not depend on the order of rows.
         alone = alone[np.argsort(keys_N[alone])]
         for first_P, second_P in self._propose_pairs(alone):
             for start in range(0, len(first_P), CHUNK * 16):
@@ -387,13 +387,13 @@ class NearDuplicates:
         following = self._table.read(f"band {BANDS - 1}")[alone]
         for band in range(BANDS):
             values = self._table.read(f"band {band}")[alone]
-            # Within a bucket, rows that agree in a further band stand beside each other.
+            # Within a bucket, rows that agree in another band are neighbours.
             order = np.argsort(
                 (values.astype(np.uint64) << np.uint64(32)) | following, kind="stable"
             )
             following, values = values, values[order]
             rows = alone[order]
-            # How far each row stands behind the first of its bucket.
+            # Distance of each row from the first row of the bucket.
             new = np.concatenate([[True], values[1:] != values[:-1]])
             starts = np.flatnonzero(new)[np.cumsum(new) - 1]
             behind = np.arange(len(rows)) - starts
@@ -415,7 +415,7 @@ class NearDuplicates:
     def _alike(self, one_P: IntArray, other_P: IntArray) -> Any:
         """``[P]`` whether the sketches of each pair are similar enough."""
         alike_P = np.zeros(len(one_P), np.bool_)
-        # Short texts with short ones, as rows are filled up to the longest of a chunk.
+        # Sort by length, because a chunk is padded to its longest sketch.
         order = np.argsort(np.maximum(self._counts_N[one_P], self._counts_N[other_P]))
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK]

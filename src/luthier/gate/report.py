@@ -295,7 +295,7 @@ def _fixable_rules(report: Report) -> Iterable[Rule]:
     for rule in found.rules():
         serious = found.severity(rule) != "note"
         if rule.id in FIXES and FIXES[rule.id][1] == "unreadable" and not report.rows.get("train"):
-            continue  # to leave out all rows mends nothing
+            continue  # dropping all rows fixes nothing
         if serious and rule.id in FIXES and any(map(ours, found.examples[rule.id])):
             yield rule
 
@@ -307,7 +307,7 @@ def _options(rules: Iterable[Rule]) -> dict[str, dict[str, None]]:
         name, value = FIXES[rule.id]
         options.setdefault(name, {})[value] = None
     if "near" in options.get("--dedupe", {}):
-        options["--dedupe"] = {"near": None}  # exact copies go with it
+        options["--dedupe"] = {"near": None}  # near includes exact copies
     return options
 
 

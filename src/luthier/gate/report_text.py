@@ -141,7 +141,7 @@ def _about(rule: Rule, report: Report) -> Text:
     further = report.findings.counts[rule.id] - min(len(places), PLACES)
     if further > 0:
         text.append(f"\n… and {further:,} more", "dim")
-    alone = rule.whole and len(places) == 1  # what mends the first may not mend the others
+    alone = rule.whole and len(places) == 1  # a fix for one place may not fit the rest
     if fix := places[0].closest_fix if alone else rule.fix or places[0].fix:
         text.append("\nfix  ", "green")
         text.append(printable(map_code(fix, command_option)))

@@ -115,12 +115,12 @@ def inspect_sources(
         gate.add_problems(refused)
         for split, reader in readers.items():
             for _ in gate.scan_source(split, reader):
-                # Not all is done before the checks have looked at all rows together.
+                # Below 100 % until the checks have judged all rows together.
                 progress(gate.progress(min(done + reader.done, max(0, total - 1)), total))
             done += reader.size
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
-        progress(gate.progress(total, total))  # with what only all rows together show
+        progress(gate.progress(total, total))  # findings about all rows are complete
     again = (RowReader(sources[split], columns, whole=False) for split in readers)
     quote_rows(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
@@ -260,7 +260,7 @@ def unpacked_size(path: Path) -> int:
 def estimate_rows(size: int, batch: RowBatch) -> int:
     """Estimate the number of rows in ``size`` bytes from the row size in ``batch``; 0 if unknown."""
     fields = [text.content for row in batch.rows for text in row.texts()]
-    if not fields:  # pictures and numbers say nothing of their size
+    if not fields:  # images and numbers have no text size
         return 0
     bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) + KEY for text in fields)
     return size * len(batch) // max(1, bytes_)

@@ -264,9 +264,8 @@ def isolate(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     top = settings["folder"]
-    os.umask(
-        0o022
-    )  # a server's 077 would close the folders above the interpreter to the code's user
+    # With a server's umask of 077, the code's user could not open the interpreter's folders.
+    os.umask(0o022)
     mount(libc, None, "/", 0 | RECURSIVE | PRIVATE)
     mount(libc, "tmpfs", top, NO_SUID | NO_DEVICES, f"size={DISK},nr_inodes=4096,mode=755")
     for path in (*SYSTEM, settings["prefix"]):

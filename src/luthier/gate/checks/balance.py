@@ -171,7 +171,7 @@ class Balance(Check):
             place = Place(self._places["train", name].file, 0)
             findings.add(Finding(ONE_CLASS, place, f"every row has the label {quote(name)}."))
             return
-        usual = spellings(train)  # `label.spelling` speaks of the others
+        usual = spellings(train)  # `label.spelling` reports the remaining labels
         by_place = sorted(train.items(), key=lambda each: self._places["train", each[0]].number)
         for name, count in by_place:
             if count < FEWEST and name not in usual:

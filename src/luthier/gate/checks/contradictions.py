@@ -113,10 +113,10 @@ def _parts(row: Row) -> tuple[int, int, int]:
             return 1, hash_texts("ranking", *asks, "\0", *sorted(answers)), hash_texts(*answers)
         return 0, hash_texts("judged", *asks, "\0", *answers), hash_texts(*row.judgement())
     says = row.targets()
-    if isinstance(row, Labelled):  # of names that are one to people, `label.spelling` speaks
+    if isinstance(row, Labelled):  # `label.spelling` reports different spellings
         says = tuple(sorted("\0".join(spelling_key(name)) for name in row.labels))
     if row.annotated:
         return 0, hash_texts("named", *asks), hash_texts(*says)
-    if not says or isinstance(row, MediaRow):  # of one caption there are many images
+    if not says or isinstance(row, MediaRow):  # many images share a caption
         return len(_KINDS), hash_texts("bare", *asks), 0
     return 2, hash_texts("written", *asks), hash_texts(*says)

@@ -171,7 +171,7 @@ class Duplicates(Check):
         near, numbers = self._alike(splits_N, leaks)
         rows_S = self._compared.read("whole rows")
         groups = (rows_S[group] for group in near.members())
-        # Copies of a row that is named already say nothing new.
+        # Exact copies have a finding already.
         closer = (group[~copies_N[group]] for group in groups)
         self._report(NEAR, (group for group in closer if len(group) > 1), places, findings)
         filled = (rows_S[group] for group in numbers.members())
@@ -221,7 +221,7 @@ class Duplicates(Check):
             near.join(one_P[~filled_P], other_P[~filled_P])
 
         self._wholes.find(combine_keys(apart_S, whole_S), is_wanted, add_pairs)
-        # Only the first of rows with one text was compared; the others are as near as it is.
+        # Only the first row of each text is compared; rows with equal text join the same group.
         near.join_equal(combine_keys(apart_S, whole_S))
         return near, numbers
 

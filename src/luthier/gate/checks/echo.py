@@ -50,7 +50,7 @@ class Echo(SpotCheck):
 
 def _exchanges(row: Row) -> Iterator[tuple[str, str]]:
     """Yield each turn of the user with the reply that is learned for the turn."""
-    if isinstance(row, JudgedReply):  # a bad reply belongs among replies that people judged
+    if isinstance(row, JudgedReply):  # judged replies include bad replies
         return
     for before, turn in pairwise(row.turns()):
         if before.role == "user" and turn.role == "assistant" and turn.learned:

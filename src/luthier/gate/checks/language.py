@@ -155,7 +155,7 @@ class Language(Check):
             )
             finding = Finding(MIX, places.place(0), f"The languages of the {part} are {shares}.")
             findings.add(finding)
-        # Where many rows are in rare languages, the data has many languages and none is by mistake.
+        # Many rows in rare languages mean a multilingual data set, not mistakes.
         rare = total - sum(counts[code] for code in common)
         if rare > 2 * RARE * total:
             return

@@ -100,5 +100,5 @@ class WhiteSpace(SpotCheck):
         turns = (Message("user", "a"), Message("assistant", reply))
         try:
             return self.chat.render_turns(turns, (), reply=False)
-        except RecipeError:  # the check of what is learned reports a template that refuses the rows
+        except RecipeError:  # the learning check reports rows that the template rejects
             return ""
