@@ -262,7 +262,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         },
         ("freeze", "albert"): "no stack of layers",
         **{
-            ("prefix", f): f"networks of type {f} have no place for them. Use prompt"
+            ("prefix", f): f"Networks of type {f} do not support key-value prefixes. Use `prompt`"
             for f in ("albert", "t5", "xlnet", "transfo_xl", "elmo")
         },
         ("adapters", "elmo"): "do not know where the sublayers of networks of type elmo end",
