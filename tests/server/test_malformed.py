@@ -142,10 +142,10 @@ def test_a_number_that_is_too_large_to_hold_is_refused_for_that(running: Running
     converse = {"messages": [said], "toolConfig": {"tools": [tool]}}
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "large": "LARGE"}
     for path, body, word in (
-        ("/model/luthier.tiny/converse", converse, "too large to hold"),
+        ("/model/luthier.tiny/converse", converse, "out of range"),
         ("/model/luthier.tiny/invoke", {"prompt": "x", "temperature": "LARGE"}, "Malformed input"),
-        ("/v1/chat/completions", chat, "too large to hold"),
-        ("/api/v1/jobs", {**JOB, "settings": {"training": {"epochs": "LARGE"}}}, "too large"),
+        ("/v1/chat/completions", chat, "out of range"),
+        ("/api/v1/jobs", {**JOB, "settings": {"training": {"epochs": "LARGE"}}}, "out of range"),
     ):
         for number in TOO_LARGE:
             text = json.dumps(body).encode().replace(b'"LARGE"', number)
