@@ -29,7 +29,7 @@ SHAPES = [
 ]
 
 
-@pytest.set_task.parametrize("fields", SHAPES)
+@pytest.mark.parametrize("fields", SHAPES)
 def test_images_of_any_shape_go_through_and_back(fields: dict[str, object]) -> None:
     config = VAEConfig(latent_size=5, **fields)  # type: ignore[arg-type]
     model = VAEModel(config).eval()
