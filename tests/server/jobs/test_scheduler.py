@@ -207,7 +207,7 @@ def test_what_a_dead_worker_left_of_an_ended_job_is_tidied(queue: Any, luthier_h
 @sqlite
 def test_no_worker_is_started_on_a_full_disk(queue: Any, monkeypatch: Any) -> None:
     free = [1000]
-    monkeypatch.setattr("luthier.server.jobs.scheduler.room", lambda folder: free[0])
+    monkeypatch.setattr("luthier.server.jobs.scheduler.free_bytes", lambda folder: free[0])
     monkeypatch.setattr("luthier.server.jobs.scheduler.LATER", 0.1)
     job = queue.submit(steps=2)
     queue.scheduler()
