@@ -33,7 +33,7 @@ def messages(rows: list[Row], fitted: bool = False, split: str = "train") -> lis
     ],
 )
 def test_fewer_rows_than_teach_anything_are_said_to_be_few(row: Row, enough: int) -> None:
-    words = SHAPES[row.shape].words
+    words = SHAPES[row.shape].noun
     for count in (1, enough - 1):
         (message,) = messages([row] * count)
         assert message.startswith(f"{count} row") and words in message and f" {enough} " in message
