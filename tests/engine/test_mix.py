@@ -97,7 +97,7 @@ def test_bad_mixes_are_refused_with_file_and_fix(
     with pytest.raises(DataError) as shape:
         prepared(main, base, (ratings, 1))
     assert (shape.value.problems[2].file, shape.value.problems[2].line) == (str(ratings), 3)
-    assert "Bring the rows into the form of text with labels" in shape.value.problems[0].advice
+    assert "Convert the rows to text with labels" in shape.value.problems[0].advice
     with pytest.raises(RecipeError) as refused:
         prepared(main, base, (old, 0.01), validation_share=0)
     assert refused.value.rule == "data.mix_too_small"
