@@ -22,6 +22,7 @@ def written(database: Database) -> list[tuple[str, str]]:
     ("action", "reads"),
     [
         ("luthier:openai.fine_tuning.jobs.list_events", True),
+        ("luthier:openai.fine_tuning.jobs.list_checkpoints", True),
         ("luthier:openai.files.list", True),
         ("luthier:openai.files.content", True),
         ("luthier:openai.files.delete", False),

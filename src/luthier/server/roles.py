@@ -60,7 +60,7 @@ _OPERATIONS = {
             "GetCertificate DownloadCertificate GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
             "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
-            "openai.fine_tuning.jobs.list_events "
+            "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "
             "openai.batches.list openai.batches.retrieve openai.evals.list openai.evals.retrieve "
             "openai.evals.runs.list openai.evals.runs.retrieve openai.evals.runs.output_items.list "
             "openai.evals.runs.output_items.retrieve"

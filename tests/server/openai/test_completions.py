@@ -57,10 +57,12 @@ def test_prompts_of_tokens(client: openai.OpenAI, service: Any, tokenizer: Any) 
 
 
 @pytest.mark.slow
-def test_streams(client: openai.OpenAI) -> None:
-    prompts, options = ["The quick", "My card"], {"include_usage": True}
-    whole = complete(client, prompt=prompts)
-    chunks = list(complete(client, prompt=prompts, stream=True, stream_options=options))
+def test_streams_with_echo(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"prompt": ["The quick", "My card"], "echo": True}
+    whole = complete(client, **fields)
+    assert whole.choices[0].text.startswith("The quick")
+    options = {"include_usage": True}
+    chunks = list(complete(client, **fields, stream=True, stream_options=options))
     texts, ends = ["", ""], ["", ""]
     for chunk in chunks[:-1]:
         (choice,) = chunk.choices
@@ -98,7 +100,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 3}, "best_of"),
     ({"logprobs": 21}, "logprobs"),
-    ({"echo": True}, "echo"),
+    ({"echo": True, "logprobs": 1}, "logprobs"),
+    ({"echo": True, "prompt": [5, 6]}, "echo"),
     ({"prompt": "The quick brown fox. " * 400}, "prompt"),
 ]
 

@@ -139,7 +139,7 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
 
     files = service.openai.files
     with pytest.MonkeyPatch.context() as full:
-        full.setattr(files, "ever", lambda *given: False)
+        full.setattr(files, "existed", lambda *given: False)
         full.setattr(files, "add", _no_room)
         assert client.fine_tuning.jobs.retrieve(made.id).result_files == []
         assert [each.result_files for each in client.fine_tuning.jobs.list()] == [[]]
@@ -157,6 +157,12 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     assert {each.data["step"] for each in metrics} == {1, 2, 3, 4}  # type: ignore[index]
     assert all(isinstance(each.data["train_loss"], float) for each in metrics)  # type: ignore[index]
     assert events[-1].type == "message"
+
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(made.id).data
+    assert [each.step_number for each in checkpoints] == [4, 2]
+    assert {each.fine_tuned_model_checkpoint for each in checkpoints} == {name}
+    assert checkpoints[0].metrics.train_loss is not None
+    assert list(client.fine_tuning.jobs.checkpoints.list(made.id, limit=1)) == checkpoints
 
     asked: Any = {"messages": [{"role": "user", "content": "What is red?"}], "max_tokens": 5}
     answer = client.chat.completions.create(model=name, temperature=0, **asked)
@@ -367,6 +373,7 @@ def test_lists(client: openai.OpenAI, other: openai.OpenAI) -> None:
         jobs_of.pause,
         jobs_of.resume,
         jobs_of.list_events,
+        jobs_of.checkpoints.list,
     ):
         with pytest.raises(openai.NotFoundError):
             attempt(made[0])

@@ -44,17 +44,21 @@ class CompletionRequest(SamplingFields):
 
     unsupported: ClassVar[Mapping[str, str]] = {
         "best_of": "The server returns all replies. Use 'n'",
-        "echo": "The server does not return the prompt",
         "suffix": "Models here cannot fill gaps",
     }
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
 
     def check(self) -> None:
-        """Reject empty prompts, and too many prompts."""
+        """Reject empty prompts, too many prompts, and an echo that the server cannot return."""
         super().check()
+        if self.echo and self.logprobs is not None:
+            raise invalid("'echo' does not return log probabilities of the prompt.", "logprobs")
+        if self.echo and not all(isinstance(each, str) for each in self.prompts):
+            raise invalid("'echo' needs prompts as text, not as tokens.", "echo")
         if not self.prompts or not all(len(each) for each in self.prompts):
             raise invalid("The prompt is empty.", "prompt", "invalid_value")
         if len(self.prompts) > MOST_PROMPTS:
@@ -64,6 +68,11 @@ class CompletionRequest(SamplingFields):
     def prompts(self) -> list[str | list[int]]:
         """Prompts as text or token ids."""
         return split_inputs(self.prompt)
+
+    @property
+    def echoes(self) -> list[str]:
+        """Text before each reply: the prompts with ``echo``, otherwise empty."""
+        return [str(each) if self.echo else "" for each in self.prompts]
 
     def generation_request(self, prompt: Prompt) -> GenerationRequest:
         """Return the request for the engine."""
@@ -92,12 +101,12 @@ def complete(inference: Inference, account: str, body: CompletionRequest) -> Jso
     choices: list[JsonObject] = []
     tokens = 0
     with refusals(body.model, "prompt"):
-        for stream in streams:
+        for stream, echo in zip(streams, body.echoes, strict=True):
             for result in stream.results():
                 tokens += result.tokens
                 scores = _logprobs(result.scores, 0) if body.logprobs is not None else None
                 reason = FINISH.get(result.reason, "stop")
-                choices.append(_choice(len(choices), result.text, scores, reason))
+                choices.append(_choice(len(choices), echo + result.text, scores, reason))
     head = completion_head(*_HEAD, body.model)
     return {**head, "choices": choices, "usage": usage(streams, tokens)}
 
@@ -122,8 +131,11 @@ def _chunks(body: CompletionRequest, streams: Sequence[Stream]) -> Iterator[Mapp
     head, n = completion_head(*_HEAD, body.model), body.n or 1
     usage_member = {"usage": None} if body.wants_usage else {}
     tokens = 0
-    for number, stream in enumerate(streams):
+    for number, (stream, echo) in enumerate(zip(streams, body.echoes, strict=True)):
         offsets = [0] * n
+        for index in range(n if echo else 0):
+            choice = _choice(number * n + index, echo, None, None)
+            yield {**head, "choices": [choice], **usage_member}
         for event in stream:
             if isinstance(event, TokenChunk):
                 scores = None

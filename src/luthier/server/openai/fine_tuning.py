@@ -381,15 +381,8 @@ def event_object(event: JobEvent) -> JsonObject:
 
 
 def result_file(metrics: Iterable[JobEvent]) -> bytes:
-    """Return a CSV file of metrics: step, train_loss, valid_loss, then additional metrics.
-
-    A step that ran again after a crash has the metrics of the last run.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    for event in metrics:
-        step = event.data.get("step")
-        if isinstance(step, int):
-            steps.setdefault(step, {}).update(event.data)
+    """Return a CSV file of metrics: step, train_loss, valid_loss, then additional metrics."""
+    steps = _values_by_step(metrics)
     names = {name for values in steps.values() for name in values} - {*_COLUMNS, "epoch"}
     columns = (*_COLUMNS, *sorted(names))
     text = io.StringIO()
@@ -398,6 +391,45 @@ def result_file(metrics: Iterable[JobEvent]) -> bytes:
     for step, values in sorted(steps.items()):
         writer.writerow({**values, "step": step})
     return text.getvalue().encode()
+
+
+def _values_by_step(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
+    """Return the metrics by step. A step that ran again after a crash has those of the last run."""
+    steps: dict[int, dict[str, Any]] = {}
+    for event in metrics:
+        step = event.data.get("step")
+        if isinstance(step, int):
+            steps.setdefault(step, {}).update(event.data)
+    return steps
+
+
+def checkpoint_objects(job: Job, metrics: Iterable[JobEvent], model: str) -> list[JsonObject]:
+    """Return the end of each epoch with its losses, newest first.
+
+    The server stores only the weights of the trained model, so every checkpoint names ``model``.
+    """
+    steps = _values_by_step(metrics)
+    if not steps:
+        return []
+    total = max(steps)
+    epochs = max(1, round(float(job.setting("training.epochs") or 1)))
+    ends = {round(total * epoch / epochs) for epoch in range(1, epochs + 1)} - {0}
+    return [
+        {
+            "id": f"ftckpt-{job.id}-{end}",
+            "object": "fine_tuning.job.checkpoint",
+            "created_at": seconds(job.ended),
+            "fine_tuned_model_checkpoint": model,
+            "fine_tuning_job_id": job.name,
+            "step_number": end,
+            "metrics": {"step": end, **_losses(steps.get(end, {}))},
+        }
+        for end in sorted(ends, reverse=True)
+    ]
+
+
+def _losses(values: Mapping[str, Any]) -> JsonObject:
+    return {name: values[name] for name in ("train_loss", "valid_loss") if name in values}
 
 
 @router.post("/fine_tuning/jobs", name="fine_tuning.jobs.create")
@@ -542,6 +574,24 @@ def list_events(
     return page(events, limit, event_object)
 
 
+@router.get("/fine_tuning/jobs/{job}/checkpoints", name="fine_tuning.jobs.list_checkpoints")
+def list_checkpoints(
+    call: OpenAICall, job: Name, limit: Limit = 10, after: str | None = None
+) -> JsonObject:
+    """List the ends of the epochs of a completed job, newest first."""
+    row = _find(call, job)
+    model = _model_id(call, row) if row.state == jobs.COMPLETED else None
+    checkpoints = []
+    if model is not None:
+        checkpoints = checkpoint_objects(row, _metrics(call.context.database, row), model)
+    ids = [each["id"] for each in checkpoints]
+    if after is not None:
+        if after not in ids:
+            raise invalid(f"No such checkpoint: {after}.", "after")
+        checkpoints = checkpoints[ids.index(after) + 1 :]
+    return page(checkpoints[: limit + 1], limit)
+
+
 def _find(call: Call, job_id: str) -> Job:
     with call.context.database.read() as session:
         job = _job(session, call.account, job_id)
@@ -552,6 +602,11 @@ def _find(call: Call, job_id: str) -> Job:
 
 def _job_object(call: Call, job: Job) -> JsonObject:
     """Return a job as OpenAI's object, with the trained model and the result file."""
+    return job_object(job, _model_id(call, job), _result_files(call, job))
+
+
+def _model_id(call: Call, job: Job) -> str | None:
+    """Return the id of the job's active model."""
     query = select(CustomModel).where(
         CustomModel.account == job.account,
         CustomModel.job_id == job.id,
@@ -560,8 +615,7 @@ def _job_object(call: Call, job: Job) -> JsonObject:
     with call.context.database.read() as session:
         model = session.scalar(query)
     arns = call.context.inference.models.arns
-    name = None if model is None else id_of(model, arns, foundation_models())
-    return job_object(job, name, _result_files(call, job))
+    return None if model is None else id_of(model, arns, foundation_models())
 
 
 def _metrics(database: Database, job: Job) -> Iterator[JobEvent]:
