@@ -120,7 +120,7 @@ def test_a_resumed_run_must_be_the_same(
     before = sorted(interrupted.rglob("*"))
     rate = ["--learning-rate", "0.004", "--resume"]
     message = forker.start(interrupted, command("lora", *rate)).refusal()
-    assert "recipe.training.learning_rate was 0.003 and is 0.004" in message
+    assert "recipe.training.learning_rate changed from 0.003 to 0.004" in message
     assert "choose another --name" in message
     message = forker.start(interrupted, command("lora")).refusal()
     assert "unfinished run tiny-llama:x" in message

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from short_runs import manifest_of
 from thinking_models import THOUGHT
 from typer.testing import CliRunner
 
@@ -27,12 +25,9 @@ from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
 from luthier.errors import DataError, GradingFailed, RecipeError
 from luthier.graders import GRADERS, Answer, Grader, Number
-from luthier.models import packing
-from luthier.models.backends import BACKENDS, Backend
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.models.torch_backend import torch_backend
 from luthier.objectives import GRPO, PPO, logprobs
 from luthier.objectives.rollout_checks import advice, precheck
 from luthier.objectives.rollouts import Reinforcement, fixed_generator, sample_record
@@ -165,35 +160,6 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
     )
     assert table.stdout.split()[0] == "reward"  # not squeezed out by the texts
     assert table.exit_code == 0 and "16-20" in table.stdout
-
-
-@pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_one_backend_writes_for_all_steps_with_the_weights_of_each(
-    adaptation: str, tiny_model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[Network] = []
-
-    def open_torch(network: Network, context: int) -> Backend:
-        opened.append(network)
-        return torch_backend(network, context)
-
-    entry = replace(BACKENDS["torch"], open=open_torch)
-    monkeypatch.setitem(BACKENDS.built_in, "torch", entry)
-    monkeypatch.setattr(packing, "SMALLEST", 1)  # a packed copy of old weights would show
-    plain = recipe_of(tiny_model_folder, rows_file, {"method": "grpo"}, max_steps=3).plain()
-
-    def weights_and_samples(name: str) -> tuple[str, str]:
-        result = train(Recipe.parse({**plain, "name": name, "adaptation": adaptation}))
-        samples = (Path(result.run_dir) / "samples.jsonl").read_text()
-        return str(manifest_of(result)["trained_weights_sha256"]), samples
-
-    kept = weights_and_samples("kept")
-    assert len(opened) == 1
-    monkeypatch.setattr(
-        Network, "backend", property(lambda _: None, lambda *_: None), raising=False
-    )
-    assert weights_and_samples("opened-each-time") == kept
-    assert len(opened) > 4
 
 
 @pytest.mark.slow
