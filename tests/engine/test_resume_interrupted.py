@@ -121,13 +121,13 @@ def test_a_resumed_run_must_be_the_same(
     rate = ["--learning-rate", "0.004", "--resume"]
     message = forker.start(interrupted, command("lora", *rate)).refusal()
     assert "recipe.training.learning_rate changed from 0.003 to 0.004" in message
-    assert "choose another --name" in message
+    assert "--name" in message
     message = forker.start(interrupted, command("lora")).refusal()
     assert "unfinished run tiny-llama:x" in message
-    assert "Go on with it by --resume" in message
+    assert "--resume" in message
     arguments = command("lora", "--resume")
     arguments[1] = str(tmp_path / "other.jsonl")
     Path(arguments[1]).write_bytes(uneven_rows.read_bytes())
     message = forker.start(interrupted, arguments).refusal()
-    assert "recipe.data.train was" in message
+    assert "recipe.data.train changed from" in message
     assert sorted(interrupted.rglob("*")) == before
