@@ -149,9 +149,11 @@ class Application:
         receive, send = record.count_bytes(receive, send)
         try:
             if head.path in OPEN_PATHS:
+                # Gauges and the readiness check read the database.
                 answer = await run_in_threadpool(self._status, head.path)
                 record.status = answer.status
                 await to_starlette(answer)(scope, receive, send)
+            # The console never serves a request with an authorization: S3 clients may use any path.
             elif self._console is not None and self._console.serves(head, service):
                 record.api = self._console.name
                 answer = self._console.respond(head)
@@ -166,6 +168,7 @@ class Application:
             # The server shuts down during a stream.
             record.status = 503
         finally:
+            # An interrupted stream has recorded the status of its head, such as 200.
             if record.error == DISCONNECTED:
                 record.status = 499
             self.metrics.count_request(record, time.perf_counter() - began)
@@ -192,6 +195,8 @@ class Application:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 await self._audit(record, status)
+                # Set the status after the audit entry: if the entry fails, no response has started,
+                # and the client receives an error.
                 record.status = status
                 headers = [
                     *message["headers"],
@@ -217,12 +222,14 @@ class Application:
                     "grading_turn": partial(self._turn, self._grading_slots, record, receive),
                     "stream_turn": partial(self._streams.turn, record.account, 0),
                 }
+                # Routers match the raw path, where the slashes of an ARN are still encoded.
                 inner = {**scope, "app": api.app, "path": head.path, "state": state}
                 with working_for(record.account):
                     await api.app(inner, body.receive, send_audited)
             except ClientDisconnect:
                 await self._audit(record, 499)
                 raise
+            # CancelledError included: at shutdown, a request without a response gets an error.
             except (Exception, asyncio.CancelledError) as error:
                 if record.status:
                     raise  # the response has started
@@ -286,6 +293,7 @@ class Application:
         actions, record.actions = record.actions, []  # each action is written once
         if not actions:
             return
+        # A change without an entry must not be reported as done: an error here reaches the client.
         if status < 400 or status == 499:
             await run_in_threadpool(self._write_audit, record, actions, "ok")
             return

@@ -31,6 +31,7 @@ class Slots:
         At most ``waiting`` requests of an account wait for a slot.
         """
         self._all, self._per_account = asyncio.Semaphore(capacity), per_account
+        # Accounts without a request leave the dictionary, which therefore stays small.
         self._own: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._most_waiting, self._waiting = waiting, Counter[str]()
 
@@ -43,12 +44,15 @@ class Slots:
                 within
                 ``seconds``.
         """
+        # This local variable keeps the semaphore in the weak dictionary until the turn ends.
         own = self._own.setdefault(account, asyncio.Semaphore(self._per_account))
         if self._waiting[account] >= self._most_waiting:
             raise _busy()
         self._waiting[account] += 1
         try:
             async with asyncio.timeout(seconds):
+                # The account's slot comes first: a request that waits for its own account must not
+                # occupy a slot of all accounts.
                 await own.acquire()
                 try:
                     await self._all.acquire()
@@ -108,9 +112,11 @@ class RateLimits:
         Raises:
             Fault: ``Throttling``, with whole seconds in the detail ``retry_after``.
         """
+        # Read the version before the rate: a later change of the quota then invalidates the rate.
         version = self._watch.token()
         known = self._buckets.get(caller.account)
         rate = known.rate if known and known.version == version else self._rate(caller.account)
+        # Lock after the query of the rate: no request waits for the query of another request.
         with self._lock:
             missing = self._take(caller.account, rate, version)
         if missing > 0:
@@ -123,6 +129,7 @@ class RateLimits:
         moment = self._clock()
         size = max(1.0, rate * BURST_SECONDS) if rate > 0 else 0.0
         bucket = self._buckets.setdefault(account, _Bucket(rate, size, moment, version))
+        # 0 seconds times an infinite rate would be NaN.
         grown = 0.0 if rate == float("inf") else (moment - bucket.filled) * rate
         if rate != bucket.rate:
             grown = size

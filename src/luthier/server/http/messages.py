@@ -190,7 +190,9 @@ def parse_json(data: bytes) -> Any:
     except UnicodeDecodeError:
         raise ValueError("the text is not UTF-8") from None
     try:
+        # By default, json.loads accepts NaN and Infinity, and parses 1e999 as infinity.
         value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        # Counting brackets is fast, and spares most bodies the walk through all values.
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(value) > JSON_DEPTH:
             # Recursive encoders could not write the value.
             raise ValueError(f"the value has more than {JSON_DEPTH} levels")
@@ -295,6 +297,7 @@ class Fault(LuthierError):
             return self
         text = map_code(self.message, name)
         parameter = self.parameter and name(self.parameter)
+        # A second call must not rename the API's names again.
         details = {**self.details, "refused": False}
         return Fault(self.code, text, parameter=parameter, rule=self.rule, **details)
 
@@ -343,7 +346,9 @@ def inference_faults() -> Iterator[None]:
 
 def head_of(scope: Scope) -> RequestHead:
     """Return the head of an ASGI scope."""
+    # raw_path is optional in ASGI.
     raw = scope.get("raw_path") or scope["path"].encode()
+    # latin-1 maps every byte to one character, so that signatures cover the bytes as sent.
     headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
     path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
     return RequestHead(scope["method"], path, query, headers, scope.get("scheme") == "https")
@@ -356,6 +361,7 @@ def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
 
 
 def _unquote(text: str) -> bytes:
+    # Handlers read + as a space, so signatures must, too: otherwise + could replace a signed %2B.
     return unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
 
 
@@ -381,6 +387,7 @@ def check_text(head: RequestHead) -> None:
     Raises:
         Fault: ``Validation``, with the detail ``place`` set to ``path`` or ``query``.
     """
+    # Only escapes and bytes above 127 decode to U+0000 or invalid UTF-8; h11 rejects a raw NUL.
     if "%" not in head.path + head.query and (head.path + head.query).isascii():
         return
     try:

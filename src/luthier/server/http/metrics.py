@@ -223,6 +223,7 @@ class Meter:
     def write(self) -> None:
         """Write the counts to the database. After an error, the counts are kept for the next write."""
         with self._lock:
+            # The event loop waits for this lock in `count`, so the lock ends before the write.
             used, self._used = self._used, {}
         try:
             with self._database.write() as session:
@@ -237,6 +238,7 @@ class Meter:
             _log.exception("usage could not be written; it is tried again")
             with self._lock:
                 for key, each in used.items():
+                    # Peaks of stored bytes may be added twice, because Usage.add keeps the maximum.
                     self._used.setdefault(key, Usage()).add(each)
 
     def close(self) -> None:

@@ -68,6 +68,7 @@ class ApiRoute(APIRoute):
         """Return the JSON of the body; an empty body is an empty object."""
         body = await request.body()
         try:
+            # Parsing 500,000 values in the event loop would delay all other requests.
             return await run_in_threadpool(parse_json, body) if body.strip() else {}
         except ValueError as error:
             raise self.not_json(error) from error
@@ -91,6 +92,7 @@ class ApiRoute(APIRoute):
                     )
                     return await handle(request)
                 state.json = await self.parse(request)
+                # FastAPI parses JSON only under this content type, which clients may omit.
                 MutableHeaders(scope=request.scope)["content-type"] = "application/json"
                 return await handle(_ParsedRequest(request.scope))
             except RequestValidationError as error:
@@ -141,6 +143,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     state = request.state
     if isinstance(error, ClientDisconnect):
         state.record.error = DISCONNECTED
+        # Starlette requires a response, which no client reads.
         return Response(status_code=499)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = _unknown(request, error.status_code)
@@ -193,6 +196,7 @@ async def _stream_turn(request: Request) -> AsyncIterator[None]:
         yield
 
 
+# The scope `function` frees the slot before the response is sent, possibly to a slow client.
 MODEL_TURN = Depends(_model_turn, scope="function")
 """Dependency that occupies a slot for requests to models."""
 GRADING_TURN = Depends(_grading_turn, scope="function")

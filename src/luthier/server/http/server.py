@@ -74,11 +74,13 @@ async def _run(
     except OSError as error:
         raise RefusedInput(f"the certificate is invalid: {error}") from error
     try:
+        # uvicorn would log an error of the port and call sys.exit.
         listening = listen(ports.host, ports.port)
     except OSError as error:
         text = f"port {ports.port} of {ports.host} cannot be opened: {error.strerror}"
         raise RefusedInput(text) from error
     serving = asyncio.ensure_future(server.serve([listening]))
+    # uvicorn sets a flag at the start and offers no event.
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     host, port = listening.getsockname()[:2]

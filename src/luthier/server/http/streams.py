@@ -180,6 +180,7 @@ class StreamedResponse(StreamingResponse):
                 if await self._send_pieces(receive, send):
                     scope["state"]["record"].error = DISCONNECTED
         finally:
+            # Closing runs the cleanup of the generator, which may block.
             await run_waiting(close_pieces, self._pieces)
 
     async def _wait_for_first(self, pieces: GeneratedPieces, receive: Receive) -> None:
@@ -202,6 +203,7 @@ class StreamedResponse(StreamingResponse):
             while True:
                 piece = asyncio.ensure_future(run_waiting(partial(next, self._pieces, None)))
                 await asyncio.wait((piece, gone), return_when=asyncio.FIRST_COMPLETED)
+                # Many clients disconnect after the last promised byte: the response is complete.
                 if gone.done() and sent != self._length:
                     # The next piece may take long. Closing wakes a thread that waits for a model.
                     await run_waiting(close_pieces, self._pieces)
@@ -214,6 +216,7 @@ class StreamedResponse(StreamingResponse):
                     return False
                 sent += len(content)
         except asyncio.CancelledError:
+            # Shutdown: the error as last piece tells clients that the stream is not complete.
             if isinstance(self._pieces, GeneratedPieces):
                 await run_waiting(self._pieces.interrupt)
                 with suppress(TimeoutError):
@@ -267,12 +270,14 @@ class ConnectionGuard:
         """Close ``work`` when the client disconnects, or at once if the client is disconnected."""
         self._scope.register(work)
         if self._watching is None:
+            # Only the event loop's own thread may create tasks.
             self._loop.call_soon_threadsafe(self._watch)
 
     async def end(self) -> bool:
         """Stop watching; return True if the client disconnected."""
         self._ended = True
         if self._watching is not None:
+            # After a disconnect, wait instead: the watch still closes the work.
             if not self._gone:
                 self._watching.cancel()
             with suppress(asyncio.CancelledError):
@@ -280,7 +285,8 @@ class ConnectionGuard:
         return self._gone
 
     def _watch(self) -> None:
-        # Several threads may have called `take` before the first watch started.
+        # Several threads may have called `register` before the first watch started, and a call may
+        # arrive after the end.
         if not self._ended and self._watching is None:
             self._watching = asyncio.ensure_future(self._wait())
 
