@@ -42,6 +42,7 @@ def memory_of(command: str, recipe: dict[str, Any]) -> int:
 
 @lru_cache(maxsize=512)
 def _memory_of(command: str, fields: str) -> int:
+    # A server starts without torch and recipes, whose import takes seconds.
     import torch
 
     from luthier.engine.machine import choose_machine

@@ -65,7 +65,9 @@ class JobData:
         for name, address in self.addresses.items():
             # The address of a folder is a prefix of the addresses of its files.
             text = text.replace(str(self.folder / name), address.rstrip("/"))
+            # Findings name a file without folders, before a line number.
             own = re.escape(Path(name).name)
+            # re.sub reads backslashes of a replacement as escapes.
             text = re.sub(rf"\b{own}(?=:\d)", address.replace("\\", r"\\"), text)
         for part in ("train", "held"):
             text = text.replace(f"{self.folder / part}", f"the {part} data")
@@ -83,6 +85,7 @@ def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
         LuthierError: for failures that may be temporary.
     """
     media = base_reads_media(job.recipe["base"])
+    # new_folder renames a complete folder, so this file exists only after all rows.
     if not (folders.data / _SOURCES).is_file():
         sweep(folders.data.parent, job.id)
         with new_folder(folders.data) as fresh:
@@ -234,6 +237,7 @@ def _resolve(reference: str, address: str) -> tuple[str, str] | None:
     if reference.startswith("s3://"):
         return None if reference.endswith("/") else (reference, object_name(reference))
     path = posixpath.normpath(reference)
+    # A row must not read or write files outside of the table's folder.
     if path.startswith(("/", "..")) or "\0" in path or not is_media(path):
         return None
     if any(part.startswith(".") for part in PurePosixPath(path).parts):

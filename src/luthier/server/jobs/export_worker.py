@@ -61,6 +61,7 @@ class ExportWorker(Worker[ModelExport]):
         try:
             end: ExportResult | str = self._write(row)
         except (Interrupted, KeyboardInterrupt, LeaseLost, OperationalError):
+            # Not failures of the export: another worker starts again, or the export was stopped.
             raise
         except Exception as error:
             if is_disk_error(error):
@@ -70,6 +71,7 @@ class ExportWorker(Worker[ModelExport]):
         finally:
             self.ending = True
             self.heartbeat.finish()
+        # The row ends first. If the worker dies now, the scheduler removes the files of ended work.
         self.write(lambda s: exports.finish(s, self.row_id, self.lease, end))
         self.folders.remove_working_files()
         self.folders.log.unlink(missing_ok=True)
@@ -78,6 +80,7 @@ class ExportWorker(Worker[ModelExport]):
     def beat(self) -> None:
         """Renew the lease, store the progress, and interrupt the main thread of a stopped export."""
         progress = self.progress
+        # Most beats only read, because SQLite allows one writer at a time.
         with self.database.read() as session:
             row = queue.read_leased(session, ModelExport, self.row_id, self.lease)
             state, written = row.state, row.progress
@@ -135,6 +138,7 @@ class ExportWorker(Worker[ModelExport]):
             self.retry(put)
             done += each["bytes"]
             self._show("upload", done, size)
+        # Written last: clients recognize a complete export by this file.
         index = {
             "export": row.id,
             "model": row.model,

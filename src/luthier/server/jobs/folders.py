@@ -140,6 +140,7 @@ def tidy(database: Database, job: Job, folders: JobFolders) -> None:
         folders.remove_working_files()
     else:
         folders.remove_all()
+    # Cleared last: after a crash, the scheduler finds the job by this flag and tidies again.
     with database.write() as session:
         found = session.get(Job, job.seq)
         if found is not None:

@@ -120,6 +120,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
 
     opened = ModelFolder(folder)
 
+    # These checks run before libraries read the files, because malformed files may crash them.
     for part in network_folders(folder):
         with _in_folder(part.relative_to(folder)):
             check_configuration(part)
@@ -134,6 +135,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     with _translate_errors(index, "model.network", fix):
         fields = opened.fields
         import_transformers()
+        # A hostile configuration may describe a network of any size.
         with bounded_memory():
             network = opened.description
         context, kind = opened.context, opened.kind
@@ -236,6 +238,7 @@ def accept_adapter(
         expected = _peft_logits(folder, base, int(config.vocab_size))
         ours = load(candidate, torch.float32, torch.device("cpu"))
         error = _difference(ours, expected, int(config.vocab_size))
+        # Negated, because a NaN must fail, too.
         if not error < _MAX_PEFT_ERROR:
             raise ModelRefused(
                 ADAPTER, "adapter.parity",

@@ -176,6 +176,7 @@ class ImportWorker(Worker[ModelImport]):
         texts = [each for each in chosen.files if not is_weights(each[0])]
         self._copy(row, texts, folder)
         size = memory_needed(folder, chosen, _find_base)
+        # Before the weights are copied: a model without free memory costs no transfer.
         self._reserve(size)
         self._copy(row, [each for each in chosen.files if is_weights(each[0])], folder)
         with self.database.read() as session:
@@ -236,12 +237,14 @@ class ImportWorker(Worker[ModelImport]):
             text = str(error)
         else:
             text = f"{type(error).__name__}: the model cannot be imported."
+        # Errors of libraries name files in the temporary folder of new_folder.
         temporary = re.escape(f"{self.folders.model.parent}/{TEMPORARY}{self.folders.model.name}~")
         text = re.sub(rf"{temporary}\w*", source.rstrip("/"), text)
         return without_home(text)
 
     def _end(self, change: Callable[[Session], None]) -> None:
         """Write the last transaction."""
+        # Neither a signal nor the time limit may interrupt the last transaction.
         self.ending = True
         signal.alarm(0)
         self.heartbeat.finish()

@@ -46,6 +46,7 @@ class JobReporter(Reporter):
         self.job_id, self.rename = job.id, rename
         self.details = job.details.copy()
         self._pending = Pending()
+        # The trainer adds reports while the heartbeat thread drains them.
         self._lock = threading.Lock()
         self._messages: set[str] = set()
         self._steps = dict.fromkeys(_NAMES, -1)
@@ -119,6 +120,7 @@ class JobReporter(Reporter):
         moment = now().isoformat()
         parts = dict(self.details.get("parts", {}))
         before = parts.get(name)
+        # A resumed worker starts each part again; a completed part keeps its times.
         if before is None or before["status"] != "Completed":
             created = moment if before is None else before["created"]
             parts[name] = JobPart(status=status, created=created, modified=moment)

@@ -95,6 +95,7 @@ def _remove_left_behind(
         work_id = lock.stem.removeprefix(prefix)
         folders = folders_of(work_id)
         with folders.lock() as free, database.read() as session:
+            # Read the row under the lock: otherwise a worker could begin in between.
             if not free or has_unfinished(session, table, work_id):
                 continue
             made = select(CustomModel.id).filter_by(id=work_id, status=ACTIVE)

@@ -67,6 +67,7 @@ def files(
     manifest = data.show_addresses(json.dumps(model.manifest.plain(), indent=2, ensure_ascii=False))
     yield artifact(job.id, "manifest.json"), (manifest + "\n").encode()
     shown = data.show_addresses(read_certificate(model).text()).encode()
+    # The addresses have changed the text that the digest covers.
     certificate = parse_certificate(shown, CERTIFICATE).with_digest()
     yield artifact(job.id, CERTIFICATE), certificate.text().encode()
     issues = run_of(model.id).folder / LABEL_ISSUES

@@ -55,10 +55,12 @@ def is_here(process: Mapping[str, Any]) -> bool:
 
 def is_alive(process: Mapping[str, Any]) -> bool:
     """Return whether a process of this machine runs; a zombie does not."""
+    # After a reboot, the boot id differs, and no process of the record runs.
     if process["host"] != host():
         return False
     try:
         found = psutil.Process(process["pid"])
+        # psutil adds the boot time, which moves when the system clock is adjusted.
         same = abs(float(found.create_time()) - float(process["born"])) < 1
         return same and bool(found.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -67,6 +69,7 @@ def is_alive(process: Mapping[str, Any]) -> bool:
 
 def send(process: Mapping[str, Any], number: signal.Signals) -> None:
     """Send a signal to a running process of this machine other than this process."""
+    # The record of a starting worker names the server, which must not signal itself.
     if is_here(process) and is_alive(process) and process["pid"] != os.getpid():
         with suppress(ProcessLookupError):
             os.kill(process["pid"], number)
@@ -82,6 +85,7 @@ def _boot() -> str:
 
 def database_environment(database: Database) -> dict[str, str]:
     """Return the environment variables that name the database."""
+    # Not an argument: all users of a machine can read the arguments of processes.
     return {DATABASE: database.engine.url.render_as_string(hide_password=False)}
 
 

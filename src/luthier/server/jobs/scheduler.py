@@ -171,6 +171,7 @@ class Scheduler:
                 why = "its worker does not run any more"
             elif self.watch.is_silent(lease, row.lease_ends):
                 if worker and not worker.get("starting"):
+                    # A hung worker would keep its file lock, which the next worker needs.
                     processes.send(worker, signal.SIGKILL)
                     if not processes.is_here(worker) and lease in self.children:
                         self.children[lease].kill()  # also ends the worker on another machine
@@ -212,6 +213,7 @@ class Scheduler:
         try:
             if free_bytes(luthier_home()) < ROOM:
                 raise LuthierError(f"the disk of {luthier_home()} is full or read-only")
+            # Before the transaction of the claim: other machines may take seconds to answer.
             runner.refresh()
             row = self._claim_next(kind, runner)
             if row is None:
@@ -223,6 +225,7 @@ class Scheduler:
             if row is not None:
                 message = f"No worker could start: {error}"
                 with self.database.write() as session:
+                    # Released, not expired: a failed start does not count as a death of the worker.
                     queue.release(session, kind.table, row.id, str(row.lease), message)
             return False
         return True
@@ -256,6 +259,7 @@ class Scheduler:
                 stdout=log,
                 stderr=log,
                 env={**processes.worker_environment(), **self.environment},
+                # In its own session, a worker survives Ctrl+C in the server's terminal.
                 start_new_session=True,
             )
             self._starts[lease] = time.monotonic(), runner

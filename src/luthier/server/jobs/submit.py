@@ -129,6 +129,7 @@ def submit(
         RecipeError: for wrong settings.
     """
     limits = limits or AccountQuotas()
+    # Without the lock, concurrent submissions of an account could pass the quotas together.
     lock_by_name(session, f"submit {submission.account}")
     _check_free(session, Job, submission.account, submission.job_name)
     _check_free(session, CustomModel, submission.account, submission.model_name)
@@ -356,6 +357,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     fields["data"] = data
     training = dict(fields.get("training", {}))
     cores = os.cpu_count() or 1
+    # Fixed in the recipe, because the number of threads changes the bits of the model.
     training.setdefault("threads", min(cores, MOST_CORES))
     if isinstance(training["threads"], int) and training["threads"] > cores:
         raise RecipeError(f"`training.threads` exceeds the {cores} cores of the server")

@@ -94,6 +94,7 @@ class JobHeartbeat(Heartbeat):
         """Store pending reports, renew the lease, and interrupt the work if necessary."""
         pending = self.reporter.drain()
         try:
+            # Most beats only read, because SQLite allows one writer at a time.
             if pending or time.monotonic() - self._renewed > RENEWAL:
                 with self.database.write() as session:
                     job = jobs.renew(
@@ -282,6 +283,7 @@ class TrainingWorker(Worker[Job]):
         try:
             job = self.write(write)
         except (QuotaExceeded, WrongState):
+            # The transaction is rolled back. The transaction of the failure writes the reports.
             heartbeat.reporter.restore(pending)
             raise
         if job.state in ENDED:

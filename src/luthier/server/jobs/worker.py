@@ -82,6 +82,7 @@ class Heartbeat(threading.Thread):
                 self._beat()
             except LeaseLost:
                 _log.error("the lease is lost: the worker ends")
+                # sys.exit would end only this thread, and the main thread would go on writing.
                 os._exit(LOST)
             except Exception as error:
                 # This thread must survive every error, such as a full disk.
@@ -95,10 +96,12 @@ class Heartbeat(threading.Thread):
         """Interrupt the main thread, unless the last interruption was less than :data:`AGAIN` ago."""
         if time.monotonic() - self._asked > self._repeat_seconds:
             self._asked = time.monotonic()
+            # Python runs signal handlers in the main thread, where training writes a checkpoint.
             os.kill(os.getpid(), signal.SIGTERM)
 
     def finish(self) -> None:
         """Stop the thread, before the transaction that releases the lease."""
+        # After that transaction, a beat would find no lease and end the process.
         self._finished.set()
         self.join()
 
@@ -158,6 +161,7 @@ class Worker(ABC, Generic[Work]):
         signal.signal(signal.SIGINT, self._on_signal)
         try:
             with ExitStack() as files:
+                # The lock comes before the lease: a silent worker may still write to the files.
                 if not self._wait_for_files(files):
                     _log.error("another process still uses the files of %s", self.row_id)
                     return LOST
@@ -170,7 +174,7 @@ class Worker(ABC, Generic[Work]):
             _log.error("%s", error)
             return LOST
         except (Interrupted, KeyboardInterrupt):
-            # The work has not begun: only the lease must be released.
+            # Training has not begun, and other work starts again: only the lease must be released.
             with suppress(LeaseLost):
                 self.write(lambda session: self.release(session, self.release_message))
             return 0
@@ -210,6 +214,7 @@ class Worker(ABC, Generic[Work]):
 
     def write(self, change: Callable[[Session], Done]) -> Done:
         """Run one transaction, and repeat the transaction while the database is unavailable."""
+        # Later, the lease expires, and another worker owns the work.
         deadline = time.monotonic() + SILENCE
         while True:
             try:
@@ -229,6 +234,7 @@ class Worker(ABC, Generic[Work]):
         """
         with self.database.write() as session:
             left = free(session, self.capacity, ignored=self.row_id)
+            # Stored in either case: the scheduler then starts the work only when the size fits.
             queue.lock_leased(session, self.table, self.row_id, self.lease).memory = size
         if not (left.idle or size <= left.memory):
             raise Interrupted(f"{size >> 20:,} MiB are not free; the work waits")
