@@ -40,6 +40,7 @@ _ONCE = ("host", "date", "content-type", "content-length", "content-md5", "range
 """Headers with a single value, like all ``x-amz`` headers. In a request with two values, the signer
 and the handler could read different values."""
 _HEX = re.compile(r"[0-9a-f]{64}")
+# An access key contains no slash, so a scope has only one reading.
 _SCOPE = re.compile(
     r"([!-.0-~]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/aws4_request"
 )
@@ -173,6 +174,7 @@ def _valid_claim(head: RequestHead, objects: bool, moment: datetime) -> tuple[Cl
     service = SERVICES.get(claim.service)
     if service is None:
         raise Fault("InvalidSignature", f"Credential should be scoped to {', '.join(SERVICES)}.")
+    # S3 signs the path and the body differently: a request for S3 must not be valid elsewhere.
     if service.objects != objects or service.path not in (None, head.path):
         raise Fault(
             "InvalidSignature", "Credential should be scoped to the service that is called."
@@ -200,7 +202,7 @@ def parse_claim(head: RequestHead) -> Claim:
         raise _incomplete("The request has several authorizations. Send one.")
     if in_query:
         return _parse_query(head)
-    if not authorizations and b"AWSAccessKeyId" in names:  # as `aws s3 presign` has it by default
+    if not authorizations and b"AWSAccessKeyId" in names:  # the default of `aws s3 presign`
         raise _incomplete("Signature Version 2 is not supported. Use s3 signature_version=s3v4.")
     if not authorizations:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
@@ -227,6 +229,7 @@ def canonical_path(path: str, service: str) -> bytes:
     raw = path.encode("latin-1") or b"/"
     if service in SERVICES and SERVICES[service].objects:
         return raw
+    # The specification encodes the path twice, except for S3. `raw` is encoded once.
     return quote(normal_path(raw), safe="/-_.~").encode()
 
 
@@ -244,6 +247,7 @@ def normal_path(raw: bytes) -> bytes:
 
 def canonical_query(query: str, presigned: bool) -> bytes:
     """Return the query with decoded and encoded keys and values, sorted."""
+    # Clients encode in different ways, so decode first. The specification sorts encoded pairs.
     pairs = sorted(
         (quote(name, safe="-_.~"), quote(value, safe="-_.~"))
         for name, value in query_pairs(query)
@@ -303,6 +307,7 @@ def _claim(fields: dict[str, str], moment: str, expires: int | None) -> Claim:
     if scope is None:
         raise _incomplete("Credential must be ACCESS-KEY/yyyymmdd/region/service/aws4_request.")
     names = tuple(fields["SignedHeaders"].split(";"))
+    # Printable ASCII without upper-case letters and the separators `:` and `;`.
     if not all(re.fullmatch(r"[!-9<-@\[-~]+", name) for name in names):
         raise _incomplete("SignedHeaders must be names in lower case, separated by semicolons.")
     if list(names) != sorted(set(names)):
@@ -328,6 +333,7 @@ def _signing_time(head: RequestHead) -> str:
 
 def _check_moment(moment: str) -> str:
     try:
+        # strptime alone accepts numbers without leading zeros, so a time would have several forms.
         if re.fullmatch("[0-9]{8}T[0-9]{6}Z", moment):
             datetime.strptime(moment, _MOMENT)
             return moment
@@ -361,16 +367,19 @@ def _check_headers(head: RequestHead, claim: Claim, service: SignedService) -> N
     for name in set(names):
         if (name in _ONCE or name.startswith("x-amz")) and names.count(name) > 1:
             raise _incomplete(f"The header {name} was sent more than once.")
+    # Otherwise a third party could add an x-amz header to a signed request.
     required = {"host"} | {name for name in names if name.startswith("x-amz-")}
     if not claim.is_presigned and "x-amz-date" not in required:
         required.add("date")
     if not service.objects:
+        # The server signs the hash of the received body, so the header protects nothing.
         required.discard("x-amz-content-sha256")
         if normal_path(head.path.encode("latin-1")) != head.path.encode("latin-1"):
             # Clients sign the normal form, and different paths have one normal form.
             raise Fault(code, "The path of the request has empty segments or dots.")
     for name in sorted(required - set(claim.signed_headers)):
         raise Fault(code, f"The header {name} must be signed.")
+    # The canonical request does not distinguish a missing header from an empty header.
     for name in sorted(set(claim.signed_headers) - set(names)):
         raise Fault(code, f"The signed header {name} is missing.")
 
@@ -390,6 +399,7 @@ def _payload_hash(
         return UNSIGNED
     if payload is None:
         raise _incomplete("Missing required header for this request: x-amz-content-sha256")
+    # Without TLS, nothing protects an unsigned body. A presigner often does not know the body.
     if payload in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.is_presigned):
         raise Fault(service.refusal, f"{payload} is accepted over TLS only.")
     if payload not in (UNSIGNED, STREAMED_UNSIGNED, *STREAMED) and not _HEX.fullmatch(payload):
@@ -408,6 +418,7 @@ def _value(head: RequestHead, name: str) -> str | None:
 
 def _join_values(head: RequestHead, name: str) -> bytes:
     values = [value.encode("latin-1") for key, value in head.headers if key == name]
+    # The specification trims values, joins spaces, and separates several values by commas.
     return b",".join(b" ".join(value.split()) for value in values)
 
 

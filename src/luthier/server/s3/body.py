@@ -57,6 +57,7 @@ def new_digest(algorithm: str) -> Any:
     if algorithm in _CRC_BYTES:
         return CRC(algorithm)
     if algorithm in ("sha1", "sha256", "sha512"):
+        # Checksums find errors, not attacks. OpenSSL in FIPS mode would reject SHA-1 otherwise.
         return hashlib.new(algorithm, usedforsecurity=False)
     text = f"Checksums by {algorithm.upper()} are not supported by this server."
     raise Fault("NotImplemented", text)
@@ -162,6 +163,7 @@ class Chunked:
                 raise _broken()
             size = left = int(head[1], 16)
             digest = hashlib.sha256()
+            # Pass bytes on before the end of the chunk, which may be as large as the object.
             while left:
                 if not self._buffer:
                     yield
@@ -170,6 +172,7 @@ class Chunked:
                 left -= len(piece)
                 digest.update(piece)
                 self._decoded.append(piece)
+            # Each chunk ends with CRLF, except the last chunk: the trailers begin at once.
             if size and (yield from self._line()):
                 raise _broken()
             kind = "AWS4-HMAC-SHA256-PAYLOAD"
@@ -182,6 +185,7 @@ class Chunked:
     def _line(self, optional: bool = False) -> Generator[None, None, str]:
         """Return the next line. Some clients omit the empty last line, which is ``optional``."""
         while (end := self._buffer.find(b"\r\n")) < 0:
+            # A line without an end must not fill the memory.
             if len(self._buffer) > _LINE:
                 raise _broken()
             if optional and self._received and not self._buffer:
@@ -203,6 +207,7 @@ class Chunked:
             self._lines.append(f"{name}:{value.strip()}\n")
 
     def _check_trailers(self) -> None:
+        # x-amz-trailer is a signed header, so trailers cannot be added or removed on the way.
         if self.trailers.keys() - {_SIGNATURE} != self._announced:
             text = "The trailers of the body differ from x-amz-trailer."
             raise Fault("MalformedTrailerError", text)
@@ -216,6 +221,7 @@ class Chunked:
         if self._signed is None:
             return
         head = self._signed
+        # The chain of signatures begins with the head's signature, and fixes the order of chunks.
         text = "\n".join((kind, head.moment, head.scope, self._previous, *hashes))
         expected = hmac.new(head.signing_key, text.encode(), hashlib.sha256).hexdigest()
         if not hmac.compare_digest(expected, signature):
@@ -252,6 +258,7 @@ class SignedBody:
         self.length = _length(
             headers, "x-amz-decoded-content-length" if streaming else "content-length"
         )
+        # An aws-chunked body ends with a chunk of size 0, and needs no length.
         self.has_length = self.length is not None or streaming
         self._limit, self._size = limit, 0
         if (self.length or 0) > limit:
@@ -289,6 +296,7 @@ class SignedBody:
         if self._chunked is not None:
             data = self._chunked.decode(data)
         self._size += len(data)
+        # The length in the header is only a claim, and a chunked transfer has no length.
         if self._size > self._limit:
             raise _too_large()
         for digest in self._all_digests:

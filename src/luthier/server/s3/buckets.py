@@ -91,6 +91,7 @@ def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     max_keys, marker = request.number("max-keys", MOST_KEYS, MOST_KEYS), query.get("marker", "")
     listing = _page(stores, request, _start(request, marker), max_keys)
     last = listing.entries[-1] if listing.next is not None and listing.entries else None
+    # S3 returns NextMarker only with a delimiter. Without one, clients send the last key.
     next_marker = last.key if isinstance(last, StoredObject) else last
     content: list[Element | None] = [
         ("Name", request.bucket),
@@ -139,12 +140,14 @@ def _start(request: S3Request, marker: str) -> str:
     if not marker:
         return ""
     prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
+    # An earlier page listed this common prefix: skip all keys below the prefix.
     if rolled_up(marker, prefix, delimiter) == marker:
         return beyond(marker) or after(marker)
     return after(marker)
 
 
 def _page(stores: Stores, request: S3Request, start: str, limit: int) -> Page:
+    # max-keys=0 lists no keys, but a missing bucket is still an error.
     if not limit:
         stores.objects.bucket(request.account, request.bucket)
         return Page((), None)

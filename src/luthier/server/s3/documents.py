@@ -11,6 +11,7 @@ from luthier.server.http.messages import Fault, Response
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 DOCUMENT_LIMIT = 4 << 20
 """Maximum size of a request document in bytes: ten thousand parts, or a thousand keys."""
+# XML parsers change a plain carriage return (13) to a line feed; tab and line feed stay.
 _CONTROLS = {chr(code): f"&#{code};" for code in (*range(1, 9), 11, 12, 13, *range(14, 32))}
 
 Content = str | int | bool | Iterable["Element | None"]
@@ -51,10 +52,12 @@ def parse(body: bytes, root: str) -> ElementTree.Element:
     if b"<!DOCTYPE" in body:
         raise malformed_xml()
     try:
+        # LookupError and ValueError: unknown encodings, and encodings of several bytes.
         tree = ElementTree.fromstring(body)  # noqa: S314 - without entities there is nothing to expand
-    except (ElementTree.ParseError, LookupError, ValueError):  # errors of unknown encodings, too
+    except (ElementTree.ParseError, LookupError, ValueError):
         raise malformed_xml() from None
     for element in tree.iter():
+        # Some clients send S3's namespace, and some send none.
         element.tag = element.tag.rpartition("}")[2]
     if tree.tag != root:
         raise malformed_xml()

@@ -34,6 +34,7 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     if kind not in ("", COMPOSITE, FULL_OBJECT):
         raise Fault("InvalidRequest", "Value for x-amz-checksum-type header is invalid.")
     if algorithm:
+        # S3 has no composite checksum for CRC64NVME.
         kind = kind or (FULL_OBJECT if algorithm == "crc64nvme" else COMPOSITE)
         check_combinable(algorithm, kind)
     upload = stores.uploads.create(
@@ -78,6 +79,7 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
     content = stores.objects.open(request.account, *source)
     check_read(request.headers, content.found, "x-amz-copy-source-if-")
     first, length = span(range_header, content.found.size) or (0, content.found.size)
+    # The new part replaces a part of the same number, whose bytes do not count twice in the quota.
     with stores.objects.begin(request.account, length, freed=freed) as writing:
         for data in content.read(first, length):
             writing.write(data)
@@ -100,6 +102,8 @@ def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response
         request.query["uploadId"],
         parts,
         checksum,
+        # Checked in the transaction that creates the object: of two writers with
+        # `If-None-Match: *`, only one succeeds.
         lambda now: check_write(request.headers, now),
     )
     content = [

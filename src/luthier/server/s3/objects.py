@@ -34,7 +34,7 @@ def span(header: str | None, size: int) -> tuple[int, int] | None:
     """
     match = re.fullmatch(r"\s*bytes=([0-9]{0,18})-([0-9]{0,18})\s*", header or "")
     if match is None or not (match[1] or match[2]):
-        return None  # several ranges, or another unit: passed over, as the RFC allows
+        return None  # several ranges or another unit: RFC 9110 allows ignoring them
     if match[1]:
         first, last = int(match[1]), int(match[2] or size - 1)
         if match[2] and int(match[2]) < first:
@@ -56,7 +56,9 @@ def check_read(headers: Mapping[str, str], stored: StoredObject, start: str = "i
     match, none_match = headers.get(f"{start}match"), headers.get(f"{start}none-match")
     changed = headers.get(f"{start}modified-since")
     unchanged = headers.get(f"{start}unmodified-since")
+    # HTTP dates have whole seconds.
     modified = stored.modified.replace(microsecond=0)
+    # RFC 9110, section 13.2.2: a condition on the ETag overrides the condition on the date.
     if match is not None:
         if not _matches(match, stored):
             raise _precondition_failed("If-Match")
@@ -67,6 +69,7 @@ def check_read(headers: Mapping[str, str], stored: StoredObject, start: str = "i
     else:
         limit = _moment(changed) if changed is not None else None
         is_current = limit is not None and modified <= limit
+    # For a copy, S3 returns 412 instead of 304: the client has no cached response.
     if is_current and start == "if-":
         validators = {"ETag": f'"{stored.etag}"', "Last-Modified": http_date(stored.modified)}
         raise Fault("NotModified", "Not Modified", headers=validators)
@@ -130,6 +133,8 @@ def put_object(
         request.key,
         written,
         describe_object(request, checksums),
+        # Checked in the transaction that replaces the row: of two writers with
+        # `If-None-Match: *`, only one succeeds.
         lambda now: check_write(request.headers, now),
     )
     return Response(200, b"", {"ETag": f'"{stored.etag}"', **checksum_headers(stored.checksums)})
@@ -140,6 +145,7 @@ def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     range_header = request.headers.get("range")
 
     def choose_range(stored: StoredObject) -> tuple[int, int]:
+        # Checked on the version whose bytes are sent: another client may replace the object.
         check_read(request.headers, stored)
         return span(range_header, stored.size) or (0, stored.size)
 
@@ -173,6 +179,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
         raise documents.malformed_xml()
     if any(each.findtext("VersionId") for each in named):
         raise Fault("NotImplemented", "Object versions are not supported.")
+    # A missing bucket is an error of the request, not of each key.
     stores.objects.bucket(request.account, request.bucket)
     allowed: list[str] = []
     results: list[Element] = []
@@ -239,6 +246,7 @@ def _status_and_headers(request: S3Request, stored: StoredObject) -> tuple[int, 
         "X-Content-Type-Options": "nosniff",
     }
     if byte_range is None:
+        # The stored checksums cover the whole object, and would fail for a range.
         if request.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
             headers |= checksum_headers(stored.checksums)
         return 200, {**headers, "Content-Length": str(stored.size)}
@@ -255,6 +263,7 @@ def _overrides(request: S3Request) -> dict[str, str]:
         if name.startswith(_RESPONSE)
     }
     for name, value in overrides.items():
+        # A line break would add a header to the response.
         if not all(" " <= letter <= "~" for letter in value):
             raise Fault("InvalidArgument", f"{_RESPONSE}{name} is not a valid header value.")
     return overrides

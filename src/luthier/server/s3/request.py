@@ -79,6 +79,7 @@ def arn(bucket: str, key: str = "") -> str:
 
 def read_request(head: RequestHead, caller: Caller) -> S3Request:
     """Parse the head of a request; raises :class:`Fault` for a path or query that is not UTF-8."""
+    # Split before decoding: an encoded slash is part of a name.
     bucket, _, key = head.path.removeprefix("/").partition("/")
     try:
         named = unquote(bucket, errors="strict"), unquote(key, errors="strict")
@@ -87,6 +88,7 @@ def read_request(head: RequestHead, caller: Caller) -> S3Request:
         raise Fault("InvalidURI", "Couldn't parse the specified URI.") from None
     headers: dict[str, str] = {}
     for name, value in head.headers:
+        # RFC 9110, section 5.3: several headers of one name form a list.
         headers[name] = f"{headers[name]},{value}" if name in headers else value
     request = S3Request(caller, head.method, *named, dict(pairs), headers)
     _check(request)
@@ -95,6 +97,7 @@ def read_request(head: RequestHead, caller: Caller) -> S3Request:
 
 def copy_source(request: S3Request) -> tuple[str, str]:
     """Return bucket and key in ``x-amz-copy-source``."""
+    # Split before decoding: an encoded question mark is part of the key.
     text, _, query = request.headers["x-amz-copy-source"].partition("?")
     try:
         named = unquote(text, errors="strict").removeprefix("/")
@@ -114,6 +117,7 @@ def describe_object(request: S3Request, checksums: Mapping[str, str]) -> ObjectM
     """Return the metadata of the new object from the headers of a request."""
     sent = request.headers
     headers = {name: sent[name] for name in DESCRIBING if name in sent}
+    # aws-chunked describes the body of this request; the stored bytes are decoded.
     codings = [each.strip() for each in headers.pop("content-encoding", "").split(",")]
     content_encoding = ",".join(each for each in codings if each and each != "aws-chunked")
     if content_encoding:

@@ -200,6 +200,7 @@ def render_fault(fault: Fault, request_id: str) -> Response:
         return Response(status, b"", headers)
     fields = fault.details.get("fields", {}).items()
     content = [("Code", code), ("Message", fault.message), *fields, ("RequestId", request_id)]
+    # S3's error documents have no namespace.
     body = document("Error", content, namespace=None)
     return Response(status, body, {"Content-Type": "application/xml", **headers})
 
@@ -213,7 +214,7 @@ async def _respond(stores: Stores, sent: Request, received: RequestBody) -> Resp
     request = read_request(received.head, sent.caller)
     operation = operation_of(request)
     authorize(request.caller, operation.action, request.resource)
-    if operation.respond is not objects.delete_objects:  # which records each key
+    if operation.respond is not objects.delete_objects:  # delete_objects records each key
         record_action(operation.action, request.resource)
     if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
         # Each file also has a database row, which only the OpenAI API writes.
@@ -227,12 +228,14 @@ async def _respond(stores: Stores, sent: Request, received: RequestBody) -> Resp
         await body.receive(received, document_body.extend)
         return await run_in_threadpool(operation.respond, stores, request, bytes(document_body))
     assert operation.store is not None
+    # A rejected client with `Expect: 100-continue` never sends the body.
     replaced = await run_in_threadpool(operation.precheck, stores, request)
     if not body.has_length:
         text = "You must provide the Content-Length HTTP header."
         raise Fault("MissingContentLength", text)
     begin = partial(stores.objects.begin, freed=replaced)
     with await run_in_threadpool(begin, request.account, body.length) as writing:
+        # `receive` raises for a wrong signature or checksum, before the file gets its name.
         checksums = await body.receive(received, writing.write)
         written = await run_in_threadpool(writing.finish)
         return await run_in_threadpool(operation.store, stores, request, written, checksums)
