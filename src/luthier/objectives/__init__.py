@@ -26,6 +26,7 @@ from luthier.objectives.span_corruption import SpanCorruption
 from luthier.objectives.token_classification import TokenClassification
 from luthier.plugins import PluginTable
 
+# The order counts: the first objective that suits a row shape is the default (by_shape.py).
 OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
     "objectives",
     Objective,

@@ -268,7 +268,9 @@ class Objective(StrictModel):
         """Return the error for a row of more than ``context`` tokens; ``None`` if the row fits."""
         views = self.views([example])
         added = self.completions[1]
+        # A completion lengthens `ids_T` only; the encoder's input has no completion.
         longest = max(max(view.longest, len(view) + added) for view in views)
+        # An objective with its own `pack` cuts rows of any length into pieces that fit.
         if longest <= context or type(self).pack is not Objective.pack:
             return None
         text = f"the row has {longest} tokens, and the context of the model has {context}"
@@ -279,6 +281,7 @@ class Objective(StrictModel):
 
     def truncate(self, example: Example, context: int) -> Example:
         """Return ``example`` truncated to ``context`` tokens, for ``data.long_rows=truncate``."""
+        # Text for a head keeps the closing token, such as [SEP]; generated text loses the end.
         cut = cut_end if self.task == "causal_lm" else cut_text
         return cut(example, context)
 
@@ -355,6 +358,7 @@ class Objective(StrictModel):
         Examples: samples, rewards, teacher or reference scores, and noise. The results belong into
             ``TreeBatch.extra``. ``network.model.training`` is false in measurements.
         """
+        # Fixed changes make measurements of different steps comparable.
         changes: Changes = "random" if network.model.training else "fixed"
         return [*network.batches(self.views(examples, changes), budget)]
 
@@ -458,6 +462,7 @@ def with_longest_completions(objective: Objective, rows: Sequence[Example]) -> l
     count, tokens = objective.completions
     if not tokens:
         return list(rows)
+    # Each completion repeats a different token, so that the tree merges no two completions.
     written_GT = np.arange(count)[:, None].repeat(tokens, 1)
     return [
         Example(
@@ -480,6 +485,7 @@ def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
 
 def threshold_of(objective: Objective) -> float | None:
     """Return the decision threshold of an objective that derives a threshold in :meth:`finish`."""
+    # Not every `threshold` decides predictions: that of semi_supervised selects training rows.
     is_derived = type(objective).finish is not Objective.finish
     threshold: float | None = getattr(objective, "threshold", None) if is_derived else None
     return threshold
@@ -517,6 +523,7 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
         chat.check_decoder()
     if objective.task == "embedding":
         chat.check_sentence()
+    # For the errors only: the engine binds again when more models are known.
     objective.bind(RunModels(chat))
 
 

@@ -72,7 +72,7 @@ class BiLM(Objective):
             words = _words(chat.tokenizer(row.plain_text()).tokens())
             counts.update(word for word in words if word not in SPECIAL)
         always = (UNKNOWN, *SPECIAL[1:3])
-        # Of words that are equally frequent the first in the alphabet, whatever the rows' order.
+        # Ties are alphabetical, so that the order of the rows does not change the head.
         ordered = sorted(counts, key=lambda word: (-counts[word], word))
         return self.model_copy(
             update={"words": (*always, *ordered[: self.vocabulary - len(always)])}
@@ -119,6 +119,7 @@ class BiLM(Objective):
         return replace(
             batch,
             source_S=torch.from_numpy(batch.tree.node_M[read]).to(device),
+            # The head has two states per node: forward at 2 n, backward at 2 n + 1.
             edge_source_E=torch.from_numpy(2 * word + side).to(device),
             target_E=torch.from_numpy(target_M2[read][word, side]).to(device),
             weight_E=torch.ones(len(word), device=device),

@@ -39,7 +39,9 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
             ]
             fix = f"Set {', or '.join(choices)}, or add labels (`data.columns.label=COLUMN`)."
         raise DataError([Problem("row.objective", message, fix, row.location)])
+    # A stable sort: raw text alone changes the order of the table, by the tokenizer.
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
+    # If no objective suits the base, the check of the first one reports the reason later.
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
     return able[0] if able else kinds[0].model_validate({})
 

@@ -27,6 +27,7 @@ def shares_of(
     shares of rows.
     """
     counts = [seen.get(name, 0) + 1 for name in labels]
+    # A class of multi-label data is a yes or no per row: one more of each makes rows + 2.
     total = sum(counts) if rows is None else rows + 2
     return tuple(count / total for count in counts)
 
@@ -57,6 +58,7 @@ def balanced_weights(labels: Sequence[str], seen: Mapping[str, int]) -> dict[str
 
 def softmax_bias(shares: Sequence[float]) -> tuple[float, ...]:
     """Return scores whose softmax equals the shares; the most frequent class has score 0."""
+    # Relative to the maximum: equal shares give exactly 0, the bias of an ordinary head.
     return tuple(math.log(share / max(shares)) for share in shares)
 
 

@@ -84,7 +84,8 @@ class Classification(Objective):
         min_epochs=3,
         max_epochs=20,
         min_steps=300,
-        steps_per_class=6,  # a head that starts at random sees few rows of each class in a step
+        # A random head sees few rows of each class in a step.
+        steps_per_class=6,
         scratch_steps=700,
         scratch_epochs=40,
     )
@@ -120,7 +121,8 @@ class Classification(Objective):
             "multi_label_classification" if self.multi_label else "single_label_classification"
         )
         shares = self.shares or ()
-        if weight_C := self._weight_C:  # what a row of each class counts is how often it would come
+        # A weight acts like repeated rows, so weighted shares are the frequencies of the classes.
+        if weight_C := self._weight_C:
             counted = [share * weight for share, weight in zip(shares, weight_C, strict=False)]
             shares = tuple(each / sum(counted) for each in counted)
         bias = (sigmoid_bias if self.multi_label else softmax_bias)(shares)
@@ -150,7 +152,8 @@ class Classification(Objective):
             )
         pooling = self.pooling
         if pooling is None and isinstance(learned, Classification):
-            pooling = learned.pooling  # its head reads that, and can be trained further
+            # The head of the base model was trained on this pooling and is reused.
+            pooling = learned.pooling
         elif pooling is None and getattr(learned, "pooling", None) in ("auto", "mean"):
             pooling = "mean" if kind in MEAN_POOLED else None
         elif pooling is None:
@@ -167,6 +170,7 @@ class Classification(Objective):
         """Collect the classes, and detect multi-label rows."""
         multi_label = detect_multi_label(rows) if self.multi_label is None else self.multi_label
         counts = Counter(n for row in rows if isinstance(row, Labelled) for n in row.labels)
+        # Sorted, so that the order of the head does not depend on the order of the rows.
         labels = self.labels or tuple(sorted(counts))
         if len(labels) < (1 if multi_label else 2):
             message = (
@@ -249,9 +253,12 @@ class Classification(Objective):
         target = torch.from_numpy(np.stack(batch.tree.targets)).to(scores_RC.device)
         if self.multi_label:
             each_RC = F.binary_cross_entropy_with_logits(scores_RC, target, reduction="none")
+            # Score 0 is probability 0.5, the decision boundary of `predict`.
             right_R = ((scores_RC > 0) == (target > 0.5)).all(-1)
             return Loss(each_RC.mean(-1).sum(), ratios=_accuracy(right_R))
         class_R = target[:, 0]
+        # A sum of weighted rows: the engine's divisor contains the same weights. The quotient is
+        # torch's weighted mean over all micro-batches and processes.
         total = F.cross_entropy(
             scores_RC,
             class_R,
@@ -280,8 +287,10 @@ class Classification(Objective):
         labelled = [n for n, e in enumerate(examples) if np.asarray(e.target).min() != NO_LABEL]
         if not labelled:
             return plain
+        # Every n-th row, because `prepare` must not draw. Only these rows are read from disk.
         chosen = [examples[row] for row in labelled[:: -(-len(labelled) // PROBED_ROWS)]]
         features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
+        # The hook gets the input of the last layer, whatever layers the family has before.
         tap = layer.register_forward_pre_hook(
             lambda _, inputs: features.append(inputs[0].flatten(0, -2).float().cpu())
         )
@@ -292,6 +301,7 @@ class Classification(Objective):
         finally:
             tap.remove()
         target, features_NH = torch.from_numpy(np.stack(targets)), torch.cat(features)
+        # A network that overflows would give a head of NaN; the random head stays.
         if not features_NH.isfinite().all():
             return plain
         fitted = fit_logistic(

@@ -207,16 +207,20 @@ class Contrastive(Objective):
         from luthier.models.sentence_head import embedding_width
 
         sides = self.views(examples, "random" if network.model.training else "fixed")
+        # Before any pass: dropout advances the generator differently in each process.
         first = draw_seed() if network.model.training else 0
         batches = [*network.batches(sides, budget)]
         processes = network.processes
+        # A single micro-batch contains all rows, so `loss` needs no first pass.
         if len(batches) == 1 == processes.size:
             return batches
         width = embedding_width(network) if self.pooling == "auto" else network.width
+        # torch.cat rejects an empty list, and a process may have no micro-batch.
         parts = [torch.zeros(0, width, device=network.device)]
         for batch in batches:
             with drawn_from(derive_seed(first, batch.place), network.device):
                 parts.append(self.embed(network, batch))
+        # Embeddings are joined by process; row numbers travel in the same order.
         own = [side.row for batch in batches for side in batch.tree.examples]
         numbers = [number for each in processes.gather(own) for number in each]
         by_number = {side.row: side for side in sides}
@@ -232,6 +236,7 @@ class Contrastive(Objective):
         place_of = {number: place for place, number in enumerate(numbers)}
         for batch in batches:
             gradient = gradient_RH[[place_of[side.row] for side in batch.tree.examples]]
+            # The engine sums over micro-batches: the shares add up to the whole batch.
             share = len(gradient) / len(order)
             total = float(whole.total.detach()) * share
             metrics = {name: value * share for name, value in whole.metrics.items()}
@@ -248,6 +253,7 @@ class Contrastive(Objective):
             embeddings_RH = self.embed(network, batch)
             return self._sum_loss(network, embeddings_RH, batch.tree.examples)
         cached = extra_of(batch, _Cached)
+        # The cached gradient belongs to the dropout of the first pass.
         with drawn_from(cached.seed, network.device):
             embeddings_RH = self.embed(network, batch)
         # The gradient of this product by the network equals the gradient of the whole batch's loss.
@@ -255,7 +261,7 @@ class Contrastive(Objective):
         scale = network.logit_scale
         if scale is not None and cached.scale_gradient is not None:
             product = product + scale * cached.scale_gradient
-        # The value is the loss, the gradient that of the embeddings and the scale.
+        # The value is the loss; the gradient comes from `product` alone.
         value = product + (cached.loss - product.detach())
         return Loss(value, cached.metrics)
 
@@ -284,7 +290,8 @@ class Contrastive(Objective):
         # Straight-through: the value is clamped, the gradient is not.
         limited = log_scale + (log_scale.clamp(max=LARGEST_LOGIT_SCALE) - log_scale).detach()
         if limited.requires_grad and float(log_scale.detach()) >= LARGEST_LOGIT_SCALE:
-            # At the limit it can fall and not rise; a clamp alone would hold it there for good.
+            # At the limit, where OpenAI's models start, the scale may only fall. A clamp alone
+            # would block both directions for good.
             limited.register_hook(lambda gradient: gradient.clamp(min=0))
         return limited.exp()
 
@@ -297,6 +304,7 @@ class Contrastive(Objective):
         import torch
 
         place = {side.row: index for index, side in enumerate(sides)}
+        # Rows 2 n and 2 n + 1 are the two sides of row n.
         anchors = sorted(row for row in place if row % 2 == 0)
         count = len(anchors)
         order = [place[row] for row in (*anchors, *(row + 1 for row in anchors))]
@@ -306,6 +314,7 @@ class Contrastive(Objective):
             class_V = number_keys([_class_of(side) for side in in_order])
             alike_VV = torch.from_numpy(class_V[:, None] == class_V)
             others_VV = ~torch.eye(2 * count, dtype=torch.bool)
+            # L_out of Khosla et al.: each side is an anchor, and all other sides are keys.
             each_V, right_V = _info_nce(scale, side_VH, side_VH, alike_VV & others_VV, others_VV)
             each_P, right_P = each_V.view(2, -1).mean(0), right_V[:count]
             allowed_PK = others_VV[:count]
@@ -319,6 +328,7 @@ class Contrastive(Objective):
             if self.symmetric:
                 back_P, _ = _info_nce(scale, partner_PH, anchor_PH, own_PP, allowed_PK.t())
                 each_P = (each_P + back_P) / 2
+        # Equal embeddings give a uniform softmax, with the loss log(number of keys).
         chance = float(allowed_PK.sum(1).log().sum())
         ratios = {"accuracy": (right_P.tolist(), [1] * count)}
         return Loss.from_rows(each_P, {"chance_loss": chance}, ratios)
@@ -336,6 +346,7 @@ class Contrastive(Objective):
 
         if self.threshold is not None:
             return Finished(self)
+        # n rows give n (n - 1) unrelated pairs; the quantile needs about 1 / false_alarms pairs.
         minimum = 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
         examples = rows_to_finish(held, train, minimum)
         rows = [replace(each, row=n) for n, each in enumerate(examples[:MOST_COMPARED])]
@@ -392,6 +403,7 @@ def _info_nce(
     scores_QK = query_QH @ key_KH.t() * scale
     # -inf removes duplicates of the positive from the denominator; they are no negatives.
     scores_QK = scores_QK.masked_fill(~allowed_QK, float("-inf"))
+    # Filled, not multiplied by the mask: -inf * 0 would be NaN.
     logp_QK = scores_QK.log_softmax(-1).masked_fill(~positive_QK, 0.0)
     nearest_Q1 = scores_QK.argmax(-1, keepdim=True)
     return -logp_QK.sum(-1) / positive_QK.sum(-1), positive_QK.gather(1, nearest_Q1)[:, 0]
@@ -405,6 +417,7 @@ def _view(side: Example, training: bool) -> Example:
     changes = media.augmentation or Augmentation.views(media.media.kind)
     drawn = media.seed
     if not drawn:
+        # The first id is a hash of the input: a fixed view does not depend on batch or step.
         drawn = (draw_seed() if training else int(side.ids_T[0]),)
     return replace(side, media=replace(media, augmentation=changes, seed=(*drawn, side.row % 2)))
 

@@ -46,6 +46,7 @@ class TeacherObjective(Objective):
         """Reject a missing teacher, and a teacher with a different tokenizer."""
         if not self.teacher:
             raise RecipeError("no teacher. Set `objective.teacher=ID`", rule="teacher.missing")
+        # The first call checks the format alone, before the teacher is opened.
         if "teacher" not in models.others:
             return super().bind(models)
         teacher = models.others["teacher"]
@@ -115,6 +116,7 @@ class Distillation(TeacherObjective, TokenDivergence):
         bound = super().bind(models)
         if "teacher" not in models.others:
             return bound
+        # A stored format includes the template; `format` applies the template of this run.
         theirs, chat = models.others["teacher"].chat, self.format(models.chat)
         if (theirs.start_id is None) != (chat.start_id is None):
             raise RecipeError(

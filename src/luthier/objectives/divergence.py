@@ -70,6 +70,7 @@ class Divergence:
         ) -> tuple[Tensor, Tensor | None]:
             total, hard_CV = torch.zeros((), dtype=torch.float64, device=logits_CV.device), None
             if mix:
+                # A copy, because `hard` overwrites the logits with the gradient.
                 total, hard_CV = hard(rows, edges, logits_CV.clone(), gradient)
             scale_C = scale_S[rows]
             value_C, grad_CV = self.between(logits_CV, *distribution(rows), gradient)
@@ -77,6 +78,7 @@ class Divergence:
             soft = (value_C * scale_C).sum(dtype=torch.float64) * self.temperature**2
             total = mix * total + (1 - mix) * soft
             if grad_CV is not None:
+                # T, not T^2: the gradient of `between` is by `logits / T`, which takes 1 / T.
                 grad_CV.mul_(((1 - mix) * self.temperature * scale_C)[:, None])
                 if hard_CV is not None:
                     grad_CV.add_(hard_CV, alpha=mix)
@@ -98,7 +100,7 @@ class Divergence:
             logits_CV = logits_CV / self.temperature
         if ids_CK is not None:
             return self._few(logits_CV.log_softmax(-1), ids_CK, teacher, gradient)
-        # Embeddings are padded to different sizes within one model family.
+        # Models of one family pad the embedding to different sizes. Padding gets no gradient.
         shared = teacher.shape[-1]
         value_C, slope_CV = self._of(logits_CV[:, :shared].log_softmax(-1), teacher, gradient)
         if slope_CV is not None and shared < logits_CV.shape[-1]:
@@ -108,13 +110,16 @@ class Divergence:
     def _few(
         self, student_CV: Tensor, ids_CK: Tensor, teacher_CB: Tensor, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
+        # B = K + 1 outcomes: the likeliest K tokens, and all other tokens together.
         chosen_CK = student_CV.gather(-1, ids_CK)
         rest_C1 = student_CV.scatter(-1, ids_CK, -math.inf).logsumexp(-1, keepdim=True)
+        # With K = V no mass is left, and log 0 would give infinite or NaN terms.
         rest_C1.clamp_min_(FLOOR)
         value_C, slope_CB = self._of(torch.cat([chosen_CK, rest_C1], -1), teacher_CB, gradient)
         if slope_CB is None:
             return value_C, None
-        # Inside the last outcome the tokens keep their shares.
+        # Gradient of logsumexp: each other token gets the slope of the last outcome times
+        # the token's share of the outcome.
         slope_CV = student_CV.sub_(rest_C1).exp_().mul_(slope_CB[:, -1:])
         return value_C, slope_CV.scatter_(-1, ids_CK, slope_CB[:, :-1])
 
@@ -123,6 +128,7 @@ class Divergence:
     ) -> tuple[Tensor, Tensor | None]:
         """Return divergence and gradient for log-probabilities over the same outcomes."""
         if self.kind == "forward":
+            # KL(p || q) = sum p (log p - log q), with the gradient q - p by the logits.
             p_CB = teacher_CB.exp()
             # In place: tensors of vocabulary size dominate memory here.
             value_C = teacher_CB.sub_(student_CB).mul_(p_CB).sum(-1)
@@ -130,9 +136,11 @@ class Divergence:
         if self.kind == "reverse":
             value_C, slope_CB = _to(teacher_CB, student_CB, gradient)
             return value_C, slope_CB
+        # log m = log(b p + (1 - b) q), without leaving the log space.
         mean_CB = torch.logaddexp(
             teacher_CB + math.log(self.beta), student_CB + math.log1p(-self.beta)
         )
+        # The left `exp` is evaluated before `sub_` overwrites the teacher.
         from_teacher_C = teacher_CB.exp().mul_(teacher_CB.sub_(mean_CB)).sum(-1)
         from_student_C, slope_CB = _to(mean_CB, student_CB, gradient)
         value_C = self.beta * from_teacher_C + (1 - self.beta) * from_student_C
@@ -144,6 +152,7 @@ def _to(other_CB: Tensor, student_CB: Tensor, gradient: bool) -> tuple[Tensor, T
 
     The mixture of ``jsd`` moves with the student, but the additional gradient terms cancel.
     """
+    # Gradient by the logits, with g = log(q / other): q (g - sum q g).
     ratio_CB = torch.sub(student_CB, other_CB, out=other_CB)
     q_CB = student_CB.exp_()
     value_C = (q_CB * ratio_CB).sum(-1)

@@ -66,6 +66,7 @@ class DPO(ReferenceObjective, Pairwise):
         reward_R = self.beta * ratio_R
         each_P = self._of_margin(reward_R[sides.chosen_P] - reward_R[sides.rejected_P])
         if self.sft_weight:
+            # - log p(y) / |y|, as in equation 1 of Pang et al.
             mean_R = logp_R / length_R
             each_P = each_P - self.sft_weight * mean_R[sides.chosen_P]
         return Loss.from_rows(each_P, sides.measures(reward_R) | sides.likelihoods(logp_R))
@@ -74,8 +75,10 @@ class DPO(ReferenceObjective, Pairwise):
         from torch.nn.functional import logsigmoid
 
         if self.loss_type == "ipo":
+            # IPO regresses the margin of log-ratios, without beta, to 1 / (2 beta).
             return (margin_P / self.beta - 1 / (2 * self.beta)).square()
         if self.loss_type == "hinge":
             return (1 - margin_P).relu()
+        # Expected loss if a share `label_smoothing` of the pairs is swapped.
         right, wrong = logsigmoid(margin_P), logsigmoid(-margin_P)
         return -(1 - self.label_smoothing) * right - self.label_smoothing * wrong

@@ -114,11 +114,13 @@ class EmbeddingDistillation(TeacherObjective):
         if found_NH.shape[-1] > width:
             before = found_NH.shape[-1]
             found_NH, share = project(found_NH, width)
+            # Any rotation preserves cosines; this one starts closest to the untrained student.
             found_NH = rotate(found_NH, read_embeddings(network, self._encoder, unique, budget))
             note(
                 f"the teacher's {before} dimensions are projected to the student's {width}, "
                 f"which preserves {share:.1%} of the squares"
             )
+        # A narrower teacher gets zeros, which leave all cosines unchanged.
         targets_NH = pad(found_NH, (0, width - found_NH.shape[-1]))
         network.cache = _TeacherEmbeddings(place, targets_NH)
         teacher.close()
@@ -160,6 +162,7 @@ def project(found_NH: Tensor, width: int) -> tuple[Tensor, float]:
     import torch
     from torch.nn.functional import normalize
 
+    # Not centred: cosines are about the origin, so the mean belongs to the inner products.
     moment_HH = found_NH.double().t() @ found_NH.double()
     value_H, direction_HH = torch.linalg.eigh(moment_HH)  # ascending
     kept_HW = direction_HH[:, -width:].to(found_NH.dtype)
@@ -171,6 +174,7 @@ def rotate(found_NH: Tensor, toward_NH: Tensor) -> Tensor:
     """Rotate ``found_NH`` by the orthogonal matrix that minimizes the distance to ``toward_NH``."""
     import torch
 
+    # Orthogonal Procrustes: X^T Y = U S V^T, and the rotation is U V^T.
     left_HH, _, right_HH = torch.linalg.svd(found_NH.double().t() @ toward_NH.double())
     rotated_NH: Tensor = found_NH @ (left_HH @ right_HH).to(found_NH.dtype)
     return rotated_NH

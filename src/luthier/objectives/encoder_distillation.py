@@ -134,20 +134,24 @@ class EncoderDistillation(TeacherObjective, Classification):
 
         teacher = network.others["teacher"]
         with torch.no_grad():
+            # One batch: both trees sort the rows by token ids, so scores of rows correspond.
             (seen,) = teacher.batches(batch.tree.examples, sys.maxsize)
             theirs_NH = teacher.hidden(seen)
             theirs_RC = teacher.row_scores(seen, theirs_NH).float()
         ours_NH = network.hidden(batch)
         ours_RC = network.row_scores(batch, ours_NH).float()
+        # T^2 KL(p || q): gradients shrink by 1 / T^2 (Hinton et al. 2015, section 2).
         p_RC = (theirs_RC / self.temperature).softmax(-1)
         logq_RC = (ours_RC / self.temperature).log_softmax(-1)
         soft = F.kl_div(logq_RC, p_RC, reduction="sum") * self.temperature**2
         target_R = torch.from_numpy(np.concatenate(batch.tree.targets)).to(ours_RC.device)
+        # torch ignores the target -100 of rows without a label.
         hard = F.cross_entropy(
             ours_RC, target_R, reduction="sum", label_smoothing=self.label_smoothing
         )
         total = self.soft * soft + self.hard * hard
         if self.hidden:
+            # By token of the rows, because a soft prompt gives one network additional nodes.
             theirs_MH = theirs_NH[torch.from_numpy(seen.tree.node_M).to(theirs_NH.device)]
             total = total + self.hidden * _hidden_loss(network, batch, ours_NH, theirs_MH)
         agreed_R = ours_RC.argmax(-1) == theirs_RC.argmax(-1)
@@ -169,5 +173,6 @@ def _hidden_loss(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH:
         ours_MH = network.model.teacher_map(ours_MH)
     apart_M = 1 - cosine_similarity(ours_MH.float(), theirs_MH.float(), dim=-1)
     lengths = np.array([len(example) for example in batch.tree.examples])
+    # A mean over the tokens of a row; `loss` requires a sum over rows.
     share_M = torch.from_numpy(np.repeat(1 / lengths, lengths)).to(apart_M)
     return (apart_M * share_M).sum()

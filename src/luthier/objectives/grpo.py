@@ -89,7 +89,8 @@ class GRPO(Reinforcement):
             row for row in counted if np.any(row.weight_T) and (self.beta or advantage_R[row.row])
         ]
         has_signal = bool(rows)
-        if not has_signal:  # one completion without an advantage stands for all
+        # The step needs a batch for its divisor and report: one completion with advantage 0.
+        if not has_signal:
             rows, advantage_R, divisor = [rollouts.each[0].row(0, 1.0)], 0 * advantage_R, 1.0
         advantages = [
             np.full(len(rollout), advantage)
@@ -100,6 +101,7 @@ class GRPO(Reinforcement):
         count = network.processes.sum(len(batches))
         batches = [replace(batch, weight=divisor / count) for batch in batches]
         if self.beta and has_signal:
+            # Once per step: the reference is equal in all `num_iterations` passes.
             with network.at_start():
                 for batch in batches:
                     extra_of(batch, PolicyBatch).reference_M = token_logps(
@@ -123,9 +125,11 @@ class GRPO(Reinforcement):
         skipped_P = rollouts.equal_P if self.dynamic_sampling else np.zeros_like(rollouts.equal_P)
         rows = []
         for place, rollout in enumerate(rollouts.each):
+            # Skipped completions leave the divisor too, as in DAPO.
             if skipped_P[place // rollouts.group]:
                 continue
             masked = self.mask_truncated and not rollout.completion.stopped
+            # Equal weight per token or per completion; Dr. GRPO divides by a constant length.
             weight = {
                 "dapo": 1.0,
                 "grpo": 1.0 / len(rollout),

@@ -99,9 +99,11 @@ class KTO(ReferenceObjective, PreferenceObjective):
         from luthier.objectives.logprobs import row_logps
 
         rows = mismatch_answers(examples)
+        # All processes have all rows of the step, so all take the same branch before the exchange.
         if not rows:
             return 0.0
         total = 0.0
+        # Processes share the batches; `rows` counts the rows of all processes.
         for batch in network.batches(rows, budget):
             logp_R = row_logps(network, batch)
             total += float((logp_R - reference_logps(network, batch)).sum())
@@ -133,6 +135,7 @@ class KTO(ReferenceObjective, PreferenceObjective):
     def _losses(self, ratio_R: Tensor, wanted_R: Tensor, point: float) -> Tensor:
         import torch
 
+        # w (1 - sigmoid(beta (r - z))), with z - r for undesirable answers (section 4.1).
         sign_R = torch.where(wanted_R, 1.0, -1.0)
         weight_R = torch.where(wanted_R, self.desirable_weight, self.undesirable_weight)
         return weight_R * (1 - torch.sigmoid(self.beta * sign_R * (ratio_R - point)))
@@ -164,6 +167,7 @@ def mismatch_answers(examples: Sequence[Example]) -> list[Example]:
         ids_T = np.concatenate([own.ids_T[:start], other.ids_T[begins:]])[:longest]
         weight_T = np.concatenate([own.weight_T[:start], other.weight_T[begins:]])[:longest]
         if weight_T.any():
+            # A cached reference belongs to the original answer of the row.
             row = replace(own, ids_T=ids_T, weight_T=weight_T, row=place, reference=None)
             made.append(row)
     return made

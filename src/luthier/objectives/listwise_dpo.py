@@ -56,6 +56,7 @@ class ListwiseDPO(ReferenceObjective, PreferenceObjective):
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
         """Return the answers as separate rows of one group, numbered in ranking order."""
         return [
+            # A row has at most MOST_ANSWERS answers, so numbers of two rows never collide.
             replace(side, row=MOST_ANSWERS * example.row + place, group=example.row)
             for example in examples
             for place, side in enumerate(example.sides)
@@ -79,14 +80,16 @@ class ListwiseDPO(ReferenceObjective, PreferenceObjective):
             places[row.group].append((row.row, place))
         losses, accuracy, margin = [], 0.0, 0.0
         for group in sorted(places):
+            # The tree sorts rows by tokens; row numbers restore the ranking.
             reward_K = reward_R[[place for _, place in sorted(places[group])]]
-            # The chance of the last answer among itself alone is 1.
+            # behind_k = logsumexp(r_k, ..., r_K). The last term is 0: a single answer always wins.
             behind_K = reward_K.flip(0).logcumsumexp(0).flip(0)
             losses.append((behind_K - reward_K)[:-1].sum())
             known_K = reward_K.detach()
             above_KK = torch.sign(known_K[:, None] - known_K[None])
             pairs = len(known_K) * (len(known_K) - 1) / 2
-            # Of equal rewards, as all are before training, either may be the higher one.
+            # Equal rewards count one half: before training, all rewards are equal.
+            # The sum is correct pairs minus wrong pairs.
             accuracy += 0.5 + float(above_KK.triu(1).sum()) / (2 * pairs)
             margin += float(known_K[0] - known_K[1:].mean())
         return Loss.from_rows(torch.stack(losses), {"accuracy": accuracy, "margin": margin})

@@ -58,6 +58,7 @@ class LogitDistillation(Distillation):
             teacher, list(rows), budget, self.cache_top_k, self.temperature, shared, folder
         )
         network.cache = cache
+        # No later step runs the teacher: the cache covers held-out rows too.
         network.others.pop("teacher").close()
         note(
             f"the teacher's {cache.k} likeliest tokens at each learned token are stored on disk "

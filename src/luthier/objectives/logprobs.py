@@ -52,6 +52,7 @@ class _HeadGradients:
         """Allocate the gradients. ``needed`` selects hidden states, head and bias."""
         self._hidden_SH, self._head_VH = hidden_SH, head_VH
         by_hidden, by_head, by_bias = needed
+        # Uninitialized: each chunk writes its own rows. Head and bias are sums over the chunks.
         self.hidden_SH = torch.empty_like(hidden_SH) if by_hidden else None
         self.head_VH = torch.zeros(head_VH.shape, device=head_VH.device) if by_head else None
         self.bias_V = torch.zeros(len(head_VH), device=head_VH.device) if by_bias else None
@@ -59,6 +60,7 @@ class _HeadGradients:
     def add(self, rows: slice, grad_CV: Tensor) -> None:
         """Add the gradients of the positions ``rows``."""
         if self.bias_V is not None:
+            # Before the conversion below, so that the bias is summed from float32 terms.
             self.bias_V += grad_CV.sum(0)
         grad_CV = grad_CV.to(self._head_VH.dtype)
         if self.hidden_SH is not None:
@@ -100,6 +102,7 @@ class _Chunked(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        # The loss is a scalar: `grad` only scales the gradients from the forward pass.
         dhidden_SH, dhead_VH, dbias_V = ctx.saved_tensors
         dhidden = None if dhidden_SH is None else dhidden_SH * grad.to(dhidden_SH.dtype)
         dhead = None if dhead_VH is None else (dhead_VH * grad).to(ctx.head_dtype)
@@ -113,6 +116,7 @@ def _learned_states(network: Network, batch: TreeBatch, hidden_SH: Tensor | None
     ``hidden_SH`` are the network's states of ``batch.source_S``, if known.
     """
     hidden_SH = network.hidden(batch, batch.source_S) if hidden_SH is None else hidden_SH
+    # A bidirectional language model predicts twice from a state: [S, 2, H] becomes [2 S, H].
     return network.before_vocabulary(hidden_SH).flatten(0, -2)
 
 
@@ -154,6 +158,7 @@ def nll_of(batch: TreeBatch) -> Compare:
         # In place: logits become the gradient `scale * softmax - weight * onehot` without a copy.
         scale_C = torch.zeros_like(lse_C).index_add_(0, position, weight)
         grad_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(scale_C[:, None])
+        # `accumulate` adds to the softmax term; a plain put would replace the term.
         grad_CV.index_put_((position, target), -weight, accumulate=True)
         return total, grad_CV
 
@@ -178,9 +183,11 @@ class _TokenLogps(torch.autograd.Function):
         target_E: Tensor,
         temperature: float,
     ) -> Tensor:
+        # A trained head needs all logits again, so a stored `p W` would save nothing.
         trained = any(ctx.needs_input_grad[1:3])
         kept_SH = None
         if ctx.needs_input_grad[0] and not trained:
+            # [S, H] numbers for the backward pass, where stored probabilities would be [S, V].
             kept_SH = torch.empty_like(hidden_SH)
         logp_E = torch.empty(len(source_E), device=hidden_SH.device)
         for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK):
@@ -200,6 +207,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx: Any, grad_E: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden_SH, head_VH, _, source_E, target_E, kept_SH = ctx.saved_tensors
+        # Softmax of logits / T: the derivative by a hidden state has a factor 1 / T.
         grad_E = grad_E / ctx.temperature
         if kept_SH is None:
             return *_recompute_gradients(ctx, grad_E), None, None, None
@@ -219,6 +227,7 @@ def _recompute_gradients(
     for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK_TRAINED):
         logits_CV = scores(hidden_SH[rows], head_VH, bias_V, ctx.temperature)
         position, part_E = source_E[edges] - rows.start, grad_E[edges]
+        # Gradient by the logits: sum_e grad_e (onehot(target_e) - softmax).
         sum_C = part_E.new_zeros(len(logits_CV)).index_add_(0, position, part_E)
         grad_CV = torch.softmax(logits_CV, -1).mul_(-sum_C[:, None])
         grad_CV.index_put_((position, target_E[edges]), part_E, accumulate=True)

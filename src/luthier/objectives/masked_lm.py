@@ -83,6 +83,7 @@ class MaskedLM(Objective):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Select and hide tokens; the selected tokens become the targets."""
+        # Drawn first: torch's generator is equal in all processes only at the start of a step.
         seed = draw_seed() if network.model.training else 0
         return [self._hide(batch, seed) for batch in super().annotate(network, examples, budget)]
 
@@ -91,16 +92,19 @@ class MaskedLM(Objective):
 
         rows = batch.tree.examples
         chosen, fates, random = [], [], []
+        # A generator per row: hidden tokens depend neither on micro-batches nor on processes.
         for row, generator in zip(rows, row_generators(rows, seed), strict=True):
             chosen_T = self._choose(np.asarray(row.target), generator)
             chosen.append(chosen_T)
             fates.append(generator.random(len(row)))
             random.append(generator.integers(self.vocabulary or 1, size=len(row)))
         chosen_M = np.concatenate(chosen)
+        # `TreeBatch` requires ascending sources.
         order = np.argsort(batch.tree.node_M[chosen_M])
         node_K = torch.from_numpy(batch.tree.node_M[chosen_M][order])
         fate_K = torch.from_numpy(np.concatenate(fates)[chosen_M][order])
         random_K = torch.from_numpy(np.concatenate(random)[chosen_M][order])
+        # Encoders share no prefixes, so a hidden token belongs to a single row.
         ids_N = batch.ids_N.clone()
         target_K = ids_N[node_K.to(ids_N.device)]
         hidden = node_K[fate_K < HIDDEN].to(ids_N.device)
@@ -115,6 +119,7 @@ class MaskedLM(Objective):
             target_E=target_K,
             weight_E=torch.ones(len(node_K), device=ids_N.device),
             weight=float(len(node_K)),
+            # Cached states of frozen layers belong to the original tokens.
             is_unchanged=False,
         )
 

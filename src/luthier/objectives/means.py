@@ -56,9 +56,11 @@ class Means:
         for _, _, sums, _ in self._parts:
             for name, value in sums.items():
                 totals[name] += value
+        # Exact, because the divisor must not depend on the order of the micro-batches.
         weight = math.fsum(each for _, each, _, _ in self._parts)
         means = {name: total / weight for name, total in totals.items()}
         scores = self.row_scores()
+        # `loss` remains the mean by weight; row-level losses only give the standard error.
         return means | {name: each.value for name, each in scores.items() if name != "loss"}
 
     def row_scores(self) -> dict[str, RowScores]:
@@ -85,12 +87,15 @@ def loss_means(
 
     network.model.eval()
     means = Means()
+    # Contrasted rows need all other rows. Other rows come in parts that fit in memory (images).
     parts = [examples] if objective.contrasts_rows else network.parts(examples)
     with torch.no_grad(), network.split_work() as processes:
         for number, part in enumerate(parts):
             for batch in objective.annotate(network, part, budget):
                 loss = objective.loss(network, batch)
+                # A filler repeats a batch, so that sharded processes run equal collectives.
                 if not batch.is_filler:
+                    # Part and place restore the order of a single process in `of_all`.
                     means.add(loss, batch.weight, number, batch.place)
                     on_loss(loss)
     return means.of_all(processes)

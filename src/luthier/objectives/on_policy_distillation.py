@@ -89,6 +89,7 @@ class OnPolicyObjective(TokenDivergence):
             chosen, self._answers(network, [rows[place] for place in chosen]), strict=True
         ):
             rows[place] = with_answer(rows[place], answer.ids_T)
+            # By identity, because micro-batches reorder rows. `rows` keeps the objects alive.
             written[id(rows[place])] = answer
         batches = network.batches(rows, budget)
         return [
@@ -104,6 +105,7 @@ class OnPolicyObjective(TokenDivergence):
         prompts = [prompt_of(example) for example in examples]
         if not prompts:
             return []
+        # One limit for the whole batch; `sides` includes the longer input of an SDFT teacher.
         room = min(_room(network, side) for example in examples for side in example.sides)
         completions = sample(
             network,
@@ -152,6 +154,7 @@ class OnPolicyDistillation(OnPolicyObjective, Distillation):
         """Draw each row independently with probability ``student_share``."""
         import torch
 
+        # Seeded per step by the engine: all processes draw the same rows.
         drawn: list[bool] = (torch.rand(count) < self.student_share).tolist()
         return drawn
 
@@ -170,6 +173,7 @@ def _record(row: Row, prompt_T: IntArray, answer: Completion, chat: ChatFormat) 
 
 
 def _reply_start(example: Example) -> int:
+    # The last token without a weight precedes the last reply.
     before = np.flatnonzero(example.weight_T == 0)
     return int(before[-1]) + 1
 

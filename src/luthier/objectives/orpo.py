@@ -36,6 +36,7 @@ class ORPO(Pairwise):
 
         logp_R = row_logps(network, batch)
         mean_R, sides = logp_R / answer_lengths(batch), Sides.of(batch)
+        # log(p / (1 - p)), with p the geometric mean of the token probabilities.
         log_odds_R = mean_R - _log_one_minus_exp(mean_R)
         ratio_P = log_odds_R[sides.chosen_P] - log_odds_R[sides.rejected_P]
         nll_P = -mean_R[sides.chosen_P]

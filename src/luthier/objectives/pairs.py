@@ -92,6 +92,7 @@ class Sides:
     def of(batch: TreeBatch) -> Sides:
         """Return the pairs of ``batch`` by number; a repeated row is two pairs."""
         rows = [example.row for example in batch.tree.examples]
+        # The tree sorts rows by tokens, so row numbers identify the sides.
         place = {row: index for index, row in enumerate(rows)}
         pairs = sorted(row for row in rows if row % 2 == 0)
         return Sides([place[row] for row in pairs], [place[row + 1] for row in pairs])
@@ -161,6 +162,7 @@ def check_different(chosen: Example, rejected: Example) -> None:
 
 def _spread(learned_T: NDArray[np.bool_], share: float) -> FloatArray:
     weight_T = learned_T.astype(np.float32)
+    # A truncated side may have no learned token: max avoids a division by 0.
     return weight_T * np.float32(share / max(1.0, float(weight_T.sum())))
 
 

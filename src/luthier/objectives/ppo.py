@@ -95,7 +95,9 @@ class PPO(Reinforcement):
         """Sample and grade a completion of each row, and estimate the advantage of each token."""
         rollouts = self.sample_step(network, examples)
         rows = [rollout.row(place, 1.0) for place, rollout in enumerate(rollouts.each)]
+        # The engine divides by the weight of each minibatch: none may be empty.
         parts = min(self.num_mini_batches, len(rows))
+        # Advantages depend on the values of all batches, which follow below.
         nothing = [np.zeros(len(rollout), dtype=np.float32) for rollout in rollouts.each]
         batches = []
         for part in range(parts):
@@ -104,7 +106,8 @@ class PPO(Reinforcement):
                 policy.part, policy.parts = part, parts
                 batches.append(batch)
         training = network.model.training
-        network.model.eval()  # what is old is without dropout, as the sampler is
+        # Without dropout, as in the sampler: old log-probabilities describe the sampling policy.
+        network.model.eval()
         for batch in batches:
             self._compute_old(network, batch)
         network.model.train(training)
@@ -130,6 +133,7 @@ class PPO(Reinforcement):
         import torch
 
         policies = [extra_of(batch, PolicyBatch) for batch in batches]
+        # torch.cat rejects an empty list, and a process may have no micro-batch.
         none_M = torch.zeros(0, device=network.device)
         reward_M = torch.cat([none_M, *(self._rewards(rollouts, batch) for batch in batches)])
         value_M = torch.cat([none_M, *(_required(policy.value_M) for policy in policies)])
@@ -145,6 +149,7 @@ class PPO(Reinforcement):
         advantage_M = torch.cat([none_M, *of_rows])
         sizes = [len(policy.weight_M) for policy in policies]
         white = whiten(advantage_M, network.processes).split(sizes)
+        # Returns R = A + V use the advantages before whitening, in units of the reward.
         for policy, advantage, back in zip(
             policies, white, (advantage_M + value_M).split(sizes), strict=True
         ):
@@ -181,10 +186,12 @@ class PPO(Reinforcement):
         from luthier.objectives.logprobs import token_logps
 
         policy = extra_of(batch, PolicyBatch)
+        # One forward pass serves the output head and the value head.
         hidden_SH = network.hidden(batch, batch.source_S)
         ratio_M = policy.compare(token_logps(network, batch, self.temperature, hidden_SH))
         advantage_M = policy.advantage_M
         clipped_M = ratio_M.clamp(1 - self.cliprange, 1 + self.cliprange) * advantage_M
+        # max(-rho A, -clip(rho) A), written as a minimum.
         policy_M = -(ratio_M * advantage_M).minimum(clipped_M)
         policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
         value_M, old_M, back_M = (
@@ -192,6 +199,7 @@ class PPO(Reinforcement):
             _required(policy.value_M),
             _required(policy.return_M),
         )
+        # The larger error counts: clipping never lowers the loss, as in the surrogate above.
         near_M = value_M.clamp(old_M - self.cliprange_value, old_M + self.cliprange_value)
         error_M = (value_M - back_M).square().maximum((near_M - back_M).square()) / 2
         policy.note("value_loss", error_M)

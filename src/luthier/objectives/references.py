@@ -33,6 +33,7 @@ def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
     from luthier.objectives.logprobs import row_logps
 
     cached = [row.reference for row in batch.tree.examples]
+    # Mismatched answers (KTO) and rows of a single epoch have no cached value.
     if None not in cached:
         return torch.tensor(cached, device=batch.target_E.device, dtype=torch.float32)
     with network.at_start():

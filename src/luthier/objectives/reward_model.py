@@ -106,9 +106,10 @@ def _encode_whole(row: Row, index: int, chat: ChatFormat) -> Example:
     if turns and chat.template == "chat":
         ids_T = chat.encode_reply(turns, 0, row.tools).ids_T
         if ids_T[-1] == chat.tokenizer.pad_token_id:
-            # transformers reads the last token that is not for filling up, and so do we.
+            # transformers pools the last token that is not padding, here the token before the end.
             ids_T = ids_T[:-1]
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
+        # With a target, even an empty one, the tree predicts no tokens of the row.
         return Example(ids_T, weight_T, index, target=np.zeros(0))
     return chat.encode_input(row, index)

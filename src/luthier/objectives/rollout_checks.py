@@ -42,6 +42,7 @@ def sample_evenly(examples: Sequence[Example]) -> list[Example]:
 def precheck(score_PG: FloatArray, is_share: bool) -> Precheck:
     """Judge the scores of sampled completions. ``is_share`` means scores from 0 to 1."""
     mean, what = float(score_PG.mean()), f"{score_PG.size} completions of {len(score_PG)} prompts"
+    # Unbounded scores, as of reward models, have no value that means failure or success.
     if is_share and score_PG.max() <= 0:
         return Precheck(
             f"none of {what} earns a reward, so training has no signal. Train on good replies "
@@ -96,5 +97,6 @@ def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def _noise(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> float:
     """Return the standard error of the difference of two mean rewards."""
+    # (Var(before) + Var(now)) / WINDOW, for means of WINDOW independent steps.
     spreads = [statistics.pvariance([line["reward"] for line in part]) for part in (before, now)]
     return math.sqrt(sum(spreads) / WINDOW)

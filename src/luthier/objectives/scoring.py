@@ -97,6 +97,7 @@ def write_replies(
     chat = chat_of(network)
     prompts = [_prompt(chat, turns) for turns in conversations]
     before, beside = network.tokens_before, decoder_of(network.model) is not None
+    # A conversation beyond the context fails alone; `sample` would reject the whole batch.
     able = [
         place
         for place, prompt_T in enumerate(prompts)
@@ -135,6 +136,7 @@ def check_grader_model(name: str, task: Task, learned: Objective) -> None:
             f"{name} was trained for {learned.method} and has no embeddings. Use an encoder, "
             "such as all-minilm-l6-v2"
         )
+    # `embeddings` opens each encoder with the default pooling.
     if (pooling := getattr(learned, "pooling", "auto")) != "auto" and task == "embedding":
         raise RecipeError(f"{name} uses pooling {pooling!r}, and graders require pooling 'auto'")
     if task == "causal_lm" and learned.task != "causal_lm":

@@ -66,12 +66,14 @@ class SDFT(OnPolicyObjective):
         example = super().encode(row, index, chat)
         own = with_answer(example, answer_of(example))
         turns = list(row.turns())
+        # A conversation may end with turns that are not learned.
         while turns[-1].role != "assistant" or not turns[-1].learned:
             turns.pop()
         demonstration = self.demonstration.replace(REPLY, turns.pop().reply_text)
         question = turns.pop() if turns else Message("user")
         turns.append(replace(question, content=question.content + demonstration))
         read_T = chat.encode_prompt(turns, row.tools)
+        # Encoder-decoder: the encoder gets the demonstration, and the decoder a start token.
         ids_T = read_T if own.source_T is None else own.ids_T[:1]
         source_T = None if own.source_T is None else read_T
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
@@ -85,6 +87,7 @@ class SDFT(OnPolicyObjective):
                 rows.append(example)
                 continue
             teacher_row = with_answer(example.partner, answer_of(example))
+            # The row counts for lengths and memory, not for the divisor of the loss.
             unlearned = replace(teacher_row, weight_T=np.zeros_like(teacher_row.weight_T))
             rows += [replace(example, partner=None), unlearned]
         return rows
@@ -93,6 +96,7 @@ class SDFT(OnPolicyObjective):
         """Truncate the reply, so that the teacher's input fits into the context."""
         over = max(map(len, self.views([example]))) - context
         assert example.partner is not None
+        # The teacher's input ends with the answer too, so a shorter reply shortens both inputs.
         own = cut_end(example, min(context, len(example) - max(0, over)))
         return replace(own, partner=cut_end(example.partner, context))
 

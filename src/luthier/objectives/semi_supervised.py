@@ -117,7 +117,7 @@ class SemiSupervised(Classification):
         prepared = super().prepare(start)
         network, examples = start.network, start.examples
 
-        # Mean states, of both ways or not: without dropout.
+        # Mean pooling, also for decoders. `prepare` runs without dropout.
         points_NH = read_embeddings(network, Contrastive(pooling="mean"), examples, start.budget)
         graph_NN = neighbour_graph(points_NH, self.neighbours)
         known_N = torch.tensor([_label(example) for example in examples], device=network.device)
@@ -132,6 +132,7 @@ class SemiSupervised(Classification):
         sure_N = bare_N & (share_N >= self.threshold) & (found_N != NO_LABEL)
         again_N = torch.zeros_like(bare_N)
         for fold in range(FOLDS):
+            # Each labelled row is hidden once: a measure of the base model before any training.
             hidden_N = _fold(known_N, fold)
             _, label_N = spread(torch.where(hidden_N, NO_LABEL, known_N))
             again_N |= hidden_N & (label_N == known_N)
@@ -153,6 +154,7 @@ class SemiSupervised(Classification):
         if changes == "none":
             return list(examples)
         labelled = [example for example in examples if _label(example) != NO_LABEL]
+        # The engine divides by the weight of a step, so one row stays, with a loss of 0.
         return labelled or list(examples[:1] if changes == "random" else ())
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
@@ -201,21 +203,24 @@ def neighbour_graph(points_NH: Tensor, neighbours: int) -> Tensor:
     count = len(points_NH)
     near = min(neighbours, count - 1)
     similarities, indices = [], []
+    # Blocks of CHUNK rows: N x N similarities of 100,000 texts would take 40 GB.
     for start in range(0, count, CHUNK):
         cosine_MN = points_NH[start : start + CHUNK] @ points_NH.t()
         own_M = torch.arange(len(cosine_MN), device=points_NH.device)
         # A point must not be its own neighbour: its label would only confirm itself.
         cosine_MN[own_M, start + own_M] = -math.inf
-        # Blocks of CHUNK rows: N x N similarities of 100,000 texts would take 40 GB.
         best_MK, index_MK = cosine_MN.topk(near)
+        # max(0, cosine)^gamma, Iscen et al. section 3.2.
         similarities.append(best_MK.clamp(min=0) ** POWER)
         indices.append(index_MK)
     from_E = torch.arange(count, device=points_NH.device).repeat_interleave(near)
     to_E, weight_E = torch.cat(indices).flatten(), torch.cat(similarities).flatten()
+    # Both directions of each edge, A + A^T; `coalesce` adds the weights of equal edges.
     both_2E = torch.stack([torch.cat([from_E, to_E]), torch.cat([to_E, from_E])])
     shape = (count, count)
     ties_NN = torch.sparse_coo_tensor(both_2E, weight_E.repeat(2), shape, check_invariants=True)
     ties_NN = ties_NN.coalesce()
+    # A point without similar neighbours has degree 0, and 0 * inf would be NaN.
     degree_N = torch.sparse.sum(ties_NN, 1).to_dense().clamp(min=1e-12)
     one_E, other_E = ties_NN.indices()
     scaled_E = ties_NN.values() * (degree_N[one_E] * degree_N[other_E]) ** -0.5
@@ -235,6 +240,7 @@ def propagate(graph_NN: Tensor, known_N: Tensor, classes: int, alpha: float) -> 
     some_N = known_N >= 0
     known_NC[some_N, known_N[some_N]] = 1.0
     spread_NC = known_NC
+    # alpha^n <= LEFT for n >= log(LEFT) / log(alpha): the rest of the series is small enough.
     for _ in range(max(HOPS, math.ceil(math.log(LEFT) / math.log(alpha)))):
         spread_NC = alpha * torch.sparse.mm(graph_NN, spread_NC) + known_NC
     return spread_NC / spread_NC.sum(-1, keepdim=True).clamp(min=1e-12)

@@ -41,6 +41,7 @@ class SFT(ReplyObjective):
 
 def encode_replies(row: Row, index: int, chat: ChatFormat) -> Example:
     """Encode a row with weight 1 on each token of each reply, 0 on all other tokens."""
+    # A rating judges one answer; earlier assistant turns of the prompt are context.
     prompt_turns = len(row.messages) if isinstance(row, JudgedAnswers) else 0
     encoded = chat.encode_reply(row.turns(), prompt_turns, row.tools)
     weight_T = encoded.learned_T.astype(np.float32)

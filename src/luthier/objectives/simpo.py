@@ -35,6 +35,7 @@ class SimPO(Pairwise):
         from luthier.objectives.logprobs import row_logps
 
         logp_R, sides = row_logps(network, batch), Sides.of(batch)
+        # r(y) = beta / |y| log p(y)
         reward_R = self.beta * logp_R / answer_lengths(batch)
         margin_P = reward_R[sides.chosen_P] - reward_R[sides.rejected_P]
         measures = sides.measures(reward_R) | sides.likelihoods(logp_R)

@@ -88,6 +88,7 @@ class SpanCorruption(Objective):
         piece."""
         size = min(self.sequence_length, context - 2)
         most = len(self.sentinels or ())
+        # One more sentinel than spans, because the target ends with a sentinel.
         if (needed := self._spans(size)[1] + 1) > most:
             raise RecipeError(
                 f"pieces of {size} tokens need {needed} sentinels, and the tokenizer has {most}. "
@@ -95,12 +96,14 @@ class SpanCorruption(Objective):
                 rule="objective.sentinels",
             )
         pieces = enumerate(cut_stream((example.ids_T for example in examples), size))
-        # The closing token of the last document alone: nothing to take out.
+        # A last piece of one token, an end-of-text token, has nothing to remove.
         return spool(self._piece(ids_T, row) for row, ids_T in pieces if not row or len(ids_T) > 1)
 
     def _piece(self, ids_T: IntArray, row: int) -> Example:
         """Return a piece with the weight of its future target."""
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
+        # Removed tokens, a sentinel per span, the final sentinel and the end token: the weight
+        # is known before the spans are drawn.
         weight_T[-1] = sum(self._spans(len(ids_T))) + 2
         return Example(ids_T, weight_T, row)
 
@@ -109,6 +112,7 @@ class SpanCorruption(Objective):
         tokens."""
         noise = min(max(round(size * self.noise_density), 1), max(size - 1, 1))
         spans = max(round(noise / self.mean_span_length), 1)
+        # Each span follows at least one kept token.
         return noise, min(spans, max(size - noise, 1))
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:

@@ -50,14 +50,18 @@ def whole_distribution(
     measurement would not fit in memory. ``rows`` replaces the rows of the batch as input; both must
     end with the same learned tokens. Tokens without an embedding in either network are excluded.
     """
-    with teacher.whole_work():  # it may be the network that learns
+    # The teacher may be the trained network (sdft), whose batches are split over processes.
+    with teacher.whole_work():
+        # One batch: the limit of the student's micro-batch already bounds the tokens.
         (seen,) = teacher.batches(batch.tree.examples if rows is None else rows, sys.maxsize)
     states_SH = teacher.before_vocabulary(teacher.hidden(seen, seen.source_S))
+    # Nodes of both trees differ, and learned tokens correspond. Padding keeps 0, without weight.
     place_S = torch.zeros_like(batch.source_S)
     place_S[batch.edge_source_E[batch.learned_edges[1]]] = seen.edge_source_E[seen.learned_edges[1]]
     states_SH = states_SH[place_S]
     shared = min(len(network.head_VH), len(teacher.head_VH))
-    # As they are now: a network that is its own teacher has other weights once this is called.
+    # `detach` binds the storage of now: sdft calls this in `at_start`, which swaps the weights
+    # back before the first call of `distribution`.
     head_VH, bias_V = teacher.head_VH.detach(), teacher.head_bias_V
     bias_V = bias_V if bias_V is None else bias_V.detach()
 
@@ -96,9 +100,11 @@ class TopK:
 
         Only the first ``vocabulary`` tokens of the teacher are used.
         """
+        # A resumed run opens the files only for the same rows, order and settings.
         digest = hashlib.sha256(repr((k, temperature, vocabulary)).encode())
         for row in rows:
             digest.update(_key(row))
+        # topk fails for k above the number of tokens.
         cache = TopK(rows, min(k, vocabulary), folder, digest.hexdigest())
         if not cache.complete():
             cache._write(teacher, rows, budget, temperature, vocabulary)
@@ -121,6 +127,7 @@ class TopK:
         self._folder.mkdir(parents=True, exist_ok=True)
         need_disk(self._folder, self.bytes, "keeping what the teacher says of the rows")
         ids_MK, logp_MB = self._open("w+")
+        # Equal rows share a slot, so the teacher computes one of them.
         for batch in teacher.batches(list({_key(row): row for row in rows}.values()), budget):
             states_SH = teacher.before_vocabulary(teacher.hidden(batch, batch.source_S))
             parts = []
@@ -131,6 +138,7 @@ class TopK:
             slot_M = self._slots(batch)
             ids_MK[slot_M] = torch.cat([ids for ids, _ in parts])[source_M].cpu().numpy()
             logp_MB[slot_M] = torch.cat([logp for _, logp in parts])[source_M].cpu().numpy()
+        # The marker comes last: files of a run killed before are incomplete and written again.
         ids_MK.flush()
         logp_MB.flush()
         write_json(self._folder / _DONE, {"key": self._key, "k": self.k, "bytes": self.bytes})
@@ -141,11 +149,13 @@ class TopK:
         slot_M, device = self._slots(batch), batch.source_S.device
         source_M = batch.edge_source_E[batch.learned_edges[1]]
         positions = len(batch.source_S)
-        # Positions that only fill up the batch have no weight, so that any numbers do there.
+        # Padding positions have no weight, so zeros are as good as any numbers.
         ids_SK = torch.zeros(positions, self.k, dtype=torch.int64, device=device)
         logp_SB = torch.zeros(positions, self.k + 1, device=device)
+        # int32 on disk, for `8 k + 4` bytes per token; `gather` requires int64.
         ids_SK[source_M] = torch.from_numpy(ids_MK[slot_M].astype(np.int64)).to(device)
         logp_SB[source_M] = torch.from_numpy(logp_MB[slot_M]).to(device)
+        # A copy, because the divergence overwrites the log-probabilities.
         return lambda rows: (ids_SK[rows], logp_SB[rows].clone())
 
     def _slots(self, batch: TreeBatch) -> IntArray:
@@ -178,5 +188,6 @@ def likeliest(logp_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _key(row: Example) -> bytes:
     """Return a key of the tokens and learned positions; equal rows share one cache entry."""
     source = b"" if row.source_T is None else row.source_T.tobytes()
+    # Positions, not weights: weights change the loss, not the teacher's distribution.
     learned = np.flatnonzero(row.weight_T)
     return b"/".join([source, row.ids_T.tobytes(), learned.tobytes()])

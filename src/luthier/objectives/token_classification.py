@@ -103,7 +103,7 @@ class TokenClassification(Objective):
                 f"the tokenizer drops token {missing[0] + 1}, {words[missing[0]]!r}.",
                 "Remove the token and its tag.",
             )
-        # To say where entities are, the words are needed.
+        # `predict` returns text and positions of entities, which need the words.
         source_row = row if tags is None else None
         return Example(
             ids_T, first_T.astype(np.float32), index, target=target_T, source_row=source_row
@@ -137,6 +137,7 @@ class TokenClassification(Objective):
         best_K = scores_KC.argmax(-1)
         right = float((best_K == target_K).sum())
         rows = zip(self._tags(best_K, batch), self._tags(target_K, batch), strict=True)
+        # F1 is no mean over rows: numerators and denominators are summed before the division.
         scores = tag_scores(rows)
         return Loss(total, {"accuracy": right}, {"entity_f1": (scores.parts_R, scores.wholes_R)})
 
