@@ -118,6 +118,7 @@ class CharacterCNN(nn.Module):
         """``[U, P]`` of words ``[U, C]`` filled up with -1."""
         real_UC = character_UC >= 0
         embedded_UEC = self.embed_tokens(character_UC.clamp(min=0)).transpose(1, 2)
+        # Zeros follow each word, so its vector does not depend on the longest word of the batch.
         embedded_UEC = embedded_UEC * real_UC[:, None]
         largest = []
         for convolution in self.convolutions:
@@ -132,6 +133,8 @@ class CharacterCNN(nn.Module):
         return projected_UP
 
 
+# transformers calls _init_weights for modules with own weights only, so a parent cannot set the
+# bias of a plain linear layer.
 class GateLinear(nn.Linear):
     """A linear layer with a nonzero initial bias for each equal part of the output."""
 
@@ -171,13 +174,16 @@ class ProjectedLSTM(nn.Module):
 
     def forward(self, x_RWP: Tensor) -> Tensor:
         """Return the state at each word, ``[R, W, P]``. Cells are at least float32."""
+        # c_t accumulates over the whole row: bfloat16 sums would drop small inputs.
         wide = torch.promote_types(x_RWP.dtype, torch.float32)
         state_RP = x_RWP.new_zeros(len(x_RWP), x_RWP.shape[2])
         cell_RC = x_RWP.new_zeros(len(x_RWP), self.cells, dtype=wide)
         states = []
+        # One product for the inputs of all words; only the recurrent product is sequential.
         for given_RG in self.inputs(x_RWP).unbind(1):
             gates = (given_RG + self.recurrent(state_RP)).to(wide).chunk(4, 1)
             enter, keep, give = (torch.sigmoid(gates[index]) for index in (0, 1, 3))
+            # c_t = f c_(t-1) + i g;  h_t = W_p (o tanh c_t)
             cell_RC = keep * cell_RC + enter * torch.tanh(gates[2])
             state_RP = self.projection((give * torch.tanh(cell_RC)).to(x_RWP.dtype))
             states.append(state_RP)
@@ -295,14 +301,17 @@ class ElmoModel(ElmoPreTrainedModel):
         # Ids beyond the vocabulary belong to a soft prompt.
         special_RT = (ids_RT < config.special_tokens) | (ids_RT >= config.vocab_size)
         start_RT = special_RT | (ids_RT == config.word_start_id)
+        # A word also starts after a special token or padding, with or without a start token.
         start_RT[:, 1:] |= special_RT[:, :-1] | ~mask_RT[:, :-1]
         start_RT[:, 0] = True
         start_RT &= mask_RT
         word_RT = (start_RT.cumsum(1) - 1).clamp(min=0)
         length_R = start_RT.sum(1)
         place_T = torch.arange(ids_RT.shape[1], device=ids_RT.device)
+        # Distance to the latest start: the index of each character in its word.
         inside_RT = place_T - torch.where(start_RT, place_T, 0).cummax(1).values
         most = config.max_characters_per_token
+        # One place remains for the end token.
         kept_RT = mask_RT & (inside_RT < most - 1)
         longest = int((inside_RT * kept_RT).max()) + 2
         row_R = torch.arange(len(ids_RT), device=ids_RT.device)[:, None]
@@ -318,6 +327,7 @@ class ElmoModel(ElmoPreTrainedModel):
 def _reversal_index(length_R: Tensor, size: int) -> Tensor:
     """Return indices ``[R, W]`` that reverse the words of each row. Self-inverse."""
     place_W = torch.arange(size, device=length_R.device)
+    # Padding stays in place: reversing twice restores the row.
     turned_RW = length_R[:, None] - 1 - place_W
     return torch.where(turned_RW >= 0, turned_RW, place_W)
 

@@ -103,10 +103,13 @@ class FastTextModel(FastTextPreTrainedModel):
         # The previous word of the same row; the first word ends no bigram.
         paired_K = torch.zeros_like(row_K, dtype=torch.bool)
         paired_K[1:] = row_K[1:] == row_K[:-1]
+        # Two factors, so that the order of the words counts.
         pair_K = (word_K.roll(1) * FACTORS[1] % PRIME + word_K * FACTORS[2] % PRIME) % PRIME
         state_KH = self.embed_tokens(word_K % self.config.buckets)
         of_pairs_KH = self.embed_tokens(pair_K % self.config.buckets)
         state_KH = state_KH + of_pairs_KH * paired_K[:, None]
+        # W words have W - 1 bigrams. T / (2 W - 1) turns the mean over T characters into the mean
+        # over words and bigrams.
         terms_R = 2 * start_RT.sum(1) - start_RT.any(1).long()
         size_R = mask_RT.sum(1) / terms_R.clamp(min=1)
         states_RTH = state_KH.new_zeros(*input_ids.shape, self.config.hidden_size)
@@ -122,6 +125,8 @@ class FastTextModel(FastTextPreTrainedModel):
         place_T = torch.arange(ids_RT.shape[1], device=ids_RT.device)
         first_RT = torch.where(start_RT, place_T, 0).cummax(1).values
         inside_RT = mask_RT & ~special_RT & (start_RT.cumsum(1) > 0)
+        # sum_i byte_i g^i mod p, with i counted from the start of the word. Terms are below 2^31,
+        # so their sum over a row fits into 64 bits.
         powers = [1]
         for _ in range(int((place_T - first_RT).max())):
             powers.append(powers[-1] * FACTORS[0] % PRIME)

@@ -35,6 +35,7 @@ class TiedCausalLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """Return logits ``[B, T, V]``, or only of the last ``logits_to_keep`` tokens if nonzero."""
         out = self.model(input_ids, **kwargs)
+        # -0 is 0: the slice then contains all tokens.
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
@@ -64,6 +65,7 @@ class MeanPoolingClassifier(PreTrainedModel):
         """Scores ``[R, C]``."""
         state_RTH = self.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
         mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # float32 as in Network.row_states, so that both forward passes give equal scores.
         total_RH = (state_RTH.float() * mask_RT[..., None]).sum(1)
         mean_RH = total_RH / mask_RT.sum(1, keepdim=True)
         logits = self.score(mean_RH.to(state_RTH.dtype))

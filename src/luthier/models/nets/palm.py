@@ -130,6 +130,7 @@ class PalmModel(PalmPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        # The stored table is E / sqrt(H).
         hidden = hidden * self.config.hidden_size**0.5
         cached = self.config.use_cache if use_cache is None else use_cache
         if cached and past_key_values is None:

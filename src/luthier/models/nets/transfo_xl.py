@@ -124,6 +124,7 @@ class Window:
             return own_ZIH, own_ZIH
         # The paper's SG(m): states before each segment, without gradient.
         earlier = F.pad(whole.detach()[:, : -self.length], (0, 0, self.memory, 0))
+        # Window s contains the positions from s L - M to s L - 1.
         memory_BSHM = earlier.unfold(1, self.memory, self.length)
         memory_ZMH = memory_BSHM.transpose(2, 3).flatten(0, 1)
         return own_ZIH, torch.cat([memory_ZMH, own_ZIH], 1)
@@ -157,6 +158,8 @@ class RelativeAttention(nn.Module):
         far_NDJ = self.r_proj(window.distance_JH).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
         content_N1D, position_N1D = bias_2ND[:, :, None]
         scale = query.shape[-1] ** -0.5
+        # Terms (b) + (d) of the paper, (q + v) W_kR R, enter the kernel as its additive mask. The
+        # kernel computes (a) + (c), (q + u) k, and scales only its own product.
         by_distance = _shift(torch.matmul(query + position_N1D, far_NDJ)) * scale
         by_distance = by_distance.masked_fill(~window.visible_ZIJ[:, None], -torch.inf)
         mixed = F.scaled_dot_product_attention(
@@ -290,6 +293,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         batch, size, _ = hidden_BTH.shape
         length = min(self.config.segment_length, size)
         count = -(-size // length)
+        # A short row has no states further back.
         memory = min(self.config.memory_length, (count - 1) * length)
         query_I = torch.arange(length, device=hidden_BTH.device)
         state_J = torch.arange(-memory, length, device=hidden_BTH.device)
@@ -325,8 +329,11 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         visible_BTJ = position_BJ[:, None] >= first_BT.clamp(min=0)[..., None]
         place_J = torch.arange(position_BJ.shape[1], device=hidden_BTH.device)
         place_T = place_J[-size:, None]
+        # Padding sees itself, because a softmax over nothing is nan.
         visible_BTJ = (visible_BTJ & (place_J <= place_T)) | (place_J == place_T)
         window = Window(visible_BTJ, self._distances(hidden_BTH, len(place_J)))
+        # The last token of a segment sees M + L - 1 earlier states, more than any other token. At
+        # least one remains, because positions continue from the last.
         room, states = max(1, memory + length - 1), []
         for layer, kept_BKH in zip(self.layers, past.states, strict=True):
             states.append(torch.cat([kept_BKH, hidden_BTH], 1).detach()[:, -room:])
@@ -339,6 +346,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
     def _distances(self, like: Tensor, count: int) -> Tensor:
         """``R``: sinusoids (Vaswani et al. 2017) of ``count - 1`` down to 0, ``[J, H]``."""
         width = self.config.hidden_size
+        # Angles in float32: bfloat16 cannot represent all integers above 256.
         power = torch.arange(0, width, 2, device=like.device, dtype=torch.float32) / width
         distance_J = torch.arange(count - 1, -1, -1, device=like.device, dtype=torch.float32)
         angle = distance_J[:, None] / 10000**power
