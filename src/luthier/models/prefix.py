@@ -45,6 +45,7 @@ class KeyValuePrefix(nn.Module):
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Return the layer's keys and values, ``[Hk, P, D]`` each."""
         layers, heads, size = self.shape
+        # [P, L, 2, Hk, D] to [P, 2, Hk, D], then to two views [Hk, P, D].
         pair_P2HD = self.weight.view(-1, layers, 2, heads, size)[:, self.layer]
         key_HPD, value_HPD = pair_P2HD.permute(1, 2, 0, 3)
         return key_HPD, value_HPD
@@ -76,6 +77,7 @@ def add_prefix(model: Any, places: int) -> None:
         and decoder_of(model) is None
         and "past_key_values" in inspect.signature(model.base_model.forward).parameters
     )
+    # The weight has one slice per layer, so each layer needs exactly one attention module.
     if not takes or indices != list(range(config.num_hidden_layers)):
         raise RecipeError(
             f"Networks of type {config.model_type} do not support key-value prefixes. Use "
@@ -131,10 +133,12 @@ def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
     assert isinstance(network.layout, Flat)  # add_prefix requires the flat layout
     model, length = network.model.eval(), len(ids_P)
     row = Example(ids_P.cpu().numpy(), np.zeros(length, np.float32), 0)
+    # The zero prefix must not influence the states of its own initial tokens.
     batch = network.batch(build_tree([row], share=False), prefix=False)
     recording = RecordingAttention(batch.plan)
     network.layout.run_with(model.base_model, batch, recording)
     for prefix in _prefixes(model):
         pairs = zip(prefix.keys_and_values(), recording.layers[prefix.layer], strict=True)
         for part_HPD, computed_HND in pairs:
+            # The view writes into the shared weight. Nodes after `length` are padding.
             part_HPD.copy_(computed_HND[:, :length])

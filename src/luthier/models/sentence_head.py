@@ -73,6 +73,7 @@ def attach_sentence_head(model: Any, pipeline: SentencePipeline | None, folder: 
         CorruptFile: if the shapes of the weights contradict the pipeline.
     """
     head = None if pipeline is None else _load(pipeline, hidden_size_of(model), folder)
+    # Not a module: frozen layers do not belong to the network's parameters and state_dict.
     model.luthier_sentence_head = head
 
 
@@ -113,6 +114,7 @@ def _apply(layer: Dense, tensors: dict[str, Tensor], vector_RD: Tensor) -> Tenso
     assert weight is not None
     moved = None if bias is None else bias.to(vector_RD.device)
     out = nn.functional.linear(vector_RD, weight.to(vector_RD.device), moved)
+    # The parser admits only known activations, so a file cannot name any other class.
     activated: Tensor = getattr(nn, layer.activation)()(out)
     return activated
 
@@ -132,6 +134,7 @@ def _pool(network: Network, batch: TreeBatch, mode: PoolingMode, states_NH: Tens
         index_MH = row_M[:, None].expand_as(states_MH)
         return least_RH.scatter_reduce(0, index_MH, states_MH, "amax")
     if mode == "mean_sqrt_len_tokens":
+        # sum_t h_t / sqrt(T)
         share_M = length_R.float().rsqrt()[row_M]
     else:  # weightedmean: the first token counts 1, the second 2, …
         start_R = length_R.cumsum(0) - length_R

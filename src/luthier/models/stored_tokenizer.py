@@ -43,6 +43,7 @@ class StoredTokenizer:
         """
         self.source = source
         self.backend_tokenizer = Tokenizer.from_buffer(content)
+        # transformers sets truncation and padding in each call, whatever tokenizer.json contains.
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         vars(self).update(fields)
@@ -90,6 +91,7 @@ class StoredTokenizer:
         """Return the tokens of a text or, with ``is_split_into_words``, of a list of words."""
         words = settings.get("is_split_into_words", False)
         further = settings.keys() - {"is_split_into_words", "return_offsets_mapping", "verbose"}
+        # Batches, padding, truncation and tensors need transformers.
         if isinstance(text, str) == words or any(settings[name] for name in further):
             settings["add_special_tokens"] = add_special_tokens
             return self.transformers_tokenizer(text, **settings)

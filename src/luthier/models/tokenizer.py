@@ -53,6 +53,7 @@ def load_tokenizer(folder: Path) -> Any:
     own = load_with_transformers(folder)
     if (plain := _as_stored(own, folder)) is None:
         return own
+    # After a crash between both writes the second file is missing, and the read above fails.
     with suppress(OSError, LuthierError):  # a full or read-only disk
         write_bytes(stored / TOKENIZER, own.backend_tokenizer.to_str().encode())
         write_bytes(stored / SPECIAL_TOKENS, json.dumps(_fields(own)).encode())
@@ -69,6 +70,7 @@ def _stored_folder(folder: Path) -> Path:
     found = folder.iterdir() if folder.is_dir() else ()
     files = (path for path in found if path.suffix in _READ and path.name not in OWN_FILES)
     hashes = {path.name: cached_sha256_of(path) for path in files if path.is_file()}
+    # 1 is the version of the cache format. Other library versions can return other tokens.
     known = json.dumps([1, version("transformers"), version("tokenizers"), sorted(hashes.items())])
     name = hashlib.sha256(known.encode()).hexdigest()
     return luthier_home() / "cache" / "tokenizers" / name
@@ -141,6 +143,7 @@ def load_with_transformers(folder: Path) -> Any:
     if (folder / "config.json").is_file():  # transformers reads the model type there
         nets.register(read_json(folder / "config.json").get("model_type", ""))
     try:
+        # Imported folders can contain Python code, which must not run.
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnknownModel(f"Cannot load the tokenizer in {folder}: {error}") from error
@@ -261,6 +264,7 @@ def _with_frame(
     forced_id = generation.get("forced_bos_token_id", config.get("forced_bos_token_id"))
     if problem := _language_problem(chat.tokenizer, folder, forced_id):
         return replace(chat, decoder_problem=problem)
+    # Special tokens around this trial text also surround every other target text.
     text = "a"
     switches = hasattr(chat.tokenizer, "_switch_to_target_mode")
     encoded = chat.tokenizer(text_target=text) if switches else chat.tokenizer(text)
@@ -275,6 +279,7 @@ def _with_frame(
         start_id = whole[-1]
     elif kind in _STARTS_FROM_BOS and opening[:1] == [start_id]:
         opening = opening[1:]  # the tokenizer's <bos> is the decoder's start token
+    # A network learns to stop only from targets that end with a stop token.
     if not {*closing} & {*chat.stop_ids}:
         closing = [*closing, *chat.stop_ids[:1]]
     return replace(chat, start_id=start_id, opening_ids=tuple(opening), closing_ids=tuple(closing))
@@ -289,6 +294,7 @@ def _language_problem(tokenizer: Any, folder: Path, forced_id: int | None) -> st
         return ""
     named = tokenizer.init_kwargs
     if not named.get("tgt_lang") and forced_id is not None:
+        # M2M-100 has the token `__fr__` for the language `fr`.
         tokenizer.tgt_lang = tokenizer.convert_ids_to_tokens(forced_id).strip("_")
     elif not named.get("tgt_lang"):
         return _NO_LANGUAGE.format(folder / "tokenizer_config.json", "target", "tgt_lang")

@@ -105,11 +105,13 @@ class _FlatSequence:
         """Append ``token``; return the next logits if the token was guessed."""
         self.lookup.append(token)
         if self.guess and self.guess[0] == token:
+            # The step that checked the guess already stored its keys, values and logits.
             self.span.length += 1
             self.right += 1
             self.accepted += 1
             del self.guess[0]
             return self.logits.pop(0)
+        # Keys and values of wrong guesses lie behind `span.length` and are overwritten.
         if self.logits or self.right:
             self.lookup.learn(self.right)
         self.guess, self.logits, self.right = [], [], 0
@@ -142,6 +144,8 @@ class FlatBackend:
         self._lock = threading.RLock()
         self._base, self._batch = Adapter(), LoraBatch(network)
         self._llama: LlamaForward | None = None
+        # Helium and Ernie 4.5 have Llama's module names but other rotary embeddings, so equal
+        # names are no proof.
         if self.device.type == "cpu" and LlamaForward.fits(network.model):
             uses = network.uses_llama_forward if packs else None
             if uses is None:
@@ -279,6 +283,7 @@ class FlatBackend:
             for row, leaf in zip(
                 batch.tree.row_R.tolist(), batch.tree.leaf_R.tolist(), strict=True
             ):
+                # Recorded keys begin with the prefix, which all rows share.
                 path = before + batch.tree.path(leaf)
                 place_P = torch.from_numpy(np.concatenate([np.arange(before), path]))
                 place_P = place_P.to(network.device)
@@ -308,6 +313,7 @@ class FlatBackend:
                 for own in made:
                     own.bank.remove(own)
                 raise
+            # The copies replace the original sequence.
             state.adapter.sequences += copies - 1
         span.bank.remove(span)
         return [_FlatSequence(NOTHING, own, state.lookup.copy(), state.adapter) for own in made]
@@ -320,6 +326,7 @@ class FlatBackend:
             left = [place for place, row in enumerate(logits) if row is None]
             for place in left:
                 states[place].span = self._banks.with_room(states[place].span)
+            # Sorted before the split, so that each part covers adjacent slots of few banks.
             left = [left[i] for i in step_order([(states[place].span, 0) for place in left])]
             for first in range(0, len(left), self.rows):
                 part = left[first : first + self.rows]
@@ -377,7 +384,9 @@ class FlatBackend:
         if spare < 1:
             return
         for place, state in enumerate(states):
+            # Guesses use free room only: a wrong guess must not move a sequence to a larger bank.
             room = state.span.bank.room - state.span.length - 1
+            # Rows that one sequence leaves unused remain for the following sequences.
             state.guess = state.lookup.guess(min(spare // (len(states) - place), room))
             spare -= len(state.guess)
             state.proposed += len(state.guess)
@@ -456,6 +465,7 @@ class AdaptedBackend:
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
         """See :meth:`luthier.models.backends.Backend.prefill_batch`."""
+        # The token tree of FlatBackend runs the base network without adapters.
         return read_prompts(self, prompts, copies)
 
     def close(self) -> None:
