@@ -76,6 +76,7 @@ class TreeBatch:
         Args:
             before: Length of the network's key-value prefix.
         """
+        # oneDNN compiles and keeps a kernel for each matrix size, so batches have few sizes.
         tree = pad_tree(tree, layout.size_step)
         parent_E = tree.parent_N[tree.edge_child_E]
         # Children of one parent are not adjacent in depth-first order.
@@ -192,6 +193,7 @@ class Network:
 
     def hidden(self, batch: TreeBatch, node_S: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``[N, H]`` of the tree, or ``[S, H]`` of ``node_S``."""
+        # Cached activations belong to the original tokens, not to tokens that an objective masked.
         frozen_cache = self.frozen_cache if batch.is_unchanged else None
         with nullcontext() if frozen_cache is None else frozen_cache.instead(batch):
             hidden_NH = self.layout.run(self._backbone, batch)
@@ -218,6 +220,8 @@ class Network:
             hidden_NH = self.hidden(batch)
         lengths = np.array([len(example) for example in tree.examples])
         row_M = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device)
+        # Nodes of a shared prefix count in each row. index_add_ rounds after each addition, hence
+        # float32.
         states_MH = hidden_NH[torch.from_numpy(tree.node_M).to(self.device)].float()
         sum_RH = states_MH.new_zeros(len(lengths), self.width).index_add_(0, row_M, states_MH)
         return sum_RH / torch.from_numpy(lengths).to(self.device)[:, None]
@@ -269,10 +273,13 @@ class Network:
         No second network is needed, and adapters need no switch. Without :meth:`remember_start` the
         weights stay unchanged.
         """
+        # Assigning `.data` swaps the storage without a copy. The parameter objects stay, so
+        # optimizer and tied modules remain valid.
         now = [weight.data for weight, _ in self._start]
         training = self.model.training
         for weight, start in self._start:
             weight.data = start
+        # The reference has no dropout, also in the middle of a training step.
         self.model.eval()
         try:
             with torch.no_grad():
@@ -286,6 +293,7 @@ class Network:
         """Free the weights."""
         self.model = None
         self._start, self.others, self.cache, self.base = [], {}, None, None
+        # The cached property also refers to the weights.
         self.__dict__.pop("_backbone", None)
 
     @property
@@ -308,11 +316,14 @@ class Network:
         shares = self.shares
         media = self.layout.has_media
         if media:
+            # An image counts as one token, so a token budget would admit thousands of images.
             budget = min(budget, MOST_IMAGES)
         group = self.processes
         parts = split_to_budget(examples, budget, shares, media, group.size)
         numbered = [*enumerate(parts)]
         own = [(*each, False) for each in numbered[group.rank :: group.size]]
+        # A sharded pass is a collective operation: with one pass less, a process would leave the
+        # others waiting until their timeout.
         if self.is_sharded and len(own) < -(-len(numbered) // group.size):
             own.append((*numbered[-1], True))
         return (
@@ -376,6 +387,7 @@ class Network:
     def _tree(self, rows: Sequence[Example], shares: bool) -> TokenTree:
         """Return the tree of the rows after the soft prompt."""
         prompt = heads.prompt_ids(self.model)
+        # In an encoder-decoder the soft prompt precedes the encoder's input instead of the rows.
         if heads.decoder_of(self.model) is None:
             return build_tree(rows, shares, prompt)
         return replace(build_tree(rows, shares), source_before=prompt)

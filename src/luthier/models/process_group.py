@@ -81,6 +81,7 @@ class ProcessGroup:
                 start = f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
                 store = distributed.PrefixStore(start, store)  # type: ignore[attr-defined]
             distributed.init_process_group(
+                # sum() and gather() exchange CPU tensors, also with GPUs.
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                 store=store,
                 rank=rank,
@@ -118,6 +119,7 @@ class ProcessGroup:
         for rank, report in enumerate(self.gather(own)):
             if report is not None:
                 if problem is not None and rank == self.rank:
+                    # The original error keeps its traceback.
                     raise problem
                 raise restore_error(report)
 
@@ -136,6 +138,7 @@ class ProcessGroup:
             raise
         except LuthierError as error:
             if self.size > 1 and not self.is_connected:
+                # The other processes wait in connect() until they learn of this error.
                 with suppress(ProcessLost):
                     self.agree(error)
             raise
@@ -155,6 +158,7 @@ class ProcessGroup:
         import torch
         from torch import distributed
 
+        # An all_reduce costs the latency of 2 (N - 1) messages, so small tensors share one.
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             distributed.all_reduce(flat)
@@ -168,6 +172,7 @@ class ProcessGroup:
         from torch import distributed
 
         for tensor in tensors:
+            # broadcast requires contiguous tensors, and convolution weights can be channels-last.
             sent = tensor.contiguous()
             distributed.broadcast(sent, src=0)
             tensor.copy_(sent)
@@ -194,6 +199,7 @@ class ProcessGroup:
         import torch
         from torch import distributed
 
+        # all_gather requires equal shapes in all processes, hence the padding.
         lengths: list[int] = self.gather(len(tensor))
         most = max(lengths)
         sent = tensor.new_zeros(most, *tensor.shape[1:])
@@ -209,6 +215,7 @@ class ProcessGroup:
         import torch
         from torch import distributed
 
+        # JSON instead of all_gather_object, because unpickling executes code of the sender.
         sent = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         distributed.all_gather(lengths, torch.tensor([len(sent)]))
@@ -225,6 +232,7 @@ class ProcessGroup:
         if self.size == 1:
             return list(own)
         parts = self.gather(own)
+        # The inverse of `[rank::size]` in Network.batches.
         return [parts[n % self.size][n // self.size] for n in range(sum(map(len, parts)))]
 
     def first(self, value: Any) -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def derive_seed(*numbers: int) -> int:
     """Return a seed derived from nonnegative ``numbers``. Different numbers give different seeds."""
     low, high = np.random.SeedSequence(numbers).generate_state(2).tolist()
+    # 63 bits, so that a seed fits a signed 64-bit integer.
     seed: int = high >> 1 << 32 | low
     return seed
 
@@ -69,6 +70,7 @@ def leave_undrawn() -> Iterator[None]:
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             given = kwargs or {}
+            # Draws from a generator of their own do not advance the global state.
             if function in drawing and given.get("generator") is None:
                 return given["tensor"] if "tensor" in given else args[0]
             return function(*args, **given)
@@ -97,6 +99,7 @@ def drawn_from(seed: int, device: torch.device) -> Iterator[None]:
     afterwards."""
     import torch
 
+    # By default, fork_rng saves the state of every GPU.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed_torch(seed)
         yield

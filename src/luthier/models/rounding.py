@@ -25,6 +25,7 @@ CHUNK = 1 << 18
 def _noise(device: torch.device) -> Tensor:
     """Return the constant random numbers, cached because each training step creates a
     :class:`Rounding`."""
+    # Drawn on the CPU, because GPU generators return other numbers for the same seed.
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 1 << 16, (2 * CHUNK,), generator=generator, dtype=torch.int32)
     return drawn.to(device)
@@ -58,8 +59,11 @@ class Rounding:
         scratch = torch.empty(min(CHUNK, values.numel()), dtype=torch.int32, device=values.device)
         parts = zip(target.view(-1).split(CHUNK), values.reshape(-1).split(CHUNK), strict=True)
         for into, part in parts:
-            self._start = (self._start + 7919) % CHUNK  # a prime step
+            # A prime step, so that consecutive chunks start at different offsets.
+            self._start = (self._start + 7919) % CHUNK
             bits = scratch[: len(part)]
+            # With u uniform in [0, 2^16), bits + u carries into the upper half with probability
+            # (lower half) / 2^16. Exact bfloat16 numbers have a lower half of 0 and never carry.
             torch.add(
                 part.view(torch.int32), noise[self._start : self._start + len(part)], out=bits
             )
@@ -80,11 +84,13 @@ class Rounding:
         if width > CHUNK:
             raise ValueError(f"rows have {width:,} numbers, the limit is {CHUNK:,}")
         self._start = (self._start + 7919) % CHUNK
+        # Row s is the noise from offset s on: a view of all windows without a copy. The last
+        # window ends before 2 * CHUNK, because width <= CHUNK.
         noise_SW = _noise(table.device).as_strided((CHUNK, width), (1, 1))
         for ids, values in zip(
             ids_N.split(CHUNK // width), values_NW.split(CHUNK // width), strict=True
         ):
-            # Rows are offset by a prime.
+            # Rows are offset by a prime, so neighbouring rows do not share a pattern.
             bits = noise_SW.index_select(0, (self._start + ids * 104729) % CHUNK)
             bits += values.contiguous().view(torch.int32)
             rounded = bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)

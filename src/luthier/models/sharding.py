@@ -36,6 +36,7 @@ def shard_layers(network: Network, group: ProcessGroup, device: torch.device) ->
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (group.size,))
+    # Sums of bfloat16 gradients would round once per process.
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     layers = [network.model.get_submodule(name) for name in layer_names(network.model)]
     for layer in layers:
@@ -46,6 +47,8 @@ def shard_layers(network: Network, group: ProcessGroup, device: torch.device) ->
             ignored_params=single or None,
         )  # fmt: skip
     backbone = network.model.base_model
+    # Objectives use embeddings, norm and head outside of the forward pass, where FSDP gathers no
+    # weights.
     whole = {weight for weight in network.model.parameters() if not is_sharded(weight)}
     # The root owns no weights, but prefetches the layers.
     fully_shard(backbone, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
@@ -76,6 +79,7 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     cut: Any = like
+    # Every process has the whole tensor: with `src_data_rank=None` nothing is sent.
     sharded = distribute_tensor(
         whole.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None
     )
@@ -92,6 +96,7 @@ def full_tensor(part: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     cut: Any = like
+    # Shards can have unequal lengths, so DTensor cannot derive shape and stride.
     sharded = DTensor.from_local(
         part,
         cut.device_mesh,
