@@ -49,6 +49,7 @@ def media_config(config: Any) -> Any:
         return getattr(config, _PARTS[kind][0])
     if kind in _SOUND_FAMILIES:
         return config
+    # A vocabulary excludes media without an import of transformers' tables.
     if hasattr(config, "vocab_size"):
         return None
     import transformers
@@ -157,6 +158,8 @@ def _longrope_border(config: Mapping[str, Any]) -> int | None:
     """Return the maximum length of LongRoPE's short factors in tokens, or ``None`` without
     LongRoPE."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # transformers nests the parameters by layer type for networks with several. Early Phi-3
+    # files call LongRoPE "su".
     for each in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
         if {each.get("rope_type"), each.get("type")} & {"longrope", "su"}:
             border = each.get("original_max_position_embeddings")

@@ -107,6 +107,7 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
             rule="pipeline.setting",
         )
     scale = vae.get("scaling_factor", 1)
+    # In Python, JSON's `true` is an int.
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CorruptFile(
             f"The vae in {folder} has scaling_factor={scale} instead of a positive number.",
@@ -125,6 +126,7 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
 
 def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list[int]:
     """Return height and width of the pipeline's images in pixels."""
+    # The limits apply before 2 ** n is computed with a number n from the file.
     stages = vae.get("block_out_channels", [0])
     if not isinstance(stages, list) or not 0 < len(stages) <= _MOST_STAGES:
         raise CorruptFile(

@@ -90,6 +90,7 @@ def in_float32() -> Iterator[None]:
 def _widen(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
         return value.float()
+    # Data types are arguments of casts, which would round again.
     return torch.float32 if value in (torch.bfloat16, torch.float16) else value
 
 
@@ -101,8 +102,10 @@ class DenseAttention:
         place_N = np.arange(len(tree))
         first_N = place_N - tree.depth_N
         if is_bidirectional:
+            # A bidirectional tree is a forest of chains: an equal first node means the same row.
             sees_NN = first_N[:, None] == first_N
         else:
+            # In depth-first order node i descends from node j if j <= i < end[j].
             sees_NN = (place_N <= place_N[:, None]) & (place_N[:, None] < tree.subtree_end_N)
         self._sees_NN = torch.from_numpy(sees_NN).to(device)
 
@@ -181,6 +184,7 @@ class Probe:
             for index, ids_T in enumerate(self.rows)
         ]
         tree = build_tree(rows, share=network.shares)
+        # The reference forward pass does not include a key-value prefix.
         batch = network.batch(tree, prefix=False)
         if dense and isinstance(network.layout, Flat):
             batch = replace(
@@ -258,11 +262,13 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         fuse(model)
         model.eval()
         with torch.no_grad():
+            # A passed comparison covers the configuration, but these weights can still be damaged.
             check_finite(probe.ours(network)[0])
         return network
     decodes = probe.task == "causal_lm"
     if decodes:
         _check_caps(model)
+    # References come first: Network() and fuse() replace parts of the model.
     with _grouped_experts_off(model, device), wide():
         expected = probe.plain()
         is_bidirectional = probe.is_bidirectional()
@@ -330,6 +336,7 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
         shared = network.with_adapter(attach)
         for weight in shared.model.parameters():
             if id(weight) not in own:
+                # LoRA's B starts at 0, so a missing update would not be noticed.
                 weight.normal_(std=0.1)
         probe = Probe(shared.model, device)
         names = [n for n, each in shared.model.named_parameters() if id(each) not in own]
@@ -371,6 +378,7 @@ def try_training(network: Network, method: str) -> None:
 @contextmanager
 def _same_random(device: torch.device) -> Iterator[None]:
     """Leave torch's random numbers as they are: runs are the same with and without a trial."""
+    # By default, fork_rng saves the state of every GPU.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
@@ -412,6 +420,7 @@ def reject_crash(model: Any, doing: str) -> Iterator[None]:
     """
     try:
         yield
+    # A lack of memory says nothing about the family.
     except (LuthierError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -443,6 +452,7 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 def _compare(model: Any, what: str, places: Sequence[str], got: Tensor, want: Tensor) -> None:
     """Reject a network if ``got`` and ``want`` ``[M, V]`` differ by more than rounding."""
     error = relative_error(got, want)
+    # A comparison with NaN is false, so NaN is rejected.
     if error < TOLERANCE:
         return
     far_M = (got - want).norm(dim=-1) >= TOLERANCE * want.norm(dim=-1)
@@ -475,9 +485,11 @@ def _compare_median(
     model: Any, what: str, found: Sequence[tuple[int, Tensor]], wanted: Sequence[Tensor]
 ) -> None:
     """Compare the median token in the network's own precision."""
+    # In bfloat16 a single token can differ completely, without any error (docs/log/engine.md).
     error_M = [
         relative_error(row_V, want_V) for (_, row_V), want_V in zip(found, wanted, strict=True)
     ]
+    # Negated, so that NaN is rejected.
     if not float(np.median(error_M)) < ROUNDED_TOLERANCE:
         _compare_steps(model, what, found, wanted)
 
@@ -486,6 +498,7 @@ def _record(model: Any, device: torch.device, *further: str) -> Path:
     """Return the marker file of a configuration that passed with these library versions."""
     import transformers
 
+    # The comparison runs in float32, and its result does not depend on the folder.
     fields = {**model.config.to_dict(), "dtype": None, "_name_or_path": None}
     versions = (__version__, torch.__version__, transformers.__version__)
     known = json.dumps(

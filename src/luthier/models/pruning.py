@@ -29,6 +29,7 @@ def gain(state: dict[str, Tensor], norm: str) -> Tensor:
 
 def largest(score: Tensor, count: int) -> Tensor:
     """Places of the ``count`` largest in their own order; of equals the first."""
+    # topk does not define the order of equal scores, so students could differ between runs.
     return score.sort(descending=True, stable=True).indices[:count].sort().values
 
 

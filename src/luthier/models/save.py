@@ -130,6 +130,7 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
             model.generation_config.pad_token_id = stops[0]
         if chat.start_id is not None and chat.media is None:
             model.generation_config.decoder_start_token_id = chat.start_id
+            # generate() can force a single token after the start token.
             if len(chat.opening_ids) == 1:
                 model.generation_config.forced_bos_token_id = chat.opening_ids[0]
     if stops and getattr(model.config, "pad_token_id", None) is None:
@@ -147,6 +148,7 @@ def save_format(chat: ChatFormat, folder: Path) -> None:
         save_processor(chat.media, folder)
     if not chat.has_tokenizer:
         return
+    # The running model still uses this tokenizer, so the template is restored afterwards.
     template = chat.tokenizer.chat_template
     if chat.template == "plain":
         chat.tokenizer.chat_template = None

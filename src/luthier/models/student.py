@@ -123,6 +123,7 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
     with no_init_weights():
         student: Any = kind.from_config(copy.deepcopy(planned.config), dtype=weight.dtype)
     student.tie_weights()  # no_init_weights skips tying
+    # no_init_weights leaves memory uninitialized, so every weight must come from `state`.
     student.load_state_dict(state, strict=True)
     set_task(student, task_of(teacher))
     if getattr(teacher, "generation_config", None) is not None:

@@ -96,6 +96,7 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
     heads, groups, channels = (
         config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     )  # fmt: skip
+    # After a cut, hidden size divided by heads is no longer the head size.
     config.head_dim = head_size(config)
     if sizes.heads is not None:
         share = heads // groups
@@ -109,6 +110,8 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         config.num_key_value_heads = sizes.heads // share
     if sizes.hidden is not None:
         set_size(config, "hidden_size", sizes.hidden, channels, "--hidden")
+        # g x / sqrt(|x|^2 / C + eps) is unchanged for h of C channels if removed channels are 0,
+        # with eps C / h here and g sqrt(C / h) in the weights.
         config.rms_norm_eps *= channels / sizes.hidden
     if config.hidden_size % config.num_attention_heads:
         raise RecipeError(
@@ -220,6 +223,7 @@ def _cut_channels(model: Any, hidden: int, state: dict[str, Tensor], layers: Seq
             select(state, f"{layer}.{name}.weight", 1, kept)
         for name in _WRITERS:
             select_outputs(state, f"{layer}.{name}", kept)
+    # sqrt(C / h), the counterpart of the changed epsilon.
     scale = (model.config.hidden_size / hidden) ** 0.5
     for name in norms:
         select(state, f"{name}.weight", 0, kept)
