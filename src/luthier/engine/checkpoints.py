@@ -89,10 +89,12 @@ class Checkpoints:
     def write(self, progress: TrainingProgress, tensors: Mapping[str, Tensor]) -> Path:
         """Write a checkpoint and remove all but the newest two. The first checkpoint is read back."""
         started = time.monotonic()
+        # Zero-padded, because checkpoints are ordered by name.
         path = self.folder / f"step-{progress.step:08d}"
         # new_folder renames after fsync, so a checkpoint exists completely or not at all.
         with new_folder(path) as temporary:
             file = temporary / "tensors.safetensors"
+            # safetensors rejects tensors that are not contiguous.
             save_tensors({name: t.contiguous() for name, t in tensors.items()}, file)
             write_json(
                 temporary / "state.json",
@@ -101,7 +103,7 @@ class Checkpoints:
         # Read back the first checkpoint: a faulty disk shows early, at the cost of one read.
         if self._cost is None:
             self._read(path)
-        # What is newer was damaged, or this run would have gone on from it.
+        # Newer checkpoints are damaged: this run would have resumed from an intact one.
         present = sorted(self.folder.glob("step-*"))
         retained = [checkpoint for checkpoint in present if checkpoint <= path][-RETAINED:]
         for checkpoint in present:
@@ -145,9 +147,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over names and bytes of tensors. The hash is equal only for bit-identical
     tensors."""
     digest = hashlib.sha256()
+    # Sorted: the hash must not depend on the order of the modules.
     for name in sorted(tensors):
         digest.update(name.encode())
-        flat = tensors[name].detach().flatten().cpu()  # a single number has no bytes to be seen as
+        # Flat first: `view(torch.uint8)` fails for tensors without a dimension.
+        flat = tensors[name].detach().flatten().cpu()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

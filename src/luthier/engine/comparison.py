@@ -83,6 +83,7 @@ def fit_baselines(
     if not isinstance(held.rows[0], Labelled):
         return fitted
     both_NH = torch.cat([states.train_NH, states.held_QH])
+    # Encoding may stop at the time limit, so only the first rows have states.
     issues = find_label_issues([*train.rows[: states.rows], *held.rows], both_NH)
     return replace(fitted, label_issues=issues)
 
@@ -128,6 +129,7 @@ def base_states(
         both = read(views, budget, began + seconds)
         if len(both) < len(views):
             return None
+        # Views alternate: anchor, positive.
         both_VH = torch.cat(both)
         return States(both_VH[:0], both_VH[::2], 0, time.monotonic() - began, both_VH[1::2])
     held_states = read(held.examples, budget, began + seconds)

@@ -110,6 +110,7 @@ class OpenedData:
         for reader in (self.train, *held, *self.mix):
             reader.first(FIRST_ROWS)
             if reader.problems:
+                # Read on, so that the error lists every problem of the source.
                 reader.read_all()
         if objective is not None and chat is not None:
             train, further = self.train.first(FIRST_ROWS), [r.first(FIRST_ROWS) for r in self.mix]
@@ -144,6 +145,7 @@ def prepare(
     Raises:
         DataError: with every problem of the rows.
     """
+    # The base model may have decided the objective after the sources were opened.
     if data is None or data.checker is not checker_for(objective):
         data = OpenedData(spec, objective)
     reader = data.train
@@ -161,21 +163,20 @@ def prepare(
     check_shapes(rows, held, concatenate(mixed_rows), objective, chat)
     context = row_limit(objective, objective.format(chat), context)
     try:
-        chat.check_input_kind(
-            SHAPES[rows[0].shape].reads
-        )  # once, where else each row would be refused
+        # One check for the source: every row would fail in the same way.
+        chat.check_input_kind(SHAPES[rows[0].shape].reads)
     except RowRefused as bad:
         raise DataError([bad.at(rows[0].file, rows[0].line)]) from bad
     if spec.augmentation:
         _check_augmentation(spec.augmentation, objective, chat)
-    # As the files are: a held-out part of one file is not yet split from it.
+    # The check sees whole files, before a held-out part is split off.
     splits = {"train": concatenate([rows, *mixed_rows]), "validation": held}
     filled = {name: each for name, each in splits.items() if each}
     report = inspect_job(spec, filled, objective, chat, on_row, reader.warnings)
     rows, held, *mixed_rows = [objective.regroup(each) for each in (rows, held, *mixed_rows)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:
-        # Drawn by the same seed, the rows of a smaller share are among those of a larger one.
+        # With one seed, the rows of a smaller share are among the rows of a larger share.
         left_out = [1 - spec.train_share]
         part_N, _ = split_rows(strata_of(rows), group_related(rows), left_out, seed)
         rows = select(rows, part_N)
@@ -208,7 +209,7 @@ def prepare(
     for view in _sequences(objective, encoded):
         counts["tokens"] += view.tokens
         counts["learned_tokens"] += int(np.count_nonzero(view.weight_T))
-    # Of rows with one side, simple baselines have no embedding to compare.
+    # Embedding baselines compare the two sides of a row.
     able = {"history", "pair"} if objective.task == "embedding" else None
     answers = predicts(objective) and (able is None or {row.shape for row in rows} <= able)
     learned = concatenate(map(_rows_of, (rows, *mixed_rows), sets)) if answers else ()
@@ -216,6 +217,7 @@ def prepare(
         ComparedRows.of(learned, encoded if answers else (), seed),
         ComparedRows.of(_rows_of(held, validation), validation, seed, MOST_ROWS // 5),
     )
+    # After the baselines took their rows: packing joins rows into one example.
     sets = [objective.pack(each, context) if each else [] for each in sets]
     validation = objective.pack(validation, context) if validation else []
     train, mixed = _mix(spec, sets)
@@ -303,6 +305,7 @@ def _split(
         reason = f"held out: {apart} of its {len({*values}):,} values, each with all its rows"
         choices.append(("data.group_column", spec.group_column, reason))
     if refit:
+        # File order: a refit of all steps then has the bits of a run without held-out rows.
         train_N, held_N = np.sort(np.concatenate([train_N, held_N])), held_N[:0]
     return [select(rows, part_N) for part_N in (train_N, held_N, test_N)]
 
@@ -326,6 +329,7 @@ def _split_groups(
         )
     groups_N, strata = group_related(rows, values), strata_of(rows)
     for draw in range(MOST_DRAWS):
+        # Groups contain several labels, so the labels are not stratified but checked below.
         parts = split_rows([""] * len(rows), groups_N, shares, seed + draw * 1_000_003)
         learned = {strata[row] for row in parts[0].tolist()}
         if learned == {*strata} and all(
@@ -349,6 +353,7 @@ def loss_mask(examples: Iterable[Example], chat: ChatFormat) -> LossMask | None:
         digest.update(each.ids_T.tobytes())
         digest.update(each.weight_T.tobytes())
         edge_E = np.flatnonzero(np.diff(each.weight_T != 0, prepend=False, append=False))
+        # Edges alternate: start and end of each stretch of trained tokens.
         for start, end in edge_E.reshape(-1, 2).tolist():
             stretches += 1
             before_K = each.ids_T[max(0, start - len(opening_K)) : start]

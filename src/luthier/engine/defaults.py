@@ -101,6 +101,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
             training = training.model_copy(update={field: value})
             choices.append((f"training.{field}", value, reason))
 
+    # `fill` keeps a value that is set, so the first rule that applies wins.
     if objective.contrasts_rows:
         reason = "each row is compared with all rows of the batch"
         fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
@@ -109,9 +110,11 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         fill("batch_size", *_with_mixed(size, objective.defaults.batch_reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts), facts))
     if training.max_steps is None:
+        # An epoch is one pass over the main set, so count only the batch's rows of the main set.
         batch = max(1, round((training.batch_size or 1) / facts.mix_factor))
         fill("epochs", *_epochs(objective, facts.rows, batch, facts.from_scratch))
-    # A rate that was given is meant for all weights.
+    # A random head needs a higher rate than pre-trained weights. A rate in the recipe applies to
+    # all weights.
     starts_head = objective.starts_head
     apart = facts.new_head and not starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
@@ -123,6 +126,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     if factor != 1:
         reason += f"; times {factor:g} for {objective.method}"
     if starts_head:
+        # At the full rate, the first steps undo the regression (docs/log/defaults.md).
         factor *= FITTED_HEAD_RATE
         origin = "fitted" if facts.new_head else "trained"
         reason += f"; times {FITTED_HEAD_RATE:g} to preserve the {origin} head"
@@ -130,12 +134,13 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         reason += f"; times `learning_rate_multiplier` {training.learning_rate_multiplier:g}"
     fill("learning_rate", rate * factor * training.learning_rate_multiplier, reason)
     factor = recipe.adaptation.new_head_rate if apart else 1.0
-    if factor == 1:  # nothing to tell
+    if factor == 1:  # a factor of 1 needs no line
         training = training.model_copy(
             update={"head_rate_multiplier": training.head_rate_multiplier or 1.0}
         )
     reason = "the new head is random, the weights below are pre-trained"
     fill("head_rate_multiplier", factor, reason)
+    # `fill` cannot set these fields, because their defaults are not None.
     for field, value, reason in (
         ("beta1", objective.defaults.beta1, f"usual for {objective.method}"),
         (
@@ -180,6 +185,7 @@ def token_budget(
     """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
     budget, reason = usual, "full speed; larger values mainly need more memory"
+    # Without a limit, each shared prefix is computed once.
     least = _count_computed(batches, 1 << 30)
     while _count_computed(batches, budget) > 1.1 * least and 2 * budget <= room:
         budget, reason = (
@@ -245,7 +251,7 @@ def _epochs(objective: Objective, rows: int, batch: int, from_scratch: bool) -> 
         most = max(most, objective.defaults.scratch_epochs)
     per_epoch = -(-rows // batch)
     epochs = min(most, max(1, -(-least // per_epoch)))
-    # Further passes still help many classes; a set of a million rows teaches all it can in one.
+    # More passes still help with many classes, but a million rows need only one pass.
     repeated = min(objective.defaults.min_epochs, LONGEST_REPEATED // per_epoch)
     if repeated > epochs:
         reason = f"{per_epoch} steps per epoch: {repeated} epochs, with early stopping"

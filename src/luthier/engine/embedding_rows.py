@@ -38,9 +38,10 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Embedding]:
         return (
             weight.requires_grad
             and weight.numel() >= MIN_NUMBERS
-            and weight.shape[1] <= CHUNK  # for which there is noise to round by
+            # `Rounding.into_rows` rejects longer rows.
+            and weight.shape[1] <= CHUNK
             and holders[id(weight)] == 1
-            # What these do takes dense gradients.
+            # `max_norm` changes the table in place, and `scale_grad_by_freq` needs dense gradients.
             and table.max_norm is None
             and not table.scale_grad_by_freq
         )
@@ -48,7 +49,7 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Embedding]:
     return {
         f"{name}.weight".removeprefix("."): module
         for name, module in model.named_modules()
-        # Not one that computes its weight from others.
+        # A parametrized embedding computes its weight, which is then missing in `_parameters`.
         if type(module) is nn.Embedding and "weight" in module._parameters and is_apart(module)
     }
 
@@ -74,7 +75,7 @@ class EmbeddingRows:
         # Row number in the buffers by table row; -1 for rows without a gradient so far.
         self._place_V = torch.full((len(weight),), -1, device=weight.device)
         self._ids_V = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
-        # On a CPU the system gives memory to what is written: to the rows that are there.
+        # `empty`, not `zeros`: on a CPU the system allocates memory only for rows that are written.
         self._buffers = {
             name: torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
             for name in (MASTER, GRADIENT, *MOMENTS)
@@ -93,14 +94,16 @@ class EmbeddingRows:
     def add(self, gradient: Tensor) -> None:
         """Add a gradient of the whole table, sparse or dense, to the gradient sum."""
         if gradient.is_sparse:
-            # Put together by sorting, the same way each time on every device.
+            # float32 first, so that sums do not round in bfloat16. `coalesce` sorts the row
+            # numbers, which makes the sums deterministic on every device.
             gradient = gradient.float().coalesce()
             ids_G, rows_GW = gradient.indices()[0], gradient.values()
         else:
+            # AdamW without decay would not move a row whose gradients are all 0.
             ids_G = gradient.any(1).nonzero()[:, 0]
             rows_GW = gradient[ids_G].float()
         self._append(ids_G[self._place_V[ids_G] < 0])
-        # Each row is there once, so nothing depends on an order.
+        # Row numbers are unique, so the indexed sum does not depend on an order.
         self[GRADIENT][self._place_V[ids_G]] += rows_GW
 
     def clear(self) -> None:
@@ -122,6 +125,7 @@ class EmbeddingRows:
     def restore_whole(self, tables: Mapping[str, Tensor]) -> None:
         """Restore the rows from masters and moments of the whole table. The table must be as before
         step 1."""
+        # A row has moved if its master or a moment differs from the state before step 1.
         moved_V = (tables[MASTER].to(self._weight.device) != self._weight.float()).any(1)
         for name in tables.keys() - {MASTER}:
             moved_V |= tables[name].to(self._weight.device).any(1)
@@ -132,6 +136,7 @@ class EmbeddingRows:
         start, self._count = self._count, self._count + len(ids_N)
         self._ids_V[start : self._count] = ids_N
         self._place_V[ids_N] = torch.arange(start, self._count, device=ids_N.device)
+        # A row without an earlier gradient never moved: the table contains its exact master.
         self[MASTER][start:] = self._weight[ids_N].float()
         for name in (GRADIENT, *MOMENTS):
             self[name][start:] = 0

@@ -242,7 +242,7 @@ def prepare_job(
     media = chat.media
 
     def on_progress(done: int, size: int) -> None:
-        if size >= LARGE and media is None:  # images and sounds are not yet read then
+        if size >= LARGE and media is None:  # media files are read by the row check
             reporter.progress(done // 1_000_000, size // 1_000_000, "MB read")
 
     def on_row(done: int, count: int) -> None:
@@ -342,6 +342,7 @@ def prepare_refit(
     return replace(
         refit,
         origin={**job.origin, "recipe": recipe.plain()},
+        # The same share of the schedule: kept_step / job.steps, in steps over more rows.
         until=max(1, round(kept_step * refit.steps / job.steps)),
         steps_before=steps_before,
     )
@@ -353,6 +354,7 @@ def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
     record = base.manifest.data
     if record is None:
         return 0
+    # By hash, so that a renamed or moved file still counts as learned.
     path_by_hash = {sha256: path for path, sha256 in record.sha256.items()}
     count = 0
     for path, lines in data.held_out.get("validation", {}).items():
@@ -393,9 +395,9 @@ def resolve_job(
     if recipe.training.fully_shard:
         check_shardable(model, data.objective, recipe.adaptation)
     if recipe.training.layer_decay < 1:
-        layer_names(model)  # refuses a network without layers to tell apart
+        layer_names(model)  # raises for a network without separate layers
     width = hidden_size_of(model)
-    # A custom model of the same task and classes brings its head along.
+    # A custom model of the same task and classes keeps its head.
     brings = base.manifest.kind == data.objective.task
     one, other = base_objective.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
@@ -419,6 +421,7 @@ def resolve_job(
         scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
     )
     recipe = recipe.model_copy(update={"objective": data.objective})
+    # The default rate is needed even if a rate is set: advice on divergence compares both.
     open_rate = recipe.training.model_copy(update={"learning_rate": None})
     usual, _ = defaults.choose(recipe.model_copy(update={"training": open_rate}), facts)
     recipe, choices = defaults.choose(recipe, facts)
@@ -451,6 +454,7 @@ def resolve_job(
     tokens = recipe.training.micro_batch_tokens or 0
     check_memory(estimate, tokens, data.longest, available)
     disk_bytes = disk_needed(model, size, recipe.adaptation, bool(recipe.training.refit))
+    # Checkpoints of a resumed run are on the disk already and must not be counted twice.
     need_disk(base_folder("x"), max(0, disk_bytes - stored_bytes), "this run")
     number_type = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.settings([("precision", number_type, machine.reason), *data.choices, *choices])

@@ -118,6 +118,7 @@ class Loop:
         )
         model = self.network.model
         layers = layer_names(model) if training.layer_decay < 1 else []
+        # Weight decay moves every row, and processes exchange dense gradients.
         whole = self.processes.size > 1 or self.network.is_sharded or training.weight_decay
         self._tables = {} if whole else embedding_tables(model)
         self.optimizer = MasterAdamW(
@@ -129,6 +130,7 @@ class Loop:
             self._tables,
         )
         if self.objective.uses_reference:
+            # Before any step and before `resume`: the reference is the initial model.
             self.network.remember_start()
         self.progress = TrainingProgress()
         self._upcoming: list[Example] | None = None
@@ -139,6 +141,8 @@ class Loop:
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """Measurements on the validation rows, in order."""
+        # In memory: reading the metrics file for advice took 9 of 74 s in short runs
+        # (docs/log/defaults.md).
         self.train_lines: deque[Mapping[str, Any]] = deque(maxlen=ADVICE_LINES)
         """Metrics of the last training steps."""
         self._advice = ""
@@ -150,13 +154,15 @@ class Loop:
         self.optimizer.restore(tensors)
         for name, buffer in adapter_buffers(self.network.model).items():
             buffer.copy_(tensors[f"{_BUFFER}{name}"])
+        # Checkpoints contain whole tensors, so the number of processes may change on resume.
         self.best = {
             name: shard_like(tensors[f"{_BEST}{name}"], weight)
             for name, weight in self.optimizer.weights.items()
             if f"{_BEST}{name}" in tensors
         }
+        # Truncate first, because steps after the checkpoint run again and must not be read below.
         self.truncate_files()
-        # What is noted of single rows decides what is kept. The first process alone has the file.
+        # Row-level scores decide which weights are kept, and only the first process has the file.
         lines = self.processes.first(self.metrics.read(rows=True))
         self.measured = [line for line in lines if line["event"] == "validation"]
         self.train_lines.extend(line for line in lines if line["event"] == "train")
@@ -179,14 +185,16 @@ class Loop:
                 return self._run()
         finally:
             self.network.group = ALONE
-            self.network.layout.read_ahead(())  # else the process would end after all that waits
+            # Drop the queue: images that wait to be read would delay the end of the process.
+            self.network.layout.read_ahead(())
 
     def _run(self) -> TrainingProgress:
         if self.processes.size > 1:
-            # Another machine may have calibrated to other last digits.
+            # Masters must be equal; calibration may differ in the last digits between machines.
             masters, weights = self.optimizer.masters, self.optimizer.weights
             self.processes.send_first([masters[n] for n, w in weights.items() if not is_sharded(w)])
             self.optimizer.publish()
+        # The weights before training are a candidate too: a run that only harms keeps them.
         if self.progress.step == 0:
             if len(self.validation) >= MANY_HELD_OUT:
                 self.reporter.stage(
@@ -200,17 +208,20 @@ class Loop:
                 every = self.training.evaluate_every or self.steps
                 if last or self.progress.step % every == 0:
                     self.evaluate()
+                # One process with a signal stops all; the rest would wait in the next exchange.
                 if self.processes.any(stopped()):
-                    if self.progress.step:  # a run that has not trained begins anew
+                    # Before step 1 a checkpoint saves no work: a resume starts from the beginning.
+                    if self.progress.step:
                         self.checkpoint()
-                        self.processes.first(None)  # has written it before another one ends
+                        # Barrier: no process may end before the checkpoint is on disk.
+                        self.processes.first(None)
                     raise Interrupted(
                         f"stopped after step {self._run_step} of {self.all_steps}. Resume with "
                         "the same command and --resume"
                     )
                 shards = self.processes.size if self.network.is_sharded else 1
                 due = self.checkpoints.due(self.progress.step, shards * self.optimizer.bytes)
-                # The first process, whose clock decides, cannot put shards together alone.
+                # A checkpoint of shards is a collective call, so the first process's clock decides.
                 if self.processes.first(due) if self.network.is_sharded else due:
                     self.checkpoint()
         if self.progress.step < self.until:
@@ -257,24 +268,25 @@ class Loop:
         )
         objective = self.objective
         self.network.done = self.progress.step / self.steps
-        # What is drawn in a step follows from seed and step, as its rows do.
+        # Random numbers depend on seed and step alone, so checkpoints store no generator state.
         seed_torch(derive_seed(self.training.seed, self.progress.step))
         # Processes share the work of annotation, such as sampling and scoring.
         with torch.no_grad(), self.network.split_work():
             batches = objective.annotate(self.network, chosen, self.budget)
         self._upcoming = None
         if self.progress.step + 1 < self.until and not objective.contrasts_rows:
-            # Rows that are contrasted are seen in views of their own, which are drawn in the step.
+            # Contrastive objectives draw the views of a row within the step, not ahead of the step.
             self._upcoming = self._rows(self.progress.step + 1)
-            if self.processes.size == 1:  # else most would be read for others
+            # With several processes, most rows are read by another process.
+            if self.processes.size == 1:
                 self.network.layout.read_ahead(self._upcoming)
         metrics: dict[str, float] = {}
         turns, number = objective.turns(batches), 0
-        # A process that has no micro-batch takes part in the turns of the others.
+        # Each turn contains exchanges, so a process without a micro-batch takes part too.
         while self.processes.any((turn := next(turns, None)) is not None):
-            # Of turns that measure the same the last one counts, as it does for the loss.
             loss, turn_metrics = self._backward(objective, turn or (), number)
             number += 1
+            # If several turns report a metric, the last turn counts, as for the loss.
             metrics |= turn_metrics
             try:
                 norm = self.optimizer.step(rate)
@@ -285,6 +297,7 @@ class Loop:
                 ) from error
         self.processes.send_first(self._buffers)
         seconds = time.monotonic() - started
+        # A filler repeats a micro-batch and would count its tokens twice.
         counted = [batch.tree.examples for batch in batches if not batch.is_filler]
         own_tokens = sum(row.tokens for rows in counted for row in rows)
         tokens = int(self.processes.sum(own_tokens))
@@ -333,12 +346,12 @@ class Loop:
     ) -> tuple[float, dict[str, float]]:
         """Compute the gradients of the mean loss over the micro-batches of all processes. Return
         the mean loss and the objective's metrics."""
-        # fsum: the sum must not depend on the order of micro-batches.
+        # fsum: the sum must not depend on the order of the micro-batches.
         own_weight = math.fsum(batch.weight for batch in batches if not batch.is_filler)
         weight = self.processes.sum(own_weight)
         means = Means()
         for batch in batches:
-            # Dropout, too, is the same whichever process computes the micro-batch.
+            # Dropout depends on the place of the micro-batch, not on the process that computes it.
             seed = derive_seed(self.training.seed, self.progress.step, turn, batch.place)
             with drawn_from(seed, self.network.device):
                 loss = objective.loss(self.network, batch)
@@ -362,6 +375,7 @@ class Loop:
         self.network.model.eval()
         measured = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress = self.progress
+        # Only the measures that decide must be finite; `record` omits other non-finite values.
         if not all(math.isfinite(measured[name]) for name in {"loss", self.objective.measure}):
             advice = self._divergence_advice
             if progress.step == 0:
@@ -377,7 +391,7 @@ class Loop:
         better = best_measurement(self.measured, measure) is measured
         if better:
             progress.best_loss, progress.best_step = measured["loss"], progress.step
-            # Without masters and moments: training never continues from the best weights.
+            # Masters and moments are not copied: training never continues from the best weights.
             self.best = {n: local_shard(w.data).clone() for n, w in self.optimizer.weights.items()}
         min_delta = self.training.min_delta
         # Relative, because losses and scores have different scales.
@@ -398,7 +412,7 @@ class Loop:
 
     def record(self, event: str, **values: Any) -> None:
         """Add a line to the metrics file and report the line."""
-        # JSON has no word for a number that is not finite, such as a mean of no rows.
+        # JSON has no literal for a non-finite number, such as the mean of no rows.
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         line = {"event": event, "step": self._run_step, **finite}
         if self.objective.measure in line:
@@ -416,14 +430,14 @@ class Loop:
 
     def _checkpoint(self) -> None:
         if self.processes.rank and not self.network.is_sharded:
-            return  # all have the same state
+            return  # every process has the same state
         tensors = self.optimizer.state()
         weights = self.optimizer.weights
         tensors |= gather_to_first(
             (f"{_BEST}{n}", value, weights[n]) for n, value in self.best.items()
         )
         if self.processes.rank:
-            return  # the first process has put them together
+            return  # the first process has gathered the shards
         buffers = adapter_buffers(self.network.model)
         tensors |= {f"{_BUFFER}{name}": value for name, value in buffers.items()}
         self.checkpoints.write(self.progress, tensors)
@@ -494,7 +508,7 @@ def row_gradients(
         network.model.eval()
         steps = range(order.steps_per_epoch)
         whole = (examples[index] for step in steps for index in order.batch(step))
-        # A row may teach nothing by itself: a text whose label nobody knows.
+        # A single row may have no view to learn from, such as a text without a label.
         chosen = list(islice((row for row in whole if objective.views([row], "fixed")), rows))
         reporter.stage(f"Computing gradients of {len(chosen):,} rows to select the trained weights")
         for start in range(0, len(chosen), size):
@@ -504,6 +518,7 @@ def row_gradients(
                 for batch in turn:
                     objective.loss(network, batch).total.backward()
             yield
+            # The caller reads the gradients while the generator is suspended at `yield`.
             network.model.zero_grad(set_to_none=True)
 
     return gradients
@@ -522,7 +537,7 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     try:
         before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there has its own way to stop
+    except ValueError:  # not the main thread, where Python allows no signal handlers
         before = {}
     try:
         yield lambda: stopped

@@ -59,6 +59,7 @@ def choose_machine(precision: Precision = "auto", threads: int | None = None) ->
         device = torch.device("cuda")
         if group.size > 1:
             device = torch.device("cuda", group.local_rank % torch.cuda.device_count())
+            # A bare "cuda" means the current device, which would be GPU 0 in every process.
             torch.cuda.set_device(device)
         name, several = torch.cuda.get_device_name(device), False
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -118,7 +119,8 @@ def _openmp_pause() -> Callable[[int], int] | None:
 
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         with suppress(OSError, AttributeError):
-            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)  # only what is there already
+            # RTLD_NOLOAD: a second OpenMP library would have its own threads.
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
             function: Callable[[int], int] = library.omp_pause_resource_all
             return function
     return None
@@ -127,6 +129,7 @@ def _openmp_pause() -> Callable[[int], int] | None:
 def _cpu_has_bfloat16() -> bool:
     if platform.system() == "Linux":
         text = Path("/proc/cpuinfo").read_text(errors="replace")
+        # "flags" on x86, "Features" on ARM.
         flags = next(
             (line for line in text.splitlines() if line.startswith(("flags", "Features"))), ""
         )
@@ -193,6 +196,7 @@ def set_malloc_threshold(size: int) -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD. A set value switches off glibc's adaptive threshold.
     mmap_threshold, trim_threshold = -3, -1
     for option in (mmap_threshold, trim_threshold):
         ctypes.CDLL(None).mallopt(option, size)
@@ -208,6 +212,7 @@ def return_freed_memory() -> None:
 def forget_peak_memory() -> None:
     """Reset the peak of :func:`peak_memory`, on Linux only."""
     with suppress(OSError):
+        # "5" resets the peak resident size (proc(5)).
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -221,6 +226,7 @@ def peak_memory(device: torch.device | None = None) -> int:
 
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kilobytes.
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
@@ -265,6 +271,7 @@ def _limit() -> int | None:
         text = (GROUP / "memory.max").read_text().strip()
     except OSError:
         return None
+    # The file contains "max" if no limit is set.
     return int(text) if text.isdigit() else None
 
 

@@ -98,6 +98,7 @@ def sharded_estimate(
     trained = [trained_numbers(layer) for layer in layers]
     held = sum(numbers) * bytes_per_number + optimizer_bytes(sum(trained), bytes_per_number)
     on_the_way = 2 * max(numbers) * bytes_per_number + 2 * max(trained) * (bytes_per_number + 4)
+    # float32: master and two moments. Working type: the best weights.
     checkpoint = sum(trained) * (12 + bytes_per_number)
     return estimate.plus(on_the_way + checkpoint - (held - held // processes))
 
@@ -150,6 +151,7 @@ def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = No
     sizes: list[int] = []
 
     def pack(tensor: Any) -> Any:
+        # Saved weights are references and need no additional memory.
         if not isinstance(tensor, torch.nn.Parameter):
             sizes.append(tensor.numel())
         return tensor
@@ -167,7 +169,7 @@ def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = No
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         if dropped:
-            config.layerdrop = 0.0  # layers that are left out at random take memory in other steps
+            config.layerdrop = 0.0  # layers skipped in one step need memory in other steps
         try:
             run_media(model.train(), arrays, **texts)
         finally:
@@ -222,6 +224,7 @@ def disk_needed(
     trained = trained_numbers(model)
     total = sum(w.numel() for w in model.parameters())
     saved = total if adaptation.stores_network else trained
+    # float32: master and two moments. Working type: the best weights.
     checkpoint = trained * (12 + bytes_per_number)
     checkpoints = (2 if refit else 1) * RETAINED + 1
     return int(1.1 * (checkpoints * checkpoint + saved * bytes_per_number)) + 20_000_000
@@ -258,7 +261,7 @@ def sketch_training(
     Raises:
         RefusedInput: if network, objective and adaptation are incompatible.
     """
-    # Rows are refused by what stands here before torch is imported.
+    # Lazy, so that rows can be rejected before torch is imported.
     import torch
 
     from luthier.models.load import sketch
@@ -273,6 +276,7 @@ def sketch_training(
             adaptation.attach(model)
             add_modules(model, objective.attach(model))
         memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model), reads)
+        # The reference model is a second copy of the trained weights (`Network.remember_start`).
         start = trained_numbers(model) * size if objective.uses_reference else 0
     return TrainingSketch(model, memory.plus(start), adaptation)
 
@@ -290,7 +294,7 @@ def check_memory(memory: MemoryEstimate, tokens: int, longest: int, available: i
         DoesNotFit: with the micro-batch or row length that fits, if the weights fit.
     """
     peak = memory.peak(tokens)
-    # The estimate includes what the process has already.
+    # `available` excludes the memory of this process, and the estimate includes it as PROCESS.
     room = available + PROCESS
     if peak <= room:
         return

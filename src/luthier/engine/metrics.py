@@ -120,7 +120,7 @@ def chance_between(one: Mapping[str, Any], other: Mapping[str, Any], measure: st
         first, second = (RowScores.read(line["rows"][measure]) for line in (one, other))
         chance = CHANCE * first.difference_error(second)
         if measure == "loss" and 1 < count < FEW_ROWS:
-            # Of few rows the spread itself is known badly, and seen too small.
+            # The spread of few rows is uncertain and biased low: Student's t and n / (n - 1).
             chance *= STUDENT_T[count - 2] / CHANCE * math.sqrt(count / (count - 1))
         return chance
     error = f"{measure}_error"
@@ -213,7 +213,7 @@ class MetricsFile:
         """Return all complete lines; with row-level values if ``rows`` is set."""
         if not self.path.is_file():
             return []
-        # What follows the last line end was cut short by a kill, or is being written now.
+        # An incomplete last line was cut by a kill or is being written.
         lines = self.path.read_bytes().split(b"\n")[:-1]
         values = map(json.loads, lines)
         return [line if rows else without_rows(line) for line in values]
@@ -247,7 +247,7 @@ def _draw_picture(
     best = best_measurement(held, held[0].get("measure", "loss")) if held else None
     for axes, (name, label) in zip(panels, shown.items(), strict=True):
         _draw_train(axes, lines, name)
-        # Where rewards are measured, the loss is minus the reward and no point on a curve of losses.
+        # With rewards, the measured loss is minus the reward and does not belong to the loss curve.
         points = [x for x in held if name in x and not (name == "loss" and "reward" in x)]
         _draw_validation(axes, points, name, best)
         axes.set(ylabel=label)
@@ -312,6 +312,7 @@ def save_figure(figure: Any, *paths: Path) -> None:
         picture = io.BytesIO()
         figure.savefig(picture, format=path.suffix[1:], dpi=130)
         write_bytes(path, picture.getvalue())
+    # pyplot keeps each figure in memory until it is closed.
     pyplot.close(figure)
 
 
@@ -321,5 +322,6 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     mean = 0.0
     for index, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value
+        # The mean starts at 0, so the first values are too small by 1 - w^n, as in Adam.
         smoothed.append(mean / (1 - weight**index))
     return smoothed

@@ -112,7 +112,7 @@ class ModelWriter:
         with new_folder(run.model_folder) as fresh:
             manifest = self._save(network, fresh)
             network.close()
-            return_freed_memory()  # of the activations, before a second network is loaded
+            return_freed_memory()  # a second network is loaded next
             parity = self._parity(fresh, manifest, trained)
             title = run.model_id
             if self.refit:
@@ -136,6 +136,7 @@ class ModelWriter:
         )
         plugins = dict(package.rsplit(" ", 1) for package in packages if package)
         trained = adapter_tensors(model)
+        # Hash of the weights in memory: the parity check compares it with the file as read back.
         weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
         if adaptation.stores_network:
             save_network(model, job.chat, folder)
@@ -258,13 +259,16 @@ class ModelWriter:
             rows=len(self._sample()),
             trained=trained.loss,
             reloaded=self._loss(network),
+            # Merging into bfloat16 rounds, so merged adapters have a wider limit.
             rounded=parent is not None and dtype != torch.float32,
             next_tokens=trained.logps.beside(logps) if trained.logps and logps else None,
             greedy=greedy,
             greedy_skipped=trained.greedy_skipped,
         )
+        # One network in memory at a time.
         network.close()
         if parent and trained.greedy is not None and store.can_share_base(stored):
+            # A server keeps the adapter next to the base if possible, which rounds differently.
             below = as_network(store.load(parent, dtype, device, head), device, dtype)
             network = below.with_adapter(lambda model: store.attach_adapter(model, stored))
             with _open_backend(network) as backend:

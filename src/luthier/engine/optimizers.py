@@ -79,7 +79,7 @@ class MasterAdamW:
         everything = dict(named)
         self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
         self._tables = {n: EmbeddingRows(self.weights[n].data) for n in tables}
-        # Those of float32 are the weights themselves.
+        # `float()` returns a float32 weight itself, so weight and master are then one tensor.
         self.masters = {
             n: self._tables[n][MASTER] if n in self._tables else local_shard(w.data).float()
             for n, w in self.weights.items()
@@ -111,6 +111,7 @@ class MasterAdamW:
             if (table := self._tables.get(name)) is not None:
                 table.add(gradient)
                 self._sums[name] = table[GRADIENT]
+                # The fused kernel requires `step` on the device of the weight.
                 self._state.setdefault(name, {"step": torch.zeros((), device=gradient.device)})
                 self._update_views(name, table)
             elif name in self._sums:
@@ -136,7 +137,9 @@ class MasterAdamW:
             return
         present = {name for each in processes.gather([*self._sums]) for name in each}
         for name in present - self._sums.keys():
+            # An all-reduce needs the same tensors in every process; a missing gradient is 0.
             self._sums[name] = torch.zeros_like(self.masters[name])
+        # Order of `weights`, not of `present`: every process must reduce in the same order.
         added = [n for n, weight in self.weights.items() if n in present and not is_sharded(weight)]
         processes.add_up([self._sums[name] for name in added])
 
@@ -145,10 +148,12 @@ class MasterAdamW:
         gradient norm."""
         # The norm covers all weights before any weight moves, as in torch's clip_grad_norm_.
         norm = self._norm()
+        # One non-finite gradient makes the norm non-finite, so one check covers all weights.
         if not torch.isfinite(norm):
             raise Diverged("the gradient is not finite")
         if self._max_norm and norm > self._max_norm:
             for name, gradient in self._sums.items():
+                # `clip_grads_with_norm_` scales the `grad` of its parameters in place.
                 self.masters[name].grad = gradient
             nn.utils.clip_grads_with_norm_(
                 self.masters.values(), self._max_norm, norm, foreach=True
@@ -158,6 +163,7 @@ class MasterAdamW:
         for group in self._groups:
             self._move(group, learning_rate * group.share)
         for name in self._tables.keys() & self._sums.keys():
+            # The sums of a table are a view of its buffer, so dropping the view is not enough.
             self._tables[name].clear()
         self._sums.clear()
         self.publish()
@@ -175,6 +181,8 @@ class MasterAdamW:
                     **{moment: torch.zeros_like(master) for moment in MOMENTS},
                 }
         states = [self._state[name] for name in names]
+        # The function, because the class `torch.optim.AdamW` imports torch's compiler in 0.55 s
+        # (docs/log/engine.md).
         adamw(
             [self.masters[name] for name in names],
             [self._sums[name] for name in names],
@@ -199,7 +207,7 @@ class MasterAdamW:
                 (parts if is_sharded(weight) else whole).append(self._sums[name])
         norm = nn.utils.get_total_norm(whole, foreach=True)
         if parts:
-            # Shards are disjoint, so squared norms of the processes add up.
+            # |g|^2 = |g_whole|^2 + sum over processes p of |g_p|^2, because shards are disjoint.
             own = float(nn.utils.get_total_norm(parts, foreach=True))
             norm = torch.tensor(math.hypot(float(norm), math.sqrt(self._processes.sum(own**2))))
         return norm
@@ -207,6 +215,7 @@ class MasterAdamW:
     @property
     def bytes(self) -> int:
         """Size of the masters and moments of this process, in bytes."""
+        # The master and both moments have equal sizes.
         return 3 * sum(master.nbytes for master in self.masters.values())
 
     def state(self) -> dict[str, Tensor]:
@@ -218,7 +227,7 @@ class MasterAdamW:
         for name, master in self.masters.items():
             values = {MASTER: master, **self._state.get(name, {})}
             if (table := self._tables.get(name)) is not None:
-                # The norm of all gradients adds them up in this order.
+                # A resume must keep the order of the rows, in which the norm is summed.
                 values |= {_ROWS: table.ids}
             parts += [(f"{key}.{name}", value, self.weights[name]) for key, value in values.items()]
         return gather_to_first(parts)
@@ -249,8 +258,8 @@ class MasterAdamW:
                     values = whole_tables(ids, values, whole)
                 master.copy_(shard_like(values.pop(MASTER), weight))
                 for key, value in values.items():
-                    # The fused step reads all three in the order they lie in memory, which for
-                    # convolutions (channels last) is not the order of a file.
+                    # The fused kernel walks all tensors in memory order. Channels-last masters of
+                    # convolutions differ in this order from tensors of a file.
                     state[key] = torch.empty_like(master).copy_(shard_like(value, weight))
             if state:
                 self._state[name] = state
@@ -261,8 +270,8 @@ class MasterAdamW:
     def publish(self) -> None:
         """Copy the masters to the network's weights."""
         rounding = Rounding()
-        # Noise goes on from weight to weight, and shards differ in length: whole weights come first, as
-        # they must be the same in all processes.
+        # The noise continues from weight to weight, and shards differ in length. Whole weights come
+        # first, because replicated weights must be rounded alike in all processes.
         for name, weight in sorted(self.weights.items(), key=lambda each: is_sharded(each[1])):
             if name in self._tables:
                 self._tables[name].publish(rounding)
@@ -336,6 +345,7 @@ def schedule_factor(
     if warmup is None:
         warmup = math.ceil((WARMUP_SHARE if warmup_ratio is None else warmup_ratio) * steps)
     if step < warmup:
+        # Step 0 moves the weights too, and step `warmup` is the first with a factor of 1.
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
     if schedule == "cosine":

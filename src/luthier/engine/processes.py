@@ -116,13 +116,15 @@ def run_in_processes(
             nproc_per_node=processes,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
+            # Port 0: the system chooses a free port, so several runs fit on one machine.
             rdzv_endpoint="localhost:0",
-            # Else it is found out by the name of the machine, which may be no loopback address.
+            # Without `is_host`, torch finds the host by the machine's name. If the name resolves to
+            # loopback, no node matches and all wait for 60 s.
             rdzv_configs={"is_host": True},
             local_addr="localhost",
             max_restarts=MAX_RESTARTS,
             shutdown_timeout=SHUTDOWN_SECONDS,
-            # Else its folder stays behind in that of temporary files.
+            # By default, torch leaves a log folder behind in the system's temporary folder.
             logs_specs=DefaultLogsSpecs(str(folder / "agent")),
         )
         try:
@@ -135,6 +137,7 @@ def run_in_processes(
                 elastic_launch(config, program)(*arguments)
         except ChildFailedError as error:
             if _outcomes(folder):
+                # A process that could explain its failure has left an outcome.
                 raise restore_error(read_json(_outcomes(folder)[0])) from error
             rank, failure = error.get_first_failure()
             how = format_exit(failure.exitcode)
@@ -171,6 +174,8 @@ def main(train: Training) -> None:
     """Run one process of :func:`run_in_processes`; the first argument on the command line is the
     folder."""
     folder = Path(sys.argv[1])
+    # Not by the agent, which leaves redirected files open. Descriptors, because native libraries do
+    # not print through `sys.stdout`.
     with _log_of(folder, os.environ["RANK"]).open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -180,7 +185,8 @@ def main(train: Training) -> None:
 def work(folder: Path, train: Training = _train) -> None:
     """Train and write the outcome into a file."""
     if _outcomes(folder):
-        return  # one of them met what no new start would mend
+        # Another process has recorded an error that a restart cannot fix.
+        return
     request = read_json(folder / _REQUEST)
     watch_agent(request["agent"])
     group = ProcessGroup.of_environment()
@@ -192,14 +198,18 @@ def work(folder: Path, train: Training = _train) -> None:
         outcome: dict[str, Any] = {"result": asdict(train(request, reporter))}
     except ProcessLost as error:
         print(error, file=sys.stderr)
+        # A failure status makes the agent restart all processes.
         sys.exit(1)
-    except LuthierError as error:  # a new start would fail in the same way
+    except LuthierError as error:  # a restart would fail in the same way
         outcome = report_error(error, "" if first else f"process {group.rank} of {group.size}: ")
         if not first and (error.reported or isinstance(error, Interrupted)):
             return  # the first process reports the same error
     if first:
+        # Status 0 even after an error: the outcome is final, and a failure would cause a restart.
         write_json(folder / _OUTCOME.format(0), outcome)
     elif "error" in outcome:
+        # The failure makes the agent end the other processes, which wait in an exchange. Restarted
+        # processes find the outcome and return.
         write_json(folder / _OUTCOME.format(group.rank), outcome)
         sys.exit(1)
 
@@ -210,6 +220,8 @@ def check_room(processes: int, each: int = PROCESS_BYTES) -> None:
     Raises:
         RecipeError: with the maximum number of processes, also for fewer than 1.
     """
+    # Without a limit, 100 processes filled 23 GB, and the kernel killed other programs
+    # (docs/log/engine.md).
     room = available_memory() // each
     if not 1 <= processes <= room:
         raise RecipeError(
@@ -240,9 +252,11 @@ def watch_agent(agent: int) -> None:
     other until the collective times out, or would train next to restarted processes.
     """
 
+    # Polling, because `PR_SET_PDEATHSIG` is limited to Linux and follows the parent's thread.
     def wait() -> None:
         while os.getppid() == agent:
             time.sleep(1)
+        # `sys.exit` would end this thread only, while the main thread waits in an exchange.
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -251,7 +265,7 @@ def watch_agent(agent: int) -> None:
 def launch_id() -> str:
     """Return torchrun's ``--rdzv-id``, equal on all nodes and after restarts; empty without an id."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return "" if run_id == "none" else run_id  # what torchrun says without one
+    return "" if run_id == "none" else run_id  # torchrun sets "none" without an id
 
 
 def has_agent() -> bool:
@@ -277,6 +291,7 @@ def _own_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        # Python sets signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -286,7 +301,7 @@ def _own_signals() -> Iterator[None]:
 def _quiet_agent(processes: int) -> Iterator[None]:
     """Silence the agent's log and divide the CPU threads among the processes."""
     name = "torch.distributed.elastic"
-    # Each of them has a level of its own.
+    # Each logger has its own level, so silencing the parent logger has no effect.
     logs = [
         log for log in map(logging.getLogger, logging.root.manager.loggerDict) if name in log.name
     ]

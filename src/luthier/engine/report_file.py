@@ -47,7 +47,9 @@ class ReportReader:
         with self.path.open("rb") as file:
             file.seek(self._place)
             lines = file.read().split(b"\n")
-        for line in lines[:-1]:  # what follows the last line end is being written
+        # The writer may be in the middle of the last line: leave the rest for the next call.
+        for line in lines[:-1]:
+            # Advance before the call, so that a line whose report raises is not reported again.
             self._place += len(line) + 1
             method, arguments = json.loads(line)
             getattr(reporter, method)(*arguments)
@@ -71,6 +73,8 @@ def forward_reports(path: Path, reporter: Reporter) -> Iterator[None]:
     def forward_new() -> None:
         while True:
             try:
+                # After an exception the reader still advances, but a silent reporter receives the
+                # calls.
                 reader.forward(Reporter() if raised else reporter)
             except BaseException as error:
                 raised.append(error)
@@ -88,6 +92,7 @@ def forward_reports(path: Path, reporter: Reporter) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        # The last lines may have been written after the thread's last look.
         forward_new()
     if raised:
         raise raised[0]

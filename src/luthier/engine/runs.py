@@ -140,6 +140,8 @@ class Run:
         begun = (self.folder / RUN_REQUEST).is_file()
         if not (begun and resume):
             self.check_free()
+            # The launch comes before the request: a kill in between must not leave a run that its
+            # launch does not recognize.
             self._record_launch(launch)
             write_json(self.folder / RUN_REQUEST, dict(request))
             return None
@@ -151,11 +153,12 @@ class Run:
 
     def has_ended(self) -> bool:
         """Return true if the run has a result and the model exists."""
+        # The model appears before the result, so a kill in between leaves an unfinished run.
         return (self.model_folder / MANIFEST).is_file() and (self.folder / RUN_RESULT).is_file()
 
     def is_unfinished(self) -> bool:
         """Return true if the run has begun and not ended."""
-        # Its model may lie on another machine by now.
+        # The model is not checked, because a finished run's model may be on another machine.
         return (self.folder / RUN_REQUEST).is_file() and not (self.folder / RUN_RESULT).is_file()
 
     def failure(self) -> str:
@@ -169,6 +172,7 @@ class Run:
 
     def started_at(self) -> datetime:
         """Return the start time of an unfinished run, UTC."""
+        # The request is written once, at the start.
         return datetime.fromtimestamp((self.folder / RUN_REQUEST).stat().st_mtime, UTC)
 
     def check_free(self) -> None:
@@ -249,6 +253,7 @@ class Run:
         path = self.folder / LABEL_ISSUES
         if not path.is_file():
             return []
+        # Not `splitlines`, which also splits at U+2028 within JSON strings.
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
     def record_failure(self, reason: str) -> None:
@@ -257,6 +262,7 @@ class Run:
 
     def finish(self, result: Result) -> None:
         """Record the result, which marks the run as finished, and delete the working files."""
+        # The result comes first: a kill during the deletion leaves a finished run.
         write_json(self.folder / RUN_RESULT, asdict(result))
         self.drop_working_files()
 
@@ -270,6 +276,7 @@ class Run:
     def lock(self, wait_seconds: float = 0.0) -> Iterator[None]:
         """Acquire the lock of the run; see :func:`lock_folder`."""
         with lock_folder(self.folder, self.model_id, wait_seconds):
+            # Under the lock only, because a sweep would also delete the files of a running writer.
             sweep(self.folder)
             sweep(self.model_folder.parent, self.name)
             yield
@@ -370,7 +377,7 @@ def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[
         RunConflict: if the lock is not free within ``wait_seconds``. At least two attempts are
             made.
     """
-    # Who only looks whether somebody works on it has the lock for an instant: one try would not do.
+    # `is_locked` holds the lock for an instant, so one failed attempt does not prove an owner.
     deadline = time.monotonic() + max(wait_seconds, LOOK_SECONDS)
     while True:
         with lock(folder / _LOCK) as free:

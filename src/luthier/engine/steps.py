@@ -91,7 +91,7 @@ class Preparation(TrainingStep):
             rows = chain(job.data.train, job.data.validation)
             folder = trainer.run_folder.folder / PRECOMPUTED
             objective.precompute(network, rows, budget, folder, note)
-        return_freed_memory()  # a teacher may be closed by now
+        return_freed_memory()  # the objective may have closed a teacher
 
 
 class Baselines(TrainingStep):
@@ -238,7 +238,7 @@ class ReferenceScores(TrainingStep):
         not delayed.
         """
         job = trainer.job
-        # The last batch of an epoch may be smaller.
+        # Steps of one epoch, rounded up: the last batch of an epoch may be smaller.
         repeats = job.steps > -(-job.rows // (job.recipe.training.batch_size or 1))
         if not (repeats or job.data.validation):
             return
@@ -269,12 +269,14 @@ class RefitTraining(TrainingStep):
         of the refit are appended to the metrics of the run.
         """
         measured, group, clock = trainer.progress, trainer.group, trainer.clock
+        # Only the first process has the baselines that the verdict needs; all must take one branch.
         if not group.first(None if group.rank else judge(trainer).learned):
             why = "more rows would not improve the model"
             if not measured.best_step:
                 why = "the weights from before training are the best"
             trainer.reporter.note(f"refit skipped: {why}")
             return
+        # Two networks may not fit in memory, and the refit starts from the base.
         trainer.network.close()
         base, name = trainer.job.base.root, trainer.run_folder.name
         run = Run(base, name, rehearsal=trainer.run_folder.folder / REFIT)
@@ -289,13 +291,17 @@ class RefitTraining(TrainingStep):
         trainer.reporter.stage(
             f"Refit: training again on all {job.data.counts['rows']:,} rows, for {job.until:,} steps"
         )
+        # Only the first process has the refit's files.
         resume = bool(group.first(run.has_metrics()))
         run.begin(job.request(), resume=True)
         again = trainer.refit_trainer(job, run)
         again.learn(resume)
         metrics = MetricsFile(trainer.run_folder.folder / METRICS)
+        # After the end of the refit: a killed run repeats the first training's last steps and
+        # truncates the file.
         for line in again.lines:
             metrics.append(line)
+        # The stored weights have learned the held-out rows, so a later run must know the rows.
         trainer.run_folder.record_held_out(job.data.held_out)
         trainer.network, trainer.stored_job = again.network, job
         trainer.progress = replace(
@@ -354,6 +360,7 @@ STEPS: PluginTable[type[TrainingStep]] = PluginTable(
     TrainingStep,
     {
         "preparation": Preparation,
+        # Before calibration, which may change the weights: baselines describe the base model.
         "baselines": Baselines,
         "calibration": AdaptationCalibration,
         "frozen_layers": FrozenLayers,

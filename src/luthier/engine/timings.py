@@ -72,6 +72,7 @@ def request_key(recipe: Mapping[str, Any], hashes: Mapping[str, str], machine: M
     weights = [each["weight"] for each in recipe["data"].get("mix", [])]
     request = {
         **{key: value for key, value in recipe.items() if key not in ("name", "data")},
+        # Hashes identify the files, so that a moved file keeps its estimate.
         "data": [data, weights, list(hashes.values())],
         "machine": [machine_name(machine.device), machine.threads, str(machine.dtype)],
     }

@@ -30,7 +30,7 @@ class TrackingReporter(Reporter):
     def _warn_of(self, name: str) -> Iterator[None]:
         try:
             yield
-        # Trackers and their servers fail with errors of many libraries.
+        # Each tracker's library raises its own exceptions; training must survive all of them.
         except Exception as error:
             self._trackers.pop(name, None)
             reason = (str(error).splitlines() or [""])[0]
@@ -40,6 +40,7 @@ class TrackingReporter(Reporter):
             )
 
     def _track(self, act: Callable[[Tracker], None]) -> None:
+        # A copy, because a tracker that fails is removed during the loop.
         for name, tracker in [*self._trackers.items()]:
             with self._warn_of(name):
                 act(tracker)

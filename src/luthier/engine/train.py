@@ -91,6 +91,7 @@ def train(
         keep_freed_memory(SHARDED_MALLOC_THRESHOLD)
     else:
         keep_freed_memory()
+    # Before the first matrix product: oneDNN reads the limit with the first kernel.
     limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     with group.shared_errors():
@@ -115,23 +116,24 @@ def _train_first_process(
     recipe = with_base(recipe, reporter, data)
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
-    # A model tuned further keeps the name of the base model at the bottom of its lineage.
     launch, name = launch_id(), recipe.name
-    if launch:  # nodes that join and leave start all processes again, too
+    # Nodes that join or leave restart all processes without counting as a restart. Only the
+    # launch's id shows which run continues.
+    if launch:
         last = automatic_name(base.root, recipe.data.train, resume=True, launch=launch)
         before = Run(base.root, name or last)
         if before.read_launch() == launch:
             resume, name = True, before.name
+    # Runs are named after `root`, the base model at the bottom of the lineage.
     run = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume))
     with run.lock(ORPHAN_SECONDS if has_agent() else 0.0):
         try:
             if not resume:
-                _check_free(
-                    run, recipe, base, data
-                )  # before the rows are read, which can take minutes
+                # Before the rows are read, which can take minutes.
+                _check_free(run, recipe, base, data)
             elif run.request_value("luthier") is None:
                 reporter.nothing_to_resume(run.model_id)
-            # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
+            # The micro-batch size decides the order of sums: a resumed run keeps the value.
             fixed_values = run.read_request() if resume else {}
             with clock.part("data"):
                 job = prepare_job(
@@ -177,9 +179,12 @@ def train_first_process(
 
     ``job`` is ``None`` if the run was finished before; ``done`` is then the result.
     """
+    # The other processes wait here too. An earlier error of this process reaches the others through
+    # `shared_errors`.
     group.agree()
     fixed_values = job.fixed_values() if job is not None else {}
     done_fields = asdict(done) if done is not None else None
+    # The first process alone knows the run's folder, micro-batch size and template date.
     group.first([str(run.folder), fixed_values, resume, done_fields])
     if job is None:
         assert done is not None
@@ -204,9 +209,11 @@ def train_first_process(
         group.first(asdict(result))
         return result
     except RefusedInput:
+        # The request file claims the name: a run rejected before any work must free the name.
         run.drop_if_untrained()
         raise
     except Diverged as error:
+        # A resume would repeat the same arithmetic and diverge again.
         run.record_failure(str(error))
         raise
 
@@ -220,7 +227,7 @@ def _train_other_process(recipe: Recipe, machine: Machine, group: ProcessGroup) 
     def prepare(fixed_values: Mapping[str, Any]) -> TrainingJob:
         if fixed_values["template_date"] == job.chat.date:
             return job
-        # The run began on another day, and its rows have the date of that day.
+        # The run began on another day, and its rows contain the date of that day.
         return prepare_job(recipe, base, machine, Reporter(), fixed_values, processes=group.size)
 
     return train_other_process(prepare, group)
@@ -241,6 +248,7 @@ def train_other_process(
         budget = fixed_values["micro_batch_tokens"]
         training = job.recipe.training.model_copy(update={"micro_batch_tokens": budget})
         job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
+        # The run folder has one writer; metrics of this process go into a temporary folder.
         with TemporaryDirectory(prefix="luthier-process-") as own:
             run = Run(job.base.root, job.base.root, rehearsal=Path(own))
             steps = select_steps(job, stores=False)
@@ -280,7 +288,7 @@ def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> 
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
     run = Run(base.root, folder.name, rehearsal=folder)
-    training = recipe.training.model_copy(update={"refit": False})  # nothing would measure it
+    training = recipe.training.model_copy(update={"refit": False})  # no held-out rows left
     recipe = recipe.model_copy(update={"training": training})
     stored_bytes = run.checkpoint_bytes()
     job = prepare_job(
@@ -350,11 +358,13 @@ class Trainer:
 
     def run(self, resume: bool) -> Result:
         """Train, store and verify the model."""
+        # Before `learn`, which creates the metrics file.
         resumed = self.run_folder.has_metrics()
         self.learn(resume)
         for step in self.steps:
             step.after_training(self)
         result = self.store()
+        # Before `finish`, which deletes the checkpoints.
         disk = folder_size(self.run_folder.folder) + folder_size(self.run_folder.model_folder)
         self.run_folder.finish(result)
         if self.group.size == 1:  # estimates are for one process
@@ -394,9 +404,11 @@ class Trainer:
             self._loaded = load_trained_network(self.job, self.group, self.reporter)
         self.network = self._loaded.network
         checkpoints = Checkpoints(self.first_folder / CHECKPOINTS)
+        # Before the steps: calibration is skipped if a checkpoint exists.
         self.checkpoint = checkpoints.latest() if resume else None
         for step in self.steps:
             step.before_training(self)
+        # After the steps: the optimizer copies its masters from the calibrated weights.
         loop = self._loop(checkpoints)
         if self.checkpoint is not None:
             loop.resume(*self.checkpoint)
@@ -408,9 +420,10 @@ class Trainer:
                 f"resuming from step {done}" if self.checkpoint else "starting at step 1"
             )
         if loop.progress.step == 0:
+            # The metrics file of a resumed run contains these lines already.
             for event, values in self.first_lines.items():
                 loop.record(event, **values)
-        self.checkpoint = None  # the tensors of the checkpoint are in the loop now
+        self.checkpoint = None  # free the tensors: the loop has copies
         return loop
 
     def release(self) -> None:
@@ -419,7 +432,7 @@ class Trainer:
         for other in network.others.values():
             other.close()
         network.frozen_cache, network.others, network.cache = None, {}, None
-        network.uses_llama_forward = None  # the extra modules are part of the comparison
+        network.uses_llama_forward = None  # its cached result includes the modules deleted below
         if isinstance(network.layout, MediaLayout):
             network.layout.forget()
         for name in self._loaded.extra_modules:
@@ -432,7 +445,7 @@ class Trainer:
         for step in self.steps:
             step.before_storing(self)
         assert self.verdict is not None
-        # A network whose shards were collected is on the CPU, and is verified there.
+        # A network gathered from shards is on the CPU, and no device may have room for the check.
         machine = replace(self.job.machine, device=self.network.device)
         issues = self.baselines.label_issues if self.baselines is not None else None
         writer = ModelWriter(
@@ -467,6 +480,7 @@ class Trainer:
         network = load_trained_network(self.job, self.group, self.reporter, whole=True).network
         with torch.no_grad():
             for name, tensor in adapter_tensors(network.model).items():
+                # `pop` frees each gathered tensor after the copy, which limits the peak of memory.
                 tensor.copy_(tensors.pop(name))
         return network
 

@@ -62,6 +62,7 @@ def load_trained_network(
             some = ", ".join(old[:5]) + (", …" if len(old) > 5 else "")
             why = f", replacing the head with {some}"
         note(f"new head{classes}{why}")
+    # The attention of the flat layout drops no weights (docs/log/engine.md).
     if getattr(model.config, "attention_dropout", 0):
         model.config.attention_dropout = 0.0  # type: ignore[union-attr]
     network = as_network(model, device, machine.dtype)
@@ -74,10 +75,12 @@ def load_trained_network(
         note(f"dropout {training.dropout:g} in {modules}; attention weights are not dropped")
     if adaptation.shares_base:
         try_shared(network, adaptation.method, adaptation.attach)
+    # Seed again: new adapter weights must not depend on what loading has drawn.
     torch.manual_seed(training.seed)
     before = sum(weight.numel() for weight in model.parameters())
     adaptation.attach(model)
     try_training(network, adaptation.method)
+    # Before the objective adds modules, which are not stored.
     size = stored_bytes(model, adaptation)
     extra_modules = add_modules(model, objective.attach(model))
     return_freed_memory()  # loading and attaching leave copies behind

@@ -367,6 +367,8 @@ class _Course:
 
     def _least(self, line: Mapping[str, Any]) -> float:
         """Return the minimum significant difference from the first measurement."""
+        # The best of eight equal measurements lies 1.4 standard errors above their mean; CHANCE is
+        # 2 (docs/log/defaults.md).
         return max(LEAST_GAIN * abs(self._cost(self.first)), self._chance(self.first, line))
 
     def _noise(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
@@ -385,6 +387,7 @@ class _Course:
     def _training_moved(self) -> int:
         """Return the direction of the training loss after the best step: 1 up, -1 down, 0 flat."""
         losses = [line["loss"] for line in self.train]
+        # Means of a quarter of the steps, because the loss of one step varies with its rows.
         part = max(1, len(losses) // 4)
         upto = self.kept["step"] or part
         moved = statistics.fmean(losses[-part:]) - statistics.fmean(losses[:upto][-part:])
