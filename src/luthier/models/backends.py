@@ -193,9 +193,11 @@ def read_prompts(
     logits: list[Tensor] = []
 
     def begin(ids_T: IntArray) -> State:
+        # Only prompts that are completely prefilled have cached keys and values.
         earlier = len(states) // copies
         if reuse is None or not earlier:
             return backend.open(ids_T)
+        # At least one token stays to prefill: the logits after it choose the next token.
         shared = [common_length(ids_T[:-1], other_T) for other_T in prompts[:earlier]]
         nearest = max(range(earlier), key=shared.__getitem__)
         count = shared[nearest]
@@ -216,6 +218,7 @@ def read_prompts(
                 for place, logits_V in zip(left, found, strict=True):
                     ends[place] = logits_V
             while reading:
+                # Sequences move from `reading` to `states` one by one, so an error frees each once.
                 states += backend.fork(reading[0], copies)
                 del reading[0]
             logits += [logits_V for logits_V in ends if logits_V is not None for _ in range(copies)]
@@ -261,6 +264,7 @@ def _check_llama_cpp() -> None:
         installed = version(LLAMA_CPP)
     except PackageNotFoundError:
         installed = ""
+    # The layout of llama.h's structures, which are passed by value, changes between versions.
     if installed != LLAMA_CPP_VERSION:
         raise RecipeError(
             f"llama.cpp requires {LLAMA_CPP} {LLAMA_CPP_VERSION}, installed is "

@@ -30,6 +30,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Any:
         vocab_size=vocabulary,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
+        # Bytes that the training text lacks must be tokens too.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -38,6 +39,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Any:
         tokenizer_object=core,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
+        # Clean-up would remove spaces before punctuation, so decoding would change the text.
         clean_up_tokenization_spaces=False,
     )
 

@@ -84,6 +84,7 @@ def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
     ):
         config: Any = AutoConfig.for_model(**fields)
         torch.manual_seed(seed)
+        # transformers draws the weights from torch's global generator.
         model = auto_class(config, task).from_config(config, dtype=torch.float32)
     logging.disable_progress_bar()
     return model

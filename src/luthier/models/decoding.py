@@ -48,8 +48,10 @@ def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """
     sum_RV = weight_RV.cumsum(-1)
     total_R1 = sum_RV[:, -1:]
+    # The product can round up to the total, which would select a token of weight 0 or none.
     below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
     at_R1 = torch.minimum((uniform_R[:, None] * total_R1).to(sum_RV.dtype), below_R1)
+    # right=True skips tokens of weight 0: their cumulative weight equals the previous one.
     return torch.searchsorted(sum_RV, at_R1, right=True)[:, 0]
 
 
@@ -88,6 +90,7 @@ class TokenSampler:
         """``index`` numbers the completions of ``prompt_T``; ``stop_ids`` end a completion."""
         self.sampling, self.mask = sampling, mask
         self.stop_ids = frozenset(stop_ids)
+        # Python derives the state from the SHA-512 of a string: equal in every process.
         self._random = random.Random(f"{seed}/{index}")
         self._written: Counter[int] = Counter()
         repeats = sampling.repetition_penalty != 1
@@ -119,6 +122,7 @@ class TokenSampler:
             (token,) = likeliest_tokens(logits_V[None])
         else:
             token = self._draw(logits_V / self.sampling.temperature)
+        # For nan, both branches return an index beyond the vocabulary.
         if not 0 <= token < len(logits_V):
             raise RecipeError("The model returned no probabilities.", rule="model.no_probabilities")
         if self._penalised or self._read is not None:
@@ -139,6 +143,7 @@ class TokenSampler:
     def _adjust(self, logits_V: Tensor) -> Tensor:
         if self.plain:
             return logits_V
+        # A copy, because log-probabilities are computed from the unchanged logits.
         sampling, logits_V = self.sampling, logits_V.clone()
         if len(self._biased_N):
             at, bias = self._biased_N.to(logits_V.device), self._bias_N.to(logits_V.device)
@@ -148,11 +153,13 @@ class TokenSampler:
             known = torch.cat([self._read, torch.tensor(written, dtype=torch.int64)]).unique()
             known = known.to(logits_V.device)
             given, penalty = logits_V[known], sampling.repetition_penalty
+            # Keskar et al. 2019. Dividing a negative logit would make the token more likely.
             logits_V[known] = torch.where(given > 0, given / penalty, given * penalty)
         if written and (sampling.frequency_penalty or sampling.presence_penalty):
             at = torch.tensor(written, device=logits_V.device)
             times = torch.tensor([float(self._written[i]) for i in written], device=at.device)
             logits_V[at] -= sampling.frequency_penalty * times + sampling.presence_penalty
+        # The mask comes last, so that no bias allows a forbidden token.
         if (allowed_V := self._allowed(len(logits_V))) is not None:
             logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
         return logits_V
@@ -182,12 +189,15 @@ class TokenSampler:
             enough = float(kept_K.sum()) >= sampling.top_p
             if not enough and float(kept_K[-1]) >= sampling.min_p * float(kept_K[0]):
                 kept_K, index_K = probability_V.sort(descending=True)
+        # The sum before each candidate: the candidate that crosses top_p stays.
         before_K = kept_K.cumsum(-1) - kept_K
+        # With top_k, top_p refers to the probability of the k candidates.
         total = kept_K.sum() if sampling.top_k else 1.0
         # The most likely token is always a candidate, also for top_p = 0.
         out_K = (before_K >= sampling.top_p * total) | (kept_K < sampling.min_p * kept_K[0])
         out_K[0] = False
         at = int(draw(kept_K.masked_fill(out_K, 0.0)[None], uniform))
+        # nan leads behind the last candidate; `choose` reports the error.
         return int(index_K[at]) if at < len(index_K) else count
 
 
@@ -219,6 +229,7 @@ def choose_tokens(samplers: Sequence[TokenSampler], logits_RV: Tensor) -> list[i
     if first.greedy:
         return _check_tokens(likeliest_tokens(logits_RV), logits_RV)
     probability_RV = torch.softmax(logits_RV.float() / first.sampling.temperature, -1)
+    # One number per row, as in `TokenSampler.choose`, so batching does not change the draws.
     uniforms = [own.uniform() for own in samplers]
     uniform_R = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device)
     return _check_tokens(draw(probability_RV, uniform_R).tolist(), logits_RV)
@@ -300,6 +311,7 @@ class Decoding:
             self._logits_RV = self._backend.step(states, last)
         tokens = choose_tokens([row.sampler for row in rows], self._logits_RV)
         if self._logps:
+            # Settings of the rows differ in the seed only (see choose_tokens).
             temperature = 1.0 if rows[0].sampler.greedy else rows[0].sampler.sampling.temperature
             logp_RV = torch.log_softmax(self._logits_RV.float() / temperature, -1)
             chosen_R1 = torch.tensor(tokens, device=logp_RV.device)[:, None]
@@ -439,6 +451,7 @@ def _share_prompts(
     """Run :func:`sample` in parallel processes, each with every n-th prompt."""
     processes = network.processes
     own = slice(processes.rank, None, processes.size)
+    # Processes sample different prompts, so nothing inside may wait for the other processes.
     with network.whole_work():
         written = sample(
             network,

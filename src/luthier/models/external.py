@@ -282,6 +282,7 @@ def check_layers(config: dict[str, Any]) -> None:
     Raises:
         ModelRefused: for such a configuration.
     """
+    # A list instead of recursion, because the file decides how deep the fields are nested.
     inside: list[tuple[str, Any]] = [("", config)]
     while inside:
         where, value = inside.pop()
@@ -383,6 +384,7 @@ def check_lone_weights(path: Path) -> None:
 def _object(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = read_json(folder / name)
+    # Deeply nested JSON exceeds the recursion limit of Python's parser.
     except (CorruptFile, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -405,6 +407,7 @@ def check_sizes(numbers: int, stored: int) -> None:
     Raises:
         ModelRefused: for such a configuration.
     """
+    # A config.json of a few bytes can describe a network of any size.
     if numbers > stored + _SLACK:
         raise ModelRefused(
             CONFIG, "model.weights",

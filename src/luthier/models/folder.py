@@ -104,6 +104,7 @@ class ModelFolder:
             UnknownModel, ModelRefused: see :attr:`description`.
         """
         self.check()
+        # for_head changes the configuration, and the cached one serves other heads too.
         return for_head(copy.deepcopy(self._config), head)
 
     def sketch(self, head: Head) -> nn.Module:
@@ -120,6 +121,7 @@ class ModelFolder:
         nets.register(self.fields.get("model_type"))
         if self.is_pipeline:
             return AutoConfig.for_model(**self.fields)
+        # Explicit: without a value, transformers asks on the terminal whether to run the folder's code.
         return AutoConfig.from_pretrained(str(self.path), trust_remote_code=False)
 
     def check(self) -> None:
@@ -159,6 +161,7 @@ class ModelFolder:
             head = Head("embedding" if task in _HEADS_LEFT_OUT else task)
             network = sketch(for_head(config, head), head)
             shape = input_shape(config) if media_config(config) is not None else (1,)
+            # Checks at loading run an input of this shape, so the file must not choose any size.
             if min(shape) < 1 or prod(shape) > MOST_PIXELS:
                 raise ValueError(f"inputs have the shape {shape}")
             if empty := [name for name, weight in network.named_parameters() if not weight.numel()]:

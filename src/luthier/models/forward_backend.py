@@ -42,6 +42,7 @@ class _Group:
         """Reduce the group to ``rows``, whose caches are at the batch indices ``places``."""
         if self.encoded_RSH is not None:
             index_R = torch.tensor(places, device=self.encoded_RSH.device)
+            # transformers' method for beam search also selects and repeats rows.
             self.cache.reorder_cache(index_R)
             self.encoded_RSH = self.encoded_RSH[index_R]
             self.mask_RS = None if self.mask_RS is None else self.mask_RS[index_R]
@@ -73,6 +74,7 @@ class ForwardBackend:
         self._beside = heads.decoder_of(model) is not None
         config = text_config(model.config)
         layers = int(getattr(config, "num_hidden_layers", 1))
+        # Keys and values per layer. A decoder next to an encoder also caches its cross-attention.
         numbers = 2 * layers * int(config.hidden_size) * (2 if self._beside else 1)
         self._bytes = numbers * network.dtype.itemsize
 

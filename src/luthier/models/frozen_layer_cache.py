@@ -101,8 +101,11 @@ class FrozenLayerCache:
         kept = new_activations((size, network.width), network.dtype, file)
         bottom = FrozenLayerCache(network, count, kept, start)
         end = 0
+        # A separate pass over all rows: a cache filled during the first epoch would depend on the
+        # step at which a run resumes.
         for batch in network.batches(list(unique.values()), budget):
             hidden_NH = bottom._compute(network, batch)
+            # Stored per row, because other micro-batches share other prefixes.
             rows_MH = hidden_NH[torch.from_numpy(batch.tree.node_M).to(hidden_NH.device)]
             kept[end : end + len(rows_MH)] = rows_MH.cpu()
             for example in batch.tree.examples:
@@ -118,8 +121,10 @@ class FrozenLayerCache:
     def _compute(self, network: Network, batch: TreeBatch) -> Tensor:
         seen: list[Tensor] = []
         layers = getattr(self._owner, self._name)[: self.count]
+        # A hook, because the network's output is behind the final norm.
         tap = layers[-1].register_forward_hook(lambda _module, _given, out: seen.append(out))
         try:
+            # Only the frozen layers run: the forward pass iterates over the replaced list.
             with self._layers(layers):
                 network.hidden(batch)
         finally:

@@ -26,6 +26,7 @@ def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
 def _rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return the norm of ``x [..., H]`` and the reciprocal root mean square of each token."""
     rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    # rstd = (|x|^2 / H + epsilon)^(-1/2)
     rstd = rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
     if x.dtype == torch.float32:
         return (x * rstd).mul_(weight_H), rstd
@@ -76,6 +77,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        # y = silu(gate) * up: dgate = g * up * silu'(gate), dup = g * silu(gate).
         dgate = torch.ops.aten.silu_backward(grad * up, gate)
         return dgate, nn.functional.silu(gate).mul_(grad)
 
@@ -120,7 +122,9 @@ class Dropout(nn.Dropout):
         share = round(self.p * 65536)
         if not (self.training and 0 < share < 65536 and x.device.type == "cpu"):
             return super().forward(x)
+        # Each int64 contains four numbers of 16 bits. `random_` without an upper limit draws 64 bits.
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        # int16 is uniform in [-32768, 32767], so the probability to keep is 1 - share / 65536.
         kept = (bits.view(torch.int16)[: x.numel()] >= share - 32768).view(x.shape)
         dropped: Tensor = _Dropout.apply(x, kept, 65536 / (65536 - share))  # type: ignore[no-untyped-call]
         return dropped
@@ -132,6 +136,7 @@ def fuse(model: nn.Module) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
+            # The exact class: subclasses may drop differently.
             if type(child) is nn.Dropout:
                 setattr(parent, name, Dropout(child.p, child.inplace).train(child.training))
                 continue
@@ -146,11 +151,13 @@ def _fuse(module: nn.Module) -> nn.Module | None:
     kind = type(module).__name__
     if isinstance(module, RMSNorm | SwiGLU):
         return None
+    # Each family has its own class, so the name selects and `_same` verifies the formula.
     if kind.endswith("RMSNorm") and isinstance(getattr(module, "variance_epsilon", None), float):
         return RMSNorm(module.weight, module.variance_epsilon)  # type: ignore[arg-type]
     activation = getattr(module, "act_fn", None)
     if kind.endswith("MLP") and type(activation).__name__ in ("SiLU", "SiLUActivation"):
         projections = [getattr(module, f"{part}_proj", None) for part in ("gate", "up", "down")]
+        # Three projections and the activation: another child would change the formula.
         if len(list(module.children())) == 4 and all(isinstance(p, nn.Linear) for p in projections):
             return SwiGLU(*projections)  # type: ignore[arg-type]
     return None

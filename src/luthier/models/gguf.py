@@ -224,6 +224,7 @@ def write_lora(
         tensor = tensors[name].detach().float().cpu().contiguous()
         if side == "A.weight":
             rank = len(tensor)
+        # Only B has one row per output, so only B follows the order of the heads' rows.
         elif heads := _heads(config, known):
             tensor = interleave(tensor, heads)
         array = tensor.numpy()
@@ -266,7 +267,7 @@ def _write(
     parts: list[tuple[str, tuple[int, ...], GGMLQuantizationType, Callable[[], Any]]],
 ) -> None:
     for name, shape, kind, _ in parts:
-        # GGUFWriter interprets byte shapes as block types.
+        # The format lists all tensors before the data. GGUFWriter reads byte shapes as block types.
         blocks = kind not in (_Kind.F32, _Kind.F16)
         stored = quant_shape_to_byte_shape(shape, kind) if blocks else shape
         dtype = np.dtype(np.uint8 if blocks else np.float32 if kind == _Kind.F32 else np.float16)
@@ -294,9 +295,9 @@ def _quantize(rows: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         into = found[start : start + step]
-        if (
-            library := _ggml()
-        ):  # same bits as the package gguf, and the only implementation of K types
+        # ggml has the same bits as the package gguf, and the only implementation of K types.
+        # Bare pointers are safe because both arrays are contiguous (see _Weight.array).
+        if library := _ggml():
             pointers = part.ctypes.data, into.ctypes.data
             library.ggml_quantize_chunk(int(kind), *pointers, 0, len(part), part.shape[-1], None)
         else:
@@ -327,6 +328,7 @@ def _weights(model: Any) -> list[_Weight]:
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
             raise RecipeError(f"The GGUF format has no name for the weight {name}.")
+        # GPT-2's blocks store `[in, out]` (Conv1D); embeddings are `[vocabulary, width]`.
         transposed = config.model_type == "gpt2" and weight.ndim == 2 and ".h." in name
         found.append(_Weight(known, weight, transposed, _heads(config, known)))
     return found
@@ -334,6 +336,7 @@ def _weights(model: Any) -> list[_Weight]:
 
 def _heads(config: Any, name: str) -> int:
     """Return the number of heads to interleave for a weight; 0 for other weights."""
+    # For Qwen 2, llama.cpp rotates halves as transformers does, so rows keep their order.
     if _ARCHITECTURES[config.model_type] != MODEL_ARCH.LLAMA:
         return 0
     part = name.split(".")[2] if name.startswith("blk.") else ""
@@ -350,6 +353,7 @@ def _frequencies(model: Any, name: str) -> Iterator[_Weight]:
         raise RecipeError(f"llama.cpp does not support the rotary embeddings of {name} (llama3).")
     frequency = model.model.rotary_emb.inv_freq.detach().float().cpu()
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(frequency)) / len(frequency))
+    # llama.cpp divides the plain frequency theta^(-2i/D) by this factor.
     yield _Weight("rope_freqs.weight", plain / frequency)
 
 
@@ -381,6 +385,7 @@ def _kind(
     if quantization in ("q4_k_m", "q5_k_m") and each.name.startswith("blk."):
         _, block, part, *_ = each.name.split(".")
         number, eighth = int(block), blocks // 8
+        # `use_more_bits` of llama-quantize: the outer eighths and every third block between.
         outer = number < eighth or number >= 7 * blocks // 8 or (number - eighth) % 3 == 2
         if part in ("attn_v", "ffn_down") and outer:
             return _Kind.Q6_K
@@ -463,6 +468,7 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
             rule="gguf.tokenizer",
         )
     marked = {each["id"]: each["special"] for each in spec["added_tokens"]}
+    # Embeddings can have more rows than the tokenizer has tokens; each row needs a name.
     tokens = [f"[PAD{number}]" for number in range(size)]
     kinds = [TokenType.UNUSED] * size
     for token, number in core.get_vocab(with_added_tokens=True).items():
@@ -481,7 +487,8 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
     writer.add_token_types(kinds)
     merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
     if pieces:
-        # The first merge has the highest score.
+        # The first merge has the highest score. Reversed, so that the first of several merges to
+        # the same token counts.
         rank = {"".join(pair): place for place, pair in reversed([*enumerate(merges)])}
         writer.add_token_scores([-float(rank.get(token, len(merges))) for token in tokens])
         writer.add_add_space_prefix(bool(prefix))
@@ -559,6 +566,8 @@ def _pre_tokenizer(spec: Mapping[str, Any]) -> str | None:
             steps += [_GPT2] if step.get("use_regex", True) else []
         else:
             return None
+    # The steps decide, not the family: SmolLM2's tokenizer from a GGUF file does not split digits
+    # and is "gpt-2" to llama.cpp.
     found = _PRE_TOKENIZERS.get(tuple(steps))
     # Qwen's tokenizer normalizes to NFC, which llama.cpp leaves to the caller.
     composed = normalizer.get("type") == "NFC" and found == "qwen2"

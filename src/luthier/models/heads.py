@@ -129,6 +129,7 @@ def declared_pooling(folder: Path) -> Literal["mean"] | None:
         return None
     modes = {name for name, on in read_json(folder / POOLING_CONFIG).items() if on is True}
     alone = {name for name in modes if name.startswith("pooling_mode_")}
+    # sentence-transformers concatenates several pooling modes, which luthier does not support.
     return "mean" if alone == {"pooling_mode_mean_tokens"} else None
 
 
@@ -291,6 +292,7 @@ def head_modules(model: nn.Module) -> list[str]:
 
 def _own(module: nn.Module, model: Any) -> bool:
     shared = {id(weight) for weight in model.base_model.parameters()}
+    # A tied output layer has no weight of its own and is part of the pretrained network.
     return any(id(weight) not in shared for weight in module.parameters())
 
 
@@ -322,6 +324,8 @@ def start_bias(model: nn.Module, bias: Sequence[float], new: Collection[str]) ->
     """
     import torch
 
+    # If one class is frequent, the first gradients are alike for all rows. Without an initial bias,
+    # the network would make all states alike before the bias moves.
     own = head_weights(model) & set(new)
     last = [w for n, w in model.named_parameters() if n in own and n.endswith("bias")][-1:]
     for weight in last:
@@ -436,9 +440,8 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     from torch import nn
 
     if media_config(model.config) is not None:
-        if hasattr(
-            model, "projector"
-        ):  # Wav2Vec2: the projector is linear, so projecting the mean equals the mean of projections
+        # Wav2Vec2: the projector is linear, so projecting the mean equals the mean of projections.
+        if hasattr(model, "projector"):
             chosen_RH = model.projector(chosen_RH)
         dropout = getattr(model, "dropout", None)
         of_media: Tensor = model.classifier(dropout(chosen_RH) if dropout else chosen_RH)

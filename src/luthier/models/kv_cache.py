@@ -107,6 +107,7 @@ class Bank:
     def add(self) -> Span:
         """An empty place."""
         if len(self.spans) == self.capacity:
+            # Growth by half, so that adding a sequence rarely copies the others.
             self._resize(self.capacity + max(1, self.capacity // 2))
         self.spans.append(Span(self, len(self.spans)))
         return self.spans[-1]
@@ -126,6 +127,7 @@ class Bank:
     def remove(self, span: Span) -> None:
         """Free ``span``. The last slot moves into the gap."""
         last = self.spans.pop()
+        # No gaps: StepAttention computes adjacent slots as one product.
         if last is not span:
             for parts in self.layers.values():
                 for part in parts:
@@ -174,6 +176,7 @@ class Banks:
         """Return ``span`` if it has room for one more token, else move it to a larger bank."""
         if span.length + 1 <= span.bank.room:
             return span
+        # Copy first: if memory runs out, the sequence keeps its slot.
         larger = self.copy(span, span.length + 1)
         span.bank.remove(span)
         return larger
@@ -212,6 +215,7 @@ class ChunkAttention:
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self._chunks, self._masks = chunks, []
         for chunk in chunks:
+            # Masks are created once per pass; all layers share them.
             query_N = torch.arange(chunk.start, chunk.end, device=device)
             sees_NK = torch.arange(keys_for(chunk.end), device=device) <= query_N[:, None]
             mask_NK = torch.zeros(sees_NK.shape, device=device)
@@ -233,7 +237,9 @@ class ChunkAttention:
             place = slice(chunk.span.length, chunk.end)
             mine_k[:, place], mine_v[:, place] = own_k[0], own_v[0]
             heads, keys = len(mine_k), mask_NK.shape[1]
+            # `[Hk, G * N, D]`: query heads that share a key head are stacked as queries.
             q_HQD = query[0, :, rows].reshape(heads, -1, query.shape[-1])
+            # Scaled after rounding, like in training (luthier.models.attention).
             scores = torch.bmm(q_HQD, mine_k[:, :keys].mT).mul_(scale)
             scores.view(heads, -1, chunk.count, keys).add_(mask_NK.to(scores.dtype))
             out = torch.bmm(torch.softmax(scores, -1), mine_v[:, :keys])
@@ -262,6 +268,7 @@ class StepAttention:
                 and rows[end][1] == ahead
             ):
                 end += 1
+            # The slots of a run are adjacent, so its keys are a view of the bank.
             self._runs.append(_Run.of(rows[first:end], first, device, dtype))
             first = end
         self.longest = max(span.length + ahead for span, ahead in rows) + 1
@@ -274,6 +281,7 @@ class StepAttention:
         if len(self._runs) == 1 and self._runs[0].count == size:
             return self._runs[0].attend(module.layer_idx, query, key, value, scale)[None]
         out = query.new_empty(1, size, heads, value.shape[-1])
+        # In order: guessed tokens attend to keys that an earlier run of this loop stores.
         for run in self._runs:
             rows = slice(run.first, run.first + run.count)
             out[0, rows] = run.attend(
@@ -299,6 +307,7 @@ class _Run:
         bank, slot = rows[0][0].bank, rows[0][0].slot
         length_R = torch.tensor([span.length + ahead for span, ahead in rows], device=device)
         slot_R = torch.arange(slot, slot + len(rows), device=device)
+        # `<=`: the new token's own key is stored at index length_R.
         sees_RK = torch.arange(bank.room, device=device) <= length_R[:, None]
         mask_RK = torch.zeros(sees_RK.shape, device=device, dtype=dtype)
         mask_RK.masked_fill_(~sees_RK, -torch.inf)
@@ -306,6 +315,7 @@ class _Run:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         all_k, all_v = self.bank.of(layer, key, value)
+        # Index tensors on both sides of a slice move to the front: the left side is `[R, Hk, D]`.
         all_k[self.slot_R, :, self.length_R] = key[0].transpose(0, 1)
         all_v[self.slot_R, :, self.length_R] = value[0].transpose(0, 1)
         k_RHKD = all_k[self.slot : self.slot + self.count]

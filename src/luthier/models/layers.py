@@ -59,6 +59,7 @@ def share_layers(model: Any) -> Any:
 
     Layers of the copy can be replaced without an effect on ``model``.
     """
+    # deepcopy returns the objects in the memo instead of copying them.
     shared = [each for each in model.modules() if next(each.children(), None) is None]
     shared += [*model.parameters(), *model.buffers(), model.config]
     return copy.deepcopy(model, {id(each): each for each in shared})
@@ -82,6 +83,7 @@ def layer_names(model: nn.Module) -> list[str]:
     outer = [
         (name, module)
         for name, module in lists
+        # A list inside another list belongs to a layer.
         if not any(re.match(rf"{re.escape(other)}\.", name) for other, _ in lists)
     ]
     if not outer:

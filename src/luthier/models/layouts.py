@@ -132,6 +132,7 @@ class Flat(Layout):
         """Run the forward pass with another ``attention`` than the batch's plan."""
         output = backbone(
             input_ids=batch.ids_N[None],
+            # Behind a prefix, positions start at its length, like in transformers and PEFT.
             position_ids=batch.depth_N[None] + self.first_position + batch.plan.before,
             tree=attention,
             use_cache=False,
@@ -158,6 +159,7 @@ class Rectangle:
     def rows(self, ids_N: Tensor, fill: int) -> Tensor:
         """``ids_N`` as rows ``[R, T]``."""
         ids_RT = torch.full_like(self.mask_RT, fill)
+        # Padding nodes are behind all nodes of rows (see pad_tree).
         ids_RT.view(-1)[self.slot_M] = ids_N[: len(self.slot_M)]
         return ids_RT
 
@@ -291,6 +293,7 @@ class MediaReader:
         for _, waiting in self._ahead.values():
             waiting.cancel()
         media = [each.media for each in examples[:IMAGES_HELD] if each.media is not None]
+        # The entry keeps the input alive: Python reuses the ids of deleted objects.
         self._ahead = {id(each): (each, _threads().submit(each.array)) for each in media}
 
     def arrays(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -307,6 +310,7 @@ class MediaReader:
         finally:
             for each in reading:  # after an error, the remaining media are not needed
                 each.cancel()
+        # With channels_last, convolutions on a CPU are a quarter faster. Weights have this format too.
         return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -427,6 +431,7 @@ class DualEncoder(Layout):
             texts = backbone.get_text_features(input_ids=plan.ids_TS, attention_mask=plan.mask_TS)
             parts.append(texts.pooler_output)
             rows.append(plan.text_T)
+        # Images come before texts in `parts`; argsort restores the order of the rows.
         embedded_RH = torch.cat(parts)[torch.cat(rows).argsort()]
         state_NH = embedded_RH.new_zeros(len(batch.ids_N), embedded_RH.shape[1])
         return state_NH.index_copy(0, plan.node_M, embedded_RH[plan.row_M])
@@ -460,6 +465,7 @@ def _rectangle(tree: TokenTree) -> tuple[IntArray, IntArray]:
     lengths_R = tree.depth_N[tree.leaf_R] + 1
     count = int(lengths_R.sum())
     row_M = np.repeat(np.arange(len(lengths_R)), lengths_R)
+    # The nodes of the chains come first, in row order; padding nodes follow.
     slot_M = row_M * int(lengths_R.max()) + tree.depth_N[:count]
     mask_RT = np.zeros((len(lengths_R), int(lengths_R.max())), dtype=np.int64)
     mask_RT.reshape(-1)[slot_M] = 1

@@ -137,10 +137,10 @@ class _Library:
         except (OSError, AttributeError) as error:
             raise RecipeError(f"Cannot load llama.cpp: {error}") from error
         self.errors: list[str] = []
-        self._log = _LOG(
-            self._on_log
-        )  # keep a reference: the library calls this function until exit
+        # Keep a reference: the library calls this function until exit.
+        self._log = _LOG(self._on_log)
         self.llama_log_set(self._log, None)
+        # llama.h: once per process, so _library() is cached.
         self.llama_backend_init()
 
     def __getattr__(self, name: str) -> Any:
@@ -196,6 +196,7 @@ class LlamaCppBackend:
         if not model:
             raise self._failure("cannot read")
         self._model: int | None = model
+        # One buffer for all calls: a step has at most SEQUENCES rows, fewer than CHUNK.
         self._batch = self._library.llama_batch_init(CHUNK, 0, 1)
         size = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(model))
         try:
@@ -204,6 +205,7 @@ class LlamaCppBackend:
                     f"{file} has {size} tokens, but the network has {vocabulary}.",
                     rule="gguf.vocabulary",
                 )
+            # The library reports the size of a stored sequence, so one token gives the bytes per token.
             state = self._add(np.zeros(1, dtype=np.int64))
             self._read(state)
             size_of = self._library.llama_state_seq_get_size
@@ -246,6 +248,7 @@ class LlamaCppBackend:
                 copy = self._add(state.ids_T)
                 copy.read, copy.length = state.read, state.length
                 self._used += copy.length
+                # -1, -1: all positions. The cells are shared, not copied.
                 self._library.llama_memory_seq_cp(self._memory, state.place, copy.place, -1, -1)
                 made.append(copy)
             return made
@@ -360,6 +363,7 @@ class LlamaCppBackend:
         if self._context is None:
             self._context, self._cells = self._new_context(max(CELLS, needed))
         elif needed > self._cells:
+            # The old context lives until all sequences are copied, so an error loses none.
             old, (new, cells) = self._context, self._new_context(max(needed, self._cells * 3 // 2))
             try:
                 for sequence in self._sequences:

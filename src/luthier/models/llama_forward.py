@@ -70,14 +70,14 @@ class LlamaForward:
         """
         x = backbone.embed_tokens(ids_N[None])
         cos, sin = backbone.rotary_emb(x, position_ids=position_N[None])
-        cos, sin = (
-            cos.to(x.dtype),
-            sin.to(x.dtype),
-        )  # some families compute in float32 here; the comparison detects differences
+        # Some families compute in float32 here; the comparison detects differences.
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         half = cos.shape[-1] // 2
         cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
         turned = self._heads + self._key_heads
         count, size = len(ids_N), cos.shape[-1]
+        # Operations keep the order of the modules. F.rms_norm, or a residual added inside a
+        # product, gives other bits.
         for number, layer in enumerate(backbone.layers):
             own = layer.self_attn
             parts = _products(layer)
@@ -86,6 +86,7 @@ class LlamaForward:
             norm = layer.input_layernorm
             read = rms_norm(x, norm.weight, norm.variance_epsilon)
             qkv_1NhD = _product(*qkv, read).view(1, count, -1, size)
+            # qkv is `[1, N, Hq + 2 Hk, D]`. Rotary embedding: x cos + rotate_half(x) sin.
             qk_1NhD = qkv_1NhD[:, :, :turned]
             qk_1NhD = (qk_1NhD * cos).add_(qk_1NhD.roll(half, -1).mul_(sin))
             seen = attention.attend(
@@ -141,6 +142,7 @@ def _product(group: PackedGroup | None, layers: list[Any], x: Tensor) -> Tensor:
     updates = [each.update(x[0]) if isinstance(each, LoraBatchLayer) else None for each in layers]
     if all(update is None for update in updates):
         return group.product(x)
+    # An adapter may cover only some of the joined layers.
     whole = [
         x.new_zeros(x.shape[1], each.weight.shape[0]) if update is None else update
         for each, update in zip(layers, updates, strict=True)

@@ -113,9 +113,11 @@ def load_model(
                 str(folder),
                 config=config,
                 dtype=dtype,
+                # Unpickling can run code.
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                # A head with other classes is drawn anew; all other mismatches are rejected below.
                 ignore_mismatched_sizes=True,
             )
         model, loaded = found
@@ -249,6 +251,7 @@ def _check_dual_encoder(network: Network) -> None:
     """Compare embeddings of random images and text with the network's own forward."""
     model: Any = network.model
     end = model.config.text_config.eos_token_id
+    # Texts of different lengths, so that the comparison covers padding.
     ids_RT = torch.tensor([[3, 4, 5, end], [5, 3, end, end]], device=network.device)
     pixels = _random_images(network)
     own = model(pixel_values=pixels, input_ids=ids_RT)
@@ -274,6 +277,7 @@ def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
     """Raise an error if luthier's and the network's own results differ."""
     check_finite(own)
     error = relative_error(ours, own)
+    # Written this way, the comparison also rejects nan.
     if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
         raise RecipeError(
             f"Networks of type {network.model.config.model_type} are not supported yet: "

@@ -52,6 +52,7 @@ class Adapter:
             if {"base_layer", "lora_A", "lora_B"} <= module._modules.keys()
         }
         for name, layer in layers.items():
+            # Only the identical frozen layer allows one product for all rows.
             if base.model.get_submodule(name) is not layer.base_layer:
                 raise RecipeError(
                     f"The adapter's {name} is not a layer of the base network.",
@@ -77,17 +78,20 @@ class _Stack:
         """Stacked ``A [P, in, r]`` and ``scale * B [P, r, out]`` by layer."""
         for name, layer in like.layers.items():
             a, b = layer.lora_A.weight, layer.lora_B.weight
+            # Transposed copies: products with B as PEFT stores it take half as long again.
             self.weights[name] = a.new_zeros(1, *a.t().shape), b.new_zeros(1, *b.t().shape)
 
     def add(self, adapter: Adapter) -> None:
         slot = len(self.adapters)
         capacity = next(iter(self.weights.values()))[0].shape[0]
         if slot == capacity:
+            # Spare slots: otherwise each removal and each new adapter would copy the whole stack.
             self._resize(slot + 1 + slot // 8)
         for name, layer in adapter.layers.items():
             down_PIr, up_PrO = self.weights[name]
             down_PIr[slot].copy_(layer.lora_A.weight.t())
             torch.mul(layer.lora_B.weight.t(), layer.scale, out=up_PrO[slot])
+        # After the copies: if memory runs out, the adapter must not use an unwritten slot.
         self.adapters.append(adapter)
         adapter.slot = slot
 
@@ -101,6 +105,7 @@ class _Stack:
             self.adapters[adapter.slot], last.slot = last, adapter.slot
         adapter.slot = 0
         needed = len(self.adapters)
+        # The limit is above the growth in add(), so adapters that come and go cause no copies.
         if next(iter(self.weights.values()))[0].shape[0] > needed + 1 + needed // 4:
             self._resize(needed)
 
@@ -122,6 +127,7 @@ class _Part:
         self._slot_N = torch.tensor(slots, dtype=torch.int32, device=device)
         self._rows: dict[int, Tensor] = {}
         distinct = sorted({*slots} - {0})
+        # All rows have the same adapter, so no rows are gathered.
         if len(distinct) == 1 and 0 not in slots:
             self._groups = [(distinct[0], None)]
         elif len(slots) >= ROWS_PER_ADAPTER * len(distinct):
@@ -181,6 +187,8 @@ class LoraBatchLayer(LayerWrapper):
         """Map ``[..., in]`` to ``[..., out]`` for the ``N`` rows of the pass."""
         x_NI = x.reshape(-1, x.shape[-1])
         if (update_NO := self.update(x_NI)) is not None:
+            # The sum of product and update is rounded once. If the product were rounded first,
+            # bfloat16 would lose updates below half the spacing of the output.
             return linear_plus(self.base_layer, x_NI, update_NO).view(*x.shape[:-1], -1)
         y: Tensor = self.base_layer(x)
         return y
@@ -221,6 +229,7 @@ class LoraBatch:
         stack = self._stacks.get(adapter.shapes)
         if stack is None or not adapter.slot or adapter.sequences or not adapter.is_closed:
             return
+        # A stored pass would keep the old tensors alive while remove() allocates new ones.
         self._planned, self.parts = (), []
         stack.remove(adapter)
         if len(stack.adapters) == 1:
