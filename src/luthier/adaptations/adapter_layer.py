@@ -31,6 +31,7 @@ class _ResidualBottleneck(LayerWrapper):
         with torch.no_grad():
             self.adapter_down.weight.copy_(start)
             self.adapter_down.bias.zero_()
+            # up = 0: the network starts as the base network, to the bit.
             self.adapter_up.weight.zero_()
             self.adapter_up.bias.zero_()
 
@@ -55,7 +56,7 @@ class ConvBottleneck(_ResidualBottleneck):
 
     def __init__(self, base: Any, channels: int, width: int, activation: str) -> None:
         super().__init__(base, channels, width, activation)
-        # MobileNetV2 asks for these before it calls a layer, and fills up the image by them.
+        # MobileNetV2 reads these attributes before calling the layer, to pad the image.
         self.kernel_size, self.stride, self.dilation = base.kernel_size, base.stride, base.dilation
 
 
@@ -67,7 +68,7 @@ def bottleneck_after(
     layer = base
     while isinstance(layer, LayerWrapper):  # the base of this model has bottlenecks of its own
         layer = layer.base_layer
-    # GPT-2's Conv1D keeps its weight the other way round.
+    # GPT-2's Conv1D stores [in, out], so its outputs are `nf`, not the first dimension.
     outputs = int(getattr(layer, "nf", layer.weight.shape[0]))
     kind = ConvBottleneck if base.weight.dim() == 4 else Bottleneck
     return kind(base, outputs, max(1, round(outputs / reduction_factor)), activation)

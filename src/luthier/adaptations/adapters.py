@@ -33,6 +33,7 @@ _ATTENTION = re.compile(
     r"(o_proj|attention\.output\.dense|attn\.c_proj|attention\.dense|Attention\.o|att(n|ention)\.out_proj"
     r"|attention_output|attn\d\.to_out\.0)$"
 )
+# BERT names the ends of both sublayers `output.dense`; the look-behind excludes the attention's.
 _FEED_FORWARD = re.compile(
     r"(down_proj|(?<!attention\.)output\.dense|mlp\.c_proj|ffn_output|DenseReluDense\.wo|ff\.layer_2"
     r"|(mlp|layers\.\d+)\.fc2|feed_forward\.output_dense|layers\.\d+\.linear2|pwconv2|ff\.net\.2)$"
@@ -115,5 +116,6 @@ def _ends(model: nn.Module, kind: re.Pattern[str]) -> list[str]:
         is_layer = isinstance(weight, Tensor) and weight.dim() in (2, 4)  # and no norm
         if is_layer and (match := kind.search(name)) and not is_inside(name, others):
             block = match.groupdict().get("block")
+            # The key is the block, so that a later match in the same block replaces an earlier one.
             last[name[: match.end("block")] if block else name] = name
     return [*last.values()]

@@ -103,6 +103,7 @@ class Adaptation(StrictModel):
                 "or time series. Use full, lora, adapters, freeze, bitfit or feature_extraction"
             )
         self.adapt(model)
+        # After `adapt`, which may freeze the whole network, head included.
         new, frozen = head_weights(model), frozen_parts(model)
         for name, weight in model.named_parameters():
             if name in new:

@@ -35,6 +35,7 @@ class BitFit(Adaptation):
 
 def _biases(model: nn.Module) -> list[str]:
     new = head_weights(model)
+    # Biases of a new head train anyway. Without any others, the method would train the head alone.
     names = [
         name
         for name, _ in model.named_parameters()

@@ -42,6 +42,7 @@ class Freeze(Adaptation):
         frozen = {index + 1 for index in self._frozen(len(layers))}
         weights = dict(model.named_parameters())
         for name, position in layer_positions(weights, layers).items():
+            # Weights below the stack (position 0) follow the bottom layer, above it the top layer.
             weights[name].requires_grad_(min(max(position, 1), len(layers)) not in frozen)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
@@ -50,6 +51,7 @@ class Freeze(Adaptation):
         return float(f"{full_rate(hidden):.1e}"), reason
 
     def _frozen(self, count: int) -> list[int]:
+        # At least one layer is frozen, and at least one layer trains.
         size = min(max(1, round(self.share * count)), count - 1)
         if self.frozen == "bottom":
             return list(range(size))

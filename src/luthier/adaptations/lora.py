@@ -84,6 +84,8 @@ class LoRA(Adaptation):
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
         from luthier.models.rounding import Rounding
 
+        # Rounding to nearest would drop most of a small update. One object for all layers, so that
+        # no two layers share a noise pattern.
         rounding = Rounding()
         names = modules_of(model, (LoRALinear, LoRAConv2d))
         replace_modules(model, names, lambda layer: layer.merge(rounding))
@@ -97,14 +99,15 @@ class LoRA(Adaptation):
             model,
             base,
             r=self.rank,
-            # PEFT types this as a whole number, but takes any.
+            # PEFT declares an integer, but accepts any number.
             lora_alpha=int(self.alpha) if self.alpha == math.floor(self.alpha) else self.alpha,
             lora_dropout=self.dropout,
             bias="none",
             use_rslora=self.rslora,
             use_dora=self.dora,
+            # PEFT's name for weights stored as [in, out], as in GPT-2's Conv1D.
             fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]
-            # Full names: PEFT takes the end of a name for other layers, too.
+            # Full names: PEFT would also adapt other layers whose names end the same way.
             target_modules=sorted(modules_of(model, (LoRALinear, LoRAConv2d))),
         )
 

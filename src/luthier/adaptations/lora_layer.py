@@ -55,6 +55,7 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        # dX = dY W; a packed weight is dequantized again here.
         dx = torch.mm(grad, ctx.layer.weight_OI) if ctx.needs_input_grad[0] else None
         return dx, None, grad if ctx.needs_input_grad[2] else None
 
@@ -82,6 +83,8 @@ class _LowRankLinears(torch.autograd.Function):
         biases: Sequence[Tensor | None],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
+        # Z = X A^T for all layers at once. Layer i has the columns Z_i of Z:
+        # Y_i = X W_i^T + s Z_i B_i^T.
         a_ZI, b_each = _joined(weights[: len(layers)]), weights[len(layers) :]
         z_NZ = torch.mm(x, a_ZI.t())
         y_each = []
@@ -97,11 +100,14 @@ class _LowRankLinears(torch.autograd.Function):
         return tuple(y_each)
 
     @staticmethod
+    # Products with `out=` and in place record no graph, so a second derivative would be wrong.
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z_NZ, *weights = ctx.saved_tensors
         layers: Sequence[LowRankLayer] = ctx.layers
         a_ZI, b_each = _joined(weights[: len(layers)]), weights[len(layers) :]
+        # dZ_i = s dY_i B_i, dB_i = s dY_i^T Z_i, dA = dZ^T X, dX = dZ A + sum_i dY_i W_i.
+        # With one buffer for all dZ_i, dA and dZ A are one product each.
         dz_NZ = torch.empty_like(z_NZ)
         db_each = []
         for layer, b, grad, z, dz in zip(
@@ -153,6 +159,7 @@ class LoRALinear(LayerWrapper):
         nn.init.kaiming_uniform_(start, a=math.sqrt(5))
         with torch.no_grad():
             self.lora_A.weight.copy_(start)
+            # B A = 0: training starts at the base model.
             self.lora_B.weight.zero_()
 
     @property
@@ -180,11 +187,13 @@ class LoRALinear(LayerWrapper):
             self._backward_pre_hooks,
             self._backward_hooks,
         )
+        # The joint product does not call the layer, so hooks of the layer would not run.
         return packed_weight(self.base_layer) is None and not self._drops and not any(hooks)
 
     @classmethod
     def read_together(cls, layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
         """See :func:`luthier.models.layers.read_together`."""
+        # The exact class: DoRA, a subclass, multiplies the product afterwards.
         if not all(type(layer) is LoRALinear and layer._is_plain for layer in layers):
             return None
         biases = [layer.base_layer.bias for layer in layers]
@@ -219,6 +228,7 @@ class LoRALinear(LayerWrapper):
     def _merged_OI(self) -> Tensor:
         """Weight plus update in float32."""
         a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
+        # `copy=True`: a float32 weight would be returned as is, and `addmm_` would change the base.
         return self.weight_OI.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
 
 
@@ -236,17 +246,18 @@ class LoRAConv2d(LayerWrapper):
             name: getattr(base, name) for name in ("stride", "padding", "dilation")
         }
         kernel: Any = base.kernel_size
-        # Of its own kind, which may pad in another way.
+        # The class of the base layer, because subclasses of Conv2d may pad in another way.
         self.lora_A = type(base)(base.in_channels, rank, kernel, bias=False, **places, **like)
         self.lora_B = nn.Conv2d(rank, base.out_channels, 1, bias=False, **like)
         self.scale = scale
         self.dropout = Dropout(dropout)
+        # Drawn in float32, as in :class:`LoRALinear`.
         start = torch.empty(self.lora_A.weight.shape)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5))
         with torch.no_grad():
             self.lora_A.weight.copy_(start)
             self.lora_B.weight.zero_()
-        # MobileNetV2 asks for these before it calls a layer, and fills up the image by them.
+        # MobileNetV2 reads these attributes before calling the layer, to pad the image.
         self.kernel_size, self.stride, self.dilation = kernel, base.stride, base.dilation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -259,6 +270,7 @@ class LoRAConv2d(LayerWrapper):
         weight's type."""
         with torch.no_grad():
             a, b = self.lora_A.weight.float(), self.lora_B.weight.float()[:, :, 0, 0]
+            # B has 1 x 1 kernels, so B A is one kernel: dW[o,i,k,l] = s sum_r B[o,r] A[r,i,k,l].
             update = torch.einsum("or,rikl->oikl", b, a) * self.scale
             whole = self.base_layer.weight.float() + update
             self.base_layer.weight.data = rounding(whole, self.base_layer.weight.dtype)
@@ -275,15 +287,17 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
         super().__init__(base, rank, scale, dropout)
-        # B is zero: the lengths of the rows of W.
+        # B = 0, so m starts as the row norms |W|.
         length_O = torch.linalg.vector_norm(self.weight_OI, dim=1, dtype=torch.float32)
         self.lora_magnitude_vector = nn.Parameter(length_O)
+        # |W|^2 is constant and follows from the base model, so PEFT's file does not contain it.
         self._square_O: Tensor
         self.register_buffer("_square_O", length_O.square(), persistent=False)
         self._fixed_O: Tensor | None
         self.register_buffer("_fixed_O", None, persistent=False)
 
     def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
+        # The quotient scales W + s B A, not the bias.
         y = super()._product(flat, None) * self._quotient_O()
         return (y if bias is None else y + bias).to(flat.dtype)
 
@@ -301,6 +315,7 @@ class DoRALinear(LoRALinear):
     def _length_O(self) -> Tensor:
         """Return the row norms of ``W + s B A`` without building the matrix."""
         a, b = self.lora_A.weight, self.lora_B.weight.float()
+        # Per row: |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B.
         cross_Or = torch.mm(self.weight_OI, a.t()).float()
         gram_rr = torch.mm(a.float(), a.float().t())
         square_O = (2 * self.scale) * (cross_Or * b).sum(1)

@@ -54,8 +54,10 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
             f"init_lora_weights is {fields['init_lora_weights']!r}, which changes the base model."
         )
         raise _refusal(text)
+    # Defaults of the installed PEFT, because each version adds settings.
     usual = LoraConfig().to_dict()
     for name, value in fields.items():
+        # Empty and default values change nothing; other unknown settings may change the function.
         if name in _READ or name in _HARMLESS or not value or value == usual.get(name):
             continue
         if name == "bias" and value == "none":

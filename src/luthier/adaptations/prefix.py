@@ -57,6 +57,7 @@ class Prefix(VirtualTokens):
             num_layers=layers,
             num_attention_heads=heads,
             token_dim=heads * size,
+            # PEFT reads this number for the reparametrization only.
             encoder_hidden_size=heads * size,
             num_transformer_submodules=1,
         )

@@ -51,7 +51,8 @@ class Prompt(VirtualTokens):
                 rule="prompt.no_tokens",
             )
         model.requires_grad_(False)
-        # An encoder-decoder has one for each side, of the same weight.
+        # An encoder-decoder has an embedding for each side, with one weight. By default,
+        # `named_modules` lists a shared module once, and the second name would keep the old module.
         names = [
             name
             for name, module in model.named_modules(remove_duplicate=False)

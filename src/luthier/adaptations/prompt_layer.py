@@ -19,6 +19,7 @@ class PromptEmbedding(LayerWrapper):
         """Ids that :class:`luthier.models.network.Network` prepends to each row."""
         self.prompt_embeddings = nn.Parameter(base.weight.new_empty(count, hidden))
         if not base.weight.is_meta:
+            # Drawn on the CPU, so that a seed gives the same prompt on every device.
             drawn = torch.randint(vocabulary, (count,))
             with torch.no_grad():
                 self.prompt_embeddings.copy_(base.weight[drawn.to(base.weight.device)])
@@ -26,6 +27,7 @@ class PromptEmbedding(LayerWrapper):
     def forward(self, ids: Tensor) -> Tensor:
         """Return embeddings ``[..., H]`` of ``ids [...]``."""
         vocabulary = len(self.base_layer.weight)
+        # Both tables are read for all ids, so each index is clamped to the range of its table.
         embeddings: Tensor = self.base_layer(ids.clamp(max=vocabulary - 1))
         virtual = ids >= vocabulary
         if not virtual.any():

@@ -77,14 +77,15 @@ class QLoRA(Adaptation):
             )
         from luthier.adaptations.qlora_layer import Packing, QLoRALinear, QuantizedLinear
 
+        # First, so that an unknown name is rejected before any layer is packed.
         branched = linear_targets(model, self.targets)
         model.requires_grad_(False)
         packing = Packing(self.quantization, self.block_size, self.double_quantization)
         every = linear_targets(model, ALL_LINEAR)
         replace_modules(model, every, lambda base: QuantizedLinear(base, packing))
         for weight in model.parameters():
-            # Weights loaded from one file are views of its mapping: while one of them is used, all of
-            # the file counts as this process's memory.
+            # Weights of one file are views of one mapping: while the network uses any view, pages of
+            # the whole file stay resident (250 MB for SmolLM2-135M).
             weight.data = weight.data.clone()
         scale = self.lora.scale
         replace_modules(
@@ -97,6 +98,7 @@ class QLoRA(Adaptation):
         from luthier.adaptations.qlora_layer import QuantizedLinear
 
         self.lora.merge(model)
+        # Merged layers are plain already; the packed layers without a branch remain.
         rest = modules_of(model, QuantizedLinear)
         replace_modules(model, rest, lambda layer: layer.plain(layer.weight_OI))
 

@@ -82,10 +82,13 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, part)
 
     def _pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        # CHUNK is a multiple of every block size, so no block spans two parts.
         parts = [self._pack_part(part) for part in weight_OI.view(-1).split(CHUNK)]
         packed, largest = (torch.cat(part) for part in zip(*parts, strict=True))
         if not self.packing.double:
             return {"packed": packed, "scales": largest}
+        # Scales are positive. Subtracting the mean uses the 8-bit levels of both signs (paper,
+        # section 3).
         mean = largest.mean()
         scales, outer = _bitsandbytes().quantize_blockwise(
             largest - mean, blocksize=SCALES_IN_BLOCK
@@ -111,6 +114,7 @@ class QuantizedLinear(nn.Module):
             return torch.empty(count, dtype=dtype, device="meta")
 
         packing, count = self.packing, weight_OI.numel()
+        # Two numbers of 4 bits share a byte.
         size = count if packing.kind == "int8" else math.ceil(count / 2)
         blocks = math.ceil(count / packing.block_size)
         packed = empty(size, torch.uint8)
@@ -139,7 +143,7 @@ class QuantizedLinear(nn.Module):
             )
             scales += self.mean_scale
         even = packing.kind == "int8"
-        # One row for each block: on the processor, bitsandbytes 0.50 mixes up the scales of blocks that
+        # One row for each block: on a CPU, bitsandbytes 0.50 mixes up the scales of blocks that
         # begin in one row of the matrix and end in the next.
         count, size = self.shape.numel(), packing.block_size
         state = bnb.QuantState(
@@ -164,6 +168,7 @@ class QuantizedLinear(nn.Module):
         from transformers.pytorch_utils import Conv1D
 
         outputs, inputs = self.shape
+        # On the meta device, because the constructor would allocate a weight that is replaced next.
         with torch.device("meta"):
             layer: Any = Conv1D(outputs, inputs) if self.transposed else nn.Linear(inputs, outputs)
         weight = weight_OI.t().contiguous() if self.transposed else weight_OI

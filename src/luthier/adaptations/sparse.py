@@ -55,8 +55,10 @@ class Sparse(Adaptation):
         import torch
 
         layers = self._layers(network.model)
+        # While the base weight requires a gradient, SparseLinear computes the plain product.
         weights = [layer.base_layer.weight.requires_grad_(True) for layer in layers]
         scores = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        # Empirical Fisher information: F = sum over rows of (d log p(y | x) / dW)^2.
         for _ in gradients(self.fisher_rows):
             for weight, score in zip(weights, scores, strict=True):
                 if weight.grad is not None:

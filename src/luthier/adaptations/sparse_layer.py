@@ -31,6 +31,7 @@ class SparseLinear(LayerWrapper):
         weight = base.weight.detach()
         count = max(1, round(share * weight.numel()))
         self.values = nn.Parameter(weight.new_empty(count))
+        # int32 takes half of the memory and file size of int64.
         self.register_buffer("places", torch.empty(count, dtype=torch.int32, device=weight.device))
         self.choose(weight.abs())
         # GPT-2's Conv1D keeps its weight as [in, out].
@@ -49,6 +50,7 @@ class SparseLinear(LayerWrapper):
         weight: Tensor = self.base_layer.weight.detach().clone(
             memory_format=torch.contiguous_format
         )
+        # `index_copy_` requires int64. Detached, because _SparseProduct computes the gradient.
         weight.view(-1).index_copy_(0, self.places.long(), self.values.detach())
         return weight
 
@@ -85,6 +87,7 @@ class _SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, _ = ctx.saved_tensors
         layer: SparseLinear = ctx.layer
+        # dW = dY^T X, or X^T dY for a weight [in, out]; dense, but for one layer at a time.
         dweight = torch.mm(x.t(), grad) if layer.transposed else torch.mm(grad.t(), x)
         dvalues = dweight.view(-1)[layer.places]
         if not ctx.needs_input_grad[0]:

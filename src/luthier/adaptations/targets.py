@@ -84,6 +84,7 @@ def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:
             f"the network has no block {missing[0]}, only 0 to {max(there)}",
             setting="adaptation.layers_to_transform",
         )
+    # The dot at the end keeps block 1 apart from block 10.
     chosen = tuple(f"{stack}.{number}." for stack, number in blocks if int(number) in numbers)
     if not chosen:
         raise RecipeError("name at least one block", setting="adaptation.layers_to_transform")
