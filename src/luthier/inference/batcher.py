@@ -119,6 +119,7 @@ class ReadRequest:
     def settle(self, place: int, answer: dict[str, Any] | Exception) -> None:
         """Store the prediction for a row; an exception ends the request."""
         if isinstance(answer, Exception):
+            # The first failure counts; other rows of the request are not read any more.
             self._failure = self._failure or (place, answer)
             self.unread.clear()
         else:
@@ -190,6 +191,7 @@ class RowBatcher:
         """
         for example in request.unread:
             needed = self._row(request, example).nbytes
+            # A row above the whole budget would wait forever.
             if needed > self._memory.total:
                 raise InferenceRefused(
                     f"This text may need {needed >> 20} MiB of memory, and {self._memory.total >> 20} "
@@ -238,8 +240,8 @@ class RowBatcher:
         began, cost = time.monotonic(), sum(row.cost for row in rows)
 
         def check(*_: Any) -> None:
-            # Also called between the passes of a model that needs several per image. The pass ends
-            # when no request wants it any more.
+            # The hook also runs between the passes of a model that needs several per image. The pass
+            # ends when no request needs the result any more.
             seconds, failure = time.monotonic() - began, Exception()
             for row in rows:
                 try:
@@ -259,6 +261,8 @@ class RowBatcher:
             seconds = time.monotonic() - began
             for row in rows:
                 row.request.work.spend(seconds * row.cost / cost)
+        # Small passes say little: on a busy machine they look slow, and the size would shrink to 2
+        # or 3 rows.
         if cost > self._size // 2:
             if seconds > PASS_SECONDS:
                 self._size = max(self._fewest, self._size // 2)
@@ -276,6 +280,8 @@ class RowBatcher:
                     row = self._row(request, request.unread[0]) if request.unread else None
                     if (
                         row is None
+                        # The first row is read even if larger than the pass; otherwise the request
+                        # would never end.
                         or (rows and (row.cost > room or self._deterministic))
                         or not self._memory.reserve(request.client, row.nbytes)
                     ):
@@ -284,8 +290,10 @@ class RowBatcher:
                     rows.append(row)
                     read.add(request)
                     request.unread.popleft()
+                    # `queue_seconds` limits the wait for the first row only.
                     request.work.has_begun = True
                     room -= row.cost
+            # Requests in this pass go behind other requests of their client.
             for request in read:
                 self._waiting.move_to_end(request)
         return rows

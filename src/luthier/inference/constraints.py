@@ -78,6 +78,7 @@ class Matcher:
         """Return a boolean mask ``[V]`` of the allowed next tokens."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
+        # The head may have more rows than the tokenizer has ids; these rows are never allowed.
         allowed = np.unpackbits(bits, bitorder="little")[:vocabulary].astype(bool)
         return torch.from_numpy(np.pad(allowed, (0, vocabulary - len(allowed))))
 
@@ -97,6 +98,7 @@ def check_constraint(constraint: Constraint, characters: int) -> None:
     """Raise :class:`InferenceRefused` for an invalid or too large constraint."""
     library = _library()
     grammar = _grammar_of(constraint, characters)
+    # A byte vocabulary is enough for the check, so that no model is loaded.
     _read_grammar(library.LLTokenizer("byte"), grammar, constraint.kind)
 
 
@@ -121,6 +123,7 @@ def _read_grammar(tokenizer: Any, grammar: str, kind: str) -> Any:
             first.compute_bitmask()  # fails for a grammar that nothing matches
         return matcher, first.get_error() if first.is_error() else ""
 
+    # Only reading recurses over the rules: the matcher is safe in threads with the usual stack.
     matcher, error = _with_deep_stack(read)
     if error:
         raise InferenceRefused(f"The {_NOUNS[kind]} cannot be enforced: {_reason(error)}", kind)
@@ -187,6 +190,7 @@ class Constraints:
         Raises:
             InferenceRefused: as :meth:`matcher`.
         """
+        # Before the schemas are joined, because `_move_references` recurses over them.
         for tool in tools:
             check_schema(tool.parameters)
         if len(tools) == 1:
@@ -253,6 +257,7 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
     if kind == "regex":
         grammar: str = library.LLMatcher.grammar_from_regex(text)
         return grammar
+    # A schema inside a grammar has the same unlimited costs as a bare schema.
     for embedded in _EMBEDDED.finditer(text):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, embedded.end())
@@ -275,6 +280,7 @@ def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
     """
     marks = reasoning.marks
     opening, close = json.dumps(marks.open), json.dumps(marks.close)
+    # llguidance gives added tokens no text, so a mark of one token is named by its id.
     if marks.open_id is not None:
         opening = f"<[{marks.open_id}]>"
     if marks.close_id is None:
@@ -282,6 +288,7 @@ def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
         thoughts = "thought"
     else:
         letters = re.escape(marks.close).replace("/", "\\/")
+        # The thought must not spell the closing mark in ordinary tokens.
         thought = f"THOUGHT: /(?s:.+)/ & ~/(?s:.*){letters}(?s:.*)/"
         thoughts = f"THOUGHT? <[{marks.close_id}]>"
     lines = r'"\n"~0..2'
@@ -346,6 +353,7 @@ def check_schema(schema: Any, kind: str = "schema") -> None:
         joined += len(each["allOf"]) if isinstance(each.get("allOf"), list) else 0
         step = each.get("multipleOf")
         if isinstance(step, int | float) and math.isfinite(step):
+            # Through text: the binary number for 0.1 is a fraction with a denominator of 2^55.
             exact = Fraction(step if isinstance(step, int) else str(step))
             numerator = math.lcm(numerator, exact.numerator)
             denominator = math.lcm(denominator, exact.denominator)
@@ -421,6 +429,7 @@ def _move_references(schema: Any, place: str, named: bool = False) -> Any:
         return schema
     moved = {}
     for key, value in schema.items():
+        # Plain values (`const`, `enum`) may contain a key `$ref` that is no reference.
         if not named and key in VALUES:
             moved[key] = value
         elif key == "$ref" and isinstance(value, str) and (value == "#" or value[:2] == "#/"):

@@ -82,6 +82,7 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
     """
     check_derivable(stored)
     folder = gguf_folder(stored.id, stored.content_hash, kind)
+    # Next to the folder, because `new_folder` replaces the folder itself.
     with lock(folder.parent / f".{folder.name}.lock", wait=True):
         record = _read(folder)
         if record is None:
@@ -95,6 +96,7 @@ def _read(folder: Path) -> DerivedFile | None:
     """Return the record of an intact file that was compared in this version of llama.cpp."""
     try:
         record = DerivedFile.model_validate(read_json(folder / RECORD))
+        # A rejected file is deleted, so only its record is checked.
         is_intact = record.refusal or sha256_of(folder / FILE) == record.sha256
         return record if is_intact and record.llama_cpp == LLAMA_CPP_VERSION else None
     except (CorruptFile, OSError, ValidationError):
@@ -137,6 +139,7 @@ def _derive(
             )
             write_json(fresh / RECORD, record.model_dump())
             if record.refusal:
+                # The record stays, so that later loads do not write and compare the file again.
                 (fresh / FILE).unlink()
     finally:
         network.close()

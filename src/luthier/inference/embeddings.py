@@ -100,6 +100,7 @@ def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterat
         with new_file(target) as file:
             yield lambda row_NH: np.save(file, row_NH, allow_pickle=False)
         return
+    # JSON has no NaN and no infinity; Parquet has both.
     records = json_records([(record, row.location) for record, row in rows], finite=form == "jsonl")
     if form == "parquet":
         with _parquet(target, records, rows) as write:

@@ -141,6 +141,7 @@ class Generator:
     ) -> list[GeneratedReply]:
         """Return the replies with reasoning and the reason of the end; see :meth:`replies`."""
         encoded = [self._encode(prompt, sampling, index) for index, prompt in enumerate(prompts)]
+        # Longest first within a block, so that prompts of a batch have similar lengths.
         order = sorted(
             range(len(encoded)), key=lambda index: (index // BLOCK_PROMPTS, -len(encoded[index]))
         )
@@ -257,6 +258,7 @@ class Generator:
         masks = None
         if sampling.constraint is not None:
             reasonings = [reasoning_after(self.chat, ids_T) for ids_T in prompts]
+            # Compiled once for each kind of prompt, then copied: compiling takes 2 to 40 ms.
             matchers = {
                 reasoning: self._constraints.matcher(sampling.constraint, reasoning)
                 for reasoning in dict.fromkeys(reasonings)

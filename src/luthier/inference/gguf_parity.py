@@ -85,6 +85,7 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.n_gpu_layers = CONTEXT, 1, 0
         params.cpuparams.n_threads = torch.get_num_threads()
         params.warmup, params.verbosity = False, -1
+        # Other users of the machine can reach a loopback port, so requests need a key.
         self._key = secrets.token_hex()
         params.api_keys = [self._key]
         try:
@@ -191,6 +192,7 @@ def compare_gguf(
     rounded = _compare(network, chat, texts).parity()
     on_progress(total, total)
     limit = largest_divergence(quantization)
+    # The negated comparison also rejects NaN.
     if not rounded.mean_kl <= limit:
         raise RecipeError(
             f"llama.cpp differs from the model with the same weights: {rounded.describe()}, limit "
@@ -206,7 +208,9 @@ def _compare(
     """Compare the most likely tokens at each position, and the reported probabilities."""
     comparison = TokenComparison()
     for row, (ids_T, continuation) in enumerate(texts):
+        # torch reads llama.cpp's tokens, so one different choice does not affect later positions.
         whole_T = torch.tensor([*ids_T.tolist(), *continuation.tokens])
+        # The logits at a token predict the next token, hence the shift by one.
         logits_TV = network(input_ids=whole_T[None]).logits[0, len(ids_T) - 1 : -1].float()
         logp_TV = torch.log_softmax(logits_TV, -1)
         reported = dict(zip(_places(continuation, chat), continuation.token_logps, strict=True))
@@ -258,6 +262,8 @@ def _places(written: Continuation, chat: ChatFormat) -> list[int]:
         0 if text is None or (token in added and added[token].special) else shown_bytes(chat, text)
         for token, text in zip(written.tokens, texts, strict=True)
     ]
+    # llama.cpp reports a token with all bytes since the last reported token. Byte counts and ids
+    # give the position.
     positions = [-1]
     for number, each in enumerate(written.token_logps):
         end = sum(other.size for other in written.token_logps[: number + 1])
@@ -276,6 +282,7 @@ def _divergence(logp_V: torch.Tensor, other: Mapping[int, float]) -> float:
 
     All unreported tokens count as one token.
     """
+    # KL(p || q) = sum p (log p - log q), with p from torch and q from llama.cpp.
     own = logp_V[list(other)].double().exp().numpy()
     reported = np.exp(np.array([*other.values()], dtype=np.float64))
     own, reported = (np.append(each, max(1.0 - each.sum(), 1e-9)) for each in (own, reported))

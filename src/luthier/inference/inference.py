@@ -263,6 +263,7 @@ def count_tokens(model_id: str, input_tokens: int, output_tokens: int = 0) -> No
 def metered_stream(stream: Stream, model_id: str) -> Stream:
     """Report the tokens of ``stream`` at the end of the stream."""
     if (count := _metered.get()) is not None:
+        # The context variable is read here, because another thread may end the stream.
         stream.at_end(lambda: count(model_id, stream.prompt_tokens, stream.written()))
     return stream
 
@@ -341,6 +342,7 @@ class Stream:
         self._unfinished = 0
         while True:
             try:
+                # `pop` is atomic, so that two closing threads call each function once.
                 act = self._at_end.pop(0)  # in order: the work ends before the model is released
             except IndexError:  # the reader may reach the end at the same time
                 break

@@ -46,6 +46,7 @@ class LatencyTable:
         self._label_of = label_of
         self._lock = threading.Lock()
         self._labels: set[str] = set()
+        # Outside the global registry, which rejects a second table of the same names in a process.
         like: Any = {"labelnames": ["model"], "registry": None}
         self._first_token = Histogram(
             "luthier_time_to_first_token_seconds",

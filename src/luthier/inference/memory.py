@@ -109,9 +109,11 @@ class CacheBudget:
         with self._lock:
             if not self.allows(client, size) or self._reserved.total() + size > self.total:
                 return False
+            # Before the cache shrinks, so that no other request can take the freed bytes.
             self._reserved[client] += size
             shortage = self._reserved.total() + self._spare - self.total
         if shortage > 0:
+            # Outside the lock: the prefix cache acquires its own lock first and this lock second.
             self._reclaim(shortage)
         return True
 

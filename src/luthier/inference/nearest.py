@@ -144,6 +144,7 @@ class EmbeddingIndex:
                 digests, known_NH = tensors.get_tensor("sha256"), tensors.get_tensor("embeddings")
         except (SafetensorError, OSError, KeyError) as error:
             raise CorruptFile(f"{file} is not a readable index of embeddings: {error}") from error
+        # A user may name any file, so types and shapes are checked before use.
         fits = digests.dtype == np.uint8 and digests.shape == (len(known_NH), 32)
         if not fits or known_NH.ndim != 2 or known_NH.dtype != np.float32:
             raise CorruptFile(f"{file} has no matching embeddings and hashes. Remove the file.")
@@ -155,6 +156,7 @@ class EmbeddingIndex:
     ) -> tuple[NDArray[np.float32], int]:
         """Return embeddings ``[N, H]`` of ``rows``, and the number of newly embedded contents."""
         digests = [_digest(row) for row in rows]
+        # A dictionary, so that equal contents are embedded once.
         new = {
             digest: row
             for digest, row in zip(digests, rows, strict=True)
@@ -174,6 +176,7 @@ class EmbeddingIndex:
         self._places |= {digest: before + place for place, digest in enumerate(digests)}
         if self.file is None:
             return
+        # A dictionary keeps the order of insertion, which is the order of the places.
         digests_N32 = np.frombuffer(b"".join(self._places), np.uint8).reshape(-1, 32)
         tensors: dict[str, NDArray[Any]] = {"sha256": digests_N32, "embeddings": self._known_NH}
         about = {"form": FORM, "model": self.model, "fingerprint": self.fingerprint}
@@ -183,4 +186,5 @@ class EmbeddingIndex:
 def _digest(row: Row) -> bytes:
     if isinstance(row, MediaRow):
         return bytes.fromhex(row.media.digest())
+    # JSON rows may contain lone surrogates, which strict UTF-8 rejects.
     return hashlib.sha256(row.plain_text().encode("utf-8", "surrogatepass")).digest()

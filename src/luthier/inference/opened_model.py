@@ -75,6 +75,7 @@ class OpenedModel:
 
     def close(self) -> None:
         """Free the backend and the network."""
+        # The backend first, because its sequences use the network.
         self.backend.close()
         with self._lock:
             if self._network is not None:
@@ -96,10 +97,12 @@ def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedMo
 
         kind = gguf_type()
         try:
+            # From the record, so that the network in torch is not loaded.
             vocabulary = int(stored.network.fields["vocab_size"])
             file = gguf_of(stored, kind, entry.open_file)
             backend = entry.open_file(file, stored.room, vocabulary)
         except RefusedInput as error:
+            # One warning per model, not one per load.
             if stored.id not in _fallen_back:
                 _fallen_back.add(stored.id)
                 _log.warning("%s is run by torch, not by %s: %s", stored.id, entry.id, error)

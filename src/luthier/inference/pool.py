@@ -130,6 +130,7 @@ class ModelPool:
         # A second network at the same time would lack weights.
         self._loading = threading.Lock()
         # Networks that run while the interpreter ends would crash the process.
+        # The callback gets the collections: a reference to the pool would keep the pool alive.
         self._finally = weakref.finalize(self, _close_all, self._entries, self._leaving)
 
     def submit(self, model_id: str, request: GenerationRequest) -> Stream:
@@ -260,6 +261,7 @@ class ModelPool:
         entries = [each for each in self._entries.values() if first and first in (each, each.base)]
         for entry in entries:
             del self._entries[entry.id]
+            # A use of the caller, whose release closes the model after the last request.
             entry.uses += 1
         self._leaving += entries
         return entries
@@ -298,6 +300,8 @@ class ModelPool:
             return self._used_bytes()
 
     def _used_bytes(self) -> int:
+        # Unloaded models count until their last reply; otherwise loading a model again and again
+        # would exceed the budget.
         return sum(entry.bytes for entry in (*self._entries.values(), *self._leaving))
 
     @contextmanager
@@ -321,6 +325,7 @@ class ModelPool:
             base = None
             if store.shares_base(stored):
                 assert stored.parent is not None
+                # The base first: a base in use is not evicted while the adapter loads.
                 base = self._acquire(stored.parent.id, preload)
             try:
                 size = _weights(stored, base is not None)
@@ -368,6 +373,7 @@ class ModelPool:
         """
         recent = datetime.now(UTC) - RECENT
         with self._lock:
+            # Another thread may have added the entry since the first look.
             entry = self._use(model_id)
             if entry is not None:
                 return entry, False
@@ -380,6 +386,7 @@ class ModelPool:
             excess = size - min(self.budget - self._used_bytes(), free)
             evicted: list[_Entry] = []
             for other in self._entries.values():
+                # `_move_to_end` keeps a base behind its adapters, so these are decided already.
                 adapters = sum(each.base is other for each in evicted)
                 stays = preload and other.last_used > recent
                 if excess > 0 and other.uses == adapters and not stays:
@@ -395,6 +402,7 @@ class ModelPool:
                     f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than the "
                     "models in use leave free. Try again soon.",
                 )
+            # After all checks, so that a rejected load evicts nothing.
             for other in evicted:
                 del self._entries[other.id]
             self._entries[model_id] = entry = _Entry(model_id, size, base=base, uses=1)
@@ -446,18 +454,20 @@ class ModelPool:
         release_workers()  # of this thread: a decoder has its own thread
         if entry.error is not None:
             with self._lock:
+                # After an `unload` while loading, the id may have another request's entry.
                 if self._entries.get(model_id) is entry:
                     del self._entries[model_id]
             self._close(entry)
         else:
             entry.loaded = datetime.now(UTC)
+        # Last: waiting requests read `model` and `error` after this event.
         entry.ready.set()
 
     def _release(self, entry: _Entry) -> None:
         with self._lock:
             entry.uses -= 1
             entry.last_used = datetime.now(UTC)
-            # Other entries are loaded, or closed with the pool.
+            # An entry without uses stays loaded for the next request, unless evicted or unloaded.
             last = not entry.uses and entry in self._leaving
         if last:
             try:

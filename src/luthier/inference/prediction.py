@@ -136,6 +136,7 @@ class Predictor:
 
             with self._named_media_errors(rows):
                 answers = self.read(examples[start : start + BLOCK_ROWS], block_done)
+            # To float32 per block, because Python numbers take eight times the memory.
             arrays.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
         return np.concatenate(arrays)
 
@@ -235,6 +236,7 @@ class Predictor:
         if len(sides) == 1:
             return sides[0]
         one, other = (side["embedding"] for side in sides)
+        # Embeddings have length 1, so the inner product is the cosine.
         score = math.fsum(a * b for a, b in zip(one, other, strict=True))
         threshold = self.threshold
         return {"score": score} | ({} if threshold is None else {"similar": score > threshold})

@@ -69,6 +69,7 @@ class PrefixCache:
     def longest(self, model: Hashable, client: str, ids_T: IntArray) -> KeyValues | None:
         """Return keys and values of the longest cached prefix of ``ids_T`` without its last token."""
         with self._lock:
+            # The last token is always computed: its logits choose the first token of the reply.
             path = [*self._path((model, client), ids_T[:-1])]
             if sum(shared for _, shared in path) < FEWEST_SHARED:
                 return None
@@ -88,10 +89,12 @@ class PrefixCache:
             new = copy(cached)
             if not self._make_room(new.nbytes, {each for each, _ in path}):
                 return
+            # After `_make_room`, whose evictions may remove an empty root.
             root = self._roots.setdefault(key, _Node(ids_T[:0], None))
             node, shared = path[-1] if path else (root, 0)
             if shared < len(node.ids_T):
                 node = self._split(node, shared)
+            # A copy of the ids: a view would keep the whole prompt in memory.
             child = _Node(ids_T[cached:].copy(), new, node, used=next(self._clock))
             node.children[int(child.ids_T[0])] = child
             self._bytes[key] = self._bytes.get(key, 0) + new.nbytes
@@ -125,6 +128,7 @@ class PrefixCache:
 
     def _split(self, node: _Node, at: int) -> _Node:
         assert node.parent is not None and node.key_values is not None
+        # Both parts are copies with the bytes of the whole, so the reserved memory stays correct.
         first, rest = node.key_values.split(at)
         upper = _Node(node.ids_T[:at], first, node.parent, used=node.used)
         node.parent.children[int(node.ids_T[0])] = upper
@@ -137,6 +141,7 @@ class PrefixCache:
         failure."""
         if size > self._most:
             return False
+        # The new node will be a child of the path, so no node of the path may go.
         nodes, evictions = sum(1 for _ in self._nodes()), self._evictions(path)
         while (
             nodes >= MAX_NODES
@@ -163,6 +168,7 @@ class PrefixCache:
             assert parent is not None
             del parent.children[int(oldest.ids_T[0])]
             self._bytes[key] -= oldest.nbytes
+            # The parent may be a leaf now. Roots have no keys and values, and go below.
             if parent.parent is not None and not parent.children and parent not in path:
                 heappush(leaves[key], (parent.used, next(numbers), parent))
             if not leaves[key]:

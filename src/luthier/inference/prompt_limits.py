@@ -62,6 +62,7 @@ class PromptLimit:
         """Raise :class:`TooLong` for too many turns or too much text, before rendering the template."""
         if len(chat.turns) > SLACK * self._context:
             raise self.too_long()
+        # Characters count as one byte each, so no conversation that fits is rejected.
         left = self.bytes
         for turn in chat.turns:
             left -= len(turn.content) + len(turn.reasoning)
@@ -81,6 +82,7 @@ class PromptLimit:
             InferenceRefused: if the tokenizer takes too long.
             RecipeError: if the tokenizer fails.
         """
+        # Characters are at most as many as UTF-8 bytes, and counting them copies nothing.
         if len(text) > self.bytes:
             raise self.too_long()
         size = len(text.encode("utf-8", "surrogatepass"))

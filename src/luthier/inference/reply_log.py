@@ -59,6 +59,7 @@ def reply_key(
     """Return the SHA-256 of the teacher, conversation and sampling settings."""
     turns = [message.to_dict() for message in messages]
     request = {"teacher": dict(identity), "messages": turns, "sampling": dict(sampling)}
+    # Sorted keys, so that the hash does not depend on the order of settings.
     text = json.dumps(request, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -66,6 +67,7 @@ def reply_key(
 def reply_log_path(identity: Mapping[str, Any], name: str) -> Path:
     """Return the path of the log of a teacher."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    # A model's name may contain slashes; the digest keeps similar names apart.
     short = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:50] or "teacher"
     asker = _asker.get()
     return reply_log_folder(asker.account if asker else None) / f"{short}-{digest}.jsonl"
@@ -84,6 +86,7 @@ def forget(account: str, runs: Collection[str]) -> None:
         WrongState: while another run uses the log.
     """
     for path in sorted(reply_log_folder(account).glob("*.jsonl")):
+        # A separate lock file, because the log itself is replaced or removed.
         with lock(path.with_suffix(".lock")) as acquired:
             if not acquired:
                 raise WrongState(
@@ -122,6 +125,7 @@ class ReplyLog:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+        # After `fsync`, so that no used reply is missing on disk.
         self.replies[key] = reply
 
     def complete(
@@ -157,6 +161,7 @@ def _read(path: Path) -> dict[str, Reply]:
     """Return all replies; truncate a last line that a killed process left incomplete."""
     content = path.read_bytes()
     complete = content.rfind(b"\n") + 1
+    # Otherwise the next append would continue the incomplete line.
     if complete < len(content):
         with disk_errors(path.parent), path.open("r+b") as file:
             file.truncate(complete)

@@ -25,6 +25,7 @@ from luthier.inference.inference import InferenceFailed
 LEAD_SECONDS = 0.1
 """Lead in seconds after which a client pauses; with a smaller lead, clients would seldom share a
 step."""
+# Lead of a new or returning client in seconds; more idle time earns no further credit.
 HEAD_START_SECONDS = 0.5
 CANCELLATION_SECONDS = 0.5
 """Interval at which waiting work checks whether its client hung up."""
@@ -88,6 +89,7 @@ class WaitingRequests(Generic[R]):
         self._queues: dict[str, deque[R]] = {}
 
     def __iter__(self) -> Iterator[R]:
+        # Copies, because callers remove requests during the iteration.
         for queue in [*self._queues.values()]:
             yield from [*queue]
 
@@ -116,6 +118,7 @@ class WaitingRequests(Generic[R]):
         """Remove a request."""
         queue = self._queues[request.client]
         queue.remove(request)
+        # `clients` and `bool()` must not report clients without requests.
         if not queue:
             del self._queues[request.client]
 
@@ -165,6 +168,7 @@ class FairScheduler:
             present = self._present()
             if client in present:
                 return self._now(client)
+            # A returning client keeps a higher counter, so that leaving does not erase used time.
             return max(self._floor(present), self._seconds.get(client, 0.0))
 
     def runnable(self, clients: Collection[str]) -> set[str]:
@@ -208,6 +212,7 @@ class FairScheduler:
             waiting[client] += 1
             try:
                 while not cancelled() and not self._is_next(client, model):
+                    # A hang-up sends no notification, hence the interval.
                     self._changed.wait(CANCELLATION_SECONDS)
                 if cancelled():
                     raise Cancelled
@@ -227,6 +232,7 @@ class FairScheduler:
                 for each, part in parts.items() if parts else [(client, 1)]:
                     if each in self._seconds:  # the client may be gone
                         self._seconds[each] += seconds * part / max(1, parts.total())
+                # `leave` acquires the lock again: the default lock of a Condition is re-entrant.
                 self.leave(client)
 
     def _is_next(self, client: str, model: Hashable) -> bool:
@@ -240,6 +246,7 @@ class FairScheduler:
 
     def _now(self, client: str) -> float:
         """Return the counter of a client, including the time of running turns."""
+        # A turn counts while it runs: counted at its end, one long turn held all other clients back.
         moment = time.perf_counter()
         running = sum(moment - since for other, since in self._busy.values() if other == client)
         return self._seconds[client] + running
@@ -255,7 +262,7 @@ class FairScheduler:
         """Create the counter of ``client``, and drop counters equal to the start value."""
         present = self._present()
         if not present:
-            self._seconds.clear()  # no client has waited for another
+            self._seconds.clear()  # past counters favor nobody: no client has waited for another
         own = self.seconds(client)
         floor = self._floor(present)
         self._seconds = {

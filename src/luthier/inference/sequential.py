@@ -97,7 +97,8 @@ class SerialModel:
             self._prompt_limit = PromptLimit(
                 predictor.chat, predictor.context, self._limits, "input"
             )
-            # The first call removes the truncation of a tokenizer's file; no two threads may do so.
+            # The first call removes the truncation of a tokenizer's file from the shared tokenizer,
+            # which is not safe in two threads.
             predictor.chat.encode_whole("")
         self._lock, self._closed = threading.Lock(), False
         self._open = ExitStack()
@@ -269,6 +270,7 @@ class SerialModel:
     def close(self) -> None:
         """Free the network."""
         with self._lock:
+            # The lock waits for the running turn, which uses the network.
             self._closed = True
             self._open.close()
             self._network.close()
@@ -348,6 +350,7 @@ class SerialModel:
             if rows:
                 self._batcher.read(rows)
         if not rows:  # other models use the memory, and do not notify when they free it
+            # After the turn, so that other clients can run meanwhile.
             time.sleep(RETRY_SECONDS)
 
     @contextmanager
@@ -374,6 +377,8 @@ class SerialModel:
             try:
                 yield parts
             finally:
+                # Idle OpenMP workers of this thread would slow the products of other threads: 77
+                # instead of 54 ms per step.
                 release_workers()
 
 

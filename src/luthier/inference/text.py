@@ -26,8 +26,10 @@ class Detokenizer:
     def feed(self, token: int) -> str:
         """Return the text that ``token`` completes, or an empty string within a character."""
         self._ids.append(token)
+        # A decoder may drop the space before a first token, so both texts have the same start.
         previous = self._decode(self._ids[self._start : self._complete])
         text = self._decode(self._ids[self._start :])
+        # A replacement character at the end is a character with missing bytes.
         if len(text) <= len(previous) or text.endswith(BROKEN):
             return ""
         self._start, self._complete = self._complete, len(self._ids)
@@ -54,6 +56,7 @@ class StopFinder:
         self._pending += text
         starts = {stop: self._pending.find(stop) for stop in self._stops if stop in self._pending}
         if starts:
+            # The first to end, then the longest: the same stop as for single characters.
             self.stop = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
             at = starts[self.stop]
         else:
@@ -126,6 +129,7 @@ class AnswerText:
         start = self._splitter.answer_start
         if start is None:
             return len(self._begins)
+        # Counted once: after the start of the answer the number is final.
         if self._reasoning_tokens is None:
             tokens = sum(begin < start for begin, _ in self._begins)
             ends = [*(begin for begin, _ in self._begins), self._length]
@@ -165,6 +169,7 @@ class AnswerText:
         return AnswerDelta(text, self._scores(until), reasoning, thought)
 
     def _until(self, place: int) -> int:
+        # Tokens before `_scored` are shown already; a scan from 0 would be quadratic.
         count = self._scored
         while count < len(self._begins) and self._begins[count][0] < place:
             count += 1

@@ -41,6 +41,7 @@ def encode(
         raise InferenceRefused("`messages` must not be empty.", "messages")
     tools = () if conversation.tool_choice == "none" else conversation.tools
     for tool in tools:
+        # Before rendering, because the template's JSON encoder recurses over the parameters.
         check_depth(tool.parameters)
     try:
         text = chat.prompt_text(conversation.turns, tools, conversation.template_kwargs)
@@ -77,6 +78,7 @@ class CallSplitter:
             start = self._pending.lstrip()
             if not start:
                 return ""
+            # Models without tags write a call as bare JSON, at the start of a reply only.
             if start[0] in "{[":
                 self._calling = True
                 return ""
@@ -94,6 +96,7 @@ class CallSplitter:
     def end(self, cut: bool = False) -> tuple[str, list[ToolCall]]:
         """Return the remaining text and the tool calls; ``cut`` means that a token limit ended the
         reply."""
+        # Clients run every call they receive, so a call that the token limit cut off is dropped.
         if cut and self._may_hide and (self._calling or self._forced):
             calls, self.incomplete = parse_cut_calls(self._pending, self._tools)
             self.incomplete |= self._forced and not calls
