@@ -25,6 +25,7 @@ def character_tokenizer(lowercase: bool = False) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
+    # Sorted, because the library returns the alphabet in random order.
     known = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     ids = {token: index for index, token in enumerate(known)}
     core = Tokenizer(models.BPE(vocab=ids, merges=[]))

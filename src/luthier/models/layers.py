@@ -149,6 +149,7 @@ def layer_positions(names: Iterable[str], layers: Sequence[str]) -> dict[str, in
     number = {layer: index + 1 for index, layer in enumerate(layers)}
     stacks = {layer.rpartition(".")[0] for layer in layers}
     owners = [layer.partition(".")[0] for layer in layers]
+    # Layers of parallel encoders alternate (see layer_names), so their owners are not grouped.
     beside = owners != sorted(owners, key=owners.index)
     last, owner, found = 0, "", dict[str, int]()
     for name in names:

@@ -264,6 +264,7 @@ class LlamaCppBackend:
             self._room(len(states))
             for index, (state, token) in enumerate(zip(states, tokens, strict=True)):
                 self._put(index, token, state.length, state.place)
+            # Lengths change after the call, so an error leaves them as they are.
             logits_RV = self._decode(len(states), range(len(states)))
             for state in states:
                 state.length += 1
