@@ -100,7 +100,8 @@ class Adaptation(StrictModel):
         if not self.takes_media and media_config(model.config) is not None:
             raise RecipeError(
                 f"{self.method} requires text tokens, and the network's input is images, audio "
-                "or time series. Use full, lora, adapters, freeze, bitfit or feature_extraction"
+                "or time series. Use full, lora, adapters, freeze, bitfit or feature_extraction",
+                rule="adapter.network",
             )
         self.adapt(model)
         # After `adapt`, which may freeze the whole network, head included.

@@ -33,12 +33,14 @@ class FeatureExtraction(Adaptation):
         if head is None:
             raise RecipeError(
                 "feature_extraction trains a head, and the network has none for this objective. "
-                "Use lora or freeze."
+                "Use lora or freeze.",
+                rule="adapter.network",
             )
         if head.weight is network.get_input_embeddings().weight:
             raise RecipeError(
                 "feature_extraction trains the output head, and the network's head is tied to "
-                "the frozen input embedding. Use lora or freeze."
+                "the frozen input embedding. Use lora or freeze.",
+                rule="adapter.network",
             )
         head.requires_grad_(True)
 

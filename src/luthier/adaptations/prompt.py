@@ -40,7 +40,8 @@ class Prompt(VirtualTokens):
             kind = model.config.model_type  # type: ignore[union-attr]
             raise RecipeError(
                 f"a soft prompt cannot be trained in networks of type {kind}: no gradient "
-                f"crosses the segments of {reach} tokens. Use lora."
+                f"crosses the segments of {reach} tokens. Use lora.",
+                rule="adapter.network",
             )
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         if embedding is None:

@@ -544,7 +544,8 @@ def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> N
     raise RecipeError(
         "the base model is an encoder and cannot generate text, which objective "
         f"{objective.method} requires. Use {instead}a base that generates text, such as "
-        "`base=smollm2-135m-instruct`"
+        "`base=smollm2-135m-instruct`",
+        rule="objective.network",
     )
 
 

@@ -40,7 +40,8 @@ class CausalLM(Objective):
         if chat.start_id is not None:
             raise RecipeError(
                 "causal_lm requires a decoder, and the base model is an encoder-decoder. Use "
-                "span_corruption for raw text, or sft for prompts with replies."
+                "span_corruption for raw text, or sft for prompts with replies.",
+                rule="objective.network",
             )
         check_writes(self, chat, "masked_lm for raw text, or ")
         return super().bind(models)

@@ -56,7 +56,8 @@ class MaskedLM(Objective):
         if chat.tokenizer.mask_token_id is None:
             raise RecipeError(
                 "the model's tokenizer has no mask token. Use objective causal_lm, or an "
-                "encoder such as all-minilm-l6-v2."
+                "encoder such as all-minilm-l6-v2.",
+                rule="objective.tokenizer",
             )
         return super().bind(models)
 

@@ -122,13 +122,15 @@ class GAN(Generative):
         if not model.has_whole_weights:
             raise RecipeError(
                 "the adaptation adds weights to the discriminator, and the spectral norm needs plain "
-                "weights. Use full or bitfit"
+                "weights. Use full or bitfit",
+                rule="adapter.network",
             )
         for name, modules in players.items():
             if not any(w.requires_grad for module in modules for w in module.parameters()):
                 raise RecipeError(
                     f"the adaptation freezes the {name}, and both networks must learn. Use full or "
-                    "bitfit"
+                    "bitfit",
+                    rule="adapter.network",
                 )
         return {}
 
