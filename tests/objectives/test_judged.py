@@ -91,7 +91,7 @@ def test_grpo_learns_from_an_endpoint(tuned: Any, endpoint: Any, key: str) -> No
     numbers = [re.findall(r"\d[\d,]*", note) for note in notes.notes]
     assert [str(most), str(1 + PROMPTS * 4)] in numbers
     assert endpoint.asked.total() <= most
-    assert sum("requests at once" in note for note in notes.notes) == 1
+    assert sum("concurrent requests" in note for note in notes.notes) == 1
     kept = (
         "".join(path.read_text() for path in Path(result.run_dir).parent.parent.rglob("*.json*"))
         + (Path(result.model_dir) / "luthier.json").read_text()

@@ -105,20 +105,21 @@ def test_another_worker_goes_on_when_one_is_killed(server: Served) -> None:
 
 
 def test_what_cannot_be_is_refused_before_it_waits(server: Served) -> None:
-    for fields, status, words in (
-        ({"output": "s3://nobodys/x"}, 400, "nobodys"),
-        ({"output": "file:///etc"}, 400, "s3://bucket/key"),
-        ({"format": "pickle"}, 400, "format"),
-        ({"quantization": "q8_0"}, 400, "GGUF"),
-        ({"format": "onnx", "merged": False}, 400, "merged"),
-        ({"format": "gguf", "quantization": "zzz"}, 400, "there is no type 'zzz'"),
-        ({"format": "gguf", "quantization": ""}, 400, "there is no type"),
-        ({"format": "gguf", "merged": False, "quantization": "q8_0"}, 400, "export it merged"),
-        ({"output": "s3://bucket/" + "k" * 1000}, 400, "too long"),
+    for fields, code in (
+        ({"output": "s3://nobodys/x"}, "location.refused"),
+        ({"output": "file:///etc"}, "location.refused"),
+        ({"output": "s3://bucket/" + "k" * 1000}, "location.refused"),
+        ({"format": "pickle"}, None),
+        ({"quantization": "q8_0"}, "recipe.invalid"),
+        ({"format": "onnx", "merged": False}, "recipe.invalid"),
+        ({"format": "gguf", "quantization": "zzz"}, "gguf.type"),
+        ({"format": "gguf", "quantization": ""}, "gguf.type"),
+        ({"format": "gguf", "merged": False, "quantization": "q8_0"}, "recipe.invalid"),
     ):
         asked = {"output": "s3://bucket/out", **fields}
-        found, body = server.ask("POST", "/api/v1/models/mine/exports", asked)
-        assert found == status and words in body["error"]["message"], body
+        status, body = server.ask("POST", "/api/v1/models/mine/exports", asked)
+        assert (status, body["error"].get("rule")) == (400, code), fields
+        assert (body["error"].get("parameter") == "format") == (code is None)
     asked = {"output": "s3://bucket/out"}
     assert server.ask("POST", "/api/v1/models/none/exports", asked)[0] == 404
     assert server.ask("POST", "/api/v1/models/mine/exports", asked, OTHER)[0] == 404

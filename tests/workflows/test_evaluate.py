@@ -112,9 +112,10 @@ def test_a_reward_model_rewards_what_was_chosen(
     asked = write(tmp_path / "asked.jsonl", [{"prompt": "the fox", "completion": "yes"}])
     out = runner.invoke(app, ["predict", result.model_id, "--input", str(asked)])
     assert json.loads(out.stdout)["predicted"]["reward"] == pytest.approx(yes, rel=1e-5)
-    for rows, error in ((THUMBS[:1], "only answer to its"), ([{"text": "x"}], "chosen and")):
-        out = runner.invoke(app, ["evaluate", result.model_id, str(write(asked, rows))])
-        assert out.exit_code == 2 and error in out.output
+    for rows, rule in ((THUMBS[:1], "rating.single"), ([{"text": "x"}], "row.objective")):
+        out = runner.invoke(app, ["evaluate", result.model_id, str(write(asked, rows)), "--json"])
+        (problem,) = json.loads(out.stdout)["error"]["problems"]
+        assert (out.exit_code, problem["rule"]) == (2, rule)
 
 
 def test_the_answers_of_an_evaluation_are_written(base: str, tmp_path: Path) -> None:

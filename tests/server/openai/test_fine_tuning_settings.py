@@ -58,5 +58,6 @@ def test_the_multiplier_is_one_of_the_rate_that_is_chosen() -> None:
     usual, _ = rate()
     doubled, choices = rate(learning_rate_multiplier=2)
     assert usual and doubled == pytest.approx(2 * usual)
-    assert any(name == "training.learning_rate" and "times 2" in why for name, _, why in choices)
+    reasons = {name: why for name, _, why in choices}
+    assert "`learning_rate_multiplier` 2" in reasons["training.learning_rate"]
     assert rate(learning_rate_multiplier=2, learning_rate=1e-3)[0] == 1e-3
