@@ -160,6 +160,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     if (
         facts.held_out
         and rows <= MOST_REFIT_ROWS
+        # Refits were measured for scores, not for losses (docs/log/defaults.md).
         and objective.measure in SCORES.keys() - LESS_IS_BETTER
     ):
         reason = f"{rows} rows are few: after finding the number of steps, train on all rows"

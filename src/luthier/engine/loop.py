@@ -391,7 +391,8 @@ class Loop:
         better = best_measurement(self.measured, measure) is measured
         if better:
             progress.best_loss, progress.best_step = measured["loss"], progress.step
-            # Masters and moments are not copied: training never continues from the best weights.
+            # The weights that were measured: half the size of the masters. Training never continues
+            # from this copy.
             self.best = {n: local_shard(w.data).clone() for n, w in self.optimizer.weights.items()}
         min_delta = self.training.min_delta
         # Relative, because losses and scores have different scales.

@@ -89,6 +89,8 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
             continue
         best = min(best, line, key=order)
         if measure == "loss":
+            # After one clearly higher loss, only a lower loss counts. Without this limit, worse
+            # weights were kept (docs/log/engine.md).
             alike = line is best or (is_alike and _may_be_alike(best, line))
             chosen, is_alike = (line, True) if alike else (chosen, False)
             continue
@@ -133,6 +135,8 @@ def is_hollow(line: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
     True for the loss of a model that distinguishes no rows, and for an accuracy clearly below the
     accuracy before training.
     """
+    # Equal embeddings have the loss ln N. A run fell to this loss while the recall fell from 0.875
+    # to 0.115 (docs/log/defaults.md).
     if line["loss"] > HOLLOW * line.get("chance_loss", math.inf):
         return True
     fallen = first.get("accuracy", 0.0) - line.get("accuracy", 0.0)

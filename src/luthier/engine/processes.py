@@ -236,6 +236,7 @@ def _check_number(processes: int, reporter: Reporter) -> None:
     import torch
 
     check_room(processes)
+    # The affinity, because a container may not use every core of the machine.
     able = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     if processes > able:
         kind = "GPU" if torch.cuda.is_available() else "core"

@@ -213,6 +213,8 @@ class FrozenLayers(TrainingStep):
                 media.compute_ahead(network, rows, trainer.reading_budget, file)
                 reporter.note(f"{size_note}; each epoch computes the head alone")
             else:
+                # Before the first step, not during the first epoch: a cache filled while training
+                # would depend on the step of a resume.
                 network.frozen_cache = FrozenLayerCache.of(
                     network, count, rows, trainer.reading_budget, file
                 )

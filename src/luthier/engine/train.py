@@ -445,7 +445,7 @@ class Trainer:
         for step in self.steps:
             step.before_storing(self)
         assert self.verdict is not None
-        # A network gathered from shards is on the CPU, and no device may have room for the check.
+        # A network gathered from shards is on the CPU, because a device may lack the room.
         machine = replace(self.job.machine, device=self.network.device)
         issues = self.baselines.label_issues if self.baselines is not None else None
         writer = ModelWriter(

@@ -212,6 +212,7 @@ def judge_run(
         cause = "few_rows"  # the cause of a rough measurement is unknown
     elif uninformative and outcome not in ("still_improving", "worse"):
         cause = "base_model" if informed else "uninformative"
+        # Blame the labels only if the training loss fell; otherwise the rows were not learned.
         if not fitted_head and not course.training_learned():
             cause = "rate_high" if course.training_rose() else "rows_not_learned"
 
