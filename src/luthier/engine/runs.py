@@ -140,8 +140,8 @@ class Run:
         begun = (self.folder / RUN_REQUEST).is_file()
         if not (begun and resume):
             self.check_free()
-            # The launch comes before the request: a kill in between must not leave a run that its
-            # launch does not recognize.
+            # The launch id is written first: after a kill, a launch must recognize its unfinished
+            # run.
             self._record_launch(launch)
             write_json(self.folder / RUN_REQUEST, dict(request))
             return None

@@ -303,7 +303,7 @@ class RefitTraining(TrainingStep):
         # truncates the file.
         for line in again.lines:
             metrics.append(line)
-        # The stored weights have learned the held-out rows, so a later run must know the rows.
+        # The refit has learned the held-out rows, so a later run must count the rows as learned.
         trainer.run_folder.record_held_out(job.data.held_out)
         trainer.network, trainer.stored_job = again.network, job
         trainer.progress = replace(
