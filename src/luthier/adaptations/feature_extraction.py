@@ -27,6 +27,7 @@ class FeatureExtraction(Adaptation):
         """Freeze the network. A language model with an untied output head trains the head."""
         model.requires_grad_(False)
         if head_weights(model):
+            # `attach` marks the weights of the task's head.
             return
         network: Any = model
         head = network.get_output_embeddings()

@@ -260,6 +260,7 @@ class RowBatcher:
             hook.remove()
             seconds = time.monotonic() - began
             for row in rows:
+                # A failed pass used the model, too.
                 row.request.work.spend(seconds * row.cost / cost)
         # Small passes say little: on a busy machine they look slow, and the size would shrink to 2
         # or 3 rows.

@@ -150,6 +150,7 @@ def _with_deep_stack(work: Callable[[], Any]) -> Any:
         try:
             result.set_result(work())
         except BaseException as error:
+            # A panic in Rust is no Exception, and without a result the caller would wait forever.
             result.set_exception(error)
 
     with _starting:  # the size applies to all threads that start

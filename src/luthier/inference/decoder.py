@@ -744,6 +744,7 @@ class Decoder:
         answer.last_token_at = moment
 
     def _end_state(self, answer: RunningAnswer) -> None:
+        # Cleared first, so that a failed `free` is not repeated.
         state, answer.state = answer.state, None
         if state is None:
             return

@@ -98,6 +98,7 @@ def _read(folder: Path) -> DerivedFile | None:
         record = DerivedFile.model_validate(read_json(folder / RECORD))
         # A rejected file is deleted, so only its record is checked.
         is_intact = record.refusal or sha256_of(folder / FILE) == record.sha256
+        # Another version may compute other numbers, so the file is compared again.
         return record if is_intact and record.llama_cpp == LLAMA_CPP_VERSION else None
     except (CorruptFile, OSError, ValidationError):
         return None
@@ -116,6 +117,7 @@ def _derive(
         with new_folder(folder) as fresh:
             write_gguf(network.model, None, fresh / FILE, kind, GeneralMetadata(stored.id))
             context, vocabulary = stored.room, int(network.model.config.vocab_size)
+            # Half of the context stays free for the reply.
             chat, longest = stored.chat, context // 2
             prompts = [
                 chat.encode_prompt([Message("user", text)])[:longest] for text in REFERENCE_PROMPTS

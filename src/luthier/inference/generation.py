@@ -276,6 +276,7 @@ class Generator:
             together=not isinstance(self.backend, FlatBackend | AdaptedBackend),
             masks=masks,
         )
+        # An abandoned stream leaves this block, too, and frees the sequences.
         with closing(decoding):
             yield decoding
 

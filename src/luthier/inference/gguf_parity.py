@@ -98,6 +98,7 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Free the network."""
+        # The server ends with its last reference.
         self._server = None
 
     def tokens(self, text: str, *, first: bool) -> list[int]:
@@ -285,5 +286,6 @@ def _divergence(logp_V: torch.Tensor, other: Mapping[int, float]) -> float:
     # KL(p || q) = sum p (log p - log q), with p from torch and q from llama.cpp.
     own = logp_V[list(other)].double().exp().numpy()
     reported = np.exp(np.array([*other.values()], dtype=np.float64))
+    # The rest of the vocabulary; rounding may make the sum larger than 1.
     own, reported = (np.append(each, max(1.0 - each.sum(), 1e-9)) for each in (own, reported))
     return max(0.0, float((own * (np.log(own + 1e-30) - np.log(reported + 1e-30))).sum()))

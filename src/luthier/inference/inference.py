@@ -313,6 +313,7 @@ class Stream:
         if isinstance(event, BaseException):
             self.close()
             raise event
+        # Another thread may have closed the stream during the wait.
         if event is ENDED or not self._unfinished:
             raise StopIteration
         if isinstance(event, FinishEvent):

@@ -102,6 +102,7 @@ class CacheBudget:
 
     def allows(self, client: str, size: int) -> bool:
         """Return whether the share of ``client`` allows ``size`` more bytes."""
+        # The first request always passes; otherwise one larger than the share would never run.
         return not self._reserved[client] or self._reserved[client] + size <= self.per_client
 
     def reserve(self, client: str, size: int) -> bool:

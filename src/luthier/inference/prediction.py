@@ -106,6 +106,7 @@ class Predictor:
         answers: list[dict[str, Any]] = []
         for start in range(0, len(rows), BLOCK_ROWS):
             block = sides[start : start + BLOCK_ROWS]
+            # Pairs have two sides, and `done` counts rows.
             count = sum(map(len, block))
 
             def block_done(

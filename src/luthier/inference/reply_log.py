@@ -136,6 +136,7 @@ class ReplyLog:
         ``ask`` receives the positions of missing keys. For each position, ``ask`` calls ``done``
         with the outcome: a reply is written to disk, a failure is not stored.
         """
+        # A dictionary, so that equal prompts are sent once.
         missing = {key: position for position, key in enumerate(keys) if key not in self.replies}
         failures: dict[str, Failure] = {}
 

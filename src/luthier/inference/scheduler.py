@@ -242,6 +242,7 @@ class FairScheduler:
 
     def _limit(self) -> float:
         """Return the limit for the counter of a running client."""
+        # Only clients at work count: a client that waits without getting a turn holds up nobody.
         return min(map(self._now, self._at_work), default=float("inf")) + LEAD_SECONDS
 
     def _now(self, client: str) -> float:

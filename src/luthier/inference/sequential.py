@@ -109,6 +109,7 @@ class SerialModel:
             )
             from luthier.models.packing import PackedLinears
 
+            # Packed once, because oneDNN would reorder bfloat16 weights in each product.
             self._open.enter_context(PackedLinears(self._network.model))
 
     @staticmethod
@@ -308,6 +309,7 @@ class SerialModel:
         return BARE_MEDIA[media.kind]("", index + 1, limited)
 
     def _undecodable(self, part: Sequence[MediaRow], refused: RowRefused) -> InferenceRefused:
+        # The error names no image, so each image of the turn is decoded again.
         for row in part:
             media = self._chat.media_input(row)
             try:
