@@ -23,12 +23,12 @@ FIRST_WORDS = re.compile(
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/guide/*.md")
 TABLES_ONLY = ("reference.md", "results.md")
 LIMITS = {
-    "pronouns per 100 words, docstrings": 8.5,
-    "% of docstrings that start without noun or verb": 17.0,
-    "pronouns per 100 words, help texts": 6.5,
+    "pronouns per 100 words, docstrings": 2.0,
+    "% of docstrings that start without noun or verb": 0.5,
+    "pronouns per 100 words, help texts": 2.5,
     "% of help texts over 72 characters": 0.5,
-    "pronouns per 100 words, error messages": 5.6,
-    "% of error messages over 30 words": 2.0,
+    "pronouns per 100 words, error messages": 2.0,
+    "% of error messages over 30 words": 0.2,
     "pronouns per 100 words, pages": 3.5,
     "mean words per sentence, pages": 16.0,
 }

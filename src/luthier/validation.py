@@ -1,8 +1,5 @@
-"""Base class of checked field groups, and messages for pydantic errors.
-
-Only this module knows pydantic's error types. Recipes, files and the native API use these messages;
-the Bedrock and OpenAI APIs have their own.
-"""
+"""Base class of checked field groups, and messages for pydantic errors, shared by recipes, files and
+all APIs."""
 
 from __future__ import annotations
 

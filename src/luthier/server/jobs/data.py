@@ -69,8 +69,8 @@ class JobData:
             own = re.escape(Path(name).name)
             # re.sub reads backslashes of a replacement as escapes.
             text = re.sub(rf"\b{own}(?=:\d)", address.replace("\\", r"\\"), text)
-        for part in ("train", "held"):
-            text = text.replace(f"{self.folder / part}", f"the {part} data")
+        for part, name in (("train", "training"), ("held", "validation")):
+            text = text.replace(f"{self.folder / part}", f"the {name} data")
         return text.replace(f"{luthier_home()}/", "")
 
     def _source(self, part: str, names: Sequence[str]) -> str:

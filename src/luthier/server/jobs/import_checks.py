@@ -183,10 +183,10 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
 
 def _check_input(processor: Processor | None) -> None:
     """Reject a processor whose inputs need far more memory than the weights."""
-    if processor is not None and math.prod(processor.shape) > MOST_INPUT:
-        height, width = processor.shape[-2:]
+    if processor is not None and (values := math.prod(processor.shape)) > MOST_INPUT:
+        shape = " x ".join(f"{length:,}" for length in processor.shape)
         raise LuthierError(
-            f"inputs have {height:,} x {width:,} values, and the limit is {MOST_INPUT:,}"
+            f"inputs of {shape} have {values:,} values, and the limit is {MOST_INPUT:,}"
         )
 
 

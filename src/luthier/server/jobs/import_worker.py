@@ -191,6 +191,7 @@ class ImportWorker(Worker[ModelImport]):
         Raises:
             ModelRefused: if the machine has less memory.
             Interrupted: if other work uses the memory. The import is queued again.
+            DoesNotFit: if served models use the memory for too long. The import fails.
         """
         if size > total_memory():
             raise ModelRefused(
@@ -258,7 +259,7 @@ def _find_base(name: str) -> StoredModel | None:
 
 
 def _wait_for_memory(size: int) -> None:
-    """Wait for memory outside all leases, for example of serving models."""
+    """Wait until memory without a lease, such as that of served models, is free."""
     deadline = time.monotonic() + MEMORY_SECONDS
     while available_memory() < size:
         if time.monotonic() > deadline:

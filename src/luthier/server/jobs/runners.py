@@ -30,7 +30,7 @@ class FreeCapacity:
     memory: int
     cores: int
     at_work: Counter[type[QueuedWork]]
-    """Number of running works by kind."""
+    """Number of running works by table class."""
 
     @property
     def idle(self) -> bool:

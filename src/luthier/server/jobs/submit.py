@@ -28,6 +28,7 @@ from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import (
     ACTIVE,
     CREATING,
+    FAILED,
     IMPORTED,
     LONGEST_NAME,
     NAME,
@@ -468,7 +469,6 @@ def _stored_id(model: AnyModel) -> str:
     if isinstance(model, FoundationModel):
         return model.base
     if model.status != ACTIVE or model.stored_id is None:
-        raise RecipeError(
-            f"custom model {model.name} is {model.status}. Wait until the state is Active"
-        )
+        fix = "Choose another model" if model.status == FAILED else "Wait until the state is Active"
+        raise RecipeError(f"custom model {model.name} is {model.status}. {fix}")
     return model.stored_id

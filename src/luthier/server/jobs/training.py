@@ -138,7 +138,7 @@ class TrainingWorker(Worker[Job]):
     data: JobData | None = None
 
     def remove_ended(self) -> None:
-        """Remove the lock if the job had ended before this worker started."""
+        """Remove the working files if the job is gone, or ended before this worker started."""
         with self.database.read() as session:
             job = session.scalars(select(Job).where(Job.id == self.row_id)).first()
         if job is None or (job.state in ENDED and not job.has_working_files):

@@ -93,7 +93,7 @@ class Heartbeat(threading.Thread):
                 heard = time.monotonic()
 
     def interrupt(self) -> None:
-        """Interrupt the main thread, unless the last interruption was less than :data:`AGAIN` ago."""
+        """Interrupt the main thread, at most once per ``repeat_seconds``."""
         if time.monotonic() - self._asked > self._repeat_seconds:
             self._asked = time.monotonic()
             # Python runs signal handlers in the main thread, where training writes a checkpoint.

@@ -249,7 +249,7 @@ def list_rows(
     status: str | None = None,
     ascending: bool = True,
 ) -> list[EvaluationRow]:
-    """Return at most ``limit`` rows after number ``position``, in source order or reversed."""
+    """Return at most ``limit`` rows that follow number ``position`` in the chosen order."""
     query = select(EvaluationRow).where(EvaluationRow.run_id == run_id)
     if status is not None:
         query = query.where(EvaluationRow.status == status)

@@ -29,7 +29,7 @@ def has_server_key() -> bool:
 
 
 def server_key(folder: Path | None = None) -> bytes:
-    """Return the server's 32 bytes: from ``LUTHIER_SERVER_KEY``, or ``server.key`` in the home
+    """Return the server's 32-byte key: from ``LUTHIER_SERVER_KEY``, or ``server.key`` in the home
     folder.
 
     The first call creates the file, readable by its owner only. If access keys may exist, call
