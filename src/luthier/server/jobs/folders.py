@@ -1,6 +1,6 @@
 """Files of a job, and their removal.
 
-jobs/<id>/                    data as of the first start
+jobs/<id>/                    rows, fetched at the first start
 teachers/<account>/           replies of teachers, for all jobs of the account
 jobs/<id>.lock                lock of the running worker
 jobs/<id>.log                 output of the workers
@@ -65,7 +65,7 @@ class JobFolders:
             shutil.rmtree(folder, ignore_errors=True)
 
     def remove_all(self) -> None:
-        """Remove all files of a job without a model, except the log."""
+        """Remove all files of a job that made no model, except the log."""
         self.remove_run()
         for parent in (luthier_home() / "models" / "custom").glob("*"):
             sweep(parent, run_name(self.job_id))

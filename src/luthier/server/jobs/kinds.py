@@ -1,8 +1,8 @@
 """The kinds of leased work.
 
 A kind is a table with the columns of :class:`luthier.server.tables.queue.QueuedWork`, a subclass of
-:class:`luthier.server.jobs.worker.Worker`, and an entry of this table. All kinds share turns, memory,
-leases, heartbeats, crashes and the end of a server.
+:class:`luthier.server.jobs.worker.Worker`, and an entry of :data:`WORK_KINDS`. All kinds share
+turns, memory, leases, heartbeats, and the handling of crashes and shutdown.
 """
 
 from __future__ import annotations

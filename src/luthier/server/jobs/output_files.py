@@ -67,7 +67,7 @@ def files(
     manifest = data.show_addresses(json.dumps(model.manifest.plain(), indent=2, ensure_ascii=False))
     yield artifact(job.id, "manifest.json"), (manifest + "\n").encode()
     shown = data.show_addresses(read_certificate(model).text()).encode()
-    # The addresses have changed the text that the digest covers.
+    # Addresses replaced paths, so compute the digest again.
     certificate = parse_certificate(shown, CERTIFICATE).with_digest()
     yield artifact(job.id, CERTIFICATE), certificate.text().encode()
     issues = run_of(model.id).folder / LABEL_ISSUES
@@ -94,8 +94,8 @@ class _Epochs:
 def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
     """Return training metrics as CSV: step from 0, epoch, loss, perplexity, and other metrics."""
     train = [line for line in lines if line["event"] == "train"]
-    # Readers of these files expect the name reward_mean.
     extra = list(dict.fromkeys(k for line in train for k in line if k not in _NO_COLUMNS))
+    # Readers of these files expect the name reward_mean.
     names = ["reward_mean" if name == "reward" else name for name in extra]
     rows = [
         [
@@ -111,7 +111,7 @@ def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
 
 
 def validation_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
-    """``step_number``, ``epoch_number``, ``validation_loss``, ``perplexity``; a line a measurement."""
+    """Return validation metrics as CSV, one line per measurement."""
     measured = [line for line in lines if line["event"] == "validation"]
     rewards = any("reward" in line for line in measured)
     rows = []

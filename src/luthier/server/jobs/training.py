@@ -182,7 +182,8 @@ class TrainingWorker(Worker[Job]):
         work = Run(base.root, run_name(job.id))
         metrics = MetricsFile(work.folder / METRICS)
         if "progress" in reporter.details:
-            # The reporter skips stored steps: these metrics are of a killed worker.
+            # A killed worker may have written metrics to the file but not to the database. The
+            # reporter skips the stored ones.
             for line in metrics.read():
                 reporter.metrics(line, reporter.details["progress"]["steps"])
         with logged_for(job.account, run_name(job.id)):

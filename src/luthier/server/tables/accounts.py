@@ -156,8 +156,7 @@ def remove_account(session: Session, account: str) -> None:
 
     Raises:
         RefusedInput: if the account has users or resources, which a later account of the same
-            number would
-            inherit.
+            number would inherit.
     """
     found = account_of(session, account)
     owned = {name: number for name, number in _count_owned(session, account) if number}

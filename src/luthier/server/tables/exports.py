@@ -53,8 +53,8 @@ class ExportResult(TypedDict):
     network: str
     """Type of the network in transformers."""
     compared: str | None
-    """Difference between the replies from the files and the model's; ``None`` for the model's own
-    weights."""
+    """Difference between replies from the files and the model's replies; ``None`` if the weights are
+    copied unchanged."""
 
 
 class ModelExport(QueuedWork, Base):

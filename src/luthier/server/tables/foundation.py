@@ -141,10 +141,10 @@ def _pretrained_here() -> tuple[FoundationModel, ...]:
 @lru_cache(maxsize=8)
 def _read_pretrained(home: Path, versions: tuple[Any, ...]) -> tuple[FoundationModel, ...]:
     """Return the pre-trained models in ``home``; ``versions`` of their manifests are the cache key."""
-    # A manifest of a different version of luthier may name an unknown kind.
     found = []
     for each in pretrained_models():
         kind, created = each.manifest.kind or "causal_lm", each.manifest.created
+        # A manifest of a different version of luthier may name an unknown kind.
         if kind not in KINDS:
             continue
         name = _hyphenated(short_name(each.id))
