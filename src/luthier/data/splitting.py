@@ -21,10 +21,10 @@ def split_rows(
 ) -> list[IntArray]:
     """Return ascending row numbers of the training part and one part per share.
 
-    Every stratum contributes its share of rows, up to one row, as far as group sizes allow. One
-    group of each stratum stays in training. Rows with equal numbers in ``groups_N`` stay together.
-    A part with a positive share has at least one row, unless only the last groups of strata are
-    left.
+    Every stratum contributes its share of rows, rounded to whole rows, as far as group sizes allow.
+    One group of each stratum stays in training. Rows with equal numbers in ``groups_N`` stay
+    together. A part with a positive share has at least one row, unless only the groups reserved for
+    training are left.
 
     Raises:
         RecipeError: if no training rows are left.

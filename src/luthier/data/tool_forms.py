@@ -195,7 +195,7 @@ def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
         try:
             calls = parse_embedded(content) if isinstance(content, str) else calls
         except ValueError as error:
-            raise _bad_call(number, f"is no JSON: {error}") from None
+            raise _bad_call(number, f"is not valid JSON: {error}") from None
         calls = calls if isinstance(calls, list) else [calls]
     elif role in _RESULT_ROLES:
         turn["role"] = "tool"

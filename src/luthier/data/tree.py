@@ -174,8 +174,8 @@ def split_to_budget(
     """Split a batch into micro-batches of at most ``budget`` distinct tokens each.
 
     With ``whole_rows``, a row counts as one token regardless of its text, for rows with images.
-    With several ``processes``, the number of micro-batches is a multiple of ``processes``, with
-    similar sizes, if there are enough rows.
+    With several ``processes``, the number of micro-batches is at most the next multiple of
+    ``processes``, and sizes are as even as possible.
 
     Rows are sorted first, so neighbours share prefixes. A row longer than the budget gets its own
     micro-batch. A group (``Example.group``) is never split. Micro-batches have similar sizes,

@@ -181,8 +181,8 @@ def token_budget(
     Matmul reaches full speed at 512 tokens, but each pass has the same number of small operations:
     steps of 16 short rows take a fifth less time in one pass than in two (docs/log/engine.md). If
     rows share long prefixes, each additional micro-batch computes the prefixes again: the budget
-    doubles until repetition costs less than a tenth. Half of the free memory is the limit, and the
-    longest row must fit.
+    doubles until repetition costs less than a tenth. Half of the free memory is the limit, unless
+    the longest row needs more.
     """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
     budget, reason = usual, "full speed; larger values mainly need more memory"
@@ -193,10 +193,10 @@ def token_budget(
             2 * budget,
             "rows share prefixes; smaller micro-batches would repeat prefixes",
         )
-    if longest > budget:
+    if longest > min(budget, room):
         return longest, f"the longest row has {longest} tokens"
     if room < budget:
-        return max(longest, room), "limit of half of the free memory"
+        return room, "limit of half of the free memory"
     return budget, reason
 
 

@@ -90,7 +90,7 @@ def open_network(stored: StoredModel, head: Head | None = None, precise: bool = 
 
     machine = choose_machine()
     size = folder_size(stored.network_folder, ".safetensors") if precise else 0
-    wide = precise and 4 * size < available_memory()
+    wide = precise and 4 * size < available_memory(machine.device)
     dtype = torch.float32 if wide else machine.dtype
     model = load(stored, dtype, machine.device, head)
     return as_network(model.eval(), machine.device, dtype)
@@ -210,7 +210,7 @@ def return_freed_memory() -> None:
 
 
 def forget_peak_memory() -> None:
-    """Reset the peak of :func:`peak_memory`, on Linux only."""
+    """Reset this process's peak of resident memory (Linux only). A GPU's peak is kept."""
     with suppress(OSError):
         # "5" resets the peak resident size (proc(5)).
         Path("/proc/self/clear_refs").write_text("5")
@@ -231,7 +231,7 @@ def peak_memory(device: torch.device | None = None) -> int:
 
 
 def begin_peak_memory() -> int:
-    """Return freed memory, reset the peak of :func:`peak_memory`, and return the resident bytes."""
+    """Give freed memory back to the system, reset the resident peak, and return the resident bytes."""
     import psutil
 
     return_freed_memory()

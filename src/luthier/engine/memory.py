@@ -49,7 +49,7 @@ class MemoryEstimate:
     fixed: int
     per_token: int
     least: int = 0
-    """Memory for loading and for the parity check, in bytes."""
+    """Memory for loading, the parity check and the adaptation's calibration, in bytes."""
 
     def plus(self, further: int) -> MemoryEstimate:
         """Return the estimate with ``further`` additional bytes for the whole training."""
@@ -90,8 +90,8 @@ def sharded_estimate(
     """Return the estimate for the first of ``processes`` processes with shards of ``model``.
 
     In addition to the shards, the process stores two whole layers (the running layer and the
-    prefetched next layer), one layer's gradients before sharding, and all trained weights while
-    writing a checkpoint.
+    prefetched next layer), one layer's gradients before sharding, and the masters, moments and best
+    weights of all trained weights while writing a checkpoint.
     """
     layers = [model.get_submodule(name) for name in layer_names(model)]
     numbers: list[int] = [sum(w.numel() for w in layer.parameters()) for layer in layers]
@@ -143,8 +143,9 @@ def estimate_memory(
 def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = None) -> int:
     """Return the bytes of one image or audio input with text, between forward and backward.
 
-    The sizes are counted on the ``meta`` device, where tensors have no data. The largest temporary
-    is counted twice. ``reads`` is the input shape; default: the network's own.
+    The sizes are counted on the ``meta`` device, where tensors have no data. The run has two
+    inputs, so half of the sum counts. Twice the largest tensor of the run is added for temporaries.
+    ``reads`` is the input shape; default: the network's own.
     """
     import torch
 

@@ -180,7 +180,7 @@ class FrozenLayers(TrainingStep):
 
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
-        """Return true if the network computes the same rows again."""
+        """Return true if each row is used at least twice on average, always with equal inputs."""
         seen = job.steps * (job.recipe.training.batch_size or 1)
         fixed = job.data.objective.same_each_epoch and not job.recipe.data.augmentation
         return fixed and seen >= 2 * job.rows

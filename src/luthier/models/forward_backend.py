@@ -66,8 +66,8 @@ class ForwardBackend:
     rows, sequences = 1, sys.maxsize
 
     def __init__(self, network: Network, context: int, encoded_RSH: Tensor | None = None) -> None:
-        """Initialize the backend. With ``encoded_RSH``, encoder states, a prompt is the index of a
-        row."""
+        """Initialize the backend. ``encoded_RSH`` are precomputed encoder states; each prompt is
+        then the index of one of their rows."""
         self.network, self.context, self.device = network, context, network.device
         self._encoded_RSH = encoded_RSH
         model = network.model

@@ -54,7 +54,7 @@ def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the widest data type of the weights in ``folder``."""
-    kinds = {kind for kind, _ in tensor_headers(weight_files(folder)[0]).values()}
+    kinds = {kind for path in weight_files(folder) for kind, _ in tensor_headers(path).values()}
     # Norms may be float32 next to weights with lower precision; no weight may lose precision.
     for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
         if name in kinds:
@@ -220,8 +220,8 @@ def _check_image_to_text(network: Network) -> None:
 def check_decoder_input(network: Network) -> None:
     """Compare the decoder input of an encoder-decoder with transformers.
 
-    transformers derives the decoder input from the labels: all tokens of the reply except the
-    first. The result must equal luthier's training input.
+    The labels are the reply without its start token. transformers shifts the labels to get
+    the decoder input, which must equal luthier's decoder input in training.
 
     Raises:
         RecipeError: with the family, if the inputs differ.

@@ -8,7 +8,7 @@ both stacks shrink.
 
 *Width.* See :mod:`luthier.models.width`.
 
-Task, embeddings, norms and head remain the teacher's.
+Task and head remain the teacher's. Embeddings and norms change only if channels are removed.
 """
 
 from __future__ import annotations

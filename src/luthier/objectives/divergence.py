@@ -56,7 +56,8 @@ class Divergence:
     temperature: float
 
     def compare(self, batch: TreeBatch, distribution: Distribution, mix: float = 0.0) -> Compare:
-        """Return the summed loss ``mix * cross-entropy + (1 - mix) * divergence``.
+        """Return a function that computes the summed loss ``mix * cross-entropy + (1 - mix) *
+        divergence`` of a chunk.
 
         A position counts with the weights of all tokens predicted at the position.
         """

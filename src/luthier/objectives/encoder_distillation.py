@@ -73,9 +73,9 @@ class EncoderDistillation(TeacherObjective, Classification):
         if head.task != self.task or not single:
             raise RecipeError(
                 f"the teacher {self.teacher} was trained for {learned.method} and is not a "
-                "single-label classifier. Use a custom model of objective classification, "
-                "logit_distillation for models that generate text, or embedding_distillation "
-                "for encoders."
+                "single-label classifier. Use a teacher of objective classification, or change "
+                "the objective: logit_distillation for models that generate text, "
+                "embedding_distillation for encoders."
             )
         if self.labels not in (None, head.labels):
             raise RecipeError(

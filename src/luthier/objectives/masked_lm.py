@@ -2,7 +2,7 @@
 
 A new random share of the tokens is selected in each epoch (Liu et al. 2019). Of the selected
 tokens, 80 % are replaced by the mask token, 10 % by a random token, and 10 % stay. ``whole_word``
-hides all pieces of a word together. Validation rows are always masked the same way, so that losses
+selects all pieces of a word together. Validation rows are always masked the same way, so that losses
 are comparable. Left out: next-sentence prediction.
 """
 

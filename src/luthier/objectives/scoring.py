@@ -105,7 +105,9 @@ def write_replies(
     ]
     replies: list[str | Failure] = [
         Failure(
-            "judge.refused", f"{len(prompt_T):,} tokens are more than the judge's context holds"
+            "judge.refused",
+            f"a prompt of {len(prompt_T):,} tokens and a reply of {sampling.max_tokens:,} exceed "
+            f"the judge's context of {network.context:,} tokens",
         )
         for prompt_T in prompts
     ]

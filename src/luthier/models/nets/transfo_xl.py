@@ -90,7 +90,8 @@ class Memory:
     """Position of each token in the row; negative for padding."""
 
     def get_seq_length(self) -> int:
-        """Return the number of cached tokens with padding, transformers' cache interface."""
+        """Return the number of tokens of the longest row so far, without padding; part of
+        transformers' cache interface."""
         return int(self.position_BK.max()) + 1
 
     def select(self, index_R: Tensor) -> Memory:
@@ -103,11 +104,11 @@ class Window:
     """Visible states ``J`` for the queries ``I`` of each segment ``Z``."""
 
     visible_ZIJ: Tensor
-    """``Z`` is 1 where all segments see alike."""
+    """``Z`` counts the segments of all rows; without a split, the rows."""
     distance_JH: Tensor
     """``R`` of the distances ``J - 1`` down to 0."""
     length: int = 0
-    """Segment length in tokens; 0 with a given memory and unsplit rows."""
+    """Segment length in tokens; 0 if rows are not split and a memory is given."""
     memory: int = 0
     """States before each segment."""
 
