@@ -72,10 +72,9 @@ class EncoderDistillation(TeacherObjective, Classification):
         single = head.problem == "single_label_classification" and head.labels
         if head.task != self.task or not single:
             raise RecipeError(
-                f"the teacher {self.teacher} was trained for {learned.method} and is not a "
-                "single-label classifier. Use a teacher of objective classification, or change "
-                "the objective: logit_distillation for models that generate text, "
-                "embedding_distillation for encoders."
+                f"the teacher {self.teacher} ({learned.method}) is not a single-label classifier. "
+                "Use a teacher of objective classification, or the objective logit_distillation "
+                "(text) or embedding_distillation (encoders)."
             )
         if self.labels not in (None, head.labels):
             raise RecipeError(
