@@ -6,6 +6,6 @@ from pathlib import Path
 
 
 def files_in(home: Path) -> list[str]:
-    """Return the paths of files in a store, without its cache; the store need not exist."""
+    """Return the paths of files in a store, without its caches; the store need not exist."""
     paths = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
-    return sorted(path.as_posix() for path in paths if path.parts[0] != "cache")
+    return sorted(path.as_posix() for path in paths if path.parts[0] not in ("cache", "probes"))

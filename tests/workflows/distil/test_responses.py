@@ -167,7 +167,7 @@ def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endp
     )
     assert endpoint.most_at_once > 1
     line = lines(folder_of("s") / "insights.jsonl")[7]
-    assert (line["accepted"], line["reason"]) == (False, "judge 0.111111, 0.5 is needed")
+    assert not line["accepted"] and "0.111111" in line["reason"] and "0.5" in line["reason"]
 
 
 def test_a_judge_that_is_out_of_reach_costs_no_answer(
