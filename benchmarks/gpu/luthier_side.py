@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
+from cases import run_cases
+
+import luthier
+
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
-    """Return seconds and loss of each step, and the peak memory of the device in bytes."""
-    import torch
-
-    import luthier
-
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    """Return seconds and loss of each step, and the run's peak memory in bytes."""
     with tempfile.TemporaryDirectory() as home:
         os.environ["LUTHIER_HOME"] = home
         result = luthier.tune(
@@ -44,18 +38,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": [step["seconds"] for step in steps],
         "losses": [step["loss"] for step in steps],
-        "memory_bytes": torch.cuda.max_memory_allocated() if cuda else result.peak_memory_bytes,
+        "memory_bytes": result.peak_memory_bytes,
     }
 
 
-def main() -> None:
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            measured = train(case)
-        except Exception as error:
-            traceback.print_exc()
-            measured = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps({"case": case["name"], **measured}), flush=True)
-
-
-main()
+run_cases(train)

@@ -9,11 +9,11 @@ import json
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import run_cases
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -40,12 +40,8 @@ class Clock(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
-def train(case: dict[str, Any], liger: bool) -> dict[str, Any]:
-    """Return seconds, loss and trained rows of each step, and the peak memory of the device."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def train(case: dict[str, Any]) -> dict[str, Any]:
+    """Return seconds and loss of each step, and the rows per step."""
     full = case["adaptation"] == "full"
     # Trained weights in float32 under autocast, which `bf16` expects; frozen weights in bfloat16.
     model = AutoModelForCausalLM.from_pretrained(
@@ -69,12 +65,12 @@ def train(case: dict[str, Any], liger: bool) -> dict[str, Any]:
                 report_to=[],
                 save_strategy="no",
                 bf16=True,
-                use_cpu=not cuda,
+                use_cpu=not torch.cuda.is_available(),
                 packing=True,
                 max_length=case["pack"],
                 per_device_train_batch_size=case["packs"],
                 gradient_checkpointing=False,
-                use_liger_kernel=liger,
+                use_liger_kernel="liger" in sys.argv[2:],
                 seed=0,
             ),
             train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
@@ -88,18 +84,8 @@ def train(case: dict[str, Any], liger: bool) -> dict[str, Any]:
         "seconds": clock.seconds,
         "losses": clock.losses,
         "rows_per_step": case["packs"] * len(lines) / packs,
-        "memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "memory_bytes": 0,
     }
 
 
-def main() -> None:
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            measured = train(case, "liger" in sys.argv[2:])
-        except Exception as error:
-            traceback.print_exc()
-            measured = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps({"case": case["name"], **measured}), flush=True)
-
-
-main()
+run_cases(train)
