@@ -27,7 +27,13 @@ from luthier.models.external import (
     read_network_fields,
 )
 from luthier.models.heads import Head, Task, task_in
-from luthier.models.modalities import context_length, input_shape, media_config
+from luthier.models.modalities import (
+    context_length,
+    input_shape,
+    media_config,
+    text_part,
+    uses_text_part,
+)
 from luthier.models.pipelines import (
     MODEL_TYPE,
     is_pipeline,
@@ -67,21 +73,35 @@ class ModelFolder:
     path: Path
 
     @cached_property
+    def _file_fields(self) -> dict[str, Any]:
+        return (
+            read_pipeline(self.path) if is_pipeline(self.path) else read_network_fields(self.path)
+        )
+
+    @cached_property
     def fields(self) -> dict[str, Any]:
-        """Fields of ``config.json``, or of the configuration that a pipeline is converted to.
+        """Fields of ``config.json``, of the configuration that a pipeline is converted to, or of the
+        text part of a multimodal language model.
 
         Raises:
             UnknownModel: for a folder without a supported model or without safetensors.
             CorruptFile: for an unreadable file.
         """
-        return (
-            read_pipeline(self.path) if is_pipeline(self.path) else read_network_fields(self.path)
+        # config.json of a multimodal model may omit fields of the text part, such as the vocabulary.
+        fields: dict[str, Any] = (
+            self._config.to_dict() if self.uses_text_part else self._file_fields
         )
+        return fields
+
+    @cached_property
+    def uses_text_part(self) -> bool:
+        """True for a multimodal language model of which luthier loads the text part."""
+        return uses_text_part(self._file_fields)
 
     @property
     def is_pipeline(self) -> bool:
         """True for a diffusers pipeline."""
-        return self.fields.get("model_type") == MODEL_TYPE
+        return self._file_fields.get("model_type") == MODEL_TYPE
 
     @property
     def context(self) -> int:
@@ -91,6 +111,8 @@ class ModelFolder:
     @cached_property
     def processor(self) -> Processor | None:
         """Image or audio processor, ``None`` for a text network."""
+        if self.uses_text_part:
+            return None
         found = read_processor(self.path)
         # A pipeline may lack a preprocessor file; its networks determine the processor.
         return (
@@ -118,11 +140,21 @@ class ModelFolder:
         import_transformers()
         from transformers import AutoConfig
 
-        nets.register(self.fields.get("model_type"))
+        fields = self._file_fields
+        nets.register(fields.get("model_type"))
         if self.is_pipeline:
-            return AutoConfig.for_model(**self.fields)
-        # Explicit: without a value, transformers asks on the terminal whether to run the folder's code.
-        return AutoConfig.from_pretrained(str(self.path), trust_remote_code=False)
+            return AutoConfig.for_model(**fields)
+        check_layers(fields)
+        with reject_configuration(UnknownModel, self._failure):
+            # Explicit: without a value, transformers asks on the terminal whether to run the
+            # folder's code.
+            config = AutoConfig.from_pretrained(str(self.path), trust_remote_code=False)
+            return text_part(config) if self.uses_text_part else config
+
+    @property
+    def _failure(self) -> str:
+        kind = self._file_fields.get("model_type", "of unknown type")
+        return f"Cannot load the network in {self.path} ({kind})"
 
     def check(self) -> None:
         """Reject an invalid configuration, or a configuration that contradicts the stored weights.
@@ -146,16 +178,14 @@ class ModelFolder:
             UnknownModel: for an invalid configuration.
             ModelRefused: for a network larger than the stored weights.
         """
-        check_layers(self.fields)
+        check_layers(self._file_fields)
         from luthier.models.layouts import is_flat
         from luthier.models.load import sketch
 
         import_transformers()
         if self.is_pipeline:
             part_classes()
-        kind = self.fields.get("model_type", "of unknown type")
-        message = f"Cannot load the network in {self.path} ({kind})"
-        with reject_configuration(UnknownModel, message):
+        with reject_configuration(UnknownModel, self._failure):
             config = copy.deepcopy(self._config)
             task = task_in(config)
             head = Head("embedding" if task in _HEADS_LEFT_OUT else task)

@@ -62,6 +62,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
+_TEXT_PART = {
+    r"^language_model\.(lm_head|model)\.": r"\1.",
+    r"^model\.(?:language_model|text_model)\.": "model.",
+}
+"""Renaming of the weights of a multimodal model to the names of its text part, as in transformers 4
+and in transformers 5."""
 _CONSTRUCTING = threading.Lock()
 # transformers patches PreTrainedModel.tie_weights globally while loading: a network created in
 # another thread meanwhile would get an untied output layer.
@@ -101,7 +107,8 @@ def load_model(
     import_transformers()
     from transformers.utils import logging
 
-    config = (opened or ModelFolder(folder)).config(head)
+    opened = opened or ModelFolder(folder)
+    config = opened.config(head)
     kind = config.model_type
     logging.disable_progress_bar()
     quiet = logging.get_verbosity()
@@ -119,8 +126,12 @@ def load_model(
                 output_loading_info=True,
                 # A head with other classes is drawn anew; all other mismatches are rejected below.
                 ignore_mismatched_sizes=True,
+                key_mapping=_TEXT_PART if opened.uses_text_part else None,
             )
         model, loaded = found
+        if opened.uses_text_part:
+            # transformers would save the text model with the names of the whole model.
+            model._weight_conversions = None
     except SafetensorError as error:
         raise CorruptFile(f"Cannot read the weights in {folder}: {error}") from error
     finally:

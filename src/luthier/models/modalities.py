@@ -31,6 +31,8 @@ _MEDIA_CLASSES = (
     "AutoModelForPreTraining",
 )
 """Automatic classes of networks without a vocabulary, for images or spectrograms."""
+IMAGES_IN_TEXT: frozenset[str] = frozenset()
+"""Families that luthier loads whole, for images between the tokens of a text."""
 _RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
 RELATIVE_CONTEXT = 4096
 """Context of networks with relative positions, which have no limit except memory."""
@@ -69,6 +71,36 @@ def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the text part's fields in a ``config.json``; without parts, all fields."""
     parts = (config.get(name) for name in ("decoder", "text_config"))
     return next((part for part in parts if isinstance(part, Mapping)), config)
+
+
+def uses_text_part(fields: Mapping[str, Any]) -> bool:
+    """Return True for a ``config.json`` of a multimodal language model of which luthier loads the
+    text part."""
+    kind = fields.get("model_type")
+    media = {"vision_config", "audio_config"} & fields.keys()
+    return bool(media) and kind not in _PARTS and kind not in IMAGES_IN_TEXT
+
+
+def text_part(config: Any) -> Any:
+    """Return the configuration of the text part of a multimodal language model.
+
+    Raises:
+        RecipeError: if transformers has no causal language model for the part.
+    """
+    import transformers
+
+    text = config.get_text_config()
+    known: Any = transformers.AutoModelForCausalLM._model_mapping
+    if type(text) not in known:
+        raise RecipeError(
+            f"Networks of type {config.model_type} are not supported yet: transformers has no "
+            f"causal language model for the text part ({text.model_type}).",
+            rule="network.unsupported",
+        )
+    text.architectures = [known[type(text)].__name__]
+    # The whole model's setting decides; the text part's default can differ.
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
 
 
 def is_dual_encoder(config: Any) -> bool:

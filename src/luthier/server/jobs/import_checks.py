@@ -128,7 +128,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     check_tokenizer(tokenizer_folder(folder))
     fix = "Save the image processor or feature extractor of the model into the folder."
     with _translate_errors(PREPROCESSOR_CONFIG, "model.input", fix):
-        _check_input(read_processor(folder))
+        _check_input(None if opened.uses_text_part else read_processor(folder))
     index, fix = CONFIG, "Choose a network that transformers includes."
     if is_pipeline(folder):
         index, fix = MODEL_INDEX, "Choose a Stable Diffusion 1 or 2, as saved by diffusers."

@@ -1,0 +1,97 @@
+"""The text part of multimodal language models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    PreTrainedConfig,
+    Qwen2VLConfig,
+    Qwen3_5Config,
+)
+
+from luthier.errors import RecipeError
+from luthier.models.folder import ModelFolder
+from luthier.models.heads import CAUSAL_LM
+from luthier.models.load import load_model
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    # Saved as `language_model.model.…`, as by transformers 4.
+    "gemma3": Gemma3Config(
+        text_config=TEXT,
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+        },
+        mm_tokens_per_image=4, image_token_index=300,
+    ),
+    # Saved as `model.language_model.…`. The text part alone would have an untied head.
+    "qwen3_5": Qwen3_5Config(
+        text_config={
+            **TEXT, "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "rope_parameters": {**ROPE, "mrope_section": [1, 0, 0]},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
+            "out_hidden_size": 32, "num_position_embeddings": 16,
+        },
+        image_token_id=300, tie_word_embeddings=True,
+    ),
+    "qwen2_vl": Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
+        image_token_id=300,
+    ),
+}  # fmt: skip
+
+
+def multimodal_folder(family: str, folder: Path) -> Any:
+    """Save a multimodal model with random weights, and return the model."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForImageTextToText.from_config(CONFIGS[family]).eval()
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 64}}))
+    return model
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+@torch.no_grad()
+def test_text_part_gives_the_logits_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    whole = multimodal_folder(family, tmp_path / "whole")
+    ids = torch.randint(3, 290, (2, 12))
+    expected = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    folder = ModelFolder(tmp_path / "whole")
+    text: Any = load_model(folder.path, torch.float32, torch.device("cpu"), CAUSAL_LM, folder)
+
+    assert folder.kind == "causal_lm"
+    assert folder.processor is None
+    assert folder.context == 128
+    assert torch.equal(text(input_ids=ids).logits, expected)
+    assert not any("vision" in name or "visual" in name for name, _ in text.named_parameters())
+
+    text.save_pretrained(tmp_path / "text")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert type(again) is type(text)
+    assert torch.equal(again(input_ids=ids).logits, expected)
+
+
+def test_a_text_part_without_a_language_model_is_rejected(tmp_path: Path) -> None:
+    multimodal_folder("qwen2_vl", tmp_path)
+    with pytest.raises(RecipeError) as refused:
+        ModelFolder(tmp_path).check()
+    assert refused.value.rule == "network.unsupported"
