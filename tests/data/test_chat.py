@@ -14,11 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from luthier.data.chat import (
-    SYSTEM_FIX,
-    ChatFormat,
-    EncodedReply,
-)
+from luthier.data.chat import ChatFormat, EncodedReply
+from luthier.data.replies import SYSTEM_FIX
 from luthier.data.rows import load_rows
 from luthier.data.shapes.base import InputKind
 from luthier.data.template_kwargs import TEMPLATE_PARAMETERS, TemplateSettings, names_read
@@ -169,28 +166,36 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[.
 BEGINS_WITH_THOUGHTS = FORGETS_THOUGHTS.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 
 
-def test_a_turn_that_a_template_rewrites_is_read_only(new_tokenizer: Callable[..., Any]) -> None:
+def test_a_turn_that_a_template_rewrites_is_a_sequence(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(FORGETS_THOUGHTS))
+
+    def all_shown(*texts: str) -> list[str]:
+        return [shown(each, chat.tokenizer) for each in chat.encode_replies(conversation(*texts))]
+
     thought = "<think>hm</think>A1"
     single = chat.encode_reply(conversation("Q1", thought))
     assert shown(single, chat.tokenizer).endswith(f"«{thought}<|im_end|>»")
-    both = shown(chat.encode_reply(conversation("Q1", thought, "Q2", "A2")), chat.tokenizer)
+    first, both = all_shown("Q1", thought, "Q2", "A2")
+    assert first == shown(single, chat.tokenizer)
     assert "assistant\nA1<|im_end|>" in both
     assert both.count("«") == 1 and both.endswith("«A2<|im_end|>»")
-    three = shown(
-        chat.encode_reply(conversation("Q1", "A1", "Q2", thought, "Q3", "A3")), chat.tokenizer
-    )
-    assert three.count("«") == 2 and "«A1<|im_end|>»" in three and "«A3<|im_end|>»" in three
+    two, three = all_shown("Q1", "A1", "Q2", thought, "Q3", "A3")
+    assert "«A1<|im_end|>»" in two and two.endswith(f"«{thought}<|im_end|>»")
+    assert three.count("«") == 1 and three.endswith("«A3<|im_end|>»")
     other = ChatFormat.of(new_tokenizer(BEGINS_WITH_THOUGHTS))
-    with pytest.raises(RecipeError) as refused:
-        other.encode_reply(conversation("Q1", "A1"))
-    assert refused.value.rule == "template.rewrites"
+    text = shown(other.encode_reply(conversation("Q1", "A1")), other.tokenizer)
+    assert text.endswith("<think>\n«\n</think>\n\nA1<|im_end|>»")
 
 
-def test_a_template_without_a_stop_token_is_refused(new_tokenizer: Callable[..., Any]) -> None:
-    with pytest.raises(RecipeError) as refused:
-        ChatFormat.of(new_tokenizer(NEVER_STOPS)).encode_reply(conversation("Q", "A"))
-    assert refused.value.rule == "template.no_stop"
+def test_a_template_without_a_stop_token_gets_the_end_of_text(
+    new_tokenizer: Callable[..., Any],
+) -> None:
+    chat = ChatFormat.of(new_tokenizer(NEVER_STOPS))
+    replies = chat.encode_replies(conversation("Q1", "A1", "Q2", "A2"))
+    assert [shown(each, chat.tokenizer) for each in replies] == [
+        "user: Q1\n«assistant: A1<|im_end|>»",
+        "user: Q1\nassistant: A1\nuser: Q2\n«assistant: A2<|im_end|>»",
+    ]
 
 
 def test_plain_text_takes_no_conversation(tokenizer: Any) -> None:

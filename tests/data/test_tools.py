@@ -263,12 +263,14 @@ def chats(new_tokenizer: Callable[..., Any]) -> dict[str, ChatFormat]:
 
 
 def learned_parts(chat: ChatFormat, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> Any:
-    """Return the start and text of each learned part."""
-    encoded = chat.encode_reply(messages, tools=tools)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned_T, [0]])))
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    texts = [chat.tokenizer.decode(encoded.ids_T[start:end].tolist()) for start, end in spans]
-    return encoded, spans, texts
+    """Return the ids of the last sequence, the ids before each learned part, and its text."""
+    prompts, texts = [], []
+    for encoded in chat.encode_replies(messages, tools=tools):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned_T, [0]])))
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            prompts.append(encoded.ids_T[:start].tolist())
+            texts.append(chat.tokenizer.decode(encoded.ids_T[start:end].tolist()))
+    return encoded, prompts, texts
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -282,14 +284,14 @@ def test_a_model_is_trained_to_go_on_from_what_it_is_served(
             chat.encode_reply(messages, tools=tools)
         assert "template" in str(refused.value)
         return
-    encoded, spans, texts = learned_parts(chat, messages, tools)
+    encoded, before, texts = learned_parts(chat, messages, tools)
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     prompts = {
         len(ids): ids.tolist()
         for ids in (chat.encode_prompt(messages[:index], tools) for index in answers)
     }
-    for start, _ in spans:
-        written = encoded.ids_T[:start].tolist()
+    assert len(texts) == len(answers)
+    for written in before:
         block = re.search(r"<think>\s*</think>\s*$", chat.tokenizer.decode(written))
         if block:  # of a template that writes one where there are no thoughts: read, not learned
             written = written[: -len(chat.tokens(block[0], first=False))]
@@ -315,10 +317,10 @@ def test_a_model_that_learned_no_thoughts_is_asked_for_none(
             quiet.encode_reply(messages, tools=tools)
         assert refused.value.rule in ("row.template", "template.refused", "template.rewrites")
         return
-    encoded, spans, texts = learned_parts(quiet, messages, tools)
+    _, before, texts = learned_parts(quiet, messages, tools)
     last = max(index for index, message in enumerate(messages) if message.role == "assistant")
     prompt = quiet.encode_prompt(messages[:last], tools)
-    assert encoded.ids_T[: spans[-1][0]].tolist() == prompt.tolist()
+    assert before[-1] == prompt.tolist()
     assert quiet.tokenizer.decode(prompt.tolist()).endswith("<think>\n\n</think>\n\n")
     assert not any("think>" in text for text in texts)
 
@@ -361,7 +363,7 @@ def test_thoughts_are_learned_where_the_template_keeps_them(
     assert len(texts) == 2
     assert "I must look." in texts[0] and "It says so." in texts[1]
     encoded, _, texts = learned_parts(chats[family], *CONVERSATIONS["thoughts of two turns"])
-    assert len(texts) == 1 and "I looked." in texts[0]
+    assert len(texts) == 2 and "It is May." in texts[0] and "I looked." in texts[1]
     whole = chats[family].tokenizer.decode(encoded.ids_T.tolist())
     assert "It is May." not in whole and "Clear." in whole
 

@@ -67,6 +67,46 @@ def test_a_conversation_learns_each_reply(chat: ChatFormat) -> None:
     assert learned_text(example, chat.tokenizer) == "b<|im_end|>d<|im_end|>"
 
 
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+"""Template that drops the reasoning of earlier turns."""
+
+
+def test_rewritten_turns_are_sequences_of_one_row(
+    new_tokenizer: Callable[..., Any], tiny_llama: Callable[..., Any]
+) -> None:
+    chat = ChatFormat.of(new_tokenizer(FORGETS))
+    texts = (("user", "a"), ("assistant", "b c"), ("user", "d"), ("assistant", "e f g"))
+    turns = tuple(
+        Message(role, text, reasoning=f"I see {text}" if role == "assistant" else "")
+        for role, text in texts
+    )
+    row = Conversation("f", 1, messages=turns)
+    objective = SFT()
+    example = objective.encode(row, 3, chat)
+    views = objective.views([example])
+    assert [view.row for view in views] == [3, 3]
+    own = [chat.encode_reply(turns[:size], context=size - 1) for size in (4, 2)]
+    assert [view.ids_T.tolist() for view in views] == [each.ids_T.tolist() for each in own]
+    tree = build_tree(views)
+    assert tree.weight == sum(int(each.learned_T.sum()) for each in own)
+    # "<|im_start|>user a<|im_end|> <|im_start|>assistant" is computed once.
+    assert len(tree) < sum(map(len, views))
+    model = tiny_llama()
+    expected = float(summed_loss(model, views).detach()) / tree.weight
+    network = as_network(model, CPU, torch.float32)
+    assert mean_loss(objective, network, [example], 4096) == pytest.approx(expected, rel=1e-5)
+    assert objective.length_problem(example, len(views[0])) is None
+    assert objective.length_problem(example, len(views[0]) - 1) is not None
+    start = int(np.argmax(views[0].weight_T))
+    cut = objective.truncate(example, start)
+    assert len(cut.sides) == 1 and len(cut) == min(start, len(views[1]))
+    assert cut.weight == views[1].weight_T[:start].sum() > 0
+
+
 def test_the_template_can_be_chosen(chat: ChatFormat) -> None:
     assert SFT().format(chat) is chat
     assert SFT(template="chat").format(chat).template == "chat"

@@ -29,6 +29,15 @@ from luthier.data.reasoning import (
     reasoning_after,
     split_reply,
 )
+from luthier.data.replies import (
+    SYSTEM_FIX,
+    Segment,
+    TurnEnd,
+    find_prompt_end,
+    find_turn_end,
+    mark_generation,
+    training_sequences,
+)
 from luthier.data.sentence import SentencePipeline
 from luthier.data.shapes.base import InputKind
 from luthier.data.shapes.media import MediaRow
@@ -40,11 +49,10 @@ from luthier.data.template_kwargs import (
     names_read,
     template_defaults,
 )
-from luthier.data.tokenization import SENTINEL, TextEncoder, tokenizer_errors
+from luthier.data.tokenization import TextEncoder, tokenizer_errors
 from luthier.data.tools import (
     calls_as_text,
     describe_tool,
-    missing_from,
     supports_tools,
     template_turns,
     uses_tools,
@@ -54,8 +62,6 @@ from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool,
 
 Template = Literal["auto", "chat", "plain"]
 
-
-SYSTEM_FIX = "Put the system prompt before the text of the first user message."
 BROKEN, MOST_SHARING = "\ufffd", 8
 """Replacement character of decoders for part of a character, and most tokens of one character."""
 ONE_T, NO_TARGET = np.ones(1, np.float32), np.zeros(0)
@@ -314,18 +320,17 @@ class ChatFormat:
                 advice="Remove the option, or choose a model with this option.",
             )
         head = template_defaults({name: each for name, each in kwargs.items() if name != DATE})
-        tokenizer = copy.copy(self.tokenizer)
-        own = tokenizer.chat_template
-        tokenizer.chat_template = (
-            {name: head + text for name, text in own.items()}
-            if isinstance(own, dict)
-            else head + own
-        )
         printed = self.date
         if DATE in kwargs:
             printed = str(kwargs[DATE])
             date_macro(printed)
-        return replace(self, tokenizer=tokenizer, date=printed)
+        return replace(self._with_each_template(lambda text: head + text), date=printed)
+
+    def _with_each_template(self, change: Callable[[str], str]) -> ChatFormat:
+        """Return a format with ``change`` applied to each chat template of the tokenizer."""
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = map_texts(tokenizer.chat_template, change)
+        return replace(self, tokenizer=tokenizer)
 
     def read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
         """Return the entries of ``kwargs`` that the template reads."""
@@ -418,36 +423,48 @@ class ChatFormat:
     def encode_reply(
         self, messages: Sequence[Message], context: int = 0, tools: Sequence[Tool] = ()
     ) -> EncodedReply:
+        """Encode a conversation up to its last learned turn: the last of :meth:`encode_replies`."""
+        return self.encode_replies(messages, context, tools)[-1]
+
+    def encode_replies(
+        self, messages: Sequence[Message], context: int = 0, tools: Sequence[Tool] = ()
+    ) -> list[EncodedReply]:
         """Encode a conversation with all assistant turns learned, each with its end-of-turn token.
 
-        Not learned are the first ``context`` messages, turns with ``learned=False``, and turns that
-        the template shortens once more turns follow (for example without the reasoning). Tokens
-        after the last learned token, often a newline, are dropped.
+        The result is one sequence, or several if the template rewrites earlier turns
+        (``luthier.data.replies``). Each learned turn follows the prompt that a server renders. Not
+        learned are the first ``context`` messages and turns with ``learned=False``. Tokens after
+        the last learned token of a sequence, often a newline, are dropped.
 
         Raises:
             RowRefused: if the template drops a part of a learned turn.
             RecipeError: if the template rejects the conversation.
         """
         if self.start_id is not None:
-            return self._encode_sides(calls_as_text(messages, tools))
+            return [self._encode_sides(calls_as_text(messages, tools))]
         if self.template == "plain":
-            return self._encode_plain(calls_as_text(messages, tools))
+            return [self._encode_plain(calls_as_text(messages, tools))]
+        sequences = training_sequences(self, messages, context, tools)
+        encoded = [self._encode_segments(s) for s in sequences if any(each.learns for each in s)]
+        if not encoded:
+            raise RowRefused(
+                "row.template",
+                "The model's chat template drops a part of every learned turn of the row.",
+                "Write one row per learned turn, with this turn as the last message.",
+            )
+        return encoded
+
+    def _encode_segments(self, segments: Sequence[Segment]) -> EncodedReply:
         text, done, parts = "", 0, list[tuple[int, int]]()
-        for segment, learns in self._segments(messages, context, tools):
+        for segment, learns in segments:
             text += segment
             if learns:
                 parts.append((done, len(text)))
             done = len(text)
-        if not parts:
-            raise RowRefused(
-                "row.template",
-                "The model's chat template changes every learned turn of the row.",
-                "Write one row per learned turn, with this turn as the last message.",
-            )
         start, end = parts[-1]
         text = text[:end]
         if not any(name in text[start:] for name in self.text_encoder.stop_names):
-            text += self._turn_end
+            text += self.turn_end.added
         ids, places = self.text_encoder.divide(text, parts)
         learned_T = np.zeros(len(ids), dtype=bool)
         for first, last in places:
@@ -461,13 +478,20 @@ class ChatFormat:
         return TextEncoder(self.tokenizer, self.stop_ids)
 
     @cached_property
-    def _turn_end(self) -> str:
-        """Stop token that also opens the next turn, such as GLM 4.5's ``<|user|>``; empty for other
-        templates."""
-        turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-        reply, more = (self.render_turns(each, (), reply=False) for each in (turns[:2], turns))
-        behind = more[len(reply) :] if more.startswith(reply) else ""
-        return next((name for name in self.text_encoder.stop_names if behind.startswith(name)), "")
+    def turn_end(self) -> TurnEnd:
+        """End of the last reply in the chat template."""
+        return find_turn_end(self)
+
+    @cached_property
+    def prompt_end(self) -> str:
+        """End of each prompt that the template does not repeat in the turn."""
+        return find_prompt_end(self)
+
+    @cached_property
+    def marked(self) -> ChatFormat:
+        """Format whose template marks ``{% generation %}`` blocks; this format without blocks."""
+        own = self.tokenizer.chat_template
+        return self._with_each_template(mark_generation) if "endgeneration" in str(own) else self
 
     def prompt_difference(
         self, messages: Sequence[Message], tools: Sequence[Tool] = ()
@@ -486,79 +510,6 @@ class ChatFormat:
             f"the tokens differ before the last reply, from token {at + 1} on: the row has {own}, the "
             f"served prompt {served}."
         )
-
-    def _segments(
-        self, messages: Sequence[Message], context: int, tools: Sequence[Tool]
-    ) -> list[tuple[str, bool]]:
-        """The text of a conversation in pieces, and whether each is learned."""
-        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        places: list[tuple[str, str]] = []
-        rewrites, done = False, ""
-        for index in answers:
-            before = self.render_turns(messages[:index], tools, reply=True)
-            after = self.render_turns(messages[: index + 1], tools, reply=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                rewrites, places = True, self._places_in_whole(messages, answers, tools)
-                break
-            places.append((before, after))
-            done = after
-        segments: list[tuple[str, bool]] = []
-        done = ""
-        for index, (before, after) in zip(answers, places, strict=True):
-            reply, message = after[len(before) :], messages[index]
-            learns = index >= context and message.learned and bool(reply)
-            missing = None
-            if rewrites or message.calls or message.reasoning:
-                missing = missing_from(reply, message)
-            if missing and learns and index == answers[-1]:
-                raise _dropped_by_template(missing, index)
-            # Templates write an empty reasoning block for turns without reasoning.
-            marks = None if message.reasoning else self.reasoning_marks
-            empty_block = marks.empty_block.match(reply) if marks else None
-            prefix = empty_block[0] if empty_block else ""
-            segments += [
-                (before[len(done) :] + prefix, False),
-                (reply[len(prefix) :], learns and not missing),
-            ]
-            done = after
-        done = done.replace(SENTINEL, "")
-        for index, message in enumerate(messages[: answers[-1]]):
-            if message.role == "system" and not self.supports_system_prompt:
-                raise _dropped_by_template("the system prompt", index, SYSTEM_FIX)
-            if message.role == "tool" and (missing := missing_from(done, message)):
-                raise _dropped_by_template(missing, index)
-        return segments
-
-    def _places_in_whole(
-        self, messages: Sequence[Message], answers: Sequence[int], tools: Sequence[Tool]
-    ) -> list[tuple[str, str]]:
-        """Return for each answer the rendered text before the answer, and the text up to its end.
-
-        For templates that render a turn differently once more turns follow. An answer whose start
-        is ambiguous gets empty texts.
-        """
-        whole = self.render_turns(messages[: answers[-1] + 1], tools, reply=False)
-        stops = self.text_encoder.stop_names
-        places: list[tuple[str, str]] = []
-        done = ""
-        for index in answers:
-            before = self.render_turns(messages[:index], tools, reply=True)
-            ends = [at + len(s) for s in stops if (at := whole.find(s, len(before))) >= 0]
-            if not ends and index == answers[-1]:
-                whole += self._turn_end
-                ends = [len(whole)] if self._turn_end else []
-            if whole.startswith(before) and before.startswith(done) and ends:
-                done = whole[: min(ends)]
-                places.append((before, done))
-            elif index == answers[-1]:
-                raise RecipeError(
-                    "the chat template renders the start of an answer in two ways, so the learned "
-                    "tokens are ambiguous. Use single-turn rows or template=plain.",
-                    rule="template.rewrites",
-                )
-            else:
-                places.append((done, done))
-        return places
 
     def encode_text(self, text: str) -> IntArray:
         """Raw text followed by the end-of-text token, for language modelling."""
@@ -852,14 +803,6 @@ def _check_template(tokenizer: Any) -> None:
             "the model's tokenizer has no chat template. Use template=plain, or a chat model.",
             rule="template.missing",
         )
-
-
-def _dropped_by_template(missing: str, index: int, fix: str = "") -> RowRefused:
-    return RowRefused(
-        "row.template",
-        f"The model's chat template drops {missing} (message {index + 1}).",
-        fix or "Write the text into the content, use another base model, or remove the row.",
-    )
 
 
 def _check_single(messages: Sequence[Message]) -> None:

@@ -197,5 +197,7 @@ def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> Sequence[Exa
     examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     if isinstance(objective, CausalLM):
         return objective.pack(examples, context)
-    fitting = fit_rows(rows, [[each] for each in examples], context, "error", objective.truncate)
+    fitting = fit_rows(
+        rows, [each.sides for each in examples], context, "error", objective.truncate
+    )
     return [text for each in fitting.examples for text in each]

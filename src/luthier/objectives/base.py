@@ -441,6 +441,15 @@ class ReplyObjective(Objective):
         """Apply ``template``; ``auto`` keeps the base model's format."""
         return chat.with_template(self.template)
 
+    def truncate(self, example: Example, context: int) -> Example:
+        """Truncate each sequence, and drop sequences without learned tokens."""
+        sides = [super(ReplyObjective, self).truncate(side, context) for side in example.sides]
+        return Example.from_sides([side for side in sides if side.weight_T.any()] or sides[:1])
+
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return each sequence of the rows."""
+        return [side for example in examples for side in example.sides]
+
 
 def chat_of(network: Network) -> ChatFormat:
     """Return the row format of ``network``."""

@@ -95,7 +95,7 @@ class TokenDivergence(ReplyObjective):
         """Return the cross-entropy of the rows, which needs no teacher."""
         from luthier.objectives.logprobs import mean_nll
 
-        return mean_nll(network, examples, budget)
+        return mean_nll(network, self.views(examples), budget)
 
 
 class Distillation(TeacherObjective, TokenDivergence):

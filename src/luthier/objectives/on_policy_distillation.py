@@ -70,7 +70,7 @@ class OnPolicyObjective(TokenDivergence):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the row with weight 1 on each token of each reply; ``given`` is the row, for
         samples."""
-        return replace(super().encode(row, index, chat), source_row=row)
+        return replace(super().encode(row, index, chat), partner=None, source_row=row)
 
     def draw_answered(self, count: int) -> Sequence[bool]:
         """Return a flag for each of ``count`` rows: true if the student answers the row."""

@@ -32,6 +32,11 @@ class SFT(ReplyObjective):
         """Return the row with weight 1 on each token of each reply, 0 on all other tokens."""
         return encode_replies(row, index, chat)
 
+    def describe(self, example: Example) -> str:
+        """Return the number of earlier replies in sequences of their own."""
+        earlier = len(example.sides) - 1
+        return f"and earlier replies in {earlier} more sequences" if earlier else ""
+
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed cross-entropy of the learned tokens."""
         from luthier.objectives.logprobs import weighted_nll
@@ -40,9 +45,14 @@ class SFT(ReplyObjective):
 
 
 def encode_replies(row: Row, index: int, chat: ChatFormat) -> Example:
-    """Encode a row with weight 1 on each token of each reply, 0 on all other tokens."""
+    """Encode a row with weight 1 on each token of each reply, 0 on all other tokens.
+
+    If the template rewrites earlier turns, the partners are the sequences of earlier replies.
+    """
     # A rating judges one answer; earlier assistant turns of the prompt are context.
     prompt_turns = len(row.messages) if isinstance(row, JudgedAnswers) else 0
-    encoded = chat.encode_reply(row.turns(), prompt_turns, row.tools)
-    weight_T = encoded.learned_T.astype(np.float32)
-    return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
+    sequences = [
+        Example(each.ids_T, each.learned_T.astype(np.float32), index, source_T=each.source_T)
+        for each in chat.encode_replies(row.turns(), prompt_turns, row.tools)
+    ]
+    return Example.from_sides(sequences[::-1])
