@@ -292,7 +292,12 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return folder
 
 
-ENCODERS = ("bert", "roberta", "albert")
+ENCODERS = {
+    "bert": "Bert", "roberta": "Roberta", "albert": "Albert", "modernbert": "ModernBert",
+    "eurobert": "EuroBert", "distilbert": "DistilBert", "mpnet": "MPNet", "electra": "Electra",
+    "deberta": "DebertaV2",
+}  # fmt: skip
+"""Prefix of the classes of transformers for each family of encoders."""
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
@@ -662,12 +667,21 @@ def make_family(name: str, tokenizer: Any) -> Any:
         "bos_token_id": tokenizer.cls_token_id,
         "eos_token_id": tokenizer.sep_token_id,
     }
-    kinds = {"bert": "Bert", "roberta": "Roberta", "albert": "Albert"}
-    if name == "albert":
-        fields["embedding_size"] = 16
-    config = getattr(transformers, f"{kinds[name]}Config")(**fields)
+    further: dict[str, dict[str, Any]] = {
+        "albert": {"embedding_size": 16},
+        "electra": {"embedding_size": 16},
+        "modernbert": {"classifier_pooling": "mean", "initializer_cutoff_factor": 2.0},
+        # Version 3: relative positions in buckets, shared with the projections of the content.
+        "deberta": {
+            "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+    }  # fmt: skip
+    kind = ENCODERS[name]
+    config = getattr(transformers, f"{kind}Config")(**fields, **further.get(name, {}))
     torch.manual_seed(0)
-    return getattr(transformers, f"{kinds[name]}ForMaskedLM")(config)
+    return getattr(transformers, f"{kind}ForMaskedLM")(config)
 
 
 def make_padded(name: str, tokenizer: Any) -> Any:

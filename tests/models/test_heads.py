@@ -22,10 +22,16 @@ from luthier.objectives import OBJECTIVES, Objective
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
-FAMILIES = ("llama", "gpt2", "transfo_xl", "bert", "roberta", "albert", "t5", "xlnet", "elmo")
-ENCODERS = ("bert", "roberta", "albert")
+ENCODERS = ("bert", "roberta", "albert", "modernbert")
+OTHER_ENCODERS = ("eurobert", "distilbert", "mpnet", "electra", "deberta")
+"""Encoders with a head of another form, in the slow tests."""
+FAMILIES = ("llama", "gpt2", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 TEXTS = ("The quick brown fox", "My card has not arrived yet.", "yes", "The quick brown dog jumps")
 TAGS = ("O", "B-animal", "I-animal", "O", "O", "B-thing")
+
+
+def slow(families: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
 
 
 def fresh(folder: Path, objective: Objective) -> Any:
@@ -83,7 +89,7 @@ def padded_loss(model: Any, name: str, examples: list[Example]) -> torch.Tensor:
     return total
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *slow(OTHER_ENCODERS)])
 @pytest.mark.parametrize(
     "name", ["classification", "several", "regression", "token_classification"]
 )
@@ -98,7 +104,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     expected.backward()
     network = as_network(ours, CPU, torch.float32)
     # Of T5 only the encoder reads words; texts as a whole are read by the decoder.
-    reads = family in (*ENCODERS, "xlnet", "elmo") or (family, name) == (
+    reads = family in (*ENCODERS, *OTHER_ENCODERS, "xlnet", "elmo") or (family, name) == (
         "t5",
         "token_classification",
     )
@@ -120,7 +126,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     assert compared > 10
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", [*ENCODERS, *slow(OTHER_ENCODERS)])
 def test_a_masked_language_model_is_transformers_own(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
@@ -154,7 +160,7 @@ def test_a_masked_language_model_is_transformers_own(
         assert (weight.grad - other.grad).norm() <= 1e-4 * other.grad.norm() + 1e-6, n
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_ENCODERS])
 def test_a_new_head_is_not_part_of_the_network(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:

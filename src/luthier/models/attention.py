@@ -423,6 +423,7 @@ _IGNORED = frozenset(
         "dropout", "is_causal", "position_ids", "output_attentions", "use_cache", "cache_position",
         "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "return_dict",
         "output_hidden_states", "num_items_in_batch", "output_router_logits", "logits_to_keep",
+        "deterministic",
     )
 )  # fmt: skip
 """Arguments of transformers' attention functions without effect on a token tree. Attention dropout

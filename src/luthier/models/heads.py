@@ -379,8 +379,9 @@ def decoder_of(model: Any) -> nn.Module | None:
     backbone = model.base_model
     if text_config(model.config) is None or getattr(backbone, "encoder", None) is None:
         return None
-    decoder: Any = getattr(backbone, "decoder", None)
-    return None if decoder is None else decoder.base_model
+    # The decoder of Funnel Transformer has no base model: it continues the encoder.
+    decoder: nn.Module | None = getattr(getattr(backbone, "decoder", None), "base_model", None)
+    return decoder
 
 
 def decoder_start(model: Any) -> int:
@@ -410,17 +411,6 @@ def logit_scale(model: Any) -> nn.Parameter | None:
     return model.logit_scale if is_dual_encoder(model.config) else None
 
 
-def row_pooling(model: Any, is_bidirectional: bool) -> Literal["first", "last", "mean"]:
-    """Return the pooling of the family's row classifier."""
-    own: Literal["mean"] | None = getattr(model, "row_pooling", None)  # ELMo
-    if own is not None:
-        return own
-    summary = getattr(model, "sequence_summary", None)
-    if summary is not None and summary.summary_type == "last":  # XLNet closes a text with [CLS]
-        return "last"
-    return "first" if is_bidirectional else "last"
-
-
 def truncation_length(model: Any) -> int | None:
     """Return the truncation length of backpropagation in tokens; ``None`` for no truncation."""
     reach: int | None = getattr(model.config, "segment_length", None)  # Transformer-XL
@@ -435,43 +425,13 @@ def prompt_ids(model: Any) -> tuple[int, ...]:
     return ids
 
 
-def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
-    """Return class scores ``[R, C]`` for pooled hidden states."""
-    from torch import nn
-
-    if media_config(model.config) is not None:
-        # Wav2Vec2: the projector is linear, so projecting the mean equals the mean of projections.
-        if hasattr(model, "projector"):
-            chosen_RH = model.projector(chosen_RH)
-        dropout = getattr(model, "dropout", None)
-        of_media: Tensor = model.classifier(dropout(chosen_RH) if dropout else chosen_RH)
-        return of_media
-    if hasattr(model, "score"):  # decoders: the last token, no bias; sentence encoders: the mean
-        scores: Tensor = model.score(chosen_RH)
-        return scores
-    if hasattr(model, "classification_head"):  # T5, BART
-        from_decoder: Tensor = model.classification_head(chosen_RH)
-        return from_decoder
-    as_sequences = chosen_RH[:, None]
-    if hasattr(model, "logits_proj"):  # XLNet
-        from_summary: Tensor = model.logits_proj(model.sequence_summary(as_sequences))
-        return from_summary
-    pooler = getattr(model.base_model, "pooler", None)
-    if pooler is None:  # RoBERTa: the head selects the first token itself
-        into_head = as_sequences
-    elif isinstance(pooler, nn.Linear):  # ALBERT
-        into_head = model.dropout(model.base_model.pooler_activation(pooler(chosen_RH)))
-    else:
-        into_head = model.dropout(pooler(as_sequences))
-    from_head: Tensor = model.classifier(into_head)
-    return from_head
-
-
-def token_scores(model: Any, hidden_KH: Tensor) -> Tensor:
-    """Scores ``[K, C]`` of a token classifier."""
-    dropped = model.dropout(hidden_KH) if hasattr(model, "dropout") else hidden_KH
-    head = model.score if hasattr(model, "score") else model.classifier
-    scores: Tensor = head(dropped)
+def media_scores(model: Any, pooled_RH: Tensor) -> Tensor:
+    """Return class scores ``[R, C]`` of images or audio."""
+    # Wav2Vec2: the projector is linear, so projecting the mean equals the mean of projections.
+    if hasattr(model, "projector"):
+        pooled_RH = model.projector(pooled_RH)
+    dropout = getattr(model, "dropout", None)
+    scores: Tensor = model.classifier(dropout(pooled_RH) if dropout else pooled_RH)
     return scores
 
 
@@ -480,20 +440,15 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
 
     A bidirectional language model predicts from each half, ``[S, 2, H / 2]``.
     """
-    from torch.nn.functional import gelu
+    from luthier.models.head_forward import before_output_layer
 
+    task = task_of(model)
+    if task == "masked_lm" and decoder_of(model) is None:
+        return before_output_layer(model, hidden_SH)
     if media_config(model.config) is not None:  # the text decoder of an image encoder
         model = model.decoder
-    if task_of(model) == "bidirectional_lm":
+    if task == "bidirectional_lm":
         hidden_SH = hidden_SH.unflatten(-1, (2, -1))
     elif getattr(model.config, "scale_decoder_outputs", False):  # T5 with a tied head
         hidden_SH = hidden_SH * model.model_dim**-0.5
-    elif hasattr(model, "cls"):  # BERT
-        hidden_SH = model.cls.predictions.transform(hidden_SH)
-    elif hasattr(model, "predictions"):  # ALBERT
-        head = model.predictions
-        hidden_SH = head.LayerNorm(head.activation(head.dense(hidden_SH)))
-    elif hasattr(getattr(model, "lm_head", None), "layer_norm"):  # RoBERTa
-        head = model.lm_head
-        hidden_SH = head.layer_norm(gelu(head.dense(hidden_SH)))
     return hidden_SH

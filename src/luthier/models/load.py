@@ -24,7 +24,7 @@ from luthier.models.heads import (
     auto_class,
     decoder_of,
     head_weights,
-    row_scores,
+    media_scores,
     set_new_weights,
     set_task,
     start_bias,
@@ -206,7 +206,7 @@ def _check_classifier(network: Network) -> None:
     model: Any = network.model
     pixels = _random_images(network)
     own = model(**media_inputs(model, pixels)).logits.float()
-    _compare(network, row_scores(model, pooled_states(model.base_model, pixels)).float(), own)
+    _compare(network, media_scores(model, pooled_states(model.base_model, pixels)).float(), own)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.frozen_layer_cache import FrozenLayerCache
+from luthier.models.head_forward import head_logits
 from luthier.models.layers import share_layers
 from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, SIZE_STEP, Layout, layout_of
 from luthier.models.modalities import context_length
@@ -228,13 +229,28 @@ class Network:
 
     def row_scores(self, batch: TreeBatch, hidden_NH: Tensor | None = None) -> Tensor:
         """Return sequence classification scores ``[R, C]`` in tree order."""
-        pooling = heads.row_pooling(self.model, self.is_bidirectional)
-        states_RH = self.row_states(batch, pooling, hidden_NH).to(self.dtype)  # a mean is float32
-        return heads.row_scores(self.model, states_RH)
+        model = self.model
+        if self.layout.has_media:
+            return heads.media_scores(model, self.row_states(batch, "last", hidden_NH))
+        if hasattr(model, "score"):
+            # Decoders score the last token; ELMo, fastText and mean-pooling BERT score the mean.
+            pooling = getattr(model, "row_pooling", "last")
+            states_RH = self.row_states(batch, pooling, hidden_NH).to(self.dtype)
+            scores_RC: Tensor = model.score(states_RH)
+            return scores_RC
+        hidden_NH = self.hidden(batch) if hidden_NH is None else hidden_NH
+        if heads.decoder_of(model) is not None:  # T5 and BART score the end token
+            node_RT = torch.from_numpy(batch.tree.leaf_R)[:, None].to(self.device)
+            mask_RT = torch.ones_like(node_RT)
+        else:
+            node_RT, mask_RT = (each.to(self.device) for each in _padded_rows(batch.tree))
+        states_RTH = hidden_NH.index_select(0, node_RT.flatten()).unflatten(0, node_RT.shape)
+        ids_RT = batch.ids_N[node_RT]
+        return head_logits(model, states_RTH, input_ids=ids_RT, attention_mask=mask_RT)
 
     def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:
         """Return token classification scores ``[K, C]`` of the nodes ``[K]``."""
-        return heads.token_scores(self.model, self.hidden(batch, nodes))
+        return head_logits(self.model, self.hidden(batch, nodes)[None])[0]
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, ``[S, V]``. For a few positions only."""
@@ -391,3 +407,15 @@ class Network:
         if heads.decoder_of(self.model) is None:
             return build_tree(rows, shares, prompt)
         return replace(build_tree(rows, shares), source_before=prompt)
+
+
+def _padded_rows(tree: TokenTree) -> tuple[Tensor, Tensor]:
+    """Return the node of each token of the rows, ``[R, T]``, and the attention mask.
+
+    Padding repeats the last token, so that heads on the last token (XLNet) need no mask.
+    """
+    length_R1 = np.array([[len(example)] for example in tree.examples])
+    place_T = np.arange(int(length_R1.max()))
+    first_R1 = np.cumsum(length_R1)[:, None] - length_R1
+    node_RT = tree.node_M[first_R1 + np.minimum(place_T, length_R1 - 1)]
+    return torch.from_numpy(node_RT), torch.from_numpy((place_T < length_R1).astype(np.int64))

@@ -277,7 +277,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         raise refusal(model, "tokens attend to later tokens")
     network = Network(model, device, dtype, is_bidirectional)
     fuse(model)
-    with torch.no_grad():
+    with torch.no_grad(), reject_crash(model, "run in luthier's layout"):
         check_finite(probe.ours(network)[0])
         with _grouped_experts_off(model, device), wide():
             ours, rows = probe.ours(network, dense=device.type != "cpu")

@@ -18,7 +18,7 @@ from luthier.data.inputs import Media, read_processor
 from luthier.exports.onnx import export_onnx
 from luthier.exports.writer import export
 from luthier.library.models import find
-from luthier.models.heads import Head, row_scores
+from luthier.models.heads import Head, media_scores
 from luthier.models.layouts import pooled_states
 from luthier.models.load import FrozenBatchNorm2d, as_network, load_model
 
@@ -83,7 +83,7 @@ def test_what_is_read_and_said_of_an_image_is_what_transformers_does(
         assert states.shape == (1, network.width)
         logits = own(wanted).logits
         assert logits.std() > 1e-3
-        assert torch.allclose(row_scores(network.model, states), logits, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(media_scores(network.model, states), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("in_float32")
