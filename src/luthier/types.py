@@ -321,6 +321,8 @@ class Example:
     media: MediaInput | None = None
     """Image or audio input: ``ids_T`` is then one token, a hash of the input, or the decoder's
     text."""
+    segment_T: IntArray | None = None
+    """Segment of each token in a pair of texts: ``token_type_ids`` of BERT-like encoders."""
     reference: float | None = None
     """Precomputed log-probability of the learned tokens under the reference model."""
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from luthier.adaptations import ADAPTATIONS
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.tree import build_tree
+from luthier.models import heads
 from luthier.models.layers import layer_names, layer_positions
 from luthier.models.layouts import _rectangle
 from luthier.models.load import as_network, load_model
@@ -101,3 +102,41 @@ def test_layers_of_an_encoder_decoder_are_one_stack(family_folder: Callable[[str
     ADAPTATIONS["freeze"].model_validate({"share": 0.5}).attach(model)
     trained = {n.partition(".")[0] for n, w in model.named_parameters() if w.requires_grad}
     assert trained == {"decoder"}
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_segments_of_a_pair_reach_the_network(is_flat: bool) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model(
+        "bert", vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, type_vocab_size=2, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    own: Any = AutoModelForSequenceClassification.from_config(config).eval()
+    own._supports_attention_backend = is_flat
+    rows = [
+        Example(
+            np.arange(5, 5 + size),
+            np.zeros(size, np.float32),
+            place,
+            segment_T=None if segment is None else np.array(segment),
+        )
+        for place, (size, segment) in enumerate([(6, [0, 0, 0, 1, 1, 1]), (4, None)])
+    ]
+    with torch.no_grad():
+        expected = [
+            own(
+                input_ids=torch.from_numpy(row.ids_T)[None],
+                token_type_ids=torch.from_numpy(
+                    np.zeros_like(row.ids_T) if row.segment_T is None else row.segment_T
+                )[None],
+            ).logits[0]
+            for row in rows
+        ]
+    heads.set_task(own, "sequence_classification")
+    network = as_network(own, CPU, torch.float32)
+    tree = build_tree(rows, share=network.shares)
+    with torch.no_grad():
+        found = network.row_scores(network.batch(tree))
+    torch.testing.assert_close(found, torch.stack([expected[row] for row in tree.row_R.tolist()]))

@@ -521,6 +521,17 @@ class ChatFormat:
             encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 
+    def encode_pair(self, text: str, other: str) -> tuple[IntArray, IntArray | None]:
+        """Return the token ids of two texts in one row, and the segment of each token.
+
+        The tokenizer defines the separators. Networks without ``token_type_ids`` have no segments.
+        """
+        with tokenizer_errors():
+            encoded = self.tokenizer(text, other, add_special_tokens=True, truncation=False)
+        segments = encoded.get("token_type_ids")
+        ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
+        return ids_T, None if segments is None else np.asarray(segments, dtype=np.int64)
+
     @property
     def end_id(self) -> int:
         """Id of the token after texts and plain replies."""

@@ -62,6 +62,8 @@ class TokenTree:
     """Flat index of every token of every row, in tree order."""
     examples: tuple[Example, ...] = ()
     """The rows themselves, in the order of the tree."""
+    segment_N: IntArray | None = None
+    """Segment of each token; ``None`` if all tokens are in segment 0."""
     source_before: tuple[int, ...] = ()
     """Ids before the encoder's input: a soft prompt. Not part of any row."""
 
@@ -138,6 +140,16 @@ def build_tree(
         leaf_R=np.array([nodes_T[-1] for nodes_T in node_of], dtype=np.int64),
         node_M=np.concatenate([nodes_T[len(before) :] for nodes_T in node_of]),
         examples=sorted_examples,
+        segment_N=None if share else _segments(rows),
+    )
+
+
+def _segments(rows: Sequence[Example]) -> IntArray | None:
+    """Return the segments of the tokens of separate ``rows``; ``None`` without segments."""
+    if all(row.segment_T is None for row in rows):
+        return None
+    return np.concatenate(
+        [np.zeros(len(r), dtype=np.int64) if r.segment_T is None else r.segment_T for r in rows]
     )
 
 
@@ -145,7 +157,10 @@ def _with_prefix(example: Example, before: tuple[int, ...]) -> Example:
     """``example`` with the ids ``before`` in front, of no weight."""
     ids_T = np.concatenate([np.array(before, dtype=np.int64), example.ids_T])
     weight_T = np.concatenate([np.zeros(len(before), dtype=np.float32), example.weight_T])
-    return replace(example, ids_T=ids_T, weight_T=weight_T)
+    segment_T = example.segment_T
+    if segment_T is not None:
+        segment_T = np.concatenate([np.zeros(len(before), dtype=np.int64), segment_T])
+    return replace(example, ids_T=ids_T, weight_T=weight_T, segment_T=segment_T)
 
 
 def pad_tree(tree: TokenTree, multiple: int) -> TokenTree:
@@ -161,6 +176,7 @@ def pad_tree(tree: TokenTree, multiple: int) -> TokenTree:
         depth_N=np.concatenate([tree.depth_N, zeros]),
         parent_N=np.concatenate([tree.parent_N, zeros - 1]),
         subtree_end_N=np.concatenate([tree.subtree_end_N, np.arange(size, size + extra) + 1]),
+        segment_N=None if tree.segment_N is None else np.concatenate([tree.segment_N, zeros]),
     )
 
 

@@ -130,12 +130,14 @@ class Flat(Layout):
 
     def run_with(self, backbone: Any, batch: TreeBatch, attention: Attends) -> Tensor:
         """Run the forward pass with another ``attention`` than the batch's plan."""
+        segments = {} if batch.segment_N is None else {"token_type_ids": batch.segment_N[None]}
         output = backbone(
             input_ids=batch.ids_N[None],
             # Behind a prefix, positions start at its length, like in transformers and PEFT.
             position_ids=batch.depth_N[None] + self.first_position + batch.plan.before,
             tree=attention,
             use_cache=False,
+            **segments,
         )
         hidden_NH: Tensor = output.last_hidden_state[0]
         return hidden_NH
@@ -188,7 +190,10 @@ class Padded(Layout):
         """Run one forward pass over the rectangle."""
         plan: Rectangle = batch.plan
         ids_RT = plan.rows(batch.ids_N, self.fill)
-        output = backbone(input_ids=ids_RT, attention_mask=plan.mask_RT)
+        segments = {}
+        if batch.segment_N is not None:
+            segments["token_type_ids"] = plan.rows(batch.segment_N, 0)
+        output = backbone(input_ids=ids_RT, attention_mask=plan.mask_RT, **segments)
         return plan.nodes(output.last_hidden_state, len(batch.ids_N))
 
 

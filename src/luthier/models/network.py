@@ -54,6 +54,8 @@ class TreeBatch:
     """Sum of all weights, the batch's share of the engine's divisor."""
     child_E: IntArray
     """Flat index of the token each edge predicts."""
+    segment_N: Tensor | None = None
+    """Segment of each token, if rows are pairs of texts."""
     extra: object = None
     """Annotation of the objective, in the objective's own type."""
     place: int = 0
@@ -100,6 +102,7 @@ class TreeBatch:
             weight_E=to_tensor(tree.edge_weight_E[order]),
             weight=tree.weight,
             child_E=child_E,
+            segment_N=None if tree.segment_N is None else to_tensor(tree.segment_N),
         )
 
     @cached_property

@@ -585,4 +585,10 @@ def cut_text(example: Example, context: int) -> Example:
 
 def take_tokens(example: Example, places: slice | IntArray) -> Example:
     """Return ``example`` with the selected tokens and the same target."""
-    return replace(example, ids_T=example.ids_T[places], weight_T=example.weight_T[places])
+    segment_T = None if example.segment_T is None else example.segment_T[places]
+    return replace(
+        example,
+        ids_T=example.ids_T[places],
+        weight_T=example.weight_T[places],
+        segment_T=segment_T,
+    )
