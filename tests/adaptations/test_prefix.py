@@ -262,7 +262,5 @@ def test_every_query_sees_the_prefix_in_tiles_and_in_the_gpu_mask(
             for query, mask_K in zip(query_Q, mask_QK, strict=True):
                 plain[query, key_K[mask_K == 0]] = True
     assert dense[:, :3].all() and torch.equal(dense[:, 3:], plain)
-    depth, end = tree.depth_N, tree.subtree_end_N
-    seen = torch.from_numpy(np.arange(size) - depth if is_bidirectional else end)
-    block = _flex_mask(seen, is_bidirectional, before=3)
+    block = _flex_mask(tree, is_bidirectional, before=3)
     assert torch.equal(create_mask(block.mask_mod, 1, 1, size, 3 + size, "cpu")[0, 0], dense)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.data.tree import TokenTree, build_tree, pad_tree
 from luthier.errors import RecipeError
 from luthier.models import attention
-from luthier.models.attention import _flex_mask, _TreeAttention, plan_attention
+from luthier.models.attention import Scoring, Window, _flex_mask, _TreeAttention, plan_attention
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.objectives.logprobs import weighted_nll
@@ -167,8 +168,48 @@ def test_attention_is_the_masked_softmax(heads: tuple[int, int]) -> None:
     expected = torch.einsum("hqk,hkd->qhd", weights, value.repeat_interleave(group, 0))
     plan = plan_attention(tree, CPU, torch.float64)
     assert sum(len(part.query_BQ) for part in plan.groups) == 4
-    found = _TreeAttention.apply(query, key, value, plan, 0.3)
+    found = plan.attend(None, query[None], key[None], value[None], Scoring(0.3))[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def within(tree: TokenTree, window: Window) -> Tensor:
+    """Dense relation of the ancestors in the window."""
+    depth_N = torch.from_numpy(tree.depth_N)
+    if window.is_chunked:
+        return ancestors(tree) & (depth_N[:, None] // window.size == depth_N // window.size)
+    return ancestors(tree) & (depth_N[:, None] - depth_N < window.size)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("window", [Window(1), Window(2), Window(3), Window(2, True)], ids=str)
+def test_windows_caps_and_sinks_are_those_of_a_dense_softmax(window: Window) -> None:
+    tree = small_tree()
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 4, len(tree), 5, dtype=torch.float64, requires_grad=True)
+    sinks_H = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    scores = torch.tanh(query @ key.mT * 0.9 / 1.5) * 1.5
+    scores = scores.masked_fill(~within(tree, window), float("-inf"))
+    sink_HN1 = sinks_H[:, None, None].expand(4, len(tree), 1)
+    weights = torch.cat([scores, sink_HN1], -1).softmax(-1)[..., :-1]
+    expected = (weights @ value).transpose(0, 1)
+    plan = plan_attention(tree, CPU, torch.float64)
+    scoring = Scoring(0.9, window, 1.5, sinks_H)
+    found = plan.attend(None, query[None], key[None], value[None], scoring)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(found.shape, dtype=torch.float64)
+    inputs = (query, key, value, sinks_H)
+    of_tree = torch.autograd.grad((found * weight).sum(), inputs)
+    of_dense = torch.autograd.grad((expected * weight).sum(), inputs)
+    torch.testing.assert_close(of_tree, of_dense, rtol=1e-10, atol=1e-12)
+    assert plan.within(Window(6)) is plan
+    assert plan.within(window) is plan.within(window) is not plan
+
+
+def test_tiles_within_a_window_have_few_keys() -> None:
+    plan = plan_attention(build_tree(make_rows([(0, [640])])), CPU, torch.float32)
+    keys = [group.key_BK.shape[1] for group in plan.within(Window(32)).groups]
+    assert max(keys) <= attention.TILE + 32
+    assert max(group.key_BK.shape[1] for group in plan.groups) == 640
 
 
 @pytest.mark.parametrize("small_group", [0, 1 << 30])
@@ -183,7 +224,7 @@ def test_short_tiles_are_taken_where_they_save_scores_and_small_groups_are_compu
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, len(tree), 8, dtype=torch.float32)
     scores = (query @ key.mT).masked_fill(~ancestors(tree), float("-inf"))
-    found = _TreeAttention.apply(query, key, value, plan, 1.0)
+    found = plan.attend(None, query[None], key[None], value[None], Scoring(1.0))[0]
     torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(0, 1))
     whole = plan_attention(build_tree(make_rows([(0, [512])])), CPU, torch.float32)
     assert {group.query_BQ.shape[1] for group in whole.groups} == {attention.TILE}
@@ -195,7 +236,7 @@ def test_gradients_of_a_shared_key_are_summed_in_float32(dtype: torch.dtype) -> 
     plan = plan_attention(tree, CPU, dtype)
     value = torch.zeros(1, len(tree), 4, dtype=dtype, requires_grad=True)
     nothing = torch.zeros(1, len(tree), 4, dtype=dtype)
-    _TreeAttention.apply(nothing, nothing, value, plan, 1.0).sum().backward()
+    plan.attend(None, nothing[None], nothing[None], value[None], Scoring(1.0)).sum().backward()
     # Each query looks at all that it sees alike, so the root gets one share of every node.
     expected = (1 / torch.from_numpy(tree.depth_N + 1)).sum()
     assert value.grad is not None
@@ -213,7 +254,10 @@ def test_gradients_of_attention_are_its_slopes() -> None:
     ]
     plan = plan_attention(tree, CPU, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: _TreeAttention.apply(q, k, v, plan, 0.7), inputs, atol=1e-6, rtol=1e-6
+        lambda q, k, v: plan.attend(None, q[None], k[None], v[None], Scoring(0.7)),
+        inputs,
+        atol=1e-6,
+        rtol=1e-6,
     )
 
 
@@ -223,8 +267,8 @@ def test_only_queries_keys_and_values_are_kept_for_the_backward_pass() -> None:
     assert len(plan.groups) > 1
     query = torch.randn(4, len(tree), 8, requires_grad=True)
     key, value = torch.randn(2, 2, len(tree), 8)
-    out = _TreeAttention.apply(query, key, value, plan, 1.0)
-    shapes = [tuple(tensor.shape) for tensor in out.grad_fn.saved_tensors]
+    out = _TreeAttention.apply(query, key, value, None, plan, 1.0, None)
+    shapes = [tuple(tensor.shape) for tensor in out.grad_fn.saved_tensors if tensor is not None]
     assert shapes == [tuple(tensor.shape) for tensor in (query, key, value)]
 
 
@@ -238,55 +282,57 @@ def test_bfloat16_is_near_float32(tiny_llama: Any) -> None:
         assert difference(grad, expected[name]) < 0.08, name
 
 
-def tiny_mistral(window: int | None) -> Any:
-    from transformers import MistralConfig, MistralForCausalLM
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15,
+    "sliding_window": 20, "max_position_embeddings": 256,
+}  # fmt: skip
+KINDS = ["sliding_attention", "full_attention"]
 
+
+def tiny(family: str, **other: Any) -> Any:
     torch.manual_seed(0)
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=window,
-            initializer_range=0.15,
-        )
-    )
+    config: Any = transformers.AutoConfig.for_model(family, **SIZES | other)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if "sinks" in name:
+            weight.data.normal_()
+    return model
 
 
-def test_rows_up_to_the_sliding_window_are_exact() -> None:
-    rows = make_rows([(10, [4, 10]), (0, [20])])
-    model = tiny_mistral(window=20)
-    expected_logits, _, _ = each_row_alone(model, rows)
-    logits, _ = as_one_tree(as_network(model, CPU, torch.float32), rows)
-    for mine, theirs in zip(logits, expected_logits, strict=True):
-        assert difference(mine, theirs) < 1e-5
+GEMMA_2 = {
+    "head_dim": 8, "layer_types": KINDS, "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12,
+}  # fmt: skip
+GPT_OSS = {"head_dim": 8, "layer_types": KINDS, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-def test_rows_beyond_the_sliding_window_are_refused() -> None:
-    network = as_network(tiny_mistral(window=20), CPU, torch.float32)
-    batch = network.batch(build_tree(make_rows([(10, [11])])))
-    with pytest.raises(RecipeError) as refused:
-        network.hidden(batch)
-    assert refused.value.rule == "row.window"
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("mistral", {}), ("gemma2", GEMMA_2), ("gpt_oss", GPT_OSS), ("cohere2", {"logit_scale": 0.3})],
+)
+def test_rows_beyond_the_window_are_exact(family: str, fields: dict[str, Any]) -> None:
+    rows = make_rows([(10, [4, 60, 30]), (0, [20, 90])])
+    model = tiny(family, **fields)
+    expected_logits, expected_loss, expected = each_row_alone(model, rows)
+    network = as_network(model, CPU, torch.float32)
+    tree = build_tree(rows)
+    batch = network.batch(tree)
+    total = weighted_nll(network, batch)
+    assert difference(total.detach(), expected_loss) < 1e-5
+    total.backward()
+    for name, grad in gradients_of(model).items():
+        assert difference(grad, expected[name]) < 2e-5, name
+    with torch.no_grad():
+        logits_NV = network.logits(network.hidden(batch))
+    for row, leaf in zip(tree.row_R.tolist(), tree.leaf_R.tolist(), strict=True):
+        mine = logits_NV[torch.from_numpy(tree.path(leaf))]
+        assert difference(mine, expected_logits[row]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_network_with_other_mathematics_is_refused(dtype: torch.dtype) -> None:
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    model = GraniteForCausalLM(
-        GraniteConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            logits_scaling=3.0,
-        )
-    )
+    model = tiny("hyperclovax", logits_scaling=3.0)  # a factor, in other families a divisor
     with pytest.raises(RecipeError) as refused:
         as_network(model.to(dtype), CPU, dtype)
     assert refused.value.rule == "network.unsupported"
@@ -305,7 +351,7 @@ def test_a_branch_read_at_other_places_is_refused(
         return made
 
     torch.manual_seed(0)
-    model = tiny_mistral(window=20).to(dtype)
+    model = tiny("mistral").to(dtype)
     as_network(copy.deepcopy(model), CPU, dtype)
     monkeypatch.setattr(Network, "batch", shifted)
     as_network(copy.deepcopy(model), CPU, dtype)  # a trial that was passed is not repeated
@@ -320,7 +366,7 @@ def test_the_gpu_mask_is_the_ancestor_relation(shape: str) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
     tree = pad_tree(build_tree(make_rows(SHAPES[shape])), 32)
-    block_mask = _flex_mask(torch.from_numpy(tree.subtree_end_N), is_bidirectional=False)
+    block_mask = _flex_mask(tree, is_bidirectional=False)
     dense = create_mask(block_mask.mask_mod, None, None, len(tree), len(tree), device="cpu")
     assert torch.equal(dense[0, 0], ancestors(tree))
     blocks = block_mask.to_dense()[0, 0].bool()
@@ -347,3 +393,13 @@ def test_a_tree_on_a_gpu_gives_what_its_rows_give_alone(
     assert difference(loss.detach().cpu(), expected_loss) < 1e-3
     for name, grad in gradients_of(model).items():
         assert difference(grad.cpu(), expected[name]) < 1e-2, name
+
+
+@pytest.mark.parametrize("window", [Window(2), Window(3, True)], ids=str)
+def test_the_gpu_mask_has_the_window(window: Window) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    tree = small_tree()
+    block_mask = _flex_mask(tree, is_bidirectional=False, window=window)
+    dense = create_mask(block_mask.mask_mod, None, None, len(tree), len(tree), device="cpu")
+    assert torch.equal(dense[0, 0], within(tree, window))

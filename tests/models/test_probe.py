@@ -58,7 +58,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "ernie4_5": {"head_dim": 8, "num_key_value_heads": 2},
     "helium": {"head_dim": 8, "num_key_value_heads": 2},
+    "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": {"logits_scaling": 8.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3},
+    "cohere": {"logit_scale": 0.0625},
     "bloom": {"n_layer": 2, "n_head": 4},
     "phi3": {
         "rope_parameters": {
@@ -72,10 +76,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma2": (GEMMA, "final_logit_softcapping=30"),
-    "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "`s_aux`"),
-    "granite": ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
-    "cohere": ({"logit_scale": 0.0625}, "logit_scale=0.0625"),
+    "hyperclovax": ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
     "bamba": (
         {
             "attn_layer_indices": [1],
@@ -222,14 +223,15 @@ def test_a_passed_trial_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("is_bidirectional", [False, True])
 def test_the_dense_attention_of_accelerators_is_that_of_the_tree(is_bidirectional: bool) -> None:
-    from luthier.models.attention import plan_attention
+    from luthier.models.attention import Scoring, Window, plan_attention
 
     rows = [Example(ids, np.zeros(len(ids), np.float32), n) for n, ids in enumerate(rows_of(9, 5))]
     tree = build_tree(rows, share=not is_bidirectional)
     query, key, value = (torch.randn(1, heads, len(tree), 8) for heads in (4, 2, 2))
     plan = plan_attention(tree, CPU, torch.float32, is_bidirectional)
-    dense = DenseAttention(tree, is_bidirectional, CPU).attend(None, query, key, value, 0.3)
-    assert torch.allclose(dense, plan.attend(None, query, key, value, 0.3), atol=1e-5)
+    scoring = Scoring(0.3, Window(4), softcap=1.5, sinks_H=torch.randn(4))
+    dense = DenseAttention(tree, is_bidirectional, CPU).attend(None, query, key, value, scoring)
+    assert torch.allclose(dense, plan.attend(None, query, key, value, scoring), atol=1e-5)
 
 
 def test_longrope_ends_where_its_factors_change() -> None:

@@ -269,12 +269,6 @@ def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Pa
     assert not torch.allclose(first[0], first[1], atol=1e-2)
 
 
-def test_a_window_ends_the_context(family_folder: Callable[[str], Path]) -> None:
-    made = network(family_folder("llama"))
-    made.model.config.sliding_window = 40
-    assert FlatBackend(made, 1024).context == 40
-
-
 @pytest.mark.parametrize("positions", [98, 127, 128])
 def test_a_table_of_positions_may_end_anywhere(
     positions: int, tiny_gpt2: Callable[..., Any]

@@ -122,6 +122,7 @@ def head(positions: int, vocabulary: int, trained: bool) -> tuple[Any, Any, Tens
         before_vocabulary=lambda states: states,
         head_VH=torch.randn(vocabulary, 6, requires_grad=trained),
         head_bias_V=torch.randn(vocabulary, requires_grad=trained),
+        logit_cap=None,
         leaf=hidden,
     )
     source_E = torch.tensor([n for n in range(positions - 2) for _ in range(1 + n % 2)])

@@ -27,6 +27,7 @@ class Head:
     head_VH: Tensor
 
     head_bias_V: Tensor | None = None
+    logit_cap: float | None = None
 
     def hidden(self, batch: Any, node_S: Tensor) -> Tensor:
         return self.hidden_NH[node_S]
@@ -45,8 +46,12 @@ def batch_of(edges: Edges, fill: int = 0) -> Any:
     )
 
 
-def written_out(hidden_NH: Tensor, head_VH: Tensor, edges: Edges) -> Tensor:
+def written_out(
+    hidden_NH: Tensor, head_VH: Tensor, edges: Edges, cap: float | None = None
+) -> Tensor:
     logits_NV = (hidden_NH @ head_VH.t()).double()
+    if cap is not None:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
     return -sum(
         weight * (logits_NV[parent, target] - logits_NV[parent].logsumexp(0))
         for parent, target, weight in edges
@@ -64,19 +69,19 @@ def random_edges(nodes: int, vocabulary: int) -> Edges:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 128])
-@pytest.mark.parametrize("fill", [0, 5])
+@pytest.mark.parametrize(("fill", "cap"), [(0, None), (5, None), (0, 2.0)])
 def test_loss_and_gradients_are_those_of_the_formula(
-    chunk: int, fill: int, monkeypatch: pytest.MonkeyPatch
+    chunk: int, fill: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_TRAINED", chunk)
     edges = random_edges(nodes=24, vocabulary=11)
     torch.manual_seed(0)
     hidden, head = torch.randn(24, 6), torch.randn(11, 6)
-    mine = Head(hidden.clone().requires_grad_(), head.clone().requires_grad_())
+    mine = Head(hidden.clone().requires_grad_(), head.clone().requires_grad_(), logit_cap=cap)
     loss = weighted_nll(mine, batch_of(edges, fill))  # type: ignore[arg-type]
     (loss * 0.25).backward()
     hidden.requires_grad_(), head.requires_grad_()
-    expected = written_out(hidden, head, edges)
+    expected = written_out(hidden, head, edges, cap)
     (expected * 0.25).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(mine.hidden_NH.grad, hidden.grad, rtol=1e-5, atol=1e-6)
@@ -168,10 +173,14 @@ def test_small_terms_are_not_lost_beside_a_large_one(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.7, None), (0.7, 2.0)])
 @pytest.mark.parametrize("chunk", [1, 4, 128])
 def test_each_token_has_its_log_probability_and_gradient(
-    chunk: int, temperature: float, trained: bool, monkeypatch: pytest.MonkeyPatch
+    chunk: int,
+    temperature: float,
+    cap: float | None,
+    trained: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK", chunk)
     monkeypatch.setattr(logprobs, "CHUNK_TRAINED", chunk)
@@ -182,6 +191,7 @@ def test_each_token_has_its_log_probability_and_gradient(
         hidden.clone().requires_grad_(),
         head.clone().requires_grad_(trained),
         bias.clone().requires_grad_(trained),
+        cap,
     )
     order = torch.randperm(len(edges))
     row_M = torch.randint(3, (len(edges),)).sort().values
@@ -193,8 +203,10 @@ def test_each_token_has_its_log_probability_and_gradient(
     (row_sums(batch, logp_M).square() * factor_R).sum().backward()
 
     leaves = [each.double().requires_grad_() for each in (hidden, head, bias)]
-    logits_NV = (leaves[0] @ leaves[1].t() + leaves[2]) / temperature
-    full_NV = logits_NV.log_softmax(-1)
+    logits_NV = leaves[0] @ leaves[1].t() + leaves[2]
+    if cap is not None:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    full_NV = (logits_NV / temperature).log_softmax(-1)
     expected_M = torch.stack([full_NV[edges[e][0], edges[e][1]] for e in order])
     sums_R = torch.stack([expected_M[row_M == row].sum() for row in range(3)])
     (sums_R.square() * factor_R).sum().backward()

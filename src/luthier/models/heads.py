@@ -435,6 +435,24 @@ def media_scores(model: Any, pooled_RH: Tensor) -> Tensor:
     return scores
 
 
+def logit_factor(model: Any) -> float:
+    """Return the constant factor of the logits."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        if isinstance(factor := getattr(config, name, None), int | float):
+            return float(factor)
+    return 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)  # Granite, MiniCPM
+
+
+def logit_cap(model: Any) -> float | None:
+    """Return the limit ``c`` of logits ``c tanh(x / c)``, or ``None``."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if cap := getattr(config, name, None):
+            return float(cap)
+    return None
+
+
 def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """Return hidden states ``[S, H]`` as input of the output embedding.
 

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 from luthier.data.tree import round_up
+from luthier.models.attention import (
+    Scoring,
+    Window,
+    attention_scores,
+    dense_attention,
+    masked_softmax,
+)
 
 STEP = 64
 """Lengths of banks are multiples of this: few sizes, few kernels."""
@@ -213,21 +220,16 @@ class ChunkAttention:
     """Attention of prompt chunks to earlier tokens and to the chunk itself."""
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
-        self._chunks, self._masks = chunks, []
-        for chunk in chunks:
-            # Masks are created once per pass; all layers share them.
-            query_N = torch.arange(chunk.start, chunk.end, device=device)
-            sees_NK = torch.arange(keys_for(chunk.end), device=device) <= query_N[:, None]
-            mask_NK = torch.zeros(sees_NK.shape, device=device)
-            self._masks.append(mask_NK.masked_fill_(~sees_NK, -torch.inf))
-        self.longest = max(chunk.end for chunk in chunks)
+        self._chunks, self._device = chunks, device
+        self._longest = max(chunk.end for chunk in chunks)
+        self._masks: dict[Window | None, list[Tensor]] = {}
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     ) -> Tensor:
         """Query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]`` to ``[1, N, Hq, D]``."""
         outs = []
-        for chunk, mask_NK in zip(self._chunks, self._masks, strict=True):
+        for chunk, mask_NK in zip(self._chunks, self._masks_of(scoring.window), strict=True):
             rows = slice(chunk.first, chunk.first + chunk.count)
             own_k, own_v = key[:, :, rows], value[:, :, rows]
             if chunk.before:
@@ -236,15 +238,33 @@ class ChunkAttention:
             mine_k, mine_v = all_k[chunk.span.slot], all_v[chunk.span.slot]
             place = slice(chunk.span.length, chunk.end)
             mine_k[:, place], mine_v[:, place] = own_k[0], own_v[0]
-            heads, keys = len(mine_k), mask_NK.shape[1]
-            # `[Hk, G * N, D]`: query heads that share a key head are stacked as queries.
-            q_HQD = query[0, :, rows].reshape(heads, -1, query.shape[-1])
-            # Scaled after rounding, like in training (luthier.models.attention).
-            scores = torch.bmm(q_HQD, mine_k[:, :keys].mT).mul_(scale)
-            scores.view(heads, -1, chunk.count, keys).add_(mask_NK.to(scores.dtype))
-            out = torch.bmm(torch.softmax(scores, -1), mine_v[:, :keys])
-            outs.append(out.view(-1, chunk.count, value.shape[-1]).transpose(0, 1))
+            keys = mask_NK.shape[1]
+            outs.append(
+                dense_attention(
+                    query[0, :, rows], mine_k[:, :keys], mine_v[:, :keys], mask_NK, scoring
+                )
+            )
         return torch.cat(outs)[None]
+
+    def _masks_of(self, window: Window | None) -> list[Tensor]:
+        """Return one mask per chunk, created once per pass: all layers share the masks."""
+        window = window if window and window.size < self._longest else None
+        if window not in self._masks:
+            self._masks[window] = masks = []
+            for chunk in self._chunks:
+                query_N1 = torch.arange(chunk.start, chunk.end, device=self._device)[:, None]
+                key_K = torch.arange(keys_for(chunk.end), device=self._device)
+                masks.append(_mask(query_N1, key_K, window))
+        return self._masks[window]
+
+
+def _mask(query: Tensor, key_K: Tensor, window: Window | None) -> Tensor:
+    """Return the additive mask of queries at the positions ``query [.., 1]``."""
+    # `<=`: a token sees itself.
+    sees = key_K <= query
+    if window is not None:
+        sees &= window.sees(query, key_K)
+    return torch.zeros(sees.shape, device=key_K.device).masked_fill_(~sees, -torch.inf)
 
 
 class StepAttention:
@@ -271,21 +291,20 @@ class StepAttention:
             # The slots of a run are adjacent, so its keys are a view of the bank.
             self._runs.append(_Run.of(rows[first:end], first, device, dtype))
             first = end
-        self.longest = max(span.length + ahead for span, ahead in rows) + 1
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     ) -> Tensor:
         """Keep the new tokens' keys and values, then attend to all of each row's own."""
         _, heads, size, _ = query.shape
         if len(self._runs) == 1 and self._runs[0].count == size:
-            return self._runs[0].attend(module.layer_idx, query, key, value, scale)[None]
+            return self._runs[0].attend(module.layer_idx, query, key, value, scoring)[None]
         out = query.new_empty(1, size, heads, value.shape[-1])
         # In order: guessed tokens attend to keys that an earlier run of this loop stores.
         for run in self._runs:
             rows = slice(run.first, run.first + run.count)
             out[0, rows] = run.attend(
-                module.layer_idx, query[:, :, rows], key[:, :, rows], value[:, :, rows], scale
+                module.layer_idx, query[:, :, rows], key[:, :, rows], value[:, :, rows], scoring
             )
         return out
 
@@ -300,20 +319,31 @@ class _Run:
     count: int
     slot_R: Tensor
     length_R: Tensor
-    mask_R1K: Tensor
+    longest: int
+    dtype: torch.dtype
+    masks: dict[Window | None, Tensor] = field(default_factory=dict)
+    """Additive masks ``[R, 1, 1, K]`` by window. All layers share the masks."""
 
     @staticmethod
     def of(rows: Sequence[StepRow], first: int, device: torch.device, dtype: torch.dtype) -> _Run:
         bank, slot = rows[0][0].bank, rows[0][0].slot
-        length_R = torch.tensor([span.length + ahead for span, ahead in rows], device=device)
+        lengths = [span.length + ahead for span, ahead in rows]
+        length_R = torch.tensor(lengths, device=device)
         slot_R = torch.arange(slot, slot + len(rows), device=device)
-        # `<=`: the new token's own key is stored at index length_R.
-        sees_RK = torch.arange(bank.room, device=device) <= length_R[:, None]
-        mask_RK = torch.zeros(sees_RK.shape, device=device, dtype=dtype)
-        mask_RK.masked_fill_(~sees_RK, -torch.inf)
-        return _Run(bank, slot, first, len(rows), slot_R, length_R, mask_RK[:, None])
+        return _Run(bank, slot, first, len(rows), slot_R, length_R, max(lengths) + 1, dtype)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _mask_of(self, window: Window | None) -> Tensor:
+        window = window if window and window.size < self.longest else None
+        if window not in self.masks:
+            # The new token's own key is stored at index length_R.
+            key_K = torch.arange(self.bank.room, device=self.length_R.device)
+            mask_RK = _mask(self.length_R[:, None], key_K, window)
+            self.masks[window] = mask_RK.to(self.dtype)[:, None, None]
+        return self.masks[window]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+    ) -> Tensor:
         all_k, all_v = self.bank.of(layer, key, value)
         # Index tensors on both sides of a slice move to the front: the left side is `[R, Hk, D]`.
         all_k[self.slot_R, :, self.length_R] = key[0].transpose(0, 1)
@@ -323,9 +353,10 @@ class _Run:
         heads, room = k_RHKD.shape[1:3]
         # Query heads that share a key head are stacked as queries.
         q = query[0].transpose(0, 1).reshape(self.count * heads, -1, query.shape[-1])
-        scores = torch.bmm(q, k_RHKD.flatten(0, 1).mT).mul_(scale)
-        scores.view(self.count, -1, room).add_(self.mask_R1K)
-        out = torch.bmm(torch.softmax(scores, -1), v_RHKD.flatten(0, 1))
+        scores = attention_scores(q, k_RHKD.flatten(0, 1), scoring.scale, scoring.softcap)
+        scores_RH1K = scores.view(self.count, -1, 1, room)
+        p = masked_softmax(scores_RH1K, self._mask_of(scoring.window), scoring.sinks_H)
+        out = torch.bmm(p.reshape(scores.shape), v_RHKD.flatten(0, 1))
         return out.view(self.count, -1, value.shape[-1])
 
 

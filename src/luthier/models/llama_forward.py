@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from luthier.models.attention import Scoring
 from luthier.models.fused import RMSNorm, SwiGLU, rms_norm
 from luthier.models.lora_batch import LoraBatchLayer
 from luthier.models.packing import PackedGroup
@@ -50,6 +51,8 @@ class LlamaForward:
             return False
         return (
             isinstance(backbone.norm, RMSNorm)
+            # The comparison uses short rows, which a window does not change.
+            and getattr(model.config, "sliding_window", None) is None
             and all(
                 {*layer._modules} == _LAYER
                 and {*layer.self_attn._modules} == _ATTENTION
@@ -94,7 +97,7 @@ class LlamaForward:
                 qk_1NhD[:, :, : self._heads].transpose(1, 2),
                 qk_1NhD[:, :, self._heads :].transpose(1, 2),
                 qkv_1NhD[:, :, turned:].transpose(1, 2),
-                own.scaling,
+                Scoring(own.scaling),
             )
             x = x + _product(*out, seen.reshape(1, count, -1))
             norm = layer.post_attention_layernorm

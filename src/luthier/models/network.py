@@ -257,13 +257,30 @@ class Network:
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, ``[S, V]``. For a few positions only."""
-        return nn.functional.linear(
-            self.before_vocabulary(hidden_SH), self.head_VH, self.head_bias_V
-        )
+        states = self.before_vocabulary(hidden_SH)
+        return self.capped(nn.functional.linear(states, self.head_VH, self.head_bias_V))
 
     def before_vocabulary(self, hidden_SH: Tensor) -> Tensor:
-        """Return hidden states as input of the output head. Encoders transform the states first."""
-        return heads.before_vocabulary(self.model, hidden_SH)
+        """Return hidden states as input of the output head, with the factor of the logits.
+
+        Encoders transform the states first.
+        """
+        states_SH = heads.before_vocabulary(self.model, hidden_SH)
+        return states_SH if self._logit_factor == 1 else states_SH * self._logit_factor
+
+    @cached_property
+    def _logit_factor(self) -> float:
+        return heads.logit_factor(self.model)
+
+    @cached_property
+    def logit_cap(self) -> float | None:
+        """Limit ``c`` of the logits ``c tanh(x / c)`` (Gemma 2), or ``None``."""
+        return heads.logit_cap(self.model)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Return the output of the head within the limit of the logits."""
+        cap = self.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
     def logit_scale(self) -> nn.Parameter | None:

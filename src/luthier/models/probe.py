@@ -29,6 +29,7 @@ from luthier import __version__
 from luthier.data.tree import TokenTree, build_tree
 from luthier.errors import CorruptFile, LuthierError, RecipeError
 from luthier.files import luthier_home, read_json, write_json
+from luthier.models.attention import Scoring, dense_attention
 from luthier.models.fused import fuse
 from luthier.models.heads import decoder_of, decoder_opening, task_of
 from luthier.models.layers import first_layer_alone
@@ -98,7 +99,7 @@ class DenseAttention:
     """Token tree attention with a dense mask, for devices whose kernel requires low precision."""
 
     def __init__(self, tree: TokenTree, is_bidirectional: bool, device: torch.device) -> None:
-        self.longest, self.before = int(tree.depth_N.max()) + 1, 0
+        self.before = 0
         place_N = np.arange(len(tree))
         first_N = place_N - tree.depth_N
         if is_bidirectional:
@@ -107,16 +108,17 @@ class DenseAttention:
         else:
             # In depth-first order node i descends from node j if j <= i < end[j].
             sees_NN = (place_N <= place_N[:, None]) & (place_N[:, None] < tree.subtree_end_N)
-        self._sees_NN = torch.from_numpy(sees_NN).to(device)
+        self._sees_NN, self._depth_N, self._device = sees_NN, tree.depth_N, device
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     ) -> Tensor:
         """Return ``[1, N, Hq, D]`` for query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]``."""
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=self._sees_NN, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2)
+        sees_NN = self._sees_NN
+        if scoring.window is not None:
+            sees_NN = sees_NN & scoring.window.sees(self._depth_N[:, None], self._depth_N)
+        mask_NN = torch.zeros(sees_NN.shape).masked_fill_(~torch.from_numpy(sees_NN), -torch.inf)
+        return dense_attention(query[0], key[0], value[0], mask_NN.to(self._device), scoring)[None]
 
 
 class Probe:
@@ -266,8 +268,6 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
             check_finite(probe.ours(network)[0])
         return network
     decodes = probe.task == "causal_lm"
-    if decodes:
-        _check_caps(model)
     # References come first: Network() and fuse() replace parts of the model.
     with _grouped_experts_off(model, device), wide():
         expected = probe.plain()
@@ -426,13 +426,6 @@ def reject_crash(model: Any, doing: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise refusal(model, f"cannot {doing} ({type(error).__name__}: {reason})") from error
-
-
-def _check_caps(model: Any) -> None:
-    """Reject logit soft caps, which the small numbers of a comparison may not reveal."""
-    for name, value in _settings(model.config.to_dict()):
-        if "cap" in name and _SCALED.search(name) and value and not name.startswith("attn"):
-            raise refusal(model, f"luthier does not implement `{name}={value}` of config.json")
 
 
 def _settings(fields: Any) -> Iterator[tuple[str, Any]]:

@@ -124,10 +124,7 @@ class FlatBackend:
     rows, sequences = ROWS, sys.maxsize
 
     def __init__(self, network: Network, context: int, packs: bool = True) -> None:
-        window = getattr(network.model.config, "sliding_window", None)
-        # The cache has no sliding window, so a sequence ends at the window's size.
-        self.context = min(context, window) if isinstance(window, int) and window else context
-        self.network, self._layout = network, network.layout
+        self.network, self.context, self._layout = network, context, network.layout
         self.device = network.device
         assert isinstance(self._layout, Flat)
         self._first = self._layout.first_position
@@ -424,7 +421,7 @@ class FlatBackend:
         head = packed_weight(self.network.model.get_output_embeddings())
         if head is None:
             return self.network.logits(hidden_NH)
-        return head.product(self.network.before_vocabulary(hidden_NH))
+        return self.network.capped(head.product(self.network.before_vocabulary(hidden_NH)))
 
     def _trial_states(self, ids_TN: IntArray) -> Tensor:
         """Return states ``[N, H]`` behind the last tokens of short sequences."""

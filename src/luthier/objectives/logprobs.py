@@ -81,6 +81,7 @@ class _Chunked(torch.autograd.Function):
         source_E: Tensor,
         compare: Compare,
         size: int,
+        cap: float | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:3]
         gradients = _HeadGradients(hidden_SH, head_VH, needed)
@@ -88,11 +89,12 @@ class _Chunked(torch.autograd.Function):
         # float64: a float32 sum over many chunks would round at every addition.
         total = torch.zeros((), dtype=torch.float64, device=hidden_SH.device)
         for rows, edges in _chunks(len(hidden_SH), source_E, chunk):
-            logits_CV = scores(hidden_SH[rows], head_VH, bias_V)
+            logits_CV = scores(hidden_SH[rows], head_VH, bias_V, cap=cap)
+            slope_CV = _cap_slope(logits_CV, cap)  # first: `compare` may overwrite the logits
             part, grad_CV = compare(rows, edges, logits_CV, any(needed))
             total += part
             if grad_CV is not None:
-                gradients.add(rows, grad_CV)
+                gradients.add(rows, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV))
         # The final gradients are stored instead of logits: [S, H] instead of [S, V] numbers.
         ctx.save_for_backward(gradients.hidden_SH, gradients.head_VH, gradients.bias_V)
         ctx.head_dtype = head_VH.dtype
@@ -101,13 +103,13 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         # The loss is a scalar: `grad` only scales the gradients from the forward pass.
         dhidden_SH, dhead_VH, dbias_V = ctx.saved_tensors
         dhidden = None if dhidden_SH is None else dhidden_SH * grad.to(dhidden_SH.dtype)
         dhead = None if dhead_VH is None else (dhead_VH * grad).to(ctx.head_dtype)
         dbias = None if dbias_V is None else (dbias_V * grad).to(ctx.head_dtype)
-        return dhidden, dhead, dbias, None, None, None
+        return dhidden, dhead, dbias, None, None, None, None
 
 
 def _learned_states(network: Network, batch: TreeBatch, hidden_SH: Tensor | None = None) -> Tensor:
@@ -136,6 +138,7 @@ def chunked_loss(
         batch.edge_source_E,
         compare,
         size or CHUNK,
+        network.logit_cap,
     )
     return total
 
@@ -182,6 +185,7 @@ class _TokenLogps(torch.autograd.Function):
         source_E: Tensor,
         target_E: Tensor,
         temperature: float,
+        cap: float | None,
     ) -> Tensor:
         # A trained head needs all logits again, so a stored `p W` would save nothing.
         trained = any(ctx.needs_input_grad[1:3])
@@ -190,48 +194,56 @@ class _TokenLogps(torch.autograd.Function):
             # [S, H] numbers for the backward pass, where stored probabilities would be [S, V].
             kept_SH = torch.empty_like(hidden_SH)
         logp_E = torch.empty(len(source_E), device=hidden_SH.device)
+        slope_E = None if cap is None else torch.empty_like(logp_E)
         for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK):
-            logits_CV = scores(hidden_SH[rows], head_VH, bias_V, temperature)
+            logits_CV = scores(hidden_SH[rows], head_VH, bias_V, temperature, cap)
+            slope_CV = _cap_slope(logits_CV, cap, temperature)
             lse_C = torch.logsumexp(logits_CV, -1)
             position, target = source_E[edges] - rows.start, target_E[edges]
             logp_E[edges] = logits_CV[position, target] - lse_C[position]
             if kept_SH is not None:
-                p_CV = logits_CV.sub_(lse_C[:, None]).exp_().to(head_VH.dtype)
-                torch.mm(p_CV, head_VH, out=kept_SH[rows])
-        ctx.save_for_backward(hidden_SH, head_VH, bias_V, source_E, target_E, kept_SH)
-        ctx.temperature = temperature
+                p_CV = logits_CV.sub_(lse_C[:, None]).exp_()
+                if slope_CV is not None and slope_E is not None:
+                    slope_E[edges] = slope_CV[position, target]
+                    p_CV.mul_(slope_CV)
+                torch.mm(p_CV.to(head_VH.dtype), head_VH, out=kept_SH[rows])
+        ctx.save_for_backward(hidden_SH, head_VH, bias_V, source_E, target_E, kept_SH, slope_E)
+        ctx.temperature, ctx.cap = temperature, cap
         return logp_E
 
     @staticmethod
     def backward(
         ctx: Any, grad_E: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        hidden_SH, head_VH, _, source_E, target_E, kept_SH = ctx.saved_tensors
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
+        hidden_SH, head_VH, _, source_E, target_E, kept_SH, slope_E = ctx.saved_tensors
         # Softmax of logits / T: the derivative by a hidden state has a factor 1 / T.
         grad_E = grad_E / ctx.temperature
         if kept_SH is None:
-            return *_recompute_gradients(ctx, grad_E), None, None, None
+            return *_recompute_gradients(ctx, grad_E), None, None, None, None
         sum_S = grad_E.new_zeros(len(hidden_SH)).index_add_(0, source_E, grad_E)
         # Gradient of log p: `W[target] - p W`, with `p W` stored by the forward pass.
         dhidden_SH = kept_SH.float() * -sum_S[:, None]
+        if slope_E is not None:
+            grad_E = grad_E * slope_E
         dhidden_SH.index_add_(0, source_E, head_VH[target_E].float() * grad_E[:, None])
-        return dhidden_SH.to(hidden_SH.dtype), None, None, None, None, None
+        return dhidden_SH.to(hidden_SH.dtype), None, None, None, None, None, None
 
 
 def _recompute_gradients(
     ctx: Any, grad_E: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return gradients by hidden states, head and bias from recomputed logits."""
-    hidden_SH, head_VH, bias_V, source_E, target_E, _ = ctx.saved_tensors
+    hidden_SH, head_VH, bias_V, source_E, target_E, _, _ = ctx.saved_tensors
     gradients = _HeadGradients(hidden_SH, head_VH, ctx.needs_input_grad[:3])
     for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK_TRAINED):
-        logits_CV = scores(hidden_SH[rows], head_VH, bias_V, ctx.temperature)
+        logits_CV = scores(hidden_SH[rows], head_VH, bias_V, ctx.temperature, ctx.cap)
+        slope_CV = _cap_slope(logits_CV, ctx.cap, ctx.temperature)
         position, part_E = source_E[edges] - rows.start, grad_E[edges]
         # Gradient by the logits: sum_e grad_e (onehot(target_e) - softmax).
         sum_C = part_E.new_zeros(len(logits_CV)).index_add_(0, position, part_E)
         grad_CV = torch.softmax(logits_CV, -1).mul_(-sum_C[:, None])
         grad_CV.index_put_((position, target_E[edges]), part_E, accumulate=True)
-        gradients.add(rows, grad_CV)
+        gradients.add(rows, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV))
     dtype, dhead_VH, dbias_V = head_VH.dtype, gradients.head_VH, gradients.bias_V
     return (
         gradients.hidden_SH,
@@ -241,14 +253,26 @@ def _recompute_gradients(
 
 
 def scores(
-    hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None, temperature: float = 1.0
+    hidden_CH: Tensor,
+    head_VH: Tensor,
+    bias_V: Tensor | None,
+    temperature: float = 1.0,
+    cap: float | None = None,
 ) -> Tensor:
-    """Return logits ``[C, V]`` in float32, divided by ``temperature``."""
+    """Return logits ``[C, V]`` in float32, limited to ``cap``, then divided by ``temperature``."""
     # The product runs in the network's type, the softmax in float32: bfloat16 has 8 bits.
     logits_CV = torch.mm(hidden_CH, head_VH.t()).float()
     if bias_V is not None:
         logits_CV += bias_V
+    if cap is not None:
+        logits_CV.div_(cap).tanh_().mul_(cap)
     return logits_CV if temperature == 1 else logits_CV.div_(temperature)
+
+
+def _cap_slope(logits_CV: Tensor, cap: float | None, temperature: float = 1.0) -> Tensor | None:
+    """Return the derivative of the capped logits by the head's output; ``None`` without a cap."""
+    # d (c tanh(x / c)) / dx = 1 - tanh(x / c)^2
+    return None if cap is None else (logits_CV * (temperature / cap)).square_().neg_().add_(1)
 
 
 def _chunks(positions: int, source_E: Tensor, size: int) -> list[tuple[slice, slice]]:
@@ -283,6 +307,7 @@ def token_logps(
         batch.edge_source_E,
         batch.target_E,
         temperature,
+        network.logit_cap,
     )
     return logp_E[batch.learned_edges[1]]
 
@@ -295,7 +320,9 @@ def greedy_token_logps(network: Network, batch: TreeBatch) -> tuple[Tensor, Tens
     logp_E = torch.empty(len(batch.target_E), device=hidden_SH.device)
     best_E = torch.empty(len(batch.target_E), device=hidden_SH.device, dtype=torch.bool)
     for rows, edges in _chunks(len(hidden_SH), batch.edge_source_E, CHUNK):
-        logits_CV = scores(hidden_SH[rows], network.head_VH, network.head_bias_V)
+        logits_CV = scores(
+            hidden_SH[rows], network.head_VH, network.head_bias_V, cap=network.logit_cap
+        )
         lse_C, best_C = torch.logsumexp(logits_CV, -1), logits_CV.argmax(-1)
         position, target = batch.edge_source_E[edges] - rows.start, batch.target_E[edges]
         logp_E[edges] = logits_CV[position, target] - lse_C[position]

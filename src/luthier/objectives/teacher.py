@@ -62,11 +62,11 @@ def whole_distribution(
     shared = min(len(network.head_VH), len(teacher.head_VH))
     # `detach` binds the storage of now: sdft calls this in `at_start`, which swaps the weights
     # back before the first call of `distribution`.
-    head_VH, bias_V = teacher.head_VH.detach(), teacher.head_bias_V
+    head_VH, bias_V, cap = teacher.head_VH.detach(), teacher.head_bias_V, teacher.logit_cap
     bias_V = bias_V if bias_V is None else bias_V.detach()
 
     def distribution(chunk: slice) -> tuple[None, torch.Tensor]:
-        logits_CV = scores(states_SH[chunk], head_VH, bias_V, temperature)
+        logits_CV = scores(states_SH[chunk], head_VH, bias_V, temperature, cap)
         return None, logits_CV[:, :shared].log_softmax(-1)
 
     return distribution
@@ -130,9 +130,10 @@ class TopK:
         # Equal rows share a slot, so the teacher computes one of them.
         for batch in teacher.batches(list({_key(row): row for row in rows}.values()), budget):
             states_SH = teacher.before_vocabulary(teacher.hidden(batch, batch.source_S))
+            head = teacher.head_VH, teacher.head_bias_V, temperature, teacher.logit_cap
             parts = []
             for chunk_CH in states_SH.split(CHUNK):
-                logits_CV = scores(chunk_CH, teacher.head_VH, teacher.head_bias_V, temperature)
+                logits_CV = scores(chunk_CH, *head)
                 parts.append(likeliest(logits_CV[:, :vocabulary].log_softmax(-1), self.k))
             source_M = batch.edge_source_E[batch.learned_edges[1]]
             slot_M = self._slots(batch)

@@ -323,6 +323,7 @@ class _States:
     row_M: NDArray[np.int64]
     head_VH: Tensor
     bias_V: Tensor | None
+    cap: float | None
 
 
 def _states(network: Network, rows: Sequence[Example]) -> _States:
@@ -342,11 +343,9 @@ def _states(network: Network, rows: Sequence[Example]) -> _States:
     row_M = np.concatenate(rows_of)
     order_M = np.argsort(row_M, kind="stable")  # the batches of the two models may differ
     hidden_MH, target_M = (torch.cat(each)[order_M] for each in (states, targets))
-    bias_V = network.head_bias_V
+    bias_V = None if network.head_bias_V is None else network.head_bias_V.detach()
     head_VH = network.head_VH.detach().clone()
-    return _States(
-        hidden_MH, target_M, row_M[order_M], head_VH, None if bias_V is None else bias_V.detach()
-    )
+    return _States(hidden_MH, target_M, row_M[order_M], head_VH, bias_V, network.logit_cap)
 
 
 def _drift(base: _States, tuned: _States, samples: int) -> Drift:
@@ -361,7 +360,9 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
         for start in range(0, size, CHUNK):
             part = slice(start, start + CHUNK)
             base_CV, tuned_CV = (
-                scores(each.hidden_MH[part], each.head_VH, each.bias_V)[:, :shared].log_softmax(-1)
+                scores(each.hidden_MH[part], each.head_VH, each.bias_V, cap=each.cap)[
+                    :, :shared
+                ].log_softmax(-1)
                 for each in (base, tuned)
             )
             target_C1 = base.target_M[part, None]
