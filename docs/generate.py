@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from gguf.constants import MODEL_ARCH_NAMES
 from pydantic import BaseModel
 
 import luthier
@@ -28,6 +29,8 @@ from luthier.gate.rules import Rule
 from luthier.graders import GRADERS
 from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
+from luthier.models.gguf import PRE_TOKENIZERS
+from luthier.models.gguf_networks import NETWORKS
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
@@ -65,6 +68,7 @@ def main() -> int:
                 *_methods(),
                 *_support(),
                 *_models(),
+                *_gguf(),
                 *_rules(),
             ]
         )
@@ -361,6 +365,17 @@ def _models() -> list[str]:
             f"| `{entry.id}` | {size} | {entry.context} | {entry.licence} | {entry.about} |"
         )
     return [*lines, ""]
+
+
+def _gguf() -> list[str]:
+    """Networks and tokenizers of GGUF files."""
+    lines = ["## GGUF", "", "| `model_type` | architecture in llama.cpp | scaled RoPE |"]
+    lines.append("| --- | --- | --- |")
+    for name, network in NETWORKS.items():
+        architecture = MODEL_ARCH_NAMES[network.arch]
+        lines.append(f"| {name} | {architecture} | {', '.join(network.scaling) or 'no'} |")
+    names = ", ".join(PRE_TOKENIZERS.values())
+    return [*lines, "", f"Byte-level BPE pre-tokenizers: {names}.", ""]
 
 
 def _rules() -> list[str]:

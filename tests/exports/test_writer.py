@@ -24,7 +24,7 @@ from luthier.exports.writer import export, export_gguf
 from luthier.files import hashes_of
 from luthier.inference.generation import Generator
 from luthier.library.models import find, load
-from luthier.models import gguf
+from luthier.models import gguf_networks
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
@@ -440,7 +440,7 @@ def test_a_lora_adapter_goes_alone_into_gguf(
     if find_spec("xllamacpp") is None:
         pytest.skip("llama.cpp is not installed")
     assert parity is not None and parity.mean_kl < 1e-4
-    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_networks, "interleaved", lambda size, heads: torch.arange(size))
     with pytest.raises(RecipeError) as refused:
         export_gguf(find("tiny-llama:adapter"), tmp_path / "wrong", merged=False)
     assert refused.value.rule == "export.differs"

@@ -14,7 +14,7 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.parity import REFERENCE_PROMPTS
 from luthier.inference.gguf_parity import LlamaCpp, compare_gguf
-from luthier.models import gguf
+from luthier.models import gguf, gguf_networks
 from luthier.models.gguf import write_gguf
 from luthier.types import Message
 
@@ -66,7 +66,7 @@ def test_heads_in_the_wrong_order_are_seen(
 ) -> None:
     """A frequent error of converters: the file loads, and the replies are wrong."""
     model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
-    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_networks, "interleaved", lambda size, heads: torch.arange(size))
     write_gguf(model, chat, path, "f32")
     with pytest.raises(RecipeError):
         compare_gguf(path, model, chat, "f32")

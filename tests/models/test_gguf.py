@@ -12,6 +12,7 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN_3_5
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
@@ -22,10 +23,10 @@ from luthier.models.gguf import (
     Quantization,
     check_quantization,
     file_size,
-    interleave,
     round_weights,
     write_gguf,
 )
+from luthier.models.gguf_networks import interleaved
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,7 @@ def test_llama_comes_back_with_its_settings_tokenizer_and_interleaved_heads(
     # Of a head of 8 rows, row 4 (the first of its second half) stands behind row 0.
     assert np.array_equal(found["blk.0.attn_q.weight"][:3], query[[0, 4, 1]].numpy())
     key = state["model.layers.0.self_attn.k_proj.weight"]
-    assert np.array_equal(found["blk.0.attn_k.weight"], interleave(key, 2).numpy())
+    assert np.array_equal(found["blk.0.attn_k.weight"], key[interleaved(16, 2)].numpy())
     known = fields(path)
     assert known["general.architecture"] == "llama"
     assert known["general.name"] == "tiny:tuned"
@@ -215,16 +216,34 @@ WORDS = (
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Split pattern of Llama 3 and Qwen 2, with a placeholder for the number of digits."""
+CASED = (
+    r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
+    r"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{0}|[^\r\n\p{{L}}\p{{N}}]?"
+    r"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{0}|\p{{N}}{1}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Split pattern of GPT-4o and Mistral NeMo, with placeholders for short forms and digits."""
+SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
+def split(pattern: str, behavior: str = "isolated") -> pre_tokenizers.Split:
+    return pre_tokenizers.Split(Regex(pattern), behavior, invert=behavior == "removed")
 
 
 @pytest.mark.parametrize(
     ("steps", "whole", "name"),
     [
+        ([], False, "gpt-2"),
         ([pre_tokenizers.Digits(individual_digits=True)], False, "smollm"),
-        ([pre_tokenizers.Split(Regex(WORDS.format("{1,3}")), "isolated")], True, "llama-bpe"),
-        ([pre_tokenizers.Split(Regex(WORDS.format("{1,3}")), "isolated")], False, None),
-        ([pre_tokenizers.Split(Regex(WORDS.format("")), "isolated")], False, "qwen2"),
-        ([pre_tokenizers.Split(Regex(r"\d{3}"), "isolated")], False, None),
+        ([split(WORDS.format("{1,3}"))], True, "llama-bpe"),
+        ([split(WORDS.format("{1,3}"))], False, "dbrx"),
+        ([split(WORDS.format("{1,3}"), "removed")], False, "dbrx"),
+        ([split(WORDS.format(""))], False, "qwen2"),
+        ([split(QWEN_3_5)], False, "qwen35"),
+        ([split(CASED.format("", ""))], True, "tekken"),
+        ([split(CASED.format(SHORT_FORMS, "{1,3}"))], False, "gpt-4o"),
+        ([split(CASED.format("", ""))], False, None),
+        ([split(r"\d{3}")], False, None),
         ([pre_tokenizers.Whitespace()], False, None),
         ([], True, None),
     ],
@@ -263,7 +282,7 @@ def test_how_texts_are_cut_is_known_or_refused(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
         ({"hidden_act": "gelu"}, "the activation of"),
     ],
 )

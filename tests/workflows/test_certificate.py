@@ -15,6 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from short_runs import pairs, write_rows
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ from luthier.errors import CorruptFile, RecipeError
 from luthier.files import hashes_of, read_json, sha256_of, write_json
 from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of, write_report
-from luthier.models import gguf
+from luthier.models import gguf_networks
 from luthier.models.catalog import CATALOG
 from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
 from luthier.workflows.certificate import certificate
@@ -341,7 +342,7 @@ def test_a_file_that_answers_otherwise_enters_no_record(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
 ) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
-    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_networks, "interleaved", lambda size, heads: torch.arange(size))
     with pytest.raises(RecipeError):
         luthier.export(ID, tmp_path / "wrong", format="gguf")
     assert find(ID).manifest.exports is None and not (tmp_path / "wrong").exists()

@@ -28,10 +28,10 @@ from luthier.library.models import (
 from luthier.models.gguf import (
     Quantization,
     check_quantization,
-    check_writable,
     file_size,
     round_weights,
 )
+from luthier.models.gguf_networks import network_of
 from luthier.models.manifest import QuantizationRecord, created_now
 from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for
@@ -146,7 +146,7 @@ def measure_quantization(
     kind = check_quantization(quantization)
     check_writes(stored)
     head = stored.objective.head()
-    check_writable(stored.network.config(head).model_type, stored.id)
+    network_of(stored.network.config(head).model_type, stored.id)
     check_mergeable(stored, "quantization requires merged weights")
     texts = _encode(rows, stored.chat, stored.room) if rows else ()
     if len(texts) < 2:

@@ -48,11 +48,11 @@ from luthier.models.external import ADAPTER_CONFIG
 from luthier.models.gguf import (
     GeneralMetadata,
     check_quantization,
-    check_writable,
     file_size,
     write_gguf,
     write_lora,
 )
+from luthier.models.gguf_networks import network_of
 from luthier.models.load import stored_dtype
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
 from luthier.models.pipelines import network_folders
@@ -287,7 +287,7 @@ def export_gguf(
     kind = check_quantization(quantization or "f16")
     check_writes(stored)
     config = stored.network.config(stored.objective.head())
-    check_writable(config.model_type, stored.id)
+    network_of(config.model_type, stored.id)
     chat = stored.chat
     if merged:
         check_mergeable(stored, "a GGUF file contains merged weights only")

@@ -68,9 +68,9 @@ def gguf_type() -> Quantization:
 
 def check_derivable(stored: StoredModel) -> None:
     """Raise :class:`RecipeError` for a model without a GGUF equivalent."""
-    from luthier.models.gguf import check_writable
+    from luthier.models.gguf_networks import network_of
 
-    check_writable(str(stored.network.fields.get("model_type")), stored.id)
+    network_of(str(stored.network.fields.get("model_type")), stored.id)
     check_mergeable(stored, "a GGUF file holds nothing else")
 
 
@@ -115,8 +115,9 @@ def _derive(
     try:
         need_disk(folder, file_size(network.model, kind), f"the GGUF file of {stored.id}")
         with new_folder(folder) as fresh:
-            write_gguf(network.model, None, fresh / FILE, kind, GeneralMetadata(stored.id))
             context, vocabulary = stored.room, int(network.model.config.vocab_size)
+            about = GeneralMetadata(stored.id)
+            write_gguf(network.model, None, fresh / FILE, kind, about, context)
             # Half of the context stays free for the reply.
             chat, longest = stored.chat, context // 2
             prompts = [

@@ -32,6 +32,14 @@ TOKENS = 24
 """Tokens generated per prompt."""
 CONTEXT = 512
 """Maximum tokens of prompt and reply."""
+PROBES = (
+    "I'll say: it's JOHN'S car, isn't it? camelCase HTTPServer don't WE'RE",
+    "1234567 3.14159 2026-11-28 0x1F 1,000,000",
+    "def f(x):\n    return x  # twice\n\n\n\tprint( f(2) ) ;\r\n  end",
+    "Über naïve café 你好世界 Москва नमस्ते 😀🚀 “ok”…",
+    "a  b   c    d\te \n\n f/g\\h <b>!!!</b> $%&*()[]{} ~^",
+)
+"""Prompts whose tokens differ between pre-tokenizers: short forms, case, digits, spaces, scripts."""
 LIKELIEST = 64
 """Number of likely tokens per position with a probability from llama.cpp."""
 LIMIT, QUANTIZED_LIMIT = 0.005, 0.08
@@ -177,6 +185,8 @@ def compare_gguf(
     total = 3 * len(REFERENCE_PROMPTS)
     on_progress(0, total)
     with closing(LlamaCpp(file, adapter)) as opened:
+        for probe in PROBES:
+            _same_prompt(opened, chat, (Message("user", probe),))
         texts = []
         for number, prompt in enumerate(REFERENCE_PROMPTS, 1):
             ids_T = _same_prompt(opened, chat, (Message("user", prompt),))
@@ -251,7 +261,8 @@ def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]
         place = next((at for at, (one, other) in enumerate(pairs) if one != other), len(other_ids))
         raise RecipeError(
             f"llama.cpp tokenizes {text[:80]!r} differently: token {place + 1} is "
-            f"{other_ids[place : place + 1]} instead of {ids_T[place : place + 1].tolist()}"
+            f"{other_ids[place : place + 1]} instead of {ids_T[place : place + 1].tolist()}",
+            rule="gguf.tokens",
         )
     return ids_T
 

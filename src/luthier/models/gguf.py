@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH_NAMES
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from gguf.tensor_mapping import get_tensor_name_map
 from numpy.typing import NDArray
@@ -32,7 +32,13 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.models.backends import llama_cpp_library
-from luthier.models.modalities import head_size
+from luthier.models.gguf_networks import (
+    Weight,
+    add_hyperparameters,
+    network_of,
+    network_weights,
+    row_order,
+)
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -59,31 +65,46 @@ _LARGER = {
     _Kind.Q4_0: _Kind.F16, _Kind.Q5_0: _Kind.F16, _Kind.Q5_1: _Kind.F16, _Kind.Q8_0: _Kind.F16,
 }  # fmt: skip
 """Fallback types for matrices whose rows do not divide into blocks of 256 or 32 numbers."""
+_PRECISE = re.compile(r"position_embd|_norm\.weight|ffn_gate_inp|conv1d|shortconv\.conv")
+"""Matrices that llama.cpp reads in float32."""
 _AT_ONCE = 1 << 24
 """Number of weights per quantization call."""
 
-_ARCHITECTURES: Mapping[str, MODEL_ARCH] = {
-    "llama": MODEL_ARCH.LLAMA,
-    "mistral": MODEL_ARCH.LLAMA,
-    "qwen2": MODEL_ARCH.QWEN2,
-    "gpt2": MODEL_ARCH.GPT2,
-}
-"""Supported networks by ``model_type``."""
+_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _words(digits: str, marks: str = "") -> str:
+    """Return the split pattern of Llama 3 and Qwen, with the pattern of a number."""
+    letters = rf"[\p{{L}}{marks}]" if marks else r"\p{L}"
+    other = rf"| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*{_SPACES}"
+    return rf"{_FORMS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}{other}"
+
+
+def _cased_words(digits: str, forms: str) -> str:
+    """Return the split pattern of GPT-4o and Mistral NeMo, with the pattern of a number."""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    words = [
+        rf"[^\r\n\p{{L}}\p{{N}}]?{word}{forms}"
+        for word in (f"{upper}*{lower}+", f"{upper}+{lower}*")
+    ]
+    return rf"{words[0]}|{words[1]}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_SPACES}"
+
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
-    (_GPT2,): "gpt-2",
-    ("digits", _GPT2): "smollm",
-    (_LLAMA3,): "llama-bpe",
-    (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),): "qwen2",
+PRE_TOKENIZERS: Mapping[tuple[str, bool], str] = {
+    (_GPT2, False): "gpt-2",
+    ("digits" + _GPT2, False): "smollm",
+    (_words(r"\p{N}{1,3}"), True): "llama-bpe",
+    (_words(r"\p{N}{1,3}"), False): "dbrx",
+    (_words(r"\p{N}"), False): "qwen2",
+    (_words(r"\p{N}", r"\p{M}"), False): "qwen35",
+    (_cased_words(r"\p{N}", ""), True): "tekken",
+    (_cased_words(r"\p{N}{1,3}", f"{_FORMS}?"), False): "gpt-4o",
 }
-"""llama.cpp's pre-tokenizer names by the split patterns of a tokenizer."""
-_WHOLE_WORDS = frozenset({"llama-bpe"})
-"""Pre-tokenizers with llama.cpp's ``ignore_merges``: a word in the vocabulary is one token."""
+"""llama.cpp's pre-tokenizer names, by the split patterns of a tokenizer and by ``ignore_merges`` (a
+word in the vocabulary is one token). Families with equal patterns share a name: StarCoder, Granite
+and Cohere are "smollm", OLMo 2 and Phi-4 are "dbrx"."""
 
 
 @dataclass(frozen=True)
@@ -96,53 +117,6 @@ class GeneralMetadata:
     licence: str | None = None
     sha256: str | None = None
     """Content hash of the model."""
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A weight under the file's name."""
-
-    name: str
-    weight: Tensor
-    transposed: bool = False
-    """True if the network stores the weight as ``[in, out]``."""
-    heads: int = 0
-    """Number of heads with interleaved halves in the file; 0 for the original row order."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape in the file, ``[out, in]``."""
-        return tuple(self.weight.shape[::-1] if self.transposed else self.weight.shape)
-
-    def array(self) -> NDArray[np.float32]:
-        """The numbers in the file's order."""
-        weight = self.weight.detach().float().cpu()
-        rows = (weight.T if self.transposed else weight).contiguous()
-        return interleave(rows, self.heads).numpy() if self.heads else rows.numpy()
-
-
-def interleave(rows: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys in llama.cpp's order.
-
-    transformers turns the first half of a head against the second (rotary embeddings of GPT-NeoX),
-    llama.cpp each number against its neighbour, as Llama's authors do.
-    """
-    parts = rows.view(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
-    return parts.transpose(1, 2).reshape(rows.shape)
-
-
-def check_writable(model_type: str, name: str) -> None:
-    """Reject networks without GGUF support.
-
-    Raises:
-        RecipeError: with the supported networks.
-    """
-    if model_type not in _ARCHITECTURES:
-        raise RecipeError(
-            f"{name} has the network type {model_type}. GGUF export supports "
-            f"{', '.join(_ARCHITECTURES)}.",
-            rule="gguf.network",
-        )
 
 
 def check_quantization(quantization: str) -> Quantization:
@@ -172,26 +146,28 @@ def write_gguf(
     path: Path,
     quantization: Quantization = "f16",
     about: GeneralMetadata | None = None,
+    limit: int | None = None,
 ) -> None:
     """Write the network ``model`` with merged adapters and the tokenizer to ``path``.
 
-    Without ``chat`` the file has no tokenizer, for callers that pass token ids.
+    Without ``chat`` the file has no tokenizer, for callers that pass token ids. ``limit`` is the
+    maximum number of tokens of a sequence, for callers with a smaller limit than the network.
 
     Raises:
         RecipeError: before writing, for a network or tokenizer that llama.cpp computes differently.
     """
     config = model.config
     about = about or GeneralMetadata(path.stem)
-    check_writable(config.model_type, about.name)
+    network = network_of(config.model_type, about.name)
     check_quantization(quantization)
-    writer = GGUFWriter(path, MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[network.arch])
     _add_general(writer, about, "model", quantization)
-    _add_settings(writer, config, about.name)
+    add_hyperparameters(writer, config, about.name, limit)
     if chat is None:
         writer.add_tokenizer_model("none")
     else:
         _add_tokenizer(writer, chat, int(config.vocab_size), about.name)
-    weights = [*_weights(model), *_frequencies(model, about.name)]
+    weights = network_weights(model)
     kinds = _kinds(weights, quantization)
     _write(writer, [(each.name, each.shape, kinds[each.name], each.array) for each in weights])
 
@@ -209,8 +185,8 @@ def write_lora(
     Raises:
         RecipeError: for weights that are not LoRA matrices.
     """
-    check_writable(config.model_type, about.name)
-    names = get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    network = network_of(config.model_type, about.name)
+    names = get_tensor_name_map(network.arch, config.num_hidden_layers)
     parts: list[tuple[str, tuple[int, ...], GGMLQuantizationType, Callable[[], Any]]] = []
     rank = 0
     for name in sorted(tensors):
@@ -224,13 +200,14 @@ def write_lora(
         tensor = tensors[name].detach().float().cpu().contiguous()
         if side == "A.weight":
             rank = len(tensor)
-        # Only B has one row per output, so only B follows the order of the heads' rows.
-        elif heads := _heads(config, known):
-            tensor = interleave(tensor, heads)
+        dim, order = row_order(config, known) or (0, None)
+        # B has one row per output, and A one column per input.
+        if order is not None and dim == "BA".index(side[0]):
+            tensor = tensor.index_select(dim, order)
         array = tensor.numpy()
         entry = f"{known}.weight.lora_{side[0].lower()}"
         parts.append((entry, array.shape, _Kind.F32, lambda array=array: array))  # type: ignore[misc]
-    writer = GGUFWriter(path, MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[network.arch])
     _add_general(writer, about, "adapter", None)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", scale * rank)  # llama.cpp divides by the rank
@@ -239,7 +216,7 @@ def write_lora(
 
 def file_size(model: Any, quantization: Quantization) -> int:
     """Bytes of the weights of ``model`` in a file."""
-    weights = _weights(model)
+    weights = network_weights(model)
     kinds = _kinds(weights, quantization)
     return sum(_bytes(each.shape, kinds[each.name]) for each in weights)
 
@@ -250,16 +227,12 @@ def round_weights(model: nn.Module, quantization: Quantization) -> None:
 
     Differences to llama.cpp's results then come from rounding during computation only.
     """
-    weights = _weights(model)
+    weights = network_weights(model)
     kinds = _kinds(weights, quantization)
     for each in weights:
         kind = kinds[each.name]
-        if kind == _Kind.F32:
-            continue
-        weight = each.weight.detach().float().cpu()
-        rows = (weight.T if each.transposed else weight).contiguous().numpy()
-        read = torch.from_numpy(dequantize(_quantize(rows, kind), kind))
-        each.weight.copy_(read.T if each.transposed else read)
+        if kind != _Kind.F32:
+            each.replace(dequantize(_quantize(each.array(), kind), kind).reshape(each.shape))
 
 
 def _write(
@@ -290,19 +263,21 @@ def _quantize(rows: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[
     """``rows`` as they lie in a file."""
     if kind in (_Kind.F32, _Kind.F16):
         return quantize(rows, kind)
-    found = np.empty(quant_shape_to_byte_shape(rows.shape, kind), dtype=np.uint8)
+    shape = quant_shape_to_byte_shape(rows.shape, kind)
+    rows = rows.reshape(-1, rows.shape[-1])  # experts are stacked in three dimensions
+    found = np.empty((len(rows), shape[-1]), dtype=np.uint8)
     step = max(1, _AT_ONCE // rows.shape[-1])
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         into = found[start : start + step]
         # ggml has the same bits as the package gguf, and the only implementation of K types.
-        # Bare pointers are safe because both arrays are contiguous (see _Weight.array).
+        # Bare pointers are safe because both arrays are contiguous (see Weight.array).
         if library := _ggml():
             pointers = part.ctypes.data, into.ctypes.data
             library.ggml_quantize_chunk(int(kind), *pointers, 0, len(part), part.shape[-1], None)
         else:
             into[:] = quantize(part, kind)
-    return found
+    return found.reshape(shape)
 
 
 @cache
@@ -319,45 +294,7 @@ def _ggml() -> ctypes.CDLL | None:
     return library
 
 
-def _weights(model: Any) -> list[_Weight]:
-    """Each weight of ``model`` once."""
-    config = model.config
-    names = get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
-    found = []
-    for name, weight in model.named_parameters():  # tied heads appear once
-        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if known is None:
-            raise RecipeError(f"The GGUF format has no name for the weight {name}.")
-        # GPT-2's blocks store `[in, out]` (Conv1D); embeddings are `[vocabulary, width]`.
-        transposed = config.model_type == "gpt2" and weight.ndim == 2 and ".h." in name
-        found.append(_Weight(known, weight, transposed, _heads(config, known)))
-    return found
-
-
-def _heads(config: Any, name: str) -> int:
-    """Return the number of heads to interleave for a weight; 0 for other weights."""
-    # For Qwen 2, llama.cpp rotates halves as transformers does, so rows keep their order.
-    if _ARCHITECTURES[config.model_type] != MODEL_ARCH.LLAMA:
-        return 0
-    part = name.split(".")[2] if name.startswith("blk.") else ""
-    counts = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    return int(counts.get(part, 0))
-
-
-def _frequencies(model: Any, name: str) -> Iterator[_Weight]:
-    """Yield the RoPE frequency factors of Llama 3.1."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "llama3":
-        return
-    if model.config.model_type != "llama":
-        raise RecipeError(f"llama.cpp does not support the rotary embeddings of {name} (llama3).")
-    frequency = model.model.rotary_emb.inv_freq.detach().float().cpu()
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(frequency)) / len(frequency))
-    # llama.cpp divides the plain frequency theta^(-2i/D) by this factor.
-    yield _Weight("rope_freqs.weight", plain / frequency)
-
-
-def _kinds(weights: list[_Weight], quantization: Quantization) -> dict[str, GGMLQuantizationType]:
+def _kinds(weights: list[Weight], quantization: Quantization) -> dict[str, GGMLQuantizationType]:
     """Return the type of each weight by name."""
     names = {each.name for each in weights}
     blocks = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blk."))
@@ -372,10 +309,10 @@ def _kinds(weights: list[_Weight], quantization: Quantization) -> dict[str, GGML
 
 
 def _kind(
-    each: _Weight, quantization: Quantization, blocks: int, tied: bool
+    each: Weight, quantization: Quantization, blocks: int, tied: bool
 ) -> GGMLQuantizationType:
     kind = _KINDS[quantization][0]
-    if each.weight.ndim == 1 or each.name == "position_embd.weight":
+    if each.weight.ndim == 1 or _PRECISE.search(each.name):
         return _Kind.F32
     if each.name == "output.weight" or (tied and each.name == "token_embd.weight"):
         if kind in _K_KINDS:
@@ -413,47 +350,6 @@ def _add_general(
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
-    """Write the hyperparameters; raises for settings that llama.cpp computes differently."""
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    if config.model_type == "gpt2":
-        plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
-        if not plain or config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise RecipeError(f"llama.cpp does not support the attention or activation of {name}.")
-        writer.add_context_length(config.n_positions)
-        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-        return
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise RecipeError(
-            f"llama.cpp does not support the rotary embeddings of {name} ({kind}).",
-            rule="gguf.rotary",
-        )
-    if config.hidden_act != "silu":
-        raise RecipeError(
-            f"llama.cpp does not support the activation {config.hidden_act} of {name}.",
-            rule="gguf.activation",
-        )
-    head = head_size(config)
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    # llama.cpp has no sliding window for these networks; within one window, attention is equal.
-    writer.add_context_length(min(config.max_position_embeddings, window or 1 << 31))
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(rope["rope_theta"])
-
-
 def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -> None:
     """Write vocabulary, merges, special tokens, chat template and stop tokens."""
     core: Any = getattr(chat.tokenizer, "backend_tokenizer", None)
@@ -463,8 +359,9 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
     prefix = _space_prefix(chat, spec) if pieces else None
     if model.get("type") != "BPE" or (prefix is None if pieces else pre is None):
         raise RecipeError(
-            f"llama.cpp has no equivalent of the tokenizer of {name}. Supported are the BPE "
-            "tokenizers of GPT-2, SmolLM, Llama and Qwen 2.",
+            f"llama.cpp has no equivalent of the tokenizer of {name}. Supported are SentencePiece "
+            "BPE with byte fallback, and byte-level BPE with the split patterns of "
+            f"{', '.join(PRE_TOKENIZERS.values())}.",
             rule="gguf.tokenizer",
         )
     marked = {each["id"]: each["special"] for each in spec["added_tokens"]}
@@ -475,7 +372,8 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
         if number < size:
             special = marked.get(number)
             named = TokenType.CONTROL if special else TokenType.USER_DEFINED
-            tokens[number] = token
+            # llama.cpp matches user-defined tokens before it replaces spaces.
+            tokens[number] = token.replace("▁", " ") if pieces and special is False else token
             kinds[number] = TokenType.NORMAL if special is None else named
             if pieces and _BYTE.fullmatch(token):
                 kinds[number] = TokenType.BYTE
@@ -534,6 +432,8 @@ def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
     steps = [each.get("type") for each in normalizer.get("normalizers", [normalizer])]
     if not outer:
         return {("Prepend", "Replace"): True, ("Replace",): False}.get(tuple(steps))
+    if outer.get("type") == "Split" and outer.get("pattern") == {"String": " "}:
+        return False if steps == ["Replace"] else None  # Gemma: no space is left to split at
     if outer.get("type") != "Metaspace" or normalizer:
         return None
     scheme = outer.get("prepend_scheme")
@@ -556,22 +456,21 @@ def _pre_tokenizer(spec: Mapping[str, Any]) -> str | None:
     """Return llama.cpp's name of the pre-tokenizer, or ``None`` without an equivalent."""
     normalizer = spec.get("normalizer") or {}
     outer = spec.get("pre_tokenizer") or {}
-    steps: list[str] = []
+    # llama.cpp leaves NFC to the caller.
+    if normalizer.get("type", "NFC") != "NFC":
+        return None
+    steps = ""
     for step in outer.get("pretokenizers", [outer]):
+        split = step.get("behavior"), step.get("invert", False)
         if step.get("type") == "Digits" and step.get("individual_digits"):
-            steps.append("digits")
-        elif step.get("type") == "Split" and step.get("behavior") == "Isolated":
-            steps.append(str(step["pattern"].get("Regex")))
+            steps += "digits"
+        elif step.get("type") == "Split" and split in (("Isolated", False), ("Removed", True)):
+            steps += str(step["pattern"].get("Regex"))
         elif step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
-            steps += [_GPT2] if step.get("use_regex", True) else []
+            steps += _GPT2 if step.get("use_regex", True) else ""
         else:
             return None
     # The steps decide, not the family: SmolLM2's tokenizer from a GGUF file does not split digits
     # and is "gpt-2" to llama.cpp.
-    found = _PRE_TOKENIZERS.get(tuple(steps))
-    # Qwen's tokenizer normalizes to NFC, which llama.cpp leaves to the caller.
-    composed = normalizer.get("type") == "NFC" and found == "qwen2"
     whole = bool((spec.get("model") or {}).get("ignore_merges"))
-    if found is None or not (composed or not normalizer) or whole != (found in _WHOLE_WORDS):
-        return None
-    return found
+    return PRE_TOKENIZERS.get((steps, whole))

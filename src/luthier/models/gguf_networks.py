@@ -1,0 +1,393 @@
+"""Networks in the form that llama.cpp computes: hyperparameters and weights of a GGUF file.
+
+One table maps the fields of transformers' configurations to hyperparameters of all networks.
+:data:`NETWORKS` lists the differences between the two implementations. The package ``gguf`` has the
+names of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFWriter, RopeScalingType
+from gguf.constants import MODEL_ARCH
+from gguf.tensor_mapping import get_tensor_name_map
+from numpy.typing import NDArray
+from torch import Tensor
+
+from luthier.errors import RecipeError
+from luthier.models.modalities import head_size, key_heads
+
+_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "attention_scale": ("attention_multiplier",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "block_count": ("num_hidden_layers",),
+    "clamp_kqv": ("clip_qkv",),
+    "embedding_length": ("hidden_size",),
+    "embedding_scale": ("embedding_multiplier",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "expert_used_count": ("num_experts_per_tok",),
+    "feed_forward_length": ("intermediate_size", "n_inner"),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "head_count": ("num_attention_heads",),
+    "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "layer_norm_rms_eps": ("rms_norm_eps", "norm_eps"),
+    "logit_scale": ("logit_scale", "logits_scaling"),
+    "parallel_residual": ("use_parallel_residual",),
+    "residual_scale": ("residual_multiplier",),
+    "ssm_conv_kernel": ("linear_conv_kernel_dim",),
+    "ssm_group_count": ("linear_num_key_heads",),
+    "ssm_state_size": ("linear_key_head_dim",),
+    "ssm_time_step_rank": ("linear_num_value_heads",),
+    "vocab_size": ("vocab_size",),
+}
+"""Fields of transformers' configurations by ``GGUFWriter.add_*``. The first field with a value
+counts."""
+_YARN_CHANGES = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
+_LARGEST = {MODEL_ARCH.GEMMA2: 46, MODEL_ARCH.GEMMA3: 62}
+"""Layers of the networks that scale attention by the mean width of a head; llama.cpp identifies
+these networks by the number of layers."""
+_NEVER = (1 << 31) - 1
+_TANH = frozenset({"gelu_new", "gelu_pytorch_tanh", "gelu_fast"})
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of llama.cpp, and its differences from transformers' implementation."""
+
+    arch: MODEL_ARCH
+    activations: frozenset[str] = frozenset({"silu"})
+    """Names of the activation in llama.cpp."""
+    interleaved: bool = False
+    """True if llama.cpp rotates neighbouring rows of a head, and transformers the two halves."""
+    offset: bool = False
+    """True if transformers multiplies by ``1 + weight`` after normalization."""
+    period: int = 0
+    """Every such layer attends to all tokens, and the other layers to a window; 0: no windows."""
+    scaling: tuple[str, ...] = ()
+    """Supported types of scaled rotary embeddings."""
+    only: Mapping[str, Any] = field(default_factory=dict)
+    """Settings with a single value in llama.cpp."""
+
+
+NETWORKS: Mapping[str, Network] = {
+    "arcee": Network(MODEL_ARCH.ARCEE, frozenset({"relu2"}), interleaved=True),
+    "cohere": Network(MODEL_ARCH.COMMAND_R),
+    "cohere2": Network(MODEL_ARCH.COHERE2, period=4),
+    "ernie4_5": Network(MODEL_ARCH.ERNIE4_5),
+    "exaone4": Network(MODEL_ARCH.EXAONE4, scaling=("llama3",), only={"sliding_window": None}),
+    "gemma": Network(MODEL_ARCH.GEMMA, _TANH, offset=True),
+    "gemma2": Network(MODEL_ARCH.GEMMA2, _TANH, offset=True, period=2),
+    "gemma3_text": Network(MODEL_ARCH.GEMMA3, _TANH, offset=True, period=6, scaling=("linear",)),
+    "glm4": Network(MODEL_ARCH.GLM4),
+    "gpt2": Network(
+        MODEL_ARCH.GPT2,
+        _TANH,
+        only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    ),
+    "gpt_neox": Network(MODEL_ARCH.GPTNEOX, _TANH | {"gelu"}),
+    "granite": Network(MODEL_ARCH.GRANITE, interleaved=True),
+    "granitemoe": Network(MODEL_ARCH.GRANITE_MOE, interleaved=True),
+    "helium": Network(MODEL_ARCH.LLAMA),
+    "hunyuan_v1_dense": Network(MODEL_ARCH.HUNYUAN_DENSE),
+    "lfm2": Network(MODEL_ARCH.LFM2),
+    "llama": Network(MODEL_ARCH.LLAMA, interleaved=True, scaling=("llama3", "linear", "yarn")),
+    "mistral": Network(MODEL_ARCH.LLAMA, interleaved=True),
+    "mixtral": Network(MODEL_ARCH.LLAMA, interleaved=True),
+    "nemotron": Network(MODEL_ARCH.NEMOTRON, frozenset({"relu2"}), offset=True),
+    "olmo": Network(MODEL_ARCH.OLMO, interleaved=True),
+    "olmo2": Network(MODEL_ARCH.OLMO2),
+    "olmo3": Network(MODEL_ARCH.OLMO2, period=4),
+    "olmoe": Network(MODEL_ARCH.OLMOE, only={"norm_topk_prob": False}),
+    "phi": Network(MODEL_ARCH.PHI2, _TANH, only={"qk_layernorm": False}),
+    "phi3": Network(MODEL_ARCH.PHI3, scaling=("longrope",)),
+    "qwen2": Network(MODEL_ARCH.QWEN2, scaling=("yarn",)),
+    "qwen2_moe": Network(MODEL_ARCH.QWEN2MOE, only={"norm_topk_prob": False}),
+    "qwen3": Network(MODEL_ARCH.QWEN3, scaling=("yarn",)),
+    "qwen3_5_moe_text": Network(MODEL_ARCH.QWEN35MOE, offset=True),
+    "qwen3_5_text": Network(MODEL_ARCH.QWEN35, offset=True),
+    "qwen3_moe": Network(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True}),
+    "seed_oss": Network(MODEL_ARCH.SEED_OSS),
+    "smollm3": Network(MODEL_ARCH.SMOLLM3, interleaved=True),
+    "stablelm": Network(MODEL_ARCH.STABLELM),
+    "starcoder2": Network(MODEL_ARCH.STARCODER2, _TANH),
+}
+"""Supported networks by ``model_type``."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight under the file's name."""
+
+    name: str
+    weight: Tensor
+    """A view of the parameter with the file's shape, ``[out, in]``."""
+    order: Tensor | None = None
+    """Indices of the rows in the file's order; ``None`` for the original order."""
+    dim: int = 0
+    """Dimension of ``order``; 1 for columns."""
+    convert: Callable[[Tensor], Tensor] | None = None
+    """Function from the network's numbers to the file's numbers, for vectors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the file."""
+        return tuple(self.weight.shape)
+
+    def array(self) -> NDArray[np.float32]:
+        """The numbers in the file's order."""
+        rows = self.weight.detach().float().cpu()
+        if self.order is not None:
+            rows = rows.index_select(self.dim, self.order)
+        if self.convert is not None:
+            rows = self.convert(rows)
+        return rows.contiguous().numpy()
+
+    def replace(self, array: NDArray[np.float32]) -> None:
+        """Copy numbers in the file's order to the network."""
+        rows = torch.from_numpy(array).to(self.weight)
+        if self.order is None:
+            self.weight.copy_(rows)
+        else:
+            self.weight.index_copy_(self.dim, self.order.to(rows.device), rows)
+
+
+def network_of(model_type: str, name: str) -> Network:
+    """Return the network of ``model_type``.
+
+    Raises:
+        RecipeError: with the supported networks.
+    """
+    if model_type not in NETWORKS:
+        raise RecipeError(
+            f"{name} has the network type {model_type}. GGUF export supports "
+            f"{', '.join(NETWORKS)}.",
+            rule="gguf.network",
+        )
+    return NETWORKS[model_type]
+
+
+def add_hyperparameters(writer: GGUFWriter, config: Any, name: str, limit: int | None) -> None:
+    """Write the hyperparameters for sequences of up to ``limit`` tokens.
+
+    Raises:
+        RecipeError: for settings that llama.cpp computes differently.
+    """
+    network = network_of(config.model_type, name)
+    _check_settings(config, network, name)
+    for key, fields in _FIELDS.items():
+        values = (getattr(config, each, None) for each in fields)
+        if (value := next((each for each in values if each is not None), None)) is not None:
+            getattr(writer, f"add_{key}")(value)
+    if network.arch == MODEL_ARCH.GPT2 and config.n_inner is None:
+        writer.add_feed_forward_length(4 * config.hidden_size)
+    if network.arch == MODEL_ARCH.OLMO:
+        writer.add_layer_norm_eps(1e-5)  # a constant in transformers
+    types = getattr(config, "layer_types", None) or []
+    if "linear_attention" in types:
+        writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+        writer.add_full_attention_interval(types.index("full_attention") + 1)
+    if "conv" in types:
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        writer.add_head_count_kv([key_heads(config) * (each != "conv") for each in types])
+    else:
+        writer.add_head_count_kv(key_heads(config))
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    context, window = int(config.max_position_embeddings), _window(config)
+    if window is not None and network.period:
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern(network.period)
+    elif window is not None and window < context:
+        # Within one window, attention with and without a window are equal.
+        context = window
+        if limit is not None and limit > window:
+            raise RecipeError(
+                f"llama.cpp ignores the attention window of {name} ({window} of {limit} tokens).",
+                rule="gguf.window",
+            )
+    writer.add_context_length(context)
+    if rope := getattr(config, "rope_parameters", None):
+        _add_rope(writer, config, rope, limit)
+
+
+def _window(config: Any) -> int | None:
+    """Return the number of tokens to which the layers with a window attend."""
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if "sliding_attention" in types else None
+
+
+def _check_settings(config: Any, network: Network, name: str) -> None:
+    fields = ("hidden_act", "hidden_activation", "activation_function")
+    activation = next((getattr(config, each) for each in fields if hasattr(config, each)), "silu")
+    if activation not in network.activations:
+        raise RecipeError(
+            f"llama.cpp does not support the activation {activation} of {name}.",
+            rule="gguf.activation",
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope.get("full_attention", rope), rope.get("sliding_attention", {})):
+        kind = part.get("rope_type", "default")
+        changed = [each for each in _YARN_CHANGES if kind == "yarn" and part.get(each) is not None]
+        if kind not in ("default", *network.scaling) or changed:
+            raise RecipeError(
+                f"llama.cpp does not support the rotary embeddings of {name} "
+                f"({', '.join((kind, *changed))}).",
+                rule="gguf.rotary",
+            )
+    for key, value in {**network.only, **_computed_settings(config, network)}.items():
+        if (own := getattr(config, key, value)) != value:
+            raise RecipeError(
+                f"{name} has `{key}` {own!r}, and llama.cpp supports only {value!r}.",
+                rule="gguf.setting",
+            )
+
+
+def _computed_settings(config: Any, network: Network) -> dict[str, Any]:
+    """Return the settings that llama.cpp derives from other settings."""
+    places, found = range(1, config.num_hidden_layers + 1), dict[str, Any]()
+    if network.period and _window(config) is not None:
+        kinds = ("full_attention", "sliding_attention")
+        found["layer_types"] = [kinds[place % network.period > 0] for place in places]
+    if network.arch == MODEL_ARCH.SMOLLM3:
+        found["no_rope_layers"] = [int(place % 4 > 0) for place in places]
+    if network.arch in _LARGEST:
+        largest = config.num_hidden_layers == _LARGEST[network.arch]
+        width = config.hidden_size // config.num_attention_heads
+        found["query_pre_attn_scalar"] = width if largest else head_size(config)
+    return found
+
+
+def _add_rope(writer: GGUFWriter, config: Any, rope: Mapping[str, Any], limit: int | None) -> None:
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+    writer.add_rope_dimension_count(int(head_size(config) * full.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(full["rope_theta"])
+    if sliding is not None:
+        writer.add_rope_freq_base_swa(sliding["rope_theta"])
+    if "mrope_section" in full:
+        writer.add_rope_dimension_sections([*full["mrope_section"], 0, 0, 0, 0][:4])
+    kind = full.get("rope_type", "default")
+    if kind not in ("linear", "yarn", "longrope"):
+        return
+    writer.add_rope_scaling_type(RopeScalingType(kind))
+    if kind != "longrope":
+        writer.add_rope_scaling_factor(full["factor"])
+    if original := full.get("original_max_position_embeddings"):
+        # llama.cpp selects the long factors by the size of the cache, which has room for several
+        # sequences, and not by the length of a sequence.
+        short = kind == "longrope" and limit is not None and limit <= original
+        writer.add_rope_scaling_orig_ctx_len(_NEVER if short else original)
+    if kind == "longrope":
+        factor = full.get("factor") or config.max_position_embeddings / original
+        plain = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(full.get("attention_factor") or plain)
+
+
+def network_weights(model: Any) -> list[Weight]:
+    """Return each weight of ``model`` once, without tied heads."""
+    config = model.config
+    network = NETWORKS[config.model_type]
+    names = get_tensor_name_map(network.arch, config.num_hidden_layers)
+    found = []
+    for name, weight in model.named_parameters():
+        for part, view in _parts(config, name, weight):
+            known = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            if known is None:
+                raise RecipeError(f"The GGUF format has no name for the weight {name}.")
+            dim, order = row_order(config, known) or (0, None)
+            found.append(Weight(known, view, order, dim, _conversion(network, known)))
+    return [*found, *_rope_factors(model)]
+
+
+def _parts(config: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a weight in the file's layout: two parts for fused gates of experts, else one."""
+    name = name.replace("dt_bias", "dt_proj.bias").replace(
+        "block_sparse_moe.experts", "mlp.experts"
+    )
+    name = name.replace("moe.router.weight", "moe.router.layer.weight")
+    if name.endswith("experts.down_proj"):
+        name = f"{name}.weight"
+    if name.endswith("experts.gate_up_proj"):
+        for part, view in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
+            yield f"{name.removesuffix('gate_up_proj')}{part}.weight", view
+    elif name.endswith((".conv1d.weight", ".conv.conv.weight")):
+        yield name, weight.squeeze(1)
+    elif config.model_type == "gpt2" and weight.ndim == 2 and ".h." in name:
+        yield name, weight.T  # Conv1D stores `[in, out]`
+    else:
+        yield name, weight
+
+
+def _conversion(network: Network, name: str) -> Callable[[Tensor], Tensor] | None:
+    if name.endswith(".ssm_a"):
+        return lambda rows: -rows.exp()
+    is_norm = name.endswith("_norm.weight") and not name.endswith("ssm_norm.weight")
+    return (lambda rows: rows + 1) if network.offset and is_norm else None
+
+
+def interleaved(size: int, heads: int) -> Tensor:
+    """Return the order of ``size`` rows of queries or keys in llama.cpp.
+
+    transformers turns the first half of a head against the second (rotary embeddings of GPT-NeoX),
+    llama.cpp each number against its neighbour, as Llama's authors do.
+    """
+    return torch.arange(size).view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def row_order(config: Any, name: str) -> tuple[int, Tensor] | None:
+    """Return the dimension and the order of a weight's rows or columns, if other than the
+    network's."""
+    network, size = NETWORKS[config.model_type], head_size(config)
+    part = name.split(".")[2] if name.startswith("blk.") else ""
+    if network.interleaved and part in ("attn_q", "attn_k"):
+        heads = config.num_attention_heads if part == "attn_q" else key_heads(config)
+        return 0, interleaved(heads * size, heads)
+    if network.arch == MODEL_ARCH.GPTNEOX and part == "attn_qkv":
+        # transformers stores query, key and value by head.
+        heads = config.num_attention_heads
+        return 0, torch.arange(3 * heads * size).view(heads, 3, size).transpose(0, 1).flatten()
+    if part == "ssm_norm" or not part.startswith(("ssm_", "attn_qkv", "attn_gate")):
+        return None
+    if not hasattr(config, "linear_num_key_heads"):
+        return None
+    # Several value heads share a key head. transformers stores these value heads side by side;
+    # llama.cpp stores the first value head of all key heads, then the second.
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    numbers = part in ("ssm_a", "ssm_dt", "ssm_alpha", "ssm_beta")
+    width = 1 if numbers else config.linear_value_head_dim
+    order = torch.arange(values * width).view(keys, -1, width).transpose(0, 1).flatten()
+    if part in ("attn_qkv", "ssm_conv1d"):
+        first = 2 * keys * config.linear_key_head_dim
+        order = torch.cat((torch.arange(first), first + order))
+    return int(part == "ssm_out"), order
+
+
+def _rope_factors(model: Any) -> Iterator[Weight]:
+    """Yield the factors of the rotary embedding's wavelengths of Llama 3.1 and LongRoPE."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if rope.get("rope_type") == "llama3":
+        frequency = model.model.rotary_emb.inv_freq.detach().float().cpu()
+        plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(frequency)) / len(frequency))
+        # llama.cpp divides the plain frequency theta^(-2i/D) by this factor.
+        yield Weight("rope_freqs.weight", plain / frequency)
+    elif rope.get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            yield Weight(f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]))
