@@ -123,7 +123,6 @@ DECODERS = (
             "interleave_moe_layer_step": 2,
             "num_experts_per_tok": 1,
             "num_hidden_layers": 4,
-            "floor_scale": 32,
         },
     ),
     Family("Mistral", "mistral", _WINDOWS),

@@ -187,7 +187,9 @@ def check_text_model(family: Family, kind: Any, tokenizer: Any, folder: Path) ->
         )
 
     served = Generator.open(stored).replies(PROMPTS, Sampling(max_tokens=12))
-    assert served == [greedy(merged, kind, prompt, 12) for prompt in PROMPTS]
+    # transformers decodes the first bytes of an unfinished character as replacement characters.
+    texts = [greedy(merged, kind, prompt, 12).rstrip("\ufffd") for prompt in PROMPTS]
+    assert [text.rstrip("\ufffd") for text in served] == texts
 
     whole = tuned(base, data, "sft", "full", 0.003)
     assert loss_here(whole, whole.objective, data)[0] < losses[0] - 0.1

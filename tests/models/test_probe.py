@@ -178,7 +178,7 @@ def test_an_adapter_that_generates_otherwise_is_refused(monkeypatch: pytest.Monk
     assert refused.value.rule == "network.unsupported"
 
 
-@pytest.mark.parametrize("family", ["phimoe", "jamba"])
+@pytest.mark.parametrize("family", ["jamba"])
 def test_a_family_that_lora_does_not_fit_is_refused_before_it_trains(family: str) -> None:
     moe = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
     mamba = {"use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4}

@@ -21,10 +21,19 @@ from pydantic import Field
 from luthier.adaptations.base import Adaptation, full_rate, peft_config
 from luthier.adaptations.targets import linear_targets
 from luthier.errors import RecipeError
-from luthier.models.layers import modules_of, replace_modules
+from luthier.models.layers import (
+    expert_stacks,
+    modules_of,
+    replace_modules,
+    stacked_weights,
+)
 
 if TYPE_CHECKING:
     from torch import nn
+
+_EXPERT_LAYERS = tuple(
+    f".{name}" for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+)
 
 
 class LoRA(Adaptation):
@@ -42,26 +51,36 @@ class LoRA(Adaptation):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the branch's inputs in training."""
     targets: str | tuple[str, ...] | None = None
-    """Layers: all-linear or ends of their names (q_proj); all, of pipelines attention if not given."""
+    """Layers: all-linear, experts or ends of names (q_proj). Default: linear; pipelines: attention."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Indices of adapted blocks, 0 is the lowest (default: all). Lower blocks are computed once."""
 
     @property
     def shares_base(self) -> bool:
-        """See :class:`Adaptation`; the magnitudes of DoRA are merged."""
-        return not self.dora
+        """See :class:`Adaptation`; magnitudes of DoRA and branches of experts are merged."""
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets or ()
+        return not self.dora and not any(t.rpartition(".")[2] == "experts" for t in targets)
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""
         from torch import nn
 
+        from luthier.adaptations.lora_experts import adapted_experts
         from luthier.adaptations.lora_layer import DoRALinear, LoRAConv2d, LoRALinear
 
-        names = linear_targets(model, self.targets, self.layers_to_transform, convolutions=True)
+        names = linear_targets(
+            model,
+            self.targets,
+            self.layers_to_transform,
+            convolutions=True,
+            experts=not self.dora,
+        )
         kind = DoRALinear if self.dora else LoRALinear
         model.requires_grad_(False)
 
         def wrap(base: nn.Module) -> nn.Module:
+            if stacked_weights(base):
+                return adapted_experts(base, self.rank, self.scale, self.dropout)
             if not isinstance(base, nn.Conv2d):
                 return kind(base, self.rank, self.scale, self.dropout)
             if self.dora:
@@ -81,19 +100,36 @@ class LoRA(Adaptation):
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and remove the wrappers. The result is
         deterministic."""
+        from luthier.adaptations.lora_experts import LoRAExperts
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
         from luthier.models.rounding import Rounding
 
         # Rounding to nearest would drop most of a small update. One object for all layers, so that
         # no two layers share a noise pattern.
         rounding = Rounding()
-        names = modules_of(model, (LoRALinear, LoRAConv2d))
+        names = modules_of(model, (LoRALinear, LoRAConv2d, LoRAExperts))
+        # A wrapper of experts merges the wrappers inside.
+        names = [name for name in names if not name.endswith(".base_layer")]
         replace_modules(model, names, lambda layer: layer.merge(rounding))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """Return PEFT's configuration of the adapter."""
+        from luthier.adaptations.lora_experts import LoRAExperts
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
 
+        # Full names: PEFT would also adapt other layers whose names end the same way.
+        layers = sorted(modules_of(model, (LoRALinear, LoRAConv2d)))
+        wrapped = modules_of(model, LoRAExperts)
+        parameters = [
+            f"{name.removesuffix('.base_layer')}.{model.get_submodule(name).parameter}"
+            for name in wrapped
+        ]
+        if (wrapped or expert_stacks(model)) and not self.dora:
+            # In a mixture of experts, PEFT takes these names of dense layers for experts of earlier
+            # versions of transformers and drops their weights. As parameters, the layers are loaded.
+            dense = [name for name in layers if name.endswith(_EXPERT_LAYERS)]
+            parameters += [f"{name}.weight" for name in dense]
+            layers = [name for name in layers if name not in dense]
         return peft_config(
             "LORA",
             model,
@@ -101,14 +137,15 @@ class LoRA(Adaptation):
             r=self.rank,
             # PEFT declares an integer, but accepts any number.
             lora_alpha=int(self.alpha) if self.alpha == math.floor(self.alpha) else self.alpha,
-            lora_dropout=self.dropout,
+            # PEFT allows no dropout next to parameters; the weights are trained.
+            lora_dropout=0.0 if parameters else self.dropout,
             bias="none",
             use_rslora=self.rslora,
             use_dora=self.dora,
             # PEFT's name for weights stored as [in, out], as in GPT-2's Conv1D.
             fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]
-            # Full names: PEFT would also adapt other layers whose names end the same way.
-            target_modules=sorted(modules_of(model, (LoRALinear, LoRAConv2d))),
+            target_modules=layers,
+            target_parameters=parameters or None,
         )
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:

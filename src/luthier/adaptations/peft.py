@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 _READ = frozenset(
     (
         "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules",
-        "task_type", "base_model_name_or_path", "init_lora_weights", "layers_to_transform",
+        "target_parameters", "task_type", "base_model_name_or_path", "init_lora_weights",
+        "layers_to_transform",
     )
 )  # fmt: skip
 _HARMLESS = frozenset(
@@ -83,14 +84,19 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
 def target_modules(names: Iterable[str]) -> list[str]:
     """Return the full names of the layers that a saved adapter changes, from the ``names`` of its
     weights."""
-    return sorted(match[1] for name in names if (match := _LORA_A.fullmatch(name)))
+    matches = (match[1] for name in names if (match := _LORA_A.fullmatch(name)))
+    # Each weight of the experts has a wrapper; the inner wrapper is the base layer of the outer.
+    return sorted({name.removesuffix(".base_layer") for name in matches})
 
 
 def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
     """Check the rank against the weights, because matrices are allocated before the weights are
     loaded."""
     for name, weight in weights.items():
-        if _LORA_A.fullmatch(name) and (weight.dim() != 2 or weight.shape[0] != rank):
+        rows = weight.shape[0]
+        if ".experts." in name and isinstance(rank, int) and rank and rows % rank == 0:
+            rows = rank  # one matrix has the rows of all experts
+        if _LORA_A.fullmatch(name) and (weight.dim() != 2 or rows != rank):
             raise ModelRefused(
                 "adapter_model.safetensors", "adapter.weights",
                 f"r is {str(rank)[:20]}, and {name} has the shape {list(weight.shape)}.",
@@ -123,7 +129,7 @@ def _targets(names: Iterable[str], model: nn.Module) -> tuple[str, ...]:
     if not layers:
         raise _refusal("adapter_model.safetensors has no weights of LoRA.")
     ends = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
-    short = sorted(linear_targets(model, ends)) == layers
+    short = sorted(linear_targets(model, ends, experts=True)) == layers
     return ends if short else tuple(layers)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
 from luthier.models.heads import frozen_parts, head_modules, is_inside, usual_targets
-from luthier.models.layers import layer_names, linear_kinds
+from luthier.models.layers import expert_stacks, is_linear, layer_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,51 +20,62 @@ def linear_targets(
     targets: str | tuple[str, ...] | None,
     blocks: Collection[int] | None = None,
     convolutions: bool = False,
+    experts: bool = False,
 ) -> list[str]:
     """Return the full names of the linear layers that ``targets`` selects, in network order.
 
     Args:
         targets: ``all-linear`` for all linear layers except the output head (as PEFT), or last
-            parts of names (``q_proj``) or dotted endings (``mlp.up_proj``). ``None`` selects the
-            usual layers of the network's family, or all linear layers.
+            parts of names (``q_proj``) or dotted endings (``mlp.up_proj``), ``all-linear`` among
+            them. ``None`` selects the usual layers of the network's family, or all linear layers.
         blocks: Indices of the selected blocks, 0 is the lowest; default: all. Encoder and decoder
             blocks have equal indices, as in PEFT.
         convolutions: Include convolutions without groups, which are linear layers at every pixel.
+        experts: Allow the name ``experts`` for modules with stacked weights.
 
     Raises:
         RecipeError: for an unknown name or index, or if no layer is selected.
     """
     from torch import nn
 
-    linear = linear_kinds()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     others = (*head_modules(model), *frozen_parts(model))
 
-    def is_linear(module: nn.Module) -> bool:
+    def is_target(module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
             return convolutions and module.groups == 1
-        return isinstance(module, linear)
+        return is_linear(module)
 
     names = [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and module is not head and not is_inside(name, others)
+        if is_target(module) and module is not head and not is_inside(name, others)
     ]
     if targets is None:
         targets = usual_targets(model) or ALL_LINEAR
-    if targets == ALL_LINEAR:
-        selected = names
-    else:
-        endings = (targets,) if isinstance(targets, str) else targets
-        selected = [n for n in names if any(n == t or n.endswith(f".{t}") for t in endings)]
+    endings = (targets,) if isinstance(targets, str) else targets
+    stacks = expert_stacks(model) if experts else []
+
+    def selects(target: str, name: str) -> bool:
+        return (
+            name == target
+            or name.endswith(f".{target}")
+            or (target == ALL_LINEAR and name not in stacks)
+        )
+
+    names = [*names, *stacks]
+    selected = [name for name in names if any(selects(each, name) for each in endings)]
+    if missing := [
+        each
+        for each in endings
+        if each != ALL_LINEAR and not any(selects(each, name) for name in names)
+    ]:
         ends = sorted({name.rpartition(".")[2] for name in names})
-        missing = [t for t in endings if not any(n == t or n.endswith(f".{t}") for n in names)]
-        if missing:
-            raise RecipeError(
-                f"no linear layer is called {', '.join(missing)}. Choose from {', '.join(ends)}, "
-                f"or {ALL_LINEAR}.",
-                rule="adapter.targets",
-            )
+        raise RecipeError(
+            f"no linear layer is called {', '.join(missing)}. Choose from {', '.join(ends)}, "
+            f"or {ALL_LINEAR}.",
+            rule="adapter.targets",
+        )
     if blocks is not None:
         inside = _in_blocks(model, blocks)
         selected = [name for name in selected if name.startswith(inside)]

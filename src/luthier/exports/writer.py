@@ -137,9 +137,10 @@ def export(
             _save_sentence_head(stored, fresh)
             if isinstance(_lora_of(stored), LoRA):
                 config = read_json(fresh / ADAPTER_CONFIG)
-                targets = {"target_modules": target_modules(read_adapter(fresh))}
-                text = json.dumps({**config, **targets}, indent=2, sort_keys=True)
-                write_bytes(fresh / ADAPTER_CONFIG, text.encode())
+                if not config.get("target_parameters"):
+                    targets = {"target_modules": target_modules(read_adapter(fresh))}
+                    text = json.dumps({**config, **targets}, indent=2, sort_keys=True)
+                    write_bytes(fresh / ADAPTER_CONFIG, text.encode())
                 check_peft(stored, fresh)
     return target
 

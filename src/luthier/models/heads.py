@@ -209,8 +209,13 @@ def _has(config: Any, name: str, task: Task | None = None) -> bool:
 
 
 def set_task(model: nn.Module, task: Task) -> None:
-    """Store the task of the head on ``model``."""
+    """Store the task of the head on ``model``, and correct the name of the backbone."""
     model.luthier_task = task  # type: ignore[assignment]
+    # Llama 4 keeps the name that its backbone has in the multimodal network.
+    if getattr(model, "base_model", None) is model and hasattr(
+        getattr(model, "model", None), "base_model"
+    ):
+        model.base_model_prefix = "model"
 
 
 def set_new_weights(model: nn.Module, names: Collection[str]) -> None:

@@ -26,13 +26,42 @@ def modules_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], 
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
-def linear_kinds() -> tuple[type[nn.Module], ...]:
-    """Return the classes of linear layers."""
+def is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer, but not for subclasses with another output, such as routers
+    of experts."""
+    import torch
     from torch import nn
 
     # Conv1D layers exist only if transformers is imported.
     loaded = sys.modules.get("transformers.pytorch_utils")
-    return (nn.Linear,) if loaded is None else (nn.Linear, loaded.Conv1D)
+    kinds: tuple[Any, ...] = (nn.Linear,) if loaded is None else (nn.Linear, loaded.Conv1D)
+    if not isinstance(module, kinds):
+        return False
+    if any(type(module).forward is kind.forward for kind in kinds):
+        return True
+    # Falcon's own layer is linear. The routers of Llama 4 and PhiMoE return chosen experts too.
+    weight: Any = module.weight
+    try:
+        with torch.no_grad():
+            found = module(weight.new_zeros(1, weight.shape[1]))
+    except RuntimeError:  # DeepSeek V4's grouped layer has another input
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, weight.shape[0])
+
+
+def expert_stacks(model: nn.Module) -> list[str]:
+    """Return the names of modules with the weights of all experts in tensors ``[experts, …, …]``."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts" and stacked_weights(module)
+    ]
+
+
+def stacked_weights(module: nn.Module) -> list[str]:
+    """Return the names of the module's own weights ``[experts, …, …]``."""
+    own = module._parameters.items()
+    return [name for name, weight in own if weight is not None and weight.dim() == 3]
 
 
 def read_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

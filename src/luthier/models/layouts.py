@@ -101,6 +101,11 @@ def layout_of(model: Any, is_bidirectional: bool) -> Layout:
         return Padded(model)
     register()
     model.set_attn_implementation(NAME)
+    for module in model.modules():
+        # Llama 4 would scale queries by the position in the flat sequence. Within the context, the
+        # scale is 1 (modalities.context_length).
+        if hasattr(module, "attn_temperature_tuning"):
+            module.attn_temperature_tuning = False
     return Flat(heads.first_position(model), is_bidirectional)
 
 

@@ -176,7 +176,7 @@ def context_length(config: Mapping[str, Any]) -> int:
             skipped = (
                 config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
             )
-            return int(config[key]) - skipped
+            return min(int(config[key]) - skipped, _llama4_border(config))
     if "vocab_size" not in config and ("image_size" in config or "num_channels" in config):
         return 1  # ResNet accepts any image size, so config.json has none
     raise RecipeError(
@@ -184,6 +184,17 @@ def context_length(config: Mapping[str, Any]) -> int:
         "config.json has no context length (max_position_embeddings).",
         rule="network.unsupported",
     )
+
+
+def _llama4_border(config: Mapping[str, Any]) -> int:
+    """Return the length in tokens up to which Llama 4 has full attention and unscaled queries.
+
+    transformers counts the positions of scaled queries in the flat sequence instead of the row.
+    """
+    borders = [config.get("attention_chunk_size")]
+    if config.get("attn_temperature_tuning"):
+        borders.append(int(config["floor_scale"]) - 1)
+    return min((int(border) for border in borders if border), default=1 << 30)
 
 
 def _longrope_border(config: Mapping[str, Any]) -> int | None:
