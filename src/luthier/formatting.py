@@ -114,6 +114,7 @@ OPTIONS: Mapping[str, str] = {
     "objective.method": "--objective",
     "adaptation.method": "--adaptation",
     "data.validation": "--validation",
+    "data.chat_template": "--chat-template",
 }
 """Command options for settings, in every command with a recipe."""
 _OWN_OPTIONS = {**OPTIONS, "long_rows": "--long-rows", "turns": "--turns", "method": "--method"}

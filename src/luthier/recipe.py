@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +28,7 @@ from pydantic import (
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
+from luthier.data.chat_templates import CHATML
 from luthier.data.sources import absolute, files_of
 from luthier.data.template_kwargs import TemplateSettings
 from luthier.errors import Problem, RecipeError
@@ -36,6 +37,9 @@ from luthier.formatting import did_you_mean, nearest_name
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.trackers import TRACKERS
 from luthier.validation import StrictModel, describe_constraint
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
@@ -87,6 +91,8 @@ class DataSpec(StrictModel):
     """How to handle rows longer than the context."""
     columns: dict[str, str] | None = None
     """Column names by key, as ``{prompt = "question"}``; an empty name ignores the key."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """``chatml`` or a Jinja file, in place of the base model's chat template; also in serving."""
     chat_template_kwargs: TemplateSettings | None = None
     """Variables for the chat template, ``{enable_thinking = false}``; also used in serving."""
     mix: tuple[MixSpec, ...] = ()
@@ -109,6 +115,15 @@ class DataSpec(StrictModel):
         """All data files; ``s3://`` objects are downloaded."""
         sources = (self.train, self.validation, *(m.train for m in self.mix))
         return [path for source in sources if source for path in files_of(source)]
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Return the format of a base model with the template settings.
+
+        Raises:
+            RecipeError: for an invalid template or setting.
+        """
+        kwargs = self.chat_template_kwargs or {}
+        return chat.with_chat_template(self.chat_template).with_template_kwargs(kwargs)
 
     @model_validator(mode="after")
     def _groups_are_split(self) -> Self:
@@ -307,9 +322,11 @@ def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
     data = fields.get("data")
     mixed = data.get("mix", []) if isinstance(data, dict) else []
     for group in (data, *(mixed if isinstance(mixed, list) else [])):
-        for key in ("train", "validation", "policy") if isinstance(group, dict) else ():
+        for key in (
+            ("train", "validation", "policy", "chat_template") if isinstance(group, dict) else ()
+        ):
             value = group.get(key)
-            if isinstance(value, str):
+            if isinstance(value, str) and (key, value) != ("chat_template", CHATML):
                 group[key] = change(value)
             elif isinstance(value, list):
                 group[key] = [change(str(each)) for each in value]

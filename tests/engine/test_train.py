@@ -29,8 +29,10 @@ from luthier.engine.runs import Result
 from luthier.errors import DataError, Diverged, RecipeError, RunConflict, UnknownModel
 from luthier.files import verify
 from luthier.library.models import find
+from luthier.models.tokenizer import load_tokenizer
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
+from luthier.types import Message
 
 # --- what comes out -----------------------------------------------------------------------------
 
@@ -375,6 +377,29 @@ def test_a_format_chosen_in_training_is_kept(recipe: Callable[..., Recipe]) -> N
         find(further.model_id).chat.encode_prompt([luthier_message("say fox")]),
         chat.encode_prompt([luthier_message("say fox")]),
     )
+
+
+def test_a_chosen_template_is_stored_with_the_model(
+    recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    base, rows = tmp_path / "tiny-llama", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_model_folder, base)
+    (base / "chat_template.jinja").unlink()
+    turns = [luthier_message("say fox"), Message("assistant", "fox")] * 2
+    line = json.dumps({"messages": [turn.to_dict() for turn in turns]})
+    rows.write_text(f"{line}\n" * 4)
+    data = {"train": str(rows), "validation_share": 0}
+    with pytest.raises(DataError) as failed:
+        train.train(recipe(name="x", base=str(base), data=data))
+    assert all("data.chat_template=chatml" in each.message for each in failed.value.problems)
+    result = train.train(recipe(base=str(base), data={**data, "chat_template": "chatml"}))
+    chosen, stored = find(str(base)).chat.with_chat_template("chatml"), find(result.model_id)
+    assert stored.chat.template == "chat" and stored.chat.stop_ids == chosen.stop_ids
+    assert stored.chat.prompt_text(turns[:3]) == chosen.prompt_text(turns[:3])
+    for merged in (False, True):
+        luthier.export(result.model_id, tmp_path / f"{merged}", merged=merged)
+        exported = load_tokenizer(tmp_path / f"{merged}")
+        assert exported.chat_template == chosen.tokenizer.chat_template
 
 
 def test_a_switch_of_the_template_is_kept(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,18 @@ def test_progress_moves_through_a_file_and_ends_with_it(
     assert (seen[-1].rows, seen[-1].total_bytes) == (30, size)
     # Copies are found after the last row, and counted all the same.
     assert seen[-1].findings == report.findings.counts.total() >= 29
+
+
+def test_a_base_without_a_template_is_inspected_with_a_chosen_one(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, base)
+    (base / "chat_template.jinja").unlink()
+    turns = [{"role": role, "content": "say fox"} for role in ("user", "assistant") * 2]
+    file = written(tmp_path / "rows.jsonl", *({"messages": turns} for _ in range(4)))
+    assert "row.template" in broken(luthier.inspect(file, base=str(base)))
+    report = luthier.inspect(file, base=str(base), chat_template="chatml")
+    assert "row.template" not in broken(report)
+    shown = report.summaries["learning"]["splits"]["train"]["shown"][0]
+    assert shown["tokens"].count("<|im_start|>") == 4

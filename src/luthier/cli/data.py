@@ -50,6 +50,7 @@ def inspect(
     columns: Mapped = None,
     base: NoneAsText = "auto",
     objective: Method = None,
+    chat_template: str | Path | None = None,
     rows: Annotated[int, typer.Option(min=0)] = 5,
     html: Path | None = None,
     severity: Severities = None,
@@ -68,6 +69,7 @@ def inspect(
         columns: Column of a key, e.g. prompt=question; repeatable.
         base: Model for counting tokens; none for no such checks.
         objective: Objective, e.g. dpo; chosen from the rows by default.
+        chat_template: Chat template: chatml or a Jinja file.
         rows: Rows of each split to show with their tokens.
         html: Write the report as an HTML page.
         severity: off, note, warning or error for a rule; repeatable.
@@ -104,6 +106,7 @@ def inspect(
         severity or {},
         policy,
         tuple(skip),
+        None if chat_template is None else str(chat_template),
     )
     # A user's program may lack the main guard that new processes need.
     processes = os.cpu_count() if console.owns_process else 1

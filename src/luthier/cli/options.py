@@ -110,6 +110,9 @@ TUNING: Mapping[str, RecipeField] = {
         "data.long_rows", "How to handle rows longer than the context.",
         Literal["error", "drop", "truncate"],
     ),
+    "chat_template": RecipeField(
+        "data.chat_template", "Chat template: chatml or a Jinja file.", metavar="chatml|FILE"
+    ),
     "base": RecipeField("base", "Base model; chosen from the rows by default."),
     "name": RecipeField("name", "Name of the custom model."),
     "objective": RecipeField(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.chat_templates import read_chat_template
 from luthier.data.inputs import PLURAL, MediaInput, Processor, is_media
 from luthier.data.parsing import quote
 from luthier.data.reasoning import (
@@ -33,6 +34,7 @@ from luthier.data.replies import (
     SYSTEM_FIX,
     Segment,
     TurnEnd,
+    find_end_token,
     find_prompt_end,
     find_turn_end,
     mark_generation,
@@ -287,6 +289,31 @@ class ChatFormat:
             _check_template(self.tokenizer)
         return replace(self, template=template)
 
+    def with_chat_template(self, given: str | None) -> ChatFormat:
+        """Return the format with another chat template; ``None`` keeps the current template.
+
+        The first special token after a reply becomes a stop token.
+
+        Args:
+            given: ``chatml``, or the path of a Jinja file.
+
+        Raises:
+            RecipeError: for an unreadable or invalid template, or a network without chat prompts.
+        """
+        if given is None:
+            return self
+        if self.start_id is not None or not self.has_tokenizer:
+            raise RecipeError(
+                "only decoders have chat templates. Remove the setting",
+                setting="data.chat_template",
+            )
+        text = read_chat_template(given, self.tokenizer)
+        chat = replace(self._with_templates(text), template="chat", check_template=None)
+        end = find_end_token(chat)
+        if end is None or end in chat.stop_ids:
+            return chat
+        return replace(chat, stop_ids=(*chat.stop_ids, end))
+
     @property
     def prints_date(self) -> bool:
         """True if the chat template prints today's date."""
@@ -324,12 +351,12 @@ class ChatFormat:
         if DATE in kwargs:
             printed = str(kwargs[DATE])
             date_macro(printed)
-        return replace(self._with_each_template(lambda text: head + text), date=printed)
+        own = map_texts(self.tokenizer.chat_template, lambda text: head + text)
+        return replace(self._with_templates(own), date=printed)
 
-    def _with_each_template(self, change: Callable[[str], str]) -> ChatFormat:
-        """Return a format with ``change`` applied to each chat template of the tokenizer."""
+    def _with_templates(self, template: str | dict[str, str]) -> ChatFormat:
         tokenizer = copy.copy(self.tokenizer)
-        tokenizer.chat_template = map_texts(tokenizer.chat_template, change)
+        tokenizer.chat_template = template
         return replace(self, tokenizer=tokenizer)
 
     def read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
@@ -491,7 +518,9 @@ class ChatFormat:
     def marked(self) -> ChatFormat:
         """Format whose template marks ``{% generation %}`` blocks; this format without blocks."""
         own = self.tokenizer.chat_template
-        return self._with_each_template(mark_generation) if "endgeneration" in str(own) else self
+        if "endgeneration" not in str(own):
+            return self
+        return self._with_templates(map_texts(own, mark_generation))
 
     def prompt_difference(
         self, messages: Sequence[Message], tools: Sequence[Tool] = ()
@@ -808,10 +837,13 @@ class ChatFormat:
         )
 
 
+_TEMPLATE_FIX = "Set `data.chat_template=chatml`, or use a base model with a chat template."
+
+
 def _check_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise RecipeError(
-            "the model's tokenizer has no chat template. Use template=plain, or a chat model.",
+            f"the model's tokenizer has no chat template. {_TEMPLATE_FIX}",
             rule="template.missing",
         )
 
@@ -819,8 +851,8 @@ def _check_template(tokenizer: Any) -> None:
 def _check_single(messages: Sequence[Message]) -> None:
     if len(messages) != 2 or messages[1].role != "assistant":
         raise RecipeError(
-            "the plain template supports one prompt and one completion, not a conversation. "
-            "Use a model with a chat template.",
+            "the model has no chat template, and the plain template supports one prompt and one "
+            f"completion, not a conversation. {_TEMPLATE_FIX}",
             rule="template.plain",
         )
 

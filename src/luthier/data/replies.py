@@ -67,6 +67,15 @@ def find_turn_end(chat: ChatFormat) -> TurnEnd:
     return TurnEnd(own[min(ends) :])
 
 
+def find_end_token(chat: ChatFormat) -> int | None:
+    """Return the id of the first added token after a reply in the chat template, if any."""
+    turns = (Message("user", "a"), Message("assistant", _REPLY))
+    behind = chat.render_turns(turns, (), reply=False).rpartition(_REPLY)[2]
+    added = {str(token): id_ for id_, token in chat.tokenizer.added_tokens_decoder.items()}
+    found = [(behind.find(name), -len(name), id_) for name, id_ in added.items() if name in behind]
+    return min(found)[2] if found else None
+
+
 def find_prompt_end(chat: ChatFormat) -> str:
     """Return the end of prompts that turns do not repeat, such as ``<think>`` of DeepSeek R1."""
     turns = (Message("user", "a"), Message("assistant", _REPLY))

@@ -123,9 +123,11 @@ class TrainingJob:
 
     def request(self) -> dict[str, Any]:
         """Return the request to compare on resume."""
+        chosen = self.recipe.data.chat_template
         return {
             "recipe": self.original_recipe.plain(),
             "data": self.data.hashes,
+            **({"template": self.chat.template_sha256} if chosen is not None else {}),
             "luthier": __version__,
             **self.fixed_values(),
         }
@@ -212,8 +214,12 @@ def prepare_job(
     fixed_values = fixed_values or {}
     reporter.stage("Checking the data")
     base.network.check()
-    kwargs = recipe.data.chat_template_kwargs or {}
-    chat = base.chat.with_template_kwargs(kwargs)
+    kwargs, chat = recipe.data.chat_template_kwargs or {}, recipe.data.format(base.chat)
+    if recipe.data.chat_template is not None:
+        end = ", ".join(chat.text_encoder.stop_names)
+        own = "in place of the base's own" if base.chat.template == "chat" else "the base has none"
+        reason = f"{own}; replies end with {end}"
+        reporter.settings([("data.chat_template", recipe.data.chat_template, reason)])
     original = recipe
     if chat.prints_date and chat.date is None:
         # Training rows, the parity check and a resumed run must have the same tokens on every day.
@@ -278,6 +284,8 @@ def prepare_job(
     job = replace(job, original_recipe=original)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     origin |= store.tokenizer_origin(base)
+    if "template_approved" in origin and recipe.data.chat_template is not None:
+        origin["template_approved"] = True  # the user's own template
     if job.others:
         origin["others"] = {name: other.id for name, other in job.others.items()}
     return replace(job, origin=origin)

@@ -162,7 +162,7 @@ def _check_free(run: Run, recipe: Recipe, base: store.StoredModel, data: OpenedD
     try:
         run.check_free()
     except RunConflict:
-        data.check(recipe.objective, base.chat)
+        data.check(recipe.objective, recipe.data.format(base.chat))
         raise
 
 

@@ -126,6 +126,8 @@ class InspectionRequest:
     policy: Path | None = None
     skip: Sequence[str] = ()
     """Names of checks to omit."""
+    chat_template: str | None = None
+    """Chat template in place of the base model's: ``chatml``, or a Jinja file."""
 
     @property
     def sources(self) -> dict[Split, Source]:
@@ -159,7 +161,9 @@ def inspect(
             base = default_base(reader, parse_objective(request.objective))[0]
     if base is not None:
         try:
-            known = load_context(base, request.objective, request.shown, on_stage)
+            known = load_context(
+                base, request.objective, request.shown, on_stage, request.chat_template
+            )
         except DownloadError as error:
             if request.base not in (AUTO, DEFAULT_BASE):
                 raise
@@ -188,11 +192,12 @@ def load_context(
     objective: str | Mapping[str, Any] | None = None,
     shown: int = 5,
     on_stage: Callable[[str], None] = lambda text: None,
+    chat_template: str | None = None,
 ) -> CheckContext:
     """Return format, context length and objective of a base model; download a missing base."""
     chosen = parse_objective(objective)
     stored = store.find(base, on_stage)
-    chat, room = stored.chat, stored.room
+    chat, room = stored.chat.with_chat_template(chat_template), stored.room
     if chosen is None and (own := sole_objective(stored.kind)) is not None:
         chosen = OBJECTIVES[own].model_validate({})
     if chosen is not None:

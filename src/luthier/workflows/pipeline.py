@@ -322,7 +322,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
         return
     model = find(root)
     room = model.room - recipe.adaptation.added_tokens
-    chat = model.chat.with_template_kwargs(recipe.data.chat_template_kwargs or {})
+    chat = recipe.data.format(model.chat)
     prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
 
 

@@ -138,7 +138,7 @@ def collect(
     _check_texts(recipe)
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
-    chat = base.chat.with_template_kwargs(recipe.data.chat_template_kwargs or {})
+    chat = recipe.data.format(base.chat)
     report = _inspect(recipe, reporter)
     refused = _rules(report, "error")
     rows = _rows(recipe, refused)
