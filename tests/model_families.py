@@ -271,7 +271,7 @@ DECODERS = (
             "attn_layer_offset": 1,
         },
     ),
-    Family("Bamba", "bamba", {**_MAMBA_2, "attn_layer_indices": [1]}),
+    Family("Bamba", "bamba", {**_MAMBA_2, "attn_layer_indices": [1]}, every_run=True),
     Family(
         "Zamba 2",
         "zamba2",
@@ -300,7 +300,11 @@ DECODERS = (
         {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 64},
     ),
     Family("RWKV", "rwkv", {"attention_hidden_size": 32}),
-    Family("xLSTM", "xlstm", {"num_heads": 4, "chunk_size": 8}),
+    Family(
+        "xLSTM",
+        "xlstm",
+        {"num_heads": 4, "chunk_size": 8, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    ),
     Family("Nemotron", "nemotron"),
     Family(
         "Nemotron-H",

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from luthier.adaptations import LoRA
 from luthier.adaptations.lora_layer import LoRALinear
@@ -298,6 +299,17 @@ def test_blocks_are_chosen_by_their_numbers_as_in_peft(
         with pytest.raises(RecipeError) as refused:
             LoRA(layers_to_transform=wrong).attach(tiny_llama())
         assert refused.value.setting == "adaptation.layers_to_transform"
+
+
+def test_layers_that_kernels_of_mamba_read_are_left_out() -> None:
+    config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(RecipeError) as refused:
+        LoRA(targets=("in_proj", "dt_proj")).attach(model)
+    assert refused.value.rule == "adapter.targets"
+    LoRA().attach(model)
+    assert adapted(model) == {f"backbone.layers.{n}.mixer.in_proj" for n in range(2)}
 
 
 def test_an_unknown_layer_is_refused_with_those_there_are(

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from luthier.models.forward_backend import ForwardBackend
 from luthier.models.load import as_network, load_model
+from model_families import DECODERS
 
 CPU = torch.device("cpu")
 PROMPTS = [np.arange(5, 5 + size) % 200 + 3 for size in (3, 17, 9)]
@@ -19,10 +21,14 @@ TOKENS = [[20 + 7 * row + 3 * step for step in range(6)] for row in range(3)]
 """Fixed tokens per row: greedy decoding would often repeat one token."""
 
 
-@pytest.fixture(params=["t5", "transfo_xl"])
+@pytest.fixture(params=["t5", "transfo_xl", "bamba"])
 def backend(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Any:
     torch.manual_seed(0)
-    model = load_model(family_folder(request.param), torch.float32, CPU).eval()
+    if request.param == "bamba":  # attention layers and layers with a recurrent state
+        (bamba,) = (family for family in DECODERS if family.id == "bamba")
+        model: Any = AutoModelForCausalLM.from_config(bamba.config()).eval()
+    else:
+        model = load_model(family_folder(request.param), torch.float32, CPU).eval()
     return ForwardBackend(as_network(model, CPU, torch.float32), 256)
 
 

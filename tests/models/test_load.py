@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.models import load
-from luthier.models.folder import ModelFolder
+from luthier.models.folder import DEFAULT_CONTEXT, ModelFolder
 from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
 from luthier.types import Example
@@ -169,6 +169,26 @@ def test_other_weight_files_are_not_read(tiny_llama: Callable[..., Any], tmp_pat
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(hidden(folder), expected)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fields", "expected", "has_source"),
+    [
+        (512, {"max_position_embeddings": 64}, 64, False),
+        (512, {}, 512, True),
+        (int(1e30), {}, DEFAULT_CONTEXT, True),
+        # The default of transformers' class for a Falcon.
+        (512, {"model_type": "falcon"}, 2048, True),
+    ],
+)
+def test_a_missing_context_length_is_replaced(
+    limit: int, fields: dict[str, Any], expected: int, has_source: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", **fields}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    context, source = ModelFolder(tmp_path).context_and_reason
+    assert (context, bool(source)) == (expected, has_source)
 
 
 def test_weights_without_their_prefix_are_loaded(

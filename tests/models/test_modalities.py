@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, ViTConfig, ViTModel
@@ -10,6 +12,7 @@ from luthier.errors import RecipeError
 from luthier.models.modalities import (
     context_length,
     is_dual_encoder,
+    is_recurrent,
     media_config,
     reads_sound,
     run_media,
@@ -37,7 +40,25 @@ def test_which_part_reads_what(family: str, media: str | None, text: str | None)
     assert reads_sound(config) == (family in ("wav2vec2", "audio-spectrogram-transformer"))
 
 
-@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "n_ctx"])
+@pytest.mark.parametrize(
+    ("family", "layers", "expected"),
+    [
+        ("llama", None, False),
+        ("gemma3_text", ["sliding_attention", "full_attention"], False),
+        ("lfm2", ["conv", "full_attention"], True),
+        ("granitemoehybrid", ["mamba", "attention"], True),
+        ("falcon_h1", None, True),
+        ("mamba", None, True),
+    ],
+)
+def test_recurrent_layers_are_recognized(
+    family: str, layers: list[str] | None, expected: bool
+) -> None:
+    fields: dict[str, Any] = {} if layers is None else {"layer_types": layers}
+    assert is_recurrent(AutoConfig.for_model(family, num_hidden_layers=2, **fields)) == expected
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "n_ctx", "seq_length"])
 def test_context_length(key: str) -> None:
     assert context_length({key: 77}) == 77
     assert (

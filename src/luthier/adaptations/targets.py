@@ -25,9 +25,10 @@ def linear_targets(
     """Return the full names of the linear layers that ``targets`` selects, in network order.
 
     Args:
-        targets: ``all-linear`` for all linear layers except the output head (as PEFT), or last
-            parts of names (``q_proj``) or dotted endings (``mlp.up_proj``), ``all-linear`` among
-            them. ``None`` selects the usual layers of the network's family, or all linear layers.
+        targets: ``all-linear`` for all linear layers except the output head (as PEFT) and Mamba's
+            inner layers, or last parts of names (``q_proj``) or dotted endings (``mlp.up_proj``),
+            ``all-linear`` among them. ``None`` selects the usual layers of the network's family, or
+            all linear layers.
         blocks: Indices of the selected blocks, 0 is the lowest; default: all. Encoder and decoder
             blocks have equal indices, as in PEFT.
         convolutions: Include convolutions without groups, which are linear layers at every pixel.
@@ -39,7 +40,7 @@ def linear_targets(
     from torch import nn
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    others = (*head_modules(model), *frozen_parts(model))
+    others = (*head_modules(model), *frozen_parts(model), *_read_by_kernels(model))
 
     def is_target(module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
@@ -85,6 +86,22 @@ def linear_targets(
             f"this network has no linear layers to adapt{where}", rule="adapter.network"
         )
     return selected
+
+
+def _read_by_kernels(model: nn.Module) -> list[str]:
+    """Return the linear layers of Mamba's mixers whose weights transformers passes to kernels.
+
+    The forward of such a layer is not called, so an update would have no effect. PEFT rejects
+    ``out_proj`` for the same reason. ``in_proj`` is a plain layer.
+    """
+    return [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        # The state matrix and the skip connection of a state-space model.
+        if {"A_log", "D"} <= module._parameters.keys()
+        for child, _ in module.named_children()
+        if child != "in_proj"
+    ]
 
 
 def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:

@@ -237,7 +237,10 @@ def prepare_job(
     )
     recipe = with_base_defaults(recipe, base, chat, reporter)
     check_vocabulary(chat, base.network.fields, base.id)
-    context, room = base.network.context, base.room - recipe.adaptation.added_tokens
+    context, source = base.network.context_and_reason
+    if source:
+        reporter.note(f"context: {context:,} tokens, {source}")
+    room = base.room - recipe.adaptation.added_tokens
     if room < 1:
         raise RecipeError(
             f"{context - room} added tokens leave no room in the model's context of {context}. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.inputs import MOST_PIXELS, Processor, read_processor
-from luthier.errors import ModelRefused, UnknownModel
+from luthier.errors import ModelRefused, RecipeError, UnknownModel
+from luthier.files import read_json
 from luthier.models import nets
 from luthier.models.base_kinds import kind_of_family
 from luthier.models.config_errors import reject_configuration
@@ -46,6 +48,8 @@ from luthier.models.pipelines import (
 if TYPE_CHECKING:
     from torch import nn
 
+DEFAULT_CONTEXT = 2048
+"""Context of networks without any limit, such as Mamba, in tokens: the length of their training."""
 _HEADS_LEFT_OUT: tuple[Task, ...] = (
     "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification"
 )  # fmt: skip
@@ -106,7 +110,21 @@ class ModelFolder:
     @property
     def context(self) -> int:
         """Longest input in tokens."""
-        return context_length(self.fields)
+        return self.context_and_reason[0]
+
+    @cached_property
+    def context_and_reason(self) -> tuple[int, str]:
+        """Longest input in tokens, and the source if ``config.json`` has none, otherwise ``""``."""
+        with suppress(RecipeError):
+            return context_length(self.fields), ""
+        with suppress(RecipeError):  # config.json of Falcon relies on the default of its class
+            return context_length(self._config.to_dict()), "transformers' default of the family"
+        path = self.path / "tokenizer_config.json"
+        longest = read_json(path).get("model_max_length") if path.is_file() else None
+        # transformers writes 1e30 for a tokenizer without a limit.
+        if isinstance(longest, int) and 0 < longest < 1 << 30:
+            return longest, "the tokenizer's model_max_length, as config.json has no length"
+        return DEFAULT_CONTEXT, "a default, as config.json and the tokenizer have no length"
 
     @cached_property
     def processor(self) -> Processor | None:

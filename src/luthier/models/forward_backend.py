@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ class _Group:
 
     def __init__(self, cache: Any, rows: Sequence[_ForwardSequence]) -> None:
         self.cache = cache
+        self.length = 0
+        """Number of tokens in the cache."""
         self.encoded_RSH: Tensor | None = None
         """Encoder states of the prompts."""
         self.mask_RS: Tensor | None = None
@@ -40,14 +43,16 @@ class _Group:
 
     def select(self, places: Sequence[int], rows: Sequence[_ForwardSequence]) -> None:
         """Reduce the group to ``rows``, whose caches are at the batch indices ``places``."""
-        if self.encoded_RSH is not None:
-            index_R = torch.tensor(places, device=self.encoded_RSH.device)
+        index_R = torch.tensor(places)
+        if not hasattr(self.cache, "reorder_cache"):
+            self.cache = self.cache.select(index_R)
+        else:
             # transformers' method for beam search also selects and repeats rows.
             self.cache.reorder_cache(index_R)
+        if self.encoded_RSH is not None:
+            index_R = index_R.to(self.encoded_RSH.device)
             self.encoded_RSH = self.encoded_RSH[index_R]
             self.mask_RS = None if self.mask_RS is None else self.mask_RS[index_R]
-        else:
-            self.cache = self.cache.select(torch.tensor(places))
         self._hold(rows)
 
     def _hold(self, rows: Sequence[_ForwardSequence]) -> None:
@@ -77,6 +82,11 @@ class ForwardBackend:
         # Keys and values per layer. A decoder next to an encoder also caches its cross-attention.
         numbers = 2 * layers * int(config.hidden_size) * (2 if self._beside else 1)
         self._bytes = numbers * network.dtype.itemsize
+        known = inspect.signature(model.base_model.forward).parameters
+        # State-space models and RWKV have other names for their cache.
+        names = ("past_key_values", "cache_params", "state")
+        self._cache = next((name for name in names if name in known), names[0])
+        self._has_positions = "position_ids" in known and not self._beside
 
     def bytes_of(self, tokens: int) -> int:
         """Return the memory of ``tokens`` tokens, estimated from the size of the network's states."""
@@ -104,7 +114,14 @@ class ForwardBackend:
         return [*group.rows], logits_UV.repeat_interleave(copies, 0)
 
     def fork(self, state: Any, copies: int) -> list[State]:
-        """Return copies of a sequence. Each copy repeats the prefill: some caches cannot be copied."""
+        """Return copies of a sequence, as one group if the cache supports row selection.
+
+        Otherwise each copy repeats the prefill.
+        """
+        if hasattr(state.group.cache, "reorder_cache") and not self._beside:
+            rows = [_ForwardSequence(state.ids_T) for _ in range(copies)]
+            state.group.select([0] * copies, rows)
+            return [*rows]
         made: list[State] = [state]
         for _ in range(copies - 1):
             again = self.open(state.ids_T)
@@ -165,11 +182,12 @@ class ForwardBackend:
             backbone = heads.decoder_of(self.network.model)
             further["encoder_hidden_states"] = group.encoded_RSH
             further["encoder_attention_mask"] = group.mask_RS
-        out = backbone(
-            input_ids=ids_RT.to(self.network.device),
-            past_key_values=group.cache,
-            use_cache=True,
-            **further,
-        )
-        group.cache = out.past_key_values
-        return self.network.logits(out.last_hidden_state[:, -1])
+        device, start = self.network.device, group.length
+        group.length += ids_RT.shape[1]
+        if self._has_positions and mask_RT is None:
+            # Bamba would count each step from 0.
+            further["position_ids"] = torch.arange(start, group.length, device=device)[None]
+        further[self._cache] = group.cache
+        out = backbone(input_ids=ids_RT.to(device), use_cache=True, **further)
+        group.cache = getattr(out, self._cache)
+        return self.network.logits(out.last_hidden_state[:, -1].to(self.network.dtype))

@@ -8,6 +8,7 @@ scattered back to the nodes. Objectives and heads are independent of the layout.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from luthier.models.attention import (
 from luthier.models.frozen_layer_cache import new_activations
 from luthier.models.modalities import (
     is_dual_encoder,
+    is_recurrent,
     media_config,
     reads_sound,
     run_media,
@@ -112,7 +114,7 @@ def layout_of(model: Any, is_bidirectional: bool) -> Layout:
 def is_flat(model: Any) -> bool:
     """Return True if ``model`` is a text network with support for the flat layout."""
     texts = media_config(model.config) is None and heads.decoder_of(model) is None
-    return texts and bool(model._supports_attention_backend)
+    return texts and bool(model._supports_attention_backend) and not is_recurrent(model.config)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ class Padded(Layout):
 
     def __init__(self, model: Any) -> None:
         self.fill = heads.padding_id(model)
+        known = inspect.signature(model.base_model.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in known else {}
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -195,10 +199,10 @@ class Padded(Layout):
         """Run one forward pass over the rectangle."""
         plan: Rectangle = batch.plan
         ids_RT = plan.rows(batch.ids_N, self.fill)
-        segments = {}
+        options: dict[str, Any] = {**self._options}
         if batch.segment_N is not None:
-            segments["token_type_ids"] = plan.rows(batch.segment_N, 0)
-        output = backbone(input_ids=ids_RT, attention_mask=plan.mask_RT, **segments)
+            options["token_type_ids"] = plan.rows(batch.segment_N, 0)
+        output = backbone(input_ids=ids_RT, attention_mask=plan.mask_RT, **options)
         return plan.nodes(output.last_hidden_state, len(batch.ids_N))
 
 

@@ -36,6 +36,11 @@ IMAGES_IN_TEXT: frozenset[str] = frozenset()
 _RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
 RELATIVE_CONTEXT = 4096
 """Context of networks with relative positions, which have no limit except memory."""
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length",
+    "context_length",
+)  # fmt: skip
+"""Families' names of the maximum length: the last three of MPT, BLOOM and RWKV."""
 _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 _SECOND = 16_000
 """Number of audio samples per second, for networks that accept any length."""
@@ -101,6 +106,20 @@ def text_part(config: Any) -> Any:
     # The whole model's setting decides; the text part's default can differ.
     text.tie_word_embeddings = config.tie_word_embeddings
     return text
+
+
+def is_recurrent(config: Any) -> bool:
+    """Return True if a layer carries a state from token to token: state spaces, convolutions,
+    linear attention.
+
+    A token tree cannot share such a state between branches.
+    """
+    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionLayer
+
+    kinds = (
+        DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind in getattr(config, "layer_types", ()) or ()
+    )
+    return any(kind is not None and issubclass(kind, LinearAttentionLayer) for kind in kinds)
 
 
 def is_dual_encoder(config: Any) -> bool:
@@ -170,7 +189,7 @@ def context_length(config: Mapping[str, Any]) -> int:
         return context_length(text)
     if (first := _longrope_border(config)) is not None:
         return first
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+    for key in _LENGTHS:
         if isinstance(config.get(key), int):
             # RoBERTa's positions start after the padding index.
             skipped = (

@@ -200,7 +200,8 @@ class Network:
         # Cached activations belong to the original tokens, not to tokens that an objective masked.
         frozen_cache = self.frozen_cache if batch.is_unchanged else None
         with nullcontext() if frozen_cache is None else frozen_cache.instead(batch):
-            hidden_NH = self.layout.run(self._backbone, batch)
+            # Mamba's states are float32 also in bfloat16.
+            hidden_NH = self.layout.run(self._backbone, batch).to(self.dtype)
         return hidden_NH if node_S is None else hidden_NH[node_S]
 
     @property
