@@ -150,6 +150,21 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("query and response", {"query": "q", "response": "a"}, {"prompt": "q", "completion": "a"}),
     ("query and positive", {"query": "q", "positive": "p"}, {"text": "q", "positive": "p"}),
+    (
+        "query and positive",
+        {"query": "q", "positive": "p", "negative_1": "n", "negative_2": "m"},
+        {"text": "q", "positive": "p", "negatives": ("n", "m")},
+    ),
+    (
+        "FlagEmbedding",
+        {"query": "q", "pos": ["p"], "neg": ["n", "m"]},
+        {"text": "q", "positive": "p", "negatives": ("n", "m")},
+    ),
+    (
+        '{"anchor", "positive"}',
+        {"anchor": "q", "positive": "p", "negatives": []},
+        {"text": "q", "positive": "p", "negatives": ()},
+    ),
     ("question and positive", {"question": "q", "positive": "p"}, {"text": "q", "positive": "p"}),
     ("sentence pairs", {"sentence1": "q", "sentence2": "p"}, {"text": "q", "positive": "p"}),
     ("premise and hypothesis", {"premise": "q", "hypothesis": "p"}, {"text": "q", "positive": "p"}),

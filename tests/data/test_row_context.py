@@ -365,8 +365,6 @@ def test_turns_as_text_are_read(tmp_path: Path, turns: Any) -> None:
     [
         ({"text": "t", "label": "l", "other": "o"}, "other"),
         ({"text": "t", "rating": 1, "text_pair": "o"}, "text_pair"),
-        ({"anchor": "q", "positive": "p", "negative": "n"}, "negative"),
-        ({"query": "q", "positive": "p", "negatives": ["n"]}, "negatives"),
         ({"anchor": "q", "positive": "p", "score": 0.5}, "score"),
         ({"text": "t", "entities": [{"label": "x"}]}, "entities"),
         ({"prompt": "q", "completion": "a", "context": "c"}, "context"),

@@ -17,13 +17,14 @@ import luthier
 from luthier.data.augmentation import Augmentation
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, LabelledImage
-from luthier.data.shapes.texts import TextPair
+from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import partner_ranks
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Contrastive
+from luthier.objectives.base import RunStart
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
@@ -227,8 +228,12 @@ def test_pairs_that_share_a_side_are_not_told_apart(
         (batch,) = objective.annotate(network, examples, 1000)
         embedded = objective.embed(network, batch).double().numpy()
         total = float(objective.loss(network, batch).total)
-    order = np.argsort([side.row for side in batch.tree.examples])
-    scores = (embedded[order[::2]] @ embedded[order[1::2]].T) / 0.1
+    # Equal partners are computed once.
+    assert len(embedded) == 2 * len(examples) - 1
+    ids = [side.ids_T.tolist() for side in batch.tree.examples]
+    anchors = [embedded[ids.index(example.ids_T.tolist())] for example in examples]
+    partners = [embedded[ids.index(np.asarray(e.target).tolist())] for e in examples]
+    scores = np.stack(anchors) @ np.stack(partners).T / 0.1
     for one, other in ((0, 1), (2, 3)):
         scores[one, other] = scores[other, one] = -np.inf
     forward = np.log(np.exp(scores).sum(1)) - np.diag(scores)
@@ -236,6 +241,101 @@ def test_pairs_that_share_a_side_are_not_told_apart(
     assert total == pytest.approx((forward + backward).sum() / 2, rel=1e-5)
     parts, _, count = total_and_gradients(network, objective, examples, 16)
     assert count > 2 and parts == pytest.approx(total, rel=1e-5)
+
+
+def vectors(network: Network, objective: Contrastive, texts: list[str]) -> torch.Tensor:
+    """Embeddings of single texts, each in a batch of its own."""
+    assert network.chat is not None
+    found = []
+    for text in texts:
+        example = network.chat.encode_embedded(RawText("f", 0, text), 0)
+        with torch.no_grad():
+            found.append(objective.embed(network, next(iter(network.batches([example], 99))))[0])
+    return torch.stack(found).double()
+
+
+@pytest.mark.parametrize(("symmetric", "sizes"), [(False, ()), (True, (16, 8))])
+def test_hard_negatives_and_dimensions(
+    symmetric: bool, sizes: tuple[int, ...], family_folder: Callable[[str], Path]
+) -> None:
+    objective = Contrastive(symmetric=symmetric, dimensions=sizes)
+    network, _ = ready(family_folder("bert"), objective)
+    network.model.eval()
+    network.chat = chat = load_chat_format(family_folder("bert"))
+    negatives = [("a card", "the fox"), ("a dog",), (), ("the fox", "paris"), ("no way",)]
+    given = [
+        TextPair("f", n, text=a, positive=b, negatives=c)
+        for n, ((a, b), c) in enumerate(zip(PAIRS, negatives, strict=True))
+    ]
+    examples = [objective.encode(row, n, chat) for n, row in enumerate(given)]
+    assert len(objective.views(examples)) == 16
+    query = vectors(network, objective, [row.text for row in given])
+    documents = [row.positive for row in given] + [t for row in given for t in row.negatives]
+    key = vectors(network, objective, documents)
+    expected = 0.0
+    for size in (query.shape[1], *sizes):
+        # MultipleNegativesRankingLoss of sentence-transformers: scale 20, all documents.
+        one, other = (torch.nn.functional.normalize(each[:, :size]) for each in (query, key))
+        forward = torch.nn.functional.cross_entropy(20 * one @ other.T, torch.arange(5))
+        backward = torch.nn.functional.cross_entropy(20 * other[:5] @ one.T, torch.arange(5))
+        expected += float((forward + backward) / 2 if symmetric else forward)
+    total, wanted, count = total_and_gradients(network, objective, examples, 1000)
+    assert count == 1 and total / 5 == pytest.approx(expected, rel=1e-4)
+    wanted = copy.deepcopy(wanted)
+    parts, found, count = total_and_gradients(network, objective, examples, 16)
+    assert count > 2 and parts == pytest.approx(total, rel=1e-5)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+    with torch.no_grad():
+        (batch,) = objective.annotate(network, examples, 1000)
+    assert len(batch.tree.examples) == 15  # "the fox" once
+    short = objective.truncate(examples[0], 4)
+    assert [len(view) for view in objective.views([short])] == [4, 4, 4, 4]
+
+
+def test_a_partner_of_an_equal_anchor_is_no_negative(
+    family_folder: Callable[[str], Path],
+) -> None:
+    objective = Contrastive(symmetric=False)
+    network, _ = ready(family_folder("bert"), objective)
+    network.model.eval()
+    chat = load_chat_format(family_folder("bert"))
+
+    def loss(negatives: tuple[str, ...]) -> float:
+        given = [
+            TextPair("f", 0, "a fox", "a fox jumps", negatives),
+            TextPair("f", 1, "a fox", "it is quick"),
+        ]
+        examples = [objective.encode(row, n, chat) for n, row in enumerate(given)]
+        return total_and_gradients(network, objective, examples, 1000)[0]
+
+    # Both partners are answers to the one anchor: no key is left to contrast with.
+    assert loss(("it is quick",)) == pytest.approx(0, abs=1e-6) == loss(())
+    assert loss(("a card",)) > 0.1
+
+
+def test_hard_negatives_are_mined_at_the_start(family_folder: Callable[[str], Path]) -> None:
+    objective = Contrastive(hard_negatives=2)
+    network, examples = ready(family_folder("bert"), objective)
+    network.model.eval()
+    notes: list[str] = []
+    start = RunStart(network, examples, 1000, False, 5, 0, 0, notes.append)
+    with torch.no_grad():
+        prepared = objective.prepare(start).examples
+    assert len(notes) == 1 and len(prepared) == len(examples)
+    partners = {np.asarray(example.target).tobytes() for example in examples}
+    for example, before in zip(prepared, examples, strict=True):
+        mined = [] if example.partner is None else example.partner.sides
+        assert len(mined) <= 2 and {each.ids_T.tobytes() for each in mined} <= partners
+        assert np.asarray(before.target).tobytes() not in {m.ids_T.tobytes() for m in mined}
+    assert any(example.partner for example in prepared)
+
+
+def test_dimensions_beyond_the_vectors_are_refused(family_folder: Callable[[str], Path]) -> None:
+    network, _ = ready(family_folder("bert"), Contrastive())
+    with pytest.raises(RecipeError) as caught:
+        Contrastive(dimensions=(16, network.width)).attach(network.model)
+    assert caught.value.setting == "objective.dimensions"
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -6,15 +6,15 @@ instruction and its input, as in the Stanford Alpaca recipe but without the head
 the table of output forms. A row that the target form cannot represent is rejected. To add a form,
 write one function and one line of a table.
 
-Not supported: ``query`` with lists of passages, SQuAD's nested answers, triplets with hard
-negatives, and scored sentence pairs. ``--map`` accepts tables that differ only in the column names.
+Not supported: several positives in one row, and SQuAD's nested answers. ``--map`` accepts tables
+that differ only in the column names.
 ``luthier.data.row_context`` joins system prompts, histories and tools to the turns, for all forms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.data.field_checks import ROLE_RENAMES, Names, Turns
@@ -25,7 +25,7 @@ from luthier.data.shapes import SHAPES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, tool_record
 from luthier.data.shapes.media import CAPTION_KEYS
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
-from luthier.data.shapes.texts import RawText
+from luthier.data.shapes.texts import NEGATIVE_KEYS, RawText
 from luthier.errors import RowRefused
 from luthier.types import Row
 
@@ -87,8 +87,10 @@ def _above(text: object, below: list[object]) -> object:
 
 def _with_further_keys(record: Record, converted: Record) -> Record:
     """Return ``made`` with keys common to all forms: id, expected answer, judgement, context."""
-    context = context_keys(Conversation, {**record, **converted})
-    return converted | {key: record[key] for key in record if key in _BESIDE_ANY or key in context}
+    kept = context_keys(Conversation, {**record, **converted}) | {*_BESIDE_ANY}
+    if "anchor" in converted:
+        kept |= NEGATIVE_KEYS
+    return converted | {key: record[key] for key in record if key in kept}
 
 
 def _conversation(record: Record) -> Converted:
@@ -182,8 +184,17 @@ def _options(record: Record) -> Converted:
 
 
 def _pair(name: str, anchor: str, positive: str) -> Form:
-    """Return the form of two related texts under other keys."""
-    return _renamed(name, anchor=anchor, positive=positive)
+    """Return the form of two related texts under other keys, with optional negatives."""
+    return replace(_renamed(name, anchor=anchor, positive=positive), used=NEGATIVE_KEYS)
+
+
+def _flag_embedding(record: Record) -> Converted:
+    """Convert a row of FlagEmbedding with an array of one positive."""
+    positive = record["pos"]
+    if isinstance(positive, list) and len(positive) == 1:
+        positive = positive[0]
+    converted = {"anchor": record["query"], "positive": positive}
+    return _with_further_keys(record, converted), {"anchor": "query", "positive": "pos"}
 
 
 def _renamed(name: str, without: str = "", **names: str) -> Form:
@@ -234,6 +245,7 @@ FORMS: tuple[Form, ...] = (
     _renamed("tokens and ner_tags", tokens="tokens", tags="ner_tags"),
     _pair("query and positive", "query", "positive"),
     _pair("question and positive", "question", "positive"),
+    _form("FlagEmbedding", "query pos", _flag_embedding, used=" ".join(sorted(NEGATIVE_KEYS))),
     _pair("sentence pairs", "sentence1", "sentence2"),
     _pair("premise and hypothesis", "premise", "hypothesis"),
     _renamed(

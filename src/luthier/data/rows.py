@@ -468,7 +468,7 @@ class InputChecker(Checker):
         text, reply = own.get("text"), own.get("completion")
         pair = own.get("anchor", text), own.get("positive", own.get("other"))
         if all(isinstance(side, str) and side.strip() for side in pair):
-            return TextPair(self.file, line, *map(str, pair))
+            return TextPair(self.file, line, str(pair[0]), str(pair[1]))
         if isinstance(text, str) and text.strip():
             return RawText(self.file, line, text)
         if "prompt" in own and isinstance(reply, str):

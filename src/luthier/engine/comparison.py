@@ -125,7 +125,8 @@ def base_states(
     of_batch = words if isinstance(held.rows[0], TaggedWords) else texts
     read = partial(_states, network, of_batch, on_read)
     if isinstance(held.rows[0], TextPair):
-        views = encoder.views(held.examples)
+        # Without hard negatives: the candidates are the partners, as in the other baselines.
+        views = encoder.views([replace(each, partner=None) for each in held.examples])
         both = read(views, budget, began + seconds)
         if len(both) < len(views):
             return None
@@ -182,9 +183,11 @@ def measure_tuned(
 ) -> Comparison:
     """Measure the tuned network and the baselines on the same rows."""
     network.model.eval()
-    views = objective.views(held.examples)
+    pairs = of_shape(TextPair, held.rows)
+    examples = [replace(each, partner=None) for each in held.examples] if pairs else held.examples
+    views = objective.views(examples)
     answers = network.read_rows(views, budget, partial(objective.predict, network))
-    if pairs := of_shape(TextPair, held.rows):
+    if pairs:
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive for row in pairs]
         ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)

@@ -12,8 +12,9 @@ Ties count against the match, so equal embeddings find nothing. nDCG follows Jä
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ CUT = 10
 """Number of ranks in nDCG."""
 DEPTH = 100
 """Number of ranks per list in reciprocal rank fusion."""
+MARGIN = 0.05
+"""Default margin of :func:`mine_negatives`, the best in the paper."""
+MARGIN_REASON = (
+    "scores within 5 % of the positive's score are left out, because many of these texts are "
+    "unlabelled positives (arXiv:2407.15831)"
+)
 RANK_CONSTANT = 60
 """Constant added to a rank in reciprocal rank fusion, from the paper."""
 
@@ -84,6 +91,34 @@ def nearest(
         places.append(np.take_along_axis(near_CK, order_CK, axis=1))
         scores.append(np.take_along_axis(score_CK, order_CK, axis=1))
     return np.concatenate(places), np.concatenate(scores)
+
+
+def mine_negatives(
+    scores_QN: NDArray[Any],
+    positives: Sequence[int],
+    answers: Sequence[Collection[int]],
+    count: int,
+    margin: float = MARGIN,
+) -> list[list[int]]:
+    """Return the items with the highest scores of each query that are probably not relevant.
+
+    Relevant items that nobody labelled are frequent among the best items. An item whose score is
+    within ``margin`` of the positive's score therefore counts as relevant (TopK-PercPos, Moreira
+    et al. 2024, arXiv:2407.15831).
+
+    Args:
+        positives: number of each query's positive.
+        answers: numbers of all relevant items of each query.
+        count: maximum number of items of a query.
+        margin: share of the positive's score.
+    """
+    found: list[list[int]] = []
+    for score_N, positive, relevant in zip(scores_QN, positives, answers, strict=True):
+        limit = score_N[positive] - margin * abs(score_N[positive])
+        best = np.argsort(-score_N, kind="stable")
+        allowed = (n for n in best.tolist() if n not in relevant and score_N[n] < limit)
+        found.append([*islice(allowed, count)])
+    return found
 
 
 def pair_ranks(

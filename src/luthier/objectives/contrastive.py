@@ -4,7 +4,7 @@ distant.
 InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) on the cosines of a batch. Each row has two
 sides. The rows determine the positives:
 
-    pairs of texts      the partner, among the partners of the batch
+    pairs of texts      the partner, among the partners and hard negatives of the batch
     histories of items  the next item, among the items of the batch: two towers with shared weights
                         (Yi et al. 2019, RecSys, with softmax over the batch)
     single texts        the same text under other dropout (SimCSE, Gao et al. 2021,
@@ -20,9 +20,16 @@ Views are drawn by ``data.augmentation``. CLIP learns the temperature: cosines a
 weight of the network, at most 100 (section 2.5). A batch larger than memory is computed in
 micro-batches: embeddings without gradient, the gradient of each embedding, and each micro-batch
 again with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983). The loss is
-therefore the loss of the whole batch.
+therefore the loss of the whole batch. Each distinct partner and negative of a batch is computed
+once; a document that occurs twice has one dropout mask.
 
-Left out: hard negatives; texts with labels, whose sides are identical without dropout, so that
+Hard negatives of all rows join the keys of every anchor (Karpukhin et al. 2020, arXiv:2004.04906),
+except for text that is a partner of the anchor. ``hard_negatives`` finds them with the base model.
+``dimensions`` adds the loss of the first values of each vector, normalized again (Matryoshka
+representation learning, Kusupati et al. 2022, arXiv:2205.13147, with weight 1 for each size), so
+that vectors can be shortened.
+
+Left out: texts with labels, whose sides are identical without dropout, so that
 held-out rows would measure nothing; and the projection layers of SimCSE and SimCLR
 (docs/log/media.md).
 """
@@ -30,9 +37,11 @@ held-out rows would measure nothing; and the projection layers of SimCSE and Sim
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -44,7 +53,7 @@ from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
-from luthier.evaluation.retrieval import number_keys
+from luthier.evaluation.retrieval import MARGIN_REASON, mine_negatives, number_keys
 from luthier.evaluation.thresholds import choose_threshold, unrelated_pairs
 from luthier.models.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
@@ -52,6 +61,8 @@ from luthier.objectives.base import (
     Changes,
     Finished,
     Objective,
+    PreparedRows,
+    RunStart,
     TrainingDefaults,
     cut_text,
     extra_of,
@@ -60,7 +71,7 @@ from luthier.objectives.base import (
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
@@ -74,8 +85,17 @@ LARGEST_LOGIT_SCALE = math.log(100)
 _MODES: dict[str, PoolingMode] = {"mean": "mean", "first": "cls", "last": "lasttoken"}
 """Names of sentence-transformers for ``pooling``."""
 
+MOST_NEGATIVES = 1 << 20
+"""Range of the row numbers of one row's negatives."""
 MOST_COMPARED = 1_000
 """Maximum number of rows for the threshold, which compares all sides."""
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """All sides of a batch in one micro-batch, which has each document once."""
+
+    all: Sequence[Example]
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,10 @@ class Contrastive(Objective):
     """Divisor of the cosines; default: 0.05, 0.1 for images and audio, learned for CLIP."""
     symmetric: bool = True
     """Compare pairs of texts in both directions."""
+    hard_negatives: int = Field(default=0, ge=0, le=100)
+    """Hard negatives for each pair without negatives, mined with the base model."""
+    dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Further vector sizes to train, such as 256, 128 and 64 (Matryoshka)."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """Pooling of a text; ``auto``: as in the base model, or mean (decoders: last)."""
 
@@ -158,10 +182,13 @@ class Contrastive(Objective):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the anchor; ``target`` contains the partner's ids, ``given`` a row with a class."""
         example = chat.encode_embedded(row, index)
-        partner = example
+        partner, negatives = example, list[Example]()
         if isinstance(row, TextPair | CaptionedImage):
             text = row.caption if isinstance(row, CaptionedImage) else row.positive
             partner = chat.encode_embedded(RawText(row.file, row.line, text), index)
+        if isinstance(row, TextPair):
+            texts = [RawText(row.file, row.line, text) for text in row.negatives]
+            negatives = [chat.encode_embedded(text, index) for text in texts]
         if isinstance(row, Labelled) and not isinstance(row.label, str):
             raise RowRefused(
                 "label.mixed",
@@ -169,22 +196,43 @@ class Contrastive(Objective):
                 "Write one label.",
             )
         has_class = isinstance(row, Labelled | MediaRow) and not isinstance(row, CaptionedImage)
-        return replace(example, target=partner.ids_T, source_row=row if has_class else None)
+        return replace(
+            example,
+            target=partner.ids_T,
+            source_row=row if has_class else None,
+            partner=Example.from_sides(negatives) if negatives else None,
+        )
 
     def truncate(self, example: Example, context: int) -> Example:
-        """Keep the start and the closing token of both sides."""
-        anchor, partner = (cut_text(side, context) for side in self._sides(example))
-        return replace(anchor, row=example.row, target=partner.ids_T)
+        """Keep the start and the closing token of all sides."""
+        anchor, partner, *negatives = (cut_text(side, context) for side in self._sides(example))
+        return replace(
+            anchor,
+            row=example.row,
+            target=partner.ids_T,
+            partner=Example.from_sides(negatives) if negatives else None,
+        )
 
     def _sides(self, example: Example) -> list[Example]:
-        """Return both sides as separate rows, numbered ``2 row`` and ``2 row + 1``."""
+        """Return both sides as separate rows, numbered ``2 row`` and ``2 row + 1``, and the
+        negatives, numbered below 0."""
         assert example.target is not None
         ids_T, empty = np.asarray(example.target, dtype=np.int64), np.zeros(0)
         nothing = np.zeros(len(ids_T), dtype=np.float32)
-        anchor = replace(example, row=2 * example.row, target=empty)
+        anchor = replace(example, row=2 * example.row, target=empty, partner=None)
         other = replace(anchor, ids_T=ids_T, weight_T=nothing, row=anchor.row + 1)
         # Without a class the partner of an image is a text.
-        return [anchor, other if example.source_row is not None else replace(other, media=None)]
+        if example.source_row is None:
+            other = replace(other, media=None)
+        negatives = [] if example.partner is None else example.partner.sides
+        return [
+            anchor,
+            other,
+            *(
+                replace(each, weight_T=each.weight_T * 0, row=-1 - n - MOST_NEGATIVES * example.row)
+                for n, each in enumerate(negatives)
+            ),
+        ]
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
         """Return both sides of each row; images and audio without caption have two views.
@@ -196,6 +244,52 @@ class Contrastive(Objective):
         if changes == "none":
             return sides
         return [_view(side, changes == "random") for side in sides]
+
+    def attach(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Check :attr:`dimensions` against the width of the embeddings."""
+        from luthier.models.heads import hidden_size_of
+        from luthier.models.sentence_head import sentence_head
+
+        head = sentence_head(model) if self.pooling == "auto" else None
+        width = hidden_size_of(model) if head is None else head.width
+        if self.dimensions and max(self.dimensions) >= width:
+            raise RecipeError(
+                f"the embeddings have {width} values, and every size must be smaller. The loss of "
+                "the full size is always trained.",
+                setting="objective.dimensions",
+                value=max(self.dimensions),
+            )
+        return {}
+
+    def prepare(self, start: RunStart) -> PreparedRows:
+        """Mine :attr:`hard_negatives` among the partners of all rows."""
+        wanted = [n for n, e in enumerate(start.examples) if e.partner is None and not e.media]
+        if not self.hard_negatives or not wanted:
+            return super().prepare(start)
+        examples = list(start.examples)
+        sides = [self._sides(each) for each in examples]
+        documents = {_key(partner): partner for _, partner, *_ in sides}
+        place = {key: number for number, key in enumerate(documents)}
+        answers = defaultdict[bytes, set[int]](set)
+        for anchor, partner, *_ in sides:
+            answers[anchor.ids_T.tobytes()].add(place[_key(partner)])
+        anchors = [sides[n][0] for n in wanted]
+        read = partial(read_embeddings, start.network, self, budget=start.budget)
+        found = mine_negatives(
+            read(anchors).cpu().numpy() @ read([*documents.values()]).cpu().numpy().T,
+            [place[_key(sides[n][1])] for n in wanted],
+            [answers[anchor.ids_T.tobytes()] for anchor in anchors],
+            self.hard_negatives,
+        )
+        texts = [*documents.values()]
+        for n, numbers in zip(wanted, found, strict=True):
+            if numbers:
+                negatives = Example.from_sides([texts[number] for number in numbers])
+                examples[n] = replace(examples[n], partner=negatives)
+        start.note(
+            f"{sum(map(len, found)):,} hard negatives for {len(wanted):,} rows: {MARGIN_REASON}"
+        )
+        return PreparedRows(examples)
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -209,11 +303,12 @@ class Contrastive(Objective):
         sides = self.views(examples, "random" if network.model.training else "fixed")
         # Before any pass: dropout advances the generator differently in each process.
         first = draw_seed() if network.model.training else 0
-        batches = [*network.batches(sides, budget)]
+        distinct = {_key(side): side for side in reversed(sides)}
+        batches = [*network.batches([*distinct.values()], budget)]
         processes = network.processes
         # A single micro-batch contains all rows, so `loss` needs no first pass.
         if len(batches) == 1 == processes.size:
-            return batches
+            return [replace(batches[0], extra=_Sides(sides))]
         width = embedding_width(network) if self.pooling == "auto" else network.width
         # torch.cat rejects an empty list, and a process may have no micro-batch.
         parts = [torch.zeros(0, width, device=network.device)]
@@ -228,7 +323,7 @@ class Contrastive(Objective):
         # annotate() runs without gradient; only the loss over embeddings needs one here.
         with torch.enable_grad():
             all_RH = processes.concatenate(torch.cat(parts).detach()).requires_grad_()
-            whole = self._sum_loss(network, all_RH, order)
+            whole = self._sum_loss(network, all_RH, order, sides)
             scale = self._learned_scale(network)
             learned = [scale] if scale is not None and scale.requires_grad else []
             gradient_RH, *by_scale = torch.autograd.grad(whole.total, [all_RH, *learned])
@@ -240,18 +335,18 @@ class Contrastive(Objective):
             share = len(gradient) / len(order)
             total = float(whole.total.detach()) * share
             metrics = {name: value * share for name, value in whole.metrics.items()}
-            right = float(np.sum(whole.ratios["accuracy"][0])) * share
+            right = {n: float(np.sum(each)) * share for n, (each, _) in whole.ratios.items()}
             part = by_scale[0] * share if by_scale else None
             seed = derive_seed(first, batch.place)
-            cached = _Cached(gradient, part, total, {**metrics, "accuracy": right}, seed)
+            cached = _Cached(gradient, part, total, metrics | right, seed)
             cached_batches.append(replace(batch, extra=cached))
         return cached_batches
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed InfoNCE over the anchors of the batch."""
-        if batch.extra is None:
+        if isinstance(batch.extra, _Sides):
             embeddings_RH = self.embed(network, batch)
-            return self._sum_loss(network, embeddings_RH, batch.tree.examples)
+            return self._sum_loss(network, embeddings_RH, batch.tree.examples, batch.extra.all)
         cached = extra_of(batch, _Cached)
         # The cached gradient belongs to the dropout of the first pass.
         with drawn_from(cached.seed, network.device):
@@ -295,42 +390,58 @@ class Contrastive(Objective):
             limited.register_hook(lambda gradient: gradient.clamp(min=0))
         return limited.exp()
 
-    def _sum_loss(self, network: Network, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
+    def _sum_loss(
+        self,
+        network: Network,
+        embeddings_RH: Tensor,
+        embedded: Sequence[Example],
+        sides: Sequence[Example],
+    ) -> Loss:
         """Return the summed loss over the rows, and the number of anchors nearest to a positive.
 
         Pairs with equal anchors or equal partners are not negatives of each other. ``chance_loss``
         is the loss of identical embeddings.
+
+        Args:
+            embedded: rows of ``embeddings_RH``.
+            sides: sides of all rows; equal documents have one embedding.
         """
         import torch
+        from torch.nn.functional import normalize
 
-        place = {side.row: index for index, side in enumerate(sides)}
-        # Rows 2 n and 2 n + 1 are the two sides of row n.
-        anchors = sorted(row for row in place if row % 2 == 0)
-        count = len(anchors)
-        order = [place[row] for row in (*anchors, *(row + 1 for row in anchors))]
-        side_VH, in_order = embeddings_RH[order], [sides[index] for index in order]
+        place = {_key(side): index for index, side in enumerate(embedded)}
+        # Rows 2 n and 2 n + 1 are the two sides of row n; negatives are below 0.
+        by_number = sorted(sides, key=lambda side: (side.row < 0, side.row % 2, side.row))
+        count = sum(side.row >= 0 for side in sides) // 2
+        keys_VH = embeddings_RH[[place[_key(side)] for side in by_number]]
         scale = self._scale(network)
-        if any(side.source_row is not None for side in sides):
-            class_V = number_keys([_class_of(side) for side in in_order])
+        has_classes = any(side.source_row is not None for side in sides)
+        each_P, ratios = keys_VH.new_zeros(count), dict[str, tuple[Any, Any]]()
+        if has_classes:
+            class_V = number_keys([_class_of(side) for side in by_number])
             alike_VV = torch.from_numpy(class_V[:, None] == class_V)
-            others_VV = ~torch.eye(2 * count, dtype=torch.bool)
-            # L_out of Khosla et al.: each side is an anchor, and all other sides are keys.
-            each_V, right_V = _info_nce(scale, side_VH, side_VH, alike_VV & others_VV, others_VV)
-            each_P, right_P = each_V.view(2, -1).mean(0), right_V[:count]
-            allowed_PK = others_VV[:count]
+            allowed_QK = ~torch.eye(2 * count, dtype=torch.bool)
+            positive_QK = alike_VV & allowed_QK
         else:
-            own_PP = torch.eye(count, dtype=torch.bool)
-            text_V = number_keys([side.ids_T.tobytes() for side in in_order])
-            apart_PP = torch.from_numpy(unrelated_pairs(text_V[:count], text_V[count:]))
-            allowed_PK = own_PP | apart_PP
-            anchor_PH, partner_PH = side_VH.split(count)
-            each_P, right_P = _info_nce(scale, anchor_PH, partner_PH, own_PP, allowed_PK)
-            if self.symmetric:
-                back_P, _ = _info_nce(scale, partner_PH, anchor_PH, own_PP, allowed_PK.t())
-                each_P = (each_P + back_P) / 2
+            positive_QK, allowed_QK = _text_masks(by_number, count)
+        for width in (keys_VH.shape[1], *self.dimensions):
+            name = "accuracy" if width == keys_VH.shape[1] else f"accuracy_{width}"
+            side_VH = keys_VH if name == "accuracy" else normalize(keys_VH[:, :width], dim=-1)
+            if has_classes:
+                # L_out of Khosla et al.: each side is an anchor, and all other sides are keys.
+                each_V, right_P = _info_nce(scale, side_VH, side_VH, positive_QK, allowed_QK)
+                one_P = each_V.view(2, -1).mean(0)
+            else:
+                anchor_PH, key_KH = side_VH[:count], side_VH[count:]
+                one_P, right_P = _info_nce(scale, anchor_PH, key_KH, positive_QK, allowed_QK)
+                if self.symmetric:
+                    own_PP, allowed_PP = positive_QK[:, :count], allowed_QK[:, :count].t()
+                    back_P, _ = _info_nce(scale, key_KH[:count], anchor_PH, own_PP, allowed_PP)
+                    one_P = (one_P + back_P) / 2
+            each_P = each_P + one_P
+            ratios[name] = (right_P[:count].tolist(), [1] * count)
         # Equal embeddings give a uniform softmax, with the loss log(number of keys).
-        chance = float(allowed_PK.sum(1).log().sum())
-        ratios = {"accuracy": (right_P.tolist(), [1] * count)}
+        chance = float(allowed_QK[:count].sum(1).log().sum()) * len(ratios)
         return Loss.from_rows(each_P, {"chance_loss": chance}, ratios)
 
     def finish(
@@ -349,7 +460,8 @@ class Contrastive(Objective):
         # n rows give n (n - 1) unrelated pairs; the quantile needs about 1 / false_alarms pairs.
         minimum = 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
         examples = rows_to_finish(held, train, minimum)
-        rows = [replace(each, row=n) for n, each in enumerate(examples[:MOST_COMPARED])]
+        compared = enumerate(examples[:MOST_COMPARED])
+        rows = [replace(each, row=n, partner=None) for n, each in compared]
         if any(row.source_row is not None for row in rows):
             return Finished(self)
         sides = self.views(rows)
@@ -369,7 +481,9 @@ class Contrastive(Objective):
         """Return the length of the partner; the file contains the text."""
         if example.source_row is not None:
             return "in two views"
-        return f"with a partner of {len(np.asarray(example.target))} tokens"
+        negatives = 0 if example.partner is None else len(example.partner.sides)
+        also = f" and {negatives} negatives" if negatives else ""
+        return f"with a partner of {len(np.asarray(example.target))} tokens{also}"
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return the embedding of each row, in tree order."""
@@ -390,6 +504,33 @@ def read_embeddings(
     for batch in network.batches(placed, budget):
         found_NH[[row.row for row in batch.tree.examples]] = encoder.embed(network, batch)
     return found_NH
+
+
+def _key(side: Example) -> int | bytes:
+    """Return the key of a side's embedding: the text of a document, else the row number.
+
+    The two sides of a single text are equal, and differ in the dropout.
+    """
+    is_document = side.media is None and (side.row < 0 or side.row % 2 == 1)
+    return side.ids_T.tobytes() if is_document else side.row
+
+
+def _text_masks(sides: Sequence[Example], count: int) -> tuple[Tensor, Tensor]:
+    """Return masks ``[P, K]`` of each anchor's partner and of its keys.
+
+    ``sides`` are ``count`` anchors, their partners, and negatives. A partner of an equal anchor is
+    no key, and a negative equal to such a partner neither.
+    """
+    import torch
+
+    text_V = number_keys([side.ids_T.tobytes() for side in sides])
+    anchor_P, partner_P, negative_N = np.split(text_V, [count, 2 * count])
+    own_PP = np.eye(count, dtype=bool)
+    related_PP = anchor_P[:, None] == anchor_P
+    partner_PN = related_PP @ (partner_P[:, None] == negative_N)
+    allowed_PK = np.hstack([own_PP | unrelated_pairs(anchor_P, partner_P), ~partner_PN])
+    own_PK = np.hstack([own_PP, np.zeros_like(partner_PN)])
+    return torch.from_numpy(own_PK), torch.from_numpy(allowed_PK)
 
 
 def _info_nce(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage
 from luthier.data.shapes.preferences import JudgedAnswers
-from luthier.data.shapes.texts import History, RawText, TaggedWords, TextPair
+from luthier.data.shapes.texts import History, TaggedWords, TextPair
 from luthier.errors import DataError, Problem
 from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
@@ -17,6 +21,7 @@ from luthier.evaluation.labels import label_remarks, scores
 from luthier.evaluation.long_rows import FittingRows, LongRows, fit_rows
 from luthier.evaluation.preferences import ranking_scores
 from luthier.evaluation.retrieval import (
+    CUT,
     ClassRetrieval,
     pair_ranks,
     partner_ranks,
@@ -26,6 +31,7 @@ from luthier.evaluation.significance import RowScores
 from luthier.evaluation.thresholds import threshold_scores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
 from luthier.inference.prediction import Predictor
+from luthier.objectives import Contrastive
 from luthier.types import Row
 
 Predictions = list[dict[str, Any]]
@@ -86,21 +92,27 @@ def _score_partners(
 ) -> Evaluation:
     """Score retrieval: the rank of each text's partner, or of the next item of a history."""
     rows = cast("Sequence[TextPair]", fitting.rows)
-    anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
-    positives = {row.positive for row in rows}
-    # The candidates include earlier items of histories.
-    earlier = [item for row in rows if isinstance(row, History) for item in row.items]
-    items = [item for item in dict.fromkeys(earlier) if item not in positives]
-    bare = [RawText(rows[0].file, 0, item) for item in items]
-    other_embeddings = [answer["embedding"] for answer in predictor.answers(bare)]
-    ranks = partner_ranks(anchors, partners, [row.positive for row in rows], other_embeddings)
-    target = "next item" if isinstance(rows[0], History) else "partner"
-    count = len(positives) + len(other_embeddings)
-    remark = f"each {target} is searched among {count:,} candidates"
-    scores = retrieval_scores(ranks)
+    anchors, partners = (np.array([a["embedding"] for a in side]) for side in (first, second))
+    texts = [row.text for row in rows], [row.positive for row in rows]
+    # The candidates include hard negatives, and earlier items of histories.
+    items = {*chain.from_iterable(row.candidates for row in rows)} - {*texts[1]}
+    others = predictor.embed(sorted(items)) if items else partners[:0]
+    scores = retrieval_scores(partner_ranks(anchors, partners, texts[1], others))
+    objective = predictor.objective
+
+    def cut(row_NH: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+        part_NH = row_NH[:, :size]
+        shorter: NDArray[np.float32] = part_NH / np.linalg.norm(part_NH, axis=1, keepdims=True)
+        return shorter
+
+    for size in objective.dimensions if isinstance(objective, Contrastive) else ():
+        query_PH, partner_PH, other_NH = (cut(each, size) for each in (anchors, partners, others))
+        ranks = partner_ranks(query_PH, partner_PH, texts[1], other_NH)
+        scores[f"ndcg_at_{CUT}_of_{size}"] = retrieval_scores(ranks)[f"ndcg_at_{CUT}"]
     if predictor.threshold is not None:
-        texts = [row.text for row in rows], [row.positive for row in rows]
         scores |= threshold_scores(anchors, partners, *texts, predictor.threshold)
+    target = "next item" if isinstance(rows[0], History) else "partner"
+    remark = f"each {target} is searched among {len({*texts[1]}) + len(items):,} candidates"
     return fitting.evaluation(scores, first, [remark])
 
 

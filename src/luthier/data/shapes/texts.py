@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -25,13 +25,14 @@ _SECOND_TEXT = dict.fromkeys(
 _ENTITIES = dict.fromkeys(
     ("entities", "spans", "ner_tags"), f"Write {TAGGED_EXAMPLE} for named entities."
 )
-_NEGATIVE = dict.fromkeys(
+NEGATIVE_KEYS = frozenset(
     (
-        *("negative", "negatives", "neg", "hard_negative", "hard_negatives"),
-        *(f"negative_{number}" for number in range(1, 11)),
-    ),
-    "Negatives of a row are not supported; pairs are contrasted with other rows.",
+        *("negatives", "negative", "neg", "hard_negatives", "hard_negative"),
+        *(f"negative_{number}" for number in range(1, 33)),
+    )
 )
+"""Keys of texts that are not similar to the anchor, also of sentence-transformers and
+FlagEmbedding."""
 _JUDGED_PAIR = dict.fromkeys(
     ("score", "similarity"), "Scored pairs are not supported; every pair is a positive pair."
 )
@@ -184,21 +185,28 @@ class TextPair(TextRow):
     noun: ClassVar[str] = "pairs of anchor and positive"
     enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("anchor", "positive")
-    other_tasks: ClassVar[Mapping[str, str]] = {**_NEGATIVE, **_JUDGED_PAIR}
+    other_tasks: ClassVar[Mapping[str, str]] = _JUDGED_PAIR
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("anchor", "positive")),)
-    optional_keys: ClassVar[frozenset[str]] = frozenset(("text",))
-    parts: ClassVar[Mapping[str, Part]] = {"text": "input", "positive": "target"}
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("text", *NEGATIVE_KEYS))
+    json_keys: ClassVar[frozenset[str]] = frozenset(("negatives",))
+    parts: ClassVar[Mapping[str, Part]] = {
+        "text": "input",
+        "positive": "target",
+        "negatives": "other",
+    }
     encoder_targets: ClassVar[str] = "partners"
 
     positive: str
     """Partner of ``text``."""
+    negatives: tuple[str, ...] = ()
+    """Hard negatives: text that is no partner of ``text``."""
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         anchor, positive = fields.text(record, "anchor"), fields.text(record, "positive")
         if anchor is None or positive is None:
             return None
-        return cls(fields.file, fields.line, anchor, positive)
+        return cls(fields.file, fields.line, anchor, positive, _read_negatives(record))
 
     def targets(self) -> tuple[str, ...]:
         return (self.positive,)
@@ -206,8 +214,31 @@ class TextPair(TextRow):
     def sides(self) -> list[Row]:
         return [RawText(self.file, self.line, text) for text in (self.text, self.positive)]
 
+    @property
+    def candidates(self) -> Sequence[str]:
+        """Text to search next to the partners of all rows."""
+        return self.negatives
+
     def record(self) -> Record:
-        return {"anchor": self.text, "positive": self.positive}
+        negatives = {"negatives": list(self.negatives)} if self.negatives else {}
+        return {"anchor": self.text, "positive": self.positive, **negatives}
+
+
+def _read_negatives(record: Record) -> tuple[str, ...]:
+    """Return the texts of all keys in :data:`NEGATIVE_KEYS`, in the order of the keys."""
+    found: list[str] = []
+    for key, value in record.items():
+        if key not in NEGATIVE_KEYS:
+            continue
+        for each in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(each, str) or not each.strip():
+                raise RowRefused(
+                    "pair.negative",
+                    f'"{key}" has {json_kind(each)} that is not a text.',
+                    'Write "negatives": ["a text", "another text"], or remove the key.',
+                )
+            found.append(each)
+    return tuple(found)
 
 
 MOST_ITEMS = 1_000
@@ -229,6 +260,7 @@ class History(TextPair):
     other_tasks: ClassVar[Mapping[str, str]] = {}
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("history", "item")),)
     optional_keys: ClassVar[frozenset[str]] = frozenset()
+    json_keys: ClassVar[frozenset[str]] = frozenset()
     encoder_targets: ClassVar[str] = "items"
 
     @classmethod
@@ -260,6 +292,11 @@ class History(TextPair):
     def items(self) -> list[str]:
         """Chosen items, the latest first."""
         return self.text.split("\n")
+
+    @property
+    def candidates(self) -> Sequence[str]:
+        """Earlier items."""
+        return self.items
 
     def record(self) -> Record:
         return {"history": self.items[::-1], "item": self.positive}
