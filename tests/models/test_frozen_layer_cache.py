@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from luthier.adaptations import FeatureExtraction, Freeze, Full, LoRA
 from luthier.data.shapes.texts import LabelledText
@@ -17,6 +18,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
+from luthier.objectives.logprobs import weighted_nll
 from luthier.types import Example
 
 CPU = torch.device("cpu")
@@ -133,3 +135,22 @@ def test_rows_of_the_same_tokens_are_kept_once(
     frozen_cache = FrozenLayerCache.of(network, 1, twice, 40, None)
     assert len(frozen_cache._kept) == sum(map(len, examples))
     assert np.isfinite(frozen_cache._kept.numpy()).all()
+
+
+def test_the_layers_above_keep_their_windows() -> None:
+    """Networks with windows select the mask of a layer by the layer's index."""
+    config = Gemma3TextConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=4,
+        layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = as_network(Gemma3ForCausalLM(config), CPU, torch.float32)
+    network.model.requires_grad_(False)
+    network.model.model.layers[3].requires_grad_(True)
+    ids = np.random.default_rng(0).integers(0, 320, 30)
+    examples = [Example(ids, np.r_[0.0, np.ones(29)].astype(np.float32), 0)]
+    (batch,) = network.batches(examples, 64)
+    expected = weighted_nll(network, batch).item()
+    network.frozen_cache = FrozenLayerCache.of(network, 3, examples, 64, None)
+    assert weighted_nll(network, batch).item() == pytest.approx(expected, rel=1e-6)

@@ -18,6 +18,7 @@ from luthier.models.heads import Head, frozen_parts
 from luthier.models.layers import layer_names
 from luthier.models.modalities import (
     context_length,
+    inner_size,
     input_shape,
     media_config,
     run_media,
@@ -131,7 +132,7 @@ def estimate_memory(
         return MemoryEstimate(held, activations, least)
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    inner = int(inner_size(config) or 4 * hidden)
     vocabulary = int(config.vocab_size)
     # One chunk of logprobs.CHUNK positions: float32 logits and gradient, and two working copies.
     logits = 128 * vocabulary * (8 + 2 * bytes_per_number)

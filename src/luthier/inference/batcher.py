@@ -22,6 +22,7 @@ from luthier.inference.inference import InferenceFailed, InferenceRefused
 from luthier.inference.memory import CacheBudget
 from luthier.inference.scheduler import Cancelled, FairScheduler, WaitingRequests, current_client
 from luthier.limits import ModelLimits
+from luthier.models.modalities import inner_size
 from luthier.processes import KillHandle, cancellable
 
 if TYPE_CHECKING:
@@ -319,5 +320,5 @@ class RowBatcher:
 def _bytes_per_token(network: Network) -> int:
     """Estimate a layer's activations per token: states, queries, keys, values, and the MLP twice."""
     config = network.model.config
-    widened = getattr(config, "intermediate_size", None) or 4 * network.width
+    widened = inner_size(config) or 4 * network.width
     return int((8 * network.width + 2 * int(widened)) * network.dtype.itemsize)

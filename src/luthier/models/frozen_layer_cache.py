@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Given(nn.Module):
-    """A stand-in for the frozen layers that returns cached activations; ``like`` is the last frozen
-    layer."""
+    """A stand-in for the frozen layer ``like`` that returns cached activations."""
 
     def __init__(self, hidden: Tensor, like: nn.Module) -> None:
         super().__init__()
@@ -47,6 +46,8 @@ class _Given(nn.Module):
 
 def frozen_layers(model: Any) -> int:
     """Return the number of frozen layers from the input on; 0 if the embeddings train."""
+    if getattr(model.config, "num_kv_shared_layers", 0):  # upper layers use keys of lower layers
+        return 0
     try:
         owner, name = _stack(model)
     except RecipeError:
@@ -142,8 +143,9 @@ class FrozenLayerCache:
         hidden_NH = rows_MH.new_zeros(len(batch.ids_N), rows_MH.shape[-1])
         hidden_NH[torch.from_numpy(tree.node_M).to(hidden_NH.device)] = rows_MH
         layers = getattr(self._owner, self._name)
-        given = _Given(hidden_NH[None], layers[self.count - 1])
-        with self._layers(nn.ModuleList([given, *layers[self.count :]])):
+        # One stand-in per layer, because some networks select masks by the index of a layer.
+        given = [_Given(hidden_NH[None], layer) for layer in layers[: self.count]]
+        with self._layers(nn.ModuleList([*given, *layers[self.count :]])):
             yield
 
     @contextmanager

@@ -466,7 +466,9 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     from luthier.models.head_forward import before_output_layer
 
     task = task_of(model)
-    if task == "masked_lm" and decoder_of(model) is None:
+    # ModernBERT's decoder also has layers between the backbone and the output embedding.
+    transforms = task == "masked_lm" or (task == "causal_lm" and len(model._modules) > 2)
+    if transforms and media_config(model.config) is None and decoder_of(model) is None:
         return before_output_layer(model, hidden_SH)
     if media_config(model.config) is not None:  # the text decoder of an image encoder
         model = model.decoder

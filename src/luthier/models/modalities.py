@@ -239,3 +239,16 @@ def head_size(config: Any) -> int:
 def key_heads(config: Any) -> int:
     """Return the number of key-value heads."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """Return the configuration of each layer. Layers of Gemma 4 have different head sizes."""
+    if getattr(config, "is_heterogeneous", False):
+        return [*config.per_layer_config]
+    return [config] * int(config.num_hidden_layers)
+
+
+def inner_size(config: Any) -> int | None:
+    """Return the width of the MLP, the largest if layers differ (Gemma 3n), or ``None``."""
+    size = getattr(config, "intermediate_size", None)
+    return max(size) if isinstance(size, list | tuple) else size

@@ -44,7 +44,7 @@ from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
 from luthier.models.llama_forward import LlamaForward
 from luthier.models.lora_batch import Adapter, LoraBatch
-from luthier.models.modalities import head_size, key_heads
+from luthier.models.modalities import head_size, key_heads, layer_configs
 from luthier.models.packing import PackedLinears, packed_weight
 from luthier.models.prefix import prefix_tokens
 from luthier.models.speculation import PromptLookup, Speculation
@@ -134,8 +134,8 @@ class FlatBackend:
         self._packed = PackedLinears(network.model) if packs else nullcontext()
         self._packed.__enter__()
         self._banks = Banks()
-        config = network.model.config
-        numbers = 2 * int(config.num_hidden_layers) * key_heads(config) * head_size(config)
+        layers = layer_configs(network.model.config)
+        numbers = 2 * sum(key_heads(layer) * head_size(layer) for layer in layers)
         self._bytes = numbers * network.dtype.itemsize
         # A step moves sequences between banks, which other threads must not observe.
         self._lock = threading.RLock()
