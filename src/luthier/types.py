@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ from luthier.errors import Location
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.inputs import MediaInput
+    from luthier.data.inputs import Media, MediaInput
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -26,6 +27,8 @@ TemplateKwargs = Mapping[str, bool | int | float | str]
 """Variables of a chat template, such as ``enable_thinking``: transformers'
 ``chat_template_kwargs``."""
 
+IMAGE_MARK = "\ufffc"
+"""Unicode's object replacement character: the place of an image in the text of a turn."""
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 """Marks around a tool call in the text of most models."""
 
@@ -109,12 +112,24 @@ class Message:
     """Id of the call that a tool turn answers."""
     reasoning: str = ""
     """Reasoning before the assistant's answer or call."""
+    images: tuple[Media, ...] = ()
+    """Images of the turn, in the order of the characters :data:`IMAGE_MARK` in ``content``."""
+
+    @property
+    def parts(self) -> list[str | Media]:
+        """Text and images of the content, in order."""
+        if not self.images:
+            return [self.content]
+        texts = self.content.split(IMAGE_MARK)
+        mixed = zip_longest(texts, self.images)
+        return [part for pair in mixed for part in pair if part]
 
     @property
     def whole_text(self) -> str:
         """Content, reasoning and calls, for comparison of turns."""
         reasoning = [self.reasoning] if self.reasoning else []
-        return "\n".join([self.content, *reasoning, *(call.text for call in self.calls)])
+        images = [media.identity for media in self.images]
+        return "\n".join([self.content, *images, *reasoning, *(call.text for call in self.calls)])
 
     def texts(self, name: str, part: Part) -> Iterator[Text]:
         """Yield all texts of the turn, with field names under ``name``."""
@@ -154,6 +169,13 @@ class Message:
     def to_dict(self) -> dict[str, Any]:
         """Return the turn in OpenAI's form for JSON, without the training mark."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.images:
+            turn["content"] = [
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "image_url", "image_url": {"url": part.address}}
+                for part in self.parts
+            ]
         if self.reasoning:
             turn["reasoning_content"] = self.reasoning
         if self.calls:
@@ -268,6 +290,11 @@ class Row:
         turns = self.turns()
         return turns[-1].reply_text if turns and turns[-1].role == "assistant" else None
 
+    @property
+    def images(self) -> tuple[Media, ...]:
+        """Images in the turns of the row."""
+        return tuple(media for turn in self.turns() for media in turn.images)
+
     def plain_text(self) -> str:
         """Return the whole row as one text, for networks without a conversation format."""
         return "\n\n".join(turn.reply_text for turn in self.turns())
@@ -323,6 +350,8 @@ class Example:
     text."""
     segment_T: IntArray | None = None
     """Segment of each token in a pair of texts: ``token_type_ids`` of BERT-like encoders."""
+    images: tuple[Media, ...] = ()
+    """Images of the image tokens in ``ids_T``."""
     reference: float | None = None
     """Precomputed log-probability of the learned tokens under the reference model."""
 

@@ -14,6 +14,7 @@ from written_rows import problems_of, write
 
 from luthier.data import (
     containers,
+    content_parts,
     documents,
     parsing,
     read,
@@ -55,6 +56,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         read,
         rows,
         containers,
+        content_parts,
         documents,
         fields,
         media_files,

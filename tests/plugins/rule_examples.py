@@ -25,6 +25,11 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
     ("field.missing", [{"instruction": "a", "output": "b"}, {"instruction": "a"}], 2),
     (
         "message.part",
+        [{"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}],
+        1,
+    ),
+    (
+        "media.count",
         [{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}],
         1,
     ),
@@ -114,6 +119,7 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
     ("label.type", [{"text": "x", "label": 1.5}], 1),
     ("media.type", [{"image": 7, "label": "x"}], 1),
     ("media.missing", [{"image": "no.png", "label": "x"}], 1),
+    ("media.remote", [{"image": "https://example.org/a.png", "label": "x"}], 1),
     ("media.outside", [{"image": "../a.png", "label": "x"}], 1),
     ("history.type", [{"history": "a", "item": "b"}], 1),
     ("choices.type", [{"prompt": "a", "choices": [], "answer": 0}], 1),

@@ -14,6 +14,7 @@ from luthier.adaptations.lora import LoRA
 from luthier.adaptations.targets import linear_targets
 from luthier.errors import ModelRefused, RecipeError
 from luthier.models.external import ADAPTER_CONFIG
+from luthier.models.save import outer_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -129,7 +130,8 @@ def _targets(names: Iterable[str], model: nn.Module) -> tuple[str, ...]:
     if not layers:
         raise _refusal("adapter_model.safetensors has no weights of LoRA.")
     ends = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
-    short = sorted(linear_targets(model, ends, experts=True)) == layers
+    linear = linear_targets(model, ends, experts=True)
+    short = sorted(outer_name(model, name) for name in linear) == layers
     return ends if short else tuple(layers)
 
 

@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.chat_templates import read_chat_template
-from luthier.data.inputs import PLURAL, MediaInput, Processor, is_media
+from luthier.data.image_tokens import FIRST_IMAGE_ID, ImageTokens
+from luthier.data.inputs import PLURAL, Media, MediaInput, Processor, is_media
 from luthier.data.parsing import quote
 from luthier.data.reasoning import (
     TAIL,
@@ -79,6 +80,8 @@ class EncodedReply:
     learned_T: NDArray[np.bool_]
     source_T: IntArray | None = None
     """Token ids for the encoder, if any; ``ids_T`` then has the decoder's tokens only."""
+    images: tuple[Media, ...] = ()
+    """Images of the image tokens in ``ids_T``."""
 
 
 class NoTokenizer:
@@ -138,6 +141,8 @@ class ChatFormat:
     """First token of the decoder in an encoder-decoder; ``None`` for other networks."""
     media: Processor | None = None
     """Processor for images, audio or time series; ``None`` for networks with text input only."""
+    images: ImageTokens | None = None
+    """Processor of images in conversations; ``None`` for other networks."""
     date: str | None = None
     """Date that the chat template prints, in ISO 8601; ``None`` for today's date."""
     opening_ids: tuple[int, ...] = ()
@@ -182,6 +187,15 @@ class ChatFormat:
                 "media.base",
                 f"this base model accepts {base}, and the rows are {PLURAL[kind]}.",
                 f"Use a base model for {PLURAL[kind]}; `luthier models list` shows the inputs.",
+            )
+
+    def check_images(self, messages: Sequence[Message]) -> None:
+        """Raise :class:`RowRefused` for a conversation with images, if the model reads none."""
+        if images_of(messages) and (self.images is None or self.template == "plain"):
+            raise RowRefused(
+                "media.base",
+                "the base model reads no images in messages.",
+                "Use a vision-language model (Idefics 3 or SmolVLM) with its chat template.",
             )
 
     def encode_input(self, row: Row, index: int) -> Example:
@@ -273,7 +287,8 @@ class ChatFormat:
             template,
             tuple(stops),
             start_id,
-            media,
+            None if isinstance(media, ImageTokens) else media,
+            media if isinstance(media, ImageTokens) else None,
             opening_ids=tuple(opening_ids),
             closing_ids=tuple(closing_ids),
             decoder_problem=decoder_problem,
@@ -405,7 +420,8 @@ class ChatFormat:
 
         Entries of ``kwargs`` that the template does not read are ignored.
         """
-        return self.prompt_tokens(self.prompt_text(messages, tools, kwargs))
+        text = self.prompt_text(messages, tools, kwargs)
+        return self.prompt_tokens(text, images_of(messages))
 
     def prompt_text(
         self,
@@ -414,6 +430,7 @@ class ChatFormat:
         kwargs: TemplateKwargs | None = None,
     ) -> str:
         """Return the prompt as text; :meth:`encode_prompt` tokenizes this text."""
+        self.check_images(messages)
         if self.start_id is not None or self.template == "plain":
             self.check_decoder()
             return _plain_prompt(calls_as_text(messages, tools))
@@ -441,11 +458,12 @@ class ChatFormat:
         differing = np.flatnonzero(~same_T)
         return one_T[len(one_T) - shorter + (differing[-1] + 1 if len(differing) else 0) :]
 
-    def prompt_tokens(self, text: str) -> IntArray:
-        """Return the token ids of a text from :meth:`prompt_text`."""
+    def prompt_tokens(self, text: str, images: Sequence[Media] = ()) -> IntArray:
+        """Return the token ids of a text from :meth:`prompt_text` with ``images``."""
         if self.start_id is not None:
             return self.encode_whole(text)
-        return self.tokens(text, first=self.template == "plain")
+        ids_T = self.tokens(text, first=self.template == "plain")
+        return ids_T if self.images is None else self.images.place(ids_T, images, self.tokenizer)
 
     def encode_reply(
         self, messages: Sequence[Message], context: int = 0, tools: Sequence[Tool] = ()
@@ -467,6 +485,7 @@ class ChatFormat:
             RowRefused: if the template drops a part of a learned turn.
             RecipeError: if the template rejects the conversation.
         """
+        self.check_images(messages)
         if self.start_id is not None:
             return [self._encode_sides(calls_as_text(messages, tools))]
         if self.template == "plain":
@@ -479,7 +498,10 @@ class ChatFormat:
                 "The model's chat template drops a part of every learned turn of the row.",
                 "Write one row per learned turn, with this turn as the last message.",
             )
-        return encoded
+        if self.images is None or not (images := images_of(messages)):
+            return encoded
+        place = partial(self.images.place, images=images, tokenizer=self.tokenizer)
+        return [replace(each, ids_T=place(each.ids_T), images=images) for each in encoded]
 
     def _encode_segments(self, segments: Sequence[Segment]) -> EncodedReply:
         text, done, parts = "", 0, list[tuple[int, int]]()
@@ -584,6 +606,8 @@ class ChatFormat:
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens."""
+        if self.images is not None:
+            ids = [token for token in ids if token < FIRST_IMAGE_ID]
         with tokenizer_errors():
             text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
@@ -613,6 +637,9 @@ class ChatFormat:
         media = self.media is not None and len(ids) == 1 and ids[0] >= self.tokenizer.vocab_size
         if self.media is not None and (media or not self.has_tokenizer):
             return [f"<{self.media.kind}>"] * len(ids)  # the id is a hash of the content
+        if self.images is not None:
+            image_id = self.images.token_id(self.tokenizer)
+            ids = [int(token) if token < FIRST_IMAGE_ID else image_id for token in ids]
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         # Checked by type, because a byte-level vocabulary may also have a token "##".
@@ -759,7 +786,6 @@ class ChatFormat:
         """
         if self.check_template is not None:
             self.check_template()
-        literal = self.text_encoder.break_marks
         names: dict[str, Any] = {**(kwargs or {})}
         if printed := names.pop(DATE, self.date):
             own = self.tokenizer.chat_template
@@ -768,13 +794,8 @@ class ChatFormat:
             names["chat_template"] = date_macro(printed) + own
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [
-                    turn
-                    if turn["role"] == "assistant"
-                    else {**turn, "content": literal(turn["content"])}
-                    for turn in turns
-                ],
-                tools=map_texts([*tools], literal) or None,
+                [{**turn, "content": self._content(turn)} for turn in turns],
+                tools=map_texts([*tools], self.text_encoder.break_marks) or None,
                 tokenize=False,
                 add_generation_prompt=reply,
                 **names,
@@ -792,6 +813,27 @@ class ChatFormat:
                 rule="template.refused",
             ) from error
         return text
+
+    def _content(self, turn: Mapping[str, Any]) -> Any:
+        """Return the content of a turn as the template reads it: a text or a list of parts."""
+        content = turn["content"]
+        if turn["role"] != "assistant":
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            literal = self.text_encoder.break_marks
+            parts = [{**p, "text": literal(p["text"])} if "text" in p else p for p in parts]
+            content = parts if isinstance(content, list) else parts[0]["text"]
+        if isinstance(content, str) and self._takes_parts:
+            return [{"type": "text", "text": content}]
+        return content
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """True if the template drops content that is not a list of parts, like SmolVLM's."""
+        if self.images is None:
+            return False
+        turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+        texts = [self.tokenizer.apply_chat_template([turn], tokenize=False) for turn in turns]
+        return bool(texts[0] == texts[1])
 
     def tokens(self, text: str, *, first: bool) -> IntArray:
         """Return the token ids ``[T]`` of ``text``, without sentinels.
@@ -829,12 +871,19 @@ class ChatFormat:
         """Return messages and tools as rendered by the chat template; see :meth:`render`."""
         if uses_tools(messages, tools) and supports_tools(self.template_text):
             described = [describe_tool(tool) for tool in tools]
-            return self.render(
+            text = self.render(
                 template_turns(messages), reply=reply, tools=described, kwargs=kwargs
             )
-        return self.render(
-            template_turns(calls_as_text(messages, tools)), reply=reply, kwargs=kwargs
-        )
+        else:
+            turns = template_turns(calls_as_text(messages, tools))
+            text = self.render(turns, reply=reply, kwargs=kwargs)
+        images = images_of(messages)
+        return text if self.images is None else self.images.expand(text, images)
+
+
+def images_of(messages: Sequence[Message]) -> tuple[Media, ...]:
+    """Return the images of a conversation in order."""
+    return tuple(media for message in messages for media in message.images)
 
 
 _TEMPLATE_FIX = "Set `data.chat_template=chatml`, or use a base model with a chat template."

@@ -12,7 +12,7 @@ import base64
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,16 +20,18 @@ from typing import ClassVar
 
 import numpy as np
 
+from luthier.data.content_parts import join_parts
 from luthier.data.inputs import (
     LARGEST_VALUE,
     LONGEST_WINDOW,
+    MOST_IMAGES_OF_ROW,
     SINGULAR,
     Media,
     MediaKind,
     object_name,
 )
 from luthier.data.parsing import Record, json_kind, quote
-from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
+from luthier.data.tool_forms import read_tools, unify_turns
 from luthier.data.turn_marks import read_marks
 from luthier.errors import Location, Problem, RowRefused
 from luthier.formatting import list_some, nearest_name
@@ -105,37 +107,6 @@ def column_fix(key: str, column: str) -> str:
     return (
         f'Did you mean {quote(column)}? Rename the column to "{key}", or set '
         f"`data.columns.{key}={column}`."
-    )
-
-
-def join_parts(value: object) -> object:
-    """Return the concatenated text of content parts; any other value unchanged.
-
-    Bedrock's cache points are skipped.
-
-    Raises:
-        RowRefused: for a part without text, such as an image.
-    """
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        return value
-    return "".join(_part_text(part) for part in value if not is_cache_point(part))
-
-
-def _part_text(part: dict[str, object]) -> str:
-    text = part.get("text")
-    if isinstance(text, str) and part.get("type", "text") == "text":
-        if more := sorted(part.keys() - {"type", "text", "cache_control"}):
-            raise RowRefused(
-                "message.part",
-                f"a content part has the unknown key {quote(more[0])}.",
-                "Remove the key; training marks belong to the message.",
-            )
-        return text
-    kind = part.get("type") or next(iter(part), "nothing")
-    raise RowRefused(
-        "message.part",
-        f"a content part has the type {quote(str(kind))}; only text is supported.",
-        'Keep the parts {"type": "text", "text": "..."}, or remove the row.',
     )
 
 
@@ -274,6 +245,8 @@ class FieldChecker:
         self.problems = problems
         self.line = 0
         self.names: Names = {}
+        self._images: deque[object] = deque()
+        self._placed: list[Media | None] = []
         self.unread_of_turns: dict[str, None] = {}
         """Ignored keys of turns, such as ``messages[].speaker``."""
 
@@ -332,6 +305,10 @@ class FieldChecker:
             return None
         if value.startswith("data:"):
             return self._decode_data_address(value, kind, name)
+        if value.startswith(("http://", "https://")):
+            fix = "Download the file, and write its path or a data: address."
+            self.report("media.remote", f"{quote(value)} is remote and not fetched.", fix)
+            return None
         folder = Path(self.file).parent.resolve()
         if value.startswith("s3://"):
             copy = folder / object_name(value)
@@ -386,8 +363,11 @@ class FieldChecker:
         near = nearest_name(key, (name for name in record if name not in self.other_keys))
         return column_fix(key, self.names.get(near) or near) if near else ""
 
-    def messages(self, value: object, answered: bool = True) -> Turns | None:
-        """Return a conversation; with ``answered``, the last turn must be the assistant's."""
+    def messages(self, value: object, answered: bool = True, images: object = None) -> Turns | None:
+        """Return a conversation; with ``answered``, the last turn must be the assistant's.
+
+        ``images`` are the images of parts without an own image, in order.
+        """
         if not isinstance(value, list):
             called = self.names.get("messages") or "messages"
             message = f'"{called}" must be an array of objects, but is {json_kind(value)}.'
@@ -399,8 +379,18 @@ class FieldChecker:
             fix = "Add at least one user and one assistant message, or remove the row."
             self.report("messages.empty", message, fix)
             return None
+        self._images = deque(images if isinstance(images, list) else ())
         turns = [self._message(number, item) for number, item in enumerate(unify_turns(value), 1)]
         messages = tuple(turn for turn in turns if turn is not None)
+        count = sum(len(turn.images) for turn in messages)
+        if self._images or count > MOST_IMAGES_OF_ROW:
+            message = f"The row has {count} images in messages; at most {MOST_IMAGES_OF_ROW} fit."
+            fix = "Write fewer images per row."
+            if self._images:
+                message = f'"images" has {len(self._images)} more images than the messages.'
+                fix = 'Add one part {"type": "image"} per image, or remove the images.'
+            self.report("media.count", message, fix)
+            return None
         # The order is undefined if a message is missing or has an unknown role.
         if len(messages) == len(turns):
             self._check_order(messages, answered)
@@ -421,7 +411,10 @@ class FieldChecker:
         role = self._role(number, item)
         try:
             learned = self.learned(item, "messages", role == "assistant")
-            item = {**item, "content": join_parts(item["content"])} if "content" in item else item
+            place = self._place_image if role == "user" else None
+            if "content" in item:
+                item = {**item, "content": join_parts(item["content"], place)}
+            images, self._placed = tuple(self._placed), []
         except RowRefused as bad:
             self.report(bad.rule, f"Message {number}: {bad.problem.message}", bad.problem.advice)
             return None
@@ -431,12 +424,24 @@ class FieldChecker:
             content = content if isinstance(content, str) else self.text(item, "content", number)
         else:
             content = self.text(item, "content", number, target=role == "assistant")
-        if role is None or content is None:
+        if role is None or content is None or None in images:
             return None
         call_id, reasoning = item.get("tool_call_id"), item.get("reasoning_content")
         if role != "assistant" or not isinstance(reasoning, str):
             reasoning = ""
-        return Message(role, content, learned, calls, str(call_id or ""), reasoning.strip())
+        found = tuple(filter(None, images))
+        return Message(role, content, learned, calls, str(call_id or ""), reasoning.strip(), found)
+
+    def _place_image(self, value: object) -> None:
+        """Read an image part of the current turn; ``None`` stands for the row's next image."""
+        if value is None and not self._images:
+            raise RowRefused(
+                "media.count",
+                "an image part has no image.",
+                'Write {"type": "image_url", "image_url": {"url": "PATH"}}, or add "images".',
+            )
+        value = self._images.popleft() if value is None else value
+        self._placed.append(self.media({"image": value}, "image"))
 
     def learned(self, turn: Record, key: str, of_assistant: bool = True) -> bool:
         """Return whether a turn is learned, and record the turn's ignored keys.

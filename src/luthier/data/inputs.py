@@ -7,6 +7,7 @@ array. Inputs are decoded per micro-batch, so memory does not grow with the numb
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import lzma
 import os
@@ -53,6 +54,8 @@ MOST_PIXELS = 64_000_000
 """Most pixels of an image; a file of a few kilobytes can claim any number."""
 MOST_MEDIA_BYTES = 64 * 1024 * 1024
 """Most bytes of an encoded image or audio file."""
+MOST_IMAGES_OF_ROW = 64
+"""Most images of a conversation."""
 LONGEST_WINDOW = 512
 """Most values in a window of a time series; no supported network accepts more."""
 LARGEST_VALUE = 1e100
@@ -82,7 +85,7 @@ def conversion_fix(names: Iterable[str]) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Media:
     """Location of one image, audio file or window."""
 
@@ -143,6 +146,21 @@ class Media:
         if (version := self.version()) is None:
             return hashlib.sha256(self.read()).hexdigest()
         return _file_digest(*version)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the bytes, or the name of an unreadable file."""
+        try:
+            return self.digest()
+        except RowRefused:  # the gate reports the reason (media/checks/media_files.py)
+            return self.name
+
+    @property
+    def address(self) -> str:
+        """Path of the file, or the bytes as a ``data:`` address."""
+        if self.data is None:
+            return self.name
+        return f"data:image/png;base64,{base64.b64encode(self.data).decode()}"
 
     def version(self) -> tuple[str, str, int, int] | None:
         """Return a key for the file's current content, without reading the file; ``None`` without a
@@ -233,7 +251,9 @@ def media_error(rule: str, message: str, fix: str = "") -> RowRefused:
     )
 
 
-PREPROCESSOR_CONFIG = "preprocessor_config.json"
+PREPROCESSOR_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
+_SHARED_FIELDS = ("image_seq_len", "processor_class")
+"""Fields of ``processor_config.json`` that a processor of images in text needs."""
 
 
 class Processor(ABC):
@@ -246,6 +266,8 @@ class Processor(ABC):
     name: ClassVar[str]
     """Name in :data:`PROCESSORS`."""
     kind: ClassVar[MediaKind]
+    in_text: ClassVar[bool] = False
+    """True for images inside a conversation (:mod:`luthier.data.image_tokens`)."""
 
     @property
     @abstractmethod
@@ -333,8 +355,14 @@ def read_processor(folder: Path) -> Processor | None:
         UnknownModel: for an unsupported processor.
         CorruptFile: for values out of range.
     """
-    path = folder / PREPROCESSOR_CONFIG
-    return parse_processor(read_json(path), path) if path.is_file() else None
+    path, whole = folder / PREPROCESSOR_CONFIG, folder / PROCESSOR_CONFIG
+    fields = read_json(path) if path.is_file() else None
+    if whole.is_file() and isinstance(found := read_json(whole), dict):
+        # Since version 5, transformers stores the image processor inside this file.
+        fields = found.get("image_processor") if fields is None else fields
+        if isinstance(fields, dict):
+            fields = {**fields, **{k: v for k, v in found.items() if k in _SHARED_FIELDS}}
+    return None if fields is None else parse_processor(fields, path)
 
 
 def parse_processor(fields: Any, path: Path) -> Processor:
@@ -365,4 +393,7 @@ def parse_processor(fields: Any, path: Path) -> Processor:
 
 def save_processor(processor: Processor, folder: Path) -> None:
     """Write :data:`PREPROCESSOR_CONFIG`."""
-    write_json(folder / PREPROCESSOR_CONFIG, processor.fields())
+    fields = processor.fields()
+    write_json(folder / PREPROCESSOR_CONFIG, fields)
+    if processor.in_text:
+        write_json(folder / PROCESSOR_CONFIG, {k: fields[k] for k in _SHARED_FIELDS if k in fields})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from luthier.data.field_checks import join_parts
+from luthier.data.content_parts import join_parts
 from luthier.data.parsing import Record, json_kind, parse_embedded, quote
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly

@@ -76,6 +76,11 @@ def template_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     turns, count = [], 0
     for message in messages:
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.images:
+            turn["content"] = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in message.parts
+            ]
         if message.reasoning:
             turn |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
         if message.calls:
@@ -107,9 +112,11 @@ def calls_as_text(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Me
             role, content = "user", f"Result of {name}: {content}"
         if parts and parts[-1][0].role == role == "user":
             # Join results and the next user text, because many templates require alternating roles.
-            parts[-1][1].append(content)
+            before, texts = parts[-1]
+            parts[-1] = replace(before, images=(*before.images, *message.images)), [*texts, content]
         else:
-            parts.append((Message(role, reasoning=message.reasoning), [content]))
+            turn = Message(role, reasoning=message.reasoning, images=message.images)
+            parts.append((turn, [content]))
     turns = [replace(message, content="\n".join(texts)) for message, texts in parts]
     if tools:
         listed = "\n".join(json.dumps(describe_tool(tool)["function"]) for tool in tools)

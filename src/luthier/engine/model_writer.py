@@ -57,6 +57,7 @@ from luthier.models.save import (
     save_adapter,
     save_format,
     save_network,
+    stored_name,
 )
 from luthier.models.torch_backend import torch_backend
 from luthier.objectives import OBJECTIVES
@@ -137,7 +138,7 @@ class ModelWriter:
         plugins = dict(package.rsplit(" ", 1) for package in packages if package)
         trained = adapter_tensors(model)
         # Hash of the weights in memory: the parity check compares it with the file as read back.
-        weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
+        weights = fingerprint({stored_name(model, adaptation, n): w for n, w in trained.items()})
         if adaptation.stores_network:
             save_network(model, job.chat, folder)
         else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations.lora import LoRA
 from luthier.errors import RecipeError
 from luthier.library.models import load
-from luthier.models.save import read_adapter
+from luthier.models.save import read_adapter, whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing weights are named below
-            adapted: Any = PeftModel.from_pretrained(base, str(folder))
+            adapted: Any = PeftModel.from_pretrained(whole_model(base), str(folder))
     except Exception as error:  # rules of a family raise any exception
         raise RecipeError(
             f"PEFT cannot load the adapter of {stored.id}: {str(error).splitlines()[0]} {fix}"

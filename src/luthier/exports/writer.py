@@ -56,7 +56,13 @@ from luthier.models.gguf_networks import network_of
 from luthier.models.load import stored_dtype
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
 from luthier.models.pipelines import network_folders
-from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
+from luthier.models.save import (
+    ADAPTER,
+    read_adapter,
+    save_format,
+    save_network,
+    whole_model,
+)
 from luthier.models.sentence_head import attach_sentence_head, sentence_head
 
 Phase = Literal["merge", "trace", "write", "compare"]
@@ -124,7 +130,8 @@ def export(
             # float16 would round away the small updates of an adapter.
             wide = torch.float32 if dtype == torch.float16 else dtype
             device = machines.choose_machine().device
-            model = load_merged(stored, wide, device, on_progress).to(dtype)
+            model = load_merged(stored, wide, device, on_progress)
+            whole_model(model).to(dtype)
             size = sum(weight.nbytes for weight in model.parameters())
             with _report_written(size, on_progress):
                 save_network(model, stored.chat, fresh)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from luthier.data.chat import images_of
 from luthier.data.reasoning import overlap
 from luthier.data.tools import parse_calls, parse_cut_calls, supports_tools
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RowRefused
 from luthier.inference.constraints import check_depth
 from luthier.inference.inference import Chat, InferenceRefused
 from luthier.types import CALL_OPEN, Tool, ToolCall
@@ -46,9 +47,11 @@ def encode(
     try:
         text = chat.prompt_text(conversation.turns, tools, conversation.template_kwargs)
         check(text)
-        return chat.prompt_tokens(text)
+        return chat.prompt_tokens(text, images_of(conversation.turns))
     except RecipeError as error:
         raise InferenceRefused(str(error), "messages") from error
+    except RowRefused as error:  # an image that cannot be opened
+        raise InferenceRefused(error.problem.message, "messages") from error
 
 
 class CallSplitter:

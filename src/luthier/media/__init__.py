@@ -48,6 +48,7 @@ ENTRY_POINTS = {
     "luthier.table_readers": {"series": "luthier.media.time_series:read_series"},
     "luthier.image_generators": {"images": "luthier.media.image_generation:ImageGenerator"},
     "luthier.processors": {
+        "tiled_images": "luthier.media.chat_images:TiledImages",
         "image": "luthier.media.processors:ImageProcessor",
         "feature_extractor": "luthier.media.processors:FeatureExtractor",
         "audio": "luthier.media.processors:AudioProcessor",

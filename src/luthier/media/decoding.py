@@ -19,6 +19,8 @@ from luthier.errors import RowRefused
 
 _NPY = b"\x93NUMPY"
 """First bytes of an ``.npy`` file."""
+_ORIENTATION = 0x0112
+"""EXIF tag of the rotation; 5 to 8 exchange width and height."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 """Formats that Pillow may open. All are plain pixel formats; EPS, for example, is a program."""
 MOST_SECONDS = 600
@@ -78,6 +80,21 @@ def read_place(media: Media) -> str:
             return f"{degrees[0]:.1f} {fields.get(1, '?')}, {degrees[1]:.1f} {fields.get(3, '?')}"
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
             return ""
+
+
+def image_size(media: Media) -> tuple[int, int]:
+    """Return width and height of an upright image, without decoding the pixels.
+
+    Raises:
+        RowRefused: for a file that is not an image, or too large an image.
+    """
+    if media.array is not None or (data := media.read()).startswith(_NPY):
+        height, width = read_pixels(media).shape[:2]
+        return width, height
+    with _open_image(data, media.most or MOST_PIXELS) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size
+        return (height, width) if turned else (width, height)
 
 
 def decode_image(data: bytes, most: int | None = None) -> Pixels:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.data.image_tokens import FIRST_IMAGE_ID
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.backends import backend_of, completion_limit, read_prompts
@@ -94,7 +95,8 @@ class TokenSampler:
         self._random = random.Random(f"{seed}/{index}")
         self._written: Counter[int] = Counter()
         repeats = sampling.repetition_penalty != 1
-        self._read = torch.from_numpy(prompt_T).unique() if repeats else None
+        text_T = prompt_T[prompt_T < FIRST_IMAGE_ID]
+        self._read = torch.from_numpy(text_T).unique() if repeats else None
         bias = sampling.logit_bias
         self._biased_N = torch.tensor([*bias], dtype=torch.int64)
         self._bias_N = torch.tensor([*bias.values()], dtype=torch.float32)

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.image_tokens import ImageTokens
 from luthier.data.inputs import MOST_PIXELS, Processor, read_processor
 from luthier.errors import ModelRefused, RecipeError, UnknownModel
 from luthier.files import read_json
@@ -127,11 +128,21 @@ class ModelFolder:
         return DEFAULT_CONTEXT, "a default, as config.json and the tokenizer have no length"
 
     @cached_property
+    def _stored_processor(self) -> Processor | None:
+        return read_processor(self.path)
+
+    @property
+    def images(self) -> ImageTokens | None:
+        """Processor of images in conversations; ``None`` for other networks."""
+        found = self._stored_processor
+        return found if isinstance(found, ImageTokens) else None
+
+    @cached_property
     def processor(self) -> Processor | None:
         """Image or audio processor, ``None`` for a text network."""
         if self.uses_text_part:
             return None
-        found = read_processor(self.path)
+        found = None if self.images else self._stored_processor
         # A pipeline may lack a preprocessor file; its networks determine the processor.
         return (
             pipeline_processor(self.fields) if found is None and is_pipeline(self.path) else found

@@ -18,6 +18,7 @@ from luthier.models.modalities import (
     input_shape,
     is_dual_encoder,
     media_config,
+    reads_images_in_text,
     reads_sound,
     text_config,
 )
@@ -183,6 +184,8 @@ def _class_name(config: Any, task: Task) -> str:
     if media_config(config) is not None:
         named = () if is_dual_encoder(config) and task != "embedding" else _TASKS[task].media
         return next((name for name in named if _has(config, name, task)), "")
+    if reads_images_in_text(config):
+        return _TASKS["image_to_text"].media[0] if task == "causal_lm" else ""
     name = _TASKS[task].text
     if not name or (task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES):
         return ""

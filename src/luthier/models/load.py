@@ -30,17 +30,24 @@ from luthier.models.heads import (
     start_bias,
     task_of,
 )
+from luthier.models.image_tokens import text_network, trial_row
 from luthier.models.layouts import (
     DualEncoder,
     ImageEncoderDecoder,
     Rectangle,
     pooled_states,
 )
-from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
+from luthier.models.modalities import (
+    input_shape,
+    media_config,
+    media_inputs,
+    reads_images_in_text,
+    text_config,
+)
 from luthier.models.network import Network
 from luthier.models.probe import check_finite, probed_network, relative_error
 from luthier.models.tensors import tensor_headers
-from luthier.types import Example
+from luthier.types import Example, IntArray
 
 
 def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
@@ -83,6 +90,7 @@ def sketch(config: Any, head: Head) -> nn.Module:
         kind = auto_class(config, head.task)
         with _CONSTRUCTING, torch.device("meta"):
             model: nn.Module = kind.from_config(config, trust_remote_code=False)
+        model = text_network(model) if reads_images_in_text(config) else model
         set_task(model, head.task)
         return model
 
@@ -136,6 +144,8 @@ def load_model(
         raise CorruptFile(f"Cannot read the weights in {folder}: {error}") from error
     finally:
         logging.set_verbosity(quiet)
+    if reads_images_in_text(config):
+        model = text_network(model.to(device), opened.images)
     set_task(model, head.task)
     # Text embeddings do not use the pooler. Image embeddings would, so an untrained pooler is removed.
     unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
@@ -197,7 +207,20 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
         elif task_of(model) == "sequence_classification":
             _check_classifier(network)
         return network
-    return probed_network(model, device, dtype)
+    trial = trial_row(model)
+    network = probed_network(model, device, dtype)
+    if trial is not None:
+        _check_image_tokens(network, *trial)
+    return network
+
+
+@torch.no_grad()
+def _check_image_tokens(network: Network, ids_T: IntArray, own_TV: torch.Tensor) -> None:
+    """Compare the scores of tokens of a row with an image with the network's own forward."""
+    row = Example(ids_T, np.zeros(len(ids_T), np.float32), 0)
+    batch = network.batch(build_tree([row], share=network.shares), prefix=False)
+    hidden_TH = network.hidden(batch, torch.from_numpy(batch.tree.node_M).to(network.device))
+    _compare(network, network.logits(hidden_TH).float(), own_TV)
 
 
 @torch.no_grad()

@@ -31,8 +31,9 @@ _MEDIA_CLASSES = (
     "AutoModelForPreTraining",
 )
 """Automatic classes of networks without a vocabulary, for images or spectrograms."""
-IMAGES_IN_TEXT: frozenset[str] = frozenset()
-"""Families that luthier loads whole, for images between the tokens of a text."""
+IMAGES_IN_TEXT = frozenset({"idefics3", "smolvlm"})
+"""Families that luthier loads whole, for images between the tokens of a text
+(:mod:`luthier.models.image_tokens`)."""
 _RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
 RELATIVE_CONTEXT = 4096
 """Context of networks with relative positions, which have no limit except memory."""
@@ -57,7 +58,7 @@ def media_config(config: Any) -> Any:
     if kind in _SOUND_FAMILIES:
         return config
     # A vocabulary excludes media without an import of transformers' tables.
-    if hasattr(config, "vocab_size"):
+    if hasattr(config, "vocab_size") or reads_images_in_text(config):
         return None
     import transformers
 
@@ -69,6 +70,8 @@ def text_config(config: Any) -> Any:
     """Return the configuration of the text part, or ``None``."""
     if config.model_type in _PARTS:
         return getattr(config, _PARTS[config.model_type][1])
+    if reads_images_in_text(config):
+        return config.text_config
     return config if media_config(config) is None else None
 
 
@@ -120,6 +123,11 @@ def is_recurrent(config: Any) -> bool:
         DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind in getattr(config, "layer_types", ()) or ()
     )
     return any(kind is not None and issubclass(kind, LinearAttentionLayer) for kind in kinds)
+
+
+def reads_images_in_text(config: Any) -> bool:
+    """Return True for vision-language models that luthier runs with images."""
+    return getattr(config, "model_type", "") in IMAGES_IN_TEXT
 
 
 def is_dual_encoder(config: Any) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from luthier.data.image_tokens import LIVE_IMAGES
 from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
@@ -341,6 +342,7 @@ class Network:
     def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
         """Return ``tree`` on the network's device, with the network's key-value prefix."""
         before = prefix_tokens(self.model) if prefix else 0
+        LIVE_IMAGES.add(media for example in tree.examples for media in example.images)
         return TreeBatch.of(tree, self.device, self.dtype, self.layout, before)
 
     def batches(self, examples: Sequence[Example], budget: int) -> Iterator[TreeBatch]:

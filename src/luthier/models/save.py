@@ -59,10 +59,34 @@ def save_adapter(
 ) -> None:
     """Save the trained weights and ``adapter_config.json``, in PEFT's format for PEFT's methods."""
     kept = adapter_tensors(model).items()
-    tensors = {adaptation.stored_name(n): t.contiguous().cpu() for n, t in kept}
+    tensors = {stored_name(model, adaptation, n): t.contiguous().cpu() for n, t in kept}
     save_tensors(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    for key in {"target_modules", "modules_to_save"} & config.keys():
+        config = {**config, key: [outer_name(model, name) for name in config[key]]}
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     write_bytes(folder / "adapter_config.json", text.encode())
+
+
+def whole_model(model: Any) -> Any:
+    """Return the model to save: the vision-language model of a text part, or ``model`` itself."""
+    whole: Any = getattr(model, "whole", None)
+    if whole is None:
+        return model
+    whole.model.lm_head = model.lm_head
+    return whole.model
+
+
+def outer_name(model: Any, name: str) -> str:
+    """Return the name in :func:`whole_model` of the module or weight ``name`` of ``model``."""
+    if getattr(model, "whole", None) is None:
+        return name
+    prefix = f"{model.base_model_prefix}."
+    return f"{prefix}text_model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+
+def stored_name(model: nn.Module, adaptation: Adaptation, name: str) -> str:
+    """Return the name in the adapter file of the weight ``name`` of ``model``."""
+    return adaptation.stored_name(outer_name(model, name))
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -85,14 +109,14 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
         adaptation.attach(model)
     new = head_weights(model)
     weights = {
-        adaptation.stored_name(n): p
+        stored_name(model, adaptation, n): p
         for n, p in adapter_tensors(model).items()
         # An adapter of another task lacks this task's head, and a head for other classes has another
         # size.
-        if n not in new or _fits(p, saved.get(adaptation.stored_name(n)))
+        if n not in new or _fits(p, saved.get(stored_name(model, adaptation, n)))
     }
-    kept = {n for n in new if adaptation.stored_name(n) not in weights}
-    inside = adaptation.stored_name(getattr(model, "base_model_prefix", ""))
+    kept = {n for n in new if stored_name(model, adaptation, n) not in weights}
+    inside = stored_name(model, adaptation, getattr(model, "base_model_prefix", ""))
     # An adapter also contains the head of its own task, which this network lacks.
     others = tuple(f"{inside}.{name}." for name in INNER_HEADS)
     saved = {
@@ -136,7 +160,7 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
     if stops and getattr(model.config, "pad_token_id", None) is None:
         # transformers uses the padding token to find the last token of each row.
         model.config.pad_token_id = stops[0]
-    model.save_pretrained(folder)
+    whole_model(model).save_pretrained(folder)
     if task_of(model) == "embedding" and (head := sentence_head(model)) is not None:
         head.save(folder)
     save_format(chat, folder)
@@ -144,8 +168,8 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
 
 def save_format(chat: ChatFormat, folder: Path) -> None:
     """Save the processor and the tokenizer. Plain models get no chat template."""
-    if chat.media is not None:
-        save_processor(chat.media, folder)
+    if (processor := chat.media or chat.images) is not None:
+        save_processor(processor, folder)
     if not chat.has_tokenizer:
         return
     # The running model still uses this tokenizer, so the template is restored afterwards.

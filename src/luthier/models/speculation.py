@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
+
+from luthier.data.image_tokens import FIRST_IMAGE_ID
 
 NGRAMS = (3, 2)
 """Lengths of the n-grams to look up, the longest first."""
@@ -65,7 +68,7 @@ class PromptLookup:
         self._indexed = len(ids)
         for size in NGRAMS:
             if (place := self._behind.get(tuple(ids[-size:]))) is not None:
-                return ids[place : place + most]
+                return [*takewhile(FIRST_IMAGE_ID.__gt__, ids[place : place + most])]
         return []
 
     def learn(self, right: int) -> None:

@@ -193,7 +193,8 @@ def load_chat_format(folder: Path, network: ModelFolder | None = None) -> ChatFo
     """
     network = network or ModelFolder(folder)
     config = network.fields
-    processor = network.processor if network.path == folder else read_processor(folder)
+    own = network.path == folder
+    processor = (network.images or network.processor) if own else read_processor(folder)
     if processor is not None and not reads_texts(folder, processor):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)

@@ -52,7 +52,13 @@ def encode_replies(row: Row, index: int, chat: ChatFormat) -> Example:
     # A rating judges one answer; earlier assistant turns of the prompt are context.
     prompt_turns = len(row.messages) if isinstance(row, JudgedAnswers) else 0
     sequences = [
-        Example(each.ids_T, each.learned_T.astype(np.float32), index, source_T=each.source_T)
+        Example(
+            each.ids_T,
+            each.learned_T.astype(np.float32),
+            index,
+            source_T=each.source_T,
+            images=each.images,
+        )
         for each in chat.encode_replies(row.turns(), prompt_turns, row.tools)
     ]
     return Example.from_sides(sequences[::-1])

@@ -81,7 +81,7 @@ class Conversation(Shape):
     keys: ClassVar[tuple[str, ...]] = ("messages",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
     other_tasks: ClassVar[Mapping[str, str]] = _REJECTED
-    optional_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input"))
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input", "images"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools", "functions"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
 
@@ -93,7 +93,10 @@ class Conversation(Shape):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        messages, tools = fields.messages(record["messages"]), fields.tools(record)
+        messages, tools = (
+            fields.messages(record["messages"], images=record.get("images")),
+            fields.tools(record),
+        )
         if messages is None:
             return None
         check_calls(messages, tools)

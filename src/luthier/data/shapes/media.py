@@ -12,7 +12,6 @@ from luthier.data.inputs import PLURAL, Media, MediaKind
 from luthier.data.parsing import Record
 from luthier.data.shapes.base import ENOUGH_ANSWERS, InputKind, Labelled, Shape
 from luthier.data.shapes.texts import RawText
-from luthier.errors import RowRefused
 from luthier.types import Part, Row
 
 CAPTION_KEYS = ("caption", "text")
@@ -32,11 +31,7 @@ class MediaRow(Shape):
         return cls.reads
 
     def inputs(self) -> tuple[str, ...]:
-        """Return the hash of the bytes, or the name of an unreadable file."""
-        try:
-            return (self.media.digest(),)
-        except RowRefused:  # the gate reports the reason (media/checks/media_files.py)
-            return (self.media.name,)
+        return (self.media.identity,)
 
     def excerpt(self) -> str:
         return self.media.name

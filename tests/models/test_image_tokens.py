@@ -1,0 +1,133 @@
+"""Images in chat messages: tokens, loss, LoRA, merging, generation and serving of Idefics 3."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from luthier.data.image_tokens import FIRST_IMAGE_ID
+from luthier.data.rows import load_rows
+from luthier.engine.train import train
+from luthier.exports.writer import export
+from luthier.library.models import StoredModel, find, load
+from luthier.models.load import as_network
+from luthier.objectives.sft import SFT
+from luthier.recipe import Recipe
+from luthier.types import Example
+from vision_chat import save_base
+
+CPU = torch.device("cpu")
+SIZES = ((40, 30), (20, 60), (16, 16))
+ROWS = [
+    [("user", [0, "What is it?", 1, " and <image> this?"]), ("assistant", "red"),
+     ("user", "And?"), ("assistant", "blue")],
+    [("user", "What is it?"), ("assistant", "blue")],
+    [("user", [0, "What is it?"]), ("assistant", "red")],
+    [("user", [0, "What is it?", 2, "?"]), ("assistant", "green")],
+]  # fmt: skip
+"""Rows without images, and with one or two; a number is the index of an image."""
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    """Return a message in OpenAI's form."""
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    parts = [
+        {"type": "text", "text": each}
+        if isinstance(each, str)
+        else {"type": "image_url", "image_url": {"url": f"{each}.png"}}
+        for each in content
+    ]
+    return {"role": role, "content": parts}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file of rows next to its images."""
+    folder, random = tmp_path_factory.mktemp("rows"), np.random.default_rng(0)
+    for number, size in enumerate(SIZES):
+        pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    rows = [json.dumps({"messages": [turn(*each) for each in row]}) for row in ROWS]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(
+    scope="module", params=["idefics3", pytest.param("smolvlm", marks=pytest.mark.slow)]
+)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a vision-language model."""
+    return save_base(tmp_path_factory.mktemp("base"), request.param)
+
+
+def encoded(stored: StoredModel, data: Path) -> list[Example]:
+    """Return the rows of ``data`` as token ids."""
+    return [SFT().encode(row, index, stored.chat) for index, row in enumerate(load_rows(data))]
+
+
+def own_inputs(folder: Path, data: Path, row: Example) -> dict[str, torch.Tensor]:
+    """Return transformers' inputs for the tokens of ``row``."""
+    from transformers import AutoConfig, AutoImageProcessor
+
+    image_id = AutoConfig.from_pretrained(folder).image_token_id
+    ids_T = np.where(row.ids_T < FIRST_IMAGE_ID, row.ids_T, image_id)
+    inputs = {"input_ids": torch.from_numpy(ids_T)[None]}
+    if row.images:
+        images = [Image.open(data.parent / media.name) for media in row.images]
+        process = AutoImageProcessor.from_pretrained(folder)
+        inputs |= dict(process(images=[images], return_tensors="pt"))
+    return inputs
+
+
+def mean_loss(model: Any, folder: Path, data: Path, rows: list[Example]) -> float:
+    """Return transformers' loss per learned token."""
+    total, count = 0.0, 0
+    for row in rows:
+        learned_T = row.weight_T != 0
+        labels = torch.from_numpy(np.where(learned_T, row.ids_T, -100))[None]
+        with torch.no_grad():
+            loss = model(**own_inputs(folder, data, row), labels=labels).loss
+        total, count = total + float(loss) * int(learned_T.sum()), count + int(learned_T.sum())
+    return total / count
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_lora_on_rows_with_images_equals_transformers_and_peft(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    recipe = {
+        "base": str(base), "name": "tuned", "adaptation": {"method": "lora", "rank": 4},
+        "training": {"max_steps": 8, "learning_rate": 0.02, "precision": "float32", "threads": 1},
+        "objective": "sft", "data": {"train": str(data), "validation_share": 0},
+    }  # fmt: skip
+    stored = find(train(Recipe.parse(recipe)).model_id)
+    merged = export(stored, tmp_path / "merged", merged=True)
+    adapter = export(stored, tmp_path / "adapter", merged=False)
+
+    losses = []
+    for model, folder in ((find(str(base)), base), (stored, merged), (find(str(merged)), merged)):
+        rows = encoded(model, data)
+        network = as_network(load(model, torch.float32, CPU), CPU, torch.float32)
+        ours = SFT().parity_loss(network, rows, 1024)
+        theirs = mean_loss(AutoModelForImageTextToText.from_pretrained(folder), base, data, rows)
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        losses.append(ours)
+    assert losses[1] < losses[0] - 1
+    plain = AutoModelForImageTextToText.from_pretrained(base)
+    by_peft = mean_loss(PeftModel.from_pretrained(plain, adapter), base, data, rows)
+    assert by_peft == pytest.approx(losses[1], rel=1e-4)
+
+    # The vision encoder of the merged model is that of the base model.
+    both = [AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (base, merged)]
+    changed = {name for name in both[0] if not torch.equal(both[0][name], both[1][name])}
+    assert changed and all(name.startswith("model.text_model.layers.") for name in changed)
