@@ -38,6 +38,8 @@ RULES: Mapping[str, str] = {
     "media.type": "What should name an image or a sound is no path, bytes or data: address.",
     "media.missing": "The file that a row names is not there.",
     "media.outside": "A row names a file that is not below the folder of its own file.",
+    "media.remote": "A row names a remote file, which is not fetched.",
+    "media.count": "The images of a row do not match its messages, or are too many.",
     "media.base": "The base model reads no such rows: texts, images or sounds.",
     "window.value": "A value of a time series is missing or no finite number.",
     "window.time": "A time of a time series is missing, or no moment of the calendar.",
