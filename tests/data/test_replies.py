@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.tools import describe_tool, template_turns
+from luthier.data.reasoning import DecodedReply, ReasoningSplitter, reasoning_after
+from luthier.data.tools import describe_tool, parse_calls, template_turns
 from luthier.errors import RowRefused
 from luthier.types import Message, Tool, ToolCall
 
@@ -242,6 +243,13 @@ def test_each_reply_is_learned_after_its_served_prompt(
         assert not {*reply[:-1]} & {*chat.stop_ids}
         for part in (message.content, message.reasoning, *(call.name for call in message.calls)):
             assert part in text
+        decoded = chat.decode_reply(chat.encode_prompt(messages[:index], tools), reply)
+        assert decoded.reasoning == message.reasoning
+        if message.calls and family in ("GLM 4.5", "Mistral v3", "Qwen 3"):
+            (call,) = parse_calls(decoded.text, tools)
+            assert (call.name, call.arguments) == ("weather", {"city": "Rome"})
+        elif not message.calls:
+            assert decoded.text.strip() == message.content
     if conversation == "several turns":
         assert (len(chat.encode_replies(messages)) == 1) == kind.one
 
@@ -303,3 +311,22 @@ def test_generation_blocks_decide_the_learned_text(
     assert [chat.tokenizer.decode(ids) for _, ids in learned(chat, messages)] == [
         "A dog .<|im_end|>", "It is open .<|im_end|>"
     ]  # fmt: skip
+
+
+def test_channels_of_replies_are_not_in_their_text(chats: dict[str, ChatFormat]) -> None:
+    chat = chats["gpt-oss"]
+    ((_, with_thought),) = learned(chat, CONVERSATIONS["reasoning"][0][:2])
+    ((_, without),) = learned(chat, turns("What?", "A dog ."))
+    prompt_T = chat.encode_prompt(turns("What?"))
+    reasoning = reasoning_after(chat, prompt_T)
+    for ids, expected in ((with_thought, "I see A dog ."), (without, "")):
+        text = chat.decode(ids)
+        for size in range(1, len(text) + 1):  # streamed in two pieces
+            splitter = ReasoningSplitter(reasoning)
+            parts = [splitter.feed(text[:size]), splitter.feed(text[size:]), splitter.end()]
+            assert ["".join(side) for side in zip(*parts, strict=True)] == [expected, "A dog ."]
+            assert splitter.answer_start == len(text) - len("A dog .")
+    thinking = chats["Gemma 4"].with_template_kwargs({"enable_thinking": True})
+    prompt_T = thinking.encode_prompt(turns("What?"))
+    ids = thinking.tokens("<|channel>thought\nI see\n<channel|>Yes.<turn|>", first=False)
+    assert thinking.decode_reply(prompt_T, ids.tolist()) == DecodedReply("I see", "Yes.")

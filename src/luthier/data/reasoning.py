@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
+from luthier.data.tokenization import special_tokens
 from luthier.errors import RecipeError
 from luthier.types import Message
 
@@ -43,7 +44,9 @@ class ReasoningMarks:
     """Id of the opening mark, if the mark is a single token."""
     close_id: int | None = None
     special: Mapping[int, str] = field(default_factory=dict, hash=False)
-    """Marks that the tokenizer treats as special tokens and drops from decoded text."""
+    """Special tokens of the marks, which the tokenizer drops from decoded text."""
+    answer: tuple[str, ...] = ()
+    """Marks before an answer, such as gpt-oss's ``<|channel|>final<|message|>``."""
 
     @property
     def empty_block(self) -> re.Pattern[str]:
@@ -79,7 +82,7 @@ def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
     """
     closes = list(dict.fromkeys(_CLOSE.findall(chat.template_text)))[:CANDIDATES]
     if not closes:
-        return None
+        return _channel_marks(chat)
     pairs = [(close.replace("/", "", 1), close) for close in closes]
     renderings = _renderings(chat)
     thoughtful, plain = next(renderings), next(renderings)
@@ -91,16 +94,41 @@ def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
                 return _known_marks(chat, opening, close)
     for opening, close in _cut_from_history(chat, pairs):
         return _known_marks(chat, opening, close)
-    return None
+    return _channel_marks(chat)
 
 
-def _known_marks(chat: ChatFormat, opening: str, close: str) -> ReasoningMarks:
-    ids = {mark: chat.tokens(mark, first=False).tolist() for mark in (opening, close)}
+def _channel_marks(chat: ChatFormat) -> ReasoningMarks | None:
+    """Return the marks of a template with channels: of prompts (Gemma 4) or of replies (gpt-oss)."""
+    specials = tuple(special_tokens(chat.tokenizer))
+    thoughtful, plain, *prompts = _renderings(chat)
+    turn = plain.partition(_ANSWER)[0]
+    for block in (each.removeprefix(turn) for each in prompts if each.startswith(turn)):
+        close = next((name for name in specials if block.endswith(name) and block != name), "")
+        if close and block.startswith(specials):
+            return _known_marks(chat, block.removesuffix(close), close)
+    prompt = prompts[0]
+    header = prompt[len(_render(chat, (Message("user", _USER),), reply=False)) :]
+    channel = plain.removeprefix(prompt).partition(_ANSWER)[0]
+    if not (plain.startswith(prompt) and any(name in channel for name in specials)):
+        return None
+    opening, thought, rest = thoughtful.removeprefix(prompt).partition(_THOUGHT)
+    between = rest.partition(_ANSWER)[0]
+    close = between.removesuffix(header + channel)
+    if not thought or close in ("", between):
+        return None
+    return _known_marks(chat, opening, close, (channel, header + channel))
+
+
+def _known_marks(
+    chat: ChatFormat, opening: str, close: str, answer: tuple[str, ...] = ()
+) -> ReasoningMarks:
+    ids = {mark: chat.tokens(mark, first=False).tolist() for mark in (opening, close, *answer)}
     single = {mark: tokens[0] for mark, tokens in ids.items() if len(tokens) == 1}
-    special = {
-        token: mark for mark, token in single.items() if mark not in chat.decode_tokens([token])
-    }
-    return ReasoningMarks(opening, close, single.get(opening), single.get(close), special)
+    special: dict[int, str] = {}
+    for token in chain.from_iterable(ids.values()):
+        if (name := chat.tokenizer.decode([token])) not in chat.decode_tokens([token]):
+            special[token] = name
+    return ReasoningMarks(opening, close, single.get(opening), single.get(close), special, answer)
 
 
 def _renderings(chat: ChatFormat) -> Iterator[str]:
@@ -206,6 +234,12 @@ class ReasoningSplitter:
         if self._state == "reasoning":
             reasoning_text = self._reason(reasoning.marks.close)
         if self._state == "closed" and (answer := self._buffer.lstrip()):
+            marks = reasoning.marks.answer
+            if answer not in marks and any(each.startswith(answer) for each in marks):
+                return reasoning_text, ""
+            found = next((each for each in marks if answer.startswith(each)), "")
+            self._buffer = self._buffer.replace(found, "", 1)
+            answer = self._buffer.lstrip()
             space = self._buffer[: len(self._buffer) - len(answer)]
             self._buffer = self._buffer[space.rfind("\n") + 1 :]
             self._begin_answer()
@@ -232,7 +266,10 @@ class ReasoningSplitter:
         if text.startswith(mark):
             # A model may repeat the opening mark of the prompt.
             self._buffer, self._state = text[len(mark) :], "reasoning"
-        elif not mark.startswith(text):
+        elif found := next((m for m in reasoning.marks.answer if text.startswith(m)), ""):
+            self._buffer = text[len(found) :]
+            self._begin_answer()
+        elif not any(each.startswith(text) for each in (mark, *reasoning.marks.answer)):
             if reasoning.is_open:
                 self._state = "reasoning"
             else:

@@ -79,8 +79,11 @@ def find_end_token(chat: ChatFormat) -> int | None:
 def find_prompt_end(chat: ChatFormat) -> str:
     """Return the end of prompts that turns do not repeat, such as ``<think>`` of DeepSeek R1."""
     turns = (Message("user", "a"), Message("assistant", _REPLY))
-    prompt = chat.render_turns(turns[:1], (), reply=True)
-    header = chat.render_turns(turns, (), reply=False).rpartition(_REPLY)[0]
+    try:
+        prompt = chat.render_turns(turns[:1], (), reply=True)
+        header = chat.render_turns(turns, (), reply=False).rpartition(_REPLY)[0]
+    except RecipeError:  # the template accepts other conversations only
+        return ""
     return prompt[len(header) :] if prompt.startswith(header) else ""
 
 
