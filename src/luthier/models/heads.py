@@ -283,11 +283,12 @@ def head_modules(model: nn.Module) -> list[str]:
     if task_of(model) in ("causal_lm", "embedding", "autoencoding", "image_to_text"):
         return []
     prefix = getattr(model, "base_model_prefix", "")
-    frozen = frozen_parts(model)
+    shared = {id(weight) for weight in model.base_model.parameters()}  # type: ignore[union-attr]
     heads = [
-        name
+        own
         for name, child in model.named_children()
-        if name != prefix and name not in frozen and _own(child, model)
+        if name not in (prefix, *frozen_parts(model))
+        for own in _own_modules(name, child, shared)
     ]
     pooler = getattr(model.base_model, "pooler", None)
     if task_of(model) == "sequence_classification" and isinstance(pooler, nn.Module):
@@ -298,10 +299,20 @@ def head_modules(model: nn.Module) -> list[str]:
     return heads
 
 
-def _own(module: nn.Module, model: Any) -> bool:
-    shared = {id(weight) for weight in model.base_model.parameters()}
-    # A tied output layer has no weight of its own and is part of the pretrained network.
-    return any(id(weight) not in shared for weight in module.parameters())
+def _own_modules(name: str, module: nn.Module, shared: Collection[int]) -> list[str]:
+    """Return the largest modules in ``module`` without weights of the pretrained network.
+
+    An output layer with tied weights stays frozen, bias included: PEFT stores whole modules, and
+    the tied weight is the embedding of every token.
+    """
+    own = [id(weight) not in shared for weight in module.parameters()]
+    if all(own):
+        return [name] if own else []
+    return [
+        inner
+        for child, part in module.named_children()
+        for inner in _own_modules(f"{name}.{child}", part, shared)
+    ]
 
 
 def head_weights(model: nn.Module) -> set[str]:

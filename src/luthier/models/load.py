@@ -23,7 +23,10 @@ from luthier.models.heads import (
     Head,
     auto_class,
     decoder_of,
+    frozen_parts,
+    head_modules,
     head_weights,
+    is_inside,
     media_scores,
     set_new_weights,
     set_task,
@@ -179,10 +182,14 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
 
 
 def _head_names(model: nn.Module) -> set[str]:
-    """Return all names of head weights. Tied weights (BERT's bias) have several names."""
+    """Return the names of weights that a folder with another head, or without one, lacks."""
+    heads, prefix = head_modules(model), getattr(model, "base_model_prefix", "")
     named = dict(model.named_parameters(remove_duplicate=False))
-    own = {id(named[name]) for name in head_weights(model)}
-    return {name for name, weight in named.items() if id(weight) in own}
+    return {
+        name
+        for name in named
+        if is_inside(name, heads) or (heads and not is_inside(name, (prefix, *frozen_parts(model))))
+    }
 
 
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
