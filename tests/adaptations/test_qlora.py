@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from luthier.adaptations import LoRA, QLoRA
 from luthier.adaptations.lora_layer import LoRALinear
-from luthier.adaptations.qlora_layer import Packing, QLoRALinear, QuantizedLinear
+from luthier.adaptations.qlora_layer import (
+    Packing,
+    QLoRALinear,
+    QuantizedExperts,
+    QuantizedLinear,
+)
 from luthier.engine.memory import PROCESS, estimate_memory, weight_bytes
 from luthier.errors import RecipeError
 from luthier.models.folder import ModelFolder
@@ -148,6 +156,44 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(dropout: float) -> 
         layer(torch.randn(7, 96, requires_grad=True))
         layer.base_layer(torch.randn(7, 96, requires_grad=True))
     assert kept and max(kept) == 7 * 96 < 40 * 96
+
+
+def test_experts_are_packed_and_no_dequantized_weight_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_local_experts=4,
+        experts_implementation="grouped_mm",
+    )
+    experts: Any = MixtralExperts(config).requires_grad_(False)
+    for weight in experts.parameters():
+        weight.normal_()
+    number = sum(weight.numel() for weight in experts.parameters())
+    layer = QuantizedExperts(experts, Packing("nf4", 64, False))
+    assert sum(buffer.nbytes for buffer in layer.buffers()) < 0.6 * number
+    assert not [*layer.parameters()]
+    made, dequantize = [], QuantizedLinear.weight_OI.fget
+
+    def remembered(self: Any) -> Tensor:
+        weight: Tensor = dequantize(self)
+        made.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    monkeypatch.setattr(QuantizedLinear, "weight_OI", property(remembered))
+    x = torch.randn(6, 32, requires_grad=True)
+    routing = torch.tensor([[0, 1]] * 3 + [[3, 1]] * 3), torch.full((6, 2), 0.5)
+    y, grad = layer(x, *routing), torch.randn(6, 32)
+    assert len(made) == 2 and not any(storage() for storage in made)
+    y.backward(grad)
+    plain = layer.plain()
+    wanted = x.detach().requires_grad_(True)
+    expected = plain(wanted, *routing)
+    expected.backward(grad)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, wanted.grad)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-6])

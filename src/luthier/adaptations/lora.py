@@ -21,12 +21,7 @@ from pydantic import Field
 from luthier.adaptations.base import Adaptation, full_rate, peft_config
 from luthier.adaptations.targets import linear_targets
 from luthier.errors import RecipeError
-from luthier.models.layers import (
-    expert_stacks,
-    modules_of,
-    replace_modules,
-    stacked_weights,
-)
+from luthier.models.layers import modules_of, replace_modules, stacked_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,8 +119,9 @@ class LoRA(Adaptation):
             f"{name.removesuffix('.base_layer')}.{model.get_submodule(name).parameter}"
             for name in wrapped
         ]
-        if (wrapped or expert_stacks(model)) and not self.dora:
-            # In a mixture of experts, PEFT takes these names of dense layers for experts of earlier
+        has_experts = any(n.rpartition(".")[2] == "experts" for n, _ in model.named_modules())
+        if has_experts and not self.dora:
+            # Next to experts, PEFT takes these names of dense layers for experts of earlier
             # versions of transformers and drops their weights. As parameters, the layers are loaded.
             dense = [name for name in layers if name.endswith(_EXPERT_LAYERS)]
             parameters += [f"{name}.weight" for name in dense]

@@ -10,7 +10,7 @@ separately, because grouped products cannot be added to a tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,15 +89,20 @@ class LowRankStack:
         return func(x, stack.frozen, **kwargs or {}) + update * stack.scale
 
 
-class _View:
+class ExpertsView:
     """Experts with other weights; all other attributes are the experts' own."""
 
-    def __init__(self, experts: nn.Module, weights: dict[str, LowRankStack]) -> None:
+    def __init__(self, experts: nn.Module, weights: Mapping[str, object]) -> None:
         self._experts = experts
         self.__dict__.update(weights)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._experts, name)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the experts' own forward pass."""
+        run: Callable[..., Any] = type(self._experts).forward
+        return run(self, *args, **kwargs)
 
 
 class LoRAExperts(LayerWrapper):
@@ -159,8 +164,7 @@ class LoRAExperts(LayerWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the experts' own forward pass with the adapted weights."""
-        run: Callable[..., Any] = type(self._experts).forward
-        return run(_View(self._experts, self.stacks()), *args, **kwargs)
+        return ExpertsView(self._experts, self.stacks()).run(*args, **kwargs)
 
     def merge(self, rounding: Rounding) -> nn.Module:
         """Return the experts with all branches added to their weights."""

@@ -1,10 +1,10 @@
 """QLoRA: LoRA on a base model in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
 
-Every linear layer except the output head is quantized in blocks to NF4 (16 quantiles of the normal
-distribution, section 3 of the paper), FP4 or INT8, and the plain weight is freed layer by layer.
-The scale of a block is a float32; ``double_quantization`` stores scales in 8 bits. Each pass
-dequantizes the weights into the network's type. Embeddings, norms, biases and the output head stay
-unchanged.
+Every linear layer except the output head, and every expert of a mixture, is quantized in blocks to
+NF4 (16 quantiles of the normal distribution, section 3 of the paper), FP4 or INT8, and the plain
+weight is freed layer by layer. The scale of a block is a float32; ``double_quantization`` stores
+scales in 8 bits. Each pass dequantizes the weights into the network's type. Embeddings, norms,
+biases and the output head stay unchanged.
 
 The trained update belongs to the *quantized* base model. Loading a custom model therefore quantizes
 the base model again. Merging dequantizes, adds and rounds as LoRA, and the merged network is as
@@ -25,7 +25,7 @@ from luthier.adaptations.base import Adaptation
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
 from luthier.errors import RecipeError
-from luthier.models.layers import modules_of, replace_modules
+from luthier.models.layers import expert_stacks, modules_of, replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +75,12 @@ class QLoRA(Adaptation):
                 "'luthier[qlora]'. Or use lora.",
                 rule="adapter.extra",
             )
-        from luthier.adaptations.qlora_layer import Packing, QLoRALinear, QuantizedLinear
+        from luthier.adaptations.qlora_layer import (
+            Packing,
+            QLoRALinear,
+            QuantizedExperts,
+            QuantizedLinear,
+        )
 
         # First, so that an unknown name is rejected before any layer is packed.
         branched = linear_targets(model, self.targets)
@@ -83,6 +88,8 @@ class QLoRA(Adaptation):
         packing = Packing(self.quantization, self.block_size, self.double_quantization)
         every = linear_targets(model, ALL_LINEAR)
         replace_modules(model, every, lambda base: QuantizedLinear(base, packing))
+        stacks = expert_stacks(model)
+        replace_modules(model, stacks, lambda base: QuantizedExperts(base, packing))
         for weight in model.parameters():
             # Weights of one file are views of one mapping: while the network uses any view, pages of
             # the whole file stay resident (250 MB for SmolLM2-135M).
@@ -95,8 +102,9 @@ class QLoRA(Adaptation):
     def merge(self, model: nn.Module) -> None:
         """Dequantize, add ``(alpha / r) B A``, and restore plain layers. The result is
         deterministic."""
-        from luthier.adaptations.qlora_layer import QuantizedLinear
+        from luthier.adaptations.qlora_layer import QuantizedExperts, QuantizedLinear
 
+        replace_modules(model, modules_of(model, QuantizedExperts), QuantizedExperts.plain)
         self.lora.merge(model)
         # Merged layers are plain already; the packed layers without a branch remain.
         rest = modules_of(model, QuantizedLinear)

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.adaptations.lora_experts import ExpertsView
 from luthier.adaptations.lora_layer import LoRALinear, frozen_product
+from luthier.models.layers import stacked_weights
 from luthier.models.rounding import Rounding
 
 SCALES_IN_BLOCK = 256
@@ -176,6 +178,49 @@ class QuantizedLinear(nn.Module):
         layer.bias = self.bias
         plain: nn.Module = layer.train(self.training)
         return plain
+
+
+class QuantizedExperts(nn.Module):
+    """Experts of a mixture with all stacked weights packed."""
+
+    def __init__(self, experts: nn.Module, packing: Packing) -> None:
+        super().__init__()
+        self.experts, self.stacks = experts, nn.ModuleDict()
+        for name in stacked_weights(experts):
+            holder = nn.Linear(1, 1, bias=False, device="meta")
+            holder.weight = getattr(experts, name)
+            self.stacks[name] = QuantizedLinear(holder, packing)
+            setattr(experts, name, None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the experts' own forward pass with dequantized weights."""
+        packed: dict[str, Any] = dict(self.stacks.items())
+        weights: dict[str, Tensor] = {name: each.weight_OI for name, each in packed.items()}
+        names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+
+        # Autograd stores the place of a weight, so that the plain weights of all layers are never
+        # in memory at once. The backward pass dequantizes the weight again.
+        def pack(tensor: Tensor) -> Any:
+            name = names.get(tensor.untyped_storage().data_ptr())
+            place = tensor.shape, tensor.stride(), tensor.storage_offset()
+            return tensor if name is None else (packed[name], place)
+
+        def unpack(stored: Any) -> Tensor:
+            if isinstance(stored, Tensor):
+                return stored
+            layer, place = stored
+            plain: Tensor = layer.weight_OI.as_strided(*place)
+            return plain
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return ExpertsView(self.experts, weights).run(*args, **kwargs)
+
+    def plain(self) -> nn.Module:
+        """Return the experts with dequantized weights."""
+        layers: dict[str, Any] = dict(self.stacks.items())
+        for name, layer in layers.items():
+            setattr(self.experts, name, nn.Parameter(layer.weight_OI, requires_grad=False))
+        return self.experts
 
 
 class QLoRALinear(LoRALinear):

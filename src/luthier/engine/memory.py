@@ -137,7 +137,14 @@ def estimate_memory(
     # One chunk of logprobs.CHUNK positions: float32 logits and gradient, and two working copies.
     logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
     # Saved tensors per token: 11 of width hidden and 4 of width inner in each layer (fitted).
-    activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
+    per_layer = 11 * hidden + 4 * inner
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if isinstance(chosen, int):
+        # Each chosen expert saves 3 tensors of width hidden and 4 of its own width. Without a width
+        # of experts, `inner` is the width of experts, and no layer is dense.
+        own = getattr(config, "moe_intermediate_size", None)
+        per_layer += chosen * (3 * hidden + 4 * (own or inner)) - (0 if own else 4 * inner)
+    activations = layers * per_layer * bytes_per_number
     return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, least)
 
 
