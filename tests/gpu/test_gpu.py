@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import luthier
+from luthier.data.tree import build_tree, pad_tree
+from luthier.models.attention import Scoring, Window, plan_attention
+from luthier.types import Example
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,6 +74,30 @@ def test_bfloat16_lowers_the_loss_and_the_stored_model_has_parity(
     losses, result = train(rows, tiny_model_folder, "narrow", adaptation=adaptation)
     assert losses[-1] < 0.95 * losses[0]
     assert 0 < result.peak_memory_bytes < 2 << 30
+
+
+def test_windows_caps_and_sinks_equal_those_of_the_cpu() -> None:
+    generator = np.random.default_rng(0)
+    prefix = generator.integers(0, 99, 200)
+    rows = [
+        Example(ids, np.zeros(len(ids), dtype=np.float32), row)
+        for row, size in enumerate((40, 130, 90))
+        for ids in [np.concatenate([prefix, generator.integers(0, 99, size)])]
+    ]
+    tree = pad_tree(build_tree(rows), 32)
+    torch.manual_seed(0)
+    numbers = [torch.randn(1, heads, len(tree), 32) for heads in (4, 2, 2)] + [torch.randn(4)]
+    weight = torch.randn(1, len(tree), 4, 32)
+    found = []
+    for name in ("cpu", "cuda"):
+        inputs = [each.to(name).requires_grad_() for each in numbers]
+        plan = plan_attention(tree, torch.device(name), torch.float32)
+        scoring = Scoring(0.2, Window(64), 1.5, inputs[3])
+        out = plan.attend(None, *inputs[:3], scoring)
+        parts = torch.autograd.grad((out * weight.to(name)).sum(), inputs)
+        found.append([each.detach().cpu() for each in (out, *parts)])
+    for cpu, gpu in zip(*found, strict=True):
+        assert float((gpu - cpu).norm() / cpu.norm()) < 1e-2
 
 
 def test_memory_is_the_devices(rows: Path, tiny_model_folder: Path) -> None:

@@ -20,7 +20,14 @@ from torch.nn import functional as F
 from luthier.data.tree import TokenTree, build_tree, pad_tree
 from luthier.errors import RecipeError
 from luthier.models import attention
-from luthier.models.attention import Scoring, Window, _flex_mask, _TreeAttention, plan_attention
+from luthier.models.attention import (
+    AttentionPlan,
+    Scoring,
+    Window,
+    _flex_mask,
+    _TreeAttention,
+    plan_attention,
+)
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.objectives.logprobs import weighted_nll
@@ -403,3 +410,20 @@ def test_the_gpu_mask_has_the_window(window: Window) -> None:
     block_mask = _flex_mask(tree, is_bidirectional=False, window=window)
     dense = create_mask(block_mask.mask_mod, None, None, len(tree), len(tree), device="cpu")
     assert torch.equal(dense[0, 0], within(tree, window))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_gpu_kernel_gets_caps_and_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Not compiled: compilation takes longer than this test, and its kernels need a GPU.
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    tree = small_tree()
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, len(tree), 16) for heads in (4, 2, 2))
+    scoring = Scoring(0.9, Window(3), 1.5, torch.randn(4))
+    expected = plan_attention(tree, CPU, torch.float32).attend(None, query, key, value, scoring)
+    mask = _flex_mask(tree, is_bidirectional=False, window=scoring.window)
+    plan = AttentionPlan((), 1, block_mask=mask)
+    found = plan.attend(None, query, key, value, scoring)
+    torch.testing.assert_close(found, expected)

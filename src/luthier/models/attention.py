@@ -536,7 +536,9 @@ def _flex_mask(
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scoring: Scoring
 ) -> Tensor:
-    with_sinks = scoring.sinks_H is not None
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    sinks_H = scoring.sinks_H
     found = _compiled_flex()(
         query,
         key,
@@ -545,12 +547,12 @@ def _flex(
         block_mask=plan.block_mask,
         scale=scoring.scale,
         enable_gqa=True,
-        return_lse=with_sinks,
+        return_aux=None if sinks_H is None else AuxRequest(lse=True),
     )
-    out_BHND: Tensor = found[0] if with_sinks else found
-    if scoring.sinks_H is not None:
+    out_BHND: Tensor = found if sinks_H is None else found[0]
+    if sinks_H is not None:
         # One more key without a value: the other weights shrink by e^lse / (e^lse + e^sink).
-        share_BHN = torch.sigmoid(found[1] - scoring.sinks_H[:, None])
+        share_BHN = torch.sigmoid(found[1].lse - sinks_H[:, None])
         out_BHND = out_BHND * share_BHN[..., None].to(out_BHND.dtype)
     return out_BHND.transpose(1, 2)
 
