@@ -300,11 +300,6 @@ DECODERS = (
         {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 64},
     ),
     Family("RWKV", "rwkv", {"attention_hidden_size": 32}),
-    Family(
-        "xLSTM",
-        "xlstm",
-        {"num_heads": 4, "chunk_size": 8, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
-    ),
     Family("Nemotron", "nemotron"),
     Family(
         "Nemotron-H",

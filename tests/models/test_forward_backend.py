@@ -21,12 +21,13 @@ TOKENS = [[20 + 7 * row + 3 * step for step in range(6)] for row in range(3)]
 """Fixed tokens per row: greedy decoding would often repeat one token."""
 
 
-@pytest.fixture(params=["t5", "transfo_xl", "bamba"])
+@pytest.fixture(params=["t5", "transfo_xl", "bamba", "recurrentgemma"])
 def backend(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Any:
     torch.manual_seed(0)
-    if request.param == "bamba":  # attention layers and layers with a recurrent state
-        (bamba,) = (family for family in DECODERS if family.id == "bamba")
-        model: Any = AutoModelForCausalLM.from_config(bamba.config()).eval()
+    # Attention layers next to recurrent layers, whose state is in a cache or in the modules.
+    for family in (each for each in DECODERS if each.id == request.param):
+        model: Any = AutoModelForCausalLM.from_config(family.config()).eval()
+        break
     else:
         model = load_model(family_folder(request.param), torch.float32, CPU).eval()
     return ForwardBackend(as_network(model, CPU, torch.float32), 256)

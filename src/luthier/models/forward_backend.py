@@ -34,6 +34,7 @@ class _Group:
 
     def __init__(self, cache: Any, rows: Sequence[_ForwardSequence]) -> None:
         self.cache = cache
+        """The network's own cache, or all token ids ``[R, T]`` if the network has none."""
         self.length = 0
         """Number of tokens in the cache."""
         self.encoded_RSH: Tensor | None = None
@@ -183,11 +184,16 @@ class ForwardBackend:
             further["encoder_hidden_states"] = group.encoded_RSH
             further["encoder_attention_mask"] = group.mask_RS
         device, start = self.network.device, group.length
-        group.length += ids_RT.shape[1]
+        if isinstance(group.cache, Tensor):
+            ids_RT, start = torch.cat([group.cache, ids_RT], 1), 0
+        else:
+            further[self._cache] = group.cache
+        group.length = start + ids_RT.shape[1]
         if self._has_positions and mask_RT is None:
             # Bamba would count each step from 0.
             further["position_ids"] = torch.arange(start, group.length, device=device)[None]
-        further[self._cache] = group.cache
-        out = backbone(input_ids=ids_RT.to(device), use_cache=True, **further)
-        group.cache = getattr(out, self._cache)
+        out = backbone(input_ids=ids_RT.to(device), use_cache=self._cache in further, **further)
+        # RecurrentGemma keeps one state in its modules, which all sequences would share: each step
+        # reads all tokens again.
+        group.cache = getattr(out, self._cache, ids_RT)
         return self.network.logits(out.last_hidden_state[:, -1].to(self.network.dtype))
