@@ -11,9 +11,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN_3_5
 
+import tokenizers_of_families as families
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.inference.gguf_parity import compare_gguf
@@ -399,3 +400,51 @@ def test_a_space_before_the_first_text_alone_needs_a_special_token_before_it(
     with pytest.raises(RecipeError) as refused:
         write_gguf(tiny_llama(), chat, tmp_path / "x.gguf")
     assert refused.value.rule == "gguf.tokenizer"
+
+
+def test_tokens_of_gemma_are_merged_the_same(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    import json
+
+    from transformers import PreTrainedTokenizerFast
+
+    spec = json.loads(families.sentencepiece("never", None).backend_tokenizer.to_str())
+    vocab, spaces = spec["model"]["vocab"], ["▁▁", "▁▁▁", "▁▁▁▁"]
+    for token in (*spaces, "<b>", "\n\n"):
+        vocab[token] = len(vocab)
+        names = {"id": vocab[token], "content": token, "special": False, "normalized": False}
+        spec["added_tokens"].append(
+            names | {"single_word": False, "lstrip": False, "rstrip": False}
+        )
+    spec["model"]["merges"][:0] = [["▁", "▁"], ["▁▁", "▁"], ["▁▁", "▁▁"]]
+    space = {"pattern": {"String": " "}}
+    spec["normalizer"] = {"type": "Replace", "content": "▁", **space}
+    spec["pre_tokenizer"] = {
+        "type": "Split", "behavior": "MergedWithPrevious", "invert": False, **space
+    }  # fmt: skip
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    made.chat_template = families.GEMMA
+    chat, path, model = ChatFormat.of(made), tmp_path / "x.gguf", tiny_llama(vocab_size=len(made))
+    write_gguf(model, chat, path, "f32")
+    known = fields(path)
+    assert known["tokenizer.ggml.add_space_prefix"] is False
+    assert known["tokenizer.ggml.token_type"][vocab["<b>"]] == 4
+    assert known["tokenizer.ggml.token_type"][vocab["▁▁"]] == 1
+    pytest.importorskip("xllamacpp")
+    assert compare_gguf(path, model, chat, "f32").agreement > 0.95
+
+
+def test_special_tokens_with_white_space_need_the_name_of_phi_3(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = families.sentencepiece("normalizer", families.PHI_3)
+    made.add_tokens([AddedToken("<|endoftext|>", special=True)], special_tokens=True)
+    chat, path, model = ChatFormat.of(made), tmp_path / "x.gguf", tiny_llama(vocab_size=len(made))
+    write_gguf(model, chat, path, "f32", GeneralMetadata("tuned"))
+    assert "phi-3" in fields(path)["general.name"].lower()
+    pytest.importorskip("xllamacpp")
+    assert compare_gguf(path, model, chat, "f32").agreement > 0.95

@@ -16,7 +16,7 @@ import ctypes
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -161,13 +161,16 @@ def write_gguf(
     network = network_of(config.model_type, about.name)
     check_quantization(quantization)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[network.arch])
+    if chat is not None and _strips_spaces(chat):
+        # llama.cpp identifies these tokenizers by the name of the model.
+        about = replace(about, name=f"{about.name} (Phi-3)")
     _add_general(writer, about, "model", quantization)
-    add_hyperparameters(writer, config, about.name, limit)
+    weights = network_weights(model)
+    add_hyperparameters(writer, config, weights, about.name, limit)
     if chat is None:
         writer.add_tokenizer_model("none")
     else:
         _add_tokenizer(writer, chat, int(config.vocab_size), about.name)
-    weights = network_weights(model)
     kinds = _kinds(weights, quantization)
     _write(writer, [(each.name, each.shape, kinds[each.name], each.array) for each in weights])
 
@@ -364,7 +367,12 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
             f"{', '.join(PRE_TOKENIZERS.values())}.",
             rule="gguf.tokenizer",
         )
-    marked = {each["id"]: each["special"] for each in spec["added_tokens"]}
+    # A token with `▁` is not found in a text before normalization, but by merges (Gemma).
+    marked = {
+        each["id"]: each["special"]
+        for each in spec["added_tokens"]
+        if each["special"] or each["normalized"] or "▁" not in each["content"]
+    }
     # Embeddings can have more rows than the tokenizer has tokens; each row needs a name.
     tokens = [f"[PAD{number}]" for number in range(size)]
     kinds = [TokenType.UNUSED] * size
@@ -423,6 +431,16 @@ def shown_bytes(chat: ChatFormat, token: str) -> int:
     if not is_sentencepiece(chat):
         return len(token)  # one character per byte
     return 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+
+
+def _strips_spaces(chat: ChatFormat) -> bool:
+    """Return True if special tokens include the white space on the right side, as in Phi-3."""
+    added = chat.tokenizer.added_tokens_decoder.values()
+    # llama.cpp fails without these tokens, which include no white space.
+    plain = {"<unk>", "<s>", "<|endoftext|>"}
+    return plain <= chat.tokenizer.get_vocab().keys() and any(
+        each.rstrip for each in added if each.special
+    )
 
 
 def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:

@@ -8,7 +8,8 @@ names of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,6 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "expert_used_count": ("num_experts_per_tok",),
-    "feed_forward_length": ("intermediate_size", "n_inner"),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "head_count": ("num_attention_heads",),
     "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
@@ -77,7 +77,7 @@ class Network:
     offset: bool = False
     """True if transformers multiplies by ``1 + weight`` after normalization."""
     period: int = 0
-    """Every such layer attends to all tokens, and the other layers to a window; 0: no windows."""
+    """By default, every such layer attends to all tokens, and the others to a window; 0: no windows."""
     scaling: tuple[str, ...] = ()
     """Supported types of scaled rotary embeddings."""
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -181,7 +181,9 @@ def network_of(model_type: str, name: str) -> Network:
     return NETWORKS[model_type]
 
 
-def add_hyperparameters(writer: GGUFWriter, config: Any, name: str, limit: int | None) -> None:
+def add_hyperparameters(
+    writer: GGUFWriter, config: Any, weights: Sequence[Weight], name: str, limit: int | None
+) -> None:
     """Write the hyperparameters for sequences of up to ``limit`` tokens.
 
     Raises:
@@ -189,12 +191,13 @@ def add_hyperparameters(writer: GGUFWriter, config: Any, name: str, limit: int |
     """
     network = network_of(config.model_type, name)
     _check_settings(config, network, name)
+    # The width can differ from the configuration (LFM2).
+    narrow = [each.shape for each in weights if re.search(r"\.ffn_down(_exps)?\.weight", each.name)]
+    writer.add_feed_forward_length(narrow[0][-1])
     for key, fields in _FIELDS.items():
         values = (getattr(config, each, None) for each in fields)
         if (value := next((each for each in values if each is not None), None)) is not None:
             getattr(writer, f"add_{key}")(value)
-    if network.arch == MODEL_ARCH.GPT2 and config.n_inner is None:
-        writer.add_feed_forward_length(4 * config.hidden_size)
     if network.arch == MODEL_ARCH.OLMO:
         writer.add_layer_norm_eps(1e-5)  # a constant in transformers
     types = getattr(config, "layer_types", None) or []
@@ -211,7 +214,10 @@ def add_hyperparameters(writer: GGUFWriter, config: Any, name: str, limit: int |
     context, window = int(config.max_position_embeddings), _window(config)
     if window is not None and network.period:
         writer.add_sliding_window(window)
-        writer.add_sliding_window_pattern(network.period)
+        windows = [each == "sliding_attention" for each in types]
+        # Older versions of llama.cpp know the default only.
+        if windows != [(place + 1) % network.period > 0 for place in range(len(types))]:
+            writer.add_sliding_window_pattern(windows)
     elif window is not None and window < context:
         # Within one window, attention with and without a window are equal.
         context = window
@@ -262,12 +268,12 @@ def _check_settings(config: Any, network: Network, name: str) -> None:
 
 def _computed_settings(config: Any, network: Network) -> dict[str, Any]:
     """Return the settings that llama.cpp derives from other settings."""
-    places, found = range(1, config.num_hidden_layers + 1), dict[str, Any]()
-    if network.period and _window(config) is not None:
-        kinds = ("full_attention", "sliding_attention")
-        found["layer_types"] = [kinds[place % network.period > 0] for place in places]
+    found: dict[str, Any] = {}
     if network.arch == MODEL_ARCH.SMOLLM3:
-        found["no_rope_layers"] = [int(place % 4 > 0) for place in places]
+        places = range(config.num_hidden_layers)
+        found["no_rope_layers"] = [int((place + 1) % 4 > 0) for place in places]
+    if network.arch == MODEL_ARCH.OLMOE:
+        found["num_key_value_heads"] = config.num_attention_heads
     if network.arch in _LARGEST:
         largest = config.num_hidden_layers == _LARGEST[network.arch]
         width = config.hidden_size // config.num_attention_heads
@@ -277,12 +283,14 @@ def _computed_settings(config: Any, network: Network) -> dict[str, Any]:
 
 def _add_rope(writer: GGUFWriter, config: Any, rope: Mapping[str, Any], limit: int | None) -> None:
     full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-    writer.add_rope_dimension_count(int(head_size(config) * full.get("partial_rotary_factor", 1.0)))
+    turned = int(head_size(config) * full.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(turned)
     writer.add_rope_freq_base(full["rope_theta"])
     if sliding is not None:
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
-    if "mrope_section" in full:
-        writer.add_rope_dimension_sections([*full["mrope_section"], 0, 0, 0, 0][:4])
+    if config.model_type.startswith("qwen3_5"):
+        # Sections differ in images only.
+        writer.add_rope_dimension_sections([*full.get("mrope_section", (turned // 2, 0, 0)), 0])
     kind = full.get("rope_type", "default")
     if kind not in ("linear", "yarn", "longrope"):
         return
