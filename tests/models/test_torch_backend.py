@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from luthier.adaptations.prefix import Prefix
 from luthier.adaptations.prompt import Prompt
@@ -256,6 +258,30 @@ def test_what_a_sequence_left_is_never_read(family_folder: Callable[[str], Path]
     assert written(backend, PROMPTS[:1], 100) == expected
     for state in others[:-1]:
         backend.free(state)
+
+
+def test_tokens_beyond_a_window_are_those_of_the_own_forward() -> None:
+    """The prompts have more than one chunk of a prefill, the completions guessed tokens."""
+    config: Any = transformers.GptOssConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"], sliding_window=70,
+        initializer_range=0.2,
+    )  # fmt: skip
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        model = transformers.GptOssForCausalLM(config).eval()
+        plain = copy.deepcopy(model)
+        made = as_network(model, CPU, torch.float32)
+    prompts = [np.tile(np.arange(size) % 50 + 3, 6) for size in (13, 61)]
+    sampling = Sampling(max_tokens=90, temperature=0)
+    backend = FlatBackend(made, 1024)
+    for prompt, ids in zip(prompts, written(backend, prompts, 90), strict=True):
+        ((alone,),) = sample(made, [prompt], 1, sampling)
+        assert ids == alone.ids_T.tolist()
+        whole = torch.from_numpy(np.concatenate([prompt, ids]))[None]
+        best = plain(input_ids=whole).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert ids == best.tolist()
 
 
 def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Path]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations import Adaptation
 from luthier.errors import DoesNotFit, UnknownModel
 from luthier.models.config_errors import DOES_NOT_RUN, reject_configuration
-from luthier.models.heads import Head, frozen_parts
+from luthier.models.heads import Head, frozen_parts, logit_cap
 from luthier.models.layers import layer_names
 from luthier.models.modalities import (
     context_length,
@@ -134,8 +134,10 @@ def estimate_memory(
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
     inner = int(inner_size(config) or 4 * hidden)
     vocabulary = int(config.vocab_size)
-    # One chunk of logprobs.CHUNK positions: float32 logits and gradient, and two working copies.
-    logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
+    # One chunk of logprobs.CHUNK positions: float32 logits and gradient, the slope of capped
+    # logits, and two working copies.
+    wide = 12 if logit_cap(model) else 8
+    logits = 128 * vocabulary * (wide + 2 * bytes_per_number)
     # Saved tensors per token: 11 of width hidden and 4 of width inner in each layer (fitted).
     per_layer = 11 * hidden + 4 * inner
     chosen = getattr(config, "num_experts_per_tok", None)

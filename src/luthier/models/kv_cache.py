@@ -222,14 +222,15 @@ class ChunkAttention:
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self._chunks, self._device = chunks, device
         self._longest = max(chunk.end for chunk in chunks)
-        self._masks: dict[Window | None, list[Tensor]] = {}
+        self._masks: dict[Window | None, list[tuple[slice, Tensor]]] = {}
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     ) -> Tensor:
         """Query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]`` to ``[1, N, Hq, D]``."""
         outs = []
-        for chunk, mask_NK in zip(self._chunks, self._masks_of(scoring.window), strict=True):
+        seen = self._seen(scoring.window)
+        for chunk, (keys, mask_NK) in zip(self._chunks, seen, strict=True):
             rows = slice(chunk.first, chunk.first + chunk.count)
             own_k, own_v = key[:, :, rows], value[:, :, rows]
             if chunk.before:
@@ -238,23 +239,25 @@ class ChunkAttention:
             mine_k, mine_v = all_k[chunk.span.slot], all_v[chunk.span.slot]
             place = slice(chunk.span.length, chunk.end)
             mine_k[:, place], mine_v[:, place] = own_k[0], own_v[0]
-            keys = mask_NK.shape[1]
             outs.append(
                 dense_attention(
-                    query[0, :, rows], mine_k[:, :keys], mine_v[:, :keys], mask_NK, scoring
+                    query[0, :, rows], mine_k[:, keys], mine_v[:, keys], mask_NK, scoring
                 )
             )
         return torch.cat(outs)[None]
 
-    def _masks_of(self, window: Window | None) -> list[Tensor]:
-        """Return one mask per chunk, created once per pass: all layers share the masks."""
+    def _seen(self, window: Window | None) -> list[tuple[slice, Tensor]]:
+        """Return the keys and the mask of each chunk, shared by all layers with this window."""
         window = window if window and window.size < self._longest else None
         if window not in self._masks:
             self._masks[window] = masks = []
             for chunk in self._chunks:
+                # Whole steps, so that products have few sizes.
+                first = max(0, chunk.start + 1 - window.size) // STEP * STEP if window else 0
+                keys = slice(first, keys_for(chunk.end))
                 query_N1 = torch.arange(chunk.start, chunk.end, device=self._device)[:, None]
-                key_K = torch.arange(keys_for(chunk.end), device=self._device)
-                masks.append(_mask(query_N1, key_K, window))
+                key_K = torch.arange(keys.start, keys.stop, device=self._device)
+                masks.append((keys, _mask(query_N1, key_K, window)))
         return self._masks[window]
 
 
