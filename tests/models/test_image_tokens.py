@@ -13,10 +13,13 @@ from PIL import Image
 
 from luthier.data.image_tokens import FIRST_IMAGE_ID
 from luthier.data.rows import load_rows
+from luthier.data.tree import build_tree
 from luthier.engine.train import train
 from luthier.exports.writer import export
+from luthier.inference.generation import Generator
 from luthier.library.models import StoredModel, find, load
 from luthier.models.load import as_network
+from luthier.models.sampling import Sampling
 from luthier.objectives.sft import SFT
 from luthier.recipe import Recipe
 from luthier.types import Example
@@ -78,7 +81,8 @@ def own_inputs(folder: Path, data: Path, row: Example) -> dict[str, torch.Tensor
 
     image_id = AutoConfig.from_pretrained(folder).image_token_id
     ids_T = np.where(row.ids_T < FIRST_IMAGE_ID, row.ids_T, image_id)
-    inputs = {"input_ids": torch.from_numpy(ids_T)[None]}
+    ids_1T = torch.from_numpy(ids_T)[None]
+    inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
     if row.images:
         images = [Image.open(data.parent / media.name) for media in row.images]
         process = AutoImageProcessor.from_pretrained(folder)
@@ -131,3 +135,38 @@ def test_lora_on_rows_with_images_equals_transformers_and_peft(
     both = [AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (base, merged)]
     changed = {name for name in both[0] if not torch.equal(both[0][name], both[1][name])}
     assert changed and all(name.startswith("model.text_model.layers.") for name in changed)
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_generation_equals_transformers_and_knows_images_apart(base: Path, data: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    generator = Generator.open(find(str(base)))
+    prompts = [row.prompt_turns() for row in load_rows(data)]
+    own = AutoModelForImageTextToText.from_pretrained(base)
+    expected = []
+    for prompt in prompts:
+        ids_T = generator.chat.encode_prompt(prompt)
+        images = tuple(media for turn in prompt for media in turn.images)
+        row = Example(ids_T, np.zeros(len(ids_T), np.float32), 0, images=images)
+        inputs = own_inputs(base, data, row)
+        with torch.no_grad():
+            out = own.generate(**inputs, do_sample=False, max_new_tokens=12)[0]
+        written = out[len(ids_T) :].tolist()
+        expected.append(tuple(written[: [*written, 2].index(2)]))  # up to <end_of_utterance>
+    answers = generator.answers(prompts, Sampling(max_tokens=12, temperature=0))
+    assert [answer.ids for answer in answers] == expected
+    assert len({*expected}) == len(expected)
+    # With penalties, which index the vocabulary by the tokens of the prompt.
+    penal = Sampling(max_tokens=4, temperature=0, repetition_penalty=1.3)
+    assert len(generator.replies(prompts, penal)) == len(prompts)
+
+
+def test_rows_share_the_tokens_of_equal_images_only(base: Path, data: Path) -> None:
+    rows = encoded(find(str(base)), data)[2:]
+    tree = build_tree(rows)
+    opening = int(np.flatnonzero(rows[0].ids_T != rows[1].ids_T[: len(rows[0])])[0])
+    assert opening > int(np.flatnonzero(rows[0].ids_T >= FIRST_IMAGE_ID)[-1])
+    assert len(tree) == len(rows[0]) + len(rows[1]) - opening
+    images = [row.ids_T[row.ids_T >= FIRST_IMAGE_ID] for row in rows]
+    assert not {*images[0].tolist()} & {*images[1][len(images[0]) :].tolist()}
