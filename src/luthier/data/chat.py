@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 from luthier.data.chat_templates import read_chat_template
 from luthier.data.image_tokens import FIRST_IMAGE_ID, ImageTokens
-from luthier.data.inputs import PLURAL, Media, MediaInput, Processor, is_media
+from luthier.data.inputs import (
+    MOST_IMAGES_OF_ROW,
+    PLURAL,
+    Media,
+    MediaInput,
+    Processor,
+    is_media,
+)
 from luthier.data.parsing import quote
 from luthier.data.reasoning import (
     TAIL,
@@ -190,8 +197,16 @@ class ChatFormat:
             )
 
     def check_images(self, messages: Sequence[Message]) -> None:
-        """Raise :class:`RowRefused` for a conversation with images, if the model reads none."""
-        if images_of(messages) and (self.images is None or self.template == "plain"):
+        """Raise :class:`RowRefused` for images that the model does not support."""
+        if not (images := images_of(messages)):
+            return
+        if len(images) > MOST_IMAGES_OF_ROW:
+            raise RowRefused(
+                "media.count",
+                f"{len(images)} images are too many; the limit is {MOST_IMAGES_OF_ROW}.",
+                "Send fewer images.",
+            )
+        if self.images is None or self.template == "plain":
             raise RowRefused(
                 "media.base",
                 "the base model reads no images in messages.",

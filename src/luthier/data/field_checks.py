@@ -24,7 +24,6 @@ from luthier.data.content_parts import join_parts
 from luthier.data.inputs import (
     LARGEST_VALUE,
     LONGEST_WINDOW,
-    MOST_IMAGES_OF_ROW,
     SINGULAR,
     Media,
     MediaKind,
@@ -382,13 +381,9 @@ class FieldChecker:
         self._images = deque(images if isinstance(images, list) else ())
         turns = [self._message(number, item) for number, item in enumerate(unify_turns(value), 1)]
         messages = tuple(turn for turn in turns if turn is not None)
-        count = sum(len(turn.images) for turn in messages)
-        if self._images or count > MOST_IMAGES_OF_ROW:
-            message = f"The row has {count} images in messages; at most {MOST_IMAGES_OF_ROW} fit."
-            fix = "Write fewer images per row."
-            if self._images:
-                message = f'"images" has {len(self._images)} more images than the messages.'
-                fix = 'Add one part {"type": "image"} per image, or remove the images.'
+        if self._images:
+            message = f'"images" has {len(self._images)} more images than the messages.'
+            fix = 'Add one part {"type": "image"} per image, or remove the images.'
             self.report("media.count", message, fix)
             return None
         # The order is undefined if a message is missing or has an unknown role.

@@ -56,6 +56,10 @@ class ImageTokens(Processor):
             RowRefused: if the image cannot be opened.
         """
 
+    @abstractmethod
+    def check(self, media: Media) -> None:
+        """Raise :class:`RowRefused` for an image that cannot be decoded."""
+
     def token_id(self, tokenizer: Any) -> int:
         """Return the id of :attr:`placeholder`."""
         return int(tokenizer.convert_tokens_to_ids(self.placeholder))

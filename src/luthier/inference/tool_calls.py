@@ -17,6 +17,7 @@ from luthier.types import CALL_OPEN, Tool, ToolCall
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.data.inputs import Media
     from luthier.types import IntArray
 
 
@@ -44,14 +45,29 @@ def encode(
     for tool in tools:
         # Before rendering, because the template's JSON encoder recurses over the parameters.
         check_depth(tool.parameters)
+    images = images_of(conversation.turns)
+    _check_images(chat, images)
     try:
         text = chat.prompt_text(conversation.turns, tools, conversation.template_kwargs)
         check(text)
-        return chat.prompt_tokens(text, images_of(conversation.turns))
+        return chat.prompt_tokens(text, images)
     except RecipeError as error:
         raise InferenceRefused(str(error), "messages") from error
-    except RowRefused as error:  # an image that cannot be opened
+    except RowRefused as error:
         raise InferenceRefused(error.problem.message, "messages") from error
+
+
+def _check_images(chat: ChatFormat, images: Sequence[Media]) -> None:
+    """Reject images that the model cannot take, before the decoder's thread decodes them."""
+    if images and chat.images is None:
+        text = "This model doesn't support the image field. Remove image and try again."
+        raise InferenceRefused(text, "messages")
+    for media in images:
+        assert chat.images is not None
+        try:
+            chat.images.check(media)
+        except RowRefused as error:
+            raise InferenceRefused(f"{media.name}: {error.problem.message}", media.name) from error
 
 
 class CallSplitter:

@@ -96,6 +96,10 @@ class TiledImages(ImageTokens):
         tiles: NDArray[np.float32] = found["pixel_values"][0]
         return tiles
 
+    def check(self, media: Media) -> None:
+        """Decode an image; see :meth:`ImageTokens.check`."""
+        read_pixels(media)
+
     def tokens(self, media: Media) -> str:
         """Return the text of an image's tokens, with the row and column of each tile."""
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string

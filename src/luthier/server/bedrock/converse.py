@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from luthier.data.inputs import Media
 from luthier.data.template_kwargs import TemplateSettings
 from luthier.data.tools import find_unmatched_call
 from luthier.inference.inference import (
@@ -29,9 +30,10 @@ from luthier.inference.inference import (
 from luthier.models.sampling import Constraint
 from luthier.server.bedrock.bodies import NativeBody, parse_native
 from luthier.server.bedrock.eventstream import event
+from luthier.server.http.media import read_media
 from luthier.server.http.messages import Fault
 from luthier.server.sampling_fields import StructuredOutputs, sampling_of, with_sampling
-from luthier.types import Message, Tool, ToolCall
+from luthier.types import IMAGE_MARK, Message, Tool, ToolCall
 
 TEMPERATURE, TOP_P = 0.5, 0.9
 """Defaults of temperature and top-p, equal to Llama's on Bedrock."""
@@ -185,6 +187,7 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
     thoughts: list[str] = []
     calls: list[ToolCall] = []
     results: list[Message] = []
+    images: list[Media] = []
     for index, block in enumerate(message["content"]):
         location = f"{at}.content.{index}"
         ((name, value),) = block.items()
@@ -202,11 +205,22 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
         elif name in ("toolUse", "toolResult", "reasoningContent"):
             text = f"The {role} role cannot have the {name} block at {location}."
             raise Fault("Validation", text)
+        elif name == "image" and role == "user":
+            ((kind, source),) = value["source"].items()
+            if kind != "bytes":
+                raise _unsupported_field(kind)
+            images.append(read_media(source, "image", location))
+            texts.append(IMAGE_MARK)
         elif (block_text := _block_text(block)) is not None:
             texts.append(_text(block_text, location))
     if texts or calls or not results:
         reasoning = "\n".join(thoughts)
-        results.append(Message(role, "\n".join(texts), calls=tuple(calls), reasoning=reasoning))
+        turn = Message(role, "\n".join(texts), calls=tuple(calls), reasoning=reasoning)
+        if images:  # without lines between: the template decides about white space around images
+            turn = replace(turn, content="".join(texts), images=tuple(images))
+        if turn.images and turn.content.count(IMAGE_MARK) != len(turn.images):
+            raise Fault("Validation", f"The text at {at} contains U+FFFC. Remove the character.")
+        results.append(turn)
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,9 +10,10 @@ import numpy as np
 from fastapi import Header, Response
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
-from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media, MediaKind
+from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.inference.inference import ImageRequest
-from luthier.server.http.messages import Fault, inference_faults
+from luthier.server.http.media import read_media
+from luthier.server.http.messages import inference_faults
 from luthier.server.http.routes import MODEL_TURN, Name
 from luthier.server.native.operations import (
     Call,
@@ -161,9 +161,9 @@ def predict(call: NativeCall, model: Name, body: PredictionRequest) -> Predictio
     inputs: list[str | Media] = []
     for index, each in enumerate(body.inputs):
         if each.image is not None:
-            inputs.append(_media(each.image, "image", f"inputs.{index}.image"))
+            inputs.append(read_media(each.image, "image", f"inputs.{index}.image"))
         elif each.audio is not None:
-            inputs.append(_media(each.audio, "audio", f"inputs.{index}.audio"))
+            inputs.append(read_media(each.audio, "audio", f"inputs.{index}.audio"))
         elif each.window is not None:
             values = np.array(each.window, np.float64)
             inputs.append(Media("window", f"inputs.{index}.window", array=values))
@@ -218,7 +218,9 @@ def reconstruct_images(
     from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model)
-    images = [_media(each, "image", f"images.{index}") for index, each in enumerate(body.images)]
+    images = [
+        read_media(each, "image", f"images.{index}") for index, each in enumerate(body.images)
+    ]
     with inference_faults():
         copies = call.context.pool.reconstruct(stored_id, images)
     if PNG in accept:
@@ -236,27 +238,6 @@ def _stored_id(call: Call, name: str) -> str:
     if target is None:
         raise not_found("model", name)
     return target.stored_id
-
-
-def _media(text: str, kind: MediaKind, parameter: str) -> Media:
-    """Return an image or audio file from base64 or a ``data:`` URL."""
-    if text.startswith("data:"):
-        head, comma, text = text.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise Fault(
-                "Validation", f"{parameter}: the data: URL is not base64.", parameter=parameter
-            )
-        if not head.startswith(f"data:{kind}/"):
-            raise Fault(
-                "Validation",
-                f"{parameter}: the data: URL has the type {head[5:64]}, not {kind}.",
-                parameter=parameter,
-            )
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (ValueError, binascii.Error):
-        raise Fault("Validation", f"{parameter} is not base64.", parameter=parameter) from None
-    return Media(kind, parameter, data=data)
 
 
 def _base64(data: bytes) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from luthier.data.inputs import Media
 from luthier.data.template_kwargs import TemplateSettings
 from luthier.data.tools import find_unmatched_call
 from luthier.inference.inference import (
@@ -23,6 +24,7 @@ from luthier.inference.inference import (
     ToolCallEvent,
 )
 from luthier.models.sampling import MOST_TOKENS, Constraint
+from luthier.server.http.media import read_image_url
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.http.streams import StreamedResponse
 from luthier.server.openai.generation import (
@@ -49,10 +51,17 @@ from luthier.server.openai.tools import (
     engine_choice,
     engine_tools,
 )
-from luthier.types import Message, ToolCall
+from luthier.types import IMAGE_MARK, Message, ToolCall
 
 router = openai_router()
 _ROLES: Mapping[str, Any] = {"developer": "system"}
+
+
+class ImageUrl(Body):
+    """Image of a content part in chat completions."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
 
 
 class ContentPart(Body):
@@ -61,6 +70,7 @@ class ContentPart(Body):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | ImageUrl | None = None
 
 
 class CalledFunction(Body):
@@ -93,7 +103,8 @@ class ChatMessage(Body):
 
     def turn(self, where: str) -> Message:
         """Return the engine's message; ``where`` is the message's location in the request."""
-        content, reasoning = self._text(where), ""
+        images: list[Media] = []
+        content, reasoning = self._text(where, images), ""
         if self.role == "assistant":
             reasoning = self.reasoning_content or self.reasoning or ""
         if content is None and not (self.role == "assistant" and (self.tool_calls or reasoning)):
@@ -110,12 +121,20 @@ class ChatMessage(Body):
         )
         role = _ROLES.get(self.role, self.role)
         call_id = self.tool_call_id or ""
-        return Message(role, content or "", calls=calls, call_id=call_id, reasoning=reasoning)
+        return Message(
+            role,
+            content or "",
+            calls=calls,
+            call_id=call_id,
+            reasoning=reasoning,
+            images=tuple(images),
+        )
 
-    def _text(self, where: str) -> str | None:
+    def _text(self, where: str, images: list[Media]) -> str | None:
         if not isinstance(self.content, list):
             return self.content
-        return join_texts(self.content, ("text",), f"{where}.content")
+        kinds = ("text", "image_url") if self.role == "user" else ("text",)
+        return join_parts(self.content, kinds, f"{where}.content", images)
 
 
 class ResponseFormat(Body):
@@ -207,16 +226,29 @@ def _check_calls(turns: Sequence[Message]) -> None:
     raise invalid(text, f"messages[{index}].tool_calls", "invalid_value")
 
 
-def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:
-    """Join the text of ``parts``; reject parts of a type outside of ``kinds`` and ``refusal``."""
+def join_parts(
+    parts: Sequence[ContentPart], kinds: Sequence[str], where: str, images: list[Media]
+) -> str:
+    """Join the text of ``parts``, with a mark for each image, which is added to ``images``.
+
+    Parts of a type outside of ``kinds`` and ``refusal`` are rejected.
+    """
     texts = []
     for index, part in enumerate(parts):
+        url = part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url
         text = part.refusal if part.type == "refusal" else part.text
+        if part.type in ("image_url", "input_image") and url is not None:
+            text = IMAGE_MARK
         if part.type not in (*kinds, "refusal") or text is None:
             name = f"{where}[{index}].type"
-            raise invalid(f"Messages support text only, not '{part.type}'.", name)
+            raise invalid(f"Messages support text and images, not '{part.type}'.", name)
+        if text is IMAGE_MARK and url is not None:
+            images.append(read_image_url(url, f"{where}[{index}].image_url"))
         texts.append(text)
-    return "".join(texts)
+    joined = "".join(texts)
+    if images and joined.count(IMAGE_MARK) != len(images):
+        raise invalid("The text next to an image contains U+FFFC. Remove the character.", where)
+    return joined
 
 
 @router.post(

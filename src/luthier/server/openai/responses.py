@@ -11,12 +11,13 @@ import copy
 import json
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from luthier.data.inputs import Media
 from luthier.inference.inference import (
     TURNS,
     Chat,
@@ -31,7 +32,7 @@ from luthier.models.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.http.streams import GeneratedPieces, StreamedResponse
-from luthier.server.openai.chat import ContentPart, join_texts
+from luthier.server.openai.chat import ContentPart, join_parts
 from luthier.server.openai.generation import (
     STREAM_HEADERS,
     Inference,
@@ -177,11 +178,15 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
     """Append ``item`` to ``turns``. A function call becomes part of the preceding assistant turn."""
     if item.type == "message":
         role = _require(item.role, f"{where}.role")
-        content = _text(_require(item.content, f"{where}.content"), f"{where}.content")
+        images: list[Media] = []
+        value = _require(item.content, f"{where}.content")
+        kinds = (*_TEXTS, "input_image") if role == "user" else _TEXTS
+        content = _text(value, f"{where}.content", kinds, images)
         if role == "assistant" and turns and _is_reasoning_alone(turns[-1]):
             turns[-1] = replace(turns[-1], content=content)
         else:
-            turns.append(Message("system" if role == "developer" else role, content))
+            role = "system" if role == "developer" else role
+            turns.append(Message(role, content, images=tuple(images)))
     elif item.type == "function_call":
         call = ToolCall(
             _require(item.call_id, f"{where}.call_id"),
@@ -216,8 +221,15 @@ def _require(value: Any, where: str) -> Any:
     return value
 
 
-def _text(content: str | list[ContentPart], where: str) -> str:
-    return content if isinstance(content, str) else join_texts(content, _TEXTS, where)
+def _text(
+    content: str | list[ContentPart],
+    where: str,
+    kinds: Sequence[str] = _TEXTS,
+    images: list[Media] | None = None,
+) -> str:
+    if isinstance(content, str):
+        return content
+    return join_parts(content, kinds, where, [] if images is None else images)
 
 
 @router.post(
