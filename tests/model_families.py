@@ -428,11 +428,17 @@ ENCODERS = (
     Family("NomicBERT", "nomic_bert", _BERT),
     Family("ERNIE", "ernie", _BERT),
     Family("RoFormer", "roformer", {**_BERT, "embedding_size": 32}),
-    Family("ConvBERT", "convbert", {**_BERT, "embedding_size": 32}),
+    Family(
+        "ConvBERT",
+        "convbert",
+        {**_BERT, "embedding_size": 32},
+        refused="convolutions that read the padding",
+    ),
     Family(
         "MobileBERT",
         "mobilebert",
         {**_BERT, "embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+        refused="embeddings of neighbouring tokens",
     ),
     Family("Megatron-BERT", "megatron-bert", _BERT),
     Family(
@@ -480,13 +486,20 @@ _BART: dict[str, Any] = {
     "forced_eos_token_id": None,
     "forced_bos_token_id": None,
 }
+_T5GEMMA: dict[str, Any] = {
+    **{name: value for name, value in SIZES.items() if name != "initializer_range"},
+    **_GEMMA,
+    "pad_token_id": 0,
+    "bos_token_id": 3,
+    "final_logit_softcapping": 3.0,
+}
 ENCODER_DECODERS = (
     Family("T5", "t5", _T5),
     Family(
         "Flan-T5", "t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     ),
     Family("mT5", "mt5", _T5),
-    Family("umT5", "umt5", _T5),
+    Family("umT5", "umt5", _T5, refused="scaled states before the output layer"),
     Family("LongT5", "longt5", _T5),
     Family("BART", "bart", _BART, every_run=True),
     Family("mBART", "mbart", _BART),
@@ -495,5 +508,6 @@ ENCODER_DECODERS = (
     Family("Pegasus", "pegasus", _BART),
     Family("BlenderBot", "blenderbot", _BART),
     Family("PLBART", "plbart", _BART),
+    Family("T5Gemma", "t5gemma", {**_NO_DECODER, "encoder": _T5GEMMA, "decoder": _T5GEMMA}),
 )
 """Encoder-decoders: text from text."""

@@ -130,8 +130,11 @@ def estimate_memory(
         activations = activation_bytes(model, bytes_per_number, reads)
         held = PROCESS + weights + optimizer + preparation_bytes(model, bytes_per_number, reads)
         return MemoryEstimate(held, activations, least)
+    # T5Gemma has a configuration for each side, with a number of layers each.
+    encoder, config = getattr(config, "encoder", None), text_config(config)
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
+    layers += getattr(encoder, "num_hidden_layers", 0) if encoder is not config else 0
     inner = int(inner_size(config) or 4 * hidden)
     vocabulary = int(config.vocab_size)
     # One chunk of logprobs.CHUNK positions: float32 logits and gradient, the slope of capped

@@ -406,6 +406,8 @@ def decoder_of(model: Any) -> nn.Module | None:
 def decoder_start(model: Any) -> int:
     """Return the first decoder token of an encoder-decoder."""
     start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:  # T5Gemma
+        start = getattr(getattr(model.config, "decoder", None), "bos_token_id", None)
     return padding_id(model) if start is None else int(start)
 
 

@@ -72,7 +72,10 @@ def text_config(config: Any) -> Any:
         return getattr(config, _PARTS[config.model_type][1])
     if reads_images_in_text(config):
         return config.text_config
-    return config if media_config(config) is None else None
+    if media_config(config) is not None:
+        return None
+    # T5Gemma has a configuration for each side.
+    return getattr(config, "decoder" if config.is_encoder_decoder else "encoder", config)
 
 
 def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
