@@ -24,6 +24,7 @@ from luthier.data.shapes import SHAPES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledAudio, LabelledImage
 from luthier.data.shapes.preferences import Preference, RankedReplies, ThumbedReply
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import (
     History,
     LabelledText,
@@ -113,6 +114,10 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+ROWS["question"] = [
+    AnsweredQuestion("f", n, "Which word?", text, (WORDS[n],), (text.index(WORDS[n]),))
+    for n, text in enumerate(TEXTS)
+]
 ROWS["history"] = [
     History("f", n, text=f"{text}\na {WORDS[n - 1]}", positive=" ".join(text.split()[::-1]))
     for n, text in enumerate(TEXTS)
@@ -218,6 +223,7 @@ REFUSED = {
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "objective.network",
+    **{("question_answering", f): "network.head" for f in FAMILIES if f not in ENCODERS},
     **{
         ("masked_lm", f): "network.head" if f == "xlnet" else "objective.tokenizer"
         for f in (*DECODERS, "t5", "xlnet", "elmo")

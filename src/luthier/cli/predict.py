@@ -155,6 +155,9 @@ def _render(answer: dict[str, Any], threshold: float | None, top: int) -> str:
             for e in answer["entities"]
         ]
         return "".join(found) or "(no entities)\n"
+    if "answer" in answer:
+        place = f"  [{answer['start']}:{answer['end']}]" if answer["answer"] else ""
+        return f"{answer['answer'] or '(no answer)'}{place}  {answer['score']:.1%}\n"
     if "text" in answer:
         return f"{answer['text'] or '(no text)'}\n"
     if "embedding" in answer:

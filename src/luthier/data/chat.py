@@ -91,6 +91,19 @@ class EncodedReply:
     """Images of the image tokens in ``ids_T``."""
 
 
+@dataclass(frozen=True)
+class EncodedPair:
+    """Tokens of two texts in one row."""
+
+    ids_T: IntArray
+    segment_T: IntArray | None
+    """Segment of each token; ``None`` for networks without ``token_type_ids``."""
+    second: slice
+    """Tokens of the second text."""
+    offsets: Sequence[tuple[int, int]]
+    """First and last character (exclusive) of each token in the token's text."""
+
+
 class NoTokenizer:
     """Placeholder for the tokenizer of a network without text input."""
 
@@ -587,16 +600,22 @@ class ChatFormat:
             encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 
-    def encode_pair(self, text: str, other: str) -> tuple[IntArray, IntArray | None]:
-        """Return the token ids of two texts in one row, and the segment of each token.
-
-        The tokenizer defines the separators. Networks without ``token_type_ids`` have no segments.
-        """
+    def encode_pair(self, text: str, other: str) -> EncodedPair:
+        """Return the tokens of two texts in one row; the tokenizer defines the separators."""
         with tokenizer_errors():
-            encoded = self.tokenizer(text, other, add_special_tokens=True, truncation=False)
-        segments = encoded.get("token_type_ids")
-        ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
-        return ids_T, None if segments is None else np.asarray(segments, dtype=np.int64)
+            encoded = self.tokenizer(
+                text, other, add_special_tokens=True, return_offsets_mapping=True
+            )
+        segment_T = None
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            segment_T = np.asarray(encoded["token_type_ids"], dtype=np.int64)
+        second = [place for place, side in enumerate(encoded.sequence_ids()) if side == 1]
+        return EncodedPair(
+            np.asarray(encoded["input_ids"], dtype=np.int64),
+            segment_T,
+            slice(second[0], second[-1] + 1) if second else slice(0, 0),
+            encoded["offset_mapping"],
+        )
 
     @property
     def end_id(self) -> int:

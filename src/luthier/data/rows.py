@@ -34,6 +34,7 @@ from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
+from luthier.data.shapes.questions import ANSWERS_EXAMPLE, AnsweredQuestion
 from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of, media_below
 from luthier.errors import DataError, Location, Problem, RowRefused
@@ -323,7 +324,8 @@ class Checker(FieldChecker):
         key_sets = (("messages",), ("prompt", "completion"), ("text",))
         renamed = next(filter(None, (rename_fix(record, keys) for keys in key_sets)), "")
         if {"question", "context"} <= record.keys():  # as in SQuAD
-            renamed = 'Write each question as {"question": …, "context": …, "answer": …}.'
+            renamed = f"Add the answers as spans of the context ({ANSWERS_EXAMPLE}), or as text "
+            renamed += 'to generate ("answer": …).'
         fix = (
             "name the columns: `data.columns.text=COLUMN` (or `image`, `audio`) and "
             "`data.columns.label=COLUMN` for classification, `data.columns.prompt=COLUMN` and "
@@ -474,6 +476,10 @@ class InputChecker(Checker):
         if "prompt" in own and isinstance(reply, str):
             prompt = self.text(own, "prompt")
             return PromptCompletion(self.file, line, prompt, reply) if prompt else None
+        if {"question", "context"} <= own.keys():
+            question, context = self.text(own, "question"), self.text(own, "context")
+            asked = AnsweredQuestion(self.file, line, question or "", context or "")
+            return asked if question and context else None
         if "tokens" in own:
             try:
                 return TaggedWords(self.file, line, read_words(own["tokens"], "tokens"), None)

@@ -18,6 +18,8 @@ SCORES: Mapping[str, str] = {
     "cosine": "cosine with the teacher",
     "absolute_error": "mean absolute error",
     "entity_f1": "entity F1",
+    "span_f1": "F1 of the answer's tokens",
+    "exact_match": "exact match",
     "cer": "character error rate",
 }
 """Display names of additional scores of objectives."""

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import RatedText, TaggedWords
 from luthier.errors import DataError, Problem
 from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.formatting import one_line
+from luthier.graders.similarity import squad_words
 from luthier.types import Row
 
 SHOWN = 5
@@ -40,6 +42,8 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
         raise DataError([Problem("row.no_label", message, fix, row.location) for row in missing])
     if rated := of_shape(RatedText, rows):
         return _ratings([(r.rating, a["rating"]) for r, a in zip(rated, answers, strict=True)])
+    if asked := of_shape(AnsweredQuestion, rows):
+        return _answers([(row.answers, a["answer"]) for row, a in zip(asked, answers, strict=True)])
     if tagged := of_shape(TaggedWords, rows):
         return _entities([(r.tags or (), a["tags"]) for r, a in zip(tagged, answers, strict=True)])
     return _labels(
@@ -164,6 +168,29 @@ def _entities(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str,
         "entity_recall": RowScores.of(right, [len(wanted) for _, wanted in each]),
         "word_accuracy": RowScores.of(same, [len(truth) for truth, _ in pairs]),
     }
+
+
+def _answers(pairs: Sequence[tuple[Sequence[str], str]]) -> dict[str, Score]:
+    """Exact match and word F1 with the best correct answer, as in SQuAD's evaluation script.
+
+    Rajpurkar et al. 2016, section 6.1. Without a correct answer, only the empty answer is right.
+    """
+    words = [
+        (squad_words(given), [squad_words(t) for t in truth] or [[]]) for truth, given in pairs
+    ]
+    return {
+        "answer_f1": RowScores.of(
+            [max(_word_f1(given, truth) for truth in truths) for given, truths in words]
+        ),
+        "exact_match": RowScores.of([given in truths for given, truths in words]),
+    }
+
+
+def _word_f1(given: Sequence[str], truth: Sequence[str]) -> float:
+    if not given or not truth:
+        return float(given == truth)
+    common = (Counter(given) & Counter(truth)).total()
+    return 2 * common / (len(given) + len(truth))
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

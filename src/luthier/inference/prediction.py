@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -50,7 +51,8 @@ class Predictor:
         self, network: Network, objective: Objective, chat: ChatFormat, context: int
     ) -> None:
         self.network, self.objective, self.chat = network, objective, chat
-        self.context = row_limit(objective, chat, context)
+        limit = row_limit(objective, chat, context)
+        self.context = sys.maxsize if objective.accepts_long_rows else limit
         network.model.eval()
         network.chat = chat
 

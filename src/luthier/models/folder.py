@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 2048
 """Context of networks without any limit, such as Mamba, in tokens: the length of their training."""
 _HEADS_LEFT_OUT: tuple[Task, ...] = (
-    "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification"
+    "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification",
+    "question_answering",
 )  # fmt: skip
 """Heads that depend on the training task, or that few folders of the family contain."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -57,7 +58,14 @@ def head_logits(model: Any, states_RTH: Tensor, **inputs: Tensor) -> Tensor:
     """
     backbone = _GivenStates(model.base_model, states_RTH)
     # Not a call: hooks of the model belong to a whole forward pass.
-    logits: Tensor = _replaced(model, model.base_model_prefix, backbone).forward(**inputs).logits
+    return logits_of(_replaced(model, model.base_model_prefix, backbone).forward(**inputs))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a network's ``output``; of answers to questions, ``[R, T, 2]``."""
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    logits: Tensor = output.logits
     return logits
 
 

@@ -32,6 +32,7 @@ Task = Literal[
     "bidirectional_lm",
     "sequence_classification",
     "token_classification",
+    "question_answering",
     "embedding",
     "autoencoding",
     "adversarial",
@@ -67,6 +68,9 @@ _TASKS: dict[Task, _TaskClasses] = {
     ),
     "token_classification": _TaskClasses(
         "a classifier of tokens", "AutoModelForTokenClassification", peft="TOKEN_CLS"
+    ),
+    "question_answering": _TaskClasses(
+        "a reader that answers questions", "AutoModelForQuestionAnswering", peft="QUESTION_ANS"
     ),
     "embedding": _TaskClasses("an encoder", "AutoModel", ("AutoModel",)),
     "autoencoding": _TaskClasses("an autoencoder of images", media=_TO_IMAGE),
@@ -104,6 +108,8 @@ class Head:
         """Return the corresponding fields of transformers' configuration."""
         if self.task in ("causal_lm", "masked_lm", "embedding", "autoencoding", "image_to_text"):
             return {}
+        if self.task == "question_answering":
+            return {"num_labels": 2}
         names = dict(enumerate(self.labels))
         return {
             "num_labels": len(self.labels),
@@ -188,6 +194,11 @@ def _class_name(config: Any, task: Task) -> str:
         return _TASKS["image_to_text"].media[0] if task == "causal_lm" else ""
     name = _TASKS[task].text
     if not name or (task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES):
+        return ""
+    # transformers also has such classes for decoders, which see no word after the answer.
+    if task == "question_answering" and (
+        _has(config, _SEQ2SEQ) or not _has(config, _TASKS["masked_lm"].text)
+    ):
         return ""
     if _has(config, _SEQ2SEQ):
         # Text encoding needs the encoder only; the decoder generates.

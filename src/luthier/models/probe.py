@@ -31,6 +31,7 @@ from luthier.errors import CorruptFile, LuthierError, RecipeError
 from luthier.files import luthier_home, read_json, write_json
 from luthier.models.attention import Scoring, dense_attention
 from luthier.models.fused import fuse
+from luthier.models.head_forward import logits_of
 from luthier.models.heads import decoder_of, decoder_opening, task_of
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
@@ -153,7 +154,7 @@ class Probe:
             ids_RT = torch.stack([*rows]).to(self.device)
             further = {"decoder_input_ids": ids_RT} if self.writes else {}
             found = self.model(input_ids=ids_RT, **further)
-            out = found.last_hidden_state if self.task == "embedding" else found.logits
+            out = found.last_hidden_state if self.task == "embedding" else logits_of(found)
             check_finite(out)
             outputs += [each.float().view(-1, out.shape[-1]) for each in out]
         return outputs
@@ -198,7 +199,7 @@ class Probe:
         nodes = torch.from_numpy(batch.tree.node_M).to(self.device)
         if self.task == "sequence_classification":
             return network.row_scores(batch)
-        if self.task == "token_classification":
+        if self.task in ("token_classification", "question_answering"):
             return network.token_scores(batch, nodes)
         hidden_MH = network.hidden(batch, nodes)
         return hidden_MH if self.task == "embedding" else network.logits(hidden_MH)

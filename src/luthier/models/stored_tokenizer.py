@@ -15,12 +15,13 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 
 
 class StoredEncoding:
-    """Tokens of one text, with transformers' attribute names."""
+    """Tokens of one text or of a pair, with transformers' attribute names."""
 
     is_fast = True
 
     def __init__(self, encoding: Encoding) -> None:
         self.tokens, self.word_ids = lambda: encoding.tokens, lambda: encoding.word_ids
+        self.sequence_ids, self.token_type_ids = lambda: encoding.sequence_ids, encoding.type_ids
         self.input_ids, self.offset_mapping = encoding.ids, encoding.offsets
         self.attention_mask = encoding.attention_mask
 
@@ -87,15 +88,22 @@ class StoredTokenizer:
         """Return the names of tokens."""
         return [self.backend_tokenizer.id_to_token(int(each)) for each in ids]
 
-    def __call__(self, text: Any, add_special_tokens: bool = True, **settings: Any) -> Any:
-        """Return the tokens of a text or, with ``is_split_into_words``, of a list of words."""
+    def __call__(
+        self,
+        text: Any,
+        text_pair: str | None = None,
+        add_special_tokens: bool = True,
+        **settings: Any,
+    ) -> Any:
+        """Return the tokens of a text, of a pair or, with ``is_split_into_words``, of words."""
         words = settings.get("is_split_into_words", False)
         further = settings.keys() - {"is_split_into_words", "return_offsets_mapping", "verbose"}
         # Batches, padding, truncation and tensors need transformers.
         if isinstance(text, str) == words or any(settings[name] for name in further):
             settings["add_special_tokens"] = add_special_tokens
-            return self.transformers_tokenizer(text, **settings)
-        return StoredEncoding(self.backend_tokenizer.encode(text, None, words, add_special_tokens))
+            return self.transformers_tokenizer(text, text_pair, **settings)
+        encoded = self.backend_tokenizer.encode(text, text_pair, words, add_special_tokens)
+        return StoredEncoding(encoded)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of ``text``."""

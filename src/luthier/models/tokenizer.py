@@ -99,6 +99,7 @@ def _fields(own: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "chat_template": own.chat_template,
         "model_max_length": own.model_max_length,
+        "model_input_names": own.model_input_names,
         "special_tokens_map": special,
         "all_special_tokens": [str(token) for token in own.all_special_tokens],
         "all_special_ids": own.all_special_ids,
@@ -128,7 +129,8 @@ def _reads_alike(stored: StoredTokenizer, own: Any) -> bool:
                 or stored.decode(ids, special) != own.decode(ids, skip_special_tokens=special)
             ):
                 return False
-    return True
+    pairs = [each("a word", "two words") for each in (stored, own)]
+    return bool(pairs[0]["input_ids"] == pairs[1]["input_ids"])
 
 
 def load_with_transformers(folder: Path) -> Any:

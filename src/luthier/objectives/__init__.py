@@ -16,6 +16,7 @@ from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.on_policy_distillation import OnPolicyDistillation
 from luthier.objectives.orpo import ORPO
 from luthier.objectives.ppo import PPO
+from luthier.objectives.question_answering import QuestionAnswering
 from luthier.objectives.regression import Regression
 from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.sdft import SDFT
@@ -40,6 +41,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "semi_supervised": SemiSupervised,
         "regression": Regression,
         "token_classification": TokenClassification,
+        "question_answering": QuestionAnswering,
         "contrastive": Contrastive,
         "logit_distillation": LogitDistillation,
         "on_policy_distillation": OnPolicyDistillation,
@@ -77,6 +79,7 @@ __all__ = [
     "MaskedLM",
     "Objective",
     "OnPolicyDistillation",
+    "QuestionAnswering",
     "Regression",
     "RewardModel",
     "SemiSupervised",

@@ -188,6 +188,8 @@ class Objective(StrictModel):
     """True if words of a row may move or disappear without changing the label or target."""
     can_shard: ClassVar[bool] = False
     """True if each micro-batch is a single independent pass, so that layers can be sharded."""
+    accepts_long_rows: ClassVar[bool] = False
+    """True if :meth:`predict` divides rows longer than the context into windows."""
     generates_images: ClassVar[bool] = False
     """True if the network generates images (:mod:`luthier.media.image_generation`)."""
     measure: ClassVar[str] = "loss"

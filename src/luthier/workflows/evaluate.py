@@ -30,6 +30,7 @@ from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, ThumbedReply
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import RatedText, RawText, TaggedWords, TextPair
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
@@ -470,6 +471,8 @@ def _input_of(row: Row) -> dict[str, Any]:
             return row.record()
         case MediaRow():
             return {row.key(): str(row.media)}
+        case AnsweredQuestion():
+            return {"question": row.question, "context": row.context}
         case TaggedWords() if row.tags is not None:
             return {"tokens": list(row.tokens)}
     return {"text": row.plain_text()}
@@ -479,6 +482,8 @@ def _expected_of(row: Row) -> Any:
     match row:
         case CaptionedImage():
             return row.caption
+        case AnsweredQuestion():
+            return list(row.answers)
         case TaggedWords():
             return list(row.tags or ())
         case RatedText():

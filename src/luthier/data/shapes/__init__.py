@@ -22,6 +22,7 @@ from luthier.data.shapes.media import (
     LabelledImage,
 )
 from luthier.data.shapes.preferences import Preference, RankedReplies, RatedReply, ThumbedReply
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import (
     History,
     LabelledText,
@@ -47,6 +48,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         BareWindow,
         RatedText,
         TaggedWords,
+        AnsweredQuestion,
         TextPair,
         History,
         MultipleChoice,

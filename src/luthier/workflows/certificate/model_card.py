@@ -14,6 +14,7 @@ _PIPELINES: Mapping[str, str] = {
     "causal_lm": "text-generation",
     "masked_lm": "fill-mask",
     "token_classification": "token-classification",
+    "question_answering": "question-answering",
     "embedding": "sentence-similarity",
 }
 """Task names of Hugging Face by model kind."""
