@@ -40,7 +40,6 @@ from luthier.data.reasoning import (
 )
 from luthier.data.replies import (
     SYSTEM_FIX,
-    Segment,
     TurnEnd,
     find_end_token,
     find_prompt_end,
@@ -518,8 +517,14 @@ class ChatFormat:
             return [self._encode_sides(calls_as_text(messages, tools))]
         if self.template == "plain":
             return [self._encode_plain(calls_as_text(messages, tools))]
-        sequences = training_sequences(self, messages, context, tools)
-        encoded = [self._encode_segments(s) for s in sequences if any(each.learns for each in s)]
+        encoded = list[EncodedReply]()
+        for segments in training_sequences(self, messages, context, tools):
+            text, parts = "", list[tuple[int, int]]()
+            for segment, learns in segments:
+                if learns:
+                    parts.append((len(text), len(text) + len(segment)))
+                text += segment
+            encoded += self._encode_parts(text, parts) if parts else ()
         if not encoded:
             raise RowRefused(
                 "row.template",
@@ -531,23 +536,20 @@ class ChatFormat:
         place = partial(self.images.place, images=images, tokenizer=self.tokenizer)
         return [replace(each, ids_T=place(each.ids_T), images=images) for each in encoded]
 
-    def _encode_segments(self, segments: Sequence[Segment]) -> EncodedReply:
-        text, done, parts = "", 0, list[tuple[int, int]]()
-        for segment, learns in segments:
-            text += segment
-            if learns:
-                parts.append((done, len(text)))
-            done = len(text)
+    def _encode_parts(self, text: str, parts: Sequence[tuple[int, int]]) -> list[EncodedReply]:
+        """Encode a rendered conversation with learned parts, one by one if prompts disagree."""
         start, end = parts[-1]
         text = text[:end]
         if not any(name in text[start:] for name in self.text_encoder.stop_names):
             text += self.turn_end.added
-        ids, places = self.text_encoder.divide(text, parts)
+        ids, places, agrees = self.text_encoder.divide(text, parts)
+        if not agrees:
+            return [each for part in parts for each in self._encode_parts(text, [part])]
         learned_T = np.zeros(len(ids), dtype=bool)
         for first, last in places:
             learned_T[first : self._stop_after(ids, first, last)] = True
         size = int(np.flatnonzero(learned_T)[-1]) + 1
-        return EncodedReply(np.array(ids[:size], dtype=np.int64), learned_T[:size])
+        return [EncodedReply(np.array(ids[:size], dtype=np.int64), learned_T[:size])]
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -571,24 +573,6 @@ class ChatFormat:
         if "endgeneration" not in str(own):
             return self
         return self._with_templates(map_texts(own, mark_generation))
-
-    def prompt_difference(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
-    ) -> str | None:
-        """Return how the tokens before the last reply differ from the tokens of the served prompt."""
-        row = self.encode_reply(messages, 0, tools)
-        ids_T = row.ids_T if row.source_T is None else row.source_T
-        prompt_T = self.encode_prompt(messages[:-1], tools)
-        size = min(len(ids_T), len(prompt_T))
-        differs_T = ids_T[:size] != prompt_T[:size]
-        if size == len(prompt_T) and not differs_T.any():
-            return None
-        at = int(np.argmax(differs_T)) if differs_T.any() else size
-        own, served = (self.pieces(each[at : at + 3].tolist()) for each in (ids_T, prompt_T))
-        return (
-            f"the tokens differ before the last reply, from token {at + 1} on: the row has {own}, the "
-            f"served prompt {served}."
-        )
 
     def encode_text(self, text: str) -> IntArray:
         """Raw text followed by the end-of-text token, for language modelling."""

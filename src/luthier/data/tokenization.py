@@ -136,12 +136,13 @@ class TextEncoder:
 
     def divide(
         self, text: str, parts: Sequence[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids of a conversation, and the token ranges of its learned parts.
+    ) -> tuple[list[int], list[tuple[int, int]], bool]:
+        """Return token ids of a conversation, token ranges of learned parts, and if prompts agree.
 
         The ids before a learned part equal the ids of the served prompt. If the tokenizer would
         merge characters across that border, the prompt keeps its tokens and the rest is tokenized
-        as a continuation. A border divided in this way stays divided in later prompts.
+        as a continuation. A border divided in this way stays divided in later prompts, which then
+        do not agree with the served prompts.
 
         Args:
             text: the conversation up to the end of its last learned part.
@@ -149,17 +150,19 @@ class TextEncoder:
         """
         if not self.is_fast:
             return self._divide_by_prefixes(text, parts)
-        spans, firsts = self.spans(text), list[int]()
+        spans, firsts, agrees = self.spans(text), list[int](), True
         token = character = 0
         for character_next, _ in parts:
+            before = spans
             spans, token = self._divide_at(spans, text, character_next, token, character)
+            agrees &= spans is before or character_next == parts[-1][0]
             character = character_next
             firsts.append(token)
         places = [
             (first, bisect_left(spans, end, lo=first, key=_FIRST))
             for first, (_, end) in zip(firsts, parts, strict=True)
         ]
-        return [token for token, _, _ in spans], places
+        return [token for token, _, _ in spans], places, agrees
 
     @cached_property
     def _separators(self) -> frozenset[int]:
@@ -230,15 +233,16 @@ class TextEncoder:
 
     def _divide_by_prefixes(
         self, text: str, parts: Sequence[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    ) -> tuple[list[int], list[tuple[int, int]], bool]:
         """Divide a text with a tokenizer without offsets; see :meth:`divide`."""
-        ids, places, done = list[int](), list[tuple[int, int]](), 0
+        ids, places, done, agrees = list[int](), list[tuple[int, int]](), 0, True
         for start, end in parts:
             prompt, whole = self.ids(text[:start]), self.ids(text[:end])
             if prompt[: len(ids)] != ids:
+                agrees = False
                 prompt = ids + self.ids(text[done:start])
             is_prefix = whole[: len(prompt)] == prompt
             ids = whole if is_prefix else prompt + self.ids(text[start:end])
             places.append((len(prompt), len(ids)))
             done = end
-        return ids + self.ids(text[done:]), places
+        return ids + self.ids(text[done:]), places, agrees

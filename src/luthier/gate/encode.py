@@ -15,7 +15,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.disk_sequence import spool
 from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.gate.rules import NOTHING_LEARNED, PROMPT_TOKENS, SHAPE, TEMPLATE, TOO_FEW
+from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, Row
@@ -36,9 +36,6 @@ class RowEncoder:
         more = objective.mixed_shapes if beside else frozenset()
         self.shapes = objective.shapes | objective.further_shapes | more
         self._refusals: dict[str, RowRefused] = {}
-        # Rows with one and with several replies whose prompts may still differ. One reply that begins
-        # with white space is enough for a difference in the row's next prompts.
-        self._differences_allowed = {False: 1, True: 3}
         self.problems: list[Problem] = []
         self.dropped = self.truncated = 0
 
@@ -74,37 +71,13 @@ class RowEncoder:
         """Return token ids and loss weights of a row.
 
         Raises:
-            RowRefused: if the row cannot be encoded, or the base breaks :data:`PROMPT_TOKENS`.
+            RowRefused: if the row cannot be encoded.
         """
         try:
-            example = self.objective.encode(row, index, self.format)
+            return self.objective.encode(row, index, self.format)
         except RecipeError as error:
             fix = "Change the row, or choose a base model with another chat template."
             raise RowRefused(TEMPLATE.id, str(error), fix) from error
-        if any(self._differences_allowed.values()) and self.objective.task == "causal_lm":
-            self._check_prompt(row)
-        return example
-
-    def _check_prompt(self, row: Row) -> None:
-        """Compare the tokens before the last reply with those of the served prompt.
-
-        The check ends at the first row whose tokens agree. Rows with one reply and rows with several
-        replies are checked separately.
-        """
-        turns = row.turns()
-        replies = sum(turn.role == "assistant" and turn.learned for turn in turns)
-        several = replies > 1
-        if not replies or turns[-1].role != "assistant" or not self._differences_allowed[several]:
-            return
-        try:
-            difference = self.format.prompt_difference(turns, row.tools)
-        except (RecipeError, RowRefused):
-            return  # the objective learns another part of the row
-        self._differences_allowed[several] = (
-            self._differences_allowed[several] - 1 if difference else 0
-        )
-        if difference and not self._differences_allowed[several]:
-            raise RowRefused(PROMPT_TOKENS.id, difference, PROMPT_TOKENS.fix)
 
     def encode_all(self, rows: Sequence[Row], context: int, long_rows: str) -> Sequence[Example]:
         """Encode the rows of a job; rejected rows join ``problems``.

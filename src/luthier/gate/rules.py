@@ -215,14 +215,6 @@ TEMPLATE = Rule(
     "error",
     "The model's template rejects the row.",
 )
-PROMPT_TOKENS = Rule(
-    "base.prompt_tokens",
-    "error",
-    "The tokens before a reply differ from the tokens of the prompt in inference.",
-    "The model would learn replies to prompts that never occur in inference.",
-    "Write each reply in a separate row, or choose another base model.",
-    whole=True,
-)
 SHAPE = Rule("row.objective", "error", "The objective does not support the shape of the row.")
 TOO_FEW = Rule(
     "rows.too_few",
@@ -253,7 +245,6 @@ ENCODING_RULES: Mapping[str, Rule] = {
         TOO_LONG,
         NOTHING_LEARNED,
         TEMPLATE,
-        PROMPT_TOKENS,
         SHAPE,
         Rule("row.empty", "error", "The text has no tokens.", drop=True),
         TOO_FEW,

@@ -102,7 +102,7 @@ def test_measuring_can_be_done_elsewhere(chat: ChatFormat) -> None:
 
 
 @pytest.mark.parametrize("template", ["mistral", "vicuna"])
-def test_a_base_whose_rows_have_other_tokens_than_its_prompts_is_refused(template: str) -> None:
+def test_rows_whose_next_prompts_have_other_tokens_are_several_sequences(template: str) -> None:
     tokenizer = sentencepiece("first", TEMPLATES[template])
     chat, roles = ChatFormat.of(tokenizer), ("user", "assistant") * 2
     # The space at the end of a prompt becomes one token with the word behind it, once that is there.
@@ -110,12 +110,14 @@ def test_a_base_whose_rows_have_other_tokens_than_its_prompts_is_refused(templat
         "ASSISTANT:' }}{% endif", "ASSISTANT: ' }}{% endif"
     )
     turns = tuple(Message(role, f"the dog {n}") for n, role in enumerate(roles))
-    rows = [Conversation("f", line, turns) for line in range(1, 5)]
-    alone = [Conversation("f", line, turns[:2]) for line in range(1, 5)]
-    for given, broken in ((alone, False), (rows[:1], False), (rows, template == "vicuna")):
-        found = Learning(SFT(), chat, 512).measure(RowBatch("train", "f", given)).spots
-        assert [spot.rule for spot in found] == ["base.prompt_tokens"] * broken
-        assert [spot.index for spot in found] == [2] * broken
-        encoder = RowEncoder(SFT(), chat)
-        assert len(encoder.encode_all(given, 512, "error")) == len(given) - broken
-        assert [problem.line for problem in encoder.problems] == [3] * broken
+    encoder = RowEncoder(SFT(), chat)
+    (example,) = encoder.encode_all([Conversation("f", 1, turns)], 512, "error")
+    assert not encoder.problems
+    assert len(example.sides) == (2 if template == "vicuna" else 1)
+    prompt = chat.encode_prompt(turns[:3]).tolist()
+    assert example.ids_T[: len(prompt)].tolist() == prompt
+    measured = Learning(SFT(), chat, 512).measure(
+        RowBatch("train", "f", [Conversation("f", 1, turns)])
+    )
+    assert measured.tokens_N.tolist() == [sum(map(len, example.sides))]
+    assert measured.learned_N.tolist() == [sum(side.weight for side in example.sides)]
