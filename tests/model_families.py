@@ -119,7 +119,7 @@ DECODERS = (
         {
             **_LOCAL_EXPERTS,
             "intermediate_size_mlp": 48,
-            "attention_chunk_size": 256,
+            "attention_chunk_size": WINDOW,
             "interleave_moe_layer_step": 2,
             "num_experts_per_tok": 1,
             "num_hidden_layers": 4,

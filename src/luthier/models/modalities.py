@@ -217,14 +217,11 @@ def context_length(config: Mapping[str, Any]) -> int:
 
 
 def _llama4_border(config: Mapping[str, Any]) -> int:
-    """Return the length in tokens up to which Llama 4 has full attention and unscaled queries.
+    """Return the length in tokens up to which Llama 4 does not scale queries by their positions.
 
     transformers counts the positions of scaled queries in the flat sequence instead of the row.
     """
-    borders = [config.get("attention_chunk_size")]
-    if config.get("attn_temperature_tuning"):
-        borders.append(int(config["floor_scale"]) - 1)
-    return min((int(border) for border in borders if border), default=1 << 30)
+    return int(config["floor_scale"]) - 1 if config.get("attn_temperature_tuning") else 1 << 30
 
 
 def _longrope_border(config: Mapping[str, Any]) -> int | None:
