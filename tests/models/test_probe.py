@@ -16,7 +16,6 @@ from luthier.data.tree import build_tree
 from luthier.errors import LuthierError, RecipeError
 from luthier.models import probe
 from luthier.models.load import as_network
-from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.models.probe import DenseAttention, Probe, in_float32, try_shared, try_training
 from luthier.types import Example
@@ -223,15 +222,6 @@ def test_the_dense_attention_of_accelerators_is_that_of_the_tree(is_bidirectiona
     scoring = Scoring(0.3, Window(4), softcap=1.5, sinks_H=torch.randn(4))
     dense = DenseAttention(tree, is_bidirectional, CPU).attend(None, query, key, value, scoring)
     assert torch.allclose(dense, plan.attend(None, query, key, value, scoring), atol=1e-5)
-
-
-def test_longrope_ends_where_its_factors_change() -> None:
-    fields = made("phi3", torch.float32).config.to_dict()
-    assert fields["max_position_embeddings"] == 256
-    assert context_length(fields) == 64
-    old = {"max_position_embeddings": 131_072, "original_max_position_embeddings": 4096}
-    assert context_length({**old, "rope_scaling": {"type": "su"}}) == 4096
-    assert context_length({**old, "rope_scaling": None}) == 131_072
 
 
 def test_raw_text_of_a_causal_network_with_a_mask_token_is_learned_in_order(

@@ -300,7 +300,13 @@ def _add_rope(writer: GGUFWriter, config: Any, rope: Mapping[str, Any], limit: i
     if original := full.get("original_max_position_embeddings"):
         # llama.cpp selects the long factors by the size of the cache, which has room for several
         # sequences, and not by the length of a sequence.
-        short = kind == "longrope" and limit is not None and limit <= original
+        short = kind == "longrope" and limit is not None
+        if short and limit is not None and limit > original:
+            raise RecipeError(
+                f"llama.cpp does not change the LongRoPE factors of {config.model_type} with the "
+                f"length of a sequence ({original} of {limit} tokens).",
+                rule="gguf.rope",
+            )
         writer.add_rope_scaling_orig_ctx_len(_NEVER if short else original)
     if kind == "longrope":
         factor = full.get("factor") or config.max_position_embeddings / original

@@ -185,9 +185,7 @@ def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
 def context_length(config: Mapping[str, Any]) -> int:
     """Return the maximum input length in tokens. An image or audio clip is one token.
 
-    For a network with an image encoder, the length of the decoder or text encoder counts. LongRoPE
-    networks end at ``original_max_position_embeddings``: beyond this length transformers applies
-    other factors to all positions of a batch, and cached keys keep the earlier factors.
+    For a network with an image encoder, the length of the decoder or text encoder counts.
 
     Raises:
         RecipeError: for a configuration without a length.
@@ -198,8 +196,6 @@ def context_length(config: Mapping[str, Any]) -> int:
         return RELATIVE_CONTEXT
     if (text := text_fields(config)) is not config:
         return context_length(text)
-    if (first := _longrope_border(config)) is not None:
-        return first
     for key in _LENGTHS:
         if isinstance(config.get(key), int):
             # RoBERTa's positions start after the padding index.
@@ -222,20 +218,6 @@ def _llama4_border(config: Mapping[str, Any]) -> int:
     transformers counts the positions of scaled queries in the flat sequence instead of the row.
     """
     return int(config["floor_scale"]) - 1 if config.get("attn_temperature_tuning") else 1 << 30
-
-
-def _longrope_border(config: Mapping[str, Any]) -> int | None:
-    """Return the maximum length of LongRoPE's short factors in tokens, or ``None`` without
-    LongRoPE."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # transformers nests the parameters by layer type for networks with several. Early Phi-3
-    # files call LongRoPE "su".
-    for each in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
-        if {each.get("rope_type"), each.get("type")} & {"longrope", "su"}:
-            border = each.get("original_max_position_embeddings")
-            border = border or config.get("original_max_position_embeddings")
-            return border if isinstance(border, int) else None
-    return None
 
 
 def head_size(config: Any) -> int:

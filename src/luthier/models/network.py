@@ -24,6 +24,7 @@ from luthier.models.frozen_layer_cache import FrozenLayerCache
 from luthier.models.head_forward import head_logits
 from luthier.models.layers import share_layers
 from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, SIZE_STEP, Layout, layout_of
+from luthier.models.long_rope import longrope_border, select_factors_by_row
 from luthier.models.modalities import context_length
 from luthier.models.prefix import prefix_tokens
 from luthier.models.process_group import ALONE, ProcessGroup
@@ -139,6 +140,11 @@ class Network:
         self.dtype = dtype
         self.is_bidirectional = is_bidirectional
         self.layout = layout_of(model, is_bidirectional)
+        config: Any = model.config
+        self.longrope_border = longrope_border(config.to_dict())
+        """Length of the longest row with LongRoPE's short factors; ``None`` without LongRoPE."""
+        if self.longrope_border is not None:
+            select_factors_by_row(model, self.longrope_border)
         self.frozen_cache: FrozenLayerCache | None = None
         """Cached activations of the frozen layers, if computed."""
         self.base: Network | None = None
@@ -358,7 +364,11 @@ class Network:
             # An image counts as one token, so a token budget would admit thousands of images.
             budget = min(budget, MOST_IMAGES)
         group = self.processes
-        parts = split_to_budget(examples, budget, shares, media, group.size)
+        parts = [
+            part
+            for rows in self.split_by_factors(examples)
+            for part in split_to_budget(rows, budget, shares, media, group.size)
+        ]
         numbered = [*enumerate(parts)]
         own = [(*each, False) for each in numbered[group.rank :: group.size]]
         # A sharded pass is a collective operation: with one pass less, a process would leave the
@@ -373,6 +383,21 @@ class Network:
             )
             for place, part, is_filler in own
         )
+
+    def split_by_factors(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        """Split rows by their LongRoPE factors, which are equal for all rows of a pass.
+
+        The longest row of a group decides.
+        """
+        if self.longrope_border is None:
+            return [examples]
+        most = self.longrope_border - self.tokens_before
+        groups = {row.group for row in examples if row.tokens > most} - {None}
+        is_long = [row.tokens > most or row.group in groups for row in examples]
+        return [
+            [row for row, long in zip(examples, is_long, strict=True) if long == kind]
+            for kind in (False, True)
+        ]
 
     def read_rows(
         self,

@@ -43,6 +43,7 @@ from luthier.models.kv_cache import (
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
 from luthier.models.llama_forward import LlamaForward
+from luthier.models.long_rope import LONG_ROW
 from luthier.models.lora_batch import Adapter, LoraBatch
 from luthier.models.modalities import head_size, key_heads, layer_configs
 from luthier.models.packing import PackedLinears, packed_weight
@@ -84,10 +85,13 @@ def torch_backend(network: Network, context: int, packs: bool = True) -> Backend
 class _FlatSequence:
     """A sequence of :class:`FlatBackend`."""
 
-    def __init__(self, ids_T: IntArray, span: Span, lookup: PromptLookup, adapter: Adapter) -> None:
-        """``ids_T`` is to be read; ``lookup`` knows the whole prompt."""
+    def __init__(
+        self, ids_T: IntArray, span: Span, lookup: PromptLookup, adapter: Adapter, is_long: bool
+    ) -> None:
+        """``ids_T`` is to be read; ``lookup`` knows the whole prompt; ``is_long`` for LongRoPE's
+        long factors (:mod:`luthier.models.long_rope`)."""
         self.ids_T, self.span, self.read, self.lookup = ids_T, span, 0, lookup
-        self.adapter = adapter
+        self.adapter, self.is_long = adapter, is_long
         self.guess: list[int] = []
         """Guessed tokens, with keys and values after the sequence's own."""
         self.logits: list[Tensor] = []
@@ -128,9 +132,9 @@ class FlatBackend:
         self.device = network.device
         assert isinstance(self._layout, Flat)
         self._first = self._layout.first_position
-        # Guesses may exceed the position table and are clamped.
         self._last = self._first + network.context - 1
         self._before = prefix_tokens(network.model)
+        self._border = network.longrope_border or sys.maxsize
         self._packed = PackedLinears(network.model) if packs else nullcontext()
         self._packed.__enter__()
         self._banks = Banks()
@@ -179,7 +183,8 @@ class FlatBackend:
         ends."""
         adapter = adapter or self._base
         span = Bank(keys_for(self._before + len(ids_T))).add()
-        state = _FlatSequence(ids_T, span, PromptLookup(ids_T.tolist()), adapter)
+        is_long = self._before + len(ids_T) > self._border
+        state = _FlatSequence(ids_T, span, PromptLookup(ids_T.tolist()), adapter, is_long)
         if start is not None:
             state.read = span.length = len(start)
             for layer, (key, value) in start.layers.items():
@@ -192,7 +197,8 @@ class FlatBackend:
     @property
     def reuses(self) -> bool:
         """See :attr:`luthier.models.backends.ReusesKeyValues.reuses`."""
-        return not self._before
+        # Keys of a short prompt have other LongRoPE factors than keys of a long prompt.
+        return not self._before and self._border == sys.maxsize
 
     def key_values(self, state: Any, start: int, end: int) -> KeyValues:
         """Copy the keys and values of a prompt from token ``start`` to ``end``."""
@@ -234,7 +240,10 @@ class FlatBackend:
             ]
         )
         position_N = self._first + np.concatenate(
-            [np.arange(chunk.start, chunk.end) for chunk in chunks]
+            [
+                np.arange(chunk.start, chunk.end) + LONG_ROW * state.is_long
+                for state, chunk in zip(states, chunks, strict=True)
+            ]
         )
         attention = ChunkAttention(chunks, self.network.device)
         # Another thread may add an adapter, which replaces the network.
@@ -273,7 +282,11 @@ class FlatBackend:
             for index, prompt_T in enumerate(prompts)
         ]
         last: dict[int, Tensor] = {}
-        for part in split_to_budget(rows, PREFILL_TOKENS, network.shares):
+        for part in (
+            part
+            for kind in network.split_by_factors(rows)
+            for part in split_to_budget(kind, PREFILL_TOKENS, network.shares)
+        ):
             batch = network.batch(build_tree(part, network.shares))
             plan = RecordingAttention(batch.plan)
             hidden_NH = self._layout.run_with(network.model.base_model, batch, plan)
@@ -291,7 +304,8 @@ class FlatBackend:
                     for mine, part_HND in zip(pair, (key, value), strict=True):
                         mine[span.slot, :, : span.length] = part_HND[:, place_P]
                 lookup = PromptLookup(prompts[row].tolist())
-                read[row] = _FlatSequence(NOTHING, span, lookup, self._base)
+                is_long = span.length > self._border
+                read[row] = _FlatSequence(NOTHING, span, lookup, self._base, is_long)
                 last[row] = hidden_NH[leaf]
         logits_UV = self._logits(torch.stack([last[row] for row in range(len(prompts))]))
         states = [own for row in range(len(prompts)) for own in self.fork(read[row], copies)]
@@ -313,7 +327,10 @@ class FlatBackend:
             # The copies replace the original sequence.
             state.adapter.sequences += copies - 1
         span.bank.remove(span)
-        return [_FlatSequence(NOTHING, own, state.lookup.copy(), state.adapter) for own in made]
+        return [
+            _FlatSequence(NOTHING, own, state.lookup.copy(), state.adapter, state.is_long)
+            for own in made
+        ]
 
     @torch.no_grad()
     def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
@@ -322,6 +339,7 @@ class FlatBackend:
             logits = [state.accept(token) for state, token in zip(states, tokens, strict=True)]
             left = [place for place, row in enumerate(logits) if row is None]
             for place in left:
+                self._lengthen(states[place])
                 states[place].span = self._banks.with_room(states[place].span)
             # Sorted before the split, so that each part covers adjacent slots of few banks.
             left = [left[i] for i in step_order([(states[place].span, 0) for place in left])]
@@ -331,6 +349,15 @@ class FlatBackend:
                 for place, row_V in zip(part, found, strict=True):
                     logits[place] = row_V
         return torch.stack([row_V for row_V in logits if row_V is not None])
+
+    def _lengthen(self, state: Any) -> None:
+        """Encode a sequence again that exceeds the short LongRoPE factors with its last token."""
+        if state.is_long or state.span.length < self._border:
+            return
+        state.ids_T, state.read, state.is_long = np.array(state.lookup.ids[:-1]), 0, True
+        state.span.length = 0
+        while state.unread:
+            self._prefill([state])
 
     def speculation(self, state: Any) -> Speculation:
         """Return the counts of guesses for a sequence so far."""
@@ -361,7 +388,13 @@ class FlatBackend:
             row_tokens += state.guess
             adapters += [state.adapter] * len(state.guess)
         order = step_order(rows)
-        positions = [self._first + rows[i][0].length + rows[i][1] for i in order]
+        long = [state.is_long for state in states]
+        long += [state.is_long for state in states for _ in state.guess]
+        # Guesses may exceed the position table.
+        positions = [
+            min(self._first + rows[i][0].length + rows[i][1], self._last) + LONG_ROW * long[i]
+            for i in order
+        ]
         hidden_NH = self._run(
             self._batch.model_of([adapters[i] for i in order]),
             torch.tensor([row_tokens[i] for i in order]),
@@ -383,6 +416,8 @@ class FlatBackend:
         for place, state in enumerate(states):
             # Guesses use free room only: a wrong guess must not move a sequence to a larger bank.
             room = state.span.bank.room - state.span.length - 1
+            if not state.is_long:
+                room = min(room, self._border - state.span.length - 1)
             # Rows that one sequence leaves unused remain for the following sequences.
             state.guess = state.lookup.guess(min(spare // (len(states) - place), room))
             spare -= len(state.guess)
@@ -390,7 +425,7 @@ class FlatBackend:
 
     def _run(self, model: Any, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
         device = self.network.device
-        ids_N, position_N = ids_N.to(device), position_N.clamp(max=self._last).to(device)
+        ids_N, position_N = ids_N.to(device), position_N.to(device)
         if self._llama:
             return self._llama(model.base_model, ids_N, position_N, attention)
         output = model.base_model(
