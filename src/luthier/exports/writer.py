@@ -64,6 +64,7 @@ from luthier.models.save import (
     whole_model,
 )
 from luthier.models.sentence_head import attach_sentence_head, sentence_head
+from luthier.models.text_part import fit_to_whole
 
 Phase = Literal["merge", "trace", "write", "compare"]
 """A phase of an export. An export has some of the phases, in this order."""
@@ -149,6 +150,8 @@ def export(
                     text = json.dumps({**config, **targets}, indent=2, sort_keys=True)
                     write_bytes(fresh / ADAPTER_CONFIG, text.encode())
                 check_peft(stored, fresh)
+            if stored.network.uses_text_part:
+                fit_to_whole(fresh, stored.network)
     return target
 
 

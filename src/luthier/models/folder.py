@@ -130,7 +130,7 @@ class ModelFolder:
 
     @cached_property
     def _stored_processor(self) -> Processor | None:
-        return read_processor(self.path)
+        return None if self.uses_text_part else read_processor(self.path)
 
     @property
     def images(self) -> ImageTokens | None:
@@ -141,8 +141,6 @@ class ModelFolder:
     @cached_property
     def processor(self) -> Processor | None:
         """Image or audio processor, ``None`` for a text network."""
-        if self.uses_text_part:
-            return None
         found = None if self.images else self._stored_processor
         # A pipeline may lack a preprocessor file; its networks determine the processor.
         return (

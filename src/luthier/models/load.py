@@ -50,6 +50,7 @@ from luthier.models.modalities import (
 from luthier.models.network import Network
 from luthier.models.probe import check_finite, probed_network, relative_error
 from luthier.models.tensors import tensor_headers
+from luthier.models.text_part import NAMES as TEXT_PART_NAMES
 from luthier.types import Example, IntArray
 
 
@@ -72,12 +73,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-_TEXT_PART = {
-    r"^language_model\.(lm_head|model)\.": r"\1.",
-    r"^model\.(?:language_model|text_model)\.": "model.",
-}
-"""Renaming of the weights of a multimodal model to the names of its text part, as in transformers 4
-and in transformers 5."""
 _CONSTRUCTING = threading.Lock()
 # transformers patches PreTrainedModel.tie_weights globally while loading: a network created in
 # another thread meanwhile would get an untied output layer.
@@ -137,7 +132,7 @@ def load_model(
                 output_loading_info=True,
                 # A head with other classes is drawn anew; all other mismatches are rejected below.
                 ignore_mismatched_sizes=True,
-                key_mapping=_TEXT_PART if opened.uses_text_part else None,
+                key_mapping=TEXT_PART_NAMES if opened.uses_text_part else None,
             )
         model, loaded = found
         if opened.uses_text_part:

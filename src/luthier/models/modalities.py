@@ -46,6 +46,10 @@ _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 _SECOND = 16_000
 """Number of audio samples per second, for networks that accept any length."""
 
+_SAME_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Text parts without a causal language model in transformers, and the language model of the same
+mathematics and weights."""
+
 Shape = tuple[int, int, int]
 """Channels, height and width of an image. Audio: 1, frames, bins; or 1, 1, samples."""
 
@@ -102,6 +106,12 @@ def text_part(config: Any) -> Any:
 
     text = config.get_text_config()
     known: Any = transformers.AutoModelForCausalLM._model_mapping
+    if text.model_type in _SAME_TEXT:
+        fields = {**text.to_dict(), "model_type": _SAME_TEXT[text.model_type]}
+        rope = fields["rope_parameters"]
+        # Positions of text are equal in the three sections of M-RoPE, which is then RoPE.
+        fields["rope_parameters"] = {n: v for n, v in rope.items() if not n.startswith("mrope")}
+        text = transformers.AutoConfig.for_model(**fields)
     if type(text) not in known:
         raise RecipeError(
             f"Networks of type {config.model_type} are not supported yet: transformers has no "

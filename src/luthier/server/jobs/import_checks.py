@@ -204,12 +204,16 @@ def accept_adapter(
 
     from luthier.adaptations.peft import lora_of
     from luthier.models.save import read_adapter
+    from luthier.models.text_part import fit_to_text_part
     from luthier.models.tokenizer import check_vocabulary
     from luthier.objectives import OBJECTIVES
 
     fields = adapter_fields(folder)
     base = _find_base(fields, find_base)
     check_weights(folder)
+    if base.network.uses_text_part:
+        fit_to_text_part(folder)
+        fields = adapter_fields(folder)
     check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
     lora = lora_of(fields, read_adapter(folder), base.network.sketch(head))
