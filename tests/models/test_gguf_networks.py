@@ -22,6 +22,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": None, "layer_types": 2 * ["full_attention"]},
     "gpt2": {"num_key_value_heads": ...},
     "gpt_neox": {"num_key_value_heads": ...},
+    "gpt_oss": {"head_dim": 64},
     "olmoe": {"num_key_value_heads": 4},
     "qwen3_moe": {"norm_topk_prob": True},
     "smollm3": {"no_rope_layer_interval": 4},

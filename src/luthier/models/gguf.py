@@ -65,7 +65,7 @@ _LARGER = {
     _Kind.Q4_0: _Kind.F16, _Kind.Q5_0: _Kind.F16, _Kind.Q5_1: _Kind.F16, _Kind.Q8_0: _Kind.F16,
 }  # fmt: skip
 """Fallback types for matrices whose rows do not divide into blocks of 256 or 32 numbers."""
-_PRECISE = re.compile(r"position_embd|_norm\.weight|ffn_gate_inp|conv1d|shortconv\.conv")
+_PRECISE = re.compile(r"position_embd|\.bias|_norm\.weight|ffn_gate_inp|conv1d|shortconv\.conv")
 """Matrices that llama.cpp reads in float32."""
 _AT_ONCE = 1 << 24
 """Number of weights per quantization call."""
@@ -161,9 +161,10 @@ def write_gguf(
     network = network_of(config.model_type, about.name)
     check_quantization(quantization)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[network.arch])
-    if chat is not None and _strips_spaces(chat):
-        # llama.cpp identifies these tokenizers by the name of the model.
-        about = replace(about, name=f"{about.name} (Phi-3)")
+    if chat is not None:
+        # llama.cpp identifies tokenizers that strip white space by the name of the model.
+        plain = re.sub("phi-?3", "Phi 3", about.name, flags=re.IGNORECASE)
+        about = replace(about, name=f"{plain} (Phi-3)" if _strips_spaces(chat) else plain)
     _add_general(writer, about, "model", quantization)
     weights = network_weights(model)
     add_hyperparameters(writer, config, weights, about.name, limit)

@@ -32,8 +32,6 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "embedding_length": ("hidden_size",),
     "embedding_scale": ("embedding_multiplier",),
     "expert_count": ("num_experts", "num_local_experts"),
-    "expert_feed_forward_length": ("moe_intermediate_size",),
-    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "expert_used_count": ("num_experts_per_tok",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "head_count": ("num_attention_heads",),
@@ -50,14 +48,9 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 """Fields of transformers' configurations by ``GGUFWriter.add_*``. The first field with a value
 counts."""
-_YARN_CHANGES = (
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
+_UNTRUNCATED = "yarn without truncation"
+"""YaRN of gpt-oss. llama.cpp rounds the bounds: 3e-4 nats after 3,000 tokens."""
+_YARN_CHANGES = ("attention_factor", "mscale", "mscale_all_dim")
 _LARGEST = {MODEL_ARCH.GEMMA2: 46, MODEL_ARCH.GEMMA3: 62}
 """Layers of the networks that scale attention by the mean width of a head; llama.cpp identifies
 these networks by the number of layers."""
@@ -100,6 +93,7 @@ NETWORKS: Mapping[str, Network] = {
         only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     ),
     "gpt_neox": Network(MODEL_ARCH.GPTNEOX, _TANH | {"gelu"}),
+    "gpt_oss": Network(MODEL_ARCH.GPT_OSS, period=2, scaling=("yarn", _UNTRUNCATED)),
     "granite": Network(MODEL_ARCH.GRANITE, interleaved=True),
     "granitemoe": Network(MODEL_ARCH.GRANITE_MOE, interleaved=True),
     "helium": Network(MODEL_ARCH.LLAMA),
@@ -191,9 +185,17 @@ def add_hyperparameters(
     """
     network = network_of(config.model_type, name)
     _check_settings(config, network, name)
-    # The width can differ from the configuration (LFM2).
-    narrow = [each.shape for each in weights if re.search(r"\.ffn_down(_exps)?\.weight", each.name)]
-    writer.add_feed_forward_length(narrow[0][-1])
+    # The widths of the weights, because the configuration can name others (LFM2).
+    names = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
+    dense, expert, shared = (
+        next((each.shape[-1] for each in weights if f".{part}.weight" in each.name), None)
+        for part in names
+    )
+    writer.add_feed_forward_length(dense or expert or 0)
+    if expert is not None:
+        writer.add_expert_feed_forward_length(expert)
+    if shared is not None:
+        writer.add_expert_shared_feed_forward_length(shared)
     for key, fields in _FIELDS.items():
         values = (getattr(config, each, None) for each in fields)
         if (value := next((each for each in values if each is not None), None)) is not None:
@@ -251,7 +253,8 @@ def _check_settings(config: Any, network: Network, name: str) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope.get("full_attention", rope), rope.get("sliding_attention", {})):
         kind = part.get("rope_type", "default")
-        changed = [each for each in _YARN_CHANGES if kind == "yarn" and part.get(each) is not None]
+        kind = _UNTRUNCATED if part.get("truncate") is False else kind
+        changed = [each for each in _YARN_CHANGES if "yarn" in kind and part.get(each) is not None]
         if kind not in ("default", *network.scaling) or changed:
             raise RecipeError(
                 f"llama.cpp does not support the rotary embeddings of {name} "
@@ -297,6 +300,9 @@ def _add_rope(writer: GGUFWriter, config: Any, rope: Mapping[str, Any], limit: i
     writer.add_rope_scaling_type(RopeScalingType(kind))
     if kind != "longrope":
         writer.add_rope_scaling_factor(full["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(full.get("beta_fast") or 32.0)
+        writer.add_rope_scaling_yarn_beta_slow(full.get("beta_slow") or 1.0)
     if original := full.get("original_max_position_embeddings"):
         # llama.cpp selects the long factors by the size of the cache, which has room for several
         # sequences, and not by the length of a sequence.
@@ -336,11 +342,19 @@ def _parts(config: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor
         "block_sparse_moe.experts", "mlp.experts"
     )
     name = name.replace("moe.router.weight", "moe.router.layer.weight")
-    if name.endswith("experts.down_proj"):
-        name = f"{name}.weight"
-    if name.endswith("experts.gate_up_proj"):
-        for part, view in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
-            yield f"{name.removesuffix('gate_up_proj')}{part}.weight", view
+    name = re.sub(r"(experts\.down_proj|\.sinks)$", r"\1.weight", name)
+    name = name.replace("down_proj_bias", "down_proj.bias")
+    if weight.ndim == 3 and config.model_type == "gpt_oss":
+        weight = weight.mT  # gpt-oss stores `[in, out]`
+    stem, _, fused = name.rpartition("experts.gate_up_proj")
+    kind = "bias" if fused == "_bias" else "weight"
+    if stem and config.model_type == "gpt_oss":
+        yield f"{stem}experts.gate_proj.{kind}", weight[:, ::2]
+        yield f"{stem}experts.up_proj.{kind}", weight[:, 1::2]
+    elif stem:
+        gate, up = weight.chunk(2, dim=1)
+        yield f"{stem}experts.gate_proj.weight", gate
+        yield f"{stem}experts.up_proj.weight", up
     elif name.endswith((".conv1d.weight", ".conv.conv.weight")):
         yield name, weight.squeeze(1)
     elif config.model_type == "gpt2" and weight.ndim == 2 and ".h." in name:
