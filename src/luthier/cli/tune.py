@@ -134,6 +134,8 @@ def print_result(result: Result) -> None:
             "audio": "sound.wav",
             "window": "--input series.csv --output scores.jsonl",
         }.get(chat.reads, '"some text"')
+        if objective.task == "question_answering":
+            query = "--input questions.jsonl"
         use = f"predict {result.model_id} {query}"
         if objective.task == "embedding":
             use = f"nearest {result.model_id} DATA {query}"

@@ -81,7 +81,12 @@ class QuestionAnswering(Objective):
         ``target`` holds the first and last token of the answer (0 and 0 without an answer), the
         first token of the context, and the token after the context.
         """
-        assert isinstance(row, AnsweredQuestion)
+        if not isinstance(row, AnsweredQuestion):
+            raise RowRefused(
+                "row.objective",
+                "the row has no question with a context.",
+                'Write {"question": …, "context": …} in a file of rows.',
+            )
         pair = chat.encode_pair(row.question, row.context)
         ids_T, begin, end = pair.ids_T, pair.second.start, pair.second.stop
         if begin == end:
