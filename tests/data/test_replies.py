@@ -16,6 +16,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import DecodedReply, ReasoningSplitter, reasoning_after
 from luthier.data.tools import describe_tool, parse_calls, template_turns
 from luthier.errors import RowRefused
+from luthier.objectives.pairs import encode_answer
 from luthier.types import Message, Tool, ToolCall
 
 _SYSTEM = "{% if messages[0].role == 'system' %}"
@@ -330,3 +331,22 @@ def test_channels_of_replies_are_not_in_their_text(chats: dict[str, ChatFormat])
     prompt_T = thinking.encode_prompt(turns("What?"))
     ids = thinking.tokens("<|channel>thought\nI see\n<channel|>Yes.<turn|>", first=False)
     assert thinking.decode_reply(prompt_T, ids.tolist()) == DecodedReply("I see", "Yes.")
+    messages = (*turns("What?"), Message("assistant", "Yes.", reasoning="I see"))
+    assert learned(thinking, messages) == [(prompt_T.tolist(), ids.tolist())]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preferred_answers_follow_the_served_prompt(
+    family: str, chats: dict[str, ChatFormat]
+) -> None:
+    chat, prompt = chats[family], turns("What?", "A dog .", "Why?")
+    for answer in ("It is open .", "A key ."):
+        example = encode_answer(prompt, (Message("assistant", answer),), 0, chat)
+        assert not example.sides[1:] and example.weight == pytest.approx(1)
+        start = int(np.argmax(example.weight_T))
+        served = chat.encode_prompt(prompt).tolist()
+        block = chat.tokenizer.decode(example.ids_T[len(served) : start].tolist())
+        assert example.ids_T[: len(served)].tolist() == served
+        assert block.split() in ([], ["<think>", "</think>"])
+        decoded = chat.decode_reply(example.ids_T[:start], example.ids_T[start:].tolist())
+        assert decoded.text.strip() == answer

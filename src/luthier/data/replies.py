@@ -226,8 +226,10 @@ def _with_reasoning(text: str, message: Message, marks: ReasoningMarks, before: 
     """Return a turn that the template writes without reasoning, with the turn's reasoning."""
     if marks.close in text:
         text = text.partition(marks.close)[2]
-    opening = "" if before.rstrip().endswith(marks.open) else f"{marks.open}\n"
-    return f"{opening}{message.reasoning}\n{marks.close}\n\n" + text.lstrip("\n")
+    # Marks with a line break, such as Gemma 4's, are written without further line breaks.
+    line = "" if marks.open.endswith("\n") else "\n"
+    opening = "" if before.rstrip().endswith(marks.open) else marks.open + line
+    return f"{opening}{message.reasoning}\n{marks.close}{line * 2}" + text.lstrip("\n")
 
 
 def _split_message(message: Message, reasoning: ReasoningFormat) -> Message:
