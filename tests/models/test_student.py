@@ -138,6 +138,19 @@ def test_entries_for_each_layer_go_with_their_layer() -> None:
     assert teacher.config.layer_types == kinds
 
 
+def test_layers_that_depend_on_each_other_are_refused() -> None:
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size_per_layer_input=300,
+        hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(RecipeError) as refused:
+        plan(Gemma4ForCausalLM(config), StudentShape(layers=1))
+    assert refused.value.rule == "student.network"
+
+
 def test_precision_and_stop_tokens_stay(tiny_llama: Callable[..., Any]) -> None:
     teacher = tiny_llama(tied=True).to(torch.bfloat16)
     teacher.generation_config.eos_token_id = [1, 7]

@@ -26,6 +26,8 @@ from luthier.models.pruning import check_size
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_UNEVEN = ("is_heterogeneous", "num_kv_shared_layers", "hidden_size_per_layer_input")
+"""Settings of networks whose layers differ, share keys, or share one embedding (Gemma 3n and 4)."""
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Configuration fields with one entry per layer."""
 _TWO_STACKS = frozenset({"t5", "mt5", "umt5"})
@@ -137,7 +139,7 @@ def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]
     config = teacher.config
     kind, count = config.model_type, getattr(config, "num_hidden_layers", None)
     cuts_depth = shape.layers is not None or shape.keep is not None
-    if count is None or kind == "elmo":
+    if count is None or kind == "elmo" or any(getattr(config, name, None) for name in _UNEVEN):
         raise RecipeError(
             f"Networks of type {kind} cannot be a teacher: the layers are not a uniform "
             "stack. Use Llama, GPT-2, BERT or RoBERTa.",
