@@ -492,12 +492,13 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """
     from luthier.models.head_forward import before_output_layer
 
-    task = task_of(model)
-    # ModernBERT's decoder also has layers between the backbone and the output embedding.
-    transforms = task == "masked_lm" or (task == "causal_lm" and len(model._modules) > 2)
-    if transforms and media_config(model.config) is None and decoder_of(model) is None:
+    task, is_media = task_of(model), media_config(model.config) is not None
+    # The head of ModernBERT's decoder has layers below the output embedding.
+    has_layers = getattr(model, "lm_head", None) not in (None, model.get_output_embeddings())
+    transforms = task == "masked_lm" or (task == "causal_lm" and has_layers)
+    if transforms and not is_media and decoder_of(model) is None:
         return before_output_layer(model, hidden_SH)
-    if media_config(model.config) is not None:  # the text decoder of an image encoder
+    if is_media:  # the text decoder of an image encoder
         model = model.decoder
     if task == "bidirectional_lm":
         hidden_SH = hidden_SH.unflatten(-1, (2, -1))
