@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from luthier.adaptations import Prefix
 from luthier.data.tree import build_tree
@@ -28,6 +29,7 @@ from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, MaskedLM
 from luthier.objectives.logprobs import weighted_nll
 from luthier.types import Example
+from model_families import DECODERS
 
 CPU = torch.device("cpu")
 PREFIX = Prefix(virtual_tokens=5)
@@ -234,6 +236,13 @@ def test_networks_whose_layers_share_their_weights_are_refused(
     model = load_model(family_folder("albert"), torch.float32, CPU, MaskedLM().head())
     with pytest.raises(RecipeError) as refused:
         PREFIX.attach(model)
+    assert refused.value.rule == "adapter.network"
+
+
+def test_networks_with_shorter_values_than_keys_are_refused() -> None:
+    latent = next(each for each in DECODERS if each.model_type == "deepseek_v3")
+    with pytest.raises(RecipeError) as refused:
+        PREFIX.attach(AutoModelForCausalLM.from_config(latent.config()))
     assert refused.value.rule == "adapter.network"
 
 

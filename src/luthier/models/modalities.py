@@ -252,3 +252,11 @@ def inner_size(config: Any) -> int | None:
     """Return the width of the MLP, the largest if layers differ (Gemma 3n), or ``None``."""
     size = getattr(config, "intermediate_size", None)
     return max(size) if isinstance(size, list | tuple) else size
+
+
+def cached_numbers(config: Any) -> int:
+    """Return how many numbers a layer caches for a token: all keys and values."""
+    if getattr(config, "kv_lora_rank", None):  # latent attention; keys are longer than values
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        return int(config.num_attention_heads * size)
+    return 2 * key_heads(config) * head_size(config)

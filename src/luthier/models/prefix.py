@@ -19,7 +19,7 @@ from luthier.errors import RecipeError
 from luthier.models.attention import RecordingAttention
 from luthier.models.heads import decoder_of
 from luthier.models.layouts import Flat
-from luthier.models.modalities import head_size, key_heads, layer_configs
+from luthier.models.modalities import cached_numbers, head_size, key_heads, layer_configs
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -77,20 +77,23 @@ def add_prefix(model: Any, places: int) -> None:
         and decoder_of(model) is None
         and "past_key_values" in inspect.signature(model.base_model.forward).parameters
     )
+    sizes = {(key_heads(e), head_size(e), cached_numbers(e)) for e in layer_configs(config)}
     # The weight has one slice per layer, so each layer needs exactly one attention module, and all
     # layers need keys of their own and of one size.
     if (
         not takes
         or indices != list(range(config.num_hidden_layers))
         or getattr(config, "num_kv_shared_layers", None)
-        or len({(key_heads(layer), head_size(layer)) for layer in layer_configs(config)}) > 1
+        or len(sizes) > 1
+        # Values of latent attention are shorter than keys.
+        or any(numbers != 2 * heads * size for heads, size, numbers in sizes)
     ):
         raise RecipeError(
             f"Networks of type {config.model_type} do not support key-value prefixes. Use "
             "`prompt` or `lora`.",
             rule="adapter.network",
         )
-    heads, size = key_heads(layer_configs(config)[0]), head_size(layer_configs(config)[0])
+    ((heads, size, _),) = sizes
     like = next(model.parameters())
     weight = nn.Parameter(like.new_zeros(places, len(layers) * 2 * heads * size))
     for module in layers:

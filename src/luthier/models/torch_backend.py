@@ -45,7 +45,7 @@ from luthier.models.layouts import Flat
 from luthier.models.llama_forward import LlamaForward
 from luthier.models.long_rope import LONG_ROW
 from luthier.models.lora_batch import Adapter, LoraBatch
-from luthier.models.modalities import head_size, key_heads, layer_configs
+from luthier.models.modalities import cached_numbers, layer_configs
 from luthier.models.packing import PackedLinears, packed_weight
 from luthier.models.prefix import prefix_tokens
 from luthier.models.speculation import PromptLookup, Speculation
@@ -139,7 +139,7 @@ class FlatBackend:
         self._packed.__enter__()
         self._banks = Banks()
         layers = layer_configs(network.model.config)
-        numbers = 2 * sum(key_heads(layer) * head_size(layer) for layer in layers)
+        numbers = sum(cached_numbers(layer) for layer in layers)
         self._bytes = numbers * network.dtype.itemsize
         # A step moves sequences between banks, which other threads must not observe.
         self._lock = threading.RLock()
