@@ -28,6 +28,7 @@ from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import (
     History,
     LabelledText,
+    QueryDocument,
     RatedText,
     RawText,
     TaggedWords,
@@ -76,6 +77,10 @@ ROWS = {
     "rating": [RatedText("f", n, text=text, rating=1.5 * n) for n, text in enumerate(TEXTS)],
     "pair": [
         TextPair("f", n, text=text, positive=f"{WORDS[n]} is the word")
+        for n, text in enumerate(TEXTS)
+    ],
+    "relevance": [
+        QueryDocument("f", n, text=text, document=WORDS[n % 4], label=float(n % 4 > 0))
         for n, text in enumerate(TEXTS)
     ],
     "preference": [

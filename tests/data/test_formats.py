@@ -167,6 +167,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("question and positive", {"question": "q", "positive": "p"}, {"text": "q", "positive": "p"}),
     ("sentence pairs", {"sentence1": "q", "sentence2": "p"}, {"text": "q", "positive": "p"}),
+    (
+        "sentence pairs with scores",
+        {"sentence1": "q", "sentence2": "p", "score": 0.5},
+        {"text": "q", "document": "p", "label": 0.5},
+    ),
     ("premise and hypothesis", {"premise": "q", "hypothesis": "p"}, {"text": "q", "positive": "p"}),
     # OpenAI's parts and its newer name of the system role need no form of their own.
     (
@@ -360,7 +365,6 @@ def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
         {"instruction": "a", "output": "b", "history": [["x"]]},
         {"input": {"messages": []}},
         {"input": 3, "output": []},
-        {"sentence1": "a", "sentence2": "b", "score": 0.5},
         {"premise": "a", "hypothesis": "b", "label": "neutral"},
         {"question": "a", "context": "c", "answers": {"text": ["x"]}},
         {"input": "x", "label": "y"},

@@ -275,6 +275,19 @@ class Model:
         rows = [PromptCompletion("rewards()", n, p, c) for n, (p, c) in pairs]
         return [answer["reward"] for answer in opened.answers(rows)]
 
+    def rank(self, query: str, documents: Sequence[str]) -> list[dict[str, Any]]:
+        """Return ``index`` and ``score`` of each document, the most relevant first.
+
+        The model is of objective ``reranker``. Documents are truncated to the context.
+        """
+        from luthier.inference.prediction import Predictor
+
+        if not isinstance(self.opened, Predictor):
+            raise RecipeError(f"{self.stored.id} is no reranker")
+        scores = self.opened.rank(query, documents)
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        return [{"index": index, "score": scores[index]} for index in order]
+
     def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings ``[R, H]`` of length 1, or ``[H]`` for one text."""
         import numpy as np

@@ -247,6 +247,7 @@ FORMS: tuple[Form, ...] = (
     _pair("question and positive", "question", "positive"),
     _form("FlagEmbedding", "query pos", _flag_embedding, used=" ".join(sorted(NEGATIVE_KEYS))),
     _pair("sentence pairs", "sentence1", "sentence2"),
+    _renamed("sentence pairs with scores", query="sentence1", document="sentence2", label="score"),
     _pair("premise and hypothesis", "premise", "hypothesis"),
     _renamed(
         "Bedrock raw text",
@@ -275,7 +276,8 @@ def forms_of(record: Record) -> list[Form]:
     ]
     # Compared or classified texts are not a positive pair.
     paired = ("positive", "sentence1", "premise")
-    return [form for form in matching if not (form.keys & {*paired} and keys & _JUDGED)]
+    judged = _JUDGED & keys
+    return [form for form in matching if not (form.keys & {*paired} and judged - form.keys)]
 
 
 def extra_keys(row: Row, record: Record, form: Form | None) -> Record:

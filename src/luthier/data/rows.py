@@ -35,7 +35,7 @@ from luthier.data.shapes.conversations import Conversation, PromptCompletion, Pr
 from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.questions import ANSWERS_EXAMPLE, AnsweredQuestion
-from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
+from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of, media_below
 from luthier.errors import DataError, Location, Problem, RowRefused
 from luthier.formatting import list_some, nearest_name
@@ -468,6 +468,9 @@ class InputChecker(Checker):
                     return CaptionedImage(self.file, line, media.media, other)
                 return media
         text, reply = own.get("text"), own.get("completion")
+        if "document" in own and "query" in own:
+            row = QueryDocument.read({**own, "label": 0}, self)
+            return row and row.bare()
         pair = own.get("anchor", text), own.get("positive", own.get("other"))
         if all(isinstance(side, str) and side.strip() for side in pair):
             return TextPair(self.file, line, str(pair[0]), str(pair[1]))

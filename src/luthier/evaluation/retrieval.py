@@ -172,6 +172,33 @@ class ClassRetrieval:
         return retrieval_scores(self.rank_R, self.ndcg_R)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """A query's documents in the order of their scores."""
+
+    rank: int
+    """Rank of the first relevant document, from 1."""
+    ndcg: float
+    """nDCG at :data:`CUT`."""
+
+    @staticmethod
+    def of(scores: Sequence[float], labels: Sequence[float]) -> Ranking | None:
+        """Rank documents with a relevance from 0 to 1, which is the gain.
+
+        Ties count against relevant documents. ``None`` if all documents are alike: relevant (above
+        0.5), or not.
+        """
+        label_N = np.asarray(labels, dtype=np.float64)
+        order_N = np.lexsort((label_N, -np.asarray(scores)))
+        relevant_N = label_N[order_N] > 0.5
+        if relevant_N.all() or not relevant_N.any():
+            return None
+        discount_K = 1 / np.log2(np.arange(min(CUT, len(label_N))) + 2)
+        gain = float(label_N[order_N][:CUT] @ discount_K)
+        ideal = float(np.sort(label_N)[::-1][:CUT] @ discount_K)
+        return Ranking(int(relevant_N.argmax()) + 1, gain / ideal)
+
+
 def _ndcg(
     scores_CR: NDArray[Any], alike_CR: NDArray[np.bool_], others_C: NDArray[np.int64]
 ) -> NDArray[np.float64]:

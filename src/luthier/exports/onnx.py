@@ -48,6 +48,7 @@ from luthier.models.modalities import is_dual_encoder, media_inputs
 from luthier.models.save import save_format
 from luthier.models.sentence_head import sentence_head
 from luthier.objectives.regression import Regression
+from luthier.objectives.reranker import Reranker
 from luthier.objectives.reward_model import RewardModel
 
 if TYPE_CHECKING:
@@ -239,7 +240,9 @@ _UNTRACED = ("elmo", "xlnet")
 def suits_onnx(stored: StoredModel, network: str) -> bool:
     """Return whether :func:`export_onnx` can probably export the model, from type and objective
     alone."""
-    if stored.objective.task not in _TASKS or network in _UNTRACED:
+    if stored.objective.task not in _TASKS or isinstance(stored.objective, Reranker):
+        return False
+    if network in _UNTRACED:
         return False
     try:
         check_mergeable(stored, "an ONNX file contains merged weights only")
@@ -267,10 +270,10 @@ def export_onnx(
     """
     target = new_target(target)
     objective = stored.objective
-    if objective.task not in _TASKS:
+    if objective.task not in _TASKS or isinstance(objective, Reranker):
         raise RecipeError(
             f"ONNX export supports classifiers, taggers, ratings, rewards and embeddings, and "
-            f"{stored.id} is for {objective.task}. Export text generators with `--format gguf`",
+            f"{stored.id} is for {objective.method}. Export text generators with `--format gguf`",
             rule="export.task",
         )
     check_mergeable(stored, "an ONNX file contains merged weights only")

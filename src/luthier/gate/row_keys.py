@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes.media import BareWindow
 from luthier.data.shapes.preferences import JudgedAnswers, JudgedReply
-from luthier.data.shapes.texts import History, TaggedWords, TextPair
+from luthier.data.shapes.texts import History, QueryDocument, TaggedWords, TextPair
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,
@@ -109,6 +109,8 @@ def partner_of(row: Row) -> str:
     # Histories that lead to one item are many people's, and not one that is asked twice.
     if isinstance(row, TextPair) and not isinstance(row, History):
         return normalize(row.positive)
+    if isinstance(row, QueryDocument):
+        return normalize(row.text)
     return f"{row.file}:{row.line // STRETCH}" if isinstance(row, BareWindow) else ""
 
 

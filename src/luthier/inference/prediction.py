@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.data.shapes.media import CaptionedImage, MediaRow
-from luthier.data.shapes.texts import RawText, TextPair
+from luthier.data.shapes.texts import QueryDocument, RawText, TextPair
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.objectives.base import predicts, row_limit, threshold_of
@@ -142,6 +142,23 @@ class Predictor:
             # To float32 per block, because Python numbers take eight times the memory.
             arrays.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
         return np.concatenate(arrays)
+
+    def rank(self, query: str, documents: Sequence[str]) -> list[float]:
+        """Return the relevance of each document to ``query``, each truncated to the context.
+
+        Raises:
+            RecipeError: for a model that is no reranker.
+        """
+        pairs = [QueryDocument("text", n, query, text) for n, text in enumerate(documents, 1)]
+        examples = [self.encode_pair(pair, index) for index, pair in enumerate(pairs)]
+        return [answer["score"] for answer in self.read(examples)]
+
+    def encode_pair(self, pair: QueryDocument, index: int) -> Example:
+        """Encode a pair for a reranker, truncated to the context; see :meth:`rank`."""
+        if QueryDocument.shape not in self.objective.shapes:
+            raise RecipeError(f"a model of objective {self.objective.method} is no reranker")
+        example, room = self.encode(pair, index), self.context
+        return self.objective.truncate(example, room) if len(example) > room else example
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings ``[N, H]`` of texts, each truncated to the context.

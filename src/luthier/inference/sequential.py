@@ -21,7 +21,7 @@ import numpy as np
 from luthier.data.chat import NoTokenizer
 from luthier.data.inputs import PLURAL, Media
 from luthier.data.shapes.media import BARE_MEDIA, MediaRow
-from luthier.data.shapes.texts import RawText
+from luthier.data.shapes.texts import QueryDocument, RawText
 from luthier.engine.machine import release_workers
 from luthier.errors import RecipeError, RowRefused
 from luthier.inference.batcher import ReadRequest, RowBatcher, RowFailed, Work
@@ -51,7 +51,7 @@ RECONSTRUCTED_PER_TURN = 8
 THIS_MODEL = "This model"
 """Name of the model in errors; clients do not know the id in the library."""
 
-ModelInput = str | Media
+ModelInput = str | Media | QueryDocument
 """A text, image, audio clip or window of a time series."""
 
 
@@ -203,10 +203,15 @@ class SerialModel:
             try:
                 if isinstance(each, Media):
                     examples.append(predictor.encode(self._media_row(each, index), index))
+                elif isinstance(each, QueryDocument):
+                    self._text_limit().check_text(each.plain_text())
+                    examples.append(predictor.encode_pair(each, index))
                 else:
                     examples.append(self._encode_text(each, index))
             except (InferenceRefused, RowRefused) as error:
                 raise _input_refusal(index, each, error.problem.message) from None
+            except RecipeError as error:
+                raise InferenceRefused(f"{error}.", "model") from None
         return examples, sum(1 if each.media is not None else len(each) for each in examples)
 
     def predict(

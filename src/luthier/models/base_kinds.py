@@ -27,6 +27,7 @@ KINDS = {
     "causal_lm": BaseKind("causal_lm", ("TEXT", "TEXT"), rows_decide=True),
     "masked_lm": BaseKind("contrastive", ("TEXT", "EMBEDDING"), rows_decide=True),
     "encoder": BaseKind("contrastive", ("TEXT", "EMBEDDING"), rows_decide=True),
+    "reranker": BaseKind("reranker", ("TEXT", "TEXT"), rows_decide=True),
     "image_encoder": BaseKind("contrastive", ("IMAGE", "EMBEDDING"), rows_decide=True),
     "audio_encoder": BaseKind("contrastive", ("", "EMBEDDING"), rows_decide=True),
     "image_text_encoder": BaseKind("contrastive", ("TEXT", "EMBEDDING"), families=("clip",)),

@@ -29,7 +29,7 @@ from luthier.models.external import (
     check_weights,
     read_network_fields,
 )
-from luthier.models.heads import Head, Task, task_in
+from luthier.models.heads import Head, Task, has_masks, task_in
 from luthier.models.modalities import (
     context_length,
     input_shape,
@@ -245,6 +245,10 @@ class ModelFolder:
             return task
         if processor is not None and processor.kind in ("image", "audio"):
             return f"{processor.kind}_encoder"
+        # An encoder with one score is a cross-encoder; a decoder with one score, a reward model.
+        encodes = processor is None and has_masks(self._config)
+        if encodes and task == "sequence_classification" and self._config.num_labels == 1:
+            return "reranker"
         return "encoder" if processor is None and task in ("masked_lm", "embedding") else None
 
 

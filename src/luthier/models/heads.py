@@ -205,10 +205,15 @@ def _class_name(config: Any, task: Task) -> str:
         name = {"causal_lm": _SEQ2SEQ, "embedding": "AutoModelForTextEncoding"}.get(task, name)
         return name if _has(config, name) else ""
     # transformers maps these families to causal language models, but their attention is bidirectional.
-    ahead = config.model_type in _PERMUTED or _has(config, _TASKS["masked_lm"].text)
+    ahead = config.model_type in _PERMUTED or has_masks(config)
     if task == "causal_lm" and ahead and not getattr(config, "is_decoder", False):
         return ""
     return name if _has(config, name) else ""
+
+
+def has_masks(config: Any) -> bool:
+    """Return True for families of masked language models."""
+    return _has(config, _TASKS["masked_lm"].text)
 
 
 def _has(config: Any, name: str, task: Task | None = None) -> bool:

@@ -18,6 +18,7 @@ from luthier.objectives.orpo import ORPO
 from luthier.objectives.ppo import PPO
 from luthier.objectives.question_answering import QuestionAnswering
 from luthier.objectives.regression import Regression
+from luthier.objectives.reranker import Reranker
 from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.sdft import SDFT
 from luthier.objectives.semi_supervised import SemiSupervised
@@ -43,6 +44,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "token_classification": TokenClassification,
         "question_answering": QuestionAnswering,
         "contrastive": Contrastive,
+        "reranker": Reranker,
         "logit_distillation": LogitDistillation,
         "on_policy_distillation": OnPolicyDistillation,
         "sdft": SDFT,
@@ -81,6 +83,7 @@ __all__ = [
     "OnPolicyDistillation",
     "QuestionAnswering",
     "Regression",
+    "Reranker",
     "RewardModel",
     "SemiSupervised",
     "SimPO",

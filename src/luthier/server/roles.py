@@ -46,7 +46,7 @@ _OPERATIONS = {
         "luthier": (
             "Predict SampleImages ReconstructImages openai.chat.completions.create "
             "openai.completions.create openai.embeddings.create openai.images.generate "
-            "openai.responses.create"
+            "openai.responses.create openai.rerank.create"
         ),
     },
     Permission.READ: {

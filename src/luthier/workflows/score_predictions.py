@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -13,7 +14,7 @@ from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage
 from luthier.data.shapes.preferences import JudgedAnswers
-from luthier.data.shapes.texts import History, TaggedWords, TextPair
+from luthier.data.shapes.texts import History, QueryDocument, TaggedWords, TextPair
 from luthier.errors import DataError, Problem
 from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
@@ -23,6 +24,7 @@ from luthier.evaluation.preferences import ranking_scores
 from luthier.evaluation.retrieval import (
     CUT,
     ClassRetrieval,
+    Ranking,
     pair_ranks,
     partner_ranks,
     retrieval_scores,
@@ -66,6 +68,7 @@ def score_predictions(
         kinds: tuple[tuple[type[Row], str, Callable[..., Evaluation]], ...] = (
             (JudgedAnswers, "reward", _score_rewards),
             (TextPair, "embedding", _score_partners),
+            (QueryDocument, "score", _score_relevance),
             (Labelled, "embedding", _score_classes),
             (CaptionedImage, "embedding", _score_captions),
             (CaptionedImage, "text", _score_transcriptions),
@@ -114,6 +117,27 @@ def _score_partners(
     target = "next item" if isinstance(rows[0], History) else "partner"
     remark = f"each {target} is searched among {len({*texts[1]}) + len(items):,} candidates"
     return fitting.evaluation(scores, first, [remark])
+
+
+def _score_relevance(predictor: Predictor, fitting: FittingRows, first: Predictions) -> Evaluation:
+    """Score the order of each query's documents, for queries with a relevant document.
+
+    Raises:
+        DataError: if no query has relevant and other documents.
+    """
+    rows = cast("Sequence[QueryDocument]", fitting.rows)
+    queries = defaultdict[str, list[tuple[float, float]]](list)
+    for row, answer in zip(rows, first, strict=True):
+        queries[row.text].append((answer["score"], row.label or 0.0))
+    ranked = [Ranking.of(*zip(*pairs, strict=True)) for pairs in queries.values()]
+    scored = [each for each in ranked if each is not None]
+    if not scored:
+        message = "no query has a relevant document and another document."
+        fix = 'Add "negatives" to the rows: `luthier mine-negatives`.'
+        raise DataError([Problem("row.no_label", message, fix, rows[0].location)])
+    ranks, gains = ([each.rank for each in scored], [each.ndcg for each in scored])
+    remark = f"{len(scored):,} queries with {len(rows) / len(queries):.1f} documents on average"
+    return fitting.evaluation(retrieval_scores(ranks, gains), first, [remark])
 
 
 def _score_classes(predictor: Predictor, fitting: FittingRows, first: Predictions) -> Evaluation:

@@ -26,6 +26,7 @@ from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import (
     History,
     LabelledText,
+    QueryDocument,
     RatedText,
     RawText,
     TaggedWords,
@@ -50,6 +51,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         TaggedWords,
         AnsweredQuestion,
         TextPair,
+        QueryDocument,
         History,
         MultipleChoice,
         PromptOnly,

@@ -50,7 +50,7 @@ class TextRow(Shape):
     def plain_text(self) -> str:
         return self.text
 
-    def bare(self) -> RawText:
+    def bare(self) -> Row:
         return RawText(self.file, self.line, self.text)
 
 
@@ -91,8 +91,9 @@ class LabelledText(TextRow, Labelled):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """Return whether a record has a label and no media input."""
-        return "label" in record and not any(kind in record for kind in MEDIA_KEYS)
+        """Return whether a record has a label of a text."""
+        others = (*MEDIA_KEYS, *QueryDocument.keys)
+        return "label" in record and not any(key in record for key in others)
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
@@ -239,6 +240,55 @@ def _read_negatives(record: Record) -> tuple[str, ...]:
                 )
             found.append(each)
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryDocument(TextRow):
+    """A query and a document, with the relevance of the document."""
+
+    shape: ClassVar[str] = "relevance"
+    title: ClassVar[str] = '{"query", "document", "label"}'
+    noun: ClassVar[str] = "queries with labelled documents"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
+    keys: ClassVar[tuple[str, ...]] = ("document",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("query", "document", "label")),)
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("query", "label"))
+    parts: ClassVar[Mapping[str, Part]] = {"text": "input", "document": "input"}
+    annotated: ClassVar[bool] = True
+    encoder_targets: ClassVar[str] = "labels"
+
+    document: str
+    label: float | None = None
+    """Relevance from 0 to 1; ``None`` for a pair to score."""
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        query, document = fields.text(record, "query"), fields.text(record, "document")
+        label = record.get("label")
+        if type(label) not in (int, float, bool) or not 0 <= float(label) <= 1:  # type: ignore[arg-type]
+            raise RowRefused(
+                "pair.label",
+                f'"label" must be a number from 0 to 1, but is {json_kind(label)}.',
+                "Write 1 for a relevant document, 0 for any other, or a number between.",
+            )
+        if query is None or document is None:
+            return None
+        return cls(fields.file, fields.line, query, document, float(label))  # type: ignore[arg-type]
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.text, self.document)
+
+    def plain_text(self) -> str:
+        return f"{self.text}\n\n{self.document}"
+
+    def targets(self) -> tuple[str, ...]:
+        return () if self.label is None else (repr(self.label),)
+
+    def bare(self) -> Row:
+        return replace(self, label=None)
+
+    def record(self) -> Record:
+        return {"query": self.text, "document": self.document, "label": self.label}
 
 
 MOST_ITEMS = 1_000

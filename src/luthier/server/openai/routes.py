@@ -26,6 +26,7 @@ from luthier.server.openai import (
     images,
     models,
     protocol,
+    rerank,
     responses,
 )
 from luthier.server.openai.batches import BatchRunner
@@ -48,7 +49,7 @@ from luthier.server.tables.usage import CountUsage
 PREFIXES = ("/v1/", "/openai/v1/")
 _MODULES = (
     batches, chat, completions, embeddings, evals, files, fine_tuning, graders, images, models,
-    responses,
+    rerank, responses,
 )  # fmt: skip
 ROUTERS = (*(module.router for module in _MODULES), files.uploads, evals.graders)
 

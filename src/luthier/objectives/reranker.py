@@ -1,0 +1,132 @@
+"""Rerankers: a score of a query and a document in one pass (cross-encoders).
+
+Nogueira & Cho 2019, arXiv:1901.04085, with one output and binary cross-entropy, the default of
+sentence-transformers: a pair of a query and its positive has the target 1, a pair with a negative
+0, and a labelled pair its own label from 0 to 1. The head is transformers' head for sequences with
+one label, so the model loads in sentence-transformers' ``CrossEncoder`` with equal scores.
+
+Query and document are the two texts of the tokenizer's own pair encoding, with separators and
+BERT's ``token_type_ids``. Truncation removes the end of the document. Left out: losses over the
+list of a query's documents, and distillation from a larger reranker.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.data.shapes.texts import QueryDocument, TextPair
+from luthier.errors import RowRefused
+from luthier.evaluation.retrieval import BM25Index, mine_negatives
+from luthier.models.heads import Head, Task
+from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class Reranker(Objective):
+    """Relevance of documents to a query."""
+
+    method: Literal["reranker"] = "reranker"
+    hard_negatives: int = Field(default=4, ge=0, le=100)
+    """Negatives for each pair without negatives, mined with BM25 among the positives."""
+
+    task: ClassVar[Task] = "sequence_classification"
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair", "relevance"})
+    can_shard: ClassVar[bool] = True
+    shapes: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=1, max_epochs=5)
+
+    def head(self) -> Head:
+        """Return a head with one output."""
+        return Head(self.task, ("relevance",), "regression")
+
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return a labelled pair for each positive and negative of the rows."""
+        pairs = [row for row in rows if isinstance(row, TextPair)]
+        mined = self._mine([row for row in pairs if not row.negatives])
+        regrouped = [row for row in rows if not isinstance(row, TextPair)]
+        for row in pairs:
+            regrouped.append(QueryDocument(row.file, row.line, row.text, row.positive, 1.0))
+            regrouped += [
+                QueryDocument(row.file, row.line, row.text, text, 0.0)
+                for text in (row.negatives or next(mined))
+            ]
+        return regrouped if pairs else rows
+
+    def _mine(self, rows: Sequence[TextPair]) -> Iterator[tuple[str, ...]]:
+        """Yield the negatives of each row, from the positives of the other rows."""
+        documents = [*dict.fromkeys(row.positive for row in rows)]
+        index = BM25Index(documents) if self.hard_negatives and len(documents) > 1 else None
+        place = {text: number for number, text in enumerate(documents)}
+        answers = defaultdict[str, set[int]](set)
+        for row in rows:
+            answers[row.text].add(place[row.positive])
+        for row in rows:
+            numbers: list[int] = []
+            if index is not None:
+                (numbers,) = mine_negatives(
+                    index.scores(row.text)[None],
+                    [place[row.positive]],
+                    [answers[row.text]],
+                    self.hard_negatives,
+                )
+            yield tuple(documents[number] for number in numbers)
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Reject rows with equal labels."""
+        labels = {row.label for row in rows if isinstance(row, QueryDocument)}
+        if len(labels) == 1:
+            raise RowRefused(
+                "label.one_class",
+                f"all pairs of query and document have the label {labels.pop()}.",
+                'Add "negatives" to the rows, or pairs of other labels. `luthier mine-negatives` '
+                "finds negatives in a collection.",
+            )
+        return self
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Return query and document as one sequence, with the label as target."""
+        if not isinstance(row, QueryDocument):
+            raise RowRefused(
+                "row.pair",
+                "the row is one text, and a reranker scores a query with a document.",
+                'Write {"query": "...", "document": "..."}.',
+            )
+        if chat.tokenizer.num_special_tokens_to_add(True) > 1:
+            pair = chat.encode_pair(row.text, row.document)
+            weight_T = np.zeros(len(pair.ids_T), dtype=np.float32)
+            weight_T[-1] = 1.0
+            example = Example(pair.ids_T, weight_T, index, segment_T=pair.segment_T)
+        else:  # decoders have no separator: an empty line
+            example = chat.encode_input(row, index)
+        label = 0.0 if row.label is None else row.label
+        return replace(example, target=np.array([label], dtype=np.float32))
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Return the summed binary cross-entropy, with the share of correct decisions."""
+        import torch
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        score_R = network.row_scores(batch).float()[:, 0]
+        label_R = torch.from_numpy(np.concatenate(batch.tree.targets)).to(score_R.device)
+        each_R = binary_cross_entropy_with_logits(score_R, label_R, reduction="none")
+        right_R = (score_R > 0) == (label_R > 0.5)
+        return Loss.from_rows(each_R, {"accuracy": float(right_R.sum())})
+
+    def describe(self, example: Example) -> str:
+        """Return the label of the pair."""
+        return f"{float(np.asarray(example.target)[0]):g}"
+
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """Return the probability that each document is relevant, in tree order."""
+        return [{"score": p} for p in network.row_scores(batch).float()[:, 0].sigmoid().tolist()]

@@ -1,0 +1,63 @@
+"""Reranking in the form of Cohere's and Jina's API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from luthier.files import read_json, write_json
+from luthier.library.folders import base_folder
+from luthier.models.manifest import MANIFEST
+
+DOCUMENTS = ["The quick brown fox.", "My card", "What is the capital of France?"]
+
+
+@pytest.fixture
+def tiny_reranker(tiny_encoder: str, family_folder: Callable[[str], Path]) -> str:
+    """A base model in the store that ranks."""
+    folder = base_folder(tiny_encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(family_folder("bert"), num_labels=1)
+    model.save_pretrained(folder)
+    write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), "kind": "reranker"})
+    return tiny_encoder
+
+
+def rerank(client: openai.OpenAI, **changes: Any) -> Any:
+    body = {"model": "tiny-encoder", "query": "a fox", "documents": DOCUMENTS, **changes}
+    return json.loads(client.post("/rerank", body=body, cast_to=str))
+
+
+def test_documents_are_ranked(client: openai.OpenAI, tiny_reranker: str) -> None:
+    found = rerank(client)
+    assert {each["index"] for each in found["results"]} == {0, 1, 2}
+    scores = [each["relevance_score"] for each in found["results"]]
+    assert scores == sorted(scores, reverse=True) and len({*scores}) == 3
+    (best,) = rerank(client, top_n=1, return_documents=True)["results"]
+    assert best["index"] == found["results"][0]["index"]
+    assert best["document"] == {"text": DOCUMENTS[best["index"]]}
+    # Longer documents than the context are truncated.
+    assert len(rerank(client, documents=["word " * 900, "a fox"])["results"]) == 2
+
+
+@pytest.mark.usefixtures("tiny_encoder")
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({}, "model"),
+        ({"documents": []}, "documents"),
+        ({"query": ""}, "query"),
+        ({"top_n": 0}, "top_n"),
+    ],
+)
+def test_requests_that_are_refused(
+    client: openai.OpenAI, changes: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        rerank(client, **changes)
+    assert refused.value.param == param
