@@ -225,6 +225,23 @@ def test_tuned_encoder_is_exported_as_sentence_encoder(
         np.testing.assert_allclose(embed(out), served, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "merged", "pooling"),
+    [("bert", True, "mean"), ("bert", False, "mean"), ("llama", True, "lasttoken")],
+)
+def test_a_tuned_plain_network_is_exported_as_sentence_encoder(
+    family: str, merged: bool, pooling: Any, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(PAIRS)
+    model = tune(family_folder(family), data)
+    out = export(find(model), tmp_path / "out", merged)
+    assert read_sentence_pipeline(out) == SentencePipeline(pooling=(pooling,), steps=("normalize",))
+    if merged:
+        np.testing.assert_allclose(expected(out, (pooling,), TEXTS), embed(model), atol=1e-5)
+        np.testing.assert_allclose(embed(out), embed(model), atol=1e-5)
+
+
 def test_pooling_of_the_recipe_replaces_that_of_the_folder(
     new_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -63,7 +63,7 @@ from luthier.models.save import (
     save_network,
     whole_model,
 )
-from luthier.models.sentence_head import attach_sentence_head, sentence_head
+from luthier.models.sentence_head import attach_sentence_head, save_sentence_head
 from luthier.models.text_part import fit_to_whole
 
 Phase = Literal["merge", "trace", "write", "compare"]
@@ -186,14 +186,11 @@ def _report_written(total: int, on_progress: OnProgress) -> Iterator[None]:
 
 def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
     """Write the pipeline of a sentence encoder next to the adapter."""
-    pipeline, head = stored.chat.sentence, stored.objective.head()
-    if pipeline is None or head.task != "embedding":
-        return
-    network: Any = stored.network.sketch(head)
-    attach_sentence_head(network, pipeline, stored.network_folder)
-    sentence = sentence_head(network)
-    assert sentence is not None
-    sentence.save(folder)
+    head = stored.objective.head()
+    if head.task == "embedding":
+        network: Any = stored.network.sketch(head)
+        attach_sentence_head(network, stored.chat.sentence, stored.network_folder)
+        save_sentence_head(network, folder)
 
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"

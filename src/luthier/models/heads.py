@@ -184,6 +184,11 @@ def task_in(config: Any) -> Task:
     return [*named_so, *(task for task in plain if task in able), *able, plain[-1]][0]
 
 
+def is_decoder(config: Any) -> bool:
+    """Return True for families of causal language models without an encoder."""
+    return _class_name(config, "causal_lm") == _TASKS["causal_lm"].text
+
+
 def _class_name(config: Any, task: Task) -> str:
     """Return the name of transformers' automatic class for the task and family; empty if none
     exists."""

@@ -11,7 +11,7 @@ from luthier.errors import CorruptFile
 from luthier.files import write_bytes
 from luthier.models.heads import INNER_HEADS, head_weights, set_new_weights, task_of
 from luthier.models.pipelines import tokenizer_folder
-from luthier.models.sentence_head import sentence_head
+from luthier.models.sentence_head import save_sentence_head
 from luthier.models.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         # transformers uses the padding token to find the last token of each row.
         model.config.pad_token_id = stops[0]
     whole_model(model).save_pretrained(folder)
-    if task_of(model) == "embedding" and (head := sentence_head(model)) is not None:
-        head.save(folder)
+    if task_of(model) == "embedding":
+        save_sentence_head(model, folder)
     save_format(chat, folder)
 
 

@@ -21,7 +21,8 @@ from luthier.data.sentence import (
     write_sentence_pipeline,
 )
 from luthier.errors import CorruptFile
-from luthier.models.heads import hidden_size_of
+from luthier.models.heads import hidden_size_of, is_decoder
+from luthier.models.modalities import media_config
 from luthier.models.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -81,6 +82,19 @@ def sentence_head(model: Any) -> SentenceHead | None:
     """Return the pipeline after the states of ``model``; ``None`` for other networks."""
     head: SentenceHead | None = getattr(model, "luthier_sentence_head", None)
     return head
+
+
+def save_sentence_head(model: Any, folder: Path) -> None:
+    """Save the files of sentence-transformers for a network of texts.
+
+    A network without a pipeline has luthier's pooling: the mean, or the last token of a decoder.
+    """
+    if media_config(model.config) is not None:
+        return
+    if (head := sentence_head(model)) is None:
+        mode: PoolingMode = "lasttoken" if is_decoder(model.config) else "mean"
+        head = SentenceHead(SentencePipeline(pooling=(mode,)), (), hidden_size_of(model))
+    head.save(folder)
 
 
 def embedding_width(network: Network) -> int:
