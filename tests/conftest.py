@@ -303,7 +303,7 @@ FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "el
 
 IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "vgg", "trocr", "clip", "stable_diffusion")
 SOUND_FAMILIES = ("ast", "wav2vec2")
-VISION_FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit")
+VISION_FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit", "dinov2")
 TROCR = {
     "model_type": "vision-encoder-decoder",
     "encoder": {
@@ -424,6 +424,15 @@ VISION_SIZES: dict[str, dict[str, Any]] = {
         "num_stages": 3,
         "layer_scale_init_value": 1.0,  # at 1e-6 its layers add nothing
     },
+    # Published for images of 518, and used with 224.
+    "dinov2": {
+        "image_size": 48,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "layerscale_value": 1.0,
+    },
     "vit": {
         "patch_size": 8,
         "hidden_size": 16,
@@ -433,6 +442,14 @@ VISION_SIZES: dict[str, dict[str, Any]] = {
     },
 }
 PUBLISHED_PROCESSORS: dict[str, dict[str, Any]] = {
+    "dinov2": {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 36},
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+        "do_convert_rgb": True,
+        "resample": 3,
+    },
     "resnet": {
         "feature_extractor_type": "ConvNextFeatureExtractor",
         "size": 32,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.models.modalities import run_media
+
 
 class _Output:
     """Output of a backbone, with the attributes and the order of transformers' classes."""
@@ -74,6 +76,30 @@ def before_output_layer(model: Any, states_SH: Tensor) -> Tensor:
     layer = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
     return head_logits(_replaced(model, name, nn.Identity()), states_SH[None])[0]
+
+
+MEDIA_HEAD = ("projector", "dropout", "classifier")
+"""Modules above the states of images and audio, in the order of the forward pass."""
+
+
+def classifier_input(model: Any, arrays: Tensor) -> Tensor:
+    """Return the input ``[R, H]`` of the classifier for images or audio ``[R, C, H, W]``.
+
+    DINOv2 classifies the first token with the mean of the patches, Wav2Vec2 the mean of all states.
+    The projector of Wav2Vec2 is linear, so projecting the mean equals the mean of projections.
+    """
+    for name in MEDIA_HEAD:
+        if hasattr(model, name):
+            model = _replaced(model, name, nn.Identity())
+    states: Tensor = run_media(model, arrays).logits
+    return states.flatten(1)
+
+
+def media_scores(model: Any, states_RH: Tensor) -> Tensor:
+    """Return class scores ``[R, C]`` of images or audio for the result of `classifier_input`."""
+    for name in MEDIA_HEAD:
+        states_RH = getattr(model, name, nn.Identity())(states_RH)
+    return states_RH
 
 
 def _replaced(module: Any, name: str, new: nn.Module) -> Any:

@@ -467,16 +467,6 @@ def prompt_ids(model: Any) -> tuple[int, ...]:
     return ids
 
 
-def media_scores(model: Any, pooled_RH: Tensor) -> Tensor:
-    """Return class scores ``[R, C]`` of images or audio."""
-    # Wav2Vec2: the projector is linear, so projecting the mean equals the mean of projections.
-    if hasattr(model, "projector"):
-        pooled_RH = model.projector(pooled_RH)
-    dropout = getattr(model, "dropout", None)
-    scores: Tensor = model.classifier(dropout(pooled_RH) if dropout else pooled_RH)
-    return scores
-
-
 def logit_factor(model: Any) -> float:
     """Return the constant factor of the logits."""
     config = model.config.get_text_config(decoder=True)

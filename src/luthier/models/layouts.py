@@ -29,6 +29,7 @@ from luthier.models.attention import (
     register,
 )
 from luthier.models.frozen_layer_cache import new_activations
+from luthier.models.head_forward import classifier_input
 from luthier.models.modalities import (
     is_dual_encoder,
     is_recurrent,
@@ -95,7 +96,7 @@ def layout_of(model: Any, is_bidirectional: bool) -> Layout:
     """Return the layout of ``model``. For the flat layout, the model's attention is replaced."""
     if media_config(model.config) is not None:
         if text_config(model.config) is None:
-            return MediaLayout()
+            return MediaLayout(model)
         return (DualEncoder if is_dual_encoder(model.config) else ImageEncoderDecoder)(model)
     if heads.decoder_of(model) is not None:
         return EncoderDecoder(model)
@@ -337,7 +338,8 @@ class MediaLayout(Layout):
 
     has_media: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self._states_NH: Tensor | None = None
         self._places: dict[int, int] = {}
 
@@ -356,11 +358,16 @@ class MediaLayout(Layout):
         states_NH = new_activations((len(unique), network.width), network.dtype, file)
         places: dict[int, int] = {}
         for batch in network.batches(unique, budget):
-            states_RH = pooled_states(network.model.base_model, batch.plan)
+            states_RH = self._states(batch.plan)
             for example, state_H in zip(batch.tree.examples, states_RH, strict=True):
                 states_NH[len(places)] = state_H.cpu()
                 places[int(example.ids_T[0])] = len(places)
         self._states_NH, self._places = states_NH, places
+
+    def _states(self, arrays: Tensor) -> Tensor:
+        if heads.task_of(self._model) == "sequence_classification":
+            return classifier_input(self._model, arrays)
+        return pooled_states(self._model.base_model, arrays)
 
     def forget(self) -> None:
         """Free the precomputed states."""
@@ -378,7 +385,7 @@ class MediaLayout(Layout):
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Return the states ``[N, H]`` of one forward pass; 0 for padding nodes."""
         known = batch.plan.dim() == 2
-        state_RH = batch.plan if known else pooled_states(backbone, batch.plan)
+        state_RH = batch.plan if known else self._states(batch.plan)
         state_NH = state_RH.new_zeros(len(batch.ids_N), state_RH.shape[1])
         nodes = torch.from_numpy(batch.tree.leaf_R).to(state_RH.device)
         return state_NH.index_copy(0, nodes, state_RH)
@@ -452,15 +459,14 @@ class DualEncoder(Layout):
 
 
 def pooled_states(backbone: Any, pixels: Tensor) -> Tensor:
-    """Return the input of the classifier head for images or audio ``[R, C, H, W]``: ``[R, H]``."""
+    """Return the embeddings ``[R, H]`` of images or audio ``[R, C, H, W]``, not normalized."""
     output = run_media(backbone, pixels)
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled.flatten(1)
-    if reads_sound(backbone.config):  # Wav2Vec2 classifies the mean
+    if reads_sound(backbone.config):  # Wav2Vec2
         mean_RH: Tensor = output.last_hidden_state.mean(1)
         return mean_RH
-    # Vision transformers classify the first token, convolutional networks the mean of their maps.
     first_RH: Tensor = output.last_hidden_state[:, 0]
     return first_RH
 

@@ -18,6 +18,7 @@ from luthier.models.config_errors import DOES_NOT_RUN, reject_configuration
 from luthier.models.convolutions import fix_convolutions
 from luthier.models.external import check_complete, weight_files
 from luthier.models.folder import ModelFolder, for_head, import_transformers
+from luthier.models.head_forward import classifier_input, media_scores
 from luthier.models.heads import (
     CAUSAL_LM,
     Head,
@@ -27,7 +28,6 @@ from luthier.models.heads import (
     head_modules,
     head_weights,
     is_inside,
-    media_scores,
     set_new_weights,
     set_task,
     start_bias,
@@ -38,7 +38,6 @@ from luthier.models.layouts import (
     DualEncoder,
     ImageEncoderDecoder,
     Rectangle,
-    pooled_states,
 )
 from luthier.models.modalities import (
     input_shape,
@@ -231,7 +230,7 @@ def _check_classifier(network: Network) -> None:
     model: Any = network.model
     pixels = _random_images(network)
     own = model(**media_inputs(model, pixels)).logits.float()
-    _compare(network, media_scores(model, pooled_states(model.base_model, pixels)).float(), own)
+    _compare(network, media_scores(model, classifier_input(model, pixels)).float(), own)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.frozen_layer_cache import FrozenLayerCache
-from luthier.models.head_forward import head_logits
+from luthier.models.head_forward import head_logits, media_scores
 from luthier.models.layers import share_layers
 from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, SIZE_STEP, Layout, layout_of
 from luthier.models.long_rope import longrope_border, select_factors_by_row
@@ -242,7 +242,7 @@ class Network:
         """Return sequence classification scores ``[R, C]`` in tree order."""
         model = self.model
         if self.layout.has_media:
-            return heads.media_scores(model, self.row_states(batch, "last", hidden_NH))
+            return media_scores(model, self.row_states(batch, "last", hidden_NH))
         if hasattr(model, "score"):
             # Decoders score the last token; ELMo, fastText and mean-pooling BERT score the mean.
             pooling = getattr(model, "row_pooling", "last")
@@ -335,7 +335,7 @@ class Network:
 
     def close(self) -> None:
         """Free the weights."""
-        self.model = None
+        self.model, self.layout = None, Layout()  # layouts of images refer to the model
         self._start, self.others, self.cache, self.base = [], {}, None, None
         # The cached property also refers to the weights.
         self.__dict__.pop("_backbone", None)

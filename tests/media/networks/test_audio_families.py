@@ -25,8 +25,8 @@ from luthier.library.models import find
 from luthier.media.decoding import decode_audio
 from luthier.media.processors import FeatureExtractor
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import Head, media_scores
-from luthier.models.layouts import pooled_states
+from luthier.models.head_forward import classifier_input, media_scores
+from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
@@ -78,7 +78,7 @@ def test_what_is_read_and_said_of_a_sound_is_what_transformers_does(
     model = load_model(base, torch.float32, CPU, head)
     network = as_network(model, CPU, torch.float32)
     with torch.no_grad():
-        states = pooled_states(network.model.base_model, torch.from_numpy(found)[None])
+        states = classifier_input(network.model, torch.from_numpy(found)[None])
         scores = media_scores(network.model, states)
         assert torch.allclose(scores, own(**inputs).logits, atol=1e-5)
 
