@@ -42,10 +42,16 @@ LONGROPE = {
     "original_max_position_embeddings": 64, "short_factor": [1.0, 1.2, 1.5],
     "long_factor": [2.0, 2.5, 3.0],
 }  # fmt: skip
+FOUR_LAYERS = {
+    "num_hidden_layers": 4, "layer_types": 2 * ["sliding_attention", "full_attention"],
+    "final_logit_softcapping": 3.0,
+}  # fmt: skip
 VARIANTS = [
     ("exaone4", {"rope_parameters": LLAMA_3}),
     ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}}),
     ("gemma3_text", {"layer_types": 2 * ["full_attention"], "tie_word_embeddings": True}),
+    ("gemma4_text", {"num_kv_shared_layers": 2, "use_double_wide_mlp": True} | FOUR_LAYERS),
+    ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_global_key_value_heads": 1}),
     ("llama", {"rope_parameters": LINEAR}),
     ("llama", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
     ("olmo", {"clip_qkv": 0.5}),
@@ -150,6 +156,7 @@ def test_quantized_weights_are_those_of_the_file(
     ("name", "changes", "rule"),
     [
         ("gemma2", {"query_pre_attn_scalar": 32}, "gguf.setting"),
+        ("gemma4_text", {"num_kv_shared_layers": 1} | FOUR_LAYERS, "gguf.setting"),
         ("qwen3_moe", {"norm_topk_prob": False}, "gguf.setting"),
         ("smollm3", {"no_rope_layer_interval": 2}, "gguf.setting"),
         ("starcoder2", {"hidden_act": "silu"}, "gguf.activation"),

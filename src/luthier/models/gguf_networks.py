@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.models.modalities import head_size, key_heads
+from luthier.models.modalities import head_size, key_heads, layer_configs
 
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "attention_scale": ("attention_multiplier",),
@@ -33,6 +33,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "embedding_scale": ("embedding_multiplier",),
     "expert_count": ("num_experts", "num_local_experts"),
     "expert_used_count": ("num_experts_per_tok",),
+    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "head_count": ("num_attention_heads",),
     "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
@@ -40,6 +41,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "logit_scale": ("logit_scale", "logits_scaling"),
     "parallel_residual": ("use_parallel_residual",),
     "residual_scale": ("residual_multiplier",),
+    "shared_kv_layers": ("num_kv_shared_layers",),
     "ssm_conv_kernel": ("linear_conv_kernel_dim",),
     "ssm_group_count": ("linear_num_key_heads",),
     "ssm_state_size": ("linear_key_head_dim",),
@@ -86,6 +88,13 @@ NETWORKS: Mapping[str, Network] = {
     "gemma": Network(MODEL_ARCH.GEMMA, _TANH, offset=True),
     "gemma2": Network(MODEL_ARCH.GEMMA2, _TANH, offset=True, period=2),
     "gemma3_text": Network(MODEL_ARCH.GEMMA3, _TANH, offset=True, period=6, scaling=("linear",)),
+    "gemma4_text": Network(
+        MODEL_ARCH.GEMMA4,
+        _TANH,
+        period=6,
+        scaling=("proportional",),
+        only={"attention_k_eq_v": False, "enable_moe_block": False},
+    ),
     "glm4": Network(MODEL_ARCH.GLM4),
     "gpt2": Network(
         MODEL_ARCH.GPT2,
@@ -188,21 +197,20 @@ def add_hyperparameters(
     # The widths of the weights, because the configuration can name others (LFM2).
     names = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
     dense, expert, shared = (
-        next((each.shape[-1] for each in weights if f".{part}.weight" in each.name), None)
-        for part in names
+        [each.shape[-1] for each in weights if f".{part}.weight" in each.name] for part in names
     )
-    writer.add_feed_forward_length(dense or expert or 0)
-    if expert is not None:
-        writer.add_expert_feed_forward_length(expert)
-    if shared is not None:
-        writer.add_expert_shared_feed_forward_length(shared)
+    writer.add_feed_forward_length(_one_or_all(dense or expert))
+    if expert:
+        writer.add_expert_feed_forward_length(expert[0])
+    if shared:
+        writer.add_expert_shared_feed_forward_length(shared[0])
     for key, fields in _FIELDS.items():
         values = (getattr(config, each, None) for each in fields)
         if (value := next((each for each in values if each is not None), None)) is not None:
             getattr(writer, f"add_{key}")(value)
     if network.arch == MODEL_ARCH.OLMO:
         writer.add_layer_norm_eps(1e-5)  # a constant in transformers
-    types = getattr(config, "layer_types", None) or []
+    types, layers = getattr(config, "layer_types", None) or [], layer_configs(config)
     if "linear_attention" in types:
         writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
         writer.add_full_attention_interval(types.index("full_attention") + 1)
@@ -210,9 +218,15 @@ def add_hyperparameters(
         writer.add_shortconv_l_cache(config.conv_L_cache)
         writer.add_head_count_kv([key_heads(config) * (each != "conv") for each in types])
     else:
-        writer.add_head_count_kv(key_heads(config))
-    writer.add_key_length(head_size(config))
-    writer.add_value_length(head_size(config))
+        writer.add_head_count_kv(_one_or_all([key_heads(each) for each in layers]))
+    sizes: dict[str, int] = dict(zip(types, map(head_size, layers), strict=False))
+    size = sizes.get("full_attention", head_size(layers[0]))
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    if (narrow := sizes.get("sliding_attention", size)) != size:
+        writer.add_key_length_swa(narrow)
+        writer.add_value_length_swa(narrow)
+        writer.add_rope_dimension_count_swa(narrow)
     context, window = int(config.max_position_embeddings), _window(config)
     if window is not None and network.period:
         writer.add_sliding_window(window)
@@ -230,7 +244,12 @@ def add_hyperparameters(
             )
     writer.add_context_length(context)
     if rope := getattr(config, "rope_parameters", None):
-        _add_rope(writer, config, rope, limit)
+        _add_rope(writer, config, rope, size, limit)
+
+
+def _one_or_all(values: Sequence[int]) -> int | Sequence[int]:
+    """Return the value of all layers, or a list if layers differ."""
+    return values[0] if len({*values}) == 1 else values
 
 
 def _window(config: Any) -> int | None:
@@ -277,6 +296,10 @@ def _computed_settings(config: Any, network: Network) -> dict[str, Any]:
         found["no_rope_layers"] = [int((place + 1) % 4 > 0) for place in places]
     if network.arch == MODEL_ARCH.OLMOE:
         found["num_key_value_heads"] = config.num_attention_heads
+    shared = getattr(config, "num_kv_shared_layers", 0)
+    # llama.cpp takes the keys of the two layers before, and aborts if these have other types.
+    if shared and config.layer_types[:-shared][-2:] != ["sliding_attention", "full_attention"]:
+        found["num_kv_shared_layers"] = 0
     if network.arch in _LARGEST:
         largest = config.num_hidden_layers == _LARGEST[network.arch]
         width = config.hidden_size // config.num_attention_heads
@@ -284,9 +307,14 @@ def _computed_settings(config: Any, network: Network) -> dict[str, Any]:
     return found
 
 
-def _add_rope(writer: GGUFWriter, config: Any, rope: Mapping[str, Any], limit: int | None) -> None:
+def _add_rope(
+    writer: GGUFWriter, config: Any, rope: Mapping[str, Any], size: int, limit: int | None
+) -> None:
     full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-    turned = int(head_size(config) * full.get("partial_rotary_factor", 1.0))
+    kind = full.get("rope_type", "default")
+    # A proportional embedding turns the whole head, most of it with frequency 0.
+    share = 1.0 if kind == "proportional" else full.get("partial_rotary_factor", 1.0)
+    turned = int(size * share)
     writer.add_rope_dimension_count(turned)
     writer.add_rope_freq_base(full["rope_theta"])
     if sliding is not None:
@@ -294,7 +322,6 @@ def _add_rope(writer: GGUFWriter, config: Any, rope: Mapping[str, Any], limit: i
     if config.model_type.startswith("qwen3_5"):
         # Sections differ in images only.
         writer.add_rope_dimension_sections([*full.get("mrope_section", (turned // 2, 0, 0)), 0])
-    kind = full.get("rope_type", "default")
     if kind not in ("linear", "yarn", "longrope"):
         return
     writer.add_rope_scaling_type(RopeScalingType(kind))
@@ -326,7 +353,8 @@ def network_weights(model: Any) -> list[Weight]:
     network = NETWORKS[config.model_type]
     names = get_tensor_name_map(network.arch, config.num_hidden_layers)
     found = []
-    for name, weight in model.named_parameters():
+    scalars = [each for each in model.named_buffers() if each[0].endswith(".layer_scalar")]
+    for name, weight in [*model.named_parameters(), *scalars]:
         for part, view in _parts(config, name, weight):
             known = names.get_name(part, try_suffixes=(".weight", ".bias"))
             if known is None:
@@ -342,7 +370,7 @@ def _parts(config: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor
         "block_sparse_moe.experts", "mlp.experts"
     )
     name = name.replace("moe.router.weight", "moe.router.layer.weight")
-    name = re.sub(r"(experts\.down_proj|\.sinks)$", r"\1.weight", name)
+    name = re.sub(r"(experts\.down_proj|\.sinks|\.layer_scalar)$", r"\1.weight", name)
     name = name.replace("down_proj_bias", "down_proj.bias")
     if weight.ndim == 3 and config.model_type == "gpt_oss":
         weight = weight.mT  # gpt-oss stores `[in, out]`
@@ -382,14 +410,14 @@ def interleaved(size: int, heads: int) -> Tensor:
 def row_order(config: Any, name: str) -> tuple[int, Tensor] | None:
     """Return the dimension and the order of a weight's rows or columns, if other than the
     network's."""
-    network, size = NETWORKS[config.model_type], head_size(config)
+    network = NETWORKS[config.model_type]
     part = name.split(".")[2] if name.startswith("blk.") else ""
     if network.interleaved and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else key_heads(config)
-        return 0, interleaved(heads * size, heads)
+        return 0, interleaved(heads * head_size(config), heads)
     if network.arch == MODEL_ARCH.GPTNEOX and part == "attn_qkv":
         # transformers stores query, key and value by head.
-        heads = config.num_attention_heads
+        heads, size = config.num_attention_heads, head_size(config)
         return 0, torch.arange(3 * heads * size).view(heads, 3, size).transpose(0, 1).flatten()
     if part == "ssm_norm" or not part.startswith(("ssm_", "attn_qkv", "attn_gate")):
         return None
@@ -408,14 +436,16 @@ def row_order(config: Any, name: str) -> tuple[int, Tensor] | None:
 
 
 def _rope_factors(model: Any) -> Iterator[Weight]:
-    """Yield the factors of the rotary embedding's wavelengths of Llama 3.1 and LongRoPE."""
+    """Yield the factors of wavelengths of Llama 3.1, Gemma 4 and LongRoPE."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
-    if rope.get("rope_type") == "llama3":
-        frequency = model.model.rotary_emb.inv_freq.detach().float().cpu()
+    if rope.get("rope_type") in ("llama3", "proportional"):
+        rotary = model.model.rotary_emb
+        frequency = getattr(rotary, "full_attention_inv_freq", None)
+        frequency = (rotary.inv_freq if frequency is None else frequency).detach().float().cpu()
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(frequency)) / len(frequency))
         # llama.cpp divides the plain frequency theta^(-2i/D) by this factor.
-        yield Weight("rope_freqs.weight", plain / frequency)
+        yield Weight("rope_freqs.weight", (plain / frequency).clamp(max=1e30))
     elif rope.get("rope_type") == "longrope":
         for length in ("long", "short"):
             yield Weight(f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]))
