@@ -15,6 +15,7 @@ from luthier.data.image_tokens import FIRST_IMAGE_ID
 from luthier.data.rows import load_rows
 from luthier.data.tree import build_tree
 from luthier.engine.train import train
+from luthier.errors import DataError, RowRefused
 from luthier.exports.writer import export
 from luthier.inference.generation import Generator
 from luthier.library.models import StoredModel, find, load
@@ -170,3 +171,58 @@ def test_rows_share_the_tokens_of_equal_images_only(base: Path, data: Path) -> N
     assert len(tree) == len(rows[0]) + len(rows[1]) - opening
     images = [row.ids_T[row.ids_T >= FIRST_IMAGE_ID] for row in rows]
     assert not {*images[0].tolist()} & {*images[1][len(images[0]) :].tolist()}
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_a_model_learns_the_colour_of_an_image(base: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+
+    def image(name: str, colour: str) -> dict[str, Any]:
+        pixels = random.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+        pixels[:, :, 0 if colour == "red" else 2] += 190
+        Image.fromarray(pixels).save(tmp_path / name)
+        parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+        turns = [turn("assistant", colour)]
+        return {"images": [name], "messages": [{"role": "user", "content": parts}, *turns]}
+
+    rows = [image(f"{at}.png", ("red", "blue")[at % 2]) for at in range(12)]
+    for name, part in (("train", rows[:8]), ("new", rows[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    recipe = {
+        "base": str(base), "name": "colours", "adaptation": {"method": "lora", "rank": 8},
+        "training": {"max_steps": 40, "learning_rate": 0.01, "precision": "float32", "threads": 1},
+        "objective": "sft", "data": {"train": str(tmp_path / "train.jsonl"), "validation_share": 0},
+    }  # fmt: skip
+    generator = Generator.open(find(train(Recipe.parse(recipe)).model_id))
+    new = [*load_rows(tmp_path / "new.jsonl")]
+    replies = generator.replies([row.prompt_turns() for row in new], Sampling(temperature=0))
+    assert [reply.strip() for reply in replies] == ["red", "blue", "red", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "rule"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "no.png"}}], None, "media.missing"),
+        ([{"type": "image_url", "image_url": {"url": "../0.png"}}], None, "media.outside"),
+        ([{"type": "image", "url": "https://example.org/0.png"}], None, "media.remote"),
+        ([{"type": "image"}], [], "media.count"),
+        ([{"type": "image"}], ["0.png", "1.png"], "media.count"),
+        ([{"type": "text", "text": "\ufffc"}], None, "message.part"),
+        ([{"image": {"format": "png", "source": {"bytes": "?"}}}], None, "media.type"),
+    ],
+)
+def test_rows_with_wrong_images_are_refused(
+    data: Path, content: Any, images: Any, rule: str
+) -> None:
+    row = {"messages": [{"role": "user", "content": content}, turn("assistant", "red")]}
+    path = data.parent / "wrong.jsonl"
+    path.write_text(json.dumps(row if images is None else {**row, "images": images}))
+    with pytest.raises(DataError) as refused:
+        load_rows(path)
+    assert [(each.rule, each.line) for each in refused.value.problems] == [(rule, 1)]
+
+
+def test_a_text_model_refuses_rows_with_images(tiny_model_folder: Path, data: Path) -> None:
+    with pytest.raises(RowRefused) as refused:
+        encoded(find(str(tiny_model_folder)), data)
+    assert refused.value.rule == "media.base"

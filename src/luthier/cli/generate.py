@@ -53,16 +53,17 @@ class PendingReply:
     """Reply to one prompt, generated when printed."""
 
     model: str
-    prompt: str
+    prompt: Prompt
     generator: Generator
     sampling: Sampling
+    text: str
 
     def plain(self) -> dict[str, Any]:
         """Generate the reply and return JSON values."""
         from luthier.workflows.inference_tasks import reasoning_of
 
         (answer,) = self.generator.answers([self.prompt], self.sampling)
-        found = {"model": self.model, "prompt": self.prompt, "completion": answer.text}
+        found = {"model": self.model, "prompt": self.text, "completion": answer.text}
         return {**found, **reasoning_of(answer)}
 
 
@@ -70,6 +71,7 @@ def generate(
     model: str,
     prompt: str | None = None,
     *,
+    image: list[Path] | None = None,
     input: str | None = None,
     output: Path | None = None,
     columns: Mapped = None,
@@ -92,6 +94,7 @@ def generate(
     Args:
         model: Model id, local directory or hub id.
         prompt: The prompt.
+        image: Image before the prompt; repeatable.
         input: File of prompts or conversations, instead of a prompt.
         output: File for the result (JSONL); standard output by default.
         columns: Column of a key, e.g. prompt=question; repeatable.
@@ -123,6 +126,8 @@ def generate(
         raise RecipeError("a prompt is missing: name a prompt or --input FILE, not both")
     if prompt is not None and not prompt.strip():
         raise RecipeError("the prompt is empty")
+    if image and prompt is None:
+        raise RecipeError("--image needs a prompt. Write images of --input into its messages")
     if input is None and (output is not None or columns):
         raise RecipeError(f"--{'map' if output is None else 'output'} needs --input")
     chosen = Sampling(
@@ -147,7 +152,18 @@ def generate(
             return answer_rows(task, output, reporter)
     with heavy_imports():
         generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
-    return PendingReply(model, prompt or "", generator, chosen)
+    text = prompt or ""
+    turns = _with_images(text, image) if image else text
+    return PendingReply(model, turns, generator, chosen, text)
+
+
+def _with_images(text: str, paths: list[Path]) -> list[Message]:
+    """Return a user turn with images before the text."""
+    from luthier.data.inputs import Media
+    from luthier.types import IMAGE_MARK, Message
+
+    images = tuple(Media("image", str(path), str(path)) for path in paths)
+    return [Message("user", IMAGE_MARK * len(images) + text, images=images)]
 
 
 def show_replies(found: PendingReply | RowAnswers) -> None:

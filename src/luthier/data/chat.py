@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -655,9 +656,18 @@ class ChatFormat:
         media = self.media is not None and len(ids) == 1 and ids[0] >= self.tokenizer.vocab_size
         if self.media is not None and (media or not self.has_tokenizer):
             return [f"<{self.media.kind}>"] * len(ids)  # the id is a hash of the content
-        if self.images is not None:
-            image_id = self.images.token_id(self.tokenizer)
-            ids = [int(token) if token < FIRST_IMAGE_ID else image_id for token in ids]
+        if self.images is not None and any(token >= FIRST_IMAGE_ID for token in ids):
+            # One text per run of image tokens.
+            parts = [(is_image, [*run]) for is_image, run in groupby(ids, FIRST_IMAGE_ID.__le__)]
+            return [
+                piece
+                for is_image, run in parts
+                for piece in (
+                    [self.images.placeholder, *[""] * (len(run) - 1)]
+                    if is_image
+                    else self.pieces(run)
+                )
+            ]
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         # Checked by type, because a byte-level vocabulary may also have a token "##".

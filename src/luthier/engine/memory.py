@@ -24,6 +24,7 @@ from luthier.models.modalities import (
     run_media,
     text_config,
 )
+from luthier.models.save import whole_model
 from luthier.objectives import Objective
 from luthier.objectives.base import add_modules
 
@@ -68,7 +69,29 @@ def weight_bytes(model: Any, bytes_per_number: int) -> int:
     precision.
     """
     weights = sum(weight.numel() for weight in model.parameters()) * bytes_per_number
-    return int(weights + sum(buffer.nbytes for buffer in model.buffers()))
+    return int(
+        weights
+        + sum(buffer.nbytes for buffer in model.buffers())
+        + vision_bytes(model, bytes_per_number)
+    )
+
+
+def vision_bytes(model: Any, bytes_per_number: int) -> int:
+    """Return the bytes of the vision encoder next to a text network; 0 without an encoder.
+
+    Includes the cached features, and the activations of the largest pass, which has no gradient.
+    """
+    whole = whole_model(model)
+    if whole is model:
+        return 0
+    from luthier.models.image_tokens import FEATURE_BYTES, TILES
+
+    own = {id(weight) for weight in model.parameters()}
+    weights = sum(w.numel() for w in whole.parameters() if id(w) not in own)
+    vision = whole.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    activations = TILES * patches * (4 * vision.hidden_size + vision.intermediate_size)
+    return int((weights + activations) * bytes_per_number) + FEATURE_BYTES
 
 
 def trained_numbers(model: Any) -> int:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from luthier.data.image_tokens import ImageTokens
 from luthier.data.inputs import Media, MediaKind
-from luthier.errors import UnknownModel
+from luthier.errors import RowRefused, UnknownModel
 from luthier.media.decoding import image_size, read_pixels
 
 if TYPE_CHECKING:
@@ -104,7 +104,12 @@ class TiledImages(ImageTokens):
         """Return the text of an image's tokens, with the row and column of each tile."""
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-        width, height = image_size(media)
+        try:
+            width, height = image_size(media)
+        except RowRefused as bad:
+            problem = bad.problem
+            message = f"{media.name}: {problem.message}"
+            raise RowRefused(problem.rule, message, problem.advice) from bad
         _, rows, columns = self._own.get_number_of_image_patches(height, width)
         text: str = get_image_prompt_string(
             rows,

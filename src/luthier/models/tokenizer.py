@@ -149,6 +149,10 @@ def load_with_transformers(folder: Path) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnknownModel(f"Cannot load the tokenizer in {folder}: {error}") from error
+    template = folder / "chat_template.json"
+    if tokenizer.chat_template is None and template.is_file():
+        # Vision-language models stored the template next to their processor before transformers 5.
+        tokenizer.chat_template = read_json(template).get("chat_template")
     # luthier reports long rows with line and fix; this warning would repeat the report.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

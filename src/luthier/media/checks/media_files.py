@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.inputs import Processor
+from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.media import MediaRow
 from luthier.errors import RowRefused
 from luthier.gate.batch_text import Spot, SpotCheck
@@ -179,6 +180,12 @@ class MediaFiles(SpotCheck):
         spots: list[Spot] = []
         measured: list[MeasuredMedia] = []
         for index, row in enumerate(batch.rows):
+            for media in row.images if isinstance(row, Conversation) else ():
+                try:
+                    read_pixels(media)
+                except RowRefused as bad:
+                    message = f"{media.name}: {bad.problem.message}"
+                    spots.append(Spot(index, bad.rule, message, fix=bad.problem.advice))
             if not isinstance(row, MediaRow) or row.media.kind == "window":
                 continue
             measure = self._measure_image if row.media.kind == "image" else self._measure_sound
