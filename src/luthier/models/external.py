@@ -46,7 +46,8 @@ _OWN_CONFIG = "Take the config.json that belongs to the weights."
 _TEXTS = frozenset(
     (
         CONFIG, ADAPTER_CONFIG, INDEX, "diffusion_pytorch_model.safetensors.index.json",
-        "scheduler_config.json", PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, "generation_config.json", "tokenizer.json",
+        "scheduler_config.json", PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, "generation_config.json",
+        "tokenizer.json",
         "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
         "vocab.txt", "merges.txt",
         "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
