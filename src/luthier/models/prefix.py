@@ -77,7 +77,8 @@ def add_prefix(model: Any, places: int) -> None:
         and decoder_of(model) is None
         and "past_key_values" in inspect.signature(model.base_model.forward).parameters
     )
-    sizes = {(key_heads(e), head_size(e), cached_numbers(e)) for e in layer_configs(config)}
+    each = layer_configs(config) if takes else []
+    sizes = {(key_heads(layer), head_size(layer), cached_numbers(layer)) for layer in each}
     # The weight has one slice per layer, so each layer needs exactly one attention module, and all
     # layers need keys of their own and of one size.
     if (
