@@ -350,3 +350,13 @@ def test_preferred_answers_follow_the_served_prompt(
         assert block.split() in ([], ["<think>", "</think>"])
         decoded = chat.decode_reply(example.ids_T[:start], example.ids_T[start:].tolist())
         assert decoded.text.strip() == answer
+
+
+@pytest.mark.parametrize("family", ["GLM 4", "GLM 4.5"])
+def test_a_call_at_the_end_of_a_row_ends_as_in_the_middle(
+    family: str, chats: dict[str, ChatFormat]
+) -> None:
+    chat, (messages, tools) = chats[family], CONVERSATIONS["tools"]
+    middle, end = learned(chat, messages, tools)[1], learned(chat, messages[:4], tools)[1]
+    assert middle == end
+    assert end[1][-1] == chat.tokenizer.convert_tokens_to_ids("<|observation|>")

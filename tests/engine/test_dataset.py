@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from luthier.data import disk_sequence as spool
+from luthier.data.chat import ChatFormat
 from luthier.engine.dataset import Dataset, loss_mask, prepare
 from luthier.library.models import find
 from luthier.objectives import OBJECTIVES
@@ -50,6 +53,35 @@ def test_the_mask_says_that_replies_are_learned_whole_and_nothing_else(
     assert all(reply in "".join(learned) for reply in replies)
     digest = hashlib.sha256(b"".join(e.ids_T.tobytes() + e.weight_T.tobytes() for e in made.train))
     assert mask.sha256 == digest.hexdigest()
+
+
+def test_rows_of_several_sequences_are_counted_in_full(
+    tmp_path: Path, new_tokenizer: Callable[..., Any]
+) -> None:
+    """The template writes no end token, so each reply is a sequence of its own."""
+    template = (
+        "{% for m in messages %}{{ '\n' if not loop.first }}{{ m.role }}: {{ m.content }}"
+        "{% endfor %}{{ '\nassistant:' if add_generation_prompt }}"
+    )
+    data = tmp_path / "rows.jsonl"
+    rows = [{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in TURNS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat, objective = ChatFormat.of(new_tokenizer(template)), OBJECTIVES["sft"]()
+    spec = DataSpec(train=data, validation_share=0)
+    made = prepare(spec, objective, chat, 256, 0)
+    views = objective.views(made.train)
+    assert (len(made.train), len(views)) == (3, 4)
+    assert made.counts["rows"] == made.counts["examples"] == 3
+    assert made.counts["tokens"] == sum(map(len, views))
+    assert made.counts["learned_tokens"] == sum(view.weight for view in views)
+    assert made.longest == max(map(len, views))
+    assert made.mask is not None
+    assert made.mask.stretches == made.mask.behind_opening == made.mask.with_stop == 4
+    shorter = made.longest - 1
+    dropped = prepare(spec.model_copy(update={"long_rows": "drop"}), objective, chat, shorter, 0)
+    assert dropped.dropped == sum(max(map(len, each.sides)) > shorter for each in made.train)
+    cut = prepare(spec.model_copy(update={"long_rows": "truncate"}), objective, chat, shorter, 0)
+    assert cut.truncated == dropped.dropped > 0 and cut.longest == shorter
 
 
 def test_a_mask_that_is_off_by_one_token_shows(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -194,6 +194,16 @@ def render_reply(
             "tokens are ambiguous. Use single-turn rows or template=plain.",
             rule="template.rewrites",
         )
+    stops = chat.text_encoder.stop_names
+    if (
+        message.calls
+        and chat.turn_end.added
+        and not any(name in after[len(stem) :] for name in stops)
+    ):
+        # GLM 4 ends a call with the token that opens the turn of the result.
+        results = [Message("tool", "a", call_id=call.id) for call in message.calls]
+        more = chat.render_turns((*messages, *results), tools, reply=False)
+        after += next((name for name in stops if more.startswith(after + name)), "")
     text = after[len(stem) :]
     if marks is not None and (
         (stem != before and is_open)
@@ -204,7 +214,7 @@ def render_reply(
         return RenderedReply(text, message, 0, len(text), False)
     start, end = _generated_range(pieces, len(stem)) if len(pieces) > 1 else (0, len(text))
     # A block without the end token would not teach the model to stop.
-    end += max((len(n) for n in chat.text_encoder.stop_names if text.startswith(n, end)), default=0)
+    end += max((len(name) for name in stops if text.startswith(name, end)), default=0)
     # Templates write an empty reasoning block for turns without reasoning.
     if marks and not message.reasoning and (block := marks.empty_block.match(text)):
         start = max(start, block.end())
