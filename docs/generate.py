@@ -1,4 +1,4 @@
-"""Write docs/reference.md, the table of limits in docs/guide/limits.md, and JSON schemas from the code.
+"""Write docs/reference.md, the tables of two guide pages, and JSON schemas from the code.
 
 With --check, fail when they are not what would be written.
 
@@ -50,6 +50,10 @@ from luthier.workflows.pretrain_recipe import (
 TARGET = Path(__file__).parent / "reference.md"
 LIMITS = Path(__file__).parent / "guide" / "limits.md"
 SCHEMA = Path(__file__).parent / "certificate.schema.json"
+BASES = Path(__file__).parent / "guide" / "base-models.md"
+TESTS = Path(__file__).parent.parent / "tests"
+"""Folder of the families that the tests compare with transformers."""
+BASES_BEGIN, BASES_END = "<!-- families: written by make docs -->\n", "<!-- end of families -->"
 LIMITS_BEGIN, LIMITS_END = "<!-- limits: written by make docs -->\n", "<!-- end of limits -->"
 
 
@@ -74,9 +78,11 @@ def main() -> int:
         )
         + "\n"
     )
-    before, begin, rest = LIMITS.read_text(encoding="utf-8").partition(LIMITS_BEGIN)
-    _, end, after = rest.partition(LIMITS_END)
-    pages = {TARGET: text, LIMITS: before + begin + _limits() + end + after}
+    pages = {
+        TARGET: text,
+        LIMITS: _with_table(LIMITS, LIMITS_BEGIN, LIMITS_END, _limits()),
+        BASES: _with_table(BASES, BASES_BEGIN, BASES_END, _families()),
+    }
     pages[SCHEMA] = json.dumps(certificate_schema(), indent=2, ensure_ascii=False) + "\n"
     if "--check" in sys.argv:
         for path, page in pages.items():
@@ -87,6 +93,32 @@ def main() -> int:
     for path, page in pages.items():
         path.write_text(page, encoding="utf-8")
     return 0
+
+
+def _with_table(path: Path, begin: str, end: str, table: str) -> str:
+    """Return the page with ``table`` between the marks ``begin`` and ``end``."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    return before + begin + table + end + rest.partition(end)[2]
+
+
+def _families() -> str:
+    """Return the table of families that the tests compare with transformers."""
+    sys.path.insert(0, str(TESTS))
+    from model_families import DECODERS, ENCODER_DECODERS, ENCODERS
+
+    groups = {
+        "text generation": DECODERS,
+        "text from text": ENCODER_DECODERS,
+        "labels, tags, answers, embeddings": ENCODERS,
+    }
+    rows = []
+    for use, families in groups.items():
+        for family in families:
+            gguf = "yes" if family.model_type in NETWORKS else ""
+            state = f"not supported: {family.refused}" if family.refused else use
+            rows.append(f"| {family.name} | `{family.model_type}` | {state} | {gguf} |")
+    head = ["", "| models | `model_type` | use | GGUF |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *rows, "", ""])
 
 
 def _limits() -> str:

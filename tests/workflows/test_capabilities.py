@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import choose_machine
 from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.catalog import CATALOG
-from luthier.models.folder import ModelFolder
+from luthier.models.folder import ModelFolder, for_head
 from luthier.models.heads import CAUSAL_LM, Head, Task
 from luthier.models.load import catalogue_config, sketch
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import check_base
 from luthier.workflows import capabilities as module
-from luthier.workflows.capabilities import capabilities, default_objective
+from luthier.workflows.capabilities import capabilities, default_objective, format_of, table
+from model_families import DECODERS, ENCODER_DECODERS, ENCODERS, Family
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
@@ -53,6 +55,25 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
             reason = error.problem.message
         assert verdict.reason == reason
         assert (verdict.memory > 0) == verdict.fits == (not reason)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(each, id=each.id, marks=() if each.every_run else (pytest.mark.slow,))
+        for each in (*DECODERS, *ENCODERS, *ENCODER_DECODERS)
+        if not each.refused
+    ],
+)
+def test_every_family_has_a_verdict_of_one_line(family: Family) -> None:
+    def config(head: Head) -> Any:
+        return for_head(family.config(), head)
+
+    verdicts = table(config, format_of(config(Head("causal_lm"))), 4)
+    assert len(verdicts) == len(OBJECTIVES) * len(ADAPTATIONS)
+    assert not any("\n" in verdict.reason for verdict in verdicts)
+    able = {verdict.objective for verdict in verdicts if not verdict.reason}
+    assert able & ({"classification", "masked_lm"} if family in ENCODERS else {"sft"})
 
 
 @pytest.mark.slow
