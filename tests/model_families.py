@@ -299,7 +299,7 @@ DECODERS = (
         "recurrent_gemma",
         {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 64},
     ),
-    Family("RWKV", "rwkv", {"attention_hidden_size": 32}),
+    Family("RWKV", "rwkv", {"attention_hidden_size": 32, "rescale_every": 1}),
     Family("Nemotron", "nemotron"),
     Family(
         "Nemotron-H",

@@ -40,7 +40,7 @@ def linear_targets(
     from torch import nn
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    others = (*head_modules(model), *frozen_parts(model), *_read_by_kernels(model))
+    others = (*head_modules(model), *frozen_parts(model), *_read_directly(model))
 
     def is_target(module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
@@ -88,13 +88,14 @@ def linear_targets(
     return selected
 
 
-def _read_by_kernels(model: nn.Module) -> list[str]:
-    """Return the linear layers of Mamba's mixers whose weights transformers passes to kernels.
+def _read_directly(model: nn.Module) -> list[str]:
+    """Return the linear layers whose weights transformers reads or changes without the layer.
 
-    The forward of such a layer is not called, so an update would have no effect. PEFT rejects
-    ``out_proj`` for the same reason. ``in_proj`` is a plain layer.
+    An update would have no effect in Mamba's mixers, whose weights go to kernels, except
+    ``in_proj``; PEFT rejects ``out_proj`` for the same reason. RWKV divides two weights of a block
+    for inference, but not their updates.
     """
-    return [
+    names = [
         f"{name}.{child}"
         for name, module in model.named_modules()
         # The state matrix and the skip connection of a state-space model.
@@ -102,6 +103,10 @@ def _read_by_kernels(model: nn.Module) -> list[str]:
         for child, _ in module.named_children()
         if child != "in_proj"
     ]
+    if hasattr(getattr(model, "config", None), "rescale_every"):
+        divided = ("attention.output", "feed_forward.value")
+        names += [name for name, _ in model.named_modules() if name.endswith(divided)]
+    return names
 
 
 def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:

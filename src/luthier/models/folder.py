@@ -263,6 +263,9 @@ def for_head(config: Any, head: Head) -> Any:
     if hasattr(config, "apply_spec_augment"):
         # Wav2Vec2 would draw masks from numpy's global generator, which checkpoints do not store.
         config.apply_spec_augment = False
+    if hasattr(config, "rescale_every"):
+        # RWKV would divide stored weights by powers of 2 in eval mode, against float16's range.
+        config.rescale_every = 0
     if hasattr(config, "encoder") and head.task in ("embedding", "token_classification"):
         config.is_encoder_decoder = False  # T5Gemma encodes texts without the decoder
     for key, value in head.settings().items():
