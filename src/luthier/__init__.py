@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.cli.forgetting import forgetting
     from luthier.cli.launch import launch
     from luthier.cli.learning_curve import learning_curve
+    from luthier.cli.mine_negatives import mine_negatives
     from luthier.cli.model import Model, load
     from luthier.cli.pipeline import pipeline
     from luthier.cli.pretrain import pretrain
@@ -53,6 +54,7 @@ __all__ = [
     "launch",
     "learning_curve",
     "load",
+    "mine_negatives",
     "pipeline",
     "pretrain",
     "push",
@@ -78,6 +80,7 @@ _HOMES = {
         "cli.forgetting": ["forgetting"],
         "cli.launch": ["launch"],
         "cli.learning_curve": ["learning_curve"],
+        "cli.mine_negatives": ["mine_negatives"],
         "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
         "cli.pretrain": ["pretrain"],

@@ -42,6 +42,7 @@ from luthier.cli.images import reconstruct, sample, show_images, show_reconstruc
 from luthier.cli.imports import import_app
 from luthier.cli.launch import launch, print_launch_file
 from luthier.cli.learning_curve import learning_curve, show_learning_curve
+from luthier.cli.mine_negatives import mine_negatives, show_mined
 from luthier.cli.models import models_app
 from luthier.cli.nearest import nearest, show_neighbours
 from luthier.cli.pipeline import pipeline, show_stages
@@ -94,6 +95,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(predict, show_predictions),
         Command(embed, show_embeddings),
         Command(nearest, show_neighbours),
+        Command(mine_negatives, show_mined),
         Command(sample, show_images),
         Command(reconstruct, show_reconstructions),
     ),

@@ -12,7 +12,7 @@ Ties count against the match, so equal embeddings find nothing. nDCG follows Jä
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -94,7 +94,7 @@ def nearest(
 
 
 def mine_negatives(
-    scores_QN: NDArray[Any],
+    scores: Iterable[NDArray[Any]],
     positives: Sequence[int],
     answers: Sequence[Collection[int]],
     count: int,
@@ -107,13 +107,14 @@ def mine_negatives(
     et al. 2024, arXiv:2407.15831).
 
     Args:
+        scores: scores ``[N]`` of all items for each query.
         positives: number of each query's positive.
         answers: numbers of all relevant items of each query.
         count: maximum number of items of a query.
         margin: share of the positive's score.
     """
     found: list[list[int]] = []
-    for score_N, positive, relevant in zip(scores_QN, positives, answers, strict=True):
+    for score_N, positive, relevant in zip(scores, positives, answers, strict=True):
         limit = score_N[positive] - margin * abs(score_N[positive])
         best = np.argsort(-score_N, kind="stable")
         allowed = (n for n in best.tolist() if n not in relevant and score_N[n] < limit)

@@ -1,0 +1,113 @@
+"""``luthier mine-negatives``: hard negatives for rows of queries and positives."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.console import check_output, heavy_imports, note, print_text
+from luthier.cli.options import AtLeastOne, Mapped
+from luthier.errors import DataError, Problem
+
+
+@dataclass(frozen=True)
+class MinedNegatives:
+    """A file of rows with hard negatives."""
+
+    rows: int
+    negatives: int
+    documents: int
+    """Number of distinct documents that were searched."""
+    output: Path
+
+
+def mine_negatives(
+    data: str,
+    output: Annotated[Path, typer.Option("--out")],
+    *,
+    corpus: str | None = None,
+    model: str | None = None,
+    count: AtLeastOne = 5,
+    margin: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
+    columns: Mapped = None,
+    overwrite: bool = False,
+) -> MinedNegatives:
+    """Find hard negatives for pairs of a query and a positive.
+
+    The search covers the positives of all rows and the documents of --corpus. Negatives of the rows are
+    replaced.
+
+    Args:
+        data: File of rows with anchor and positive.
+        output: JSON Lines file for the rows with negatives.
+        corpus: File of documents, one text per row.
+        model: Id of an embedding model; BM25 by default.
+        count: Maximum number of negatives per row.
+        margin: Share of the positive's score that is too close.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        overwrite: Replace an existing file.
+
+    Returns:
+        The file and the number of rows and negatives.
+
+    Raises:
+        RefusedInput: for unreadable rows, or a model without embeddings.
+    """
+    with heavy_imports():
+        from luthier.data.rows import load_inputs, load_rows
+        from luthier.data.shapes.texts import TextPair
+        from luthier.data.writers import to_json
+        from luthier.evaluation.retrieval import BM25Index
+        from luthier.evaluation.retrieval import mine_negatives as mine
+        from luthier.files import write_bytes
+        from luthier.inference.embeddings import check_embeds, gives_embeddings
+        from luthier.inference.prediction import Predictor
+        from luthier.library.models import check_active, find
+
+    check_output(output, data, corpus, overwrite=overwrite)
+    rows = load_rows(data, columns)
+    pairs = [row for row in rows if isinstance(row, TextPair)]
+    if len(pairs) < len(rows):
+        other = next(row for row in rows if not isinstance(row, TextPair))
+        fix = 'Write {"query": "...", "positive": "..."}.'
+        raise DataError([Problem("row.pair", "the row has no positive.", fix, other.location)])
+    further = [] if corpus is None else [row.plain_text() for _, row in load_inputs(corpus)]
+    documents = [*dict.fromkeys([*(row.positive for row in pairs), *further])]
+    place = {text: number for number, text in enumerate(documents)}
+    answers = defaultdict[str, set[int]](set)
+    for row in pairs:
+        answers[row.text].add(place[row.positive])
+    if model is None:
+        index = BM25Index(documents)
+        scores = (index.scores(row.text) for row in pairs)
+    else:
+        stored = check_active(find(model, is_able=gives_embeddings))
+        check_embeds(stored, stored.objective)
+        predictor = Predictor.open(stored)
+        query_QH = predictor.embed([row.text for row in pairs])
+        document_NH = predictor.embed(documents)
+        scores = (document_NH @ query_H for query_H in query_QH)
+    own, known = [place[row.positive] for row in pairs], [answers[row.text] for row in pairs]
+    found = mine(scores, own, known, count, margin)
+    lines = [
+        to_json(replace(row, negatives=tuple(documents[number] for number in numbers)).record())
+        for row, numbers in zip(pairs, found, strict=True)
+    ]
+    write_bytes(output, "".join(f"{line}\n" for line in lines).encode())
+    return MinedNegatives(len(pairs), sum(map(len, found)), len(documents), output)
+
+
+def show_mined(found: MinedNegatives, margin: float) -> None:
+    """Print the file and the numbers, and the reason for the default margin."""
+    from luthier.evaluation.retrieval import MARGIN, MARGIN_REASON
+
+    print_text(
+        f"{found.negatives:,} negatives for {found.rows:,} rows, out of {found.documents:,} documents, "
+        f"written to {found.output}"
+    )
+    if margin == MARGIN:
+        note(MARGIN_REASON)
