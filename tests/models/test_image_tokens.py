@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from luthier.cli.generate import generate
 from luthier.data.image_tokens import FIRST_IMAGE_ID
 from luthier.data.rows import load_rows
 from luthier.data.tree import build_tree
@@ -158,6 +159,8 @@ def test_generation_equals_transformers_and_knows_images_apart(base: Path, data:
     answers = generator.answers(prompts, Sampling(max_tokens=12, temperature=0))
     assert [answer.ids for answer in answers] == expected
     assert len({*expected}) == len(expected)
+    reply = generate(str(base), "What is it?", image=[data.parent / "0.png"], max_tokens=12).plain()
+    assert reply["completion"] == answers[2].text
     # With penalties, which index the vocabulary by the tokens of the prompt.
     penal = Sampling(max_tokens=4, temperature=0, repetition_penalty=1.3)
     assert len(generator.replies(prompts, penal)) == len(prompts)
@@ -226,3 +229,28 @@ def test_a_text_model_refuses_rows_with_images(tiny_model_folder: Path, data: Pa
     with pytest.raises(RowRefused) as refused:
         encoded(find(str(tiny_model_folder)), data)
     assert refused.value.rule == "media.base"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("method", ["full", "freeze", "qlora", "prompt"])
+def test_other_adaptations_train_the_text_part(
+    base: Path, data: Path, tmp_path: Path, method: str
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    recipe = {
+        "base": str(base), "name": "tuned", "adaptation": {"method": method},
+        "training": {"max_steps": 8, "learning_rate": 0.02, "precision": "float32", "threads": 1},
+        "objective": "sft", "data": {"train": str(data), "validation_share": 0},
+    }  # fmt: skip
+    stored = find(train(Recipe.parse(recipe)).model_id)
+    rows, losses = encoded(stored, data), []
+    for model in (find(str(base)), stored):
+        network = as_network(load(model, torch.float32, CPU), CPU, torch.float32)
+        losses.append(SFT().parity_loss(network, rows, 1024))
+    assert losses[1] < losses[0]
+    if stored.adaptation.mergeable:
+        merged = export(stored, tmp_path / "merged", merged=True)
+        own = AutoModelForImageTextToText.from_pretrained(merged)
+        assert losses[1] == pytest.approx(mean_loss(own, base, data, rows), rel=1e-4)

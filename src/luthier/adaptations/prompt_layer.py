@@ -26,11 +26,11 @@ class PromptEmbedding(LayerWrapper):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return embeddings ``[..., H]`` of ``ids [...]``."""
-        vocabulary = len(self.base_layer.weight)
-        # Both tables are read for all ids, so each index is clamped to the range of its table.
-        embeddings: Tensor = self.base_layer(ids.clamp(max=vocabulary - 1))
-        virtual = ids >= vocabulary
+        first, last = self.prompt_ids[0], self.prompt_ids[-1]
+        virtual = (ids >= first) & (ids <= last)  # higher ids are image tokens
+        # Both tables are read for all ids, so each index is in the range of its table.
+        embeddings: Tensor = self.base_layer(ids.masked_fill(virtual, 0))
         if not virtual.any():
             return embeddings
-        prompt = self.prompt_embeddings[(ids - vocabulary).clamp(min=0)]
+        prompt = self.prompt_embeddings[ids.clamp(first, last) - first]
         return torch.where(virtual[..., None], prompt, embeddings)

@@ -97,9 +97,9 @@ def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedMo
 
         kind = gguf_type()
         try:
+            file = gguf_of(stored, kind, entry.open_file)
             # From the record, so that the network in torch is not loaded.
             vocabulary = int(stored.network.fields["vocab_size"])
-            file = gguf_of(stored, kind, entry.open_file)
             backend = entry.open_file(file, stored.room, vocabulary)
         except RefusedInput as error:
             # One warning per model, not one per load.

@@ -14,6 +14,7 @@ from PIL import Image
 
 from luthier.data.chat import ChatFormat
 from luthier.data.inputs import Media
+from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.media import CaptionedImage, LabelledAudio, LabelledImage
 from luthier.gate.check import CheckContext
 from luthier.gate.checks import NO_READER, checks_for
@@ -22,7 +23,7 @@ from luthier.gate.report import Report, next_steps
 from luthier.gate.scan import inspect_rows
 from luthier.media.checks.media_files import MediaFiles
 from luthier.media.processors import AudioProcessor, FeatureExtractor, ImageProcessor
-from luthier.types import Row
+from luthier.types import IMAGE_MARK, Message, Row
 
 
 def noise(seed: int, size: int = 48) -> NDArray[np.uint8]:
@@ -234,3 +235,14 @@ def test_a_file_is_read_once_for_all_that_is_looked_at(
     monkeypatch.setattr(Media, "read", lambda media: reads.append(media) or read(media))
     check(LabelledImage("t", 1, Media("image", "a.png", str(path)), "a"))
     assert len([each for each in reads if each.data is None]) == 1
+
+
+def test_images_of_messages_are_decoded() -> None:
+    whole = encoded(noise(1))
+    rows = [
+        Conversation("t", line, (Message("user", IMAGE_MARK, images=(media,)),))
+        for line, media in enumerate(
+            (Media("image", "1.png", data=whole), Media("image", "2.png", data=whole[:-400])), 1
+        )
+    ]
+    assert places(check(*rows)) == {"media.unreadable": [("t:2",)]}
