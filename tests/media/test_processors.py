@@ -80,6 +80,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "efficientnet, from -1": ("EfficientNetImageProcessorPil", EFFICIENTNET | OFFSET),
     "clip": ("CLIPImageProcessorPil", CLIP),
+    "levit": ("LevitImageProcessorPil", CLIP | {"image_processor_type": "LevitImageProcessor"}),
+    "poolformer": (
+        "PoolFormerImageProcessorPil",
+        CLIP | {"image_processor_type": "PoolFormerImageProcessor", "crop_pct": 0.9},
+    ),
     "clip, old sizes": ("CLIPImageProcessorPil", CLIP | {"size": 32, "crop_size": 32}),
     "convnext": ("ConvNextImageProcessorPil", CONVNEXT),
     "convnext, large": ("ConvNextImageProcessorPil", CONVNEXT | {"size": {"shortest_edge": 384}}),
@@ -142,8 +147,9 @@ def test_a_folder_without_a_processor_reads_texts(tmp_path: Path) -> None:
         {"feature_extractor_type": "WhisperFeatureExtractor"},
         VIT | {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}},
         VIT | {"size": {"longest_edge": 32}},
+        CLIP | {"do_flip_channel_order": True},
     ],
-    ids=["waves", "crop of a squeezed image", "longest edge"],
+    ids=["waves", "crop of a squeezed image", "longest edge", "blue first"],
 )
 def test_ways_that_are_not_known_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     write_json(tmp_path / "preprocessor_config.json", fields)

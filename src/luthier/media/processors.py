@@ -154,6 +154,9 @@ class ImageProcessor(Processor):
         """Return the processor of a published ``preprocessor_config.json``, if one of images."""
         if "image_processor_type" not in fields and "image_mean" not in fields:
             return None
+        for name in ("do_flip_channel_order", "do_thumbnail"):  # MobileViT, Donut
+            if fields.get(name):
+                raise UnknownModel(f"unsupported image processing: {name}")
         crops, share = fields.get("do_center_crop", False), fields.get("crop_pct")
         size, crop = fields.get("size", 224), _sides(fields.get("crop_size", 0) if crops else 0)
         kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
@@ -164,6 +167,8 @@ class ImageProcessor(Processor):
         if edge and share and not crops:  # ConvNeXt, ResNet
             crop = _sides(edge)
             edge = int(edge / share) if edge < _CROPPED_BELOW else 0
+        elif edge and (share or kind.startswith("Levit")):  # PoolFormer, LeViT
+            edge = int(edge / share) if share else int(256 / 224 * edge)
         whole = crop if crop["height"] else size
         if whole.get("height", 0) < 1 or (not edge and crops and whole != size):
             raise UnknownModel(

@@ -411,7 +411,7 @@ def _embedding_width(model: Any) -> int:
     weight = next(model.parameters())
     pixels = torch.zeros(1, *input_shape(model.config), device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        return int(pooled_states(model.base_model, pixels).shape[-1])
+        return int(pooled_states(model, pixels).shape[-1])
 
 
 def decoder_of(model: Any) -> nn.Module | None:

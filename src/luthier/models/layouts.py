@@ -367,7 +367,7 @@ class MediaLayout(Layout):
     def _states(self, arrays: Tensor) -> Tensor:
         if heads.task_of(self._model) == "sequence_classification":
             return classifier_input(self._model, arrays)
-        return pooled_states(self._model.base_model, arrays)
+        return pooled_states(self._model, arrays)
 
     def forget(self) -> None:
         """Free the precomputed states."""
@@ -458,8 +458,10 @@ class DualEncoder(Layout):
         return state_NH.index_copy(0, plan.node_M, embedded_RH[plan.row_M])
 
 
-def pooled_states(backbone: Any, pixels: Tensor) -> Tensor:
+def pooled_states(model: Any, pixels: Tensor) -> Tensor:
     """Return the embeddings ``[R, H]`` of images or audio ``[R, C, H, W]``, not normalized."""
+    # `base_model` of DINOv3 without a head is a part of the network.
+    backbone = model if heads.task_of(model) == "embedding" else model.base_model
     output = run_media(backbone, pixels)
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
@@ -467,8 +469,9 @@ def pooled_states(backbone: Any, pixels: Tensor) -> Tensor:
     if reads_sound(backbone.config):  # Wav2Vec2
         mean_RH: Tensor = output.last_hidden_state.mean(1)
         return mean_RH
-    first_RH: Tensor = output.last_hidden_state[:, 0]
-    return first_RH
+    states: Tensor = output.last_hidden_state
+    # Convolutional networks return maps [R, H, Y, X], transformers [R, T, H].
+    return states.mean((2, 3)) if states.dim() == 4 else states[:, 0]
 
 
 def _fill_up(texts: Sequence[IntArray], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ from luthier.models.modalities import (
     text_config,
 )
 from luthier.models.network import Network
-from luthier.models.probe import check_finite, probed_network, relative_error
+from luthier.models.probe import check_finite, probed_network, refusal, relative_error
 from luthier.models.tensors import tensor_headers
 from luthier.models.text_part import NAMES as TEXT_PART_NAMES
 from luthier.types import Example, IntArray
@@ -228,6 +228,8 @@ def _check_image_tokens(network: Network, ids_T: IntArray, own_TV: torch.Tensor)
 def _check_classifier(network: Network) -> None:
     """Compare class scores of random images with the network's own forward."""
     model: Any = network.model
+    if not hasattr(model, "classifier"):  # SwiftFormer has two heads
+        raise refusal(model, "the network has no single classifier")
     pixels = _random_images(network)
     own = model(**media_inputs(model, pixels)).logits.float()
     _compare(network, media_scores(model, classifier_input(model, pixels)).float(), own)

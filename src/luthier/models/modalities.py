@@ -29,6 +29,7 @@ _MEDIA_CLASSES = (
     "AutoModelForAudioClassification",
     "AutoModelForImageToImage",
     "AutoModelForPreTraining",
+    "AutoBackbone",  # DINOv3 has no head
 )
 """Automatic classes of networks without a vocabulary, for images or spectrograms."""
 IMAGES_IN_TEXT = frozenset({"idefics3", "smolvlm"})
