@@ -173,12 +173,12 @@ def network_of(model_type: str, name: str) -> Network:
     """Return the network of ``model_type``.
 
     Raises:
-        RecipeError: with the supported networks.
+        RecipeError: for other networks.
     """
     if model_type not in NETWORKS:
         raise RecipeError(
-            f"{name} has the network type {model_type}. GGUF export supports "
-            f"{', '.join(NETWORKS)}.",
+            f"{name} has the network type {model_type}, which GGUF export does not support. Use "
+            "`--format safetensors`.",
             rule="gguf.network",
         )
     return NETWORKS[model_type]
