@@ -22,8 +22,18 @@ from model_families import DECODERS
 
 IDS = torch.arange(5, 21).view(2, 8)
 BOTH = LoRA(rank=3, alpha=6.0, targets=("all-linear", "experts"))
-FAMILIES = ("glm4_moe", "gpt_oss", "llama4_text")
-"""Shared experts with grouped products; transposed weights with biases; batched products."""
+FAMILIES = (
+    "glm4_moe",  # shared experts, grouped products
+    "gpt_oss",  # transposed weights, biases
+    "llama4_text",  # batched products
+    *(
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in (
+            "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "phimoe", "olmoe",
+            "flex_olmo", "granitemoe", "ernie4_5_moe", "lfm2_moe", "qwen3_next", "jamba",
+        )
+    ),
+)  # fmt: skip
 
 
 def made(model_type: str) -> Any:
