@@ -33,6 +33,7 @@ from luthier.models.sampling import Sampling
 from luthier.models.save import read_adapter
 from luthier.models.text_part import fit_to_text_part
 from luthier.recipe import Recipe
+from luthier.server.jobs.import_checks import accept_network
 
 TEXT: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -101,6 +102,16 @@ def test_text_part_gives_the_logits_of_the_whole_model(family: str, tmp_path: Pa
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
     assert type(again) is type(text)
     assert torch.equal(again(input_ids=ids).logits, expected)
+
+
+def test_an_import_leaves_out_the_image_processor(
+    new_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    multimodal_folder("gemma3", tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {}}))
+    new_tokenizer(None).save_pretrained(tmp_path)
+    assert accept_network(tmp_path, "imported:x").manifest.kind == "causal_lm"
+    assert not [*tmp_path.glob("*processor_config.json")]
 
 
 @pytest.mark.usefixtures("in_float32")

@@ -26,6 +26,7 @@ import numpy as np
 from luthier.data.inputs import (
     LONGEST_WINDOW,
     PREPROCESSOR_CONFIG,
+    PROCESSOR_CONFIG,
     Media,
     Processor,
     read_processor,
@@ -148,6 +149,8 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     if kind == "causal_lm":
         # Image inputs of language models are not supported.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
+    if opened.uses_text_part:
+        (folder / PROCESSOR_CONFIG).unlink(missing_ok=True)
     with_texts, form = reads_texts(folder, opened.processor), None
     approved = False
     if with_texts:
