@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from luthier.models.load import as_network
 from luthier.models.sampling import Sampling
 from luthier.objectives.sft import SFT
 from luthier.recipe import Recipe
+from luthier.server.jobs.import_checks import accept_network
 from luthier.types import Example
 from vision_chat import save_base
 
@@ -229,6 +231,12 @@ def test_a_text_model_refuses_rows_with_images(tiny_model_folder: Path, data: Pa
     with pytest.raises(RowRefused) as refused:
         encoded(find(str(tiny_model_folder)), data)
     assert refused.value.rule == "media.base"
+
+
+def test_an_imported_model_keeps_its_image_processor(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "imported")
+    assert accept_network(folder, "imported", trusted=True).manifest.kind == "causal_lm"
+    assert find(str(folder)).chat.images == find(str(base)).chat.images
 
 
 @pytest.mark.slow

@@ -146,8 +146,8 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
                 "Import a language model, an encoder, an image or audio network, or a pipeline that "
                 "generates images. Train text classifiers with a job.",
             )  # fmt: skip
-    if kind == "causal_lm":
-        # Image inputs of language models are not supported.
+    if kind == "causal_lm" and opened.images is None:
+        # luthier uses the text part of other vision-language models.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
     if opened.uses_text_part:
         (folder / PROCESSOR_CONFIG).unlink(missing_ok=True)
