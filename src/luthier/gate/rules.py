@@ -177,6 +177,7 @@ WHY: Mapping[str, str] = {
     "message": "The model's template would render a wrong conversation.",
     "label": "The class is ambiguous.",
     "rating": "The number is missing.",
+    "pair": "The model would learn a wrong similarity.",
     "answers": "The model would learn another part of the context.",
     "tags": "Tags would belong to the wrong words.",
 }
