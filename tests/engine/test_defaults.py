@@ -183,6 +183,17 @@ def test_the_token_budget_fits_the_memory_and_the_longest_row() -> None:
     )  # less is not possible; check_memory refuses
 
 
+def test_a_loss_that_compares_rows_gets_the_batch_in_one_pass() -> None:
+    estimate = MemoryEstimate(fixed=1000, per_token=10)
+    ids = [np.arange(100) + 100 * n for n in range(20)]
+    batch = [Example(each, np.zeros(100, np.float32), n) for n, each in enumerate(ids)]
+    wide = 2 * (1000 + 2500 * 10)
+    assert token_budget(estimate, [batch], 100, wide, contrasts_rows=True)[0] == 2500
+    assert token_budget(estimate, [batch], 100, wide - 20, contrasts_rows=True)[0] == 1024
+    assert token_budget(estimate, [batch[:5]], 100, wide, contrasts_rows=True)[0] == 1024
+    assert token_budget(estimate, [batch], 100, wide)[0] == 1024
+
+
 def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> None:
     plain = recipe().plain()
     del plain["training"]["batch_size"], plain["data"]["validation_share"]

@@ -174,6 +174,7 @@ def token_budget(
     longest: int,
     available: int,
     usual: int = USUAL_BUDGET["cpu"],
+    contrasts_rows: bool = False,
 ) -> tuple[int, str]:
     """Return the maximum number of distinct tokens in one micro-batch, from a few batches of the
     run.
@@ -181,8 +182,9 @@ def token_budget(
     Matmul reaches full speed at 512 tokens, but each pass has the same number of small operations:
     steps of 16 short rows take a fifth less time in one pass than in two (docs/log/engine.md). If
     rows share long prefixes, each additional micro-batch computes the prefixes again: the budget
-    doubles until repetition costs less than a tenth. Half of the free memory is the limit, unless
-    the longest row needs more.
+    doubles until repetition costs less than a tenth. A loss that compares the rows of a batch runs
+    the network twice if the batch has several micro-batches. Half of the free memory is the limit,
+    unless the longest row needs more.
     """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
     budget, reason = usual, "full speed; larger values mainly need more memory"
@@ -193,6 +195,10 @@ def token_budget(
             2 * budget,
             "rows share prefixes; smaller micro-batches would repeat prefixes",
         )
+    whole = max((_count_computed([batch], 1 << 30) for batch in batches), default=0)
+    if contrasts_rows and budget < 1.25 * whole <= room:
+        # A quarter more than the first batches, as other batches may have longer rows.
+        return int(1.25 * whole), "one pass over a batch whose rows the loss compares"
     if longest > min(budget, room):
         return longest, f"the longest row has {longest} tokens"
     if room < budget:

@@ -451,6 +451,7 @@ def resolve_job(
             data.longest,
             available,
             defaults.USUAL_BUDGET[machine.device.type],
+            data.objective.contrasts_rows,
         )
         if chat.media is not None:
             budget, reason = (
