@@ -316,7 +316,7 @@ DECODERS = (
         {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 64},
     ),
     Family("RWKV", "rwkv", {"attention_hidden_size": 32, "rescale_every": 1}),
-    Family("Nemotron", "nemotron"),
+    Family("Nemotron", "nemotron", refused="layers that drop the arguments of attention"),
     Family(
         "Nemotron-H",
         "nemotron_h",
@@ -352,8 +352,8 @@ DECODERS = (
     Family("Seed-OSS", "seed_oss"),
     Family("HunYuan", "hunyuan_v1_dense"),
     Family("BitNet", "bitnet"),
-    Family("DiffLlama", "diffllama"),
-    Family("Doge", "doge", {"keep_window_size": 256}),
+    Family("DiffLlama", "diffllama", refused="another result with a cache"),
+    Family("Doge", "doge", {"keep_window_size": 256}, refused="a mask that depends on values"),
     Family(
         "MiniMax",
         "minimax",
@@ -377,7 +377,12 @@ DECODERS = (
     Family("Persimmon", "persimmon"),
     Family("XGLM", "xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}),
     Family("BioGPT", "biogpt"),
-    Family("GPT", "openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    Family(
+        "GPT",
+        "openai-gpt",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        refused="no cache",
+    ),
     Family(
         "ModernBERT decoder",
         "modernbert-decoder",
