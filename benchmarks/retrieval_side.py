@@ -16,8 +16,13 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from peer import SETTINGS, Clock
+
+
+def rows_in_order(dataset: Dataset, batch_size: int, **_: object) -> BatchSampler:
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last=True)
 
 
 def main() -> None:
@@ -44,6 +49,7 @@ def main() -> None:
                 learning_rate=float(rate),
                 weight_decay=0.0,
                 seed=0,
+                batch_sampler=rows_in_order,
                 **SETTINGS,
             ),
             train_dataset=Dataset.from_dict(columns),
