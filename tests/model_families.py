@@ -381,7 +381,6 @@ DECODERS = (
         "GPT",
         "openai-gpt",
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-        refused="no cache",
     ),
     Family(
         "ModernBERT decoder",

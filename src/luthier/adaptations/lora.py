@@ -114,6 +114,7 @@ class LoRA(Adaptation):
 
         # Full names: PEFT would also adapt other layers whose names end the same way.
         layers = sorted(modules_of(model, (LoRALinear, LoRAConv2d)))
+        base_layers = [model.get_submodule(name).base_layer for name in layers]
         wrapped = modules_of(model, LoRAExperts)
         parameters = [
             f"{name.removesuffix('.base_layer')}.{model.get_submodule(name).parameter}"
@@ -138,8 +139,10 @@ class LoRA(Adaptation):
             bias="none",
             use_rslora=self.rslora,
             use_dora=self.dora,
-            # PEFT's name for weights stored as [in, out], as in GPT-2's Conv1D.
-            fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]
+            # PEFT's name for weights stored as [in, out], as in GPT-2's Conv1D, which has `nf`.
+            fan_in_fan_out=any(
+                getattr(base, "transposed", hasattr(base, "nf")) for base in base_layers
+            ),
             target_modules=layers,
             target_parameters=parameters or None,
         )
