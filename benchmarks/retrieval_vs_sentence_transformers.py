@@ -105,7 +105,7 @@ def quality(name: str, data: Path, base: str, scratch: Path) -> list[str]:
     )
     given: dict[str, Any] = {"data__validation_share": 0, "data__long_rows": "truncate"}
     tuned = luthier.tune(
-        mined, base=base, name=f"bench-{name}", training__batch_size=32, training__epochs=2,
+        mined, base=base, name=f"bench-{name}", objective="contrastive", training__batch_size=32, training__epochs=2,
         training__learning_rate=5e-4, objective__symmetric=False, **given,
     )  # fmt: skip
     ranker = luthier.tune(
