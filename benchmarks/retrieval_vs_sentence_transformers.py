@@ -6,9 +6,9 @@ training against sentence-transformers.
 
 DATA has the folders `scifact` (claims and abstracts) and `xquad` (questions and paragraphs).
 Documents are cut to 100 words. Quality: nDCG@10 of held-out queries among all documents; the base
-is tuned for one epoch on the training queries with two negatives mined by BM25. Speed: full tuning with one
-negative per row, equal rows, order, loss and batches, bfloat16, without dropout, in turns; PYTHON
-has sentence-transformers 6 and datasets.
+is tuned for one epoch on the training queries with two negatives mined by BM25. Speed: full tuning
+with one negative per row, equal rows, order, loss and batches, bfloat16, without dropout, in turns;
+PYTHON has sentence-transformers 6 and datasets.
 """
 
 from __future__ import annotations
