@@ -195,10 +195,11 @@ def token_budget(
             2 * budget,
             "rows share prefixes; smaller micro-batches would repeat prefixes",
         )
-    whole = max((_count_computed([batch], 1 << 30) for batch in batches), default=0)
-    if contrasts_rows and budget < 1.25 * whole <= room:
-        # A quarter more than the first batches, as other batches may have longer rows.
-        return int(1.25 * whole), "one pass over a batch whose rows the loss compares"
+    if contrasts_rows:
+        # A quarter more than the first batches, because other batches may have longer rows.
+        whole = max((int(1.25 * _count_computed([each], 1 << 30)) for each in batches), default=0)
+        if budget < whole <= room:
+            return whole, "one pass over a batch whose rows the loss compares"
     if longest > min(budget, room):
         return longest, f"the longest row has {longest} tokens"
     if room < budget:
