@@ -66,8 +66,18 @@ class Window:
         return self
 
 
+def window_within(window: Window | None, longest: int) -> Window | None:
+    """Return ``window``, or ``None`` if rows of up to ``longest`` tokens fit in the window."""
+    return None if window is None or longest <= window.size else window
+
+
+def additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 for each visible key, and -inf for all other keys."""
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
+
+
 class Scoring(NamedTuple):
-    """A layer's way from products of queries and keys to attention weights."""
+    """Rules of a layer that turn products of queries and keys into attention weights."""
 
     scale: float
     window: Window | None = None
@@ -191,7 +201,8 @@ class AttentionPlan:
 
     def within(self, window: Window | None) -> AttentionPlan:
         """Return the pattern within ``window``: this plan if no path is longer."""
-        if window is None or self.longest <= window.size or self.narrow is None:
+        window = window_within(window, self.longest)
+        if window is None or self.narrow is None:
             return self
         if window not in self._windows:
             self._windows[window] = self.narrow(window)
@@ -331,8 +342,7 @@ def _group(query_BQ: IntArray, size: int, dtype: torch.dtype, visible: Visible) 
         key_K, sees_QK = visible(node_Q)
         key_BK[tile, : len(key_K)], sees_BQK[tile, :, : len(key_K)] = key_K, sees_QK
     # Each query sees at least itself, so no row of the softmax is empty (nan).
-    mask_BQK = torch.zeros(sees_BQK.shape, dtype=dtype)
-    mask_BQK.masked_fill_(~torch.from_numpy(sees_BQK), float("-inf"))
+    mask_BQK = additive_mask(torch.from_numpy(sees_BQK), dtype)
     return TileGroup(query_BQ, torch.from_numpy(key_BK), mask_BQK)
 
 
@@ -356,7 +366,7 @@ def _visible_keys(
         keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[last]])
         sees_QK = first_N[keys_K] == first_N[node_Q, None]
     key_K = np.concatenate([np.arange(before), before + keys_K])
-    sees_QK = np.pad(sees_QK, ((0, 0), (before, 0)), constant_values=True)
+    sees_QK = np.hstack([np.ones((len(node_Q), before), dtype=bool), sees_QK])
     if window is None:
         return key_K, sees_QK
     position_N = np.concatenate([np.arange(before), before + tree.depth_N])
@@ -415,7 +425,9 @@ class _TreeAttention(torch.autograd.Function):
             q_b, k_b, g_b = queries(q_MD), keys(k_LD), queries(g_MD)
             scores = attention_scores(q_b, k_b, ctx.scale, ctx.softcap)
             # d (c tanh(x / c)) / dx = 1 - tanh(x / c)^2. The mask then overwrites the scores.
-            slope_b = ctx.softcap and (scores / ctx.softcap).square_().neg_().add_(1)
+            slope_b = (
+                None if ctx.softcap is None else (scores / ctx.softcap).square_().neg_().add_(1)
+            )
             p_b = _probabilities(scores, group, sinks_H)
             # dP = dO V^T, dS = P * (dP - rowsum(P * dP)), dQ = s dS K, dK = s dS^T Q, dV = P^T dO.
             dp_b = torch.bmm(g_b, keys(v_LD).mT)
@@ -424,7 +436,7 @@ class _TreeAttention(torch.autograd.Function):
                 sink_b = (p_b.sum(-1) - 1) * (p_b * dp_b).sum(-1)
                 dsinks_H += sink_b.view(len(group.query_BQ), len(dsinks_H), -1).sum((0, 2))
             ds_b = torch._softmax_backward_data(dp_b, p_b, -1, p_b.dtype)
-            if ctx.softcap:
+            if slope_b is not None:
                 ds_b.mul_(slope_b)
             # With beta=0, torch ignores the uninitialized content, nan included.
             queries(dq_MD).baddbmm_(ds_b, k_b, beta=0, alpha=ctx.scale)
@@ -508,11 +520,10 @@ def _flex_mask(
     """Return the block mask."""
     from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
+    nodes = len(tree)
     seen = _row_starts(tree) if is_bidirectional else tree.subtree_end_N
     # The end of each node's subtree, or the start of the row.
     seen_N = torch.from_numpy(seen).to(device)
-    position = np.concatenate([np.arange(before), before + tree.depth_N])
-    position_K = torch.from_numpy(position).to(device)
 
     def ancestor(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < seen_N[key])
@@ -524,12 +535,18 @@ def _flex_mask(
         # Both sides of `|` are computed, so prefix keys also need a valid index.
         return (key < before) | tree_mask(_b, _h, query, (key - before).clamp(min=0))
 
-    def near(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Any:
-        return window.sees(position_K[before + query], position_K[key])  # type: ignore[union-attr]
-
     tree_mask = same_row if is_bidirectional else ancestor
-    masks = [behind_prefix if before else tree_mask, *([] if window is None else [near])]
-    mask, nodes = and_masks(*masks), len(seen_N)
+    mask: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    mask = behind_prefix if before else tree_mask
+    if window is not None:
+        position = np.concatenate([np.arange(before), before + tree.depth_N])
+        position_K = torch.from_numpy(position).to(device)
+
+        def near(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            near_QK: Tensor = window.sees(position_K[before + query], position_K[key])
+            return near_QK
+
+        mask = and_masks(mask, near)
     return create_block_mask(mask, None, None, nodes, before + nodes, device=seen_N.device)
 
 

@@ -17,9 +17,11 @@ from luthier.data.tree import round_up
 from luthier.models.attention import (
     Scoring,
     Window,
+    additive_mask,
     attention_scores,
     dense_attention,
     masked_softmax,
+    window_within,
 )
 
 STEP = 64
@@ -248,7 +250,7 @@ class ChunkAttention:
 
     def _seen(self, window: Window | None) -> list[tuple[slice, Tensor]]:
         """Return the keys and the mask of each chunk, shared by all layers with this window."""
-        window = window if window and window.size < self._longest else None
+        window = window_within(window, self._longest)
         if window not in self._masks:
             self._masks[window] = masks = []
             for chunk in self._chunks:
@@ -257,17 +259,17 @@ class ChunkAttention:
                 keys = slice(first, keys_for(chunk.end))
                 query_N1 = torch.arange(chunk.start, chunk.end, device=self._device)[:, None]
                 key_K = torch.arange(keys.start, keys.stop, device=self._device)
-                masks.append((keys, _mask(query_N1, key_K, window)))
+                masks.append((keys, _mask(query_N1, key_K, window, torch.float32)))
         return self._masks[window]
 
 
-def _mask(query: Tensor, key_K: Tensor, window: Window | None) -> Tensor:
+def _mask(query: Tensor, key_K: Tensor, window: Window | None, dtype: torch.dtype) -> Tensor:
     """Return the additive mask of queries at the positions ``query [.., 1]``."""
     # `<=`: a token sees itself.
     sees = key_K <= query
     if window is not None:
         sees &= window.sees(query, key_K)
-    return torch.zeros(sees.shape, device=key_K.device).masked_fill_(~sees, -torch.inf)
+    return additive_mask(sees, dtype)
 
 
 class StepAttention:
@@ -336,12 +338,12 @@ class _Run:
         return _Run(bank, slot, first, len(rows), slot_R, length_R, max(lengths) + 1, dtype)
 
     def _mask_of(self, window: Window | None) -> Tensor:
-        window = window if window and window.size < self.longest else None
+        window = window_within(window, self.longest)
         if window not in self.masks:
             # The new token's own key is stored at index length_R.
             key_K = torch.arange(self.bank.room, device=self.length_R.device)
-            mask_RK = _mask(self.length_R[:, None], key_K, window)
-            self.masks[window] = mask_RK.to(self.dtype)[:, None, None]
+            mask_RK = _mask(self.length_R[:, None], key_K, window, self.dtype)
+            self.masks[window] = mask_RK[:, None, None]
         return self.masks[window]
 
     def attend(

@@ -29,7 +29,7 @@ from luthier import __version__
 from luthier.data.tree import TokenTree, build_tree
 from luthier.errors import CorruptFile, LuthierError, RecipeError
 from luthier.files import luthier_home, read_json, write_json
-from luthier.models.attention import Scoring, dense_attention
+from luthier.models.attention import Scoring, additive_mask, dense_attention
 from luthier.models.fused import fuse
 from luthier.models.head_forward import logits_of
 from luthier.models.heads import decoder_of, decoder_opening, task_of
@@ -118,8 +118,9 @@ class DenseAttention:
         sees_NN = self._sees_NN
         if scoring.window is not None:
             sees_NN = sees_NN & scoring.window.sees(self._depth_N[:, None], self._depth_N)
-        mask_NN = torch.zeros(sees_NN.shape).masked_fill_(~torch.from_numpy(sees_NN), -torch.inf)
-        return dense_attention(query[0], key[0], value[0], mask_NN.to(self._device), scoring)[None]
+        sees = torch.from_numpy(sees_NN).to(self._device)
+        mask_NN = additive_mask(sees, torch.float32)
+        return dense_attention(query[0], key[0], value[0], mask_NN, scoring)[None]
 
 
 class Probe:
