@@ -17,6 +17,8 @@ import luthier
 from luthier.data.shapes.texts import QueryDocument, RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import Ranking
+from luthier.gate.checks.learning import Learning
+from luthier.gate.scan import inspect_sources
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Reranker
@@ -134,6 +136,21 @@ def test_rows_that_teach_nothing_are_refused(family_folder: FamilyFolder) -> Non
     assert caught.value.rule == "row.pair"
 
 
+def test_labelled_pairs_of_a_table_are_checked(tmp_path: Path, family_folder: FamilyFolder) -> None:
+    chat = load_chat_format(family_folder("bert"))
+    path = tmp_path / "rows.csv"
+    for labels, accepted in (("0", False), ("10", True), ("12", False), (["0.5", "0"], True)):
+        rows = [f"{q},{d},{labels[n % len(labels)]}" for n, (q, d, _) in enumerate(PAIRS)]
+        path.write_text("\n".join(["query,document,label", *rows]))
+        report = inspect_sources({"train": path}, [Learning(Reranker(), chat, 512)])
+        assert (report.findings.exit_code == 0) is accepted
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"query": q, "positive": d}) + "\n" for q, d, _ in TRIPLES))
+    report = inspect_sources({"train": pairs}, [Learning(Reranker(), chat, 512)])
+    learned = report.summaries["learning"]["splits"]["train"]["learned_tokens"]
+    assert report.findings.exit_code == 0 and learned > len(TRIPLES)  # with mined negatives
+
+
 def test_a_ranking_is_scored_by_its_gains() -> None:
     found = Ranking.of([0.1, 0.9, 0.5], [1, 0, 0])
     assert found is not None and found.rank == 3 and found.ndcg == pytest.approx(0.5)
@@ -154,7 +171,11 @@ def test_a_reranker_from_data_to_ranks(tmp_path: Path, paired_folder: FamilyFold
         adaptation="full", training__max_steps=60, training__batch_size=6,
         training__learning_rate=3e-3, training__precision="float32", data__validation_share=0,
     )  # fmt: skip
-    scores = luthier.evaluate(result.model_id, path).scores
+    evaluation = luthier.evaluate(result.model_id, path)
+    scores = evaluation.scores
+    assert {(each["query"], each["document"], each["expected"]) for each in evaluation.records} == {
+        *PAIRS
+    }
     assert scores["recall_at_1"] == 1.0 == scores["ndcg_at_10"]
     model = luthier.load(result.model_id)
     query, relevant, other = TRIPLES[0]

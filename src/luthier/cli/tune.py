@@ -84,6 +84,7 @@ def print_result(result: Result) -> None:
     from luthier.engine.runs import GRIDS
     from luthier.library.models import find
     from luthier.media.objectives.generative import Generative
+    from luthier.objectives import QuestionAnswering, Reranker
     from luthier.objectives.base import predicts
 
     stored = find(result.model_id)
@@ -134,8 +135,10 @@ def print_result(result: Result) -> None:
             "audio": "sound.wav",
             "window": "--input series.csv --output scores.jsonl",
         }.get(chat.reads, '"some text"')
-        if objective.task == "question_answering":
+        if isinstance(objective, QuestionAnswering):
             query = "--input questions.jsonl"
+        elif isinstance(objective, Reranker):
+            query = "--input pairs.jsonl"
         use = f"predict {result.model_id} {query}"
         if objective.task == "embedding":
             use = f"nearest {result.model_id} DATA {query}"

@@ -245,6 +245,10 @@ class Objective(StrictModel):
         """
         return rows
 
+    def needs_other_rows(self, row: Row) -> bool:
+        """Return whether :meth:`regroup` gives other rows for ``row`` alone than in its file."""
+        return False
+
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Return the objective with settings derived from all training rows, such as labels.
 

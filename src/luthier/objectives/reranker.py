@@ -63,6 +63,10 @@ class Reranker(Objective):
             ]
         return regrouped if pairs else rows
 
+    def needs_other_rows(self, row: Row) -> bool:
+        """Return whether negatives of the row are mined."""
+        return isinstance(row, TextPair) and not row.negatives and self.hard_negatives > 0
+
     def _mine(self, rows: Sequence[TextPair]) -> Iterator[tuple[str, ...]]:
         """Yield the negatives of each row, from the positives of the other rows."""
         documents = [*dict.fromkeys(row.positive for row in rows)]

@@ -31,7 +31,7 @@ from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, ThumbedReply
 from luthier.data.shapes.questions import AnsweredQuestion
-from luthier.data.shapes.texts import RatedText, RawText, TaggedWords, TextPair
+from luthier.data.shapes.texts import QueryDocument, RatedText, RawText, TaggedWords, TextPair
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import length_keys, slice_scores
@@ -473,6 +473,8 @@ def _input_of(row: Row) -> dict[str, Any]:
             return {row.key(): str(row.media)}
         case AnsweredQuestion():
             return {"question": row.question, "context": row.context}
+        case QueryDocument():
+            return {"query": row.text, "document": row.document}
         case TaggedWords() if row.tags is not None:
             return {"tokens": list(row.tokens)}
     return {"text": row.plain_text()}
@@ -488,7 +490,7 @@ def _expected_of(row: Row) -> Any:
             return list(row.tags or ())
         case RatedText():
             return row.rating
-        case Labelled():
+        case QueryDocument() | Labelled():
             return row.label
         case TextPair():
             return row.positive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -13,7 +14,7 @@ from luthier.data.field_checks import (
     read_rating,
     read_tagged,
 )
-from luthier.data.parsing import Record, json_kind
+from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, MEDIA_KEYS, Labelled, Shape
 from luthier.errors import RowRefused
 from luthier.types import Part, Row
@@ -264,16 +265,10 @@ class QueryDocument(TextRow):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         query, document = fields.text(record, "query"), fields.text(record, "document")
-        label = record.get("label")
-        if type(label) not in (int, float, bool) or not 0 <= float(label) <= 1:  # type: ignore[arg-type]
-            raise RowRefused(
-                "pair.label",
-                f'"label" must be a number from 0 to 1, but is {json_kind(label)}.',
-                "Write 1 for a relevant document, 0 for any other, or a number between.",
-            )
+        label = _read_relevance(record.get("label"))
         if query is None or document is None:
             return None
-        return cls(fields.file, fields.line, query, document, float(label))  # type: ignore[arg-type]
+        return cls(fields.file, fields.line, query, document, label)
 
     def inputs(self) -> tuple[str, ...]:
         return (self.text, self.document)
@@ -289,6 +284,21 @@ class QueryDocument(TextRow):
 
     def record(self) -> Record:
         return {"query": self.text, "document": self.document, "label": self.label}
+
+
+def _read_relevance(value: object) -> float:
+    """Return a number from 0 to 1, also from a cell of a CSV table."""
+    found = json_kind(value)
+    if isinstance(value, int | float | str):
+        found = quote(str(value))
+        with suppress(ValueError):
+            if 0 <= (number := float(value)) <= 1:
+                return number
+    raise RowRefused(
+        "pair.label",
+        f'"label" must be a number from 0 to 1, but is {found}.',
+        "Write 1 for a relevant document, 0 for any other, or a number between.",
+    )
 
 
 MOST_ITEMS = 1_000

@@ -23,7 +23,14 @@ import numpy as np
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.preferences import RatedReply, ThumbedReply
-from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords, TextRow
+from luthier.data.shapes.texts import (
+    LabelledText,
+    QueryDocument,
+    RatedText,
+    RawText,
+    TaggedWords,
+    TextRow,
+)
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.batch_text import Spot, SpotCheck, excerpt_of, mask_pieces, private_items
 from luthier.gate.check import BatchLines, CheckContext, Places, RowBatch
@@ -84,7 +91,7 @@ class EncodedBatch:
     kinds: Mapping[RowKind, Witness] = field(default_factory=dict)
     """A row of each class."""
     waiting: tuple[Row, ...] = ()
-    """Judged answers that the objective combines with further answers to the prompt."""
+    """Rows that the objective combines with further rows of the file."""
 
 
 def _neighbours(row: Row) -> list[Row]:
@@ -169,6 +176,9 @@ class Learning(SpotCheck):
         for index, row in enumerate(batch.rows):
             try:
                 encoder.check_shape(row)
+                if objective.needs_other_rows(row):
+                    waiting.append(row)
+                    continue
                 gathered += [(index, each) for each in objective.regroup([row])]
             except RowRefused as bad:
                 refuse(index, bad.problem)
@@ -356,6 +366,8 @@ def _kinds(row: Row) -> Iterable[RowKind]:
             return [(kind, name) for name in dict.fromkeys(row.labels or ("",))]
         case RatedText():
             return [("rating", repr(row.rating))]
+        case QueryDocument():
+            return [("rating", repr(row.label))]
         case ThumbedReply():
             return [("thumb", repr(row.desirable))]
     return [("row", row.shape)]
@@ -441,6 +453,8 @@ def _describe_single_class(row: Row) -> str:
     match row:
         case RatedText() | RatedReply():
             return f"all rows have the rating {row.rating:g}."
+        case QueryDocument(label=float(label)):
+            return f"all rows have the label {label:g}."
         case TaggedWords():
             return "all words have the tag O."
         case ThumbedReply():
