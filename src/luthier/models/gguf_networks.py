@@ -72,7 +72,7 @@ class Network:
     offset: bool = False
     """True if transformers multiplies by ``1 + weight`` after normalization."""
     period: int = 0
-    """By default, every such layer attends to all tokens, and the others to a window; 0: no windows."""
+    """Default distance between layers without a window, in layers; 0 if llama.cpp has no windows."""
     scaling: tuple[str, ...] = ()
     """Supported types of scaled rotary embeddings."""
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class Weight:
         return tuple(self.weight.shape)
 
     def array(self) -> NDArray[np.float32]:
-        """The numbers in the file's order."""
+        """Return the numbers in the file's order."""
         rows = self.weight.detach().float().cpu()
         if self.order is not None:
             rows = rows.index_select(self.dim, self.order)
@@ -243,8 +243,7 @@ def add_hyperparameters(
                 rule="gguf.window",
             )
     writer.add_context_length(context)
-    if rope := getattr(config, "rope_parameters", None):
-        _add_rope(writer, config, rope, size, limit)
+    _add_rope(writer, config, size, limit)
 
 
 def _one_or_all(values: Sequence[int]) -> int | Sequence[int]:
@@ -261,6 +260,13 @@ def _window(config: Any) -> int | None:
     return window if "sliding_attention" in types else None
 
 
+def _rope_of(config: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the rotary parameters of layers with full attention, and of layers with a window if
+    these differ."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope), rope.get("sliding_attention")
+
+
 def _check_settings(config: Any, network: Network, name: str) -> None:
     fields = ("hidden_act", "hidden_activation", "activation_function")
     activation = next((getattr(config, each) for each in fields if hasattr(config, each)), "silu")
@@ -269,8 +275,9 @@ def _check_settings(config: Any, network: Network, name: str) -> None:
             f"llama.cpp does not support the activation {activation} of {name}.",
             rule="gguf.activation",
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope.get("full_attention", rope), rope.get("sliding_attention", {})):
+    for part in _rope_of(config):
+        if part is None:
+            continue
         kind = part.get("rope_type", "default")
         kind = _UNTRUNCATED if part.get("truncate") is False else kind
         changed = [each for each in _YARN_CHANGES if "yarn" in kind and part.get(each) is not None]
@@ -307,10 +314,10 @@ def _computed_settings(config: Any, network: Network) -> dict[str, Any]:
     return found
 
 
-def _add_rope(
-    writer: GGUFWriter, config: Any, rope: Mapping[str, Any], size: int, limit: int | None
-) -> None:
-    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+def _add_rope(writer: GGUFWriter, config: Any, size: int, limit: int | None) -> None:
+    full, sliding = _rope_of(config)
+    if not full:
+        return
     kind = full.get("rope_type", "default")
     # A proportional embedding turns the whole head, most of it with frequency 0.
     share = 1.0 if kind == "proportional" else full.get("partial_rotary_factor", 1.0)
@@ -330,17 +337,20 @@ def _add_rope(
     if kind == "yarn":
         writer.add_rope_scaling_yarn_beta_fast(full.get("beta_fast") or 32.0)
         writer.add_rope_scaling_yarn_beta_slow(full.get("beta_slow") or 1.0)
-    if original := full.get("original_max_position_embeddings"):
-        # llama.cpp selects the long factors by the size of the cache, which has room for several
-        # sequences, and not by the length of a sequence.
-        short = kind == "longrope" and limit is not None
-        if short and limit is not None and limit > original:
-            raise RecipeError(
-                f"llama.cpp does not change the LongRoPE factors of {config.model_type} with the "
-                f"length of a sequence ({original} of {limit} tokens).",
-                rule="gguf.rope",
-            )
-        writer.add_rope_scaling_orig_ctx_len(_NEVER if short else original)
+    original: Any = full.get("original_max_position_embeddings")
+    if original:
+        border = original
+        if kind == "longrope" and limit is not None:
+            # llama.cpp selects the long factors by the size of the cache, which has room for
+            # several sequences, and not by the length of a sequence.
+            if limit > original:
+                raise RecipeError(
+                    f"llama.cpp does not change the LongRoPE factors of {config.model_type} with "
+                    f"the length of a sequence ({original} of {limit} tokens).",
+                    rule="gguf.rope",
+                )
+            border = _NEVER
+        writer.add_rope_scaling_orig_ctx_len(border)
     if kind == "longrope":
         factor = full.get("factor") or config.max_position_embeddings / original
         plain = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -437,8 +447,7 @@ def row_order(config: Any, name: str) -> tuple[int, Tensor] | None:
 
 def _rope_factors(model: Any) -> Iterator[Weight]:
     """Yield the factors of wavelengths of Llama 3.1, Gemma 4 and LongRoPE."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope, _ = _rope_of(model.config)
     if rope.get("rope_type") in ("llama3", "proportional"):
         rotary = model.model.rotary_emb
         frequency = getattr(rotary, "full_attention_inv_freq", None)
