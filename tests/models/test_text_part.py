@@ -28,7 +28,7 @@ from luthier.library.models import find
 from luthier.models.folder import ModelFolder
 from luthier.models.heads import CAUSAL_LM
 from luthier.models.load import load_model
-from luthier.models.modalities import text_part
+from luthier.models.modalities import text_part_config
 from luthier.models.sampling import Sampling
 from luthier.models.save import read_adapter
 from luthier.models.text_part import fit_to_text_part
@@ -168,5 +168,5 @@ def test_an_adapter_fits_the_whole_model(
 
 def test_a_text_part_without_a_language_model_is_rejected() -> None:
     with pytest.raises(RecipeError) as refused:
-        text_part(Qwen3VLMoeConfig())
+        text_part_config(Qwen3VLMoeConfig())
     assert refused.value.rule == "network.unsupported"

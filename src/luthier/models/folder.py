@@ -34,7 +34,7 @@ from luthier.models.modalities import (
     context_length,
     input_shape,
     media_config,
-    text_part,
+    text_part_config,
     uses_text_part,
 )
 from luthier.models.pipelines import (
@@ -177,7 +177,7 @@ class ModelFolder:
             # Explicit: without a value, transformers asks on the terminal whether to run the
             # folder's code.
             config = AutoConfig.from_pretrained(str(self.path), trust_remote_code=False)
-            return text_part(config) if self.uses_text_part else config
+            return text_part_config(config) if self.uses_text_part else config
 
     @property
     def _failure(self) -> str:

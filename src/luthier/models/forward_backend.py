@@ -45,11 +45,11 @@ class _Group:
     def select(self, places: Sequence[int], rows: Sequence[_ForwardSequence]) -> None:
         """Reduce the group to ``rows``, whose caches are at the batch indices ``places``."""
         index_R = torch.tensor(places)
-        if not hasattr(self.cache, "reorder_cache"):
-            self.cache = self.cache.select(index_R)
-        else:
+        if hasattr(self.cache, "reorder_cache"):
             # transformers' method for beam search also selects and repeats rows.
             self.cache.reorder_cache(index_R)
+        else:  # luthier's own networks
+            self.cache = self.cache.select(index_R)
         if self.encoded_RSH is not None:
             index_R = index_R.to(self.encoded_RSH.device)
             self.encoded_RSH = self.encoded_RSH[index_R]
@@ -65,8 +65,9 @@ class _Group:
 class ForwardBackend:
     """A backend based on the network's own forward and cache.
 
-    Sequences run separately, except if the cache supports row selection (encoder-decoders and
-    luthier's own networks): sequences with a common prefill then share each step.
+    Sequences with a common prefill share each step, if the cache supports row selection: prompts of
+    encoder-decoders and of luthier's own networks, and the completions of one prompt in other
+    networks. All other sequences run separately.
     """
 
     rows, sequences = 1, sys.maxsize

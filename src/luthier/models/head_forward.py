@@ -72,7 +72,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def before_output_layer(model: Any, states_SH: Tensor) -> Tensor:
-    """Return the input ``[S, D]`` of the output embedding of a masked language model."""
+    """Return the input ``[S, D]`` of the output embedding, behind the other layers of the head."""
     layer = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
     return head_logits(_replaced(model, name, nn.Identity()), states_SH[None])[0]

@@ -201,9 +201,7 @@ def _class_name(config: Any, task: Task) -> str:
     if not name or (task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES):
         return ""
     # transformers also has such classes for decoders, which see no word after the answer.
-    if task == "question_answering" and (
-        _has(config, _SEQ2SEQ) or not _has(config, _TASKS["masked_lm"].text)
-    ):
+    if task == "question_answering" and (_has(config, _SEQ2SEQ) or not has_masks(config)):
         return ""
     if _has(config, _SEQ2SEQ):
         # Text encoding needs the encoder only; the decoder generates.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 LONG_ROW = 1 << 24
-"""Added to each position of a sequence with the long factors."""
+"""Offset of the positions of sequences with the long factors."""
 
 
 def longrope_border(config: Mapping[str, Any]) -> int | None:

@@ -46,7 +46,6 @@ _LENGTHS = (
 _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 _SECOND = 16_000
 """Number of audio samples per second, for networks that accept any length."""
-
 _SAME_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text parts without a causal language model in transformers, and the language model of the same
 mathematics and weights."""
@@ -97,8 +96,8 @@ def uses_text_part(fields: Mapping[str, Any]) -> bool:
     return bool(media) and kind not in _PARTS and kind not in IMAGES_IN_TEXT
 
 
-def text_part(config: Any) -> Any:
-    """Return the configuration of the text part of a multimodal language model.
+def text_part_config(config: Any) -> Any:
+    """Return the configuration to load the text part of a multimodal language model.
 
     Raises:
         RecipeError: if transformers has no causal language model for the part.

@@ -68,7 +68,10 @@ def save_adapter(
 
 
 def whole_model(model: Any) -> Any:
-    """Return the model to save: the vision-language model of a text part, or ``model`` itself."""
+    """Return the model to save: the vision-language model of a text part, or ``model`` itself.
+
+    The whole model gets the output head of ``model``, which adaptations replace.
+    """
     whole: Any = getattr(model, "whole", None)
     if whole is None:
         return model
