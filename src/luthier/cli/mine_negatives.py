@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.cli.console import check_output, heavy_imports, note, print_text
 from luthier.cli.options import AtLeastOne, Mapped
 from luthier.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,7 @@ def mine_negatives(
         from luthier.data.rows import load_inputs, load_rows
         from luthier.data.shapes.texts import TextPair
         from luthier.data.writers import to_json
-        from luthier.evaluation.retrieval import BM25Index
-        from luthier.evaluation.retrieval import mine_negatives as mine
+        from luthier.evaluation.retrieval import BM25Index, NegativeMiner
         from luthier.files import write_bytes
         from luthier.inference.embeddings import check_embeds, gives_embeddings
         from luthier.inference.prediction import Predictor
@@ -76,29 +79,25 @@ def mine_negatives(
         fix = 'Write {"query": "...", "positive": "..."}.'
         raise DataError([Problem("row.pair", "the row has no positive.", fix, other.location)])
     further = [] if corpus is None else [row.plain_text() for _, row in load_inputs(corpus)]
-    documents = [*dict.fromkeys([*(row.positive for row in pairs), *further])]
-    place = {text: number for number, text in enumerate(documents)}
-    answers = defaultdict[str, set[int]](set)
-    for row in pairs:
-        answers[row.text].add(place[row.positive])
+    miner = NegativeMiner([(row.text, row.positive) for row in pairs], further)
+    scores: Iterable[NDArray[np.float32]]
     if model is None:
-        index = BM25Index(documents)
+        index = BM25Index(miner.items)
         scores = (index.scores(row.text) for row in pairs)
     else:
         stored = check_active(find(model, is_able=gives_embeddings))
         check_embeds(stored, stored.objective)
         predictor = Predictor.open(stored)
         query_QH = predictor.embed([row.text for row in pairs])
-        document_NH = predictor.embed(documents)
+        document_NH = predictor.embed(miner.items)
         scores = (document_NH @ query_H for query_H in query_QH)
-    own, known = [place[row.positive] for row in pairs], [answers[row.text] for row in pairs]
-    found = mine(scores, own, known, count, margin)
-    lines = [
-        to_json(replace(row, negatives=tuple(documents[number] for number in numbers)).record())
-        for row, numbers in zip(pairs, found, strict=True)
-    ]
+    lines, mined = list[str](), 0
+    for row, score_N in zip(pairs, scores, strict=True):
+        negatives = miner.negatives(row.text, row.positive, score_N, count, margin)
+        mined += len(negatives)
+        lines.append(to_json(replace(row, negatives=tuple(negatives)).record()))
     write_bytes(output, "".join(f"{line}\n" for line in lines).encode())
-    return MinedNegatives(len(pairs), sum(map(len, found)), len(documents), output)
+    return MinedNegatives(len(pairs), mined, len(miner.items), output)
 
 
 def show_mined(found: MinedNegatives, margin: float) -> None:

@@ -12,16 +12,18 @@ Ties count against the match, so equal embeddings find nothing. nDCG follows Jä
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
+
+Item = TypeVar("Item", bound=Hashable)
 
 MOST_SCORES = 50_000_000
 """Maximum number of scores in memory: 200 MB."""
@@ -30,7 +32,7 @@ CUT = 10
 DEPTH = 100
 """Number of ranks per list in reciprocal rank fusion."""
 MARGIN = 0.05
-"""Default margin of :func:`mine_negatives`, the best in the paper."""
+"""Default margin of :class:`NegativeMiner`, the best in the paper."""
 MARGIN_REASON = (
     "scores within 5 % of the positive's score are left out, because many of these texts are "
     "unlabelled positives (arXiv:2407.15831)"
@@ -93,33 +95,44 @@ def nearest(
     return np.concatenate(places), np.concatenate(scores)
 
 
-def mine_negatives(
-    scores: Iterable[NDArray[Any]],
-    positives: Sequence[int],
-    answers: Sequence[Collection[int]],
-    count: int,
-    margin: float = MARGIN,
-) -> list[list[int]]:
-    """Return the items with the highest scores of each query that are probably not relevant.
+class NegativeMiner(Generic[Item]):
+    """Search for hard negatives: the items with the highest scores that are not relevant.
 
     Relevant items that nobody labelled are frequent among the best items. An item whose score is
-    within ``margin`` of the positive's score therefore counts as relevant (TopK-PercPos, Moreira
-    et al. 2024, arXiv:2407.15831).
-
-    Args:
-        scores: scores ``[N]`` of all items for each query.
-        positives: number of each query's positive.
-        answers: numbers of all relevant items of each query.
-        count: maximum number of items of a query.
-        margin: share of the positive's score.
+    within a margin of the positive's score therefore counts as relevant (TopK-PercPos, Moreira et
+    al. 2024, arXiv:2407.15831).
     """
-    found: list[list[int]] = []
-    for score_N, positive, relevant in zip(scores, positives, answers, strict=True):
-        limit = score_N[positive] - margin * abs(score_N[positive])
-        best = np.argsort(-score_N, kind="stable")
-        allowed = (n for n in best.tolist() if n not in relevant and score_N[n] < limit)
-        found.append([*islice(allowed, count)])
-    return found
+
+    def __init__(
+        self, pairs: Sequence[tuple[Hashable, Item]], further: Iterable[Item] = ()
+    ) -> None:
+        """Collect the items of ``pairs`` of a query and a positive, and ``further`` items."""
+        self.items: list[Item] = [*dict.fromkeys([*(item for _, item in pairs), *further])]
+        """Distinct items, in the order of their scores in :meth:`negatives`."""
+        self._place = {item: number for number, item in enumerate(self.items)}
+        self._positives = defaultdict[Hashable, set[int]](set)
+        for query, item in pairs:
+            self._positives[query].add(self._place[item])
+
+    def negatives(
+        self,
+        query: Hashable,
+        positive: Item,
+        score_N: NDArray[Any],
+        count: int,
+        margin: float = MARGIN,
+    ) -> list[Item]:
+        """Return at most ``count`` negatives of a pair, the best first.
+
+        Args:
+            score_N: scores of :attr:`items` for ``query``.
+            margin: share of the positive's score.
+        """
+        own, relevant = score_N[self._place[positive]], self._positives[query]
+        limit = own - margin * abs(own)
+        best = np.argsort(-score_N, kind="stable").tolist()
+        found = (self.items[n] for n in best if n not in relevant and score_N[n] < limit)
+        return [*islice(found, count)]
 
 
 def pair_ranks(

@@ -37,7 +37,6 @@ held-out rows would measure nothing; and the projection layers of SimCSE and Sim
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +52,7 @@ from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
-from luthier.evaluation.retrieval import MARGIN_REASON, mine_negatives, number_keys
+from luthier.evaluation.retrieval import MARGIN_REASON, NegativeMiner, number_keys
 from luthier.evaluation.thresholds import choose_threshold, unrelated_pairs
 from luthier.models.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
@@ -269,26 +268,20 @@ class Contrastive(Objective):
         examples = list(start.examples)
         sides = [self._sides(each) for each in examples]
         documents = {_key(partner): partner for _, partner, *_ in sides}
-        place = {key: number for number, key in enumerate(documents)}
-        answers = defaultdict[bytes, set[int]](set)
-        for anchor, partner, *_ in sides:
-            answers[anchor.ids_T.tobytes()].add(place[_key(partner)])
-        anchors = [sides[n][0] for n in wanted]
+        pairs = [(anchor.ids_T.tobytes(), _key(partner)) for anchor, partner, *_ in sides]
+        miner = NegativeMiner(pairs)
         read = partial(read_embeddings, start.network, self, budget=start.budget)
-        found = mine_negatives(
-            read(anchors).cpu().numpy() @ read([*documents.values()]).cpu().numpy().T,
-            [place[_key(sides[n][1])] for n in wanted],
-            [answers[anchor.ids_T.tobytes()] for anchor in anchors],
-            self.hard_negatives,
-        )
-        texts = [*documents.values()]
-        for n, numbers in zip(wanted, found, strict=True):
-            if numbers:
-                negatives = Example.from_sides([texts[number] for number in numbers])
+        query_QH = read([sides[n][0] for n in wanted]).cpu().numpy()
+        document_NH = read([documents[key] for key in miner.items]).cpu().numpy()
+        mined = 0
+        for n, query_H in zip(wanted, query_QH, strict=True):
+            # One query at a time: a matrix of all scores grows with the square of the rows.
+            keys = miner.negatives(*pairs[n], document_NH @ query_H, self.hard_negatives)
+            if keys:
+                negatives = Example.from_sides([documents[key] for key in keys])
                 examples[n] = replace(examples[n], partner=negatives)
-        start.note(
-            f"{sum(map(len, found)):,} hard negatives for {len(wanted):,} rows: {MARGIN_REASON}"
-        )
+                mined += len(keys)
+        start.note(f"{mined:,} hard negatives for {len(wanted):,} rows: {MARGIN_REASON}")
         return PreparedRows(examples)
 
     def annotate(

@@ -12,7 +12,6 @@ list of a query's documents, and distillation from a larger reranker.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from luthier.data.shapes.texts import QueryDocument, TextPair
 from luthier.errors import RowRefused
-from luthier.evaluation.retrieval import BM25Index, mine_negatives
+from luthier.evaluation.retrieval import BM25Index, NegativeMiner
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.types import Example, Loss, Row
@@ -69,22 +68,15 @@ class Reranker(Objective):
 
     def _mine(self, rows: Sequence[TextPair]) -> Iterator[tuple[str, ...]]:
         """Yield the negatives of each row, from the positives of the other rows."""
-        documents = [*dict.fromkeys(row.positive for row in rows)]
-        index = BM25Index(documents) if self.hard_negatives and len(documents) > 1 else None
-        place = {text: number for number, text in enumerate(documents)}
-        answers = defaultdict[str, set[int]](set)
+        miner = NegativeMiner([(row.text, row.positive) for row in rows])
+        searches = self.hard_negatives and len(miner.items) > 1
+        index = BM25Index(miner.items) if searches else None
         for row in rows:
-            answers[row.text].add(place[row.positive])
-        for row in rows:
-            numbers: list[int] = []
+            found: list[str] = []
             if index is not None:
-                (numbers,) = mine_negatives(
-                    index.scores(row.text)[None],
-                    [place[row.positive]],
-                    [answers[row.text]],
-                    self.hard_negatives,
-                )
-            yield tuple(documents[number] for number in numbers)
+                score_N = index.scores(row.text)
+                found = miner.negatives(row.text, row.positive, score_N, self.hard_negatives)
+            yield tuple(found)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Reject rows with equal labels."""
