@@ -125,8 +125,7 @@ def base_states(
     of_batch = words if isinstance(held.rows[0], TaggedWords) else texts
     read = partial(_states, network, of_batch, on_read)
     if isinstance(held.rows[0], TextPair):
-        # Without hard negatives: the candidates are the partners, as in the other baselines.
-        views = encoder.views([replace(each, partner=None) for each in held.examples])
+        views = encoder.views(_without_negatives(held.examples))
         both = read(views, budget, began + seconds)
         if len(both) < len(views):
             return None
@@ -144,6 +143,11 @@ def base_states(
     if not (train_NH.isfinite().all() and held_QH.isfinite().all()):
         return None
     return States(train_NH, held_QH, len(train_states), time.monotonic() - began)
+
+
+def _without_negatives(examples: Sequence[Example]) -> list[Example]:
+    """Return pairs without hard negatives: all methods rank the same candidates, the partners."""
+    return [replace(each, partner=None) for each in examples]
 
 
 def _states(
@@ -184,8 +188,7 @@ def measure_tuned(
     """Measure the tuned network and the baselines on the same rows."""
     network.model.eval()
     pairs = of_shape(TextPair, held.rows)
-    examples = [replace(each, partner=None) for each in held.examples] if pairs else held.examples
-    views = objective.views(examples)
+    views = objective.views(_without_negatives(held.examples) if pairs else held.examples)
     answers = network.read_rows(views, budget, partial(objective.predict, network))
     if pairs:
         embeddings = [answer["embedding"] for answer in answers]
