@@ -237,12 +237,15 @@ _UNTRACED = ("elmo", "xlnet")
 """Networks that PyTorch cannot trace."""
 
 
+def _has_output(objective: Objective) -> bool:
+    # Pairs of a reranker can need segments, which are no input of the exported network.
+    return objective.task in _TASKS and not isinstance(objective, Reranker)
+
+
 def suits_onnx(stored: StoredModel, network: str) -> bool:
     """Return whether :func:`export_onnx` can probably export the model, from type and objective
     alone."""
-    if stored.objective.task not in _TASKS or isinstance(stored.objective, Reranker):
-        return False
-    if network in _UNTRACED:
+    if not _has_output(stored.objective) or network in _UNTRACED:
         return False
     try:
         check_mergeable(stored, "an ONNX file contains merged weights only")
@@ -270,7 +273,7 @@ def export_onnx(
     """
     target = new_target(target)
     objective = stored.objective
-    if objective.task not in _TASKS or isinstance(objective, Reranker):
+    if not _has_output(objective):
         raise RecipeError(
             f"ONNX export supports classifiers, taggers, ratings, rewards and embeddings, and "
             f"{stored.id} is for {objective.method}. Export text generators with `--format gguf`",

@@ -156,7 +156,10 @@ class Predictor:
     def encode_pair(self, pair: QueryDocument, index: int) -> Example:
         """Encode a pair for a reranker, truncated to the context; see :meth:`rank`."""
         if QueryDocument.shape not in self.objective.shapes:
-            raise RecipeError(f"a model of objective {self.objective.method} is no reranker")
+            raise RecipeError(
+                f"a model of objective {self.objective.method} cannot rank documents. Use a model "
+                "of objective reranker"
+            )
         example, room = self.encode(pair, index), self.context
         return self.objective.truncate(example, room) if len(example) > room else example
 
