@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import LabelledText, TextPair
 from luthier.gate.row_keys import RelatedRows, group_related, match_questions
 from luthier.types import Row
@@ -39,6 +40,14 @@ def test_pairs_with_one_partner_are_one_group() -> None:
         for line, (anchor, positive) in enumerate(zip(anchors, positives, strict=True), 1)
     ]
     assert group_related(pairs).tolist() == [0, 1, 2, 0]
+
+
+def test_questions_about_one_context_are_one_group() -> None:
+    contexts = ["It is in Rome.", "It is in Ghent.", "It is in  Rome", "Ann did."]
+    found = group_related(
+        [AnsweredQuestion("f", line, f"{line}?", each) for line, each in enumerate(contexts, 1)]
+    )
+    assert found.tolist() == [0, 1, 0, 3]
 
 
 def test_rows_that_ask_the_same_are_matched_and_the_rest_is_not_read() -> None:

@@ -79,7 +79,12 @@ class Sketches:
     """True if the hashes cover all shingles of the text."""
 
 
-def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0) -> Sketches:
+def sketch(
+    texts: Sequence[str],
+    common: Words | None = None,
+    share: float = 1.0,
+    salts_N: Words | None = None,
+) -> Sketches:
     """Sketch :func:`normalize`d texts.
 
     A text shorter than a shingle is one shingle, so "yes" is similar to "yes" only.
@@ -89,10 +94,13 @@ def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0
         share: share of the texts to sample. The sample depends on two minimum shingle hashes, which
             agree with the squared similarity of two texts (Broder 1997). Similar texts therefore
             usually stay together.
+        salts_N: texts with different salts share no shingles.
     """
     hashes_S, counts_N = _shingles(texts)
     if common is not None and len(common):
         hashes_S, counts_N = _remove_common(hashes_S, counts_N, common)
+    if salts_N is not None:
+        hashes_S = np.minimum(hashes_S ^ np.repeat(salts_N, counts_N), _MISSING - np.uint32(1))
     rows_N = np.arange(len(texts))
     if share < 1 and len(texts):
         drawn_N = _draw(hashes_S, counts_N) < share

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes.media import BareWindow
 from luthier.data.shapes.preferences import JudgedAnswers, JudgedReply
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import History, QueryDocument, TaggedWords, TextPair
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
@@ -111,6 +112,8 @@ def partner_of(row: Row) -> str:
         return normalize(row.positive)
     if isinstance(row, QueryDocument):
         return normalize(row.text)
+    if isinstance(row, AnsweredQuestion):
+        return normalize(row.context)
     return f"{row.file}:{row.line // STRETCH}" if isinstance(row, BareWindow) else ""
 
 
@@ -123,14 +126,26 @@ def comparable_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Return the input and the whole text of each row, normalized.
 
     For a text pair, the whole text is the input: many texts share a partner, such as a paragraph,
-    and would all look similar.
+    and would all look similar. For the same reason, a question has no context here: see
+    :func:`context_key`.
     """
-    inputs = [normalize(question_of(row)) for row in rows]
+    inputs = [
+        normalize(row.question if isinstance(row, AnsweredQuestion) else question_of(row))
+        for row in rows
+    ]
     wholes = []
     for row, text in zip(rows, inputs, strict=True):
         answer = () if row.annotated or isinstance(row, TextPair) else row.targets()
         wholes.append(f"{text}\n{normalize(' '.join(answer))}" if answer else text)
     return inputs, wholes
+
+
+def context_key(row: Row) -> int:
+    """Return a key of the context of a question; 0 for other rows.
+
+    Questions are similar only within one context.
+    """
+    return hash_texts(normalize(row.context)) if isinstance(row, AnsweredQuestion) else 0
 
 
 def target_key(row: Row) -> int:

@@ -278,3 +278,26 @@ def test_rows_that_call_with_other_arguments_are_no_copies() -> None:
 
     report = report_of([call(1, "Hue"), call(2, "Paris"), call(3, "Hue")])
     assert found(report, "duplicate.exact") == [[1, 3]]
+
+
+def test_questions_about_one_context_are_no_copies() -> None:
+    context = "The hub is in Ghent, next to the station, and opens at eight. " * 3
+
+    def asked(question: str, answer: str = "Ghent", before: str = "") -> dict[str, Any]:
+        text = before + context
+        answers = {"text": [answer], "answer_start": [text.index(answer)]}
+        return {"question": question, "context": text, "answers": answers}
+
+    where = "In which city would I find the hub of the company?"
+    train = [asked(where), asked("What is next to the station?"), asked(where + " ", "the station")]
+    assert report_of(rows(*train)).findings.counts == {}
+    held = [
+        asked("When does it open?", "eight"),
+        asked(where.upper()),
+        asked(where, before="All of Belgium knows this. "),
+    ]
+    report = report_of(rows(*train, asked(f"So, {where}")), test=rows(*held))
+    assert found(report, "duplicate.near") == [[1, 4]]
+    assert found(report, "leakage.exact") == [[2, 1]]
+    report = report_of(rows(*train), test=rows(asked(f"So {where}"), held[0]))
+    assert found(report, "leakage.near") == [[1, 1]]

@@ -4,7 +4,7 @@ A repeated row has double weight and is memorized first (Lee et al. 2022, "Dedup
 data makes language models better"). Near-duplicates have a Jaccard similarity of at least 0.8
 between their sets of five-character shingles, without letter case, punctuation and white space
 (``luthier.gate.near_duplicates``). Labelled rows are copies only if the labels agree: "turn on" and
-"turn off" look alike on purpose.
+"turn off" look alike on purpose. Questions about a context are compared within one context.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from luthier.gate.row_keys import (
     Keys,
     combine_keys,
     comparable_texts,
+    context_key,
     hash_texts,
     key_column,
     mask_numbers,
@@ -125,22 +126,28 @@ class Duplicates(Check):
         rows, count = batch.rows, len(batch)
         inputs, wholes = comparable_texts(rows)
         texts = [(row.inputs(), row.targets()) for row in rows]
+        contexts_N = key_column(map(context_key, rows), count)
+        salts_N = contexts_N.astype(np.uint32)
+
+        def within_context(keys: Iterable[int], rows_S: Any) -> Keys:
+            return combine_keys(key_column(keys, len(rows_S)), contexts_N[rows_S])
+
         columns = {
             "exact": key_column((hash_texts(*asks, "\0", *says) for asks, says in texts), count),
-            "input": key_column(map(hash_texts, inputs), count),
+            "input": within_context(map(hash_texts, inputs), np.arange(count)),
             "target": key_column((hash_texts(*says) for _, says in texts), count),
         }
         common = self.common or (None, None)
-        asked = sketch(inputs if self.share else (), common[0], self.share)
+        asked = sketch(inputs, common[0], self.share, salts_N) if self.share else sketch(())
         apart = bool(self.share) and inputs != wholes
-        whole = sketch(wholes, common[1], self.share) if apart else asked
+        whole = sketch(wholes, common[1], self.share, salts_N) if apart else asked
         chosen = whole.rows_N.tolist()
         of_chosen = {
             "asked": columns["input"][asked.rows_N],
-            "whole": key_column((hash_texts(wholes[row]) for row in chosen), len(chosen)),
+            "whole": within_context((hash_texts(wholes[row]) for row in chosen), whole.rows_N),
             "said": key_column((target_key(rows[row]) for row in chosen), len(chosen)),
-            "masked": key_column(
-                (hash_texts(mask_numbers(wholes[row])) for row in chosen), len(chosen)
+            "masked": within_context(
+                (hash_texts(mask_numbers(wholes[row])) for row in chosen), whole.rows_N
             ),
         }
         return DuplicateKeys(columns, asked, whole, of_chosen)
