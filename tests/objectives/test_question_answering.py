@@ -67,6 +67,8 @@ def test_windows_cover_the_context_and_keep_the_answer_in_place(network: Network
         assert window.ids_T[-1] == example.ids_T[-1]
     assert covered == {*range(begin, end)}
     assert any(window.target[0] for window in windows)
+    many = objective.model_copy(update={"stride": 1000}).views([example])
+    assert len(many) <= 2 * len(windows) + 1
     overlap = [
         before.target[3] + before.target[4] - begin - after.target[4]
         for before, after in pairwise(windows)

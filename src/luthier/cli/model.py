@@ -283,7 +283,9 @@ class Model:
         from luthier.inference.prediction import Predictor
 
         if not isinstance(self.opened, Predictor):
-            raise RecipeError(f"{self.stored.id} is no reranker")
+            raise RecipeError(
+                f"{self.stored.id} is no reranker. Train one with `--objective reranker`"
+            )
         scores = self.opened.rank(query, documents)
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         return [{"index": index, "score": scores[index]} for index in order]

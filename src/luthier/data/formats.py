@@ -6,8 +6,8 @@ instruction and its input, as in the Stanford Alpaca recipe but without the head
 the table of output forms. A row that the target form cannot represent is rejected. To add a form,
 write one function and one line of a table.
 
-Not supported: several positives in one row, and SQuAD's nested answers. ``--map`` accepts tables
-that differ only in the column names.
+Not supported: several positives in one row, and SQuAD's original file of nested paragraphs.
+``--map`` accepts tables that differ only in the column names.
 ``luthier.data.row_context`` joins system prompts, histories and tools to the turns, for all forms.
 """
 
@@ -86,7 +86,7 @@ def _above(text: object, below: list[object]) -> object:
 
 
 def _with_further_keys(record: Record, converted: Record) -> Record:
-    """Return ``made`` with keys common to all forms: id, expected answer, judgement, context."""
+    """Return ``converted`` with keys common to all forms: id, expected answer, judgement, context."""
     kept = context_keys(Conversation, {**record, **converted}) | {*_BESIDE_ANY}
     if "anchor" in converted:
         kept |= NEGATIVE_KEYS

@@ -171,7 +171,7 @@ def _entities(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str,
 
 
 def _answers(pairs: Sequence[tuple[Sequence[str], str]]) -> dict[str, Score]:
-    """Exact match and word F1 with the best correct answer, as in SQuAD's evaluation script.
+    """Compare each answer with the best correct answer, as SQuAD's evaluation script does.
 
     Rajpurkar et al. 2016, section 6.1. Without a correct answer, only the empty answer is right.
     """

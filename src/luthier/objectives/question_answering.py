@@ -57,7 +57,7 @@ class QuestionAnswering(Objective):
     window: int = Field(default=384, ge=32, le=100_000)
     """Maximum number of tokens of a row; longer contexts are divided into windows."""
     stride: int = Field(default=128, ge=1, le=50_000)
-    """Number of context tokens that neighbouring windows share."""
+    """Number of context tokens that neighbouring windows share; at most half of a window."""
     max_answer_tokens: int = Field(default=30, ge=1, le=1000)
     """Maximum length of an answer in tokens."""
 
@@ -131,7 +131,8 @@ class QuestionAnswering(Objective):
         first, last, begin, end = np.asarray(example.target)[:4].tolist()
         # A window holds the question, a part of the context, and the closing tokens.
         room = self.window - (len(example) - (end - begin))
-        step = max(1, room - self.stride)
+        # A stride as large as the room would begin a window at each token.
+        step = max(room // 2, room - self.stride)
         starts = range(0, max(1, end - begin - room + step), step)
         windows = []
         for offset in starts:
