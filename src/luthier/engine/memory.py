@@ -84,7 +84,7 @@ def vision_bytes(model: Any, bytes_per_number: int) -> int:
     whole = whole_model(model)
     if whole is model:
         return 0
-    from luthier.models.image_tokens import FEATURE_BYTES, TILES
+    from luthier.models.vision_language import FEATURE_BYTES, TILES
 
     own = {id(weight) for weight in model.parameters()}
     weights = sum(w.numel() for w in whole.parameters() if id(w) not in own)

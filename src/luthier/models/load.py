@@ -33,7 +33,6 @@ from luthier.models.heads import (
     start_bias,
     task_of,
 )
-from luthier.models.image_tokens import text_network, trial_row
 from luthier.models.layouts import (
     DualEncoder,
     ImageEncoderDecoder,
@@ -50,6 +49,7 @@ from luthier.models.network import Network
 from luthier.models.probe import check_finite, probed_network, refusal, relative_error
 from luthier.models.tensors import tensor_headers
 from luthier.models.text_part import NAMES as TEXT_PART_NAMES
+from luthier.models.vision_language import text_network, trial_row
 from luthier.types import Example, IntArray
 
 

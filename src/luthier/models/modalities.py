@@ -34,7 +34,7 @@ _MEDIA_CLASSES = (
 """Automatic classes of networks without a vocabulary, for images or spectrograms."""
 IMAGES_IN_TEXT = frozenset({"idefics3", "smolvlm"})
 """Families that luthier loads whole, for images between the tokens of a text
-(:mod:`luthier.models.image_tokens`)."""
+(:mod:`luthier.models.vision_language`)."""
 _RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
 RELATIVE_CONTEXT = 4096
 """Context of networks with relative positions, which have no limit except memory."""
