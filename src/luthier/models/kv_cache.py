@@ -221,8 +221,9 @@ class Chunk:
 class ChunkAttention:
     """Attention of prompt chunks to earlier tokens and to the chunk itself."""
 
-    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
-        self._chunks, self._device = chunks, device
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device, dtype: torch.dtype) -> None:
+        """Prepare the masks; ``dtype`` is the data type of keys and values."""
+        self._chunks, self._device, self._dtype = chunks, device, dtype
         self._longest = max(chunk.end for chunk in chunks)
         self._masks: dict[Window | None, list[tuple[slice, Tensor]]] = {}
 
@@ -259,7 +260,7 @@ class ChunkAttention:
                 keys = slice(first, keys_for(chunk.end))
                 query_N1 = torch.arange(chunk.start, chunk.end, device=self._device)[:, None]
                 key_K = torch.arange(keys.start, keys.stop, device=self._device)
-                masks.append((keys, _mask(query_N1, key_K, window, torch.float32)))
+                masks.append((keys, _mask(query_N1, key_K, window, self._dtype)))
         return self._masks[window]
 
 

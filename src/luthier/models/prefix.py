@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
 from luthier.models.attention import RecordingAttention
-from luthier.models.heads import decoder_of
-from luthier.models.layouts import Flat
+from luthier.models.layouts import Flat, is_flat
 from luthier.models.modalities import cached_numbers, head_size, key_heads, layer_configs
 from luthier.types import Example
 
@@ -72,11 +71,8 @@ def add_prefix(model: Any, places: int) -> None:
     config = model.config
     layers = _attentions(model)
     indices = [int(module.layer_idx) for module in layers]
-    takes = (
-        model._supports_attention_backend
-        and decoder_of(model) is None
-        and "past_key_values" in inspect.signature(model.base_model.forward).parameters
-    )
+    known = inspect.signature(model.base_model.forward).parameters
+    takes = is_flat(model) and "past_key_values" in known
     each = layer_configs(config) if takes else []
     sizes = {(key_heads(layer), head_size(layer), cached_numbers(layer)) for layer in each}
     # The weight has one slice per layer, so each layer needs exactly one attention module, and all

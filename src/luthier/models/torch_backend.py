@@ -245,7 +245,7 @@ class FlatBackend:
                 for state, chunk in zip(states, chunks, strict=True)
             ]
         )
-        attention = ChunkAttention(chunks, self.network.device)
+        attention = ChunkAttention(chunks, self.network.device, self.network.dtype)
         # Another thread may add an adapter, which replaces the network.
         with self._lock:
             model = self._batch.model_of(
