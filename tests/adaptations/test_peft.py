@@ -25,6 +25,16 @@ def test_the_rank_is_that_of_the_weights(tiny_llama: Any) -> None:
         assert refused.value.rule == "adapter.weights"
 
 
+@pytest.mark.parametrize("name", ["alpha", "lora_A.weight"])
+def test_scalars_are_no_matrices(tiny_llama: Any, name: str) -> None:
+    model = tiny_llama(seed=1)
+    layer = "model.layers.0.self_attn.q_proj"
+    weights = {f"base_model.model.{layer}.{name}": torch.zeros(())}
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    with pytest.raises(ModelRefused):
+        lora_of(fields, weights, model)
+
+
 def test_resized_embeddings_are_refused(tiny_llama: Any) -> None:
     """PEFT saves embeddings and head whole after ``resize_token_embeddings``."""
     model = tiny_llama(seed=1)

@@ -94,10 +94,12 @@ def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
     """Check the rank against the weights, because matrices are allocated before the weights are
     loaded."""
     for name, weight in weights.items():
-        rows = weight.shape[0]
-        if ".experts." in name and isinstance(rank, int) and rank and rows % rank == 0:
+        if not _LORA_A.fullmatch(name):
+            continue
+        rows = weight.shape[0] if weight.dim() == 2 else 0
+        if ".experts." in name and isinstance(rank, int) and rank and rows and rows % rank == 0:
             rows = rank  # one matrix has the rows of all experts
-        if _LORA_A.fullmatch(name) and (weight.dim() != 2 or rows != rank):
+        if rows != rank:
             raise ModelRefused(
                 "adapter_model.safetensors", "adapter.weights",
                 f"r is {str(rank)[:20]}, and {name} has the shape {list(weight.shape)}.",
