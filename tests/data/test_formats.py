@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -487,3 +488,16 @@ def test_a_model_that_reads_images_takes_every_form_of_them(tmp_path: Path) -> N
         (tmp_path / name).unlink()
         assert found == record and isinstance(row, BareImage)
         assert row.media.path == str(tmp_path / "1.png")
+
+
+def test_a_table_has_images_of_messages_in_a_column(tmp_path: Path) -> None:
+    Image.new("L", (4, 3)).save(tmp_path / "1.png")
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a square"},
+    ]
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "images"], [*map(json.dumps, (turns, ["1.png"]))]])
+    (row,) = load_rows(path)
+    assert [media.path for media in row.images] == [str(tmp_path / "1.png")]

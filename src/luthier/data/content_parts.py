@@ -50,11 +50,10 @@ def _part_text(part: Mapping[str, Any], place: PlaceImage | None) -> str:
     if place is not None and kind in _IMAGE_TYPES:
         place(_image_of(part))
         return IMAGE_MARK
-    images = " and images of users" if kind in _IMAGE_TYPES else ""
     raise RowRefused(
         "message.part",
-        f"a content part has the type {quote(str(kind))}; only text{images} is supported.",
-        'Keep the parts {"type": "text", "text": "..."}, or remove the row.',
+        f"the type {quote(str(kind))} of a content part is not supported.",
+        "Keep text, and images of user messages, or remove the row.",
     )
 
 

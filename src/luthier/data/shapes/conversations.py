@@ -82,7 +82,7 @@ class Conversation(Shape):
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
     other_tasks: ClassVar[Mapping[str, str]] = _REJECTED
     optional_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input", "images"))
-    json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools", "functions"))
+    json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools", "functions", "images"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
 
     messages: Turns

@@ -265,7 +265,7 @@ class QueryDocument(TextRow):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         query, document = fields.text(record, "query"), fields.text(record, "document")
-        label = _read_relevance(record.get("label"))
+        label = _read_relevance(record.get("label"), fields.names.get("label") or "label")
         if query is None or document is None:
             return None
         return cls(fields.file, fields.line, query, document, label)
@@ -286,8 +286,12 @@ class QueryDocument(TextRow):
         return {"query": self.text, "document": self.document, "label": self.label}
 
 
-def _read_relevance(value: object) -> float:
-    """Return a number from 0 to 1, also from a cell of a CSV table."""
+def _read_relevance(value: object, key: str) -> float:
+    """Return a number from 0 to 1, also from a cell of a CSV table.
+
+    Args:
+        key: name of the value in the file.
+    """
     found = json_kind(value)
     if isinstance(value, int | float | str):
         found = quote(str(value))
@@ -296,8 +300,9 @@ def _read_relevance(value: object) -> float:
                 return number
     raise RowRefused(
         "pair.label",
-        f'"label" must be a number from 0 to 1, but is {found}.',
-        "Write 1 for a relevant document, 0 for any other, or a number between.",
+        f'"{key}" must be a number from 0 to 1, but is {found}.',
+        "Write 1 for a relevant document, 0 for any other, or a number between. Divide scores of "
+        "another scale by their maximum.",
     )
 
 
