@@ -129,8 +129,8 @@ def training_sequences(
     for index in answers:
         before = chat.render_turns(messages[:index], tools, reply=True)
         # A reply must end with a stop token, which the next turn may open with.
-        goes_on = before.startswith(done) and (has_stop or before.startswith(stops, len(done)))
-        if not sequences or not goes_on:
+        continues = before.startswith(done) and (has_stop or before.startswith(stops, len(done)))
+        if not sequences or not continues:
             sequences.append([])
             done = ""
         reply = render_reply(chat, before, messages[: index + 1], tools)

@@ -218,8 +218,9 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
         turn = Message(role, "\n".join(texts), calls=tuple(calls), reasoning=reasoning)
         if images:  # without lines between: the template decides about white space around images
             turn = replace(turn, content="".join(texts), images=tuple(images))
-        if turn.images and turn.content.count(IMAGE_MARK) != len(turn.images):
-            raise Fault("Validation", f"The text at {at} contains U+FFFC. Remove the character.")
+            if turn.content.count(IMAGE_MARK) != len(images):
+                text = f"The text at {at} contains U+FFFC. Remove the character."
+                raise Fault("Validation", text)
         results.append(turn)
     return results
 
