@@ -97,6 +97,8 @@ def quality(name: str, data: Path, base: str, scratch: Path) -> list[str]:
     """Return the row of the table for a data set."""
     import luthier
     from luthier.evaluation.retrieval import BM25Index, reciprocal_rank_fusion
+    from luthier.inference.prediction import Predictor
+    from luthier.library.models import find
 
     documents, train, test = (scifact if name == "scifact" else xquad)(data / name)
     rows = [{"query": q, "positive": text} for q, texts in train.items() for text in sorted(texts)]
@@ -119,8 +121,8 @@ def quality(name: str, data: Path, base: str, scratch: Path) -> list[str]:
     by_words = [words.nearest(query, 100) for query in test]
 
     def by_meaning(model: str) -> list[list[int]]:
-        loaded = luthier.load(model)
-        scores_QN = loaded.embed([*test]) @ loaded.embed(documents).T
+        predictor = Predictor.open(find(model))  # truncates documents of more than 256 tokens
+        scores_QN = predictor.embed([*test]) @ predictor.embed(documents).T
         return [order[:100] for order in np.argsort(-scores_QN, axis=1).tolist()]
 
     before, after = by_meaning(base), by_meaning(tuned.model_id)
