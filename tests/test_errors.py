@@ -39,6 +39,7 @@ def test_rows_with_one_cause_share_a_line_of_the_message() -> None:
         "  … and 6 more.",
     ]
     assert str(DataError([problem(1), problem(9)])).endswith("(also line 9)")
+    assert DataError([problem(1), problem(1)]).problems == (problem(1),)
     graded = GradingFailed([problem(3), problem(3)])
     assert str(graded).splitlines()[1:] == ["  a.jsonl:3: [json.invalid] m. Fix: x."]
 

@@ -194,7 +194,7 @@ class DataError(RefusedInput):
     def __init__(
         self, problems: Iterable[Problem], *, capped: bool = False, advice: str = ""
     ) -> None:
-        found = tuple(problems)
+        found = tuple(dict.fromkeys(problems))  # encoding and the checks both open an image
         self.capped = capped
         count = f"{len(found)}{' or more' * capped} problem{'s' * (capped or len(found) != 1)}"
         text = _list_problems(f"{count} in the data.", found, 20, capped)

@@ -30,6 +30,11 @@ def test_generate_answers_one_prompt(home: Path) -> None:
     assert cut.out != "blue\n" and "--max-tokens" in cut.err
 
 
+def test_generate_refuses_an_image_that_does_not_exist(home: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.png")
+    assert missing in Answer("generate", MODEL, "hello", "--image", missing).refused()
+
+
 def test_generate_writes_the_least_tokens(home: Path) -> None:
     ask = ("generate", MODEL, "colour of sky?", "--max-tokens", "9")
     longer = Answer(*ask, "--min-tokens", "9").good().out

@@ -10,7 +10,7 @@ import pytest
 
 from luthier.data.chat import ChatFormat
 from luthier.data.chat_templates import CHATML_SHA256
-from luthier.errors import RecipeError
+from luthier.errors import Location, RecipeError
 from luthier.models.external import KNOWN_TEMPLATES
 from luthier.recipe import Recipe, with_paths
 from luthier.types import Message
@@ -56,6 +56,14 @@ def test_chatml_without_its_tokens_ends_turns_with_the_end_of_text(first: bool) 
     assert encoded.ids_T[: len(ids)].tolist() == ids and encoded.ids_T[-1] == chat.stop_ids[0]
 
 
+def test_chatml_needs_a_token_that_ends_turns(new_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = new_tokenizer(None, ("<|im_start|>",), "<|im_start|>")
+    tokenizer.eos_token = None
+    with pytest.raises(RecipeError) as refused:
+        ChatFormat.of(tokenizer).with_chat_template("chatml")
+    assert refused.value.rule == "recipe.invalid"
+
+
 def test_a_template_of_a_file(new_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "turns.jinja"
     file.write_text(
@@ -76,6 +84,10 @@ def test_a_template_of_a_file(new_tokenizer: Callable[..., Any], tmp_path: Path)
         with pytest.raises(RecipeError) as refused:
             own.with_chat_template(given)
         assert refused.value.rule == rule
+    file.write_text("{% for m in messages %}\n{{ m.content }")
+    with pytest.raises(RecipeError) as refused:
+        own.with_chat_template(str(file))
+    assert refused.value.problem.location == Location(str(file), 2)
     fields = {"data": {"train": "a", "chat_template": "turns.jinja"}}
     placed = Recipe.parse(with_paths(fields, tmp_path)).data
     assert placed.chat_template == str(file)

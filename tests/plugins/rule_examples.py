@@ -133,6 +133,7 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
     ("rating.type", [{"text": "x", "rating": "4"}], 1),
     ("rating.type", [{"text": "x", "rating": True}], 1),
     ("pair.negative", [{"anchor": "a", "positive": "b", "negatives": [1]}], 1),
+    ("pair.negative", [{"anchor": "a", "positive": "b", "negatives": ["c", "b"]}], 1),
     ("pair.label", [{"query": "a", "document": "b", "label": 2}], 1),
     ("answers.type", [{"question": "a", "context": "b", "answers": ["b"]}], 1),
     (

@@ -55,7 +55,13 @@ def linear_targets(
     if targets is None:
         targets = usual_targets(model) or ALL_LINEAR
     endings = (targets,) if isinstance(targets, str) else targets
-    stacks = expert_stacks(model) if experts else []
+    stacks = expert_stacks(model)
+    if stacks and not experts and "experts" in endings:
+        raise RecipeError(
+            "only LoRA without DoRA adapts experts. Use `adaptation.method=lora`, or other targets",
+            rule="adapter.targets",
+        )
+    stacks = stacks if experts else []
 
     def selects(target: str, name: str) -> bool:
         return (

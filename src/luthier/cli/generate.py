@@ -162,6 +162,11 @@ def _with_images(text: str, paths: list[Path]) -> list[Message]:
     from luthier.data.inputs import Media
     from luthier.types import IMAGE_MARK, Message
 
+    for path in paths:
+        if not path.is_file():
+            raise RecipeError(
+                f'the image "{path}" does not exist.', advice="Give the path of a local file."
+            )
     images = tuple(Media("image", str(path), str(path)) for path in paths)
     return [Message("user", IMAGE_MARK * len(images) + text, images=images)]
 

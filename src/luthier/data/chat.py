@@ -223,7 +223,8 @@ class ChatFormat:
             raise RowRefused(
                 "media.base",
                 "the base model reads no images in messages.",
-                "Use a vision-language model (Idefics 3 or SmolVLM) with its chat template.",
+                "Use a vision-language model (Idefics 3 or SmolVLM) with its chat template and "
+                "preprocessor_config.json.",
             )
 
     def encode_input(self, row: Row, index: int) -> Example:

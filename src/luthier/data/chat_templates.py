@@ -6,8 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
+from luthier.data.inputs import reason_of
 from luthier.data.parsing import quote
-from luthier.errors import RecipeError
+from luthier.data.template_kwargs import parse_template
+from luthier.errors import Location, RecipeError
 
 CHATML = "chatml"
 """Name of the built-in template."""
@@ -38,17 +42,35 @@ def read_chat_template(given: str, tokenizer: Any) -> str:
     the end-of-text token, because a new token would need a new embedding, and the marks are text.
 
     Raises:
-        RecipeError: if the file cannot be read.
+        RecipeError: for an unreadable or invalid file, or a tokenizer without a token for ``chatml``
+            to end turns.
     """
     if given != CHATML:
         try:
-            return Path(given).read_text(encoding="utf-8")
+            text = Path(given).read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise RecipeError(
-                f"cannot read the chat template {quote(given)}: {error}.",
+                f"cannot read the chat template {quote(given)}: {reason_of(error)}.",
                 setting="data.chat_template",
                 advice="Give `chatml`, or the path of a Jinja file.",
             ) from error
+        try:
+            parse_template(text)
+        except TemplateSyntaxError as error:
+            raise RecipeError(
+                f"the chat template is not valid Jinja: {error.message}.",
+                rule="template.refused",
+                location=Location(given, error.lineno),
+                setting="data.chat_template",
+                advice="Correct the line, or give `chatml`.",
+            ) from error
+        return text
+    if tokenizer.eos_token is None and _IM_END not in tokenizer.get_vocab():
+        raise RecipeError(
+            "the tokenizer has no token that ends a turn, so chatml cannot be used.",
+            setting="data.chat_template",
+            advice="Remove the setting, or choose a base that generates text.",
+        )
     has_marks = {_IM_START, _IM_END} <= tokenizer.get_vocab().keys()
     first = tokenizer.encode("a", add_special_tokens=True)[:1]
     has_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]

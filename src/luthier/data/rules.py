@@ -57,7 +57,7 @@ RULES: Mapping[str, str] = {
     "rating.type": "A rating is not a finite number.",
     "tags.length": "A row has more tokens than tags, or fewer.",
     "tags.type": "The tokens or tags are not an array of strings, or a token is empty.",
-    "pair.negative": "A negative of a pair is not a text.",
+    "pair.negative": "A negative of a pair is not a text, or equals the positive.",
     "pair.label": "The relevance of a document is no number from 0 to 1.",
     "answers.type": "The answers are not texts with the position of the first character.",
     "answers.span": "An answer is not in the context at its position.",

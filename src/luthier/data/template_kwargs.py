@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from jinja2 import Environment, TemplateError
 from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Scope
+from jinja2.nodes import Scope, Template
 from pydantic import Field, PlainValidator
 
 from luthier.data.parsing import quote
@@ -61,15 +61,24 @@ class _GenerationTag(Extension):
         return Scope(parser.parse_statements(("name:endgeneration",), True)).set_lineno(line)
 
 
+def parse_template(template: str) -> Template:
+    """Return the syntax tree of a chat template.
+
+    Raises:
+        TemplateError: if the template is not valid Jinja.
+    """
+    environment = Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701 - only parsed
+    return environment.parse(template)
+
+
 @lru_cache(maxsize=32)
 def names_read(template: str) -> frozenset[str]:
     """Return the variables that a chat template reads from its caller.
 
     Variables that the template sets first are excluded. Empty if the template is not valid Jinja.
     """
-    environment = Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701 - only parsed
     try:
-        names = find_undeclared_variables(environment.parse(template))
+        names = find_undeclared_variables(parse_template(template))
     except (TemplateError, RecursionError):
         return frozenset()
     return frozenset(names - {"raise_exception"})

@@ -133,13 +133,13 @@ def _open_image(data: bytes, most: int) -> Iterator[Any]:
                 width, height = opened.size
                 if width * height > most:
                     text = f"{width:,} x {height:,} pixels; at most {most:,} are decoded."
-                    raise media_error("too_large", f"the image has {text}")
+                    raise media_error("too_large", f"the image has {text}", "Scale the image.")
                 yield opened
     except RowRefused:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit comes before the size is known
         text = f"the image has more than {most:,} pixels."
-        raise media_error("too_large", text) from None
+        raise media_error("too_large", text, "Scale the image.") from None
     except _DAMAGE as error:
         message, fix = f"the image cannot be decoded: {reason_of(error)}.", ""
         if data[4:8] == b"ftyp" and b"avif" not in data[8:64]:  # cameras also write HEIC under .jpg

@@ -51,6 +51,7 @@ def test_documents_are_ranked(client: openai.OpenAI, tiny_reranker: str) -> None
     [
         ({}, "model"),
         ({"documents": []}, "documents"),
+        ({"documents": ["a"] * 2049}, "documents"),
         ({"query": ""}, "query"),
         ({"top_n": 0}, "top_n"),
     ],

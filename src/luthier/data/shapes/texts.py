@@ -208,7 +208,14 @@ class TextPair(TextRow):
         anchor, positive = fields.text(record, "anchor"), fields.text(record, "positive")
         if anchor is None or positive is None:
             return None
-        return cls(fields.file, fields.line, anchor, positive, _read_negatives(record))
+        negatives = _read_negatives(record)
+        if positive in negatives:
+            raise RowRefused(
+                "pair.negative",
+                f"{quote(positive)} is the positive and a negative.",
+                "Remove the text from the negatives.",
+            )
+        return cls(fields.file, fields.line, anchor, positive, negatives)
 
     def targets(self) -> tuple[str, ...]:
         return (self.positive,)

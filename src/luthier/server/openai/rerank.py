@@ -8,6 +8,7 @@ from pydantic import Field
 
 from luthier.data.shapes.texts import QueryDocument
 from luthier.server.http.routes import MODEL_TURN
+from luthier.server.openai.embeddings import MOST_INPUTS
 from luthier.server.openai.generation import refusals
 from luthier.server.openai.operations import OpenAICall, openai_router
 from luthier.server.openai.protocol import JsonObject, StrictBody
@@ -21,7 +22,7 @@ class RerankRequest(StrictBody):
 
     model: NonEmpty
     query: NonEmpty
-    documents: Annotated[list[NonEmpty], Field(min_length=1)]
+    documents: Annotated[list[NonEmpty], Field(min_length=1, max_length=MOST_INPUTS)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
 
