@@ -16,6 +16,7 @@ from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
 from luthier.gate.inspect import DEFAULT_BASE, InspectionRequest, inspect
+from luthier.gate.report import next_steps
 from luthier.gate.scan import ScanProgress
 from luthier.library.folders import base_folder
 from luthier.models.manifest import MANIFEST
@@ -240,3 +241,4 @@ def test_a_base_without_a_template_is_inspected_with_a_chosen_one(
     assert "row.template" not in broken(report)
     shown = report.summaries["learning"]["splits"]["train"]["shown"][0]
     assert shown["tokens"].count("<|im_start|>") == 4
+    assert "--chat-template chatml" in next_steps(report)[-1][1]

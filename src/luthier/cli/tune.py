@@ -129,6 +129,8 @@ def print_result(result: Result) -> None:
     if (Path(result.run_dir) / GRIDS).is_dir():
         out.print(f"  samples     {result.run_dir}/{GRIDS}/")
     use = f"chat {result.model_id}"
+    if chat.images is not None:
+        use = f'generate {result.model_id} "some text" --image photo.png'
     if predicts(objective):
         query = {
             "image": "photo.png",

@@ -178,7 +178,13 @@ def inspect(
     if report.left_out:  # where no row has a text, no base would help
         left_out = {n: NO_TEXT if why == NO_READER else why for n, why in left_out.items()}
     left_out = {**left_out, **report.left_out}
-    return replace(report, base=used, left_out=left_out, columns=request.columns or {})
+    return replace(
+        report,
+        base=used,
+        chat_template=request.chat_template,
+        left_out=left_out,
+        columns=request.columns or {},
+    )
 
 
 def parse_objective(objective: str | Mapping[str, Any] | None) -> Objective | None:

@@ -40,6 +40,8 @@ class Report:
     """Detected form of the rows by split, from the first row."""
     base: str | None = None
     """Id of the base model that encoded the rows."""
+    chat_template: str | None = None
+    """Chat template in place of the base model's, as given by the user."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Omitted checks, with reasons."""
     sources: Mapping[Split, str] = field(default_factory=dict)
@@ -214,6 +216,8 @@ def _training(report: Report) -> tuple[str, str]:
     words += report.map_options()
     if report.base:
         words += ["--base", report.base]
+    if report.chat_template:
+        words += ["--chat-template", report.chat_template]
     if objective := report.summaries.get("learning", {}).get("objective"):
         words += ["--objective", str(objective)]
     if rate := report.summaries.get("media", {}).get("highest_rate"):
