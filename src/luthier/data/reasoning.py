@@ -99,6 +99,8 @@ def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
 
 def _channel_marks(chat: ChatFormat) -> ReasoningMarks | None:
     """Return the marks of a template with channels: of prompts (Gemma 4) or of replies (gpt-oss)."""
+    if "channel" not in chat.template_text:  # rendering imports transformers, which takes seconds
+        return None
     specials = tuple(special_tokens(chat.tokenizer))
     thoughtful, plain, *prompts = _renderings(chat)
     turn = plain.partition(_ANSWER)[0]

@@ -408,8 +408,14 @@ def _embedding_width(model: Any) -> int:
 
     weight = next(model.parameters())
     pixels = torch.zeros(1, *input_shape(model.config), device=weight.device, dtype=weight.dtype)
+    # In training mode, batch normalization refuses a single image and changes its statistics.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     with torch.no_grad():
-        return int(pooled_states(model, pixels).shape[-1])
+        width = int(pooled_states(model, pixels).shape[-1])
+    for module, is_training in modes:
+        module.training = is_training
+    return width
 
 
 def decoder_of(model: Any) -> nn.Module | None:
@@ -491,8 +497,10 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     from luthier.models.head_forward import before_output_layer
 
     task, is_media = task_of(model), media_config(model.config) is not None
-    # The head of ModernBERT's decoder has layers below the output embedding.
-    has_layers = getattr(model, "lm_head", None) not in (None, model.get_output_embeddings())
+    # The heads of ModernBERT's decoder and of BERT as a decoder have layers below the output layer.
+    output = model.get_output_embeddings()
+    is_nested = not any(child is output for child in model.children())
+    has_layers = is_nested or getattr(model, "lm_head", None) not in (None, output)
     transforms = task == "masked_lm" or (task == "causal_lm" and has_layers)
     if transforms and not is_media and decoder_of(model) is None:
         return before_output_layer(model, hidden_SH)

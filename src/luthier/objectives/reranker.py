@@ -12,6 +12,8 @@ list of a query's documents, and distillation from a larger reranker.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -37,6 +39,8 @@ class Reranker(Objective):
     method: Literal["reranker"] = "reranker"
     hard_negatives: int = Field(default=4, ge=0, le=100)
     """Negatives for each pair without negatives, mined with BM25 among the positives."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Mean label; default: from the training rows."""
 
     task: ClassVar[Task] = "sequence_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair", "relevance"})
@@ -46,8 +50,12 @@ class Reranker(Objective):
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=1, max_epochs=5)
 
     def head(self) -> Head:
-        """Return a head with one output."""
-        return Head(self.task, ("relevance",), "regression")
+        """Return a head with one output; a new head starts at the mean label.
+
+        So a model that only learns how frequent relevant documents are shows no gain.
+        """
+        bias = () if self.share is None else (math.log(self.share / (1 - self.share)),)
+        return Head(self.task, ("relevance",), "regression", bias)
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return a labelled pair for each positive and negative of the rows."""
@@ -79,8 +87,9 @@ class Reranker(Objective):
             yield tuple(found)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Reject rows with equal labels."""
-        labels = {row.label for row in rows if isinstance(row, QueryDocument)}
+        """Compute the mean label, and reject rows with equal labels."""
+        all_labels = [row.label or 0.0 for row in rows if isinstance(row, QueryDocument)]
+        labels = {*all_labels}
         if len(labels) == 1:
             raise RowRefused(
                 "label.one_class",
@@ -88,7 +97,9 @@ class Reranker(Objective):
                 'Add "negatives" to the rows, or pairs of other labels. `luthier mine-negatives` '
                 "finds negatives in a collection.",
             )
-        return self
+        if self.share is not None or not labels:
+            return self
+        return self.model_copy(update={"share": statistics.fmean(all_labels)})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return query and document as one sequence, with the label as target."""

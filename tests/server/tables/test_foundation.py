@@ -71,7 +71,7 @@ def test_rows_decide_where_a_network_may_learn_several_things() -> None:
     assert {kind: sole_objective(kind) for kind in KINDS} == {
         **dict.fromkeys(("causal_lm", "encoder", "masked_lm", "image_encoder", "audio_encoder")),
         "image_text_encoder": "contrastive", "autoencoding": "vae", "adversarial": "gan",
-        "denoising": "diffusion", "image_to_text": "image_to_text",
+        "denoising": "diffusion", "image_to_text": "image_to_text", "reranker": None,
     }  # fmt: skip
     assert sole_objective("sequence_classification") is None and sole_objective(None) is None
 

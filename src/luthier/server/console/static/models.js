@@ -17,6 +17,7 @@ export const MADE_FOR = {
   causal_lm: "text generation",
   masked_lm: "text classification (masked language model)",
   encoder: "text embeddings",
+  reranker: "ranking of documents",
   image_encoder: "image classification",
   audio_encoder: "audio classification",
   image_text_encoder: "matching images and text",
