@@ -331,7 +331,9 @@ def test_a_row_without_what_the_grader_compares_with_is_refused(
     tiny_model_folder: Path, rows_file: Path
 ) -> None:
     chat = load_chat_format(tiny_model_folder)
-    spec = DataSpec(train=rows_file, validation=rows_file, severity={"leakage.many": "note"})
+    held = rows_file.with_name("held.jsonl")
+    held.write_bytes(rows_file.read_bytes())
+    spec = DataSpec(train=rows_file, validation=held, severity={"leakage.many": "note"})
     with pytest.raises(DataError) as caught:
         prepare(spec, GRPO(grader=Number()), chat, 1000, 0)
     assert caught.value.rule == "grader.no_expected"
