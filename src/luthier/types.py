@@ -320,6 +320,13 @@ class Row:
         raise TypeError("a row of no shape cannot be written")
 
 
+def weight_at_end(count: int) -> FloatArray:
+    """Return the weights ``[T]`` of a row with a single target, which is at the last token."""
+    weight_T = np.zeros(count, dtype=np.float32)
+    weight_T[-1] = 1
+    return weight_T
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A row as token ids with the loss weight of each token.

@@ -68,7 +68,16 @@ from luthier.data.tools import (
     uses_tools,
 )
 from luthier.errors import RecipeError, RowRefused
-from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool, map_texts
+from luthier.types import (
+    Example,
+    IntArray,
+    Message,
+    Row,
+    TemplateKwargs,
+    Tool,
+    map_texts,
+    weight_at_end,
+)
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -239,9 +248,7 @@ class ChatFormat:
         ids_T = self.encode_whole(row.plain_text())
         if not len(ids_T):
             raise RowRefused("row.empty", "the text has no tokens.", "Write some text.")
-        weight_T = np.zeros(len(ids_T), dtype=np.float32)
-        weight_T[-1] = 1.0
-        return Example(ids_T, weight_T, index, target=NO_TARGET)
+        return Example(ids_T, weight_at_end(len(ids_T)), index, target=NO_TARGET)
 
     def encode_embedded(self, row: Row, index: int) -> Example:
         """Return a row as input of an embedding model; text gets the model's prompt."""

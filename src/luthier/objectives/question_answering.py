@@ -27,7 +27,7 @@ from luthier.objectives.base import (
     chat_of,
     take_tokens,
 )
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ FEWEST_CONTEXT = 16
 
 
 @dataclass(frozen=True)
-class Span:
+class AnswerSpan:
     """A span of tokens with the sum of both scores."""
 
     score: float
@@ -112,7 +112,7 @@ class QuestionAnswering(Objective):
             target[:2] = found[0], found[-1]
         return Example(
             ids_T,
-            _at_end(len(ids_T)),
+            weight_at_end(len(ids_T)),
             index,
             target=target,
             source_row=row,
@@ -142,7 +142,7 @@ class QuestionAnswering(Objective):
             inside = (first - offset, last - offset) if holds else (0, 0)
             target = np.array([*inside, begin, stop - offset, offset])
             view = replace(take_tokens(example, places), target=target)
-            windows.append(replace(view, weight_T=_at_end(len(places))))
+            windows.append(replace(view, weight_T=weight_at_end(len(places))))
         return windows
 
     def truncate(self, example: Example, context: int) -> Example:
@@ -185,8 +185,8 @@ class QuestionAnswering(Objective):
             for place, row in enumerate(rows)
             for view in self._windows(row)
         ]
-        best: dict[int, tuple[Span, float]] = {}
-        nothing: dict[int, tuple[Span, float]] = {}
+        best: dict[int, tuple[AnswerSpan, float]] = {}
+        nothing: dict[int, tuple[AnswerSpan, float]] = {}
         for part in network.batches(windows, READING_BUDGET):
             scores_RT2 = self._scores(network, part)
             sums_R = scores_RT2.logsumexp(1).sum(-1).tolist()
@@ -200,7 +200,7 @@ class QuestionAnswering(Objective):
                 if view.row not in best or span.score > best[view.row][0].score:
                     best[view.row] = moved, total
                 if view.row not in nothing or null < nothing[view.row][0].score:
-                    nothing[view.row] = Span(null, 0, 0), total
+                    nothing[view.row] = AnswerSpan(null, 0, 0), total
         answers = []
         for place, row in enumerate(rows):
             span, total = max(best[place], nothing[place], key=lambda each: each[0].score)
@@ -216,32 +216,25 @@ class QuestionAnswering(Objective):
         parts = scores_M2.split([len(row) for row in batch.tree.examples])
         return torch.nn.utils.rnn.pad_sequence([*parts], True, -torch.inf)
 
-    def _spans(self, scores_RT2: Tensor, targets: Sequence[Any]) -> list[Span]:
+    def _spans(self, scores_RT2: Tensor, targets: Sequence[Any]) -> list[AnswerSpan]:
         """Return the best span of each window, or tokens 0 to 0 for "no answer"."""
         spans = []
         for scores_T2, target in zip(scores_RT2.detach().cpu().numpy(), targets, strict=True):
-            null = Span(float(scores_T2[0].sum()), 0, 0)
+            null = AnswerSpan(float(scores_T2[0].sum()), 0, 0)
             spans.append(max(self._best_span(scores_T2, target), null, key=lambda s: s.score))
         return spans
 
-    def _best_span(self, scores_T2: FloatArray, target: Any) -> Span:
+    def _best_span(self, scores_T2: FloatArray, target: Any) -> AnswerSpan:
         """Return the best span of the context in a window."""
         begin, end = int(target[2]), int(target[3])
         first_T, last_T = scores_T2[begin:end, 0], scores_T2[begin:end, 1]
-        best = Span(-np.inf, begin, begin)
+        best = AnswerSpan(-np.inf, begin, begin)
         for length in range(min(self.max_answer_tokens, end - begin)):
             sum_T = first_T[: end - begin - length] + last_T[length:]
             at = int(sum_T.argmax())
             if sum_T[at] > best.score:
-                best = Span(float(sum_T[at]), begin + at, begin + at + length)
+                best = AnswerSpan(float(sum_T[at]), begin + at, begin + at + length)
         return best
-
-
-def _at_end(count: int) -> FloatArray:
-    """Return the weights of a row with a single target."""
-    weight_T = np.zeros(count, dtype=np.float32)
-    weight_T[-1] = 1
-    return weight_T
 
 
 def _overlap(span: tuple[int, int], target: tuple[int, int]) -> tuple[int, float]:
@@ -250,7 +243,7 @@ def _overlap(span: tuple[int, int], target: tuple[int, int]) -> tuple[int, float
     return common, (span[1] - span[0] + target[1] - target[0]) / 2 + 1
 
 
-def _answer(row: Example, span: Span, score: float, chat: ChatFormat) -> dict[str, Any]:
+def _answer(row: Example, span: AnswerSpan, score: float, chat: ChatFormat) -> dict[str, Any]:
     """Return the text and the characters of a span of tokens."""
     asked = row.source_row
     if span.end == 0 or not isinstance(asked, AnsweredQuestion):

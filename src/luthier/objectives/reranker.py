@@ -26,7 +26,7 @@ from luthier.errors import RowRefused
 from luthier.evaluation.retrieval import BM25Index, NegativeMiner
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective, TrainingDefaults
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -111,8 +111,7 @@ class Reranker(Objective):
             )
         if chat.tokenizer.num_special_tokens_to_add(True) > 1:
             pair = chat.encode_pair(row.text, row.document)
-            weight_T = np.zeros(len(pair.ids_T), dtype=np.float32)
-            weight_T[-1] = 1.0
+            weight_T = weight_at_end(len(pair.ids_T))
             example = Example(pair.ids_T, weight_T, index, segment_T=pair.segment_T)
         else:  # decoders have no separator: an empty line
             example = chat.encode_input(row, index)

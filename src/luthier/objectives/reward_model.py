@@ -25,7 +25,7 @@ from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Changes, Objective, cut_text
 from luthier.objectives.pairs import Sides, check_different, sides_of
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -108,8 +108,6 @@ def _encode_whole(row: Row, index: int, chat: ChatFormat) -> Example:
         if ids_T[-1] == chat.tokenizer.pad_token_id:
             # transformers pools the last token that is not padding, here the token before the end.
             ids_T = ids_T[:-1]
-        weight_T = np.zeros(len(ids_T), dtype=np.float32)
-        weight_T[-1] = 1.0
         # With a target, even an empty one, the tree predicts no tokens of the row.
-        return Example(ids_T, weight_T, index, target=np.zeros(0))
+        return Example(ids_T, weight_at_end(len(ids_T)), index, target=np.zeros(0))
     return chat.encode_input(row, index)
