@@ -53,9 +53,9 @@ class Family:
         return AutoConfig.for_model(self.model_type, **fields)
 
 
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_LATENT = {
+LATENT = {
     "head_dim": 8,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -135,17 +135,17 @@ DECODERS = (
         "qwen2",
         {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 1},
     ),
-    Family("Qwen 2 MoE", "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 16}),
+    Family("Qwen 2 MoE", "qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 16}),
     Family("Qwen 3", "qwen3", every_run=True),
-    Family("Qwen 3 MoE", "qwen3_moe", _EXPERTS),
+    Family("Qwen 3 MoE", "qwen3_moe", EXPERTS),
     Family(
-        "Qwen 3 Next", "qwen3_next", {**_EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 16}
+        "Qwen 3 Next", "qwen3_next", {**EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 16}
     ),
     Family("Qwen 3.5", "qwen3_5_text", _LINEAR),
     Family(
         "Qwen 3.5 MoE",
         "qwen3_5_moe_text",
-        {**_EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 16},
+        {**EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 16},
     ),
     Family("Gemma", "gemma"),
     Family(
@@ -279,7 +279,7 @@ DECODERS = (
         "Jamba",
         "jamba",
         {
-            **_EXPERTS,
+            **EXPERTS,
             "use_mamba_kernels": False,
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
@@ -308,7 +308,7 @@ DECODERS = (
     Family(
         "LFM 2 MoE",
         "lfm2_moe",
-        {**_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     ),
     Family(
         "RecurrentGemma",
@@ -336,11 +336,11 @@ DECODERS = (
     ),
     Family("GLM 4", "glm"),
     Family("GLM 4 0414", "glm4"),
-    Family("GLM 4.5", "glm4_moe", {**_LATENT, "num_key_value_heads": 2}),
+    Family("GLM 4.5", "glm4_moe", {**LATENT, "num_key_value_heads": 2}),
     Family("gpt-oss", "gpt_oss", {**_LOCAL_EXPERTS, **_ALTERNATING}),
-    Family("DeepSeek V2", "deepseek_v2", _LATENT),
-    Family("DeepSeek V3", "deepseek_v3", _LATENT),
-    Family("Dots 1", "dots1", {**_LATENT, "num_key_value_heads": 2}),
+    Family("DeepSeek V2", "deepseek_v2", LATENT),
+    Family("DeepSeek V3", "deepseek_v3", LATENT),
+    Family("Dots 1", "dots1", {**LATENT, "num_key_value_heads": 2}),
     Family("Ernie 4.5", "ernie4_5"),
     Family(
         "Ernie 4.5 MoE",
@@ -493,8 +493,7 @@ _T5: dict[str, Any] = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
-_BART: dict[str, Any] = {
-    **_NO_DECODER,
+BART_SIZES: dict[str, Any] = {
     "d_model": 32,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -502,6 +501,10 @@ _BART: dict[str, Any] = {
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
+}
+_BART: dict[str, Any] = {
+    **_NO_DECODER,
+    **BART_SIZES,
     "decoder_start_token_id": 1,
     "forced_eos_token_id": None,
     "forced_bos_token_id": None,

@@ -12,7 +12,7 @@ import torch
 
 import luthier
 from luthier.data.tree import build_tree, pad_tree
-from luthier.models.attention import Scoring, Window, plan_attention
+from luthier.models.attention import AttentionWindow, Scoring, plan_attention
 from luthier.types import Example
 
 pytestmark = [
@@ -92,7 +92,7 @@ def test_windows_caps_and_sinks_equal_those_of_the_cpu() -> None:
     for name in ("cpu", "cuda"):
         inputs = [each.to(name).requires_grad_() for each in numbers]
         plan = plan_attention(tree, torch.device(name), torch.float32)
-        scoring = Scoring(0.2, Window(64), 1.5, inputs[3])
+        scoring = Scoring(0.2, AttentionWindow(64), 1.5, inputs[3])
         out = plan.attend(None, *inputs[:3], scoring)
         parts = torch.autograd.grad((out * weight.to(name)).sum(), inputs)
         found.append([each.detach().cpu() for each in (out, *parts)])

@@ -22,8 +22,8 @@ from luthier.errors import RecipeError
 from luthier.models import attention
 from luthier.models.attention import (
     AttentionPlan,
+    AttentionWindow,
     Scoring,
-    Window,
     _flex_mask,
     _TreeAttention,
     plan_attention,
@@ -179,7 +179,7 @@ def test_attention_is_the_masked_softmax(heads: tuple[int, int]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def within(tree: TokenTree, window: Window) -> Tensor:
+def within(tree: TokenTree, window: AttentionWindow) -> Tensor:
     """Dense relation of the ancestors in the window."""
     depth_N = torch.from_numpy(tree.depth_N)
     if window.is_chunked:
@@ -188,8 +188,12 @@ def within(tree: TokenTree, window: Window) -> Tensor:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("window", [Window(1), Window(2), Window(3), Window(2, True)], ids=str)
-def test_windows_caps_and_sinks_are_those_of_a_dense_softmax(window: Window) -> None:
+@pytest.mark.parametrize(
+    "window",
+    [AttentionWindow(1), AttentionWindow(2), AttentionWindow(3), AttentionWindow(2, True)],
+    ids=str,
+)
+def test_windows_caps_and_sinks_are_those_of_a_dense_softmax(window: AttentionWindow) -> None:
     tree = small_tree()
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 4, len(tree), 5, dtype=torch.float64, requires_grad=True)
@@ -208,13 +212,13 @@ def test_windows_caps_and_sinks_are_those_of_a_dense_softmax(window: Window) -> 
     of_tree = torch.autograd.grad((found * weight).sum(), inputs)
     of_dense = torch.autograd.grad((expected * weight).sum(), inputs)
     torch.testing.assert_close(of_tree, of_dense, rtol=1e-10, atol=1e-12)
-    assert plan.within(Window(6)) is plan
+    assert plan.within(AttentionWindow(6)) is plan
     assert plan.within(window) is plan.within(window) is not plan
 
 
 def test_tiles_within_a_window_have_few_keys() -> None:
     plan = plan_attention(build_tree(make_rows([(0, [640])])), CPU, torch.float32)
-    keys = [group.key_BK.shape[1] for group in plan.within(Window(32)).groups]
+    keys = [group.key_BK.shape[1] for group in plan.within(AttentionWindow(32)).groups]
     assert max(keys) <= attention.TILE + 32
     assert max(group.key_BK.shape[1] for group in plan.groups) == 640
 
@@ -402,8 +406,8 @@ def test_a_tree_on_a_gpu_gives_what_its_rows_give_alone(
         assert difference(grad.cpu(), expected[name]) < 1e-2, name
 
 
-@pytest.mark.parametrize("window", [Window(2), Window(3, True)], ids=str)
-def test_the_gpu_mask_has_the_window(window: Window) -> None:
+@pytest.mark.parametrize("window", [AttentionWindow(2), AttentionWindow(3, True)], ids=str)
+def test_the_gpu_mask_has_the_window(window: AttentionWindow) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
     tree = small_tree()
@@ -421,7 +425,7 @@ def test_the_gpu_kernel_gets_caps_and_sinks(monkeypatch: pytest.MonkeyPatch) -> 
     tree = small_tree()
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, len(tree), 16) for heads in (4, 2, 2))
-    scoring = Scoring(0.9, Window(3), 1.5, torch.randn(4))
+    scoring = Scoring(0.9, AttentionWindow(3), 1.5, torch.randn(4))
     expected = plan_attention(tree, CPU, torch.float32).attend(None, query, key, value, scoring)
     mask = _flex_mask(tree, is_bidirectional=False, window=scoring.window)
     plan = AttentionPlan((), 1, block_mask=mask)

@@ -21,6 +21,7 @@ from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.types import Example, Message
+from model_families import BART_SIZES
 
 CORPUS = [
     "the quick brown fox jumps over",
@@ -29,17 +30,7 @@ CORPUS = [
 ] * 9
 CPU = torch.device("cpu")
 PROMPT, REPLY = "guten Tag", "the fox learns"
-SIZES: dict[str, Any] = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
-    "init_std": 0.3,
-}
+SIZES: dict[str, Any] = {**BART_SIZES, "max_position_embeddings": 64, "init_std": 0.3}
 EQUAL = ("bart", "mbart", "mbart50", "m2m_100", "marian", "pegasus", "t5")
 
 

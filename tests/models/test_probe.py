@@ -19,6 +19,7 @@ from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.models.probe import DenseAttention, Probe, in_float32, try_shared, try_training
 from luthier.types import Example
+from model_families import EXPERTS, LATENT
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -33,27 +34,12 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MLA = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-}
 GEMMA = {"head_dim": 8, "num_key_value_heads": 2, "query_pre_attn_scalar": 8}
 ACCEPTED: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen3_moe": {**EXPERTS, "head_dim": 8, "num_key_value_heads": 2},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
-    "deepseek_v3": MLA,
+    "deepseek_v3": LATENT,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "ernie4_5": {"head_dim": 8, "num_key_value_heads": 2},
     "helium": {"head_dim": 8, "num_key_value_heads": 2},
@@ -213,13 +199,13 @@ def test_a_passed_trial_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("is_bidirectional", [False, True])
 def test_the_dense_attention_of_accelerators_is_that_of_the_tree(is_bidirectional: bool) -> None:
-    from luthier.models.attention import Scoring, Window, plan_attention
+    from luthier.models.attention import AttentionWindow, Scoring, plan_attention
 
     rows = [Example(ids, np.zeros(len(ids), np.float32), n) for n, ids in enumerate(rows_of(9, 5))]
     tree = build_tree(rows, share=not is_bidirectional)
     query, key, value = (torch.randn(1, heads, len(tree), 8) for heads in (4, 2, 2))
     plan = plan_attention(tree, CPU, torch.float32, is_bidirectional)
-    scoring = Scoring(0.3, Window(4), softcap=1.5, sinks_H=torch.randn(4))
+    scoring = Scoring(0.3, AttentionWindow(4), softcap=1.5, sinks_H=torch.randn(4))
     dense = DenseAttention(tree, is_bidirectional, CPU).attend(None, query, key, value, scoring)
     assert torch.allclose(dense, plan.attend(None, query, key, value, scoring), atol=1e-5)
 

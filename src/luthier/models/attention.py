@@ -48,7 +48,7 @@ SMALL_GROUP = 1 << 13
 
 
 @dataclass(frozen=True)
-class Window:
+class AttentionWindow:
     """The visible distance of a layer with sliding-window or chunked attention."""
 
     size: int
@@ -61,12 +61,12 @@ class Window:
             return query // self.size == key // self.size
         return abs(query - key) < self.size
 
-    def __getitem__(self, _part: Any) -> Window:
+    def __getitem__(self, _part: Any) -> AttentionWindow:
         """Return the window: Gemma 4 slices masks before the layers with shared keys."""
         return self
 
 
-def window_within(window: Window | None, longest: int) -> Window | None:
+def window_within(window: AttentionWindow | None, longest: int) -> AttentionWindow | None:
     """Return ``window``, or ``None`` if rows of up to ``longest`` tokens fit in the window."""
     return None if window is None or longest <= window.size else window
 
@@ -80,7 +80,7 @@ class Scoring(NamedTuple):
     """Rules of a layer that turn products of queries and keys into attention weights."""
 
     scale: float
-    window: Window | None = None
+    window: AttentionWindow | None = None
     softcap: float | None = None
     """Limit of the scores: ``softcap * tanh(score / softcap)`` (Gemma 2)."""
     sinks_H: Tensor | None = None
@@ -186,10 +186,10 @@ class AttentionPlan:
     """Total number of keys, prefix included."""
     block_mask: Any = None
     """FlexAttention's mask, on a GPU."""
-    narrow: Callable[[Window], AttentionPlan] | None = None
+    narrow: Callable[[AttentionWindow], AttentionPlan] | None = None
     """Function that plans the same tree within a window."""
     _rows: dict[tuple[int, int], TileRows] = field(default_factory=dict, compare=False)
-    _windows: dict[Window, AttentionPlan] = field(default_factory=dict, compare=False)
+    _windows: dict[AttentionWindow, AttentionPlan] = field(default_factory=dict, compare=False)
 
     def rows(self, heads: int, key_heads: int) -> TileRows:
         """Return the row indices for ``heads`` query heads and ``key_heads`` key heads."""
@@ -199,7 +199,7 @@ class AttentionPlan:
             self._rows[shape] = _place_rows(self.groups, self.keys, *shape)
         return self._rows[shape]
 
-    def within(self, window: Window | None) -> AttentionPlan:
+    def within(self, window: AttentionWindow | None) -> AttentionPlan:
         """Return the pattern within ``window``: this plan if no path is longer."""
         window = window_within(window, self.longest)
         if window is None or self.narrow is None:
@@ -254,14 +254,14 @@ def plan_attention(
     dtype: torch.dtype,
     is_bidirectional: bool = False,
     before: int = 0,
-    window: Window | None = None,
+    window: AttentionWindow | None = None,
 ) -> AttentionPlan:
     """Return the attention pattern of ``tree``: tiles on a CPU, a block mask on a GPU.
 
     Args:
         is_bidirectional: Bidirectional attention within each row. Requires a forest of chains.
         before: Number of prefix keys (prefix tuning).
-        window: Window of the layers. A token's position is its depth.
+        window: AttentionWindow of the layers. A token's position is its depth.
     """
     longest = before + int(tree.depth_N.max()) + 1
     keys = before + len(tree)
@@ -350,7 +350,7 @@ def _visible_keys(
     tree: TokenTree,
     first_N: IntArray | None,
     before: int,
-    window: Window | None,
+    window: AttentionWindow | None,
     node_Q: IntArray,
 ) -> tuple[IntArray, NDArray[np.bool_]]:
     """Return the keys ``[K]`` of a tile's queries, prefix first, and which query sees which key."""
@@ -514,7 +514,7 @@ def _flex_mask(
     tree: TokenTree,
     is_bidirectional: bool,
     before: int = 0,
-    window: Window | None = None,
+    window: AttentionWindow | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
     """Return the block mask."""
@@ -608,7 +608,7 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Window | None,
+    attention_mask: AttentionWindow | None,
     scaling: float | None = None,
     tree: Attends | None = None,
     softcap: float | None = None,
@@ -639,13 +639,13 @@ def tree_attention(
 
 def _window_of(
     *_: Any, local_size: int | None = None, config: Any = None, **further: Any
-) -> Window | None:
+) -> AttentionWindow | None:
     """Return the window of the layers that get this mask: transformers' own choice per layer."""
     if local_size is None:
         return None
     is_chunked = getattr(config, "sliding_window", None) is None
     # Only masks of bidirectional windows have this argument. Their size is the largest distance.
-    return Window(local_size + ("allow_is_bidirectional_skip" in further), is_chunked)
+    return AttentionWindow(local_size + ("allow_is_bidirectional_skip" in further), is_chunked)
 
 
 def register() -> None:

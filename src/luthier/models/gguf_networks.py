@@ -61,7 +61,7 @@ _TANH = frozenset({"gelu_new", "gelu_pytorch_tanh", "gelu_fast"})
 
 
 @dataclass(frozen=True)
-class Network:
+class GGUFNetwork:
     """A network of llama.cpp, and its differences from transformers' implementation."""
 
     arch: MODEL_ARCH
@@ -79,55 +79,57 @@ class Network:
     """Settings with a single value in llama.cpp."""
 
 
-NETWORKS: Mapping[str, Network] = {
-    "arcee": Network(MODEL_ARCH.ARCEE, frozenset({"relu2"}), interleaved=True),
-    "cohere": Network(MODEL_ARCH.COMMAND_R),
-    "cohere2": Network(MODEL_ARCH.COHERE2, period=4),
-    "ernie4_5": Network(MODEL_ARCH.ERNIE4_5),
-    "exaone4": Network(MODEL_ARCH.EXAONE4, scaling=("llama3",), only={"sliding_window": None}),
-    "gemma": Network(MODEL_ARCH.GEMMA, _TANH, offset=True),
-    "gemma2": Network(MODEL_ARCH.GEMMA2, _TANH, offset=True, period=2),
-    "gemma3_text": Network(MODEL_ARCH.GEMMA3, _TANH, offset=True, period=6, scaling=("linear",)),
-    "gemma4_text": Network(
+NETWORKS: Mapping[str, GGUFNetwork] = {
+    "arcee": GGUFNetwork(MODEL_ARCH.ARCEE, frozenset({"relu2"}), interleaved=True),
+    "cohere": GGUFNetwork(MODEL_ARCH.COMMAND_R),
+    "cohere2": GGUFNetwork(MODEL_ARCH.COHERE2, period=4),
+    "ernie4_5": GGUFNetwork(MODEL_ARCH.ERNIE4_5),
+    "exaone4": GGUFNetwork(MODEL_ARCH.EXAONE4, scaling=("llama3",), only={"sliding_window": None}),
+    "gemma": GGUFNetwork(MODEL_ARCH.GEMMA, _TANH, offset=True),
+    "gemma2": GGUFNetwork(MODEL_ARCH.GEMMA2, _TANH, offset=True, period=2),
+    "gemma3_text": GGUFNetwork(
+        MODEL_ARCH.GEMMA3, _TANH, offset=True, period=6, scaling=("linear",)
+    ),
+    "gemma4_text": GGUFNetwork(
         MODEL_ARCH.GEMMA4,
         _TANH,
         period=6,
         scaling=("proportional",),
         only={"attention_k_eq_v": False, "enable_moe_block": False},
     ),
-    "glm4": Network(MODEL_ARCH.GLM4),
-    "gpt2": Network(
+    "glm4": GGUFNetwork(MODEL_ARCH.GLM4),
+    "gpt2": GGUFNetwork(
         MODEL_ARCH.GPT2,
         _TANH,
         only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     ),
-    "gpt_neox": Network(MODEL_ARCH.GPTNEOX, _TANH | {"gelu"}),
-    "gpt_oss": Network(MODEL_ARCH.GPT_OSS, period=2, scaling=("yarn", _UNTRUNCATED)),
-    "granite": Network(MODEL_ARCH.GRANITE, interleaved=True),
-    "granitemoe": Network(MODEL_ARCH.GRANITE_MOE, interleaved=True),
-    "helium": Network(MODEL_ARCH.LLAMA),
-    "hunyuan_v1_dense": Network(MODEL_ARCH.HUNYUAN_DENSE),
-    "lfm2": Network(MODEL_ARCH.LFM2),
-    "llama": Network(MODEL_ARCH.LLAMA, interleaved=True, scaling=("llama3", "linear", "yarn")),
-    "mistral": Network(MODEL_ARCH.LLAMA, interleaved=True),
-    "mixtral": Network(MODEL_ARCH.LLAMA, interleaved=True),
-    "nemotron": Network(MODEL_ARCH.NEMOTRON, frozenset({"relu2"}), offset=True),
-    "olmo": Network(MODEL_ARCH.OLMO, interleaved=True),
-    "olmo2": Network(MODEL_ARCH.OLMO2),
-    "olmo3": Network(MODEL_ARCH.OLMO2, period=4),
-    "olmoe": Network(MODEL_ARCH.OLMOE, only={"norm_topk_prob": False}),
-    "phi": Network(MODEL_ARCH.PHI2, _TANH, only={"qk_layernorm": False}),
-    "phi3": Network(MODEL_ARCH.PHI3, scaling=("longrope",)),
-    "qwen2": Network(MODEL_ARCH.QWEN2, scaling=("yarn",)),
-    "qwen2_moe": Network(MODEL_ARCH.QWEN2MOE, only={"norm_topk_prob": False}),
-    "qwen3": Network(MODEL_ARCH.QWEN3, scaling=("yarn",)),
-    "qwen3_5_moe_text": Network(MODEL_ARCH.QWEN35MOE, offset=True),
-    "qwen3_5_text": Network(MODEL_ARCH.QWEN35, offset=True),
-    "qwen3_moe": Network(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True}),
-    "seed_oss": Network(MODEL_ARCH.SEED_OSS),
-    "smollm3": Network(MODEL_ARCH.SMOLLM3, interleaved=True),
-    "stablelm": Network(MODEL_ARCH.STABLELM),
-    "starcoder2": Network(MODEL_ARCH.STARCODER2, _TANH),
+    "gpt_neox": GGUFNetwork(MODEL_ARCH.GPTNEOX, _TANH | {"gelu"}),
+    "gpt_oss": GGUFNetwork(MODEL_ARCH.GPT_OSS, period=2, scaling=("yarn", _UNTRUNCATED)),
+    "granite": GGUFNetwork(MODEL_ARCH.GRANITE, interleaved=True),
+    "granitemoe": GGUFNetwork(MODEL_ARCH.GRANITE_MOE, interleaved=True),
+    "helium": GGUFNetwork(MODEL_ARCH.LLAMA),
+    "hunyuan_v1_dense": GGUFNetwork(MODEL_ARCH.HUNYUAN_DENSE),
+    "lfm2": GGUFNetwork(MODEL_ARCH.LFM2),
+    "llama": GGUFNetwork(MODEL_ARCH.LLAMA, interleaved=True, scaling=("llama3", "linear", "yarn")),
+    "mistral": GGUFNetwork(MODEL_ARCH.LLAMA, interleaved=True),
+    "mixtral": GGUFNetwork(MODEL_ARCH.LLAMA, interleaved=True),
+    "nemotron": GGUFNetwork(MODEL_ARCH.NEMOTRON, frozenset({"relu2"}), offset=True),
+    "olmo": GGUFNetwork(MODEL_ARCH.OLMO, interleaved=True),
+    "olmo2": GGUFNetwork(MODEL_ARCH.OLMO2),
+    "olmo3": GGUFNetwork(MODEL_ARCH.OLMO2, period=4),
+    "olmoe": GGUFNetwork(MODEL_ARCH.OLMOE, only={"norm_topk_prob": False}),
+    "phi": GGUFNetwork(MODEL_ARCH.PHI2, _TANH, only={"qk_layernorm": False}),
+    "phi3": GGUFNetwork(MODEL_ARCH.PHI3, scaling=("longrope",)),
+    "qwen2": GGUFNetwork(MODEL_ARCH.QWEN2, scaling=("yarn",)),
+    "qwen2_moe": GGUFNetwork(MODEL_ARCH.QWEN2MOE, only={"norm_topk_prob": False}),
+    "qwen3": GGUFNetwork(MODEL_ARCH.QWEN3, scaling=("yarn",)),
+    "qwen3_5_moe_text": GGUFNetwork(MODEL_ARCH.QWEN35MOE, offset=True),
+    "qwen3_5_text": GGUFNetwork(MODEL_ARCH.QWEN35, offset=True),
+    "qwen3_moe": GGUFNetwork(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True}),
+    "seed_oss": GGUFNetwork(MODEL_ARCH.SEED_OSS),
+    "smollm3": GGUFNetwork(MODEL_ARCH.SMOLLM3, interleaved=True),
+    "stablelm": GGUFNetwork(MODEL_ARCH.STABLELM),
+    "starcoder2": GGUFNetwork(MODEL_ARCH.STARCODER2, _TANH),
 }
 """Supported networks by ``model_type``."""
 
@@ -169,7 +171,7 @@ class Weight:
             self.weight.index_copy_(self.dim, self.order.to(rows.device), rows)
 
 
-def network_of(model_type: str, name: str) -> Network:
+def network_of(model_type: str, name: str) -> GGUFNetwork:
     """Return the network of ``model_type``.
 
     Raises:
@@ -267,7 +269,7 @@ def _rope_of(config: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return rope.get("full_attention", rope), rope.get("sliding_attention")
 
 
-def _check_settings(config: Any, network: Network, name: str) -> None:
+def _check_settings(config: Any, network: GGUFNetwork, name: str) -> None:
     fields = ("hidden_act", "hidden_activation", "activation_function")
     activation = next((getattr(config, each) for each in fields if hasattr(config, each)), "silu")
     if activation not in network.activations:
@@ -295,7 +297,7 @@ def _check_settings(config: Any, network: Network, name: str) -> None:
             )
 
 
-def _computed_settings(config: Any, network: Network) -> dict[str, Any]:
+def _computed_settings(config: Any, network: GGUFNetwork) -> dict[str, Any]:
     """Return the settings that llama.cpp derives from other settings."""
     found: dict[str, Any] = {}
     if network.arch == MODEL_ARCH.SMOLLM3:
@@ -401,7 +403,7 @@ def _parts(config: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor
         yield name, weight
 
 
-def _conversion(network: Network, name: str) -> Callable[[Tensor], Tensor] | None:
+def _conversion(network: GGUFNetwork, name: str) -> Callable[[Tensor], Tensor] | None:
     if name.endswith(".ssm_a"):
         return lambda rows: -rows.exp()
     is_norm = name.endswith("_norm.weight") and not name.endswith("ssm_norm.weight")

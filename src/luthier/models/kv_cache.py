@@ -15,8 +15,8 @@ from torch import Tensor
 
 from luthier.data.tree import round_up
 from luthier.models.attention import (
+    AttentionWindow,
     Scoring,
-    Window,
     additive_mask,
     attention_scores,
     dense_attention,
@@ -225,7 +225,7 @@ class ChunkAttention:
         """Prepare the masks; ``dtype`` is the data type of keys and values."""
         self._chunks, self._device, self._dtype = chunks, device, dtype
         self._longest = max(chunk.end for chunk in chunks)
-        self._masks: dict[Window | None, list[tuple[slice, Tensor]]] = {}
+        self._masks: dict[AttentionWindow | None, list[tuple[slice, Tensor]]] = {}
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
@@ -249,7 +249,7 @@ class ChunkAttention:
             )
         return torch.cat(outs)[None]
 
-    def _seen(self, window: Window | None) -> list[tuple[slice, Tensor]]:
+    def _seen(self, window: AttentionWindow | None) -> list[tuple[slice, Tensor]]:
         """Return the keys and the mask of each chunk, shared by all layers with this window."""
         window = window_within(window, self._longest)
         if window not in self._masks:
@@ -264,7 +264,9 @@ class ChunkAttention:
         return self._masks[window]
 
 
-def _mask(query: Tensor, key_K: Tensor, window: Window | None, dtype: torch.dtype) -> Tensor:
+def _mask(
+    query: Tensor, key_K: Tensor, window: AttentionWindow | None, dtype: torch.dtype
+) -> Tensor:
     """Return the additive mask of queries at the positions ``query [.., 1]``."""
     # `<=`: a token sees itself.
     sees = key_K <= query
@@ -327,7 +329,7 @@ class _Run:
     length_R: Tensor
     longest: int
     dtype: torch.dtype
-    masks: dict[Window | None, Tensor] = field(default_factory=dict)
+    masks: dict[AttentionWindow | None, Tensor] = field(default_factory=dict)
     """Additive masks ``[R, 1, 1, K]`` by window. All layers share the masks."""
 
     @staticmethod
@@ -338,7 +340,7 @@ class _Run:
         slot_R = torch.arange(slot, slot + len(rows), device=device)
         return _Run(bank, slot, first, len(rows), slot_R, length_R, max(lengths) + 1, dtype)
 
-    def _mask_of(self, window: Window | None) -> Tensor:
+    def _mask_of(self, window: AttentionWindow | None) -> Tensor:
         window = window_within(window, self.longest)
         if window not in self.masks:
             # The new token's own key is stored at index length_R.
