@@ -340,7 +340,7 @@ class Example:
     ids_T: IntArray
     weight_T: FloatArray
     row: int
-    """Index of the row in the data set, for messages and caching."""
+    """Number of the row, unique within one split, for messages and caching."""
     target: NDArray[Any] | None = None
     source_T: IntArray | None = None
     """Input ids of the encoder in an encoder-decoder; ``ids_T`` are the decoder's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from short_runs import manifest_of, write_rows
+from short_runs import WORDS, manifest_of, write_rows
 from stored_files import files_in
 
 from luthier.engine import model_writer, train
@@ -20,7 +20,9 @@ from luthier.errors import DoesNotFit, LuthierError, UnknownModel
 from luthier.files import read_json, write_json
 from luthier.library.models import find
 from luthier.models import lora_batch, manifest
+from luthier.objectives.base import Objective
 from luthier.recipe import Recipe
+from luthier.types import Example
 
 
 def no_space(kind: str) -> Exception:
@@ -179,3 +181,40 @@ def test_what_does_not_write_says_so_in_its_record(
     parity = find(result.model_id).manifest.parity
     assert parity is not None and parity.greedy is None and parity.next_tokens is None
     assert parity.greedy_skipped
+
+
+@pytest.mark.parametrize(
+    ("base", "objective", "columns"),
+    [
+        ("bert", "contrastive", ("anchor", "positive")),
+        ("llama", "reward_model", ("prompt", "chosen", "rejected")),
+    ],
+)
+def test_rows_of_two_splits_in_the_parity_check(
+    recipe: Callable[..., Recipe],
+    family_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    objective: str,
+    columns: tuple[str, ...],
+) -> None:
+    samples: list[Sequence[Example]] = []
+    real = Objective.parity_loss
+
+    def record(own: Objective, network: Any, examples: Sequence[Example], budget: int) -> float:
+        samples.append(examples)
+        return real(own, network, examples, budget)
+
+    monkeypatch.setattr(Objective, "parity_loss", record)
+    rows = [{column: f"{WORDS[n]} {column} {n}" for column in columns} for n in range(10)]
+    made = recipe(
+        {"micro_batch_tokens": 16, "batch_size": 4, "max_steps": 1},
+        base=str(family_folder(base)),
+        data={"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "validation_share": 0.2},
+        objective={"method": objective},
+    )
+    train.train(made)
+    trained, reloaded = samples
+    assert len({tuple(row.ids_T) for row in trained}) == 10
+    assert [row.row for row in trained] == [row.row for row in reloaded] == [*range(10)]

@@ -195,14 +195,17 @@ class ModelWriter:
         )
 
     def _sample(self) -> list[Example]:
-        """Return the rows of the parity check, held-out rows first."""
+        """Return the rows of the parity check, held-out rows first, numbered by their position.
+
+        Row numbers are unique within a split only.
+        """
         rows: list[Example] = []
         tokens = 0
         for row in islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS):
             tokens += len(row)
             if len(rows) >= TOKEN_PARITY_ROWS and tokens > PARITY_TOKENS:
                 break
-            rows.append(row)
+            rows.append(replace(row, row=len(rows)))
         return rows
 
     @property
@@ -218,8 +221,7 @@ class ModelWriter:
         generation."""
         if self.job.data.objective.task != "causal_lm":
             return None
-        rows = [replace(row, row=place) for place, row in enumerate(self._few_rows())]
-        return target_logps(network, rows, self._budget)
+        return target_logps(network, self._few_rows(), self._budget)
 
     def _few_rows(self) -> list[Example]:
         return self._sample()[:TOKEN_PARITY_ROWS]
