@@ -54,7 +54,7 @@ check: $(INSTALLED)  ## lint, types, import order, documentation
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/prose.py
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
@@ -62,7 +62,7 @@ format: $(INSTALLED)  ## let ruff rewrite what it can
 
 docs: $(INSTALLED)  ## write docs/reference.md from the code, and all pages to build/site
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)  ## speed and memory against TRL (needs DATA=…/banking77/train.jsonl)
 	$(BIN)/python benchmarks/sft_vs_trl.py $(DATA)

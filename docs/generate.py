@@ -1,4 +1,4 @@
-"""Write docs/reference.md, the tables of two guide pages, and JSON schemas from the code.
+"""Write docs/reference.md, tables of three other pages, and JSON schemas from the code.
 
 With --check, fail when they are not what would be written.
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,27 @@ from luthier.workflows.pretrain_recipe import (
 
 TARGET = Path(__file__).parent / "reference.md"
 LIMITS = Path(__file__).parent / "guide" / "limits.md"
+ARCHITECTURE = Path(__file__).parent / "architecture.md"
 SCHEMA = Path(__file__).parent / "certificate.schema.json"
 BASES = Path(__file__).parent / "guide" / "base-models.md"
+PLUGIN_TABLES = (
+    ("objectives", "OBJECTIVES"),
+    ("adaptations", "ADAPTATIONS"),
+    ("graders", "GRADERS"),
+    ("gate.checks", "CHECKS"),
+    ("engine.steps", "STEPS"),
+    ("models.catalog", "CATALOG"),
+    ("models.backends", "BACKENDS"),
+    ("data.inputs", "PROCESSORS"),
+    ("trackers", "TRACKERS"),
+    ("server.jobs.runners", "RUNNERS"),
+)
+"""Module and name of each table that plugins extend."""
 TESTS = Path(__file__).parent.parent / "tests"
 """Folder of the families that the tests compare with transformers."""
 BASES_BEGIN, BASES_END = "<!-- families: written by make docs -->\n", "<!-- end of families -->"
+LAYERS_BEGIN, LAYERS_END = "<!-- layers: written by make docs -->\n", "<!-- end of layers -->"
+TABLES_BEGIN, TABLES_END = "<!-- tables: written by make docs -->\n", "<!-- end of tables -->"
 LIMITS_BEGIN, LIMITS_END = "<!-- limits: written by make docs -->\n", "<!-- end of limits -->"
 
 
@@ -78,8 +96,10 @@ def main() -> int:
         )
         + "\n"
     )
+    layers = _with_table(ARCHITECTURE, LAYERS_BEGIN, LAYERS_END, _layers())
     pages = {
         TARGET: text,
+        ARCHITECTURE: _with_table(layers, TABLES_BEGIN, TABLES_END, _plugin_tables()),
         LIMITS: _with_table(LIMITS, LIMITS_BEGIN, LIMITS_END, _limits()),
         BASES: _with_table(BASES, BASES_BEGIN, BASES_END, _families()),
     }
@@ -95,10 +115,32 @@ def main() -> int:
     return 0
 
 
-def _with_table(path: Path, begin: str, end: str, table: str) -> str:
-    """Return the page with ``table`` between the marks ``begin`` and ``end``."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+def _with_table(page: Path | str, begin: str, end: str, table: str) -> str:
+    """Return the page, a file or its text, with ``table`` between the marks ``begin`` and ``end``."""
+    text = page if isinstance(page, str) else page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
     return before + begin + table + end + rest.partition(end)[2]
+
+
+def _layers() -> str:
+    """Return the layers of the import contract, from top to bottom."""
+    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    contract = project["tool"]["importlinter"]["contracts"][0]
+    rows = [[name.strip() for name in row.split(":")] for row in contract["layers"]]
+    cells = [" · ".join(name.removeprefix("luthier.") for name in row) for row in rows]
+    width = max(map(len, cells))
+    edge = "+" + "-" * (width + 2) + "+"
+    return "\n".join(["```text", edge, *(f"| {cell:^{width}} |" for cell in cells), edge, "```", ""])
+
+
+def _plugin_tables() -> str:
+    """Return the tables of parts by entry point group."""
+    rows = ["| group | module | parts |", "| --- | --- | --- |"]
+    for module, name in PLUGIN_TABLES:
+        table = getattr(import_module(f"luthier.{module}"), name)
+        shown = ", ".join(f"`{part}`" for part in table)
+        rows.append(f"| `{table.group}` | `luthier.{module}` | {shown} |")
+    return "\n".join([*rows, ""])
 
 
 def _families() -> str:
@@ -174,7 +216,8 @@ def _functions() -> list[str]:
         "## Functions",
         "",
         "What `import luthier` has, over the same code as the commands; arguments are explained by",
-        "`help(luthier.NAME)`. Fields of a recipe are keywords, with `__` for the dot.",
+        "`help(luthier.NAME)`. Fields of a recipe are keywords, with `__` for the dot. Import `luthier`",
+        "before `torch`: waiting threads then sleep, and a busy machine is up to three times as fast.",
         "",
         "| function | arguments | what it does |",
         "| --- | --- | --- |",

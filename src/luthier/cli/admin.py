@@ -215,7 +215,7 @@ def set_quotas(
 ) -> Record:
     """Set or show the quotas of an account.
 
-    docs/access.md lists the quotas, and requests_per_second is a quota, too.
+    docs/guide/limits.md lists the quotas, and requests_per_second is a quota, too.
 
     Args:
         account: Twelve digits.
