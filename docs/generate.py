@@ -130,7 +130,9 @@ def _layers() -> str:
     cells = [" · ".join(name.removeprefix("luthier.") for name in row) for row in rows]
     width = max(map(len, cells))
     edge = "+" + "-" * (width + 2) + "+"
-    return "\n".join(["```text", edge, *(f"| {cell:^{width}} |" for cell in cells), edge, "```", ""])
+    return "\n".join(
+        ["```text", edge, *(f"| {cell:^{width}} |" for cell in cells), edge, "```", ""]
+    )
 
 
 def _plugin_tables() -> str:
