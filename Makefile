@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 COMPILE = $(BIN)/python -c 'import luthier.inference.generation, transformers.models.llama.modeling_llama'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format docs bench clean
+.PHONY: help install demo test test-slow check migration format docs bench clean
 
 help:  ## list what can be done
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +55,12 @@ check: $(INSTALLED)  ## lint, types, import order, documentation
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/prose.py
 	$(BIN)/mkdocs build --strict
+
+# An empty database at the last revision is compared with the models.
+migration: $(INSTALLED)  ## write the migration for changed tables: make migration m="Add notes to jobs"
+	LUTHIER_HOME=$$(mktemp -d) && export LUTHIER_HOME && $(BIN)/alembic upgrade head && \
+	$(BIN)/alembic revision --autogenerate -m "$(m)" \
+	  --rev-id $$(printf %04d $$(($$(ls src/luthier/server/tables/migrations/versions/*.py | wc -l) + 1)))
 
 format: $(INSTALLED)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -2,18 +2,15 @@
 
 import sqlalchemy as sa
 from alembic import op
-
-from luthier.server.tables.database import Moment, Plain
+from sqlalchemy.dialects.postgresql import JSONB
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 
+MOMENT = sa.DateTime(timezone=True)
+PLAIN = sa.JSON().with_variant(JSONB(), "postgresql")
+
 
 def upgrade() -> None:
-    """Go to this revision."""
+    """${message}."""
     ${upgrades if upgrades else "pass"}
-
-
-def downgrade() -> None:
-    """Go back."""
-    ${downgrades if downgrades else "pass"}
