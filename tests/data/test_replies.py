@@ -6,7 +6,7 @@ The templates are our own, with the behaviour of the families' published templat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 
 from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import DecodedReply, ReasoningSplitter, reasoning_after
+from luthier.data.replies import CALL_FIX
 from luthier.data.tools import describe_tool, parse_calls, template_turns
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import encode_answer
@@ -97,6 +98,9 @@ MISTRAL_3 = (
     "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content | tojson }}[/TOOL_RESULTS]"
     "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )  # fmt: skip
+MISTRAL_7B = MISTRAL_3.replace(
+    "system and loop.index0 == ns.user", "system and loop.last and m.role == 'user'"
+)
 PHI_3 = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -157,6 +161,9 @@ FAMILIES = {
     "Falcon": Family(FALCON, ("<|endoftext|>",), tools=False, thoughts=False),
     "Mistral v3": Family(
         MISTRAL_3, ("</s>", "<s>", "[INST]", "[/INST]", "[TOOL_CALLS]"), thoughts=False, one=True
+    ),
+    "Mistral 7B v0.3": Family(
+        MISTRAL_7B, ("</s>", "<s>", "[INST]", "[/INST]", "[TOOL_CALLS]"), thoughts=False, one=True
     ),
     "Phi-3": Family(PHI_3, _PHI, 2, tools=False, thoughts=False, one=True),
     "Phi-3.5": Family(PHI_35, _PHI, 2, tools=False, thoughts=False, one=True),
@@ -246,7 +253,7 @@ def test_each_reply_is_learned_after_its_served_prompt(
             assert part in text
         decoded = chat.decode_reply(chat.encode_prompt(messages[:index], tools), reply)
         assert decoded.reasoning == message.reasoning
-        if message.calls and family in ("GLM 4.5", "Mistral v3", "Qwen 3"):
+        if message.calls and family != "GLM 4":
             (call,) = parse_calls(decoded.text, tools)
             assert (call.name, call.arguments) == ("weather", {"city": "Rome"})
         elif not message.calls:
@@ -266,6 +273,54 @@ def test_reasoning_after_a_prompt_that_turns_reasoning_off(chats: dict[str, Chat
         assert [before for before, _ in parts] == [
             chat.encode_prompt(messages[:index]).tolist() for index in (1, 3)
         ]
+
+
+NEMOTRON_3 = (
+    "{% set thinks = enable_thinking if enable_thinking is defined else true %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n"
+    "{% else %}<think></think>{% endif %}{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think>\n' if thinks else '<think></think>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
+def test_fix_for_rows_without_reasoning_names_switch_of_template(
+    switch: str, new_tokenizer: Callable[..., Any]
+) -> None:
+    template = NEMOTRON_3.replace("enable_thinking", switch)
+    chat = ChatFormat.of(new_tokenizer(template, _IM, _IM[0]))
+    messages = SYSTEM + turns("What?", "A dog .")
+    with pytest.raises(RowRefused) as refused:
+        chat.encode_replies(messages)
+    assert f"chat_template_kwargs.{switch}=false" in refused.value.problem.advice
+    off = chat.with_template_kwargs({switch: False})
+    ((before, reply),) = learned(off, messages)
+    assert off.tokenizer.decode(before).endswith("assistant\n<think></think>")
+    assert off.tokenizer.decode(reply) == "A dog .<|im_end|>"
+    ((before, _),) = learned(chat, SYSTEM + turns("What?", "A dog .", thought="I see"))
+    assert before == chat.encode_prompt(messages[:2]).tolist()
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_calls_that_the_template_drops(
+    is_last: bool, is_learned: bool, new_tokenizer: Callable[..., Any]
+) -> None:
+    """LFM2 and Falcon-H1 list the tools and write the content of turns only."""
+    template = (
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    chat = ChatFormat.of(new_tokenizer(template, _IM, _IM[0]))
+    call = replace(CALL, content="I look .", learned=is_learned or is_last)
+    messages = (*turns("Rome?"), call, RESULT, *turns("", "Sun.")[1:])
+    with pytest.raises(RowRefused) as refused:
+        chat.encode_replies(messages[: 2 if is_last else 4], tools=TOOLS)
+    assert (refused.value.rule, refused.value.problem.advice) == ("row.template", CALL_FIX)
+    assert learned(chat, (messages[0], messages[3]), TOOLS)
 
 
 @pytest.mark.parametrize("family", ["QwQ", "DeepSeek R1"])

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.call_formats import MARKS as CALL_MARKS
 from luthier.data.chat_templates import read_chat_template
 from luthier.data.image_tokens import FIRST_IMAGE_ID, ImageTokens
 from luthier.data.inputs import (
@@ -59,7 +60,7 @@ from luthier.data.template_kwargs import (
     names_read,
     template_defaults,
 )
-from luthier.data.tokenization import TextEncoder, tokenizer_errors
+from luthier.data.tokenization import TextEncoder, special_tokens, tokenizer_errors
 from luthier.data.tools import (
     calls_as_text,
     describe_tool,
@@ -621,8 +622,8 @@ class ChatFormat:
         return self.stop_ids[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a reply, without stop tokens and other special tokens but the marks of reasoning."""
-        special = self.reasoning_marks.special if self.reasoning_marks else {}
+        """Return the text of a reply, without special tokens except marks of reasoning and calls."""
+        special = self._kept_tokens
         if special.keys().isdisjoint(ids):
             return self.decode_tokens(ids)
         texts, start = [], 0
@@ -630,6 +631,16 @@ class ChatFormat:
             texts += [self.decode_tokens(ids[start:at]), special[ids[at]]]
             start = at + 1
         return "".join([*texts, self.decode_tokens(ids[start:])])
+
+    @cached_property
+    def _kept_tokens(self) -> dict[int, str]:
+        """Special tokens that decoded replies contain: the marks of reasoning and tool calls."""
+        kept = dict(self.reasoning_marks.special) if self.reasoning_marks else {}
+        if supports_tools(self.template_text):
+            specials = special_tokens(self.tokenizer)
+            marks = {specials[mark]: mark for mark in CALL_MARKS & specials.keys()}
+            kept |= {token: mark for token, mark in marks.items() if token not in self.stop_ids}
+        return kept
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens."""

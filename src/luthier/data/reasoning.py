@@ -29,7 +29,7 @@ CHARACTERS = 1_000_000
 """Most characters of a rendered short conversation."""
 TAIL = 32
 """Tokens at the end of a prompt to search for an open or closed reasoning block."""
-_SWITCHES = ("enable_thinking", "thinking")
+SWITCHES = ("enable_thinking", "thinking")
 """Template variables that turn reasoning on and off."""
 _USER, _ANSWER, _THOUGHT = "a probe's question", "a probe's answer", "a probe's thought"
 
@@ -141,9 +141,7 @@ def _renderings(chat: ChatFormat) -> Iterator[str]:
         Message("assistant", _ANSWER),
     ):
         yield _render(chat, (question, answer), reply=False)
-    switched: list[TemplateKwargs] = [
-        {name: value} for name in _SWITCHES for value in (True, False)
-    ]
+    switched: list[TemplateKwargs] = [{name: value} for name in SWITCHES for value in (True, False)]
     for kwargs in [{}, *switched]:
         if chat.read_kwargs(kwargs) == kwargs:
             yield _render(chat, (question,), kwargs=kwargs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
-from luthier.data.reasoning import ReasoningFormat, ReasoningMarks, split_reply
+from luthier.data.reasoning import SWITCHES, ReasoningFormat, ReasoningMarks, split_reply
 from luthier.data.tokenization import SENTINEL
 from luthier.data.tools import missing_from
 from luthier.errors import RecipeError, RowRefused
@@ -27,6 +27,10 @@ GENERATION = "\ufdd1"
 """Unicode noncharacter at both ends of a ``{% generation %}`` block in rendered text."""
 _TAG = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 _REPLY = "a reply"
+CALL_FIX = (
+    "Write the call into the content in the model's notation, or set `data.chat_template` to a "
+    "Jinja file that writes `tool_calls`."
+)
 SYSTEM_FIX = "Put the system prompt before the text of the first user message."
 
 
@@ -139,6 +143,8 @@ def training_sequences(
         message = reply.message
         if len(sequences) > 1 or not reply.is_verbatim or message.calls or message.reasoning:
             missing = missing_from(reply.text, message)
+        if missing and missing_from(reply.text, Message("", calls=message.calls)):
+            raise _dropped_by_template(missing, index, CALL_FIX)
         if missing and learns and index == answers[-1]:
             raise _dropped_by_template(missing, index)
         sequences[-1] += [
@@ -189,6 +195,18 @@ def render_reply(
                 f"Message {len(messages)} has reasoning, and the prompt turns reasoning off.",
                 "Remove the reasoning, or set `data.chat_template_kwargs.enable_thinking=true`.",
             )
+        if is_open and (switch := next(iter(chat.read_kwargs(dict.fromkeys(SWITCHES, False))), "")):
+            raise RowRefused(
+                "row.template",
+                f"The prompt opens the reasoning, and message {len(messages)} has no reasoning.",
+                f"Set `data.chat_template_kwargs.{switch}=false`, or add `reasoning_content`.",
+            )
+        if messages[0].role == "system":
+            # Mistral 7B v0.3 and Nemo write the system prompt into the last turn of a prompt, and
+            # nowhere else. The reply does not depend on the system prompt.
+            prompt = chat.render_turns(messages[1:-1], tools, reply=True)
+            reply = render_reply(chat, prompt, messages[1:], tools)
+            return replace(reply, is_verbatim=False)
         raise RecipeError(
             "the chat template renders the start of an answer in two ways, so the learned "
             "tokens are ambiguous. Use single-turn rows or template=plain.",

@@ -15,6 +15,7 @@ from typing import Any
 
 import jiter
 
+from luthier.data.call_formats import read_bodies
 from luthier.data.parsing import decode_embedded, parse_embedded
 from luthier.types import CALL_CLOSE, CALL_OPEN, Message, Tool, ToolCall
 
@@ -184,13 +185,14 @@ def parse_calls(
     """Return the calls in a generated text, without ids; empty if the text has any other content.
 
     Calls are JSON, or between tags also XML of GLM 4.5 and Qwen3-Coder, with types from the schemas
-    of ``tools``. With ``declared_only``, functions outside of ``tools`` are not calls.
+    of ``tools``, or in a notation of ``luthier.data.call_formats``. With ``declared_only``,
+    functions outside of ``tools`` are not calls.
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     try:
         bodies = [parse_embedded(text)]
     except ValueError:
-        bodies = _tagged_bodies(text, parameters)
+        bodies = _tagged_bodies(text, parameters) or read_bodies(text)
     return _calls_in(bodies, parameters if declared_only else None)
 
 
@@ -202,10 +204,11 @@ def parse_cut_calls(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], b
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     bodies, cut_off = _cut_bodies(text, parameters)
-    if CALL_OPEN in text and not (bodies or cut_off):
-        bodies = _tagged_bodies(text, parameters, cut=True)
-        if cut_off := bodies[-1] is None:
+    if not (bodies or cut_off):
+        bodies = _tagged_bodies(text, parameters, cut=True) or read_bodies(text)
+        if bodies and bodies[-1] is None:
             bodies.pop()
+            cut_off = True
     calls = _calls_in(bodies, parameters)
     return (calls, cut_off) if calls or not bodies else ([], False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from luthier.data.call_formats import OPENS, find_open
 from luthier.data.chat import images_of
 from luthier.data.reasoning import overlap
 from luthier.data.tools import parse_calls, parse_cut_calls, supports_tools
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.data.inputs import Media
     from luthier.types import IntArray
+
+
+_OPENS = (CALL_OPEN, *OPENS)
 
 
 def new_call_id() -> str:
@@ -101,11 +105,11 @@ class CallSplitter:
             if start[0] in "{[":
                 self._calling = True
                 return ""
-        at = self._pending.find(CALL_OPEN)
+        at = find_open(self._pending, _OPENS)
         if at >= 0:
             self._calling = True
         else:
-            at = len(self._pending) - overlap(self._pending, [CALL_OPEN])
+            at = len(self._pending) - overlap(self._pending, _OPENS)
         shown, self._pending = self._pending[:at], self._pending[at:]
         if self._calling and not shown.strip():
             shown = ""
