@@ -124,10 +124,10 @@ def size_job(
     never measured.
 
     Args:
-        found: the estimate.
+        estimate: the estimate.
         request: the target and the number of processes.
         machine: the machine of the estimate.
-        kept_bytes: size of the base model and the rows.
+        input_bytes: size of the base model and the rows.
     """
     gpu = request.gpu
     if gpu is None:
@@ -192,7 +192,7 @@ def _gpu_name(device: str) -> str:
 def launch_file(
     recipe: Recipe, estimate: Estimate, request: LaunchRequest, machine: Machine
 ) -> str:
-    """Return the launch file of ``recipe``, sized by the estimate ``found``.
+    """Return the launch file of ``recipe``, sized by ``estimate``.
 
     Raises:
         RecipeError: for file names that the launch file cannot contain.
@@ -252,7 +252,7 @@ def recipe_text(recipe: Recipe, name: str, targets: Mapping[str, str]) -> str:
     Args:
         recipe: the recipe.
         name: the name of the custom model.
-        moved: target paths by local paths of files and folders.
+        targets: target paths by local paths of files and folders.
     """
 
     def target_path(source: str) -> str:

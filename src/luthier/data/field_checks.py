@@ -102,7 +102,7 @@ def rename_fix(holder: Record, targets: tuple[str, ...]) -> str:
 
 
 def column_fix(key: str, column: str) -> str:
-    """Return advice for a column ``theirs`` with a name similar to the key ``ours``."""
+    """Return advice for ``column``, whose name is similar to the key ``key``."""
     return (
         f'Did you mean {quote(column)}? Rename the column to "{key}", or set '
         f"`data.columns.{key}={column}`."

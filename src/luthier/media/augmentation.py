@@ -49,7 +49,7 @@ def _random_crop(settings: Augmentation, image: Any, random: np.random.Generator
 def change_audio(
     settings: Augmentation, samples: NDArray[np.float32], length: int, random: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Return audio ``[T]`` with random speed, noise and shift. The network reads ``wanted``
+    """Return audio ``[T]`` with random speed, noise and shift. The network reads ``length``
     samples."""
 
     if settings.speed:

@@ -158,8 +158,8 @@ class Import:
 
 
 def file_name(text: str, used: set[str], suffix: str) -> str:
-    """Return a file name for the title ``text`` that is not in ``taken``, and add the name to
-    ``taken``."""
+    """Return a file name for the title ``text`` that is not in ``used``, and add the name to
+    ``used``."""
     stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].rstrip("-") or "unnamed"
     name, number = f"{stem}{suffix}", 2
     while name in used:

@@ -179,7 +179,11 @@ class Contrastive(Objective):
         return replace(chat, sentence=pipeline.with_pooling(_MODES[self.pooling]))
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Return the anchor; ``target`` contains the partner's ids, ``given`` a row with a class."""
+        """Return the anchor.
+
+        ``target`` contains the partner's ids, ``partner`` the negatives, and ``source_row`` a row
+        with a class.
+        """
         example = chat.encode_embedded(row, index)
         partner, negatives = example, list[Example]()
         if isinstance(row, TextPair | CaptionedImage):
@@ -531,7 +535,7 @@ def _info_nce(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss ``[Q]`` of each query, and whether the nearest key is positive ``[Q]``.
 
-    The loss is ``-log softmax`` over the ``allowed`` keys, averaged over the positive keys.
+    The loss is ``-log softmax`` over the keys of ``allowed_QK``, averaged over the positive keys.
     """
     positive_QK, allowed_QK = (each.to(query_QH.device) for each in (positive_QK, allowed_QK))
     scores_QK = query_QH @ key_KH.t() * scale

@@ -68,8 +68,8 @@ class OnPolicyObjective(TokenDivergence):
         return self.model_copy(update={"stop_ids": stops})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Return the row with weight 1 on each token of each reply; ``given`` is the row, for
-        samples."""
+        """Return the row with weight 1 on each token of each reply; ``source_row`` is the row,
+        for samples."""
         return replace(super().encode(row, index, chat), partner=None, source_row=row)
 
     def draw_answered(self, count: int) -> Sequence[bool]:

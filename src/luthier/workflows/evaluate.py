@@ -432,7 +432,7 @@ def _read_column(file: Path, name: str) -> dict[int, str]:
 
 
 def _with_slices(evaluation: Evaluation, slices: Sequence[str]) -> Evaluation:
-    """Return ``found`` with the scores of each slice.
+    """Return ``evaluation`` with the scores of each slice.
 
     Raises:
         RecipeError: if the scores are not scores of single rows.

@@ -139,7 +139,7 @@ class MessagesForm:
     """Amazon's form: a Converse request with different sampling members."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
-        """Parse ``given``; raises :class:`Fault` for invalid members."""
+        """Parse ``body``; raises :class:`Fault` for invalid members."""
         if body.get("schemaVersion") != "messages-v1":
             raise malformed_input("#/schemaVersion: must be messages-v1")
         self._config = parse_native(MessagesConfig, body.get("inferenceConfig") or {})

@@ -98,11 +98,11 @@ class ShapeChecker:
     def members(
         self, shape: StructureShape, sent: Mapping[str, Any], path: str = "", located: bool = True
     ) -> dict[str, Any]:
-        """Return the known members of ``given`` by name in the model; ``None`` counts as absent.
+        """Return the known members of ``sent`` by name in the model; ``None`` counts as absent.
 
         Args:
             shape: the structure.
-            given: the values by name in the protocol.
+            sent: the values by name in the protocol.
             path: the path of the structure in the request, for error messages.
             located: whether to include members outside the body, such as path segments.
         """

@@ -58,7 +58,7 @@ class S3Request:
         return arn(self.bucket, self.key)
 
     def number(self, name: str, default: int, maximum: int, minimum: int = 0) -> int:
-        """Return a number of the query, at most ``most``."""
+        """Return a number of the query, at most ``maximum``."""
         text = self.query.get(name, "")
         if not text:
             return default

@@ -140,7 +140,8 @@ def plan(estimate: Estimate, seconds: float) -> BudgetPlan:
 
 
 def advice(planned: BudgetPlan, epochs_requested: float) -> str:
-    """Return options for a run that fits; ``asked`` is the number of passes of the whole job."""
+    """Return options for a run that fits; ``epochs_requested`` is the number
+    of passes of the whole job."""
     if planned.steps < 1:
         return (
             f"no step, because reading, loading and storing take {format_duration(planned.least)}. Use "
