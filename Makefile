@@ -49,6 +49,7 @@ test-slow: $(INSTALLED)  ## the tests that take minutes each
 
 check: $(INSTALLED)  ## lint, types, import order, documentation
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --quiet --preview --select DOC102 src  # parameters of docstrings exist
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports

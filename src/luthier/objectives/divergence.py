@@ -149,7 +149,9 @@ class Divergence:
 
 
 def _to(other_CB: Tensor, student_CB: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return ``KL(student_CB || other_CB)`` and the gradient with constant ``other_CB``; overwrites both.
+    """Return ``KL(student_CB || other_CB)`` and its gradient with constant ``other_CB``.
+
+    Both arguments are overwritten.
 
     The mixture of ``jsd`` moves with the student, but the additional gradient terms cancel.
     """
