@@ -25,6 +25,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
+    trusted_proxy: Annotated[Sequence[str], typer.Option(metavar="ADDRESS")] = (),
     region: str = "us-east-1",
     account: str = "000000000000",
     # In a container with PostgreSQL, a command without the variable would create a second database.
@@ -52,6 +53,7 @@ def serve(
         port: Port of all APIs; 0 for a free port.
         tls_cert: Certificate chain (PEM).
         tls_key: Private key of the certificate (PEM).
+        trusted_proxy: TLS proxy; loopback by default; repeatable.
         region: Region in ARNs.
         account: Account of the first root user.
         database: sqlite:///FILE or postgresql://…; luthier.db by default.
@@ -87,7 +89,8 @@ def serve(
         sys.setswitchinterval(0.001)
         # Keys, data and databases must not be readable by other users.
         os.umask(0o077)
-        ports = server.Ports(host, port, tls_cert, tls_key)
+        proxies = trusted_proxy or server.LOOPBACK
+        ports = server.Ports(host, port, tls_cert, tls_key, proxies)
         ports.check()
         # A missing library is an error now, not at the first request.
         backend, merged = chosen_backend(), merges_adapters()

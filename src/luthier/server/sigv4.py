@@ -401,7 +401,11 @@ def _payload_hash(
         raise _incomplete("Missing required header for this request: x-amz-content-sha256")
     # Without TLS, nothing protects an unsigned body. A presigner often does not know the body.
     if payload in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.is_presigned):
-        raise Fault(service.refusal, f"{payload} is accepted over TLS only.")
+        raise Fault(
+            service.refusal,
+            f"{payload} is accepted over TLS only. A TLS proxy must send X-Forwarded-Proto: https, "
+            "and `luthier serve --trusted-proxy` must name the proxy's address.",
+        )
     if payload not in (UNSIGNED, STREAMED_UNSIGNED, *STREAMED) and not _HEX.fullmatch(payload):
         raise _incomplete(
             "x-amz-content-sha256 must be a SHA-256 in hexadecimal or a known keyword."

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from luthier.server.http.messages import HEAD_BYTES
 
 LAST_SECONDS = 10.0
 """Time limit for cancelled requests to send an error at shutdown, in seconds."""
+LOOPBACK = ("127.0.0.0/8", "::1")
+"""Addresses of proxies on this machine."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,38 @@ class Ports:
     """Port number; 0 for a free port."""
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    trusted_proxies: Sequence[str] = LOOPBACK
+    """Addresses and networks whose ``X-Forwarded-Proto`` and ``X-Forwarded-For`` are believed."""
 
     def check(self) -> None:
-        """Check the certificate files.
+        """Check the certificate files and the addresses of proxies.
 
         Raises:
-            RefusedInput: If the certificate or the key is missing.
+            RefusedInput: If the certificate or the key is missing, or an address is invalid.
         """
+        self.proxy_networks()
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise RefusedInput("`--tls-cert` and `--tls-key` are required together")
         for path in (self.tls_certificate, self.tls_key):
             if path is not None and not path.is_file():
                 raise RefusedInput(f"{path} is not a file")
+
+    def proxy_networks(self) -> list[str]:
+        """Return the networks of the trusted proxies."""
+        networks = list[str]()
+        for text in self.trusted_proxies:
+            try:
+                network = ipaddress.ip_network(text)
+            except ValueError as error:
+                raise RefusedInput(
+                    f"--trusted-proxy {text!r} is neither an IP address nor a network such as "
+                    f"10.1.0.0/16: {error}"
+                ) from error
+            networks.append(str(network))
+            if network.version == 4:
+                # A socket for IPv4 and IPv6 reports clients of IPv4 as ::ffff:127.0.0.1.
+                networks.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+        return networks
 
 
 def run(
@@ -122,8 +145,8 @@ def server_config(application: ASGIApp, limits: ServerLimits, ports: Ports) -> u
         log_config=None,
         access_log=False,
         server_header=False,
-        # Log the peer's address: clients can send any X-Forwarded-For.
-        proxy_headers=False,
+        proxy_headers=True,
+        forwarded_allow_ips=ports.proxy_networks(),
         # uvicorn declares int, but accepts float.
         timeout_graceful_shutdown=limits.shutdown_seconds,  # type: ignore[arg-type]
         ssl_certfile=ports.tls_certificate,

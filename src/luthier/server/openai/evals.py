@@ -427,15 +427,10 @@ def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> Json
 
 
 def _report_url(run: EvaluationRun, request: Request) -> str:
-    """Return the URL of the report on the host that the client used.
-
-    The URL contains no key. ``X-Forwarded-Proto`` is trusted only here, because only the sender of
-    the header receives the URL.
-    """
+    """Return the URL of the report on the host that the client used. The URL contains no key."""
     head = request.state.body.head
     prefix, host = head.path.partition("/evals")[0], request.headers.get("host", "localhost")
-    encrypted = head.tls or request.headers.get("x-forwarded-proto") == "https"
-    scheme = "https" if encrypted else "http"
+    scheme = "https" if head.tls else "http"
     return f"{scheme}://{host}{prefix}/evals/{run.eval_id}/runs/{run.id}/report"
 
 
