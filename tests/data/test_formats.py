@@ -17,7 +17,7 @@ from luthier.data.rules import RULES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.media import BareImage
 from luthier.errors import DataError, Problem
-from luthier.types import Message, Row
+from luthier.types import IMAGE_MARK, Message, Row, Tool, ToolCall
 
 AWKWARD = " a\u2028b\r\n\x85 \\ud800 "
 CHAT = (Message("user", "q"), Message("assistant", AWKWARD))
@@ -205,6 +205,44 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             "chosen": (Message("assistant", "a"),),
             "rejected": (Message("assistant", "b"),),
         },
+    ),
+    *(
+        (
+            f"{name} with preference",
+            {"rejected": "b", "system": "be kind", name: "q", "chosen": "a"},
+            {
+                "messages": (SYSTEM, Message("user", "q")),
+                "chosen": (Message("assistant", "a"),),
+                "rejected": (Message("assistant", "b"),),
+            },
+        )
+        for name in ("question", "instruction", "query", "input")
+    ),
+    (
+        "instruction with preference",
+        {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"},
+        {
+            "messages": (Message("user", "q\n\ni"),),
+            "chosen": (Message("assistant", "a"),),
+            "rejected": (Message("assistant", "b"),),
+        },
+    ),
+    *(
+        (
+            "xLAM",
+            {"answers": answers, "tools": [{"name": "f"}], "query": "q"},
+            {
+                "messages": (
+                    Message("user", "q"),
+                    Message("assistant", calls=(ToolCall("call00000", "f", {"a": 1}),)),
+                ),
+                "tools": (Tool("f"),),
+            },
+        )
+        for answers in (
+            '[{"name": "f", "arguments": {"a": 1}}]',
+            [{"arguments": {"a": 1}, "name": "f"}],
+        )
     ),
 ]
 
@@ -488,6 +526,65 @@ def test_a_model_that_reads_images_takes_every_form_of_them(tmp_path: Path) -> N
         (tmp_path / name).unlink()
         assert found == record and isinstance(row, BareImage)
         assert row.media.path == str(tmp_path / "1.png")
+
+
+MARKED = [
+    {"from": "human", "value": "<image>\nwhat?"},
+    {"from": "gpt", "value": "a square"},
+]
+ASKED_OF_IMAGE = [
+    {"role": "user", "content": "what?"},
+    {"role": "assistant", "content": "a square"},
+]
+TWO_MARKS = [{"role": "user", "content": "this <image> or <image>?"}, ASKED_OF_IMAGE[1]]
+
+
+@pytest.mark.parametrize(
+    ("record", "content"),
+    [
+        ({"image": "1.png", "conversations": MARKED}, f"{IMAGE_MARK}what?"),
+        ({"conversations": MARKED, "images": ["1.png"]}, f"{IMAGE_MARK}what?"),
+        ({"messages": ASKED_OF_IMAGE, "image": ["1.png"]}, f"{IMAGE_MARK}what?"),
+        ({"messages": TWO_MARKS, "image": ["1.png", "1.png"]}, "this {0} or {0}?"),
+        ({"image": "1.png", "question": "what?", "answer": "a square"}, f"{IMAGE_MARK}what?"),
+        ({"output": "a square", "instruction": "what?", "image": "1.png"}, f"{IMAGE_MARK}what?"),
+        ({"prompt": "what? <image>", "completion": "a square", "images": "1.png"}, "what? {0}"),
+    ],
+)
+def test_images_next_to_a_conversation(
+    tmp_path: Path, record: dict[str, Any], content: str
+) -> None:
+    Image.new("L", (4, 3)).save(tmp_path / "1.png")
+    (row,), recognized = recognize(write(tmp_path, record))
+    asked, reply = row.turns()
+    assert asked.content == content.format(IMAGE_MARK)
+    assert [media.path for media in row.images] == [str(tmp_path / "1.png")] * content.count(
+        "{0}"
+    ) or [str(tmp_path / "1.png")]
+    assert reply.content == "a square" and recognized.unread == ()
+    (prompt,) = load_prompts(tmp_path / "rows.jsonl")
+    assert prompt.turns() == (asked,) and prompt.expected_reply() == "a square"
+
+
+@pytest.mark.parametrize(
+    ("record", "rule"),
+    [
+        ({"image": "2.png", "conversations": MARKED}, "media.missing"),
+        ({"image": "2.png", "question": "what?", "answer": "a square"}, "media.missing"),
+        ({"images": ["1.png", "1.png"], "conversations": MARKED}, "media.count"),
+        ({"images": ["1.png"], "messages": TWO_MARKS}, "media.count"),
+    ],
+)
+def test_images_that_do_not_fit_a_conversation(
+    tmp_path: Path, record: dict[str, Any], rule: str
+) -> None:
+    Image.new("L", (4, 3)).save(tmp_path / "1.png")
+    assert {problem.rule for problem in problems_of(write(tmp_path, record))} == {rule}
+
+
+def test_image_word_in_text_without_images(tmp_path: Path) -> None:
+    (row,) = load_rows(write(tmp_path, {"prompt": "What does <image> do?", "completion": "a"}))
+    assert row == PromptCompletion(row.file, 1, "What does <image> do?", "a")
 
 
 def test_a_table_has_images_of_messages_in_a_column(tmp_path: Path) -> None:

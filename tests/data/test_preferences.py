@@ -101,6 +101,15 @@ def test_pairs(case: str, tmp_path: Path) -> None:
         ({"label": False}, None, False),
         ({"thumb": "down"}, None, False),
         ({"thumb": True, "rating": 4}, None, True),
+        ({"label": 1}, None, True),
+        ({"label": 0}, None, False),
+        ({"label": "0"}, None, False),
+        ({"label": "1.0"}, None, True),
+        ({"label": "FALSE"}, None, False),
+        ({"label": "bad"}, None, False),
+        ({"label": "Good"}, None, True),
+        ({"thumb": 1}, None, True),
+        ({"kto_tag": False}, None, False),
     ],
 )
 def test_judged_answers(
@@ -111,6 +120,32 @@ def test_judged_answers(
         assert row == RatedReply(row.file, 1, turns(USER), turns(YES), rating)  # type: ignore[arg-type]
     else:
         assert row == ThumbedReply(row.file, 1, turns(USER), turns(YES), desirable)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [AGAIN, NO, USER, YES], "label": "bad"},
+        {"kto_tag": False, "messages": [AGAIN, NO, USER, YES]},
+        {
+            "label": 0,
+            "conversations": [
+                {"from": "human", "value": AGAIN["content"]},
+                {"from": "gpt", "value": "No."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Yes."},
+            ],
+        },
+    ],
+)
+def test_thumb_next_to_a_conversation(record: dict[str, Any], tmp_path: Path) -> None:
+    (row,) = load(tmp_path, record)
+    assert row == ThumbedReply(row.file, 1, turns(AGAIN, NO, USER), turns(YES), False)
+
+
+def test_label_of_a_conversation_that_is_no_thumb(tmp_path: Path) -> None:
+    (row,) = load(tmp_path, {"messages": [USER, YES], "label": "billing"})
+    assert row.shape == "messages"
 
 
 @pytest.mark.parametrize("remark", [{"label": "billing"}, {"rating": "4"}, {"rating": None}, {}])
@@ -148,7 +183,9 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("preference.order", {**P, "rejected": [NO, AGAIN]}),
     ("preference.order", {**P, "prompt": [{**USER, "role": "x"}]}),
     ("thumb.type", {**A, "thumb": "sideways"}),
-    ("thumb.type", {**A, "thumb": 1}),
+    ("thumb.type", {**A, "thumb": 2}),
+    ("preference.type", {"messages": [USER], "label": True}),
+    ("preference.order", {"messages": [USER, YES, AGAIN], "label": True}),
 ]
 
 

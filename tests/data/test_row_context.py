@@ -431,3 +431,40 @@ def test_prompt_and_completion_as_lists_of_turns_are_a_conversation(tmp_path: Pa
         ("system", "s", True), ("user", "a", True), ("assistant", "b", False),
         ("user", "c", True), ("assistant", "d", True),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("form", FORMS)
+def test_reasoning_next_to_a_reply(tmp_path: Path, form: str, key: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({key: "Hm.", **FORMS[form]}) + "\n")
+    reader = RowReader(path)
+    (row,) = reader.read_all()
+    assert row.turns() == (TURNS[0], Message("assistant", "a", reasoning="Hm."))
+    assert reader.recognition.unread == ()
+    (prompt,) = load_prompts(path)
+    assert prompt.turns() == TURNS[:1] and prompt.expected_reply() == "a"
+
+
+def test_reasoning_next_to_a_judged_reply(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    record = {"thinking": "Hm.", "prompt": "q", "completion": "a", "label": False}
+    path.write_text(json.dumps(record) + "\n")
+    (row,) = load_rows(path)
+    assert row.turns() == (TURNS[0], Message("assistant", "a", reasoning="Hm."))
+
+
+def test_two_texts_of_reasoning(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"thinking": "Hm.", "reasoning": "Ha.", **FORMS["prompt"]}) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert [problem.rule for problem in caught.value.problems] == ["row.ambiguous"]
+
+
+@pytest.mark.parametrize("kind", ["input_text", "output_text"])
+def test_parts_of_the_responses_api(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    parts = [{"type": kind, "text": "q", "annotations": []}]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}, SAID]}) + "\n")
+    assert load_rows(path)[0].turns() == TURNS

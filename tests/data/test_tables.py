@@ -104,7 +104,17 @@ def test_any_cells_come_back_identical(
         ("text,rating", "x,1e999", {"text": "x", "rating": "1e999"}),
         ("id,prompt,expected", ",x,", {"prompt": "x"}),
         ("prompt,completion", "x,", {"prompt": "x", "completion": ""}),
-        ("prompt,completion,label", "x,y,TRUE", {"prompt": "x", "completion": "y", "label": True}),
+        (
+            "text,answers",
+            "x,\"{'text': array(['a\\nb', 'c'], dtype=object), 'answer_start': array([1, 2],\n"
+            '      dtype=int32)}"',
+            {"text": "x", "answers": {"text": ["a\nb", "c"], "answer_start": [1, 2]}},
+        ),
+        (
+            "messages",
+            "\"[{'role': 'user', 'content': \"\"it's\"\"}]\"",
+            {"messages": [{"role": "user", "content": "it's"}]},
+        ),
         ("prompt,completion", '"[1]","{""a"": 1}"', {"prompt": "[1]", "completion": '{"a": 1}'}),
         ("tokens,tags", '"[""a""]","[""O""]"', {"tokens": ["a"], "tags": ["O"]}),
         ("messages,x", 'words,"[1]"', {"messages": "words", "x": "[1]"}),

@@ -49,6 +49,55 @@ def test_every_form_of_tools(value: object) -> None:
     assert dict(read_tools(value)[0].parameters) == SCHEMA
 
 
+def test_parameters_of_xlam() -> None:
+    parameters = {
+        "city": {"type": "str", "description": "City"},
+        "days": {"type": "List[int], optional"},
+        "unit": {"type": "str", "default": "C"},
+    }
+    (tool,) = read_tools([{"name": "weather", "parameters": parameters}])
+    assert tool.parameters == {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "description": "City"},
+            "days": {"type": "array"},
+            "unit": {"type": "string", "default": "C"},
+        },
+        "required": ["city"],
+    }
+
+
+def test_rows_of_hermes(tmp_path: Path) -> None:
+    system = (
+        "You are a function calling AI model. Here are the tools: <tools> "
+        f"{json.dumps([PLAIN])} </tools> Return each call in <tool_call> tags."
+    )
+    call = "<tool_call>\n{'arguments': {'city': 'Rome'}, 'name': 'weather'}\n</tool_call>\n"
+    turns = [
+        ("system", system),
+        ("human", "Rome?"),
+        ("gpt", f"I look.\n{call}"),
+        ("tool", '<tool_response>\n{"t": 9}\n</tool_response>\n'),
+        ("gpt", "9 degrees"),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"conversations": [{"from": f, "value": v} for f, v in turns]}))
+    (row,) = load_rows(path)
+    assert isinstance(row, Conversation) and row.tools == (WEATHER,)
+    asked, called, result, reply = row.messages
+    assert called.content == "I look." and called.calls == (ToolCall("call00000", "weather", ROME),)
+    assert (result.content, result.call_id) == ('{"t": 9}', "call00000")
+    assert (asked.content, reply.content) == ("Rome?", "9 degrees")
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>weather</tool_call>", '<tool_call>{"name": "a"}</tool_call> calls a.']
+)
+def test_text_about_the_tags_of_hermes(text: str) -> None:
+    turns = [ASK, {"role": "assistant", "content": text}]
+    assert unify_turns(turns) == turns
+
+
 def test_tools_that_say_little_and_none() -> None:
     assert read_tools([{"name": "now"}]) == (Tool("now"),)
     assert read_tools([]) == read_tools("") == read_tools("[]") == ()

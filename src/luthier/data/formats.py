@@ -14,18 +14,20 @@ Not supported: several positives in one row, and SQuAD's original file of nested
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.data.field_checks import ROLE_RENAMES, Names, Turns
 from luthier.data.inputs import media_kind
-from luthier.data.parsing import Record
+from luthier.data.parsing import Record, parse_embedded
 from luthier.data.row_context import TOOL_KEYS, context_keys, is_blank
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, tool_record
 from luthier.data.shapes.media import CAPTION_KEYS
-from luthier.data.shapes.preferences import JudgedAnswers, Preference
+from luthier.data.shapes.preferences import THUMB_KEYS, JudgedAnswers, Preference
 from luthier.data.shapes.texts import NEGATIVE_KEYS, RawText
+from luthier.data.tool_forms import take_hermes_tools
 from luthier.errors import RowRefused
 from luthier.types import Row
 
@@ -54,6 +56,20 @@ _OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label
 _JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen", "rejected"))
 
 
+def _asked_preference(name: str, question: str, *context: str, without: str = "") -> Form:
+    """Return the form of a chosen and a rejected answer to a question under another key."""
+
+    def convert(record: Record) -> Converted:
+        below = [record[key] for key in context if not is_blank(record.get(key))]
+        sides = {key: record[key] for key in ("chosen", "rejected")}
+        converted = {"prompt": _above(record[question], below), **sides}
+        return _with_further_keys(record, converted), {"prompt": question}
+
+    excluded = frozenset(("prompt", "messages", *without.split()))
+    keys = frozenset((question, "chosen", "rejected"))
+    return Form(name, keys, convert, excluded, frozenset(context))
+
+
 def _question_answer(
     name: str,
     question: str,
@@ -75,7 +91,7 @@ def _question_answer(
     return Form(name, keys, convert, excluded, frozenset(context), applies)
 
 
-_BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label")
+_BESIDE_ANY = ("id", "expected", "rating", "score", *THUMB_KEYS)
 
 
 def _above(text: object, below: list[object]) -> object:
@@ -101,7 +117,8 @@ def _conversation(record: Record) -> Converted:
 def _sharegpt(record: Record) -> Converted:
     turns = record.get("conversations")
     if isinstance(turns, list):
-        turns = [_turn(each) for each in turns]
+        turns, tools = take_hermes_tools([_turn(each) for each in turns])
+        record = record if tools is None else {"tools": tools, **record}
     return _with_further_keys(record, {"messages": turns}), {
         "messages": "conversations",
         "role": "from",
@@ -129,6 +146,17 @@ def _turn(item: object) -> object:
         "role": standard_role or role,
         **({"content": item["value"]} if "value" in item else {}),
     }
+
+
+def _xlam(record: Record) -> Converted:
+    """Convert a row of xLAM: a query and the calls that answer it."""
+    calls = record["answers"]
+    if isinstance(calls, str):
+        with suppress(ValueError):  # the check of the turns reports other text
+            calls = parse_embedded(calls)
+    reply = {"role": "assistant", "content": "", "tool_calls": calls}
+    messages = [{"role": "user", "content": record["query"]}, reply]
+    return _with_further_keys(record, {"messages": messages}), {"messages": "answers"}
 
 
 def _image_reference(record: Record) -> Converted:
@@ -220,6 +248,11 @@ FORMS: tuple[Form, ...] = (
     _form("Bedrock conversation", "schemaVersion messages", _conversation),
     _form("ShareGPT", "conversations", _sharegpt, without="chosen rejected"),
     _form("ShareGPT preference", "conversations chosen rejected", _sharegpt_preference),
+    _asked_preference("question with preference", "question"),
+    _asked_preference("instruction with preference", "instruction", "input"),
+    _asked_preference("query with preference", "query"),
+    _asked_preference("input with preference", "input", without=_ELSE),
+    _form("xLAM", "query answers tools", _xlam),
     _question_answer("Alpaca", "instruction", "output", "input"),
     _question_answer("instruction and response", "instruction", "response", "context", "input"),
     Form(
@@ -264,15 +297,20 @@ KEYS = (_OWN | _JUDGED | {"system", "system_prompt", "history", *TOOL_KEYS}).uni
 
 
 def forms_of(record: Record) -> list[Form]:
-    """Return the forms that match a record; empty for a complete luthier shape."""
+    """Return the forms that match a record.
+
+    A form of a complete luthier shape needs a key more than the shape, such as ``question`` next to
+    ``chosen`` and ``rejected``.
+    """
     keys = record.keys()
-    own = any(needed <= keys for kind in SHAPES.values() for needed in kind.complete)
-    if own and keys.isdisjoint(("schemaVersion", "conversations")):
-        return []
+    own = [needed for kind in SHAPES.values() for needed in kind.complete if needed <= keys]
     matching = [
         form
         for form in FORMS
-        if form.keys <= keys and not form.without & keys and form.applies(record)
+        if form.keys <= keys
+        and not form.without & keys
+        and (not own or any(needed < form.keys for needed in own))
+        and form.applies(record)
     ]
     # Compared or classified texts are not a positive pair.
     paired = ("positive", "sentence1", "premise")

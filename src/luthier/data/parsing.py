@@ -7,6 +7,7 @@ Numbers too large for float64 pass jiter and are checked afterwards.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import json
 import math
@@ -271,6 +272,31 @@ def parse_embedded(text: str) -> object:
     if _WHITE_SPACE.fullmatch(text, end) is None:
         raise ValueError("unexpected text after the JSON value")
     return value
+
+
+def parse_python(text: str) -> object:
+    """Parse a value as pandas writes arrays and objects into a table: in Python's notation.
+
+    Example: ``{'text': array(['Ghent'], dtype=object), 'answer_start': array([14])}``.
+
+    Raises:
+        ValueError: for anything but literals and arrays, and for values without a place in JSON.
+    """
+    try:
+        value = ast.literal_eval(_ArrayItems().visit(ast.parse(text.strip(), mode="eval").body))
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"no literal: {error}") from None
+
+
+class _ArrayItems(ast.NodeTransformer):
+    """Replaces numpy's ``array([…], dtype=…)`` by the list."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Return the first argument of ``array``."""
+        is_array = isinstance(node.func, ast.Name) and node.func.id == "array" and node.args
+        inner: ast.AST = self.visit(node.args[0]) if is_array else node
+        return inner
 
 
 def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:

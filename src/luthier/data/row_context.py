@@ -1,4 +1,4 @@
-"""System prompts, earlier turns, tools and learning marks in columns next to a row's turns.
+"""System prompts, earlier turns, tools, images, reasoning and learning marks next to a row's turns.
 
 All row forms use the same keys for this context. The context joins the turns here, after form and
 shape of the row are known.
@@ -6,15 +6,20 @@ shape of the row are known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from luthier.data.content_parts import join_parts
+from luthier.data.content_parts import join_parts, place_images
 from luthier.data.parsing import Record, json_kind, parse_embedded, quote
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
-from luthier.data.shapes.preferences import JudgedAnswers
+from luthier.data.shapes.preferences import (
+    JudgedAnswers,
+    JudgedReply,
+    Preference,
+    RankedReplies,
+)
 from luthier.data.turn_marks import (
     check_row_marks,
     has_mark_list,
@@ -29,6 +34,9 @@ _SYSTEM_NAMES = frozenset(
     ("system", "systemprompt", "systemmessage", "sysprompt", "systeminstruction")
 )
 TOOL_KEYS = frozenset(("tools", "functions", "toolConfig"))
+IMAGE_KEYS = ("image", "images")
+"""Keys of the images of a conversation."""
+_REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
 _CONTEXT_KEYS = TOOL_KEYS | {"history"}
 TURN_KEYS = ("messages", "conversations")
 """Keys of turns."""
@@ -45,7 +53,11 @@ def context_keys(kind: type[Shape], record: Record) -> set[str]:
         return {key for key in record if is_system_key(key)}
     if not issubclass(kind, Conversation | PromptCompletion | JudgedAnswers):
         return set()
-    accepted = TOOL_KEYS if any(key in record for key in TURN_KEYS) else _CONTEXT_KEYS
+    accepted = {*(TOOL_KEYS if any(key in record for key in TURN_KEYS) else _CONTEXT_KEYS)}
+    if not issubclass(kind, JudgedAnswers):
+        accepted.update(IMAGE_KEYS)
+    if not issubclass(kind, Preference | RankedReplies):  # whose reasoning is in each answer
+        accepted.update(key for key in _REASONING_KEYS if isinstance(record.get(key), str))
     return {
         key for key in record if key in accepted or is_system_key(key) or is_mark(key, record[key])
     }
@@ -55,7 +67,12 @@ def context_keys(kind: type[Shape], record: Record) -> set[str]:
 def _may_hold_context(keys: tuple[str, ...]) -> bool:
     """Return whether a record with these keys can have context, cached because rows share keys."""
     return any(
-        key in _CONTEXT_KEYS or is_system_key(key) or mark_sense(key) is not None for key in keys
+        key in _CONTEXT_KEYS
+        or key in IMAGE_KEYS
+        or key in _REASONING_KEYS
+        or is_system_key(key)
+        or mark_sense(key) is not None
+        for key in keys
     )
 
 
@@ -78,9 +95,10 @@ def parse_turns(record: Record) -> Record:
 def join_context(
     kind: type[Shape], record: Record, asks: bool = False
 ) -> tuple[type[Shape], Record]:
-    """Merge the system prompt, history and marks of a row into its turns; return shape and record.
+    """Merge the context of a row into its turns; return shape and record.
 
-    A prompt and a completion with a system prompt, earlier turns or tools become messages.
+    A prompt and a completion with a system prompt, earlier turns, tools, images or reasoning become
+    messages.
 
     Args:
         kind: shape of the record.
@@ -92,6 +110,8 @@ def join_context(
     """
     if issubclass(kind, PromptCompletion) and isinstance(record.get("completion"), list):
         kind, record = _join_turn_lists(kind, record)
+    if issubclass(kind, JudgedReply) and "messages" in record:
+        record = _split_reply(record)
     if not _may_hold_context(tuple(record)):
         return kind, record
     if not issubclass(kind, Conversation | PromptOnly | PromptCompletion | JudgedAnswers):
@@ -99,16 +119,24 @@ def join_context(
         check_row_marks(flags, may_list=False)
         return kind, record
     keys = context_keys(PromptCompletion if asks else kind, record)
-    context = {key: record[key] for key in keys if not asks or mark_sense(key) is None}
+    if asks:
+        keys = {key for key in keys if mark_sense(key) is None and key not in _REASONING_KEYS}
+    context = {key: record[key] for key in keys}
     if not context:
         return kind, record
     check_row_marks(context, may_list=not issubclass(kind, JudgedAnswers))
     if issubclass(kind, Conversation):
         turns = record["messages"]
+        images = _images_of(context)
         if isinstance(turns, list):
             turns = _put_before(_system_turns(context), spread_marks(context, turns))
-        return kind, {**record, "messages": turns}
+            turns = _with_reasoning(turns, context)
+            turns = place_images(turns, len(images)) if images else turns
+        return kind, {**record, "messages": turns, "images": images}
     if issubclass(kind, JudgedAnswers):
+        if issubclass(kind, JudgedReply) and (reply := record.get("completion")):
+            turns = [_turn("assistant", reply)] if isinstance(reply, str) else _turns_of(reply)
+            record = {**record, "completion": _with_reasoning(turns, context)}
         return kind, _with_turns_before(record, [*_system_turns(context), *_history_turns(record)])
     if issubclass(kind, PromptOnly) and not asks:
         system = _system_turns(context)
@@ -141,16 +169,63 @@ def _as_messages(kind: type[Shape], record: Record, context: Record) -> tuple[ty
     texts = [record.get("prompt")]
     if issubclass(kind, PromptCompletion) or not is_blank(record.get("completion")):
         texts.append(record.get("completion"))
-    if not (before or tools or has_mark_list(context)) or any(
+    images, reasons = _images_of(context), any(context.get(key) for key in _REASONING_KEYS)
+    if not (before or tools or images or reasons or has_mark_list(context)) or any(
         is_blank(text) or not isinstance(text, str) for text in texts
     ):
         return kind, record
-    turns = [
-        {"role": role, "content": text}
-        for role, text in zip(("user", "assistant"), texts, strict=False)
-    ]
+    turns = [_turn(role, text) for role, text in zip(("user", "assistant"), texts, strict=False)]
     rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
-    return Conversation, {**rest, "messages": [*before, *spread_marks(context, turns)]}
+    marked = _with_reasoning(spread_marks(context, turns), context)
+    marked = place_images(marked, len(images)) if images else marked
+    return Conversation, {**rest, "messages": [*before, *marked], "images": images}
+
+
+def _turn(role: str, text: object) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def _split_reply(record: Record) -> Record:
+    """Return a judged conversation as a prompt and the last turn."""
+    turns = record["messages"]
+    rest = {key: value for key, value in record.items() if key != "messages"}
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise RowRefused(
+            "preference.type",
+            '"messages" must be an array of a prompt and a reply.',
+            'Write "messages": [{"role": "user", "content": "..."}, {"role": "assistant", …}].',
+        )
+    return {**rest, "prompt": turns[:-1], "completion": turns[-1:]}
+
+
+def _images_of(context: Record) -> list[object]:
+    """Return the images of a row, from one path or an array."""
+    found: list[object] = []
+    for value in (context.get(key) for key in IMAGE_KEYS):
+        if not is_blank(value):
+            found += value if isinstance(value, list) else [value]
+    return found
+
+
+def _with_reasoning(turns: Sequence[object], context: Record) -> list[object]:
+    """Return the turns with the row's reasoning in the last turn.
+
+    Raises:
+        RowRefused: if several keys have different reasoning.
+    """
+    found = {str(context[key]): key for key in _REASONING_KEYS if not is_blank(context.get(key))}
+    last = turns[-1] if turns else None
+    if not found or not isinstance(last, dict) or last.get("role") != "assistant":
+        return list(turns)
+    own = next((last[key] for key in _REASONING_KEYS if not is_blank(last.get(key))), None)
+    reasoning, key = next(iter(found.items()))
+    if len(found) > 1 or own not in (None, reasoning):
+        raise RowRefused(
+            "row.ambiguous",
+            "The row has different texts of reasoning.",
+            f"Ignore one, as with `data.columns.{key}=`.",
+        )
+    return [*turns[:-1], {**last, "reasoning_content": reasoning}]
 
 
 def _with_turns_before(record: Record, before: list[dict[str, Any]]) -> Record:
@@ -180,7 +255,7 @@ def _is_whole(value: object) -> bool:
 
 def _turns_of(value: object) -> list[object]:
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        return [_turn("user", value)]
     return value if isinstance(value, list) else [value]
 
 
@@ -256,8 +331,7 @@ def _history_turns(record: Record) -> list[dict[str, Any]]:
             turns.append(pair)
         elif isinstance(pair, list) and len(pair) == 2:
             turns += [
-                {"role": role, "content": text}
-                for role, text in zip(("user", "assistant"), pair, strict=True)
+                _turn(role, text) for role, text in zip(("user", "assistant"), pair, strict=True)
             ]
         else:
             raise RowRefused(

@@ -33,7 +33,7 @@ from luthier.data.shapes.base import Shape
 from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, MediaRow
-from luthier.data.shapes.preferences import JudgedAnswers, Preference
+from luthier.data.shapes.preferences import THUMB_KEYS, JudgedAnswers, Preference
 from luthier.data.shapes.questions import ANSWERS_EXAMPLE, AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of, media_below
@@ -60,7 +60,7 @@ _BESIDE_TEXT = ("label", "rating", "tags")
 """Keys that turn a text into another shape; a misspelt key would be ignored silently."""
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _REPLY_KEYS = ("completion", "expected", "reference_answer")
-_VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
+_VALUES_TELL = frozenset((*THUMB_KEYS, "rating", "score"))
 """Keys whose values decide whether an answer was judged."""
 _MOST_KNOWN = 100
 MOST_IDS = 1_000_000
@@ -128,7 +128,7 @@ class Checker(FieldChecker):
             return None
         # Cache the shape by keys, unless the shape depends on values: a label or rating of an answer
         # is a judgement only for some values.
-        values_tell = "completion" in own and _VALUES_TELL & own.keys()
+        values_tell = own.keys() & {"completion", "messages"} and _VALUES_TELL & own.keys()
         if (
             own is record
             and own is self.record
@@ -378,7 +378,9 @@ class PromptChecker(Checker):
 
     def _conversation(self, record: Record) -> Conversation | None:
         """Return the turns of a conversation up to the last of the user."""
-        messages, tools = self.messages(record["messages"], answered=False), self.tools(record)
+        images = record.get("images")
+        messages = self.messages(record["messages"], answered=False, images=images)
+        tools = self.tools(record)
         if not messages:
             return None
         expected: str | None = None

@@ -1,10 +1,9 @@
 """Tables to records: CSV and TSV (RFC 4180, with one of four delimiters), and Parquet.
 
-CSV cells are text, with three exceptions. ``rating`` and ``score`` are numbers. ``messages``,
-``conversations``, ``tokens`` and ``tags`` are JSON. A ``label`` of ``true`` or ``false`` next to a
-prompt and a completion is a thumb. A cell that does not parse stays text, and a later check reports
-the cell. An empty cell of ``id``, ``expected`` or ``system`` is a missing value, as is a Parquet
-null in these columns.
+CSV cells are text, with two exceptions. ``rating`` and ``score`` are numbers. ``messages``,
+``conversations``, ``tokens``, ``tags`` and ``answers`` are JSON, or printed by Python or numpy. A
+cell that does not parse stays text, and a later check reports the cell. An empty cell of ``id``,
+``expected`` or ``system`` is a missing value, as is a Parquet null in these columns.
 """
 
 from __future__ import annotations
@@ -157,9 +156,6 @@ def _record(names: Sequence[str], cells: Sequence[str]) -> Record:
     for name in NUMBER_COLUMNS & record.keys():
         text = str(record[name]).strip()
         record[name] = float(text) if NUMBER.fullmatch(text) else record[name]
-    label = str(record.get("label", "")).strip().lower()
-    if label in ("true", "false") and "prompt" in record and "completion" in record:
-        record["label"] = label == "true"
     return record
 
 
@@ -169,6 +165,8 @@ def _json_cell(name: str, text: str) -> object:
     try:
         value = loads(text)
     except RowRefused as bad:
+        with suppress(ValueError):
+            return parsing.parse_python(text)
         message = f"Column {quote(name)}: {bad.problem.message}"
         raise RowRefused(bad.rule, message, bad.problem.advice) from None
     if parsing.may_hold_surrogates(text):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-from luthier.data.parsing import json_kind, parse_embedded, quote
+from luthier.data.parsing import json_kind, parse_embedded, parse_python, quote
 from luthier.data.tools import leaves
 from luthier.errors import RowRefused
 from luthier.types import Tool, ToolCall
@@ -17,9 +19,19 @@ MOST_TOOLS = 128
 """Most tools of a row, as in OpenAI's API."""
 MOST_ARGUMENTS = 10_000
 """Most names and values in a call's arguments; each is searched in the rendered text."""
+_TYPES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
+    "tuple": "array", "set": "array", "dict": "object",
+}  # fmt: skip
+"""JSON Schema types by the names of Python's types."""
 _CALL_ROLES = ("tool_call", "function_call")
 _RESULT_ROLES = ("function", "observation")
 _TOOL_ROLES = frozenset(("tool", *_CALL_ROLES, *_RESULT_ROLES))
+_HERMES_SYSTEM = re.compile(
+    r"\s*You are a function calling AI model\..*?<tools>\s*(\[.*?\])\s*</tools>", re.S
+)
+"""System prompt of NousResearch's Hermes, with the tools in JSON."""
+_HERMES_RESULT = re.compile(r"<tool_response>(.*?)</tool_response>", re.S)
 _TURN_KEYS = frozenset(
     ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 )
@@ -61,7 +73,7 @@ def _read_tool(item: object, number: int) -> Tool:
             if isinstance(schema, Mapping) and isinstance(schema.get("json"), Mapping):
                 schema = schema["json"]
             name, description = spec.get("name"), spec.get("description") or ""
-            schema = {"type": "object"} if schema is None else schema
+            schema = {"type": "object"} if schema is None else _as_schema(schema)
             if (
                 isinstance(name, str)
                 and name.strip()
@@ -70,6 +82,22 @@ def _read_tool(item: object, number: int) -> Tool:
             ):
                 return Tool(name, description, schema)
     raise _refusal("tools.type", f"tool {number} has no name, or an invalid description or schema")
+
+
+def _as_schema(parameters: object) -> object:
+    """Return parameters in JSON Schema; xLAM lists them by name, with Python's types."""
+    if not isinstance(parameters, Mapping) or not parameters:
+        return parameters
+    if not all(isinstance(each, Mapping) and "type" in each for each in parameters.values()):
+        return parameters
+    required, properties = [], {}
+    for name, each in parameters.items():
+        kind, _, more = str(each["type"]).partition(",")
+        plain = kind.strip().lower().partition("[")[0]
+        properties[name] = {**each, "type": _TYPES.get(plain, plain)}
+        if "optional" not in more and "default" not in each:
+            required.append(name)
+    return {"type": "object", "properties": properties, "required": required}
 
 
 def _refusal(rule: str, text: str) -> RowRefused:
@@ -85,9 +113,10 @@ def unify_turns(items: Sequence[object]) -> list[object]:
 
     Accepted are OpenAI's form (arguments as JSON text or object, the older ``function_call``),
     content blocks of Bedrock's Converse and of Anthropic (``toolUse``, ``tool_use``,
-    ``toolResult``, ``reasoningContent``, ``thinking``), and separate turns of LLaMA-Factory and
-    ShareGPT (``tool_call`` or ``function_call``, then ``tool``, ``function`` or ``observation``). A
-    call after an assistant's text joins that turn. Other items stay unchanged.
+    ``toolResult``, ``reasoningContent``, ``thinking``), tagged text of Hermes (``<tool_call>``,
+    ``<tool_response>``), and separate turns of LLaMA-Factory and ShareGPT (``tool_call`` or
+    ``function_call``, then ``tool``, ``function`` or ``observation``). A call after an assistant's
+    text joins that turn. Other items stay unchanged.
 
     Calls become :class:`~luthier.types.ToolCall`, with generated ids if missing. A result without
     an id belongs to the next call without a result, with equal function name if the result has a
@@ -97,8 +126,9 @@ def unify_turns(items: Sequence[object]) -> list[object]:
         RowRefused: for a call without a name, arguments that are not a JSON object, reasoning that
             is not text, or a result without a call.
     """
+    items = [*chain.from_iterable(map(_without_tags, items))]
     if not any(_is_agents(item) for item in items):
-        return list(items)
+        return items
     turns: list[object] = []
     for number, item in enumerate(items, 1):
         if not isinstance(item, Mapping):
@@ -107,6 +137,50 @@ def unify_turns(items: Sequence[object]) -> list[object]:
         for turn in _split_blocks(dict(item), number):
             _join_turn(turns, _with_calls(turn, number))
     return _link_results(turns)
+
+
+def take_hermes_tools(turns: list[Any]) -> tuple[list[Any], str | None]:
+    """Return turns without the system prompt of Hermes, and the tools in the prompt.
+
+    The chat template of a model writes the tools and how to call a tool.
+    """
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    content = first.get("content") if first.get("role") == "system" else None
+    found = _HERMES_SYSTEM.match(content) if isinstance(content, str) else None
+    return (turns, None) if found is None else (turns[1:], found[1])
+
+
+def _without_tags(item: object) -> list[object]:
+    """Return a turn with the calls and results of Hermes, tagged in the text, as turns of OpenAI's.
+
+    A turn stays text if a tagged call does not parse, or if text follows the calls.
+    """
+    content = item.get("content") if isinstance(item, Mapping) else None
+    if not isinstance(item, Mapping) or not isinstance(content, str):
+        return [item]
+    if item.get("role") == "tool" and "<tool_response>" in content:
+        results = _HERMES_RESULT.findall(content)
+        return [{**item, "content": each.strip()} for each in results] or [item]
+    if item.get("role") != "assistant" or "<tool_call>" not in content:
+        return [item]
+    calls = []
+    text, _, tagged = content.partition("<tool_call>")
+    for each in tagged.split("<tool_call>"):
+        call, end, after = each.partition("</tool_call>")
+        try:
+            value = _parse_call(call)
+        except ValueError:
+            return [item]
+        if not end or after.strip() or not isinstance(value, Mapping):
+            return [item]
+        calls.append({"function": value})
+    return [{**item, "content": text.rstrip(), "tool_calls": calls}]
+
+
+def _parse_call(text: str) -> object:
+    with suppress(ValueError):
+        return parse_embedded(text)
+    return parse_python(text)
 
 
 def _is_agents(item: object) -> bool:

@@ -72,7 +72,7 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
         sense = mark_sense(key)
         if sense is not None:
             if of_assistant:
-                marks[key] = _truth_of(key, value) == sense
+                marks[key] = _mark_of(key, value) == sense
         elif of_assistant and _is_about_learning(key) and _may_be_mark(value):
             raise RowRefused(
                 "message.weight",
@@ -117,7 +117,7 @@ def check_row_marks(record: Record, may_list: bool) -> None:
         if sense is None:
             continue
         listed = _mark_list(value) is not None
-        if (listed and not may_list) or (not listed and _truth(value) is (not sense)):
+        if (listed and not may_list) or (not listed and truth_of(value) is (not sense)):
             what = "is a list of marks" if listed else "marks the whole row as not learned"
             raise RowRefused(
                 "message.weight",
@@ -129,7 +129,7 @@ def check_row_marks(record: Record, may_list: bool) -> None:
 def is_mark(key: str, value: object) -> bool:
     """Return whether a key of a row is a mark: a boolean, or a list of marks."""
     return mark_sense(key) is not None and (
-        _truth(value) is not None or _mark_list(value) is not None
+        truth_of(value) is not None or _mark_list(value) is not None
     )
 
 
@@ -153,13 +153,14 @@ def _mark_list(value: object) -> list[Any] | None:
     return value if isinstance(value, list) and value else None
 
 
-def _truth(value: object) -> bool | None:
+def truth_of(value: object) -> bool | None:
+    """Return a boolean, 0, 1 or a word such as "yes" as a boolean; ``None`` for other values."""
     name = str(value).strip().lower() if isinstance(value, str | int | float) else ""
     return True if name in _YES else False if name in _NO else None
 
 
-def _truth_of(key: str, value: object) -> bool:
-    truth = _truth(value)
+def _mark_of(key: str, value: object) -> bool:
+    truth = truth_of(value)
     if truth is None:
         description = (
             quote(str(value)) if isinstance(value, str | int | float) else json_kind(value)
@@ -173,4 +174,4 @@ def _is_about_learning(key: str) -> bool:
 
 
 def _may_be_mark(value: object) -> bool:
-    return isinstance(value, list | dict) or _truth(value) is not None
+    return isinstance(value, list | dict) or truth_of(value) is not None

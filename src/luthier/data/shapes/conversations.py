@@ -81,7 +81,7 @@ class Conversation(Shape):
     keys: ClassVar[tuple[str, ...]] = ("messages",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
     other_tasks: ClassVar[Mapping[str, str]] = _REJECTED
-    optional_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input", "images"))
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools", "functions", "images"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
 

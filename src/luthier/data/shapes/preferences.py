@@ -6,8 +6,9 @@ Preferences have several notations:
   text, a message or a list of messages.
 - ``{"chosen", "rejected"}``, two conversations with a common beginning.
 - OpenAI's ``{"input": {"messages"}, "preferred_output", "non_preferred_output"}``.
-- ``{"prompt", "completion"}`` with ``rating`` or ``score``, with ``label`` (true or false) or with
-  ``thumb`` ("up" or "down").
+- ``{"prompt", "completion"}`` with ``rating`` or ``score``.
+- ``{"prompt", "completion"}`` or ``{"messages"}`` with ``label``, ``kto_tag`` (LLaMA-Factory) or
+  ``thumb``: true or false, 1 or 0, or a word of :data:`THUMBS`.
 
 A rejected answer may be empty, which teaches not to stop at once. An empty chosen answer is an
 error.
@@ -34,9 +35,16 @@ from luthier.data.field_checks import (
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_HINTS, Shape
 from luthier.data.shapes.conversations import Conversation, tool_record
+from luthier.data.turn_marks import truth_of
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Part, Row, Text, Tool
 
+THUMB_KEYS = ("thumb", "label", "kto_tag")
+"""Keys of a thumb, in order of preference."""
+THUMBS: Mapping[str, bool] = {
+    "up": True, "down": False, "good": True, "bad": False, "desirable": True, "undesirable": False,
+}  # fmt: skip
+"""Words for a thumb, next to the words for true and false."""
 MOST_ANSWERS = 64
 """Most ranked answers of a row; listwise DPO computes all answers in one micro-batch."""
 
@@ -383,27 +391,28 @@ class ThumbedReply(JudgedReply):
     title: ClassVar[str] = '{"prompt", "completion", "label": true}'
     noun: ClassVar[str] = "answers with a thumb"
     optional_keys: ClassVar[frozenset[str]] = frozenset(
-        ("messages", "prompt", "input", "completion", "label", "thumb")
+        ("messages", "prompt", "input", "completion", *THUMB_KEYS)
     )
-    beside: ClassVar[frozenset[str]] = frozenset(("label", "thumb"))
+    beside: ClassVar[frozenset[str]] = frozenset(THUMB_KEYS)
 
     desirable: bool
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """Return whether a record has a thumb or a boolean label."""
-        if "prompt" not in record or "completion" not in record:
+        """Return whether a record has a thumb; another label is a remark."""
+        if "messages" not in record and not {"prompt", "completion"} <= record.keys():
             return False
-        return "thumb" in record or isinstance(record.get("label"), bool)
+        return "thumb" in record or any(
+            _thumb_of(record.get(key)) is not None for key in THUMB_KEYS
+        )
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         """Read an answer with a thumb; an answer with thumb down may be empty, like a rejected
         answer."""
-        value = record.get("thumb", record.get("label"))
-        thumbs = {"up": True, "down": False}
-        thumb = thumbs.get(value) if isinstance(value, str) else value
-        if not isinstance(thumb, bool):
+        value = next(record[key] for key in THUMB_KEYS if key in record)
+        thumb = _thumb_of(value)
+        if thumb is None:
             cls.read_reply(record, fields, may_be_empty=True)  # reports problems of the text first
             given = quote(value) if isinstance(value, str) else json_kind(value)
             raise RowRefused(
@@ -427,6 +436,11 @@ class ThumbedReply(JudgedReply):
 
     def record(self) -> Record:
         return {**JudgedReply.record(self), "label": self.desirable}
+
+
+def _thumb_of(value: object) -> bool | None:
+    word = THUMBS.get(value.strip().lower()) if isinstance(value, str) else None
+    return truth_of(value) if word is None else word
 
 
 def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
