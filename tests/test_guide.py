@@ -58,9 +58,6 @@ def make_files(folder: Path) -> None:
     write(
         folder / "my.jsonl", sample("train.jsonl", 60)
     )  # of fewer `inspect` warns, and ends with 1
-    test = {"vars": {"question": "Card?"}, "assert": [{"type": "icontains", "value": "card"}]}
-    config = {"prompts": ["Say: {{question}}"], "tests": [test]}
-    (folder / "promptfooconfig.yaml").write_text(json.dumps(config))
     write(folder / "held-out.jsonl", sample("validation.jsonl", 10))
     write(folder / "old.jsonl", sample("test.jsonl", 20))
     write(folder / "more.jsonl", sample("test.jsonl", 30))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from luthier.cli.samples import samples
     from luthier.cli.search import search
     from luthier.cli.tune import tune
-    from luthier.migrate import import_openai, import_promptfoo
+    from luthier.migrate import import_openai
     from luthier.recipe import Recipe
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "export",
     "forgetting",
     "import_openai",
-    "import_promptfoo",
     "inspect",
     "judge",
     "launch",
@@ -87,7 +86,7 @@ _HOMES = {
         "cli.samples": ["samples"],
         "cli.search": ["search"],
         "cli.tune": ["tune"],
-        "migrate": ["import_openai", "import_promptfoo"],
+        "migrate": ["import_openai"],
         "recipe": ["Recipe"],
     }.items()
     for name in names

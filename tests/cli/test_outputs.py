@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": ["evaluate", MODEL, "rows.jsonl", "--output", "TARGET"],
     "certificate": ["certificate", MODEL, "--card", "TARGET"],
     "export": ["models", "export", MODEL, "TARGET"],
-    "import": ["import", "promptfoo", "promptfoo.json", "TARGET"],
+    "import": ["import", "openai", "export", "TARGET"],
 }
 TARGETS = (
     "/proc/x/y.jsonl",
@@ -38,7 +38,7 @@ TARGETS = (
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "rows.jsonl", *ROWS)
-    (tmp_path / "promptfoo.json").write_text("{}")
+    (tmp_path / "export").mkdir()
     (tmp_path / "full.jsonl").mkdir()
     (tmp_path / "full.jsonl" / "file").write_text("mine")
     return tmp_path
@@ -59,7 +59,7 @@ def test_a_path_that_cannot_be_is_refused(
         assert target in refusal
     assert {path.name for path in folder.iterdir()} == {
         "rows.jsonl",
-        "promptfoo.json",
+        "export",
         "full.jsonl",
     }
     assert (folder / "full.jsonl" / "file").read_text() == "mine"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import print_text
-from luthier.migrate import import_openai, import_promptfoo
+from luthier.migrate import import_openai
 
 if TYPE_CHECKING:
     from luthier.migrate.files import Import
@@ -35,6 +35,5 @@ def show_import(result: Import) -> None:
             print_text(f"  … and {len(texts) - SHOWN:,} more, in {result.folder / REPORT}")
 
 
-import_app = CommandGroup("Import rows, graders and recipes of OpenAI or promptfoo.")
-import_app.add(Command(import_promptfoo, show_import, "promptfoo"))
+import_app = CommandGroup("Import rows, graders and recipes of an OpenAI account.")
 import_app.add(Command(import_openai, show_import, "openai"))

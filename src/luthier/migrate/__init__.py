@@ -1,4 +1,4 @@
-"""Imports from other tools: ``import_promptfoo`` and ``import_openai``.
+"""Import from OpenAI: ``import_openai``.
 
 An import converts files, without a model and without a network. Everything that cannot be imported
 is listed with a reason, in the result and in ``IMPORT.md`` of the new folder.
@@ -15,33 +15,6 @@ from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.migrate.files import Import
-
-
-def import_promptfoo(
-    config: str | Path, folder: str | Path = "imported", *, judge: str | None = None
-) -> Import:
-    """Write rows and graders of a promptfooconfig.yaml.
-
-    The configuration may name files in its folder or below.
-
-    Args:
-        config: The configuration (YAML or JSON).
-        folder: New folder for the result.
-        judge: Judge for rubrics: model id, or https://host/v1#model.
-
-    Returns:
-        The files with commands for each, and the parts without an equivalent.
-
-    Raises:
-        RecipeError: for a file that is no configuration or has no importable test, and for a folder
-            with
-            files.
-    """
-    from luthier.migrate.promptfoo import convert
-
-    with _new_import(Path(config), Path(folder)) as result:
-        convert(Path(config), result, judge)
-    return result
 
 
 def import_openai(

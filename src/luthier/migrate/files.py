@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.files import new_file, write_bytes
@@ -20,7 +18,6 @@ from luthier.recipe import to_toml
 MAX_BYTES = 64 * 2**20
 """Maximum size of a file that is read as a whole, in bytes."""
 REPORT = "IMPORT.md"
-YAML_ENDINGS = (".json", ".yaml", ".yml")
 
 
 class NotConvertible(Exception):
@@ -184,59 +181,3 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """Parse JSON, or YAML 1.2 without tags and dates.
-
-    Raises:
-        RecipeError: for any other text.
-    """
-    import yaml
-
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return yaml.load(text, Loader=_loader())  # noqa: S506 (plain values only)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{name} cannot be read: {str(error)[:300]}") from error
-
-
-@cache
-def _loader() -> Any:
-    """Return PyYAML's safe loader with the scalars of YAML 1.2, as in JavaScript's parser."""
-    import yaml
-
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-    for kind, pattern, first in (
-        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+0123456789."),
-        ("merge", r"<<", "<"),
-    ):
-        Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), [*first]
-        )
-    return Loader
-
-
-def parse_number(value: Any, default: float) -> float:
-    """Return a number or numeric text as a float; ``default`` for an empty value.
-
-    Raises:
-        Refused: for anything else.
-    """
-    if value is None or value == "":
-        return default
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (OverflowError, TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise NotConvertible(f"{str(value)[:40]!r} is not a number")
-    return number
