@@ -126,11 +126,19 @@ def command_option(code: str) -> str:
     setting, equals, value = code.partition("=")
     if not equals:
         return code
+    if setting.startswith("data.columns.") and not value:
+        return f"--ignore {setting.removeprefix('data.columns.')}"
     if setting.startswith("data.columns."):
         return f"--map {code.removeprefix('data.columns.')}"
     if setting in _OWN_OPTIONS:
         return f"{_OWN_OPTIONS[setting]} {value}"
     return f"--set {code}" if setting.startswith(_GROUPS) else code
+
+
+def column_options(columns: Mapping[str, str]) -> list[str]:
+    """Return the command options for columns by key; an empty column ignores the key."""
+    pairs = ((["--map", f"{k}={c}"] if c else ["--ignore", k]) for k, c in columns.items())
+    return [word for pair in pairs for word in pair]
 
 
 def list_some(names: Iterable[str], most: int) -> str:

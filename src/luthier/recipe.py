@@ -369,13 +369,14 @@ def parse_mix(text: str) -> dict[str, Any]:
 
 
 def parse_columns(texts: Sequence[str] | None) -> dict[str, str]:
-    """``data.columns`` from each ``KEY=COLUMN`` of the command line; nothing sets the key aside."""
+    """Return ``data.columns`` from each ``KEY=COLUMN`` of the command line."""
     columns: dict[str, str] = {}
     for text in texts or ():
         key, equals, column = text.partition("=")
-        if not equals or not key.strip():
+        if not key.strip() or not column:
+            advice = f"use `--ignore {key}`" if equals and key else "such as prompt=question"
             raise RecipeError(
-                f"--map takes KEY=COLUMN, for example prompt=question, or text= ; got {text!r}",
+                f"--map takes KEY=COLUMN; got {text!r}; {advice}",
                 rule="option.form",
                 value=text,
             )

@@ -69,9 +69,10 @@ def test_a_recipe_may_name_a_pattern_and_columns(tiny_model_folder: Path, folder
 def test_inspect_shows_what_was_recognized(tiny_model_folder: Path, folder: Path) -> None:
     result = run("inspect", folder, "--base", tiny_model_folder, "--json")
     found = json.loads(result.stdout)
-    assert found["forms"] == {"train": "jsonl, question and answer; nothing is read from kind"}
+    assert found["forms"] == {"train": "jsonl, question and answer"}
+    assert "column.ignored" in {each["rule"] for each in found["rules"]}
     assert found["rows"] == {"train": 4} and len(found["files"]["train"]) == 2
-    columns = ["--map", "prompt=question", "--map", "completion=kind", "--map", "answer="]
+    columns = ["--map", "prompt=question", "--map", "completion=kind", "--ignore", "answer"]
     result = run("inspect", folder, "--base", tiny_model_folder, *columns)
     assert '4 rows    jsonl, {"prompt", "completion"}' in result.stdout
     result = run("inspect", folder, "--base", tiny_model_folder, "--map", "prompt")
@@ -121,3 +122,52 @@ def test_a_source_that_names_nothing_is_refused_before_any_work(
     result = run(command, f"{tmp_path}/*.jsonl", "--base", tiny_model_folder)
     assert result.exit_code == 2 and "file.no_match" in result.output
     assert files_in(luthier_home) == []
+
+
+@pytest.fixture
+def intents(tmp_path: Path) -> Path:
+    path = tmp_path / "intents.jsonl"
+    rows = [{"text": f"ride {n}", "purpose": "ab"[n % 2]} for n in range(8)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return path
+
+
+def test_unread_class_refuses_the_run_until_mapped_or_ignored(intents: Path) -> None:
+    def inspected(*options: str) -> dict[str, list[str]]:
+        result = run("inspect", intents, "--base", "none", "--json", *options)
+        rules = json.loads(result.stdout)["rules"]
+        return {each["rule"]: [place["fix"] for place in each["places"]] for each in rules}
+
+    (fix,) = inspected()["column.unread"]
+    assert "`data.columns.label=purpose`" in fix and "`data.columns.purpose=`" in fix
+    assert "--map label=purpose" in run("inspect", intents, "--base", "none").output
+    assert "column.unread" not in inspected("--ignore", "purpose")
+    assert "column.unread" not in inspected("--map", "label=purpose")
+    result = run("inspect", intents, "--base", "none", "--ignore", "purpose")
+    assert "--ignore purpose" in result.output.splitlines()[-1]
+
+
+def test_ignore_extends_the_mapping_of_a_tuning_command(
+    intents: Path, tiny_model_folder: Path
+) -> None:
+    options = ["--base", str(tiny_model_folder), "--map", "prompt=text", "--json"]
+    refused = run("tune", intents, *options)
+    assert refused.exit_code == 2 and "column.unread" in refused.output
+    estimated = run("estimate", intents, *options, "--ignore", "purpose", "--trial", "0")
+    assert "column.unread" not in estimated.output
+
+
+@pytest.mark.parametrize("command", ["inspect", "tune", "convert", "evaluate"])
+def test_mapped_column_must_exist(intents: Path, tiny_model_folder: Path, command: str) -> None:
+    rows = intents.with_name("rows.jsonl")
+    rows.write_text('{"text": "a", "label": "x", "category": "y"}\n' * 4)
+    base = str(tiny_model_folder)
+    arguments = {
+        "inspect": [rows, "--base", base],
+        "tune": [rows, "--base", base],
+        "convert": [rows, rows.with_name("new.jsonl")],
+        "evaluate": [base, rows],
+    }[command]
+    result = run(command, *arguments, "--map", "label=categroy")
+    assert result.exit_code == 2 and "column.missing" in result.output
+    assert "label=category" in "".join(result.output.split())

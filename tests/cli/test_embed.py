@@ -211,7 +211,7 @@ def test_a_pair_is_embedded_where_one_side_is_set_aside(
     model_id, target = tuned(rows, "bert"), tmp_path / "out.npy"
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"text": TEXTS[1], "other": "another text"}) + "\n")
-    answer = Answer("embed", model_id, str(pairs), "--map", "other=", "--output", str(target))
+    answer = Answer("embed", model_id, str(pairs), "--ignore", "other", "--output", str(target))
     assert answer.code == 0, answer.err
     assert np.array_equal(np.load(target), luthier.load(model_id).embed(TEXTS[1:2]))
 

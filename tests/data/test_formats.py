@@ -465,7 +465,16 @@ def test_columns_may_swap_and_files_may_have_our_names_already(tmp_path: Path) -
     path = write(tmp_path, {"prompt": "x", "completion": "y"})
     (row,) = load_rows(path, {"prompt": "completion", "completion": "prompt"})
     assert (row.prompt, row.completion) == ("y", "x")
-    assert load_rows(path, {"prompt": "question", "completion": "answer"}) == load_rows(path)
+    mapped = {"prompt": "question", "completion": "answer"}
+    assert load_rows(path, mapped, accepts_own_keys=True) == load_rows(path)
+    assert {each.rule for each in problems_of(path, mapped)} == {"column.missing"}
+
+
+def test_mapped_column_is_missing_although_the_key_exists(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "x", "label": "a", "category": "b"})
+    (problem,) = problems_of(path, {"label": "categroy"})
+    assert problem.rule == "column.missing"
+    assert "`data.columns.label=category`" in problem.advice
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:

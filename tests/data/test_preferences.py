@@ -173,6 +173,7 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("preference.empty", {"prompt": "Hi", "completion": "", "rating": 1}),
     ("preference.empty", {"prompt": "Hi", "completion": "", "label": True}),
     ("preference.equal", {**P, "rejected": " Yes.\n"}),
+    ("preference.scores", {**P, "score_chosen": 3.5, "score_rejected": 8}),
     ("preference.equal", {**P, "chosen": "", "rejected": ""}),
     ("preference.no_beginning", {"chosen": "Yes.", "rejected": "No."}),
     ("preference.no_beginning", {"chosen": [USER, YES], "rejected": [AGAIN, NO]}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -287,24 +286,6 @@ def test_ten_thousand_rows_are_quick(folder: Path) -> None:
         times.append(time.perf_counter() - start)
     # Several times what it takes on an idle machine, so that only a real slip fails here.
     assert min(times) < 0.5
-
-
-@pytest.mark.parametrize("key", ["lable", "labels", "Label", "ratings", "tag"])
-def test_a_misspelt_label_is_not_left_out_without_a_word(tmp_path: Path, key: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"text": "Hello there", key: "greeting"}) + "\n")
-    with pytest.raises(DataError) as refused:
-        load_rows(path)
-    assert refused.value.rule == "row.ambiguous"
-    meant = get_close_matches(key, ("label", "rating", "tags"), 1)[0]
-    assert load_rows(path, {meant: ""}) == [RawText(str(path), 1, "Hello there")]
-
-
-@pytest.mark.parametrize("key", ["grading", "lab", "label_id", "heating", "stars", "title"])
-def test_ordinary_columns_beside_a_text_are_no_misspelt_labels(tmp_path: Path, key: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"text": "Hello there", key: "a"}) + "\n")
-    assert load_rows(path)[0].text == "Hello there"
 
 
 def test_columns_that_nothing_is_read_from_are_named(tmp_path: Path) -> None:

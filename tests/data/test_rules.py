@@ -24,6 +24,7 @@ from luthier.data import (
     sources,
     tables,
     tool_forms,
+    unread,
 )
 from luthier.data import field_checks as fields
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
@@ -70,6 +71,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         tables,
         time_series,
         tool_forms,
+        unread,
     )
     for module in modules:
         assert module.__file__ is not None

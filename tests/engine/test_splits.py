@@ -138,3 +138,28 @@ def test_a_test_share_beside_a_validation_file(tmp_path: Path, tiny_model_folder
     assert (len(dataset.train), len(dataset.validation)) == (32, 40)
     assert list(dataset.held_out) == ["test"] and dataset.held_out == again.held_out
     assert prepare(recipe.data, None, chat, 1024, 6).held_out != dataset.held_out
+
+
+def test_unread_column_is_refused_before_a_base_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "intent": "x"}\n' * 4)
+    with pytest.raises(DataError) as refused:
+        OpenedData(DataSpec(train=str(path)), None).check()
+    assert refused.value.rule == "column.unread"
+    OpenedData(DataSpec(train=str(path), columns={"intent": ""}), None).check()
+    OpenedData(DataSpec(train=str(path), severity={"column.unread": "warning"}), None).check()
+
+
+def test_unread_values_of_all_rows_are_refused(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"a {n}", "kind": "x" if n < 300 else "y"} for n in range(400)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    chat = find(str(family_folder("llama"))).chat
+    with pytest.raises(DataError) as refused:
+        prepare(DataSpec(train=str(path)), None, chat, 64, 0)
+    assert refused.value.rule == "column.unread"
+    spec = DataSpec(train=str(path), severity={"column": {"unread": "warning"}})
+    dataset = prepare(spec, None, chat, 64, 0)
+    assert dataset.report is not None and dataset.report.findings.counts["column.unread"] == 1

@@ -253,7 +253,7 @@ def test_the_last_line_is_what_to_do() -> None:
 def test_commands_name_the_columns_that_were_named() -> None:
     found, columns = Findings(), {"text": "the sentence", "label": ""}
     report = Report({"train": ["a.jsonl"]}, {"train": 2}, found, columns=columns)
-    named = " --map 'text=the sentence' --map label="
+    named = " --map 'text=the sentence' --ignore label"
     assert next_steps(report)[0][1] == f"luthier tune a.jsonl{named}"
     found.add(Finding(all_rules()["duplicate.near"], Place("a.jsonl", 1), "x"))
     assert cleaning_command(report).endswith(f"--dedupe near{named}")

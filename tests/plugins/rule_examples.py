@@ -134,8 +134,21 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
     ("rating.type", [{"text": "x", "rating": True}], 1),
     ("pair.negative", [{"anchor": "a", "positive": "b", "negatives": [1]}], 1),
     ("pair.negative", [{"anchor": "a", "positive": "b", "negatives": ["c", "b"]}], 1),
+    ("pair.negative", [{"anchor": "a", "positive": "Ａ b", "negatives": ["a  B\n"]}], 1),
     ("pair.label", [{"query": "a", "document": "b", "label": 2}], 1),
     ("answers.type", [{"question": "a", "context": "b", "answers": ["b"]}], 1),
+    (
+        "answers.impossible",
+        [
+            {
+                "question": "a",
+                "context": "b",
+                "answers": {"text": ["b"], "answer_start": [0]},
+                "is_impossible": True,
+            }
+        ],
+        1,
+    ),
     (
         "answers.span",
         [{"question": "a", "context": "b", "answers": [{"text": "c", "answer_start": 0}]}],

@@ -46,6 +46,9 @@ class FromText:
 
     type: Any
     convert: Callable[[Any], Any] = lambda value: value
+    empty: str = ""
+    """Option for keys of the parameter without a value, such as ``--ignore COLUMN``."""
+    empty_help: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class _Parameters:
         self.shown: list[inspect.Parameter] = []
         """Arguments, options of keywords, then options of the function's parameters."""
         self._convert: dict[str, Callable[[Any], Any]] = {}
+        self._empty: dict[str, str] = {}
+        """Parameter by the option for keys without a value."""
         self._settings = False
         text = _SECTION.split(inspect.getdoc(function) or "")
         entries = {
@@ -142,8 +147,11 @@ class _Parameters:
         found = {
             name: self._convert[name](value)
             for name, value in options.items()
-            if value is not None and name != "set_"
+            if value is not None and name in self._convert
         }
+        for option, name in self._empty.items():
+            if keys := options[option]:
+                found[name] = {**found.get(name, {}), **dict.fromkeys(keys, "")}
         if self._settings:
             from luthier.recipe import parse_setting
 
@@ -182,6 +190,10 @@ class _Parameters:
         if default is None:
             kind = kind | None
         self.shown.append(_keyword(name, Annotated[kind, info], default))
+        if converted and converted.empty:
+            option = typer.Option(metavar="COLUMN", help=converted.empty_help)
+            self.shown.append(_keyword(converted.empty, Annotated[list[str] | None, option], None))
+            self._empty[converted.empty] = name
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -67,13 +67,14 @@ def parse_settings(texts: list[str]) -> dict[str, Any]:
     return dict(parse_setting(text) for text in texts)
 
 
+COLUMNS = FromText(list[str], parse_columns, "ignore", "Column to leave out; repeatable.")
 AtLeastOne = Annotated[int, typer.Option(min=1)]
 OptionalAtLeastOne = Annotated[int | None, typer.Option(min=1)]
 ModelSource = Annotated["str | Model | StoredModel", FromText(str)]
 DataSource = Annotated["str | Path | Recipe", FromText(str)]
 Mapped = Annotated[
     Mapping[str, str] | None,
-    FromText(list[str], parse_columns),
+    COLUMNS,
     typer.Option("--map", metavar="KEY=COLUMN"),
 ]
 
@@ -94,7 +95,8 @@ class RecipeField:
         """The annotated type of the command's option."""
         flags = [self.flag] if self.flag else []
         info = typer.Option(*flags, metavar=self.metavar, help=self.help)
-        return Annotated[self.type, FromText(self.type, self.convert), info]
+        text = COLUMNS if self.convert is parse_columns else FromText(self.type, self.convert)
+        return Annotated[self.type, text, info]
 
 
 TUNING: Mapping[str, RecipeField] = {

@@ -31,7 +31,7 @@ from luthier.data.turn_marks import (
 from luthier.errors import RowRefused
 
 _SYSTEM_NAMES = frozenset(
-    ("system", "systemprompt", "systemmessage", "sysprompt", "systeminstruction")
+    ("system", "systemprompt", "systemmessage", "sysprompt", "systeminstruction", "instructions")
 )
 TOOL_KEYS = frozenset(("tools", "functions", "toolConfig"))
 IMAGE_KEYS = ("image", "images")

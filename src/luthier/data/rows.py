@@ -37,6 +37,7 @@ from luthier.data.shapes.preferences import THUMB_KEYS, JudgedAnswers, Preferenc
 from luthier.data.shapes.questions import ANSWERS_EXAMPLE, AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of, media_below
+from luthier.data.unread import UnreadColumns
 from luthier.errors import DataError, Location, Problem, RowRefused
 from luthier.formatting import list_some, nearest_name
 from luthier.types import Row
@@ -56,8 +57,6 @@ _ALL_SHAPES = ", ".join(
     for kind in SHAPES.values()
     for title in ([kind.title, kind.openai_title] if kind is Preference else [kind.title])
 )
-_BESIDE_TEXT = ("label", "rating", "tags")
-"""Keys that turn a text into another shape; a misspelt key would be ignored silently."""
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _REPLY_KEYS = ("completion", "expected", "reference_answer")
 _VALUES_TELL = frozenset((*THUMB_KEYS, "rating", "score"))
@@ -97,6 +96,8 @@ class Checker(FieldChecker):
         self.record: Record = {}
         """Current record with renamed columns."""
         self.line_of_id: dict[str | int, int] = {}
+        self.accepts_own_keys = False
+        """True if rows may have luthier's keys in place of the mapped columns, as held-out rows."""
 
     def begin(self, file: str) -> None:
         """Continue with another file of the same source; its rows must match the rows so far."""
@@ -212,13 +213,13 @@ class Checker(FieldChecker):
         mapped = {*self.columns.values(), *self.columns}
         renamed = {key: value for key, value in record.items() if key not in mapped}
         for key, column in self.columns.items():
-            # A validation file may already use luthier's names.
-            source = key if column and column not in record else column
+            own = self.accepts_own_keys and column and column not in record
+            source = key if own else column
             if source and source not in record:
                 message = (
                     f"The column {quote(column)} is missing; the keys are {list_keys(record)}."
                 )
-                near = nearest_name(column, record)
+                near = nearest_name(source, record)
                 fix = f"Fix `data.columns.{key}={column}` or the row."
                 self.report("column.missing", message, column_fix(key, near) if near else fix)
                 return None
@@ -281,15 +282,6 @@ class Checker(FieldChecker):
             self.report("row.ambiguous", message, fix)
             return None
         kind = shapes[0]
-        if kind is RawText and (misspelt := self._misspelt(record)):
-            key, meant = misspelt
-            message = f"{quote(key)} is not a known key. Did you mean {quote(meant)}?"
-            fix = (
-                f"Rename the key, or set `data.columns.{meant}={key}`; "
-                f"`data.columns.{meant}=` uses the text alone."
-            )
-            self.report("row.ambiguous", message, fix)
-            return None
         title = kind.title_of(record)
         if self.first is None:
             self.first, self.first_file = (title, self.line), self.file
@@ -298,17 +290,6 @@ class Checker(FieldChecker):
             self._report_mixed(title)
             return None
         return kind
-
-    def _misspelt(self, record: Record) -> tuple[str, str] | None:
-        """Return a misspelt key next to a text, and the likely key, unless the mapping ignores that
-        key."""
-        for key in record:
-            # The first letter must match: "grading" is similar to "rating".
-            candidates = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
-            near = nearest_name(key.strip().lower(), candidates, cutoff=0.8)
-            if near and near not in (key, *self.columns):
-                return key, near
-        return None
 
     def _only_asks(self, record: Record) -> bool:
         """Return whether a row with a prompt has no reply on purpose, not misnamed or lost."""
@@ -510,7 +491,7 @@ class Recognition:
     rows: int
     files: int
     unread: tuple[str, ...] = ()
-    """Ignored columns: of all rows with a column mapping, otherwise of the first rows."""
+    """Ignored columns of the first rows."""
 
     def __str__(self) -> str:
         files = f" in {self.files:,} files" if self.files > 1 else ""
@@ -532,6 +513,7 @@ class RowReader:
         on_progress: called with ``done`` and ``size``.
         group_column: column of the file with the values for ``group_of``.
         problems: list for the problems.
+        accepts_own_keys: accept luthier's keys in place of the mapped columns, as in held-out rows.
 
     Raises:
         DataError: if the source has no readable file.
@@ -546,12 +528,14 @@ class RowReader:
         on_progress: Callable[[int, int], None] | None = None,
         group_column: str | None = None,
         problems: list[Problem] | None = None,
+        accepts_own_keys: bool = False,
     ) -> None:
         self.files = files_of(source)
         self.problems = [] if problems is None else problems
         self.warnings: list[Problem] = []
         """Warnings about rows that are probably parsed incorrectly."""
         self.checker = checker(str(self.files[0]), self.problems, columns)
+        self.checker.accepts_own_keys = accepts_own_keys
         self.whole = whole
         self.on_progress = on_progress
         self.done = 0
@@ -562,7 +546,7 @@ class RowReader:
         self._first: list[Row] = []
         self._rest: Iterator[Row] | None = None
         self._containers: list[str] = []
-        self._unread: dict[str, None] = {}
+        self.unread = UnreadColumns(columns or {})
         self._folder = Path(str(source))
         self._unnamed: set[str] = set()
         if self._folder.is_dir() and self.files != [self._folder]:
@@ -579,7 +563,7 @@ class RowReader:
         """Detected format of the rows so far."""
         form = self.checker.form_name or ("raw text" if self.rows else "nothing")
         containers = tuple(self._containers)
-        unread = tuple(self._unread | self.checker.unread_of_turns)
+        unread = (*self.unread.values, *self.checker.unread_of_turns)
         return Recognition(containers, form, self.rows, len(self.files), unread)
 
     def first(self, count: int) -> list[Row]:
@@ -625,6 +609,9 @@ class RowReader:
                 yield row
             if in_pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # reports a file without text
+        self.warnings += self.unread_problems()
+        if not self.group_column:
+            self._warn_about_speakers()
         if self._unnamed and self.rows:
             some = list_some(sorted(os.path.relpath(p, self._folder) for p in self._unnamed), 3)
             message = f"{len(self._unnamed):,} files belong to no row, such as {some}."
@@ -636,24 +623,28 @@ class RowReader:
 
     def _add_unread(self, row: Row) -> None:
         """Record the ignored columns of a row."""
-        record, columns = self.checker.record, self.checker.columns
-        looked_at = not self.problems and self.rows <= ROWS_CHECKED
+        record = self.checker.record
         # Both columns of a time series are read.
-        looked_at &= not isinstance(record.get("window"), Media)
-        if row.members is None and (columns or looked_at):
-            unread = extra_keys(row, record, self.checker.form).keys()
-            new = dict.fromkeys(sorted(unread - {"id", "schemaVersion", self.group_column}))
-            if isinstance(row, MediaRow) and row.media.kind == "audio" and not self.group_column:
-                self._warn_about_speakers(row, new)
-            self._unread |= new
+        if row.members is not None or isinstance(record.get("window"), Media):
+            return
+        new: Iterable[str] = ()
+        if self.rows <= ROWS_CHECKED:
+            keys = extra_keys(row, record, self.checker.form).keys()
+            new = sorted(keys - {"id", "schemaVersion", self.group_column})
+        self.unread.add(row.shape, new, record)
 
-    def _warn_about_speakers(self, row: Row, unread: Iterable[str]) -> None:
+    def unread_problems(self) -> list[Problem]:
+        """Return the problems of the columns that no row so far reads."""
+        return self.unread.problems(Location(str(self.files[0])), self.checker.unread_of_turns)
+
+    def _warn_about_speakers(self) -> None:
         """Warn about a speaker column that is not the group column."""
-        for name in unread:
-            if name.lower() in SPEAKER_COLUMNS and name not in self._unread:
+        for name, values in self.unread.values.items():
+            if name.lower() in SPEAKER_COLUMNS and values.kind.reads == "audio":
                 message = f"{quote(name)} names speakers, but held-out rows are random."
                 fix = f"Keep speakers apart with `data.group_column={name}`."
-                self.warnings.append(Problem("column.speaker", message, fix, Location(row.file)))
+                location = Location(str(self.files[0]))
+                self.warnings.append(Problem("column.speaker", message, fix, location))
 
     def _add_group(self, row: Row, record: Record, column: str) -> None:
         value = record.get(column)
@@ -690,10 +681,13 @@ def _piece(path: Path, record: Record) -> Row | None:
 
 
 def load_rows(
-    source: Source, columns: Columns | None = None, checker: type[Checker] = Checker
+    source: Source,
+    columns: Columns | None = None,
+    checker: type[Checker] = Checker,
+    accepts_own_keys: bool = False,
 ) -> Sequence[Row]:
     """Read and check a whole source; raise :class:`DataError` with all problems."""
-    return RowReader(source, columns, checker).read_all()
+    return RowReader(source, columns, checker, accepts_own_keys=accepts_own_keys).read_all()
 
 
 _NO_DOCUMENT = ("file.binary", "file.empty", "file.unknown_format", "file.directory")

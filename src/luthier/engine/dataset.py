@@ -21,12 +21,14 @@ from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.splitting import split_rows, strata_of
+from luthier.data.unread import UNREAD
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
 from luthier.files import sha256_of
 from luthier.gate.encode import RowEncoder, check_shapes
 from luthier.gate.inspect import inspect_job
+from luthier.gate.policy import load_policy
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.models.manifest import LossMask
@@ -92,8 +94,16 @@ class OpenedData:
         self.checker = checker_for(objective)
         opened = partial(RowReader, columns=spec.columns, checker=self.checker)
         self.train = opened(spec.train, group_column=spec.group_column)
-        self.validation = opened(spec.validation) if spec.validation else None
-        self.mix = [opened(each.train) for each in spec.mix]
+        further = partial(opened, accepts_own_keys=True)
+        self.validation = further(spec.validation) if spec.validation else None
+        self.mix = [further(each.train) for each in spec.mix]
+        policy = load_policy(spec.policy, spec.severity or {})
+        self._unread_severity = policy.severity.get(UNREAD, "error")
+
+    @property
+    def readers(self) -> list[RowReader]:
+        """Readers of the training, validation and mixed-in rows."""
+        return [self.train, *([self.validation] if self.validation else []), *self.mix]
 
     def check(self, objective: Objective | None = None, chat: ChatFormat | None = None) -> None:
         """Check the first rows of each source.
@@ -106,15 +116,17 @@ class OpenedData:
             DataError: with every problem of a source, or with the first rows that the objective
                 cannot use.
         """
-        held = [] if self.validation is None else [self.validation]
-        for reader in (self.train, *held, *self.mix):
+        for reader in self.readers:
             reader.first(FIRST_ROWS)
             if reader.problems:
                 # Read on, so that the error lists every problem of the source.
                 reader.read_all()
+            unread = [each for each in reader.unread_problems() if each.rule == UNREAD]
+            if unread and self._unread_severity == "error":
+                raise DataError(unread)
         if objective is not None and chat is not None:
             train, further = self.train.first(FIRST_ROWS), [r.first(FIRST_ROWS) for r in self.mix]
-            validation = held[0].first(FIRST_ROWS) if held else ()
+            validation = self.validation.first(FIRST_ROWS) if self.validation else ()
             check_shapes(train, validation, concatenate(further), objective, chat)
 
 
@@ -172,7 +184,8 @@ def prepare(
     # The check sees whole files, before a held-out part is split off.
     splits = {"train": concatenate([rows, *mixed_rows]), "validation": held}
     filled = {name: each for name, each in splits.items() if each}
-    report = inspect_job(spec, filled, objective, chat, on_row, reader.warnings)
+    doubts = [each for one in data.readers for each in one.warnings]
+    report = inspect_job(spec, filled, objective, chat, on_row, doubts)
     rows, held, *mixed_rows = [objective.regroup(each) for each in (rows, held, *mixed_rows)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:

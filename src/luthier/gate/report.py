@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.data.sources import stem_of
 from luthier.errors import Location, Problem
-from luthier.formatting import printable
+from luthier.formatting import column_options, printable
 from luthier.gate.check import Split
 from luthier.gate.checks import all_rules
 from luthier.gate.pii import KINDS
@@ -54,8 +54,8 @@ class Report:
         return self.sources.get(split) or next(iter(self.files.get(split, ())), "")
 
     def map_options(self) -> list[str]:
-        """Return ``--map`` options for a command that reads the same columns."""
-        return [word for pair in self.columns.items() for word in ("--map", "=".join(pair))]
+        """Return the options for a command that reads the same columns."""
+        return column_options(self.columns)
 
     @property
     def exit_code(self) -> int:

@@ -273,6 +273,26 @@ JOINED_ROWS = Rule(
 )
 
 
+UNREAD_COLUMN = Rule(
+    "column.unread",
+    "error",
+    "A column that looks like a target, media or a mark is not read.",
+    "The model would learn a different task than the rows describe.",
+    whole=True,
+)
+UNREAD_CATEGORY = Rule(
+    "column.category",
+    "warning",
+    "A column of few values next to a reply is not read.",
+    "If the column belongs to the prompt or is the target, the model does not learn the task.",
+    whole=True,
+)
+IGNORED_COLUMN = Rule(
+    "column.ignored",
+    "note",
+    "A column that describes the row is not read.",
+    whole=True,
+)
 SPEAKERS = Rule(
     "column.speaker",
     "warning",
@@ -289,8 +309,13 @@ UNNAMED_MEDIA = Rule(
     "Add a row for each file, or move the files. To use the class folders, move the table.",
     whole=True,
 )
-DOUBTS: Mapping[str, Rule] = {rule.id: rule for rule in (JOINED_ROWS, SPEAKERS, UNNAMED_MEDIA)}
-"""Warnings of the reader, by id."""
+DOUBTS: Mapping[str, Rule] = {
+    rule.id: rule
+    for rule in (
+        JOINED_ROWS, UNREAD_COLUMN, UNREAD_CATEGORY, IGNORED_COLUMN, SPEAKERS, UNNAMED_MEDIA,
+    )
+}  # fmt: skip
+"""Rules of the reader about the source as a whole, by id."""
 
 
 def rule_of(id_: str) -> Rule:

@@ -101,7 +101,8 @@ def inspect_sources(
     refused: list[Problem] = []
     for split, source in sources.items():
         try:
-            readers[split] = RowReader(source, columns, whole=False)
+            held = split != "train"
+            readers[split] = RowReader(source, columns, whole=False, accepts_own_keys=held)
         except DataError as error:
             refused += error.problems
     total = sum(reader.size for reader in readers.values())
@@ -121,7 +122,9 @@ def inspect_sources(
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
         progress(gate.progress(total, total))  # findings about all rows are complete
-    again = (RowReader(sources[split], columns, whole=False) for split in readers)
+    again = (
+        RowReader(sources[split], columns, whole=False, accepts_own_keys=True) for split in readers
+    )
     quote_rows(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
 
@@ -198,8 +201,7 @@ class Gate:
         self.drain()
         found = reader.recognition
         if found.form != "nothing":  # also where every row is refused
-            unread = f"; nothing is read from {', '.join(found.unread)}" if found.unread else ""
-            self.forms[split] = f"{'; '.join(found.containers)}, {found.form}{unread}"
+            self.forms[split] = f"{'; '.join(found.containers)}, {found.form}"
 
     def progress(self, done: int, total: int) -> ScanProgress:
         """Return the progress of the pass, in bytes."""

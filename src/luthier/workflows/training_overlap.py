@@ -73,7 +73,8 @@ def _trained_rows(
 
     def rows_of(path: str) -> Iterator[Row]:
         skipped = {line for files in held_out for line in files.get(path, ())}
-        return (row for row in RowReader(path, columns, checker) if row.line not in skipped)
+        rows = RowReader(path, columns, checker, accepts_own_keys=True)
+        return (row for row in rows if row.line not in skipped)
 
     usable, remaining = list[str](), MAX_COMPARED_BYTES
     for path in filter(os.path.isfile, trained):

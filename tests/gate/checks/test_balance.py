@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
+
 from luthier.data.shapes.texts import LabelledText, RawText, TaggedWords
-from luthier.gate.checks.balance import Balance
+from luthier.gate.checks.balance import Balance, spellings
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
 from luthier.types import Row
@@ -116,3 +120,27 @@ def test_several_labels_tags_and_rows_without_any() -> None:
     assert inspect_rows({"train": tags}, [Balance()]).summaries["balance"]["kind"] == "tags"
     plain = inspect_rows({"train": [RawText("f", 1, text="x")]}, [Balance()])
     assert not plain.findings.counts
+
+
+@pytest.mark.parametrize(
+    ("name", "usual"),
+    [
+        ("repair\u200b", "repair"),
+        ("re\u00adpair", "repair"),
+        ("parts &amp; tools", "parts & tools"),
+        ("a&#39;s", "a's"),
+        ("r\u0435fund", "refund"),  # a Cyrillic letter
+        ("\u03a4OP", "TOP"),  # a Greek letter
+        ("#N/A", "n/a"),
+    ],
+)
+def test_labels_equal_to_the_eye_have_one_spelling(name: str, usual: str) -> None:
+    assert spellings(Counter({name: 9, usual: 1, "other": 3})) == {name: usual}
+
+
+def test_whole_numbers_with_decimals_have_one_spelling() -> None:
+    assert spellings(Counter({"1.0": 5, "1": 2, "1.5": 1, "-1": 3, "10": 3})) == {"1": "1.0"}
+
+
+def test_script_of_its_own_stays() -> None:
+    assert spellings(Counter({"сбор": 5, "спор": 2, "C#": 1, "C": 1})) == {}

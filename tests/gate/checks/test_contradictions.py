@@ -79,3 +79,15 @@ def test_preferences_that_cancel_each_other() -> None:
         {"prompt": "p", "completion": "b", "label": False},
     )
     assert lines(thumbs) == {"label.contradiction": [[1, 2]]}
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_passage_that_is_positive_and_negative_of_one_query(limit: int) -> None:
+    found = report(
+        {"query": "a?", "positive": "one", "negatives": ["two", "three"]},
+        {"query": "b?", "positive": "two", "negatives": ["one"]},
+        {"query": "A", "positive": "Three.", "negatives": ["four"]},
+        {"query": "c?", "positive": "x"},
+        limit=limit,
+    )
+    assert lines(found)["label.contradiction"] == [[3, 1]]

@@ -54,3 +54,35 @@ def test_calls_of_functions_that_are_not_declared() -> None:
     assert [rule for rule, _ in found(Conversation("rows", 1, turns))] == [UNDECLARED.id]
     declared = Conversation("rows", 1, turns, tools=(Tool("f", "", {}),))
     assert found(declared) == []
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments", "rules"),
+    [
+        (SCHEMA, {"city": "Ghent", "days": 2}, []),
+        (SCHEMA, {"days": 2}, ["message.tool_arguments"]),
+        (SCHEMA, {"city": "Ghent", "day": 2}, ["message.tool_arguments"]),
+        (SCHEMA, {"city": "Ghent", "days": "two"}, ["message.tool_arguments"]),
+        ({**SCHEMA, "additionalProperties": True}, {"city": "Ghent", "day": 2}, []),
+        ({"type": "object"}, {"day": 2}, []),
+        ({"type": "dict", "properties": {}}, {"day": 2}, []),  # no JSON Schema
+    ],
+)
+def test_call_is_checked_by_the_schema_of_its_tool(
+    schema: dict[str, object], arguments: dict[str, object], rules: list[str]
+) -> None:
+    turns = (
+        Message("user", "q"),
+        Message("assistant", calls=(ToolCall("1", "f", arguments),)),
+        Message("tool", "r", call_id="1"),
+        Message("assistant", "a"),
+    )
+    row = Conversation("rows", 1, turns, tools=(Tool("f", "", schema),))
+    assert [rule for rule, _ in found(row)] == rules

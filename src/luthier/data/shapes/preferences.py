@@ -99,8 +99,9 @@ class Preference(JudgedAnswers):
     keys: ClassVar[tuple[str, ...]] = ("chosen", "rejected", *openai_keys[1:])
     complete: ClassVar[tuple[frozenset[str], ...]] = tuple(frozenset((key,)) for key in keys)
     optional_keys: ClassVar[frozenset[str]] = frozenset(
-        ("messages", "prompt", "completion", "input")
+        ("messages", "prompt", "completion", "input", "score_chosen", "score_rejected")
     )
+    number_keys: ClassVar[frozenset[str]] = frozenset(("score_chosen", "score_rejected"))
     object_keys: ClassVar[frozenset[str]] = frozenset(
         ("prompt", "chosen", "rejected", *openai_keys)
     )
@@ -161,6 +162,7 @@ class Preference(JudgedAnswers):
                 "chosen and rejected are equal.",
                 "Fix or remove the row.",
             )
+        _check_scores(record)
         for side in sides:
             check_turn_order((*given, *side))
         check_not_blank((*given, *sides[0], *sides[1][:-1]))
@@ -178,6 +180,21 @@ class Preference(JudgedAnswers):
             "chosen": _short(self.chosen, "assistant"),
             "rejected": _short(self.rejected, "assistant"),
         }
+
+
+def _check_scores(record: Record) -> None:
+    """Reject a chosen answer with a lower score than the rejected answer, as in UltraFeedback.
+
+    Raises:
+        RowRefused: with both scores.
+    """
+    chosen, rejected = (record.get(f"score_{side}") for side in ("chosen", "rejected"))
+    if isinstance(chosen, int | float) and isinstance(rejected, int | float) and chosen < rejected:
+        raise RowRefused(
+            "preference.scores",
+            f"the chosen answer has the score {chosen:g}, and the rejected answer {rejected:g}.",
+            "Swap both answers, or remove the row.",
+        )
 
 
 def _openai_sides(record: Record, keys: Sequence[str]) -> tuple[object, object, object]:

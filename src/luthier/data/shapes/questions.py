@@ -27,7 +27,7 @@ class AnsweredQuestion(Shape):
     complete: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset(("question", "context", "answers")),
     )
-    optional_keys: ClassVar[frozenset[str]] = frozenset(("title",))
+    optional_keys: ClassVar[frozenset[str]] = frozenset(("title", "is_impossible"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("answers",))
     object_keys: ClassVar[frozenset[str]] = frozenset(("answers",))
     parts: ClassVar[dict[str, Part]] = {"question": "input", "context": "input"}
@@ -47,6 +47,7 @@ class AnsweredQuestion(Shape):
         if question is None or context is None:
             return None
         answers, starts = _read_answers(record["answers"], context)
+        _check_possible(record.get("is_impossible"), bool(answers))
         return cls(fields.file, fields.line, question, context, answers, starts)
 
     def edit_texts(self, change: Callable[[str, str], str]) -> Self:
@@ -85,6 +86,22 @@ class AnsweredQuestion(Shape):
     def record(self) -> Record:
         answers = {"text": list(self.answers), "answer_start": list(self.starts)}
         return {"question": self.question, "context": self.context, "answers": answers}
+
+
+def _check_possible(impossible: object, answered: bool) -> None:
+    """Reject a question that is marked as impossible and has answers, or the reverse.
+
+    Raises:
+        RowRefused: with the contradiction.
+    """
+    marked = {"true": True, "false": False}.get(str(impossible).strip().lower())
+    if marked is not None and marked == answered:
+        has = "has answers" if answered else "has no answer"
+        raise RowRefused(
+            "answers.impossible",
+            f'the question {has}, and "is_impossible" is {str(marked).lower()}.',
+            "Correct the mark or the answers; empty arrays stand for no answer.",
+        )
 
 
 def _read_answers(value: Any, context: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

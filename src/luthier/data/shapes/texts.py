@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -209,10 +210,10 @@ class TextPair(TextRow):
         if anchor is None or positive is None:
             return None
         negatives = _read_negatives(record)
-        if positive in negatives:
+        if negatives and same_words(positive) in map(same_words, negatives):
             raise RowRefused(
                 "pair.negative",
-                f"{quote(positive)} is the positive and a negative.",
+                f"{quote(positive)} is the positive and a negative, letter case and space aside.",
                 "Remove the text from the negatives.",
             )
         return cls(fields.file, fields.line, anchor, positive, negatives)
@@ -231,6 +232,11 @@ class TextPair(TextRow):
     def record(self) -> Record:
         negatives = {"negatives": list(self.negatives)} if self.negatives else {}
         return {"anchor": self.text, "positive": self.positive, **negatives}
+
+
+def same_words(text: str) -> str:
+    """Return a text without differences that most encoders ignore: case, width and white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _read_negatives(record: Record) -> tuple[str, ...]:

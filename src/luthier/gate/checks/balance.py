@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -30,7 +32,7 @@ SMALL = Rule(
 SPELLING = Rule(
     "label.spelling",
     "warning",
-    "Labels differ in letter case, white space or punctuation only.",
+    "Labels differ in letter case, white space, punctuation or hidden characters only.",
     "The model learns two classes with the same meaning.",
     "Use one spelling, or run `luthier clean SOURCE TARGET --merge-labels` to use the most frequent "
     "spelling.",
@@ -253,20 +255,44 @@ class Balance(Check):
 
 
 SpellingKey = tuple[str, ...]
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a label is written without hidden characters, entities and look-alikes."""
+    mixed = name.translate(_LOOK_ALIKE) != name and re.search("[A-Za-z]", name)
+    return name.isprintable() and html.unescape(name) == name and not mixed and name != "#N/A"
+
+
+_LOOK_ALIKE = str.maketrans(
+    "АВЕЅІЈКМНОРСТУХаеѕіјорсухԁԛԝΑΒΕΖΗΙΚΜΝΟΡΤΥΧοѵ",
+    "ABESIJKMHOPCTYXaesijopcyxdqwABEZHIKMNOPTYXov",
+)
+"""Cyrillic and Greek letters with the shape of a Latin letter (Unicode Technical Standard 39)."""
+_WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
 _SIGN = re.compile(r"(?<!\w)-(?=\d)|[#%*&]")
 """Punctuation that changes the meaning of a label: -1 and 1, C# and C, 10% and 10."""
 
 
 @lru_cache(4096)
 def spelling_key(name: str) -> SpellingKey:
-    """Return a key that ignores letter case, white space and most punctuation."""
+    """Return a key for labels that are equal to the eye.
+
+    The key ignores letter case, white space, hidden characters and most punctuation.
+    """
+    name = html.unescape(name).translate(_LOOK_ALIKE)
+    if not name.isascii():
+        name = "".join(char for char in name if unicodedata.category(char) != "Cf")
+    name = _WHOLE.sub(r"\1", name.strip()).removeprefix("#" * (name.strip() == "#N/A"))
     return (normalize(name.replace("_", " ")), *_SIGN.findall(name))
 
 
 def spellings(counts: Counter[str]) -> dict[str, str]:
-    """Map each label to its most frequent spelling; the first spelling wins a tie."""
+    """Map each label to its most frequent spelling; the first spelling wins a tie.
+
+    Spellings without hidden characters, HTML entities and look-alike letters come first.
+    """
     usual: dict[SpellingKey, str] = {}
-    for name, _ in counts.most_common():
+    for name in sorted(counts, key=lambda name: (not _is_plain(name), -counts[name])):
         usual.setdefault(spelling_key(name), name)
     return {name: chosen for name in counts if (chosen := usual[spelling_key(name)]) != name}
 

@@ -1,4 +1,4 @@
-"""Check for rows with equal input and different targets.
+"""Check for rows with equal input and different targets, and for passages with two roles.
 
 Two labels for one text are usually a mistake; a text with two valid labels needs both. Two
 completions of one prompt are often equally good, so the check only reports a note. The comparison
@@ -8,13 +8,15 @@ ignores letter case, punctuation and white space.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers
+from luthier.data.shapes.texts import TextPair
 from luthier.gate.check import BatchLines, Check, Places, RowBatch, group_finding
 from luthier.gate.checks.balance import spelling_key
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
@@ -46,6 +48,7 @@ ANSWERS = Rule(
     "Good answers teach variety; contradicting answers teach the mean.",
     "Check all answers.",
 )
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 _KINDS = (LABEL, PREFERENCE, ANSWERS)
 
 
@@ -63,7 +66,19 @@ class Contradictions(Check):
         """Compute the kind, the input key and the target key of each row."""
         parts = [_parts(row) for row in batch.rows]
         count = len(parts)
+        pairs = [row if isinstance(row, TextPair) else None for row in batch.rows]
+        negatives = [
+            (index, _passage_key(row, text))
+            for index, row in enumerate(pairs)
+            if row is not None
+            for text in row.negatives
+        ]
         return {
+            "positive": key_column(
+                (_passage_key(row, row.positive) if row else 0 for row in pairs), count
+            ),
+            "negative": key_column((key for _, key in negatives), len(negatives)),
+            "negative_row": np.array([index for index, _ in negatives], np.int64),
             "kind": np.fromiter((kind for kind, _, _ in parts), np.uint8, count),
             "asked": key_column((asked for _, asked, _ in parts), count),
             "taught": key_column((taught for _, _, taught in parts), count),
@@ -72,7 +87,7 @@ class Contradictions(Check):
     def collect(self, where: BatchLines, measured: Mapping[str, Any], findings: Findings) -> None:
         """Store the keys until all rows are known."""
         for name, column in measured.items():
-            self._table.append(name, column)
+            self._table.append(name, column + where.first if name == "negative_row" else column)
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Report inputs with different targets."""
@@ -83,6 +98,26 @@ class Contradictions(Check):
             different, kind = len(np.unique(taught_N[group])), int(kind_N[group[0]])
             if different > 1 and kind < len(_KINDS):
                 self._add(_KINDS[kind], different, group, places, findings)
+        positive_N, negative_M, rows_M = map(
+            self._table.read, ("positive", "negative", "negative_row")
+        )
+        order_M = np.argsort(negative_M, kind="stable")
+        sorted_M, rows_M = negative_M[order_M], rows_M[order_M]
+        starts_N, ends_N = (np.searchsorted(sorted_M, positive_N, side) for side in _SIDES)
+        for row in np.flatnonzero(ends_N > starts_N).tolist():
+            rejects_K = np.unique(rows_M[starts_N[row] : ends_N[row]])
+            group = np.concatenate([[row], rejects_K[rejects_K != row]])
+            self._add_passage(group, places, findings)
+
+    def _add_passage(self, group: IntArray, places: Places, findings: Findings) -> None:
+        """Report the row with a passage as positive, and the rows with the passage as negative."""
+        count = self._summary.setdefault(LABEL.id, {"inputs": 0, "rows": 0})
+        count["inputs"] += 1
+        count["rows"] += 1
+        message = "the positive is a negative of the same query in another row."
+        fix = "Remove the passage from the negatives, or remove the row."
+        finding = group_finding(LABEL, group, message, places, findings)
+        findings.add(replace(finding, fix=fix))
 
     def _add(
         self, rule: Rule, different: int, group: IntArray, places: Places, findings: Findings
@@ -102,6 +137,10 @@ class Contradictions(Check):
     def summary(self) -> Mapping[str, Any]:
         """Return the affected inputs and rows of each rule."""
         return self._summary
+
+
+def _passage_key(row: TextPair, passage: str) -> int:
+    return hash_texts("passage", normalize(row.text), "\0", normalize(passage))
 
 
 def _parts(row: Row) -> tuple[int, int, int]:

@@ -1,13 +1,18 @@
-"""Check for conversations inside plain text, and for calls of undeclared tools."""
+"""Check for conversations inside plain text, and for calls that do not match the tools."""
 
 from __future__ import annotations
 
+import json
 import re
+from functools import lru_cache
 from typing import ClassVar
 
+from luthier.errors import RecipeError
 from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt, excerpt_of
 from luthier.gate.check import RowBatch
 from luthier.gate.rules import Rule
+from luthier.graders.json_schema import JsonSchema
+from luthier.types import Row
 
 IN_TEXT = Rule(
     "message.in_text",
@@ -23,6 +28,14 @@ UNDECLARED = Rule(
     "Requests declare tools, so the prompt in inference differs from the prompt in training.",
     'Add the functions to the row under "tools".',
 )
+ARGUMENTS = Rule(
+    "message.tool_arguments",
+    "warning",
+    "A call does not match the schema of its tool.",
+    "The model learns to leave out arguments, to invent arguments or to write wrong types.",
+    "Correct the arguments of the call, or the schema of the tool.",
+    drop=True,
+)
 _TURNS = re.compile(
     r"\s*(?:\{\s*[\"'](?:messages|conversations)[\"']\s*:\s*)?"
     r"\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:"
@@ -30,11 +43,11 @@ _TURNS = re.compile(
 
 
 class Conversations(SpotCheck):
-    """Check for conversations inside texts, and for tool calls without declared tools."""
+    """Check for conversations inside texts, and for calls of undeclared or other tools."""
 
     name: ClassVar[str] = "conversations"
     of_texts: ClassVar[bool] = True
-    rules: ClassVar[tuple[Rule, ...]] = (IN_TEXT, UNDECLARED)
+    rules: ClassVar[tuple[Rule, ...]] = (IN_TEXT, UNDECLARED, ARGUMENTS)
 
     def measure(self, batch: RowBatch) -> Spots:
         """Find the rows of a batch that break a rule."""
@@ -52,7 +65,35 @@ class Conversations(SpotCheck):
             if calls:
                 message = f'An answer calls "{calls[0].name}", and the row declares no tools.'
                 spots.append(Spot(index, UNDECLARED.id, message, excerpt_of(row)))
+            if row.tools and (wrong := _wrong_call(row)):
+                spots.append(Spot(index, ARGUMENTS.id, wrong, excerpt_of(row)))
         return Spots(spots)
+
+
+def _wrong_call(row: Row) -> str:
+    """Return why the first wrong call of a row does not match the schema of its tool."""
+    schemas = {tool.name: tool.parameters for tool in row.tools}
+    for turn in row.turns():
+        for call in turn.calls:
+            known = schemas.get(call.name)
+            reason = _mismatch(json.dumps(known), call.arguments_json) if known else None
+            if reason:
+                return f'The call of "{call.name}" does not match the schema: {reason}.'
+    return ""
+
+
+@lru_cache(1000)
+def _mismatch(schema: str, arguments: str) -> str | None:
+    """Return why a schema rejects the arguments of a call; ``None`` for an unusable schema."""
+    known = json.loads(schema)
+    if "properties" in known:  # other names are allowed by JSON Schema, but not by a function
+        known = {"additionalProperties": False, **known}
+    checked = JsonSchema(against=known)
+    try:
+        checked.check()
+        return checked.first_error(json.loads(arguments))
+    except (RecipeError, TimeoutError, ValueError):
+        return None
 
 
 def _fix_of(field: str, text: str) -> str:

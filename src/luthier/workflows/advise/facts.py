@@ -334,7 +334,7 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
 
     count = HELD_OUT_LABELS if predicts(recipe.objective) else HELD_OUT_ROWS
     if recipe.data.validation:
-        held = load_rows(recipe.data.validation, recipe.data.columns)
+        held = load_rows(recipe.data.validation, recipe.data.columns, accepts_own_keys=True)
         if len(held) > count:  # stratified, because files are often sorted by label
             each_N = np.arange(len(held))
             _, held_N = split_rows(strata_of(held), each_N, [count / len(held)], SEED)

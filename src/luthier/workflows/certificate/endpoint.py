@@ -79,7 +79,8 @@ def select_prompts(
         raise RecipeError(
             f"The held-out rows of {model.id} are missing. Give a file of prompts in `data`."
         )
-    rows: Sequence[Row] = load_rows(str(source), recipe.get("columns") if data is None else None)
+    columns = recipe.get("columns") if data is None else None
+    rows: Sequence[Row] = load_rows(str(source), columns, accepts_own_keys=True)
     if data is None and model.manifest.data:
         held_out = model.manifest.data.held_out
         rows = [row for row in rows if row.line in held_out.get(row.file, ())] or rows

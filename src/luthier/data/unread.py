@@ -1,0 +1,256 @@
+"""Columns that no shape reads, judged by name and content.
+
+A column that names a target, media or a mark is an error, because the model would learn another task
+than the rows describe. The judgement depends on the shape: next to bare text or a bare prompt any
+class is a missing target, next to a reply a class is usually a property of the conversation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+from luthier.data.inputs import media_kind
+from luthier.data.parsing import quote
+from luthier.data.row_context import is_system_key
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.base import Shape
+from luthier.data.shapes.conversations import (
+    LONGEST_CLASS,
+    Conversation,
+    PromptCompletion,
+    PromptOnly,
+)
+from luthier.data.shapes.media import BareAudio, BareImage, MediaRow
+from luthier.data.shapes.questions import AnsweredQuestion
+from luthier.data.shapes.texts import RawText
+from luthier.errors import Location, Problem
+from luthier.formatting import list_some, nearest_name
+
+UNREAD, CATEGORY, IGNORED = "column.unread", "column.category", "column.ignored"
+"""Ids of the rules: error, warning and note."""
+MOST_VALUES = 100
+"""Most distinct values of a column that may be a class."""
+ROWS_PER_VALUE = 4
+"""Fewest rows per distinct value, on average, of a column that may be a class."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_BARE = (RawText, PromptOnly, BareImage, BareAudio)
+"""Shapes without a target of their own."""
+_WITH_REPLY = (Conversation, PromptCompletion)
+_MEDIA = _words("image img picture photo audio speech wav video pixel_values")
+_REASONING = _words("reasoning reasoning_content thinking thought chain_of_thought cot")
+_SPANS = _words("bbox box bounding_box span entity")
+_MARKS = _words(
+    "is_impossible kto_tag accepted is_accepted label score rating stars reward thumb quality "
+    "preference liked is_good is_correct"
+)
+_CLASSES = _words(
+    "label class intent category topic y sentiment emotion tag target score rating stars"
+)
+_MISSPELT = ("label", "rating", "category", "sentiment")
+_REPLIES = _words("output response answer reply completion target")
+_TEXTS = _REPLIES | _words("summary translation transcript transcription caption solution expected")
+_INPUTS = _words("instruction")
+_NOTED = _words(
+    "id uid uuid guid key index idx hash md5 sha sha256 url uri link href date time timestamp "
+    "datetime year month day at source src origin dataset corpus subset split fold lang language "
+    "locale licence license file filename path page row line number nr count tokens length version "
+    "author user username speaker email title name metadata meta info doc docid comment note "
+    "password format encoding model generator engine"
+)
+"""Last words of names that describe where a row comes from."""
+_COUNTED = _words("num n nr count created updated")
+_ENDINGS = re.compile(r"(?:_(?:name|text|path|url|file|bytes|base64|b64|data|\d+))+$")
+_BEFORE = re.compile(r"^(?:(?:gold|true|correct|human|raw)_)+(?=.)")
+_TWO_WORDS = _words(
+    "0 1 0.0 1.0 true false yes no y n good bad up down accepted rejected like dislike positive "
+    "negative correct incorrect pass fail desirable undesirable"
+)
+
+Severity = Literal["error", "warning", "note"]
+
+
+@lru_cache(10_000)
+def _snake(name: str) -> str:
+    """Return a name in lower case, with words joined by underscores."""
+    name = name.rpartition(".")[2]
+    return re.sub(r"\W+|(?<=[a-z0-9])(?=[A-Z])", "_", name.strip()).lower().strip("_")
+
+
+def _is_in(name: str, names: frozenset[str]) -> bool:
+    """Return whether a name, its singular or its core is in ``names``."""
+    core = _ENDINGS.sub("", _BEFORE.sub("", name))
+    if core.endswith("_id") and core[:-3] in _CLASSES:
+        core = core[:-3]
+    forms = {each for one in (name, core) for each in (one, one.removesuffix("s"))}
+    forms |= {each.removesuffix("e") for each in forms if each.endswith(("sse", "xe"))}
+    forms |= {f"{each[:-2]}y" for each in forms if each.endswith("ie")}
+    return not forms.isdisjoint(names)
+
+
+@dataclass(slots=True)
+class ColumnValues:
+    """Values of an ignored column."""
+
+    kind: type[Shape]
+    """Shape of the first row with the column."""
+    filled: int = 0
+    """Rows with a value."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows by value; empty for too many or too long values."""
+    many: bool = False
+    numbers: bool = True
+    media: bool = True
+
+    def add(self, value: object) -> None:
+        """Count a value. Null, empty text and empty arrays are no values."""
+        if value is None or value == "" or value == [] or value == {}:
+            return
+        self.filled += 1
+        self.numbers &= isinstance(value, int | float)
+        if self.media:
+            self.media = _is_media(value)
+        if self.many:
+            return
+        text = str(value)
+        self.counts[text] = self.counts.get(text, 0) + 1
+        if len(text) > LONGEST_CLASS or len(self.counts) > MOST_VALUES:
+            self.many, self.counts = True, {}
+
+    @property
+    def few(self) -> bool:
+        """True for at least two values that each occur in several rows."""
+        return len(self.counts) > 1 and ROWS_PER_VALUE * len(self.counts) <= self.filled
+
+    @property
+    def two_sided(self) -> bool:
+        """True for marks such as true and false, or good and bad."""
+        return not self.many and {each.strip().lower() for each in self.counts} <= _TWO_WORDS
+
+
+def _is_media(value: object) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    if not isinstance(value, str):
+        return isinstance(value, bytes)
+    return value.startswith(("data:image/", "data:audio/", "data:video/")) or (
+        "\n" not in value and media_kind(value) is not None
+    )
+
+
+def judge(name: str, values: ColumnValues) -> tuple[Severity, str]:
+    """Return how serious it is that a column is ignored, and the key for its content.
+
+    The key is empty if luthier has none for the shape.
+    """
+    kind, called = values.kind, _snake(name)
+    bare, replies = issubclass(kind, _BARE), issubclass(kind, _WITH_REPLY)
+    if _is_in(called, _MEDIA):
+        return "error", "image" if kind is RawText else ""
+    if _is_in(called, _REASONING | {"is_impossible", "kto_tag"}):
+        return "error", ""
+    spans = _is_in(called, _SPANS) or (called in ("start", "end") and values.numbers)
+    if spans and issubclass(kind, (*_BARE, MediaRow, AnsweredQuestion)):
+        return "error", ""
+    words = called.split("_")
+    noted = words[-1].removesuffix("s") in _NOTED or words[-1] in _NOTED or words[0] in _COUNTED
+    if replies and _is_in(called, _MARKS):
+        rated = values.numbers and kind is PromptCompletion
+        return "error", "label" if values.two_sided else "rating" if rated else ""
+    if replies and _is_in(called, _REPLIES):
+        return "error", "completion" if kind is PromptCompletion else ""
+    if (replies or bare) and (_is_in(called, _INPUTS) or (bare and is_system_key(name))):
+        return "error", ""
+    if bare and (_is_in(called, _CLASSES | _TEXTS | _MARKS)):
+        return "error", _target_key(kind, called, values)
+    if replies and _is_in(called, _CLASSES):
+        return "warning", ""
+    if noted or not (bare or replies):
+        return "note", ""
+    if values.filled and values.media:
+        return "error", "image" if kind is RawText else ""
+    misspelt = nearest_name(called, _MISSPELT, 0.8)
+    if bare and (_is_in(words[-1], _CLASSES | _TEXTS) or (misspelt and misspelt[0] == called[0])):
+        return "error", _target_key(kind, called, values)
+    if values.few and issubclass(kind, (RawText, PromptOnly)):
+        return "error", _target_key(kind, called, values)
+    if values.few and replies:
+        return ("error", "label") if values.two_sided else ("warning", "")
+    return "note", ""
+
+
+def _target_key(kind: type[Shape], called: str, values: ColumnValues) -> str:
+    """Return the key under which a column next to bare text or a prompt is learned."""
+    if kind is PromptOnly:
+        return "completion"
+    if values.few or _is_in(called, _CLASSES - {"target"}):
+        return "rating" if values.numbers and not values.few else "label"
+    return "completion" if kind is RawText else "text"
+
+
+def _fix(name: str, key: str, kind: type[Shape]) -> str:
+    """Return the settings that read or ignore a column."""
+    ignore = f"`data.columns.{name}=`"
+    if "[]." in name:
+        return "Remove the key."
+    if key in ("", name):
+        return f"Leave {quote(name)} out with {ignore}."
+    read = f"`data.columns.{key}={name}`"
+    if kind is RawText and key == "completion":
+        read = f"`data.columns.prompt=text` and {read}"
+    return f"Learn {quote(name)} with {read}, or leave it out with {ignore}."
+
+
+class UnreadColumns:
+    """Ignored columns of a source, in order of appearance."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self.names_in_file = {key: name for key, name in columns.items() if name}
+        self.values: dict[str, ColumnValues] = {}
+
+    def add(self, shape: str, unread: Iterable[str], record: Mapping[str, object]) -> None:
+        """Count the values of a row.
+
+        Args:
+            shape: shape of the row.
+            unread: ignored columns that may be new.
+            record: row with luthier's keys.
+        """
+        for key in unread:
+            if key not in self.values:
+                self.values[key] = ColumnValues(SHAPES[shape])
+        for key, values in self.values.items():
+            values.add(record.get(key))
+
+    def problems(self, location: Location, keys_of_turns: Iterable[str] = ()) -> list[Problem]:
+        """Return at most one problem per rule.
+
+        Args:
+            location: the source.
+            keys_of_turns: ignored keys of turns, such as ``messages[].thinking``.
+        """
+        found: dict[Severity, list[tuple[str, str]]] = {"error": [], "warning": [], "note": []}
+        turns = {key: ColumnValues(Conversation, 1, media=False) for key in keys_of_turns}
+        for key, values in {**self.values, **turns}.items():
+            if not values.filled:
+                continue
+            name = self.names_in_file.get(key, key)
+            severity, read_as = judge(key, values)
+            what = f"{quote(name)} ({len(values.counts):,} values)" if values.few else quote(name)
+            found[severity].append((what, _fix(name, read_as, values.kind)))
+        problems = []
+        for rule, severity in ((UNREAD, "error"), (CATEGORY, "warning"), (IGNORED, "note")):
+            if columns := found[severity]:
+                verb = "is" if len(columns) == 1 else "are"
+                message = f"{list_some((what for what, _ in columns), 10)} {verb} not read."
+                fix = " ".join(fix for _, fix in columns[:10]) if severity != "note" else ""
+                problems.append(Problem(rule, message, fix, location))
+        return problems
