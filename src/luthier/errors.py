@@ -16,6 +16,7 @@
     │   ├── LocationRefused     an address that the service cannot read or write
     │   └── ObjectRefused       an operation of the object store; the rule is S3's error code
     ├── ReadOnlyDisk            a disk that accepts no writes
+    ├── OutOfMemory             a failed allocation; the same request fits later
     ├── DownloadError           a source that cannot be read, or has other bytes than pinned
     ├── UploadError             a model that cannot be uploaded
     ├── CorruptFile             a stored file that does not match its recorded hash
@@ -30,8 +31,10 @@ To add an error, subclass the nearest branch and give it a ``default_rule``.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -277,6 +280,39 @@ class ReadOnlyDisk(LuthierError):
     """A read-only disk: mounted read-only, or after an error of the file system."""
 
     default_rule = "disk.read_only"
+
+
+class OutOfMemory(LuthierError):
+    """A failed allocation: other programs use the memory now."""
+
+    default_rule = "memory.short"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, on the CPU or on a GPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # By name and text, because torch is not imported here. On a CPU, torch raises a RuntimeError.
+    return (
+        isinstance(error, MemoryError | OutOfMemory)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Convert a failed allocation to :class:`OutOfMemory`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+            raise
+        raise OutOfMemory(
+            "too little memory is free on this machine",
+            advice="Free some memory and resume the run. If memory stays short, use a smaller "
+            "`training.micro_batch_tokens`.",
+        ) from error
 
 
 class RunConflict(RefusedInput):

@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import TypeAdapter
-from short_runs import manifest_of, write_rows
+from short_runs import CPU, manifest_of, write_rows
 
 from luthier.cli.tune import print_label_issues
+from luthier.data.shapes.texts import RatedText
+from luthier.engine import comparison
 from luthier.engine.runs import LABEL_ISSUES, Result
 from luthier.engine.train import train
+from luthier.evaluation.baselines import ComparedRows
 from luthier.files import read_json
+from luthier.models.load import as_network, load_model
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import Contrastive
 from luthier.recipe import Recipe
 
 ANIMALS = ("fox", "dog", "cat", "bird")
@@ -200,3 +207,24 @@ def test_nothing_is_named_where_labels_are_right_or_rows_are_few(
     for result in (right, few):
         print_label_issues(result)
     assert not capsys.readouterr().out
+
+
+def test_time_limit_is_checked_within_long_rows(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = family_folder("bert")
+    objective = Contrastive()
+    network = as_network(
+        load_model(folder, torch.float32, CPU, objective.head()), CPU, torch.float32
+    )
+    chat = load_chat_format(folder)
+    rows = [RatedText("f", n, "the quick brown fox and my card", n / 40) for n in range(40)]
+    both = ComparedRows(rows, [objective.encode(row, n, chat) for n, row in enumerate(rows)])
+    tokens, seconds, progress = both.examples[0].tokens, iter(range(1_000)), list[int]()
+    monkeypatch.setattr(comparison.time, "monotonic", lambda: float(next(seconds)))
+    states = comparison.base_states(
+        network, objective, both, both, tokens, 8.0, lambda done, total: progress.append(done)
+    )
+    # Each check takes a second: five before the held-out rows, three before training rows.
+    assert states is not None
+    assert states.rows == progress[-1] - len(rows) == 3 * comparison.PASSES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from types import FunctionType
 
@@ -9,18 +10,28 @@ import pytest
 import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from luthier.errors import UnknownModel
+from luthier.errors import OutOfMemory, UnknownModel, memory_errors
 from luthier.models.config_errors import reject_configuration
 from luthier.types import Message
 
 
-def test_a_full_gpu_is_no_fault_of_a_configuration() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_shortage_of_memory_is_no_fault_of_a_configuration(error: Exception) -> None:
     caught = pytest.raises(UnknownModel)
     with caught as refused, reject_configuration(UnknownModel, "no network"):
         raise RuntimeError("no such size")
     assert refused.value.rule == "config.rejected"
-    with pytest.raises(torch.OutOfMemoryError), reject_configuration(UnknownModel, "no network"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(type(error)), reject_configuration(UnknownModel, "no network"):
+        raise error
+    with pytest.raises(OutOfMemory), memory_errors():
+        raise error
 
 
 @pytest.mark.parametrize("place", ["transformers.models.odd", "luthier.models.nets.odd"])

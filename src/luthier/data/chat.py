@@ -68,7 +68,7 @@ from luthier.data.tools import (
     template_turns,
     uses_tools,
 )
-from luthier.errors import RecipeError, RowRefused
+from luthier.errors import RecipeError, RowRefused, is_out_of_memory
 from luthier.types import (
     Example,
     IntArray,
@@ -849,6 +849,8 @@ class ChatFormat:
             )
         # A template is a third-party program with untrusted input, so it may raise anything.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reason = f"{error or type(error).__name__}"
             others = [turn for turn in turns if turn["role"] != "system"]
             if 0 < len(others) < len(turns):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,7 +37,9 @@ LARGEST_STATES = 20_000_000
 READING = 0.75
 """Share of the time limit for encoding the rows."""
 CHUNK = 256
-"""Number of rows to encode between two checks of the time limit."""
+"""Maximum number of rows to encode between two checks of the time limit."""
+PASSES = 8
+"""Maximum number of full micro-batches between two checks of the time limit."""
 
 
 def encode_cut(
@@ -168,13 +170,26 @@ def _states(
 
     row_states: list[Tensor] = []
     numbers = 0
-    for start in range(0, len(examples), CHUNK):
+    for chunk in _chunks(examples, PASSES * budget):
         if time.monotonic() > until or numbers > LARGEST_STATES:
             break
-        states = network.read_rows(examples[start : start + CHUNK], budget, read_batch)
+        states = network.read_rows(chunk, budget, read_batch)
         numbers += sum(each.numel() for each in states)
         row_states += states
     return row_states
+
+
+def _chunks(examples: Sequence[Example], most: int) -> Iterator[list[Example]]:
+    """Yield the rows in order, at most ``most`` tokens and :data:`CHUNK` rows at once."""
+    chunk, tokens = list[Example](), 0
+    for example in examples:
+        if chunk and (len(chunk) == CHUNK or tokens + example.tokens > most):
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(example)
+        tokens += example.tokens
+    if chunk:
+        yield chunk
 
 
 @torch.no_grad()

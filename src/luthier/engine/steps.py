@@ -113,8 +113,8 @@ class Baselines(TrainingStep):
         train, held = job.data.compared
 
         def on_progress(done: int, total: int) -> None:
-            if media is not None:  # text is read at once
-                trainer.reporter.progress(done, total, f"{PLURAL[media.kind]} read")
+            what = "rows" if media is None else PLURAL[media.kind]
+            trainer.reporter.progress(done, total, f"{what} read")
 
         with trainer.clock.part("baselines"):
             trainer.reporter.stage("Fitting simple baselines to compare with")

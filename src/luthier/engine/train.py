@@ -50,6 +50,7 @@ from luthier.errors import (
     RefusedInput,
     RowRefused,
     RunConflict,
+    memory_errors,
 )
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size
@@ -94,7 +95,7 @@ def train(
     # Before the first matrix product: oneDNN reads the limit with the first kernel.
     limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    with group.shared_errors():
+    with group.shared_errors(), memory_errors():
         if group.rank:
             return _train_other_process(recipe, machine, group)
         data = data or OpenedData(recipe.data, recipe.objective)

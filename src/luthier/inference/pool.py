@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from luthier.engine.machine import available_memory, release_workers
-from luthier.errors import LuthierError, UnknownModel
+from luthier.errors import LuthierError, UnknownModel, is_out_of_memory
 from luthier.files import is_disk_error, without_home
 from luthier.inference.batcher import Work
 from luthier.inference.inference import (
@@ -445,7 +445,7 @@ class ModelPool:
             entry.error = _failure(error)
         except Exception as error:
             # Memory or disk space may be available later.
-            is_temporary = isinstance(error, MemoryError) or is_disk_error(error)
+            is_temporary = is_out_of_memory(error) or is_disk_error(error)
             entry.error = InferenceFailed(
                 "ModelNotReady" if is_temporary else "ModelError",
                 f"The model cannot be loaded: {type(error).__name__}.",

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from luthier.errors import ModelRefused, RefusedInput
+from luthier.errors import ModelRefused, RefusedInput, is_out_of_memory
 from luthier.models.external import CONFIG
 
 MOST_MEMORY = 256 << 20
@@ -53,17 +53,16 @@ def reject_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
     error type. Errors that start in luthier's own code stay unchanged, except in the modules of
     ``_INTERPRET``.
     """
-    import torch
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise  # GPU memory does not depend on the configuration
     except (
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
         RuntimeError, StrictDataclassError, TypeError, ValueError,
     ) as error:  # fmt: skip
+        if is_out_of_memory(error):
+            raise  # free memory does not depend on the configuration
         # Bugs of luthier must not be reported as faults of the user's configuration.
         if isinstance(error, _PROGRAMMING) and _starts_in_own_code(error):
             raise

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from luthier import __version__
 from luthier.data.tree import TokenTree, build_tree
-from luthier.errors import CorruptFile, LuthierError, RecipeError
+from luthier.errors import CorruptFile, LuthierError, RecipeError, is_out_of_memory
 from luthier.files import luthier_home, read_json, write_json
 from luthier.models.attention import Scoring, additive_mask, dense_attention
 from luthier.models.fused import fuse
@@ -422,10 +422,11 @@ def reject_crash(model: Any, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    # A lack of memory says nothing about the family.
-    except (LuthierError, torch.OutOfMemoryError, MemoryError):
+    except LuthierError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # says nothing about the family
         reason = " ".join(str(error).split())[:300]
         raise refusal(model, f"cannot {doing} ({type(error).__name__}: {reason})") from error
 

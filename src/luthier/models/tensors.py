@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.errors import CorruptFile
+from luthier.errors import CorruptFile, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,4 +65,6 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptFile(f"Cannot read {path}: {error}", rule="file.unreadable") from error

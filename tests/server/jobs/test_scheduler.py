@@ -222,7 +222,7 @@ def test_no_worker_is_started_for_a_while_after_one_found_the_disk_full(
     queue: Any, monkeypatch: Any
 ) -> None:
     job_id = queue.submit()
-    exits = [sys.executable, "-c", f"raise SystemExit({processes.NO_DISK})"]
+    exits = [sys.executable, "-c", f"raise SystemExit({processes.NO_SPACE})"]
     scheduler = Scheduler(queue.database, ONCE, command=exits)
     scheduler.tick()
     (child,) = scheduler.children.values()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from luthier.server.jobs import worker
 from luthier.server.jobs.folders import LOG_TAIL, JobFolders
 from luthier.server.tables.jobs import JobEvent
 
@@ -119,8 +120,42 @@ def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
     assert (job.state, job.attempts, job.crashes) == ("Completed", 2, 0)
     with queue.database.read() as session:
         said = [each.message for each in session.query(JobEvent).filter_by(job_id=job_id)]
-    (values,) = [text for text in said if "disk cannot take" in text]
+    (values,) = [text for text in said if "full or read-only" in text]
     assert "last checkpoint" in values
+
+
+SHORT = """
+import pathlib
+from luthier.engine.metrics import MetricsFile
+append, flag = MetricsFile.append, pathlib.Path({flag!r})
+def short(self, values):
+    if flag.exists() or values["step"] < 3:
+        return append(self, values)
+    {once}
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+MetricsFile.append = short
+"""
+
+
+@sqlite
+@pytest.mark.slow
+@pytest.mark.parametrize(("once", "state", "attempts"), [
+    ("flag.touch()", "Completed", 2),
+    ("pass", "Failed", 3),
+])  # fmt: skip
+def test_shortage_of_memory_during_training(
+    queue: Any, tmp_path: Path, monkeypatch: Any, once: str, state: str, attempts: int
+) -> None:
+    monkeypatch.setattr("luthier.server.jobs.scheduler.LATER", 0.2)
+    job_id = queue.submit(steps=6)
+    before = SHORT.format(flag=str(tmp_path / "flag"), once=once)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
+    job = queue.ended(job_id)
+    assert (job.state, job.attempts) == (state, attempts)
+    with queue.database.read() as session:
+        warned = session.query(JobEvent).filter_by(job_id=job_id, kind="warning").all()
+    assert any(worker.NO_MEMORY in each.message for each in warned)
+    assert state == "Completed" or worker.NO_MEMORY in job.failure
 
 
 @sqlite

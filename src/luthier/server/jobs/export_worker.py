@@ -28,11 +28,11 @@ from luthier.errors import (
     UnknownModel,
 )
 from luthier.exports.export import Export, Format, export_model, memory_needed
-from luthier.files import hashes_of, is_disk_error, json_text, luthier_home
+from luthier.files import hashes_of, json_text, luthier_home
 from luthier.library.models import find
 from luthier.models.manifest import created_now
 from luthier.server.jobs.folders import ExportFolders
-from luthier.server.jobs.worker import BEAT, RENEWAL, Heartbeat, Worker
+from luthier.server.jobs.worker import BEAT, RENEWAL, Heartbeat, Worker, is_shortage
 from luthier.server.tables import exports, queue, storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.exports import ExportedFile, ExportProgress, ExportResult, ModelExport
@@ -64,7 +64,7 @@ class ExportWorker(Worker[ModelExport]):
             # Not failures of the export: another worker starts again, or the export was stopped.
             raise
         except Exception as error:
-            if is_disk_error(error):
+            if is_shortage(error):
                 raise
             _log.exception("export %s failed", self.row_id)
             end = self._explain(error, row)

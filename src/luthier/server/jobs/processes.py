@@ -18,11 +18,11 @@ from luthier.engine.machine import KERNEL_CACHES, KERNELS
 from luthier.inference.prompt_limits import OWN_THREAD
 from luthier.server.tables.database import Database
 
-NO_DISK = 73
-"""Exit status of a worker after a full or read-only disk. The work is queued again."""
+NO_SPACE = 73
+"""Exit status of a worker without memory or disk space. The work is queued again."""
 NO_NODE = 74
 """Exit status of a driver without a node with capacity. The job is queued again."""
-NO_ROOM = (NO_DISK, NO_NODE)
+NO_ROOM = (NO_SPACE, NO_NODE)
 """Exit statuses after which the runner pauses."""
 LOST = 75
 """Exit status of a worker whose lease was lost."""

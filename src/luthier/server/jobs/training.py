@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sqlalchemy import select
@@ -30,7 +31,7 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
-from luthier.files import folder_size, is_disk_error, verify
+from luthier.files import folder_size, verify
 from luthier.formatting import finite_or_none
 from luthier.inference.reply_log import logged_for
 from luthier.library import models
@@ -40,14 +41,14 @@ from luthier.server.jobs import output_files as outputs
 from luthier.server.jobs.data import JobData, fetch_data
 from luthier.server.jobs.folders import tidy
 from luthier.server.jobs.job_reporter import JobReporter
-from luthier.server.jobs.processes import NO_DISK
+from luthier.server.jobs.processes import NO_SPACE
 from luthier.server.jobs.worker import (
     AGAIN,
     BEAT,
     RENEWAL,
     Heartbeat,
     Worker,
-    explain_wait,
+    is_shortage,
 )
 from luthier.server.tables import jobs, queue, storage
 from luthier.server.tables.accounts import quotas_of
@@ -259,11 +260,10 @@ class TrainingWorker(Worker[Job]):
         if isinstance(error, WrongState):
             # The job was stopped or paused at the last moment.
             return self._end_interrupted(job, heartbeat, error)
-        if is_disk_error(error):
-            _log.exception("no disk space for job %s", self.row_id)
-            message = self._rename(explain_wait(error))
-            self._end(heartbeat, lambda s: self.release(s, message))
-            return NO_DISK
+        if is_shortage(error):
+            _log.exception("no memory or disk space for job %s", self.row_id)
+            self._end(heartbeat, partial(self.give_back, error=error))
+            return NO_SPACE
         _log.exception("job %s failed", self.row_id)
         failure = self._rename(explain(error))
         return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
@@ -290,6 +290,10 @@ class TrainingWorker(Worker[Job]):
         if job.state in ENDED:
             tidy(self.database, job, self.folders)
         return 0
+
+    def release(self, session: Session, message: str) -> None:
+        """Give the job back with a reason that names no path of the server."""
+        super().release(session, self._rename(message))
 
     def _rename(self, text: str) -> str:
         """Return ``text`` with addresses in place of the server's paths."""

@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -27,12 +28,13 @@ from luthier.errors import (
     LeaseLost,
     LuthierError,
     RefusedInput,
+    is_out_of_memory,
 )
 from luthier.files import is_disk_error
 from luthier.limits import AccountQuotas
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import JobFolders
-from luthier.server.jobs.processes import LOST, NO_DISK, this_process
+from luthier.server.jobs.processes import LOST, NO_SPACE, this_process
 from luthier.server.jobs.runners import free
 from luthier.server.tables import queue
 from luthier.server.tables.arns import Arns
@@ -55,6 +57,8 @@ FILES_FREE = 30.0
 """Time limit for the end of the previous worker, in seconds."""
 TRIES = 5
 """Number of attempts to read or write an address."""
+NO_MEMORY = "its worker found too little free memory"
+"""Cause of a death in the events of the work."""
 
 _log = logging.getLogger(__name__)
 
@@ -179,17 +183,27 @@ class Worker(ABC, Generic[Work]):
                 self.write(lambda session: self.release(session, self.release_message))
             return 0
         except Exception as error:
-            if not is_disk_error(error):
+            if not is_shortage(error):
                 raise
-            _log.exception("no disk space for %s", self.row_id)
-            message = explain_wait(error)
+            _log.exception("no memory or disk space for %s", self.row_id)
             with suppress(LeaseLost):
-                self.write(lambda session: self.release(session, message))
-            return NO_DISK
+                self.write(partial(self.give_back, error=error))
+            return NO_SPACE
 
     def release(self, session: Session, message: str) -> None:
         """Give the work back with a reason."""
         queue.release(session, self.table, self.row_id, self.lease, message)
+
+    def give_back(self, session: Session, error: Exception) -> None:
+        """Give the work back until memory or disk space is free.
+
+        A shortage of memory counts as a death of the worker: work that never fits fails.
+        """
+        if is_out_of_memory(error):
+            advice = f"If memory stays short, {self.table.memory_advice}"
+            queue.expire(session, self.table, self.row_id, self.lease, NO_MEMORY, advice)
+        else:
+            self.release(session, explain_wait(error))
 
     def _begin(self) -> Work:
         process = this_process(self.processes)
@@ -257,6 +271,11 @@ class Worker(ABC, Generic[Work]):
         # During training the loop has its own handler, which writes a checkpoint first.
         if not self.ending:
             raise Interrupted("stopped before the next step")
+
+
+def is_shortage(error: Exception) -> bool:
+    """Return whether work failed only because memory or disk space is short now."""
+    return is_disk_error(error) or is_out_of_memory(error)
 
 
 def explain_wait(error: Exception) -> str:
