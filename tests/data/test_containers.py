@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def read(path: Path) -> tuple[list[tuple[int, dict[str, object]]], list[Problem]
         ("a.jsonl", ARRAY, "json"),
         ("a.json", b'[{"text": "a"}]', "json"),
         ("a.jsonl", b'[1]\n{"text": "a"}\n', "jsonl"),
-        ("a.json", b'{"text": "' + b"x" * 100_000 + b'"}', "jsonl"),
+        ("a.json", b'{"text": "' + b"x" * 100_000 + b'"}', "json"),
         ("a.json", b'[{"text": "' + b"x" * 100_000 + b'"}]', "json"),
         ("a.txt", b'{"text": "one"}\nand then words', "text"),
         ("a.txt", b"{braces} and words\n", "text"),
@@ -166,3 +167,64 @@ def test_a_missing_package_is_named_with_how_to_get_it(
     (problem,) = read(path)[1]
     assert problem.rule == "file.extra" and problem.rule in RULES
     assert f"luthier[{extra}]" in problem.advice
+
+
+def zip_of(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.zip", "rows"])
+@pytest.mark.parametrize(
+    ("member", "data"),
+    [
+        ("rows.jsonl", b'{"text": "a", "label": "x"}\n'),
+        ("data/rows.csv", b"text,label\na,x\n"),
+        ("rows.json", b'{"train": [{"text": "a", "label": "x"}]}'),
+        ("rows.txt", b"__label__x a\n"),
+    ],
+)
+def test_data_file_in_a_zip_archive(tmp_path: Path, name: str, member: str, data: bytes) -> None:
+    more = {"__MACOSX/rows.jsonl": b"\0", "README.md": b"# Rows", "data/.x.csv": b"a"}
+    path = zip_of(tmp_path / name, **{**more, member: data})
+    records = [record for _, record in read_records(path, [])]
+    assert records == [{"text": "a", "label": "x"}]
+    assert container_of(path).packing == "zip"
+
+
+def test_several_data_files_in_a_zip_archive(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "rows.zip", **{"train.csv": b"text\na", "test.csv": b"text\na"})
+    with pytest.raises(RowRefused) as caught:
+        container_of(path)
+    assert caught.value.rule == "file.directory"
+
+
+def test_damaged_data_file_in_a_zip_archive(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "rows.zip", **{"rows.jsonl": b'{"text": "a"}\n' * 10_000})
+    data = bytearray(path.read_bytes())
+    data[40:60] = bytes(20)
+    path.write_bytes(data)
+    problems: list[Problem] = []
+    assert [*read_records(path, problems)] == []
+    assert [problem.rule for problem in problems] == ["file.damaged"]
+
+
+def test_text_file_with_tabs_and_without_names(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("ham\tSee you.\nspam\tWin now!\nham\tLate, sorry.\n")
+    with pytest.raises(RowRefused) as caught:
+        container_of(path)
+    assert caught.value.rule == "file.unknown_format"
+    path.write_text("\tSee you.\nspam\tWin now!\nham\tLate, sorry.\n")
+    assert container_of(path) == Container("text")
+
+
+@pytest.mark.parametrize(("mark", "kind"), [("\t", "tsv"), (";", "csv")])
+def test_text_file_with_names_of_columns(tmp_path: Path, mark: str, kind: str) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text(f"text{mark}label\nSee you.{mark}ham\nWin now!{mark}spam\n")
+    records = [record for _, record in read_records(path, [])]
+    assert records == [{"text": "See you.", "label": "ham"}, {"text": "Win now!", "label": "spam"}]
+    assert container_of(path).kind == kind

@@ -316,3 +316,9 @@ def test_documents_that_hold_no_text_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         load_documents([tmp_path / "none.txt"])
     assert refused.value.rule == "file.missing"
+
+
+def test_boolean_labels(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": true}\n{"label": [false, true], "text": "b"}\n')
+    assert [row.record()["label"] for row in load_rows(path)] == ["true", ["false", "true"]]

@@ -16,6 +16,8 @@ from luthier.data import (
     containers,
     content_parts,
     documents,
+    line_forms,
+    nested,
     parsing,
     read,
     rows,
@@ -60,7 +62,9 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         content_parts,
         documents,
         fields,
+        line_forms,
         media_files,
+        nested,
         parsing,
         s3,
         *(

@@ -126,7 +126,7 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
     ("choices.answer", [{"prompt": "a", "choices": ["b"], "answer": 1}], 1),
     ("choices.length", [{"prompt": ["a", "b"], "choices": ["b"], "answer": 0}], 1),
     ("history.item", [{"history": ["a\nb"], "item": "c"}], 1),
-    ("label.type", [{"text": "x", "label": True}], 1),
+    ("label.type", [{"text": "x", "label": {}}], 1),
     ("label.type", [{"text": "x", "label": " "}], 1),
     ("label.type", [{"text": "x", "label": ["a", None]}], 1),
     ("label.duplicate", [{"text": "x", "label": ["a", "a"]}], 1),

@@ -1,8 +1,9 @@
 """Detection of a file's format from its bytes; the file name decides only in doubt.
 
-Formats are JSON Lines, a JSON array or object, CSV, TSV, Parquet and plain text. All but Parquet
-may be compressed with gzip or zstd. Images and audio are a folder or zip archive of files, or
-arrays in an ``.npz`` file.
+Formats are JSON Lines, a JSON array or object, CSV, TSV, Parquet, plain text and annotated lines
+(:mod:`luthier.data.line_forms`). All but Parquet may be compressed with gzip or zstd, or be the only
+data file of a zip archive. Images and audio are a folder or zip archive of files, or arrays in an
+``.npz`` file.
 """
 
 from __future__ import annotations
@@ -19,23 +20,29 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.formats import KEYS
 from luthier.data.inputs import conversion_fix, is_media
+from luthier.data.line_forms import LINE_FORMS
+from luthier.data.nested import rows_inside
 from luthier.data.parsing import quote, read_line
 from luthier.errors import RowRefused
 from luthier.files import names_below
 
-FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "folder", "zip", "npz"]
-Packing = Literal["", "gzip", "zstd"]
+FileFormat = Literal[
+    "jsonl", "json", "csv", "tsv", "parquet", "text", "fasttext", "conll", "folder", "zip", "npz"
+]
+Packing = Literal["", "gzip", "zstd", "zip"]
 
 JSON_LINES = (".jsonl", ".ndjson", ".json-lines")
 PLAIN_TEXT = (".txt", ".md", ".text")
 TABLES = (".csv", ".tsv")
 PACKED = (".gz", ".zst")
-DATA_ENDINGS = (*JSON_LINES, ".json", *TABLES, ".parquet", ".npz", *PLAIN_TEXT)
+_ROW_ENDINGS = (*JSON_LINES, ".json", *TABLES)
+DATA_ENDINGS = (*_ROW_ENDINGS, ".parquet", ".npz", *PLAIN_TEXT)
 """Accepted file endings. All endings but plain text may have one of ``PACKED`` appended."""
 
 TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
@@ -65,7 +72,7 @@ _MAGIC = (
     (b"\xff\xfe", "UTF-16 text"),
     (b"\xfe\xff", "UTF-16 text"),
 )
-BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 """Exceptions of decompressors for damaged data."""
 
 # Tab, line ends, backspace, form feed and escape do occur in text.
@@ -118,11 +125,16 @@ def container_of(path: Path) -> Container:
         raise empty_file_error("is empty")
     if head.startswith(_PARQUET) and not packing:
         return Container("parquet")
+    name = unpacked_name(path.name) if packing else path.name.lower()
     if head.startswith(_ZIP) and path.suffix.lower() in ("", ".npz", ".zip") and not packing:
         arrays = path.suffix.lower() == ".npz" or (not path.suffix and _holds_arrays(path))
-        return Container("npz" if arrays else "zip")
+        if arrays or not (member := _data_member(path)):
+            return Container("npz" if arrays else "zip")
+        packing, name = "zip", member.lower()
+        with path.open("rb") as raw:
+            head = unpack(raw, packing).read(_HEAD_BYTES)
     reject_binary(head)
-    suffix = Path(unpacked_name(path.name) if packing else path.name.lower()).suffix
+    suffix = Path(name).suffix
     # errors="ignore" drops an incomplete last character.
     text = head.decode("utf-8", errors="ignore").removeprefix("\ufeff")
     first, _, rest = text.partition("\n")
@@ -181,8 +193,39 @@ def _holds_arrays(path: Path) -> bool:
         return False  # the reader reports the damage
 
 
+def _data_member(path: Path) -> str:
+    """Return the only data file of a zip archive; empty for an archive of images or audio.
+
+    Raises:
+        RowRefused: for several data files, and for an encrypted file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [*filter(_is_listed, archive.namelist())]
+            rows = [name for name in names if name.lower().endswith(_ROW_ENDINGS)]
+            data = rows or [name for name in names if name.lower().endswith(".txt")]
+            is_encrypted = any(archive.getinfo(name).flag_bits & 1 for name in data)
+    except (zipfile.BadZipFile, RuntimeError, ValueError):
+        return ""  # the reader reports the damage
+    if not data or any(map(is_media, names)):
+        return ""
+    if len(data) > 1 or is_encrypted:
+        what = "is encrypted" if is_encrypted else f"has {len(data):,} data files"
+        fix = "Unpack the archive, and name one file or the folder."
+        raise RowRefused("file.directory", f"The archive {what}.", fix)
+    return data[0]
+
+
+def _is_listed(name: str) -> bool:
+    """Return whether a member of an archive is no folder, hidden file or file of macOS."""
+    return not name.endswith("/") and not re.search(r"(^|/)(\.|__MACOSX/)", name)
+
+
 def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:
     """The bytes of ``raw``, unpacked as they are read."""
+    if packing == "zip":
+        archive = zipfile.ZipFile(raw)
+        return archive.open(_data_member(Path(raw.name)))  # type: ignore[return-value]
     if packing == "gzip":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     return io.BufferedReader(_Zstd(raw), 1 << 18) if packing else raw
@@ -281,16 +324,48 @@ def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
     if suffix in PLAIN_TEXT:
         # Two objects, or a single object, in a .txt file are JSON Lines.
         second = _value(lines[1]) if len(lines) > (1 if whole else 2) else first
-        return "jsonl" if isinstance(first, dict) and isinstance(second, dict) else "text"
+        if isinstance(first, dict) and isinstance(second, dict):
+            return "jsonl"
+        return _annotated(lines if whole else lines[:-1]) or _table_or_text(text, lines, whole)
     if start == "[" and (len(lines) < 2 or first is None):
         return "json"
+    is_nested = isinstance(first, dict) and rows_inside(first) is not None
+    if start == "{" and len(lines) < 2 and (is_nested or (first is None and suffix == ".json")):
+        return "json"  # one object with all rows, possibly longer than the longest line
     if suffix in JSON_LINES:
         return "jsonl"
     if start == "{":
         return "jsonl" if first is not None or len(lines) < 2 else "json"
     if suffix == ".json":
         return "jsonl"
-    return "csv" if _is_table(text) else None
+    return "csv" if _is_table(text) else _annotated(lines if whole else lines[:-1])
+
+
+def _annotated(lines: Sequence[str]) -> FileFormat | None:
+    """Return the form of annotated lines that all lines have; ``None`` for other text."""
+    names = (name for name, form in LINE_FORMS.items() if lines and form.matches(lines))
+    return next(names, None)  # type: ignore[arg-type]
+
+
+def _table_or_text(text: str, lines: Sequence[str], whole: bool) -> FileFormat:
+    """Return the format of a ``.txt`` file: a table whose header is known, otherwise text.
+
+    Raises:
+        RowRefused: for a table with tabs and without a header.
+    """
+    delimiter = _delimiter(text, "csv")
+    rows = [_cells(line, delimiter) for line in (lines if whole else lines[:-1])]
+    equal = len(rows) > 1 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1
+    if equal and all(name.strip().lower() in KEYS for name in rows[0]):
+        return "tsv" if delimiter == "\t" else "csv"
+    if equal and delimiter == "\t" and len(rows) > 2 and all(map(str.strip, chain(*rows))):
+        raise RowRefused(
+            "file.unknown_format",
+            f"Each line has {len(rows[0])} cells with tabs between, but no line names the columns.",
+            "Write the names as the first line of a .tsv file, as with: (printf 'text\\tlabel\\n'; cat "
+            "OLD.txt) > NEW.tsv. To learn the lines as plain text, rename the file to .md.",
+        )
+    return "text"
 
 
 def _value(line: str) -> object | None:

@@ -1,4 +1,4 @@
-"""Reader for a JSON array of rows or concatenated JSON objects.
+"""Reader for a JSON array of rows, concatenated JSON objects, or one object with nested rows.
 
 The file is read as a whole and decoded row by row.
 """
@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from luthier.data import parsing
 from luthier.data.containers import empty_file_error
+from luthier.data.nested import rows_inside, unfold
 from luthier.data.parsing import DECODER, Record, decode, json_kind
 from luthier.errors import Location, Problem, RowRefused
 
@@ -18,9 +19,11 @@ _WHITE = " \t\r\n"
 
 
 def read_document(
-    stream: BinaryIO, file: str, problems: list[Problem]
+    stream: BinaryIO, file: str, problems: list[Problem], warnings: list[Problem] | None = None
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for the elements of an array, or for the objects of a file.
+
+    The rows inside of a file's only object (:mod:`luthier.data.nested`) have the lines 1, 2, ….
 
     Text after invalid JSON cannot be read; other mistakes cost one element.
     """
@@ -37,11 +40,15 @@ def read_document(
         count += 1
         line = text.line
         try:
-            yield line, text.record()
+            record = text.record()
         except RowRefused as bad:
             if bad.problem.line:
                 raise
             problems.append(bad.at(file, line))
+            continue
+        is_only = not array and count == 1 and not text.next_character()
+        rows = unfold(record, file, warnings) if is_only else None
+        yield from enumerate(rows, 1) if rows is not None else ((line, record),)
     if start != ("]" if array else ""):
         raise text.invalid(
             "the array is not closed" if array else "unexpected closing bracket", text.place
@@ -83,7 +90,8 @@ class _Text:
             if isinstance(error, RowRefused):
                 raise
             raise parsing.too_many_digits() from None
-        if self.place - start > parsing.MAX_LINE_BYTES:
+        is_row = not isinstance(value, dict) or rows_inside(value) is None
+        if self.place - start > parsing.MAX_LINE_BYTES and is_row:
             message = f"The row has more than {parsing.MAX_LINE_BYTES:,} characters."
             raise RowRefused("line.too_long", message, "Split the row into shorter rows.")
         if not isinstance(value, dict):

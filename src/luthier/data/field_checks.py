@@ -158,8 +158,8 @@ def read_label(value: object) -> str | tuple[str, ...]:
 
 
 def _label_name(value: object, description: str = "{}") -> str:
-    if type(value) is int:
-        return str(value)
+    if type(value) is int or type(value) is bool:
+        return str(value).lower()
     if isinstance(value, str) and value.strip():
         return value
     kind = "empty" if isinstance(value, str) else json_kind(value)

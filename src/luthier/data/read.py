@@ -26,6 +26,7 @@ from luthier.data.containers import (
     unpack,
 )
 from luthier.data.documents import read_document
+from luthier.data.line_forms import LINE_FORMS
 from luthier.data.parsing import PieceDecoder, Record, decode, parse_line, read_line
 from luthier.data.tables import read_parquet, read_table
 from luthier.errors import Problem, RowRefused
@@ -107,7 +108,7 @@ def _records(
         return read_parquet(raw)
     stream = unpack(raw, container.packing)
     if container.kind == "json":
-        return read_document(stream, file, problems)
+        return read_document(stream, file, problems, warnings)
     if container.kind in ("csv", "tsv"):
         table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
         for reader in bundled("table_readers").values():
@@ -115,7 +116,17 @@ def _records(
         return table
     if container.kind == "text":
         return (_read_text if whole else _read_pieces)(stream)
+    if container.kind in LINE_FORMS:
+        return LINE_FORMS[container.kind].read(_text_lines(stream))
     return _read_lines(stream, file, problems)
+
+
+def _text_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    for number in count(1):
+        if not (raw := read_line(stream, "check the line ends")):
+            return
+        line = decode(raw, number).rstrip("\r\n")
+        yield number, line.removeprefix("\ufeff") if number == 1 else line
 
 
 def _read_failure(error: OSError) -> RowRefused:

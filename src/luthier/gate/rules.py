@@ -309,10 +309,19 @@ UNNAMED_MEDIA = Rule(
     "Add a row for each file, or move the files. To use the class folders, move the table.",
     whole=True,
 )
+OTHER_SPLITS = Rule(
+    "file.splits",
+    "warning",
+    "A JSON file has several splits, and only the training rows are read.",
+    "Held-out rows are taken from the training rows.",
+    "Write each split to a file, and name the files with `--validation` and `--test`.",
+    whole=True,
+)
 DOUBTS: Mapping[str, Rule] = {
     rule.id: rule
     for rule in (
         JOINED_ROWS, UNREAD_COLUMN, UNREAD_CATEGORY, IGNORED_COLUMN, SPEAKERS, UNNAMED_MEDIA,
+        OTHER_SPLITS,
     )
 }  # fmt: skip
 """Rules of the reader about the source as a whole, by id."""
