@@ -13,6 +13,7 @@ from written_rows import row_of
 
 from luthier.evaluation.label_issues import (
     LEAST_ROWS,
+    PENALTY,
     find_label_issues,
     likely_classes,
     neighbour_votes,
@@ -99,7 +100,7 @@ def test_probabilities_of_a_row_do_not_depend_on_its_own_label() -> None:
             np.arange((class_N == name).sum()) + (class_N < name).sum()
         ) % 2
     first = torch.from_numpy(half_N == 0)
-    model = fit_logistic(points_NH[~first], torch.from_numpy(class_N)[~first], 3)
+    model = fit_logistic(points_NH[~first], torch.from_numpy(class_N)[~first], 3, PENALTY)
     expected = model.scores(points_NH[first]).softmax(-1).numpy()
     found_NC = out_of_sample(points_NH, class_N, 3)
     np.testing.assert_allclose(found_NC[first.numpy()], expected, rtol=1e-5, atol=1e-7)

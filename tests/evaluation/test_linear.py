@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.evaluation.linear import fit_centroids, fit_logistic, fit_ridge
+from luthier.evaluation.linear import (
+    PENALTIES,
+    fit_centroids,
+    fit_logistic,
+    fit_ridge,
+    select_penalty,
+)
 
 
 @pytest.fixture
@@ -24,7 +30,8 @@ def test_logistic_regression_tells_clusters_apart_wherever_they_lie(
     model = fit_logistic(points_NH, classes_N, 3)
     assert (model.scores(points_NH).argmax(-1) == classes_N).float().mean() > 0.97
     # The scale of the features changes nothing.
-    other = fit_logistic(points_NH * 1000, classes_N, 3)
+    model = fit_logistic(points_NH, classes_N, 3, 0.01)
+    other = fit_logistic(points_NH * 1000, classes_N, 3, 0.01)
     torch.testing.assert_close(
         other.scores(points_NH * 1000), model.scores(points_NH), atol=0.02, rtol=0.02
     )
@@ -95,3 +102,54 @@ def test_ridge_finds_a_line_and_ignores_noise() -> None:
     fresh_NH = torch.randn(200, 40, generator=generator) + 10
     guess_N = fit_ridge(points_NH, noise_N).scores(fresh_NH)[:, 0]
     assert (guess_N - noise_N.mean()).square().mean() < 0.5 * noise_N.var()
+
+
+def noisy_clusters(share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return points of 3 classes in 100 dimensions, the classes, and labels with wrong ones."""
+    generator = torch.Generator().manual_seed(3)
+    classes_N = torch.arange(300) % 3
+    points_NH = torch.randn(300, 100, generator=generator) + 4 * torch.eye(3, 100)[classes_N]
+    wrong_N = torch.rand(300, generator=generator) < share
+    return points_NH, classes_N, torch.where(wrong_N, (classes_N + 1) % 3, classes_N)
+
+
+def test_wrong_labels_select_a_larger_penalty() -> None:
+    points_NH, classes_N, noisy_N = noisy_clusters(0.2)
+    clean, noisy = (select_penalty(points_NH, each_N, 3) for each_N in (classes_N, noisy_N))
+    assert clean < noisy
+
+    def accuracy(penalty: float | None) -> float:
+        model = fit_logistic(points_NH, noisy_N, 3, penalty)
+        return float((model.scores(points_NH).argmax(-1) == classes_N).float().mean())
+
+    assert accuracy(None) > accuracy(0.01) + 0.05
+
+
+def test_selected_penalty_has_the_least_held_out_loss() -> None:
+    points_NH, _, noisy_N = noisy_clusters(0.2)
+    fold_N = torch.empty(300, dtype=torch.long)
+    fold_N[noisy_N.argsort(stable=True)] = torch.arange(300) % 5
+    losses = dict.fromkeys(PENALTIES, 0.0)
+    for penalty in PENALTIES:
+        for fold in range(5):
+            held_N = fold_N == fold
+            model = fit_logistic(points_NH[~held_N], noisy_N[~held_N], 3, penalty)
+            loss = torch.nn.functional.cross_entropy(
+                model.scores(points_NH[held_N]), noisy_N[held_N], reduction="sum"
+            )
+            losses[penalty] += float(loss)
+    assert select_penalty(points_NH, noisy_N, 3) == min(losses, key=losses.__getitem__)
+
+
+def test_penalty_of_several_labels_grows_with_wrong_labels() -> None:
+    points_NH, classes_N, noisy_N = noisy_clusters(0.2)
+    clean, noisy = (
+        select_penalty(points_NH, torch.eye(3)[each_N], 3) for each_N in (classes_N, noisy_N)
+    )
+    assert clean < noisy
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_few_rows_select_a_penalty(rows: int) -> None:
+    points_NH, classes_N, _ = noisy_clusters(0.0)
+    assert select_penalty(points_NH[:rows], classes_N[:rows], 3) in PENALTIES

@@ -35,6 +35,9 @@ LEAST_ROWS = 200
 """Minimum number of rows. Of 100 rows, only two of five reports were right."""
 NEIGHBOURS = 10
 """Number of nearest rows. Labels with at most as many rows are skipped."""
+PENALTY = 1e-2
+"""Penalty of the regression. A penalty for noisy labels flattens the probabilities: with 12 % wrong
+labels in SMS spam, cross-validation names no row, and this penalty names 54 rows with one error."""
 LEAST_RECALL = 0.5
 """Minimum recall of a label, and minimum accuracy, of the regression."""
 LARGEST_TABLE = 20_000_000
@@ -143,7 +146,7 @@ def out_of_sample(
     target_N = torch.from_numpy(class_N)
     for half in (0, 1):
         held_N = torch.from_numpy(half_N == half)
-        model = fit_logistic(states_NH[~held_N], target_N[~held_N], classes)
+        model = fit_logistic(states_NH[~held_N], target_N[~held_N], classes, PENALTY)
         chance_NC[held_N.numpy()] = model.scores(states_NH[held_N]).double().softmax(-1).numpy()
     return chance_NC
 

@@ -3,12 +3,15 @@
 Features are centred and divided by one common number. Directions in which texts differ little carry
 little information, and a scale per feature is worse on the sets of ``docs/results.md``. The fits
 are deterministic: equal rows give equal weights, on any number of threads.
+
+Cross-validation selects the penalty of a logistic regression: with wrong labels, a small penalty
+learns the wrong labels (``docs/log/defaults.md``).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,14 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-PENALTY = 1e-2
-"""Weight of half the squared norm compared with the mean loss of a row, for features of variance 1."""
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+"""Candidate weights of half the squared norm compared with the mean loss of a row, for features of
+variance 1. The largest is first, because each fit starts from the fit before."""
+FOLDS = 5
+ENOUGH_ROWS = 2000
+"""Number of held-out rows that select a penalty. More rows need fewer folds for them."""
 ITERATIONS = 100
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate penalties per row of ridge regression, selected by leave-one-out error."""
 
 
@@ -41,7 +48,7 @@ def fit_logistic(
     features_NH: Tensor,
     targets: Tensor,
     classes: int,
-    penalty: float = PENALTY,
+    penalty: float | None = None,
     bias: bool = True,
     weights: Sequence[float] = (),
 ) -> LinearModel:
@@ -53,10 +60,62 @@ def fit_logistic(
             classes; then one binary regression is fitted per class.
         classes: number of classes, also of classes without rows.
         penalty: weight of half the squared norm of the weights compared with the mean loss of a
-            row.
+            row; selected by :func:`select_penalty` by default.
         bias: whether to fit a bias; otherwise the bias is 0.
         weights: weight of the rows of each class, if each row has one class; 1 by default.
     """
+    if penalty is None:
+        penalty = select_penalty(features_NH, targets, classes, bias, weights)
+    return next(_fit_path(features_NH, targets, classes, [penalty], bias, weights))
+
+
+def select_penalty(
+    features_NH: Tensor,
+    targets: Tensor,
+    classes: int,
+    bias: bool = True,
+    weights: Sequence[float] = (),
+) -> float:
+    """Return the penalty of :data:`PENALTIES` with the least loss on held-out rows.
+
+    The rows of each class are spread over :data:`FOLDS` folds, in order. Fewer rows than folds get
+    the largest penalty. See :func:`fit_logistic` for the arguments.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    rows = len(targets)
+    if rows < FOLDS:
+        return PENALTIES[0]
+    _, stratum_N = np.unique(targets.numpy(), axis=0, return_inverse=True)
+    fold_N = torch.empty(rows, dtype=torch.long)
+    fold_N[np.argsort(stratum_N, kind="stable")] = torch.arange(rows) % FOLDS
+    loss_P = np.zeros(len(PENALTIES))
+    for fold in range(min(FOLDS, -(-ENOUGH_ROWS * FOLDS // rows))):
+        held_N = fold_N == fold
+        held, rest = targets[held_N], targets[~held_N]
+        for place, model in enumerate(
+            _fit_path(features_NH[~held_N], rest, classes, PENALTIES, bias, weights)
+        ):
+            scores_QC = model.scores(features_NH[held_N])
+            if held.ndim == 2:
+                loss = F.binary_cross_entropy_with_logits(scores_QC, held.float(), reduction="sum")
+            else:
+                weight_C = scores_QC.new_tensor(weights) if weights else None
+                loss = F.cross_entropy(scores_QC, held, weight_C, reduction="sum")
+            loss_P[place] += float(loss)
+    return PENALTIES[int(loss_P.argmin())]
+
+
+def _fit_path(
+    features_NH: Tensor,
+    targets: Tensor,
+    classes: int,
+    penalties: Sequence[float],
+    bias: bool,
+    weights: Sequence[float],
+) -> Iterator[LinearModel]:
+    """Yield the fit of each penalty. Each fit starts from the weights of the fit before."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -64,35 +123,43 @@ def fit_logistic(
     mean_H = features_NH.mean(0) * bias
     spread = (features_NH - mean_H).square().mean().sqrt().clamp(min=1e-12)
     scaled_NH = ((features_NH - mean_H) / spread).numpy()
+    target, same_N = targets.numpy(), np.ones(len(targets))
+    several = target.ndim == 2
+    models = [
+        LogisticRegression(fit_intercept=bias, max_iter=ITERATIONS, warm_start=True)
+        for _ in range(classes if several else 1)
+    ]
 
-    def fit(class_N: NDArray[Any], weight_N: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        strength = 1 / (penalty * weight_N.sum())
-        model = LogisticRegression(C=strength, fit_intercept=bias, max_iter=ITERATIONS)
+    def fit(place: int, class_N: NDArray[Any], weight_N: NDArray[Any], penalty: float) -> Any:
+        model = models[place].set_params(C=1 / (penalty * weight_N.sum()))
         # Two threads of OpenBLAS took five times as long as one on a busy machine.
         with threadpool_limits(1, "blas"), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(scaled_NH, class_N, weight_N)
         return model.coef_, model.intercept_
 
-    target, same_N = targets.numpy(), np.ones(len(targets))
-    weight_CH = np.zeros((classes, scaled_NH.shape[1]), np.float32)
-    # The log-odds of a class that no row has, or that every row has: scikit-learn fits neither.
-    bias_C = np.full(classes, -np.log(len(target) + 1), np.float32)
-    if target.ndim == 2:
-        for place, class_N in enumerate(target.T):
-            if class_N.min() < class_N.max():
-                weight_CH[place], bias_C[place : place + 1] = fit(class_N, same_N)
-            elif class_N.min():
-                bias_C[place] *= -1
-    elif len(seen := np.unique(target)) == 1:
-        bias_C[seen] = 0
-    else:
-        coefficients, intercepts = fit(target, np.array(weights)[target] if weights else same_N)
-        # Of two classes scikit-learn has the scores of the second one alone.
-        half = np.array([-0.5, 0.5]) if len(seen) == 2 else np.ones(1)
-        weight_CH[seen], bias_C[seen] = half[:, None] * coefficients, half * intercepts
-    weight = features_NH.new_tensor(weight_CH) / spread
-    return LinearModel(weight, features_NH.new_tensor(bias_C) * bias - weight @ mean_H)
+    for penalty in penalties:
+        weight_CH = np.zeros((classes, scaled_NH.shape[1]), np.float32)
+        # The log-odds of a class that no row has, or that every row has: scikit-learn fits neither.
+        bias_C = np.full(classes, -np.log(len(target) + 1), np.float32)
+        if several:
+            for place, class_N in enumerate(target.T):
+                if class_N.min() < class_N.max():
+                    weight_CH[place], bias_C[place : place + 1] = fit(
+                        place, class_N, same_N, penalty
+                    )
+                elif class_N.min():
+                    bias_C[place] *= -1
+        elif len(seen := np.unique(target)) == 1:
+            bias_C[seen] = 0
+        else:
+            weight_N = np.array(weights)[target] if weights else same_N
+            coefficients, intercepts = fit(0, target, weight_N, penalty)
+            # Of two classes scikit-learn has the scores of the second one alone.
+            half = np.array([-0.5, 0.5]) if len(seen) == 2 else np.ones(1)
+            weight_CH[seen], bias_C[seen] = half[:, None] * coefficients, half * intercepts
+        weight = features_NH.new_tensor(weight_CH) / spread
+        yield LinearModel(weight, features_NH.new_tensor(bias_C) * bias - weight @ mean_H)
 
 
 def fit_centroids(features_NH: Tensor, classes_N: Tensor, classes: int) -> LinearModel:
@@ -114,7 +181,7 @@ def fit_ridge(features_NH: Tensor, targets_N: Tensor) -> LinearModel:
     from sklearn.linear_model import RidgeCV
 
     square = float((features_NH - features_NH.mean(0)).square().mean().clamp(min=1e-12))
-    model = RidgeCV([penalty * len(targets_N) * square for penalty in PENALTIES])
+    model = RidgeCV([penalty * len(targets_N) * square for penalty in RIDGE_PENALTIES])
     model.fit(features_NH.double().numpy(), targets_N.double().numpy())
     weight_CH = features_NH.new_tensor(model.coef_[None])
     return LinearModel(weight_CH, features_NH.new_tensor([model.intercept_]))
