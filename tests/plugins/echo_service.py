@@ -18,7 +18,7 @@ from starlette.responses import Response as HttpResponse
 from trails import Remembered
 
 from luthier.limits import ServerLimits
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.http.application import Api, Application
 from luthier.server.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
 from luthier.server.http.metrics import Metrics

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 from principals_of import FIRST
 
-from luthier.server.audit import READ_ONLY, AuditTrail
+from luthier.server.audit import AuditTrail
 from luthier.server.http.messages import Caller
+from luthier.server.roles import CHANGES, PERMISSIONS, Permission
 from luthier.server.tables.audit import entries
 from luthier.server.tables.database import Database
 
-ANN = Caller(FIRST, "ann", ("administrator",))
+ANN = Caller(FIRST, "ann", ("administrator",), key="key-1")
 
 
 def written(database: Database) -> list[tuple[str, str]]:
@@ -18,23 +18,11 @@ def written(database: Database) -> list[tuple[str, str]]:
         return [(each.action, each.outcome) for each in reversed(entries(session))]
 
 
-@pytest.mark.parametrize(
-    ("action", "reads"),
-    [
-        ("luthier:openai.fine_tuning.jobs.list_events", True),
-        ("luthier:openai.fine_tuning.jobs.list_checkpoints", True),
-        ("luthier:openai.files.list", True),
-        ("luthier:openai.files.content", True),
-        ("luthier:openai.files.delete", False),
-        ("luthier:openai.fine_tuning.jobs.cancel", False),
-        ("luthier:CreateJob", False),
-        ("luthier:Predict", True),
-        ("luthier:ReconstructImages", True),
-        ("luthier:openai.images.generate", True),
-    ],
-)
-def test_actions_that_change_nothing(action: str, reads: bool) -> None:
-    assert bool(READ_ONLY.fullmatch(action)) is reads
+def test_only_actions_with_changes_are_audited() -> None:
+    reads = {Permission.IDENTIFY, Permission.INVOKE, Permission.READ}
+    assert not {action for action in CHANGES if PERMISSIONS[action] in reads}
+    assert CHANGES.isdisjoint({"luthier:InspectData", "luthier:EstimateJob"})
+    assert {"s3:PutObject", "luthier:DeleteJob", "luthier:openai.files.delete"} < CHANGES
 
 
 def test_changes_and_refusals_are_written_and_reads_are_not(database: Database) -> None:
@@ -52,3 +40,4 @@ def test_changes_and_refusals_are_written_and_reads_are_not(database: Database) 
         (last,) = entries(session, limit=1)
     assert (last.account, last.user, last.address) == (FIRST, "ann", "10.0.0.1")
     assert (last.request_id, last.resource) == ("r-1", "arn:m")
+    assert last.details == {"key": "key-1"}

@@ -21,7 +21,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from trails import Remembered
 
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.authentication import Authenticator
 from luthier.server.http.application import Api, Application
 from luthier.server.http.limits import RateLimits

@@ -17,7 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from served import served
 
-from luthier.server.audit import record_action, record_actions
+from luthier.server.actions import record_action, record_actions
 from luthier.server.http.messages import Caller
 from luthier.server.http.routes import ApiRoute
 from luthier.server.openai.routes import ROUTERS
@@ -172,6 +172,39 @@ def test_refusals_are_in_the_audit_log(server: Served) -> None:
     assert found == {
         ("luthier:openai.files.create", "/v1/files", user), ("luthier:ListJobs", "/api/v1/jobs", user)
     }  # fmt: skip
+
+
+def test_audit_entry_has_id_of_created_resource_and_key(server: Served) -> None:
+    text = server.key("developer")
+    file = json.loads(
+        server.send(
+            "POST", "/v1/files", text, fields={"purpose": "batch", "file": ("a.jsonl", "{}")}
+        )[1]
+    )["id"]
+    batch = {"input_file_id": file, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    made = json.loads(server.send("POST", "/v1/batches", text, json=batch)[1])["id"]
+    for path in ("/v1/files", "/api/v1/whoami", f"/v1/files/{file}", "/api/v1/jobs"):
+        assert server.send("GET", path, text)[0] == 200
+    with server.service.database.read() as session:
+        key = session.query(principals.ApiKey).order_by(principals.ApiKey.created).all()[-1]
+        found = [(each.action, each.resource, each.details) for each in session.query(AuditEntry)
+                 if each.request_id]  # fmt: skip
+    arn, details = f"arn:aws:luthier:us-east-1:{ACCOUNT}:", {"key": key.id}
+    assert found == [
+        ("luthier:openai.files.create", f"{arn}file/{file}", details),
+        ("luthier:openai.batches.create", f"{arn}batch/{made}", details),
+    ]
+
+
+def test_audit_entry_has_id_of_access_key(server: Served) -> None:
+    client = server.client("s3", "developer")
+    client.create_bucket(Bucket="data")
+    client.list_buckets()
+    with server.service.database.read() as session:
+        key = session.query(principals.AccessKey).order_by(principals.AccessKey.created).all()[-1]
+        found = [(each.action, each.details) for each in session.query(AuditEntry)
+                 if each.request_id]  # fmt: skip
+    assert found == [("s3:CreateBucket", {"key": key.id})]
 
 
 def test_what_was_done_is_noted_across_threads() -> None:

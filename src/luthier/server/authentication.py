@@ -141,7 +141,7 @@ class Authenticator:
 
 
 def _caller(principal: Principal) -> Caller:
-    return Caller(principal.account, principal.user, principal.roles, principal.id)
+    return Caller(principal.account, principal.user, principal.roles, principal.id, principal.key)
 
 
 def _bearer_key(head: RequestHead) -> str | None:

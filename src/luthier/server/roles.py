@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.http.messages import Caller, Fault
 
 
@@ -98,6 +98,17 @@ PERMISSIONS: Mapping[str, Permission] = MappingProxyType(
     }
 )
 """Permission by action (``bedrock:CreateModelCustomizationJob``)."""
+CHANGES = frozenset(
+    action
+    for action, permission in PERMISSIONS.items()
+    if permission in (Permission.DEVELOP, Permission.ADMINISTER)
+) - {
+    "luthier:InspectData",
+    "luthier:EstimateJob",
+    "luthier:openai.fine_tuning.alpha.graders.run",
+    "luthier:openai.fine_tuning.alpha.graders.validate",
+}
+"""Actions that change resources, and so have entries in the audit log."""
 
 
 def permissions_of(caller: Caller) -> frozenset[Permission]:

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 from starlette.routing import request_response
 
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.http.application import Api
 from luthier.server.http.messages import Fault, Request, Response
 from luthier.server.http.routes import handler_endpoint

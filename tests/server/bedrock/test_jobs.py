@@ -12,6 +12,7 @@ from botocore.exceptions import ClientError
 
 from luthier.server.bedrock.hyperparameters import HYPERPARAMETERS
 from luthier.server.tables import jobs as queue
+from luthier.server.tables.audit import entries
 
 DISTILLATION = {
     "customizationType": "DISTILLATION",
@@ -45,6 +46,13 @@ def refused(call: Callable[..., Any], **members: Any) -> tuple[str, str]:
         call(**members)
     error = caught.value.response["Error"]
     return error["Code"], error["Message"]
+
+
+def test_audit_entry_has_arn_of_created_job(service: Service, bedrock: Any) -> None:
+    members = job_members("first", clientRequestToken="token-1")
+    arns = [bedrock.create_model_customization_job(**members)["jobArn"] for _ in range(2)]
+    with service.database.read() as session:
+        assert [each.resource for each in entries(session)] == arns
 
 
 def test_a_job_is_made_and_tells_what_was_asked(service: Service, bedrock: Any) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from luthier.limits import AccountQuotas
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action, record_created
 from luthier.server.bedrock.activation import Activation
 from luthier.server.bedrock.shapes import parse_members, render_response
 from luthier.server.http.messages import Fault, Request, Response
@@ -123,11 +123,13 @@ class ControlRequest:
         if attempt is None:
             return None
         with self.control.database.read() as session:
-            return recall(session, attempt)
+            response = recall(session, attempt)
+        return None if response is None else self._name_created(response)
 
     def create_once(self, create: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
         """Create a resource in one transaction, once per client token, and return the response.
 
+        The response has one member, the ARN of the resource.
         If two requests race for a name, the loser tries again and reports that the name is in use.
         """
         attempt = self._attempt()
@@ -139,11 +141,17 @@ class ControlRequest:
                         response = create(session)
                         if attempt:
                             remember(session, attempt, response)
-                return response
+                return self._name_created(response)
             except IntegrityError:
                 if not remaining:
                     raise
         raise AssertionError("unreachable")
+
+    @staticmethod
+    def _name_created(response: dict[str, Any]) -> dict[str, Any]:
+        (arn,) = response.values()
+        record_created(arn)
+        return response
 
     def _attempt(self) -> Attempt | None:
         token = self.get(TOKEN)

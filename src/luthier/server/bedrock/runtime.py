@@ -20,7 +20,7 @@ from luthier.inference.inference import (
     Stream,
 )
 from luthier.inference.pool import ModelPool
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.bedrock import converse, invoke
 from luthier.server.bedrock.bodies import json_object, malformed_input, native_object
 from luthier.server.bedrock.eventstream import CONTENT_TYPE, exception

@@ -26,7 +26,8 @@ from luthier.inference.inference import meter
 from luthier.inference.scheduler import working_for
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.processes import cancelled_by
-from luthier.server.audit import FAILURES, AuditTrail, record_actions
+from luthier.server.actions import record_actions
+from luthier.server.audit import FAILURES, AuditTrail
 from luthier.server.authentication import Authenticator
 from luthier.server.http.limits import Slots
 from luthier.server.http.messages import (
@@ -249,6 +250,7 @@ class Application:
 
         def admitted(signed: Signed) -> Signed:
             record.account, record.user = signed.caller.account, signed.caller.user
+            record.key = signed.caller.key
             self.admit(signed.caller)
             return signed
 
@@ -308,6 +310,6 @@ class Application:
     def _write_audit(
         self, record: RequestRecord, actions: Sequence[tuple[str, str]], outcome: str
     ) -> None:
-        caller = Caller(record.account, record.user, ())
+        caller = Caller(record.account, record.user, (), key=record.key)
         for action, resource in actions:
             self.trail.record(caller, action, resource, outcome, record.request_id, record.address)

@@ -68,6 +68,8 @@ class Caller:
     """Roles of the user and of the key; all must have the permission of an operation."""
     id: str = ""
     """Id of the user in AWS's format, ``AIDA…``."""
+    key: str = ""
+    """Id of the key that authenticated the request: not a secret."""
 
     @property
     def arn(self) -> str:

@@ -55,6 +55,8 @@ class RequestRecord:
     """Name of the operation; empty for an unknown path, because clients choose paths."""
     account: str = ""
     user: str = ""
+    key: str = ""
+    """Id of the key that authenticated the request."""
     status: int = 0
     """HTTP status; 499 for a client that disconnected, as in nginx."""
     error: str = ""

@@ -98,6 +98,7 @@ def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
             raise not_found("model", model)
         arn, kind = row.arn(context.arns), body.format
         export = submit_export(session, row, arn, body.output, kind, body.merged, body.quantization)
+        call.record_created(f"model-export/{export.id}")
         view = _view(export)
     context.wake()
     return view

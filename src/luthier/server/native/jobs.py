@@ -208,6 +208,7 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
             context.arns,
             context.quotas(call.account),
         )
+        call.record_created(f"model-customization-job/{job.foundation}/{job.id}")
         view = _view(job)
     context.wake()
     return view

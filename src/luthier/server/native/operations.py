@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action, record_created
 from luthier.server.http.messages import Fault
 from luthier.server.http.messages import Response as Answer
 from luthier.server.http.routes import ApiCall, ApiRoute, api_router
@@ -181,6 +181,11 @@ class Call(ApiCall[Context]):
         """
         kind, _, rest = path.partition("/")
         record_action(self.action, self.context.arns.of(self.account, kind, rest))
+
+    def record_created(self, path: str) -> None:
+        """Record that the operation created the resource ``path``."""
+        kind, _, rest = path.partition("/")
+        record_created(self.context.arns.of(self.account, kind, rest))
 
     def model(self, session: Session, name: str, *, active: bool = False) -> CustomModel:
         """Return the account's model, and record the model's ARN for the audit log."""

@@ -304,6 +304,7 @@ def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
             body.input_file_id,
             dict(body.metadata or {}),
         )
+    call.record_created("batch", batch.id)
     context.batches.wake()
     return batch_object(batch, (0, 0))
 

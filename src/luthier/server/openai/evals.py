@@ -106,6 +106,7 @@ def create(call: OpenAICall, body: CreateEval) -> JsonObject:
         quotas = context.evaluations.quotas(session, call.account)
         name, metadata = body.name or "Eval", body.metadata or {}
         row = store.create_eval(session, call.account, quotas, name, definition, metadata)
+    call.record_created("eval", row.id)
     return eval_object(row)
 
 
@@ -201,6 +202,7 @@ def create_run(call: OpenAICall, eval_id: Name, body: CreateRun, request: Reques
             metadata=body.metadata or {},
             eval_id=eval_id,
         )
+    call.record_created("eval", f"{eval_id}/{run.id}")
     context.evaluations.wake()
     return run_object(run, request, rows=True)
 
@@ -241,7 +243,7 @@ def retrieve_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request
 @router.post("/evals/{eval_id}/runs/{run_id}/cancel", name="evals.runs.cancel")
 def cancel_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) -> JsonObject:
     """Cancel a run; results of graded rows remain."""
-    call.record("eval", eval_id)
+    call.record("eval", f"{eval_id}/{run_id}")
     with call.context.database.write() as session:
         run = _find_run(call, session, eval_id, run_id, lock=True)
         if run.status in store.ENDED:
@@ -255,7 +257,7 @@ def cancel_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) 
 @router.delete("/evals/{eval_id}/runs/{run_id}", name="evals.runs.delete")
 def delete_run(call: OpenAICall, eval_id: Name, run_id: Name) -> JsonObject:
     """Delete an ended run and the results of all rows."""
-    call.record("eval", eval_id)
+    call.record("eval", f"{eval_id}/{run_id}")
     with call.context.database.write() as session:
         run = _find_run(call, session, eval_id, run_id, lock=True)
         _refuse_unended(run)

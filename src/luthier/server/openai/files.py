@@ -68,7 +68,9 @@ def create(
         raise invalid(f"The file name is invalid: {error}.", "file") from None
     pieces = iter(partial(file.file.read, MIB), b"")
     lives = None if lifetime is None else timedelta(seconds=lifetime)
-    return file_object(call.context.files.add(call.account, pieces, name, purpose, lives))
+    stored = call.context.files.add(call.account, pieces, name, purpose, lives)
+    call.record_created("file", stored.id)
+    return file_object(stored)
 
 
 @router.get("/files", name="files.list")

@@ -453,6 +453,7 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
     submission = _submission(account, body, base, seed, grader)
     with context.database.write() as session:
         job = submit(session, submission, context.inference.models.arns, context.quotas(account))
+    call.record_created(_KIND, job.name)
     context.wake()
     return _job_object(call, job)
 

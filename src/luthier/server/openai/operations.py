@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.exceptions import RequestValidationError
 
 from luthier.limits import MIB, AccountQuotas, ServerLimits
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action, record_created
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import ApiCall, ApiRoute, api_router
 from luthier.server.openai.protocol import JsonObject, invalid, invalid_member
@@ -52,6 +52,11 @@ class Call(ApiCall[Context]):
         """Record a resource of ``kind`` as changed by the operation, for the audit log."""
         arns = self.context.inference.models.arns
         record_action(self.action, arns.openai(self.account, kind, identifier))
+
+    def record_created(self, kind: str, identifier: str) -> None:
+        """Record that the operation created a resource of ``kind``."""
+        arns = self.context.inference.models.arns
+        record_created(arns.openai(self.account, kind, identifier))
 
 
 OpenAICall = Annotated[Call, Depends(Call.of)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.http.messages import Fault, Response, parse_digits
 from luthier.server.s3 import documents
 from luthier.server.s3.body import (

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
 from luthier.errors import ObjectRefused
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.http.messages import Fault, Response, timestamp
 from luthier.server.s3 import documents
 from luthier.server.s3.body import checksum_elements, checksum_headers

@@ -12,7 +12,7 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import request_response
 
 from luthier.errors import ObjectRefused, QuotaExceeded
-from luthier.server.audit import record_action
+from luthier.server.actions import record_action
 from luthier.server.http.application import Api
 from luthier.server.http.messages import Fault, Request, Response
 from luthier.server.http.routes import read_head

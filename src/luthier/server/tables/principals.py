@@ -113,6 +113,8 @@ class Principal:
     """Secret of the access key; empty for an API key."""
     id: str = ""
     """``AIDA…``, as AWS identifies a user."""
+    key: str = ""
+    """Id of the key."""
 
 
 def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
@@ -129,7 +131,8 @@ def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | N
     except CorruptFile as error:
         _log.warning("%s", error)
         return None
-    return Principal(user.account, user.name, _roles(user, key), secret=secret, id=user.unique_id)
+    roles = _roles(user, key)
+    return Principal(user.account, user.name, roles, None, secret, user.unique_id, key.id)
 
 
 def matching_server_key(session: Session) -> bytes:
@@ -170,7 +173,8 @@ def bearer(session: Session, digest: str) -> Principal | None:
     if found is None:
         return None
     key, user = found
-    return Principal(user.account, user.name, _roles(user, key), key.expires, id=user.unique_id)
+    roles, identifier = _roles(user, key), user.unique_id
+    return Principal(user.account, user.name, roles, key.expires, id=identifier, key=key.id)
 
 
 def _roles(user: User, key: AccessKey | ApiKey) -> tuple[str, ...]:
