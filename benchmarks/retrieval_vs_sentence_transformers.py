@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 from collections import defaultdict
@@ -81,16 +80,11 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def ndcg(orders: Sequence[Sequence[int]], documents: Sequence[str], queries: Queries) -> str:
-    from luthier.evaluation.retrieval import Ranking
+    from luthier.evaluation.retrieval import search_scores
 
-    scores = []
-    for order, relevant in zip(orders, queries.values(), strict=True):
-        labels = [float(documents[number] in relevant) for number in order]
-        # Relevant documents that were not found come last.
-        missing = len(relevant) - int(sum(labels))
-        found = Ranking.of(range(len(labels) + missing, 0, -1), [*labels, *[1.0] * missing])
-        scores.append(found.ndcg if found else 0.0)
-    return f"{100 * statistics.fmean(scores):.1f}"
+    place = {text: number for number, text in enumerate(documents)}
+    gains = [{place[text]: 1.0 for text in relevant} for relevant in queries.values()]
+    return f"{100 * search_scores(orders, gains)['ndcg_at_10'].value:.1f}"
 
 
 def quality(name: str, data: Path, base: str, scratch: Path) -> list[str]:

@@ -59,6 +59,8 @@ def test_numbers_that_json_has_no_word_for_are_null() -> None:
     [
         ("epoch", "did you mean epochs?"),
         ("lorra", "did you mean lora?"),
+        ("dop", "did you mean dpo?"),
+        ("dqo", "did you mean dpo?"),
         # Three letters of five in common are no misspelling.
         ("rouge", "there are others"),
         ("", "there are others"),
@@ -66,5 +68,5 @@ def test_numbers_that_json_has_no_word_for_are_null() -> None:
     ],
 )
 def test_a_name_that_is_nearly_another_is_asked_for(name: object, expected: str) -> None:
-    names = ["judge", "epochs", "lora"]
+    names = ["judge", "epochs", "lora", "dpo"]
     assert did_you_mean(name, names, "there are others") == expected

@@ -83,6 +83,17 @@ def make_files(folder: Path) -> None:
         folder / "two-texts.jsonl",
         ({"text": row["anchor"], "other": row["positive"]} for row in pairs[60:]),
     )
+    write(
+        folder / "questions.jsonl",
+        ({"query": row["anchor"], "positive": row["positive"]} for row in pairs[:30]),
+    )
+    write(folder / "documents.jsonl", ({"text": row["positive"]} for row in pairs))
+    for name, side in (("queries", "anchor"), ("corpus", "positive")):
+        write(
+            folder / f"{name}.jsonl",
+            ({"_id": str(n), "text": row[side]} for n, row in enumerate(pairs[60:])),
+        )
+    (folder / "qrels.tsv").write_text("".join(f"{n}\t{n}\t1\n" for n in range(len(pairs[60:]))))
     sums = [(one, other) for one in range(1, 7) for other in range(1, 7)]
     write(
         folder / "prompts.jsonl",

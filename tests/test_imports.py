@@ -48,6 +48,11 @@ def test_light_entry_points_load_nothing_heavy(code: str) -> None:
     assert not loaded & {*HEAVY, "numpy", "rich"}
 
 
+@pytest.mark.parametrize("command", [["tune"], ["evaluate", "all-minilm-l6-v2"]], ids=" ".join)
+def test_missing_file_is_reported_before_heavy_imports(command: list[str]) -> None:
+    assert not loaded_after(running(*command, "none.jsonl")) & {*HEAVY}
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -87,8 +87,11 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
-def nearest_name(name: object, names: Iterable[str], cutoff: float = 0.7) -> str | None:
-    """Return the name most similar to ``name``; ``None`` below a similarity of ``cutoff`` (0 to 1)."""
+def nearest_name(name: object, names: Iterable[str], cutoff: float = 0.66) -> str | None:
+    """Return the name most similar to ``name``; ``None`` below a similarity of ``cutoff`` (0 to 1).
+
+    The default accepts one wrong letter of three.
+    """
     return next(iter(get_close_matches(str(name), list(names), 1, cutoff)), None)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import luthier
-from luthier.cli.options import tuning_recipe
+from luthier.cli.options import existing_source, tuning_recipe
 from luthier.engine.timings import estimates_folder
-from luthier.errors import RecipeError
+from luthier.errors import DataError, RecipeError
 from luthier.files import read_json
 from luthier.recipe import Recipe, assign, parse_setting
 from luthier.workflows.advise import command_of
@@ -89,3 +89,14 @@ def test_common_fields_need_no_group(tmp_path: Path) -> None:
 
 def test_the_package_lists_its_public_names() -> None:
     assert set(luthier.__all__) <= set(dir(luthier))
+
+
+@pytest.mark.parametrize("source", [".", "none*.jsonl", "s3://none/a.jsonl", "file:///none.jsonl"])
+def test_sources_that_the_reader_resolves(source: str) -> None:
+    assert existing_source(source) == source
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        existing_source(str(tmp_path / "none.jsonl"))
+    assert refused.value.problems[0].rule == "file.missing"

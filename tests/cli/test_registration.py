@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -15,8 +16,11 @@ import openai
 import pytest
 from command_line import MODEL, Answer
 from served import served
+from transformers import AutoModelForSequenceClassification
 
+from luthier.cli.registration import use_of
 from luthier.cli.service import FIRST_ACCOUNT, open_database
+from luthier.library.models import find
 from luthier.server.service import Service
 from luthier.server.settings import Settings
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
@@ -143,6 +147,26 @@ def test_clients_ask_a_model_of_the_command_line(
         service.close()
     assert "luthier:admin.models.unregister" in Answer("admin", "audit", "--json").good().out
     assert "luthier:admin.models.register" in Answer("admin", "audit", "--json").good().out
+
+
+@pytest.mark.parametrize(
+    ("family", "address"),
+    [
+        ("llama", "OpenAI clients use the name shop"),
+        ("bert", "clients use /v1/embeddings with"),
+        ("reranker", "clients use /v1/rerank with"),
+        ("small_cnn", "clients use /api/v1/models/shop/predictions with"),
+    ],
+)
+def test_address_of_a_registered_model(
+    family: str, address: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = family_folder("bert" if family == "reranker" else family)
+    if family == "reranker":
+        ranker = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        folder = shutil.copytree(folder, tmp_path / "reranker")
+        ranker.save_pretrained(folder)
+    assert use_of(find(str(folder)), "shop").startswith(address)
 
 
 @pytest.mark.parametrize(

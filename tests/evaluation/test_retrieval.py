@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from sklearn.metrics import ndcg_score
 
 from luthier.evaluation import retrieval
 from luthier.evaluation.retrieval import (
+    CUT,
     BM25Index,
     ClassRetrieval,
     bm25_ranks,
@@ -20,6 +22,7 @@ from luthier.evaluation.retrieval import (
     popularity_ranks,
     reciprocal_rank_fusion,
     retrieval_scores,
+    search_scores,
 )
 from luthier.evaluation.significance import values
 
@@ -37,6 +40,20 @@ def test_ranks_and_scores_by_hand() -> None:
         "mean_reciprocal_rank": pytest.approx((1 + 1 / 2 + 1 / 20 + 1) / 4),
         "ndcg_at_10": pytest.approx((1 + 1 / math.log2(3) + 0 + 1) / 4),
     }
+
+
+def test_search_scores_of_several_relevant_documents() -> None:
+    gains = [{0: 2.0, 1: 1.0, 5: 1.0}, {9: 1.0}]
+    orders = [[3, 0, 1, 4], [*range(20, 30), 9]]
+    ndcg, recall = search_scores(orders, gains).values()
+    scores_N, gain_N = np.full(40, -50.0), np.zeros(40)
+    scores_N[orders[0]] = -np.arange(4)
+    gain_N[[0, 1, 5]] = 2, 1, 1
+    # sklearn ranks all documents: the third relevant document comes after the cut.
+    scores_N[6:20] = -10
+    expected = ndcg_score([gain_N], [scores_N], k=CUT)
+    assert ndcg.parts_R.tolist() == [pytest.approx(expected), 0.0]
+    assert recall.parts_R.tolist() == [pytest.approx(2 / 3), 0.0]
 
 
 def test_equal_embeddings_find_nothing_and_equal_texts_are_one_partner() -> None:

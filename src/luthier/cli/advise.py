@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from luthier.cli.console import check_output, heavy_imports, new_console
-from luthier.cli.options import TUNING, TuningFields, field_path, tuning_recipe
+from luthier.cli.options import TUNING, RowSource, TuningFields, field_path, tuning_recipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def advise(
-    data: str | Path,
+    data: RowSource,
     *,
     documents: Sequence[str | Path] = (),
     goal: Literal["quality", "cost", "latency", "knowledge", "style"] = "quality",

@@ -23,7 +23,7 @@ from luthier.cli.evaluate import (
     resolve_graders,
     resolve_judge,
 )
-from luthier.cli.options import Mapped
+from luthier.cli.options import Mapped, RowSource
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    data: str | Path,
+    data: RowSource,
     tuned: Annotated[Sequence[str], typer.Option("--tuned", metavar="ID")],
     *,
     base: str | None = None,

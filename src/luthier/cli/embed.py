@@ -11,7 +11,7 @@ import typer
 
 from luthier.cli.batch_inference import RowAnswers, RowProcesses
 from luthier.cli.console import check_output, heavy_imports, print_text
-from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress
+from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress, RowSource
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -32,7 +32,7 @@ class Embeddings:
 
 def embed(
     model: str,
-    data: str,
+    data: RowSource,
     output: Annotated[Path, typer.Option("--output")],
     *,
     columns: Mapped = None,
@@ -91,7 +91,7 @@ def embed(
     for text in embedding_notes(stored):
         reporter.note(text)
     if is_shared:
-        task = EmbedTask(model=stored.id, source=data, columns=columns or {}, form=form)
+        task = EmbedTask(model=stored.id, source=str(data), columns=columns or {}, form=form)
         answers = shared.answer(task, output, reporter)
         return Embeddings(answers, answers.counts[NUMBERS] // answers.rows)
     with embedding_writer(output, rows) as write:

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from luthier.cli.bridge import FromText
-from luthier.cli.console import check_output, heavy_imports, print_text, print_written, write_page
-from luthier.cli.options import Mapped, ModelSource, parse_settings
+from luthier.cli.console import (
+    check_output,
+    heavy_imports,
+    new_table,
+    print_table,
+    print_text,
+    print_written,
+    write_page,
+)
+from luthier.cli.options import Mapped, ModelSource, RowSource, parse_settings
 from luthier.errors import RecipeError
 from luthier.formatting import one_line
 
@@ -37,7 +45,7 @@ OptionalJudge = Annotated["Spec | None", FromText(str)]
 
 def evaluate(
     model: ModelSource,
-    data: str | Path,
+    data: RowSource,
     *,
     graders: Graders = None,
     grader_settings: GraderSettings = None,
@@ -50,12 +58,16 @@ def evaluate(
     attach: bool = False,
     columns: Mapped = None,
     long_rows: Literal["error", "drop", "truncate"] = "error",
+    corpus: Path | None = None,
+    qrels: Path | None = None,
+    reranker: str | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Evaluate a model on held-out rows.
 
     Replies are graded, labels are scored, and raw text gives a perplexity. Rows with judged replies
-    measure how often the model ranks the replies as people did. The same call after an interruption
+    measure how often the model ranks the replies as people did. With --corpus, an embedding model
+    or a reranker searches the documents, compared with BM25. The same call after an interruption
     continues.
 
     Args:
@@ -72,6 +84,9 @@ def evaluate(
         attach: Store the result with the model, for the certificate.
         columns: Column of a key, e.g. prompt=question; repeatable.
         long_rows: How to handle rows longer than the context.
+        corpus: Documents to search, e.g. BEIR's corpus.jsonl.
+        qrels: Relevant documents of the queries (BEIR or TREC).
+        reranker: Reranker for the first documents of the search.
         reporter: Receives progress; silent if not given.
 
     Returns:
@@ -103,6 +118,9 @@ def evaluate(
         on_progress=lambda done, total: reporter.progress(done, total, "evaluate"),
         attach=attach,
         opened=model.opened if isinstance(model, Model) else None,
+        corpus=corpus,
+        qrels=qrels,
+        reranker=reranker,
     )
     if output is not None:
         from luthier.files import write_bytes
@@ -122,6 +140,7 @@ def evaluate(
 
 def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) -> None:
     """Print scores, slices and replies without a grade."""
+    _print_systems(found)
     spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.is_graded else ""
     for name, score in found.scores.items():
         style = ".2%" if found.row_scores[name].is_share else ".4f"
@@ -148,6 +167,22 @@ def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) ->
         print_written(len(found.records), "replies", output)
 
 
+def _print_systems(found: Evaluation) -> None:
+    """Print a table of ways to search, with 95 % intervals."""
+    if not found.systems:
+        return
+    from rich.markup import escape
+
+    first, *_ = found.systems.values()
+    table = new_table("search", *(f"{name} (95 % interval)" for name in first))
+    for name, scores in found.systems.items():
+        cells = [(each.value, *each.interval) for each in scores.values()]
+        table.add_row(
+            escape(name), *(f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in cells)
+        )
+    print_table(table)
+
+
 def _print_slices(found: Evaluation) -> None:
     """Print the first score of each slice, and mark significant differences."""
     names = [one_line(each.value) for each in found.slices]
@@ -167,7 +202,7 @@ def _print_slices(found: Evaluation) -> None:
 
 
 def judge(
-    data: str | Path,
+    data: RowSource,
     judge: JudgeSource,
     *,
     human: str = "chosen",

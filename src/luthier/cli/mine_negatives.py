@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli.console import check_output, heavy_imports, note, print_text
-from luthier.cli.options import AtLeastOne, Mapped
+from luthier.cli.options import AtLeastOne, Mapped, RowSource
 from luthier.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class MinedNegatives:
 
 
 def mine_negatives(
-    data: str,
+    data: RowSource,
     output: Annotated[Path, typer.Option("--out")],
     *,
     corpus: str | None = None,

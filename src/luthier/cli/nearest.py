@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.console import check_output, heavy_imports, note, print_text, print_written
-from luthier.cli.options import AtLeastOne, Mapped
+from luthier.cli.options import AtLeastOne, Mapped, RowSource
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Neighbours:
 
 def nearest(
     model: str,
-    data: str,
+    data: RowSource,
     query: str,
     *,
     top: AtLeastOne = 10,

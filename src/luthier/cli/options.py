@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from luthier.cli.bridge import FromText, KeywordOptions
-from luthier.errors import RecipeError
+from luthier.errors import DataError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from luthier.cli.model import Model
@@ -67,11 +68,24 @@ def parse_settings(texts: list[str]) -> dict[str, Any]:
     return dict(parse_setting(text) for text in texts)
 
 
+def existing_source(source: str) -> str:
+    """Return a data source, and report a missing file before heavy imports."""
+    path = Path(source)
+    if "://" in source or source.startswith(("s3:", "file:")) or has_magic(source) or path.exists():
+        return source
+    from luthier.data.read import find_container
+
+    problems: list[Problem] = []
+    find_container(path, problems)
+    raise DataError(problems)
+
+
 COLUMNS = FromText(list[str], parse_columns, "ignore", "Column to leave out; repeatable.")
 AtLeastOne = Annotated[int, typer.Option(min=1)]
 OptionalAtLeastOne = Annotated[int | None, typer.Option(min=1)]
 ModelSource = Annotated["str | Model | StoredModel", FromText(str)]
-DataSource = Annotated["str | Path | Recipe", FromText(str)]
+DataSource = Annotated["str | Path | Recipe", FromText(str, existing_source)]
+RowSource = Annotated["str | Path", FromText(str, existing_source)]
 Mapped = Annotated[
     Mapping[str, str] | None,
     COLUMNS,

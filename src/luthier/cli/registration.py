@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import note
 from luthier.cli.service import (
@@ -16,6 +18,9 @@ from luthier.cli.service import (
     show_record,
 )
 from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.library.models import StoredModel
 
 
 def list_service_models(*, account: OnlyAccount = None, database: ServiceDatabase = None) -> Record:
@@ -89,11 +94,27 @@ def register(
         finally:
             if not had_run:
                 run.drop_if_empty()
-    if stored.kind == "causal_lm":
-        note(f"  OpenAI clients use the name {name}; Bedrock clients deploy the ARN first")
-    else:
-        note(f"  clients use /api/v1/models/{name}/predictions")
+    note(f"  {use_of(stored, name)}")
     return {"account": account, "name": name, "model": model, "arn": arn}
+
+
+def use_of(stored: StoredModel, name: str) -> str:
+    """Return where clients use a registered model, by the operations of the model."""
+    from luthier.server.native.model_operations import abilities_of
+
+    found, native = abilities_of(stored), f"/api/v1/models/{name}"
+    if "write" in found.does:
+        return f"OpenAI clients use the name {name}; Bedrock clients deploy the ARN first"
+    addresses = {
+        "predict": "/v1/rerank" if found.method == "reranker" else f"{native}/predictions",
+        "embed": "/v1/embeddings" if "text" in found.reads else f"{native}/predictions",
+        "make_images": f"{native}/images",
+        "reconstruct": f"{native}/reconstructions",
+    }
+    used = [addresses[each] for each in found.does]
+    if not used:
+        return "clients use the model only as a base of jobs"
+    return f"clients use {' and '.join(used)} with the model name {name}"
 
 
 def trust(model: str, *, database: ServiceDatabase = None) -> Record:

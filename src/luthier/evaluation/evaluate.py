@@ -75,6 +75,8 @@ class Evaluation:
     """Scores of parts of the rows, if requested."""
     model: str = ""
     """Id of the evaluated model."""
+    systems: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    """Scores of the model and of other ways to search, on the same queries."""
 
     @cached_property
     def scores(self) -> dict[str, float]:
@@ -144,6 +146,14 @@ class Evaluation:
             ]
         if self.calibration is not None:
             found["calibration"] = self.calibration.bins()
+        if self.systems:
+            found["systems"] = {
+                name: {
+                    score: {"value": each.value, "interval": each.interval}
+                    for score, each in scores.items()
+                }
+                for name, scores in self.systems.items()
+            }
         if self.slices:
             found["slices"] = [each.plain() for each in self.slices]
         return found | ({"remarks": self.remarks} if self.remarks else {})

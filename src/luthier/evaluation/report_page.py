@@ -28,7 +28,7 @@ def page(evaluation: Evaluation, model: str, data: str) -> str:
         facts=list(_facts(evaluation)),
         remarks=evaluation.remarks,
         scores=_score_table(evaluation),
-        slices=list(_slice_tables(evaluation)),
+        slices=[*_system_tables(evaluation), *_slice_tables(evaluation)],
         labels=None if counts is None else _label_table(counts),
         mistakes=None if counts is None else _mistake_table(counts),
         matrix=None if counts is None else _matrix_table(counts),
@@ -63,6 +63,17 @@ def _score_table(evaluation: Evaluation) -> Table:
     ]  # fmt: skip
     columns = {"score": "name", "value": "number", "95 % interval": "number"}
     return Table.of("Scores", columns, rows)
+
+
+def _system_tables(evaluation: Evaluation) -> Iterator[Table]:
+    """Yield a table of ways to search, if any."""
+    for first in [*evaluation.systems.values()][:1]:
+        columns = {"search": "name"} | {_words(name): "number" for name in first}
+        rows = [
+            [name, *(f"{each.value:.3f} ({interval_text(each.interval)})" for each in of.values())]
+            for name, of in evaluation.systems.items()
+        ]
+        yield Table.of("Searches, with 95 % intervals", columns, rows)
 
 
 def _slice_tables(evaluation: Evaluation) -> Iterator[Table]:

@@ -12,7 +12,7 @@ Ties count against the match, so equal embeddings find nothing. nDCG follows Jä
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -348,6 +348,25 @@ def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[st
         "mean_reciprocal_rank": RowScores.of(1.0 / ranks_P),
         f"ndcg_at_{CUT}": RowScores.of(ndcg),
     }
+
+
+def search_scores(
+    orders: Sequence[Sequence[int]], gains: Sequence[Mapping[int, float]]
+) -> dict[str, RowScores]:
+    """Return nDCG at 10 and recall at 10 of each query, as BEIR and trec_eval define them.
+
+    Args:
+        orders: found documents of each query, best first.
+        gains: relevance of the relevant documents of each query.
+    """
+    discount_K = 1 / np.log2(np.arange(CUT) + 2)
+    ndcg, recall = [], []
+    for order, gain in zip(orders, gains, strict=True):
+        found = [gain.get(number, 0.0) for number in order[:CUT]]
+        best = sorted(gain.values(), reverse=True)[:CUT]
+        ndcg.append(found @ discount_K[: len(found)] / (best @ discount_K[: len(best)]))
+        recall.append(np.count_nonzero(found) / len(gain))
+    return {f"ndcg_at_{CUT}": RowScores.of(ndcg), f"recall_at_{CUT}": RowScores.of(recall)}
 
 
 def _rank(scores_U: NDArray[Any], own: int) -> int:

@@ -8,7 +8,8 @@ The kind of rows decides the measure:
 * judged answers: how often the better answer is the likelier answer. The log-probability and DPO's
   implicit reward are compared: the log-probability minus the parent model's (Rafailov et al. 2023,
   section 4). Adapters are merged in float32, because rounded weights move small rewards;
-* labels, ratings, tags, pairs and media: :mod:`luthier.workflows.score_predictions`.
+* labels, ratings, tags, pairs and media: :mod:`luthier.workflows.score_predictions`;
+* queries with a corpus: :mod:`luthier.workflows.evaluate_search`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from luthier.data.read import read_records
+from luthier.data.search_sets import load_search_set
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.choices import MultipleChoice
@@ -68,6 +70,7 @@ from luthier.objectives import DPO, KTO, CausalLM
 from luthier.objectives.base import cut_end, predicts
 from luthier.types import Example, Row
 from luthier.workflows.certificate.certificate import certify
+from luthier.workflows.evaluate_search import evaluate_search
 from luthier.workflows.score_predictions import score_predictions
 from luthier.workflows.training_overlap import row_remarks
 
@@ -98,19 +101,30 @@ def evaluate(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     attach: bool = False,
     opened: Predictor | Generator | ImageGenerator | None = None,
+    corpus: str | Path | None = None,
+    qrels: str | Path | None = None,
+    reranker: str | None = None,
 ) -> Evaluation:
     """Evaluate ``model`` on the rows of ``data``; ``luthier.evaluate`` describes the arguments.
 
     ``opened`` is the model in memory, if it is loaded already.
     """
+    if corpus is None and (qrels or reranker):
+        setting = "qrels" if qrels else "reranker"
+        raise RecipeError(f"`{setting}` needs the documents: set `corpus`.", setting=setting)
     parsed = {} if graders is None else parse_graders(graders)
-    rows = load_graded(data, columns, parsed.values(), turns)
+    collection = None if corpus is None else load_search_set(data, corpus, qrels, columns)
+    if collection is None:
+        rows = load_graded(data, columns, parsed.values(), turns)
+    else:
+        rows = collection.rows
     total = len(rows)
     stored = library.find(model) if isinstance(model, str) else model
     if attach:
         check_attachable(stored)
     objective = stored.objective
-    check_shapes(rows, objective)
+    if collection is None:
+        check_shapes(rows, objective)
     for by in slices:  # reject unknown columns before the model is loaded
         slice_keys(rows, by)
 
@@ -118,7 +132,10 @@ def evaluate(
         on_progress(count, total)
 
     started = time.monotonic()
-    if predicts(objective):
+    if collection is not None:
+        others = None if reranker is None else library.find(reranker)
+        evaluation = evaluate_search(stored, collection, others, done)
+    elif predicts(objective):
         predictor = opened if isinstance(opened, Predictor) else Predictor.open(stored)
         started = time.monotonic()
         evaluation = _with_inputs(score_predictions(predictor, rows, done, long_rows))
@@ -145,7 +162,8 @@ def evaluate(
     if slices:
         evaluation = _with_slices(evaluation, slices)
     if attach:
-        attach_report([stored], "evaluation", [data], evaluation.plain(), note)
+        files = [each for each in (data, corpus, qrels) if each is not None]
+        attach_report([stored], "evaluation", files, evaluation.plain(), note)
     return evaluation
 
 
@@ -437,8 +455,7 @@ def _with_slices(evaluation: Evaluation, slices: Sequence[str]) -> Evaluation:
     Raises:
         RecipeError: if the scores are not scores of single rows.
     """
-    # Raw text is packed, so no score belongs to one text.
-    packed = of_shape(RawText, evaluation.rows)
+    packed = evaluation.tokens  # raw text, where no score belongs to one text
     per_row = {n: s for n, s in evaluation.row_scores.items() if len(s) == len(evaluation.rows)}
     if packed or not per_row:
         raise RecipeError("These rows have no scores per row. Omit `slices`.", setting="slices")

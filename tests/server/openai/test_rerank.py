@@ -45,12 +45,20 @@ def test_documents_are_ranked(client: openai.OpenAI, tiny_reranker: str) -> None
     assert len(rerank(client, documents=["word " * 900, "a fox"])["results"]) == 2
 
 
+def test_documents_as_objects(client: openai.OpenAI, tiny_reranker: str) -> None:
+    documents = [{"text": DOCUMENTS[0], "title": "Fox"}, *DOCUMENTS[1:]]
+    found = rerank(client, documents=documents, return_documents=True)["results"]
+    assert found == rerank(client, return_documents=True)["results"]
+
+
 @pytest.mark.usefixtures("tiny_encoder")
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
         ({}, "model"),
         ({"documents": []}, "documents"),
+        ({"documents": [{"title": "a"}]}, "documents[0].text"),
+        ({"documents": [{"text": ""}]}, "documents[0].text"),
         ({"documents": ["a"] * 2049}, "documents"),
         ({"query": ""}, "query"),
         ({"top_n": 0}, "top_n"),

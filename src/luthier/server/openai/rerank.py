@@ -11,10 +11,16 @@ from luthier.server.http.routes import MODEL_TURN
 from luthier.server.openai.embeddings import MOST_INPUTS
 from luthier.server.openai.generation import refusals
 from luthier.server.openai.operations import OpenAICall, openai_router
-from luthier.server.openai.protocol import JsonObject, StrictBody
+from luthier.server.openai.protocol import Body, JsonObject, StrictBody
 
 router = openai_router()
 NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Document(Body):
+    """A document as an object of Cohere's and Jina's APIs; other fields are not ranked."""
+
+    text: NonEmpty
 
 
 class RerankRequest(StrictBody):
@@ -22,7 +28,7 @@ class RerankRequest(StrictBody):
 
     model: NonEmpty
     query: NonEmpty
-    documents: Annotated[list[NonEmpty], Field(min_length=1, max_length=MOST_INPUTS)]
+    documents: Annotated[list[NonEmpty | Document], Field(min_length=1, max_length=MOST_INPUTS)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
 
@@ -32,7 +38,8 @@ def create(call: OpenAICall, body: RerankRequest) -> JsonObject:
     """Return the documents in the order of their relevance to the query."""
     inference = call.context.inference
     target = inference.target(call.account, body.model)
-    pairs = [QueryDocument("", n, body.query, text) for n, text in enumerate(body.documents, 1)]
+    texts = [each if isinstance(each, str) else each.text for each in body.documents]
+    pairs = [QueryDocument("", n, body.query, text) for n, text in enumerate(texts, 1)]
     with refusals(body.model, "documents"):
         answers = inference.pool.predict(target.stored_id, pairs)
     order = sorted(range(len(pairs)), key=lambda index: -answers[index]["score"])
@@ -40,6 +47,6 @@ def create(call: OpenAICall, body: RerankRequest) -> JsonObject:
     for index in order[: body.top_n]:
         result: JsonObject = {"index": index, "relevance_score": answers[index]["score"]}
         if body.return_documents:
-            result["document"] = {"text": body.documents[index]}
+            result["document"] = {"text": texts[index]}
         results.append(result)
     return {"object": "list", "model": body.model, "results": results}
