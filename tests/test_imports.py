@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import jsonl
 
 import luthier
 
@@ -109,3 +110,34 @@ def test_imports_go_one_way(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kept, 0 broken" in done.stdout
+
+
+WINGS = ("media", "server", "cluster", "migrate", "exports")
+CORE = """
+import sys
+import luthier
+
+base, rows = sys.argv[1:]
+assert luthier.inspect(rows, base=base).files
+result = luthier.tune(rows, base=base, name="core", training__max_steps=1)
+print(luthier.load(result.model_id).generate("Hello", max_tokens=2))
+"""
+
+
+@pytest.mark.slow
+def test_core_works_without_the_other_packages(
+    luthier_home: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    core = tmp_path / "core" / "luthier"
+    core.mkdir(parents=True)
+    for part in (ROOT / "src" / "luthier").iterdir():
+        if part.name not in WINGS:
+            (core / part.name).symlink_to(part)
+    examples = ({"prompt": f"{n}?", "completion": "Yes"} for n in range(60))
+    rows = jsonl(tmp_path / "rows.jsonl", *examples)
+    arguments = [sys.executable, "-c", CORE, str(tiny_model_folder), str(rows)]
+    environment = {**os.environ, "PYTHONPATH": str(core.parent)}
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.cli.evaluate import evaluate, judge
     from luthier.cli.export import export, push
     from luthier.cli.forgetting import forgetting
+    from luthier.cli.imports import import_openai
     from luthier.cli.launch import launch
     from luthier.cli.learning_curve import learning_curve
     from luthier.cli.mine_negatives import mine_negatives
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from luthier.cli.samples import samples
     from luthier.cli.search import search
     from luthier.cli.tune import tune
-    from luthier.migrate import import_openai
     from luthier.recipe import Recipe
 
 __all__ = [
@@ -77,6 +77,7 @@ _HOMES = {
         "cli.evaluate": ["evaluate", "judge"],
         "cli.export": ["export", "push"],
         "cli.forgetting": ["forgetting"],
+        "cli.imports": ["import_openai"],
         "cli.launch": ["launch"],
         "cli.learning_curve": ["learning_curve"],
         "cli.mine_negatives": ["mine_negatives"],
@@ -86,7 +87,6 @@ _HOMES = {
         "cli.samples": ["samples"],
         "cli.search": ["search"],
         "cli.tune": ["tune"],
-        "migrate": ["import_openai"],
         "recipe": ["Recipe"],
     }.items()
     for name in names

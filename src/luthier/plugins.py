@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any, Generic, TypeVar, cast
 
 from luthier.errors import RecipeError
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 Component = TypeVar("Component")
 
 BUNDLED = ("luthier.media",)
-"""Packages of luthier with ``ENTRY_POINTS``, registered like plugins."""
+"""Packages of luthier with ``ENTRY_POINTS``, registered like plugins. The core works without them."""
 
 
 def bundled(group: str) -> dict[str, EntryPoint]:
@@ -37,6 +38,7 @@ def bundled(group: str) -> dict[str, EntryPoint]:
     return {
         name: EntryPoint(name, value, group)
         for package in BUNDLED
+        if find_spec(package)
         for name, value in import_module(package).ENTRY_POINTS.get(group, {}).items()
     }
 

@@ -29,8 +29,6 @@ class Model:
         from luthier.inference.generation import Generator
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find
-        from luthier.media.image_generation import ImageGenerator
-        from luthier.media.objectives.generative import Generative
         from luthier.objectives.base import predicts
 
         self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
@@ -40,7 +38,9 @@ class Model:
         self.opened: Predictor | ImageGenerator | Generator
         if self.reads:
             self.opened = Predictor.open(self.stored)
-        elif isinstance(objective, Generative):
+        elif objective.generates_images:
+            from luthier.media.image_generation import ImageGenerator
+
             self.opened = ImageGenerator.open(self.stored)
         else:
             self.opened = Generator.open(self.stored)
@@ -49,9 +49,8 @@ class Model:
     def generator(self) -> Generator:
         """Generator of text; raises for models that generate no text."""
         from luthier.inference.generation import Generator
-        from luthier.media.image_generation import ImageGenerator
 
-        if isinstance(self.opened, ImageGenerator):
+        if self.stored.objective.generates_images:
             raise RecipeError(f"{self.stored.id} generates images. Call sample()")
         if not isinstance(self.opened, Generator):
             use = "embeddings. Call embed()" if self._embeds else "labels. Call predict()"
@@ -217,11 +216,10 @@ class Model:
         from luthier.data.rows import PREDICTED, InputChecker, input_row
         from luthier.data.shapes.texts import TaggedWords
         from luthier.inference.prediction import Predictor
-        from luthier.media.image_generation import ImageGenerator
 
         if not isinstance(self.opened, Predictor):
             does = "generates text. Call generate()"
-            if isinstance(self.opened, ImageGenerator):
+            if self.stored.objective.generates_images:
                 does = "generates images. Call sample()"
             raise RecipeError(f"{self.stored.id} {does}")
         if not isinstance(texts, Sequence):

@@ -83,7 +83,6 @@ def print_result(result: Result) -> None:
     from luthier.data.inputs import PLURAL
     from luthier.engine.runs import GRIDS
     from luthier.library.models import find
-    from luthier.media.objectives.generative import Generative
     from luthier.objectives import QuestionAnswering, Reranker
     from luthier.objectives.base import predicts
 
@@ -146,7 +145,7 @@ def print_result(result: Result) -> None:
             use = f"nearest {result.model_id} DATA {query}"
             if chat.reads != "text" and chat.has_tokenizer:
                 use += f'\n              luthier nearest {result.model_id} DATA "some text"'
-    elif isinstance(objective, Generative):
+    elif objective.generates_images:
         use = f"sample {result.model_id} --output samples.png"
     elif objective.task != "causal_lm":
         use = f"tune DATA --base {result.model_id}"

@@ -71,7 +71,7 @@ class _Export:
 
 
 def convert(export: Path, result: Import, judge: str | None = None) -> None:
-    """Convert the folder ``export`` into ``result``; see :func:`..import_openai`."""
+    """Convert the folder ``export`` into ``result``; see :func:`luthier.import_openai`."""
     if not export.is_dir():
         raise RecipeError(f"{export} is not a folder")
     objects = _read(export, result)
