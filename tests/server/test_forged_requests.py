@@ -161,6 +161,14 @@ def test_an_empty_header_that_was_signed_has_to_be_there() -> None:
     assert refused(with_header(head, "x-empty", None)) == "InvalidSignature"
 
 
+def test_session_token_is_rejected() -> None:
+    token = {"X-Amz-Security-Token": "invented"}
+    assert refused(signed(at=NOW, headers=token)) == "UnrecognizedClient"
+    assert refused(signed(at=NOW, service="s3", headers=token), None) == "InvalidToken"
+    query = presigned("GET", "/b/k?X-Amz-Security-Token=invented", at=NOW)
+    assert refused(query, None) == "InvalidToken"
+
+
 def test_a_signature_of_another_secret() -> None:
     head = signed(at=NOW, keys=(ACCESS_KEY, "guessed"))
     assert refused(head) == "InvalidSignature"

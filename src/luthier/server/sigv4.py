@@ -183,7 +183,19 @@ def _valid_claim(head: RequestHead, objects: bool, moment: datetime) -> tuple[Cl
         raise Fault(service.refusal, "Date in Credential scope is not the day of the request.")
     _check_time(claim, service, moment)
     _check_headers(head, claim, service)
+    _check_no_token(head, service)
     return claim, service
+
+
+def _check_no_token(head: RequestHead, service: SignedService) -> None:
+    """Reject a session token: the server issues none."""
+    names = {name for name, _ in head.headers}
+    names |= {name.decode("latin-1").lower() for name, _ in query_pairs(head.query)}
+    if "x-amz-security-token" not in names:
+        return
+    if service.objects:
+        raise Fault("InvalidToken", "The provided token is malformed or otherwise invalid.")
+    raise Fault("UnrecognizedClient", _UNKNOWN)
 
 
 _UNKNOWN = "The security token included in the request is invalid."

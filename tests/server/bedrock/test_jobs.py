@@ -48,6 +48,13 @@ def refused(call: Callable[..., Any], **members: Any) -> tuple[str, str]:
     return error["Code"], error["Message"]
 
 
+@pytest.mark.parametrize("epochs", ["1.5", "0", "2.0", "-1", "many", ""])
+def test_epoch_count_that_is_no_positive_integer(bedrock: Any, epochs: str) -> None:
+    members = job_members("first", hyperParameters={"epochCount": epochs})
+    code, message = refused(bedrock.create_model_customization_job, **members)
+    assert code == "ValidationException" and "epochCount" in message
+
+
 def test_audit_entry_has_arn_of_created_job(service: Service, bedrock: Any) -> None:
     members = job_members("first", clientRequestToken="token-1")
     arns = [bedrock.create_model_customization_job(**members)["jobArn"] for _ in range(2)]

@@ -69,6 +69,17 @@ def test_malformed_tokens_are_refused(bedrock: Any) -> None:
         )
 
 
+def test_next_token_of_another_operation_is_rejected(
+    bedrock: Any, submit: Callable[..., str]
+) -> None:
+    for number in range(3):
+        submit(f"job-{number}")
+    _, token = page_of(bedrock, maxResults=1)
+    for list_others in (bedrock.list_custom_models, bedrock.list_custom_model_deployments):
+        assert refused(list_others, nextToken=token)[0] == "ValidationException"
+    assert page_of(bedrock, maxResults=1, nextToken=token)[0] == ["job-1"]
+
+
 def test_the_same_token_gives_the_same_job(
     service: Service, bedrock: Any, bob: Any, database: Any
 ) -> None:

@@ -293,6 +293,20 @@ def test_ambiguous_requests_never_become_two(server: Server, name: str) -> None:
     assert b"/smuggled/echo" not in found or found.count(b"HTTP/1.1 200") < 2
 
 
+@pytest.mark.parametrize(
+    "head", [b"Host: a\r\nContent-Length: 5\r\nContent-Length: 50\r\n", b"", b"Host: a\r\nHost: b\r\n"],
+    ids=["two lengths", "no host", "two hosts"],
+)  # fmt: skip
+def test_malformed_http_has_request_id_in_response_and_log(
+    server: Server, head: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    top, _, body = server.raw(b"POST /x/echo HTTP/1.1\r\n" + head + b"\r\n").partition(b"\r\n\r\n")
+    assert top.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    (logged,) = {getattr(each, "request_id", None) for each in caplog.records} - {None}
+    assert f"x-request-id: {logged}".encode() in top.lower()
+
+
 def test_a_presigned_or_signed_call_for_s3_goes_to_object_storage(server: Server) -> None:
     key = "AWS4-HMAC-SHA256 Credential=A/20260101/us-east-1/s3/aws4_request, x"
     status, text = server.ask("GET", "/bucket/key", key=key)

@@ -16,6 +16,15 @@ def test_paths_and_queries_are_refused(text: str) -> None:
     check_text(RequestHead("GET", "/%C3%A9", "after=%F0%9F%98%80", [], False))
 
 
+@pytest.mark.parametrize("number", ["9" * 6000, "-" + "1" * 400, "1e999"])
+def test_number_out_of_range_is_rejected_with_its_first_digits(number: str) -> None:
+    with pytest.raises(Fault) as refused:
+        parse_json(f'{{"seed": [{number}]}}'.encode())
+    assert refused.value.code == "Validation"
+    assert number[:5] in refused.value.message and len(refused.value.message) < 80
+    assert parse_json(b"9" * 300) == int("9" * 300)
+
+
 @pytest.mark.parametrize("body", [rb'{"a": ["\u0000"]}', rb'{"\ud800": 1}', b'"\xff"', b"NaN"])
 def test_json_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"UTF-8|surrogate|character|JSON"):

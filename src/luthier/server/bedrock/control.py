@@ -218,7 +218,7 @@ def page(
     A token names the last row: rows created or deleted between two pages move nothing.
 
     Raises:
-        Fault: Validation, for a malformed token.
+        Fault: Validation, for a malformed token, or the token of another operation.
     """
     request.record("*")
     query = select(table).where(table.account == request.account, *conditions)
@@ -233,7 +233,7 @@ def page(
         query = query.where(table.created < before)
     ascending = request.get("sortOrder") == "Ascending"
     if token := request.get("nextToken"):
-        position, last_position = tuple_(table.created, table.seq), _position(token)
+        position, last_position = tuple_(table.created, table.seq), _position(request, token)
         query = query.where(position > last_position if ascending else position < last_position)
     order = (table.created, table.seq) if ascending else (table.created.desc(), table.seq.desc())
     limit = request.get("maxResults", DEFAULT_RESULTS)
@@ -241,12 +241,16 @@ def page(
         rows = session.scalars(query.order_by(*order).limit(limit + 1)).all()
     if len(rows) <= limit:
         return rows, None
-    return rows[:limit], f"{rows[limit - 1].created.isoformat()}_{rows[limit - 1].seq}"
+    last = rows[limit - 1]
+    return rows[:limit], f"{request.operation.name}_{last.created.isoformat()}_{last.seq}"
 
 
-def _position(token: str) -> tuple[datetime, int]:
-    moment, _, seq = token.rpartition("_")
+def _position(request: ControlRequest, token: str) -> tuple[datetime, int]:
+    operation, _, position = token.partition("_")
+    moment, _, seq = position.rpartition("_")
     try:
+        if operation != request.operation.name:
+            raise ValueError(f"the token belongs to {operation}")
         return datetime.fromisoformat(moment).astimezone(UTC), int(seq)
     except (ValueError, OverflowError):
         raise invalid("nextToken", "The provided nextToken is not valid.") from None

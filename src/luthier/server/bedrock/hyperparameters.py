@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from luthier.server.http.messages import Fault
+from luthier.server.http.messages import Fault, parse_digits
 from luthier.server.tables.jobs import Job
 
 HYPERPARAMETERS: Mapping[str, str] = {
@@ -66,13 +66,17 @@ def parse(sent: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return settings by group and field; the recipe checks the values later.
 
     Raises:
-        Fault: Validation, for an unknown name.
+        Fault: Validation, for an unknown name, or a part of an epoch.
     """
     fields: dict[str, dict[str, Any]] = {}
     for name, text in sent.items():
         if name not in HYPERPARAMETERS:
             known = ", ".join(HYPERPARAMETERS)
             message = f"Unknown hyperparameter {name[:100]!r}. Choose from {known}."
+            raise Fault("Validation", message, parameter="hyperParameters")
+        if name == "epochCount" and not parse_digits(text):
+            # Recipes accept parts of an epoch; Bedrock does not.
+            message = f"epochCount must be an integer of at least 1, not {text[:100]!r}."
             raise Fault("Validation", message, parameter="hyperParameters")
         group, field = HYPERPARAMETERS[name].split(".")
         fields.setdefault(group, {})[field] = text

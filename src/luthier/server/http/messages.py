@@ -41,6 +41,8 @@ HEAD_BYTES = 64 << 10
 """Maximum size of the headers of a request, in bytes."""
 JSON_DEPTH = 200
 """Maximum nesting depth of a JSON body."""
+INTEGER_DIGITS = 309
+"""Maximum length of an integer in a JSON body: that of the largest float."""
 JSON_VALUES = 500_000
 """Maximum number of values in a JSON body; a value needs up to 200 bytes of memory."""
 PREDICTIONS = "POST /api/v1/models/NAME/predictions"
@@ -192,8 +194,11 @@ def parse_json(data: bytes) -> Any:
     except UnicodeDecodeError:
         raise ValueError("the text is not UTF-8") from None
     try:
-        # By default, json.loads accepts NaN and Infinity, and parses 1e999 as infinity.
-        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        # By default, json.loads accepts NaN and Infinity, parses 1e999 as infinity, and raises
+        # Python's advice for integers of more than 4,300 digits.
+        value = json.loads(
+            text, parse_constant=_not_finite, parse_float=_finite, parse_int=_integer
+        )
         # Counting brackets is fast, and spares most bodies the walk through all values.
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(value) > JSON_DEPTH:
             # Recursive encoders could not write the value.
@@ -212,9 +217,19 @@ def _not_finite(text: str) -> Any:
 
 def _finite(text: str) -> float:
     if math.isinf(number := float(text)):
-        shown = text if len(text) <= 20 else f"{text[:20]}…"
-        raise Fault("Validation", f"The number {shown} in the body is out of range.")
+        raise _out_of_range(text)
     return number
+
+
+def _integer(text: str) -> int:
+    if len(text) > INTEGER_DIGITS:
+        raise _out_of_range(text)
+    return int(text)
+
+
+def _out_of_range(text: str) -> Fault:
+    shown = text if len(text) <= 20 else f"{text[:20]}…"
+    return Fault("Validation", f"The number {shown} in the body is out of range.")
 
 
 @dataclass(frozen=True)

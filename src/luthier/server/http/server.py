@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
+import logging
 import signal
 import socket
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import h11
 import uvicorn
 from anyio import to_thread
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from luthier.errors import RefusedInput
 from luthier.limits import ServerLimits
@@ -22,6 +27,7 @@ LAST_SECONDS = 10.0
 """Time limit for cancelled requests to send an error at shutdown, in seconds."""
 LOOPBACK = ("127.0.0.0/8", "::1")
 """Addresses of proxies on this machine."""
+_log = logging.getLogger("luthier.server")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,29 @@ class Ports:
                 # A socket for IPv4 and IPv6 reports clients of IPv4 as ::ffff:127.0.0.1.
                 networks.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
         return networks
+
+
+class HttpProtocol(H11Protocol):
+    """HTTP/1.1 with a request id and a log line for malformed requests."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Respond to a request that is not HTTP: the application cannot know its API."""
+        request_id = str(uuid.uuid4())
+        fields = {"status": 400, "address": self.client[0] if self.client else ""}
+        _log.warning("malformed HTTP", extra={"request_id": request_id, "fields": fields})
+        error = {"message": msg, "type": "invalid_request_error", "param": None, "code": None}
+        headers = [
+            ("Content-Type", "application/json"),
+            ("X-Request-Id", request_id),
+            ("Connection", "close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=json.dumps({"error": error}).encode()),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
 
 def run(
@@ -136,7 +165,7 @@ def server_config(application: ASGIApp, limits: ServerLimits, ports: Ports) -> u
     return uvicorn.Config(
         application,
         # h11 limits the size of a head; httptools does not.
-        http="h11",
+        http=HttpProtocol,
         h11_max_incomplete_event_size=HEAD_BYTES,
         limit_concurrency=limits.connections,
         timeout_keep_alive=round(limits.idle_seconds),
