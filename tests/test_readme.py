@@ -19,6 +19,7 @@ import typer
 
 import luthier
 from luthier.cli.app import app
+from luthier.cli.serve import ROOT_KEYS
 from luthier.data.rows import load_rows
 from luthier.graders import parse_graders
 from luthier.recipe import Recipe, assign, parse_setting
@@ -253,13 +254,11 @@ def test_the_service_does_what_its_page_shows(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         assert server.stdout is not None
-        printed: dict[str, str] = {}
-        while "OPENAI_API_KEY" not in printed:
-            line = server.stdout.readline()
+        keys = tmp_path / "home" / ROOT_KEYS
+        while str(keys) not in (line := server.stdout.readline()):
             assert line, "the server ended"
-            if line.startswith("export "):
-                name, _, value = line.removeprefix("export ").strip().partition("=")
-                printed[name] = value
+        exported = [line.removeprefix("export ") for line in keys.read_text().splitlines()]
+        printed = {name: value for name, _, value in (line.partition("=") for line in exported)}
 
         def paste(body: str) -> str:
             done = subprocess.run(

@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.cli.serve import parse_graders
+from luthier.cli.serve import ROOT_KEYS, _print_addresses, parse_graders
 from luthier.errors import RefusedInput
 from luthier.server.service import LAMBDA
+from luthier.server.tables.bootstrap import IssuedKeys
 from luthier.server.tables.database import Database
 
 
@@ -113,6 +114,36 @@ def test_a_store_without_its_server_key_is_not_served(
     assert done.exit_code == 1, done.output
     assert "server.key" in done.output
     assert not (luthier_home / "server.key").exists()
+
+
+ISSUED = IssuedKeys("000000000000", "root", "AKIA1", "secret-1", "sk-1")
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
+    _print_addresses("http://127.0.0.1:1", "us-east-1", ISSUED, "torch", False, 0)
+    return capsys.readouterr().out
+
+
+def test_keys_of_first_start_on_terminal(
+    luthier_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = printed(capsys)
+    assert "export AWS_SECRET_ACCESS_KEY=secret-1\nexport OPENAI_BASE_URL=http" in shown
+    assert "export OPENAI_API_KEY=sk-1\n" in shown
+    assert not (luthier_home / ROOT_KEYS).exists()
+
+
+def test_keys_of_first_start_in_private_file_without_terminal(
+    luthier_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, file = printed(capsys), luthier_home / ROOT_KEYS
+    assert str(file) in shown
+    assert "secret-1" not in shown and "sk-1" not in shown
+    assert file.stat().st_mode & 0o777 == 0o600
+    names = [line.partition("=")[0] for line in file.read_text().splitlines()]
+    assert names[0] == "export AWS_ENDPOINT_URL" and len(names) == 7
+    assert file.read_text().endswith("export OPENAI_API_KEY=sk-1\n")
 
 
 WITHOUT = """

@@ -15,6 +15,9 @@ from luthier.cli.console import extra, new_console
 from luthier.cli.options import RayAddress
 from luthier.errors import RefusedInput
 
+ROOT_KEYS = "root-keys.sh"
+"""File in the store with the keys of the first start, if standard output is not a terminal."""
+
 if TYPE_CHECKING:
     from luthier.server.tables.bootstrap import IssuedKeys
 
@@ -173,6 +176,7 @@ def _print_addresses(
     """Print the addresses, the backend, the number of unregistered models, and new keys, once."""
     from rich.text import Text
 
+    from luthier.files import luthier_home, new_file
     from luthier.server.console.routes import ROOT
 
     out = new_console(highlight=False, soft_wrap=True)
@@ -194,7 +198,6 @@ def _print_addresses(
         )
     if issued is None:
         return
-    out.print("A root user was created. The keys are shown only once:\n")
     lines: dict[str, Any] = {
         "AWS_ENDPOINT_URL": address,
         # boto3 and older tools read AWS_DEFAULT_REGION, newer AWS SDKs read AWS_REGION.
@@ -205,5 +208,16 @@ def _print_addresses(
         "OPENAI_BASE_URL": f"{address}/v1",
         "OPENAI_API_KEY": issued.api_key,
     }
-    for name, value in lines.items():
-        out.print(f"export {name}={value}", markup=False)
+    text = "".join(f"export {name}={value}\n" for name, value in lines.items())
+    if sys.stdout.isatty():
+        out.print("A root user was created. The keys are shown only once:\n")
+        out.print(text, end="", markup=False)
+        return
+    # Logs of containers and services are stored, and often read by others.
+    file = luthier_home() / ROOT_KEYS
+    with new_file(file, mode=0o600) as written:
+        written.write(text.encode())
+    out.print(
+        f"A root user was created. Addresses and keys: {file}. Copy the keys and delete the file",
+        markup=False,
+    )
