@@ -314,6 +314,7 @@ class ModelPool:
 
     def _acquire(self, model_id: str, preload: bool = False) -> _Entry:
         """Return the loaded model, which stays in memory until :meth:`_release`."""
+        count_tokens(model_id, 0)  # a request that fails later counts for the model, too
         with self._lock:
             entry = self._use(model_id)
         first = entry is None

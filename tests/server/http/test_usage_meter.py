@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from principals_of import FIRST
+from prometheus_client.parser import text_string_to_metric_families
 from served import served
 from sqlalchemy import select
 
@@ -24,6 +25,43 @@ from luthier.server.service import Service
 from luthier.server.settings import Settings
 from luthier.server.tables.database import Database
 from luthier.server.tables.usage import DailyUsage, Usage
+
+
+@pytest.mark.parametrize(
+    ("model_id", "label"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("smollm2-135m-instruct:job-abcdef012345", "smollm2-135m-instruct:job-abcdef012345"),
+        ("imported:model-abcdef012345", "imported:model-abcdef012345"),
+        ("smollm2-135m-instruct:secret-merger", "other"),
+        ("smollm2-135m-instruct:job-secretmergers", "other"),
+        ("acme:job-abcdef012345", "other"),
+        ("acme", "other"),
+    ],
+)
+def test_metric_label_of_model_has_no_private_name(model_id: str, label: str) -> None:
+    assert metrics.model_label(model_id) == label
+
+
+def test_metrics_of_requests_by_model_and_status() -> None:
+    made = metrics.Metrics(dict)
+    model = "smollm2-135m-instruct:job-abcdef012345"
+    for status, waited in ((200, 0.02), (503, 3.0), (404, None)):
+        record = metrics.RequestRecord("r", "POST", "", "openai", status=status)
+        record.queue_seconds = waited
+        if status != 404:
+            record.add_tokens(model, 0, 0)
+        made.count_request(record, 0.2)
+    text = made.exposition()[0].decode()
+    families = text_string_to_metric_families(text)
+    found = {(each.name, *each.labels.values()): each.value
+             for family in families for each in family.samples}  # fmt: skip
+    assert found["luthier_model_requests_total", model, "200"] == 1
+    assert found["luthier_model_requests_total", model, "503"] == 1
+    assert found["luthier_model_request_seconds_count", model] == 1
+    assert found["luthier_queue_seconds_count", "openai"] == 2
+    assert found["luthier_queue_seconds_sum", "openai"] == 3.02
+
 
 BEFORE, AFTER = datetime(2026, 1, 1, 23, 59, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
 

@@ -273,7 +273,9 @@ class Application:
             Fault: If no slot is free in time.
             ClientDisconnect: If the client disconnected.
         """
+        began = time.perf_counter()
         async with slots.turn(record.account, self.limits.queue_seconds):
+            record.queue_seconds = time.perf_counter() - began
             guard = ConnectionGuard(receive)
             try:
                 with cancelled_by(guard.register):

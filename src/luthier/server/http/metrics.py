@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 from starlette.types import Message, Receive, Send
 
-from luthier.inference.latency import BUCKETS
+from luthier.inference.latency import BUCKETS, MAX_LABELS, OTHER
+from luthier.models.catalog import CATALOG
+from luthier.server.tables.custom_models import IMPORTED
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.storage import Storage
 from luthier.server.tables.usage import CountUsage, Usage, add_usage
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
 WRITE_SECONDS = 60.0
 """Interval between two writes of usage, in seconds."""
 
-_NOT_LOGGED = ("actions", "body_requested", "tokens", "of_console")
+_NOT_LOGGED = ("actions", "body_requested", "tokens", "of_console", "queue_seconds")
 """Fields of :class:`RequestRecord` that are not logged."""
+_RANDOM_ID = re.compile(r"(job|model)-[a-z0-9]{12}")
+"""Names of models of jobs and imports in the library."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
 """Return the values of each gauge by label. A gauge without labels has the label ``""``."""
 
@@ -67,6 +72,8 @@ class RequestRecord:
     """Size of the response body in bytes."""
     tokens: list[tuple[str, int, int]] = field(default_factory=list)
     """Library ids of queried models, with prompt and generated tokens."""
+    queue_seconds: float | None = None
+    """Wait for a free slot, in seconds; None for a request without a slot."""
     of_console: bool = False
     """True if a console page reads data. Usage does not count the request."""
     body_requested: bool = False
@@ -92,6 +99,18 @@ class RequestRecord:
             await send(message)
 
         return count_received, count_sent
+
+
+def model_label(model_id: str) -> str:
+    """Return the label of a model: the library id, or ``other`` for names of a client's choice.
+
+    Any client can read ``/metrics``, and names of custom models are private to accounts. Models of
+    jobs and imports have random ids, which are the last part of the ARN of the job or import.
+    """
+    base, _, name = model_id.partition(":")
+    catalog = base in CATALOG
+    public = (catalog or base == IMPORTED) and _RANDOM_ID.fullmatch(name) if name else catalog
+    return model_id if public else OTHER
 
 
 class Metrics:
@@ -121,6 +140,19 @@ class Metrics:
             "luthier_request_seconds", "From the first byte of a request to the last of its answer.",
             ["api", "operation"], buckets=BUCKETS, registry=self._registry,
         )  # fmt: skip
+        self._queue = Histogram(
+            "luthier_queue_seconds", "Wait of admitted requests for a free slot.", ["api"],
+            buckets=BUCKETS, registry=self._registry,
+        )  # fmt: skip
+        self._model_requests = Counter(
+            "luthier_model_requests", "Requests to a model.", ["model", "status"],
+            registry=self._registry,
+        )  # fmt: skip
+        self._model_seconds = Histogram(
+            "luthier_model_request_seconds", "Duration of successful requests to a model.",
+            ["model"], buckets=BUCKETS, registry=self._registry,
+        )  # fmt: skip
+        self._models: set[str] = set()
         self._registry.register(_Gauges(gauges))
         self._count = count
         if latencies is not None:
@@ -130,6 +162,10 @@ class Metrics:
         """Count and log a request."""
         self._requests.labels(record.api, record.operation, str(record.status)).inc()
         self._seconds.labels(record.api, record.operation).observe(seconds)
+        if record.queue_seconds is not None:
+            self._queue.labels(record.api).observe(record.queue_seconds)
+        if record.tokens:
+            self._count_model(record.tokens[0][0], record.status, seconds)
         if self._count is not None and record.account:
             # The request counts for the first queried model.
             for model, read, written in record.tokens:
@@ -145,6 +181,15 @@ class Metrics:
             key: value for key, value in fields.items() if key not in _NOT_LOGGED and value != ""
         }
         _log.info("request", extra={"fields": fields})
+
+    def _count_model(self, model_id: str, status: int, seconds: float) -> None:
+        label = model_label(model_id)
+        if label not in self._models and len(self._models) >= MAX_LABELS:
+            label = OTHER
+        self._models.add(label)
+        self._model_requests.labels(label, str(status)).inc()
+        if status < 400:
+            self._model_seconds.labels(label).observe(seconds)
 
     def exposition(self) -> tuple[bytes, dict[str, str]]:
         """Return the metrics in Prometheus's format, and the headers."""
