@@ -18,6 +18,7 @@ from luthier.engine.metrics import (
     deciding_measure,
     draw_curves,
     is_hollow,
+    is_within_chance,
     measured_of,
     smooth,
 )
@@ -131,26 +132,38 @@ def test_smoothing_is_a_moving_average_without_a_start_from_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "kept"),
+    ("scores", "losses", "kept"),
     [
-        ((0.10, 0.80, 0.79, 0.70), 2),  # 0.70 is more than a standard error below the best
-        ((0.10, 0.80, 0.74, 0.78), 3),
-        ((0.90, 0.80, 0.85, 0.89), 0),  # as good as before training is not better
-        ((0.90, 0.91, 0.89, 0.88), 1),
-        ((0.00, 0.00, 0.00, 0.00), 3),  # the loss falls
-        ((0.50, 1.00, 1.00, 0.90), 2),
+        ((0.10, 0.80, 0.79, 0.70), (1.0, 0.9, 0.8, 0.7), 2),  # 0.70 is clearly lower
+        ((0.10, 0.80, 0.74, 0.78), (1.0, 0.9, 0.8, 0.7), 3),
+        ((0.10, 0.80, 0.79, 0.82), (1.0, 0.3, 0.5, 0.9), 1),  # the last loss is higher
+        ((0.90, 0.80, 0.85, 0.89), (1.0, 0.9, 0.8, 0.7), 3),
+        ((0.90, 0.91, 0.92, 0.91), (0.2, 0.3, 0.4, 0.5), 0),
+        ((0.00, 0.00, 0.00, 0.00), (1.0, 0.9, 0.8, 0.7), 3),
+        ((0.50, 1.00, 1.00, 0.90), (1.0, 0.9, 0.8, 0.7), 2),
     ],
 )
-def test_of_scores_that_chance_tells_apart_the_later_weights_are_kept(
-    scores: tuple[float, ...], kept: int
+def test_lowest_loss_among_scores_within_chance(
+    scores: tuple[float, ...], losses: tuple[float, ...], kept: int
 ) -> None:
-    losses = (1.0, 0.9, 0.8, 0.7)
     lines = [
         {"loss": loss, "accuracy": score, "accuracy_error": (score * (1 - score) / 70) ** 0.5}
         for loss, score in zip(losses, scores, strict=True)
     ]
     assert best_measurement(lines, "accuracy") is lines[kept]
-    assert best_measurement(lines, "loss") is lines[3]
+    assert best_measurement(lines, "loss") is min(lines, key=lambda line: line["loss"])
+
+
+@pytest.mark.parametrize(("lowest", "untrained", "kept"), [
+    (0.7, True, 1), (0.9, True, 0), (0.7, False, 0),
+])  # fmt: skip
+def test_untrained_head_is_not_stored_if_the_loss_fell_by_a_fifth(
+    lowest: float, untrained: bool, kept: int
+) -> None:
+    scores = ((1.0, 0.5), (lowest, 0.1), (0.95, 0.1))
+    lines = [{"loss": loss, "span_f1": score, "span_f1_error": 0.05} for loss, score in scores]
+    lines[0] |= {"untrained_head": untrained}
+    assert best_measurement(lines, "span_f1") is lines[kept]
 
 
 def test_an_error_rate_is_to_be_low() -> None:
@@ -196,26 +209,23 @@ def test_a_loss_that_says_nothing_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rises", "repeats", "kept"),
+    ("rises", "repeats", "alike"),
     [
-        ((0.4, -0.1, 0.3, -0.2), 1, 1),  # 0.10 ± 0.15 above the loss before training
-        ((0.1, 0.1, 0.2, 0.12), 1, 0),  # as much, of each row
-        ((0.4, -0.1, 0.3, -0.2), 10, 0),  # of many rows the lowest loss decides
+        ((0.4, -0.1, 0.3, -0.2), 1, True),  # 0.10 ± 0.15
+        ((0.1, 0.1, 0.2, 0.12), 1, False),
+        ((0.4, -0.1, 0.3, -0.2), 10, False),  # many rows
     ],
 )
-def test_a_rise_of_few_losses_by_chance_does_not_undo_a_run(
-    rises: tuple[float, ...], repeats: int, kept: int
+def test_losses_of_few_rows_within_chance(
+    rises: tuple[float, ...], repeats: int, alike: bool
 ) -> None:
     count = len(rises) * repeats
-    courses = ([0.7] * count, [0.7 + rise for rise in rises * repeats], [1.2] * count)
-    first, line, higher = [
+    first, line = [
         {"loss": fmean(parts), "rows": {"loss": {"parts": parts, "is_share": False}}}
-        for parts in courses
+        for parts in ([0.7] * count, [0.7 + rise for rise in rises * repeats])
     ]
-    assert best_measurement([first, line], "loss") is (first, line)[kept]
-    assert best_measurement([first, line, higher], "loss") is (first, line)[kept]
-    # Once one was higher by more than chance, what only may be as low is no reason to go on.
-    assert best_measurement([first, higher, line], "loss") is first
+    assert is_within_chance(line, first, "loss") is alike
+    assert best_measurement([first, line], "loss") is first
 
 
 def test_what_is_noted_of_rows_is_read_where_it_is_asked_for(metrics: MetricsFile) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from luthier.evaluation.labels import scores
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives.question_answering import QuestionAnswering
+from luthier.objectives.question_answering import AnswerSpan, QuestionAnswering, _answer
 
 CPU = torch.device("cpu")
 CONTEXT = "The quick brown fox jumps over the lazy dog. " * 6 + "The capital of France is Paris."
@@ -105,12 +106,19 @@ def test_the_loss_is_that_of_transformers(
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("row", "answer"), [(ASKED, "Paris"), (NOTHING, "")])
+@pytest.mark.parametrize(
+    ("row", "no_answer", "answer"),
+    [(ASKED, True, "Paris"), (NOTHING, True, ""), (ASKED, False, "Paris"), (NOTHING, False, "The")],
+)
 def test_the_best_span_of_all_windows_is_the_answer(
-    row: AnsweredQuestion, answer: str, network: Network, monkeypatch: pytest.MonkeyPatch
+    row: AnsweredQuestion,
+    no_answer: bool,
+    answer: str,
+    network: Network,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A network that scores the tokens of "Paris" highest."""
-    objective = QuestionAnswering(window=32, stride=6)
+    objective = QuestionAnswering(window=32, stride=6, no_answer=no_answer)
     example = objective.encode(ASKED, 0, network.chat)
     wanted = {int(each) for each in example.ids_T[example.target[0] : example.target[1] + 1]}
 
@@ -133,8 +141,8 @@ def test_the_best_span_of_all_windows_is_the_answer(
     examples = [objective.encode(row.bare(), 0, network.chat)]
     (batch,) = network.batches(examples, 10_000)
     (found,) = objective.predict(network, batch)
-    assert found["answer"] == answer
-    assert row.context[found["start"] : found["end"]] == answer
+    assert answer in found["answer"] and bool(answer) is bool(found["answer"])
+    assert row.context[found["start"] : found["end"]] == found["answer"]
     assert 0 < found["score"] <= 1
 
 
@@ -192,3 +200,54 @@ def test_scores_are_those_of_squad() -> None:
     found = scores(rows, answers)
     assert found["exact_match"].value == pytest.approx(2 / 4)
     assert found["answer_f1"].value == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
+
+
+@pytest.mark.parametrize(("words", "limit"), [(3, 30), (60, 75), (2000, 1000)])
+@pytest.mark.parametrize("rows", [(), (NOTHING,)])
+def test_limits_of_the_training_rows(
+    words: int, limit: int, rows: tuple[AnsweredQuestion, ...], network: Network
+) -> None:
+    context = "fox " * words + "jumps"
+    row = AnsweredQuestion("f", 1, "who?", context, (context[: 4 * words - 1],), (0,))
+    fitted = QuestionAnswering().fit([row, *rows], network.chat)
+    assert fitted.max_answer_tokens == limit
+    assert fitted.no_answer is bool(rows)
+    given = QuestionAnswering(max_answer_tokens=7, no_answer=True).fit([row], network.chat)
+    assert (given.max_answer_tokens, given.no_answer) == (7, True)
+
+
+def test_answer_longer_than_each_window_is_refused(network: Network) -> None:
+    row = AnsweredQuestion("f", 1, "who?", "fox " * 60, (("fox " * 40).strip(),), (8,))
+    with pytest.raises(RowRefused) as refused:
+        QuestionAnswering(window=32).encode(row, 0, network.chat)
+    assert refused.value.rule == "row.too_long"
+    QuestionAnswering(window=64).encode(row, 0, network.chat)
+
+
+def test_windows_without_the_answer_are_not_scored(network: Network) -> None:
+    def counted(no_answer: bool) -> list[float]:
+        objective = QuestionAnswering(window=32, stride=6, no_answer=no_answer)
+        windows = objective.views([objective.encode(ASKED, 0, network.chat)])
+        (batch,) = network.batches(windows, 10_000)
+        with torch.no_grad():
+            found = objective.loss(network, batch).ratios
+        assert len(found["exact_match"][1]) == len(windows) > 2
+        return [
+            float(np.sum(found["exact_match"][1])),
+            float(np.count_nonzero(found["span_f1"][1])),
+        ]
+
+    holding = counted(False)[0]
+    assert 0 < holding < counted(True)[0]
+    assert counted(False)[1] == holding
+
+
+def test_answers_do_not_begin_with_a_blank() -> None:
+    """Offsets of byte-level tokenizers include the blank before a word."""
+    row = AnsweredQuestion("f", 1, "where?", "in  Ghent \n.", (), ())
+    offsets = [(0, 2), (2, 9), (9, 11), (11, 12)]
+    chat: Any = SimpleNamespace(encode_pair=lambda *texts: SimpleNamespace(offsets=offsets))
+    example: Any = SimpleNamespace(source_row=row)
+    for first, last in ((1, 1), (1, 2)):
+        found = _answer(example, AnswerSpan(1.0, first, last), 0.5, chat)
+        assert found == {"answer": "Ghent", "start": 4, "end": 9, "score": 0.5}

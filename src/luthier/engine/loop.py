@@ -28,11 +28,14 @@ from luthier.engine.embedding_rows import embedding_tables, sparse_gradients
 from luthier.engine.machine import peak_memory
 from luthier.engine.metrics import (
     SCORES,
+    SHARES,
     MetricsFile,
     Reporter,
     best_measurement,
+    chance_between,
     cost_of,
     deciding_measure,
+    is_within_chance,
     without_rows,
 )
 from luthier.engine.optimizers import MasterAdamW, schedule_factor
@@ -64,7 +67,11 @@ ROWS_FOR_PERFECT = 30
 continue: augmented rows are harder than the held-out rows (docs/log/media.md)."""
 
 SMALL_LOSS = 1e-2
-"""Share of the initial loss at which the rows count as learned."""
+"""Share of the initial training loss at which the rows count as learned."""
+FITTED_LOSS = 1.0
+"""Minimum initial loss for :data:`SMALL_LOSS`, in nats: a trained head begins with a small loss."""
+FALLS = 0.05
+"""Minimum fall of the held-out loss, as a share, for a run to continue at a small training loss."""
 LAST_STEPS = 10
 """Number of recent steps in the mean loss for :data:`SMALL_LOSS`."""
 
@@ -103,6 +110,8 @@ class Loop:
     decisions."""
     usual_rate: float = 0.0
     """Default learning rate for the run; 0 if unknown."""
+    untrained_head: bool = False
+    """True if the head starts from random weights."""
 
     def __post_init__(self) -> None:
         # A refit stops early in the schedule of the first training, so `until` and `steps` differ.
@@ -375,6 +384,8 @@ class Loop:
         self.network.model.eval()
         measured = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress = self.progress
+        if self.untrained_head and not progress.step:
+            measured["untrained_head"] = True
         # Only the measures that decide must be finite; `record` omits other non-finite values.
         if not all(math.isfinite(measured[name]) for name in {"loss", self.objective.measure}):
             advice = self._divergence_advice
@@ -388,7 +399,8 @@ class Loop:
         measure = deciding_measure([*self.measured, measured], self.objective.measure)
         before = min((cost_of(line, measure) for line in self.measured), default=math.inf)
         self.measured.append(measured)
-        better = best_measurement(self.measured, measure) is measured
+        best = best_measurement(self.measured, measure)
+        better = best is measured
         if better:
             progress.best_loss, progress.best_step = measured["loss"], progress.step
             # The weights that were measured: half the size of the masters. Training never continues
@@ -401,7 +413,10 @@ class Loop:
             or math.isinf(before)
             or cost_of(measured, measure) < before - min_delta * abs(before)
         )
-        progress.worse = 0 if gained else progress.worse + 1
+        if gained:
+            progress.worse = 0
+        elif min_delta or not is_within_chance(measured, best, measure):
+            progress.worse += 1
         self.record("validation", **measured, best=progress.best_loss, best_step=progress.best_step)
 
     @property
@@ -443,30 +458,39 @@ class Loop:
         tensors |= {f"{_BUFFER}{name}": value for name, value in buffers.items()}
         self.checkpoints.write(self.progress, tensors)
 
-    def _all_learned(self) -> bool:
-        """Return true if all held-out rows are right and both losses are near 0.
+    def _loss_spent(self) -> bool:
+        """Return true if the training loss is near 0 and the held-out rows show no clear gain.
 
-        The training loss is checked too: a few held-out rows prove little, and augmented rows are
-        harder than the held-out rows.
+        Without held-out rows, the training loss decides. Only for losses of scores, which are
+        cross-entropies: other losses may gain below any share of the initial loss.
         """
         measure = self.objective.measure
-        if len(self.measured) < 2 or measure not in SCORES or cost_of(self.measured[-1], measure):
+        if measure not in SHARES:
             return False
-        if self.measured[-1]["loss"] > SMALL_LOSS * self.measured[0]["loss"]:
-            return False
-        if self.progress.step % (self.training.evaluate_every or self.steps):
-            return False  # not measured since the last step
         losses = [line["loss"] for line in self.train_lines][-LAST_STEPS:]
         first = self.progress.first_loss or 0.0
-        return len(losses) == LAST_STEPS and math.fsum(losses) <= SMALL_LOSS * first * LAST_STEPS
+        start = first if self.untrained_head else max(first, FITTED_LOSS)
+        if len(losses) < LAST_STEPS or math.fsum(losses) > SMALL_LOSS * start * LAST_STEPS:
+            return False
+        if not self.validation:
+            return True
+        if self.progress.step % (self.training.evaluate_every or self.steps):
+            return False  # not measured since the last step
+        *before, last = self.measured
+        if not before or last["loss"] < (1 - FALLS) * min(line["loss"] for line in before):
+            return False
+        best = min(before, key=lambda line: cost_of(line, measure))
+        gain = cost_of(best, measure) - cost_of(last, measure)
+        return not cost_of(last, measure) or gain <= chance_between(best, last, measure)
 
     def _patience_spent(self) -> bool:
-        """Return true if training ends early: no gain for ``patience`` measurements, or nothing
-        left to gain."""
+        """Return true if training ends early: ``patience`` measurements worse than the best, or
+        nothing left to gain."""
         patience, measure = self.training.patience, self.objective.measure
-        if not patience:
+        # A refit repeats the number of passes of the first training.
+        if not patience or self.steps_before:
             return False
-        if self._all_learned():
+        if self._loss_spent():
             return True
         last = self.measured[-patience:]
         perfect = len(last) == patience and not any(cost_of(line, measure) for line in last)
@@ -479,8 +503,9 @@ class Loop:
         patience, best = self.training.patience, self.progress.best_step or 0
         ends = f"stopped early after step {self._run_step} of {self.steps_before + self.until}: "
         to_end = "`training.patience=0` trains to the end"
-        if self._all_learned():
-            return f"{ends}all held-out rows are right and the loss is near 0. {to_end}"
+        if self._loss_spent():
+            held = " and the held-out rows show no gain" if self.validation else ""
+            return f"{ends}the training loss is near 0{held}. {to_end}"
         if self.progress.worse < patience:
             return f"{ends}all held-out rows are right. {to_end}"
         since = f"step {best + self.steps_before}" if best else "before training"

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ STUDENT_T = (
     2.13, 2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05,
 )  # fmt: skip
 """Two-sided 95 % quantiles of Student's t for 2, 3, … rows (Student 1908)."""
+FALLEN = 0.2
+"""Fall of the loss, as a share, that shows that an untrained head has learned."""
 HOLLOW = 0.95
 """Share of the chance-level loss from which a loss carries no information."""
 _REWARDS: Mapping[str, str] = {
@@ -68,46 +71,34 @@ def deciding_measure(lines: Sequence[Mapping[str, Any]], measure: str) -> str:
 
 
 def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mapping[str, Any]:
-    """Return the measurement whose weights are kept, from the measurements of a run in order.
+    """Return the measurement whose weights are stored, from the measurements of a run in order.
 
-    Scores: a score within one standard error of the best score counts as equal, and the later
-    weights are kept. A few hundred rows measure to one or two points; the end of the schedule, with
-    a low rate, gains more. Weights worse than before training by more than chance are never kept.
-
-    Losses, and scores whose best is 0 or 1: the lowest loss decides, unless the loss is hollow.
-    Losses of few rows within chance of the lowest loss count as equal up to the first higher loss,
-    including the loss before training. A few rows are no reason to discard the effect of the
-    training rows.
+    1. Leave out hollow losses. Leave out the measurement of an untrained head, if a later loss is
+       lower by a fifth or more.
+    2. The best measurement has the lowest cost.
+    3. Of all measurements within chance of the best, return the one with the lowest loss.
     """
-
-    def order(line: Mapping[str, Any]) -> tuple[float, float]:
-        return cost_of(line, measure), line["loss"]
-
-    measure = deciding_measure(lines, measure)
-    best = chosen = lines[0]
-    is_alike = True
-    for line in lines[1:]:
-        if measure == "loss" and is_hollow(line, lines[0]):
-            continue
-        best = min(best, line, key=order)
-        if measure == "loss":
-            # After one clearly higher loss, only a lower loss counts. Without this limit, worse
-            # weights were kept (docs/log/engine.md).
-            alike = line is best or (is_alike and _may_be_alike(best, line))
-            chosen, is_alike = (line, True) if alike else (chosen, False)
-            continue
-        is_share = measure in SCORES and 0 < best[measure] < 1
-        error = best.get(f"{measure}_error", 0.0) if is_share else 0.0
-        alike = error > 0 and cost_of(line, measure) <= cost_of(best, measure) + error
-        if line is best or (alike and order(line) < order(lines[0])):
-            chosen = line
-    return chosen
+    measure, first = deciding_measure(lines, measure), lines[0]
+    able = [x for x in lines if x is first or measure != "loss" or not is_hollow(x, first)]
+    lowest = min(line["loss"] for line in able)
+    if first.get("untrained_head") and lowest <= (1 - FALLEN) * first["loss"]:
+        able.remove(first)
+    best = min(able, key=lambda line: (cost_of(line, measure), line["loss"]))
+    return min((x for x in able if is_within_chance(x, best, measure)), key=itemgetter("loss"))
 
 
-def _may_be_alike(best: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
-    """Return true if the second of two losses of the same few rows is higher by chance at most."""
-    few = 1 < _rows_noted(line, "loss") < FEW_ROWS
-    return few and bool(line["loss"] <= best["loss"] + chance_between(best, line, "loss"))
+def is_within_chance(line: Mapping[str, Any], best: Mapping[str, Any], measure: str) -> bool:
+    """Return true if ``line`` is at most by chance worse than ``best``.
+
+    A score may be lower by one standard error. A loss of few rows may be higher by Student's 95 %
+    interval of the difference; a loss of many rows may not be higher.
+    """
+    if measure in SCORES:
+        error = best.get(f"{measure}_error", 0.0)
+    else:
+        few = 1 < _rows_noted(line, "loss") < FEW_ROWS
+        error = chance_between(best, line, "loss") if few else 0.0
+    return bool(cost_of(line, measure) <= cost_of(best, measure) + error)
 
 
 def _rows_noted(line: Mapping[str, Any], measure: str) -> int:
@@ -251,11 +242,15 @@ def _draw_picture(
     figure, panels = new_figure(len(shown))
     held = [line for line in lines if line["event"] == "validation"]
     best = best_measurement(held, held[0].get("measure", "loss")) if held else None
+    refits = [line for line in lines if line["event"] == "refit"]
     for axes, (name, label) in zip(panels, shown.items(), strict=True):
         _draw_train(axes, lines, name)
         # With rewards, the measured loss is minus the reward and does not belong to the loss curve.
         points = [x for x in held if name in x and not (name == "loss" and "reward" in x)]
         _draw_validation(axes, points, name, best)
+        for refit in refits:
+            label_of_refit = f"refit on all {refit['rows']:,} rows"
+            axes.axvline(refit["step"], color="#555555", linestyle="--", label=label_of_refit)
         axes.set(ylabel=label)
     panels[0].set(title=title)
     panels[0].legend(frameon=False)

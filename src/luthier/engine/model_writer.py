@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -90,7 +90,7 @@ class ModelWriter:
     job: TrainingJob
     run: Run
     progress: TrainingProgress
-    lines: list[dict[str, Any]]
+    lines: Sequence[Mapping[str, Any]]
     """Lines of the metrics file."""
     trained: int
     """Number of trained weights."""
@@ -115,10 +115,7 @@ class ModelWriter:
             network.close()
             return_freed_memory()  # a second network is loaded next
             parity = self._parity(fresh, manifest, trained)
-            title = run.model_id
-            if self.refit:
-                title += f", measured before the refit on all {self.refit.rows:,} rows"
-            pictures = draw_curves(self.lines, fresh, title)
+            pictures = draw_curves(self.lines, fresh, run.model_id)
             result = self._result(fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             checked = {"parity": parity, "metrics": metrics, "files": hashes_of(fresh)}

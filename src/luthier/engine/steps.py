@@ -297,12 +297,14 @@ class RefitTraining(TrainingStep):
         resume = bool(group.first(run.has_metrics()))
         run.begin(job.request(), resume=True)
         again = trainer.refit_trainer(job, run)
+        again.first_lines["refit"] = {"rows": job.data.counts["rows"]}
         again.learn(resume)
         metrics = MetricsFile(trainer.run_folder.folder / METRICS)
         # After the end of the refit: a killed run repeats the first training's last steps and
         # truncates the file.
         for line in again.lines:
             metrics.append(line)
+        trainer.refit_lines = again.lines
         # The refit has learned the held-out rows, so a later run must count the rows as learned.
         trainer.run_folder.record_held_out(job.data.held_out)
         trainer.network, trainer.stored_job = again.network, job

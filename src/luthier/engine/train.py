@@ -319,6 +319,8 @@ class Trainer:
     """Progress at the end of the loop, including the refit."""
     lines: list[dict[str, Any]]
     """Lines of the metrics file, without the refit."""
+    refit_lines: Sequence[Mapping[str, Any]] = ()
+    """Lines of the refit."""
 
     def __init__(
         self,
@@ -453,7 +455,7 @@ class Trainer:
             replace(self.stored_job, machine=machine),
             self.run_folder,
             self.progress,
-            self.lines,
+            [*self.lines, *self.refit_lines],
             self._loaded.trained,
             self._loaded.weights,
             self.verdict,
@@ -512,4 +514,5 @@ class Trainer:
             all_steps=job.all_steps,
             processes=self.group,
             usual_rate=job.usual_rate,
+            untrained_head=job.new_head and not self.fitted_head,
         )

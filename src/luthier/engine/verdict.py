@@ -1,8 +1,8 @@
 """Verdicts on finished runs, from the measurements before and during training.
 
-The best measurement determines the stored weights; among measurements equal within chance, the last
-(:func:`~luthier.engine.metrics.best_measurement`). The first measurement precedes the first step. A
-run that only does harm therefore keeps the initial weights.
+The best measurement determines the stored weights; among measurements equal within chance, the one
+with the lowest loss (:func:`~luthier.engine.metrics.best_measurement`). The first measurement
+precedes the first step. A run that only does harm therefore keeps the initial weights.
 
 A verdict has at most three sentences: the outcome with its measurements, the stored weights if they
 are not the last weights, and advice.
@@ -101,7 +101,7 @@ _ADVICE: Mapping[Cause, str] = {
     "more steps",
     "reward_fell": "Read the replies with `luthier samples`, and try {lower}",
     "regression": "More rows help most, above all of the confused labels",
-    "rows_not_learned": "The training loss hardly moved ({first:.3f} to {last:.3f}), so the labels "
+    "rows_not_learned": "The training loss hardly moved ({first:.3f} to {last:.3f}), so the rows "
     "cannot be judged: try more steps ({times_four}), {higher}{batch} or `luthier search`",
     "base_model": "{informed} separates the rows and this base model does not: {other_base}, or use "
     "the baseline",

@@ -8,6 +8,7 @@ overlapping windows. The answer is the best span of all windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.data.shapes import of_shape
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RowRefused
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 FEWEST_CONTEXT = 16
 """Minimum number of context tokens in a window."""
+USUAL_ANSWER, LONGEST_ANSWER = 30, 1000
+"""Limit of the length of an answer in SQuAD's script, and the largest limit, in tokens."""
+LONGER = 1.25
+"""Ratio of the limit to the longest answer of the training rows."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,10 @@ class QuestionAnswering(Objective):
     """Maximum number of tokens of a row; longer contexts are divided into windows."""
     stride: int = Field(default=128, ge=1, le=50_000)
     """Number of context tokens that neighbouring windows share; at most half of a window."""
-    max_answer_tokens: int = Field(default=30, ge=1, le=1000)
-    """Maximum length of an answer in tokens."""
+    max_answer_tokens: int | None = Field(default=None, ge=1, le=LONGEST_ANSWER)
+    """Maximum length of an answer; default: from the rows, at least 30."""
+    no_answer: bool | None = None
+    """Allow "no answer"; default: if training rows have no answer."""
 
     task: ClassVar[Task] = "question_answering"
     shapes: ClassVar[frozenset[str]] = frozenset({"question"})
@@ -74,6 +82,19 @@ class QuestionAnswering(Objective):
         if models.network is None:
             return self
         return self.model_copy(update={"window": min(self.window, models.network.context)})
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Derive the maximum length of an answer, and whether a context may have no answer."""
+        asked = of_shape(AnsweredQuestion, rows)
+        most, no_answer = self.max_answer_tokens, self.no_answer
+        answers = [row.answers[0] for row in asked if row.answers]
+        if most is None and answers:
+            ids = chat.tokenizer(answers, add_special_tokens=False)["input_ids"]
+            most = math.ceil(LONGER * max(map(len, ids)))
+            most = min(LONGEST_ANSWER, max(USUAL_ANSWER, most))
+        if no_answer is None:
+            no_answer = len(answers) < len(asked)
+        return self.model_copy(update={"max_answer_tokens": most, "no_answer": no_answer})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return question and context; the target is the answer and the context, in tokens.
@@ -110,7 +131,7 @@ class QuestionAnswering(Objective):
                     "Remove the row.",
                 )
             target[:2] = found[0], found[-1]
-        return Example(
+        example = Example(
             ids_T,
             weight_at_end(len(ids_T)),
             index,
@@ -118,6 +139,14 @@ class QuestionAnswering(Objective):
             source_row=row,
             segment_T=pair.segment_T,
         )
+        if row.answers and not any(view.target[0] for view in self._windows(example)):
+            raise RowRefused(
+                "row.too_long",
+                f"the answer has {target[1] - target[0] + 1} tokens and fits in no window of "
+                f"{self.window} tokens.",
+                "Use a larger `objective.window` and `objective.stride`, or shorten the answer.",
+            )
+        return example
 
     def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
         """Return the windows of all rows.
@@ -162,11 +191,15 @@ class QuestionAnswering(Objective):
             ((span.start, span.end), (int(target[0]), int(target[1])))
             for span, target in zip(found, batch.tree.targets, strict=True)
         ]
+        # If each question has an answer, windows without the answer predict nothing.
+        counted_R = [bool(self.no_answer or target[1]) for _, target in pairs]
         overlap_R, mean_R = zip(*(_overlap(*pair) for pair in pairs), strict=True)
-        right = float(sum(span == target for span, target in pairs))
-        return Loss.from_rows(
-            each_R2.mean(1), {"exact_match": right}, {"span_f1": (overlap_R, mean_R)}
-        )
+        right_R = [span == target for span, target in pairs]
+        ratios = {
+            "span_f1": (np.multiply(overlap_R, counted_R), np.multiply(mean_R, counted_R)),
+            "exact_match": (np.multiply(right_R, counted_R), counted_R),
+        }
+        return Loss.from_rows(each_R2.mean(1), {}, ratios)
 
     def describe(self, example: Example) -> str:
         """Return the answer."""
@@ -203,7 +236,8 @@ class QuestionAnswering(Objective):
                     nothing[view.row] = AnswerSpan(null, 0, 0), total
         answers = []
         for place, row in enumerate(rows):
-            span, total = max(best[place], nothing[place], key=lambda each: each[0].score)
+            able = [best[place], nothing[place]] if self.no_answer else [best[place]]
+            span, total = max(able, key=lambda each: each[0].score)
             answers.append(_answer(row, span, float(np.exp(span.score - total)), chat_of(network)))
         return answers
 
@@ -220,8 +254,10 @@ class QuestionAnswering(Objective):
         """Return the best span of each window, or tokens 0 to 0 for "no answer"."""
         spans = []
         for scores_T2, target in zip(scores_RT2.detach().cpu().numpy(), targets, strict=True):
-            null = AnswerSpan(float(scores_T2[0].sum()), 0, 0)
-            spans.append(max(self._best_span(scores_T2, target), null, key=lambda s: s.score))
+            able = [self._best_span(scores_T2, target)]
+            if self.no_answer:
+                able.append(AnswerSpan(float(scores_T2[0].sum()), 0, 0))
+            spans.append(max(able, key=lambda span: span.score))
         return spans
 
     def _best_span(self, scores_T2: FloatArray, target: Any) -> AnswerSpan:
@@ -229,7 +265,7 @@ class QuestionAnswering(Objective):
         begin, end = int(target[2]), int(target[3])
         first_T, last_T = scores_T2[begin:end, 0], scores_T2[begin:end, 1]
         best = AnswerSpan(-np.inf, begin, begin)
-        for length in range(min(self.max_answer_tokens, end - begin)):
+        for length in range(min(self.max_answer_tokens or USUAL_ANSWER, end - begin)):
             sum_T = first_T[: end - begin - length] + last_T[length:]
             at = int(sum_T.argmax())
             if sum_T[at] > best.score:
@@ -250,4 +286,12 @@ def _answer(row: Example, span: AnswerSpan, score: float, chat: ChatFormat) -> d
         return {"answer": "", "start": 0, "end": 0, "score": score}
     offsets = chat.encode_pair(asked.question, asked.context).offsets
     start, end = offsets[span.start][0], offsets[span.end][1]
-    return {"answer": asked.context[start:end], "start": start, "end": end, "score": score}
+    text = asked.context[start:end]
+    # Tokens of byte-level tokenizers include the blank before a word.
+    start += len(text) - len(text.lstrip())
+    return {
+        "answer": text.strip(),
+        "start": start,
+        "end": start + len(text.strip()),
+        "score": score,
+    }

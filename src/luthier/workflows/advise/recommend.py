@@ -62,12 +62,22 @@ class Judgement:
         return asdict(self)
 
 
+def _targets(facts: AdviceFacts) -> str:
+    """Return the name of what the rows teach."""
+    if facts.shape == "question":
+        return "answers"
+    return "replies" if facts.writes else "labels"
+
+
 def prompting(facts: AdviceFacts) -> Judgement:
     """Instructions and examples in the prompt."""
     best = facts.evidence and facts.evidence.best("zero-shot", "prompt engineering")
     if not facts.writes:
         fit: Fit = "no"
-        reason = "a head predicts the labels; for generated labels, use prompt and completion"
+        targets = _targets(facts)
+        reason = (
+            f"a head predicts the {targets}; for generated {targets}, use prompt and completion"
+        )
     elif best and best.score >= SURE:
         fit, reason = "yes", f"{best.name} is right in {best.score:.0%} of the rows"
     else:
@@ -85,8 +95,11 @@ def baselines(facts: AdviceFacts) -> Judgement:
     best = facts.evidence and facts.evidence.best("simple baselines")
     fit: Fit = "yes" if best and best.score >= SURE else "perhaps"
     reason = "fitted in seconds, without training the base model"
+    if facts.shape == "question":
+        fit, reason = "no", "no simple baseline finds an answer in a context"
+    needs = f"rows with {_targets(facts)}; {facts.rows:,} available"
     return Judgement(
-        "simple baselines", fit, reason, f"labelled rows; {facts.rows:,} available",
+        "simple baselines", fit, reason, needs,
         "seconds", "at most one pass over the text", "low", "none", "none",
         _best_measured(facts, "simple baselines"),
     )  # fmt: skip
@@ -127,10 +140,10 @@ def fine_tuning(facts: AdviceFacts) -> Judgement:
     elif facts.rows < needed:
         fit, reason = "perhaps", f"{facts.rows:,} rows are few"
     else:
-        fit, reason = "yes", "enough rows with replies"
+        fit, reason = "yes", f"enough rows with {_targets(facts)}"
     if facts.refused:
         fit, reason = "no", f"the data checks reject the rows: {', '.join(facts.refused[:3])}"
-    needs = f"{FEW_ROWS} to {MANY_ROWS:,} rows with replies; {facts.rows:,} available"
+    needs = f"{FEW_ROWS} to {MANY_ROWS:,} rows with {_targets(facts)}; {facts.rows:,} available"
     if facts.labels:
         needs = f"{PER_CLASS} rows per class; the smallest class has {facts.smallest_class:,}"
     return Judgement(
