@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -60,6 +61,11 @@ class Places:
         self.checked.append((account, uri))
         if not uri.startswith("s3://data/"):
             raise RefusedInput(f"{uri} cannot be read.")
+
+    def peek(self, account: str, uri: str, folder: Path, most: int) -> tuple[str, Path]:
+        target = folder / "rows.jsonl"
+        target.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding="utf-8")
+        return uri, target
 
     def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
         self.check(account, uri)

@@ -76,8 +76,8 @@ _OPERATIONS = {
             "UntagResource"
         ),
         "luthier": (
-            "CreateJob PauseJob ResumeJob StopJob InspectData EstimateJob CreateExport StopExport "
-            "DeleteModel LoadModel UnloadModel openai.files.create "
+            "CreateJob PauseJob ResumeJob StopJob PreviewData InspectData EstimateJob CreateExport "
+            "StopExport DeleteModel LoadModel UnloadModel openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
             "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "
             "openai.fine_tuning.alpha.graders.run openai.fine_tuning.alpha.graders.validate "
@@ -103,6 +103,7 @@ CHANGES = frozenset(
     for action, permission in PERMISSIONS.items()
     if permission in (Permission.DEVELOP, Permission.ADMINISTER)
 ) - {
+    "luthier:PreviewData",
     "luthier:InspectData",
     "luthier:EstimateJob",
     "luthier:openai.fine_tuning.alpha.graders.run",

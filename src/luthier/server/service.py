@@ -220,6 +220,7 @@ class Service:
             self.settings,
             self.pool,
             self.objects,
+            self.locations,
             self._delete,
             quotas=self._quotas,
             count=self.meter.count,

@@ -23,7 +23,7 @@ from luthier.errors import DataError, LocationRefused
 from luthier.gate.report import list_places
 from luthier.gate.rules import Place
 from luthier.media.decoding import read_pixels
-from luthier.server.jobs.data import JobData, _check_lines, fetch_data
+from luthier.server.jobs.data import JobData, fetch_data, format_problems
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, recipe_of
 from luthier.server.tables.database import Base, Database
@@ -276,6 +276,5 @@ def test_a_base_that_is_made_for_one_thing_learns_it(base: str, method: str | No
 
 def test_a_base_of_texts_is_not_said_to_want_folders_rewritten(tmp_path: Path) -> None:
     (tmp_path / "train/00/00001").mkdir(parents=True)
-    data = JobData(tmp_path, ["train/00/00001"], [], {"train/00/00001": "s3://b/photos/"})
-    with pytest.raises(DataError, match=r"media\.base"):
-        _check_lines(data)
+    (problem,) = format_problems(tmp_path / "train/00/00001", "s3://b/photos/")
+    assert (problem.rule, problem.file) == ("media.base", "s3://b/photos/")

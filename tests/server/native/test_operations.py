@@ -18,7 +18,13 @@ from luthier.server.http.messages import Fault
 from luthier.server.native.operations import Context, refusal
 from luthier.server.tables.arns import Arns
 
-JOB = {"name": "a", "model_name": "a", "base": "tiny", "training": ["s3://rows/a"]}
+JOB = {
+    "name": "a",
+    "model_name": "a",
+    "base": "tiny",
+    "training": ["s3://rows/a"],
+    "output": "s3://rows/a",
+}
 """A body that is checked without errors."""
 
 
@@ -29,7 +35,7 @@ def client() -> TestClient:
     def check(account: str, address: str) -> None:
         raise Fault("Conflict", address)
 
-    nowhere: Any = SimpleNamespace(check=check)
+    nowhere: Any = SimpleNamespace(check_writable=check)
     parts: Any = (nowhere, Arns(), nowhere, lambda account: AccountQuotas())
     return native_client(Context(*parts, lambda: None, lambda model: None, ModelPool(0)))
 

@@ -26,7 +26,7 @@ def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
     """What the native API answers to a request whose files lie in ``folder``."""
     database = Database()
     Base.metadata.create_all(database.engine)
-    files = {file.name: file.read_bytes() for file in folder.glob("*.jsonl")}
+    files = {file.name: file.read_bytes() for file in folder.glob("*.*")}
     put_objects(database, "111111111111", files)
     context = Context(
         database,
@@ -60,6 +60,38 @@ def test_rows_decide_on_the_base_that_they_are_looked_at_for(
     answered = ask(tmp_path, "/api/v1/inspections", {"training": "s3://rows/rows.jsonl", **named})
     assert answered.json()["report"]["base"] == "a-base"
     assert ("--base" in commands[0]) is bool(named)
+
+
+def test_columns_of_an_inspection_reach_the_checks(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    luthier_home.mkdir(exist_ok=True)
+    (tmp_path / "rows.csv").write_text("utterance,intent\na,b\n")
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"verdict": "passed"}), "")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    columns = {"text": "utterance", "label": "intent"}
+    ask(tmp_path, "/api/v1/inspections", {"training": "s3://rows/rows.csv", "columns": columns})
+    (command,) = commands
+    options = [command[at + 1] for at, each in enumerate(command) if each == "--map"]
+    assert options == ["text=utterance", "label=intent"]
+
+
+def test_preview_of_columns(luthier_home: Path, tmp_path: Path) -> None:
+    luthier_home.mkdir(exist_ok=True)
+    (tmp_path / "rows.csv").write_text("utterance,intent,day\nhello\tyou,greet,mon\n" * 3)
+    body: dict[str, Any] = {"training": "s3://rows/rows.csv"}
+    shown = ask(tmp_path, "/api/v1/previews", body).json()
+    assert [each["name"] for each in shown["columns"]] == ["utterance", "intent", "day"]
+    assert {"text", "label", "prompt", "completion"} <= {*shown["keys"]}
+    assert "settings.data.columns" in shown["problem"] and "form" not in shown
+    body["columns"] = {"text": "utterance", "label": "intent", "day": ""}
+    shown = ask(tmp_path, "/api/v1/previews", body).json()
+    assert "problem" not in shown and "label" in shown["form"]
 
 
 def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(

@@ -26,6 +26,7 @@ from luthier.server.settings import Settings
 from luthier.server.tables.accounts import Account
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database, now
+from luthier.server.tables.locations import Locations
 from luthier.server.tables.objects import Objects
 from luthier.server.tables.principals import User
 from luthier.server.tables.schema import METADATA
@@ -131,6 +132,7 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
         Settings(),
         pool,
         objects,
+        Locations(database),
         delete_model,
         quotas=lambda account: AccountQuotas(jobs_in_flight=20),
     )

@@ -240,10 +240,29 @@ def test_preferences_and_rewards(client: openai.OpenAI, service: Any) -> None:
     assert any("reward" in key for data in metrics for key in data)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("parameter", ["training_file", "validation_file"])
+def test_file_that_cannot_be_read_is_refused_at_creation(
+    client: openai.OpenAI, parameter: str
+) -> None:
+    file = uploaded(client, [*chats(3), {"messages": [{"role": "user", "content": ""}]}])
+    with pytest.raises(openai.BadRequestError) as refused:
+        created(client, **{parameter: file})
+    assert (refused.value.param, refused.value.code) == (parameter, f"invalid_{parameter}")
+    assert f"{file}:4" in refused.value.message and "s3://" not in refused.value.message
+    assert client.fine_tuning.jobs.list().data == []
+
+
+def test_files_other_than_json_lines_are_refused_by_name(client: openai.OpenAI) -> None:
+    table = b"prompt,completion\n" + b"a,b\n" * 30
+    file = client.files.create(file=("rows.csv", table), purpose="fine-tune").id
+    with pytest.raises(openai.BadRequestError) as refused:
+        created(client, training_file=file)
+    assert refused.value.code == "invalid_training_file" and "csv" in refused.value.message
+
+
 @pytest.mark.usefixtures("handlers")
-def test_a_bad_training_file_fails_the_job(client: openai.OpenAI, service: Any) -> None:
-    rows = [*chats(3), {"messages": [{"role": "user", "content": ""}]}]
-    for kind, data in (("supervised", rows), ("supervised", preferences()), ("dpo", chats())):
+def test_rows_of_another_method_fail_the_job(client: openai.OpenAI, service: Any) -> None:
+    for kind, data in (("supervised", preferences()), ("dpo", chats())):
         made = created(client, data, method=method(kind))
         work(service)
         job = client.fine_tuning.jobs.retrieve(made.id)

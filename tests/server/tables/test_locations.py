@@ -10,6 +10,7 @@ import pytest
 from luthier.errors import CorruptFile, LocationRefused
 from luthier.server.tables.locations import Locations
 from luthier.server.tables.objects import UPLOADS, ObjectMetadata, Objects
+from luthier.server.tables.uploaded_files import UploadedFiles
 
 ONE, TWO = "000000000001", "000000000002"
 
@@ -48,6 +49,19 @@ def test_an_object_and_all_rows_below_a_prefix(data: Objects, tmp_path: Path) ->
         (f"s3://data/{key}", key) for key in ("train/a.jsonl", "train/b.jsonl", "train/sub/a.jsonl")
     ]
     assert len(set(paths)) == 3 and all(path.parent == tmp_path / "y" for path in paths)
+
+
+def test_uploaded_file_keeps_the_ending_of_its_name(objects: Objects, tmp_path: Path) -> None:
+    files = UploadedFiles(objects.database, objects)
+    locations = Locations(objects.database)
+    for number, name in enumerate(("../é/x.csv", "y.CSV.gz", "")):
+        file = files.add(ONE, iter([b"a,b\n1,2\n"]), name, "fine-tune")
+        uri = f"s3://{UPLOADS}/{file.id}"
+        ((shown, path),) = locations.fetch(ONE, uri, tmp_path / str(number))
+        peeked = locations.peek(ONE, uri, tmp_path / f"peek-{number}", 3)
+        assert path.name == peeked[1].name == (name.rpartition("/")[2] or "object")
+        assert shown == peeked[0] == uri and path.parent == tmp_path / str(number)
+        assert peeked[1].read_bytes() == b"a,b"
 
 
 def test_keys_that_end_alike_never_share_a_copy(data: Objects, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from luthier.server.identifiers import (
     find_model,
     job_arn,
 )
+from luthier.server.jobs.data import check_first_rows
 from luthier.server.jobs.submit import (
     DISTILLATION,
     FINE_TUNING,
@@ -87,11 +88,9 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         parse_tags(request.get("customModelTags")),
     )
     submission = _submission(request)
-    for uri in (*submission.training, *submission.validators):
-        request.control.locations.check(request.account, uri)
     if submission.output is not None:
         request.control.locations.check_writable(request.account, submission.output)
-
+    check_first_rows(request.control.locations, submission)
     quotas = request.control.quotas(request.account)
 
     def create(session: Session) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import posixpath
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from luthier.data.containers import Container, container_of
+from luthier.data.containers import PACKED, Container, container_of
 from luthier.data.inputs import (
     MOST_MEDIA_BYTES,
     REFERENCES,
@@ -18,12 +20,17 @@ from luthier.data.inputs import (
     media_references,
     object_name,
 )
-from luthier.data.read import read_records
+from luthier.data.parsing import Record
+from luthier.data.read import find_container, read_records
+from luthier.data.rows import Checker, PromptChecker, RowReader
+from luthier.data.unread import UNREAD
 from luthier.errors import DataError, Location, LocationRefused, Problem, RowRefused
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.library.models import find
 from luthier.models.catalog import CATALOG
 from luthier.server.jobs.folders import JobFolders
+from luthier.server.jobs.submit import DISTILLATION, Submission, recipe_of
+from luthier.server.tables.foundation import root_of
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
 
@@ -32,6 +39,12 @@ MAX_REFERENCES = 100_000
 MAX_MISSING = 20
 """Maximum number of reported missing files."""
 _SOURCES = "sources.json"
+PEEKED = 200
+"""Number of rows that a new job's data is checked on."""
+PEEKED_BYTES = 4 << 20
+"""Maximum size of these rows, in bytes."""
+_COMPLETE = ("parquet", "zip", "npz")
+"""Formats that a reader needs complete."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,13 @@ def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
     recorded = read_json(folders.data / _SOURCES)
     data = JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
     if job.api != "native" and not media:
-        _check_lines(data)
+        problems = [
+            problem
+            for name, address in data.addresses.items()
+            for problem in format_problems(data.folder / name, address)
+        ]
+        if problems:
+            raise DataError(problems)
     return data
 
 
@@ -104,26 +123,117 @@ def base_reads_media(base: str) -> bool:
     return find(base).network.processor is not None
 
 
-def _check_lines(data: JobData) -> None:
-    """Reject files that are not JSON Lines, the only format of the Bedrock and OpenAI APIs."""
-    problems = []
-    for name, address in data.addresses.items():
-        if (data.folder / name).is_dir():
-            message = "The data is images or audio, and the base model needs text."
-            fix = "Choose a base model for images or audio, or name an object with rows of text."
-            problems.append(Problem("media.base", message, fix, Location(address)))
-            continue
-        try:
-            found = container_of(data.folder / name)
-        except RowRefused as bad:
-            problems.append(bad.at(address, 0))
-            continue
-        if found != Container("jsonl"):
-            message = f"The file is {found}, not JSON Lines (one object per line)."
-            fix = "Convert the file to uncompressed JSON Lines."
-            problems.append(Problem("file.form", message, fix, Location(address)))
+def check_first_rows(locations: Locations, submission: Submission) -> None:
+    """Check the addresses of a job, and the first rows at each address.
+
+    Raises:
+        LocationRefused: for an address that the account cannot read.
+        DataError: for rows that the job cannot read.
+    """
+    # The module imports all objectives, which would delay the start of the server.
+    from luthier.engine.dataset import checker_for
+
+    sources = {"data.train": submission.training, "data.validation": submission.validators}
+    for addresses in sources.values():
+        for address in addresses:
+            locations.check(submission.account, address)
+    recipe: Any = recipe_of(submission, "check")
+    root = root_of(submission.base)
+    if base_reads_media(root.base if root else recipe.base):
+        return  # rows name files, which only the job fetches
+    prompts = submission.customization_type == DISTILLATION and recipe.method == "responses"
+    checker = PromptChecker if prompts else checker_for(recipe.objective)
+    unread = "off" if prompts else (recipe.data.severity or {}).get(UNREAD, "error")
+    problems: list[Problem] = []
+    for setting, addresses in sources.items():
+        for address in addresses:
+            account, held = submission.account, setting != "data.train"
+            peeked = peek_rows(locations, account, address, recipe.data.columns, checker, held)
+            found = [each for each in peeked.problems if each.rule != UNREAD or unread == "error"]
+            if not found and submission.api != "native" and peeked.container != Container("jsonl"):
+                found = [_format_problem(peeked.container, peeked.address)]
+            problems += [replace(each, setting=setting) for each in found]
     if problems:
         raise DataError(problems)
+
+
+@dataclass(frozen=True)
+class PeekedRows:
+    """The first rows at an address."""
+
+    address: str
+    """Address of the file."""
+    container: Container | None
+    """Format of the file; ``None`` if unknown."""
+    records: Sequence[Record] = ()
+    form: str | None = None
+    """Name of the rows' form; ``None`` if unknown."""
+    problems: Sequence[Problem] = ()
+
+
+def peek_rows(
+    locations: Locations,
+    account: str,
+    address: str,
+    columns: Mapping[str, str] | None = None,
+    checker: type[Checker] = Checker,
+    accepts_own_keys: bool = False,
+) -> PeekedRows:
+    """Read the first rows of the first object at an address, within :data:`PEEKED_BYTES`.
+
+    ``accepts_own_keys`` has the meaning of :class:`luthier.data.rows.RowReader`.
+    """
+    with TemporaryDirectory(prefix="luthier-peek-") as folder:
+        address, file = locations.peek(account, address, Path(folder), PEEKED_BYTES)
+        if is_media(file.name):
+            return PeekedRows(address, None, problems=[_media_problem(address)])
+        problems: list[Problem] = []
+        container = find_container(file, problems)
+        whole = file.stat().st_size < PEEKED_BYTES
+        records, form = list[Record](), None
+        needs_whole = container is None or container.packing or container.kind in _COMPLETE
+        if container is not None and (whole or not needs_whole):
+            records = [record for _, record in islice(read_records(file, [], whole=False), PEEKED)]
+            reader = RowReader(
+                file, columns, checker, whole=False, problems=problems,
+                accepts_own_keys=accepts_own_keys,
+            )  # fmt: skip
+            rows = reader.first(PEEKED)
+            form = reader.checker.form_name
+            if not whole:
+                # The cut damages the last row.
+                last = max([row.line for row in rows] + [each.line for each in problems], default=0)
+                problems = [each for each in problems if 0 < each.line < last]
+            problems += [each for each in reader.unread_problems() if each.rule == UNREAD]
+    named = [
+        replace(each.at(address, each.line), message=each.message.replace(str(file), address))
+        for each in problems
+    ]
+    return PeekedRows(address, container, records, form, named)
+
+
+def _media_problem(address: str) -> Problem:
+    message = "The data is images or audio, and the base model needs text."
+    fix = "Choose a base model for images or audio, or name an object with rows of text."
+    return Problem("media.base", message, fix, Location(address))
+
+
+def format_problems(file: Path, address: str) -> list[Problem]:
+    """Return the problem of a file that is not JSON Lines, the only format of the Bedrock and
+    OpenAI APIs."""
+    if file.is_dir():
+        return [_media_problem(address)]
+    try:
+        found = container_of(file)
+    except RowRefused as bad:
+        return [bad.at(address, 0)]
+    return [] if found == Container("jsonl") else [_format_problem(found, address)]
+
+
+def _format_problem(found: Container | None, address: str) -> Problem:
+    message = f"The file is {found}, not JSON Lines (one object per line)."
+    fix = "Convert the file to uncompressed JSON Lines."
+    return Problem("file.form", message, fix, Location(address))
 
 
 def _fetch(job: Job, folder: Path, locations: Locations, media: bool) -> None:
@@ -163,8 +273,11 @@ def _fetch(job: Job, folder: Path, locations: Locations, media: bool) -> None:
 
 def _suffix(path: Path) -> str:
     """Return the suffix of a file, or the suffix for the content of a file without a suffix."""
-    if path.suffix:
-        return path.suffix
+    name = Path(path.name.lower())
+    if name.suffix in PACKED:
+        return Path(name.stem).suffix + name.suffix
+    if name.suffix:
+        return name.suffix
     try:
         kind = container_of(path).kind
     except RowRefused:

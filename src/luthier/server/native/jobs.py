@@ -19,6 +19,7 @@ from luthier.graders import parse_graders
 from luthier.server.http.messages import Fault, parse_digits
 from luthier.server.http.routes import STREAM_TURN, Name
 from luthier.server.jobs import deletion
+from luthier.server.jobs.data import check_first_rows
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, check_client_grader, submit
 from luthier.server.native.operations import (
@@ -174,8 +175,6 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
     """Create a job."""
     context = call.context
     call.record("model-customization-job/*")
-    for address in (*body.training, *body.validation):
-        context.locations.check(call.account, address)
     if body.output is not None:
         context.locations.check_writable(call.account, body.output)
     grader = check_client_grader(body.grader) if body.grader else None
@@ -185,29 +184,26 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
         )  # compiling patterns and schemas is too slow for a transaction
     base = context.base(call.account, body.base)
     teacher = context.base(call.account, body.teacher) if body.teacher else None
+    submission = Submission(
+        account=call.account,
+        api="native",
+        job_name=body.name,
+        model_name=body.model_name,
+        customization_type=body.customization_type,
+        base=base,
+        training=body.training,
+        validators=body.validation,
+        settings=body.settings,
+        teacher=teacher,
+        grader=grader,
+        output=body.output,
+        request=body.model_dump(mode="json", exclude_unset=True),
+        priority=body.priority,
+        time_limit=body.time_limit_seconds,
+    )
+    check_first_rows(context.locations, submission)
     with context.database.write() as session:
-        job = submit(
-            session,
-            Submission(
-                account=call.account,
-                api="native",
-                job_name=body.name,
-                model_name=body.model_name,
-                customization_type=body.customization_type,
-                base=base,
-                training=body.training,
-                validators=body.validation,
-                settings=body.settings,
-                teacher=teacher,
-                grader=grader,
-                output=body.output,
-                request=body.model_dump(mode="json", exclude_unset=True),
-                priority=body.priority,
-                time_limit=body.time_limit_seconds,
-            ),
-            context.arns,
-            context.quotas(call.account),
-        )
+        job = submit(session, submission, context.arns, context.quotas(call.account))
         call.record_created(f"model-customization-job/{job.foundation}/{job.id}")
         view = _view(job)
     context.wake()

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from luthier.formatting import map_code
+from luthier.data.shapes import SHAPES
+from luthier.formatting import column_options, map_code, one_line
 from luthier.processes import python_command
 from luthier.server.http.messages import Fault
-from luthier.server.jobs.data import base_reads_media, fetch_references
+from luthier.server.jobs.data import base_reads_media, fetch_references, peek_rows
 from luthier.server.jobs.processes import worker_environment
 from luthier.server.jobs.submit import Submission, check_client_grader, recipe_of
 from luthier.server.native.operations import (
@@ -38,8 +39,39 @@ AT_ONCE = 2
 """Maximum number of concurrent reports and estimates; more requests are throttled."""
 SECONDS = 600.0
 """Time limit of a report or estimate, in seconds."""
+EXAMPLE = 80
+"""Maximum number of characters of an example value."""
 router = native_router()
 _free = threading.BoundedSemaphore(AT_ONCE)
+
+
+class Preview(Input):
+    """Data to preview."""
+
+    training: str
+    """Address of training data."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names of the data by key; an empty name ignores the key or column."""
+
+
+class ColumnView(View):
+    """A column of the data."""
+
+    name: str
+    example: str
+    """Beginning of the first value."""
+
+
+class PreviewView(View):
+    """How the first rows are read."""
+
+    columns: list[ColumnView]
+    keys: list[str]
+    """Keys that a column can be read as."""
+    form: str | None
+    """Form of the rows; missing if unknown."""
+    problem: str | None
+    """The first problem of the rows."""
 
 
 class Inspection(Input):
@@ -49,6 +81,8 @@ class Inspection(Input):
     """Address of training data."""
     validation: str | None = None
     """Address of validation data."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names of the data by key; an empty name ignores the key or column."""
     base: str | None = None
     """Base model that provides the tokenizer. The default follows from the rows (``report.base``)."""
     objective: str | None = None
@@ -87,6 +121,26 @@ class EstimateView(View):
     """Tokens, steps, seconds, memory and disk, each with an interval."""
 
 
+@router.post("/previews")
+def preview_data(call: NativeCall, body: Preview) -> PreviewView:
+    """Show the columns of data, and whether the first rows can be read."""
+    peeked = peek_rows(call.context.locations, call.account, body.training, body.columns)
+    first: dict[str, Any] = {}
+    for record in peeked.records:
+        first |= {name: value for name, value in record.items() if name not in first}
+    keys = [key for kind in SHAPES.values() for needed in kind.complete for key in sorted(needed)]
+    problems = [map_code(each.text, setting_name) for each in peeked.problems]
+    return PreviewView(
+        columns=[
+            ColumnView(name=name, example=one_line(str(value))[:EXAMPLE])
+            for name, value in first.items()
+        ],
+        keys=[*dict.fromkeys(keys)],
+        form=peeked.form,
+        problem=next(iter(problems), None),
+    )
+
+
 @router.post("/inspections")
 def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
     """Check data for training, and report problems of each row."""
@@ -102,6 +156,7 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
             addresses[str(validation)] = body.validation
         if body.objective is not None:
             command += ["--objective", body.objective]
+        command += column_options(body.columns)
         report = _run_command(command, addresses, (0, 1, 2))
     return ReportView(verdict=report["verdict"], report=report)
 

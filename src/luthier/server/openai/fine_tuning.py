@@ -19,10 +19,11 @@ from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
+from luthier.errors import DataError, DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
 from luthier.formatting import map_code
 from luthier.server.http.messages import parse_digits
 from luthier.server.http.routes import Name
+from luthier.server.jobs.data import check_first_rows
 from luthier.server.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
 from luthier.server.openai.graders import grader_fields
 from luthier.server.openai.models import id_of
@@ -451,6 +452,12 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
         )
     seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
     submission = _submission(account, body, base, seed, grader)
+    try:
+        check_first_rows(context.locations, submission)
+    except DataError as error:
+        param = setting_name(error.setting or "")
+        text = map_code(str(error), setting_name).replace(file_address(""), "")
+        raise invalid(text, param, f"invalid_{param}") from error
     with context.database.write() as session:
         job = submit(session, submission, context.inference.models.arns, context.quotas(account))
     call.record_created(_KIND, job.name)

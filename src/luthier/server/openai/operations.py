@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.server.openai.eval_runner import EvalParts, EvaluationRunner
     from luthier.server.openai.generation import Inference
     from luthier.server.openai.models import DeleteModel
+    from luthier.server.tables.locations import Locations
     from luthier.server.tables.uploaded_files import UploadedFiles
 
 GRADER_BODY_BYTES = 4 * MIB
@@ -33,6 +34,7 @@ class Context:
 
     database: Database
     files: UploadedFiles
+    locations: Locations
     inference: Inference
     batches: BatchRunner
     evaluations: EvaluationRunner

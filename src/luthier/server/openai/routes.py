@@ -42,6 +42,7 @@ from luthier.server.openai.responses import ResponseRequest
 from luthier.server.settings import Settings
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
+from luthier.server.tables.locations import Locations
 from luthier.server.tables.objects import Objects
 from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage
@@ -63,6 +64,7 @@ class OpenAIService:
         settings: Settings,
         pool: ModelPool,
         objects: Objects,
+        locations: Locations,
         delete_model: DeleteModel,
         *,
         quotas: Callable[[str], AccountQuotas],
@@ -76,6 +78,7 @@ class OpenAIService:
             settings: Settings of the server.
             pool: Models in memory.
             objects: Built-in object store, which contains uploaded files.
+            locations: Data of jobs by address.
             delete_model: Deletes a custom model and all dependent data.
             quotas: Returns the quotas of an account.
             wake: Notifies the scheduler of a new job.
@@ -104,6 +107,7 @@ class OpenAIService:
         context = Context(
             database,
             self.files,
+            locations,
             inference,
             self.batches,
             self.evaluations,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from luthier.server.tables.objects import (
     Objects,
     check_key,
 )
+from luthier.server.tables.uploaded_files import UploadedFiles
 
 ROWS = ".jsonl"
 """Suffix of the files that an address with a final ``/`` selects."""
@@ -62,7 +63,9 @@ class Locations:
 
         ``quotas`` are those of accounts without own quotas.
         """
-        self._built_in = BuiltInBuckets(Objects(database, files, quotas))
+        objects = Objects(database, files, quotas)
+        self._built_in = BuiltInBuckets(objects)
+        self._uploads = UploadedFiles(database, objects)
         self._default = ExternalBuckets(s3_endpoint) if s3_endpoint else self._built_in
 
     def check(self, account: str, uri: str) -> None:
@@ -91,10 +94,28 @@ class Locations:
         if address.folder and is_media(keys[0]):
             return [(uri, self._fetch_tree(account, address, keys, folder))]
         for key in keys:
-            target = _unused_path(folder, local_name(key), len(fetched))
+            name = self._file_name(account, address.bucket, key)
+            target = _unused_path(folder, name, len(fetched))
             self._buckets(address.bucket).fetch(account, address.bucket, key, target)
             fetched.append((f"s3://{address.bucket}/{key}", target))
         return fetched
+
+    def peek(self, account: str, uri: str, folder: Path, most: int) -> tuple[str, Path]:
+        """Copy the first ``most`` bytes of the first object of an address into ``folder``.
+
+        Returns the address of the object and the copy; raises like :meth:`fetch`. The bytes are not
+        compared with their hash.
+        """
+        address = _address(uri)
+        bucket, key = address.bucket, self._keys(account, address)[0]
+        target = folder / self._file_name(account, bucket, key)
+        self._buckets(bucket).fetch(account, bucket, key, target, most)
+        return f"s3://{bucket}/{key}", target
+
+    def _file_name(self, account: str, bucket: str, key: str) -> str:
+        """Return a file name for an object: the reader needs the ending of an uploaded file's name."""
+        uploaded = self._uploads.get(account, key) if bucket == UPLOADS else None
+        return local_name(uploaded.name if uploaded else key)
 
     def _fetch_tree(self, account: str, address: _Address, keys: list[str], folder: Path) -> Path:
         """Copy the objects below an address into a folder, in subfolders by their keys."""
@@ -221,14 +242,16 @@ class BuiltInBuckets:
             yield from ((each.key, each.size) for each in found.objects)
             start = found.next
 
-    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
-        """Copy an object to a file and compare the bytes with their recorded hashes."""
+    def fetch(
+        self, account: str, bucket: str, key: str, target: Path, most: int | None = None
+    ) -> None:
+        """Copy an object, or its first ``most`` bytes, to a file. The bytes of each complete part
+        are compared with their recorded hash."""
 
         def copy(content: Content) -> None:
+            verified = (self._verify(account, piece) for piece in content.pieces)
             with new_file(target) as file:
-                for piece in content.pieces:
-                    for data in self._verify(account, piece):
-                        file.write(data)
+                file.writelines(_first(chain.from_iterable(verified), most))
 
         try:
             self._objects.use(account, bucket, key, copy)
@@ -313,6 +336,14 @@ def _unused_path(folder: Path, name: str, number: int) -> Path:
     return path
 
 
+def _first(pieces: Iterable[bytes], most: int | None) -> Iterator[bytes]:
+    """Yield the first ``most`` bytes of ``pieces``; all bytes without ``most``."""
+    for data in pieces:
+        yield data[:most]
+        if most is not None and (most := most - len(data)) <= 0:
+            return
+
+
 def _size(content: bytes | Path) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
@@ -367,14 +398,17 @@ class ExternalBuckets:
             found = [(str(each["path"]), int(each["size"])) for each in islice(every, most)]
             return sorted(found, key=lambda each: each[0].encode())
 
-    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
-        """Copy an object to a file."""
+    def fetch(
+        self, account: str, bucket: str, key: str, target: Path, most: int | None = None
+    ) -> None:
+        """Copy an object, or its first ``most`` bytes, to a file."""
         import obstore
 
         with _translate_errors(f"s3://{bucket}/{key}"), new_file(target) as file:
             answer = obstore.get(self._store(bucket), key)
-            done = sum(file.write(piece) for piece in answer.stream(min_chunk_size=1 << 23))
-            if done != answer.meta["size"]:
+            pieces = (bytes(piece) for piece in answer.stream(min_chunk_size=1 << 23))
+            done = sum(map(file.write, _first(pieces, most)))
+            if most is None and done != answer.meta["size"]:
                 raise OSError(f"received {done} of {answer.meta['size']} bytes")
 
     def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
