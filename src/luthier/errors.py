@@ -204,21 +204,36 @@ class DataError(RefusedInput):
         self._carry(found, f"{text}\n{advice}".rstrip())
 
 
+CAUSES_PER_FIX = 3
+"""Most causes with the same fix in one message."""
+
+
 def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: bool = False) -> str:
-    """Return ``title`` and the first ``most`` causes, each with the lines of more rows."""
+    """Return ``title`` and the first ``most`` causes, each with the lines of more rows.
+
+    At most three causes have one fix, because messages such as token counts differ by row.
+    """
     least = "at least " * capped
     lines_of_cause: dict[Problem, dict[int, None]] = {}
     for problem in problems:
         cause = problem.at(problem.location.file)
         lines_of_cause.setdefault(cause, {})[problem.location.line] = None
     text = [title]
-    for cause, line_numbers in list(lines_of_cause.items())[:most]:
+    causes_of_fix: dict[tuple[str, str, str], int] = {}
+    shown: list[Problem] = []
+    for cause in lines_of_cause:
+        fix = cause.location.file, cause.rule, cause.advice
+        causes_of_fix[fix] = causes_of_fix.get(fix, 0) + 1
+        if causes_of_fix[fix] <= CAUSES_PER_FIX and len(shown) < most:
+            shown.append(cause)
+    for cause in shown:
+        line_numbers = lines_of_cause[cause]
         first, *others = line_numbers
         also = f" (also line{'s' * (len(others) > 1)} {', '.join(map(str, others[:3]))}"
         more = f" and {least}{len(others) - 3} more)" if len(others) > 3 else ")"
         where = cause.at(cause.location.file, first)
         text.append(f"  {where}{also + more if others else ''}")
-    if left := sum(len(line_numbers) for line_numbers in list(lines_of_cause.values())[most:]):
+    if left := sum(len(lines_of_cause[cause]) for cause in lines_of_cause.keys() - {*shown}):
         text.append(f"  … and {least}{left} more.")
     return "\n".join(text)
 

@@ -87,8 +87,8 @@ class DataSpec(StrictModel):
     """Share of the remaining training rows to use, stratified by label; all by default."""
     group_column: str | None = Field(default=None, min_length=1)
     """Column whose equal values (such as a speaker) stay on one side of the split."""
-    long_rows: Literal["error", "drop", "truncate"] = "error"
-    """How to handle rows longer than the context."""
+    long_rows: Literal["error", "drop", "truncate"] | None = None
+    """How to handle rows longer than the context; ``truncate`` for classifiers, else ``error``."""
     columns: dict[str, str] | None = None
     """Column names by key, as ``{prompt = "question"}``; an empty name ignores the key."""
     chat_template: str | None = Field(default=None, min_length=1)

@@ -21,12 +21,12 @@ def test_inspect_shows_the_learned_tokens(tmp_path: Path, tiny_model_folder: Pat
         {"prompt": "again", "completion": "no"},
     )
     base = ["--base", str(tiny_model_folder), *ANY_NUMBER]
-    text = Answer("inspect", str(path), *base).good().out
+    text = Answer("inspect", str(path), *base, "--rows", "2").good().out
     assert "2 rows" in text
     assert "[bold]x[/bold] [/oops]" in text.replace("\n", "")
     assert "yes<|im_end|>" in text
     assert "line 2" in text
-    assert "line 2" not in Answer("inspect", str(path), *base, "--rows", "1").good().out
+    assert "line 2" not in Answer("inspect", str(path), *base).good().out
     assert "luthier tune" in text.splitlines()[-1]
     report = Answer("inspect", str(path), *base, "--json").good().json()
     assert (report["verdict"], report["exit_code"], report["rows"]) == ("passed", 0, {"train": 2})

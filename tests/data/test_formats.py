@@ -477,6 +477,17 @@ def test_mapped_column_is_missing_although_the_key_exists(tmp_path: Path) -> Non
     assert "`data.columns.label=category`" in problem.advice
 
 
+def test_rows_with_two_texts_are_no_single_text(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text_a": "x", "text_b": "y", "label": 1})
+    (problem,) = problems_of(path)
+    assert "`data.columns.query=text_a`" in problem.advice
+    assert "data.columns.text=" not in problem.advice
+    (problem,) = problems_of(path, {"text": "text_b"})
+    assert problem.rule == "row.ambiguous"
+    (row,) = load_rows(path, {"query": "text_a", "document": "text_b"})
+    assert row.inputs() == ("x", "y")
+
+
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "x", "completion": "y"}, {"completion": "y"})
     (problem,) = problems_of(path, {"prompt": "q"})

@@ -15,6 +15,7 @@ import pytest
 from luthier.data import disk_sequence as spool
 from luthier.data.chat import ChatFormat
 from luthier.engine.dataset import Dataset, loss_mask, prepare
+from luthier.errors import DataError
 from luthier.library.models import find
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec
@@ -82,6 +83,23 @@ def test_rows_of_several_sequences_are_counted_in_full(
     assert dropped.dropped == sum(max(map(len, each.sides)) > shorter for each in made.train)
     cut = prepare(spec.model_copy(update={"long_rows": "truncate"}), objective, chat, shorter, 0)
     assert cut.truncated == dropped.dropped > 0 and cut.longest == shorter
+
+
+@pytest.mark.parametrize(("key", "targets"), [("label", ("a", "b")), ("rating", (1.5, 2.5))])
+def test_long_texts_of_classifiers_are_truncated_by_default(
+    tmp_path: Path, family_folder: Callable[[str], Path], key: str, targets: tuple[object, object]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"text": "fox", key: targets[0]}, {"text": "fox " * 300, key: targets[1]}] * 2
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = find(str(family_folder("bert"))).chat
+    spec = DataSpec(train=data, validation_share=0)
+    made = prepare(spec, None, chat, 64, 0)
+    assert (made.truncated, made.longest) == (2, 64)
+    assert ("data.long_rows", "truncate") in {choice[:2] for choice in made.choices}
+    with pytest.raises(DataError) as refused:
+        prepare(spec.model_copy(update={"long_rows": "error"}), None, chat, 64, 0)
+    assert refused.value.rule == "row.too_long"
 
 
 def test_a_mask_that_is_off_by_one_token_shows(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -333,7 +333,7 @@ def test_a_rule_that_no_row_can_be_dropped_for_is_not_proposed_to_be_dropped() -
 
 def test_the_command_names_each_fix_once_and_held_out_rows_where_they_are_needed() -> None:
     found = Findings()
-    report = Report({"train": ["a.jsonl"], "test": ["t.jsonl"]}, {"train": 2}, found, base="m")
+    report = Report({"train": ["a.jsonl"], "test": ["t.jsonl"]}, {"train": 20}, found, base="m")
     rules = all_rules()
     assert cleaning_command(report) == ""
     for name in (
@@ -369,7 +369,16 @@ def test_nothing_is_dropped_where_no_row_would_be_left() -> None:
     found.add(Finding(rule, Place("a.jsonl", 1), "x"))
     files = {"train": ["a.jsonl"]}
     assert cleaning_command(Report(files, {"train": 0}, found)) == ""
-    assert "--drop unreadable" in cleaning_command(Report(files, {"train": 1}, found))
+    assert cleaning_command(Report(files, {"train": 8}, found)) == ""
+    assert "--drop unreadable" in cleaning_command(Report(files, {"train": 9}, found))
+
+
+def test_rule_that_most_rows_break_is_no_reason_to_drop_rows() -> None:
+    found, rule = Findings(), all_rules()["label.contradiction"]
+    found.add(Finding(rule, Place("a.jsonl", 1), "x"), 20)
+    files = {"train": ["a.jsonl"]}
+    assert cleaning_command(Report(files, {"train": 100}, found)) == ""
+    assert "--drop label.contradiction" in cleaning_command(Report(files, {"train": 300}, found))
 
 
 def test_targets_stand_beside_their_file(tmp_path: Path) -> None:

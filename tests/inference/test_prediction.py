@@ -313,7 +313,12 @@ def test_long_rows_are_named_left_out_or_cut(
             field = "text" if kind == "label" else "positive"
             rows[index][field] = "fox " * 300
     data = write(tmp_path / "long.jsonl", rows)
-    command("evaluate", model_id, data, code=2)
+    if kind == "label":
+        assert command("evaluate", model_id, data, "--json")["truncated"] == 2
+        answers = luthier.load(model_id).predict([row["text"] for row in rows])
+        assert [n for n, each in enumerate(answers) if each.get("truncated")] == [1, 4]
+    strict = ("--long-rows", "error") if kind == "label" else ()
+    command("evaluate", model_id, data, *strict, code=2)
     report = command("evaluate", model_id, data, "--long-rows", "drop", "--json")
     assert (report["rows"], report["dropped"]) == (len(rows) - 2, 2)
     output = tmp_path / "answers.jsonl"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from luthier.gate.report import Report
     from luthier.gate.scan import ScanProgress
 
+SHOWN_ROWS = 5
+"""Rows of each split in the page and in JSON, by default."""
 NoneAsText = Annotated[str | None, FromText(str, lambda text: None if text == "none" else text)]
 Method = Annotated[str | Mapping[str, object] | None, FromText(str)]
 
@@ -51,7 +53,7 @@ def inspect(
     base: NoneAsText = "auto",
     objective: Method = None,
     chat_template: str | Path | None = None,
-    rows: Annotated[int, typer.Option(min=0)] = 5,
+    rows: Annotated[int | None, typer.Option(min=0)] = None,
     html: Path | None = None,
     severity: Severities = None,
     policy: Path | None = None,
@@ -70,7 +72,7 @@ def inspect(
         base: Model for counting tokens; none for no such checks.
         objective: Objective, e.g. dpo; chosen from the rows by default.
         chat_template: Chat template: chatml or a Jinja file.
-        rows: Rows of each split to show with their tokens.
+        rows: Rows of each split to show; 1, or 5 in the page.
         html: Write the report as an HTML page.
         severity: off, note, warning or error for a rule; repeatable.
         policy: TOML file with severities and checks to skip.
@@ -102,7 +104,7 @@ def inspect(
         columns,
         base,
         objective,
-        rows,
+        SHOWN_ROWS if rows is None else rows,
         severity or {},
         policy,
         tuple(skip),
@@ -116,11 +118,11 @@ def inspect(
     return report
 
 
-def show_report(report: Report, rows: int) -> None:
-    """Print the report on the data."""
+def show_report(report: Report, rows: int | None) -> None:
+    """Print the report on the data, with one row of each split by default."""
     from luthier.gate.report_text import print_report
 
-    print_report(report, new_console(highlight=False), rows)
+    print_report(report, new_console(highlight=False), 1 if rows is None else rows)
 
 
 def clean(

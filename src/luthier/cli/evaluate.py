@@ -57,7 +57,7 @@ def evaluate(
     html: Path | None = None,
     attach: bool = False,
     columns: Mapped = None,
-    long_rows: Literal["error", "drop", "truncate"] = "error",
+    long_rows: Literal["error", "drop", "truncate"] | None = None,
     corpus: Path | None = None,
     qrels: Path | None = None,
     reranker: str | None = None,

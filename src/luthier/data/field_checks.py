@@ -15,6 +15,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import read_tools, unify_turns
 from luthier.data.turn_marks import read_marks
 from luthier.errors import Location, Problem, RowRefused
-from luthier.formatting import list_some, nearest_name
+from luthier.formatting import list_some
 from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]
@@ -357,10 +358,17 @@ class FieldChecker:
             return None
 
     def _column_fix(self, record: Record, key: str) -> str:
-        """Return advice for the column with the name most similar to ``key``; empty without a
-        similar column."""
-        near = nearest_name(key, (name for name in record if name not in self.other_keys))
-        return column_fix(key, self.names.get(near) or near) if near else ""
+        """Return advice for the columns with names similar to ``key``; empty without such columns."""
+        others = [name for name in record if name not in self.other_keys]
+        near = [self.names.get(name) or name for name in get_close_matches(key, others, 2, 0.7)]
+        if len(near) == 2 and all(isinstance(record[name], str) for name in near):
+            one, other = sorted(near)
+            return (
+                f"The row has two texts. For pairs with a relevance from 0 to 1, set "
+                f"`data.columns.query={one}` and `data.columns.document={other}`; otherwise join "
+                f'both texts under "{key}".'
+            )
+        return column_fix(key, near[0]) if near else ""
 
     def messages(self, value: object, answered: bool = True, images: object = None) -> Turns | None:
         """Return a conversation; with ``answered``, the last turn must be the assistant's.

@@ -207,8 +207,12 @@ def prepare(
         if value is True and getattr(unfitted, name) is None
     ]
     encoder = RowEncoder(objective, chat)
-    encode = partial(encoder.encode_all, context=context, long_rows=spec.long_rows)
+    by_default = "truncate" if objective.truncates_long_rows else "error"
+    long_rows = spec.long_rows or by_default
+    encode = partial(encoder.encode_all, context=context, long_rows=long_rows)
     sets, validation = [encode(each) for each in (rows, *mixed_rows)], encode(held)
+    if encoder.truncated and spec.long_rows is None:
+        choices.append(("data.long_rows", long_rows, f"the default of {objective.method}"))
     refused, capped = refusals(report)
     if problems := [*encoder.problems, *refused]:
         raise DataError(problems, capped=capped)

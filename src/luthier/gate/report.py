@@ -298,10 +298,23 @@ def _fixable_rules(report: Report) -> Iterable[Rule]:
 
     for rule in found.rules():
         serious = found.severity(rule) != "note"
-        if rule.id in FIXES and FIXES[rule.id][1] == "unreadable" and not report.rows.get("train"):
-            continue  # dropping all rows fixes nothing
+        option, value = FIXES.get(rule.id, ("", ""))
+        if option == "--drop" and not value.startswith("leakage.") and _drops_much(report, value):
+            continue  # a fault of many rows is a fault of the file
         if serious and rule.id in FIXES and any(map(ours, found.examples[rule.id])):
             yield rule
+
+
+MOST_DROPPED = 0.1
+"""Largest share of the training rows that the advised command drops by one rule."""
+
+
+def _drops_much(report: Report, value: str) -> bool:
+    """Return True if ``--drop value`` would remove more than :data:`MOST_DROPPED` of the rows."""
+    counts, fixes = report.findings.counts, FIXES.items()
+    unreadable = sum(counts[rule] for rule, (_, each) in fixes if each == "unreadable")
+    dropped = unreadable if value == "unreadable" else counts[value]
+    return dropped > MOST_DROPPED * (report.rows.get("train", 0) + unreadable)
 
 
 def _options(rules: Iterable[Rule]) -> dict[str, dict[str, None]]:

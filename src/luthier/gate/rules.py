@@ -203,6 +203,13 @@ TOO_LONG = Rule(
     "Truncation would lose the end of the answer.",
     "Shorten the row, or set `data.long_rows=drop` or `data.long_rows=truncate`.",
 )
+TRUNCATED = Rule(
+    "row.truncated",
+    "note",
+    "The row has more tokens than the model's context, and the end is left out.",
+    "Predictions do not depend on the end of the text.",
+    "Choose a base model with a longer context, or set `data.long_rows=drop`.",
+)
 NOTHING_LEARNED = Rule(
     "row.nothing_learned",
     "error",

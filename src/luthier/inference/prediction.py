@@ -104,7 +104,8 @@ class Predictor:
         """
         sides = [self._sides(row) for row in rows]
         texts = [side for parts in sides for side in parts]
-        examples = iter(self._encode_rows(texts))
+        encoded, truncated = self._encode_rows(texts)
+        examples = iter(encoded)
         answers: list[dict[str, Any]] = []
         for start in range(0, len(rows), BLOCK_ROWS):
             block = sides[start : start + BLOCK_ROWS]
@@ -120,6 +121,8 @@ class Predictor:
                 predictions = iter(self.read([*islice(examples, count)], block_done))
             answers += [self._combine([next(predictions) for _ in parts]) for parts in block]
         keep_likeliest(answers, top)
+        for index in truncated:
+            answers[index]["truncated"] = True
         return answers
 
     def embed_rows(
@@ -130,7 +133,7 @@ class Predictor:
         Raises:
             DataError: with every row that is unreadable or longer than the context.
         """
-        examples = self._encode_rows(rows)
+        examples, _ = self._encode_rows(rows)
         arrays: list[NDArray[np.float32]] = []
         for start in range(0, len(examples), BLOCK_ROWS):
 
@@ -232,11 +235,20 @@ class Predictor:
                 raise
             raise DataError(problems) from refused
 
-    def _encode_rows(self, rows: Sequence[Row]) -> list[Example]:
-        examples, problems = list[Example](), list[Problem]()
+    def _encode_rows(self, rows: Sequence[Row]) -> tuple[list[Example], list[int]]:
+        """Return the encoded rows, and the indices of truncated rows.
+
+        Raises:
+            DataError: with every unsupported row, and every long row if the objective does not
+                truncate.
+        """
+        examples, truncated, problems = list[Example](), list[int](), list[Problem]()
         for index, row in enumerate(rows):
             try:
                 example = self.encode(row, index)
+                if len(example) > self.context and self.objective.truncates_long_rows:
+                    example = self.objective.truncate(example, self.context)
+                    truncated.append(index)
                 if len(example) > self.context:
                     size = f"{len(example)} tokens are more than the model's context of {self.context}."
                     raise RowRefused("row.too_long", size, "Shorten the text.")
@@ -245,7 +257,7 @@ class Predictor:
                 problems.append(bad.at(row.file, row.line))
         if problems:
             raise DataError(problems)
-        return examples
+        return examples, truncated
 
     def _sides(self, row: Row) -> list[Row]:
         """Return both sides of a pair if the model scores similarity, else the row."""

@@ -190,6 +190,8 @@ class Objective(StrictModel):
     """True if each micro-batch is a single independent pass, so that layers can be sharded."""
     accepts_long_rows: ClassVar[bool] = False
     """True if :meth:`predict` divides rows longer than the context into windows."""
+    truncates_long_rows: ClassVar[bool] = False
+    """True if texts longer than the context are truncated by default."""
     generates_images: ClassVar[bool] = False
     """True if the network generates images (:mod:`luthier.media.image_generation`)."""
     measure: ClassVar[str] = "loss"

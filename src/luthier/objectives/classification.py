@@ -75,6 +75,7 @@ class Classification(Objective):
     """Start a new head from logistic regression; default: with mean pooling."""
 
     task: ClassVar[Task] = "sequence_classification"
+    truncates_long_rows: ClassVar[bool] = True
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "labelled_audio", "labelled_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = shapes

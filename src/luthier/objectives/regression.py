@@ -36,6 +36,7 @@ class Regression(Objective):
     """Standard deviation of the ratings; default: from the training rows."""
 
     task: ClassVar[Task] = "sequence_classification"
+    truncates_long_rows: ClassVar[bool] = True
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"rating"})

@@ -43,6 +43,7 @@ class Reranker(Objective):
     """Mean label; default: from the training rows."""
 
     task: ClassVar[Task] = "sequence_classification"
+    truncates_long_rows: ClassVar[bool] = True
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair", "relevance"})
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"relevance"})

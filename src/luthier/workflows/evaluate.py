@@ -93,7 +93,7 @@ def evaluate(
     max_tokens: int = 128,
     on_error: OnError = "fail",
     note: Callable[[str], None] = lambda text: None,
-    long_rows: LongRows = "error",
+    long_rows: LongRows | None = None,
     *,
     turns: TurnChoice = "last",
     columns: Mapping[str, str] | None = None,
@@ -140,11 +140,11 @@ def evaluate(
         started = time.monotonic()
         evaluation = _with_inputs(score_predictions(predictor, rows, done, long_rows))
     elif of_shape(JudgedAnswers, rows):
-        evaluation = preference_scores(stored, rows, done, long_rows)
+        evaluation = preference_scores(stored, rows, done, long_rows or "error")
     elif of_shape(RawText, rows):
         evaluation = perplexity(stored, rows)
     elif choices := of_shape(MultipleChoice, rows):
-        evaluation = multiple_choice(stored, choices, done, long_rows)
+        evaluation = multiple_choice(stored, choices, done, long_rows or "error")
     else:
         if graders is None:
             parsed = default_graders(rows, note)
@@ -152,7 +152,9 @@ def evaluate(
         generator = opened if isinstance(opened, Generator) else Generator.open(stored)
         parsed = open_graders(parsed, total, note)
         started = time.monotonic()
-        evaluation = grade_replies(generator, rows, parsed, max_tokens, done, on_error, long_rows)
+        evaluation = grade_replies(
+            generator, rows, parsed, max_tokens, done, on_error, long_rows or "error"
+        )
     evaluation = replace(
         evaluation,
         seconds=time.monotonic() - started,

@@ -43,7 +43,7 @@ def score_predictions(
     predictor: Predictor,
     rows: Sequence[Row],
     done: Callable[[int], None] = lambda count: None,
-    long_rows: LongRows = "error",
+    long_rows: LongRows | None = None,
 ) -> Evaluation:
     """Return the predictions for ``rows`` and their scores.
 
@@ -51,6 +51,7 @@ def score_predictions(
         DataError: for rows without what the model predicts, and for long rows with ``error``.
     """
     objective = predictor.objective
+    by_default: LongRows = "truncate" if objective.truncates_long_rows else "error"
     check_shapes(rows, objective)
     rows = objective.regroup(rows)
     # An image-to-text model reads one side of a row and predicts the other side.
@@ -59,7 +60,9 @@ def score_predictions(
         [predictor.encode(side, index) for side in (row.sides() if two_sided else [row])]
         for index, row in enumerate(rows)
     ]
-    fitting = fit_rows(rows, examples, predictor.context, long_rows, objective.truncate)
+    fitting = fit_rows(
+        rows, examples, predictor.context, long_rows or by_default, objective.truncate
+    )
     count = len(fitting.examples[0]) if fitting.rows else 1
     flat = [text for texts in fitting.examples for text in texts]
     predictions = predictor.read(flat, lambda finished: done(finished // count))

@@ -86,3 +86,22 @@ def test_call_is_checked_by_the_schema_of_its_tool(
     )
     row = Conversation("rows", 1, turns, tools=(Tool("f", "", schema),))
     assert [rule for rule, _ in found(row)] == rules
+
+
+@pytest.mark.parametrize(
+    ("text", "noted"),
+    [
+        ("Agent: Hello.\nCustomer: My bike.\nAgent: Which hub?\n", True),
+        ("agent: Hello. customer: My bike is broken! agent: Which hub?", True),
+        ("[Doctor]: How?\n[Patient]: Bad.\n[Doctor]: Since when?", True),
+        ("**User:** Hi\n**Assistant:** Hello\n**User:** Bye", True),
+        ("Speaker 1: Hi\nSpeaker 2: Hello\nSpeaker 1: Bye", True),
+        ("ROMEO:\nHi\nJULIET:\nHello\nROMEO:\nBye", False),
+        ("User: the person who logs in.\nAgent: a program.", False),
+        ("The agent told the customer: wait. The customer told the agent: no.", False),
+    ],
+)
+def test_transcript_as_raw_text_is_a_note(text: str, noted: bool) -> None:
+    rules = [rule for rule, _ in found(RawText("rows", 1, text))]
+    assert rules == ["message.transcript"] * noted
+    assert found(PromptCompletion("rows", 1, text, "a")) == []

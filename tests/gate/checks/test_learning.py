@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
-from luthier.data.shapes.texts import RawText
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.engine.dataset import prepare
 from luthier.gate.check import RowBatch
 from luthier.gate.checks import learning
@@ -68,6 +69,14 @@ def test_a_long_row_is_named(chat: ChatFormat) -> None:
     places = report.findings.examples["row.too_long"]
     assert places and places[-1].place.line == 8
     assert report.findings.exit_code == 2
+
+
+def test_long_text_of_a_classifier_is_a_note(family_folder: Callable[[str], Path]) -> None:
+    reader = load_chat_format(family_folder("bert"))
+    rows: list[Row] = [LabelledText("f", n, "fox " * n, "ab"[n % 2]) for n in (1, 2, 300)]
+    report = found(reader, rows, context=64)
+    assert [each.place.line for each in report.findings.examples["row.truncated"]] == [300]
+    assert report.findings.exit_code == 0
 
 
 def test_rows_of_another_shape_are_named(chat: ChatFormat) -> None:

@@ -21,8 +21,12 @@ from luthier.errors import RowRefused
 from luthier.types import Part, Row
 
 _SECOND_TEXT = dict.fromkeys(
-    ("other", "text_pair", "text2", "text_b", "other_text", "hypothesis"),
-    'Join both texts into one "text".',
+    (
+        *("other", "other_text", "text_pair", "text1", "text2", "text_1", "text_2", "text_a"),
+        *("text_b", "sentence1", "sentence2", "sentence_a", "sentence_b", "premise", "hypothesis"),
+    ),
+    "For pairs with a relevance from 0 to 1, name both texts: `data.columns.query=COLUMN` and "
+    '`data.columns.document=COLUMN`. Otherwise join both texts into one "text".',
 )
 _ENTITIES = dict.fromkeys(
     ("entities", "spans", "ner_tags"), f"Write {TAGGED_EXAMPLE} for named entities."

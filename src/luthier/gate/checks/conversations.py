@@ -7,6 +7,7 @@ import re
 from functools import lru_cache
 from typing import ClassVar
 
+from luthier.data.shapes.texts import RawText
 from luthier.errors import RecipeError
 from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt, excerpt_of
 from luthier.gate.check import RowBatch
@@ -36,6 +37,24 @@ ARGUMENTS = Rule(
     "Correct the arguments of the call, or the schema of the tool.",
     drop=True,
 )
+TRANSCRIPT = Rule(
+    "message.transcript",
+    "note",
+    "A text is a transcript with names of speakers, which the model learns as prose.",
+    "The model continues both sides of the conversation, without the chat template.",
+    'Write the turns as `messages`: the customer as {"role": "user", "content": "..."}, the agent as '
+    '{"role": "assistant", "content": "..."}.',
+)
+_SPEAKER = re.compile(
+    r"(?:^|[\n.?!…])[\s*_>\-\[(]*((?:agent|advisor|assistant|bot|ai|caller|client|customer|doctor|"
+    r"human|operator|patient|rep|representative|student|support|teacher|tutor|user|speaker)"
+    r"(?:[ _]?[a-z0-9])?)[\])*_]*\s?:",
+    re.I,
+)
+LOOKED_AT = 4000
+"""Characters of a text that are searched for speakers."""
+SPEAKER_TURNS = 3
+"""Fewest turns of at least two speakers in a transcript."""
 _TURNS = re.compile(
     r"\s*(?:\{\s*[\"'](?:messages|conversations)[\"']\s*:\s*)?"
     r"\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:"
@@ -47,7 +66,7 @@ class Conversations(SpotCheck):
 
     name: ClassVar[str] = "conversations"
     of_texts: ClassVar[bool] = True
-    rules: ClassVar[tuple[Rule, ...]] = (IN_TEXT, UNDECLARED, ARGUMENTS)
+    rules: ClassVar[tuple[Rule, ...]] = (IN_TEXT, TRANSCRIPT, UNDECLARED, ARGUMENTS)
 
     def measure(self, batch: RowBatch) -> Spots:
         """Find the rows of a batch that break a rule."""
@@ -61,6 +80,9 @@ class Conversations(SpotCheck):
                     message = f"{text.field} contains a conversation in JSON."
                     spots.append(Spot(index, IN_TEXT.id, message, shown, fix))
                     break
+            if isinstance(row, RawText) and (speakers := _speakers(row.text)):
+                message = f"the text has turns of {' and '.join(speakers)}."
+                spots.append(Spot(index, TRANSCRIPT.id, message, excerpt_of(row)))
             calls = [] if row.tools else [c for turn in row.turns() for c in turn.calls]
             if calls:
                 message = f'An answer calls "{calls[0].name}", and the row declares no tools.'
@@ -68,6 +90,13 @@ class Conversations(SpotCheck):
             if row.tools and (wrong := _wrong_call(row)):
                 spots.append(Spot(index, ARGUMENTS.id, wrong, excerpt_of(row)))
         return Spots(spots)
+
+
+def _speakers(text: str) -> list[str]:
+    """Return the first two speakers of a transcript; empty for other text."""
+    found = [match.group(1).capitalize() for match in _SPEAKER.finditer(text[:LOOKED_AT])]
+    different = list(dict.fromkeys(found))
+    return different[:2] if len(found) >= SPEAKER_TURNS and len(different) > 1 else []
 
 
 def _wrong_call(row: Row) -> str:

@@ -40,6 +40,7 @@ from luthier.gate.rules import (
     ENCODING_RULES,
     NOTHING_LEARNED,
     TOO_FEW,
+    TRUNCATED,
     Finding,
     Findings,
     Place,
@@ -115,7 +116,7 @@ class Learning(SpotCheck):
     """Encodes every row for a model and an objective."""
 
     name: ClassVar[str] = "learning"
-    rules: ClassVar[tuple[Rule, ...]] = tuple(ENCODING_RULES.values())
+    rules: ClassVar[tuple[Rule, ...]] = (*ENCODING_RULES.values(), TRUNCATED)
     needs_model: ClassVar[bool] = True
     in_jobs: ClassVar[bool] = False
     measures_with: ClassVar[tuple[str, ...]] = ("objective", "chat", "context", "kept", "every")
@@ -199,7 +200,8 @@ class Learning(SpotCheck):
             views, room = fitted.views([example]), row_limit(fitted, encoder.format, self.context)
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
             if too_long := fitted.length_problem(example, room):
-                refuse(index, too_long.problem)
+                truncated = Problem(TRUNCATED.id, too_long.problem.message, TRUNCATED.fix)
+                refuse(index, truncated if fitted.truncates_long_rows else too_long.problem)
             if not learned and fitted.same_each_epoch:
                 nothing = "no token of the row is learned."
                 refuse(index, Problem(NOTHING_LEARNED.id, nothing, NOTHING_LEARNED.fix))

@@ -228,7 +228,7 @@ class _Responses:
 
     def _overflow(self) -> Callable[[Row, str], str]:
         """Return a function that describes a prompt with answer beyond the student's context."""
-        if self.recipe.data.long_rows != "error":
+        if self.recipe.data.long_rows in ("drop", "truncate"):
             return lambda row, answer: ""  # training truncates or drops long rows
         chat = self.student.chat
         context = self.student.room - self.recipe.adaptation.added_tokens
