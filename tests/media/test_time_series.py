@@ -92,6 +92,23 @@ def test_other_times_are_read_or_passed_over(tmp_path: Path, time: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "line"),
+    [("timestamp,inside,outside", "2026-11-23,20.5,3"), ("Date;kWh;EUR", "23.11.2026;1,5;0,3")],
+)
+def test_several_columns_of_numbers_are_one_problem(tmp_path: Path, header: str, line: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, [line, line], header))
+    assert [(each.rule, each.line) for each in caught.value.problems] == [("window.columns", 0)]
+
+
+def test_decimal_commas_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["23.11.2026;1,5", "24.11.2026;1,7"], "date;value"))
+    assert [each.rule for each in caught.value.problems] == ["window.value"] * 2
+    assert "1.5" in caught.value.problems[0].advice
+
+
+@pytest.mark.parametrize(
     ("header", "line", "kind"),
     [("date,text", "1,2", RawText), ("date,comment", "1,good", None), ("id,value", "1,2", None)],
 )

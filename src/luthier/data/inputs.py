@@ -103,7 +103,7 @@ class Media:
     most: int | None = None
     """Most pixels or samples; default :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
     time: float | None = field(default=None, compare=False)
-    """Time of a window's last value, in seconds, or in the unit of the series."""
+    """Time of a window's last value, in seconds, or in the unit of the series; NaN if not read."""
 
     def __str__(self) -> str:
         return self.name

@@ -42,6 +42,7 @@ RULES: Mapping[str, str] = {
     "media.count": "The images of a row do not match its messages, or are too many.",
     "media.base": "The base model reads no such rows: texts, images or sounds.",
     "window.value": "A value of a time series is missing or no finite number.",
+    "window.columns": "A time series has several columns of numbers.",
     "window.time": "A time of a time series is missing, or no moment of the calendar.",
     "media.mixed": "A folder or archive holds images and sounds.",
     "media.folder": "Some files of a folder lie in folders, which are labels, and some do not.",

@@ -3,30 +3,29 @@
 A table is a time series if the header has a time and a value
 (:func:`~luthier.data.containers.is_series_header`) and the first value is a number. Each line is a
 row: the value of that time and the values before. A network reads the latest of these values.
+:mod:`luthier.media.series_times` parses the times.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 import numpy as np
 
-from luthier.data.containers import is_series_header
+from luthier.data.containers import TIME_COLUMNS, is_series_header
+from luthier.data.field_checks import DECIMAL_COMMA
+from luthier.data.formats import KEYS
 from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
-from luthier.errors import Location, Problem
+from luthier.errors import Location, Problem, RowRefused
+from luthier.formatting import list_some
+from luthier.media.series_times import parse_number, parse_times
 
 FIRST_LINES = 1_000
 """Lines that are searched for the first value, because a sensor may start late."""
 MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
 """Spellings of a missing value in tables."""
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
-"""ASCII numbers. Python also parses ``1_000`` and digits of other scripts."""
-_SHORT_DAY = re.compile(r"((?:19|20)\d\d)(\d\d)(\d\d)", re.ASCII)
-"""Days without separators, such as ``20261123``."""
 
 
 def read_series(
@@ -37,44 +36,45 @@ def read_series(
     first = next(records, None)
     if first is None:
         return iter(())
-    if not is_series_header([*first[1]]):
+    names = [*first[1]]
+    is_series = is_series_header(names)
+    if not is_series and not _is_wide(names):
         return chain([first], records)
     lines = [first, *islice(records, FIRST_LINES - 1)]
-    whole = chain(lines, records)
-    return _read_windows(whole, file, problems) if _has_numbers(lines) else whole
+    numbers = [name for name in names[1:] if _has_numbers(lines, name)]
+    if is_series and numbers:
+        return _read_windows(chain(lines, records), file, problems)
+    if len(numbers) > 1:
+        problems.append(_several_columns(names, numbers).at(file, 0))
+        return iter(())
+    return chain(lines, records)
 
 
-def _has_numbers(lines: Iterable[tuple[int, Record]]) -> bool:
-    """Return whether the first non-missing value is a number."""
-    values = (str([*record.values()][1]) for _, record in lines)
-    value = next((value for value in values if value.strip().lower() not in MISSING), "")
+def _is_wide(names: Sequence[str]) -> bool:
+    """Return whether a table has a time and several columns that no other shape reads."""
+    known = {name.strip().lower() for name in names[1:]} & KEYS
+    return len(names) > 2 and names[0].strip().lower() in TIME_COLUMNS and not known
+
+
+def _several_columns(names: Sequence[str], numbers: Sequence[str]) -> RowRefused:
+    place = names.index(numbers[0]) + 1
+    return RowRefused(
+        "window.columns",
+        f"The table has {len(numbers):,} columns of numbers: {list_some(map(quote, numbers), 5)}. A "
+        "series has a time and one value.",
+        f"Write a file for each column, as with: cut -d, -f1,{place} OLD > NEW.csv.",
+    )
+
+
+def _has_numbers(lines: Iterable[tuple[int, Record]], name: str) -> bool:
+    """Return whether the first non-missing value of a column is a number."""
+    values = (str(record[name]).strip() for _, record in lines)
+    value = next((value for value in values if value.lower() not in MISSING), "")
     try:
-        float(value)
+        float(value.replace(",", "."))  # the check of the line names infinity and decimal commas
     except ValueError:
         return False
     return True
-
-
-def _number(value: object) -> float | None:
-    if not _NUMBER.fullmatch(str(value)):
-        return None
-    number = float(str(value))
-    return number if abs(number) <= LARGEST_VALUE else None
-
-
-def _seconds(time: object) -> float | None:
-    """Return an ISO 8601 time or a number in seconds; ``None`` for ambiguous orders of day and
-    month."""
-    text = str(time).strip()
-    number = _number(text)
-    if number is not None and not _SHORT_DAY.fullmatch(text):
-        return number
-    try:
-        moment = datetime.fromisoformat(text)
-        # UTC: the local zone may have daylight saving time.
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return number
 
 
 def _read_windows(
@@ -83,12 +83,14 @@ def _read_windows(
     lines, valid_records, values = list[int](), list[Record](), list[float]()
     for line, record in records:
         time, value = record.values()
-        if (number := _number(value)) is None:
+        if (number := parse_number(value)) is None:
             message = (
                 f"The value of {quote(str(time))} is {quote(str(value))}, not a finite number up to "
                 f"{LARGEST_VALUE:.0e}."
             )
             fix = "Write the measured value or an estimate: a series has no gaps."
+            if DECIMAL_COMMA.fullmatch(str(value).strip()):
+                fix = f"Write a decimal point: {str(value).strip().replace(',', '.')}."
             problems.append(Problem("window.value", message, fix, Location(file, line)))
         elif str(time).strip().lower() in MISSING:
             message = f"The time is missing: {quote(str(time))}."
@@ -99,7 +101,9 @@ def _read_windows(
             valid_records.append(record)
             values.append(number)
     series_T = np.array(values, np.float64)
-    for index, (line, record) in enumerate(zip(lines, valid_records, strict=True)):
+    times = parse_times([str(next(iter(record.values()))) for record in valid_records])
+    rows = zip(lines, valid_records, times, strict=True)
+    for index, (line, record, time) in enumerate(rows):
         latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]
-        name, time = f"{file}:{line}", _seconds(next(iter(record.values())))
-        yield line, {**record, "window": Media("window", name, array=latest, time=time)}
+        media = Media("window", f"{file}:{line}", array=latest, time=time)
+        yield line, {**record, "window": media}

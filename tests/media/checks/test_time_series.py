@@ -86,8 +86,31 @@ def test_times_may_be_numbers(first: int, step: str, usual: str, tmp_path: Path)
     assert step in finding.message and usual in finding.message
 
 
-def test_times_of_other_forms_are_passed_over(tmp_path: Path) -> None:
-    assert not found(tmp_path, [f"{1 + n % 12}/{1 + n % 28}/2026 10:00" for n in range(120)])
+@pytest.mark.parametrize("form", ["%d/%m/%Y %H:%M", "%m/%d/%Y %I:%M %p", "%d.%m.%y %H:%M:%S"])
+def test_times_of_exports(tmp_path: Path, form: str) -> None:
+    moments = [START + timedelta(hours=number) for number in (*range(150), 149, 155)]
+    texts = [moment.strftime(form) for moment in moments]
+    expected = {"window.duplicate": [152], "window.gap": [153]}
+    assert places(found(tmp_path, texts)) == expected
+    assert set(found(tmp_path, texts[::-1])) == {"window.reversed"}
+
+
+def test_serial_dates_of_excel(tmp_path: Path) -> None:
+    serial = [f"{45_292 + number / 24:.10f}" for number in (*range(150), 155)]
+    assert places(found(tmp_path, serial)) == {"window.gap": [152]}
+
+
+def test_times_that_are_not_read(tmp_path: Path) -> None:
+    ((finding,),) = found(tmp_path, ["noon"] * LEAST_VALUES).values()
+    assert (finding.rule.id, finding.place.line) == ("window.unread", 0)
+    assert "100 of 100" in finding.message
+
+
+def test_windows_without_times(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"window": [1, 2, 3]}\n' * LEAST_VALUES)
+    findings = inspect_rows({"train": load_rows(path)}, [TimeSeries()]).findings
+    assert not findings.examples
 
 
 def test_every_rule_is_met_here() -> None:

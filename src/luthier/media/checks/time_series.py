@@ -52,6 +52,14 @@ GAP = Rule(
     "The model reads the values on both sides as consecutive.",
     "Fill in estimates, or use a part without a gap.",
 )
+UNREAD = Rule(
+    "window.unread",
+    "warning",
+    "Times of a series are not read.",
+    "The order of the lines, gaps and copies are not checked.",
+    "Write the times as 2026-11-23 14:05. In 01/02/2026, the column must show which number is the day.",
+    whole=True,
+)
 LEAST_VALUES = 100
 """Minimum number of lines of a series, including held-out lines."""
 USUAL_QUANTILE = 0.9
@@ -68,16 +76,16 @@ class TimeSeries(Check):
     """Compares the time of each line with the time of the previous line."""
 
     name: ClassVar[str] = "time_series"
-    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP)
+    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP, UNREAD)
 
     def __init__(self) -> None:
         self._batches: dict[tuple[str, str], list[tuple[BatchLines, NDArray[np.float64]]]] = {}
         """Times of the windows by split and file."""
 
     def measure(self, batch: RowBatch) -> NDArray[np.float64]:
-        """Return the time of each window in seconds, NaN if unknown; empty without windows."""
+        """Return the time of each window in seconds; NaN if not read, infinity without a time."""
         rows = [row for row in batch.rows if isinstance(row, BareWindow)]
-        times = [np.nan if row.media.time is None else row.media.time for row in rows]
+        times = [np.inf if row.media.time is None else row.media.time for row in rows]
         return np.array(times, np.float64)
 
     def collect(self, where: BatchLines, measured: NDArray[np.float64], findings: Findings) -> None:
@@ -100,6 +108,10 @@ class TimeSeries(Check):
         self, file: str, batches: list[tuple[BatchLines, NDArray[np.float64]]], findings: Findings
     ) -> None:
         all_times = np.concatenate([times for _, times in batches])
+        if unread := int(np.isnan(all_times).sum()):
+            message = f"{unread:,} of {len(all_times):,} times are not read."
+            findings.add(Finding(UNREAD, Place(file, 0), message))
+        all_times[np.isinf(all_times)] = np.nan
         steps = np.diff(all_times)
         finite_steps = steps[np.isfinite(steps)]
         if not len(finite_steps):
