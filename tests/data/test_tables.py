@@ -252,6 +252,25 @@ def test_rows_that_quotes_may_have_joined_are_a_warning(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("data", "lines", "bad"),
+    [
+        ('a,1\n"b,1\nc,2\nd" x,1\ne,2\n', [2, 4, 6], [3, 5]),
+        ('a,1\n"b,1\nc,2\nd,1\n', [2, 4, 5], [3]),  # never closed
+        ('"b,1\nc,2\n"d",1\n"e,1\nf,2\ng" x,1\n', [3, 4, 6], [2, 5, 7]),
+        ('"b\nc\nd" x,1\ne,2\n', [5], [2]),  # one cell with line breaks
+    ],
+)
+def test_rows_between_wrong_quotes(
+    tmp_path: Path, data: str, lines: list[int], bad: list[int]
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + data)
+    problems = list[Problem]()
+    assert [line for line, _ in read_records(path, problems)] == lines
+    assert [(each.rule, each.line) for each in problems] == [("table.invalid", n) for n in bad]
+
+
 @pytest.mark.parametrize("first", [b"sep=;", b'"sep=;"', b"\xef\xbb\xbfsep=;\r"])
 def test_the_line_that_tells_excel_the_delimiter(tmp_path: Path, first: bytes) -> None:
     records = [(3, {"text": "x, y", "label": "1"})]
@@ -404,7 +423,7 @@ def test_classes_of_hugging_face_have_their_names(tmp_path: Path, of_list: str |
         ("{'a', 'b'}", None),
         ('{"choices": ["a"]}', None),
         ("[0.5, 1.0]", None),
-        ("[true]", None),
+        ("[true]", ("true",)),
         ('["a", "a"]', None),
         ('["a', '["a'),
     ],

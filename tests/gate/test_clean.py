@@ -247,6 +247,29 @@ def test_choices_are_redacted_too(tmp_path: Path) -> None:
     ]
 
 
+def test_all_answers_of_a_question_are_kept_and_moved(tmp_path: Path) -> None:
+    context = "Mail an\u200bna@postmail.net or bob@postmail.net. The hub stands in old Ghe\u0301nt."
+    spans = ["old Ghe\u0301nt", "Ghe\u0301nt", "bob@postmail.net", "bob", "in old"]
+    answers = [{"text": each, "answer_start": context.index(each)} for each in spans]
+    row = {"title": "Hubs", "context": context, "question": "Where?", "answers": answers}
+    target = tmp_path / "b.jsonl"
+    source = written(tmp_path / "a.jsonl", row)
+    cleaned(source, target, redact=["all"], normalize=True)
+    (found,) = read(target)
+    new = "Mail [EMAIL_1] or [EMAIL_2]. The hub stands in old Gh\u00e9nt."
+    texts = ["old Gh\u00e9nt", "Gh\u00e9nt", "[EMAIL_2]", "in old"]
+    starts = [new.index(each) for each in texts]
+    assert found == {**row, "context": new, "answers": {"text": texts, "answer_start": starts}}
+
+
+def test_rows_between_wrong_quotes_are_kept(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    source.write_text('text,label\na,x\n"b,x\nc,y\nd,x\ne" f,y\ng,x\n')
+    done = cleaned(source, target, drop=["unreadable"])
+    assert [row["text"] for row in read(target)] == ["a", "c", "d", "g"]
+    assert (done.rows_in, done.dropped) == (6, {"table.invalid": 2})
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl.gz", "parquet"])
 def test_other_containers(tmp_path: Path, ending: str) -> None:
     if ending == "parquet":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -156,6 +157,19 @@ def test_a_question_that_leaves_no_room_is_refused(network: Network) -> None:
     assert refused.value.rule == "row.objective"
 
 
+@pytest.mark.parametrize(("unit", "start"), [("UTF-16", 9), ("bytes", 13)])
+def test_positions_that_do_not_count_characters(unit: str, start: int, tmp_path: Path) -> None:
+    answers = {"text": ["ha"], "answer_start": [start]}
+    row = {"question": "What?", "context": "ha 🚲🚲, ha ha", "answers": answers}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    (problem,) = caught.value.problems
+    assert problem.rule == "answers.span" and unit in problem.message
+    assert '"answer_start": 7' in problem.advice
+
+
 @pytest.mark.parametrize(
     ("answers", "rule"),
     [
@@ -184,9 +198,10 @@ def test_both_forms_of_squad_are_read(answers: str, rule: str, tmp_path: Path) -
 
 def test_an_edited_context_keeps_the_answer_in_place() -> None:
     row = AnsweredQuestion("f", 1, "Who?", "Ann and Bob met Bob.", ("Bob", "Bob"), (8, 16))
+    assert row.edit_texts(lambda field, text: text) == row
     edited = row.edit_texts(lambda field, text: text.replace("Ann", "Somebody"))
     assert edited.context == "Somebody and Bob met Bob."
-    assert (edited.answers, edited.starts) == (("Bob",), (13,))
+    assert (edited.answers, edited.starts) == (("Bob", "Bob"), (13, 21))
 
 
 def test_scores_are_those_of_squad() -> None:

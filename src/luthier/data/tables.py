@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -60,8 +61,8 @@ def read_table(
     names: Sequence[str] | None = None
     count = 0
     while True:
-        line = lines.number + 1
-        lines.cells.clear()
+        line = lines.next_number
+        lines.texts.clear()
         try:
             cells = next(reader)
             if not cells:
@@ -73,11 +74,15 @@ def read_table(
         except StopIteration:
             break
         except csv.Error as error:
-            problems.append(_not_csv(error, names is not None).at(file, line))
+            bad = _not_csv(error, names is not None)
+            problems.append(bad.at(file, line))
+            if names is not None and (last := lines.read_again(names)):
+                problems.append(bad.at(file, last))
+                count += 1
         except RowRefused as bad:
             problems.append(bad.at(file, bad.problem.line or line))
         else:
-            joined = len(lines.cells) > 1 and all(n == len(names) > 1 for n in lines.cells)
+            joined = len(lines.texts) > 1 and all(n == len(names) > 1 for n in lines.cells())
             if joined and warnings is not None:
                 warnings.append(_joined(line, lines.number).at(file, line))
             yield line, record
@@ -106,23 +111,57 @@ class _Lines:
         self.delimiter = delimiter
         self.number = 0
         """Number of the last line, from 1."""
-        self.cells: list[int] = []
-        """Number of cells in each of the last lines if quotes are plain text."""
+        self.texts: list[str] = []
+        """Lines of the current row."""
+        self._again: deque[tuple[int, str]] = deque()
+        self._read = 0
+        self._at_end = False
+
+    @property
+    def next_number(self) -> int:
+        """Number of the next line."""
+        return self._again[0][0] if self._again else self._read + 1
+
+    def cells(self) -> list[int]:
+        """Return the number of cells in each line of the row if quotes are plain text."""
+        return [text.count(self.delimiter) + 1 for text in self.texts]
+
+    def read_again(self, names: Sequence[str]) -> int:
+        """Queue the lines between wrong quotes, which are rows of their own.
+
+        Return the number of the last line if the line closes the quote; 0 if no line is a row, or if
+        the last line is a row.
+        """
+        first = self.number - len(self.texts) + 1
+        closes = not self._at_end and self.texts[-1].count('"') % 2 == 1
+        inner = range(1, len(self.texts) - closes)
+        counts = self.cells()
+        if not inner or any(counts[at] != len(names) for at in inner):
+            return 0
+        self._again.extendleft((first + at, self.texts[at]) for at in reversed(inner))
+        return self.number if closes else 0
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        self.number += 1
+        if self._again:
+            self.number, text = self._again.popleft()
+            self.texts.append(text)
+            return text
+        self._read += 1
+        self.number = self._read
         raw = parsing.read_line(self.stream, "check the quotes around the cells")
         if not raw:
+            self._at_end = True
+            self.number = self._read = self._read - 1
             raise StopIteration
         text = decode(raw, self.number)
         if self.number == 1:
             text = text.removeprefix("\ufeff")
             if SEPARATOR.fullmatch(text):
                 return next(self)
-        self.cells.append(text.count(self.delimiter) + 1)
+        self.texts.append(text)
         return text
 
 

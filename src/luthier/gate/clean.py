@@ -26,6 +26,7 @@ from luthier.data.formats import TARGETS, Form, extra_keys
 from luthier.data.parsing import Record
 from luthier.data.rows import Checker, Columns, RowReader
 from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import TaggedWords
 from luthier.data.sources import Source
 from luthier.data.writers import ColumnNames, Writer, check_columns, check_target, writer_of
@@ -420,6 +421,8 @@ def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
     }
     if isinstance(draft.row, Labelled) and isinstance(row, Labelled):
         made |= draft.row.label_record() if draft.row.label != row.label else {}
+    if isinstance(draft.row, AnsweredQuestion):
+        made |= {"answers": draft.row.record()["answers"]}
     if isinstance(draft.row, TaggedWords):
         made["tokens"] = list(draft.row.tokens)
         if "tags" in made:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from itertools import accumulate, takewhile
+from operator import eq
 from typing import Any, ClassVar, Self
 
 from luthier.data.field_checks import FieldChecker
@@ -51,24 +55,23 @@ class AnsweredQuestion(Shape):
         return cls(fields.file, fields.line, question, context, answers, starts)
 
     def edit_texts(self, change: Callable[[str, str], str]) -> Self:
-        """Return the row with edited texts and the first answer at the new position."""
-        answers, starts = self.answers[:1], self.starts[:1]
-        if not answers:
-            context = change("context", self.context)
-        else:
-            end = self.starts[0] + len(self.answers[0])
-            before, answer, after = (
-                change("context", part) if part else ""
-                for part in (self.context[: self.starts[0]], self.answers[0], self.context[end:])
-            )
-            context = before + answer + after
-            answers, starts = (answer,), (len(before),)
+        """Return the row with edited texts and all answers at their new positions.
+
+        An answer that begins or ends inside of a changed part gets the whole new part.
+        """
+        context = change("context", self.context)
+        changes = _changes(self.context, context) if context != self.context else []
+        spans = [
+            (_moved(changes, start, False), _moved(changes, start + len(text), True))
+            for text, start in zip(self.answers, self.starts, strict=True)
+        ]
+        spans = [*dict.fromkeys((start, end) for start, end in spans if start < end)]
         return replace(
             self,
             question=change("question", self.question),
             context=context,
-            answers=answers,
-            starts=starts,
+            answers=tuple(context[start:end] for start, end in spans),
+            starts=tuple(start for start, _ in spans),
         )
 
     def inputs(self) -> tuple[str, ...]:
@@ -104,6 +107,41 @@ def _check_possible(impossible: object, answered: bool) -> None:
         )
 
 
+Change = tuple[int, int, int, int]
+"""Start and end of a changed part in the old text, and in the new text."""
+
+
+def _changes(old: str, new: str) -> list[Change]:
+    """Return the changed parts of an edited text in order."""
+    words = [re.findall(r"\S+\s*|\s+", text) for text in (old, new)]
+    at_old, at_new = ([0, *accumulate(map(len, each))] for each in words)
+    changes = []
+    for kind, *ends in SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes():
+        if kind == "equal":
+            continue
+        i1, i2, j1, j2 = at_old[ends[0]], at_old[ends[1]], at_new[ends[2]], at_new[ends[3]]
+        same = _common(old[i1:i2], new[j1:j2])
+        i1, j1 = i1 + same, j1 + same
+        same = _common(old[i1:i2][::-1], new[j1:j2][::-1])
+        changes.append((i1, i2 - same, j1, j2 - same))
+    return changes
+
+
+def _common(one: str, other: str) -> int:
+    """Return the number of equal characters at the start of both texts."""
+    return sum(takewhile(bool, map(eq, one, other)))
+
+
+def _moved(changes: Iterable[Change], position: int, is_end: bool) -> int:
+    """Return a position in the new text; inside of a change, the border of the change."""
+    shift = 0
+    for i1, i2, j1, j2 in changes:
+        if position < i2 or (is_end and position == i1):
+            return position + shift if position <= i1 else j2 if is_end else j1
+        shift = j2 - i2
+    return position + shift
+
+
 def _read_answers(value: Any, context: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the answers of a row and the start of each answer.
 
@@ -126,13 +164,27 @@ def _read_answers(value: Any, context: str) -> tuple[tuple[str, ...], tuple[int,
         )
     for text, start in spans:
         if start < 0 or context[start : start + len(text)] != text:
-            at = context.find(text)
-            raise RowRefused(
-                "answers.span",
-                f"the context has no {quote(text)} at character {start}.",
-                f'Write "answer_start": {at}.' if at >= 0 else "Copy the answer from the context.",
-            )
+            raise _misplaced(text, start, context)
     return tuple(text for text, _ in spans), tuple(start for _, start in spans)
+
+
+def _misplaced(text: str, start: int, context: str) -> RowRefused:
+    """Return the error for an answer that is not at its position, with the right position."""
+    message = f"the context has no {quote(text)} at character {start}."
+    for unit, encoding, size in (("UTF-16 units", "utf-16-le", 2), ("bytes", "utf-8", 1)):
+        data = context.encode(encoding)
+        if start >= 0 and data[start * size :].startswith(text.encode(encoding)):
+            at = len(data[: start * size].decode(encoding, "ignore"))
+            message = f"the position {start} of {quote(text)} counts {unit}, not characters."
+            fix = f'Write "answer_start": {at}, and convert all rows, as in Python: '
+            cut = f"[:start * {size}]" if size > 1 else "[:start]"
+            fix += f'len(context.encode("{encoding}"){cut}.decode("{encoding}")).'
+            return RowRefused("answers.span", message, fix)
+    at, count = context.find(text), context.count(text)
+    fix = f'Write "answer_start": {at}.' if count == 1 else "Copy the answer from the context."
+    if count > 1:
+        fix = f"Write the position of one of the {count} places in characters."
+    return RowRefused("answers.span", message, fix)
 
 
 def _span_of(value: object) -> tuple[str, int] | None:
