@@ -83,7 +83,8 @@ def test_a_score_decides_instead_of_the_loss() -> None:
         ((1.0, 0.5, 0.2, 0.1, 0.05), (3.0, 0.5, 0.4, 0.5, 0.6), "still_improving", 40),
         ((1.0, 0.1, 0.1, 0.3, 0.5), (3.0, 0.5, 0.4, 0.3, 0.2), "overfitted", 20),
         # Nothing is recognized yet: surplus characters are no worse than none.
-        ((1.0, 1.0, 1.3, 1.0, 1.0), (3.0, 2.5, 2.4, 2.3, 2.2), "still_improving", 40),
+        ((1.0, 1.0, 1.3, 1.0, 1.0), (3.0, 2.5, 2.4, 2.3, 2.2), "hardly_learned", 40),
+        ((1.0, 1.2, 1.4, 1.6, 1.8), (3.0, 1.5, 1.0, 0.9, 0.8), "hardly_learned", 40),
         ((1.0, 1.0, 1.0, 1.0, 1.0), (3.0, 3.1, 3.3, 3.5, 3.6), "worse", 0),
     ],
 )
@@ -96,6 +97,8 @@ def test_an_error_rate_decides_once_something_is_right(
     found = judge_run([*train, *lines], "cer", Training(epochs=3), 40)
     assert (found.outcome, found.kept_step) == (outcome, kept_step)
     assert next(iter(found.kept)) == ("cer" if min(rates) < 1 else "loss")
+    if min(rates) >= 1:
+        assert not found.learned and found.cause == ("more_steps" if kept_step else "other_rows")
 
 
 def test_a_run_that_only_harmed_keeps_the_initial_weights() -> None:

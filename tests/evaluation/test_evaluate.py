@@ -196,6 +196,25 @@ def test_long_replies_are_not_graded_by_the_letter() -> None:
     assert not grade(rows(13), [row.expected_reply() or "" for row in rows(13)], exact).remarks
 
 
+SENTENCES = {
+    "vi": ("Hôm nay trời rất đẹp.", "Tôi muốn uống một cốc cà phê nóng."),
+    "fr": ("Il fait très beau aujourd'hui.", "Je voudrais boire une tasse de café chaud."),
+    "en": ("The weather is nice today.", "I would like to drink a cup of hot coffee."),
+    "label": ("spam", "ham"),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "grader"), [("vi", "chrf"), ("fr", "chrf"), ("en", "exact"), ("label", "exact")]
+)
+def test_translations_are_graded_by_chrf(target: str, grader: str) -> None:
+    pairs = zip(SENTENCES["en"], SENTENCES[target], strict=True)
+    rows = [PromptCompletion("t", 1, prompt=one, completion=other) for one, other in [*pairs] * 3]
+    notes: list[str] = []
+    assert [*default_graders(rows, notes.append)] == [grader]
+    assert bool(notes) == (grader == "chrf")
+
+
 def test_a_grader_of_one_s_own_grades() -> None:
     result = grade([PAIR, CHAT], ["abc", ""], {"length": Length()})
     assert result.scores == {"length": pytest.approx(0.15)}

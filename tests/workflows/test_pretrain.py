@@ -450,8 +450,10 @@ def test_a_configuration_with_too_small_a_vocabulary_is_refused(
     size: Any, fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, "vocab_size": size}))
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError) as refused:
         made(fields())
+    assert refused.value.problem.setting == "tokenizer.vocabulary"
+    assert "None" not in str(refused.value)
     made(fields(tokenizer={"vocabulary": 280}))
     assert find("mine").manifest.plain()["recipe"]["tokenizer"]["vocabulary"] == 280
 

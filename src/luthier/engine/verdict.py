@@ -190,21 +190,26 @@ def judge_run(
         return RunVerdict(
             "unmeasured", text, "unmeasured", advice, last_step, early, {}, {}, {}, learned
         )
-    measure = deciding_measure(held, measure)
+    asked, measure = measure, deciding_measure(held, measure)
+    # An error rate of at least 100 % throughout: the loss may fall, but nothing is right.
+    unread = asked != measure
     course = _Course(train, held, measure, rows, last_step > steps_per_pass)
-    outcome, kept = course.outcome(), course.kept["step"]
+    by_course, kept = course.outcome(), course.kept["step"]
+    outcome: Outcome = "hardly_learned" if unread and by_course != "worse" else by_course
     failed = outcome in ("hardly_learned", "worse")
     few = 0 < rows < (FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES)
     start = "the initial logistic regression" if fitted_head else "before training"
     is_perfect = measure in SCORES and not cost_of(course.first, measure)
     is_perfect = is_perfect and outcome == "hardly_learned"
 
-    headline, cause = _HEADLINES[outcome].format(step=kept), course.cause(outcome, training)
+    headline, cause = _HEADLINES[outcome].format(step=kept), course.cause(by_course, training)
+    if unread and by_course == "learned":
+        cause = "more_steps"
     if is_perfect:
         headline, cause = f"As good as {start}: all held-out rows are right", ""
     elif fitted_head and failed:
         headline, cause = f"Not measurably better than {start}", "regression"
-    elif few and outcome == "hardly_learned" and kept > 0:
+    elif few and outcome == "hardly_learned" and kept > 0 and not unread:
         headline = "Better, but on too few held-out rows to be sure"
         if course.gain <= 0:
             headline = "Not distinguishable from before training on so few held-out rows"
@@ -246,7 +251,7 @@ def judge_run(
         first,
         best,
         last,
-        learned=kept > 0 and gained and not uninformative,
+        learned=kept > 0 and gained and not uninformative and not unread,
         unchanged=kept == 0 and not fitted_head,
     )
 

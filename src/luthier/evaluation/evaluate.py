@@ -9,6 +9,7 @@ from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.data.languages import detect_languages
 from luthier.data.rows import load_prompts, load_rows
 from luthier.data.shapes import describe_shapes
 from luthier.data.shapes.conversations import Conversation
@@ -40,6 +41,10 @@ FEW_REPLIES = 10
 """Minimum number of equal replies for a remark."""
 SHOWN = 100
 """Characters of a reply in a sentence."""
+SENTENCE = 3
+"""Minimum median of words of replies that may be translations; shorter replies are labels or names."""
+TRANSLATED_ROWS = 100
+"""Number of rows whose languages are compared. Single sentences are often too short."""
 LONG_REPLY = 12
 """Minimum number of words of a reply that no model reproduces exactly without memorization."""
 
@@ -258,9 +263,24 @@ def median_words(replies: Iterable[str | None]) -> float:
     return median([max(len(reply.split()), len(reply) // 12) for reply in replies if reply] or [0])
 
 
+def translated_languages(rows: Sequence[Row]) -> tuple[str, str] | None:
+    """Return the languages of prompts and expected replies; ``None`` if equal or unknown."""
+    asked = questions(rows[:TRANSLATED_ROWS])
+    prompts = "\n".join(turns[-1].content for turns in asked)
+    replies = "\n".join(row.expected_reply() or "" for row in rows[:TRANSLATED_ROWS])
+    source, target = detect_languages([prompts, replies])
+    return (source, target) if source and target and source != target else None
+
+
 def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[str, Grader]:
     """Return the default graders for ``rows``. ``note`` receives the reason if not ``exact``."""
     words = median_words(row.expected_reply() for row in rows)
+    if words >= SENTENCE and (pair := translated_languages(rows)):
+        note(
+            f"grader: chrf (common n-grams of characters), because the prompts are in {pair[0]} and "
+            f"the expected replies in {pair[1]}. Choose a grader for a different measure"
+        )
+        return {"chrf": Similarity(measure="chrf")}
     if words <= LONG_REPLY:
         return {"exact": Exact()}
     note(
@@ -335,7 +355,7 @@ def grade(
         elif none and grader.is_share:
             remarks.append(
                 f"all replies have score 0 by {name}: read some replies, and choose another grader if "
-                "the replies are right"
+                "the replies are right, such as `similarity` with `measure=chrf` for translations"
             )
     return Evaluation(
         scores, list(rows), problems, remarks=remarks, records=records, is_graded=True

@@ -15,7 +15,7 @@ from importlib import import_module
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import luthier.gate.checks  # noqa: F401 - all that measures
-from luthier.gate.checks.language import load_identifier
+from luthier.data.languages import load_identifier
 
 MODULES = ("phonenumbers", "stdnum.iban")
 """Heavy modules that checks import lazily."""

@@ -46,8 +46,13 @@ def check_embeds(stored: StoredModel, objective: Objective) -> None:
         return
     base = stored.root
     embeds = base != stored.id and gives_embeddings(find(base).objective)
-    name = f"its base model {base}" if embeds else "an embedding model"
-    raise RecipeError(f"{stored.id} has no embeddings. Use {name}.")
+    name = f"its base model {base}"
+    if not embeds:
+        name = "an embedding model, such as all-minilm-l6-v2 for text or small-cnn for images"
+    method = stored.objective.method
+    raise RecipeError(
+        f"{stored.id} is a model of objective {method} and has no embeddings. Use {name}."
+    )
 
 
 def embedding_notes(stored: StoredModel) -> Iterator[str]:

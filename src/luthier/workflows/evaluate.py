@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from luthier.data.languages import detect_languages
 from luthier.data.read import read_records
 from luthier.data.search_sets import load_search_set
 from luthier.data.shapes import of_shape
@@ -57,7 +58,6 @@ from luthier.evaluation.significance import (
     Statistic,
     perplexity_of,
 )
-from luthier.gate.checks.language import detect_languages
 from luthier.graders import parse_graders
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat

@@ -337,6 +337,11 @@ def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
         return configuration(network.family, shape, 0), vocabulary
     fields = read_configuration(network.config)
     vocabulary = vocabulary or fields.get("vocab_size")
+    if vocabulary is None:
+        raise RecipeError(
+            f"{network.config} has no `vocab_size`. Add `vocab_size`, or set `--vocabulary`.",
+            setting="tokenizer.vocabulary",
+        )
     if not isinstance(vocabulary, int) or vocabulary < bpe.SMALLEST:
         raise RecipeError(
             f"The vocabulary of {vocabulary} is below the minimum of {bpe.SMALLEST}: 256 bytes and the "

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.data.languages import load_identifier
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.gate.checks.base_language import (
@@ -22,7 +23,6 @@ from luthier.gate.checks.base_language import (
     language_name,
     spelling,
 )
-from luthier.gate.checks.language import load_identifier
 from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, warnings
 from luthier.gate.scan import inspect_rows

@@ -7,14 +7,13 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from luthier.data.languages import LEAST_CHARACTERS, detect_languages
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.texts import RawText
 from luthier.gate.checks.language import (
     ALL_UNTIL,
-    LEAST_CHARACTERS,
     Language,
     _is_sampled,
-    detect_languages,
 )
 from luthier.gate.report import Report
 from luthier.gate.report_text import print_report

@@ -24,10 +24,11 @@ from typing import Any, ClassVar, Self
 import regex
 
 from luthier.data.chat import ChatFormat
+from luthier.data.languages import detect_languages
 from luthier.data.tokenization import token_spans
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
-from luthier.gate.checks.language import CHARACTERS, detect_languages
+from luthier.gate.checks.language import CHARACTERS
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import WORD_READER, bases_for
 from luthier.objectives import Objective

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 
+from luthier.data.languages import detect_languages
 from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import IntArray, Row
@@ -60,30 +60,6 @@ RARE = 0.02
 APART = 0.2
 """Limit of the total variation distance between the languages of two splits."""
 LEAST_ROWS = 50
-CERTAIN = 0.9
-"""Minimum probability of an identified language."""
-NO_LANGUAGE = "zxx"
-"""py3langid's code for keys, program code and numbers."""
-LEAST_CHARACTERS = 40
-"""Minimum length of a text, in characters. Names and single words belong to many languages."""
-
-
-def detect_languages(texts: Sequence[str]) -> list[str]:
-    """Return the ISO 639 code of each text; empty for short texts and uncertain languages."""
-    return [_detect(text) if len(text) >= LEAST_CHARACTERS else "" for text in texts]
-
-
-def _detect(text: str) -> str:
-    code, probability = load_identifier().classify(text)
-    return str(code) if probability >= CERTAIN and code != NO_LANGUAGE else ""
-
-
-@lru_cache(maxsize=1)
-def load_identifier() -> Any:
-    """Load py3langid's model of 70 MB once."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 @dataclass(frozen=True)
