@@ -85,7 +85,7 @@ class QuestionAnswering(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Derive the maximum length of an answer, and whether a context may have no answer."""
-        asked = of_shape(AnsweredQuestion, rows)
+        asked = of_shape(AnsweredQuestion, rows) or ()
         most, no_answer = self.max_answer_tokens, self.no_answer
         answers = [row.answers[0] for row in asked if row.answers]
         if most is None and answers:
@@ -139,7 +139,7 @@ class QuestionAnswering(Objective):
             source_row=row,
             segment_T=pair.segment_T,
         )
-        if row.answers and not any(view.target[0] for view in self._windows(example)):
+        if row.answers and not any(np.asarray(view.target)[0] for view in self._windows(example)):
             raise RowRefused(
                 "row.too_long",
                 f"the answer has {target[1] - target[0] + 1} tokens and fits in no window of "
