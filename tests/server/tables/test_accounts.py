@@ -26,7 +26,7 @@ def test_accounts(database: Database) -> None:
             accounts.disable_account(session, "222222222222")
 
 
-def test_an_account_that_owns_something_stays(database: Database) -> None:
+def test_account_with_resources_is_not_removed(database: Database) -> None:
     with database.write() as session:
         accounts.create_account(session, FIRST)
         accounts.set_quota(session, FIRST, deployments=1)
@@ -71,7 +71,7 @@ def test_quotas(database: Database) -> None:
                 accounts.set_quota(session, FIRST, **wrong)
 
 
-def test_users_of_accounts_are_apart(database: Database) -> None:
+def test_users_of_two_accounts_with_one_name_are_separate(database: Database) -> None:
     with database.write() as session:
         for account in (FIRST, OTHER):
             accounts.create_account(session, account)
@@ -86,7 +86,7 @@ def test_users_of_accounts_are_apart(database: Database) -> None:
         assert len(principals.users(session, FIRST)) == 1
 
 
-def test_keys_are_unlike_each_other(database: Database) -> None:
+def test_keys_are_distinct(database: Database) -> None:
     with database.write() as session:
         accounts.create_account(session, FIRST)
         ann = principals.create_user(session, FIRST, "ann")

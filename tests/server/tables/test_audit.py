@@ -17,7 +17,7 @@ def fill(database: Database, number: int = 5) -> None:
             append(session, Event(f"bedrock:Act{index}", "arn:x", account=FIRST, user="ann"))
 
 
-def test_an_entry_is_part_of_its_transaction(database: Database) -> None:
+def test_audit_entry_is_part_of_transaction(database: Database) -> None:
     fill(database, 1)
     with suppress(KeyError), database.write() as session:
         append(session, Event("x:never"))
@@ -37,7 +37,7 @@ def test_odd_values(database: Database) -> None:
     assert len(entry.resource) == 2048
 
 
-def test_looking_for_entries(database: Database) -> None:
+def test_filters_of_audit_entries(database: Database) -> None:
     fill(database, 4)
     with database.write() as session:
         append(session, Event("s3:PutObject", "b", account=OTHER, user="bob"))

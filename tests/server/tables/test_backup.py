@@ -116,7 +116,9 @@ def restored_secret(home: Path) -> str:
     return found.secret
 
 
-def test_there_and_back(database: Database, store: Path, tmp_path: Path, home: Path) -> None:
+def test_restored_store_equals_backed_up_store(
+    database: Database, store: Path, tmp_path: Path, home: Path
+) -> None:
     assert backup(database, tmp_path / "backup", with_key=True) == 6
     files = {
         "luthier.db", "server.key", "models/custom/tiny/mine/luthier.json",
@@ -185,7 +187,7 @@ def test_the_key_is_left_out_unless_requested(
 
 
 @pytest.mark.slow
-def test_a_backup_while_others_write(database: Database, store: Path, tmp_path: Path) -> None:
+def test_backup_during_writes(database: Database, store: Path, tmp_path: Path) -> None:
     done = threading.Event()
 
     def write() -> None:
@@ -286,7 +288,7 @@ def test_missing_and_changed_files_of_a_backup(
     assert left(tmp_path) == {"luthier-home", "backup"}
 
 
-def test_folders_that_are_refused(
+def test_invalid_folders_of_backup_and_restore(
     database: Database, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "backup"
@@ -312,7 +314,7 @@ def test_folders_that_are_refused(
     assert (tmp_path / "target" / "luthier.db").is_file()
 
 
-def test_a_killed_backup_or_restore_leaves_nothing_that_looks_complete(
+def test_killed_backup_or_restore_leaves_no_complete_folder(
     database: Database, store: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "backup"

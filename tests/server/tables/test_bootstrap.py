@@ -53,7 +53,7 @@ def owner_of(database: Database, api_key: str) -> str | None:
         return found and f"{found.account}/{found.user}"
 
 
-def test_a_root_user_is_made_once(database: Database) -> None:
+def test_root_user_is_created_once(database: Database) -> None:
     issued = prepare(database, SEALING, FIRST)
     assert issued is not None
     assert issued.api_key.startswith("sk-")
@@ -65,7 +65,7 @@ def test_a_root_user_is_made_once(database: Database) -> None:
         assert [each.action for each in entries(session)] == ["luthier:bootstrap"]
 
 
-def test_servers_that_start_at_once_make_one_root_user(database: Database) -> None:
+def test_concurrent_starts_create_one_root_user(database: Database) -> None:
     with ThreadPoolExecutor(6) as pool:
         made = list(pool.map(lambda _: prepare(database, SEALING, FIRST), range(6)))
     assert len([issued for issued in made if issued is not None]) == 1
@@ -73,7 +73,7 @@ def test_servers_that_start_at_once_make_one_root_user(database: Database) -> No
         assert len(principals.users(session)) == 1
 
 
-def test_a_file_gives_principals(
+def test_bootstrap_file_creates_principals(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     boot(database, tmp_path, monkeypatch, ROOT, GUEST)
@@ -90,7 +90,7 @@ def test_a_file_gives_principals(
         assert len(entries(session)) == 1
 
 
-def test_a_file_brings_principals_up_to_date(
+def test_changed_bootstrap_file_updates_principals(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Principals that left the file lose their keys. Other principals stay."""
@@ -126,7 +126,7 @@ def test_a_file_brings_principals_up_to_date(
         {"secret": "x"},
     ],
 )
-def test_a_file_that_is_refused_changes_nothing(
+def test_invalid_bootstrap_file_changes_nothing(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     with pytest.raises(RefusedInput) as caught:
@@ -136,7 +136,7 @@ def test_a_file_that_is_refused_changes_nothing(
         assert principals.users(session) == []
 
 
-def test_one_key_has_one_owner(
+def test_key_of_another_user_is_rejected(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RefusedInput):
@@ -146,7 +146,7 @@ def test_one_key_has_one_owner(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"principals": 1}', '{"principals": [1]}'])
-def test_files_that_are_none(
+def test_malformed_or_missing_bootstrap_file_is_rejected(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
     path = tmp_path / "b.json"
@@ -162,7 +162,7 @@ def test_files_that_are_none(
 # --- the server's key
 
 
-def test_the_key_is_made_once_for_its_owner_alone(luthier_home: Path) -> None:
+def test_server_key_is_created_once_and_private(luthier_home: Path) -> None:
     key = server_key()
     path = luthier_home / "server.key"
     assert len(key) == 32
@@ -177,7 +177,7 @@ def test_the_key_is_made_once_for_its_owner_alone(luthier_home: Path) -> None:
         server_key()
 
 
-def test_servers_that_start_at_once_have_one_key(luthier_home: Path) -> None:
+def test_concurrent_starts_share_one_server_key(luthier_home: Path) -> None:
     script = "from luthier.server.tables.secrets import server_key; print(server_key().hex())"
     started = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(4)
@@ -186,7 +186,7 @@ def test_servers_that_start_at_once_have_one_key(luthier_home: Path) -> None:
     assert record == {server_key().hex().encode() + b"\n"}
 
 
-def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch, luthier_home: Path) -> None:
+def test_server_key_from_environment(monkeypatch: pytest.MonkeyPatch, luthier_home: Path) -> None:
     monkeypatch.setenv("LUTHIER_SERVER_KEY", base64.b64encode(KEY).decode())
     assert server_key() == KEY
     assert not (luthier_home / "server.key").exists()

@@ -23,7 +23,7 @@ def database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[Da
     made.close()
 
 
-def test_only_the_owner_reads_the_files_of_sqlite(tmp_path: Path) -> None:
+def test_sqlite_files_are_private(tmp_path: Path) -> None:
     file = tmp_path / "luthier.db"
 
     def modes() -> dict[str, int]:

@@ -22,7 +22,7 @@ ARN = f"arn:aws:bedrock:us-east-1::foundation-model/{ID}"
 
 
 @pytest.mark.parametrize("identifier", [ID, ALIAS, ARN])
-def test_each_of_its_names(luthier_home: Path, identifier: str) -> None:
+def test_foundation_model_by_id_alias_and_arn(luthier_home: Path, identifier: str) -> None:
     found = foundation_model(identifier)
     assert found is not None and (found.id, found.base) == (ID, ALIAS)
 
@@ -40,11 +40,11 @@ def test_each_of_its_names(luthier_home: Path, identifier: str) -> None:
         "",
     ],
 )
-def test_what_only_looks_like_one_is_none(luthier_home: Path, identifier: str) -> None:
+def test_malformed_identifier_is_no_foundation_model(luthier_home: Path, identifier: str) -> None:
     assert foundation_model(identifier) is None
 
 
-def test_models_of_the_hub_join_once_they_are_here(luthier_home: Path) -> None:
+def test_hub_models_are_listed_after_download(luthier_home: Path) -> None:
     # A package, or random weights, sets no request to fetching from the hub.
     without_hub = [name for name in CATALOG if not isinstance(CATALOG[name].source, HubSource)]
     assert sorted(model.base for model in foundation_models()) == sorted(without_hub)
@@ -60,14 +60,14 @@ def test_models_of_the_hub_join_once_they_are_here(luthier_home: Path) -> None:
     assert find("bert-base-uncased").objective.method == "contrastive"
 
 
-def test_a_masked_language_model_made_here_writes_nothing(luthier_home: Path) -> None:
+def test_pretrained_masked_language_model_cannot_generate(luthier_home: Path) -> None:
     for name, kind in (("words", "masked_lm"), ("texts", "causal_lm")):
         write_json(base_folder(name) / MANIFEST, {"id": name, "kind": kind})
     made = {model.base: model.writes for model in foundation_models()}
     assert {name: made[name] for name in ("words", "texts")} == {"words": False, "texts": True}
 
 
-def test_rows_decide_where_a_network_may_learn_several_things() -> None:
+def test_kinds_with_a_sole_objective() -> None:
     assert {kind: sole_objective(kind) for kind in KINDS} == {
         **dict.fromkeys(("causal_lm", "encoder", "masked_lm", "image_encoder", "audio_encoder")),
         "image_text_encoder": "contrastive", "autoencoding": "vae", "adversarial": "gan",
@@ -76,7 +76,7 @@ def test_rows_decide_where_a_network_may_learn_several_things() -> None:
     assert sole_objective("sequence_classification") is None and sole_objective(None) is None
 
 
-def test_a_kind_that_is_not_known_is_refused_and_not_offered(luthier_home: Path) -> None:
+def test_unknown_kind_is_rejected_and_not_listed(luthier_home: Path) -> None:
     write_json(base_folder("odd") / MANIFEST, {"id": "odd", "kind": "oracle"})
     assert foundation_model("odd") is None
     with pytest.raises(UnknownModel, match="oracle"):
@@ -85,7 +85,7 @@ def test_a_kind_that_is_not_known_is_refused_and_not_offered(luthier_home: Path)
         replace(CATALOG[ALIAS], kind="oracle")
 
 
-def test_models_made_here_are_read_once_and_again_after_a_change(
+def test_pretrained_models_are_cached_until_a_change(
     luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = base_folder("words") / MANIFEST
@@ -107,7 +107,7 @@ def test_models_made_here_are_read_once_and_again_after_a_change(
     assert foundation_model("words") is None and foundation_model("texts") is not None
 
 
-def test_a_model_of_the_catalogue_that_is_deleted_is_gone(luthier_home: Path) -> None:
+def test_deleted_catalog_model_is_not_found(luthier_home: Path) -> None:
     (name, *_) = [name for name in CATALOG if isinstance(CATALOG[name].source, HubSource)]
     record = base_folder(name) / MANIFEST
     write_json(record, {"id": name, "kind": CATALOG[name].kind})

@@ -75,7 +75,7 @@ def failing(database: Database, table: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("prepare", WORKS)
-def test_rows_that_are_not_written_leave_no_file(data: Objects, prepare: Any) -> None:
+def test_failed_row_leaves_no_file(data: Objects, prepare: Any) -> None:
     work = prepare(data)
     before = files(data)
     with failing(data.database, "object_pieces"), pytest.raises(OperationalError):

@@ -48,7 +48,7 @@ def data(objects: Objects) -> Objects:
     return objects
 
 
-def test_what_is_replaced_or_deleted_leaves_the_disk(data: Objects) -> None:
+def test_files_of_replaced_and_deleted_objects_are_removed(data: Objects) -> None:
     put(data, "k", b"one")
     put(data, "k", b"two")
     assert read(data, "k") == b"two" and len(files(data)) == 1
@@ -60,7 +60,7 @@ def test_what_is_replaced_or_deleted_leaves_the_disk(data: Objects) -> None:
     data.delete_bucket(ONE, "data")
 
 
-def test_a_file_without_a_row_is_swept(data: Objects) -> None:
+def test_sweep_removes_files_without_rows(data: Objects) -> None:
     put(data, "k", b"kept")
     lost = written(data, b"its process died before the row was committed")
     with data.files.begin(ONE) as writing:
@@ -94,7 +94,9 @@ objects.put("000000000001", "data", "k", done, ObjectMetadata())
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "left"), [("before", b"old"), ("after", b"new")])
-def test_a_kill_around_the_commit(data: Objects, moment: str, left: bytes) -> None:
+def test_kill_before_or_after_commit_leaves_one_whole_object(
+    data: Objects, moment: str, left: bytes
+) -> None:
     put(data, "k", b"old")
     command = [sys.executable, "-c", KILLED, moment, data.database.url]
     ended = subprocess.run(command, check=False, timeout=60)
@@ -104,7 +106,7 @@ def test_a_kill_around_the_commit(data: Objects, moment: str, left: bytes) -> No
     assert read(data, "k") == left and len(files(data)) == 1
 
 
-def test_a_refused_object_leaves_nothing(data: Objects) -> None:
+def test_rejected_object_leaves_no_file(data: Objects) -> None:
     def refuse(now: object) -> None:
         raise ObjectRefused("PreconditionFailed", "")
 
@@ -119,7 +121,7 @@ def test_a_refused_object_leaves_nothing(data: Objects) -> None:
     assert len(files(data)) == 1
 
 
-def test_a_disk_that_is_full(data: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_file(data: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -134,7 +136,7 @@ def test_a_disk_that_is_full(data: Objects, monkeypatch: pytest.MonkeyPatch) -> 
     assert files(data) == []
 
 
-def test_a_reader_keeps_what_it_opened(data: Objects) -> None:
+def test_open_object_is_readable_after_replacement(data: Objects) -> None:
     body = os.urandom(3 << 20)
     put(data, "k", body)
     _, pieces = data.open_range(ONE, "data", "k", lambda found: (0, found.size))
@@ -143,7 +145,7 @@ def test_a_reader_keeps_what_it_opened(data: Objects) -> None:
     assert first + b"".join(pieces) == body and read(data, "k") == b"new"
 
 
-def test_an_object_that_is_replaced_while_it_is_looked_up(data: Objects) -> None:
+def test_object_replaced_during_lookup(data: Objects) -> None:
     put(data, "k", b"old")
     calls = []
 
@@ -157,7 +159,7 @@ def test_an_object_that_is_replaced_while_it_is_looked_up(data: Objects) -> None
     assert b"".join(pieces) == b"newer" and found.size == 5 and len(calls) == 2
 
 
-def test_an_object_that_is_replaced_while_it_is_copied(
+def test_object_replaced_during_copy(
     data: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Objects.open
@@ -179,7 +181,7 @@ def test_an_object_that_is_replaced_while_it_is_copied(
     assert path.read_bytes() == b"newest" and len(files(data)) == 2
 
 
-def test_a_file_that_is_cut_short_is_found_out(data: Objects) -> None:
+def test_truncated_object_file_is_corrupt(data: Objects) -> None:
     put(data, "k", b"0123456789")
     (path,) = files(data)
     path.write_bytes(b"0123")
@@ -191,7 +193,7 @@ def test_a_file_that_is_cut_short_is_found_out(data: Objects) -> None:
     assert files(data) == []
 
 
-def test_writers_of_which_one_may_make_the_key(data: Objects) -> None:
+def test_concurrent_conditional_writes_create_key_once(data: Objects) -> None:
     def absent(found: object) -> None:
         if found is not None:
             raise ObjectRefused("PreconditionFailed", "")
@@ -209,7 +211,7 @@ def test_writers_of_which_one_may_make_the_key(data: Objects) -> None:
     assert len(files(data)) == 1
 
 
-def test_parts_leave_the_disk_unless_they_are_chosen(data: Objects) -> None:
+def test_unused_parts_of_uploads_are_removed(data: Objects) -> None:
     uploads = MultipartUploads(data)
     upload = uploads.create(ONE, "data", "k", ObjectMetadata(), ("", ""))
     for number in (1, 2, 2):
@@ -231,5 +233,5 @@ def test_parts_leave_the_disk_unless_they_are_chosen(data: Objects) -> None:
     ("prefix", "following"),
     [("a/", "a0"), ("\ud7ff", "\ue000"), ("a\U0010ffff", "b"), ("\U0010ffff", None), ("", None)],
 )
-def test_what_comes_after_all_keys_with_a_prefix(prefix: str, following: str | None) -> None:
+def test_first_key_after_prefix(prefix: str, following: str | None) -> None:
     assert beyond(prefix) == following

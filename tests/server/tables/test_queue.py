@@ -49,7 +49,7 @@ def put(database: Database, job_id: str, **fields: Any) -> None:
         session.query(Job).filter_by(id=job_id).update(fields)
 
 
-def test_by_priority_then_by_age(database: Database) -> None:
+def test_jobs_are_claimed_by_priority_then_age(database: Database) -> None:
     low = add(database, "low", priority=-1)
     first, second = add(database, "first"), add(database, "second")
     urgent = add(database, "urgent", priority=5)
@@ -66,7 +66,7 @@ def test_by_priority_then_by_age(database: Database) -> None:
     assert len({each[1] for each in taken if each}) == 4
 
 
-def test_only_what_fits_is_started(database: Database) -> None:
+def test_only_fitting_jobs_are_claimed(database: Database) -> None:
     large = add(database, "large", memory=500)
     wide = add(database, "wide", cores=64)
     small = add(database, "small", memory=50)
@@ -77,7 +77,7 @@ def test_only_what_fits_is_started(database: Database) -> None:
     assert claim(database, cores=64)[0] == wide  # type: ignore[index]
 
 
-def test_a_large_job_is_not_overtaken_for_ever(database: Database) -> None:
+def test_large_job_is_not_overtaken_after_patience(database: Database) -> None:
     add(database, "large", memory=500, modified=now() - queue.PATIENCE - timedelta(seconds=1))
     add(database, "small", memory=50)
     assert claim(database) is None
@@ -85,7 +85,7 @@ def test_a_large_job_is_not_overtaken_for_ever(database: Database) -> None:
     assert claim(database) is not None
 
 
-def test_what_is_held_or_not_queued_is_not_claimed(database: Database) -> None:
+def test_leased_or_unqueued_jobs_are_not_claimed(database: Database) -> None:
     held = add(database, "held", lease="still there")
     for state in (PAUSED, STOPPING, STOPPED, COMPLETED, FAILED, RUNNING):
         add(database, state, state=state)
@@ -96,7 +96,7 @@ def test_what_is_held_or_not_queued_is_not_claimed(database: Database) -> None:
     assert claim(database)[0] == held  # type: ignore[index]
 
 
-def test_the_holder_is_heard_and_nobody_else(database: Database) -> None:
+def test_writes_need_the_current_lease(database: Database) -> None:
     job_id = add(database, "one")
     _, lease = claim(database)  # type: ignore[misc]
     before = job_of(database, job_id)
@@ -119,7 +119,7 @@ def test_the_holder_is_heard_and_nobody_else(database: Database) -> None:
     assert (left.state, left.lease, left.worked) == (RUNNING, lease, 3.5)
 
 
-def test_the_model_is_there_with_the_end_of_its_job(database: Database) -> None:
+def test_model_is_active_in_the_transaction_of_completion(database: Database) -> None:
     job_id = add(database, "one")
     _, lease = claim(database)  # type: ignore[misc]
     with database.write() as session:

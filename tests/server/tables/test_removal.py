@@ -47,7 +47,7 @@ def left() -> set[str]:
 
 
 @pytest.mark.parametrize("last", ["child", "grandchild"])
-def test_files_of_a_parent_go_with_the_last_model_that_stands_on_them(last: str) -> None:
+def test_parent_files_are_removed_with_the_last_child(last: str) -> None:
     parent = stored("parent", "tiny")
     child = stored("child", parent)
     grandchild = stored("grandchild", child)
@@ -68,7 +68,7 @@ def test_files_of_a_parent_go_with_the_last_model_that_stands_on_them(last: str)
     assert left() == set()
 
 
-def test_what_was_trained_here_goes_though_the_model_is_on_another_machine() -> None:
+def test_run_is_removed_if_model_folder_is_missing() -> None:
     model_id = stored("elsewhere", "tiny")
     shutil.rmtree(custom_folder("tiny", "elsewhere"))
     assert run("elsewhere").is_dir()
@@ -77,7 +77,7 @@ def test_what_was_trained_here_goes_though_the_model_is_on_another_machine() -> 
 
 
 @pytest.mark.parametrize("model_id", ["", ".", "..", "tiny:..", ":", "/tmp", "org/tiny", "~"])
-def test_what_is_no_id_of_a_model_made_here_has_no_files(model_id: str) -> None:
+def test_invalid_model_id_removes_no_files(model_id: str) -> None:
     stored("other", "tiny")
     new = luthier_home() / "pretraining" / "new" / "request.json"
     new.parent.mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_what_is_no_id_of_a_model_made_here_has_no_files(model_id: str) -> None:
     assert working_folders(model_id) == []
 
 
-def test_a_parent_that_nobody_removed_stays() -> None:
+def test_parent_without_deletion_is_kept() -> None:
     parent = stored("by-command-line", "tiny")
     remove_files(stored("child", parent))
     assert left() == {"by-command-line"}
@@ -123,7 +123,7 @@ class Killed(BaseException):
     """Replacement for a killed process."""
 
 
-def test_a_deletion_that_was_killed_behind_its_record_is_finished(
+def test_deletion_killed_after_commit_is_finished_at_start(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, other = stored("parent", "tiny"), stored("other", "tiny")
@@ -144,7 +144,7 @@ def test_a_deletion_that_was_killed_behind_its_record_is_finished(
     assert left() == {"other"}
 
 
-def test_one_that_failed_with_its_record_never_was(
+def test_deletion_with_failed_commit_keeps_files(
     database: Database,
 ) -> None:
     parent = stored("parent", "tiny")
@@ -165,7 +165,7 @@ def test_one_that_failed_with_its_record_never_was(
     assert left() == {"parent"}
 
 
-def test_one_that_was_killed_before_its_record_went_never_was(database: Database) -> None:
+def test_deletion_killed_before_commit_keeps_files(database: Database) -> None:
     parent = stored("parent", "tiny")
     recorded(database, parent)
     (custom_folder("tiny", "parent") / ".removed").write_bytes(b"")

@@ -69,7 +69,7 @@ def test_first_migration_is_unchanged() -> None:
     assert digest == "cc9c9b2ee2f844c98ee14638f7b9326ec117bfbe8865e122b5880239c9e24d85"
 
 
-def test_servers_that_start_together_make_the_tables_once() -> None:
+def test_concurrent_starts_create_tables_once() -> None:
     failed: list[Exception] = []
 
     def start() -> None:
@@ -108,6 +108,6 @@ def test_a_database_of_another_version_is_rejected(database_url: str, change: st
 
 
 @pytest.mark.parametrize("url", ["mysql://a/b", "nonsense", "sqlite://", "sqlite:///:memory:"])
-def test_other_databases_are_refused(url: str) -> None:
+def test_unsupported_database_url_is_rejected(url: str) -> None:
     with pytest.raises(RefusedInput):
         Database(url)

@@ -74,7 +74,7 @@ def store(database_url: str) -> Iterator[Store]:
     database.close()
 
 
-def test_every_change_is_counted(store: Store) -> None:
+def test_stored_bytes_after_each_change(store: Store) -> None:
     store.put("a", 10)
     store.put("b", 5)
     assert store.stored() == 15
@@ -93,7 +93,7 @@ def test_every_change_is_counted(store: Store) -> None:
     assert store.stored() == store.stored(OTHER) == 0
 
 
-def test_parts_of_uploads_are_counted_until_they_are_objects_or_gone(store: Store) -> None:
+def test_stored_bytes_of_upload_parts(store: Store) -> None:
     store.put("a", 7)
     upload = store.begin("a")
     first, last = store.part("a", upload, 1, PART), store.part("a", upload, 2, 9)
@@ -113,7 +113,7 @@ def test_parts_of_uploads_are_counted_until_they_are_objects_or_gone(store: Stor
     assert store.on_disk() == 0
 
 
-def test_what_goes_beyond_a_quota_changes_nothing(store: Store) -> None:
+def test_write_beyond_quota_changes_nothing(store: Store) -> None:
     store.quota(stored_bytes=10)
     store.put("a", 6)
     with pytest.raises(QuotaExceeded, match="stored_bytes") as refused:
@@ -141,7 +141,7 @@ def other_bucket(store: Store) -> str:
     return "rows"
 
 
-def test_a_quota_that_was_lowered_lets_an_account_shrink(store: Store) -> None:
+def test_account_above_lowered_quota_can_shrink(store: Store) -> None:
     store.put("a", 10)
     store.put("b", 10)
     upload = store.begin("c")
@@ -156,7 +156,7 @@ def test_a_quota_that_was_lowered_lets_an_account_shrink(store: Store) -> None:
     assert store.stored() == 20
 
 
-def test_of_those_who_come_at_once_as_many_get_in_as_there_is_room(store: Store) -> None:
+def test_concurrent_writes_fill_quota_exactly(store: Store) -> None:
     for name in ("more",):
         store.objects.create_bucket(ONE, name)
     store.quota(stored_bytes=50)
