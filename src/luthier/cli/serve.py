@@ -43,6 +43,7 @@ def serve(
     ray_address: RayAddress = None,
     ray_gpus: float = 0.0,
     job_processes: Annotated[int, typer.Option(envvar="LUTHIER_JOB_PROCESSES")] = 1,
+    no_hold_out: bool = False,
     no_workers: bool = False,
     stop_workers: bool = False,
 ) -> None:
@@ -70,6 +71,7 @@ def serve(
         ray_address: Head of the Ray cluster.
         ray_gpus: GPUs that each training reserves on a node.
         job_processes: Processes of this machine for each training.
+        no_hold_out: Train jobs without validation data on all rows.
         no_workers: Accept jobs, and leave the work to other servers.
         stop_workers: Stop workers with the server, after a checkpoint.
     """
@@ -116,6 +118,7 @@ def serve(
             deterministic=deterministic,
             job_processes=job_processes,
             work=not no_workers,
+            hold_out=not no_hold_out,
         )
         log_as_json()
         service = Service(settings, job_runner)

@@ -193,6 +193,7 @@ class Service:
             self._grader,
             quotas=self._quotas,
             wake=self.scheduler.wake,
+            hold_out=self.settings.hold_out,
         )
         # The audit log contains the ARN of a base model, also if the client sent an alias.
         ids = ModelIds(self.database, self.arns)
@@ -205,6 +206,7 @@ class Service:
             self.scheduler.wake,
             self._delete,
             self.pool,
+            self.settings.hold_out,
         )
         return (
             self.openai.api,

@@ -34,5 +34,7 @@ class Settings:
     deterministic: bool = False
     """True if models process a single sequence at a time, so that replies do not depend on other
     requests."""
+    hold_out: bool = True
+    """True if jobs without validation data hold out a tenth of the rows."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     """Limits per client and in total."""

@@ -10,14 +10,14 @@ from sqlalchemy import update
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.limits import AccountQuotas
 from luthier.recipe import parse
-from luthier.server.jobs.submit import submit
+from luthier.server.jobs.submit import HELD_OUT, submit
 from luthier.server.tables import jobs
 from luthier.server.tables import queue as leased_work
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import new_id, now
 from luthier.server.tables.foundation import foundation_model
-from luthier.server.tables.jobs import Job, get, move
+from luthier.server.tables.jobs import Job, JobEvent, get, move
 from luthier.workflows.pipeline import KINDS
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
@@ -40,13 +40,32 @@ def test_a_job_and_the_name_of_its_model(queue: Any) -> None:
         "luthier.tiny", "arn:aws:bedrock:eu-west-1::foundation-model/luthier.tiny",
     )  # fmt: skip
     assert job.recipe["base"] == "tiny" and job.recipe["name"] == f"job-{job.id}"
-    assert job.recipe["data"]["validation_share"] == 0.0
+    assert "validation_share" not in job.recipe["data"]
     assert (job.cores, job.recipe["training"]["threads"]) == (1, 1)
     assert (job.request, job.priority) == ({"a": 1}, 3)
     with queue.database.read() as session:
         (model,) = session.query(CustomModel)
     assert (model.status, model.name, model.job_id) == ("Reserved", "mine", job.id)
     assert (model.openai_id, model.stored_id, model.root) == ("ft:x:y:z:1", None, "luthier.tiny")
+
+
+@pytest.mark.parametrize(
+    ("fields", "share", "events"),
+    [
+        ({}, None, [HELD_OUT]),
+        ({"hold_out": False}, 0.0, []),
+        ({"validators": ["s3://bucket/held.jsonl"]}, None, []),
+        ({"settings": {"data": {"validation_share": 0.3}}}, 0.3, []),
+    ],
+)
+def test_jobs_without_validation_data_hold_out_rows(
+    queue: Any, fields: dict[str, Any], share: float | None, events: list[str]
+) -> None:
+    job = put(queue, "one", **fields)
+    assert job.recipe["data"].get("validation_share") == share
+    with queue.database.read() as session:
+        recorded = session.query(JobEvent).filter_by(job_id=job.id, kind="message")
+    assert [each.message for each in recorded] == events
 
 
 def test_names_are_taken_in_their_account_only(queue: Any) -> None:

@@ -54,6 +54,8 @@ class Control:
     """Returns the quotas of an account."""
     wake: Callable[[], None]
     """Wakes the scheduler: a job or a model import is waiting."""
+    hold_out: bool = True
+    """True if jobs without validation data hold out rows."""
 
 
 @dataclass(frozen=True)

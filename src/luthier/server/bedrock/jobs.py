@@ -136,6 +136,7 @@ def _submission(request: ControlRequest) -> Submission:
         grader=grader,
         output=request["outputDataConfig"]["s3Uri"],
         request=request.members_sent(_STORED),
+        hold_out=request.control.hold_out,
         without_effect=[*hyperparameters.ignored_warnings(typed), *_without_effect(request)],
     )
 

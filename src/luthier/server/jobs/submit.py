@@ -80,6 +80,11 @@ CLIENT_GRADERS = (
 Other graders query models with the server's keys or read files. Only the operator can register
 them.
 """
+HELD_OUT = (
+    "The job has no validation data: of 20 rows or more, a tenth (at most 200 rows) is held out to "
+    "measure the model. `data.validation_share=0` trains on all rows."
+)
+"""Event of a job that holds out rows."""
 MOST_CORES = 16
 """Default number of threads of a job; more threads do not help small networks."""
 
@@ -117,6 +122,8 @@ class Submission:
     priority: int = 0
     time_limit: int | None = None
     """Maximum seconds of work."""
+    hold_out: bool = True
+    """True if a job without validation data holds out rows, as the CLI does."""
 
 
 def submit(
@@ -169,6 +176,12 @@ def submit(
     session.add(_reserve_model(submission, job))
     _flush(session, "model")
     record(session, job.id, "state", "The job was created.", state=QUEUED)
+    if (
+        submission.hold_out
+        and not submission.validators
+        and "validation_share" not in job.recipe["data"]
+    ):
+        record(session, job.id, "message", HELD_OUT)
     for text in submission.without_effect:
         record(session, job.id, "warning", text)
     return job
@@ -350,8 +363,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     fields["name"] = run_name(job_id)
     fields["base"] = _stored_id(submission.base)
     data = {"train": submission.training[0], **fields.get("data", {})}
-    if not submission.validators:
-        # Without validation data, train on every row.
+    if not submission.hold_out and not submission.validators:
         data.setdefault("validation_share", 0.0)
     # Validation rows that are also training rows are a warning: the client chose both.
     data["severity"] = {"leakage.many": "warning", **data.get("severity", {})}

@@ -200,6 +200,7 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
         request=body.model_dump(mode="json", exclude_unset=True),
         priority=body.priority,
         time_limit=body.time_limit_seconds,
+        hold_out=context.hold_out,
     )
     check_first_rows(context.locations, submission)
     with context.database.write() as session:

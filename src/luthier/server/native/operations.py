@@ -158,6 +158,8 @@ class Context:
     delete_model: Callable[[CustomModel], None]
     """Delete a model and the model's files; raises ``WrongState`` if the model is in use."""
     pool: ModelPool
+    hold_out: bool = True
+    """True if jobs without validation data hold out rows."""
 
     @property
     def models(self) -> ModelIds:

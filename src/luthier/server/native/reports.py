@@ -184,6 +184,7 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
             validators=list(body.validation),
             settings=body.settings,
             grader=grader,
+            hold_out=call.context.hold_out,
         )
         fields = recipe_of(submission, "estimate").plain()
         if validation is not None:

@@ -10,6 +10,7 @@ import io
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -451,7 +452,7 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
             context.inference.judge(account),
         )
     seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
-    submission = _submission(account, body, base, seed, grader)
+    submission = replace(_submission(account, body, base, seed, grader), hold_out=context.hold_out)
     try:
         check_first_rows(context.locations, submission)
     except DataError as error:

@@ -45,6 +45,8 @@ class Context:
     """Return the quotas of an account."""
     wake: Callable[[], None]
     """Notify the scheduler of a new job."""
+    hold_out: bool = True
+    """True if jobs without validation data hold out rows."""
 
 
 class Call(ApiCall[Context]):

@@ -116,6 +116,7 @@ class OpenAIService:
             delete_model,
             quotas,
             wake,
+            settings.hold_out,
         )
         self.api = _api(context)
 
