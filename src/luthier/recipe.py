@@ -89,6 +89,8 @@ class DataSpec(StrictModel):
     """Column whose equal values (such as a speaker) stay on one side of the split."""
     long_rows: Literal["error", "drop", "truncate"] | None = None
     """How to handle rows longer than the context; ``truncate`` for classifiers, else ``error``."""
+    label_issues: Literal["keep", "leave_out", "relabel"] = "keep"
+    """Training rows with a label issue: learn, leave out, or learn with the likely label."""
     columns: dict[str, str] | None = None
     """Column names by key, as ``{prompt = "question"}``; an empty name ignores the key."""
     chat_template: str | None = Field(default=None, min_length=1)

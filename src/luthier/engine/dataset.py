@@ -66,11 +66,37 @@ class Dataset:
     """Training and held-out rows for the baselines."""
     held_out: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """Line numbers excluded from training, by split (``validation``, ``test``) and file."""
+    learned: Sequence[Row] = ()
+    """The rows of ``train``, in order, if the rows have baselines."""
 
     @property
     def main(self) -> int:
         """Number of training examples of the main file."""
         return len(self.train) - sum(each.rows for each in self.mixed)
+
+    def with_label_issues(self, likely: LikelyLabels, chat: ChatFormat, relabel: bool) -> Dataset:
+        """Return the rows without the rows of ``likely``; with ``relabel``, with the likely labels.
+
+        ``likely`` may have rows that are held out, which do not change.
+        """
+        train, mixed = list[Example](), [replace(each, rows=0) for each in self.mixed]
+        ends = np.cumsum([self.main, *(each.rows for each in self.mixed)])
+        for place, (row, example) in enumerate(zip(self.learned, self.train, strict=True)):
+            label = likely.get((row.file, row.line))
+            if label is not None:
+                if not relabel:
+                    continue
+                # Each labelled shape has a field `label`, which their base class does not declare.
+                new: dict[str, Any] = {"label": label}
+                changed = self.objective.encode(replace(row, **new), example.row, chat)
+                if len(changed) > len(example):
+                    changed = self.objective.truncate(changed, len(example))
+                example = changed
+            train.append(example)
+            if (part := int(np.searchsorted(ends, place, "right"))) > 0:
+                mixed[part - 1] = replace(mixed[part - 1], rows=mixed[part - 1].rows + 1)
+        counts = {**self.counts, "rows": len(train), "examples": len(train)}
+        return replace(self, train=train, mixed=tuple(mixed), counts=counts, learned=())
 
     def mix_record(self, spec: DataSpec) -> list[dict[str, Any]]:
         """Return the manifest's record of the mixed-in sets: file, weight, rows, and rows per pass."""
@@ -78,6 +104,8 @@ class Dataset:
         return [{**each.model_dump(mode="json"), **asdict(sizes)} for each, sizes in pairs]
 
 
+LikelyLabels = Mapping[tuple[str, int], str]
+"""Likely label of rows with a label issue, by file and line."""
 FIRST_ROWS = 200
 """Number of rows per source to check before a base model is chosen and loaded."""
 
@@ -261,6 +289,7 @@ def prepare(
         recognized=recognized,
         compared=compared,
         held_out={name: lines for name, lines in held_out.items() if lines},
+        learned=learned,
     )
 
 

@@ -16,7 +16,7 @@ from luthier.data.inputs import PLURAL, SINGULAR
 from luthier.data.loader import RowOrder
 from luthier.data.template_kwargs import DATE
 from luthier.engine import defaults
-from luthier.engine.dataset import Dataset, OpenedData, prepare
+from luthier.engine.dataset import Dataset, LikelyLabels, OpenedData, prepare
 from luthier.engine.machine import Machine, available_memory
 from luthier.engine.memory import (
     check_memory,
@@ -90,6 +90,8 @@ class TrainingJob:
     """Number of steps of the first training, for a refit."""
     usual_rate: float = 0.0
     """Default learning rate for the job."""
+    label_issues: LikelyLabels | None = None
+    """Label issues of the first training, for a refit; ``None`` before the search."""
 
     @property
     def rows(self) -> int:
@@ -356,6 +358,7 @@ def prepare_refit(
         # The same share of the schedule: kept_step / job.steps, in steps over more rows.
         until=max(1, round(kept_step * refit.steps / job.steps)),
         steps_before=steps_before,
+        label_issues=job.label_issues or {},
     )
 
 

@@ -21,8 +21,9 @@ from luthier.engine.job import TrainingJob, prepare_refit
 from luthier.engine.loop import row_gradients
 from luthier.engine.machine import available_memory, return_freed_memory
 from luthier.engine.metrics import MetricsFile
-from luthier.engine.runs import ACTIVATIONS, METRICS, PRECOMPUTED, REFIT, Run
+from luthier.engine.runs import ACTIVATIONS, LABEL_ISSUES, METRICS, PRECOMPUTED, REFIT, Run
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
+from luthier.evaluation.label_issues import LEAST_ROWS
 from luthier.files import need_disk
 from luthier.gate.checks.base_language import UNTRAINED
 from luthier.models.frozen_layer_cache import FrozenLayerCache, frozen_layers, is_frozen
@@ -132,7 +133,8 @@ class Baselines(TrainingStep):
         if fitted is not None:
             trainer.reporter.note(fitted.describe())
         issues = fitted.label_issues if fitted is not None else None
-        trainer.run_folder.write_label_issues(issues.issues if issues is not None else ())
+        if trainer.checkpoint is None:  # a resumed run learns from the same rows
+            trainer.run_folder.write_label_issues(issues.issues if issues is not None else ())
         return_freed_memory()
 
     def after_training(self, trainer: Trainer) -> None:
@@ -143,6 +145,49 @@ class Baselines(TrainingStep):
         with trainer.clock.part("baselines"):
             trainer.comparison = measure_tuned(
                 trainer.network, data.objective, data.compared[1], trainer.baselines, budget
+            )
+
+
+class LabelIssueRows(TrainingStep):
+    """Training rows with a label issue are left out, or get the likely label."""
+
+    in_trials = False
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return true if the recipe does not keep the rows."""
+        return job.recipe.data.label_issues != "keep"
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Change the training rows as ``data.label_issues`` says. A refit changes the same rows."""
+        job, chosen = trainer.job, trainer.job.recipe.data.label_issues
+        likely = job.label_issues
+        if likely is None:
+            # Only the first process has the file.
+            records = trainer.group.first(
+                [
+                    [r["file"], r["line"], r["likely_label"]]
+                    for r in trainer.run_folder.read_label_issues()
+                ]
+            )
+            likely = {(file, line): label for file, line, label in records}
+            if not likely and (trainer.baselines is None or trainer.baselines.label_issues is None):
+                trainer.reporter.note(
+                    f"warning: `data.label_issues={chosen}` has no effect, because the labels were "
+                    f"not checked. The check needs {LEAST_ROWS} rows of one label each, held-out rows "
+                    "and `training.baseline_seconds`"
+                )
+        if not likely:
+            return
+        rows = len(job.data.train)
+        data = job.data.with_label_issues(likely, job.chat, chosen == "relabel")
+        trainer.job = trainer.stored_job = replace(job, data=data, label_issues=likely)
+        if job.label_issues is None:
+            what = "get the likely label" if chosen == "relabel" else "are left out"
+            count = sum((row.file, row.line) in likely for row in job.data.learned)
+            trainer.reporter.note(
+                f"label issues: {count:,} of {rows:,} training rows {what} "
+                f"({trainer.run_folder.folder / LABEL_ISSUES})"
             )
 
 
@@ -307,7 +352,7 @@ class RefitTraining(TrainingStep):
         trainer.refit_lines = again.lines
         # The refit has learned the held-out rows, so a later run must count the rows as learned.
         trainer.run_folder.record_held_out(job.data.held_out)
-        trainer.network, trainer.stored_job = again.network, job
+        trainer.network, trainer.stored_job = again.network, again.stored_job
         trainer.progress = replace(
             again.progress,
             step=measured.step + again.progress.step,
@@ -317,7 +362,7 @@ class RefitTraining(TrainingStep):
             best_loss=measured.best_loss,
         )
         held_out = trainer.job.data.counts["validation_rows"]
-        trainer.refit = Refit(job.data.counts["rows"], held_out, job.until)
+        trainer.refit = Refit(again.stored_job.data.counts["rows"], held_out, job.until)
 
 
 class Threshold(TrainingStep):
@@ -363,9 +408,11 @@ STEPS: PluginTable[type[TrainingStep]] = PluginTable(
     "training_steps",
     TrainingStep,
     {
-        "preparation": Preparation,
-        # Before calibration, which may change the weights: baselines describe the base model.
+        # Before every step that may change weights: baselines describe the base model.
         "baselines": Baselines,
+        # Before the head is fitted on the rows.
+        "label_issues": LabelIssueRows,
+        "preparation": Preparation,
         "calibration": AdaptationCalibration,
         "frozen_layers": FrozenLayers,
         "reference_scores": ReferenceScores,

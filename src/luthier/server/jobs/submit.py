@@ -60,8 +60,8 @@ _GROUPS = (
     "training", "adaptation", "objective", "sampling", "insights", "teacher", "method", "forgetting",
 )  # fmt: skip
 SETTABLE_DATA = (
-    "long_rows", "validation_share", "group_column", "columns", "augmentation", "severity",
-    "chat_template_kwargs",
+    "long_rows", "validation_share", "label_issues", "group_column", "columns", "augmentation",
+    "severity", "chat_template_kwargs",
 )  # fmt: skip
 """Data fields that a request may set. Other data fields name files, models or machines."""
 _TEACHER = ("batch_size",)

@@ -1,0 +1,153 @@
+"""Training rows with a label issue: left out, relabelled or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from short_runs import Notes, manifest_of, write_rows
+
+from luthier.data.chat import ChatFormat
+from luthier.engine import comparison
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.dataset import prepare
+from luthier.engine.loop import Loop
+from luthier.engine.runs import LABEL_ISSUES, Result
+from luthier.engine.train import train
+from luthier.evaluation.label_issues import LabelIssues
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import OBJECTIVES
+from luthier.recipe import DataSpec, Recipe
+
+WRONG = (17, 60, 181)
+WORDS = {"animal": "fox fox fox fox fox", "thing": "card card card card card"}
+
+
+def rows_with(wrong: tuple[int, ...]) -> list[dict[str, str]]:
+    """Return 240 rows of two topics that an untrained network separates, with wrong labels."""
+    rows = [
+        {"text": f"{WORDS[label]} {number % 40}", "label": label}
+        for number, label in enumerate(("animal", "thing") * 120)
+    ]
+    for line in wrong:
+        rows[line - 1]["label"] = "thing" if rows[line - 1]["label"] == "animal" else "animal"
+    return rows
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[..., Result]:
+    def run(
+        name: str,
+        chosen: str | None = None,
+        resume: bool = False,
+        steps: int = 3,
+    ) -> Result:
+        recipe = {
+            "base": str(family_folder("bert")),
+            "name": name,
+            "training": {"max_steps": steps, "precision": "float32", "threads": 1, "refit": False},
+            "data": {
+                "train": str(write_rows(tmp_path / "rows.jsonl", rows_with(WRONG))),
+                "validation_share": 0.25,
+                **({"label_issues": chosen} if chosen else {}),
+            },
+        }
+        return train(Recipe.parse(recipe), resume, Notes())
+
+    return run
+
+
+def sha256(result: Result) -> str:
+    return str(manifest_of(result)["trained_weights_sha256"])
+
+
+def test_rows_are_left_out(tuned: Callable[..., Result]) -> None:
+    kept, left_out = tuned("kept"), tuned("left-out", "leave_out")
+    assert (kept.rows, manifest_of(kept)["data"]["rows"]) == (180, 180)
+    assert 177 <= left_out.rows < 180 and manifest_of(left_out)["data"]["rows"] == left_out.rows
+    assert left_out.label_issues is not None and left_out.label_issues.issues == 3
+    assert sha256(left_out) != sha256(kept)
+
+
+def test_setting_without_a_check_is_reported(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    notes = Notes()
+    recipe = {
+        "base": str(family_folder("bert")),
+        "training": {"max_steps": 1, "precision": "float32", "threads": 1, "baseline_seconds": 0},
+        "data": {
+            "train": str(write_rows(tmp_path / "rows.jsonl", rows_with(WRONG)[:40])),
+            "label_issues": "leave_out",
+        },
+    }
+    assert train(Recipe.parse(recipe), reporter=notes).label_issues is None
+    assert [each for each in notes.notes if "data.label_issues=leave_out" in each]
+
+
+def test_relabelled_rows_are_learned_with_the_likely_label(tuned: Callable[..., Result]) -> None:
+    # One epoch, so that each row is learned.
+    relabelled, kept = tuned("relabelled", "relabel", steps=12), tuned("kept", steps=12)
+    assert relabelled.rows == 180 and sha256(relabelled) != sha256(kept)
+
+
+def test_resumed_run_leaves_out_the_same_rows(
+    tuned: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tuned("whole", "leave_out")
+    step = Loop._step
+
+    def stop(loop: Loop) -> None:
+        if loop.progress.step == 2:
+            raise KeyboardInterrupt
+        step(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "due", lambda *_: True)
+        patch.setattr(Loop, "_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tuned("resumed", "leave_out")
+    # Another machine may find other rows: the rows of the first start count.
+    monkeypatch.setattr(comparison, "find_label_issues", lambda *_: LabelIssues([], 240))
+    resumed = tuned("resumed", "leave_out", resume=True)
+    assert sha256(resumed) == sha256(whole) and resumed.rows == whole.rows
+    assert len((Path(resumed.run_dir) / LABEL_ISSUES).read_text().splitlines()) == 3
+
+
+def encoded(tmp_path: Path, folder: Path, **spec: Any) -> tuple[Any, ChatFormat, Path]:
+    data = write_rows(tmp_path / "rows.jsonl", rows_with(()))
+    chat = load_chat_format(folder)
+    fields = {"train": str(data), "validation_share": 0.25, **spec}
+    objective = OBJECTIVES["classification"]()
+    return prepare(DataSpec.model_validate(fields), objective, chat, 64, 0), chat, data
+
+
+def test_mixed_in_sets_keep_their_sizes(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", rows_with(())[:9])
+    mix = [{"train": str(other), "weight": 0.05}]
+    data, chat, _ = encoded(tmp_path, family_folder("bert"), mix=mix)
+    learned = [(row.file, row.line) for row in data.learned]
+    assert len(learned) == len(data.train) == 189
+    likely = {(str(other), 3): "thing", (str(other), 9): "animal", learned[4]: "thing"}
+    left = data.with_label_issues(likely, chat, relabel=False)
+    assert (left.main, left.mixed[0].rows, left.mixed[0].drawn) == (179, 7, data.mixed[0].drawn)
+    rest = [e for place, e in enumerate(data.train) if learned[place] not in likely]
+    assert all(one is two for one, two in zip(left.train, rest, strict=True))
+
+
+def test_held_out_rows_do_not_change(tmp_path: Path, family_folder: Callable[[str], Path]) -> None:
+    data, chat, main = encoded(tmp_path, family_folder("bert"))
+    held = data.held_out["validation"][str(main)]
+    learned = [row.line for row in data.learned]
+    likely = {(str(main), held[0]): "thing", (str(main), learned[0]): "thing"}
+    changed = data.with_label_issues(likely, chat, relabel=True)
+    assert changed.validation is data.validation and len(changed.train) == len(data.train)
+    assert changed.train[0].target.tolist() == [data.objective.labels.index("thing")]
+    assert changed.train[0].ids_T.tolist() == data.train[0].ids_T.tolist()
+    assert [e.target.tolist() for e in changed.train[1:]] == [
+        e.target.tolist() for e in data.train[1:]
+    ]
