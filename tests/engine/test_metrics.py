@@ -121,6 +121,14 @@ def test_a_curve_without_validation_marks_no_step(tmp_path: Path) -> None:
     assert "validation" not in shown and not any(word.startswith("kept") for word in shown)
 
 
+def test_start_of_a_refit_in_the_curve(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [line(step, 1 / step) for step in range(1, 9)]
+    draw_curves(lines, tmp_path, "t")
+    assert "refit on all 1,200 rows" not in words_of(tmp_path / "loss.svg")
+    draw_curves([*lines, {"event": "refit", "step": 8, "rows": 1200}, line(9, 1.0)], tmp_path, "t")
+    assert "refit on all 1,200 rows" in words_of(tmp_path / "loss.svg")
+
+
 def words_of(picture: Path) -> set[str]:
     """Return the text in an SVG, from matplotlib's comments."""
     return set(re.findall(r"<!-- (.*?) -->", picture.read_text()))
