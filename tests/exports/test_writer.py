@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from luthier.cli.models import remove_model
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, LuthierError, RecipeError, RunConflict
+from luthier.exports import writer
 from luthier.exports.peft_parity import check_peft
 from luthier.exports.writer import export, export_gguf
 from luthier.files import hashes_of
@@ -28,6 +29,7 @@ from luthier.models import gguf_networks
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
+from luthier.models.save import save_network
 from luthier.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -332,7 +334,8 @@ def test_progress_names_each_part_with_its_size(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "out" / "model.safetensors").values()
     total = sum(weight.nbytes for weight in weights)
     merged = [("merge", done, 3) for done in range(4)]
-    assert told == [*merged, ("write", 0, total), ("write", total, total)]
+    written = [("write", 0, total), ("write", total, total)]
+    assert told == [*merged, *written, ("compare", 0, 1), ("compare", 1, 1)]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
@@ -464,3 +467,56 @@ def test_gguf_is_for_models_that_llama_cpp_runs(
             export_gguf(find(model), tmp_path / "none", **given)
         assert refused.value.rule == rule
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("damage", ["lost", "changed", "setting"])
+@pytest.mark.parametrize("name", ["adapter", "whole"])
+def test_export_that_transformers_loads_otherwise_is_removed(
+    damage: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        weights, weight = load_file(path), "model.layers.0.mlp.up_proj.weight"
+        if damage == "lost":
+            del weights[weight]
+        if damage == "changed":
+            weights[weight] = weights[weight] * 1.1
+        save_file(weights, path, metadata={"format": "pt"})
+        if damage == "setting":
+            fields = json.loads((folder / "config.json").read_text())
+            text = json.dumps({**fields, "hidden_act": "gelu"})
+            (folder / "config.json").write_text(text)
+
+    def save(model: Any, chat: Any, folder: Path) -> None:
+        save_network(model, chat, folder)
+        spoil(folder)
+
+    copy = writer._copy
+
+    def copy_and_spoil(source: Path, folder: Path) -> None:
+        copy(source, folder)
+        spoil(folder)
+
+    monkeypatch.setattr(writer, "save_network", save)
+    monkeypatch.setattr(writer, "_copy", copy_and_spoil)
+    with pytest.raises(RecipeError) as refused:
+        export(find(f"tiny-llama:{name}"), tmp_path / "out", merged=True)
+    assert refused.value.rule == "export.differs"
+    assert ("up_proj" in str(refused.value)) == (damage == "lost")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_that_transformers_cannot_load_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(model: Any, chat: Any, folder: Path) -> None:
+        save_network(model, chat, folder)
+        (folder / "model.safetensors").unlink()
+
+    monkeypatch.setattr(writer, "save_network", save)
+    with pytest.raises(LuthierError):
+        export(find("tiny-llama:adapter"), tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()

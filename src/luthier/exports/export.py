@@ -150,7 +150,8 @@ def memory_needed(
 
     Copies per weight:
 
-    - safetensors: the network and a copy in at most float32; none for a model without a parent
+    - safetensors: the network and a copy in at most float32, or the network alone for a model
+      without a parent; the comparison loads one network
     - GGUF: the network, the network in float32 for the comparison, the file opened by llama.cpp
     - GGUF adapter: two networks and the file of the base
     - ONNX: the network in float32, the traced graph, the written bytes, and ONNX Runtime's copy
@@ -164,7 +165,7 @@ def memory_needed(
     elif format == "onnx":
         bytes_each = 20
     else:
-        bytes_each = 0 if stored.parent is None and quantization is None else 8
+        bytes_each = 4 if stored.parent is None and quantization is None else 8
     return _FIXED_BYTES + count * bytes_each
 
 

@@ -43,7 +43,7 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
     fix = "Export the model merged, or tune with other `adaptation.targets`"
     head = stored.objective.head()
     base: Any = load(stored.parent, torch.float32, cpu, head)
-    plain = _outputs(base)
+    plain = first_output(base)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing weights are named below
@@ -62,9 +62,9 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
         )
     if not isinstance(stored.adaptation, LoRA):
         return  # QLoRA was trained on a quantized base, which PEFT does not know
-    outputs = _outputs(adapted)
+    outputs = first_output(adapted)
     del adapted, base
-    expected = _outputs(load(stored, torch.float32, cpu, head))
+    expected = first_output(load(stored, torch.float32, cpu, head))
     change = float((outputs - expected).norm())
     size, effect = float(expected.norm()), float((expected - plain).norm())
     if change > LARGEST_ERROR * size or change > max(SMALLEST_EFFECT * effect, 1e-5 * size):
@@ -90,7 +90,7 @@ def _lost_modules(adapted: Any, saved: dict[str, Tensor]) -> list[str]:
     return sorted(lost)
 
 
-def _outputs(model: Any) -> Tensor:
+def first_output(model: Any) -> Tensor:
     """Return the first output of ``model`` for fixed random inputs, in float32."""
     import torch
 
@@ -112,6 +112,8 @@ def _outputs(model: Any) -> Tensor:
             inputs["decoder_input_ids"] = ids_2T
         if "pixel_values" not in inputs or decoder_of(network) is None:
             inputs["input_ids"] = ids_2T
+    device = next(network.parameters()).device
+    inputs = {name: each.to(device) for name, each in inputs.items()}
     with torch.no_grad():
         output: Tensor = model.eval()(**inputs)[0]
     return output.float()

@@ -23,6 +23,7 @@ from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
 from luthier.exports.ollama import MODELFILE, modelfile
 from luthier.exports.peft_parity import check_peft
+from luthier.exports.transformers_parity import check_loads, expected_output
 from luthier.files import (
     check_creatable,
     folder_size,
@@ -53,6 +54,7 @@ from luthier.models.gguf import (
     write_lora,
 )
 from luthier.models.gguf_networks import network_of
+from luthier.models.heads import task_of
 from luthier.models.load import stored_dtype
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
 from luthier.models.pipelines import network_folders
@@ -64,6 +66,7 @@ from luthier.models.save import (
     whole_model,
 )
 from luthier.models.sentence_head import attach_sentence_head, save_sentence_head
+from luthier.models.tensors import cast_stored
 from luthier.models.text_part import fit_to_whole
 
 Phase = Literal["merge", "trace", "write", "compare"]
@@ -122,20 +125,28 @@ def export(
         )
     target = new_target(target)
     with new_export_folder(target, stored) as fresh:
-        if stored.parent is None and precision is None:
-            with _report_written(folder_size(stored.folder), on_progress):
-                _copy(stored.folder, fresh)
-        elif merged:
+        if merged or stored.parent is None:
             check_mergeable(stored, "a merged export contains merged weights only")
             dtype = merged_dtype(stored, precision)
             # float16 would round away the small updates of an adapter.
             wide = torch.float32 if dtype == torch.float16 else dtype
             device = machines.choose_machine().device
-            model = load_merged(stored, wide, device, on_progress)
-            whole_model(model).to(dtype)
-            size = sum(weight.nbytes for weight in model.parameters())
-            with _report_written(size, on_progress):
-                save_network(model, stored.chat, fresh)
+            model: Any = load_merged(stored, wide, device, on_progress)
+            whole = whole_model(model)
+            cast_stored(whole, dtype)
+            expected, task = expected_output(whole), task_of(model)
+            if stored.parent is None and precision is None:
+                with _report_written(folder_size(stored.folder), on_progress):
+                    _copy(stored.folder, fresh)
+            else:
+                size = sum(weight.nbytes for weight in model.parameters())
+                with _report_written(size, on_progress):
+                    save_network(model, stored.chat, fresh)
+            del model, whole  # one network in memory at a time
+            if expected is not None:
+                on_progress("compare", 0, 1)
+                check_loads(fresh, stored.id, task, expected, dtype, device)
+                on_progress("compare", 1, 1)
         elif stored.network.is_pipeline:
             _write_diffusers_lora(stored, fresh)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +34,8 @@ MOST_CONFIG = 10_000_000
 """Size limit of other non-weight files, in bytes. JSON files are parsed in memory."""
 MOST_LAYERS = 1000
 """Layer limit of a configuration. Layers are created before weights are read."""
+DEQUANTIZED = frozenset({"fp8", "mxfp4"})
+"""Methods of quantized weights that transformers dequantizes while loading, without packages."""
 _SLACK = 10_000_000
 """Number of weights that a network may have in addition to the stored weights, such as an unused
 pooler."""
@@ -318,6 +320,43 @@ def check_tokenizer(folder: Path) -> None:
             name, "model.tokenizer", "The setting gguf_file is not allowed.",
             "Save the tokenizer with save_pretrained, as tokenizer.json.",
         )  # fmt: skip
+
+
+def check_quantization(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse quantized weights that transformers cannot dequantize while loading.
+
+    Args:
+        settings: ``quantization_config`` of ``config.json``.
+
+    Raises:
+        ModelRefused: naming the format or the weight.
+    """
+    method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "")
+    if method not in DEQUANTIZED:
+        raise ModelRefused(
+            str(folder / CONFIG), "model.quantized",
+            f"The weights are quantized with {method or 'an unknown method'}, and luthier trains "
+            f"only on numbers: {', '.join(sorted(DEQUANTIZED))} can be dequantized.",
+            "Choose the unquantized model, or save the model dequantized, in bfloat16. For training "
+            "with 4-bit weights use `--adaptation qlora`.",
+        )  # fmt: skip
+    block = settings.get("weight_block_size")
+    if method != "fp8" or not block:
+        return
+    for path in weight_files(folder):
+        for name, (kind, shape) in tensor_headers(path).items():
+            # transformers derives the size of a block from the number of scales.
+            if kind.startswith("F8") and len(shape) == 2 and any(
+                size > step and size % step for size, step in zip(shape, block, strict=True)
+            ):  # fmt: skip
+                size, step = (" x ".join(map(str, each)) for each in (shape, block))
+                raise ModelRefused(
+                    str(path), "model.quantized",
+                    f"{name} has the shape {size} and scales for blocks of {step}, and "
+                    "transformers dequantizes whole blocks only.",
+                    "Convert the model to bfloat16, for DeepSeek with the authors' "
+                    "fp8_cast_bf16.py, and remove quantization_config from config.json.",
+                )  # fmt: skip
 
 
 def check_weights(folder: Path) -> int:

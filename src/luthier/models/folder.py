@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from luthier.models.base_kinds import kind_of_family
 from luthier.models.config_errors import reject_configuration
 from luthier.models.external import (
     check_layers,
+    check_quantization,
     check_sizes,
     check_weights,
     read_network_fields,
@@ -34,6 +36,7 @@ from luthier.models.modalities import (
     context_length,
     input_shape,
     media_config,
+    text_fields,
     text_part_config,
     uses_text_part,
 )
@@ -105,6 +108,12 @@ class ModelFolder:
         return uses_text_part(self._file_fields)
 
     @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """Settings of quantized weights, ``None`` for plain weights."""
+        parts = (self._file_fields, text_fields(self._file_fields))
+        return next(filter(None, (part.get("quantization_config") for part in parts)), None)
+
+    @property
     def is_pipeline(self) -> bool:
         """True for a diffusers pipeline."""
         return self._file_fields.get("model_type") == MODEL_TYPE
@@ -173,11 +182,17 @@ class ModelFolder:
         if self.is_pipeline:
             return AutoConfig.for_model(**fields)
         check_layers(fields)
+        if self.quantization:
+            check_quantization(self.path, self.quantization)
         with reject_configuration(UnknownModel, self._failure):
             # Explicit: without a value, transformers asks on the terminal whether to run the
             # folder's code.
             config = AutoConfig.from_pretrained(str(self.path), trust_remote_code=False)
-            return text_part_config(config) if self.uses_text_part else config
+            config = text_part_config(config) if self.uses_text_part else config
+        if self.quantization:
+            # Quantized weights cannot be trained or merged.
+            config.quantization_config = {**self.quantization, "dequantize": True}
+        return config
 
     @property
     def _failure(self) -> str:
@@ -225,7 +240,7 @@ class ModelFolder:
             if empty := [name for name, weight in network.named_parameters() if not weight.numel()]:
                 raise ValueError(f"{empty[0]} is empty")
         numbers = sum(weight.numel() for weight in network.parameters())
-        if not self.fields.get("quantization_config"):  # quantized files pack several numbers
+        if not self.quantization:  # quantized files pack several numbers
             check_sizes(numbers, sum(map(check_weights, network_folders(self.path))))
         above = [n for n, child in network.named_children() if child is not network.base_model]
         return NetworkDescription(task, numbers, is_flat(network), tuple(above))

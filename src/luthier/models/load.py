@@ -47,7 +47,7 @@ from luthier.models.modalities import (
 )
 from luthier.models.network import Network
 from luthier.models.probe import check_finite, probed_network, refusal, relative_error
-from luthier.models.tensors import tensor_headers
+from luthier.models.tensors import cast_stored, tensor_headers
 from luthier.models.text_part import NAMES as TEXT_PART_NAMES
 from luthier.models.vision_language import text_network, trial_row
 from luthier.types import Example, IntArray
@@ -64,7 +64,12 @@ def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the widest data type of the weights in ``folder``."""
-    kinds = {kind for path in weight_files(folder) for kind, _ in tensor_headers(path).values()}
+    kinds = {
+        kind
+        for path in weight_files(folder)
+        for name, (kind, _) in tensor_headers(path).items()
+        if not name.endswith("_scale_inv")  # FP8 weights have float32 scales
+    }
     # Norms may be float32 next to weights with lower precision; no weight may lose precision.
     for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
         if name in kinds:
@@ -134,9 +139,12 @@ def load_model(
                 key_mapping=TEXT_PART_NAMES if opened.uses_text_part else None,
             )
         model, loaded = found
-        if opened.uses_text_part:
-            # transformers would save the text model with the names of the whole model.
+        if opened.uses_text_part or opened.quantization:
+            # transformers would save the names of the whole model, or of the quantized weights.
             model._weight_conversions = None
+        if opened.quantization:
+            # transformers leaves the other weights of FP8 files in their own type.
+            cast_stored(model, dtype)
     except SafetensorError as error:
         raise CorruptFile(f"Cannot read the weights in {folder}: {error}") from error
     finally:

@@ -260,7 +260,6 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         CorruptFile: for outputs that are not finite.
     """
     probe, record = Probe(model, device), _record(model, device)
-    wide = nullcontext if dtype == torch.float32 else in_float32
     if (known := _passed(record)) is not None:
         network = Network(model, device, dtype, known["is_bidirectional"])
         fuse(model)
@@ -271,7 +270,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         return network
     decodes = probe.task == "causal_lm"
     # References come first: Network() and fuse() replace parts of the model.
-    with _grouped_experts_off(model, device), wide():
+    with widened(model):
         expected = probe.plain()
         is_bidirectional = probe.is_bidirectional()
         wanted = probe.uncached(expected) if decodes else []
@@ -281,7 +280,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     fuse(model)
     with torch.no_grad(), reject_crash(model, "run in luthier's layout"):
         check_finite(probe.ours(network)[0])
-        with _grouped_experts_off(model, device), wide():
+        with widened(model):
             ours, rows = probe.ours(network, dense=device.type != "cpu")
     want = torch.cat([expected[row] for row in rows])
     places = [f"row {row}, token {at}" for row in rows for at in range(len(expected[row]))]
@@ -289,7 +288,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     if network.tokens_before:  # transformers' forward pass would not include the prefix
         return network
     if decodes:
-        with reject_crash(model, "generate text"), _grouped_experts_off(model, device), wide():
+        with reject_crash(model, "generate text"), widened(model):
             found = probe.cached(network)
         _compare_steps(model, "generation with a cache", found, wanted)
         if (
@@ -303,17 +302,21 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
 
 
 @contextmanager
-def _grouped_experts_off(model: Any, device: torch.device) -> Iterator[None]:
-    """Run experts one at a time on accelerators, whose grouped kernel requires bfloat16."""
+def widened(model: Any) -> Iterator[None]:
+    """Compute everything in float32, on any device.
+
+    Experts run one at a time on accelerators, whose grouped kernel requires bfloat16.
+    """
     before = getattr(model.config, "_experts_implementation", None)
-    if device.type == "cpu" or before != "grouped_mm":
-        yield
-        return
-    model.set_experts_implementation("eager")
+    grouped = model.device.type != "cpu" and before == "grouped_mm"
+    if grouped:
+        model.set_experts_implementation("eager")
     try:
-        yield
+        with nullcontext() if model.dtype == torch.float32 else in_float32():
+            yield
     finally:
-        model.set_experts_implementation(before)
+        if grouped:
+            model.set_experts_implementation(before)
 
 
 def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> None:

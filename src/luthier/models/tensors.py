@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from luthier.errors import CorruptFile, is_out_of_memory
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
 READ_WHOLE = 64 << 20
 """Maximum size of files that are read instead of memory-mapped, such as adapters, in bytes."""
@@ -41,6 +42,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             except KeyError:  # a type that safetensors supports in mapped files only, such as F4
                 pass
         return dict(load_file(path))
+
+
+def cast_stored(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating-point tensors that ``model`` stores.
+
+    Other buffers, such as rotary frequencies, keep their precision.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
