@@ -183,3 +183,26 @@ def test_a_choice_says_that_a_row_may_have_several_labels(
         asked = OBJECTIVES["classification"].model_validate({"multi_label": True})
         names = [name for name, *_ in prepare(spec, asked, chat, 256, 0).choices]
         assert "objective.multi_label" not in names
+
+
+def test_rows_with_tokens_beyond_the_embeddings_are_refused(
+    tmp_path: Path, new_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = new_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<hub>"])
+    chat, objective = ChatFormat.of(tokenizer), OBJECTIVES["sft"]()
+    data = tmp_path / "rows.jsonl"
+
+    def prepared(*prompts: str) -> int:
+        rows = [{"prompt": prompt, "completion": "In Ghent."} for prompt in prompts]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        spec = DataSpec(train=data, validation_share=0)
+        return len(prepare(spec, objective, chat, 256, 0, vocabulary=size).train)
+
+    # Published tokenizers have added tokens that no row uses, such as Gemma 3's image token.
+    assert prepared("Where is it?", "Where is this?") == 2
+    with pytest.raises(DataError) as refused:
+        prepared("Where is it?", "Where is <hub>?")
+    problem = refused.value.problems[0]
+    assert (problem.rule, problem.line) == ("row.token", 2)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.adaptations import LoRA
 from luthier.models import packing
@@ -18,6 +19,10 @@ from luthier.models.packing import PackedGroup, PackedLinears
 from luthier.models.torch_backend import FlatBackend
 
 CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 300, CHUNK + 70)
 
 
@@ -124,3 +129,17 @@ def test_a_group_and_its_layers_do_not_hold_copies_at_once(
         plus = group.product(x, update)
         assert torch.allclose(plus, torch.cat(expected, -1) + update, atol=1e-5)
         assert torch.equal(layers[0](x), expected[0]) and group._packed is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_network_that_scales_queries_at_far_positions_keeps_its_modules(
+    dtype: torch.dtype,
+) -> None:
+    sizes = {**SIZES, "max_position_embeddings": 262_144}
+    config = AutoConfig.for_model("ministral3", **sizes)
+    # The default scales queries beyond 16,384 tokens.
+    assert config.rope_parameters["llama_4_scaling_beta"] == 0.1
+    network = as_network(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), CPU, dtype)
+    assert LlamaForward.fits(network.model)
+    with torch.no_grad():
+        assert FlatBackend(network, network.context)._llama is None

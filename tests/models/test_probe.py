@@ -15,7 +15,9 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.data.tree import build_tree
 from luthier.errors import LuthierError, RecipeError
 from luthier.models import probe
+from luthier.models.attention import AttentionWindow
 from luthier.models.load import as_network
+from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.models.probe import DenseAttention, Probe, in_float32, try_shared, try_training
 from luthier.types import Example
@@ -225,3 +227,42 @@ def test_raw_text_of_a_causal_network_with_a_mask_token_is_learned_in_order(
     assert objective_for(row, load_chat_format(tmp_path)).method == "causal_lm"
     encoder = load_chat_format(family_folder("bert"))
     assert objective_for(row, encoder).method == "masked_lm"
+
+
+def test_row_beyond_the_chunks_finds_random_attention() -> None:
+    sizes = {name: value for name, value in SIZES.items() if "key_value" not in name}
+    config = AutoConfig.for_model(
+        "reformer", **sizes, is_decoder=True, attn_layers=["lsh", "local"], num_buckets=4,
+        attention_head_size=8, feed_forward_size=48, axial_pos_shape=[16, 16],
+        axial_pos_embds_dim=[16, 16], lsh_attn_chunk_length=16, local_attn_chunk_length=16,
+    )  # fmt: skip
+    with pytest.raises(RecipeError) as refused:
+        as_network(AutoModelForCausalLM.from_config(config).eval(), CPU, torch.float32)
+    assert refused.value.rule == "network.unsupported"
+    assert "random" in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3_text"])
+def test_rows_beyond_the_window_are_compared(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    monkeypatch.setattr(AttentionWindow, "sees", lambda self, query, key: query - key >= 0)
+    with pytest.raises(RecipeError) as refused:
+        as_network(made(family, torch.float32, **window), CPU, torch.float32)
+    assert "row 3" in str(refused.value)
+
+
+def test_layers_that_need_the_mask_are_refused_with_the_reason() -> None:
+    config = AutoConfig.for_model(
+        "deepseek_v32", **{**SIZES, **LATENT}, index_n_heads=2, index_head_dim=16, index_topk=8
+    )
+    with pytest.raises(RecipeError) as refused:
+        as_network(AutoModelForCausalLM.from_config(config).eval(), CPU, torch.float32)
+    assert "attention mask" in str(refused.value)
+    assert "TypeError" not in str(refused.value)
+
+
+def test_block_sparse_attention_bounds_the_context() -> None:
+    fields = AutoConfig.for_model("big_bird").to_dict()
+    assert fields["max_position_embeddings"] == 4096
+    assert context_length(fields) == 704
+    assert context_length({**fields, "attention_type": "original_full"}) == 4096

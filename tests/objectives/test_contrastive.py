@@ -334,8 +334,19 @@ def test_hard_negatives_are_mined_at_the_start(family_folder: Callable[[str], Pa
 def test_dimensions_beyond_the_vectors_are_refused(family_folder: Callable[[str], Path]) -> None:
     network, _ = ready(family_folder("bert"), Contrastive())
     with pytest.raises(RecipeError) as caught:
-        Contrastive(dimensions=(16, network.width)).attach(network.model)
+        Contrastive(dimensions=(16, network.width + 1)).attach(network.model)
     assert caught.value.setting == "objective.dimensions"
+
+
+def test_full_size_among_dimensions_counts_once(family_folder: Callable[[str], Path]) -> None:
+    losses = []
+    for with_full in (False, True):
+        network, examples = ready(family_folder("bert"), Contrastive())
+        sizes = (network.width, 16) if with_full else (16,)
+        objective = Contrastive(dimensions=sizes)
+        objective.attach(network.model)
+        losses.append(objective.parity_loss(network, examples, 1024))
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

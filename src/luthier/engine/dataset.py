@@ -168,6 +168,7 @@ def prepare(
     refit: bool = False,
     on_row: Callable[[int, int], None] = lambda done, count: None,
     data: OpenedData | None = None,
+    vocabulary: int | None = None,
 ) -> Dataset:
     """Read, check, split and encode the rows of a recipe.
 
@@ -181,6 +182,7 @@ def prepare(
         refit: whether to train on the validation rows too. Test rows stay held out.
         on_row: function that receives the number of checked rows and the total.
         data: the opened row sources, if opened already.
+        vocabulary: number of embeddings of the base model, if known.
 
     Raises:
         DataError: with every problem of the rows.
@@ -234,7 +236,7 @@ def prepare(
         for name, value in objective
         if value is True and getattr(unfitted, name) is None
     ]
-    encoder = RowEncoder(objective, chat)
+    encoder = RowEncoder(objective, chat, vocabulary=vocabulary)
     by_default = "truncate" if objective.truncates_long_rows else "error"
     long_rows = spec.long_rows or by_default
     encode = partial(encoder.encode_all, context=context, long_rows=long_rows)

@@ -38,6 +38,8 @@ from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, hidden_size_of, scratch_rate
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
+from luthier.models.modalities import text_fields
+from luthier.models.nets import NETS
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import OtherModel, RunModels, with_longest_completions
@@ -262,7 +264,12 @@ def prepare_job(
             reporter.progress(done, count, f"{what} checked")
 
     seed = recipe.training.seed
-    data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row, opened)
+    fields = base.network.fields
+    # Words of fastText and ELMo have ids of their own behind the characters.
+    size = None if fields.get("model_type") in NETS else text_fields(fields).get("vocab_size")
+    data = prepare(
+        recipe.data, objective, chat, room, seed, on_progress, refit, on_row, opened, size
+    )
     reporter.note(f"data: {data.recognized}")
     if recipe.forgetting is not None and data.objective.task != "causal_lm":
         raise RecipeError(

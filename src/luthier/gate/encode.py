@@ -13,9 +13,10 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.disk_sequence import spool
+from luthier.data.image_tokens import FIRST_IMAGE_ID
 from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
+from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW, UNKNOWN_TOKEN
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, Row
@@ -28,10 +29,18 @@ class RowEncoder:
         objective: must be fitted to the rows before encoding.
         chat: tokenizer and template of the base model.
         beside: True for rows of a ``data.mix`` file.
+        vocabulary: number of embeddings of the network, if known.
     """
 
-    def __init__(self, objective: Objective, chat: ChatFormat, beside: bool = False) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        chat: ChatFormat,
+        beside: bool = False,
+        vocabulary: int | None = None,
+    ) -> None:
         self.objective, self.chat, self.beside = objective, chat, beside
+        self.vocabulary = vocabulary
         self.format = objective.format(chat)
         more = objective.mixed_shapes if beside else frozenset()
         self.shapes = objective.shapes | objective.further_shapes | more
@@ -91,6 +100,7 @@ class RowEncoder:
         for index, row in enumerate(rows):
             try:
                 example = self.encode(row, index)
+                self._check_tokens(example)
                 too_long = self.objective.length_problem(example, context)
                 if too_long is not None and long_rows == "error":
                     raise too_long
@@ -104,6 +114,25 @@ class RowEncoder:
                 self.problems.append(bad.at(row.file, row.line))
             else:
                 yield example
+
+    def _check_tokens(self, example: Example) -> None:
+        """Reject a row with a token beyond the embeddings of the network."""
+        if self.vocabulary is None or self.chat.media is not None:
+            return
+        for side in example.sides:
+            for ids in (side.ids_T, side.source_T):
+                if ids is None or int(ids.max(initial=0)) < self.vocabulary:
+                    continue
+                # Ids of image tokens are hashes.
+                odd = ids[(ids >= self.vocabulary) & (ids < FIRST_IMAGE_ID)]
+                if len(odd):
+                    raise RowRefused(
+                        UNKNOWN_TOKEN.id,
+                        f"the token {self.chat.decode([int(odd[0])])!r} has the id {odd[0]:,}, but "
+                        f"the network has {self.vocabulary:,} embeddings.",
+                        "Remove the token from the tokenizer, so that its text becomes known "
+                        "tokens, or resize and train the embeddings of the base model.",
+                    )
 
     def _cut(self, example: Example, context: int) -> Example:
         """Truncate an example. A row without remaining learned tokens is rejected."""

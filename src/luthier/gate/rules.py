@@ -223,6 +223,11 @@ TEMPLATE = Rule(
     "error",
     "The model's template rejects the row.",
 )
+UNKNOWN_TOKEN = Rule(
+    "row.token",
+    "error",
+    "The row has a token of the tokenizer for which the network has no embedding.",
+)
 SHAPE = Rule("row.objective", "error", "The objective does not support the shape of the row.")
 TOO_FEW = Rule(
     "rows.too_few",
@@ -253,6 +258,7 @@ ENCODING_RULES: Mapping[str, Rule] = {
         TOO_LONG,
         NOTHING_LEARNED,
         TEMPLATE,
+        UNKNOWN_TOKEN,
         SHAPE,
         Rule("row.empty", "error", "The text has no tokens.", drop=True),
         TOO_FEW,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,9 @@ from luthier.models.external import CONFIG
 MOST_MEMORY = 256 << 20
 """Memory limit for creating a network on the meta device, in bytes. Networks with 13,000 modules
 need 40 MB."""
+
+MOST_MODULES = 20_000
+"""Limit of modules in a network. Mixtures of experts store all experts of a layer in one module."""
 
 DOES_NOT_RUN = "The network of type {} does not run with this config.json"
 
@@ -43,6 +47,36 @@ def bounded_memory() -> Iterator[None]:
         ) from error  # fmt: skip
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextmanager
+def bounded_modules() -> Iterator[None]:
+    """Limit the number of modules that this thread creates.
+
+    Python 3.13 needs minutes to reach the memory limit.
+
+    Raises:
+        ModelRefused: for more than :data:`MOST_MODULES` modules.
+    """
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count, own = 0, threading.get_ident()
+
+    def count_module(*_: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == own
+        if count > MOST_MODULES:
+            raise ModelRefused(
+                CONFIG, "model.modules",
+                f"The configured network has more than {MOST_MODULES:,} modules.",
+                "Use the config.json that belongs to the weights.",
+            )  # fmt: skip
+
+    hook = register_module_module_registration_hook(count_module)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.models import nets
 from luthier.models.catalog import CatalogEntry
-from luthier.models.config_errors import DOES_NOT_RUN, reject_configuration
+from luthier.models.config_errors import DOES_NOT_RUN, bounded_modules, reject_configuration
 from luthier.models.convolutions import fix_convolutions
 from luthier.models.external import check_complete, weight_files
 from luthier.models.folder import ModelFolder, for_head, import_transformers
@@ -90,7 +90,7 @@ def sketch(config: Any, head: Head) -> nn.Module:
     """
     with reject_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
         kind = auto_class(config, head.task)
-        with _CONSTRUCTING, torch.device("meta"):
+        with _CONSTRUCTING, bounded_modules(), torch.device("meta"):
             model: nn.Module = kind.from_config(config, trust_remote_code=False)
         model = text_network(model) if reads_images_in_text(config) else model
         set_task(model, head.task)

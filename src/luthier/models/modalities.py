@@ -212,7 +212,8 @@ def context_length(config: Mapping[str, Any]) -> int:
             skipped = (
                 config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
             )
-            return min(int(config[key]) - skipped, _llama4_border(config))
+            borders = _llama4_border(config), _block_border(config)
+            return min(int(config[key]) - skipped, *borders)
     if "vocab_size" not in config and ("image_size" in config or "num_channels" in config):
         return 1  # ResNet accepts any image size, so config.json has none
     raise RecipeError(
@@ -228,6 +229,17 @@ def _llama4_border(config: Mapping[str, Any]) -> int:
     transformers counts the positions of scaled queries in the flat sequence instead of the row.
     """
     return int(config["floor_scale"]) - 1 if config.get("attn_temperature_tuning") else 1 << 30
+
+
+def _block_border(config: Mapping[str, Any]) -> int:
+    """Return the length in tokens up to which BigBird attends to all tokens.
+
+    transformers switches the modules from sparse to full attention at the first shorter row and
+    never back, so results of longer rows depend on earlier rows.
+    """
+    if config.get("attention_type") != "block_sparse":
+        return 1 << 30
+    return int((5 + 2 * config["num_random_blocks"]) * config["block_size"])
 
 
 def head_size(config: Any) -> int:

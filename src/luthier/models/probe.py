@@ -29,13 +29,13 @@ from luthier import __version__
 from luthier.data.tree import TokenTree, build_tree
 from luthier.errors import CorruptFile, LuthierError, RecipeError, is_out_of_memory
 from luthier.files import luthier_home, read_json, write_json
-from luthier.models.attention import Scoring, additive_mask, dense_attention
+from luthier.models.attention import AttentionWindow, Scoring, additive_mask, dense_attention
 from luthier.models.fused import fuse
 from luthier.models.head_forward import logits_of
 from luthier.models.heads import decoder_of, decoder_opening, task_of
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
-from luthier.models.modalities import media_config
+from luthier.models.modalities import context_length, media_config
 from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
 
@@ -50,6 +50,10 @@ SHARED = 6
 PROMPTS = (5, 7)
 """Prompt lengths of the decoder for the first two rows. The remaining tokens are steps."""
 STEPS = 2
+LONG_COST = 3e11
+"""Maximum product of weights and tokens of the long row: about 3 seconds for a pass on a CPU."""
+_LIMIT = re.compile(r"window|chunk|block_size|local_radius|local_attention|original_max_position")
+"""Names of settings with a number of tokens beyond which layers compute otherwise."""
 _SCALED = re.compile(r"soft_?cap|logits?_cap|logits?_scal|lm_head_mult|output_mult")
 """Names of settings that change logits after the output head."""
 
@@ -126,7 +130,12 @@ class DenseAttention:
 class Probe:
     """Random token rows and reference outputs."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, has_long_row: bool = False) -> None:
+        """Draw the rows.
+
+        Args:
+            has_long_row: Add a row beyond the windows and chunks of the network.
+        """
         self.model, self.device = model, device
         vocabulary = int(model.config.vocab_size)
         generator = torch.Generator().manual_seed(0)
@@ -140,16 +149,23 @@ class Probe:
         if self.beside:
             rows[:, -1] = model.config.eos_token_id  # T5's classifier uses the end token
         self.rows = [rows[row, :length] for row, length in enumerate(lengths)]
+        if has_long_row and (longest := _long_row(model)):
+            row = torch.randint(vocabulary // 2, vocabulary, (longest,), generator=generator)
+            row[-1] = rows[0, -1]
+            self.rows.append(row)
 
     @torch.no_grad()
-    def plain(self) -> list[Tensor]:
-        """Return the output of the network's own forward for each row: ``[T, V]``, or ``[1, C]``."""
+    def plain(self, some: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Return the output of the network's own forward for each row: ``[T, V]``, or ``[1, C]``.
+
+        Args:
+            some: Rows to run one by one instead of all rows.
+        """
         self.model.eval()
         parts: Sequence[Sequence[Tensor]] = [self.rows[:2], *([row] for row in self.rows[2:])]
-        if (
-            self.task == "sequence_classification"
-        ):  # batches require a padding token, so rows run alone
-            parts = [[row] for row in self.rows]
+        # Batches require a padding token, so the rows of classifiers run alone.
+        if some or self.task == "sequence_classification":
+            parts = [[row] for row in some or self.rows]
         outputs: list[Tensor] = []
         for rows in parts:
             ids_RT = torch.stack([*rows]).to(self.device)
@@ -159,6 +175,11 @@ class Probe:
             check_finite(out)
             outputs += [each.float().view(-1, out.shape[-1]) for each in out]
         return outputs
+
+    def is_random(self, expected: Sequence[Tensor]) -> bool:
+        """Return whether a second forward pass differs from ``expected`` for the longest row."""
+        again = self.plain([self.rows[-1]])[0]
+        return not relative_error(again, expected[-1]) < TOLERANCE
 
     @torch.no_grad()
     def is_bidirectional(self) -> bool:
@@ -187,14 +208,21 @@ class Probe:
             )
             for index, ids_T in enumerate(self.rows)
         ]
-        tree = build_tree(rows, share=network.shares)
-        # The reference forward pass does not include a key-value prefix.
-        batch = network.batch(tree, prefix=False)
-        if dense and isinstance(network.layout, Flat):
-            batch = replace(
-                batch, plan=DenseAttention(batch.tree, network.is_bidirectional, self.device)
-            )
-        return self._head(network, batch), tree.row_R.tolist()
+        outputs: list[Tensor] = []
+        order: list[int] = []
+        for part in network.split_by_factors(rows):
+            if not part:
+                continue
+            tree = build_tree(part, share=network.shares)
+            # The reference forward pass does not include a key-value prefix.
+            batch = network.batch(tree, prefix=False)
+            if dense and isinstance(network.layout, Flat):
+                batch = replace(
+                    batch, plan=DenseAttention(batch.tree, network.is_bidirectional, self.device)
+                )
+            outputs.append(self._head(network, batch))
+            order += tree.row_R.tolist()
+        return torch.cat(outputs), order
 
     def _head(self, network: Network, batch: TreeBatch) -> Tensor:
         nodes = torch.from_numpy(batch.tree.node_M).to(self.device)
@@ -252,6 +280,28 @@ class Probe:
         return [out_TV[step] for step in range(STEPS + 1) for out_TV in outputs]
 
 
+def _long_row(model: Any) -> int:
+    """Return the number of tokens of a row beyond the limits in the configuration; 0 without a
+    limit, or if the row would cost more than :data:`LONG_COST`."""
+    fields = model.config.to_dict()
+    limits = [
+        each
+        for name, value in _settings(fields)
+        if _LIMIT.search(name) and not name.endswith("layers")
+        for each in (value if isinstance(value, list) else [value])
+        if isinstance(each, int) and each > 1
+    ]
+    try:
+        context = context_length(fields)
+    except RecipeError:
+        context = 1 << 30
+    weights = sum(weight.numel() for weight in model.parameters())
+    most = min(context, LONG_COST / max(1, weights))
+    # Three times a limit, because layers with chunks also see the neighbouring chunks.
+    lengths = (times * each + SHARED for each in limits for times in (1, 3))
+    return max((each for each in lengths if each <= most), default=0)
+
+
 def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Network:
     """Attach the layout to a text network, after a comparison for new configurations.
 
@@ -259,19 +309,21 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         RecipeError: if results differ from transformers.
         CorruptFile: for outputs that are not finite.
     """
-    probe, record = Probe(model, device), _record(model, device)
+    probe, record = Probe(model, device, has_long_row=True), _record(model, device)
     if (known := _passed(record)) is not None:
         network = Network(model, device, dtype, known["is_bidirectional"])
         fuse(model)
         model.eval()
         with torch.no_grad():
             # A passed comparison covers the configuration, but these weights can still be damaged.
-            check_finite(probe.ours(network)[0])
+            check_finite(Probe(model, device).ours(network)[0])
         return network
     decodes = probe.task == "causal_lm"
     # References come first: Network() and fuse() replace parts of the model.
     with widened(model):
         expected = probe.plain()
+        if probe.is_random(expected):
+            raise refusal(model, "outputs for equal rows are random")
         is_bidirectional = probe.is_bidirectional()
         wanted = probe.uncached(expected) if decodes else []
     if decodes and is_bidirectional:
@@ -431,7 +483,22 @@ def reject_crash(model: Any, doing: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise  # says nothing about the family
         reason = " ".join(str(error).split())[:300]
-        raise refusal(model, f"cannot {doing} ({type(error).__name__}: {reason})") from error
+        reason = f"cannot {doing} ({type(error).__name__}: {reason})"
+        if _reads_mask(error):
+            reason = f"cannot {doing}, because the layers compute with a dense attention mask"
+        raise refusal(model, reason) from error
+
+
+def _reads_mask(error: Exception) -> bool:
+    """Return whether a module of transformers failed on the attention mask of luthier's layout."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None or not isinstance(error, TypeError | AttributeError):
+        return False
+    inside = str(frame.tb_frame.f_globals.get("__name__")).startswith("transformers.models.")
+    mask = frame.tb_frame.f_locals.get("attention_mask", torch)
+    return inside and (mask is None or isinstance(mask, AttentionWindow))
 
 
 def _settings(fields: Any) -> Iterator[tuple[str, Any]]:

@@ -459,7 +459,11 @@ class FlatBackend:
         return self.network.capped(head.product(self.network.before_vocabulary(hidden_NH)))
 
     def _trial_states(self, ids_TN: IntArray) -> Tensor:
-        """Return states ``[N, H]`` behind the last tokens of short sequences."""
+        """Return states ``[N, H]`` behind the last tokens of short sequences.
+
+        The positions are spread over the whole context: Ministral 3 scales queries at far positions.
+        """
+        last = min(self.network.context, 1 << 20) - 1
         banks = Banks()
         spans = [banks.copy(Bank(room_for(1)).add(), 1) for _ in ids_TN[0]]
         for place, ids in enumerate(ids_TN):
@@ -467,7 +471,8 @@ class FlatBackend:
             attention = StepAttention(
                 [(span, 0) for span in spans], self.network.device, self.network.dtype
             )
-            positions_N = torch.full_like(ids_N, self._first + place)
+            position = place if place < len(ids_TN) - 2 else last >> (len(ids_TN) - 1 - place)
+            positions_N = torch.full_like(ids_N, self._first + position)
             next_N = (ids_N + place) % int(self.network.model.config.vocab_size)
             hidden_NH = self._run(self.network.model, next_N, positions_N, attention)
             for span in spans:

@@ -255,10 +255,9 @@ class Contrastive(Objective):
 
         head = sentence_head(model) if self.pooling == "auto" else None
         width = hidden_size_of(model) if head is None else head.width
-        if self.dimensions and max(self.dimensions) >= width:
+        if self.dimensions and max(self.dimensions) > width:
             raise RecipeError(
-                f"the embeddings have {width} values, and every size must be smaller. The loss of "
-                "the full size is always trained.",
+                f"the embeddings have {width} values, and no size can be larger.",
                 setting="objective.dimensions",
                 value=max(self.dimensions),
             )
@@ -421,7 +420,8 @@ class Contrastive(Objective):
             positive_QK = alike_VV & allowed_QK
         else:
             positive_QK, allowed_QK = _text_masks(by_number, count)
-        for width in (keys_VH.shape[1], *self.dimensions):
+        # The full size is always trained, and published recipes also list it.
+        for width in dict.fromkeys((keys_VH.shape[1], *self.dimensions)):
             name = "accuracy" if width == keys_VH.shape[1] else f"accuracy_{width}"
             side_VH = keys_VH if name == "accuracy" else normalize(keys_VH[:, :width], dim=-1)
             if has_classes:

@@ -79,7 +79,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "lists": ({"model_type": "gpt_neo", "attention_types": [[["global", "local"], MANY]]},
               "model.network"),
     "groups": ({**SMALL, "model_type": "albert", "num_hidden_groups": MANY},
-               "model.network"),
+               "model.modules"),
     "width": ({**SMALL, "model_type": "llama", "vocab_size": MANY, "hidden_size": 65_536},
               "model.weights"),
     "depth": ({**SMALL, "model_type": "llama", "text_config": 900}, "model.network"),
