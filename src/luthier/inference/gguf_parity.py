@@ -224,7 +224,7 @@ def _compare(
         # The logits at a token predict the next token, hence the shift by one.
         logits_TV = network(input_ids=whole_T[None]).logits[0, len(ids_T) - 1 : -1].float()
         logp_TV = torch.log_softmax(logits_TV, -1)
-        reported = dict(zip(_places(continuation, chat), continuation.token_logps, strict=True))
+        reported = dict(zip(_places(continuation, chat), continuation.token_logps, strict=False))
         for place, other in enumerate(continuation.tokens):
             logp_V, logps = logp_TV[place], reported[place].logps if place in reported else {}
             own = int(logp_V.argmax())
@@ -279,13 +279,14 @@ def _places(written: Continuation, chat: ChatFormat) -> list[int]:
     positions = [-1]
     for number, each in enumerate(written.token_logps):
         end = sum(other.size for other in written.token_logps[: number + 1])
-        positions.append(
-            next(
-                place
-                for place in range(positions[-1] + 1, len(sizes))
-                if written.tokens[place] == each.id and sum(sizes[: place + 1]) >= end
-            )
+        found = (
+            place
+            for place in range(positions[-1] + 1, len(sizes))
+            if written.tokens[place] == each.id and sum(sizes[: place + 1]) >= end
         )
+        if (place := next(found, None)) is None:
+            break  # bytes that are no text, as untrained networks generate
+        positions.append(place)
     return positions[1:]
 
 
