@@ -16,7 +16,7 @@ def test_paths_and_queries_are_refused(text: str) -> None:
     check_text(RequestHead("GET", "/%C3%A9", "after=%F0%9F%98%80", [], False))
 
 
-@pytest.mark.parametrize("number", ["9" * 6000, "-" + "1" * 400, "1e999"])
+@pytest.mark.parametrize("number", ["9" * 6000, "-" + "1" * 4301, "1e999"])
 def test_number_out_of_range_is_rejected_with_its_first_digits(number: str) -> None:
     with pytest.raises(Fault) as refused:
         parse_json(f'{{"seed": [{number}]}}'.encode())

@@ -41,8 +41,9 @@ HEAD_BYTES = 64 << 10
 """Maximum size of the headers of a request, in bytes."""
 JSON_DEPTH = 200
 """Maximum nesting depth of a JSON body."""
-INTEGER_DIGITS = 309
-"""Maximum length of an integer in a JSON body: that of the largest float."""
+INTEGER_DIGITS = 4300
+"""Maximum length of an integer in a JSON body: Python converts no longer text. Handlers reject shorter
+integers with the name of the field."""
 JSON_VALUES = 500_000
 """Maximum number of values in a JSON body; a value needs up to 200 bytes of memory."""
 PREDICTIONS = "POST /api/v1/models/NAME/predictions"
