@@ -234,7 +234,7 @@ def _batch_size(facts: DataFacts) -> tuple[int, str]:
             "all weights are random, and batches of 4 rows learned nothing",
         )
     size = max(1, 1 << max(0, (rows // 20).bit_length() - 1))
-    return size, f"{rows} rows: about 20 steps per epoch"
+    return size, f"{rows} rows: {-(-rows // size)} steps per epoch"
 
 
 def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:

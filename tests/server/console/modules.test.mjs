@@ -5,11 +5,21 @@ import { test } from "node:test";
 
 const folder = process.env.CONSOLE_MODULES;
 const { StreamedAnswer, cosine, likeliest, spansOf, turnsOf } = await import(`${folder}/answers.js`);
+const { chosenFor, withColumn } = await import(`${folder}/columns.js`);
 const { roundsBetween, writes } = await import(`${folder}/models.js`);
 const { datesBetween } = await import(`${folder}/usage.js`);
 const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
 const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
 const { widen } = await import(`${folder}/charts.js`);
+
+test("a column is read as a key, ignored, or read automatically", () => {
+  let columns = withColumn({}, "utterance", "text");
+  columns = withColumn(withColumn(columns, "intent", "label"), "day", "ignore:");
+  assert.deepEqual(columns, { text: "utterance", label: "intent", day: "" });
+  assert.deepEqual(["utterance", "intent", "day", "x"].map((name) => chosenFor(columns, name)), ["text", "label", "ignore:", ""]);
+  assert.deepEqual(withColumn(columns, "topic", "label"), { text: "utterance", day: "", label: "topic" });
+  assert.deepEqual(withColumn(columns, "day", ""), { text: "utterance", label: "intent" });
+});
 
 const joined = (spans) => spans.map((each) => each.text).join("");
 

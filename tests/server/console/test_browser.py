@@ -152,6 +152,34 @@ def test_from_a_file_to_a_model(server: Served, page: Browser, rows: Path) -> No
     check_quiet(page)
 
 
+def test_columns_of_a_table_are_chosen_in_menus(
+    server: Served, page: Browser, tmp_path: Path
+) -> None:
+    table = tmp_path / "x.csv"
+    lines = [f"number {n} {HOSTILE},i{n % 2},mon\n" for n in range(40)]
+    table.write_text("utterance,intent,day\n" + "".join(lines))
+    sign_in(page)
+    page.click('#navigation a[href="#/new"]')
+    page.until("document.querySelector('#base option') !== null")
+    page.write("#training-file", str(table))
+    page.until_text("utterance", ".columns .problem")
+    for name, value in (("utterance", "text"), ("intent", "label"), ("day", "ignore:")):
+        page.choose(f'select[aria-label="Read {name} as"]', value)
+        page.until("document.querySelector(`select[aria-label='Read ${arguments[0]} as']`).value"
+                   " === arguments[1]", 60, name, value)  # fmt: skip
+    page.until("document.querySelector('.columns .problem') === null")
+    page.click(".submit button:first-child")
+    page.until("document.querySelector('.inspection') !== null")
+    assert page.script("return document.querySelector('.inspection .box.refused')") is None
+    assert "csv" in page.text(".inspection .facts")
+    page.get(f"{server.url}/console/nothing")
+    page.until_text("Page not found", "h1")
+    page.script("location.hash = '#/jobs/nothing'")
+    page.until_text("There is no job", "[role=alert]")
+    assert "Try again" not in page.text("main")
+    check_quiet(page)
+
+
 def test_a_refusal_stands_at_the_field_that_it_is_about(
     server: Served, page: Browser, rows: Path
 ) -> None:

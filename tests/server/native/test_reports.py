@@ -88,7 +88,7 @@ def test_preview_of_columns(luthier_home: Path, tmp_path: Path) -> None:
     shown = ask(tmp_path, "/api/v1/previews", body).json()
     assert [each["name"] for each in shown["columns"]] == ["utterance", "intent", "day"]
     assert {"text", "label", "prompt", "completion"} <= {*shown["keys"]}
-    assert "settings.data.columns" in shown["problem"] and "form" not in shown
+    assert "utterance" in shown["problem"] and "form" not in shown
     body["columns"] = {"text": "utterance", "label": "intent", "day": ""}
     shown = ask(tmp_path, "/api/v1/previews", body).json()
     assert "problem" not in shown and "label" in shown["form"]

@@ -97,6 +97,10 @@ class Console:
             place = f"{ROOT}#/evals/{report['eval']}/runs/{report['run']}"
             return _text(302, "The report is shown in the console.", Location=place)
         file = self._files.get(head.path)
+        if file is None and _wants_page(head):
+            # The console shows the page of this name, or that there is none.
+            page = f"{ROOT}#/{head.path.removeprefix(ROOT)}"
+            return _text(302, "The pages of the console are in the fragment.", Location=page)
         if file is None:
             return _text(404, "There is no such file. The console is at /console/.")
         headers = {**HEADERS, "Content-Type": file.media, "ETag": file.etag}

@@ -41,6 +41,8 @@ class ModelView(View):
     status: str
     base: str | None = None
     """ARN of the base model of a custom model; missing for imported full models."""
+    suffix: str | None = None
+    """Suffix in the request of an OpenAI client."""
     job: str | None = None
     """Id of the job that trained the model; missing for imported models."""
     source: str | None = None
@@ -180,6 +182,8 @@ def _custom(arns: Arns, model: CustomModel) -> ModelView:
         kind="custom",
         status=model.status,
         base=model.base_model or None,
+        # ft:<base>:<organization>:<suffix>:<id>
+        suffix=(model.openai_id or "::::").split(":")[3] or None,
         job=model.job_id,
         source=source,
         failure=model.failure,

@@ -129,7 +129,7 @@ def preview_data(call: NativeCall, body: Preview) -> PreviewView:
     for record in peeked.records:
         first |= {name: value for name, value in record.items() if name not in first}
     keys = [key for kind in SHAPES.values() for needed in kind.complete for key in sorted(needed)]
-    problems = [map_code(each.text, setting_name) for each in peeked.problems]
+    problems = [map_code(each.message, setting_name) for each in peeked.problems]
     return PreviewView(
         columns=[
             ColumnView(name=name, example=one_line(str(value))[:EXAMPLE])

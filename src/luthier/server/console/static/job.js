@@ -4,7 +4,7 @@ import { call, events, may } from "./api.js";
 import { LineChart } from "./charts.js";
 import { learnNames, withNames } from "./files.js";
 import { dateOf, duration, number, percent, shortName, time, words } from "./format.js";
-import { Progress, StateChip, customizationOf, hasEnded, modelNames, timeTaken } from "./jobs.js";
+import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, timeTaken } from "./jobs.js";
 import {
   ErrorBox, Facts, Heading, Pending, Table, announce, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
   useRef, useSignal,
@@ -195,10 +195,9 @@ class Course {
 }
 
 function JobFacts({ job, nameOf }) {
-  const model = job.state === "Completed" ? html`<a href=${link("models", job.model_name)}>${job.model_name}</a>` : job.model_name;
   return html`<${Facts} pairs=${[
     ["Base model", html`<a href=${link("models", job.base)}>${nameOf(job.base)}</a>`],
-    ["Model", model],
+    ["Model", html`<${ModelName} job=${job} />`],
     ["Method", customizationOf(job)],
     ["Data", (job.details.sources ?? []).map((each) => html`<div>${withNames(each)}</div>`)],
     ["Created", time(job.created)],

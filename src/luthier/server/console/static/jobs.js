@@ -2,6 +2,7 @@
 
 import { call, may } from "./api.js";
 import { age, dateOf, duration, number, shortName, time } from "./format.js";
+import { nameOf } from "./models.js";
 import { Chip, ErrorBox, Heading, Table, announce, html, link, options, useData, usePolling, useSignal } from "./ui.js";
 
 const PAGE = 25;
@@ -76,11 +77,17 @@ function rowOf(job, nameOf) {
     [html`<a href=${link("jobs", job.name)}>${job.name}</a>`, job.suffix && html`<span class="soft"> ${job.suffix}</span>`],
     html`<${StateChip} state=${job.state} />`,
     nameOf(job.base),
-    job.state === "Completed" ? html`<a href=${link("models", job.model_name)}>${job.model_name}</a>` : job.model_name,
+    html`<${ModelName} job=${job} />`,
     customizationOf(job),
     job.details?.progress ? html`<${Progress} job=${job} />` : html`<span class="soft">–</span>`,
     html`<time datetime=${job.created} title=${time(job.created)}>${age(job.created)}</time>`,
   ];
+}
+
+/** The name of a job's model, with a link to a model that exists. */
+export function ModelName({ job }) {
+  const name = nameOf({ name: job.model_name, suffix: job.suffix });
+  return job.state === "Completed" ? html`<a href=${link("models", job.model_name)}>${name}</a>` : name;
 }
 
 /** Return the name of a job's method. */
@@ -92,7 +99,7 @@ export function customizationOf(job) {
 export async function modelNames(signal) {
   const names = new Map();
   try {
-    for (const each of (await call("GET", "/api/v1/models", { signal })).models) names.set(each.arn, each.name);
+    for (const each of (await call("GET", "/api/v1/models", { signal })).models) names.set(each.arn, nameOf(each));
   } catch (error) {
     // Keys that may not list models see the last part of the ARN.
     if (error.name === "AbortError" || error.status === 401) throw error;

@@ -4,7 +4,7 @@ import { ApiError, call, may } from "./api.js";
 import { Certificate, CertificateDownload } from "./certificate.js";
 import { Exports } from "./exports.js";
 import { age, bytes, time } from "./format.js";
-import { BaseLink, MADE_FOR, StatusChip, loadedModels } from "./models.js";
+import { BaseLink, MADE_FOR, StatusChip, loadedModels, nameOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
   Chip, ErrorBox, Facts, Heading, Pending, Section, announce, bound, go, html, link, useAction, useData, usePolling, useSignal,
@@ -38,7 +38,7 @@ export function Model({ params }) {
     html`<${Chip}>${isCustom ? "custom model" : "base model"}<//>`,
   ];
   return html`
-    <${Heading} title=${model.name} chips=${chips}>
+    <${Heading} title=${nameOf(model)} chips=${chips}>
       ${model.abilities?.does.length > 0 && may("invoke") &&
       html`<a class="button primary" href=${link("playground", model.id)}>Playground</a>`}
       ${(active || !isCustom) && may("develop") &&

@@ -24,7 +24,7 @@ export const MADE_FOR = {
   autoencoding: "compression and anomaly detection",
   adversarial: "image generation",
   denoising: "image generation",
-  image_to_text: "text about images",
+  image_to_text: "reading text in images",
 };
 
 /** The page. */
@@ -77,16 +77,19 @@ export function StatusChip({ status }) {
 export function BaseLink({ arn, models }) {
   if (!arn) return "–";
   const id = shortName(arn);
-  return html`<a href=${link("models", id)}><bdi>${models.find((each) => each.arn === arn)?.name ?? id}</bdi></a>`;
+  return html`<a href=${link("models", id)}><bdi>${nameOf(models.find((each) => each.arn === arn) ?? { name: id })}</bdi></a>`;
 }
 
 function textOf(model) {
-  return [model.name, model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind].join(" ").toLowerCase();
+  return [nameOf(model), model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind].join(" ").toLowerCase();
 }
 
 const isCustom = (model) => model.kind === "custom";
 
-const nameLink = (model) => html`<a href=${link("models", model.id)}><bdi>${model.name}</bdi></a>`;
+/** Return the name of a model with the suffix of a job of the OpenAI API. */
+export const nameOf = ({ name, suffix }) => (suffix ? `${name} ${suffix}` : name);
+
+const nameLink = (model) => html`<a href=${link("models", model.id)}><bdi>${nameOf(model)}</bdi></a>`;
 
 function tryLink(model) {
   return may("invoke") && html`<a href=${link("playground", model.id)} aria-label=${`Try ${model.name}`}>Try</a>`;

@@ -3,8 +3,10 @@
 import { InputError, call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { withNames } from "./files.js";
+import { Columns } from "./columns.js";
 import { Estimate, Inspection } from "./inspection.js";
 import { CUSTOMIZATIONS } from "./jobs.js";
+import { nameOf } from "./models.js";
 import {
   ErrorBox, Field, Heading, Pending, announce, go, html, link, options, useData, useEffect, useLeaving, useRef,
   useSignal,
@@ -54,6 +56,7 @@ function JobForm({ models, start }) {
   const kind = useSignal("FINE_TUNING");
   const base = useSignal(models.find((each) => start && [each.id, each.name, each.arn].includes(start))?.name ?? "");
   const names = useSignal({});
+  const columns = useSignal({});
   const working = useSignal(null);
   const outcome = useSignal("");
   const [inspection, estimate, problem] = [useSignal(null), useSignal(null), useSignal(null)];
@@ -79,6 +82,7 @@ function JobForm({ models, start }) {
     training: training.value.address,
     ...(valueOf("base") && { base: valueOf("base") }),
     ...(validation.value.address && { validation: validation.value.address }),
+    columns: columns.value,
   });
   const inspect = (signal) => call("POST", "/api/v1/inspections", { body: inspected(), signal });
   /** Choose the base model by the rows if the user chose none. */
@@ -95,6 +99,7 @@ function JobForm({ models, start }) {
   /** Return the fields that jobs and estimates share. */
   const common = async (signal) => {
     const settings = readSettings(form.current.elements, validation.value.address !== null);
+    if (Object.keys(columns.value).length) settings.data = { columns: columns.value, ...settings.data };
     await chooseBase(signal);
     return {
       base: valueOf("base"),
@@ -177,6 +182,7 @@ function JobForm({ models, start }) {
           <${DataField} id="validation" label="Validation rows (optional)" field=${validation} onchange=${forget}
             help="Rows to evaluate the model. The model is not trained on these rows." />
         </div>
+        <${Columns} key=${training.value.address} address=${training.value.address} columns=${columns} onchange=${forget} />
       </fieldset>
       <fieldset>
         <legend>Model</legend>
@@ -227,7 +233,10 @@ function JobForm({ models, start }) {
         <button type="button" disabled=${!ready} onclick=${startInspection}>Inspect the data</button>
         <button type="button" disabled=${!ready || isDistillation} onclick=${startEstimate}
           title=${isDistillation ? "Distillation has no estimate: the time depends on the teacher." : null}>Estimate</button>
-        <button type="submit" class="primary" disabled=${!ready}>Start</button>
+        <button type="submit" class=${inspection.value?.verdict === "refused" ? null : "primary"} disabled=${!ready}
+          title=${inspection.value?.verdict === "refused" ? "A job on data with errors fails, unless settings change the checks." : null}>
+          Start
+        </button>
       </div>
       <div class="outcome">
         ${working.value ? html`<${Working} ...${working.value} />` : outcome.value && html`<p class="soft">${outcome.value}</p>`}
@@ -269,7 +278,7 @@ function ModelOptions({ models, chosen }) {
     return html`
       <optgroup label=${label}>
         ${found.map((each) => html`
-          <option value=${kind === "custom" ? each.arn : each.id} selected=${each.name === chosen}>${each.name}</option>
+          <option value=${kind === "custom" ? each.arn : each.id} selected=${each.name === chosen}>${nameOf(each)}</option>
         `)}
       </optgroup>
     `;

@@ -129,7 +129,7 @@ export function ErrorBox({ error, again, children }) {
       <p>${messageOf(error)}</p>
       ${error.parameter && html`<p class="soft">Parameter: <code>${error.parameter}</code></p>`}
       ${children && html`<p class="soft">${children}</p>`}
-      ${again && html`<button type="button" onclick=${again}>Try again</button>`}
+      ${again && error.status !== 404 && html`<button type="button" onclick=${again}>Try again</button>`}
     </div>
   `;
 }

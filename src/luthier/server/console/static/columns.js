@@ -1,0 +1,53 @@
+// The columns of the training rows: what each column is read as.
+
+import { call } from "./api.js";
+import { withNames } from "./files.js";
+import { ErrorBox, Table, html, options, useData, useEffect } from "./ui.js";
+
+const IGNORE = "ignore:";
+
+/** A menu for each column; `columns` is a signal with columns by key, where an empty column ignores its key. */
+export function Columns({ address, columns, onchange }) {
+  useEffect(() => {
+    columns.value = {};
+  }, []);
+  const shown = useData(
+    (signal) => address && call("POST", "/api/v1/previews", { body: { training: address, columns: columns.value }, signal }),
+    [JSON.stringify(columns.value)],
+  );
+  if (!address) return null;
+  if (!shown.data) return html`<${ErrorBox} error=${shown.error} again=${shown.read} />`;
+  const { columns: found, keys, form, problem } = shown.data;
+  const choose = (name) => (event) => {
+    columns.value = withColumn(columns.value, name, event.target.value);
+    onchange();
+  };
+  const menu = ({ name }) => html`
+    <select aria-label=${`Read ${name} as`} value=${chosenFor(columns.value, name)} onchange=${choose(name)}>
+      ${options([["", "Automatic"], [IGNORE, "Ignore"], ...keys.map((key) => [key, key])])}
+    </select>
+  `;
+  return html`
+    <details class="further columns" open=${Boolean(problem) || Object.keys(columns.value).length > 0}>
+      <summary>Columns${form && !problem ? `: read as ${form}` : ""}</summary>
+      ${problem && html`<p class="problem" role="status">${withNames(problem)}</p>`}
+      <${ErrorBox} error=${shown.error} />
+      <${Table} caption="Columns of the training rows" columns=${[{ name: "Column", kind: "code" }, "First value", "Read as"]}
+        rows=${found.map((each) => [html`<bdi>${each.name}</bdi>`, html`<bdi>${each.example}</bdi>`, menu(each)])}
+        empty="The file has no columns." />
+    </details>
+  `;
+}
+
+/** Return the choice for a column: a key, `ignore:`, or empty for automatic. */
+export function chosenFor(columns, name) {
+  if (columns[name] === "") return IGNORE;
+  return Object.keys(columns).find((key) => columns[key] === name) ?? "";
+}
+
+/** Return columns by key after a choice for the column `name`; a key has one column. */
+export function withColumn(columns, name, choice) {
+  const kept = Object.entries(columns).filter(([key, column]) => column !== name && !(key === name && column === "") && key !== choice);
+  const added = choice === IGNORE ? [[name, ""]] : choice ? [[choice, name]] : [];
+  return Object.fromEntries([...kept, ...added]);
+}
