@@ -172,12 +172,16 @@ def test_columns_of_a_table_are_chosen_in_menus(
     page.until("document.querySelector('.inspection') !== null")
     assert page.script("return document.querySelector('.inspection .box.refused')") is None
     assert "csv" in page.text(".inspection .facts")
+    check_quiet(page)
+
+
+def test_pages_and_jobs_that_do_not_exist(server: Served, page: Browser) -> None:
+    sign_in(page)
     page.get(f"{server.url}/console/nothing")
     page.until_text("Page not found", "h1")
     page.script("location.hash = '#/jobs/nothing'")
     page.until_text("There is no job", "[role=alert]")
     assert "Try again" not in page.text("main")
-    check_quiet(page)
 
 
 def test_a_refusal_stands_at_the_field_that_it_is_about(
@@ -327,7 +331,7 @@ def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows
     page.until("document.querySelector('#base option') !== null")
     page.write("#training-file", str(rows))
     page.until_text("Uploading rows", ".drop")
-    page.fill("#training-address", "s3://data/rows.jsonl")
+    page.fill("#training-address", put(server, rows))
     page.script("document.querySelector('#training-address').blur()")
     page.until("window.aborted")
     assert "The rows at this address are used." in page.text(".drop")
