@@ -20,6 +20,7 @@ from luthier.models.load import as_network
 from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.models.probe import DenseAttention, Probe, in_float32, try_shared, try_training
+from luthier.models.tensors import cast_stored
 from luthier.types import Example
 from model_families import EXPERTS, LATENT
 
@@ -91,7 +92,8 @@ def made(family: str, dtype: torch.dtype, **changes: Any) -> Any:
     from luthier.models.heads import set_task
 
     set_task(model, "causal_lm")
-    return model.to(dtype)
+    cast_stored(model, dtype)  # as loaded: rotary frequencies stay in float32
+    return model
 
 
 def rows_of(*lengths: int) -> list[np.ndarray[Any, Any]]:
