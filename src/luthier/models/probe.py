@@ -51,7 +51,8 @@ PROMPTS = (5, 7)
 """Prompt lengths of the decoder for the first two rows. The remaining tokens are steps."""
 STEPS = 2
 LONG_COST = 3e11
-"""Maximum product of weights and tokens of the long row: about 3 seconds for a pass on a CPU."""
+"""Maximum product of weights and tokens of the long row: 3 seconds for a pass at 200
+GFLOP/s."""
 _LIMIT = re.compile(r"window|chunk|block_size|local_radius|local_attention|original_max_position")
 """Names of settings with a number of tokens beyond which layers compute otherwise."""
 _SCALED = re.compile(r"soft_?cap|logits?_cap|logits?_scal|lm_head_mult|output_mult")
