@@ -109,11 +109,18 @@ def test_the_loss_is_that_of_transformers(
 
 @pytest.mark.parametrize(
     ("row", "no_answer", "answer"),
-    [(ASKED, True, "Paris"), (NOTHING, True, ""), (ASKED, False, "Paris"), (NOTHING, False, "The")],
+    [
+        (ASKED, True, "Paris"),
+        (NOTHING, True, ""),
+        (ASKED, False, "Paris"),
+        (NOTHING, False, "The"),
+        # Readers that were published or stored without the setting.
+        (NOTHING, None, ""),
+    ],
 )
 def test_the_best_span_of_all_windows_is_the_answer(
     row: AnsweredQuestion,
-    no_answer: bool,
+    no_answer: bool | None,
     answer: str,
     network: Network,
     monkeypatch: pytest.MonkeyPatch,
@@ -240,7 +247,7 @@ def test_answer_longer_than_each_window_is_refused(network: Network) -> None:
 
 
 def test_windows_without_the_answer_are_not_scored(network: Network) -> None:
-    def counted(no_answer: bool) -> list[float]:
+    def counted(no_answer: bool | None) -> list[float]:
         objective = QuestionAnswering(window=32, stride=6, no_answer=no_answer)
         windows = objective.views([objective.encode(ASKED, 0, network.chat)])
         (batch,) = network.batches(windows, 10_000)
@@ -255,6 +262,7 @@ def test_windows_without_the_answer_are_not_scored(network: Network) -> None:
     holding = counted(False)[0]
     assert 0 < holding < counted(True)[0]
     assert counted(False)[1] == holding
+    assert counted(None) == counted(True)
 
 
 def test_answers_do_not_begin_with_a_blank() -> None:

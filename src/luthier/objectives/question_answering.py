@@ -192,7 +192,7 @@ class QuestionAnswering(Objective):
             for span, target in zip(found, batch.tree.targets, strict=True)
         ]
         # If each question has an answer, windows without the answer predict nothing.
-        counted_R = [bool(self.no_answer or target[1]) for _, target in pairs]
+        counted_R = [bool(self.no_answer is not False or target[1]) for _, target in pairs]
         overlap_R, mean_R = zip(*(_overlap(*pair) for pair in pairs), strict=True)
         right_R = [span == target for span, target in pairs]
         ratios = {
@@ -236,7 +236,7 @@ class QuestionAnswering(Objective):
                     nothing[view.row] = AnswerSpan(null, 0, 0), total
         answers = []
         for place, row in enumerate(rows):
-            able = [best[place], nothing[place]] if self.no_answer else [best[place]]
+            able = [best[place], nothing[place]] if self.no_answer is not False else [best[place]]
             span, total = max(able, key=lambda each: each[0].score)
             answers.append(_answer(row, span, float(np.exp(span.score - total)), chat_of(network)))
         return answers
@@ -255,7 +255,7 @@ class QuestionAnswering(Objective):
         spans = []
         for scores_T2, target in zip(scores_RT2.detach().cpu().numpy(), targets, strict=True):
             able = [self._best_span(scores_T2, target)]
-            if self.no_answer:
+            if self.no_answer is not False:
                 able.append(AnswerSpan(float(scores_T2[0].sum()), 0, 0))
             spans.append(max(able, key=lambda span: span.score))
         return spans
