@@ -29,7 +29,7 @@ from luthier import __version__
 from luthier.data.tree import TokenTree, build_tree
 from luthier.errors import CorruptFile, LuthierError, RecipeError, is_out_of_memory
 from luthier.files import luthier_home, read_json, write_json
-from luthier.models.attention import AttentionWindow, Scoring, additive_mask, dense_attention
+from luthier.models.attention import Scoring, additive_mask, dense_attention
 from luthier.models.fused import fuse
 from luthier.models.head_forward import logits_of
 from luthier.models.heads import decoder_of, decoder_opening, task_of
@@ -484,22 +484,7 @@ def reject_crash(model: Any, doing: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise  # says nothing about the family
         reason = " ".join(str(error).split())[:300]
-        reason = f"cannot {doing} ({type(error).__name__}: {reason})"
-        if _reads_mask(error):
-            reason = f"cannot {doing}, because the layers compute with a dense attention mask"
-        raise refusal(model, reason) from error
-
-
-def _reads_mask(error: Exception) -> bool:
-    """Return whether a module of transformers failed on the attention mask of luthier's layout."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None or not isinstance(error, TypeError | AttributeError):
-        return False
-    inside = str(frame.tb_frame.f_globals.get("__name__")).startswith("transformers.models.")
-    mask = frame.tb_frame.f_locals.get("attention_mask", torch)
-    return inside and (mask is None or isinstance(mask, AttentionWindow))
+        raise refusal(model, f"cannot {doing} ({type(error).__name__}: {reason})") from error
 
 
 def _settings(fields: Any) -> Iterator[tuple[str, Any]]:
