@@ -36,6 +36,7 @@ from luthier.files import read_toml
 from luthier.formatting import did_you_mean, nearest_name
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.trackers import TRACKERS
+from luthier.types import LongRows
 from luthier.validation import StrictModel, describe_constraint
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class DataSpec(StrictModel):
     """Share of the remaining training rows to use, stratified by label; all by default."""
     group_column: str | None = Field(default=None, min_length=1)
     """Column whose equal values (such as a speaker) stay on one side of the split."""
-    long_rows: Literal["error", "drop", "truncate"] | None = None
+    long_rows: LongRows | None = None
     """How to handle rows longer than the context; ``truncate`` for classifiers, else ``error``."""
     label_issues: Literal["keep", "leave_out", "relabel"] = "keep"
     """Training rows with a label issue: learn, leave out, or learn with the likely label."""

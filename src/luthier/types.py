@@ -43,6 +43,8 @@ class Tool:
     """JSON schema of the arguments."""
 
 
+LongRows = Literal["error", "drop", "truncate"]
+"""How to handle rows longer than the context."""
 Part = Literal["input", "target", "other"]
 """Role of a text: model ``input``, learned or preferred ``target``, or ``other`` (a grader's
 reference, a rejected answer)."""

@@ -121,6 +121,19 @@ def test_a_mask_that_is_off_by_one_token_shows(tmp_path: Path, tiny_model_folder
     assert loss_mask(nothing, chat) is None
 
 
+@pytest.mark.parametrize(
+    ("method", "default"),
+    [("classification", "truncate"), ("regression", "truncate"), ("reranker", "truncate"),
+     ("sft", "error"), ("contrastive", "error")],
+)  # fmt: skip
+def test_default_for_long_rows(method: str, default: str) -> None:
+    objective = OBJECTIVES[method].model_validate({})
+    assert objective.long_rows() == default
+    assert {objective.long_rows(each) for each in ("drop", "truncate", "error")} == {
+        "drop", "truncate", "error",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["sft", "causal_lm", "dpo", "kto"])
 def test_rows_on_disk_are_split_mixed_packed_and_encoded_as_those_in_memory(
     method: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch

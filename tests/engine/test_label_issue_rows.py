@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from short_runs import Notes, manifest_of, write_rows
 
@@ -13,13 +15,18 @@ from luthier.data.chat import ChatFormat
 from luthier.engine import comparison
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.dataset import prepare
+from luthier.engine.job import prepare_job, prepare_refit
 from luthier.engine.loop import Loop
-from luthier.engine.runs import LABEL_ISSUES, Result
+from luthier.engine.machine import choose_machine
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import LABEL_ISSUES, Result, Run
 from luthier.engine.train import train
 from luthier.evaluation.label_issues import LabelIssues
+from luthier.library import models as store
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec, Recipe
+from luthier.types import Example
 
 WRONG = (17, 60, 181)
 WORDS = {"animal": "fox fox fox fox fox", "thing": "card card card card card"}
@@ -42,12 +49,11 @@ def tuned(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[...,
         name: str,
         chosen: str | None = None,
         resume: bool = False,
-        steps: int = 3,
     ) -> Result:
         recipe = {
             "base": str(family_folder("bert")),
             "name": name,
-            "training": {"max_steps": steps, "precision": "float32", "threads": 1, "refit": False},
+            "training": {"max_steps": 3, "precision": "float32", "threads": 1, "refit": False},
             "data": {
                 "train": str(write_rows(tmp_path / "rows.jsonl", rows_with(WRONG))),
                 "validation_share": 0.25,
@@ -63,6 +69,7 @@ def sha256(result: Result) -> str:
     return str(manifest_of(result)["trained_weights_sha256"])
 
 
+@pytest.mark.slow
 def test_rows_are_left_out(tuned: Callable[..., Result]) -> None:
     kept, left_out = tuned("kept"), tuned("left-out", "leave_out")
     assert (kept.rows, manifest_of(kept)["data"]["rows"]) == (180, 180)
@@ -87,12 +94,86 @@ def test_setting_without_a_check_is_reported(
     assert [each for each in notes.notes if "data.label_issues=leave_out" in each]
 
 
-def test_relabelled_rows_are_learned_with_the_likely_label(tuned: Callable[..., Result]) -> None:
-    # One epoch, so that each row is learned.
-    relabelled, kept = tuned("relabelled", "relabel", steps=12), tuned("kept", steps=12)
-    assert relabelled.rows == 180 and sha256(relabelled) != sha256(kept)
+ISSUES = [3, 4, 5, 8, 10, 12]
 
 
+@pytest.fixture
+def changed(
+    tmp_path: Path, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Result, list[Example]]]:
+    """Train on 20 rows with six known issues; return the result and the learned examples."""
+    data = write_rows(tmp_path / "rows.jsonl", rows_with(())[:20])
+    held = write_rows(tmp_path / "held.jsonl", [{"text": "a lazy fox", "label": "animal"}] * 4)
+    issues = [{"file": str(data), "line": line, "likely_label": "thing"} for line in ISSUES]
+    monkeypatch.setattr(Run, "read_label_issues", lambda self: issues)
+    learned: list[Example] = []
+
+    def run(chosen: str, epochs: float) -> tuple[Result, list[Example]]:
+        settings = {"epochs": epochs, "batch_size": 2, "patience": 0, "baseline_seconds": 0}
+        recipe = {
+            "base": str(family_folder("bert")),
+            "objective": {"method": "classification", "probe": False},
+            "data": {"train": str(data), "validation": str(held), "label_issues": chosen},
+            "training": {**settings, "precision": "float32", "threads": 1},
+        }
+        step = Loop._step
+
+        def recorded(loop: Loop) -> None:
+            learned.extend(loop.examples[index] for index in loop.order.batch(loop.progress.step))
+            step(loop)
+
+        monkeypatch.setattr(Loop, "_step", recorded)
+        return train(Recipe.parse(recipe)), learned
+
+    return run
+
+
+def test_batches_have_the_likely_label(
+    changed: Callable[..., tuple[Result, list[Example]]],
+) -> None:
+    result, learned = changed("relabel", epochs=1)
+    assert (result.rows, result.steps) == (20, 10)
+    # Labels in alphabetical order: animal, thing. Lines with odd numbers had the label "animal".
+    targets = {each.row + 1: int(each.target.item()) for each in learned}
+    assert targets == {n: int(n % 2 == 0 or n in ISSUES) for n in range(1, 21)}
+
+
+def test_epochs_and_counts_are_those_of_the_remaining_rows(
+    changed: Callable[..., tuple[Result, list[Example]]],
+) -> None:
+    result, learned = changed("leave_out", epochs=3)
+    assert (result.rows, result.steps, result.rows_seen) == (14, 21, 42)
+    lines = Counter(each.row + 1 for each in learned)
+    assert lines == {line: 3 for line in range(1, 21) if line not in ISSUES}
+    first = learned[:14]
+    record = manifest_of(result)["data"]
+    assert record["tokens"] == sum(map(len, first))
+    assert record["learned_tokens"] == sum(np.count_nonzero(each.weight_T) for each in first)
+
+
+def test_refit_ends_at_the_share_of_its_own_steps(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", rows_with(())[:40])
+    recipe = Recipe.parse(
+        {
+            "base": str(family_folder("bert")),
+            "objective": "classification",
+            "data": {"train": str(data), "validation_share": 0.25, "label_issues": "leave_out"},
+            "training": {"epochs": 4.0, "batch_size": 2, "precision": "float32", "refit": True},
+        }
+    )
+    base, machine = store.find(recipe.base), choose_machine("float32", 1)
+    job = prepare_job(recipe, base, machine, Reporter())
+    assert (len(job.data.train), job.steps, job.refit_steps) == (30, 60, 80)
+    learned = [(row.file, row.line) for row in job.data.learned]
+    left = job.with_label_issues(dict.fromkeys(learned[:10], "thing"))
+    assert (len(left.data.train), left.steps, left.refit_steps) == (20, 40, 60)
+    refit = prepare_refit(left, kept_step=30, steps_before=40)
+    assert (refit.data.counts["rows"], refit.steps, refit.until) == (30, 60, 45)
+
+
+@pytest.mark.slow
 def test_resumed_run_leaves_out_the_same_rows(
     tuned: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

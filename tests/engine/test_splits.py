@@ -148,6 +148,19 @@ def test_unread_column_is_refused_before_a_base_is_loaded(tmp_path: Path) -> Non
     assert refused.value.rule == "column.unread"
     OpenedData(DataSpec(train=str(path), columns={"intent": ""}), None).check()
     OpenedData(DataSpec(train=str(path), severity={"column.unread": "warning"}), None).check()
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[severity]\n"column.*" = "note"\n')
+    OpenedData(DataSpec(train=str(path), policy=str(policy)), None).check()
+
+
+def test_policy_refuses_a_category_before_a_base_is_loaded(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a {n}", "completion": "b", "topic": f"t{n % 2}"} for n in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    OpenedData(DataSpec(train=str(path)), None).check()
+    with pytest.raises(DataError) as refused:
+        OpenedData(DataSpec(train=str(path), severity={"column.category": "error"}), None).check()
+    assert refused.value.rule == "column.category"
 
 
 def test_unread_values_of_all_rows_are_refused(

@@ -339,8 +339,9 @@ def test_bad_labels_are_refused_with_line_and_rule(
 
     messages: list[str] = []
 
-    def problems(rows: list[dict[str, Any]], held: list[dict[str, Any]] | None = None) -> Any:
-        fields: dict[str, Any] = {}
+    def problems(
+        rows: list[dict[str, Any]], held: list[dict[str, Any]] | None = None, **fields: Any
+    ) -> Any:
         if held is not None:
             fields["data__validation"] = str(write(tmp_path / "held.jsonl", held))
         with pytest.raises(DataError) as caught:
@@ -360,7 +361,7 @@ def test_bad_labels_are_refused_with_line_and_rule(
     other = [{"tokens": ["the", "fox"], "tags": ["B-other", "O"]}]
     assert problems(TAGGED, other) == [("label.unseen", 1)]
     rows = [*LABELLED, {"text": "many " * 200, "label": "side 0"}]
-    assert problems(rows) == [("row.too_long", len(rows))]
+    assert problems(rows, data__long_rows="error") == [("row.too_long", len(rows))]
 
 
 def test_a_classifier_goes_on_from_a_custom_model(

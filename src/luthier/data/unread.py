@@ -30,8 +30,6 @@ from luthier.data.shapes.texts import RawText
 from luthier.errors import Location, Problem
 from luthier.formatting import list_some, nearest_name
 
-UNREAD, CATEGORY, IGNORED = "column.unread", "column.category", "column.ignored"
-"""Ids of the rules: error, warning and note."""
 MOST_VALUES = 100
 """Most distinct values of a column that may be a class."""
 ROWS_PER_VALUE = 4
@@ -76,6 +74,9 @@ _TWO_WORDS = _words(
 )
 
 Severity = Literal["error", "warning", "note"]
+UNREAD, CATEGORY, IGNORED = "column.unread", "column.category", "column.ignored"
+SEVERITY_OF_RULE: Mapping[str, Severity] = {UNREAD: "error", CATEGORY: "warning", IGNORED: "note"}
+"""Default severities of the rules."""
 
 
 @lru_cache(10_000)
@@ -247,7 +248,7 @@ class UnreadColumns:
             what = f"{quote(name)} ({len(values.counts):,} values)" if values.few else quote(name)
             found[severity].append((what, _fix(name, read_as, values.kind)))
         problems = []
-        for rule, severity in ((UNREAD, "error"), (CATEGORY, "warning"), (IGNORED, "note")):
+        for rule, severity in SEVERITY_OF_RULE.items():
             if columns := found[severity]:
                 verb = "is" if len(columns) == 1 else "are"
                 message = f"{list_some((what for what, _ in columns), 10)} {verb} not read."

@@ -21,7 +21,6 @@ from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.splitting import split_rows, strata_of
-from luthier.data.unread import UNREAD
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
@@ -95,7 +94,9 @@ class Dataset:
             train.append(example)
             if (part := int(np.searchsorted(ends, place, "right"))) > 0:
                 mixed[part - 1] = replace(mixed[part - 1], rows=mixed[part - 1].rows + 1)
-        counts = {**self.counts, "rows": len(train), "examples": len(train)}
+        counts = {**self.counts, **_count(self.objective, train), "examples": len(train)}
+        main = len(train) - sum(each.rows for each in mixed)
+        mixed = [replace(m, drawn=max(1, round(m.drawn * main / self.main))) for m in mixed]
         return replace(self, train=train, mixed=tuple(mixed), counts=counts, learned=())
 
     def mix_record(self, spec: DataSpec) -> list[dict[str, Any]]:
@@ -125,8 +126,7 @@ class OpenedData:
         further = partial(opened, accepts_own_keys=True)
         self.validation = further(spec.validation) if spec.validation else None
         self.mix = [further(each.train) for each in spec.mix]
-        policy = load_policy(spec.policy, spec.severity or {})
-        self._unread_severity = policy.severity.get(UNREAD, "error")
+        self._policy = load_policy(spec.policy, spec.severity or {})
 
     @property
     def readers(self) -> list[RowReader]:
@@ -149,9 +149,8 @@ class OpenedData:
             if reader.problems:
                 # Read on, so that the error lists every problem of the source.
                 reader.read_all()
-            unread = [each for each in reader.unread_problems() if each.rule == UNREAD]
-            if unread and self._unread_severity == "error":
-                raise DataError(unread)
+            if refused := self._policy.refused_columns(reader):
+                raise DataError(refused)
         if objective is not None and chat is not None:
             train, further = self.train.first(FIRST_ROWS), [r.first(FIRST_ROWS) for r in self.mix]
             validation = self.validation.first(FIRST_ROWS) if self.validation else ()
@@ -237,8 +236,7 @@ def prepare(
         if value is True and getattr(unfitted, name) is None
     ]
     encoder = RowEncoder(objective, chat, vocabulary=vocabulary)
-    by_default = "truncate" if objective.truncates_long_rows else "error"
-    long_rows = spec.long_rows or by_default
+    long_rows = objective.long_rows(spec.long_rows)
     encode = partial(encoder.encode_all, context=context, long_rows=long_rows)
     sets, validation = [encode(each) for each in (rows, *mixed_rows)], encode(held)
     if encoder.truncated and spec.long_rows is None:
@@ -247,15 +245,7 @@ def prepare(
     if problems := [*encoder.problems, *refused]:
         raise DataError(problems, capped=capped)
     encoded = concatenate(sets)
-    counts = {
-        "rows": len(encoded),
-        "validation_rows": len(validation),
-        "tokens": 0,
-        "learned_tokens": 0,
-    }
-    for view in _sequences(objective, encoded):
-        counts["tokens"] += view.tokens
-        counts["learned_tokens"] += int(np.count_nonzero(view.weight_T))
+    counts = {**_count(objective, encoded), "validation_rows": len(validation)}
     # Embedding baselines compare the two sides of a row.
     able = {"history", "pair"} if objective.task == "embedding" else None
     answers = predicts(objective) and (able is None or {row.shape for row in rows} <= able)
@@ -298,6 +288,15 @@ def prepare(
 def _sequences(objective: Objective, examples: Iterable[Example]) -> Iterator[Example]:
     """Yield every input sequence of the network for ``examples``."""
     return chain.from_iterable(objective.views([example]) for example in examples)
+
+
+def _count(objective: Objective, examples: Sequence[Example]) -> dict[str, int]:
+    """Return the number of rows, tokens and learned tokens of ``examples``."""
+    counts = {"rows": len(examples), "tokens": 0, "learned_tokens": 0}
+    for view in _sequences(objective, examples):
+        counts["tokens"] += view.tokens
+        counts["learned_tokens"] += int(np.count_nonzero(view.weight_T))
+    return counts
 
 
 def _rows_of(rows: Sequence[Row], examples: Sequence[Example]) -> Sequence[Row]:

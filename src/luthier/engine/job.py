@@ -93,7 +93,7 @@ class TrainingJob:
     usual_rate: float = 0.0
     """Default learning rate for the job."""
     label_issues: LikelyLabels | None = None
-    """Label issues of the first training, for a refit; ``None`` before the search."""
+    """Label issues that changed the training rows; ``None`` before the search."""
 
     @property
     def rows(self) -> int:
@@ -124,6 +124,21 @@ class TrainingJob:
                 mixed=(),
             )
         return replace(self, data=data)
+
+    def with_label_issues(self, likely: LikelyLabels) -> TrainingJob:
+        """Return the job with the rows of ``likely`` changed as ``data.label_issues`` says.
+
+        The number of epochs stays the same, so fewer rows give fewer steps.
+        """
+        relabel = self.recipe.data.label_issues == "relabel"
+        data = self.data.with_label_issues(likely, self.chat, relabel)
+        steps = defaults.steps_of(self.recipe, data.main, data.mixed)
+        refit_steps = self.refit_steps
+        if refit_steps:
+            refit_steps = defaults.steps_of(
+                self.recipe, data.main + len(data.validation), data.mixed
+            )
+        return replace(self, data=data, steps=steps, refit_steps=refit_steps, label_issues=likely)
 
     def request(self) -> dict[str, Any]:
         """Return the request to compare on resume."""
@@ -359,6 +374,8 @@ def prepare_refit(
         stored_bytes,
     )
     recipe = job.recipe.model_copy(update={"objective": refit.recipe.objective})
+    if job.label_issues:
+        refit = refit.with_label_issues(job.label_issues)
     return replace(
         refit,
         origin={**job.origin, "recipe": recipe.plain()},

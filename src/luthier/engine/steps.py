@@ -159,36 +159,36 @@ class LabelIssueRows(TrainingStep):
         return job.recipe.data.label_issues != "keep"
 
     def before_training(self, trainer: Trainer) -> None:
-        """Change the training rows as ``data.label_issues`` says. A refit changes the same rows."""
+        """Change the training rows as ``data.label_issues`` says."""
         job, chosen = trainer.job, trainer.job.recipe.data.label_issues
-        likely = job.label_issues
-        if likely is None:
-            # Only the first process has the file.
-            records = trainer.group.first(
-                [
-                    [r["file"], r["line"], r["likely_label"]]
-                    for r in trainer.run_folder.read_label_issues()
-                ]
+        if job.label_issues is not None:
+            return  # the rows of a refit are changed already
+        # Only the first process has the file.
+        records = trainer.group.first(
+            [
+                [r["file"], r["line"], r["likely_label"]]
+                for r in trainer.run_folder.read_label_issues()
+            ]
+        )
+        likely = {(file, line): label for file, line, label in records}
+        if not likely and (trainer.baselines is None or trainer.baselines.label_issues is None):
+            trainer.reporter.note(
+                f"warning: `data.label_issues={chosen}` has no effect, because the labels were "
+                f"not checked. The check needs {LEAST_ROWS} rows of one label each, held-out rows "
+                "and `training.baseline_seconds`"
             )
-            likely = {(file, line): label for file, line, label in records}
-            if not likely and (trainer.baselines is None or trainer.baselines.label_issues is None):
-                trainer.reporter.note(
-                    f"warning: `data.label_issues={chosen}` has no effect, because the labels were "
-                    f"not checked. The check needs {LEAST_ROWS} rows of one label each, held-out rows "
-                    "and `training.baseline_seconds`"
-                )
         if not likely:
             return
-        rows = len(job.data.train)
-        data = job.data.with_label_issues(likely, job.chat, chosen == "relabel")
-        trainer.job = trainer.stored_job = replace(job, data=data, label_issues=likely)
-        if job.label_issues is None:
-            what = "get the likely label" if chosen == "relabel" else "are left out"
-            count = sum((row.file, row.line) in likely for row in job.data.learned)
-            trainer.reporter.note(
-                f"label issues: {count:,} of {rows:,} training rows {what} "
-                f"({trainer.run_folder.folder / LABEL_ISSUES})"
-            )
+        rows, steps = len(job.data.train), job.steps
+        trainer.job = trainer.stored_job = job.with_label_issues(likely)
+        what = "get the likely label" if chosen == "relabel" else "are left out"
+        if trainer.job.steps != steps:
+            what += f", so the run has {trainer.job.steps:,} steps instead of {steps:,}"
+        count = sum((row.file, row.line) in likely for row in job.data.learned)
+        trainer.reporter.note(
+            f"label issues: {count:,} of {rows:,} training rows {what} "
+            f"({trainer.run_folder.folder / LABEL_ISSUES})"
+        )
 
 
 class AdaptationCalibration(TrainingStep):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.significance import Score
-from luthier.types import Example, Row
-
-LongRows = Literal["error", "drop", "truncate"]
-"""How to handle rows longer than the context, as ``data.long_rows`` in training."""
+from luthier.types import Example, LongRows, Row
 
 
 @dataclass(frozen=True)

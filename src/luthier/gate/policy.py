@@ -19,10 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import RecipeError
+from luthier.data.rows import RowReader
+from luthier.errors import Problem, RecipeError
 from luthier.files import read_toml
 from luthier.gate.checks import CHECKS, rules_named
-from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, SeverityChoice
+from luthier.gate.rules import (
+    DOUBTS,
+    ENCODING_RULES,
+    READING_RULES,
+    SEVERITIES,
+    TOO_LONG,
+    SeverityChoice,
+    severity_under,
+)
 from luthier.types import dotted_items
 
 _FIXED = {*READING_RULES, *ENCODING_RULES} - {TOO_LONG.id}
@@ -38,6 +47,14 @@ class GatePolicy:
     """Severity by rule id."""
     skip: frozenset[str] = frozenset()
     """Names of checks to omit."""
+
+    def refused_columns(self, reader: RowReader) -> list[Problem]:
+        """Return the problems of unread columns that refuse the rows, as in the report."""
+        return [
+            each
+            for each in reader.unread_problems()
+            if severity_under(self.severity, DOUBTS[each.rule]) == "error"
+        ]
 
 
 def load_policy(

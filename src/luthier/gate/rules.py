@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
+from luthier.data.unread import CATEGORY, IGNORED, SEVERITY_OF_RULE, UNREAD
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -93,6 +94,11 @@ class Finding:
         return found
 
 
+def severity_under(overrides: Mapping[str, SeverityChoice], rule: Rule) -> SeverityChoice:
+    """Return the severity of ``rule`` under the severities of a policy."""
+    return overrides.get(rule.id, rule.severity)
+
+
 @dataclass
 class Findings:
     """Exact counts per rule, and the first findings of each rule."""
@@ -114,7 +120,7 @@ class Findings:
                 original, the training rows that leak a test row.
         """
         rule = finding.rule.id
-        if self.overrides.get(rule) == "off":
+        if severity_under(self.overrides, finding.rule) == "off":
             return
         self.counts[rule] += times
         if rule in self.blamed:
@@ -138,7 +144,7 @@ class Findings:
 
     def severity(self, rule: Rule) -> Severity:
         """Return the severity of a rule under the policy."""
-        chosen = self.overrides.get(rule.id, rule.severity)
+        chosen = severity_under(self.overrides, rule)
         return rule.severity if chosen == "off" else chosen
 
     def rules(self) -> list[Rule]:
@@ -287,22 +293,22 @@ JOINED_ROWS = Rule(
 
 
 UNREAD_COLUMN = Rule(
-    "column.unread",
-    "error",
+    UNREAD,
+    SEVERITY_OF_RULE[UNREAD],
     "A column that looks like a target, media or a mark is not read.",
     "The model would learn a different task than the rows describe.",
     whole=True,
 )
 UNREAD_CATEGORY = Rule(
-    "column.category",
-    "warning",
+    CATEGORY,
+    SEVERITY_OF_RULE[CATEGORY],
     "A column of few values next to a reply is not read.",
     "If the column belongs to the prompt or is the target, the model does not learn the task.",
     whole=True,
 )
 IGNORED_COLUMN = Rule(
-    "column.ignored",
-    "note",
+    IGNORED,
+    SEVERITY_OF_RULE[IGNORED],
     "A column that describes the row is not read.",
     whole=True,
 )

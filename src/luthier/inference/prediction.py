@@ -246,7 +246,7 @@ class Predictor:
         for index, row in enumerate(rows):
             try:
                 example = self.encode(row, index)
-                if len(example) > self.context and self.objective.truncates_long_rows:
+                if len(example) > self.context and self.objective.long_rows() == "truncate":
                     example = self.objective.truncate(example, self.context)
                     truncated.append(index)
                 if len(example) > self.context:

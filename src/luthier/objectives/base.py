@@ -27,7 +27,7 @@ from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
 from luthier.objectives.means import loss_metrics, mean_loss
-from luthier.types import Example, IntArray, Loss, Row
+from luthier.types import Example, IntArray, LongRows, Loss, Row
 from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
@@ -292,6 +292,10 @@ class Objective(StrictModel):
         # Text for a head keeps the closing token, such as [SEP]; generated text loses the end.
         cut = cut_end if self.task == "causal_lm" else cut_text
         return cut(example, context)
+
+    def long_rows(self, chosen: LongRows | None = None) -> LongRows:
+        """Return how to handle rows longer than the context: ``chosen``, or the default."""
+        return chosen or ("truncate" if self.truncates_long_rows else "error")
 
     def describe(self, example: Example) -> str:
         """Return the target of a row for reports, such as a label, if the tokens do not contain the

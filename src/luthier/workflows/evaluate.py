@@ -49,7 +49,7 @@ from luthier.evaluation.evaluate import (
     load_graded,
     questions,
 )
-from luthier.evaluation.long_rows import FittingRows, LongRows, fit_rows, reject_long_rows
+from luthier.evaluation.long_rows import FittingRows, fit_rows, reject_long_rows
 from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
 from luthier.evaluation.significance import (
     LESS_IS_BETTER,
@@ -68,7 +68,7 @@ from luthier.library.reports import check_attachable, hashes_of_data, write_repo
 from luthier.models.sampling import Sampling
 from luthier.objectives import DPO, KTO, CausalLM
 from luthier.objectives.base import cut_end, predicts
-from luthier.types import Example, Row
+from luthier.types import Example, LongRows, Row
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.evaluate_search import evaluate_search
 from luthier.workflows.score_predictions import score_predictions
@@ -140,11 +140,11 @@ def evaluate(
         started = time.monotonic()
         evaluation = _with_inputs(score_predictions(predictor, rows, done, long_rows))
     elif of_shape(JudgedAnswers, rows):
-        evaluation = preference_scores(stored, rows, done, long_rows or "error")
+        evaluation = preference_scores(stored, rows, done, objective.long_rows(long_rows))
     elif of_shape(RawText, rows):
         evaluation = perplexity(stored, rows)
     elif choices := of_shape(MultipleChoice, rows):
-        evaluation = multiple_choice(stored, choices, done, long_rows or "error")
+        evaluation = multiple_choice(stored, choices, done, objective.long_rows(long_rows))
     else:
         if graders is None:
             parsed = default_graders(rows, note)
@@ -153,7 +153,7 @@ def evaluate(
         parsed = open_graders(parsed, total, note)
         started = time.monotonic()
         evaluation = grade_replies(
-            generator, rows, parsed, max_tokens, done, on_error, long_rows or "error"
+            generator, rows, parsed, max_tokens, done, on_error, objective.long_rows(long_rows)
         )
     evaluation = replace(
         evaluation,

@@ -19,7 +19,7 @@ from luthier.errors import DataError, Problem
 from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.labels import label_remarks, scores
-from luthier.evaluation.long_rows import FittingRows, LongRows, fit_rows
+from luthier.evaluation.long_rows import FittingRows, fit_rows
 from luthier.evaluation.preferences import ranking_scores
 from luthier.evaluation.retrieval import (
     CUT,
@@ -34,7 +34,7 @@ from luthier.evaluation.thresholds import threshold_scores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
 from luthier.inference.prediction import Predictor
 from luthier.objectives import Contrastive
-from luthier.types import Row
+from luthier.types import LongRows, Row
 
 Predictions = list[dict[str, Any]]
 
@@ -51,7 +51,6 @@ def score_predictions(
         DataError: for rows without what the model predicts, and for long rows with ``error``.
     """
     objective = predictor.objective
-    by_default: LongRows = "truncate" if objective.truncates_long_rows else "error"
     check_shapes(rows, objective)
     rows = objective.regroup(rows)
     # An image-to-text model reads one side of a row and predicts the other side.
@@ -60,9 +59,8 @@ def score_predictions(
         [predictor.encode(side, index) for side in (row.sides() if two_sided else [row])]
         for index, row in enumerate(rows)
     ]
-    fitting = fit_rows(
-        rows, examples, predictor.context, long_rows or by_default, objective.truncate
-    )
+    chosen = objective.long_rows(long_rows)
+    fitting = fit_rows(rows, examples, predictor.context, chosen, objective.truncate)
     count = len(fitting.examples[0]) if fitting.rows else 1
     flat = [text for texts in fitting.examples for text in texts]
     predictions = predictor.read(flat, lambda finished: done(finished // count))

@@ -72,8 +72,20 @@ def test_unread_target_is_refused_unless_its_severity_is_off(queue: Any) -> None
     rows = {"a.jsonl": lines(*({"text": f"number {n}", "intent": n % 2} for n in range(40)))}
     error = refusal(queue, rows)
     assert error is not None and error.rule == "column.unread"
-    for setting in ({"columns": {"intent": ""}}, {"severity": {"column.unread": "off"}}):
+    severities = ({"column.unread": "off"}, {"column": {"unread": "warning"}}, {"column.*": "note"})
+    for setting in ({"columns": {"intent": ""}}, *({"severity": each} for each in severities)):
         assert refusal(queue, rows, settings={"data": setting}) is None
+
+
+def test_severity_of_a_category_is_that_of_the_report(queue: Any) -> None:
+    rows = {
+        "a.jsonl": lines(
+            *({**each, "topic": f"t{n % 2}"} for n, each in enumerate(queue.pairs(40)))
+        )
+    }
+    assert refusal(queue, rows) is None
+    error = refusal(queue, rows, settings={"data": {"severity": {"column.category": "error"}}})
+    assert error is not None and error.rule == "column.category"
 
 
 @pytest.mark.parametrize("content", [b"\x00\x01" * 50, b"", b"one two\nthree\n"])

@@ -201,7 +201,7 @@ class Learning(SpotCheck):
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
             if too_long := fitted.length_problem(example, room):
                 truncated = Problem(TRUNCATED.id, too_long.problem.message, TRUNCATED.fix)
-                refuse(index, truncated if fitted.truncates_long_rows else too_long.problem)
+                refuse(index, truncated if fitted.long_rows() == "truncate" else too_long.problem)
             if not learned and fitted.same_each_epoch:
                 nothing = "no token of the row is learned."
                 refuse(index, Problem(NOTHING_LEARNED.id, nothing, NOTHING_LEARNED.fix))

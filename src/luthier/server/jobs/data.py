@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.data.containers import PACKED, Container, container_of
 from luthier.data.inputs import (
@@ -33,6 +33,9 @@ from luthier.server.jobs.submit import DISTILLATION, Submission, recipe_of
 from luthier.server.tables.foundation import root_of
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
+
+if TYPE_CHECKING:
+    from luthier.gate.policy import GatePolicy
 
 MAX_REFERENCES = 100_000
 """Maximum number of images and audio files in the rows of a file."""
@@ -130,8 +133,9 @@ def check_first_rows(locations: Locations, submission: Submission) -> None:
         LocationRefused: for an address that the account cannot read.
         DataError: for rows that the job cannot read.
     """
-    # The module imports all objectives, which would delay the start of the server.
+    # These modules import all objectives, which would delay the start of the server.
     from luthier.engine.dataset import checker_for
+    from luthier.gate.policy import GatePolicy, load_policy
 
     sources = {"data.train": submission.training, "data.validation": submission.validators}
     for addresses in sources.values():
@@ -143,13 +147,16 @@ def check_first_rows(locations: Locations, submission: Submission) -> None:
         return  # rows name files, which only the job fetches
     prompts = submission.customization_type == DISTILLATION and recipe.method == "responses"
     checker = PromptChecker if prompts else checker_for(recipe.objective)
-    unread = "off" if prompts else (recipe.data.severity or {}).get(UNREAD, "error")
+    policy = load_policy(None, recipe.data.severity or {})
+    if prompts:
+        policy = GatePolicy({**policy.severity, UNREAD: "off"})
     problems: list[Problem] = []
     for setting, addresses in sources.items():
         for address in addresses:
             account, held = submission.account, setting != "data.train"
-            peeked = peek_rows(locations, account, address, recipe.data.columns, checker, held)
-            found = [each for each in peeked.problems if each.rule != UNREAD or unread == "error"]
+            columns = recipe.data.columns
+            peeked = peek_rows(locations, account, address, columns, checker, held, policy)
+            found = peeked.problems
             if not found and submission.api != "native" and peeked.container != Container("jsonl"):
                 found = [_format_problem(peeked.container, peeked.address)]
             problems += [replace(each, setting=setting) for each in found]
@@ -178,11 +185,16 @@ def peek_rows(
     columns: Mapping[str, str] | None = None,
     checker: type[Checker] = Checker,
     accepts_own_keys: bool = False,
+    policy: GatePolicy | None = None,
 ) -> PeekedRows:
     """Read the first rows of the first object at an address, within :data:`PEEKED_BYTES`.
 
-    ``accepts_own_keys`` has the meaning of :class:`luthier.data.rows.RowReader`.
+    ``accepts_own_keys`` has the meaning of :class:`luthier.data.rows.RowReader`. Unread columns are
+    problems as in the report of all rows, under ``policy``.
     """
+    from luthier.gate.policy import GatePolicy
+
+    policy = policy or GatePolicy()
     with TemporaryDirectory(prefix="luthier-peek-") as folder:
         address, file = locations.peek(account, address, Path(folder), PEEKED_BYTES)
         if is_media(file.name):
@@ -204,7 +216,7 @@ def peek_rows(
                 # The cut damages the last row.
                 last = max([row.line for row in rows] + [each.line for each in problems], default=0)
                 problems = [each for each in problems if 0 < each.line < last]
-            problems += [each for each in reader.unread_problems() if each.rule == UNREAD]
+            problems += policy.refused_columns(reader)
     named = [
         replace(each.at(address, each.line), message=each.message.replace(str(file), address))
         for each in problems
