@@ -218,6 +218,9 @@ def test_mixed_in_sets_keep_their_sizes(
     assert (left.main, left.mixed[0].rows, left.mixed[0].drawn) == (179, 7, data.mixed[0].drawn)
     rest = [e for place, e in enumerate(data.train) if learned[place] not in likely]
     assert all(one is two for one, two in zip(left.train, rest, strict=True))
+    # The weight of the mix counts rows per row of the main file.
+    half = data.with_label_issues(dict.fromkeys(learned[:100], "thing"), chat, relabel=False)
+    assert (half.main, half.mixed[0].rows, half.mixed[0].drawn) == (80, 9, 4)
 
 
 def test_held_out_rows_do_not_change(tmp_path: Path, family_folder: Callable[[str], Path]) -> None:
