@@ -23,7 +23,7 @@ def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
 
 
 def test_a_star_means_every_rule_that_may_be_decided() -> None:
-    assert set(parse_policy({"row.*": "off"}).severity) == {"row.too_long"}
+    assert set(parse_policy({"row.*": "off"}).severity) == {"row.too_long", "row.truncated"}
 
 
 @pytest.mark.parametrize(
