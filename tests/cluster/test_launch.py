@@ -418,9 +418,7 @@ def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path
         return done.stderr
 
     rows = recipe().data.train
-    assert "missing.toml cannot be read: No such file" in refusal(
-        str(tmp_path / "missing.toml"), "--on", "ray"
-    )
+    assert "missing.toml: [file.missing]" in refusal(str(tmp_path / "missing.toml"), "--on", "ray")
     assert "missing.jsonl" in refusal(str(tmp_path / "missing.jsonl"), "--on", "ray")
     assert "nodes must be" in refusal(rows, "--on", "ray", "--nodes", "0")
     assert "'pbs' is not one of" in refusal(rows, "--on", "pbs")

@@ -211,7 +211,9 @@ def test_text_that_users_send_has_no_special_tokens(
     text: str, place: str, supports_tools: bool, new_tokenizer: Callable[..., Any]
 ) -> None:
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" if supports_tools else ""
-    made = new_tokenizer(template + CHATML, CHATML_SPECIAL)
+    calls = "(m.tool_calls | tojson if m.tool_calls else '') + " if supports_tools else ""
+    chatml = CHATML.replace("m['content']", f"{calls}m['content']")
+    made = new_tokenizer(template + chatml, CHATML_SPECIAL)
     chat = ChatFormat.of(made)
     turns, tools = asked(text, place)
     ids = chat.encode_prompt(turns, tools).tolist()

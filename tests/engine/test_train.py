@@ -298,7 +298,7 @@ def test_cli_toml_recipe_and_sdk_give_the_same_weights(
         assert Path(data.pop("train")).resolve() == rows.resolve()
         off = data.pop("augmentation")
         assert not any(off[name] for name in ("crop", "shift")) and not data.pop("mix")
-        assert data == {"validation_share": 0.2}
+        assert data == {"validation_share": 0.2, "label_issues": "keep"}
         assert {**manifest["recipe"], "name": ""} == {**manifests[0]["recipe"], "name": ""}
     # The stored recipe holds every choice, and gives the same weights again.
     again = {**manifest_of(results[0])["recipe"], "name": "again"}

@@ -184,7 +184,7 @@ def test_a_folder_that_holds_all_others_of_an_archive_is_no_label(tmp_path: Path
         (("cat/1.png", "2.png"), "media.folder"),
         (("data/train/cat/1.png", "data/test/cat/2.png"), "media.folder"),
         (("cat/1.png", "dog/1.ogg"), "media.mixed"),
-        (("notes.txt",), "file.empty"),
+        (("notes.doc",), "file.empty"),
         (("../../1.png", "/2.png"), "file.empty"),
     ],
 )

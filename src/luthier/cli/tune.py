@@ -234,6 +234,10 @@ def print_label_issues(result: Result) -> None:
         text += f'"{each["likely_label"]}": {each["text"]}'
         out.print(f"    {one_line(text)}")
     out.print(f"  {'label issue ' if count == 1 else 'label issues'} {path}")
+    out.print(
+        "    Held-out labels can be wrong, too, so the score is a lower limit. Correct the rows, or "
+        "try `--set data.label_issues=leave_out`"
+    )
 
 
 _STYLES = {

@@ -95,13 +95,19 @@ def test_all_of_tier_one_is_there() -> None:
         b'{"resourceARN": {"a": 1}}',
         b'{"resourceARN": NaN}',
         b"[" * 100_000,
-        b'{"a": ' + b"9" * 10_000 + b"}",
     ],
 )
 def test_bodies_that_are_none(service: Service, body: bytes) -> None:
     status, headers, answer = send(service, "POST", "/listTagsForResource", body)
     assert status == 400 and headers["x-amzn-errortype"] == "SerializationException"
     assert headers["content-type"] == "application/json" and answer["message"]
+
+
+def test_number_out_of_range_in_a_body(service: Service) -> None:
+    body = b'{"a": ' + b"9" * 10_000 + b"}"
+    status, headers, answer = send(service, "POST", "/listTagsForResource", body)
+    assert status == 400 and headers["x-amzn-errortype"] == "ValidationException"
+    assert len(answer["message"]) < 100
 
 
 def test_null_and_nothing_are_absent(service: Service) -> None:

@@ -82,7 +82,7 @@ them.
 """
 HELD_OUT = (
     "The job has no validation data: of 20 rows or more, a tenth (at most 200 rows) is held out to "
-    "measure the model. `data.validation_share=0` trains on all rows."
+    "measure the model. With validation data, the job trains on all rows."
 )
 """Event of a job that holds out rows."""
 MOST_CORES = 16

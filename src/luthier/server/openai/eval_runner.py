@@ -343,7 +343,8 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         calls: list[tuple[str, int, int]] = []
 
         def count(model: str, prompt: int, generated: int) -> None:
-            calls.append((task.model_names.get(model, model), prompt, generated))
+            if prompt or generated:  # not the choice of the model before the call
+                calls.append((task.model_names.get(model, model), prompt, generated))
             self.count_tokens(run.account, model, prompt, generated)
 
         self.count(run.account, "", Usage(requests=1))
