@@ -64,7 +64,7 @@ def test_jobs_without_validation_data_hold_out_rows(
     job = put(queue, "one", **fields)
     assert job.recipe["data"].get("validation_share") == share
     with queue.database.read() as session:
-        recorded = session.query(JobEvent).filter_by(job_id=job.id, kind="message")
+        recorded = session.query(JobEvent).filter_by(job_id=job.id, kind="message").all()
     assert [each.message for each in recorded] == events
 
 
