@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from luthier.models.probe import UNSUPPORTED
+
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 32,
@@ -37,13 +39,16 @@ class Family:
     """Fields of the configuration that differ from :data:`SIZES`; ``...`` removes a field."""
     every_run: bool = False
     """True if the tests of every run include the family; False for slow tests only."""
-    refused: str = ""
-    """Reason why luthier rejects the family; empty for a supported family."""
 
     @property
     def id(self) -> str:
         """Name of the family's tests."""
         return self.name.lower().replace(" ", "-")
+
+    @property
+    def refused(self) -> str:
+        """Reason why luthier rejects the family; empty for a supported family."""
+        return UNSUPPORTED.get(self.model_type, ("", ()))[0]
 
     def config(self) -> PreTrainedConfig:
         """Return the tiny configuration."""
@@ -316,7 +321,7 @@ DECODERS = (
         {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 64},
     ),
     Family("RWKV", "rwkv", {"attention_hidden_size": 32, "rescale_every": 1}),
-    Family("Nemotron", "nemotron", refused="layers that drop the arguments of attention"),
+    Family("Nemotron", "nemotron"),
     Family(
         "Nemotron-H",
         "nemotron_h",
@@ -352,8 +357,8 @@ DECODERS = (
     Family("Seed-OSS", "seed_oss"),
     Family("HunYuan", "hunyuan_v1_dense"),
     Family("BitNet", "bitnet"),
-    Family("DiffLlama", "diffllama", refused="another result with a cache"),
-    Family("Doge", "doge", {"keep_window_size": 256}, refused="a mask that depends on values"),
+    Family("DiffLlama", "diffllama"),
+    Family("Doge", "doge", {"keep_window_size": 256}),
     Family(
         "MiniMax",
         "minimax",
@@ -452,13 +457,11 @@ ENCODERS = (
         "ConvBERT",
         "convbert",
         {**_BERT, "embedding_size": 32},
-        refused="convolutions that read the padding",
     ),
     Family(
         "MobileBERT",
         "mobilebert",
         {**_BERT, "embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
-        refused="embeddings of neighbouring tokens",
     ),
     Family("Megatron-BERT", "megatron-bert", _BERT),
     Family(
@@ -522,7 +525,7 @@ ENCODER_DECODERS = (
         "Flan-T5", "t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     ),
     Family("mT5", "mt5", _T5),
-    Family("umT5", "umt5", _T5, refused="scaled states before the output layer"),
+    Family("umT5", "umt5", _T5),
     Family("LongT5", "longt5", _T5),
     Family("BART", "bart", _BART, every_run=True),
     Family("mBART", "mbart", _BART),

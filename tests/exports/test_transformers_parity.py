@@ -42,10 +42,10 @@ def tuned(base: Path, adaptation: str) -> StoredModel:
 @pytest.mark.parametrize(
     ("family", "method", "adaptation"),
     [
-        ("gpt_oss", "mxfp4", "lora"),
+        pytest.param("gpt_oss", "mxfp4", "lora", marks=pytest.mark.slow),
         ("gpt_oss", "mxfp4", "full"),
         ("qwen3", "fp8", "full"),
-        ("qwen3_moe", "fp8", "lora"),
+        pytest.param("qwen3_moe", "fp8", "lora", marks=pytest.mark.slow),
     ],
 )
 def test_export_of_quantized_base_has_plain_weights(

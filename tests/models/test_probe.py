@@ -16,10 +16,18 @@ from luthier.data.tree import build_tree
 from luthier.errors import LuthierError, RecipeError
 from luthier.models import probe
 from luthier.models.attention import AttentionWindow
-from luthier.models.load import as_network
+from luthier.models.heads import CAUSAL_LM
+from luthier.models.load import as_network, sketch
 from luthier.models.modalities import context_length
 from luthier.models.network import Network
-from luthier.models.probe import DenseAttention, Probe, in_float32, try_shared, try_training
+from luthier.models.probe import (
+    UNSUPPORTED,
+    DenseAttention,
+    Probe,
+    in_float32,
+    try_shared,
+    try_training,
+)
 from luthier.models.tensors import cast_stored
 from luthier.types import Example
 from model_families import EXPERTS, LATENT
@@ -139,7 +147,16 @@ def test_a_family_with_other_mathematics_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2_moe", "deepseek_v3", "opt", "ernie4_5", "helium", "bloom"]
+    "family",
+    [
+        "llama",
+        "qwen2_moe",
+        "deepseek_v3",
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in ("opt", "ernie4_5", "helium", "bloom")
+        ),
+    ],
 )
 def test_lora_next_to_its_base_generates_what_the_network_computes(family: str) -> None:
     network = as_network(made(family, torch.bfloat16), CPU, torch.bfloat16)
@@ -253,14 +270,17 @@ def test_rows_beyond_the_window_are_compared(family: str, monkeypatch: pytest.Mo
     assert "row 3" in str(refused.value)
 
 
-def test_layers_that_need_the_mask_are_refused() -> None:
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_layers_that_need_the_mask_are_refused_with_the_reason(family: str) -> None:
     config = AutoConfig.for_model(
-        "deepseek_v32", **{**SIZES, **LATENT}, index_n_heads=2, index_head_dim=16, index_topk=8
+        family, **{**SIZES, **LATENT}, index_n_heads=2, index_head_dim=16, index_topk=8
     )
     with pytest.raises(RecipeError) as refused:
-        as_network(AutoModelForCausalLM.from_config(config).eval(), CPU, torch.float32)
+        sketch(config, CAUSAL_LM)
     assert refused.value.rule == "network.unsupported"
-    assert "deepseek_v32" in str(refused.value)
+    assert UNSUPPORTED[family][0] in str(refused.value)
+    with pytest.raises(RecipeError):
+        as_network(AutoModelForCausalLM.from_config(config).eval(), CPU, torch.float32)
 
 
 def test_block_sparse_attention_bounds_the_context() -> None:

@@ -135,6 +135,7 @@ def embed(model: str | Path, texts: list[str] = TEXTS) -> NDArray[np.float32]:
     return Predictor.open(find(str(model))).embed(texts)
 
 
+TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
 
 
@@ -262,6 +263,8 @@ def test_pooling_of_the_recipe_replaces_that_of_the_folder(
         ({"extra": (("2_Own", "custom_code.Own"),)}, "'custom_code.Own'"),
         ({"extra": (("../other", f"{OLD}Normalize"),)}, "`path`"),
         ({"modes": ("topk",), "legacy": False}, "'topk'"),
+        ({"settings": {"modality_config": {"text": TEXT, "message": TEXT}}}, "`message`"),
+        ({"settings": {"modality_config": {"message": TEXT}}}, "`message`"),
         ({"settings": {"model_args": {"add_pooling_layer": True}}}, "`model_args`"),
         ({"dense": ((32, 8, True, "torch.nn.modules.activation.PReLU"),)}, "PReLU"),
     ],

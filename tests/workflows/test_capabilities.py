@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,11 +21,18 @@ from luthier.models.catalog import CATALOG
 from luthier.models.folder import ModelFolder, for_head
 from luthier.models.heads import CAUSAL_LM, Head, Task
 from luthier.models.load import catalogue_config, sketch
+from luthier.models.probe import UNSUPPORTED
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import check_base
 from luthier.workflows import capabilities as module
-from luthier.workflows.capabilities import capabilities, default_objective, format_of, table
+from luthier.workflows.capabilities import (
+    capabilities,
+    default_objective,
+    family_table,
+    format_of,
+    table,
+)
 from model_families import DECODERS, ENCODER_DECODERS, ENCODERS, Family
 
 
@@ -100,6 +109,27 @@ def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
     # The reference model of a full tuning is a copy of all weights.
     weights = CATALOG["smollm2-135m-instruct"].parameters
     assert of["dpo", "full"].memory - of["sft", "full"].memory in (2 * weights, 4 * weights)
+
+
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
+def test_families_that_fail_the_comparison_are_refused(model_type: str) -> None:
+    reason, tasks = UNSUPPORTED[model_type]
+    verdicts = family_table(model_type)
+    refused = {verdict.objective for verdict in verdicts if reason in verdict.reason}
+    able = {verdict.objective for verdict in verdicts if not verdict.reason}
+    assert refused and "sft" not in able
+    assert bool(able) == bool(tasks)
+
+
+def test_folder_with_code_is_refused_for_every_objective(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "custom"
+    shutil.copytree(tiny_model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert all(verdict.reason for verdict in capabilities(str(folder)).verdicts)
 
 
 @pytest.mark.parametrize("name", CATALOG)

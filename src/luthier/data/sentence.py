@@ -45,6 +45,7 @@ _DEFAULT_SETTINGS: dict[str, tuple[Any, ...]] = {
     "unpad_inputs": (True, False),
 }
 """Settings without effect on embeddings, with the accepted values."""
+_TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
 class Dense(BaseModel):
@@ -300,10 +301,14 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     for name, value in fields.items():
         if name in _SETTINGS_READ or not value or value in _DEFAULT_SETTINGS.get(name, ()):
             continue
-        if name == "modality_config" and value.get("text", {}) == {
-            "method": "forward",
-            "method_output_name": "last_hidden_state",
-        }:
+        if name == "modality_config" and "message" in value:
+            # sentence-transformers then puts each text into a turn of the chat template.
+            raise RecipeError(
+                f"{path}: `modality_config` has the modality `message`. Texts in a chat template "
+                "are not supported; use another base model",
+                rule="sentence.config",
+            )
+        if name == "modality_config" and value.get("text") == _TEXT_MODALITY:
             continue
         raise RecipeError(
             f"{path}: `{name}={json.dumps(value)[:100]}` is not supported. Use another base model",

@@ -489,6 +489,12 @@ def logit_cap(model: Any) -> float | None:
     return None
 
 
+def _has_scaled_outputs(config: Any) -> bool:
+    """Return whether a T5 network scales the states before its tied output layer."""
+    is_tied = config.model_type == "umt5" and config.tie_word_embeddings
+    return bool(getattr(config, "scale_decoder_outputs", is_tied))
+
+
 def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """Return hidden states ``[S, H]`` as input of the output embedding.
 
@@ -508,6 +514,6 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
         model = model.decoder
     if task == "bidirectional_lm":
         hidden_SH = hidden_SH.unflatten(-1, (2, -1))
-    elif getattr(model.config, "scale_decoder_outputs", False):  # T5 with a tied head
+    elif _has_scaled_outputs(model.config):
         hidden_SH = hidden_SH * model.model_dim**-0.5
     return hidden_SH

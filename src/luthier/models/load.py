@@ -46,7 +46,7 @@ from luthier.models.modalities import (
     text_config,
 )
 from luthier.models.network import Network
-from luthier.models.probe import check_finite, probed_network, refusal, relative_error
+from luthier.models.probe import UNSUPPORTED, check_finite, probed_network, refusal, relative_error
 from luthier.models.tensors import cast_stored, tensor_headers
 from luthier.models.text_part import NAMES as TEXT_PART_NAMES
 from luthier.models.vision_language import text_network, trial_row
@@ -87,6 +87,7 @@ def sketch(config: Any, head: Head) -> nn.Module:
 
     Raises:
         UnknownModel: for a configuration that describes no network.
+        RecipeError: for a family that fails the comparison with transformers.
     """
     with reject_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
         kind = auto_class(config, head.task)
@@ -94,7 +95,10 @@ def sketch(config: Any, head: Head) -> nn.Module:
             model: nn.Module = kind.from_config(config, trust_remote_code=False)
         model = text_network(model) if reads_images_in_text(config) else model
         set_task(model, head.task)
-        return model
+    reason, tasks = UNSUPPORTED.get(config.model_type, ("", ()))
+    if reason and head.task in (tasks or (head.task,)):
+        raise refusal(model, reason)
+    return model
 
 
 def load_model(

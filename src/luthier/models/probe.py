@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from luthier.files import luthier_home, read_json, write_json
 from luthier.models.attention import Scoring, additive_mask, dense_attention
 from luthier.models.fused import fuse
 from luthier.models.head_forward import logits_of
-from luthier.models.heads import decoder_of, decoder_opening, task_of
+from luthier.models.heads import Task, decoder_of, decoder_opening, task_of
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
 from luthier.models.modalities import context_length, media_config
@@ -53,6 +53,16 @@ STEPS = 2
 LONG_COST = 3e11
 """Maximum product of weights and tokens of the long row: 3 seconds for a pass at 200
 GFLOP/s."""
+UNSUPPORTED: Mapping[str, tuple[str, Sequence[Task]]] = {
+    "convbert": ("convolutions that read the padding", ()),
+    "deepseek_v32": ("sparse attention, which needs an attention mask", ()),
+    "diffllama": ("another result with a cache", ("causal_lm",)),
+    "doge": ("a mask that depends on values", ()),
+    "glm_moe_dsa": ("sparse attention, which needs an attention mask", ()),
+    "mobilebert": ("embeddings of neighbouring tokens", ()),
+    "nemotron": ("layers that drop the arguments of attention", ()),
+}
+"""Families that fail the comparison: the reason and the tasks, all tasks if empty."""
 _LIMIT = re.compile(r"window|chunk|block_size|local_radius|local_attention|original_max_position")
 """Names of settings with a number of tokens beyond which layers compute otherwise."""
 _SCALED = re.compile(r"soft_?cap|logits?_cap|logits?_scal|lm_head_mult|output_mult")
