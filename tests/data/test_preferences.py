@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from written_rows import write
 
-from luthier.data.rows import load_rows
+from luthier.data.rows import RowReader, load_rows
 from luthier.data.rules import PREFERENCE_RULES as RULES
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.preferences import (
@@ -314,3 +315,21 @@ def test_every_rule_is_shown_by_an_example() -> None:
 def test_real_files(name: str, count: int) -> None:
     rows = load_rows(FOLDER / name / "train.jsonl")
     assert len(rows) == count and all(row.chosen and row.rejected for row in rows)
+
+
+@pytest.mark.parametrize("key", ["messages", "prompt"])
+def test_numbers_of_classes_are_no_thumbs(tmp_path: Path, key: str) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    reply = {"messages": turns} if key == "messages" else {"prompt": "a", "completion": "b"}
+    rows = [{**reply, "label": n % 3} for n in range(2, 20)]
+    reader = RowReader(write(tmp_path, *rows))
+    assert {row.shape for row in reader} == {"messages" if key == "messages" else "prompt"}
+    assert {each.rule for each in reader.unread_problems()} == {"column.unread"}
+
+
+def test_thumb_next_to_another_label(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "completion": "b", "label": "math", "kto_tag": n % 2 == 0} for n in range(4)
+    ]
+    reader = RowReader(write(tmp_path, *rows))
+    assert [row.judgement() for row in reader] == [("True",), ("False",)] * 2

@@ -46,9 +46,9 @@ def rules(folder: Path, row: dict[str, Any], columns: dict[str, str] | None = No
         (TEXT | {"label": "a", "images": ["a.jpg"]}, "unread"),
         (PAIR | {"category": lambda n: "ab"[n % 2]}, "category"),
         (PAIR | {"section": lambda n: "ab"[n % 2]}, "category"),
-        (PAIR | {"useful": lambda n: n % 2 == 0}, "unread"),
+        (PAIR | {"useful": lambda n: n % 2 == 0}, "category"),
         (PAIR | {"answer": lambda n: f"Text {n}"}, "unread"),
-        (CHAT | {"verdict": lambda n: ("good", "bad")[n % 2]}, "unread"),
+        (CHAT | {"verdict": lambda n: ("good", "bad")[n % 2]}, "category"),
         (CHAT | {"score": 0.5}, "unread"),
         (CHAT | {"timestamp": 5}, "ignored"),
         ({"anchor": "a", "positive": "b", "split": "x"}, "ignored"),
@@ -82,7 +82,7 @@ def test_key_of_a_turn_is_judged_by_its_name(folder: Path) -> None:
         (TEXT | {"rating": "a"}, "`data.columns.intent=`"),
         (TEXT | {"stars": lambda n: n / 7}, "`data.columns.rating=stars`"),
         (TEXT | {"summary": lambda n: f"Text {n}"}, "`data.columns.completion=summary`"),
-        (PAIR | {"useful": lambda n: n % 2 == 0}, "`data.columns.label=useful`"),
+        (TEXT | {"language_score": lambda n: n / 7}, "`data.columns.rating=language_score`"),
         ({"prompt": "Hi", "topic": "a"}, "`data.columns.completion=topic`"),
     ],
 )
@@ -95,6 +95,17 @@ def test_advice_names_the_settings(folder: Path, row: dict[str, Any], advice: st
     reader = RowReader(write(folder, *rows), columns)
     assert list(reader)
     assert advice in reader.warnings[0].advice
+
+
+def test_column_of_late_rows_is_a_finding(folder: Path) -> None:
+    rows = [TEXT | ({"intent": "a"} if n > 1_200 else {}) for n in range(1_300)]
+    reader = RowReader(write(folder, *rows))
+    assert len(list(reader)) == 1_300
+    assert {each.rule for each in reader.warnings} == {"column.unread"}
+
+
+def test_address_is_a_note(folder: Path) -> None:
+    assert rules(folder, PAIR | {"target_url": "https://host/a"}) == {"ignored"}
 
 
 def test_values_are_counted_beyond_the_first_rows(folder: Path) -> None:

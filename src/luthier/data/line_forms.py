@@ -48,7 +48,7 @@ def _read_fasttext(lines: Lines) -> Iterator[tuple[int, Record]]:
 
 def _is_conll(lines: Sequence[str]) -> bool:
     """Return whether each line ends with a tag in BIO, and some line with the tag of an entity."""
-    rows = [line.split() for line in lines if not _is_comment(line)]
+    rows = [line.split() for line in lines if line.strip() and not _is_comment(line)]
     return (
         len({len(row) for row in rows if row[0] != _DOCUMENT}) == 1
         and all(len(row) > 1 and _TAG.fullmatch(row[-1]) for row in rows)

@@ -33,7 +33,12 @@ from luthier.data.shapes.base import Shape
 from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, MediaRow
-from luthier.data.shapes.preferences import THUMB_KEYS, JudgedAnswers, Preference
+from luthier.data.shapes.preferences import (
+    THUMB_KEYS,
+    JudgedAnswers,
+    Preference,
+    ThumbedReply,
+)
 from luthier.data.shapes.questions import ANSWERS_EXAMPLE, AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of, media_below
@@ -50,7 +55,7 @@ SPEAKER_COLUMNS = frozenset(
 )
 """Lower-case column names for speakers in audio tables."""
 ROWS_CHECKED = 1000
-"""Rows checked for ignored columns."""
+"""Rows whose values are checked for ignored columns; of later rows, each set of keys is checked."""
 
 _ALL_SHAPES = ", ".join(
     title
@@ -261,7 +266,15 @@ class Checker(FieldChecker):
         """Return the shape for the keys of a record; report a problem unless exactly one shape
         fits."""
         shapes: list[type[Shape]] = [k for k in SHAPES.values() if k.matches(record)]
-        if judged := next((kind for kind in shapes if issubclass(kind, JudgedAnswers)), None):
+        judged = next((kind for kind in shapes if issubclass(kind, JudgedAnswers)), None)
+        if self.first and not isinstance(record.get("label"), bool | None):
+            # Words and numbers can be classes or thumbs: the first row decides for all rows.
+            if self.first[0] == ThumbedReply.title:
+                judged = ThumbedReply
+            elif judged is ThumbedReply and record.keys().isdisjoint(("thumb", "kto_tag")):
+                judged = None
+                shapes.remove(ThumbedReply)
+        if judged:
             shapes = [judged]  # a judged answer is more specific than an answer
         if MultipleChoice in shapes:
             shapes = [MultipleChoice]  # more specific than a prompt
@@ -547,6 +560,7 @@ class RowReader:
         self._rest: Iterator[Row] | None = None
         self._containers: list[str] = []
         self.unread = UnreadColumns(columns or {})
+        self._checked_keys: set[tuple[str, ...]] = set()
         self._folder = Path(str(source))
         self._unnamed: set[str] = set()
         if self._folder.is_dir() and self.files != [self._folder]:
@@ -628,7 +642,11 @@ class RowReader:
         if row.members is not None or isinstance(record.get("window"), Media):
             return
         new: Iterable[str] = ()
-        if self.rows <= ROWS_CHECKED:
+        named = tuple(record)
+        if self.rows <= ROWS_CHECKED or (
+            named not in self._checked_keys and len(self._checked_keys) < _MOST_KNOWN
+        ):
+            self._checked_keys.add(named)
             keys = extra_keys(row, record, self.checker.form).keys()
             new = sorted(keys - {"id", "schemaVersion", self.group_column})
         self.unread.add(row.shape, new, record)

@@ -163,6 +163,8 @@ def judge(name: str, values: ColumnValues) -> tuple[Severity, str]:
         return "error", ""
     words = called.split("_")
     noted = words[-1].removesuffix("s") in _NOTED or words[-1] in _NOTED or words[0] in _COUNTED
+    if words[-1] in ("url", "urls", "uri", "link", "links"):
+        return "note", ""
     if replies and _is_in(called, _MARKS):
         rated = values.numbers and kind is PromptCompletion
         return "error", "label" if values.two_sided else "rating" if rated else ""
@@ -184,16 +186,18 @@ def judge(name: str, values: ColumnValues) -> tuple[Severity, str]:
     if values.few and issubclass(kind, (RawText, PromptOnly)):
         return "error", _target_key(kind, called, values)
     if values.few and replies:
-        return ("error", "label") if values.two_sided else ("warning", "")
+        return "warning", ""
     return "note", ""
 
 
 def _target_key(kind: type[Shape], called: str, values: ColumnValues) -> str:
     """Return the key under which a column next to bare text or a prompt is learned."""
     if kind is PromptOnly:
-        return "completion"
+        return "" if values.numbers else "completion"
     if values.few or _is_in(called, _CLASSES - {"target"}):
         return "rating" if values.numbers and not values.few else "label"
+    if values.numbers:
+        return "rating"
     return "completion" if kind is RawText else "text"
 
 

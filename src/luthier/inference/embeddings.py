@@ -158,7 +158,7 @@ def _parquet(
 def check_sides(rows: Sequence[Row]) -> None:
     """Raise :class:`DataError` for rows with two sides, because a file has one embedding per row."""
     message = "The row has two sides and needs two embeddings."
-    fix = "Drop a side with `--map other=` (empty), or write each side as a row."
+    fix = "Drop a side with `--ignore other`, or write each side as a row."
     problems = [
         Problem("row.ambiguous", message, fix, row.location)
         for row in rows

@@ -427,15 +427,17 @@ class ThumbedReply(JudgedReply):
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         """Read an answer with a thumb; an answer with thumb down may be empty, like a rejected
         answer."""
-        value = next(record[key] for key in THUMB_KEYS if key in record)
-        thumb = _thumb_of(value)
+        thumbs = (_thumb_of(record.get(key)) for key in THUMB_KEYS)
+        thumb = next((each for each in thumbs if each is not None), None)
         if thumb is None:
+            value = next(record[key] for key in THUMB_KEYS if key in record)
             cls.read_reply(record, fields, may_be_empty=True)  # reports problems of the text first
             given = quote(value) if isinstance(value, str) else json_kind(value)
             raise RowRefused(
                 "thumb.type",
                 f"the thumb is {given}, not up or down.",
-                'Write "label": true or false, or "thumb": "up" or "down".',
+                'Write "label": true or false, or "thumb": "up" or "down". If the column is no thumb, '
+                "use `--ignore label`.",
             )
         prompt, reply = cls.read_reply(record, fields, may_be_empty=not thumb)
         tools = fields.tools(record)
