@@ -53,6 +53,11 @@ def logged_for(account: str, run: str) -> Iterator[None]:
         _asker.reset(token)
 
 
+def in_service() -> bool:
+    """Return whether the replies belong to a job of a service."""
+    return _asker.get() is not None
+
+
 def reply_key(
     identity: Mapping[str, Any], messages: Sequence[Message], sampling: Mapping[str, Any]
 ) -> str:

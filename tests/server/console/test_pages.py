@@ -402,7 +402,9 @@ return (async () => {
   add("img", { src: elsewhere });
   add("iframe", { src: elsewhere });
   add("base", { href: elsewhere });
-  add("div", {}).setAttribute("onclick", "window.hit = 1");
+  const handled = add("div", {});
+  handled.setAttribute("onclick", "window.hit = 1");
+  handled.click(); // newer browsers check a handler only when an event reaches the handler
   add("form", { action: elsewhere, target: "_blank" }).requestSubmit();
   await fetch(elsewhere).catch(() => {});
   // The driver's own scripts may make code of texts; what runs later is not the driver's.

@@ -24,6 +24,7 @@ from luthier.errors import (
     RunConflict,
 )
 from luthier.files import luthier_home, read_json, sha256_of
+from luthier.inference.reply_log import logged_for
 from luthier.library.models import find
 
 PROMPTS = [f"question {n}" for n in range(12)]
@@ -202,6 +203,54 @@ def test_too_few_are_refused_before_and_after(prompts: Path, distil: Any, endpoi
         distil(prompts)
     assert len(lines(folder_of("s") / "insights.jsonl")) == 12
     assert not (luthier_home() / "models" / "custom").exists()
+
+
+def test_one_rule_for_the_first_replies_stops_before_the_rest(
+    tmp_path: Path, distil: Any, endpoint: Any
+) -> None:
+    path = write(tmp_path / "many.jsonl", *({"prompt": f"question {n}"} for n in range(30)))
+    for number in range(10):
+        endpoint.actions[f"question {number}"] = ["length"]
+    for _ in range(2):  # the second run reads the stored replies
+        with pytest.raises(RefusedInput) as refused:
+            distil(path, insights__minimum=2)
+        assert refused.value.rule == "distil.too_few"
+        assert "`sampling.max_tokens`" in str(refused.value)
+        assert "insights.minimum" not in str(refused.value)
+        assert [endpoint.asked[f"question {n}"] for n in range(30)] == [1] * 10 + [0] * 20
+    assert len(lines(folder_of("s") / "insights.jsonl")) == 10
+
+
+def test_different_rules_for_the_first_replies_do_not_stop(
+    tmp_path: Path, distil: Any, endpoint: Any
+) -> None:
+    path = write(tmp_path / "many.jsonl", *({"prompt": f"question {n}"} for n in range(20)))
+    for number in range(9):
+        endpoint.actions[f"question {number}"] = ["length"]
+    endpoint.answers["question 9"] = " "
+    assert distil(path, insights__minimum=2).details["insights"]["accepted"] == 10
+
+
+def test_low_scores_of_the_first_replies_do_not_stop(tmp_path: Path, distil: Any) -> None:
+    rows = [
+        {"prompt": f"question {n}", "expected": "x" if n < 10 else f"the answer to question {n}"}
+        for n in range(20)
+    ]
+    path = write(tmp_path / "scored.jsonl", *rows)
+    found = distil(path, insights__minimum=2, insights__grader="exact")
+    assert found.details["insights"]["accepted"] == 10
+
+
+def test_message_for_clients_of_a_service_has_no_path_and_no_settings_of_insights(
+    prompts: Path, distil: Any, endpoint: Any
+) -> None:
+    for prompt in PROMPTS:
+        endpoint.answers[prompt] = "I'm sorry, but I can't help with that."
+    with logged_for("123456789012", "job-1"), pytest.raises(RefusedInput) as refused:
+        distil(prompts)
+    text = str(refused.value)
+    assert "12 answer.refusal" in text
+    assert "distillations" not in text and "insights." not in text
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ _NAMES = {
     **{f"{group}.{field}": name for name, (group, field) in RFT_FIELDS.items()},
     **{setting: name for name, setting in HYPERPARAMETERS.items()},
     "base": "baseModelIdentifier",
+    "sampling.max_tokens": "maxResponseLengthForInference",
 }
 
 

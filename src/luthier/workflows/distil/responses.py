@@ -35,6 +35,7 @@ from luthier.files import json_lines, luthier_home, sha256_of, write_bytes, writ
 from luthier.graders import Grader
 from luthier.inference.reply_log import (
     ReplyLog,
+    in_service,
     reply_key,
     reply_log_path,
 )
@@ -56,6 +57,9 @@ from luthier.workflows.distil.insights import (
 from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
 
 INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
+FIRST = 10
+"""Number of prompts after which a distillation of twice as many prompts stops if one rule rejects
+all replies."""
 
 
 def by_responses(
@@ -184,14 +188,36 @@ class _Responses:
             if teacher.terms:
                 reporter.note(teacher.terms)
             numbers = count(logged + 1)
+            conversations = [*questions.values()]
 
-            def on_answer(number: int, outcome: Reply | Failure) -> None:
-                done(positions[number], outcome)
+            def query(chosen: Sequence[int], done: Done) -> None:
+                def on_answer(number: int, outcome: Reply | Failure) -> None:
+                    done(chosen[number], outcome)
+
+                teacher.ask(
+                    [conversations[each] for each in chosen], sampling, on_answer, reporter.note
+                )
+
+            def record(position: int, outcome: Reply | Failure) -> None:
+                done(position, outcome)
                 reporter.progress(next(numbers), len(keys), "answers")
 
-            conversations = [*questions.values()]
-            missing = [conversations[position] for position in positions]
-            teacher.ask(missing, sampling, on_answer, reporter.note)
+            if len(keys) >= 2 * FIRST:
+                failures: dict[int, Failure] = {}
+
+                def record_reply(position: int, outcome: Reply | Failure) -> None:
+                    # Failed prompts are sent again with the rest: the failure may be an outage.
+                    if isinstance(outcome, Failure):
+                        failures[position] = outcome
+                    else:
+                        record(position, outcome)
+
+                first = range(FIRST)
+                if missing := [position for position in positions if position in first]:
+                    query(missing, record_reply)
+                outcomes = [failures.get(each) or log.replies[keys[each]] for each in first]
+                self._check_first([rows[index] for index in [*questions][:FIRST]], outcomes)
+            query([each for each in positions if keys[each] not in log.replies], record)
 
         with ReplyLog.open(reply_log_path(teacher.identity, teacher.name)) as log:
             try:
@@ -203,6 +229,18 @@ class _Responses:
                     "with `--resume` to continue."
                 ) from None
         return dict(zip(questions, outcomes, strict=True))
+
+    def _check_first(self, rows: Sequence[Row], outcomes: Sequence[Reply | Failure]) -> None:
+        """Stop if one rule rejects all first replies. Scores of graders do not stop the work."""
+        overflow = self._overflow()
+        insights = [
+            judge_answer(row, outcome, self.recipe.insights, overflow)
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ]
+        counts = summary(insights)
+        if not counts.accepted and len(counts.rules) == 1:
+            self._write(INSIGHTS, [insight.plain() for insight in insights])
+            raise self._too_few(counts, f"The first {len(rows)} replies are all rejected")
 
     def _judge(self, rows: Sequence[Row], outcomes: dict[int, Reply | Failure]) -> list[Insight]:
         """Return the insight of each row, in the order of the file."""
@@ -242,19 +280,27 @@ class _Responses:
 
     def _check_enough(self, counts: InsightSummary) -> None:
         minimum = self.recipe.insights.minimum
-        if counts.accepted >= minimum:
-            return
-        fixes = {
-            "answer.cut": "a larger `sampling.max_tokens`",
-            "answer.refusal": "`insights.refusals=false` for false positives",
-            "grader.score": "a lower `insights.threshold`",
-        }
-        advice = [fixes[rule] for rule in counts.rules if rule in fixes]
+        if counts.accepted < minimum:
+            found = f"Only {counts.accepted} of {counts.prompts} prompts are accepted"
+            raise self._too_few(counts, f"{found}, and the minimum is {minimum}")
+
+    def _too_few(self, counts: InsightSummary, found: str) -> RefusedInput:
+        """Return the error. Clients of a service get no path, and only settings of every API."""
+        fixes = {"answer.cut": "a larger `sampling.max_tokens`"}
+        if not in_service():
+            fixes |= {
+                "answer.refusal": "`insights.refusals=false` for false positives",
+                "answer.too_short": "a lower `insights.shortest_answer`",
+                "answer.too_long": "a higher `insights.longest_answer`",
+                "grader.score": "a lower `insights.threshold`",
+            }
+        advice = ["other or more prompts", *(fixes[rule] for rule in counts.rules if rule in fixes)]
+        where = "" if in_service() else f" See {self.folder / INSIGHTS}."
+        if not in_service() and counts.accepted >= 2:
+            advice.append("a lower `insights.minimum`")
         rejections = ", ".join(f"{count} {rule}" for rule, count in counts.rules.items())
-        raise RefusedInput(
-            f"Only {counts.accepted} of {counts.prompts} prompts are accepted, and the minimum is "
-            f"{minimum}: {rejections}. See {self.folder / INSIGHTS}. Use "
-            f"{', or '.join(['more prompts', *advice, 'a lower `insights.minimum`'])}.",
+        return RefusedInput(
+            f"{found}: {rejections}. All replies are stored.{where} Use {', or '.join(advice)}.",
             rule="distil.too_few",
         )
 
