@@ -123,3 +123,11 @@ def test_file_longer_than_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 1000)
     rows = [{"text": f"row {number}", "label": "x"} for number in range(100)]
     assert read(tmp_path / "a.json", {"train": rows}) == rows
+
+
+def test_paragraph_without_questions(tmp_path: Path) -> None:
+    asked = {"context": "A b", "qas": [{"question": "?", "answers": []}]}
+    paragraphs = [{"context": "C", "qas": []}, asked]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    assert len(list(RowReader(path))) == 1

@@ -116,11 +116,7 @@ def container_of(path: Path) -> Container:
         head = raw.read(_HEAD_BYTES)
         if head.startswith((_GZIP, _ZSTD)):
             packing = "gzip" if head.startswith(_GZIP) else "zstd"
-            raw.seek(0)
-            try:
-                head = unpack(raw, packing).read(_HEAD_BYTES)
-            except BROKEN as error:
-                raise damaged_file_error(error) from None
+            head = _unpacked_head(path, packing)
     if not head and path.suffix.lower() in (".parquet", ".npz", ".zip"):
         raise empty_file_error("is empty")
     if head.startswith(_PARQUET) and not packing:
@@ -131,8 +127,7 @@ def container_of(path: Path) -> Container:
         if arrays or not (member := _data_member(path)):
             return Container("npz" if arrays else "zip")
         packing, name = "zip", member.lower()
-        with path.open("rb") as raw:
-            head = unpack(raw, packing).read(_HEAD_BYTES)
+        head = _unpacked_head(path, packing)
     reject_binary(head)
     suffix = Path(name).suffix
     # errors="ignore" drops an incomplete last character.
@@ -229,6 +224,19 @@ def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:
     if packing == "gzip":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     return io.BufferedReader(_Zstd(raw), 1 << 18) if packing else raw
+
+
+def _unpacked_head(path: Path, packing: Packing) -> bytes:
+    """Return the first bytes of a compressed file.
+
+    Raises:
+        RowRefused: for damaged data.
+    """
+    try:
+        with path.open("rb") as raw:
+            return unpack(raw, packing).read(_HEAD_BYTES)
+    except BROKEN as error:
+        raise damaged_file_error(error) from None
 
 
 def reject_binary(data: bytes) -> None:

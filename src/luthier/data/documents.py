@@ -90,8 +90,8 @@ class _Text:
             if isinstance(error, RowRefused):
                 raise
             raise parsing.too_many_digits() from None
-        is_row = not isinstance(value, dict) or rows_inside(value) is None
-        if self.place - start > parsing.MAX_LINE_BYTES and is_row:
+        is_long = self.place - start > parsing.MAX_LINE_BYTES
+        if is_long and (not isinstance(value, dict) or rows_inside(value) is None):
             message = f"The row has more than {parsing.MAX_LINE_BYTES:,} characters."
             raise RowRefused("line.too_long", message, "Split the row into shorter rows.")
         if not isinstance(value, dict):

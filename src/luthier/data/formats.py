@@ -6,7 +6,7 @@ instruction and its input, as in the Stanford Alpaca recipe but without the head
 the table of output forms. A row that the target form cannot represent is rejected. To add a form,
 write one function and one line of a table.
 
-Not supported: several positives in one row, and SQuAD's original file of nested paragraphs.
+Not supported: several positives in one row. :mod:`luthier.data.nested` reads SQuAD's nested file.
 ``--map`` accepts tables that differ only in the column names.
 ``luthier.data.row_context`` joins system prompts, histories and tools to the turns, for all forms.
 """

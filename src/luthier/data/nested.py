@@ -45,14 +45,18 @@ def rows_inside(record: Nested) -> Sequence[Record] | None:
     return next((rows for form in NESTED if (rows := form(record)) is not None), None)
 
 
-def _are_objects(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+def _are_objects(value: object, at_least: int = 1) -> bool:
+    if not isinstance(value, list) or len(value) < at_least:
+        return False
+    return all(isinstance(each, dict) for each in value)
 
 
 def _squad(record: Nested) -> Sequence[Record] | None:
     """Return one row per question of SQuAD's articles."""
     articles: Any = record.get("data")
-    if not _are_objects(articles) or not all(_are_objects(a.get("paragraphs")) for a in articles):
+    if not _are_objects(articles):
+        return None
+    if not all(_are_objects(each.get("paragraphs"), at_least=0) for each in articles):
         return None
     rows: list[Record] = []
     for article in articles:
@@ -63,7 +67,7 @@ def _squad(record: Nested) -> Sequence[Record] | None:
                 if key in each
             }
             questions = paragraph.get("qas")
-            if not _are_objects(questions):
+            if not _are_objects(questions, at_least=0):
                 return None
             rows += [{"answers": [], **common, **asked} for asked in questions]
     for row in rows:
@@ -136,7 +140,7 @@ def _arrays(record: Nested) -> Sequence[Record] | None:
     if not texts or not all(isinstance(each, list) for each in values):
         return None
     lengths = {len(each) for each in values}
-    if len(values) < 2 or len(lengths) != 1 or lengths < {2}:
+    if len(values) < 2 or len(lengths) != 1 or min(lengths) < 2:
         return None
     if not all(isinstance(text, str) for each in texts for text in each):
         return None
