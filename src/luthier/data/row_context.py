@@ -20,6 +20,7 @@ from luthier.data.shapes.preferences import (
     Preference,
     RankedReplies,
 )
+from luthier.data.tool_forms import REASONING_KEYS
 from luthier.data.turn_marks import (
     check_row_marks,
     has_mark_list,
@@ -36,7 +37,6 @@ _SYSTEM_NAMES = frozenset(
 TOOL_KEYS = frozenset(("tools", "functions", "toolConfig"))
 IMAGE_KEYS = ("image", "images")
 """Keys of the images of a conversation."""
-_REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
 _CONTEXT_KEYS = TOOL_KEYS | {"history"}
 TURN_KEYS = ("messages", "conversations")
 """Keys of turns."""
@@ -57,7 +57,7 @@ def context_keys(kind: type[Shape], record: Record) -> set[str]:
     if not issubclass(kind, JudgedAnswers):
         accepted.update(IMAGE_KEYS)
     if not issubclass(kind, Preference | RankedReplies):  # whose reasoning is in each answer
-        accepted.update(key for key in _REASONING_KEYS if isinstance(record.get(key), str))
+        accepted.update(key for key in REASONING_KEYS if isinstance(record.get(key), str))
     return {
         key for key in record if key in accepted or is_system_key(key) or is_mark(key, record[key])
     }
@@ -69,7 +69,7 @@ def _may_hold_context(keys: tuple[str, ...]) -> bool:
     return any(
         key in _CONTEXT_KEYS
         or key in IMAGE_KEYS
-        or key in _REASONING_KEYS
+        or key in REASONING_KEYS
         or is_system_key(key)
         or mark_sense(key) is not None
         for key in keys
@@ -120,7 +120,7 @@ def join_context(
         return kind, record
     keys = context_keys(PromptCompletion if asks else kind, record)
     if asks:
-        keys = {key for key in keys if mark_sense(key) is None and key not in _REASONING_KEYS}
+        keys = {key for key in keys if mark_sense(key) is None and key not in REASONING_KEYS}
     context = {key: record[key] for key in keys}
     if not context:
         return kind, record
@@ -169,7 +169,7 @@ def _as_messages(kind: type[Shape], record: Record, context: Record) -> tuple[ty
     texts = [record.get("prompt")]
     if issubclass(kind, PromptCompletion) or not is_blank(record.get("completion")):
         texts.append(record.get("completion"))
-    images, reasons = _images_of(context), any(context.get(key) for key in _REASONING_KEYS)
+    images, reasons = _images_of(context), any(context.get(key) for key in REASONING_KEYS)
     if not (before or tools or images or reasons or has_mark_list(context)) or any(
         is_blank(text) or not isinstance(text, str) for text in texts
     ):
@@ -213,11 +213,11 @@ def _with_reasoning(turns: Sequence[object], context: Record) -> list[object]:
     Raises:
         RowRefused: if several keys have different reasoning.
     """
-    found = {str(context[key]): key for key in _REASONING_KEYS if not is_blank(context.get(key))}
+    found = {str(context[key]): key for key in REASONING_KEYS if not is_blank(context.get(key))}
     last = turns[-1] if turns else None
     if not found or not isinstance(last, dict) or last.get("role") != "assistant":
         return list(turns)
-    own = next((last[key] for key in _REASONING_KEYS if not is_blank(last.get(key))), None)
+    own = next((last[key] for key in REASONING_KEYS if not is_blank(last.get(key))), None)
     reasoning, key = next(iter(found.items()))
     if len(found) > 1 or own not in (None, reasoning):
         raise RowRefused(

@@ -32,9 +32,9 @@ _HERMES_SYSTEM = re.compile(
 )
 """System prompt of NousResearch's Hermes, with the tools in JSON."""
 _HERMES_RESULT = re.compile(r"<tool_response>(.*?)</tool_response>", re.S)
-_TURN_KEYS = frozenset(
-    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-)
+REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")
+"""Keys of the reasoning of a turn or of a row's reply."""
+_TURN_KEYS = frozenset(("tool_calls", "function_call", *REASONING_KEYS))
 
 
 def read_tools(value: object) -> tuple[Tool, ...]:

@@ -25,8 +25,10 @@ from luthier.data.shapes.conversations import (
     PromptOnly,
 )
 from luthier.data.shapes.media import BareAudio, BareImage, MediaRow
+from luthier.data.shapes.preferences import thumb_of
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import RawText
+from luthier.data.tool_forms import REASONING_KEYS
 from luthier.errors import Location, Problem
 from luthier.formatting import list_some, nearest_name
 
@@ -44,7 +46,7 @@ _BARE = (RawText, PromptOnly, BareImage, BareAudio)
 """Shapes without a target of their own."""
 _WITH_REPLY = (Conversation, PromptCompletion)
 _MEDIA = _words("image img picture photo audio speech wav video pixel_values")
-_REASONING = _words("reasoning reasoning_content thinking thought chain_of_thought cot")
+_REASONING = _words("thought chain_of_thought cot") | {*REASONING_KEYS}
 _SPANS = _words("bbox box bounding_box span entity")
 _MARKS = _words(
     "is_impossible kto_tag accepted is_accepted label score rating stars reward thumb quality "
@@ -68,10 +70,6 @@ _NOTED = _words(
 _COUNTED = _words("num n nr count created updated")
 _ENDINGS = re.compile(r"(?:_(?:name|text|path|url|file|bytes|base64|b64|data|\d+))+$")
 _BEFORE = re.compile(r"^(?:(?:gold|true|correct|human|raw)_)+(?=.)")
-_TWO_WORDS = _words(
-    "0 1 0.0 1.0 true false yes no y n good bad up down accepted rejected like dislike positive "
-    "negative correct incorrect pass fail desirable undesirable"
-)
 
 Severity = Literal["error", "warning", "note"]
 UNREAD, CATEGORY, IGNORED = "column.unread", "column.category", "column.ignored"
@@ -133,8 +131,8 @@ class ColumnValues:
 
     @property
     def two_sided(self) -> bool:
-        """True for marks such as true and false, or good and bad."""
-        return not self.many and {each.strip().lower() for each in self.counts} <= _TWO_WORDS
+        """True if each value can be read as a thumb, such as true and false, or good and bad."""
+        return not self.many and all(thumb_of(each) is not None for each in self.counts)
 
 
 def _is_media(value: object) -> bool:

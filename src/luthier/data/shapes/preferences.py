@@ -419,15 +419,13 @@ class ThumbedReply(JudgedReply):
         """Return whether a record has a thumb; another label is a remark."""
         if "messages" not in record and not {"prompt", "completion"} <= record.keys():
             return False
-        return "thumb" in record or any(
-            _thumb_of(record.get(key)) is not None for key in THUMB_KEYS
-        )
+        return "thumb" in record or any(thumb_of(record.get(key)) is not None for key in THUMB_KEYS)
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         """Read an answer with a thumb; an answer with thumb down may be empty, like a rejected
         answer."""
-        thumbs = (_thumb_of(record.get(key)) for key in THUMB_KEYS)
+        thumbs = (thumb_of(record.get(key)) for key in THUMB_KEYS)
         thumb = next((each for each in thumbs if each is not None), None)
         if thumb is None:
             value = next(record[key] for key in THUMB_KEYS if key in record)
@@ -457,7 +455,8 @@ class ThumbedReply(JudgedReply):
         return {**JudgedReply.record(self), "label": self.desirable}
 
 
-def _thumb_of(value: object) -> bool | None:
+def thumb_of(value: object) -> bool | None:
+    """Return a thumb as a boolean; ``None`` for a value that is none."""
     word = THUMBS.get(value.strip().lower()) if isinstance(value, str) else None
     return truth_of(value) if word is None else word
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from luthier.data.field_checks import FieldChecker
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_ANSWERS, Shape
+from luthier.data.turn_marks import truth_of
 from luthier.errors import RowRefused
 from luthier.types import Part
 
@@ -97,7 +98,7 @@ def _check_possible(impossible: object, answered: bool) -> None:
     Raises:
         RowRefused: with the contradiction.
     """
-    marked = {"true": True, "false": False}.get(str(impossible).strip().lower())
+    marked = truth_of(impossible)
     if marked is not None and marked == answered:
         has = "has answers" if answered else "has no answer"
         raise RowRefused(
