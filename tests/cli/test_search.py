@@ -146,11 +146,11 @@ def test_a_wrong_space_is_refused(
     assert not luthier_home.exists()
 
 
-def test_a_wrong_space_is_refused_without_torch() -> None:
+def test_a_wrong_space_is_refused_without_torch(rows: Path) -> None:
     script = (
         "import contextlib, sys\n"
         "from luthier.cli.app import main\n"
-        "sys.argv = ['luthier', 'search', 'rows.jsonl', '--space', 'training.x=1,2']\n"
+        f"sys.argv = ['luthier', 'search', {str(rows)!r}, '--space', 'training.x=1,2']\n"
         "with contextlib.suppress(SystemExit): main()\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules}))"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,7 +222,8 @@ def test_time_limit_is_checked_within_long_rows(
     rows = [RatedText("f", n, "the quick brown fox and my card", n / 40) for n in range(40)]
     both = ComparedRows(rows, [objective.encode(row, n, chat) for n, row in enumerate(rows)])
     tokens, seconds, progress = both.examples[0].tokens, iter(range(1_000)), list[int]()
-    monkeypatch.setattr(comparison.time, "monotonic", lambda: float(next(seconds)))
+    clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
+    monkeypatch.setattr(comparison, "time", clock)
     states = comparison.base_states(
         network, objective, both, both, tokens, 8.0, lambda done, total: progress.append(done)
     )
