@@ -30,8 +30,8 @@ from luthier.inference.inference import GenerationRequest
 from luthier.inference.memory import resident_bytes
 from luthier.inference.pool import ModelPool
 from luthier.library.models import find
+from luthier.models.formats.save import ADAPTER, read_adapter
 from luthier.models.manifest import MANIFEST, Manifest
-from luthier.models.save import ADAPTER, read_adapter
 from luthier.recipe import Recipe
 
 BASE = "smollm2-135m-instruct"

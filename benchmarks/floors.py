@@ -109,9 +109,9 @@ def rollouts(count: int, tokens: int = 32) -> tuple[Side, Side]:
     from luthier.adaptations.lora import LoRA
     from luthier.engine.machine import choose_machine
     from luthier.library.models import find
-    from luthier.models.decoding import sample
+    from luthier.models.decoding.sampler import sample
+    from luthier.models.decoding.sampling import Sampling
     from luthier.models.load import as_network, load_model
-    from luthier.models.sampling import Sampling
 
     machine = choose_machine()
     model = load_model(find(BASE, print).folder, machine.dtype, machine.device)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from luthier.data.inputs import Media, read_processor
-from luthier.models import nets
+from luthier.models.networks import classic as nets
 from peer import SETTINGS, Clock
 
 

@@ -43,8 +43,8 @@ def write_start(base: Path, data: Path, folder: Path) -> None:
     import torch
 
     from luthier.engine.dataset import prepare
+    from luthier.models.formats.save import save_network
     from luthier.models.load import load_model
-    from luthier.models.save import save_network
     from luthier.models.tokenizer import load_chat_format
     from luthier.recipe import DataSpec
 

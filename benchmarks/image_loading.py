@@ -28,7 +28,7 @@ from children import table
 from luthier.engine.metrics import Reporter
 from luthier.files import luthier_home
 from luthier.media import processors
-from luthier.models import layouts
+from luthier.models.networks import layouts
 
 BATCH = 16
 CASES = (

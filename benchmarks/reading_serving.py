@@ -118,7 +118,7 @@ def pool_side(model: str, embeds: bool) -> Callable[[str], object]:
 def pipeline_side(folder: str, embeds: bool, name: str) -> Callable[[str], object]:
     from transformers import pipeline
 
-    from luthier.models.nets import register
+    from luthier.models.networks.classic import register
 
     register()
     task: Any = "feature-extraction" if embeds else "text-classification"

@@ -38,8 +38,8 @@ from luthier.engine.optimizers import schedule_factor
 from luthier.library.models import find
 from luthier.media.augmentation import change_image
 from luthier.media.processors import ImageProcessor
-from luthier.models.heads import Head
 from luthier.models.load import load_model
+from luthier.models.networks.heads import Head
 
 BATCH, RATE, WARMUP = 32, 2e-3, 0.05
 Images = NDArray[np.uint8]

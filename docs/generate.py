@@ -31,8 +31,8 @@ from luthier.gate.rules import Rule
 from luthier.graders import GRADERS
 from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
-from luthier.models.gguf import PRE_TOKENIZERS
-from luthier.models.gguf_networks import NETWORKS
+from luthier.models.formats.gguf import PRE_TOKENIZERS
+from luthier.models.formats.gguf_networks import NETWORKS
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training

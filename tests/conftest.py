@@ -829,7 +829,7 @@ def make_gpt2(seed: int = 0, **fields: Any) -> Any:
 
 
 def make_palm(seed: int = 0, **fields: Any) -> Any:
-    from luthier.models.nets.palm import PalmConfig, PalmForCausalLM
+    from luthier.models.networks.classic.palm import PalmConfig, PalmForCausalLM
 
     config = PalmConfig(
         **{
@@ -849,7 +849,7 @@ def make_palm(seed: int = 0, **fields: Any) -> Any:
 
 
 def make_transfo_xl(seed: int = 0, **fields: Any) -> Any:
-    from luthier.models.nets.transfo_xl import TransfoXLConfig, TransfoXLForCausalLM
+    from luthier.models.networks.classic.transfo_xl import TransfoXLConfig, TransfoXLForCausalLM
 
     config = TransfoXLConfig(
         **{
@@ -871,7 +871,7 @@ def make_transfo_xl(seed: int = 0, **fields: Any) -> Any:
 
 
 def make_elmo(seed: int = 0, kind: str = "ElmoForPreTraining", **fields: Any) -> Any:
-    from luthier.models.nets import elmo
+    from luthier.models.networks.classic import elmo
 
     config = elmo.ElmoConfig(
         **{

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from luthier.models.probe import UNSUPPORTED
+from luthier.models.networks.probe import UNSUPPORTED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -40,11 +40,11 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
 from luthier.library import models as store
 from luthier.models.folder import ModelFolder
+from luthier.models.formats.pipelines import is_pipeline
+from luthier.models.formats.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.models.load import as_network, load_model
 from luthier.models.manifest import Manifest
-from luthier.models.network import Network
-from luthier.models.pipelines import is_pipeline
-from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import RunModels, add_modules

@@ -27,8 +27,8 @@ from luthier.inference.decoder import Decoder
 from luthier.inference.inference import Chat, GenerationRequest
 from luthier.inference.memory import CacheBudget
 from luthier.library.models import find
-from luthier.models.backends import BACKENDS
 from luthier.models.catalog import CATALOG
+from luthier.models.decoding.backends import BACKENDS
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import Recipe
 from luthier.server.tables.foundation import foundation_model, foundation_models

@@ -30,7 +30,8 @@ FURTHER = (
     "data/convert.py", "data/writers.py", "exports/writer.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
     "workflows/trial_processes.py",
-    "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
+    "models/build.py", "models/shrinking/student.py", "models/shrinking/width.py",
+    "models/shrinking/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
     "gate/row_selection.py", "gate/splits.py", "server/tables/backup.py",
 )  # fmt: skip

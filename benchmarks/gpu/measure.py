@@ -47,7 +47,7 @@ def remaining(deadline: float) -> float:
 
 def run_tests(deadline: float) -> str:
     """Run the tests that need a GPU and return pytest's last line."""
-    tests = ["tests/gpu", "tests/models/test_attention.py"]
+    tests = ["tests/gpu", "tests/models/networks/test_attention.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rfEs", *tests]
     try:
         out = subprocess.run(

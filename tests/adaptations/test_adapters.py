@@ -15,9 +15,9 @@ from luthier.adaptations import Adapters, BitFit
 from luthier.adaptations.adapter_layer import Bottleneck, ConvBottleneck
 from luthier.errors import RecipeError
 from luthier.library.models import find
-from luthier.models.heads import Head
 from luthier.models.load import load_model
-from luthier.models.modalities import input_shape, run_media
+from luthier.models.networks.heads import Head
+from luthier.models.networks.modalities import input_shape, run_media
 from luthier.objectives import MaskedLM
 
 CPU = torch.device("cpu")

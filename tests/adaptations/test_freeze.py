@@ -14,9 +14,9 @@ from torch import nn
 
 from luthier.adaptations import Freeze
 from luthier.errors import RecipeError
-from luthier.models.heads import Head
-from luthier.models.layers import layer_names
 from luthier.models.load import load_model
+from luthier.models.networks.heads import Head
+from luthier.models.networks.layers import layer_names
 
 
 def moving(model: nn.Module) -> set[str]:

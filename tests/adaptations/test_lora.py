@@ -25,11 +25,11 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
-from luthier.models.frozen_layer_cache import frozen_layers
-from luthier.models.layers import modules_of
+from luthier.models.formats.save import save_adapter
 from luthier.models.load import as_network
-from luthier.models.network import Network
-from luthier.models.save import save_adapter
+from luthier.models.networks.frozen_layer_cache import frozen_layers
+from luthier.models.networks.layers import modules_of
+from luthier.models.networks.network import Network
 from luthier.objectives import SFT
 from luthier.recipe import Training
 from luthier.types import Example

@@ -16,8 +16,8 @@ from luthier.adaptations import ADAPTATIONS, LoRA
 from luthier.adaptations.lora_experts import LoRAExperts
 from luthier.adaptations.peft import lora_of
 from luthier.errors import RecipeError
-from luthier.models.layers import modules_of
-from luthier.models.save import read_adapter, save_adapter
+from luthier.models.formats.save import read_adapter, save_adapter
+from luthier.models.networks.layers import modules_of
 from model_families import DECODERS
 
 IDS = torch.arange(5, 21).view(2, 8)

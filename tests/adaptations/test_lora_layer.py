@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from luthier.adaptations.lora_layer import DoRALinear, LoRALinear, _LowRankLinears
-from luthier.models.layers import read_together
+from luthier.models.networks.layers import read_together
 from luthier.models.rounding import Rounding
 
 

@@ -17,14 +17,14 @@ from luthier.adaptations import Prefix
 from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
 from luthier.inference.generation import Generator
-from luthier.models import attention
-from luthier.models.attention import _flex_mask, plan_attention
-from luthier.models.frozen_layer_cache import frozen_layers
+from luthier.models.decoding.sampling import Sampling
+from luthier.models.formats.save import load_adapter, save_adapter
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
-from luthier.models.prefix import prefix_cache, prefix_tokens
-from luthier.models.sampling import Sampling
-from luthier.models.save import load_adapter, save_adapter
+from luthier.models.networks import attention
+from luthier.models.networks.attention import _flex_mask, plan_attention
+from luthier.models.networks.frozen_layer_cache import frozen_layers
+from luthier.models.networks.network import Network
+from luthier.models.networks.prefix import prefix_cache, prefix_tokens
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, MaskedLM
 from luthier.objectives.logprobs import weighted_nll

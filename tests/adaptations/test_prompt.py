@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from luthier.adaptations import Prompt
+from luthier.models.formats.save import load_adapter, save_adapter
 from luthier.models.load import as_network, load_model
-from luthier.models.save import load_adapter, save_adapter
 from luthier.types import Example
 
 CPU = torch.device("cpu")

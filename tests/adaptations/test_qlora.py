@@ -29,10 +29,10 @@ from luthier.adaptations.qlora_layer import (
 from luthier.engine.memory import PROCESS, estimate_memory, weight_bytes
 from luthier.errors import RecipeError
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import CAUSAL_LM
+from luthier.models.formats.save import save_adapter
 from luthier.models.load import as_network, load_model
+from luthier.models.networks.heads import CAUSAL_LM
 from luthier.models.rounding import Rounding
-from luthier.models.save import save_adapter
 
 pytest.importorskip("bitsandbytes")
 

@@ -20,8 +20,8 @@ from luthier.engine.loop import row_gradients
 from luthier.engine.memory import estimate_memory
 from luthier.engine.metrics import Reporter
 from luthier.errors import CorruptFile
+from luthier.models.formats.save import load_adapter, save_adapter
 from luthier.models.load import as_network
-from luthier.models.save import load_adapter, save_adapter
 from luthier.recipe import Training
 from luthier.types import Example
 

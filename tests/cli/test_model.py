@@ -12,7 +12,7 @@ from thinking_models import THOUGHT
 
 import luthier
 from luthier.errors import RecipeError
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.types import Message
 
 

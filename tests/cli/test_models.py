@@ -316,7 +316,7 @@ def test_export_of_a_network_of_ours_says_what_reads_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Answer("models", "export", "small-cnn", str(tmp_path / "out")).good().out
-    assert "`luthier.models.nets.register()`" in text
+    assert "`luthier.models.networks.classic.register()`" in text
     assert text.endswith("luthier models export small-cnn FOLDER --format onnx\n")
     adapter = Export("a:b", tmp_path, "safetensors", ["adapter_config.json"], "small_cnn")
     write_json(tmp_path / "adapter_config.json", {})

@@ -20,7 +20,7 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import LuthierError
 from luthier.files import read_json
 from luthier.inference.prediction import BLOCK_PROMPTS
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.recipe import Recipe
 from luthier.workflows.batch_inference import answer_file, shards_folder
 from luthier.workflows.inference_tasks import GenerateTask

@@ -11,7 +11,7 @@ import pytest
 from luthier.data.chat import ChatFormat
 from luthier.data.chat_templates import CHATML_SHA256
 from luthier.errors import Location, RecipeError
-from luthier.models.external import KNOWN_TEMPLATES
+from luthier.models.formats.external import KNOWN_TEMPLATES
 from luthier.recipe import Recipe, with_paths
 from luthier.types import Message
 from tokenizers_of_families import sentencepiece

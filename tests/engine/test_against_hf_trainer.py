@@ -15,8 +15,8 @@ import torch
 
 from luthier.engine.runs import METRICS
 from luthier.engine.train import train
-from luthier.models.heads import Head
 from luthier.models.load import load_model
+from luthier.models.networks.heads import Head
 from luthier.models.tokenizer import load_tokenizer
 from luthier.recipe import Recipe
 

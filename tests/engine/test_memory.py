@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.data.tree import build_tree
 from luthier.engine.memory import estimate_memory
-from luthier.models.heads import set_task
 from luthier.models.load import as_network
+from luthier.models.networks.heads import set_task
 from luthier.types import Example
 
 CPU = torch.device("cpu")

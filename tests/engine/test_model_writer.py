@@ -19,7 +19,8 @@ from luthier.engine import model_writer, train
 from luthier.errors import DoesNotFit, LuthierError, UnknownModel
 from luthier.files import read_json, write_json
 from luthier.library.models import find
-from luthier.models import lora_batch, manifest
+from luthier.models import manifest
+from luthier.models.decoding import lora_batch
 from luthier.objectives.base import Objective
 from luthier.recipe import Recipe
 from luthier.types import Example

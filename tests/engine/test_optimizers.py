@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from luthier.engine.optimizers import MasterAdamW, rate_shares
 from luthier.errors import Diverged
-from luthier.models.layers import layer_names
+from luthier.models.networks.layers import layer_names
 from luthier.recipe import Training
 
 RATE = 1e-2

@@ -20,10 +20,10 @@ from luthier.evaluation.parity import (
     greedy_prompts,
     target_logps,
 )
+from luthier.models.decoding.torch_backend import torch_backend
 from luthier.models.load import as_network
 from luthier.models.manifest import Parity, TokenDifference, TokenParity
-from luthier.models.network import Network
-from luthier.models.torch_backend import torch_backend
+from luthier.models.networks.network import Network
 from luthier.types import Example
 
 CPU = torch.device("cpu")

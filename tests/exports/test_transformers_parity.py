@@ -18,7 +18,7 @@ from luthier.exports.peft_parity import first_output
 from luthier.exports.writer import export
 from luthier.files import luthier_home
 from luthier.library.models import StoredModel, find, load
-from luthier.models.probe import relative_error
+from luthier.models.networks.probe import relative_error
 from luthier.recipe import Recipe
 from luthier.workflows.capabilities import capabilities
 from quantized_checkpoints import write_quantized

@@ -25,11 +25,11 @@ from luthier.exports.writer import export, export_gguf
 from luthier.files import hashes_of
 from luthier.inference.generation import Generator
 from luthier.library.models import find, load
-from luthier.models import gguf_networks
-from luthier.models.heads import prompt_ids
-from luthier.models.prefix import prefix_tokens
-from luthier.models.sampling import Sampling
-from luthier.models.save import save_network
+from luthier.models.decoding.sampling import Sampling
+from luthier.models.formats import gguf_networks
+from luthier.models.formats.save import save_network
+from luthier.models.networks.heads import prompt_ids
+from luthier.models.networks.prefix import prefix_tokens
 from luthier.recipe import Recipe
 
 CPU = torch.device("cpu")

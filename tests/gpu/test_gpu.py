@@ -12,7 +12,7 @@ import torch
 
 import luthier
 from luthier.data.tree import build_tree, pad_tree
-from luthier.models.attention import AttentionWindow, Scoring, plan_attention
+from luthier.models.networks.attention import AttentionWindow, Scoring, plan_attention
 from luthier.types import Example
 
 pytestmark = [

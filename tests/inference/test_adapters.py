@@ -22,10 +22,10 @@ from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat, GenerationRequest, InferenceFailed, TokenChunk
 from luthier.inference.pool import ModelPool
 from luthier.library.models import StoredModel, find, load, shares_base
-from luthier.models.lora_batch import LoraBatchLayer
+from luthier.models.decoding.lora_batch import LoraBatchLayer
+from luthier.models.decoding.sampling import Sampling
+from luthier.models.formats.save import ADAPTER, read_adapter
 from luthier.models.manifest import MANIFEST
-from luthier.models.sampling import Sampling
-from luthier.models.save import ADAPTER, read_adapter
 from luthier.recipe import Recipe
 from luthier.types import Message
 

@@ -24,7 +24,7 @@ from luthier.inference.inference import (
     InferenceRefused,
     TokenChunk,
 )
-from luthier.models.sampling import Constraint
+from luthier.models.decoding.sampling import Constraint
 from luthier.types import Message, Tool
 
 

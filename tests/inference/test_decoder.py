@@ -33,9 +33,9 @@ from luthier.inference.memory import CacheBudget
 from luthier.inference.scheduler import WaitingRequests, working_for
 from luthier.library.models import find, load
 from luthier.limits import ModelLimits
-from luthier.models.decoding import TokenSampler, sample
+from luthier.models.decoding.sampler import TokenSampler, sample
+from luthier.models.decoding.sampling import Sampling
 from luthier.models.load import as_network
-from luthier.models.sampling import Sampling
 from luthier.types import Message
 from tokenizers_of_families import MISTRAL, sentencepiece
 

@@ -22,9 +22,9 @@ from luthier.inference.memory import CacheBudget
 from luthier.inference.pool import ModelPool
 from luthier.library.folders import gguf_folder, remove_side_files
 from luthier.library.models import find
-from luthier.models.backends import BACKENDS
-from luthier.models.sampling import Sampling
-from luthier.models.torch_backend import FlatBackend
+from luthier.models.decoding.backends import BACKENDS
+from luthier.models.decoding.sampling import Sampling
+from luthier.models.decoding.torch_backend import FlatBackend
 from luthier.recipe import Recipe
 
 try:

@@ -18,9 +18,9 @@ from luthier.errors import RecipeError
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
 from luthier.library.models import find, load
-from luthier.models.decoding import Decoding
+from luthier.models.decoding.sampler import Decoding
+from luthier.models.decoding.sampling import Sampling
 from luthier.models.load import as_network
-from luthier.models.sampling import Sampling
 from luthier.types import Message, Tool, ToolCall
 from tokenizers_of_families import PREPENDS, sentencepiece
 

@@ -14,8 +14,8 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.parity import REFERENCE_PROMPTS
 from luthier.inference.gguf_parity import LlamaCpp, compare_gguf
-from luthier.models import gguf, gguf_networks
-from luthier.models.gguf import write_gguf
+from luthier.models.formats import gguf, gguf_networks
+from luthier.models.formats.gguf import write_gguf
 from luthier.types import Message
 
 pytest.importorskip("xllamacpp")

@@ -15,8 +15,8 @@ from luthier.inference.inference import InferenceFailed
 from luthier.inference.latency import OTHER, LatencyTable, ModelMetrics
 from luthier.inference.memory import CacheBudget
 from luthier.library.models import StoredModel, find
+from luthier.models.decoding.speculation import Speculation
 from luthier.models.manifest import Manifest
-from luthier.models.speculation import Speculation
 
 SAME = {"logit_bias": {7: 100.0}}
 """Forces the same token repeatedly, so that every guess is right."""

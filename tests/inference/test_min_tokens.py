@@ -16,8 +16,8 @@ from luthier.inference.inference import Chat, GenerationRequest, InferenceRefuse
 from luthier.inference.memory import CacheBudget
 from luthier.inference.text import AnswerText
 from luthier.library.models import find
-from luthier.models.decoding import TokenSampler
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampler import TokenSampler
+from luthier.models.decoding.sampling import Sampling
 from luthier.types import Message
 
 LOGITS_V = torch.tensor([0.0, 5.0, 1.0, 2.0])

@@ -13,8 +13,8 @@ from luthier.inference.decoder import Decoder
 from luthier.inference.inference import GenerationRequest
 from luthier.inference.memory import CacheBudget
 from luthier.inference.prefix_cache import PrefixCache
-from luthier.models.backends import FEWEST_SHARED
-from luthier.models.kv_cache import KeyValues
+from luthier.models.decoding.backends import FEWEST_SHARED
+from luthier.models.decoding.kv_cache import KeyValues
 
 HEADS, SIZE = 2, 4
 TOKEN = 2 * HEADS * SIZE * 4

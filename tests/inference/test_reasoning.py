@@ -24,7 +24,7 @@ from luthier.inference.inference import (
 )
 from luthier.inference.memory import CacheBudget
 from luthier.library.models import find
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.types import Message, Tool
 
 TOOL = Tool(PAINT["name"], "", PAINT["parameters"])

@@ -12,7 +12,7 @@ from luthier.data.chat import BROKEN
 from luthier.data.reasoning import ReasoningFormat, ReasoningMarks
 from luthier.inference.inference import Score
 from luthier.inference.text import AnswerText, Detokenizer, StopFinder
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 
 
 @settings(deadline=None, max_examples=60)

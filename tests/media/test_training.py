@@ -26,9 +26,9 @@ from luthier.library import models as store
 from luthier.media import processors
 from luthier.media.networks import small_cnn as net
 from luthier.media.processors import ImageProcessor
-from luthier.models import layouts
-from luthier.models.layouts import MediaReader
 from luthier.models.manifest import Manifest
+from luthier.models.networks import layouts
+from luthier.models.networks.layouts import MediaReader
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import DataSpec, Recipe, Training
 
@@ -188,7 +188,7 @@ def tune(pictures: Path, base: Path, name: str, **training: Any) -> Any:
 def test_features_that_are_computed_once_train_the_same_head(
     pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.models.layouts import MediaLayout
+    from luthier.models.networks.layouts import MediaLayout
 
     calls: list[int] = []
     compute = MediaLayout.compute_ahead

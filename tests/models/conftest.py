@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import Head, decoder_of, head_in, task_of
 from luthier.models.load import load_model
+from luthier.models.networks.heads import Head, decoder_of, head_in, task_of
 
 
 @pytest.fixture(scope="session")

@@ -41,8 +41,8 @@ from luthier.models.catalog import (
     bases_for,
     pull,
 )
-from luthier.models.heads import Head
 from luthier.models.manifest import MANIFEST
+from luthier.models.networks.heads import Head
 
 FILES = {
     "fake_model/__init__.py": b"raise SystemExit('imported')",

@@ -14,6 +14,8 @@ from luthier.errors import OutOfMemory, UnknownModel, memory_errors
 from luthier.models.config_errors import reject_configuration
 from luthier.types import Message
 
+NETWORK = "luthier.models.networks.layouts"
+
 
 @pytest.mark.parametrize(
     "error",
@@ -34,7 +36,9 @@ def test_shortage_of_memory_is_no_fault_of_a_configuration(error: Exception) -> 
         raise error
 
 
-@pytest.mark.parametrize("place", ["transformers.models.odd", "luthier.models.nets.odd"])
+@pytest.mark.parametrize(
+    "place", ["transformers.models.odd", "luthier.models.networks.classic.odd"]
+)
 def test_what_interprets_a_configuration_is_refused_for_its_errors(place: str) -> None:
     with pytest.raises(UnknownModel), reject_configuration(UnknownModel, "no network"):
         _function_of(place)()
@@ -47,9 +51,9 @@ def test_an_error_of_our_own_is_no_fault_of_a_configuration() -> None:
 
 def test_what_an_object_lacks_is_the_fault_of_who_made_it() -> None:
     with pytest.raises(UnknownModel), reject_configuration(UnknownModel, "no network"):
-        _function_of("luthier.models.layouts", lambda: ImageClassifierOutput().last_hidden_state)()  # type: ignore[attr-defined]
+        _function_of(NETWORK, lambda: ImageClassifierOutput().last_hidden_state)()  # type: ignore[attr-defined]
     with pytest.raises(AttributeError), reject_configuration(UnknownModel, "no network"):
-        _function_of("luthier.models.layouts", lambda: Message("user", "a").states)()  # type: ignore[attr-defined]
+        _function_of(NETWORK, lambda: Message("user", "a").states)()  # type: ignore[attr-defined]
 
 
 def _function_of(module: str, code: Callable[[], object] = lambda: len(5)) -> Callable[[], object]:  # type: ignore[arg-type]

@@ -15,9 +15,9 @@ from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
 from luthier.files import read_json
 from luthier.library import models as store
-from luthier.models.forward_backend import ForwardBackend
+from luthier.models.decoding.forward_backend import ForwardBackend
 from luthier.models.load import as_network, check_decoder_input
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.types import Example, Message

@@ -28,8 +28,8 @@ from luthier.exports.writer import export
 from luthier.inference.generation import Generator
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, find, load
+from luthier.models.decoding.sampling import Sampling
 from luthier.models.load import as_network
-from luthier.models.sampling import Sampling
 from luthier.recipe import Recipe
 from luthier.workflows.capabilities import capabilities
 from model_families import DECODERS, ENCODER_DECODERS, ENCODERS, Family

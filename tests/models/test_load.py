@@ -20,8 +20,8 @@ from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.models import load
 from luthier.models.folder import DEFAULT_CONTEXT, ModelFolder
-from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
+from luthier.models.networks.heads import Head
 from luthier.types import Example
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from luthier.errors import RecipeError
-from luthier.models import nets
 from luthier.models.build import build, read_configuration
-from luthier.models.heads import Head
 from luthier.models.load import sketch
-from luthier.models.modalities import context_length
+from luthier.models.networks import classic as nets
+from luthier.models.networks.heads import Head
+from luthier.models.networks.modalities import context_length
 from luthier.models.presets import SHAPES, configuration
 
 SMALL: dict[str, Any] = {

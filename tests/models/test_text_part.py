@@ -25,12 +25,12 @@ from luthier.errors import RecipeError
 from luthier.exports.writer import export
 from luthier.inference.generation import Generator
 from luthier.library.models import find
+from luthier.models.decoding.sampling import Sampling
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import CAUSAL_LM
+from luthier.models.formats.save import read_adapter
 from luthier.models.load import load_model
-from luthier.models.modalities import text_part_config
-from luthier.models.sampling import Sampling
-from luthier.models.save import read_adapter
+from luthier.models.networks.heads import CAUSAL_LM
+from luthier.models.networks.modalities import text_part_config
 from luthier.models.text_part import fit_to_text_part
 from luthier.recipe import Recipe
 from luthier.server.jobs.import_checks import accept_network

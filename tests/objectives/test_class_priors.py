@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from luthier.data.shapes.texts import LabelledText, RawText, TaggedWords
-from luthier.models.heads import Head, head_weights
 from luthier.models.load import load_model
+from luthier.models.networks.heads import Head, head_weights
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Classification, SemiSupervised, TokenClassification
 from luthier.objectives.class_priors import shares_of, sigmoid_bias, softmax_bias

@@ -21,7 +21,7 @@ from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import partner_ranks
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Contrastive
 from luthier.objectives.base import RunStart

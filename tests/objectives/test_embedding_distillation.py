@@ -17,7 +17,7 @@ from luthier.data.shapes.texts import RawText
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive, EmbeddingDistillation
 from luthier.objectives.base import OtherModel, RunModels

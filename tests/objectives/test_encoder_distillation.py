@@ -18,7 +18,7 @@ from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.engine.train import Result, train
 from luthier.errors import DataError, RecipeError
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, EncoderDistillation
 from luthier.objectives.base import OtherModel, RunModels, add_modules

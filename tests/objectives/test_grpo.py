@@ -17,9 +17,9 @@ from torch import Tensor
 
 from luthier.data.reasoning import DecodedReply
 from luthier.data.shapes.conversations import PromptCompletion
-from luthier.models.decoding import Completion
+from luthier.models.decoding.sampler import Completion
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, logprobs
 from luthier.objectives.rollouts import PolicyBatch, Rollout, Rollouts

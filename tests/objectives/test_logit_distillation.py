@@ -18,7 +18,7 @@ from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.load import as_network
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.objectives import SFT, LogitDistillation
 from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.distillation import note_sizes

@@ -17,7 +17,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.train import train
 from luthier.models.load import as_network
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.objectives import LogitDistillation, OnPolicyDistillation
 from luthier.objectives.means import mean_loss
 from luthier.objectives.on_policy_distillation import prompt_of, with_answer

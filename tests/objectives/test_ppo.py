@@ -15,9 +15,9 @@ from torch import Tensor
 from luthier.data.reasoning import DecodedReply
 from luthier.data.shapes.conversations import PromptOnly
 from luthier.graders import Regex
-from luthier.models.decoding import Completion
+from luthier.models.decoding.sampler import Completion
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.process_group import ALONE
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import PPO

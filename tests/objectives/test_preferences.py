@@ -19,7 +19,7 @@ from torch import Tensor
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes.preferences import Preference, RankedReplies
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import DPO, KTO, ORPO, ListwiseDPO, Objective, RewardModel
 from luthier.objectives.kto import mismatch_answers

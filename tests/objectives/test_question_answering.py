@@ -20,7 +20,7 @@ from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError, RowRefused
 from luthier.evaluation.labels import scores
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.question_answering import AnswerSpan, QuestionAnswering, _answer
 

@@ -26,7 +26,7 @@ from luthier.engine.train import train
 from luthier.errors import DataError, GradingFailed, RecipeError
 from luthier.graders import GRADERS, Answer, Grader, Number
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, PPO, logprobs
 from luthier.objectives.rollout_checks import advice, precheck

@@ -15,7 +15,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.train import train
 from luthier.models.load import as_network
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.objectives import SDFT
 from luthier.objectives.on_policy_distillation import answer_of, prompt_of
 from luthier.recipe import Recipe

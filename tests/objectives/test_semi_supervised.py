@@ -16,7 +16,7 @@ import luthier
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.errors import DataError, RecipeError
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SemiSupervised, semi_supervised
 from luthier.objectives.base import RunStart

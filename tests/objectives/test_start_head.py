@@ -14,9 +14,9 @@ import luthier
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.evaluation.significance import RowScores
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import score_layer
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.heads import score_layer
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, EncoderDistillation, SemiSupervised
 from luthier.objectives.base import RunModels, RunStart

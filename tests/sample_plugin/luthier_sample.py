@@ -10,8 +10,8 @@ import numpy as np
 from luthier.adaptations import Adaptation
 from luthier.data.tree import build_tree
 from luthier.graders import Grader
-from luthier.models.backends import BackendEntry
 from luthier.models.catalog import CatalogEntry
+from luthier.models.decoding.backends import BackendEntry
 from luthier.objectives import Classification
 from luthier.types import Example, Loss
 

@@ -25,7 +25,7 @@ from luthier.data.shapes.conversations import PromptOnly
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RunConflict
 from luthier.files import lock
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.workflows import batch_inference
 from luthier.workflows.batch_inference import InferenceRunner, _shards, shards_folder
 from luthier.workflows.inference_tasks import GenerateTask, InputRow

@@ -19,9 +19,9 @@ from luthier.engine.machine import choose_machine
 from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.catalog import CATALOG
 from luthier.models.folder import ModelFolder, for_head
-from luthier.models.heads import CAUSAL_LM, Head, Task
 from luthier.models.load import catalogue_config, sketch
-from luthier.models.probe import UNSUPPORTED
+from luthier.models.networks.heads import CAUSAL_LM, Head, Task
+from luthier.models.networks.probe import UNSUPPORTED
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import check_base

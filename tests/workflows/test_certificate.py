@@ -25,8 +25,8 @@ from luthier.errors import CorruptFile, RecipeError
 from luthier.files import hashes_of, read_json, sha256_of, write_json
 from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of, write_report
-from luthier.models import gguf_networks
 from luthier.models.catalog import CATALOG
+from luthier.models.formats import gguf_networks
 from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
 from luthier.workflows.certificate import certificate
 from luthier.workflows.certificate.certificate import (

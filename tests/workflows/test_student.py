@@ -17,9 +17,9 @@ from luthier.engine.metrics import Reporter
 from luthier.errors import LuthierError, RecipeError, RunConflict
 from luthier.files import read_json, sha256_of, verify
 from luthier.library import models as store
-from luthier.models.heads import task_of
 from luthier.models.manifest import MANIFEST
-from luthier.models.student import StudentShape
+from luthier.models.networks.heads import task_of
+from luthier.models.shrinking.student import StudentShape
 from luthier.workflows.student import make_student
 
 CPU = torch.device("cpu")

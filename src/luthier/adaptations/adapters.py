@@ -23,8 +23,8 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate
 from luthier.errors import RecipeError
-from luthier.models.heads import frozen_parts, head_modules, is_inside
-from luthier.models.layers import replace_modules
+from luthier.models.networks.heads import frozen_parts, head_modules, is_inside
+from luthier.models.networks.layers import replace_modules
 
 if TYPE_CHECKING:
     from torch import nn

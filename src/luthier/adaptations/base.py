@@ -18,7 +18,7 @@ from luthier.validation import StrictModel
 if TYPE_CHECKING:
     from torch import nn
 
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
 
 Gradients = Callable[[int], Iterator[None]]
 """Iterate over the given number of training rows, one row at a time (one batch at a time for
@@ -33,7 +33,7 @@ def peft_config(peft_type: str, model: nn.Module, base: str, **fields: Any) -> d
     Versions of PEFT add fields and reject unknown fields, and each version fills in its own
     defaults for missing fields. Importing PEFT to write the file would take 2.6 seconds.
     """
-    from luthier.models.heads import head_modules, peft_task
+    from luthier.models.networks.heads import head_modules, peft_task
 
     every = {
         "peft_type": peft_type,
@@ -77,7 +77,7 @@ class Adaptation(StrictModel):
     @property
     def shares_base(self) -> bool:
         """True if several models can share a base network
-        (:mod:`luthier.models.lora_batch`)."""
+        (:mod:`luthier.models.decoding.lora_batch`)."""
         return False
 
     @property
@@ -94,8 +94,8 @@ class Adaptation(StrictModel):
 
         The task's head is always trained, and preprocessing layers never.
         """
-        from luthier.models.heads import frozen_parts, head_weights, is_inside
-        from luthier.models.modalities import media_config
+        from luthier.models.networks.heads import frozen_parts, head_weights, is_inside
+        from luthier.models.networks.modalities import media_config
 
         if not self.takes_media and media_config(model.config) is not None:
             raise RecipeError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from luthier.adaptations.base import Adaptation
 from luthier.errors import RecipeError
-from luthier.models.heads import head_weights
+from luthier.models.networks.heads import head_weights
 
 if TYPE_CHECKING:
     from torch import nn

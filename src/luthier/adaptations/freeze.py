@@ -14,7 +14,7 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate
 from luthier.errors import RecipeError
-from luthier.models.layers import layer_names, layer_positions
+from luthier.models.networks.layers import layer_names, layer_positions
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,7 +21,7 @@ from pydantic import Field
 from luthier.adaptations.base import Adaptation, full_rate, peft_config
 from luthier.adaptations.targets import linear_targets
 from luthier.errors import RecipeError
-from luthier.models.layers import modules_of, replace_modules, stacked_weights
+from luthier.models.networks.layers import modules_of, replace_modules, stacked_weights
 
 if TYPE_CHECKING:
     from torch import nn

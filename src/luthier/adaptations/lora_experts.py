@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from luthier.models.fused import Dropout
-from luthier.models.layers import stacked_weights
+from luthier.models.networks.fused import Dropout
+from luthier.models.networks.layers import stacked_weights
 from luthier.models.rounding import Rounding
 from luthier.models.wrapper import LayerWrapper
 

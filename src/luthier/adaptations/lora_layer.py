@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from luthier.models.fused import Dropout
-from luthier.models.packing import packed_weight
+from luthier.models.decoding.packing import packed_weight
+from luthier.models.networks.fused import Dropout
 from luthier.models.rounding import Rounding
 from luthier.models.wrapper import LayerWrapper
 
@@ -192,7 +192,7 @@ class LoRALinear(LayerWrapper):
 
     @classmethod
     def read_together(cls, layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
-        """See :func:`luthier.models.layers.read_together`."""
+        """See :func:`luthier.models.networks.layers.read_together`."""
         # The exact class: DoRA, a subclass, multiplies the product afterwards.
         if not all(type(layer) is LoRALinear and layer._is_plain for layer in layers):
             return None

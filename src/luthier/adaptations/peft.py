@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.targets import linear_targets
 from luthier.errors import ModelRefused, RecipeError
-from luthier.models.external import ADAPTER_CONFIG
-from luthier.models.save import outer_name
+from luthier.models.formats.external import ADAPTER_CONFIG
+from luthier.models.formats.save import outer_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

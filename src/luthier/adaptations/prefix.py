@@ -19,7 +19,7 @@ from luthier.adaptations.base import Gradients, VirtualTokens, peft_config
 if TYPE_CHECKING:
     from torch import nn
 
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
 
 
 class Prefix(VirtualTokens):
@@ -29,7 +29,7 @@ class Prefix(VirtualTokens):
 
     def adapt(self, model: nn.Module) -> None:
         """Put a prefix of zeros into each layer; freeze everything else."""
-        from luthier.models.prefix import add_prefix
+        from luthier.models.networks.prefix import add_prefix
 
         model.requires_grad_(False)
         add_prefix(model, self.virtual_tokens)
@@ -38,14 +38,14 @@ class Prefix(VirtualTokens):
         """Start from the keys and values of tokens drawn from the vocabulary."""
         import torch
 
-        from luthier.models.prefix import fill_from_tokens
+        from luthier.models.networks.prefix import fill_from_tokens
 
         vocabulary = int(network.model.config.vocab_size)
         fill_from_tokens(network, torch.randint(vocabulary, (self.virtual_tokens,)))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """Return PEFT's configuration of the prefix."""
-        from luthier.models.prefix import KeyValuePrefix
+        from luthier.models.networks.prefix import KeyValuePrefix
 
         prefix = next(m for m in model.modules() if isinstance(m, KeyValuePrefix))
         layers, heads, size = prefix.shape

@@ -16,7 +16,7 @@ class PromptEmbedding(LayerWrapper):
         super().__init__(base)
         vocabulary, hidden = base.weight.shape
         self.prompt_ids = tuple(range(vocabulary, vocabulary + count))
-        """Ids that :class:`luthier.models.network.Network` prepends to each row."""
+        """Ids that :class:`luthier.models.networks.network.Network` prepends to each row."""
         self.prompt_embeddings = nn.Parameter(base.weight.new_empty(count, hidden))
         if not base.weight.is_meta:
             # Drawn on the CPU, so that a seed gives the same prompt on every device.

@@ -25,7 +25,7 @@ from luthier.adaptations.base import Adaptation
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
 from luthier.errors import RecipeError
-from luthier.models.layers import expert_stacks, modules_of, replace_modules
+from luthier.models.networks.layers import expert_stacks, modules_of, replace_modules
 
 if TYPE_CHECKING:
     from torch import nn

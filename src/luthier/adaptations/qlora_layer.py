@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from luthier.adaptations.lora_experts import ExpertsView
 from luthier.adaptations.lora_layer import LoRALinear, frozen_product
-from luthier.models.layers import stacked_weights
+from luthier.models.networks.layers import stacked_weights
 from luthier.models.rounding import Rounding
 
 SCALES_IN_BLOCK = 256

@@ -19,12 +19,12 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, Gradients, full_rate
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
-from luthier.models.layers import modules_of, replace_modules
+from luthier.models.networks.layers import modules_of, replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
 
 
 class Sparse(Adaptation):

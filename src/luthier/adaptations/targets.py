@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
-from luthier.models.heads import frozen_parts, head_modules, is_inside, usual_targets
-from luthier.models.layers import expert_stacks, is_linear, layer_names
+from luthier.models.networks.heads import frozen_parts, head_modules, is_inside, usual_targets
+from luthier.models.networks.layers import expert_stacks, is_linear, layer_names
 
 if TYPE_CHECKING:
     from torch import nn

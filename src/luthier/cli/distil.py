@@ -121,7 +121,7 @@ def student(
     Raises:
         RefusedInput: for invalid sizes, an unknown family, a used name or too little disk space.
     """
-    from luthier.models.student import StudentShape
+    from luthier.models.shrinking.student import StudentShape
 
     shape = StudentShape(layers, None if keep is None else tuple(keep), heads, intermediate, hidden)
     shape.check()

@@ -138,7 +138,7 @@ def print_readers(written: Export) -> None:
         )
     elif own:
         print_text(f"{written.network} is a network of luthier. Before loading with transformers,")
-        print_text("call `luthier.models.nets.register()` of an installed luthier.")
+        print_text("call `luthier.models.networks.classic.register()` of an installed luthier.")
     else:
         return
     command = f"luthier models export {written.model} FOLDER"

@@ -29,7 +29,7 @@ from luthier.cli.console import (
 from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError, RefusedInput
 from luthier.files import read_text
-from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
+from luthier.models.decoding.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -106,7 +106,7 @@ def generate(
         ray_address: Head of a Ray cluster that runs the processes.
         ray_gpus: GPUs that each process reserves on a node.
         reporter: Receives progress; silent if not given.
-        **sampling: Fields of :class:`luthier.models.sampling.Sampling`.
+        **sampling: Fields of :class:`luthier.models.decoding.sampling.Sampling`.
 
     Returns:
         The reply to the prompt, or the replies to the rows.
@@ -238,8 +238,8 @@ def chat(
         from luthier.inference.derived_gguf import check_derivable
         from luthier.inference.generation import Generator
         from luthier.library.models import check_active, find
-        from luthier.models.backends import chosen_backend
-        from luthier.models.sampling import Sampling
+        from luthier.models.decoding.backends import chosen_backend
+        from luthier.models.decoding.sampling import Sampling
         from luthier.types import Message
 
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature)

@@ -126,7 +126,7 @@ class Model:
 
         A conversation is a list of messages, each ``{"role": ..., "content": ...}`` or a
         :class:`~luthier.types.Message`. Keywords are fields of
-        :class:`luthier.models.sampling.Sampling`. The text excludes reasoning; :meth:`reply`
+        :class:`luthier.models.decoding.sampling.Sampling`. The text excludes reasoning; :meth:`reply`
         returns both.
         """
         replies = self.reply(prompts, **sampling)
@@ -148,7 +148,7 @@ class Model:
         ``reasoning`` is empty unless the chat template supports reasoning. ``finished`` is False
         for a reply that reached a limit.
         """
-        from luthier.models.sampling import Sampling
+        from luthier.models.decoding.sampling import Sampling
 
         chosen = Sampling(**sampling)
         if isinstance(prompts, str) or _is_conversation(prompts):
@@ -166,7 +166,7 @@ class Model:
 
         ``on_reasoning`` receives the pieces of the reasoning.
         """
-        from luthier.models.sampling import Sampling
+        from luthier.models.decoding.sampling import Sampling
 
         return self.generator.stream(_prompt(prompt), Sampling(**sampling), on_reasoning)
 

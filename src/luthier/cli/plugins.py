@@ -22,8 +22,8 @@ def plugins() -> Plugins:
     """List installed plugins."""
     from luthier.adaptations import ADAPTATIONS
     from luthier.graders import GRADERS
-    from luthier.models.backends import BACKENDS
     from luthier.models.catalog import CATALOG
+    from luthier.models.decoding.backends import BACKENDS
     from luthier.objectives import OBJECTIVES
     from luthier.trackers import TRACKERS
 

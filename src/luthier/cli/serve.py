@@ -79,7 +79,7 @@ def serve(
         from luthier.engine.machine import limit_kernels
         from luthier.inference.prompt_limits import tokenize_in_own_thread
         from luthier.limits import parse_limits
-        from luthier.models.backends import chosen_backend, merges_adapters
+        from luthier.models.decoding.backends import chosen_backend, merges_adapters
         from luthier.server.http import server
         from luthier.server.http.metrics import log_as_json
         from luthier.server.jobs.runners import open_runner

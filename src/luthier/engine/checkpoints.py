@@ -21,7 +21,7 @@ from torch import Tensor
 
 from luthier.errors import CorruptFile
 from luthier.files import TEMPORARY, new_folder, read_json, sha256_of, sweep, write_json
-from luthier.models.tensors import load_tensors, save_tensors
+from luthier.models.formats.tensors import load_tensors, save_tensors
 
 RETAINED = 2
 FIRST_STEP = 10

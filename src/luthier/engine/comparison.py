@@ -25,7 +25,7 @@ from luthier.evaluation.baselines import (
 from luthier.evaluation.label_issues import find_label_issues
 from luthier.evaluation.labels import row_scores
 from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
-from luthier.models.network import Network, TreeBatch
+from luthier.models.networks.network import Network, TreeBatch
 from luthier.objectives import Contrastive, Objective
 from luthier.types import Example, Row
 

@@ -34,12 +34,12 @@ from luthier.library import models as store
 from luthier.library.folders import base_folder
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
-from luthier.models.dropout import check_dropout
-from luthier.models.heads import head_weights, hidden_size_of, scratch_rate
-from luthier.models.layers import layer_names
-from luthier.models.layouts import MOST_IMAGES, is_flat
-from luthier.models.modalities import text_fields
-from luthier.models.nets import NETS
+from luthier.models.networks.classic import NETS
+from luthier.models.networks.dropout import check_dropout
+from luthier.models.networks.heads import head_weights, hidden_size_of, scratch_rate
+from luthier.models.networks.layers import layer_names
+from luthier.models.networks.layouts import MOST_IMAGES, is_flat
+from luthier.models.networks.modalities import text_fields
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import OtherModel, RunModels, with_longest_completions

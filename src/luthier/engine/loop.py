@@ -41,12 +41,12 @@ from luthier.engine.metrics import (
 from luthier.engine.optimizers import MasterAdamW, schedule_factor
 from luthier.engine.timings import Clock
 from luthier.errors import Diverged, Interrupted
-from luthier.models.heads import head_weights
-from luthier.models.layers import layer_names
-from luthier.models.network import Network, TreeBatch
+from luthier.models.formats.save import adapter_buffers
+from luthier.models.networks.heads import head_weights
+from luthier.models.networks.layers import layer_names
+from luthier.models.networks.network import Network, TreeBatch
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.random_numbers import derive_seed, drawn_from, seed_torch
-from luthier.models.save import adapter_buffers
 from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 from luthier.objectives.base import Objective
 from luthier.objectives.means import Means

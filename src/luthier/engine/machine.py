@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from luthier.library.models import StoredModel
-    from luthier.models.heads import Head
-    from luthier.models.network import Network
+    from luthier.models.networks.heads import Head
+    from luthier.models.networks.network import Network
 
 Precision = Literal["auto", "bfloat16", "float32"]
 GROUP = Path("/sys/fs/cgroup")

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations import Adaptation
 from luthier.errors import DoesNotFit, UnknownModel
 from luthier.models.config_errors import DOES_NOT_RUN, reject_configuration
-from luthier.models.heads import Head, frozen_parts, logit_cap
-from luthier.models.layers import layer_names
-from luthier.models.modalities import (
+from luthier.models.formats.save import whole_model
+from luthier.models.networks.heads import Head, frozen_parts, logit_cap
+from luthier.models.networks.layers import layer_names
+from luthier.models.networks.modalities import (
     context_length,
     inner_size,
     input_shape,
@@ -24,14 +25,13 @@ from luthier.models.modalities import (
     run_media,
     text_config,
 )
-from luthier.models.save import whole_model
 from luthier.objectives import Objective
 from luthier.objectives.base import add_modules
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from luthier.models.modalities import Shape
+    from luthier.models.networks.modalities import Shape
 
 PROCESS = 480_000_000
 """Resident bytes of Python with PyTorch and transformers loaded."""
@@ -84,7 +84,7 @@ def vision_bytes(model: Any, bytes_per_number: int) -> int:
     whole = whole_model(model)
     if whole is model:
         return 0
-    from luthier.models.vision_language import FEATURE_BYTES, TILES
+    from luthier.models.networks.vision_language import FEATURE_BYTES, TILES
 
     own = {id(weight) for weight in model.parameters()}
     weights = sum(w.numel() for w in whole.parameters() if id(w) not in own)
@@ -226,7 +226,7 @@ def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = N
         return 0
     import torch
 
-    from luthier.models.layouts import MOST_IMAGES
+    from luthier.models.networks.layouts import MOST_IMAGES
 
     shape = reads or input_shape(model.config)
     largest = 0

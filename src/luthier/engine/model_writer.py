@@ -37,8 +37,16 @@ from luthier.evaluation.parity import (
 from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
 from luthier.library import models as store
-from luthier.models.backends import Backend
-from luthier.models.heads import prompt_ids
+from luthier.models.decoding.backends import Backend
+from luthier.models.decoding.torch_backend import torch_backend
+from luthier.models.formats.save import (
+    adapter_tensors,
+    read_adapter,
+    save_adapter,
+    save_format,
+    save_network,
+    stored_name,
+)
 from luthier.models.load import as_network
 from luthier.models.manifest import (
     UNMEASURED,
@@ -48,18 +56,10 @@ from luthier.models.manifest import (
     TokenParity,
     created_now,
 )
-from luthier.models.network import Network
-from luthier.models.prefix import prefix_tokens
-from luthier.models.probe import in_float32
-from luthier.models.save import (
-    adapter_tensors,
-    read_adapter,
-    save_adapter,
-    save_format,
-    save_network,
-    stored_name,
-)
-from luthier.models.torch_backend import torch_backend
+from luthier.models.networks.heads import prompt_ids
+from luthier.models.networks.network import Network
+from luthier.models.networks.prefix import prefix_tokens
+from luthier.models.networks.probe import in_float32
 from luthier.objectives import OBJECTIVES
 from luthier.types import Example
 

@@ -26,7 +26,7 @@ from luthier.engine.embedding_rows import (
     whole_tables,
 )
 from luthier.errors import Diverged
-from luthier.models.layers import layer_positions
+from luthier.models.networks.layers import layer_positions
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.rounding import Rounding
 from luthier.models.sharding import (

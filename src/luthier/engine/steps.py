@@ -26,9 +26,9 @@ from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.evaluation.label_issues import LEAST_ROWS
 from luthier.files import need_disk
 from luthier.gate.checks.base_language import UNTRAINED
-from luthier.models.frozen_layer_cache import FrozenLayerCache, frozen_layers, is_frozen
-from luthier.models.layers import layer_names
-from luthier.models.layouts import MediaLayout
+from luthier.models.networks.frozen_layer_cache import FrozenLayerCache, frozen_layers, is_frozen
+from luthier.models.networks.layers import layer_names
+from luthier.models.networks.layouts import MediaLayout
 from luthier.objectives.base import RunStart, threshold_of
 from luthier.objectives.references import ReferenceObjective, with_reference_logps
 from luthier.plugins import PluginTable

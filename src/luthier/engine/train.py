@@ -55,10 +55,10 @@ from luthier.errors import (
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size
 from luthier.library import models as store
-from luthier.models.layouts import MediaLayout
-from luthier.models.network import Network
+from luthier.models.formats.save import adapter_tensors
+from luthier.models.networks.layouts import MediaLayout
+from luthier.models.networks.network import Network
 from luthier.models.process_group import ALONE, ProcessGroup
-from luthier.models.save import adapter_tensors
 from luthier.models.sharding import gather_to_first, local_shard
 from luthier.recipe import Recipe
 

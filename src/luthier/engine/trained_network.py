@@ -11,14 +11,14 @@ from luthier.engine.job import TrainingJob
 from luthier.engine.machine import Machine, return_freed_memory
 from luthier.engine.metrics import Reporter
 from luthier.library import models as store
-from luthier.models.dropout import set_dropout
-from luthier.models.heads import new_weights
+from luthier.models.formats.save import stored_bytes, trained_weights
 from luthier.models.load import as_network, check_decoder_input
-from luthier.models.network import Network
-from luthier.models.probe import try_shared, try_training
+from luthier.models.networks.dropout import set_dropout
+from luthier.models.networks.heads import new_weights
+from luthier.models.networks.network import Network
+from luthier.models.networks.probe import try_shared, try_training
+from luthier.models.networks.sentence_head import attach_sentence_head
 from luthier.models.process_group import ProcessGroup
-from luthier.models.save import stored_bytes, trained_weights
-from luthier.models.sentence_head import attach_sentence_head
 from luthier.models.sharding import local_shard, shard_layers
 from luthier.objectives.base import add_modules
 

@@ -30,8 +30,8 @@ from luthier.models.manifest import Parity, TokenDifference, TokenParity
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.models.backends import Backend, State
-    from luthier.models.network import Network
+    from luthier.models.decoding.backends import Backend, State
+    from luthier.models.networks.network import Network
     from luthier.types import Example, IntArray
 
 SAME = 0.005
@@ -253,7 +253,7 @@ def _follow(
     end."""
     import torch
 
-    from luthier.models.backends import read_prompts
+    from luthier.models.decoding.backends import read_prompts
 
     states: list[State] = []
     try:

@@ -47,7 +47,7 @@ class Export:
     @property
     def own_network(self) -> bool:
         """True if the network is one of luthier's own, unknown to transformers."""
-        from luthier.models.nets import NETS
+        from luthier.models.networks.classic import NETS
 
         return self.network in NETS and not self.of_diffusers
 
@@ -91,7 +91,7 @@ def check_settings(format: str, merged: bool | None, quantization: str | None) -
                 "`--quantization` is for GGUF files and merged safetensors. Omit `--quantization` for "
                 f"{format}"
             )
-        from luthier.models.gguf import check_quantization
+        from luthier.models.formats.gguf import check_quantization
 
         check_quantization(quantization)
         if merged is False:

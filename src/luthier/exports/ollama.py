@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from luthier.errors import LuthierError
-from luthier.models.gguf import adds_bos
+from luthier.models.formats.gguf import adds_bos
 from luthier.types import Message
 
 if TYPE_CHECKING:

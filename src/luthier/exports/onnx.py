@@ -40,20 +40,20 @@ from luthier.exports.writer import (
 from luthier.files import hashes_of, write_bytes, write_json
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, check_mergeable
-from luthier.models.heads import padding_id
-from luthier.models.layouts import pooled_states
+from luthier.models.formats.save import save_format
 from luthier.models.load import as_network
 from luthier.models.manifest import ExportRecord, created_now
-from luthier.models.modalities import is_dual_encoder, media_inputs
-from luthier.models.save import save_format
-from luthier.models.sentence_head import sentence_head
+from luthier.models.networks.heads import padding_id
+from luthier.models.networks.layouts import pooled_states
+from luthier.models.networks.modalities import is_dual_encoder, media_inputs
+from luthier.models.networks.sentence_head import sentence_head
 from luthier.objectives.regression import Regression
 from luthier.objectives.reranker import Reranker
 from luthier.objectives.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives import Objective
     from luthier.types import Example, FloatArray, IntArray
 

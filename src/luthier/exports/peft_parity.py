@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations.lora import LoRA
 from luthier.errors import RecipeError
 from luthier.library.models import load
-from luthier.models.save import read_adapter, whole_model
+from luthier.models.formats.save import read_adapter, whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,8 +94,13 @@ def first_output(model: Any) -> Tensor:
     """Return the first output of ``model`` for fixed random inputs, in float32."""
     import torch
 
-    from luthier.models.heads import decoder_of
-    from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
+    from luthier.models.networks.heads import decoder_of
+    from luthier.models.networks.modalities import (
+        input_shape,
+        media_config,
+        media_inputs,
+        text_config,
+    )
 
     network = getattr(model, "get_base_model", lambda: model)()
     config, generator = network.config, torch.Generator().manual_seed(0)

@@ -25,13 +25,13 @@ from luthier.library.models import (
     check_mergeable,
     check_writes,
 )
-from luthier.models.gguf import (
+from luthier.models.formats.gguf import (
     Quantization,
     check_quantization,
     file_size,
     round_weights,
 )
-from luthier.models.gguf_networks import network_of
+from luthier.models.formats.gguf_networks import network_of
 from luthier.models.manifest import QuantizationRecord, created_now
 from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 from luthier.exports.peft_parity import first_output
 from luthier.models.config_errors import reject_configuration
-from luthier.models.heads import Task, auto_class, task_of
-from luthier.models.probe import relative_error, widened
+from luthier.models.networks.heads import Task, auto_class, task_of
+from luthier.models.networks.probe import relative_error, widened
 
 if TYPE_CHECKING:
     import torch

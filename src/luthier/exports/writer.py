@@ -44,29 +44,29 @@ from luthier.library.models import (
     check_writes,
     load,
 )
-from luthier.models.backends import LLAMA_CPP, llama_cpp_library
-from luthier.models.external import ADAPTER_CONFIG
-from luthier.models.gguf import (
+from luthier.models.decoding.backends import LLAMA_CPP, llama_cpp_library
+from luthier.models.formats.external import ADAPTER_CONFIG
+from luthier.models.formats.gguf import (
     GeneralMetadata,
     check_quantization,
     file_size,
     write_gguf,
     write_lora,
 )
-from luthier.models.gguf_networks import network_of
-from luthier.models.heads import task_of
-from luthier.models.load import stored_dtype
-from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
-from luthier.models.pipelines import network_folders
-from luthier.models.save import (
+from luthier.models.formats.gguf_networks import network_of
+from luthier.models.formats.pipelines import network_folders
+from luthier.models.formats.save import (
     ADAPTER,
     read_adapter,
     save_format,
     save_network,
     whole_model,
 )
-from luthier.models.sentence_head import attach_sentence_head, save_sentence_head
-from luthier.models.tensors import cast_stored
+from luthier.models.formats.tensors import cast_stored
+from luthier.models.load import stored_dtype
+from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
+from luthier.models.networks.heads import task_of
+from luthier.models.networks.sentence_head import attach_sentence_head, save_sentence_head
 from luthier.models.text_part import fit_to_whole
 
 Phase = Literal["merge", "trace", "write", "compare"]

@@ -29,7 +29,7 @@ from luthier.types import Message, Row
 from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
-    from luthier.models.heads import Task
+    from luthier.models.networks.heads import Task
 
 TOO_LONG = "grader.too_long"
 """Rule of texts above the length limit of a grader."""

@@ -13,7 +13,7 @@ from luthier.graders.base import Answer, Embedder, GraderModels, NetworkGrader
 from luthier.graders.templates import Template, fill_template, scope_of
 
 if TYPE_CHECKING:
-    from luthier.models.heads import Task
+    from luthier.models.networks.heads import Task
 
 
 class EmbeddingSimilarity(NetworkGrader):

@@ -17,7 +17,7 @@ from luthier.graders.base import Answer, Grader, GraderModels, Ungraded
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
-    from luthier.models.heads import Task
+    from luthier.models.networks.heads import Task
 
 RUBRIC = (
     "A good reply does what was asked, is correct, and says what the reader needs in as few words as "

@@ -14,7 +14,7 @@ from luthier.graders.grade import attempt
 from luthier.graders.specs import AnyGrader
 
 if TYPE_CHECKING:
-    from luthier.models.heads import Task
+    from luthier.models.networks.heads import Task
 
 
 class CompositeGrader(Grader):

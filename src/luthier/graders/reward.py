@@ -12,7 +12,7 @@ from luthier.errors import RecipeError
 from luthier.graders.base import Answer, GraderModels, NetworkGrader, Scorer
 
 if TYPE_CHECKING:
-    from luthier.models.heads import Task
+    from luthier.models.networks.heads import Task
 
 
 class Reward(NetworkGrader):

@@ -22,12 +22,12 @@ from luthier.inference.inference import InferenceFailed, InferenceRefused
 from luthier.inference.memory import CacheBudget
 from luthier.inference.scheduler import Cancelled, FairScheduler, WaitingRequests, current_client
 from luthier.limits import ModelLimits
-from luthier.models.modalities import inner_size
+from luthier.models.networks.modalities import inner_size
 from luthier.processes import KillHandle, cancellable
 
 if TYPE_CHECKING:
     from luthier.inference.prediction import Predictor
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
     from luthier.types import Example
 
 PASS_SECONDS = 0.2
@@ -169,7 +169,7 @@ class RowBatcher:
         deterministic: bool = False,
     ) -> None:
         """Reserve activations in ``memory``; ``deterministic`` passes have a single row."""
-        from luthier.models.layouts import MOST_IMAGES
+        from luthier.models.networks.layouts import MOST_IMAGES
 
         network = predictor.network
         self._predictor, self._scheduler, self._memory = predictor, scheduler, memory

@@ -30,7 +30,7 @@ from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.data.reasoning import ReasoningFormat
-    from luthier.models.sampling import Constraint
+    from luthier.models.decoding.sampling import Constraint
 
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 """Keywords that contain schemas by name."""

@@ -50,10 +50,10 @@ from luthier.inference.scheduler import (
 from luthier.inference.text import AnswerDelta, AnswerText
 from luthier.inference.tool_calls import CallSplitter
 from luthier.limits import ModelLimits
-from luthier.models.backends import ReusesKeyValues, Speculates, completion_limit
-from luthier.models.decoding import TokenSampler, likeliest_tokens, seed_of
-from luthier.models.kv_cache import CHUNK
-from luthier.models.speculation import Speculation
+from luthier.models.decoding.backends import ReusesKeyValues, Speculates, completion_limit
+from luthier.models.decoding.kv_cache import CHUNK
+from luthier.models.decoding.sampler import TokenSampler, likeliest_tokens, seed_of
+from luthier.models.decoding.speculation import Speculation
 from luthier.types import Message
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, wri
 from luthier.inference.gguf_parity import TOKENS, largest_divergence
 from luthier.library.folders import gguf_folder
 from luthier.library.models import StoredModel, check_mergeable
-from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
+from luthier.models.decoding.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.models.manifest import Record, TokenParity
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from luthier.models.gguf import Quantization
+    from luthier.models.formats.gguf import Quantization
 
 TYPE_SETTING = "LUTHIER_GGUF_TYPE"
 """Environment variable of the weight type."""
@@ -58,7 +58,7 @@ def gguf_type() -> Quantization:
     Raises:
         RecipeError: for an unknown type in the environment variable.
     """
-    from luthier.models.gguf import check_quantization
+    from luthier.models.formats.gguf import check_quantization
 
     try:
         return check_quantization(os.environ.get(TYPE_SETTING) or DEFAULT_TYPE)
@@ -68,7 +68,7 @@ def gguf_type() -> Quantization:
 
 def check_derivable(stored: StoredModel) -> None:
     """Raise :class:`RecipeError` for a model without a GGUF equivalent."""
-    from luthier.models.gguf_networks import network_of
+    from luthier.models.formats.gguf_networks import network_of
 
     network_of(str(stored.network.fields.get("model_type")), stored.id)
     check_mergeable(stored, "a GGUF file holds nothing else")
@@ -108,8 +108,8 @@ def _derive(
     stored: StoredModel, kind: Quantization, folder: Path, open_file: OpenFile
 ) -> DerivedFile:
     from luthier.engine.machine import open_network
-    from luthier.models.gguf import GeneralMetadata, file_size, write_gguf
-    from luthier.models.torch_backend import torch_backend
+    from luthier.models.decoding.torch_backend import torch_backend
+    from luthier.models.formats.gguf import GeneralMetadata, file_size, write_gguf
 
     network = open_network(stored)
     try:

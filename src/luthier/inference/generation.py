@@ -1,8 +1,8 @@
 """Text generation with the weights, template and stop tokens of training.
 
-A custom model is decoded as in the server (:mod:`luthier.models.decoding`): both return the same
-reply to a request that runs alone. A LoRA adapter that can share its base is not merged. Other
-adapters are merged, as ``models export --merged`` writes them.
+A custom model is decoded as in the server (:mod:`luthier.models.decoding.sampler`): both return
+the same reply to a request that runs alone. A LoRA adapter that can share its base is not merged.
+Other adapters are merged, as ``models export --merged`` writes them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from luthier.inference.inference import Chat
 from luthier.inference.opened_model import OpenedModel, open_model
 from luthier.inference.prediction import BLOCK_PROMPTS
 from luthier.inference.text import AnswerDelta, AnswerText
-from luthier.models.backends import completion_limit
-from luthier.models.decoding import Decoding, RunningCompletion, seed_of
-from luthier.models.sampling import Sampling
-from luthier.models.torch_backend import AdaptedBackend, FlatBackend
+from luthier.models.decoding.backends import completion_limit
+from luthier.models.decoding.sampler import Decoding, RunningCompletion, seed_of
+from luthier.models.decoding.sampling import Sampling
+from luthier.models.decoding.torch_backend import AdaptedBackend, FlatBackend
 from luthier.types import Message
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.library.models import StoredModel
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
     from luthier.objectives import Objective
     from luthier.types import IntArray
 

@@ -21,7 +21,7 @@ import torch
 
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.parity import REFERENCE_PROMPTS, TokenComparison
-from luthier.models.gguf import Quantization, round_weights, shown_bytes
+from luthier.models.formats.gguf import Quantization, round_weights, shown_bytes
 from luthier.models.manifest import GgufParity
 from luthier.types import IntArray, Message, TemplateKwargs
 

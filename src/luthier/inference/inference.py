@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
 from luthier.errors import Location, LuthierError, RefusedInput
-from luthier.models.sampling import FieldLimits, Sampling
+from luthier.models.decoding.sampling import FieldLimits, Sampling
 from luthier.types import Message, TemplateKwargs, Tool, ToolCall
 
 STOPS = 2500

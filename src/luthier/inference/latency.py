@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram
 
     from luthier.library.models import StoredModel
-    from luthier.models.speculation import Speculation
+    from luthier.models.decoding.speculation import Speculation
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of all histograms, in seconds."""

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.errors import RefusedInput
-from luthier.models.backends import AdapterBackend, backend_of, chosen_backend
+from luthier.models.decoding.backends import AdapterBackend, backend_of, chosen_backend
 
 if TYPE_CHECKING:
     from luthier.library.models import StoredModel
-    from luthier.models.backends import Backend
-    from luthier.models.network import Network
+    from luthier.models.decoding.backends import Backend
+    from luthier.models.networks.network import Network
     from luthier.types import IntArray
 
 _log = logging.getLogger("luthier.inference")
@@ -49,8 +49,8 @@ class OpenedModel:
     @staticmethod
     def of(network: Network, base: OpenedModel | None = None) -> OpenedModel:
         """Open a network in memory; with ``base``, an adapter on the network of ``base``."""
-        from luthier.models.heads import prompt_ids
-        from luthier.models.prefix import prefix_tokens
+        from luthier.models.networks.heads import prompt_ids
+        from luthier.models.networks.prefix import prefix_tokens
 
         soft_T = np.array(prompt_ids(network.model), dtype=np.int64)
         # A prefix takes positions of the context.

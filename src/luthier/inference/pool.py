@@ -33,7 +33,7 @@ from luthier.inference.prefix_cache import PrefixCache
 from luthier.inference.scheduler import FairScheduler, in_background
 from luthier.inference.sequential import Embedding, ImageSamples, ModelInput, SerialModel
 from luthier.limits import ModelLimits
-from luthier.models.speculation import Speculation
+from luthier.models.decoding.speculation import Speculation
 from luthier.processes import cancellable
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from luthier.inference.latency import LatencyTable
     from luthier.library.models import StoredModel
     from luthier.media.image_generation import Reconstruction
-    from luthier.models.sampling import Constraint
+    from luthier.models.decoding.sampling import Constraint
 
 LOADING_SECONDS = 300.0
 """Maximum seconds for loading a model while a request waits."""
@@ -541,8 +541,8 @@ def _serial(
 def _weights(stored: StoredModel, shares_base: bool) -> int:
     """Return the bytes of a model's weights in memory, without the base of an adapter."""
     from luthier.engine.machine import choose_machine
-    from luthier.models.save import ADAPTER
-    from luthier.models.tensors import tensor_headers
+    from luthier.models.formats.save import ADAPTER
+    from luthier.models.formats.tensors import tensor_headers
 
     if not shares_base:
         files = list(stored.network_folder.rglob("*.safetensors"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.library.models import StoredModel
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives import Objective
 
 BLOCK_PROMPTS = 64

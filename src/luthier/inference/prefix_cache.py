@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from luthier.models.backends import FEWEST_SHARED, common_length
+from luthier.models.decoding.backends import FEWEST_SHARED, common_length
 
 if TYPE_CHECKING:
     from luthier.inference.memory import CacheBudget
-    from luthier.models.kv_cache import KeyValues
+    from luthier.models.decoding.kv_cache import KeyValues
     from luthier.types import IntArray
 
 MAX_NODES = 4096

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from luthier.inference.prediction import Predictor
     from luthier.library.models import StoredModel
     from luthier.media.image_generation import ImageGenerator, Reconstruction, SampledImage
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
     from luthier.types import Example
 
 RECONSTRUCTED_PER_TURN = 8
@@ -107,7 +107,7 @@ class SerialModel:
             self._batcher = RowBatcher(
                 predictor, self._limits, self._scheduler, memory, deterministic
             )
-            from luthier.models.packing import PackedLinears
+            from luthier.models.decoding.packing import PackedLinears
 
             # Packed once, because oneDNN would reorder bfloat16 weights in each product.
             self._open.enter_context(PackedLinears(self._network.model))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from luthier.data.chat import BROKEN
 from luthier.data.reasoning import ReasoningFormat, ReasoningSplitter, overlap
 from luthier.inference.inference import Score
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 
 
 class Detokenizer:

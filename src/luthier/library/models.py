@@ -45,10 +45,10 @@ from luthier.library.folders import (
 )
 from luthier.models.base_kinds import base_kind
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
-from luthier.models.external import ADAPTER_CONFIG, CONFIG, check_lone_weights
+from luthier.models.formats.external import ADAPTER_CONFIG, CONFIG, check_lone_weights
+from luthier.models.formats.pipelines import is_pipeline
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
-from luthier.models.nets import convert_weights
-from luthier.models.pipelines import is_pipeline
+from luthier.models.networks.classic import convert_weights
 from luthier.plugins import Component, PluginTable
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from luthier.adaptations import Adaptation
     from luthier.data.chat import ChatFormat
     from luthier.models.folder import ModelFolder
-    from luthier.models.heads import Head
+    from luthier.models.networks.heads import Head
     from luthier.objectives import Objective
 
 
@@ -434,10 +434,10 @@ def load(
         CorruptFile: for a file with another hash than in the manifest.
     """
     from luthier.data.sentence import read_sentence_pipeline
-    from luthier.models.heads import decoder_of, set_decoder_opening
     from luthier.models.load import load_model
-    from luthier.models.modalities import media_config
-    from luthier.models.sentence_head import attach_sentence_head
+    from luthier.models.networks.heads import decoder_of, set_decoder_opening
+    from luthier.models.networks.modalities import media_config
+    from luthier.models.networks.sentence_head import attach_sentence_head
 
     check_whole(model)
     head = head or model.objective.head()
@@ -498,7 +498,7 @@ def attach_adapter(network: nn.Module, model: StoredModel) -> None:
     Raises:
         CorruptFile: for a missing or changed file, or an adapter for another network.
     """
-    from luthier.models.save import load_adapter
+    from luthier.models.formats.save import load_adapter
 
     check_whole(model)
     load_adapter(network, model.adaptation, model.folder)
@@ -509,7 +509,7 @@ def shares_base(model: StoredModel) -> bool:
 
     Server, CLI and SDK use the same rule: merging rounds, and equal seeds should give equal text.
     """
-    from luthier.models.backends import chosen_backend, merges_adapters
+    from luthier.models.decoding.backends import chosen_backend, merges_adapters
 
     return not merges_adapters() and chosen_backend().batches_adapters and can_share_base(model)
 
@@ -535,9 +535,9 @@ def can_share_base(model: StoredModel) -> bool:
 
 def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
     """Return True if the adapter has weights in one of the modules ``parts``."""
-    from luthier.models.heads import is_inside
-    from luthier.models.save import ADAPTER
-    from luthier.models.tensors import tensor_headers
+    from luthier.models.formats.save import ADAPTER
+    from luthier.models.formats.tensors import tensor_headers
+    from luthier.models.networks.heads import is_inside
 
     stored_parts = [*map(model.adaptation.stored_name, parts)]
     with suppress(LuthierError):  # loading the file reports the error
@@ -645,7 +645,7 @@ def trust_template(model: StoredModel) -> StoredModel:
 
 def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
     """Return whether ``chat``, of the parent, is the format of ``model``, by hashes of all files."""
-    from luthier.models.save import ADAPTER
+    from luthier.models.formats.save import ADAPTER
 
     assert model.parent is not None
     others = model.parent.manifest.files

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from luthier.inference.inference import ImageRequest
     from luthier.library.models import StoredModel
     from luthier.media.decoding import Pixels
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives import Objective
     from luthier.types import Row
 

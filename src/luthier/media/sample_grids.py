@@ -14,7 +14,7 @@ from luthier.files import new_file
 from luthier.media.image_grid import encode_png, grid
 from luthier.media.objectives.generative import Generative, images_at_once
 from luthier.media.processors import ImageProcessor
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.objectives.base import Objective
 from luthier.types import Example
 

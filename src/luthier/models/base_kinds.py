@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from luthier.errors import UnknownModel
-from luthier.models.pipelines import MODEL_TYPE
+from luthier.models.formats.pipelines import MODEL_TYPE
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json
-from luthier.models import nets
 from luthier.models.characters import character_tokenizer, letter_tokenizer, token_ids
 from luthier.models.config_errors import reject_configuration
+from luthier.models.networks import classic as nets
 
 if TYPE_CHECKING:
-    from luthier.models.heads import Task
+    from luthier.models.networks.heads import Task
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
 
     The initialization is transformers' for the family: ``N(0, 0.02)``, for GPT-2's residual
     projections divided by ``sqrt(2 * layers)`` (Radford et al. 2019, section 2.3). The modules of
-    :mod:`luthier.models.nets` document their own initializations.
+    :mod:`luthier.models.networks.classic` document their own initializations.
 
     Raises:
         RecipeError: for an invalid configuration or a network that luthier cannot train.
@@ -75,7 +75,7 @@ def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from luthier.models.heads import auto_class
+    from luthier.models.networks.heads import auto_class
 
     kind = fields["model_type"]
     nets.register(kind)

@@ -32,8 +32,8 @@ from luthier.files import (
     sweep,
 )
 from luthier.models.base_kinds import base_kind
-from luthier.models.heads import Task
 from luthier.models.manifest import MANIFEST, RANDOM, Manifest, created_now
+from luthier.models.networks.heads import Task
 from luthier.plugins import PluginTable
 from luthier.processes import python_command
 

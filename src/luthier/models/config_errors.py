@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from luthier.errors import ModelRefused, RefusedInput, is_out_of_memory
-from luthier.models.external import CONFIG
+from luthier.models.formats.external import CONFIG
 
 MOST_MEMORY = 256 << 20
 """Memory limit for creating a network on the meta device, in bytes. Networks with 13,000 modules
@@ -106,10 +106,10 @@ def reject_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
 
 _PROGRAMMING = (AssertionError, AttributeError, LookupError, TypeError)
 _INTERPRET = (
-    "luthier.models.nets",
+    "luthier.models.networks.classic",
     "luthier.media.networks",
-    "luthier.models.modalities",
-    "luthier.models.heads",
+    "luthier.models.networks.modalities",
+    "luthier.models.networks.heads",
 )
 """Modules of luthier that interpret configurations."""
 

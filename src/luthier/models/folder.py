@@ -21,32 +21,32 @@ from luthier.data.image_tokens import ImageTokens
 from luthier.data.inputs import MOST_PIXELS, Processor, read_processor
 from luthier.errors import ModelRefused, RecipeError, UnknownModel
 from luthier.files import read_json
-from luthier.models import nets
 from luthier.models.base_kinds import kind_of_family
 from luthier.models.config_errors import reject_configuration
-from luthier.models.external import (
+from luthier.models.formats.external import (
     check_layers,
     check_quantization,
     check_sizes,
     check_weights,
     read_network_fields,
 )
-from luthier.models.heads import Head, Task, has_masks, task_in
-from luthier.models.modalities import (
-    context_length,
-    input_shape,
-    media_config,
-    text_fields,
-    text_part_config,
-    uses_text_part,
-)
-from luthier.models.pipelines import (
+from luthier.models.formats.pipelines import (
     MODEL_TYPE,
     is_pipeline,
     network_folders,
     part_classes,
     pipeline_processor,
     read_pipeline,
+)
+from luthier.models.networks import classic as nets
+from luthier.models.networks.heads import Head, Task, has_masks, task_in
+from luthier.models.networks.modalities import (
+    context_length,
+    input_shape,
+    media_config,
+    text_fields,
+    text_part_config,
+    uses_text_part,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class NetworkDescription:
     numbers: int
     """Number of weights; without the head for text encoders and classifiers."""
     flat: bool
-    """True if the network supports the flat layout (:mod:`luthier.models.layouts`)."""
+    """True if the network supports the flat layout (:mod:`luthier.models.networks.layouts`)."""
     heads: tuple[str, ...]
     """Names of the modules above the backbone."""
 
@@ -222,8 +222,8 @@ class ModelFolder:
             ModelRefused: for a network larger than the stored weights.
         """
         check_layers(self._file_fields)
-        from luthier.models.layouts import is_flat
         from luthier.models.load import sketch
+        from luthier.models.networks.layouts import is_flat
 
         import_transformers()
         if self.is_pipeline:
@@ -270,7 +270,7 @@ class ModelFolder:
 def for_head(config: Any, head: Head) -> Any:
     """Return ``config``, set up for ``head``."""
     if head.pooling == "mean" and config.model_type == "bert":
-        from luthier.models.nets import mean_pooling_bert
+        from luthier.models.networks.classic import mean_pooling_bert
 
         nets.register(mean_pooling_bert.Config.model_type)
         fields = config.to_dict()

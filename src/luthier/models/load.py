@@ -12,14 +12,15 @@ from torch import nn
 
 from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
-from luthier.models import nets
 from luthier.models.catalog import CatalogEntry
 from luthier.models.config_errors import DOES_NOT_RUN, bounded_modules, reject_configuration
-from luthier.models.convolutions import fix_convolutions
-from luthier.models.external import check_complete, weight_files
 from luthier.models.folder import ModelFolder, for_head, import_transformers
-from luthier.models.head_forward import classifier_input, media_scores
-from luthier.models.heads import (
+from luthier.models.formats.external import check_complete, weight_files
+from luthier.models.formats.tensors import cast_stored, tensor_headers
+from luthier.models.networks import classic as nets
+from luthier.models.networks.convolutions import fix_convolutions
+from luthier.models.networks.head_forward import classifier_input, media_scores
+from luthier.models.networks.heads import (
     CAUSAL_LM,
     Head,
     auto_class,
@@ -33,23 +34,28 @@ from luthier.models.heads import (
     start_bias,
     task_of,
 )
-from luthier.models.layouts import (
+from luthier.models.networks.layouts import (
     DualEncoder,
     ImageEncoderDecoder,
     Rectangle,
 )
-from luthier.models.modalities import (
+from luthier.models.networks.modalities import (
     input_shape,
     media_config,
     media_inputs,
     reads_images_in_text,
     text_config,
 )
-from luthier.models.network import Network
-from luthier.models.probe import UNSUPPORTED, check_finite, probed_network, refusal, relative_error
-from luthier.models.tensors import cast_stored, tensor_headers
+from luthier.models.networks.network import Network
+from luthier.models.networks.probe import (
+    UNSUPPORTED,
+    check_finite,
+    probed_network,
+    refusal,
+    relative_error,
+)
+from luthier.models.networks.vision_language import text_network, trial_row
 from luthier.models.text_part import NAMES as TEXT_PART_NAMES
-from luthier.models.vision_language import text_network, trial_row
 from luthier.types import Example, IntArray
 
 

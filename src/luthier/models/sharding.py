@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-from luthier.models.layers import layer_names
+from luthier.models.networks.layers import layer_names
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
     from luthier.models.process_group import ProcessGroup
 
 

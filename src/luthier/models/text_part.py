@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.files import read_json, write_bytes
-from luthier.models.external import ADAPTER_CONFIG
-from luthier.models.save import ADAPTER, read_adapter
-from luthier.models.tensors import save_tensors
+from luthier.models.formats.external import ADAPTER_CONFIG
+from luthier.models.formats.save import ADAPTER, read_adapter
+from luthier.models.formats.tensors import save_tensors
 
 if TYPE_CHECKING:
     from luthier.models.folder import ModelFolder

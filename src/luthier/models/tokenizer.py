@@ -18,11 +18,11 @@ from luthier.data.sentence import read_sentence_pipeline
 from luthier.data.tokenization import tokenizer_errors
 from luthier.errors import LuthierError, RecipeError, UnknownModel
 from luthier.files import cached_sha256_of, luthier_home, read_json, write_bytes
-from luthier.models import nets
 from luthier.models.folder import ModelFolder, import_transformers
+from luthier.models.formats.pipelines import tokenizer_folder
 from luthier.models.manifest import OWN_FILES
-from luthier.models.modalities import text_fields
-from luthier.models.pipelines import tokenizer_folder
+from luthier.models.networks import classic as nets
+from luthier.models.networks.modalities import text_fields
 from luthier.models.stored_tokenizer import StoredTokenizer
 
 TOKENIZER, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"

@@ -25,7 +25,7 @@ from luthier.data.disk_sequence import concatenate
 from luthier.data.inputs import PLURAL
 from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
-from luthier.models.heads import Head, Task
+from luthier.models.networks.heads import Head, Task
 from luthier.objectives.means import loss_metrics, mean_loss
 from luthier.types import Example, IntArray, LongRows, Loss, Row
 from luthier.validation import StrictModel
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.models.folder import ModelFolder
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from pydantic import Field
 from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
 from luthier.models.characters import SPECIAL, WORD_START, word_starts
-from luthier.models.heads import Head, Task
+from luthier.models.networks.heads import Head, Task
 from luthier.objectives.base import Objective, RunModels, take_tokens
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 UNKNOWN = "[UNK]"
 NOTHING = -1

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.errors import RecipeError, RowRefused
 from luthier.formatting import did_you_mean, list_some
-from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
+from luthier.models.networks.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import (
     Objective,
     PreparedRows,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 NO_LABEL = -100
@@ -279,7 +279,7 @@ class Classification(Objective):
         import torch
 
         from luthier.evaluation.linear import fit_logistic
-        from luthier.models.heads import score_layer
+        from luthier.models.networks.heads import score_layer
 
         network, examples, plain = start.network, start.examples, PreparedRows(start.examples)
         layer, classes = score_layer(network.model), len(self.labels or ())

@@ -54,7 +54,7 @@ from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import MARGIN_REASON, NegativeMiner, number_keys
 from luthier.evaluation.thresholds import choose_threshold, unrelated_pairs
-from luthier.models.heads import Task
+from luthier.models.networks.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
 from luthier.objectives.base import (
     Changes,
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 TEXT_TEMPERATURE, MEDIA_TEMPERATURE = 0.05, 0.1
 """Default temperatures of SimCSE, and of SimCLR and supervised contrastive learning on ImageNet."""
@@ -250,8 +250,8 @@ class Contrastive(Objective):
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
         """Check :attr:`dimensions` against the width of the embeddings."""
-        from luthier.models.heads import hidden_size_of
-        from luthier.models.sentence_head import sentence_head
+        from luthier.models.networks.heads import hidden_size_of
+        from luthier.models.networks.sentence_head import sentence_head
 
         head = sentence_head(model) if self.pooling == "auto" else None
         width = hidden_size_of(model) if head is None else head.width
@@ -294,7 +294,7 @@ class Contrastive(Objective):
         micro-batches."""
         import torch
 
-        from luthier.models.sentence_head import embedding_width
+        from luthier.models.networks.sentence_head import embedding_width
 
         sides = self.views(examples, "random" if network.model.training else "fixed")
         # Before any pass: dropout advances the generator differently in each process.
@@ -360,7 +360,7 @@ class Contrastive(Objective):
         """Return embeddings ``[R, H]`` of length 1 in float32, in tree order."""
         from torch.nn.functional import normalize
 
-        from luthier.models.sentence_head import sentence_head
+        from luthier.models.networks.sentence_head import sentence_head
 
         pooling, head = self.pooling, sentence_head(network.model)
         if pooling == "auto" and head is not None:
@@ -493,7 +493,7 @@ def read_embeddings(
     """Return embeddings ``[N, H]`` of length 1 in float32, in the order of ``rows``."""
     import torch
 
-    from luthier.models.sentence_head import embedding_width
+    from luthier.models.networks.sentence_head import embedding_width
 
     placed = [replace(row, row=number) for number, row in enumerate(rows)]
     width = embedding_width(network) if encoder.pooling == "auto" else network.width

@@ -31,7 +31,7 @@ from torch import Tensor
 from luthier.objectives.logprobs import nll_of
 
 if TYPE_CHECKING:
-    from luthier.models.network import TreeBatch
+    from luthier.models.networks.network import TreeBatch
     from luthier.objectives.logprobs import Compare
 
 Distribution = Callable[[slice], tuple[Tensor | None, Tensor]]

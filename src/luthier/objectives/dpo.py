@@ -27,7 +27,7 @@ from luthier.types import Loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class DPO(ReferenceObjective, Pairwise):

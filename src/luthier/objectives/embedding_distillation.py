@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
-from luthier.models.heads import Task
+from luthier.models.networks.heads import Task
 from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.distillation import TeacherObjective
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 Pooling = Literal["auto", "mean", "first", "last"]
 
@@ -104,7 +104,7 @@ class EmbeddingDistillation(TeacherObjective):
         """Compute the teacher's embeddings of all rows, and free the teacher."""
         from torch.nn.functional import pad
 
-        from luthier.models.sentence_head import embedding_width
+        from luthier.models.networks.sentence_head import embedding_width
 
         teacher, encoder = network.others.pop("teacher"), Contrastive(pooling=self.teacher_pooling)
         unique = list({row.ids_T.tobytes(): row for row in rows}.values())

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class EncoderDistillation(TeacherObjective, Classification):

@@ -30,7 +30,7 @@ from luthier.objectives.rollouts import PolicyBatch, Reinforcement, Rollouts
 from luthier.types import Example, FloatArray, Loss
 
 if TYPE_CHECKING:
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 SMALLEST_STD = 1e-4
 """Added to the deviation of rewards, as in TRL."""

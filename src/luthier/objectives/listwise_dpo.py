@@ -25,7 +25,7 @@ from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class ListwiseDPO(ReferenceObjective, PreferenceObjective):

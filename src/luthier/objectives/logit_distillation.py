@@ -25,7 +25,7 @@ from luthier.types import Example, Loss
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives.divergence import Distribution
 
 

@@ -18,14 +18,14 @@ from pydantic import Field
 
 from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
-from luthier.models.heads import Task
+from luthier.models.networks.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective, RunModels, take_tokens
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 HIDDEN, RANDOM = 0.8, 0.1
 """Shares of the selected tokens replaced by the mask token, and by a random token."""

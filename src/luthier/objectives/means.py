@@ -15,7 +15,7 @@ from luthier.evaluation.significance import RowScores
 from luthier.types import Example, Loss
 
 if TYPE_CHECKING:
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
     from luthier.models.process_group import ProcessGroup
     from luthier.objectives.base import Objective
 

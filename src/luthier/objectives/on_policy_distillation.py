@@ -32,8 +32,8 @@ from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.decoding import Completion
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.decoding.sampler import Completion
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.types import IntArray
 
 
@@ -98,9 +98,9 @@ class OnPolicyObjective(TokenDivergence):
         ]
 
     def _answers(self, network: Network, examples: Sequence[Example]) -> list[Completion]:
-        from luthier.models.decoding import sample
+        from luthier.models.decoding.sampler import sample
+        from luthier.models.decoding.sampling import Sampling
         from luthier.models.random_numbers import draw_seeds
-        from luthier.models.sampling import Sampling
 
         prompts = [prompt_of(example) for example in examples]
         if not prompts:

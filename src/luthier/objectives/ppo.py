@@ -36,7 +36,7 @@ from luthier.types import Example, Loss
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.models.process_group import ProcessGroup
 
 HEAD = "value_head"

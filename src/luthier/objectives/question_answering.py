@@ -20,7 +20,7 @@ from luthier.data.shapes import of_shape
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RowRefused
-from luthier.models.heads import Task
+from luthier.models.networks.heads import Task
 from luthier.objectives.base import (
     Changes,
     Objective,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.types import FloatArray
 
 FEWEST_CONTEXT = 16

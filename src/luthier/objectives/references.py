@@ -19,7 +19,7 @@ from luthier.types import Example
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 AT_ONCE = 64
 """Number of rows per layout of micro-batches."""

@@ -17,13 +17,13 @@ import numpy as np
 
 from luthier.data.shapes.texts import RatedText
 from luthier.errors import RowRefused
-from luthier.models.heads import Head, Task
+from luthier.models.networks.heads import Head, Task
 from luthier.objectives.base import Objective
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class Regression(Objective):

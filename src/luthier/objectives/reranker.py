@@ -24,13 +24,13 @@ from pydantic import Field
 from luthier.data.shapes.texts import QueryDocument, TextPair
 from luthier.errors import RowRefused
 from luthier.evaluation.retrieval import BM25Index, NegativeMiner
-from luthier.models.heads import Head, Task
+from luthier.models.networks.heads import Head, Task
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class Reranker(Objective):

@@ -22,14 +22,14 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.shapes.preferences import Preference, pair_answers
-from luthier.models.heads import Head, Task
+from luthier.models.networks.heads import Head, Task
 from luthier.objectives.base import Changes, Objective, cut_text
 from luthier.objectives.pairs import Sides, check_different, sides_of
 from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class RewardModel(Objective):

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.data.reasoning import DecodedReply
-    from luthier.models.decoding import Completion
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.decoding.sampler import Completion
+    from luthier.models.networks.network import Network, TreeBatch
 
 MEASURED_SEED = 0
 """Random seed of measurements."""
@@ -261,9 +261,9 @@ class Reinforcement(ReplyObjective):
     ) -> Rollouts:
         """Return ``count`` graded completions of each prompt; deterministic for weights and
         ``generator``."""
-        from luthier.models.decoding import sample
+        from luthier.models.decoding.sampler import sample
+        from luthier.models.decoding.sampling import Sampling
         from luthier.models.random_numbers import draw_seeds
-        from luthier.models.sampling import Sampling
 
         chat = chat_of(network)
         prompts = [e.ids_T if e.source_T is None else e.source_T for e in examples]

@@ -24,7 +24,7 @@ from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
 from luthier.graders.base import Embedder
-from luthier.models.heads import decoder_of, task_of
+from luthier.models.networks.heads import decoder_of, task_of
 from luthier.objectives.base import Objective, chat_of
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.reward_model import RewardModel
@@ -32,8 +32,8 @@ from luthier.types import Message
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.heads import Task
-    from luthier.models.network import Network
+    from luthier.models.networks.heads import Task
+    from luthier.models.networks.network import Network
     from luthier.types import IntArray
 
 Remember = Callable[[Writer, ModelSpec, SamplingSpec], Writer]
@@ -90,9 +90,9 @@ def write_replies(
 
     The reply depends only on the conversation and the seed, not on the other conversations.
     """
-    from luthier.models.backends import completion_limit
-    from luthier.models.decoding import sample
-    from luthier.models.sampling import Sampling
+    from luthier.models.decoding.backends import completion_limit
+    from luthier.models.decoding.sampler import sample
+    from luthier.models.decoding.sampling import Sampling
 
     chat = chat_of(network)
     prompts = [_prompt(chat, turns) for turns in conversations]

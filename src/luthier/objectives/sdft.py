@@ -38,7 +38,7 @@ from luthier.types import Example, Loss, Message, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 REPLY = "{reply}"
 

@@ -16,7 +16,7 @@ from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
 from luthier.types import Loss
 
 if TYPE_CHECKING:
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class SimPO(Pairwise):

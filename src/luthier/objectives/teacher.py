@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives.divergence import Distribution
     from luthier.types import Example, IntArray
 

@@ -19,7 +19,7 @@ from pydantic import model_validator
 from luthier.data.shapes.texts import TaggedWords
 from luthier.errors import RowRefused
 from luthier.evaluation.labels import entities, tag_scores
-from luthier.models.heads import Head, Task
+from luthier.models.networks.heads import Head, Task
 from luthier.objectives.base import Objective, TrainingDefaults, take_tokens
 from luthier.objectives.class_priors import check_shares, shares_of, softmax_bias
 from luthier.types import Example, Loss, Row
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class TokenClassification(Objective):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Optional, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from luthier.models.sampling import Constraint, Sampling, limited_fields
+from luthier.models.decoding.sampling import Constraint, Sampling, limited_fields
 
 _API_NAMES = {"max_tokens", "temperature", "top_p", "seed"}
 """Fields for which the APIs differ in name, range or default."""

@@ -21,13 +21,13 @@ from luthier.engine.memory import PROCESS, sketch_training
 from luthier.errors import RefusedInput
 from luthier.library.folders import is_base_here
 from luthier.library.models import find
-from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
-from luthier.models.heads import Head
-from luthier.models.layouts import MOST_IMAGES
 from luthier.models.load import catalogue_config
-from luthier.models.modalities import input_shape, media_config, reads_sound, text_config
+from luthier.models.networks import classic as nets
+from luthier.models.networks.heads import Head
+from luthier.models.networks.layouts import MOST_IMAGES
+from luthier.models.networks.modalities import input_shape, media_config, reads_sound, text_config
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 

@@ -40,7 +40,7 @@ from luthier.graders.ruler import judge_pairs
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.pages import Table, interval_text, render_page
 from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies, open_graders

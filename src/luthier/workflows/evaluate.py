@@ -65,7 +65,7 @@ from luthier.inference.prediction import Predictor
 from luthier.inference.reply_log import log_verdicts
 from luthier.library import models as library
 from luthier.library.reports import check_attachable, hashes_of_data, write_report
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.objectives import DPO, KTO, CausalLM
 from luthier.objectives.base import cut_end, predicts
 from luthier.types import Example, LongRows, Row
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from luthier.graders import Grader, OnError, Spec
     from luthier.library.models import StoredModel
     from luthier.media.image_generation import ImageGenerator
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 AnyGrader = TypeVar("AnyGrader", bound="Grader")
 Done = Callable[[int], None]

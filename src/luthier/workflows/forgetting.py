@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.inference.generation import Generator
     from luthier.library.models import StoredModel
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
 
 SAMPLE_TOKENS = 48
 """Maximum tokens of a base answer to a general prompt."""
@@ -268,7 +268,7 @@ def _own_prompts() -> list[dict[str, Any]]:
 
 def _answers(generator: Generator) -> list[Example]:
     """Return the answers of the base to our prompts, with weight 1 for sampled tokens."""
-    from luthier.models.sampling import Sampling
+    from luthier.models.decoding.sampling import Sampling
 
     chat = generator.chat
     prompts = [[Message("user", str(each["prompt"]))] for each in _own_prompts()]

@@ -24,7 +24,7 @@ from luthier.files import json_lines
 from luthier.inference.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
 from luthier.inference.inference import Chat
 from luthier.inference.prediction import BLOCK_PROMPTS, BLOCK_ROWS
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.types import Row
 
 if TYPE_CHECKING:

@@ -280,7 +280,7 @@ def _distil(recipe: DistilRecipe, reporter: Reporter, processes: int) -> dict[st
 def _student(recipe: StudentRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
     from luthier.library.folders import short_name
     from luthier.library.models import find
-    from luthier.models.student import StudentShape
+    from luthier.models.shrinking.student import StudentShape
     from luthier.workflows.student import make_student
 
     model_id = f"{short_name(find(recipe.teacher).root)}:{recipe.name}"

@@ -16,11 +16,11 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
 from luthier.library import models as store
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import Head, head_in
+from luthier.models.formats.save import save_network
 from luthier.models.load import sketch, stored_dtype
 from luthier.models.manifest import Manifest, created_now
-from luthier.models.save import save_network
-from luthier.models.student import StudentPlan, StudentShape, plan, shrink
+from luthier.models.networks.heads import Head, head_in
+from luthier.models.shrinking.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
 from luthier.recipe import check_name
 from luthier.workflows.certificate.certificate import certify

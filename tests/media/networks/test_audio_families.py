@@ -25,9 +25,9 @@ from luthier.library.models import find
 from luthier.media.decoding import decode_audio
 from luthier.media.processors import FeatureExtractor
 from luthier.models.folder import ModelFolder
-from luthier.models.head_forward import classifier_input, media_scores
-from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
+from luthier.models.networks.head_forward import classifier_input, media_scores
+from luthier.models.networks.heads import Head
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
 

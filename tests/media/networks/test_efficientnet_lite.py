@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.media.networks import efficientnet_lite as net
-from luthier.models import nets
 from luthier.models.load import as_network
+from luthier.models.networks import classic as nets
 
 BLOCKS = [  # expansion, input, output, stride, kernel of each of the 16 blocks, written out
     (1, 32, 16, 1, 3), (6, 16, 24, 2, 3), (6, 24, 24, 1, 3), (6, 24, 40, 2, 5), (6, 40, 40, 1, 5),

@@ -15,9 +15,14 @@ from luthier.media.processors import ImageProcessor
 from luthier.models.catalog import CATALOG, pull
 from luthier.models.characters import LETTERS, letter_tokenizer
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import Head, head_in, hidden_size_of
 from luthier.models.load import load_model
-from luthier.models.modalities import context_length, is_dual_encoder, media_config, text_config
+from luthier.models.networks.heads import Head, head_in, hidden_size_of
+from luthier.models.networks.modalities import (
+    context_length,
+    is_dual_encoder,
+    media_config,
+    text_config,
+)
 
 
 def encoder(**fields: object) -> LineEncoderModel:

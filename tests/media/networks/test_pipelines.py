@@ -13,7 +13,7 @@ import pytest
 from luthier.errors import CorruptFile, UnknownModel
 from luthier.media.objectives.diffusion import Diffusion
 from luthier.models.folder import ModelFolder
-from luthier.models.pipelines import noise_settings, read_pipeline
+from luthier.models.formats.pipelines import noise_settings, read_pipeline
 from luthier.models.tokenizer import load_chat_format
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from luthier.media.networks import small_cnn as net
 from luthier.media.networks.image_stages import GroupNorm
-from luthier.models import nets
+from luthier.models.networks import classic as nets
 
 
 def make(**fields: Any) -> Any:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from luthier.errors import RecipeError, UnknownModel
 from luthier.media.networks.stable_diffusion import StableDiffusion
 from luthier.models.folder import ModelFolder
-from luthier.models.heads import Head, frozen_parts, head_weights
+from luthier.models.formats.save import save_network
 from luthier.models.load import load_model
-from luthier.models.save import save_network
+from luthier.models.networks.heads import Head, frozen_parts, head_weights
 from luthier.models.tokenizer import load_chat_format
 
 HEAD = Head("denoising")

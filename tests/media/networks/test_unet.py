@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from luthier.errors import RecipeError
 from luthier.media.networks.unet import UNetConfig, UNetForImageGeneration, sinusoids
-from luthier.models import nets
 from luthier.models.build import build_media
-from luthier.models.heads import Head, auto_class, head_in, head_weights
 from luthier.models.load import load_model
+from luthier.models.networks import classic as nets
+from luthier.models.networks.heads import Head, auto_class, head_in, head_weights
 
 
 @pytest.mark.parametrize("size", [32, (9, 7), (5, 30), 3])

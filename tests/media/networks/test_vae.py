@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForImageToImage
 
 from luthier.errors import RecipeError
 from luthier.media.networks.vae import VAEConfig, VAEModel
-from luthier.models import nets
-from luthier.models.heads import (
+from luthier.models.networks import classic as nets
+from luthier.models.networks.heads import (
     Head,
     auto_class,
     head_in,
@@ -19,7 +19,7 @@ from luthier.models.heads import (
     hidden_size_of,
     set_task,
 )
-from luthier.models.modalities import media_config
+from luthier.models.networks.modalities import media_config
 
 SHAPES = [
     {"image_size": 32},

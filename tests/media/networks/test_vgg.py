@@ -15,9 +15,9 @@ import luthier
 from luthier.errors import CorruptFile, UnknownModel
 from luthier.library.models import find
 from luthier.media.networks import vgg
-from luthier.models.heads import Head
-from luthier.models.layers import layer_names
 from luthier.models.load import load_model
+from luthier.models.networks.heads import Head
+from luthier.models.networks.layers import layer_names
 
 CPU = torch.device("cpu")
 # Indices of the convolutions and of what stands between stages, as torchvision's files have them.

@@ -18,10 +18,10 @@ from luthier.data.inputs import Media, read_processor
 from luthier.exports.onnx import export_onnx
 from luthier.exports.writer import export
 from luthier.library.models import find
-from luthier.models.head_forward import classifier_input, media_scores
-from luthier.models.heads import Head
-from luthier.models.layouts import pooled_states
 from luthier.models.load import FrozenBatchNorm2d, as_network, load_model
+from luthier.models.networks.head_forward import classifier_input, media_scores
+from luthier.models.networks.heads import Head
+from luthier.models.networks.layouts import pooled_states
 
 CPU = torch.device("cpu")
 FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit", "dinov2")

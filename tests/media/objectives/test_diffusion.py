@@ -17,7 +17,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
 from luthier.media.processors import ImageProcessor
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.base import RunModels
 from luthier.types import Example, Row

@@ -15,7 +15,7 @@ from luthier.data.shapes.media import BareImage, LabelledImage
 from luthier.errors import RowRefused
 from luthier.media.objectives.gan import GAN, sliced_distance
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.types import Example
 

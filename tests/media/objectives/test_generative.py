@@ -21,9 +21,9 @@ from luthier.media.objectives.diffusion import Diffusion
 from luthier.media.objectives.gan import GAN
 from luthier.media.objectives.generative import Generative, features_of, frechet_distance
 from luthier.media.objectives.vae import VAE
-from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.heads import Head
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.classification import Classification

@@ -22,7 +22,7 @@ from luthier.errors import RecipeError
 from luthier.exports.writer import export
 from luthier.library.models import find
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Contrastive
 from luthier.types import Example, Row

@@ -17,7 +17,7 @@ from luthier.data.shapes.media import BareImage, CaptionedImage
 from luthier.errors import RecipeError
 from luthier.media.objectives.image_to_text import ImageToText
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.base import RunModels
 from luthier.objectives.means import mean_loss

@@ -23,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
 from luthier.models.folder import ModelFolder
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.base import RunModels
 from luthier.types import Example, Row

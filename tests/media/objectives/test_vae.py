@@ -20,9 +20,9 @@ from luthier.data.shapes.media import BareImage, BareWindow, LabelledImage
 from luthier.media.image_generation import ImageGenerator
 from luthier.media.objectives.generative import draw_noise
 from luthier.media.objectives.vae import VAE, divergence
-from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.models.networks.layouts import MediaLayout
+from luthier.models.networks.network import Network
 from luthier.models.random_numbers import row_generators
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.means import mean_loss
@@ -287,7 +287,7 @@ def test_images_are_measured_a_few_at_a_time(
         held -= len(batch.tree.examples)
         return loss(objective, network, batch)
 
-    monkeypatch.setattr("luthier.models.network.IMAGES_HELD", 2)
+    monkeypatch.setattr("luthier.models.networks.network.IMAGES_HELD", 2)
     monkeypatch.setattr(MediaLayout, "plan", count_up)
     monkeypatch.setattr(VAE, "loss", count_down)
     assert mean_loss(VAE(), network, examples, 1) == pytest.approx(whole["loss"], rel=1e-5)

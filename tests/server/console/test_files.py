@@ -19,7 +19,7 @@ import luthier
 from luthier.adaptations import ADAPTATIONS
 from luthier.exports.export import Format
 from luthier.models.base_kinds import KINDS
-from luthier.models.gguf import Quantization
+from luthier.models.formats.gguf import Quantization
 from luthier.server.console.routes import HEADERS, ROOT, Console, read_files
 from luthier.server.http.messages import RequestHead
 from luthier.server.native.jobs import CustomizationType, State

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from luthier.data.chat import ChatFormat
 from luthier.errors import ModelRefused
 from luthier.library.models import StoredModel
-from luthier.models.external import KNOWN_TEMPLATES, ImportedFiles, select_files
+from luthier.models.formats.external import KNOWN_TEMPLATES, ImportedFiles, select_files
 from luthier.models.manifest import Manifest
 from luthier.server.jobs.import_checks import accept_network, memory_needed
 from tokenizers_of_families import GLM, TEMPLATES

@@ -316,7 +316,7 @@ def test_a_local_teacher(
     prompts: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.inference.generation import Generator
-    from luthier.models.sampling import Sampling
+    from luthier.models.decoding.sampling import Sampling
 
     given = {
         **QUICK, "name": "self", "sampling__max_tokens": 5, "sampling__temperature": 1.0,

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 )
 
 from luthier.media.networks.image_stages import ImagePreTrainedModel
-from luthier.models.convolutions import convolve
+from luthier.models.networks.convolutions import convolve
 
 _STAGES = (  # expansion, channels, blocks, stride, kernel (Tan and Le 2019, table 1)
     (1, 16, 1, 1, 3),

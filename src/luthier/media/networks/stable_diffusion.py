@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig
 from luthier.errors import RecipeError
 from luthier.media.networks.image_stages import ChannelsLastGroupNorm, ImagePreTrainedModel
 from luthier.media.networks.unet import UNetOutput
-from luthier.models.external import MODEL_INDEX
-from luthier.models.pipelines import MODEL_TYPE, PIPELINE, part_classes
+from luthier.models.formats.external import MODEL_INDEX
+from luthier.models.formats.pipelines import MODEL_TYPE, PIPELINE, part_classes
 
 if TYPE_CHECKING:
-    from luthier.models.modalities import Shape
+    from luthier.models.networks.modalities import Shape
     from luthier.types import IntArray
 
 

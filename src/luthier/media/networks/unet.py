@@ -31,7 +31,7 @@ from luthier.media.networks.image_stages import (
 )
 
 if TYPE_CHECKING:
-    from luthier.models.modalities import Shape
+    from luthier.models.networks.modalities import Shape
     from luthier.types import IntArray
 
 PATCH = 2

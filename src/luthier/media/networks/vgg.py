@@ -32,7 +32,7 @@ from luthier.errors import UnknownModel
 from luthier.files import write_json
 from luthier.media.networks.image_stages import ImagePreTrainedModel
 from luthier.media.processors import ImageProcessor
-from luthier.models.external import read_shapes
+from luthier.models.formats.external import read_shapes
 
 DEPTHS = {
     11: (1, 1, 2, 2, 2),

@@ -50,9 +50,9 @@ from luthier.media.objectives.noise_schedule import (
     alphas_cumprod,
 )
 from luthier.media.processors import ImageProcessor
-from luthier.models.heads import Head, Task
-from luthier.models.modalities import input_shape
-from luthier.models.pipelines import noise_settings
+from luthier.models.formats.pipelines import noise_settings
+from luthier.models.networks.heads import Head, Task
+from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import RunModels, TrainingDefaults, chat_of, extra_of
 from luthier.types import Example, IntArray, Loss, Row
@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.modalities import Shape
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.modalities import Shape
+    from luthier.models.networks.network import Network, TreeBatch
 
 
 class Denoiser(Protocol):

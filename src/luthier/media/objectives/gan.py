@@ -35,7 +35,7 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.media.objectives.class_conditions import class_target, classes_of
 from luthier.media.objectives.generative import MOST_COMPARED, Generative, draw_latents, draw_noise
-from luthier.models.heads import Head, Task
+from luthier.models.networks.heads import Head, Task
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import TrainingDefaults, extra_of
 from luthier.objectives.means import Means
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 PENALTY = 10.0
 """Weight of the gradient penalty (the paper's lambda)."""

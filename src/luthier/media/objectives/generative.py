@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.media.decoding import Pixels
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
 
 MOST_COMPARED = 1_000
 """Maximum number of held-out rows that generated images are compared with."""
@@ -201,7 +201,7 @@ def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.flo
     """Return the features ``[R, D]`` of images ``[H, W, 3]`` before the head of ``classifier``."""
     import torch
 
-    from luthier.models.layouts import pooled_states
+    from luthier.models.networks.layouts import pooled_states
 
     assert classifier.chat is not None and isinstance(classifier.chat.media, ImageProcessor)
     to_array = classifier.chat.media.array

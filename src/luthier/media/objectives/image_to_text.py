@@ -27,7 +27,7 @@ from luthier.data.shapes import SHAPES
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.errors import RecipeError
 from luthier.evaluation.transcription import character_errors, word_errors
-from luthier.models.heads import Task
+from luthier.models.networks.heads import Task
 from luthier.objectives.base import Objective, RunModels, TrainingDefaults, chat_of
 from luthier.objectives.means import MOST_ROW_SCORES
 from luthier.types import Example, Loss, Row
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 CTC_LAYER = "columns_to_letters"
 """Name of the CTC layer, which exists only in training."""
@@ -133,7 +133,7 @@ class ImageToText(Objective):
         """Return the negative log-likelihood of the texts, summed over all alignments to columns."""
         import torch
 
-        from luthier.models.heads import padding_id
+        from luthier.models.networks.heads import padding_id
 
         layer = network.model.get_submodule(CTC_LAYER)
         logp_SRV = layer(encoded_RSH.to(layer.weight.dtype)).float().log_softmax(-1).transpose(0, 1)
@@ -176,8 +176,8 @@ class ImageToText(Objective):
         ``probability`` covers all tokens, including the end token. A text of ``max_tokens`` tokens
         without an end token has ``"cut": True``.
         """
-        from luthier.models.decoding import sample
-        from luthier.models.sampling import Sampling
+        from luthier.models.decoding.sampler import sample
+        from luthier.models.decoding.sampling import Sampling
 
         chat = chat_of(network)
         layout: Any = network.layout

@@ -33,8 +33,8 @@ from luthier.data.shapes.media import BareWindow
 from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.media.processors import ImageProcessor
-from luthier.models.heads import Task
-from luthier.models.modalities import input_shape
+from luthier.models.networks.heads import Task
+from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import (
     Finished,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.networks.network import Network, TreeBatch
 
 ACTIVE = 0.01
 """Smallest variance of a latent's mean over the rows that counts as active (Burda et al. 2016)."""

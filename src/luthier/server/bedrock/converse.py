@@ -27,7 +27,7 @@ from luthier.inference.inference import (
     TokenChunk,
     ToolCallEvent,
 )
-from luthier.models.sampling import Constraint
+from luthier.models.decoding.sampling import Constraint
 from luthier.server.bedrock.bodies import NativeBody, parse_native
 from luthier.server.bedrock.eventstream import event
 from luthier.server.http.media import read_media

@@ -26,7 +26,7 @@ from luthier.inference.inference import (
     Stream,
     TokenChunk,
 )
-from luthier.models.sampling import MOST_TOKENS
+from luthier.models.decoding.sampling import MOST_TOKENS
 from luthier.server.bedrock.bodies import NativeBody, malformed_input, parse_native
 from luthier.server.bedrock.converse import (
     TEMPERATURE,

@@ -51,8 +51,8 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.library.models import find
     from luthier.models.base_kinds import base_kind
     from luthier.models.catalog import CATALOG
-    from luthier.models.layouts import MOST_IMAGES
     from luthier.models.load import catalogue_config, sketch
+    from luthier.models.networks.layouts import MOST_IMAGES
     from luthier.objectives import OBJECTIVES
     from luthier.recipe import Recipe, parse
     from luthier.workflows.pipeline import KINDS

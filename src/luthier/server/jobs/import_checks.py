@@ -2,7 +2,7 @@
 
 The server accepts a folder as a model only if
 
-- the files satisfy the rules of :mod:`luthier.models.external`;
+- the files satisfy the rules of :mod:`luthier.models.formats.external`;
 - all weights of the network and the model's own tokenizer exist;
 - luthier's attention layout reproduces the outputs of transformers, or of PEFT for an adapter;
 - a trial request to the inference engine succeeds.
@@ -36,7 +36,7 @@ from luthier.files import folder_size
 from luthier.inference.inference import Chat, GenerationRequest, ImageRequest, Prompt
 from luthier.library.folders import short_name
 from luthier.library.models import StoredModel, load, text_format
-from luthier.models.external import (
+from luthier.models.formats.external import (
     ADAPTER_CONFIG,
     CONFIG,
     KNOWN_TEMPLATES,
@@ -47,9 +47,9 @@ from luthier.models.external import (
     check_tokenizer,
     check_weights,
 )
+from luthier.models.formats.pipelines import is_pipeline, network_folders, tokenizer_folder
+from luthier.models.formats.save import ADAPTER
 from luthier.models.manifest import Manifest
-from luthier.models.pipelines import is_pipeline, network_folders, tokenizer_folder
-from luthier.models.save import ADAPTER
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     """
     from luthier.models.config_errors import bounded_memory
     from luthier.models.folder import ModelFolder, import_transformers
-    from luthier.models.modalities import text_fields
+    from luthier.models.networks.modalities import text_fields
     from luthier.models.tokenizer import check_vocabulary, load_chat_format, reads_texts
 
     opened = ModelFolder(folder)
@@ -206,7 +206,7 @@ def accept_adapter(
     import torch
 
     from luthier.adaptations.peft import lora_of
-    from luthier.models.save import read_adapter
+    from luthier.models.formats.save import read_adapter
     from luthier.models.text_part import fit_to_text_part
     from luthier.models.tokenizer import check_vocabulary
     from luthier.objectives import OBJECTIVES
@@ -356,7 +356,7 @@ def _sample_input(kind: str) -> ModelInput:
 def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
     """Return the chat format of an adapter, and save the base's tokenizer if the adapter has none."""
     from luthier.data.chat import ChatFormat
-    from luthier.models.save import save_format
+    from luthier.models.formats.save import save_format
     from luthier.models.tokenizer import load_tokenizer
 
     template: Template = "auto"

@@ -44,9 +44,9 @@ from luthier.files import (
     without_home,
 )
 from luthier.library.models import StoredModel, find
-from luthier.models.external import MODEL_INDEX, ImportedFiles, is_weights, select_files
+from luthier.models.formats.external import MODEL_INDEX, ImportedFiles, is_weights, select_files
+from luthier.models.formats.pipelines import PART_FOLDERS
 from luthier.models.manifest import Manifest, created_now
-from luthier.models.pipelines import PART_FOLDERS
 from luthier.server.jobs.folders import ImportFolders
 from luthier.server.jobs.import_checks import (
     AcceptedModel,

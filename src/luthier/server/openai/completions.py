@@ -16,7 +16,7 @@ from luthier.inference.inference import (
     Stream,
     TokenChunk,
 )
-from luthier.models.sampling import MOST_TOKENS
+from luthier.models.decoding.sampling import MOST_TOKENS
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.http.streams import StreamedResponse
 from luthier.server.openai.generation import (

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.models.sampling import MOST_TOKENS
+from luthier.models.decoding.sampling import MOST_TOKENS
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.openai.generation import Inference, refusals, split_inputs
 from luthier.server.openai.operations import OpenAICall, openai_router

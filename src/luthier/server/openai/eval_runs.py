@@ -16,7 +16,7 @@ from luthier.graders.templates import (
     places_in,
     value_at,
 )
-from luthier.models.sampling import Constraint
+from luthier.models.decoding.sampling import Constraint
 from luthier.server.openai.chat import ChatRequest
 from luthier.server.openai.generation import STRUCTURED, Judge
 from luthier.server.openai.graders import grader_fields, text_content

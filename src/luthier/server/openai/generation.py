@@ -22,7 +22,7 @@ from luthier.inference.inference import (
     TooLong,
 )
 from luthier.inference.pool import ModelPool
-from luthier.models.sampling import MOST_TOKENS, Constraint
+from luthier.models.decoding.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import Fault, parse_digits, refusal_text
 from luthier.server.http.streams import GeneratedPieces, StreamedResponse
 from luthier.server.identifiers import Invocable, ModelIds

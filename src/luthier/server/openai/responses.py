@@ -28,7 +28,7 @@ from luthier.inference.inference import (
     TokenChunk,
     ToolCallEvent,
 )
-from luthier.models.sampling import MOST_TOKENS, Constraint
+from luthier.models.decoding.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.http.streams import GeneratedPieces, StreamedResponse

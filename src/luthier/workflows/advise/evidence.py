@@ -19,7 +19,7 @@ from luthier.evaluation.evaluate import default_graders
 from luthier.evaluation.significance import RowScores
 from luthier.graders import Exact
 from luthier.inference.inference import Chat
-from luthier.models.sampling import Sampling
+from luthier.models.decoding.sampling import Sampling
 from luthier.objectives.base import predicts
 from luthier.types import Row
 from luthier.workflows.estimate.trial import trial_training
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from luthier.engine.loop import Loop
     from luthier.engine.metrics import Reporter
     from luthier.inference.generation import Generator
-    from luthier.models.network import Network
+    from luthier.models.networks.network import Network
     from luthier.recipe import Recipe
 
 HELD_OUT_ROWS = 40

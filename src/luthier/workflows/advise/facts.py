@@ -240,7 +240,7 @@ def _count_weights(
     import torch
 
     from luthier.engine.memory import trained_numbers
-    from luthier.models.heads import Head
+    from luthier.models.networks.heads import Head
 
     head = base.objective.head()
     if recipe.objective is not None:

@@ -111,7 +111,7 @@ def verify_endpoint(
         LuthierError: if the endpoint answers fewer than three prompts.
     """
     from luthier.inference.generation import Generator
-    from luthier.models.sampling import Sampling
+    from luthier.models.decoding.sampling import Sampling
 
     if not 1 <= max_tokens <= MAX_TOKENS:
         raise RecipeError(f"`max_tokens` must be 1 to {MAX_TOKENS}, not {max_tokens}")

@@ -394,7 +394,7 @@ class LocalTeacher(ChatModel):
     ) -> None:
         """Generate answers in batches of similar length, the longest prompts first."""
         from luthier.inference.generation import Generator
-        from luthier.models.sampling import Sampling
+        from luthier.models.decoding.sampling import Sampling
 
         generator = Generator.open(self.stored)
         settings = Sampling(**sampling.model_dump())

@@ -38,8 +38,8 @@ from luthier.engine.timings import Clock, request_key
 from luthier.engine.train import Trainer
 from luthier.files import TEMPORARY, folder_size, luthier_home
 from luthier.library import models as store
-from luthier.models.layouts import SIZE_STEP
-from luthier.models.network import Network
+from luthier.models.networks.layouts import SIZE_STEP
+from luthier.models.networks.network import Network
 from luthier.objectives.base import with_longest_completions
 from luthier.recipe import Recipe
 from luthier.types import Example

@@ -1,0 +1,1 @@
+"""Smaller networks made of a larger network's weights: students and pruning."""
