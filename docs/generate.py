@@ -61,7 +61,7 @@ PLUGIN_TABLES = (
     ("gate.checks", "CHECKS"),
     ("engine.steps", "STEPS"),
     ("models.catalog", "CATALOG"),
-    ("models.backends", "BACKENDS"),
+    ("models.decoding.backends", "BACKENDS"),
     ("data.inputs", "PROCESSORS"),
     ("trackers", "TRACKERS"),
     ("server.jobs.runners", "RUNNERS"),
