@@ -59,7 +59,7 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
         objective = default_objective(OBJECTIVES[verdict.objective])
         try:
             check_base(objective, chat)
-            reason = refusal(objective.task, verdict.adaptation)
+            reason = refusal(objective.task.head, verdict.adaptation)
         except RefusedInput as error:
             reason = error.problem.message
         assert verdict.reason == reason

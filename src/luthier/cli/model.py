@@ -113,7 +113,7 @@ class Model:
     def _embeds(self) -> bool:
         from luthier.inference.prediction import Predictor
 
-        return isinstance(self.opened, Predictor) and self.opened.objective.task == "embedding"
+        return isinstance(self.opened, Predictor) and self.opened.objective.task.embeds
 
     @overload
     def generate(self, prompts: str | Conversation, **sampling: Any) -> str: ...

@@ -141,13 +141,13 @@ def print_result(result: Result) -> None:
         elif isinstance(objective, Reranker):
             query = "--input pairs.jsonl"
         use = f"predict {result.model_id} {query}"
-        if objective.task == "embedding":
+        if objective.task.embeds:
             use = f"nearest {result.model_id} DATA {query}"
             if chat.reads != "text" and chat.has_tokenizer:
                 use += f'\n              luthier nearest {result.model_id} DATA "some text"'
     elif objective.generates_images:
         use = f"sample {result.model_id} --output samples.png"
-    elif objective.task != "causal_lm":
+    elif not objective.task.writes:
         use = f"tune DATA --base {result.model_id}"
     if withheld:
         use = f"models accept {result.model_id}"

@@ -32,7 +32,7 @@ from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.models.manifest import LossMask
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import check_base, predicts, row_limit
+from luthier.objectives.base import check_base, predicts
 from luthier.objectives.by_shape import objective_for
 from luthier.recipe import DataSpec
 from luthier.types import Example, IntArray, Row
@@ -202,7 +202,7 @@ def prepare(
         )
     check_base(objective, chat)
     check_shapes(rows, held, concatenate(mixed_rows), objective, chat)
-    context = row_limit(objective, objective.format(chat), context)
+    context = objective.task.row_limit(objective.format(chat), context)
     try:
         # One check for the source: every row would fail in the same way.
         chat.check_input_kind(SHAPES[rows[0].shape].reads)
@@ -247,7 +247,7 @@ def prepare(
     encoded = concatenate(sets)
     counts = {**_count(objective, encoded), "validation_rows": len(validation)}
     # Embedding baselines compare the two sides of a row.
-    able = {"history", "pair"} if objective.task == "embedding" else None
+    able = {"history", "pair"} if objective.task.embeds else None
     answers = predicts(objective) and (able is None or {row.shape for row in rows} <= able)
     learned = concatenate(map(_rows_of, (rows, *mixed_rows), sets)) if answers else ()
     compared = (
@@ -271,11 +271,7 @@ def prepare(
         dropped=encoder.dropped,
         truncated=encoder.truncated,
         counts={**counts, "examples": len(train)},
-        mask=(
-            loss_mask(_sequences(objective, encoded), chat)
-            if objective.task == "causal_lm"
-            else None
-        ),
+        mask=(loss_mask(_sequences(objective, encoded), chat) if objective.task.writes else None),
         mixed=mixed,
         report=report,
         recognized=recognized,

@@ -286,7 +286,7 @@ def prepare_job(
         recipe.data, objective, chat, room, seed, on_progress, refit, on_row, opened, size
     )
     reporter.note(f"data: {data.recognized}")
-    if recipe.forgetting is not None and data.objective.task != "causal_lm":
+    if recipe.forgetting is not None and not data.objective.task.writes:
         raise RecipeError(
             "`forgetting` requires an objective for text generation, and objective "
             f"{data.objective.method} is not. Evaluate rows of the earlier task with `luthier "
@@ -436,7 +436,7 @@ def resolve_job(
         layer_names(model)  # raises for a network without separate layers
     width = hidden_size_of(model)
     # A custom model of the same task and classes keeps its head.
-    brings = base.manifest.kind == data.objective.task
+    brings = base.manifest.kind == data.objective.task.head
     one, other = base_objective.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings

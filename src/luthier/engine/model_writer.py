@@ -153,7 +153,7 @@ class ModelWriter:
         )
         return Manifest(
             id=self.run.model_id,
-            kind=job.data.objective.task,
+            kind=job.data.objective.task.head,
             saved="network" if adaptation.stores_network else "adapter",
             **job.origin,
             withheld=None if job.recipe.forgetting is None else UNMEASURED,
@@ -216,7 +216,7 @@ class ModelWriter:
     def _logps(self, network: Network) -> TargetLogps | None:
         """Return next-token log-probabilities of a few rows; ``None`` for networks without
         generation."""
-        if self.job.data.objective.task != "causal_lm":
+        if not self.job.data.objective.task.writes:
             return None
         return target_logps(network, self._few_rows(), self._budget)
 
@@ -226,8 +226,8 @@ class ModelWriter:
     def _outputs(self, network: Network) -> NetworkOutputs:
         loss, logps = self._loss(network), self._logps(network)
         task = self.job.data.objective.task
-        if task != "causal_lm" or network.is_bidirectional:
-            reason = f"a network for {task.replace('_', ' ')} cannot generate text"
+        if not task.writes or network.is_bidirectional:
+            reason = f"a network for {task.head.replace('_', ' ')} cannot generate text"
             return NetworkOutputs(loss, logps, None, reason)
         # Soft prompts and prefixes use context too.
         room = network.context - network.tokens_before - GREEDY_TOKENS
@@ -295,7 +295,7 @@ class ModelWriter:
         Returns ``None`` if the base predicts no next tokens or runs on a GPU.
         """
         device, dtype = self.job.machine.device, self.job.machine.dtype
-        if device.type != "cpu" or self.job.data.objective.task != "causal_lm":
+        if device.type != "cpu" or not self.job.data.objective.task.writes:
             return None
         head = self.job.data.objective.head()
         network = as_network(store.load(self.job.base, dtype, device, head), device, dtype)

@@ -164,7 +164,7 @@ def _output_of(objective: Objective, network: Network, labels: Sequence[str]) ->
             (value,) = each.values()
             yield np.asarray(value, dtype=np.float32)
 
-    if objective.task == "embedding":
+    if objective.task.head == "embedding":
         axes = "batch", "hidden"
         details: dict[str, Any] = {"normalized": True}
         if network.layout.has_media:
@@ -205,7 +205,7 @@ def _output_of(objective: Objective, network: Network, labels: Sequence[str]) ->
             partial(_Number, scale=1.0, center=0.0), predict, "number",
         )  # fmt: skip
     classes: dict[str, Any] = {"labels": [*labels]}
-    if objective.task == "token_classification":
+    if objective.task.head == "token_classification":
         return OnnxOutput(
             "logits", ("batch", "tokens", "tags"),
             "scores of the tags of each token; the tag of a word is that of its first token",
@@ -239,7 +239,7 @@ _UNTRACED = ("elmo", "xlnet")
 
 def _has_output(objective: Objective) -> bool:
     # Pairs of a reranker can need segments, which are no input of the exported network.
-    return objective.task in _TASKS and not isinstance(objective, Reranker)
+    return objective.task.head in _TASKS and not isinstance(objective, Reranker)
 
 
 def suits_onnx(stored: StoredModel, network: str) -> bool:
@@ -295,7 +295,7 @@ def export_onnx(
             rule="export.network",
         )
     pads = getattr(network.model.config, "pad_token_id", None) is not None
-    if chat.media is None and objective.task == "sequence_classification" and not pads:
+    if chat.media is None and objective.task.head == "sequence_classification" and not pads:
         # transformers finds the last token of each row by the padding token.
         raise RecipeError(
             f"{stored.id} has no padding token, which batches of several lengths need",

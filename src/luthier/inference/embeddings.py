@@ -35,7 +35,7 @@ _GROUP_ROWS = 10_000
 
 def gives_embeddings(objective: Objective) -> bool:
     """Return whether a model of ``objective`` has embeddings."""
-    return objective.task == "embedding"
+    return objective.task.embeds
 
 
 def check_embeds(stored: StoredModel, objective: Objective) -> None:

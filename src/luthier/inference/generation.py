@@ -87,7 +87,7 @@ class Generator:
     @staticmethod
     def is_able(objective: Objective) -> bool:
         """Return whether models of ``objective`` generate text."""
-        return objective.task == "causal_lm"
+        return objective.task.writes
 
     @staticmethod
     def check(stored: StoredModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.shapes.media import CaptionedImage, MediaRow
-from luthier.data.shapes.texts import QueryDocument, RawText, TextPair
+from luthier.data.shapes.media import MediaRow
+from luthier.data.shapes.texts import QueryDocument, RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.objectives.base import predicts, row_limit, threshold_of
+from luthier.objectives.base import predicts, threshold_of
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Predictor:
         self, network: Network, objective: Objective, chat: ChatFormat, context: int
     ) -> None:
         self.network, self.objective, self.chat = network, objective, chat
-        limit = row_limit(objective, chat, context)
+        limit = objective.task.row_limit(chat, context)
         self.context = sys.maxsize if objective.accepts_long_rows else limit
         network.model.eval()
         network.chat = chat
@@ -102,7 +101,7 @@ class Predictor:
         Raises:
             DataError: with every row that is unreadable or longer than the context.
         """
-        sides = [self._sides(row) for row in rows]
+        sides = [self.objective.task.inputs(row) for row in rows]
         texts = [side for parts in sides for side in parts]
         encoded, truncated = self._encode_rows(texts)
         examples = iter(encoded)
@@ -119,7 +118,9 @@ class Predictor:
 
             with self._named_media_errors(texts):
                 predictions = iter(self.read([*islice(examples, count)], block_done))
-            answers += [self._combine([next(predictions) for _ in parts]) for parts in block]
+            for parts in block:
+                own = [next(predictions) for _ in parts]
+                answers.append(self.objective.task.combine(own, self.threshold))
         keep_likeliest(answers, top)
         for index in truncated:
             answers[index]["truncated"] = True
@@ -158,7 +159,7 @@ class Predictor:
 
     def encode_pair(self, pair: QueryDocument, index: int) -> Example:
         """Encode a pair for a reranker, truncated to the context; see :meth:`rank`."""
-        if QueryDocument.shape not in self.objective.shapes:
+        if not self.objective.task.ranks:
             raise RecipeError(
                 f"a model of objective {self.objective.method} cannot rank documents. Use a model "
                 "of objective reranker"
@@ -172,7 +173,7 @@ class Predictor:
         Raises:
             RecipeError: for a model without embeddings.
         """
-        if self.objective.task != "embedding":
+        if not self.objective.task.embeds:
             raise RecipeError(f"A model of objective {self.objective.method} has no embeddings.")
         rows = [RawText("text", number, text) for number, text in enumerate(texts, 1)]
         examples = [self.encode(row, index) for index, row in enumerate(rows)]
@@ -258,20 +259,3 @@ class Predictor:
         if problems:
             raise DataError(problems)
         return examples, truncated
-
-    def _sides(self, row: Row) -> list[Row]:
-        """Return both sides of a pair if the model scores similarity, else the row."""
-        if self.objective.task == "embedding" and isinstance(row, TextPair | CaptionedImage):
-            return row.sides()
-        return [row]
-
-    def _combine(self, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the prediction for a row; for a pair, the cosine and whether the sides are
-        similar."""
-        if len(sides) == 1:
-            return sides[0]
-        one, other = (side["embedding"] for side in sides)
-        # Embeddings have length 1, so the inner product is the cosine.
-        score = math.fsum(a * b for a, b in zip(one, other, strict=True))
-        threshold = self.threshold
-        return {"score": score} | ({} if threshold is None else {"similar": score > threshold})

@@ -178,7 +178,7 @@ class StoredModel:
         """True if the model generates text."""
         if self.kind is None and self.manifest.objective is None:
             return self.network.description.task == "causal_lm"
-        return self.objective.task == "causal_lm"
+        return self.objective.task.writes
 
 
 def catalogue_model(entry: CatalogEntry) -> StoredModel:
@@ -595,7 +595,7 @@ def ignores_classes(model: StoredModel) -> bool:
     if model.manifest.kind is not None or model.manifest.objective is not None:
         return False
     stored_task = model.network.description.task
-    return model.objective.task == "embedding" and stored_task == "sequence_classification"
+    return model.objective.task.embeds and stored_task == "sequence_classification"
 
 
 def check_writes(model: StoredModel) -> None:

@@ -25,8 +25,9 @@ from luthier.data.disk_sequence import concatenate
 from luthier.data.inputs import PLURAL
 from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
-from luthier.models.networks.heads import Head, Task
+from luthier.models.networks.heads import Head
 from luthier.objectives.means import loss_metrics, mean_loss
+from luthier.tasks import GENERATION, Task
 from luthier.types import Example, IntArray, LongRows, Loss, Row
 from luthier.validation import StrictModel
 
@@ -168,8 +169,8 @@ class Objective(StrictModel):
     method: str
     """Name of the objective in recipes and in the CLI."""
 
-    task: ClassVar[Task] = "causal_lm"
-    """Task of the network's head."""
+    task: ClassVar[Task] = GENERATION
+    """Task of the models (:mod:`luthier.tasks`)."""
     shapes: ClassVar[frozenset[str]] = frozenset()
     """Row shapes with this objective as default, by the names in ``luthier.data.shapes``."""
     further_shapes: ClassVar[frozenset[str]] = frozenset()
@@ -290,7 +291,7 @@ class Objective(StrictModel):
     def truncate(self, example: Example, context: int) -> Example:
         """Return ``example`` truncated to ``context`` tokens, for ``data.long_rows=truncate``."""
         # Text for a head keeps the closing token, such as [SEP]; generated text loses the end.
-        cut = cut_end if self.task == "causal_lm" else cut_text
+        cut = cut_end if self.task.writes else cut_text
         return cut(example, context)
 
     def long_rows(self, chosen: LongRows | None = None) -> LongRows:
@@ -322,7 +323,7 @@ class Objective(StrictModel):
 
     def head(self) -> Head:
         """Return the head of the network; complete after :meth:`fit`."""
-        return Head(self.task)
+        return Head(self.task.head)
 
     def attach(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Return modules for training only, by name in ``model``.
@@ -512,11 +513,6 @@ def threshold_of(objective: Objective) -> float | None:
     return threshold
 
 
-def row_limit(objective: Objective, chat: ChatFormat, context: int) -> int:
-    """Return the largest number of tokens of a row for a network of ``context`` tokens."""
-    return chat.longest_embedded(context) if objective.task == "embedding" else context
-
-
 def predicts(objective: Objective | None) -> bool:
     """Return true if models of ``objective`` predict labels, numbers or embeddings."""
     return objective is not None and type(objective).predict is not Objective.predict
@@ -540,10 +536,7 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
             value=objective.method,
             advice="Choose another objective, or a base for such rows (`luthier models list`).",
         )
-    if objective.task == "causal_lm":
-        chat.check_decoder()
-    if objective.task == "embedding":
-        chat.check_sentence()
+    objective.task.check(chat)
     # For the errors only: the engine binds again when more models are known.
     objective.bind(RunModels(chat))
 

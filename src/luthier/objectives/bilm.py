@@ -21,8 +21,9 @@ from pydantic import Field
 from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
 from luthier.models.characters import SPECIAL, WORD_START, word_starts
-from luthier.models.networks.heads import Head, Task
+from luthier.models.networks.heads import Head
 from luthier.objectives.base import Objective, RunModels, take_tokens
+from luthier.tasks import BIDIRECTIONAL, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ class BiLM(Objective):
     words: tuple[str, ...] | None = None
     """Target words in head order; default: from the training rows."""
 
-    task: ClassVar[Task] = "bidirectional_lm"
+    task: ClassVar[Task] = BIDIRECTIONAL
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def head(self) -> Head:
         """Return a head with one score per word."""
-        return Head(self.task, self.words or ())
+        return Head(self.task.head, self.words or ())
 
     def bind(self, models: RunModels) -> Self:
         """Reject tokenizers without word boundaries."""

@@ -9,6 +9,7 @@ from luthier.data.shapes.media import MediaRow
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
+from luthier.tasks import GENERATION, MASKED_WORDS
 from luthier.types import Row
 
 
@@ -18,7 +19,6 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
     Raises:
         DataError: if no objective learns from rows of this shape.
     """
-    tasks = ("masked_lm", "causal_lm") if chat.fills_masks else ("causal_lm", "masked_lm")
     kinds = [kind for kind in OBJECTIVES.values() if row.shape in kind.shapes]
     if not kinds:
         message = f"no objective trains on {describe_shapes([row.shape])} by default."
@@ -40,7 +40,8 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
             fix = f"Set {', or '.join(choices)}, or add labels (`data.columns.label=COLUMN`)."
         raise DataError([Problem("row.objective", message, fix, row.location)])
     # A stable sort: raw text alone changes the order of the table, by the tokenizer.
-    kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
+    later = GENERATION if chat.fills_masks else MASKED_WORDS
+    kinds.sort(key=lambda kind: kind.task is later)
     # If no objective suits the base, the check of the first one reports the reason later.
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
     return able[0] if able else kinds[0].model_validate({})

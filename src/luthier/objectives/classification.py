@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.errors import RecipeError, RowRefused
 from luthier.formatting import did_you_mean, list_some
-from luthier.models.networks.heads import MEAN_POOLED, Head, Task, declared_pooling
+from luthier.models.networks.heads import MEAN_POOLED, Head, declared_pooling
 from luthier.objectives.base import (
     Objective,
     PreparedRows,
@@ -39,6 +39,7 @@ from luthier.objectives.class_priors import (
     sigmoid_bias,
     softmax_bias,
 )
+from luthier.tasks import CLASSIFICATION, Task
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Classification(Objective):
     probe: bool | None = None
     """Start a new head from logistic regression; default: with mean pooling."""
 
-    task: ClassVar[Task] = "sequence_classification"
+    task: ClassVar[Task] = CLASSIFICATION
     truncates_long_rows: ClassVar[bool] = True
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "labelled_audio", "labelled_image"})
@@ -128,7 +129,7 @@ class Classification(Objective):
             shares = tuple(each / sum(counted) for each in counted)
         bias = (sigmoid_bias if self.multi_label else softmax_bias)(shares)
         mean: Literal["mean"] | None = "mean" if self.pooling == "mean" else None
-        return Head(self.task, self.labels or (), kind, bias, mean)
+        return Head(self.task.head, self.labels or (), kind, bias, mean)
 
     @property
     def _weight_C(self) -> list[float]:

@@ -54,7 +54,6 @@ from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import MARGIN_REASON, NegativeMiner, number_keys
 from luthier.evaluation.thresholds import choose_threshold, unrelated_pairs
-from luthier.models.networks.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
 from luthier.objectives.base import (
     Changes,
@@ -67,6 +66,7 @@ from luthier.objectives.base import (
     extra_of,
     rows_to_finish,
 )
+from luthier.tasks import EMBEDDING, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Contrastive(Objective):
     threshold: float | None = None
     """Minimum cosine of similar texts; default: from held-out rows after training."""
 
-    task: ClassVar[Task] = "embedding"
+    task: ClassVar[Task] = EMBEDDING
     shapes: ClassVar[frozenset[str]] = frozenset({"history", "pair", "text"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(
         {"audio", "captioned_image", "image", "labelled_audio", "labelled_image"}

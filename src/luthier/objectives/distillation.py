@@ -104,7 +104,7 @@ class Distillation(TeacherObjective, TokenDivergence):
     def check_teacher(self, teacher: OtherModel) -> None:
         """Reject a teacher without next-token distributions."""
         learned = teacher.objective
-        if learned.task != "causal_lm":
+        if not learned.task.writes:
             raise RecipeError(
                 f"the teacher {self.teacher} was trained for {learned.method} and cannot "
                 "generate text. Use a model that generates text, encoder_distillation for "

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
-from luthier.models.networks.heads import Task
 from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.distillation import TeacherObjective
+from luthier.tasks import EMBEDDING, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ class EmbeddingDistillation(TeacherObjective):
     teacher_pooling: Pooling = "auto"
     """Pooling of the teacher; read from the teacher's objective."""
 
-    task: ClassVar[Task] = "embedding"
+    task: ClassVar[Task] = EMBEDDING
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def check_teacher(self, teacher: OtherModel) -> None:
         """Reject a teacher without embeddings."""
-        if teacher.objective.task != self.task:
+        if not teacher.objective.task.embeds:
             raise RecipeError(
                 f"the teacher {self.teacher} was trained for {teacher.objective.method} and has "
                 "no text embeddings. Use an encoder, such as all-minilm-l6-v2, "

@@ -18,9 +18,9 @@ from pydantic import Field
 
 from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
-from luthier.models.networks.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective, RunModels, take_tokens
+from luthier.tasks import MASKED_WORDS, Task
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class MaskedLM(Objective):
     vocabulary: int | None = Field(default=None, ge=1, le=10_000_000)
     """Upper bound of random token ids; default: from the tokenizer."""
 
-    task: ClassVar[Task] = "masked_lm"
+    task: ClassVar[Task] = MASKED_WORDS
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
     same_each_epoch: ClassVar[bool] = False
 

@@ -20,7 +20,6 @@ from luthier.data.shapes import of_shape
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RowRefused
-from luthier.models.networks.heads import Task
 from luthier.objectives.base import (
     Changes,
     Objective,
@@ -29,6 +28,7 @@ from luthier.objectives.base import (
     chat_of,
     take_tokens,
 )
+from luthier.tasks import READING, Task
 from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class QuestionAnswering(Objective):
     no_answer: bool | None = None
     """Allow "no answer"; default: if training rows have no answer."""
 
-    task: ClassVar[Task] = "question_answering"
+    task: ClassVar[Task] = READING
     shapes: ClassVar[frozenset[str]] = frozenset({"question"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"question"})
     measure: ClassVar[str] = "span_f1"

@@ -17,8 +17,9 @@ import numpy as np
 
 from luthier.data.shapes.texts import RatedText
 from luthier.errors import RowRefused
-from luthier.models.networks.heads import Head, Task
+from luthier.models.networks.heads import Head
 from luthier.objectives.base import Objective
+from luthier.tasks import RATING, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Regression(Objective):
     scale: float | None = None
     """Standard deviation of the ratings; default: from the training rows."""
 
-    task: ClassVar[Task] = "sequence_classification"
+    task: ClassVar[Task] = RATING
     truncates_long_rows: ClassVar[bool] = True
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
     can_shard: ClassVar[bool] = True
@@ -44,7 +45,7 @@ class Regression(Objective):
 
     def head(self) -> Head:
         """Return a head with one output."""
-        return Head(self.task, ("rating",), "regression")
+        return Head(self.task.head, ("rating",), "regression")
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Compute mean and standard deviation of the ratings."""

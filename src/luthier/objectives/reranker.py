@@ -24,8 +24,9 @@ from pydantic import Field
 from luthier.data.shapes.texts import QueryDocument, TextPair
 from luthier.errors import RowRefused
 from luthier.evaluation.retrieval import BM25Index, NegativeMiner
-from luthier.models.networks.heads import Head, Task
+from luthier.models.networks.heads import Head
 from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.tasks import RERANKING, Task
 from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Reranker(Objective):
     share: float | None = Field(default=None, gt=0, lt=1)
     """Mean label; default: from the training rows."""
 
-    task: ClassVar[Task] = "sequence_classification"
+    task: ClassVar[Task] = RERANKING
     truncates_long_rows: ClassVar[bool] = True
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair", "relevance"})
     can_shard: ClassVar[bool] = True
@@ -56,7 +57,7 @@ class Reranker(Objective):
         So a model that only learns how frequent relevant documents are shows no gain.
         """
         bias = () if self.share is None else (math.log(self.share / (1 - self.share)),)
-        return Head(self.task, ("relevance",), "regression", bias)
+        return Head(self.task.head, ("relevance",), "regression", bias)
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return a labelled pair for each positive and negative of the rows."""

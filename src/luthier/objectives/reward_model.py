@@ -22,9 +22,10 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.shapes.preferences import Preference, pair_answers
-from luthier.models.networks.heads import Head, Task
+from luthier.models.networks.heads import Head
 from luthier.objectives.base import Changes, Objective, cut_text
 from luthier.objectives.pairs import Sides, check_different, sides_of
+from luthier.tasks import REWARD, Task
 from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class RewardModel(Objective):
     centering: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of a pull of each pair's mean reward to 0 (Eisenstein et al. 2023, section 2: 0.01)."""
 
-    task: ClassVar[Task] = "sequence_classification"
+    task: ClassVar[Task] = REWARD
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated", "thumb"})
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
@@ -49,7 +50,7 @@ class RewardModel(Objective):
 
     def head(self) -> Head:
         """Return a head with one output."""
-        return Head(self.task, ("reward",), "regression")
+        return Head(self.task.head, ("reward",), "regression")
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Combine rated answers to one prompt into pairs."""

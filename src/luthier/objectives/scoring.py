@@ -133,7 +133,7 @@ def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
 
 def check_grader_model(name: str, task: Task, learned: Objective) -> None:
     """Reject a model whose task does not fit the grader."""
-    if task == "embedding" and learned.task != "embedding":
+    if task == "embedding" and not learned.task.embeds:
         raise RecipeError(
             f"{name} was trained for {learned.method} and has no embeddings. Use an encoder, "
             "such as all-minilm-l6-v2"
@@ -141,7 +141,7 @@ def check_grader_model(name: str, task: Task, learned: Objective) -> None:
     # `embeddings` opens each encoder with the default pooling.
     if (pooling := getattr(learned, "pooling", "auto")) != "auto" and task == "embedding":
         raise RecipeError(f"{name} uses pooling {pooling!r}, and graders require pooling 'auto'")
-    if task == "causal_lm" and learned.task != "causal_lm":
+    if task == "causal_lm" and not learned.task.writes:
         raise RecipeError(
             f"{name} was trained for {learned.method} and cannot generate text. Use grader "
             "`reward` for reward models"

@@ -19,9 +19,10 @@ from pydantic import model_validator
 from luthier.data.shapes.texts import TaggedWords
 from luthier.errors import RowRefused
 from luthier.evaluation.labels import entities, tag_scores
-from luthier.models.networks.heads import Head, Task
+from luthier.models.networks.heads import Head
 from luthier.objectives.base import Objective, TrainingDefaults, take_tokens
 from luthier.objectives.class_priors import check_shares, shares_of, softmax_bias
+from luthier.tasks import TAGGING, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TokenClassification(Objective):
     shares: tuple[float, ...] | None = None
     """Share of each tag, in the order of ``labels``; default: from the training rows."""
 
-    task: ClassVar[Task] = "token_classification"
+    task: ClassVar[Task] = TAGGING
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
     measure: ClassVar[str] = "entity_f1"
     can_shard: ClassVar[bool] = True
@@ -54,7 +55,7 @@ class TokenClassification(Objective):
 
     def head(self) -> Head:
         """Return a head with one score per tag; a new head starts with the tag frequencies."""
-        return Head(self.task, self.labels or (), bias=softmax_bias(self.shares or ()))
+        return Head(self.task.head, self.labels or (), bias=softmax_bias(self.shares or ()))
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Collect the tags. Each entity has both B- and I- tags, also if one never occurs."""

@@ -99,7 +99,7 @@ def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
         objective = default_objective(kind)
         refused = _refusal(objective, chat)
         for name, adaptation in ADAPTATIONS.items():
-            key = (objective.task, objective.uses_reference, name)
+            key = (objective.task.head, objective.uses_reference, name)
             if not refused and key not in sketched:
                 defaults = adaptation.model_validate({})
                 sketched[key] = _capability(config, objective, defaults, size)
@@ -128,8 +128,7 @@ def _refusal(objective: Objective, chat: ChatFormat) -> str:
 def _capability(
     config: Config, objective: Objective, adaptation: Adaptation, size: int
 ) -> Capability:
-    without_labels = objective.task in ("causal_lm", "masked_lm", "image_to_text")
-    head = Head(objective.task, () if without_labels else ("a", "b"))
+    head = Head(objective.task.head, ("a", "b"))  # heads without classes ignore the labels
     try:
         network = config(head)
         memory = sketch_training(network, objective, adaptation, size, head).memory

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.shapes.texts import QueryDocument
 from luthier.errors import RecipeError
 from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.retrieval import (
@@ -51,13 +50,13 @@ def evaluate_search(
     Raises:
         RecipeError: for a model that is neither, or a ``reranker`` that cannot rank.
     """
-    ranks = QueryDocument.shape in stored.objective.shapes
+    ranks = stored.objective.task.ranks
     if not ranks:
         check_embeds(stored, stored.objective)
     if reranker is not None:
         if ranks:
             raise RecipeError(f"{stored.id} is a reranker. Omit `reranker`.", setting="reranker")
-        if QueryDocument.shape not in reranker.objective.shapes:
+        if not reranker.objective.task.ranks:
             raise RecipeError(f"{reranker.id} is not a reranker.", setting="reranker")
     words = BM25Index(collection.documents)
     orders = {"BM25": [words.nearest(query, DEPTH) for query in collection.queries]}

@@ -53,10 +53,11 @@ def score_predictions(
     objective = predictor.objective
     check_shapes(rows, objective)
     rows = objective.regroup(rows)
-    # An image-to-text model reads one side of a row and predicts the other side.
-    two_sided = objective.task != "image_to_text"
     examples = [
-        [predictor.encode(side, index) for side in (row.sides() if two_sided else [row])]
+        [
+            predictor.encode(side, index)
+            for side in (row.sides() if objective.task.two_sided else [row])
+        ]
         for index, row in enumerate(rows)
     ]
     chosen = objective.long_rows(long_rows)

@@ -33,6 +33,7 @@ from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import WORD_READER, bases_for
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
+from luthier.tasks import GENERATION
 from luthier.types import Row
 
 UNTRAINED = Rule(
@@ -243,16 +244,15 @@ class BaseLanguage(Check):
             f"{share:.0%} of the text is in {name} ({code}). The base model was not trained on {name}: "
             f"the tokenizer needs {cost}. Rows are longer and slower, and the model is weaker."
         )
-        task = self.objective.task if self.objective else "causal_lm"
-        fitting = [f"`--base {each}`" for each in bases_for(code, task)]
-        kind = {"causal_lm": "decoder", "masked_lm": "masked language model"}.get(task, "encoder")
+        task = self.objective.task if self.objective else GENERATION
+        fitting = [f"`--base {each}`" for each in bases_for(code, task.head)]
         fix = (
             f"Choose a base model trained on {name}: {' or '.join(fitting)}."
             if fitting
-            else f"The catalog has no {kind} for {name}: set `--base` to a hub id "
+            else f"The catalog has no {task.base_noun} for {name}: set `--base` to a hub id "
             "(organisation/name) or a folder."
         )
-        if task == "sequence_classification" and code not in UNSPACED:
+        if task.learns_words and code not in UNSPACED:
             fix += f" `--base {WORD_READER}` classifies by words, in any language."
         findings.add(Finding(UNTRAINED, Place(places.place(0).file, 0), message, fix))
 

@@ -48,7 +48,7 @@ from luthier.gate.rules import (
     rule_of,
 )
 from luthier.objectives import Objective
-from luthier.objectives.base import RunModels, row_limit
+from luthier.objectives.base import RunModels
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, IntArray, Row
 
@@ -197,7 +197,8 @@ class Learning(SpotCheck):
             except RowRefused as bad:
                 refuse(index, bad.problem)
                 continue
-            views, room = fitted.views([example]), row_limit(fitted, encoder.format, self.context)
+            views = fitted.views([example])
+            room = fitted.task.row_limit(encoder.format, self.context)
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
             if too_long := fitted.length_problem(example, room):
                 truncated = Problem(TRUNCATED.id, too_long.problem.message, TRUNCATED.fix)

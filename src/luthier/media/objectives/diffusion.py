@@ -50,11 +50,13 @@ from luthier.media.objectives.noise_schedule import (
     alphas_cumprod,
 )
 from luthier.media.processors import ImageProcessor
-from luthier.models.formats.pipelines import noise_settings
-from luthier.models.networks.heads import Head, Task
+from luthier.media.tasks import DENOISING
+from luthier.models.networks.heads import Head
 from luthier.models.networks.modalities import input_shape
+from luthier.models.formats.pipelines import noise_settings
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import RunModels, TrainingDefaults, chat_of, extra_of
+from luthier.tasks import Task
 from luthier.types import Example, IntArray, Loss, Row
 from luthier.validation import describe_constraint
 
@@ -183,7 +185,7 @@ class Diffusion(Generative):
     reads_texts: bool = False
     """True if the base model has a text encoder for whole captions. Default: from the base model."""
 
-    task: ClassVar[Task] = "denoising"
+    task: ClassVar[Task] = DENOISING
     further_shapes: ClassVar[frozenset[str]] = frozenset(
         {"captioned_image", "image", "labelled_image"}
     )
@@ -221,7 +223,7 @@ class Diffusion(Generative):
 
     def head(self) -> Head:
         """Return the head, with the classes or words as labels."""
-        return Head(self.task, self._names)
+        return Head(self.task.head, self._names)
 
     @property
     def _names(self) -> tuple[str, ...]:

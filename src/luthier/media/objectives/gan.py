@@ -35,10 +35,12 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.media.objectives.class_conditions import class_target, classes_of
 from luthier.media.objectives.generative import MOST_COMPARED, Generative, draw_latents, draw_noise
-from luthier.models.networks.heads import Head, Task
+from luthier.media.tasks import ADVERSARIAL
+from luthier.models.networks.heads import Head
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import TrainingDefaults, extra_of
 from luthier.objectives.means import Means
+from luthier.tasks import Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class GAN(Generative):
     labels: tuple[str, ...] | None = None
     """Classes in the order of the network. Default: from the training rows."""
 
-    task: ClassVar[Task] = "adversarial"
+    task: ClassVar[Task] = ADVERSARIAL
     further_shapes: ClassVar[frozenset[str]] = frozenset(
         {"captioned_image", "image", "labelled_image"}
     )
@@ -114,7 +116,7 @@ class GAN(Generative):
 
     def head(self) -> Head:
         """Return the head, with the classes as labels."""
-        return Head(self.task, self.labels or ())
+        return Head(self.task.head, self.labels or ())
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
         """Reject an adaptation that trains only one player or wraps weights of the discriminator."""

@@ -18,6 +18,7 @@ from luthier.data.inputs import PLURAL, Media
 from luthier.errors import RecipeError
 from luthier.media.processors import ImageProcessor
 from luthier.objectives.base import Objective, RunModels, chat_of
+from luthier.tasks import CLASSIFICATION
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Generative(Objective):
         other = models.others.get("features")
         if other is None:
             return super().bind(models)
-        if other.objective.task != "sequence_classification":
+        if other.objective.task is not CLASSIFICATION:
             raise RecipeError(
                 f"objective.feature_model={self.feature_model} is not a classifier. Use a model with "
                 "classes of images",

@@ -27,9 +27,10 @@ from luthier.data.shapes import SHAPES
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.errors import RecipeError
 from luthier.evaluation.transcription import character_errors, word_errors
-from luthier.models.networks.heads import Task
+from luthier.media.tasks import TRANSCRIPTION
 from luthier.objectives.base import Objective, RunModels, TrainingDefaults, chat_of
 from luthier.objectives.means import MOST_ROW_SCORES
+from luthier.tasks import Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class ImageToText(Objective):
     ctc_weight: float | None = Field(default=None, ge=0, le=100)
     """Weight of CTC on image columns. Default: 0.5 for new line encoders, otherwise 0."""
 
-    task: ClassVar[Task] = "image_to_text"
+    task: ClassVar[Task] = TRANSCRIPTION
     shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
     measure: ClassVar[str] = "cer"

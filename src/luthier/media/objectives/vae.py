@@ -33,7 +33,7 @@ from luthier.data.shapes.media import BareWindow
 from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.media.processors import ImageProcessor
-from luthier.models.networks.heads import Task
+from luthier.media.tasks import AUTOENCODING
 from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import (
@@ -44,6 +44,7 @@ from luthier.objectives.base import (
     rows_to_finish,
 )
 from luthier.objectives.means import loss_metrics
+from luthier.tasks import Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class VAE(Generative):
     threshold: float | None = None
     """Score above which a row is anomalous. Default: from held-out rows after training."""
 
-    task: ClassVar[Task] = "autoencoding"
+    task: ClassVar[Task] = AUTOENCODING
     shapes: ClassVar[frozenset[str]] = frozenset({"window"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(
         {"captioned_image", "image", "labelled_image"}

@@ -72,7 +72,7 @@ def _memory_of(command: str, fields: str) -> int:
             own = OBJECTIVES[base_kind(entry.kind).objective].model_validate({})
         else:
             own = find(model_id).objective
-        if own.task == "causal_lm":
+        if own.task.writes:
             return OBJECTIVES["sft"].model_validate({})
         # A model distilled from another one learns on without its teacher.
         return OBJECTIVES["contrastive"].model_validate({}) if own.other_models else own

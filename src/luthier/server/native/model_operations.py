@@ -102,7 +102,7 @@ def _kind_writes(kind: str) -> bool:
     from luthier.objectives import OBJECTIVES
 
     objective = OBJECTIVES[KINDS[kind].objective].model_validate({})
-    return objective.task == "causal_lm" and not predicts(objective)
+    return objective.task.writes and not predicts(objective)
 
 
 def _writes(stored: StoredModel, objective: Objective) -> bool:

@@ -247,7 +247,7 @@ def _count_weights(
         try:
             head = recipe.objective.fit(rows, chat).head()
         except RefusedInput:
-            head = Head(base.objective.task)
+            head = Head(base.objective.task.head)
     model = base.network.sketch(head)
     weights = sum(weight.numel() for weight in model.parameters())
     with torch.device("meta"):

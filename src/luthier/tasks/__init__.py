@@ -1,0 +1,25 @@
+"""Tasks, one file per task: what a model does for its users."""
+
+from luthier.tasks.base import Task
+from luthier.tasks.classification import CLASSIFICATION
+from luthier.tasks.embedding import EMBEDDING
+from luthier.tasks.generation import BIDIRECTIONAL, GENERATION, MASKED_WORDS
+from luthier.tasks.rating import RATING
+from luthier.tasks.reading import READING
+from luthier.tasks.reranking import RERANKING
+from luthier.tasks.reward import REWARD
+from luthier.tasks.tagging import TAGGING
+
+__all__ = [
+    "BIDIRECTIONAL",
+    "CLASSIFICATION",
+    "EMBEDDING",
+    "GENERATION",
+    "MASKED_WORDS",
+    "RATING",
+    "READING",
+    "RERANKING",
+    "REWARD",
+    "TAGGING",
+    "Task",
+]

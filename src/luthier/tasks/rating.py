@@ -1,0 +1,18 @@
+"""Rating: a number for each text, in the scale of the data."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from luthier.models.networks.heads import Task as HeadKind
+from luthier.tasks.base import Task
+
+
+class Rating(Task):
+    """Ratings of texts."""
+
+    head: ClassVar[HeadKind] = "sequence_classification"
+    learns_words: ClassVar[bool] = True
+
+
+RATING = Rating()
