@@ -53,7 +53,8 @@ class Model:
         if self.stored.objective.generates_images:
             raise RecipeError(f"{self.stored.id} generates images. Call sample()")
         if not isinstance(self.opened, Generator):
-            use = "embeddings. Call embed()" if self._embeds else "labels. Call predict()"
+            embeds = self.stored.objective.task.embeds
+            use = "embeddings. Call embed()" if embeds else "labels. Call predict()"
             raise RecipeError(f"{self.stored.id} returns {use}")
         return self.opened
 
@@ -108,12 +109,6 @@ class Model:
 
         rows = [input_row(path, "reconstruct()", n) for n, path in enumerate(images, 1)]
         return self.image_generator.reconstruct(rows)
-
-    @property
-    def _embeds(self) -> bool:
-        from luthier.inference.prediction import Predictor
-
-        return isinstance(self.opened, Predictor) and self.opened.objective.task.embeds
 
     @overload
     def generate(self, prompts: str | Conversation, **sampling: Any) -> str: ...
@@ -264,10 +259,10 @@ class Model:
             raise RecipeError("`prompts` and `completions` must be two texts or two lists")
         from luthier.data.shapes.conversations import PromptCompletion
         from luthier.inference.prediction import Predictor
-        from luthier.objectives import RewardModel
+        from luthier.tasks import REWARD
 
         opened = self.opened
-        if not isinstance(opened, Predictor) or not isinstance(opened.objective, RewardModel):
+        if not isinstance(opened, Predictor) or opened.objective.task is not REWARD:
             raise RecipeError(f"{self.stored.id} is not a reward model")
         pairs = enumerate(zip(prompts, completions, strict=True), 1)
         rows = [PromptCompletion("rewards()", n, p, c) for n, (p, c) in pairs]

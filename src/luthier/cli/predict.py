@@ -24,6 +24,7 @@ from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
+    from luthier.tasks import Task
 
 SHOWN = 5
 """Maximum number of printed classes, or of printed numbers of an embedding."""
@@ -31,9 +32,10 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for a text or for rows, with the model's decision threshold."""
+    """Predictions for a text or for rows, with the model's task and decision threshold."""
 
     answers: RowAnswers
+    task: Task
     threshold: float | None
 
     def plain(self) -> dict[str, Any]:
@@ -102,20 +104,20 @@ def predict(
     shared = RowProcesses(processes, ray_address, ray_gpus)
     is_shared = shared.check(input, output)
     stored = check_active(find(model, is_able=Predictor.is_able))
-    threshold = threshold_of(Predictor.check(stored))
+    objective = Predictor.check(stored)
+    threshold = threshold_of(objective)
     if ignores_classes(stored):
         reporter.note(f"{stored.id} has classes of its pre-training only: the output is embeddings")
-    task = PredictTask(model=stored.id, source=str(input), columns=columns or {}, top=top)
+    work = PredictTask(model=stored.id, source=str(input), columns=columns or {}, top=top)
     if is_shared and output is not None:
-        return Predictions(shared.answer(task, output, reporter), threshold)
+        return Predictions(shared.answer(work, output, reporter), objective.task, threshold)
     with heavy_imports():
         if input is not None:
-            return Predictions(answer_rows(task, output, reporter), threshold)
+            return Predictions(answer_rows(work, output, reporter), objective.task, threshold)
         row = input_row(text or "", "the command line")
         found = Predictor.open(stored).answers([row], top=top)
-    return Predictions(
-        RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found)), threshold
-    )
+    answers = RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found))
+    return Predictions(answers, objective.task, threshold)
 
 
 def show_predictions(found: Predictions, text: str | None, top: int | None) -> None:
@@ -123,7 +125,10 @@ def show_predictions(found: Predictions, text: str | None, top: int | None) -> N
     answers, threshold = found.answers, found.threshold
     if text is not None:
         predicted = json.loads(answers.lines)["predicted"]
-        print_text(_render(predicted, threshold, top or SHOWN), end="")
+        if found.task.embeds and not sys.stdout.isatty():
+            print_text(json.dumps(predicted["embedding"]))
+        else:
+            print_text(found.task.show(predicted, threshold, top or SHOWN))
     elif answers.output is None:
         write_json(answers.lines)
     else:
@@ -145,36 +150,3 @@ def _holds_rows(text: str) -> bool:
         return path.is_dir() or (path.is_file() and not is_media(path.name))
     except (OSError, ValueError):  # too long for a file name, or with a NUL
         return False
-
-
-def _render(answer: dict[str, Any], threshold: float | None, top: int) -> str:
-    """Return a prediction as text: the likeliest labels, the rating, or entities with positions."""
-    if "tags" in answer:
-        found = [
-            f"{e['label']}: {json.dumps(e['text'], ensure_ascii=False)} [{e['start']}:{e['end']}]\n"
-            for e in answer["entities"]
-        ]
-        return "".join(found) or "(no entities)\n"
-    if "answer" in answer:
-        place = f"  [{answer['start']}:{answer['end']}]" if answer["answer"] else ""
-        return f"{answer['answer'] or '(no answer)'}{place}  {answer['score']:.1%}\n"
-    if "text" in answer:
-        return f"{answer['text'] or '(no text)'}\n"
-    if "embedding" in answer:
-        if not sys.stdout.isatty():
-            return json.dumps(answer["embedding"]) + "\n"
-        numbers = ", ".join(f"{x:.3f}" for x in answer["embedding"][:SHOWN])
-        return f"{len(answer['embedding'])} numbers: {numbers}, … (--json prints all)\n"
-    if "reward" in answer:
-        return f"{answer['reward']:.3f}\n"
-    if "rating" in answer:
-        return f"{answer['rating']:.3f}\n"
-    if "score" in answer:
-        verdicts = {name: answer[name] for name in ("anomalous", "similar") if name in answer}
-        texts = [
-            f"{name if value else f'not {name}'} ({'above' if value else 'not above'} {threshold:.3f})"
-            for name, value in verdicts.items()
-        ]
-        return "  ".join([f"{answer['score']:.3f}", *texts]) + "\n"
-    scores = sorted(answer["scores"].items(), key=lambda item: -item[1])[:top]
-    return "".join(f"{p:6.1%}  {name}\n" for name, p in scores)

@@ -83,8 +83,6 @@ def print_result(result: Result) -> None:
     from luthier.data.inputs import PLURAL
     from luthier.engine.runs import GRIDS
     from luthier.library.models import find
-    from luthier.objectives import QuestionAnswering, Reranker
-    from luthier.objectives.base import predicts
 
     stored = find(result.model_id)
     objective, chat = stored.objective, stored.chat
@@ -127,28 +125,7 @@ def print_result(result: Result) -> None:
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
     if (Path(result.run_dir) / GRIDS).is_dir():
         out.print(f"  samples     {result.run_dir}/{GRIDS}/")
-    use = f"chat {result.model_id}"
-    if chat.images is not None:
-        use = f'generate {result.model_id} "some text" --image photo.png'
-    if predicts(objective):
-        query = {
-            "image": "photo.png",
-            "audio": "sound.wav",
-            "window": "--input series.csv --output scores.jsonl",
-        }.get(chat.reads, '"some text"')
-        if isinstance(objective, QuestionAnswering):
-            query = "--input questions.jsonl"
-        elif isinstance(objective, Reranker):
-            query = "--input pairs.jsonl"
-        use = f"predict {result.model_id} {query}"
-        if objective.task.embeds:
-            use = f"nearest {result.model_id} DATA {query}"
-            if chat.reads != "text" and chat.has_tokenizer:
-                use += f'\n              luthier nearest {result.model_id} DATA "some text"'
-    elif objective.generates_images:
-        use = f"sample {result.model_id} --output samples.png"
-    elif not objective.task.writes:
-        use = f"tune DATA --base {result.model_id}"
+    use = objective.task.command(result.model_id, chat)
     if withheld:
         use = f"models accept {result.model_id}"
     out.print(f"  use it      luthier {use}")

@@ -60,3 +60,28 @@ class Task:
         """Return the prediction for a row from the predictions for :meth:`inputs`."""
         (answer,) = answers
         return answer
+
+    def show(self, answer: Answer, threshold: float | None, top: int) -> str:
+        """Return a prediction as text, at most ``top`` classes or numbers. The base class shows a
+        ``score`` and its verdict.
+        """
+        verdicts = {name: answer[name] for name in ("anomalous", "similar") if name in answer}
+        texts = [
+            f"{name if value else f'not {name}'} ({'above' if value else 'not above'} {threshold:.3f})"
+            for name, value in verdicts.items()
+        ]
+        return "  ".join([f"{answer['score']:.3f}", *texts])
+
+    def command(self, model_id: str, chat: ChatFormat) -> str:
+        """Return the next command for a new model, without ``luthier``."""
+        return f"predict {model_id} {example_input(chat)}"
+
+
+def example_input(chat: ChatFormat) -> str:
+    """Return arguments of ``luthier predict`` for the kind of input."""
+    examples = {
+        "image": "photo.png",
+        "audio": "sound.wav",
+        "window": "--input series.csv --output scores.jsonl",
+    }
+    return examples.get(chat.reads, '"some text"')

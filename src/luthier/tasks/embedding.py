@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from luthier.data.shapes.media import CaptionedImage
 from luthier.data.shapes.texts import TextPair
 from luthier.models.networks.heads import Task as HeadKind
-from luthier.tasks.base import Task
+from luthier.tasks.base import Answer, Task, example_input
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -42,6 +42,18 @@ class Embedding(Task):
         # Embeddings have length 1, so the inner product is the cosine.
         score = math.fsum(a * b for a, b in zip(one, other, strict=True))
         return {"score": score} | ({} if threshold is None else {"similar": score > threshold})
+
+    def show(self, answer: Answer, threshold: float | None, top: int) -> str:
+        """Return the first numbers of the embedding."""
+        numbers = ", ".join(f"{x:.3f}" for x in answer["embedding"][:top])
+        return f"{len(answer['embedding'])} numbers: {numbers}, … (--json prints all)"
+
+    def command(self, model_id: str, chat: ChatFormat) -> str:
+        """Search the nearest rows of a file."""
+        use = f"nearest {model_id} DATA {example_input(chat)}"
+        if chat.reads != "text" and chat.has_tokenizer:
+            use += f'\n              luthier nearest {model_id} DATA "some text"'
+        return use
 
 
 EMBEDDING = Embedding()

@@ -22,16 +22,30 @@ class Generation(Task):
         """Reject an encoder-decoder without the first token of a reply."""
         chat.check_decoder()
 
+    def command(self, model_id: str, chat: ChatFormat) -> str:
+        """Chat, or describe an image."""
+        if chat.images is not None:
+            return f'generate {model_id} "some text" --image photo.png'
+        return f"chat {model_id}"
 
-class MaskedWords(Task):
-    """Words behind masks. The model is a base for other tasks."""
+
+class Pretraining(Task):
+    """Base class of tasks whose models are bases for other tasks."""
+
+    def command(self, model_id: str, chat: ChatFormat) -> str:
+        """Train the model for another task."""
+        return f"tune DATA --base {model_id}"
+
+
+class MaskedWords(Pretraining):
+    """Words behind masks."""
 
     head: ClassVar[HeadKind] = "masked_lm"
     base_noun: ClassVar[str] = "masked language model"
 
 
-class Bidirectional(Task):
-    """Words from the text on either side. The model is a base for other tasks."""
+class Bidirectional(Pretraining):
+    """Words from the text on either side."""
 
     head: ClassVar[HeadKind] = "bidirectional_lm"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from luthier.models.networks.heads import Task as HeadKind
-from luthier.tasks.base import Task
+from luthier.tasks.base import Answer, Task
 
 
 class Rating(Task):
@@ -13,6 +13,10 @@ class Rating(Task):
 
     head: ClassVar[HeadKind] = "sequence_classification"
     learns_words: ClassVar[bool] = True
+
+    def show(self, answer: Answer, threshold: float | None, top: int) -> str:
+        """Return the rating."""
+        return f"{answer['rating']:.3f}"
 
 
 RATING = Rating()
