@@ -24,6 +24,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Contrastive
 from luthier.recipe import Recipe
+from luthier.tasks import RATING
 
 ANIMALS = ("fox", "dog", "cat", "bird")
 THINGS = ("card", "bank", "house", "stone")
@@ -225,7 +226,14 @@ def test_time_limit_is_checked_within_long_rows(
     clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
     monkeypatch.setattr(comparison, "time", clock)
     states = comparison.base_states(
-        network, objective, both, both, tokens, 8.0, lambda done, total: progress.append(done)
+        network,
+        objective,
+        RATING,
+        both,
+        both,
+        tokens,
+        8.0,
+        lambda done, total: progress.append(done),
     )
     # Each check takes a second: five before the held-out rows, three before training rows.
     assert states is not None

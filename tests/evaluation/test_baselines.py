@@ -16,10 +16,11 @@ from luthier.evaluation.baselines import (
     FittedBaselines,
     States,
     fit_and_score,
-    is_comparable,
     naive_bayes,
 )
 from luthier.evaluation.significance import RowScores
+from luthier.objectives.by_shape import task_of
+from luthier.tasks import CLASSIFICATION, GENERATION, TAGGING
 from luthier.types import Example, Row
 
 ALWAYS = math.inf
@@ -50,7 +51,7 @@ def states_of(train: list[Row], held: list[Row], read: int | None = None) -> Sta
 
 
 def compared(train: list[Row], held: list[Row], states: States | None) -> Comparison:
-    found = fit_and_score(train, held, states, ALWAYS)
+    found = fit_and_score(task_of(held[0]), train, held, states, ALWAYS)
     assert found is not None
     return found.comparison
 
@@ -90,12 +91,14 @@ def test_states_of_a_part_of_the_rows_are_said_to_be_so() -> None:
 def test_what_there_is_no_time_for_is_named() -> None:
     train, held = labelled(60), labelled(30)
     times = iter([0.0, 0.0, 9.0, 9.0, 9.0])
-    fitted = fit_and_score(train, held, states_of(train, held), 5.0, clock=lambda: next(times))
+    fitted = fit_and_score(
+        CLASSIFICATION, train, held, states_of(train, held), 5.0, clock=lambda: next(times)
+    )
     assert fitted is not None
     found = fitted.comparison
     assert list(scores(found)) == ["always the most frequent label", "naive Bayes on words"]
     assert len(found.left_out) == 3
-    assert fit_and_score(train, held, None, 0.0, clock=lambda: 1.0) is None
+    assert fit_and_score(CLASSIFICATION, train, held, None, 0.0, clock=lambda: 1.0) is None
 
 
 def test_rows_with_several_labels() -> None:
@@ -161,8 +164,8 @@ def test_words_are_told_apart_by_their_states() -> None:
 
 
 def test_rows_of_other_shapes_have_none() -> None:
-    assert fit_and_score([row(text="a")], [row(text="b")], None, ALWAYS) is None
-    assert fit_and_score([], labelled(3), None, ALWAYS) is None
+    assert fit_and_score(GENERATION, [row(text="a")], [row(text="b")], None, ALWAYS) is None
+    assert fit_and_score(CLASSIFICATION, [], labelled(3), None, ALWAYS) is None
 
 
 def test_naive_bayes_weighs_words_by_class_and_falls_back_to_the_frequent_one() -> None:
@@ -173,9 +176,9 @@ def test_naive_bayes_weighs_words_by_class_and_falls_back_to_the_frequent_one() 
 def test_a_row_that_was_cut_is_not_compared() -> None:
     words, tags = ("a", "b", "c"), ("O", "O", "O")
     whole, cut = (Example(np.arange(n), np.ones(n, np.float32), 0) for n in (3, 2))
-    assert is_comparable(row(tokens=words, tags=tags), whole)
-    assert not is_comparable(row(tokens=words, tags=tags), cut)
-    assert not is_comparable(row(text="no label"), whole)
+    assert TAGGING.is_comparable(row(tokens=words, tags=tags), whole)
+    assert not TAGGING.is_comparable(row(tokens=words, tags=tags), cut)
+    assert not CLASSIFICATION.is_comparable(row(text="no label"), whole)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_a_baseline_that_wins_is_said_to(
 
 def test_the_tuned_model_is_held_against_each_on_the_same_rows() -> None:
     train, held = labelled(60), labelled(30)
-    fitted = fit_and_score(train, held, states_of(train, held), ALWAYS)
+    fitted = fit_and_score(CLASSIFICATION, train, held, states_of(train, held), ALWAYS)
     assert fitted is not None
     right = RowScores.of([each.label == "fish" for each in held])
     found = fitted.compare_with(right)

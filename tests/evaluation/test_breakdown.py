@@ -19,8 +19,9 @@ from luthier.evaluation.breakdown import (
     worst_rows,
 )
 from luthier.evaluation.evaluate import Evaluation
-from luthier.evaluation.labels import label_remarks, scores
+from luthier.evaluation.labels import label_remarks
 from luthier.evaluation.significance import RowScores
+from luthier.tasks import CLASSIFICATION
 
 
 def labelled(truth: list[str]) -> list[LabelledText]:
@@ -51,14 +52,14 @@ def test_labels_score_as_scikit_learn_has_it() -> None:
     assert LabelCounts.of(labelled(["a"]), answers) is None
     assert Calibration.of(labelled(["a"]), answers) is None
     assert label_remarks(labelled(["a"]), answers) == []
-    none = scores([LabelledText("f", 1, text="x", label=())], [{"label": []}])
+    none = CLASSIFICATION.scores([LabelledText("f", 1, text="x", label=())], [{"label": []}])
     assert list(none) == ["accuracy"] and none["accuracy"].value == 1
 
 
 def test_slices_add_up_and_stand_out_beyond_chance() -> None:
     truth = ["a"] * 300 + ["b"] * 100
     given = ["a"] * 290 + ["b"] * 10 + ["b"] * 60 + ["a"] * 40
-    found = scores(labelled(truth), [{"label": each} for each in given])
+    found = CLASSIFICATION.scores(labelled(truth), [{"label": each} for each in given])
     parts = slice_scores(found, "label", truth)
     assert [(each.value, each.rows) for each in parts] == [("a", 300), ("b", 100)]
     assert [each.scores["accuracy"] for each in parts] == pytest.approx([290 / 300, 0.6])

@@ -10,8 +10,10 @@ from sklearn import metrics
 
 from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords
 from luthier.errors import DataError
-from luthier.evaluation.labels import entities, label_remarks, scores
+from luthier.evaluation.labels import label_remarks
 from luthier.evaluation.significance import values
+from luthier.tasks import CLASSIFICATION, RATING, TAGGING
+from luthier.tasks.tagging import entities
 
 
 def test_accuracy_and_f1_are_scikit_learn_s() -> None:
@@ -19,7 +21,7 @@ def test_accuracy_and_f1_are_scikit_learn_s() -> None:
     truth = [draw.choice("abcd") for _ in range(200)]
     given = [t if draw.random() < 0.6 else draw.choice("abcde") for t in truth]
     rows = [LabelledText("f", n, text="x", label=t) for n, t in enumerate(truth)]
-    found = values(scores(rows, [{"label": g} for g in given]))
+    found = values(CLASSIFICATION.scores(rows, [{"label": g} for g in given]))
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, given))
     macro = metrics.f1_score(truth, given, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(macro)
@@ -27,7 +29,7 @@ def test_accuracy_and_f1_are_scikit_learn_s() -> None:
 
 def test_macro_f1_of_drawn_rows_is_over_the_labels_of_these_rows() -> None:
     rows = [LabelledText("f", n, text="x", label=t) for n, t in enumerate("aabc")]
-    macro = scores(rows, [{"label": g} for g in "abbd"])["macro_f1"]
+    macro = CLASSIFICATION.scores(rows, [{"label": g} for g in "abbd"])["macro_f1"]
     assert macro.value == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
     assert macro.subset(np.array([0, 1, 1])).value == pytest.approx((1 / 2 + 0) / 2)
 
@@ -37,7 +39,7 @@ def test_several_labels_a_row() -> None:
         LabelledText("f", 1, text="x", label=("a", "b")),
         LabelledText("f", 2, text="y", label=()),
     ]
-    found = values(scores(rows, [{"label": ["a"]}, {"label": []}]))
+    found = values(CLASSIFICATION.scores(rows, [{"label": ["a"]}, {"label": []}]))
     assert found["accuracy"] == 0.5
     assert found["micro_f1"] == pytest.approx(2 / 3)
     assert found["macro_f1"] == pytest.approx(0.5)
@@ -50,7 +52,7 @@ def test_entities_are_seqeval_s() -> None:
     truth = [[draw.choice(tags) for _ in range(draw.randint(1, 12))] for _ in range(100)]
     given = [[t if draw.random() < 0.7 else draw.choice(tags) for t in row] for row in truth]
     rows = [TaggedWords("f", n, tokens=("w",) * len(t), tags=tuple(t)) for n, t in enumerate(truth)]
-    found = values(scores(rows, [{"tags": g} for g in given]))
+    found = values(TAGGING.scores(rows, [{"tags": g} for g in given]))
     assert found["entity_f1"] == pytest.approx(sequence.f1_score(truth, given))
     assert found["entity_precision"] == pytest.approx(sequence.precision_score(truth, given))
     assert found["entity_recall"] == pytest.approx(sequence.recall_score(truth, given))
@@ -75,15 +77,15 @@ def test_where_entities_begin_and_end(tags: list[str], expected: set[tuple[str, 
 
 def test_ratings() -> None:
     rows = [RatedText("f", n, text="x", rating=float(n)) for n in range(4)]
-    found = values(scores(rows, [{"rating": 2.0 * n + 1} for n in range(4)]))
+    found = values(RATING.scores(rows, [{"rating": 2.0 * n + 1} for n in range(4)]))
     assert found["mean_absolute_error"] == pytest.approx(2.5)
     assert found["pearson"] == pytest.approx(1.0)
-    assert "pearson" not in scores(rows, [{"rating": 1.0}] * 4)
+    assert "pearson" not in RATING.scores(rows, [{"rating": 1.0}] * 4)
 
 
 def test_rows_without_the_truth_are_refused() -> None:
     with pytest.raises(DataError):
-        scores([RawText("f", 3, text="x")], [{"label": "a"}])
+        CLASSIFICATION.scores([RawText("f", 3, text="x")], [{"label": "a"}])
 
 
 def test_remarks_name_unknown_labels_and_mistakes() -> None:

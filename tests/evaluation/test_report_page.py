@@ -8,8 +8,8 @@ from dataclasses import replace
 from luthier.data.shapes.texts import LabelledText, RatedText
 from luthier.evaluation.breakdown import Calibration, slice_scores
 from luthier.evaluation.evaluate import Evaluation
-from luthier.evaluation.labels import scores
 from luthier.evaluation.report_page import MOST_CELLS, page
+from luthier.tasks import CLASSIFICATION, RATING
 
 EVIL = '<script>alert("x")</script>'
 
@@ -26,7 +26,9 @@ def evaluated(labels: list[str]) -> Evaluation:
     ]
     calibration = Calibration.of(rows, answers)
     assert calibration is not None
-    found = scores(rows, answers) | {"expected_calibration_error": calibration.score()}
+    found = dict(CLASSIFICATION.scores(rows, answers)) | {
+        "expected_calibration_error": calibration.score()
+    }
     parts = slice_scores(found, "label", [str(row.label) for row in rows])
     return Evaluation(found, [*rows], records=records, remarks=[EVIL], slices=parts)
 
@@ -58,7 +60,7 @@ def test_many_labels_have_no_matrix_but_their_mistakes() -> None:
 def test_what_there_is_none_of_is_left_out() -> None:
     rows = [RatedText("f", n, text="x", rating=float(n + n // 2)) for n in range(3)]
     answers = [{"rating": 1.0}] * 3
-    found = Evaluation(scores(rows, answers), [*rows], records=answers)
+    found = Evaluation(RATING.scores(rows, answers), [*rows], records=answers)
     html = page(replace(found, dropped=2), "m", "d")
     assert "2 left out" in html and "mean absolute error" in html
     for absent in ("Slices", "Confusion matrix", "Calibration"):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from luthier.evaluation.labels import tag_scores
 from luthier.evaluation.significance import RowScores, Statistic, differ, standard_error
+from luthier.tasks.tagging import tag_scores
 
 
 def accuracy(right: int, wrong: int) -> RowScores:

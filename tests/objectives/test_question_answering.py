@@ -18,11 +18,11 @@ from luthier.data.rows import load_rows
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError, RowRefused
-from luthier.evaluation.labels import scores
 from luthier.models.load import as_network, load_model
 from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.question_answering import AnswerSpan, QuestionAnswering, _answer
+from luthier.tasks import READING
 
 CPU = torch.device("cpu")
 CONTEXT = "The quick brown fox jumps over the lazy dog. " * 6 + "The capital of France is Paris."
@@ -219,7 +219,7 @@ def test_scores_are_those_of_squad() -> None:
         AnsweredQuestion("f", 4, "q", "no answer here"),
     ]
     answers = [{"answer": text} for text in ("the Eiffel Tower!", "fox", "", "here")]
-    found = scores(rows, answers)
+    found = READING.scores(rows, answers)
     assert found["exact_match"].value == pytest.approx(2 / 4)
     assert found["answer_f1"].value == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
 

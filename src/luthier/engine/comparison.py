@@ -8,13 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
-from luthier.data.shapes.texts import TaggedWords, TextPair
 from luthier.evaluation.baselines import (
     ComparedRows,
     Comparison,
@@ -23,10 +20,9 @@ from luthier.evaluation.baselines import (
     fit_and_score,
 )
 from luthier.evaluation.label_issues import find_label_issues
-from luthier.evaluation.labels import row_scores
-from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 from luthier.models.networks.network import Network, TreeBatch
-from luthier.objectives import Contrastive, Objective
+from luthier.objectives import Objective
+from luthier.tasks import Task
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -52,7 +48,8 @@ def encode_cut(
 
 def fit_baselines(
     network: Network,
-    objective: Objective,
+    encoder: Objective,
+    task: Task,
     train: ComparedRows,
     held: ComparedRows,
     budget: int,
@@ -60,12 +57,12 @@ def fit_baselines(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     label_issues: bool = False,
 ) -> FittedBaselines | None:
-    """Fit the baselines for the shape of the rows and return the scores; ``None`` without
-    baselines.
+    """Fit the baselines of ``task`` and return the scores; ``None`` without baselines.
 
     Args:
         network: the network before the first step.
-        objective: the objective of the run. An embedding objective sets the pooling.
+        encoder: the objective that encoded the rows.
+        task: the task of the rows.
         train: training rows of the baselines.
         held: held-out rows.
         budget: maximum number of tokens per forward pass.
@@ -77,9 +74,10 @@ def fit_baselines(
     if not train or not held or not seconds:
         return None
     until = time.monotonic() + seconds
-    encoder = objective if isinstance(objective, Contrastive) else Contrastive()
-    states = base_states(network, encoder, train, held, budget, seconds * READING, on_progress)
-    fitted = fit_and_score(train.rows, held.rows, states, until)
+    states = base_states(
+        network, encoder, task, train, held, budget, seconds * READING, on_progress
+    )
+    fitted = fit_and_score(task, train.rows, held.rows, states, until)
     if not label_issues or fitted is None or states is None or time.monotonic() > until:
         return fitted
     if not isinstance(held.rows[0], Labelled):
@@ -93,29 +91,20 @@ def fit_baselines(
 @torch.no_grad()
 def base_states(
     network: Network,
-    encoder: Contrastive,
+    encoder: Objective,
+    task: Task,
     train: ComparedRows,
     held: ComparedRows,
     budget: int,
     seconds: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> States | None:
-    """Return one hidden state per row, or per word of tagged words (at the first token of each
-    word).
+    """Return the hidden states of the rows (:meth:`Objective.states`).
 
     Returns ``None`` if the time ends before ``held`` is encoded, or if the network overflows.
     """
     began = time.monotonic()
     network.model.eval()
-
-    def texts(batch: TreeBatch) -> Sequence[Tensor]:
-        return list(encoder.embed(network, batch).split(1))
-
-    def words(batch: TreeBatch) -> Sequence[Tensor]:
-        first_M = np.concatenate([each.weight_T for each in batch.tree.examples]) > 0
-        nodes_K = torch.from_numpy(batch.tree.node_M[first_M]).to(network.device)
-        counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
-        return list(network.hidden(batch, nodes_K).split(counts))
 
     done = 0
 
@@ -124,9 +113,8 @@ def base_states(
         done += count
         on_progress(min(done, len(train) + len(held)), len(train) + len(held))
 
-    of_batch = words if isinstance(held.rows[0], TaggedWords) else texts
-    read = partial(_states, network, of_batch, on_read)
-    if isinstance(held.rows[0], TextPair):
+    read = partial(_states, network, partial(encoder.states, network), on_read)
+    if task.embeds:
         views = encoder.views(_without_negatives(held.examples))
         both = read(views, budget, began + seconds)
         if len(both) < len(views):
@@ -148,7 +136,7 @@ def base_states(
 
 
 def _without_negatives(examples: Sequence[Example]) -> list[Example]:
-    """Return pairs without hard negatives: all methods rank the same candidates, the partners."""
+    """Return rows without hard negatives: all methods rank the same candidates, the partners."""
     return [replace(each, partner=None) for each in examples]
 
 
@@ -202,12 +190,6 @@ def measure_tuned(
 ) -> Comparison:
     """Measure the tuned network and the baselines on the same rows."""
     network.model.eval()
-    pairs = of_shape(TextPair, held.rows)
-    views = objective.views(_without_negatives(held.examples) if pairs else held.examples)
+    views = objective.views(_without_negatives(held.examples))
     answers = network.read_rows(views, budget, partial(objective.predict, network))
-    if pairs:
-        embeddings = [answer["embedding"] for answer in answers]
-        partners = [row.positive for row in pairs]
-        ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
-        return baselines.compare_with(retrieval_scores(ranks)["recall_at_1"])
-    return baselines.compare_with(row_scores(held.rows, answers))
+    return baselines.compare_with(objective.task.row_scores(held.rows, answers))

@@ -246,13 +246,13 @@ def prepare(
         raise DataError(problems, capped=capped)
     encoded = concatenate(sets)
     counts = {**_count(objective, encoded), "validation_rows": len(validation)}
-    # Embedding baselines compare the two sides of a row.
-    able = {"history", "pair"} if objective.task.embeds else None
-    answers = predicts(objective) and (able is None or {row.shape for row in rows} <= able)
+    answers, is_comparable = predicts(objective), objective.task.is_comparable
     learned = concatenate(map(_rows_of, (rows, *mixed_rows), sets)) if answers else ()
     compared = (
-        ComparedRows.of(learned, encoded if answers else (), seed),
-        ComparedRows.of(_rows_of(held, validation), validation, seed, MOST_ROWS // 5),
+        ComparedRows.of(learned, encoded if answers else (), is_comparable, seed),
+        ComparedRows.of(
+            _rows_of(held, validation), validation, is_comparable, seed, MOST_ROWS // 5
+        ),
     )
     # After the baselines took their rows: packing joins rows into one example.
     sets = [objective.pack(each, context) if each else [] for each in sets]

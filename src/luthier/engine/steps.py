@@ -122,6 +122,7 @@ class Baselines(TrainingStep):
             fitted = fit_baselines(
                 trainer.network,
                 job.data.objective,
+                job.data.objective.task,
                 train,
                 held,
                 trainer.reading_budget,

@@ -7,30 +7,16 @@ methods read words only; the remaining methods read the states of the frozen bas
 from __future__ import annotations
 
 import re
-import statistics
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luthier.data.shapes import of_shape
-from luthier.data.shapes.base import Labelled
-from luthier.data.shapes.texts import History, RatedText, TaggedWords, TextPair
 from luthier.evaluation.label_issues import LabelIssues
-from luthier.evaluation.labels import scores
-from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge
-from luthier.evaluation.retrieval import (
-    bm25_ranks,
-    item_ranks,
-    partner_ranks,
-    popularity_ranks,
-    retrieval_scores,
-)
 from luthier.evaluation.significance import (
     CHANCE,
     LESS_IS_BETTER,
@@ -59,7 +45,7 @@ LINEAR_PROBE = "logistic regression on the base model"
 """The starting point of a classification head."""
 NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
-_WORD = re.compile(r"\w+")
+WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -210,8 +196,18 @@ class States:
 Answers = Sequence[Mapping[str, Any]]
 
 
+class BaselineTask(Protocol):
+    """A task with baselines (:class:`luthier.tasks.Task`)."""
+
+    def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterable[Method]:
+        """Return methods that learn from ``train`` and predict ``held``, the fastest first."""
+
+    def scores(self, rows: Sequence[Row], answers: Any) -> Mapping[str, Score]:
+        """Score the predictions of a method."""
+
+
 @dataclass(frozen=True)
-class _Method:
+class Method:
     """A named prediction function."""
 
     name: str
@@ -222,15 +218,12 @@ class _Method:
     """True if the method reads :class:`States`, False if the method reads words."""
 
     def measure(
-        self, train: Sequence[Row], held: Sequence[Row], states: States | None
+        self, train: Sequence[Row], held: Sequence[Row], states: States | None, task: BaselineTask
     ) -> tuple[Baseline, RowScores]:
         """Fit the method and score its predictions. The name mentions a subset of the training
         rows."""
         began = time.monotonic()
-        answers = self.answers(states)
-        found: Mapping[str, Score] = (
-            retrieval_scores(answers) if isinstance(answers, np.ndarray) else scores(held, answers)
-        )
+        found = task.scores(held, self.answers(states))
         seconds, name = time.monotonic() - began, self.name
         if self.reads_states and states is not None:
             seconds += states.seconds
@@ -241,13 +234,6 @@ class _Method:
         return Baseline(
             name, compared.value, values(found), round(seconds, 3), self.constant
         ), compared
-
-
-def is_comparable(row: Row, example: Example) -> bool:
-    """Return True if the row has a target. Truncated tagged rows are not comparable."""
-    if isinstance(row, TaggedWords):
-        return int(np.count_nonzero(example.weight_T)) == len(row.tags or ())
-    return isinstance(row, Labelled | RatedText | TextPair)
 
 
 @dataclass(frozen=True)
@@ -262,18 +248,20 @@ class ComparedRows:
 
     @staticmethod
     def of(
-        rows: Sequence[Row], examples: Sequence[Example], seed: int, most: int = MOST_ROWS
+        rows: Sequence[Row],
+        examples: Sequence[Example],
+        is_comparable: Callable[[Row, Example], bool],
+        seed: int,
+        most: int = MOST_ROWS,
     ) -> ComparedRows:
-        """Select comparable rows. ``examples`` are the encodings of ``rows``.
-
-        Truncated rows are dropped, because the row has more text than its encoding.
-        """
+        """Select comparable rows. ``examples`` are the encodings of ``rows``."""
         able_N = np.fromiter(map(is_comparable, rows, examples), np.bool_, len(rows)).nonzero()[0]
         order = able_N[np.random.default_rng(seed).permutation(len(able_N))[:most]].tolist()
         return ComparedRows([rows[i] for i in order], [examples[i] for i in order])
 
 
 def fit_and_score(
+    task: BaselineTask,
     train: Sequence[Row],
     held: Sequence[Row],
     states: States | None,
@@ -283,6 +271,7 @@ def fit_and_score(
     """Fit the baselines for ``train`` and score predictions for ``held``.
 
     Args:
+        task: the methods, and the scores, of which the first is compared.
         states: states of both, in the same order, possibly for the first rows of ``train`` only.
             Without states, methods that read states are omitted.
         until: time of ``clock`` after which no baseline starts.
@@ -294,9 +283,9 @@ def fit_and_score(
         return None
     made: list[tuple[Baseline, RowScores]] = []
     left_out: list[str] = []
-    for method in _methods(train, held):
+    for method in task.baselines(train, held):
         if clock() < until and not (method.reads_states and states is None):
-            made.append(method.measure(train, held, states))
+            made.append(method.measure(train, held, states, task))
         else:
             left_out.append(method.name)
     if not made:
@@ -305,142 +294,6 @@ def fit_and_score(
     baselines = [baseline for baseline, _ in made]
     found = Comparison(measure, len(held), len(train), baselines, None, left_out)
     return FittedBaselines(found, [each for _, each in made])
-
-
-def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
-    """Yield the applicable methods, the fastest first."""
-    rows, learned = (*train, *held), len(train)
-    if labelled := of_shape(Labelled, rows):
-        single = all(row.has_one_label for row in labelled)
-        methods = _label_methods if single else _label_set_methods
-        yield from methods(labelled[:learned], labelled[learned:])
-    elif rated := of_shape(RatedText, rows):
-        yield from _rating_methods(rated[:learned], rated[learned:])
-    elif tagged := of_shape(TaggedWords, rows):
-        yield from _tag_methods(tagged[:learned], tagged[learned:])
-    elif pairs := of_shape(TextPair, rows):
-        yield from _pair_methods(pairs[:learned], pairs[learned:])
-
-
-def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
-    """Yield the methods for rows with one label each."""
-    import sklearn.feature_extraction.text  # noqa: F401 - before the first method is timed
-
-    names = sorted({row.labels[0] for row in train})
-    places = {name: place for place, name in enumerate(names)}
-    class_N = np.array([places[row.labels[0]] for row in train])
-    texts, asked = [row.plain_text() for row in train], [row.plain_text() for row in held]
-
-    def answer(classes: ArrayLike) -> Answers:
-        return [{"label": names[place]} for place in np.asarray(classes).tolist()]
-
-    def by_model(fit: Callable[..., LinearModel], states: States) -> Answers:
-        target_N = states.train_NH.new_tensor(class_N[: states.rows]).long()
-        return answer(fit(states.train_NH, target_N, len(names)).scores(states.held_QH).argmax(-1))
-
-    frequent_Q = np.full(len(held), np.bincount(class_N).argmax())
-    yield _Method("always the most frequent label", lambda _: answer(frequent_Q), constant=True)
-    if any(map(_WORD.search, texts)):  # images have no words
-        yield _Method(NAIVE_BAYES, lambda _: answer(naive_bayes(texts, class_N, asked)))
-    for name, answers in (
-        (NEAREST, lambda states: answer(nearest_classes(states, class_N))),
-        ("class centroids of the base model", partial(by_model, fit_centroids)),
-        (LINEAR_PROBE, partial(by_model, fit_logistic)),
-    ):
-        yield _Method(name, answers, reads_states=True)
-
-
-def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
-    """Yield the methods for rows that may have several labels."""
-    from sklearn.preprocessing import MultiLabelBinarizer
-
-    sets = [row.targets() for row in train]
-    binarizer = MultiLabelBinarizer()
-    target_NC = binarizer.fit_transform(sets)
-    names = binarizer.classes_.tolist()
-
-    def answer(chosen_QC: NDArray[Any]) -> Answers:
-        return [
-            {"label": [name for name, own in zip(names, chosen_C, strict=True) if own]}
-            for chosen_C in chosen_QC.tolist()
-        ]
-
-    def by_neighbours(states: States) -> Answers:
-        classes = target_NC if len(names) > 1 else target_NC[:, 0]
-        return answer(nearest_classes(states, classes).reshape(len(held), -1))
-
-    def by_regression(states: States) -> Answers:
-        targets = states.train_NH.new_tensor(target_NC[: states.rows])
-        model = fit_logistic(states.train_NH, targets, len(names))
-        return answer(model.scores(states.held_QH).numpy() > 0)
-
-    frequent = {"label": [*Counter(sets).most_common(1)[0][0]]}
-    yield _Method(
-        "always the most frequent labels", lambda _: [frequent] * len(held), constant=True
-    )
-    if names:
-        yield _Method(NEAREST, by_neighbours, reads_states=True)
-        yield _Method(LINEAR_PROBE, by_regression, reads_states=True)
-
-
-def _rating_methods(train: Sequence[RatedText], held: Sequence[RatedText]) -> Iterator[_Method]:
-    ratings = [row.rating for row in train]
-    # The median has the least absolute error of all constants.
-    median = statistics.median(ratings)
-    yield _Method(
-        "always the median rating", lambda _: [{"rating": median}] * len(held), constant=True
-    )
-
-    def by_regression(states: States) -> Answers:
-        targets_N = states.train_NH.new_tensor(ratings[: len(states.train_NH)])
-        found = fit_ridge(states.train_NH, targets_N).scores(states.held_QH)[:, 0].tolist()
-        return [{"rating": rating} for rating in found]
-
-    yield _Method("ridge regression on the base model", by_regression, reads_states=True)
-
-
-def _tag_methods(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Iterator[_Method]:
-    yield _Method("the most frequent tag of each word", lambda _: _frequent_tags(train, held))
-    names = sorted({tag for row in train for tag in row.tags or ()})
-    places = {name: place for place, name in enumerate(names)}
-
-    def by_regression(states: States) -> Answers:
-        classes = [places[tag] for row in train[: states.rows] for tag in row.tags or ()]
-        targets_N = states.train_NH.new_tensor(classes).long()
-        model = fit_logistic(states.train_NH, targets_N, len(names))
-        words = iter(model.scores(states.held_QH).argmax(-1).tolist())
-        return [{"tags": [names[next(words)] for _ in row.tags or ()]} for row in held]
-
-    yield _Method(LINEAR_PROBE, by_regression, reads_states=True)
-
-
-def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterator[_Method]:
-    asked, partners = [row.text for row in held], [row.positive for row in held]
-    if (histories := of_shape(History, train)) and (waiting := of_shape(History, held)):
-        chosen = [[*row.items, row.positive] for row in histories]
-        known = [item for items in chosen for item in items]
-        yield _Method("the most popular items", lambda _: popularity_ranks(known, partners))
-        yield _Method(
-            "items that were chosen together",
-            lambda _: item_ranks(chosen, [row.items for row in waiting], partners),
-        )
-    yield _Method("BM25 on words", lambda _: bm25_ranks(asked, partners))
-
-    def as_it_is(states: States) -> NDArray[np.int64]:
-        assert states.partner_QH is not None
-        return partner_ranks(states.held_QH.numpy(), states.partner_QH.numpy(), partners)
-
-    yield _Method("the base model as it is", as_it_is, reads_states=True)
-
-
-def _frequent_tags(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Answers:
-    """Predict the most frequent tag of each word; O for unseen words (baseline of CoNLL-2003)."""
-    seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for row in train:
-        for word, tag in zip(row.tokens, row.tags or (), strict=True):
-            seen[word][tag] += 1
-    tags = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
-    return [{"tags": [tags.get(word, "O") for word in row.tokens]} for row in held]
 
 
 def nearest_classes(states: States, classes: NDArray[Any]) -> NDArray[np.int64]:
@@ -467,7 +320,7 @@ def naive_bayes(
     from sklearn.naive_bayes import MultinomialNB
 
     most = LARGEST_TABLE // len(np.unique(class_N))
-    words = CountVectorizer(ngram_range=(1, 2), token_pattern=_WORD.pattern, max_features=most)
+    words = CountVectorizer(ngram_range=(1, 2), token_pattern=WORD.pattern, max_features=most)
     model = MultinomialNB(alpha=SMOOTHING).fit(words.fit_transform(texts), class_N)
     found: NDArray[np.int64] = model.predict(words.transform(asked))
     return found

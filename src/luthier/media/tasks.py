@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
+from luthier.data.shapes.media import CaptionedImage
+from luthier.evaluation.transcription import transcription_remarks, transcription_scores
 from luthier.models.networks.heads import Task as HeadKind
-from luthier.tasks import Task
-from luthier.tasks.base import Answer
+from luthier.tasks.base import Answer, Answers, Reader, Task
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.evaluation.long_rows import FittingRows
 
 
 class ImageGeneration(Task):
@@ -43,6 +47,14 @@ class Transcription(Task):
 
     head: ClassVar[HeadKind] = "image_to_text"
     two_sided: ClassVar[bool] = False
+
+    def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
+        """Return the error rates of the texts."""
+        (answers,) = sides
+        images = cast("Sequence[CaptionedImage]", rows.rows)
+        pairs = [(a["text"], row.caption) for a, row in zip(answers, images, strict=True)]
+        remarks = transcription_remarks(images, answers)
+        return rows.evaluation(transcription_scores(pairs), answers, remarks)
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the text."""

@@ -34,7 +34,7 @@ from luthier.validation import StrictModel
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
     from luthier.models.folder import ModelFolder
@@ -427,6 +427,13 @@ class Objective(StrictModel):
         """Return a deterministic function of network and rows, equal before saving and after
         loading."""
         return mean_loss(self, network, examples, budget)
+
+    def states(self, network: Network, batch: TreeBatch) -> Sequence[Tensor]:
+        """Return the hidden states ``[K, H]`` of each row that baselines read, in tree order."""
+        from luthier.models.networks.sentence_head import unit_embeddings
+
+        states: Sequence[Tensor] = unit_embeddings(network, batch).split(1)
+        return states
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return the prediction for each row of the batch, in tree order.

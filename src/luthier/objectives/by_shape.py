@@ -9,7 +9,7 @@ from luthier.data.shapes.media import MediaRow
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
-from luthier.tasks import GENERATION, MASKED_WORDS
+from luthier.tasks import GENERATION, MASKED_WORDS, Task
 from luthier.types import Row
 
 
@@ -45,6 +45,12 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
     # If no objective suits the base, the check of the first one reports the reason later.
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
     return able[0] if able else kinds[0].model_validate({})
+
+
+def task_of(row: Row) -> Task:
+    """Return the task of the first objective of the table for the row's shape."""
+    kinds = (kind.task for kind in OBJECTIVES.values() if row.shape in kind.shapes)
+    return next(kinds, GENERATION)
 
 
 def _suits(objective: Objective, chat: ChatFormat) -> bool:

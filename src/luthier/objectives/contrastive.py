@@ -358,16 +358,14 @@ class Contrastive(Objective):
 
     def embed(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return embeddings ``[R, H]`` of length 1 in float32, in tree order."""
-        from torch.nn.functional import normalize
+        from luthier.models.networks.sentence_head import unit_embeddings
 
-        from luthier.models.networks.sentence_head import sentence_head
+        return unit_embeddings(network, batch, self.pooling)
 
-        pooling, head = self.pooling, sentence_head(network.model)
-        if pooling == "auto" and head is not None:
-            return normalize(head.vectors(network, batch), dim=-1)
-        if pooling == "auto":
-            pooling = "mean" if network.is_bidirectional else "last"
-        return normalize(network.row_states(batch, pooling).float(), dim=-1)
+    def states(self, network: Network, batch: TreeBatch) -> Sequence[Tensor]:
+        """Return the embedding of each row."""
+        states: Sequence[Tensor] = self.embed(network, batch).split(1)
+        return states
 
     def _learned_scale(self, network: Network) -> Tensor | None:
         """Return the network's learned log-scale of cosines, if any."""

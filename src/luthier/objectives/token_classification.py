@@ -18,11 +18,11 @@ from pydantic import model_validator
 
 from luthier.data.shapes.texts import TaggedWords
 from luthier.errors import RowRefused
-from luthier.evaluation.labels import entities, tag_scores
 from luthier.models.networks.heads import Head
 from luthier.objectives.base import Objective, TrainingDefaults, take_tokens
 from luthier.objectives.class_priors import check_shares, shares_of, softmax_bias
 from luthier.tasks import TAGGING, Task
+from luthier.tasks.tagging import entities, tag_scores
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -159,6 +159,15 @@ class TokenClassification(Objective):
             if example.source_row is not None:
                 answer["entities"] = _entities(example.source_row, answer["tags"])
         return answers
+
+    def states(self, network: Network, batch: TreeBatch) -> Sequence[Tensor]:
+        """Return the states of each row at the first token of each word."""
+        import torch
+
+        nodes_K = torch.from_numpy(batch.tree.node_M[_first_pieces(batch)]).to(network.device)
+        counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
+        states: Sequence[Tensor] = network.hidden(batch, nodes_K).split(counts)
+        return states
 
     def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:
         names = iter([(self.labels or ())[index] for index in index_K.tolist()])

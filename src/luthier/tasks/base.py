@@ -10,17 +10,42 @@ The base class describes a model that predicts a number per row. This package im
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from luthier.errors import DataError, Problem
+from luthier.evaluation.significance import RowScores
 from luthier.models.networks.heads import Task as HeadKind
-from luthier.types import Row
+from luthier.types import Example, Row
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from luthier.data.chat import ChatFormat
+    from luthier.evaluation.baselines import Method
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.evaluation.long_rows import FittingRows
+    from luthier.evaluation.significance import Score
 
 Answer = Mapping[str, Any]
 """Prediction for a row."""
+Answers = Sequence[dict[str, Any]]
+
+
+class Reader(Protocol):
+    """A model in memory that predicts."""
+
+    @property
+    def objective(self) -> Any:
+        """Objective of the model."""
+
+    @property
+    def threshold(self) -> float | None:
+        """Decision threshold, if any."""
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return embeddings ``[N, H]`` of texts."""
 
 
 class Task:
@@ -38,6 +63,8 @@ class Task:
     """Usual base models of the catalogue, for advice."""
     learns_words: ClassVar[bool] = False
     """True if a base without pretraining, which looks words up, learns the task."""
+    encoder: ClassVar[str] = "contrastive"
+    """Objective that encodes rows for the baselines of an untrained base model."""
     two_sided: ClassVar[bool] = True
     """True if models take both sides of a pair as input. Otherwise, one side is the target."""
 
@@ -60,6 +87,35 @@ class Task:
         """Return the prediction for a row from the predictions for :meth:`inputs`."""
         (answer,) = answers
         return answer
+
+    def scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Mapping[str, Score]:
+        """Score predictions against the targets of ``rows``. Scores range from 0 to 1, except
+        errors. Models are compared by the first score.
+
+        Raises:
+            DataError: for rows without a target.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
+        """Return the scores of the predictions for the sides of each row, with remarks."""
+        (answers,) = sides
+        return rows.evaluation(self.scores(rows.rows, answers), answers)
+
+    def is_comparable(self, row: Row, example: Example) -> bool:
+        """Return True for rows that baselines predict. ``example`` is the encoded row."""
+        return False
+
+    def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
+        """Yield simple methods that learn from ``train`` and predict ``held``, the fastest
+        first."""
+        yield from ()
+
+    def row_scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> RowScores:
+        """Return the compared score of the predictions for all views of comparable rows."""
+        found = next(iter(self.scores(rows, answers).values()))
+        assert isinstance(found, RowScores)
+        return found
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return a prediction as text, at most ``top`` classes or numbers. The base class shows a
@@ -85,3 +141,15 @@ def example_input(chat: ChatFormat) -> str:
         "window": "--input series.csv --output scores.jsonl",
     }
     return examples.get(chat.reads, '"some text"')
+
+
+def check_targets(rows: Sequence[Row]) -> None:
+    """Reject rows without a target.
+
+    Raises:
+        DataError: with each such row.
+    """
+    if missing := [row for row in rows if not row.annotated]:
+        fix = "Write rows of text and label, text and rating, or tokens and tags."
+        message = "the row has no target."
+        raise DataError([Problem("row.no_label", message, fix, row.location) for row in missing])

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage
-from luthier.data.shapes.texts import TextPair
+from luthier.data.shapes.texts import History, TextPair
+from luthier.errors import DataError, Problem
+from luthier.evaluation.baselines import Method, States
+from luthier.evaluation.retrieval import (
+    CUT,
+    ClassRetrieval,
+    bm25_ranks,
+    item_ranks,
+    pair_ranks,
+    partner_ranks,
+    popularity_ranks,
+    retrieval_scores,
+)
+from luthier.evaluation.significance import RowScores, Score
+from luthier.evaluation.thresholds import threshold_scores
 from luthier.models.networks.heads import Task as HeadKind
-from luthier.tasks.base import Answer, Task, example_input
-from luthier.types import Row
+from luthier.tasks.base import Answer, Answers, Reader, Task, example_input
+from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.evaluation.long_rows import FittingRows
 
 
 class Embedding(Task):
@@ -43,6 +65,35 @@ class Embedding(Task):
         score = math.fsum(a * b for a, b in zip(one, other, strict=True))
         return {"score": score} | ({} if threshold is None else {"similar": score > threshold})
 
+    def scores(self, rows: Sequence[Row], answers: Any) -> Mapping[str, Score]:
+        """Return how often a side finds its partner; ``answers`` are the ranks of the partners."""
+        return retrieval_scores(answers)
+
+    def is_comparable(self, row: Row, example: Example) -> bool:
+        """Return True for pairs of texts, whose sides baselines compare."""
+        return isinstance(row, TextPair)
+
+    def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
+        """Yield BM25, the base model, and popular items for histories."""
+        yield from _pair_methods(
+            cast("Sequence[TextPair]", train), cast("Sequence[TextPair]", held)
+        )
+
+    def row_scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> RowScores:
+        """Return how often a side finds its partner. Sides alternate."""
+        embeddings = [answer["embedding"] for answer in answers]
+        partners = [row.positive for row in cast("Sequence[TextPair]", rows)]
+        ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
+        return retrieval_scores(ranks)["recall_at_1"]
+
+    def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
+        """Return how often a side finds its partner, or a row another row of its label."""
+        if of_shape(TextPair, rows.rows):
+            return _score_partners(reader, rows, *sides)
+        if of_shape(CaptionedImage, rows.rows):
+            return _score_captions(rows, *sides)
+        return _score_classes(rows, *sides)
+
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the first numbers of the embedding."""
         numbers = ", ".join(f"{x:.3f}" for x in answer["embedding"][:top])
@@ -57,3 +108,84 @@ class Embedding(Task):
 
 
 EMBEDDING = Embedding()
+
+
+def _score_partners(
+    reader: Reader, fitting: FittingRows, first: Answers, second: Answers
+) -> Evaluation:
+    """Score retrieval: the rank of each text's partner, or of the next item of a history."""
+    rows = cast("Sequence[TextPair]", fitting.rows)
+    anchors, partners = (np.array([a["embedding"] for a in side]) for side in (first, second))
+    texts = [row.text for row in rows], [row.positive for row in rows]
+    # The candidates include hard negatives, and earlier items of histories.
+    items = {*chain.from_iterable(row.candidates for row in rows)} - {*texts[1]}
+    others = reader.embed(sorted(items)) if items else partners[:0]
+    scores = retrieval_scores(partner_ranks(anchors, partners, texts[1], others))
+
+    def cut(row_NH: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+        part_NH = row_NH[:, :size]
+        shorter: NDArray[np.float32] = part_NH / np.linalg.norm(part_NH, axis=1, keepdims=True)
+        return shorter
+
+    for size in getattr(reader.objective, "dimensions", ()):
+        query_PH, partner_PH, other_NH = (cut(each, size) for each in (anchors, partners, others))
+        ranks = partner_ranks(query_PH, partner_PH, texts[1], other_NH)
+        scores[f"ndcg_at_{CUT}_of_{size}"] = retrieval_scores(ranks)[f"ndcg_at_{CUT}"]
+    if reader.threshold is not None:
+        scores |= threshold_scores(anchors, partners, *texts, reader.threshold)
+    target = "next item" if isinstance(rows[0], History) else "partner"
+    remark = f"each {target} is searched among {len({*texts[1]}) + len(items):,} candidates"
+    return fitting.evaluation(scores, first, [remark])
+
+
+def _score_classes(fitting: FittingRows, first: Answers) -> Evaluation:
+    """Score how often a row finds rows with the same label.
+
+    Raises:
+        DataError: if no two rows have the same label.
+    """
+    rows = cast("Sequence[Labelled]", fitting.rows)
+    retrieval = ClassRetrieval.of([a["embedding"] for a in first], [str(row.label) for row in rows])
+    count = len(retrieval.rank_R)
+    if not count:
+        message = "no two rows have the same label, so no row can find another of its label."
+        fix = "Give several rows of the same label."
+        problem = Problem("row.no_label", message, fix, rows[0].location)
+        raise DataError([problem])
+    remark = f"each row searches the {len(rows) - 1:,} other rows for its label"
+    if count < len(rows):
+        remark += f"; {len(rows) - count:,} rows are alone with their label and do not search"
+    return fitting.evaluation(retrieval.scores, first, [remark])
+
+
+def _score_captions(fitting: FittingRows, first: Answers, second: Answers) -> Evaluation:
+    """Score how often an image finds its captions, and a caption its images."""
+    rows = cast("Sequence[CaptionedImage]", fitting.rows)
+    keys = [row.media.digest() for row in rows], [row.caption for row in rows]
+    sides = [[answer["embedding"] for answer in side] for side in (first, second)]
+    scores = dict[str, RowScores]()
+    for name, (query, item) in {"image_to_text": (0, 1), "text_to_image": (1, 0)}.items():
+        ranks = pair_ranks(sides[query], sides[item], keys[query], keys[item])
+        scores |= {f"{name}_{key}": value for key, value in retrieval_scores(ranks).items()}
+    images, texts = (len({*each}) for each in keys)
+    remark = f"each of {images:,} images searches {texts:,} texts, and each text the images"
+    return fitting.evaluation(scores, first, [remark])
+
+
+def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterator[Method]:
+    asked, partners = [row.text for row in held], [row.positive for row in held]
+    if (histories := of_shape(History, train)) and (waiting := of_shape(History, held)):
+        chosen = [[*row.items, row.positive] for row in histories]
+        known = [item for items in chosen for item in items]
+        yield Method("the most popular items", lambda _: popularity_ranks(known, partners))
+        yield Method(
+            "items that were chosen together",
+            lambda _: item_ranks(chosen, [row.items for row in waiting], partners),
+        )
+    yield Method("BM25 on words", lambda _: bm25_ranks(asked, partners))
+
+    def as_it_is(states: States) -> NDArray[np.int64]:
+        assert states.partner_QH is not None
+        return partner_ranks(states.held_QH.numpy(), states.partner_QH.numpy(), partners)
+
+    yield Method("the base model as it is", as_it_is, reads_states=True)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
+from luthier.evaluation.preferences import ranking_scores
 from luthier.models.networks.heads import Task as HeadKind
-from luthier.tasks.base import Answer, Task
+from luthier.tasks.base import Answer, Answers, Reader, Task
+
+if TYPE_CHECKING:
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.evaluation.long_rows import FittingRows
 
 
 class Reward(Task):
     """Rewards of replies."""
 
     head: ClassVar[HeadKind] = "sequence_classification"
+
+    def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
+        """Return the share of chosen replies with the larger reward."""
+        first, second = sides
+        pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
+        records = [
+            {"line": row.line, "chosen": c, "rejected": r}
+            for row, (c, r) in zip(rows.rows, pairs, strict=True)
+        ]
+        return rows.evaluation(ranking_scores(pairs, "reward"), records)
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the reward."""

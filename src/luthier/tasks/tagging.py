@@ -3,16 +3,65 @@
 from __future__ import annotations
 
 import json
-from typing import ClassVar
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
+import numpy as np
+
+from luthier.data.shapes.texts import TaggedWords
+from luthier.evaluation.baselines import LINEAR_PROBE, Method, States
+from luthier.evaluation.baselines import Answers as Predicted
+from luthier.evaluation.linear import fit_logistic
+from luthier.evaluation.significance import RowScores, Score
 from luthier.models.networks.heads import Task as HeadKind
-from luthier.tasks.base import Answer, Task
+from luthier.tasks.base import Answer, Answers, Reader, Task, check_targets
+from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.evaluation.long_rows import FittingRows
 
 
 class Tagging(Task):
     """Tags of words."""
 
     head: ClassVar[HeadKind] = "token_classification"
+    encoder: ClassVar[str] = "token_classification"
+
+    def scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Mapping[str, Score]:
+        """Return precision, recall and F1 of entities, and the share of words with the right tag."""
+        check_targets(rows)
+        tagged = zip(cast("Sequence[TaggedWords]", rows), answers, strict=True)
+        pairs = [(row.tags or (), answer["tags"]) for row, answer in tagged]
+        each = [(entities(answer), entities(truth)) for truth, answer in pairs]
+        right = [len(given & wanted) for given, wanted in each]
+        same = [sum(a == b for a, b in zip(truth, answer, strict=True)) for truth, answer in pairs]
+        return {
+            "entity_f1": tag_scores((answer, truth) for truth, answer in pairs),
+            "entity_precision": RowScores.of(right, [len(given) for given, _ in each]),
+            "entity_recall": RowScores.of(right, [len(wanted) for _, wanted in each]),
+            "word_accuracy": RowScores.of(same, [len(truth) for truth, _ in pairs]),
+        }
+
+    def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
+        """Return the scores. Words after the cut were not encoded and have no entity."""
+        (answers,) = sides
+        for row, answer in zip(cast("Sequence[TaggedWords]", rows.rows), answers, strict=True):
+            answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
+        return super().evaluate(reader, rows, sides)
+
+    def is_comparable(self, row: Row, example: Example) -> bool:
+        """Return True for tagged rows with all words in the context."""
+        if not isinstance(row, TaggedWords):
+            return False
+        return int(np.count_nonzero(example.weight_T)) == len(row.tags or ())
+
+    def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
+        """Yield the frequent tags of words, and a regression on the states of the base model."""
+        yield from _tag_methods(
+            cast("Sequence[TaggedWords]", train), cast("Sequence[TaggedWords]", held)
+        )
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the entities with positions."""
@@ -24,3 +73,49 @@ class Tagging(Task):
 
 
 TAGGING = Tagging()
+
+
+def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScores:
+    """Return the entity F1 of pairs of predicted and true tags."""
+    each = [(entities(given), entities(wanted)) for given, wanted in pairs]
+    right = [len(given & wanted) for given, wanted in each]
+    return RowScores.of(right, [(len(given) + len(wanted)) / 2 for given, wanted in each])
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Kind, first word and last word of each entity in a row of BIO tags."""
+    found = set()
+    kind, start = "", 0
+    for index, tag in enumerate([*tags, "O"]):
+        edge, _, name = tag.partition("-")
+        if kind and not (edge == "I" and name == kind):
+            found.add((kind, start, index - 1))
+            kind = ""
+        if edge != "O" and not kind:
+            kind, start = name, index
+    return found
+
+
+def _tag_methods(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Iterator[Method]:
+    yield Method("the most frequent tag of each word", lambda _: _frequent_tags(train, held))
+    names = sorted({tag for row in train for tag in row.tags or ()})
+    places = {name: place for place, name in enumerate(names)}
+
+    def by_regression(states: States) -> Predicted:
+        classes = [places[tag] for row in train[: states.rows] for tag in row.tags or ()]
+        targets_N = states.train_NH.new_tensor(classes).long()
+        model = fit_logistic(states.train_NH, targets_N, len(names))
+        words = iter(model.scores(states.held_QH).argmax(-1).tolist())
+        return [{"tags": [names[next(words)] for _ in row.tags or ()]} for row in held]
+
+    yield Method(LINEAR_PROBE, by_regression, reads_states=True)
+
+
+def _frequent_tags(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Predicted:
+    """Predict the most frequent tag of each word; O for unseen words (baseline of CoNLL-2003)."""
+    seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        for word, tag in zip(row.tokens, row.tags or (), strict=True):
+            seen[word][tag] += 1
+    tags = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
+    return [{"tags": [tags.get(word, "O") for word in row.tokens]} for row in held]

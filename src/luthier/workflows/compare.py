@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import __version__
 from luthier.data.shapes import of_shape
-from luthier.data.shapes.texts import LabelledText, TaggedWords
+from luthier.data.shapes.texts import LabelledText
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.machine import begin_peak_memory, peak_memory
 from luthier.errors import DataError, Problem, RecipeError
@@ -27,7 +27,6 @@ from luthier.evaluation.baselines import (
     ComparedRows,
     FittedBaselines,
     fit_and_score,
-    is_comparable,
 )
 from luthier.evaluation.evaluate import default_graders, grade
 from luthier.evaluation.significance import Difference, RowScores, as_gain, differences
@@ -40,7 +39,10 @@ from luthier.graders.ruler import judge_pairs
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
+from luthier.models.networks.heads import EMBEDDING_HEAD
 from luthier.models.decoding.sampling import Sampling
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.by_shape import task_of
 from luthier.pages import Table, interval_text, render_page
 from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies, open_graders
@@ -503,26 +505,28 @@ class _Contenders:
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.engine.machine import open_network
-        from luthier.objectives import Contrastive, TokenClassification
 
-        tagged = of_shape(TaggedWords, rows)  # one state per word
-        encoder = TokenClassification() if tagged else Contrastive()
-        network = open_network(base, Contrastive().head())
+        task = task_of(rows[0])
+        encoder = OBJECTIVES[task.encoder].model_validate({})
         chat, room = base.chat, base.room
 
         def encode(some: Sequence[Row]) -> list[Example]:
             return encode_cut(encoder, [row.bare() for row in some], chat, room)
 
-        train_rows = ComparedRows.of(train, encode(train), SEED)
-        held_rows = ComparedRows(rows, encode(rows))
-        cut = sum(not is_comparable(*each) for each in zip(rows, held_rows.examples, strict=True))
-        if tagged and cut:  # words behind the cut have no state
+        held = ComparedRows(rows, encode(rows))
+        learned = ComparedRows.of(train, encode(train), task.is_comparable, SEED)
+        if not learned:  # the task has no baselines
+            return None
+        cut = sum(not task.is_comparable(*each) for each in zip(rows, held.examples, strict=True))
+        if cut:  # words behind the cut have no state
             self.remarks.append(
                 f"baselines on states omitted: {cut:,} rows exceed the context of {base.id}"
             )
-            return fit_and_score(train_rows.rows, rows, None, time.monotonic() + BASELINE_SECONDS)
+            until = time.monotonic() + BASELINE_SECONDS
+            return fit_and_score(task, learned.rows, rows, None, until)
+        network = open_network(base, EMBEDDING_HEAD)
         return fit_baselines(
-            network, encoder, train_rows, held_rows, READING_BUDGET, BASELINE_SECONDS
+            network, encoder, task, learned, held, READING_BUDGET, BASELINE_SECONDS
         )
 
     def _done(self, count: int) -> None:

@@ -119,7 +119,7 @@ class Head:
         }
 
 
-CAUSAL_LM = Head("causal_lm")
+CAUSAL_LM, EMBEDDING_HEAD = Head("causal_lm"), Head("embedding")
 MEAN_POOLED = frozenset({"bert", "mean_pooling_bert"})
 """Families whose classifier can pool with a mean (``networks/classic/mean_pooling_bert.py``)."""
 POOLING_CONFIG = Path("1_Pooling") / "config.json"

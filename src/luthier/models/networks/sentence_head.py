@@ -97,6 +97,19 @@ def save_sentence_head(model: Any, folder: Path) -> None:
     head.save(folder)
 
 
+def unit_embeddings(network: Network, batch: TreeBatch, pooling: str = "auto") -> Tensor:
+    """Return embeddings ``[R, H]`` of length 1 in float32, in tree order.
+
+    ``auto`` is the pooling of the base model, or else the mean (decoders: the last token).
+    """
+    head = sentence_head(network.model)
+    if pooling == "auto" and head is not None:
+        return nn.functional.normalize(head.vectors(network, batch), dim=-1)
+    if pooling == "auto":
+        pooling = "mean" if network.is_bidirectional else "last"
+    return nn.functional.normalize(network.row_states(batch, pooling).float(), dim=-1)
+
+
 def embedding_width(network: Network) -> int:
     """Return the number of values in an embedding of ``network``."""
     head = sentence_head(network.model)

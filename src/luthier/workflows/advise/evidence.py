@@ -265,8 +265,9 @@ class _Predictions:
         bare, chat = [row.bare() for row in self.held], self.job.chat
         examples = encode_cut(self.job.data.objective, bare, chat, self._context)
         held, train = ComparedRows(self.held, examples), self.job.data.compared[0]
+        objective = self.job.data.objective
         fitted = fit_baselines(
-            self.network, self.job.data.objective, train, held, READING_BUDGET, BASELINE_SECONDS
+            self.network, objective, objective.task, train, held, READING_BUDGET, BASELINE_SECONDS
         )
         if fitted is None:
             self.left_out.append("simple baselines: none for this kind of rows")
