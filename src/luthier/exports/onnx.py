@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -40,21 +40,18 @@ from luthier.exports.writer import (
 from luthier.files import hashes_of, write_bytes, write_json
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, check_mergeable
-from luthier.models.formats.save import save_format
+from luthier.models.networks.heads import padding_id, task_of
+from luthier.models.networks.layouts import pooled_states
 from luthier.models.load import as_network
 from luthier.models.manifest import ExportRecord, created_now
-from luthier.models.networks.heads import padding_id
-from luthier.models.networks.layouts import pooled_states
 from luthier.models.networks.modalities import is_dual_encoder, media_inputs
-from luthier.models.networks.sentence_head import sentence_head
-from luthier.objectives.regression import Regression
-from luthier.objectives.reranker import Reranker
-from luthier.objectives.reward_model import RewardModel
+from luthier.models.formats.save import save_format
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives import Objective
+    from luthier.tasks.onnx import OnnxOutput
     from luthier.types import Example, FloatArray, IntArray
 
 ONNX_FILE, ONNX_CONFIG, README = "model.onnx", "onnx.json", "README.md"
@@ -69,8 +66,6 @@ COMPARED_TEXTS = (
     " ".join(f"fox {number}" for number in range(LONG_TEXT // 2)),
 )
 """Fixed texts of 1 to :data:`LONG_TEXT` words, which no model was trained on."""
-SENTENCE, MEDIA = "sentence_embedding", "media_embedding"
-"""Output names of encoders. The graph of some encoders has a node named ``embedding``."""
 _CPU = torch.device("cpu")
 
 
@@ -135,91 +130,19 @@ class _MediaEmbedding(_Graph):
 
 Read = Callable[["Network", "TreeBatch"], Iterable["FloatArray"]]
 """Returns luthier's own outputs for the rows of a micro-batch, in order."""
+_GRAPHS: Mapping[str, Callable[..., _Graph]] = {
+    "scores": _Logits,
+    "number": _Number,
+    "text_embedding": _TextEmbedding,
+    "media_embedding": _MediaEmbedding,
+}
+"""Graphs by the name in :class:`~luthier.tasks.onnx.OnnxOutput`."""
 
 
-@dataclass(frozen=True)
-class OnnxOutput:
-    """The output of an ONNX file, derived from the objective."""
-
-    name: str
-    axes: tuple[str, ...]
-    meaning: str
-    """Description for ``onnx.json``."""
-    graph: Callable[[Any, Sequence[str]], _Graph]
-    """Builds the graph from the network and the names of the inputs."""
-    read: Read
-    example: str
-    """Key of the example code in :data:`_ANSWER_LINES`."""
-    details: dict[str, Any] = field(default_factory=dict)
-    """Additional members of ``onnx.json``."""
-    unit: float | None = None
-    """Unit of differences; by default the largest output."""
-
-
-def _output_of(objective: Objective, network: Network, labels: Sequence[str]) -> OnnxOutput:
-    """Return the output of models of ``objective``."""
-
-    def predict(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
-        for each in objective.predict(network, batch):
-            (value,) = each.values()
-            yield np.asarray(value, dtype=np.float32)
-
-    if objective.task.head == "embedding":
-        axes = "batch", "hidden"
-        details: dict[str, Any] = {"normalized": True}
-        if network.layout.has_media:
-            meaning = "the embedding of a row"
-            return OnnxOutput(MEDIA, axes, meaning, _MediaEmbedding, predict, "embedding", details)
-        pooling = getattr(objective, "pooling", "auto")
-        head = sentence_head(network.model)
-        if pooling == "auto" and head is not None:
-            names = {"cls": "first", "mean": "mean", "lasttoken": "last"}
-            pipeline = head.pipeline
-            changes_text = pipeline.prepare("A") != "A"
-            if pipeline.dense or len(pipeline.pooling) > 1 or changes_text:
-                raise RecipeError(
-                    "ONNX export supports sentence encoders with one pooling and without dense layers, "
-                    "default prompt and lower case. Export as safetensors"
-                )
-            if (method := head.pipeline.pooling[0]) not in names:
-                raise RecipeError(
-                    f"pooling {method!r} is not supported in ONNX. Export as safetensors"
-                )
-            pooling = names[method]
-        if pooling == "auto":
-            pooling = "mean" if network.is_bidirectional else "last"
-        threshold = getattr(objective, "threshold", None)
-        details |= {"pooling": pooling, "similarity_threshold": threshold}
-        meaning = f"the {pooling} of the states of a text's tokens, normalized to length 1"
-        graph = partial(_TextEmbedding, pooling=pooling)
-        return OnnxOutput(SENTENCE, axes, meaning, graph, predict, "embedding", details)
-    if isinstance(objective, Regression):
-        scale, center = objective.scale or 1.0, objective.center or 0.0
-        return OnnxOutput(
-            "rating", ("batch",), "the rating, in the scale of the training data",
-            partial(_Number, scale=scale, center=center), predict, "number", unit=objective.scale,
-        )  # fmt: skip
-    if isinstance(objective, RewardModel):
-        return OnnxOutput(
-            "reward", ("batch",), "the reward of a reply, larger is better",
-            partial(_Number, scale=1.0, center=0.0), predict, "number",
-        )  # fmt: skip
-    classes: dict[str, Any] = {"labels": [*labels]}
-    if objective.task.head == "token_classification":
-        return OnnxOutput(
-            "logits", ("batch", "tokens", "tags"),
-            "scores of the tags of each token; the tag of a word is that of its first token",
-            _Logits, _token_scores, "tags", classes,
-        )  # fmt: skip
-    multi_label = bool(getattr(objective, "multi_label", False))
-    function = (
-        "sigmoid gives the probability of each" if multi_label else "softmax gives probabilities"
-    )
-    return OnnxOutput(
-        "logits", ("batch", "classes"), f"scores of the classes; {function}",
-        _Logits, _row_scores, "labels" if multi_label else "label",
-        {**classes, "multi_label": multi_label},
-    )  # fmt: skip
+def _predictions(objective: Objective, network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
+    for each in objective.predict(network, batch):
+        (value,) = each.values()
+        yield np.asarray(value, dtype=np.float32)
 
 
 def _token_scores(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
@@ -232,20 +155,23 @@ def _row_scores(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
     yield from network.row_scores(batch).float().numpy()
 
 
-_TASKS = ("sequence_classification", "token_classification", "embedding")
+def _reads(objective: Objective, output: OnnxOutput) -> Read:
+    reads: dict[str, Read] = {
+        "row_scores": _row_scores,
+        "token_scores": _token_scores,
+        "predictions": partial(_predictions, objective),
+    }
+    return reads[output.reads]
+
+
 _UNTRACED = ("elmo", "xlnet")
 """Networks that PyTorch cannot trace."""
-
-
-def _has_output(objective: Objective) -> bool:
-    # Pairs of a reranker can need segments, which are no input of the exported network.
-    return objective.task.head in _TASKS and not isinstance(objective, Reranker)
 
 
 def suits_onnx(stored: StoredModel, network: str) -> bool:
     """Return whether :func:`export_onnx` can probably export the model, from type and objective
     alone."""
-    if not _has_output(stored.objective) or network in _UNTRACED:
+    if not stored.objective.task.exports_onnx or network in _UNTRACED:
         return False
     try:
         check_mergeable(stored, "an ONNX file contains merged weights only")
@@ -273,7 +199,7 @@ def export_onnx(
     """
     target = new_target(target)
     objective = stored.objective
-    if not _has_output(objective):
+    if not objective.task.exports_onnx:
         raise RecipeError(
             f"ONNX export supports classifiers, taggers, ratings, rewards and embeddings, and "
             f"{stored.id} is for {objective.method}. Export text generators with `--format gguf`",
@@ -295,23 +221,22 @@ def export_onnx(
             rule="export.network",
         )
     pads = getattr(network.model.config, "pad_token_id", None) is not None
-    if chat.media is None and objective.task.head == "sequence_classification" and not pads:
+    if chat.media is None and task_of(network.model) == "sequence_classification" and not pads:
         # transformers finds the last token of each row by the padding token.
         raise RecipeError(
             f"{stored.id} has no padding token, which batches of several lengths need",
             rule="export.padding",
         )
-    labels = list(objective.head().labels)
-    answer = _output_of(objective, network, labels)
+    answer = objective.task.onnx(objective, network)
     rows: list[_Row] = []
     if chat.media is None:
-        rows = _read_texts(network, objective, chat, stored, answer.read)
+        rows = _read_texts(network, objective, chat, stored, _reads(objective, answer))
     del network  # transformers traces its own modules
     model: Any = load_merged(stored, torch.float32, _CPU, ignore_progress)
     model.eval()
     with new_export_folder(target, stored) as fresh:
         inputs = _traced_inputs(model, chat)
-        graph = answer.graph(model, [*inputs]).eval()
+        graph = _GRAPHS[answer.graph](model, [*inputs], **answer.settings).eval()
         on_progress("trace", 0, 1)
         _trace(graph, inputs, answer, fresh / ONNX_FILE, stored.id)
         on_progress("trace", 1, 1)
@@ -485,28 +410,11 @@ inputs = {{
     "attention_mask": numpy.array([each.attention_mask for each in read]),
 }}
 """
-_OUTPUT_LINES = {
-    "embedding": "print((answer @ answer.T).round(3))  # cosines of the texts",
-    "number": "print(answer)",
-    "label": """\
-labels = config["labels"]
-for scores in answer:
-    print(labels[scores.argmax()])""",
-    "labels": """\
-for scores in answer:
-    likely = 1 / (1 + numpy.exp(-scores)) > 0.5
-    print([label for label, one in zip(config["labels"], likely) if one])""",
-    "tags": """\
-for number, scores in enumerate(answer):
-    first = {word: place for place, word in reversed([*enumerate(read[number].word_ids)])}
-    print([(texts[number][word], config["labels"][scores[first[word]].argmax()])
-           for word in sorted(each for each in first if each is not None)])""",
-}
 
 
 def _readme(name: str, answer: OnnxOutput, chat: ChatFormat) -> str:
     """Return a README with a description of the files and example code."""
-    tags = answer.example == "tags"
+    tags = answer.takes_words
     lines = [
         f"# {name}",
         "",
@@ -516,7 +424,7 @@ def _readme(name: str, answer: OnnxOutput, chat: ChatFormat) -> str:
     if chat.media is not None:
         lines += ["", "Images and sounds are read as `preprocessor_config.json` says."]
         return "\n".join(lines) + "\n"
-    if answer.name == "reward" and chat.template == "chat":
+    if answer.takes_conversations and chat.template == "chat":
         lines.append("Conversations are written by the chat template of the tokenizer first.")
     texts = '[["Anna", "lives", "here"], ["Yes"]]' if tags else '["One text.", "Another one"]'
     encoded = "texts, is_pretokenized=True" if tags else "texts"
@@ -528,6 +436,6 @@ def _readme(name: str, answer: OnnxOutput, chat: ChatFormat) -> str:
         _TEXT_LINES.format(texts=encoded).rstrip(),
         f'session = onnxruntime.InferenceSession(str(folder / "{ONNX_FILE}"))',
         "(answer,) = session.run(None, inputs)",
-        _OUTPUT_LINES[answer.example],
+        answer.code,
     ]  # fmt: skip
     return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

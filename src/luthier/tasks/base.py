@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
     from luthier.evaluation.significance import Score
+    from luthier.models.networks.network import Network
+    from luthier.tasks.onnx import OnnxOutput
 
 Answer = Mapping[str, Any]
 """Prediction for a row."""
@@ -127,6 +129,19 @@ class Task:
             for name, value in verdicts.items()
         ]
         return "  ".join([f"{answer['score']:.3f}", *texts])
+
+    def onnx(self, objective: Any, network: Network) -> OnnxOutput:
+        """Return the output of an ONNX file of a model.
+
+        Raises:
+            RecipeError: if the network has no such output.
+        """
+        raise NotImplementedError
+
+    @property
+    def exports_onnx(self) -> bool:
+        """True if the task has an output in ONNX files."""
+        return type(self).onnx is not Task.onnx
 
     def command(self, model_id: str, chat: ChatFormat) -> str:
         """Return the next command for a new model, without ``luthier``."""

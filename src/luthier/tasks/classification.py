@@ -29,11 +29,22 @@ from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic
 from luthier.evaluation.significance import Score
 from luthier.models.networks.heads import Task as HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, check_targets
+from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
+    from luthier.models.networks.network import Network
+
+_LABELS_CODE = """\
+labels = config["labels"]
+for scores in answer:
+    print(labels[scores.argmax()])"""
+_LABEL_SETS_CODE = """\
+for scores in answer:
+    likely = 1 / (1 + numpy.exp(-scores)) > 0.5
+    print([label for label, one in zip(config["labels"], likely) if one])"""
 
 
 class Classification(Task):
@@ -66,6 +77,18 @@ class Classification(Task):
             return
         methods = _label_methods if all(row.has_one_label for row in rows) else _label_set_methods
         yield from methods(rows[: len(train)], rows[len(train) :])
+
+    def onnx(self, objective: Any, network: Network) -> OnnxOutput:
+        """Return the scores of the classes."""
+        several = bool(getattr(objective, "multi_label", False))
+        function = (
+            "sigmoid gives the probability of each" if several else "softmax gives probabilities"
+        )
+        return OnnxOutput(
+            "logits", ("batch", "classes"), f"scores of the classes; {function}",
+            "scores", "row_scores", _LABEL_SETS_CODE if several else _LABELS_CODE,
+            details={"labels": [*objective.head().labels], "multi_label": several},
+        )  # fmt: skip
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the likeliest labels with probabilities."""

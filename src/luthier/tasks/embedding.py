@@ -14,7 +14,7 @@ from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage
 from luthier.data.shapes.texts import History, TextPair
-from luthier.errors import DataError, Problem
+from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.baselines import Method, States
 from luthier.evaluation.retrieval import (
     CUT,
@@ -30,12 +30,17 @@ from luthier.evaluation.significance import RowScores, Score
 from luthier.evaluation.thresholds import threshold_scores
 from luthier.models.networks.heads import Task as HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, example_input
+from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
+    from luthier.models.networks.network import Network
+
+TEXT_OUTPUT, MEDIA_OUTPUT = "sentence_embedding", "media_embedding"
+"""Output names in ONNX files. The graph of some encoders has a node named ``embedding``."""
 
 
 class Embedding(Task):
@@ -93,6 +98,26 @@ class Embedding(Task):
         if of_shape(CaptionedImage, rows.rows):
             return _score_captions(rows, *sides)
         return _score_classes(rows, *sides)
+
+    def onnx(self, objective: Any, network: Network) -> OnnxOutput:
+        """Return the embedding, with the pooling of the base model."""
+        code = "print((answer @ answer.T).round(3))  # cosines of the texts"
+        axes, details = ("batch", "hidden"), {"normalized": True}
+        if network.layout.has_media:
+            meaning = "the embedding of a row"
+            return OnnxOutput(
+                MEDIA_OUTPUT, axes, meaning, "media_embedding", "predictions", code, details=details
+            )
+        pooling = _pooling(objective, network)
+        return OnnxOutput(
+            TEXT_OUTPUT, axes,
+            f"the {pooling} of the states of a text's tokens, normalized to length 1",
+            "text_embedding", "predictions", code, {"pooling": pooling},
+            {
+                **details, "pooling": pooling,
+                "similarity_threshold": getattr(objective, "threshold", None),
+            },
+        )  # fmt: skip
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the first numbers of the embedding."""
@@ -189,3 +214,30 @@ def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterat
         return partner_ranks(states.held_QH.numpy(), states.partner_QH.numpy(), partners)
 
     yield Method("the base model as it is", as_it_is, reads_states=True)
+
+
+def _pooling(objective: Any, network: Network) -> str:
+    """Return the pooling of texts, if ONNX files support the sentence encoder.
+
+    Raises:
+        RecipeError: for a sentence encoder with further steps.
+    """
+    from luthier.models.networks.sentence_head import sentence_head
+
+    pooling: str = getattr(objective, "pooling", "auto")
+    head = sentence_head(network.model)
+    if pooling == "auto" and head is not None:
+        names = {"cls": "first", "mean": "mean", "lasttoken": "last"}
+        pipeline = head.pipeline
+        changes_text = pipeline.prepare("A") != "A"
+        if pipeline.dense or len(pipeline.pooling) > 1 or changes_text:
+            raise RecipeError(
+                "ONNX export supports sentence encoders with one pooling and without dense layers, "
+                "default prompt and lower case. Export as safetensors"
+            )
+        if (method := pipeline.pooling[0]) not in names:
+            raise RecipeError(f"pooling {method!r} is not supported in ONNX. Export as safetensors")
+        pooling = names[method]
+    if pooling == "auto":
+        pooling = "mean" if network.is_bidirectional else "last"
+    return pooling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,11 @@ from luthier.evaluation.linear import fit_ridge
 from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.models.networks.heads import Task as HeadKind
 from luthier.tasks.base import Answer, Task, check_targets
+from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from luthier.models.networks.network import Network
 
 
 class Rating(Task):
@@ -65,6 +69,15 @@ class Rating(Task):
             return [{"rating": rating} for rating in found]
 
         yield Method("ridge regression on the base model", by_regression, reads_states=True)
+
+    def onnx(self, objective: Any, network: Network) -> OnnxOutput:
+        """Return the rating in the scale of the data."""
+        return OnnxOutput(
+            "rating", ("batch",), "the rating, in the scale of the training data",
+            "number", "predictions", "print(answer)",
+            {"scale": objective.scale or 1.0, "center": objective.center or 0.0},
+            unit=objective.scale,
+        )  # fmt: skip
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the rating."""

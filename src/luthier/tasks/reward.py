@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from luthier.evaluation.preferences import ranking_scores
 from luthier.models.networks.heads import Task as HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task
+from luthier.tasks.onnx import OnnxOutput
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
+    from luthier.models.networks.network import Network
 
 
 class Reward(Task):
@@ -28,6 +30,14 @@ class Reward(Task):
             for row, (c, r) in zip(rows.rows, pairs, strict=True)
         ]
         return rows.evaluation(ranking_scores(pairs, "reward"), records)
+
+    def onnx(self, objective: Any, network: Network) -> OnnxOutput:
+        """Return the reward."""
+        return OnnxOutput(
+            "reward", ("batch",), "the reward of a reply, larger is better",
+            "number", "predictions", "print(answer)", {"scale": 1.0, "center": 0.0},
+            takes_conversations=True,
+        )  # fmt: skip
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the reward."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -16,11 +16,19 @@ from luthier.evaluation.linear import fit_logistic
 from luthier.evaluation.significance import RowScores, Score
 from luthier.models.networks.heads import Task as HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, check_targets
+from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
+    from luthier.models.networks.network import Network
+
+_CODE = """\
+for number, scores in enumerate(answer):
+    first = {word: place for place, word in reversed([*enumerate(read[number].word_ids)])}
+    print([(texts[number][word], config["labels"][scores[first[word]].argmax()])
+           for word in sorted(each for each in first if each is not None)])"""
 
 
 class Tagging(Task):
@@ -62,6 +70,15 @@ class Tagging(Task):
         yield from _tag_methods(
             cast("Sequence[TaggedWords]", train), cast("Sequence[TaggedWords]", held)
         )
+
+    def onnx(self, objective: Any, network: Network) -> OnnxOutput:
+        """Return the scores of the tags of each token."""
+        return OnnxOutput(
+            "logits", ("batch", "tokens", "tags"),
+            "scores of the tags of each token; the tag of a word is that of its first token",
+            "scores", "token_scores", _CODE, details={"labels": [*objective.head().labels]},
+            takes_words=True,
+        )  # fmt: skip
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
         """Return the entities with positions."""
