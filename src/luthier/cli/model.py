@@ -38,7 +38,7 @@ class Model:
         self.opened: Predictor | ImageGenerator | Generator
         if self.reads:
             self.opened = Predictor.open(self.stored)
-        elif objective.generates_images:
+        elif objective.task.draws:
             from luthier.media.image_generation import ImageGenerator
 
             self.opened = ImageGenerator.open(self.stored)
@@ -50,7 +50,7 @@ class Model:
         """Generator of text; raises for models that generate no text."""
         from luthier.inference.generation import Generator
 
-        if self.stored.objective.generates_images:
+        if self.stored.objective.task.draws:
             raise RecipeError(f"{self.stored.id} generates images. Call sample()")
         if not isinstance(self.opened, Generator):
             embeds = self.stored.objective.task.embeds
@@ -214,7 +214,7 @@ class Model:
 
         if not isinstance(self.opened, Predictor):
             does = "generates text. Call generate()"
-            if self.stored.objective.generates_images:
+            if self.stored.objective.task.draws:
                 does = "generates images. Call sample()"
             raise RecipeError(f"{self.stored.id} {does}")
         if not isinstance(texts, Sequence):

@@ -80,7 +80,7 @@ class Predictor:
         objective = stored.objective
         if predicts(objective):
             return objective
-        if objective.generates_images:
+        if objective.task.draws:
             raise RecipeError(f"{stored.id} generates images. Use luthier sample.")
         if stored.writes:
             raise RecipeError(f"{stored.id} generates text. Use luthier generate.")

@@ -125,12 +125,12 @@ class SerialModel:
 
         objective = stored.objective
         (images,) = bundled("image_generators").values()
-        if not predicts(objective) and objective.generates_images:
+        if not predicts(objective) and objective.task.draws:
             generator = images.load().open(stored, THIS_MODEL)
             return SerialModel(None, generator, limits, scheduler)
         predictor = Predictor.open(stored)
         generator = None
-        if objective.generates_images and predictor.chat.reads == "image":
+        if objective.task.draws and predictor.chat.reads == "image":
             generator = images.load()(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class ImageGeneration(Task):
     """New images. The network and its head depend on the objective."""
 
+    draws: ClassVar[bool] = True
+
     def command(self, model_id: str, chat: ChatFormat) -> str:
         """Generate images."""
         return f"sample {model_id} --output samples.png"
@@ -28,6 +30,8 @@ class Autoencoding(Task):
     """New images, reconstructions, and scores of unusual rows."""
 
     head: ClassVar[HeadKind] = "autoencoding"
+    draws: ClassVar[bool] = True
+    reconstructs: ClassVar[bool] = True
 
 
 class Adversarial(ImageGeneration):

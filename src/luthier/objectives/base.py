@@ -193,8 +193,6 @@ class Objective(StrictModel):
     """True if :meth:`predict` divides rows longer than the context into windows."""
     truncates_long_rows: ClassVar[bool] = False
     """True if texts longer than the context are truncated by default."""
-    generates_images: ClassVar[bool] = False
-    """True if the network generates images (:mod:`luthier.media.image_generation`)."""
     measure: ClassVar[str] = "loss"
     """Metric of :meth:`validation_metrics` that selects the weights: ``loss``, or a score to
     maximize. For ``reward``, the loss is minus the reward."""

@@ -61,6 +61,10 @@ class Task:
     """True if models return embeddings."""
     ranks: ClassVar[bool] = False
     """True if models score documents for a query."""
+    draws: ClassVar[bool] = False
+    """True if models generate images (:mod:`luthier.media.image_generation`)."""
+    reconstructs: ClassVar[bool] = False
+    """True if models reconstruct images."""
     base_noun: ClassVar[str] = "encoder"
     """Usual base models of the catalogue, for advice."""
     learns_words: ClassVar[bool] = False

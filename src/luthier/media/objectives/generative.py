@@ -45,7 +45,6 @@ class Generative(Objective):
     """Image classifier whose features define the Fréchet distance of generated images."""
 
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
-    generates_images: ClassVar[bool] = True
 
     @property
     def sample_labels(self) -> tuple[str, ...]:

@@ -13,8 +13,6 @@ from luthier.errors import LuthierError, UnknownModel
 from luthier.files import luthier_home
 from luthier.inference.embeddings import gives_embeddings
 from luthier.library.folders import is_base_here
-from luthier.media.objectives.generative import Generative
-from luthier.media.objectives.vae import VAE
 from luthier.models.base_kinds import KINDS
 from luthier.models.catalog import CATALOG, CatalogEntry
 from luthier.objectives.base import predicts
@@ -115,18 +113,15 @@ def _abilities(stored: StoredModel, reads: tuple[Reads, ...]) -> Abilities:
         does.append("embed" if gives_embeddings(objective) else "predict")
     elif _writes(stored, objective):
         does.append("write")
-    labels, reads_prompts = tuple[str, ...](), False
-    if isinstance(objective, Generative) and reads == ("image",):
-        does.append("make_images")
-        labels, reads_prompts = objective.sample_labels, objective.reads_prompts
-    if isinstance(objective, VAE) and reads == ("image",):
-        does.append("reconstruct")
+    if reads == ("image",):
+        does += ["make_images"] if objective.task.draws else []
+        does += ["reconstruct"] if objective.task.reconstructs else []
     return Abilities(
         method=objective.method,
         does=tuple(does),
         reads=reads,
-        labels=labels,
-        reads_prompts=reads_prompts,
+        labels=getattr(objective, "sample_labels", ()),
+        reads_prompts=getattr(objective, "reads_prompts", False),
     )
 
 
