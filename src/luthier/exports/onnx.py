@@ -40,12 +40,12 @@ from luthier.exports.writer import (
 from luthier.files import hashes_of, write_bytes, write_json
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, check_mergeable
-from luthier.models.networks.heads import padding_id, task_of
-from luthier.models.networks.layouts import pooled_states
+from luthier.models.formats.save import save_format
 from luthier.models.load import as_network
 from luthier.models.manifest import ExportRecord, created_now
+from luthier.models.networks.heads import padding_id, task_of
+from luthier.models.networks.layouts import pooled_states
 from luthier.models.networks.modalities import is_dual_encoder, media_inputs
-from luthier.models.formats.save import save_format
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat

@@ -39,8 +39,8 @@ from luthier.graders.ruler import judge_pairs
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
-from luthier.models.networks.heads import EMBEDDING_HEAD
 from luthier.models.decoding.sampling import Sampling
+from luthier.models.networks.heads import EMBEDDING_HEAD
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.by_shape import task_of
 from luthier.pages import Table, interval_text, render_page

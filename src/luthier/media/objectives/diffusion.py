@@ -51,9 +51,9 @@ from luthier.media.objectives.noise_schedule import (
 )
 from luthier.media.processors import ImageProcessor
 from luthier.media.tasks import DENOISING
+from luthier.models.formats.pipelines import noise_settings
 from luthier.models.networks.heads import Head
 from luthier.models.networks.modalities import input_shape
-from luthier.models.formats.pipelines import noise_settings
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import RunModels, TrainingDefaults, chat_of, extra_of
 from luthier.tasks import Task
