@@ -206,6 +206,7 @@ class Service:
             self.scheduler.wake,
             self._delete,
             self.pool,
+            self.scheduler.queue_places,
             self.settings.hold_out,
         )
         return (

@@ -42,3 +42,10 @@ def test_settings_of_each_stage_stay() -> None:
     assert details["reasons"] == {
         "training.epochs": "few rows", "precision": "the CPU", "objective.threshold": "set by 40 rows",
     }  # fmt: skip
+
+
+def test_start_of_a_refit_is_a_detail_without_an_event() -> None:
+    reporter = JobReporter(Job(id="j", details={}), str)
+    reporter.metrics({"event": "refit", "step": 8, "rows": 1200}, 20)
+    pending = reporter.drain()
+    assert pending.details == {"refit": {"step": 8, "rows": 1200}} and not pending.events

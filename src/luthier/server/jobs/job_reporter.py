@@ -94,6 +94,8 @@ class JobReporter(Reporter):
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Report a line of metrics and the job's progress."""
         event, step = line["event"], int(line["step"])
+        if event == "refit":
+            self._detail(refit={"step": step, "rows": line["rows"]})
         if event not in _NAMES:
             return
         if event == "train":

@@ -63,7 +63,7 @@ def _prepare_jobs(database: Database) -> None:
         left = select(Job).where(Job.has_working_files, Job.state.in_(ENDED), Job.lease.is_(None))
         untidy = list(session.scalars(left))
         new = select(Job).where(Job.state == QUEUED, Job.memory == 0)
-        new = new.order_by(Job.priority.desc(), Job.turn, Job.seq).limit(ESTIMATES)
+        new = new.order_by(*Job.order()).limit(ESTIMATES)
         unknown = list(session.scalars(new))
     for job in untidy:
         folders = JobFolders(job.id)

@@ -97,18 +97,29 @@ def free(session: Session, capacity: Capacity, ignored: str | None = None) -> Fr
 
     No other server claims work before the transaction ends. ``ignored`` is the id of a work to ignore.
     """
-    rows = [
-        row
-        for row in claimed_rows(session)
-        # Work without a recorded worker may run on this machine.
-        if row.id != ignored and (row.worker is None or processes.is_here(row.worker))
-    ]
+    queue.lock_claims(session)
+    return unused(capacity, [row for row in rows_here(session) if row.id != ignored])
+
+
+def unused(capacity: Capacity, rows: Sequence[QueuedWork]) -> FreeCapacity:
+    """Return the part of ``capacity`` that the works ``rows`` leave."""
     memory = capacity.memory - sum(row.needed_memory for row in rows)
     cores = capacity.cores - sum(row.needed_cores for row in rows)
     return FreeCapacity(memory, cores, Counter(type(row) for row in rows))
 
 
+def rows_here(session: Session) -> list[QueuedWork]:
+    """Return the leased work of this machine, including work without a recorded worker."""
+    return [
+        row for row in _leased_rows(session) if row.worker is None or processes.is_here(row.worker)
+    ]
+
+
 def claimed_rows(session: Session) -> list[QueuedWork]:
     """Return the leased work of all kinds, and lock claims until the transaction ends."""
     queue.lock_claims(session)
+    return _leased_rows(session)
+
+
+def _leased_rows(session: Session) -> list[QueuedWork]:
     return [row for kind in WORK_KINDS.values() for row in queue.leased_rows(session, kind.table)]

@@ -24,6 +24,7 @@ from luthier.processes import format_exit, python_command
 from luthier.server.jobs import processes
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import DEATH_TAIL, JobFolders
+from luthier.server.jobs.forecast import QueuePlace, queue_places
 from luthier.server.jobs.kinds import WORK_KINDS, WorkKind
 from luthier.server.jobs.runners import Runner
 from luthier.server.tables import queue
@@ -124,6 +125,12 @@ class Scheduler:
             if all(ended) and not any(map(processes.is_alive, here)):
                 break
             time.sleep(0.05)
+
+    def queue_places(self, session: Session) -> dict[str, QueuePlace]:
+        """Return positions and expected starts of waiting jobs, by id."""
+        # Subclasses run jobs on other machines.
+        capacity = self.capacity if type(self._runner) is Runner else None
+        return queue_places(session, capacity, self.shared_by)
 
     def _loop(self) -> None:
         while not self._ending:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from luthier.server.http.routes import STREAM_TURN, Name
 from luthier.server.jobs import deletion
 from luthier.server.jobs.data import check_first_rows
 from luthier.server.jobs.folders import JobFolders
+from luthier.server.jobs.forecast import QueuePlace
 from luthier.server.jobs.submit import Submission, check_client_grader, submit
 from luthier.server.native.operations import (
     Call,
@@ -33,7 +34,7 @@ from luthier.server.native.operations import (
 )
 from luthier.server.tables import jobs as queue
 from luthier.server.tables.custom_models import LONGEST_NAME, NAME
-from luthier.server.tables.jobs import ENDED, Job, JobEvent
+from luthier.server.tables.jobs import ENDED, QUEUED, Job, JobEvent
 
 router = native_router()
 _NAME = r"[a-zA-Z0-9](-*[a-zA-Z0-9+\-.])*"
@@ -93,6 +94,10 @@ class JobView(View):
     ended: datetime | None = None
     failure: str | None = None
     priority: int
+    queue_position: int | None = None
+    """Position among the waiting jobs of the server, from 1; missing for jobs that do not wait."""
+    expected_start: datetime | None = None
+    """Estimated start of a waiting job, from the ends of running jobs; missing if unknown."""
     attempts: int
     """Number of worker processes started for the job."""
     recipe: dict[str, Any]
@@ -219,15 +224,19 @@ def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
         rows = queue.list_jobs(
             session, call.account, states=states, limit=page.limit + 1, position=page.position
         )
+        places = _places(call, session, rows)
     next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
-    return JobsView(jobs=[_view(job) for job in rows[: page.limit]], next=next_position)
+    views = [_view(job, places) for job in rows[: page.limit]]
+    return JobsView(jobs=views, next=next_position)
 
 
 @router.get("/jobs/{job}")
 def get_job(call: NativeCall, job: Name) -> JobView:
     """Return a job by name or id."""
     row = _find(call, job)
-    return _view(row, JobFolders(row.id).log_tail())
+    with call.context.database.read() as session:
+        places = _places(call, session, [row])
+    return _view(row, places, JobFolders(row.id).log_tail())
 
 
 @router.delete("/jobs/{job}")
@@ -337,9 +346,20 @@ def _existing(call: Call, name: str, job: Job | None) -> Job:
     return job
 
 
-def _view(job: Job, log: list[str] | None = None) -> JobView:
-    own = JobView.model_fields.keys() - {"base", "log"}
-    fields = {name: getattr(job, name) for name in own}
+def _places(call: NativeCall, session: Session, rows: Sequence[Job]) -> Mapping[str, QueuePlace]:
+    """Return the queue places of the waiting jobs among ``rows``, by id."""
+    waits = any(job.state == QUEUED for job in rows)
+    return call.context.queue_places(session) if waits else {}
+
+
+def _view(
+    job: Job, places: Mapping[str, QueuePlace] | None = None, log: list[str] | None = None
+) -> JobView:
+    fields: dict[str, Any] = {"base": job.base_model, "log": log}
+    place = (places or {}).get(job.id)
+    fields["queue_position"] = place and place.position
+    fields["expected_start"] = place and place.expected_start
+    fields |= {name: getattr(job, name) for name in JobView.model_fields.keys() - fields.keys()}
     if job.failure is not None:
         fields["failure"] = map_code(job.failure, setting_name)
-    return JobView(**fields, base=job.base_model, log=log)
+    return JobView(**fields)

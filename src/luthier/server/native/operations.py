@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from luthier.server.http.messages import Fault
 from luthier.server.http.messages import Response as Answer
 from luthier.server.http.routes import ApiCall, ApiRoute, api_router
 from luthier.server.identifiers import ModelIds, find_model
+from luthier.server.jobs.forecast import QueuePlace
 from luthier.server.jobs.submit import SETTABLE_DATA
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
@@ -158,6 +159,8 @@ class Context:
     delete_model: Callable[[CustomModel], None]
     """Delete a model and the model's files; raises ``WrongState`` if the model is in use."""
     pool: ModelPool
+    queue_places: Callable[[Session], Mapping[str, QueuePlace]] = lambda session: {}
+    """Return positions and expected starts of waiting jobs, by id."""
     hold_out: bool = True
     """True if jobs without validation data hold out rows."""
 

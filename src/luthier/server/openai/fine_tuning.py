@@ -11,7 +11,6 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -273,7 +272,7 @@ def job_object(job: Job, model_name: str | None = None, results: Sequence[str] =
         "seed": sent.get("seed"),
         "metadata": sent.get("metadata") or {},
         "integrations": [],
-        "estimated_finish": _estimated_finish(job),
+        "estimated_finish": seconds(job.estimated_finish),
     }
 
 
@@ -354,14 +353,6 @@ def _error(job: Job) -> dict[str, Any] | None:
     first = _RULE.split(message, maxsplit=1)[0]
     param = "validation_file" if validation and validation in first else "training_file"
     return {"code": f"invalid_{param}", "message": message, "param": param}
-
-
-def _estimated_finish(job: Job) -> int | None:
-    """Unix time; ``None`` while nothing is known."""
-    moment = job.details["progress"].get("estimated_finish") if "progress" in job.details else None
-    if job.state != jobs.RUNNING or not moment:
-        return None
-    return seconds(datetime.fromisoformat(moment))
 
 
 def event_object(event: JobEvent) -> JsonObject:

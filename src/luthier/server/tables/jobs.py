@@ -67,6 +67,14 @@ class JobProgress(TypedDict):
     """Time in ISO 8601, from the second step of a worker."""
 
 
+class JobRefit(TypedDict):
+    """Start of the refit, the second training on all rows."""
+
+    step: int
+    """Last step of the first training."""
+    rows: int
+
+
 class JobResult(TypedDict):
     """Result of a completed job."""
 
@@ -95,6 +103,7 @@ class JobDetails(TypedDict, total=False):
     parts: dict[str, JobPart]
     """``validation``, ``data_processing`` and ``training``."""
     progress: JobProgress
+    refit: JobRefit
     crashed_at: int
     """Step of the last crash."""
 
@@ -160,6 +169,14 @@ class Job(QueuedWork, Base):
     def suffix(self) -> str | None:
         """Suffix in the request of an OpenAI client."""
         return self.request.get("suffix") if self.api == "openai" else None
+
+    @property
+    def estimated_finish(self) -> datetime | None:
+        """Estimated end of a running job; None if unknown."""
+        moment = (
+            self.details["progress"].get("estimated_finish") if "progress" in self.details else None
+        )
+        return datetime.fromisoformat(moment) if moment and self.state == RUNNING else None
 
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:

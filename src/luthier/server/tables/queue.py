@@ -112,6 +112,11 @@ class QueuedWork(TakesTurns):
         """Return additional conditions of rows that may start."""
         return ()
 
+    @classmethod
+    def order(cls) -> tuple[ColumnElement[Any], ...]:
+        """Return the order of waiting rows: by priority, then by turns of the accounts."""
+        return cls.priority.desc(), cls.turn.asc(), cls.seq.asc()
+
     def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
         """Give the lease to ``worker``."""
         self.lease, self.lease_ends, self.worker = lease, now() + self.lease_time, dict(worker)
@@ -177,7 +182,7 @@ def claim(
     *,
     idle: bool = False,
 ) -> Work | None:
-    """Lease the next work that fits, by priority and then by turns of the accounts.
+    """Lease the first work that fits, in the order of :meth:`QueuedWork.order`.
 
     Args:
         session: session of a write transaction.
@@ -186,14 +191,13 @@ def claim(
         free_memory: free bytes.
         free_cores: free threads.
         idle: whether the machine is idle. On an idle machine, work that does not fit starts anyway
-            and fails
-            with its own message.
+            and fails with its own message.
     """
     lock_claims(session)
     processes = worker.get("processes", 1)
     waiting = select(kind.seq, kind.memory, kind.cores, kind.since)
     waiting = waiting.where(kind.lease.is_(None), *kind.ready())
-    in_turn = waiting.order_by(kind.priority.desc(), kind.turn, kind.seq).limit(MAX_SCANNED)
+    in_turn = waiting.order_by(*kind.order()).limit(MAX_SCANNED)
     for row in session.execute(in_turn).all():
         need, cores = kind.needs(row.memory, row.cores, processes)
         if not (idle or (need <= free_memory and cores <= max(free_cores, 0))):

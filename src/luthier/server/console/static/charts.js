@@ -9,8 +9,11 @@ const DARK = "(prefers-color-scheme: dark)";
 /** Distances between two marks of an axis that counts steps or days. */
 const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((power) => [power, 2 * power, 5 * power]);
 
-/** A line chart. Series are `{name, points, marks}` with points `[x, y]` in order; `marks` draws each point. */
-export function LineChart({ title, x, series }) {
+/**
+ * A line chart. Series are `{name, points, marks}` with points `[x, y]` in order; `marks` draws each point.
+ * `event` is a dashed vertical line `{at, name}`, or null.
+ */
+export function LineChart({ title, x, series, event }) {
   const shown = series
     .map((each) => ({ ...each, points: each.points.filter((point) => point.every(Number.isFinite)) }))
     .filter((each) => each.points.length);
@@ -24,8 +27,8 @@ export function LineChart({ title, x, series }) {
     points: { show: marks || points.length === 1, size: 6 },
     value: (plot, value) => number(value, 4),
   }));
-  const axes = { x, label: x, places: (plot, splits) => splits.map((each) => number(each)) };
-  const words = shown.map((each) => inWords(each, x)).join(" ");
+  const axes = { x, label: x, event, places: (plot, splits) => splits.map((each) => number(each)) };
+  const words = [...shown.map((each) => inWords(each, x)), event && `${event.name}: from ${x} ${number(event.at)}.`].filter(Boolean).join(" ");
   return html`<${Plot} title=${title} words=${words} data=${data} lines=${lines} axes=${axes} />`;
 }
 
@@ -69,7 +72,7 @@ function Plot({ title, words, data, lines, axes }) {
       plot.current.destroy();
       plot.current = null;
     };
-  }, [title, ...lines.map((each) => each.label), lines.some((each) => each.bars) && data].map(String));
+  }, [title, axes.event?.at, ...lines.map((each) => each.label), lines.some((each) => each.bars) && data].map(String));
   useEffect(() => plot.current.setData(data));
   return html`
     <figure class="chart">
@@ -85,6 +88,7 @@ function settingsOf({ data, lines, axes }, place) {
   const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
   const first = { label: axes.x, value: (plot, at) => (at === null ? "–" : (axes.name?.(at) ?? number(at))) };
   return {
+    hooks: { draw: [(plot) => axes.event && drawEvent(plot, axes.event, colour("soft"))] },
     width: place.clientWidth || 600,
     height: HEIGHT,
     cursor: { y: false, drag: { setScale: false, x: false } },
@@ -105,6 +109,26 @@ function settingsOf({ data, lines, axes }, place) {
       })),
     ],
   };
+}
+
+function drawEvent(plot, { at, name }, colour) {
+  const { ctx: context, bbox: box } = plot;
+  const x = Math.round(plot.valToPos(at, "x", true));
+  const gap = 5 * devicePixelRatio;
+  const isLeft = x < box.left + box.width / 2;
+  context.save();
+  context.strokeStyle = context.fillStyle = colour;
+  context.lineWidth = devicePixelRatio;
+  context.setLineDash([gap, gap]);
+  context.beginPath();
+  context.moveTo(x, box.top);
+  context.lineTo(x, box.top + box.height);
+  context.stroke();
+  context.font = `${11 * devicePixelRatio}px system-ui`;
+  context.textAlign = isLeft ? "left" : "right";
+  context.textBaseline = "top";
+  context.fillText(name, x + (isLeft ? gap : -gap), box.top + gap);
+  context.restore();
 }
 
 /** Return a range that is extended by a share of itself at each end. */

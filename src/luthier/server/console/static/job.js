@@ -4,7 +4,7 @@ import { call, events, may } from "./api.js";
 import { LineChart } from "./charts.js";
 import { learnNames, withNames } from "./files.js";
 import { dateOf, duration, number, percent, shortName, time, words } from "./format.js";
-import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, timeTaken } from "./jobs.js";
+import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import {
   ErrorBox, Facts, Heading, Pending, Table, announce, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
   useRef, useSignal,
@@ -82,6 +82,8 @@ function Followed({ path, first, nameOf }) {
   const buttons = Object.entries(ACTIONS).filter(([, each]) => each.states.includes(job.state) && may("develop"));
   const log = job.log && (withNames(job.log.join("\n")) || "The log is empty.");
   const { losses, scores, measure, messages } = drawn.value;
+  const { refit } = job.details;
+  const event = refit && { at: refit.step, name: `Refit on all ${number(refit.rows)} rows` };
   return html`
     <p class="soft"><a href=${link("jobs")}>Jobs</a> /</p>
     <${Heading} title=${job.suffix ? `${job.name} ${job.suffix}` : job.name} chips=${html`<${StateChip} state=${job.state} />`}>
@@ -96,15 +98,15 @@ function Followed({ path, first, nameOf }) {
     <${JobFacts} job=${job} nameOf=${nameOf} />
     <${ErrorBox} error=${action.error} />
     <${ErrorBox} error=${problem.value}>The page tries again automatically.<//>
-    ${WAITING[job.state] && html`<p class="soft">${WAITING[job.state]}</p>`}
+    ${WAITING[job.state] && html`<p class="soft">${WAITING[job.state]} ${job.queue_position && `${queuePlace(job)}.`}</p>`}
     <${Progress} job=${job} />
     ${timeTaken(job) && html`<p class="soft">${hasEnded(job.state) ? "Time taken:" : "Time since the start:"} ${timeTaken(job)}</p>`}
     <${Result} job=${job} />
     ${job.result?.label_issues?.issues ? html`<${LabelIssues} job=${job} />` : null}
     <section>
       <h2>Training curves</h2>
-      <${LineChart} title="Loss" x="step" series=${losses} />
-      ${scores.length > 0 && html`<${LineChart} title=${words(measure)} x="step" series=${scores} />`}
+      <${LineChart} title="Loss" x="step" series=${losses} event=${event} />
+      ${scores.length > 0 && html`<${LineChart} title=${words(measure)} x="step" series=${scores} event=${event} />`}
     </section>
     <section>
       <h2>Settings</h2>

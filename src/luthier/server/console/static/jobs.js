@@ -79,7 +79,11 @@ function rowOf(job, nameOf) {
     nameOf(job.base),
     html`<${ModelName} job=${job} />`,
     customizationOf(job),
-    job.details?.progress ? html`<${Progress} job=${job} />` : html`<span class="soft">–</span>`,
+    [
+      html`<${Progress} job=${job} />`,
+      job.queue_position && html`<small class="soft">${queuePlace(job)}</small>`,
+      !job.details?.progress && !job.queue_position && html`<span class="soft">–</span>`,
+    ],
     html`<time datetime=${job.created} title=${time(job.created)}>${age(job.created)}</time>`,
   ];
 }
@@ -124,6 +128,12 @@ export function Progress({ job }) {
       <small class="soft">${label}${left && `, ${left}`}</small>
     </div>
   `;
+}
+
+/** Return the position of a waiting job, and its expected start. */
+export function queuePlace({ queue_position: position, expected_start: start }) {
+  const seconds = start && (dateOf(start) - Date.now()) / 1000;
+  return `Position ${number(position)} in the queue${start ? `, expected start ${seconds > 1 ? `in about ${duration(Math.round(seconds))}` : "soon"}` : ""}`;
 }
 
 /** Return the time since the start of a job, or between its start and end; null before the start. */
