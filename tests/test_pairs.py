@@ -48,7 +48,7 @@ from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import RunModels, add_modules
-from luthier.objectives.pairs import PreferenceObjective
+from luthier.objectives.preferences.pairs import PreferenceObjective
 from luthier.recipe import Training
 from luthier.types import Example, Message, Row
 

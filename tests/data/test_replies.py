@@ -17,7 +17,7 @@ from luthier.data.reasoning import DecodedReply, ReasoningSplitter, reasoning_af
 from luthier.data.replies import CALL_FIX
 from luthier.data.tools import describe_tool, parse_calls, template_turns
 from luthier.errors import RowRefused
-from luthier.objectives.pairs import encode_answer
+from luthier.objectives.preferences.pairs import encode_answer
 from luthier.types import Message, Tool, ToolCall
 
 _SYSTEM = "{% if messages[0].role == 'system' %}"

@@ -24,7 +24,7 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
-from luthier.objectives.teacher import TopK
+from luthier.objectives.distillation.teacher import TopK
 from luthier.recipe import Recipe
 
 TEXTS = [f"the {word} is {place}" for word in ("fox", "dog", "card") for place in ("here", "lazy")]

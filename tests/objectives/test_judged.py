@@ -17,7 +17,7 @@ from luthier.errors import GradingFailed, LuthierError, RecipeError, UnknownMode
 from luthier.graders import Judge
 from luthier.objectives import GRPO, PPO
 from luthier.objectives.base import RunStart
-from luthier.objectives.rollout_checks import PROMPTS
+from luthier.objectives.reinforcement.rollout_checks import PROMPTS
 
 WORDS = ("yes", "no", "fox", "dog", "card", "Paris", "lazy", "quick")
 FIELDS: dict[str, Any] = {

@@ -22,9 +22,9 @@ from luthier.models.load import as_network, load_model
 from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import DPO, KTO, ORPO, ListwiseDPO, Objective, RewardModel
-from luthier.objectives.kto import mismatch_answers
-from luthier.objectives.orpo import _log_one_minus_exp
-from luthier.objectives.references import with_reference_logps
+from luthier.objectives.preferences.kto import mismatch_answers
+from luthier.objectives.preferences.orpo import _log_one_minus_exp
+from luthier.objectives.preferences.references import with_reference_logps
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")

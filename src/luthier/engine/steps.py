@@ -30,7 +30,7 @@ from luthier.models.networks.frozen_layer_cache import FrozenLayerCache, frozen_
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MediaLayout
 from luthier.objectives.base import RunStart, threshold_of
-from luthier.objectives.references import ReferenceObjective, with_reference_logps
+from luthier.objectives.preferences.references import ReferenceObjective, with_reference_logps
 from luthier.plugins import PluginTable
 
 if TYPE_CHECKING:

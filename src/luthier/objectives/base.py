@@ -8,7 +8,7 @@ defaults. Four methods define an objective:
     turns     the optimizer steps of one batch; one step unless overridden
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
 
-A preference loss needs ``loss`` alone (``objectives/simpo.py``). All other methods of
+A preference loss needs ``loss`` alone (``objectives/preferences/simpo.py``). All other methods of
 :class:`Objective` are hooks with defaults, in the order of a run. Objectives for image generation
 have further methods: :class:`~luthier.media.objectives.generative.Generative`.
 """

@@ -209,7 +209,7 @@ def open_graders(
     from luthier.engine.machine import choose_machine
     from luthier.engine.metrics import Reporter
     from luthier.engine.trained_network import load_frozen
-    from luthier.objectives.scoring import LocalModels, check_grader_model
+    from luthier.objectives.reinforcement.scoring import LocalModels, check_grader_model
 
     stored = {n: library.find(n, note) for each in graders.values() for n in each.models}
     for grader in graders.values():
@@ -411,7 +411,7 @@ def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:
     """Return the log-probability of the learned tokens of each text, in nats."""
     import torch
 
-    from luthier.objectives.references import with_reference_logps
+    from luthier.objectives.preferences.references import with_reference_logps
 
     with torch.no_grad():
         examples = with_reference_logps(network, texts, READING_BUDGET)

@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.objectives.base import TrainingDefaults, extra_of
-from luthier.objectives.rollouts import PolicyBatch, Reinforcement, Rollouts
+from luthier.objectives.reinforcement.rollouts import PolicyBatch, Reinforcement, Rollouts
 from luthier.types import Example, Loss
 
 if TYPE_CHECKING:

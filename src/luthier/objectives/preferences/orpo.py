@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
+from luthier.objectives.preferences.pairs import Pairwise, Sides, answer_lengths
 from luthier.types import Loss
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ et al. 2024, arXiv:2306.13649):
 
     loss = mix * cross-entropy of the data + (1 - mix) * T^2 * D(teacher, student)
 
-with ``D`` of :mod:`luthier.objectives.divergence`. Student and teacher share a tokenizer. Logits of
-both exist for a few positions at a time. Left out: distillation between different tokenizers; use
-the teacher's replies instead.
+with ``D`` of :mod:`luthier.objectives.distillation.divergence`. Student and teacher share a tokenizer.
+Logits of both exist for a few positions at a time. Left out: distillation between different
+tokenizers; use the teacher's replies instead.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from luthier.objectives.distillation import Distillation
+from luthier.objectives.distillation.base import Distillation
 from luthier.types import Example, Loss
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from luthier.models.networks.network import Network, TreeBatch
-    from luthier.objectives.divergence import Distribution
+    from luthier.objectives.distillation.divergence import Distribution
 
 
 class LogitDistillation(Distillation):
@@ -48,7 +48,7 @@ class LogitDistillation(Distillation):
     ) -> None:
         """Cache the teacher's distributions of all rows and free the teacher, if ``cache_top_k`` is
         set."""
-        from luthier.objectives.teacher import TopK
+        from luthier.objectives.distillation.teacher import TopK
 
         if self.cache_top_k is None:
             return
@@ -67,7 +67,7 @@ class LogitDistillation(Distillation):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed divergence and cross-entropy of the learned tokens."""
-        from luthier.objectives.teacher import TopK, whole_distribution
+        from luthier.objectives.distillation.teacher import TopK, whole_distribution
 
         if isinstance(network.cache, TopK):
             distribution: Distribution = network.cache.distribution(batch)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from luthier.errors import RecipeError
 from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.contrastive import Contrastive, read_embeddings
-from luthier.objectives.distillation import TeacherObjective
+from luthier.objectives.distillation.base import TeacherObjective
 from luthier.tasks import EMBEDDING, Task
 from luthier.types import Example, Loss, Row
 

@@ -17,7 +17,7 @@ from luthier.engine.train import train
 from luthier.models.load import as_network
 from luthier.models.networks.network import Network
 from luthier.objectives import SDFT
-from luthier.objectives.on_policy_distillation import answer_of, prompt_of
+from luthier.objectives.distillation.on_policy import answer_of, prompt_of
 from luthier.recipe import Recipe
 from luthier.types import Example, Message
 

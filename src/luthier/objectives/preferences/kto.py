@@ -24,8 +24,8 @@ from luthier.data.disk_sequence import spool
 from luthier.data.shapes.preferences import Preference, ThumbedReply
 from luthier.errors import RowRefused
 from luthier.objectives.base import extra_of
-from luthier.objectives.pairs import PreferenceObjective, encode_answer
-from luthier.objectives.references import ReferenceObjective, reference_logps
+from luthier.objectives.preferences.pairs import PreferenceObjective, encode_answer
+from luthier.objectives.preferences.references import ReferenceObjective, reference_logps
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ distribution is pulled towards the teacher's (GKD, Agarwal et al. 2024, arXiv:23
     y ~ student(x) with probability student_share, else the reply of the row
     loss = T^2 * D(teacher, student) at each token of y, given x and the previous tokens of y
 
-``D`` is a divergence of :mod:`luthier.objectives.divergence`. Held-out rows are measured on the
-given replies, so that all steps use the same tokens. In conversations, only the last reply is
-generated and learned. The paper draws the share once per batch; here each row has a separate draw.
-Left out: the mix with a reward (section 3.2), and answers of the teacher; use ``luthier distil
---method responses`` instead.
+``D`` is a divergence of :mod:`luthier.objectives.distillation.divergence`. Held-out rows are
+measured on the given replies, so that all steps use the same tokens. In conversations, only the
+last reply is generated and learned. The paper draws the share once per batch; here each row has a
+separate draw. Left out: the mix with a reward (section 3.2), and answers of the teacher; use
+``luthier distil --method responses`` instead.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 from pydantic import Field
 
 from luthier.objectives.base import StepReport, extra_of
-from luthier.objectives.distillation import Distillation, DivergenceName, TokenDivergence
-from luthier.objectives.rollout_checks import SAMPLES_PER_STEP
-from luthier.objectives.rollouts import sample_record
+from luthier.objectives.distillation.base import Distillation, DivergenceName, TokenDivergence
+from luthier.objectives.reinforcement.rollout_checks import SAMPLES_PER_STEP
+from luthier.objectives.reinforcement.rollouts import sample_record
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class OnPolicyDistillation(OnPolicyObjective, Distillation):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed divergence at the tokens of the answers."""
-        from luthier.objectives.teacher import whole_distribution
+        from luthier.objectives.distillation.teacher import whole_distribution
 
         teacher = network.others["teacher"]
         distribution = whole_distribution(network, teacher, batch, self.temperature)

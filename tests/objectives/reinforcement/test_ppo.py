@@ -22,8 +22,8 @@ from luthier.models.process_group import ALONE
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import PPO
 from luthier.objectives.base import add_modules
-from luthier.objectives.ppo import HEAD, advantages, whiten
-from luthier.objectives.rollouts import Rollout, Rollouts
+from luthier.objectives.reinforcement.ppo import HEAD, advantages, whiten
+from luthier.objectives.reinforcement.rollouts import Rollout, Rollouts
 from luthier.types import Example
 
 CPU = torch.device("cpu")

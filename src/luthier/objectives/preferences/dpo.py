@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from luthier.objectives.base import extra_of
-from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
-from luthier.objectives.references import ReferenceObjective
+from luthier.objectives.preferences.pairs import Pairwise, Sides, answer_lengths
+from luthier.objectives.preferences.references import ReferenceObjective
 from luthier.types import Loss
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Base classes of distillation from a teacher.
 
 The metric of language models is the divergence between the next-token distributions of student and
-teacher; see :mod:`luthier.objectives.divergence`.
+teacher; see :mod:`luthier.objectives.distillation.divergence`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from luthier.types import Example, Loss, Row
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
-    from luthier.objectives.divergence import Distribution
+    from luthier.objectives.distillation.divergence import Distribution
 
 DivergenceName = Literal["forward", "reverse", "jsd"]
 
@@ -80,7 +80,7 @@ class TokenDivergence(ReplyObjective):
     ) -> Loss:
         """Return the summed divergence from ``distribution``, mixed with the data's cross-entropy
         by ``mix``."""
-        from luthier.objectives.divergence import CHUNK, Divergence
+        from luthier.objectives.distillation.divergence import CHUNK, Divergence
         from luthier.objectives.logprobs import chunked_loss
 
         distance = Divergence(self.divergence, self.beta, self.temperature)

@@ -27,7 +27,7 @@ from luthier.graders.base import Embedder
 from luthier.models.networks.heads import decoder_of, task_of
 from luthier.objectives.base import Objective, chat_of
 from luthier.objectives.contrastive import Contrastive, read_embeddings
-from luthier.objectives.reward_model import RewardModel
+from luthier.objectives.preferences.reward_model import RewardModel
 from luthier.types import Message
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
-from luthier.objectives import rollout_checks
 from luthier.objectives.base import (
     PreparedRows,
     ReplyObjective,
@@ -36,7 +35,8 @@ from luthier.objectives.base import (
     chat_of,
     extra_of,
 )
-from luthier.objectives.scoring import LocalModels, check_grader_model, silent
+from luthier.objectives.reinforcement import rollout_checks
+from luthier.objectives.reinforcement.scoring import LocalModels, check_grader_model, silent
 from luthier.types import Example, FloatArray, IntArray, Row
 
 if TYPE_CHECKING:

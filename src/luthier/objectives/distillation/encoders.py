@@ -27,7 +27,7 @@ from luthier.data.shapes.texts import LabelledText
 from luthier.errors import RecipeError, RowRefused
 from luthier.objectives.base import Objective, OtherModel, RunModels
 from luthier.objectives.classification import NO_LABEL, Classification
-from luthier.objectives.distillation import TeacherObjective
+from luthier.objectives.distillation.base import TeacherObjective
 from luthier.objectives.means import mean_loss
 from luthier.types import Example, Loss, Row
 

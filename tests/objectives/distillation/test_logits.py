@@ -21,9 +21,9 @@ from luthier.models.load import as_network
 from luthier.models.networks.network import Network
 from luthier.objectives import SFT, LogitDistillation
 from luthier.objectives.base import OtherModel, RunModels
-from luthier.objectives.distillation import note_sizes
+from luthier.objectives.distillation.base import note_sizes
+from luthier.objectives.distillation.teacher import TopK, whole_distribution
 from luthier.objectives.means import mean_loss
-from luthier.objectives.teacher import TopK, whole_distribution
 from luthier.recipe import Recipe
 from luthier.types import Example, Message
 

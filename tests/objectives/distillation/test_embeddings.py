@@ -21,7 +21,7 @@ from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive, EmbeddingDistillation
 from luthier.objectives.base import OtherModel, RunModels
-from luthier.objectives.embedding_distillation import project, rotate
+from luthier.objectives.distillation.embeddings import project, rotate
 from luthier.objectives.means import mean_loss
 from luthier.recipe import Recipe
 

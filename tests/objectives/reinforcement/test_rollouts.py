@@ -29,9 +29,9 @@ from luthier.models.load import as_network, load_model
 from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, PPO, logprobs
-from luthier.objectives.rollout_checks import advice, precheck
-from luthier.objectives.rollouts import Reinforcement, fixed_generator, sample_record
-from luthier.objectives.scoring import write_replies
+from luthier.objectives.reinforcement.rollout_checks import advice, precheck
+from luthier.objectives.reinforcement.rollouts import Reinforcement, fixed_generator, sample_record
+from luthier.objectives.reinforcement.scoring import write_replies
 from luthier.recipe import DataSpec, Recipe
 from luthier.types import Example, Message
 

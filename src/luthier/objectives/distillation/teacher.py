@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from luthier.files import need_disk, read_json, write_json
-from luthier.objectives.divergence import CHUNK, FLOOR
+from luthier.objectives.distillation.divergence import CHUNK, FLOOR
 from luthier.objectives.logprobs import scores
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.models.networks.network import Network, TreeBatch
-    from luthier.objectives.divergence import Distribution
+    from luthier.objectives.distillation.divergence import Distribution
     from luthier.types import Example, IntArray
 
 _IDS, _LOGP, _DONE = "teacher-ids.bin", "teacher-logp.bin", "teacher.json"

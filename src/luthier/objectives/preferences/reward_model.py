@@ -24,7 +24,7 @@ from pydantic import Field
 from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.models.networks.heads import Head
 from luthier.objectives.base import Changes, Objective, cut_text
-from luthier.objectives.pairs import Sides, check_different, sides_of
+from luthier.objectives.preferences.pairs import Sides, check_different, sides_of
 from luthier.tasks import REWARD, Task
 from luthier.types import Example, Loss, Row, weight_at_end
 

@@ -22,7 +22,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, logprobs
-from luthier.objectives.rollouts import PolicyBatch, Rollout, Rollouts
+from luthier.objectives.reinforcement.rollouts import PolicyBatch, Rollout, Rollouts
 from luthier.types import Example
 
 CPU = torch.device("cpu")

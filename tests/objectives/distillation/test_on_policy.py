@@ -19,8 +19,8 @@ from luthier.engine.train import train
 from luthier.models.load import as_network
 from luthier.models.networks.network import Network
 from luthier.objectives import LogitDistillation, OnPolicyDistillation
+from luthier.objectives.distillation.on_policy import prompt_of, with_answer
 from luthier.objectives.means import mean_loss
-from luthier.objectives.on_policy_distillation import prompt_of, with_answer
 from luthier.recipe import Recipe
 from luthier.types import Example, Message
 

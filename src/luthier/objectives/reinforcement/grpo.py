@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from luthier.objectives.base import extra_of
-from luthier.objectives.rollouts import PolicyBatch, Reinforcement, Rollouts
+from luthier.objectives.reinforcement.rollouts import PolicyBatch, Reinforcement, Rollouts
 from luthier.types import Example, FloatArray, Loss
 
 if TYPE_CHECKING:

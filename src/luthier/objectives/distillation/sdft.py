@@ -33,7 +33,7 @@ import numpy as np
 from pydantic import field_validator
 
 from luthier.objectives.base import Changes, cut_end
-from luthier.objectives.on_policy_distillation import OnPolicyObjective, answer_of, with_answer
+from luthier.objectives.distillation.on_policy import OnPolicyObjective, answer_of, with_answer
 from luthier.types import Example, Loss, Message, Row
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class SDFT(OnPolicyObjective):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed divergence at the tokens of the answers."""
-        from luthier.objectives.teacher import whole_distribution
+        from luthier.objectives.distillation.teacher import whole_distribution
 
         shown = [with_answer(e.partner, answer_of(e)) for e in batch.tree.examples if e.partner]
         # The teacher runs before the student: `at_start` changes the weights of the same network.

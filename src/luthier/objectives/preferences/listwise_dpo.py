@@ -19,8 +19,8 @@ from pydantic import Field
 
 from luthier.data.shapes.preferences import MOST_ANSWERS, JudgedAnswers
 from luthier.objectives.base import Changes, extra_of
-from luthier.objectives.pairs import PreferenceObjective, check_different, encode_answer
-from luthier.objectives.references import ReferenceObjective
+from luthier.objectives.preferences.pairs import PreferenceObjective, check_different, encode_answer
+from luthier.objectives.preferences.references import ReferenceObjective
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

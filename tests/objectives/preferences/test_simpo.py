@@ -13,7 +13,7 @@ import torch
 from luthier.data.shapes.preferences import Preference
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives.simpo import SimPO
+from luthier.objectives.preferences.simpo import SimPO
 from luthier.types import Example, Message
 
 PAIRS = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from luthier.objectives import logprobs
-from luthier.objectives.divergence import Divergence
+from luthier.objectives.distillation.divergence import Divergence
 from luthier.objectives.logprobs import chunked_loss
 
 TRL_PYTHON = Path(__file__).parents[2] / ".venv-trl" / "bin" / "python"

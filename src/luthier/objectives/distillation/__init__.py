@@ -1,0 +1,1 @@
+"""Distillation: a student learns from a teacher or from itself, one file per objective."""

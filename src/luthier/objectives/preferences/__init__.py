@@ -1,0 +1,1 @@
+"""Preferences between answers, one file per objective."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning with graded rewards, one file per objective."""
