@@ -24,7 +24,7 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.chat_models.base import SamplingSpec
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
-from luthier.data.rules import CONVERT_RULES
+from luthier.data.rules import CONVERT_RULES, SEARCH_RULES
 from luthier.gate.checks import CHECKS, all_rules
 from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.rules import Rule
@@ -459,7 +459,8 @@ def _gguf() -> list[str]:
 def _rules() -> list[str]:
     """Every rule of the data gate, those of checks behind those of reading."""
     known = all_rules()
-    further = {name: text for name, text in CONVERT_RULES.items() if name not in known}
+    others = {**CONVERT_RULES, **SEARCH_RULES}
+    further = {name: text for name, text in others.items() if name not in known}
     known |= {name: Rule(name, "error", about) for name, about in further.items()}
     lines = [
         "## Rules of the data gate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         },
         {"messages": (SYSTEM, *CHAT)},
     ),
+    ("question and answer", {"question": "q", "answer": ["a"]}, {"prompt": "q", "completion": "a"}),
     (
         "Bedrock input and output",
         {"input": "q", "output": AWKWARD},
@@ -475,6 +477,16 @@ def test_mapped_column_is_missing_although_the_key_exists(tmp_path: Path) -> Non
     (problem,) = problems_of(path, {"label": "categroy"})
     assert problem.rule == "column.missing"
     assert "`data.columns.label=category`" in problem.advice
+
+
+@pytest.mark.parametrize("load", [load_rows, load_inputs])
+def test_column_to_ignore_must_exist(tmp_path: Path, load: Callable[..., object]) -> None:
+    path = write(tmp_path, {"text": "x", "note": "a"}, {"text": "y"})
+    assert load(path, {"note": ""})
+    with pytest.raises(DataError) as caught:
+        load(path, {"notes": ""})
+    (problem,) = caught.value.problems
+    assert problem.rule == "column.missing" and "`data.columns.note=`" in problem.advice
 
 
 def test_rows_with_two_texts_are_no_single_text(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from luthier.data.rules import SEARCH_RULES
 from luthier.data.search_sets import load_search_set
 from luthier.errors import DataError
 
@@ -71,10 +72,10 @@ def test_relevant_texts_without_qrels(
 @pytest.mark.parametrize(
     ("qrels", "rule", "line"),
     [
-        ("query-id\tcorpus-id\tscore\nq1\td9\t1\n", "column.missing", 2),
-        ("q1\td1\t1\nq1 d1 yes\n", "table.cells", 2),
-        ("q9\td1\t1\n", "column.missing", 0),
-        ("q1\td1\t0\n", "file.empty", 0),
+        ("query-id\tcorpus-id\tscore\nq1\td9\t1\n", "qrels.document", 2),
+        ("q1\td1\t1\nq1 d1 yes\n", "qrels.line", 2),
+        ("q9\td1\t1\n", "qrels.query", 0),
+        ("q1\td1\t0\n", "qrels.empty", 0),
     ],
 )
 def test_qrels_that_do_not_fit(
@@ -86,9 +87,28 @@ def test_qrels_that_do_not_fit(
     (problem,) = refused.value.problems
     assert problem.location is not None
     assert (problem.rule, problem.location.line) == (rule, line)
+    assert rule in SEARCH_RULES
 
 
 def test_rows_without_relevant_text(files: tuple[Path, Path]) -> None:
     with pytest.raises(DataError) as refused:
         load_search_set(*files)
     assert refused.value.problems[0].rule == "row.pair"
+
+
+@pytest.mark.parametrize("positive", ["The fox is quick.", "Fox The fox is quick."])
+def test_titled_document_is_found_by_its_text(
+    positive: str, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"query": "who", "positive": positive}])
+    found = load_search_set(rows, files[1])
+    assert (found.gains, found.added) == ([{0: 1.0}], 0)
+
+
+def test_equal_documents_are_one_document(files: tuple[Path, Path], tmp_path: Path) -> None:
+    corpus = write(tmp_path / "twice.jsonl", [*CORPUS, {"_id": "8", "text": "A card."}])
+    (tmp_path / "qrels.tsv").write_text("q1\t8\t1\n")
+    found = load_search_set(files[0], corpus, tmp_path / "qrels.tsv")
+    assert (found.ids, found.gains) == (["d1", "d2", "7"], [{2: 1.0}])
+    rows = write(tmp_path / "rows.jsonl", [{"query": "what", "positive": "A card."}])
+    assert load_search_set(rows, corpus).gains == [{2: 1.0}]

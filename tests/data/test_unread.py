@@ -12,6 +12,7 @@ from luthier.data.rows import RowReader
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 TEXT: dict[str, Any] = {"text": "A text about tyres"}
+CORPUS: dict[str, Any] = {"text": "A long text about tyres. " * 20}
 PAIR: dict[str, Any] = {"prompt": "Hi", "completion": "Hello"}
 CHAT: dict[str, Any] = {"messages": TURNS}
 
@@ -34,6 +35,12 @@ def rules(folder: Path, row: dict[str, Any], columns: dict[str, str] | None = No
         (TEXT | {"categories": ["a", "b"]}, "unread"),
         (TEXT | {"summary": lambda n: f"Text {n}"}, "unread"),
         (TEXT | {"department": lambda n: "ab"[n % 2]}, "unread"),
+        (CORPUS | {"department": lambda n: "ab"[n % 2]}, "category"),
+        (CORPUS | {"toxic": lambda n: n % 2}, "unread"),
+        (CORPUS | {"intent": lambda n: f"class {n}"}, "unread"),
+        (TEXT | {"tldr": lambda n: f"Text {n}"}, "unread"),
+        (TEXT | {"antwort": lambda n: f"A long reply of the shop {n}. " * 3}, "unread"),
+        (TEXT | {"description": lambda n: f"A long text about {n}. " * 3}, "ignored"),
         (TEXT | {"department": lambda n: f"name {n}"}, "ignored"),
         (TEXT | {"photo": lambda n: f"{n}.jpg"}, "unread"),
         (TEXT | {"attachment": lambda n: f"{n}.png"}, "unread"),
@@ -113,3 +120,8 @@ def test_values_are_counted_beyond_the_first_rows(folder: Path) -> None:
     reader = RowReader(write(folder, *rows))
     assert list(reader)
     assert [each.rule for each in reader.warnings] == ["column.unread"]
+
+
+def test_corpus_of_laws_with_columns_of_origin(folder: Path) -> None:
+    row = CORPUS | {"statute": lambda n: f"Act {n % 3}", "clause": lambda n: str(n), "kind": "law"}
+    assert rules(folder, row) == {"category", "ignored"}

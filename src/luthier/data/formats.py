@@ -82,7 +82,7 @@ def _question_answer(
 
     def convert(record: Record) -> Converted:
         below = [record[key] for key in context if not is_blank(record.get(key))]
-        converted: Record = {"completion": record[answer]} if answer in record else {}
+        converted: Record = {"completion": _only_item(record[answer])} if answer in record else {}
         if question in record:
             converted["prompt"] = _above(record[question], below)
         return _with_further_keys(record, converted), {"prompt": question, "completion": answer}
@@ -92,6 +92,11 @@ def _question_answer(
 
 
 _BESIDE_ANY = ("id", "expected", "rating", "score", *THUMB_KEYS)
+
+
+def _only_item(value: object) -> object:
+    """Return the item of an array of one item; any other value unchanged."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _above(text: object, below: list[object]) -> object:
@@ -218,10 +223,7 @@ def _pair(name: str, anchor: str, positive: str) -> Form:
 
 def _flag_embedding(record: Record) -> Converted:
     """Convert a row of FlagEmbedding with an array of one positive."""
-    positive = record["pos"]
-    if isinstance(positive, list) and len(positive) == 1:
-        positive = positive[0]
-    converted = {"anchor": record["query"], "positive": positive}
+    converted = {"anchor": record["query"], "positive": _only_item(record["pos"])}
     return _with_further_keys(record, converted), {"anchor": "query", "positive": "pos"}
 
 

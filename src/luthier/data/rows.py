@@ -91,6 +91,9 @@ class Checker(FieldChecker):
     def __init__(self, file: str, problems: list[Problem], columns: Columns | None = None) -> None:
         super().__init__(file, problems)
         self.columns = columns or {}
+        self._never_seen = {key for key, column in self.columns.items() if not column}
+        """Columns to ignore that no row has so far."""
+        self._seen_keys: set[str] = set()
         self.first: tuple[str, int] | None = None
         self.first_file = file
         self.form: Form | None = None
@@ -215,6 +218,9 @@ class Checker(FieldChecker):
 
     def _rename_columns(self, record: Record) -> Record | None:
         """Return the record with renamed columns; ``None`` if a column is missing."""
+        self._never_seen -= record.keys()
+        if len(self._seen_keys) < _MOST_KNOWN:
+            self._seen_keys |= record.keys()
         mapped = {*self.columns.values(), *self.columns}
         renamed = {key: value for key, value in record.items() if key not in mapped}
         for key, column in self.columns.items():
@@ -231,6 +237,19 @@ class Checker(FieldChecker):
             if source:
                 renamed[key] = record[source]
         return renamed
+
+    def end(self) -> None:
+        """Report the columns to ignore that no row has, after the last row."""
+        if self.accepts_own_keys or not self._seen_keys:
+            return
+        keys = sorted(self._seen_keys)
+        for column in sorted(self._never_seen):
+            message = f"The column {quote(column)} is missing; the keys are {list_keys(keys)}."
+            near = nearest_name(column, keys)
+            fix = f"Remove `data.columns.{column}=`."
+            if near:
+                fix = f"Did you mean {quote(near)}? Set `data.columns.{near}=`."
+            self.problems.append(Problem("column.missing", message, fix, Location(self.first_file)))
 
     def _names_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
         """Return the file's names for luthier's keys, after form and mapping."""
@@ -623,6 +642,7 @@ class RowReader:
                 yield row
             if in_pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # reports a file without text
+        self.checker.end()
         self.warnings += self.unread_problems()
         if not self.group_column:
             self._warn_about_speakers()
@@ -851,6 +871,7 @@ def _stream_lines(
             elif row := checker.row(line, record):
                 any_row = True
                 yield record, row
+    checker.end()
     if not any_row and not problems:
         fix = f"Write one {key} per line."
         problems.append(

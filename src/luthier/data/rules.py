@@ -107,3 +107,11 @@ CONVERT_RULES: Mapping[str, str] = {
     "convert.message": "A message has a key beside its role and its text, which would be lost.",
 }
 """Rules of ``luthier convert``."""
+
+SEARCH_RULES: Mapping[str, str] = {
+    "qrels.line": "A line of qrels is not a query, a document and a score.",
+    "qrels.query": "A query of the qrels is missing in the file of queries.",
+    "qrels.document": "A document of the qrels is missing in the corpus.",
+    "qrels.empty": "No line of the qrels has a score above 0.",
+}
+"""Rules of test sets for search."""

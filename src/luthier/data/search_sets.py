@@ -27,8 +27,9 @@ class SearchSet:
     """Documents, and queries with their relevant documents."""
 
     documents: list[str]
+    """Distinct documents, each with its title, if any."""
     ids: list[str]
-    """Ids of the documents; line numbers if the corpus has none."""
+    """Ids of the documents, of the first of equal documents; line numbers if the corpus has none."""
     rows: list[Row]
     """One row per query."""
     queries: list[str]
@@ -51,28 +52,53 @@ def load_search_set(
     Raises:
         DataError: with all problems of a file.
     """
-    documents, ids = [], []
+    collection = _Collection()
     for number, (record, row) in enumerate(load_inputs(corpus), 1):
         title, text = record.get("title"), row.plain_text()
-        documents.append(f"{title} {text}" if isinstance(title, str) and title else text)
-        ids.append(_id_of(record) or str(number))
+        titled = f"{title} {text}" if isinstance(title, str) and title else text
+        collection.add(titled, _id_of(record) or str(number), text)
+    documents, ids = collection.documents, collection.ids
     if qrels is None:
-        return _labelled_queries(data, columns, documents, ids)
-    gains = _read_qrels(Path(qrels), {name: place for place, name in enumerate(ids)})
+        return _labelled_queries(data, columns, collection)
+    gains = _read_qrels(Path(qrels), collection.place_of_id)
     named = {_id_of(record): row for record, row in load_inputs(data, columns)}
     if missing := next((name for name in gains if name not in named), None):
         message = f"the query {quote(missing)} of {qrels} is missing."
         fix = "Give the file of queries that belongs to the qrels, with `_id` and `text`."
-        raise DataError([Problem("column.missing", message, fix, Location(str(data)))])
+        raise DataError([Problem("qrels.query", message, fix, Location(str(data)))])
     rows = [named[name] for name in gains]
     return SearchSet(documents, ids, rows, [row.plain_text() for row in rows], [*gains.values()])
 
 
+class _Collection:
+    """Distinct documents: equal documents are one document, so that a hit on any copy is right."""
+
+    def __init__(self) -> None:
+        self.documents: list[str] = []
+        self.ids: list[str] = []
+        self.place_of_id: dict[str, int] = {}
+        self._place: dict[str, int] = {}
+        self._places_of_text = defaultdict[str, set[int]](set)
+
+    def add(self, document: str, name: str, text: str) -> None:
+        """Add a document with its id, and its text without the title."""
+        place = self._place.setdefault(document, len(self.documents))
+        if place == len(self.documents):
+            self.documents.append(document)
+            self.ids.append(name)
+        self.place_of_id[name] = place
+        self._places_of_text[text].add(place)
+
+    def places(self, text: str) -> set[int]:
+        """Return the documents with a text, with or without the title; none for a new text."""
+        titled = self._place.get(text)
+        return self._places_of_text.get(text, set()) if titled is None else {titled}
+
+
 def _labelled_queries(
-    data: str | Path, columns: Mapping[str, str] | None, documents: list[str], ids: list[str]
+    data: str | Path, columns: Mapping[str, str] | None, collection: _Collection
 ) -> SearchSet:
-    place = {text: number for number, text in enumerate(documents)}
-    size = len(documents)
+    size = len(collection.documents)
     gains = defaultdict[str, dict[int, float]](dict)
     first: dict[str, Row] = {}
     for row in load_rows(data, columns):
@@ -87,15 +113,14 @@ def _labelled_queries(
                 message = "the row has no query with a relevant text."
                 fix = 'Write {"query", "positive"}, or give `qrels`.'
                 raise DataError([Problem("row.pair", message, fix, row.location)])
-        if text not in place:
-            place[text] = len(documents)
-            documents.append(text)
-            ids.append(str(row.location))
+        if not collection.places(text):
+            collection.add(text, str(row.location), text)
         if gain > 0:
             first.setdefault(query, row)
-            gains[query][place[text]] = gain
-    rows, queries = [*first.values()], [*gains]
-    return SearchSet(documents, ids, rows, queries, [*gains.values()], len(documents) - size)
+            gains[query] |= dict.fromkeys(collection.places(text), gain)
+    documents, rows, queries = collection.documents, [*first.values()], [*gains]
+    added = len(documents) - size
+    return SearchSet(documents, collection.ids, rows, queries, [*gains.values()], added)
 
 
 def _id_of(record: Record) -> str:
@@ -119,17 +144,18 @@ def _read_qrels(path: Path, place: Mapping[str, int]) -> dict[str, dict[int, flo
             if cells and number > 1:  # the first line may be a header
                 message = f"{quote(line)} is not a query, a document and a score."
                 where = Location(str(path), number)
-                problems.append(Problem("table.cells", message, _QRELS_FIX, where))
+                problems.append(Problem("qrels.line", message, _QRELS_FIX, where))
             continue
         if document not in place:
             message = f"the corpus has no document {quote(document)}."
             fix = "Give the corpus that belongs to the qrels, with `_id`."
-            problems.append(Problem("column.missing", message, fix, Location(str(path), number)))
+            problems.append(Problem("qrels.document", message, fix, Location(str(path), number)))
         elif score > 0:
-            found[query][place[document]] = score
+            at = place[document]
+            found[query][at] = max(score, found[query].get(at, 0.0))
     if not found and not problems:
         message = "no line has a score above 0."
-        problems.append(Problem("file.empty", message, _QRELS_FIX, Location(str(path))))
+        problems.append(Problem("qrels.empty", message, _QRELS_FIX, Location(str(path))))
     if problems:
         raise DataError(problems)
     return found

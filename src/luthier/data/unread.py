@@ -1,8 +1,9 @@
 """Columns that no shape reads, judged by name and content.
 
 A column that names a target, media or a mark is an error, because the model would learn another task
-than the rows describe. The judgement depends on the shape: next to bare text or a bare prompt any
-class is a missing target, next to a reply a class is usually a property of the conversation.
+than the rows describe. The judgement depends on the shape: next to a bare prompt any class is a
+missing target, as next to short texts. Next to a reply, or in a corpus of long texts, a class whose
+name says nothing is usually a property of the row.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ MOST_VALUES = 100
 """Most distinct values of a column that may be a class."""
 ROWS_PER_VALUE = 4
 """Fewest rows per distinct value, on average, of a column that may be a class."""
+SHORT_TEXT = 200
+"""Most characters of raw text, on average, that is rather classified than a corpus."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -57,14 +60,18 @@ _CLASSES = _words(
 )
 _MISSPELT = ("label", "rating", "category", "sentiment")
 _REPLIES = _words("output response answer reply completion target")
-_TEXTS = _REPLIES | _words("summary translation transcript transcription caption solution expected")
+_TEXTS = _REPLIES | _words(
+    "summary translation transcript transcription caption solution expected tldr highlights gold "
+    "correction corrected paraphrase simplified translated"
+)
 _INPUTS = _words("instruction")
 _NOTED = _words(
     "id uid uuid guid key index idx hash md5 sha sha256 url uri link href date time timestamp "
     "datetime year month day at source src origin dataset corpus subset split fold lang language "
     "locale licence license file filename path page row line number nr count tokens length version "
     "author user username speaker email title name metadata meta info doc docid comment note "
-    "password format encoding model generator engine"
+    "password format encoding model generator engine abstract description keyword tag header html raw "
+    "markdown xml json"
 )
 """Last words of names that describe where a row comes from."""
 _COUNTED = _words("num n nr count created updated")
@@ -108,15 +115,21 @@ class ColumnValues:
     many: bool = False
     numbers: bool = True
     media: bool = True
+    characters: int = 0
+    """Characters of all values that are text."""
+    context: int = 0
+    """Characters of the raw text in all rows with a value."""
 
-    def add(self, value: object) -> None:
-        """Count a value. Null, empty text and empty arrays are no values."""
+    def add(self, value: object, text: object) -> None:
+        """Count a value next to a raw text. Null, empty text and empty arrays are no values."""
         if value is None or value == "" or value == [] or value == {}:
             return
         self.filled += 1
         self.numbers &= isinstance(value, int | float)
         if self.media:
             self.media = _is_media(value)
+        self.characters += len(value) if isinstance(value, str) else 0
+        self.context += len(text) if isinstance(text, str) else 0
         if self.many:
             return
         text = str(value)
@@ -128,6 +141,16 @@ class ColumnValues:
     def few(self) -> bool:
         """True for at least two values that each occur in several rows."""
         return len(self.counts) > 1 and ROWS_PER_VALUE * len(self.counts) <= self.filled
+
+    @property
+    def long(self) -> bool:
+        """True for text that is longer than a class, on average."""
+        return self.characters > LONGEST_CLASS * self.filled
+
+    @property
+    def next_to_short_text(self) -> bool:
+        """True if the rows are too short for a corpus."""
+        return self.context <= SHORT_TEXT * self.filled
 
     @property
     def two_sided(self) -> bool:
@@ -181,8 +204,11 @@ def judge(name: str, values: ColumnValues) -> tuple[Severity, str]:
     misspelt = nearest_name(called, _MISSPELT, 0.8)
     if bare and (_is_in(words[-1], _CLASSES | _TEXTS) or (misspelt and misspelt[0] == called[0])):
         return "error", _target_key(kind, called, values)
+    if kind is RawText and values.long:
+        return "error", "completion"
     if values.few and issubclass(kind, (RawText, PromptOnly)):
-        return "error", _target_key(kind, called, values)
+        is_target = kind is PromptOnly or values.two_sided or values.next_to_short_text
+        return "error" if is_target else "warning", _target_key(kind, called, values)
     if values.few and replies:
         return "warning", ""
     return "note", ""
@@ -231,7 +257,7 @@ class UnreadColumns:
             if key not in self.values:
                 self.values[key] = ColumnValues(SHAPES[shape])
         for key, values in self.values.items():
-            values.add(record.get(key))
+            values.add(record.get(key), record.get("text"))
 
     def problems(self, location: Location, keys_of_turns: Iterable[str] = ()) -> list[Problem]:
         """Return at most one problem per rule.

@@ -302,7 +302,7 @@ UNREAD_COLUMN = Rule(
 UNREAD_CATEGORY = Rule(
     CATEGORY,
     SEVERITY_OF_RULE[CATEGORY],
-    "A column of few values next to a reply is not read.",
+    "A column of few values next to a reply or raw text is not read.",
     "If the column belongs to the prompt or is the target, the model does not learn the task.",
     whole=True,
 )
