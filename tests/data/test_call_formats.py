@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from luthier.data.call_formats import FORMATS, MARKS
+from luthier.data.call_formats import ARGUMENTS, FORMATS, MARKS, NAME
 from luthier.data.chat import ChatFormat
-from luthier.data.tools import parse_calls, parse_cut_calls
-from luthier.inference.tool_calls import CallSplitter
+from luthier.data.tools import parse_calls, split_cut_calls
+from luthier.inference.constraints import Constraints
+from luthier.inference.tool_calls import CallSplitter, form_of_calls
 from luthier.types import Tool
 
 TOOLS = [Tool("weather"), Tool("geo.find")]
@@ -65,7 +66,8 @@ def test_streamed_calls(text: str, size: int) -> None:
     said = f"I look.{text}" if text.startswith("<") else text
     shown = "".join(splitter.feed(said[at : at + size]) for at in range(0, len(said), size))
     left, calls = splitter.end()
-    assert shown + left == said.removesuffix(text)
+    words = "Wait." if "Wait." in text else "I look." if "I look." in text else ""
+    assert shown + left == said.removesuffix(text) + words
     assert (calls[0].name, calls[0].arguments) == ("weather", OSLO)
     assert [call.name for call in calls[1:]] == ["geo.find"] * ("geo" in text)
 
@@ -74,10 +76,10 @@ def test_streamed_calls(text: str, size: int) -> None:
 def test_cut_calls_are_not_run(name: str) -> None:
     text = REPLIES[name]
     for end in range(text.index("Oslo"), text.index("3") + 1):
-        assert parse_cut_calls(text[:end], TOOLS) == ([], True)
+        assert split_cut_calls(text[:end], TOOLS) == ([], "", True)
         assert parse_calls(text[:end], TOOLS, declared_only=True) == []
-    calls, is_cut = parse_cut_calls(text, TOOLS)
-    assert (len(calls), is_cut) == (1, False)
+    calls, words, is_cut = split_cut_calls(text, TOOLS)
+    assert (len(calls), words.strip(), is_cut) == (1, "", False)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,30 @@ def test_python_that_is_not_a_call_is_text(call: str) -> None:
 def test_deeply_nested_python_is_text() -> None:
     for opening in ("(" * 50_000, "[" * 50_000, "-" * 50_000):
         assert parse_calls(f"<|tool_call_start|>[weather(a={opening})]", TOOLS) == []
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_forced_call_in_form_of_family(name: str, new_tokenizer: Callable[..., Any]) -> None:
+    special = ("<|end|>", *(mark for mark in sorted(MARKS) if mark.startswith(("<", "["))))
+    opens = FORMATS[name].opens[0]
+    template = (
+        "{{ tools }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{# " + opens + " #}"
+    )
+    tokenizer = new_tokenizer(template, special, "<|end|>")
+    chat = ChatFormat.of(tokenizer)
+    form = form_of_calls(chat)
+    cities = Tool("geo.find", "", {"type": "object", "properties": {"city": {"type": "string"}}})
+    for tool in (*TOOLS[:1], cities):
+        written = form.replace(NAME, tool.name).replace(ARGUMENTS, '{"city": "Oslo"}')
+        matcher = Constraints(chat, len(tokenizer)).calls([TOOLS[0], cities], form)
+        ids = tokenizer.encode(written, add_special_tokens=False)
+        for token in ids:
+            assert matcher.allowed_mask(len(tokenizer))[token]
+            matcher.accept_token(token)
+        splitter = CallSplitter([TOOLS[0], cities], forced=True)
+        assert splitter.feed(chat.decode(ids)) == ""
+        left, (call,) = splitter.end()
+        assert (left.strip(), call.name, call.arguments) == ("", tool.name, {"city": "Oslo"})
 
 
 @pytest.mark.parametrize("name", REPLIES)

@@ -17,6 +17,9 @@ from luthier.data.reasoning import DecodedReply, ReasoningSplitter, reasoning_af
 from luthier.data.replies import CALL_FIX
 from luthier.data.tools import describe_tool, parse_calls, template_turns
 from luthier.errors import RowRefused
+from luthier.inference.constraints import Constraints
+from luthier.inference.tool_calls import form_of_calls
+from luthier.models.decoding.sampling import Constraint
 from luthier.objectives.preferences.pairs import encode_answer
 from luthier.types import Message, Tool, ToolCall
 
@@ -273,6 +276,31 @@ def test_reasoning_after_a_prompt_that_turns_reasoning_off(chats: dict[str, Chat
         assert [before for before, _ in parts] == [
             chat.encode_prompt(messages[:index]).tolist() for index in (1, 3)
         ]
+
+
+@pytest.mark.parametrize(
+    "thought", ["", "<|channel|>analysis<|message|>I see<|end|><|start|>assistant"]
+)
+def test_forced_replies_of_channels(thought: str, chats: dict[str, ChatFormat]) -> None:
+    chat = chats["gpt-oss"]
+    size = len(chat.tokenizer)
+    constraints = Constraints(chat, size)
+    prompt = chat.encode_prompt(turns("What?")[:1], TOOLS)
+    reasoning = reasoning_after(chat, prompt)
+    call = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}'
+    schema = Constraint("schema", {"type": "object", "additionalProperties": False})
+    for matcher, answer in (
+        (constraints.calls(TOOLS, form_of_calls(chat), reasoning), call),
+        (constraints.matcher(schema, reasoning), "<|channel|>final<|message|>{}"),
+    ):
+        ids = chat.tokens(thought + answer, first=False).tolist()
+        for token in ids:
+            assert matcher.allowed_mask(size)[token], chat.tokenizer.decode(token)
+            matcher.accept_token(token)
+        assert matcher.is_finished
+        decoded = chat.decode_reply(prompt, ids)
+        assert decoded.reasoning == ("I see" if thought else "")
+        assert decoded.text.endswith(answer.rpartition("<|message|>")[2])
 
 
 NEMOTRON_3 = (

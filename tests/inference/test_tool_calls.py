@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from luthier.data.call_formats import call_form
 from luthier.data.chat import ChatFormat
 from luthier.data.tools import parse_calls, supports_tools
 from luthier.inference.constraints import Constraints
 from luthier.inference.inference import Chat, InferenceRefused
-from luthier.inference.tool_calls import CallSplitter, encode, marks_calls
+from luthier.inference.tool_calls import CallSplitter, encode, form_of_calls
 from luthier.types import Message, Tool, ToolCall
 
 WEATHER = Tool("weather", "Tells it.", {"type": "object", "properties": {"city": {}}})
@@ -41,7 +42,7 @@ def text(chat: ChatFormat, asked: Chat) -> str:
 
 def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(HERMES, SPECIAL, "<|im_end|>"))
-    assert supports_tools(chat.template_text) and marks_calls(chat)
+    assert supports_tools(chat.template_text) and form_of_calls(chat).startswith("<tool_call>")
     found = text(chat, Chat(TALK, (WEATHER,)))
     listed = found[len("<tools>") : found.index("</tools>")]
     function = json.loads(listed)[0]["function"]
@@ -161,7 +162,8 @@ def test_a_call_that_the_limit_of_tokens_cuts_off_is_not_shown(
             shown += splitter.feed(written[start : start + size])
         left, found = splitter.end(cut=True)
         assert (len(found), splitter.incomplete) == (calls, incomplete)
-        assert shown + left == ("" if calls or incomplete else written)
+        words = "[so] " if written.startswith("[so]") else ""
+        assert shown + left == (words if calls or incomplete else written)
 
 
 def test_what_has_to_be_a_call_is_no_text_where_it_is_cut_off() -> None:
@@ -185,15 +187,37 @@ def test_words_before_a_call_are_shown_as_they_come() -> None:
     assert (left, calls[0].name) == ("", "weather")
 
 
-def test_the_grammar_of_a_marked_call(tokenizer: Any) -> None:
-    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
-    matcher = constraints.calls([WEATHER], marked=True)
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (f"<tool_call>{ONE}</tool_call> I look.", " I look."),
+        (f"<tool_call>{ONE}</tool_call>\n<tool_call>{ONE}</tool_call>\n", ""),
+        (f"[1] <tool_call>{ONE}</tool_call>And<tool_call>{ONE}</tool_call>so.", "[1] Andso."),
+        ("Hm.<tool_call><function=weather></function></tool_call> Wait.", "Hm. Wait."),
+        (f"<tool_call>{ONE}\n<tool_call>{ONE}</tool_call>End", "End"),
+    ],
+)
+def test_text_next_to_calls_is_shown(written: str, words: str, cut: bool) -> None:
+    for size in (1, 7, 1000):
+        splitter = CallSplitter([WEATHER])
+        pieces = [written[start : start + size] for start in range(0, len(written), size)]
+        shown = "".join(map(splitter.feed, pieces))
+        left, calls = splitter.end(cut)
+        assert len(calls) == written.count("<tool_call>") and not splitter.incomplete
+        assert shown + left == words
+
+
+def test_grammar_of_a_call_between_tags(tokenizer: Any) -> None:
+    chat = ChatFormat.of(tokenizer)
+    form = call_form("<tool_call>")
+    constraints = Constraints(chat, len(tokenizer))
+    matcher = constraints.calls([WEATHER], form)
     written = '<tool_call>\n{"name": "weather", "arguments": {"city": 3}}\n</tool_call>'
     for token in tokenizer.encode(written, add_special_tokens=False):
         assert matcher.allowed_mask(len(tokenizer))[token]
         matcher.accept_token(token)
     assert matcher.is_finished
-    again = constraints.calls([WEATHER], marked=True)
-    first = again.copy().allowed_mask(len(tokenizer))
+    first = constraints.calls([WEATHER], form).copy().allowed_mask(len(tokenizer))
     assert first.sum() >= 1
     assert not first[tokenizer.encode("x")[0]]

@@ -9,16 +9,22 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from luthier.data.parsing import decode_embedded
+from luthier.types import CALL_CLOSE, CALL_OPEN
 
 Reader = Callable[[str, int], tuple[Any, int]]
 """A function of a text and a start that returns a value and its end, or raises ``ValueError``."""
 _NAME = r"([\w.-]+)"
+NAME, ARGUMENTS = "\ufdd2", "\ufdd3"
+"""Unicode noncharacters for the function's name and the JSON arguments in the form of a call."""
+_JSON_CALL = f'{{"name": "{NAME}", "arguments": {ARGUMENTS}}}'
+_HEADER = r"<\|start\|>assistant"
+_DEEPSEEK = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,16 @@ class CallFormat:
     read: Reader = decode_embedded
     marks: tuple[str, ...] = ()
     """Special tokens within a call, in addition to ``opens``."""
+    written: tuple[tuple[str, str], ...] = ()
+    """Forms of a call with JSON arguments, up to the end of the arguments. A model writes the first
+    form whose first text is in its chat template."""
+    frame: re.Pattern[str] | None = None
+    """Text of the notation outside of calls; default: ``opens`` and ``marks``."""
+
+    def text_of(self, rest: str) -> str:
+        """Return the model's own words in ``rest``, which has no calls."""
+        marks = "|".join(map(re.escape, (*self.opens, *self.marks)))
+        return re.sub(self.frame or marks, "", rest)
 
 
 def _read_python(close: str, text: str, at: int) -> tuple[Any, int]:
@@ -97,31 +113,46 @@ FORMATS: Mapping[str, CallFormat] = {
         re.compile(r"<\|tool_call_start\|>\s*"),
         partial(_read_python, "<|tool_call_end|>"),
         ("<|tool_call_end|>",),
+        (("", f"<|tool_call_start|>[{_JSON_CALL}]"),),
     ),
     "Gemma 4": CallFormat(
         ("<|tool_call>",),
         re.compile(rf"<\|tool_call>\s*call:{_NAME}(?={{)"),
         partial(_read_quoted, '<|"|>', "<tool_call|>"),
         ("<tool_call|>", '<|"|>'),
+        (("", f"<|tool_call>call:{NAME}{ARGUMENTS}"),),
     ),
     "FunctionGemma": CallFormat(
         ("<start_function_call>",),
         re.compile(rf"<start_function_call>\s*call:{_NAME}(?={{)"),
         partial(_read_quoted, "<escape>", "<end_function_call>"),
         ("<end_function_call>", "<escape>"),
+        (("", f"<start_function_call>call:{NAME}{ARGUMENTS}"),),
     ),
     "gpt-oss": CallFormat(
         ("<|channel|>commentary", "<|start|>assistant", " to=functions."),
-        re.compile(rf"to=functions\.{_NAME}(?:(?!<\|message\|>).){{0,80}}<\|message\|>"),
+        re.compile(
+            rf"(?:{_HEADER})?(?:<\|channel\|>commentary)? ?to=functions\.{_NAME}"
+            r"(?:(?!<\|message\|>).){0,80}<\|message\|>"
+        ),
         marks=("<|channel|>", "<|start|>", "<|message|>"),
+        written=(("", f" to=functions.{NAME}<|channel|>commentary json<|message|>{ARGUMENTS}"),),
+        frame=re.compile(rf"(?:{_HEADER})?<\|channel\|>\w+<\|message\|>|<\|\w+\|>"),
     ),
     "Mistral": CallFormat(
         ("[TOOL_CALLS]",),
         re.compile(rf"\[TOOL_CALLS\]\s*(?:{_NAME}(?:\[CALL_ID\]\w*)?\[ARGS\])?"),
         marks=("[CALL_ID]", "[ARGS]"),
+        written=(
+            ("[ARGS]", f"[TOOL_CALLS]{NAME}[ARGS]{ARGUMENTS}"),
+            ("", f"[TOOL_CALLS][{_JSON_CALL}]"),
+        ),
     ),
     "Granite and Phi-4": CallFormat(
-        ("<|tool_call|>",), re.compile(r"<\|tool_call\|>\s*"), marks=("<|/tool_call|>",)
+        ("<|tool_call|>",),
+        re.compile(r"<\|tool_call\|>\s*"),
+        marks=("<|/tool_call|>",),
+        written=(("", f"<|tool_call|>[{_JSON_CALL}]"),),
     ),
     "DeepSeek V3": CallFormat(
         ("<｜tool▁calls▁begin｜>",),
@@ -130,6 +161,11 @@ FORMATS: Mapping[str, CallFormat] = {
         ),
         marks=(
             "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+            "\n```",
+        ),
+        written=(
+            ("```json", f"{_DEEPSEEK}function<｜tool▁sep｜>{NAME}\n```json\n{ARGUMENTS}"),
+            ("", f"{_DEEPSEEK}{NAME}<｜tool▁sep｜>{ARGUMENTS}"),
         ),
     ),
     "Kimi K2": CallFormat(
@@ -141,6 +177,13 @@ FORMATS: Mapping[str, CallFormat] = {
         marks=(
             "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
             "<|tool_calls_section_end|>",
+        ),
+        written=(
+            (
+                "",
+                f"<|tool_calls_section_begin|><|tool_call_begin|>functions.{NAME}:0"
+                f"<|tool_call_argument_begin|>{ARGUMENTS}",
+            ),
         ),
     ),
 }  # fmt: skip
@@ -155,22 +198,38 @@ def find_open(text: str, opens: tuple[str, ...] = OPENS) -> int:
     return min((at for mark in opens if (at := text.find(mark)) >= 0), default=-1)
 
 
-def read_bodies(text: str) -> list[Any]:
-    """Return the calls in ``text`` as parsed JSON; ``None`` as last item for an invalid call.
+def call_form(template: str, tokens: Container[str] = ()) -> str:
+    """Return the form of a call, with :data:`NAME` and :data:`ARGUMENTS`.
 
-    The list is empty for a text without an opening mark.
+    The form is that of the chat template, else of the special ``tokens``, else JSON.
+    """
+    if CALL_OPEN in template:
+        return f"{CALL_OPEN}\n{_JSON_CALL}\n{CALL_CLOSE}"
+    for known in (template, tokens):
+        for form in FORMATS.values():
+            if any(mark in known for mark in form.opens):
+                return next(text for mark, text in form.written if mark in template)
+    return _JSON_CALL
+
+
+def read_bodies(text: str) -> tuple[list[Any], str]:
+    """Return the calls in ``text`` as parsed JSON, and the text next to the calls.
+
+    The last item is ``None`` for an invalid call. The list is empty for a text without an opening
+    mark.
     """
     first = find_open(text)
     if first < 0:
-        return []
+        return [], text
     form = next(each for each in FORMATS.values() if text.startswith(each.opens, first))
     bodies: list[Any] = []
-    at = first
+    rest, at = text[:first], first
     while header := form.header.search(text, at):
+        rest += form.text_of(text[at : header.start()])
         try:
             body, at = form.read(text, header.end())
         except ValueError:
-            return [*bodies, None]
+            return [*bodies, None], rest
         name = header[1] if form.header.groups else None
         bodies.append(body if name is None else {"name": name, "arguments": body})
-    return bodies or [None]
+    return bodies or [None], rest + form.text_of(text[at:])

@@ -182,35 +182,54 @@ def _forms(value: Any) -> tuple[str, ...]:
 def parse_calls(
     text: str, tools: Sequence[Tool] = (), declared_only: bool = False
 ) -> list[ToolCall]:
-    """Return the calls in a generated text, without ids; empty if the text has any other content.
+    """Return the calls of :func:`split_calls`."""
+    return split_calls(text, tools, declared_only)[0]
+
+
+def split_calls(
+    text: str, tools: Sequence[Tool] = (), declared_only: bool = False
+) -> tuple[list[ToolCall], str]:
+    """Return the calls in a generated text, without ids, and the text next to the calls.
 
     Calls are JSON, or between tags also XML of GLM 4.5 and Qwen3-Coder, with types from the schemas
     of ``tools``, or in a notation of ``luthier.data.call_formats``. With ``declared_only``,
-    functions outside of ``tools`` are not calls.
+    functions outside of ``tools`` are not calls. A text with an invalid call has no calls.
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     try:
-        bodies = [parse_embedded(text)]
+        bodies, rest = [parse_embedded(text)], ""
     except ValueError:
-        bodies = _tagged_bodies(text, parameters) or read_bodies(text)
-    return _calls_in(bodies, parameters if declared_only else None)
+        bodies, rest = _marked_bodies(text, parameters)
+    calls = _calls_in(bodies, parameters if declared_only else None)
+    return calls, rest if calls else text
 
 
-def parse_cut_calls(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], bool]:
-    """Return the complete calls of a text that the token limit truncated, and whether a call is
-    cut.
+def split_cut_calls(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], str, bool]:
+    """Return the complete calls of a text that the token limit truncated, the text next to the
+    calls, and whether a call is cut.
 
     A text without complete or cut calls is plain text.
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     bodies, cut_off = _cut_bodies(text, parameters)
+    rest = ""
     if not (bodies or cut_off):
-        bodies = _tagged_bodies(text, parameters, cut=True) or read_bodies(text)
+        bodies, rest = _marked_bodies(text, parameters, cut=True)
         if bodies and bodies[-1] is None:
             bodies.pop()
             cut_off = True
     calls = _calls_in(bodies, parameters)
-    return (calls, cut_off) if calls or not bodies else ([], False)
+    if calls or (cut_off and not bodies):
+        return calls, rest, cut_off
+    return [], text, False
+
+
+def _marked_bodies(
+    text: str, parameters: Mapping[str, Mapping[str, Any]], cut: bool = False
+) -> tuple[list[Any], str]:
+    if CALL_OPEN in text:
+        return _tagged_bodies(text, parameters, cut)
+    return read_bodies(text)
 
 
 def _cut_bodies(text: str, names: Iterable[str]) -> tuple[list[Any], bool]:
@@ -270,22 +289,24 @@ def _calls_in(bodies: Sequence[Any], allowed: Container[str] | None) -> list[Too
 
 
 def _tagged_bodies(
-    text: str, parameters: Mapping[str, Mapping[str, Any]], cut: bool = False
-) -> list[Any]:
-    """Return the parsed body after each opening tag; ``None`` as last item for an invalid body.
+    text: str, parameters: Mapping[str, Mapping[str, Any]], cut: bool
+) -> tuple[list[Any], str]:
+    """Return the parsed body after each opening tag, and the text outside of the tags.
 
-    A JSON body ends by its own syntax, because its strings may contain the tags. An XML body ends
-    at the closing tag, which is required for ``cut`` text.
+    The last item is ``None`` for an invalid body. A JSON body ends by its own syntax, because its
+    strings may contain the tags. An XML body ends at the closing tag, which is required for ``cut``
+    text.
     """
     bodies: list[Any] = []
     at = text.find(CALL_OPEN)
+    rest = text[:at]
     while at >= 0:
-        at += len(CALL_OPEN)
-        start = _skip_white_space(text, at)
+        start = _skip_white_space(text, at + len(CALL_OPEN))
         try:
             body, at = decode_embedded(text, start)
             at = _skip_white_space(text, at)
-            if at < len(text) and not text.startswith((CALL_OPEN, CALL_CLOSE), at):
+            closed = CALL_CLOSE if text.startswith(CALL_CLOSE, at) else ""
+            if at < len(text) and not closed and not text.startswith(CALL_OPEN, at):
                 body = None
         except ValueError:
             end = text.find(CALL_OPEN, start)
@@ -295,8 +316,11 @@ def _tagged_bodies(
         bodies.append(body)
         if body is None:
             break
-        at = text.find(CALL_OPEN, at)
-    return bodies
+        at += len(closed)
+        following = text.find(CALL_OPEN, at)
+        rest += text[at : following if following >= 0 else len(text)]
+        at = following
+    return bodies, rest
 
 
 def _skip_white_space(text: str, at: int) -> int:

@@ -19,21 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.data.call_formats import ARGUMENTS, NAME
 from luthier.data.tokenization import tokenizer_errors
 from luthier.errors import RecipeError
-from luthier.graders.json_schema import VALUES, depth_of
+from luthier.graders.json_schema import depth_of
 from luthier.graders.regex import UNROLLED_CHARACTERS, unrolled_size
 from luthier.inference.inference import InferenceFailed, InferenceRefused
 from luthier.limits import SCHEMA_CHARACTERS
-from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
+from luthier.types import Tool
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.data.reasoning import ReasoningFormat
     from luthier.models.decoding.sampling import Constraint
 
-_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
-"""Keywords that contain schemas by name."""
 DEPTH = 100
 """Maximum nesting of a schema, because recursive functions read schemas."""
 INTERSECTIONS = 8
@@ -180,30 +179,44 @@ class Constraints:
             InferenceRefused: for an invalid or too large constraint.
         """
         grammar = _grammar_of(constraint, self._characters)
-        return self._matcher(grammar, constraint.kind, reasoning)
+        channel = reasoning.marks.answer[0] if reasoning and reasoning.marks.answer else ""
+        return self._matcher(grammar, constraint.kind, reasoning, channel)
 
     def calls(
-        self, tools: Sequence[Tool], marked: bool, reasoning: ReasoningFormat | None = None
+        self, tools: Sequence[Tool], form: str, reasoning: ReasoningFormat | None = None
     ) -> Matcher:
-        """Return a matcher of a single tool call after optional ``reasoning``, in tags if
-        ``marked``.
+        """Return a matcher of a single tool call after optional ``reasoning``.
+
+        ``form`` is that of :func:`luthier.data.call_formats.call_form`.
 
         Raises:
             InferenceRefused: as :meth:`matcher`.
         """
-        # Before the schemas are joined, because `_move_references` recurses over them.
-        for tool in tools:
+        lines, left = [], self._characters
+        for number, tool in enumerate(tools):
             check_schema(tool.parameters)
-        if len(tools) == 1:
-            schema = _call(tools[0], "#")
-        else:
-            schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
-        if not marked:
-            grammar = _schema_grammar(schema, self._characters)
-            return self._matcher(grammar, reasoning=reasoning)
-        body = _serialize({**schema, "x-guidance": _FORM}, self._characters)
-        lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
-        return self._matcher(_named_lark(lark), reasoning=reasoning)
+            schema = _serialize({**tool.parameters, "x-guidance": _FORM}, left)
+            left -= len(schema)
+            before, after = form.replace(NAME, tool.name).split(ARGUMENTS)
+            parts = f"{self._literal(before)} arguments_{number} {self._literal(after)}"
+            lines += [f"call_{number}: {parts}", f"arguments_{number}: %json {schema}"]
+        choice = " | ".join(f"call_{number}" for number in range(len(tools)))
+        return self._matcher(
+            _named_lark("\n".join([f"start: {choice}", *lines])), "schema", reasoning
+        )
+
+    def _literal(self, text: str) -> str:
+        """Return ``text`` as terminals of a grammar: added tokens by id, other text in quotes."""
+        # llguidance gives added tokens no text.
+        added = self._chat.tokenizer.added_tokens_decoder
+        ids = {str(token): id_ for id_, token in added.items()}
+        names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        parts = re.split(f"({names})", text) if names else [text]
+        return " ".join(
+            f"<[{ids[part]}]>" if part in ids else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token, or the name of a special token."""
@@ -216,15 +229,45 @@ class Constraints:
         return content
 
     def _matcher(
-        self, grammar: str, kind: str = "schema", reasoning: ReasoningFormat | None = None
+        self,
+        grammar: str,
+        kind: str = "schema",
+        reasoning: ReasoningFormat | None = None,
+        channel: str = "",
     ) -> Matcher:
         with self._lock:
             tokenizer = self._tokens()
         if reasoning is not None:
-            grammar = _behind_reasoning(grammar, reasoning)
+            grammar = self._behind_reasoning(grammar, reasoning, channel)
         # Not cached: copies share lexer states, about 5 kB a token, until the last copy is freed.
         # Compiling again takes 2 to 40 ms.
         return Matcher(_read_grammar(tokenizer, grammar, kind), _NOUNS[kind])
+
+    def _behind_reasoning(self, grammar: str, reasoning: ReasoningFormat, channel: str) -> str:
+        """Return ``grammar`` after reasoning and ``channel``. Reasoning is any text up to the closing
+        mark.
+
+        Reasoning is optional unless the prompt has the opening mark. Marks are special tokens, or plain
+        text for a model without such tokens.
+        """
+        marks = reasoning.marks
+        opening, close = self._literal(marks.open), json.dumps(marks.close)
+        if marks.close_id is None:
+            thought = f"thought[suffix={close}]: /(?s:.*)/"
+            thoughts = "thought"
+        else:
+            letters = re.escape(marks.close).replace("/", "\\/")
+            # The thought must not spell the closing mark in ordinary tokens.
+            thought = f"THOUGHT: /(?s:.+)/ & ~/(?s:.*){letters}(?s:.*)/"
+            thoughts = f"THOUGHT? <[{marks.close_id}]>"
+        # gpt-oss opens a new turn after the reasoning.
+        turn = marks.answer[-1].removesuffix(marks.answer[0]) if marks.answer else ""
+        thoughts += f' "\\n"~0..2 {self._literal(turn)}'
+        begin = f"({opening})? {thoughts}" if reasoning.is_open else f"({opening} {thoughts})?"
+        start = f"{begin} {self._literal(channel)} @answer"
+        (answer,) = json.loads(grammar)["grammars"]
+        around = {"lark_grammar": f"start: {start}\n{thought}\n"}
+        return json.dumps({"grammars": [around, {**answer, "name": "answer"}]}, ensure_ascii=False)
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
@@ -271,36 +314,6 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
 def _named_lark(text: str) -> str:
     # Wrapped, because llguidance would parse JSON text as a grammar in its own format.
     return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
-
-
-def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
-    """Return ``grammar`` after reasoning: any text up to the closing mark.
-
-    Reasoning is optional unless the prompt has the opening mark. Marks are special tokens, or plain
-    text for a model without such tokens.
-    """
-    marks = reasoning.marks
-    opening, close = json.dumps(marks.open), json.dumps(marks.close)
-    # llguidance gives added tokens no text, so a mark of one token is named by its id.
-    if marks.open_id is not None:
-        opening = f"<[{marks.open_id}]>"
-    if marks.close_id is None:
-        thought = f"thought[suffix={close}]: /(?s:.*)/"
-        thoughts = "thought"
-    else:
-        letters = re.escape(marks.close).replace("/", "\\/")
-        # The thought must not spell the closing mark in ordinary tokens.
-        thought = f"THOUGHT: /(?s:.+)/ & ~/(?s:.*){letters}(?s:.*)/"
-        thoughts = f"THOUGHT? <[{marks.close_id}]>"
-    lines = r'"\n"~0..2'
-    start = (
-        f"{opening}? {thoughts} {lines} @answer"
-        if reasoning.is_open
-        else f"({opening} {thoughts} {lines})? @answer"
-    )
-    (answer,) = json.loads(grammar)["grammars"]
-    around = {"lark_grammar": f"start: {start}\n{thought}\n"}
-    return json.dumps({"grammars": [around, {**answer, "name": "answer"}]}, ensure_ascii=False)
 
 
 def _schema_grammar(schema: Any, characters: int) -> str:
@@ -406,35 +419,3 @@ def _reason(error: str) -> str:
     if "regex parse error" in text:
         text = f"invalid regular expression: {text.rpartition('error:')[2]}"
     return " ".join(_QUOTED.split(text)[0].split())[:300]
-
-
-def _call(tool: Tool, place: str) -> dict[str, Any]:
-    """Return the schema of a call of ``tool``, at ``place`` of the whole schema."""
-    arguments = _move_references(dict(tool.parameters), f"{place}/properties/arguments")
-    return {
-        "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": arguments},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
-
-
-def _move_references(schema: Any, place: str, named: bool = False) -> Any:
-    """Return ``schema`` with internal references moved to ``place`` of another schema.
-
-    In a ``named`` object, keys are names of schemas, not keywords.
-    """
-    if isinstance(schema, list):
-        return [_move_references(each, place) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {}
-    for key, value in schema.items():
-        # Plain values (`const`, `enum`) may contain a key `$ref` that is no reference.
-        if not named and key in VALUES:
-            moved[key] = value
-        elif key == "$ref" and isinstance(value, str) and (value == "#" or value[:2] == "#/"):
-            moved[key] = place + value[1:]
-        else:
-            moved[key] = _move_references(value, place, not named and key in _NAMED)
-    return moved

@@ -434,7 +434,7 @@ class Decoder:
     def _matcher(
         self, request: GenerationRequest, reasoning: ReasoningFormat | None = None
     ) -> Matcher | None:
-        from luthier.inference.tool_calls import marks_calls
+        from luthier.inference.tool_calls import form_of_calls
 
         chat = request.prompt if isinstance(request.prompt, Chat) else None
         if chat is None or not chat.tools or chat.tool_choice in ("auto", "none"):
@@ -448,7 +448,7 @@ class Decoder:
                 raise InferenceRefused(
                     f"`tool_choice` names an unknown tool {name!r}.", "tool_choice"
                 )
-        return self.constraints.calls(tools, marks_calls(self.chat), reasoning)
+        return self.constraints.calls(tools, form_of_calls(self.chat), reasoning)
 
     def _cancel(self, job: RunningRequest) -> None:
         with self._wake:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from luthier.data.call_formats import OPENS, find_open
+from luthier.data.call_formats import OPENS, call_form, find_open
 from luthier.data.chat import images_of
 from luthier.data.reasoning import overlap
-from luthier.data.tools import parse_calls, parse_cut_calls, supports_tools
+from luthier.data.tokenization import special_tokens
+from luthier.data.tools import split_calls, split_cut_calls, supports_tools
 from luthier.errors import RecipeError, RowRefused
 from luthier.inference.constraints import check_depth
 from luthier.inference.inference import Chat, InferenceRefused
@@ -30,9 +31,10 @@ def new_call_id() -> str:
     return "tooluse_" + secrets.token_urlsafe(16)
 
 
-def marks_calls(chat: ChatFormat) -> bool:
-    """Return whether the model's template puts tool calls between tags."""
-    return supports_tools(chat.template_text) and CALL_OPEN in chat.template_text
+def form_of_calls(chat: ChatFormat) -> str:
+    """Return how the model writes a tool call (:func:`luthier.data.call_formats.call_form`)."""
+    template = chat.template_text
+    return call_form(template, special_tokens(chat.tokenizer) if supports_tools(template) else ())
 
 
 def encode(
@@ -121,9 +123,11 @@ class CallSplitter:
         reply."""
         # Clients run every call they receive, so a call that the token limit cut off is dropped.
         if cut and self._may_hide and (self._calling or self._forced):
-            calls, self.incomplete = parse_cut_calls(self._pending, self._tools)
-            self.incomplete |= self._forced and not calls
+            calls, text, self.incomplete = split_cut_calls(self._pending, self._tools)
+            if self._forced and not calls:
+                text, self.incomplete = "", True
         else:
-            calls = parse_calls(self._pending, self._tools, declared_only=True)
-        calls = [replace(call, id=new_call_id()) for call in calls]
-        return ("" if calls or self.incomplete else self._pending), calls
+            calls, text = split_calls(self._pending, self._tools, declared_only=True)
+        if (calls or self.incomplete) and not text.strip():
+            text = ""
+        return text, [replace(call, id=new_call_id()) for call in calls]
