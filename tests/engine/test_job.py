@@ -194,7 +194,8 @@ def test_long_rows_are_refused_dropped_or_cut_and_counted(
         assert counted["rows"] == result.rows == left
         if tokens:
             assert result.tokens == counted["tokens"] > 3 * tokens
-        assert any("3 rows longer than 100 tokens were" in note for note in reporter.notes)
+        (note,) = [each for each in reporter.notes if "3 rows longer than 100 tokens were" in each]
+        assert not note.startswith("warning")
 
 
 def test_a_row_whose_reply_would_be_cut_off_whole_is_refused(
@@ -206,3 +207,70 @@ def test_a_row_whose_reply_would_be_cut_off_whole_is_refused(
     with pytest.raises(DataError) as refused:
         train.train(recipe(base=base, data=data))
     assert refused.value.rule == "row.nothing_learned"
+
+
+def planned(
+    rows: list[dict[str, Any]], base: Path, folder: Path, **training: Any
+) -> tuple[job.TrainingJob, Notes]:
+    """Prepare a job of ``rows`` and return the job with the notes."""
+    notes = Notes()
+    data = {"train": str(write_rows(folder / "rows.jsonl", rows)), "validation_share": 0}
+    spec = Recipe.parse(
+        {
+            "base": str(base),
+            "name": "planned",
+            "data": data,
+            "training": {"precision": "float32", **training},
+        }
+    )
+    machine = choose_machine("float32", 1)
+    return job.prepare_job(spec, find(spec.base), machine, notes), notes
+
+
+def test_mostly_truncated_rows_are_a_warning_with_the_count(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def note(long: int) -> str:
+        rows = [
+            {"text": "fox " * (900 if n < long else 1) + str(n), "label": "ab"[n % 2]}
+            for n in range(6)
+        ]
+        notes = planned(rows, family_folder("bert"), tmp_path)[1].notes
+        (found,) = [each for each in notes if "were truncated" in each]
+        return found
+
+    assert note(2).startswith("2 rows")
+    assert note(3).startswith("warning: 3 rows") and "of 6" in note(3)
+
+
+def test_contrastive_batch_of_one_row_needs_negatives(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pairs_of_text = [{"anchor": f"fox {n}", "positive": f"card {n}"} for n in range(6)]
+    base = family_folder("bert")
+    with pytest.raises(RecipeError) as caught:
+        planned(pairs_of_text, base, tmp_path, batch_size=1)
+    assert caught.value.setting == "training.batch_size"
+    planned(pairs_of_text, base, tmp_path, batch_size=2)
+    planned(
+        [{**row, "negative": "the river"} for row in pairs_of_text], base, tmp_path, batch_size=1
+    )
+
+
+def test_head_of_a_reader_from_another_tool_is_not_new(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "reader"
+    shutil.copytree(family_folder("bert"), folder)
+    rows = [
+        {
+            "question": "who?",
+            "context": f"the fox {n}",
+            "answers": {"text": ["fox"], "answer_start": [4]},
+        }
+        for n in range(6)
+    ]
+    assert planned(rows, folder, tmp_path)[0].new_head
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "architectures": ["BertForQuestionAnswering"]})
+    assert not planned(rows, folder, tmp_path)[0].new_head

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.engine.verdict import Cause, Outcome, Refit, RunVerdict, judge_run
+from luthier.evaluation.label_issues import LabelIssueCounts
 from luthier.recipe import Training
 
 FALLING = [2.0 - 0.02 * step for step in range(1, 41)]
@@ -262,6 +263,37 @@ def test_rows_that_a_baseline_tells_apart_are_not_blamed() -> None:
     found = scored(right, uninformative=True, informed="naive Bayes on words", other_base=start)
     assert found.cause == "base_model" and "`--base org/model`" in found.advice
     assert scored(right, uninformative=True, other_base=start).cause == "uninformative"
+
+
+def test_wrong_labels_are_the_cause_of_a_run_without_gain() -> None:
+    right = [[1] * 36 + [0] * 4, [1] * 35 + [0] * 5]
+    many, few = LabelIssueCounts(31, 416), LabelIssueCounts(2, 416)
+    found = scored(right, fitted_head=True, label_issues=many)
+    assert found.cause == "wrong_labels"
+    assert "31 of 416" in found.advice and "`data.label_issues=leave_out`" in found.advice
+    left_out = scored(right, fitted_head=True, label_issues=many, learns_issues=False)
+    assert left_out.cause == "wrong_labels" and "leave_out" not in left_out.advice
+    assert scored(right, fitted_head=True, label_issues=few).cause == "regression"
+    overfitted = scored([[1, 0] * 20, [1] * 40, [1, 0] * 20], label_issues=many)
+    assert (overfitted.outcome, overfitted.cause) == ("overfitted", "wrong_labels")
+    learned = scored([[1, 0] * 20, [1] * 40], label_issues=many)
+    assert (learned.outcome, learned.cause) == ("learned", "")
+
+
+def test_a_weak_reader_with_a_new_head_needs_another_base() -> None:
+    lines = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
+
+    def reader(f1: float, new_head: bool = True) -> RunVerdict:
+        course = [
+            held(0, 5.0, span_f1=0.02, span_f1_error=0.01),
+            held(40, 3.0, span_f1=f1, span_f1_error=0.02),
+        ]
+        fields: Any = {"new_head": new_head}
+        return judge_run([*lines, *course], "span_f1", Training(), 40, 80, **fields)
+
+    weak = reader(0.075)
+    assert weak.cause == "reader_base" and "`--base bert-base-uncased`" in weak.advice
+    assert reader(0.8).cause == "" and reader(0.075, new_head=False).cause == ""
 
 
 def test_a_lower_loss_at_chance_level_is_no_gain() -> None:

@@ -51,6 +51,11 @@ def test_the_default_base_is_the_recipe_s() -> None:
         ({"text": "a", "rating": 1.5}, None, gate.READER),
         ({"tokens": ["a"], "tags": ["O"]}, None, gate.READER),
         ({"anchor": "a", "positive": "b"}, None, gate.READER),
+        (
+            {"question": "a", "context": "b", "answers": {"text": [], "answer_start": []}},
+            None,
+            gate.READER,
+        ),
         (LABELS[0], "causal_lm", DEFAULT_BASE),
         ({"text": "raw"}, None, DEFAULT_BASE),
         ({"prompt": "a", "completion": "b", "label": False}, None, DEFAULT_BASE),
@@ -65,6 +70,7 @@ def test_where_no_base_is_named_the_rows_decide(
     found, reason = gate.default_base(RowReader(str(data)), gate.parse_objective(objective))
     assert found == base
     assert ("encoder" in reason) is (base == gate.READER)
+    assert ("`--base bert-base-uncased`" in reason) is ("question" in row)
 
 
 def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash(

@@ -30,6 +30,7 @@ from luthier.errors import RecipeError
 from luthier.files import need_disk
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
+from luthier.gate.rules import MOSTLY_TRUNCATED
 from luthier.library import models as store
 from luthier.library.folders import base_folder
 from luthier.models.base_kinds import sole_objective
@@ -294,9 +295,13 @@ def prepare_job(
         )
     if data.recognized and data.recognized.unread:
         reporter.note(f"ignored columns: {', '.join(data.recognized.unread)}")
+    rows = data.counts["rows"] + data.counts["validation_rows"]
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
-            reporter.note(f"{count} rows longer than {context} tokens were {what}")
+            text = f"{count:,} rows longer than {context:,} tokens were {what}"
+            if what == "truncated" and 2 * count >= rows:
+                text = f"warning: {text}, of {rows:,}. {MOSTLY_TRUNCATED.fix}"
+            reporter.note(text)
     for line in warnings(data.report) if data.report else ():
         reporter.note(line)
     if learned_rows := rows_learned_by(base, data):
@@ -435,8 +440,11 @@ def resolve_job(
     if recipe.training.layer_decay < 1:
         layer_names(model)  # raises for a network without separate layers
     width = hidden_size_of(model)
-    # A custom model of the same task and classes keeps its head.
-    brings = base.manifest.kind == data.objective.task.head
+    # A custom model of the same task and classes keeps its head. So does a folder of a reader, which
+    # has no classes.
+    head = data.objective.task.head
+    brings = base.manifest.kind == head
+    brings |= head == base.network.description.task == "question_answering"
     one, other = base_objective.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings
@@ -458,6 +466,14 @@ def resolve_job(
         held_out=held_out,
         scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
     )
+    alone = recipe.training.batch_size == 1 and data.objective.contrasts_rows
+    if alone and data.train[0].partner is None and not getattr(bound, "hard_negatives", 0):
+        raise RecipeError(
+            "each row is compared with the other rows of its batch, and a batch of 1 row has no "
+            "other row. Use a batch of at least 2 rows, better 64, or remove the setting",
+            setting="training.batch_size",
+            rule="objective.batch",
+        )
     recipe = recipe.model_copy(update={"objective": data.objective})
     # The default rate is needed even if a rate is set: advice on divergence compares both.
     open_rate = recipe.training.model_copy(update={"learning_rate": None})

@@ -447,6 +447,7 @@ def judge(trainer: Trainer, refit: Refit | None = None) -> RunVerdict:
     language = report.findings.examples.get(UNTRAINED.id) if report is not None else None
     baselines, comparison = trainer.baselines, trainer.comparison
     informed = baselines.best_informative if baselines is not None else None
+    issues = baselines.label_issues if baselines is not None else None
     return judge_run(
         trainer.lines,
         job.data.objective.measure,
@@ -459,6 +460,9 @@ def judge(trainer: Trainer, refit: Refit | None = None) -> RunVerdict:
         informed=informed.name if informed is not None else "",
         other_base=language[0].closest_fix if language else "",
         refit=refit,
+        new_head=job.new_head,
+        label_issues=issues.counts if issues is not None else None,
+        learns_issues=job.recipe.data.label_issues == "keep",
     )
 
 

@@ -26,7 +26,9 @@ from luthier.engine.metrics import (
     deciding_measure,
     is_hollow,
 )
+from luthier.evaluation.label_issues import LabelIssueCounts
 from luthier.formatting import format_duration
+from luthier.objectives.question_answering import ANSWERING_BASES
 from luthier.recipe import Training
 
 Outcome = Literal[
@@ -55,6 +57,8 @@ Cause = Literal[
     "rows_not_learned",
     "base_model",
     "uninformative",
+    "wrong_labels",
+    "reader_base",
 ]
 
 LEAST_GAIN = 0.02
@@ -71,6 +75,10 @@ RISEN = 0.1
 LEARNED = 0.1
 """Minimum fall of the training loss, as a share, before labels can be blamed for an uninformative
 model. A new head that only learns label frequencies gains less."""
+MANY_ISSUES = 0.02
+"""Minimum share of rows with a label issue for the labels to be the cause (docs/log/defaults.md)."""
+LOW_F1 = 0.5
+"""F1 of a reader with a new head below which another base model is advised (docs/results.md)."""
 SMALL_BATCH = 16
 """Batch size below which a larger batch is advised if nothing was learned."""
 FEW_LOSSES = 10
@@ -107,6 +115,9 @@ _ADVICE: Mapping[Cause, str] = {
     "the baseline",
     "uninformative": "A constant answer is not measurably worse: check the labels, or measure on more "
     "rows with `data.validation=FILE`",
+    "wrong_labels": "{issues} of {checked} labels are probably wrong: correct the rows in "
+    "`label_issues.jsonl`{leave_out}",
+    "reader_base": ANSWERING_BASES,
 }
 
 
@@ -162,6 +173,9 @@ def judge_run(
     informed: str = "",
     other_base: str = "",
     refit: Refit | None = None,
+    new_head: bool = False,
+    label_issues: LabelIssueCounts | None = None,
+    learns_issues: bool = True,
 ) -> RunVerdict:
     """Return the verdict on a run.
 
@@ -179,6 +193,9 @@ def judge_run(
         other_base: advice for another base model, if the base does not know the language of the
             rows.
         refit: the second training on all rows, if the stored weights come from a refit.
+        new_head: whether the head started from random weights.
+        label_issues: counts of the label check, if the labels were checked.
+        learns_issues: whether the rows with a label issue were learned as they are.
     """
     train = [line for line in lines if line["event"] == "train"]
     held = [line for line in lines if line["event"] == "validation"]
@@ -220,6 +237,12 @@ def judge_run(
         # Blame the labels only if the training loss fell; otherwise the rows were not learned.
         if not fitted_head and not course.training_learned():
             cause = "rate_high" if course.training_rose() else "rows_not_learned"
+    is_good = outcome in ("learned", "still_improving") or is_perfect
+    wrong = label_issues is not None and label_issues.issues >= MANY_ISSUES * label_issues.rows
+    if wrong and not is_good and cause not in ("rate_high", "rows_not_learned", "base_model"):
+        cause = "wrong_labels"
+    if measure == "span_f1" and new_head and course.kept[measure] < LOW_F1 and not few:
+        cause = "reader_base"
 
     sentences = [f"{headline}: {course.describe(rows if few else 0, start, early)}"]
     if refit is not None:
@@ -236,7 +259,12 @@ def judge_run(
         sentences.append(f"The weights of step {kept} are stored")
     other_base = other_base[:1].lower() + other_base[1:].rstrip(".") or "try another, `--base ID`"
     advice = _ADVICE[cause].format(
-        **course.settings(training), informed=informed, other_base=other_base
+        **course.settings(training),
+        informed=informed,
+        other_base=other_base,
+        issues=f"{label_issues.issues:,}" if label_issues else "",
+        checked=f"{label_issues.rows:,}" if label_issues else "",
+        leave_out=", or try `data.label_issues=leave_out`" if learns_issues else "",
     )
     # A few held-out rows do not show a gain that the training loss shows.
     gained = fitted_head or not failed or (0 < rows < FEW_ROWS and course.training_learned())

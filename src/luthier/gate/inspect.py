@@ -13,6 +13,7 @@ from luthier.data.inputs import PLURAL, MediaKind
 from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import LabelledText
 from luthier.data.sources import Source
 from luthier.errors import DownloadError, Problem, RefusedInput
@@ -34,6 +35,7 @@ from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base, predicts
+from luthier.objectives.question_answering import ANSWERING_BASES
 from luthier.recipe import DataSpec, Recipe
 from luthier.types import Row
 
@@ -82,6 +84,8 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
     what = row and SHAPES[row.shape].encoder_targets
     if isinstance(row, LabelledText) and objective is None:
         return _encoder_of_labels(reader.first(LANGUAGE_ROWS))
+    if isinstance(row, AnsweredQuestion):
+        return READER, f"the smallest encoder, which never learned to answer; {ANSWERING_BASES}"
     return (READER, f"an encoder is best for texts with {what}") if what else plain
 
 

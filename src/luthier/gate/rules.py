@@ -216,6 +216,14 @@ TRUNCATED = Rule(
     "Predictions do not depend on the end of the text.",
     "Choose a base model with a longer context, or set `data.long_rows=drop`.",
 )
+MOSTLY_TRUNCATED = Rule(
+    "rows.truncated",
+    "warning",
+    "At least half of the rows have more tokens than the model's context.",
+    "The model learns from the beginnings of the texts, and predicts from the beginning only.",
+    "Choose a base model with a longer context, or split the texts into passages.",
+    whole=True,
+)
 NOTHING_LEARNED = Rule(
     "row.nothing_learned",
     "error",

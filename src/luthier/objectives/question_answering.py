@@ -45,6 +45,12 @@ USUAL_ANSWER, LONGEST_ANSWER = 30, 1000
 LONGER = 1.25
 """Ratio of the limit to the longest answer of the training rows."""
 
+ANSWERING_BASES = (
+    "with fewer than thousands of questions, start from an encoder that was tuned on SQuAD "
+    "(`--base`, a hub id or folder), otherwise from `--base bert-base-uncased`"
+)
+"""Advice on the base model: a random head learns little from few rows (docs/results.md)."""
+
 
 @dataclass(frozen=True)
 class AnswerSpan:

@@ -76,7 +76,17 @@ def test_long_text_of_a_classifier_is_a_note(family_folder: Callable[[str], Path
     rows: list[Row] = [LabelledText("f", n, "fox " * n, "ab"[n % 2]) for n in (1, 2, 300)]
     report = found(reader, rows, context=64)
     assert [each.place.line for each in report.findings.examples["row.truncated"]] == [300]
-    assert report.findings.exit_code == 0
+    assert report.findings.exit_code == 0 and "rows.truncated" not in report.findings.counts
+
+
+def test_mostly_truncated_classifier_is_a_warning(family_folder: Callable[[str], Path]) -> None:
+    reader = load_chat_format(family_folder("bert"))
+    rows: list[Row] = [
+        LabelledText("f", n, "fox " * (300 if n > 2 else 1), "ab"[n % 2]) for n in (1, 2, 3, 4, 5)
+    ]
+    report = found(reader, rows, context=64)
+    (finding,) = report.findings.examples["rows.truncated"]
+    assert "3 of 5 rows" in finding.message and report.findings.exit_code == 1
 
 
 def test_rows_of_another_shape_are_named(chat: ChatFormat) -> None:

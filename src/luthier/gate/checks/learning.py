@@ -38,6 +38,7 @@ from luthier.gate.encode import RowEncoder, single_row_error
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import (
     ENCODING_RULES,
+    MOSTLY_TRUNCATED,
     NOTHING_LEARNED,
     TOO_FEW,
     TRUNCATED,
@@ -116,7 +117,7 @@ class Learning(SpotCheck):
     """Encodes every row for a model and an objective."""
 
     name: ClassVar[str] = "learning"
-    rules: ClassVar[tuple[Rule, ...]] = (*ENCODING_RULES.values(), TRUNCATED)
+    rules: ClassVar[tuple[Rule, ...]] = (*ENCODING_RULES.values(), TRUNCATED, MOSTLY_TRUNCATED)
     needs_model: ClassVar[bool] = True
     in_jobs: ClassVar[bool] = False
     measures_with: ClassVar[tuple[str, ...]] = ("objective", "chat", "context", "kept", "every")
@@ -304,6 +305,12 @@ class Learning(SpotCheck):
             self.collect(BatchLines(split, file, lines_N, -1), measured, findings)
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)
+        truncated = findings.counts[TRUNCATED.id]
+        rows = sum(lengths.count for lengths in self.lengths.values())
+        if truncated and 2 * truncated >= rows:
+            place = findings.examples[TRUNCATED.id][0].place
+            message = f"{truncated:,} of {rows:,} rows have more than {self.context:,} tokens."
+            findings.add(Finding(MOSTLY_TRUNCATED, replace(place, line=0), message))
 
     def summary(self) -> Mapping[str, Any]:
         """Tokens and learned tokens of each split, lengths, the longest rows and the first.
