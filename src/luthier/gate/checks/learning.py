@@ -306,10 +306,10 @@ class Learning(SpotCheck):
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)
         truncated = findings.counts[TRUNCATED.id]
-        rows = sum(lengths.count for lengths in self.lengths.values())
-        if truncated and 2 * truncated >= rows:
+        count = sum(lengths.count for lengths in self.lengths.values())
+        if truncated and 2 * truncated >= count:
             place = findings.examples[TRUNCATED.id][0].place
-            message = f"{truncated:,} of {rows:,} rows have more than {self.context:,} tokens."
+            message = f"{truncated:,} of {count:,} rows have more than {self.context:,} tokens."
             findings.add(Finding(MOSTLY_TRUNCATED, replace(place, line=0), message))
 
     def summary(self) -> Mapping[str, Any]:
