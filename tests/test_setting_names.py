@@ -33,7 +33,7 @@ FURTHER = (
     "models/build.py", "models/shrinking/student.py", "models/shrinking/width.py",
     "models/shrinking/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
-    "gate/row_selection.py", "gate/splits.py", "server/tables/backup.py",
+    "gate/row_selection.py", "gate/splits.py", "server/stores/backup.py",
 )  # fmt: skip
 """Additional files of commands."""
 OF_COMMANDS = {

@@ -23,9 +23,9 @@ from luthier.cli.service import FIRST_ACCOUNT, open_database
 from luthier.library.models import find
 from luthier.server.service import Service
 from luthier.server.settings import Settings
+from luthier.server.stores.removal import count_without_account
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import now
-from luthier.server.tables.removal import count_without_account
 from luthier.server.tables.storage import stored_by
 
 OTHER = "111111111111"

@@ -17,7 +17,7 @@ from luthier.cli.app import app
 from luthier.cli.serve import ROOT_KEYS, _print_addresses, parse_graders
 from luthier.errors import RefusedInput
 from luthier.server.service import LAMBDA
-from luthier.server.tables.bootstrap import IssuedKeys
+from luthier.server.stores.bootstrap import IssuedKeys
 from luthier.server.tables.database import Database
 
 

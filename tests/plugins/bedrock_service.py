@@ -25,12 +25,12 @@ from luthier.server.bedrock.routes import bedrock_api
 from luthier.server.http.application import Application
 from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.server.http.metrics import Metrics
+from luthier.server.stores.removal import delete
 from luthier.server.tables import jobs as queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Base, Database
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.removal import delete
 
 ALICE, BOB = "111111111111", "222222222222"
 BASE = "huggingfacetb.smollm2-135m-instruct"

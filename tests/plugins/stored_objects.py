@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from luthier.errors import ObjectRefused
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.database import Database
-from luthier.server.tables.objects import ObjectMetadata, Objects
+from luthier.server.tables.objects import ObjectMetadata
 
 
 def put_objects(database: Database, account: str, files: Mapping[str, bytes]) -> None:

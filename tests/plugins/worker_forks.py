@@ -51,8 +51,8 @@ def work(arguments: list[str]) -> int:
     exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
     from luthier.cli.worker import configure_logging
     from luthier.server.jobs.training import TrainingWorker
+    from luthier.server.stores.locations import Locations
     from luthier.server.tables.database import Database
-    from luthier.server.tables.locations import Locations
 
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     configure_logging()

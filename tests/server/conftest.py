@@ -1,8 +1,9 @@
-"""Fixture: a TLS certificate of this machine."""
+"""Fixtures of the server: databases, an object store, and a TLS certificate of this machine."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +12,25 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from luthier.server.stores.objects import Objects
+from luthier.server.tables.database import Database
+from luthier.server.tables.schema import METADATA
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """Return a database with empty tables, once per kind of database."""
+    made = Database(database_url)
+    METADATA.create_all(made.engine)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def objects(database: Database) -> Objects:
+    """Return an empty object store."""
+    return Objects(database)
 
 
 @pytest.fixture(scope="session")

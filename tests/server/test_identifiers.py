@@ -15,19 +15,10 @@ from luthier.server.tables.custom_models import ACTIVE, CREATING, CustomModel
 from luthier.server.tables.database import Database, new_id, now
 from luthier.server.tables.endpoints import CREATING as BEING_CREATED
 from luthier.server.tables.endpoints import DEPLOYMENT, FAILED, PROVISIONED, READY, Endpoint
-from luthier.server.tables.schema import METADATA
 
 OWN, OTHER = "000000000000", "111111111111"
 ARNS = Arns("us-east-1")
 FOUNDATION = "huggingfacetb.smollm2-135m-instruct"
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    made = Database(database_url)
-    METADATA.create_all(made.engine)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from luthier.limits import ServerLimits
 from luthier.recipe import Recipe
 from luthier.server.service import Service
 from luthier.server.settings import Settings
-from luthier.server.tables.bootstrap import IssuedKeys
+from luthier.server.stores.bootstrap import IssuedKeys
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import new_id, now
 from luthier.server.tables.endpoints import DEPLOYMENT, READY, Endpoint

@@ -10,8 +10,8 @@ import pytest
 from moto_server import KEYS, moto_client, moto_server
 
 from luthier.errors import LocationRefused
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.database import Base, Database
-from luthier.server.tables.locations import Locations
 
 ACCOUNT = "000000000000"
 
@@ -54,6 +54,6 @@ def test_a_folder_elsewhere_is_listed_and_copied(
             locations.folder(ACCOUNT, uri)
     with pytest.raises(LocationRefused):
         locations.fetch_from(ACCOUNT, "s3://models/some/tiny", "none", tmp_path / "x")
-    monkeypatch.setattr("luthier.server.tables.locations.MOST_ENTRIES", len(sizes))
+    monkeypatch.setattr("luthier.server.stores.locations.MOST_ENTRIES", len(sizes))
     with pytest.raises(LocationRefused):
         locations.folder(ACCOUNT, "s3://models/some/tiny")

@@ -86,7 +86,7 @@ def back_up(folder: Path, *, with_key: bool = False, database: ServiceDatabase =
         with_key: Include the server's key.
     """
     from luthier.files import luthier_home
-    from luthier.server.tables.backup import backup
+    from luthier.server.stores.backup import backup
     from luthier.server.tables.database import DATABASE_FILE, is_database_here
     from luthier.server.tables.secrets import KEY_FILE
 
@@ -110,7 +110,7 @@ def restore_backup(folder: Path, *, database: ServiceDatabase = None) -> Record:
         folder: Folder of the backup.
     """
     from luthier.files import luthier_home
-    from luthier.server.tables.backup import restore
+    from luthier.server.stores.backup import restore
     from luthier.server.tables.secrets import KEY_FILE
 
     files = restore(folder, database)

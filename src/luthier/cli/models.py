@@ -487,8 +487,8 @@ def accept_model(model: str) -> Record:
 
 def _check_no_account(model: str, database: str | None) -> None:
     """Reject a model that the service still uses."""
+    from luthier.server.stores.removal import owner_of
     from luthier.server.tables.database import is_database_here
-    from luthier.server.tables.removal import owner_of
 
     if not is_database_here(database):
         return
@@ -503,9 +503,9 @@ def _check_no_account(model: str, database: str | None) -> None:
 
 def _service_users(base: str, database: str | None) -> list[str]:
     """Return the models, jobs and endpoints of accounts that use a base model."""
+    from luthier.server.stores.removal import users_of_base
     from luthier.server.tables.database import is_database_here
     from luthier.server.tables.foundation import foundation_model
-    from luthier.server.tables.removal import users_of_base
 
     known = foundation_model(base)
     if known is None or not is_database_here(database):
@@ -561,7 +561,7 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
             remove_side_files(model)
             shutil.rmtree(run.model_folder, ignore_errors=True)
     if has_service:
-        from luthier.server.tables.removal import remove_unneeded
+        from luthier.server.stores.removal import remove_unneeded
 
         for parent in parents:
             remove_unneeded(parent)

@@ -154,7 +154,7 @@ def unregister(
     """
     from sqlalchemy import select
 
-    from luthier.server.tables import removal
+    from luthier.server.stores import removal
     from luthier.server.tables.arns import Arns
     from luthier.server.tables.custom_models import CustomModel
 

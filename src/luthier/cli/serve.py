@@ -19,7 +19,7 @@ ROOT_KEYS = "root-keys.sh"
 """File in the store with the keys of the first start, if standard output is not a terminal."""
 
 if TYPE_CHECKING:
-    from luthier.server.tables.bootstrap import IssuedKeys
+    from luthier.server.stores.bootstrap import IssuedKeys
 
 
 def serve(
@@ -85,7 +85,7 @@ def serve(
         from luthier.server.jobs.runners import open_runner
         from luthier.server.service import Service
         from luthier.server.settings import Settings
-        from luthier.server.tables.removal import count_without_account
+        from luthier.server.stores.removal import count_without_account
 
         limit_kernels()
         tokenize_in_own_thread()

@@ -45,8 +45,8 @@ def worker(
         from luthier.limits import parse_limits
         from luthier.server.jobs.admission import Capacity
         from luthier.server.jobs.processes import inherited_database
+        from luthier.server.stores.locations import Locations
         from luthier.server.tables.arns import Arns
-        from luthier.server.tables.locations import Locations
 
         worker_class = WORK_KINDS[kind].worker_class()
         database = inherited_database()

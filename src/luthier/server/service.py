@@ -41,17 +41,17 @@ from luthier.server.openai import OpenAIService
 from luthier.server.openai.chat import InvokedChat
 from luthier.server.s3.routes import s3_api
 from luthier.server.settings import Settings
+from luthier.server.stores import bootstrap, removal
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.object_files import UNNAMED_SECONDS
+from luthier.server.stores.objects import Objects
 from luthier.server.sts import sts_api
-from luthier.server.tables import bootstrap, removal
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.exports import ModelExport
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.object_files import UNNAMED_SECONDS
-from luthier.server.tables.objects import Objects
 from luthier.server.tables.principals import matching_server_key
 from luthier.server.tables.schema import upgrade
 from luthier.server.tables.secrets import Sealing

@@ -16,13 +16,13 @@ from luthier.server.jobs.kinds import IMPORT, TRAINING
 from luthier.server.jobs.runners import free
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.jobs.submit import submit_import
+from luthier.server.stores.locations import Locations
 from luthier.server.tables import imports, jobs
 from luthier.server.tables import queue as leased_work
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import now
 from luthier.server.tables.imports import ModelImport
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.locations import Locations
 
 ACCOUNT = "000000000000"
 GIB = 1 << 30

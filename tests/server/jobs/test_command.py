@@ -18,11 +18,11 @@ from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import LOG_TAIL, JobFolders
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.native.operations import Context
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
-from luthier.server.tables.locations import Locations
 from luthier.server.tables.objects import StoredObject
 
-pytest.importorskip("luthier.server.tables.locations")
+pytest.importorskip("luthier.server.stores.locations")
 COMMAND = "import typer; from luthier.cli.worker import worker; typer.run(worker)"
 
 

@@ -13,7 +13,7 @@ from luthier.errors import WrongState
 from luthier.inference.reply_log import ReplyLog, logged_for, reply_log_path
 from luthier.server.jobs import deletion
 from luthier.server.jobs.deletion import delete_job
-from luthier.server.tables import removal
+from luthier.server.stores import removal
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.jobs import Job, JobEvent, run_name

@@ -25,14 +25,14 @@ from luthier.server.jobs.kinds import EXPORT
 from luthier.server.jobs.processes import LOST, this_process
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.jobs.submit import submit_export
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
 from luthier.server.tables import exports, queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.exports import ModelExport
 from luthier.server.tables.jobs import COMPLETED, FAILED, QUEUED, STOPPED
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.objects import Objects
 
 pytestmark = pytest.mark.usefixtures("in_float32")
 ACCOUNT = "000000000000"

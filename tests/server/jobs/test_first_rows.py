@@ -13,9 +13,9 @@ from luthier.errors import DataError
 from luthier.server.jobs import data
 from luthier.server.jobs.data import PeekedRows, check_first_rows, fetch_data, peek_rows
 from luthier.server.jobs.folders import JobFolders
-from luthier.server.tables.locations import Locations
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables.objects import UPLOADS
-from luthier.server.tables.uploaded_files import UploadedFiles
 
 ACCOUNT = "000000000000"
 TABLE = b"utterance,intent,day\n" + b"".join(

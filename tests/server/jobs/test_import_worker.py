@@ -10,10 +10,10 @@ from stored_objects import put_objects
 from luthier.server.jobs.import_worker import ImportWorker
 from luthier.server.jobs.processes import this_process
 from luthier.server.jobs.submit import submit_import
+from luthier.server.stores.locations import Locations
 from luthier.server.tables import queue
 from luthier.server.tables.database import Database
 from luthier.server.tables.imports import ModelImport
-from luthier.server.tables.locations import Locations
 
 
 class _Asked(Exception):

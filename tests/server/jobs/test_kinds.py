@@ -14,12 +14,12 @@ from luthier.server.jobs.folders import ImportFolders
 from luthier.server.jobs.kinds import IMPORT
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.jobs.submit import submit_import
+from luthier.server.stores.removal import delete
 from luthier.server.tables import imports, queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import FAILED, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.imports import ModelImport
-from luthier.server.tables.removal import delete
 
 ACCOUNT = "000000000000"
 sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

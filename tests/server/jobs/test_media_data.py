@@ -26,10 +26,11 @@ from luthier.media.decoding import read_pixels
 from luthier.server.jobs.data import JobData, fetch_data, format_problems
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, recipe_of
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.database import Base, Database
 from luthier.server.tables.foundation import foundation_model
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.objects import ObjectMetadata, Objects
+from luthier.server.tables.objects import ObjectMetadata
 
 ONE, OTHER = "000000000001", "000000000002"
 
@@ -219,11 +220,11 @@ def test_keys_that_are_no_paths_are_refused(bucket: Bucket) -> None:
 def test_more_than_can_be_looked_at(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         bucket.put(f"many/{number}.png", png(number))
-    monkeypatch.setattr("luthier.server.tables.locations.MOST_MEDIA_FILES", 3)
+    monkeypatch.setattr("luthier.server.stores.locations.MOST_MEDIA_FILES", 3)
     with pytest.raises(LocationRefused):
         bucket.fetch("s3://data/many/")
-    monkeypatch.setattr("luthier.server.tables.locations.MOST_MEDIA_FILES", 4)
-    monkeypatch.setattr("luthier.server.tables.locations.MOST_MEDIA_BYTES", 10)
+    monkeypatch.setattr("luthier.server.stores.locations.MOST_MEDIA_FILES", 4)
+    monkeypatch.setattr("luthier.server.stores.locations.MOST_MEDIA_BYTES", 10)
     with pytest.raises(LocationRefused):
         bucket.fetch("s3://data/many/")
     monkeypatch.setattr("luthier.server.jobs.data.MAX_REFERENCES", 2)

@@ -11,14 +11,14 @@ from stored_objects import put_objects
 from luthier.server.jobs.import_worker import ImportWorker
 from luthier.server.jobs.processes import this_process
 from luthier.server.jobs.submit import submit_import
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
+from luthier.server.stores.removal import remove
 from luthier.server.tables import queue as leased_work
 from luthier.server.tables.accounts import create_account, set_quota
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.imports import ModelImport
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.objects import Objects
-from luthier.server.tables.removal import remove
 from luthier.server.tables.storage import stored_by
 from luthier.server.tables.usage import report
 

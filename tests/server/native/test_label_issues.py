@@ -18,7 +18,7 @@ from luthier.server.http.messages import Caller, Fault
 from luthier.server.jobs.submit import Submission, submit
 from luthier.server.native.jobs import LabelIssuesPage, list_label_issues
 from luthier.server.native.operations import Call, Context
-from luthier.server.tables import removal
+from luthier.server.stores import removal
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import foundation_model

@@ -19,7 +19,7 @@ from luthier.limits import AccountQuotas
 from luthier.server.identifiers import find_model
 from luthier.server.jobs.submit import Submission, submit
 from luthier.server.native.operations import Context
-from luthier.server.tables import removal
+from luthier.server.stores import removal
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database

@@ -15,9 +15,9 @@ from stored_objects import put_objects
 from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.native.operations import Context
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Base, Database
-from luthier.server.tables.locations import Locations
 
 ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 

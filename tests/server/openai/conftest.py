@@ -23,11 +23,11 @@ from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.server.http.metrics import Metrics
 from luthier.server.openai import OpenAIService
 from luthier.server.settings import Settings
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.accounts import Account
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database, now
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.objects import Objects
 from luthier.server.tables.principals import User
 from luthier.server.tables.schema import METADATA
 

@@ -17,13 +17,13 @@ from luthier.errors import QuotaExceeded
 from luthier.server.jobs.processes import this_process
 from luthier.server.jobs.submit import Submission, submit
 from luthier.server.jobs.training import TrainingWorker
+from luthier.server.stores.locations import Locations
 from luthier.server.tables import jobs, queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.locations import Locations
 from luthier.server.tables.objects import UPLOADS
 
 WORDS = ("red", "blue", "green", "small", "tall", "loud", "quiet")

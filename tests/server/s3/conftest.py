@@ -20,9 +20,9 @@ from luthier.server.http.metrics import Metrics
 from luthier.server.http.server import Ports
 from luthier.server.s3.routes import s3_api
 from luthier.server.sigv4 import Credential, verify
+from luthier.server.stores.object_files import ObjectFiles
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.database import Base, Database, now
-from luthier.server.tables.object_files import ObjectFiles
-from luthier.server.tables.objects import Objects
 
 ACCOUNTS = {"AKONE": "000000000001", "AKTWO": "000000000002"}
 SECRET = "a secret of thirty letters, or so"

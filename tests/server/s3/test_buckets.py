@@ -136,8 +136,8 @@ def test_prefixes_and_delimiters(
 
 
 def test_a_prefix_of_many_keys_is_passed_over_at_once(service: Any, bucket: str) -> None:
-    from luthier.server.tables.listing import page
-    from luthier.server.tables.object_files import WrittenFile
+    from luthier.server.stores.listing import page
+    from luthier.server.stores.object_files import WrittenFile
     from luthier.server.tables.objects import ObjectMetadata, ObjectPiece, get_bucket, new_object
 
     database = service.objects.database

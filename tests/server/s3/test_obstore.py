@@ -12,7 +12,7 @@ from PIL import Image
 
 from luthier.data.rows import load_rows
 from luthier.errors import DataError, DownloadError, LocationRefused
-from luthier.server.tables.locations import Locations
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.objects import UPLOADS, ObjectMetadata
 
 pytest.importorskip("obstore")

@@ -8,13 +8,13 @@ import pytest
 
 from luthier.errors import LeaseLost, RecipeError, WrongState
 from luthier.server.jobs.submit import submit_export
+from luthier.server.stores.removal import ModelInUse, remove
 from luthier.server.tables import exports, queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.exports import ExportResult, ModelExport
 from luthier.server.tables.jobs import COMPLETED, QUEUED, RUNNING, STOPPED, STOPPING
-from luthier.server.tables.removal import ModelInUse, remove
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 WORKER = {"host": "here", "pid": 1, "born": 0.0}

@@ -9,11 +9,11 @@ import pytest
 from luthier.errors import NameInUse, QuotaExceeded
 from luthier.limits import AccountQuotas
 from luthier.server.jobs.submit import submit_import
+from luthier.server.stores.removal import ModelInUse, remove
 from luthier.server.tables import imports, queue
 from luthier.server.tables.custom_models import ACTIVE, FAILED, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.imports import ModelImport
-from luthier.server.tables.removal import ModelInUse, remove
 
 ACCOUNT = "000000000000"
 WORKER = {"host": "here", "pid": 1, "born": 0.0}

@@ -9,14 +9,15 @@ import pytest
 
 from luthier.errors import QuotaExceeded, RefusedInput
 from luthier.limits import AccountQuotas
+from luthier.server.stores.multipart import CompletedPart, MultipartUploads
+from luthier.server.stores.objects import Objects
+from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables import accounts
 from luthier.server.tables.accounts import create_account, set_quota
 from luthier.server.tables.database import Database
-from luthier.server.tables.multipart import CompletedPart, MultipartUploads
-from luthier.server.tables.objects import ObjectMetadata, Objects
+from luthier.server.tables.objects import ObjectMetadata
 from luthier.server.tables.schema import upgrade
 from luthier.server.tables.storage import Storage, stored_by
-from luthier.server.tables.uploaded_files import UploadedFiles
 
 ONE, OTHER = "111111111111", "222222222222"
 PART = 5 << 20

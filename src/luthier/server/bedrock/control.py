@@ -18,13 +18,13 @@ from luthier.server.bedrock.activation import Activation
 from luthier.server.bedrock.shapes import parse_members, render_response
 from luthier.server.http.messages import Fault, Request, Response
 from luthier.server.http.routes import Handler
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arn, Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.endpoints import Endpoint
 from luthier.server.tables.idempotency import Attempt, recall, remember
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.locations import Locations
 from luthier.server.tables.tags import TooManyTags
 
 TOKEN = "clientRequestToken"  # noqa: S105  (the name of a member)

@@ -30,9 +30,9 @@ from luthier.library.models import find
 from luthier.models.catalog import CATALOG
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import DISTILLATION, Submission, recipe_of
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.foundation import root_of
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.locations import Locations
 
 if TYPE_CHECKING:
     from luthier.gate.policy import GatePolicy

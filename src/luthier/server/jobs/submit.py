@@ -23,6 +23,7 @@ from luthier.limits import AccountQuotas
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
 from luthier.models.manifest import MANIFEST
+from luthier.server.stores.removal import is_removed
 from luthier.server.tables import exports, imports, storage
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import (
@@ -47,7 +48,6 @@ from luthier.server.tables.foundation import (
 )
 from luthier.server.tables.jobs import QUEUED, QUEUED_OR_RUNNING, Job, record, run_name
 from luthier.server.tables.queue import in_flight, next_turn
-from luthier.server.tables.removal import is_removed
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe

@@ -36,10 +36,10 @@ from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.processes import LOST, NO_SPACE, this_process
 from luthier.server.jobs.runners import free
+from luthier.server.stores.locations import Locations
 from luthier.server.tables import queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
-from luthier.server.tables.locations import Locations
 from luthier.server.tables.queue import QueuedWork
 
 Work = TypeVar("Work", bound=QueuedWork)

@@ -20,11 +20,11 @@ from luthier.server.http.routes import ApiCall, ApiRoute, api_router
 from luthier.server.identifiers import ModelIds, find_model
 from luthier.server.jobs.forecast import QueuePlace
 from luthier.server.jobs.submit import SETTABLE_DATA
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import FoundationModel
-from luthier.server.tables.locations import Locations
 from luthier.validation import describe_error
 
 STATUS = {

@@ -32,11 +32,11 @@ from luthier.server.openai.protocol import (
     seconds,
     shape_of,
 )
+from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables import batches as store
 from luthier.server.tables import storage
 from luthier.server.tables.batches import Batch
 from luthier.server.tables.database import Database, now
-from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage, Usage
 
 Answered = tuple[bool, JsonObject]

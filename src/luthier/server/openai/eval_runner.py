@@ -35,10 +35,10 @@ from luthier.server.openai.eval_runs import (
 from luthier.server.openai.generation import Answers, Judge
 from luthier.server.openai.graders import grade_reply, text_content
 from luthier.server.openai.protocol import error_of, invalid, validate
+from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables import evaluations as store
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.evaluations import EvaluationRun, GradedRow
-from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage, Usage
 
 MOST_ROW_BYTES = 262_144

@@ -43,6 +43,7 @@ from luthier.server.openai.protocol import (
     invalid,
     seconds,
 )
+from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables import jobs
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import MIXED, Database, new_id, random_id
@@ -54,7 +55,6 @@ from luthier.server.tables.foundation import (
     writes,
 )
 from luthier.server.tables.jobs import Job, JobEvent
-from luthier.server.tables.uploaded_files import file_address
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]

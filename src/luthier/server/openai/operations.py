@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from luthier.server.openai.eval_runner import EvalParts, EvaluationRunner
     from luthier.server.openai.generation import Inference
     from luthier.server.openai.models import DeleteModel
-    from luthier.server.tables.locations import Locations
-    from luthier.server.tables.uploaded_files import UploadedFiles
+    from luthier.server.stores.locations import Locations
+    from luthier.server.stores.uploaded_files import UploadedFiles
 
 GRADER_BODY_BYTES = 4 * MIB
 """Maximum size of a request with graders, in bytes."""

@@ -40,11 +40,11 @@ from luthier.server.openai.models import DeleteModel
 from luthier.server.openai.operations import Context
 from luthier.server.openai.responses import ResponseRequest
 from luthier.server.settings import Settings
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
+from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.objects import Objects
-from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage
 
 PREFIXES = ("/v1/", "/openai/v1/")

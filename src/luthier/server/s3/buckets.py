@@ -10,7 +10,7 @@ from luthier.server.http.messages import Fault, Response, timestamp
 from luthier.server.s3 import documents
 from luthier.server.s3.documents import Element, xml_response
 from luthier.server.s3.request import S3Request, Stores
-from luthier.server.tables.listing import Page, after, beyond, page, rolled_up
+from luthier.server.stores.listing import Page, after, beyond, page, rolled_up
 from luthier.server.tables.objects import StoredObject
 from luthier.server.tables.text import decode_storable
 

@@ -22,8 +22,8 @@ from luthier.server.s3.body import (
 from luthier.server.s3.documents import Element, xml_response
 from luthier.server.s3.objects import check_read, check_write, copy_elements, span
 from luthier.server.s3.request import S3Request, Stores, arn, copy_source, describe_object
-from luthier.server.tables.multipart import MOST_PARTS, CompletedPart
-from luthier.server.tables.object_files import WrittenFile
+from luthier.server.stores.multipart import MOST_PARTS, CompletedPart
+from luthier.server.stores.object_files import WrittenFile
 from luthier.server.tables.objects import ObjectPiece, Upload
 
 

@@ -14,7 +14,7 @@ from luthier.server.s3 import documents
 from luthier.server.s3.body import checksum_elements, checksum_headers
 from luthier.server.s3.documents import Element, xml_response
 from luthier.server.s3.request import S3Request, Stores, arn, copy_source, describe_object
-from luthier.server.tables.object_files import WrittenFile
+from luthier.server.stores.object_files import WrittenFile
 from luthier.server.tables.objects import ObjectMetadata, StoredObject, check_key
 
 MOST_DELETED = 1000

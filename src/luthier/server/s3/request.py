@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
 from luthier.server.http.messages import Caller, Fault, RequestHead, parse_digits
+from luthier.server.stores.multipart import MultipartUploads
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import object_arn
-from luthier.server.tables.multipart import MultipartUploads
-from luthier.server.tables.objects import ObjectMetadata, Objects
+from luthier.server.tables.objects import ObjectMetadata
 from luthier.server.tables.text import check_storable
 
 DESCRIBING = (

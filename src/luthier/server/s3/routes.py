@@ -22,9 +22,10 @@ from luthier.server.s3 import buckets, multipart, objects
 from luthier.server.s3.body import OBJECT_LIMIT, SignedBody
 from luthier.server.s3.documents import DOCUMENT_LIMIT, document
 from luthier.server.s3.request import S3Request, Stores, read_request
-from luthier.server.tables.multipart import MultipartUploads
-from luthier.server.tables.object_files import WrittenFile
-from luthier.server.tables.objects import UPLOADS, Objects
+from luthier.server.stores.multipart import MultipartUploads
+from luthier.server.stores.object_files import WrittenFile
+from luthier.server.stores.objects import Objects
+from luthier.server.tables.objects import UPLOADS
 
 Respond = Callable[[Stores, S3Request, bytes], Response]
 Store = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import CorruptFile, LocationRefused
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.objects import UPLOADS, ObjectMetadata, Objects
-from luthier.server.tables.uploaded_files import UploadedFiles
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
+from luthier.server.stores.uploaded_files import UploadedFiles
+from luthier.server.tables.objects import UPLOADS, ObjectMetadata
 
 ONE, TWO = "000000000001", "000000000002"
 
@@ -97,10 +98,10 @@ def test_a_folder_of_very_many_files_is_not_looked_through(
     data: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locations = Locations(data.database)
-    monkeypatch.setattr("luthier.server.tables.locations.MOST_ENTRIES", 5)
+    monkeypatch.setattr("luthier.server.stores.locations.MOST_ENTRIES", 5)
     assert len(locations.folder(ONE, "s3://data/train")) == 3
     locations.check(ONE, "s3://data/")
-    monkeypatch.setattr("luthier.server.tables.locations.MOST_ENTRIES", 3)
+    monkeypatch.setattr("luthier.server.stores.locations.MOST_ENTRIES", 3)
     for call, uri in ((locations.folder, "s3://data/train"), (locations.check, "s3://data/")):
         assert "more than 3 objects below" in refusal(call, ONE, uri)
 

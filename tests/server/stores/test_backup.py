@@ -19,13 +19,14 @@ from sqlalchemy import select
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import sha256_of, write_json
+from luthier.server.stores import backup as backups
+from luthier.server.stores.backup import backup, restore
+from luthier.server.stores.objects import Objects
 from luthier.server.tables import accounts, principals
-from luthier.server.tables import backup as backups
 from luthier.server.tables.audit import Event, append, entries
-from luthier.server.tables.backup import backup, restore
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, now
-from luthier.server.tables.objects import ObjectMetadata, ObjectPiece, Objects
+from luthier.server.tables.objects import ObjectMetadata, ObjectPiece
 from luthier.server.tables.secrets import Sealing, server_key
 
 

@@ -42,9 +42,9 @@ from luthier.files import (
 )
 from luthier.library.folders import RUN_RESULT, folder_of
 from luthier.models.manifest import MANIFEST, Manifest
+from luthier.server.stores.object_files import ObjectFiles
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import DATABASE_FILE, Database, now
-from luthier.server.tables.object_files import ObjectFiles
 from luthier.server.tables.objects import ObjectPiece
 from luthier.server.tables.secrets import KEY_FILE
 

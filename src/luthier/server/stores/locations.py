@@ -20,18 +20,12 @@ from luthier.data.sources import is_clutter, other_files_problem
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
 from luthier.limits import AccountQuotas
+from luthier.server.stores.listing import page
+from luthier.server.stores.object_files import READ_SIZE, ObjectFiles
+from luthier.server.stores.objects import Content, Objects
+from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables.database import Database
-from luthier.server.tables.listing import page
-from luthier.server.tables.object_files import READ_SIZE, ObjectFiles
-from luthier.server.tables.objects import (
-    UPLOADS,
-    Content,
-    ObjectMetadata,
-    ObjectPiece,
-    Objects,
-    check_key,
-)
-from luthier.server.tables.uploaded_files import UploadedFiles
+from luthier.server.tables.objects import UPLOADS, ObjectMetadata, ObjectPiece, check_key
 
 ROWS = ".jsonl"
 """Suffix of the files that an address with a final ``/`` selects."""

@@ -14,11 +14,11 @@ from luthier.files import luthier_home, write_json
 from luthier.library.folders import custom_folder, remove_side_files, working_folders
 from luthier.library.models import custom_models
 from luthier.models.manifest import MANIFEST
-from luthier.server.tables import removal
+from luthier.server.stores import removal
+from luthier.server.stores.removal import remove_files, remove_unneeded
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, now
-from luthier.server.tables.removal import remove_files, remove_unneeded
 from luthier.server.tables.schema import upgrade
 
 

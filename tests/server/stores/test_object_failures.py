@@ -11,11 +11,12 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
+from luthier.server.stores.multipart import MultipartUploads
+from luthier.server.stores.object_files import WrittenFile
+from luthier.server.stores.objects import Objects
+from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables.database import Database
-from luthier.server.tables.multipart import MultipartUploads
-from luthier.server.tables.object_files import WrittenFile
-from luthier.server.tables.objects import ObjectMetadata, Objects
-from luthier.server.tables.uploaded_files import UploadedFiles
+from luthier.server.tables.objects import ObjectMetadata
 
 ONE = "000000000001"
 GONE = OperationalError("COMMIT", {}, Exception("the database is away"))

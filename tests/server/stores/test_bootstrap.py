@@ -15,10 +15,10 @@ import pytest
 from principals_of import FIRST, KEY, OTHER
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
+from luthier.server.stores.bootstrap import prepare
 from luthier.server.tables import principals
 from luthier.server.tables.accounts import version
 from luthier.server.tables.audit import entries
-from luthier.server.tables.bootstrap import prepare
 from luthier.server.tables.database import Database
 from luthier.server.tables.secrets import Sealing, server_key
 

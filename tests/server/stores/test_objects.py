@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import CorruptFile, DoesNotFit, ObjectRefused
-from luthier.server.tables.listing import beyond
-from luthier.server.tables.locations import Locations
-from luthier.server.tables.multipart import CompletedPart, MultipartUploads
-from luthier.server.tables.object_files import WrittenFile
-from luthier.server.tables.objects import Content, ObjectMetadata, Objects
+from luthier.server.stores.listing import beyond
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.multipart import CompletedPart, MultipartUploads
+from luthier.server.stores.object_files import WrittenFile
+from luthier.server.stores.objects import Content, Objects
+from luthier.server.tables.objects import ObjectMetadata
 
 ONE = "000000000001"
 
@@ -76,7 +77,7 @@ KILLED = """
 import os, signal, sys
 from luthier.server.tables.database import Database
 from luthier.server.tables.objects import ObjectMetadata
-from luthier.server.tables.locations import Locations
+from luthier.server.stores.locations import Locations
 from luthier.server.tables.objects import Content, Objects
 
 

@@ -10,15 +10,15 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import ObjectRefused
+from luthier.server.stores.object_files import WrittenFile
+from luthier.server.stores.objects import Objects
 from luthier.server.tables import storage
 from luthier.server.tables.database import find_row, new_id, now
-from luthier.server.tables.object_files import WrittenFile
 from luthier.server.tables.objects import (
     Bucket,
     Check,
     ObjectMetadata,
     ObjectPiece,
-    Objects,
     StoredObject,
     Upload,
     check_key,

@@ -1,0 +1,1 @@
+"""Services on the tables: the object store, uploaded files, backup, removal and first principals."""
