@@ -85,15 +85,17 @@ def list_keys(keys: Iterable[str]) -> str:
 
 
 def rename_fix(holder: Record, targets: tuple[str, ...]) -> str:
-    """Return advice to rename similar keys to the wanted keys; empty without a similar key."""
+    """Return advice to read similar keys as the wanted keys; empty without a similar key."""
+    of_turn = not {"role", "content"}.isdisjoint(targets)
     steps, absent = [], []
     for target in targets:
         similar = [key for key in holder if RENAMES.get(key.strip().lower()) == target]
         if len(similar) == 1:
-            steps.append(f'rename {quote(similar[0])} to "{target}"')
+            rename = f'rename {quote(similar[0])} to "{target}"'
+            steps.append(rename if of_turn else f"set `data.columns.{target}={similar[0]}`")
         elif similar:
             steps.append(f'join {list_keys(similar)} into "{target}"')
-        else:
+        elif target not in holder:
             absent.append(f'add "{target}"')
     if not steps:
         return ""

@@ -25,6 +25,7 @@ from luthier.data.field_checks import (
 )
 from luthier.data.formats import Form, extra_keys, forms_of
 from luthier.data.inputs import Media, media_kind
+from luthier.data.nearest_form import nearest_form
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
 from luthier.data.row_context import is_blank, join_context, parse_turns
@@ -39,7 +40,7 @@ from luthier.data.shapes.preferences import (
     Preference,
     ThumbedReply,
 )
-from luthier.data.shapes.questions import ANSWERS_EXAMPLE, AnsweredQuestion
+from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of, media_below
 from luthier.data.unread import UnreadColumns
@@ -331,21 +332,16 @@ class Checker(FieldChecker):
         return "expected" in record or not misnamed
 
     def _report_unknown(self, record: Record) -> None:
-        """Report a record without a known shape, with keys to rename."""
-        has = f"the keys {list_keys(record)}" if record else "no keys"
-        message = f"The row has no known shape, but {has}."
-        key_sets = (("messages",), ("prompt", "completion"), ("text",))
-        renamed = next(filter(None, (rename_fix(record, keys) for keys in key_sets)), "")
-        if {"question", "context"} <= record.keys():  # as in SQuAD
-            renamed = f"Add the answers as spans of the context ({ANSWERS_EXAMPLE}), or as text "
-            renamed += 'to generate ("answer": …).'
-        fix = (
-            "name the columns: `data.columns.text=COLUMN` (or `image`, `audio`) and "
-            "`data.columns.label=COLUMN` for classification, `data.columns.prompt=COLUMN` and "
-            "`data.columns.completion=COLUMN` for generation."
-        )
-        fix = f"{renamed} Or {fix}" if renamed else f"{fix[:1].upper()}{fix[1:]}"
-        self.report("row.unknown_shape", message, f"{fix} The shapes are {_ALL_SHAPES}.")
+        """Report a record without a known shape, with the nearest form in the file's own names."""
+        if not record:
+            self.report("row.unknown_shape", "The row has no keys.", 'Write {"text": "..."}.')
+            return
+        message = f"The keys {list_keys(record)} are those of no known row format."
+        self.report("row.unknown_shape", message, nearest_form(record))
+
+    def _column_fix(self, record: Record, key: str) -> str:
+        likely = super()._column_fix(record, key)
+        return likely or (nearest_form(record) if key == "text" else "")
 
 
 class PromptChecker(Checker):

@@ -280,6 +280,11 @@ class QueryDocument(TextRow):
     """Relevance from 0 to 1; ``None`` for a pair to score."""
 
     @classmethod
+    def matches(cls, record: Record) -> bool:
+        """Return whether a record has a document with a query or a relevance."""
+        return "document" in record and ("query" in record or "label" in record)
+
+    @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         query, document = fields.text(record, "query"), fields.text(record, "document")
         label = _read_relevance(record.get("label"), fields.names.get("label") or "label")

@@ -1,0 +1,90 @@
+"""Advice for rows of no known format: the nearest format, in the column names of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from luthier.data.field_checks import rename_fix
+from luthier.data.inputs import media_kind
+from luthier.data.parsing import Record, quote
+from luthier.data.shapes.conversations import LONGEST_CLASS
+from luthier.data.shapes.questions import ANSWERS_EXAMPLE
+
+_PASSAGES = ("passage", "doc", "candidate", "text", "context", "paragraph", "title")
+_RELEVANCES = ("label", "relevance", "relevant", "is_relevant", "score", "similarity")
+_POSITIVES = ("positives", "positive_passages", "relevant_passages")
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "label": ("label", "class", "category", "intent", "sentiment", "topic", "tag", "type"),
+    "text": ("content", "body", "review", "comment", "sentence", "tweet", "message", "description"),
+}
+"""Usual names of columns, by luthier's key."""
+
+
+def nearest_form(record: Record) -> str:
+    """Return the fix for a record of no known format."""
+    if fix := _search_fix(record) or _media_fix(record) or _question_fix(record):
+        return fix
+    for keys in (("messages",), ("prompt", "completion"), ("text",)):
+        if fix := rename_fix(record, keys):
+            return fix
+    texts = [key for key, value in record.items() if isinstance(value, str) and key != "id"]
+    by_name = {
+        key: next((each for each in record if each.strip().lower() in names), "")
+        for key, names in _NAMES.items()
+    }
+    if len(texts) > 1 and not any(by_name.values()):
+        long = [key for key in texts if len(str(record[key])) > LONGEST_CLASS]
+        one, other = (long if len(long) == 2 else texts)[:2]
+        return (
+            f"If {quote(other)} is the reply to {quote(one)}, set `data.columns.prompt={one}` and "
+            f"`data.columns.completion={other}`. If {quote(other)} is a class, set "
+            f"`data.columns.text={one}` and `data.columns.label={other}`."
+        )
+    label = by_name["label"]
+    text = by_name["text"] or next((key for key in texts if key != label), "")
+    if not text:
+        return 'Add a text, as in {"text": "..."} or {"prompt": "...", "completion": "..."}.'
+    fix = f"Set `data.columns.text={text}`"
+    return f"{fix}." if label in ("", "label") else f"{fix} and `data.columns.label={label}`."
+
+
+def _search_fix(record: Record) -> str:
+    """Return the fix for two compared texts; empty for other rows."""
+    if "hypothesis" in record and "premise" not in record:
+        return 'Add the text of "premise": a hypothesis alone has no label.'
+    if {"premise", "hypothesis", "label"} <= record.keys():
+        return (
+            "Set `data.columns.query=premise` and `data.columns.document=hypothesis` for a label from "
+            '0 to 1, or join both texts into "text" for classes.'
+        )
+    if "query" not in record:
+        return ""
+    for key in _POSITIVES:
+        if isinstance(record.get(key), list):
+            return f'Write a row {{"query", "positive"}} for each item of {quote(key)}.'
+    document = next((key for key in _PASSAGES if isinstance(record.get(key), str)), "")
+    label = next((key for key in _RELEVANCES if key in record), "")
+    if not document:
+        return ""
+    if not label:
+        return f"Set `data.columns.positive={document}`."
+    read = f" and `data.columns.label={label}`" if label != "label" else ""
+    return f"Set `data.columns.document={document}`{read}, with a label from 0 to 1."
+
+
+def _media_fix(record: Record) -> str:
+    """Return the fix for a column of paths; empty without such a column."""
+    for key, value in record.items():
+        if isinstance(value, str) and "\n" not in value and (kind := media_kind(value)):
+            return f"Set `data.columns.{kind}={key}`."
+    return ""
+
+
+def _question_fix(record: Record) -> str:
+    """Return the fix for a question about a context without answers; empty for other rows."""
+    if not {"question", "context"} <= record.keys():
+        return ""
+    return (
+        f"Add the answers as spans of the context ({ANSWERS_EXAMPLE}), or as text to generate "
+        '("answer": …).'
+    )
