@@ -101,6 +101,9 @@ def test_pairs(case: str, tmp_path: Path) -> None:
         ({"label": True}, None, True),
         ({"label": False}, None, False),
         ({"thumb": "down"}, None, False),
+        ({"label": "thumbs_up"}, None, True),
+        ({"label": "refused"}, None, False),
+        ({"label": -1}, None, False),
         ({"thumb": True, "rating": 4}, None, True),
         ({"label": 1}, None, True),
         ({"label": 0}, None, False),
@@ -174,7 +177,6 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("preference.empty", {"prompt": "Hi", "completion": "", "rating": 1}),
     ("preference.empty", {"prompt": "Hi", "completion": "", "label": True}),
     ("preference.equal", {**P, "rejected": " Yes.\n"}),
-    ("preference.scores", {**P, "score_chosen": 3.5, "score_rejected": 8}),
     ("preference.equal", {**P, "chosen": "", "rejected": ""}),
     ("preference.no_beginning", {"chosen": "Yes.", "rejected": "No."}),
     ("preference.no_beginning", {"chosen": [USER, YES], "rejected": [AGAIN, NO]}),
@@ -197,6 +199,12 @@ def test_each_rule(rule: str, record: dict[str, Any], tmp_path: Path) -> None:
         load(tmp_path, record)
     (problem,) = caught.value.problems
     assert (problem.rule, problem.line) == (rule, 1)
+
+
+def test_chosen_answer_with_the_lower_score_is_a_warning(tmp_path: Path) -> None:
+    reader = RowReader(write(tmp_path, {**P, "score_chosen": 3.5, "score_rejected": 8}))
+    assert len(list(reader)) == 1 and not reader.problems
+    assert [(each.rule, each.line) for each in reader.warnings] == [("preference.scores", 1)]
 
 
 def test_a_disliked_answer_may_be_empty(tmp_path: Path) -> None:

@@ -66,3 +66,14 @@ def test_numbers_and_unknown_times(text: str, time: float | None) -> None:
 def test_unknown_time_among_dates() -> None:
     first, second, third = parse_times(["31/01/2024", "later", "02/02/2024"])
     assert np.isnan(second) and third - first == 2 * 86_400
+
+
+def test_ambiguous_day_of_a_log_of_one_day() -> None:
+    times = parse_times([f"03/04/2026 {hour}:00" for hour in range(8, 14)])
+    assert np.diff(times).tolist() == [3600.0] * 5
+
+
+@pytest.mark.parametrize("form", ["%Y-%m", "%Y/%m", "%m/%Y"])
+def test_months(form: str) -> None:
+    months = [datetime(2025 + n // 12, n % 12 + 1, 1, tzinfo=UTC) for n in range(14)]
+    assert parse_times(spell(months, form)) == [month.timestamp() for month in months]

@@ -101,6 +101,34 @@ def test_several_columns_of_numbers_are_one_problem(tmp_path: Path, header: str,
     assert [(each.rule, each.line) for each in caught.value.problems] == [("window.columns", 0)]
 
 
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("datum;temp;ort", {"ort": ""}),
+        ("ort;wann;temp", {"timestamp": "wann", "value": "temp"}),
+        ("ort;timestamp;temp", {"timestamp": "timestamp", "value": "temp"}),
+        ("time;temp;nass", {"value": "temp"}),
+    ],
+)
+def test_columns_select_a_series(tmp_path: Path, header: str, columns: dict[str, str]) -> None:
+    cells = {"ort": "Gent", "nass": "7", "temp": "21.5"}
+    line = ";".join(cells.get(name, "23.11.2026 08:00") for name in header.split(";"))
+    rows = load_rows(write(tmp_path, [line, line], header), columns)
+    windows = [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)]
+    assert windows == [[21.5], [21.5, 21.5]]
+
+
+def test_date_under_a_name_of_another_language(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path, ["23.11.2026;1.5", "24.11.2026;1.7"], "datum;temp"))
+    assert [type(row) for row in rows] == [BareWindow] * 2
+
+
+def test_mapped_table_with_times_is_no_series(tmp_path: Path) -> None:
+    path = write(tmp_path, ["2026-11-23,good,5,7"], "date,comment,likes,shares")
+    (row,) = load_rows(path, {"text": "comment"})
+    assert isinstance(row, RawText)
+
+
 def test_decimal_commas_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path, ["23.11.2026;1,5", "24.11.2026;1,7"], "date;value"))

@@ -245,6 +245,8 @@ class FieldChecker:
     def __init__(self, file: str, problems: list[Problem]) -> None:
         self.file = file
         self.problems = problems
+        self.warnings: list[Problem] = []
+        """Doubts about rows that are read."""
         self.line = 0
         self.names: Names = {}
         self._images: deque[object] = deque()

@@ -10,7 +10,7 @@ ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +45,7 @@ def read_records(
     container: Container | None = None,
     on_progress: Callable[[int], None] | None = None,
     warnings: list[Problem] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each readable record; append problems to ``problems``.
 
@@ -60,6 +61,7 @@ def read_records(
         container: format of the file, if known.
         on_progress: called with the number of bytes read so far.
         warnings: list for warnings about records that are probably parsed incorrectly.
+        columns: column names of the file by luthier's keys, which select a time series.
     """
     file = str(path)
     try:
@@ -76,7 +78,7 @@ def read_records(
             yield from reader.load()(path, on_record)
             return
         with path.open("rb") as raw:
-            records = _records(raw, container, file, problems, whole, warnings)
+            records = _records(raw, container, file, problems, whole, warnings, columns or {})
             for done, record in enumerate(records):
                 yield record
                 if on_progress is not None and done % _PROGRESS_EVERY == 0:
@@ -103,6 +105,7 @@ def _records(
     problems: list[Problem],
     whole: bool,
     warnings: list[Problem] | None,
+    columns: Mapping[str, str],
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
         return read_parquet(raw)
@@ -112,7 +115,7 @@ def _records(
     if container.kind in ("csv", "tsv"):
         table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
         for reader in bundled("table_readers").values():
-            table = reader.load()(table, file, problems)
+            table = reader.load()(table, file, problems, columns)
         return table
     if container.kind == "text":
         return (_read_text if whole else _read_pieces)(stream)

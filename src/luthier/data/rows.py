@@ -564,6 +564,7 @@ class RowReader:
         """Warnings about rows that are probably parsed incorrectly."""
         self.checker = checker(str(self.files[0]), self.problems, columns)
         self.checker.accepts_own_keys = accepts_own_keys
+        self.checker.warnings = self.warnings
         self.whole = whole
         self.on_progress = on_progress
         self.done = 0
@@ -625,6 +626,7 @@ class RowReader:
                 container=container,
                 on_progress=on_progress,
                 warnings=self.warnings,
+                columns=self.checker.columns,
             ):
                 row = _piece(path, record) if in_pieces else self.checker.row(line, record)
                 if row is None:
@@ -858,7 +860,9 @@ def _stream_lines(
         container = find_container(path, problems)
         if container is None:
             continue
-        for line, record in read_records(path, problems, container=container):
+        for line, record in read_records(
+            path, problems, container=container, columns=checker.columns
+        ):
             if container.kind == "text":
                 for number, each in enumerate(str(record["text"]).split("\n"), 1):
                     if text := each.strip():

@@ -81,7 +81,6 @@ PREFERENCE_RULES: Mapping[str, str] = {
     "preference.type": "A prompt or an answer is neither a text, a message nor a list of messages.",
     "preference.empty": "The prompt, a message or the chosen answer is empty or only white space.",
     "preference.equal": "The chosen and the rejected answer are the same, white space aside.",
-    "preference.scores": "The chosen answer has a lower score than the rejected answer.",
     "preference.no_beginning": "Chosen and rejected are conversations that do not begin alike.",
     "preference.order": "Prompt and answer are no conversation in turns that an assistant ends.",
     "rating.single": "The answer is the only one to its prompt, so nothing can be compared.",

@@ -53,7 +53,7 @@ _REASONING = _words("thought chain_of_thought cot") | {*REASONING_KEYS}
 _SPANS = _words("bbox box bounding_box span entity")
 _MARKS = _words(
     "is_impossible kto_tag accepted is_accepted label score rating stars reward thumb quality "
-    "preference liked is_good is_correct"
+    "preference liked is_good is_correct thumbs_up thumbs_down upvote approved"
 )
 _CLASSES = _words(
     "label class intent category topic y sentiment emotion tag target score rating stars"

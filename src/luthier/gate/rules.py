@@ -344,14 +344,20 @@ OTHER_SPLITS = Rule(
     "Write each split to a file, and name the files with `--validation` and `--test`.",
     whole=True,
 )
+SCORES = Rule(
+    "preference.scores",
+    "warning",
+    "The chosen answer has a lower score than the rejected answer.",
+    "If the answers are swapped, the model learns the worse answer.",
+)
 DOUBTS: Mapping[str, Rule] = {
     rule.id: rule
     for rule in (
         JOINED_ROWS, UNREAD_COLUMN, UNREAD_CATEGORY, IGNORED_COLUMN, SPEAKERS, UNNAMED_MEDIA,
-        OTHER_SPLITS,
+        OTHER_SPLITS, SCORES,
     )
 }  # fmt: skip
-"""Rules of the reader about the source as a whole, by id."""
+"""Rules of the reader about rows that are read, by id."""
 
 
 def rule_of(id_: str) -> Rule:

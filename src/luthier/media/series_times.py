@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from itertools import pairwise, product
 from statistics import median
 
+import numpy as np
+
 from luthier.data.field_checks import DECIMAL_COMMA
 from luthier.data.inputs import LARGEST_VALUE
 
@@ -22,6 +24,7 @@ _SHORT_DAY = re.compile(r"((?:19|20)\d\d)(\d\d)(\d\d)", re.ASCII)
 """Days without separators, such as ``20261123``."""
 _YEAR_LAST = re.compile(r"(\d{1,2})([./-])(\d{1,2})\2(\d{4}|\d\d)\b(.*)", re.ASCII | re.DOTALL)
 _YEAR_FIRST = re.compile(r"(\d{4})[./-](\d{1,2})[./-](\d{1,2})\b(.*)", re.ASCII | re.DOTALL)
+_MONTH = re.compile(r"(\d{4})[/-](\d{1,2})|(\d{1,2})[/-](\d{4})", re.ASCII)
 _CLOCK = re.compile(
     r"[\sT,]*(\d{1,2})[:.](\d\d)(?:[:.](\d\d)(?:[.,]\d+)?)?\s*(?:([ap])\.?m\.?)?",
     re.ASCII | re.IGNORECASE,
@@ -55,7 +58,7 @@ def parse_times(texts: Sequence[str]) -> list[float]:
     texts = [text.strip() for text in texts]
     dates = [_YEAR_LAST.fullmatch(text) for text in texts]
     if not any(dates):
-        return [_time_of(text) for text in texts]
+        return [parse_time(text) for text in texts]
     day_first, month_first = (
         [math.nan if date is None else _moment(date, order) for date in dates]
         for order in ((3, 2, 0), (3, 0, 2))
@@ -65,6 +68,8 @@ def parse_times(texts: Sequence[str]) -> list[float]:
         return day_first
     if any(int(date[3]) > 12 for date in known) or day_first == month_first:
         return month_first
+    if np.array_equal(np.diff(day_first), np.diff(month_first)):
+        return day_first  # all lines of one day: the order of day and month changes no step
     one, other = _irregularity(day_first), _irregularity(month_first)
     if max(one, other) < _CLEAR * min(one, other):
         return [math.nan] * len(texts)
@@ -78,7 +83,16 @@ def _irregularity(times: Sequence[float]) -> float:
     return max(steps) / median(steps) if len(steps) > 1 else 1.0
 
 
-def _time_of(text: str) -> float:
+def is_date(text: str) -> bool:
+    """Return whether a text is a date or a moment, and not a number."""
+    text = text.strip()
+    date = _YEAR_LAST.fullmatch(text)
+    if date is not None:
+        return not all(math.isnan(_moment(date, order)) for order in ((3, 2, 0), (3, 0, 2)))
+    return parse_number(text.replace(",", ".")) is None and not math.isnan(parse_time(text))
+
+
+def parse_time(text: str) -> float:
     """Return a time in ISO 8601, with a named month or as a number; NaN for other text."""
     plain = text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text
     number = parse_number(plain)
@@ -91,6 +105,11 @@ def _time_of(text: str) -> float:
         pass
     if date := _YEAR_FIRST.fullmatch(text):
         return _moment(date, (0, 1, 2))
+    if month := _MONTH.fullmatch(text):
+        year, number = (
+            (int(month[1]), int(month[2])) if month[1] else (int(month[4]), int(month[3]))
+        )
+        return _seconds(datetime(year, number, 1)) if 1 <= number <= 12 else math.nan
     for form in _NAMED_MONTHS:
         try:
             return _seconds(datetime.strptime(text, form))

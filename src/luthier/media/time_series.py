@@ -1,26 +1,27 @@
 """Reader of time series: a table of times and values becomes windows of the latest values.
 
-A table is a time series if the header has a time and a value
-(:func:`~luthier.data.containers.is_series_header`) and the first value is a number. Each line is a
-row: the value of that time and the values before. A network reads the latest of these values.
+A table is a time series if the header has a time and a value, or the first column has dates under a
+name in another language, and the first value is a number. Columns to ignore do not count, and
+``--map timestamp=COLUMN --map value=COLUMN`` names two columns of many. Each line is a row: the
+value of that time and the values before. A network reads the latest of these values.
 :mod:`luthier.media.series_times` parses the times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 
 import numpy as np
 
-from luthier.data.containers import TIME_COLUMNS, is_series_header
+from luthier.data.containers import TIME_COLUMNS
 from luthier.data.field_checks import DECIMAL_COMMA
 from luthier.data.formats import KEYS
 from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
 from luthier.errors import Location, Problem, RowRefused
 from luthier.formatting import list_some
-from luthier.media.series_times import parse_number, parse_times
+from luthier.media.series_times import is_date, parse_number, parse_times
 
 FIRST_LINES = 1_000
 """Lines that are searched for the first value, because a sensor may start late."""
@@ -29,40 +30,50 @@ MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
 
 
 def read_series(
-    records: Iterator[tuple[int, Record]], file: str, problems: list[Problem]
+    records: Iterator[tuple[int, Record]],
+    file: str,
+    problems: list[Problem],
+    columns: Mapping[str, str],
 ) -> Iterator[tuple[int, Record]]:
     """Return the records of a table. Records of a time series have the latest values under
     ``window``."""
     first = next(records, None)
     if first is None:
         return iter(())
-    names = [*first[1]]
-    is_series = is_series_header(names)
-    if not is_series and not _is_wide(names):
-        return chain([first], records)
-    lines = [first, *islice(records, FIRST_LINES - 1)]
+    lines = [first]
+    table = chain(lines, records)
+    names = [name for name in first[1] if columns.get(name) != ""]
+    if columns.keys() & {"timestamp", "value"}:
+        time = columns.get("timestamp") or names[0]
+        value = columns.get("value") or next((name for name in names if name != time), "")
+        names = [time, value]
+    elif any(columns.values()):
+        return table  # another task
+    if len(names) < 2 or not first[1].keys() >= {*names} or not _may_be_series(names, first[1]):
+        return table
+    lines += islice(records, FIRST_LINES - 1)
     numbers = [name for name in names[1:] if _has_numbers(lines, name)]
-    if is_series and numbers:
-        return _read_windows(chain(lines, records), file, problems)
-    if len(numbers) > 1:
-        problems.append(_several_columns(names, numbers).at(file, 0))
-        return iter(())
-    return chain(lines, records)
+    if len(numbers) < len(names) - 1:
+        return table  # text next to numbers
+    if len(numbers) == 1:
+        return _read_windows(table, (names[0], names[1]), file, problems)
+    problems.append(_several_columns(numbers).at(file, 0))
+    return iter(())
 
 
-def _is_wide(names: Sequence[str]) -> bool:
-    """Return whether a table has a time and several columns that no other shape reads."""
-    known = {name.strip().lower() for name in names[1:]} & KEYS
-    return len(names) > 2 and names[0].strip().lower() in TIME_COLUMNS and not known
+def _may_be_series(names: Sequence[str], first: Record) -> bool:
+    """Return whether a table has a time and columns that no other shape reads."""
+    if {name.strip().lower() for name in names[1:]} & KEYS:
+        return False
+    return names[0].strip().lower() in TIME_COLUMNS or is_date(str(first[names[0]]))
 
 
-def _several_columns(names: Sequence[str], numbers: Sequence[str]) -> RowRefused:
-    place = names.index(numbers[0]) + 1
+def _several_columns(numbers: Sequence[str]) -> RowRefused:
     return RowRefused(
         "window.columns",
         f"The table has {len(numbers):,} columns of numbers: {list_some(map(quote, numbers), 5)}. A "
         "series has a time and one value.",
-        f"Write a file for each column, as with: cut -d, -f1,{place} OLD > NEW.csv.",
+        f"Choose one column, as with `data.columns.value={numbers[0]}`.",
     )
 
 
@@ -78,11 +89,14 @@ def _has_numbers(lines: Iterable[tuple[int, Record]], name: str) -> bool:
 
 
 def _read_windows(
-    records: Iterable[tuple[int, Record]], file: str, problems: list[Problem]
+    records: Iterable[tuple[int, Record]],
+    names: tuple[str, str],
+    file: str,
+    problems: list[Problem],
 ) -> Iterator[tuple[int, Record]]:
     lines, valid_records, values = list[int](), list[Record](), list[float]()
     for line, record in records:
-        time, value = record.values()
+        time, value = (record[name] for name in names)
         if (number := parse_number(value)) is None:
             message = (
                 f"The value of {quote(str(time))} is {quote(str(value))}, not a finite number up to "
@@ -101,7 +115,7 @@ def _read_windows(
             valid_records.append(record)
             values.append(number)
     series_T = np.array(values, np.float64)
-    times = parse_times([str(next(iter(record.values()))) for record in valid_records])
+    times = parse_times([str(record[names[0]]) for record in valid_records])
     rows = zip(lines, valid_records, times, strict=True)
     for index, (line, record, time) in enumerate(rows):
         latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]

@@ -36,13 +36,16 @@ from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_HINTS, Shape
 from luthier.data.shapes.conversations import Conversation, tool_record
 from luthier.data.turn_marks import truth_of
-from luthier.errors import DataError, Problem, RowRefused
+from luthier.errors import DataError, Location, Problem, RowRefused
 from luthier.types import Part, Row, Text, Tool
 
 THUMB_KEYS = ("thumb", "label", "kto_tag")
 """Keys of a thumb, in order of preference."""
 THUMBS: Mapping[str, bool] = {
     "up": True, "down": False, "good": True, "bad": False, "desirable": True, "undesirable": False,
+    "thumbs_up": True, "thumbs_down": False, "thumbs up": True, "thumbs down": False,
+    "accepted": True, "refused": False, "rejected": False, "like": True, "dislike": False,
+    "+1": True, "-1": False,
 }  # fmt: skip
 """Words for a thumb, next to the words for true and false."""
 MOST_ANSWERS = 64
@@ -162,7 +165,7 @@ class Preference(JudgedAnswers):
                 "chosen and rejected are equal.",
                 "Fix or remove the row.",
             )
-        _check_scores(record)
+        _check_scores(record, fields)
         for side in sides:
             check_turn_order((*given, *side))
         check_not_blank((*given, *sides[0], *sides[1][:-1]))
@@ -182,19 +185,17 @@ class Preference(JudgedAnswers):
         }
 
 
-def _check_scores(record: Record) -> None:
-    """Reject a chosen answer with a lower score than the rejected answer, as in UltraFeedback.
-
-    Raises:
-        RowRefused: with both scores.
-    """
+def _check_scores(record: Record, fields: FieldChecker) -> None:
+    """Warn about a chosen answer with a lower score than the rejected answer, as in
+    UltraFeedback."""
     chosen, rejected = (record.get(f"score_{side}") for side in ("chosen", "rejected"))
     if isinstance(chosen, int | float) and isinstance(rejected, int | float) and chosen < rejected:
-        raise RowRefused(
-            "preference.scores",
-            f"the chosen answer has the score {chosen:g}, and the rejected answer {rejected:g}.",
-            "Swap both answers, or remove the row.",
+        message = (
+            f"the chosen answer has the score {chosen:g}, and the rejected answer {rejected:g}."
         )
+        fix = "Swap both answers, or remove the row."
+        where = Location(fields.file, fields.line)
+        fields.warnings.append(Problem("preference.scores", message, fix, where))
 
 
 def _openai_sides(record: Record, keys: Sequence[str]) -> tuple[object, object, object]:
@@ -457,7 +458,7 @@ class ThumbedReply(JudgedReply):
 
 def thumb_of(value: object) -> bool | None:
     """Return a thumb as a boolean; ``None`` for a value that is none."""
-    word = THUMBS.get(value.strip().lower()) if isinstance(value, str) else None
+    word = THUMBS.get(str(value).strip().lower()) if isinstance(value, str | int) else None
     return truth_of(value) if word is None else word
 
 

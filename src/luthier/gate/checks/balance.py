@@ -282,7 +282,9 @@ def spelling_key(name: str) -> SpellingKey:
     name = html.unescape(name).translate(_LOOK_ALIKE)
     if not name.isascii():
         name = "".join(char for char in name if unicodedata.category(char) != "Cf")
-    name = _WHOLE.sub(r"\1", name.strip()).removeprefix("#" * (name.strip() == "#N/A"))
+    name = _WHOLE.sub(r"\1", name.strip())
+    if name == "#N/A":  # Excel's missing value is the label N/A
+        name = "N/A"
     return (normalize(name.replace("_", " ")), *_SIGN.findall(name))
 
 
