@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from luthier.data.tree import build_tree
 from luthier.engine.memory import estimate_memory
 from luthier.models.load import as_network
-from luthier.models.networks.heads import set_task
+from luthier.models.networks.heads import set_head_kind
 from luthier.types import Example
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_activations_of_experts_are_counted(family: dict[str, Any]) -> None:
     model: Any = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**family, **SIZES, **HEADS), dtype=torch.float32
     )
-    set_task(model, "causal_lm")
+    set_head_kind(model, "causal_lm")
     network = as_network(model, CPU, torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     # The tensors are kept, so that no memory is used twice.

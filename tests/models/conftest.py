@@ -11,7 +11,7 @@ import torch
 
 from luthier.models.folder import ModelFolder
 from luthier.models.load import load_model
-from luthier.models.networks.heads import Head, decoder_of, head_in, task_of
+from luthier.models.networks.heads import Head, decoder_of, head_in, head_kind
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +39,13 @@ def answers() -> Callable[[Any], torch.Tensor]:
     def told(model: Any) -> torch.Tensor:
         ids = torch.randint(150, (2, 9), generator=torch.Generator().manual_seed(1)) + 5
         ids[:, -1] = model.config.eos_token_id or 1
-        writes = decoder_of(model) and task_of(model) == "causal_lm"
+        writes = decoder_of(model) and head_kind(model) == "causal_lm"
         more: dict[str, Any] = {"decoder_input_ids": ids} if writes else {}
         known = not hasattr(model.config, "segment_length")
         if known and getattr(model.config, "use_cache", False):
             more["use_cache"] = False  # it counts layers by their old numbers
         found = model.eval()(input_ids=ids, **more)
-        states = task_of(model) == "embedding"
+        states = head_kind(model) == "embedding"
         out: torch.Tensor = found.last_hidden_state if states else found.logits
         return out
 

@@ -20,7 +20,7 @@ from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.catalog import CATALOG
 from luthier.models.folder import ModelFolder, for_head
 from luthier.models.load import catalogue_config, sketch
-from luthier.models.networks.heads import CAUSAL_LM, Head, Task
+from luthier.models.networks.heads import CAUSAL_LM, Head, HeadKind
 from luthier.models.networks.probe import UNSUPPORTED
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
@@ -46,7 +46,7 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
     assert found.here and len(found.verdicts) == len(OBJECTIVES) * len(ADAPTATIONS)
 
     @cache
-    def refusal(task: Task, adaptation: str) -> str:
+    def refusal(task: HeadKind, adaptation: str) -> str:
         try:
             model = ModelFolder(folder).sketch(Head(task, ("a", "b")))
             with torch.device("meta"):

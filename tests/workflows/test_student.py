@@ -18,7 +18,7 @@ from luthier.errors import LuthierError, RecipeError, RunConflict
 from luthier.files import read_json, sha256_of, verify
 from luthier.library import models as store
 from luthier.models.manifest import MANIFEST
-from luthier.models.networks.heads import task_of
+from luthier.models.networks.heads import head_kind
 from luthier.models.shrinking.student import StudentShape
 from luthier.workflows.student import make_student
 
@@ -127,7 +127,7 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
     assert "adaptation" not in found.manifest.recipe
     merged = store.load(store.find(teacher.model_id), torch.float32, CPU)
     student = store.load(found, torch.float32, CPU)
-    assert task_of(student) == "sequence_classification"
+    assert head_kind(student) == "sequence_classification"
     theirs = merged.state_dict()
     for name, weight in student.state_dict().items():
         assert torch.equal(weight, theirs[name.replace("layer.1.", "layer.2.")]), name

@@ -68,7 +68,7 @@ def load_trained_network(
     network = as_network(model, device, machine.dtype)
     network.chat = job.chat
     check_decoder_input(network)
-    if head.task == "embedding":
+    if head.kind == "embedding":
         attach_sentence_head(model, job.chat.sentence, job.base.network_folder)
     if training.dropout is not None:
         modules = ", ".join(set_dropout(network, training.dropout))

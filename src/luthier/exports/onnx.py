@@ -43,7 +43,7 @@ from luthier.library.models import StoredModel, check_mergeable
 from luthier.models.formats.save import save_format
 from luthier.models.load import as_network
 from luthier.models.manifest import ExportRecord, created_now
-from luthier.models.networks.heads import padding_id, task_of
+from luthier.models.networks.heads import HEADS, head_kind, padding_id
 from luthier.models.networks.layouts import pooled_states
 from luthier.models.networks.modalities import is_dual_encoder, media_inputs
 
@@ -221,7 +221,7 @@ def export_onnx(
             rule="export.network",
         )
     pads = getattr(network.model.config, "pad_token_id", None) is not None
-    if chat.media is None and task_of(network.model) == "sequence_classification" and not pads:
+    if chat.media is None and HEADS[head_kind(network.model)].output == "row_scores" and not pads:
         # transformers finds the last token of each row by the padding token.
         raise RecipeError(
             f"{stored.id} has no padding token, which batches of several lengths need",

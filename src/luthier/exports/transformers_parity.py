@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 from luthier.exports.peft_parity import first_output
 from luthier.models.config_errors import reject_configuration
-from luthier.models.networks.heads import Task, auto_class, task_of
+from luthier.models.networks.heads import HeadKind, auto_class, head_kind
 from luthier.models.networks.probe import relative_error, widened
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LARGEST_ERROR = 1e-3
 """Largest allowed relative difference of the outputs, computed in float32. The weights are equal
 bit for bit."""
-_GENERATORS: tuple[Task, ...] = ("autoencoding", "adversarial", "denoising")
+_GENERATORS: tuple[HeadKind, ...] = ("autoencoding", "adversarial", "denoising")
 """Tasks of luthier's own networks and of diffusers pipelines, whose outputs are random."""
 
 
@@ -31,14 +31,19 @@ def expected_output(model: Any) -> Tensor | None:
 
     Returns ``None`` for networks that transformers does not load.
     """
-    if task_of(model) in _GENERATORS:
+    if head_kind(model) in _GENERATORS:
         return None
     with widened(model):
         return first_output(model).cpu()
 
 
 def check_loads(
-    folder: Path, model: str, task: Task, expected: Tensor, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    model: str,
+    task: HeadKind,
+    expected: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Load the network in ``folder`` with transformers and compare the output with ``expected``.
 

@@ -65,7 +65,7 @@ from luthier.models.formats.save import (
 from luthier.models.formats.tensors import cast_stored
 from luthier.models.load import stored_dtype
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
-from luthier.models.networks.heads import task_of
+from luthier.models.networks.heads import head_kind
 from luthier.models.networks.sentence_head import attach_sentence_head, save_sentence_head
 from luthier.models.text_part import fit_to_whole
 
@@ -134,7 +134,7 @@ def export(
             model: Any = load_merged(stored, wide, device, on_progress)
             whole = whole_model(model)
             cast_stored(whole, dtype)
-            expected, task = expected_output(whole), task_of(model)
+            expected, task = expected_output(whole), head_kind(model)
             if stored.parent is None and precision is None:
                 with _report_written(folder_size(stored.folder), on_progress):
                     _copy(stored.folder, fresh)
@@ -198,7 +198,7 @@ def _report_written(total: int, on_progress: OnProgress) -> Iterator[None]:
 def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
     """Write the pipeline of a sentence encoder next to the adapter."""
     head = stored.objective.head()
-    if head.task == "embedding":
+    if head.kind == "embedding":
         network: Any = stored.network.sketch(head)
         attach_sentence_head(network, stored.chat.sentence, stored.network_folder)
         save_sentence_head(network, folder)

@@ -29,7 +29,7 @@ from luthier.types import Message, Row
 from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
-    from luthier.models.networks.heads import Task
+    from luthier.models.networks.heads import HeadKind
 
 TOO_LONG = "grader.too_long"
 """Rule of texts above the length limit of a grader."""
@@ -132,7 +132,7 @@ class Grader(StrictModel):
         return True
 
     @property
-    def models(self) -> Mapping[str, Task]:
+    def models(self) -> Mapping[str, HeadKind]:
         """Local models of the grader: id and task."""
         return {}
 

@@ -13,7 +13,7 @@ from luthier.graders.base import Answer, Embedder, GraderModels, NetworkGrader
 from luthier.graders.templates import Template, fill_template, scope_of
 
 if TYPE_CHECKING:
-    from luthier.models.networks.heads import Task
+    from luthier.models.networks.heads import HeadKind
 
 
 class EmbeddingSimilarity(NetworkGrader):
@@ -35,7 +35,7 @@ class EmbeddingSimilarity(NetworkGrader):
     """The opened encoder: texts to embeddings. Not stored."""
 
     @property
-    def models(self) -> Mapping[str, Task]:
+    def models(self) -> Mapping[str, HeadKind]:
         """The encoder and its task."""
         return {self.model: "embedding"}
 

@@ -17,7 +17,7 @@ from luthier.graders.base import Answer, Grader, GraderModels, Ungraded
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
-    from luthier.models.networks.heads import Task
+    from luthier.models.networks.heads import HeadKind
 
 RUBRIC = (
     "A good reply does what was asked, is correct, and says what the reader needs in as few words as "
@@ -59,7 +59,7 @@ class LanguageModelGrader(ModelSpec, Grader):
         return not self.model
 
     @property
-    def models(self) -> Mapping[str, Task]:
+    def models(self) -> Mapping[str, HeadKind]:
         """The judge, if the judge is a local model."""
         return {self.model: "causal_lm"} if self.model and self.url is None else {}
 

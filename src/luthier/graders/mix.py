@@ -14,7 +14,7 @@ from luthier.graders.grade import attempt
 from luthier.graders.specs import AnyGrader
 
 if TYPE_CHECKING:
-    from luthier.models.networks.heads import Task
+    from luthier.models.networks.heads import HeadKind
 
 
 class CompositeGrader(Grader):
@@ -44,7 +44,7 @@ class CompositeGrader(Grader):
         return any(part.has_time_limit for part in self._parts.values())
 
     @property
-    def models(self) -> Mapping[str, Task]:
+    def models(self) -> Mapping[str, HeadKind]:
         """Models of all parts."""
         return {name: task for part in self._parts.values() for name, task in part.models.items()}
 

@@ -12,7 +12,7 @@ from luthier.errors import RecipeError
 from luthier.graders.base import Answer, GraderModels, NetworkGrader, Scorer
 
 if TYPE_CHECKING:
-    from luthier.models.networks.heads import Task
+    from luthier.models.networks.heads import HeadKind
 
 
 class Reward(NetworkGrader):
@@ -30,7 +30,7 @@ class Reward(NetworkGrader):
     """The opened model: answers to numbers. Not stored."""
 
     @property
-    def models(self) -> Mapping[str, Task]:
+    def models(self) -> Mapping[str, HeadKind]:
         """The reward model and its task."""
         return {self.model: "sequence_classification"}
 

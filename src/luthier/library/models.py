@@ -177,7 +177,7 @@ class StoredModel:
     def writes(self) -> bool:
         """True if the model generates text."""
         if self.kind is None and self.manifest.objective is None:
-            return self.network.description.task == "causal_lm"
+            return self.network.description.head == "causal_lm"
         return self.objective.task.writes
 
 
@@ -447,11 +447,11 @@ def load(
         network = load(model.parent, dtype, device, head, on_merged)
         attach_adapter(network, model)
         model.adaptation.merge(network)
-    if head.task == "causal_lm" and decoder_of(network) is not None:
+    if head.kind == "causal_lm" and decoder_of(network) is not None:
         form = model.manifest.format or model.chat
         if form.start_id is not None:
             set_decoder_opening(network, (form.start_id, *form.opening_ids))
-    if head.task == "embedding":
+    if head.kind == "embedding":
         stored, folder = model.manifest.format, model.network_folder
         pipeline = None if stored is None else stored.sentence
         if stored is None and media_config(network.config) is None:
@@ -594,8 +594,8 @@ def ignores_classes(model: StoredModel) -> bool:
     """Return True for another tool's image or audio classifier, used here for embeddings."""
     if model.manifest.kind is not None or model.manifest.objective is not None:
         return False
-    stored_task = model.network.description.task
-    return model.objective.task.embeds and stored_task == "sequence_classification"
+    stored_head = model.network.description.head
+    return model.objective.task.embeds and stored_head == "sequence_classification"
 
 
 def check_writes(model: StoredModel) -> None:

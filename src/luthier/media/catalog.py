@@ -113,7 +113,7 @@ SMALL_VAE = random_entry(
     "small variational autoencoder of random weights for images of 32 x 32",
     {"model_type": "vae", "image_size": 32},
     _SMALL_IMAGES,
-    task="autoencoding",
+    head="autoencoding",
 )
 SMALL_WINDOW_VAE = random_entry(
     "small-window-vae",
@@ -129,7 +129,7 @@ SMALL_WINDOW_VAE = random_entry(
         "dense": True,
     },
     WindowProcessor(48),
-    task="autoencoding",
+    head="autoencoding",
 )
 SMALL_OCR = random_entry(
     "small-ocr",
@@ -145,6 +145,6 @@ SMALL_OCR = random_entry(
         "eos_token_id": 2,
     },
     ImageProcessor(32, 320, (0.5,) * 3, (0.5,) * 3, "bicubic", pad=True),
-    task="image_to_text",
+    head="image_to_text",
     context=128,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from luthier.data.shapes.media import CaptionedImage
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from luthier.models.config_errors import reject_configuration
 from luthier.models.networks import classic as nets
 
 if TYPE_CHECKING:
-    from luthier.models.networks.heads import Task
+    from luthier.models.networks.heads import HeadKind
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -60,17 +60,17 @@ def build_speller(fields: dict[str, Any], seed: int, folder: Path, lowercase: bo
     tokenizer.save_pretrained(folder)
 
 
-def build_media(fields: dict[str, Any], task: Task, seed: int, folder: Path) -> None:
+def build_media(fields: dict[str, Any], kind: HeadKind, seed: int, folder: Path) -> None:
     """Save a network for images or spectrograms in float32 with weights drawn from ``seed``.
 
     Image-to-text networks get a letter tokenizer; the decoder's vocabulary size must match.
     """
-    _draw(fields, task, seed).save_pretrained(folder)
-    if task == "image_to_text":
+    _draw(fields, kind, seed).save_pretrained(folder)
+    if kind == "image_to_text":
         letter_tokenizer().save_pretrained(folder)
 
 
-def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
+def _draw(fields: dict[str, Any], kind: HeadKind, seed: int) -> Any:
     import torch
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -85,6 +85,6 @@ def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
         config: Any = AutoConfig.for_model(**fields)
         torch.manual_seed(seed)
         # transformers draws the weights from torch's global generator.
-        model = auto_class(config, task).from_config(config, dtype=torch.float32)
+        model = auto_class(config, kind).from_config(config, dtype=torch.float32)
     logging.disable_progress_bar()
     return model

@@ -33,7 +33,7 @@ from luthier.files import (
 )
 from luthier.models.base_kinds import base_kind
 from luthier.models.manifest import MANIFEST, RANDOM, Manifest, created_now
-from luthier.models.networks.heads import Task
+from luthier.models.networks.heads import HeadKind
 from luthier.plugins import PluginTable
 from luthier.processes import python_command
 
@@ -117,8 +117,8 @@ class RandomSource:
     config: Mapping[str, Any]
     processor: Processor | None = None
     """Preprocessing of images, audio or time series; ``None`` for character-based text networks."""
-    task: Task = "embedding"
-    """Task of the network's head."""
+    head: HeadKind = "embedding"
+    """HeadKind of the network's head."""
 
     @property
     def provenance(self) -> Provenance:
@@ -132,7 +132,7 @@ class RandomSource:
         if self.processor is None:
             build_speller(dict(self.config), 0, target, lowercase=True)
         else:
-            build_media(dict(self.config), self.task, 0, target)
+            build_media(dict(self.config), self.head, 0, target)
             save_processor(self.processor, target)
         return self.provenance
 
@@ -244,13 +244,13 @@ def random_entry(
     about: str,
     config: Mapping[str, Any],
     processor: Processor | None = None,
-    task: Task = "embedding",
+    head: HeadKind = "embedding",
     context: int = 1,
 ) -> CatalogEntry:
     """Return the entry of a small network with random weights."""
     return CatalogEntry(
         id=id_,
-        source=RandomSource(config, processor, task),
+        source=RandomSource(config, processor, head),
         kind=kind,
         languages=(),
         parameters=parameters,
@@ -425,13 +425,13 @@ CATALOG: PluginTable[CatalogEntry] = PluginTable(
 )
 
 
-def bases_for(language: str, task: str) -> list[str]:
-    """Return the ids of catalogue models that support ``language`` and can start ``task``.
+def bases_for(language: str, head: str) -> list[str]:
+    """Return the ids of catalogue models that support ``language`` and can start ``head``.
 
     Causal and masked language modelling require the model's own trained head. Every encoder
     supports the remaining tasks.
     """
-    kinds = {task} if task in ("causal_lm", "masked_lm") else {"encoder", "masked_lm"}
+    kinds = {head} if head in ("causal_lm", "masked_lm") else {"encoder", "masked_lm"}
     return [e.id for e in CATALOG.values() if language in e.languages and e.kind in kinds]
 
 

@@ -39,7 +39,7 @@ from luthier.models.formats.pipelines import (
     read_pipeline,
 )
 from luthier.models.networks import classic as nets
-from luthier.models.networks.heads import Head, Task, has_masks, task_in
+from luthier.models.networks.heads import Head, HeadKind, has_masks, head_kind_in
 from luthier.models.networks.modalities import (
     context_length,
     input_shape,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 2048
 """Context of networks without any limit, such as Mamba, in tokens: the length of their training."""
-_HEADS_LEFT_OUT: tuple[Task, ...] = (
+_HEADS_LEFT_OUT: tuple[HeadKind, ...] = (
     "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification",
     "question_answering",
 )  # fmt: skip
@@ -65,8 +65,8 @@ _HEADS_LEFT_OUT: tuple[Task, ...] = (
 class NetworkDescription:
     """Properties of the network that a configuration describes."""
 
-    task: Task
-    """Task of the model class in the configuration."""
+    head: HeadKind
+    """HeadKind of the model class in the configuration."""
     numbers: int
     """Number of weights; without the head for text encoders and classifiers."""
     flat: bool
@@ -230,8 +230,8 @@ class ModelFolder:
             part_classes()
         with reject_configuration(UnknownModel, self._failure):
             config = copy.deepcopy(self._config)
-            task = task_in(config)
-            head = Head("embedding" if task in _HEADS_LEFT_OUT else task)
+            kind = head_kind_in(config)
+            head = Head("embedding" if kind in _HEADS_LEFT_OUT else kind)
             network = sketch(for_head(config, head), head)
             shape = input_shape(config) if media_config(config) is not None else (1,)
             # Checks at loading run an input of this shape, so the file must not choose any size.
@@ -243,7 +243,7 @@ class ModelFolder:
         if not self.quantization:  # quantized files pack several numbers
             check_sizes(numbers, sum(map(check_weights, network_folders(self.path))))
         above = [n for n, child in network.named_children() if child is not network.base_model]
-        return NetworkDescription(task, numbers, is_flat(network), tuple(above))
+        return NetworkDescription(kind, numbers, is_flat(network), tuple(above))
 
     @property
     def family_kind(self) -> str | None:
@@ -255,16 +255,16 @@ class ModelFolder:
         """Kind of base model, ``None`` for other networks, such as text classifiers."""
         if self.family_kind is not None:
             return self.family_kind
-        task, processor = self.description.task, self.processor
-        if task == "causal_lm":
-            return task
+        head, processor = self.description.head, self.processor
+        if head == "causal_lm":
+            return head
         if processor is not None and processor.kind in ("image", "audio"):
             return f"{processor.kind}_encoder"
         # An encoder with one score is a cross-encoder; a decoder with one score, a reward model.
         encodes = processor is None and has_masks(self._config)
-        if encodes and task == "sequence_classification" and self._config.num_labels == 1:
+        if encodes and head == "sequence_classification" and self._config.num_labels == 1:
             return "reranker"
-        return "encoder" if processor is None and task in ("masked_lm", "embedding") else None
+        return "encoder" if processor is None and head in ("masked_lm", "embedding") else None
 
 
 def for_head(config: Any, head: Head) -> Any:
@@ -281,7 +281,7 @@ def for_head(config: Any, head: Head) -> Any:
     if hasattr(config, "rescale_every"):
         # RWKV would divide stored weights by powers of 2 in eval mode, against float16's range.
         config.rescale_every = 0
-    if hasattr(config, "encoder") and head.task in ("embedding", "token_classification"):
+    if hasattr(config, "encoder") and head.kind in ("embedding", "token_classification"):
         config.is_encoder_decoder = False  # T5Gemma encodes texts without the decoder
     for key, value in head.settings().items():
         setattr(config, key, value)

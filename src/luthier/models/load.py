@@ -26,13 +26,13 @@ from luthier.models.networks.heads import (
     auto_class,
     decoder_of,
     frozen_parts,
+    head_kind,
     head_modules,
     head_weights,
     is_inside,
+    set_head_kind,
     set_new_weights,
-    set_task,
     start_bias,
-    task_of,
 )
 from luthier.models.networks.layouts import (
     DualEncoder,
@@ -96,13 +96,13 @@ def sketch(config: Any, head: Head) -> nn.Module:
         RecipeError: for a family that fails the comparison with transformers.
     """
     with reject_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
-        kind = auto_class(config, head.task)
+        kind = auto_class(config, head.kind)
         with _CONSTRUCTING, bounded_modules(), torch.device("meta"):
             model: nn.Module = kind.from_config(config, trust_remote_code=False)
         model = text_network(model) if reads_images_in_text(config) else model
-        set_task(model, head.task)
+        set_head_kind(model, head.kind)
     reason, tasks = UNSUPPORTED.get(config.model_type, ("", ()))
-    if reason and head.task in (tasks or (head.task,)):
+    if reason and head.kind in (tasks or (head.kind,)):
         raise refusal(model, reason)
     return model
 
@@ -136,7 +136,7 @@ def load_model(
     try:
         logging.set_verbosity_error()  # transformers reports a new head as a defect
         with _CONSTRUCTING, reject_configuration(UnknownModel, message):
-            found: Any = auto_class(config, head.task).from_pretrained(
+            found: Any = auto_class(config, head.kind).from_pretrained(
                 str(folder),
                 config=config,
                 dtype=dtype,
@@ -161,9 +161,9 @@ def load_model(
         logging.set_verbosity(quiet)
     if reads_images_in_text(config):
         model = text_network(model.to(device), opened.images)
-    set_task(model, head.task)
+    set_head_kind(model, head.kind)
     # Text embeddings do not use the pooler. Image embeddings would, so an untrained pooler is removed.
-    unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
+    unused = {n for n in loaded["missing_keys"] if head.kind == "embedding" and "pooler." in n}
     if unused and media_config(config) is not None and text_config(config) is None:
         model.base_model.pooler = None
     other = {name for name, *_ in loaded["mismatched_keys"]}
@@ -223,7 +223,7 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
             _check_image_to_text(network)
         elif isinstance(network.layout, DualEncoder):
             _check_dual_encoder(network)
-        elif task_of(model) == "sequence_classification":
+        elif head_kind(model) == "sequence_classification":
             _check_classifier(network)
         return network
     trial = trial_row(model)
@@ -282,7 +282,7 @@ def check_decoder_input(network: Network) -> None:
         RecipeError: with the family, if the inputs differ.
     """
     model, chat = network.model, network.chat
-    writes = decoder_of(model) is not None and task_of(model) == "causal_lm"
+    writes = decoder_of(model) is not None and head_kind(model) == "causal_lm"
     if chat is None or chat.start_id is None or not writes:
         return
     chat.check_decoder()

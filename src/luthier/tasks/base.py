@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from luthier.errors import DataError, Problem
 from luthier.evaluation.significance import RowScores
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.labels import label_remarks, label_scores
 from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic
 from luthier.evaluation.significance import Score
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, check_targets
 from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row

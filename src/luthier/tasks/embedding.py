@@ -28,7 +28,7 @@ from luthier.evaluation.retrieval import (
 )
 from luthier.evaluation.significance import RowScores, Score
 from luthier.evaluation.thresholds import threshold_scores
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, example_input
 from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row

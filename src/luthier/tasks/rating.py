@@ -15,7 +15,7 @@ from luthier.evaluation.baselines import Answers as Predicted
 from luthier.evaluation.baselines import Method, States
 from luthier.evaluation.linear import fit_ridge
 from luthier.evaluation.significance import RowScores, Score, Statistic
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Task, check_targets
 from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row

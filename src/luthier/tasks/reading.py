@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.evaluation.significance import RowScores, Score
 from luthier.graders.similarity import squad_words
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Task, check_targets
 from luthier.types import Row
 

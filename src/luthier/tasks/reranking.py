@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from luthier.data.shapes.texts import QueryDocument
 from luthier.errors import DataError, Problem
 from luthier.evaluation.retrieval import Ranking, retrieval_scores
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answers, Reader, Task
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from luthier.evaluation.preferences import ranking_scores
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task
 from luthier.tasks.onnx import OnnxOutput
 

@@ -14,7 +14,7 @@ from luthier.evaluation.baselines import LINEAR_PROBE, Method, States
 from luthier.evaluation.baselines import Answers as Predicted
 from luthier.evaluation.linear import fit_logistic
 from luthier.evaluation.significance import RowScores, Score
-from luthier.models.networks.heads import Task as HeadKind
+from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, check_targets
 from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row

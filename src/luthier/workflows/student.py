@@ -179,7 +179,7 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
         luthier=__version__,
         torch=torch.__version__,
         format=store.text_format(teacher.chat),
-        kind=teacher.kind or ("causal_lm" if draft.head.task == "causal_lm" else "encoder"),
+        kind=teacher.kind or ("causal_lm" if draft.head.kind == "causal_lm" else "encoder"),
         saved="network",
         parent=teacher.id,
         recipe={"objective": learned} if learned else None,

@@ -62,7 +62,7 @@ def test_conditions_are_a_new_head_of_a_base_without(tmp_path: Path) -> None:
     assert head_weights(known) == {"conditions.weight"}
     assert head_weights(load_model(tmp_path, torch.float32, cpu, Head("denoising"))) == set()
     known.save_pretrained(tmp_path / "saved")
-    assert head_in(AutoConfig.from_pretrained(tmp_path / "saved")).task == "denoising"
+    assert head_in(AutoConfig.from_pretrained(tmp_path / "saved")).kind == "denoising"
 
 
 def test_an_autoencoder_is_no_denoiser_nor_the_other_way_round() -> None:

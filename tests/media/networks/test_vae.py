@@ -17,7 +17,7 @@ from luthier.models.networks.heads import (
     head_in,
     head_modules,
     hidden_size_of,
-    set_task,
+    set_head_kind,
 )
 from luthier.models.networks.modalities import media_config
 
@@ -57,7 +57,7 @@ def test_it_is_an_autoencoder_and_nothing_else() -> None:
     config = VAEConfig(image_size=8, hidden_sizes=(8, 8), latent_size=4)
     assert media_config(config) is config
     model = auto_class(config, "autoencoding").from_config(config)
-    set_task(model, "autoencoding")
+    set_head_kind(model, "autoencoding")
     assert head_modules(model) == [] and hidden_size_of(model) == 4
     with pytest.raises(RecipeError) as refused:
         auto_class(config, "sequence_classification")

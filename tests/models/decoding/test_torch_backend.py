@@ -20,7 +20,7 @@ from luthier.models.decoding.sampler import sample
 from luthier.models.decoding.sampling import Sampling
 from luthier.models.decoding.torch_backend import FlatBackend, ForwardBackend
 from luthier.models.load import as_network, load_model
-from luthier.models.networks.heads import prompt_ids, set_task
+from luthier.models.networks.heads import prompt_ids, set_head_kind
 from model_families import DECODERS
 
 CPU = torch.device("cpu")
@@ -351,7 +351,7 @@ def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
     assert len(set(rooms)) < 15
     latent = next(each for each in DECODERS if each.model_type == "deepseek_v3")
     model: Any = transformers.AutoModelForCausalLM.from_config(latent.config(), dtype=torch.float32)
-    set_task(model, "causal_lm")
+    set_head_kind(model, "causal_lm")
     for each in (network(family_folder("llama")), as_network(model, CPU, torch.float32)):
         backend = FlatBackend(each, 1024)
         state, _ = begin(backend, PROMPTS[0])

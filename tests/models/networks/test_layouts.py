@@ -134,7 +134,7 @@ def test_segments_of_a_pair_reach_the_network(is_flat: bool) -> None:
             ).logits[0]
             for row in rows
         ]
-    heads.set_task(own, "sequence_classification")
+    heads.set_head_kind(own, "sequence_classification")
     network = as_network(own, CPU, torch.float32)
     tree = build_tree(rows, share=network.shares)
     with torch.no_grad():

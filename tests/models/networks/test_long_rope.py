@@ -17,7 +17,7 @@ from luthier.models.decoding.kv_cache import CHUNK
 from luthier.models.decoding.torch_backend import torch_backend
 from luthier.models.formats.gguf import write_gguf
 from luthier.models.load import as_network
-from luthier.models.networks.heads import set_task
+from luthier.models.networks.heads import set_head_kind
 from luthier.models.networks.long_rope import longrope_border
 from luthier.models.networks.modalities import context_length
 from luthier.types import Example, IntArray
@@ -44,7 +44,7 @@ def made(border: int, family: str = "phi3") -> Any:
         eos_token_id=2, rope_parameters=rope, original_max_position_embeddings=border,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    set_task(model, "causal_lm")
+    set_head_kind(model, "causal_lm")
     return model
 
 

@@ -97,9 +97,9 @@ def made(family: str, dtype: torch.dtype, **changes: Any) -> Any:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * (0.2 if weight.dim() > 1 else 0.05))
-    from luthier.models.networks.heads import set_task
+    from luthier.models.networks.heads import set_head_kind
 
-    set_task(model, "causal_lm")
+    set_head_kind(model, "causal_lm")
     cast_stored(model, dtype)  # as loaded: rotary frequencies stay in float32
     return model
 

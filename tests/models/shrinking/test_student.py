@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.models.networks.heads import Head, auto_class, task_of
+from luthier.models.networks.heads import Head, auto_class, head_kind
 from luthier.models.networks.layers import parent_of
 from luthier.models.shrinking.student import StudentShape, plan, shrink, spread
 
@@ -90,10 +90,10 @@ def test_transformers_loads_what_is_saved(
     teacher = teacher_of(family)
     student: Any = shrink(teacher, plan(teacher, StudentShape(layers=2)))
     student.save_pretrained(tmp_path)
-    again = auto_class(student.config, task_of(teacher)).from_pretrained(tmp_path).eval()
+    again = auto_class(student.config, head_kind(teacher)).from_pretrained(tmp_path).eval()
     assert type(again) is type(teacher)
     assert again.state_dict().keys() == student.state_dict().keys()
-    again.luthier_task = task_of(teacher)
+    again.luthier_head_kind = head_kind(teacher)
     assert torch.equal(answers(again), answers(student))
     # Tied weights are stored once.
     stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -119,7 +119,7 @@ def test_a_head_stays(family: str, task: Any, teacher_of: Teacher, answers: Answ
     planned = plan(teacher, StudentShape(layers=2))
     student: Any = shrink(teacher, planned)
     assert student.config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
-    assert task_of(student) == task
+    assert head_kind(student) == task
     torch.testing.assert_close(answers(student), answers(without(teacher, planned.stacks)))
 
 

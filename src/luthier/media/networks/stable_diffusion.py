@@ -71,7 +71,7 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
     conditions.
     """
 
-    luthier_task = "denoising"
+    luthier_head_kind = "denoising"
     frozen_parts = ("vae", "text_encoder")
     usual_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as diffusers' scripts do
     pixels_at_once = 1 << 20

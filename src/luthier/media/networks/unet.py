@@ -196,7 +196,7 @@ class UNetForImageGeneration(UNetPreTrainedModel):
     latents are the images.
     """
 
-    luthier_task = "denoising"
+    luthier_head_kind = "denoising"
     latent_bound = 1.0
 
     def __init__(self, config: Any) -> None:

@@ -83,7 +83,7 @@ class Dense(nn.Module):
 class VAEModel(ImagePreTrainedModel):
     """Encoder and decoder."""
 
-    luthier_task = "autoencoding"
+    luthier_head_kind = "autoencoding"
     config_class = VAEConfig
     base_model_prefix = "vae"
 

@@ -482,7 +482,7 @@ def seed_of(sampling: Sampling) -> int:
 def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> int:
     """Return the context of ``network``; raises for encoders and prompts that do not fit."""
     model = network.model
-    if heads.task_of(model) not in ("causal_lm", "image_to_text") or network.is_bidirectional:
+    if heads.head_kind(model) not in ("causal_lm", "image_to_text") or network.is_bidirectional:
         raise RecipeError(
             f"Networks of type {model.config.model_type} with this head cannot generate text. "
             "Choose a base model with kind causal_lm.",

@@ -11,7 +11,7 @@ from luthier.errors import CorruptFile
 from luthier.files import write_bytes
 from luthier.models.formats.pipelines import tokenizer_folder
 from luthier.models.formats.tensors import load_tensors, save_tensors
-from luthier.models.networks.heads import INNER_HEADS, head_weights, set_new_weights, task_of
+from luthier.models.networks.heads import INNER_HEADS, head_kind, head_weights, set_new_weights
 from luthier.models.networks.sentence_head import save_sentence_head
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
     Networks of diffusers are saved in diffusers' format, with one subfolder per part.
     """
     stops = list(chat.stop_ids)
-    if stops and task_of(model) in ("causal_lm", "image_to_text"):
+    if stops and head_kind(model) in ("causal_lm", "image_to_text"):
         model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = stops[0]
@@ -164,7 +164,7 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         # transformers uses the padding token to find the last token of each row.
         model.config.pad_token_id = stops[0]
     whole_model(model).save_pretrained(folder)
-    if task_of(model) == "embedding":
+    if head_kind(model) == "embedding":
         save_sentence_head(model, folder)
     save_format(chat, folder)
 

@@ -1,6 +1,6 @@
-"""Task heads of transformers' model families.
+"""HeadKind heads of transformers' model families.
 
-A *task* names the purpose of a head. transformers has one class per task and family. luthier uses
+The *kind* of a head names its outputs. transformers has one class per kind and family. luthier uses
 these classes unchanged, so saved models load in transformers. The flat layout has no ``[B, T, H]``
 tensor: heads run on the hidden states of selected nodes.
 """
@@ -26,7 +26,7 @@ from luthier.models.networks.modalities import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Task = Literal[
+HeadKind = Literal[
     "causal_lm",
     "masked_lm",
     "bidirectional_lm",
@@ -42,8 +42,8 @@ Task = Literal[
 
 
 @dataclass(frozen=True)
-class _TaskClasses:
-    """Classes of transformers and PEFT for a task."""
+class HeadClasses:
+    """Classes of transformers and PEFT for a kind of head, and properties of the head."""
 
     words: str
     """Description of a network with this head, for error messages."""
@@ -53,35 +53,53 @@ class _TaskClasses:
     """Automatic classes for networks with images or spectrograms as input."""
     peft: str = "FEATURE_EXTRACTION"
     """PEFT's name."""
+    hub: str | None = None
+    """Task name of Hugging Face."""
+    output: Literal["row_scores", "token_scores", "logits", "states"] = "logits"
+    classes: int | None = 0
+    """Number of classes; 0 if the network decides, ``None`` for the number of labels."""
+    pretrained: bool = False
+    """True if all weights of the head are pretrained, so that none trains with every adaptation."""
 
 
 _TO_IMAGE = ("AutoModelForImageToImage",)
-_TASKS: dict[Task, _TaskClasses] = {
-    "causal_lm": _TaskClasses("a causal language model", "AutoModelForCausalLM", peft="CAUSAL_LM"),
-    "masked_lm": _TaskClasses("a masked language model", "AutoModelForMaskedLM"),
-    "bidirectional_lm": _TaskClasses("a bidirectional language model", "AutoModelForPreTraining"),
-    "sequence_classification": _TaskClasses(
-        "a classifier",
-        "AutoModelForSequenceClassification",
-        ("AutoModelForImageClassification", "AutoModelForAudioClassification"),
-        "SEQ_CLS",
+HEADS: dict[HeadKind, HeadClasses] = {
+    "causal_lm": HeadClasses(
+        "a causal language model", "AutoModelForCausalLM", peft="CAUSAL_LM", hub="text-generation",
+        pretrained=True,
     ),
-    "token_classification": _TaskClasses(
-        "a classifier of tokens", "AutoModelForTokenClassification", peft="TOKEN_CLS"
+    "masked_lm": HeadClasses("a masked language model", "AutoModelForMaskedLM", hub="fill-mask"),
+    "bidirectional_lm": HeadClasses(
+        "a bidirectional language model", "AutoModelForPreTraining", classes=None
     ),
-    "question_answering": _TaskClasses(
-        "a reader that answers questions", "AutoModelForQuestionAnswering", peft="QUESTION_ANS"
+    "sequence_classification": HeadClasses(
+        "a classifier", "AutoModelForSequenceClassification",
+        ("AutoModelForImageClassification", "AutoModelForAudioClassification"), "SEQ_CLS",
+        output="row_scores", classes=None,
     ),
-    "embedding": _TaskClasses("an encoder", "AutoModel", ("AutoModel",)),
-    "autoencoding": _TaskClasses("an autoencoder of images", media=_TO_IMAGE),
-    "adversarial": _TaskClasses(
-        "a generator of images with its discriminator", media=("AutoModelForPreTraining",)
+    "token_classification": HeadClasses(
+        "a classifier of tokens", "AutoModelForTokenClassification", peft="TOKEN_CLS",
+        hub="token-classification", output="token_scores", classes=None,
     ),
-    "denoising": _TaskClasses("a denoiser of images", media=_TO_IMAGE),
-    "image_to_text": _TaskClasses(
-        "a writer of the text of images", "", ("AutoModelForImageTextToText",), "SEQ_2_SEQ_LM"
+    "question_answering": HeadClasses(
+        "a reader that answers questions", "AutoModelForQuestionAnswering", peft="QUESTION_ANS",
+        hub="question-answering", output="token_scores", classes=2,
     ),
-}
+    "embedding": HeadClasses(
+        "an encoder", "AutoModel", ("AutoModel",), hub="sentence-similarity", output="states",
+        pretrained=True,
+    ),
+    "autoencoding": HeadClasses("an autoencoder of images", media=_TO_IMAGE, pretrained=True),
+    "adversarial": HeadClasses(
+        "a generator of images with its discriminator", media=("AutoModelForPreTraining",),
+        classes=None,
+    ),
+    "denoising": HeadClasses("a denoiser of images", media=_TO_IMAGE, classes=None),
+    "image_to_text": HeadClasses(
+        "a writer of the text of images", "", ("AutoModelForImageTextToText",), "SEQ_2_SEQ_LM",
+        pretrained=True,
+    ),
+}  # fmt: skip
 _PERMUTED = frozenset({"xlnet"})
 """Families trained to predict tokens in random order, a different objective than next-token
 prediction."""
@@ -92,9 +110,9 @@ _SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 @dataclass(frozen=True)
 class Head:
-    """Task and classes of a head."""
+    """HeadKind and classes of a head."""
 
-    task: Task
+    kind: HeadKind
     labels: tuple[str, ...] = ()
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] = (
         "single_label_classification"
@@ -106,16 +124,15 @@ class Head:
 
     def settings(self) -> dict[str, Any]:
         """Return the corresponding fields of transformers' configuration."""
-        if self.task in ("causal_lm", "masked_lm", "embedding", "autoencoding", "image_to_text"):
-            return {}
-        if self.task == "question_answering":
-            return {"num_labels": 2}
+        classes = HEADS[self.kind].classes
+        if classes is not None:
+            return {"num_labels": classes} if classes else {}
         names = dict(enumerate(self.labels))
         return {
             "num_labels": len(self.labels),
             "id2label": names,
             "label2id": {name: index for index, name in names.items()},
-            "problem_type": self.problem if self.task == "sequence_classification" else None,
+            "problem_type": self.problem if self.kind == "sequence_classification" else None,
         }
 
 
@@ -140,99 +157,101 @@ def declared_pooling(folder: Path) -> Literal["mean"] | None:
     return "mean" if alone == {"pooling_mode_mean_tokens"} else None
 
 
-def auto_class(config: Any, task: Task) -> Any:
-    """Return transformers' automatic class for ``task``; raises for families without such a head."""
+def auto_class(config: Any, kind: HeadKind) -> Any:
+    """Return transformers' automatic class for ``kind``; raises for families without such a head."""
     import transformers
 
-    name = _class_name(config, task)
+    name = _class_name(config, kind)
     if not name:
-        able = [each.words for other, each in _TASKS.items() if _class_name(config, other)]
+        able = [each.words for other, each in HEADS.items() if _class_name(config, other)]
         raise RecipeError(
-            f"A network of type {config.model_type} cannot be {_TASKS[task].words}. "
-            f"Supported: {', '.join(able) or 'no task'}.",
+            f"A network of type {config.model_type} cannot be {HEADS[kind].words}. "
+            f"Supported: {', '.join(able) or 'no head'}.",
             rule="network.head",
         )
     return getattr(transformers, name)
 
 
 def head_in(config: Any) -> Head:
-    """Return the head of a stored network; :func:`task_in` determines the task."""
-    task = task_in(config)
-    if task not in ("sequence_classification", "token_classification"):
-        return Head(task)
+    """Return the head of a stored network; :func:`head_kind_in` determines the kind."""
+    kind = head_kind_in(config)
+    if HEADS[kind].classes is not None or HEADS[kind].output == "logits":
+        return Head(kind)
     labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-    return Head(task, labels, config.problem_type or Head(task).problem)
+    return Head(kind, labels, config.problem_type or Head(kind).problem)
 
 
-def task_in(config: Any) -> Task:
-    """Return the task of the class that a stored network's configuration names.
+def head_kind_in(config: Any) -> HeadKind:
+    """Return the kind of the class that a stored network's configuration names.
 
-    If the class belongs to no task (``GPT2Model``, ``BertForPreTraining``), the result is the
-    family's first task in the order: causal language model, masked language model, no head, any
+    If the class belongs to no kind (``GPT2Model``, ``BertForPreTraining``), the result is the
+    family's first kind in the order: causal language model, masked language model, no head, any
     other.
     """
     import transformers
 
     named = next(iter(getattr(config, "architectures", None) or ()), "")
-    able: dict[Task, str] = {task: name for task in _TASKS if (name := _class_name(config, task))}
-    classes: dict[Task, Any] = {
-        task: getattr(transformers, name)._model_mapping[type(config)]
-        for task, name in able.items()
+    able: dict[HeadKind, str] = {
+        kind: name for kind in HEADS if (name := _class_name(config, kind))
     }
-    named_so = [task for task, kind in classes.items() if getattr(kind, "__name__", "") == named]
-    plain: tuple[Task, ...] = ("causal_lm", "masked_lm", "embedding")
-    return [*named_so, *(task for task in plain if task in able), *able, plain[-1]][0]
+    classes: dict[HeadKind, Any] = {
+        kind: getattr(transformers, name)._model_mapping[type(config)]
+        for kind, name in able.items()
+    }
+    named_so = [kind for kind, own in classes.items() if getattr(own, "__name__", "") == named]
+    plain: tuple[HeadKind, ...] = ("causal_lm", "masked_lm", "embedding")
+    return [*named_so, *(kind for kind in plain if kind in able), *able, plain[-1]][0]
 
 
 def is_decoder(config: Any) -> bool:
     """Return True for families of causal language models without an encoder."""
-    return _class_name(config, "causal_lm") == _TASKS["causal_lm"].text
+    return _class_name(config, "causal_lm") == HEADS["causal_lm"].text
 
 
-def _class_name(config: Any, task: Task) -> str:
-    """Return the name of transformers' automatic class for the task and family; empty if none
+def _class_name(config: Any, kind: HeadKind) -> str:
+    """Return the name of transformers' automatic class for the kind and family; empty if none
     exists."""
     if media_config(config) is not None:
-        named = () if is_dual_encoder(config) and task != "embedding" else _TASKS[task].media
-        return next((name for name in named if _has(config, name, task)), "")
+        named = () if is_dual_encoder(config) and kind != "embedding" else HEADS[kind].media
+        return next((name for name in named if _has(config, name, kind)), "")
     if reads_images_in_text(config):
-        return _TASKS["image_to_text"].media[0] if task == "causal_lm" else ""
-    name = _TASKS[task].text
-    if not name or (task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES):
+        return HEADS["image_to_text"].media[0] if kind == "causal_lm" else ""
+    name = HEADS[kind].text
+    if not name or (kind == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES):
         return ""
     # transformers also has such classes for decoders, which see no word after the answer.
-    if task == "question_answering" and (_has(config, _SEQ2SEQ) or not has_masks(config)):
+    if kind == "question_answering" and (_has(config, _SEQ2SEQ) or not has_masks(config)):
         return ""
     if _has(config, _SEQ2SEQ):
         # Text encoding needs the encoder only; the decoder generates.
-        name = {"causal_lm": _SEQ2SEQ, "embedding": "AutoModelForTextEncoding"}.get(task, name)
+        name = {"causal_lm": _SEQ2SEQ, "embedding": "AutoModelForTextEncoding"}.get(kind, name)
         return name if _has(config, name) else ""
     # transformers maps these families to causal language models, but their attention is bidirectional.
     ahead = config.model_type in _PERMUTED or has_masks(config)
-    if task == "causal_lm" and ahead and not getattr(config, "is_decoder", False):
+    if kind == "causal_lm" and ahead and not getattr(config, "is_decoder", False):
         return ""
     return name if _has(config, name) else ""
 
 
 def has_masks(config: Any) -> bool:
     """Return True for families of masked language models."""
-    return _has(config, _TASKS["masked_lm"].text)
+    return _has(config, HEADS["masked_lm"].text)
 
 
-def _has(config: Any, name: str, task: Task | None = None) -> bool:
-    """Return True if the automatic class knows the family; with ``task``, by a class for no other
-    task."""
+def _has(config: Any, name: str, kind: HeadKind | None = None) -> bool:
+    """Return True if the automatic class knows the family; with ``kind``, by a class for no other
+    kind of head."""
     import transformers
 
     known = getattr(transformers, name)._model_mapping
     if type(config) not in known:
         return False
-    return task in (None, "embedding", getattr(known[type(config)], "luthier_task", task))
+    return kind in (None, "embedding", getattr(known[type(config)], "luthier_head_kind", kind))
 
 
-def set_task(model: nn.Module, task: Task) -> None:
-    """Store the task of the head on ``model``, and correct the name of the backbone."""
-    model.luthier_task = task  # type: ignore[assignment]
+def set_head_kind(model: nn.Module, kind: HeadKind) -> None:
+    """Store the kind of the head on ``model``, and correct the name of the backbone."""
+    model.luthier_head_kind = kind  # type: ignore[assignment]
     # Llama 4 keeps the name that its backbone has in the multimodal network.
     if getattr(model, "base_model", None) is model and hasattr(
         getattr(model, "model", None), "base_model"
@@ -251,16 +270,16 @@ def new_weights(model: nn.Module) -> frozenset[str]:
     return names
 
 
-def task_of(model: nn.Module) -> Task:
-    """Return the task of the head of ``model``."""
-    task: Task = getattr(model, "luthier_task", "causal_lm")
-    return task
+def head_kind(model: nn.Module) -> HeadKind:
+    """Return the kind of the head of ``model``."""
+    kind: HeadKind = getattr(model, "luthier_head_kind", "causal_lm")
+    return kind
 
 
 def peft_task(model: nn.Module) -> str:
     """PEFT's name of the task of ``model``."""
-    task = task_of(model)
-    return "SEQ_2_SEQ_LM" if task == "causal_lm" and decoder_of(model) else _TASKS[task].peft
+    kind = head_kind(model)
+    return "SEQ_2_SEQ_LM" if kind == "causal_lm" and decoder_of(model) else HEADS[kind].peft
 
 
 def frozen_parts(model: nn.Module) -> tuple[str, ...]:
@@ -288,18 +307,18 @@ def is_inside(name: str, modules: Sequence[str]) -> bool:
 
 
 INNER_HEADS = ("pooler", "mix")
-"""Modules inside a network that belong to some tasks' heads and are missing for other tasks."""
+"""Modules inside a network that belong to some heads and are missing in other networks."""
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Return the full names of modules that belong to the task instead of the pretrained network.
+    """Return the full names of modules that belong to the head instead of the pretrained network.
 
     These modules train and are saved with every adaptation. A causal language model has none: its
     head is pretrained. A classifier on the first token includes the pooler.
     """
     from torch import nn
 
-    if task_of(model) in ("causal_lm", "embedding", "autoencoding", "image_to_text"):
+    if HEADS[head_kind(model)].pretrained:
         return []
     prefix = getattr(model, "base_model_prefix", "")
     shared = {id(weight) for weight in model.base_model.parameters()}  # type: ignore[union-attr]
@@ -310,10 +329,10 @@ def head_modules(model: nn.Module) -> list[str]:
         for own in _own_modules(name, child, shared)
     ]
     pooler = getattr(model.base_model, "pooler", None)
-    if task_of(model) == "sequence_classification" and isinstance(pooler, nn.Module):
+    if head_kind(model) == "sequence_classification" and isinstance(pooler, nn.Module):
         heads.append(f"{prefix}.pooler")
     mix = getattr(model.base_model, "mix", None)  # ELMo's sum of layers
-    if task_of(model) != "bidirectional_lm" and isinstance(mix, nn.Module):
+    if head_kind(model) != "bidirectional_lm" and isinstance(mix, nn.Module):
         heads.append(f"{prefix}.mix")
     return heads
 
@@ -392,7 +411,7 @@ def hidden_size_of(model: Any) -> int:
         return int((text or model.config).hidden_size)
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
-    if task_of(model) == "denoising" and hasattr(model.config, "embedding_size"):
+    if head_kind(model) == "denoising" and hasattr(model.config, "embedding_size"):
         return int(model.config.embedding_size)  # ResNet's name for the width of its first layer
     if not hasattr(model, "classifier"):  # an embedding network
         return _embedding_width(model)
@@ -502,17 +521,17 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """
     from luthier.models.networks.head_forward import before_output_layer
 
-    task, is_media = task_of(model), media_config(model.config) is not None
+    kind, is_media = head_kind(model), media_config(model.config) is not None
     # The heads of ModernBERT's decoder and of BERT as a decoder have layers below the output layer.
     output = model.get_output_embeddings()
     is_nested = not any(child is output for child in model.children())
     has_layers = is_nested or getattr(model, "lm_head", None) not in (None, output)
-    transforms = task == "masked_lm" or (task == "causal_lm" and has_layers)
+    transforms = kind == "masked_lm" or (kind == "causal_lm" and has_layers)
     if transforms and not is_media and decoder_of(model) is None:
         return before_output_layer(model, hidden_SH)
     if is_media:  # the text decoder of an image encoder
         model = model.decoder
-    if task == "bidirectional_lm":
+    if kind == "bidirectional_lm":
         hidden_SH = hidden_SH.unflatten(-1, (2, -1))
     elif _has_scaled_outputs(model.config):
         hidden_SH = hidden_SH * model.model_dim**-0.5

@@ -365,7 +365,7 @@ class MediaLayout(Layout):
         self._states_NH, self._places = states_NH, places
 
     def _states(self, arrays: Tensor) -> Tensor:
-        if heads.task_of(self._model) == "sequence_classification":
+        if heads.head_kind(self._model) == "sequence_classification":
             return classifier_input(self._model, arrays)
         return pooled_states(self._model, arrays)
 
@@ -461,7 +461,7 @@ class DualEncoder(Layout):
 def pooled_states(model: Any, pixels: Tensor) -> Tensor:
     """Return the embeddings ``[R, H]`` of images or audio ``[R, C, H, W]``, not normalized."""
     # `base_model` of DINOv3 without a head is a part of the network.
-    backbone = model if heads.task_of(model) == "embedding" else model.base_model
+    backbone = model if heads.head_kind(model) == "embedding" else model.base_model
     output = run_media(backbone, pixels)
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:

@@ -32,7 +32,7 @@ from luthier.files import luthier_home, read_json, write_json
 from luthier.models.networks.attention import Scoring, additive_mask, dense_attention
 from luthier.models.networks.fused import fuse
 from luthier.models.networks.head_forward import logits_of
-from luthier.models.networks.heads import Task, decoder_of, decoder_opening, task_of
+from luthier.models.networks.heads import HEADS, HeadKind, decoder_of, decoder_opening, head_kind
 from luthier.models.networks.layers import first_layer_alone
 from luthier.models.networks.layouts import Flat
 from luthier.models.networks.modalities import context_length, media_config
@@ -53,7 +53,7 @@ STEPS = 2
 LONG_COST = 3e11
 """Maximum product of weights and tokens of the long row: 3 seconds for a pass at 200
 GFLOP/s."""
-UNSUPPORTED: Mapping[str, tuple[str, Sequence[Task]]] = {
+UNSUPPORTED: Mapping[str, tuple[str, Sequence[HeadKind]]] = {
     "convbert": ("convolutions that read the padding", ()),
     "deepseek_v32": ("sparse attention, which needs an attention mask", ()),
     "diffllama": ("another result with a cache", ("causal_lm",)),
@@ -151,8 +151,8 @@ class Probe:
         vocabulary = int(model.config.vocab_size)
         generator = torch.Generator().manual_seed(0)
         self.beside = decoder_of(model) is not None
-        self.task = task_of(model)
-        self.writes = self.beside and self.task == "causal_lm"
+        self.kind = head_kind(model)
+        self.writes = self.beside and self.kind == "causal_lm"
         # Low ids may be padding tokens.
         rows = torch.randint(vocabulary // 2, vocabulary, (3, LENGTHS[0]), generator=generator)
         rows[1, :SHARED] = rows[0, :SHARED]
@@ -175,14 +175,16 @@ class Probe:
         self.model.eval()
         parts: Sequence[Sequence[Tensor]] = [self.rows[:2], *([row] for row in self.rows[2:])]
         # Batches require a padding token, so the rows of classifiers run alone.
-        if some or self.task == "sequence_classification":
+        if some or HEADS[self.kind].output == "row_scores":
             parts = [[row] for row in some or self.rows]
         outputs: list[Tensor] = []
         for rows in parts:
             ids_RT = torch.stack([*rows]).to(self.device)
             further = {"decoder_input_ids": ids_RT} if self.writes else {}
             found = self.model(input_ids=ids_RT, **further)
-            out = found.last_hidden_state if self.task == "embedding" else logits_of(found)
+            out = (
+                found.last_hidden_state if HEADS[self.kind].output == "states" else logits_of(found)
+            )
             check_finite(out)
             outputs += [each.float().view(-1, out.shape[-1]) for each in out]
         return outputs
@@ -237,12 +239,13 @@ class Probe:
 
     def _head(self, network: Network, batch: TreeBatch) -> Tensor:
         nodes = torch.from_numpy(batch.tree.node_M).to(self.device)
-        if self.task == "sequence_classification":
-            return network.row_scores(batch)
-        if self.task in ("token_classification", "question_answering"):
-            return network.token_scores(batch, nodes)
+        match HEADS[self.kind].output:
+            case "row_scores":
+                return network.row_scores(batch)
+            case "token_scores":
+                return network.token_scores(batch, nodes)
         hidden_MH = network.hidden(batch, nodes)
-        return hidden_MH if self.task == "embedding" else network.logits(hidden_MH)
+        return hidden_MH if HEADS[self.kind].output == "states" else network.logits(hidden_MH)
 
     @torch.no_grad()
     def cached(self, network: Network) -> list[tuple[int, Tensor]]:
@@ -329,7 +332,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
             # A passed comparison covers the configuration, but these weights can still be damaged.
             check_finite(Probe(model, device).ours(network)[0])
         return network
-    decodes = probe.task == "causal_lm"
+    decodes = probe.kind == "causal_lm"
     # References come first: Network() and fuse() replace parts of the model.
     with widened(model):
         expected = probe.plain()
@@ -393,7 +396,7 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
         RecipeError: for families whose adapters cannot share a base network or generate other text.
     """
     model = network.model
-    if not isinstance(network.layout, Flat) or task_of(model) != "causal_lm":
+    if not isinstance(network.layout, Flat) or head_kind(model) != "causal_lm":
         return
     own, device = {id(weight) for weight in model.parameters()}, network.device
     with (
@@ -564,7 +567,8 @@ def _record(model: Any, device: torch.device, *further: str) -> Path:
     fields = {**model.config.to_dict(), "dtype": None, "_name_or_path": None}
     versions = (__version__, torch.__version__, transformers.__version__)
     known = json.dumps(
-        [fields, task_of(model), type(model).__name__, device.type, versions, *further], default=str
+        [fields, head_kind(model), type(model).__name__, device.type, versions, *further],
+        default=str,
     )
     return luthier_home() / "probes" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
 

@@ -114,20 +114,20 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
     """
     from transformers.initialization import no_init_weights
 
-    from luthier.models.networks.heads import auto_class, set_task, task_of
+    from luthier.models.networks.heads import auto_class, head_kind, set_head_kind
 
     shape = planned.shape
     sizes = width.Sizes(shape.heads, shape.intermediate, shape.hidden)
     state = width.cut(teacher, sizes, dict(teacher.state_dict()), _layers(planned.stacks))
     state = _rename_layers(state, planned.stacks)
-    kind = auto_class(planned.config, task_of(teacher))
+    kind = auto_class(planned.config, head_kind(teacher))
     weight = next(teacher.parameters())
     with no_init_weights():
         student: Any = kind.from_config(copy.deepcopy(planned.config), dtype=weight.dtype)
     student.tie_weights()  # no_init_weights skips tying
     # no_init_weights leaves memory uninitialized, so every weight must come from `state`.
     student.load_state_dict(state, strict=True)
-    set_task(student, task_of(teacher))
+    set_head_kind(student, head_kind(teacher))
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     smaller: nn.Module = student.to(weight.device).train(teacher.training)

@@ -70,7 +70,7 @@ class EncoderDistillation(TeacherObjective, Classification):
         """Reject a teacher that is not a single-label classifier, or has other classes."""
         learned, head = teacher.objective, teacher.objective.head()
         single = head.problem == "single_label_classification" and head.labels
-        if head.task != self.task.head or not single:
+        if head.kind != self.task.head or not single:
             raise RecipeError(
                 f"the teacher {self.teacher} ({learned.method}) is not a single-label classifier. "
                 "Use a teacher of objective classification, or the objective logit_distillation "

@@ -24,7 +24,7 @@ from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
 from luthier.graders.base import Embedder
-from luthier.models.networks.heads import decoder_of, task_of
+from luthier.models.networks.heads import decoder_of, head_kind
 from luthier.objectives.base import Objective, chat_of
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.preferences.reward_model import RewardModel
@@ -32,7 +32,7 @@ from luthier.types import Message
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.networks.heads import Task
+    from luthier.models.networks.heads import HeadKind
     from luthier.models.networks.network import Network
     from luthier.types import IntArray
 
@@ -131,7 +131,7 @@ def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
     return chat.encode_prompt(turns)
 
 
-def check_grader_model(name: str, task: Task, learned: Objective) -> None:
+def check_grader_model(name: str, task: HeadKind, learned: Objective) -> None:
     """Reject a model whose task does not fit the grader."""
     if task == "embedding" and not learned.task.embeds:
         raise RecipeError(
@@ -150,7 +150,10 @@ def check_grader_model(name: str, task: Task, learned: Objective) -> None:
 
 def check_reward_model(name: str, network: Network) -> None:
     """Reject a model that is not a reward model."""
-    if task_of(network.model) != "sequence_classification" or network.model.config.num_labels != 1:
+    if (
+        head_kind(network.model) != "sequence_classification"
+        or network.model.config.num_labels != 1
+    ):
         raise RecipeError(
             f"{name} is not a reward model. Train a reward model with "
             "`objective.method=reward_model`",

@@ -142,7 +142,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
         context, kind = opened.context, opened.kind
         if kind is None:
             raise ModelRefused(
-                CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",
+                CONFIG, "model.task", f"The network is a {network.head.replace('_', ' ')} model.",
                 "Import a language model, an encoder, an image or audio network, or a pipeline that "
                 "generates images. Train text classifiers with a job.",
             )  # fmt: skip
@@ -179,7 +179,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
         format=form,
     )
     checks = _test(StoredModel(model_id, folder, manifest))
-    if network.task == "sequence_classification":
+    if network.head == "sequence_classification":
         checks["classes"] = "removed: the model returns embeddings"
     return AcceptedModel(manifest.model_copy(update={"checks": checks}), None)
 

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
 from luthier.models.catalog import CATALOG
+from luthier.models.networks.heads import HEADS
 from luthier.workflows.certificate.certificate import Certificate, Relative
-
-_PIPELINES: Mapping[str, str] = {
-    "causal_lm": "text-generation",
-    "masked_lm": "fill-mask",
-    "token_classification": "token-classification",
-    "question_answering": "question-answering",
-    "embedding": "sentence-similarity",
-}
-"""Task names of Hugging Face by model kind."""
 
 
 class _Score(NamedTuple):
@@ -58,7 +50,8 @@ def model_card(certificate: Certificate, library: str | None = None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     record = certificate.record
-    task = _PIPELINES.get(record.kind or "")
+    head = HEADS.get(record.kind or "")  # type: ignore[call-overload]
+    task = head.hub if head is not None else None
     results = [
         EvalResult(
             task_type=task or record.kind or "other",
