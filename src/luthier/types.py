@@ -317,6 +317,14 @@ class Row:
         """Return one bare row per network input: the row itself, both texts of a pair, each answer."""
         return [self.bare()]
 
+    def input_record(self) -> dict[str, object]:
+        """Return the input as a JSON object, for files of predictions."""
+        return {"text": self.plain_text()}
+
+    def target(self) -> object:
+        """Return the target of a model that predicts, as a JSON value; ``None`` without a target."""
+        return None
+
     def record(self) -> dict[str, object]:
         """Return the row as a JSON object with the keys of its shape."""
         raise TypeError("a row of no shape cannot be written")

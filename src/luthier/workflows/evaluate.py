@@ -28,13 +28,9 @@ from luthier.data.languages import detect_languages
 from luthier.data.read import read_records
 from luthier.data.search_sets import load_search_set
 from luthier.data.shapes import of_shape
-from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.choices import MultipleChoice
-from luthier.data.shapes.conversations import PromptCompletion
-from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, ThumbedReply
-from luthier.data.shapes.questions import AnsweredQuestion
-from luthier.data.shapes.texts import QueryDocument, RatedText, RawText, TaggedWords, TextPair
+from luthier.data.shapes.texts import RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import length_keys, slice_scores
@@ -478,39 +474,7 @@ def _with_inputs(evaluation: Evaluation) -> Evaluation:
     if of_shape(JudgedAnswers, evaluation.rows):
         return evaluation
     records = [
-        {**_input_of(row), "expected": _expected_of(row), **answer}
+        {**row.input_record(), "expected": row.target(), **answer}
         for row, answer in zip(evaluation.rows, evaluation.records, strict=True)
     ]
     return replace(evaluation, records=records)
-
-
-def _input_of(row: Row) -> dict[str, Any]:
-    match row:
-        case PromptCompletion():
-            return row.record()
-        case MediaRow():
-            return {row.key(): str(row.media)}
-        case AnsweredQuestion():
-            return {"question": row.question, "context": row.context}
-        case QueryDocument():
-            return {"query": row.text, "document": row.document}
-        case TaggedWords() if row.tags is not None:
-            return {"tokens": list(row.tokens)}
-    return {"text": row.plain_text()}
-
-
-def _expected_of(row: Row) -> Any:
-    match row:
-        case CaptionedImage():
-            return row.caption
-        case AnsweredQuestion():
-            return list(row.answers)
-        case TaggedWords():
-            return list(row.tags or ())
-        case RatedText():
-            return row.rating
-        case QueryDocument() | Labelled():
-            return row.label
-        case TextPair():
-            return row.positive
-    return None

@@ -98,6 +98,9 @@ class Labelled(Shape):
     def targets(self) -> tuple[str, ...]:
         return tuple(sorted(self.labels))
 
+    def target(self) -> str | tuple[str, ...]:
+        return self.label
+
     def classes(self) -> tuple[str, ...]:
         return self.labels
 

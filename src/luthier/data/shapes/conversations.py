@@ -69,6 +69,9 @@ class PromptCompletion(Shape):
     def record(self) -> Record:
         return {"prompt": self.prompt, "completion": self.completion}
 
+    def input_record(self) -> Record:
+        return self.record()
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation(Shape):

@@ -42,6 +42,9 @@ class MediaRow(Shape):
     def record(self) -> Record:
         return {self.key(): self.media.name}
 
+    def input_record(self) -> Record:
+        return {self.key(): str(self.media)}
+
 
 @dataclass(frozen=True, slots=True)
 class BareMedia(MediaRow):
@@ -187,6 +190,9 @@ class CaptionedImage(MediaRow):
 
     def sides(self) -> list[Row]:
         return [self.bare(), RawText(self.file, self.line, self.caption)]
+
+    def target(self) -> str:
+        return self.caption
 
     def record(self) -> Record:
         return {**MediaRow.record(self), "caption": self.caption}

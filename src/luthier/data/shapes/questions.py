@@ -91,6 +91,12 @@ class AnsweredQuestion(Shape):
         answers = {"text": list(self.answers), "answer_start": list(self.starts)}
         return {"question": self.question, "context": self.context, "answers": answers}
 
+    def input_record(self) -> Record:
+        return {"question": self.question, "context": self.context}
+
+    def target(self) -> list[str]:
+        return list(self.answers)
+
 
 def _check_possible(impossible: object, answered: bool) -> None:
     """Reject a question that is marked as impossible and has answers, or the reverse.

@@ -140,6 +140,9 @@ class RatedText(TextRow):
     def targets(self) -> tuple[str, ...]:
         return (repr(self.rating),)
 
+    def target(self) -> float:
+        return self.rating
+
     def record(self) -> Record:
         return {"text": self.text, "rating": self.rating}
 
@@ -181,6 +184,12 @@ class TaggedWords(Shape):
 
     def record(self) -> Record:
         return {"tokens": list(self.tokens), "tags": list(self.tags or ())}
+
+    def input_record(self) -> Record:
+        return {"tokens": list(self.tokens)}
+
+    def target(self) -> list[str]:
+        return list(self.tags or ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +233,9 @@ class TextPair(TextRow):
 
     def targets(self) -> tuple[str, ...]:
         return (self.positive,)
+
+    def target(self) -> str:
+        return self.positive
 
     def sides(self) -> list[Row]:
         return [RawText(self.file, self.line, text) for text in (self.text, self.positive)]
@@ -306,6 +318,12 @@ class QueryDocument(TextRow):
 
     def record(self) -> Record:
         return {"query": self.text, "document": self.document, "label": self.label}
+
+    def input_record(self) -> Record:
+        return {"query": self.text, "document": self.document}
+
+    def target(self) -> float | None:
+        return self.label
 
 
 def _read_relevance(value: object, key: str) -> float:
