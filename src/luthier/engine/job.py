@@ -444,7 +444,7 @@ def resolve_job(
     # has no classes.
     head = data.objective.task.head
     brings = base.manifest.kind == head
-    brings |= head == base.network.description.task == "question_answering"
+    brings |= head == base.network.description.head == "question_answering"
     one, other = base_objective.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings
