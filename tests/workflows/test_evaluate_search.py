@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
+from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import nearest
 from luthier.workflows import evaluate_search
@@ -105,6 +107,35 @@ def test_documents_are_needed(
     for model, other in ((base, None), (encoder, encoder), (reranker, reranker)):
         with pytest.raises(RecipeError):
             luthier.evaluate(model, **collection, reranker=other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "option", [{"graders": ["exact"]}, {"turns": "all"}, {"long_rows": "drop"}]
+)
+def test_options_without_effect_on_search(
+    option: dict[str, Any], collection: dict[str, Path], family_folder: Callable[[str], Path]
+) -> None:
+    with pytest.raises(RecipeError, match="has no effect with --corpus"):
+        luthier.evaluate(str(family_folder("bert")), **{**option, **collection})
+
+
+def test_progress_and_queries_left_out(
+    collection: dict[str, Path], family_folder: Callable[[str], Path], reranker: str
+) -> None:
+    with collection["data"].open("a") as file:
+        file.write(json.dumps({"_id": "q3", "text": "who?"}) + "\n")
+    seen: list[tuple[int, int]] = []
+
+    class Progress(Reporter):
+        def progress(self, done: int, total: int, what: str) -> None:
+            seen.append((done, total))
+
+    options: dict[str, Any] = {**collection, "reranker": reranker, "reporter": Progress()}
+    found = luthier.evaluate(str(family_folder("bert")), **options)
+    assert "queries without a relevant document, left out: 1" in found.remarks
+    total = len(QUERIES) + len(TEXTS) + len(QUERIES) * len(TEXTS)
+    assert seen[-1] == (total, total) and len(seen) > 2
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_table_in_terminal_and_page(

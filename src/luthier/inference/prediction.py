@@ -167,7 +167,7 @@ class Predictor:
         example, room = self.encode(pair, index), self.context
         return self.objective.truncate(example, room) if len(example) > room else example
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed(self, texts: Sequence[str], done: Done = lambda count: None) -> NDArray[np.float32]:
         """Return embeddings ``[N, H]`` of texts, each truncated to the context.
 
         Raises:
@@ -179,7 +179,7 @@ class Predictor:
         examples = [self.encode(row, index) for index, row in enumerate(rows)]
         room = self.context
         cut = [self.objective.truncate(e, room) if len(e) > room else e for e in examples]
-        return np.array([answer["embedding"] for answer in self.read(cut)], dtype=np.float32)
+        return np.array([answer["embedding"] for answer in self.read(cut, done)], dtype=np.float32)
 
     def read(
         self, examples: Sequence[Example], done: Done = lambda count: None

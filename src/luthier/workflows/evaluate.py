@@ -26,6 +26,7 @@ import numpy as np
 
 from luthier.data.languages import detect_languages
 from luthier.data.read import read_records
+from luthier.data.rows import load_inputs
 from luthier.data.search_sets import load_search_set
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.choices import MultipleChoice
@@ -108,6 +109,15 @@ def evaluate(
     if corpus is None and (qrels or reranker):
         setting = "qrels" if qrels else "reranker"
         raise RecipeError(f"`{setting}` needs the documents: set `corpus`.", setting=setting)
+    if corpus is not None:
+        given = {
+            "grader": graders is not None,
+            "turns": turns != "last",
+            "long-rows": long_rows is not None,
+            "on-grader-error": on_error != "fail",
+        }
+        if unused := next((name for name, is_given in given.items() if is_given), None):
+            raise RecipeError(f"--{unused} has no effect with --corpus. Omit it.", setting=unused)
     parsed = {} if graders is None else parse_graders(graders)
     collection = None if corpus is None else load_search_set(data, corpus, qrels, columns)
     if collection is None:
@@ -130,7 +140,12 @@ def evaluate(
     started = time.monotonic()
     if collection is not None:
         others = None if reranker is None else library.find(reranker)
-        evaluation = evaluate_search(stored, collection, others, done)
+        evaluation = evaluate_search(stored, collection, others, on_progress)
+        left_out = sum(1 for _ in load_inputs(data, columns)) - total if qrels else 0
+        if left_out:
+            evaluation.remarks.append(
+                f"queries without a relevant document, left out: {left_out:,}"
+            )
     elif predicts(objective):
         predictor = opened if isinstance(opened, Predictor) else Predictor.open(stored)
         started = time.monotonic()

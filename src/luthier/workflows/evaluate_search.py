@@ -7,6 +7,7 @@ both orders fused, and the first documents reranked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
@@ -37,7 +38,7 @@ def evaluate_search(
     stored: StoredModel,
     collection: SearchSet,
     reranker: StoredModel | None = None,
-    done: Callable[[int], None] = lambda count: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Return the scores of ``stored`` and of other ways to search ``collection``.
 
@@ -45,7 +46,7 @@ def evaluate_search(
         stored: an embedding model, or a reranker after BM25.
         collection: documents and queries.
         reranker: a reranker after BM25 fused with ``stored``.
-        done: called with the number of finished queries.
+        on_progress: called with the number of finished texts, and of all texts to read.
 
     Raises:
         RecipeError: for a model that is neither, or a ``reranker`` that cannot rank.
@@ -58,25 +59,36 @@ def evaluate_search(
             raise RecipeError(f"{stored.id} is a reranker. Omit `reranker`.", setting="reranker")
         if not reranker.objective.task.ranks:
             raise RecipeError(f"{reranker.id} is not a reranker.", setting="reranker")
+    embedders = {} if ranks else {stored.id: stored}
+    base = stored.root
+    if embedders and base != stored.id and gives_embeddings(find(base).objective):
+        embedders = {f"{base} (base)": find(base), **embedders}
+    size = len(collection.queries) + len(collection.documents)
+    embedded = size * len(embedders)
+    ranked = 0
+    if ranks or reranker is not None:
+        ranked = len(collection.queries) * min(RERANKED, len(collection.documents))
+    total = embedded + ranked
+
+    def report(before: int, count: int) -> None:
+        on_progress(before + count, total)
+
     words = BM25Index(collection.documents)
     orders = {"BM25": [words.nearest(query, DEPTH) for query in collection.queries]}
     first = orders["BM25"]
     if ranks:
         reranker = stored
     else:
-        base = stored.root
-        if base != stored.id and gives_embeddings(find(base).objective):
-            orders[f"{base} (base)"] = _by_meaning(find(base), collection)
-        orders[stored.id] = _by_meaning(stored, collection)
+        for number, (name, each) in enumerate(embedders.items()):
+            orders[name] = _by_meaning(each, collection, partial(report, size * number))
         first = _fuse(first, orders[stored.id])
         orders[f"BM25 fused with {stored.id}"] = first
     if reranker is not None:
-        again = [*_rerank(reranker, collection, first, done)]
+        again = [*_rerank(reranker, collection, first, partial(report, embedded))]
         orders[f"reranked by {reranker.id}"] = again
         heads = [order[:RERANKED] for order in first], [order[:RERANKED] for order in again]
         fused = zip(_fuse(*heads), first, strict=True)
         orders[f"fused with {reranker.id}"] = [head + rest[RERANKED:] for head, rest in fused]
-    done(len(collection.queries))
     systems = {name: search_scores(found, collection.gains) for name, found in orders.items()}
     own = f"reranked by {stored.id}" if ranks else stored.id
     records = [*_records(collection, orders[own], systems[own])]
@@ -90,10 +102,11 @@ def evaluate_search(
     )
 
 
-def _by_meaning(stored: StoredModel, collection: SearchSet) -> Orders:
-    predictor = Predictor.open(stored)
-    query_QH, text_NH = predictor.embed(collection.queries), predictor.embed(collection.documents)
-    found: Orders = nearest(query_QH, text_NH, DEPTH)[0].tolist()
+def _by_meaning(stored: StoredModel, collection: SearchSet, done: Callable[[int], None]) -> Orders:
+    texts = [*collection.queries, *collection.documents]
+    embedding_TH = Predictor.open(stored).embed(texts, done)
+    size = len(collection.queries)
+    found: Orders = nearest(embedding_TH[:size], embedding_TH[size:], DEPTH)[0].tolist()
     return found
 
 
@@ -105,12 +118,14 @@ def _rerank(
     reranker: StoredModel, collection: SearchSet, first: Orders, done: Callable[[int], None]
 ) -> Iterator[list[int]]:
     predictor = Predictor.open(reranker)
-    for number, (query, order) in enumerate(zip(collection.queries, first, strict=True), 1):
+    scored = 0
+    for query, order in zip(collection.queries, first, strict=True):
         head = order[:RERANKED]
         scores = predictor.rank(query, [collection.documents[place] for place in head])
         best = sorted(range(len(head)), key=lambda place: -scores[place])
         yield [head[place] for place in best] + order[RERANKED:]
-        done(number)
+        scored += len(head)
+        done(scored)
 
 
 def _records(
