@@ -206,3 +206,27 @@ def test_a_run_that_is_broken_in_either_training_goes_on_to_the_same_bits(
     ]
     assert lines[0] == lines[1]
     assert not (run / REFIT).exists() and not (run / HELD_OUT).exists()
+
+
+def test_stored_regression_is_fitted_again_on_all_rows(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    """Held-out rows that the regression has right end the run at the first measurement."""
+    words = {"animal": "fox fox fox", "thing": "card card card"}
+    rows = [{"text": f"{words[name]} {n}", "label": name} for n in range(80) for name in words]
+    data = {"train": str(write_rows(tmp_path / "many.jsonl", rows)), "validation_share": 0.25}
+    settings = {
+        "max_steps": 12, "evaluate_every": 2, "precision": "float32", "threads": 1,
+        "baseline_seconds": 0, "learning_rate": 1e-30,
+    }  # fmt: skip
+    recipe = {"base": str(family_folder("bert")), "data": data, "training": settings}
+    objective = {"method": "classification", "probe": True}
+    result = train(Recipe.parse({**recipe, "name": "x", "objective": objective}))
+    assert result.steps == 2 and result.verdict is not None and result.verdict.kept_step == 0
+    assert result.refit == Refit(rows=160, held_out=38, steps=0)
+    assert "fitted again on all 160 rows" in result.verdict.text
+    manifest = manifest_of(result)
+    assert (manifest["data"]["rows"], manifest["data"]["held_out"]) == (160, {})
+    measured = {**recipe, "training": {**settings, "refit": False}, "objective": objective}
+    other = train(Recipe.parse({**measured, "name": "y"}))
+    assert other.refit is None and other.steps > 2 and sha256(other) != sha256(result)

@@ -105,7 +105,7 @@ def print_result(result: Result) -> None:
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     if result.verdict is not None and result.verdict.stopped_early:
         steps += " (stopped early)"
-    if result.refit is not None:
+    if result.refit is not None and result.refit.steps:
         steps += f", {result.refit.steps:,} in the refit on all rows"
     read = f"{result.rows_seen:,} {PLURAL[chat.reads]}"
     if chat.reads == "text":

@@ -41,6 +41,7 @@ from luthier.engine.metrics import (
 from luthier.engine.optimizers import MasterAdamW, schedule_factor
 from luthier.engine.timings import Clock
 from luthier.errors import Diverged, Interrupted
+from luthier.evaluation.significance import CHANCE
 from luthier.models.formats.save import adapter_buffers
 from luthier.models.networks.heads import head_weights
 from luthier.models.networks.layers import layer_names
@@ -112,6 +113,8 @@ class Loop:
     """Default learning rate for the run; 0 if unknown."""
     untrained_head: bool = False
     """True if the head starts from random weights."""
+    fitted_head: bool = False
+    """True if the head starts from logistic regression."""
 
     def __post_init__(self) -> None:
         # A refit stops early in the schedule of the first training, so `until` and `steps` differ.
@@ -483,6 +486,21 @@ class Loop:
         gain = cost_of(best, measure) - cost_of(last, measure)
         return not cost_of(last, measure) or gain <= chance_between(best, last, measure)
 
+    def _start_suffices(self) -> bool:
+        """Return true if even a perfect score would be within chance of the logistic regression.
+
+        For a run with a refit only: with few rows, longer training gained nothing and took three
+        times as many steps (docs/log/defaults.md).
+        """
+        if not self.fitted_head or not self.training.refit or self.augmentation:
+            return False
+        rows = len(self.validation)
+        if rows < ROWS_FOR_PERFECT or len(self.measured) < 2:
+            return False
+        wrong = cost_of(self.measured[0], self.objective.measure) * rows
+        # w rows that become right differ by w +- sqrt(w).
+        return wrong <= CHANCE * math.sqrt(wrong)
+
     def _patience_spent(self) -> bool:
         """Return true if training ends early: ``patience`` measurements worse than the best, or
         nothing left to gain."""
@@ -490,7 +508,7 @@ class Loop:
         # A refit repeats the number of passes of the first training.
         if not patience or self.steps_before:
             return False
-        if self._loss_spent():
+        if self._loss_spent() or self._start_suffices():
             return True
         last = self.measured[-patience:]
         perfect = len(last) == patience and not any(cost_of(line, measure) for line in last)
@@ -506,6 +524,8 @@ class Loop:
         if self._loss_spent():
             held = " and the held-out rows show no gain" if self.validation else ""
             return f"{ends}the training loss is near 0{held}. {to_end}"
+        if self._start_suffices():
+            return f"{ends}the logistic regression is right on nearly all held-out rows. {to_end}"
         if self.progress.worse < patience:
             return f"{ends}all held-out rows are right. {to_end}"
         since = f"step {best + self.steps_before}" if best else "before training"

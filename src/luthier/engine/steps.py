@@ -317,6 +317,9 @@ class RefitTraining(TrainingStep):
         of the refit are appended to the metrics of the run.
         """
         measured, group, clock = trainer.progress, trainer.group, trainer.clock
+        if trainer.fitted_head and not measured.best_step and group.size == 1:
+            self._fit_on_all_rows(trainer)
+            return
         # Only the first process has the baselines that the verdict needs; all must take one branch.
         if not group.first(None if group.rank else judge(trainer).learned):
             why = "more rows would not improve the model"
@@ -364,6 +367,28 @@ class RefitTraining(TrainingStep):
         )
         held_out = trainer.job.data.counts["validation_rows"]
         trainer.refit = Refit(again.stored_job.data.counts["rows"], held_out, job.until)
+
+    @torch.no_grad()
+    def _fit_on_all_rows(self, trainer: Trainer) -> None:
+        """Fit the stored logistic regression again, on all rows."""
+        first, network = trainer.job, trainer.network
+        with trainer.clock.part("data"):
+            job = prepare_refit(first, 0, trainer.progress.step)
+        network.model.eval()
+        start = RunStart(
+            network,
+            job.data.train,
+            trainer.reading_budget,
+            first.new_head,
+            *count_rows(job),
+            trainer.reporter.note,
+        )
+        with trainer.clock.part("begin"):
+            job.data.objective.prepare(start)
+        trainer.run_folder.record_held_out(job.data.held_out)
+        trainer.stored_job = job
+        counts = job.data.counts
+        trainer.refit = Refit(counts["rows"], first.data.counts["validation_rows"], 0)
 
 
 class Threshold(TrainingStep):

@@ -515,4 +515,5 @@ class Trainer:
             processes=self.group,
             usual_rate=job.usual_rate,
             untrained_head=job.new_head and not self.fitted_head,
+            fitted_head=self.fitted_head,
         )

@@ -130,7 +130,7 @@ class Refit:
     held_out: int
     """Number of training rows held out from the first training."""
     steps: int
-    """Number of steps of the second training."""
+    """Number of steps of the second training; 0 if the logistic regression was fitted again."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,12 @@ def judge_run(
         cause = "reader_base"
 
     sentences = [f"{headline}: {course.describe(rows if few else 0, start, early)}"]
-    if refit is not None:
+    if refit is not None and not refit.steps:
+        sentences.append(
+            f"The logistic regression is stored, fitted again on all {refit.rows:,} rows, which was "
+            "not measured"
+        )
+    elif refit is not None:
         sentences.append(
             f"The stored weights come from a refit of {refit.steps:,} steps on all {refit.rows:,} "
             "rows, which was not measured"
