@@ -89,3 +89,11 @@ def test_a_long_element_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 100)
     records, problems = read(path, b'[{"a": 1},\n{"a": "' + b"x" * 200 + b'"}]')
     assert [p.rule for p in problems] == ["line.too_long"] and len(records) == 1
+
+
+def test_rows_of_an_array_on_one_line_have_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"text": "a"}, {"text": "b"}, 3, {"text": "c"}]\n')
+    problems: list[Problem] = []
+    assert [line for line, _ in read_records(path, problems)] == [1, 2, 4]
+    assert [each.line for each in problems] == [3]

@@ -23,13 +23,15 @@ def read_document(
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for the elements of an array, or for the objects of a file.
 
-    The rows inside of a file's only object (:mod:`luthier.data.nested`) have the lines 1, 2, ….
+    The rows of a file of one line, and the rows inside of a file's only object
+    (:mod:`luthier.data.nested`), have the lines 1, 2, ….
 
     Text after invalid JSON cannot be read; other mistakes cost one element.
     """
     text = _Text(decode(stream.read(), 1).removeprefix("\ufeff"))
     array = text.next_character() == "["
     text.place += array
+    one_line = "\n" not in text.text.strip()
     count = 0
     while (start := text.next_character()) not in ("", "]"):
         if count and array:
@@ -38,7 +40,7 @@ def read_document(
             text.place += 1
             text.next_character()
         count += 1
-        line = text.line
+        line = count if one_line else text.line
         try:
             record = text.record()
         except RowRefused as bad:

@@ -90,4 +90,4 @@ def test_passage_that_is_positive_and_negative_of_one_query(limit: int) -> None:
         {"query": "c?", "positive": "x"},
         limit=limit,
     )
-    assert lines(found)["label.contradiction"] == [[3, 1]]
+    assert lines(found)["pair.contradiction"] == [[3, 1]]

@@ -167,3 +167,8 @@ def test_a_check_of_a_model_is_picklable(tokenizer: Any) -> None:
     check = pickle.loads(pickle.dumps(Markers(ChatFormat.of(tokenizer))))
     batch = RowBatch("train", "f", [PromptCompletion("f", 1, prompt="a", completion="b<|im_end|>")])
     assert [spot.rule for spot in check.measure(batch).spots] == ["marker.special_token"]
+
+
+def test_mark_of_an_image_without_an_image() -> None:
+    assert rules("<image>\nWhat is broken on the bike?") == ["marker.image"]
+    assert rules("<img src=bike.png>") == []

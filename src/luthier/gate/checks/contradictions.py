@@ -8,7 +8,6 @@ ignores letter case, punctuation and white space.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -33,6 +32,14 @@ LABEL = Rule(
     "Correct the wrong row. If both labels are right, write an array of labels.",
     drop=True,
 )
+PASSAGE = Rule(
+    "pair.contradiction",
+    "warning",
+    "A passage is the positive of a query in one row, and a negative in another row.",
+    "The rows cancel each other.",
+    "Remove the passage from the negatives, or remove the row.",
+    drop=True,
+)
 PREFERENCE = Rule(
     "preference.contradiction",
     "warning",
@@ -50,13 +57,14 @@ ANSWERS = Rule(
 )
 _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 _KINDS = (LABEL, PREFERENCE, ANSWERS)
+"""Rules by the kind of a row."""
 
 
 class Contradictions(Check):
     """Comparison of the targets of rows with equal input, across all splits."""
 
     name: ClassVar[str] = "contradictions"
-    rules: ClassVar[tuple[Rule, ...]] = _KINDS
+    rules: ClassVar[tuple[Rule, ...]] = (*_KINDS, PASSAGE)
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._table = ColumnStore(limit)
@@ -111,13 +119,11 @@ class Contradictions(Check):
 
     def _add_passage(self, group: IntArray, places: Places, findings: Findings) -> None:
         """Report the row with a passage as positive, and the rows with the passage as negative."""
-        count = self._summary.setdefault(LABEL.id, {"inputs": 0, "rows": 0})
+        count = self._summary.setdefault(PASSAGE.id, {"inputs": 0, "rows": 0})
         count["inputs"] += 1
         count["rows"] += 1
         message = "the positive is a negative of the same query in another row."
-        fix = "Remove the passage from the negatives, or remove the row."
-        finding = group_finding(LABEL, group, message, places, findings)
-        findings.add(replace(finding, fix=fix))
+        findings.add(group_finding(PASSAGE, group, message, places, findings))
 
     def _add(
         self, rule: Rule, different: int, group: IntArray, places: Places, findings: Findings

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from luthier.data.chat import ChatFormat
+from luthier.data.content_parts import IMAGE_WORD
 from luthier.data.tokenization import special_tokens
 from luthier.gate.batch_text import JoinedTexts, SpotCheck, Spots
 from luthier.gate.check import CheckContext, RowBatch
@@ -56,6 +57,13 @@ PLACEHOLDER = Rule(
     "The model learns to answer with the placeholder.",
     "Replace the placeholder, or remove the row.",
 )
+IMAGE = Rule(
+    "marker.image",
+    "warning",
+    "The text contains the mark of an image, and the row has no image.",
+    "The model learns the mark as letters, without the image.",
+    'Write the path under "image", or name the column with `data.columns.image=COLUMN`.',
+)
 REFUSAL = Rule(
     "marker.refusal",
     "note",
@@ -91,6 +99,7 @@ _PLACEHOLDER = re.compile(
     r"|T(?<![^\n]T)(?:ODO|BD)\b[:.]?(?=\s|$)|F(?<![^\n]F)IXME\b[:.]?(?=\s|$)"
     r"|L(?=orem [Ii]psum)orem .psum|l(?=orem ipsum)orem ipsum"
 )
+_IMAGE = re.compile(re.escape(IMAGE_WORD))
 _REFUSAL = re.compile(
     r"as an? (?:ai|artificial intelligence)(?: language)? (?:model|assistant)"
     r"|as a (?:large )?language model"
@@ -123,7 +132,9 @@ class Markers(SpotCheck):
 
     name: ClassVar[str] = "markers"
     of_texts: ClassVar[bool] = True
-    rules: ClassVar[tuple[Rule, ...]] = (SPECIAL, AS_TEXT, TEMPLATE, ROLE, PLACEHOLDER, REFUSAL)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        SPECIAL, AS_TEXT, TEMPLATE, ROLE, PLACEHOLDER, IMAGE, REFUSAL,
+    )  # fmt: skip
     measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special", "breaks")
 
     @classmethod
@@ -156,6 +167,8 @@ class Markers(SpotCheck):
         spots += joined.spots(TEMPLATE, templates)
         named = ((*match.span(), match[0]) for match in _PLACEHOLDER.finditer(joined.text))
         spots += joined.spots(PLACEHOLDER, named)
+        images = ((*match.span(), match[0]) for match in _IMAGE.finditer(joined.text))
+        spots += joined.spots(IMAGE, images)
         roles, refusals, answers = [], [], set()
         for start, (index, text) in zip(joined.starts, joined.owners, strict=True):
             if text.part != "target" or text.field == "text":
