@@ -37,7 +37,7 @@ from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
 from luthier.models.networks.classic import NETS
 from luthier.models.networks.dropout import check_dropout
-from luthier.models.networks.heads import head_weights, hidden_size_of, scratch_rate
+from luthier.models.networks.heads import HEADS, head_weights, hidden_size_of, scratch_rate
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MOST_IMAGES, is_flat
 from luthier.models.networks.modalities import text_fields
@@ -440,11 +440,11 @@ def resolve_job(
     if recipe.training.layer_decay < 1:
         layer_names(model)  # raises for a network without separate layers
     width = hidden_size_of(model)
-    # A custom model of the same task and classes keeps its head. So does a folder of a reader, which
-    # has no classes.
+    # A custom model of the same head and classes keeps its head. So does a folder with a fixed number
+    # of classes, such as a reader.
     head = data.objective.task.head
     brings = base.manifest.kind == head
-    brings |= head == base.network.description.head == "question_answering"
+    brings |= bool(HEADS[head].classes) and head == base.network.description.head
     one, other = base_objective.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings

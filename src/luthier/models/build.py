@@ -77,10 +77,10 @@ def _draw(fields: dict[str, Any], kind: HeadKind, seed: int) -> Any:
 
     from luthier.models.networks.heads import auto_class
 
-    kind = fields["model_type"]
-    nets.register(kind)
+    family = fields["model_type"]
+    nets.register(family)
     with reject_configuration(
-        RecipeError, f"Cannot create a network of type {kind} from this configuration"
+        RecipeError, f"Cannot create a network of type {family} from this configuration"
     ):
         config: Any = AutoConfig.for_model(**fields)
         torch.manual_seed(seed)

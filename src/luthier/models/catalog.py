@@ -118,7 +118,7 @@ class RandomSource:
     processor: Processor | None = None
     """Preprocessing of images, audio or time series; ``None`` for character-based text networks."""
     head: HeadKind = "embedding"
-    """HeadKind of the network's head."""
+    """Kind of the network's head."""
 
     @property
     def provenance(self) -> Provenance:

@@ -66,7 +66,7 @@ class NetworkDescription:
     """Properties of the network that a configuration describes."""
 
     head: HeadKind
-    """HeadKind of the model class in the configuration."""
+    """Head of the model class in the configuration."""
     numbers: int
     """Number of weights; without the head for text encoders and classifiers."""
     flat: bool
