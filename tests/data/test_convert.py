@@ -16,6 +16,7 @@ from luthier.data.formats import TARGETS
 from luthier.data.rows import load_rows
 from luthier.data.rules import CONVERT_RULES as RULES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.tool_forms import REASONING_KEYS
 from luthier.errors import MOST_PROBLEMS, DataError, Problem, RecipeError
 from luthier.types import Row
 
@@ -208,6 +209,17 @@ def test_columns_are_mapped_and_folders_read(tmp_path: Path) -> None:
     found = convert(folder, target, columns={"prompt": "q", "completion": "a"})
     assert isinstance(found, Conversion) and found.rows == 2 and found.recognized.files == 2
     assert [row.prompt for row in load_rows(target)] == ["a1", "a2"]
+
+
+@pytest.mark.parametrize("key", REASONING_KEYS)
+def test_reasoning_stays_under_its_key(tmp_path: Path, key: str) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: "c"}]
+    source, target = write(tmp_path, {"messages": turns}), tmp_path / "o.jsonl"
+    convert(source, target, "openai")
+    assert json.loads(target.read_text())["messages"][1]["reasoning_content"] == "c"
+    with pytest.raises(DataError) as refused:
+        convert(source, tmp_path / "x.jsonl", "sharegpt")
+    assert refused.value.rule == "convert.form"
 
 
 def test_tools_and_calls_stay_or_the_row_is_refused(tmp_path: Path) -> None:

@@ -125,7 +125,9 @@ def test_start_of_a_refit_in_the_curve(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [line(step, 1 / step) for step in range(1, 9)]
     draw_curves(lines, tmp_path, "t")
     assert "refit on all 1,200 rows" not in words_of(tmp_path / "loss.svg")
-    draw_curves([*lines, {"event": "refit", "step": 8, "rows": 1200}, line(9, 1.0)], tmp_path, "t")
+    draw_curves(
+        [*lines, {"event": "refit", "step": 8, "row_count": 1200}, line(9, 1.0)], tmp_path, "t"
+    )
     assert "refit on all 1,200 rows" in words_of(tmp_path / "loss.svg")
 
 

@@ -61,6 +61,7 @@ def test_a_disk_that_fills_while_storing_leaves_no_half_model(
         train.train(recipe())
     assert caught.value.rule == "disk.full"
     assert caught.value.exit_code == 1
+    assert "Free some space, then repeat the command with `--resume`" in str(caught.value)
     assert not [name for name in files_in(luthier_home) if name.startswith("models")]
     assert not [name for name in files_in(luthier_home) if ".tmp-" in name]
     monkeypatch.undo()

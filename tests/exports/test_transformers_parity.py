@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from luthier.engine.train import train
 from luthier.errors import ModelRefused
-from luthier.exports.peft_parity import first_output
 from luthier.exports.writer import export
 from luthier.files import luthier_home
 from luthier.library.models import StoredModel, find, load
-from luthier.models.networks.probe import relative_error
+from luthier.models.networks.probe import first_output, relative_error
 from luthier.recipe import Recipe
 from luthier.workflows.capabilities import capabilities
 from quantized_checkpoints import write_quantized

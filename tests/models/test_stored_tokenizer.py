@@ -126,7 +126,7 @@ def test_tokenizers_in_python_are_loaded_with_transformers(tmp_path: Path) -> No
     CanineTokenizer().save_pretrained(tmp_path)
     for _ in range(2):
         assert isinstance(load_tokenizer(tmp_path), CanineTokenizer)
-    with pytest.raises(UnknownModel):
+    with pytest.raises(UnknownModel, match="missing has no tokenizer"):
         load_tokenizer(tmp_path / "missing")
 
 

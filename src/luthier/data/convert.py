@@ -18,6 +18,7 @@ from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognition, RowReader
 from luthier.data.shapes.media import MediaRow
 from luthier.data.sources import Source
+from luthier.data.tool_forms import REASONING_KEYS
 from luthier.data.turn_marks import mark_sense
 from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
 from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused
@@ -28,9 +29,7 @@ Format = Literal["jsonl", "json", "csv", "tsv", "parquet"]
 FORMATS: tuple[Format, ...] = ("jsonl", "json", "csv", "tsv", "parquet")
 
 _BESIDE_TEXT = frozenset({"role", "content", "from", "value"})
-_BESIDE_CALLS = frozenset(
-    {"tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning"}
-)
+_BESIDE_CALLS = frozenset({"tool_calls", "tool_call_id", "function_call", *REASONING_KEYS})
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,7 +249,7 @@ def _draw_picture(
         points = [x for x in held if name in x and not (name == "loss" and "reward" in x)]
         _draw_validation(axes, points, name, best)
         for refit in refits:
-            label_of_refit = f"refit on all {refit['rows']:,} rows"
+            label_of_refit = f"refit on all {refit['row_count']:,} rows"
             axes.axvline(refit["step"], color="#555555", linestyle="--", label=label_of_refit)
         axes.set(ylabel=label)
     panels[0].set(title=title)

@@ -346,7 +346,7 @@ class RefitTraining(TrainingStep):
         resume = bool(group.first(run.has_metrics()))
         run.begin(job.request(), resume=True)
         again = trainer.refit_trainer(job, run)
-        again.first_lines["refit"] = {"rows": job.data.counts["rows"]}
+        again.first_lines["refit"] = {"row_count": job.data.counts["rows"]}
         again.learn(resume)
         metrics = MetricsFile(trainer.run_folder.folder / METRICS)
         # After the end of the refit: a killed run repeats the first training's last steps and

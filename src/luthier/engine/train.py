@@ -45,6 +45,7 @@ from luthier.engine.trained_network import load_trained_network
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import (
     CorruptFile,
+    DiskFull,
     Diverged,
     RecipeError,
     RefusedInput,
@@ -209,6 +210,12 @@ def train_first_process(
             result = Trainer(job, run, tracking, select_steps(job), clock, group).run(resume)
         group.first(asdict(result))
         return result
+    except DiskFull as error:
+        run.drop_if_untrained()
+        if not run.has_metrics():
+            raise
+        text = f"{error}, then repeat the command with `--resume`"
+        raise DiskFull(text, rule=error.problem.rule) from error
     except RefusedInput:
         # The request file claims the name: a run rejected before any work must free the name.
         run.drop_if_untrained()

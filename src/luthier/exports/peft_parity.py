@@ -15,6 +15,7 @@ from luthier.adaptations.lora import LoRA
 from luthier.errors import RecipeError
 from luthier.library.models import load
 from luthier.models.formats.save import read_adapter, whole_model
+from luthier.models.networks.probe import first_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,37 +89,3 @@ def _lost_modules(adapted: Any, saved: dict[str, Tensor]) -> list[str]:
         if own is None or own.shape != weight.shape or not torch.equal(own.float(), weight.float()):
             lost[name.partition(".lora_")[0].removeprefix("base_model.model.")] = None
     return sorted(lost)
-
-
-def first_output(model: Any) -> Tensor:
-    """Return the first output of ``model`` for fixed random inputs, in float32."""
-    import torch
-
-    from luthier.models.networks.heads import decoder_of
-    from luthier.models.networks.modalities import (
-        input_shape,
-        media_config,
-        media_inputs,
-        text_config,
-    )
-
-    network = getattr(model, "get_base_model", lambda: model)()
-    config, generator = network.config, torch.Generator().manual_seed(0)
-    inputs: dict[str, Tensor] = {}
-    if media_config(config) is not None:
-        pixels = torch.randn(2, *input_shape(config), generator=generator)
-        inputs = media_inputs(network, pixels)
-    if (texts := text_config(config)) is not None:
-        size = int(texts.vocab_size)
-        ids_2T = torch.randint(size // 2, size, (2, 16), generator=generator)
-        if getattr(texts, "eos_token_id", None) is not None:
-            ids_2T[:, -1] = texts.eos_token_id  # T5's classifier needs an end token
-        if decoder_of(network) is not None:
-            inputs["decoder_input_ids"] = ids_2T
-        if "pixel_values" not in inputs or decoder_of(network) is None:
-            inputs["input_ids"] = ids_2T
-    device = next(network.parameters()).device
-    inputs = {name: each.to(device) for name, each in inputs.items()}
-    with torch.no_grad():
-        output: Tensor = model.eval()(**inputs)[0]
-    return output.float()

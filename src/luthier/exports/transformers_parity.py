@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-from luthier.exports.peft_parity import first_output
 from luthier.models.config_errors import reject_configuration
 from luthier.models.networks.heads import HeadKind, auto_class, head_kind
-from luthier.models.networks.probe import relative_error, widened
+from luthier.models.networks.probe import first_output, relative_error, widened
 
 if TYPE_CHECKING:
     import torch

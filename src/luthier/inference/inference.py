@@ -239,6 +239,26 @@ Meter = Callable[[str, int, int], None]
 """Function of a model id, the number of input tokens and the number of output tokens. An image or
 audio clip counts as one token."""
 _metered: ContextVar[Meter | None] = ContextVar("metered", default=None)
+_observed: ContextVar[Callable[[str], None] | None] = ContextVar("observed", default=None)
+
+
+@contextmanager
+def observe_models(query: Callable[[str], None]) -> Iterator[None]:
+    """Call ``query`` with the id of each model that a request in the block needs.
+
+    Requests that fail before the model computes are included.
+    """
+    token = _observed.set(query)
+    try:
+        yield
+    finally:
+        _observed.reset(token)
+
+
+def report_model(model_id: str) -> None:
+    """Report a model of a request to the active :func:`observe_models`."""
+    if (query := _observed.get()) is not None:
+        query(model_id)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from luthier.inference.inference import (
     Stream,
     count_tokens,
     metered_stream,
+    report_model,
 )
 from luthier.inference.memory import CacheBudget
 from luthier.inference.prefix_cache import PrefixCache
@@ -314,7 +315,7 @@ class ModelPool:
 
     def _acquire(self, model_id: str, preload: bool = False) -> _Entry:
         """Return the loaded model, which stays in memory until :meth:`_release`."""
-        count_tokens(model_id, 0)  # a request that fails later counts for the model, too
+        report_model(model_id)
         with self._lock:
             entry = self._use(model_id)
         first = entry is None

@@ -29,6 +29,8 @@ TOKENIZER, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
 """Files of a stored tokenizer."""
 _READ = frozenset((".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".codes"))
 """Suffixes of the files that transformers' tokenizers read."""
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "*.spm", "merges.txt", "*.codes")
+"""Patterns of tokenizer files."""
 _TRIALS = (
     "",
     " Hello , world . It 's 3 % of\n\n the\tfour  parts ?",
@@ -148,6 +150,11 @@ def load_with_transformers(folder: Path) -> Any:
         # Imported folders can contain Python code, which must not run.
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if not any(match for pattern in _TOKENIZER_FILES for match in folder.glob(pattern)):
+            raise UnknownModel(
+                f"{folder} has no tokenizer. Copy the tokenizer files of the model, such as "
+                "tokenizer.json and tokenizer_config.json, into the folder"
+            ) from error
         raise UnknownModel(f"Cannot load the tokenizer in {folder}: {error}") from error
     template = folder / "chat_template.json"
     if tokenizer.chat_template is None and template.is_file():

@@ -50,7 +50,7 @@ def test_metrics_of_requests_by_model_and_status() -> None:
         record = metrics.RequestRecord("r", "POST", "", "openai", status=status)
         record.queue_seconds = waited
         if status != 404:
-            record.add_tokens(model, 0, 0)
+            record.add_model(model)
         made.count_request(record, 0.2)
     text = made.exposition()[0].decode()
     families = text_string_to_metric_families(text)
@@ -61,6 +61,7 @@ def test_metrics_of_requests_by_model_and_status() -> None:
     assert found["luthier_model_request_seconds_count", model] == 1
     assert found["luthier_queue_seconds_count", "openai"] == 2
     assert found["luthier_queue_seconds_sum", "openai"] == 3.02
+    assert not [name for name in text.split() if "_created" in name]
 
 
 BEFORE, AFTER = datetime(2026, 1, 1, 23, 59, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)

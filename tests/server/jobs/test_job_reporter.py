@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from luthier.engine.metrics import without_rows
 from luthier.server.jobs.job_reporter import JobReporter
 from luthier.server.tables.jobs import Job
 
@@ -46,6 +47,6 @@ def test_settings_of_each_stage_stay() -> None:
 
 def test_start_of_a_refit_is_a_detail_without_an_event() -> None:
     reporter = JobReporter(Job(id="j", details={}), str)
-    reporter.metrics({"event": "refit", "step": 8, "rows": 1200}, 20)
+    reporter.metrics(without_rows({"event": "refit", "step": 8, "row_count": 1200}), 20)
     pending = reporter.drain()
     assert pending.details == {"refit": {"step": 8, "rows": 1200}} and not pending.events

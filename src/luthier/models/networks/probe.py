@@ -35,7 +35,13 @@ from luthier.models.networks.head_forward import logits_of
 from luthier.models.networks.heads import HEADS, HeadKind, decoder_of, decoder_opening, head_kind
 from luthier.models.networks.layers import first_layer_alone
 from luthier.models.networks.layouts import Flat
-from luthier.models.networks.modalities import context_length, media_config
+from luthier.models.networks.modalities import (
+    context_length,
+    input_shape,
+    media_config,
+    media_inputs,
+    text_config,
+)
 from luthier.models.networks.network import Network, TreeBatch
 from luthier.types import Example
 
@@ -507,6 +513,30 @@ def _settings(fields: Any) -> Iterator[tuple[str, Any]]:
             yield from _settings(value)
         else:
             yield str(name), value
+
+
+def first_output(model: Any) -> Tensor:
+    """Return the first output of ``model`` for fixed random inputs, in float32."""
+    network = getattr(model, "get_base_model", lambda: model)()
+    config, generator = network.config, torch.Generator().manual_seed(0)
+    inputs: dict[str, Tensor] = {}
+    if media_config(config) is not None:
+        pixels = torch.randn(2, *input_shape(config), generator=generator)
+        inputs = media_inputs(network, pixels)
+    if (texts := text_config(config)) is not None:
+        size = int(texts.vocab_size)
+        ids_2T = torch.randint(size // 2, size, (2, 16), generator=generator)
+        if getattr(texts, "eos_token_id", None) is not None:
+            ids_2T[:, -1] = texts.eos_token_id  # T5's classifier needs an end token
+        if decoder_of(network) is not None:
+            inputs["decoder_input_ids"] = ids_2T
+        if "pixel_values" not in inputs or decoder_of(network) is None:
+            inputs["input_ids"] = ids_2T
+    device = next(network.parameters()).device
+    inputs = {name: each.to(device) for name, each in inputs.items()}
+    with torch.no_grad():
+        output: Tensor = model.eval()(**inputs)[0]
+    return output.float()
 
 
 def relative_error(one: Tensor, other: Tensor) -> float:

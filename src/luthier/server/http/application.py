@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response as StarletteResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from luthier.inference.inference import meter
+from luthier.inference.inference import meter, observe_models
 from luthier.inference.scheduler import working_for
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.processes import cancelled_by
@@ -210,7 +210,11 @@ class Application:
                 message = {**message, "headers": headers}
             await send(message)
 
-        with record_actions() as record.actions, meter(record.add_tokens):
+        with (
+            record_actions() as record.actions,
+            observe_models(record.add_model),
+            meter(record.add_tokens),
+        ):
             try:
                 signed = await self._identify(api, head, record, body)
                 state = {

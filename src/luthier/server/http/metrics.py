@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 WRITE_SECONDS = 60.0
 """Interval between two writes of usage, in seconds."""
 
-_NOT_LOGGED = ("actions", "body_requested", "tokens", "of_console", "queue_seconds")
+_NOT_LOGGED = ("actions", "body_requested", "model", "tokens", "of_console", "queue_seconds")
 """Fields of :class:`RequestRecord` that are not logged."""
 _RANDOM_ID = re.compile(r"(job|model)-[a-z0-9]{12}")
 """Names of models of jobs and imports in the library."""
@@ -70,6 +70,8 @@ class RequestRecord:
     """Size of the received part of the request body, in bytes."""
     bytes_out: int = 0
     """Size of the response body in bytes."""
+    model: str = ""
+    """Library id of the first queried model."""
     tokens: list[tuple[str, int, int]] = field(default_factory=list)
     """Library ids of queried models, with prompt and generated tokens."""
     queue_seconds: float | None = None
@@ -80,6 +82,10 @@ class RequestRecord:
     """True if the server has started to read the body, and so has sent ``100 Continue``."""
     actions: list[tuple[str, str]] = field(default_factory=list)
     """Actions and resources for the audit log."""
+
+    def add_model(self, model: str) -> None:
+        """Store the first queried model, which the request counts for."""
+        self.model = self.model or model
 
     def add_tokens(self, model: str, read: int, written: int) -> None:
         """Add the prompt and generated tokens of a model."""
@@ -129,8 +135,15 @@ class Metrics:
             count: Records the usage of accounts.
             latencies: Collector of model latencies.
         """
-        from prometheus_client import CollectorRegistry, Counter, Histogram
+        from prometheus_client import (
+            CollectorRegistry,
+            Counter,
+            Histogram,
+            disable_created_metrics,
+        )
 
+        # The time of the first use would be one more series per label.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "luthier_requests", "Requests that were answered.", ["api", "operation", "status"],
@@ -164,18 +177,16 @@ class Metrics:
         self._seconds.labels(record.api, record.operation).observe(seconds)
         if record.queue_seconds is not None:
             self._queue.labels(record.api).observe(record.queue_seconds)
-        if record.tokens:
-            self._count_model(record.tokens[0][0], record.status, seconds)
+        if record.model:
+            self._count_model(record.model, record.status, seconds)
         if self._count is not None and record.account:
-            # The request counts for the first queried model.
             for model, read, written in record.tokens:
                 self._count(
                     record.account, model, Usage(prompt_tokens=read, generated_tokens=written)
                 )
-            first = record.tokens[0][0] if record.tokens else ""
             size = {"bytes_in": record.bytes_in, "bytes_out": record.bytes_out}
             requests = 0 if record.of_console else 1
-            self._count(record.account, first, Usage(requests=requests, **size))
+            self._count(record.account, record.model, Usage(requests=requests, **size))
         fields = {**vars(record), "milliseconds": round(seconds * 1000, 2)}
         fields = {
             key: value for key, value in fields.items() if key not in _NOT_LOGGED and value != ""

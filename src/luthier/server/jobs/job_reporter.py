@@ -95,7 +95,7 @@ class JobReporter(Reporter):
         """Report a line of metrics and the job's progress."""
         event, step = line["event"], int(line["step"])
         if event == "refit":
-            self._detail(refit={"step": step, "rows": line["rows"]})
+            self._detail(refit={"step": step, "rows": line["row_count"]})
         if event not in _NAMES:
             return
         if event == "train":

@@ -57,6 +57,11 @@ FILES_FREE = 30.0
 """Time limit for the end of the previous worker, in seconds."""
 TRIES = 5
 """Number of attempts to read or write an address."""
+NO_DISK = (
+    "The server's disk is full or read-only. The job resumes from its last checkpoint when the disk "
+    "is writable."
+)
+"""Message of work that waits for disk space."""
 NO_MEMORY = "its worker found too little free memory"
 """Cause of a death in the events of the work."""
 
@@ -203,7 +208,8 @@ class Worker(ABC, Generic[Work]):
             advice = f"If memory stays short, {self.table.memory_advice}"
             queue.expire(session, self.table, self.row_id, self.lease, NO_MEMORY, advice)
         else:
-            self.release(session, explain_wait(error))
+            _log.warning("the work waits for disk space: %s", error)
+            self.release(session, NO_DISK)
 
     def _begin(self) -> Work:
         process = this_process(self.processes)
@@ -276,11 +282,3 @@ class Worker(ABC, Generic[Work]):
 def is_shortage(error: Exception) -> bool:
     """Return whether work failed only because memory or disk space is short now."""
     return is_disk_error(error) or is_out_of_memory(error)
-
-
-def explain_wait(error: Exception) -> str:
-    """Return the message of work that waits for disk space."""
-    return (
-        f"The server's disk is full or read-only ({str(error).rstrip('.')}). The job resumes from its "
-        "last checkpoint when the disk is writable."
-    )

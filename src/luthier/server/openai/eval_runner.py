@@ -343,8 +343,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         calls: list[tuple[str, int, int]] = []
 
         def count(model: str, prompt: int, generated: int) -> None:
-            if prompt or generated:  # not the choice of the model before the call
-                calls.append((task.model_names.get(model, model), prompt, generated))
+            calls.append((task.model_names.get(model, model), prompt, generated))
             self.count_tokens(run.account, model, prompt, generated)
 
         self.count(run.account, "", Usage(requests=1))

@@ -54,7 +54,7 @@ from luthier.server.tables.foundation import (
     root_of,
     writes,
 )
-from luthier.server.tables.jobs import Job, JobEvent
+from luthier.server.tables.jobs import Job, JobEvent, JobResult
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -201,8 +201,14 @@ _METHODS = {FINE_TUNING: "supervised", REINFORCEMENT: "reinforcement"}
 
 
 def setting_name(setting: str) -> str:
-    """Return OpenAI's name of a recipe setting, such as ``training.epochs=3``."""
+    """Return OpenAI's name of a recipe setting, such as ``training.epochs=3``.
+
+    The API has no setting for columns, so the advice is to rename or remove the column in the file.
+    """
     name, equals, value = setting.partition("=")
+    if name.startswith("data.columns.") and equals:
+        column = name.removeprefix("data.columns.")
+        return f"{value} renamed to {column}" if value else f"{column} removed from the file"
     return _NAMES.get(name, name) + equals + value
 
 
@@ -396,33 +402,21 @@ def _values_by_step(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
     return steps
 
 
-def checkpoint_objects(job: Job, metrics: Iterable[JobEvent], model: str) -> list[JsonObject]:
-    """Return the end of each epoch with its losses, newest first.
-
-    The server stores only the weights of the trained model, so every checkpoint names ``model``.
-    """
-    steps = _values_by_step(metrics)
-    if not steps:
-        return []
-    total = max(steps)
-    epochs = max(1, round(float(job.setting("training.epochs") or 1)))
-    ends = {round(total * epoch / epochs) for epoch in range(1, epochs + 1)} - {0}
-    return [
-        {
-            "id": f"ftckpt-{job.id}-{end}",
-            "object": "fine_tuning.job.checkpoint",
-            "created_at": seconds(job.ended),
-            "fine_tuned_model_checkpoint": model,
-            "fine_tuning_job_id": job.name,
-            "step_number": end,
-            "metrics": {"step": end, **_losses(steps.get(end, {}))},
-        }
-        for end in sorted(ends, reverse=True)
-    ]
-
-
-def _losses(values: Mapping[str, Any]) -> JsonObject:
-    return {name: values[name] for name in ("train_loss", "valid_loss") if name in values}
+def checkpoint_object(job: Job, result: JobResult, model: str) -> JsonObject:
+    """Return the checkpoint of a completed job: the stored weights, the only weights that exist."""
+    step = result["steps"]
+    losses = {"train_loss": result["train_loss"]}
+    if result["validation_losses"] and result["validation_losses"][0] is not None:
+        losses["valid_loss"] = result["validation_losses"][0]
+    return {
+        "id": f"ftckpt-{job.id}-{step}",
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": seconds(job.ended),
+        "fine_tuned_model_checkpoint": model,
+        "fine_tuning_job_id": job.name,
+        "step_number": step,
+        "metrics": {"step": step, **losses},
+    }
 
 
 @router.post("/fine_tuning/jobs", name="fine_tuning.jobs.create")
@@ -578,18 +572,17 @@ def list_events(
 def list_checkpoints(
     call: OpenAICall, job: Name, limit: Limit = 10, after: str | None = None
 ) -> JsonObject:
-    """List the ends of the epochs of a completed job, newest first."""
+    """List the checkpoint of a completed job. Weights of earlier epochs are not stored."""
     row = _find(call, job)
-    model = _model_id(call, row) if row.state == jobs.COMPLETED else None
+    model = _model_id(call, row) if row.result else None
     checkpoints = []
-    if model is not None:
-        checkpoints = checkpoint_objects(row, _metrics(call.context.database, row), model)
-    ids = [each["id"] for each in checkpoints]
+    if row.result and model is not None:
+        checkpoints = [checkpoint_object(row, row.result, model)]
     if after is not None:
-        if after not in ids:
+        if after not in [each["id"] for each in checkpoints]:
             raise invalid(f"No such checkpoint: {after}.", "after")
-        checkpoints = checkpoints[ids.index(after) + 1 :]
-    return page(checkpoints[: limit + 1], limit)
+        checkpoints = []
+    return page(checkpoints, limit)
 
 
 def _find(call: Call, job_id: str) -> Job:
