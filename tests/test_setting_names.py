@@ -24,8 +24,8 @@ SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
 COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate",
             "limits.py", "workflows/pretrain_recipe.py", "server/http/server.py",
-            "formatting.py")  # fmt: skip
-"""Code of commands and of the server's start, and the home of the names."""
+            "formatting.py", "tasks/", "media/tasks.py")  # fmt: skip
+"""Code of commands, the next commands of tasks and of the server's start, and the home of the names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "exports/writer.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",

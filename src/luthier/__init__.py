@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from luthier.cli.imports import import_openai
     from luthier.cli.launch import launch
     from luthier.cli.learning_curve import learning_curve
-    from luthier.cli.mine_negatives import mine_negatives
     from luthier.cli.model import Model, load
     from luthier.cli.pipeline import pipeline
     from luthier.cli.pretrain import pretrain
@@ -53,7 +52,6 @@ __all__ = [
     "launch",
     "learning_curve",
     "load",
-    "mine_negatives",
     "pipeline",
     "pretrain",
     "push",
@@ -80,7 +78,6 @@ _HOMES = {
         "cli.imports": ["import_openai"],
         "cli.launch": ["launch"],
         "cli.learning_curve": ["learning_curve"],
-        "cli.mine_negatives": ["mine_negatives"],
         "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
         "cli.pretrain": ["pretrain"],

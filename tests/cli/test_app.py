@@ -10,6 +10,7 @@ import pytest
 from command_line import Answer, start
 
 from luthier.cli.app import PANELS
+from luthier.cli.bridge import MORE, MOVED
 
 
 def test_version_and_help() -> None:
@@ -32,6 +33,12 @@ def test_what_commands_do_is_said_whole(group: list[str]) -> None:
     if not group:
         panels = [line[:-1] for line in text.splitlines() if line.endswith(":")]
         assert panels[1:] == [*PANELS] and "\n  worker " not in text  # hidden
+        assert sum(len(rows) for panel, rows in PANELS.items() if panel != MORE) <= 24
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_former_command_names_new_command(name: str) -> None:
+    assert f"luthier {MOVED[name]}" in Answer(name, "x").refused()
 
 
 @pytest.mark.parametrize("columns", [60, 80])

@@ -40,14 +40,14 @@ def test_samples_go_to_a_picture_or_a_new_folder(
 def test_a_file_that_is_no_image_is_named(luthier_home: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "b.png").write_bytes(b"just words")
-    answer = Answer("reconstruct", "small-vae", "--input", str(tmp_path / "photos"),
+    answer = Answer("sample", "small-vae", "--reconstruct", str(tmp_path / "photos"),
                     "--output", str(tmp_path / "copy.png"))  # fmt: skip
     assert answer.code == 2 and "photos/b.png" in answer.err and "Traceback" not in answer.err
 
 
 def test_copies_go_to_a_picture(luthier_home: Path, tmp_path: Path) -> None:
     copies = str(tmp_path / "copies.gif")
-    answer = Answer("reconstruct", "small-vae:none", "--input", "x", "--output", copies)
+    answer = Answer("sample", "small-vae:none", "--reconstruct", "x", "--output", copies)
     assert answer.code == 2 and "copies.png" in answer.err
 
 
@@ -66,5 +66,5 @@ def test_a_single_image_of_any_form_is_given_back(
 ) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / f"one.{ending}")
     image, copies = str(tmp_path / f"one.{ending}"), str(tmp_path / "copies.png")
-    answer = Answer("reconstruct", "small-vae:none", "--input", image, "--output", copies)
+    answer = Answer("sample", "small-vae:none", "--reconstruct", image, "--output", copies)
     assert answer.code == 2 and "small-vae:none" in answer.err

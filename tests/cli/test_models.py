@@ -415,7 +415,7 @@ def test_an_unknown_id_is_refused_with_the_nearest(own_home: Path) -> None:
     for command in ("remove", "show", "pull", "capabilities"):
         asked = Answer("models", command, "tiny-llama:colour").refused()
         assert f"Did you mean {MODEL}?" in asked
-    assert f"Did you mean {MODEL}?" in Answer("samples", "tiny-llama:colour").refused()
+    assert f"Did you mean {MODEL}?" in Answer("models", "samples", "tiny-llama:colour").refused()
 
 
 def test_a_fetched_base_is_removed_where_nothing_stands_on_it(own_home: Path) -> None:

@@ -21,7 +21,7 @@ COMMANDS = {
     "advise": ["advise", "rows.jsonl", "--recipe", "TARGET"],
     "generate": ["generate", MODEL, "--input", "rows.jsonl", "--output", "TARGET"],
     "evaluate": ["evaluate", MODEL, "rows.jsonl", "--output", "TARGET"],
-    "certificate": ["certificate", MODEL, "--card", "TARGET"],
+    "certificate": ["models", "certificate", MODEL, "--card", "TARGET"],
     "export": ["models", "export", MODEL, "TARGET"],
     "import": ["import", "openai", "export", "TARGET"],
 }

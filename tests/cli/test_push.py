@@ -1,4 +1,4 @@
-"""``luthier push`` by the hub's real client, over HTTP, to a hub on this machine."""
+"""``luthier models push`` by the hub's real client, over HTTP, to a hub on this machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def online(hub: HubUploads, home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def push(*options: str, model: str = MODEL) -> Answer:
-    answer = Answer("push", model, "--to", f"hub:{REPOSITORY}", *options)
+    answer = Answer("models", "push", model, "--to", f"hub:{REPOSITORY}", *options)
     assert TOKEN not in answer.out + answer.err
     return answer
 
@@ -60,7 +60,7 @@ def test_the_command_uploads_a_model_as_it_is_exported_with_its_card(
         "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
     del environment["HF_HUB_OFFLINE"]
-    command = ["push", MODEL, "--to", f"hub:{REPOSITORY}", "--json"]
+    command = ["models", "push", MODEL, "--to", f"hub:{REPOSITORY}", "--json"]
     process = subprocess.run(
         [sys.executable, "-m", "luthier", *command],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
@@ -187,12 +187,12 @@ def test_an_address_that_is_none_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert "not a hub repository" in Answer("push", MODEL, "--to", to).refused()
+    assert "not a hub repository" in Answer("models", "push", MODEL, "--to", to).refused()
 
 
 def test_a_model_without_a_record_has_no_card(
     home: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    refused: Any = Answer("push", str(tiny_model_folder), "--to", "hub:a/b").refused()
+    refused: Any = Answer("models", "push", str(tiny_model_folder), "--to", "hub:a/b").refused()
     assert "record" in refused

@@ -1,4 +1,4 @@
-"""``luthier student``, and other commands with the resulting student."""
+"""``luthier models student``, and other commands with the resulting student."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_student_is_made_listed_shown_exported_and_removed(
 ) -> None:
     made = json.loads(
         run(
-            "student", "--from", tiny_model_folder, "--layers", 2, "--heads", 2,
+            "models", "student", "--from", tiny_model_folder, "--layers", 2, "--heads", 2,
             "--intermediate", 32, "--hidden", 16, "--name", "small", "--json",
         ).stdout
     )  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_student_is_made_listed_shown_exported_and_removed(
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(plain).__name__ == "LlamaForCausalLM" and plain.config.hidden_size == 16
-    run("student", "--from", "tiny-llama:small", "--layers", 1, "--name", "smaller")
+    run("models", "student", "--from", "tiny-llama:small", "--layers", 1, "--name", "smaller")
     said = run("models", "remove", "tiny-llama:small", code=2).output
     assert "tiny-llama:smaller" in said and "--force" in said
     run("models", "remove", "tiny-llama:smaller")
@@ -56,7 +56,9 @@ def test_a_student_is_made_listed_shown_exported_and_removed(
 
 
 def test_what_will_be_cut_is_said_before_it_is(tiny_model_folder: Path) -> None:
-    done = run("student", "--from", tiny_model_folder, "--keep", "0,1,3", "--name", "small")
+    done = run(
+        "models", "student", "--from", tiny_model_folder, "--keep", "0,1,3", "--name", "small"
+    )
     said = " ".join(done.output.split())
     for words in (
         "layers: 3 of 4 (0, 1, 3)",
@@ -80,5 +82,5 @@ def test_what_will_be_cut_is_said_before_it_is(tiny_model_folder: Path) -> None:
 def test_mistakes_are_refused_and_leave_nothing(
     arguments: list[str], tiny_model_folder: Path, luthier_home: Path
 ) -> None:
-    run("student", "--from", tiny_model_folder, "--name", "x", *arguments, code=2)
+    run("models", "student", "--from", tiny_model_folder, "--name", "x", *arguments, code=2)
     assert files_in(luthier_home) == []

@@ -337,7 +337,7 @@ def test_rewards_are_read_as_rewards(
     assert verdict.before == {"reward": rewards[0]}
     expected = {"hardly_learned": "reward", "worse": "reward_fell", "declined": "reward_fell"}
     if outcome in expected:
-        assert verdict.cause == expected[outcome] and "`luthier samples`" in verdict.advice
+        assert verdict.cause == expected[outcome] and "`luthier models samples`" in verdict.advice
 
 
 def test_scores_stand_beside_the_loss() -> None:

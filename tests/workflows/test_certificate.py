@@ -168,7 +168,7 @@ def test_one_altered_byte_is_found_and_its_file_named(
     found = luthier.verify(ID)
     assert not found.is_intact and all(str(folder(home)) in each for each in found.differences)
     assert any(f"/{name} " in each for each in found.differences)
-    done = CliRunner().invoke(app, ["verify", ID])
+    done = CliRunner().invoke(app, ["models", "verify", ID])
     assert done.exit_code == 1 and name in done.stdout
 
 
@@ -176,7 +176,7 @@ def test_an_altered_certificate_of_a_signed_model_is_rejected(home: Path) -> Non
     path = folder(home) / "certificate.json"
     (folder(home) / "model.sig").write_text("{}")
     path.write_text(path.read_text().replace('"technique": "fine-tuning"', '"technique": "RAG"'))
-    done = CliRunner().invoke(app, ["certificate", ID, "--card", str(home / "README.md")])
+    done = CliRunner().invoke(app, ["models", "certificate", ID, "--card", str(home / "README.md")])
     assert done.exit_code != 0
     assert not (home / "README.md").exists()
 
@@ -296,11 +296,14 @@ def test_a_run_that_is_gone_is_said_to_be(home: Path) -> None:
 
 def test_commands(home: Path) -> None:
     target = home / "page.html"
-    done = CliRunner().invoke(app, ["certificate", ID, "--html", str(target)])
+    done = CliRunner().invoke(app, ["models", "certificate", ID, "--html", str(target)])
     assert done.exit_code == 0 and target.is_file()
-    printed = json.loads(CliRunner().invoke(app, ["certificate", ID, "--json"]).stdout)
+    printed = json.loads(CliRunner().invoke(app, ["models", "certificate", ID, "--json"]).stdout)
     assert printed["id"] == ID
-    assert json.loads(CliRunner().invoke(app, ["verify", ID, "--json"]).stdout)["intact"] is True
+    assert (
+        json.loads(CliRunner().invoke(app, ["models", "verify", ID, "--json"]).stdout)["intact"]
+        is True
+    )
     exported = CliRunner().invoke(app, ["models", "export", ID, str(home / "out")])
     assert exported.exit_code == 0
     assert (
@@ -325,7 +328,7 @@ def test_exports_stand_in_the_record_and_the_certificate(
     assert made.content_sha256 == before and len(made.reports) == 2
     installed = find_spec("xllamacpp") is not None
     told = "equal predictions at" if installed else "not compared"
-    said = CliRunner().invoke(app, ["certificate", ID]).stdout
+    said = CliRunner().invoke(app, ["models", "certificate", ID]).stdout
     assert told in said
     html = page(made)
     assert "Exports" in html and told in html
@@ -468,7 +471,7 @@ def test_the_command_writes_a_card_and_keeps_a_signature(home: Path) -> None:
     (folder(home) / "model.sig").write_text("{}")
     before = (folder(home) / "certificate.json").read_bytes()
     card = home / "README.md"
-    done = CliRunner().invoke(app, ["certificate", ID, "--card", str(card)])
+    done = CliRunner().invoke(app, ["models", "certificate", ID, "--card", str(card)])
     assert done.exit_code == 0 and card.read_text().startswith("---\n")
     assert (folder(home) / "certificate.json").read_bytes() == before
     assert (folder(home) / "model.sig").exists()

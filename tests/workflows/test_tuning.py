@@ -80,7 +80,7 @@ def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_pat
         ["predict", model_id, "hi"],
         ["nearest", model_id, str(held), "the fox"],
         ["sample", model_id, "--output", str(tmp_path / "x.png")],
-        ["reconstruct", model_id, "--input", str(image), "--output", str(tmp_path / "x.png")],
+        ["sample", model_id, "--reconstruct", str(image), "--output", str(tmp_path / "x.png")],
     ):
         answer = runner.invoke(app, command)
         assert answer.exit_code == 2
@@ -90,7 +90,7 @@ def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_pat
     assert answer.exit_code == 0
     assert check_active(find(model_id)).manifest.accepted == reason
     page, said = tmp_path / "page.html", f"Accepted despite exceeded limits: {reason}."
-    told = runner.invoke(app, ["certificate", model_id, "--html", str(page)])
+    told = runner.invoke(app, ["models", "certificate", model_id, "--html", str(page)])
     assert said in told.output and said in page.read_text()
     again = runner.invoke(app, ["models", "accept", model_id])
     assert again.exit_code == 2

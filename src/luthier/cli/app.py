@@ -17,8 +17,7 @@ import typer
 from luthier.cli import console
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise, show_advice
-from luthier.cli.bridge import Command, CommandGroup
-from luthier.cli.certificate import certificate, show_certificate, show_verification, verify
+from luthier.cli.bridge import MORE, Command, CommandGroup
 from luthier.cli.compare import compare, show_comparison
 from luthier.cli.data import (
     clean,
@@ -31,25 +30,22 @@ from luthier.cli.data import (
     split,
 )
 from luthier.cli.demo import demo, show_demo
-from luthier.cli.distil import distil, show_distillation, show_student, student
+from luthier.cli.distil import distil, show_distillation
 from luthier.cli.embed import embed, show_embeddings
 from luthier.cli.estimate import estimate, show_estimate
 from luthier.cli.evaluate import evaluate, judge, show_agreement, show_evaluation
-from luthier.cli.export import push, show_push
 from luthier.cli.forgetting import forgetting, show_forgetting
 from luthier.cli.generate import chat, generate, show_replies
-from luthier.cli.images import reconstruct, sample, show_images, show_reconstructions
+from luthier.cli.images import sample, show_images
 from luthier.cli.imports import import_app
 from luthier.cli.launch import launch, print_launch_file
 from luthier.cli.learning_curve import learning_curve, show_learning_curve
-from luthier.cli.mine_negatives import mine_negatives, show_mined
 from luthier.cli.models import models_app
 from luthier.cli.nearest import nearest, show_neighbours
 from luthier.cli.pipeline import pipeline, show_stages
 from luthier.cli.plugins import plugins, show_plugins
 from luthier.cli.predict import predict, show_predictions
 from luthier.cli.pretrain import pretrain, show_pretraining
-from luthier.cli.samples import samples, show_samples
 from luthier.cli.search import search, show_search
 from luthier.cli.serve import serve
 from luthier.cli.tune import print_result, tune
@@ -72,22 +68,17 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(inspect, show_report),
         Command(clean, show_cleaning),
         Command(convert, show_conversion),
-        Command(split, show_split),
-        import_app,
     ),
     "Train": (
         Command(tune, print_result, shares_work=True),
         Command(pretrain, show_pretraining, shares_work=True),
         Command(distil, show_distillation),
-        Command(student, show_student),
         Command(search, show_search),
         Command(pipeline, show_stages),
-        Command(launch, print_launch_file, has_json=False),
     ),
     "Decide": (
         Command(estimate, show_estimate),
         Command(advise, show_advice),
-        Command(learning_curve, show_learning_curve),
     ),
     "Use": (
         Command(generate, show_replies),
@@ -95,28 +86,28 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(predict, show_predictions),
         Command(embed, show_embeddings),
         Command(nearest, show_neighbours),
-        Command(mine_negatives, show_mined),
         Command(sample, show_images),
-        Command(reconstruct, show_reconstructions),
     ),
     "Evaluate": (
         Command(evaluate, show_evaluation),
         Command(compare, show_comparison),
-        Command(judge, show_agreement),
         Command(forgetting, show_forgetting),
-        Command(samples, show_samples),
-        Command(certificate, show_certificate),
-        Command(verify, show_verification),
     ),
     "Serve": (Command(serve, has_json=False), admin_app),
     "Manage": (
         models_app,
-        Command(push, show_push),
-        Command(plugins, show_plugins),
         Command(demo, show_demo),
     ),
+    MORE: (
+        Command(split, show_split),
+        import_app,
+        Command(learning_curve, show_learning_curve),
+        Command(judge, show_agreement),
+        Command(launch, print_launch_file, has_json=False),
+        Command(plugins, show_plugins),
+    ),
 }  # fmt: skip
-"""Commands by the heading in ``luthier --help``."""
+"""Commands by the heading in ``luthier --help``, at most 24 with a line of their own."""
 for panel, commands in PANELS.items():
     for command in commands:
         if isinstance(command, Command):

@@ -217,13 +217,25 @@ _RANGE_OR_LIST = re.compile(r"^<(?:list\[(.*)\]|(.*) range)>$")
 """Typer's display of a bounded number or a repeatable option."""
 
 
+MORE = "More commands"
+"""Heading of commands that the help lists by name alone."""
+MOVED = {
+    "certificate": "models certificate", "mine-negatives": "convert --mine-negatives",
+    "push": "models push", "reconstruct": "sample --reconstruct", "samples": "models samples",
+    "student": "models student", "verify": "models verify",
+}  # fmt: skip
+"""Commands by their former name."""
+
+
 class _Group(TyperGroup):
-    """Group that suggests a top-level command for an unknown subcommand of the same name."""
+    """Group that suggests a command of another group for an unknown name."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, everywhere = args[0], ctx.find_root().command
-        if self.get_command(ctx, name) is None and everywhere.get_command(ctx, name) is not None:
-            ctx.fail(f"No such command {name!r}. Did you mean `luthier {name}`?")
+        if self.get_command(ctx, name) is None:
+            known = name if everywhere.get_command(ctx, name) is not None else MOVED.get(name)
+            if known is not None:
+                ctx.fail(f"No such command {name!r}. Did you mean `luthier {known}`?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -240,7 +252,10 @@ class _Group(TyperGroup):
                 rows.append((name, command.get_short_help_str(NO_WRAP)))
         for panel, rows in panels.items():
             with formatter.section(panel):
-                formatter.write_dl(rows)
+                if panel == MORE:
+                    formatter.write_text(", ".join(name for name, _ in rows))
+                else:
+                    formatter.write_dl(rows)
 
 
 class _Command(TyperCommand):

@@ -1,4 +1,4 @@
-"""``luthier certificate`` and ``luthier verify``: the record of a model for third parties."""
+"""``luthier models certificate`` and ``verify``: the record of a model for third parties."""
 
 from __future__ import annotations
 

@@ -11,8 +11,16 @@ import typer
 
 from luthier.cli import console
 from luthier.cli.bridge import FromText
-from luthier.cli.console import check_output, heavy_imports, new_console, print_text, write_page
-from luthier.cli.options import Mapped
+from luthier.cli.console import (
+    check_output,
+    heavy_imports,
+    new_console,
+    note,
+    print_text,
+    write_page,
+)
+from luthier.cli.options import Mapped, OptionalAtLeastOne
+from luthier.errors import RefusedInput
 from luthier.formatting import one_line
 
 if TYPE_CHECKING:
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from luthier.gate.clean import CleaningSummary
     from luthier.gate.report import Report
     from luthier.gate.scan import ScanProgress
+    from luthier.workflows.hard_negatives import MinedNegatives
 
 SHOWN_ROWS = 5
 """Rows of each split in the page and in JSON, by default."""
@@ -224,14 +233,18 @@ def convert(
     format: Literal["jsonl", "json", "csv", "tsv", "parquet"] | None = None,
     columns: Mapped = None,
     drop_extra_keys: bool = False,
+    mine_negatives: OptionalAtLeastOne = None,
+    corpus: str | None = None,
+    model: str | None = None,
+    margin: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
     overwrite: bool = False,
     reporter: Reporter | None = None,
-) -> Conversion:
+) -> Conversion | MinedNegatives:
     """Convert rows to a different format or file type.
 
     A field outside the target format is an error unless dropped. The formats are rows (the format
     of luthier), prompt-completion, chat, openai, bedrock, bedrock-conversation, sharegpt,
-    alpaca and text.
+    alpaca and text. Hard negatives replace the negatives of rows with a query and a positive.
 
     Args:
         source: Data file, folder, 'pattern*' or s3://.
@@ -240,15 +253,32 @@ def convert(
         format: File type, if not clear from the file name.
         columns: Column of a key, e.g. prompt=question; repeatable.
         drop_extra_keys: Drop keys outside the format.
+        mine_negatives: Maximum number of hard negatives per row.
+        corpus: File of documents to search for hard negatives.
+        model: Embedding model that finds negatives; BM25 by default.
+        margin: Share of the positive's score that is too close.
         overwrite: Replace an existing file.
         reporter: Receives progress; silent if not given.
 
     Returns:
-        The recognized format of the source, the number of rows, and extra keys kept or dropped.
+        The recognized format of the source, the number of rows, and extra keys kept or dropped;
+        for hard negatives their number and that of the searched documents.
 
     Raises:
         RefusedInput: for an unknown format, or with each row that is not readable or storable.
     """
+    if mine_negatives is not None:
+        if to != "rows" or format not in (None, "jsonl") or drop_extra_keys:
+            raise RefusedInput(
+                "--mine-negatives writes rows as JSON Lines. Convert the rows in a second command"
+            )
+        check_output(target, str(source), corpus, overwrite=overwrite)
+        with heavy_imports():
+            from luthier.workflows.hard_negatives import mine_negatives as mine
+
+        return mine(str(source), target, mine_negatives, corpus, model, margin, columns)
+    if corpus is not None or model is not None:
+        raise RefusedInput("--corpus and --model need --mine-negatives")
     from luthier.data.convert import convert as run
     from luthier.engine.metrics import Reporter
 
@@ -260,13 +290,29 @@ def convert(
     return run(str(source), Path(target), to, format, columns, drop_extra_keys, overwrite, move)
 
 
-def show_conversion(found: Conversion, target: Path) -> None:
-    """Print the formats and the number of rows."""
+def show_conversion(found: Conversion | MinedNegatives, target: Path, margin: float) -> None:
+    """Print the formats and the number of rows, or the numbers of negatives."""
+    from luthier.data.convert import Conversion
+
+    if not isinstance(found, Conversion):
+        _show_mined(found, target, margin)
+        return
     print_text(f"Source format: {found.recognized}")
     print_text(f"{found.rows:,} rows written to {target} ({found.format}, {found.form})")
     for names, what in ((found.kept, "extra keys kept"), (found.left_out, "extra keys dropped")):
         if names:
             print_text(f"{what}: {', '.join(map(one_line, names))}")
+
+
+def _show_mined(found: MinedNegatives, target: Path, margin: float) -> None:
+    from luthier.evaluation.retrieval import MARGIN, MARGIN_REASON
+
+    print_text(
+        f"{found.negatives:,} negatives for {found.rows:,} rows, out of {found.documents:,} "
+        f"documents, written to {target}"
+    )
+    if margin == MARGIN:
+        note(MARGIN_REASON)
 
 
 Share = Annotated[float, typer.Option(min=0, max=0.99)]

@@ -1,4 +1,4 @@
-"""``luthier distil`` and ``luthier student``: the knowledge of a large model in a smaller model."""
+"""``luthier distil`` and ``luthier models student``: smaller models from larger models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``luthier models export`` and ``luthier push``: models for other software."""
+"""``luthier models export`` and ``luthier models push``: models for other software."""
 
 from __future__ import annotations
 

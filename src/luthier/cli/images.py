@@ -1,4 +1,4 @@
-"""``luthier sample`` and ``luthier reconstruct``."""
+"""``luthier sample``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import check_output, heavy_imports, print_text, print_written
-from luthier.cli.options import AtLeastOne, Mapped
-from luthier.errors import RecipeError
+from luthier.cli.options import Mapped, OptionalAtLeastOne
+from luthier.errors import RecipeError, RefusedInput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ def sample(
     model: str,
     output: Annotated[Path, typer.Option("--output")],
     *,
-    count: AtLeastOne = 64,
+    count: OptionalAtLeastOne = None,
     label: str | None = None,
     prompt: str | None = None,
     negative_prompt: str | None = None,
@@ -43,16 +43,19 @@ def sample(
     steps: int | None = None,
     guidance_scale: float | None = None,
     eta: float | None = None,
+    reconstruct: str | None = None,
+    between: Annotated[int | None, typer.Option(min=2)] = None,
+    columns: Mapped = None,
     reporter: Reporter | None = None,
-) -> SampledImages:
-    """Generate images.
+) -> SampledImages | Reconstructions:
+    """Generate images, or reconstruct images.
 
     A model with classes generates the same number of images of each class.
 
     Args:
         model: Id of a model that generates images.
         output: PNG file with all images, or new folder of PNG files.
-        count: Number of images.
+        count: Number of images; 64 by default, 32 to reconstruct.
         label: Class of the images; all classes by default.
         prompt: Description of the images.
         negative_prompt: Description of unwanted content (diffusion).
@@ -60,14 +63,28 @@ def sample(
         steps: Denoising steps (diffusion).
         guidance_scale: Strength of class or prompt (diffusion).
         eta: Noise of each step; 0 is DDIM, 1 DDPM (diffusion).
+        reconstruct: Images to reconstruct: folder, archive, .npz or one file.
+        between: Number of steps between two of these images.
+        columns: Column of a key of these images; repeatable.
         reporter: Receives progress; silent if not given.
 
     Returns:
-        The number of images and their file or folder.
+        The number of images and their file or folder; for reconstructions their errors and the
+        compression.
 
     Raises:
         RefusedInput: for a model without images, or settings that the model does not have.
     """
+    if reconstruct is not None:
+        drawn = (label, prompt, negative_prompt, steps, guidance_scale, eta)
+        if any(each is not None for each in drawn):
+            raise RefusedInput(
+                "--label, --prompt and settings of diffusion have no effect with --reconstruct"
+            )
+        return _reconstruct(model, reconstruct, output, count or 32, between, columns, reporter)
+    if between is not None or columns is not None:
+        raise RefusedInput("--between and --map need --reconstruct")
+    count = count or 64
     _check_samples(output)
     with heavy_imports():
         from luthier.engine.metrics import Reporter
@@ -92,8 +109,17 @@ def sample(
     return SampledImages(model, count, output, time.monotonic() - started)
 
 
-def show_images(found: SampledImages) -> None:
-    """Print the number of images and their file or folder."""
+def show_images(found: SampledImages | Reconstructions) -> None:
+    """Print the number of images and their file or folder, and the error of reconstructions."""
+    if isinstance(found, Reconstructions):
+        if found.compression is not None:
+            error = sum(found.errors) / len(found.errors)
+            print_text(f"mean squared error {error:.5f}, of pixels from 0 to 1")
+            print_text(f"each image: {found.compression}")
+        if found.images < found.of:
+            print_text(
+                f"{found.images:,} of {found.of:,} images; --count {found.of} for all images"
+            )
     print_written(found.images, "images", found.output)
 
 
@@ -155,36 +181,22 @@ class Reconstructions:
         }  # fmt: skip
 
 
-def reconstruct(
+def _reconstruct(
     model: str,
-    input: Annotated[str, typer.Option("--input")],
-    output: Annotated[Path, typer.Option("--output")],
-    *,
-    count: AtLeastOne = 32,
-    between: Annotated[int | None, typer.Option(min=2)] = None,
-    columns: Mapped = None,
-    reporter: Reporter | None = None,
+    source: str,
+    output: Path,
+    count: int,
+    between: int | None,
+    columns: Mapped,
+    reporter: Reporter | None,
 ) -> Reconstructions:
-    """Reconstruct images, or interpolate between images.
+    """Write the first ``count`` images of ``source`` next to their reconstructions.
 
-    Args:
-        model: Id of a model that generates images.
-        input: Images: folder, archive, .npz or one file.
-        output: PNG file with all images side by side.
-        count: Number of images, the first of the source.
-        between: Number of steps between two images; interpolates.
-        columns: Column of a key, e.g. prompt=question; repeatable.
-        reporter: Receives progress; silent if not given.
-
-    Returns:
-        The errors and the compression.
-
-    Raises:
-        RefusedInput: for unreadable images, or a model that cannot encode images.
+    With ``between``, write interpolated images instead: steps between each two images.
     """
     if output.suffix.lower() != ".png":
         raise RecipeError(f"the output is a PNG file. Name {output.with_suffix('.png')}")
-    check_output(output, input)
+    check_output(output, source)
     with heavy_imports():
         from luthier.data.inputs import is_media
         from luthier.data.rows import input_row, load_inputs
@@ -195,10 +207,10 @@ def reconstruct(
         from luthier.media.image_grid import encode_png, grid
 
     reporter = reporter or Reporter()
-    if is_media(input) and Path(input).is_file():
-        found = [input_row(input, "the command line")]
+    if is_media(source) and Path(source).is_file():
+        found = [input_row(source, "the command line")]
     else:
-        found = [row for _, row in load_inputs(input, columns)]
+        found = [row for _, row in load_inputs(source, columns)]
     rows = found[:count]
     generator = ImageGenerator.open(check_active(find(model)))
     if between is not None:
@@ -212,14 +224,3 @@ def reconstruct(
     write_bytes(output, encode_png(grid(pairs, 2 * max(1, round((len(made) / 2) ** 0.5)))))
     errors = [each.error for each in made]
     return Reconstructions(model, len(rows), len(found), output, errors, made[0].compression)
-
-
-def show_reconstructions(found: Reconstructions) -> None:
-    """Print the error and the compression."""
-    if found.compression is not None:
-        error = sum(found.errors) / len(found.errors)
-        print_text(f"mean squared error {error:.5f}, of pixels from 0 to 1")
-        print_text(f"each image: {found.compression}")
-    if found.images < found.of:
-        print_text(f"{found.images:,} of {found.of:,} images; --count {found.of} for all images")
-    print_written(found.images, "images", found.output)

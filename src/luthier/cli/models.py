@@ -1,4 +1,4 @@
-"""``luthier models``: list, show, pull and delete models."""
+"""``luthier models``: list, show, pull, verify, export and delete models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.bridge import Command, CommandGroup
+from luthier.cli.certificate import certificate, show_certificate, show_verification, verify
 from luthier.cli.console import (
     heavy_imports,
     new_console,
@@ -19,7 +20,9 @@ from luthier.cli.console import (
     print_rows,
     print_text,
 )
-from luthier.cli.export import export, show_export
+from luthier.cli.distil import show_student, student
+from luthier.cli.export import export, push, show_export, show_push
+from luthier.cli.samples import samples, show_samples
 from luthier.cli.service import (
     Record,
     ServiceDatabase,
@@ -568,14 +571,19 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
     return {"id": model, "removed": True}
 
 
-models_app = CommandGroup("List, show, fetch, export and remove models.")
+models_app = CommandGroup("List, show, fetch, verify, export and remove models.")
 for command in (
     Command(list_models, show_list, "list"),
     Command(show_model, print_model, "show"),
     Command(capabilities, show_capabilities),
     Command(pull_model, show_record, "pull"),
     Command(accept_model, show_record, "accept"),
+    Command(student, show_student),
+    Command(samples, show_samples),
+    Command(certificate, show_certificate),
+    Command(verify, show_verification),
     Command(export, show_export),
+    Command(push, show_push),
     Command(remove_model, show_record, "remove"),
 ):
     models_app.add(command)

@@ -1,4 +1,4 @@
-"""``luthier samples``: text that a model generated during training with rewards or a teacher.
+"""``luthier models samples``: text that a model generated during training with rewards or a teacher.
 
 A rising reward means a better model, or a grader with a loophole. Signs of a loophole are the texts
 with the highest rewards, a correlation of reward and length, and a steadily growing divergence.

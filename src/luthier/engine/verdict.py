@@ -105,9 +105,9 @@ _ADVICE: Mapping[Cause, str] = {
     "trained weights",
     "other_rows": "The training loss fell without a gain on the validation rows: check that both are "
     "of one kind, or give more rows",
-    "reward": "Read the replies with `luthier samples`, and try a finer grader, easier prompts or "
-    "more steps",
-    "reward_fell": "Read the replies with `luthier samples`, and try {lower}",
+    "reward": "Read the replies with `luthier models samples`, and try a finer grader, easier prompts "
+    "or more steps",
+    "reward_fell": "Read the replies with `luthier models samples`, and try {lower}",
     "regression": "More rows help most, above all of the confused labels",
     "rows_not_learned": "The training loss hardly moved ({first:.3f} to {last:.3f}), so the rows "
     "cannot be judged: try more steps ({times_four}), {higher}{batch} or `luthier search`",

@@ -146,7 +146,7 @@ def _upload_errors(repository: str, endpoint: str) -> Iterator[None]:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    again = "The next `luthier push` skips uploaded files"
+    again = "The next `luthier models push` skips uploaded files"
     try:
         yield
     except HFValidationError as error:

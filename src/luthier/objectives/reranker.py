@@ -96,8 +96,8 @@ class Reranker(Objective):
             raise RowRefused(
                 "label.one_class",
                 f"all pairs of query and document have the label {labels.pop()}.",
-                'Add "negatives" to the rows, or pairs of other labels. `luthier mine-negatives` '
-                "finds negatives in a collection.",
+                'Add "negatives" to the rows, or pairs of other labels. '
+                "`luthier convert --mine-negatives 5` finds negatives in a collection.",
             )
         if self.share is not None or not labels:
             return self

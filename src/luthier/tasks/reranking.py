@@ -39,7 +39,7 @@ class Reranking(Task):
         scored = [each for each in ranked if each is not None]
         if not scored:
             message = "no query has a relevant document and another document."
-            fix = 'Add "negatives" to the rows: `luthier mine-negatives`.'
+            fix = 'Add "negatives" to the rows: `luthier convert --mine-negatives 5`.'
             raise DataError([Problem("row.no_label", message, fix, pairs[0].location)])
         ranks, gains = ([each.rank for each in scored], [each.ndcg for each in scored])
         remark = (

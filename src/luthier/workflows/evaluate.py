@@ -192,7 +192,7 @@ def attach_report(
     for each in models:
         write_report(each, kind, hashes, dict(result))
         certify(each.id)
-        note(f"attached to {each.id}; see `luthier certificate {each.id}`")
+        note(f"attached to {each.id}; see `luthier models certificate {each.id}`")
 
 
 def open_graders(

@@ -85,7 +85,7 @@ class PipelineSpec(StrictModel):
 
 
 class StudentRecipe(StrictModel):
-    """Fields of a ``student`` stage, as for ``luthier student``."""
+    """Fields of a ``student`` stage, as for ``luthier models student``."""
 
     teacher: str
     """Teacher model."""

@@ -163,7 +163,9 @@ def test_a_student_comes_nearer_on_its_own_answers(
     assert all(1 <= event["answer_tokens"] <= 8 for event in steps)
     stored = json.loads(Path(result.model_dir, "luthier.json").read_text())["recipe"]["objective"]
     assert stored["stop_ids"] == [1]
-    shown = CliRunner().invoke(app, ["samples", result.model_id, "--json", "--count", "4"])
+    shown = CliRunner().invoke(
+        app, ["models", "samples", result.model_id, "--json", "--count", "4"]
+    )
     found = json.loads(shown.stdout)
     assert [text["step"] for text in found["samples"]] == [len(steps), len(steps)] + [
         len(steps) - 1
@@ -173,5 +175,7 @@ def test_a_student_comes_nearer_on_its_own_answers(
     assert {text["expected"] for text in last} == {row.completion for row in ROWS[:2]}
     assert np.mean([text["tokens"] for text in last]) == steps[-1]["answer_tokens"]
     assert found["reward_length_correlation"] is None and "answer_tokens" in found["trend"][0]
-    table = CliRunner().invoke(app, ["samples", result.model_id, "--full", "--count", "2"])
+    table = CliRunner().invoke(
+        app, ["models", "samples", result.model_id, "--full", "--count", "2"]
+    )
     assert table.exit_code == 0 and table.stdout.split()[0] == "step"

@@ -146,7 +146,7 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["kl"] > 1e-3
     run = Path(result.run_dir)
     assert {"reward.png", "reward.svg", "loss.png"} <= {path.name for path in run.iterdir()}
-    shown = CliRunner().invoke(app, ["samples", result.model_id, "--json"])
+    shown = CliRunner().invoke(app, ["models", "samples", result.model_id, "--json"])
     found = json.loads(shown.stdout)
     rewards = [sample["reward"] for sample in found["samples"]]
     assert rewards == sorted(rewards, reverse=True) and len(rewards) == 20
@@ -156,7 +156,7 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
     assert best["completion"].count("e") / len(best["completion"]) == best["reward"]
     assert best["prompt"] in [f"Say {word}" for word in WORDS] and best["kl"] is not None
     table = CliRunner().invoke(
-        app, ["samples", str(run), "--worst-first", "--full", "--count", "3"]
+        app, ["models", "samples", str(run), "--worst-first", "--full", "--count", "3"]
     )
     assert table.stdout.split()[0] == "reward"  # not squeezed out by the texts
     assert table.exit_code == 0 and "16-20" in table.stdout
@@ -423,5 +423,5 @@ def test_objectives_name_what_they_measure() -> None:
 
 def test_a_folder_without_samples_is_refused(tmp_path: Path) -> None:
     for run, reason in ((str(tmp_path), "has no samples"), ("base:none", "base:none")):
-        answer = CliRunner().invoke(app, ["samples", run])
+        answer = CliRunner().invoke(app, ["models", "samples", run])
         assert answer.exit_code == 2 and reason in answer.stderr

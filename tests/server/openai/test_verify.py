@@ -101,7 +101,7 @@ def test_only_the_model_itself_is_reported_as_served(url: str) -> None:
 @pytest.mark.slow
 def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", COLOURS)
-    asked = ["verify", ID, "--endpoint", url, "--max-tokens", "12", "--data", str(rows)]
+    asked = ["models", "verify", ID, "--endpoint", url, "--max-tokens", "12", "--data", str(rows)]
     right = CliRunner().invoke(app, [*asked, "--endpoint-model", "right"])
     assert right.exit_code == 0 and "of 6 greedy replies" in right.stdout, right.stdout
     wrong = CliRunner().invoke(app, [*asked, "--endpoint-model", "no-effect", "--json"])

@@ -86,7 +86,7 @@ def advice(lines: Sequence[Mapping[str, Any]]) -> str:
         return (
             f"the reward did not rise in the {WINDOW} steps up to step {step} "
             f"({_mean(before, 'reward'):.3f}, then {_mean(now, 'reward'):.3f}): check the replies with "
-            "`luthier samples` before training longer"
+            "`luthier models samples` before training longer"
         )
     return ""
 

@@ -150,7 +150,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
 
 @router.get("/models/{model}/certificate.json")
 def download_certificate(call: NativeCall, model: Name) -> Response:
-    """Download a custom model's certificate.json for `luthier verify`."""
+    """Download a custom model's certificate.json for `luthier models verify`."""
     with call.context.database.read() as session:
         row = call.model(session, model)
     # The hash covers the exact bytes; a JavaScript client would write 32.0 as 32.

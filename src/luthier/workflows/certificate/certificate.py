@@ -157,7 +157,7 @@ def certificate_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a certificate: ``docs/certificate.schema.json``."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "luthier certificate",
+        "title": "luthier models certificate",
         **{k: v for k, v in Certificate.model_json_schema().items() if k != "title"},
     }
 
@@ -378,7 +378,7 @@ def read_certificate(model: StoredModel) -> Certificate:
     if certificate.sha256 != certificate.digest():
         raise CorruptFile(
             f"{model.folder / CERTIFICATE} was changed: the SHA-256 differs. Write a new certificate "
-            f"with `luthier certificate {model.id}`."
+            f"with `luthier models certificate {model.id}`."
         )
     return certificate
 
