@@ -1,4 +1,4 @@
-"""HeadKind heads of transformers' model families.
+"""Heads of transformers' model families.
 
 The *kind* of a head names its outputs. transformers has one class per kind and family. luthier uses
 these classes unchanged, so saved models load in transformers. The flat layout has no ``[B, T, H]``
@@ -110,7 +110,7 @@ _SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 @dataclass(frozen=True)
 class Head:
-    """HeadKind and classes of a head."""
+    """Kind and classes of a head."""
 
     kind: HeadKind
     labels: tuple[str, ...] = ()
