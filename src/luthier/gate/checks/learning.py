@@ -374,13 +374,10 @@ def _kinds(row: Row) -> Iterable[RowKind]:
                 else "labels"
             )
             return [(kind, name) for name in dict.fromkeys(row.labels or ("",))]
-        case RatedText():
-            return [("rating", repr(row.rating))]
-        case QueryDocument():
-            return [("rating", repr(row.label))]
         case ThumbedReply():
             return [("thumb", repr(row.desirable))]
-    return [("row", row.shape)]
+    number = row.target()
+    return [("rating", repr(number)) if isinstance(number, int | float) else ("row", row.shape)]
 
 
 def _shorten(row: Row) -> Row:
