@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    from luthier.cli.export import export
+    from luthier.cli.models.export import export
     from luthier.library.folders import base_folder
     from luthier.library.models import find
 

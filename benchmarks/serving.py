@@ -32,7 +32,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from children import table
-from luthier.cli.export import export
+from luthier.cli.models.export import export
 from luthier.engine.machine import choose_machine, limit_kernels, release_workers
 from luthier.inference.inference import Chat, GenerationRequest, TokenChunk
 from luthier.inference.memory import resident_bytes

@@ -19,7 +19,7 @@ import typer
 
 import luthier
 from luthier.cli.app import app
-from luthier.cli.serve import ROOT_KEYS
+from luthier.cli.service.serve import ROOT_KEYS
 from luthier.data.rows import load_rows
 from luthier.graders import parse_graders
 from luthier.recipe import Recipe, assign, parse_setting

@@ -13,21 +13,21 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
     from luthier.cli.advise import advise
-    from luthier.cli.certificate import certificate, verify
     from luthier.cli.compare import compare
     from luthier.cli.data import clean, convert, inspect, split
     from luthier.cli.distil import distil, student
     from luthier.cli.estimate import estimate
     from luthier.cli.evaluate import evaluate, judge
-    from luthier.cli.export import export, push
     from luthier.cli.forgetting import forgetting
     from luthier.cli.imports import import_openai
     from luthier.cli.launch import launch
     from luthier.cli.learning_curve import learning_curve
     from luthier.cli.model import Model, load
+    from luthier.cli.models.certificate import certificate, verify
+    from luthier.cli.models.export import export, push
+    from luthier.cli.models.samples import samples
     from luthier.cli.pipeline import pipeline
     from luthier.cli.pretrain import pretrain
-    from luthier.cli.samples import samples
     from luthier.cli.search import search
     from luthier.cli.tune import tune
     from luthier.recipe import Recipe
@@ -67,13 +67,13 @@ _HOMES = {
     name: f"luthier.{module}"
     for module, names in {
         "cli.advise": ["advise"],
-        "cli.certificate": ["certificate", "verify"],
+        "cli.models.certificate": ["certificate", "verify"],
         "cli.compare": ["compare"],
         "cli.data": ["clean", "convert", "inspect", "split"],
         "cli.distil": ["distil", "student"],
         "cli.estimate": ["estimate"],
         "cli.evaluate": ["evaluate", "judge"],
-        "cli.export": ["export", "push"],
+        "cli.models.export": ["export", "push"],
         "cli.forgetting": ["forgetting"],
         "cli.imports": ["import_openai"],
         "cli.launch": ["launch"],
@@ -81,7 +81,7 @@ _HOMES = {
         "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
         "cli.pretrain": ["pretrain"],
-        "cli.samples": ["samples"],
+        "cli.models.samples": ["samples"],
         "cli.search": ["search"],
         "cli.tune": ["tune"],
         "recipe": ["Recipe"],

@@ -1,8 +1,8 @@
 """Safe display of untrusted text, and small formatters for messages.
 
 Keys, names, messages and generated text may contain escape sequences, which control the terminal,
-and bidirectional overrides, which disguise text. Commands (``luthier.cli.console``) and reports
-escape both.
+and bidirectional overrides, which disguise text. Commands (``luthier.cli.terminal.console``) and
+reports escape both.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from command_line import Answer, start
 
 from luthier.cli.app import PANELS
-from luthier.cli.bridge import MORE, MOVED
+from luthier.cli.terminal.bridge import MORE, MOVED
 
 
 def test_version_and_help() -> None:

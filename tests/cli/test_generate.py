@@ -14,7 +14,7 @@ import pytest
 from command_line import COLOURS, MODEL, ROWS, Answer, jsonl, start
 from thinking_models import THOUGHT
 
-from luthier.cli.console import stream_reasoning
+from luthier.cli.terminal.console import stream_reasoning
 from luthier.files import read_json
 from luthier.formatting import printable
 from luthier.models.manifest import MANIFEST

@@ -9,7 +9,7 @@ import pytest
 from command_line import Answer
 from PIL import Image
 
-from luthier.cli.console import check_output
+from luthier.cli.terminal.console import check_output
 from luthier.errors import RecipeError
 
 

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.cli.options import assign_fields
 from luthier.cli.pretrain import PRETRAINING
+from luthier.cli.terminal.options import assign_fields
 from luthier.recipe import fields_of
 from luthier.workflows.pretrain_recipe import PretrainRecipe
 

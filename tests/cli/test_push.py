@@ -16,7 +16,7 @@ from command_line import MODEL, Answer, memorise
 from hub_uploads import TOKEN, HubUploads, hub_uploads
 from huggingface_hub import ModelCard, constants
 
-from luthier.cli.export import export
+from luthier.cli.models.export import export
 from luthier.library.models import find
 
 REPOSITORY = "anna/colours"

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.cli.models import lineage, remove_model
+from luthier.cli.models.app import lineage, remove_model
 from luthier.engine import train
 from luthier.engine.runs import Result
 from luthier.errors import DataError, Diverged, RecipeError, RunConflict, UnknownModel

@@ -16,7 +16,7 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from luthier.cli.models import remove_model
+from luthier.cli.models.app import remove_model
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, LuthierError, RecipeError, RunConflict
 from luthier.exports import writer

@@ -49,7 +49,7 @@ class Folders:
 def work(arguments: list[str]) -> int:
     """Run a worker with the scheduler's ``arguments``."""
     exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
-    from luthier.cli.worker import configure_logging
+    from luthier.cli.service.worker import configure_logging
     from luthier.server.jobs.training import TrainingWorker
     from luthier.server.stores.locations import Locations
     from luthier.server.tables.database import Database

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import luthier
-from luthier.cli.models import remove_model
+from luthier.cli.models.app import remove_model
 from luthier.data.corpus import Survey
 from luthier.engine import model_writer
 from luthier.engine.checkpoints import Checkpoints

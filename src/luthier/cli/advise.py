@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, new_console
-from luthier.cli.options import TUNING, RowSource, TuningFields, field_path, tuning_recipe
+from luthier.cli.terminal.console import check_output, heavy_imports, new_console
+from luthier.cli.terminal.options import TUNING, RowSource, TuningFields, field_path, tuning_recipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

@@ -14,10 +14,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli import console
-from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise, show_advice
-from luthier.cli.bridge import MORE, Command, CommandGroup
 from luthier.cli.compare import compare, show_comparison
 from luthier.cli.data import (
     clean,
@@ -40,16 +37,19 @@ from luthier.cli.images import sample, show_images
 from luthier.cli.imports import import_app
 from luthier.cli.launch import launch, print_launch_file
 from luthier.cli.learning_curve import learning_curve, show_learning_curve
-from luthier.cli.models import models_app
+from luthier.cli.models.app import models_app
 from luthier.cli.nearest import nearest, show_neighbours
 from luthier.cli.pipeline import pipeline, show_stages
 from luthier.cli.plugins import plugins, show_plugins
 from luthier.cli.predict import predict, show_predictions
 from luthier.cli.pretrain import pretrain, show_pretraining
 from luthier.cli.search import search, show_search
-from luthier.cli.serve import serve
+from luthier.cli.service.admin import admin_app
+from luthier.cli.service.serve import serve
+from luthier.cli.service.worker import worker
+from luthier.cli.terminal import console
+from luthier.cli.terminal.bridge import MORE, Command, CommandGroup
 from luthier.cli.tune import print_result, tune
-from luthier.cli.worker import worker
 from luthier.formatting import escape_unencodable
 from luthier.processes import use_safe_path
 

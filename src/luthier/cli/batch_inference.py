@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.console import extra
+from luthier.cli.terminal.console import extra
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 
 if TYPE_CHECKING:

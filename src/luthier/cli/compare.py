@@ -8,14 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import (
-    check_output,
-    heavy_imports,
-    new_table,
-    print_table,
-    print_text,
-    write_page,
-)
 from luthier.cli.evaluate import (
     Graders,
     GraderSettings,
@@ -23,7 +15,15 @@ from luthier.cli.evaluate import (
     resolve_graders,
     resolve_judge,
 )
-from luthier.cli.options import Mapped, RowSource
+from luthier.cli.terminal.console import (
+    check_output,
+    heavy_imports,
+    new_table,
+    print_table,
+    print_text,
+    write_page,
+)
+from luthier.cli.terminal.options import Mapped, RowSource
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli import console
-from luthier.cli.bridge import FromText
-from luthier.cli.console import (
+from luthier.cli.terminal import console
+from luthier.cli.terminal.bridge import FromText
+from luthier.cli.terminal.console import (
     check_output,
     heavy_imports,
     new_console,
@@ -19,7 +19,7 @@ from luthier.cli.console import (
     print_text,
     write_page,
 )
-from luthier.cli.options import Mapped, OptionalAtLeastOne
+from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne
 from luthier.errors import RefusedInput
 from luthier.formatting import one_line
 

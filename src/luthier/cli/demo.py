@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from luthier.cli.console import new_console
+from luthier.cli.terminal.console import new_console
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

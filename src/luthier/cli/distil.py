@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.bridge import FromText
-from luthier.cli.console import heavy_imports, new_console
-from luthier.cli.options import (
+from luthier.cli.terminal.bridge import FromText
+from luthier.cli.terminal.console import heavy_imports, new_console
+from luthier.cli.terminal.options import (
     TUNING,
     RecipeField,
     assign_fields,

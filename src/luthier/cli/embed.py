@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.batch_inference import RowAnswers, RowProcesses
-from luthier.cli.console import check_output, heavy_imports, print_text
-from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress, RowSource
+from luthier.cli.terminal.console import check_output, heavy_imports, print_text
+from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress, RowSource
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from luthier.cli.bridge import FromText
-from luthier.cli.console import heavy_imports, new_console, new_table, print_table
-from luthier.cli.options import DataSource, TuningFields, parse_duration, tuning_recipe
+from luthier.cli.terminal.bridge import FromText
+from luthier.cli.terminal.console import heavy_imports, new_console, new_table, print_table
+from luthier.cli.terminal.options import DataSource, TuningFields, parse_duration, tuning_recipe
 from luthier.errors import RecipeError
 from luthier.formatting import format_duration
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.bridge import FromText
-from luthier.cli.console import (
+from luthier.cli.terminal.bridge import FromText
+from luthier.cli.terminal.console import (
     check_output,
     heavy_imports,
     new_table,
@@ -19,7 +19,7 @@ from luthier.cli.console import (
     print_written,
     write_page,
 )
-from luthier.cli.options import Mapped, ModelSource, RowSource, parse_settings
+from luthier.cli.terminal.options import Mapped, ModelSource, RowSource, parse_settings
 from luthier.errors import RecipeError
 from luthier.formatting import one_line
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import (
+from luthier.cli.terminal.console import (
     check_output,
     heavy_imports,
     new_table,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.batch_inference import RowAnswers, RowProcesses, answer_rows
-from luthier.cli.bridge import KeywordOptions
-from luthier.cli.console import (
+from luthier.cli.terminal.bridge import KeywordOptions
+from luthier.cli.terminal.console import (
     check_json_lines,
     check_output,
     heavy_imports,
@@ -26,7 +26,7 @@ from luthier.cli.console import (
     stream_text,
     write_json,
 )
-from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress
+from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError, RefusedInput
 from luthier.files import read_text
 from luthier.models.decoding.sampling import MOST_TOKENS, Sampling, limited_fields

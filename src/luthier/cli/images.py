@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, print_text, print_written
-from luthier.cli.options import Mapped, OptionalAtLeastOne
+from luthier.cli.terminal.console import check_output, heavy_imports, print_text, print_written
+from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne
 from luthier.errors import RecipeError, RefusedInput
 
 if TYPE_CHECKING:

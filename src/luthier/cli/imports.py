@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.bridge import Command, CommandGroup
-from luthier.cli.console import print_text
+from luthier.cli.terminal.bridge import Command, CommandGroup
+from luthier.cli.terminal.console import print_text
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

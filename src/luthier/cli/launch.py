@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from luthier.cli.bridge import FromText
-from luthier.cli.console import check_output, heavy_imports, is_standard_output, stream_text
-from luthier.cli.options import DataSource, TuningFields, parse_duration, tuning_recipe
+from luthier.cli.terminal.bridge import FromText
+from luthier.cli.terminal.console import (
+    check_output,
+    heavy_imports,
+    is_standard_output,
+    stream_text,
+)
+from luthier.cli.terminal.options import DataSource, TuningFields, parse_duration, tuning_recipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from luthier.cli.bridge import FromText
-from luthier.cli.console import heavy_imports, new_table, print_table, print_text
-from luthier.cli.options import DataSource, TuningFields, parse_numbers, tuning_recipe
+from luthier.cli.terminal.bridge import FromText
+from luthier.cli.terminal.console import heavy_imports, new_table, print_table, print_text
+from luthier.cli.terminal.options import DataSource, TuningFields, parse_numbers, tuning_recipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

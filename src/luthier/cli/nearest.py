@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.console import check_output, heavy_imports, note, print_text, print_written
-from luthier.cli.options import AtLeastOne, Mapped, RowSource
+from luthier.cli.terminal.console import (
+    check_output,
+    heavy_imports,
+    note,
+    print_text,
+    print_written,
+)
+from luthier.cli.terminal.options import AtLeastOne, Mapped, RowSource
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import heavy_imports, new_table, print_table
+from luthier.cli.terminal.console import heavy_imports, new_table, print_table
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

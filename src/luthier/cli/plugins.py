@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import print_text
+from luthier.cli.terminal.console import print_text
 
 if TYPE_CHECKING:
     from luthier.plugins import Plugin

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.batch_inference import RowAnswers, RowProcesses, answer_rows
-from luthier.cli.console import (
+from luthier.cli.terminal.console import (
     check_json_lines,
     check_output,
     heavy_imports,
@@ -19,7 +19,7 @@ from luthier.cli.console import (
     print_written,
     write_json,
 )
-from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress
+from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from luthier.cli.bridge import FromText
-from luthier.cli.console import heavy_imports, new_console
-from luthier.cli.options import (
+from luthier.cli.terminal.bridge import FromText
+from luthier.cli.terminal.console import heavy_imports, new_console
+from luthier.cli.terminal.options import (
     TUNING,
     AtLeastOne,
     RecipeField,

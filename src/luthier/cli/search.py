@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import extra, heavy_imports, new_console, new_table, print_table
-from luthier.cli.options import (
+from luthier.cli.terminal.console import extra, heavy_imports, new_console, new_table, print_table
+from luthier.cli.terminal.options import (
     AtLeastOne,
     DataSource,
     OptionalAtLeastOne,

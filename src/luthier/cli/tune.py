@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console
-from luthier.cli.options import AtLeastOne, DataSource, TuningFields, tuning_recipe
+from luthier.cli.terminal.console import heavy_imports, new_console
+from luthier.cli.terminal.options import AtLeastOne, DataSource, TuningFields, tuning_recipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

@@ -11,7 +11,7 @@ import pytest
 from native_client import native_client
 from typer.testing import CliRunner
 
-from luthier.cli.admin import admin_app
+from luthier.cli.service.admin import admin_app
 from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.jobs.admission import Capacity
@@ -23,7 +23,7 @@ from luthier.server.tables.arns import Arns
 from luthier.server.tables.objects import StoredObject
 
 pytest.importorskip("luthier.server.stores.locations")
-COMMAND = "import typer; from luthier.cli.worker import worker; typer.run(worker)"
+COMMAND = "import typer; from luthier.cli.service.worker import worker; typer.run(worker)"
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

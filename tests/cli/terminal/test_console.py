@@ -18,9 +18,9 @@ from rich.progress import Progress
 from rich.table import Table
 from typer.testing import CliRunner
 
-from luthier.cli import console, progress
-from luthier.cli.admin import admin_app
-from luthier.cli.console import print_rows
+from luthier.cli.service.admin import admin_app
+from luthier.cli.terminal import console, progress
+from luthier.cli.terminal.console import print_rows
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.report_file import ReportFile, ReportReader
 from luthier.errors import RefusedInput
@@ -79,7 +79,7 @@ def test_a_console_has_its_own_styles_and_no_others(monkeypatch: pytest.MonkeyPa
 
 
 WRITE = """
-from luthier.cli.console import stream_text
+from luthier.cli.terminal.console import stream_text
 for piece in {pieces!r}:
     stream_text(piece)
 """
@@ -105,7 +105,7 @@ def test_any_encoding_of_the_terminal_will_do(encoding: str) -> None:
     values = ["ấ 😀 é █", "\x9b"]
     code = (
         "import sys; from luthier.formatting import escape_unencodable as escape;"
-        "from luthier.cli.console import note, print_json, print_text;"
+        "from luthier.cli.terminal.console import note, print_json, print_text;"
         f"escape(sys.stdout, sys.stderr); print_text('█ ✓ ấ é 😀'); print_json({values!r}); note('…')"
     )
     done = subprocess.run(
@@ -125,7 +125,7 @@ def test_any_encoding_of_the_terminal_will_do(encoding: str) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: bool) -> None:
-    from luthier.cli import samples
+    from luthier.cli.models import samples
 
     folder = luthier_home / "runs" / "tiny" / "one"
     folder.mkdir(parents=True)

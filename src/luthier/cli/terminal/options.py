@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.bridge import FromText, KeywordOptions
+from luthier.cli.terminal.bridge import FromText, KeywordOptions
 from luthier.errors import DataError, Problem, RecipeError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import luthier
-from luthier.cli.options import existing_source, tuning_recipe
+from luthier.cli.terminal.options import existing_source, tuning_recipe
 from luthier.engine.timings import estimates_folder
 from luthier.errors import DataError, RecipeError
 from luthier.files import read_json

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.cli.serve import ROOT_KEYS, _print_addresses, parse_graders
+from luthier.cli.service.serve import ROOT_KEYS, _print_addresses, parse_graders
 from luthier.errors import RefusedInput
 from luthier.server.service import LAMBDA
 from luthier.server.stores.bootstrap import IssuedKeys

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.cli.console import new_console
+from luthier.cli.terminal.console import new_console
 from luthier.engine.metrics import Reporter, additional_metrics
 from luthier.formatting import command_option, format_duration, map_code, printable
 

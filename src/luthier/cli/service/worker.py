@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports
+from luthier.cli.terminal.console import heavy_imports
 
 Quotas = Annotated[
     list[str] | None,

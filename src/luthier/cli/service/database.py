@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import note, print_rows, print_text
+from luthier.cli.terminal.console import note, print_rows, print_text
 from luthier.errors import LuthierError
 from luthier.formatting import one_line
 

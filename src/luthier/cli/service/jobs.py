@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from luthier.cli.bridge import Command, CommandGroup
-from luthier.cli.console import print_text
-from luthier.cli.service import (
+from luthier.cli.service.database import (
     FIRST_ACCOUNT,
     Account,
     OnlyAccount,
@@ -15,6 +13,8 @@ from luthier.cli.service import (
     open_database,
     show_record,
 )
+from luthier.cli.terminal.bridge import Command, CommandGroup
+from luthier.cli.terminal.console import print_text
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

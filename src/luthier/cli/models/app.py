@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.bridge import Command, CommandGroup
-from luthier.cli.certificate import certificate, show_certificate, show_verification, verify
-from luthier.cli.console import (
-    heavy_imports,
-    new_console,
-    note,
-    print_rows,
-    print_text,
-)
 from luthier.cli.distil import show_student, student
-from luthier.cli.export import export, push, show_export, show_push
-from luthier.cli.samples import samples, show_samples
-from luthier.cli.service import (
+from luthier.cli.models.certificate import certificate, show_certificate, show_verification, verify
+from luthier.cli.models.export import export, push, show_export, show_push
+from luthier.cli.models.samples import samples, show_samples
+from luthier.cli.service.database import (
     Record,
     ServiceDatabase,
     open_database,
     service_names,
     show_record,
+)
+from luthier.cli.terminal.bridge import Command, CommandGroup
+from luthier.cli.terminal.console import (
+    heavy_imports,
+    new_console,
+    note,
+    print_rows,
+    print_text,
 )
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.console import new_table, print_table, print_text
 from luthier.cli.model import stored_model
-from luthier.cli.options import Mapped, ModelSource
+from luthier.cli.terminal.console import new_table, print_table, print_text
+from luthier.cli.terminal.options import Mapped, ModelSource
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.cli.bridge import Command, CommandGroup, FromText, KeywordOptions
+from luthier.cli.terminal.bridge import Command, CommandGroup, FromText, KeywordOptions
 
 
 @dataclass(frozen=True)

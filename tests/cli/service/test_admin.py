@@ -10,8 +10,8 @@ import pytest
 from principals_of import FIRST, OTHER
 from typer.testing import CliRunner
 
-from luthier.cli.admin import admin_app
 from luthier.cli.app import app
+from luthier.cli.service.admin import admin_app
 from luthier.server.tables import principals
 from luthier.server.tables.database import Database
 from luthier.server.tables.secrets import Sealing, server_key

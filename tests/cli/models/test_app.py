@@ -17,8 +17,8 @@ import pytest
 from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
-from luthier.cli.export import print_readers
-from luthier.cli.service import open_database
+from luthier.cli.models.export import print_readers
+from luthier.cli.service.database import open_database
 from luthier.engine.runs import Run
 from luthier.exports.export import Export
 from luthier.files import read_json, sha256_of, write_json
@@ -391,7 +391,7 @@ def test_models_are_removed_where_the_service_is_not_installed(
 ) -> None:
     specs = find_spec
     monkeypatch.setattr(
-        "luthier.cli.models.find_spec",
+        "luthier.cli.models.app.find_spec",
         lambda name: None if name == "sqlalchemy" else specs(name),
     )
     for name in ("removal", "database"):

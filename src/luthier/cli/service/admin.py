@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.bridge import Command, CommandGroup
-from luthier.cli.console import note
-from luthier.cli.registration import service_models_app
-from luthier.cli.service import (
+from luthier.cli.service.database import (
     FIRST_ACCOUNT,
     Account,
     OnlyAccount,
@@ -26,7 +23,10 @@ from luthier.cli.service import (
     open_database,
     show_record,
 )
-from luthier.cli.service_jobs import service_jobs_app
+from luthier.cli.service.jobs import service_jobs_app
+from luthier.cli.service.registration import service_models_app
+from luthier.cli.terminal.bridge import Command, CommandGroup
+from luthier.cli.terminal.console import note
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:

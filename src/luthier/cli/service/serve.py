@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import extra, new_console
-from luthier.cli.options import RayAddress
+from luthier.cli.terminal.console import extra, new_console
+from luthier.cli.terminal.options import RayAddress
 from luthier.errors import RefusedInput
 
 ROOT_KEYS = "root-keys.sh"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli.console import new_console
+from luthier.cli.terminal.console import new_console
 from luthier.errors import RecipeError
 from luthier.formatting import printable
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import check_output, print_text, write_page
 from luthier.cli.model import stored_model
-from luthier.cli.options import ModelSource
+from luthier.cli.terminal.console import check_output, print_text, write_page
+from luthier.cli.terminal.options import ModelSource
 from luthier.errors import RecipeError
 from luthier.files import write_bytes
 from luthier.pages import shorten

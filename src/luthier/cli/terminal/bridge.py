@@ -26,7 +26,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo, OptionInfo
 
-from luthier.cli.console import (
+from luthier.cli.terminal.console import (
     NO_WRAP,
     check_processes,
     errors,
@@ -104,7 +104,7 @@ class Command:
             return self.function(**keywords)
         if self.shares_work and train_in_other_process(lambda: self.function(**keywords)):
             raise typer.Exit(0)
-        from luthier.cli.progress import LiveReporter
+        from luthier.cli.terminal.progress import LiveReporter
 
         with LiveReporter(keywords.get("resume", False)) as reporter:
             return self.function(**keywords, reporter=reporter)

@@ -18,8 +18,8 @@ from command_line import MODEL, Answer
 from served import served
 from transformers import AutoModelForSequenceClassification
 
-from luthier.cli.registration import use_of
-from luthier.cli.service import FIRST_ACCOUNT, open_database
+from luthier.cli.service.database import FIRST_ACCOUNT, open_database
+from luthier.cli.service.registration import use_of
 from luthier.library.models import find
 from luthier.server.service import Service
 from luthier.server.settings import Settings

@@ -1,0 +1,1 @@
+"""``luthier models``: the models of this machine."""

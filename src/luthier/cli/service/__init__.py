@@ -1,0 +1,1 @@
+"""Commands of operators: the service, its accounts, keys, jobs and models."""

@@ -1,0 +1,1 @@
+"""Commands from signatures, shared options, console output and progress."""
