@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from luthier.data import parsing
+from luthier.data.files import parsing
 from luthier.data.rows import RowReader
 
 BYTES = 20_000_000

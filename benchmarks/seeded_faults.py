@@ -27,7 +27,7 @@ from typing import Any
 import faults
 from copied_faults import COPIES, Truth
 from faults import Fault, Record
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.gate import rules
 from luthier.gate.check import Check
 from luthier.gate.checks import contradictions, duplicates

@@ -27,7 +27,7 @@ COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflo
             "formatting.py", "tasks/", "media/tasks.py")  # fmt: skip
 """Code of commands, the next commands of tasks and of the server's start, and the home of the names."""
 FURTHER = (
-    "data/convert.py", "data/writers.py", "exports/writer.py", "workflows/learning_curve.py",
+    "data/convert.py", "data/files/writers.py", "exports/writer.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
     "workflows/trial_processes.py",
     "models/build.py", "models/shrinking/student.py", "models/shrinking/width.py",

@@ -28,9 +28,9 @@ from pydantic import (
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
-from luthier.data.chat_templates import CHATML
-from luthier.data.sources import absolute, files_of
-from luthier.data.template_kwargs import TemplateSettings
+from luthier.data.conversations.chat_templates import CHATML
+from luthier.data.conversations.template_kwargs import TemplateSettings
+from luthier.data.files.sources import absolute, files_of
 from luthier.errors import Problem, RecipeError
 from luthier.files import read_toml
 from luthier.formatting import did_you_mean, nearest_name
@@ -40,7 +40,7 @@ from luthier.types import LongRows
 from luthier.validation import StrictModel, describe_constraint
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
@@ -61,7 +61,7 @@ ModelName = Annotated[str, AfterValidator(check_name)]
 SourceName = Annotated[
     str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
 ]
-"""Data source: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
+"""Data source: a path, a folder, a pattern or an address (``luthier.data.files.sources``)."""
 
 
 class MixSpec(StrictModel):

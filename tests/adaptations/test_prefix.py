@@ -160,7 +160,7 @@ def test_peft_loads_what_is_saved_and_answers_alike(
 
 def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> None:
     """Streamed, in a batch with padding, and token by token from the tree: the same."""
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
     network = prefixed(model)
     plain = copy.deepcopy(model)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from luthier.data.conversations.tool_forms import REASONING_KEYS
 from luthier.data.convert import FORMATS, Conversion, convert, format_of
 from luthier.data.formats import TARGETS
 from luthier.data.rows import load_rows
 from luthier.data.rules import CONVERT_RULES as RULES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
-from luthier.data.tool_forms import REASONING_KEYS
 from luthier.errors import MOST_PROBLEMS, DataError, Problem, RecipeError
 from luthier.types import Row
 

@@ -12,23 +12,20 @@ import pytest
 from rule_examples import EXAMPLES, WHOLE_FILE
 from written_rows import problems_of, write
 
-from luthier.data import (
+from luthier.data import field_checks as fields
+from luthier.data import rows, shapes, unread
+from luthier.data.conversations import content_parts, tool_forms
+from luthier.data.files import (
     containers,
-    content_parts,
     documents,
     line_forms,
     nested,
     parsing,
     read,
-    rows,
     s3,
-    shapes,
     sources,
     tables,
-    tool_forms,
-    unread,
 )
-from luthier.data import field_checks as fields
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 from luthier.gate.rules import DOUBTS
 from luthier.media import files as media_files

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from luthier.data import disk_sequence as spool
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.engine.dataset import Dataset, loss_mask, prepare
 from luthier.errors import DataError
 from luthier.library.models import find

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from short_runs import Notes, manifest_of, write_rows
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.engine import comparison
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.dataset import prepare

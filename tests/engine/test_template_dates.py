@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from luthier.data import chat as chats
-from luthier.data.chat import ChatFormat
-from luthier.data.template_kwargs import DATE
+from luthier.data.conversations import chat as chats
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.template_kwargs import DATE
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.train import train

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.exports.ollama import modelfile, ollama_template
 from luthier.types import Message
 

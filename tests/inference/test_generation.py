@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.parity import REFERENCE_PROMPTS
 from luthier.inference.gguf_parity import LlamaCpp, compare_gguf

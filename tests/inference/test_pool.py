@@ -235,7 +235,7 @@ def test_a_model_that_fails_half_loaded_is_closed(
         raise RuntimeError("no tokens")
 
     monkeypatch.setattr(Decoder, "open", keep)
-    monkeypatch.setattr("luthier.data.chat.ChatFormat.encode_whole", fail)
+    monkeypatch.setattr("luthier.data.conversations.chat.ChatFormat.encode_whole", fail)
     with pytest.raises(InferenceFailed):
         pool.submit(folders[0], REQUEST)
     assert not opened[0]._thread.is_alive()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.data.chat import ChatFormat
-from luthier.data.tools import calls_as_text
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.tools import calls_as_text
 from luthier.inference import prompt_limits as prompts
 from luthier.inference.decoder import Decoder
 from luthier.inference.inference import (

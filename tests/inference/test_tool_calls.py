@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from luthier.data.call_formats import call_form
-from luthier.data.chat import ChatFormat
-from luthier.data.tools import parse_calls, supports_tools
+from luthier.data.conversations.call_formats import call_form
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.tools import parse_calls, supports_tools
 from luthier.inference.constraints import Constraints
 from luthier.inference.inference import Chat, InferenceRefused
 from luthier.inference.tool_calls import CallSplitter, encode, form_of_calls

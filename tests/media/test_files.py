@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from luthier.data.files.sources import files_of, hash_of
 from luthier.data.inputs import Media
 from luthier.data.rows import input_row, load_rows
 from luthier.data.shapes.media import BareAudio, BareImage, LabelledAudio, LabelledImage, MediaRow
 from luthier.data.shapes.texts import RawText
-from luthier.data.sources import files_of, hash_of
 from luthier.errors import DataError
 from luthier.media.decoding import read_pixels
 from luthier.types import Row

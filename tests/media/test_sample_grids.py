@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage
 from luthier.engine.runs import GRIDS, METRICS

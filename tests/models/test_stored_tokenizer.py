@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from data.test_tools import FAMILIES
-from luthier.data.chat import ChatFormat
+
+from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import UnknownModel
 from luthier.library.folders import custom_folder, remove_side_files
 from luthier.models import tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.texts import RawText
 from luthier.errors import RecipeError
 from luthier.models.build import build_speller

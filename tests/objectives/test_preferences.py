@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.preferences import Preference, RankedReplies
 from luthier.models.load import as_network, load_model
 from luthier.models.networks.network import Network

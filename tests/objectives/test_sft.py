@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from luthier.adaptations import Full
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.tree import build_tree
 from luthier.engine.checkpoints import Checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from written_rows import CHAT, PAIR, TEXT, USER, chat
 
-from luthier.data import parsing
+from luthier.data.files import parsing
 
 EXAMPLES: list[tuple[str, list[object], int]] = [
     # rule, rows, line

@@ -18,7 +18,7 @@ import torch
 
 import luthier
 from luthier.cli.models.app import remove_model
-from luthier.data.corpus import Survey
+from luthier.data.files.corpus import Survey
 from luthier.engine import model_writer
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import Reporter

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.errors import RecipeError

@@ -88,7 +88,7 @@ def answer_rows(task: InferenceTask, output: Path | None, reporter: Reporter) ->
     Raises:
         DataError: for unreadable rows, before the model is loaded.
     """
-    from luthier.data.writers import write_packed
+    from luthier.data.files.writers import write_packed
 
     problems: list[Problem] = []
     rows = [*task.rows(problems)]

@@ -25,7 +25,7 @@ from luthier.formatting import one_line
 
 if TYPE_CHECKING:
     from luthier.data.convert import Conversion
-    from luthier.data.sources import Source
+    from luthier.data.files.sources import Source
     from luthier.engine.metrics import Reporter
     from luthier.gate.check import Split
     from luthier.gate.clean import CleaningSummary

@@ -20,7 +20,7 @@ from luthier.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from luthier.data.parsing import Record
+    from luthier.data.files.parsing import Record
     from luthier.engine.metrics import Reporter
     from luthier.media.processors import ImageProcessor
     from luthier.types import Row

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from luthier.data.sources import absolute
+from luthier.data.files.sources import absolute
 from luthier.errors import RecipeError
 from luthier.files import folder_size, luthier_home
 from luthier.formatting import format_duration, one_line

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from luthier.data.containers import JSON_LINES, unpacked_name
+from luthier.data.conversations.tool_forms import REASONING_KEYS
+from luthier.data.conversations.turn_marks import mark_sense
+from luthier.data.files.containers import JSON_LINES, unpacked_name
+from luthier.data.files.parsing import Record, quote
+from luthier.data.files.sources import Source
+from luthier.data.files.writers import ColumnNames, Writer, check_target, writer_of
 from luthier.data.formats import FORMS_WITH_TOOLS, TARGETS, extra_keys
-from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognition, RowReader
 from luthier.data.shapes.media import MediaRow
-from luthier.data.sources import Source
-from luthier.data.tool_forms import REASONING_KEYS
-from luthier.data.turn_marks import mark_sense
-from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
 from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused
 from luthier.formatting import did_you_mean
 from luthier.types import Row

@@ -21,7 +21,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from luthier.data.content_parts import join_parts
+from luthier.data.conversations.content_parts import join_parts
+from luthier.data.conversations.tool_forms import read_tools, unify_turns
+from luthier.data.conversations.turn_marks import read_marks
+from luthier.data.files.parsing import Record, json_kind, quote
 from luthier.data.inputs import (
     LARGEST_VALUE,
     LONGEST_WINDOW,
@@ -30,9 +33,6 @@ from luthier.data.inputs import (
     MediaKind,
     object_name,
 )
-from luthier.data.parsing import Record, json_kind, quote
-from luthier.data.tool_forms import read_tools, unify_turns
-from luthier.data.turn_marks import read_marks
 from luthier.errors import Location, Problem, RowRefused
 from luthier.formatting import list_some
 from luthier.types import Message, Tool, ToolCall

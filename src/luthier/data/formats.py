@@ -6,9 +6,10 @@ instruction and its input, as in the Stanford Alpaca recipe but without the head
 the table of output forms. A row that the target form cannot represent is rejected. To add a form,
 write one function and one line of a table.
 
-Not supported: several positives in one row. :mod:`luthier.data.nested` reads SQuAD's nested file.
+Not supported: several positives in one row. :mod:`luthier.data.files.nested` reads SQuAD's nested file.
 ``--map`` accepts tables that differ only in the column names.
-``luthier.data.row_context`` joins system prompts, histories and tools to the turns, for all forms.
+``luthier.data.conversations.row_context`` joins system prompts, histories and tools to the turns,
+for all forms.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from luthier.data.conversations.row_context import TOOL_KEYS, context_keys, is_blank
+from luthier.data.conversations.tool_forms import take_hermes_tools
 from luthier.data.field_checks import ROLE_RENAMES, Names, Turns
+from luthier.data.files.parsing import Record, parse_embedded
 from luthier.data.inputs import media_kind
-from luthier.data.parsing import Record, parse_embedded
-from luthier.data.row_context import TOOL_KEYS, context_keys, is_blank
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, tool_record
 from luthier.data.shapes.media import CAPTION_KEYS
 from luthier.data.shapes.preferences import THUMB_KEYS, JudgedAnswers, Preference
 from luthier.data.shapes.texts import NEGATIVE_KEYS, RawText
-from luthier.data.tool_forms import take_hermes_tools
 from luthier.errors import RowRefused
 from luthier.types import Row
 

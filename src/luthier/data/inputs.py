@@ -32,7 +32,7 @@ from luthier.validation import describe_constraint
 
 if TYPE_CHECKING:
     from luthier.data.augmentation import Augmentation
-    from luthier.data.parsing import Record
+    from luthier.data.files.parsing import Record
 
 MediaKind = Literal["image", "audio", "window"]
 """A ``window`` is the latest values of a time series."""
@@ -267,7 +267,7 @@ class Processor(ABC):
     """Name in :data:`PROCESSORS`."""
     kind: ClassVar[MediaKind]
     in_text: ClassVar[bool] = False
-    """True for images inside a conversation (:mod:`luthier.data.image_tokens`)."""
+    """True for images inside a conversation (:mod:`luthier.data.conversations.image_tokens`)."""
 
     @property
     @abstractmethod

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from luthier.data.field_checks import rename_fix
+from luthier.data.files.parsing import Record, quote
 from luthier.data.inputs import media_kind
-from luthier.data.parsing import Record, quote
 from luthier.data.shapes.conversations import LONGEST_CLASS
 from luthier.data.shapes.questions import ANSWERS_EXAMPLE
 

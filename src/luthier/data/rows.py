@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
+from luthier.data.conversations.row_context import is_blank, join_context, parse_turns
 from luthier.data.disk_sequence import spool
 from luthier.data.field_checks import (
     RENAMES,
@@ -23,12 +24,12 @@ from luthier.data.field_checks import (
     read_words,
     rename_fix,
 )
+from luthier.data.files.parsing import Record, quote
+from luthier.data.files.read import find_container, read_records, source_size
+from luthier.data.files.sources import Source, files_of, media_below
 from luthier.data.formats import Form, extra_keys, forms_of
 from luthier.data.inputs import Media, media_kind
 from luthier.data.nearest_form import nearest_form
-from luthier.data.parsing import Record, quote
-from luthier.data.read import find_container, read_records, source_size
-from luthier.data.row_context import is_blank, join_context, parse_turns
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.choices import MultipleChoice
@@ -42,7 +43,6 @@ from luthier.data.shapes.preferences import (
 )
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
-from luthier.data.sources import Source, files_of, media_below
 from luthier.data.unread import UnreadColumns
 from luthier.errors import DataError, Location, Problem, RowRefused
 from luthier.formatting import list_some, nearest_name

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from luthier.data.parsing import Record, quote
+from luthier.data.files.parsing import Record, quote
 from luthier.data.rows import load_inputs, load_rows
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, TextPair

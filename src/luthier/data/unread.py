@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+from luthier.data.conversations.row_context import is_system_key
+from luthier.data.conversations.tool_forms import REASONING_KEYS
+from luthier.data.files.parsing import quote
 from luthier.data.inputs import media_kind
-from luthier.data.parsing import quote
-from luthier.data.row_context import is_system_key
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.conversations import (
@@ -29,7 +30,6 @@ from luthier.data.shapes.media import BareAudio, BareImage, MediaRow
 from luthier.data.shapes.preferences import thumb_of
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import RawText
-from luthier.data.tool_forms import REASONING_KEYS
 from luthier.errors import Location, Problem
 from luthier.formatting import list_some, nearest_name
 

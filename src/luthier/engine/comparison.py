@@ -26,7 +26,7 @@ from luthier.tasks import Task
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 LARGEST_STATES = 20_000_000
 """Maximum number of values in all stored hidden states of the base model."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from luthier.data.augmentation import Augmentation
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.disk_sequence import concatenate, select, spool
 from luthier.data.inputs import PLURAL
 from luthier.data.loader import MixedSet

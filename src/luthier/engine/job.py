@@ -11,10 +11,10 @@ import torch
 from luthier import __version__
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.template_kwargs import DATE
 from luthier.data.inputs import PLURAL, SINGULAR
 from luthier.data.loader import RowOrder
-from luthier.data.template_kwargs import DATE
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, LikelyLabels, OpenedData, prepare
 from luthier.engine.machine import Machine, available_memory

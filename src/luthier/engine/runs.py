@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from luthier.data.containers import Container, container_of
-from luthier.data.sources import Source, stem_of
+from luthier.data.files.containers import Container, container_of
+from luthier.data.files.sources import Source, stem_of
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
 from luthier.evaluation.baselines import Comparison

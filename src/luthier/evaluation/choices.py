@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.choices import MultipleChoice
 from luthier.errors import RowRefused
 from luthier.evaluation.significance import RowScores, Score, Statistic, perplexity_of

@@ -9,11 +9,11 @@ from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.data.files.sources import Source
 from luthier.data.languages import detect_languages
 from luthier.data.rows import load_prompts, load_rows
 from luthier.data.shapes import describe_shapes
 from luthier.data.shapes.conversations import Conversation
-from luthier.data.sources import Source
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows
 from luthier.evaluation.significance import LESS_IS_BETTER, Interval, RowScores, Score, values

@@ -14,7 +14,7 @@ from luthier.models.formats.gguf import adds_bos
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 MODELFILE = "Modelfile"
 FROM_BASE = (

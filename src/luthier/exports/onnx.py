@@ -48,7 +48,7 @@ from luthier.models.networks.layouts import pooled_states
 from luthier.models.networks.modalities import is_dual_encoder, media_inputs
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives import Objective
     from luthier.tasks.onnx import OnnxOutput

@@ -39,7 +39,7 @@ from luthier.types import Example, Row
 from luthier.workflows.evaluate import text_logps
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 
 class Losses(NamedTuple):

@@ -20,7 +20,7 @@ from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.types import IntArray, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.objectives import Objective
 
 

@@ -20,16 +20,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from luthier.data.containers import PLAIN_TEXT
 from luthier.data.convert import format_of
+from luthier.data.files.containers import PLAIN_TEXT
+from luthier.data.files.parsing import Record
+from luthier.data.files.sources import Source
+from luthier.data.files.writers import ColumnNames, Writer, check_columns, check_target, writer_of
 from luthier.data.formats import TARGETS, Form, extra_keys
-from luthier.data.parsing import Record
 from luthier.data.rows import Checker, Columns, RowReader
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import TaggedWords
-from luthier.data.sources import Source
-from luthier.data.writers import ColumnNames, Writer, check_columns, check_target, writer_of
 from luthier.errors import (
     BoundedProblems,
     LuthierError,

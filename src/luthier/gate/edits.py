@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from luthier.data.parsing import Record, quote
+from luthier.data.files.parsing import Record, quote
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.texts import TaggedWords
 from luthier.gate.check import CheckContext

@@ -11,9 +11,9 @@ from itertools import chain
 
 import numpy as np
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.image_tokens import FIRST_IMAGE_ID
 from luthier.data.disk_sequence import spool
-from luthier.data.image_tokens import FIRST_IMAGE_ID
 from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW, UNKNOWN_TOKEN

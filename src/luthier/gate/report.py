@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.data.sources import stem_of
+from luthier.data.files.sources import stem_of
 from luthier.errors import Location, Problem
 from luthier.formatting import column_options, printable
 from luthier.gate.check import Split

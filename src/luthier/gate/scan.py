@@ -22,12 +22,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from luthier.data.containers import PACKED
-from luthier.data.read import source_size
+from luthier.data.files.containers import PACKED
+from luthier.data.files.read import source_size
+from luthier.data.files.sources import Source
 from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import describe_shapes
 from luthier.data.shapes.media import MediaRow
-from luthier.data.sources import Source
 from luthier.errors import DataError, LuthierError, Problem
 from luthier.gate.batch_text import excerpt_of
 from luthier.gate.check import Check, Places, RowBatch, Split

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.containers import Container
-from luthier.data.read import find_container
+from luthier.data.files.containers import Container
+from luthier.data.files.read import find_container
 from luthier.data.rows import stream_rows
 from luthier.data.splitting import Strata, split_rows
 from luthier.errors import DataError, Problem, RecipeError, RunConflict

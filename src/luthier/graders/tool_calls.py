@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from luthier.data.tools import parse_calls
+from luthier.data.conversations.tools import parse_calls
 from luthier.graders.base import Answer, Grader
 from luthier.types import Tool
 

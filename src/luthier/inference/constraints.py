@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.call_formats import ARGUMENTS, NAME
-from luthier.data.tokenization import tokenizer_errors
+from luthier.data.conversations.call_formats import ARGUMENTS, NAME
+from luthier.data.conversations.tokenization import tokenizer_errors
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import depth_of
 from luthier.graders.regex import UNROLLED_CHARACTERS, unrolled_size
@@ -29,8 +29,8 @@ from luthier.limits import SCHEMA_CHARACTERS
 from luthier.types import Tool
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
-    from luthier.data.reasoning import ReasoningFormat
+    from luthier.data.conversations.chat import ChatFormat
+    from luthier.data.conversations.reasoning import ReasoningFormat
     from luthier.models.decoding.sampling import Constraint
 
 DEPTH = 100
@@ -187,7 +187,7 @@ class Constraints:
     ) -> Matcher:
         """Return a matcher of a single tool call after optional ``reasoning``.
 
-        ``form`` is that of :func:`luthier.data.call_formats.call_form`.
+        ``form`` is that of :func:`luthier.data.conversations.call_formats.call_form`.
 
         Raises:
             InferenceRefused: as :meth:`matcher`.

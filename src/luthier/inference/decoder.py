@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from luthier.data.reasoning import reasoning_after
+from luthier.data.conversations.reasoning import reasoning_after
 from luthier.errors import RecipeError
 from luthier.inference.inference import (
     Chat,
@@ -59,8 +59,8 @@ from luthier.types import Message
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
-    from luthier.data.reasoning import ReasoningFormat
+    from luthier.data.conversations.chat import ChatFormat
+    from luthier.data.conversations.reasoning import ReasoningFormat
     from luthier.inference.constraints import Matcher
     from luthier.inference.latency import ModelMetrics
     from luthier.inference.opened_model import OpenedModel

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.containers import JSON_LINES, unpacked_name
-from luthier.data.parsing import Record
+from luthier.data.files.containers import JSON_LINES, unpacked_name
+from luthier.data.files.parsing import Record
+from luthier.data.files.writers import arrow_columns, json_records, pack, to_json
 from luthier.data.sentence import read_sentence_pipeline
 from luthier.data.shapes.media import CaptionedImage
 from luthier.data.shapes.texts import TextPair
-from luthier.data.writers import arrow_columns, json_records, pack, to_json
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import new_file
 from luthier.types import Row

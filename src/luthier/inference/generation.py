@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.data.reasoning import reasoning_after
+from luthier.data.conversations.reasoning import reasoning_after
 from luthier.errors import RecipeError
 from luthier.inference.constraints import Constraints
 from luthier.inference.inference import Chat
@@ -29,7 +29,7 @@ from luthier.models.decoding.torch_backend import AdaptedBackend, FlatBackend
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.library.models import StoredModel
     from luthier.models.networks.network import Network
     from luthier.objectives import Objective

@@ -26,7 +26,7 @@ from luthier.models.manifest import GgufParity
 from luthier.types import IntArray, Message, TemplateKwargs
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 TOKENS = 24
 """Tokens generated per prompt."""

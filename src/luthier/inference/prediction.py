@@ -20,7 +20,7 @@ from luthier.types import Example, Row
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.library.models import StoredModel
     from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives import Objective

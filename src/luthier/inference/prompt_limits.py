@@ -17,7 +17,7 @@ from luthier.errors import RecipeError
 from luthier.inference.inference import Chat, InferenceRefused, TooLong
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.limits import ModelLimits
 
 SLACK, CUT = 2, 128

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.chat import NoTokenizer
+from luthier.data.conversations.chat import NoTokenizer
 from luthier.data.inputs import PLURAL, Media
 from luthier.data.shapes.media import BARE_MEDIA, MediaRow
 from luthier.data.shapes.texts import QueryDocument, RawText

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from luthier.data.call_formats import OPENS, call_form, find_open
-from luthier.data.chat import images_of
-from luthier.data.reasoning import overlap
-from luthier.data.tokenization import special_tokens
-from luthier.data.tools import split_calls, split_cut_calls, supports_tools
+from luthier.data.conversations.call_formats import OPENS, call_form, find_open
+from luthier.data.conversations.chat import images_of
+from luthier.data.conversations.reasoning import overlap
+from luthier.data.conversations.tokenization import special_tokens
+from luthier.data.conversations.tools import split_calls, split_cut_calls, supports_tools
 from luthier.errors import RecipeError, RowRefused
 from luthier.inference.constraints import check_depth
 from luthier.inference.inference import Chat, InferenceRefused
 from luthier.types import CALL_OPEN, Tool, ToolCall
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.data.inputs import Media
     from luthier.types import IntArray
 
@@ -32,7 +32,7 @@ def new_call_id() -> str:
 
 
 def form_of_calls(chat: ChatFormat) -> str:
-    """Return how the model writes a tool call (:func:`luthier.data.call_formats.call_form`)."""
+    """Return the form of the model's tool calls (``data/conversations/call_formats.py``)."""
     template = chat.template_text
     return call_form(template, special_tokens(chat.tokenizer) if supports_tools(template) else ())
 

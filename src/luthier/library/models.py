@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from luthier.adaptations import Adaptation
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.folder import ModelFolder
     from luthier.models.networks.heads import Head
     from luthier.objectives import Objective
@@ -662,7 +662,7 @@ def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
 
 
 def _read_format(model: StoredModel) -> ChatFormat:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.data.inputs import read_processor
     from luthier.models.tokenizer import is_causal, load_chat_format, load_tokenizer
 

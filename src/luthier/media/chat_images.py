@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from luthier.data.image_tokens import ImageTokens
+from luthier.data.conversations.image_tokens import ImageTokens
 from luthier.data.inputs import Media, MediaKind
 from luthier.errors import RowRefused, UnknownModel
 from luthier.media.decoding import image_size, read_pixels

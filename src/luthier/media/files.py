@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from luthier.data.files.parsing import Record, quote
+from luthier.data.files.sources import are_splits, is_clutter, media_below, other_files_problem
 from luthier.data.inputs import (
     MEDIA_ENDINGS,
     Media,
@@ -26,8 +28,6 @@ from luthier.data.inputs import (
     is_media,
     media_kind,
 )
-from luthier.data.parsing import Record, quote
-from luthier.data.sources import are_splits, is_clutter, media_below, other_files_problem
 from luthier.errors import RowRefused
 from luthier.formatting import list_some
 from luthier.media.decoding import scale_pixels, white_of

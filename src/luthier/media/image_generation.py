@@ -20,7 +20,7 @@ from luthier.media.processors import ImageProcessor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.inference.inference import ImageRequest
     from luthier.library.models import StoredModel
     from luthier.media.decoding import Pixels

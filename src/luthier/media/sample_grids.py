@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.engine.runs import GRIDS
 from luthier.files import new_file
 from luthier.media.image_grid import encode_png, grid

@@ -11,7 +11,7 @@ from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
 

@@ -14,11 +14,11 @@ from itertools import chain, islice
 
 import numpy as np
 
-from luthier.data.containers import TIME_COLUMNS
 from luthier.data.field_checks import DECIMAL_COMMA
+from luthier.data.files.containers import TIME_COLUMNS
+from luthier.data.files.parsing import Record, quote
 from luthier.data.formats import KEYS
 from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
-from luthier.data.parsing import Record, quote
 from luthier.errors import Location, Problem, RowRefused
 from luthier.formatting import list_some
 from luthier.media.series_times import is_date, parse_number, parse_times

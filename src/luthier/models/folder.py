@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.image_tokens import ImageTokens
+from luthier.data.conversations.image_tokens import ImageTokens
 from luthier.data.inputs import MOST_PIXELS, Processor, read_processor
 from luthier.errors import ModelRefused, RecipeError, UnknownModel
 from luthier.files import read_json

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.tokenization import tokenizer_errors
 from luthier.data.inputs import Processor, read_processor
 from luthier.data.sentence import read_sentence_pipeline
-from luthier.data.tokenization import tokenizer_errors
 from luthier.errors import LuthierError, RecipeError, UnknownModel
 from luthier.files import cached_sha256_of, luthier_home, read_json, write_bytes
 from luthier.models.folder import ModelFolder, import_transformers

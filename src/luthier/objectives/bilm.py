@@ -27,7 +27,7 @@ from luthier.tasks import BIDIRECTIONAL, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
 UNKNOWN = "[UNK]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes import describe_shapes
 from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.media import MediaRow

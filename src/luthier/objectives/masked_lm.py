@@ -24,7 +24,7 @@ from luthier.tasks import MASKED_WORDS, Task
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
 HIDDEN, RANDOM = 0.8, 0.1

@@ -34,7 +34,7 @@ from luthier.types import Example, Loss, Row, weight_at_end
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
     from luthier.types import FloatArray
 

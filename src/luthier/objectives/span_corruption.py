@@ -24,7 +24,7 @@ from luthier.objectives.base import Changes, Objective, RunModels
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
 SENTINEL = "<extra_id_{}>"

@@ -28,7 +28,7 @@ from luthier.types import Example, Loss, Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
 

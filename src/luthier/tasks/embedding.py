@@ -34,7 +34,7 @@ from luthier.tasks.onnx import OnnxOutput
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
     from luthier.models.networks.network import Network

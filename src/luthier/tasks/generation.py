@@ -8,7 +8,7 @@ from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Task
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 
 class Generation(Task):

@@ -14,7 +14,7 @@ from luthier.tasks.base import Answer, Task, check_targets
 from luthier.types import Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 
 class Reading(Task):

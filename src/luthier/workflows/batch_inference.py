@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import luthier
+from luthier.data.files.parsing import text_length
 from luthier.data.inputs import Media
-from luthier.data.parsing import text_length
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import PROCESS_BYTES, check_room

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import PROCESSORS
 from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine

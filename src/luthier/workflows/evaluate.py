@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from luthier.data.files.read import read_records
 from luthier.data.languages import detect_languages
-from luthier.data.read import read_records
 from luthier.data.rows import load_inputs
 from luthier.data.search_sets import load_search_set
 from luthier.data.shapes import of_shape
@@ -72,7 +72,7 @@ from luthier.workflows.score_predictions import score_predictions
 from luthier.workflows.training_overlap import row_remarks
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.graders import Grader, OnError, Spec
     from luthier.library.models import StoredModel
     from luthier.media.image_generation import ImageGenerator

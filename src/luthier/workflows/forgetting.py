@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier import __version__
-from luthier.data.read import read_records
+from luthier.data.files.read import read_records
+from luthier.data.files.sources import files_of
 from luthier.data.rows import load_rows
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.choices import MultipleChoice
-from luthier.data.sources import files_of
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.choices import choice_scores
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.inference.generation import Generator
     from luthier.library.models import StoredModel
     from luthier.models.networks.network import Network

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.files.writers import to_json
 from luthier.data.rows import load_inputs, load_rows
 from luthier.data.shapes.texts import TextPair
-from luthier.data.writers import to_json
 from luthier.errors import DataError, Problem
 from luthier.evaluation.retrieval import BM25Index, NegativeMiner
 from luthier.files import write_bytes

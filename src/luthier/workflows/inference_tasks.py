@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from luthier.data.parsing import Record
+from luthier.data.files.parsing import Record
+from luthier.data.files.writers import json_records, pack
 from luthier.data.rows import PREDICTED, stream_inputs, stream_prompts
 from luthier.data.shapes.conversations import Conversation, PromptOnly
-from luthier.data.writers import json_records, pack
 from luthier.errors import DataError, Location, Problem, RecipeError
 from luthier.files import json_lines
 from luthier.inference.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line

@@ -26,10 +26,10 @@ from itertools import islice
 from typing import Any
 
 from luthier import __version__
-from luthier.data.chat import ChatFormat
-from luthier.data.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
-from luthier.data.read import find_container
-from luthier.data.sources import files_of
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.files.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
+from luthier.data.files.read import find_container
+from luthier.data.files.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
 from luthier.engine.dataset import Dataset
 from luthier.engine.job import TrainingJob, resolve_job

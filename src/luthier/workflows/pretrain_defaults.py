@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from luthier.data.corpus import Survey
+from luthier.data.files.corpus import Survey
 from luthier.engine.defaults import Choice
 from luthier.models.presets import SHAPES, Size
 from luthier.recipe import Training

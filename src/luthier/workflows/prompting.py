@@ -21,7 +21,7 @@ from luthier.graders.base import Embedder
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 EXAMPLES = 4
 """Examples in a prompt: further examples help less and cost input tokens in each answer."""

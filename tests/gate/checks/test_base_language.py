@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.languages import load_identifier
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.texts import LabelledText, RawText

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.engine.dataset import prepare

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.tokenization import special_tokens
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.preferences import Preference
-from luthier.data.tokenization import special_tokens
 from luthier.gate.check import RowBatch
 from luthier.gate.checks.markers import Markers
 from luthier.gate.report import Report

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.preferences import Preference
 from luthier.data.shapes.texts import RawText

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
 from luthier.errors import RecipeError, RowRefused

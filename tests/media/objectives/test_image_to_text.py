@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import VisionEncoderDecoderModel
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage
 from luthier.errors import RecipeError

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from luthier.adaptations.lora import LoRA
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
 from luthier.engine.memory import estimate_memory, preparation_bytes

@@ -14,7 +14,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import luthier
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, BareWindow, LabelledImage
 from luthier.media.image_generation import ImageGenerator

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from luthier.cli.generate import generate
-from luthier.data.image_tokens import FIRST_IMAGE_ID
+from luthier.data.conversations.image_tokens import FIRST_IMAGE_ID
 from luthier.data.rows import load_rows
 from luthier.data.tree import build_tree
 from luthier.engine.train import train

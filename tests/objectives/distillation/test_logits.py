@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from luthier.adaptations import Prompt
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.train import train
 from luthier.models.load import as_network

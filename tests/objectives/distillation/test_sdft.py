@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.train import train
 from luthier.models.load import as_network

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.data.reasoning import DecodedReply
+from luthier.data.conversations.reasoning import DecodedReply
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.models.decoding.sampler import Completion
 from luthier.models.load import as_network, load_model

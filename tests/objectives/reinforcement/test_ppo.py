@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.data.reasoning import DecodedReply
+from luthier.data.conversations.reasoning import DecodedReply
 from luthier.data.shapes.conversations import PromptOnly
 from luthier.graders import Regex
 from luthier.models.decoding.sampler import Completion

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.chat_models.base import SamplingSpec
 from luthier.cli.app import app
-from luthier.data.reasoning import DecodedReply
+from luthier.data.conversations.reasoning import DecodedReply
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.engine.dataset import prepare
 from luthier.engine.metrics import Reporter

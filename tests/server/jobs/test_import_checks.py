@@ -14,7 +14,7 @@ import thinking_models
 import torch
 from safetensors.torch import save_file
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import ModelRefused
 from luthier.library.models import StoredModel
 from luthier.models.formats.external import KNOWN_TEMPLATES, ImportedFiles, select_files

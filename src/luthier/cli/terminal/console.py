@@ -256,6 +256,6 @@ def check_output(target: Path | None, *sources: str | Path | None, overwrite: bo
     """
     if target is None:
         return
-    from luthier.data.writers import check_target
+    from luthier.data.files.writers import check_target
 
     check_target(target, [], [each for each in sources if each is not None], overwrite)

@@ -73,7 +73,7 @@ def existing_source(source: str) -> str:
     path = Path(source)
     if "://" in source or source.startswith(("s3:", "file:")) or has_magic(source) or path.exists():
         return source
-    from luthier.data.read import find_container
+    from luthier.data.files.read import find_container
 
     problems: list[Problem] = []
     find_container(path, problems)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from luthier.data.field_checks import FieldChecker
+from luthier.data.files.parsing import Record
 from luthier.data.inputs import MediaKind
-from luthier.data.parsing import Record
 from luthier.types import Row
 
 InputKind = MediaKind | Literal["text"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from luthier.data.field_checks import FieldChecker
-from luthier.data.parsing import Record, json_kind
+from luthier.data.files.parsing import Record, json_kind
 from luthier.data.shapes.base import Shape
 from luthier.errors import RowRefused
 from luthier.types import Part

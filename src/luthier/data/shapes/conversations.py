@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from luthier.data.conversations.tools import describe_tool
 from luthier.data.field_checks import FieldChecker, Turns, check_calls
-from luthier.data.parsing import Record
+from luthier.data.files.parsing import Record
 from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, Shape
-from luthier.data.tools import describe_tool
 from luthier.types import Message, Part, Tool
 
 LONGEST_CLASS = 64

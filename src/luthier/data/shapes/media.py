@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from luthier.data.field_checks import FieldChecker, read_label
+from luthier.data.files.parsing import Record
 from luthier.data.inputs import PLURAL, Media, MediaKind
-from luthier.data.parsing import Record
 from luthier.data.shapes.base import ENOUGH_ANSWERS, InputKind, Labelled, Shape
 from luthier.data.shapes.texts import RawText
 from luthier.types import Part, Row

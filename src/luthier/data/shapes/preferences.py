@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import ClassVar, Self
 
+from luthier.data.conversations.turn_marks import truth_of
 from luthier.data.disk_sequence import spool
 from luthier.data.field_checks import (
     DECIMAL_COMMA,
@@ -32,10 +33,9 @@ from luthier.data.field_checks import (
     read_rating,
     read_turns,
 )
-from luthier.data.parsing import Record, json_kind, quote
+from luthier.data.files.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_HINTS, Shape
 from luthier.data.shapes.conversations import Conversation, tool_record
-from luthier.data.turn_marks import truth_of
 from luthier.errors import DataError, Location, Problem, RowRefused
 from luthier.types import Part, Row, Text, Tool
 

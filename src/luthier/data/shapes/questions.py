@@ -10,10 +10,10 @@ from itertools import accumulate, takewhile
 from operator import eq
 from typing import Any, ClassVar, Self
 
+from luthier.data.conversations.turn_marks import truth_of
 from luthier.data.field_checks import FieldChecker
-from luthier.data.parsing import Record, json_kind, quote
+from luthier.data.files.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_ANSWERS, Shape
-from luthier.data.turn_marks import truth_of
 from luthier.errors import RowRefused
 from luthier.types import Part
 

@@ -15,7 +15,7 @@ from luthier.data.field_checks import (
     read_rating,
     read_tagged,
 )
-from luthier.data.parsing import Record, json_kind, quote
+from luthier.data.files.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, MEDIA_KEYS, Labelled, Shape
 from luthier.errors import RowRefused
 from luthier.types import Part, Row

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
-from luthier.data.parsing import quote
+from luthier.data.files.parsing import quote
 from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.data.shapes.texts import TaggedWords
 from luthier.formatting import nearest_name

@@ -23,9 +23,9 @@ from typing import Any, ClassVar, Self
 
 import regex
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.tokenization import token_spans
 from luthier.data.languages import detect_languages
-from luthier.data.tokenization import token_spans
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.checks.language import CHARACTERS

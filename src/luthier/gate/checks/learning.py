@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.preferences import RatedReply, ThumbedReply
 from luthier.data.shapes.texts import (

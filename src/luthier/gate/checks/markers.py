@@ -3,8 +3,8 @@
 A tokenizer turns the name of a special token in raw text or in an assistant's turn into one special
 id. The id ends the turn or starts a new turn in the middle of the message. In an answer, the model
 learns to stop or to speak for the user at that point (:data:`SPECIAL`). In all other turns of a
-conversation, ``luthier.data.tokenization`` breaks the names of special tokens (:data:`AS_TEXT`). If
-the model's format is known, the check finds exactly the strings that become special ids.
+conversation, ``luthier.data.conversations.tokenization`` breaks the names of special tokens
+(:data:`AS_TEXT`). If the model's format is known, the check finds exactly the strings that become special ids.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
-from luthier.data.chat import ChatFormat
-from luthier.data.content_parts import IMAGE_WORD
-from luthier.data.tokenization import special_tokens
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.content_parts import IMAGE_WORD
+from luthier.data.conversations.tokenization import special_tokens
 from luthier.gate.batch_text import JoinedTexts, SpotCheck, Spots
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.rules import Rule

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.preferences import JudgedAnswers
 from luthier.errors import RecipeError
 from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt_of

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.modalities import Shape
     from luthier.models.networks.network import Network, TreeBatch
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.media.objectives.class_conditions import class_target, classes_of
 from luthier.media.objectives.generative import MOST_COMPARED, Generative, draw_latents, draw_noise

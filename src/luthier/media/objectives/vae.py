@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from luthier.data.chat import ChatFormat
+from luthier.data.conversations.chat import ChatFormat
 from luthier.data.disk_sequence import spool
 from luthier.data.shapes.media import BareWindow
 from luthier.evaluation.thresholds import choose_threshold

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.image_tokens import FIRST_IMAGE_ID
+from luthier.data.conversations.image_tokens import FIRST_IMAGE_ID
 from luthier.errors import RecipeError
 from luthier.models.decoding.backends import backend_of, completion_limit, read_prompts
 from luthier.models.decoding.forward_backend import ForwardBackend

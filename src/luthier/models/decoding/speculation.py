@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from luthier.data.image_tokens import FIRST_IMAGE_ID
+from luthier.data.conversations.image_tokens import FIRST_IMAGE_ID
 
 NGRAMS = (3, 2)
 """Lengths of the n-grams to look up, the longest first."""

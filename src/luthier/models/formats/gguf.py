@@ -42,7 +42,7 @@ from luthier.models.formats.gguf_networks import (
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
 """Quantization types in llama.cpp's notation, largest first."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.adaptations.base import Adaptation
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 ADAPTER = "adapter_model.safetensors"
 

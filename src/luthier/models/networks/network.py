@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.image_tokens import LIVE_IMAGES
+from luthier.data.conversations.image_tokens import LIVE_IMAGES
 from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models.networks import heads
@@ -31,7 +31,7 @@ from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.types import Example, IntArray
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
 
 _Read = TypeVar("_Read")
 

@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.image_tokens import FIRST_IMAGE_ID, LIVE_IMAGES, PLACE_BITS, image_ids, image_key
+from luthier.data.conversations.image_tokens import (
+    FIRST_IMAGE_ID,
+    LIVE_IMAGES,
+    PLACE_BITS,
+    image_ids,
+    image_key,
+)
 from luthier.data.inputs import Media
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from luthier.objectives.sft import encode_replies
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
     from luthier.objectives.distillation.divergence import Distribution
 

@@ -31,7 +31,7 @@ from luthier.objectives.reinforcement.rollouts import sample_record
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.decoding.sampler import Completion
     from luthier.models.networks.network import Network, TreeBatch
     from luthier.types import IntArray

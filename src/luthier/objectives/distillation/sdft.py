@@ -37,7 +37,7 @@ from luthier.objectives.distillation.on_policy import OnPolicyObjective, answer_
 from luthier.types import Example, Loss, Message, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
 REPLY = "{reply}"

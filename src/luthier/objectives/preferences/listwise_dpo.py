@@ -24,7 +24,7 @@ from luthier.objectives.preferences.references import ReferenceObjective
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
 

@@ -29,7 +29,7 @@ from luthier.tasks import REWARD, Task
 from luthier.types import Example, Loss, Row, weight_at_end
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
 

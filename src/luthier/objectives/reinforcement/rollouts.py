@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
-    from luthier.data.reasoning import DecodedReply
+    from luthier.data.conversations.chat import ChatFormat
+    from luthier.data.conversations.reasoning import DecodedReply
     from luthier.models.decoding.sampler import Completion
     from luthier.models.networks.network import Network, TreeBatch
 

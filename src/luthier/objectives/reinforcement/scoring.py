@@ -31,7 +31,7 @@ from luthier.objectives.preferences.reward_model import RewardModel
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.heads import HeadKind
     from luthier.models.networks.network import Network
     from luthier.types import IntArray

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from luthier.data.conversations.template_kwargs import TemplateSettings
+from luthier.data.conversations.tools import find_unmatched_call
 from luthier.data.inputs import Media
-from luthier.data.template_kwargs import TemplateSettings
-from luthier.data.tools import find_unmatched_call
 from luthier.inference.inference import (
     Chat,
     GenerationRequest,

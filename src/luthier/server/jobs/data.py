@@ -12,7 +12,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.containers import PACKED, Container, container_of
+from luthier.data.files.containers import PACKED, Container, container_of
+from luthier.data.files.parsing import Record
+from luthier.data.files.read import find_container, read_records
 from luthier.data.inputs import (
     MOST_MEDIA_BYTES,
     REFERENCES,
@@ -20,8 +22,6 @@ from luthier.data.inputs import (
     media_references,
     object_name,
 )
-from luthier.data.parsing import Record
-from luthier.data.read import find_container, read_records
 from luthier.data.rows import Checker, PromptChecker, RowReader
 from luthier.data.unread import UNREAD
 from luthier.errors import DataError, Location, LocationRefused, Problem, RowRefused

@@ -55,7 +55,7 @@ from luthier.types import Message
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat, Template
+    from luthier.data.conversations.chat import ChatFormat, Template
     from luthier.inference.sequential import ModelInput
 
 TEST_TOKENS = 8
@@ -355,7 +355,7 @@ def _sample_input(kind: str) -> ModelInput:
 
 def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
     """Return the chat format of an adapter, and save the base's tokenizer if the adapter has none."""
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.models.formats.save import save_format
     from luthier.models.tokenizer import load_tokenizer
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from luthier.data.chat import accepted_inputs
+from luthier.data.conversations.chat import accepted_inputs
 from luthier.data.inputs import read_processor
 from luthier.errors import LuthierError, UnknownModel
 from luthier.files import luthier_home

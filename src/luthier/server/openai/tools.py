@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from luthier.data.parsing import parse_embedded
+from luthier.data.files.parsing import parse_embedded
 from luthier.graders.json_schema import depth_of
 from luthier.server.http.messages import JSON_DEPTH
 from luthier.server.openai.protocol import Body, invalid

@@ -14,9 +14,9 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from luthier.data.files.s3 import connection_settings, is_file_name, local_name, split_address
+from luthier.data.files.sources import is_clutter, other_files_problem
 from luthier.data.inputs import MOST_MEDIA_BYTES, is_media
-from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
-from luthier.data.sources import is_clutter, other_files_problem
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
 from luthier.limits import AccountQuotas

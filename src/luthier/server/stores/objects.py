@@ -18,7 +18,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from luthier.data.s3 import BUCKET
+from luthier.data.files.s3 import BUCKET
 from luthier.errors import CorruptFile, ObjectRefused
 from luthier.limits import AccountQuotas
 from luthier.server.stores.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, WrittenFile

@@ -23,7 +23,7 @@ from luthier.types import Row
 from luthier.workflows.advise.evidence import HELD_OUT_LABELS, HELD_OUT_ROWS, SEED, Evidence, gather
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.gate.report import Report
     from luthier.library.models import StoredModel
     from luthier.recipe import Recipe

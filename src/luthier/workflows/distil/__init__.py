@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from luthier.data.files.sources import hash_of
 from luthier.data.rows import load_rows
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
-from luthier.data.sources import hash_of
 from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES

@@ -1,0 +1,1 @@
+"""Conversations to token ids: templates, tools, reasoning and marks of learned turns."""
