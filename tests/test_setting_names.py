@@ -46,6 +46,7 @@ OF_COMMANDS = {
     # A server is started by a command, and a driver by arguments.
     "server/service.py": "--(job-processes|runner)", "inference/opened_model.py": "student --from",
     "server/jobs/runners.py": "--(runner|ray-address)",
+    "workflows/evaluate.py": "--(corpus|qrels|reranker|grader)",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Messages in other files that API clients never see, as patterns."""

@@ -515,8 +515,8 @@ class ChatFormat:
 
         The result is one sequence, or several if the template rewrites earlier turns
         (``luthier.data.conversations.replies``). Each learned turn follows the prompt that a server
-        renders. Not learned are the first ``context`` messages and turns with ``learned=False``. Tokens after
-        the last learned token of a sequence, often a newline, are dropped.
+        renders. Not learned are the first ``context`` messages and turns with ``learned=False``. Tokens
+        after the last learned token of a sequence, often a newline, are dropped.
 
         Raises:
             RowRefused: if the template drops a part of a learned turn.

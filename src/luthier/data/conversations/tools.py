@@ -193,7 +193,8 @@ def split_calls(
 
     Calls are JSON, or between tags also XML of GLM 4.5 and Qwen3-Coder, with types from the schemas
     of ``tools``, or in a notation of ``luthier.data.conversations.call_formats``. With
-    ``declared_only``, functions outside of ``tools`` are not calls. A text with an invalid call has no calls.
+    ``declared_only``, functions outside of ``tools`` are not calls. A text with an invalid call has
+    no calls.
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     try:

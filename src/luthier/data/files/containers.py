@@ -2,8 +2,8 @@
 
 Formats are JSON Lines, a JSON array or object, CSV, TSV, Parquet, plain text and annotated lines
 (:mod:`luthier.data.files.line_forms`). All but Parquet may be compressed with gzip or zstd, or be
-the only data file of a zip archive. Images and audio are a folder or zip archive of files, or arrays in an
-``.npz`` file.
+the only data file of a zip archive. Images and audio are a folder or zip archive of files, or arrays
+in an ``.npz`` file.
 """
 
 from __future__ import annotations

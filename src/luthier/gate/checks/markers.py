@@ -4,7 +4,8 @@ A tokenizer turns the name of a special token in raw text or in an assistant's t
 id. The id ends the turn or starts a new turn in the middle of the message. In an answer, the model
 learns to stop or to speak for the user at that point (:data:`SPECIAL`). In all other turns of a
 conversation, ``luthier.data.conversations.tokenization`` breaks the names of special tokens
-(:data:`AS_TEXT`). If the model's format is known, the check finds exactly the strings that become special ids.
+(:data:`AS_TEXT`). If the model's format is known, the check finds exactly the strings that become
+special ids.
 """
 
 from __future__ import annotations
