@@ -131,17 +131,17 @@ def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
     return chat.encode_prompt(turns)
 
 
-def check_grader_model(name: str, task: HeadKind, learned: Objective) -> None:
-    """Reject a model whose task does not fit the grader."""
-    if task == "embedding" and not learned.task.embeds:
+def check_grader_model(name: str, head: HeadKind, learned: Objective) -> None:
+    """Reject a model whose head does not fit the grader."""
+    if head == "embedding" and not learned.task.embeds:
         raise RecipeError(
             f"{name} was trained for {learned.method} and has no embeddings. Use an encoder, "
             "such as all-minilm-l6-v2"
         )
     # `embeddings` opens each encoder with the default pooling.
-    if (pooling := getattr(learned, "pooling", "auto")) != "auto" and task == "embedding":
+    if (pooling := getattr(learned, "pooling", "auto")) != "auto" and head == "embedding":
         raise RecipeError(f"{name} uses pooling {pooling!r}, and graders require pooling 'auto'")
-    if task == "causal_lm" and not learned.task.writes:
+    if head == "causal_lm" and not learned.task.writes:
         raise RecipeError(
             f"{name} was trained for {learned.method} and cannot generate text. Use grader "
             "`reward` for reward models"
