@@ -64,6 +64,7 @@ PLUGIN_TABLES = (
     ("models.decoding.backends", "BACKENDS"),
     ("data.inputs", "PROCESSORS"),
     ("trackers", "TRACKERS"),
+    ("cli.app", "COMMANDS"),
     ("server.jobs.runners", "RUNNERS"),
 )
 """Module and name of each table that plugins extend."""

@@ -65,6 +65,7 @@ def forget() -> None:
     for table in TABLES:
         table.__dict__.pop("_points", None)
         table._loaded.clear()
+    plugins.extensions.cache_clear()
     importlib.invalidate_caches()
 
 
@@ -192,8 +193,26 @@ def test_the_command_lists_packages(site: Path) -> None:
     }  # fmt: skip
     assert "missing" in found["broken"]["problem"]
     assert "built-in" in found["exact"]["problem"]
-    for name in ("sample-tiny", "norms", "recomputing"):
+    for name in ("sample-tiny", "norms", "recomputing", "count-verses"):
         assert not found[name]["problem"]
+    assert "built-in" in found["tune"]["problem"]
+
+
+def test_commands_and_readers_of_packages(site: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.verse"
+    rows.write_text("the quick fox\nis here\n\nthe lazy dog\n")
+
+    def run(*command: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "luthier", *command, "--json"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(site)},
+        )
+        return dict(json.loads(done.stdout))
+
+    assert run("count-verses", str(rows), "--least", "2") == {"verses": 1}
+    assert run("inspect", str(rows), "--base", "none")["rows"] == {"train": 2}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Registration of objectives, adaptations, graders, base models and backends by other packages.
+"""Registration of objectives, commands, readers and other parts by other packages.
 
 A package declares its parts as entry points, one group per table:
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -41,6 +41,24 @@ def bundled(group: str) -> dict[str, EntryPoint]:
         if find_spec(package)
         for name, value in import_module(package).ENTRY_POINTS.get(group, {}).items()
     }
+
+
+@cache
+def extensions(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points for ``luthier.GROUP`` of bundled, then of other packages, by name."""
+    return {**_points(f"luthier.{group}"), **bundled(group)}
+
+
+def load_extension(point: EntryPoint) -> Any:
+    """Import the part that an entry point names.
+
+    Raises:
+        RecipeError: if the package cannot be imported.
+    """
+    try:
+        return point.load()
+    except Exception as error:  # a third-party package may raise anything on import
+        raise _broken(point.name, _package(point), f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -72,11 +90,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
 
     @cached_property
     def _points(self) -> dict[str, EntryPoint]:
-        # Sorted, because the order of entry points depends on sys.path.
-        points = sorted(
-            entry_points(group=self.group), key=lambda each: (each.name, _package(each))
-        )
-        return {each.name: each for each in reversed(points)}
+        return _points(self.group)
 
     def plugins(self) -> list[Plugin]:
         """Return all plugins of the table, each loaded to detect problems."""
@@ -102,12 +116,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
             return cast(Component, self._bundled[name].load())
         part = self._load(name)
         if isinstance(part, Plugin):
-            raise RecipeError(
-                f"{name} comes from the installed package {part.package}, which cannot be used: "
-                f"{part.problem}",
-                rule="plugin.broken",
-                value=part.package,
-            )
+            raise _broken(name, part.package, part.problem)
         return part
 
     def __contains__(self, name: object) -> bool:
@@ -156,6 +165,21 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         # Stored models and recipes refer to the part by its own name.
         if own != name:
             raise ValueError(f"the entry point is called {name!r}, and what it names {own!r}")
+
+
+def _points(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of installed packages, by name."""
+    # Sorted, because the order of entry points depends on sys.path.
+    points = sorted(entry_points(group=group), key=lambda each: (each.name, _package(each)))
+    return {each.name: each for each in reversed(points)}
+
+
+def _broken(name: str, package: str, problem: str) -> RecipeError:
+    return RecipeError(
+        f"{name} comes from the installed package {package}, which cannot be used: {problem}",
+        rule="plugin.broken",
+        value=package,
+    )
 
 
 def _package(point: EntryPoint) -> str:

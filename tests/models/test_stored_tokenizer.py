@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.test_tools import FAMILIES
+from data.conversations.test_tools import FAMILIES
 
 from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import UnknownModel

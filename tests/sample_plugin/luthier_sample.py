@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from luthier.adaptations import Adaptation
+from luthier.cli.terminal.bridge import Command
 from luthier.data.tree import build_tree
 from luthier.graders import Grader
 from luthier.models.catalog import CatalogEntry
@@ -161,3 +162,29 @@ class Tokens:
 
 
 RECOMPUTING = BackendEntry("recomputing", Recomputing)
+
+
+def read_verses(path, on_record):
+    """Yield a record for each block of lines, with the number of the first line."""
+    line = 1
+    for number, verse in enumerate(Path(path).read_text().split("\n\n"), 1):
+        on_record(number, number)
+        yield line, {"text": verse.strip()}
+        line += verse.count("\n") + 2
+
+
+def count_verses(path: Path, *, least: int = 1) -> dict[str, int]:
+    """Count verses.
+
+    Args:
+        path: File of verses.
+        least: Minimum number of lines.
+
+    Returns:
+        The number of verses.
+    """
+    verses = [record for _, record in read_verses(path, lambda done, total: None)]
+    return {"verses": sum(len(each["text"].splitlines()) >= least for each in verses)}
+
+
+COUNT_VERSES = Command(count_verses, print, "count-verses")

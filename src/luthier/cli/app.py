@@ -51,6 +51,7 @@ from luthier.cli.terminal import console
 from luthier.cli.terminal.bridge import MORE, Command, CommandGroup
 from luthier.cli.tune import print_result, tune
 from luthier.formatting import escape_unencodable
+from luthier.plugins import PluginTable
 from luthier.processes import use_safe_path
 
 app = CommandGroup(
@@ -108,6 +109,11 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     ),
 }  # fmt: skip
 """Commands by the heading in ``luthier --help``, at most 24 with a line of their own."""
+COMMANDS: PluginTable[Command] = PluginTable(
+    "commands", Command, {
+        each.command: each for row in PANELS.values() for each in row if isinstance(each, Command)
+    }
+)  # fmt: skip
 for panel, commands in PANELS.items():
     for command in commands:
         if isinstance(command, Command):
@@ -145,4 +151,17 @@ def main() -> None:
     # PEFT imports bitsandbytes if installed, which logs advice about an unused kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     console.owns_process = True
+    if sys.argv[1:2] and sys.argv[1] not in {
+        *COMMANDS.built_in,
+        *COMMAND_GROUPS.values(),
+        "worker",
+    }:
+        add_plugin_commands()
     app()
+
+
+def add_plugin_commands() -> None:
+    """Add the commands of other packages. Built-in commands start without these packages."""
+    for name, command in COMMANDS.items():
+        if name not in COMMANDS.built_in:
+            app.add(command, "Plugins")

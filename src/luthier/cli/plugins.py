@@ -21,13 +21,14 @@ class Plugins:
 def plugins() -> Plugins:
     """List installed plugins."""
     from luthier.adaptations import ADAPTATIONS
+    from luthier.cli.app import COMMANDS
     from luthier.graders import GRADERS
     from luthier.models.catalog import CATALOG
     from luthier.models.decoding.backends import BACKENDS
     from luthier.objectives import OBJECTIVES
     from luthier.trackers import TRACKERS
 
-    tables = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS, TRACKERS)
+    tables = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS, TRACKERS, COMMANDS)
     return Plugins([plugin for table in tables for plugin in table.plugins()])
 
 

@@ -74,6 +74,11 @@ class Command:
     """Whether the processes of a launcher such as torchrun run the command together."""
     has_json: bool = True
 
+    @property
+    def command(self) -> str:
+        """Return the name on the command line."""
+        return self.name or self.function.__name__.replace("_", "-")
+
     def typer_function(self, extra_name: str) -> Callable[..., None]:
         """Return a function for typer; ``extra_name`` is the required extra of the package."""
         parameters = _Parameters(self.function)

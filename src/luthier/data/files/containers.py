@@ -31,6 +31,7 @@ from luthier.data.formats import KEYS
 from luthier.data.inputs import conversion_fix, is_media
 from luthier.errors import RowRefused
 from luthier.files import names_below
+from luthier.plugins import extensions
 
 FileFormat = Literal[
     "jsonl", "json", "csv", "tsv", "parquet", "text", "fasttext", "conll", "folder", "zip", "npz"
@@ -83,7 +84,8 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\b\f\x1b"))
 class Container:
     """Format of a file."""
 
-    kind: FileFormat
+    kind: FileFormat | str
+    """Format, or the file ending of a plugin's reader."""
     packing: Packing = ""
     delimiter: str = ","
     """Character between the cells of a table."""
@@ -105,6 +107,9 @@ def container_of(path: Path) -> Container:
     if path.is_dir() and any(map(is_media, names_below(path))):
         return Container("folder")
     _reject_irregular(path)
+    ending = path.suffix.lower()
+    if ending not in DATA_ENDINGS and ending[1:] in extensions("readers"):
+        return Container(ending[1:])
     convert = conversion_fix([path.name])
     if is_media(path.name) or convert:
         message = "A single image or audio file is not a data set."

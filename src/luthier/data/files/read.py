@@ -31,7 +31,7 @@ from luthier.data.files.parsing import PieceDecoder, Record, decode, parse_line,
 from luthier.data.files.tables import read_parquet, read_table
 from luthier.errors import Problem, RowRefused
 from luthier.files import folder_size
-from luthier.plugins import bundled
+from luthier.plugins import bundled, extensions, load_extension
 
 _CHUNK_BYTES = 64 * 1024
 _PROGRESS_EVERY = 256
@@ -68,14 +68,14 @@ def read_records(
         container = container or find_container(path, problems)
         if container is None:
             return
-        if reader := bundled("readers").get(container.kind):
+        if reader := extensions("readers").get(container.kind):
             size = 0 if on_progress is None else source_size(path)
 
             def on_record(number: int, total: int) -> None:
                 if on_progress is not None:  # assumes files of equal size in a folder
                     on_progress(size * number // total)
 
-            yield from reader.load()(path, on_record)
+            yield from load_extension(reader)(path, on_record)
             return
         with path.open("rb") as raw:
             records = _records(raw, container, file, problems, whole, warnings, columns or {})

@@ -10,11 +10,14 @@ networks load like any other network, without code in the model folder.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from luthier.plugins import bundled
+from luthier.plugins import extensions, load_extension
+
+log = logging.getLogger(__name__)
 
 NETS = {
     "palm": "luthier.models.networks.classic.palm",
@@ -22,7 +25,7 @@ NETS = {
     "fasttext": "luthier.models.networks.classic.fasttext",
     "transfo_xl": "luthier.models.networks.classic.transfo_xl",
     "mean_pooling_bert": "luthier.models.networks.classic.mean_pooling_bert",
-    **{name: point.value for name, point in bundled("networks").items()},
+    **{name: point.value for name, point in extensions("networks").items()},
 }
 """Modules by ``model_type``."""
 _COMPOSED = {"line_encoder": "vision-encoder-decoder"}
@@ -35,7 +38,14 @@ def register(model_type: str | None = None) -> None:
     With ``model_type``, register only the network of this type, if luthier has one.
     """
     for name in NETS if model_type is None else nets_of(model_type):
-        _register(name, import_module(NETS[name]))
+        try:
+            net = import_module(NETS[name])
+        except Exception as error:  # a third-party package may raise anything on import
+            if model_type is not None or NETS[name].startswith("luthier."):
+                raise
+            log.warning("the network %s is left out: %s: %s", name, type(error).__name__, error)
+            continue
+        _register(name, net)
 
 
 def nets_of(model_type: str) -> list[str]:
@@ -58,5 +68,5 @@ def convert_weights(file: Path, folder: Path) -> None:
         UnknownModel: for weights of another network.
         CorruptFile: for an unreadable file.
     """
-    for point in bundled("weight_files").values():
-        point.load()(file, folder)
+    for point in extensions("weight_files").values():
+        load_extension(point)(file, folder)
