@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.conversations.test_tools import FAMILIES
 
+from data.conversations.test_tools import FAMILIES
 from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import UnknownModel
 from luthier.library.folders import custom_folder, remove_side_files
