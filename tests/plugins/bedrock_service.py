@@ -17,6 +17,7 @@ from answers import check_answer
 from botocore.config import Config
 
 from luthier.errors import CorruptFile, RefusedInput
+from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.audit import AuditTrail
 from luthier.server.bedrock.activation import Activation
@@ -107,14 +108,15 @@ class Service:
         self.deleted: list[str | None] = []
         """Library ids of the models that the control plane deleted."""
         self.control = Control(
-            database,
-            Arns("us-east-1"),
-            self.places,
-            Activation(database, self.preparation),
-            self.delete,
-            graders,
-            lambda account: quotas,
-            self.told_of.set,
+            database=database,
+            arns=Arns("us-east-1"),
+            locations=self.places,
+            pool=ModelPool(0),
+            quotas=lambda account: quotas,
+            delete_model=self.delete,
+            wake=self.told_of.set,
+            activation=Activation(database, self.preparation),
+            grader=graders,
         )
         self.api = bedrock_api(self.control, handlers)
 

@@ -27,11 +27,11 @@ from luthier.server.bedrock.activation import Activation, check_and_load
 from luthier.server.bedrock.control import Control
 from luthier.server.bedrock.routes import bedrock_api
 from luthier.server.bedrock.runtime import runtime_handlers
+from luthier.server.components import Components
 from luthier.server.console.routes import Console
 from luthier.server.http.application import Api, Application
 from luthier.server.http.limits import RateLimits
 from luthier.server.http.metrics import Meter, Metrics
-from luthier.server.identifiers import ModelIds
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.runners import Runner
 from luthier.server.jobs.scheduler import Scheduler
@@ -113,9 +113,20 @@ class Service:
             shared_by=settings.job_processes,
         )
         self.trail = AuditTrail(self.database)
-        self.openai = self._openai()
+        components = Components(
+            database=self.database,
+            arns=self.arns,
+            locations=self.locations,
+            pool=self.pool,
+            quotas=self._quotas,
+            delete_model=self._delete,
+            wake=self.scheduler.wake,
+            queue_places=self.scheduler.queue_places,
+            hold_out=settings.hold_out,
+        )
+        self.openai = OpenAIService(components, self.objects, limits, self.meter.count)
         self.application: Callable[..., Awaitable[None]] = Application(
-            self._apis(),
+            self._apis(components),
             Authenticator(self.database, key),
             RateLimits(self.database, settings.requests_per_second).admit,
             Metrics(
@@ -183,51 +194,17 @@ class Service:
             # The database or disk is unavailable; a failed cleanup only costs disk space.
             _log.exception("files of the object store could not be tidied")
 
-    def _apis(self) -> Sequence[Api]:
-        control = Control(
-            self.database,
-            self.arns,
-            self.locations,
-            self.activation,
-            self._delete,
-            self._grader,
-            quotas=self._quotas,
-            wake=self.scheduler.wake,
-            hold_out=self.settings.hold_out,
-        )
+    def _apis(self, components: Components) -> Sequence[Api]:
+        control = Control(**vars(components), activation=self.activation, grader=self._grader)
         # The audit log contains the ARN of a base model, also if the client sent an alias.
-        ids = ModelIds(self.database, self.arns)
+        ids = components.models
         runtime = runtime_handlers(self.pool, ids.stored_id, ids.resource, InvokedChat)
-        context = Context(
-            self.database,
-            self.arns,
-            self.locations,
-            self._quotas,
-            self.scheduler.wake,
-            self._delete,
-            self.pool,
-            self.scheduler.queue_places,
-            self.settings.hold_out,
-        )
         return (
             self.openai.api,
-            native_api(context, __version__),
+            native_api(Context(**vars(components)), __version__),
             s3_api(self.objects, self.settings.region),
             sts_api(),
             bedrock_api(control, runtime),
-        )
-
-    def _openai(self) -> OpenAIService:
-        return OpenAIService(
-            self.database,
-            self.settings,
-            self.pool,
-            self.objects,
-            self.locations,
-            self._delete,
-            quotas=self._quotas,
-            count=self.meter.count,
-            wake=self.scheduler.wake,
         )
 
     def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:

@@ -66,8 +66,8 @@ def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatc
     assert "memory" not in job.failure
     # The API and the command line show the end of the log.
     context = Context(
-        queue.database, Arns(), Locations(queue.database),
-        lambda account: AccountQuotas(), lambda: None, lambda model: None, ModelPool(0),
+        database=queue.database, arns=Arns(), locations=Locations(queue.database),
+        pool=ModelPool(0), quotas=lambda account: AccountQuotas(), delete_model=lambda model: None,
     )  # fmt: skip
     path = f"/api/v1/jobs/{job.name}"
     assert native_client(context, "222222222222").get(path).status_code == 404

@@ -126,8 +126,9 @@ def test_native_jobs_have_position_and_expected_start(database: Database) -> Non
     add(database, "waiting", cores=4)
     nothing: Any = SimpleNamespace()
     context = Context(
-        database, Arns(), nothing, lambda account: AccountQuotas(), lambda: None, lambda model: None,
-        nothing, partial(queue_places, capacity=CAPACITY),
+        database=database, arns=Arns(), locations=nothing, pool=nothing,
+        quotas=lambda account: AccountQuotas(), delete_model=lambda model: None,
+        queue_places=partial(queue_places, capacity=CAPACITY),
     )  # fmt: skip
     client, other = native_client(context), native_client(context, OTHER)
     waiting, running = client.get("/api/v1/jobs").json()["jobs"]

@@ -51,8 +51,9 @@ def jobs(luthier_home: Path) -> Iterator[Call]:
         ]
     )  # fmt: skip
     context = Context(
-        database, arns, nowhere, lambda account: AccountQuotas(), lambda: None,
-        partial(removal.delete, database, arns), ModelPool(0),
+        database=database, arns=arns, locations=nowhere, pool=ModelPool(0),
+        quotas=lambda account: AccountQuotas(),
+        delete_model=partial(removal.delete, database, arns),
     )  # fmt: skip
     yield Call(context, Caller(ACCOUNT, "anna", ("administrator",)), "luthier:ListLabelIssues")
     database.close()

@@ -36,13 +36,12 @@ def context() -> Iterator[Context]:
     upgrade(database)
     nowhere: Any = SimpleNamespace()
     yield Context(
-        database,
-        Arns(),
-        nowhere,
-        lambda account: AccountQuotas(),
-        lambda: None,
-        partial(removal.delete, database, Arns()),
-        ModelPool(0),
+        database=database,
+        arns=Arns(),
+        locations=nowhere,
+        pool=ModelPool(0),
+        quotas=lambda account: AccountQuotas(),
+        delete_model=partial(removal.delete, database, Arns()),
     )
     database.close()
 

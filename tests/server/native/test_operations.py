@@ -36,8 +36,15 @@ def client() -> TestClient:
         raise Fault("Conflict", address)
 
     nowhere: Any = SimpleNamespace(check_writable=check)
-    parts: Any = (nowhere, Arns(), nowhere, lambda account: AccountQuotas())
-    return native_client(Context(*parts, lambda: None, lambda model: None, ModelPool(0)))
+    context = Context(
+        database=nowhere,
+        arns=Arns(),
+        locations=nowhere,
+        pool=ModelPool(0),
+        quotas=lambda account: AccountQuotas(),
+        delete_model=lambda model: None,
+    )
+    return native_client(context)
 
 
 def refused(answer: Any) -> dict[str, Any]:

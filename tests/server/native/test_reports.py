@@ -29,13 +29,12 @@ def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
     files = {file.name: file.read_bytes() for file in folder.glob("*.*")}
     put_objects(database, "111111111111", files)
     context = Context(
-        database,
-        Arns("us-east-1"),
-        Locations(database),
-        lambda account: AccountQuotas(),
-        lambda: None,
-        lambda model: None,
-        ModelPool(0),
+        database=database,
+        arns=Arns("us-east-1"),
+        locations=Locations(database),
+        pool=ModelPool(0),
+        quotas=lambda account: AccountQuotas(),
+        delete_model=lambda model: None,
     )
     try:
         return native_client(context, "111111111111").post(path, json=body)

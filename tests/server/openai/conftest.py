@@ -15,17 +15,18 @@ from starlette.testclient import TestClient
 from luthier.files import write_json
 from luthier.inference.pool import ModelPool
 from luthier.library.folders import base_folder
-from luthier.limits import AccountQuotas
+from luthier.limits import AccountQuotas, ServerLimits
 from luthier.models.manifest import MANIFEST
 from luthier.server.audit import AuditTrail
+from luthier.server.components import Components
 from luthier.server.http.application import Application
 from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.server.http.metrics import Metrics
 from luthier.server.openai import OpenAIService
-from luthier.server.settings import Settings
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.accounts import Account
+from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.principals import User
@@ -127,15 +128,15 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
             session.delete(session.merge(model))
         deleted.append(model.id)
 
-    made = OpenAIService(
-        database,
-        Settings(),
-        pool,
-        objects,
-        Locations(database),
-        delete_model,
+    components = Components(
+        database=database,
+        arns=Arns(),
+        locations=Locations(database),
+        pool=pool,
         quotas=lambda account: AccountQuotas(jobs_in_flight=20),
+        delete_model=delete_model,
     )
+    made = OpenAIService(components, objects, ServerLimits())
     keys: Any = Keys()
     application = Application(
         [made.api], keys, lambda caller: None, Metrics(dict), AuditTrail(database), lambda: None

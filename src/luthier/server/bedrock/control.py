@@ -12,16 +12,14 @@ from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from luthier.limits import AccountQuotas
 from luthier.server.actions import record_action, record_created
 from luthier.server.bedrock.activation import Activation
 from luthier.server.bedrock.shapes import parse_members, render_response
+from luthier.server.components import Components
 from luthier.server.http.messages import Fault, Request, Response
 from luthier.server.http.routes import Handler
-from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arn, Arns
 from luthier.server.tables.custom_models import CustomModel
-from luthier.server.tables.database import Database
 from luthier.server.tables.endpoints import Endpoint
 from luthier.server.tables.idempotency import Attempt, recall, remember
 from luthier.server.tables.jobs import Job
@@ -37,25 +35,13 @@ MAX_FAILURE = 2048
 """Maximum length of a failure message in characters, from Bedrock's shape."""
 
 
-@dataclass(frozen=True)
-class Control:
-    """The parts of the server that the control plane uses."""
+@dataclass(frozen=True, kw_only=True)
+class Control(Components):
+    """Parts of the server that the control plane uses."""
 
-    database: Database
-    arns: Arns
-    locations: Locations
     activation: Activation
-    delete_model: Callable[[CustomModel], None]
-    """Deletes a model from library and database. Raises :class:`~luthier.errors.WrongState` if the
-    model is in use."""
     grader: Callable[[str, str], Mapping[str, Any] | None]
     """Returns method and fields of the grader with the given Lambda ARN, for an account."""
-    quotas: Callable[[str], AccountQuotas]
-    """Returns the quotas of an account."""
-    wake: Callable[[], None]
-    """Wakes the scheduler: a job or a model import is waiting."""
-    hold_out: bool = True
-    """True if jobs without validation data hold out rows."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -11,19 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
-from luthier.inference.pool import ModelPool
-from luthier.limits import AccountQuotas
 from luthier.server.actions import record_action, record_created
+from luthier.server.components import Components
 from luthier.server.http.messages import Fault
 from luthier.server.http.messages import Response as Answer
 from luthier.server.http.routes import ApiCall, ApiRoute, api_router
-from luthier.server.identifiers import ModelIds, find_model
-from luthier.server.jobs.forecast import QueuePlace
+from luthier.server.identifiers import find_model
 from luthier.server.jobs.submit import SETTABLE_DATA
-from luthier.server.stores.locations import Locations
-from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
-from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import FoundationModel
 from luthier.validation import describe_error
 
@@ -145,29 +139,8 @@ def native_router() -> APIRouter:
     return api_router("/api/v1", NativeRoute, responses=ERRORS)
 
 
-@dataclass(frozen=True)
-class Context:
-    """Services for the operations."""
-
-    database: Database
-    arns: Arns
-    locations: Locations
-    quotas: Callable[[str], AccountQuotas]
-    """Return the quotas of an account."""
-    wake: Callable[[], None]
-    """Notify the scheduler of a new job."""
-    delete_model: Callable[[CustomModel], None]
-    """Delete a model and the model's files; raises ``WrongState`` if the model is in use."""
-    pool: ModelPool
-    queue_places: Callable[[Session], Mapping[str, QueuePlace]] = lambda session: {}
-    """Return positions and expected starts of waiting jobs, by id."""
-    hold_out: bool = True
-    """True if jobs without validation data hold out rows."""
-
-    @property
-    def models(self) -> ModelIds:
-        """Models by name."""
-        return ModelIds(self.database, self.arns)
+class Context(Components):
+    """Parts of the server that the native API uses."""
 
     def base(self, account: str, name: str) -> FoundationModel | CustomModel:
         """Return a foundation model, or a custom model of the account, by any name."""

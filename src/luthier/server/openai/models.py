@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from sqlalchemy import select
 
@@ -17,7 +17,6 @@ from luthier.server.tables.foundation import FoundationModel, foundation_models
 OWNER = "luthier"
 router = openai_router()
 
-DeleteModel = Callable[[CustomModel], None]
 """Function that deletes a custom model and all dependent data.
 
 Raises:

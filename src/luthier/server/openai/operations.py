@@ -9,44 +9,33 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Depends, Query
 from fastapi.exceptions import RequestValidationError
 
-from luthier.limits import MIB, AccountQuotas, ServerLimits
+from luthier.limits import MIB, ServerLimits
 from luthier.server.actions import record_action, record_created
+from luthier.server.components import Components
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import ApiCall, ApiRoute, api_router
 from luthier.server.openai.protocol import JsonObject, invalid, invalid_member
-from luthier.server.tables.database import Database
 
 if TYPE_CHECKING:
     from luthier.server.openai.batches import BatchRunner
     from luthier.server.openai.eval_runner import EvalParts, EvaluationRunner
     from luthier.server.openai.generation import Inference
-    from luthier.server.openai.models import DeleteModel
-    from luthier.server.stores.locations import Locations
     from luthier.server.stores.uploaded_files import UploadedFiles
 
 GRADER_BODY_BYTES = 4 * MIB
 """Maximum size of a request with graders, in bytes."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """Services for the operations."""
+@dataclass(frozen=True, kw_only=True)
+class Context(Components):
+    """Parts of the server that the OpenAI API uses."""
 
-    database: Database
     files: UploadedFiles
-    locations: Locations
     inference: Inference
     batches: BatchRunner
     evaluations: EvaluationRunner
     eval_parts: EvalParts
     limits: ServerLimits
-    delete_model: DeleteModel
-    quotas: Callable[[str], AccountQuotas]
-    """Return the quotas of an account."""
-    wake: Callable[[], None]
-    """Notify the scheduler of a new job."""
-    hold_out: bool = True
-    """True if jobs without validation data hold out rows."""
 
 
 class Call(ApiCall[Context]):
@@ -54,13 +43,11 @@ class Call(ApiCall[Context]):
 
     def record(self, kind: str, identifier: str = "*") -> None:
         """Record a resource of ``kind`` as changed by the operation, for the audit log."""
-        arns = self.context.inference.models.arns
-        record_action(self.action, arns.openai(self.account, kind, identifier))
+        record_action(self.action, self.context.arns.openai(self.account, kind, identifier))
 
     def record_created(self, kind: str, identifier: str) -> None:
         """Record that the operation created a resource of ``kind``."""
-        arns = self.context.inference.models.arns
-        record_created(arns.openai(self.account, kind, identifier))
+        record_created(self.context.arns.openai(self.account, kind, identifier))
 
 
 OpenAICall = Annotated[Call, Depends(Call.of)]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from luthier.inference.pool import ModelPool
-from luthier.limits import AccountQuotas
+from luthier.limits import ServerLimits
+from luthier.server.components import Components
 from luthier.server.http.application import Api
 from luthier.server.http.messages import Fault, Response
 from luthier.server.http.routes import api_application
-from luthier.server.identifiers import ModelIds
 from luthier.server.openai import (
     batches,
     chat,
@@ -36,15 +34,10 @@ from luthier.server.openai.embeddings import EmbeddingRequest
 from luthier.server.openai.eval_runner import EvalParts, EvalTask, EvaluationRunner
 from luthier.server.openai.generation import Inference, answers
 from luthier.server.openai.graders import PooledModels
-from luthier.server.openai.models import DeleteModel
 from luthier.server.openai.operations import Context
 from luthier.server.openai.responses import ResponseRequest
-from luthier.server.settings import Settings
-from luthier.server.stores.locations import Locations
 from luthier.server.stores.objects import Objects
 from luthier.server.stores.uploaded_files import UploadedFiles
-from luthier.server.tables.arns import Arns
-from luthier.server.tables.database import Database
 from luthier.server.tables.usage import CountUsage
 
 PREFIXES = ("/v1/", "/openai/v1/")
@@ -60,32 +53,22 @@ class OpenAIService:
 
     def __init__(
         self,
-        database: Database,
-        settings: Settings,
-        pool: ModelPool,
+        components: Components,
         objects: Objects,
-        locations: Locations,
-        delete_model: DeleteModel,
-        *,
-        quotas: Callable[[str], AccountQuotas],
-        wake: Callable[[], None] = lambda: None,
+        limits: ServerLimits,
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
         """Create and connect the parts.
 
         Args:
-            database: The server's database.
-            settings: Settings of the server.
-            pool: Models in memory.
+            components: The server's parts.
             objects: Built-in object store, which contains uploaded files.
-            locations: Data of jobs by address.
-            delete_model: Deletes a custom model and all dependent data.
-            quotas: Returns the quotas of an account.
-            wake: Notifies the scheduler of a new job.
+            limits: Limits of the server.
             count: Records the usage of batches and evals.
         """
+        database, pool = components.database, components.pool
         self.files = UploadedFiles(database, objects)
-        inference = Inference(ModelIds(database, Arns(settings.region)), pool)
+        inference = Inference(components.models, pool)
         complete_chat = answers(inference, ChatRequest, chat.complete)
         self.batches = BatchRunner(
             database,
@@ -98,25 +81,18 @@ class OpenAIService:
             },
             count,
         )
-        parts = EvalParts(
-            self.files, complete_chat, inference.judge, PooledModels(pool), settings.limits
-        )
+        parts = EvalParts(self.files, complete_chat, inference.judge, PooledModels(pool), limits)
         self.evaluations = EvaluationRunner(
             database, partial(EvalTask, parts), objects.quotas, count
         )
         context = Context(
-            database,
-            self.files,
-            locations,
-            inference,
-            self.batches,
-            self.evaluations,
-            parts,
-            settings.limits,
-            delete_model,
-            quotas,
-            wake,
-            settings.hold_out,
+            **vars(components),
+            files=self.files,
+            inference=inference,
+            batches=self.batches,
+            evaluations=self.evaluations,
+            eval_parts=parts,
+            limits=limits,
         )
         self.api = _api(context)
 
