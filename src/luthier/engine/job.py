@@ -19,6 +19,8 @@ from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, LikelyLabels, OpenedData, prepare
 from luthier.engine.machine import Machine, available_memory
 from luthier.engine.memory import (
+    MemoryEstimate,
+    TrainingSketch,
     check_memory,
     disk_needed,
     sharded_estimate,
@@ -407,6 +409,20 @@ def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
     return count
 
 
+@dataclass(frozen=True)
+class NetworkPlan:
+    """The network of a run by the sizes of its weights, before any weight is loaded."""
+
+    sketch: TrainingSketch
+    """Network without weights, completed adaptation and memory of the training."""
+    others: Mapping[str, store.StoredModel]
+    """Additional models of the objective, such as a teacher, by name."""
+    new_head: bool
+    """True if the base model has no matching head."""
+    estimate: MemoryEstimate
+    """Memory of all networks in each process."""
+
+
 def resolve_job(
     recipe: Recipe,
     base: store.StoredModel,
@@ -423,99 +439,37 @@ def resolve_job(
     ``fixed_values`` are from the resumed run; ``stored_bytes`` is the size of its checkpoints.
     """
     original = recipe
-    size = machine.dtype.itemsize
-    base_objective = base.objective
-    learned_objective = base_objective if base.manifest.recipe else None
+    learned_objective = base.objective if base.manifest.recipe else None
     bound = data.objective.bind(RunModels(chat, base.network, learned_objective))
     data = replace(data, objective=bound)
-    config = base.network.config(data.objective.head())
-    input_shape = chat.media.shape if chat.media is not None else None
-    sketch = sketch_training(config, data.objective, recipe.adaptation, size, reads=input_shape)
-    model, recipe = sketch.model, recipe.model_copy(update={"adaptation": sketch.adaptation})
-    others = {name: store.find(each, reporter.stage) for name, each in bound.other_models.items()}
-    if recipe.training.dropout is not None:
-        check_dropout(model)
-    if recipe.training.fully_shard:
-        check_shardable(model, data.objective, recipe.adaptation)
-    if recipe.training.layer_decay < 1:
-        layer_names(model)  # raises for a network without separate layers
-    width = hidden_size_of(model)
-    # A custom model of the same head and classes keeps its head. So does a folder with a fixed number
-    # of classes, such as a reader.
-    head = data.objective.task.head
-    brings = base.manifest.kind == head
-    brings |= bool(HEADS[head].classes) and head == base.network.description.head
-    one, other = base_objective.head(), bound.head()
-    brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
-    new = bool(head_weights(model)) and not brings
-    held_out = sum(map(len, data.held_out.get("validation", {}).values()))
-    if recipe.training.refit and not held_out:
-        raise RecipeError(
-            "`training.refit` trains on rows held out of the training data, and no rows are "
-            "held out. Remove the setting, or the validation file",
-            rule="refit.no_held_out",
-        )
-    facts = defaults.DataFacts(
-        data.main,
-        data.longest,
-        len(data.validation),
-        width,
-        new,
-        base.manifest.is_random,
-        mixed=data.mixed,
-        held_out=held_out,
-        scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
-    )
-    alone = recipe.training.batch_size == 1 and data.objective.contrasts_rows
-    if alone and data.train[0].partner is None and not getattr(bound, "hard_negatives", 0):
-        raise RecipeError(
-            "each row is compared with the other rows of its batch, and a batch of 1 row has no "
-            "other row. Use a batch of at least 2 rows, better 64, or remove the setting",
-            setting="training.batch_size",
-            rule="objective.batch",
-        )
-    recipe = recipe.model_copy(update={"objective": data.objective})
+    plan = _plan_network(recipe, base, chat, bound, machine, reporter, processes)
+    facts = _facts(base, data, plan)
+    _check_settings(recipe, data, plan, facts)
+    recipe = recipe.model_copy(update={"objective": bound, "adaptation": plan.sketch.adaptation})
     # The default rate is needed even if a rate is set: advice on divergence compares both.
     open_rate = recipe.training.model_copy(update={"learning_rate": None})
     usual, _ = defaults.choose(recipe.model_copy(update={"training": open_rate}), facts)
     recipe, choices = defaults.choose(recipe, facts)
-    sketches = (other.network.sketch(other.objective.head()) for other in others.values())
-    estimate = sketch.memory.plus(sum(weight_bytes(each, size) for each in sketches))
-    shards = processes if recipe.training.fully_shard else 1
-    if shards > 1:
-        estimate = sharded_estimate(estimate, model, size, shards)
-    elif recipe.training.fully_shard:
+    if recipe.training.fully_shard and processes == 1:
         reporter.note("`training.fully_shard` has no effect with one process")
     available = available_memory(machine.device)
     if recipe.training.micro_batch_tokens is None:
-        budget, reason = defaults.token_budget(
-            estimate,
-            _first_batches(recipe, data),
-            data.longest,
-            available,
-            defaults.USUAL_BUDGET[machine.device.type],
-            data.objective.contrasts_rows,
+        budget, reason = _token_budget(
+            recipe, chat, data, plan, machine, available, fixed_values.get("micro_batch_tokens")
         )
-        if chat.media is not None:
-            budget, reason = (
-                min(budget, MOST_IMAGES),
-                f"{PLURAL[chat.reads]} at once; more are no faster",
-            )
-        if (before := fixed_values.get("micro_batch_tokens")) is not None:
-            budget, reason = int(before), "same as at the start of the run"
         training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
-    check_memory(estimate, tokens, data.longest, available)
-    disk_bytes = disk_needed(model, size, recipe.adaptation, bool(recipe.training.refit))
+    check_memory(plan.estimate, tokens, data.longest, available)
+    size = machine.dtype.itemsize
+    disk_bytes = disk_needed(
+        plan.sketch.model, size, recipe.adaptation, bool(recipe.training.refit)
+    )
     # Checkpoints of a resumed run are on the disk already and must not be counted twice.
     need_disk(base_folder("x"), max(0, disk_bytes - stored_bytes), "this run")
     number_type = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.settings([("precision", number_type, machine.reason), *data.choices, *choices])
-    steps = defaults.steps_of(recipe, data.main, data.mixed)
-    chat = data.objective.format(chat)
-    expected = estimate.peak(tokens)
     refit_steps = 0
     if recipe.training.refit:
         refit_steps = defaults.steps_of(recipe, data.main + len(data.validation), data.mixed)
@@ -523,16 +477,116 @@ def resolve_job(
         recipe,
         original,
         base,
-        chat,
+        bound.format(chat),
         data,
         machine,
-        steps,
-        others=others,
-        expected_memory=expected,
-        new_head=new,
+        defaults.steps_of(recipe, data.main, data.mixed),
+        others=plan.others,
+        expected_memory=plan.estimate.peak(tokens),
+        new_head=plan.new_head,
         refit_steps=refit_steps,
         usual_rate=usual.training.learning_rate or 0.0,
     )
+
+
+def _plan_network(
+    recipe: Recipe,
+    base: store.StoredModel,
+    chat: ChatFormat,
+    objective: Objective,
+    machine: Machine,
+    reporter: Reporter,
+    processes: int,
+) -> NetworkPlan:
+    """Return the network that ``objective`` trains, with the memory of all networks."""
+    size = machine.dtype.itemsize
+    config = base.network.config(objective.head())
+    input_shape = chat.media.shape if chat.media is not None else None
+    sketch = sketch_training(config, objective, recipe.adaptation, size, reads=input_shape)
+    others = {
+        name: store.find(each, reporter.stage) for name, each in objective.other_models.items()
+    }
+    # A custom model of the same head and classes keeps its head. So does a folder with a fixed number
+    # of classes, such as a reader.
+    head = objective.task.head
+    brings = base.manifest.kind == head
+    brings |= bool(HEADS[head].classes) and head == base.network.description.head
+    one, other = base.objective.head(), objective.head()
+    brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
+    sketches = (each.network.sketch(each.objective.head()) for each in others.values())
+    estimate = sketch.memory.plus(sum(weight_bytes(each, size) for each in sketches))
+    if recipe.training.fully_shard and processes > 1:
+        estimate = sharded_estimate(estimate, sketch.model, size, processes)
+    new_head = bool(head_weights(sketch.model)) and not brings
+    return NetworkPlan(sketch, others, new_head, estimate)
+
+
+def _check_settings(
+    recipe: Recipe, data: Dataset, plan: NetworkPlan, facts: defaults.DataFacts
+) -> None:
+    """Raise :class:`RecipeError` for settings that the network or the rows cannot have."""
+    training, model, objective = recipe.training, plan.sketch.model, data.objective
+    if training.dropout is not None:
+        check_dropout(model)
+    if training.fully_shard:
+        check_shardable(model, objective, plan.sketch.adaptation)
+    if training.layer_decay < 1:
+        layer_names(model)  # raises for a network without separate layers
+    if training.refit and not facts.held_out:
+        raise RecipeError(
+            "`training.refit` trains on rows held out of the training data, and no rows are "
+            "held out. Remove the setting, or the validation file",
+            rule="refit.no_held_out",
+        )
+    alone = training.batch_size == 1 and objective.contrasts_rows
+    if alone and data.train[0].partner is None and not getattr(objective, "hard_negatives", 0):
+        raise RecipeError(
+            "each row is compared with the other rows of its batch, and a batch of 1 row has no "
+            "other row. Use a batch of at least 2 rows, better 64, or remove the setting",
+            setting="training.batch_size",
+            rule="objective.batch",
+        )
+
+
+def _facts(base: store.StoredModel, data: Dataset, plan: NetworkPlan) -> defaults.DataFacts:
+    """Return the figures that the defaults depend on."""
+    model = plan.sketch.model
+    return defaults.DataFacts(
+        data.main,
+        data.longest,
+        len(data.validation),
+        hidden_size_of(model),
+        plan.new_head,
+        base.manifest.is_random,
+        mixed=data.mixed,
+        held_out=sum(map(len, data.held_out.get("validation", {}).values())),
+        scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
+    )
+
+
+def _token_budget(
+    recipe: Recipe,
+    chat: ChatFormat,
+    data: Dataset,
+    plan: NetworkPlan,
+    machine: Machine,
+    available: int,
+    before: int | None,
+) -> tuple[int, str]:
+    """Return the tokens of a micro-batch and the reason; ``before`` is that of the resumed run."""
+    if before is not None:
+        return int(before), "same as at the start of the run"
+    budget, reason = defaults.token_budget(
+        plan.estimate,
+        _first_batches(recipe, data),
+        data.longest,
+        available,
+        defaults.USUAL_BUDGET[machine.device.type],
+        data.objective.contrasts_rows,
+    )
+    if chat.media is not None:
+        return min(budget, MOST_IMAGES), f"{PLURAL[chat.reads]} at once; more are no faster"
+    return budget, reason
 
 
 def bind_models(
