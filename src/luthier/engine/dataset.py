@@ -189,11 +189,50 @@ def prepare(
     # The base model may have decided the objective after the sources were opened.
     if data is None or data.checker is not checker_for(objective):
         data = OpenedData(spec, objective)
-    reader = data.train
-    reader.on_progress = on_progress
-    rows, recognized = reader.read_all(), reader.recognition
+    data.train.on_progress = on_progress
+    checked = _check_rows(spec, objective, chat, data, on_row)
+    context = checked.objective.task.row_limit(checked.objective.format(chat), context)
+    parts = _split_rows(spec, checked, chat, data.train.group_of, seed, refit)
+    return _encode_rows(spec, checked, parts, chat, context, seed, vocabulary)
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """The rows of all sources, with the report of the data check."""
+
+    objective: Objective
+    rows: Sequence[Row]
+    held: Sequence[Row]
+    """Rows of the validation file."""
+    mixed: list[Sequence[Row]]
+    report: Report
+    recognized: Recognition | None
+    choices: list[Choice]
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """Training and held-out rows, with the objective that fits the training rows."""
+
+    objective: Objective
+    rows: Sequence[Row]
+    held: Sequence[Row]
+    held_out: dict[str, dict[str, list[int]]]
+    """Line numbers excluded from training, by split and file."""
+    choices: list[Choice]
+
+
+def _check_rows(
+    spec: DataSpec,
+    objective: Objective | None,
+    chat: ChatFormat,
+    data: OpenedData,
+    on_row: Callable[[int, int], None],
+) -> CheckedRows:
+    """Read whole files and check the rows, before a held-out part is split off."""
+    rows = data.train.read_all()
     held = [] if data.validation is None else data.validation.read_all()
-    mixed_rows = [each.read_all() for each in data.mix]
+    mixed = [each.read_all() for each in data.mix]
     choices: list[Choice] = []
     if objective is None:
         objective = objective_for(rows[0], chat)
@@ -201,8 +240,7 @@ def prepare(
             ("objective", objective.method, f"the rows are {describe_shapes([rows[0].shape])}")
         )
     check_base(objective, chat)
-    check_shapes(rows, held, concatenate(mixed_rows), objective, chat)
-    context = objective.task.row_limit(objective.format(chat), context)
+    check_shapes(rows, held, concatenate(mixed), objective, chat)
     try:
         # One check for the source: every row would fail in the same way.
         chat.check_input_kind(SHAPES[rows[0].shape].reads)
@@ -210,38 +248,67 @@ def prepare(
         raise DataError([bad.at(rows[0].file, rows[0].line)]) from bad
     if spec.augmentation:
         _check_augmentation(spec.augmentation, objective, chat)
-    # The check sees whole files, before a held-out part is split off.
-    splits = {"train": concatenate([rows, *mixed_rows]), "validation": held}
+    splits = {"train": concatenate([rows, *mixed]), "validation": held}
     filled = {name: each for name, each in splits.items() if each}
     doubts = [each for one in data.readers for each in one.warnings]
     report = inspect_job(spec, filled, objective, chat, on_row, doubts)
-    rows, held, *mixed_rows = [objective.regroup(each) for each in (rows, held, *mixed_rows)]
-    rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
+    rows, held, *mixed = [objective.regroup(each) for each in (rows, held, *mixed)]
+    return CheckedRows(objective, rows, held, mixed, report, data.train.recognition, choices)
+
+
+def _split_rows(
+    spec: DataSpec,
+    checked: CheckedRows,
+    chat: ChatFormat,
+    group_of: Mapping[tuple[str, int], str],
+    seed: int,
+    refit: bool,
+) -> SplitRows:
+    """Split off the held-out rows and fit the objective to the training rows."""
+    choices = [*checked.choices]
+    rows, chosen, tested = _split(spec, checked.rows, group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:
         # With one seed, the rows of a smaller share are among the rows of a larger share.
         left_out = [1 - spec.train_share]
         part_N, _ = split_rows(strata_of(rows), group_related(rows), left_out, seed)
         rows = select(rows, part_N)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
-    held = held if spec.validation else chosen
-    learned = concatenate([rows, *mixed_rows])
-    unfitted = objective
     try:
-        objective = unfitted.fit(learned, chat)
+        objective = checked.objective.fit(concatenate([rows, *checked.mixed]), chat)
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
     choices += [
         (f"objective.{name}", True, "the rows say so")
         for name, value in objective
-        if value is True and getattr(unfitted, name) is None
+        if value is True and getattr(checked.objective, name) is None
     ]
+    held = checked.held if spec.validation else chosen
+    lines = {name: each for name, each in held_out.items() if each}
+    return SplitRows(objective, rows, held, lines, choices)
+
+
+def _encode_rows(
+    spec: DataSpec,
+    checked: CheckedRows,
+    parts: SplitRows,
+    chat: ChatFormat,
+    context: int,
+    seed: int,
+    vocabulary: int | None,
+) -> Dataset:
+    """Encode, pack and mix the rows.
+
+    Raises:
+        DataError: with every problem of the rows.
+    """
+    objective, rows, mixed_rows, choices = parts.objective, parts.rows, checked.mixed, parts.choices
     encoder = RowEncoder(objective, chat, vocabulary=vocabulary)
     long_rows = objective.long_rows(spec.long_rows)
     encode = partial(encoder.encode_all, context=context, long_rows=long_rows)
-    sets, validation = [encode(each) for each in (rows, *mixed_rows)], encode(held)
+    sets, validation = [encode(each) for each in (rows, *mixed_rows)], encode(parts.held)
     if encoder.truncated and spec.long_rows is None:
         choices.append(("data.long_rows", long_rows, f"the default of {objective.method}"))
-    refused, capped = refusals(report)
+    refused, capped = refusals(checked.report)
     if problems := [*encoder.problems, *refused]:
         raise DataError(problems, capped=capped)
     encoded = concatenate(sets)
@@ -251,7 +318,7 @@ def prepare(
     compared = (
         ComparedRows.of(learned, encoded if answers else (), is_comparable, seed),
         ComparedRows.of(
-            _rows_of(held, validation), validation, is_comparable, seed, MOST_ROWS // 5
+            _rows_of(parts.held, validation), validation, is_comparable, seed, MOST_ROWS // 5
         ),
     )
     # After the baselines took their rows: packing joins rows into one example.
@@ -266,17 +333,17 @@ def prepare(
         longest=max(view.tokens for view in _sequences(objective, train))
         + objective.completions[1],
         hashes={str(path): sha256_of(path) for path in spec.files}
-        | _hash_named_media(spec, chain(rows, held, *mixed_rows)),
+        | _hash_named_media(spec, chain(rows, parts.held, *mixed_rows)),
         choices=choices,
         dropped=encoder.dropped,
         truncated=encoder.truncated,
         counts={**counts, "examples": len(train)},
         mask=(loss_mask(_sequences(objective, encoded), chat) if objective.task.writes else None),
         mixed=mixed,
-        report=report,
-        recognized=recognized,
+        report=checked.report,
+        recognized=checked.recognized,
         compared=compared,
-        held_out={name: lines for name, lines in held_out.items() if lines},
+        held_out=parts.held_out,
         learned=learned,
     )
 
