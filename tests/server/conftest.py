@@ -1,4 +1,4 @@
-"""Fixtures of the server: databases, an object store, and a TLS certificate of this machine."""
+"""Fixtures of the server: ``luthier serve``, databases, an object store, and a TLS certificate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from luthier_server import Served, home_with_tiny
 
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.database import Database
@@ -31,6 +32,15 @@ def database(database_url: str) -> Iterator[Database]:
 def objects(database: Database) -> Objects:
     """Return an empty object store."""
     return Objects(database)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    """Run ``luthier serve`` without workers; submitted jobs stay queued."""
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
+    made.start("--no-workers")
+    yield made
+    made.end()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -65,15 +64,6 @@ def cli_of(server: Served, folder: Path) -> Cli:
     cli.says("s3", "mb", "s3://training")
     cli.says("s3", "cp", "rows.jsonl", "s3://training/rows.jsonl", "--no-progress")
     return cli
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    """Its queue stands still."""
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
-    made.start("--no-workers")
-    yield made
-    made.end()
 
 
 @pytest.fixture(scope="module")

@@ -95,14 +95,6 @@ class Proxy:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
-    made.start("--no-workers")
-    yield made
-    made.end()
-
-
-@pytest.fixture(scope="module")
 def proxy(
     server: Served, tmp_path_factory: pytest.TempPathFactory, certificate: tuple[Path, Path]
 ) -> Iterator[Proxy]:

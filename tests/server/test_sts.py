@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
-from luthier_server import KEYS, ONE, Served, home_with_tiny
+from luthier_server import KEYS, ONE, Served
 
 AWS = Path(sys.executable).with_name("aws")
 NAMESPACE = "{https://sts.amazonaws.com/doc/2011-06-15/}"
@@ -30,13 +30,11 @@ ADMIN = KEYS[ONE]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
-    made.start("--no-workers")
-    made.client("s3").create_bucket(Bucket="data")
-    made.client("s3").put_object(Bucket="data", Key="rows", Body=b"rows of data")
-    yield made
-    made.end()
+def server(server: Served) -> Served:
+    """Return the server with a stored object."""
+    server.client("s3").create_bucket(Bucket="data")
+    server.client("s3").put_object(Bucket="data", Key="rows", Body=b"rows of data")
+    return server
 
 
 Keys = dict[str, str]

@@ -6,14 +6,14 @@ import hashlib
 import http.client
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import get_args
 
 import pytest
-from luthier_server import KEYS, ONE, Served, home_with_tiny
+from luthier_server import KEYS, ONE, Served
 
 import luthier
 from luthier.adaptations import ADAPTATIONS
@@ -44,14 +44,6 @@ PACKAGES = {
 }
 """Packages that vendored files import by their names, which browsers do not know."""
 PAGE = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("console"), tiny_model_folder))
-    made.start("--no-workers")
-    yield made
-    made.end()
 
 
 def send(
