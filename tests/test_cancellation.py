@@ -5,7 +5,7 @@ from __future__ import annotations
 from luthier.processes import Cancellable, KillHandle, cancellable, cancelled_by
 
 
-def test_what_has_finished_is_not_killed() -> None:
+def test_finished_work_is_not_killed() -> None:
     registered: list[Cancellable] = []
     kills: list[int] = []
     with cancelled_by(registered.append):

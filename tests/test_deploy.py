@@ -39,14 +39,14 @@ def unit() -> list[str]:
 
 
 @pytest.mark.parametrize("command", [entry_point(), unit()], ids=["Dockerfile", "systemd"])
-def test_the_command_takes_its_options(command: list[str]) -> None:
+def test_options_of_image_command_exist(command: list[str]) -> None:
     assert Path(command[0]).name == "luthier" and command[1] == "serve"
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     known = {option for param in serve.params for option in param.opts}
     assert {each for each in command[2:] if each.startswith("--")} <= known
 
 
-def test_the_image_installs_extras_that_there_are() -> None:
+def test_extras_in_image_exist() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     found = re.search(r"'\.\[([\w,]+)\]'", text)
     assert found is not None
@@ -54,7 +54,7 @@ def test_the_image_installs_extras_that_there_are() -> None:
     assert set(found[1].split(",")) <= project["optional-dependencies"].keys()
 
 
-def test_the_parts_of_the_compose_file_name_each_other_rightly() -> None:
+def test_references_between_compose_services() -> None:
     text = (DEPLOY / "compose.yaml").read_text()
     services = re.search(r"^services:\n(.*?)^volumes:", text, flags=re.MULTILINE | re.DOTALL)
     assert services is not None
@@ -80,7 +80,7 @@ def test_kustomize_names_all_files_and_the_version_of_the_image() -> None:
     assert found["images"] == [{"name": "luthier", "newTag": luthier.__version__}]
 
 
-def test_the_pods_have_no_rights_and_probe_routes_that_there_are() -> None:
+def test_pods_are_unprivileged_and_probe_existing_routes() -> None:
     (patch,) = documents("pod.yaml")
     pod = patch["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -102,7 +102,7 @@ def test_the_pods_have_no_rights_and_probe_routes_that_there_are() -> None:
     assert len(secrets) == 1 and all("secretKeyRef" in each["valueFrom"] for each in secrets)
 
 
-def test_the_private_network_replaces_the_policy_that_lets_all_in() -> None:
+def test_private_network_replaces_open_policy() -> None:
     (found,) = documents("private-network/kustomization.yaml")
     (deleted,) = [yaml.safe_load(each["patch"]) for each in found["patches"]]
     assert deleted["$patch"] == "delete"
@@ -115,12 +115,12 @@ def test_the_private_network_replaces_the_policy_that_lets_all_in() -> None:
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
-def test_encrypted_volumes_are_classes_of_one_name(name: str) -> None:
+def test_encrypted_volume_classes_share_a_name(name: str) -> None:
     (found,) = documents(f"encrypted-volume/{name}.yaml")
     assert (found["kind"], found["metadata"]["name"]) == ("StorageClass", "luthier-encrypted")
 
 
-def test_server_and_worker_take_their_options() -> None:
+def test_options_of_server_and_worker_exist() -> None:
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     known = {option for param in serve.params for option in param.opts}
     server, service = documents("server.yaml")
@@ -133,7 +133,7 @@ def test_server_and_worker_take_their_options() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
-def test_kustomize_builds_what_kubernetes_takes() -> None:
+def test_kustomize_builds_valid_manifests() -> None:
     built = subprocess.run(
         ["kubectl", "kustomize", KUBERNETES], capture_output=True, text=True, check=True
     ).stdout

@@ -28,7 +28,7 @@ def problem(line: int, rule: str = "json.invalid") -> Problem:
     return Problem(rule, "m.", "x.", Location("a.jsonl", line))
 
 
-def test_rows_with_one_cause_share_a_line_of_the_message() -> None:
+def test_rows_with_equal_cause_share_a_line() -> None:
     found = [problem(line) for line in range(1, 8)]
     found += [problem(n, f"rule.{n}") for n in range(25)]
     assert str(DataError(found)).splitlines() == [

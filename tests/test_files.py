@@ -31,7 +31,7 @@ from luthier.files import (
 
 
 @pytest.mark.parametrize("wait", [False, True])
-def test_a_lock_whose_file_was_removed_meanwhile_is_the_new_one(
+def test_lock_survives_removal_of_lock_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
 ) -> None:
     path = tmp_path / "lock"
@@ -79,7 +79,7 @@ def test_home_is_the_environment_variable_or_a_folder_of_the_user(
     assert luthier_home().is_absolute()
 
 
-def test_write_bytes_makes_the_folder_and_replaces_what_was_there(tmp_path: Path) -> None:
+def test_write_bytes_creates_folder_and_replaces_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "file"
     write_bytes(path, b"one")
     write_bytes(path, b"two")
@@ -89,9 +89,7 @@ def test_write_bytes_makes_the_folder_and_replaces_what_was_there(tmp_path: Path
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_who_may_read_what_is_written_follows_from_the_umask(
-    tmp_path: Path, mask: int, mode: int
-) -> None:
+def test_permissions_follow_umask(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
         write_bytes(tmp_path / "file", b"one")
@@ -108,9 +106,7 @@ def test_who_may_read_what_is_written_follows_from_the_umask(
     assert (tmp_path / "secret" / "inside").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_failed_write_keeps_the_old_bytes_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_old_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
     monkeypatch.setattr(os, "replace", fail(errno.ENOSPC))
@@ -137,7 +133,7 @@ def test_a_process_killed_in_the_middle_of_a_write_keeps_the_old_bytes(tmp_path:
     assert names(tmp_path) == ["file"]
 
 
-def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+def test_write_bytes_through_link_and_pipe(tmp_path: Path) -> None:
     target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
     target.write_bytes(b"old")
     link.symlink_to(target)
@@ -156,7 +152,7 @@ def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert Path("/dev/full").is_char_device()
 
 
-def test_json_goes_round_and_a_broken_file_is_corrupt(tmp_path: Path) -> None:
+def test_json_round_trip_and_corrupt_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"ü": [1, None, "\u2028"]})
     assert read_json(path) == {"ü": [1, None, "\u2028"]}
@@ -167,7 +163,7 @@ def test_json_goes_round_and_a_broken_file_is_corrupt(tmp_path: Path) -> None:
         read_json(tmp_path / "none.json")
 
 
-def test_new_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
+def test_new_folder_appears_after_success(tmp_path: Path) -> None:
     target = tmp_path / "some" / "model"
     with new_folder(target) as fresh:
         (fresh / "sub").mkdir()
@@ -180,9 +176,7 @@ def test_new_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()])
-def test_new_folder_leaves_nothing_when_the_block_fails(
-    tmp_path: Path, error: BaseException
-) -> None:
+def test_new_folder_is_removed_after_failure(tmp_path: Path, error: BaseException) -> None:
     def fill() -> None:
         with new_folder(tmp_path / "model") as fresh:
             (fresh / "half").write_text("x")
@@ -193,7 +187,7 @@ def test_new_folder_leaves_nothing_when_the_block_fails(
     assert names(tmp_path) == []
 
 
-def test_new_folder_replaces_what_was_there_and_keeps_it_on_failure(tmp_path: Path) -> None:
+def test_new_folder_replaces_old_folder_on_success_only(tmp_path: Path) -> None:
     target = tmp_path / "model"
     for text in ("one", "two"):
         with new_folder(target) as fresh:
@@ -204,7 +198,7 @@ def test_new_folder_replaces_what_was_there_and_keeps_it_on_failure(tmp_path: Pa
     assert names(tmp_path) == ["model", "model/two"]
 
 
-def test_new_folder_puts_back_what_it_could_not_replace(
+def test_new_folder_restores_old_folder_after_failed_replace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, replace = tmp_path / "model", os.replace
@@ -223,9 +217,7 @@ def test_new_folder_puts_back_what_it_could_not_replace(
 
 
 @pytest.mark.parametrize("moment", ["filling", "replacing", "between"])
-def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
-    tmp_path: Path, moment: str
-) -> None:
+def test_sweep_cleans_up_after_killed_process(tmp_path: Path, moment: str) -> None:
     target = tmp_path / "model"
     with new_folder(target) as fresh:
         (fresh / "old").write_text("old")
@@ -247,7 +239,7 @@ def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
     assert names(tmp_path) == ["model", "model/old"]
 
 
-def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
+def test_sweep_removes_temporary_files_only(tmp_path: Path) -> None:
     for name in (".tmp-a", "tmp-b", ".hidden", "model"):
         (tmp_path / name).write_text("x")
     (tmp_path / ".tmp-dir" / "sub").mkdir(parents=True)
@@ -256,7 +248,7 @@ def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
     sweep(tmp_path / "no such folder")
 
 
-def test_verify_names_the_file_that_is_missing_or_changed(tmp_path: Path) -> None:
+def test_verify_names_missing_or_changed_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "sub" / "b").write_bytes(b"b" * (1 << 21))
@@ -288,14 +280,14 @@ def test_verify_names_the_file_that_is_missing_or_changed(tmp_path: Path) -> Non
         (errno.EFBIG, "file.unwritable"),
     ],
 )
-def test_disk_errors_say_what_happened(tmp_path: Path, number: int, rule: str) -> None:
+def test_disk_errors_have_rule_and_path(tmp_path: Path, number: int, rule: str) -> None:
     with pytest.raises(LuthierError) as caught, disk_errors(tmp_path):
         raise OSError(number, os.strerror(number))
     assert (caught.value.exit_code, caught.value.rule) == (1, rule)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_store_that_is_a_file_is_named_with_its_variable(
+def test_home_variable_naming_a_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "home").touch()
@@ -310,7 +302,7 @@ def test_a_store_that_is_a_file_is_named_with_its_variable(
     assert "LUTHIER_HOME" not in str(elsewhere.value)
 
 
-def test_a_full_disk_is_known_by_what_safetensors_makes_of_it(tmp_path: Path) -> None:
+def test_full_disk_error_of_safetensors(tmp_path: Path) -> None:
     """``save_file`` raised this error on a full tmpfs; the error is not an OSError."""
     from safetensors import SafetensorError
 
@@ -321,14 +313,14 @@ def test_a_full_disk_is_known_by_what_safetensors_makes_of_it(tmp_path: Path) ->
         raise SafetensorError("invalid header")
 
 
-def test_other_errors_of_the_system_are_not_disguised(tmp_path: Path) -> None:
+def test_unrelated_errors_pass_through_disk_errors(tmp_path: Path) -> None:
     with pytest.raises(ConnectionResetError), disk_errors(tmp_path):
         raise ConnectionResetError(errno.ECONNRESET, "x")
     with pytest.raises(ValueError), disk_errors(tmp_path):
         raise ValueError("no matter what it says (os error 28)")
 
 
-def test_need_disk_looks_at_the_nearest_folder_that_exists(
+def test_need_disk_checks_nearest_existing_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
@@ -348,7 +340,7 @@ def test_need_disk_looks_at_the_nearest_folder_that_exists(
         assert type(refused.value) is kind and is_disk_error(refused.value) == (kind is DiskFull)
 
 
-def test_sweep_of_one_folder_leaves_its_neighbours_to_others(tmp_path: Path) -> None:
+def test_sweep_of_a_folder_skips_neighbours(tmp_path: Path) -> None:
     """A process that sweeps ``x`` has the lock of ``x``, not of ``x-1``."""
     with new_folder(tmp_path / "x-1") as other, new_folder(tmp_path / "x") as fresh:
         sweep(tmp_path, "x")
@@ -358,7 +350,7 @@ def test_sweep_of_one_folder_leaves_its_neighbours_to_others(tmp_path: Path) -> 
     assert names(tmp_path) == ["x", "x-1"]
 
 
-def test_a_disk_that_is_full_as_an_array_is_written_is_told_as_full(tmp_path: Path) -> None:
+def test_full_disk_error_of_numpy(tmp_path: Path) -> None:
     """NumPy has no number of the system's error there."""
     with pytest.raises(DiskFull), disk_errors(tmp_path):
         raise OSError("Not enough free space to write 56623104 bytes after offset 1785440")

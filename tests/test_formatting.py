@@ -25,7 +25,7 @@ VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\
     [("a\tb\nc", "a\tb\nc"), ("\x1b[0m", "\\x1b[0m"), ("a\u2028b", "a\\u2028b"), ("ệ 👩‍🔬", "ệ 👩‍🔬"),
      ("\u202e", "\\u202e"), ("a\u2003b", "a b"), ("\U000e0041", "\\U000e0041")],
 )  # fmt: skip
-def test_what_would_act_is_shown(text: str, safe: str) -> None:
+def test_control_characters_are_escaped(text: str, safe: str) -> None:
     assert printable(text) == safe
 
 
@@ -43,7 +43,7 @@ def test_durations_are_written_for_people() -> None:
     assert [format_duration(s) for s in times] == ["45 s", "5.0 min", "50 min", "3 h 05 min"]
 
 
-def test_numbers_that_json_has_no_word_for_are_null() -> None:
+def test_nan_and_infinity_become_null() -> None:
     nan, inf = float("nan"), float("inf")
     found = finite_or_none(
         {"loss": nan, "all": [1, -inf, (2.5, {"x": inf})], "text": "nan", "n": True}
@@ -67,6 +67,6 @@ def test_numbers_that_json_has_no_word_for_are_null() -> None:
         (None, "there are others"),
     ],
 )
-def test_a_name_that_is_nearly_another_is_asked_for(name: object, expected: str) -> None:
+def test_did_you_mean_suggests_similar_name(name: object, expected: str) -> None:
     names = ["judge", "epochs", "lora", "dpo"]
     assert did_you_mean(name, names, "there are others") == expected

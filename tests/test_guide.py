@@ -182,7 +182,7 @@ def make_media(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_each_block_of_the_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
+def test_code_blocks_of_page_run(page: Path, tmp_path: Path) -> None:
     bases = HOME / "models" / "base"
     if not bases.is_dir():
         pytest.skip("no base models here: `luthier models pull` fetches them")

@@ -43,7 +43,7 @@ def running(*arguments: str) -> str:
     ["import luthier", running("--help"), running("--version"), running("tune", "--help")],
     ids=["import", "help", "version", "tune-help"],
 )
-def test_light_entry_points_load_nothing_heavy(code: str) -> None:
+def test_light_entry_points_skip_heavy_imports(code: str) -> None:
     loaded = loaded_after(code)
     assert "luthier" in loaded
     assert not loaded & {*HEAVY, "numpy", "rich"}
@@ -84,7 +84,7 @@ def test_a_refused_recipe_is_refused_without_torch() -> None:
     assert not loaded_after(code) & {"torch", "transformers"}
 
 
-def test_public_names_are_those_that_are_there() -> None:
+def test_public_names_exist() -> None:
     assert luthier.__all__ == sorted(luthier.__all__)
     for name in luthier.__all__:
         assert getattr(luthier, name) is not None
@@ -99,7 +99,7 @@ def test_version_is_the_package_s() -> None:
     assert luthier.__version__ == version("luthier")
 
 
-def test_imports_go_one_way(tmp_path: Path) -> None:
+def test_import_contracts(tmp_path: Path) -> None:
     """The import-linter contract of pyproject.toml."""
     script = Path(sys.executable).with_name("lint-imports")
     if not script.exists():
@@ -125,7 +125,7 @@ print(luthier.load(result.model_id).generate("Hello", max_tokens=2))
 
 
 @pytest.mark.slow
-def test_core_works_without_the_other_packages(
+def test_core_works_without_optional_packages(
     luthier_home: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     core = tmp_path / "core" / "luthier"

@@ -8,26 +8,26 @@ from luthier.errors import RefusedInput
 from luthier.limits import ServerLimits, parse_limits
 
 
-def test_named_limits_change_and_the_others_stay() -> None:
+def test_only_named_limits_change() -> None:
     limits = parse_limits(["connections=7", "idle_seconds=1.5"])
     assert (limits.connections, limits.idle_seconds) == (7, 1.5)
     assert limits.streams == ServerLimits().streams
 
 
 @pytest.mark.parametrize("setting", ["connections", "nothing=1", "connections=0", "connections=x"])
-def test_a_limit_that_is_none_is_refused_by_name(setting: str) -> None:
+def test_unknown_limit_is_refused(setting: str) -> None:
     with pytest.raises(RefusedInput) as refused:
         parse_limits([setting])
     assert refused.value.setting == setting.partition("=")[0]
 
 
-def test_a_limit_that_is_misspelt_is_told_its_name() -> None:
+def test_misspelt_limit_gets_suggestion() -> None:
     with pytest.raises(RefusedInput) as refused:
         parse_limits(["conections=3"])
     assert "connections" in str(refused.value)
 
 
-def test_limits_that_do_not_go_together_are_refused_in_a_sentence() -> None:
+def test_inconsistent_limits_are_refused() -> None:
     with pytest.raises(RefusedInput) as refused:
         parse_limits(["weights_share=0.9"])
     assert refused.value.setting is None

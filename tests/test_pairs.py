@@ -372,7 +372,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("method", "name", "family"), [timed(t) for t in TRIPLES])
-def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
+def test_triple_trains_marked_weights_and_reloads(
     method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     objective = OBJECTIVES[method](**SETTINGS.get(method, {}))
@@ -442,7 +442,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
 
 
 @pytest.mark.parametrize("name", ADAPTATIONS)
-def test_an_adaptation_names_itself_and_its_learning_rate(name: str) -> None:
+def test_adaptation_has_method_and_learning_rate(name: str) -> None:
     adaptation = ADAPTATIONS[name]()
     assert adaptation.method == name
     rate, reason = adaptation.learning_rate(576)
@@ -456,7 +456,7 @@ MEDIA_SHAPES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_names_itself_and_what_it_learns_from(name: str) -> None:
+def test_objective_has_method_and_shapes(name: str) -> None:
     objective = OBJECTIVES[name]()
     assert objective.method == name
     able = objective.shapes | objective.further_shapes

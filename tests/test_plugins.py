@@ -85,7 +85,7 @@ def installed(
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_run_with_everything_from_a_package(tmp_path: Path) -> None:
+def test_run_with_plugins_only(tmp_path: Path) -> None:
     rows = [
         {"text": f"the {word} {n}", "label": word} for n in range(12) for word in ("fox", "dog")
     ]
@@ -142,7 +142,7 @@ def test_a_backend_from_a_package_decodes(
 
 
 @pytest.mark.usefixtures("installed")
-def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
+def test_plugins_are_listed_and_checked() -> None:
     assert list(OBJECTIVES)[-1] == "focal" and len(OBJECTIVES) == len({*OBJECTIVES}) > 20
     found = capabilities("sample-tiny")
     cells = {(each.objective, each.adaptation): each for each in found.verdicts}
@@ -161,7 +161,7 @@ def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_broken_plugin_names_its_package_and_stops_nothing_else(
+def test_broken_plugin_is_skipped_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -219,7 +219,7 @@ def test_commands_and_readers_of_packages(site: Path, tmp_path: Path) -> None:
     "part",
     [object(), dict, Exact],
 )
-def test_what_is_no_grader_is_refused(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_grader_is_refused(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     point = SimpleNamespace(name="other", value="x:y", dist=None, load=lambda: part)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
     table = plugins.PluginTable("graders", Grader, {})
@@ -229,7 +229,7 @@ def test_what_is_no_grader_is_refused(part: Any, monkeypatch: pytest.MonkeyPatch
     assert list(table) == [] and table.get("third") is None
 
 
-def test_of_two_packages_with_one_name_the_same_one_always_wins(
+def test_choice_between_equal_plugin_names_is_stable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     points = [

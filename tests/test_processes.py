@@ -115,7 +115,7 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert not wrong, wrong
 
 
-def test_two_processes_have_the_curve_of_one_for_every_objective(
+def test_losses_match_single_process_for_every_objective(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     one, two = (losses_of(size, family_folder, tmp_path, ("full",)) for size in (1, 2))
@@ -141,7 +141,7 @@ HOW: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_have_the_curve_of_one_for_every_adaptation(
+def test_losses_match_single_process_for_every_adaptation(
     family_folder: Callable[[str], Path], tmp_path: Path, size: int
 ) -> None:
     """For generated text and for labels with a new head; with four processes, some have no row."""
@@ -160,7 +160,7 @@ def test_processes_have_the_curve_of_one_for_every_adaptation(
 
 
 @pytest.mark.slow
-def test_a_process_without_a_row_has_the_spectral_norms_of_the_others(
+def test_spectral_norms_match_in_process_without_rows(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Two rows in a step for three processes."""
@@ -187,7 +187,7 @@ SHARDABLE = (
         pytest.param(4, ("freeze", "bitfit", "adapters", "prompt"), marks=pytest.mark.slow),
     ],
 )
-def test_processes_that_share_the_layers_have_the_curve_of_one(
+def test_losses_match_single_process_with_sharded_layers(
     family_folder: Callable[[str], Path], tmp_path: Path, size: int, names: tuple[str, ...]
 ) -> None:
     one = losses_of(1, family_folder, tmp_path, names, SHARDABLE)
@@ -196,7 +196,7 @@ def test_processes_that_share_the_layers_have_the_curve_of_one(
 
 
 @pytest.mark.slow
-def test_four_processes_have_it_with_adapters_too(
+def test_losses_match_single_process_with_idle_processes(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """A step has fewer rows than processes, so some processes are idle."""

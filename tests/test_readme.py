@@ -120,7 +120,7 @@ def check(command: str) -> None:
         assert len(given) >= len(required) or "--help" in command or not given, command
 
 
-def test_the_check_itself_can_fail() -> None:
+def test_check_rejects_wrong_commands() -> None:
     check("luthier tune my.jsonl --set adaptation.rank=8 --name x")
     for wrong in (
         "luthier tume my.jsonl",
@@ -167,7 +167,7 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_recipes_named_in_the_documents_are_there() -> None:
+def test_recipes_named_in_documents_exist() -> None:
     for document in DOCUMENTS:
         if document.exists():
             for path in re.findall(r"\brecipes/[a-z0-9.-]+\.toml", document.read_text()):
@@ -175,7 +175,7 @@ def test_recipes_named_in_the_documents_are_there() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_python_in_the_documents_uses_what_is_public(document: Path) -> None:
+def test_python_in_documents_uses_public_names(document: Path) -> None:
     for body in blocks(document.read_text(), "python"):
         for node in ast.walk(ast.parse(body)):
             if (
@@ -197,7 +197,7 @@ def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
         assert len(load_rows(path)) == 1
 
 
-def test_the_demo_s_data_is_what_its_page_says() -> None:
+def test_demo_data_matches_page() -> None:
     folder = ROOT / "src" / "luthier" / "demo"
     judged = load_rows(folder / "preferences.jsonl")
     assert len(judged) == 160 and all(row.chosen != row.rejected for row in judged)
@@ -212,7 +212,7 @@ def test_the_demo_s_data_is_what_its_page_says() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
+def test_demo_improves_the_model(tmp_path: Path) -> None:
     """``make demo``: download the base model, tune, measure before and after."""
     done = subprocess.run(
         [sys.executable, "-m", "luthier", "demo", "--json"],
@@ -239,7 +239,7 @@ def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_does_what_its_page_shows(tmp_path: Path) -> None:
+def test_service_page_examples_run(tmp_path: Path) -> None:
     """Run ``luthier serve`` with the printed variables and the page's Python code."""
     aws, compatible, *_ = blocks((ROOT / "docs/guide/service.md").read_text(), "python")
     (tmp_path / "my.jsonl").write_text(

@@ -113,7 +113,7 @@ def test_a_data_file_is_enough() -> None:
         ({"objective": 3}, "objective", "3"),
     ],
 )
-def test_a_refusal_names_the_field_and_what_would_work(
+def test_refusal_names_field_and_valid_values(
     fields: dict[str, Any], where: str, value: str
 ) -> None:
     error = refusal(**fields)
@@ -171,7 +171,7 @@ def test_no_number_is_without_an_upper_bound() -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_seeds_are_those_that_torch_takes(seed: int) -> None:
+def test_seed_outside_torch_range_is_refused(seed: int) -> None:
     assert refusal(training={"seed": seed}).setting == "training.seed"
 
 
@@ -196,7 +196,7 @@ def set_field(fields: dict[str, Any], assignment: str) -> None:
     assign(fields, key.split("."), value)
 
 
-def test_set_field_reads_the_value_as_toml_where_that_works() -> None:
+def test_set_field_parses_value_as_toml() -> None:
     fields: dict[str, Any] = {}
     for text in (
         "adaptation.rank=8",
@@ -222,14 +222,14 @@ def test_set_field_reads_the_value_as_toml_where_that_works() -> None:
 
 
 @pytest.mark.parametrize("text", ["adaptation.rank", "=3", " =3", ""])
-def test_set_field_refuses_what_is_no_assignment(text: str) -> None:
+def test_set_field_refuses_text_without_assignment(text: str) -> None:
     with pytest.raises(RecipeError) as refused:
         set_field({}, text)
     assert refused.value.rule == "option.form"
 
 
 @pytest.mark.parametrize("key", ["adaptation.", ".rank", "adaptation..rank", "nowhere.at.all"])
-def test_odd_keys_are_refused_when_the_recipe_is_parsed(key: str) -> None:
+def test_unknown_keys_are_refused_by_parse(key: str) -> None:
     fields: dict[str, Any] = {"data": dict(DATA)}
     set_field(fields, f"{key}=3")
     with pytest.raises(RecipeError) as refused:
@@ -271,7 +271,7 @@ def test_the_order_of_flags_does_not_matter() -> None:
         {"training": {"epochs": 2.5, "shuffle": False, "seed": 9}, "name": "x", "base": "a:b"},
     ],
 )
-def test_plain_values_give_the_same_recipe(fields: dict[str, Any]) -> None:
+def test_recipe_round_trip_through_plain_values(fields: dict[str, Any]) -> None:
     recipe = parse(**fields)
     plain = recipe.plain()
     assert Recipe.parse(json.loads(json.dumps(plain))) == recipe
@@ -280,7 +280,7 @@ def test_plain_values_give_the_same_recipe(fields: dict[str, Any]) -> None:
     assert plain["adaptation"].keys() == given.keys()
 
 
-def test_toml_goes_round(tmp_path: Path) -> None:
+def test_recipe_round_trip_through_toml(tmp_path: Path) -> None:
     recipe = parse(
         name="x",
         data={"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "b.jsonl")},
@@ -292,7 +292,7 @@ def test_toml_goes_round(tmp_path: Path) -> None:
     assert Recipe.read(path) == recipe
 
 
-def test_paths_in_toml_are_relative_to_its_folder(tmp_path: Path) -> None:
+def test_paths_in_toml_are_relative_to_recipe_folder(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text('[data]\ntrain = "sub/a.jsonl"\nvalidation = "/abs/b.jsonl"\n')
     assert Recipe.read(path).data == DataSpec(
@@ -310,7 +310,7 @@ def test_further_files_in_toml_are_relative_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mix", ['"old.jsonl"', "[1]", '{ train = "b" }', '[{ train = "b" }]'])
-def test_further_files_of_another_form_are_refused(mix: str, tmp_path: Path) -> None:
+def test_malformed_mix_is_refused(mix: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f'[data]\ntrain = "a"\nmix = {mix}\n')
     with pytest.raises(RecipeError) as refused:
@@ -343,7 +343,7 @@ PARTS: list[type[BaseModel]] = [
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
-def test_every_field_has_one_line_of_documentation(part: type[BaseModel]) -> None:
+def test_every_field_has_documentation(part: type[BaseModel]) -> None:
     schema = part.model_json_schema()
     for name in part.model_fields:
         field = schema["properties"][name]
@@ -383,7 +383,7 @@ def test_recipe_schema_is_json() -> None:
         max_leaves=12,
     ).filter(lambda value: isinstance(value, dict))
 )
-def test_what_is_written_as_toml_is_read_back(fields: Any) -> None:
+def test_to_toml_round_trip(fields: Any) -> None:
     found = tomllib.loads(to_toml(fields))
     assert found == fields
 

@@ -70,7 +70,7 @@ def texts() -> Iterator[tuple[str, str]]:
                     yield name, node.value
 
 
-def test_no_text_that_can_reach_a_client_names_an_option() -> None:
+def test_client_texts_name_no_cli_option() -> None:
     found = {name for name, text in texts() if OPTION.search(map_code(text, lambda code: ""))}
     assert not found
 
@@ -98,7 +98,7 @@ def test_rules_of_the_gate_name_no_option() -> None:
         ("native", "my.model", "my.model"),
     ],
 )
-def test_each_api_has_its_own_names(api: str, code: str, name: str) -> None:
+def test_setting_names_per_api(api: str, code: str, name: str) -> None:
     assert APIS[api](code) == name
 
 
@@ -121,7 +121,7 @@ def test_only_code_is_changed() -> None:
     assert map_code(text, str.upper) == "base: use `BASE`, or none.\n  `A B`: base` "
 
 
-def test_apis_name_fields_that_exist() -> None:
+def test_setting_names_refer_to_existing_fields() -> None:
     fields = {f"training.{name}" for name in Training.model_fields} | set(Recipe.model_fields)
     for name, field in HYPERPARAMETERS.items():
         assert not field.startswith("training.") or field in fields

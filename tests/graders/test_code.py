@@ -69,7 +69,7 @@ def test_the_program_in_a_reply(reply: str, code: str) -> None:
 
 
 @isolated
-def test_code_that_passes_its_tests_scores_1() -> None:
+def test_code_passing_tests_scores_1() -> None:
     good = answer(
         "Sure.\n```python\nimport math\n\ndef add(a, b):\n    return math.fsum((a, b))\n```"
     )
@@ -77,13 +77,13 @@ def test_code_that_passes_its_tests_scores_1() -> None:
     assert grade_answers(Code(allow_code=True), replies).scores == [1.0, 0.0, 0.0, 0.0]
 
 
-def test_it_is_off_unless_allowed() -> None:
+def test_code_grader_is_off_by_default() -> None:
     with pytest.raises(ValueError):
         Code()
 
 
 @pytest.mark.parametrize("tests", ["", "# none", "assert (", "\0", "x = 1", "import math"])
-def test_tests_that_test_nothing_are_refused(tests: str) -> None:
+def test_empty_tests_are_refused(tests: str) -> None:
     with pytest.raises(RowRefused) as refused:
         Code(allow_code=True).check_expected(tests)
     assert refused.value.rule == "grader.bad_tests"
@@ -111,7 +111,7 @@ HOSTILE = {
 
 @isolated
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_code_scores_0_within_its_limits(name: str) -> None:
+def test_hostile_code_scores_0_within_limits(name: str) -> None:
     started = time.monotonic()
     assert not passes(HOSTILE[name], "pass", Limits(seconds=1, memory_mb=256))
     assert time.monotonic() - started < 20
@@ -184,9 +184,7 @@ def test_hostile_code_scores_0_within_its_limits(name: str) -> None:
         ),
     ],
 )
-def test_what_the_sandbox_keeps_from_code(
-    code: str, tests: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_actions_blocked_by_sandbox(code: str, tests: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program passes its tests, and the tests state the blocked action."""
     import socket
 
@@ -225,7 +223,7 @@ def test_memory_is_limited_in_all(each: int, passed: bool) -> None:
     assert left_over() == []
 
 
-def test_a_process_that_ends_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_ended_process_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory can be read once; then the process is gone."""
     sizes = iter(["100 40 30"])
     monkeypatch.setattr(sandbox_child, "children", lambda proc, pid: [2] if pid == 1 else [])
@@ -235,7 +233,7 @@ def test_a_process_that_ends_while_it_is_measured(monkeypatch: pytest.MonkeyPatc
 
 
 @isolated
-def test_what_processes_share_counts_once() -> None:
+def test_shared_memory_counts_once() -> None:
     code = (
         "import os, time\nx = bytearray(120 << 20)\n"
         "for place in range(0, len(x), 4096): x[place] = 1\n"
@@ -246,7 +244,7 @@ def test_what_processes_share_counts_once() -> None:
 
 
 @isolated
-def test_a_sandbox_ends_when_nobody_waits_for_it() -> None:
+def test_cancellation_ends_sandbox() -> None:
     uses: list[Cancellable] = []
     started = time.monotonic()
     with cancelled_by(uses.append):
@@ -259,7 +257,7 @@ def test_a_sandbox_ends_when_nobody_waits_for_it() -> None:
 
 
 @isolated
-def test_whoever_asked_for_grades_can_end_the_sandbox() -> None:
+def test_caller_of_grade_answers_can_cancel_sandbox() -> None:
     grader, started = Code(allow_code=True, seconds=60), time.monotonic()
     with cancelled_by(lambda work: threading.Timer(0.5, work.close).start()):
         assert grade_answers(grader, [answer("import time\ntime.sleep(60)")]).scores == [0.0]
@@ -267,14 +265,14 @@ def test_whoever_asked_for_grades_can_end_the_sandbox() -> None:
 
 
 @isolated
-def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sandbox_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = "import os\nos.mkdir('d')\nopen('d/x', 'w').write('x')\nos.chmod('d', 0)"
     assert passes(code, "pass", LIMITS)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_namespaces_it_is_refused_unless_that_is_waived(
+def test_missing_namespaces_are_refused_unless_waived(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script = sandbox._script("sandbox_child.py").replace(

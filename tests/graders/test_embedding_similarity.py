@@ -44,7 +44,7 @@ def test_each_text_is_read_once_and_compared() -> None:
         grade_answers(EmbeddingSimilarity(), answers("up"))
 
 
-def test_an_encoder_of_the_store_is_asked_as_predict_asks_it(
+def test_stored_encoder_scores_match_predict(
     family_folder: Callable[[str], Path], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     pairs = tmp_path / "pairs.jsonl"
@@ -75,7 +75,7 @@ def test_an_encoder_of_the_store_is_asked_as_predict_asks_it(
     assert found.scores["both"] == 1
 
 
-def test_models_that_are_no_encoders_are_refused(tiny_model_folder: Path) -> None:
+def test_model_without_encoder_is_refused(tiny_model_folder: Path) -> None:
     grader = EmbeddingSimilarity(model=str(tiny_model_folder))
     with pytest.raises(RecipeError):
         open_graders({"a": Mix(parts={"b": grader})}, 1, print)

@@ -58,7 +58,7 @@ def test_first_line(reply: str, expected: str, score: float) -> None:
         ("3", "-3", {"ignore_punctuation": True}, 1.0),
     ],
 )
-def test_what_may_be_ignored(
+def test_ignored_differences(
     reply: str, expected: str, fields: dict[str, bool], score: float
 ) -> None:
     assert Exact(**fields).score(answer(reply, expected)) == score

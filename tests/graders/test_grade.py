@@ -70,9 +70,7 @@ def by_name(reply: str) -> Any:
         ("hang", "grader.time"),
     ],
 )
-def test_what_is_no_score_names_the_row_the_grader_and_the_fix(
-    kind: type[Own], reply: str, rule: str
-) -> None:
+def test_invalid_score_names_row_grader_and_fix(kind: type[Own], reply: str, rule: str) -> None:
     grader, given = kind(each=by_name), answers("fine", reply, "fine")
     started = time.monotonic()
     with pytest.raises(GradingFailed) as caught:
@@ -110,7 +108,7 @@ def test_the_time_limit_is_for_each_answer() -> None:
     assert grade_answers(at_once, answers(*"abcdef"), time_limit_s=0.5).scores == [1.0] * 6
 
 
-def test_a_grader_that_hung_does_not_go_on_with_the_next_answer() -> None:
+def test_hung_grader_skips_next_answer() -> None:
     seen: list[str] = []
     go = threading.Event()
 
@@ -128,7 +126,7 @@ def test_a_grader_that_hung_does_not_go_on_with_the_next_answer() -> None:
 
 
 @pytest.mark.parametrize("kind", [Own, AtOnce])
-def test_a_grader_works_in_the_context_of_whoever_asks(kind: type[Own]) -> None:
+def test_grader_runs_in_context_of_caller(kind: type[Own]) -> None:
     # So a sandbox hears that nobody waits any more, and a judge's journal whose run it is.
     account = ContextVar("account", default=0.0)
     token = account.set(1.0)

@@ -100,7 +100,7 @@ def test_references_within_a_schema_are_followed() -> None:
     parse_graders([{"method": "json_schema", "against": schema}])
 
 
-def test_a_schema_fetches_nothing() -> None:
+def test_remote_reference_is_not_fetched() -> None:
     grader = JsonSchema(against={"$ref": "http://127.0.0.1:1/schema.json"})
     with pytest.raises(GradingFailed) as refused:
         grade_answers(grader, [answer("1")])
@@ -123,7 +123,7 @@ def alternatives(levels: int) -> dict[str, Any]:
 
 
 class TestHostileSchemas:
-    def test_exponential_ones_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_exponential_schema_is_stopped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("luthier.graders.json_schema.TIME_LIMIT_S", 0.5)
         grader = JsonSchema(against=alternatives(40))
         grader.check()
@@ -134,19 +134,19 @@ class TestHostileSchemas:
         assert grader.score(answer('"a"')) == 1.0
         assert JsonSchema(against=alternatives(5)).score(answer("1")) == 0.0
 
-    def test_circles_are_told(self) -> None:
+    def test_circular_reference_fails(self) -> None:
         with pytest.raises(GradingFailed):
             grade_answers(JsonSchema(against={"$ref": "#"}), [answer("1")])
 
     @pytest.mark.parametrize("levels", [150, 100_000])
-    def test_deep_ones_are_refused(self, levels: int) -> None:
+    def test_deeply_nested_schema_is_refused(self, levels: int) -> None:
         schema: dict[str, Any] = {}
         for _ in range(levels):
             schema = {"items": schema}
         with pytest.raises(RecipeError):
             JsonSchema.model_construct(against=schema).check()
 
-    def test_what_looks_like_a_pattern_may_be_a_value(self) -> None:
+    def test_pattern_key_inside_enum_value(self) -> None:
         grader = JsonSchema(against={"enum": [{"pattern": "("}]})
         grader.check()
         assert grader.score(answer('{"pattern": "("}')) == 1.0
@@ -166,7 +166,7 @@ class TestHostileSchemas:
         assert JsonSchema(against={"uniqueItems": True}).score(answer(reply)) == score
 
 
-def test_the_time_of_a_reply_begins_when_the_schema_is_ready(
+def test_time_limit_excludes_schema_preparation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, extend = [0.0], validators.extend

@@ -56,13 +56,13 @@ def strict_umask() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("strict_umask")  # that of a server
-def test_answers_go_in_as_events_and_scores_come_back_by_id() -> None:
+def test_lambda_scores_are_matched_by_id() -> None:
     grader = LambdaFunction(source=LENGTHS, name="reward")
     answers = [answer("x" * n, factor=n % 3) for n in range(35)]
     assert grade_answers(grader, answers).scores == [n * (n % 3) for n in range(35)]
 
 
-def test_the_row_that_a_handler_raises_at_is_named() -> None:
+def test_row_is_named_when_handler_raises() -> None:
     grader = LambdaFunction(source=LENGTHS, name="reward")
     answers = [answer(text, line) for line, text in enumerate(("a", "bad", "ccc", "bad"), 1)]
     with pytest.raises(GradingFailed) as error:
@@ -84,18 +84,18 @@ def test_the_row_that_a_handler_raises_at_is_named() -> None:
         ("import boto3", "ModuleNotFoundError"),
     ],
 )
-def test_nonsense_is_told_with_its_fix(body: str, said: str) -> None:
+def test_invalid_result_is_reported_with_fix(body: str, said: str) -> None:
     (problem,) = failed(body)
     assert said in problem.message and "`reward`" in problem.message and problem.advice
 
 
-def test_a_handler_that_hangs_is_ended() -> None:
+def test_hung_handler_is_stopped() -> None:
     body = "while event[0]['messages'][-1]['content'] == 'hang': pass\n    return 1 / 0"
     problems = failed(body, "hang", "b", seconds=0.4)
     assert [each.rule for each in problems] == ["grader.time", "grader.raised"]
 
 
-def test_the_same_trouble_of_a_row_is_told_once() -> None:
+def test_repeated_problem_of_row_is_printed_once() -> None:
     source = "def lambda_handler(event, context):\n    return 1 / 0\n"
     answers = [answer("a", line) for line in (7, 7, 7, 8)]
     with pytest.raises(GradingFailed) as error:

@@ -65,7 +65,7 @@ def test_mixes_may_be_nested_and_survive_storing() -> None:
     assert parse_graders([stored])["mix"] == mix
 
 
-def test_a_part_that_fails_is_named_and_the_others_are_kept() -> None:
+def test_failed_part_leaves_remaining_scores() -> None:
     mix = Mix(parts={"size": Length(), "result": Number()}, normalize=False)
     with pytest.raises(GradingFailed):
         grade_answers(mix, [answer("42"), answer("")])
@@ -83,12 +83,12 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept() -> None:
         {"parts": {"a": {"method": "regex"}}},
     ],
 )
-def test_what_cannot_be_mixed_is_refused(fields: dict[str, object]) -> None:
+def test_invalid_mix_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Mix.model_validate(fields)
 
 
-def test_what_a_part_lacks_is_refused() -> None:
+def test_incomplete_part_is_refused() -> None:
     with pytest.raises(RecipeError):
         parse_graders([{"method": "mix", "parts": {"a": "exact", "b": "judge"}}])
     with pytest.raises(RowRefused) as refused:
@@ -96,7 +96,7 @@ def test_what_a_part_lacks_is_refused() -> None:
     assert refused.value.rule == "grader.no_number"
 
 
-def test_the_time_limit_holds_where_it_holds_for_a_part() -> None:
+def test_mix_has_time_limit_if_a_part_has() -> None:
     reward = {"method": "reward", "model": "liked"}
     for parts, limited in (({"a": reward}, False), ({"a": reward, "b": FORM}, True)):
         mix = Mix.model_validate({"parts": parts})

@@ -117,6 +117,6 @@ def test_a_very_long_reply_takes_little_time(measure: str) -> None:
         ("", "", 1.0),
     ],
 )
-def test_chrf_is_that_of_sacrebleu(reply: str, expected: str, score: float) -> None:
+def test_chrf_matches_sacrebleu(reply: str, expected: str, score: float) -> None:
     found = Similarity(measure="chrf").score(answer(reply, expected))
     assert found == pytest.approx(score)

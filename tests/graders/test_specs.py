@@ -45,7 +45,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", GRADERS)
-def test_every_grader_is_its_own_frozen_configuration(name: str) -> None:
+def test_every_grader_is_a_frozen_configuration(name: str) -> None:
     grader = GRADERS[name].model_validate(NEEDED.get(name, {}))
     assert grader.method == name
     assert GRADERS[name].model_validate(grader.model_dump(mode="json")) == grader
@@ -80,7 +80,7 @@ def test_names_tables_and_objects() -> None:
         [Regex(pattern="a"), Regex(pattern="b")],
     ],
 )
-def test_what_is_no_grader_is_refused(specs: Any) -> None:
+def test_invalid_grader_is_refused(specs: Any) -> None:
     with pytest.raises(RecipeError):
         parse_graders(specs)
 
@@ -114,7 +114,7 @@ def test_a_file_of_graders(tmp_path: Path) -> None:
         parse_graders(read_graders(file))
 
 
-def test_importing_graders_loads_nothing_heavy() -> None:
+def test_import_of_graders_is_light() -> None:
     heavy = {"torch", "transformers", "jsonschema", "regex", "rich", "tokenizers"}
     code = f"import luthier.graders, sys; print(sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

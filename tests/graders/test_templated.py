@@ -87,12 +87,12 @@ def test_places() -> None:
         "{{}}",
     ],
 )
-def test_places_that_name_nothing(template: str) -> None:
+def test_invalid_placeholder_is_refused(template: str) -> None:
     with pytest.raises(ValidationError):
         StringCheck(reference=template)
 
 
-def test_a_member_that_the_row_does_not_have() -> None:
+def test_missing_member_of_row_fails() -> None:
     for template in (
         "{{item.other}}",
         "{{item.tags[2]}}",
@@ -150,7 +150,7 @@ def test_a_python_function() -> None:
         one(grader, "end")
 
 
-def test_a_python_function_cannot_see_this_machine(tmp_path: Any) -> None:
+def test_python_function_is_isolated_from_host(tmp_path: Any) -> None:
     secret = tmp_path / "secret"
     secret.write_text("x")
     source = (
@@ -167,12 +167,12 @@ def test_a_python_function_cannot_see_this_machine(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("source", ["def other(): pass", "def grade(:", "x = 1\n" * 100_000, ""])
-def test_sources_that_are_refused(source: str) -> None:
+def test_invalid_python_source_is_refused(source: str) -> None:
     with pytest.raises(ValidationError):
         PythonSource(source=source)
 
 
-def test_a_function_that_takes_too_long() -> None:
+def test_slow_function_is_stopped() -> None:
     source = "def grade(sample, item):\n    while True: pass"
     with pytest.raises(GradingFailed):
         one(PythonSource(source=source, seconds=0.3), "")
@@ -195,7 +195,7 @@ class Opens:
         return write
 
 
-def test_a_model_that_scores() -> None:
+def test_score_model() -> None:
     turns = (
         {"role": "developer", "content": "Grade."},
         {"role": "user", "content": "{{item.answer}} or {{sample.output_text}}?"},
@@ -218,7 +218,7 @@ def test_a_model_that_scores() -> None:
         ScoreModel.model_validate({"model": "judge", "input": turns, "range": [1, 1]})
 
 
-def test_a_model_that_labels() -> None:
+def test_label_model() -> None:
     turns = ({"role": "user", "content": "Is {{sample.output_text}} a city?"},)
     fields = {"model": "judge", "input": turns, "labels": ["yes", "no", "not sure"]}
     grader = LabelModel.model_validate({**fields, "passing_labels": ["yes", "not sure"]})
@@ -305,7 +305,7 @@ def test_formulas(formula: str, value: float) -> None:
         "max()",
     ],
 )
-def test_what_is_no_formula(formula: str) -> None:
+def test_invalid_formula_is_refused(formula: str) -> None:
     if formula == "abs":  # a name like any other
         assert names_in(parse_formula(formula)) == {"abs"}
         return
@@ -313,24 +313,24 @@ def test_what_is_no_formula(formula: str) -> None:
         parse_formula(formula)
 
 
-def test_a_comparison_is_a_share_and_other_formulas_may_not_be() -> None:
+def test_comparison_formula_is_a_share() -> None:
     parts = {"a": StringCheck(reference="x")}
     assert Multi(graders=parts, calculate_output="2 * a >= 1").is_share
     assert not Multi(graders=parts, calculate_output="2 * a").is_share
 
 
-def test_a_formula_that_is_too_large_has_no_value() -> None:
+def test_formula_overflow() -> None:
     with pytest.raises(OverflowError):
         value_of(compile_formula("9 ^ 9 ^ 9 ^ 9"), {})
 
 
-def test_a_formula_names_its_graders() -> None:
+def test_formula_with_unknown_grader_is_refused() -> None:
     with pytest.raises(ValidationError):
         Multi(graders={"a": StringCheck(reference="x")}, calculate_output="a + b")
 
 
 class TestWhatATemplateStandsFor:
-    def test_its_length_is_known_before_it_is_put_together(self) -> None:
+    def test_long_text_is_refused_before_rendering(self) -> None:
         grader = StringCheck(reference="{{sample.output_text}}" * 250)
         tracemalloc.start()
         with pytest.raises(
@@ -341,7 +341,7 @@ class TestWhatATemplateStandsFor:
         tracemalloc.stop()
         assert grader.score(answer("x" * 10)) == 0.0
 
-    def test_members_count_as_they_are_put_in(self) -> None:
+    def test_length_counts_rendered_members(self) -> None:
         grader = StringCheck(reference="{{item.deep}} and {{ item.deep }}", operation="ne")
         one = len(json.dumps(MEMBERS["deep"], ensure_ascii=False))
         exact = 2 * one + len(" and ")
@@ -367,7 +367,7 @@ class TestWhatATemplateStandsFor:
         with pytest.raises(RowRefused):
             grader.question(answer("x" * 10_000))
 
-    def test_a_reply_that_is_nested_deeply_is_text(self) -> None:
+    def test_deeply_nested_reply_is_text(self) -> None:
         assert one(StringCheck(reference="{{sample.output_text}}"), "[" * 100_000) == 1.0
 
 

@@ -42,11 +42,11 @@ def marked(*calls: str) -> str:
         ("[" * 100_000, ROME, 0),
     ],
 )
-def test_the_same_calls_are_right(reply: str, expected: str, right: float) -> None:
+def test_equal_calls_score_1(reply: str, expected: str, right: float) -> None:
     assert score(reply, expected) == right
 
 
-def test_it_needs_what_is_expected() -> None:
+def test_missing_expected_calls_fail() -> None:
     with pytest.raises(GradingFailed) as refused:
         score(ROME, None)
     assert refused.value.rule == "grader.no_expected"
