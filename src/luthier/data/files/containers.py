@@ -31,7 +31,7 @@ from luthier.data.formats import KEYS
 from luthier.data.inputs import conversion_fix, is_media
 from luthier.errors import RowRefused
 from luthier.files import names_below
-from luthier.plugins import extensions
+from luthier.plugins import bundled, extensions
 
 FileFormat = Literal[
     "jsonl", "json", "csv", "tsv", "parquet", "text", "fasttext", "conll", "folder", "zip", "npz"
@@ -108,7 +108,9 @@ def container_of(path: Path) -> Container:
         return Container("folder")
     _reject_irregular(path)
     ending = path.suffix.lower()
-    if ending not in DATA_ENDINGS and ending[1:] in extensions("readers"):
+    if ending not in DATA_ENDINGS and ending[1:] in extensions("readers").keys() - bundled(
+        "readers"
+    ):
         return Container(ending[1:])
     convert = conversion_fix([path.name])
     if is_media(path.name) or convert:
