@@ -1,4 +1,4 @@
-"""Fixtures of the server: ``luthier serve``, databases, an object store, and a TLS certificate."""
+"""Fixtures of the server: ``luthier serve`` and a TLS certificate."""
 
 from __future__ import annotations
 
@@ -13,25 +13,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from luthier_server import Served, home_with_tiny
-
-from luthier.server.stores.objects import Objects
-from luthier.server.tables.database import Database
-from luthier.server.tables.schema import METADATA
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    """Return a database with empty tables, once per kind of database."""
-    made = Database(database_url)
-    METADATA.create_all(made.engine)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def objects(database: Database) -> Objects:
-    """Return an empty object store."""
-    return Objects(database)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from both_databases import with_tables
 from sqlalchemy import update
 
 from luthier.server.http.messages import Fault
@@ -19,6 +20,11 @@ from luthier.server.tables.endpoints import DEPLOYMENT, FAILED, PROVISIONED, REA
 OWN, OTHER = "000000000000", "111111111111"
 ARNS = Arns("us-east-1")
 FOUNDATION = "huggingfacetb.smollm2-135m-instruct"
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    yield from with_tables(database_url)
 
 
 @pytest.fixture

@@ -257,7 +257,7 @@ def test_advice_for_unknown_columns_changes_the_file(client: openai.OpenAI) -> N
     rows = [{"utterance": row["messages"][1]["content"], "intent": "a"} for row in chats(24)]
     with pytest.raises(openai.BadRequestError) as refused:
         created(client, rows)
-    assert "`COLUMN renamed to prompt`" in refused.value.message
+    assert "`utterance renamed to text`" in refused.value.message
     assert "data.columns" not in refused.value.message
 
 

@@ -215,7 +215,8 @@ def peek_rows(
             if not whole:
                 # The cut damages the last row.
                 last = max([row.line for row in rows] + [each.line for each in problems], default=0)
-                problems = [each for each in problems if 0 < each.line < last]
+                cut = "json.invalid" if container.kind == "json" else None
+                problems = [p for p in problems if 0 < p.line < last and p.rule != cut]
             problems += policy.refused_columns(reader)
     named = [
         replace(each.at(address, each.line), message=each.message.replace(str(file), address))
