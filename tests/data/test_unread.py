@@ -34,6 +34,7 @@ def rules(folder: Path, row: dict[str, Any], columns: dict[str, str] | None = No
         (TEXT | {"gold_label": lambda n: f"class {n}"}, "unread"),
         (TEXT | {"categories": ["a", "b"]}, "unread"),
         (TEXT | {"summary": lambda n: f"Text {n}"}, "unread"),
+        (PAIR | {"thumbs_up": lambda n: n % 2 == 0}, "unread"),
         (TEXT | {"department": lambda n: "ab"[n % 2]}, "unread"),
         (CORPUS | {"department": lambda n: "ab"[n % 2]}, "category"),
         (CORPUS | {"toxic": lambda n: n % 2}, "unread"),

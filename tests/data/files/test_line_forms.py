@@ -41,7 +41,7 @@ def test_fasttext_with_a_line_without_label(tmp_path: Path) -> None:
     assert [(p.rule, p.line) for p in caught.value.problems] == [("row.mixed_shapes", 8001)]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "train.conll", "a.bio"])
+@pytest.mark.parametrize("name", ["a.txt", "train.conll", "a.bio", "a.tsv"])
 @pytest.mark.parametrize(
     "text",
     [

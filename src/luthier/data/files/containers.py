@@ -332,9 +332,11 @@ def _reject_irregular(path: Path) -> None:
 def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
     """Return the format of the text at the start of a file; ``whole`` if that is all text."""
     start = text.lstrip(" \t\r\n")[:1]
+    lines = [line for line in text.split("\n") if line.strip(" \t\r")]
+    if suffix == ".tsv" and LINE_FORMS["conll"].matches(lines if whole else lines[:-1]):
+        return "conll"
     if suffix in TABLES or suffix == ".md" or (not start and suffix in PLAIN_TEXT):
         return "text" if suffix in (".md", *PLAIN_TEXT) else "csv" if suffix == ".csv" else "tsv"
-    lines = [line for line in text.split("\n") if line.strip(" \t\r")]
     first = _value(lines[0]) if lines and (whole or len(lines) > 1) else None
     if suffix in PLAIN_TEXT:
         # Two objects, or a single object, in a .txt file are JSON Lines.
