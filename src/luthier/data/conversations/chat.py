@@ -233,8 +233,8 @@ class ChatFormat:
             raise RowRefused(
                 "media.base",
                 "the base model reads no images in messages.",
-                "Use a vision-language model (Idefics 3 or SmolVLM) with its chat template and "
-                "preprocessor_config.json.",
+                "Use the base HuggingFaceTB/SmolVLM-500M-Instruct, or a folder of another Idefics 3 or "
+                "SmolVLM model with its chat template and preprocessor_config.json.",
             )
 
     def encode_input(self, row: Row, index: int) -> Example:
