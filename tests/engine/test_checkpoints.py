@@ -58,7 +58,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path)
     progress = TrainingProgress(
         step=3,
@@ -79,7 +79,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert newest(tmp_path) == 3
 
 
-def test_an_empty_folder_and_a_missing_one_hold_nothing(tmp_path: Path) -> None:
+def test_empty_and_missing_folders_have_no_checkpoint(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     assert newest(tmp_path / "not" / "there") is None
 
@@ -108,7 +108,7 @@ def fails(*_: Any, **__: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("cleaned", [True, False])
-def test_a_crash_in_the_middle_leaves_nothing_readable(
+def test_crash_while_writing_leaves_no_checkpoint(
     module: Any, function: str, cleaned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Checkpoints(tmp_path)
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_nothing_but_damaged_checkpoints_is_an_error(damage: str, tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_is_an_error(damage: str, tmp_path: Path) -> None:
     write(Checkpoints(tmp_path), 10, 20)
     for path in tmp_path.iterdir():
         DAMAGES[damage](path)
@@ -168,7 +168,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(damage: str, tmp_path: Path
     assert refused.value.rule == "checkpoint.none_readable"
 
 
-def test_a_damaged_checkpoint_does_not_push_a_good_one_out(tmp_path: Path) -> None:
+def test_damaged_checkpoint_does_not_replace_good_checkpoint(tmp_path: Path) -> None:
     flip_a_bit(write(Checkpoints(tmp_path), 10, 20))
     resumed = Checkpoints(tmp_path)
     write(resumed, 12, 14)
@@ -211,7 +211,7 @@ def test_the_first_is_due_after_ten_steps_or_three_quarters_of_a_minute(
     assert kept.due(1, 0)
 
 
-def test_a_large_one_waits_until_it_takes_a_tenth_of_the_time(tmp_path: Path, clock: Clock) -> None:
+def test_large_first_checkpoint_waits_for_tenth_of_time(tmp_path: Path, clock: Clock) -> None:
     kept, seconds = Checkpoints(tmp_path), 3
     size = int(seconds * checkpoints.FIRST_BYTES_PER_SECOND)
     clock.now += 29
@@ -225,7 +225,7 @@ def test_a_large_one_waits_until_it_takes_a_tenth_of_the_time(tmp_path: Path, cl
 
 
 @pytest.mark.parametrize(("cost", "wait"), [(0.01, 10), (0.2, 10), (1.0, 50), (3.0, 150)])
-def test_later_ones_take_at_most_a_fiftieth_of_the_time(
+def test_later_checkpoints_take_at_most_a_fiftieth_of_time(
     cost: float, wait: float, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_json = checkpoints.write_json

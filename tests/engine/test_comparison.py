@@ -83,7 +83,7 @@ def test_pairs_are_measured_beside_words_and_the_base_model(
     assert same.verdict
 
 
-def test_a_classifier_is_measured_beside_its_baselines(tuned: Callable[..., Result]) -> None:
+def test_classifier_is_compared_with_baselines(tuned: Callable[..., Result]) -> None:
     result = tuned("beside")
     found = result.comparison
     assert found is not None
@@ -102,7 +102,7 @@ def test_a_classifier_is_measured_beside_its_baselines(tuned: Callable[..., Resu
     assert len(kept["baselines"]) == 5
 
 
-def test_baselines_can_be_turned_off_and_change_nothing_of_the_run(
+def test_baselines_do_not_change_run(
     tuned: Callable[..., Result],
 ) -> None:
     beside, alone = tuned("beside"), tuned("alone", baseline_seconds=0)
@@ -111,7 +111,7 @@ def test_baselines_can_be_turned_off_and_change_nothing_of_the_run(
     assert weights[0] == weights[1]
 
 
-def test_models_that_write_have_none(recipe: Callable[..., Recipe]) -> None:
+def test_generating_models_have_no_baselines(recipe: Callable[..., Recipe]) -> None:
     assert train(recipe()).comparison is None
 
 
@@ -144,7 +144,7 @@ def issues_of(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_rows_whose_label_is_probably_wrong_are_named(
+def test_rows_with_wrong_labels_are_listed(
     tuned: Callable[..., Result],
     labelled: Path,
     mislabelled: list[dict[str, str]],
@@ -178,7 +178,7 @@ def test_rows_whose_label_is_probably_wrong_are_named(
     assert str(Path(result.run_dir) / LABEL_ISSUES) in out
 
 
-def test_looking_for_them_changes_nothing_of_the_run(
+def test_search_for_label_issues_does_not_change_run(
     tuned: Callable[..., Result], mislabelled: list[dict[str, str]]
 ) -> None:
     looked, alone = tuned("looked", refit=False), tuned("alone", refit=False, baseline_seconds=0)
@@ -188,7 +188,7 @@ def test_looking_for_them_changes_nothing_of_the_run(
     assert weights[0] == weights[1]
 
 
-def test_nothing_is_named_where_labels_are_right_or_rows_are_few(
+def test_no_label_issues_with_right_labels_or_few_rows(
     tuned: Callable[..., Result],
     labelled: Path,
     mislabelled: list[dict[str, str]],

@@ -32,9 +32,7 @@ TURNS = (
 )
 
 
-def test_the_mask_says_that_replies_are_learned_whole_and_nothing_else(
-    tmp_path: Path, tiny_model_folder: Path
-) -> None:
+def test_mask_covers_exactly_the_replies(tmp_path: Path, tiny_model_folder: Path) -> None:
     data = tmp_path / "rows.jsonl"
     rows = [{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in TURNS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,7 +100,7 @@ def test_long_texts_of_classifiers_are_truncated_by_default(
     assert refused.value.rule == "row.too_long"
 
 
-def test_a_mask_that_is_off_by_one_token_shows(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_mask_off_by_a_token_is_visible(tmp_path: Path, tiny_model_folder: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text(
         "".join(json.dumps({"prompt": f"{n}?", "completion": f"a{n}"}) + "\n" for n in range(5))
@@ -135,7 +133,7 @@ def test_default_for_long_rows(method: str, default: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["sft", "causal_lm", "dpo", "kto"])
-def test_rows_on_disk_are_split_mixed_packed_and_encoded_as_those_in_memory(
+def test_rows_on_disk_equal_rows_in_memory(
     method: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(name: str, count: int) -> Path:
@@ -182,7 +180,7 @@ def test_rows_on_disk_are_split_mixed_packed_and_encoded_as_those_in_memory(
 
 
 @pytest.mark.parametrize(("last", "several"), [(["a"], False), (["a", "b"], True), ([], True)])
-def test_a_choice_says_that_a_row_may_have_several_labels(
+def test_choice_of_several_labels_is_reported(
     tmp_path: Path, tiny_model_folder: Path, last: list[str], several: bool
 ) -> None:
     rows = [{"text": f"t {n}", "label": "ab"[n % 2]} for n in range(4)]

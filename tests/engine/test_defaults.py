@@ -41,9 +41,7 @@ def test_how_much_is_held_out(rows: int, share: float) -> None:
         ("grpo", 347, 38, None),
     ],
 )
-def test_few_rows_are_all_learned_from_where_scores_say_how_long(
-    method: str, rows: int, held_out: int, refit: bool | None
-) -> None:
+def test_few_rows_are_refitted(method: str, rows: int, held_out: int, refit: bool | None) -> None:
     graded = {"grader": {"method": "regex", "pattern": "a"}} if method == "grpo" else {}
     recipe = Recipe.parse({"data": {"train": "x"}, "objective": {"method": method, **graded}})
     chosen, choices = choose(recipe, DataFacts(rows, 100, 40, 384, held_out=held_out))
@@ -93,7 +91,7 @@ def test_held_out_rows_are_measured_as_often_as_a_tenth_of_the_time_allows(
     assert steps == 16 and chosen["training.evaluate_every"] == every
 
 
-def test_what_is_asked_for_is_not_chosen() -> None:
+def test_given_settings_are_not_chosen() -> None:
     recipe, chosen, steps = plan(1000, 10, batch_size=7, learning_rate=1e-3, max_steps=11)
     assert chosen.keys() == {"training.evaluate_every"}
     assert (recipe.training.batch_size, recipe.training.learning_rate, steps) == (7, 1e-3, 11)
@@ -104,7 +102,7 @@ def test_what_is_asked_for_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize(("method", "patience"), [("gan", 0), ("diffusion", 0), ("vae", 3)])
-def test_what_is_measured_ends_no_run_where_it_says_little(method: str, patience: int) -> None:
+def test_few_validation_rows_do_not_stop_early(method: str, patience: int) -> None:
     fields: dict[str, Any] = {"base": "b", "data": {"train": "t"}, "objective": {"method": method}}
     facts = DataFacts(1000, 1, 200, 32, from_scratch=True)
     chosen, choices = choose(Recipe.parse(fields), facts)
@@ -133,7 +131,7 @@ def test_random_weights_take_more_passes_and_no_small_batches_over_few_rows(
     assert (chosen.training.batch_size, chosen.training.epochs) == (batch, epochs)
 
 
-def test_each_adaptation_has_its_own_rate() -> None:
+def test_rate_by_adaptation() -> None:
     rates = {}
     for name in ("lora", "full", "freeze"):
         for width in (576, 2000):
@@ -152,7 +150,7 @@ def test_each_adaptation_has_its_own_rate() -> None:
     ("adaptation", "new", "rate", "told"),
     [("full", True, 10.0, True), ("full", False, 1.0, False), ("lora", True, 1.0, False)],
 )
-def test_a_new_head_on_weights_that_move_learns_faster(
+def test_new_head_on_trained_weights_learns_faster(
     adaptation: str, new: bool, rate: float, told: bool
 ) -> None:
     recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": adaptation})
@@ -183,7 +181,7 @@ def test_the_token_budget_fits_the_memory_and_the_longest_row() -> None:
     )  # less is not possible; check_memory refuses
 
 
-def test_a_loss_that_compares_rows_gets_the_batch_in_one_pass() -> None:
+def test_contrastive_batch_fits_in_a_single_pass() -> None:
     estimate = MemoryEstimate(fixed=1000, per_token=10)
     ids = [np.arange(100) + 100 * n for n in range(20)]
     batch = [Example(each, np.zeros(100, np.float32), n) for n, each in enumerate(ids)]
@@ -194,7 +192,7 @@ def test_a_loss_that_compares_rows_gets_the_batch_in_one_pass() -> None:
     assert token_budget(estimate, [batch], 100, wide)[0] == 1024
 
 
-def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> None:
+def test_choices_have_reasons(recipe: Callable[..., Recipe]) -> None:
     plain = recipe().plain()
     del plain["training"]["batch_size"], plain["data"]["validation_share"]
     reporter = Notes()

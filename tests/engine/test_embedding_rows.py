@@ -55,7 +55,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("sparse", "width"), [(True, WIDTH), (False, WIDTH), (True, 11)])
-def test_in_float32_it_is_adamw_over_the_whole_table_to_the_bit(sparse: bool, width: int) -> None:
+def test_float32_rows_equal_adamw_over_whole_table(sparse: bool, width: int) -> None:
     whole, mine = network(width=width), network(width=width)
     learn(whole, optimizer_of(whole), range(12))
     tables = embedding_tables(mine)
@@ -73,7 +73,7 @@ def test_in_float32_it_is_adamw_over_the_whole_table_to_the_bit(sparse: bool, wi
     assert 40 < len(kept) < 80  # of 200: the state is as small
 
 
-def test_the_norm_that_clips_is_that_of_all_rows() -> None:
+def test_clipping_uses_norm_of_all_rows() -> None:
     whole, mine = network(), network()
     learn(whole, optimizer_of(whole, max_gradient_norm=0.01), range(6))
     tables = embedding_tables(mine)
@@ -83,7 +83,7 @@ def test_the_norm_that_clips_is_that_of_all_rows() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_in_bfloat16_masters_are_the_same_and_their_copy_follows_them() -> None:
+def test_bfloat16_masters_equal_float32_and_copy_follows() -> None:
     whole, mine = network(torch.bfloat16), network(torch.bfloat16)
     tables = embedding_tables(mine)
     optimizer, reference = optimizer_of(mine, tables), optimizer_of(whole)
@@ -106,7 +106,7 @@ def test_in_bfloat16_masters_are_the_same_and_their_copy_follows_them() -> None:
     assert torch.equal(copy[others], network(torch.bfloat16)[0].weight.detach().float()[others])
 
 
-def test_rows_are_rounded_by_where_they_stand() -> None:
+def test_rounding_depends_on_row_position() -> None:
     torch.manual_seed(0)
     values, ids = torch.randn(6, WIDTH), torch.tensor([3, 90, 7, 150, 11, 42])
     once, again = torch.zeros(2, WORDS, WIDTH, dtype=torch.bfloat16)
@@ -173,7 +173,7 @@ class Tied(nn.Module):
         self.head.weight = self.table.weight
 
 
-def test_which_tables_are_nothing_but_tables() -> None:
+def test_tables_without_other_use() -> None:
     assert embedding_tables(Tied()) == {}
     frozen = network()
     frozen[0].weight.requires_grad_(False)
@@ -184,7 +184,7 @@ def test_which_tables_are_nothing_but_tables() -> None:
     assert embedding_tables(nn.Embedding(WORDS, WIDTH, scale_grad_by_freq=True)) == {}
 
 
-def test_what_decays_is_no_table_of_rows() -> None:
+def test_tables_with_decay_are_not_split_by_rows() -> None:
     model = network()
     with pytest.raises(ValueError):
         optimizer_of(model, embedding_tables(model), weight_decay=0.1)

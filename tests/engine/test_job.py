@@ -52,7 +52,7 @@ def test_too_little_disk_is_refused(
     refused(recipe(), DoesNotFit, "this run needs 2[0-9] MB on the disk", luthier_home)
 
 
-def test_checkpoints_of_a_refit_need_room_and_those_that_are_there_need_none(
+def test_refit_needs_disk_space_without_stored_checkpoints(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[int] = []
@@ -74,7 +74,7 @@ def test_checkpoints_of_a_refit_need_room_and_those_that_are_there_need_none(
     assert bytes_needed(stored=2 * once, refit=False) == 0
 
 
-def test_checkpoints_of_a_run_and_of_its_refit_are_counted(luthier_home: Path) -> None:
+def test_checkpoints_of_run_and_refit_are_counted(luthier_home: Path) -> None:
     run = Run("base", "x")
     assert run.checkpoint_bytes() == 0
     for folder in (run.folder, run.folder / REFIT):
@@ -106,7 +106,7 @@ def test_full_tuning_needs_more_disk_than_lora(
         ({"objective": "causal_lm"}, DataError, "row.objective"),
     ],
 )
-def test_what_cannot_work_is_refused_and_leaves_nothing(
+def test_invalid_job_is_refused_without_files(
     recipe: Callable[..., Recipe],
     luthier_home: Path,
     fields: dict[str, Any],
@@ -116,7 +116,7 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     refused(recipe(**fields), kind, match, luthier_home)
 
 
-def test_a_network_that_the_token_tree_does_not_fit_is_refused(
+def test_network_without_token_tree_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found only when the weights are loaded; the name is free again all the same."""
@@ -130,7 +130,7 @@ def test_a_network_that_the_token_tree_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["unknown", "encoder"])
-def test_a_base_that_is_no_causal_language_model_is_refused(
+def test_base_without_causal_lm_is_refused(
     recipe: Callable[..., Recipe],
     tiny_model_folder: Path,
     tmp_path: Path,
@@ -198,7 +198,7 @@ def test_long_rows_are_refused_dropped_or_cut_and_counted(
         assert not note.startswith("warning")
 
 
-def test_a_row_whose_reply_would_be_cut_off_whole_is_refused(
+def test_row_with_reply_beyond_context_is_refused(
     recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     base = str(small_context(tiny_model_folder, tmp_path / "small", 64))

@@ -138,7 +138,7 @@ def test_batches_have_the_likely_label(
     assert targets == {n: int(n % 2 == 0 or n in ISSUES) for n in range(1, 21)}
 
 
-def test_epochs_and_counts_are_those_of_the_remaining_rows(
+def test_epochs_and_counts_of_remaining_rows(
     changed: Callable[..., tuple[Result, list[Example]]],
 ) -> None:
     result, learned = changed("leave_out", epochs=3)
@@ -151,9 +151,7 @@ def test_epochs_and_counts_are_those_of_the_remaining_rows(
     assert record["learned_tokens"] == sum(np.count_nonzero(each.weight_T) for each in first)
 
 
-def test_refit_ends_at_the_share_of_its_own_steps(
-    tmp_path: Path, family_folder: Callable[[str], Path]
-) -> None:
+def test_refit_ends_at_share_of_steps(tmp_path: Path, family_folder: Callable[[str], Path]) -> None:
     data = write_rows(tmp_path / "rows.jsonl", rows_with(())[:40])
     recipe = Recipe.parse(
         {

@@ -118,9 +118,7 @@ def test_the_least_improvement_is_a_share_of_the_best(
     ("worse", "best_step", "reason"),
     [(3, 0, "before training"), (3, 5, "step 5"), (0, 5, "all held-out rows are right")],
 )
-def test_a_run_that_stops_early_reports_the_reason_and_the_setting(
-    worse: int, best_step: int, reason: str
-) -> None:
+def test_early_stop_reports_reason_and_setting(worse: int, best_step: int, reason: str) -> None:
     loop: Any = object.__new__(Loop)
     loop.training, loop.steps_before, loop.until = Training(patience=3), 0, 36
     loop.progress = SimpleNamespace(worse=worse, best_step=best_step, step=12, first_loss=1.0)

@@ -37,14 +37,14 @@ def test_the_reason_of_a_precision_is_a_sentence(
     assert ("no " in support) != native
 
 
-def test_without_a_limit_it_is_the_machines(group: Path) -> None:
+def test_memory_without_limit_is_machine_memory(group: Path) -> None:
     assert total_memory() == psutil.virtual_memory().total
     (group / "memory.max").write_text("max\n")
     assert total_memory() == psutil.virtual_memory().total
     assert 0 < available_memory() <= total_memory()
 
 
-def test_a_containers_limit_counts_and_files_it_read_do_not(group: Path) -> None:
+def test_memory_limit_of_container_without_page_cache(group: Path) -> None:
     (group / "memory.max").write_text(f"{GIB // 4}\n")
     (group / "memory.current").write_text(f"{GIB // 4 - 4096}\n")
     (group / "memory.stat").write_text(f"anon 1\nfile 2\ninactive_file {GIB // 8}\nactive_file 3\n")
@@ -56,7 +56,7 @@ def test_a_containers_limit_counts_and_files_it_read_do_not(group: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted where Linux lists them")
-def test_a_thread_that_has_computed_keeps_no_workers() -> None:
+def test_thread_keeps_no_workers_after_computing() -> None:
     # In a process of its own, where nobody else begins or ends threads.
     code = """
 import os, torch

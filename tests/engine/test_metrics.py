@@ -33,7 +33,7 @@ def metrics(tmp_path: Path) -> MetricsFile:
     return MetricsFile(tmp_path / "metrics.jsonl")
 
 
-def test_each_record_is_one_line_of_json(metrics: MetricsFile) -> None:
+def test_each_record_is_a_json_line(metrics: MetricsFile) -> None:
     assert [metrics.append(line(step, 1 / step)) for step in (1, 2, 3)] == [1, 2, 3]
     text = metrics.path.read_text()
     assert text.endswith("\n")
@@ -41,7 +41,7 @@ def test_each_record_is_one_line_of_json(metrics: MetricsFile) -> None:
     assert metrics.read()[2] == {"event": "train", "step": 3, "loss": 1 / 3}
 
 
-def test_text_that_holds_line_ends_stays_on_one_line(metrics: MetricsFile) -> None:
+def test_line_ends_in_text_are_escaped(metrics: MetricsFile) -> None:
     metrics.append({"note": "a\nb\u2028c\x85d"})
     metrics.append({"note": "e"})
     assert [record["note"] for record in metrics.read()] == ["a\nb\u2028c\x85d", "e"]
@@ -49,7 +49,7 @@ def test_text_that_holds_line_ends_stays_on_one_line(metrics: MetricsFile) -> No
     assert [record["note"] for record in metrics.read()] == ["a\nb\u2028c\x85d"]
 
 
-def test_there_are_no_records_before_the_first(metrics: MetricsFile) -> None:
+def test_no_records_without_file(metrics: MetricsFile) -> None:
     assert metrics.read() == []
 
 
@@ -62,7 +62,7 @@ def test_cutting_keeps_the_first_lines_and_goes_on_counting(metrics: MetricsFile
     assert [record["loss"] for record in metrics.read()] == [1.0, 1.0, 0.5]
 
 
-def test_a_new_process_counts_from_what_it_keeps(metrics: MetricsFile) -> None:
+def test_new_process_counts_from_stored_records(metrics: MetricsFile) -> None:
     for step in range(1, 4):
         metrics.append(line(step, 1.0))
     again = MetricsFile(metrics.path)
@@ -70,12 +70,12 @@ def test_a_new_process_counts_from_what_it_keeps(metrics: MetricsFile) -> None:
     assert again.append(line(4, 1.0)) == 4
 
 
-def test_a_file_that_is_not_there_can_be_cut(metrics: MetricsFile) -> None:
+def test_missing_file_can_be_cut(metrics: MetricsFile) -> None:
     metrics.truncate(0)
     assert metrics.read() == []
 
 
-def test_a_line_that_a_kill_cut_short_is_not_read(metrics: MetricsFile) -> None:
+def test_truncated_last_line_is_skipped(metrics: MetricsFile) -> None:
     metrics.append(line(1, 1.0))
     with metrics.path.open("a") as file:
         file.write('{"event": "train", "st')
@@ -85,7 +85,7 @@ def test_a_line_that_a_kill_cut_short_is_not_read(metrics: MetricsFile) -> None:
     assert [record["step"] for record in metrics.read()] == [1, 2]
 
 
-def test_training_and_validation_are_in_one_picture(tmp_path: Path) -> None:
+def test_training_and_validation_share_a_figure(tmp_path: Path) -> None:
     """The lines have the format of the loop: each line names the measure."""
     lines = [line(step, 3.0 / step) for step in range(1, 20)]
     lines += [line(step, 4.0 / step, "validation") for step in (5, 10, 19)]
@@ -106,7 +106,7 @@ def test_a_score_is_drawn_below_the_loss(tmp_path: Path) -> None:
     assert {"accuracy", "kept 0.250", "kept 0.875"} <= words_of(tmp_path / "loss.svg")
 
 
-def test_what_is_measured_of_rewards_is_no_point_on_the_curve_of_losses(tmp_path: Path) -> None:
+def test_rewards_are_not_points_of_loss_curve(tmp_path: Path) -> None:
     lines = [{**line(step, 0.01), "reward": step / 10} for step in range(1, 9)]
     held = {**line(8, -0.75, "validation"), "reward": 0.75, "measure": "reward"}
     assert draw_curves([*lines, held], tmp_path, "t")[2:] == ["reward.svg", "reward.png"]
@@ -192,7 +192,7 @@ def test_an_error_rate_is_to_be_low() -> None:
         assert measured_of(cost_of(line, name), name) == pytest.approx(value)
 
 
-def test_a_loss_that_says_nothing_is_not_kept() -> None:
+def test_insignificant_loss_is_not_best() -> None:
     """Identical embeddings have the chance loss, which may be below the initial loss."""
     first = {
         "loss": 4.02,
@@ -238,7 +238,7 @@ def test_losses_of_few_rows_within_chance(
     assert best_measurement([first, line], "loss") is first
 
 
-def test_what_is_noted_of_rows_is_read_where_it_is_asked_for(metrics: MetricsFile) -> None:
+def test_row_records_are_read_on_request(metrics: MetricsFile) -> None:
     full = {"event": "validation", "step": 0, "loss": 1.0, "rows": {"accuracy": {"parts": [1.0]}}}
     metrics.append(full)
     assert metrics.read(rows=True) == [full]

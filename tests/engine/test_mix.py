@@ -118,7 +118,7 @@ def test_bad_mixes_are_refused_with_file_and_fix(
 
 
 @pytest.mark.parametrize("text", ["old.jsonl", "=1", "old.jsonl=", "old.jsonl=much"])
-def test_the_option_says_how_it_is_written(text: str) -> None:
+def test_invalid_mix_option_explains_syntax(text: str) -> None:
     with pytest.raises(RecipeError) as refused:
         parse_mix(text)
     assert refused.value.rule == "option.form"
@@ -158,7 +158,7 @@ def test_augmentation_of_images_is_rejected_for_a_text_model(
 
 
 @pytest.mark.slow
-def test_replay_keeps_what_was_learned_before(
+def test_replay_preserves_earlier_task(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     """Training on new classes only loses the old classes; mixing in old rows preserves the old

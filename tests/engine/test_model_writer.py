@@ -37,7 +37,7 @@ def no_space(kind: str) -> Exception:
 
 @pytest.mark.parametrize("kind", ["system", "safetensors"])
 @pytest.mark.parametrize("where", ["save_adapter", "save_format", "write_json", "draw_curves"])
-def test_a_disk_that_fills_while_storing_leaves_no_half_model(
+def test_full_disk_while_storing_leaves_no_model(
     recipe: Callable[..., Recipe],
     luthier_home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -74,7 +74,7 @@ def test_a_disk_that_fills_while_storing_leaves_no_half_model(
     )
 
 
-def test_a_disk_that_fills_while_training_can_be_resumed(
+def test_full_disk_while_training_can_be_resumed(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.engine import checkpoints
@@ -113,7 +113,7 @@ def other_end(folder: Path) -> None:
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
 @pytest.mark.parametrize("damage", [zero_weights, not_numbers, other_end])
-def test_what_is_stored_must_be_what_was_trained(
+def test_stored_model_must_equal_trained_model(
     recipe: Callable[..., Recipe],
     luthier_home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -154,7 +154,7 @@ def test_what_is_stored_must_be_what_was_trained(
         assert beside.tokens == greedy.tokens and beside.first_difference is None
 
 
-def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
+def test_adapter_without_effect_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The merged model equals the trained model, but the serving path drops the adapter.
@@ -174,7 +174,7 @@ def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
     assert not [name for name in files_in(luthier_home) if name.startswith("models")]
 
 
-def test_what_does_not_write_says_so_in_its_record(
+def test_record_of_model_without_text_generation(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     rows = [{"text": f"{word} {n}", "label": word} for n in range(4) for word in ("fox", "dog")]

@@ -43,7 +43,7 @@ def train(
         optimizer.step(RATE / (1 + step))
 
 
-def test_in_float32_it_is_adamw_with_decay_on_matrices_and_clipping() -> None:
+def test_float32_equals_adamw_with_matrix_decay_and_clipping() -> None:
     mine, theirs = make_weights(), make_weights()
     training = Training(learning_rate=RATE, weight_decay=0.1, beta2=0.95, max_gradient_norm=2.0)
     optimizer = MasterAdamW(mine.items(), training)
@@ -68,7 +68,7 @@ def test_in_float32_it_is_adamw_with_decay_on_matrices_and_clipping() -> None:
             torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-7)
 
 
-def test_in_float32_without_clipping_it_is_adamw_to_the_bit() -> None:
+def test_float32_without_clipping_equals_adamw_bits() -> None:
     mine, theirs = make_weights(), make_weights()
     optimizer = MasterAdamW(mine.items(), Training(learning_rate=RATE, max_gradient_norm=0.0))
     adamw = torch.optim.AdamW(theirs.values(), weight_decay=0.0, fused=True)
@@ -141,7 +141,7 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters() -> None:
     assert set(mine.flatten().tolist()) <= {253 / 256, 254 / 256}
 
 
-def test_the_network_s_copy_follows_its_masters_on_average() -> None:
+def test_bfloat16_copy_follows_masters_on_average() -> None:
     """Rounded to nearest, no weight would have moved: half a spacing is 2e-3 and more."""
     torch.manual_seed(0)
     weight = nn.Parameter((1 + torch.rand(200, 300)).bfloat16())
@@ -154,7 +154,7 @@ def test_the_network_s_copy_follows_its_masters_on_average() -> None:
     assert (weight.float() - start).mean().item() == pytest.approx(-1e-4, rel=0.1)
 
 
-def test_what_is_frozen_has_no_state_and_does_not_move() -> None:
+def test_frozen_weights_have_no_state_and_do_not_move() -> None:
     weights = make_weights()
     weights["cube"].requires_grad_(False)
     before = weights["cube"].clone()
@@ -216,7 +216,7 @@ def push(optimizer: MasterAdamW, weights: dict[str, nn.Parameter], step: int) ->
     optimizer.step(RATE)
 
 
-def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above() -> None:
+def test_layer_decay_scales_rate_by_layer() -> None:
     """AdamW's first step moves a weight by the rate, independent of the gradient."""
     weights = make_layered()
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -247,7 +247,7 @@ def test_shares_of_the_rate_by_name() -> None:
         ("roberta", "roberta.embeddings.word_embeddings.weight", {"lm_head.dense.weight"}),
     ],
 )
-def test_what_stands_below_and_above_the_layers_of_real_networks(
+def test_weights_below_and_above_layers_of_real_networks(
     family: str, below: str, above: set[str], family_folder: Callable[[str], Path]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -262,7 +262,7 @@ def test_what_stands_below_and_above_the_layers_of_real_networks(
         assert {s for n, s in shares.items() if n.startswith(f"{layer}.")} == {0.5**depth}
 
 
-def test_a_frozen_bottom_does_not_change_what_is_above_it() -> None:
+def test_frozen_bottom_does_not_change_rates_above() -> None:
     weights = make_layered()
     for name in ("embed.weight", "embed.norm", *(n for n in weights if ".layer." in n)):
         weights[name].requires_grad_(False)
@@ -316,7 +316,7 @@ def test_a_state_from_before_the_first_step_can_be_restored() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float) -> None:
+def test_non_finite_gradient_stops_before_update(bad: float) -> None:
     weights = make_weights()
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizer = MasterAdamW(weights.items(), Training(learning_rate=RATE))
@@ -330,7 +330,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float) -
     assert all(torch.equal(weights[name], before[name]) for name in weights)
 
 
-def test_a_head_learns_at_its_own_rate() -> None:
+def test_head_has_separate_rate() -> None:
     """The first step of Adam moves each weight by the rate, independent of the gradient."""
     weights = {name: nn.Parameter(torch.ones(3)) for name in ("body", "head")}
     training = Training(learning_rate=RATE, head_rate_multiplier=10.0, max_gradient_norm=0.0)
@@ -344,7 +344,7 @@ def test_a_head_learns_at_its_own_rate() -> None:
     assert torch.allclose(moved["body"], torch.full((3,), RATE), rtol=1e-3)
 
 
-def test_whole_weights_are_rounded_alike_whatever_the_size_of_shards_before_them(
+def test_rounding_of_whole_weights_is_independent_of_shards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Noise moves on once in 262,144 numbers, and processes have shards of other lengths."""

@@ -85,9 +85,7 @@ def test_each_process_can_be_killed_and_no_bit_is_lost(
 
 
 @pytest.mark.slow
-def test_processes_that_are_started_again_take_no_earlier_run_for_their_own(
-    luthier_home: Path, recipe: Recipes
-) -> None:
+def test_restarted_processes_ignore_earlier_runs(luthier_home: Path, recipe: Recipes) -> None:
     """An unnamed run is named after the data, and an earlier run may have the same request."""
     settings = {"training": {"max_steps": 2, "refit": False}, "name": None}
     earlier = train(recipe(**settings))
@@ -105,7 +103,7 @@ def test_processes_that_are_started_again_take_no_earlier_run_for_their_own(
 
 
 @pytest.mark.parametrize("name", ["x", None])
-def test_a_launch_goes_on_with_its_own_run_alone(
+def test_launch_resumes_only_own_run(
     luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
     """If a node joins or leaves, torchrun starts all processes again without counting a restart."""
@@ -138,7 +136,7 @@ def test_a_launch_goes_on_with_its_own_run_alone(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_a_process_that_hangs(
+def test_run_resumes_after_hanging_process(
     luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The agent waits half a minute before killing hanging processes."""

@@ -57,7 +57,7 @@ class Lines(Reporter):
             found[-1].send_signal(signal.SIGKILL)
 
 
-def test_the_result_is_that_of_one_process(luthier_home: Path, recipe: Recipes) -> None:
+def test_two_processes_equal_one_process(luthier_home: Path, recipe: Recipes) -> None:
     settings = {"training": {"micro_batch_tokens": 64, "refit": True}}
     one = train(recipe(**settings, name="one"))
     lines, at_interrupt = Lines(), signal.getsignal(signal.SIGINT)
@@ -75,7 +75,7 @@ def test_the_result_is_that_of_one_process(luthier_home: Path, recipe: Recipes) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_result_is_that_of_one_process_where_the_layers_are_shared(
+def test_two_processes_with_sharded_layers_equal_one_process(
     luthier_home: Path, recipe: Recipes, method: str
 ) -> None:
     training: dict[str, Any] = {"micro_batch_tokens": 64, "batch_size": 3, "fully_shard": True}
@@ -102,9 +102,7 @@ def test_layers_are_shared_by_graphics_cards(luthier_home: Path, recipe: Recipes
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
 
 
-def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
-    luthier_home: Path, recipe: Recipes
-) -> None:
+def test_unshardable_network_is_refused_before_loading(luthier_home: Path, recipe: Recipes) -> None:
     training = {"fully_shard": True}
     for changes in (
         {"adaptation": {"method": "qlora"}},
@@ -117,7 +115,7 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.slow
-def test_a_run_in_shards_survives_a_kill_and_goes_on_in_another_number_of_them(
+def test_sharded_run_resumes_after_kill_with_different_process_count(
     luthier_home: Path, recipe: Recipes, tmp_path: Path
 ) -> None:
     training = {"max_steps": 24, "refit": False, "patience": 0, "fully_shard": True}
@@ -145,7 +143,7 @@ def test_a_run_in_shards_survives_a_kill_and_goes_on_in_another_number_of_them(
 
 
 @pytest.mark.slow
-def test_a_step_with_fewer_rows_than_processes_says_so(luthier_home: Path, recipe: Recipes) -> None:
+def test_fewer_rows_than_processes_is_reported(luthier_home: Path, recipe: Recipes) -> None:
     lines = Lines()
     settings = {"batch_size": 1, "max_steps": 1, "refit": False}
     before = {*Path(gettempdir()).glob("torchelastic_*")}
@@ -155,7 +153,7 @@ def test_a_step_with_fewer_rows_than_processes_says_so(luthier_home: Path, recip
     assert {*Path(gettempdir()).glob("torchelastic_*")} <= before
 
 
-def test_what_is_wrong_is_said_once_and_by_its_name(
+def test_error_of_all_processes_is_reported_once(
     luthier_home: Path, recipe: Recipes, tmp_path: Path
 ) -> None:
     bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "x", "completion": 3}])
@@ -173,9 +171,7 @@ def test_what_is_wrong_is_said_once_and_by_its_name(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_costs_some_steps_and_no_bit(
-    luthier_home: Path, recipe: Recipes
-) -> None:
+def test_killed_process_costs_steps_but_no_bit(luthier_home: Path, recipe: Recipes) -> None:
     settings = {"training": {"max_steps": 24, "refit": False, "patience": 0}}
     whole = train_in_processes(recipe(**settings, name="whole"), 2)
     lines = Lines(kill_at=16)
@@ -220,7 +216,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     assert done.returncode == 0 and b"resuming from step" in done.stderr, done.stderr.decode()
 
 
-def test_an_error_that_one_process_has_alone_ends_them_all_by_its_name(
+def test_error_of_single_process_ends_all_processes(
     tmp_path: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -241,7 +237,7 @@ def test_an_error_that_one_process_has_alone_ends_them_all_by_its_name(
 
 
 @pytest.mark.slow
-def test_processes_whose_agent_is_killed_end_with_it(
+def test_processes_end_with_killed_agent(
     luthier_home: Path, rows: Path, tiny_model_folder: Path
 ) -> None:
     command = [sys.executable, "-m", "luthier", "tune", str(rows), "--base", str(tiny_model_folder)]

@@ -64,7 +64,7 @@ def sha256(result: Result) -> str:
     return str(manifest_of(result)["trained_weights_sha256"])
 
 
-def test_the_stored_weights_are_those_of_a_run_on_all_rows(recipe: Callable[..., Recipe]) -> None:
+def test_refit_stores_weights_of_run_on_all_rows(recipe: Callable[..., Recipe]) -> None:
     notes = Notes()
     result = train(recipe("x"), reporter=notes)
     assert notes.choices["training.refit"][0] is True
@@ -90,7 +90,7 @@ def test_the_stored_weights_are_those_of_a_run_on_all_rows(recipe: Callable[...,
 
 
 @pytest.mark.slow
-def test_the_record_names_no_row_as_held_out_that_was_learned_from(
+def test_record_of_refit_has_no_learned_row_as_held_out(
     recipe: Callable[..., Recipe],
 ) -> None:
     result = train(recipe("x", {"test_share": 0.2}))
@@ -130,7 +130,7 @@ def test_rows_of_a_validation_file_are_never_learned_from(
     assert refused.value.rule == "refit.no_held_out"
 
 
-def test_where_the_start_is_kept_nothing_is_trained_once_more(
+def test_no_refit_with_initial_weights(
     recipe: Callable[..., Recipe],
 ) -> None:
     result = train(recipe("x", learning_rate=1e-30))
@@ -139,14 +139,14 @@ def test_where_the_start_is_kept_nothing_is_trained_once_more(
     assert manifest_of(result)["data"]["held_out"]
 
 
-def test_a_run_that_learned_nothing_is_not_trained_once_more(recipe: Callable[..., Recipe]) -> None:
+def test_no_refit_without_gain(recipe: Callable[..., Recipe]) -> None:
     result = train(recipe("x", learning_rate=1e-6, baseline_seconds=5))
     assert result.verdict is not None and not result.verdict.learned
     assert result.refit is None and result.steps == STEPS
     assert "labelled" not in result.verdict.advice
 
 
-def test_it_ends_after_as_many_passes_as_led_to_the_kept_weights(
+def test_refit_has_passes_of_best_weights(
     recipe: Callable[..., Recipe],
 ) -> None:
     asked = recipe("x", max_steps=None, epochs=4.0)
@@ -182,7 +182,7 @@ class BreakingReporter(Reporter):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [STEPS - 1, STEPS + 1, 2 * STEPS - 1])
-def test_a_run_that_is_broken_in_either_training_goes_on_to_the_same_bits(
+def test_interrupted_training_or_refit_resumes_to_equal_bits(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, luthier_home: Path, step: int
 ) -> None:
     monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 2 == 0)

@@ -48,7 +48,7 @@ def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
     ]
 
 
-def test_a_line_is_handed_on_once_when_it_is_whole(tmp_path: Path) -> None:
+def test_complete_line_is_reported_once(tmp_path: Path) -> None:
     path, heard = tmp_path / "reports.jsonl", Heard()
     reader = ReportReader(path)
     reader.forward(heard)  # it is not there yet
@@ -67,7 +67,7 @@ def test_a_line_is_handed_on_once_when_it_is_whole(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_reporter_that_breaks_holds_no_run_up(tmp_path: Path) -> None:
+def test_broken_reporter_does_not_stop_run(tmp_path: Path) -> None:
     path, heard = tmp_path / "reports.jsonl", Heard()
 
     def run() -> None:

@@ -266,7 +266,7 @@ def test_resuming_a_finished_run_returns_its_result(
     assert after == before
 
 
-def test_data_that_changed_under_the_run_is_noticed(
+def test_changed_data_is_detected_at_resume(
     forker: Forker, command: Callable[..., list[str]], uneven_rows: Path, tmp_path: Path
 ) -> None:
     arguments = command("lora")
@@ -281,7 +281,7 @@ def test_data_that_changed_under_the_run_is_noticed(
     assert arguments[1] in message
 
 
-def test_resume_of_nothing_starts(
+def test_resume_without_run_starts(
     forker: Forker,
     command: Callable[..., list[str]],
     unbroken: dict[str, Outcome],
@@ -292,7 +292,7 @@ def test_resume_of_nothing_starts(
 
 
 @pytest.mark.slow
-def test_two_processes_do_not_work_on_one_run(
+def test_second_process_cannot_acquire_run(
     forker: Forker, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     job = forker.start(tmp_path, command("lora"), SLOWLY.replace("0.01", "0.2"))

@@ -69,7 +69,7 @@ def interrupted(killed: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lose, garble, other_fields])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+def test_damaged_checkpoint_falls_back_to_previous_checkpoint(
     forker: Forker,
     command: Callable[..., list[str]],
     unbroken: dict[str, Outcome],
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert not leftovers(interrupted)
 
 
-def test_checkpoints_that_are_all_damaged_are_an_error(
+def test_all_checkpoints_damaged_is_an_error(
     forker: Forker, command: Callable[..., list[str]], interrupted: Path
 ) -> None:
     """The run must not silently start from the beginning."""

@@ -155,7 +155,7 @@ assert set(CASES) >= OFTEN
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[] if c in OFTEN else [pytest.mark.slow]) for c in CASES]
 )
-def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
+def test_resumed_run_has_bits_of_uninterrupted_run(
     case: str,
     family_folder: Callable[[str], Path],
     tmp_path: Path,

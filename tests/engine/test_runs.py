@@ -23,7 +23,7 @@ def test_changed_data_and_changed_settings_are_named() -> None:
     assert refused.value.rule == "run.changed"
 
 
-def test_who_looks_whether_a_run_is_worked_on_is_not_taken_for_a_worker(
+def test_check_for_a_worker_does_not_count_as_worker(
     luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run("tiny-llama", "x")

@@ -27,7 +27,7 @@ def test_the_rate_rises_evenly_in_the_warm_up(schedule: str) -> None:
         ("constant", [1.0, 1.0, 1.0, 1.0]),
     ],
 )
-def test_after_the_warm_up_it_falls(schedule: str, expected: list[float]) -> None:
+def test_rate_falls_after_warm_up(schedule: str, expected: list[float]) -> None:
     steps = [20 + quarter * 20 for quarter in range(4)]
     found = [schedule_factor(schedule, step, 100, 0.2) for step in steps]
     assert found == pytest.approx(expected)
@@ -43,7 +43,7 @@ def test_the_warm_up_may_be_a_number_of_steps() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_the_last_step_is_just_above_nothing(schedule: str) -> None:
+def test_last_rate_is_just_above_zero(schedule: str) -> None:
     assert 0 < schedule_factor(schedule, 999, 1000, 0.05) < 2e-3
     assert schedule_factor(schedule, 1000, 1000, 0.05) == pytest.approx(0, abs=1e-12)
 
@@ -62,9 +62,7 @@ def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
 
 @PROPERTY
 @given(st.sampled_from(EVERY), st.integers(1, 300), st.floats(0, 0.99))
-def test_the_factor_is_a_share_that_rises_once_and_falls_once(
-    schedule: str, steps: int, warmup: float
-) -> None:
+def test_factor_rises_once_and_falls_once(schedule: str, steps: int, warmup: float) -> None:
     found = [schedule_factor(schedule, step, steps, warmup) for step in range(steps)]
     assert all(0 < factor <= 1 for factor in found)
     peak = found.index(max(found))
@@ -72,7 +70,7 @@ def test_the_factor_is_a_share_that_rises_once_and_falls_once(
     assert found[peak:] == sorted(found[peak:], reverse=True)
 
 
-def test_one_cycle_rises_and_falls_for_equally_long_and_ends_near_nothing() -> None:
+def test_one_cycle_is_symmetric_and_ends_near_zero() -> None:
     found = [schedule_factor("one_cycle", step, 1000) for step in range(1001)]
     assert found[0] == found[900] == pytest.approx(0.04)
     assert found.index(max(found)) == 450 and found[450] == 1.0
@@ -84,13 +82,13 @@ def test_one_cycle_rises_and_falls_for_equally_long_and_ends_near_nothing() -> N
 
 
 @pytest.mark.parametrize(("rise", "falls_until"), [(0.1, 90), (0.6, 90), (0.86, 93)])
-def test_one_cycle_takes_another_share_for_the_rise(rise: float, falls_until: int) -> None:
+def test_one_cycle_with_share_of_rise(rise: float, falls_until: int) -> None:
     found = [schedule_factor("one_cycle", step, 100, rise) for step in range(100)]
     assert found[round(100 * rise)] == pytest.approx(1.0) == max(found)
     assert found[falls_until] == pytest.approx(0.04)
 
 
-def test_without_a_share_each_schedule_takes_its_own() -> None:
+def test_default_share_of_each_schedule() -> None:
     for name in NAMES:
         assert all(
             schedule_factor(name, n, 60) == schedule_factor(name, n, 60, 0.05) for n in range(60)

@@ -78,7 +78,7 @@ def recorded(folder: Path, speakers: int, form: str) -> Path:
 
 
 @pytest.mark.parametrize("form", ["text", "table"])
-def test_rows_of_one_group_are_on_one_side(
+def test_rows_of_a_group_stay_on_a_single_side(
     tmp_path: Path, form: str, family_folder: Callable[[str], Path]
 ) -> None:
     """A network that has seen every speaker would be measured on known speakers."""
@@ -103,7 +103,7 @@ def test_rows_of_one_group_are_on_one_side(
     assert len({(line - first) // 8 for line in mixed}) > 2
 
 
-def test_columns_that_make_no_groups_are_refused(
+def test_columns_without_groups_are_refused(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     data = recorded(tmp_path, 6, "text")

@@ -82,7 +82,7 @@ def recipe(base: Path, folder: Path, name: str, **kwargs: Any) -> Recipe:
     )  # fmt: skip
 
 
-def test_a_format_prints_the_date_it_was_given(
+def test_template_prints_given_date(
     new_tokenizer: Callable[..., Any], set_day: Callable[[str], None]
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(DAILY))
@@ -109,7 +109,7 @@ def test_a_format_prints_the_date_it_was_given(
     ["%Y-%m-%d", "%d %b %Y", "%B %d, %Y", "%A, %-d %B %y", "%H:%M", "%j of %G-W%V", "no date"],
 )
 @pytest.mark.parametrize("kind", ["transformers", "several", "stored"])
-def test_dates_are_written_as_strftime_writes_them(
+def test_dates_equal_strftime(
     form: str, kind: str, tmp_path: Path, new_tokenizer: Callable[..., Any]
 ) -> None:
     template = (

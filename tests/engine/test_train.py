@@ -59,7 +59,7 @@ def test_an_adapter_of_llama_is_trained_without_transformers_and_peft(
 
 @pytest.mark.parametrize("adaptation", ["lora", "full", "freeze"])
 @pytest.mark.parametrize("objective", ["sft", "causal_lm"])
-def test_a_run_learns_and_stores_what_it_learned(
+def test_run_learns_and_stores_weights(
     recipe: Callable[..., Recipe], tmp_path: Path, adaptation: str, objective: str
 ) -> None:
     fields: dict[str, Any] = {"adaptation": adaptation, "objective": objective}
@@ -135,9 +135,7 @@ def test_early_stopping_stops_and_the_best_weights_are_stored(
     )
 
 
-def test_gains_that_are_too_small_use_up_the_patience(
-    recipe: Callable[..., Recipe], tmp_path: Path
-) -> None:
+def test_small_gains_use_up_patience(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     rows = [{"prompt": "say", "completion": "B B B B"}] * 2
     held = str(write_rows(tmp_path / "b.jsonl", rows))
     training = {"max_steps": 12, "learning_rate": 0.01, "evaluate_every": 1, "warmup_steps": 0}
@@ -151,7 +149,7 @@ def test_gains_that_are_too_small_use_up_the_patience(
     assert result.steps == 3 and result.validation_loss == min(measured) < measured[0]
 
 
-def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
+def test_harmful_tuning_stores_initial_weights(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     held = write_rows(tmp_path / "b.jsonl", [{"prompt": "say", "completion": "B B B B"}] * 2)
@@ -178,9 +176,7 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     assert again == result
 
 
-def test_a_run_that_never_began_has_nothing_to_resume(
-    recipe: Callable[..., Recipe], luthier_home: Path
-) -> None:
+def test_resume_of_run_without_steps(recipe: Callable[..., Recipe], luthier_home: Path) -> None:
     class Reported(Notes):
         resumed: list[str]
 
@@ -197,9 +193,7 @@ def test_a_run_that_never_began_has_nothing_to_resume(
     assert reported.resumed == []
 
 
-def test_a_loss_that_is_no_number_ends_the_run(
-    recipe: Callable[..., Recipe], luthier_home: Path
-) -> None:
+def test_nan_loss_ends_run(recipe: Callable[..., Recipe], luthier_home: Path) -> None:
     training = {"learning_rate": 1e30, "max_steps": 20, "warmup_ratio": 0.0}
     asked = recipe(training, adaptation="full", name="steep")
     with pytest.raises(Diverged) as caught:
@@ -222,7 +216,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
 
 
 @pytest.mark.parametrize(("measured", "step"), [(1, 0), (2, 2)])
-def test_validation_rows_that_are_measured_to_no_number_end_the_run(
+def test_nan_validation_loss_ends_run(
     recipe: Callable[..., Recipe],
     luthier_home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -244,7 +238,7 @@ def test_validation_rows_that_are_measured_to_no_number_end_the_run(
     assert not [name for name in files_in(luthier_home) if name.startswith("models")]
 
 
-def test_it_works_outside_the_main_thread(recipe: Callable[..., Recipe]) -> None:
+def test_training_outside_main_thread(recipe: Callable[..., Recipe]) -> None:
     """Signals cannot be caught outside the main thread."""
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(train.train(recipe())))
@@ -326,7 +320,7 @@ def test_the_seed_matters(recipe: Callable[..., Recipe]) -> None:
 
 
 @pytest.mark.slow
-def test_custom_models_are_tuned_further_and_know_where_they_come_from(
+def test_custom_model_is_tuned_further_and_records_parent(
     recipe: Callable[..., Recipe], tiny_model_folder: Path, rows: Path
 ) -> None:
     training = {"learning_rate": 0.01, "max_steps": 6}

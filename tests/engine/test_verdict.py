@@ -102,7 +102,7 @@ def test_an_error_rate_decides_once_something_is_right(
         assert not found.learned and found.cause == ("more_steps" if kept_step else "other_rows")
 
 
-def test_a_run_that_only_harmed_keeps_the_initial_weights() -> None:
+def test_verdict_of_harmful_run_with_initial_weights() -> None:
     worse, late = judged((2.0, 2.2, 2.6)), judged((2.0, 1.5, 2.5))
     assert (worse.outcome, worse.kept_step, worse.unchanged) == ("worse", 0, True)
     assert (late.outcome, late.kept_step, late.unchanged) == ("overfitted", 20, False)
@@ -135,7 +135,7 @@ def capped(
 RISING_AGAIN = (2.0, 1.8, 1.7, 1.6, 1.5, 1.46, 1.45, 1.47, 1.5, 1.6, 1.7)
 
 
-def test_rows_that_were_seen_once_are_not_known_by_heart() -> None:
+def test_single_epoch_is_not_overfitting() -> None:
     assert capped(RISING_AGAIN, 5).outcome == "overfitted"
     once = capped(RISING_AGAIN, 32)
     assert (once.outcome, once.kept_step, once.cause) == ("declined", 6, "unsteady")
@@ -150,7 +150,7 @@ def test_a_small_difference_on_few_rows_is_chance() -> None:
     assert capped(RISING_AGAIN, 5, rows=4).outcome == "overfitted"
 
 
-def test_a_capped_run_that_was_best_at_its_end_needs_more_steps() -> None:
+def test_capped_run_with_best_end_needs_more_steps() -> None:
     found = capped([2.0 - 0.001 * n for n in range(11)], 32, train=0.0)
     assert (found.outcome, found.kept_step) == ("hardly_learned", 10)
     assert found.cause == "more_steps" and "`training.max_steps=20`" in found.advice
@@ -161,7 +161,7 @@ def test_early_stopping_is_said() -> None:
     assert verdict.stopped_early and not judged((2.0, 1.0, 1.5)).stopped_early
 
 
-def test_without_validation_rows_nothing_is_claimed() -> None:
+def test_no_claim_without_validation_rows() -> None:
     verdict = judged(())
     assert (verdict.outcome, verdict.kept_step) == ("unmeasured", 40)
     assert verdict.before == verdict.kept == verdict.last == {}
@@ -204,7 +204,7 @@ def scored(
     return judge_run(lines, "accuracy", training, 40, len(right[0]), **fields)
 
 
-def test_scores_of_the_same_rows_are_told_apart_by_those_that_changed() -> None:
+def test_paired_scores_are_compared_by_changed_rows() -> None:
     """Thirteen rows won and three lost are no chance, though each share has an error of two points."""
     before = [1] * 177 + [0] * 23
     after = [1] * 174 + [0] * 3 + [1] * 13 + [0] * 10
@@ -220,17 +220,17 @@ def test_a_gain_on_two_rows_is_no_ground_to_change_the_rate() -> None:
     assert "`data.validation=FILE`" in found.advice
 
 
-def test_what_is_all_right_before_training_needs_no_more_rows() -> None:
+def test_perfect_base_needs_no_more_rows() -> None:
     found = scored([[1] * 40, [1] * 40], fitted_head=True)
     assert (found.outcome, found.cause, found.advice) == ("hardly_learned", "", "")
 
 
-def test_labels_that_the_rows_do_not_tell_are_said_to_be_so() -> None:
+def test_unlearnable_labels_are_reported() -> None:
     found = scored([[1, 0] * 20, [1, 0] * 20], fitted_head=True, uninformative=True)
     assert found.cause == "uninformative"
 
 
-def test_labels_are_not_blamed_where_training_rows_were_not_learned() -> None:
+def test_labels_are_not_blamed_without_training_gain() -> None:
     right = [[1, 0] * 20, [1, 0] * 20]
     flat = scored(right, FLAT, uninformative=True, informed="logistic regression on pixels")
     assert flat.cause == "rows_not_learned"
@@ -241,7 +241,7 @@ def test_labels_are_not_blamed_where_training_rows_were_not_learned() -> None:
     assert scored(right, uninformative=True).cause == "uninformative"
 
 
-def test_only_a_run_that_learned_is_worth_a_refit() -> None:
+def test_refit_needs_a_gain() -> None:
     up, same = [[1, 0] * 20, [1] * 40], [[1, 0] * 20, [1, 0] * 20]
     assert scored(up).learned
     assert not scored(up, uninformative=True).learned
@@ -254,7 +254,7 @@ def test_only_a_run_that_learned_is_worth_a_refit() -> None:
     assert not scored([[1] * 18 + [0] * 22, [1] * 19 + [0] * 21]).learned
 
 
-def test_rows_that_a_baseline_tells_apart_are_not_blamed() -> None:
+def test_rows_separated_by_a_baseline_are_not_blamed() -> None:
     right = [[1, 0] * 20, [1, 0] * 20]
     found = scored(right, fitted_head=True, uninformative=True, informed="naive Bayes on words")
     assert found.cause == "base_model" and "`--base ID`" in found.advice
@@ -357,7 +357,7 @@ def test_few_held_out_rows_are_said_to_be_few() -> None:
     assert not judge_run(lines, "loss", Training(), 2, rows=50).cause
 
 
-def test_a_head_that_started_from_regression_is_compared_with_it() -> None:
+def test_fitted_head_is_compared_with_regression() -> None:
     lines = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
 
     def judged_from(*scores: float) -> RunVerdict:
@@ -372,7 +372,7 @@ def test_a_head_that_started_from_regression_is_compared_with_it() -> None:
     assert judged_from(0.6, 0.8, 0.9).outcome == "still_improving"
 
 
-def test_a_refit_stores_other_weights_than_those_that_were_measured() -> None:
+def test_verdict_of_refit_names_unmeasured_weights() -> None:
     train = [{"event": "train", "step": n, "loss": loss} for n, loss in enumerate(FALLING, 1)]
     lines = [*train, held(0, 2.0), held(20, 1.0), held(40, 1.5)]
     found = judge_run(
@@ -382,7 +382,7 @@ def test_a_refit_stores_other_weights_than_those_that_were_measured() -> None:
     assert (found.outcome, found.kept_step, found.kept) == ("overfitted", 20, {"loss": 1.0})
 
 
-def test_a_rate_that_ruins_the_model_in_a_few_steps_is_called_too_high() -> None:
+def test_ruinous_rate_is_called_too_high() -> None:
     verdict = judged((2.75, 30.36), train=[2.378, 30.1, 30.3], steps=3, rate=100.0)
     assert (verdict.outcome, verdict.cause) == ("worse", "rate_high")
     assert judged((2.0, 2.1), train=[2.0, 1.9, 2.0], steps=3).cause == "few_steps"
