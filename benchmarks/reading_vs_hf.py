@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from children import run, table
+from luthier.tasks import CLASSIFICATION, TAGGING
 
 RATE = 3e-4
-CASES = {"banking77": "accuracy", "ncbi_disease": "entity_f1"}
+CASES = {"banking77": (CLASSIFICATION, "accuracy"), "ncbi_disease": (TAGGING, "entity_f1")}
 
 
 def cut(source: Path, target: Path, count: int) -> Path:
@@ -92,7 +93,6 @@ def luthier(folder: Path, train: Path, test: Path, epochs: int) -> tuple[list[fl
 
 def compared(name: str, data: Path, options: argparse.Namespace, scratch: Path) -> list[str]:
     from luthier.data.rows import load_rows
-    from luthier.evaluation.labels import scores
     from luthier.library.models import find
 
     scratch.mkdir()
@@ -108,8 +108,8 @@ def compared(name: str, data: Path, options: argparse.Namespace, scratch: Path) 
     apart = [abs(a - b) / b for a, b in zip(losses, theirs["losses"], strict=True)]
     for step in sorted({0, 1, 9, 24, 49, 99, len(losses) - 1} & {*range(len(losses))}):
         print(f"{name} step {step + 1}: {losses[step]:.6f} {theirs['losses'][step]:.6f}")
-    rows, metric = load_rows(test), CASES[name]
-    found = [scores(rows, said)[metric] for said in (answers, theirs["answers"])]
+    rows, (task, metric) = load_rows(test), CASES[name]
+    found = [task.scores(rows, said)[metric].value for said in (answers, theirs["answers"])]
     keys = ("label", "tags")
     pairs = zip(answers, theirs["answers"], strict=True)
     same = sum(all(a.get(key) == b.get(key) for key in keys) for a, b in pairs)
