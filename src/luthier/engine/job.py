@@ -541,8 +541,8 @@ def _check_settings(
     alone = training.batch_size == 1 and objective.contrasts_rows
     if alone and data.train[0].partner is None and not getattr(objective, "hard_negatives", 0):
         raise RecipeError(
-            "each row is compared with the other rows of its batch, and a batch of 1 row has no "
-            "other row. Use a batch of at least 2 rows, better 64, or remove the setting",
+            "a batch of 1 row has no other row to compare with. Use at least 2 rows, better 64, or "
+            "remove the setting",
             setting="training.batch_size",
             rule="objective.batch",
         )
