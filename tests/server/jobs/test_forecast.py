@@ -25,7 +25,8 @@ from luthier.server.tables.jobs import PAUSED, RUNNING, STOPPING, Job
 from luthier.server.tables.queue import PATIENCE
 
 CAPACITY = Capacity(memory=10, cores=4)
-SOON, LATER = now() + timedelta(minutes=5), now() + timedelta(hours=1)
+# A suite takes minutes between the import of this module and its last test.
+SOON, LATER = now() + timedelta(hours=12), now() + timedelta(days=1)
 
 
 def add(database: Database, name: str, **fields: Any) -> str:
@@ -95,13 +96,14 @@ def test_start_without_a_later_end_is_unknown(
 
 
 def test_small_jobs_overtake_large_jobs_until_patience_ends(database: Database) -> None:
-    run(database, "first", SOON, memory=5)
-    run(database, "second", LATER, memory=5)
+    within, beyond = now() + PATIENCE / 2, now() + 2 * PATIENCE
+    run(database, "first", within, memory=5)
+    run(database, "second", beyond, memory=5)
     large, small = add(database, "large", memory=9), add(database, "small", memory=1)
-    assert [places(database)[each].expected_start for each in (large, small)] == [LATER, SOON]
+    assert [places(database)[each].expected_start for each in (large, small)] == [beyond, within]
     with database.write() as session:
         session.query(Job).filter_by(id=large).update({"modified": now() - PATIENCE})
-    assert [places(database)[each].expected_start for each in (large, small)] == [LATER, LATER]
+    assert [places(database)[each].expected_start for each in (large, small)] == [beyond, beyond]
 
 
 def test_jobs_on_other_machines_have_no_expected_start(database: Database) -> None:
