@@ -37,6 +37,8 @@ class SearchSet:
     """Relevance of the relevant documents of each query, by index of the document."""
     added: int = 0
     """Number of relevant documents that the corpus lacked."""
+    left_out: int = 0
+    """Number of queries without a relevant document."""
 
 
 def load_search_set(
@@ -67,11 +69,13 @@ def load_search_set(
         fix = "Give the file of queries that belongs to the qrels, with `_id` and `text`."
         raise DataError([Problem("qrels.query", message, fix, Location(str(data)))])
     rows = [named[name] for name in gains]
-    return SearchSet(documents, ids, rows, [row.plain_text() for row in rows], [*gains.values()])
+    queries = [row.plain_text() for row in rows]
+    left_out = len(named) - len(rows)
+    return SearchSet(documents, ids, rows, queries, [*gains.values()], left_out=left_out)
 
 
 class _Collection:
-    """Distinct documents: equal documents are one document, so that a hit on any copy is right."""
+    """Distinct documents: equal documents are a single document, so a hit on any copy is right."""
 
     def __init__(self) -> None:
         self.documents: list[str] = []
@@ -81,7 +85,7 @@ class _Collection:
         self._places_of_text = defaultdict[str, set[int]](set)
 
     def add(self, document: str, name: str, text: str) -> None:
-        """Add a document with its id, and its text without the title."""
+        """Add a document with the id, and the text without the title."""
         place = self._place.setdefault(document, len(self.documents))
         if place == len(self.documents):
             self.documents.append(document)

@@ -26,7 +26,6 @@ import numpy as np
 
 from luthier.data.files.read import read_records
 from luthier.data.languages import detect_languages
-from luthier.data.rows import load_inputs
 from luthier.data.search_sets import load_search_set
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.choices import MultipleChoice
@@ -141,11 +140,6 @@ def evaluate(
     if collection is not None:
         others = None if reranker is None else library.find(reranker)
         evaluation = evaluate_search(stored, collection, others, on_progress)
-        left_out = sum(1 for _ in load_inputs(data, columns)) - total if qrels else 0
-        if left_out:
-            evaluation.remarks.append(
-                f"queries without a relevant document, left out: {left_out:,}"
-            )
     elif predicts(objective):
         predictor = opened if isinstance(opened, Predictor) else Predictor.open(stored)
         started = time.monotonic()

@@ -97,6 +97,8 @@ def evaluate_search(
         remarks.append(f"the reranker orders the first {RERANKED} documents of a query")
     if collection.added:
         remarks.append(f"{collection.added:,} relevant texts were missing in the corpus, and added")
+    if collection.left_out:
+        remarks.append(f"queries without a relevant document, left out: {collection.left_out:,}")
     return Evaluation(
         systems[own], collection.rows, remarks=remarks, records=records, systems=systems
     )
