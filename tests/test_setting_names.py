@@ -24,8 +24,8 @@ SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
 COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate",
             "limits.py", "workflows/pretrain_recipe.py", "server/http/server.py",
-            "formatting.py", "tasks/", "media/tasks.py")  # fmt: skip
-"""Code of commands, the next commands of tasks and of the server's start, and the home of the names."""
+            "formatting.py")  # fmt: skip
+"""Code of commands and of the server's start, and the home of the names."""
 FURTHER = (
     "data/convert.py", "data/files/writers.py", "exports/writer.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
@@ -46,7 +46,11 @@ OF_COMMANDS = {
     # A server is started by a command, and a driver by arguments.
     "server/service.py": "--(job-processes|runner)", "inference/opened_model.py": "student --from",
     "server/jobs/runners.py": "--(runner|ray-address)",
-    "workflows/evaluate.py": "--(corpus|qrels|reranker|grader)",
+    "workflows/evaluate.py": "has no effect with --corpus",
+    # The next command and the printed prediction of a task.
+    "tasks/base.py": "--input series", "tasks/embedding.py": "--json prints all",
+    "tasks/generation.py": "--image photo|DATA --base", "tasks/reading.py": "--input questions",
+    "tasks/reranking.py": "--input pairs", "media/tasks.py": "--output samples",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Messages in other files that API clients never see, as patterns."""

@@ -1,4 +1,4 @@
-"""The errors that luthier raises on purpose, and the problem that each error carries.
+"""The errors raised by luthier on purpose, and the problem in each error.
 
     LuthierError                exit 1: a failure during the work
     ├── RefusedInput            exit 2: rejected before any work
@@ -58,7 +58,7 @@ NOWHERE = Location()
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One rule that an input or a step of the work breaks, with the place and the fix."""
+    """A broken rule of an input or of a step of the work, with the place and the fix."""
 
     rule: str
     """Stable id, for example ``json.invalid``."""

@@ -87,7 +87,7 @@ class DataSpec(StrictModel):
     train_share: float | None = Field(default=None, gt=0, le=1)
     """Share of the remaining training rows to use, stratified by label; all by default."""
     group_column: str | None = Field(default=None, min_length=1)
-    """Column whose equal values (such as a speaker) stay on one side of the split."""
+    """Column whose equal values (a speaker, for example) stay on the same side of the split."""
     long_rows: LongRows | None = None
     """How to handle rows longer than the context; ``truncate`` for classifiers, else ``error``."""
     label_issues: Literal["keep", "leave_out", "relabel"] = "keep"

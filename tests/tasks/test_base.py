@@ -22,7 +22,7 @@ from luthier.tasks import (
     TAGGING,
     Task,
 )
-from luthier.tasks.generation import Pretraining
+from luthier.tasks.generation import PretrainingTask
 
 ENTITY = {"label": "city", "text": "Rome", "start": 3, "end": 7}
 
@@ -72,7 +72,7 @@ def test_next_command(task: Task, reads: str, command: str) -> None:
 
 def test_objectives_predict_unless_models_generate_or_are_bases() -> None:
     for name, kind in OBJECTIVES.items():
-        generates = kind.task.writes or kind.task.draws or isinstance(kind.task, Pretraining)
+        generates = kind.task.writes or kind.task.draws or isinstance(kind.task, PretrainingTask)
         objective: Any = kind.model_construct()
         assert predicts(objective) is not generates or kind.task.reconstructs, name
 

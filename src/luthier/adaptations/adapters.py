@@ -42,7 +42,7 @@ _CONVOLUTION = re.compile(
     r"(^|\.)((?P<block>layers\.\d+)\.layer\.\d+\.convolution|reduce_1x1\.convolution|project_conv"
     r"|project\.0|conv2|features\.\d+|(encoder|decoder|stages)\.\d+\.(conv|linear))$"
 )
-"""Names of convolutions that end a block. If several match one block, the last counts."""
+"""Names of convolutions at the end of a block. If several match a block, the last counts."""
 _INNER_CONVOLUTION = re.compile(
     r"(^|\.)(layers\.\d+\.layer\.\d+\.convolution|expand_1x1\.convolution|expand_conv|expand\.0|conv1)$"
 )

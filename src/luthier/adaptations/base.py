@@ -57,7 +57,7 @@ def full_rate(hidden: int) -> float:
 
 
 class Adaptation(StrictModel):
-    """Base class of all adaptations. Subclasses are final: one method, one file, one class."""
+    """Base class of all adaptations. Subclasses are final: a file and a class per method."""
 
     method: str
     """Name of the adaptation in recipes and in the CLI."""

@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture, whose weights are stored as one tensor ``[experts, …, …]``.
+"""LoRA on the experts of a mixture with weights in a single tensor ``[experts, …, …]``.
 
 The experts' own forward pass runs with a :class:`LowRankStack` in place of each weight. A product
 with the stack is the frozen product plus two narrow products of the same kind: grouped by expert,

@@ -151,11 +151,7 @@ def main() -> None:
     # PEFT imports bitsandbytes if installed, which logs advice about an unused kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     console.owns_process = True
-    if sys.argv[1:2] and sys.argv[1] not in {
-        *COMMANDS.built_in,
-        *COMMAND_GROUPS.values(),
-        "worker",
-    }:
+    if {*COMMANDS.built_in, *COMMAND_GROUPS.values(), "worker"}.isdisjoint(sys.argv[1:2]):
         add_plugin_commands()
     app()
 

@@ -130,7 +130,7 @@ def _id_and_label(record: Record) -> dict[str, Any]:
 
 
 def _write_sheet(rows: Sequence[Row], processor: ImageProcessor, output: Path) -> None:
-    """Write one image with the query and its neighbours, as preprocessed for the model."""
+    """Write an image with the query and the neighbours, as preprocessed for the model."""
     from luthier.data.shapes.media import MediaRow
     from luthier.files import write_bytes
     from luthier.media.image_grid import encode_png, grid

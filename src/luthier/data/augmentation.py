@@ -77,7 +77,7 @@ class Augmentation(StrictModel):
         return Augmentation(shift=0.2, speed=0.15, noise=0.2, masks=1)
 
     def change(self, example: Example, random: np.random.Generator) -> Example:
-        """Return ``example`` with another random change of its media input."""
+        """Return ``example`` with a new random change of the media input."""
         assert example.media is not None
         seed = (int(random.integers(1 << 62)),)
         return replace(example, media=replace(example.media, augmentation=self, seed=seed))

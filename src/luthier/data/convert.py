@@ -1,4 +1,4 @@
-"""Conversion of a source to one file in another row form or container, as a stream.
+"""Conversion of a source to a file in a different row form or container, as a stream.
 
 Keys outside of the row's form (an id, a category) are kept, or dropped on request. A row that the
 target form or container cannot represent is rejected.

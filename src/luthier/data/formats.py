@@ -155,7 +155,7 @@ def _turn(item: object) -> object:
 
 
 def _xlam(record: Record) -> Converted:
-    """Convert a row of xLAM: a query and the calls that answer it."""
+    """Convert a row of xLAM: a query and the calls for the answer."""
     calls = record["answers"]
     if isinstance(calls, str):
         with suppress(ValueError):  # the check of the turns reports other text
@@ -210,7 +210,7 @@ def _has_choices(record: Record) -> bool:
 
 
 def _options(record: Record) -> Converted:
-    """Convert WinoGrande: one continuation for several beginnings, as in its scoring."""
+    """Convert WinoGrande: a continuation for several beginnings, as in the published scoring."""
     options = record["options"]
     choices = [record["continuation"]] * (len(options) if isinstance(options, list) else 1)
     converted = {"prompt": options, "choices": choices, "answer": record["answer"]}

@@ -109,7 +109,7 @@ class Checker(FieldChecker):
         """True if rows may have luthier's keys in place of the mapped columns, as held-out rows."""
 
     def begin(self, file: str) -> None:
-        """Continue with another file of the same source; its rows must match the rows so far."""
+        """Continue with the next file of the same source; the rows must match the rows so far."""
         self.file = file
         self.line_of_id = {}
 

@@ -84,7 +84,7 @@ class _Units:
 
 
 def _quotas(wanted_S: np.ndarray, goal: int) -> IntArray:
-    """Round ``wanted_S`` to integers that sum to ``goal``, each off by less than one."""
+    """Round ``wanted_S`` to integers with the sum ``goal``, each off by less than 1."""
     quotas: IntArray = np.floor(wanted_S).astype(np.int64)
     order = np.argsort(quotas - wanted_S, kind="stable")
     quotas[order[: max(0, goal - int(quotas.sum()))]] += 1

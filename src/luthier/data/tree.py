@@ -1,4 +1,4 @@
-"""The token tree: one micro-batch in which every distinct prefix is stored once.
+"""The token tree: a micro-batch with every distinct prefix stored once.
 
 Rows are sorted and merged into a trie of token ids, laid out depth-first in one flat sequence of
 ``N`` nodes. A node attends to its ancestors and itself, and its position is its depth. Because a
@@ -104,7 +104,7 @@ class TokenTree:
 def build_tree(
     examples: Sequence[Example], share: bool = True, before: tuple[int, ...] = ()
 ) -> TokenTree:
-    """Merge ``examples`` (at least one, none empty) into one token tree.
+    """Merge ``examples`` (not empty) into a token tree.
 
     Edges carry the weights of rows whose target is the next token; other rows have no edges with
     loss. ``before`` are ids in front of every row: a soft prompt.

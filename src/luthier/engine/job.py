@@ -32,7 +32,7 @@ from luthier.errors import RecipeError
 from luthier.files import need_disk
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
-from luthier.gate.rules import MOSTLY_TRUNCATED
+from luthier.gate.rules import MOSTLY_TRUNCATED, mostly_truncated
 from luthier.library import models as store
 from luthier.library.folders import base_folder
 from luthier.models.base_kinds import sole_objective
@@ -301,7 +301,7 @@ def prepare_job(
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             text = f"{count:,} rows longer than {context:,} tokens were {what}"
-            if what == "truncated" and 2 * count >= rows:
+            if what == "truncated" and mostly_truncated(count, rows):
                 text = f"warning: {text}, of {rows:,}. {MOSTLY_TRUNCATED.fix}"
             reporter.note(text)
     for line in warnings(data.report) if data.report else ():

@@ -36,7 +36,7 @@ STUDENT_T = (
 )  # fmt: skip
 """Two-sided 95 % quantiles of Student's t for 2, 3, … rows (Student 1908)."""
 FALLEN = 0.2
-"""Fall of the loss, as a share, that shows that an untrained head has learned."""
+"""Fall of the loss, as a share, if an untrained head has learned."""
 HOLLOW = 0.95
 """Share of the chance-level loss from which a loss carries no information."""
 _REWARDS: Mapping[str, str] = {

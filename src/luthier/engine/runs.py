@@ -371,7 +371,7 @@ def automatic_name(
 
 @contextmanager
 def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Acquire the lock of ``folder``: only one process at a time may work on ``what``.
+    """Acquire the lock of ``folder``: a single process at a time may work on ``what``.
 
     Raises:
         RunConflict: if the lock is not free within ``wait_seconds``. At least two attempts are

@@ -74,18 +74,7 @@ class Preparation(TrainingStep):
         objective, budget = job.data.objective, trainer.reading_budget
         network.model.eval()
         with trainer.clock.part("begin"):
-            steps, measured, calibrated = count_rows(job)
-            start = RunStart(
-                network,
-                job.data.train,
-                budget,
-                job.new_head,
-                steps,
-                measured,
-                calibrated,
-                note,
-            )
-            prepared = objective.prepare(start)
+            prepared = objective.prepare(_run_start(trainer, job))
         trainer.fitted_head, trainer.prepared_rows = prepared.head_fitted, prepared.examples
         trainer.job = job = job.with_rows(trainer.prepared_rows)
         with trainer.clock.part("ahead"):
@@ -93,6 +82,18 @@ class Preparation(TrainingStep):
             folder = trainer.run_folder.folder / PRECOMPUTED
             objective.precompute(network, rows, budget, folder, note)
         return_freed_memory()  # the objective may have closed a teacher
+
+
+def _run_start(trainer: Trainer, job: TrainingJob) -> RunStart:
+    """Return what an objective prepares from: the network, and the training rows of ``job``."""
+    return RunStart(
+        trainer.network,
+        job.data.train,
+        trainer.reading_budget,
+        job.new_head,
+        *count_rows(job),
+        trainer.reporter.note,
+    )
 
 
 class Baselines(TrainingStep):
@@ -371,20 +372,12 @@ class RefitTraining(TrainingStep):
     @torch.no_grad()
     def _fit_on_all_rows(self, trainer: Trainer) -> None:
         """Fit the stored logistic regression again, on all rows."""
-        first, network = trainer.job, trainer.network
+        first = trainer.job
         with trainer.clock.part("data"):
             job = prepare_refit(first, 0, trainer.progress.step)
-        network.model.eval()
-        start = RunStart(
-            network,
-            job.data.train,
-            trainer.reading_budget,
-            first.new_head,
-            *count_rows(job),
-            trainer.reporter.note,
-        )
+        trainer.network.model.eval()
         with trainer.clock.part("begin"):
-            job.data.objective.prepare(start)
+            job.data.objective.prepare(_run_start(trainer, job))
         trainer.run_folder.record_held_out(job.data.held_out)
         trainer.stored_job = job
         counts = job.data.counts
@@ -392,7 +385,7 @@ class RefitTraining(TrainingStep):
 
 
 class Threshold(TrainingStep):
-    """Settings that the objective derives from the trained network, such as a decision threshold."""
+    """Settings of the objective derived from the trained network, for example a decision threshold."""
 
     @torch.no_grad()
     def before_storing(self, trainer: Trainer) -> None:

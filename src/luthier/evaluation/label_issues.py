@@ -99,7 +99,7 @@ def find_label_issues(rows: Sequence[Row], states_NH: Tensor) -> LabelIssues | N
 def likely_classes(
     states_NH: Tensor, class_N: NDArray[np.int64], classes: int
 ) -> list[tuple[int, int, float]]:
-    """Return rows that resemble another class, the other class and its probability.
+    """Return rows that resemble a different class, with this class and the probability.
 
     Rows are sorted by the margin between the probabilities of the other class and of the row's
     class.

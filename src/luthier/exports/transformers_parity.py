@@ -22,7 +22,7 @@ LARGEST_ERROR = 1e-3
 """Largest allowed relative difference of the outputs, computed in float32. The weights are equal
 bit for bit."""
 _GENERATORS: tuple[HeadKind, ...] = ("autoencoding", "adversarial", "denoising")
-"""Tasks of luthier's own networks and of diffusers pipelines, whose outputs are random."""
+"""Heads of luthier's own networks and of diffusers pipelines, whose outputs are random."""
 
 
 def expected_output(model: Any) -> Tensor | None:
@@ -39,7 +39,7 @@ def expected_output(model: Any) -> Tensor | None:
 def check_loads(
     folder: Path,
     model: str,
-    task: HeadKind,
+    kind: HeadKind,
     expected: Tensor,
     dtype: torch.dtype,
     device: torch.device,
@@ -58,7 +58,7 @@ def check_loads(
     message = f"transformers cannot load the export of {model}. {advice}"
     with reject_configuration(RecipeError, message):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        found, loaded = auto_class(config, task).from_pretrained(
+        found, loaded = auto_class(config, kind).from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     network = found.to(device)

@@ -134,7 +134,7 @@ def export(
             model: Any = load_merged(stored, wide, device, on_progress)
             whole = whole_model(model)
             cast_stored(whole, dtype)
-            expected, task = expected_output(whole), head_kind(model)
+            expected, kind = expected_output(whole), head_kind(model)
             if stored.parent is None and precision is None:
                 with _report_written(folder_size(stored.folder), on_progress):
                     _copy(stored.folder, fresh)
@@ -145,7 +145,7 @@ def export(
             del model, whole  # one network in memory at a time
             if expected is not None:
                 on_progress("compare", 0, 1)
-                check_loads(fresh, stored.id, task, expected, dtype, device)
+                check_loads(fresh, stored.id, kind, expected, dtype, device)
                 on_progress("compare", 1, 1)
         elif stored.network.is_pipeline:
             _write_diffusers_lora(stored, fresh)

@@ -224,6 +224,13 @@ MOSTLY_TRUNCATED = Rule(
     "Choose a base model with a longer context, or split the texts into passages.",
     whole=True,
 )
+
+
+def mostly_truncated(truncated: int, rows: int) -> bool:
+    """Return whether :data:`MOSTLY_TRUNCATED` applies."""
+    return 0 < rows <= 2 * truncated
+
+
 NOTHING_LEARNED = Rule(
     "row.nothing_learned",
     "error",

@@ -99,7 +99,7 @@ class Ungraded(LuthierError):
 
 
 class Grader(StrictModel):
-    """Base class of graders: one scoring method, one file, one class."""
+    """Base class of graders: a file and a class per scoring method."""
 
     method: str
     """Name of the grader in recipes and on the command line."""

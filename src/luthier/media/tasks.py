@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.evaluation.long_rows import FittingRows
 
 
-class ImageGeneration(Task):
+class ImageGenerationTask(Task):
     """New images. The network and its head depend on the objective."""
 
     draws: ClassVar[bool] = True
@@ -26,7 +26,7 @@ class ImageGeneration(Task):
         return f"sample {model_id} --output samples.png"
 
 
-class Autoencoding(Task):
+class AutoencodingTask(Task):
     """New images, reconstructions, and scores of unusual rows."""
 
     head: ClassVar[HeadKind] = "autoencoding"
@@ -34,19 +34,19 @@ class Autoencoding(Task):
     reconstructs: ClassVar[bool] = True
 
 
-class Adversarial(ImageGeneration):
+class AdversarialTask(ImageGenerationTask):
     """New images of a generator."""
 
     head: ClassVar[HeadKind] = "adversarial"
 
 
-class Denoising(ImageGeneration):
+class DenoisingTask(ImageGenerationTask):
     """New images from noise."""
 
     head: ClassVar[HeadKind] = "denoising"
 
 
-class Transcription(Task):
+class TranscriptionTask(Task):
     """Text in an image, or a caption."""
 
     head: ClassVar[HeadKind] = "image_to_text"
@@ -65,5 +65,5 @@ class Transcription(Task):
         return str(answer["text"] or "(no text)")
 
 
-AUTOENCODING, ADVERSARIAL, DENOISING = Autoencoding(), Adversarial(), Denoising()
-TRANSCRIPTION = Transcription()
+AUTOENCODING, ADVERSARIAL, DENOISING = AutoencodingTask(), AdversarialTask(), DenoisingTask()
+TRANSCRIPTION = TranscriptionTask()

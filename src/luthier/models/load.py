@@ -194,7 +194,7 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
 
 
 def _head_names(model: nn.Module) -> set[str]:
-    """Return the names of weights that a folder with another head, or without one, lacks."""
+    """Return the names of weights that a folder with a different or no head lacks."""
     heads, prefix = head_modules(model), getattr(model, "base_model_prefix", "")
     named = dict(model.named_parameters(remove_duplicate=False))
     return {

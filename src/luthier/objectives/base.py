@@ -158,7 +158,7 @@ class Finished:
 
 
 class Objective(StrictModel):
-    """Base class of all objectives: one paper, one file, one class.
+    """Base class of all objectives: a file and a class per paper.
 
     Methods are in the order of a run. ``chat`` is the row format of the network. Letters of tensor
     shapes: ``R`` rows of a micro-batch, ``T`` tokens of a row, ``N`` distinct tokens of a

@@ -1,4 +1,4 @@
-"""Parts of the server that its APIs share. Each API extends the class with parts of its own."""
+"""Parts of the server that all APIs share. Each API extends the class with further parts."""
 
 from __future__ import annotations
 

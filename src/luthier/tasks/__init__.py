@@ -1,4 +1,4 @@
-"""Tasks, one file per task: what a model does for its users."""
+"""Tasks, a file per task: the use of a model."""
 
 from luthier.tasks.base import Task
 from luthier.tasks.classification import CLASSIFICATION

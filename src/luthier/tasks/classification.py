@@ -47,7 +47,7 @@ for scores in answer:
     print([label for label, one in zip(config["labels"], likely) if one])"""
 
 
-class Classification(Task):
+class ClassificationTask(Task):
     """Labels of texts, images and audio."""
 
     head: ClassVar[HeadKind] = "sequence_classification"
@@ -96,7 +96,7 @@ class Classification(Task):
         return "\n".join(f"{p:6.1%}  {name}" for name, p in scores)
 
 
-CLASSIFICATION = Classification()
+CLASSIFICATION = ClassificationTask()
 
 
 def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[Method]:

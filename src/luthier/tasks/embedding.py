@@ -43,7 +43,7 @@ TEXT_OUTPUT, MEDIA_OUTPUT = "sentence_embedding", "media_embedding"
 """Output names in ONNX files. The graph of some encoders has a node named ``embedding``."""
 
 
-class Embedding(Task):
+class EmbeddingTask(Task):
     """Embeddings of texts, images and audio."""
 
     head: ClassVar[HeadKind] = "embedding"
@@ -92,7 +92,7 @@ class Embedding(Task):
         return retrieval_scores(ranks)["recall_at_1"]
 
     def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
-        """Return how often a side finds its partner, or a row another row of its label."""
+        """Return how often a side finds the partner, or a row a different row of the same label."""
         if of_shape(TextPair, rows.rows):
             return _score_partners(reader, rows, *sides)
         if of_shape(CaptionedImage, rows.rows):
@@ -132,7 +132,7 @@ class Embedding(Task):
         return use
 
 
-EMBEDDING = Embedding()
+EMBEDDING = EmbeddingTask()
 
 
 def _score_partners(
@@ -222,7 +222,7 @@ def _pooling(objective: Any, network: Network) -> str:
     Raises:
         RecipeError: for a sentence encoder with further steps.
     """
-    from luthier.models.networks.sentence_head import sentence_head
+    from luthier.models.networks.sentence_head import default_pooling, sentence_head
 
     pooling: str = getattr(objective, "pooling", "auto")
     head = sentence_head(network.model)
@@ -238,6 +238,4 @@ def _pooling(objective: Any, network: Network) -> str:
         if (method := pipeline.pooling[0]) not in names:
             raise RecipeError(f"pooling {method!r} is not supported in ONNX. Export as safetensors")
         pooling = names[method]
-    if pooling == "auto":
-        pooling = "mean" if network.is_bidirectional else "last"
-    return pooling
+    return default_pooling(network) if pooling == "auto" else pooling

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from luthier.data.conversations.chat import ChatFormat
 
 
-class Generation(Task):
+class GenerationTask(Task):
     """Replies and continuations."""
 
     head: ClassVar[HeadKind] = "causal_lm"
@@ -29,7 +29,7 @@ class Generation(Task):
         return f"chat {model_id}"
 
 
-class Pretraining(Task):
+class PretrainingTask(Task):
     """Base class of tasks whose models are bases for other tasks."""
 
     def command(self, model_id: str, chat: ChatFormat) -> str:
@@ -37,17 +37,17 @@ class Pretraining(Task):
         return f"tune DATA --base {model_id}"
 
 
-class MaskedWords(Pretraining):
+class MaskedWordsTask(PretrainingTask):
     """Words behind masks."""
 
     head: ClassVar[HeadKind] = "masked_lm"
     base_noun: ClassVar[str] = "masked language model"
 
 
-class Bidirectional(Pretraining):
+class BidirectionalTask(PretrainingTask):
     """Words from the text on either side."""
 
     head: ClassVar[HeadKind] = "bidirectional_lm"
 
 
-GENERATION, MASKED_WORDS, BIDIRECTIONAL = Generation(), MaskedWords(), Bidirectional()
+GENERATION, MASKED_WORDS, BIDIRECTIONAL = GenerationTask(), MaskedWordsTask(), BidirectionalTask()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from luthier.models.networks.network import Network
 
 
-class Rating(Task):
+class RatingTask(Task):
     """Ratings of texts."""
 
     head: ClassVar[HeadKind] = "sequence_classification"
@@ -84,4 +84,4 @@ class Rating(Task):
         return f"{answer['rating']:.3f}"
 
 
-RATING = Rating()
+RATING = RatingTask()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from luthier.data.conversations.chat import ChatFormat
 
 
-class Reading(Task):
+class ReadingTask(Task):
     """Answers from a context."""
 
     head: ClassVar[HeadKind] = "question_answering"
@@ -50,7 +50,7 @@ class Reading(Task):
         return f"predict {model_id} --input questions.jsonl"
 
 
-READING = Reading()
+READING = ReadingTask()
 
 
 def _word_f1(given: Sequence[str], truth: Sequence[str]) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luthier.evaluation.long_rows import FittingRows
 
 
-class Reranking(Task):
+class RerankingTask(Task):
     """Relevance of documents."""
 
     head: ClassVar[HeadKind] = "sequence_classification"
@@ -52,4 +52,4 @@ class Reranking(Task):
         return f"predict {model_id} --input pairs.jsonl"
 
 
-RERANKING = Reranking()
+RERANKING = RerankingTask()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.models.networks.network import Network
 
 
-class Reward(Task):
+class RewardTask(Task):
     """Rewards of replies."""
 
     head: ClassVar[HeadKind] = "sequence_classification"
@@ -44,4 +44,4 @@ class Reward(Task):
         return f"{answer['reward']:.3f}"
 
 
-REWARD = Reward()
+REWARD = RewardTask()

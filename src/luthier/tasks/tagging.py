@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from luthier.evaluation.long_rows import FittingRows
     from luthier.models.networks.network import Network
 
+Entities = set[tuple[str, int, int]]
+"""Kind, first word and last word of each entity of a row."""
 _CODE = """\
 for number, scores in enumerate(answer):
     first = {word: place for place, word in reversed([*enumerate(read[number].word_ids)])}
@@ -31,7 +33,7 @@ for number, scores in enumerate(answer):
            for word in sorted(each for each in first if each is not None)])"""
 
 
-class Tagging(Task):
+class TaggingTask(Task):
     """Tags of words."""
 
     head: ClassVar[HeadKind] = "token_classification"
@@ -46,7 +48,7 @@ class Tagging(Task):
         right = [len(given & wanted) for given, wanted in each]
         same = [sum(a == b for a, b in zip(truth, answer, strict=True)) for truth, answer in pairs]
         return {
-            "entity_f1": tag_scores((answer, truth) for truth, answer in pairs),
+            "entity_f1": _entity_f1(each),
             "entity_precision": RowScores.of(right, [len(given) for given, _ in each]),
             "entity_recall": RowScores.of(right, [len(wanted) for _, wanted in each]),
             "word_accuracy": RowScores.of(same, [len(truth) for truth, _ in pairs]),
@@ -89,18 +91,22 @@ class Tagging(Task):
         return "\n".join(found) or "(no entities)"
 
 
-TAGGING = Tagging()
+TAGGING = TaggingTask()
 
 
 def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScores:
     """Return the entity F1 of pairs of predicted and true tags."""
-    each = [(entities(given), entities(wanted)) for given, wanted in pairs]
-    right = [len(given & wanted) for given, wanted in each]
-    return RowScores.of(right, [(len(given) + len(wanted)) / 2 for given, wanted in each])
+    return _entity_f1([(entities(given), entities(wanted)) for given, wanted in pairs])
 
 
-def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Kind, first word and last word of each entity in a row of BIO tags."""
+def _entity_f1(pairs: Sequence[tuple[Entities, Entities]]) -> RowScores:
+    """Return the F1 of pairs of predicted and true entities."""
+    right = [len(given & wanted) for given, wanted in pairs]
+    return RowScores.of(right, [(len(given) + len(wanted)) / 2 for given, wanted in pairs])
+
+
+def entities(tags: Sequence[str]) -> Entities:
+    """Return kind, first word and last word of each entity in a row of BIO tags."""
     found = set()
     kind, start = "", 0
     for index, tag in enumerate([*tags, "O"]):

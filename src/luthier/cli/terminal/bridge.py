@@ -71,7 +71,7 @@ class Command:
     """Renderer, called with the result and each option in the renderer's signature."""
     name: str | None = None
     shares_work: bool = False
-    """Whether the processes of a launcher such as torchrun run the command together."""
+    """Whether the processes of a launcher (torchrun, for example) run the command together."""
     has_json: bool = True
 
     @property
@@ -233,7 +233,7 @@ MOVED = {
 
 
 class _Group(TyperGroup):
-    """Group that suggests a command of another group for an unknown name."""
+    """Group with suggestions from all groups for an unknown name."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, everywhere = args[0], ctx.find_root().command

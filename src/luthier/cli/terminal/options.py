@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and the recipe from these options.
+"""Arguments and options of several commands, and the recipe from the options.
 
 This module imports no heavy library.
 """
@@ -192,7 +192,7 @@ def assign_fields(
 
 
 def field_path(name: str, value: Any, short_names: Mapping[str, RecipeField]) -> str:
-    """Return the dotted path of a field from its keyword, such as ``training__epochs``."""
+    """Return the dotted path of a field from the keyword, for example ``training__epochs``."""
     path = short_names[name].path if name in short_names else name.replace("__", ".")
     # A table replaces the whole group; a text sets only the method.
     return path.removesuffix(".method") if isinstance(value, Mapping) else path

@@ -547,7 +547,7 @@ class ChatFormat:
         return [replace(each, ids_T=place(each.ids_T), images=images) for each in encoded]
 
     def _encode_parts(self, text: str, parts: Sequence[tuple[int, int]]) -> list[EncodedReply]:
-        """Encode a rendered conversation with learned parts, one by one if prompts disagree."""
+        """Encode a rendered conversation with learned parts, separately if prompts disagree."""
         start, end = parts[-1]
         text = text[:end]
         if not any(name in text[start:] for name in self.text_encoder.stop_names):

@@ -266,7 +266,7 @@ def _with_reasoning(text: str, message: Message, marks: ReasoningMarks, before: 
 
 
 def _split_message(message: Message, reasoning: ReasoningFormat) -> Message:
-    """Return a turn with the reasoning of its content in its own field."""
+    """Return a turn with the reasoning moved from the content to a separate field."""
     if message.reasoning or reasoning.marks.close not in message.content:
         return message
     decoded = split_reply(reasoning, message.content)

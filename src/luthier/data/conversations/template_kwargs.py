@@ -73,7 +73,7 @@ def parse_template(template: str) -> Template:
 
 @lru_cache(maxsize=32)
 def names_read(template: str) -> frozenset[str]:
-    """Return the variables that a chat template reads from its caller.
+    """Return the variables of a chat template without a value in the template.
 
     Variables that the template sets first are excluded. Empty if the template is not valid Jinja.
     """

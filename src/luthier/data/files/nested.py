@@ -22,7 +22,7 @@ _SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 _LISTS = ("data", "rows", "examples", "records", "instances")
 """Keys of an object around an array of rows."""
 _TEXTS = frozenset(("text", "prompt", "question", "instruction", "input", "query", "sentence1"))
-"""Keys whose arrays of texts are columns, because a row has one text under the key."""
+"""Keys of columns if the values are arrays of texts, because a row has a single text under the key."""
 
 
 def unfold(record: Record, file: str, warnings: list[Problem] | None) -> Sequence[Record] | None:

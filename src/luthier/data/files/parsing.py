@@ -164,7 +164,7 @@ def may_hold_surrogates(text: str) -> bool:
 
 
 def loads(text: str) -> object:
-    """Parse one JSON value on one line; :class:`RowRefused` for invalid JSON or huge values."""
+    """Parse a JSON value on a line; :class:`RowRefused` for invalid JSON or huge values."""
     try:
         value: object = DECODER.decode(text)
     except json.JSONDecodeError as error:

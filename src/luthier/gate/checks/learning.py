@@ -46,6 +46,7 @@ from luthier.gate.rules import (
     Findings,
     Place,
     Rule,
+    mostly_truncated,
     rule_of,
 )
 from luthier.objectives import Objective
@@ -54,7 +55,7 @@ from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, IntArray, Row
 
 WHOLE = 20_000
-"""Number of rows of a file that are all encoded. After that, one row in :data:`EVERY` is encoded."""
+"""Number of rows at the start of a file that are all encoded, before one in :data:`EVERY`."""
 EVERY = 16
 LONGEST = 10
 """Number of longest rows per split in the summary."""
@@ -307,7 +308,7 @@ class Learning(SpotCheck):
             findings.add(finding, count)
         truncated = findings.counts[TRUNCATED.id]
         count = sum(lengths.count for lengths in self.lengths.values())
-        if truncated and 2 * truncated >= count:
+        if mostly_truncated(truncated, count):
             place = findings.examples[TRUNCATED.id][0].place
             message = f"{truncated:,} of {count:,} rows have more than {self.context:,} tokens."
             findings.add(Finding(MOSTLY_TRUNCATED, replace(place, line=0), message))

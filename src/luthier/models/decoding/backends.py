@@ -253,9 +253,8 @@ class BackendEntry:
 
 
 def _open_torch(network: Network, context: int) -> Backend:
-    from luthier.models.decoding.torch_backend import (
-        torch_backend,  # listing backends must not import torch
-    )
+    # Listing backends must not import torch.
+    from luthier.models.decoding.torch_backend import torch_backend
 
     return torch_backend(network, context)
 

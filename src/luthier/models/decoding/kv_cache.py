@@ -182,7 +182,7 @@ class Banks:
         return self._banks.setdefault(room, Bank(room)).copy(span)
 
     def with_room(self, span: Span) -> Span:
-        """Return ``span`` if it has room for one more token, else move it to a larger bank."""
+        """Return ``span`` if a further token fits, else move the span to a larger bank."""
         if span.length + 1 <= span.bank.room:
             return span
         # Copy first: if memory runs out, the sequence keeps its slot.

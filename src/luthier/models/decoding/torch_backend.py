@@ -481,7 +481,7 @@ class FlatBackend:
 
 
 class AdaptedBackend:
-    """A view of :class:`FlatBackend` for one adapter. Its sequences share steps with all others."""
+    """A view of :class:`FlatBackend` for an adapter. Sequences of all views share steps."""
 
     def __init__(
         self, base: FlatBackend, network: Network, context: int, alone: bool = False

@@ -444,7 +444,7 @@ class Network:
             self._is_split = before
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-        """Split ``examples`` such that all batches of a part fit in memory; one part for text."""
+        """Split ``examples`` so that all batches of a part fit in memory; a single part for text."""
         size = IMAGES_HELD if self.layout.has_media else max(1, len(examples))
         return (examples[start : start + size] for start in range(0, len(examples), size))
 

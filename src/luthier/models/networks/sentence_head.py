@@ -97,6 +97,11 @@ def save_sentence_head(model: Any, folder: Path) -> None:
     head.save(folder)
 
 
+def default_pooling(network: Network) -> str:
+    """Return the pooling of a network without a sentence head."""
+    return "mean" if network.is_bidirectional else "last"
+
+
 def unit_embeddings(network: Network, batch: TreeBatch, pooling: str = "auto") -> Tensor:
     """Return embeddings ``[R, H]`` of length 1 in float32, in tree order.
 
@@ -106,7 +111,7 @@ def unit_embeddings(network: Network, batch: TreeBatch, pooling: str = "auto") -
     if pooling == "auto" and head is not None:
         return nn.functional.normalize(head.vectors(network, batch), dim=-1)
     if pooling == "auto":
-        pooling = "mean" if network.is_bidirectional else "last"
+        pooling = default_pooling(network)
     return nn.functional.normalize(network.row_states(batch, pooling).float(), dim=-1)
 
 

@@ -45,7 +45,7 @@ _MLPS = (
     (("DenseReluDense.wi",), "DenseReluDense.wo", "d_ff"),
     (("ff.layer_1",), "ff.layer_2", "d_inner"),
 )
-"""Modules that output the neurons, the module that reads them, and the configuration field."""
+"""Modules that output the neurons, the module that reads the neurons, and the configuration field."""
 _LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Families with RMS norms before each sublayer and a separate head size."""
 _READERS = (

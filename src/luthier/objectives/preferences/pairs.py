@@ -119,7 +119,7 @@ class Sides:
 
 
 def sides_of(example: Example) -> list[Example]:
-    """Return a row and the partner as two rows of one group, which stay in one micro-batch."""
+    """Return a row and the partner as two rows of a group. A group stays in a micro-batch."""
     assert example.partner is not None
     row = example.row
     return [

@@ -17,12 +17,6 @@ from luthier.server.tables.foundation import FoundationModel, foundation_models
 OWNER = "luthier"
 router = openai_router()
 
-"""Function that deletes a custom model and all dependent data.
-
-Raises:
-    WrongState: If the model is deployed or provisioned, or a job starts from the model.
-"""
-
 
 def id_of(model: CustomModel, arns: Arns, bases: Iterable[FoundationModel]) -> str:
     """Return the ``ft:`` id of a model, or the model's name in the Bedrock API.

@@ -73,7 +73,7 @@ class ModelExport(QueuedWork, Base):
     format: Mapped[str]
     """``safetensors``, ``onnx`` or ``gguf``."""
     merged: Mapped[bool | None]
-    """Whether the adapter is merged into its base; ``None`` for the format's default."""
+    """Whether the adapter is merged into the base; ``None`` for the format's default."""
     quantization: Mapped[str | None]
     output: Mapped[str]
     """Address of the export's parent folder."""

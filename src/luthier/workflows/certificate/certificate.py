@@ -157,7 +157,7 @@ def certificate_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a certificate: ``docs/certificate.schema.json``."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "luthier models certificate",
+        "title": "luthier certificate",
         **{k: v for k, v in Certificate.model_json_schema().items() if k != "title"},
     }
 
