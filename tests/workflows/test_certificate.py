@@ -37,9 +37,7 @@ from luthier.workflows.certificate.certificate import (
     read_certificate,
     training_flops,
 )
-from luthier.workflows.certificate.endpoint import select_prompts
 from luthier.workflows.certificate.model_card import hub_name, model_card
-from luthier.workflows.certificate.page import page
 
 ID = "tiny:x"
 
@@ -123,19 +121,6 @@ def test_operations_and_energy_follow_their_formulas(home: Path) -> None:
     assert training_flops(Manifest(id="a", metrics=full, format=text)) == 6 * 7 * 10
     images = Manifest(id="a", metrics=full, format={"template": "none", "stop_ids": ()})
     assert training_flops(images) is None
-
-
-def test_the_page_shows_lineage_curves_and_reports(home: Path) -> None:
-    made = luthier.certificate(ID)
-    html = page(made)
-    assert len(made.lineage) == 1 and "<polyline" in html
-    for each in made.lineage:
-        assert each.id in html and each.content_sha256 in html
-    assert "95 % confidence" in html and "Tuning was &lt;i&gt;worth" in html
-    assert "3 s" in html and "2 s to 5 s" in html
-    assert "Unknown" not in html and "<script" not in html
-    evil = made.model_copy(update={"id": "tiny:<b>x", "missing": ["Nothing <i>."]})
-    assert "<b>x" not in page(evil) and "Nothing &lt;i&gt;." in page(evil)
 
 
 def change(path: Path, old: bytes, new: bytes) -> None:
@@ -291,13 +276,9 @@ def test_a_run_that_is_gone_is_said_to_be(home: Path) -> None:
     assert made.curves == {} and made.machine is None
     assert len(made.missing) == 1
     assert Certificate.model_validate_json(made.text()) == made
-    assert "<polyline" not in page(made)
 
 
 def test_commands(home: Path) -> None:
-    target = home / "page.html"
-    done = CliRunner().invoke(app, ["models", "certificate", ID, "--html", str(target)])
-    assert done.exit_code == 0 and target.is_file()
     printed = json.loads(CliRunner().invoke(app, ["models", "certificate", ID, "--json"]).stdout)
     assert printed["id"] == ID
     assert (
@@ -330,9 +311,6 @@ def test_exports_stand_in_the_record_and_the_certificate(
     told = "equal predictions at" if installed else "not compared"
     said = CliRunner().invoke(app, ["models", "certificate", ID]).stdout
     assert told in said
-    html = page(made)
-    assert "Exports" in html and told in html
-    assert exports["gguf f16"].files["tiny-x-F16.gguf"] in html
     jsonschema.validate(json.loads(made.text()), certificate_schema())
     # A signature holds: the record of a signed model stays as it is.
     (folder(home) / "model.sig").write_text("{}")
@@ -475,13 +453,6 @@ def test_the_command_writes_a_card_and_keeps_a_signature(home: Path) -> None:
     assert done.exit_code == 0 and card.read_text().startswith("---\n")
     assert (folder(home) / "certificate.json").read_bytes() == before
     assert (folder(home) / "model.sig").exists()
-
-
-def test_prompts_for_an_endpoint_are_spread_over_all_rows(home: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"prompt": "{n}?", "completion": "x"}}\n' for n in range(19)))
-    asked = select_prompts(find(ID), rows, 10)
-    assert [turns[-1].content for turns in asked] == [f"{n * 19 // 10}?" for n in range(10)]
 
 
 def test_two_that_judge_at_once_leave_out_no_report(

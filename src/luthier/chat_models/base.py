@@ -51,8 +51,6 @@ class ModelSpec(StrictModel):
     """Role of the model in messages and rules."""
     set_by: ClassVar[str] = ""
     """Prefix of the option names on the command line."""
-    named_by: ClassVar[str] = "model"
-    """Option with the model's name at the endpoint."""
     goes_on: ClassVar[str] = "Try again when it answers"
     """Advice after an outage."""
 

@@ -206,7 +206,7 @@ class _Session:
         if code == 404:
             raise RecipeError(
                 f"{self.spec.url} has no model {self.spec.model!r}: {detail}. Set a model of "
-                f"{self.spec.url}/models with `{self.spec.set_by}{self.spec.named_by}`",
+                f"{self.spec.url}/models with `{self.spec.set_by}model`",
                 rule="endpoint.model",
             )
         if code == 429:

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli.model import stored_model
-from luthier.cli.terminal.console import check_output, print_text, write_page
+from luthier.cli.terminal.console import check_output, print_text
 from luthier.cli.terminal.options import ModelSource
-from luthier.errors import RecipeError
 from luthier.files import write_bytes
-from luthier.pages import shorten
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -25,7 +23,6 @@ def certificate(
     *,
     watts: Annotated[float | None, typer.Option(min=0)] = None,
     sign: Path | None = None,
-    html: Path | None = None,
     card: Path | None = None,
     reporter: Reporter | None = None,
 ) -> Certificate:
@@ -37,7 +34,6 @@ def certificate(
         model: Id of a model that luthier made or imported.
         watts: Measured power of the training machine, in watts.
         sign: Private key (PEM, elliptic) to sign the model.
-        html: Write the certificate as an HTML page.
         card: Write the Hugging Face model card to this file.
         reporter: Receives progress; silent if not given.
 
@@ -57,10 +53,8 @@ def certificate(
         write_certificate,
     )
     from luthier.workflows.certificate.model_card import model_card
-    from luthier.workflows.certificate.page import page
     from luthier.workflows.certificate.signature import Signer
 
-    check_output(html)
     check_output(card)
     reporter = reporter or Reporter()
     stored = stored_model(model)
@@ -75,8 +69,6 @@ def certificate(
             write_certificate(stored, made)
             if signer is not None:
                 signer.sign(stored)
-    if html is not None:
-        write_page(html, page(made), reporter)
     if card is not None:
         write_bytes(card, model_card(made).encode())
         reporter.note(f"model card: {card}")
@@ -119,85 +111,29 @@ def verify(
     model: ModelSource,
     *,
     public_key: Path | None = None,
-    endpoint: str | None = None,
-    endpoint_model: str | None = None,
-    key_env: str = "OPENAI_API_KEY",
-    plain_http: bool = False,
-    data: str | Path | None = None,
-    prompts: Annotated[int, typer.Option(min=3, max=256)] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, max=512)] = 32,
-    reporter: Reporter | None = None,
 ) -> Verification:
-    """Verify a model's files, certificate and server.
+    """Verify a model's files and certificate.
 
     Args:
         model: Model id.
         public_key: Public key (PEM) to check the signature.
-        endpoint: Base URL of an OpenAI-compatible server (…/v1).
-        endpoint_model: Name of the model on the server; the id by default.
-        key_env: Environment variable with the server's key.
-        plain_http: Allow http:// to another machine.
-        data: Rows with prompts; the held-out rows by default.
-        prompts: Number of prompts.
-        max_tokens: Token limit of a reply.
-        reporter: Receives progress; silent if not given.
 
     Returns:
-        ``is_intact`` with the files that differ, and ``endpoint`` with the compared replies.
+        ``is_intact`` with the files that differ.
 
     Raises:
-        RecipeError: for a model that generates no text, or an invalid address, key or name.
-        LuthierError: if the server does not answer.
+        RecipeError: for an invalid key.
     """
-    from dataclasses import replace
-
-    from pydantic import ValidationError
-
-    from luthier.engine.metrics import Reporter
-    from luthier.validation import describe_error
-    from luthier.workflows.certificate.endpoint import (
-        EndpointSpec,
-        check_generates,
-        select_prompts,
-        verify_endpoint,
-    )
     from luthier.workflows.certificate.verify import verify_files
 
-    reporter = reporter or Reporter()
-    stored = stored_model(model)
-    if endpoint is not None:
-        check_generates(stored)
-    found = verify_files(stored, None if public_key is None else Path(public_key))
-    if endpoint is None:
-        return found
-    try:
-        spec = EndpointSpec(
-            model=endpoint_model or stored.id, url=endpoint, key_env=key_env, plain_http=plain_http
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = first["loc"][0] if first["loc"] else "endpoint"
-        raise RecipeError(f"{place}{describe_error(first)}", setting=str(place)) from error
-    selected = select_prompts(stored, data, prompts)
-    return replace(
-        found, endpoint=verify_endpoint(stored, spec, selected, max_tokens, reporter.note)
-    )
+    return verify_files(stored_model(model), None if public_key is None else Path(public_key))
 
 
 def show_verification(found: Verification) -> None:
-    """Print changed files, and server replies that differ."""
+    """Print changed files and unverified parts."""
     for line in found.differences:
         print_text(f"differs: {line}")
     for line in found.remarks:
         print_text(line)
     if found.is_intact:
         print_text(f"{found.id} is intact: {'; '.join(found.checked) or 'nothing to check'}")
-    if found.endpoint is None:
-        return
-    for reason in found.endpoint.failures:
-        print_text(f"no reply: {reason}")
-    for each in found.endpoint.differences[:3]:
-        print_text(f"  {shorten(each['prompt'])}")
-        print_text(f"    expected {shorten(each['expected'])!r}")
-        print_text(f"    received {shorten(each['received'])!r}")
-    print_text(found.endpoint.text)

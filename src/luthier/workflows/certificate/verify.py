@@ -7,7 +7,7 @@ can change the hash too. A signature identifies the author.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from luthier.files import names_below, sha256_of
 from luthier.library.models import StoredModel, ancestors, changed_files
 from luthier.models.manifest import CERTIFICATE, MANIFEST, OWN_FILES, REPORTS, SIGNATURE, Manifest
 from luthier.workflows.certificate.certificate import Certificate, parse_certificate
-from luthier.workflows.certificate.endpoint import EndpointVerification
 from luthier.workflows.certificate.signature import signature_differences
 
 
@@ -31,8 +30,6 @@ class Verification:
     """Changed files, in sentences."""
     remarks: list[str] = field(default_factory=list)
     """Parts that cannot be verified, in sentences."""
-    endpoint: EndpointVerification | None = None
-    """Comparison with an endpoint, if requested."""
 
     @property
     def is_intact(self) -> bool:
@@ -40,21 +37,15 @@ class Verification:
         return not self.differences
 
     @property
-    def holds(self) -> bool:
-        """True without changed files, and with an endpoint that serves the model, if compared."""
-        return self.is_intact and (self.endpoint is None or self.endpoint.is_served)
-
-    @property
     def exit_code(self) -> int:
         """Exit code of the command: 1 if something differs."""
-        return 0 if self.holds else 1
+        return 0 if self.is_intact else 1
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
             "id": self.id, "intact": self.is_intact, "checked": self.checked,
             "differences": self.differences, "remarks": self.remarks,
-            **({} if self.endpoint is None else {"endpoint": asdict(self.endpoint)}),
         }  # fmt: skip
 
 
