@@ -48,7 +48,7 @@ def test_each_way_in(authenticator: Authenticator, api_key: str) -> None:
         assert (found.caller.user, found.service) == ("root", "")
 
 
-def test_secrets_are_neither_shown_nor_kept(
+def test_secrets_are_neither_printed_nor_stored(
     authenticator: Authenticator, api_key: str, database: Database
 ) -> None:
     found = authenticator.authenticate(signed(), b"")
@@ -76,14 +76,14 @@ def test_unknown_bearer_keys(authenticator: Authenticator, key: str) -> None:
 
 
 def test_the_hash_of_an_api_key_signs_nothing(authenticator: Authenticator, api_key: str) -> None:
-    """Whoever reads the database has the hash; looked up once, the key is remembered by it."""
+    """A hash from the database is no valid key, also after a lookup of the key."""
     digest = principals.digest_of(api_key)
     assert authenticator.authenticate(bearing(api_key), b"").caller.user == "root"
     for name in (digest, f"sha256:{digest}"):
         assert code_of(authenticator, signed(keys=(name, ""))) == "UnrecognizedClient"
 
 
-def test_a_bearer_key_has_one_spelling(authenticator: Authenticator, api_key: str) -> None:
+def test_modified_bearer_key_is_rejected(authenticator: Authenticator, api_key: str) -> None:
     for other in (api_key.upper(), api_key[:-1], api_key + "x", principals.digest_of(api_key)):
         assert code_of(authenticator, bearing(other)) == "AccessDenied"
 
@@ -102,7 +102,7 @@ def test_ambiguous_bearers(authenticator: Authenticator, api_key: str) -> None:
     assert code_of(authenticator, basic) == "IncompleteSignature"
 
 
-def test_short_term_keys_that_prove_nothing(authenticator: Authenticator) -> None:
+def test_invalid_short_term_keys_are_rejected(authenticator: Authenticator) -> None:
     now_ = datetime.now(UTC)
     keys = {
         "over": short_term_key(at=now_ - timedelta(seconds=3601)),
@@ -145,7 +145,7 @@ def test_a_changed_short_term_key(authenticator: Authenticator) -> None:
 def test_disabled_at_once_in_this_process(
     database: Database, authenticator: Authenticator, api_key: str
 ) -> None:
-    """Of key, user and account each; both kinds of key; and enabled again as fast."""
+    """Disabling and enabling a key, user or account applies to both kinds of key."""
     heads = [signed(), bearing(api_key), bearing(short_term_key())]
     for what in ("key", "user", "account"):
         for disabled in (False, True, False):
@@ -177,7 +177,7 @@ def test_a_change_of_role_is_seen_at_once(database: Database, authenticator: Aut
     assert authenticator.authenticate(signed(), b"").caller.roles == ("invoker",)
 
 
-def test_a_key_has_a_role_besides_its_user(
+def test_caller_roles_include_role_of_key(
     database: Database, authenticator: Authenticator, api_key: str
 ) -> None:
     with database.write() as session:
@@ -191,7 +191,7 @@ def test_a_key_has_a_role_besides_its_user(
     assert authenticator.authenticate(bearing(api_key), b"").caller.roles == ("administrator",)
 
 
-def test_disabled_within_a_second_by_another_process(
+def test_user_disabled_by_second_process_is_rejected(
     database: Database, authenticator: Authenticator
 ) -> None:
     authenticator.authenticate(signed(), b"")
@@ -243,11 +243,13 @@ def test_removed_keys_and_users(
     assert authenticator.authenticate(bearing(api_key), b"").caller.user == "root"
 
 
-def test_another_servers_key_opens_nothing(database: Database, api_key: str) -> None:
+def test_credentials_sealed_with_different_server_key_are_rejected(
+    database: Database, api_key: str
+) -> None:
     other = Authenticator(database, bytes(32))
     for head in (signed(), signed(service="sts")):
         assert code_of(other, head) == "UnrecognizedClient"
-    # As an access key that nobody has.
+    # The error equals the error for an unknown access key.
     assert code_of(other, signed(keys=("AKIANOBODY", SECRET))) == "UnrecognizedClient"
     assert code_of(other, bearing(short_term_key())) == "AccessDenied"
     assert other.authenticate(bearing(api_key), b"").caller.user == "root"

@@ -72,7 +72,7 @@ def cli(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Cli:
 
 
 def job(name: str, **changes: str) -> list[str]:
-    """The command that submits a job, with other values of some options."""
+    """Return the command that submits a job, with changed options."""
     options = {
         "job-name": name, "custom-model-name": f"{name}-model", "role-arn": ROLE,
         "base-model-identifier": BASE, "training-data-config": "s3Uri=s3://training/rows.jsonl",
@@ -99,7 +99,7 @@ def test_objects_go_in_and_come_out(cli: Cli) -> None:
     assert cli.says("s3", "ls").endswith("training")
 
 
-def test_a_signed_address_says_which_signature_it_needs(cli: Cli) -> None:
+def test_presigned_v2_url_error_names_s3v4(cli: Cli) -> None:
     old = cli.says("s3", "presign", "s3://training/rows.jsonl")
     with pytest.raises(HTTPError) as refused:
         urllib.request.urlopen(old, timeout=10)
@@ -124,7 +124,7 @@ def test_a_job_is_listed_and_stopped(cli: Cli) -> None:
     assert cli.says(*asked, "--query", query, "--output", "text").split() == ["queued", "Stopped"]
 
 
-def test_errors_are_told_as_those_of_aws(cli: Cli) -> None:
+def test_aws_cli_reports_aws_error_codes(cli: Cli) -> None:
     create = "when calling the CreateModelCustomizationJob operation: "
     said = cli.refused(*job("wrong", **{"hyper-parameters": "epochCount=0"}))
     assert f"(ValidationException) {create}" in said and "epochCount" in said
@@ -139,7 +139,7 @@ def test_errors_are_told_as_those_of_aws(cli: Cli) -> None:
 
 
 @pytest.mark.slow
-def test_from_rows_to_a_model_that_answers(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_aws_cli_trains_and_deploys_model(tmp_path: Path, tiny_model_folder: Path) -> None:
     server = Served(home_with_tiny(tmp_path / "service", tiny_model_folder))
     server.start()
     (tmp_path / "here").mkdir()

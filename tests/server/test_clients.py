@@ -38,7 +38,7 @@ STATUS = {"AccessDenied": 403, "Throttling": 429}
 
 @dataclass
 class Plain:
-    """An API that notes what comes, and answers with an empty object."""
+    """An API that records requests and returns an empty object."""
 
     calls: list[Request] = field(default_factory=list)
     objects: list[tuple[Signed, RequestHead]] = field(default_factory=list)
@@ -186,7 +186,7 @@ def code_of(caught: Any) -> str:
     return str(caught.value.response["Error"]["Code"])
 
 
-def test_who_is_not_let_in(server: Running) -> None:
+def test_boto3_with_invalid_keys_is_rejected(server: Running) -> None:
     for keys, code in (
         ((ACCESS_KEY, "guessed"), "InvalidSignatureException"),
         (("AKIDUNKNOWN", SECRET), "UnrecognizedClientException"),
@@ -217,15 +217,15 @@ def test_roles_and_rates_hold_for_signers(server: Running) -> None:
     server.client("bedrock").list_custom_models()
 
 
-def test_a_captured_request_goes_nowhere_else(server: Running) -> None:
-    """Repeated as it is it is the same request; on any other path or with any other body it is not."""
+def test_captured_request_is_valid_for_same_path_only(server: Running) -> None:
+    """A repeated request is accepted. A different path or body is rejected."""
     head = signed("POST", "/model/a.b/invoke", b"{}")
     assert server.send(head, b"{}") == 200
     assert server.send(head, b"{ }") == 403
     assert server.send(head) == 403
     for path in ("/model/a.c/invoke", "/v1/models", "//model/a.b/invoke", "/model/./a.b/invoke"):
         assert server.send(RequestHead("POST", path, "", head.headers, tls=False), b"{}") == 403
-    # A key for objects does not open the other APIs, nor theirs the objects.
+    # An S3 signature is rejected on Bedrock, and the reverse.
     objects = signed("GET", "/v1/models", service="s3")
     assert server.send(objects) == 403
     renamed = [(k, v.replace("/bedrock/", "/s3/")) for k, v in head.headers]

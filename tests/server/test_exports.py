@@ -53,7 +53,7 @@ def ended(server: Served, export: str) -> dict[str, Any]:
 
 
 def keys(server: Served, export: str) -> dict[str, bytes]:
-    """What is in the bucket of an export, by name."""
+    """Return the objects of an export by name."""
     s3, prefix = server.client("s3"), f"out/model-export-{export}/"
     listed = s3.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])
     return {
@@ -94,7 +94,7 @@ def test_a_merged_model_comes_into_the_bucket_and_is_listed(server: Served) -> N
 
 
 @pytest.mark.slow
-def test_another_worker_goes_on_when_one_is_killed(server: Served) -> None:
+def test_export_completes_after_killed_worker(server: Served) -> None:
     made = create(server)
     os.kill(int(until(lambda: worker_of(made))), signal.SIGKILL)
     done = ended(server, made)
@@ -104,7 +104,7 @@ def test_another_worker_goes_on_when_one_is_killed(server: Served) -> None:
     }
 
 
-def test_what_cannot_be_is_refused_before_it_waits(server: Served) -> None:
+def test_invalid_export_request_is_rejected(server: Served) -> None:
     for fields, code in (
         ({"output": "s3://nobodys/x"}, "location.refused"),
         ({"output": "file:///etc"}, "location.refused"),
@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused_before_it_waits(server: Served) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_sees_the_exports_of_others(server: Served) -> None:
+def test_exports_are_hidden_from_foreign_account(server: Served) -> None:
     made = create(server)
     assert server.ask("GET", f"/api/v1/exports/{made}", account=OTHER)[0] == 404
     assert server.ask("POST", f"/api/v1/exports/{made}/stop", account=OTHER)[0] == 404

@@ -138,8 +138,8 @@ def test_a_changed_request_is_refused(name: str) -> None:
     assert refused(change(head), body) == code
 
 
-def test_a_scope_of_another_day() -> None:
-    """Signed so, and not only changed."""
+def test_credential_scope_of_different_day_is_rejected() -> None:
+    """The request is signed with the different day, not modified after signing."""
     for day, let_in in (("20260131", True), ("20260130", False), ("20260201", False)):
         head = resigned(signed(at=NOW), "bedrock", EMPTY, day)
         if let_in:
@@ -155,7 +155,7 @@ def test_two_valid_ways_at_once() -> None:
     assert refused(both) == "IncompleteSignature"
 
 
-def test_an_empty_header_that_was_signed_has_to_be_there() -> None:
+def test_missing_signed_empty_header_is_rejected() -> None:
     head = signed(at=NOW, headers={"X-Empty": ""})
     assert verified(head).caller == CALLER
     assert refused(with_header(head, "x-empty", None)) == "InvalidSignature"
@@ -169,7 +169,7 @@ def test_session_token_is_rejected() -> None:
     assert refused(query, None) == "InvalidToken"
 
 
-def test_a_signature_of_another_secret() -> None:
+def test_signature_with_wrong_secret_is_rejected() -> None:
     head = signed(at=NOW, keys=(ACCESS_KEY, "guessed"))
     assert refused(head) == "InvalidSignature"
     assert refused(signed(at=NOW, keys=("AKIDUNKNOWN", SECRET))) == "UnrecognizedClient"
@@ -179,7 +179,7 @@ def test_a_signature_of_another_secret() -> None:
     )
 
 
-def test_what_is_signed_for_sts_opens_nothing_else() -> None:
+def test_sts_signature_is_rejected_on_bedrock_paths() -> None:
     assert (
         verified(signed("POST", "/", b"Action=x", service="sts", at=NOW), b"Action=x").service
         == "sts"
@@ -191,12 +191,12 @@ def test_what_is_signed_for_sts_opens_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("service", ["iam", "bedrock-runtime", "bedrock-agent", "s3express"])
-def test_other_services_are_refused(service: str) -> None:
+def test_signature_for_unknown_service_is_rejected(service: str) -> None:
     assert refused(signed(at=NOW, service=service)) == "InvalidSignature"
     assert refused(signed(at=NOW, service=service), None) == "InvalidSignature"
 
 
-def test_each_service_is_let_in_by_its_own_door_only() -> None:
+def test_signature_is_rejected_by_api_of_different_service() -> None:
     assert refused(signed(at=NOW, service="s3"), b"") == "InvalidSignature"
     assert refused(signed(at=NOW, service="bedrock"), None) == "InvalidSignature"
 
@@ -230,7 +230,7 @@ def test_payloads_of_object_storage() -> None:
 
 
 def resigned(head: RequestHead, service: str, payload: str, day: str = "20260131") -> RequestHead:
-    """With the signature that fits what it says."""
+    """Return the request with a signature of the new content."""
     names = sorted(key for key, _ in head.headers if key not in ("authorization", "user-agent"))
     start = f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/{day}/us-east-1/{service}/aws4_request, "
     start += f"SignedHeaders={';'.join(names)}, Signature="
@@ -240,8 +240,8 @@ def resigned(head: RequestHead, service: str, payload: str, day: str = "20260131
     return with_header(head, "authorization", start + value)
 
 
-def test_a_plus_in_a_query_is_what_handlers_read_it_as() -> None:
-    """Else a signed plus sign could be turned into a blank."""
+def test_signed_plus_in_query_is_not_a_space() -> None:
+    """Otherwise an attacker could replace a signed plus sign with a space."""
     head = signed("GET", "/custom-models?nameContains=a%2Bb", at=NOW)
     assert verified(head).caller == CALLER
     assert refused(replace(head, query="nameContains=a+b")) == "InvalidSignature"
@@ -324,5 +324,5 @@ def changed_byte(
 
 
 def read(query: str) -> list[tuple[str, str]]:
-    """As handlers read it; bytes that are no UTF-8 stay apart."""
+    """Return the query parameters as handlers parse them. Bytes outside UTF-8 stay distinct."""
     return parse_qsl(query, keep_blank_values=True, encoding="latin-1")

@@ -35,7 +35,7 @@ def server(disk: Disk, tiny_model_folder: Path) -> Iterator[Served]:
 
 
 def everything(server: Served, number: int) -> dict[str, tuple[int, str]]:
-    """One change on each API: status and what was said."""
+    """Make a change on each API. Return the status and message of each response."""
     record = {}
     s3 = server.client("s3", tries=1)
     calls = {
@@ -65,7 +65,7 @@ def everything(server: Served, number: int) -> dict[str, tuple[int, str]]:
     return record
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(server: Served, disk: Disk) -> None:
+def test_full_disk_is_reported_without_data_loss(server: Served, disk: Disk) -> None:
     s3 = server.client("s3", tries=1)
     s3.create_bucket(Bucket="rows")
     s3.put_object(Bucket="rows", Key="rows.jsonl", Body=ROWS)
@@ -78,7 +78,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(server: Served, disk: Disk) -> 
         except ClientError as error:
             refused = str(error)
     assert taken and "ServiceUnavailable" in refused and "disk is full" in refused
-    # Objects leave room for the database: others go on, and what was taken can be deleted.
+    # Objects leave room for the database: other requests succeed, and objects can be deleted.
     assert server.ask("POST", "/api/v1/jobs", {
         "name": "first", "model_name": "first", "base": BASE, "training": ["s3://rows/rows.jsonl"],
     })[0] == 201  # fmt: skip

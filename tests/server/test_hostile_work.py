@@ -51,7 +51,7 @@ def bounded(server: Served) -> Iterator[None]:
 
 
 def cpu_share(server: Served) -> float:
-    """Cores that the server and its processes take now."""
+    """Return the number of cores in use by the server and child processes."""
     several = processes(server)
     for each in several:
         each.cpu_percent()
@@ -76,7 +76,7 @@ def grade(server: Served, grader: Any, sample: str, item: Any = None, account: s
 
 
 def refusal(answer: Any) -> str:
-    """The message of an answer that has to be a 400, in one plain line."""
+    """Check that the status is 400 and return the message, a single plain line."""
     status, body = answer
     assert status == 400, answer
     message: str = body["error"]["message"]
@@ -84,7 +84,7 @@ def refusal(answer: Any) -> str:
     return message
 
 
-def test_templates_that_stand_for_gigabytes(server: Served) -> None:
+def test_grader_template_expansion_is_limited(server: Served) -> None:
     bomb = "{{sample.output_text}}"
     check = {"type": "string_check", "name": "a", "input": bomb, "operation": "eq"}
     said = refusal(grade(server, {**check, "reference": bomb * 2500}, "x" * MEGABYTE))
@@ -110,7 +110,7 @@ def test_long_comparisons(server: Served, metric: str) -> None:
 
 
 def send(server: Served, path: str, body: Any, size: int | None = None) -> socket.socket:
-    """A request whose answer is not waited for; ``size`` is what it says that its body has."""
+    """Send a request without waiting for the response. ``size`` is the declared body length."""
     parts = urlsplit(server.url)
     data = json.dumps(body).encode()
     head = (
@@ -154,7 +154,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_of_answers(server: Served, name: str) -> None:
-    """On every API that takes one, as the form of the text and as a tool's."""
+    """Every API accepts a schema as response format and as tool schema."""
     schema, result = SCHEMAS[name]
     runtime = server.client("bedrock-runtime", tries=1)
     named = {"name": "f", "schema": schema}
@@ -231,7 +231,7 @@ def test_patterns_and_schemas_of_graders(server: Served) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_bodies_that_are_nested_too_deeply(server: Served) -> None:
+def test_deeply_nested_bodies_are_rejected(server: Served) -> None:
     deep = '{"a":' * 800 + "1" + "}" * 800
     inside: Any = json.loads(deep)
     grader = {**similarity(), "further": inside}

@@ -29,7 +29,7 @@ def database(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def elsewhere(database: Database) -> Iterator[Database]:
-    """The same database as another server has it."""
+    """A second connection to the same database, as from a second server."""
     made = Database(database.url)
     yield made
     made.close()
@@ -37,7 +37,7 @@ def elsewhere(database: Database) -> Iterator[Database]:
 
 @pytest.fixture
 def add(elsewhere: Database) -> Callable[..., CustomModel]:
-    """``add(name, **columns)``: a model, on the other server."""
+    """Return ``add(name, **columns)``, which adds a model through the second server."""
 
     def make(name: str, **columns: Any) -> CustomModel:
         fields = {
@@ -74,7 +74,7 @@ def refusal(database: Database, model_id: str, account: str = OWN) -> str:
     return refused.value.code
 
 
-def test_a_change_by_another_server_is_seen_at_once(
+def test_model_change_by_second_server_is_visible_immediately(
     database: Database, elsewhere: Database, add: Callable[..., CustomModel]
 ) -> None:
     first = add("support")
@@ -94,7 +94,7 @@ def test_a_change_by_another_server_is_seen_at_once(
     assert stored(database, "support", OTHER) is None
 
 
-def test_a_change_of_an_endpoint_by_another_server_is_seen_at_once(
+def test_endpoint_change_by_second_server_is_visible_immediately(
     database: Database, elsewhere: Database, add: Callable[..., CustomModel]
 ) -> None:
     one, other = add("one"), add("other")
@@ -122,7 +122,7 @@ def test_a_change_of_an_endpoint_by_another_server_is_seen_at_once(
     assert refusal(database, arn) == "ResourceNotFound"
 
 
-def test_endpoints_of_others_and_of_foundation_models(
+def test_invocation_resolves_only_endpoints_of_account(
     database: Database, add: Callable[..., CustomModel]
 ) -> None:
     endpoint = deploy(database, add("one"))

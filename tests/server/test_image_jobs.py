@@ -83,7 +83,7 @@ def test_a_prefix_of_photos_becomes_a_classifier_through_bedrock(server: Served)
     assert (status, report["report"]["rows"]["train"]) == (200, 24), report
 
 
-def test_an_archive_becomes_a_model_that_makes_images_through_openai(server: Served) -> None:
+def test_zip_upload_trains_image_generator_through_openai_api(server: Served) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         for number in range(24):

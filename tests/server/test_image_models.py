@@ -46,7 +46,7 @@ CLASSES = ("cat", "dog")
 
 @dataclass
 class Server:
-    """A service in this process, and clients of its root user."""
+    """A service in this process and clients of the root user."""
 
     service: Service
     url: str
@@ -218,7 +218,7 @@ def test_a_classifier_answers_as_the_sdk_does(server: Server, tmp_path: Path) ->
     assert again == file and again[0]["label"] == expected[0]["label"]
 
 
-def test_an_autoencoder_finds_odd_images_and_gives_them_back(server: Server) -> None:
+def test_autoencoder_predicts_anomalies_and_reconstructs_images(server: Server) -> None:
     image = np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)
     body = {"inputs": [{"image": text_of(png(image))}]}
     status, found = server.post("vae/predictions", body)
@@ -340,7 +340,7 @@ def test_a_model_of_diffusion_takes_steps_and_guidance(server: Server) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small file that says to be a huge image."""
+    """Return a small file with the header of a huge image."""
     stream = io.BytesIO()
     Image.new("1", (1, 1)).save(stream, format="PNG")
     small = stream.getvalue()
@@ -409,7 +409,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_openai_s_face_names_what_a_model_cannot(server: Server) -> None:
+def test_openai_image_api_names_unsupported_parameter(server: Server) -> None:
     for changes, param in REFUSED:
         asked = {"model": "gan", "prompt": "cat", **changes}
         with pytest.raises(openai.BadRequestError) as refused:
@@ -442,7 +442,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_bedrock_s_face_names_what_a_model_cannot(server: Server) -> None:
+def test_bedrock_image_api_rejects_unsupported_requests(server: Server) -> None:
     body = {"taskType": "TEXT_IMAGE", "textToImageParams": {"text": "cat"}}
     for changes, words in CONFIGS:
         with pytest.raises(ClientError) as refused:

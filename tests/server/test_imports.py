@@ -96,7 +96,7 @@ def test_a_model_from_outside_answers(
 
 @pytest.fixture(scope="module")
 def tuned(server: Served, imported: str) -> str:
-    """What a job made from the model from outside."""
+    """The model that a job trained from the imported model."""
     s3, bedrock = server.client("s3"), server.client("bedrock")
     lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(16)]
     body = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -115,7 +115,7 @@ def tuned(server: Served, imported: str) -> str:
 
 
 @pytest.mark.slow
-def test_it_is_a_base_like_any_other(server: Served, imported: str, tuned: str) -> None:
+def test_imported_model_serves_as_base(server: Served, imported: str, tuned: str) -> None:
     bedrock = server.client("bedrock")
     assert bedrock.get_custom_model(modelIdentifier=tuned)["baseModelArn"] == imported
     body = server.ask("GET", "/api/v1/models/tuned/certificate")[1]
@@ -127,7 +127,7 @@ def test_it_is_a_base_like_any_other(server: Served, imported: str, tuned: str) 
     assert certificate["lineage"] == [imported]
     assert certificate["certificate"]["record"]["left_out"] == ["README.md"]
     assert certificate["certificate"]["record"]["checks"]["answered"] is True
-    # Throughput goes over from one to the other: their base is the same.
+    # Throughput can move between models of the same base.
     made = bedrock.create_provisioned_model_throughput(
         provisionedModelName="both", modelId=imported, modelUnits=1
     )["provisionedModelArn"]
@@ -140,7 +140,7 @@ def test_it_is_a_base_like_any_other(server: Served, imported: str, tuned: str) 
     bedrock.delete_provisioned_model_throughput(provisionedModelId=made)
 
 
-def test_the_same_request_makes_one_model(server: Served, imported: str) -> None:
+def test_repeated_import_with_same_token_is_idempotent(server: Served, imported: str) -> None:
     members: dict[str, Any] = {
         "modelTags": [{"key": "team", "value": "one"}],
         "clientRequestToken": "first",
@@ -183,7 +183,7 @@ def test_a_killed_server_and_a_killed_worker_lose_nothing(server: Served) -> Non
 
 
 def workers(arn: str) -> list[psutil.Process]:
-    """Processes that look at a model."""
+    """Return the processes that check a model."""
     wanted = arn.rpartition("/")[2]
     return [p for p in psutil.process_iter() if wanted in _command(p)]
 
@@ -196,7 +196,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_adapter_of_peft_stands_on_its_base_model(
+def test_peft_adapter_is_imported_onto_base_model(
     server: Served, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     from peft import LoraConfig, get_peft_model
@@ -211,7 +211,7 @@ def test_an_adapter_of_peft_stands_on_its_base_model(
     network.save_pretrained(tmp_path / "adapter")
     config_file = tmp_path / "adapter" / "adapter_config.json"
     fields = json.loads(config_file.read_text())
-    # As of a model on the hub, whose name is all that is known of it here.
+    # A hub model: only the name of the base is known here.
     fields["base_model_name_or_path"] = "somebody/Tiny"
     config_file.write_text(json.dumps(fields))
     uri = put(server, tmp_path / "adapter", "adapter")
@@ -262,7 +262,7 @@ def test_addresses_are_looked_at_at_once(server: Served, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_files_of_a_deleted_model_stay_as_long_as_others_stand_on_them(
+def test_files_of_deleted_base_remain_until_adapter_is_deleted(
     server: Served, imported: str, tuned: str
 ) -> None:
     bedrock = server.client("bedrock")

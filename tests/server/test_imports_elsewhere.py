@@ -24,7 +24,7 @@ def moto() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def bucket(moto: int, tiny_model_folder: Path) -> Any:
-    """The tiny model, and one with a pickle, in the bucket ``models``."""
+    """The tiny model and a model with a pickle file in the bucket ``models``."""
     s3 = moto_client(moto)
     s3.create_bucket(Bucket="models")
     for path in tiny_model_folder.iterdir():

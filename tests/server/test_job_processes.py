@@ -14,7 +14,7 @@ from luthier_server import ONE, Served, home_with_tiny, until
 
 
 def losses(server: Served, name: str) -> list[float]:
-    """Of each step and measurement of a job that has ended, as its owner reads them."""
+    """Return the losses of each step and validation of a completed job."""
     status, text = server.ask("GET", f"/api/v1/jobs/{name}/events")
     assert status == 200
     lines = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")]
@@ -35,7 +35,9 @@ def train(server: Served, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_server_shares_its_jobs_among_processes(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_multi_process_training_matches_single_process(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
     server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
     server.start()
     s3 = server.client("s3")

@@ -82,7 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 
 def ended(server: Served, name: str) -> dict[str, Any]:
-    """The job of this name, which is of the grader of this name, when it is over."""
+    """Submit the job ``name`` with the grader ``name`` and return the job when it ends."""
     bedrock = server.client("bedrock")
     function = f"arn:aws:lambda:us-east-1:{ONE}:function:{name}"
     settings = {"epochCount": 1, "batchSize": 16, "trainingSamplePerPrompt": 2,
@@ -105,7 +105,7 @@ def ended(server: Served, name: str) -> dict[str, Any]:
     return found
 
 
-def test_a_function_rewards_and_the_metrics_show_it(server: Served) -> None:
+def test_lambda_grader_rewards_are_in_metrics(server: Served) -> None:
     job = ended(server, "vowels")
     assert job["status"] == "Completed", job.get("failureMessage")
     assert job["hyperParameters"] == {

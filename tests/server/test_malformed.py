@@ -87,7 +87,7 @@ def started(
 def running(
     started: tuple[Running, Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Running:
-    """The server, on the store that it began with: each test has another one."""
+    """The server with a fresh copy of the initial store for each test."""
     running, home = started
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     return running
@@ -117,7 +117,7 @@ def test_answers_of_the_native_face_are_as_documented(running: Running) -> None:
         Draft202012Validator(whole).validate(json.loads(answer))
 
 
-def test_a_number_without_end_is_refused_by_the_name_it_has(running: Running) -> None:
+def test_oversized_epoch_count_error_names_parameter(running: Running) -> None:
     for value in (1e308, 10**400):
         job = {**JOB, "settings": {"training": {"epochs": value}}}
         status, text = running.ask("POST", "/api/v1/jobs", json.dumps(job).encode())
@@ -136,7 +136,7 @@ def test_a_number_without_end_is_refused_by_the_name_it_has(running: Running) ->
 TOO_LARGE = (b"1e400", b"-1e400", b"9" * 400 + b"e1", b"1" + b"0" * 400 + b".5")
 
 
-def test_a_number_that_is_too_large_to_hold_is_refused_for_that(running: Running) -> None:
+def test_number_out_of_float_range_is_rejected(running: Running) -> None:
     said = {"role": "user", "content": [{"text": "x"}]}
     tool = {"toolSpec": {"name": "a", "inputSchema": {"json": {"maximum": "LARGE"}}}}
     converse = {"messages": [said], "toolConfig": {"tools": [tool]}}

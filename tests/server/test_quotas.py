@@ -91,7 +91,7 @@ def server(database_url: str, luthier_home: Path, tiny_model_folder: Path) -> It
 
 
 def refusal(call: Any, *arguments: Any, **members: Any) -> tuple[str, int, int]:
-    """Code, status and number of tries of what an AWS client was refused."""
+    """Return code, status and number of retries of a request that fails."""
     with pytest.raises(ClientError) as refused:
         call(*arguments, **members)
     about = refused.value.response
@@ -125,7 +125,7 @@ def test_object_storage_refuses_in_the_words_of_ceph(server: Server) -> None:
 
 
 def batch_of(server: Server, models: list[str]) -> Any:
-    """A batch with a line for each model, once it has ended."""
+    """Run a batch with a line for each model and return the ended batch."""
     lines = [
         {
             "custom_id": f"{number}", "method": "POST", "url": "/v1/chat/completions",
@@ -147,7 +147,7 @@ def batch_of(server: Server, models: list[str]) -> Any:
     return batch
 
 
-def test_a_batch_whose_answers_have_no_room_fails_and_leaves_none_of_them(server: Server) -> None:
+def test_batch_over_storage_quota_leaves_no_output_files(server: Server) -> None:
     server.quota(stored_bytes=700)  # room for the rows, and none for the answers
     batch = batch_of(server, ["luthier.tiny", "none"])
     assert batch.status == "failed"
@@ -155,7 +155,7 @@ def test_a_batch_whose_answers_have_no_room_fails_and_leaves_none_of_them(server
     assert batch.output_file_id is batch.error_file_id is None
     assert [file.purpose for file in server.openai.files.list().data] == ["batch"]
     server.quota(stored_bytes=1)
-    # What cannot be answered is not begun.
+    # A batch without room for output is rejected at creation.
     with pytest.raises(openai.RateLimitError, match="stored_bytes"):
         server.openai.batches.create(
             input_file_id=batch.input_file_id, endpoint="/v1/chat/completions",
@@ -163,7 +163,7 @@ def test_a_batch_whose_answers_have_no_room_fails_and_leaves_none_of_them(server
         )  # fmt: skip
 
 
-def test_bedrock_refuses_jobs_and_imports_for_which_there_is_no_room(server: Server) -> None:
+def test_bedrock_rejects_jobs_and_imports_over_quota(server: Server) -> None:
     s3, bedrock = server.aws("s3"), server.aws("bedrock")
     s3.put_object(Bucket="rows", Key="a.jsonl", Body=b'{"prompt": "a", "completion": "b"}\n' * 9)
     s3.put_object(Bucket="rows", Key="model/config.json", Body=b"{}")
@@ -217,7 +217,7 @@ def test_usage_is_written_down_by_day_and_model(server: Server) -> None:
 
 
 def used(server: Server, model: str, requests: int) -> dict[str, Any]:
-    """What the account used today of a model; answers are counted after they are sent."""
+    """Return today's usage of a model. The server counts responses after sending."""
     deadline, today = time.monotonic() + 20, now().date()
     while True:
         server.service.meter.write()

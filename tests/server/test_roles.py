@@ -94,8 +94,8 @@ def test_every_operation_of_every_api_has_a_permission(server: Served) -> None:
     assert actions == {*PERMISSIONS}
 
 
-def test_every_operation_is_refused_without_its_permission(server: Served) -> None:
-    """Each is sent by each role; a body that no operation takes ends what a role allows."""
+def test_operations_require_permission(server: Served) -> None:
+    """Send every operation with every role. An invalid body ends permitted requests early."""
     keys = {role: server.key(role) for role in ROLES}
     for action, method, route in server.operations():
         if action == UNSUPPORTED:
@@ -124,7 +124,7 @@ def test_roles_of_users_and_keys() -> None:
         permissions()
 
 
-def test_a_key_does_what_both_roles_allow_and_whoami_tells(server: Served) -> None:
+def test_key_permissions_are_intersection_of_roles(server: Served) -> None:
     for key_role, status in ((None, 200), ("read-only", 200), ("invoker", 403)):
         key = server.key("developer", key_role)
         assert server.send("GET", "/api/v1/jobs", key)[0] == status
@@ -207,7 +207,7 @@ def test_audit_entry_has_id_of_access_key(server: Served) -> None:
     assert found == [("s3:CreateBucket", {"key": key.id})]
 
 
-def test_what_was_done_is_noted_across_threads() -> None:
+def test_actions_are_recorded_across_threads() -> None:
     async def act() -> list[tuple[str, str]]:
         with record_actions() as actions:
             record_action("a:b", "*")

@@ -35,7 +35,7 @@ def rows(server: Served) -> str:
 
 @pytest.fixture(scope="module")
 def job(server: Served, rows: str) -> dict[str, Any]:
-    """A job that was under way when the server was killed, and ended under the next one."""
+    """A job that was running when the server was killed and completed after the restart."""
     bedrock = server.client("bedrock")
     arn = bedrock.create_model_customization_job(
         jobName="first", customModelName="first-model", roleArn="arn:aws:iam::000000000000:role/x",
@@ -94,7 +94,7 @@ def test_a_job_outlives_a_killed_server_and_becomes_a_model(
     assert answer["usage"]["completion_tokens"] == whole["usage"]["outputTokens"]
 
 
-def test_the_native_face_says_what_the_others_cannot(server: Served, job: dict[str, Any]) -> None:
+def test_native_api_returns_events_and_certificate(server: Served, job: dict[str, Any]) -> None:
     assert server.ask("GET", "/api/v1/whoami")[1]["account"] == ONE
     status, events = server.ask("GET", "/api/v1/jobs/first/events")
     kinds = [line.removeprefix("event: ") for line in events.split("\n") if "event: " in line]
@@ -112,7 +112,7 @@ def test_the_native_face_says_what_the_others_cannot(server: Served, job: dict[s
     assert "createJob" in json.dumps(server.ask("GET", "/api/v1/openapi.json")[1])
 
 
-def test_a_recipe_goes_in_whole_and_bad_ones_are_refused(server: Served, rows: str) -> None:
+def test_native_job_accepts_recipe_settings(server: Served, rows: str) -> None:
     settings = {"training": {"max_steps": 2}, "adaptation": {"method": "bitfit"}}
     asked = {"name": "second", "model_name": "second-model", "base": "tiny", "training": [rows]}
     asked["settings"] = settings
@@ -146,7 +146,7 @@ def test_a_report_and_an_estimate_are_made_beside_the_server(server: Served, row
     assert body["estimate"]["steps"]
 
 
-def test_another_account_sees_nothing_of_it(server: Served, job: dict[str, Any]) -> None:
+def test_resources_are_hidden_from_foreign_account(server: Served, job: dict[str, Any]) -> None:
     bedrock = server.client("bedrock", OTHER)
     assert bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"] == []
     never = job["outputModelArn"][:-12] + "zzzzzzzzzzzz"

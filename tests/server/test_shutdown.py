@@ -22,7 +22,7 @@ PROMPT = "Tell me of the sea."
 
 @pytest.fixture
 def server(tmp_path: Path, tiny_model_folder: Path) -> Served:
-    """A server whose model writes for minutes: greedily, it never comes to an end."""
+    """A server with a model that generates for minutes: greedy decoding never ends."""
     made = Served(home_with_tiny(tmp_path, tiny_model_folder))
     path = tmp_path / "models" / "base" / "tiny" / "config.json"
     config = json.loads(path.read_text())
@@ -31,7 +31,7 @@ def server(tmp_path: Path, tiny_model_folder: Path) -> Served:
 
 
 class Reader(threading.Thread):
-    """Reads a stream to its end, in a thread; ``begun`` is set by the first piece."""
+    """A thread that reads a stream to the end. The first chunk sets ``begun``."""
 
     def __init__(self, pieces: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -109,7 +109,7 @@ def raw(server: Served) -> Any:
         pytest.param("shutdown_seconds=600", 2, id="by a second signal", marks=pytest.mark.slow),
     ],
 )
-def test_streams_that_are_cut_end_with_an_error(server: Served, limit: str, signals: int) -> None:
+def test_streams_end_with_error_on_shutdown(server: Served, limit: str, signals: int) -> None:
     server.start("--limit", limit)
     assert server.process is not None
     try:
@@ -118,9 +118,9 @@ def test_streams_that_are_cut_end_with_an_error(server: Served, limit: str, sign
         assert all(reader.begun.wait(60) for reader in read.values())
         assert not [reader.error for reader in read.values() if reader.error]
         for _ in range(signals):
-            # uvicorn ends at once by the second SIGINT.
+            # uvicorn stops immediately at the second SIGINT.
             server.process.send_signal(signal.SIGTERM if signals == 1 else signal.SIGINT)
-            # Two at once would be one.
+            # Two simultaneous signals would merge into one.
             read[converse].join(1)
         for reader in read.values():
             reader.join(20)

@@ -120,7 +120,7 @@ TARGETS = [
 
 @pytest.mark.parametrize("service", ["bedrock", "bedrock-mantle"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_botocore_signs_is_let_in(target: str, service: str) -> None:
+def test_botocore_signature_is_accepted(target: str, service: str) -> None:
     headers = {"X-Spaced": "  a   b  c ", "Content-Type": "application/json", "Accept": "*/*"}
     head = signed("POST", target, b'{"a": 1}', service=service, at=NOW, headers=headers)
     found = verified(head, b'{"a": 1}')

@@ -117,7 +117,7 @@ def test_unknown_actions_are_refused_in_xml(server: Served) -> None:
     assert status == 400
 
 
-def test_who_does_not_sign_reads_the_refusal(server: Served) -> None:
+def test_unsigned_sts_request_is_rejected_in_xml(server: Served) -> None:
     unsigned = Config(signature_version=UNSIGNED, retries={"max_attempts": 0})
     sts = boto3.client("sts", endpoint_url=server.url, region_name="us-east-1", config=unsigned)
     calls: list[Callable[[], Any]] = [
@@ -132,7 +132,7 @@ def test_who_does_not_sign_reads_the_refusal(server: Served) -> None:
         assert refused.value.response["Error"]["Code"] == "MissingAuthenticationToken"
 
 
-def test_forms_that_are_none(server: Served) -> None:
+def test_malformed_sts_form_is_rejected(server: Served) -> None:
     twice = [("Action", "GetCallerIdentity"), ("Action", "AssumeRole")]
     for body in (urlencode(twice).encode(), b"Action=\xff", b"Action=%ff"):
         request = AWSRequest("POST", f"{server.url}/", {}, body)
@@ -143,13 +143,13 @@ def test_forms_that_are_none(server: Served) -> None:
     assert plain(server, Action="GetCallerIdentity", Padding="x" * 70_000)[0] == 413
 
 
-def test_who_is_not_let_in_hears_it_in_xml(server: Served) -> None:
+def test_invalid_sts_credentials_return_xml_error(server: Served) -> None:
     def asked(**keys: str) -> str:
         return code(client(server, "sts", {**keys_of(ADMIN), **keys}).get_caller_identity)
 
     assert asked(aws_secret_access_key="guessed") == "SignatureDoesNotMatch"
     assert asked(aws_access_key_id="AKIANOBODY") == "InvalidClientTokenId"
-    # An API key that says it were of STS is none the less no signature.
+    # An API key with an STS scope is no signature.
     key = f"Bearer {ADMIN['api_key']}, Credential=a/b/c/sts/d"
     status, body = send(server, "POST", "/", b"Action=GetCallerIdentity", {"Authorization": key})
     assert (status, b"ErrorResponse" in body) == (403, True)

@@ -25,7 +25,7 @@ ENDLESS = {"temperature": 0}
 
 @pytest.fixture
 def server(tmp_path: Path, tiny_model_folder: Path) -> Iterator[Served]:
-    """A server whose model writes for minutes: greedily, it never comes to an end."""
+    """A server with a model that generates for minutes: greedy decoding never ends."""
     made = Served(home_with_tiny(tmp_path, tiny_model_folder))
     path = tmp_path / "models" / "base" / "tiny" / "config.json"
     config = json.loads(path.read_text())
@@ -37,7 +37,7 @@ def server(tmp_path: Path, tiny_model_folder: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def client(server: Served) -> Callable[[], openai.OpenAI]:
-    """Makes a client of OpenAI's that asks once."""
+    """A factory of OpenAI clients without retries."""
 
     def make() -> openai.OpenAI:
         key = str(KEYS[ONE]["api_key"])
@@ -47,13 +47,13 @@ def client(server: Served) -> Callable[[], openai.OpenAI]:
 
 
 def start(server: Served, *limits: str) -> Any:
-    """Start it with ``limits``; a client of Bedrock's runtime that asks once."""
+    """Start the server with ``limits`` and return a Bedrock runtime client without retries."""
     server.start(*(part for limit in limits for part in ("--limit", limit)))
     return server.client("bedrock-runtime", tries=1)
 
 
 def refusal_of(call: Callable[..., Any], **members: Any) -> tuple[str, int, Any]:
-    """Code, status and headers of what is refused before anything of an answer came."""
+    """Return code, status and headers of a request that fails before the first chunk."""
     with pytest.raises(ClientError) as refused:
         call(**members)
     assert not isinstance(refused.value, EventStreamError)
@@ -62,7 +62,7 @@ def refusal_of(call: Callable[..., Any], **members: Any) -> tuple[str, int, Any]
     return answer["Error"]["Code"], about["HTTPStatusCode"], about["HTTPHeaders"]
 
 
-def test_who_waits_too_long_is_told_that_the_model_is_busy(
+def test_queue_timeout_returns_throttling(
     server: Served, client: Callable[[], openai.OpenAI]
 ) -> None:
     runtime = start(server, "answers=1", "queue_seconds=0.5")
@@ -92,7 +92,7 @@ def test_who_waits_too_long_is_told_that_the_model_is_busy(
 
 
 def read(begin: Callable[[], Any], kind: type[Exception], words: str) -> None:
-    """Read a stream that ends as this error, behind some pieces."""
+    """Read a stream that ends with this error after some chunks."""
     pieces = []
 
     def to_the_end() -> None:
@@ -106,7 +106,7 @@ def read(begin: Callable[[], Any], kind: type[Exception], words: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_answer_that_takes_too_long_ends_with_an_error(
+def test_answer_timeout_ends_with_error(
     server: Served, client: Callable[[], openai.OpenAI]
 ) -> None:
     runtime = start(server, "answer_seconds=1")
@@ -139,7 +139,7 @@ def test_an_answer_that_takes_too_long_ends_with_an_error(
 
 
 @pytest.mark.slow
-def test_before_its_first_token_a_stream_that_takes_too_long_has_a_status(
+def test_stream_timeout_before_first_token_returns_status(
     server: Served, client: Callable[[], openai.OpenAI]
 ) -> None:
     runtime = start(server, "answer_seconds=0.00001")

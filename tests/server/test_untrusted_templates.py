@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 @pytest.fixture(scope="module")
 def developer(server: Served) -> Any:
-    """A client of a user who is no administrator."""
+    """A client of a user without the administrator role."""
     server.command("admin", "users", "create", "dev", "--role", "developer")
     made = server.command("admin", "keys", "create", "dev", "--kind", "access", "--json")
     key = json.loads(made.stdout)
@@ -62,7 +62,7 @@ def chat(server: Served, name: str) -> Any:
     return server.ask("POST", "/v1/chat/completions", body)
 
 
-def test_a_template_runs_once_it_is_approved(server: Served, developer: Any) -> None:
+def test_template_runs_after_approval(server: Served, developer: Any) -> None:
     assert imported(server, developer, "own", "own")["modelStatus"] == "Active"
     model = stored_id(server, "own")
     body = {"model": "own", "prompt": "Hello", "max_tokens": 4, "temperature": 0}
@@ -80,9 +80,7 @@ def test_a_template_runs_once_it_is_approved(server: Served, developer: Any) -> 
     assert "luthier:admin.models.trust" in json.dumps(log)
 
 
-def test_jobs_need_an_approved_template_and_their_models_inherit_it(
-    server: Served, developer: Any
-) -> None:
+def test_jobs_require_and_inherit_approved_template(server: Served, developer: Any) -> None:
     found = imported(server, developer, "for-a-job", "own")
     rows = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(8)]
     server.client("s3").put_object(

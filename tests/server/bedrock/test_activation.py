@@ -22,7 +22,7 @@ def store_model(home: Path, name: str, **manifest: str) -> Path:
     return folder
 
 
-def test_a_model_is_whole_with_what_it_stands_on(luthier_home: Path) -> None:
+def test_check_files_includes_parent_model(luthier_home: Path) -> None:
     below = store_model(luthier_home, "below")
     store_model(luthier_home, "above", saved="adapter", parent="base:below")
     check_files("base:above")
@@ -34,6 +34,6 @@ def test_a_model_is_whole_with_what_it_stands_on(luthier_home: Path) -> None:
         check_files("base:below")
 
 
-def test_a_model_that_is_gone(luthier_home: Path) -> None:
+def test_check_files_rejects_unknown_model(luthier_home: Path) -> None:
     with pytest.raises(UnknownModel):
         check_files("base:nothing")

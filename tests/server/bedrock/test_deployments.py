@@ -82,7 +82,7 @@ def test_a_deployment_becomes_active(
     deploy(bedrock, arn, "my-deployment")
 
 
-def test_a_deployment_whose_files_are_damaged_fails(
+def test_deployment_with_damaged_files_fails(
     service: Service, bedrock: Any, model: Callable[..., str]
 ) -> None:
     arn = model()
@@ -96,7 +96,9 @@ def test_a_deployment_whose_files_are_damaged_fails(
     bedrock.delete_custom_model(modelIdentifier=arn)
 
 
-def test_deployments_that_are_refused(bedrock: Any, bob: Any, model: Callable[..., str]) -> None:
+def test_invalid_deployment_request_is_rejected(
+    bedrock: Any, bob: Any, model: Callable[..., str]
+) -> None:
     arn = model()
     deploy(bedrock, arn, "taken")
     create = bedrock.create_custom_model_deployment
@@ -114,7 +116,7 @@ def test_deployments_that_are_refused(bedrock: Any, bob: Any, model: Callable[..
     assert len(bedrock.list_custom_model_deployments()["modelDeploymentSummaries"]) == 1
 
 
-def test_an_update_serves_the_old_model_until_the_new_one_is_ready(
+def test_deployment_update_serves_old_model_until_ready(
     service: Service, bedrock: Any, model: Callable[..., str]
 ) -> None:
     first, second = model("job-1"), model("job-2")
@@ -141,7 +143,7 @@ def test_an_update_serves_the_old_model_until_the_new_one_is_ready(
     bedrock.delete_custom_model(modelIdentifier=first)
 
 
-def test_an_update_that_fails_leaves_the_old_model(
+def test_failed_deployment_update_serves_old_model(
     service: Service, bedrock: Any, model: Callable[..., str]
 ) -> None:
     first, second, encoder = model("job-1"), model("job-2"), model("j", baseModelIdentifier=ENCODER)
@@ -177,7 +179,7 @@ def test_filters_of_deployments(service: Service, bedrock: Any, model: Callable[
     assert names(createdAfter=middle) == ["Alpha"] and names(createdBefore=middle) == ["alpha"]
 
 
-def test_a_server_that_starts_goes_on(
+def test_activation_resumes_after_server_restart(
     service: Service, bedrock: Any, model: Callable[..., str], database: Any
 ) -> None:
     arn = model()
@@ -237,13 +239,13 @@ def test_provisioned_throughput(
     bedrock.delete_custom_model(modelIdentifier=arn)
 
 
-def test_a_foundation_model_can_be_provisioned_by_each_of_its_names(bedrock: Any) -> None:
+def test_provisioned_throughput_accepts_each_foundation_model_name(bedrock: Any) -> None:
     for number, name in enumerate((BASE, FOUNDATION, "smollm2-135m-instruct")):
         made = throughput(bedrock, name, f"p-{number}")
         assert provisioned(bedrock, made)["modelArn"] == FOUNDATION
 
 
-def test_provisioned_throughput_that_is_refused(bedrock: Any) -> None:
+def test_invalid_provisioned_throughput_is_rejected(bedrock: Any) -> None:
     create = bedrock.create_provisioned_model_throughput
     throughput(bedrock, BASE, "taken")
     for name, model_id, units, code in (
@@ -322,7 +324,9 @@ def test_a_name_means_a_deployment_before_a_custom_model(
         assert not_asked(service, name, account)[0] in ("ResourceNotFound", "Validation")
 
 
-def test_what_can_be_asked(service: Service, bedrock: Any, model: Callable[..., str]) -> None:
+def test_model_identifiers_accepted_for_inference(
+    service: Service, bedrock: Any, model: Callable[..., str]
+) -> None:
     arn = model("job-1", customModelName="mine")
     for name in (BASE, FOUNDATION, "smollm2-135m-instruct"):
         found = asked(service, name)

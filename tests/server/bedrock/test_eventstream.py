@@ -16,7 +16,7 @@ from luthier.server.bedrock.eventstream import event, exception, frame
     st.dictionaries(st.text("abc:-", min_size=1, max_size=20), st.text(max_size=40), max_size=4),
     st.binary(max_size=200),
 )
-def test_botocore_reads_what_was_written(headers: dict[str, str], payload: bytes) -> None:
+def test_botocore_decodes_event_stream_frames(headers: dict[str, str], payload: bytes) -> None:
     buffer = EventStreamBuffer()
     buffer.add_data(frame(headers, payload) + frame({}, b"next"))
     first, second = buffer

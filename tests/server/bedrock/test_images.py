@@ -48,7 +48,7 @@ def test_images_of_every_format_change_the_reply(client: Any) -> None:
     assert "".join(each["delta"]["text"] for each in deltas) == red
 
 
-def test_other_sources_are_refused(client: Any) -> None:
+def test_s3_and_invalid_image_sources_are_rejected(client: Any) -> None:
     for source in ({"s3Location": {"uri": "s3://data/a.png"}}, {"bytes": b"no image"}):
         with pytest.raises(ClientError) as refused:
             client.converse(**asked("red", **source))

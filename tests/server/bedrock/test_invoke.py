@@ -78,7 +78,7 @@ def test_messages_of_amazon_s_form(runtime_client: Any) -> None:
     assert metrics["outputTokenCount"] == 24
 
 
-def test_bodies_that_are_no_json(runtime_client: Any) -> None:
+def test_invoke_rejects_invalid_json_body(runtime_client: Any) -> None:
     for body in (b"{", b"[]", b'{"prompt": NaN}', b"\xff"):
         for operation in (
             runtime_client.invoke_model,
@@ -123,7 +123,7 @@ def test_a_malformed_body_names_the_member(body: dict[str, Any], place: str) -> 
     assert caught.value.code == "Validation" and place in caught.value.message
 
 
-def test_a_chat_completion_names_the_model_that_was_invoked(
+def test_chat_completion_returns_invoked_model_name(
     runtime_pool: ModelPool, tiny_model_folder: Path
 ) -> None:
     handlers = runtime_handlers(

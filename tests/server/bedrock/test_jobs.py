@@ -49,7 +49,7 @@ def refused(call: Callable[..., Any], **members: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("epochs", ["1.5", "0", "2.0", "-1", "many", ""])
-def test_epoch_count_that_is_no_positive_integer(bedrock: Any, epochs: str) -> None:
+def test_epoch_count_must_be_positive_integer(bedrock: Any, epochs: str) -> None:
     members = job_members("first", hyperParameters={"epochCount": epochs})
     code, message = refused(bedrock.create_model_customization_job, **members)
     assert code == "ValidationException" and "epochCount" in message
@@ -62,7 +62,7 @@ def test_audit_entry_has_arn_of_created_job(service: Service, bedrock: Any) -> N
         assert [each.resource for each in entries(session)] == arns
 
 
-def test_a_job_is_made_and_tells_what_was_asked(service: Service, bedrock: Any) -> None:
+def test_job_view_returns_requested_fields(service: Service, bedrock: Any) -> None:
     asked = job_members(
         "first+job.1",
         customModelName="my_model-1",
@@ -106,7 +106,7 @@ def test_without_validation_data_the_answer_says_so(
     assert "hyperParameters" not in job
 
 
-def test_a_job_that_was_sent_no_hyperparameters_shows_what_it_chose(
+def test_job_without_hyperparameters_shows_chosen_values(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     """A job with hyperparameters returns the request's values only: Terraform replaces changed
@@ -140,7 +140,7 @@ def test_a_completed_job_has_a_model_and_losses(
     assert listed["status"] == "Completed"
 
 
-def test_a_loss_that_is_no_number_is_not_told(
+def test_nan_loss_is_omitted_from_training_metrics(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     arn = submit()
@@ -231,14 +231,16 @@ def test_refused_before_there_is_a_job(bedrock: Any, members: dict[str, Any], te
     assert bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"] == []
 
 
-def test_all_problems_are_told_at_once(bedrock: Any) -> None:
+def test_all_validation_errors_are_reported_together(bedrock: Any) -> None:
     create = bedrock.create_model_customization_job
     _, message = refused(create, **job_members("bad name", customModelName="bad name"))
     assert message.startswith("2 validation errors detected: Value 'bad name' at 'jobName'")
     assert "Value 'bad name' at 'customModelName' failed to satisfy constraint" in message
 
 
-def test_a_base_model_that_is_not_there(bedrock: Any, bob: Any, model: Callable[..., str]) -> None:
+def test_job_with_missing_base_model_is_rejected(
+    bedrock: Any, bob: Any, model: Callable[..., str]
+) -> None:
     own = model()
     for identifier in ("no.such-model", "nothing", own.replace(own[-12:], "0" * 12)):
         members = job_members("job-2", baseModelIdentifier=identifier)
@@ -262,7 +264,7 @@ def test_a_job_on_a_custom_model_keeps_the_root(
     assert second["baseModelArn"] == first
 
 
-def test_distillation_names_its_teacher(
+def test_distillation_job_records_teacher_model(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     arn = submit("job-1", **DISTILLATION)
@@ -293,7 +295,7 @@ def test_reinforcement_takes_a_registered_grader(
     assert refused(bedrock.create_model_customization_job, **members)[0] == "ValidationException"
 
 
-def test_what_has_no_effect_is_shown_and_said(
+def test_unused_request_fields_are_shown_with_warning(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     config: Any = copy.deepcopy(REINFORCEMENT["customizationConfig"])
@@ -360,7 +362,9 @@ def test_stop(service: Service, bedrock: Any, submit: Callable[..., str]) -> Non
     assert refused(stop, jobIdentifier="job-3")[0] == "ResourceNotFoundException"
 
 
-def test_others_see_nothing(bedrock: Any, bob: Any, submit: Callable[..., str]) -> None:
+def test_job_is_hidden_from_foreign_account(
+    bedrock: Any, bob: Any, submit: Callable[..., str]
+) -> None:
     arn = submit()
     for call in (bob.get_model_customization_job, bob.stop_model_customization_job):
         theirs = refused(call, jobIdentifier=arn)
@@ -371,7 +375,7 @@ def test_others_see_nothing(bedrock: Any, bob: Any, submit: Callable[..., str]) 
     assert bob.list_model_customization_jobs()["modelCustomizationJobSummaries"] == []
 
 
-def test_identifiers_that_are_none(bedrock: Any, submit: Callable[..., str]) -> None:
+def test_invalid_job_identifier_is_rejected(bedrock: Any, submit: Callable[..., str]) -> None:
     arn = submit()
     get = bedrock.get_model_customization_job
     for wrong in ("not a name", arn + "x", "a" * 2000, "-"):

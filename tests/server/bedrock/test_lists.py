@@ -69,7 +69,7 @@ def test_malformed_tokens_are_refused(bedrock: Any) -> None:
         )
 
 
-def test_next_token_of_another_operation_is_rejected(
+def test_next_token_of_different_operation_is_rejected(
     bedrock: Any, submit: Callable[..., str]
 ) -> None:
     for number in range(3):
@@ -99,14 +99,16 @@ def test_the_same_token_gives_the_same_job(
     assert refused(create, **without)[1] == "The provided job name is currently in use."
 
 
-def test_a_refused_request_leaves_its_token_free(bedrock: Any) -> None:
+def test_rejected_request_does_not_consume_client_token(bedrock: Any) -> None:
     create = bedrock.create_model_customization_job
     wrong = job_members("job-1", clientRequestToken="once", baseModelIdentifier="no.such-model")
     assert refused(create, **wrong)[0] == "ResourceNotFoundException"
     create(**job_members("job-1", clientRequestToken="once"))
 
 
-def test_many_senders_make_one_job(service: Service, bedrock: Any) -> None:
+def test_concurrent_requests_with_same_token_create_single_job(
+    service: Service, bedrock: Any
+) -> None:
     def create(number: int) -> str:
         members = job_members("job-1", clientRequestToken="once")
         return str(bedrock.create_model_customization_job(**members)["jobArn"])
@@ -192,7 +194,7 @@ def test_at_most_fifty_tags(bedrock: Any, submit: Callable[..., str]) -> None:
     )
 
 
-def test_tags_that_are_refused(bedrock: Any, submit: Callable[..., str]) -> None:
+def test_invalid_tags_are_rejected(bedrock: Any, submit: Callable[..., str]) -> None:
     arn = submit()
     for tags in (
         [{"key": "aws:mine", "value": "v"}],
@@ -204,7 +206,7 @@ def test_tags_that_are_refused(bedrock: Any, submit: Callable[..., str]) -> None
     assert tags_on(bedrock, arn) == {}
 
 
-def test_tags_go_with_what_they_are_on(
+def test_tags_are_deleted_with_model(
     service: Service, bedrock: Any, model: Callable[..., str]
 ) -> None:
     arn = model("job-1", customModelTags=[{"key": "a", "value": "b"}])

@@ -63,12 +63,12 @@ def test_filters_of_foundation_models(bedrock: Any, filters: Any, expected: list
 
 
 @pytest.mark.parametrize("identifier", [BASE, FOUNDATION, "smollm2-135m-instruct"])
-def test_one_foundation_model(bedrock: Any, identifier: str) -> None:
+def test_get_foundation_model_by_identifier(bedrock: Any, identifier: str) -> None:
     answer = bedrock.get_foundation_model(modelIdentifier=identifier)["modelDetails"]
     assert answer["modelArn"] == FOUNDATION and answer["modelLifecycle"] == {"status": "ACTIVE"}
 
 
-def test_foundation_models_that_are_not_there(bedrock: Any) -> None:
+def test_unknown_foundation_model_is_rejected(bedrock: Any) -> None:
     get = bedrock.get_foundation_model
     for unknown in (
         "no.such-model",
@@ -80,7 +80,7 @@ def test_foundation_models_that_are_not_there(bedrock: Any) -> None:
         assert refused(get, modelIdentifier=malformed) == "ValidationException"
 
 
-def test_a_model_tells_how_it_was_made(
+def test_custom_model_view_returns_job_details(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     job = submit("job-1", customModelName="mine", hyperParameters={"epochCount": "1"})
@@ -160,7 +160,7 @@ def test_delete_a_model(
     model("job-2", customModelName="mine")
 
 
-def test_files_stay_while_adapters_stand_on_them(
+def test_model_files_remain_while_adapter_depends_on_model(
     service: Service, bedrock: Any, model: Callable[..., str], luthier_home: Path
 ) -> None:
     arn = model("job-1")
@@ -191,7 +191,9 @@ def test_a_model_in_use_cannot_be_deleted(
     bedrock.delete_custom_model(modelIdentifier=arn)
 
 
-def test_models_of_others(bob: Any, bedrock: Any, model: Callable[..., str]) -> None:
+def test_model_is_hidden_from_foreign_account(
+    bob: Any, bedrock: Any, model: Callable[..., str]
+) -> None:
     arn = model("job-1")
     for call in (bob.get_custom_model, bob.delete_custom_model):
         assert refused(call, modelIdentifier=arn) == "ResourceNotFoundException"
@@ -230,7 +232,7 @@ def test_a_model_from_outside_is_asked_for_once(service: Service, bedrock: Any) 
         bedrock.create_model_customization_job(**job_members("job", baseModelIdentifier=arn))
 
 
-def test_models_from_outside_that_are_refused(
+def test_invalid_model_import_is_rejected(
     service: Service, bedrock: Any, bob: Any, database: Any
 ) -> None:
     create = bedrock.create_custom_model

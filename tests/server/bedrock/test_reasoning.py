@@ -95,7 +95,7 @@ def test_a_call_stands_behind_the_reasoning(client: Any) -> None:
     assert stops == [0, 1]
 
 
-def test_what_is_said_matches_a_schema(client: Any) -> None:
+def test_text_after_reasoning_matches_json_schema(client: Any) -> None:
     schema = json.dumps({"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]})
     form = {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": {"schema": schema}}}}
     request = said("sky?", inferenceConfig=LONG, outputConfig=form)

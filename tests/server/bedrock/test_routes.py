@@ -47,7 +47,7 @@ def found(method: str, path: str) -> tuple[str, dict[str, str]] | None:
 
 
 @pytest.mark.parametrize("name", sorted(operation_models()))
-def test_every_operation_is_found_at_its_path(name: str) -> None:
+def test_operation_route_matches_request_uri(name: str) -> None:
     operation = operation_models()[name]
     uri = operation.http["requestUri"]
     parts = uri.split("/")
@@ -58,13 +58,13 @@ def test_every_operation_is_found_at_its_path(name: str) -> None:
     assert len(route[1]) == sum(part.startswith("{") for part in parts)
 
 
-def test_a_path_is_decoded_once_and_after_it_is_split() -> None:
+def test_path_is_split_before_decoding() -> None:
     route = found("GET", "/custom-models/a%252Fb%2Fc")
     assert route is not None and route[1] == {"modelIdentifier": "a%2Fb/c"}
     assert found("GET", "/custom-models/a/b") is None
 
 
-def test_what_is_not_there(service: Service) -> None:
+def test_unknown_route_returns_404(service: Service) -> None:
     for method, path in (("GET", "/nothing"), ("DELETE", "/foundation-models"), ("GET", "//")):
         status, headers, body = send(service, method, path)
         assert status == 404 and headers["x-amzn-errortype"] == "UnknownOperationException"
@@ -79,7 +79,7 @@ def test_operations_without_a_handler_say_so(bedrock: Any) -> None:
         assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
 
 
-def test_all_of_tier_one_is_there() -> None:
+def test_control_operations_exist_in_bedrock_model() -> None:
     assert len(CONTROL) >= 23 and all(name in operation_models() for name in CONTROL)
 
 
@@ -97,7 +97,7 @@ def test_all_of_tier_one_is_there() -> None:
         b"[" * 100_000,
     ],
 )
-def test_bodies_that_are_none(service: Service, body: bytes) -> None:
+def test_invalid_body_returns_serialization_error(service: Service, body: bytes) -> None:
     status, headers, answer = send(service, "POST", "/listTagsForResource", body)
     assert status == 400 and headers["x-amzn-errortype"] == "SerializationException"
     assert headers["content-type"] == "application/json" and answer["message"]
@@ -138,7 +138,7 @@ def test_null_and_nothing_are_absent(service: Service) -> None:
         "nameContains=%20",
     ],
 )
-def test_queries_that_are_none(service: Service, query: str) -> None:
+def test_invalid_query_returns_validation_error(service: Service, query: str) -> None:
     status, headers, _ = send(service, "GET", f"/model-customization-jobs?{query}")
     assert status == 400 and headers["x-amzn-errortype"] == "ValidationException"
 
@@ -184,7 +184,7 @@ def test_operations_of_the_runtime_are_plugged_in(service: Service, database: An
             client.list_async_invokes()
 
 
-def test_handlers_are_of_operations_that_exist(service: Service) -> None:
+def test_handler_of_unknown_operation_is_rejected(service: Service) -> None:
     with pytest.raises(ValueError):
         bedrock_api(service.control, {"Conversation": lambda call: Response()})
 

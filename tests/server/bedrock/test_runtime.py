@@ -23,7 +23,7 @@ runtime_pool = serving.runtime_pool
 runtime_service = serving.runtime_service
 
 
-def test_converse_and_its_stream_say_the_same(runtime_client: Any) -> None:
+def test_converse_stream_matches_converse(runtime_client: Any) -> None:
     answer = runtime_client.converse(**said())
     assert answer["output"]["message"]["role"] == "assistant"
     assert answer["stopReason"] == "max_tokens"
@@ -156,7 +156,7 @@ def test_tools(runtime_client: Any, choice: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("choice", [{"any": {}}, {"tool": {"name": "mood"}}])
-def test_a_call_that_is_cut_off_is_not_shown(runtime_client: Any, choice: dict[str, Any]) -> None:
+def test_truncated_tool_call_is_omitted(runtime_client: Any, choice: dict[str, Any]) -> None:
     config = {"tools": [TOOL], "toolChoice": choice}
     for most in (1, 3, 9):
         request = said(toolConfig=config, inferenceConfig={"maxTokens": most})
@@ -228,7 +228,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "message"), WRONG)
-def test_what_is_wrong_from_the_start_is_an_ordinary_error(
+def test_invalid_stream_request_returns_plain_error(
     runtime_client: Any, fields: dict[str, Any], message: str
 ) -> None:
     request = said()
@@ -247,7 +247,7 @@ def test_an_unknown_model_is_not_found(runtime_client: Any) -> None:
     assert unknown.value.response["Error"]["Code"] == "ResourceNotFoundException"
 
 
-def test_who_hangs_up_frees_the_place(
+def test_client_disconnect_stops_decoding(
     runtime_service: tuple[Service, str],
     runtime_client: Any,
     runtime_pool: ModelPool,

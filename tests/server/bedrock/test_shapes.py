@@ -43,7 +43,7 @@ def test_a_pattern_of_exponential_time_ends() -> None:
     assert matches(PATTERNS["JobName"], "a" + "-" * 61 + "b")
 
 
-def test_digits_and_spaces_of_other_scripts_do_not_count() -> None:
+def test_pattern_rejects_non_ascii_digits_and_spaces() -> None:
     assert matches(PATTERNS["TagKey"], "a b\tc")
     assert not matches(PATTERNS["TagKey"], "a\u2003b")
     assert not matches(PATTERNS["TagKey"], "a\n\u0663")
@@ -82,7 +82,7 @@ def test_an_empty_list_of_required_values() -> None:
 
 
 @pytest.mark.parametrize("units", ["1", 1.0, True, [1], 2**40])
-def test_numbers_of_other_types(units: object) -> None:
+def test_integer_member_of_wrong_type_is_rejected(units: object) -> None:
     shape = operation_models()["CreateProvisionedModelThroughput"].input_shape
     asked = {"provisionedModelName": "a", "modelUnits": units, "modelId": "a"}
     with pytest.raises(Fault) as caught:

@@ -175,7 +175,7 @@ def test_columns_of_a_table_are_chosen_in_menus(
     check_quiet(page)
 
 
-def test_pages_and_jobs_that_do_not_exist(server: Served, page: Browser) -> None:
+def test_unknown_page_and_job_show_error(server: Served, page: Browser) -> None:
     sign_in(page)
     page.get(f"{server.url}/console/nothing")
     page.until_text("Page not found", "h1")
@@ -184,9 +184,7 @@ def test_pages_and_jobs_that_do_not_exist(server: Served, page: Browser) -> None
     assert "Try again" not in page.text("main")
 
 
-def test_a_refusal_stands_at_the_field_that_it_is_about(
-    server: Served, page: Browser, rows: Path
-) -> None:
+def test_validation_error_is_shown_at_form_field(server: Served, page: Browser, rows: Path) -> None:
     sign_in(page)
     page.click('#navigation a[href="#/new"]')
     page.until("document.querySelector('#base option') !== null")
@@ -324,7 +322,9 @@ def test_tables_show_all_columns_on_a_narrow_screen(server: Served, page: Browse
     assert page.script(f"return getComputedStyle({cell}, '::before').content") == "none"
 
 
-def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows: Path) -> None:
+def test_cancelled_upload_and_requests_do_not_reappear(
+    server: Served, page: Browser, rows: Path
+) -> None:
     sign_in(page)
     page.script(SLOW["uploads"])
     page.script("location.hash = '#/new'")
@@ -359,7 +359,7 @@ def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows
     check_quiet(page)
 
 
-def test_a_key_that_ends_and_keys_that_cannot_be_sent(server: Served, page: Browser) -> None:
+def test_sign_in_with_expired_and_invalid_keys(server: Served, page: Browser) -> None:
     # No address signs anybody in: the history of the browser would keep the key.
     page.get(f"{server.url}/console/#key={KEY}")
     page.script("location.reload()")
@@ -382,9 +382,7 @@ def test_a_key_that_ends_and_keys_that_cannot_be_sent(server: Served, page: Brow
     page.until_text("Sign in", "h1")
 
 
-def test_a_server_that_stops_while_a_job_is_watched(
-    tmp_path: Path, tiny_model_folder: Path, rows: Path
-) -> None:
+def test_job_page_during_server_stop(tmp_path: Path, tiny_model_folder: Path, rows: Path) -> None:
     server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
     with browser(tmp_path / "browser") as page:
         server.start("--no-workers")
@@ -447,7 +445,7 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
 
 
 def put(server: Served, path: Path) -> str:
-    """The address of a file that is put into a bucket."""
+    """Put a file into a bucket and return the address."""
     s3 = server.client("s3")
     s3.create_bucket(Bucket="data")
     until(lambda: s3.upload_file(str(path), "data", "rows.jsonl") is None)

@@ -87,11 +87,11 @@ def test_policy_lets_nothing_in_from_elsewhere() -> None:
     assert all(policy[name] == nothing for name in ("base-uri", "form-action", "frame-ancestors"))
 
 
-def test_a_browser_that_opens_the_report_of_an_eval_is_sent_to_the_console(server: Served) -> None:
+def test_browser_is_redirected_from_eval_report_to_console(server: Served) -> None:
     path = "/v1/evals/eval_1a/runs/evalrun_2b/report"
     status, headers, _ = send(server, "GET", path, PAGE)
     assert (status, headers["location"]) == (302, "/console/#/evals/eval_1a/runs/evalrun_2b")
-    # Clients of the API get what they got before.
+    # API clients are not redirected.
     assert send(server, "GET", path)[0] == 401
     assert send(server, "POST", path, PAGE)[0] in (401, 405)
     wrong = {**PAGE, "Authorization": "Bearer sk-wrong"}
@@ -102,13 +102,13 @@ def test_a_browser_that_opens_the_report_of_an_eval_is_sent_to_the_console(serve
         assert send(server, "GET", other, PAGE)[0] == 401
 
 
-def test_the_console_asks_for_permissions_that_the_server_has() -> None:
+def test_console_permissions_exist_on_server() -> None:
     code = "".join((STATIC / name).read_text() for name in MODULES)
     named = {*re.findall(r'\bmay\("(\w+)"', code)}
     assert named == {Permission.READ, Permission.INVOKE, Permission.DEVELOP}
 
 
-def test_what_a_browser_has_is_not_sent_again(server: Served) -> None:
+def test_matching_etag_returns_304(server: Served) -> None:
     status, headers, _ = send(server, "GET", f"{ROOT}main.js")
     etag = headers["etag"]
     for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
@@ -118,7 +118,7 @@ def test_what_a_browser_has_is_not_sent_again(server: Served) -> None:
     assert status == 200 and body
 
 
-def test_the_head_of_a_file_is_that_of_the_file(server: Served) -> None:
+def test_head_returns_headers_of_get(server: Served) -> None:
     _, expected, body = send(server, "GET", ROOT)
     status, headers, none = send(server, "HEAD", ROOT)
     assert (status, none) == (200, b"")
@@ -141,7 +141,7 @@ def test_files_are_only_read(server: Served, method: str) -> None:
         "main%2ejs", "MAIN.JS", "%FF", "main.js;x",
     ],
 )  # fmt: skip
-def test_other_paths_are_not_there(server: Served, path: str) -> None:
+def test_unknown_console_path_returns_404(server: Served, path: str) -> None:
     status, headers, body = send(server, "GET", ROOT + path)
     assert status == 404 and headers["content-type"].startswith("text/plain")
     assert b"root:" not in body and path.encode() not in body
@@ -186,7 +186,7 @@ def test_nothing_else_is_open(server: Served) -> None:
         assert send(server, "GET", path, PAGE)[0] in (401, 403)
 
 
-def test_a_claim_of_authorization_is_for_the_other_faces() -> None:
+def test_console_ignores_requests_with_authorization() -> None:
     console = Console()
 
     def serves(path: str, service: str = "", *headers: tuple[str, str]) -> bool:
@@ -198,7 +198,7 @@ def test_a_claim_of_authorization_is_for_the_other_faces() -> None:
 
 
 class _Page(HTMLParser):
-    """Names of files, and what must not stand in a page."""
+    """Collects names of referenced files and inline code of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _Page(HTMLParser):
             self.named.add(named)
 
 
-def test_the_page_and_all_it_reaches_are_there_and_nothing_is_inline() -> None:
+def test_referenced_files_exist_and_page_has_no_inline_code() -> None:
     page = _Page()
     page.feed((STATIC / "index.html").read_text("utf-8"))
     assert not page.inline
@@ -233,7 +233,7 @@ def test_the_page_and_all_it_reaches_are_there_and_nothing_is_inline() -> None:
     assert reached | {"index.html"} == {*FILES}, "files that nothing names"
 
 
-def test_modules_name_what_others_export() -> None:
+def test_module_imports_are_exported() -> None:
     exported = {}
     for name in MODULES:
         text = (STATIC / name).read_text("utf-8")
@@ -248,7 +248,7 @@ def test_modules_name_what_others_export() -> None:
 
 
 def names_in(module: str, constant: str) -> list[str]:
-    """What a constant lists: texts, the first text of each list, or the keys of an object."""
+    """Return the items of a constant: strings, the first string of each list, or object keys."""
     text = (STATIC / module).read_text("utf-8")
     found = re.search(
         rf"^(?:export )?const {constant} = (?=[\[{{])(.*?)[\]}}]\)?;$", text, re.M | re.S
@@ -271,13 +271,13 @@ def names_in(module: str, constant: str) -> list[str]:
         ("playground.js", "TABS", get_args(Ability)),
     ],
 )
-def test_lists_of_modules_are_those_of_the_server(
+def test_javascript_constants_match_server(
     module: str, constant: str, names: Iterable[str]
 ) -> None:
     assert sorted(names_in(module, constant)) == sorted(names)
 
 
-def test_files_are_sent_for_a_purpose_that_the_server_knows() -> None:
+def test_upload_purposes_exist_on_server() -> None:
     texts = [(STATIC / name).read_text("utf-8") for name in MODULES]
     given = re.findall(r'purpose(?: =|:) "([^"]+)"', "".join(texts))
     assert given and {*given} <= {*get_args(Purpose)}
@@ -306,7 +306,7 @@ def test_the_package_holds_all_files() -> None:
         assert any(path.relative_to(PACKAGE).match(each) for each in patterns), path
 
 
-def test_vendored_files_are_those_that_were_published() -> None:
+def test_vendored_files_match_published_digests() -> None:
     text = (PACKAGE.parent.parent / "docs" / "dependencies.md").read_text("utf-8")
     rows = re.findall(r"^\| `vendor/(\S+)` \|.* `([0-9a-f]{64})` \|$", text, re.MULTILINE)
     assert {f"vendor/{name}" for name, _ in rows} == {*FILES} - {*OWN}

@@ -90,7 +90,7 @@ def root_key(home: Path) -> str:
 
 @pytest.fixture
 def get(url: str, root_key: str) -> Get:
-    """``get(path)``: status and bytes of what the server answers to the root user."""
+    """Return ``get(path)``, which returns status and body for the root user."""
 
     def ask(path: str) -> tuple[int, bytes]:
         headers = {"Authorization": f"Bearer {root_key}"}
@@ -104,7 +104,7 @@ def get(url: str, root_key: str) -> Get:
     return ask
 
 
-def test_a_model_says_what_it_can_be_asked_for(get: Get) -> None:
+def test_model_view_returns_abilities(get: Get) -> None:
     def abilities(name: str) -> Any:
         return json.loads(get(f"models/{name}")[1]).get("abilities")
 
@@ -124,10 +124,10 @@ def test_a_model_says_what_it_can_be_asked_for(get: Get) -> None:
     assert {each["name"]: each["base_kind"] for each in listed}["small-unet"] == "denoising"
 
 
-def test_the_list_says_of_each_model_whether_it_writes(get: Get) -> None:
+def test_model_list_marks_text_generators(get: Get) -> None:
     listed = json.loads(get("models")[1])["models"]
     told = {each["name"]: each["writes"] for each in listed}
-    # A classifier that was tuned on a network that writes is none to chat with.
+    # A classifier tuned from a generative model cannot chat.
     assert (told["writer"], told["labeller"], told["sorter"]) == (True, False, False)
     kinds = {each["name"]: each["base_kind"] for each in listed}
     assert kinds["sorter"] == kinds["writer"] == kinds["coming"] == "causal_lm"
@@ -138,13 +138,13 @@ def test_the_list_says_of_each_model_whether_it_writes(get: Get) -> None:
             assert each["writes"] == ("write" in found["abilities"]["does"]), each["name"]
 
 
-def test_a_certificate_comes_with_what_its_measures_are(get: Get) -> None:
+def test_certificate_view_classifies_shares_and_errors(get: Get) -> None:
     view = json.loads(get("models/writer/certificate")[1])
     assert {"accuracy", "agreement", "cer", "entity_f1"} <= {*view["shares"]}
     assert "loss" not in view["shares"] and {"loss", "mean_absolute_error"} <= {*view["errors"]}
 
 
-def test_the_bytes_of_a_certificate_are_those_that_are_certified(get: Get, home: Path) -> None:
+def test_certificate_download_matches_certified_bytes(get: Get, home: Path) -> None:
     stored = json.loads((home / "stored.json").read_text())
     status, raw = get("models/writer/certificate.json")
     certificate = read_certificate(find(stored["writer"]))
@@ -157,7 +157,7 @@ def test_the_bytes_of_a_certificate_are_those_that_are_certified(get: Get, home:
         assert get(f"models/{name}/certificate")[0] == refused
 
 
-def test_what_a_base_model_does_is_told_without_fetching_it(
+def test_base_model_abilities_need_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path))
@@ -181,7 +181,7 @@ def test_what_a_base_model_does_is_told_without_fetching_it(
         ("unet", ("make_images",), ("image",)),
     ],
 )
-def test_what_models_of_other_tools_do(
+def test_abilities_of_third_party_models(
     family: str, does: tuple[str, ...], reads: tuple[str, ...], family_folder: Callable[[str], Path]
 ) -> None:
     found = abilities_of(find(str(family_folder(family))))
@@ -415,7 +415,7 @@ return (async () => {
 """
 
 
-def test_pages_with_answers_that_are_rare(url: str, root_key: str, tmp_path: Path) -> None:
+def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")
         page.until_text("Sign in", "h1")

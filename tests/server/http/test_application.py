@@ -49,7 +49,7 @@ def test_every_face_wants_a_key(server: Server, path: str) -> None:
     assert server.admitted == ["anna"]
 
 
-def test_an_unknown_path_is_told_to_those_alone_who_are_let_in(server: Server) -> None:
+def test_unknown_path_is_reported_after_authentication(server: Server) -> None:
     assert server.ask("GET", "/nowhere")[1]["code"] == "UnknownOperation"
     assert server.ask("GET", "/nowhere", key=None)[1]["code"] == "UnrecognizedClient"
 
@@ -58,7 +58,7 @@ def test_an_unknown_path_with_a_body_is_an_unknown_path(server: Server) -> None:
     assert server.ask("POST", "/v1/moderations", b"a" * 5000)[1]["code"] == "UnknownOperation"
 
 
-def test_a_signature_is_checked_over_the_body_and_a_key_before_it(server: Server) -> None:
+def test_signature_needs_body_but_key_is_checked_first(server: Server) -> None:
     server.ask("POST", "/x/echo", b"abc", key="AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x")
     assert server.ask("POST", "/x/large", b"a" * 3_000_000)[0] == 200
     assert server.ask("POST", "/x/large", b"a" * 3_000_000, key="Bearer bad")[0] == 400
@@ -97,7 +97,7 @@ def test_large_bodies_are_refused_before_they_are_read(server: Server) -> None:
     assert b"RequestEntityTooLarge" in server.raw(chunked + b"0\r\n\r\n")
 
 
-def test_a_body_is_taken_as_it_comes(server: Server) -> None:
+def test_body_is_streamed_to_handler(server: Server) -> None:
     parts, taking = urlsplit(server.address), server.echo.taking
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
         connection.sendall(HEAD % b"" + b"Content-Length: 3000000\r\n\r\n" + b"a" * 2_000_000)
@@ -114,13 +114,13 @@ def test_a_body_is_taken_as_it_comes(server: Server) -> None:
 
 
 @pytest.mark.parametrize("body", [b"abc", b""])
-def test_a_signed_body_is_verified_before_it_is_taken(server: Server, body: bytes) -> None:
+def test_signed_body_is_verified_before_handler(server: Server, body: bytes) -> None:
     key = "AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x"
     assert server.ask("POST", "/x/take", body, key=key) == (200, len(body))
     assert server.door.bodies == [b"", body] and server.admitted == ["anna"]
 
 
-def test_a_body_that_is_taken_has_its_limit_too(server: Server) -> None:
+def test_streamed_body_is_limited(server: Server) -> None:
     assert server.ask("POST", "/x/take", b"a" * 8_000_001)[1]["code"] == "RequestEntityTooLarge"
     chunk = b"100000\r\n" + b"a" * (1 << 20) + b"\r\n"
     found = server.raw(
@@ -131,14 +131,14 @@ def test_a_body_that_is_taken_has_its_limit_too(server: Server) -> None:
     assert sum(taking.pieces) < 8_000_000 and taking.closed.is_set()
 
 
-def test_who_may_not_send_a_body_is_told_before_it_is_read(server: Server) -> None:
+def test_forbidden_upload_is_rejected_before_reading_body(server: Server) -> None:
     found = server.raw(HEAD % b"?deny" + b"Content-Length: 3000000\r\nExpect: 100-continue\r\n\r\n")
     assert b"AccessDenied" in found and server.echo.taking.pieces == []
     assert b"100 Continue" not in found and b"connection: close" in found.lower()
     assert {line[:2] for line in server.trail.lines} == {("AccessDenied", "test:Take")}
 
 
-def test_a_client_that_hangs_up_in_its_body_leaves_nothing_open(server: Server) -> None:
+def test_disconnect_during_upload_closes_body(server: Server) -> None:
     parts, taking = urlsplit(server.address), server.echo.taking
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
         connection.sendall(HEAD % b"" + b"Content-Length: 3000000\r\n\r\n" + b"a" * 2_000_000)
@@ -146,7 +146,7 @@ def test_a_client_that_hangs_up_in_its_body_leaves_nothing_open(server: Server) 
     assert taking.closed.wait(5)
 
 
-def test_what_fails_inside_is_told_to_the_log_alone(
+def test_internal_error_details_only_in_log(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     status, body = server.ask("GET", "/x/fail")
@@ -155,7 +155,7 @@ def test_what_fails_inside_is_told_to_the_log_alone(
     assert "hunter2" in caplog.text
 
 
-def test_pieces_are_sent_as_they_come_and_a_client_that_hangs_up_ends_them(server: Server) -> None:
+def test_stream_is_sent_incrementally_and_ends_on_disconnect(server: Server) -> None:
     parts = urlsplit(server.address)
     connection = socket.create_connection((parts.hostname, parts.port), timeout=10)
     connection.sendall(b"GET /x/stream HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n\r\n")
@@ -168,7 +168,7 @@ def test_pieces_are_sent_as_they_come_and_a_client_that_hangs_up_ends_them(serve
     assert server.echo.sent < 200
 
 
-def test_a_client_that_hangs_up_wakes_what_waits_for_its_next_piece(server: Server) -> None:
+def test_disconnect_wakes_stream_waiting_for_next_chunk(server: Server) -> None:
     parts = urlsplit(server.address)
     connection = socket.create_connection((parts.hostname, parts.port), timeout=10)
     connection.sendall(b"GET /x/wait HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n\r\n")
@@ -178,7 +178,7 @@ def test_a_client_that_hangs_up_wakes_what_waits_for_its_next_piece(server: Serv
     assert server.echo.waiting.closed.wait(1.0)
 
 
-def test_a_server_that_ends_tells_those_who_wait_to_ask_again() -> None:
+def test_shutdown_answers_waiting_request_with_503() -> None:
     begun, done = threading.Event(), threading.Event()
 
     def work(request: Request) -> Response:
@@ -215,7 +215,7 @@ def test_a_server_that_ends_tells_those_who_wait_to_ask_again() -> None:
     assert body["code"] == "ServiceUnavailable"
 
 
-def test_health_is_told_to_everybody_and_metrics_hold_no_paths_of_clients(server: Server) -> None:
+def test_health_is_public_and_metrics_omit_client_paths(server: Server) -> None:
     assert server.ask("GET", "/healthz", key=None) == (200, {"status": "ok"})
     assert server.ask("GET", "/readyz", key=None) == (200, {"status": "ok"})
     server.missing = "the database cannot be reached"
@@ -232,13 +232,11 @@ def fields_of(caplog: pytest.LogCaptureFixture) -> list[Any]:
     return [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
 
 
-def test_one_line_of_json_a_request_without_its_secrets(
-    server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_request_log_line_omits_secrets(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="luthier.server"):
         server.ask("POST", "/x/echo?token=s3cret", b"body-text")
         deadline = time.monotonic() + 5
-        # It is written once the answer has left.
+        # The server writes the line after sending the response.
         while not (lines := fields_of(caplog)) and time.monotonic() < deadline:
             time.sleep(0.01)
     (line,) = lines
@@ -256,7 +254,7 @@ def test_the_audit_log_has_changes_and_refusals(server: Server) -> None:
     ]
 
 
-def test_a_change_that_failed_half_way_is_in_the_audit_log(server: Server) -> None:
+def test_partially_failed_change_is_in_audit_log(server: Server) -> None:
     errors = {
         "InternalServer": RuntimeError("committed, and then this"),
         "ServiceUnavailable": ReadOnlyDisk("no writes"),
@@ -307,7 +305,7 @@ def test_malformed_http_has_request_id_in_response_and_log(
     assert f"x-request-id: {logged}".encode() in top.lower()
 
 
-def test_a_presigned_or_signed_call_for_s3_goes_to_object_storage(server: Server) -> None:
+def test_signed_s3_request_is_routed_to_object_storage(server: Server) -> None:
     key = "AWS4-HMAC-SHA256 Credential=A/20260101/us-east-1/s3/aws4_request, x"
     status, text = server.ask("GET", "/bucket/key", key=key)
     assert (status, text) == (403, "<Error/>")
@@ -326,7 +324,7 @@ def test_many_at_once(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_every_response_names_its_request_and_refusals_say_when_to_ask_again(
+def test_responses_have_request_id_and_throttling_has_retry_after(
     server: Server,
 ) -> None:
     for name in (b"echo", b"full"):

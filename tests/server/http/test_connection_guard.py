@@ -36,7 +36,7 @@ N, TOKENS = 48, 900
 
 @pytest.fixture
 def service(luthier_home: Path, tiny_model_folder: Path) -> Iterator[Service]:
-    """The whole service in this process, with a tiny model that writes."""
+    """The whole service in this process, with a tiny generative model."""
     shutil.copytree(tiny_model_folder, base_folder("tiny"))
     manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
     write_json(base_folder("tiny") / MANIFEST, manifest)
@@ -48,14 +48,14 @@ def service(luthier_home: Path, tiny_model_folder: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def address(service: Service) -> Iterator[tuple[str, str]]:
-    """Where it listens, and the key of its root user."""
+    """The host and port of the service, and the key of the root user."""
     assert service.issued is not None
     with served(service.application) as url:
         yield urlsplit(url).netloc, service.issued.api_key
 
 
 def decoder(service: Service) -> Decoder:
-    """That of the tiny model, once it is loaded."""
+    """Return the decoder of the loaded tiny model."""
     deadline = time.monotonic() + 60
     while service.pool.loaded_ids() != ["tiny"]:
         assert time.monotonic() < deadline
@@ -66,7 +66,7 @@ def decoder(service: Service) -> Decoder:
 
 
 def until(wanted: Any, seconds: float) -> float:
-    """Seconds until it holds."""
+    """Wait until the condition holds and return the seconds."""
     began = time.monotonic()
     while not wanted():
         assert time.monotonic() - began < seconds, "waited in vain"
@@ -94,7 +94,7 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", ["chat", "completions", "invoke"])
-def test_a_client_that_hangs_up_ends_the_work(
+def test_client_disconnect_stops_generation(
     service: Service, address: tuple[str, str], kind: str
 ) -> None:
     host, key = address
@@ -116,11 +116,13 @@ def test_a_client_that_hangs_up_ends_the_work(
     assert until(lambda: model.idle, 5) < 2
     assert (model._answers.total(), service.pool.memory.reserved_bytes) == (0, 0)
     assert service.pool._entries["tiny"].uses == 0
-    # Whoever stays is answered.
+    # Later requests succeed.
     assert post(host, key, LONG["chat"][0], warm)[0] == 200
 
 
-def test_who_stays_gets_the_whole_answer(service: Service, address: tuple[str, str]) -> None:
+def test_connected_clients_receive_full_responses(
+    service: Service, address: tuple[str, str]
+) -> None:
     host, key = address
     asked = chat(model="tiny", n=2, max_tokens=30)
     calls: list[tuple[int, Any]] = []
@@ -137,7 +139,7 @@ def test_who_stays_gets_the_whole_answer(service: Service, address: tuple[str, s
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_streams_that_are_abandoned_leave_nothing(
+def test_abandoned_streams_release_all_resources(
     service: Service, address: tuple[str, str], count: int
 ) -> None:
     host, key = address
@@ -181,9 +183,10 @@ def test_streams_that_are_abandoned_leave_nothing(
 
 
 def abandon(host: str, key: str, path: str, body: bytes, number: int) -> int:
-    """Status of a stream that its client leaves behind the first tokens, each other time by a reset.
+    """Leave a stream after the first tokens, with a reset for every second stream.
 
-    An address may leave few of its requests; so each comes from another one.
+    The server limits abandoned requests per address, so each request has its own address.
+    Return the status.
     """
     name, _, port = host.partition(":")
     source = f"127.0.{1 + number // 250}.{1 + number % 250}", 0
@@ -202,7 +205,7 @@ def abandon(host: str, key: str, path: str, body: bytes, number: int) -> int:
 
 
 def busy_threads() -> list[str]:
-    """Names of the application's threads that do not wait for something to do."""
+    """Return the names of busy threads of the application."""
     frames = sys._current_frames()
     return [
         each.name

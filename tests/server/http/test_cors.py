@@ -57,7 +57,7 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key(server: Served, api: str)
         assert "access-control-allow-credentials" not in headers
 
 
-def test_other_origins_get_no_headers_and_no_preflight(server: Served) -> None:
+def test_unlisted_origins_get_no_cors_headers(server: Served) -> None:
     for origin in (STRANGER, f"{PAGE}.evil.example", "http://app.example", f"{PAGE}:8443", "null"):
         status, headers, _ = preflight(server, "openai", origin)
         assert status >= 400 and "access-control-allow-origin" not in headers, origin

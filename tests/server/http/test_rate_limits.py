@@ -69,7 +69,7 @@ def test_the_quota_of_an_account_counts_at_once(database: Database) -> None:
     assert sent(limits, FIRST, 1000) == 1000
 
 
-def test_a_slow_rate_admits_one_and_says_when(database: Database) -> None:
+def test_slow_rate_limit_reports_retry_after(database: Database) -> None:
     clock = Clock()
     limits = RateLimits(database, 0.1, clock)
     assert sent(limits, FIRST, 3) == 1

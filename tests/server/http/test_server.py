@@ -53,7 +53,7 @@ def test_forwarded_headers_of_a_trusted_network(peer: str) -> None:
         (Ports(trusted_proxies=("10.1.2.4",)), "127.0.0.1"),
     ],
 )
-def test_forwarded_headers_of_other_clients_are_ignored(ports: Ports, peer: str) -> None:
+def test_forwarded_headers_of_untrusted_peers_are_ignored(ports: Ports, peer: str) -> None:
     assert received(ports, peer) == (False, peer)
 
 

@@ -15,8 +15,8 @@ from luthier.server.http.streams import DISCONNECTED, StreamedResponse
 
 
 @pytest.mark.parametrize("length", [10, 11, None])
-def test_a_client_that_has_the_whole_answer_may_hang_up(length: int | None) -> None:
-    """Many close a download as soon as they have as many bytes as were promised."""
+def test_disconnect_after_full_response_is_not_an_error(length: int | None) -> None:
+    """Many clients close a download after Content-Length bytes."""
     left, sent = asyncio.Event(), []
 
     async def receive() -> MutableMapping[str, Any]:

@@ -27,7 +27,7 @@ LIMITS = ServerLimits()
 OF_ONE_ACCOUNT = LIMITS.share_of(LIMITS.model_requests)
 
 
-def test_an_account_has_its_share_and_others_the_rest() -> None:
+def test_slots_are_shared_between_accounts() -> None:
     order: list[str] = []
 
     async def work(slots: Slots, account: str) -> None:
@@ -46,7 +46,7 @@ def test_an_account_has_its_share_and_others_the_rest() -> None:
     assert order == ["a", "a", "b", "a", "a", "a", "a"]
 
 
-def test_a_slot_that_does_not_come_in_time_is_refused_and_nothing_is_lost() -> None:
+def test_slot_timeout_is_throttled_and_loses_no_slot() -> None:
     async def main() -> None:
         slots = Slots(1, 1, 1)
         async with slots.turn("a"):
@@ -84,7 +84,7 @@ class Door:
 
 
 class Slow:
-    """An API that answers long requests when it is told to."""
+    """An API that answers long requests when ``go`` is set."""
 
     def __init__(self) -> None:
         self.go, self.begun = threading.Event(), 0
@@ -150,7 +150,7 @@ def ask(place: str, account: str, path: str, body: bytes = b"{}") -> tuple[int, 
     return found
 
 
-def test_long_requests_of_one_account_hold_no_other_up(api: Slow, place: str) -> None:
+def test_long_requests_do_not_block_second_account(api: Slow, place: str) -> None:
     count = LIMITS.model_requests + 40
     with ThreadPoolExecutor(count) as pool:
         busy = [pool.submit(ask, place, BUSY, "/long") for _ in range(count)]

@@ -79,7 +79,7 @@ def requests(database: Database) -> dict[date, int]:
         return {row.day: row.requests for row in session.scalars(select(DailyUsage))}
 
 
-def test_the_first_count_of_a_day_writes_nothing_and_each_day_has_its_own(
+def test_usage_is_counted_per_day_without_immediate_write(
     database: Database, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "now", lambda: BEFORE)
@@ -94,7 +94,7 @@ def test_the_first_count_of_a_day_writes_nothing_and_each_day_has_its_own(
     assert requests(database) == {BEFORE.date(): 3, AFTER.date(): 5}
 
 
-def test_what_could_not_be_written_before_midnight_stays_with_its_day(
+def test_unwritten_usage_is_counted_on_original_day(
     database: Database, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "now", lambda: BEFORE)
@@ -109,7 +109,7 @@ def test_what_could_not_be_written_before_midnight_stays_with_its_day(
 
 
 def usage_of(service: Service) -> Usage:
-    """Return the sum of what was counted so far."""
+    """Return the sum of the counts so far."""
     service.meter.write()
     total = Usage()
     with service.database.read() as session:

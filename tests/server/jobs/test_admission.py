@@ -86,7 +86,7 @@ def machine(queue: Any) -> Iterator[Machine]:
             child.wait()
 
 
-def test_what_an_import_takes_is_not_given_to_a_job(machine: Machine) -> None:
+def test_job_waits_for_memory_used_by_import(machine: Machine) -> None:
     machine.model("model", memory=3 * GIB)
     machine.importer.tick()
     machine.job("large", memory=2 * GIB)
@@ -98,7 +98,7 @@ def test_what_an_import_takes_is_not_given_to_a_job(machine: Machine) -> None:
     assert machine.at_work() == {"large", "small"}
 
 
-def test_what_a_job_takes_is_not_given_to_an_import(machine: Machine) -> None:
+def test_import_waits_for_memory_used_by_job(machine: Machine) -> None:
     machine.job("job", memory=2 * GIB)
     machine.scheduler.tick()
     machine.model("large", memory=3 * GIB)
@@ -113,7 +113,7 @@ def test_what_a_job_takes_is_not_given_to_an_import(machine: Machine) -> None:
     assert machine.at_work() == {"large"}
 
 
-def test_an_import_whose_files_are_not_known_counts_for_its_process(machine: Machine) -> None:
+def test_import_of_unknown_size_reserves_process_memory(machine: Machine) -> None:
     machine.model("model")
     machine.importer.tick()
     with machine.database.write() as session:
@@ -125,7 +125,7 @@ def test_an_import_whose_files_are_not_known_counts_for_its_process(machine: Mac
     assert machine.at_work() == {"model"}
 
 
-def test_what_fits_only_alone_is_started_alone(machine: Machine) -> None:
+def test_oversized_import_runs_alone(machine: Machine) -> None:
     machine.model("model", memory=9 * GIB)
     machine.importer.tick()
     machine.job("job", memory=1)
@@ -150,7 +150,7 @@ def noted(machine: Machine) -> int:
         return int(session.query(ModelImport).one().memory)
 
 
-def test_an_import_says_what_it_takes_and_waits_where_others_have_it(machine: Machine) -> None:
+def test_import_reserves_memory_or_returns_to_queue(machine: Machine) -> None:
     worker, found = worker_of(machine, machine.model("model"))
     machine.job("job", memory=2 * GIB)
     machine.scheduler.tick()

@@ -29,7 +29,7 @@ REFUSED: list[Any] = [
 
 
 @pytest.mark.parametrize("fields", REFUSED, ids=str)
-def test_graders_that_reach_beyond_the_texts_are_refused(fields: Any) -> None:
+def test_unsafe_client_graders_are_rejected(fields: Any) -> None:
     with pytest.raises(RecipeError):
         check_client_grader(fields)
 

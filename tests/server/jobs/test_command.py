@@ -48,7 +48,7 @@ def test_the_command_does_a_job(queue: Any) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatch: Any) -> None:
+def test_library_crash_traceback_is_in_job_log(queue: Any, monkeypatch: Any) -> None:
     job_id = queue.submit(steps=2)
     crash = (
         "import ctypes; from luthier.server.jobs.training import TrainingWorker; "
@@ -84,7 +84,7 @@ def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatc
     assert (listed["name"], listed["state"], listed["suffix"]) == (job.name, "Failed", None)
 
 
-def test_a_worker_ends_with_its_standard_input() -> None:
+def test_worker_exits_when_stdin_closes() -> None:
     # Its database does not answer.
     code = (
         "import sys, time; from luthier.server.jobs import processes; "

@@ -71,7 +71,7 @@ def test_model_and_job_leave_no_files(
     assert queue.submit("one", steps=2)
 
 
-def test_a_job_that_has_not_ended_is_not_deleted(queue: Any) -> None:
+def test_unfinished_job_cannot_be_deleted(queue: Any) -> None:
     queue.submit("one", steps=2)
     with queue.database.read() as session:
         job = session.scalars(select(Job)).one()

@@ -129,7 +129,7 @@ def left(home: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_the_files_lie_at_the_address_and_the_index_names_them(
+def test_export_writes_files_and_index(
     database: Database, model: CustomModel, luthier_home: Path, tmp_path: Path, merged: bool
 ) -> None:
     made = submit(database, merged=merged)
@@ -194,7 +194,7 @@ def test_after_a_kill_the_next_worker_makes_the_export_whole(
     assert left(luthier_home) == []
 
 
-def test_a_stop_ends_the_export_without_its_index(
+def test_stopped_export_writes_no_index(
     database: Database, model: CustomModel, luthier_home: Path, tmp_path: Path
 ) -> None:
     made = submit(database)
@@ -220,7 +220,7 @@ def test_a_stop_ends_the_export_without_its_index(
     ],
     ids=["model", "quota", "place"],
 )
-def test_a_failure_names_its_cause_and_leaves_nothing(
+def test_failed_export_reports_cause_and_leaves_no_files(
     database: Database,
     model: CustomModel,
     luthier_home: Path,
@@ -252,7 +252,7 @@ def test_a_lost_lease_ends_the_process_without_a_word_to_the_row(
     assert row(database, made).state == QUEUED
 
 
-def test_what_dead_workers_left_goes_at_the_next_look(
+def test_scheduler_removes_files_of_dead_export_workers(
     database: Database, model: CustomModel, luthier_home: Path
 ) -> None:
     made = submit(database)

@@ -68,7 +68,7 @@ def test_columns_of_a_table(queue: Any) -> None:
     assert refusal(queue, table, api="native", settings={"data": {"columns": COLUMNS}}) is None
 
 
-def test_unread_target_is_refused_unless_its_severity_is_off(queue: Any) -> None:
+def test_unread_target_is_rejected_unless_severity_is_lowered(queue: Any) -> None:
     rows = {"a.jsonl": lines(*({"text": f"number {n}", "intent": n % 2} for n in range(40)))}
     error = refusal(queue, rows)
     assert error is not None and error.rule == "column.unread"
@@ -77,7 +77,7 @@ def test_unread_target_is_refused_unless_its_severity_is_off(queue: Any) -> None
         assert refusal(queue, rows, settings={"data": setting}) is None
 
 
-def test_severity_of_a_category_is_that_of_the_report(queue: Any) -> None:
+def test_category_severity_setting_rejects_job(queue: Any) -> None:
     rows = {
         "a.jsonl": lines(
             *({**each, "topic": f"t{n % 2}"} for n, each in enumerate(queue.pairs(40)))
@@ -133,7 +133,7 @@ def test_problem_of_a_large_file(queue: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_job_reads_an_uploaded_table_by_its_name(queue: Any, pack: Any) -> None:
+def test_job_detects_uploaded_table_by_file_name(queue: Any, pack: Any) -> None:
     locations = Locations(queue.database)
     files = UploadedFiles(queue.database, locations._built_in._objects)
     name = "x.csv.gz" if pack is gzip.compress else "x.CSV"

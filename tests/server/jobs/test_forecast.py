@@ -64,7 +64,7 @@ def test_positions_are_the_order_of_claims(database: Database) -> None:
     assert [place.position for place in found.values()] == [1, 2, 3, 4]
 
 
-def test_start_follows_the_end_that_frees_enough(database: Database) -> None:
+def test_expected_start_waits_for_enough_free_memory(database: Database) -> None:
     run(database, "large", LATER, memory=6, cores=2)
     run(database, "small", SOON, memory=4, cores=2)
     first = add(database, "first", memory=3, cores=2)
@@ -106,7 +106,7 @@ def test_small_jobs_overtake_large_jobs_until_patience_ends(database: Database) 
     assert [places(database)[each].expected_start for each in (large, small)] == [beyond, beyond]
 
 
-def test_jobs_on_other_machines_have_no_expected_start(database: Database) -> None:
+def test_jobs_on_remote_machines_have_no_expected_start(database: Database) -> None:
     run(database, "running", SOON, cores=4)
     waiting = add(database, "waiting", cores=4)
     here = Scheduler(database, CAPACITY, runner=Runner())

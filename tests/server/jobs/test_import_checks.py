@@ -33,7 +33,9 @@ def adapter(folder: Path, base: str) -> ImportedFiles:
     return select_files([("adapter_config.json", 60), ("adapter_model.safetensors", 7 * GIB)])
 
 
-def test_memory_is_told_by_the_sizes_of_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_import_memory_estimate_follows_weight_sizes(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
     base = StoredModel("tiny", tiny_model_folder, Manifest(id="tiny", kind="causal_lm"))
     entries = [("config.json", 10), ("tokenizer.json", 10), ("model.safetensors", 2 * GIB)]
     assert memory_needed(tmp_path, select_files(entries), lambda name: None) == 6 * GIB + PROCESS
@@ -50,7 +52,7 @@ def test_memory_is_told_by_the_sizes_of_weights(tmp_path: Path, tiny_model_folde
     assert named == ["tiny"]
 
 
-def test_an_adapter_on_nothing_is_refused_before_its_weights_come(tmp_path: Path) -> None:
+def test_adapter_without_known_base_is_rejected_before_download(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match=r"adapter\.base"):
         memory_needed(tmp_path, adapter(tmp_path, "nobody/knows"), lambda name: None)
     encoder = StoredModel("bert", tmp_path, Manifest(id="bert", kind="encoder"))
@@ -121,7 +123,7 @@ def test_networks_of_images_and_sounds_are_tried_as_they_are_served(
     assert found.tokenizer_from == ("imported:x" if with_texts else None)
 
 
-def test_what_is_wrong_with_a_part_of_a_pipeline_is_named(
+def test_pipeline_error_names_file_of_component(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "pipeline"
@@ -140,7 +142,7 @@ def test_what_is_wrong_with_a_part_of_a_pipeline_is_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "trocr"])
-def test_a_network_for_images_and_texts_needs_its_tokenizer(
+def test_image_text_model_requires_tokenizer(
     family: str, family_folder: Callable[[str], Path], tokenizer: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / family
@@ -154,7 +156,7 @@ def test_a_network_for_images_and_texts_needs_its_tokenizer(
     assert found.kind == {"clip": "image_text_encoder", "trocr": "image_to_text"}[family]
 
 
-def test_inputs_that_take_far_more_than_the_weights_are_refused(
+def test_oversized_model_input_is_rejected(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "resnet"
@@ -170,7 +172,7 @@ def test_inputs_that_take_far_more_than_the_weights_are_refused(
         accept_network(folder, "imported:x")
 
 
-def test_a_pipeline_whose_images_are_no_numbers_is_refused(
+def test_pipeline_generating_nan_images_is_rejected(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "pipeline"
@@ -181,9 +183,7 @@ def test_a_pipeline_whose_images_are_no_numbers_is_refused(
         accept_network(folder, "imported:x")
 
 
-def test_the_template_of_a_model_that_nobody_trusts_does_not_run(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_template_of_untrusted_model_does_not_run(tiny_model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)
     assert accept_network(folder, "imported:x").manifest.template_approved  # it is known

@@ -17,7 +17,7 @@ def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(event["message"], event["data"]) for event in reporter.drain().events]
 
 
-def test_scores_of_validation_rows_stand_beside_those_of_training() -> None:
+def test_validation_scores_are_reported_next_to_training_scores() -> None:
     train = {"event": "train", "step": 2, "loss": 0.5, "accuracy": 0.75, "measure": "loss"}
     held = {"event": "validation", "step": 2, "loss": 0.25, "accuracy": 1.0, "measure": "loss"}
     (first, trained), (second, measured) = events(train, held)

@@ -39,7 +39,7 @@ def left(home: Path) -> set[str]:
 
 @sqlite
 @pytest.mark.parametrize("before", ["pass", LOCKS], ids=["at once", "with its lock"])
-def test_processes_that_die_leave_nothing_when_the_import_is_given_up(
+def test_failed_import_leaves_no_files_after_crashes(
     database: Database, model: CustomModel, luthier_home: Path, before: str
 ) -> None:
     (luthier_home / "jobs").mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_processes_that_die_leave_nothing_when_the_import_is_given_up(
 
 
 @sqlite
-def test_the_log_of_what_nobody_thought_of_goes_with_its_model(
+def test_import_log_is_deleted_with_model(
     database: Database, model: CustomModel, luthier_home: Path
 ) -> None:
     log = ImportFolders(model.id).open_log()
@@ -80,7 +80,7 @@ def test_the_log_of_what_nobody_thought_of_goes_with_its_model(
 
 
 @sqlite
-def test_what_somebody_still_works_on_is_left_alone(
+def test_locked_import_folder_is_not_removed(
     database: Database, model: CustomModel, luthier_home: Path
 ) -> None:
     with database.write() as session:

@@ -102,7 +102,7 @@ def test_a_prefix_with_a_folder_for_each_class(bucket: Bucket, api: str) -> None
     assert text == "see s3://data/photos/cat/1.png"
 
 
-def test_other_files_below_a_prefix_of_images_are_refused(bucket: Bucket) -> None:
+def test_image_prefix_rejects_unsupported_files(bucket: Bucket) -> None:
     bucket.put("photos/_other/_DSC1.png", png(10))
     assert labels(bucket.fetch("s3://data/photos/", "native")) == [("_other", 10)]
     bucket.put("photos/_other/2.heic", b"x")
@@ -127,7 +127,7 @@ def test_archives_and_arrays_whatever_they_are_called(bucket: Bucket) -> None:
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_tables_that_clients_of_openai_upload_are_read_as_tables(
+def test_openai_uploads_of_tables_are_detected(
     bucket: Bucket, pack: Callable[[bytes], bytes]
 ) -> None:
     series = b"timestamp,value\n2026-11-23,1.5\n2026-11-24,-2\n"
@@ -145,7 +145,7 @@ def _fresh(bucket: Bucket) -> Bucket:
     return bucket
 
 
-def test_rows_that_name_images_beside_them_and_by_address(bucket: Bucket) -> None:
+def test_rows_reference_images_by_path_and_address(bucket: Bucket) -> None:
     for key, value in (("set/img/a.png", 10), ("elsewhere/b.png", 20), ("set/c.png", 30)):
         bucket.put(key, png(value))
     address = bucket.rows(
@@ -155,7 +155,7 @@ def test_rows_that_name_images_beside_them_and_by_address(bucket: Bucket) -> Non
         {"image": "./img/../c.png", "label": "dog"},
     )
     assert labels(bucket.fetch(address)) == EXPECTED
-    # The same where the address is the prefix: images beside rows are what the rows name.
+    # A prefix as address gives the same rows: images next to a rows file are no rows.
     assert labels(_fresh(bucket).fetch("s3://data/set/")) == EXPECTED
     bucket.put("set/table.csv", b"image,label\nimg/a.png,cat\n")
     assert labels(_fresh(bucket).fetch("s3://data/set/table.csv", "native")) == [("cat", 10)]
@@ -186,7 +186,7 @@ def test_bedrock_s_form_of_images_with_captions(bucket: Bucket) -> None:
     assert int(read_pixels(row.media)[0, 0, 0]) == 10
 
 
-def test_only_what_the_account_may_read_is_fetched(bucket: Bucket, tmp_path: Path) -> None:
+def test_media_fetch_is_limited_to_account_objects(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("secret.png", png(1), OTHER, "theirs")
     (tmp_path / "here.png").write_bytes(png(2))
     for reference, words in (
@@ -209,7 +209,7 @@ def test_only_what_the_account_may_read_is_fetched(bucket: Bucket, tmp_path: Pat
         assert refused.value.problems[0].rule == "media.outside"
 
 
-def test_keys_that_are_no_paths_are_refused(bucket: Bucket) -> None:
+def test_keys_invalid_as_paths_are_rejected(bucket: Bucket) -> None:
     for number, keys in enumerate((["a/../b.png"], ["a//b.png"], ["a.png", "a.png/b.png"])):
         for key in keys:
             bucket.put(f"{number}/{key}", png(1))
@@ -237,7 +237,7 @@ def test_more_than_can_be_looked_at(bucket: Bucket, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("base", ["small-audio-cnn", "small-ocr", "small-vae"])
-def test_bases_that_read_no_texts_take_tables_on_every_face(bucket: Bucket, base: str) -> None:
+def test_image_bases_accept_tables_on_openai_api(bucket: Bucket, base: str) -> None:
     bucket.put("lines/1.png", png(10))
     bucket.put("lines/rows.csv", b"image,caption\n1.png,one\n")
     (row,) = load_rows(bucket.fetch("s3://data/lines/rows.csv", "openai", base).source)
@@ -264,7 +264,7 @@ def test_a_base_of_texts_takes_json_lines_alone(
         ("small-cnn", None),
     ],
 )
-def test_a_base_that_is_made_for_one_thing_learns_it(base: str, method: str | None) -> None:
+def test_default_objective_of_specialized_base(base: str, method: str | None) -> None:
     found = foundation_model(base)
     assert found is not None
     asked = Submission(

@@ -37,9 +37,7 @@ def quota(database: Database, **values: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_without_room_for_its_model_or_its_outputs_leaves_nothing(
-    queue: Any, luthier_home: Path
-) -> None:
+def test_job_over_storage_quota_leaves_no_files(queue: Any, luthier_home: Path) -> None:
     database, objects = queue.database, Objects(queue.database)
     with database.write() as session:
         create_account(session, ACCOUNT)
@@ -69,7 +67,7 @@ def test_a_job_without_room_for_its_model_or_its_outputs_leaves_nothing(
     assert stored(database) == 0
 
 
-def test_an_import_without_room_fails_before_it_is_copied(
+def test_import_over_storage_quota_fails_before_copy(
     luthier_home: Path, tiny_model_folder: Path, database: Database
 ) -> None:
     with database.write() as session:

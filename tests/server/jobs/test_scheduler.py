@@ -48,7 +48,7 @@ def sleeper() -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
 
 
 @sqlite
-def test_a_worker_that_is_gone_is_noticed_at_once(queue: Any) -> None:
+def test_dead_worker_returns_job_to_queue(queue: Any) -> None:
     child, worker = sleeper()
     job = claimed(queue, worker)
     scheduler = nobody(queue)
@@ -62,7 +62,7 @@ def test_a_worker_that_is_gone_is_noticed_at_once(queue: Any) -> None:
 
 
 @sqlite
-def test_a_number_that_came_again_is_another_process(queue: Any) -> None:
+def test_reused_pid_is_not_mistaken_for_worker(queue: Any) -> None:
     child, worker = sleeper()
     assert processes.is_alive(worker)
     assert not processes.is_alive({**worker, "born": worker["born"] - 100})
@@ -75,7 +75,7 @@ def test_a_number_that_came_again_is_another_process(queue: Any) -> None:
 
 
 @sqlite
-def test_a_worker_that_answers_no_more_is_ended(queue: Any, monkeypatch: Any) -> None:
+def test_silent_worker_is_killed(queue: Any, monkeypatch: Any) -> None:
     child, worker = sleeper()
     job = claimed(queue, worker)
     scheduler = nobody(queue)
@@ -88,9 +88,7 @@ def test_a_worker_that_answers_no_more_is_ended(queue: Any, monkeypatch: Any) ->
 
 
 @sqlite
-def test_a_server_that_is_starting_a_worker_is_not_ended_for_it(
-    queue: Any, monkeypatch: Any
-) -> None:
+def test_server_starting_silent_worker_is_not_killed(queue: Any, monkeypatch: Any) -> None:
     child, worker = sleeper()
     job = claimed(queue, {**worker, "starting": True})
     scheduler = nobody(queue)
@@ -105,7 +103,7 @@ def test_a_server_that_is_starting_a_worker_is_not_ended_for_it(
 
 
 @sqlite
-def test_a_worker_that_starts_slowly_is_no_death(queue: Any, monkeypatch: Any) -> None:
+def test_slow_worker_start_is_no_crash(queue: Any, monkeypatch: Any) -> None:
     job_id = queue.submit()
     sleep = ["/bin/sh", "-c", "sleep 60"]
     scheduler = Scheduler(queue.database, ONCE, command=sleep, kinds=[TRAINING])
@@ -130,7 +128,7 @@ def test_a_worker_that_starts_slowly_is_no_death(queue: Any, monkeypatch: Any) -
         child.wait()
 
 
-def test_a_clock_that_jumps_makes_nobody_look_dead() -> None:
+def test_lease_watch_ignores_clock_jumps() -> None:
     clock = [100.0]
     watch = LeaseWatch(30, lambda: clock[0])
     assert not watch.is_silent("a", "12:00")
@@ -146,20 +144,20 @@ def test_a_clock_that_jumps_makes_nobody_look_dead() -> None:
 
 
 @sqlite
-def test_a_worker_that_cannot_be_started_costs_no_job(queue: Any) -> None:
+def test_failed_worker_start_counts_no_crash(queue: Any) -> None:
     job_id = queue.submit()
     scheduler = Scheduler(queue.database, ONCE, command=["/no/such/program"])
     scheduler.tick()
     job = queue.job(job_id)
     assert (job.state, job.lease, job.crashes) == ("Queued", None, 0)
     assert job.memory > 100_000_000
-    # It is not tried again at once: whatever is missing takes time to mend.
+    # The scheduler waits before a retry: a fix takes time.
     scheduler.tick()
     assert queue.job(job_id).attempts == 1
 
 
 @sqlite
-def test_a_worker_that_ends_before_it_begins_is_noticed(queue: Any) -> None:
+def test_worker_exit_before_start_counts_as_crash(queue: Any) -> None:
     job_id = queue.submit()
     scheduler = Scheduler(
         queue.database, ONCE, command=[sys.executable, "-c", "raise SystemExit(3)"]
@@ -174,7 +172,7 @@ def test_a_worker_that_ends_before_it_begins_is_noticed(queue: Any) -> None:
 
 
 @sqlite
-def test_what_a_dead_worker_left_of_an_ended_job_is_tidied(queue: Any, luthier_home: Path) -> None:
+def test_scheduler_removes_files_of_stopped_job(queue: Any, luthier_home: Path) -> None:
     child, worker = sleeper()
     job = claimed(queue, worker)
     places = [
@@ -197,7 +195,7 @@ def test_what_a_dead_worker_left_of_an_ended_job_is_tidied(queue: Any, luthier_h
     with folders.lock():
         scheduler.tick()
         assert queue.job(job.id).state == "Stopped"
-        # Somebody still has the files.
+        # The lock on the files is still held.
         assert places[0].exists() and queue.job(job.id).has_working_files
     scheduler.tick()
     assert not queue.job(job.id).has_working_files
@@ -218,9 +216,7 @@ def test_no_worker_is_started_on_a_full_disk(queue: Any, monkeypatch: Any) -> No
 
 
 @sqlite
-def test_no_worker_is_started_for_a_while_after_one_found_the_disk_full(
-    queue: Any, monkeypatch: Any
-) -> None:
+def test_full_disk_delays_next_worker_start(queue: Any, monkeypatch: Any) -> None:
     job_id = queue.submit()
     exits = [sys.executable, "-c", f"raise SystemExit({processes.NO_SPACE})"]
     scheduler = Scheduler(queue.database, ONCE, command=exits)
@@ -262,7 +258,7 @@ def test_memory_is_estimated_as_the_engine_does(queue: Any, luthier_home: Path) 
         ("smollm2-135m-instruct", ("sft", "dpo", "classification"), 1e9),
     ],
 )
-def test_the_memory_of_a_job_is_that_of_the_objective_its_rows_lead_to(
+def test_job_memory_estimate_matches_inferred_objective(
     luthier_home: Path, base: str, objectives: tuple[str, ...], least: float
 ) -> None:
     fields = {"base": base, "data": {"train": "x"}}

@@ -33,7 +33,7 @@ def put(queue: Any, *arguments: Any, limits: AccountQuotas | None = None, **fiel
         return submit(session, asked(queue, *arguments, **fields), Arns("eu-west-1"), limits)
 
 
-def test_a_job_and_the_name_of_its_model(queue: Any) -> None:
+def test_submit_creates_job_and_reserves_model_name(queue: Any) -> None:
     job = put(queue, "one", model_name="mine", openai_id="ft:x:y:z:1", request={"a": 1}, priority=3)
     assert (job.state, job.attempts, job.memory, job.lease) == ("Queued", 0, 0, None)
     assert (job.foundation, job.base_model) == (
@@ -92,7 +92,7 @@ def test_names_are_taken_in_their_account_only(queue: Any) -> None:
         assert session.query(Job).count() == 3 and session.query(CustomModel).count() == 2
 
 
-def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
+def test_job_quota_counts_unfinished_jobs(queue: Any) -> None:
     limits = AccountQuotas(jobs_in_flight=2)
     first = put(queue, "a", limits=limits)
     put(queue, "b", limits=limits)
@@ -106,7 +106,7 @@ def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
     assert put(queue, "c", limits=limits)
 
 
-def test_the_quota_counts_models_with_those_in_the_making(queue: Any) -> None:
+def test_model_quota_counts_reserved_models(queue: Any) -> None:
     limits = AccountQuotas(custom_models=1)
     put(queue, "a", api="openai", limits=limits)
     with pytest.raises(QuotaExceeded, match="custom_models"):
@@ -141,7 +141,7 @@ def test_the_objective_follows_the_type(queue: Any) -> None:
         ("luthier.imported-0123456789ab", {"kind": "encoder"}, "masked_lm"),
     ],
 )
-def test_pre_training_goes_on_as_the_custom_model_began(
+def test_pre_training_inherits_objective_of_custom_model(
     queue: Any, root: str, details: dict[str, Any], method: str
 ) -> None:
     tuned = CustomModel(
@@ -179,7 +179,7 @@ def test_pre_training_goes_on_as_the_custom_model_began(
         ({"customization_type": "REINFORCEMENT_FINE_TUNING"}, "grader"),
     ],
 )
-def test_what_no_job_can_be_is_refused_and_leaves_no_trace(
+def test_invalid_submission_is_rejected_without_trace(
     queue: Any, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
@@ -213,7 +213,7 @@ def test_accounts_take_turns(queue: Any) -> None:
     ]  # fmt: skip
 
 
-def test_who_comes_late_comes_in_where_the_others_are(queue: Any) -> None:
+def test_queue_interleaves_jobs_of_accounts_fairly(queue: Any) -> None:
     early = [put(queue, f"mine-{number}") for number in range(4)]
     with queue.database.write() as session:
         paused = get(session, ACCOUNT, early[0].id, lock=True)

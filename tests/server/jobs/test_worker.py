@@ -64,7 +64,7 @@ def models(queue: Any) -> list[CustomModel]:
         return list(session.query(CustomModel))
 
 
-def test_a_job_becomes_a_model_that_opens(queue: Any, luthier_home: Path) -> None:
+def test_completed_job_creates_loadable_model(queue: Any, luthier_home: Path) -> None:
     output = queue.folder / "out"
     held = [queue.file(f"held-{n}.jsonl", queue.pairs(40)[20 + n : 24 + n]) for n in (0, 5)]
     job_id = queue.submit("Mixed-Case.1", validators=held, output=f"file://{output}")
@@ -176,9 +176,7 @@ def check_events_once(queue: Any, job_id: str, steps: int) -> None:
 
 @pytest.mark.slow
 @sqlite
-def test_workers_that_are_killed_again_and_again_make_the_same_model(
-    queue: Any, luthier_home: Path
-) -> None:
+def test_killed_workers_resume_to_identical_weights(queue: Any, luthier_home: Path) -> None:
     whole = queue.submit("whole", steps=40)
     broken = queue.submit("broken", steps=40)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
@@ -199,7 +197,7 @@ def test_workers_that_are_killed_again_and_again_make_the_same_model(
 
 @pytest.mark.slow
 @sqlite
-def test_a_worker_goes_on_while_the_server_is_gone(queue: Any) -> None:
+def test_worker_continues_during_server_restart(queue: Any) -> None:
     job_id = queue.submit(steps=60)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     queue.until(job_id, running())
@@ -213,7 +211,7 @@ def test_a_worker_goes_on_while_the_server_is_gone(queue: Any) -> None:
 
 
 @sqlite
-def test_a_server_that_ends_can_have_its_jobs_given_back(queue: Any) -> None:
+def test_server_stop_can_requeue_running_jobs(queue: Any) -> None:
     job_id = queue.submit(steps=300)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     queue.until(job_id, running(2))
@@ -224,7 +222,7 @@ def test_a_server_that_ends_can_have_its_jobs_given_back(queue: Any) -> None:
 
 
 @sqlite
-def test_a_job_that_takes_longer_than_it_may_fails_and_says_so(queue: Any) -> None:
+def test_job_over_time_limit_fails(queue: Any) -> None:
     job_id = queue.submit(steps=500, time_limit=1)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     job = queue.ended(job_id)
@@ -233,7 +231,7 @@ def test_a_job_that_takes_longer_than_it_may_fails_and_says_so(queue: Any) -> No
 
 
 @sqlite
-def test_a_worker_that_lost_its_lease_writes_nothing_more(queue: Any, luthier_home: Path) -> None:
+def test_worker_without_lease_stops_writing(queue: Any, luthier_home: Path) -> None:
     job_id = queue.submit(steps=500)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     job = queue.until(job_id, running(2))
@@ -335,9 +333,7 @@ def of_type(queue: Any, command: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @sqlite
-def test_a_base_that_is_gone_fails_the_job_and_names_nobody_else(
-    queue: Any, luthier_home: Path
-) -> None:
+def test_missing_base_fails_job_without_leaking_ids(queue: Any, luthier_home: Path) -> None:
     queue.scheduler()
     queue.ended(queue.submit("first", steps=2))
     others = queue.ended(queue.submit("second", account=OTHER, steps=2))
@@ -350,7 +346,7 @@ def test_a_base_that_is_gone_fails_the_job_and_names_nobody_else(
 
 
 @sqlite
-def test_other_files_than_lines_are_refused_by_the_name_their_owner_knows(queue: Any) -> None:
+def test_json_array_error_names_file_address(queue: Any) -> None:
     queue.scheduler()
     array = queue.file("array.jsonl", [json.dumps(queue.pairs(5))])
     job = queue.ended(queue.submit("array", training=[array]))
@@ -359,7 +355,7 @@ def test_other_files_than_lines_are_refused_by_the_name_their_owner_knows(queue:
     assert native.state == "Completed", native.failure
 
 
-def test_a_heartbeat_outlives_what_goes_wrong_and_ends_after_a_silence(
+def test_heartbeat_survives_errors_but_exits_after_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Ended(BaseException):

@@ -47,7 +47,7 @@ MetricsFile.append = die
         (AFTER_STEPS, 2, "status 7", "", False),
     ],
 )  # fmt: skip
-def test_a_job_ends_at_the_third_death_at_one_step_and_says_how(
+def test_job_fails_after_third_crash_at_same_step(
     queue: Any, before: str, step: int, why: str, lines: str, memory: bool
 ) -> None:
     job_id = queue.submit(steps=6)
@@ -83,7 +83,7 @@ Folders.fetch, Folders.write = flaky(Folders.fetch), flaky(Folders.write)
 
 @pytest.mark.slow
 @sqlite
-def test_a_bucket_that_fails_now_and_then_costs_no_job(queue: Any) -> None:
+def test_flaky_bucket_does_not_fail_job(queue: Any) -> None:
     output = queue.folder / "out"
     job_id = queue.submit(output=f"file://{output}", steps=2)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": FLAKY})
@@ -109,7 +109,7 @@ MetricsFile.append = full
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
+def test_full_disk_during_training_does_not_fail_job(
     queue: Any, tmp_path: Path, monkeypatch: Any, number: int
 ) -> None:
     monkeypatch.setattr("luthier.server.jobs.scheduler.LATER", 0.2)
@@ -159,7 +159,7 @@ def test_shortage_of_memory_during_training(
 
 
 @sqlite
-def test_a_worker_that_comes_after_the_end_leaves_nothing(queue: Any, luthier_home: Path) -> None:
+def test_late_worker_leaves_no_files(queue: Any, luthier_home: Path) -> None:
     job_id = queue.submit(steps=2)
     queue.scheduler()
     queue.ended(job_id)

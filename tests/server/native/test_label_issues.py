@@ -30,7 +30,7 @@ ACCOUNT = "000000000000"
 
 @pytest.fixture
 def jobs(luthier_home: Path) -> Iterator[Call]:
-    """A call of an operation on a database with one job, whose run recorded three label issues."""
+    """A call on a database with a single job. The run of the job recorded three label issues."""
     database, arns = Database(), Arns()
     upgrade(database)
     nowhere: Any = SimpleNamespace()
@@ -77,7 +77,7 @@ def test_rows_are_listed_page_by_page(jobs: Call) -> None:
     assert json.dumps(call(jobs, position=9)["issues"]) == "[]"
 
 
-def test_rows_on_another_machine_are_a_conflict_and_no_rows_are_an_empty_list(jobs: Call) -> None:
+def test_missing_label_issues_file_is_a_conflict(jobs: Call) -> None:
     with jobs.context.database.write() as session:
         job = session.query(Job).one()
         (run_of(job.result["stored_id"]).folder / LABEL_ISSUES).unlink()

@@ -42,7 +42,7 @@ REQUEST = GenerationRequest("fox", temperature=0, max_tokens=40, logit_bias={1: 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    """A store with adapters on one base: two of one account, one of another."""
+    """A store with three adapters on the same base: two of one account, one of a second account."""
     home = tmp_path_factory.mktemp("home")
     rows = home / "rows.jsonl"
     rows.write_text('{"prompt": "say fox", "completion": "fox fox"}\n' * 3)
@@ -99,7 +99,7 @@ def url(service: Service) -> Iterator[str]:
 
 @pytest.fixture
 def call(url: str, home: Path) -> Callable[..., Any]:
-    """``call(method, path)``: what the server answers to the root user, or its refusal."""
+    """Return ``call(method, path)``, which returns the response or error for the root user."""
     key = json.loads((home / "keys.json").read_text())["api_key"]
 
     def ask(method: str, path: str) -> Any:
@@ -131,9 +131,7 @@ def test_a_model_is_loaded_and_unloaded(service: Service, call: Callable[..., An
     assert actions(service) == ["luthier:LoadModel", "luthier:UnloadModel"]
 
 
-def test_an_account_touches_and_sees_its_own_models_alone(
-    service: Service, call: Callable[..., Any]
-) -> None:
+def test_loaded_models_are_limited_to_account(service: Service, call: Callable[..., Any]) -> None:
     with service.database.read() as session:
         theirs = session.scalars(select(CustomModel).filter_by(account=OTHER)).one()
     assert theirs.stored_id is not None
@@ -148,7 +146,7 @@ def test_an_account_touches_and_sees_its_own_models_alone(
     assert (status, refused["code"], refused["parameter"]) == (400, "Validation", "model")
 
 
-def test_a_deployment_that_is_active_has_its_model_in_memory(
+def test_active_deployment_loads_model_if_memory_allows(
     service: Service, url: str, home: Path
 ) -> None:
     keys = json.loads((home / "keys.json").read_text())
@@ -179,7 +177,7 @@ def test_a_deployment_that_is_active_has_its_model_in_memory(
     assert service.pool.loaded_models() == []
 
 
-def test_what_cannot_be_loaded_does_not_become_active(
+def test_unloadable_model_fails_activation(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = service.pool
@@ -207,7 +205,7 @@ def stored_id_of(service: Service) -> str:
     return stored_id
 
 
-def test_guessed_tokens_are_told_of_each_model(
+def test_speculative_token_counts_are_reported_per_model(
     service: Service, url: str, home: Path, call: Callable[..., Any]
 ) -> None:
     call("POST", "models/support/load")
@@ -220,7 +218,7 @@ def test_guessed_tokens_are_told_of_each_model(
     asked = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(asked, timeout=60) as answer:
         details = json.loads(answer.read())["usage"]["completion_tokens_details"]
-    # Those are of a prediction that the client sent, which nobody did.
+    # Prediction tokens count only predictions sent by the client.
     assert details["accepted_prediction_tokens"] == details["rejected_prediction_tokens"] == 0
     deadline = time.monotonic() + 20
     while (model := call("GET", "loaded-models")["models"][0])["proposed_tokens"] == 0:

@@ -66,7 +66,7 @@ def refused(answer: Any) -> str:
     return code
 
 
-def test_a_model_has_one_set_of_names_on_every_face(context: Context, arn: str) -> None:
+def test_model_names_resolve_on_native_api(context: Context, arn: str) -> None:
     openai_id = "ft:smollm2:org-1::x1"
     with context.database.write() as session:
         model = session.query(CustomModel).one()
@@ -96,7 +96,7 @@ def test_an_id_comes_before_a_name(context: Context, arn: str) -> None:
         assert find_model(session, context.arns, ACCOUNT, first.id) is first
 
 
-def test_an_event_that_no_number_names_is_none(context: Context, arn: str) -> None:
+def test_invalid_last_event_id_is_ignored(context: Context, arn: str) -> None:
     path = "/api/v1/jobs/mine/events?follow=false"
     for known in ("²", "٣", "x", "-1", "9" * 30):
         answer = ask(context, "GET", path, headers={"last-event-id": known.encode()})
@@ -127,7 +127,7 @@ def kept(context: Context, arn: str) -> Kept:
     return Kept(context, arn)
 
 
-def test_a_model_is_deleted_with_its_files(kept: Kept) -> None:
+def test_deleting_model_removes_files(kept: Kept) -> None:
     path = "/api/v1/models/model"
     answer = ask(kept.context, "DELETE", path)
     assert answer.json() == {"model": kept.model}
@@ -135,7 +135,7 @@ def test_a_model_is_deleted_with_its_files(kept: Kept) -> None:
     assert refused(ask(kept.context, "DELETE", path)) == "ResourceNotFound"
 
 
-def test_a_job_is_deleted_after_its_model(kept: Kept) -> None:
+def test_job_deletion_requires_deleted_model(kept: Kept) -> None:
     path = "/api/v1/jobs/mine"
     assert refused(ask(kept.context, "DELETE", path)) == "Conflict"
     ask(kept.context, "DELETE", "/api/v1/models/model")

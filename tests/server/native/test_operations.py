@@ -30,7 +30,7 @@ JOB = {
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    """The API without a database: only requests that are refused before they reach it."""
+    """The API without a database, for requests that are rejected before database access."""
 
     def check(account: str, address: str) -> None:
         raise Fault("Conflict", address)
@@ -54,7 +54,7 @@ def refused(answer: Any) -> dict[str, Any]:
     return error
 
 
-def test_another_method_names_those_there_are(client: TestClient) -> None:
+def test_wrong_method_returns_allow_header(client: TestClient) -> None:
     answer = client.delete("/api/v1/jobs")
     assert answer.status_code == 405 and answer.json()["error"]["code"] == "MethodNotAllowed"
     assert set(answer.headers["allow"].split(", ")) == {"GET", "POST"}
@@ -90,14 +90,16 @@ def test_an_unknown_path_is_an_unknown_operation(client: TestClient, path: str) 
         (b'{"name": "a\\u0000"}', None),
     ],
 )
-def test_what_is_wrong_is_named(client: TestClient, body: Any, parameter: str | None) -> None:
+def test_invalid_job_request_names_parameter(
+    client: TestClient, body: Any, parameter: str | None
+) -> None:
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
     error = refused(client.post("/api/v1/jobs", content=sent))
     assert error.get("parameter") == parameter
     assert len(error["message"]) < 1000
 
 
-def test_the_log_names_the_operation_of_a_body_that_is_no_json(
+def test_log_names_operation_of_invalid_json_request(
     client: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="luthier.server"):
@@ -107,14 +109,16 @@ def test_the_log_names_the_operation_of_a_body_that_is_no_json(
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", None])
-def test_a_body_is_json_whatever_its_type_says(client: TestClient, kind: str | None) -> None:
+def test_body_is_parsed_as_json_regardless_of_content_type(
+    client: TestClient, kind: str | None
+) -> None:
     headers = {"Content-Type": kind} if kind else {}
     answer = client.post("/api/v1/jobs", content=json.dumps(JOB), headers=headers)
     assert answer.json()["error"] == {"code": "Conflict", "message": "s3://rows/a"}
     assert answer.status_code == 409
 
 
-def test_no_word_of_pydantics_is_left_in_what_requests_are_told(client: TestClient) -> None:
+def test_error_messages_contain_no_pydantic_wording(client: TestClient) -> None:
     wrong = {"count": "x", "seed": -1, "steps": 0, "guidance_scale": 500, "label": "x" * 2000}
     for path, body in (
         ("images", wrong),

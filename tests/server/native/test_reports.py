@@ -23,7 +23,7 @@ ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 
 def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
-    """What the native API answers to a request whose files lie in ``folder``."""
+    """Return the response of the native API to a request with files in ``folder``."""
     database = Database()
     Base.metadata.create_all(database.engine)
     files = {file.name: file.read_bytes() for file in folder.glob("*.*")}
@@ -43,7 +43,7 @@ def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("named", [{}, {"base": "smollm2-135m-instruct"}])
-def test_rows_decide_on_the_base_that_they_are_looked_at_for(
+def test_inspection_passes_base_if_given(
     luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, str]
 ) -> None:
     luthier_home.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def test_preview_of_columns(luthier_home: Path, tmp_path: Path) -> None:
     assert "problem" not in shown and "label" in shown["form"]
 
 
-def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
+def test_estimate_reads_all_validation_files_and_hides_paths(
     luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     luthier_home.mkdir(exist_ok=True)

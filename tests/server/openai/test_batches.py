@@ -97,7 +97,9 @@ def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service:
     assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
 
 
-def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str) -> None:
+def test_batch_of_embeddings_and_completions(
+    client: openai.OpenAI, service: Any, tiny_encoder: str
+) -> None:
     service.openai.start()
     for url, body, kind in (
         ("/v1/embeddings", {"model": "tiny-encoder", "input": "a card"}, "list"),
@@ -124,7 +126,7 @@ def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, servic
 
 
 @pytest.mark.slow
-def test_a_long_batch_gives_way_to_other_accounts(
+def test_long_batch_yields_to_second_account(
     client: openai.OpenAI, other: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = service.openai.batches.at_once + 3
@@ -136,7 +138,7 @@ def test_a_long_batch_gives_way_to_other_accounts(
     while service.openai.batches.run_once():
         statuses.append([client.batches.retrieve(each).status for each in (mine, second)])
         statuses[-1].append(other.batches.retrieve(theirs).status)
-    # What was begun of the long one is kept; its account's next waits as before.
+    # The long batch keeps finished lines; the account's second batch still waits.
     assert [each.count("completed") for each in statuses] == [0, 1, 2, 3]
     assert statuses[1][2] == statuses[2][0] == "completed"
     done = client.batches.retrieve(mine)
@@ -177,7 +179,7 @@ UNUSABLE: list[tuple[list[Any], str, int | None]] = [
 ]
 
 
-def test_a_file_that_cannot_be_used_fails_the_batch(client: openai.OpenAI, service: Any) -> None:
+def test_invalid_input_file_fails_batch(client: openai.OpenAI, service: Any) -> None:
     for lines, code, number in UNUSABLE:
         made = created(client, lines)
         assert service.openai.batches.run_once()
@@ -236,7 +238,7 @@ def test_a_held_batch_is_left_alone(client: openai.OpenAI, service: Any) -> None
 
 
 @pytest.mark.parametrize("hours", [1, -1])
-def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
+def test_batch_lease_ignores_clock_jumps(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
     made = created(client, [line(1)])
@@ -253,7 +255,7 @@ def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
     with service.database.write() as session:
         seen = queue.leases(session, store.Batch)
         assert queue.renew(session, store.Batch, made.id, "another server")
-        # What was taken for silent and is heard from in the same moment stays where it is.
+        # A lease renewed in the same moment stays with its holder.
         assert queue.claim_next(session, store.Batch, "a third", seen) is None
     for _ in range(2):
         assert not runner.run_once()
@@ -264,7 +266,7 @@ def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
     assert client.batches.retrieve(made.id).status == "completed"
 
 
-def test_who_lost_a_batch_does_not_end_it(
+def test_runner_without_lease_does_not_finish_batch(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = created(client, [line(1)])
@@ -287,7 +289,7 @@ def test_who_lost_a_batch_does_not_end_it(
         assert queue.renew(session, store.Batch, made.id, "another server")
 
 
-def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, service: Any) -> None:
+def test_cancelled_batch_returns_completed_lines(client: openai.OpenAI, service: Any) -> None:
     made = created(client, [line(number) for number in range(2 * AT_ONCE)])
     together = threading.Barrier(AT_ONCE)
 
@@ -338,10 +340,10 @@ def test_lines_in_hand_are_given_up_where_their_batch_is_cancelled(
     "change",
     ["read-only", "disabled", "removed", "account"],
 )
-def test_lines_have_the_role_that_their_user_has_when_they_are_answered(
+def test_batch_lines_use_current_role_of_user(
     client: openai.OpenAI, service: Any, change: str
 ) -> None:
-    """Half of the lines are answered; then somebody takes the user's rights away."""
+    """The user loses the permission after half of the lines."""
     made = created(client, [line(number) for number in range(2 * AT_ONCE)])
 
     def take_away() -> None:
@@ -399,7 +401,7 @@ def test_lists_tenants_and_refusals(client: openai.OpenAI, other: openai.OpenAI)
         assert refused.value.param == param
 
 
-def test_a_batch_whose_time_is_over(client: openai.OpenAI, service: Any) -> None:
+def test_expired_batch_returns_completed_lines(client: openai.OpenAI, service: Any) -> None:
     made = created(client, [line(number) for number in range(2 * AT_ONCE)])
     runner = BatchRunner(service.database, service.openai.files, {})
     expire_after(service, made.id, runner)
@@ -410,7 +412,7 @@ def test_a_batch_whose_time_is_over(client: openai.OpenAI, service: Any) -> None
     assert len(lines_of(client, batch.output_file_id)) == AT_ONCE
 
 
-def test_an_expired_batch_killed_at_its_end_stays_expired(
+def test_expired_batch_resumes_finalizing_after_full_disk(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = created(client, [line(number) for number in range(AT_ONCE + 1)])
@@ -424,7 +426,7 @@ def test_an_expired_batch_killed_at_its_end_stays_expired(
         patched.setattr(service.openai.files, "add", full)
         with pytest.raises(DoesNotFit):
             runner.run_once()
-    # The full disk has lost nothing, and the next attempt ends as the first would have.
+    # The full disk loses nothing, and the next attempt completes.
     batch = client.batches.retrieve(made.id)
     assert batch.status == "finalizing"
     assert batch.request_counts and batch.request_counts.completed == AT_ONCE
@@ -435,7 +437,7 @@ def test_an_expired_batch_killed_at_its_end_stays_expired(
 
 
 def expire_after(service: Any, batch_id: str, runner: BatchRunner) -> None:
-    """Have the time of a batch be over once its first lines are answered."""
+    """Let a batch expire after the first lines."""
 
     together = threading.Barrier(AT_ONCE)
 
@@ -450,7 +452,7 @@ def expire_after(service: Any, batch_id: str, runner: BatchRunner) -> None:
     runner.endpoints = {CHAT: answer}
 
 
-def test_a_failure_of_ours_fails_one_batch_only(
+def test_internal_error_fails_single_batch(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, later = created(client, [line(1)]), created(client, [line(1)])
@@ -466,7 +468,7 @@ def test_a_failure_of_ours_fails_one_batch_only(
     assert client.batches.retrieve(later.id).status == "completed"
 
 
-def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
+def test_slow_line_keeps_lease_and_blocks_no_lines(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.Batch, "lease_time", timedelta(seconds=1.0))
@@ -496,7 +498,7 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
     assert client.batches.retrieve(made.id).status == "completed"
 
 
-def test_a_line_without_end_is_not_read_to_its_end(
+def test_oversized_line_is_not_read_completely(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches_module, "LONGEST_LINE", 10_000)

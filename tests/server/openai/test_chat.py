@@ -34,7 +34,7 @@ def test_an_answer(client: openai.OpenAI) -> None:
 
 
 def test_templates_of_clients_are_not_run(client: openai.OpenAI) -> None:
-    """As vLLM has it: names that the model's template does not read are without effect."""
+    """Names that the chat template does not read have no effect, as in vLLM."""
     for kwargs in ({"enable_thinking": False}, {"chat_template": "{{ 'x' * 99 }}"}):
         made = chat(client, extra_body={"chat_template_kwargs": kwargs})
         assert made.usage == chat(client).usage
@@ -73,7 +73,7 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_that_is_dropped_frees_the_model(client: openai.OpenAI, service: Any) -> None:
+def test_abandoned_chat_stream_releases_model(client: openai.OpenAI, service: Any) -> None:
     stream = chat(client, stream=True, max_tokens=100)
     next(iter(stream))
     stream.close()
@@ -173,7 +173,7 @@ def test_structured_outputs_of_vllm(
     {"structural_tag": "a"},
     {"choice": []},
 ])  # fmt: skip
-def test_structured_outputs_that_are_refused(
+def test_invalid_structured_outputs_are_rejected(
     client: openai.OpenAI, structured: dict[str, Any]
 ) -> None:
     extra = {"structured_outputs": structured}
@@ -187,7 +187,7 @@ def test_structured_outputs_that_are_refused(
         assert str(refused.value.param).startswith("structured_outputs")
 
 
-def test_an_answer_matches_one_form(client: openai.OpenAI) -> None:
+def test_response_format_conflicts_with_structured_outputs(client: openai.OpenAI) -> None:
     extra = {"structured_outputs": {"regex": "a"}}
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, response_format={"type": "json_object"}, extra_body=extra)
@@ -200,7 +200,7 @@ def test_an_answer_matches_one_form(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_answers_that_match_a_schema(client: openai.OpenAI) -> None:
+def test_response_format_constrains_reply(client: openai.OpenAI) -> None:
     form = {
         "type": "json_schema",
         "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True},
@@ -235,7 +235,7 @@ TOOLS = [
 
 
 @pytest.mark.slow
-def test_a_tool_that_has_to_be_called(client: openai.OpenAI) -> None:
+def test_required_tool_is_called(client: openai.OpenAI) -> None:
     named = {"type": "function", "function": {"name": "pick"}}
     made = chat(client, tools=TOOLS, tool_choice=named, max_tokens=80)
     (choice,) = made.choices
@@ -258,7 +258,7 @@ def test_a_tool_that_has_to_be_called(client: openai.OpenAI) -> None:
     assert chat(client, tools=TOOLS, messages=values).choices[0].finish_reason in ("length", "stop")
 
 
-def test_a_call_that_is_cut_off_is_not_shown(client: openai.OpenAI) -> None:
+def test_truncated_tool_call_is_omitted(client: openai.OpenAI) -> None:
     for most in (1, 4, 9):
         asked = {"tools": TOOLS, "tool_choice": "required", "max_tokens": most}
         made = chat(client, **asked)
@@ -281,7 +281,7 @@ def result(name: str) -> dict[str, str]:
     return {"role": "tool", "tool_call_id": name, "content": "done"}
 
 
-def test_every_call_has_its_result(client: openai.OpenAI) -> None:
+def test_tool_calls_require_matching_results(client: openai.OpenAI) -> None:
     both = [*ASKED, ASSISTANT, result("b"), result("a")]
     chat(client, tools=TOOLS, messages=both)
     chat(client, tools=TOOLS, messages=[*both, ASSISTANT, result("a"), result("b"), *ASKED])
@@ -349,7 +349,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.slow
-def test_requests_that_are_refused(client: openai.OpenAI) -> None:
+def test_invalid_chat_request_names_parameter(client: openai.OpenAI) -> None:
     for changes, param in REFUSED:
         with pytest.raises(openai.BadRequestError) as refused:
             chat(client, **changes)
@@ -379,7 +379,7 @@ def test_a_prompt_beyond_the_context(client: openai.OpenAI) -> None:
     ("audio", {"voice": "alloy"}, "unsupported_parameter"),
     ("web_search_options", {}, "unsupported_parameter"),
 ])  # fmt: skip
-def test_members_that_would_be_lost_are_refused(
+def test_unsupported_members_are_rejected(
     client: openai.OpenAI, member: str, value: Any, code: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
@@ -390,7 +390,7 @@ def test_members_that_would_be_lost_are_refused(
     assert (refused.value.param, refused.value.code) == ("modalities[0]", "invalid_value")
 
 
-def test_members_that_change_nothing_here_are_taken(client: openai.OpenAI) -> None:
+def test_members_without_effect_are_accepted(client: openai.OpenAI) -> None:
     plain = chat(client).choices[0].message.content
     extra: dict[str, Any] = {
         "user": "u", "store": False, "metadata": {"a": "b"}, "service_tier": "auto",
@@ -398,7 +398,7 @@ def test_members_that_change_nothing_here_are_taken(client: openai.OpenAI) -> No
         "prediction": {"type": "content", "content": "x"}, "prompt_cache_key": "k",
     }  # fmt: skip
     assert chat(client, **extra).choices[0].message.content == plain
-    # Of vLLM: among one token nothing is left to draw.
+    # vLLM's top_k: with a single candidate, sampling is greedy.
     drawn = chat(client, temperature=2, extra_body={"top_k": 1, "min_p": 0.1})
     assert drawn.choices[0].message.content == plain
     assert chat(client, extra_body={"top_k": -1}).choices[0].message.content == plain
@@ -428,7 +428,7 @@ def test_an_unknown_model(client: openai.OpenAI, model: str) -> None:
     assert refused.value.code == "model_not_found"
 
 
-def test_models_that_only_read(client: openai.OpenAI, tiny_encoder: str) -> None:
+def test_encoder_is_rejected_for_chat(client: openai.OpenAI, tiny_encoder: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, model=tiny_encoder)
     assert refused.value.param == "model"

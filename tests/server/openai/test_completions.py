@@ -106,7 +106,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_requests_that_are_refused(client: openai.OpenAI) -> None:
+def test_invalid_completion_request_names_parameter(client: openai.OpenAI) -> None:
     for changes, param in REFUSED:
         with pytest.raises(openai.BadRequestError) as refused:
             complete(client, **changes)

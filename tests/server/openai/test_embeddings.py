@@ -26,13 +26,13 @@ def test_vectors_as_numbers_and_as_base64_are_the_same(client: openai.OpenAI) ->
         assert np.array_equal(np.float32(one.embedding), np.float32(other.embedding))
 
 
-def test_a_vector_does_not_depend_on_its_batch(client: openai.OpenAI) -> None:
+def test_embedding_is_independent_of_batch(client: openai.OpenAI) -> None:
     together = embed(client)
     for number, text in enumerate(TEXTS):
         assert embed(client, input=text).data[0].embedding == together.data[number].embedding
 
 
-def test_fewer_dimensions_are_of_length_one(client: openai.OpenAI) -> None:
+def test_shortened_embedding_is_normalized(client: openai.OpenAI) -> None:
     whole = np.array(embed(client, input=TEXTS[0]).data[0].embedding)
     short = np.array(embed(client, input=TEXTS[0], dimensions=4).data[0].embedding)
     assert short.shape == (4,)
@@ -52,14 +52,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_requests_that_are_refused(client: openai.OpenAI) -> None:
+def test_invalid_embedding_request_names_parameter(client: openai.OpenAI) -> None:
     for changes, param in REFUSED:
         with pytest.raises(openai.BadRequestError) as refused:
             embed(client, **changes)
         assert refused.value.param == param, changes
 
 
-def test_a_model_that_writes_gives_none(client: openai.OpenAI, tiny_base: str) -> None:
+def test_generative_model_is_rejected_for_embeddings(client: openai.OpenAI, tiny_base: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         embed(client, model=tiny_base)
     assert refused.value.param == "model"

@@ -132,7 +132,7 @@ def items(client: openai.OpenAI, run: Any, **query: Any) -> list[Any]:
 
 
 def conforms(client: openai.OpenAI, kind: Any, path: str) -> None:
-    """What is there has every member of its type; an error that did not happen is null, as OpenAI's."""
+    """Check that objects have every member of their type. An absent error is null, as in OpenAI."""
     found: Any = client.get(path, cast_to=object)
     fields = found["data"][0] if found["object"] == "list" else found
     for holder in (fields, fields.get("sample") or {}):
@@ -209,7 +209,9 @@ def test_a_model_answers_the_rows_of_a_file(client: openai.OpenAI, service: Any)
 
 
 @pytest.mark.slow
-def test_responses_and_messages_that_rows_bring(client: openai.OpenAI, service: Any) -> None:
+def test_eval_run_uses_responses_api_and_message_references(
+    client: openai.OpenAI, service: Any
+) -> None:
     given = [
         {"item": {"question": "q", "answer": "a", "turns": [{"role": "user", "content": "Hello"}]}},
         {"item": {"question": "q", "answer": "a", "turns": "Hello"}},
@@ -231,7 +233,7 @@ def test_responses_and_messages_that_rows_bring(client: openai.OpenAI, service: 
     assert (run.result_counts.total, run.result_counts.errored) == (4, 2)
     found = items(client, run)
     assert [each.status for each in found] == ["pass", "pass", "error", "error"]
-    # The form of the text is kept to.
+    # The output matches the JSON schema.
     assert json.loads(found[0].sample.output[0].content) == {"n": 3}
     assert found[0].sample.input == found[1].sample.input
     assert found[2].sample.error.code == "invalid_messages"
@@ -335,7 +337,7 @@ EvaluationRunner(Database(sys.argv[1]), Slow, lambda *_: AccountQuotas()).run_on
 
 
 @pytest.mark.slow
-def test_what_a_killed_process_has_written_stays(
+def test_eval_run_resumes_after_killed_process(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = created(client)
@@ -405,7 +407,7 @@ def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> N
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
-def test_rows_that_take_long_are_given_up(client: openai.OpenAI, service: Any, how: str) -> None:
+def test_running_eval_rows_are_cancelled(client: openai.OpenAI, service: Any, how: str) -> None:
     made = created(client)
     run = client.evals.runs.create(made.id, data_source=asking(rows(AT_ONCE)))
     begun, given_up = threading.Event(), []
@@ -437,7 +439,7 @@ def test_rows_that_take_long_are_given_up(client: openai.OpenAI, service: Any, h
         assert (after.status, after.result_counts.errored) == ("completed", 0)
 
 
-def test_another_account_sees_nothing(
+def test_evals_are_hidden_from_foreign_account(
     client: openai.OpenAI, other: openai.OpenAI, service: Any
 ) -> None:
     made = created(client)
@@ -451,7 +453,7 @@ def test_another_account_sees_nothing(
         lambda: other.evals.delete(made.id),
         lambda: other.evals.runs.create(made.id, data_source=content(rows(1))),
         lambda: other.evals.runs.retrieve(run.id, eval_id=made.id),
-        # Nor through an eval of one's own.
+        # An eval of the foreign account gives no access either.
         lambda: other.evals.runs.retrieve(run.id, eval_id=theirs.id),
         lambda: other.evals.runs.cancel(run.id, eval_id=theirs.id),
         lambda: other.evals.runs.delete(run.id, eval_id=theirs.id),
@@ -479,7 +481,7 @@ def test_another_account_sees_nothing(
 
 
 @pytest.mark.parametrize("change", ["invoker", None])
-def test_a_run_has_the_role_that_its_user_has_when_its_turn_comes(
+def test_eval_run_uses_current_role_of_user(
     client: openai.OpenAI, service: Any, change: str | None
 ) -> None:
     made = created(client)
@@ -584,7 +586,7 @@ WRONG_SOURCES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.usefixtures("tiny_encoder")
-def test_what_cannot_be_evaluated_is_refused_at_once(client: openai.OpenAI) -> None:
+def test_invalid_evals_and_sources_are_rejected(client: openai.OpenAI) -> None:
     right: dict[str, Any] = {
         "data_source_config": {"type": "custom", "item_schema": SCHEMA},
         "testing_criteria": [SAME],
@@ -601,7 +603,7 @@ def test_what_cannot_be_evaluated_is_refused_at_once(client: openai.OpenAI) -> N
     assert not list(client.evals.runs.list(made.id))
 
 
-def test_rows_that_cannot_be_evaluated_fail_the_run_before_anything_is_asked(
+def test_invalid_eval_rows_fail_run_before_sampling(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = created(client)
@@ -640,7 +642,7 @@ def test_rows_that_cannot_be_evaluated_fail_the_run_before_anything_is_asked(
     assert gone.error.code == "invalid_file" and file.id in gone.error.message
 
 
-def test_a_grader_that_fails_is_an_error_of_its_row(client: openai.OpenAI, service: Any) -> None:
+def test_grader_exception_is_recorded_as_row_error(client: openai.OpenAI, service: Any) -> None:
     source = "def grade(sample, item):\n    return 1 / len(item.get('extra', ''))"
     made = created(client, {**PYTHON, "source": source}, SAME)
     given = rows(2, output_text="a0")

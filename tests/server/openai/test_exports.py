@@ -121,7 +121,7 @@ def test_an_eval_of_this_service_is_taken_over_whole(
     assert [each.where.partition(" ")[0] for each in found.not_imported] == ["run"]
 
 
-def test_answers_that_passed_can_be_learned_from(tmp_path: Path) -> None:
+def test_passing_eval_outputs_are_exported_for_training(tmp_path: Path) -> None:
     item = {
         "object": "eval.run.output_item",
         "run_id": "run",
@@ -176,7 +176,7 @@ def test_answers_that_passed_can_be_learned_from(tmp_path: Path) -> None:
           "input": SAME["input"], "reference": SAME["reference"], "operation": "eq"}}),
     ],
 )  # fmt: skip
-def test_jobs_become_recipes_without_what_fitted_another_model(
+def test_imported_job_becomes_recipe_without_hyperparameters(
     tmp_path: Path, method: Any, objective: dict[str, Any]
 ) -> None:
     export = saved(tmp_path / "export", FILE, {**JOB, "method": method})
@@ -191,7 +191,7 @@ def test_jobs_become_recipes_without_what_fitted_another_model(
     assert "n_epochs=3" in found.remarks[0] and "gpt-4.1-mini" in found.remarks[0]
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_export_parts_are_reported(tmp_path: Path) -> None:
     lost = {**FILE, "id": "file-2", "filename": "lost.jsonl"}
     orphan = {"id": "run", "object": "eval.run", "eval_id": "gone"}
     empty = {"id": "eval", "object": "eval", "name": "None", "testing_criteria": [SAME],
@@ -218,7 +218,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
      ("item", {"sample": 5}), ("item", {"datasource_item_id": "x"}), ("item", {"datasource_item": 5}),
      ("job", {"hyperparameters": 5}), ("job", {"method": {"type": "dpo", "dpo": 5}})],
 )  # fmt: skip
-def test_objects_of_another_form_are_left_out_in_words(
+def test_malformed_export_objects_are_skipped(
     tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
     objects: dict[str, dict[str, Any]] = {

@@ -66,7 +66,7 @@ def test_lists_are_read_page_by_page(client: openai.OpenAI) -> None:
             client.files.list(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_list_keeps_its_place_while_it_is_emptied(client: openai.OpenAI) -> None:
+def test_file_pagination_survives_deletions(client: openai.OpenAI) -> None:
     made = [upload(client, f"{n}.jsonl") for n in range(5)]
     seen = []
     for each in client.files.list(limit=2):
@@ -75,9 +75,7 @@ def test_a_list_keeps_its_place_while_it_is_emptied(client: openai.OpenAI) -> No
     assert seen == made[::-1]
 
 
-def test_what_one_account_has_does_not_exist_for_another(
-    client: openai.OpenAI, other: openai.OpenAI
-) -> None:
+def test_files_are_hidden_from_foreign_account(client: openai.OpenAI, other: openai.OpenAI) -> None:
     file_id = upload(client)
     messages = []
     for attempt in (other.files.retrieve, other.files.content, other.files.delete):
@@ -101,7 +99,7 @@ def test_what_one_account_has_does_not_exist_for_another(
         ("fine-tune-results", DATA, "purpose"),
     ],
 )
-def test_uploads_that_are_refused(
+def test_invalid_upload_names_parameter(
     client: openai.OpenAI, purpose: Any, data: bytes, param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
@@ -132,7 +130,7 @@ def test_a_file_beyond_the_limit(client: openai.OpenAI, monkeypatch: pytest.Monk
     assert too_large.value.status_code == 413
 
 
-def test_files_that_expire(client: openai.OpenAI, service: Any) -> None:
+def test_expired_files_are_hidden_and_removed(client: openai.OpenAI, service: Any) -> None:
     lives: Any = {"anchor": "created_at", "seconds": 3600}
     made = client.files.create(file=("a", DATA), purpose="batch", expires_after=lives)
     assert made.expires_at == made.created_at + 3600
@@ -151,7 +149,7 @@ def test_files_that_expire(client: openai.OpenAI, service: Any) -> None:
         assert refused.value.param is not None and refused.value.param.startswith("expires_after")
 
 
-def test_a_file_that_is_there_keeps_its_bytes(service: Any) -> None:
+def test_adding_existing_file_keeps_original_bytes(service: Any) -> None:
     files = UploadedFiles(service.database, service.objects)
     made = [
         files.add("000000000000", [text], "x", "batch_output", file_id="file-one")
@@ -163,7 +161,7 @@ def test_a_file_that_is_there_keeps_its_bytes(service: Any) -> None:
     assert len(stored) == 1
 
 
-def test_bytes_that_were_deleted_as_an_object(client: openai.OpenAI, service: Any) -> None:
+def test_file_content_deleted_through_s3_is_missing(client: openai.OpenAI, service: Any) -> None:
     file_id = upload(client)
     service.objects.delete("000000000000", "luthier-files", [file_id])
     with pytest.raises(openai.NotFoundError):

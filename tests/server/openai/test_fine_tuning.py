@@ -88,7 +88,7 @@ def handlers() -> Iterator[None]:
 
 
 def work(service: Any, **objective: Any) -> None:
-    """Do the next job in this process; ``objective`` are fields that clients do not set."""
+    """Run the next job in this process. ``objective`` has fields that clients cannot set."""
     database: Database = service.database
     with database.write() as session:
         # The scheduler estimates the memory of jobs; there is none here.
@@ -242,7 +242,7 @@ def test_preferences_and_rewards(client: openai.OpenAI, service: Any) -> None:
 
 
 @pytest.mark.parametrize("parameter", ["training_file", "validation_file"])
-def test_file_that_cannot_be_read_is_refused_at_creation(
+def test_job_with_invalid_file_is_rejected_at_creation(
     client: openai.OpenAI, parameter: str
 ) -> None:
     file = uploaded(client, [*chats(3), {"messages": [{"role": "user", "content": ""}]}])
@@ -261,7 +261,7 @@ def test_advice_for_unknown_columns_changes_the_file(client: openai.OpenAI) -> N
     assert "data.columns" not in refused.value.message
 
 
-def test_files_other_than_json_lines_are_refused_by_name(client: openai.OpenAI) -> None:
+def test_csv_training_file_is_rejected(client: openai.OpenAI) -> None:
     table = b"prompt,completion\n" + b"a,b\n" * 30
     file = client.files.create(file=("rows.csv", table), purpose="fine-tune").id
     with pytest.raises(openai.BadRequestError) as refused:
@@ -270,7 +270,7 @@ def test_files_other_than_json_lines_are_refused_by_name(client: openai.OpenAI) 
 
 
 @pytest.mark.usefixtures("handlers")
-def test_rows_of_another_method_fail_the_job(client: openai.OpenAI, service: Any) -> None:
+def test_rows_of_wrong_method_fail_job(client: openai.OpenAI, service: Any) -> None:
     for kind, data in (("supervised", preferences()), ("dpo", chats())):
         made = created(client, data, method=method(kind))
         work(service)
@@ -301,7 +301,7 @@ def test_pause_resume_cancel(client: openai.OpenAI) -> None:
             attempt(made.id)
 
 
-def test_a_job_that_is_being_stopped_is_not_cancelled_yet(
+def test_stopping_job_is_running_until_worker_releases_lease(
     client: openai.OpenAI, service: Any
 ) -> None:
     made = created(client)
@@ -334,7 +334,7 @@ def test_a_job_is_a_customization_job(client: openai.OpenAI, service: Any) -> No
 
 
 @pytest.mark.usefixtures("handlers")
-def test_jobs_of_all_apis_are_listed_with_what_they_are(
+def test_openai_api_lists_jobs_of_all_apis(
     client: openai.OpenAI, other: openai.OpenAI, service: Any
 ) -> None:
     training = uploaded(client, chats())
@@ -451,7 +451,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
 ]
 
 
-def test_requests_that_are_refused(client: openai.OpenAI, service: Any) -> None:
+def test_invalid_fine_tuning_request_names_parameter(client: openai.OpenAI, service: Any) -> None:
     file_id = uploaded(client, chats())
     for changes, param in REFUSED:
         with pytest.raises(openai.BadRequestError) as refused:

@@ -20,14 +20,14 @@ def settings(kind: str, writes: bool = True, **arm: Any) -> dict[str, Any]:
     return settings_of(asked, 5, writes)
 
 
-def test_what_is_auto_is_left_open() -> None:
+def test_auto_hyperparameters_are_omitted_from_settings() -> None:
     assert settings("supervised") == {"training": {"seed": 5}, "objective": {"method": "sft"}}
     # The rows of an encoder say what is learned.
     assert settings("supervised", writes=False) == {"training": {"seed": 5}}
     assert settings("dpo") == {"training": {"seed": 5}, "objective": {"method": "dpo"}}
 
 
-def test_what_is_given_arrives() -> None:
+def test_given_hyperparameters_are_passed_to_settings() -> None:
     given = {"n_epochs": 3, "batch_size": 7, "learning_rate_multiplier": 2}
     made = settings("dpo", hyperparameters={**given, "beta": 0.3})
     assert made["training"] == {
@@ -49,7 +49,7 @@ def test_the_old_place_of_hyperparameters() -> None:
     assert settings_of(asked, 1, True)["training"] == {"seed": 1, "epochs": 4}
 
 
-def test_the_multiplier_is_one_of_the_rate_that_is_chosen() -> None:
+def test_multiplier_scales_chosen_learning_rate() -> None:
     def rate(**training: Any) -> tuple[float | None, list[Any]]:
         recipe = Recipe.parse({"data": {"train": "rows.jsonl"}, "training": training})
         made, choices = choose(recipe, FACTS)

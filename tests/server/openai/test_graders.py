@@ -59,7 +59,7 @@ def test_several_in_a_formula(client: openai.OpenAI) -> None:
     assert made.sub_rewards == {"check": 1.0, "near": 1.0}
 
 
-def test_what_goes_wrong_is_told(client: openai.OpenAI) -> None:
+def test_grader_errors_are_reported_in_metadata(client: openai.OpenAI) -> None:
     missing = run(client, {**CHECK, "reference": "{{item.no}}"})
     assert missing.reward == 0
     assert missing.metadata.errors.invalid_variable_error
@@ -69,7 +69,7 @@ def test_what_goes_wrong_is_told(client: openai.OpenAI) -> None:
     assert "ZeroDivisionError" in raised.metadata.errors.python_grader_runtime_error_details
 
 
-def test_a_model_that_grades(client: openai.OpenAI, tiny_base: str) -> None:
+def test_score_model_grader_returns_reward(client: openai.OpenAI, tiny_base: str) -> None:
     grader = {
         "type": "score_model",
         "name": "judge",

@@ -71,7 +71,7 @@ def test_images_of_a_conversation_change_the_reply(vision_base: str, client: ope
 @pytest.mark.parametrize(
     "url", ["https://example.org/a.png", "data:image/png;base64,AAAA", "data:text/html;base64,AAAA"]
 )
-def test_what_is_no_image_is_refused(vision_base: str, client: openai.OpenAI, url: str) -> None:
+def test_invalid_image_url_is_rejected(vision_base: str, client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         text_of(client, url)
     assert refused.value.param == "messages[0].content[0].image_url"

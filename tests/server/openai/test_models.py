@@ -18,7 +18,7 @@ ACCOUNT, OTHER = "000000000000", "111111111111"
 ARNS = Arns("us-east-1")
 
 
-def test_the_list_is_one_whole_page(client: openai.OpenAI) -> None:
+def test_model_list_is_single_page(client: openai.OpenAI) -> None:
     raw = client.models.with_raw_response.list()
     body = raw.http_response.json()
     names = [each["id"] for each in body["data"]]
@@ -31,7 +31,7 @@ def test_the_list_is_one_whole_page(client: openai.OpenAI) -> None:
 
 
 def add_model(service: Any, name: str, account: str = ACCOUNT, **fields: Any) -> CustomModel:
-    """A custom model as Bedrock's API makes them: without an ``ft:`` id."""
+    """Add a custom model without an ``ft:`` id, as the Bedrock API does."""
     columns = {
         "id": new_id(), "account": account, "name": name, "foundation": IMPORTED,
         "root": "luthier.tiny", "base_model": "", "stored_id": "tiny", "job_id": None,
@@ -85,7 +85,7 @@ def test_models_of_bedrocks_face_answer_without_a_deployment(
     assert [each.id for each in client.models.list()] == [*bases, "ft:tiny:org::1"]
 
 
-def test_the_name_of_a_deployment_answers_as_its_arn_does(
+def test_deployment_name_is_accepted_as_model(
     service: Any, tiny_base: str, client: openai.OpenAI, other: openai.OpenAI
 ) -> None:
     model = add_model(service, "prod", stored_id="gone")  # has the name of the deployment

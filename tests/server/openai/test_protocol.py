@@ -45,7 +45,7 @@ def test_an_unknown_route(service: Any, method: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"a"', b'{"model": NaN}', b"\xff", b""])
-def test_bodies_that_are_no_object(service: Any, body: bytes) -> None:
+def test_non_object_body_returns_openai_error(service: Any, body: bytes) -> None:
     for path in ("/chat/completions", "/fine_tuning/jobs", "/embeddings", "/batches"):
         status, headers, answer = asked(service, "POST", path, body)
         assert status == 400

@@ -60,7 +60,7 @@ def test_a_stream(client: openai.OpenAI) -> None:
     assert len(before) == whole.usage.completion_tokens_details.reasoning_tokens
 
 
-def test_reasoning_that_is_turned_off(client: openai.OpenAI) -> None:
+def test_disabled_reasoning_is_absent_from_reply(client: openai.OpenAI) -> None:
     quiet = {"chat_template_kwargs": {"enable_thinking": False}}
     made = chat(client, extra_body=quiet)
     assert not hasattr(made.choices[0].message, "reasoning_content")
@@ -80,7 +80,7 @@ def test_a_call_behind_the_reasoning(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_what_is_said_matches_a_schema(client: openai.OpenAI) -> None:
+def test_reply_after_reasoning_matches_json_schema(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     message = chat(client, response_format=form).choices[0].message
@@ -91,8 +91,8 @@ def test_what_is_said_matches_a_schema(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_a_conversation_goes_on_with_its_reasoning(client: openai.OpenAI) -> None:
-    """Sent back as it came, or under the name of newer versions of vLLM, it is the turn's own."""
+def test_conversation_includes_reasoning_of_earlier_turn(client: openai.OpenAI) -> None:
+    """Reasoning is accepted as ``reasoning_content`` and under vLLM's newer name ``reasoning``."""
     asked, more = {"role": "user", "content": "sky?"}, {"role": "user", "content": "how many?"}
     came = chat(client).choices[0].message
     plain = {"role": "assistant", "content": "blue"}
@@ -153,7 +153,7 @@ def test_the_events_of_a_response(client: openai.OpenAI) -> None:
 
 @pytest.mark.slow
 def test_items_of_a_response_are_sent_along(client: openai.OpenAI) -> None:
-    """What came goes back as it is, and is what the turns of a chat are."""
+    """Output items in the next request equal the turns of a chat."""
     asked, more = {"role": "user", "content": "sky?"}, {"role": "user", "content": "how many?"}
     came = [item.to_dict() for item in respond(client).output]
     read = respond(client, [asked, *came, more], max_output_tokens=1).usage.input_tokens

@@ -20,7 +20,7 @@ DOCUMENTS = ["The quick brown fox.", "My card", "What is the capital of France?"
 
 @pytest.fixture
 def tiny_reranker(tiny_encoder: str, family_folder: Callable[[str], Path]) -> str:
-    """A base model in the store that ranks."""
+    """A ranking base model in the store."""
     folder = base_folder(tiny_encoder)
     model = AutoModelForSequenceClassification.from_pretrained(family_folder("bert"), num_labels=1)
     model.save_pretrained(folder)
@@ -64,7 +64,7 @@ def test_documents_as_objects(client: openai.OpenAI, tiny_reranker: str) -> None
         ({"top_n": 0}, "top_n"),
     ],
 )
-def test_requests_that_are_refused(
+def test_invalid_rerank_request_names_parameter(
     client: openai.OpenAI, changes: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:

@@ -55,7 +55,7 @@ def test_an_answer(client: openai.OpenAI) -> None:
     Response.model_validate(made.model_dump(), strict=True)
 
 
-def test_an_answer_that_ends_by_itself_is_complete(client: openai.OpenAI) -> None:
+def test_finished_response_has_completed_status(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "name": "n", "schema": {"enum": ["yes"]}}
     made = respond(client, text={"format": form}, max_output_tokens=40)
     assert made.status == "completed" and made.output_text == '"yes"'
@@ -127,7 +127,7 @@ def test_the_clients_own_accumulator_reads_the_events(client: openai.OpenAI) -> 
     assert json.loads(call.arguments)["city"] in ("Oslo", "Rome")
 
 
-def test_a_call_and_what_came_of_it(client: openai.OpenAI) -> None:
+def test_tool_call_and_output_round_trip(client: openai.OpenAI) -> None:
     named = {"type": "function", "name": "weather"}
     made = respond(client, tools=TOOLS, tool_choice=named, max_output_tokens=80)
     (call,) = made.output
@@ -157,7 +157,7 @@ def test_a_call_and_what_came_of_it(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_a_call_that_is_cut_off_is_not_shown(client: openai.OpenAI) -> None:
+def test_truncated_tool_call_is_omitted(client: openai.OpenAI) -> None:
     made = respond(client, tools=TOOLS, tool_choice="required", max_output_tokens=5)
     assert (made.status, made.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert made.output_text == "" and [each.type for each in made.output] == ["message"]
@@ -212,7 +212,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
          "text.format.schema"),
     ],
 )  # fmt: skip
-def test_requests_that_are_refused(
+def test_invalid_response_request_names_parameter(
     client: openai.OpenAI, changes: dict[str, Any], parameter: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
@@ -220,7 +220,7 @@ def test_requests_that_are_refused(
     assert refused.value.param == parameter, refused.value.message
 
 
-def test_what_is_too_long_or_unknown(client: openai.OpenAI) -> None:
+def test_overlong_input_and_unknown_model_are_rejected(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         respond(client, input="long " * 5000)
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
@@ -232,7 +232,7 @@ def test_what_is_too_long_or_unknown(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_that_is_dropped_frees_the_model(client: openai.OpenAI, service: Any) -> None:
+def test_abandoned_response_stream_releases_model(client: openai.OpenAI, service: Any) -> None:
     stream = respond(client, stream=True, max_output_tokens=100)
     next(iter(stream))
     stream.close()
@@ -264,7 +264,7 @@ def test_a_failure_in_mid_stream_is_the_last_event(
 
 
 @pytest.mark.slow
-def test_batches_take_them_too(client: openai.OpenAI, service: Any) -> None:
+def test_batch_accepts_responses_requests(client: openai.OpenAI, service: Any) -> None:
     service.openai.start()
     bodies = [
         {"model": "tiny", "input": QUESTION, "max_output_tokens": 8, "temperature": 0},

@@ -137,7 +137,7 @@ def signed_chunks(
     return coded
 
 
-def test_the_signed_hash_is_that_of_the_body(raw: Raw) -> None:
+def test_body_must_match_signed_hash(raw: Raw) -> None:
     assert raw.put(b"abc", sha256(b"abd")) == (400, "XAmzContentSHA256Mismatch")
     assert raw.stored() is None
     assert raw.put(b"abc", sha256(b"abc")) == (200, "") and raw.stored() == b"abc"
@@ -147,7 +147,7 @@ def test_the_signed_hash_is_that_of_the_body(raw: Raw) -> None:
     assert len(files) == len(raw.service.objects._files_of_rows(""))
 
 
-def test_bodies_that_are_not_signed_need_tls(raw: Raw, tls: Raw) -> None:
+def test_unsigned_body_requires_tls(raw: Raw, tls: Raw) -> None:
     status, code = raw.put(b"abc", "UNSIGNED-PAYLOAD")
     assert status in (400, 403) and code in ("SignatureDoesNotMatch", "InvalidRequest")
     assert raw.stored() is None
@@ -163,7 +163,7 @@ def test_bodies_that_are_not_signed_need_tls(raw: Raw, tls: Raw) -> None:
         ("content-md5", b64(hashlib.md5(b"abc").digest())),
     ],
 )
-def test_what_headers_say_of_the_body_is_compared(raw: Raw, name: str, value: str) -> None:
+def test_checksum_headers_are_verified(raw: Raw, name: str, value: str) -> None:
     assert raw.put(b"abd", sha256(b"abd"), **{name: value}) == (400, "BadDigest")
     assert raw.stored() is None
     assert raw.put(b"abc", sha256(b"abc"), **{name: value}) == (200, "") and raw.stored() == b"abc"
@@ -171,12 +171,12 @@ def test_what_headers_say_of_the_body_is_compared(raw: Raw, name: str, value: st
     assert wrong in [(400, "BadDigest"), (400, "InvalidDigest")]
 
 
-def test_checksums_that_cannot_be_computed_are_not_taken_unseen(raw: Raw) -> None:
+def test_unknown_checksum_algorithm_is_not_implemented(raw: Raw) -> None:
     assert raw.put(b"abc", sha256(b"abc"), x_amz_checksum_md6="AAAA") == (501, "NotImplemented")
 
 
 @pytest.mark.parametrize(("name", "size"), [("crc32c", 4), ("crc64nvme", 8)])
-def test_checksums_of_other_clients(raw: Raw, name: str, size: int) -> None:
+def test_crt_checksums_are_verified(raw: Raw, name: str, size: int) -> None:
     checksums = pytest.importorskip("awscrt.checksums", reason="awscrt is not installed")
     checksum = b64(getattr(checksums, name)(b"abc").to_bytes(size, "big"))
     header = {f"x-amz-checksum-{name}": checksum}
@@ -235,7 +235,7 @@ def test_signed_chunks_with_a_trailer(raw: Raw) -> None:
     assert raw.put(b"", kind, signed_chunks([body], {}), **headers)[1] == "MalformedTrailerError"
 
 
-def test_a_trailer_that_is_not_signed(tls: Raw, raw: Raw) -> None:
+def test_unsigned_trailer_checksum_requires_tls(tls: Raw, raw: Raw) -> None:
     body = b"abcdef"
     headers = {"x_amz_decoded_content_length": "6", "x_amz_trailer": "x-amz-checksum-crc32",
             "content_encoding": "gzip,aws-chunked"}  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_trailer_that_is_not_signed(tls: Raw, raw: Raw) -> None:
     assert tls.put(b"", UNSIGNED_TRAILER, coded(crc32(body)), **short) == (400, "IncompleteBody")
 
 
-def test_a_body_is_asked_for_only_when_it_is_wanted(raw: Raw) -> None:
+def test_continue_response_only_after_request_is_accepted(raw: Raw) -> None:
     def answers(path: str, body: bytes) -> list[bytes]:
         headers = {"Expect": "100-continue", "Content-Length": str(len(body))}
         headers = raw.signed("PUT", path, sha256(body), headers)
@@ -278,7 +278,7 @@ def test_a_body_is_asked_for_only_when_it_is_wanted(raw: Raw) -> None:
     assert refused.startswith(b"HTTP/1.1 404 ") and b"connection: close" in refused.lower()
 
 
-def test_a_client_that_hangs_up_leaves_nothing(raw: Raw) -> None:
+def test_disconnect_during_upload_leaves_no_files(raw: Raw) -> None:
     body = bytes(3 << 20)
     headers = raw.signed("PUT", f"/{raw.bucket}/k", sha256(body), {})
     connection = raw.connect()
@@ -297,7 +297,7 @@ def test_a_client_that_hangs_up_leaves_nothing(raw: Raw) -> None:
     assert not list(files.rglob(".tmp-*"))
 
 
-def test_documents_that_are_bombs(raw: Raw) -> None:
+def test_malicious_xml_documents_are_rejected(raw: Raw) -> None:
     def post(body: bytes) -> tuple[int, str]:
         path = f"/{raw.bucket}?delete"
         headers = raw.signed("POST", path, sha256(body), {})

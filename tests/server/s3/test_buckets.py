@@ -44,7 +44,7 @@ def test_a_bucket_begins_and_ends(either: Any, refused: Any) -> None:
 @pytest.mark.parametrize(
     "name", ["ab", "Upper", "a_b", "a..b", "-ab", "1.2.3.4", "x" * 64, "metrics"]
 )
-def test_names_that_no_bucket_has(service: Any, name: str) -> None:
+def test_invalid_bucket_name_is_rejected(service: Any, name: str) -> None:
     from luthier.errors import ObjectRefused
 
     with pytest.raises(ObjectRefused) as caught:
@@ -52,7 +52,7 @@ def test_names_that_no_bucket_has(service: Any, name: str) -> None:
     assert caught.value.rule == "InvalidBucketName"
 
 
-def test_another_accounts_bucket_is_not_there(service: Any, bucket: str) -> None:
+def test_bucket_is_hidden_from_foreign_account(service: Any, bucket: str) -> None:
     from botocore.exceptions import ClientError
 
     service.client().put_object(Bucket=bucket, Key="k", Body=b"secret")
@@ -90,7 +90,7 @@ def test_pages_of_keys(service: Any, tree: str) -> None:
         assert [key for page in pages for key in names(page)[0]] == TREE
 
 
-def test_what_is_added_and_removed_between_pages(service: Any, tree: str) -> None:
+def test_listing_continues_after_changes_between_pages(service: Any, tree: str) -> None:
     client = service.client()
     first = client.list_objects_v2(Bucket=tree, MaxKeys=3)
     assert names(first)[0] == TREE[:3] and first["IsTruncated"]

@@ -81,7 +81,7 @@ def test_an_upload_part_by_part(service: Any, bucket: str, refused: Any) -> None
     assert client.get_object(Bucket=bucket, Key="k")["ContentLength"] == 5 * MIB + 4
 
 
-def test_parts_that_are_too_small(service: Any, bucket: str, refused: Any) -> None:
+def test_undersized_parts_are_rejected(service: Any, bucket: str, refused: Any) -> None:
     client = service.client()
     upload = begun(client, bucket)
     tags = [client.upload_part(**upload, PartNumber=n, Body=b"x")["ETag"] for n in (1, 2)]
@@ -93,7 +93,7 @@ def test_parts_that_are_too_small(service: Any, bucket: str, refused: Any) -> No
     assert refused(done, client=client, upload=upload, parts=[]) == ("MalformedXML", 400)
 
 
-def test_an_upload_that_is_given_up(service: Any, bucket: str, refused: Any) -> None:
+def test_aborted_upload_is_removed(service: Any, bucket: str, refused: Any) -> None:
     client = service.client()
     uploads = [begun(client, bucket, key) for key in ("b", "a", "a")]
     client.upload_part(**uploads[0], PartNumber=1, Body=b"x")
@@ -105,7 +105,7 @@ def test_an_upload_that_is_given_up(service: Any, bucket: str, refused: Any) -> 
     assert refused(client.upload_part, **uploads[0], PartNumber=1, Body=b"x")[0] == "NoSuchUpload"
 
 
-def test_parts_of_other_objects(service: Any, bucket: str, refused: Any) -> None:
+def test_upload_parts_copied_from_object(service: Any, bucket: str, refused: Any) -> None:
     client, body = service.client(), os.urandom(6 * MIB)
     client.put_object(Bucket=bucket, Key="source", Body=body)
     upload, source = begun(client, bucket), {"Bucket": bucket, "Key": "source"}
@@ -141,7 +141,9 @@ def test_checksums_of_the_whole(service: Any, bucket: str, algorithm: str, refus
 
 
 @pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C", "CRC64NVME"])
-def test_one_checksum_of_all_bytes(service: Any, bucket: str, algorithm: str, refused: Any) -> None:
+def test_full_object_checksum_is_verified(
+    service: Any, bucket: str, algorithm: str, refused: Any
+) -> None:
     checksums = pytest.importorskip("awscrt.checksums", reason="awscrt is not installed")
     client, bodies = service.client(), [os.urandom(5 * MIB), b"end"]
     upload = begun(client, bucket, ChecksumAlgorithm=algorithm, ChecksumType="FULL_OBJECT")

@@ -106,7 +106,7 @@ def test_an_object_of_no_bytes(either: Any, bucket: str, refused: Any) -> None:
     )  # fmt: skip
 
 
-def test_a_body_whose_length_is_not_known(secure: Any, bucket: str) -> None:
+def test_upload_of_unknown_length(secure: Any, bucket: str) -> None:
     left = [b"abc" * 100_000, b"def" * 100_000]
 
     class Pipe(io.RawIOBase):
@@ -135,7 +135,7 @@ def test_a_range(service: Any, bucket: str, asked: str, start: int, end: int) ->
     assert got["ResponseMetadata"]["HTTPStatusCode"] == 206
 
 
-def test_ranges_that_hold_nothing_and_ones_that_mean_the_whole(
+def test_empty_range_is_rejected_and_invalid_range_ignored(
     service: Any, bucket: str, refused: Any
 ) -> None:
     client = service.client()
@@ -205,7 +205,7 @@ def test_a_link(service: Any, bucket: str) -> None:
         assert answer.headers["Content-Security-Policy"] == "sandbox"
 
 
-def test_what_is_not_there(service: Any, bucket: str, refused: Any) -> None:
+def test_missing_key_or_bucket_returns_404(service: Any, bucket: str, refused: Any) -> None:
     client = service.client()
     assert refused(client.get_object, Bucket=bucket, Key="none") == ("NoSuchKey", 404)
     assert refused(client.head_object, Bucket=bucket, Key="none") == ("404", 404)
@@ -213,7 +213,7 @@ def test_what_is_not_there(service: Any, bucket: str, refused: Any) -> None:
     assert refused(client.put_object, Bucket="no-such", Key="none", Body=b"x") == (
         "NoSuchBucket", 404,
     )  # fmt: skip
-    # Refused before the body is sent, and the connection is fit for what comes next.
+    # Rejected before the body is sent; the connection stays usable.
     large = io.BytesIO(bytes(3 << 20))
     assert refused(client.put_object, Bucket="no-such", Key="none", Body=large)[0] == "NoSuchBucket"
     assert client.put_object(Bucket=bucket, Key="k", Body=b"x")["ETag"]
@@ -222,7 +222,7 @@ def test_what_is_not_there(service: Any, bucket: str, refused: Any) -> None:
     )
 
 
-def test_what_is_not_done_is_not_passed_over(service: Any, bucket: str, refused: Any) -> None:
+def test_unsupported_object_options_are_rejected(service: Any, bucket: str, refused: Any) -> None:
     client = service.client()
     client.put_object(Bucket=bucket, Key="k", Body=b"x")
     name = {"Bucket": bucket, "Key": "k"}

@@ -30,7 +30,7 @@ def locations(service: Any, monkeypatch: pytest.MonkeyPatch) -> Locations:
     return Locations(service.objects.database, s3_endpoint=service.url)
 
 
-def test_data_at_another_endpoint(
+def test_data_is_read_from_external_endpoint(
     service: Any, bucket: str, locations: Locations, tmp_path: Path
 ) -> None:
     client = service.client()
@@ -57,7 +57,7 @@ def test_data_at_another_endpoint(
             locations.check(ACCOUNT, uri)
 
 
-def test_uploads_are_here_whatever_else_is_at_another_endpoint(
+def test_uploads_bucket_is_local_with_external_endpoint(
     service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKONE")
@@ -77,7 +77,7 @@ def test_uploads_are_here_whatever_else_is_at_another_endpoint(
 
 
 @pytest.mark.slow
-def test_an_endpoint_that_does_not_let_us_in_or_answer(
+def test_external_endpoint_rejects_key_or_is_unreachable(
     service: Any, bucket: str, locations: Locations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")

@@ -150,7 +150,7 @@ def test_objects_and_models_share_their_bytes_with_the_store(
     assert names(tmp_path / "linked") == names(tmp_path / "copied")
 
 
-def test_other_users_cannot_read_backup_and_restored_store(
+def test_backup_and_restored_store_are_private(
     database: Database, store: Path, tmp_path: Path, home: Path
 ) -> None:
     before = os.umask(0)
@@ -213,7 +213,7 @@ def test_backup_during_writes(database: Database, store: Path, tmp_path: Path) -
         copy.close()
 
 
-def test_objects_that_are_deleted_and_replaced_during_a_backup(
+def test_backup_is_consistent_during_object_changes(
     database: Database, store: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(database, b"earlier", "replaced")

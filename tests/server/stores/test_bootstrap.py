@@ -65,7 +65,7 @@ def test_root_user_is_created_once(database: Database) -> None:
         assert [each.action for each in entries(session)] == ["luthier:bootstrap"]
 
 
-def test_concurrent_starts_create_one_root_user(database: Database) -> None:
+def test_concurrent_starts_create_single_root_user(database: Database) -> None:
     with ThreadPoolExecutor(6) as pool:
         made = list(pool.map(lambda _: prepare(database, SEALING, FIRST), range(6)))
     assert len([issued for issued in made if issued is not None]) == 1
@@ -136,7 +136,7 @@ def test_invalid_bootstrap_file_changes_nothing(
         assert principals.users(session) == []
 
 
-def test_key_of_another_user_is_rejected(
+def test_key_of_different_user_is_rejected(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RefusedInput):
@@ -177,7 +177,7 @@ def test_server_key_is_created_once_and_private(luthier_home: Path) -> None:
         server_key()
 
 
-def test_concurrent_starts_share_one_server_key(luthier_home: Path) -> None:
+def test_concurrent_starts_share_server_key(luthier_home: Path) -> None:
     script = "from luthier.server.tables.secrets import server_key; print(server_key().hex())"
     started = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(4)

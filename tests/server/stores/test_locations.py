@@ -52,7 +52,7 @@ def test_an_object_and_all_rows_below_a_prefix(data: Objects, tmp_path: Path) ->
     assert len(set(paths)) == 3 and all(path.parent == tmp_path / "y" for path in paths)
 
 
-def test_uploaded_file_keeps_the_ending_of_its_name(objects: Objects, tmp_path: Path) -> None:
+def test_fetched_upload_keeps_original_file_name(objects: Objects, tmp_path: Path) -> None:
     files = UploadedFiles(objects.database, objects)
     locations = Locations(objects.database)
     for number, name in enumerate(("../é/x.csv", "y.CSV.gz", "")):
@@ -65,7 +65,7 @@ def test_uploaded_file_keeps_the_ending_of_its_name(objects: Objects, tmp_path: 
         assert peeked[1].read_bytes() == b"a,b"
 
 
-def test_keys_that_end_alike_never_share_a_copy(data: Objects, tmp_path: Path) -> None:
+def test_keys_with_equal_suffix_have_separate_copies(data: Objects, tmp_path: Path) -> None:
     keys = ["x/a/3-c.jsonl", "x/b/c.jsonl", "x/d/c.jsonl"]  # the third copy would be 3-c.jsonl
     for key in keys:
         put(data, key, key.encode())
@@ -114,7 +114,7 @@ def test_jobs_write_nothing_among_the_files_of_the_openai_api(data: Objects) -> 
     assert "reserved" in refusal(locations.write, ONE, address, "x", b"")
 
 
-def test_what_cannot_be_read(data: Objects) -> None:
+def test_unreadable_locations_are_rejected(data: Objects) -> None:
     locations = Locations(data.database)
     assert "no object" in refusal(locations.check, ONE, "s3://data/none")
     assert "no object below" in refusal(locations.check, ONE, "s3://data/none/")
@@ -133,7 +133,7 @@ def test_what_cannot_be_read(data: Objects) -> None:
         assert refusal(locations.check, ONE, uri)
 
 
-def test_what_is_written(data: Objects, tmp_path: Path) -> None:
+def test_written_file_can_be_fetched(data: Objects, tmp_path: Path) -> None:
     locations = Locations(data.database)
     source = tmp_path / "file"
     source.write_bytes(os.urandom(3 << 20))
@@ -149,7 +149,7 @@ def test_what_is_written(data: Objects, tmp_path: Path) -> None:
     assert data.head(ONE, "data", "out/m/metrics.csv").size == 5
 
 
-def test_bytes_that_are_not_what_was_stored(data: Objects, tmp_path: Path) -> None:
+def test_corrupt_or_missing_object_bytes_are_detected(data: Objects, tmp_path: Path) -> None:
     (piece,) = data.open(ONE, "data", "one.csv").pieces
     path = data.files.path(ONE, piece.id)
     path.write_bytes(b"two.csv")
@@ -161,7 +161,7 @@ def test_bytes_that_are_not_what_was_stored(data: Objects, tmp_path: Path) -> No
         Locations(data.database).fetch(ONE, "s3://data/one.csv", tmp_path / "x")
 
 
-def test_an_address_leaves_room_for_the_names_below_it(data: Objects) -> None:
+def test_output_address_length_is_limited(data: Objects) -> None:
     locations = Locations(data.database)
     locations.check_writable(ONE, "s3://data/" + "k" * 700)
     for uri in ("s3://data/" + "k" * 800, "s3://data/" + "ü" * 400):

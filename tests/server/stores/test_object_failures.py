@@ -86,7 +86,7 @@ def test_failed_row_leaves_no_file(data: Objects, prepare: Any) -> None:
     assert len(files(data)) == len(before) + 1
 
 
-def test_a_file_whose_row_is_not_written_is_no_object_either(data: Objects) -> None:
+def test_failed_file_row_leaves_no_object(data: Objects) -> None:
     store = UploadedFiles(data.database, data)
     with failing(data.database, "uploaded_files"), pytest.raises(OperationalError):
         store.add(ONE, [b"bytes"], "name", "batch")
@@ -94,7 +94,7 @@ def test_a_file_whose_row_is_not_written_is_no_object_either(data: Objects) -> N
     data.delete_bucket(ONE, "luthier-files")
 
 
-def test_a_file_is_deleted_with_its_object_or_not_at_all(data: Objects) -> None:
+def test_file_and_object_are_deleted_atomically(data: Objects) -> None:
     store = UploadedFiles(data.database, data)
     row = store.add(ONE, [b"bytes"], "name", "batch")
 

@@ -95,9 +95,7 @@ objects.put("000000000001", "data", "k", done, ObjectMetadata())
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "left"), [("before", b"old"), ("after", b"new")])
-def test_kill_before_or_after_commit_leaves_one_whole_object(
-    data: Objects, moment: str, left: bytes
-) -> None:
+def test_kill_around_commit_leaves_intact_object(data: Objects, moment: str, left: bytes) -> None:
     put(data, "k", b"old")
     command = [sys.executable, "-c", KILLED, moment, data.database.url]
     ended = subprocess.run(command, check=False, timeout=60)

@@ -88,7 +88,7 @@ def test_invalid_model_id_removes_no_files(model_id: str) -> None:
     assert working_folders(model_id) == []
 
 
-def test_parent_without_deletion_is_kept() -> None:
+def test_parent_not_marked_for_deletion_remains() -> None:
     parent = stored("by-command-line", "tiny")
     remove_files(stored("child", parent))
     assert left() == {"by-command-line"}

@@ -71,7 +71,7 @@ def test_quotas(database: Database) -> None:
                 accounts.set_quota(session, FIRST, **wrong)
 
 
-def test_users_of_two_accounts_with_one_name_are_separate(database: Database) -> None:
+def test_users_with_same_name_in_two_accounts_are_separate(database: Database) -> None:
     with database.write() as session:
         for account in (FIRST, OTHER):
             accounts.create_account(session, account)

@@ -67,7 +67,7 @@ def stop(database: Database, export_id: str) -> str:
         return exports.stop(session, found).state
 
 
-def test_an_export_is_done_once_by_who_holds_it(database: Database) -> None:
+def test_export_is_finished_only_by_lease_holder(database: Database) -> None:
     made = submit(database)
     assert row(database, made).state == QUEUED
     export_id, lease = claimed(database)
@@ -96,7 +96,7 @@ def test_an_export_is_done_once_by_who_holds_it(database: Database) -> None:
         stop(database, made)
 
 
-def test_a_waiting_export_stops_at_once_and_a_running_one_with_its_worker(
+def test_stop_of_waiting_and_running_exports(
     database: Database,
 ) -> None:
     waiting = submit(database)
@@ -117,7 +117,7 @@ def test_a_waiting_export_stops_at_once_and_a_running_one_with_its_worker(
         assert (ended.state, ended.failure, ended.lease) == (STOPPED, None, None)
 
 
-def test_a_model_stays_while_it_is_exported(database: Database) -> None:
+def test_model_in_export_cannot_be_removed(database: Database) -> None:
     made = submit(database)
     with database.write() as session:
         asked = model(session)
@@ -143,7 +143,7 @@ def test_accounts_see_their_own_newest_first(database: Database) -> None:
         assert exports.get(session, ACCOUNT, theirs) is None
 
 
-def test_what_goes_with_no_model_is_refused_at_once(database: Database) -> None:
+def test_invalid_export_settings_are_rejected(database: Database) -> None:
     with database.write() as session:
         asked = model(session)
         for settings in (

@@ -10,7 +10,7 @@ from luthier.server.tables.database import Base, Database, now
 from luthier.server.tables.idempotency import RETENTION, AnsweredRequest, Attempt, recall, remember
 
 
-def test_an_answer_is_kept_for_a_day(database_url: str) -> None:
+def test_remembered_response_expires_after_retention(database_url: str) -> None:
     database = Database(database_url)
     Base.metadata.create_all(database.engine)
     first, second, other = (

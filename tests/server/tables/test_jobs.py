@@ -69,7 +69,7 @@ def test_every_way_between_states_is_legal_or_refused(database: Database) -> Non
         assert names == (0 if legal and after in (FAILED, STOPPED) else 1)
 
 
-def test_a_change_that_somebody_else_was_first_with_is_refused(database: Database) -> None:
+def test_job_change_requires_lease_and_current_state(database: Database) -> None:
     job = add(database, state=RUNNING, lease="mine")
     with database.write() as session:
         fresh = get(session, ACCOUNT, job.id, lock=True)
@@ -109,7 +109,7 @@ def test_stop_pause_and_resume(database: Database) -> None:
                 ask(act, ended)
 
 
-def test_a_job_is_found_by_its_account_only(database: Database) -> None:
+def test_job_lookup_is_limited_to_account(database: Database) -> None:
     mine, theirs = add(database, "same"), add(database, "same", account=OTHER)
     with database.read() as session:
         for identifier in (mine.id, "same"):
@@ -119,7 +119,7 @@ def test_a_job_is_found_by_its_account_only(database: Database) -> None:
         assert queue.in_flight(session, Job, OTHER) == 1
 
 
-def test_a_name_that_is_another_job_s_id_hides_nothing(database: Database) -> None:
+def test_job_id_takes_precedence_over_equal_name(database: Database) -> None:
     first = add(database, "first")
     add(database, first.id)
     with database.read() as session:
@@ -127,7 +127,7 @@ def test_a_name_that_is_another_job_s_id_hides_nothing(database: Database) -> No
         assert found is not None and found.name == "first"
 
 
-def test_pages_follow_each_other_while_jobs_are_created(database: Database) -> None:
+def test_job_pages_are_stable_while_jobs_are_created(database: Database) -> None:
     made = [add(database, f"job-{n}") for n in range(7)]
     add(database, "not-mine", account=OTHER)
     seen, position = [], None
@@ -144,7 +144,7 @@ def test_pages_follow_each_other_while_jobs_are_created(database: Database) -> N
     assert seen == [job.name for job in reversed(made)]
 
 
-def test_everything_that_is_wanted_has_to_hold(database: Database) -> None:
+def test_job_list_filters(database: Database) -> None:
     moment = now()
     add(database, "Alpha-1", created=moment)
     add(database, "alpha-2", created=moment + timedelta(seconds=1), state=FAILED)

@@ -139,7 +139,7 @@ def test_only_the_holder_of_the_lease_writes(kind: Kind) -> None:
     assert kind.end(found) == made and not kind.is_unfinished(made)
 
 
-def test_work_that_is_given_back_is_claimed_again(kind: Kind) -> None:
+def test_released_work_is_claimed_again(kind: Kind) -> None:
     first, second = kind.submit(), kind.submit()
     found = kind.claim()
     assert found is not None and found[0] == first
@@ -149,7 +149,7 @@ def test_work_that_is_given_back_is_claimed_again(kind: Kind) -> None:
     assert kind.claim() is None
 
 
-def test_work_whose_workers_keep_dying_ends(kind: Kind) -> None:
+def test_work_ends_after_repeated_worker_crashes(kind: Kind) -> None:
     made = kind.submit()
     for _ in range(kind.most_crashes):
         assert kind.is_unfinished(made)
@@ -166,7 +166,7 @@ def test_accounts_take_turns(kind: Kind) -> None:
     assert ended.index(one) <= 1 and [each for each in ended if each != one] == many
 
 
-def test_work_that_does_not_fit_waits(kind: Kind) -> None:
+def test_work_exceeding_memory_waits(kind: Kind) -> None:
     made = kind.submit()
     with kind.database.write() as session:
         session.query(kind.table).update({"memory": 500})

@@ -136,7 +136,7 @@ def test_model_is_active_in_the_transaction_of_completion(database: Database) ->
     assert job_of(database, job_id).state == COMPLETED
 
 
-def test_a_model_that_is_withheld_is_there_and_not_active(database: Database) -> None:
+def test_withheld_model_has_failed_status(database: Database) -> None:
     job_id = add(database, "one")
     _, lease = claim(database)  # type: ignore[misc]
     with database.write() as session:
@@ -177,7 +177,7 @@ def test_a_worker_lets_go(
             jobs.complete(session, job_id, "token", {"stored_id": "x"})
 
 
-def test_a_job_whose_workers_keep_dying_fails_and_says_why(database: Database) -> None:
+def test_job_fails_after_repeated_crashes_without_progress(database: Database) -> None:
     job_id = add(database, "one")
 
     def die(step: int) -> Job:
@@ -189,7 +189,7 @@ def test_a_job_whose_workers_keep_dying_fails_and_says_why(database: Database) -
 
     for crash in range(jobs.MOST_CRASHES - 1):
         assert die(4).crashes == crash + 1
-    # One that came further begins to count anew.
+    # Progress resets the count of crashes.
     assert (die(5).crashes, die(5).crashes) == (1, 2)
     for _ in range(jobs.MOST_CRASHES - 2):
         job = die(5)

@@ -97,7 +97,7 @@ def test_concurrent_starts_create_tables_once() -> None:
         "ALTER TABLE custom_models ADD COLUMN further VARCHAR",
     ],
 )
-def test_a_database_of_another_version_is_rejected(database_url: str, change: str) -> None:
+def test_database_of_different_version_is_rejected(database_url: str, change: str) -> None:
     database = Database(database_url)
     upgrade(database)
     with database.write() as session:

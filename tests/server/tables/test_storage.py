@@ -186,7 +186,7 @@ def test_concurrent_writes_fill_quota_exactly(store: Store) -> None:
     assert store.on_disk() == 5
 
 
-def test_an_account_that_stores_nothing_can_be_removed(store: Store) -> None:
+def test_account_without_stored_data_can_be_removed(store: Store) -> None:
     store.put("a", 1)
     with pytest.raises(RefusedInput), store.database.write() as session:
         accounts.remove_account(session, ONE)
