@@ -74,9 +74,7 @@ RULES = ("duplicate.exact", "duplicate.near", "label.contradiction", "leakage.ex
          "leakage.near", "length.outlier", "field.empty", "json.invalid")  # fmt: skip
 
 
-def test_what_was_dropped_is_not_found_again_and_nothing_else_is_gone(
-    faulty: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_clean_drops_only_faulty_rows(faulty: tuple[Path, Path], tmp_path: Path) -> None:
     source, held = faulty
     before = source.read_bytes()
     found = luthier.inspect(source, validation=held, base=None).findings.counts
@@ -105,9 +103,7 @@ def test_what_was_dropped_is_not_found_again_and_nothing_else_is_gone(
     assert json.loads(summary_path(target).read_text()) == done.plain()
 
 
-def test_a_clean_set_stays_as_it_is_byte_for_byte(
-    faulty: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_second_clean_leaves_bytes_unchanged(faulty: tuple[Path, Path], tmp_path: Path) -> None:
     source, held = faulty
     every: dict[str, Any] = {
         "normalize": True, "redact": ["all"], "dedupe": "near",
@@ -125,7 +121,7 @@ def test_a_clean_set_stays_as_it_is_byte_for_byte(
     assert again.read_bytes() == once.read_bytes()
 
 
-def test_every_row_of_a_rule_goes_however_many(tmp_path: Path) -> None:
+def test_every_row_with_a_dropped_rule_is_removed(tmp_path: Path) -> None:
     rows = labelled(150)
     source = written(tmp_path / "a.jsonl", *rows, *([rows[0]] * 350), *rows[1:140])
     target = tmp_path / "b.jsonl"
@@ -134,7 +130,7 @@ def test_every_row_of_a_rule_goes_however_many(tmp_path: Path) -> None:
     assert log_of(target)[0]["detail"].endswith(f"See {source}:1.")
 
 
-def test_what_cannot_be_read_stops_it_unless_it_is_asked_for(tmp_path: Path) -> None:
+def test_unreadable_rows_are_refused_without_drop_option(tmp_path: Path) -> None:
     source = written(tmp_path / "a.jsonl", *labelled(3), "{broken", {"text": "", "label": "a"})
     target = tmp_path / "b.jsonl"
     with pytest.raises(DataError) as caught:
@@ -145,7 +141,7 @@ def test_what_cannot_be_read_stops_it_unless_it_is_asked_for(tmp_path: Path) -> 
     assert done.dropped == {"json.invalid": 1, "field.empty": 1} and done.rows_out == 3
 
 
-def test_a_source_that_names_nothing_is_said_to_write_nothing(tmp_path: Path) -> None:
+def test_source_pattern_without_match_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         cleaned(tmp_path / "*.jsonl", tmp_path / "b.jsonl", normalize=True)
 
@@ -172,7 +168,7 @@ def test_hidden_characters_go_and_further_keys_stay(tmp_path: Path) -> None:
     assert not [rule for rule in found if rule.startswith("encoding.")]
 
 
-def test_a_repair_may_make_rows_equal_and_one_of_them_goes(tmp_path: Path) -> None:
+def test_rows_equal_after_normalization_are_deduplicated(tmp_path: Path) -> None:
     rows = [{"text": "hello there", "label": "a"}, {"text": "hel\u200blo there", "label": "a"}]
     target = tmp_path / "b.jsonl"
     done = cleaned(written(tmp_path / "a.jsonl", *rows), target, normalize=True, dedupe="exact")
@@ -180,7 +176,7 @@ def test_a_repair_may_make_rows_equal_and_one_of_them_goes(tmp_path: Path) -> No
     assert (done.dropped, done.changed) == ({"duplicate.exact": 1}, {})
 
 
-def test_spellings_of_a_label_become_the_most_frequent_one(tmp_path: Path) -> None:
+def test_merged_labels_use_most_frequent_spelling(tmp_path: Path) -> None:
     labels = ["refund", "refund", "Refund", " refund ", "-1", "1", "C", "C#", ["top_up", "Top up"]]
     rows = [{"id": n, "text": f"t {n}", "label": x, "b": "Refund"} for n, x in enumerate(labels)]
     rows += [
@@ -247,7 +243,7 @@ def test_choices_are_redacted_too(tmp_path: Path) -> None:
     ]
 
 
-def test_all_answers_of_a_question_are_kept_and_moved(tmp_path: Path) -> None:
+def test_answer_spans_move_with_redacted_context(tmp_path: Path) -> None:
     context = "Mail an\u200bna@postmail.net or bob@postmail.net. The hub stands in old Ghe\u0301nt."
     spans = ["old Ghe\u0301nt", "Ghe\u0301nt", "bob@postmail.net", "bob", "in old"]
     answers = [{"text": each, "answer_start": context.index(each)} for each in spans]
@@ -262,7 +258,7 @@ def test_all_answers_of_a_question_are_kept_and_moved(tmp_path: Path) -> None:
     assert found == {**row, "context": new, "answers": {"text": texts, "answer_start": starts}}
 
 
-def test_rows_between_wrong_quotes_are_kept(tmp_path: Path) -> None:
+def test_rows_between_wrong_quotes_remain(tmp_path: Path) -> None:
     source, target = tmp_path / "a.csv", tmp_path / "b.jsonl"
     source.write_text('text,label\na,x\n"b,x\nc,y\nd,x\ne" f,y\ng,x\n')
     done = cleaned(source, target, drop=["unreadable"])
@@ -271,7 +267,7 @@ def test_rows_between_wrong_quotes_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl.gz", "parquet"])
-def test_other_containers(tmp_path: Path, ending: str) -> None:
+def test_clean_reads_and_writes_all_containers(tmp_path: Path, ending: str) -> None:
     if ending == "parquet":
         pytest.importorskip("pyarrow")
     rows = labelled(20)
@@ -318,7 +314,7 @@ def test_nothing_is_changed_in_place_or_overwritten(tmp_path: Path) -> None:
     assert read(target) == labelled(3)
 
 
-def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
+def test_target_inside_source_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     written(folder / "a.jsonl", *labelled(3))
@@ -329,7 +325,7 @@ def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path / "b.jsonl") == labelled(3)
 
 
-def test_a_set_of_which_nothing_would_be_left_is_not_written(tmp_path: Path) -> None:
+def test_empty_result_is_refused(tmp_path: Path) -> None:
     rows = [{"text": "a b c", "label": "x"}, {"text": "a b c", "label": "y"}]
     with pytest.raises(RecipeError) as refused:
         cleaned(written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl", drop=["label.*"])
@@ -337,7 +333,7 @@ def test_a_set_of_which_nothing_would_be_left_is_not_written(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_source_that_changes_in_between_is_noticed(
+def test_source_changed_during_clean_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = written(tmp_path / "a.jsonl", *labelled(5))
@@ -423,7 +419,7 @@ def both(tmp_path: Path, *rows: Any, **fixes: Any) -> list[Any]:
         {"prompt": ["a?", "b"], "choices": ["c", "d"], "answer": 0},
     ],
 )  # fmt: skip
-def test_every_form_stays_what_it_is(tmp_path: Path, row: Any) -> None:
+def test_clean_preserves_the_form_of_rows(tmp_path: Path, row: Any) -> None:
     damaged = json.loads(json.dumps(row).replace("a?", f"a?{Z}"))
     assert damaged != row
     made = both(tmp_path, row, damaged)
@@ -431,7 +427,7 @@ def test_every_form_stays_what_it_is(tmp_path: Path, row: Any) -> None:
     source = load_rows(tmp_path / "a.jsonl")
     target = load_rows(tmp_path / "b.jsonl")
     assert len(target) == 2 and source[1] != source[0]
-    if "instruction" in row:  # two keys are one text: written anew
+    if "instruction" in row:  # two keys hold one text, so the row is rewritten
         joined = {"instruction": "a?\n\nmore", "input": "", "output": "b", "source": "s"}
         assert made[1] == joined
     else:
@@ -444,7 +440,7 @@ def test_words_and_tags_are_redacted_together(tmp_path: Path) -> None:
     assert made == {"tokens": ["call", "[PHONE_1]", "now"], "tags": ["O", "B-p", "O"]}
 
 
-def test_a_form_that_cannot_say_it_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_row_not_expressible_in_source_form_is_refused(tmp_path: Path) -> None:
     row = {"instruction": "mail", "response": "b", "context": f"c{Z}"}
     with pytest.raises(DataError) as refused:
         both(tmp_path, row, {**row, "context": "c"})
@@ -452,7 +448,7 @@ def test_a_form_that_cannot_say_it_is_refused_with_what_to_do(tmp_path: Path) ->
     assert not (tmp_path / "b.jsonl").exists() and not changes_path(tmp_path / "b.jsonl").exists()
 
 
-def test_columns_of_another_name_become_ours(tmp_path: Path) -> None:
+def test_mapped_columns_are_written_with_standard_names(tmp_path: Path) -> None:
     rows = [{"ask": f"a{Z}", "say": "b", "k": 1}, {"ask": "c", "say": "d", "k": 2}]
     columns = {"prompt": "ask", "completion": "say"}
     made = both(tmp_path, *rows, normalize=True, columns=columns)
@@ -461,7 +457,7 @@ def test_columns_of_another_name_become_ours(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_a_table_cannot_hold_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_nested_value_in_csv_target_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     rows = [{"text": "a", "label": "b", "more": {"x": 1}}, {"text": f"c{Z}", "label": "d"}]
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -29,7 +29,7 @@ from luthier.gate.rules import READING_RULES
         ({"dedup": "near"}, "dedup"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], setting: str | None) -> None:
+def test_invalid_cleaning_plan_is_refused(fields: dict[str, Any], setting: str | None) -> None:
     with pytest.raises(RecipeError) as refused:
         CleaningPlan.of(fields)
     assert (refused.value.rule, refused.value.setting) == ("clean.plan", setting)

@@ -84,7 +84,7 @@ PIECES = st.sampled_from(
 
 @example(["a@corp.io", "::", "a@corp.io", "a@corp.io"])
 @given(st.lists(st.one_of(PIECES, st.text(max_size=5)), max_size=8))
-def test_what_was_redacted_is_clean_and_the_rest_is_there(
+def test_redaction_replaces_only_personal_data(
     parts: list[str],
 ) -> None:
     text = "".join(parts)

@@ -9,7 +9,7 @@ from luthier.gate.histogram import Histogram
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_quantiles_are_near_the_exact_ones(seed: int) -> None:
+def test_histogram_quantiles_approximate_numpy(seed: int) -> None:
     numbers = np.random.default_rng(seed).lognormal(5, 1, 20_000).astype(np.int64)
     found = Histogram()
     for part in np.array_split(numbers, 7):

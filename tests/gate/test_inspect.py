@@ -73,7 +73,7 @@ def test_where_no_base_is_named_the_rows_decide(
     assert ("`--base bert-base-uncased`" in reason) is ("question" in row)
 
 
-def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash(
+def test_default_base_for_language_without_encoder_is_fasttext(
     tmp_path: Path, luthier_home: Path
 ) -> None:
     def base_of(text: str, **fields: Any) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash
     assert chosen == known.name and "Vietnamese" in reason
 
 
-def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path: Path) -> None:
+def test_rows_and_broken_rows_are_counted_per_split(tmp_path: Path) -> None:
     data = written(tmp_path / "a.jsonl", {"prompt": "a", "completion": ""}, "{", *LABELS[:3])
     report = luthier.inspect(data, validation=written(tmp_path / "b.jsonl", *LABELS), base=None)
     assert report.rows == {"train": 0, "validation": 40}
@@ -108,7 +108,7 @@ def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path
     assert (report.exit_code, report.plain()["verdict"]) == (2, "refused")
 
 
-def test_a_bad_line_of_one_file_hides_no_row_of_the_next(tmp_path: Path) -> None:
+def test_broken_line_does_not_affect_next_file(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     written(folder / "a.jsonl", "{", *LABELS[:2])
@@ -117,7 +117,7 @@ def test_a_bad_line_of_one_file_hides_no_row_of_the_next(tmp_path: Path) -> None
     assert report.rows == {"train": 40} and broken(report)["json.invalid"] == 1
 
 
-def test_a_file_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
+def test_missing_file_is_a_finding(tmp_path: Path) -> None:
     assert broken(luthier.inspect(tmp_path / "no.jsonl", base=None)) == {"file.missing": 1}
 
 
@@ -176,9 +176,7 @@ def test_the_objective_judges_all_rows_together_as_a_job_does(
     assert {problem.rule for problem in refused.value.problems} == set(rules)
 
 
-def test_an_objective_that_the_base_cannot_learn_is_refused(
-    tmp_path: Path, family_folder: Any
-) -> None:
+def test_objective_unsupported_by_base_is_refused(tmp_path: Path, family_folder: Any) -> None:
     data = written(tmp_path / "a.jsonl", *({"prompt": "a", "completion": "b"} for _ in range(3)))
     with pytest.raises(RecipeError):
         luthier.inspect(data, base=str(family_folder("llama")), objective="masked_lm")
@@ -219,9 +217,7 @@ def test_the_longest_rows_are_named(tmp_path: Path, tiny_model_folder: Path) -> 
     assert found["longest"][0]["tokens"] == found["lengths"]["max"]
 
 
-def test_progress_moves_through_a_file_and_ends_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_increases_to_file_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.gate.scan.ROWS", 4)
     data = written(tmp_path / "a.jsonl", *({"text": "long " * 50_000} for _ in range(30)))
     size, seen = data.stat().st_size, list[ScanProgress]()
@@ -234,7 +230,7 @@ def test_progress_moves_through_a_file_and_ends_with_it(
     assert seen[-1].findings == report.findings.counts.total() >= 29
 
 
-def test_a_base_without_a_template_is_inspected_with_a_chosen_one(
+def test_base_without_template_uses_chat_template_option(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     base = tmp_path / "base"

@@ -63,7 +63,7 @@ def fields(tmp_path: Path, tiny_model_folder: Path) -> dict[str, Any]:
     }
 
 
-def test_warnings_are_said_before_training_and_kept(fields: dict[str, Any]) -> None:
+def test_warnings_are_printed_and_stored_with_model(fields: dict[str, Any]) -> None:
     said = Notes()
     result = train(Recipe.parse(fields), reporter=said)
     first, second = [line for line in said.notes if "shout" in line or "inspect" in line]
@@ -78,7 +78,9 @@ def test_warnings_are_said_before_training_and_kept(fields: dict[str, Any]) -> N
     assert [Path(place).name for place in rule["first"]] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
 
 
-def test_a_recipe_may_refuse_what_is_a_warning(fields: dict[str, Any], luthier_home: Path) -> None:
+def test_recipe_severity_turns_warning_into_error(
+    fields: dict[str, Any], luthier_home: Path
+) -> None:
     fields["data"]["severity"] = {"shout": {"loud": "error"}}
     with pytest.raises(DataError) as refused:
         train(Recipe.parse(fields))
@@ -89,7 +91,7 @@ def test_a_recipe_may_refuse_what_is_a_warning(fields: dict[str, Any], luthier_h
     assert not list(luthier_home.rglob("*.safetensors"))
 
 
-def test_a_policy_file_goes_for_jobs_too(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_policy_file_applies_to_jobs(fields: dict[str, Any], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     (tmp_path / "policy.toml").write_text('[severity]\nshout.loud = "off"')
     recipe.write_text(
@@ -105,7 +107,7 @@ def test_a_policy_file_goes_for_jobs_too(fields: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize(
     "severity", [{"shout.lout": "off"}, {"shout.loud": "fatal"}, {"row.template": "off"}]
 )
-def test_a_severity_that_cannot_be_is_refused(fields: dict[str, Any], severity: Any) -> None:
+def test_invalid_severity_is_refused(fields: dict[str, Any], severity: Any) -> None:
     fields["data"]["severity"] = severity
     with pytest.raises(RecipeError):
         train(Recipe.parse(fields))

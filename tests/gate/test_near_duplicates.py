@@ -72,7 +72,7 @@ def test_of_large_sets_the_similarity_is_estimated_without_bias() -> None:
     assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 0.035
 
 
-def test_a_long_text_of_few_shingles_keeps_them_all() -> None:
+def test_long_text_with_few_shingles_is_sketched_whole() -> None:
     found = sketch(["ab" * 5000, "x" * 9000, "plain"])
     assert found.counts_N.tolist() == [2, 1, 1] and found.whole_N.all()
 
@@ -83,14 +83,14 @@ def test_short_texts_resemble_only_themselves() -> None:
 
 @PROPERTY
 @given(st.lists(TEXT, min_size=1, max_size=8), st.integers(0, 8))
-def test_a_sketch_does_not_depend_on_its_neighbours(texts: list[str], at: int) -> None:
+def test_sketch_is_independent_of_batch(texts: list[str], at: int) -> None:
     whole, parts = sketch(texts), [sketch(part) for part in (texts[:at], texts[at:]) if part]
     for name in ("bands_NB", "hashes_M", "counts_N", "whole_N"):
         joined = np.concatenate([getattr(part, name) for part in parts])
         assert np.array_equal(getattr(whole, name), joined)
 
 
-def test_what_case_width_and_white_space_are_do_not_matter() -> None:
+def test_normalize_unifies_case_width_and_white_space() -> None:
     assert normalize("Ｈｅｌｌｏ \u2003 WORLD\n") == "hello world"
     assert normalize("Việt") == normalize("Vie\u0323\u0302t")
 
@@ -112,7 +112,7 @@ def grouped(texts: list[str], limit: int = 1 << 30, batch: int = 100) -> Groups:
     return groups
 
 
-def test_pairs_are_found_and_others_are_not() -> None:
+def test_grouping_has_high_recall_and_precision() -> None:
     texts = sorted(set(texts_with_copies(random.Random(1), 600)))
     roots = grouped(texts).roots_N
     sets = list(map(grams, texts))
@@ -139,7 +139,7 @@ def test_memory_batches_and_order_change_nothing(limit: int, batch: int) -> None
     assert as_sets == {frozenset(group.tolist()) for group in grouped(texts).members()}
 
 
-def test_a_crowded_bucket_is_one_group_in_linear_time() -> None:
+def test_crowded_bucket_is_grouped_in_linear_time() -> None:
     words = " ".join(f"word{i}" for i in range(40))
     texts = [normalize(f"{words} {i}") for i in range(5000)]
     near, groups, asked = NearDuplicates(), Groups(len(texts)), [0]
@@ -154,7 +154,7 @@ def test_a_crowded_bucket_is_one_group_in_linear_time() -> None:
     assert asked[0] <= 14 * (NEIGHBOURS + 1) * len(texts)
 
 
-def test_what_all_texts_are_written_in_is_left_out() -> None:
+def test_common_shingles_are_left_out_of_sketches() -> None:
     frame = "Tell the intent of the customer's message, one of: " + ", ".join("abcdefghij" * 3)
     rng = random.Random(0)
     inside = [" ".join(f"{rng.random():.4f}" for _ in range(4)) for _ in range(50)]
@@ -175,7 +175,7 @@ def test_groups_are_connected_components(rows: int, pairs: list[tuple[int, int]]
     pairs = [(a, b) for a, b in pairs if a < rows and b < rows]
     groups = Groups(rows)
     groups.join(np.array([a for a, _ in pairs], int), np.array([b for _, b in pairs], int))
-    expected = list(range(rows))  # the first row that can be reached, by relaxation
+    expected = list(range(rows))  # the first reachable row, by relaxation
     for _ in range(rows):
         for a, b in pairs:
             expected[a] = expected[b] = min(expected[a], expected[b])

@@ -150,7 +150,7 @@ def test_citizen_ids_of_vietnam_have_a_province_a_century_and_a_year() -> None:
         ("appelez le +33 1 42 68 53 00", "+33142685300"),
     ],
 )
-def test_telephone_numbers_have_one_value_in_every_form(text: str, value: str) -> None:
+def test_telephone_number_formats_have_same_value(text: str, value: str) -> None:
     assert found(text) == [("phone", value)]
 
 
@@ -168,7 +168,7 @@ def test_telephone_numbers_have_one_value_in_every_form(text: str, value: str) -
         "+999 123 456 789",
     ],
 )
-def test_other_numbers_are_no_telephone_numbers(text: str) -> None:
+def test_order_numbers_and_dates_are_no_telephone_numbers(text: str) -> None:
     assert found(text) == []
 
 
@@ -221,7 +221,7 @@ def test_keys_by_the_forms_of_their_vendors(key: str) -> None:
     assert all(kind != "api_key" for kind, _ in found(f"use {shorter} for it"))
 
 
-def test_other_secrets() -> None:
+def test_private_keys_tokens_and_passwords_are_found() -> None:
     body = "\n".join(drawn(64, string.ascii_letters + "+/", seed) for seed in range(12))
     pem = f"-----BEGIN RSA PRIVATE KEY-----\n{body}\n-----END RSA PRIVATE KEY-----"
     assert found(f"my key:\n{pem}\nkeep it") == [("private_key", pem)]
@@ -261,7 +261,7 @@ def test_entropy_is_in_bits() -> None:
     assert entropy("abcdefgh") == pytest.approx(3)
 
 
-def test_texts_that_are_joined_do_not_mix() -> None:
+def test_joined_texts_are_searched_separately() -> None:
     assert found("call\n\x00\n6502530000") == []
     assert found("order\n\x00\n4242424242424242") == [("card", "4242424242424242")]
 
@@ -288,7 +288,7 @@ def test_items_are_in_order_apart_and_masked(parts: list[str], between: str) -> 
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9), st.integers(0, 3)), max_size=12))
-def test_of_overlapping_items_the_more_serious_is_kept(given: list[tuple[int, int, int]]) -> None:
+def test_overlapping_spans_resolve_to_most_serious(given: list[tuple[int, int, int]]) -> None:
     kinds = ("private_key", "email", "card", "phone")
     spans = [PiiSpan(start, start + size, kinds[kind], "", "") for start, size, kind in given]
     kept = resolve_overlaps(spans)

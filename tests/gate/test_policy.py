@@ -10,7 +10,7 @@ from luthier.errors import RecipeError
 from luthier.gate.policy import GatePolicy, load_policy, parse_policy, parse_severity, read_policy
 
 
-def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
+def test_nested_and_quoted_rule_names_are_equal(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text(
         'skip = ["learning"]\n[severity]\nrow.too_long = "note"\n"base.missing" = "off"'
@@ -22,7 +22,7 @@ def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
     assert both.severity["row.too_long"] == "error" and both.skip == {"learning"}
 
 
-def test_a_star_means_every_rule_that_may_be_decided() -> None:
+def test_star_matches_every_configurable_rule() -> None:
     assert set(parse_policy({"row.*": "off"}).severity) == {"row.too_long", "row.truncated"}
 
 
@@ -37,7 +37,7 @@ def test_a_star_means_every_rule_that_may_be_decided() -> None:
         ("label.unseen", "off", "policy.fixed"),
     ],
 )
-def test_what_cannot_be_decided_is_refused(name: str, severity: str, rule: str) -> None:
+def test_unknown_or_fixed_severity_is_refused(name: str, severity: str, rule: str) -> None:
     with pytest.raises(RecipeError) as refused:
         parse_policy({name: severity})
     assert (refused.value.rule, refused.value.setting) == (rule, name)
@@ -47,9 +47,7 @@ def test_what_cannot_be_decided_is_refused(name: str, severity: str, rule: str) 
     ("text", "setting"),
     [("skip = 3", "skip"), ("a = 1", "a"), ("[", None), ('skip = ["x"]', "skip")],
 )
-def test_a_file_that_is_no_policy_is_refused(
-    tmp_path: Path, text: str, setting: str | None
-) -> None:
+def test_invalid_policy_file_is_refused(tmp_path: Path, text: str, setting: str | None) -> None:
     (tmp_path / "policy.toml").write_text(text)
     with pytest.raises(RecipeError) as refused:
         read_policy(tmp_path / "policy.toml")

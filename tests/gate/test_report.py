@@ -101,7 +101,7 @@ def test_nothing_in_the_data_becomes_part_of_the_page(report: Report) -> None:
     assert "\x1b" not in page and "\u202e" not in page
 
 
-def test_the_page_allows_only_its_own_style_sheet(report: Report) -> None:
+def test_page_policy_allows_only_inline_style_sheet(report: Report) -> None:
     page = report.html()
     style = re.search("<style>(.*)</style>", page, re.DOTALL)
     assert style is not None
@@ -125,7 +125,7 @@ def test_the_page_is_accessible(report: Report) -> None:
     assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
 
 
-def test_the_page_holds_what_was_found(report: Report) -> None:
+def test_page_contains_findings(report: Report) -> None:
     page = report.html()
     for text in ("Refused", "json.invalid", "duplicate.near", "It counts twice.", "Drop it.",
                  "a.jsonl:2, 3, 4", "What the model learns", "<mark>", "25.0%", "of 1,024 tokens",
@@ -133,7 +133,7 @@ def test_the_page_holds_what_was_found(report: Report) -> None:
         assert text in page, text
 
 
-def test_the_terminal_shows_it_and_nothing_acts(report: Report) -> None:
+def test_terminal_report_escapes_control_characters(report: Report) -> None:
     out = Console(file=StringIO(), width=100, highlight=False, force_terminal=False)
     print_report(report, out, rows=1)
     text = out.file.getvalue()  # type: ignore[attr-defined]
@@ -198,7 +198,7 @@ def test_a_model_of_several_labels_per_row_is_said(
     )
 
 
-def test_an_image_is_given_and_its_label_learned(
+def test_image_row_shows_label_as_learned(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 7), dtype=np.uint8)
@@ -230,7 +230,7 @@ def test_no_part_of_a_report_shows_personal_data(
         assert all("*" in "".join(row["tokens"]) for row in shown) and shown
 
 
-def test_without_a_model_both_say_what_was_not_checked(tmp_path: Path) -> None:
+def test_reports_without_base_model_name_missing_checks(tmp_path: Path) -> None:
     report = a_report(tmp_path, None)
     out = Console(file=StringIO(), width=100, highlight=False)
     print_report(report, out)
@@ -238,7 +238,7 @@ def test_without_a_model_both_say_what_was_not_checked(tmp_path: Path) -> None:
     assert "needs a base model" in report.html() and "<mark>" not in report.html()
 
 
-def test_the_last_line_is_what_to_do() -> None:
+def test_report_ends_with_next_command() -> None:
     found = Findings()
     report = Report({"train": ["my data.jsonl"], "validation": ["v.jsonl"]}, {"train": 2}, found)
     ((words, command),) = next_steps(report)
@@ -250,7 +250,7 @@ def test_the_last_line_is_what_to_do() -> None:
     assert next_steps(report)[-1][1] == ""
 
 
-def test_commands_name_the_columns_that_were_named() -> None:
+def test_proposed_commands_repeat_column_options() -> None:
     found, columns = Findings(), {"text": "the sentence", "label": ""}
     report = Report({"train": ["a.jsonl"]}, {"train": 2}, found, columns=columns)
     named = " --map 'text=the sentence' --ignore label"
@@ -260,7 +260,7 @@ def test_commands_name_the_columns_that_were_named() -> None:
     assert f"luthier inspect a.jsonl{named} --html" in warnings(report)[-1]
 
 
-def test_a_fix_of_one_class_is_not_said_of_all() -> None:
+def test_several_findings_show_the_general_fix() -> None:
     found, rule = Findings(), all_rules()["label.few_rows"]
     report = Report({"train": ["a.jsonl"]}, {"train": 2}, found)
     for name in "abc":
@@ -275,7 +275,7 @@ def test_a_fix_of_one_class_is_not_said_of_all() -> None:
     assert warnings(report)[0].endswith(f"a has 7 rows. 2 more findings. {rule.fix}")
 
 
-def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:
+def test_token_runs_merge_neighbours_and_shorten_long_rows() -> None:
     found = token_runs(["a", "b", "c", "d\x07"], [False, False, True, True])
     assert [(run.text, run.learned) for run in found] == [("ab", False), ("cd\\x07", True)]
     found = token_runs(["x"] * 1000, [False] * 999 + [True])
@@ -325,7 +325,7 @@ def test_every_fix_is_of_a_rule_there_is_and_makes_a_plan() -> None:
         CleaningPlan.of({key: given, "base": "any"})
 
 
-def test_a_rule_that_no_row_can_be_dropped_for_is_not_proposed_to_be_dropped() -> None:
+def test_rules_about_whole_sets_are_not_proposed_for_drop() -> None:
     rules = all_rules()
     dropped = {value for name, value in FIXES.values() if name == "--drop"}
     assert not [name for name in dropped if name in rules and rules[name].whole]
@@ -373,7 +373,7 @@ def test_nothing_is_dropped_where_no_row_would_be_left() -> None:
     assert "--drop unreadable" in cleaning_command(Report(files, {"train": 9}, found))
 
 
-def test_rule_that_most_rows_break_is_no_reason_to_drop_rows() -> None:
+def test_frequent_finding_is_not_proposed_for_drop() -> None:
     found, rule = Findings(), all_rules()["label.contradiction"]
     found.add(Finding(rule, Place("a.jsonl", 1), "x"), 20)
     files = {"train": ["a.jsonl"]}
@@ -388,7 +388,7 @@ def test_targets_stand_beside_their_file(tmp_path: Path) -> None:
     assert target_of("s3://bucket/rows.json.gz") == "rows-clean.jsonl"
 
 
-def test_the_command_that_inspect_proposes_runs_and_mends(tmp_path: Path) -> None:
+def test_proposed_clean_command_fixes_findings(tmp_path: Path) -> None:
     words = ["river", "stone", "winter", "garden", "morning", "letter", "window"]
     rows: list[Any] = [
         {"text": f"{words[n % 7]} {n} {words[n % 5]} about a {words[n % 3]}", "label": "ab"[n % 2]}

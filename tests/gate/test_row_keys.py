@@ -16,7 +16,7 @@ def rows(*texts: str) -> list[Row]:
     ]
 
 
-def test_near_and_same_questions_are_one_group_whatever_they_teach() -> None:
+def test_similar_prompts_are_grouped() -> None:
     texts = [LONG, "yes", "no", LONG + " now", "Yes.", "maybe", "what else"]
     assert group_related(rows(*texts)).tolist() == [0, 1, 2, 0, 1, 5, 6]
     related = RelatedRows(limit=0)
@@ -32,7 +32,7 @@ def test_a_group_of_most_rows_is_taken_apart() -> None:
     assert group_related([]).tolist() == []
 
 
-def test_pairs_with_one_partner_are_one_group() -> None:
+def test_pairs_with_same_positive_are_grouped() -> None:
     anchors = ["where is it", "who wrote this", "how much does that cost", "when was it"]
     positives = ["In Rome.", "Ann did.", "Ten euros.", "In  rome."]
     pairs = [
@@ -42,7 +42,7 @@ def test_pairs_with_one_partner_are_one_group() -> None:
     assert group_related(pairs).tolist() == [0, 1, 2, 0]
 
 
-def test_questions_about_one_context_are_one_group() -> None:
+def test_questions_with_same_context_are_grouped() -> None:
     contexts = ["It is in Rome.", "It is in Ghent.", "It is in  Rome", "Ann did."]
     found = group_related(
         [AnsweredQuestion("f", line, f"{line}?", each) for line, each in enumerate(contexts, 1)]
@@ -50,7 +50,7 @@ def test_questions_about_one_context_are_one_group() -> None:
     assert found.tolist() == [0, 1, 0, 3]
 
 
-def test_rows_that_ask_the_same_are_matched_and_the_rest_is_not_read() -> None:
+def test_match_questions_stops_reading_after_last_match() -> None:
     asked = rows("What is it?", "who was it", "what is  it", "")
     train = iter(rows("when was it", "what is it", "What is it", "who was it", "never read"))
     assert match_questions(asked, train) == {0: "f:2", 1: "f:4", 2: "f:2"}

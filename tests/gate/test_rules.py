@@ -57,7 +57,7 @@ def blamed(check: Check, rule: str, train: list[Row], test: list[Row] | None = N
     return findings
 
 
-def test_copies_and_not_their_original_beyond_what_is_kept() -> None:
+def test_blame_lists_all_copies_without_original() -> None:
     rows = [row(n + 1, "the same text again") for n in range(3 * MOST_EXAMPLES)]
     found = blamed(Duplicates(), "duplicate.exact", rows)
     copies = range(1, 3 * MOST_EXAMPLES)
@@ -70,14 +70,14 @@ def test_all_rows_of_a_contradiction() -> None:
     assert [number for number, _ in found.blamed["label.contradiction"]] == [1, 3]
 
 
-def test_every_training_row_of_a_leak_and_no_held_out_one() -> None:
+def test_blame_lists_only_training_rows_of_leak() -> None:
     rows = [row(1, "one text"), row(2, "Two texts!"), row(3, "three"), row(4, "two texts")]
     found = blamed(Duplicates(), "leakage.exact", rows, [row(1, "two, texts", file="g")])
     assert found.counts["leakage.exact"] == 1
     assert sorted(found.blamed["leakage.exact"]) == [(1, 4), (3, 4)]
 
 
-def test_a_row_by_itself_and_only_of_rules_that_are_wanted() -> None:
+def test_blame_lists_rows_of_requested_rule_only() -> None:
     rows = [row(1, "plain"), row(2, "with\u200bit"), row(3, "also\u200b\x07")]
     found = blamed(Encoding(), "encoding.invisible", rows)
     assert found.blamed["encoding.invisible"] == [(1, -1), (2, -1)]

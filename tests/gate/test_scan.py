@@ -98,7 +98,7 @@ def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "npz"])
-def test_images_come_in_small_batches_that_show_how_far_it_is(
+def test_images_are_scanned_in_small_batches_with_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)
@@ -125,16 +125,14 @@ def test_images_come_in_small_batches_that_show_how_far_it_is(
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_copy_of_a_check_has_what_it_measures_with_and_no_more(
-    name: str, tiny_model_folder: Path
-) -> None:
+def test_pickled_check_has_only_measuring_attributes(name: str, tiny_model_folder: Path) -> None:
     known = CheckContext(load_chat_format(tiny_model_folder), context=64)
     check = next(each for each in checks_for(known)[0] if each.name == name)
     copy = pickle.loads(pickle.dumps(check))
     assert set(vars(copy)) == set(type(check).measures_with)
 
 
-def test_what_was_collected_stays_behind() -> None:
+def test_pickled_check_leaves_collected_rows_out() -> None:
     check = Duplicates()
     assert "_table" in vars(check) and "_table" not in vars(pickle.loads(pickle.dumps(check)))
 

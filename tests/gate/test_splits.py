@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Path:
         )
         for n in range(100)
     ]
-    lines[50] = lines[50].replace(" ", "   ")  # not as a JSON library would write it
+    lines[50] = lines[50].replace(" ", "   ")  # unlike the output of a JSON library
     long = "the parcel that I ordered at the end of last week has not been delivered, where is it"
     lines += [
         json.dumps({"text": f"{long} {word}", "label": "a"}) for word in ("now", "please", "?")
@@ -34,7 +34,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_lines_are_those_of_the_source(source: Path, tmp_path: Path) -> None:
+def test_split_files_contain_source_lines(source: Path, tmp_path: Path) -> None:
     record = split_file(source, tmp_path / "out", SHARES, 7)
     parts = {name: (tmp_path / "out" / f"{name}.jsonl").read_bytes() for name in record["splits"]}
     assert list(parts) == ["train", "validation", "test"]

@@ -38,7 +38,7 @@ def test_fewer_rows_than_teach_anything_are_said_to_be_few(row: Row, enough: int
         (message,) = messages([row] * count)
         assert message.startswith(f"{count} row") and words in message and f" {enough} " in message
     assert messages([row] * enough) == messages([row], split="validation") == []
-    # That is refused, and said so already.
+    # Another finding already refuses the set.
     assert messages([row], fitted=True) == []
 
 
@@ -50,7 +50,7 @@ def test_of_raw_text_the_characters_count_and_of_labels_the_rows_of_each() -> No
     assert messages([LabelledText("f", 1, text="a", label="b")] * 2) == []
 
 
-def test_texts_of_several_files_are_said_to_be_of_all_of_them() -> None:
+def test_few_rows_finding_reports_number_of_files() -> None:
     texts = [RawText(f"d/{name}.txt", 1, "x" * 30) for name in ("a", "b/c")]
     report = inspect_rows({"train": texts}, [Amount()])
     (found,) = report.findings.examples["rows.few"]

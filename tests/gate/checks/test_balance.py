@@ -22,7 +22,7 @@ def messages(report: Report) -> dict[str, list[str]]:
     return {rule: [f"{each.place}: {each.message}" for each in places] for rule, places in kept}
 
 
-def test_a_balanced_set_is_fine_and_its_counts_are_told() -> None:
+def test_balanced_labels_have_counts_and_no_finding() -> None:
     report = inspect_rows(
         {"train": rows(*"ab" * 8), "validation": rows(*"aab", file="v")}, [Balance()]
     )
@@ -48,7 +48,7 @@ def test_small_classes_say_how_many_rows_are_missing() -> None:
     assert report.findings.examples["label.few_rows"][0].fix.startswith("Add 1 row with")
 
 
-def test_a_rare_label_may_be_a_misspelt_one() -> None:
+def test_rare_label_near_frequent_label_suggests_misspelling() -> None:
     names = ["refund"] * 10 + ["login 1"] * 10 + ["refudn", "login 2"]
     report = inspect_rows({"train": rows(*names)}, [Balance()])
     misspelt, rare = report.findings.examples["label.few_rows"]
@@ -57,7 +57,7 @@ def test_a_rare_label_may_be_a_misspelt_one() -> None:
     assert '"refund"' in misspelt.fix and "Add 7 rows" in misspelt.fix
 
 
-def test_one_class_unseen_labels_and_spelling() -> None:
+def test_single_class_unseen_labels_and_spelling() -> None:
     one = inspect_rows({"train": rows(*"aaaa")}, [Balance()])
     assert messages(one) == {"label.one_class": ['train: every row has the label "a".']}
     assert one.findings.exit_code == 2
@@ -74,7 +74,7 @@ def test_one_class_unseen_labels_and_spelling() -> None:
     }
 
 
-def test_one_class_that_drowns_the_others_is_a_note() -> None:
+def test_class_imbalance_is_a_note() -> None:
     report = inspect_rows({"train": rows(*"a" * 90, *"b" * 10)}, [Balance()])
     assert messages(report) == {
         "label.imbalance": ['train: "a" has 90.0% of the rows, "b" has 10 rows.']
@@ -82,14 +82,14 @@ def test_one_class_that_drowns_the_others_is_a_note() -> None:
     assert report.findings.exit_code == 0
 
 
-def test_labels_that_consist_of_others_may_be_several() -> None:
+def test_combined_labels_are_found() -> None:
     report = inspect_rows(
         {"train": rows(*"aabb", "a;b", "b | a", "a;c", "b, or not", "d;e", "e;d;f")}, [Balance()]
     )
     assert [each.place.line for each in report.findings.examples["label.combined"]] == [5, 6, 9]
 
 
-def test_few_rows_of_several_labels_among_such_of_one_are_named() -> None:
+def test_rare_rows_with_several_or_no_labels_are_found() -> None:
     report = inspect_rows({"train": rows(*"ab" * 20, ("a", "b"), ("a",), ())}, [Balance()])
     several, none = report.findings.examples["label.several"]
     assert [several.place.line, none.place.line] == [41, 43]
@@ -99,7 +99,7 @@ def test_few_rows_of_several_labels_among_such_of_one_are_named() -> None:
     assert report.findings.exit_code == 1
 
 
-def test_several_labels_that_are_meant_are_no_finding() -> None:
+def test_intended_multi_label_rows_have_no_finding() -> None:
     several = rows(*"ab" * 10, ("a", "b"))
     meant = inspect_rows({"train": several}, [Balance(by_rows=False)])
     often = inspect_rows({"train": rows(*"ab" * 10, *[("a", "b")] * 3)}, [Balance()])
@@ -134,13 +134,13 @@ def test_several_labels_tags_and_rows_without_any() -> None:
         ("#N/A", "n/a"),
     ],
 )
-def test_labels_equal_to_the_eye_have_one_spelling(name: str, usual: str) -> None:
+def test_visually_equal_labels_share_a_spelling(name: str, usual: str) -> None:
     assert spellings(Counter({name: 9, usual: 1, "other": 3})) == {name: usual}
 
 
-def test_whole_numbers_with_decimals_have_one_spelling() -> None:
+def test_integers_and_decimals_share_a_spelling() -> None:
     assert spellings(Counter({"1.0": 5, "1": 2, "1.5": 1, "-1": 3, "10": 3})) == {"1": "1.0"}
 
 
-def test_script_of_its_own_stays() -> None:
+def test_labels_in_different_scripts_keep_spelling() -> None:
     assert spellings(Counter({"сбор": 5, "спор": 2, "C#": 1, "C": 1})) == {}

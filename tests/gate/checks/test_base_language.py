@@ -123,7 +123,7 @@ def found(report: Report) -> tuple[str, str] | None:
 @pytest.mark.parametrize(
     ("sentences", "name"), [(VI, "Vietnamese (vi)"), (DE, "German (de)")], ids=["vi", "de"]
 )
-def test_a_language_that_the_tokenizer_spells_out(
+def test_language_unsuitable_for_tokenizer_is_found(
     english_base: ChatFormat, multilingual_base: ChatFormat, sentences: list[str], name: str
 ) -> None:
     summary = found(gate(english_base, rows(*sentences)))
@@ -131,7 +131,7 @@ def test_a_language_that_the_tokenizer_spells_out(
     message, fix = summary
     assert message.startswith(f"100% of the text is in {name}")
     every = spelling(" ".join(sentences), english_base.tokenizer)
-    # The tokenizer is trained on our docs, so the figure lies now and then between two.
+    # The tokenizer is trained on the project's docs, so rounding of the figure may vary.
     needs = re.search(r"(\d\.\d) tokens per word, and 1\.", message)
     assert needs is not None and float(needs[1]) == pytest.approx(every.per_word, abs=0.1)
     assert "`--base multilingual-e5-small`" in fix  # rows with labels are for an encoder
@@ -139,7 +139,7 @@ def test_a_language_that_the_tokenizer_spells_out(
 
 
 @pytest.mark.parametrize("sentences", [ZH, TH], ids=["zh", "th"])
-def test_a_language_without_spaces_is_judged_by_its_characters(
+def test_language_without_spaces_is_measured_per_character(
     english_base: ChatFormat, multilingual_base: ChatFormat, sentences: list[str]
 ) -> None:
     summary = found(gate(english_base, rows(*sentences)))
@@ -147,7 +147,7 @@ def test_a_language_without_spaces_is_judged_by_its_characters(
     assert found(gate(multilingual_base, rows(*sentences))) is None
 
 
-def test_the_fix_is_a_base_for_what_is_learned(english_base: ChatFormat) -> None:
+def test_language_fix_depends_on_objective(english_base: ChatFormat) -> None:
     asked = [
         PromptCompletion("f", n + 1, prompt=VI[n % 3], completion=VI[(n + 1) % 3])
         for n in range(30)
@@ -159,7 +159,7 @@ def test_the_fix_is_a_base_for_what_is_learned(english_base: ChatFormat) -> None
         assert f"no {kind} for Vietnamese" in summary[1]
 
 
-def test_english_and_what_is_no_language_are_let_be(english_base: ChatFormat) -> None:
+def test_english_code_and_symbols_have_no_language_finding(english_base: ChatFormat) -> None:
     draw = random.Random(0)
     letters = ["".join(draw.choices("ACGT", k=90)) for _ in range(40)]
     code = [
@@ -176,7 +176,7 @@ def test_a_share_of_the_rows_is_enough_and_a_few_strays_are_not(english_base: Ch
     summary = found(gate(english_base, rows(*EN, count=60) + rows(*VI, count=40)))
     assert summary is not None and summary[0].startswith("40% of the text is in Vietnamese")
     assert found(gate(english_base, rows(*EN, count=90) + rows(*VI, count=10))) is None
-    # The held-out rows are not what is learned.
+    # Held-out rows are not trained on.
     held = {"train": rows(*EN), "validation": rows(*VI)}
     assert not inspect_rows(held, [BaseLanguage(english_base, None)]).findings.counts
 
@@ -190,11 +190,11 @@ def test_many_short_rows_are_joined_and_sampled(english_base: ChatFormat) -> Non
     assert len(check._samples) == SAMPLES
 
 
-def test_a_tokenizer_of_bytes_tells_nothing() -> None:
+def test_byte_tokenizer_has_no_language_finding() -> None:
     assert found(gate(ChatFormat.of(trained_on(iter(()), 257)), rows(*VI))) is None
 
 
-def test_unknown_pieces_count_as_what_they_hide(family_folder: Callable[[str], Path]) -> None:
+def test_unknown_token_counts_hidden_bytes(family_folder: Callable[[str], Path]) -> None:
     from luthier.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(family_folder("bert"))  # word pieces of Latin letters alone
@@ -203,7 +203,7 @@ def test_unknown_pieces_count_as_what_they_hide(family_folder: Callable[[str], P
     assert (thai.pieces, thai.letters, thai.words) == (3 * 7, 7, 1)
 
 
-def test_a_job_says_what_was_measured(english_base: ChatFormat) -> None:
+def test_job_warns_about_base_language(english_base: ChatFormat) -> None:
     objective = OBJECTIVES["classification"].model_validate({})
     spec = DataSpec(train="f.jsonl")
     report = inspect_job(spec, {"train": rows(*VI)}, objective, english_base)
@@ -215,7 +215,7 @@ def test_names_of_languages() -> None:
     assert [language_name(code) for code in ("vi", "zh", "dz")] == ["Vietnamese", "Chinese", "dz"]
 
 
-def test_names_of_languages_are_those_that_transformers_has() -> None:
+def test_language_names_match_transformers() -> None:
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     codes = set(load_identifier().nb_classes)

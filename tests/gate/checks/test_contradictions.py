@@ -64,7 +64,7 @@ def test_several_completions_are_a_note() -> None:
     assert lines(report({"text": "a"}, {"text": "a"})) == {}
 
 
-def test_preferences_that_cancel_each_other() -> None:
+def test_opposite_preferences_are_contradictions() -> None:
     found = report(
         {"prompt": "p", "chosen": "a", "rejected": "b"},
         {"prompt": "p", "chosen": "b", "rejected": "a"},
@@ -82,7 +82,7 @@ def test_preferences_that_cancel_each_other() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])
-def test_passage_that_is_positive_and_negative_of_one_query(limit: int) -> None:
+def test_passage_both_positive_and_negative_for_same_query(limit: int) -> None:
     found = report(
         {"query": "a?", "positive": "one", "negatives": ["two", "three"]},
         {"query": "b?", "positive": "two", "negatives": ["one"]},

@@ -40,11 +40,11 @@ def test_a_conversation_inside_a_text(text: str, fix: str) -> None:
 @pytest.mark.parametrize(
     "text", ["[1, 2]", '{"role": "x"}', "[role]", "the role: user", '["role", "from"]', ""]
 )
-def test_other_texts_are_no_conversations(text: str) -> None:
+def test_text_without_conversation_has_no_finding(text: str) -> None:
     assert found(RawText("rows", 1, text)) == []
 
 
-def test_calls_of_functions_that_are_not_declared() -> None:
+def test_calls_of_undeclared_functions_are_found() -> None:
     turns = (
         Message("user", "q"),
         Message("assistant", calls=(ToolCall("1", "f", {}),)),
@@ -75,7 +75,7 @@ SCHEMA = {
         ({"type": "dict", "properties": {}}, {"day": 2}, []),  # no JSON Schema
     ],
 )
-def test_call_is_checked_by_the_schema_of_its_tool(
+def test_call_arguments_are_checked_against_tool_schema(
     schema: dict[str, object], arguments: dict[str, object], rules: list[str]
 ) -> None:
     turns = (

@@ -69,12 +69,12 @@ def test_copies_of_labelled_rows() -> None:
     assert report.findings.exit_code == 1
 
 
-def test_copies_of_a_text_that_comes_with_two_labels_are_found_for_each() -> None:
+def test_near_copies_are_found_per_label() -> None:
     report = report_of(labelled((LONG, "a"), (LONG, "b"), (LONG + "!", "b")))
     assert found(report, "duplicate.near") == [[2, 3]]
 
 
-def test_rows_that_differ_in_numbers_are_a_note() -> None:
+def test_rows_with_different_numbers_are_a_note() -> None:
     report = report_of(labelled((f"{LONG} 41", "a"), (f"{LONG} 7", "a"), (f"{LONG} 41", "b")))
     assert found(report, "duplicate.numbers") == [[1, 2]]
     assert not found(report, "duplicate.near") and report.findings.exit_code == 0
@@ -108,14 +108,14 @@ def test_an_answer_makes_rows_different(shape: Any) -> None:
     assert not found(report, "duplicate.exact")
 
 
-def test_questions_about_one_paragraph_are_no_copies() -> None:
+def test_questions_with_shared_paragraph_are_no_copies() -> None:
     paragraph = "The university was founded in 1842 and has many departments today. " * 8
     asks = ["Who founded it?", "How many departments are there?", "Is there a school of law?"]
     report = report_of(rows(*({"anchor": ask, "positive": paragraph} for ask in asks)))
     assert not found(report, "duplicate.near")
 
 
-def test_a_prompt_that_all_rows_are_written_in_makes_no_copies() -> None:
+def test_shared_prompt_template_makes_no_copies() -> None:
     frame = (
         "Name the intent of this message of a customer. Answer with one word. Message: {}\nIntent:"
     )
@@ -126,7 +126,7 @@ def test_a_prompt_that_all_rows_are_written_in_makes_no_copies() -> None:
     assert found(report, "duplicate.near") == [[1, 9]]
 
 
-def test_preferences_the_other_way_round_are_no_copies() -> None:
+def test_reversed_preferences_are_no_copies() -> None:
     good, bad = (
         "It will be there on Monday, before noon.",
         "I do not know, please ask somebody else.",
@@ -162,7 +162,7 @@ def test_leaks_by_the_way_they_leak() -> None:
     assert leaks == {"test": {"leakage.exact": 1, "leakage.near": 3, "leakage.input": 1}}
 
 
-def test_rows_that_stand_in_validation_and_in_test() -> None:
+def test_overlap_of_validation_and_test_is_found() -> None:
     train = labelled(("something else altogether", "b"), ("yes", "a"))
     validation = labelled((LONG, "a"), ("maybe", "b"), file="validation.jsonl")
     held = labelled(("no", "a"), (LONG.title() + "!", "b"), ("Maybe", "b"), file="test.jsonl")
@@ -174,7 +174,7 @@ def test_rows_that_stand_in_validation_and_in_test() -> None:
     assert found(apart, "split.overlap") == []
 
 
-def test_leaks_of_what_is_asked_whatever_the_answer() -> None:
+def test_prompt_leaks_are_found_despite_different_completions() -> None:
     train = rows(
         {"prompt": LONG, "completion": "on Monday"}, {"prompt": "hi", "completion": "hello"}
     )
@@ -210,7 +210,7 @@ def test_memory_and_batches_change_nothing() -> None:
     assert plain[0]["rules"]
 
 
-def test_of_very_many_rows_a_share_is_compared_and_that_is_said(
+def test_large_set_is_sampled_with_a_note(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(duplicates, "COMPARED", 500)
@@ -243,7 +243,7 @@ def test_nothing_at_all() -> None:
 
 
 @needs_data("banking77")
-def test_what_is_known_of_real_sets() -> None:
+def test_leaks_in_banking77_are_found() -> None:
     splits = {}
     for split in ("train", "test"):
         lines = (FOLDER / f"banking77/{split}.jsonl").read_text().strip("\n").split("\n")
@@ -265,12 +265,12 @@ def test_what_is_known_of_real_sets() -> None:
         for rule in ("leakage.exact", "leakage.input", "leakage.near")
         for each in report.findings.examples.get(rule, [])
     }
-    # Two or three words are few shingles: a mark inside them changes more than it leaves.
+    # Two or three words have few shingles: a punctuation mark inside changes most of the shingles.
     assert len(leaked & set(same)) >= 26
     assert report.findings.exit_code == 1
 
 
-def test_rows_that_call_with_other_arguments_are_no_copies() -> None:
+def test_calls_with_different_arguments_are_no_copies() -> None:
     def call(line: int, city: str) -> Row:
         asked = Message("user", "What is the weather?")
         calls = (ToolCall("c1", "get_weather", {"city": city}),)
@@ -280,7 +280,7 @@ def test_rows_that_call_with_other_arguments_are_no_copies() -> None:
     assert found(report, "duplicate.exact") == [[1, 3]]
 
 
-def test_questions_about_one_context_are_no_copies() -> None:
+def test_questions_with_shared_context_are_no_copies() -> None:
     context = "The hub is in Ghent, next to the station, and opens at eight. " * 3
 
     def asked(question: str, answer: str = "Ghent", before: str = "") -> dict[str, Any]:

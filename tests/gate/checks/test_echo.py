@@ -41,7 +41,7 @@ def said(*turns: str) -> dict[str, Any]:
         "which river flows\n through  vienna? Danube",
     ],
 )
-def test_replies_that_repeat_the_prompt(reply: str) -> None:
+def test_replies_repeating_the_prompt_are_found(reply: str) -> None:
     assert lines(
         {"prompt": ASKED, "completion": reply},
         {"prompt": ASKED, "completion": "The Danube."},
@@ -63,11 +63,11 @@ def test_replies_that_repeat_the_prompt(reply: str) -> None:
         (f"Context.\n{ASKED}", ASKED),
     ],
 )
-def test_other_replies(prompt: str, reply: str) -> None:
+def test_replies_without_full_prompt_have_no_finding(prompt: str, reply: str) -> None:
     assert lines({"prompt": prompt, "completion": reply}) == []
 
 
-def test_only_what_is_learned_counts() -> None:
+def test_echo_in_unlearned_replies_has_no_finding() -> None:
     copied = said(ASKED, ASKED, "Thanks", "Ask again.")
     copied["messages"][1]["weight"] = 0
     assert (
@@ -82,7 +82,7 @@ def test_only_what_is_learned_counts() -> None:
     )
 
 
-def test_the_report_has_file_line_and_a_cleaning_that_fixes(tmp_path: Path) -> None:
+def test_echo_finding_has_line_and_clean_drops_row(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     rows = [(ASKED, "The Danube."), (ASKED, f"{ASKED} The Danube."), ("Who?", "Nobody.")]
     source.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))

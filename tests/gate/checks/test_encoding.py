@@ -40,13 +40,13 @@ SENTENCES = [
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
 @pytest.mark.parametrize("text", SENTENCES)
-def test_utf8_read_as_another_encoding(text: str, encoding: str) -> None:
+def test_utf8_decoded_with_wrong_encoding_is_mojibake(text: str, encoding: str) -> None:
     assert rules(text) == []
     assert "encoding.mojibake" in rules(read_as(text, encoding))
 
 
 @pytest.mark.parametrize("word", ["é", "ệ", "đ", "’", "🙂", "ß", "Ă", "ư"])
-def test_one_damaged_letter_is_enough(word: str) -> None:
+def test_single_damaged_letter_is_mojibake(word: str) -> None:
     assert "encoding.mojibake" in rules(f"a {read_as(word, 'cp1252')} b")
 
 
@@ -57,7 +57,7 @@ def test_one_damaged_letter_is_enough(word: str) -> None:
         "PHÂN TÍCH SỐ LIỆU”",
         "Ã, Â and Ñ are letters; ÃO, Âm",
         "日本語のテキスト",
-        "हिन्दी और اردو में لکھا\u200cہوا",  # with joiners that belong there
+        "हिन्दी और اردو में لکھا\u200cہوا",  # with valid joiners
         "👩\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f ❤️",
         "line one\u2028line two\u0085line three\ttab\r\n",
         "a < b && c > d, 5 &amp 3, List<String>",
@@ -89,13 +89,13 @@ def test_each_rule(text: str, rule: str) -> None:
     assert rules(text) == [rule]
 
 
-def test_messages_name_the_character_and_excerpts_show_it() -> None:
+def test_invisible_character_is_in_message_and_excerpt() -> None:
     found = gate("zero\u200bwidth and \u200b again").examples["encoding.invisible"][0]
     assert "text contains U+200B (zero width space), and 1 more" in found.message
     assert found.excerpt == "zero⟨U+200B⟩width and ⟨U+200B⟩ again"
 
 
-def test_rows_in_other_forms_than_nfc() -> None:
+def test_rows_outside_nfc_are_found() -> None:
     text = SENTENCES[0]
     rows = [RawText("f", n, text=each) for n, each in enumerate([text, text, "plain"], 1)]
     rows.append(RawText("f", 4, text=unicodedata.normalize("NFD", text)))
@@ -104,7 +104,7 @@ def test_rows_in_other_forms_than_nfc() -> None:
 
 
 @given(st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"])), max_size=6))
-def test_rows_are_told_apart_whatever_stands_between(texts: list[str]) -> None:
+def test_only_rows_with_control_characters_are_found(texts: list[str]) -> None:
     marked = [f"{text}\x01" for text in texts]
     rows = [x for pair in zip(texts, marked, strict=True) for x in pair]
     found = gate(*rows)

@@ -63,7 +63,7 @@ def test_strays() -> None:
     assert counts == {"en": 200, "vi": 2, "fr": 1}
 
 
-def test_shares_name_the_rows_that_they_are_of() -> None:
+def test_language_shares_report_number_of_recognized_rows() -> None:
     report = gate(*texts(EN, 6), RawText("f", 7, text="xq 7"), RawText("f", 8, text="zz 8"))
     (part,) = report.summaries["language"]["splits"]["train"].values()
     told = sum(part["counts"].values())
@@ -102,7 +102,7 @@ def pairs(one: str, two: str, count: int, first: int = 1) -> list[Row]:
     ]
 
 
-def test_answers_in_another_language_than_their_questions() -> None:
+def test_answers_with_different_language_than_questions() -> None:
     both = [*pairs(EN, EN, 60), *pairs(VI, VI, 60, 61)]
     report = gate(*both, *pairs(VI, EN, 1, 121))
     assert [each.place.line for each in report.findings.examples["language.answer"]] == [121]

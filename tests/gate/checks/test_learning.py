@@ -44,7 +44,7 @@ def found(
     return inspect_rows({"train": rows}, [Learning(objective, chat, context)])
 
 
-def test_counts_are_those_of_training(chat: ChatFormat, tmp_path: Path) -> None:
+def test_token_counts_equal_training_counts(chat: ChatFormat, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     lines = [{"prompt": row.prompt, "completion": row.completion} for row in ROWS]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -89,7 +89,7 @@ def test_mostly_truncated_classifier_is_a_warning(family_folder: Callable[[str],
     assert "3 of 5 rows" in finding.message and report.findings.exit_code == 1
 
 
-def test_rows_of_another_shape_are_named(chat: ChatFormat) -> None:
+def test_rows_unfit_for_objective_are_found(chat: ChatFormat) -> None:
     odd = RawText("f", 9, text="raw")
     report = found(chat, [*ROWS, odd])
     (finding,) = report.findings.examples["row.objective"]
@@ -121,10 +121,10 @@ def test_measuring_can_be_done_elsewhere(chat: ChatFormat) -> None:
 
 
 @pytest.mark.parametrize("template", ["mistral", "vicuna"])
-def test_rows_whose_next_prompts_have_other_tokens_are_several_sequences(template: str) -> None:
+def test_prompt_token_change_splits_conversation_into_sequences(template: str) -> None:
     tokenizer = sentencepiece("first", TEMPLATES[template])
     chat, roles = ChatFormat.of(tokenizer), ("user", "assistant") * 2
-    # The space at the end of a prompt becomes one token with the word behind it, once that is there.
+    # The space at the end of a prompt merges with the first word of the reply into one token.
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "ASSISTANT:' }}{% endif", "ASSISTANT: ' }}{% endif"
     )

@@ -29,7 +29,7 @@ def usual(count: int = 300, seed: int = 0) -> list[tuple[str, str]]:
             enumerate(sizes)]  # fmt: skip
 
 
-def test_lengths_that_stand_out_on_a_log_scale() -> None:
+def test_length_outliers_on_log_scale_are_found() -> None:
     rows = usual()
     assert not gate(*rows).findings.counts
     rows[7] = (rows[7][0], "x")
@@ -50,12 +50,12 @@ def test_few_rows_and_equal_rows_have_no_outliers() -> None:
 
 
 @pytest.mark.parametrize("answer", ["N/A", "n/a.", "-", "none", "NULL", "...", "Không có", "[TBD]"])
-def test_answers_that_say_nothing(answer: str) -> None:
+def test_placeholder_answers_are_found(answer: str) -> None:
     report = gate(("What?", answer), ("What?", "Nothing at all."))
     assert dict(report.findings.counts) == {"target.says_nothing": 1}
 
 
-def test_answers_that_have_little_to_say_are_answers() -> None:
+def test_short_answers_have_no_finding() -> None:
     assert not gate(
         ("1 + 1?", "2"), ("Really?", "No."), ("?", "Unknown quantities.")
     ).findings.counts
@@ -69,7 +69,7 @@ def test_only_answers_are_judged() -> None:
     assert [each.place.line for each in report.findings.examples["target.says_nothing"]] == [3]
 
 
-def test_a_phrase_that_most_answers_begin_with() -> None:
+def test_common_first_phrase_of_answers_is_found() -> None:
     rows = usual(100)
     same = [(one, f"Sure, I can help. {two}") if n % 4 else (one, two)
             for n, (one, two) in enumerate(rows)]  # fmt: skip

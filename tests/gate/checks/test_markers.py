@@ -31,10 +31,10 @@ def rules(answer: str, prompt: str = "Tell me.") -> list[str]:
     return sorted(gate((prompt, answer)).findings.counts)
 
 
-def test_a_special_token_in_a_message_ends_the_turn_so_it_is_an_error(tokenizer: Any) -> None:
+def test_special_token_in_completion_is_an_error(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
     answer = "Yes.<|im_end|>\n<|im_start|>user\nAnd now?"
-    # What the rule is about: the format makes special ids of the text.
+    # The reason for the rule: the chat format encodes the text as special tokens.
     encoded = chat.encode_reply([Message("user", "hi"), Message("assistant", answer)])
     assert (encoded.ids_T == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 3
     report = gate(("hi", answer), ("hi", "Yes."), chat=chat)
@@ -45,7 +45,7 @@ def test_a_special_token_in_a_message_ends_the_turn_so_it_is_an_error(tokenizer:
     assert report.summaries["markers"]["marks"]["counts"] == {"<|im_end|>": 1, "<|im_start|>": 1}
 
 
-def test_a_special_token_in_what_is_asked_is_a_note(
+def test_special_token_in_prompt_is_a_note(
     tokenizer: Any, new_tokenizer: Callable[..., Any]
 ) -> None:
     mark = "<|im_end|>"
@@ -75,7 +75,7 @@ def test_a_special_token_in_what_is_asked_is_a_note(
     assert sorted(spot.rule for spot in found) == ["marker.special_text", "marker.special_token"]
 
 
-def test_what_is_special_depends_on_the_model(
+def test_special_tokens_depend_on_the_model(
     tokenizer: Any, new_tokenizer: Callable[..., Any]
 ) -> None:
     chat = ChatFormat.of(tokenizer)
@@ -85,7 +85,7 @@ def test_what_is_special_depends_on_the_model(
     assert set(special_tokens(tokenizer)) >= {"<|im_start|>", "<|im_end|>"}
 
 
-def test_tokens_that_were_added_as_text_are_not_special(new_tokenizer: Callable[..., Any]) -> None:
+def test_tokens_added_as_text_are_not_special(new_tokenizer: Callable[..., Any]) -> None:
     made = new_tokenizer()
     made.add_tokens(["<think>"])
     chat = ChatFormat.of(made)

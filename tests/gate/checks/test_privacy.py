@@ -61,7 +61,7 @@ def test_policy_and_kinds() -> None:
     assert not gate("a@corp.io", check=Privacy(Finder(kinds=("phone",)))).findings.counts
 
 
-def test_what_could_not_be_looked_for_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchecked_identifiers_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privacy, "can_check_ids", lambda: False)
     report = gate("clean")
     assert dict(report.findings.counts) == {"privacy.unchecked": 1}

@@ -54,7 +54,7 @@ def completions(*texts: str) -> list[Row]:
         (KEEPS, "\n    return x\n", None),
     ],
 )
-def test_white_space_that_a_template_removes_is_found(
+def test_white_space_removed_by_template_is_found(
     template: str, reply: str, expected: str | None, new_tokenizer: Callable[..., Any]
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(template))
