@@ -1,4 +1,4 @@
-"""Files of the store: whole or not at all, whatever dies in the middle."""
+"""Atomic writes of store files despite killed processes."""
 
 from __future__ import annotations
 

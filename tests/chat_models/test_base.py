@@ -1,4 +1,4 @@
-"""What is asked twice, and what an outage leaves behind."""
+"""The cache of replies, and failures of a judge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def questions(*texts: str) -> list[Sequence[Message]]:
     return [(Message("user", text),) for text in texts]
 
 
-def test_equal_conversations_have_one_answer_and_failures_are_asked_again() -> None:
+def test_equal_conversations_are_cached_and_failures_retried() -> None:
     asked: list[str] = []
     down = {"b"}
 
@@ -41,14 +41,16 @@ def test_equal_conversations_have_one_answer_and_failures_are_asked_again() -> N
     assert writer(questions("c", "b", "a")) == ["C", "B", "A"]
     assert asked == ["a", "b", "c", "b"]
     other = [(Message("system", "a"), Message("user", "a"))]
-    assert writer(other) == ["A"] and asked[-1] == "a"  # another conversation that ends alike
+    assert (
+        writer(other) == ["A"] and asked[-1] == "a"
+    )  # a different conversation with an equal last turn
     assert writer([]) == []
     with pytest.raises(ValueError):
         CachedWriter(lambda asked: [])(questions("a"))
 
 
 class Stops(ChatModel):
-    """Answers one question, then raises."""
+    """A model that replies to the first prompt, then raises."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -65,13 +67,13 @@ class Stops(ChatModel):
         raise self.error
 
 
-def test_an_outage_keeps_what_was_answered_and_names_what_was_not() -> None:
+def test_outage_preserves_replies_and_reports_failures() -> None:
     write = writer_of(Stops(LuthierError("it is down")), "judge", SamplingSpec(), lambda text: None)
     lost = Failure("judge.failed", "it is down")
     assert write(questions(*"abcd")) == [lost, "yes", Failure("judge.refused", "HTTP 400"), lost]
 
 
-def test_what_no_row_could_mend_ends_it() -> None:
+def test_recipe_error_aborts_all_prompts() -> None:
     write = writer_of(
         Stops(RecipeError("no such model")), "judge", SamplingSpec(), lambda text: None
     )
@@ -80,7 +82,7 @@ def test_what_no_row_could_mend_ends_it() -> None:
 
 
 @pytest.mark.parametrize("key", ["sk-proj-abc", "1KEY", "MY KEY", ""])
-def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(key: str) -> None:
+def test_key_as_variable_name_is_rejected_and_hidden(key: str) -> None:
     with pytest.raises(ValueError) as caught:
         ModelSpec(model="m", url="https://h/v1", key_env=key)
     message = caught.value.errors()[0]["msg"]  # type: ignore[attr-defined]

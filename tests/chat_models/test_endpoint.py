@@ -1,4 +1,4 @@
-"""A teacher over the network: what is repeated, what is rejected, what ends the run."""
+"""A teacher over the network: retries, rejected prompts, and errors that end the run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_each_prompt_is_asked_once_with_key_and_settings(endpoint: Any, key: str
     }  # fmt: skip
 
 
-def test_settings_that_some_endpoints_refuse_are_left_out(endpoint: Any) -> None:
+def test_settings_rejected_by_endpoints_are_omitted(endpoint: Any) -> None:
     ask(endpoint.url, "a")
     ask(endpoint.url, "a", limit="max_completion_tokens")
     first, second = ({k for k in body if k != "messages"} for body in endpoint.bodies)
@@ -90,9 +90,7 @@ def test_settings_that_some_endpoints_refuse_are_left_out(endpoint: Any) -> None
     ],
     ids=["connection-breaks", "half-a-json", "no-choices", "rate-limit", "server-errors"],
 )
-def test_what_fails_in_passing_is_repeated(
-    endpoint: Any, actions: list[Any], requests: int
-) -> None:
+def test_transient_failures_are_retried(endpoint: Any, actions: list[Any], requests: int) -> None:
     endpoint.actions["a"] = actions
     assert ask(endpoint.url, "a") == {"a": Reply("the answer to a", "stop", 7)}
     assert endpoint.asked["a"] == requests
@@ -111,7 +109,7 @@ def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.Mon
     assert 300.0 in slept
 
 
-def test_a_rate_limit_that_lasts_ends_the_run(endpoint: Any, key: str) -> None:
+def test_long_rate_limit_aborts_run(endpoint: Any, key: str) -> None:
     endpoint.actions["a"] = [(429, {"retry-after": "7200"})]
     with pytest.raises(LuthierError) as caught:
         ask(endpoint.url, "a")
@@ -120,14 +118,14 @@ def test_a_rate_limit_that_lasts_ends_the_run(endpoint: Any, key: str) -> None:
 
 
 @pytest.mark.parametrize("finish", ["length", "content_filter", None])
-def test_how_an_answer_ended_is_told(endpoint: Any, finish: str | None) -> None:
+def test_reply_includes_finish_reason(endpoint: Any, finish: str | None) -> None:
     endpoint.actions["a"] = [finish]
     found = ask(endpoint.url, "a")["a"]
     assert isinstance(found, Reply)
     assert found.finish == (finish or "unknown")
 
 
-def test_a_prompt_that_never_gets_a_whole_answer_fails_alone(endpoint: Any) -> None:
+def test_repeatedly_failing_prompt_fails_alone(endpoint: Any) -> None:
     endpoint.actions["a"] = ["drop"] * 99
     endpoint.actions["b"] = [(400, {})] * 99
     notes: list[str] = []
@@ -135,7 +133,7 @@ def test_a_prompt_that_never_gets_a_whole_answer_fails_alone(endpoint: Any) -> N
     assert found["c"] == Reply("the answer to c", "stop", 7)
     assert isinstance(found["a"], Failure) and found["a"].rule == "teacher.failed"
     assert found["b"] == Failure("teacher.refused", "HTTP 400: no …")
-    assert endpoint.asked == {"a": 4, "b": 1, "c": 1}  # twice, and both again at the end
+    assert endpoint.asked == {"a": 4, "b": 1, "c": 1}  # two attempts, and two more at the end
 
 
 def test_an_outage_in_passing_costs_no_prompt(endpoint: Any) -> None:
@@ -145,7 +143,7 @@ def test_an_outage_in_passing_costs_no_prompt(endpoint: Any) -> None:
     assert {type(outcome) for outcome in found.values()} == {Reply}
 
 
-def test_silence_is_a_failure_with_its_time(endpoint: Any) -> None:
+def test_silent_endpoint_fails_after_timeout(endpoint: Any) -> None:
     endpoint.actions["a"] = [1.0, 1.0]
     found = ask(endpoint.url, "a", "b", retries=0, timeout=0.3)
     assert failed(found["a"])
@@ -188,7 +186,7 @@ def test_an_unknown_model_is_refused(endpoint: Any) -> None:
     assert caught.value.rule == "endpoint.model"
 
 
-def test_a_server_that_is_down_ends_the_run() -> None:
+def test_unreachable_server_aborts_run() -> None:
     pytest.importorskip("openai")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -198,15 +196,15 @@ def test_a_server_that_is_down_ends_the_run() -> None:
     assert caught.value.rule == "endpoint.unreachable"
 
 
-def test_it_runs_inside_a_running_loop(endpoint: Any) -> None:
+def test_endpoint_works_inside_running_event_loop(endpoint: Any) -> None:
     async def notebook() -> dict[str, Reply | Failure]:
         return ask(endpoint.url, "a")
 
     assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7)
 
 
-def test_it_answers_in_the_context_of_who_asks(endpoint: Any) -> None:
-    # By it a journal knows for which account and run an answer is.
+def test_callbacks_run_in_context_of_caller(endpoint: Any) -> None:
+    # The journal reads the account and run from the context.
     account, heard = ContextVar("account", default=""), list[str]()
     teacher = EndpointModel(TeacherSpec(model="m", url=endpoint.url))
 
@@ -236,9 +234,7 @@ def test_it_answers_in_the_context_of_who_asks(endpoint: Any) -> None:
         [{"message": {"content": "a", "refusal": {"b": 1}}}],
     ],
 )
-def test_json_that_is_no_chat_completion_fails_its_prompt_alone(
-    endpoint: Any, choices: Any
-) -> None:
+def test_invalid_chat_completion_fails_prompt_alone(endpoint: Any, choices: Any) -> None:
     endpoint.actions["a"] = [json.dumps({"choices": choices}).encode()] * 9
     found = ask(endpoint.url, "a", "b", retries=0)
     assert failed(found["a"])
@@ -296,7 +292,7 @@ def test_repeats_count_in_the_time_of_an_answer(endpoint: Any) -> None:
         (400, "deflate", zlib.compress),
     ],
 )
-def test_an_answer_that_unpacks_without_end_is_not_held(
+def test_decompression_bomb_is_rejected_within_memory_limit(
     endpoint: Any,
     monkeypatch: pytest.MonkeyPatch,
     status: int,
@@ -324,10 +320,10 @@ def test_an_answer_that_unpacks_without_end_is_not_held(
         tracemalloc.stop()
     assert isinstance(found["a"], Failure)
     assert isinstance(found["b"], Reply)
-    assert peak < 16 * MIB  # the limit, and the pieces that it came in
+    assert peak < 16 * MIB  # the limit and the received chunks
 
 
-def test_an_answer_that_is_packed_is_read(endpoint: Any) -> None:
+def test_compressed_response_is_decoded(endpoint: Any) -> None:
     choice = {"message": {"content": "fine"}, "finish_reason": "stop"}
     sent = gzip.compress(json.dumps({"choices": [choice]}).encode())
 
@@ -365,7 +361,7 @@ def test_no_redirect_takes_the_key_or_the_prompts_elsewhere(
     assert caught.value.rule == "endpoint.redirect" and key not in str(caught.value)
 
 
-def test_json_nested_without_end_fails_its_prompt_alone(endpoint: Any) -> None:
+def test_deeply_nested_json_fails_prompt_alone(endpoint: Any) -> None:
     endpoint.actions["a"] = [b"[" * 1_000_000] * 9
     found = ask(endpoint.url, "a", "b", retries=0)
     assert isinstance(found["a"], Failure)

@@ -26,7 +26,7 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize("group", [[], ["models"], ["admin", "models"]])
-def test_what_commands_do_is_said_whole(group: list[str]) -> None:
+def test_command_help_is_not_truncated(group: list[str]) -> None:
     text = Answer(*group, "--help").good().out
     assert "..." not in text.partition("--help")[2]
     assert all(len(line) <= 80 for line in text.splitlines())
@@ -79,14 +79,14 @@ def test_no_command_shows_the_commands(command: list[str]) -> None:
         (["generate"], "model"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], text: str) -> None:
+def test_wrong_usage_exits_with_2_and_message(arguments: list[str], text: str) -> None:
     answer = Answer(*arguments)
     assert text in answer.refused()
     assert answer.out == ""
 
 
 @pytest.mark.slow
-def test_streams_are_apart_in_a_process_of_its_own(home: Path, tmp_path: Path) -> None:
+def test_subprocess_separates_stdout_and_stderr(home: Path, tmp_path: Path) -> None:
     """Errors: the object on standard output, the message for people on standard error."""
     process = start(home, "generate", "none", "hi", "--json")
     out, err = process.communicate(timeout=60)
@@ -97,7 +97,7 @@ def test_streams_are_apart_in_a_process_of_its_own(home: Path, tmp_path: Path) -
     assert "Traceback" not in err
 
 
-def test_a_reader_that_goes_away_is_no_error(home: Path) -> None:
+def test_closed_stdout_is_not_an_error(home: Path) -> None:
     process = start(home, "models", "list", "--json")
     assert process.stdout and process.stderr
     process.stdout.close()
@@ -107,7 +107,7 @@ def test_a_reader_that_goes_away_is_no_error(home: Path) -> None:
     process.stderr.close()
 
 
-def test_a_command_that_shares_no_work_is_not_started_by_a_launcher(
+def test_single_process_command_rejects_launcher_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -105,7 +105,7 @@ def test_generate(home: Path, tmp_path: Path) -> None:
     assert f"{source}:72: [row.too_long]" in refused and "64 rows" in refused
 
 
-def test_options_that_do_not_go_together_are_refused(home: Path, tmp_path: Path) -> None:
+def test_batch_inference_rejects_conflicting_options(home: Path, tmp_path: Path) -> None:
     source = str(jsonl(tmp_path / "prompts.jsonl", {"prompt": "sky?"}))
     ask = ("generate", MODEL, "--input", source)
     assert "--output" in Answer(*ask, "--processes", "2").refused()

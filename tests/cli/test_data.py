@@ -22,7 +22,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_convert_writes_what_the_command_writes(source: Path, tmp_path: Path) -> None:
+def test_convert_function_matches_command(source: Path, tmp_path: Path) -> None:
     found = luthier.convert(source, tmp_path / "a.csv", to="alpaca")
     assert (found.rows, found.format, found.form) == (40, "csv", "alpaca")
     said = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "b.csv"), "--to=alpaca"])
@@ -30,7 +30,7 @@ def test_convert_writes_what_the_command_writes(source: Path, tmp_path: Path) ->
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
-def test_convert_replaces_a_file_only_where_that_was_asked(source: Path, tmp_path: Path) -> None:
+def test_convert_overwrites_file_only_on_request(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.jsonl"
     target.write_text("precious\n")
     with pytest.raises(RecipeError) as refused:
@@ -41,7 +41,7 @@ def test_convert_replaces_a_file_only_where_that_was_asked(source: Path, tmp_pat
     assert json.loads(target.read_text().split("\n")[0])["messages"][0]["role"] == "user"
 
 
-def test_convert_maps_columns_and_names_rows_it_refuses(tmp_path: Path) -> None:
+def test_convert_maps_columns_and_reports_rejected_rows(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"q": "a", "a": "b"}\n{"q": "a", "a": ""}\n')
     with pytest.raises(RefusedInput) as caught:
@@ -50,7 +50,7 @@ def test_convert_maps_columns_and_names_rows_it_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_split_makes_what_the_command_makes(source: Path, tmp_path: Path) -> None:
+def test_split_function_matches_command(source: Path, tmp_path: Path) -> None:
     record = luthier.split(source, tmp_path / "one", validation=0.2, test=0, seed=3)
     command = ["split", str(source), "--output", str(tmp_path / "two"), "--validation", "0.2"]
     said = CliRunner().invoke(app, [*command, "--test", "0", "--seed", "3", "--json"])

@@ -66,7 +66,7 @@ def test_a_recipe_may_name_a_pattern_and_columns(tiny_model_folder: Path, folder
     assert result.model_id == "tiny-llama:rows-1"
 
 
-def test_inspect_shows_what_was_recognized(tiny_model_folder: Path, folder: Path) -> None:
+def test_inspect_shows_recognized_data_form(tiny_model_folder: Path, folder: Path) -> None:
     result = run("inspect", folder, "--base", tiny_model_folder, "--json")
     found = json.loads(result.stdout)
     assert found["forms"] == {"train": "jsonl, question and answer"}
@@ -116,7 +116,7 @@ def test_convert_counts_refuses_and_never_replaces_unasked(folder: Path) -> None
 
 
 @pytest.mark.parametrize("command", ["tune", "inspect"])
-def test_a_source_that_names_nothing_is_refused_before_any_work(
+def test_glob_without_match_is_rejected_before_work(
     command: str, tiny_model_folder: Path, tmp_path: Path, luthier_home: Path
 ) -> None:
     result = run(command, f"{tmp_path}/*.jsonl", "--base", tiny_model_folder)

@@ -109,7 +109,7 @@ def test_images_are_named_with_their_class(
     assert refused.code == 2 and "photos" in refused.err
 
 
-def test_rows_that_cannot_be_embedded_are_named(
+def test_embed_reports_invalid_rows(
     tuned: Callable[..., str], rows: Path, photos: Path, tmp_path: Path
 ) -> None:
     model_id, target = tuned(rows, "bert"), tmp_path / "out.jsonl"
@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_embedded_are_named(
     assert answer.code == 2 and "gone.jsonl" in answer.err
 
 
-def test_tables_keep_what_their_cells_hold(
+def test_embed_preserves_table_values(
     tuned: Callable[..., str], rows: Path, tmp_path: Path
 ) -> None:
     model_id, given = tuned(rows, "bert"), tmp_path / "given.parquet"
@@ -163,14 +163,14 @@ def test_tables_keep_what_their_cells_hold(
     assert first["days"] == ["2026-01-01"] and first["note"] is None
     assert np.isnan(second["share"]) and len(second["embedding"]) == 32
 
-    # What predict wrote has a field that only predict reserves.
+    # The output of predict has the field "predicted", reserved only by predict.
     predicted = tmp_path / "predicted.jsonl"
     Answer("predict", model_id, "--input", str(rows), "--output", str(predicted)).good()
     Answer("embed", model_id, str(predicted), "--output", str(target)).good()
     assert {"predicted", "embedding"} <= json.loads(target.read_text().splitlines()[0]).keys()
 
 
-def test_all_files_that_cannot_be_read_are_named(
+def test_all_unreadable_files_are_reported(
     tuned: Callable[..., str], photos: Path, tmp_path: Path
 ) -> None:
     model_id, target = tuned(photos, "small_cnn"), tmp_path / "out.npy"
@@ -205,7 +205,7 @@ def test_embeddings_of_random_weights_are_remarked(
     assert "random" not in answer.err
 
 
-def test_a_pair_is_embedded_where_one_side_is_set_aside(
+def test_pair_is_embedded_with_ignored_column(
     tuned: Callable[..., str], rows: Path, tmp_path: Path
 ) -> None:
     model_id, target = tuned(rows, "bert"), tmp_path / "out.npy"
@@ -222,7 +222,7 @@ def test_the_ending_names_the_form(rows: Path, tmp_path: Path, name: str) -> Non
     assert answer.code == 2 and ".jsonl or .parquet" in answer.err
 
 
-def test_a_model_that_writes_is_refused(
+def test_embed_rejects_generative_model(
     tiny_model_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     answer = Answer("embed", str(tiny_model_folder), str(rows), "--output", str(tmp_path / "x.npy"))
@@ -231,7 +231,7 @@ def test_a_model_that_writes_is_refused(
     assert answer.code == 2 and "none:such" in answer.err
 
 
-def test_autoencoder_is_refused_with_models_that_embed(
+def test_autoencoder_error_suggests_embedding_models(
     family_folder: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     vae = str(family_folder("vae"))

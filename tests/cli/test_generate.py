@@ -20,7 +20,7 @@ from luthier.formatting import printable
 from luthier.models.manifest import MANIFEST
 
 
-def test_generate_answers_one_prompt(home: Path) -> None:
+def test_generate_prints_reply_to_prompt(home: Path) -> None:
     answer = Answer("generate", MODEL, "colour of sky?").good()
     assert answer.out == "blue\n"
     assert answer.err == ""
@@ -30,7 +30,7 @@ def test_generate_answers_one_prompt(home: Path) -> None:
     assert cut.out != "blue\n" and "--max-tokens" in cut.err
 
 
-def test_generate_refuses_an_image_that_does_not_exist(home: Path, tmp_path: Path) -> None:
+def test_generate_rejects_missing_image(home: Path, tmp_path: Path) -> None:
     missing = str(tmp_path / "none.png")
     assert missing in Answer("generate", MODEL, "hello", "--image", missing).refused()
 
@@ -43,7 +43,7 @@ def test_generate_writes_the_least_tokens(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path: Path) -> None:
+def test_generate_constrains_replies(home: Path, tmp_path: Path) -> None:
     ask = ["generate", MODEL, "colour of sky?"]
     grammar, schema = tmp_path / "list.lark", tmp_path / "schema.json"
     grammar.write_text('start: "[" /[a-c]/ ("," /[a-c]/){1} "]"')
@@ -116,7 +116,7 @@ def test_generate_takes_messages(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("expected", [None, "", {}, []])
-def test_a_reply_is_kept_where_nothing_is_expected(
+def test_row_without_expected_reply_preserves_expected_field(
     home: Path, tmp_path: Path, expected: Any
 ) -> None:
     row = {"prompt": "colour of coal?", "expected": expected}
@@ -127,7 +127,7 @@ def test_a_reply_is_kept_where_nothing_is_expected(
     assert plain == row | {"completion": "black"}
 
 
-def test_generate_reads_what_tune_reads(home: Path, tmp_path: Path) -> None:
+def test_generate_accepts_data_forms_of_tune(home: Path, tmp_path: Path) -> None:
     def answers(source: str | Path, *options: str) -> list[dict[str, Any]]:
         lines = Answer("generate", MODEL, "--input", str(source), *options).good().out.splitlines()
         return [json.loads(line) for line in lines]
@@ -170,7 +170,7 @@ def test_generate_reads_what_tune_reads(home: Path, tmp_path: Path) -> None:
         ("{", "json.invalid"),
     ],
 )
-def test_generate_refuses_rows_that_ask_nothing(
+def test_generate_rejects_rows_without_prompt(
     home: Path, tmp_path: Path, row: Any, rule: str
 ) -> None:
     source = jsonl(tmp_path / "in.jsonl", {"prompt": "a"}, row)
@@ -199,12 +199,12 @@ def test_generate_refuses_rows_that_ask_nothing(
         ([MODEL, "hi", "--schema", __file__], __file__),
     ],
 )
-def test_generate_refuses_what_cannot_work(home: Path, arguments: list[str], text: str) -> None:
+def test_generate_rejects_invalid_arguments(home: Path, arguments: list[str], text: str) -> None:
     assert text in Answer("generate", *arguments).refused()
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+def test_unwritable_output_is_rejected_before_work(
     home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     from luthier.inference.generation import Generator
@@ -229,7 +229,7 @@ def test_draws_repeat_with_their_seed(home: Path, tiny_model_folder: Path) -> No
     assert draw(1) != draw(2)
 
 
-def test_chat_goes_on_and_starts_anew(home: Path) -> None:
+def test_chat_continues_and_restarts_conversation(home: Path) -> None:
     text = "colour of sky?\n\ncolour of coal?\nand of grass?\n\ncolour of coal?\n"
     answer = Answer("chat", MODEL, text=text).good()
     turns = [part.strip() for part in answer.out.split("you > ")]
@@ -246,7 +246,7 @@ def test_chat_goes_on_and_starts_anew(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_chat_in_a_process_of_its_own_ends_with_its_input(home: Path) -> None:
+def test_chat_process_ends_with_stdin(home: Path) -> None:
     process = start(home, "chat", MODEL, stdin=subprocess.PIPE)
     out, err = process.communicate("colour of grass?\n", timeout=120)
     assert process.returncode == 0, err
@@ -261,7 +261,7 @@ def thinker(thinking_folder: Callable[[str], Path]) -> str:
 
 
 @pytest.mark.slow
-def test_reasoning_is_no_part_of_what_is_printed_or_graded(thinker: str, tmp_path: Path) -> None:
+def test_reasoning_is_excluded_from_completion_and_grading(thinker: str, tmp_path: Path) -> None:
     answer = Answer("generate", thinker, "sky?", "--max-tokens", "120").good()
     assert (answer.out, answer.err) == ("blue\n", THOUGHT + "\n\n")
     cut = Answer("generate", thinker, "sky?", "--max-tokens", "9").good()
@@ -285,7 +285,7 @@ def test_reasoning_is_no_part_of_what_is_printed_or_graded(thinker: str, tmp_pat
     assert graded["scores"] == {"exact": 1.0}
 
 
-def test_chat_shows_reasoning_apart_and_dims_it(
+def test_chat_prints_dimmed_reasoning_on_stderr(
     thinker: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "sky?\n\nhow many?\n"
@@ -351,9 +351,7 @@ def test_graders_take_fields_from_the_command_line_and_from_files(
     assert "allow_code=true" in refused
 
 
-def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
-    home: Path, tmp_path: Path
-) -> None:
+def test_overlong_prompts_are_reported_or_dropped(home: Path, tmp_path: Path) -> None:
     long = {"prompt": "colour of " * 600, "completion": "blue"}
     held = jsonl(tmp_path / "held.jsonl", ROWS[0], long, ROWS[1], long)
     for arguments in (["generate", MODEL, "--input", str(held)], ["evaluate", MODEL, str(held)]):
@@ -364,7 +362,7 @@ def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
     Answer("evaluate", MODEL, str(held), "--long-rows", "truncate").refused()
 
 
-def test_evaluate_refuses_what_cannot_be_graded(home: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_rejects_unknown_grader_and_model(home: Path, data: Path, tmp_path: Path) -> None:
     answer = Answer("evaluate", MODEL, str(data), "--grader", "rouge", "--json")
     assert "'rouge'" in answer.refused() and "first_line" in answer.err
     assert answer.json()["error"]["type"] == "RecipeError"

@@ -37,7 +37,7 @@ def test_samples_go_to_a_picture_or_a_new_folder(
     assert answer.code == 2 and answer.json()["error"]["type"] == kind
 
 
-def test_a_file_that_is_no_image_is_named(luthier_home: Path, tmp_path: Path) -> None:
+def test_invalid_image_file_is_reported(luthier_home: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "b.png").write_bytes(b"just words")
     answer = Answer("sample", "small-vae", "--reconstruct", str(tmp_path / "photos"),
@@ -51,7 +51,7 @@ def test_copies_go_to_a_picture(luthier_home: Path, tmp_path: Path) -> None:
     assert answer.code == 2 and "copies.png" in answer.err
 
 
-def test_a_file_that_may_not_be_written_is_refused(
+def test_output_in_unwritable_folder_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, right: Path(path) != tmp_path)

@@ -48,7 +48,7 @@ def test_the_command_to_train_reads_the_same_columns(tmp_path: Path) -> None:
     assert " ".join([str(path), "--validation", str(path), *named]) in last
 
 
-def test_inspect_ends_with_what_it_found(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_inspect_exit_code_follows_severity(tmp_path: Path, tiny_model_folder: Path) -> None:
     path = jsonl(
         tmp_path / "a.jsonl",
         {"prompt": "one", "completion": "yes"},

@@ -46,7 +46,7 @@ def test_replies_have_their_reasoning_apart(thinking_folder: Callable[[str], Pat
     assert model.generate("sky?", regex="green|grey", **sampling) in ("green", "grey")
 
 
-def test_a_custom_model_keeps_the_marks_of_its_base(
+def test_custom_model_inherits_reasoning_markers_of_base(
     thinking_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chat template of a tuned model is stored with the model, without an export."""
@@ -55,7 +55,9 @@ def test_a_custom_model_keeps_the_marks_of_its_base(
     assert luthier.load("base:thinker").reply("sky?", max_tokens=120).reasoning == THOUGHT
 
 
-def test_what_is_no_text_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_predict_rejects_non_text_input(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     rows = tmp_path / "pairs.jsonl"
     pairs = [{"anchor": f"the fox {n}", "positive": f"a dog {n}"} for n in range(8)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_path_that_cannot_be_is_refused(
+def test_invalid_output_path_is_rejected(
     home: Path, folder: Path, command: str, target: str
 ) -> None:
     refusal = Answer(
@@ -66,9 +66,7 @@ def test_a_path_that_cannot_be_is_refused(
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - {"generate", "launch"}))
-def test_commands_that_write_files_refuse_standard_output(
-    home: Path, folder: Path, command: str
-) -> None:
+def test_file_writing_commands_reject_stdout(home: Path, folder: Path, command: str) -> None:
     Answer(*("-" if each == "TARGET" else each for each in COMMANDS[command])).refused()
     assert not (folder / "-").exists()
 
@@ -90,7 +88,7 @@ def test_a_folder_without_the_right_to_write_is_refused(
     assert f"{target} cannot be written" in refusal
 
 
-def test_a_missing_file_that_is_read_meanwhile_stays_one(tmp_path: Path) -> None:
+def test_missing_input_file_error_passes_through_new_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), new_file(tmp_path / "new"):
         (tmp_path / "none").read_bytes()
 
@@ -107,7 +105,7 @@ def test_a_path_can_be_new_there_or_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["predict", "generate"])
-def test_a_table_is_not_what_is_written(command: str, luthier_home: Path, tmp_path: Path) -> None:
+def test_table_as_output_is_rejected(command: str, luthier_home: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "text": "a"}\n')
     target = tmp_path / "answers.CSV"

@@ -70,7 +70,7 @@ def test_a_folder_is_no_text(luthier_home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "method"), [("small-vae", "vae"), ("small-dcgan", "gan"), ("small-unet", "diffusion")]
 )
-def test_what_is_made_for_one_thing_learns_that(
+def test_base_selects_objective_for_unlabelled_images(
     luthier_home: Path, tmp_path: Path, base: str, method: str
 ) -> None:
     for number in range(4):
@@ -88,7 +88,7 @@ def test_what_is_made_for_one_thing_learns_that(
     assert tuned.code == 2 and "3 x 32 x 32" in tuned.err
 
 
-def test_a_clip_is_shown_what_it_reads(
+def test_inspect_shows_example_for_clip(
     luthier_home: Path, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     rows = []

@@ -54,7 +54,7 @@ def test_a_model_is_made_listed_measured_used_and_removed(text: Path, tmp_path: 
     assert "mine" not in run("models", "list").stdout
 
 
-def test_what_came_out_is_printed(text: Path) -> None:
+def test_pretrain_prints_result(text: Path) -> None:
     shown = run("pretrain", str(text), "--name", "mine", *SHORT).stdout
     for words in ("mine is a base model", "3 steps", "perplexity", "luthier generate mine"):
         assert words in " ".join(shown.split())
@@ -69,7 +69,7 @@ def test_options_and_settings_reach_the_recipe(tmp_path: Path) -> None:
     assert recipe.training.beta2 == 0.99 and recipe.training.weight_decay == 0.1
 
 
-def test_a_recipe_file_names_texts_beside_it(tmp_path: Path) -> None:
+def test_recipe_file_resolves_relative_text_paths(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('name = "x"\n[data]\ntrain = ["a.txt", "b.md"]\nvalidation = ["c.txt"]\n')
     recipe = PretrainRecipe.parse(fields_of([str(path)]))

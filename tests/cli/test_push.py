@@ -51,12 +51,10 @@ def uploaded(hub: HubUploads) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_the_command_uploads_a_model_as_it_is_exported_with_its_card(
-    hub: HubUploads, home: Path, tmp_path: Path
-) -> None:
+def test_push_uploads_exported_model_with_card(hub: HubUploads, home: Path, tmp_path: Path) -> None:
     environment = {
         **os.environ, "LUTHIER_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"),
-        # The storage that the hub itself has for large files has no server but the hub's own.
+        # The storage of large files (Xet) exists only on the real hub.
         "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
     del environment["HF_HUB_OFFLINE"]
@@ -93,7 +91,7 @@ def test_a_second_time_no_large_file_is_sent(hub: HubUploads) -> None:
 
 
 @pytest.mark.usefixtures("online")
-def test_what_fails_is_named_and_the_rest_is_sent_by_the_next_try(hub: HubUploads) -> None:
+def test_failed_push_is_reported_and_retry_uploads_rest(hub: HubUploads) -> None:
     hub.refused = {"upload"}
     failed = push()
     assert failed.code == 1
@@ -143,7 +141,7 @@ def test_a_private_repository_does_not_become_public(hub: HubUploads) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("online")
-def test_an_adapter_names_its_base_and_no_folder_of_this_machine(
+def test_pushed_adapter_names_base_without_local_paths(
     hub: HubUploads, own_home: Path, data: Path, tiny_model_folder: Path
 ) -> None:
     Answer(*memorise(tiny_model_folder, data, "thin", "lora", 0.01)).good()
@@ -162,7 +160,7 @@ def test_an_adapter_names_its_base_and_no_folder_of_this_machine(
 
 
 @pytest.mark.usefixtures("online")
-def test_a_gguf_file_is_uploaded_with_its_library(hub: HubUploads) -> None:
+def test_pushed_gguf_card_names_library(hub: HubUploads) -> None:
     done = push("--format", "gguf", "--quantization", "q8_0", "--json").good().json()
     (file,) = [name for name in done["files"] if name.endswith(".gguf")]
     assert "Modelfile" in done["files"] and uploaded(hub)[file].startswith(b"GGUF")
@@ -171,7 +169,7 @@ def test_a_gguf_file_is_uploaded_with_its_library(hub: HubUploads) -> None:
 
 
 @pytest.mark.usefixtures("online")
-def test_a_hub_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     failed = push()
     assert failed.code == 1 and "http://127.0.0.1:9" in failed.err
@@ -183,7 +181,7 @@ def test_a_hub_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "to", ["anna/colours", "hub:colours", "hub:a/b/c", "hub:../etc", "hub:a/..", "s3://a/b"]
 )
-def test_an_address_that_is_none_is_refused(
+def test_invalid_hub_address_is_rejected(
     home: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -72,7 +72,7 @@ def test_json_has_the_trials_best_first_and_the_model(whole: tuple[Path, dict[st
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_makes_the_same_trials(
+def test_killed_search_resumes_to_same_trials(
     whole: tuple[Path, dict[str, Any]], rows: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     words = arguments(rows, tiny_model_folder, "--json")
@@ -102,7 +102,7 @@ def test_the_recipe_found_can_be_tuned(
     assert json.loads(done.stdout)["validation_loss"] == found["trials"][0]["value"]
 
 
-def test_the_table_comes_with_what_to_type_next(
+def test_search_table_suggests_next_command(
     whole: tuple[Path, dict[str, Any]],
     rows: Path,
     tiny_model_folder: Path,

@@ -55,7 +55,7 @@ def test_a_student_is_made_listed_shown_exported_and_removed(
     assert json.loads(run("models", "list", "--json").stdout)["custom"] == []
 
 
-def test_what_will_be_cut_is_said_before_it_is(tiny_model_folder: Path) -> None:
+def test_student_command_prints_remaining_layers(tiny_model_folder: Path) -> None:
     done = run(
         "models", "student", "--from", tiny_model_folder, "--keep", "0,1,3", "--name", "small"
     )

@@ -24,7 +24,7 @@ from luthier.files import read_json, sha256_of
 from luthier.models.manifest import MANIFEST
 
 
-def test_tune_prints_one_object_and_its_progress_beside_it(
+def test_tune_prints_json_result_and_progress_on_stderr(
     tuned: tuple[Path, dict[str, Any], str, str], data: Path
 ) -> None:
     home, result, out, err = tuned
@@ -61,7 +61,7 @@ def test_the_verdict_is_printed_with_advice_in_the_words_of_the_command_line(
     assert "  worse [x]\n  Try `--set training.patience=3`\n" in capsys.readouterr().out
 
 
-def test_the_first_lines_say_what_is_stored_and_whose_the_figures_are(
+def test_result_lines_describe_stored_weights(
     tuned: tuple[Path, dict[str, Any], str, str], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = TypeAdapter(Result).validate_python(tuned[1])
@@ -78,7 +78,7 @@ def test_the_first_lines_say_what_is_stored_and_whose_the_figures_are(
     assert f"validation loss {result.verdict.kept['loss']:.4f} before the refit on all 24" in second
 
 
-def test_the_figures_of_one_line_are_of_the_same_weights(
+def test_printed_losses_describe_same_weights(
     tuned: tuple[Path, dict[str, Any], str, str], home: Path
 ) -> None:
     result = TypeAdapter(Result).validate_python(tuned[1])
@@ -94,7 +94,7 @@ def test_the_figures_of_one_line_are_of_the_same_weights(
     assert loss_figures(replace(result, verdict=unmeasured), "") == trained
 
 
-def test_tune_without_json_tells_choices_and_next_steps(
+def test_tune_without_json_prints_choices_and_next_steps(
     data: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     """Without a terminal: no bar, no colours; the result on stdout, the settings on stderr."""
@@ -117,7 +117,7 @@ def test_tune_without_json_tells_choices_and_next_steps(
 
 
 @pytest.mark.slow
-def test_the_picture_that_is_named_is_there(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_printed_loss_curve_file_exists(tiny_model_folder: Path, tmp_path: Path) -> None:
     rows = [{"text": f"my {word} {n}", "label": word} for n in range(12) for word in ("fox", "dog")]
     data = jsonl(tmp_path / "labels.jsonl", *rows)
     process = start(
@@ -178,7 +178,7 @@ def test_bad_rows_are_refused_with_file_line_rule_and_fix(
         ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "x"}', "encoding.utf8"),
     ],
 )
-def test_files_that_are_no_data_are_refused(
+def test_invalid_data_files_are_rejected(
     tmp_path: Path,
     luthier_home: Path,
     tiny_model_folder: Path,
@@ -195,9 +195,7 @@ def test_files_that_are_no_data_are_refused(
     assert files_in(luthier_home) == []
 
 
-def test_many_problems_of_one_cause_are_counted_and_shown_once(
-    tmp_path: Path, tiny_model_folder: Path
-) -> None:
+def test_problems_of_same_cause_are_grouped(tmp_path: Path, tiny_model_folder: Path) -> None:
     path = jsonl(tmp_path / "bad.jsonl", *["{" for _ in range(50)])
     answer = Answer("tune", str(path), "--base", str(tiny_model_folder), "--json")
     assert answer.refused().count("[json.invalid]") == 1
@@ -224,7 +222,7 @@ def test_many_problems_of_one_cause_are_counted_and_shown_once(
         (["--validation", "none.jsonl"], "DataError", "file.missing"),
     ],
 )
-def test_what_cannot_work_is_refused(
+def test_tune_rejects_invalid_options(
     data: Path,
     luthier_home: Path,
     tiny_model_folder: Path,
@@ -241,7 +239,7 @@ def test_what_cannot_work_is_refused(
     assert files_in(luthier_home) == []
 
 
-def test_a_store_that_cannot_be_written_is_an_error(
+def test_unwritable_store_is_an_error(
     data: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("x")
@@ -339,7 +337,7 @@ def comparison_lines(found: Comparison | None, capsys: pytest.CaptureFixture[str
     return [line.strip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_one_line_each_the_best_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_lines_are_sorted_by_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
     said = comparison_lines(replace(FOUND, verdict=FOUND.judge()), capsys)
     assert said[0].startswith("on 200 held-out rows, ")
     assert [line.split()[1] for line in said[1:4]] == ["73.5%", "48.5%", "25.0%"]

@@ -168,7 +168,7 @@ def test_no_name_breaks_out_of_a_file(
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_what_no_filter_has_quoted_stops_the_template() -> None:
+def test_template_rejects_unquoted_values() -> None:
     with pytest.raises(TypeError):
         render(
             "slurm.sh.jinja", {"title": "x", "measured": "y", "label": "z", "nodes": "3; reboot"}
@@ -192,7 +192,7 @@ def test_slurm_gets_nodes_a_meeting_place_and_room(recipe: Callable[..., Recipe]
 
 
 @pytest.mark.parametrize("before_the_wait", ["", "sleep 0.3\n"], ids=["waiting", "not yet"])
-def test_slurm_queues_again_when_its_time_is_nearly_over(
+def test_slurm_job_requeues_before_time_limit(
     recipe: Callable[..., Recipe], tmp_path: Path, before_the_wait: str
 ) -> None:
     script = tmp_path / "job.sh"
@@ -200,7 +200,7 @@ def test_slurm_queues_again_when_its_time_is_nearly_over(
     assert text.count("--resume &\n") == 1
     script.write_text(text.replace("--resume &\n", f"--resume &\n{before_the_wait}"))
     tools = stand_ins(tmp_path / "tools", "scontrol")
-    # Tells the batch script that the time is nearly over, and ends at SIGTERM as a run does.
+    # Signals the batch script before the time limit, and exits at SIGTERM like a run.
     programs = {
         "srun": "trap 'echo checkpoint > ended; exit 1' TERM; echo $$ > pid; kill -USR1 $PPID\n"
         "for _ in $(seq 100); do sleep 0.1; done\n",
@@ -230,7 +230,7 @@ def test_the_job_fits_the_schema_of_kubernetes(
         schema.validate(document, "1.35", strict=True)
 
 
-def test_a_job_of_several_nodes_meets_at_its_first_pod(recipe: Callable[..., Recipe]) -> None:
+def test_multi_node_job_uses_first_pod_as_rendezvous(recipe: Callable[..., Recipe]) -> None:
     request = LaunchRequest("kubernetes", processes=2, nodes=3, gpu="H100")
     found = documents(launch_file(recipe(), FOUND, request, PROCESSOR))
     job = found["Job"]["spec"]
@@ -252,7 +252,7 @@ def test_a_job_of_several_nodes_meets_at_its_first_pod(recipe: Callable[..., Rec
     assert pod["containers"][0]["resources"]["limits"] == {"memory": "7Gi", "nvidia.com/gpu": "2"}
 
 
-def test_a_job_waits_for_files_that_have_to_be_copied(recipe: Callable[..., Recipe]) -> None:
+def test_kubernetes_job_is_suspended_until_files_are_copied(recipe: Callable[..., Recipe]) -> None:
     text = launch_file(recipe(), FOUND, LaunchRequest("kubernetes"), PROCESSOR)
     assert documents(text)["Job"]["spec"]["suspend"] is True
     copied = re.findall(r"^#   kubectl cp (.*) luthier-colours-data:(\S+)$", text, re.MULTILINE)
@@ -262,9 +262,7 @@ def test_a_job_waits_for_files_that_have_to_be_copied(recipe: Callable[..., Reci
     assert recipe_in("kubernetes", text)["base"] == "/luthier/data/tiny-llama"
 
 
-def test_rows_that_name_pictures_go_with_their_folder(
-    recipe: Callable[..., Recipe], tmp_path: Path
-) -> None:
+def test_image_rows_are_mounted_with_folder(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     from PIL import Image
 
     pictures = tmp_path / "pictures"
@@ -341,7 +339,7 @@ def test_ray_runs_the_script(
     assert tomllib.loads(carried)["data"]["train"] == recipe().data.train
 
 
-def test_a_gpu_takes_its_name_from_the_machine_of_the_estimate() -> None:
+def test_gpu_name_is_parsed_from_estimated_machine() -> None:
     names = {
         "NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100", "Tesla T4": "T4",
         "NVIDIA L40S": "L40S", "Tesla V100-SXM2-16GB": "V100", "NVIDIA H200": "H200",
@@ -355,14 +353,14 @@ def test_a_gpu_takes_its_name_from_the_machine_of_the_estimate() -> None:
         size_job(replace(FOUND, machine="a thing"), LaunchRequest("ray"), CARD)
 
 
-def test_threads_of_a_process_are_those_of_all_on_its_node(recipe: Callable[..., Recipe]) -> None:
+def test_recipe_threads_include_all_processes_of_node(recipe: Callable[..., Recipe]) -> None:
     given = recipe(training={"threads": 2})
     text = launch_file(given, FOUND, LaunchRequest("slurm", processes=4), PROCESSOR)
     assert recipe_in("slurm", text)["training"]["threads"] == 8
     assert "--cpus-per-task=8" in text
 
 
-def test_a_time_that_is_given_is_the_limit() -> None:
+def test_given_time_is_used_as_limit() -> None:
     sizing = size_job(FOUND, LaunchRequest("slurm", seconds=90), PROCESSOR)
     assert sizing.seconds == 90 and sizing.reasons["time"] == "Time: 90 s by option."
     short = replace(FOUND, seconds=PredictionInterval.exactly(5))
@@ -381,12 +379,12 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_cannot_be_launched_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_launch_request_is_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         LaunchRequest(**wrong)
 
 
-def test_a_name_that_is_no_text_is_refused(recipe: Callable[..., Recipe]) -> None:
+def test_file_name_outside_utf8_is_rejected(recipe: Callable[..., Recipe]) -> None:
     broken = recipe(data={"train": "/data/caf\udce9.jsonl"})
     with pytest.raises(RecipeError) as refused:
         recipe_text(broken, "x", {})
@@ -411,7 +409,7 @@ def test_the_command_estimates_and_writes_the_file(
     assert "#SBATCH --nodes=2" in same
 
 
-def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_launch_command_reports_errors(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     def refusal(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["launch", *arguments])
         assert done.exit_code == 2, done.output

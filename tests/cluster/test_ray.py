@@ -84,7 +84,7 @@ def test_killed_workers_and_a_killed_node_change_no_bit(queue: Any, cluster: Clu
     cluster.add_until(2)
 
 
-def test_a_stopped_job_ends_and_its_node_is_free_again(queue: Any, cluster: Cluster) -> None:
+def test_stopped_ray_job_frees_node(queue: Any, cluster: Cluster) -> None:
     made = scheduler(queue, cluster)
     job_id = submit_rows(queue, "stopped", 100_000)
     worker = psutil.Process(queue.until(job_id, running()).worker["pid"])
@@ -95,7 +95,7 @@ def test_a_stopped_job_ends_and_its_node_is_free_again(queue: Any, cluster: Clus
     assert queue.ended(job_id).state == "Stopped"
     worker.wait(60)
     cluster.wait_for_idle(2)
-    # A server that ends and takes its workers along: the driver passes the signal on.
+    # A server that stops its workers: the driver forwards the signal.
     again = submit_rows(queue, "given-back", 100_000)
     queue.until(again, running(5))
     (driver,) = made.children.values()

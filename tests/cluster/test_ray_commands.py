@@ -131,7 +131,7 @@ def test_killed_workers_and_a_killed_node_change_no_trial(
     cluster.add_until(2)
 
 
-def test_what_a_node_does_not_see_is_named(
+def test_file_missing_on_node_is_reported(
     self, cluster: Cluster, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def answered(output: Path) -> int:
     return len([*shards_folder(output).glob("*.answers")])
 
 
-def test_a_killed_command_goes_on(
+def test_killed_ray_inference_resumes(
     self, cluster: Cluster, task: GenerateTask, tmp_path: Path
 ) -> None:
     alone, spread = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl"
@@ -178,7 +178,7 @@ def test_a_killed_command_goes_on(
         workers = [each for n in (1, 2) if (each := inference_process(spread, n))]
         process.kill()
     _, alive = psutil.wait_procs(workers, 60)
-    assert not alive  # what they were answering is answered anew
+    assert not alive  # the next run repeats their unfinished prompts
     assert answered(spread) < SHARDS and not spread.exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)

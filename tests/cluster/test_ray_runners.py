@@ -41,7 +41,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @sqlite
-def test_one_worker_starts_at_a_time(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_workers_start_sequentially(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     queue.submit()
     runner = job_runner(monkeypatch, IDLE, BUSY)
     with queue.database.write() as session:
@@ -67,7 +67,7 @@ def test_a_job_reserves_at_most_the_resources_of_a_node(monkeypatch: pytest.Monk
 
 
 @sqlite
-def test_a_job_of_an_encoder_reserves_its_memory(queue: Any) -> None:
+def test_encoder_job_reserves_memory(queue: Any) -> None:
     base = foundation_model("sentence-transformers.all-minilm-l6-v2")
     job_id = queue.submit("labels", base=base, settings={})
     TRAINING.prepare(queue.database)
@@ -90,7 +90,7 @@ def test_an_unreachable_cluster_is_rejected(database: Any) -> None:
         open_runner("ray", "127.0.0.1:1", 0.0).check(database)
 
 
-def test_a_runner_needs_its_own_options() -> None:
+def test_runner_rejects_options_of_different_runner() -> None:
     for name, address in (("local", "127.0.0.1:1"), ("ray", None), ("nomad", "127.0.0.1:1")):
         with pytest.raises(RefusedInput):
             open_runner(name, address, 0.0)
@@ -121,7 +121,7 @@ def with_threads(recipe: Recipe, threads: int | None) -> Recipe:
         (9_000, None, None, (1, 4)),  # a trial that fits no node runs on the largest
     ],
 )
-def test_a_round_is_what_the_nodes_have_room_for(
+def test_trial_round_fits_free_resources_of_nodes(
     two_nodes: None,
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,7 +153,7 @@ def test_processes_of_inference_share_the_cores(
     assert runner.plan_processes(processes, memory, 100) == shares
 
 
-def test_a_process_reserves_its_resources_and_names_its_files(
+def test_ray_process_reserves_resources_and_lists_files(
     two_nodes: None, recipe: Recipe, tmp_path: Path
 ) -> None:
     runner = RayTrialRunner("10.0.0.1:6379")

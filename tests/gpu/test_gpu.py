@@ -52,7 +52,7 @@ def train(rows: Path, base: Path, name: str, **fields: Any) -> tuple[list[float]
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_losses_in_float32_equal_those_of_the_cpu(
+def test_float32_losses_match_cpu(
     rows: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, adaptation: str
 ) -> None:
     fields = {"adaptation": adaptation, "training__precision": "float32"}
@@ -76,7 +76,7 @@ def test_bfloat16_lowers_the_loss_and_the_stored_model_has_parity(
     assert 0 < result.peak_memory_bytes < 2 << 30
 
 
-def test_windows_caps_and_sinks_equal_those_of_the_cpu() -> None:
+def test_attention_windows_caps_and_sinks_match_cpu() -> None:
     generator = np.random.default_rng(0)
     prefix = generator.integers(0, 99, 200)
     rows = [

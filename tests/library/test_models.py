@@ -71,7 +71,7 @@ def test_short_names_are_safe_in_paths(base: str, name: str) -> None:
     assert short_name(base) == name
 
 
-def test_a_custom_model_is_found_with_its_lineage() -> None:
+def test_find_returns_custom_model_with_lineage() -> None:
     base = make_base(BASE)
     first = make_custom(BASE, "one", BASE, "adapter")
     make_custom(BASE, "two", f"{BASE}:one", "adapter", root=BASE)
@@ -86,7 +86,7 @@ def test_a_custom_model_is_found_with_its_lineage() -> None:
     assert found.parent.parent.root == BASE
 
 
-def test_a_copied_folder_is_not_taken_for_the_model_of_its_record() -> None:
+def test_copied_model_folder_is_damaged() -> None:
     make_base(BASE)
     folder = make_custom(BASE, "one", BASE, "adapter")
     shutil.copytree(folder, folder.with_name("copy"))
@@ -136,7 +136,7 @@ def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
     assert find(str(tmp_path / "a:b")).folder == tmp_path / "a:b"
 
 
-def test_a_catalogue_model_that_is_not_here_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_catalogue_model_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
     def pull(entry: Any, target: Path, say: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_catalogue_model_that_is_not_here_is_fetched(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("model_id", ["smollm", "./no/where", "/no/where", "a/b/c", ""])
-def test_an_unknown_id_lists_what_is_known(model_id: str) -> None:
+def test_unknown_id_error_lists_known_models(model_id: str) -> None:
     make_custom(BASE, "mine", BASE)
     with pytest.raises(UnknownModel) as caught:
         find(model_id)
@@ -162,7 +162,7 @@ def test_an_unknown_id_lists_what_is_known(model_id: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "..", "../..", "a/b", "", "."])
-def test_an_unknown_custom_model_lists_those_there_are(name: str) -> None:
+def test_unknown_custom_model_is_rejected(name: str) -> None:
     make_custom(BASE, "mine", BASE)
     with pytest.raises(UnknownModel) as refused:
         find(f"{BASE}:{name}")
@@ -176,7 +176,7 @@ def test_a_name_cannot_lead_out_of_the_store(luthier_home: Path) -> None:
     assert refused.value.rule == "model.unknown"
 
 
-def test_custom_models_are_sorted_by_age_and_unfinished_ones_left_out(luthier_home: Path) -> None:
+def test_custom_models_are_sorted_by_age_without_unfinished_models(luthier_home: Path) -> None:
     assert custom_models() == []
     make_custom("b", "new", "b", created="2026-01-02")
     make_custom("a", "old", "a", created="2026-01-01")
@@ -266,7 +266,7 @@ def test_code_of_a_model_folder_is_never_run(
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_folder_that_is_no_model_says_so(tmp_path: Path) -> None:
+def test_invalid_model_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UnknownModel) as refused:
         ModelFolder(tmp_path).check()
     assert refused.value.rule == "model.file_missing"
@@ -288,7 +288,7 @@ def test_broken_weights_are_an_error_and_not_a_crash(
     assert refused.value.rule == "model.weights"
 
 
-def test_a_stored_model_of_which_a_bit_changed_is_not_loaded(tiny_model_folder: Path) -> None:
+def test_stored_model_with_flipped_bit_is_not_loaded(tiny_model_folder: Path) -> None:
     folder = make_custom(BASE, "whole", BASE)
     shutil.copytree(tiny_model_folder, folder, dirs_exist_ok=True)
     make_custom(BASE, "whole", BASE, files=hashes_of(folder, skip=(MANIFEST,)))
@@ -299,7 +299,7 @@ def test_a_stored_model_of_which_a_bit_changed_is_not_loaded(tiny_model_folder: 
     content, before = bytearray(weights.read_bytes()), weights.stat()
     content[-1] ^= 1
     weights.write_bytes(content)
-    # As a copy or a restore does that keeps times.
+    # A copy or restore can preserve modification times.
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(CorruptFile) as refused:
         load(stored, *machine)
@@ -313,7 +313,7 @@ def test_a_stored_model_of_which_a_bit_changed_is_not_loaded(tiny_model_folder: 
     assert refused.value.rule == "file.missing"
 
 
-def test_weights_that_are_missing_are_not_drawn_at_random(
+def test_missing_weights_are_not_initialized_randomly(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -340,7 +340,7 @@ def test_an_unknown_model_names_the_nearest_few(luthier_home: Path) -> None:
     assert "`luthier models list` shows all 30" in message
 
 
-def test_only_models_that_can_do_it_are_suggested(luthier_home: Path) -> None:
+def test_suggestions_are_limited_to_capable_models(luthier_home: Path) -> None:
     for name, method in (
         ("mine-labels", "classification"),
         ("mine-text", "sft"),
@@ -381,7 +381,7 @@ def test_only_models_that_can_do_it_are_suggested(luthier_home: Path) -> None:
         ("zzz", ""),
     ],
 )
-def test_what_an_unknown_id_may_mean(asked: str, meant: str) -> None:
+def test_unknown_id_suggests_similar_model(asked: str, meant: str) -> None:
     make_custom(BASE, "mine", BASE)
     with pytest.raises(UnknownModel) as refused:
         find(asked)
@@ -403,7 +403,7 @@ def test_what_an_unknown_id_may_mean(asked: str, meant: str) -> None:
         ("small_cnn", None, None),
     ],
 )
-def test_a_folder_without_a_record_is_known_by_its_network(
+def test_folder_without_manifest_is_classified_by_network(
     family: str, kind: str | None, method: str | None, family_folder: Callable[[str], Path]
 ) -> None:
     folder = find(str(family_folder(family)))
@@ -414,7 +414,7 @@ def test_a_folder_without_a_record_is_known_by_its_network(
         assert folder.objective.method == method
 
 
-def test_changes_of_a_record_wait_for_each_other(luthier_home: Path) -> None:
+def test_concurrent_manifest_updates_are_serialized(luthier_home: Path) -> None:
     """Threads and processes read the manifest before writing."""
     make_custom("tiny", "x", "tiny")
     code = (
@@ -442,7 +442,7 @@ def test_changes_of_a_record_wait_for_each_other(luthier_home: Path) -> None:
     ("family", "method"),
     [("llama", "causal_lm"), ("bert", "contrastive"), ("resnet", "contrastive")],
 )
-def test_a_folder_of_another_tool_is_what_its_network_is(
+def test_third_party_folder_is_classified_by_network(
     family: str, method: str, family_folder: Callable[[str], Path]
 ) -> None:
     stored = find(str(family_folder(family)))

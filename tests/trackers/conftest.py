@@ -1,4 +1,4 @@
-"""Short runs whose metrics go to trackers."""
+"""Short runs with trackers."""
 
 from short_runs import recipe, rows
 

@@ -23,7 +23,7 @@ from luthier.trackers import TRACKERS, Status, TrackedRun, Tracker, TrackerEntry
 
 
 class Notes(Reporter):
-    """A reporter that keeps what it hears."""
+    """A reporter that stores notes and metrics."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -37,7 +37,7 @@ class Notes(Reporter):
 
 
 class Recorded(Tracker):
-    """A tracker that fails in one of its methods."""
+    """A tracker with a failing method."""
 
     def __init__(self, fails: str) -> None:
         self.fails, self.steps, self.status = fails, list[int](), list[Status]()
@@ -74,7 +74,7 @@ def train_losses(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("fails", ["", "open", "log", "end"])
-def test_a_tracker_that_fails_ends_no_run(
+def test_failing_tracker_does_not_end_run(
     recipe: Callable[..., Recipe], recorded: Callable[[str], Recorded], fails: str
 ) -> None:
     tracker, heard = recorded(fails), Notes()
@@ -199,7 +199,7 @@ def test_wandb_offline(
 
 
 def wandb_losses(file: Path) -> list[float]:
-    """Training losses in the transaction log of an offline run, which is a LevelDB log."""
+    """Return the training losses in the transaction log (LevelDB) of an offline run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, found, at, part = file.read_bytes(), list[float](), 7, b""
@@ -231,7 +231,7 @@ def test_the_command_reports_to_several_trackers(rows: Path, tiny_model_folder: 
     assert "training.track" in refused and "tensorboard" in refused
 
 
-def test_no_tracker_is_imported_without_its_name() -> None:
+def test_trackers_are_imported_only_on_request() -> None:
     code = (
         "import luthier.recipe, luthier.trackers, sys; print({'mlflow', 'wandb'} & {*sys.modules})"
     )

@@ -55,7 +55,7 @@ def test_list_names_bases_and_custom_models(
     ("kind", "why"),
     [("none", "does not exist"), ("file", "is not a folder"), ("closed", "is not readable")],
 )
-def test_a_store_that_cannot_be_read_is_named(
+def test_unreadable_store_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
 ) -> None:
     named = tmp_path / "store"
@@ -76,7 +76,7 @@ def test_a_store_that_cannot_be_read_is_named(
         assert "LUTHIER_HOME" in Answer("admin", "models", "list").refused(1)
 
 
-def test_a_run_that_somebody_copied_is_no_interrupted_one(luthier_home: Path) -> None:
+def test_copied_run_folder_is_not_listed_as_interrupted(luthier_home: Path) -> None:
     for name in ("good", "good (copy)"):
         folder = luthier_home / "runs" / "fasttext" / name
         folder.mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_a_run_that_somebody_copied_is_no_interrupted_one(luthier_home: Path) ->
     assert "fasttext:good" in listed and "(copy)" not in listed
 
 
-def test_a_default_store_that_is_not_there_yet_is_no_trouble(
+def test_missing_default_store_prints_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LUTHIER_HOME")
@@ -97,7 +97,7 @@ def test_a_default_store_that_is_not_there_yet_is_no_trouble(
     assert shown.json()["error"]["type"] == "UnknownModel"
 
 
-def test_whose_the_figures_are_is_listed(own_home: Path) -> None:
+def test_list_shows_refit_and_unchanged_models(own_home: Path) -> None:
     path = own_home / "models" / "custom" / "tiny-llama" / "colours" / "luthier.json"
     record = json.loads(path.read_text())
     record["metrics"]["refit"] = {"rows": 24, "held_out": 4, "steps": 9}
@@ -116,7 +116,7 @@ def test_whose_the_figures_are_is_listed(own_home: Path) -> None:
     assert custom["unchanged"] is True
 
 
-def test_a_model_that_is_withheld_is_listed_so(own_home: Path) -> None:
+def test_list_marks_withheld_model(own_home: Path) -> None:
     record = own_home / "models" / "custom" / "tiny-llama" / "colours" / "luthier.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"withheld": "it forgot"}))
     text = Answer("models", "list").good().out
@@ -124,7 +124,7 @@ def test_a_model_that_is_withheld_is_listed_so(own_home: Path) -> None:
     assert line.rstrip().endswith("withheld")
 
 
-def test_list_makes_no_database_and_stands_one_that_cannot_be_read(
+def test_list_creates_no_database_and_tolerates_corrupt_database(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_DATABASE", f"sqlite:///{own_home / 'absent.db'}")
@@ -145,13 +145,13 @@ def test_an_unknown_id_beside_jobs_points_to_their_names(own_home: Path) -> None
     assert "tiny-llama:job-1" in message
 
 
-def test_list_of_an_empty_store_says_what_to_do() -> None:
+def test_list_of_empty_store_suggests_tune() -> None:
     assert "luthier tune DATA" in Answer("models", "list").good().out
     assert Answer("models", "list", "--json").good().json()["custom"] == []
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"id": "tiny-llama:colours"}'])
-def test_one_damaged_model_does_not_hide_the_others(own_home: Path, text: str) -> None:
+def test_damaged_model_does_not_hide_intact_models(own_home: Path, text: str) -> None:
     folder = own_home / "models" / "custom" / "tiny-llama"
     (folder / "broken").mkdir()
     (folder / "broken" / "luthier.json").write_text(text)
@@ -161,9 +161,7 @@ def test_one_damaged_model_does_not_hide_the_others(own_home: Path, text: str) -
     assert "damaged" in Answer("models", "list").good().out
 
 
-def test_show_tells_files_hashes_and_whether_they_are_intact(
-    own_home: Path, tiny_model_folder: Path
-) -> None:
+def test_show_reports_file_hashes_and_damage(own_home: Path, tiny_model_folder: Path) -> None:
     shown = Answer("models", "show", MODEL, "--json").good().json()
     assert shown["lineage"] == [MODEL, str(tiny_model_folder)]
     folder = own_home / "models" / "custom" / "tiny-llama" / "colours"
@@ -186,7 +184,7 @@ def test_show_tells_files_hashes_and_whether_they_are_intact(
     assert files["model.safetensors"]["intact"] is True
 
 
-def test_show_says_in_a_few_lines_what_a_model_is(home: Path, tiny_model_folder: Path) -> None:
+def test_show_summarizes_model(home: Path, tiny_model_folder: Path) -> None:
     lines = Answer("models", "show", MODEL).good().out.splitlines()
     shown = {line[2:15].strip(): line[16:] for line in lines[1:-1]}
     assert (lines[0], shown["base"]) == (MODEL, str(tiny_model_folder))
@@ -198,7 +196,7 @@ def test_show_says_in_a_few_lines_what_a_model_is(home: Path, tiny_model_folder:
     assert "134,515,008\n" in pulled and "luthier models pull smollm2-135m-instruct" in pulled
 
 
-def test_show_describes_a_catalogue_model_without_fetching_it(luthier_home: Path) -> None:
+def test_show_of_catalogue_model_needs_no_download(luthier_home: Path) -> None:
     shown = Answer("models", "show", "smollm2-135m-instruct", "--json").good().json()
     assert shown["here"] is False
     source = CATALOG["smollm2-135m-instruct"].source
@@ -211,7 +209,7 @@ def test_show_describes_a_catalogue_model_without_fetching_it(luthier_home: Path
     assert unknown.json()["error"]["type"] == "UnknownModel"
 
 
-def test_pull_that_fails_leaves_nothing(
+def test_failed_pull_leaves_no_files(
     luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (
@@ -312,7 +310,7 @@ def test_export_of_a_base(tiny_model_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_export_of_a_network_of_ours_says_what_reads_it(
+def test_export_of_luthier_network_names_reader(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Answer("models", "export", "small-cnn", str(tmp_path / "out")).good().out
@@ -355,7 +353,7 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
 
 
 @pytest.mark.slow
-def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
+def test_remove_deletes_model_and_run(own_home: Path, data: Path) -> None:
     child = ["tune", str(data), "--base", MODEL, "--name", "child", "--epochs", "1", "--json"]
     Answer(*child).good()
     other = gguf_folder("tiny-llama:child-2", "0" * 64, "f32")
@@ -418,7 +416,7 @@ def test_an_unknown_id_is_refused_with_the_nearest(own_home: Path) -> None:
     assert f"Did you mean {MODEL}?" in Answer("models", "samples", "tiny-llama:colour").refused()
 
 
-def test_a_fetched_base_is_removed_where_nothing_stands_on_it(own_home: Path) -> None:
+def test_base_with_dependent_model_is_removed_only_with_force(own_home: Path) -> None:
     folder = own_home / "models" / "base" / "smollm2-135m-instruct"
     write_json(folder / MANIFEST, {})
     derived = gguf_folder(folder.name, "0" * 64, "f32")
@@ -437,7 +435,7 @@ def test_a_fetched_base_is_removed_where_nothing_stands_on_it(own_home: Path) ->
     assert folder.name in Answer("models", "remove", folder.name).refused()
 
 
-def test_a_base_that_accounts_of_the_service_use_is_kept(own_home: Path) -> None:
+def test_base_used_by_account_is_removed_only_with_force(own_home: Path) -> None:
     folder = own_home / "models" / "base" / "smollm2-135m-instruct"
     write_json(folder / MANIFEST, {})
     foundation, ended = (
@@ -469,7 +467,7 @@ def test_a_base_that_accounts_of_the_service_use_is_kept(own_home: Path) -> None
     assert not folder.exists()
 
 
-def test_a_base_that_a_run_learns_from_is_kept(own_home: Path) -> None:
+def test_base_of_active_run_cannot_be_removed(own_home: Path) -> None:
     folder = own_home / "models" / "base" / "smollm2-135m-instruct"
     write_json(folder / MANIFEST, {})
     run = Run(folder.name, "mine")
@@ -485,7 +483,7 @@ def test_a_base_that_a_run_learns_from_is_kept(own_home: Path) -> None:
     assert not folder.exists()
 
 
-def test_an_adapter_that_peft_lacks_is_exported_with_a_word_about_it(
+def test_export_of_adapter_unsupported_by_peft_prints_note(
     luthier_home: Path, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     import numpy as np

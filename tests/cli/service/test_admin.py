@@ -126,7 +126,7 @@ def details_of(action: str) -> dict[str, Any]:
     return details
 
 
-def test_the_log_says_what_was_changed(database: Database, ann: str) -> None:
+def test_audit_log_records_changes_without_secrets(database: Database, ann: str) -> None:
     admin("accounts", "quota", FIRST, "deployments=7", "custom_models=", "requests_per_second=0.5")
     quotas = {"deployments": "7", "custom_models": "default", "requests_per_second": "0.5"}
     assert details_of("quotas.set") == quotas
@@ -141,7 +141,7 @@ def test_the_log_says_what_was_changed(database: Database, ann: str) -> None:
         assert secret not in json.dumps(everything)
 
 
-def test_limits_of_accounts_say_whose_they_are(database: Database, ann: str) -> None:
+def test_usage_reports_source_of_limits(database: Database, ann: str) -> None:
     admin("accounts", "quota", FIRST, "deployments=7", "requests_per_second=0.5")
     shown = {row["quota"]: row for row in admin("accounts", "usage", FIRST)["usage"]}
     assert (shown["deployments"]["most"], shown["deployments"]["from"]) == (7, "account")
@@ -176,6 +176,6 @@ def test_backup_and_restore(
     admin("restore", str(tmp_path / "backup"), code=2)
 
 
-def test_a_new_database_gets_its_tables(tmp_path: Path) -> None:
+def test_admin_creates_tables_in_new_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'empty.db'}"
     assert admin("users", "list", "--database", url) == {"users": []}

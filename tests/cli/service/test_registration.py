@@ -172,9 +172,7 @@ def test_address_of_a_registered_model(
 @pytest.mark.parametrize(
     "fields", [{"job_id": "abc"}, {"stored_id": "imported:model-abcdefghijkl"}]
 )
-def test_what_the_service_made_is_not_taken_from_its_account(
-    luthier_home: Path, fields: dict[str, str]
-) -> None:
+def test_service_model_cannot_be_unregistered(luthier_home: Path, fields: dict[str, str]) -> None:
     admin("accounts", "create", FIRST_ACCOUNT)
     own = {
         "id": "abcdefghijkl", "account": FIRST_ACCOUNT, "name": "x", "foundation": "luthier.x",
@@ -188,7 +186,9 @@ def test_what_the_service_made_is_not_taken_from_its_account(
     assert admin("models", "list")["models"]
 
 
-def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_model_registration_is_rejected(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register = ("models", "register")
     assert "account 000000000000" in refused(*register, MODEL)
     for account in (FIRST_ACCOUNT, OTHER):

@@ -41,7 +41,7 @@ def refused(*arguments: str) -> str:
     return done.output
 
 
-def test_a_backend_that_is_not_there_is_refused_at_the_start(
+def test_serve_rejects_unknown_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LUTHIER_BACKEND", "warp")
@@ -49,7 +49,7 @@ def test_a_backend_that_is_not_there_is_refused_at_the_start(
 
 
 @pytest.mark.parametrize("port", ["-1", "80000"])
-def test_a_port_that_is_none_is_refused(port: str) -> None:
+def test_serve_rejects_invalid_port(port: str) -> None:
     """The system would use the port modulo 65,536."""
     answer = CliRunner().invoke(app, ["serve", "--port", port])
     assert answer.exit_code == 2 and "'--port': Input should be" in answer.output
@@ -97,7 +97,7 @@ def test_functions_are_known_by_name(arn: str, name: str | None) -> None:
     assert (found["name"] if found else None) == name
 
 
-def test_what_cannot_be_served_is_refused_at_once(tmp_path: Path) -> None:
+def test_serve_rejects_invalid_options(tmp_path: Path) -> None:
     file = tmp_path / "cert.pem"
     file.write_text("no certificate")
     assert "--tls-key" in refused("--tls-cert", str(file))
@@ -107,7 +107,7 @@ def test_what_cannot_be_served_is_refused_at_once(tmp_path: Path) -> None:
     assert "mysql://a/b" in refused("--database", "mysql://a/b")
 
 
-def test_a_store_without_its_server_key_is_not_served(
+def test_serve_requires_server_key_of_store(
     database: Database, api_key: str, luthier_home: Path
 ) -> None:
     done = CliRunner().invoke(app, ["serve", "--port", "0"])
@@ -159,7 +159,7 @@ app({arguments!r})
     "arguments", [["serve"], ["admin", "users", "list"], ["admin", "keys", "create", "ann"],
                   ["admin", "audit", "--json"]],
 )  # fmt: skip
-def test_without_the_extra_commands_name_it(arguments: list[str], luthier_home: Path) -> None:
+def test_commands_without_server_extra_name_extra(arguments: list[str], luthier_home: Path) -> None:
     names = ["alembic", "botocore", "cryptography", "sqlalchemy", "uvicorn"]
     program = WITHOUT.format(names=names, arguments=arguments)
     done = subprocess.run(

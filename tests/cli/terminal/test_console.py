@@ -60,7 +60,7 @@ def test_every_way_to_print(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.err == f"{VISIBLE}\nluthier: there is no {VISIBLE}\n"
 
 
-def test_a_console_has_its_own_styles_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_escapes_terminal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     shown = io.StringIO()
@@ -85,7 +85,7 @@ for piece in {pieces!r}:
 """
 
 
-def test_a_models_text_is_as_it_is_but_on_a_terminal() -> None:
+def test_model_text_is_escaped_only_on_terminal() -> None:
     """An escape sequence in two pieces, too; line ends and tabs stay."""
     pieces = ["one\n\ttwo \x1b", "[31m \x9b1m \u202e", "end"]
     command = [sys.executable, "-c", WRITE.format(pieces=pieces)]
@@ -175,7 +175,7 @@ def test_without_a_terminal_a_run_is_a_line_now_and_then(
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_who_asked_to_resume_alone_is_told_that_nothing_was_interrupted(
+def test_nothing_to_resume_is_reported_only_with_resume_option(
     resume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pipelines and jobs resume without an option, so the note is only for users of ``--resume``."""
@@ -204,7 +204,7 @@ def test_a_line_of_progress_has_the_time_left_and_both_losses(
     )
 
 
-def test_the_last_measurement_is_printed_and_belongs_to_its_training(
+def test_last_validation_is_printed_before_next_stage(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reporter = progress.LiveReporter()
@@ -221,7 +221,7 @@ def test_the_last_measurement_is_printed_and_belongs_to_its_training(
     assert again.startswith("  step 3 of 4") and "val" not in again
 
 
-def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_progress_is_not_printed(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = progress.LiveReporter()
     for number in range(1, 11):
         reporter.progress(number, 10, "predict")
@@ -245,7 +245,7 @@ def test_a_table_is_not_wrapped_in_a_file(
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_no_bar_is_drawn_into_a_file_that_wants_colours(
+def test_forced_colours_draw_no_progress_bar_into_file(
     monkeypatch: pytest.MonkeyPatch,
     clock: Clock,
     capsys: pytest.CaptureFixture[str],

@@ -29,7 +29,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_an_estimate_is_kept_for_the_run(data: Path, tiny_model_folder: Path) -> None:
+def test_estimate_is_stored_for_run(data: Path, tiny_model_folder: Path) -> None:
     found = luthier.estimate(data, base=str(tiny_model_folder), training__epochs=2)
     assert found.epochs == 2 and found.rows == 81  # a tenth is held out
     assert found.seconds.low <= found.seconds.value <= found.seconds.high
@@ -42,7 +42,7 @@ def test_an_estimate_is_kept_for_the_run(data: Path, tiny_model_folder: Path) ->
         luthier.estimate(recipe, training__epochs=1)
 
 
-def test_advice_says_what_to_type(data: Path, tiny_model_folder: Path) -> None:
+def test_advise_returns_facts_and_judgements(data: Path, tiny_model_folder: Path) -> None:
     found = luthier.advise(
         data, trial=0, base=str(tiny_model_folder), training__epochs=2, max_megabytes=10_000
     )
@@ -87,12 +87,12 @@ def test_common_fields_need_no_group(tmp_path: Path) -> None:
         tuning_recipe("rows.jsonl", {"epochs": 3, "training__epochs": 3})
 
 
-def test_the_package_lists_its_public_names() -> None:
+def test_package_dir_contains_public_names() -> None:
     assert set(luthier.__all__) <= set(dir(luthier))
 
 
 @pytest.mark.parametrize("source", [".", "none*.jsonl", "s3://none/a.jsonl", "file:///none.jsonl"])
-def test_sources_that_the_reader_resolves(source: str) -> None:
+def test_existing_source_accepts_reader_sources(source: str) -> None:
     assert existing_source(source) == source
 
 
