@@ -128,9 +128,7 @@ def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str)
     assert all(pool._entries[each].model._thread not in threads for each in NAMES[3:])
 
 
-def test_an_adapter_on_one_that_shares_its_base_has_a_network_of_its_own(
-    pool: ModelPool, home: Path
-) -> None:
+def test_adapter_of_an_adapter_has_separate_network(pool: ModelPool, home: Path) -> None:
     text_of(pool, NAMES[0])
     above = tune(home, NAMES[0], "above", {"method": "lora", "rank": 2})
     assert not shares_base(find(above))
@@ -143,7 +141,7 @@ def test_an_adapter_on_one_that_shares_its_base_has_a_network_of_its_own(
         ("Bert", {"method": "lora"}, {"method": "lora", "targets": ("query", "value")}),
     ],
 )
-def test_what_changes_the_output_head_does_not_share_its_base(
+def test_adapter_inside_output_head_does_not_share_base(
     family: str,
     inside: dict[str, Any],
     below: dict[str, Any],
@@ -173,7 +171,7 @@ def test_what_changes_the_output_head_does_not_share_its_base(
         assert text_of(pool, tuned) == text_of_generator(tuned)
 
 
-def test_an_adapter_stands_beside_its_base_as_it_was_trained() -> None:
+def test_adapter_and_shared_base_keep_trained_weights() -> None:
     """The adapter is not rounded into the shared weights of the base."""
     stored = find(NAMES[0])
     assert stored.parent is not None
@@ -188,7 +186,7 @@ def test_an_adapter_stands_beside_its_base_as_it_was_trained() -> None:
 
 
 @pytest.mark.slow
-def test_idle_adapters_go_before_their_base(pool: ModelPool, base: str) -> None:
+def test_idle_adapters_are_evicted_before_their_base(pool: ModelPool, base: str) -> None:
     text_of(pool, NAMES[0])
     text_of(pool, NAMES[1])
     text_of(pool, NAMES[0])
@@ -206,7 +204,7 @@ def test_idle_adapters_go_before_their_base(pool: ModelPool, base: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, base: str) -> None:
+def test_unload_of_adapter_ends_no_running_answer(pool: ModelPool, base: str) -> None:
     alone = text_of(pool, NAMES[1], max_tokens=60)
     streams = {name: pool.submit(name, asked(max_tokens=60)) for name in (*NAMES[:2], base)}
     next(streams[NAMES[0]])
@@ -221,7 +219,7 @@ def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, ba
     assert text_of(pool, NAMES[1], max_tokens=60) == alone
 
 
-def test_a_pool_that_closes_while_answers_are_written_gives_all_back(
+def test_closing_pool_fails_running_answers_with_service_unavailable(
     base: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = ModelPool(1 << 30, cache=1 << 28)
@@ -237,7 +235,7 @@ def test_a_pool_that_closes_while_answers_are_written_gives_all_back(
 
 
 @pytest.mark.slow
-def test_adapters_are_loaded_and_dropped_while_others_stream(pool: ModelPool) -> None:
+def test_stream_is_unchanged_by_loading_and_unloading_adapters(pool: ModelPool) -> None:
     alone = text_of(pool, NAMES[0], max_tokens=300)
     stream = pool.submit(NAMES[0], asked(max_tokens=300))
     first = next(stream)
@@ -257,7 +255,7 @@ def test_adapters_are_loaded_and_dropped_while_others_stream(pool: ModelPool) ->
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "gone", "another network's"])
-def test_a_file_that_is_not_the_stored_one_is_named(
+def test_damaged_adapter_file_is_refused(
     damage: str, pool: ModelPool, home: Path, base: str
 ) -> None:
     """A damaged file is an error, concurrent requests continue, and a repaired file works."""
@@ -305,7 +303,7 @@ def test_the_bare_base_has_no_layer_of_an_adapter(pool: ModelPool, base: str) ->
     assert not any("lora" in name for name, _ in network.named_parameters())
 
 
-def test_adapters_that_are_gone_leave_nothing_with_their_base(pool: ModelPool, base: str) -> None:
+def test_unloaded_adapters_free_their_layers(pool: ModelPool, base: str) -> None:
     text_of(pool, base)
     shared = pool._entries[base].model._backend._batch
     for name in SHARING:
@@ -321,9 +319,7 @@ def test_adapters_that_are_gone_leave_nothing_with_their_base(pool: ModelPool, b
     assert not shared._stacks
 
 
-def test_a_prompt_that_is_read_as_its_adapter_goes_is_not_remembered(
-    pool: ModelPool, base: str
-) -> None:
+def test_prompt_of_unloaded_adapter_is_not_cached(pool: ModelPool, base: str) -> None:
     text_of(pool, base)
     text_of(pool, NAMES[0])
     model, backend = pool._entries[NAMES[0]].model, pool._entries[base].model._backend
@@ -345,7 +341,7 @@ def test_a_prompt_that_is_read_as_its_adapter_goes_is_not_remembered(
     assert not [key for key in pool._prefixes._roots if key[0] is model]
 
 
-def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
+def test_cancelled_request_of_unloaded_adapter_leaves_base_answers_unchanged(
     pool: ModelPool, base: str
 ) -> None:
     text_of(pool, base)
@@ -376,7 +372,7 @@ def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
     assert [each.results()[0].text for each in others] == expected
 
 
-def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(
+def test_failed_adapter_load_leaves_base_without_stacks(
     pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text_of(pool, base)

@@ -116,7 +116,7 @@ def check_close(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_what_is_asked_at_once_is_read_at_once_and_answered_as_alone(
+def test_concurrent_predictions_share_a_pass_and_match_single_rows(
     pool: ModelPool, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = name_of(model)
@@ -137,7 +137,9 @@ def test_what_is_asked_at_once_is_read_at_once_and_answered_as_alone(
 
 
 @pytest.mark.slow
-def test_many_rows_hold_up_no_single_one(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_row_is_served_between_many_rows(
+    pool: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = name_of("classes")
     passes = Passes(pool, model, monkeypatch)
     passes.model._batcher._size = passes.model._batcher._most = 32
@@ -154,7 +156,7 @@ def test_many_rows_hold_up_no_single_one(pool: ModelPool, monkeypatch: pytest.Mo
     assert max(sum(len(row) for row in rows) for rows in passes.rows) <= 32
 
 
-def test_a_row_that_cannot_be_read_fails_alone(
+def test_unreadable_row_fails_only_its_request(
     pool: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = name_of("classes")
@@ -183,7 +185,9 @@ def test_a_row_that_cannot_be_read_fails_alone(
 
 
 @pytest.mark.slow
-def test_rows_of_who_hung_up_fall_away(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_cancelled_request_are_skipped(
+    pool: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = name_of("classes")
     passes = Passes(pool, model, monkeypatch)
     works: list[Any] = []
@@ -206,7 +210,9 @@ def test_rows_of_who_hung_up_fall_away(pool: ModelPool, monkeypatch: pytest.Monk
     assert sum(map(len, passes.rows)) == 2 and passes.waiting == 0
 
 
-def test_too_many_who_wait_are_told_so(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_queue_is_throttled_per_client(
+    pool: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = name_of("classes")
     passes = Passes(pool, model, monkeypatch)
     with ThreadPoolExecutor(14) as clients:
@@ -220,7 +226,7 @@ def test_too_many_who_wait_are_told_so(pool: ModelPool, monkeypatch: pytest.Monk
         assert all(each.result(20) for each in [*running, other])
 
 
-def test_passes_take_their_memory_of_the_budget_for_sequences(
+def test_passes_reserve_memory_from_the_cache_budget(
     pool: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = name_of("classes")
@@ -248,7 +254,7 @@ def test_passes_take_their_memory_of_the_budget_for_sequences(
 
 
 @pytest.mark.usefixtures("pool")
-def test_deterministic_reads_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_batcher_encodes_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     made = ModelPool(1 << 30, cache=1 << 28, deterministic=True)
     model = name_of("classes")
     alone = [made.predict(model, [text])[0] for text in TEXTS[:6]]

@@ -67,7 +67,7 @@ SCHEMAS = st.recursive(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(SCHEMAS, st.integers(0, 9))
-def test_what_is_drawn_matches_the_schema(
+def test_constrained_answer_matches_schema(
     opened: Decoder, schema: dict[str, Any], seed: int
 ) -> None:
     request = asked("Hi", temperature=1.5, seed=seed, schema=schema, max_tokens=600)
@@ -76,7 +76,7 @@ def test_what_is_drawn_matches_the_schema(
     validate(json.loads(found.text), schema)
 
 
-def test_any_object_and_schemas_that_are_none(opened: Decoder) -> None:
+def test_schema_true_gives_object_and_invalid_schemas_are_refused(opened: Decoder) -> None:
     found = answer(opened, asked("Hi", schema=True, max_tokens=400, logit_bias={}))
     if found.reason == "stop":
         assert isinstance(json.loads(found.text), dict)
@@ -104,7 +104,7 @@ def nested(levels: int) -> dict[str, Any]:
         {"enum": ["a" * 200_000]},
     ],
 )
-def test_schemas_that_cannot_be_enforced(opened: Decoder, schema: dict[str, Any]) -> None:
+def test_unenforceable_schemas_are_refused(opened: Decoder, schema: dict[str, Any]) -> None:
     with pytest.raises(InferenceRefused) as refused:
         opened.submit(asked("Hi", schema=schema))
     assert "<state>" not in str(refused.value) and "\n" not in str(refused.value)
@@ -135,7 +135,9 @@ def chained(rule: str, count: int) -> str:
         {"type": "object", "properties": {f"f{n}": {"type": "string"} for n in range(6000)}},
     ],
 )
-def test_schemas_that_take_too_much(tokenizer: Any, definition: dict[str, Any]) -> None:
+def test_oversized_schemas_are_refused_within_time_limit(
+    tokenizer: Any, definition: dict[str, Any]
+) -> None:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
     lark = f"start: %json {json.dumps(definition)}"
     started = time.monotonic()
@@ -163,7 +165,7 @@ def test_schemas_that_take_too_much(tokenizer: Any, definition: dict[str, Any]) 
         }),
     ],
 )  # fmt: skip
-def test_large_grammars_that_are_enforced(tokenizer: Any, constraint: Constraint) -> None:
+def test_large_grammars_are_enforced(tokenizer: Any, constraint: Constraint) -> None:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
     matcher = constraints.matcher(constraint)
     assert matcher.allowed_mask(len(tokenizer)).any()
@@ -194,7 +196,7 @@ def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
         validate(dict(call.arguments), dict(tool.parameters))
 
 
-def test_values_that_look_like_references_and_names_that_are_keywords(opened: Decoder) -> None:
+def test_schema_with_keyword_names_and_reference_values(opened: Decoder) -> None:
     reference = {"$ref": "#/$defs/place"}
     schema = {
         "$defs": {"place": {"enum": ["Rome", "Oslo"]}},
@@ -253,12 +255,12 @@ def test_texts_match_regular_expressions_and_grammars(opened: Decoder, name: str
             assert re.fullmatch(pattern, whole.text), whole.text
 
 
-def test_a_stop_sequence_ends_a_text_before_its_pattern_does(opened: Decoder) -> None:
+def test_stop_sequence_ends_text_before_pattern(opened: Decoder) -> None:
     found = answer(opened, asked("Hi", regex="abcd", stop=("c",), max_tokens=20))
     assert (found.text, found.reason, found.stop) == ("ab", "stop_sequence", "c")
 
 
-def test_a_pattern_is_kept_to_behind_a_prompt_that_is_known(opened: Decoder) -> None:
+def test_pattern_is_enforced_after_cached_prompt(opened: Decoder) -> None:
     prompt = "one two three four five six seven eight nine ten " * 10
     texts = [
         answer(opened, asked(prompt, regex="(one |two ){12}", temperature=0, max_tokens=200)).text
@@ -288,7 +290,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "text"), REFUSED)
-def test_patterns_and_grammars_that_are_refused(tokenizer: Any, kind: Any, text: str) -> None:
+def test_invalid_patterns_and_grammars_are_refused(tokenizer: Any, kind: Any, text: str) -> None:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
     with pytest.raises(InferenceRefused) as refused:
         constraints.matcher(Constraint(kind, text))
@@ -296,7 +298,7 @@ def test_patterns_and_grammars_that_are_refused(tokenizer: Any, kind: Any, text:
     assert not constraints.matcher(Constraint("regex", "a+")).is_finished
 
 
-def test_an_ambiguous_grammar_ends_its_own_answer_alone(opened: Decoder) -> None:
+def test_ambiguous_grammar_fails_only_its_answer(opened: Decoder) -> None:
     grammar = 'start: s\ns: s s s | "a" |'
     began = time.process_time()
     with pytest.raises(InferenceFailed):
@@ -306,6 +308,6 @@ def test_an_ambiguous_grammar_ends_its_own_answer_alone(opened: Decoder) -> None
     assert answer(opened, asked("Hi", regex="ok")).text == "ok"
 
 
-def test_an_answer_matches_one_thing() -> None:
+def test_regex_with_schema_is_refused() -> None:
     with pytest.raises(InferenceRefused):
         asked("Hi", regex="a", schema=True)

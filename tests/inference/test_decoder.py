@@ -72,7 +72,7 @@ def test_the_likeliest_answer_is_the_generator_s(
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8}, {"stop": (" ", "a")}]
 )
-def test_one_seed_gives_one_text_everywhere(
+def test_seed_gives_same_text_in_server_stream_and_batch(
     opened: Decoder, tiny_model_folder: Path, settings: dict[str, Any]
 ) -> None:
     """The server, streamed replies, batches, and completions of a network in training."""
@@ -112,7 +112,7 @@ def first_tokens(opened: Decoder, count: int, **fields: Any) -> set[bytes]:
     return {score.text for each in found.results() for score in each.scores}
 
 
-def test_draws_stay_within_what_was_asked(opened: Decoder) -> None:
+def test_draws_respect_top_k_top_p_and_min_p(opened: Decoder) -> None:
     (result,) = opened.submit(asked("Hi", max_tokens=1, top_logprobs=20)).results()
     top = result.scores[0].top
     ranked = [text for text, _ in top]
@@ -216,7 +216,7 @@ def test_more_answers_than_step_together_take_turns(
     assert len(own) == 11 and own[-1] - own[0] < 30
 
 
-def test_who_hangs_up_leaves_nothing(opened: Decoder) -> None:
+def test_closed_streams_free_all_state(opened: Decoder) -> None:
     streams = [opened.submit(asked(f"Hi {i}", max_tokens=900, temperature=1)) for i in range(64)]
     for number, stream in enumerate(streams):
         if number % 2:
@@ -279,7 +279,7 @@ class SimulatedClock:
         return self.now
 
 
-def test_long_prompts_of_one_client_slow_another_one_by_half_at_most(
+def test_long_prompts_slow_a_short_request_by_at_most_half(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimulatedClock(opened, monkeypatch)
@@ -300,7 +300,7 @@ def test_long_prompts_of_one_client_slow_another_one_by_half_at_most(
     assert settled(opened)
 
 
-def test_clients_that_pause_change_no_answer(
+def test_paused_clients_leave_answers_unchanged(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Paused sequences lie between running sequences in the same bank."""
@@ -326,7 +326,7 @@ def test_more_answers_than_there_may_be_are_refused(
     assert len(opened.submit(asked("Hi", n=4)).results()) == 4
 
 
-def test_what_fails_in_one_answer_is_told_to_its_client_alone(
+def test_failure_in_an_answer_reaches_only_its_client(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = answer(opened, asked("Hi"))
@@ -357,9 +357,7 @@ def test_log_probabilities_have_a_limit(opened: Decoder, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_who_does_not_read_is_written_no_more_until_it_does(
-    opened: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unread_stream_pauses_generation(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     long = asked("Hi", max_tokens=200, logit_bias={1: -100.0})
     whole = answer(opened, long)
     monkeypatch.setattr(module, "UNREAD", 5)
@@ -376,12 +374,12 @@ def test_who_does_not_read_is_written_no_more_until_it_does(
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320]])
-def test_ids_that_are_no_tokens_are_refused(opened: Decoder, ids: list[int]) -> None:
+def test_invalid_token_ids_are_refused(opened: Decoder, ids: list[int]) -> None:
     with pytest.raises(InferenceRefused):
         opened.submit(GenerationRequest(ids))
 
 
-def test_what_cannot_be_given_back_stops_nobody(
+def test_failed_free_leaves_other_requests_running(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drop = opened._backend.free
@@ -399,7 +397,7 @@ def test_what_cannot_be_given_back_stops_nobody(
     assert not opened._scheduler._at_work
 
 
-def test_nobody_has_all_the_memory_or_all_answers(
+def test_memory_and_answers_are_shared_between_clients(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endless = asked("Hi", max_tokens=900, n=8, temperature=1, logit_bias={1: -100.0})
@@ -438,7 +436,7 @@ def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> 
     assert settled(opened)
 
 
-def test_a_failure_is_told_and_the_next_request_is_answered(
+def test_decoder_answers_after_failed_step(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = opened._backend.step
@@ -455,7 +453,7 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
     assert answer(opened, asked("Hi")).tokens == 24
 
 
-def test_a_prompt_that_cannot_be_begun_fails_alone(
+def test_failed_prompt_open_leaves_running_answer_unchanged(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter that was removed fails its request only."""
@@ -497,7 +495,7 @@ def test_a_closed_decoder_says_so(tiny_model_folder: Path, in_float32: None) -> 
     assert refused.value.code == "ServiceUnavailable"
 
 
-def test_who_waits_too_long_is_told_that_the_model_is_busy(
+def test_queue_timeout_is_throttled_except_background_work(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = ModelLimits(answers=1, queue_seconds=0.2)
@@ -517,7 +515,7 @@ def test_who_waits_too_long_is_told_that_the_model_is_busy(
     assert settled(opened)
 
 
-def test_an_answer_that_takes_too_long_ends_and_others_go_on(
+def test_answer_over_time_limit_ends_with_timeout(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = answer(opened, asked("fox"))
@@ -535,7 +533,7 @@ def test_an_answer_that_takes_too_long_ends_and_others_go_on(
     assert settled(opened)
 
 
-def test_a_completion_keeps_its_first_space(
+def test_completion_keeps_first_space(
     tiny_llama: Callable[..., Any], tmp_path: Path, in_float32: None
 ) -> None:
     tokenizer = sentencepiece("normalizer", MISTRAL)
@@ -554,7 +552,7 @@ def test_a_completion_keeps_its_first_space(
     made.close()
 
 
-def test_deterministic_runs_one_sequence_at_a_time(
+def test_deterministic_decoder_runs_single_sequences(
     tiny_model_folder: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY), deterministic=True)

@@ -75,7 +75,7 @@ def test_commands_and_server_answer_by_the_file(
         decoder.close()
 
 
-def test_the_file_is_written_once_and_again_where_it_is_damaged(
+def test_gguf_is_written_again_only_after_damage(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = find(str(tiny_model_folder))
@@ -108,7 +108,7 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
     assert (stored.folder / "config.json").is_file()  # a directory of the user's own
 
 
-def test_a_file_that_answers_otherwise_is_not_used(
+def test_gguf_with_different_answers_is_not_used(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Torch runs the model, the log has one warning, and the file is not written again."""
@@ -124,7 +124,7 @@ def test_a_file_that_answers_otherwise_is_not_used(
     assert isinstance(Generator.open(stored).backend, FlatBackend)
 
 
-def test_networks_that_llama_cpp_has_not_are_run_by_torch(
+def test_families_without_llama_cpp_support_run_on_torch(
     family_folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "luthier.inference"):
@@ -159,7 +159,7 @@ def test_adapters_are_in_the_file_or_are_run_by_torch(
         assert generator.replies(PROMPTS, SAMPLING) == alike != base
 
 
-def test_a_type_that_is_not_there_is_refused(
+def test_unknown_gguf_type_is_refused(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_GGUF_TYPE", "q3")
@@ -167,7 +167,7 @@ def test_a_type_that_is_not_there_is_refused(
         Generator.open(find(str(tiny_model_folder)))
 
 
-def test_the_network_is_loaded_when_it_is_asked_for(tiny_model_folder: Path) -> None:
+def test_torch_network_is_loaded_on_first_use(tiny_model_folder: Path) -> None:
     pool = ModelPool(1 << 30, 1 << 28)
     try:
         request = asked("Hi", max_tokens=4)

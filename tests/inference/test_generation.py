@@ -56,7 +56,7 @@ def stopping(generator: Generator, *stops: int) -> Generator:
     )
 
 
-def test_a_reply_that_ends_within_a_character_leaves_it_out(
+def test_incomplete_character_at_token_limit_is_dropped(
     tokenizer: Any, generator: Generator
 ) -> None:
     """The token limit cuts the reply as in the server."""
@@ -84,7 +84,7 @@ def test_padding_does_not_change_replies(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_order_is_kept_whatever_the_batch(generator: Generator, batch_size: int) -> None:
+def test_replies_keep_prompt_order_at_any_batch_size(generator: Generator, batch_size: int) -> None:
     sampling = Sampling(max_tokens=6)
     counts: list[int] = []
     replies = generator.replies(PROMPTS, sampling, batch_size, counts.append)
@@ -125,7 +125,7 @@ def test_stop_tokens_end_a_reply_and_are_never_shown(generator: Generator) -> No
         assert any(len(reply) > len(expected) for reply in batch)
 
 
-def test_a_reply_of_nothing_is_empty(generator: Generator) -> None:
+def test_immediate_stop_gives_empty_reply(generator: Generator) -> None:
     ending = stopping(generator, first_tokens(generator, "Hi", 1)[0])
     assert list(ending.stream("Hi", Sampling(max_tokens=5))) == []
     assert ending.replies(["Hi"], Sampling(max_tokens=5)) == [""]
@@ -214,7 +214,7 @@ def test_special_tokens_within_a_reply_are_not_shown(tokenizer: Any) -> None:
     assert "".join(scripted.stream("x", Sampling())) == "abab"
 
 
-def test_a_prompt_that_leaves_no_room_is_refused(generator: Generator) -> None:
+def test_prompt_over_context_length_is_refused(generator: Generator) -> None:
     prompts = ["short", "x" * 2000]
     with pytest.raises(RecipeError):
         generator.replies(prompts, Sampling(max_tokens=10))
@@ -279,7 +279,7 @@ def test_further_stop_tokens_of_the_base_are_honoured(
     assert other.replies(["Hi"], Sampling(max_tokens=8)) == expected
 
 
-def test_a_conversation_is_rendered_with_its_roles(generator: Generator) -> None:
+def test_conversation_is_rendered_with_roles(generator: Generator) -> None:
     turns = [Message("system", "Be brief."), Message("user", "Hi")]
     sampling = Sampling(max_tokens=10)
     reply = generator.replies([turns], sampling)[0]
@@ -301,7 +301,7 @@ def test_answering_needs_no_gradients_and_no_dropout(generator: Generator) -> No
         assert weight.grad is None
 
 
-def test_a_prompt_with_tools_is_the_one_that_was_learned(generator: Generator) -> None:
+def test_tool_prompt_matches_training_prompt(generator: Generator) -> None:
     tools = (Tool("weather", "Tells it."),)
     asked = (Message("user", "Rome?"),)
     called = Message("assistant", calls=(ToolCall("a", "weather", {"city": "Rome"}),))
@@ -313,7 +313,7 @@ def test_a_prompt_with_tools_is_the_one_that_was_learned(generator: Generator) -
 
 
 @pytest.mark.parametrize("prepend", PREPENDS)
-def test_a_continuation_of_a_raw_prompt_keeps_its_first_space(prepend: str) -> None:
+def test_completion_of_raw_prompt_keeps_first_space(prepend: str) -> None:
     tokenizer = sentencepiece(prepend, None)
     chat = ChatFormat.of(tokenizer)
     prompt_T, reply_T = chat.continued_tokens("the door", " is open 日")

@@ -72,7 +72,7 @@ def test_heads_in_the_wrong_order_are_seen(
         compare_gguf(path, model, chat, "f32")
 
 
-def test_another_template_and_other_tokens_are_seen(
+def test_gguf_with_different_template_or_tokenizer_is_refused(
     tiny_llama: Callable[..., Any],
     tokenizer: Any,
     new_tokenizer: Callable[..., Any],
@@ -92,7 +92,7 @@ def test_another_template_and_other_tokens_are_seen(
         compare_gguf(path, model, ChatFormat.of(joined, "plain"), "f32")
 
 
-def test_a_server_that_was_asked_nothing_ends(
+def test_unused_llama_cpp_server_closes(
     tiny_llama: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     """The server of llama.cpp waits forever if the task loop has not started."""
@@ -101,7 +101,7 @@ def test_a_server_that_was_asked_nothing_ends(
         LlamaCpp(tmp_path / "tiny.gguf").close()
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
+def test_broken_gguf_is_refused(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(LuthierError):
         compare_gguf(tmp_path / "broken.gguf", tiny_llama(), ChatFormat.reading(None), "f32")  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, tiny_llama: Callable[...
 @pytest.mark.parametrize(
     "clock", ["", "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}"]
 )
-def test_a_template_that_llama_cpp_gives_the_date_is_compared(
+def test_llama_cpp_template_with_date_string_is_compared(
     clock: str, tiny_llama: Callable[..., Any], new_tokenizer: Callable[..., Any], tmp_path: Path
 ) -> None:
     """llama.cpp passes today's date as ``date_string`` to templates similar to Llama 3's."""

@@ -26,13 +26,13 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", WRONG)
-def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
+def test_invalid_request_values_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InferenceRefused) as refused:
         GenerationRequest("x", **fields)
     assert refused.value.parameter == next(iter(fields))
 
 
-def test_what_is_done_at_the_end_is_done_in_the_order_it_was_asked_for() -> None:
+def test_stream_end_callbacks_run_in_order() -> None:
     stream, done = Stream(SimpleQueue(), prompt_tokens=3, n=1), list[str]()
     for act in ("cancel", "release", "count"):
         stream.at_end(partial(done.append, act))
@@ -40,7 +40,7 @@ def test_what_is_done_at_the_end_is_done_in_the_order_it_was_asked_for() -> None
     assert done == ["cancel", "release", "count"]
 
 
-def test_whole_answers_of_a_stream_that_was_closed_before() -> None:
+def test_results_of_closed_stream_fail_with_service_unavailable() -> None:
     events: SimpleQueue[Any] = SimpleQueue()
     stream = Stream(events, prompt_tokens=3, n=1)
     stream.close()  # as by a client that hung up while its request was submitted
@@ -62,7 +62,7 @@ def test_the_first_piece_of_a_stream_can_be_waited_for() -> None:
 
 
 @pytest.mark.parametrize("closes", [False, True])
-def test_a_stream_that_will_have_no_first_piece(closes: bool) -> None:
+def test_wait_on_stream_without_first_chunk_fails(closes: bool) -> None:
     events: SimpleQueue[Any] = SimpleQueue()
     stream = Stream(events, prompt_tokens=3, n=1)
     if closes:
@@ -76,7 +76,7 @@ def test_a_stream_that_will_have_no_first_piece(closes: bool) -> None:
     assert [*stream] == []
 
 
-def test_a_stream_that_is_interrupted_while_its_first_piece_is_waited_for() -> None:
+def test_interrupted_stream_fails_wait() -> None:
     stream = Stream(SimpleQueue(), prompt_tokens=3, n=1)
     stream.interrupt()
     with pytest.raises(InferenceFailed):

@@ -54,7 +54,7 @@ def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert value(found[3].proposed, "_total") == 15 and value(found[3].accepted, "_total") == 9
 
 
-def test_each_request_has_a_first_token_and_each_other_one_a_time(decoder: Decoder) -> None:
+def test_latency_has_a_first_token_and_intervals(decoder: Decoder) -> None:
     began = time.perf_counter()
     answer(decoder, asked("Hi", max_tokens=5, **SAME))
     decoder.submit(asked("Hello", n=3, max_tokens=4, **SAME)).results()
@@ -84,7 +84,7 @@ def test_a_wait_for_a_turn_is_part_of_the_first_token(
     assert value(of(decoder).between_tokens, "_count") == 2
 
 
-def test_a_token_that_ends_an_answer_or_fails_is_not_measured(
+def test_stop_tokens_and_failures_are_not_measured(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = decoder.chat.stop_ids[0]

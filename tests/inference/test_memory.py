@@ -68,7 +68,7 @@ print((peak - rest) >> 20, (resident_bytes() - rest) >> 20)
 """
 
 
-def test_freed_memory_goes_back_to_the_system() -> None:
+def test_freed_memory_returns_to_the_system() -> None:
     def grown(*arguments: str) -> list[int]:
         done = subprocess.run(
             [sys.executable, "-c", FREED, *arguments], check=True, capture_output=True, text=True

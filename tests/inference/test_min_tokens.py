@@ -57,7 +57,7 @@ def test_stop_tokens_are_barred_at_first() -> None:
     assert sampler.plain
 
 
-def test_a_grammar_that_allows_only_the_end_ends_the_answer() -> None:
+def test_min_tokens_yields_to_grammar_that_allows_only_end() -> None:
     for allowed, expected in [((0, 1), 0), ((1,), 1)]:
         mask = Grammar(*allowed)
         sampler = TokenSampler(Sampling(min_tokens=2), 0, 0, np.array([0]), mask, (1,))
@@ -68,7 +68,7 @@ def test_a_grammar_that_allows_only_the_end_ends_the_answer() -> None:
     ("least", "text", "stop"),
     [(0, "a", "b"), (2, "abca", "b"), (3, "abca", "b"), (5, "abcab", None)],
 )
-def test_stop_sequences_of_the_first_tokens_end_nothing(
+def test_stop_sequence_within_min_tokens_is_ignored(
     least: int, text: str, stop: str | None
 ) -> None:
     sampling = Sampling(min_tokens=least, stop=("b",))

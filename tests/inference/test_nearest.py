@@ -54,7 +54,7 @@ def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[
     return tune
 
 
-def test_texts_are_found_by_what_they_say(tuned: Callable[..., str], tmp_path: Path) -> None:
+def test_nearest_texts_by_meaning(tuned: Callable[..., str], tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in enumerate(TEXTS)))
     base = tuned(data, "bert")
@@ -74,7 +74,7 @@ def test_texts_are_found_by_what_they_say(tuned: Callable[..., str], tmp_path: P
     assert refused.exit_code == 2
 
 
-def test_a_folder_is_embedded_once_and_then_what_is_new(
+def test_index_embeds_only_new_files(
     tuned: Callable[..., str], folder: Path, tmp_path: Path
 ) -> None:
     base, index = tuned(folder, "small_cnn"), tmp_path / "pictures.index"
@@ -98,7 +98,7 @@ def test_a_folder_is_embedded_once_and_then_what_is_new(
     assert kept["embeddings"].shape == (10, 32) and kept["sha256"].shape == (10, 32)
 
 
-def test_an_index_belongs_to_one_model_with_its_weights(
+def test_index_of_different_model_is_refused(
     tuned: Callable[..., str], folder: Path, tmp_path: Path
 ) -> None:
     index = tmp_path / "index"
@@ -126,7 +126,7 @@ def test_models_without_embeddings_are_refused(tiny_model_folder: Path) -> None:
         luthier.load(str(tiny_model_folder)).nearest("a", ["b"])
 
 
-def test_a_classifier_names_the_base_model_that_embeds(luthier_home: Path, folder: Path) -> None:
+def test_nearest_with_classifier_is_refused(luthier_home: Path, folder: Path) -> None:
     fields: dict[str, Any] = {"training__max_steps": 1, "data__validation_share": 0}
     model_id = luthier.tune(folder, base="small-cnn", name="labels", **fields).model_id
     with pytest.raises(RecipeError):

@@ -52,7 +52,7 @@ def pool(folders: list[str]) -> Iterator[ModelPool]:
     made.close()
 
 
-def test_many_who_ask_at_once_load_it_once(
+def test_concurrent_requests_load_model_once(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
@@ -90,7 +90,7 @@ def test_two_models_are_never_loaded_side_by_side(
 
 
 @pytest.mark.slow
-def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
+def test_least_recently_used_model_is_evicted(pool: ModelPool, folders: list[str]) -> None:
     for folder in (folders[0], folders[1], folders[0], folders[2]):
         pool.submit(folder, REQUEST).results()
     assert pool.loaded_ids() == [folders[0], folders[2]]
@@ -109,7 +109,7 @@ def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     assert [entry.uses for entry in pool._entries.values()] == [0, 0]
 
 
-def test_a_model_that_is_loaded_ahead_answers_without_loading(
+def test_preloaded_model_answers_without_loading(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool.load(folders[0])
@@ -133,9 +133,7 @@ def decoder_threads() -> list[threading.Thread]:
 
 
 @pytest.mark.slow
-def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
-    pool: ModelPool, folders: list[str]
-) -> None:
+def test_preload_evicts_no_busy_or_recent_model(pool: ModelPool, folders: list[str]) -> None:
     bias = {1: -100.0}
     busy = pool.submit(folders[0], GenerationRequest("x", max_tokens=900, logit_bias=bias))
     pool.submit(folders[1], REQUEST).results()
@@ -151,7 +149,7 @@ def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_into_the_memory_that_is_free_now_is_refused_before_it_is_loaded(
+def test_model_over_free_memory_is_refused_before_loading(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs may use memory that was free at the start of the server."""
@@ -184,7 +182,7 @@ def test_idle_models_go_where_memory_is_short_now(
 
 
 @pytest.mark.slow
-def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
+def test_requests_run_while_models_load_and_close(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.library import models as store
@@ -221,7 +219,7 @@ def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
     assert set(pool.loaded_ids()) == set(folders[1:])
 
 
-def test_a_model_that_fails_half_loaded_is_closed(
+def test_half_loaded_model_is_closed_after_failure(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Decoder] = []
@@ -242,7 +240,7 @@ def test_a_model_that_fails_half_loaded_is_closed(
     assert pool.loaded_ids() == []
 
 
-def test_a_failure_is_told_and_not_kept(pool: ModelPool, folders: list[str]) -> None:
+def test_failed_load_succeeds_after_repair(pool: ModelPool, folders: list[str]) -> None:
     weights = Path(folders[0]) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -259,7 +257,7 @@ def test_a_failure_is_told_and_not_kept(pool: ModelPool, folders: list[str]) -> 
     assert pool.count(folders[0], [5, 6, 7]) == 3
 
 
-def test_embeddings_do_not_depend_on_their_batch(
+def test_embeddings_do_not_depend_on_batch(
     family_folder: Callable[[str], Path], tmp_path: Path, pool: ModelPool
 ) -> None:
     from luthier.files import write_json
@@ -284,7 +282,7 @@ def test_embeddings_do_not_depend_on_their_batch(
     large.close()
 
 
-def test_who_waits_too_long_to_be_read_is_told_that_the_model_is_busy(encoder: str) -> None:
+def test_embedding_queue_timeout_is_throttled(encoder: str) -> None:
     pool = ModelPool(1 << 30, cache=1 << 28, limits=ModelLimits(queue_seconds=0.2))
     expected = pool.embed(encoder, ["fox"])
     reader = pool._entries[encoder].model
@@ -307,14 +305,14 @@ def test_who_waits_too_long_to_be_read_is_told_that_the_model_is_busy(encoder: s
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320, 10**6]])
-def test_ids_that_are_no_tokens_have_no_embedding(
+def test_embedding_of_invalid_token_ids_is_refused(
     pool: ModelPool, encoder: str, ids: list[int]
 ) -> None:
     with pytest.raises(InferenceRefused):
         pool.embed(encoder, [ids])
 
 
-def test_who_hung_up_has_nothing_more_embedded(
+def test_cancelled_embedding_stops_encoding(
     pool: ModelPool, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool.embed(encoder, ["Hi"])
@@ -338,7 +336,7 @@ def test_who_hung_up_has_nothing_more_embedded(
     assert len(done) == 3
 
 
-def test_texts_of_one_client_do_not_keep_another_one_waiting(
+def test_embeddings_are_scheduled_fairly_between_clients(
     pool: ModelPool, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool.embed(encoder, ["Hi"])
@@ -370,7 +368,7 @@ def test_texts_of_one_client_do_not_keep_another_one_waiting(
             done.result()
 
 
-def test_an_encoder_gives_the_mean_of_its_states(pool: ModelPool, encoder: str) -> None:
+def test_encoder_embedding_is_mean_of_states(pool: ModelPool, encoder: str) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["a card", "my new card has not arrived", "fox"]
@@ -389,7 +387,7 @@ def test_an_encoder_gives_the_mean_of_its_states(pool: ModelPool, encoder: str) 
         pool.embed(encoder, ["fox " * 2000])
 
 
-def test_a_model_that_writes_gives_no_embeddings(pool: ModelPool, folders: list[str]) -> None:
+def test_embedding_with_generator_is_refused(pool: ModelPool, folders: list[str]) -> None:
     request = GenerationRequest("The quick", max_tokens=20, temperature=0)
     writing = pool.submit(folders[0], request)
     with pytest.raises(InferenceRefused) as refused:

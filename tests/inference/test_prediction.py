@@ -67,7 +67,7 @@ def command(*arguments: object, code: int = 0) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
-def test_what_stands_before_a_text_takes_room_in_the_context(
+def test_prompt_tokens_count_towards_context_limit(
     adaptation: str, tuned: Callable[..., tuple[str, Path]]
 ) -> None:
     model_id, _ = tuned(LABELLED, "roberta", adaptation=adaptation)
@@ -144,7 +144,7 @@ def test_transformers_and_peft_give_the_same_scores(
             assert list(answer["scores"].values()) == pytest.approx(expected, abs=2e-2)
 
 
-def test_ratings_come_back_in_their_own_scale(tuned: Callable[..., tuple[str, Path]]) -> None:
+def test_predicted_ratings_use_original_scale(tuned: Callable[..., tuple[str, Path]]) -> None:
     model_id, data = tuned(RATED, adaptation="full")
     scores = command("evaluate", model_id, data, "--json")["scores"]
     assert scores["pearson"] > 0.8 and scores["mean_absolute_error"] < 15
@@ -196,7 +196,7 @@ def test_words_get_tags(
 
 
 @pytest.mark.slow
-def test_rows_keep_all_they_have_and_get_the_answer_beside_it(
+def test_predictions_are_added_to_input_rows(
     tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
     model_id, _ = tuned(SEVERAL, adaptation="bitfit")
@@ -231,7 +231,7 @@ def test_rows_keep_all_they_have_and_get_the_answer_beside_it(
     assert "--map text=said" in missing and "given.jsonl:1" in missing
 
 
-def test_what_reads_does_not_write_and_the_other_way_round(
+def test_generate_with_encoder_and_predict_with_generator_are_refused(
     tuned: Callable[..., tuple[str, Path]],
     tiny_model_folder: Path,
     family_folder: Callable[[str], Path],
@@ -258,7 +258,7 @@ KINDS = {"label": LABELLED, "rating": RATED, "tags": TAGGED, "pair": PARTNERS}
 
 
 @pytest.mark.parametrize("learned", ["label", "rating", "tags"])
-def test_rows_of_another_kind_are_not_evaluated(
+def test_evaluation_on_rows_of_wrong_kind_is_refused(
     learned: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
     model_id, _ = tuned(KINDS[learned], adaptation="bitfit")
@@ -276,7 +276,7 @@ def test_rows_of_another_kind_are_not_evaluated(
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_told_by_slices_and_as_a_page(
+def test_evaluation_by_slices_and_as_html(
     tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
     model_id, _ = tuned(LABELLED)
@@ -364,7 +364,7 @@ def test_bad_labels_are_refused_with_line_and_rule(
     assert problems(rows, data__long_rows="error") == [("row.too_long", len(rows))]
 
 
-def test_a_classifier_goes_on_from_a_custom_model(
+def test_classifier_trains_from_custom_model(
     tuned: Callable[..., tuple[str, Path]], tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     text = write(tmp_path / "text.jsonl", [{"text": row["text"]} for row in LABELLED])
@@ -378,7 +378,7 @@ def test_a_classifier_goes_on_from_a_custom_model(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_a_classifier_goes_on_to_other_classes_with_a_new_head(
+def test_classifier_with_new_classes_gets_new_head(
     adaptation: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
     class Notes(Reporter):
@@ -401,7 +401,7 @@ def test_a_classifier_goes_on_to_other_classes_with_a_new_head(
     assert list(scores) == ["class 0", "class 1", "class 2"]
 
 
-def test_an_encoder_without_a_head_for_masked_words_gets_a_new_one(
+def test_encoder_without_masked_word_head_gets_new_head(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from transformers import AutoModel, AutoTokenizer

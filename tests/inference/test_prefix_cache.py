@@ -46,7 +46,7 @@ def prompt(*parts: tuple[int, int]) -> Any:
     return np.concatenate([np.arange(first, first + size) for first, size in parts])
 
 
-def test_beginnings_are_found_and_kept_once() -> None:
+def test_shared_prefixes_are_found_and_stored_once() -> None:
     cache = PrefixCache(CacheBudget(1 << 20))
     shared = (1000, 100)
     one, two, three = (prompt(shared, (own, 50)) for own in (0, 100, 200))
@@ -73,7 +73,7 @@ def test_few_tokens_are_read_again() -> None:
     assert known(cache, prompt((0, FEWEST_SHARED), (500, 50))) == FEWEST_SHARED
 
 
-def test_clients_and_models_share_nothing() -> None:
+def test_clients_and_models_share_no_prefixes() -> None:
     cache = PrefixCache(CacheBudget(1 << 20))
     ids = prompt((0, 100))
     add(cache, ids)
@@ -84,7 +84,7 @@ def test_clients_and_models_share_nothing() -> None:
     assert cache.nbytes == 100 * TOKEN
 
 
-def test_the_oldest_of_who_has_most_goes_first() -> None:
+def test_oldest_prefix_of_largest_client_is_evicted_first() -> None:
     memory = CacheBudget(1000 * TOKEN)
     cache = PrefixCache(memory, share=0.5)
     prompts = [prompt((1000 * place, 100)) for place in range(6)]
@@ -100,7 +100,7 @@ def test_the_oldest_of_who_has_most_goes_first() -> None:
     assert cache.nbytes == 500 * TOKEN, "what never fits pushes out nothing"
 
 
-def test_requests_have_the_memory_when_they_need_it() -> None:
+def test_requests_reclaim_memory_from_prefix_cache() -> None:
     memory = CacheBudget(1000 * TOKEN)
     cache = PrefixCache(memory, share=0.5)
     for place in range(5):
@@ -116,7 +116,7 @@ def test_requests_have_the_memory_when_they_need_it() -> None:
     assert cache.nbytes == 100 * TOKEN
 
 
-def test_all_goes_at_once_where_all_the_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_eviction_searches_cache_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache is searched once for all evictions, because requests wait meanwhile."""
     memory = CacheBudget(1 << 30)
     cache = PrefixCache(memory)
@@ -130,7 +130,7 @@ def test_all_goes_at_once_where_all_the_memory_is_needed(monkeypatch: pytest.Mon
     assert len(looks) == 1
 
 
-def test_a_repeated_beginning_gives_the_same_text_and_is_told(opened: Decoder) -> None:
+def test_cached_prefix_gives_same_text_and_token_count(opened: Decoder) -> None:
     shared = list(range(20, 120))
 
     def request(own: int) -> GenerationRequest:

@@ -108,7 +108,7 @@ def limit_of(chat: ChatFormat, context: int, **limits: Any) -> PromptLimit:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_text_that_fits_is_refused(chat: ChatFormat, seed: int) -> None:
+def test_fitting_text_is_accepted(chat: ChatFormat, seed: int) -> None:
     for text in texts(seed):
         tokens = len(chat.tokens(text, first=False))
         limit_of(chat, max(1, tokens)).check_text(text)
@@ -149,7 +149,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("unit", ["0123456789", "word ", "世界", "🎻", "a b "])
-def test_long_texts_cost_no_more_than_their_first_pieces(tokenizer: Any, unit: str) -> None:
+def test_tokenizing_cost_of_long_text_is_bounded(tokenizer: Any, unit: str) -> None:
     counted: Any = Counted(ChatFormat.of(tokenizer, "plain"))
     limit = PromptLimit(counted, 100, ModelLimits())
     with pytest.raises(TooLong):
@@ -175,7 +175,7 @@ def test_time_has_a_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class TestConversations:
-    def test_too_large_ones_are_never_rendered(
+    def test_oversized_conversations_are_not_rendered(
         self, opened: Decoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def never(self: ChatFormat, *arguments: Any, **further: Any) -> str:
@@ -194,7 +194,7 @@ class TestConversations:
             with pytest.raises(TooLong):
                 opened.encode(conversation)
 
-    def test_what_is_refused_by_its_length_names_the_messages(self, opened: Decoder) -> None:
+    def test_length_error_names_messages(self, opened: Decoder) -> None:
         for prompt in (
             "1" * 12_000_000,
             "1" * 3000,
@@ -205,16 +205,14 @@ class TestConversations:
                 opened.submit(GenerationRequest(prompt))
             assert caught.value.parameter == "messages"
 
-    def test_what_fits_has_the_ids_of_the_whole_text(self, opened: Decoder) -> None:
+    def test_fitting_text_has_ids_of_whole_text(self, opened: Decoder) -> None:
         text = " ".join(SENTENCES * 12)
         assert len(text) > PIECE
         assert 200 < len(opened.encode(text)) <= opened.context
         expected = opened.chat.tokens(text, first=True)
         np.testing.assert_array_equal(opened.encode(text), expected)
 
-    def test_long_histories_take_no_time_that_grows_with_their_square(
-        self, opened: Decoder
-    ) -> None:
+    def test_long_call_history_renders_in_linear_time(self, opened: Decoder) -> None:
 
         calls = tuple(ToolCall(str(n), f"f{n}", {}) for n in range(20_000))
         results = tuple(Message("tool", "x" * 100, call_id=str(n)) for n in range(20_000))

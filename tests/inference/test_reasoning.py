@@ -56,7 +56,7 @@ def test_a_tuned_model_thinks_and_then_says(thinker: Decoder) -> None:
         assert found.tokens == found.reasoning_tokens + len(thinker.chat.tokens(said, first=False))
 
 
-def test_a_stream_brings_whole_characters_as_they_are_known(thinker: Decoder) -> None:
+def test_stream_has_reasoning_before_text_in_whole_characters(thinker: Decoder) -> None:
     events = [*thinker.submit(asked(chat("sky?")))]
     kinds = [type(event) for event in events]
     first = kinds.index(TokenChunk)
@@ -85,7 +85,7 @@ def test_the_command_line_and_the_sdk_say_the_same(
     assert len(pieces) > 1 and len(thoughts) > 5
 
 
-def test_an_answer_may_be_cut_off_within_its_reasoning(thinker: Decoder) -> None:
+def test_token_limit_can_cut_reasoning(thinker: Decoder) -> None:
     whole = answer(thinker, asked(chat("sky?")))
     for limit in range(1, whole.tokens):
         cut = answer(thinker, asked(chat("sky?"), max_tokens=limit))
@@ -103,14 +103,14 @@ def test_an_answer_may_be_cut_off_within_its_reasoning(thinker: Decoder) -> None
             assert THOUGHT.startswith(thought)
 
 
-def test_stops_end_what_is_said_and_not_what_is_thought(thinker: Decoder) -> None:
+def test_stop_sequences_apply_to_text_not_reasoning(thinker: Decoder) -> None:
     found = answer(thinker, asked(chat("sky?"), stop=("\n", "日", "u")))
     assert (found.reasoning, found.text) == (THOUGHT, "bl")
     assert (found.reason, found.stop) == ("stop_sequence", "u")
     assert found.tokens == found.reasoning_tokens + 2
 
 
-def test_probabilities_are_told_apart(thinker: Decoder) -> None:
+def test_scores_are_separate_for_reasoning_and_text(thinker: Decoder) -> None:
     found = answer(thinker, asked(chat("sky?"), top_logprobs=1))
     assert b"".join(score.text for score in found.scores) == b"blue"
     assert len(found.reasoning_scores) == found.reasoning_tokens
@@ -137,7 +137,7 @@ def test_calls_stand_behind_the_reasoning(thinker: Decoder) -> None:
         {"schema": {"type": "object", "properties": {"b": {"enum": [1, 2]}}, "required": ["b"]}},
     ],
 )
-def test_what_is_said_matches_and_what_is_thought_is_free(
+def test_constraint_applies_to_text_not_reasoning(
     thinker: Decoder, constraint: dict[str, Any]
 ) -> None:
     found = answer(thinker, asked(chat("sky?"), **constraint))
@@ -158,7 +158,7 @@ def test_what_is_said_matches_and_what_is_thought_is_free(
             assert each.text in ("green", "grey")
 
 
-def test_reasoning_that_is_turned_off(thinker: Decoder) -> None:
+def test_disabled_reasoning_gives_text_only(thinker: Decoder) -> None:
     """The prompt has an empty block, and the text is the complete output, with any marks."""
     quiet = chat("sky?", enable_thinking=False)
     found = answer(thinker, asked(quiet))
@@ -168,7 +168,7 @@ def test_reasoning_that_is_turned_off(thinker: Decoder) -> None:
     assert (kept.reasoning, kept.text) == ("", kept.text) and kept.text in ("green", "grey")
 
 
-def test_texts_that_are_no_conversation_stay_as_they_are(thinker: Decoder) -> None:
+def test_raw_prompt_keeps_reasoning_marks_in_text(thinker: Decoder) -> None:
     prompt = thinker.chat.prompt_text((Message("user", "sky?"),))
     found = answer(thinker, asked(prompt))
     assert found.reasoning == "" and found.text.endswith("</think>\n\nblue")

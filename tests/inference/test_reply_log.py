@@ -14,7 +14,7 @@ from luthier.types import Message
 ASKED = (Message("user", "why?"),)
 
 
-def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
+def test_reply_log_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "teachers" / "big.jsonl"
     replies = {"a": Reply("line one\nline \u2028 two", "stop", 3), "b": Reply("", "length")}
     with ReplyLog.open(path) as log:
@@ -26,7 +26,7 @@ def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", range(1, 40, 6))
-def test_a_torn_last_line_is_cut_off_and_written_anew(tmp_path: Path, size: int) -> None:
+def test_torn_last_line_is_truncated_and_replaced(tmp_path: Path, size: int) -> None:
     path = tmp_path / "big.jsonl"
     with ReplyLog.open(path) as log:
         log.append("a", Reply("first", "stop"))
@@ -42,14 +42,14 @@ def test_a_torn_last_line_is_cut_off_and_written_anew(tmp_path: Path, size: int)
 
 
 @pytest.mark.parametrize("line", ["{}", "nonsense", '{"key": "a", "text": "x", "what": 1}', "[]"])
-def test_a_line_that_is_no_answer_is_named(tmp_path: Path, line: str) -> None:
+def test_invalid_log_line_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "big.jsonl"
     path.write_text(f'{{"key": "a", "text": "x", "finish": "stop", "tokens": null}}\n{line}\n')
     with pytest.raises(CorruptFile), ReplyLog.open(path):
         pass
 
 
-def test_everything_that_changes_an_answer_changes_its_key() -> None:
+def test_reply_key_covers_teacher_prompt_and_sampling() -> None:
     teacher, sampling = {"url": "https://h", "model": "m"}, {"max_tokens": 5, "temperature": 0.0}
     key = reply_key(teacher, ASKED, sampling)
     assert key == reply_key(dict(reversed(teacher.items())), list(ASKED), sampling)
@@ -63,7 +63,7 @@ def test_everything_that_changes_an_answer_changes_its_key() -> None:
     assert len(others | {key}) == 6
 
 
-def test_each_teacher_has_its_own_file() -> None:
+def test_each_teacher_has_a_separate_log_file() -> None:
     first, second = (reply_log_path({"model": m}, "Org/Big Model") for m in ("a", "b"))
     assert first != second
     assert first.name.startswith("org-big-model-")

@@ -27,7 +27,7 @@ def test_a_client_alone_never_pauses() -> None:
     assert not scheduler.has_several_clients
 
 
-def test_who_comes_goes_first_and_then_has_half() -> None:
+def test_new_client_has_head_start_then_half() -> None:
     scheduler = FairScheduler()
     scheduler.enter("long")
     scheduler.charge("long", 100)
@@ -60,7 +60,7 @@ def test_idle_time_is_no_credit_beyond_the_head_start() -> None:
     assert scheduler.seconds("long") - scheduler.seconds("comes and goes") == HEAD_START_SECONDS
 
 
-def test_clients_that_left_are_forgotten() -> None:
+def test_departed_clients_are_forgotten() -> None:
     scheduler = FairScheduler()
     scheduler.enter("stays")
     for number in range(1000):
@@ -74,7 +74,7 @@ def test_clients_that_left_are_forgotten() -> None:
     assert list(scheduler._seconds) == ["new"]
 
 
-def test_work_at_another_model_waits_for_its_turn_too() -> None:
+def test_work_at_different_model_waits_for_fair_turn() -> None:
     scheduler = FairScheduler()
     scheduler.enter("chat")
     with scheduler.work("embeds", "model"):
@@ -98,7 +98,7 @@ def test_work_at_another_model_waits_for_its_turn_too() -> None:
     assert at[0] >= 10 * CHUNK - LEAD_SECONDS - HEAD_START_SECONDS - STEP
 
 
-def test_a_model_that_does_one_thing_at_a_time_goes_round_its_clients() -> None:
+def test_exclusive_model_alternates_between_clients() -> None:
     scheduler = FairScheduler()
     order: list[str] = []
 
@@ -120,7 +120,7 @@ def test_a_model_that_does_one_thing_at_a_time_goes_round_its_clients() -> None:
         thread.join()
 
 
-def test_who_waits_in_vain_holds_up_nobody() -> None:
+def test_cancelled_waiter_blocks_no_client() -> None:
     scheduler = FairScheduler()
     gone, begun = threading.Event(), threading.Event()
     raised: list[Exception] = []

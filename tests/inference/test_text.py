@@ -71,7 +71,7 @@ def test_no_more_is_held_back_than_may_be_a_stop() -> None:
 @pytest.mark.parametrize(
     ("stop", "tokens", "text"), [("cd", 2, "ab"), ("d", 2, "abc"), ("zz", 3, "abcdef")]
 )
-def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, text: str) -> None:
+def test_tokens_count_if_start_is_in_visible_text(stop: str, tokens: int, text: str) -> None:
     words = ["ab", "cd", "ef"]
     answer = AnswerText(lambda ids: "".join(words[i] for i in ids), Sampling(stop=(stop,)))
     shown, scores = "", []
@@ -89,7 +89,7 @@ def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, 
     assert [score.text.decode() for score in scores + found] == words[:expected]
 
 
-def test_a_token_that_closes_the_reasoning_and_begins_the_answer_is_the_answer_s() -> None:
+def test_token_across_reasoning_end_counts_as_text() -> None:
     words = ["<thi", "nk>hm", "\n</", "think>\nab", "c", "d"]
     way = ReasoningFormat(ReasoningMarks("<think>", "</think>"), is_open=False)
     answer = AnswerText(lambda ids: "".join(words[i] for i in ids), Sampling(stop=("d",)), way)

@@ -40,7 +40,7 @@ def text(chat: ChatFormat, asked: Chat) -> str:
     return str(chat.tokenizer.decode(encode(chat, asked).tolist()))
 
 
-def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[..., Any]) -> None:
+def test_template_with_tools_renders_tool_list(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(HERMES, SPECIAL, "<|im_end|>"))
     assert supports_tools(chat.template_text) and form_of_calls(chat).startswith("<tool_call>")
     found = text(chat, Chat(TALK, (WEATHER,)))
@@ -53,7 +53,7 @@ def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[...
     assert "<tools>" not in text(chat, Chat(TALK[:2], (WEATHER,), "none"))
 
 
-def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
+def test_template_without_tools_gets_tools_as_text(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
     assert not supports_tools(chat.template_text)
     found = text(chat, Chat(TALK, (WEATHER,)))
@@ -63,7 +63,7 @@ def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
     )
 
 
-def test_without_tools_it_is_the_prompt_that_was_trained(tokenizer: Any) -> None:
+def test_prompt_without_tools_matches_training_prompt(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
     messages = [Message("system", "Be kind."), Message("user", "Hi")]
     turns = (Message("system", "Be kind."), Message("user", "Hi"))
@@ -99,7 +99,7 @@ def test_without_tools_it_is_the_prompt_that_was_trained(tokenizer: Any) -> None
         ("A list: [1] and {x}", 0),
     ],
 )
-def test_calls_and_words_are_told_apart(written: str, calls: int) -> None:
+def test_calls_and_text_are_separated(written: str, calls: int) -> None:
     for size in (1, 3, 1000):
         splitter = CallSplitter([WEATHER])
         shown = ""
@@ -149,9 +149,7 @@ ONE = '{"name": "weather", "arguments": {"city": "Oslo"}}'
         ('{"arguments":' * 100_000, 0, False),
     ],
 )
-def test_a_call_that_the_limit_of_tokens_cuts_off_is_not_shown(
-    written: str, calls: int, incomplete: bool
-) -> None:
+def test_call_cut_by_token_limit_is_not_shown(written: str, calls: int, incomplete: bool) -> None:
     """A complete call is a call, and text without a call is text."""
     for size in (1, 7, 1_000_000):
         if len(written) // size > 10_000:
@@ -166,20 +164,20 @@ def test_a_call_that_the_limit_of_tokens_cuts_off_is_not_shown(
         assert shown + left == (words if calls or incomplete else written)
 
 
-def test_what_has_to_be_a_call_is_no_text_where_it_is_cut_off() -> None:
+def test_cut_forced_call_gives_no_text() -> None:
     for written in ("", "<", "<tool_c", '{"', ONE[:-3]):
         splitter = CallSplitter([WEATHER], forced=True)
         assert splitter.feed(written) + splitter.end(cut=True)[0] == ""
         assert splitter.incomplete
 
 
-def test_json_of_a_schema_is_text_where_it_is_cut_off() -> None:
+def test_cut_schema_json_is_text() -> None:
     splitter = CallSplitter([WEATHER], structured=True)
     assert splitter.feed(ONE[:30]) + splitter.end(cut=True)[0] == ONE[:30]
     assert not splitter.incomplete
 
 
-def test_words_before_a_call_are_shown_as_they_come() -> None:
+def test_text_before_call_is_streamed() -> None:
     splitter = CallSplitter([WEATHER])
     assert splitter.feed("Let me see. <tool") == "Let me see. "
     assert splitter.feed('_call>{"name": "weather", "arguments": {}}</tool_call>') == ""
