@@ -75,7 +75,7 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "rated": [{"prompt": "p", "completion": AWKWARD, "rating": 4.5}],
     "thumb": [{"prompt": "p", "completion": AWKWARD, "label": False}],
 }  # fmt: skip
-# What each form has a place for; "rows" has it for all.
+# Content supported by each form; "rows" supports all.
 SAID = {
     "prompt-completion": {"pair", "chat"},
     "chat": {"pair", "chat", "system", "long"},
@@ -136,7 +136,7 @@ def test_any_texts_survive_every_container(
     assert [(row.prompt, row.completion) for row in load_rows(target)] == rows
 
 
-def test_further_keys_are_kept_or_left_out_as_asked(tmp_path: Path) -> None:
+def test_extra_keys_are_converted_or_dropped(tmp_path: Path) -> None:
     more = {"id": 7, "category": "x", "score": None}
     source = write(tmp_path, {"question": "a", "answer": "b", **more})
     target = tmp_path / "out.jsonl"
@@ -166,7 +166,7 @@ def test_further_keys_are_kept_or_left_out_as_asked(tmp_path: Path) -> None:
         ([{"text": "a"}, {"text": ""}], "o.jsonl", "field.empty", 2),
     ],
 )  # fmt: skip
-def test_what_cannot_be_written_is_refused_with_its_row(
+def test_unwritable_row_is_refused_with_line(
     tmp_path: Path, records: list[dict[str, Any]], name: str, rule: str, line: int
 ) -> None:
     (problem,) = problems_of(write(tmp_path, *records), tmp_path / name)
@@ -174,7 +174,7 @@ def test_what_cannot_be_written_is_refused_with_its_row(
     assert problem.advice
 
 
-def test_a_further_key_with_the_name_of_one_that_is_written(tmp_path: Path) -> None:
+def test_extra_key_named_like_written_key_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path, {"prompt": "a", "completion": "b", "output": "c"})
     (problem,) = problems_of(source, tmp_path / "o.jsonl", "alpaca")
     assert problem.rule == "convert.key"
@@ -182,14 +182,14 @@ def test_a_further_key_with_the_name_of_one_that_is_written(tmp_path: Path) -> N
     assert {problem.rule, "convert.form", "convert.container", "convert.message"} == set(RULES)
 
 
-def test_a_form_without_system_prompts_rejects_a_row_with_one(tmp_path: Path) -> None:
+def test_system_prompt_in_unsupported_form_is_refused(tmp_path: Path) -> None:
     turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
     source = write(tmp_path, {"messages": turns})
     (problem,) = problems_of(source, tmp_path / "o.jsonl", "bedrock")
     assert (problem.rule, problem.line) == ("convert.form", 1)
 
 
-def test_a_file_is_of_one_shape(tmp_path: Path) -> None:
+def test_converted_rows_of_mixed_shapes_are_refused(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "system": "s"}]
     source = write(tmp_path, *rows)
     (problem,) = problems_of(source, tmp_path / "o.jsonl")
@@ -212,7 +212,7 @@ def test_columns_are_mapped_and_folders_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", REASONING_KEYS)
-def test_reasoning_stays_under_its_key(tmp_path: Path, key: str) -> None:
+def test_reasoning_is_converted_to_reasoning_content(tmp_path: Path, key: str) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: "c"}]
     source, target = write(tmp_path, {"messages": turns}), tmp_path / "o.jsonl"
     convert(source, target, "openai")
@@ -245,7 +245,7 @@ def test_tools_and_calls_stay_or_the_row_is_refused(tmp_path: Path) -> None:
             assert refused.value.rule == "convert.form"
 
 
-def test_targets_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_targets_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path, {"text": "a"})
     for options, rule, setting in (
         ({"form": "xml"}, "recipe.invalid", "form"),
@@ -261,7 +261,7 @@ def test_targets_that_cannot_be(tmp_path: Path) -> None:
     assert format_of(Path("a.b.NDJSON.gz")) == "jsonl"
 
 
-def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
+def test_convert_target_inside_source_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     write(folder, {"text": "a"})
@@ -277,7 +277,7 @@ def test_reading_stops_at_a_hundred_problems(tmp_path: Path) -> None:
     assert len(problems) == MOST_PROBLEMS
 
 
-def test_json_is_one_array(tmp_path: Path) -> None:
+def test_json_target_is_an_array(tmp_path: Path) -> None:
     rows = [{"text": "a"}, {"text": "b"}]
     target = tmp_path / "rows.json"
     assert convert(write(tmp_path, *rows), target).format == "json"

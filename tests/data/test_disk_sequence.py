@@ -33,7 +33,7 @@ def test_few_rows_stay_a_list_of_the_same_objects() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 20_000])
-def test_what_goes_to_disk_is_read_back(limit: int) -> None:
+def test_spooled_rows_equal_original_rows(limit: int) -> None:
     rows = texts(500)
     found = spool(iter(rows), limit)
     assert not isinstance(found, list)
@@ -49,7 +49,7 @@ def test_what_goes_to_disk_is_read_back(limit: int) -> None:
             found[place]
 
 
-def test_items_larger_than_the_buffer_and_empty_ones_are_read_in_order(
+def test_empty_and_large_items_are_read_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "BUFFER", 100)
@@ -70,7 +70,7 @@ def test_examples_keep_their_arrays_partners_and_types() -> None:
         np.testing.assert_array_equal(one.partner.weight_T, side.weight_T)
 
 
-def test_processors_and_arrays_that_rows_share_stay_one_object() -> None:
+def test_shared_processors_and_arrays_stay_shared() -> None:
     pixels, processor = np.zeros((64, 8, 8), np.uint8), ImageProcessor(8, 8)
     inside = [Media("image", f"a.npz[{n}]", array=pixels[n]) for n in range(32)]
     files = [Media("image", f"{n}.png", f"/x/{n}.png") for n in range(32)]
@@ -101,7 +101,7 @@ def test_rows_on_disk_take_no_memory() -> None:
         assert len(found) == 20_000
         return size
 
-    held(0)  # what is imported and cached once
+    held(0)  # loads imports and caches
     in_memory, on_disk = held(1 << 30), held(100_000)
     assert on_disk < 20_000 * 10 + 2 * module.BUFFER
     assert in_memory > 10 * on_disk
@@ -132,7 +132,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_parts_and_joined_sequences_are_those_of_lists(limit: int) -> None:
+def test_select_and_concatenate_match_lists(limit: int) -> None:
     rows, more = texts(40), texts(7, 50)
     one, other = spool(rows, limit), spool(more, limit)
     chosen = np.array([3, 3, 39, 0])

@@ -321,7 +321,7 @@ MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"tokens": ["Rita", "sings"], "ner_tags": ["B-PER", "O"]},
         {"tokens": ["Rita", "sings"], "tags": ["B-PER", "O"]},
     ),
-    # A name of a file beside a text that is none of it.
+    # A file name next to text is metadata.
     ('{"text"}', {"path": "book.md", "text": "t"}, {"text": "t"}),
     ('{"text"}', {"file_name": "book.txt", "text": "t"}, {"text": "t"}),
     ('{"text"}', {"file_name": 3, "text": "t"}, {"text": "t"}),
@@ -412,7 +412,7 @@ def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
         {"input": "x", "expected": "y"},
     ],
 )
-def test_what_is_no_such_form_is_refused_by_rule(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_rows_in_broken_forms_are_refused_with_rule(tmp_path: Path, record: dict[str, Any]) -> None:
     for problem in problems_of(write(tmp_path, record)):
         assert problem.rule in RULES
         assert problem.message and problem.advice
@@ -500,7 +500,7 @@ def test_rows_with_two_texts_are_no_single_text(tmp_path: Path) -> None:
     assert row.inputs() == ("x", "y")
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_mapped_column_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "x", "completion": "y"}, {"completion": "y"})
     (problem,) = problems_of(path, {"prompt": "q"})
     assert (problem.line, problem.rule) == (2, "column.missing")
@@ -513,7 +513,7 @@ def test_a_misspelt_key_of_ours_in_a_mapping_is_named(tmp_path: Path) -> None:
     assert "`data.columns.prompt=q`" in problem.advice
 
 
-def test_messages_name_the_column_that_was_mapped(tmp_path: Path) -> None:
+def test_messages_contain_name_of_mapped_column(tmp_path: Path) -> None:
     (problem,) = problems_of(
         write(tmp_path, {"q": "", "a": "y"}), {"prompt": "q", "completion": "a"}
     )
@@ -523,7 +523,7 @@ def test_messages_name_the_column_that_was_mapped(tmp_path: Path) -> None:
 # --- several files of one source -------------------------------------------------------------------
 
 
-def test_files_of_a_source_are_of_one_form(tmp_path: Path) -> None:
+def test_files_of_source_share_a_form(tmp_path: Path) -> None:
     write(tmp_path, {"question": "a", "answer": "b", "id": 1}, name="a.jsonl")
     write(tmp_path, {"question": "c", "answer": "d", "id": 1}, name="b.jsonl")
     (tmp_path / "c.csv").write_text("question,answer\ne,f\n")
@@ -544,7 +544,7 @@ def test_plain_text_files_are_a_row_each(tmp_path: Path) -> None:
     assert str(recognized) == 'text, {"text"}, 2 rows in 2 files'
 
 
-def test_a_model_that_reads_images_takes_every_form_of_them(tmp_path: Path) -> None:
+def test_image_inputs_are_read_from_every_key(tmp_path: Path) -> None:
     Image.new("L", (4, 3)).save(tmp_path / "1.png")
     for key, name in (
         ("file_name", "metadata.jsonl"),
@@ -607,7 +607,7 @@ def test_images_next_to_a_conversation(
         ({"images": ["1.png"], "messages": TWO_MARKS}, "media.count"),
     ],
 )
-def test_images_that_do_not_fit_a_conversation(
+def test_missing_or_miscounted_images_are_refused(
     tmp_path: Path, record: dict[str, Any], rule: str
 ) -> None:
     Image.new("L", (4, 3)).save(tmp_path / "1.png")

@@ -73,7 +73,7 @@ def epoch_of(order: RowOrder, epoch: int) -> list[int]:
 
 @PROPERTY
 @given(rows, batch_size, seed, mixed, st.integers(0, 3), st.booleans())
-def test_an_epoch_holds_the_main_rows_once_and_what_is_drawn_of_others(
+def test_epoch_has_main_rows_once_and_drawn_mixed_rows(
     rows: int, batch_size: int, seed: int, mixed: list[MixedSet], epoch: int, shuffle: bool
 ) -> None:
     order = RowOrder(rows, batch_size, seed, shuffle, tuple(mixed))
@@ -110,12 +110,12 @@ def test_every_batch_holds_the_sets_in_proportion(
         assert abs(main - 4) <= 2
 
 
-def test_without_further_sets_the_order_is_that_of_the_seed() -> None:
+def test_order_without_mixed_sets_follows_seed() -> None:
     order = RowOrder(50, 50, seed=3)
     assert order.batch(1) == np.random.default_rng([3, 1]).permutation(50).tolist()
 
 
-def test_main_rows_keep_their_order_when_others_come_between() -> None:
+def test_mixed_rows_leave_order_of_main_rows() -> None:
     plain, with_others = RowOrder(30, 30, 4), RowOrder(30, 45, 4, mixed=(MixedSet(100, 15),))
     assert [i for i in with_others.batch(0) if i < 30] == plain.batch(0)
     assert with_others.steps(2) == 2

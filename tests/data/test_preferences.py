@@ -147,13 +147,13 @@ def test_thumb_next_to_a_conversation(record: dict[str, Any], tmp_path: Path) ->
     assert row == ThumbedReply(row.file, 1, turns(AGAIN, NO, USER), turns(YES), False)
 
 
-def test_label_of_a_conversation_that_is_no_thumb(tmp_path: Path) -> None:
+def test_text_label_of_conversation_is_no_thumb(tmp_path: Path) -> None:
     (row,) = load(tmp_path, {"messages": [USER, YES], "label": "billing"})
     assert row.shape == "messages"
 
 
 @pytest.mark.parametrize("remark", [{"label": "billing"}, {"rating": "4"}, {"rating": None}, {}])
-def test_other_remarks_leave_a_row_to_be_learned(remark: dict[str, Any], tmp_path: Path) -> None:
+def test_row_without_thumb_is_prompt_completion(remark: dict[str, Any], tmp_path: Path) -> None:
     (row,) = load(tmp_path, {"prompt": "Hi", "completion": "Yes.", **remark})
     assert row == PromptCompletion(row.file, 1, "Hi", "Yes.")
 
@@ -243,7 +243,7 @@ def test_ranked_answers(tmp_path: Path) -> None:
         ({"prompt": [USER, YES], "ranked": ["a", "b"]}, "preference.order"),
     ],
 )  # fmt: skip
-def test_rankings_that_say_nothing(record: dict[str, Any], rule: str, tmp_path: Path) -> None:
+def test_invalid_rankings_are_refused(record: dict[str, Any], rule: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path, record)
     (problem,) = caught.value.problems
@@ -297,7 +297,7 @@ def test_thumbs_become_pairs_and_pairs_become_thumbs(tmp_path: Path) -> None:
         ([{**A, "rating": 3}, {**A, "rating": 1}], "preference.equal", [1]),
     ],
 )  # fmt: skip
-def test_answers_that_cannot_be_compared(
+def test_incomparable_rated_answers_are_refused(
     records: list[dict[str, Any]], rule: str, lines: list[int], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as caught:
@@ -306,7 +306,7 @@ def test_answers_that_cannot_be_compared(
     assert [problem.line for problem in caught.value.problems] == lines
 
 
-def test_thumbs_of_one_kind_teach_nothing(tmp_path: Path) -> None:
+def test_thumbs_of_single_kind_are_refused(tmp_path: Path) -> None:
     rows = load(tmp_path, {**A, "label": False}, {**B, "label": False})
     with pytest.raises(RowRefused) as refused:
         KTO().fit(rows, None)  # type: ignore[arg-type]
@@ -335,7 +335,7 @@ def test_numbers_of_classes_are_no_thumbs(tmp_path: Path, key: str) -> None:
     assert {each.rule for each in reader.unread_problems()} == {"column.unread"}
 
 
-def test_thumb_next_to_another_label(tmp_path: Path) -> None:
+def test_thumb_next_to_text_label(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "completion": "b", "label": "math", "kto_tag": n % 2 == 0} for n in range(4)
     ]

@@ -100,7 +100,9 @@ def test_a_prompt_as_messages() -> None:
         ("id.duplicate", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], 2),
     ],
 )
-def test_what_asks_nothing_is_refused(path: Path, rule: str, rows: list[Any], line: int) -> None:
+def test_rows_without_usable_prompt_are_refused(
+    path: Path, rule: str, rows: list[Any], line: int
+) -> None:
     with pytest.raises(DataError) as caught:
         load_prompts(write(path, *rows))
     found = [problem for problem in caught.value.problems if problem.rule == rule]
@@ -108,7 +110,7 @@ def test_what_asks_nothing_is_refused(path: Path, rule: str, rows: list[Any], li
     assert rule in RULES or not rule.startswith("prompt.")
 
 
-def test_what_models_read_is_taken_of_rows_of_any_kind(path: Path) -> None:
+def test_load_inputs_reads_rows_of_any_kind(path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"text": "a", "label": None, "prompt": "b", "id": 1},
         {"text": " ", "prompt": "b", "completion": "", "id": 1},
@@ -144,9 +146,7 @@ def test_what_models_read_is_taken_of_rows_of_any_kind(path: Path) -> None:
         ({"text": "a", "predicted": None}, "row.predicted"),
     ],
 )
-def test_rows_that_nothing_can_be_read_of_are_named(
-    path: Path, row: dict[str, Any], rule: str
-) -> None:
+def test_rows_without_input_are_refused(path: Path, row: dict[str, Any], rule: str) -> None:
     with pytest.raises(DataError) as refused:
         load_inputs(write(path, {"text": "fine"}, row), reserved="predicted")
     (problem,) = refused.value.problems

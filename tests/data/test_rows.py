@@ -54,13 +54,13 @@ def test_three_shapes(folder: Path) -> None:
     assert load_rows(path) == [RawText(str(path), 1, text="once")]
 
 
-def test_plain_text_file_is_one_row(folder: Path) -> None:
+def test_plain_text_file_is_a_single_row(folder: Path) -> None:
     path = folder / "book.md"
     path.write_bytes(b" a\r\nb \n")
     assert load_rows(path) == [RawText(str(path), 1, text=" a\r\nb \n")]
 
 
-def test_extra_keys_are_ignored_and_ids_kept_apart_by_type(folder: Path) -> None:
+def test_extra_keys_and_duplicate_ids_are_ignored(folder: Path) -> None:
     ids = [1, "1", True, True, 1.0, 1.0, None, None, ["x"], ["x"], "2"]
     path = write(folder, *({**PAIR, "id": i, "score": 0.5, "tags": ["a"]} for i in ids))
     assert [row.line for row in load_rows(path)] == list(range(1, 12))
@@ -125,7 +125,7 @@ def test_problems_of_reading_and_of_rows_come_in_line_order(folder: Path) -> Non
     ]
 
 
-def test_twenty_five_bad_rows_are_counted_and_their_one_cause_told_once(folder: Path) -> None:
+def test_equal_problems_are_printed_with_shared_cause(folder: Path) -> None:
     path = write(folder, *[PAIR, {"prompt": "a", "completion": ""}] * 25)
     with pytest.raises(DataError) as caught:
         load_rows(path)
@@ -270,14 +270,14 @@ def test_exactly_the_corrupted_lines_are_reported(
     assert [p.line for p in problems_of(path)] == [n * len(end) + 1 for n in spoiled]
 
 
-def test_columns_that_nothing_is_read_from_are_named(tmp_path: Path) -> None:
+def test_ignored_columns_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "Hello there", "sentiment": "good"}) + "\n")
     reader = RowReader(path)
     assert len(list(reader)) == 1 and reader.recognition.unread == ("sentiment",)
 
 
-def test_documents_that_hold_no_text_are_all_named(tmp_path: Path) -> None:
+def test_all_documents_without_text_are_reported(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("the fox")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n{"text": "b"}\n')

@@ -38,8 +38,8 @@ def test_rule(folder: Path, rule: str, records: list[object], line: int) -> None
     assert [p.line for p in found] == [line] and found[0].advice
 
 
-# Whole files that the examples cannot write as rows; their texts are in test_read.py.
-def test_paths_that_cannot_be_read_are_data_errors(folder: Path) -> None:
+# Rules about whole files, tested in test_read.py.
+def test_unreadable_paths_are_data_errors(folder: Path) -> None:
     (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")
     (folder / "table.bin").write_bytes(b"one,two\n")
     (folder / "empty").mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         for node in tree.body:
             texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
             used |= {t for t in texts if isinstance(t, str) and re.fullmatch(r"[a-z]+\.\w+", t)}
-    # Of graders, objectives, and the formats that bases read.
+    # Rules of graders, objectives and input formats.
     gathered = {"grader.no_reference", "thumb.one_kind", "media.base"}
     assert used == {*RULES, *PREFERENCE_RULES, *PROMPT_RULES, *DOUBTS} - gathered
     assert {rule for rule, *_ in EXAMPLES} | WHOLE_FILE == set(RULES)

@@ -78,7 +78,7 @@ def test_relevant_texts_without_qrels(
         ("q1\td1\t0\n", "qrels.empty", 0),
     ],
 )
-def test_qrels_that_do_not_fit(
+def test_mismatching_qrels_are_refused(
     qrels: str, rule: str, line: int, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "qrels.tsv").write_text(qrels)
@@ -97,7 +97,7 @@ def test_rows_without_relevant_text(files: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("positive", ["The fox is quick.", "Fox The fox is quick."])
-def test_titled_document_is_found_by_its_text(
+def test_titled_document_is_matched_by_text(
     positive: str, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     rows = write(tmp_path / "rows.jsonl", [{"query": "who", "positive": positive}])
@@ -105,7 +105,7 @@ def test_titled_document_is_found_by_its_text(
     assert (found.gains, found.added) == ([{0: 1.0}], 0)
 
 
-def test_equal_documents_are_one_document(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_equal_documents_are_merged(files: tuple[Path, Path], tmp_path: Path) -> None:
     corpus = write(tmp_path / "twice.jsonl", [*CORPUS, {"_id": "8", "text": "A card."}])
     (tmp_path / "qrels.tsv").write_text("q1\t8\t1\n")
     found = load_search_set(files[0], corpus, tmp_path / "qrels.tsv")

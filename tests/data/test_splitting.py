@@ -34,7 +34,7 @@ def test_holding_out_of_rows_without_labels(rows: int, share: float, seed: int) 
     assert [part.tolist() for part in again] == [kept, held]
 
 
-def test_what_is_held_out_depends_on_the_seed() -> None:
+def test_held_out_rows_depend_on_seed() -> None:
     splits = {tuple(split_rows([""] * 50, alone(50), [0.2], seed)[1]) for seed in range(5)}
     assert {len(split) for split in splits} == {10} and len(splits) == 5
 
@@ -59,7 +59,7 @@ def test_groups_stay_whole_and_labels_stay_in_training(
     }
     assert all(len(found) == 1 for found in of_group.values())
     for share, part in zip(shares, parts[1:], strict=True):
-        # More than its share is one group at most, where none was small enough.
+        # Only a single group may exceed the share of a split.
         if len(part) > max(1, round(share * len(rows))):
             assert len(set(groups[part].tolist())) == 1
     assert set(labels) == {labels[row] for row in parts[0]}
@@ -74,7 +74,7 @@ def test_labels_have_their_share() -> None:
     assert counts[0]["d"] == 1
 
 
-def test_what_cannot_be_split_is_not_split_and_shares_leave_something() -> None:
+def test_small_sets_stay_whole_and_full_shares_are_refused() -> None:
     train, held = split_rows(["a"] * 3, np.zeros(3, int), [0.5], 0)
     assert train.tolist() == [0, 1, 2] and not len(held)
     train, held = split_rows(["a", "b"], alone(2), [0.5], 0)
@@ -84,7 +84,7 @@ def test_what_cannot_be_split_is_not_split_and_shares_leave_something() -> None:
     assert refused.value.rule == "split.empty"
 
 
-def test_what_rows_are_stratified_by() -> None:
+def test_strata_of_rows() -> None:
     several = [
         LabelledText("f", 1, text="t", label=names)
         for names in (("x", "y"), ("x",), ("x", "z"), ())

@@ -22,7 +22,7 @@ def written(path: Path, ids: list[int], kind: str = SMALL) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("count", [*range(2, 14), 40])
-def test_sequences_are_those_of_the_objective(count: int, tmp_path: Path) -> None:
+def test_token_file_sequences_equal_packed_rows(count: int, tmp_path: Path) -> None:
     ids = list(range(100, 100 + count))
     found = TokenFile.open(tmp_path / "t", written(tmp_path / "t", ids), length=4)
     rows = [Example(np.array(ids), np.ones(count, np.float32), 0)]
@@ -34,7 +34,7 @@ def test_sequences_are_those_of_the_objective(count: int, tmp_path: Path) -> Non
     assert found.longest == max(map(len, expected))
 
 
-def test_it_is_a_sequence(tmp_path: Path) -> None:
+def test_token_file_supports_indexing_and_slicing(tmp_path: Path) -> None:
     found = TokenFile.open(tmp_path / "t", written(tmp_path / "t", list(range(10))), length=4)
     assert found[-1].ids_T.tolist() == [8, 9]
     assert [example.row for example in found[::2]] == [0, 2]
@@ -44,7 +44,7 @@ def test_it_is_a_sequence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [[], [5]])
-def test_what_teaches_nothing_is_no_sequence(ids: list[int], tmp_path: Path) -> None:
+def test_fewer_than_two_tokens_make_no_sequence(ids: list[int], tmp_path: Path) -> None:
     assert len(TokenFile.open(tmp_path / "t", written(tmp_path / "t", ids), length=4)) == 0
 
 

@@ -60,14 +60,14 @@ def prefixes_of(tree: TokenTree) -> list[Ids]:
 @example(SAME)
 @example(PREFIX)
 @example(ONE_TOKEN_REPLIES)
-def test_each_row_is_the_path_to_its_leaf(rows: IdsAndWeights) -> None:
+def test_row_equals_tree_path_to_leaf(rows: IdsAndWeights) -> None:
     tree = build_tree(examples_of(rows))
     assert sorted(tree.row_R.tolist()) == list(range(len(rows)))
     for row, leaf in zip(tree.row_R, tree.leaf_R, strict=True):
         path = tree.path(int(leaf))
         assert tuple(tree.ids_N[path].tolist()) == rows[row][0]
         assert path[-1] == leaf and sorted(set(path.tolist())) == path.tolist()
-        # A node that rows share is told of one of them, at the same place.
+        # The tree stores a shared node for one of the rows, at the same position.
         for node in path.tolist():
             first, at = tree.place_of(node)
             assert rows[first][0][: at + 1] == rows[row][0][: at + 1]
@@ -93,7 +93,7 @@ def test_nodes_are_the_distinct_prefixes(rows: IdsAndWeights) -> None:
 
 @PROPERTY
 @given(rows_of_data)
-def test_the_one_array_is_the_ancestor_relation(rows: IdsAndWeights) -> None:
+def test_subtree_ends_encode_ancestor_relation(rows: IdsAndWeights) -> None:
     tree = build_tree(examples_of(rows))
     prefixes = prefixes_of(tree)
     for query, prefix in enumerate(prefixes):
@@ -129,7 +129,7 @@ def test_same_rows_are_stored_once_and_count_thrice() -> None:
     assert tree.edge_child_E.tolist() == [2] and tree.edge_weight_E.tolist() == [3.0]
 
 
-def test_replies_of_one_token_are_siblings() -> None:
+def test_single_token_replies_are_siblings() -> None:
     tree = build_tree(examples_of(ONE_TOKEN_REPLIES))
     assert tree.ids_N.tolist() == [7, 8, 1, 2, 3]
     assert tree.depth_N.tolist() == [0, 1, 2, 2, 2]
@@ -180,7 +180,7 @@ def test_micro_batches_are_of_even_size() -> None:
     assert [len(part) for part in parts] == [2, 2]
 
 
-def test_rows_with_one_prompt_share_a_micro_batch() -> None:
+def test_rows_with_equal_prompt_share_a_micro_batch() -> None:
     prompts = [tuple(range(20)), tuple(range(100, 120))]
     rows = [((*prompts[i % 2], 200 + i), (0.0,) * 20 + (1.0,)) for i in range(8)]
     parts = split_to_budget(examples_of(rows), 24)

@@ -77,7 +77,7 @@ def test_ignored_column_is_no_finding(folder: Path) -> None:
     assert rules(folder, TEXT | {"intent": "a"}, {"intent": ""}) == set()
 
 
-def test_key_of_a_turn_is_judged_by_its_name(folder: Path) -> None:
+def test_unread_key_of_turn_is_classified_by_name(folder: Path) -> None:
     thought = [TURNS[0], TURNS[1] | {"thought": "Greet"}]
     assert rules(folder, {"messages": thought}) == {"unread"}
     assert rules(folder, {"messages": [TURNS[0] | {"mood": "calm"}, TURNS[1]]}) == {"ignored"}

@@ -103,7 +103,7 @@ def test_values_of_arguments(text: str, arguments: list[Any]) -> None:
     "call",
     ["weather('Oslo')", "weather(a=b'x')", "weather(a=f())", "weather(**x)", "weather", "1("],
 )
-def test_python_that_is_not_a_call_is_text(call: str) -> None:
+def test_python_expression_without_call_is_text(call: str) -> None:
     assert parse_calls(f"<|tool_call_start|>[{call}]<|tool_call_end|>", TOOLS) == []
 
 

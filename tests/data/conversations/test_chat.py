@@ -110,7 +110,7 @@ def test_llama3_headers(new_tokenizer: Callable[..., Any]) -> None:
     )
 
 
-def test_llama3_without_its_end_of_turn_is_refused(new_tokenizer: Callable[..., Any]) -> None:
+def test_llama3_template_without_eot_token_is_refused(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer(LLAMA3, LLAMA3_SPECIAL, eos="<|end_of_text|>")
     with pytest.raises(RecipeError) as refused:
         ChatFormat.of(tokenizer).encode_reply(conversation("Hi", "Paris"))
@@ -123,7 +123,7 @@ def test_mistral_instructions(new_tokenizer: Callable[..., Any]) -> None:
     assert shown(encoded, tokenizer) == ("<s>[INST] Q1 [/INST]« A1</s>»[INST] Q2 [/INST]« A2</s>»")
 
 
-def test_a_template_that_refuses_a_role_is_a_refusal_of_the_row(
+def test_role_refused_by_template_is_refused(
     new_tokenizer: Callable[..., Any],
 ) -> None:
     tokenizer = new_tokenizer(MISTRAL, ("<s>", "</s>"), eos="</s>")
@@ -132,7 +132,7 @@ def test_a_template_that_refuses_a_role_is_a_refusal_of_the_row(
     assert refused.value.rule == "template.refused"
 
 
-def test_plain_text_learns_the_completion_and_its_end(tokenizer: Any) -> None:
+def test_plain_template_learns_completion_and_end_token(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer, "plain")
     encoded = chat.encode_reply(conversation("The capital of France is", " Paris."))
     assert shown(encoded, tokenizer) == "The capital of France is« Paris.<|im_end|>»"
@@ -170,7 +170,9 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[.
 BEGINS_WITH_THOUGHTS = FORGETS_THOUGHTS.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 
 
-def test_a_turn_that_a_template_rewrites_is_a_sequence(new_tokenizer: Callable[..., Any]) -> None:
+def test_turn_rewritten_by_template_becomes_separate_sequence(
+    new_tokenizer: Callable[..., Any],
+) -> None:
     chat = ChatFormat.of(new_tokenizer(FORGETS_THOUGHTS))
 
     def all_shown(*texts: str) -> list[str]:
@@ -216,7 +218,7 @@ def test_plain_text_takes_no_conversation(tokenizer: Any) -> None:
 @given(st.text(max_size=30), st.text(min_size=1, max_size=30), st.sampled_from(["chat", "plain"]))
 @example("ends with a new line\n", "\nstarts with one", "chat")
 @example("ends with a space ", " starts with one", "plain")
-def test_a_prompt_is_the_beginning_of_its_row(
+def test_encoded_row_begins_with_encoded_prompt(
     tokenizer: Any, prompt: str, reply: str, template: Any
 ) -> None:
     chat = ChatFormat.of(tokenizer, template)
@@ -276,7 +278,9 @@ def test_a_system_prompt_without_a_place_is_refused_with_the_fix(
     assert len(chat.encode_reply(messages[1:]).ids_T)
 
 
-def test_the_fix_for_system_prompts_is_for_them_alone(new_tokenizer: Callable[..., Any]) -> None:
+def test_system_prompt_fix_needs_template_without_system_role(
+    new_tokenizer: Callable[..., Any],
+) -> None:
     chat = ChatFormat.of(new_tokenizer("{{ raise_exception('no') }}"))
     for messages in (conversation("Hi"), conversation("Hi", system="Be brief.")):
         with pytest.raises(RecipeError) as refused:
@@ -284,7 +288,7 @@ def test_the_fix_for_system_prompts_is_for_them_alone(new_tokenizer: Callable[..
         assert SYSTEM_FIX not in str(refused.value)
 
 
-def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., Any]) -> None:
+def test_template_variables_get_stored_defaults(new_tokenizer: Callable[..., Any]) -> None:
     made = new_tokenizer(SWITCHED)
     chat = ChatFormat.of(made).with_template_kwargs(
         {"loud": True, "who": 'Zoë "%}{{ 1 }}" \\ \n😀', "level": 1.5}
@@ -292,7 +296,7 @@ def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., A
     asked = [Message("user", "Hi")]
     assert chat.prompt_text(asked) == 'LOUD Zoë "%}{{ 1 }}" \\ \n😀Hi2.5'
     assert chat.prompt_text(asked, (), {"loud": False, "level": 2}) == "Hi3"
-    assert made.chat_template == SWITCHED  # of the base model, which others may be using
+    assert made.chat_template == SWITCHED  # the base model's template, possibly in use elsewhere
     with pytest.raises(RecipeError) as refused:
         chat.prompt_text(asked, (), {"level": "high"})
     assert refused.value.rule == "template.refused"
@@ -321,7 +325,7 @@ def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., A
         ("{% generation %}{{ x }}{% endgeneration %}", True),
     ],
 )  # fmt: skip
-def test_what_a_template_sets_itself_it_does_not_read(
+def test_variables_assigned_by_template_are_not_settings(
     template: str, read: bool, new_tokenizer: Callable[..., Any]
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(template))
@@ -336,7 +340,7 @@ def test_what_a_template_sets_itself_it_does_not_read(
 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, None, float("nan"), float("inf"), "x" * 1001])
-def test_a_setting_of_a_template_is_one_value(value: Any) -> None:
+def test_template_setting_is_a_scalar(value: Any) -> None:
     adapter = TypeAdapter(TemplateSettings)
     fine = {"a": True, "b": 1, "c": 1.5, "d": "x" * 1000}
     assert [type(each) for each in adapter.validate_python(fine).values()] == [
@@ -352,7 +356,7 @@ def test_a_setting_of_a_template_is_one_value(value: Any) -> None:
     assert error["loc"] == ("a",) and "true, false, a finite number or a text" in error["msg"]
 
 
-def test_no_client_sets_what_transformers_takes_itself() -> None:
+def test_parameters_of_apply_chat_template_are_reserved() -> None:
     """A request with ``chat_template`` would run the client's own program."""
     from transformers import PreTrainedTokenizerBase
 
@@ -365,7 +369,7 @@ def test_raw_text_is_closed_once(tokenizer: Any) -> None:
     assert tokenizer.decode(ids) == "The dog.<|im_end|>"
 
 
-def test_a_tokenizer_that_closes_every_text_does_not_close_prompts(
+def test_prompt_leaves_out_end_token_of_post_processor(
     new_tokenizer: Callable[..., Any],
 ) -> None:
     from tokenizers.processors import TemplateProcessing
@@ -434,8 +438,8 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: Any, tmp_path: Pa
     assert "First." in tokenizer.decode(encoded.ids_T)
 
 
-def test_a_tokenizer_that_panics_is_an_error_like_others(tokenizer: Any) -> None:
-    """A pattern of a model from outside may search without end: Rust gives up by a panic."""
+def test_tokenizer_panic_is_a_recipe_error(tokenizer: Any) -> None:
+    """A pattern of a third-party model may search without end, until Rust panics."""
     import copy
 
     from tokenizers import Regex, pre_tokenizers
@@ -454,9 +458,7 @@ def test_a_tokenizer_that_panics_is_an_error_like_others(tokenizer: Any) -> None
 
 
 @pytest.mark.parametrize("wanted", ["text", "image", "audio", "window"])
-def test_rows_that_a_base_does_not_read_are_refused_in_one_wording(
-    wanted: InputKind, tokenizer: Any
-) -> None:
+def test_input_kind_unsupported_by_base_is_refused(wanted: InputKind, tokenizer: Any) -> None:
     images, sounds = ImageProcessor(8, 8, (0.5,) * 3, (0.5,) * 3), AudioProcessor()
     for chat, reads in (
         (ChatFormat.of(tokenizer), ("text",)),
@@ -473,7 +475,7 @@ def test_rows_that_a_base_does_not_read_are_refused_in_one_wording(
         assert refused.value.rule == "media.base"
 
 
-def test_names_that_a_template_reads() -> None:
+def test_names_read_by_template() -> None:
     assert names_read("{{ a }}{% set b = 1 %}{{ b }}{{ raise_exception('') }}") == {"a"}
     assert names_read("{% generation %}{{ a }}{% endgeneration %}") == {"a"}
     assert names_read("{% for m in b %}{% break %}{% endfor %}") == {"b"}

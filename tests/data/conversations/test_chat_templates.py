@@ -23,7 +23,7 @@ TURNS = [
 REPLY = Message("assistant", "d")
 
 
-def test_chatml_uses_its_tokens(new_tokenizer: Callable[..., Any]) -> None:
+def test_chatml_uses_tokens_of_tokenizer(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer(None, ("<|im_start|>", "<|im_end|>", "<end>"), "<end>")
     plain = ChatFormat.of(tokenizer)
     with pytest.raises(RecipeError) as refused:
@@ -45,7 +45,7 @@ def test_chatml_uses_its_tokens(new_tokenizer: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_chatml_without_its_tokens_ends_turns_with_the_end_of_text(first: bool) -> None:
+def test_chatml_without_im_tokens_ends_turns_with_eos(first: bool) -> None:
     tokenizer = sentencepiece("first", None, first)
     chat = ChatFormat.of(tokenizer).with_chat_template("chatml")
     assert chat.stop_ids == (tokenizer.eos_token_id,)
@@ -56,7 +56,7 @@ def test_chatml_without_its_tokens_ends_turns_with_the_end_of_text(first: bool) 
     assert encoded.ids_T[: len(ids)].tolist() == ids and encoded.ids_T[-1] == chat.stop_ids[0]
 
 
-def test_chatml_needs_a_token_that_ends_turns(new_tokenizer: Callable[..., Any]) -> None:
+def test_chatml_without_end_token_is_refused(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer(None, ("<|im_start|>",), "<|im_start|>")
     tokenizer.eos_token = None
     with pytest.raises(RecipeError) as refused:

@@ -61,7 +61,7 @@ def format_of(new_tokenizer: Callable[..., Any], template: str) -> ChatFormat:
         (ANY_NAME, "<seed:thoughts>", "</seed:thoughts>"),
     ],
 )
-def test_marks_are_what_templates_write_or_cut(
+def test_reasoning_marks_come_from_template(
     template: str, opening: str, close: str, new_tokenizer: Callable[..., Any]
 ) -> None:
     marks = format_of(new_tokenizer, template).reasoning_marks
@@ -83,7 +83,9 @@ def test_marks_are_what_templates_write_or_cut(
         "{{ '</think>' * 200000 }}",
     ],
 )
-def test_other_templates_have_none(template: str, new_tokenizer: Callable[..., Any]) -> None:
+def test_template_without_reasoning_has_no_marks(
+    template: str, new_tokenizer: Callable[..., Any]
+) -> None:
     assert format_of(new_tokenizer, template).reasoning_marks is None
 
 
@@ -94,7 +96,7 @@ def test_only_chat_templates_have_marks(new_tokenizer: Callable[..., Any]) -> No
     assert format_of(new_tokenizer, f"{{# {many} #}}{CUTS}").reasoning_marks is None
 
 
-def test_a_prompt_may_begin_or_close_it(new_tokenizer: Callable[..., Any]) -> None:
+def test_prompt_decides_if_reasoning_is_open(new_tokenizer: Callable[..., Any]) -> None:
     opens, asks = format_of(new_tokenizer, IS_OPENED), format_of(new_tokenizer, ASKS_ITSELF)
     assert reasoning_after(asks, asks.encode_prompt(ASK)) == ReasoningFormat(THINK, is_open=False)
     assert reasoning_after(opens, opens.encode_prompt(ASK)) == ReasoningFormat(THINK, is_open=True)
@@ -110,7 +112,7 @@ def test_a_prompt_may_begin_or_close_it(new_tokenizer: Callable[..., Any]) -> No
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_marks_that_are_tokens_are_kept_in_texts(
+def test_reasoning_mark_tokens_survive_decoding(
     special: bool, new_tokenizer: Callable[..., Any]
 ) -> None:
     tokenizer = new_tokenizer(ASKS_ITSELF)

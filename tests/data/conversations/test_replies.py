@@ -1,4 +1,4 @@
-"""Tests of training sequences with templates that write earlier turns in another way.
+"""Tests of training sequences with templates that rewrite earlier turns.
 
 The templates are our own, with the behaviour of the families' published templates.
 """
@@ -135,7 +135,7 @@ DEEPSEEK_R1 = (
 
 @dataclass(frozen=True)
 class Family:
-    """A template with its special tokens, of which the first are the stop tokens."""
+    """A template with its special tokens, stop tokens first."""
 
     template: str
     special: tuple[str, ...]
@@ -234,7 +234,7 @@ def rendered_ids(chat: ChatFormat, messages: Sequence[Message], tools: Sequence[
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_reply_is_learned_after_its_served_prompt(
+def test_each_reply_is_learned_after_served_prompt(
     family: str, conversation: str, chats: dict[str, ChatFormat]
 ) -> None:
     chat, (messages, tools) = chats[family], CONVERSATIONS[conversation]
@@ -265,7 +265,7 @@ def test_each_reply_is_learned_after_its_served_prompt(
         assert (len(chat.encode_replies(messages)) == 1) == kind.one
 
 
-def test_reasoning_after_a_prompt_that_turns_reasoning_off(chats: dict[str, ChatFormat]) -> None:
+def test_reasoning_in_row_with_disabled_thinking_is_refused(chats: dict[str, ChatFormat]) -> None:
     messages = CONVERSATIONS["reasoning"][0]
     for family in ("Gemma 4", "Qwen 3", "GLM 4.5"):
         chat = chats[family].with_template_kwargs({"enable_thinking": False})
@@ -333,7 +333,7 @@ def test_fix_for_rows_without_reasoning_names_switch_of_template(
 
 @pytest.mark.parametrize("is_last", [True, False])
 @pytest.mark.parametrize("is_learned", [True, False])
-def test_calls_that_the_template_drops(
+def test_call_dropped_by_template_is_refused(
     is_last: bool, is_learned: bool, new_tokenizer: Callable[..., Any]
 ) -> None:
     """LFM2 and Falcon-H1 list the tools and write the content of turns only."""
@@ -352,8 +352,8 @@ def test_calls_that_the_template_drops(
 
 
 @pytest.mark.parametrize("family", ["QwQ", "DeepSeek R1"])
-def test_a_prompt_that_opens_the_reasoning(family: str, chats: dict[str, ChatFormat]) -> None:
-    """The reply closes the reasoning, which the content may contain."""
+def test_reply_closes_reasoning_opened_by_prompt(family: str, chats: dict[str, ChatFormat]) -> None:
+    """The reply closes the reasoning, even if the content contains the reasoning."""
     chat, stop = chats[family], FAMILIES[family].special[0]
     for content, reasoning in (
         ("Yes.", "I see"), ("Yes.", ""), ("I see\n</think>\n\nYes.", ""),

@@ -124,7 +124,7 @@ def test_a_system_prompt_next_to_judged_answers_begins_their_prompt(
 
 
 @pytest.mark.parametrize("form", [*PROMPTS])
-def test_a_system_prompt_next_to_what_is_only_asked(tmp_path: Path, form: str) -> None:
+def test_prompt_row_with_system_key_becomes_conversation(tmp_path: Path, form: str) -> None:
     path = read(tmp_path, PROMPTS[form] | {"system": "S"}, PROMPTS[form]).files[0]
     first, second = load_prompts(path)
     assert isinstance(first, Conversation) and first.messages == (SYSTEM, TURNS[0])
@@ -132,7 +132,7 @@ def test_a_system_prompt_next_to_what_is_only_asked(tmp_path: Path, form: str) -
     assert first.expected_reply() == second.expected_reply()
 
 
-def test_a_prompt_alone_keeps_its_system_prompt(tmp_path: Path) -> None:
+def test_prompt_only_row_keeps_system_prompt(tmp_path: Path) -> None:
     found = row(tmp_path, {"prompt": "q", "system": "S"})
     assert isinstance(found, PromptOnly) and found.turns() == (SYSTEM, TURNS[0])
     assert row(tmp_path, found.record()) == found
@@ -144,7 +144,7 @@ def test_no_system_prompt_changes_nothing(tmp_path: Path, blank: object) -> None
     assert isinstance(found, PromptCompletion)
 
 
-def test_system_prompts_that_disagree_are_refused(tmp_path: Path) -> None:
+def test_conflicting_system_prompts_are_refused(tmp_path: Path) -> None:
     own = [{"role": "developer", "content": "S"}, ASKED, SAID]
     found = row(tmp_path, {"messages": own, "system": "S"})
     assert found.turns() == (SYSTEM, *TURNS)
@@ -156,7 +156,7 @@ def test_system_prompts_that_disagree_are_refused(tmp_path: Path) -> None:
     assert load_rows(path, {"system": ""})[0].turns() == (SYSTEM, *TURNS)
 
 
-def test_rows_of_other_shapes_keep_a_column_that_is_called_system(tmp_path: Path) -> None:
+def test_system_key_of_labelled_text_is_unread(tmp_path: Path) -> None:
     reader = read(tmp_path, {"text": "t", "label": "l", "system": "linux"})
     assert reader.read_all()[0].record() == {"text": "t", "label": "l"}
     assert reader.recognition.unread == ("system",)
@@ -254,12 +254,12 @@ def test_marks_of_turns_to_learn(tmp_path: Path, key: str, value: object) -> Non
     ],
     ids=str,
 )
-def test_marks_that_cannot_be_understood_are_refused(tmp_path: Path, mark: Written) -> None:
+def test_invalid_loss_marks_are_refused(tmp_path: Path, mark: Written) -> None:
     assert rule_of(tmp_path, {"messages": [ASKED, SAID | mark]}) == "message.weight"
     assert rule_of(tmp_path, {"conversations": [HUMAN, GPT | mark]}) == "message.weight"
 
 
-def test_other_keys_of_turns_are_named(tmp_path: Path) -> None:
+def test_unknown_keys_of_turns_are_reported(tmp_path: Path) -> None:
     turn: Written = SAID | {"mood": "glad", "loss_type": "ce", "refusal": None, "tool_calls": []}
     reader = read(tmp_path, {"messages": [ASKED | {"name": "Bo"}, turn]})
     assert reader.read_all()[0].turns() == TURNS
@@ -303,14 +303,14 @@ def test_reasoning_is_read_in_every_form(tmp_path: Path) -> None:
         assert row(tmp_path, found.record()) == found
 
 
-def test_a_call_keeps_its_mark_and_its_reasoning(tmp_path: Path) -> None:
+def test_call_turn_keeps_loss_mark_and_reasoning(tmp_path: Path) -> None:
     call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
     further = {"loss": False, "reasoning_content": "R"}
     result = {"from": "observation", "value": "r"}
     found = row(tmp_path, {"conversations": [HUMAN, call | further, result, GPT]})
     assert [turn.learned for turn in found.turns()] == [True, False, True, True]
     assert found.turns()[1].reasoning == "R"
-    # Joined to the words before it, the mark of the call would be lost.
+    # Joining the call with the previous text would lose the mark of the call.
     words = {"conversations": [HUMAN, GPT, call | {"loss": False}, result, GPT]}
     assert rule_of(tmp_path, words) == "message.order"
 
@@ -357,7 +357,7 @@ def test_turns_as_text_are_read(tmp_path: Path, turns: Any) -> None:
         assert list(reader) == [] and [each.rule for each in reader.problems] == ["messages.type"]
 
 
-# --- keys that make another task -------------------------------------------------------------------
+# --- keys of a different task ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -372,9 +372,7 @@ def test_turns_as_text_are_read(tmp_path: Path, turns: Any) -> None:
         ({"messages": [ASKED, SAID], "rejected_response": "b"}, "rejected_response"),
     ],
 )
-def test_a_key_of_another_task_is_refused_unless_set_aside(
-    tmp_path: Path, record: Written, key: str
-) -> None:
+def test_ambiguous_key_is_refused_unless_ignored(tmp_path: Path, record: Written, key: str) -> None:
     assert rule_of(tmp_path, record) == "row.ambiguous"
     path = read(tmp_path, record).files[0]
     assert len(load_rows(path, {key: ""})) == 1
@@ -400,7 +398,7 @@ def test_spans_of_doccano_are_no_labels(tmp_path: Path, label: object) -> None:
 
 
 @pytest.mark.parametrize("rating", ["4,5", "nan", ""])
-def test_ratings_that_are_no_numbers_show_their_text(tmp_path: Path, rating: str) -> None:
+def test_invalid_rating_message_shows_value(tmp_path: Path, rating: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f'text,rating\nt,"{rating}"\n')
     with pytest.raises(DataError) as caught:

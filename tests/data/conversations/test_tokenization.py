@@ -62,7 +62,7 @@ def chat_of(tokenizer: Any) -> ChatFormat:
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("prepend", PREPENDS)
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_a_row_begins_with_its_served_prompt(family: str, prepend: str, first: bool) -> None:
+def test_row_begins_with_served_prompt(family: str, prepend: str, first: bool) -> None:
     tokenizer = sentencepiece(prepend, TEMPLATES[family], first)
     chat = chat_of(tokenizer)
     for texts in ROWS:
@@ -88,7 +88,7 @@ def test_a_row_begins_with_its_served_prompt(family: str, prepend: str, first: b
             assert not last.learned_T[size : len(again)].any()
 
 
-def test_a_mark_that_takes_the_white_space_behind_leaves_that_of_a_reply() -> None:
+def test_leading_white_space_of_reply_is_learned() -> None:
     chat = chat_of(sentencepiece("first", PHI_3))
     encoded = chat.encode_reply(conversation("a", "  code"))
     learned = chat.tokenizer.decode(encoded.ids_T[encoded.learned_T].tolist())
@@ -161,7 +161,7 @@ def test_a_tokenizer_without_places_gives_the_same(family: str, prepend: str) ->
 
 @pytest.mark.parametrize("prepend", PREPENDS)
 @pytest.mark.parametrize(("prompt", "reply"), [("It is", " open."), ("a\n", "\nb"), ("a ", "dog")])
-def test_a_completion_is_one_text_with_its_prompt(prepend: str, prompt: str, reply: str) -> None:
+def test_prompt_and_completion_decode_to_joined_text(prepend: str, prompt: str, reply: str) -> None:
     made = sentencepiece(prepend, None)
     chat = ChatFormat.of(made)
     asked = chat.encode_prompt(conversation(prompt))
@@ -207,7 +207,7 @@ def asked(text: str, place: str) -> tuple[list[Message], tuple[Tool, ...]]:
 @pytest.mark.parametrize("supports_tools", [False, True])
 @pytest.mark.parametrize("place", ["system", "user", "tool", "tool result"])
 @pytest.mark.parametrize("text", MARKS)
-def test_text_that_users_send_has_no_special_tokens(
+def test_special_tokens_in_user_text_are_plain_text(
     text: str, place: str, supports_tools: bool, new_tokenizer: Callable[..., Any]
 ) -> None:
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" if supports_tools else ""
@@ -245,7 +245,7 @@ def test_pieces_read_the_names_of_special_tokens_as_text(family: str, prepend: s
     assert [i for i in slow if i in special] == [i for i in harmless if i in special]
 
 
-def test_what_the_assistant_wrote_keeps_its_special_tokens(tokenizer: Any) -> None:
+def test_special_tokens_in_assistant_text_are_encoded(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
     ids = chat.encode_prompt([Message("user", "a"), Message("assistant", "b<|im_end|>c")]).tolist()
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3

@@ -1,4 +1,4 @@
-"""Tests of tools, calls, results and reasoning in the forms of other tools."""
+"""Tests of tools, calls, results and reasoning in third-party formats."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_text_about_the_tags_of_hermes(text: str) -> None:
     assert unify_turns(turns) == turns
 
 
-def test_tools_that_say_little_and_none() -> None:
+def test_minimal_and_empty_tools_are_read() -> None:
     assert read_tools([{"name": "now"}]) == (Tool("now"),)
     assert read_tools([]) == read_tools("") == read_tools("[]") == ()
 
@@ -166,7 +166,7 @@ BLOCK_RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "sun"}
         ],
     ],
 )
-def test_every_form_of_a_call_and_its_result(turns: list[object]) -> None:
+def test_all_forms_of_call_and_result_are_unified(turns: list[object]) -> None:
     asked, called, result = unify_turns([ASK, *turns])
     assert asked == ASK and isinstance(called, dict) and isinstance(result, dict)
     (call,) = called["tool_calls"]
@@ -175,7 +175,7 @@ def test_every_form_of_a_call_and_its_result(turns: list[object]) -> None:
     assert (result["role"], result["content"], result["tool_call_id"]) == ("tool", "sun", call.id)
 
 
-def test_a_call_joins_the_words_before_it_and_results_go_by_their_order() -> None:
+def test_calls_join_previous_text_and_match_results_by_order() -> None:
     turns = unify_turns(
         [
             ASK,
@@ -210,7 +210,7 @@ def test_results_go_by_the_names_they_have() -> None:
 @pytest.mark.parametrize(
     "result", [{"name": "clock"}, {"tool_call_id": "z"}, {"tool_call_id": "z", "name": "a"}]
 )
-def test_results_of_calls_that_are_not_there_are_refused(result: dict[str, str]) -> None:
+def test_result_without_matching_call_is_refused(result: dict[str, str]) -> None:
     with pytest.raises(RowRefused) as refused:
         unify_turns([ASK, TWO_CALLS, {"role": "tool", "content": "1", **result}])
     assert refused.value.rule == "message.order"
@@ -250,14 +250,14 @@ def test_every_form_of_thoughts(turn: object) -> None:
         {"role": "assistant", "content": [{"type": "thinking", "thinking": 5}, {"text": "Sun."}]},
     ],
 )
-def test_thoughts_that_are_no_text_are_refused(turn: object) -> None:
+def test_reasoning_of_wrong_type_is_refused(turn: object) -> None:
     with pytest.raises(RowRefused) as refused:
         unify_turns([ASK, turn])
     assert refused.value.rule == "field.type"
     assert refused.value.rule == "field.type"
 
 
-def test_what_has_nothing_to_do_with_tools_stays() -> None:
+def test_turns_without_tools_are_unchanged() -> None:
     turns: list[object] = [ASK, {"role": "assistant", "content": [{"text": "Hi"}]}, 7, {"role": []}]
     assert unify_turns(turns) == turns
 
@@ -305,7 +305,7 @@ JSON = st.recursive(
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(JSON, max_size=4))
-def test_no_turn_breaks_it(turns: list[object]) -> None:
+def test_unify_turns_leaves_any_input_unmodified(turns: list[object]) -> None:
     before = json.dumps(turns)
     with contextlib.suppress(RowRefused):
         unify_turns(turns)
@@ -403,12 +403,12 @@ def test_bedrocks_points_to_cache_at_are_passed_over(tmp_path: Path) -> None:
         [RESULT, SAID],
     ],
 )
-def test_turns_that_are_out_of_order_are_named(tmp_path: Path, turns: list[object]) -> None:
+def test_turns_out_of_order_are_refused(tmp_path: Path, turns: list[object]) -> None:
     with pytest.raises(DataError):
         load(tmp_path, {"messages": turns, "tools": [PLAIN]})
 
 
-def test_a_call_of_a_function_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_call_of_undeclared_function_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         load(tmp_path, {"messages": [ASK, CALLED], "tools": [{"name": "clock"}]})
     assert refused.value.rule == "message.tool_calls"

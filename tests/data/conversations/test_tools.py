@@ -191,7 +191,7 @@ COMMAND_R = (
 
 @dataclass(frozen=True)
 class Family:
-    """A template, and the conversations that the template does not support."""
+    """A template with the names of unsupported conversations."""
 
     template: str
     special: tuple[str, ...]
@@ -268,7 +268,7 @@ def chats(new_tokenizer: Callable[..., Any]) -> dict[str, ChatFormat]:
 
 
 def learned_parts(chat: ChatFormat, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> Any:
-    """Return the ids of the last sequence, the ids before each learned part, and its text."""
+    """Return the ids of the last sequence, the ids before each learned part, and the parts' text."""
     prompts, texts = [], []
     for encoded in chat.encode_replies(messages, tools=tools):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned_T, [0]])))
@@ -280,7 +280,7 @@ def learned_parts(chat: ChatFormat, messages: tuple[Message, ...], tools: tuple[
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_is_trained_to_go_on_from_what_it_is_served(
+def test_training_continues_served_prompts_with_tools(
     family: str, conversation: str, chats: dict[str, ChatFormat]
 ) -> None:
     chat, (messages, tools) = chats[family], CONVERSATIONS[conversation]
@@ -298,7 +298,7 @@ def test_a_model_is_trained_to_go_on_from_what_it_is_served(
     assert len(texts) == len(answers)
     for written in before:
         block = re.search(r"<think>\s*</think>\s*$", chat.tokenizer.decode(written))
-        if block:  # of a template that writes one where there are no thoughts: read, not learned
+        if block:  # an empty reasoning block of the template is input, not learned
             written = written[: -len(chat.tokens(block[0], first=False))]
         assert prompts[len(written)] == written
     last = messages[answers[-1]]
@@ -311,10 +311,10 @@ def test_a_model_is_trained_to_go_on_from_what_it_is_served(
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_a_model_that_learned_no_thoughts_is_asked_for_none(
+def test_disabled_thinking_trains_after_empty_reasoning_block(
     conversation: str, chats: dict[str, ChatFormat]
 ) -> None:
-    """Training continues the empty block that the template writes for ``enable_thinking=false``."""
+    """Training continues the template's empty block for ``enable_thinking=false``."""
     quiet = chats["Qwen3"].with_template_kwargs({"enable_thinking": False})
     messages, tools = CONVERSATIONS[conversation]
     if "thought" in conversation:
@@ -338,7 +338,7 @@ def test_an_empty_block_of_thoughts_leaves_the_indentation_of_the_answer(
     assert texts == [f"{answer}<|im_end|>"]
 
 
-def test_a_request_goes_before_what_was_stored(chats: dict[str, ChatFormat]) -> None:
+def test_request_template_settings_override_stored_settings(chats: dict[str, ChatFormat]) -> None:
     thinking = chats["Qwen3"]
     quiet = thinking.with_template_kwargs({"enable_thinking": False})
     on, off = {"enable_thinking": True}, {"enable_thinking": False}
@@ -352,7 +352,7 @@ def test_a_request_goes_before_what_was_stored(chats: dict[str, ChatFormat]) -> 
     assert thinking.prompt_text([ASK]) == thinking.with_template_kwargs({}).prompt_text([ASK])
 
 
-def test_the_families_that_think_have_marks(chats: dict[str, ChatFormat]) -> None:
+def test_reasoning_families_have_marks(chats: dict[str, ChatFormat]) -> None:
     marked = {family for family, chat in chats.items() if chat.reasoning_marks is not None}
     assert marked == {"Qwen3", "GLM-4.5"}
     assert {chats[family].reasoning_marks for family in marked} == {
@@ -361,7 +361,7 @@ def test_the_families_that_think_have_marks(chats: dict[str, ChatFormat]) -> Non
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "GLM-4.5"])
-def test_thoughts_are_learned_where_the_template_keeps_them(
+def test_reasoning_in_rendered_template_is_learned(
     family: str, chats: dict[str, ChatFormat]
 ) -> None:
     _, _, texts = learned_parts(chats[family], *CONVERSATIONS["thought, then call"])
@@ -376,7 +376,7 @@ def test_thoughts_are_learned_where_the_template_keeps_them(
 @pytest.mark.parametrize(
     "family", ["Qwen2.5", "Qwen3", "Hermes", "SmolLM2", "Llama 3.1", "GLM-4.5", "Qwen3-Coder"]
 )
-def test_calls_that_were_learned_are_found_again(family: str, chats: dict[str, ChatFormat]) -> None:
+def test_learned_calls_are_parsed_from_text(family: str, chats: dict[str, ChatFormat]) -> None:
     for name in ("call", "text and call", "two calls"):
         if name in FAMILIES[family].refuses:
             continue
@@ -427,18 +427,18 @@ def test_arguments_may_hold_the_tags_of_calls() -> None:
 @pytest.mark.parametrize(
     "value", ["NaN", "Infinity", "-Infinity", "1e400", '"\\ud800"', "[" * 100_000]
 )
-def test_calls_with_what_json_has_not_are_none(value: str) -> None:
+def test_calls_with_invalid_json_values_are_ignored(value: str) -> None:
     call = f'{{"name": "weather", "arguments": {{"city": {value}}}}}'
     assert parse_calls(call) == parse_calls(f"<tool_call>{call}</tool_call>") == []
 
 
-def test_what_follows_the_json_of_a_call_makes_it_none() -> None:
+def test_call_with_text_after_json_is_ignored() -> None:
     call = '<tool_call>{"name": "weather", "arguments": {}}'
     assert len(parse_calls(f"{call} \n{call}</tool_call> and so on")) == 2
     assert parse_calls(f"{call} so </tool_call>") == []
 
 
-def test_a_result_is_that_of_the_last_call_with_its_id() -> None:
+def test_result_belongs_to_last_call_with_same_id() -> None:
     messages = [Message("user", "Hi")]
     for name in ("a", "b"):
         messages += [
@@ -468,7 +468,7 @@ def test_many_arguments_are_looked_for_in_little_time(end: str) -> None:
     assert missing_from(mixed, few) is None
 
 
-def test_what_is_left_out_is_named(chats: dict[str, ChatFormat]) -> None:
+def test_content_dropped_by_template_is_refused(chats: dict[str, ChatFormat]) -> None:
     messages, tools = CONVERSATIONS["text and call"]
     with pytest.raises(RowRefused) as refused:
         chats["Llama 3.1"].encode_reply(messages, tools=tools)

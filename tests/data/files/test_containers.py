@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[list[tuple[int, dict[str, object]]], list[Problem]
         ("wrong.jsonl", b"PAR1\x15\x04", "parquet"),
     ],
 )
-def test_content_decides_and_the_ending_where_it_cannot(
+def test_container_follows_content_before_file_ending(
     tmp_path: Path, name: str, data: bytes, kind: str
 ) -> None:
     assert container(tmp_path, name, data).kind == kind
@@ -78,7 +78,7 @@ def test_content_decides_and_the_ending_where_it_cannot(
         ):
             ending = {"gzip": ".gz", "zstd": ".zst"}[packing]
             assert container(tmp_path, name + ending, packed).kind == kind
-            found = container(tmp_path, name, packed)  # the ending does not say that it is packed
+            found = container(tmp_path, name, packed)  # the ending does not name the packing
             assert (found.kind, found.packing) == (kind, packing)
 
 
@@ -93,11 +93,11 @@ def test_content_decides_and_the_ending_where_it_cannot(
         (b"text\nx, y\n", ","),
     ],
 )
-def test_the_header_tells_the_delimiter(tmp_path: Path, data: bytes, delimiter: str) -> None:
+def test_header_determines_delimiter(tmp_path: Path, data: bytes, delimiter: str) -> None:
     assert container(tmp_path, "a.csv", data).delimiter == delimiter
 
 
-def test_words_of_unknown_kind_are_refused_and_say_what_to_do(tmp_path: Path) -> None:
+def test_unknown_format_suggests_rename(tmp_path: Path) -> None:
     with pytest.raises(RowRefused) as caught:
         container(tmp_path, "a.dat", b"some words, some more\nand so on, and on\n")
     assert caught.value.rule == "file.unknown_format"
@@ -158,7 +158,7 @@ def test_a_bomb_is_not_unpacked_at_once(tmp_path: Path) -> None:
         ("pyarrow", b"PAR1\x15\x04", "parquet"),
     ],
 )
-def test_a_missing_package_is_named_with_how_to_get_it(
+def test_missing_package_suggests_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, data: bytes, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)

@@ -79,7 +79,7 @@ def test_a_long_row_comes_in_parts_and_ends_once(tmp_path: Path) -> None:
     assert [piece.ends for piece in found].count(True) == 2 and found[-1].ends
 
 
-def test_every_problem_has_its_line_and_rule(tmp_path: Path) -> None:
+def test_corpus_problems_have_line_and_rule(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "good"}\n{"text": " "}\n{"txt": "x"}\nnot json\n')
     with pytest.raises(DataError) as refused:
@@ -88,7 +88,7 @@ def test_every_problem_has_its_line_and_rule(tmp_path: Path) -> None:
     assert found == [(2, "field.empty"), (3, "row.unknown_shape"), (4, "json.invalid")]
 
 
-def test_rows_that_are_no_raw_text_are_refused_with_the_fix(tmp_path: Path) -> None:
+def test_corpus_rows_without_raw_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError) as refused:
@@ -110,9 +110,7 @@ def test_reading_stops_at_a_hundred_problems(tmp_path: Path) -> None:
     [(b"", "file.empty"), (b" \n ", "field.empty"), (b"ab\xff\ncd", "encoding.utf8"),
      (b"text" + bytes(9), "file.binary"), ("é".encode()[:1], "encoding.utf8")],
 )  # fmt: skip
-def test_text_files_that_cannot_be_read_are_refused(
-    content: bytes, rule: str, tmp_path: Path
-) -> None:
+def test_unreadable_text_files_are_refused(content: bytes, rule: str, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(DataError) as refused:
@@ -120,7 +118,7 @@ def test_text_files_that_cannot_be_read_are_refused(
     assert [problem.rule for problem in refused.value.problems] == [rule]
 
 
-def test_bytes_that_are_no_utf8_are_found_on_their_line(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_with_line(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(b"a line\n" * 20_000 + b"bad \xff here\n")
     with pytest.raises(DataError) as refused:
@@ -146,11 +144,11 @@ def test_of_few_documents_the_end_is_held_out() -> None:
     parts = list(held.parts([CorpusPiece(text, 0, 0, False), CorpusPiece("", 0, 1000, True)]))
     assert [out for _, out in parts] == [False, True, True]
     assert parts[0][0].text + parts[1][0].text == text
-    assert len(parts[0][0].text) == 749  # before the space that is nearest to 750
+    assert len(parts[0][0].text) == 749  # before the space nearest to 750
     assert parts[1][0].start == 749 and [piece.ends for piece, _ in parts] == [False, False, True]
 
 
-def test_pieces_on_one_side_stay_whole() -> None:
+def test_pieces_within_a_split_stay_whole() -> None:
     held = HeldOut(0.25, 0, Survey(1, 1000))
     given_ = [CorpusPiece("a b", 0, start, start == 900) for start in (0, 700, 750, 900)]
     assert [out for _, out in held.parts(given_)] == [False, False, True, True]
@@ -164,7 +162,7 @@ def test_without_a_share_nothing_is_held_out() -> None:
     assert [out for _, out in nothing] == [False, False]
 
 
-def test_of_many_documents_whole_ones_are_drawn() -> None:
+def test_held_out_corpus_consists_of_whole_documents() -> None:
     def drawn(seed: int, start: int) -> list[bool]:
         held = HeldOut(0.1, seed, Survey(5000, 10**6))
         return [

@@ -27,12 +27,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("documents") / "a.json"
 
 
-def test_an_array_gives_its_objects_with_their_lines(path: Path) -> None:
+def test_array_objects_have_line_numbers(path: Path) -> None:
     data = b'\xef\xbb\xbf\n[\r\n  {"a": 1},\n {"a":\n 2}, {"a": "\xe2\x80\xa8"}\n]\n\n'
     assert read(path, data) == ([(3, {"a": 1}), (4, {"a": 2}), (5, {"a": "\u2028"})], [])
 
 
-def test_one_object_and_several_behind_each_other(path: Path) -> None:
+def test_single_and_concatenated_objects_are_read(path: Path) -> None:
     assert read(path, b'{\n"a": 1\n}') == ([(1, {"a": 1})], [])
     assert read(path, b'{\n"a": 1\n}\n{\n"a": 2\n}\n') == ([(1, {"a": 1}), (4, {"a": 2})], [])
 
@@ -91,7 +91,7 @@ def test_a_long_element_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [p.rule for p in problems] == ["line.too_long"] and len(records) == 1
 
 
-def test_rows_of_an_array_on_one_line_have_numbers(tmp_path: Path) -> None:
+def test_array_on_single_line_numbers_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[{"text": "a"}, {"text": "b"}, 3, {"text": "c"}]\n')
     problems: list[Problem] = []

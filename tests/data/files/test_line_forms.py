@@ -65,7 +65,7 @@ def test_conll(tmp_path: Path, name: str, text: str) -> None:
     ("text", "rule"),
     [("1 Rita B-PER\n2 sings O\n", "tags.type"), ("Rita S-PER\nsings O\n", "tags.bio")],
 )
-def test_conll_in_another_notation(tmp_path: Path, text: str, rule: str) -> None:
+def test_conll_with_unsupported_tags_is_refused(tmp_path: Path, text: str, rule: str) -> None:
     path = tmp_path / "a.conll"
     path.write_text(text)
     with pytest.raises(DataError) as caught:

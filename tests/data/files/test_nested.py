@@ -115,7 +115,7 @@ def test_splits_without_training_rows(tmp_path: Path) -> None:
         {"text": "a", "data": [{"page": 1}]},
     ],
 )
-def test_one_row(row: dict[str, object]) -> None:
+def test_single_row_is_not_unfolded(row: dict[str, object]) -> None:
     assert unfold(row, "", None) is None
 
 

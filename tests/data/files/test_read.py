@@ -19,7 +19,7 @@ from luthier.data.files.read import read_records
 from luthier.errors import Problem
 
 Records = list[tuple[int, dict[str, object]]]
-# No example database and no deadline: the suite must not depend on what ran here before.
+# No example database and no deadline: the suite must not depend on earlier runs.
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
 
 
@@ -43,7 +43,7 @@ def only(problems: list[Problem], path: Path, line: int, rule: str) -> Problem:
     return problems[0]
 
 
-# --- what is read, unchanged ---------------------------------------------------------------------
+# --- content is read unchanged -------------------------------------------------------------------
 
 
 def test_records_come_with_their_line_numbers(folder: Path) -> None:
@@ -54,14 +54,14 @@ def test_records_come_with_their_line_numbers(folder: Path) -> None:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
 def test_only_newline_ends_a_line(folder: Path, separator: str) -> None:
-    # JSON forbids raw control characters inside strings, so those arrive escaped.
+    # JSON forbids raw control characters inside strings, so control characters arrive escaped.
     inside = separator if separator > "\x1f" else json.dumps(separator)[1:-1]
     records, problems = read_bytes(folder, f'{{"text":"a{inside}b"}}\n'.encode() * 2)
     assert records == [(n, {"text": f"a{separator}b"}) for n in (1, 2)]
     assert problems == []
 
 
-def test_carriage_returns_are_tolerated_at_the_end_and_kept_in_strings(folder: Path) -> None:
+def test_carriage_returns_remain_in_strings_only(folder: Path) -> None:
     records, problems = read_bytes(folder, b'{"a":"x\\r\\ny"}\r\n{"a":"z\\r"}\r\n')
     assert records == [(1, {"a": "x\r\ny"}), (2, {"a": "z\r"})]
     assert problems == []
@@ -84,7 +84,7 @@ def test_names_of_json_lines(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.text", "A.TXT"])
-def test_plain_text_is_one_record_unchanged(folder: Path, name: str) -> None:
+def test_plain_text_file_is_a_single_record(folder: Path, name: str) -> None:
     text = " # Title\r\n\r\nbody\u2028 \x85 end \n\n"
     assert read_bytes(folder, text.encode(), name) == ([(1, {"text": text})], [])
 
@@ -130,7 +130,7 @@ def test_any_objects_come_back_identical(
     assert [line for line, _ in records] == [n * end.count("\n") + 1 for n in range(len(objects))]
 
 
-# --- whole files that cannot be read -------------------------------------------------------------
+# --- unreadable files ----------------------------------------------------------------------------
 
 
 def test_missing_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_directory(folder: Path) -> None:
     only(read_path(path)[1], path, 0, "file.directory")
 
 
-def test_symbolic_link_to_itself_is_unreadable(folder: Path) -> None:
+def test_symbolic_link_loop_is_unreadable(folder: Path) -> None:
     path = folder / "loop.jsonl"
     path.symlink_to(path)
     only(read_path(path)[1], path, 0, "file.unreadable")
@@ -229,7 +229,7 @@ def test_binary_file(folder: Path, name: str, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("start", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
-def test_utf_16_names_the_command_that_converts_it(folder: Path, start: bytes) -> None:
+def test_utf_16_advice_has_conversion_command(folder: Path, start: bytes) -> None:
     order = "le" if start == codecs.BOM_UTF16_LE else "be"
     records, problems = read_bytes(folder, start + "a,b".encode(f"utf-16-{order}"), "b.csv")
     assert records == []
@@ -237,7 +237,7 @@ def test_utf_16_names_the_command_that_converts_it(folder: Path, start: bytes) -
     assert "iconv" in problem.advice
 
 
-def test_nul_after_the_head_is_found_where_it_stands(folder: Path) -> None:
+def test_late_nul_byte_is_reported_with_line(folder: Path) -> None:
     filler = b'{"a":"' + b"x" * 70_000 + b'"}\n'
     records, problems = read_bytes(folder, filler + b'{"a":"\0"}\n')
     assert len(records) == 1
@@ -250,7 +250,7 @@ def test_terminal_colours_are_not_binary(folder: Path) -> None:
     assert read_bytes(folder, text.encode(), "log.txt") == ([(1, {"text": text})], [])
 
 
-# --- lines that cannot be read -------------------------------------------------------------------
+# --- unreadable lines ----------------------------------------------------------------------------
 
 BAD_LINES = [
     ("json.invalid", b'{"a": 1'),
@@ -288,7 +288,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("rule", "line"), BAD_LINES)
-def test_bad_line_between_good_ones(folder: Path, rule: str, line: bytes) -> None:
+def test_bad_line_between_good_lines(folder: Path, rule: str, line: bytes) -> None:
     records, problems = read_bytes(folder, b'{"a":1}\n' + line + b'\n{"a":2}\n')
     assert records == [(1, {"a": 1}), (3, {"a": 2})]
     problem = only(problems, folder / "data.jsonl", 2, rule)
@@ -344,7 +344,7 @@ def test_reading_is_lazy(folder: Path) -> None:
     assert [p.line for p in problems] == [2]
 
 
-# --- what messages are made of -------------------------------------------------------------------
+# --- parts of messages ---------------------------------------------------------------------------
 
 
 def test_json_kind_names_every_type() -> None:
@@ -362,7 +362,7 @@ def test_json_kind_names_every_type() -> None:
 
 @given(st.text(alphabet=st.characters(categories=None)))
 @PROPERTY
-def test_shown_text_can_always_be_printed_on_one_line(text: str) -> None:
+def test_quote_returns_a_single_printable_line(text: str) -> None:
     result = quote(text)
     assert result.encode().decode().isprintable()
     assert len(result.splitlines()) == 1

@@ -39,17 +39,17 @@ def names(source: str | Path, folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in files_of(source)]
 
 
-def test_one_file_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_single_file_path_and_url(tmp_path: Path) -> None:
     path = make(tmp_path, "a.what") / "a.what"
     assert files_of(path) == files_of(str(path)) == files_of(f"file://{path}") == [path]
     missing = tmp_path / "none.jsonl"
-    assert files_of(missing) == [missing]  # the reader says that it is not there
+    assert files_of(missing) == [missing]  # the reader reports the missing file
     odd = make(tmp_path, "a[1] b*.jsonl") / "a[1] b*.jsonl"
     assert files_of(odd) == [odd]
     assert files_of(f"file://localhost{tmp_path}/a%5B1%5D%20b*.jsonl") == [odd]
 
 
-def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
+def test_folder_lists_data_files_in_order(tmp_path: Path) -> None:
     make(tmp_path, "b.jsonl", "a.csv.gz", "sub/c.parquet", ".hidden.jsonl", "_x/d.jsonl")
     make(tmp_path, "README.md", "LICENSE", "sub/dataset_info.json", ".git/x.jsonl", "NOTICE.txt")
     make(tmp_path, "_SUCCESS", "_delta_log/0.json", "README.vi.md", "notice.jsonl", "state.csv")
@@ -59,7 +59,7 @@ def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
     assert names(f"file://{tmp_path}", tmp_path) == names(f"{tmp_path}/", tmp_path)
 
 
-def test_a_pattern_is_what_it_matches_in_order(tmp_path: Path) -> None:
+def test_pattern_lists_matches_in_order(tmp_path: Path) -> None:
     make(tmp_path, "b.jsonl", "a.jsonl", "c.csv", "x/y/d.jsonl", "test.jsonl", "train.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     assert names(f"{tmp_path}/[ab].jsonl", tmp_path) == ["a.jsonl", "b.jsonl"]
@@ -82,19 +82,21 @@ def test_a_pattern_is_what_it_matches_in_order(tmp_path: Path) -> None:
         (["my-train-1.csv", "dev_x.csv"], "file.directory"),
     ],
 )
-def test_a_folder_that_is_not_only_data(tmp_path: Path, found: list[str], rule: str) -> None:
+def test_folder_with_unclear_content_is_refused(
+    tmp_path: Path, found: list[str], rule: str
+) -> None:
     problem = refusal(make(tmp_path, *found))
     assert problem.rule == rule and problem.advice
 
 
-def test_names_that_only_look_like_splits(tmp_path: Path) -> None:
+def test_file_names_similar_to_splits_are_data(tmp_path: Path) -> None:
     make(tmp_path, "training_notes.jsonl", "latest.jsonl", "contest.jsonl", "evaluations.jsonl")
     assert len(files_of(tmp_path)) == 4
     make(tmp_path / "x", "train-0.jsonl", "train-1.jsonl")
     assert len(files_of(tmp_path / "x")) == 2
 
 
-def test_patterns_and_addresses_that_name_nothing(tmp_path: Path) -> None:
+def test_patterns_and_urls_without_match_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert refusal(f"{tmp_path}/*.jsonl").message == "The pattern matches nothing."
     assert refusal(f"{tmp_path}/fold*").message == "The pattern matches only folders."
@@ -116,11 +118,11 @@ def test_patterns_and_addresses_that_name_nothing(tmp_path: Path) -> None:
         ("notes", "notes"),
     ],
 )
-def test_a_source_has_a_name_for_what_comes_of_it(source: str, stem: str) -> None:
+def test_stem_of_source(source: str, stem: str) -> None:
     assert stem_of(source) == stem
 
 
-def test_hashes_tell_one_file_from_several(tmp_path: Path) -> None:
+def test_hash_of_file_folder_and_changed_folder(tmp_path: Path) -> None:
     one = make(tmp_path, "a.jsonl") / "a.jsonl"
     assert hash_of(one) == hash_of(tmp_path) == sha256_of(one)
     make(tmp_path, "b.jsonl")
@@ -198,7 +200,7 @@ def test_objects_are_read_once_and_again_when_they_change(
     assert files_of(source) != [path]
 
 
-def test_a_prefix_is_the_data_below_it(server: str, bucket: str) -> None:
+def test_s3_prefix_lists_data_files(server: str, bucket: str) -> None:
     for key in (
         "data/b.jsonl",
         "data/a.csv",
@@ -210,7 +212,7 @@ def test_a_prefix_is_the_data_below_it(server: str, bucket: str) -> None:
     for source in (f"s3://{bucket}/data/", f"s3://{bucket}/data"):
         assert [path.name for path in files_of(source)] == ["a.csv", "b.jsonl", "c.jsonl"]
     assert [row.text for row in load_rows(f"s3://{bucket}/data/")] == ["x", "y", "y"]
-    put(server, bucket, "data/photo.png", b"x")  # which rows may name
+    put(server, bucket, "data/photo.png", b"x")  # rows may refer to images
     assert len(load_rows(f"s3://{bucket}/data/")) == 3
     put(server, bucket, "data/notes.pdf", b"x")
     assert "notes.pdf" in refusal(f"s3://{bucket}/data/").message
@@ -237,7 +239,7 @@ def test_keys_are_names_and_never_paths(server: str, bucket: str, tmp_path: Path
     assert path.parent.parent == tmp_path / "home" / "cache" / "s3" / bucket
 
 
-def test_what_is_not_there_or_not_reached_is_refused(
+def test_missing_s3_object_or_package_is_refused(
     server: str, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert refusal(f"s3://{bucket}/none.jsonl").rule == "file.no_match"

@@ -120,7 +120,7 @@ def test_any_cells_come_back_identical(
         ("messages,x", 'words,"[1]"', {"messages": "words", "x": "[1]"}),
     ],
 )
-def test_only_columns_that_are_known_to_are_more_than_text(
+def test_only_known_columns_are_parsed_beyond_text(
     tmp_path: Path, header: str, cells: str, record: dict[str, object]
 ) -> None:
     assert read_csv(tmp_path, f"{header}\n{cells}\n".encode()) == ([(2, record)], [])
@@ -150,7 +150,7 @@ def test_messages_in_a_cell(tmp_path: Path) -> None:
         (b'messages,b\n1,2\n"[""\\ud83d""]",2\n1,2\n', 3, "encoding.surrogate"),
     ],
 )  # fmt: skip
-def test_a_bad_row_between_good_ones(tmp_path: Path, data: bytes, line: int, rule: str) -> None:
+def test_bad_table_row_between_good_rows(tmp_path: Path, data: bytes, line: int, rule: str) -> None:
     records, problems = read_csv(tmp_path, data)
     assert [number for number, _ in records] == [2, 4]
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
@@ -171,7 +171,7 @@ def test_a_bad_row_between_good_ones(tmp_path: Path, data: bytes, line: int, rul
         (b"\xef\xbb\xbf\n", 0, "file.empty"),
     ],
 )
-def test_a_file_that_is_no_table(tmp_path: Path, data: bytes, line: int, rule: str) -> None:
+def test_invalid_table_is_refused(tmp_path: Path, data: bytes, line: int, rule: str) -> None:
     records, problems = read_csv(tmp_path, data)
     assert records == []
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
@@ -219,7 +219,7 @@ def test_a_table_without_quoting_is_read_line_by_line(
         b'in "the" middle',
     ],
 )
-def test_quoted_cells_with_line_breaks_stay_one_cell(
+def test_quoted_cells_may_contain_line_breaks(
     tmp_path: Path, cell: bytes, delimiter: bytes, end: bytes
 ) -> None:
     lines = [b"text,other,label", cell + b",x,1", b"x," + cell + b",2", b"x,y," + cell]
@@ -234,12 +234,12 @@ def test_quoted_cells_with_line_breaks_stay_one_cell(
     assert [records[0]["text"], records[1]["other"], records[2]["label"]] == [text] * 3
 
 
-def test_quoted_names_of_columns_tell_that_cells_are_quoted(tmp_path: Path) -> None:
+def test_quoted_header_means_quoted_cells(tmp_path: Path) -> None:
     data = b'"text"\t"label"\n"a\tb\nc"\t"1"\n'
     assert read_csv(tmp_path, data, "a.tsv") == ([(2, {"text": "a\tb\nc", "label": "1"})], [])
 
 
-def test_rows_that_quotes_may_have_joined_are_a_warning(tmp_path: Path) -> None:
+def test_rows_joined_by_quotes_are_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'text,label\nx,1\n"a,1\nb,2\nc",1\ny,2\n"m\nn",1\n')
     problems, warnings = list[Problem](), list[Problem]()
@@ -272,7 +272,7 @@ def test_rows_between_wrong_quotes(
 
 
 @pytest.mark.parametrize("first", [b"sep=;", b'"sep=;"', b"\xef\xbb\xbfsep=;\r"])
-def test_the_line_that_tells_excel_the_delimiter(tmp_path: Path, first: bytes) -> None:
+def test_excel_sep_line_sets_delimiter(tmp_path: Path, first: bytes) -> None:
     records = [(3, {"text": "x, y", "label": "1"})]
     for name in ("a.csv", "upload"):
         assert read_csv(tmp_path, first + b"\ntext;label\nx, y;1\n", name) == (records, [])
@@ -280,7 +280,7 @@ def test_the_line_that_tells_excel_the_delimiter(tmp_path: Path, first: bytes) -
     assert [each.rule for each in problems] == ["file.empty"]
 
 
-def test_lone_carriage_returns_are_converted_by_the_command_that_is_named(tmp_path: Path) -> None:
+def test_advised_command_converts_lone_carriage_returns(tmp_path: Path) -> None:
     _, problems = read_csv(tmp_path, b"a,b\n1,2\r3,4\n")
     assert (problems[0].line, problems[0].rule) == (2, "table.invalid")
     assert "universal-newline" not in problems[0].message
@@ -294,7 +294,7 @@ def test_lone_carriage_returns_are_converted_by_the_command_that_is_named(tmp_pa
     assert [number for number, _ in records] == [2, 3] and not problems
 
 
-def test_a_quote_that_is_never_closed_does_not_swallow_the_memory(
+def test_unclosed_quote_is_limited_to_line_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 1000)
@@ -330,7 +330,7 @@ def test_nested_parquet_columns_are_messages_tokens_and_tags(tmp_path: Path) -> 
     assert load_rows(path)[0].tags == ("O", "B-x")
 
 
-def test_parquet_rows_equal_those_of_json_without_the_padding_of_structs(tmp_path: Path) -> None:
+def test_parquet_rows_equal_json_rows_without_struct_padding(tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     other = {"type": "object", "properties": {"n": {"type": "number", "description": "any"}}}
     rows = [
@@ -457,14 +457,14 @@ def test_parquet_without_rows_damaged_or_with_broken_text(tmp_path: Path) -> Non
     assert [p.rule for p in read(path)[1]] == ["file.damaged"]
 
 
-def test_numbers_that_are_none_are_refused_in_parquet_too(tmp_path: Path) -> None:
+def test_nan_rating_in_parquet_is_refused(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", [{"text": "x", "rating": float("nan")}])
     with pytest.raises(DataError) as caught:
         load_rows(path)
     assert [p.rule for p in caught.value.problems] == ["rating.type"]
 
 
-def test_parquet_of_lists_that_are_as_long_as_they_look_is_read(tmp_path: Path) -> None:
+def test_parquet_with_long_lists_is_read(tmp_path: Path) -> None:
     tokens = [[str(number * each) for each in range(2_000)] for number in range(300)]
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"tokens": tokens}), path)
