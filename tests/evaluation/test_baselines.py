@@ -60,7 +60,7 @@ def scores(found: Comparison) -> dict[str, float]:
     return {each.name: each.score for each in found.baselines}
 
 
-def test_rows_with_one_label_have_five_baselines() -> None:
+def test_single_label_rows_have_five_baselines() -> None:
     train, held = labelled(60), labelled(30)
     found = compared(train, held, states_of(train, held))
     assert scores(found) == {
@@ -71,12 +71,12 @@ def test_rows_with_one_label_have_five_baselines() -> None:
         "logistic regression on the base model": 1.0,
     }
     assert (found.measure, found.rows, found.train_rows) == ("accuracy", 30, 60)
-    # Whatever reads states also pays for them.
+    # Baselines on states include the time to compute the states.
     assert [each.seconds >= 2 for each in found.baselines] == [False, False, True, True, True]
     assert [each.constant for each in found.baselines] == [True, False, False, False, False]
 
 
-def test_what_would_read_missing_states_is_named() -> None:
+def test_baselines_without_states_are_left_out() -> None:
     found = compared(labelled(60), labelled(30), None)
     assert list(scores(found)) == ["always the most frequent label", "naive Bayes on words"]
     assert [name.split(" ")[0] for name in found.left_out] == ["5", "class", "logistic"]
@@ -88,7 +88,7 @@ def test_states_of_a_part_of_the_rows_are_said_to_be_so() -> None:
     assert found["logistic regression on the base model (40 of 60 rows)"] == 1.0
 
 
-def test_what_there_is_no_time_for_is_named() -> None:
+def test_baselines_beyond_time_limit_are_left_out() -> None:
     train, held = labelled(60), labelled(30)
     times = iter([0.0, 0.0, 9.0, 9.0, 9.0])
     fitted = fit_and_score(
@@ -113,7 +113,7 @@ def test_rows_with_several_labels() -> None:
 
 
 @pytest.mark.parametrize("labels", [("fish",), ()])
-def test_rows_with_at_most_one_of_several_labels(labels: tuple[str, ...]) -> None:
+def test_multi_label_rows_with_at_most_a_single_label(labels: tuple[str, ...]) -> None:
     train, held = (
         [row(text=r.text, label=labels if r.label == "fish" else ()) for r in labelled(n)]
         for n in (60, 30)
@@ -151,7 +151,7 @@ def test_words_have_the_tag_they_mostly_have() -> None:
     assert scores(found) == {"the most frequent tag of each word": 1.0}
 
 
-def test_words_are_told_apart_by_their_states() -> None:
+def test_tagging_baselines_classify_word_states() -> None:
     train = [row(tokens=("Rita", "sings"), tags=("B-person", "O"))] * 4
     held = [row(tokens=("Ann", "runs"), tags=("B-person", "O")), row(tokens=("so",), tags=("O",))]
     ways = torch.tensor([[2.0, 0], [0, 2.0]])
@@ -163,17 +163,17 @@ def test_words_are_told_apart_by_their_states() -> None:
     }
 
 
-def test_rows_of_other_shapes_have_none() -> None:
+def test_unsupported_rows_have_no_baselines() -> None:
     assert fit_and_score(GENERATION, [row(text="a")], [row(text="b")], None, ALWAYS) is None
     assert fit_and_score(CLASSIFICATION, [], labelled(3), None, ALWAYS) is None
 
 
-def test_naive_bayes_weighs_words_by_class_and_falls_back_to_the_frequent_one() -> None:
+def test_naive_bayes_falls_back_to_most_frequent_class() -> None:
     texts, classes = ["cold rain", "cold snow", "warm sun"], [0, 0, 1]
     assert naive_bayes(texts, classes, ["Cold!", "a warm sun", "unheard"]).tolist() == [0, 1, 0]
 
 
-def test_a_row_that_was_cut_is_not_compared() -> None:
+def test_truncated_row_is_not_comparable() -> None:
     words, tags = ("a", "b", "c"), ("O", "O", "O")
     whole, cut = (Example(np.arange(n), np.ones(n, np.float32), 0) for n in (3, 2))
     assert TAGGING.is_comparable(row(tokens=words, tags=tags), whole)
@@ -193,7 +193,7 @@ def test_a_row_that_was_cut_is_not_compared() -> None:
         ("mean_absolute_error", 0.7, 0.01, ""),
     ],
 )
-def test_a_baseline_that_wins_is_said_to(
+def test_verdict_reports_better_or_equal_baseline(
     measure: str, tuned: float, error: float, said: str
 ) -> None:
     made = [Baseline("bad", 0.1 if measure == "accuracy" else 2.0, {}, 0.1)]
@@ -212,13 +212,13 @@ def test_the_tuned_model_is_held_against_each_on_the_same_rows() -> None:
     found = fitted.compare_with(right)
     assert found.tuned == pytest.approx(2 / 3)
     frequent, words = found.baselines[:2]
-    # The constant one is right on the same rows, naive Bayes on ten more.
+    # The constant baseline is right on the same rows, naive Bayes on ten more.
     assert frequent.error == pytest.approx((2 / 32 / 32) ** 0.5)
     assert words.error == pytest.approx(right.difference_error(RowScores.of([1] * 30)))
     assert found.verdict == found.judge()
 
 
-def test_a_baseline_that_beats_the_constant_ones_shows_that_rows_tell_their_answers() -> None:
+def test_informative_baseline_beats_constant_baselines() -> None:
     constant = Baseline("always the most frequent label", 0.2, {}, 0.0, constant=True)
     answers = RowScores.of([1] * 6 + [0] * 24)
 
@@ -237,7 +237,7 @@ def test_a_baseline_that_beats_the_constant_ones_shows_that_rows_tell_their_answ
     assert rated.best_informative == ratings[1]
 
 
-def test_held_out_rows_of_one_label_say_nothing() -> None:
+def test_held_out_rows_with_equal_label_are_uninformative() -> None:
     made = [Baseline("always the most frequent label", 1.0, {}, 0.0, constant=True)]
     found = Comparison("accuracy", 40, 400, made, 1.0)
     assert found.judge().startswith("all 40 held-out rows have the same label")
@@ -248,7 +248,9 @@ def test_held_out_rows_of_one_label_say_nothing() -> None:
     ("tuned", "rows", "uninformative"),
     [(0.5, 200, True), (0.9, 200, False), (0.62, 20, False), (0.55, 20, True)],
 )
-def test_a_constant_answer_that_is_no_worse(tuned: float, rows: int, uninformative: bool) -> None:
+def test_model_no_better_than_constant_is_uninformative(
+    tuned: float, rows: int, uninformative: bool
+) -> None:
     made = [Baseline("always the most frequent label", 0.6, {}, 0.0, constant=True, error=0.05)]
     made.append(Baseline("naive Bayes", 0.1, {}, 0.0, error=0.05))
     assert Comparison("accuracy", rows, 400, made, tuned).uninformative is uninformative

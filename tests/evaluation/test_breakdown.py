@@ -28,7 +28,7 @@ def labelled(truth: list[str]) -> list[LabelledText]:
     return [LabelledText("f", n, text="x", label=each) for n, each in enumerate(truth, 1)]
 
 
-def test_labels_score_as_scikit_learn_has_it() -> None:
+def test_label_counts_match_scikit_learn() -> None:
     draw = random.Random(0)
     truth = [draw.choice("abcd") for _ in range(200)]
     given = [each if draw.random() < 0.6 else draw.choice("abce") for each in truth]
@@ -47,7 +47,7 @@ def test_labels_score_as_scikit_learn_has_it() -> None:
     assert sum(rows for _, _, rows in counts.mistakes()) == sum(map(str.__ne__, truth, given))
     several = [LabelledText("f", 1, text="x", label=("a", "b"))]
     assert LabelCounts.of(several, [{"label": ["a"]}]) is None
-    # A model of several labels on rows of one.
+    # A multi-label model on single-label rows.
     answers = [{"label": ["a"], "scores": {"a": 0.9}}]
     assert LabelCounts.of(labelled(["a"]), answers) is None
     assert Calibration.of(labelled(["a"]), answers) is None
@@ -63,7 +63,7 @@ def test_slices_add_up_and_stand_out_beyond_chance() -> None:
     parts = slice_scores(found, "label", truth)
     assert [(each.value, each.rows) for each in parts] == [("a", 300), ("b", 100)]
     assert [each.scores["accuracy"] for each in parts] == pytest.approx([290 / 300, 0.6])
-    # Of the F1 of a slice only its own rows count: here one label, and the other where it was answered.
+    # The F1 of a slice counts the slice's rows only: label b, and label a where predicted.
     assert parts[1].scores["macro_f1"] == pytest.approx((2 * 60 / 160 + 0) / 2)
     assert all(each.stands_out for each in parts)
     assert parts[0].interval[0] < 290 / 300 < parts[0].interval[1]
@@ -71,7 +71,7 @@ def test_slices_add_up_and_stand_out_beyond_chance() -> None:
     assert not any(each.stands_out for each in even)
 
 
-def test_a_slice_that_a_score_says_nothing_of_does_not_stand_out() -> None:
+def test_slice_without_score_does_not_stand_out() -> None:
     said = RowScores.of([-2.0] * 20 + [0.0] * 20, [1] * 20 + [0] * 20, is_share=False)
     parts = slice_scores({"logp": said}, "column", ["up"] * 20 + ["down"] * 20)
     assert [each.stands_out for each in parts] == [False, False]
@@ -87,7 +87,7 @@ def test_chance_makes_slices_of_the_same_rows_stand_out_once_in_twenty_at_most()
     assert wrong <= 20  # 10 are expected
 
 
-def test_small_slices_of_many_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_slices_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakdown, "MOST_SLICES", 3)
     found = slice_scores({"s": RowScores.of([1, 0, 1, 1, 0, 0])}, "k", list("aabbcd"))
     assert [(each.value, each.rows, each.scores["s"]) for each in found] == [
@@ -103,7 +103,7 @@ def test_thirds_by_length() -> None:
     assert length_keys([4, 4, 4]) == ["at most 4"] * 3
 
 
-def test_the_calibration_error_is_that_of_its_formula() -> None:
+def test_calibration_error_matches_formula() -> None:
     draw = np.random.default_rng(0)
     confidence = draw.uniform(0.3, 1.0, 500)
     right = draw.random(500) < confidence - 0.2
@@ -124,18 +124,18 @@ def test_the_calibration_error_is_that_of_its_formula() -> None:
     assert Calibration.of(rows[:1], [{"label": "a"}]) is None
 
 
-def test_the_worst_rows_come_first_and_among_them_those_that_are_sure() -> None:
+def test_worst_rows_are_sorted_by_score_and_confidence() -> None:
     right = RowScores.of([1, 0, 1, 0, 0])
     assert worst_rows(right).tolist() == [1, 3, 4]
     assert worst_rows(right, [0.9, 0.2, 0.9, 0.8, 0.5]).tolist() == [3, 4, 1]
     errors = RowScores.of([0.5, 3.0, 0.0], is_share=False)
     assert worst_rows(errors, less_is_better=True).tolist() == [1, 0]
-    # A reward has no best, so all rows are in its order; rows that are not measured are left out.
+    # A reward has no best value: all measured rows are sorted by reward.
     rewards = RowScores.of([0.5, 3.0, -2.0, 0.0], [1, 1, 1, 0], is_share=False)
     assert worst_rows(rewards).tolist() == [2, 0, 1]
     found = Evaluation({"reward": rewards}, [*labelled(["a"] * 4)], records=[{}] * 4)
     assert found.worst(2) == [2, 0]
     found = Evaluation({"mean_absolute_error": errors}, [*labelled(["a"] * 3)], records=[{}] * 3)
     assert found.worst(2) == [1, 0]
-    # A row without entities that was given none is not wrong.
+    # A row without entities and without predicted entities is not wrong.
     assert worst_rows(RowScores.of([0, 1, 0], [0, 2, 2])).tolist() == [2, 1]

@@ -63,7 +63,7 @@ def test_everything_before_the_last_reply_is_asked() -> None:
     assert expected([PAIR, CHAT]) == ["That.", "2"]
 
 
-def test_turns_that_call_are_asked_for() -> None:
+def test_choose_turns_last_calls_and_all() -> None:
     call = Message("assistant", calls=(ToolCall("a", "weather", {"city": "Rome"}),))
     ask, result, answer = Message("user", "Rome?"), Message("tool", "12", call_id="a"), "Mild."
     agent = Conversation("f", 3, messages=(ask, call, result, Message("assistant", answer)))
@@ -132,7 +132,7 @@ def test_bare_prompts_are_graded_as_rewards_are() -> None:
     assert refused.value.rule == "grader.no_expected"
 
 
-def test_scores_are_means_and_every_answer_is_kept() -> None:
+def test_scores_are_means_and_records_have_every_answer() -> None:
     rows = [PAIR, CHAT, PromptCompletion("f", 3, prompt="x", completion="A\nB")]
     result = grade(rows, ["That.", "3", "A\nC"], {"exact": Exact(), "first_line": FirstLine()})
     assert result.rows == rows
@@ -156,14 +156,14 @@ def test_scores_are_means_and_every_answer_is_kept() -> None:
     json.dumps(result.plain())
 
 
-def test_a_model_that_always_says_the_same_is_remarked() -> None:
+def test_constant_replies_are_remarked() -> None:
     rows = [PromptCompletion("f", n, prompt="x", completion="ab"[n % 2]) for n in range(10)]
     exact = {"exact": Exact()}
     (remark,) = grade(rows, ["a"] * 10, exact).remarks
     assert "10 replies" in remark and "'a'" in remark
     assert not grade(rows, [*["a"] * 9, "b"], exact).remarks
     assert not grade(rows[:9], ["a"] * 9, exact).remarks  # too few to tell
-    assert not grade(rows[::2] * 2, ["a"] * 10, exact).remarks  # which is what is asked for
+    assert not grade(rows[::2] * 2, ["a"] * 10, exact).remarks  # equal replies are expected here
 
 
 class Length(Grader):
@@ -188,7 +188,7 @@ def test_long_replies_are_not_graded_by_the_letter() -> None:
     assert [*chosen] == ["rouge_l"]
     half = [f"{row.expected_reply()} {row.expected_reply()} x" for row in rows(13)]
     assert 0.6 < grade(rows(13), half, chosen).scores["rouge_l"] < 0.7
-    # What was asked for grades, and says where it cannot tell anything.
+    # The requested grader grades, with a remark if all scores are zero.
     exact: dict[str, Grader] = {"exact": Exact()}
     (remark,) = grade(rows(13), half, exact).remarks
     assert "rouge_l" in remark
@@ -215,13 +215,13 @@ def test_translations_are_graded_by_chrf(target: str, grader: str) -> None:
     assert bool(notes) == (grader == "chrf")
 
 
-def test_a_grader_of_one_s_own_grades() -> None:
+def test_custom_grader_grades() -> None:
     result = grade([PAIR, CHAT], ["abc", ""], {"length": Length()})
     assert result.scores == {"length": pytest.approx(0.15)}
     assert "ungraded" not in result.plain()
 
 
-def test_a_reply_that_cannot_be_graded_fails_or_scores_zero() -> None:
+def test_ungradable_reply_fails_or_scores_zero() -> None:
     replies = ["x" * 11, "x" * 5]
     with pytest.raises(GradingFailed):
         grade([PAIR, CHAT], replies, {"length": Length()})
@@ -231,7 +231,7 @@ def test_a_reply_that_cannot_be_graded_fails_or_scores_zero() -> None:
     assert [problem.line for problem in result.problems] == [1]
 
 
-def test_rows_that_a_grader_cannot_compare_with_are_refused_before_a_model_is_loaded() -> None:
+def test_check_refuses_rows_unfit_for_grader() -> None:
     check([PAIR, CHAT], {"exact": Exact()})
     with pytest.raises(DataError) as caught:
         check([PAIR, CHAT], {"exact": Exact(), "number": Number()})
@@ -245,7 +245,7 @@ def test_there_must_be_a_reply_for_each_row() -> None:
 
 
 def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) -> None:
-    """All expected replies except one are the model's own replies."""
+    """All expected replies but the last are the model's own replies."""
     model = luthier.load(str(tiny_model_folder))
     prompts = ["say fox", "say dog", "say cat"]
     replies = model.generate(prompts, max_tokens=8)
@@ -264,7 +264,7 @@ def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) ->
     assert load_rows(data) == result.rows
 
 
-def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:
+def test_unknown_grader_model_or_file_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "held.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}')
     with pytest.raises(RecipeError):
@@ -277,6 +277,6 @@ def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["vae", "gan", "diffusion"])
-def test_models_that_make_images_are_not_evaluated_on_rows(method: str) -> None:
+def test_image_generators_are_not_evaluated_on_rows(method: str) -> None:
     with pytest.raises(RecipeError):
         check_shapes([TEXT], OBJECTIVES[method].model_validate({}))

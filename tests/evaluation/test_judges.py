@@ -51,7 +51,7 @@ def rows(pairs: Sequence[tuple[str, str]]) -> list[Preference]:
 PAIRS = rows([("good", "bad"), ("good, and long", "bad"), ("good", "bad and long")] * 10)
 
 
-def test_a_fair_judge_agrees_and_a_biased_one_does_not() -> None:
+def test_agreement_of_fair_and_biased_judges() -> None:
     pairs = check_pairs(PAIRS)
     fair = measure_agreement(by(lambda text, place: 90 if "good" in text else 20), pairs)
     assert fair.agreement.value == fair.consistency.value == 1 and not len(fair.first)
@@ -70,7 +70,7 @@ def test_equal_replies_are_a_tie_and_a_verdict_without_scores_counts_for_neither
 
     def writer(conversations: Conversations) -> list[str]:
         asked.extend(conversations)
-        half = len(conversations) // 2  # of the first order, and of the other
+        half = len(conversations) // 2  # half of the conversations have the reversed order
         return ["Reply 1: 9\nReply 2: 3"] * half + ["no idea"] * half
 
     (answers, same) = check_pairs(rows([("a", "b"), ("c", "d")]))
@@ -78,7 +78,7 @@ def test_equal_replies_are_a_tie_and_a_verdict_without_scores_counts_for_neither
     assert len(asked) == 2 and [verdict.win for verdict in found] == [0.5, 0.5]
     assert [verdict.unread for verdict in found] == [1, 0]
     assert [verdict.is_consistent for verdict in found] == [None, None]
-    # Nothing is decided, so nothing is said of orders and of length, though people like what is long.
+    # Without decisions, no order or length preference is reported, even if people prefer long replies.
     long = check_pairs(rows([("a longer reply", "b")] * 10))
     silent = measure_agreement(Ruler(writer=writer), long)
     assert not len(silent.consistency) and not len(silent.first) and not len(silent.longer)
@@ -86,17 +86,17 @@ def test_equal_replies_are_a_tie_and_a_verdict_without_scores_counts_for_neither
     mute = Ruler(model="m", writer=lambda asked: ["hm"] * len(asked))
     with pytest.raises(LuthierError):
         judge_pairs(mute, [answers])
-    with pytest.raises(LuthierError):  # of the first two pairs of thirty
+    with pytest.raises(LuthierError):  # from the first two of thirty pairs
         measure_agreement(mute, check_pairs(PAIRS))
 
 
-def test_replies_of_one_length_say_nothing_of_a_liking_for_long_ones() -> None:
+def test_length_preference_needs_replies_of_different_length() -> None:
     same = check_pairs(rows([("good", "evil")] * 20))
     wrong = measure_agreement(by(lambda text, place: 90 if text == "evil" else 20), same)
     assert wrong.agreement.value == 0 and not len(wrong.longer)
 
 
-def test_rows_that_nobody_judged_are_named() -> None:
+def test_rows_without_preference_are_refused() -> None:
     with pytest.raises(DataError) as refused:
         check_pairs([*PAIRS[:1], PromptCompletion("f", 2, prompt="x", completion="y")])
     assert [problem.line for problem in refused.value.problems] == [2]
@@ -132,7 +132,7 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
         data, f"{endpoint.url}#big", human="best", columns={"rejected": "worst"}
     )
     assert renamed.agreement.value == 1
-    # Of a comparison: the copied training answer has the word, what the tiny model writes has not.
+    # In a comparison, the copied training answer has the word, and the tiny model's replies do not.
     train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
     train.write_text('{"prompt": "Say it now", "completion": "the fox"}\n' * 4)
     held.write_text("".join(

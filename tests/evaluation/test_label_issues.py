@@ -34,7 +34,7 @@ def clusters(rows: int, spread: float = 1.0) -> tuple[torch.Tensor, NDArray[np.i
 
 
 def flipped(rows: int = 240) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    """Return clusters with some points in the middle of one class and the label of another class."""
+    """Return clusters with some points in the middle of a class but with a different class's label."""
     points_NH, class_N = clusters(rows)
     points_NH[[*FLIPPED]] = 6 * torch.eye(3, 6)[class_N[[*FLIPPED]]]
     class_N[[*FLIPPED]] = (class_N[[*FLIPPED]] + 1) % 3
@@ -48,7 +48,7 @@ def labelled(class_N: NDArray[np.int64]) -> list[Row]:
     ]
 
 
-def test_flipped_labels_are_named_with_what_they_were() -> None:
+def test_flipped_labels_are_found_with_likely_label() -> None:
     points_NH, class_N = flipped()
     found = find_label_issues(labelled(class_N), points_NH)
     assert found is not None
@@ -65,7 +65,7 @@ def test_nothing_is_named_where_all_labels_are_right() -> None:
     assert found.issues == []
 
 
-def test_issues_are_those_of_the_formulas_written_out() -> None:
+def test_label_issues_match_formulas() -> None:
     points_NH, class_N = clusters(240, spread=2.0)  # classes overlap: either method decides
     class_N[::17] = (class_N[::17] + 1) % 3
     chance_NC = out_of_sample(points_NH, class_N, 3)
@@ -91,7 +91,7 @@ def test_issues_are_those_of_the_formulas_written_out() -> None:
     assert [chance for *_, chance in found] == [chance_NC[n, other] for n, other, _ in found]
 
 
-def test_probabilities_of_a_row_do_not_depend_on_its_own_label() -> None:
+def test_probabilities_are_out_of_sample() -> None:
     points_NH, class_N = flipped()
     # The rows of a class fall alternately to either half, in their order.
     half_N = np.zeros(240, int)
@@ -107,7 +107,7 @@ def test_probabilities_of_a_row_do_not_depend_on_its_own_label() -> None:
     np.testing.assert_allclose(found_NC.sum(1), 1, rtol=1e-5)
 
 
-def test_a_row_is_never_its_own_neighbour_not_even_among_its_copies() -> None:
+def test_rows_never_vote_for_own_label() -> None:
     points_NH, class_N = clusters(30)
     points_NH[:14] = points_NH[0]  # more copies than are looked at
     votes_NC = neighbour_votes(points_NH, class_N, 3)
@@ -123,8 +123,8 @@ def test_too_few_rows_say_nothing() -> None:
     assert find_label_issues(labelled(class_N)[: few + 1], points_NH[: few + 1]) is not None
 
 
-def test_labels_that_the_states_do_not_tell_are_left_alone() -> None:
-    """One of ten rows has the rare label, independent of the state, so neighbours never have the
+def test_labels_independent_of_states_have_no_issues() -> None:
+    """10 % of the rows have the rare label, independent of the state, so neighbours never have the
     label."""
     generator = torch.Generator().manual_seed(0)
     points_NH = torch.randn(1000, 6, generator=generator)
@@ -133,7 +133,7 @@ def test_labels_that_the_states_do_not_tell_are_left_alone() -> None:
     assert likely_classes(points_NH, class_N, 2) == []
 
 
-def test_states_that_tell_few_labels_say_nothing() -> None:
+def test_states_separating_few_labels_have_no_issues() -> None:
     points_NH, class_N = flipped()
     assert len(likely_classes(points_NH, class_N, 3)) == 3
     generator = torch.Generator().manual_seed(2)
@@ -146,7 +146,7 @@ def test_states_that_tell_few_labels_say_nothing() -> None:
 
 def test_a_label_of_few_rows_is_left_alone() -> None:
     points_NH, class_N = clusters(240)
-    class_N[FLIPPED[0]] = 3  # the only row of its label
+    class_N[FLIPPED[0]] = 3  # the only row with this label
     assert likely_classes(points_NH, class_N, 4) == []
 
 

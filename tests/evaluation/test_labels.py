@@ -27,7 +27,7 @@ def test_accuracy_and_f1_are_scikit_learn_s() -> None:
     assert found["macro_f1"] == pytest.approx(macro)
 
 
-def test_macro_f1_of_drawn_rows_is_over_the_labels_of_these_rows() -> None:
+def test_macro_f1_of_subset_uses_labels_of_subset() -> None:
     rows = [LabelledText("f", n, text="x", label=t) for n, t in enumerate("aabc")]
     macro = CLASSIFICATION.scores(rows, [{"label": g} for g in "abbd"])["macro_f1"]
     assert macro.value == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)

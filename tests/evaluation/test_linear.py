@@ -23,7 +23,7 @@ def clusters() -> tuple[torch.Tensor, torch.Tensor]:
     return points_NH, classes_N
 
 
-def test_logistic_regression_tells_clusters_apart_wherever_they_lie(
+def test_logistic_regression_separates_clusters_at_any_scale(
     clusters: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     points_NH, classes_N = clusters
@@ -37,7 +37,9 @@ def test_logistic_regression_tells_clusters_apart_wherever_they_lie(
     )
 
 
-def test_it_minimizes_what_it_says(clusters: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_logistic_regression_minimizes_penalized_loss(
+    clusters: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     points_NH, classes_N = clusters
     model = fit_logistic(points_NH, classes_N, 3, penalty=1.0)
     spread = (points_NH - points_NH.mean(0)).square().mean().sqrt()
@@ -52,7 +54,7 @@ def test_it_minimizes_what_it_says(clusters: tuple[torch.Tensor, torch.Tensor]) 
         assert loss(model.weight_CH * factor, model.bias_C * factor) > least
 
 
-def test_classes_that_come_together_are_told_one_by_one(
+def test_multi_label_logistic_regression(
     clusters: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     points_NH, classes_N = clusters

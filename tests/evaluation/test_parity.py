@@ -84,7 +84,7 @@ def test_the_gate_compares_losses(
     [(1e-6, False, True), (2e-2, False, False), (2e-2, True, True), (0.04, True, False),
      (float("nan"), True, False)],
 )  # fmt: skip
-def test_the_gate_compares_tokens_and_names_the_first_other_one(
+def test_parity_check_compares_tokens_within_tolerance(
     where: str, mean_kl: float, rounded: bool, good: bool
 ) -> None:
     tokens = TokenParity(
@@ -100,7 +100,7 @@ def test_the_gate_compares_tokens_and_names_the_first_other_one(
         check_parity(parity, lambda token: {12: "yes", 345: "no"}[token])
 
 
-def test_single_tokens_with_other_experts_are_rounding_and_a_lost_adapter_is_not() -> None:
+def test_parity_accepts_changed_experts_and_refuses_lost_adapter() -> None:
     def parity(mean_kl: float, median_kl: float, rounded: bool = True) -> Parity:
         tokens = TokenParity(
             tokens=64, agreement=0.9, mean_kl=mean_kl, max_kl=4.0, median_kl=median_kl
@@ -138,7 +138,7 @@ def test_a_comparison_has_the_divergence_of_both_and_the_first_difference() -> N
     other = torch.log(torch.tensor([[0.1, 0.8, 0.1], [0.25, 0.5, 0.25], [0.2, 0.7, 0.1]]))
     comparison = TokenComparison()
     assert comparison.is_empty
-    comparison.add_logps([(1, 4), (1, 3), (0, 9)], one, other)  # in no order
+    comparison.add_logps([(1, 4), (1, 3), (0, 9)], one, other)  # unsorted
     found = comparison.parity()
     first = 0.5 * math.log(2) + 0.25 * math.log(0.5)
     last = 0.1 * math.log(0.1 / 0.2) + 0.1 * math.log(0.1 / 0.7) + 0.8 * math.log(0.8 / 0.1)
@@ -164,7 +164,7 @@ def test_next_tokens_are_found_at_their_places(tiny_llama: Callable[..., Any]) -
     found = target_logps(network_of(model), examples, 1024)
     assert found is not None
     places = dict(zip(found.places, found.logp_PV, strict=True))
-    # Trees are padded, and a place that fills up is the first token of all.
+    # Trees are padded with position 1, the first token.
     learned = {(row, at) for row, each in enumerate(weights) for at, w in enumerate(each) if w}
     assert {(row, at) for row, at in places if at > 1} == learned - {(1, 3)}
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_next_tokens_are_found_at_their_places(tiny_llama: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_greedy_texts_are_what_the_network_writes(
+def test_greedy_generation_matches_naive_generation(
     family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
 ) -> None:
     make = tiny_gpt2 if family == "gpt2" else tiny_llama
@@ -183,7 +183,7 @@ def test_greedy_texts_are_what_the_network_writes(
     text = generate_greedily(backend_of(make()), PROMPTS, 8)
     assert text.tokens == expected
     assert [logps.argmax(-1).tolist() for logps in text.logps] == expected
-    # A token that ends replies is the last, and the others go on.
+    # A stop token ends a reply; the remaining replies continue.
     stop = expected[0][2]
     cut = generate_greedily(backend_of(make()), PROMPTS, 8, {stop}).tokens
     ends = [ids.index(stop) + 1 if stop in ids else 8 for ids in expected]
@@ -191,7 +191,7 @@ def test_greedy_texts_are_what_the_network_writes(
     assert min(ends) < 8
 
 
-def test_a_damaged_weight_is_found_at_the_first_token_that_it_changes(
+def test_damaged_weight_is_found_at_first_changed_token(
     tiny_llama: Callable[..., Any],
 ) -> None:
     def damaged() -> Any:
@@ -220,7 +220,7 @@ def test_a_damaged_weight_is_found_at_the_first_token_that_it_changes(
     assert first.margin > 0 and first.other_margin is not None and first.other_margin > 0
 
 
-def test_prompts_stand_before_what_is_learned() -> None:
+def test_greedy_prompts_end_before_learned_tokens() -> None:
     def example(ids: list[int], learned: list[int], **fields: Any) -> Example:
         weight_T = np.zeros(len(ids), dtype=np.float32)
         weight_T[learned] = 1

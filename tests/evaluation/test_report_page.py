@@ -57,7 +57,7 @@ def test_many_labels_have_no_matrix_but_their_mistakes() -> None:
     assert "Confusion matrix" not in html and "Most frequent mistakes" in html
 
 
-def test_what_there_is_none_of_is_left_out() -> None:
+def test_page_leaves_empty_sections_out() -> None:
     rows = [RatedText("f", n, text="x", rating=float(n + n // 2)) for n in range(3)]
     answers = [{"rating": 1.0}] * 3
     found = Evaluation(RATING.scores(rows, answers), [*rows], records=answers)

@@ -56,11 +56,11 @@ def test_search_scores_of_several_relevant_documents() -> None:
     assert recall.parts_R.tolist() == [pytest.approx(2 / 3), 0.0]
 
 
-def test_equal_embeddings_find_nothing_and_equal_texts_are_one_partner() -> None:
+def test_partner_ranks_with_equal_embeddings_and_texts() -> None:
     same = [[1.0, 0.0]] * 2
     assert partner_ranks(same, same, ["a", "b"]).tolist() == [2, 2]
     assert partner_ranks(same, same, ["a", "a"]).tolist() == [1, 1]
-    # Three anchors, two partners, of which the first stands in two pairs.
+    # Three anchors, two partners: the first partner is in two pairs.
     anchors = [AXES[0], AXES[1], AXES[0]]
     assert partner_ranks(anchors, anchors, ["a", "b", "a"]).tolist() == [1, 1, 1]
     assert partner_ranks(anchors[::-1], anchors, ["a", "b", "a"]).tolist() == [1, 1, 1]
@@ -79,7 +79,7 @@ def test_the_nearest_come_first_and_in_blocks_the_same(monkeypatch: pytest.Monke
     assert nearest([[1.0]], [[0.5]] * 4, 2)[0].tolist() == [[0, 1]]  # the first of equal ones
 
 
-def test_rows_find_others_of_their_class_as_counted_by_hand(
+def test_class_retrieval_matches_manual_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     angles = np.radians([0, 10, 25, 45, 85, 200])
@@ -89,7 +89,7 @@ def test_rows_find_others_of_their_class_as_counted_by_hand(
     discount = [1 / math.log2(place + 1) for place in range(1, 6)]
     # The nearest to 0 degrees are 10 (b), 25 (a), 45 (b), 85 (a), 200 (c): places 2 and 4.
     assert found.ndcg_R[0] == pytest.approx((discount[1] + discount[3]) / sum(discount[:2]))
-    # To 10 degrees: 0 (a), 25 (a), 45 (b): place 3 of the only one.
+    # To 10 degrees: 0 (a), 25 (a), 45 (b): place 3 of the only match.
     assert found.ndcg_R[1] == pytest.approx(discount[2])
     scores = values(found.scores)
     assert scores["recall_at_1"] == 0 and scores["recall_at_5"] == 1
@@ -108,7 +108,7 @@ def test_many_anchors_are_ranked_in_parts() -> None:
 
 
 def bm25(query: str, texts: Sequence[str]) -> list[float]:
-    """Compute BM25 as in Lucene (k1 = 1.5, b = 0.75). Words of one letter are ignored."""
+    """Compute BM25 as in Lucene (k1 = 1.5, b = 0.75). Single-letter words are ignored."""
     documents = [[word for word in text.split() if len(word) > 1] for text in texts]
     average = sum(map(len, documents)) / len(documents)
     found = []
@@ -146,8 +146,8 @@ def test_texts_without_words_share_none() -> None:
     assert BM25Index(["?", "y", "我"]).nearest("a boat", 2) == [0, 1]
 
 
-def test_orders_are_joined_by_the_places_in_them() -> None:
-    # 1/61 + 1/63 is more than 1/62 + 1/62, and what is in one order only comes last.
+def test_reciprocal_rank_fusion_joins_orders() -> None:
+    # 1/61 + 1/63 is more than 1/62 + 1/62, and items in a single order come last.
     assert reciprocal_rank_fusion([[0, 1, 2], [2, 1, 0]]) == [0, 2, 1]
     assert reciprocal_rank_fusion([[5, 1], [1]]) == [1, 5]
 
@@ -157,12 +157,12 @@ def test_items_are_ranked_by_fame_and_by_company() -> None:
     assert popularity_ranks(known, ["tea", "cake", "ale", "pie"]).tolist() == [1, 3, 3, 4]
     histories = [["tea", "cake"], ["tea", "cake", "jam"], ["ale", "pie"]]
     asked, wanted = [["tea"], ["ale"], ["tea", "jam"], ["gin"]], ["cake", "pie", "cake", "jam"]
-    # Beside tea stand cake (2 of 2 and 2) and jam (1 of 2 and 1); nothing is known of gin.
+    # Tea occurs with cake (2 of 2 and 2) and jam (1 of 2 and 1); gin is unknown.
     assert item_ranks(histories, asked, wanted).tolist() == [1, 1, 1, 3]
     assert item_ranks(histories, [["tea"]] * 2, ["jam", "cake"]).tolist() == [2, 1]
 
 
-def test_a_partner_is_looked_for_among_others_too() -> None:
+def test_partner_ranks_count_extra_candidates() -> None:
     between = [[0.8, 0.6], [0.6, 0.8]]
     assert partner_ranks([[1.0, 0.0]], [[0.7, 0.7]], ["a"], between).tolist() == [2]
 

@@ -32,7 +32,7 @@ def test_the_interval_of_a_share_stays_between_none_and_all() -> None:
     assert low < 0.8 < high and high - low == pytest.approx(4 * (0.16 / 3000) ** 0.5, rel=0.01)
 
 
-def test_scores_of_other_rows_differ_where_two_standard_errors_lie_between() -> None:
+def test_unpaired_scores_differ_beyond_two_standard_errors() -> None:
     assert not differ(0.80, 0.84, 200)
     assert differ(0.80, 0.84, 2000)
     assert differ(0.84, 0.80, 2000)
@@ -41,7 +41,7 @@ def test_scores_of_other_rows_differ_where_two_standard_errors_lie_between() -> 
 @pytest.mark.parametrize(
     ("won", "lost", "told_apart"), [(0, 0, False), (3, 0, False), (13, 3, True), (24, 16, False)]
 )
-def test_on_the_same_rows_only_those_count_that_one_of_both_has_right(
+def test_paired_error_counts_rows_with_different_results(
     won: int, lost: int, told_apart: bool
 ) -> None:
     rows = 200
@@ -50,14 +50,14 @@ def test_on_the_same_rows_only_those_count_that_one_of_both_has_right(
     other = [1] * both + [0] * won + [1] * lost + [0] * (rows - both - won - lost)
     found, beside = RowScores.of(one), RowScores.of(other)
     error = found.difference_error(beside)
-    # Bonett and Price: one row is added to each of the two kinds.
+    # Bonett and Price: add a row to each of the two kinds.
     share = (won - lost) / (rows + 2)
     assert error == pytest.approx((((won + lost + 2) / (rows + 2) - share**2) / (rows + 2)) ** 0.5)
     assert (found.value - beside.value > 2 * error) is told_apart
     assert beside.difference_error(found) == pytest.approx(error)
 
 
-def test_the_error_of_an_f1_is_that_of_rows_drawn_again() -> None:
+def test_error_of_f1_matches_bootstrap() -> None:
     draw = np.random.default_rng(0)
     kinds = ["B-a", "B-b", "O", "O", "O"]
     wanted = [draw.choice(kinds, 12).tolist() for _ in range(400)]
@@ -87,13 +87,13 @@ def test_a_mean_error_has_the_error_of_a_mean() -> None:
     assert found.difference_error(beside) == pytest.approx((values - others).std() / 2)
 
 
-def test_pieces_are_one_score() -> None:
+def test_concatenated_pieces_score_as_whole() -> None:
     pieces = [RowScores.of([1, 0], [2, 1]), RowScores.of([3], [4])]
     assert RowScores.concatenate(pieces).value == pytest.approx(4 / 7)
     assert RowScores.of([0], [0]).value == 0.0
 
 
-def test_the_bootstrap_finds_the_error_that_is_known_of_a_mean() -> None:
+def test_bootstrap_error_matches_error_of_mean() -> None:
     right_R = np.random.default_rng(0).random(400) < 0.8
     drawn = Statistic.of(lambda row_K: float(right_R[row_K].mean()), 400)
     known = RowScores.of(right_R)
@@ -114,6 +114,6 @@ def test_resamples_without_a_score_are_left_out_of_the_error() -> None:
     assert math.isnan(Statistic.of(lambda _: math.nan, 3).error)
 
 
-def test_a_perfect_share_has_the_error_of_an_accuracy_though_no_draw_moves_it() -> None:
+def test_bootstrap_of_perfect_share_has_error_of_accuracy() -> None:
     assert Statistic.of(lambda _: 1.0, 16).error == pytest.approx(RowScores.of([1] * 16).error)
     assert Statistic.of(lambda _: 0.0, 16, is_share=False).error == 0

@@ -25,11 +25,11 @@ def test_pairs_with_a_text_in_common_belong_together() -> None:
     assert (unrelated_pairs(anchors, partners, slice(1, 3)) == apart[1:3]).all()
 
 
-def test_pairs_above_a_threshold_and_others_are_counted_apart() -> None:
+def test_threshold_scores_count_hits_and_false_alarms() -> None:
     partners = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]
     anchors = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     found = values(threshold_scores(anchors, partners, ["a", "b", "c"], ["x", "y", "z"], 0.7))
-    # Own: 1, 0.6, 1. Others: b-x 1, c-y 0.8, and four of 0.6 or less.
+    # Matching pairs: 1, 0.6, 1. Mismatched pairs: b-x 1, c-y 0.8, four pairs at most 0.6.
     assert found == {"similar": pytest.approx(2 / 3), "false_alarms": pytest.approx(2 / 6)}
     same = values(threshold_scores(anchors, partners, ["a", "a", "c"], ["x", "y", "y"], 0.7))
     assert same == {"similar": pytest.approx(2 / 3), "false_alarms": 0.0}

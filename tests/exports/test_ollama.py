@@ -65,7 +65,7 @@ def conversation(*roles: str) -> list[Message]:
 
 
 @pytest.mark.parametrize("template", [None, LLAMA3, DEFAULT_SYSTEM, MISTRAL])
-def test_ollama_writes_what_the_chat_template_writes(
+def test_ollama_template_renders_like_chat_template(
     template: str | None, tokenizer: Any, new_tokenizer: Callable[..., Any]
 ) -> None:
     made = tokenizer if template is None else new_tokenizer(template)
@@ -105,7 +105,7 @@ def test_a_modelfile_names_file_template_and_stops(tokenizer: Any) -> None:
     assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(ChatFormat.of(tokenizer, "plain"), "x.gguf")
 
 
-def test_a_template_that_counts_turns_is_not_said_otherwise(
+def test_untranslatable_template_is_left_out_of_modelfile(
     new_tokenizer: Callable[..., Any],
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(NUMBERED))

@@ -82,7 +82,7 @@ class Session:
         ("roberta", "reward_model", "reward", "reward"),
     ],
 )
-def test_numbers_and_embeddings_are_those_of_luthier_alone_and_together(
+def test_onnx_numbers_and_embeddings_match_luthier(
     family: str,
     method: str,
     output: str,
@@ -113,9 +113,7 @@ def test_numbers_and_embeddings_are_those_of_luthier_alone_and_together(
         assert all(990 < each < 1020 for each in wanted)  # the scale of the rows
 
 
-def test_tags_of_words_are_those_of_luthier(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_onnx_tags_match_luthier(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     stored = tuned(tmp_path, str(family_folder("bert")), "token_classification")
     export_onnx(stored, tmp_path / "onnx")
     session, texts = Session(tmp_path / "onnx"), ["Anna saw dog", "cat", "Anna Anna fox saw Anna"]
@@ -141,7 +139,9 @@ def readme_code(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_readme_runs_as_it_stands(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_readme_code_of_onnx_export_runs(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     stored = tuned(tmp_path, str(family_folder("bert")), "contrastive")
     export_onnx(stored, tmp_path / "onnx")
     done = subprocess.run(
@@ -154,7 +154,7 @@ def test_the_readme_runs_as_it_stands(family_folder: Callable[[str], Path], tmp_
 
 
 @pytest.mark.slow
-def test_embeddings_of_images_are_those_of_luthier(tmp_path: Path) -> None:
+def test_onnx_image_embeddings_match_luthier(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 9, 7, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images)
     tune("small-cnn", "alike", str(tmp_path / "images.npz"), objective={"method": "contrastive"})
@@ -171,7 +171,7 @@ def test_embeddings_of_images_are_those_of_luthier(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_graph_that_answers_otherwise_is_refused(
+def test_onnx_graph_with_different_output_is_refused(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mean that includes padding is correct for a single text only."""
@@ -268,7 +268,7 @@ def test_onnx_takes_the_place_of_no_files(tmp_path: Path, tiny_model_folder: Pat
     assert (tmp_path / "mine").read_text() == "kept"
 
 
-def test_onnx_is_for_models_that_read_and_whose_answers_come_out(
+def test_onnx_export_of_unsupported_model_is_refused(
     tmp_path: Path,
     tiny_model_folder: Path,
     family_folder: Callable[[str], Path],

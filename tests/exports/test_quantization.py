@@ -63,7 +63,7 @@ def measured(model: str, rows: Path, kind: str) -> QuantizationCost:
     return measure_quantization(find(f"tiny-llama:{model}"), load_rows(rows), kind)
 
 
-def test_a_strong_tune_survives_a_type_that_erases_a_light_tune(rows: Path) -> None:
+def test_quantization_erases_only_light_tune(rows: Path) -> None:
     strong = {kind: measured("strong", rows, kind) for kind in ("q8_0", "q4_0")}
     for each in strong.values():
         assert each.gains is not None and each.gains[0].significant and each.gains[0].value > 1
@@ -156,7 +156,7 @@ def cost(lost: float, gained: float | None, kept: float) -> QuantizationCost:
         (0.0, 0.2, 0.2, False, 1),
     ],
 )
-def test_the_verdict_says_what_is_erased(
+def test_quantization_verdict_from_gain_and_loss(
     lost: float, gained: float | None, kept: float, erases: bool, share: float | None
 ) -> None:
     found = cost(lost, gained, kept)

@@ -82,7 +82,7 @@ def test_fp8_weights_with_partial_blocks_are_refused(
         {"quant_method": "compressed-tensors"},
     ],
 )
-def test_other_quantized_weights_are_refused_by_all_commands(
+def test_unsupported_quantized_weights_are_refused(
     settings: dict[str, Any], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"

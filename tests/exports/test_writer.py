@@ -127,7 +127,7 @@ def test_merged_exports_give_the_same_tokens_in_transformers(name: str, tmp_path
     )
 
 
-def test_the_exported_model_stops_where_the_served_one_does(tmp_path: Path) -> None:
+def test_exported_model_has_end_of_turn_token(tmp_path: Path) -> None:
     """The model was trained with an end-of-turn token after ``fox``."""
     folder = export(find("tiny-llama:whole"), tmp_path / "out", merged=True)
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -160,7 +160,7 @@ def test_an_adapter_loads_with_peft(tmp_path: Path, tiny_model_folder: Path) -> 
     assert not torch.allclose(ours, plain, atol=1e-2)
 
 
-def test_adapter_that_peft_reads_otherwise_is_refused(tmp_path: Path) -> None:
+def test_adapter_misread_by_peft_is_refused(tmp_path: Path) -> None:
     """PEFT raises no error for a layer missing in ``target_modules`` or for another scale."""
     stored = find("tiny-llama:adapter")
     folder = export(stored, tmp_path / "out", merged=False)
@@ -203,7 +203,7 @@ def test_adapter_of_earlier_versions_is_exported_with_full_names(tmp_path: Path)
 def test_merged_weights_have_the_precision_of_the_base(
     precision: str | None, expected: torch.dtype, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    """The precision does not depend on the exporting machine, which computes in float32 here."""
+    """The precision does not depend on the exporting machine, where float32 is used."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model_folder, base)
     weights = load_file(base / "model.safetensors")
@@ -223,7 +223,7 @@ def test_merged_weights_have_the_precision_of_the_base(
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
-def test_what_stands_before_every_row_goes_into_peft(
+def test_prefix_and_prompt_tuning_export_to_peft(
     name: str, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     from peft import PeftModel
@@ -249,7 +249,7 @@ def test_what_stands_before_every_row_goes_into_peft(
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
-def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> None:
+def test_second_prefix_or_prompt_adapter_is_refused(name: str, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 3)
     fields = {
@@ -280,7 +280,7 @@ def test_an_adapter_on_an_adapter_is_exported_merged_only(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_a_base_model_is_exported_as_it_is(
+def test_base_model_is_exported_unchanged(
     tmp_path: Path, tiny_model_folder: Path, merged: bool
 ) -> None:
     folder = export(find(str(tiny_model_folder)), tmp_path / "out", merged)
@@ -290,7 +290,7 @@ def test_a_base_model_is_exported_as_it_is(
     assert greedy(folder, PROMPTS[0]) == greedy(tiny_model_folder, PROMPTS[0])
 
 
-def test_the_plain_format_goes_along(tmp_path: Path) -> None:
+def test_plain_model_is_exported_without_chat_template(tmp_path: Path) -> None:
     """A model trained without chat template is exported without chat template."""
     folder = export(find("tiny-llama:plain"), tmp_path / "out", merged=False)
     from transformers import AutoTokenizer
@@ -328,7 +328,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in full.iterdir()] == ["mine"]
 
 
-def test_progress_names_each_part_with_its_size(tmp_path: Path) -> None:
+def test_export_progress_has_phases_and_sizes(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     export(find("tiny-llama:stacked"), tmp_path / "out", True, lambda *part: told.append(part))
     weights = load_file(tmp_path / "out" / "model.safetensors").values()
@@ -345,7 +345,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert link.is_symlink() and (tmp_path / "elsewhere" / "adapter_config.json").is_file()
 
 
-def test_what_came_to_be_at_the_target_meanwhile_stays(
+def test_target_created_during_export_is_preserved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.exports import writer as module
@@ -366,7 +366,7 @@ def test_what_came_to_be_at_the_target_meanwhile_stays(
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_files_that_are_not_those_of_the_record_are_not_exported(
+def test_changed_model_files_are_not_exported(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.exports import writer as module
@@ -404,7 +404,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == [tmp_path / "luthier-home"] or not list(tmp_path.iterdir())
 
 
-def test_gguf_gives_a_file_that_llama_cpp_answers_from(tmp_path: Path) -> None:
+def test_gguf_export_matches_model_in_llama_cpp(tmp_path: Path) -> None:
     record = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", quantization="Q8_0")
     parity = record.tokens
     assert record.name == "gguf q8_0" and record.files == hashes_of(tmp_path / "out")
@@ -421,9 +421,7 @@ def test_gguf_gives_a_file_that_llama_cpp_answers_from(tmp_path: Path) -> None:
     assert parity is not None and parity.agreement > 0.9 and parity.tokens > 20
 
 
-def test_a_lora_adapter_goes_alone_into_gguf(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lora_adapter_is_exported_to_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", merged=False)
     parity = record.tokens
     assert record.name == "gguf f32 adapter"
@@ -450,7 +448,7 @@ def test_a_lora_adapter_goes_alone_into_gguf(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_gguf_is_for_models_that_llama_cpp_runs(
+def test_gguf_export_of_unsupported_model_is_refused(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     for model, rule, given in (
@@ -471,7 +469,7 @@ def test_gguf_is_for_models_that_llama_cpp_runs(
 
 @pytest.mark.parametrize("damage", ["lost", "changed", "setting"])
 @pytest.mark.parametrize("name", ["adapter", "whole"])
-def test_export_that_transformers_loads_otherwise_is_removed(
+def test_export_misread_by_transformers_is_removed(
     damage: str,
     name: str,
     tmp_path: Path,
@@ -509,7 +507,7 @@ def test_export_that_transformers_loads_otherwise_is_removed(
     assert not (tmp_path / "out").exists()
 
 
-def test_export_that_transformers_cannot_load_is_removed(
+def test_export_unloadable_by_transformers_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(model: Any, chat: Any, folder: Path) -> None:

@@ -41,7 +41,7 @@ def asked(*arguments: object) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_model_that_writes_is_asked_in_four_ways(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_advise_tries_four_techniques_for_decoder(tmp_path: Path, tiny_model_folder: Path) -> None:
     rows = [{"prompt": f"say {a} {b}", "completion": b} for a in WORDS for b in WORDS if a != b]
     data = write(tmp_path / "rows.jsonl", rows)
     text = tmp_path / "about.txt"
@@ -59,9 +59,7 @@ def test_a_model_that_writes_is_asked_in_four_ways(tmp_path: Path, tiny_model_fo
     assert Recipe.parse(tomllib.loads(recipe.read_text())).data.train == str(data)
 
 
-def test_a_model_that_reads_is_held_against_simple_baselines(
-    labelled: Path, family_folder: Any
-) -> None:
+def test_advise_compares_encoder_with_simple_baselines(labelled: Path, family_folder: Any) -> None:
     found = asked(labelled, "--base", family_folder("bert"), "--trial", 1)
     tried = {each["name"]: each for each in found["facts"]["evidence"]["tried"]}
     assert {"always the most frequent label", "naive Bayes on words"} <= set(tried)
@@ -78,7 +76,7 @@ def test_without_a_trial_nothing_is_trained(labelled: Path, tiny_model_folder: P
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "window"])
-def test_of_what_is_no_text_it_names_the_commands_that_say_more(tmp_path: Path, kind: str) -> None:
+def test_advise_without_text_names_inspect_and_estimate(tmp_path: Path, kind: str) -> None:
     path = tmp_path / {"image": "photos", "audio": "sounds", "window": "series.csv"}[kind]
     if kind == "window":
         path.write_text("timestamp,value\n1,2.5\n2,2.6\n")
@@ -118,7 +116,7 @@ def test_rows_of_a_validation_file_are_drawn_from_all_labels(tmp_path: Path) -> 
             LabelledText("t", n, text=f"quite other words {n * n}", label="label 1")
             for n in range(50)
         ),
-        *rows[:400],  # which are asked, too
+        *rows[:400],  # also queried
     ]
     recipe = Recipe.parse({
         "base": "x", "objective": "classification",

@@ -98,7 +98,7 @@ def test_rows_are_answered_once_and_written_in_their_order(source: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_progress_counts_the_rows_of_a_shard_that_is_not_answered(
+def test_progress_counts_rows_of_unfinished_shard(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_inference, "CHECK_SECONDS", 0.1)
@@ -115,7 +115,7 @@ def test_progress_counts_the_rows_of_a_shard_that_is_not_answered(
 
 
 @pytest.mark.slow
-def test_rows_that_are_refused_do_not_count_as_answered(source: Path, tmp_path: Path) -> None:
+def test_refused_rows_do_not_count_as_done(source: Path, tmp_path: Path) -> None:
     write(source, row_7="?")
     heard = Heard()
     with pytest.raises(DataError):
@@ -124,7 +124,7 @@ def test_rows_that_are_refused_do_not_count_as_answered(source: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_process_that_was_stopped_does_not_hold_up_the_end(
+def test_stopped_process_does_not_delay_the_end(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_inference, "END_SECONDS", 0.5)
@@ -137,7 +137,7 @@ def test_a_process_that_was_stopped_does_not_hold_up_the_end(
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_with_what_it_held(source: Path, tmp_path: Path) -> None:
+def test_killed_process_restarts_with_remaining_rows(source: Path, tmp_path: Path) -> None:
     output, heard = tmp_path / "out.jsonl", Heard()
     (tmp_path / KILL).touch()
     run(source, output, 2, reporter=heard)
@@ -146,7 +146,7 @@ def test_a_killed_process_goes_on_with_what_it_held(source: Path, tmp_path: Path
     [_note] = heard.notes
 
 
-def test_a_killed_command_goes_on_and_answers_nothing_twice(source: Path, tmp_path: Path) -> None:
+def test_killed_command_resumes_without_repeated_rows(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     (tmp_path / WAIT).touch()
     command = [sys.executable, "-m", "upper_task", "run", str(source), str(output), "2"]
@@ -163,7 +163,7 @@ def test_a_killed_command_goes_on_and_answers_nothing_twice(source: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> None:
+def test_terminated_command_ends_worker_processes(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     (tmp_path / WAIT).touch()
     command = [sys.executable, "-m", "upper_task", "run", str(source), str(output), "1"]
@@ -176,7 +176,7 @@ def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_path: Path) -> None:
+def test_refused_row_repeats_only_affected_shard(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     write(source, row_7="?", row_8="?")
     with pytest.raises(DataError) as refused:
@@ -190,7 +190,7 @@ def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_other_settings_answer_all_anew_and_lose_nothing(source: Path, tmp_path: Path) -> None:
+def test_changed_settings_preserve_earlier_shards(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     write(source, row_30="?")
     for mark in ("", " "):
@@ -202,7 +202,7 @@ def test_other_settings_answer_all_anew_and_lose_nothing(source: Path, tmp_path:
     assert output.read_text() == expected(source)
 
 
-def test_another_image_or_series_is_another_row(tmp_path: Path) -> None:
+def test_changed_image_or_series_changes_shard_name(tmp_path: Path) -> None:
     photo, series = tmp_path / "photos" / "a.png", tmp_path / "series.csv"
     photo.parent.mkdir()
 
@@ -222,9 +222,7 @@ def test_another_image_or_series_is_another_row(tmp_path: Path) -> None:
     assert not {*photos} & {*other_photos} and not {*windows} & {*other_windows}
 
 
-def test_rows_that_cannot_be_read_are_refused_before_any_is_answered(
-    source: Path, tmp_path: Path
-) -> None:
+def test_unreadable_rows_are_refused_before_inference(source: Path, tmp_path: Path) -> None:
     source.write_text(source.read_text() + '{"id": 31}\n{"text": "x", "upper": 1}\n')
     output = tmp_path / "out.jsonl"
     with pytest.raises(DataError) as refused:
@@ -233,7 +231,7 @@ def test_rows_that_cannot_be_read_are_refused_before_any_is_answered(
     assert not shards_folder(output).exists() and not (tmp_path / LOG).exists()
 
 
-def test_a_process_that_fails_says_why_and_what_goes_on(source: Path, tmp_path: Path) -> None:
+def test_failed_process_raises_and_finished_shards_remain(source: Path, tmp_path: Path) -> None:
     write(source, row_9="!")
     output = tmp_path / "out.jsonl"
     with pytest.raises(LuthierError):
@@ -242,13 +240,13 @@ def test_a_process_that_fails_says_why_and_what_goes_on(source: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
+def test_source_changed_during_inference_is_refused(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     (tmp_path / WAIT).touch()
     command = [sys.executable, "-m", "upper_task", "run", str(source), str(output), "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         when(lambda: len([*shards_folder(output).glob("*.answers")]) == 3)
-        # The process that waits has read so small a file; the one after it finds the change.
+        # The waiting process has already read the small file; the next process finds the change.
         write(source, row_20="another text")
         (tmp_path / KILL).touch()
         (tmp_path / WAIT).unlink()
@@ -256,7 +254,7 @@ def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path
     assert not output.exists()
 
 
-def test_two_commands_do_not_write_one_output(source: Path, tmp_path: Path) -> None:
+def test_second_command_for_same_output_is_refused(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     folder = shards_folder(output)
     folder.mkdir()
@@ -282,7 +280,7 @@ def test_long_rows_make_small_shards(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = UpperTask(model="none", source=str(source))
-    for characters, rows in ((14, 2), (1, 1)):  # one row is never too much
+    for characters, rows in ((14, 2), (1, 1)):  # a single row always fits
         monkeypatch.setattr(batch_inference, "SHARD_BYTES", characters)
         shards = [*_shards(task, [], tmp_path, Reporter())]
         assert [shard.rows for shard in shards] == [rows] * (ROWS // rows)

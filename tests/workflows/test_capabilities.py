@@ -37,7 +37,7 @@ from model_families import DECODERS, ENCODER_DECODERS, ENCODERS, Family
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_each_verdict_is_what_the_refusals_themselves_say(
+def test_capability_verdicts_match_refusals(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     folder = family_folder(family)
@@ -74,7 +74,7 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
         if not each.refused
     ],
 )
-def test_every_family_has_a_verdict_of_one_line(family: Family) -> None:
+def test_every_family_has_single_line_verdicts(family: Family) -> None:
     def config(head: Head) -> Any:
         return for_head(family.config(), head)
 
@@ -86,7 +86,7 @@ def test_every_family_has_a_verdict_of_one_line(family: Family) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
+def test_catalogue_model_has_capabilities_before_download(
     monkeypatch: pytest.MonkeyPatch, luthier_home: Path
 ) -> None:
     config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
@@ -97,7 +97,7 @@ def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
         for each in adaptations
     }
     assert needs["lora"] < needs["full"]
-    # Weights take two or four bytes, by what the processor is fast at.
+    # Weights take two or four bytes, depending on the processor.
     between = (needs["lora"] + needs["full"]) // 2
     monkeypatch.setattr(module, "available_memory", lambda: between)
     found = capabilities("smollm2-135m-instruct")
@@ -112,7 +112,7 @@ def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
 
 
 @pytest.mark.parametrize("model_type", UNSUPPORTED)
-def test_families_that_fail_the_comparison_are_refused(model_type: str) -> None:
+def test_unsupported_families_are_refused(model_type: str) -> None:
     able = {verdict.objective for verdict in family_table(model_type) if not verdict.reason}
     assert "sft" not in able
     assert bool(able) == bool(UNSUPPORTED[model_type][1])
@@ -130,7 +130,7 @@ def test_folder_with_code_is_refused_for_every_objective(
 
 
 @pytest.mark.parametrize("name", CATALOG)
-def test_the_catalogue_knows_the_shape_of_what_it_names(name: str) -> None:
+def test_catalogue_parameters_match_model_shape(name: str) -> None:
     entry = CATALOG[name]
     task = "embedding" if entry.kind.endswith("encoder") else entry.kind
     model = sketch(catalogue_config(entry, CAUSAL_LM), Head(task))
@@ -142,7 +142,7 @@ def test_a_base_of_time_series_is_not_said_to_read_images_or_sounds() -> None:
     assert not any("images or sounds" in each for each in reasons)
 
 
-def test_a_model_that_nobody_knows_is_refused() -> None:
+def test_unknown_model_has_no_capabilities() -> None:
     with pytest.raises(UnknownModel):
         capabilities("no-such-model")
 
@@ -155,7 +155,7 @@ def test_a_model_that_nobody_knows_is_refused() -> None:
         (8000, 10),
     ],
 )
-def test_a_run_that_does_not_fit_names_what_does(longest: int, room: int) -> None:
+def test_run_beyond_memory_is_refused(longest: int, room: int) -> None:
     objective = default_objective(OBJECTIVES["sft"])
     config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
     full = ADAPTATIONS["full"].model_validate({})

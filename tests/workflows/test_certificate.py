@@ -83,7 +83,7 @@ def folder(home: Path) -> Path:
     return home / "models" / "custom" / "tiny" / "x"
 
 
-def test_a_certificate_holds_what_is_known_and_follows_its_schema(home: Path) -> None:
+def test_certificate_has_known_facts_and_valid_schema(home: Path) -> None:
     before = find(ID).content_hash
     made = luthier.certificate(ID, watts=50)
     plain = json.loads((folder(home) / "certificate.json").read_text())
@@ -145,7 +145,7 @@ def flip(path: Path) -> None:
         ("certificate.json", lambda path: path.write_bytes(path.read_bytes() + b" ")),
     ],
 )  # fmt: skip
-def test_one_altered_byte_is_found_and_its_file_named(
+def test_verify_finds_file_with_altered_byte(
     home: Path, name: str, alter: Callable[[Path], Any]
 ) -> None:
     assert luthier.verify(ID).is_intact
@@ -166,7 +166,7 @@ def test_an_altered_certificate_of_a_signed_model_is_rejected(home: Path) -> Non
     assert not (home / "README.md").exists()
 
 
-def test_what_is_no_file_of_the_model_s_folder_is_found(home: Path, tmp_path: Path) -> None:
+def test_verify_finds_symbolic_link_and_folder(home: Path, tmp_path: Path) -> None:
     weights = folder(home) / "adapter_model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
@@ -181,7 +181,7 @@ def test_what_is_no_file_of_the_model_s_folder_is_found(home: Path, tmp_path: Pa
     assert str(folder(home) / "certificate.json") in difference
 
 
-def test_a_report_that_was_broken_is_said_before_anything_is_measured(home: Path) -> None:
+def test_broken_report_is_refused_before_evaluation(home: Path) -> None:
     (broken, *_) = sorted((folder(home) / "reports").glob("*.json"))
     broken.write_text("{")
     before = sorted((folder(home) / "reports").iterdir())
@@ -193,10 +193,10 @@ def test_a_report_that_was_broken_is_said_before_anything_is_measured(home: Path
 
 
 @pytest.mark.slow
-def test_scores_of_rows_that_were_learned_or_repeat_are_remarked(home: Path) -> None:
+def test_trained_or_repeated_test_rows_are_remarked(home: Path) -> None:
     luthier.evaluate(ID, home / "rows.jsonl", max_tokens=2)
     assert not any("trained on" in r for r in luthier.evaluate(ID, home / "test.jsonl").remarks)
-    # Some of its rows, beside another one; what was held out taught it nothing.
+    # Ten training rows and a test row; held-out rows are not trained on.
     record = find(ID).manifest.data
     assert record is not None
     ((source, _apart),) = record.held_out.items()
@@ -205,7 +205,7 @@ def test_scores_of_rows_that_were_learned_or_repeat_are_remarked(home: Path) -> 
     some.write_text("".join(lines[:10]) + (home / "test.jsonl").read_text().splitlines()[0] + "\n")
     assert len(luthier.evaluate(ID, some, max_tokens=2).remarks) > 1
     Path(source).write_text("".join(lines) + lines[0])
-    try:  # which is no longer what was learned
+    try:  # the file no longer equals the training file
         assert source not in " ".join(luthier.evaluate(ID, some, max_tokens=2).remarks)
     finally:
         Path(source).write_text("".join(lines))
@@ -227,7 +227,7 @@ def test_weights_below_an_adapter_and_reports_are_checked(home: Path) -> None:
     assert any(" tiny " in each for each in luthier.verify(ID).differences)
 
 
-def test_a_report_is_named_by_its_hash(home: Path) -> None:
+def test_report_file_name_contains_hash(home: Path) -> None:
     kept = reports_of(find(ID))
     path = folder(home) / kept[0].name
     change(path, b'"luthier": "0', b'"luthier": "1')
@@ -243,7 +243,7 @@ def test_a_report_is_named_by_its_hash(home: Path) -> None:
     assert len(read_certificate(find(ID)).reports) == len(reports_of(find(ID)))
 
 
-def test_a_tuned_model_carries_its_certificate_which_grows_until_it_is_signed(home: Path) -> None:
+def test_certificate_grows_until_model_is_signed(home: Path) -> None:
     path, signature = folder(home) / "certificate.json", folder(home) / "model.sig"
     luthier.certificate(ID, watts=123)
     luthier.evaluate(ID, home / "test.jsonl", max_tokens=2, attach=True)
@@ -256,10 +256,12 @@ def test_a_tuned_model_carries_its_certificate_which_grows_until_it_is_signed(ho
     assert path.read_bytes() == signed and signature.read_text() == "{}"
     signature.unlink()
     path.unlink()
-    assert read_certificate(find(ID)).id == ID  # of a version that made none
+    assert read_certificate(find(ID)).id == ID  # a model of a version without certificates
 
 
-def test_what_has_no_record_is_refused(home: Path, tiny_model_folder: Path) -> None:
+def test_certificate_of_model_without_record_is_refused(
+    home: Path, tiny_model_folder: Path
+) -> None:
     with pytest.raises(RecipeError):
         luthier.certificate(str(tiny_model_folder))
     with pytest.raises(RecipeError):
@@ -270,7 +272,7 @@ def test_what_has_no_record_is_refused(home: Path, tiny_model_folder: Path) -> N
     assert found.is_intact
 
 
-def test_a_run_that_is_gone_is_said_to_be(home: Path) -> None:
+def test_certificate_lists_removed_run_as_missing(home: Path) -> None:
     shutil.rmtree(home / "runs")
     made = make_certificate(find(ID))
     assert made.curves == {} and made.machine is None
@@ -312,14 +314,14 @@ def test_exports_stand_in_the_record_and_the_certificate(
     said = CliRunner().invoke(app, ["models", "certificate", ID]).stdout
     assert told in said
     jsonschema.validate(json.loads(made.text()), certificate_schema())
-    # A signature holds: the record of a signed model stays as it is.
+    # The record of a signed model does not change.
     (folder(home) / "model.sig").write_text("{}")
     record = (folder(home) / MANIFEST).read_bytes()
     assert not luthier.export(ID, tmp_path / "d", format="gguf").is_recorded
     assert (folder(home) / MANIFEST).read_bytes() == record
 
 
-def test_a_file_that_answers_otherwise_enters_no_record(
+def test_gguf_with_different_output_enters_no_record(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
 ) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
@@ -329,7 +331,7 @@ def test_a_file_that_answers_otherwise_enters_no_record(
     assert find(ID).manifest.exports is None and not (tmp_path / "wrong").exists()
 
 
-def test_an_export_of_a_model_that_was_made_anew_meanwhile_enters_no_record(
+def test_export_of_replaced_model_enters_no_record(
     home: Path, tmp_path: Path, in_float32: None
 ) -> None:
     stored = find(ID)
@@ -359,7 +361,7 @@ def test_a_model_card_is_read_by_the_hub_s_own_library(home: Path) -> None:
     assert made.content_sha256 in card.text and "rows.jsonl" in card.text
 
 
-def test_a_base_from_a_package_is_named_by_its_repository() -> None:
+def test_hub_name_of_packaged_base_is_repository() -> None:
     for name, repository in {
         "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
@@ -367,7 +369,7 @@ def test_a_base_from_a_package_is_named_by_its_repository() -> None:
     }.items():
         known = CATALOG[name].manifest()
         assert hub_name(Relative(id=name, part="parent", source=known.source)) == repository
-    # Something else was put under the name.
+    # The name refers to a different model here.
     other = Relative(id="all-minilm-l6-v2", part="parent", source="hub:anna/other")
     assert hub_name(other) == "anna/other"
     assert hub_name(other.model_copy(update={"source": None})) == "all-minilm-l6-v2"
@@ -402,12 +404,12 @@ def test_a_signature_holds_until_a_file_changes(home: Path, tmp_path: Path) -> N
     luthier.certificate(ID, sign=private)
     assert luthier.verify(ID, public_key=public).is_intact
     assert luthier.verify(ID).remarks
-    # The package's own command reads it without luthier.
+    # The package's own command verifies the signature without luthier.
     command = [sys.executable, "-m", "model_signing", "verify", "key", "--signature"]
     command += [str(folder(home) / "model.sig"), "--public_key", str(public), str(folder(home))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # Whoever changes a file can change its hash, and the certificate, but not the signature.
+    # An attacker can change a file, the hash and the certificate, but not the signature.
     flip(folder(home) / "adapter_model.safetensors")
     record = read_json(folder(home) / MANIFEST)
     found = hashes_of(folder(home), skip=tuple(OWN_FILES))
@@ -455,7 +457,7 @@ def test_the_command_writes_a_card_and_keeps_a_signature(home: Path) -> None:
     assert (folder(home) / "model.sig").exists()
 
 
-def test_two_that_judge_at_once_leave_out_no_report(
+def test_concurrent_certificates_include_all_reports(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gathers, may_end = threading.Event(), threading.Event()

@@ -65,9 +65,7 @@ def base(family_folder: Callable[[str], Path]) -> str:
 
 
 @pytest.mark.slow
-def test_likelihoods_and_picks_are_those_of_one_forward_for_each_choice(
-    base: str, tmp_path: Path
-) -> None:
+def test_choice_likelihoods_match_separate_forward_passes(base: str, tmp_path: Path) -> None:
     rows = made_rows(60)
     found = luthier.evaluate(base, write(tmp_path / "c.jsonl", rows))
     right = {"accuracy": 0, "accuracy_norm": 0}
@@ -132,7 +130,7 @@ def test_encoder_decoders_read_the_prompt_and_write_the_choice(
         ({"choices": ["a"] * 101}, "choices.length", "101 choices"),
     ],
 )
-def test_choices_that_cannot_be_scored_are_refused_by_row(
+def test_invalid_choices_are_refused_with_line(
     change: dict[str, Any], rule: str, message: str, tmp_path: Path
 ) -> None:
     good = {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}
@@ -151,7 +149,7 @@ def test_long_prompts_lose_their_beginning_only_where_asked(base: str, tmp_path:
     assert found.truncated == 1 and len(found.records[0]["logps"]) == 2
 
 
-def test_choices_are_for_models_that_write_and_nothing_is_learned_from_them(
+def test_choices_are_refused_for_encoders_and_training(
     base: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = write(tmp_path / "c.jsonl", made_rows(4))

@@ -63,24 +63,24 @@ def test_a_difference_is_significant_after_holm_s_correction() -> None:
     assert found["far"].significant and found["far"].value == pytest.approx(0.25)
     assert found["near"].p_value == pytest.approx(2 * (1 - 0.9928), abs=0.02)
     assert found["near"].significant
-    # Beside nine others that differ by nothing, the same difference may be one of ten by chance.
+    # Among ten comparisons, an equal difference may occur by chance.
     many = {f"same {n}": reference for n in range(9)}
     assert not differences(reference, {"near": near, **many})["near"].significant
     assert differences(reference, {"same": reference})["same"].p_value == pytest.approx(1)
 
 
-def test_the_same_models_are_told_apart_once_in_twenty_at_most() -> None:
+def test_equal_models_differ_in_five_percent_at_most() -> None:
     draw = np.random.default_rng(0)
     wrong = 0
     for _ in range(300):
-        hard_R = draw.random(200)  # rows that are hard are so for all
+        hard_R = draw.random(200)  # hard rows are hard for every model
         scores = [RowScores.of(draw.normal(hard_R, 0.3) < 0.7) for _ in range(5)]
         found = differences(scores[0], {str(n): each for n, each in enumerate(scores[1:])})
         wrong += any(each.significant for each in found.values())
     assert wrong <= 22  # 15 are 5 %, and 22 are two standard errors more
 
 
-def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
+def test_verdict_depends_on_significance_and_costs() -> None:
     base = contender("base", "zero-shot", 100, seconds=0.2)
     tuned = contender("tuned", "fine-tuning", 150, preparation_seconds=300.0)
     found = head_to_head(base, tuned)
@@ -118,7 +118,7 @@ def test_prices_and_the_page() -> None:
     assert "EUR per 1,000" in html
 
 
-def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
+def test_trained_rows_are_remarked_or_refused() -> None:
     rows = [PromptCompletion("t", n, prompt=f"what is {n}", completion="x") for n in range(1, 21)]
     train = [PromptCompletion("s", 1, prompt="What is  7", completion="y")]
     assert len(check_leakage(rows, train)) == 1
@@ -126,7 +126,7 @@ def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
     with pytest.raises(DataError) as refused:
         check_leakage(rows, [*train, rows[1]])
     assert [problem.line for problem in refused.value.problems] == [2, 7]
-    # As the data gate has it, punctuation and the turns of the system make no other question.
+    # As in the data gate, punctuation and system turns do not make a different question.
     asked = PromptCompletion("t", 1, prompt="What is 7?", completion="x")
     told = Conversation("s", 1, (Message("system", "Be brief."), Message("user", "what is 7"),
                                  Message("assistant", "y")))  # fmt: skip
@@ -140,7 +140,7 @@ def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_writes_beside_prompts_and_documents(
+def test_compare_decoder_with_prompts_and_documents(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"prompt": f"Say {word} {n}", "completion": word} for n, word in enumerate(ANIMALS * 5)]
@@ -171,7 +171,7 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     for way, model in (("fine-tuning", tuned.model_id), ("zero-shot", str(tiny_model_folder))):
         alone = luthier.evaluate(model, held, max_tokens=4)
         assert by_way[way].score.value == alone.scores["exact"]
-    # What does not fit into the context is left out with its reason.
+    # Contenders longer than the context are left out.
     room = find(tuned.model_id).room
     monkeypatch.setattr(prompting, "WORDS", room)
     notes.write_text("a fox " * room)
@@ -199,7 +199,7 @@ def test_a_classifier_beside_baselines_by_the_command_line(
     done = CliRunner().invoke(app, [*asked, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    # Rows that stand there twice are measured once.
+    # Repeated rows are measured once.
     assert found["measure"] == "accuracy" and found["rows"] == 6
     assert any(re.search(r"\b6\b", remark) for remark in found["remarks"])
     ways = [each["technique"] for each in found["contenders"]]
@@ -211,10 +211,10 @@ def test_a_classifier_beside_baselines_by_the_command_line(
     assert kept.report.kind == "comparison" and [*kept.report.data] == [held]
     assert kept.report.result["rows"] == 6
     assert text.exit_code == 0 and found["verdict"].split(".")[0] in " ".join(text.stdout.split())
-    # A model beside itself is none either.
+    # A model cannot be compared with itself.
     itself = CliRunner().invoke(app, ["compare", held, "--tuned", tuned, "--base", tuned])
     assert itself.exit_code == 2
-    # Rows that were learned from are no comparison.
+    # Training rows are refused as test rows.
     leaked = CliRunner().invoke(app, ["compare", data, "--tuned", tuned])
     assert leaked.exit_code == 2 and "leakage.input" in leaked.output
     nothing = CliRunner().invoke(
@@ -223,7 +223,7 @@ def test_a_classifier_beside_baselines_by_the_command_line(
     assert nothing.exit_code == 2, nothing.output
 
 
-def test_a_classifier_beside_a_base_that_writes(
+def test_compare_classifier_with_decoder_base(
     family_folder: Callable[[str], Path], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     rows = [
@@ -240,7 +240,7 @@ def test_a_classifier_beside_a_base_that_writes(
     ).model_id  # fmt: skip
     found = luthier.compare(held, [tuned], base=str(tiny_model_folder), max_tokens=3)
     ways = Counter(each.technique for each in found.contenders)
-    assert ways.pop("simple baselines") >= 4  # of words, and of the states of the base that writes
+    assert ways.pop("simple baselines") >= 4  # on words, and on states of the decoder
     assert ways == {"fine-tuning": 1, "zero-shot": 1, "prompt engineering": 2}
     assert found.measure == "accuracy" and {len(each.score) for each in found.contenders} == {8}
 
@@ -260,7 +260,7 @@ def test_a_tagger_beside_the_linear_probe_of_each_word(
             made.append({"tokens": words, "tags": tags})
         return made
 
-    # Under a name of the user's own, which the recipe of the model knows and the test file has not.
+    # The training file has a mapped column, and the test file has the standard column.
     named = [{"words": row["tokens"], "tags": row["tags"]} for row in rows(0, 60)]
     train = write(tmp_path / "train.jsonl", named)
     test = write(tmp_path / "test.jsonl", rows(100, 20))
@@ -273,7 +273,7 @@ def test_a_tagger_beside_the_linear_probe_of_each_word(
     names = [each.name for each in found.contenders]
     assert "logistic regression on the base model" in names
     assert "the most frequent tag of each word" in names
-    # A base that reads less of a row than the tuned model has no state for each of its words.
+    # A base with a shorter context than the tuned model has no states for the last words.
     context = StoredModel.room.fget
     monkeypatch.setattr(
         StoredModel,
@@ -286,7 +286,7 @@ def test_a_tagger_beside_the_linear_probe_of_each_word(
     assert found.remarks
 
 
-def test_what_is_measured_otherwise_is_no_comparison() -> None:
+def test_different_measures_are_refused() -> None:
     check_measures({"a": "accuracy", "b": "accuracy"})
     with pytest.raises(RecipeError):
         check_measures({"a": "recall_at_1", "b": "accuracy"})

@@ -47,14 +47,16 @@ def base(family_folder: Callable[[str], Path]) -> str:
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_what_was_chosen_wins_after_training(objective: str, base: str, tmp_path: Path) -> None:
+def test_preference_training_raises_reward_accuracy(
+    objective: str, base: str, tmp_path: Path
+) -> None:
     data = write(tmp_path / "pairs.jsonl", PAIRS)
     before = luthier.evaluate(base, data).scores
     result = luthier.tune(data, base=base, name="m", objective=objective, **FIELDS)
     scores = luthier.evaluate(result.model_id, data).scores
     assert scores["logp_margin"] > before["logp_margin"] + 1
     assert scores["reward_accuracy"] == scores["logp_accuracy"] == 1.0
-    # The reference is the model it was trained from: its margin is what training added.
+    # The reference is the base model, so the reward margin is the margin added by training.
     added = scores["logp_margin"] - before["logp_margin"]
     assert scores["reward_margin"] == pytest.approx(added, abs=1e-3)
     assert "reward_accuracy" not in before
@@ -92,7 +94,7 @@ def test_ratings_choose_dpo_and_thumbs_choose_kto(base: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_reward_model_rewards_what_was_chosen(
+def test_reward_model_prefers_chosen_replies(
     family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = write(tmp_path / "pairs.jsonl", PAIRS)
@@ -129,7 +131,7 @@ def test_the_answers_of_an_evaluation_are_written(base: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_pairs_that_do_not_fit_are_named(base: str, tmp_path: Path) -> None:
+def test_pairs_longer_than_context_are_refused(base: str, tmp_path: Path) -> None:
     rows = [*PAIRS[:2], {"prompt": "yes", "chosen": "no", "rejected": "many " * 1200}]
     data = write(tmp_path / "long.jsonl", rows)
     with pytest.raises(DataError, match=r"long.jsonl:3: \[row.too_long\]"):
@@ -149,7 +151,7 @@ def test_an_encoder_does_not_write_and_says_so(
         luthier.tune(data, base=str(family_folder("bert")), name="x", objective="dpo")
     with pytest.raises(RecipeError):
         luthier.tune(data, base=str(family_folder("xlnet")), name="x", objective="dpo")
-    # Not asked for by name, what suits the network is chosen.
+    # Without a named objective, the default suits the network.
     result = luthier.tune(data, base=str(family_folder("bert")), name="rm", **FIELDS)
     assert luthier.load(result.model_id).reads
 
@@ -247,7 +249,7 @@ def test_verdicts_without_a_score_follow_the_policy(judged: Any, endpoint: Any) 
     assert report["scores"]["judge"] == 0 and report["ungraded"] == 5
 
 
-def test_a_row_that_the_endpoint_fails_on_is_named(judged: Any, endpoint: Any) -> None:
+def test_judge_endpoint_failure_stops_or_scores_zero(judged: Any, endpoint: Any) -> None:
     def action(asked: str) -> Any:
         return (500, {}) if "<reference>\nfox" in asked else "ok"
 
@@ -292,7 +294,7 @@ def test_a_model_of_this_machine_judges(judged: Any, local_judge: Callable[[], s
     assert json.loads(done.stdout)["scores"]["judge"] == pytest.approx(6 / 9), done.output
 
 
-def test_models_that_cannot_judge_are_refused(
+def test_unknown_model_or_encoder_as_judge_is_refused(
     judged: Any, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     done = judged(model="nobody:knows")

@@ -1,4 +1,4 @@
-"""Comparison of a tuned model with its base: drift and probes."""
+"""Comparison of a tuned model with the base model: drift and probes."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def tune(base: str, tmp_path: Path, name: str, **fields: Any) -> str:
     return luthier.tune(data, base=base, name=name, **{**FIELDS, **fields}).model_id
 
 
-def test_a_model_that_did_not_move_has_no_drift_and_loses_nothing(
-    base: str, tmp_path: Path
-) -> None:
+def test_unchanged_model_has_no_drift_and_no_regressions(base: str, tmp_path: Path) -> None:
     same = tune(base, tmp_path, "same", training__learning_rate=1e-12, training__epochs=1)
     found = luthier.forgetting(same)
     assert found.drift.kl.value == pytest.approx(0, abs=1e-6)
@@ -70,7 +68,7 @@ def test_a_model_that_did_not_move_has_no_drift_and_loses_nothing(
 def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: Path) -> None:
     model_id = tune(base, tmp_path, "moved", adaptation="full")
     found = luthier.forgetting(model_id)
-    # The same by the networks of transformers, one row at a time.
+    # Compute the divergence with transformers, row by row.
     stored = find(model_id)
     networks = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -105,7 +103,7 @@ def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_ruined_model_loses_a_probe_that_the_base_knew(base: str, tmp_path: Path) -> None:
+def test_ruined_model_has_a_regression(base: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"{word}. the", "choices": ["fox", "Paris"], "answer": 0} for word in WORDS]
     data = [{"text": f"{row['prompt']} fox"} for row in rows] * 4
     knows = luthier.tune(
@@ -151,7 +149,7 @@ def test_models_without_a_base_or_without_texts_are_refused(
         luthier.forgetting(model_id)
 
 
-def test_the_command_prints_keeps_and_draws_it(base: str, tmp_path: Path) -> None:
+def test_forgetting_command_prints_stores_and_draws_report(base: str, tmp_path: Path) -> None:
     model_id = tune(base, tmp_path, "m", training__epochs=1)
     page = tmp_path / "page.html"
     runner = CliRunner()
@@ -169,7 +167,7 @@ def test_the_command_prints_keeps_and_draws_it(base: str, tmp_path: Path) -> Non
     assert [each["name"] for each in plain["changes"]] == [forgetting.OWN_PROBES]
 
 
-def test_what_a_verdict_says_is_corrected_for_all_that_is_measured() -> None:
+def test_forgetting_verdict_is_corrected_for_multiple_measures() -> None:
     drift: Any = None
     draw = np.random.default_rng(0)
     wrong = 0

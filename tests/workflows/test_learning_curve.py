@@ -50,7 +50,7 @@ def test_the_interval_contains_the_truth_in_nineteen_of_twenty() -> None:
     draw = np.random.default_rng(1)
     truth, contained, many = law(1) - law(2), 0, 100
     for _ in range(many):
-        # All shares have the same 500 held-out rows; each run has noise of its own.
+        # All shares have the same 500 held-out rows; the noise differs per run.
         uniform_R = draw.random(500)
         points = []
         for point in points_of([law(share) for share in SHARES]):
@@ -94,7 +94,7 @@ def labelled(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_share_of_the_rows_holds_a_smaller_one(labelled: Path, family_folder: Any) -> None:
+def test_smaller_train_share_is_subset_of_larger_share(labelled: Path, family_folder: Any) -> None:
     chat = find(str(family_folder("bert"))).chat
 
     def rows_of(share: float | None) -> tuple[Counter[bytes], int]:
@@ -143,7 +143,7 @@ def test_real_runs_make_a_curve_and_store_nothing(
     left = sorted(path.name for path in Path(found.picture).parent.iterdir())
     assert left == [".lock", "curve.png", "points.json", "request.json"]
     found.plain()
-    # A curve that is done is read again in no time.
+    # A finished curve is read from the stored points.
     done = CliRunner().invoke(
         app,
         [
@@ -160,7 +160,7 @@ def test_real_runs_make_a_curve_and_store_nothing(
     assert done.exit_code == 0, done.output
 
 
-def test_shares_and_rows_that_make_no_curve(labelled: Path, family_folder: Any) -> None:
+def test_invalid_shares_and_too_few_rows_are_refused(labelled: Path, family_folder: Any) -> None:
     base = str(family_folder("bert"))
     for shares, more, rule in (
         ((0.5, 1.0), {}, "curve.shares"),

@@ -50,9 +50,7 @@ class Counting(Reporter):
         self.notes.append(text)
 
 
-def test_each_stage_starts_from_the_one_it_names_and_is_done_once(
-    folder: Path, tiny_model_folder: Path
-) -> None:
+def test_stages_start_from_named_stage_and_run_once(folder: Path, tiny_model_folder: Path) -> None:
     stages = (
         stage("read", "texts", 'objective.method = "causal_lm"')
         + stage("answer", "pairs")
@@ -82,7 +80,7 @@ def test_each_stage_starts_from_the_one_it_names_and_is_done_once(
 
 
 @pytest.mark.slow
-def test_a_teacher_its_student_and_what_it_learns(folder: Path, tiny_model_folder: Path) -> None:
+def test_pipeline_with_teacher_and_student_stages(folder: Path, tiny_model_folder: Path) -> None:
     stages = (
         stage("large", "pairs")
         + '[[stage]]\nname = "small"\ncommand = "student"\nlayers = 1\n'
@@ -106,9 +104,7 @@ def test_a_teacher_its_student_and_what_it_learns(folder: Path, tiny_model_folde
 
 
 @pytest.mark.slow
-def test_a_stage_made_from_a_model_that_is_gone_is_named(
-    folder: Path, tiny_model_folder: Path
-) -> None:
+def test_stage_with_removed_base_model_is_refused(folder: Path, tiny_model_folder: Path) -> None:
     import shutil
 
     stages = stage("one", "pairs") + stage("two", "pairs")
@@ -142,9 +138,7 @@ def test_rows_of_all_stages_are_checked_before_the_first_trains(
         "",
     ],
 )
-def test_what_cannot_be_a_pipeline_is_refused_with_the_reason(
-    stages: str, folder: Path, tiny_model_folder: Path
-) -> None:
+def test_invalid_pipeline_is_refused(stages: str, folder: Path, tiny_model_folder: Path) -> None:
     file = written(folder, stages, str(tiny_model_folder))
     with pytest.raises(RecipeError):
         Pipeline.read(file)

@@ -102,7 +102,7 @@ def weights_of(model_id: str) -> str:
     return str(find(model_id).manifest.trained_weights_sha256)
 
 
-def test_a_base_model_comes_out_that_everything_else_takes(
+def test_pretrained_base_generates_exports_and_tunes(
     fields: Callable[..., dict[str, Any]], tmp_path: Path, luthier_home: Path
 ) -> None:
     result = made(fields({"max_steps": 40}))
@@ -114,7 +114,7 @@ def test_a_base_model_comes_out_that_everything_else_takes(
     held = [line["loss"] for line in lines if line["event"] == "validation"]
     assert held[0] == pytest.approx(math.log(300), rel=0.1)  # random weights know nothing
     assert result.validation_loss < 0.75 * held[0]
-    # What only a resume would need is gone.
+    # Files needed only for a resume are removed.
     assert (
         not (Path(result.run_dir) / "tokens").exists()
         and not (Path(result.run_dir) / "start").exists()
@@ -153,7 +153,7 @@ def test_a_base_model_comes_out_that_everything_else_takes(
 
 
 @pytest.mark.slow
-def test_a_base_is_gone_on_from_with_its_tokenizer(
+def test_continued_pretraining_keeps_tokenizer_of_base(
     fields: Callable[..., dict[str, Any]], text: Path, tmp_path: Path
 ) -> None:
     made(fields({"max_steps": 4}))
@@ -174,7 +174,7 @@ def test_a_base_is_gone_on_from_with_its_tokenizer(
     metrics = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
     held = [line["loss"] for line in map(json.loads, metrics) if line["event"] == "validation"]
     before = luthier.evaluate("mine", text).scores["loss"]
-    assert held[0] == pytest.approx(before, rel=0.1)  # it begins where the other ended
+    assert held[0] == pytest.approx(before, rel=0.1)  # training starts from the weights of the base
     assert result.validation_loss is not None and result.validation_loss < held[0] - 0.2
     assert "network.size" not in heard.choices
     assert [each.id for each in ancestors(stored) if not isinstance(each, str)] == ["mine"]
@@ -183,7 +183,7 @@ def test_a_base_is_gone_on_from_with_its_tokenizer(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_it_has_the_bits_of_tuning_on_the_same_text(
+def test_continued_pretraining_equals_tuning_bit_for_bit(
     fields: Callable[..., dict[str, Any]], text: Path, adaptation: str
 ) -> None:
     """A single document without held-out text gives both the same sequences."""
@@ -233,7 +233,7 @@ def train_losses(result: Any) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_curve_of_one_and_go_on_where_they_were_stopped(
+def test_two_processes_resume_with_loss_of_single_process(
     fields: Callable[..., dict[str, Any]],
 ) -> None:
     training = {"max_steps": 40, "evaluate_every": 20, "patience": 0}
@@ -265,7 +265,7 @@ def test_two_processes_have_the_curve_of_one_and_go_on_where_they_were_stopped(
         {"network": {"base": "first", "context": 65}},
     ],
 )
-def test_a_base_that_cannot_be_gone_on_from_is_refused(
+def test_invalid_base_for_continued_pretraining_is_refused(
     more: dict[str, Any], fields: Callable[..., dict[str, Any]], luthier_home: Path
 ) -> None:
     if more["network"]["base"] == "first":
@@ -276,7 +276,7 @@ def test_a_base_that_cannot_be_gone_on_from_is_refused(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "palm"])
-def test_the_other_families_train_too(family: str, fields: Callable[..., dict[str, Any]]) -> None:
+def test_gpt2_and_palm_families_train(family: str, fields: Callable[..., dict[str, Any]]) -> None:
     result = luthier.pretrain(
         fields()["data"]["train"],
         name="mine",
@@ -291,7 +291,7 @@ def test_the_other_families_train_too(family: str, fields: Callable[..., dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["build", "_encode", "step"])
-def test_what_was_cut_short_ends_at_the_same_bits(
+def test_resumed_pretraining_ends_with_equal_bits(
     stage: str,
     fields: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -438,7 +438,7 @@ def test_problems_in_the_text_leave_nothing_behind(
         {"network": {"size": "7b"}},
     ],
 )
-def test_recipes_that_cannot_be_carried_out_are_refused(
+def test_invalid_pretraining_recipes_are_refused(
     change: dict[str, Any], fields: Callable[..., dict[str, Any]]
 ) -> None:
     with pytest.raises(RecipeError):
@@ -459,7 +459,7 @@ def test_a_configuration_with_too_small_a_vocabulary_is_refused(
 
 
 @pytest.mark.slow
-def test_a_tokenizer_of_another_model_is_refused(
+def test_mismatching_tokenizer_is_refused(
     fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     made(fields())
@@ -470,7 +470,7 @@ def test_a_tokenizer_of_another_model_is_refused(
         luthier.tune(fields()["data"]["train"][0], base="mine", name="x")
 
 
-def test_a_name_that_is_taken_is_not_overwritten(fields: Callable[..., dict[str, Any]]) -> None:
+def test_existing_base_name_is_not_overwritten(fields: Callable[..., dict[str, Any]]) -> None:
     made(fields())
     before = weights_of("mine")
     with pytest.raises(RunConflict):
@@ -480,7 +480,7 @@ def test_a_name_that_is_taken_is_not_overwritten(fields: Callable[..., dict[str,
     assert weights_of("mine") == before
 
 
-def test_the_rate_is_that_of_the_paper() -> None:
+def test_default_learning_rate_matches_paper() -> None:
     """Kaplan et al. 2020, D.1; Brown et al. 2020 used 6e-4 for 125 million (85 without embeddings)."""
     assert defaults.learning_rate(85_000_000)[0] == pytest.approx(
         0.003239 - 0.0001395 * math.log(85_000_000), rel=0.01
@@ -514,7 +514,7 @@ def test_the_size_grows_with_the_text() -> None:
 
 
 @pytest.mark.slow
-def test_its_loss_on_text_is_told_by_evaluate(
+def test_perplexity_matches_validation_loss(
     fields: Callable[..., dict[str, Any]], text: Path
 ) -> None:
     from luthier.data.rows import load_rows

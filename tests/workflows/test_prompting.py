@@ -86,7 +86,7 @@ def test_the_nearest_example_stands_last() -> None:
     assert "fox" in text
 
 
-def test_what_is_meant_finds_what_is_said_in_other_words() -> None:
+def test_retrieval_by_meaning_finds_synonyms() -> None:
     documents = ["Cards come by post.\n" * 80, "The vixen leaps over the fence.\n" * 30]
 
     def embed(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -111,7 +111,7 @@ def test_documents_are_cut_at_lines_and_lose_no_word() -> None:
     assert cut_passages([""]) == []
 
 
-def test_a_template_without_turns_becomes_one_text(new_tokenizer: Callable[..., Any]) -> None:
+def test_plain_template_prompt_is_a_single_turn(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer()).with_template("plain")
     (turn,) = conversation_of(HELD_OUT_ROWS[0], [*few_shot(TRAIN, 1, 0), "A passage."], chat)
     assert turn.content.index("A passage.") < turn.content.index("the quick fox")

@@ -54,7 +54,7 @@ def test_every_technique_is_judged_in_full() -> None:
         assert all(each.plain()[name] for name in ("reason", "needs", "takes", "each_answer"))
 
 
-def test_what_works_without_training_is_not_trained() -> None:
+def test_rag_is_advised_if_training_adds_nothing() -> None:
     ways = evidence(
         tried("zero-shot", "zero-shot", 0.2),
         tried("RAG", "4 nearest examples", 0.97, 400),
@@ -66,7 +66,7 @@ def test_what_works_without_training_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(("score", "sure"), [(0.9, True), (0.55, False)])
-def test_training_that_helps_is_advised_and_noise_is_named(score: float, sure: bool) -> None:
+def test_helpful_training_is_advised_with_certainty(score: float, sure: bool) -> None:
     ways = evidence(
         tried("prompt engineering", "4 examples", 0.5),
         tried("fine-tuning", "after 80 steps", score),
@@ -90,8 +90,8 @@ def test_a_handful_of_rows_decides_nothing() -> None:
     assert many.sure and not any("decide" in reason for reason in many.reasons)
 
 
-def test_differences_are_those_of_the_same_rows() -> None:
-    """Paired errors differ in eight rows, which two independent samples would not show."""
+def test_differences_are_paired_by_row() -> None:
+    """Paired errors differ in eight rows; independent samples would not show a difference."""
     same = [1] * 30 + [0] * 66
     one, other = RowScores.of([*same, 1, 1, 1, 1, 1, 1, 1, 1]), RowScores.of([*same, *[0] * 8])
     ways = [
@@ -111,7 +111,7 @@ def test_rows_of_the_smallest_class_are_counted() -> None:
     assert needs == "8 rows per class; the smallest class has 3"
 
 
-def test_training_that_does_not_help_is_not_advised_unless_it_is_cheaper_to_ask() -> None:
+def test_useless_training_is_advised_only_for_lower_cost() -> None:
     ways = evidence(
         tried("prompt engineering", "4 examples", 0.5, 400),
         tried("fine-tuning", "after 80 steps", 0.45, 50),
@@ -127,15 +127,13 @@ def test_training_that_does_not_help_is_not_advised_unless_it_is_cheaper_to_ask(
 @pytest.mark.parametrize(
     ("trial", "steps", "tunes"),
     [
-        (0.48, 25, False),  # no better than the head that it started from
+        (0.48, 25, False),  # no better than the initial head
         (0.55, 25, False),  # 24 points more at this pace, and 73 % are not 85
         (0.60, 25, True),  # 93 % at this pace
         (0.48, 5, True),  # still warming up
     ],
 )
-def test_a_short_trial_that_cannot_catch_up_is_not_gone_on_with(
-    trial: float, steps: int, tunes: bool
-) -> None:
+def test_tuning_needs_a_trial_able_to_catch_up(trial: float, steps: int, tunes: bool) -> None:
     ways = evidence(
         tried("simple baselines", NAIVE_BAYES, 0.85),
         tried("simple baselines", LINEAR_PROBE, 0.49),
@@ -156,7 +154,7 @@ def test_a_short_trial_that_cannot_catch_up_is_not_gone_on_with(
         (LINEAR_PROBE, "--base encoder --name mine --adaptation feature_extraction"),
     ],
 )
-def test_what_is_served_and_nearest_to_a_baseline_is_named(best: str, options: str) -> None:
+def test_caution_has_command_for_servable_baseline(best: str, options: str) -> None:
     ways = evidence(
         tried("simple baselines", best, 0.85),
         tried("fine-tuning", "after some steps", 0.5),
@@ -170,12 +168,12 @@ def test_what_is_served_and_nearest_to_a_baseline_is_named(best: str, options: s
     assert found.cautions[-1].endswith(f": luthier tune rows.jsonl {options}")
 
 
-def test_data_that_is_refused_is_mended_first() -> None:
+def test_refused_data_is_fixed_first() -> None:
     found = given(refused=("row.too_long",)).recommendation
     assert not found.techniques and not found.tune and "luthier inspect" in found.commands[0]
 
 
-def test_facts_that_must_be_true_come_from_documents() -> None:
+def test_knowledge_goal_advises_rag_before_tuning() -> None:
     ways = evidence(
         tried("RAG", "passages of the documents", 0.3, 500),
         tried("fine-tuning", "after 80 steps", 0.8),
@@ -203,7 +201,7 @@ def test_the_shape_of_the_rows_and_the_limits_decide(
     assert (found.techniques, found.tune) == (techniques, tune)
 
 
-def test_risks_grow_with_what_moves_and_shrink_with_rows() -> None:
+def test_risks_grow_with_trained_weights_and_shrink_with_rows() -> None:
     order = ["none", "low", "medium", "high"]
     full = replace(FACTS, trained_weights=FACTS.weights)
     assert order.index(forgetting(full)) > order.index(forgetting(FACTS))
@@ -213,6 +211,6 @@ def test_risks_grow_with_what_moves_and_shrink_with_rows() -> None:
 
 
 @pytest.mark.parametrize("shape", ["prompt", "text", "preference", "prompt_only"])
-def test_what_warns_of_the_data_as_a_whole_is_a_caution(shape: str) -> None:
+def test_data_warnings_become_cautions(shape: str) -> None:
     advice = given(shape=shape, cautions=("the base was not trained on Vietnamese",))
     assert advice.recommendation.cautions[0] == "the base was not trained on Vietnamese"

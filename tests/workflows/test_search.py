@@ -100,7 +100,7 @@ def weights(found: SearchResult) -> str:
 
 
 @pytest.mark.slow
-def test_the_best_trial_is_stored_and_hopeless_ones_are_stopped(
+def test_best_trial_is_stored_and_poor_trials_are_pruned(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
     found = search(recipe(), 7, [RATES, RANKS])
@@ -137,7 +137,7 @@ def test_trials_are_measured_on_the_same_rows_from_the_same_start(
 
 
 @pytest.mark.slow
-def test_the_recipe_as_it_stands_is_the_first_trial(recipe: Callable[..., Recipe]) -> None:
+def test_first_trial_uses_recipe_settings(recipe: Callable[..., Recipe]) -> None:
     mine = recipe(learning_rate=0.01)
     found = search(mine, 1)
     assert found.trials[0].settings == {"training.learning_rate": 0.01, "adaptation.rank": 16}
@@ -146,7 +146,7 @@ def test_the_recipe_as_it_stands_is_the_first_trial(recipe: Callable[..., Recipe
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
-def test_the_first_trial_of_a_classifier_is_its_default_run(
+def test_first_trial_of_classifier_equals_default_run(
     adaptation: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The default run chooses the rates of network and head, and the accuracy is the measure."""
@@ -177,7 +177,7 @@ def test_the_first_trial_of_a_classifier_is_its_default_run(
 
 
 @pytest.mark.slow
-def test_the_seed_decides_what_is_tried(recipe: Callable[..., Recipe]) -> None:
+def test_seed_determines_trial_settings(recipe: Callable[..., Recipe]) -> None:
     short = {"max_steps": 1}
     one = search(recipe("one", **short), 3, [RATES])
     again = search(recipe("again", **short), 3, [RATES])
@@ -187,13 +187,13 @@ def test_the_seed_decides_what_is_tried(recipe: Callable[..., Recipe]) -> None:
     assert by_number[0][1].settings != by_number[2][1].settings
 
 
-# A trial that is not stopped writes 8 lines of steps and 9 of validation.
+# A complete trial writes 8 step lines and 9 validation lines.
 @pytest.mark.parametrize(
     ("without_checkpoint", "from_checkpoint"),
     [(17 * 3 + 3, 17 * 3 + 24), pytest.param(5, 30, marks=pytest.mark.slow)],
     ids=["in late trials", "in early trials"],
 )
-def test_a_broken_search_goes_on_as_if_it_had_not_been(
+def test_resumed_search_equals_unbroken_search(
     recipe: Callable[..., Recipe],
     monkeypatch: pytest.MonkeyPatch,
     without_checkpoint: int,
@@ -207,7 +207,7 @@ def test_a_broken_search_goes_on_as_if_it_had_not_been(
         with pytest.raises(Broken):
             search(recipe(name), 6, [RATES, RANKS], reporter=BreakingReporter(lines))
         if name == "often":
-            # What a kill may leave besides: a line of the journal that is cut short, and its lock.
+            # A kill may also leave an incomplete journal line and the journal's lock.
             journal = Path(whole.folder).parent / name / "study.journal"
             with journal.open("ab") as file:
                 file.write(b'{"op_code":6,"worker')
@@ -222,7 +222,7 @@ def test_a_broken_search_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_a_search_broken_while_the_best_is_trained_goes_on_with_that(
+def test_search_resumes_training_of_best_trial(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 3 == 0)
@@ -248,7 +248,7 @@ def test_trials_can_be_added_until_the_best_is_stored(recipe: Callable[..., Reci
         search(recipe("more"), 5, [RATES], resume=True)
 
 
-def test_a_trial_that_diverges_fails_with_its_reason(recipe: Callable[..., Recipe]) -> None:
+def test_diverging_trial_fails_with_reason(recipe: Callable[..., Recipe]) -> None:
     mine = recipe(learning_rate=0.001, warmup_ratio=0.0, max_steps=6)
     found = search(mine, 4, ["training.learning_rate=0.001,1e30"])
     bad = [t for t in found.trials if t.settings["training.learning_rate"] == 1e30]
@@ -278,7 +278,7 @@ def test_bad_data_is_refused_before_the_first_trial(
     assert not list((luthier_home / "searches").glob("*"))
 
 
-def test_names_that_are_taken_are_refused(recipe: Callable[..., Recipe]) -> None:
+def test_search_name_in_use_is_refused(recipe: Callable[..., Recipe]) -> None:
     train(recipe("taken", max_steps=1))
     with pytest.raises(RunConflict) as refused:
         search(recipe("taken"), 2)
@@ -291,7 +291,7 @@ def test_names_that_are_taken_are_refused(recipe: Callable[..., Recipe]) -> None
         search(recipe("begun"), 2, [RANKS], resume=True)
 
 
-def test_two_processes_do_not_work_on_one_search(
+def test_second_process_for_same_search_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
     folder = luthier_home / "searches" / "x"
@@ -300,7 +300,7 @@ def test_two_processes_do_not_work_on_one_search(
     assert folder.exists()
 
 
-def test_settings_that_do_not_fit_fail_alone(
+def test_refused_settings_fail_without_ending_search(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rejected first trial ends the search; a later rejected trial fails alone."""
@@ -324,7 +324,7 @@ def test_settings_that_do_not_fit_fail_alone(
         )
 
 
-def test_without_optuna_it_says_what_to_install(
+def test_search_without_optuna_is_refused(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, luthier_home: Path
 ) -> None:
     find_spec = searching.importlib.util.find_spec
@@ -339,10 +339,10 @@ def test_without_optuna_it_says_what_to_install(
 
 
 @pytest.mark.slow
-def test_trials_run_side_by_side_and_a_killed_search_goes_on(
+def test_parallel_search_resumes_after_kill(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
-    """A finished trial is not repeated, and its measurements are kept."""
+    """A finished trial is not repeated; the measurements remain."""
     unbroken = search(recipe("whole"), 5, [RATES, RANKS], parallel=2)
     assert next(trial.state for trial in unbroken.trials if trial.number == 1) == "complete"
     assert not list(Path(unbroken.folder).rglob("*.safetensors"))

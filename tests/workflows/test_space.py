@@ -63,20 +63,20 @@ def test_invalid_dimensions_are_rejected(text: str, value: str) -> None:
     assert value in str(caught.value)
 
 
-def test_the_fields_of_another_adaptation_are_its_own() -> None:
+def test_searchable_fields_depend_on_adaptation() -> None:
     other = recipe(adaptation="freeze")
     assert "adaptation.rank" not in searchable(other)
     assert set(searchable(other)) > {"adaptation.method", "training.layer_decay"}
 
 
-def test_a_key_comes_once_and_a_method_without_its_fields() -> None:
+def test_conflicting_search_dimensions_are_refused() -> None:
     with pytest.raises(RecipeError):
         parse_space(["training.epochs=1,2", "training.epochs=1..3"], recipe())
     with pytest.raises(RecipeError):
         parse_space(["adaptation.method=lora,full", "adaptation.rank=4,8"], recipe())
 
 
-def test_another_method_does_not_inherit_the_fields_of_the_first() -> None:
+def test_different_method_does_not_inherit_fields() -> None:
     [dimension] = parse_space(["adaptation.method=lora,full"], recipe(training={"epochs": 2}))
     found = with_settings(recipe(training={"epochs": 2}), {dimension.key: "full"})
     assert (found.adaptation.method, found.training.epochs) == ("full", 2)

@@ -49,7 +49,7 @@ class Notes(Reporter):
         self.told.append(text)
 
 
-def test_a_student_is_stored_with_where_it_came_from(tiny_model_folder: Path) -> None:
+def test_student_is_stored_with_origin(tiny_model_folder: Path) -> None:
     notes = Notes()
     made = make_student(str(tiny_model_folder), "small", StudentShape(layers=2), notes)
     assert made.model_id == "tiny-llama:small" and (made.layers, made.kept) == (2, (0, 3))
@@ -70,7 +70,7 @@ def test_a_student_is_stored_with_where_it_came_from(tiny_model_folder: Path) ->
         assert torch.equal(weight, teacher[name.replace("layers.1.", "layers.3.")]), name
 
 
-def test_a_student_speaks_as_its_teacher_does(tiny_model_folder: Path) -> None:
+def test_full_size_student_generates_like_teacher(tiny_model_folder: Path) -> None:
     made = luthier.student(str(tiny_model_folder), name="all", layers=4)
     shape = {"template", "stop_ids", "start_id", "opening_ids", "closing_ids", "sentence"}
     assert read_json(Path(made.model_dir) / MANIFEST)["format"].keys() == shape
@@ -113,7 +113,7 @@ def test_a_student_learns_labels(
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
-def test_a_tuned_teacher_is_merged_and_keeps_its_head(
+def test_tuned_teacher_is_merged_with_head(
     adaptation: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = rows(tmp_path / "rows.jsonl", LABELLED)
@@ -143,7 +143,7 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
     assert ours == pytest.approx(teachers, abs=2e-2)
 
 
-def test_a_masked_language_model_keeps_its_head_from_student_to_student(
+def test_student_of_student_has_masked_lm_head(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     first = make_student(str(family_folder("bert")), "one", StudentShape(layers=2))
@@ -189,7 +189,7 @@ def test_a_refusal_leaves_nothing(tiny_model_folder: Path, luthier_home: Path) -
     assert files_in(luthier_home) == []
 
 
-def test_what_cannot_be_merged_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_unmergeable_teacher_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     data = rows(tmp_path / "rows.jsonl", PAIRS)
     prompt = luthier.tune(
         data, base=str(tiny_model_folder), name="p", adaptation__method="prompt", **SHORT
@@ -198,7 +198,7 @@ def test_what_cannot_be_merged_is_refused(tiny_model_folder: Path, tmp_path: Pat
         make_student(prompt.model_id, "small", StudentShape(layers=2))
 
 
-def test_a_student_that_does_not_come_back_is_not_stored(
+def test_student_with_damaged_weights_is_not_stored(
     tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.workflows import student

@@ -73,30 +73,30 @@ class Heard(Reporter):
         self.calls.append((line, steps))
 
 
-def test_a_process_that_is_killed_is_started_again(tmp_path: Path) -> None:
+def test_killed_process_is_restarted(tmp_path: Path) -> None:
     runner, heard = Scripted(tmp_path / BEST, KILL, KILL, END), Heard()
     run_best(tmp_path, RECIPE, runner, heard)
     assert runner.started == 3
     assert len(heard.calls) == 2 and all("signal 9" in note for note in heard.calls)
-    run_best(tmp_path, RECIPE, runner, heard)  # what has an outcome is not done again
+    run_best(tmp_path, RECIPE, runner, heard)  # a finished process is not repeated
     assert runner.started == 3
 
 
-def test_one_that_is_killed_each_time_is_given_up(tmp_path: Path) -> None:
+def test_repeatedly_killed_process_is_abandoned(tmp_path: Path) -> None:
     runner = Scripted(tmp_path / BEST, *[KILL] * (STARTS + 1))
     with pytest.raises(LuthierError):
         run_best(tmp_path, RECIPE, runner, Reporter())
     assert runner.started == STARTS
 
 
-def test_one_that_fails_is_not_started_again_and_says_why(tmp_path: Path) -> None:
+def test_failed_process_is_not_restarted(tmp_path: Path) -> None:
     runner = Scripted(tmp_path / BEST, "sys.exit('no such thing')", END)
     with pytest.raises(LuthierError):
         run_best(tmp_path, RECIPE, runner, Reporter())
     assert runner.started == 1
 
 
-def test_a_stop_ends_the_process_and_waits_for_it(tmp_path: Path) -> None:
+def test_stop_waits_for_end_of_process(tmp_path: Path) -> None:
     runner = Scripted(tmp_path / BEST, WAIT)
 
     def stop() -> None:
@@ -114,14 +114,14 @@ def test_a_stop_ends_the_process_and_waits_for_it(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_a_process_reports_is_heard(tmp_path: Path) -> None:
+def test_reports_of_process_reach_reporter(tmp_path: Path) -> None:
     reports = [
         ["note", ["begun"]],
         ["settings", [[["training.epochs", 3, "few rows"]]]],
         ["metrics", [{"step": 1, "loss": 0.5}, 8]],
     ]
     lines = "".join(json.dumps(each) + "\n" for each in reports)
-    half = len(lines) - 20  # a line is handed on when it is whole
+    half = len(lines) - 20  # only complete lines are passed on
     script = (
         f"import time; file = open('reports.jsonl', 'a'); text = {lines!r}; "
         f"file.write(text[:{half}]); file.flush(); time.sleep(1); file.write(text[{half}:]); "

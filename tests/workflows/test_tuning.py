@@ -51,7 +51,7 @@ def tune(base: str, tmp_path: Path, name: str, **fields: Any) -> str:
     return luthier.tune(data, base=base, name=name, **{**defaults, **fields}).model_id
 
 
-def test_a_sound_model_is_active_and_its_report_is_kept(base: str, tmp_path: Path) -> None:
+def test_model_within_limits_is_active_with_report(base: str, tmp_path: Path) -> None:
     stored = find(tune(base, tmp_path, "sound"))
     assert stored.manifest.withheld is None and stored.manifest.accepted is None
     (report,) = stored.folder.glob("reports/forgetting-*.json")
@@ -96,7 +96,7 @@ def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_pat
     assert again.exit_code == 2
 
 
-def test_a_model_is_accepted_ahead_and_its_record_says_so(base: str, tmp_path: Path) -> None:
+def test_accept_option_prevents_withholding(base: str, tmp_path: Path) -> None:
     limits = {"max_kl": 1e-9, "accept": True}
     manifest = find(tune(base, tmp_path, "ahead", forgetting=limits)).manifest
     assert manifest.withheld is None
@@ -122,7 +122,7 @@ def test_lost_probes_withhold_only_beyond_chance_and_the_limit(base: str, tmp_pa
     assert str(probe) in json.loads(report.read_text())["data"]
 
 
-def test_a_run_that_ends_before_it_is_measured_goes_on_there(
+def test_interrupted_forgetting_measurement_resumes(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **fields: Any) -> Any:
@@ -139,7 +139,7 @@ def test_a_run_that_ends_before_it_is_measured_goes_on_there(
     luthier.load("llama:cut")
 
 
-def test_what_cannot_be_measured_is_refused_before_training(
+def test_unmeasurable_forgetting_is_refused_before_training(
     base: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     other = write(tmp_path / "other.jsonl", [{"prompt": "a", "completion": "b"}])
@@ -152,7 +152,7 @@ def test_what_cannot_be_measured_is_refused_before_training(
 
 
 @pytest.mark.slow
-def test_the_command_says_that_a_model_is_withheld(base: str, tmp_path: Path) -> None:
+def test_accept_forgetting_option_prevents_withholding(base: str, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", [{"prompt": "the fox", "completion": "yes"}] * 8)
     options = ["--base", base, "--check-forgetting", "--epochs", "1", "--adaptation", "full"]
     tight = ["--set", "forgetting.max_kl=1e-9", "--set", "data.severity.duplicate.exact=note"]
@@ -164,7 +164,7 @@ def test_the_command_says_that_a_model_is_withheld(base: str, tmp_path: Path) ->
     assert not json.loads(answer.stdout)["withheld"]
 
 
-def test_probes_of_a_recipe_are_beside_its_file(tmp_path: Path) -> None:
+def test_probe_paths_are_relative_to_recipe(tmp_path: Path) -> None:
     text = '[data]\ntrain = "rows.jsonl"\n[forgetting]\nprobes = ["probe.jsonl"]\n'
     (tmp_path / "recipe.toml").write_text(text)
     fields = read_recipe(tmp_path / "recipe.toml")

@@ -37,7 +37,7 @@ def teacher(tiny_model_folder: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("method", ["logits", "on_policy"])
-def test_the_rows_own_replies_are_what_both_read(
+def test_distil_trains_on_replies_of_rows(
     method: str, teacher: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"question {n}", "completion": "no, never"} for n in range(8)]
@@ -71,7 +71,7 @@ def test_bare_prompts_are_answered_by_the_teacher_first(
 
 
 @pytest.mark.slow
-def test_processes_that_share_the_training_make_the_student_of_one(
+def test_parallel_training_makes_equal_student(
     teacher: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "prompts.jsonl", [{"prompt": f"question {n}"} for n in range(6)])
@@ -91,7 +91,7 @@ def test_processes_that_share_the_training_make_the_student_of_one(
     assert records[1].plain()["distillation"] == two.details
 
 
-def test_what_a_method_cannot_have_is_refused(
+def test_invalid_distillation_options_are_refused(
     tiny_model_folder: Path, tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     file = write(tmp_path / "rows.jsonl", [{"prompt": str(n), "completion": "x"} for n in range(4)])

@@ -1,4 +1,4 @@
-"""Each rule rejects its cases and accepts all further cases."""
+"""Rules that accept or reject teacher replies."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_refusals_in_english(text: str) -> None:
         "As an airline, we fly to 40 cities.",
     ],
 )
-def test_what_only_looks_like_a_refusal(text: str) -> None:
+def test_replies_similar_to_refusals_are_accepted(text: str) -> None:
     assert rule_of(stop(text)) is None
 
 
@@ -126,7 +126,7 @@ class Broken(Grader):
         return float("nan")
 
 
-def test_a_score_that_is_not_a_number_is_rejected() -> None:
+def test_non_numeric_score_is_rejected() -> None:
     assert rule_of(stop("a"), "a", grader=Broken(), threshold=0.0) == "grader.failed"
 
 
@@ -161,7 +161,7 @@ def test_the_summary_counts() -> None:
     assert found.lines[0] == "1 of 4 prompts are accepted"
 
 
-def test_one_answer_to_many_prompts_is_only_a_warning() -> None:
+def test_repeated_answers_are_a_warning() -> None:
     same = [Insight(row(n), "I see.") for n in range(3)]
     others = [Insight(row(n), f"answer {n}") for n in range(30)]
     assert repetition_warning([*same, *others[:10]])

@@ -38,7 +38,7 @@ def test_encrypted_or_on_this_machine(url: str) -> None:
         "https:///v1",
     ],
 )
-def test_other_addresses_are_refused(url: str) -> None:
+def test_unsafe_teacher_urls_are_refused(url: str) -> None:
     with pytest.raises(RecipeError):
         recipe(teacher={"model": "m", "url": url})
 
@@ -47,7 +47,7 @@ def test_plain_http_when_asked_for() -> None:
     assert TeacherSpec(model="m", url="http://host/v1/", plain_http=True).url == "http://host/v1"
 
 
-def test_one_text_names_a_teacher() -> None:
+def test_teacher_as_text_has_model_and_url() -> None:
     assert address_fields("base:mine") == {"model": "base:mine"}
     assert address_fields("https://h/v1#org/m") == {"url": "https://h/v1", "model": "org/m"}
     assert recipe(teacher="https://h/v1#m").teacher.url == "https://h/v1"

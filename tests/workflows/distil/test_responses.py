@@ -79,7 +79,7 @@ def distil(endpoint: Any, tiny_model_folder: Path) -> Callable[..., Any]:
     return run
 
 
-def test_the_student_learns_what_the_teacher_said(
+def test_student_is_trained_on_accepted_teacher_replies(
     prompts: Path, distil: Any, endpoint: Any, key: str
 ) -> None:
     endpoint.actions["question 3"] = ["length"]
@@ -112,7 +112,7 @@ def test_the_student_learns_what_the_teacher_said(
 
 
 @pytest.mark.slow
-def test_another_run_asks_nothing_again(prompts: Path, distil: Any, endpoint: Any) -> None:
+def test_second_run_reuses_stored_replies(prompts: Path, distil: Any, endpoint: Any) -> None:
     distil(prompts)
     assert endpoint.asked.total() == 12
     distil(prompts, name="t", adaptation__rank=2)
@@ -140,7 +140,7 @@ def test_a_grader_decides_by_the_rows_own_replies(tmp_path: Path, distil: Any) -
     path = write(tmp_path / "p.jsonl", *rows)
     with pytest.raises(RefusedInput):
         distil(path, insights__grader="exact")
-    # The name is free for a better try, and what was answered is kept.
+    # The name is free again, and stored replies are reused.
     found = distil(path, insights__grader="exact", insights__threshold=0)
     assert found.details["insights"]["accepted"] == 12
 
@@ -158,7 +158,7 @@ def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endp
     found = distil(prompts, reporter=notes, insights__grader=judge)
     assert found.details["insights"]["rules"] == {"grader.score": 1}
     judge_answer = [body for body in endpoint.bodies if body["model"] == "wise"]
-    # Another run sorts the same answers by the verdicts that are there already.
+    # A second run reuses the stored verdicts.
     again = distil(prompts, insights__grader=judge, name="again")
     assert again.details["insights"]["rules"] == {"grader.score": 1}
     assert (
@@ -171,7 +171,7 @@ def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endp
     assert not line["accepted"] and "0.111111" in line["reason"] and "0.5" in line["reason"]
 
 
-def test_a_judge_that_is_out_of_reach_costs_no_answer(
+def test_unreachable_judge_loses_no_teacher_reply(
     prompts: Path, distil: Any, endpoint: Any
 ) -> None:
     judge = {"method": "judge", "model": f"{endpoint.url}#wise", "retries": 0}
@@ -179,7 +179,7 @@ def test_a_judge_that_is_out_of_reach_costs_no_answer(
     endpoint.models = {"big"}
     with pytest.raises(RecipeError):
         distil(prompts, insights__grader=judge)
-    assert not set(PROMPTS) & set(endpoint.asked)  # the teacher was not asked for nothing
+    assert not set(PROMPTS) & set(endpoint.asked)  # no request to the teacher was wasted
     endpoint.models = None
     endpoint.action = lambda asked: (
         (500, {}) if "<reply>" in asked and "2 + 2" not in asked else "ok"
@@ -205,7 +205,7 @@ def test_too_few_are_refused_before_and_after(prompts: Path, distil: Any, endpoi
     assert not (luthier_home() / "models" / "custom").exists()
 
 
-def test_one_rule_for_the_first_replies_stops_before_the_rest(
+def test_rejection_of_first_replies_stops_the_run(
     tmp_path: Path, distil: Any, endpoint: Any
 ) -> None:
     path = write(tmp_path / "many.jsonl", *({"prompt": f"question {n}"} for n in range(30)))
@@ -261,7 +261,7 @@ def test_message_for_clients_of_a_service_has_no_path_and_no_settings_of_insight
         {"insights__grader": "vibes"},
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anybody_is_asked(
+def test_untrainable_recipe_is_refused_before_teacher_requests(
     prompts: Path, distil: Any, endpoint: Any, fields: Mapping[str, Any]
 ) -> None:
     with pytest.raises(RefusedInput):
@@ -278,7 +278,7 @@ def test_an_answer_too_long_for_the_student_is_rejected(
     assert first["rule"] == "answer.context"
 
 
-def test_an_outage_stops_and_resume_goes_on(prompts: Path, distil: Any, endpoint: Any) -> None:
+def test_run_resumes_after_teacher_outage(prompts: Path, distil: Any, endpoint: Any) -> None:
     for prompt in PROMPTS[6:]:
         endpoint.actions[prompt] = [(503, {})] * 2
     with pytest.raises(LuthierError) as caught:
@@ -343,7 +343,7 @@ def test_a_local_teacher(
         luthier.distil(prompts, teacher=folder, student=folder, **given)
 
 
-def test_a_teacher_that_does_not_write_is_refused(prompts: Path, family_folder: Any) -> None:
+def test_encoder_as_teacher_is_refused(prompts: Path, family_folder: Any) -> None:
     with pytest.raises(RefusedInput):
         luthier.distil(
             prompts, teacher=str(family_folder("bert")), student=str(family_folder("bert"))
@@ -377,13 +377,13 @@ def test_after_kill_9_nothing_is_asked_twice(
     assert 4 <= len(kept) < 12
     before = dict(endpoint.asked)
     with journal.open("ab") as file:
-        file.write(b'{"key": "torn')  # as a kill in the middle of a write leaves it
+        file.write(b'{"key": "torn')  # a kill during a write leaves an incomplete line
     process = start(luthier_home, *command, "--resume", "--json")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     for prompt in kept:
         assert endpoint.asked[prompt] == before[prompt]
-    # Only what was under way at the kill was asked again, at most two.
+    # Only requests in progress at the kill are repeated, at most two.
     failed = {PROMPTS[0]: 1, PROMPTS[1]: 1}
     extra = {p: endpoint.asked[p] - failed.get(p, 0) - 1 for p in PROMPTS}
     assert set(extra.values()) <= {0, 1} and sum(extra.values()) <= 2

@@ -53,7 +53,7 @@ def test_a_wrong_table_is_refused_with_the_fix(text: str, tmp_path: Path) -> Non
         read_prices(file)
 
 
-def test_a_table_that_is_named_must_be_there(tmp_path: Path) -> None:
+def test_missing_price_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         read_prices(tmp_path / "none.toml")
     assert refused.value.rule == "file.unreadable"
@@ -88,14 +88,14 @@ def estimate(**other: Any) -> Estimate:
     return Estimate(**{**fields, **other})
 
 
-def test_steps_that_fit_leave_room_for_what_is_no_step() -> None:
+def test_plan_subtracts_time_outside_of_steps() -> None:
     planned = plan(estimate(), 70)
     assert (planned.fits, planned.steps, planned.rows) == (False, 50, 250)
     assert planned.share == 0.5 and planned.epochs == 2.0
     assert advice(planned, 4) == "--epochs 2 (50 steps), or 50 % of the rows (250) with --epochs 4"
 
 
-def test_all_of_it_fits_where_there_is_time() -> None:
+def test_plan_with_enough_time_has_all_steps() -> None:
     planned = plan(estimate(), 120)
     assert planned.fits and planned.steps == 100 and planned.share == 1
 
@@ -112,12 +112,12 @@ def test_where_no_step_fits_the_smallest_run_is_named() -> None:
     assert "21 s" in advice(planned, 4)
 
 
-def test_less_than_one_pass_is_a_part_of_one() -> None:
+def test_advice_may_be_a_fraction_of_an_epoch() -> None:
     assert advice(plan(estimate(), 35), 4).startswith("--epochs 0.6 (15 steps)")
     assert advice(plan(estimate(epochs=0.01), 21.5), 1).startswith("--set training.max_steps=1 ")
 
 
-def test_limits_refuse_with_what_would_fit() -> None:
+def test_job_over_time_or_cost_limit_is_refused() -> None:
     prices = Prices(per_hour=60)  # a minute costs 1
     check_limits(estimate(), 2, 2.0, prices)
     with pytest.raises(DoesNotFit):
@@ -137,12 +137,12 @@ def test_durations_are_read(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "2", "two hours", "2h later", "0m", "1..5h"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         duration(text)
 
 
-def test_a_time_of_day_that_is_over_is_tomorrow_s() -> None:
+def test_past_time_of_day_means_tomorrow() -> None:
     now = datetime(2026, 11, 20, 17, 30)
     assert seconds_until("18:00", now) == 1800
     assert seconds_until("17:00", now) == 23.5 * 3600

@@ -101,7 +101,7 @@ def recipe(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[...
         pytest.param("sft", "t5", "full", marks=pytest.mark.slow),
     ],
 )
-def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
+def test_estimate_approximates_training_and_stores_only_record(
     method: str,
     family: str,
     adaptation: str,
@@ -120,15 +120,15 @@ def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
     actual = read_json(Path(result.run_dir) / ACTUAL)
     assert actual["estimate"] == read_json(estimates_folder() / f"{found.key}.json")
     assert actual["steps"] == found.steps and not found.refit_steps
-    if method == "grpo":  # writes as much as it likes
+    if method == "grpo":  # the number of generated tokens is unknown in advance
         assert found.tokens.low <= actual["tokens"] <= found.tokens.high
     else:
         assert found.tokens.value == pytest.approx(actual["tokens"])
     assert found.disk.low * 0.8 < actual["disk_bytes"] < found.disk.high * 1.2
     assert actual["parts"].keys() == PARTS.keys() and not actual["resumed"]
-    # The parts are the run: what is between them is next to nothing.
+    # The parts add up to nearly the whole run.
     assert sum(actual["parts"].values()) == pytest.approx(actual["seconds"], rel=0.15, abs=0.5)
-    # Steps of milliseconds beside other work: the order of size.
+    # Steps take milliseconds on a busy machine: compare the order of magnitude.
     assert found.parts["steps"].value == pytest.approx(actual["parts"]["steps"], rel=3, abs=2)
     assert found.memory.value == pytest.approx(actual["peak_memory_bytes"], rel=0.2)
 
@@ -150,7 +150,7 @@ def test_a_refit_is_estimated_as_a_second_training(recipe: Callable[..., Recipe]
 
 
 @pytest.mark.slow
-def test_another_request_has_another_key_and_a_name_is_none(
+def test_estimate_key_depends_on_settings_without_name(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     first = estimate(recipe())
@@ -160,7 +160,7 @@ def test_another_request_has_another_key_and_a_name_is_none(
 
 
 @pytest.mark.slow
-def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
+def test_steps_and_tokens_are_independent_of_trial_batches(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.workflows.estimate import trial as benchmark
@@ -172,7 +172,7 @@ def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
     assert len(less.tried) == 4
 
 
-def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe]) -> None:
+def test_trial_uses_only_batches_of_the_run(recipe: Callable[..., Recipe]) -> None:
     from luthier.engine.job import prepare_job
     from luthier.engine.machine import choose_machine
     from luthier.library.models import find
@@ -194,14 +194,14 @@ def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe
     assert max(map(tokens, chosen)) == max(map(tokens, whole))
 
 
-def test_rows_that_a_run_refuses_are_refused(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_estimate_refuses_invalid_rows(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     job = recipe()
     write_rows(tmp_path / "sft.jsonl", [{"prompt": "", "completion": ""}] * 4)
     with pytest.raises(DataError):
         estimate(job)
 
 
-def test_measurements_are_counted_as_the_loop_makes_them() -> None:
+def test_number_of_measurements_matches_training_loop() -> None:
     for steps in range(1, 40):
         for every in (None, 1, 3, 7, 40):
             made = 1
@@ -251,7 +251,7 @@ def test_the_command_line_estimates_and_runs(
     assert not (luthier_home / "runs").exists() and not (luthier_home / "models").exists()
 
 
-def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(
+def test_command_refuses_invalid_limits_before_trial_steps(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = str(recipe().data.train)
@@ -270,7 +270,7 @@ def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(
         assert invoke("estimate", *wrong).exit_code == 2
 
 
-def test_errors_that_have_nothing_to_do_with_each_other_add_as_squares() -> None:
+def test_independent_errors_add_in_quadrature() -> None:
     total = PredictionInterval(10.0, 7.0, 13.0) + PredictionInterval(20.0, 16.0, 24.0)
     assert total == PredictionInterval(30.0, 25.0, 35.0)
     assert PredictionInterval.exactly(5.0) + PredictionInterval(
