@@ -73,7 +73,7 @@ def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((KUBERNETES / name).read_text()))
 
 
-def test_kustomize_names_all_files_and_the_version_of_the_image() -> None:
+def test_kustomization_lists_all_files_and_image_version() -> None:
     (found,) = documents("kustomization.yaml")
     named = {*found["resources"], *(each["path"] for each in found["patches"])}
     assert named == {path.name for path in KUBERNETES.glob("*.yaml")} - {"kustomization.yaml"}

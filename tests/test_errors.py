@@ -44,7 +44,7 @@ def test_rows_with_equal_cause_share_a_line() -> None:
     assert str(graded).splitlines()[1:] == ["  a.jsonl:3: [json.invalid] m. Fix: x."]
 
 
-def test_data_with_many_problems_is_read_no_further() -> None:
+def test_reading_stops_after_maximum_problems() -> None:
     found = BoundedProblems(problem(line) for line in range(1, MOST_PROBLEMS))
     with pytest.raises(DataError) as caught:
         found.append(problem(MOST_PROBLEMS))
@@ -63,7 +63,7 @@ def test_data_with_many_problems_is_read_no_further() -> None:
         (RefusedInput("m.", location=Location(field="top_p")), "m."),
     ],
 )
-def test_message(error: LuthierError, text: str) -> None:
+def test_error_message_format(error: LuthierError, text: str) -> None:
     assert str(error) == text
 
 
@@ -89,7 +89,7 @@ def test_errors_cross_processes_with_class_and_problems(error: LuthierError) -> 
     assert (restored.rule, restored.setting) == (error.rule, error.setting)
 
 
-def test_foreign_classes_are_restored_as_the_nearest_base() -> None:
+def test_foreign_error_classes_are_restored_as_nearest_base() -> None:
     class Closer(RecipeError):
         """An error class of another module."""
 

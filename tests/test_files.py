@@ -49,7 +49,7 @@ def test_lock_survives_removal_of_lock_file(
             assert not free_again
 
 
-def test_a_file_with_the_longest_name_is_written(tmp_path: Path) -> None:
+def test_file_with_maximum_name_length_is_written(tmp_path: Path) -> None:
     write_bytes(tmp_path / ("ü" * 127), b"whole")
     assert names(tmp_path) == ["ü" * 127]
 
@@ -65,7 +65,7 @@ def fail(number: int) -> object:
     return raise_it
 
 
-def test_home_is_the_environment_variable_or_a_folder_of_the_user(
+def test_home_folder_from_environment_or_user_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "store"))
@@ -116,7 +116,7 @@ def test_failed_write_keeps_old_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names(tmp_path) == ["file"]
 
 
-def test_a_process_killed_in_the_middle_of_a_write_keeps_the_old_bytes(tmp_path: Path) -> None:
+def test_write_by_killed_process_preserves_old_bytes(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
     script = (
@@ -287,7 +287,7 @@ def test_disk_errors_have_rule_and_path(tmp_path: Path, number: int, rule: str) 
     assert str(tmp_path) in str(caught.value)
 
 
-def test_home_variable_naming_a_file_is_refused(
+def test_home_variable_naming_file_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "home").touch()

@@ -29,7 +29,7 @@ def test_control_characters_are_escaped(text: str, safe: str) -> None:
     assert printable(text) == safe
 
 
-def test_forms() -> None:
+def test_escaping_of_text_lines_and_json() -> None:
     assert printable(HOSTILE + "\n\té你 👩‍🔧") == VISIBLE + "\n\té你 👩‍🔧"
     assert one_line("two\nlines\tand\x1b") == r"two\nlines\tand\x1b"
     assert printable("\ud800") == r"\ud800"
@@ -38,7 +38,7 @@ def test_forms() -> None:
     assert json.loads(document) == {"a": HOSTILE, "b": "\ud800 é"}
 
 
-def test_durations_are_written_for_people() -> None:
+def test_durations_are_formatted_with_units() -> None:
     times = (45, 300, 3000, 11100)
     assert [format_duration(s) for s in times] == ["45 s", "5.0 min", "50 min", "3 h 05 min"]
 

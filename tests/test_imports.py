@@ -79,7 +79,7 @@ def test_waiting_threads_do_not_spin_for_long(before: str, after: str) -> None:
     assert done.stdout.strip() == after
 
 
-def test_a_refused_recipe_is_refused_without_torch() -> None:
+def test_invalid_recipe_is_rejected_before_torch_import() -> None:
     code = running("tune", "rows.jsonl", "--set", "adaptation.rnk=8", "--json")
     assert not loaded_after(code) & {"torch", "transformers"}
 
@@ -99,7 +99,7 @@ def test_version_is_the_package_s() -> None:
     assert luthier.__version__ == version("luthier")
 
 
-def test_import_contracts(tmp_path: Path) -> None:
+def test_import_contracts_are_satisfied(tmp_path: Path) -> None:
     """The import-linter contract of pyproject.toml."""
     script = Path(sys.executable).with_name("lint-imports")
     if not script.exists():

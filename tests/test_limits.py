@@ -15,7 +15,7 @@ def test_only_named_limits_change() -> None:
 
 
 @pytest.mark.parametrize("setting", ["connections", "nothing=1", "connections=0", "connections=x"])
-def test_unknown_limit_is_refused(setting: str) -> None:
+def test_unknown_limit_is_rejected(setting: str) -> None:
     with pytest.raises(RefusedInput) as refused:
         parse_limits([setting])
     assert refused.value.setting == setting.partition("=")[0]
@@ -27,7 +27,7 @@ def test_misspelt_limit_gets_suggestion() -> None:
     assert "connections" in str(refused.value)
 
 
-def test_inconsistent_limits_are_refused() -> None:
+def test_inconsistent_limits_are_rejected() -> None:
     with pytest.raises(RefusedInput) as refused:
         parse_limits(["weights_share=0.9"])
     assert refused.value.setting is None

@@ -115,7 +115,7 @@ def test_run_with_plugins_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_backend_from_a_package_decodes(
+def test_plugin_backend_matches_builtin_backend(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plugin backend generates the text of the built-in backend, in commands and on the server."""
@@ -179,7 +179,7 @@ def test_broken_plugin_is_skipped_with_a_warning(
     assert GRADERS["exact"] is Exact
 
 
-def test_the_command_lists_packages(site: Path) -> None:
+def test_plugins_command_lists_packages(site: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "luthier", "plugins", "--json"],
         check=True,
@@ -219,7 +219,7 @@ def test_commands_and_readers_of_packages(site: Path, tmp_path: Path) -> None:
     "part",
     [object(), dict, Exact],
 )
-def test_invalid_grader_is_refused(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_plugin_grader_is_rejected(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     point = SimpleNamespace(name="other", value="x:y", dist=None, load=lambda: part)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
     table = plugins.PluginTable("graders", Grader, {})

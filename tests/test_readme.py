@@ -142,7 +142,7 @@ def test_commands_in_the_documents_exist(command: str) -> None:
     check(command)
 
 
-def test_the_readme_shows_the_main_commands() -> None:
+def test_readme_shows_main_commands() -> None:
     """Without this test, the test above could pass without any command."""
     text = (ROOT / "README.md").read_text()
     shown = {" ".join(command.split()[:2]) for command in commands(text, "luthier")}
@@ -158,7 +158,7 @@ def test_make_targets_in_the_documents_exist(command: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_document_links_point_to_existing_files(document: Path) -> None:
     if not document.exists():
         pytest.skip("not written yet")
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)

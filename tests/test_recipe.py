@@ -48,7 +48,7 @@ def refusal(**fields: Any) -> RecipeError:
     return caught.value
 
 
-def test_a_data_file_is_enough() -> None:
+def test_recipe_requires_only_data_file() -> None:
     recipe = parse()
     assert recipe.base == "smollm2-135m-instruct"
     assert recipe.objective is None
@@ -121,14 +121,14 @@ def test_refusal_names_field_and_valid_values(
     assert error.problem.message in str(error) and "pydantic" not in str(error)
 
 
-def test_every_bad_field_is_named_at_once() -> None:
+def test_all_invalid_fields_are_reported_together() -> None:
     error = refusal(training={"epochs": -1, "batch_size": 0}, name="!", adaptation={"rank": 0})
     settings = {problem.setting for problem in error.problems}
     assert settings == {"training.epochs", "training.batch_size", "name", "adaptation.rank"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_are_finite(value: float) -> None:
+def test_infinite_and_nan_numbers_are_rejected(value: float) -> None:
     for name in ("epochs", "learning_rate", "weight_decay", "epsilon", "max_gradient_norm"):
         assert refusal(training={name: value}).setting == f"training.{name}"
     assert refusal(adaptation={"alpha": value}).setting == "adaptation.alpha"
@@ -153,7 +153,7 @@ def unbounded(kind: type[BaseModel]) -> list[str]:
 FITTED = {"Regression.center", "Regression.scale", "Contrastive.threshold", "VAE.threshold"}
 
 
-def test_no_number_is_without_an_upper_bound() -> None:
+def test_number_fields_have_upper_bound() -> None:
     kinds = [
         Training,
         DataSpec,
@@ -171,18 +171,18 @@ def test_no_number_is_without_an_upper_bound() -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_seed_outside_torch_range_is_refused(seed: int) -> None:
+def test_seed_outside_torch_range_is_rejected(seed: int) -> None:
     assert refusal(training={"seed": seed}).setting == "training.seed"
 
 
 @pytest.mark.parametrize("name", ["a", "a-b", "v1.2_x", "0" * 63])
-def test_good_names(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     assert parse(name=name).name == name
     assert NAME_PATTERN.fullmatch(name)
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a-", ".", "..", "a/b", "a:b", "A", "a b", "0" * 64])
-def test_bad_names(name: str) -> None:
+def test_invalid_names_are_rejected(name: str) -> None:
     assert refusal(name=name).setting == "name"
 
 
@@ -222,14 +222,14 @@ def test_set_field_parses_value_as_toml() -> None:
 
 
 @pytest.mark.parametrize("text", ["adaptation.rank", "=3", " =3", ""])
-def test_set_field_refuses_text_without_assignment(text: str) -> None:
+def test_set_field_rejects_text_without_assignment(text: str) -> None:
     with pytest.raises(RecipeError) as refused:
         set_field({}, text)
     assert refused.value.rule == "option.form"
 
 
 @pytest.mark.parametrize("key", ["adaptation.", ".rank", "adaptation..rank", "nowhere.at.all"])
-def test_unknown_keys_are_refused_by_parse(key: str) -> None:
+def test_unknown_keys_are_rejected_by_parse(key: str) -> None:
     fields: dict[str, Any] = {"data": dict(DATA)}
     set_field(fields, f"{key}=3")
     with pytest.raises(RecipeError) as refused:
@@ -237,13 +237,13 @@ def test_unknown_keys_are_refused_by_parse(key: str) -> None:
     assert refused.value.rule == "recipe.unknown_field"
 
 
-def test_a_value_cannot_smuggle_in_a_second_field() -> None:
+def test_value_cannot_inject_second_field() -> None:
     fields: dict[str, Any] = {}
     set_field(fields, "name=1\nbase = 2")
     assert list(fields) == ["name"]
 
 
-def test_assign_grows_a_method_name_to_a_group() -> None:
+def test_assign_expands_method_name_to_group() -> None:
     fields: dict[str, Any] = {"adaptation": "lora", "training": 3}
     assign(fields, ["adaptation", "rank"], 8)
     assign(fields, ["training", "epochs"], 1)
@@ -251,7 +251,7 @@ def test_assign_grows_a_method_name_to_a_group() -> None:
     assert fields == {"adaptation": {"method": "full", "rank": 8}, "training": {"epochs": 1}}
 
 
-def test_the_order_of_flags_does_not_matter() -> None:
+def test_order_of_flags_is_irrelevant() -> None:
     one: dict[str, Any] = {"data": DATA}
     other: dict[str, Any] = {"data": DATA}
     settings = ["adaptation=freeze", "adaptation.share=0.25"]
@@ -300,7 +300,7 @@ def test_paths_in_toml_are_relative_to_recipe_folder(tmp_path: Path) -> None:
     )
 
 
-def test_further_files_in_toml_are_relative_too(tmp_path: Path) -> None:
+def test_mixed_files_in_toml_are_relative_to_recipe_folder(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     lines = '[data]\ntrain = "a"\n[[data.mix]]\ntrain = "old.jsonl"\nweight = 0.5\n'
     path.write_text(lines)
@@ -310,7 +310,7 @@ def test_further_files_in_toml_are_relative_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mix", ['"old.jsonl"', "[1]", '{ train = "b" }', '[{ train = "b" }]'])
-def test_malformed_mix_is_refused(mix: str, tmp_path: Path) -> None:
+def test_malformed_mix_is_rejected(mix: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f'[data]\ntrain = "a"\nmix = {mix}\n')
     with pytest.raises(RecipeError) as refused:
@@ -319,14 +319,14 @@ def test_malformed_mix_is_refused(mix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[data\n", b"\xff\xfe", b"a = 1\na = 2\n"])
-def test_unreadable_toml_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_unreadable_toml_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=re.escape(str(path))):
         read_recipe(path)
 
 
-def test_missing_toml_is_refused(tmp_path: Path) -> None:
+def test_missing_toml_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.toml"):
         read_recipe(tmp_path / "none.toml")
 
@@ -388,7 +388,7 @@ def test_to_toml_round_trip(fields: Any) -> None:
     assert found == fields
 
 
-def test_a_recipe_survives_toml(tmp_path: Path) -> None:
+def test_recipe_file_round_trip_with_special_characters(tmp_path: Path) -> None:
     recipe = parse(
         base="org/name",
         data={

@@ -74,7 +74,7 @@ def texts() -> Iterator[tuple[str, str]]:
                     yield name, node.value
 
 
-def test_client_texts_name_no_cli_option() -> None:
+def test_client_messages_name_no_cli_option() -> None:
     found = {name for name, text in texts() if OPTION.search(map_code(text, lambda code: ""))}
     assert not found
 

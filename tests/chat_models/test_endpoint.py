@@ -50,7 +50,7 @@ def failed(outcome: Reply | Failure) -> bool:
     return isinstance(outcome, Failure) and outcome.rule == "teacher.failed"
 
 
-def test_each_prompt_is_asked_once_with_key_and_settings(endpoint: Any, key: str) -> None:
+def test_prompts_are_sent_once_with_key_and_settings(endpoint: Any, key: str) -> None:
     prompts = [f"question {n}" for n in range(8)]
     endpoint.delay = 0.1
     outcomes = ask(
@@ -96,7 +96,7 @@ def test_transient_failures_are_retried(endpoint: Any, actions: list[Any], reque
     assert endpoint.asked["a"] == requests
 
 
-def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_retry_after_is_respected(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slept = []
 
     async def sleep(seconds: float) -> None:
@@ -136,7 +136,7 @@ def test_repeatedly_failing_prompt_fails_alone(endpoint: Any) -> None:
     assert endpoint.asked == {"a": 4, "b": 1, "c": 1}  # two attempts, and two more at the end
 
 
-def test_an_outage_in_passing_costs_no_prompt(endpoint: Any) -> None:
+def test_transient_outage_loses_no_prompt(endpoint: Any) -> None:
     for prompt in "ab":
         endpoint.actions[prompt] = [(500, {})]
     found = ask(endpoint.url, "a", "b", "c", retries=0)
@@ -149,7 +149,7 @@ def test_silent_endpoint_fails_after_timeout(endpoint: Any) -> None:
     assert failed(found["a"])
 
 
-def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> None:
+def test_consecutive_failures_abort_run_and_preserve_replies(endpoint: Any) -> None:
     bad = [f"bad {n}" for n in range(20)]
     for prompt in bad:
         endpoint.actions[prompt] = [(500, {})] * 9
@@ -171,7 +171,7 @@ def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> No
     assert endpoint.asked.total() <= 8
 
 
-def test_a_refused_key_is_named_and_not_shown(endpoint: Any, key: str) -> None:
+def test_rejected_key_error_hides_key(endpoint: Any, key: str) -> None:
     endpoint.actions["a"] = [(401, {})]
     with pytest.raises(RecipeError) as caught:
         ask(endpoint.url, "a")
@@ -179,7 +179,7 @@ def test_a_refused_key_is_named_and_not_shown(endpoint: Any, key: str) -> None:
     assert endpoint.asked["a"] == 1
 
 
-def test_an_unknown_model_is_refused(endpoint: Any) -> None:
+def test_unknown_endpoint_model_is_rejected(endpoint: Any) -> None:
     endpoint.actions["a"] = [(404, {})]
     with pytest.raises(RecipeError) as caught:
         ask(endpoint.url, "a")
@@ -250,7 +250,7 @@ def test_token_counts_are_numbers_or_absent(endpoint: Any) -> None:
     assert isinstance(ask(endpoint.url, "a", retries=0)["a"], Failure)
 
 
-def test_an_answer_without_end_is_not_held(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_response_is_rejected(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.chat_models.endpoint.MOST_BYTES", 1000)
     endpoint.answers["a"] = "a" * 2000
     found = ask(endpoint.url, "a", "b", retries=0)
@@ -258,7 +258,7 @@ def test_an_answer_without_end_is_not_held(endpoint: Any, monkeypatch: pytest.Mo
     assert isinstance(found["b"], Reply)
 
 
-def test_a_byte_now_and_then_does_not_keep_the_client(endpoint: Any) -> None:
+def test_trickling_response_times_out(endpoint: Any) -> None:
     def trickle(handler: Any) -> None:
         handler.send_response(200)
         handler.send_header("content-type", "application/json")
@@ -276,7 +276,7 @@ def test_a_byte_now_and_then_does_not_keep_the_client(endpoint: Any) -> None:
     assert isinstance(found["b"], Reply)
 
 
-def test_repeats_count_in_the_time_of_an_answer(endpoint: Any) -> None:
+def test_retries_count_towards_deadline(endpoint: Any) -> None:
     endpoint.actions["a"] = [(500, {})] * 99
     began = time.monotonic()
     found = ask(endpoint.url, "a", retries=1000, deadline=0.7)
@@ -341,9 +341,7 @@ def test_compressed_response_is_decoded(endpoint: Any) -> None:
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("target", ["{other}/chat/completions", "file:///etc/passwd", "/v1", ""])
-def test_no_redirect_takes_the_key_or_the_prompts_elsewhere(
-    endpoint: Any, key: str, code: int, target: str
-) -> None:
+def test_redirects_are_not_followed(endpoint: Any, key: str, code: int, target: str) -> None:
     other = Endpoint()
     thread = threading.Thread(target=other.server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -368,6 +366,6 @@ def test_deeply_nested_json_fails_prompt_alone(endpoint: Any) -> None:
     assert isinstance(found["b"], Reply)
 
 
-def test_half_of_a_surrogate_pair_is_mended(endpoint: Any) -> None:
+def test_lone_surrogate_is_replaced(endpoint: Any) -> None:
     endpoint.answers["a"] = "smile \ud83d"
     assert ask(endpoint.url, "a")["a"] == Reply("smile \ufffd", "stop", 7)

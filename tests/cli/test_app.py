@@ -52,7 +52,7 @@ def test_help_is_as_wide_as_the_terminal(
         assert columns - 25 < max(map(len, lines)) <= columns
 
 
-def test_values_are_shown_by_their_types_and_bounds_behind_the_help() -> None:
+def test_help_shows_option_types_and_bounds() -> None:
     text = Answer("search", "--help").good().out
     assert re.search(r"--trials <int> .*x>=1\]", text, re.DOTALL)
     assert "--space <str> " in text and "--long-rows <error|drop|truncate>" in text

@@ -53,7 +53,9 @@ def same(tmp_path: Path, name: str, *command: str) -> dict[str, object]:
     return report
 
 
-def test_predict(tune: Callable[..., str], rows: Path, tmp_path: Path) -> None:
+def test_predict_with_two_processes_matches_single_process(
+    tune: Callable[..., str], rows: Path, tmp_path: Path
+) -> None:
     labelled = [{"text": f"{word} {n}", "label": word} for n in range(8) for word in WORDS[:3]]
     model_id = tune("classification", jsonl(tmp_path / "labelled.jsonl", *labelled))
     report = same(tmp_path, "a.jsonl", "predict", model_id, "--input", str(rows), "--top", "2")
@@ -63,7 +65,7 @@ def test_predict(tune: Callable[..., str], rows: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_predict_names_columns_and_images_as_alone(
+def test_predict_of_images_with_two_processes_matches(
     tune: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,7 +83,9 @@ def test_predict_names_columns_and_images_as_alone(
 
 
 @pytest.mark.slow
-def test_embed(tune: Callable[..., str], rows: Path, tmp_path: Path) -> None:
+def test_embed_with_two_processes_matches_single_process(
+    tune: Callable[..., str], rows: Path, tmp_path: Path
+) -> None:
     model_id = tune("contrastive", rows)
     for name in ("a.jsonl", "a.jsonl.gz", "a.npy"):
         report = same(tmp_path, name, "embed", model_id, str(rows))
@@ -92,7 +96,7 @@ def test_embed(tune: Callable[..., str], rows: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_generate(home: Path, tmp_path: Path) -> None:
+def test_generate_with_two_processes_matches_single_process(home: Path, tmp_path: Path) -> None:
     prompts = [{"prompt": f"colour of {word}?", "id": word} for word in WORDS * 7]
     prompts.append({"messages": [{"role": "user", "content": "sky?"}], "completion": "blue"})
     source = jsonl(tmp_path / "prompts.jsonl", *prompts)

@@ -41,7 +41,7 @@ def tuned(base: Path, source: object, *more: object) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_tune_takes_folders_patterns_and_tables(tiny_model_folder: Path, folder: Path) -> None:
+def test_tune_accepts_folders_patterns_and_tables(tiny_model_folder: Path, folder: Path) -> None:
     several = tuned(tiny_model_folder, folder)
     assert several["model_id"] == "tiny-llama:rows-1"
     pattern = tuned(tiny_model_folder, f"{folder}/*.jsonl")
@@ -55,7 +55,7 @@ def test_tune_takes_folders_patterns_and_tables(tiny_model_folder: Path, folder:
     assert files == [["a.jsonl", "b.jsonl"], ["table.csv"]]
 
 
-def test_a_recipe_may_name_a_pattern_and_columns(tiny_model_folder: Path, folder: Path) -> None:
+def test_recipe_accepts_pattern_and_columns(tiny_model_folder: Path, folder: Path) -> None:
     recipe = folder.parent / "recipe.toml"
     recipe.write_text(
         f'base = "{tiny_model_folder}"\n[data]\ntrain = "rows/*.jsonl"\nvalidation_share = 0\n'
@@ -96,7 +96,7 @@ def test_evaluate_maps_columns(tiny_model_folder: Path, folder: Path) -> None:
     assert "exact" in json.loads(result.stdout)["scores"]
 
 
-def test_convert_counts_refuses_and_never_replaces_unasked(folder: Path) -> None:
+def test_convert_command_preserves_existing_file(folder: Path) -> None:
     target = folder.parent / "out.jsonl"
     result = run("convert", folder, target, "--to", "sharegpt")
     assert result.exit_code == 0
@@ -132,7 +132,7 @@ def intents(tmp_path: Path) -> Path:
     return path
 
 
-def test_unread_class_refuses_the_run_until_mapped_or_ignored(intents: Path) -> None:
+def test_unread_class_column_must_be_mapped_or_ignored(intents: Path) -> None:
     def inspected(*options: str) -> dict[str, list[str]]:
         result = run("inspect", intents, "--base", "none", "--json", *options)
         rules = json.loads(result.stdout)["rules"]

@@ -13,7 +13,7 @@ from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.significance import RowScores
 
 
-def test_replies_and_scores_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_prints_scores_of_base_and_tuned_model(capsys: pytest.CaptureFixture[str]) -> None:
     def evaluation(reply: str, score: float) -> Evaluation:
         rows = [PromptCompletion("t", n, f"question {n}", "[route: a]") for n in range(60)]
         records = [{"prompt": row.prompt, "reply": reply} for row in rows]

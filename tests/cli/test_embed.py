@@ -56,7 +56,7 @@ def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[
     return tune
 
 
-def test_texts_keep_their_fields_beside_the_embedding(
+def test_embedded_rows_preserve_fields(
     tuned: Callable[..., str], rows: Path, tmp_path: Path
 ) -> None:
     model_id = tuned(rows, "bert")
@@ -217,7 +217,9 @@ def test_pair_is_embedded_with_ignored_column(
 
 
 @pytest.mark.parametrize("name", ["vectors.csv", "vectors.npy.gz", "vectors", "vectors.pkl"])
-def test_the_ending_names_the_form(rows: Path, tmp_path: Path, name: str) -> None:
+def test_unknown_embedding_file_extension_is_rejected(
+    rows: Path, tmp_path: Path, name: str
+) -> None:
     answer = Answer("embed", "any", str(rows), "--output", str(tmp_path / name))
     assert answer.code == 2 and ".jsonl or .parquet" in answer.err
 

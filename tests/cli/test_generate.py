@@ -35,7 +35,7 @@ def test_generate_rejects_missing_image(home: Path, tmp_path: Path) -> None:
     assert missing in Answer("generate", MODEL, "hello", "--image", missing).refused()
 
 
-def test_generate_writes_the_least_tokens(home: Path) -> None:
+def test_generate_respects_min_tokens(home: Path) -> None:
     ask = ("generate", MODEL, "colour of sky?", "--max-tokens", "9")
     longer = Answer(*ask, "--min-tokens", "9").good().out
     assert longer.startswith("blue") and len(longer) > len("blue\n")
@@ -65,7 +65,7 @@ def test_generate_constrains_replies(home: Path, tmp_path: Path) -> None:
     assert str(grammar) in Answer(*ask, "--grammar", str(grammar)).refused()
 
 
-def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
+def test_generate_preserves_order_of_input_file(home: Path, tmp_path: Path) -> None:
     things = ["snow", "sky", "coal", "grass", "sky"]
     source = jsonl(
         tmp_path / "in.jsonl",
@@ -95,7 +95,7 @@ def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
     assert (report["rows"], report["output"]) == (5, str(target))
 
 
-def test_generate_takes_messages(home: Path, tmp_path: Path) -> None:
+def test_generate_accepts_messages_without_expected_reply(home: Path, tmp_path: Path) -> None:
     """The expected reply in the file is not part of the prompt."""
     source = jsonl(
         tmp_path / "in.jsonl",
@@ -302,7 +302,7 @@ def test_chat_prints_dimmed_reasoning_on_stderr(
 
 
 @pytest.mark.slow
-def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_grades_and_writes_all_replies(home: Path, data: Path, tmp_path: Path) -> None:
     held = jsonl(
         tmp_path / "held.jsonl",
         *ROWS[:2],
@@ -325,9 +325,7 @@ def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_pat
     assert Answer("evaluate", base, str(held), "--json").good().json()["scores"]["exact"] == 0
 
 
-def test_graders_take_fields_from_the_command_line_and_from_files(
-    home: Path, tmp_path: Path
-) -> None:
+def test_grader_fields_from_options_and_files(home: Path, tmp_path: Path) -> None:
     held = jsonl(tmp_path / "held.jsonl", {"prompt": "colour of coal?", "completion": "BLACK"})
     fields = ["--grader", "exact", "--set", "exact.ignore_case=true"]
     report = Answer("evaluate", MODEL, str(held), *fields, "--json").good().json()

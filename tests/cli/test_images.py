@@ -27,7 +27,7 @@ from luthier.errors import RecipeError
         ("new/folder", "UnknownModel"),
     ],
 )
-def test_samples_go_to_a_picture_or_a_new_folder(
+def test_sample_output_must_be_image_or_new_folder(
     luthier_home: Path, tmp_path: Path, output: str, kind: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -45,7 +45,7 @@ def test_invalid_image_file_is_reported(luthier_home: Path, tmp_path: Path) -> N
     assert answer.code == 2 and "photos/b.png" in answer.err and "Traceback" not in answer.err
 
 
-def test_copies_go_to_a_picture(luthier_home: Path, tmp_path: Path) -> None:
+def test_reconstruct_output_must_be_supported_image(luthier_home: Path, tmp_path: Path) -> None:
     copies = str(tmp_path / "copies.gif")
     answer = Answer("sample", "small-vae:none", "--reconstruct", "x", "--output", copies)
     assert answer.code == 2 and "copies.png" in answer.err
@@ -61,9 +61,7 @@ def test_output_in_unwritable_folder_is_rejected(
 
 
 @pytest.mark.parametrize("ending", ["bmp", "webp"])
-def test_a_single_image_of_any_form_is_given_back(
-    luthier_home: Path, tmp_path: Path, ending: str
-) -> None:
+def test_reconstruct_accepts_image_formats(luthier_home: Path, tmp_path: Path, ending: str) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / f"one.{ending}")
     image, copies = str(tmp_path / f"one.{ending}"), str(tmp_path / "copies.png")
     answer = Answer("sample", "small-vae:none", "--reconstruct", image, "--output", copies)

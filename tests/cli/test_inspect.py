@@ -36,7 +36,7 @@ def test_inspect_shows_the_learned_tokens(tmp_path: Path, tiny_model_folder: Pat
     assert train["tokens"] > train["lengths"]["max"] > train["learned_tokens"] > 4
 
 
-def test_the_command_to_train_reads_the_same_columns(tmp_path: Path) -> None:
+def test_suggested_tune_command_includes_column_options(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path / "b.jsonl",
         {"sentence": "good", "class": "a"},
@@ -84,7 +84,7 @@ def test_inspect_works_without_a_model(tmp_path: Path, luthier_home: Path) -> No
     assert not luthier_home.exists()
 
 
-def test_inspect_warns_where_the_default_model_cannot_be_fetched(
+def test_inspect_warns_if_default_model_download_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*arguments: Any) -> None:
@@ -98,7 +98,7 @@ def test_inspect_warns_where_the_default_model_cannot_be_fetched(
     assert "no network" in Answer("inspect", str(path), "--base", "all-minilm-l6-v2").refused(1)
 
 
-def test_inspect_writes_a_page(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_inspect_writes_html_report(tmp_path: Path, tiny_model_folder: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *ROWS)
     page = tmp_path / "new" / "report.html"
     base = ["--base", str(tiny_model_folder), *ANY_NUMBER]

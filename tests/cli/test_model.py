@@ -31,7 +31,7 @@ def test_conversations_are_lists_of_messages(tiny_model_folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_replies_have_their_reasoning_apart(thinking_folder: Callable[[str], Path]) -> None:
+def test_reply_separates_reasoning_from_text(thinking_folder: Callable[[str], Path]) -> None:
     model = luthier.load(str(thinking_folder("asks itself")))
     sampling: dict[str, Any] = {"max_tokens": 120}
     assert model.generate("sky?", **sampling) == "blue"
@@ -72,7 +72,7 @@ def test_predict_rejects_non_text_input(
         model.generate("Hello")
 
 
-def test_a_reply_has_half_of_a_small_context_where_nothing_is_said(tiny_model_folder: Path) -> None:
+def test_default_max_tokens_is_half_of_small_context(tiny_model_folder: Path) -> None:
     generator = luthier.load(str(tiny_model_folder)).generator
     generator.context = 20
     assert generator.max_tokens(Sampling()) == 10

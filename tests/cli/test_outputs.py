@@ -72,7 +72,7 @@ def test_file_writing_commands_reject_stdout(home: Path, folder: Path, command: 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_without_the_right_to_write_is_refused(
+def test_output_in_read_only_folder_is_rejected(
     home: Path, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     access = os.access
@@ -93,7 +93,7 @@ def test_missing_input_file_error_passes_through_new_file(tmp_path: Path) -> Non
         (tmp_path / "none").read_bytes()
 
 
-def test_a_path_can_be_new_there_or_a_device(tmp_path: Path) -> None:
+def test_creatable_paths_include_links_and_devices(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for path in (tmp_path / "a" / "b", tmp_path, tmp_path / "link", Path("/dev/null")):
         check_creatable(path)

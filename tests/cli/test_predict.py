@@ -29,7 +29,7 @@ def series(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Path) -> None:
+def test_time_series_needs_no_base_option(luthier_home: Path, tmp_path: Path, series: Path) -> None:
     answer = Answer("inspect", str(series))
     named = Answer("inspect", str(series), "--base", "small-window-vae")
     assert named.out == answer.out
@@ -61,7 +61,7 @@ def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Pa
     )
 
 
-def test_a_folder_is_no_text(luthier_home: Path, tmp_path: Path) -> None:
+def test_predict_rejects_folder_as_text(luthier_home: Path, tmp_path: Path) -> None:
     answer = Answer("predict", "any:model", str(tmp_path))
     assert answer.code == 2 and "--input" in answer.err
     assert "Unknown custom model" in Answer("predict", "any:model", "x" * 5_000).err

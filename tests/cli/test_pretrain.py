@@ -33,7 +33,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_model_is_made_listed_measured_used_and_removed(text: Path, tmp_path: Path) -> None:
+def test_pretrained_model_lifecycle(text: Path, tmp_path: Path) -> None:
     made = json.loads(run("pretrain", str(text), "--name", "mine", *SHORT, "--json").stdout)
     assert made["model_id"] == "mine" and made["steps"] == 3
     assert made["validation_loss"] > 0
@@ -87,7 +87,7 @@ def test_recipe_file_resolves_relative_text_paths(tmp_path: Path) -> None:
         (["--name", "x", "--config", "c.json", "--size", "tiny"], None),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_made(
+def test_pretrain_rejects_invalid_options_before_work(
     arguments: list[str], setting: str | None, text: Path, luthier_home: Path
 ) -> None:
     refused = run("pretrain", str(text), *arguments, "--json", code=2)

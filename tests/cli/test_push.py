@@ -84,7 +84,7 @@ def test_push_uploads_exported_model_with_card(hub: HubUploads, home: Path, tmp_
 
 
 @pytest.mark.usefixtures("online")
-def test_a_second_time_no_large_file_is_sent(hub: HubUploads) -> None:
+def test_repeated_push_uploads_no_large_file(hub: HubUploads) -> None:
     for number in (1, 2):
         assert REPOSITORY in push().good().out
         assert (len(hub.puts), len(hub.commits)) == (1, number)
@@ -110,7 +110,9 @@ def test_failed_push_is_reported_and_retry_uploads_rest(hub: HubUploads) -> None
 
 
 @pytest.mark.usefixtures("online")
-def test_without_a_token_nothing_is_sent(hub: HubUploads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_without_valid_token_uploads_nothing(
+    hub: HubUploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN")
     refused = push().refused()
     assert "HF_TOKEN" in refused and "hf auth login" in refused
@@ -121,7 +123,7 @@ def test_without_a_token_nothing_is_sent(hub: HubUploads, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("online")
-def test_a_public_repository_is_asked_for(hub: HubUploads) -> None:
+def test_push_to_public_repository_requires_option(hub: HubUploads) -> None:
     hub.private[REPOSITORY] = False
     assert "--public" in push().refused()
     assert not hub.files and not hub.objects
@@ -132,7 +134,7 @@ def test_a_public_repository_is_asked_for(hub: HubUploads) -> None:
 
 
 @pytest.mark.usefixtures("online")
-def test_a_private_repository_does_not_become_public(hub: HubUploads) -> None:
+def test_push_does_not_publish_private_repository(hub: HubUploads) -> None:
     hub.private[REPOSITORY] = True
     refused = push("--public").refused()
     assert f"{REPOSITORY} exists and is private" in refused and "--public" in refused
@@ -188,7 +190,7 @@ def test_invalid_hub_address_is_rejected(
     assert "not a hub repository" in Answer("models", "push", MODEL, "--to", to).refused()
 
 
-def test_a_model_without_a_record_has_no_card(
+def test_push_requires_model_manifest(
     home: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -92,7 +92,7 @@ def test_killed_search_resumes_to_same_trials(
     assert manifest(tmp_path)[weights] == manifest(home)[weights]
 
 
-def test_the_recipe_found_can_be_tuned(
+def test_best_search_recipe_can_be_tuned(
     whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, found = whole
@@ -135,7 +135,7 @@ def test_search_table_suggests_next_command(
         ("adaptation.dropout=0.1..1.5", "adaptation.dropout"),
     ],
 )
-def test_a_wrong_space_is_refused(
+def test_invalid_search_space_is_rejected(
     rows: Path, tiny_model_folder: Path, luthier_home: Path, space: str, part: str
 ) -> None:
     words = ["search", str(rows), "--base", str(tiny_model_folder), "--space", space, "--json"]
@@ -146,7 +146,7 @@ def test_a_wrong_space_is_refused(
     assert not luthier_home.exists()
 
 
-def test_a_wrong_space_is_refused_without_torch(rows: Path) -> None:
+def test_invalid_search_space_is_rejected_before_torch_import(rows: Path) -> None:
     script = (
         "import contextlib, sys\n"
         "from luthier.cli.app import main\n"

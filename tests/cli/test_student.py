@@ -19,9 +19,7 @@ def run(*arguments: Any, code: int = 0) -> Any:
     return done
 
 
-def test_a_student_is_made_listed_shown_exported_and_removed(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_student_model_lifecycle(tiny_model_folder: Path, tmp_path: Path) -> None:
     made = json.loads(
         run(
             "models", "student", "--from", tiny_model_folder, "--layers", 2, "--heads", 2,
@@ -79,7 +77,7 @@ def test_student_command_prints_remaining_layers(tiny_model_folder: Path) -> Non
         ["--hidden", "21"],
     ],
 )
-def test_mistakes_are_refused_and_leave_nothing(
+def test_invalid_student_options_leave_no_files(
     arguments: list[str], tiny_model_folder: Path, luthier_home: Path
 ) -> None:
     run("models", "student", "--from", tiny_model_folder, "--name", "x", *arguments, code=2)

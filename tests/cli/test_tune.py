@@ -47,7 +47,7 @@ def test_tune_prints_json_result_and_progress_on_stderr(
         assert (Path(result["run_dir"]) / name).stat().st_size > 1000
 
 
-def test_the_verdict_is_printed_with_advice_in_the_words_of_the_command_line(
+def test_verdict_advice_names_command_line_options(
     tuned: tuple[Path, dict[str, Any], str, str], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = TypeAdapter(Result).validate_python(tuned[1])
@@ -142,7 +142,7 @@ def test_printed_loss_curve_file_exists(tiny_model_folder: Path, tmp_path: Path)
          "row.too_long", 2),
     ],
 )  # fmt: skip
-def test_bad_rows_are_refused_with_file_line_rule_and_fix(
+def test_invalid_rows_are_reported_with_location_and_fix(
     tmp_path: Path,
     luthier_home: Path,
     tiny_model_folder: Path,
@@ -248,7 +248,7 @@ def test_unwritable_store_is_an_error(
     assert str(tmp_path / "file") in message
 
 
-def test_control_c_before_training_leaves_nothing(
+def test_interrupt_before_training_leaves_no_files(
     data: Path, tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.engine import job
@@ -263,7 +263,7 @@ def test_control_c_before_training_leaves_nothing(
     assert files_in(luthier_home) == []
 
 
-def test_control_c_in_training_ends_with_130(
+def test_interrupt_during_training_exits_with_130(
     data: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     command = memorise(tiny_model_folder, data, "x", "full", 0.001)
@@ -282,12 +282,12 @@ def test_control_c_in_training_ends_with_130(
     assert "Traceback" not in err
 
 
-def test_an_interrupted_run_is_listed_and_shown(
+def test_interrupted_run_is_listed_and_shown(
     data: Path, tiny_model_folder: Path, luthier_home: Path
 ) -> None:
     run = Run(str(tiny_model_folder), "x")
     run.begin({}, resume=False)
-    Run("tiny-llama", "job-1").begin({}, resume=False)  # the service goes on with it by itself
+    Run("tiny-llama", "job-1").begin({}, resume=False)  # the service resumes this run itself
     with run.lock():
         assert run.model_id in Answer("models", "show", run.model_id).refused()
         assert Answer("models", "list", "--json").good().json()["unfinished"] == []
@@ -307,7 +307,7 @@ def test_an_interrupted_run_is_listed_and_shown(
 
 
 @pytest.mark.slow
-def test_bad_data_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_invalid_data_is_rejected_before_torch_import(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "rows.jsonl", *ROWS, "{", *ROWS, "[]")
     program = (
         "import sys\nfrom typer.testing import CliRunner\nfrom luthier.cli.app import app\n"
@@ -347,11 +347,11 @@ def test_comparison_lines_are_sorted_by_accuracy(capsys: pytest.CaptureFixture[s
     assert "naive Bayes on words" in verdict and "73.5%" in verdict and "48.5%" in verdict
 
 
-def test_no_word_where_the_model_wins_and_nothing_without_baselines(
+def test_comparison_prints_no_warning_if_model_wins(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert len(comparison_lines(replace(FOUND, tuned=0.9), capsys)) == 5
-    print_comparison(FOUND, is_refit=True)  # what is stored was not measured
+    print_comparison(FOUND, is_refit=True)  # the stored weights were not measured
     out = capsys.readouterr().out
     assert "the training before the refit" in out and "this model" not in out
     assert not comparison_lines(replace(FOUND, tuned=None), capsys)

@@ -175,13 +175,13 @@ def test_template_rejects_unquoted_values() -> None:
         )
 
 
-def test_slurm_gets_nodes_a_meeting_place_and_room(recipe: Callable[..., Recipe]) -> None:
+def test_slurm_script_requests_nodes_memory_and_rendezvous(recipe: Callable[..., Recipe]) -> None:
     request = LaunchRequest("slurm", processes=4, nodes=2, gpu="H100")
     text = launch_file(recipe(), FOUND, request, PROCESSOR)
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
     assert options["nodes"] == "2" and options["ntasks-per-node"] == "1"
     assert options["gpus-per-node"] == "4" and options["cpus-per-task"] == "8"
-    # Four times 2.2 GB and a quarter, and one for what they exchange.
+    # Four times 2.2 GB plus 25 %, and 1 GB for communication.
     assert options["mem"] == "12G"
     assert options["time"] == "0-03:00:00", "7,200 s and half as much again"
     assert "requeue" in options and options["signal"] == "B:USR1@120"
@@ -221,7 +221,7 @@ def test_slurm_job_requeues_before_time_limit(
 
 
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 3)])
-def test_the_job_fits_the_schema_of_kubernetes(
+def test_kubernetes_documents_match_schema(
     processes: int, nodes: int, recipe: Callable[..., Recipe]
 ) -> None:
     schema = pytest.importorskip("kubernetes_validate")
@@ -275,7 +275,7 @@ def test_image_rows_are_mounted_with_folder(recipe: Callable[..., Recipe], tmp_p
     assert recipe_in("skypilot", text)["data"]["train"] == "/luthier/data/pictures/metadata.jsonl"
 
 
-def test_a_model_of_our_own_is_copied_into_the_store(
+def test_stored_base_model_is_copied_to_volume(
     recipe: Callable[..., Recipe], luthier_home: Path, tiny_model_folder: Path
 ) -> None:
     folder = luthier_home / "models" / "base" / "mine"
@@ -289,7 +289,7 @@ def test_a_model_of_our_own_is_copied_into_the_store(
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_skypilot_reads_the_task(nodes: int, recipe: Callable[..., Recipe]) -> None:
+def test_skypilot_task_matches_schema(nodes: int, recipe: Callable[..., Recipe]) -> None:
     request = LaunchRequest("skypilot", processes=2, nodes=nodes, gpu="H100", image="r/luthier:1")
     task = yaml.safe_load(launch_file(recipe(), FOUND, request, PROCESSOR))
     assert task["num_nodes"] == nodes and task["resources"]["accelerators"] == "H100:2"
@@ -392,7 +392,7 @@ def test_file_name_outside_utf8_is_rejected(recipe: Callable[..., Recipe]) -> No
 
 
 @pytest.mark.slow
-def test_the_command_estimates_and_writes_the_file(
+def test_launch_command_estimates_and_writes_script(
     recipe: Callable[..., Recipe], tmp_path: Path, in_float32: None
 ) -> None:
     asked = recipe()

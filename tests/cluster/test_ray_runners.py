@@ -59,7 +59,7 @@ def test_ray_workers_start_sequentially(queue: Any, monkeypatch: pytest.MonkeyPa
         assert len(runner.free(session, SimpleNamespace())) == 2
 
 
-def test_a_job_reserves_at_most_the_resources_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_job_reserves_at_most_node_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     row = SimpleNamespace(cores=9, needed_memory=9_000, id="job", lease="token")
     command = job_runner(monkeypatch, IDLE).command(["luthier"], TRAINING, row)  # type: ignore[arg-type]
     named = dict(itertools.pairwise(command))
@@ -78,12 +78,12 @@ def test_encoder_job_reserves_memory(queue: Any) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "head", "head:", "ray://head:x"])
-def test_a_wrong_address_is_rejected(address: str) -> None:
+def test_invalid_ray_address_is_rejected(address: str) -> None:
     with pytest.raises(RefusedInput):
         RayCluster(address)
 
 
-def test_an_unreachable_cluster_is_rejected(database: Any) -> None:
+def test_unreachable_ray_cluster_is_rejected(database: Any) -> None:
     with pytest.raises(RefusedInput):
         RayTrialRunner("127.0.0.1:1")
     with pytest.raises(RefusedInput):

@@ -68,7 +68,7 @@ def test_float32_losses_match_cpu(
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora", "qlora"])
-def test_bfloat16_lowers_the_loss_and_the_stored_model_has_parity(
+def test_bfloat16_training_lowers_loss(
     rows: Path, tiny_model_folder: Path, adaptation: str
 ) -> None:
     losses, result = train(rows, tiny_model_folder, "narrow", adaptation=adaptation)
@@ -100,7 +100,7 @@ def test_attention_windows_caps_and_sinks_match_cpu() -> None:
         assert float((gpu - cpu).norm() / cpu.norm()) < 1e-2
 
 
-def test_memory_is_the_devices(rows: Path, tiny_model_folder: Path) -> None:
+def test_peak_memory_matches_torch_allocator(rows: Path, tiny_model_folder: Path) -> None:
     torch.cuda.reset_peak_memory_stats()
     _, result = train(rows, tiny_model_folder, "memory")
     assert result.peak_memory_bytes == torch.cuda.max_memory_allocated()

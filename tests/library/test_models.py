@@ -98,14 +98,14 @@ def test_copied_model_folder_is_damaged() -> None:
     assert "copied or renamed" in (one.damaged or "") and not other.damaged
 
 
-def test_a_whole_network_needs_no_parent() -> None:
+def test_full_network_needs_no_parent() -> None:
     folder = make_custom(BASE, "one", "a model that is gone", "network")
     found = find(f"{BASE}:one")
     assert found.parent is None
     assert found.network_folder == folder
 
 
-def test_custom_comes_before_catalogue_before_local_folder_before_hub(
+def test_find_prefers_custom_then_catalogue_then_folder_then_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -131,7 +131,7 @@ def test_custom_comes_before_catalogue_before_local_folder_before_hub(
     assert hub == ["org/other", "org/other"]
 
 
-def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
+def test_path_with_colon_is_found(tmp_path: Path) -> None:
     (tmp_path / "a:b").mkdir()
     assert find(str(tmp_path / "a:b")).folder == tmp_path / "a:b"
 
@@ -169,7 +169,7 @@ def test_unknown_custom_model_is_rejected(name: str) -> None:
     assert refused.value.rule == "model.unknown"
 
 
-def test_a_name_cannot_lead_out_of_the_store(luthier_home: Path) -> None:
+def test_model_name_cannot_leave_store(luthier_home: Path) -> None:
     write_json(luthier_home / "models" / "custom" / MANIFEST, {"id": "x", "saved": "network"})
     with pytest.raises(UnknownModel) as refused:
         find(f"{BASE}:..")
@@ -187,7 +187,7 @@ def test_custom_models_are_sorted_by_age_without_unfinished_models(luthier_home:
         find("a:old")
 
 
-def test_the_hub_is_named_when_a_model_cannot_be_fetched(tmp_path: Path) -> None:
+def test_failed_hub_download_error_names_hub(tmp_path: Path) -> None:
     """The real client in offline mode."""
     script = (
         "import sys\n"
@@ -208,7 +208,7 @@ def test_the_hub_is_named_when_a_model_cannot_be_fetched(tmp_path: Path) -> None
     assert done.stderr == ""
 
 
-def test_a_model_in_the_hub_s_cache_is_found_and_loads(
+def test_model_in_hub_cache_is_found_and_loads(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -233,7 +233,7 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
-def test_pickled_weights_are_refused_and_not_opened(
+def test_pickled_weights_are_rejected_unopened(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -248,7 +248,7 @@ def test_pickled_weights_are_refused_and_not_opened(
     assert not (tmp_path / "exploded").exists()
 
 
-def test_code_of_a_model_folder_is_never_run(
+def test_code_in_model_folder_is_not_executed(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.files import read_json
@@ -276,9 +276,7 @@ def test_invalid_model_folder_is_rejected(tmp_path: Path) -> None:
         ModelFolder(tmp_path).check()
 
 
-def test_broken_weights_are_an_error_and_not_a_crash(
-    tmp_path: Path, tiny_model_folder: Path
-) -> None:
+def test_truncated_weights_are_rejected(tmp_path: Path, tiny_model_folder: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_model_folder, folder)
     weights = folder / "model.safetensors"
@@ -328,7 +326,7 @@ def test_missing_weights_are_not_initialized_randomly(
     assert refused.value.rule == "model.weights_missing"
 
 
-def test_an_unknown_model_names_the_nearest_few(luthier_home: Path) -> None:
+def test_unknown_model_error_suggests_few_models(luthier_home: Path) -> None:
     for number in range(30):
         folder = luthier_home / "models" / "custom" / "base" / f"run-{number}"
         folder.mkdir(parents=True)

@@ -38,7 +38,9 @@ def code_of(authenticator: Authenticator, head: RequestHead, body: bytes | None 
     return caught.value.code
 
 
-def test_each_way_in(authenticator: Authenticator, api_key: str) -> None:
+def test_every_authentication_method_is_accepted(
+    authenticator: Authenticator, api_key: str
+) -> None:
     by_signature = authenticator.authenticate(signed("POST", "/x", b"{}"), b"{}")
     assert by_signature.caller.arn == f"arn:aws:iam::{FIRST}:user/root"
     assert authenticator.authenticate(signed(service="s3"), None).service == "s3"
@@ -71,11 +73,11 @@ def _files(database: Database) -> list:
 @pytest.mark.parametrize(
     "key", ["", "sk-unknown", "sk-", ACCESS_KEY, "null", "sha256:", "é", "a b"]
 )
-def test_unknown_bearer_keys(authenticator: Authenticator, key: str) -> None:
+def test_unknown_bearer_key_is_rejected(authenticator: Authenticator, key: str) -> None:
     assert code_of(authenticator, bearing(key)) == "AccessDenied"
 
 
-def test_the_hash_of_an_api_key_signs_nothing(authenticator: Authenticator, api_key: str) -> None:
+def test_api_key_hash_is_no_access_key(authenticator: Authenticator, api_key: str) -> None:
     """A hash from the database is no valid key, also after a lookup of the key."""
     digest = principals.digest_of(api_key)
     assert authenticator.authenticate(bearing(api_key), b"").caller.user == "root"
@@ -88,7 +90,7 @@ def test_modified_bearer_key_is_rejected(authenticator: Authenticator, api_key: 
         assert code_of(authenticator, bearing(other)) == "AccessDenied"
 
 
-def test_ambiguous_bearers(authenticator: Authenticator, api_key: str) -> None:
+def test_ambiguous_bearer_header_is_rejected(authenticator: Authenticator, api_key: str) -> None:
     head = bearing(api_key)
     twice = RequestHead(head.method, head.path, "", [*head.headers, head.headers[1]], tls=False)
     assert code_of(authenticator, twice) == "IncompleteSignature"
@@ -124,7 +126,7 @@ def test_invalid_short_term_keys_are_rejected(authenticator: Authenticator) -> N
     assert authenticator.authenticate(longest, b"").caller.user == "root"
 
 
-def test_a_changed_short_term_key(authenticator: Authenticator) -> None:
+def test_modified_short_term_key_is_rejected(authenticator: Authenticator) -> None:
     text = base64.b64decode(short_term_key().removeprefix("bedrock-api-key-")).decode()
     for old, new in (
         ("X-Amz-Expires=3600", "X-Amz-Expires=43200"),
@@ -142,7 +144,7 @@ def test_a_changed_short_term_key(authenticator: Authenticator) -> None:
         assert code_of(authenticator, bearing(key)) == "AccessDenied", new
 
 
-def test_disabled_at_once_in_this_process(
+def test_disabled_principal_is_rejected_immediately(
     database: Database, authenticator: Authenticator, api_key: str
 ) -> None:
     """Disabling and enabling a key, user or account applies to both kinds of key."""
@@ -170,7 +172,7 @@ def test_disabled_at_once_in_this_process(
             assert codes == (refused if disabled else []), what
 
 
-def test_a_change_of_role_is_seen_at_once(database: Database, authenticator: Authenticator) -> None:
+def test_role_change_applies_immediately(database: Database, authenticator: Authenticator) -> None:
     assert authenticator.authenticate(signed(), b"").caller.roles == ("administrator",)
     with database.write() as session:
         principals.set_role(session, principals.user_of(session, FIRST, "root"), "invoker")
@@ -206,7 +208,7 @@ def test_user_disabled_by_second_process_is_rejected(
     assert code_of(authenticator, signed()) == "UnrecognizedClient"
 
 
-def test_many_requests_cost_few_queries(
+def test_authentication_caches_database_lookups(
     database: Database, authenticator: Authenticator, api_key: str
 ) -> None:
     authenticator.authenticate(signed(), b"")
@@ -220,7 +222,7 @@ def test_many_requests_cost_few_queries(
     assert len(queries) <= 1 + (time.monotonic() - began) / accounts.FRESH_SECONDS
 
 
-def test_api_keys_end(database: Database, authenticator: Authenticator) -> None:
+def test_expired_api_key_is_rejected(database: Database, authenticator: Authenticator) -> None:
     with database.write() as session:
         user = principals.user_of(session, FIRST, "root")
         _, soon = principals.create_api_key(session, user, now() + timedelta(seconds=0.3))
@@ -229,7 +231,7 @@ def test_api_keys_end(database: Database, authenticator: Authenticator) -> None:
     assert code_of(authenticator, bearing(soon)) == "AccessDenied"
 
 
-def test_removed_keys_and_users(
+def test_removed_keys_and_users_are_rejected(
     database: Database, authenticator: Authenticator, api_key: str
 ) -> None:
     with database.write() as session:

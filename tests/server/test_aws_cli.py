@@ -84,7 +84,7 @@ def job(name: str, **changes: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_objects_go_in_and_come_out(cli: Cli) -> None:
+def test_aws_cli_copies_objects(cli: Cli) -> None:
     big = os.urandom(9 * 2**20)  # more than the CLI sends in one part
     cli.folder.joinpath("big.bin").write_bytes(big)
     cli.folder.joinpath("é").mkdir()
@@ -113,7 +113,7 @@ def test_presigned_v2_url_error_names_s3v4(cli: Cli) -> None:
         assert answer.read() == cli.folder.joinpath("rows.jsonl").read_bytes()
 
 
-def test_a_job_is_listed_and_stopped(cli: Cli) -> None:
+def test_aws_cli_lists_and_stops_job(cli: Cli) -> None:
     arn = cli.gives(*job("queued"))["jobArn"]
     shown = cli.gives("bedrock", "get-model-customization-job", "--job-identifier", "queued")
     assert (shown["jobArn"], shown["status"]) == (arn, "InProgress")

@@ -199,7 +199,7 @@ def test_boto3_with_invalid_keys_is_rejected(server: Running) -> None:
     assert server.api.calls == server.api.objects == []
 
 
-def test_roles_and_rates_hold_for_signers(server: Running) -> None:
+def test_roles_and_rates_apply_to_signed_requests(server: Running) -> None:
     with server.database.write() as session:
         accounts.create_account(session, OTHER)
         reader = principals.create_user(session, OTHER, "reader", "read-only")

@@ -71,7 +71,7 @@ def worker_of(export: str) -> int | None:
     return None
 
 
-def test_a_merged_model_comes_into_the_bucket_and_is_listed(server: Served) -> None:
+def test_merged_model_is_exported_to_bucket(server: Served) -> None:
     made = create(server, merged=True)
     done = ended(server, made)
     assert done["state"] == "Completed", done

@@ -130,7 +130,7 @@ CHANGED: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_a_changed_request_is_refused(name: str) -> None:
+def test_modified_request_is_rejected(name: str) -> None:
     change, code = CHANGED[name]
     body = b'{"a": 1}'
     head = signed("POST", "/custom-models/a%3Ab", body, at=NOW, headers={"Accept": "x"})
@@ -148,7 +148,7 @@ def test_credential_scope_of_different_day_is_rejected() -> None:
             assert refused(head) == "InvalidSignature"
 
 
-def test_two_valid_ways_at_once() -> None:
+def test_request_with_two_signatures_is_rejected() -> None:
     query = presigned("GET", "/custom-models", service="bedrock", at=NOW)
     both = replace(query, headers=signed("GET", "/custom-models", at=NOW).headers)
     assert verified(query).caller == CALLER
@@ -201,7 +201,7 @@ def test_signature_is_rejected_by_api_of_different_service() -> None:
     assert refused(signed(at=NOW, service="bedrock"), None) == "InvalidSignature"
 
 
-def test_a_hash_in_a_header_is_compared_with_the_body() -> None:
+def test_content_hash_header_is_compared_with_body() -> None:
     wrong = {"X-Amz-Content-SHA256": sigv4.hashlib.sha256(b"other").hexdigest()}
     head = signed("POST", "/x", b"body", service="bedrock-mantle", at=NOW, headers=wrong)
     assert refused(head, b"body") == "InvalidSignature"
@@ -249,8 +249,8 @@ def test_signed_plus_in_query_is_not_a_space() -> None:
     assert verified(replace(blank, query="nameContains=a+b")).caller == CALLER
 
 
-def test_a_date_header_alone() -> None:
-    """RFC 1123 dates, where there is no X-Amz-Date; they have to be signed."""
+def test_date_header_must_be_signed() -> None:
+    """An RFC 1123 date without X-Amz-Date must be signed."""
     head = RequestHead(
         "GET", "/x", "", [("host", "h"), ("date", "Sat, 31 Jan 2026 12:00:00 GMT")], False
     )
@@ -278,7 +278,7 @@ text = st.text("abc XYZ019&=+%é/", max_size=10)
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_changed_byte_is_refused(data: st.DataObject) -> None:
+def test_any_modified_byte_is_rejected(data: st.DataObject) -> None:
     service = data.draw(st.sampled_from(["bedrock", "bedrock-mantle", "s3"]))
     path = "/" + "/".join(data.draw(st.lists(segment, min_size=1, max_size=4)))
     assume("/./" not in f"{path}/" and "/../" not in f"{path}/")

@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     made.end()
 
 
-def test_a_prefix_of_photos_becomes_a_classifier_through_bedrock(server: Served) -> None:
+def test_bedrock_job_trains_image_classifier_from_prefix(server: Served) -> None:
     bedrock = server.client("bedrock")
     members: dict[str, Any] = {
         "roleArn": ROLE, "baseModelIdentifier": "luthier.small-cnn",
@@ -104,7 +104,7 @@ def test_zip_upload_trains_image_generator_through_openai_api(server: Served) ->
         assert Image.open(file).size == (32, 32)
 
 
-def test_a_pipeline_from_outside_learns_and_makes_images(
+def test_imported_pipeline_is_trained_and_generates_images(
     server: Served, family_folder: Callable[[str], Path]
 ) -> None:
     source = put(server, family_folder("stable_diffusion"), "sd")

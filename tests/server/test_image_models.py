@@ -197,7 +197,7 @@ def pixels_of(text: str) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.slow
-def test_a_classifier_answers_as_the_sdk_does(server: Server, tmp_path: Path) -> None:
+def test_classifier_predictions_match_sdk(server: Server, tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.png" for n in range(10)]
     for path, image in zip(paths, server.images, strict=False):
         path.write_bytes(png(image))
@@ -234,7 +234,7 @@ def test_autoencoder_predicts_anomalies_and_reconstructs_images(server: Server) 
     assert (status, Image.open(io.BytesIO(picture)).size[0] > 2 * WIDTH) == (200, True)
 
 
-def test_a_base_gives_embeddings_of_images(server: Server) -> None:
+def test_base_returns_image_embeddings(server: Server) -> None:
     images = [text_of(png(server.images[number])) for number in (0, 1, 0)]
     body = {"inputs": [{"image": image} for image in images]}
     status, found = server.post("small-cnn/predictions", body)
@@ -246,7 +246,7 @@ def test_a_base_gives_embeddings_of_images(server: Server) -> None:
 # Making --------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_images_through_every_face(server: Server) -> None:
+def test_same_seed_gives_same_images_on_every_api(server: Server) -> None:
     expected = [each.pixels for each in load(server.stored["gan"]).sample(3, seed=5, label="dog")]
     status, native = server.post("gan/images", {"count": 3, "seed": 5, "label": "dog"})
     assert status == 200
@@ -283,7 +283,7 @@ def test_numbers_are_numbers(server: Server, body: dict[str, Any]) -> None:
     assert status == 400 and next(iter(body)) in str(error)
 
 
-def test_a_value_of_a_series_is_judged(server: Server) -> None:
+def test_series_predictions_match_sdk(server: Server) -> None:
     windows = [[float(n % 7) for n in range(60)], [1, 2, 3, 90.5]]
     expected = load(server.stored["series"]).predict([{"window": each} for each in windows])
     status, body = server.post("series/predictions", {"inputs": [{"window": w} for w in windows]})
@@ -302,7 +302,7 @@ def test_a_value_of_a_series_is_judged(server: Server) -> None:
     assert (status, error["parameter"]) == (400, "model")
 
 
-def test_images_are_counted_and_come_of_each_class_in_turn(server: Server) -> None:
+def test_generated_images_cycle_through_classes(server: Server) -> None:
     _, written = server.tokens("gan")
     status, found = server.post("gan/images", {"count": 4})
     assert [each["label"] for each in found["images"]] == ["cat", "dog", "cat", "dog"]
@@ -317,7 +317,7 @@ def test_images_are_counted_and_come_of_each_class_in_turn(server: Server) -> No
     )
 
 
-def test_a_model_of_diffusion_takes_steps_and_guidance(server: Server) -> None:
+def test_diffusion_model_accepts_steps_and_guidance(server: Server) -> None:
     model = load(server.stored["unet"])
     (expected,) = model.sample(1, seed=3, label="cat", guidance_scale=4.0)
     body = {"seed": 3, "label": "cat", "guidance_scale": 4.0}
@@ -384,7 +384,7 @@ REJECTED: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "parameter"), REJECTED)
-def test_the_native_api_names_the_wrong_parameter(
+def test_native_image_api_names_invalid_parameter(
     server: Server, path: str, body: Any, parameter: str
 ) -> None:
     status, error = server.post(path, body)
@@ -461,7 +461,7 @@ def test_bedrock_image_api_rejects_unsupported_requests(server: Server) -> None:
         )
 
 
-def test_a_model_of_images_writes_no_text_and_embeds_none(server: Server) -> None:
+def test_image_model_rejects_text_requests(server: Server) -> None:
     for model in ("gan", "cnn"):
         with pytest.raises(openai.BadRequestError):
             server.openai.chat.completions.create(

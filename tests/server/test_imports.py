@@ -64,7 +64,7 @@ def imported(server: Served) -> str:
     return arn
 
 
-def test_a_model_from_outside_answers(
+def test_imported_model_generates_text(
     server: Served, imported: str, tiny_llama: Any, tokenizer: Any
 ) -> None:
     bedrock = server.client("bedrock")
@@ -75,7 +75,7 @@ def test_a_model_from_outside_answers(
     assert listed["modelStatus"] == "Active" and listed["customizationType"] == "IMPORTED"
     tags = bedrock.list_tags_for_resource(resourceARN=imported)["tags"]
     assert tags == [{"key": "team", "value": "one"}]
-    # What transformers itself says with the same weights and template, in the same precision.
+    # The text of transformers with the same weights, template and precision.
     text = says(server, deployed(server, "other", imported))
     network = tiny_llama(seed=7, eos_token_id=tokenizer.eos_token_id)
     turns = [{"role": "user", "content": QUESTION[0]["content"][0]["text"]}]  # type: ignore[index]
@@ -154,7 +154,7 @@ def test_repeated_import_with_same_token_is_idempotent(server: Served, imported:
 
 
 @pytest.mark.slow
-def test_a_killed_server_and_a_killed_worker_lose_nothing(server: Served) -> None:
+def test_import_completes_after_killed_server_and_worker(server: Served) -> None:
     arn = create(server, "killed", f"s3://{BUCKET}/same/")
     assert server.process is not None
     found = until(lambda: workers(arn))
@@ -238,7 +238,7 @@ def test_peft_adapter_is_imported_onto_base_model(
         assert answer["modelStatus"] == "Failed" and word in answer["failureMessage"], answer
 
 
-def test_addresses_are_looked_at_at_once(server: Served, tmp_path: Path) -> None:
+def test_import_source_is_checked_immediately(server: Served, tmp_path: Path) -> None:
     for uri in (f"s3://{BUCKET}/none/", "s3://nobodys-bucket/x", f"file://{tmp_path}", "s3://x"):
         with pytest.raises(ClientError, match="ValidationException"):
             create(server, "nowhere", uri)

@@ -35,7 +35,7 @@ def bucket(moto: int, tiny_model_folder: Path) -> Any:
     return s3
 
 
-def test_a_folder_elsewhere_is_listed_and_copied(
+def test_external_folder_is_listed_and_copied(
     moto: int, bucket: Any, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in KEYS.items():

@@ -59,7 +59,7 @@ def test_multi_process_training_matches_single_process(
 
 
 @pytest.mark.slow
-def test_processes_of_jobs_are_refused_with_ray_by_the_name_of_the_variable(tmp_path: Path) -> None:
+def test_ray_runner_rejects_job_processes_option(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "luthier", "serve", "--port", "0", "--job-processes", "2"]
     done = subprocess.run(
         [*command, "--runner", "ray", "--ray-address", "127.0.0.1:1"],

@@ -125,7 +125,7 @@ def test_lambda_grader_rewards_are_in_metrics(server: Served) -> None:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_bad_function_fails_the_job_by_name_and_row(server: Served, name: str) -> None:
+def test_failing_lambda_grader_fails_job(server: Served, name: str) -> None:
     job = ended(server, name)
     assert job["status"] == "Failed" and "outputModelArn" not in job
     for part in FAILURES[name]:

@@ -53,7 +53,7 @@ class Running:
             connection.close()
 
     def survives(self, method: str, path: str, body: Any) -> None:
-        """Every answer is the request's fault, and a whole one."""
+        """Check that the status is below 500 and an error body is JSON."""
         text = None if body is None else json.dumps(body).replace("file-none", self.file).encode()
         status, answer = self.ask(method, path, text)
         assert status < 500, (method, path, text, answer)
@@ -99,7 +99,7 @@ many = settings(
 )  # fmt: skip
 
 
-def test_answers_of_the_native_face_are_as_documented(running: Running) -> None:
+def test_native_responses_match_openapi_document(running: Running) -> None:
     document = json.loads(running.ask("GET", "/api/v1/openapi.json", None)[1])
     asked = [("POST", "/api/v1/jobs", {**JOB, "name": f"told-{n}", "model_name": f"told-{n}"})
              for n in range(2)]  # fmt: skip
@@ -161,24 +161,32 @@ def test_number_out_of_float_range_is_rejected(running: Running) -> None:
 
 @many
 @given(case=broken(OPENAI))
-def test_the_openai_face(running: Running, case: tuple[str, str, Any]) -> None:
+def test_openai_api_survives_malformed_requests(
+    running: Running, case: tuple[str, str, Any]
+) -> None:
     running.survives(*case)
 
 
 @pytest.mark.slow
 @many
 @given(case=broken(RUNTIME))
-def test_the_runtime_of_bedrock(running: Running, case: tuple[str, str, Any]) -> None:
+def test_bedrock_runtime_survives_malformed_requests(
+    running: Running, case: tuple[str, str, Any]
+) -> None:
     running.survives(*case)
 
 
 @many
 @given(case=broken(NATIVE))
-def test_the_native_face(running: Running, case: tuple[str, str, Any]) -> None:
+def test_native_api_survives_malformed_requests(
+    running: Running, case: tuple[str, str, Any]
+) -> None:
     running.survives(*case)
 
 
 @many
 @given(case=broken(control()))
-def test_the_control_plane_of_bedrock(running: Running, case: tuple[str, str, Any]) -> None:
+def test_bedrock_control_plane_survives_malformed_requests(
+    running: Running, case: tuple[str, str, Any]
+) -> None:
     running.survives(*case)

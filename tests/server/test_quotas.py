@@ -102,10 +102,10 @@ def refusal(call: Any, *arguments: Any, **members: Any) -> tuple[str, int, int]:
 QUOTA = ("QuotaExceeded", 403, 0)
 
 
-def test_object_storage_refuses_in_the_words_of_ceph(server: Server) -> None:
+def test_object_storage_quota_error_matches_ceph(server: Server) -> None:
     s3 = server.aws("s3")
     s3.put_object(Bucket="rows", Key="a", Body=b"x" * (15 * MIB))
-    # More than the buffers of a connection hold: it is refused by its length, before it is sent.
+    # Larger than the connection buffers: rejected by its length before the upload.
     assert refusal(s3.put_object, Bucket="rows", Key="b", Body=b"x" * (40 * MIB)) == QUOTA
     assert refusal(s3.put_object, Bucket="rows", Key="b", Body=b"x" * (5 * MIB + 1)) == QUOTA
     s3.put_object(Bucket="rows", Key="a", Body=b"x" * (20 * MIB))
@@ -186,7 +186,7 @@ def test_bedrock_rejects_jobs_and_imports_over_quota(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_usage_is_written_down_by_day_and_model(server: Server) -> None:
+def test_usage_is_recorded_by_day_and_model(server: Server) -> None:
     body = b"x" * 1000
     server.aws("s3").put_object(Bucket="rows", Key="a", Body=body)
     assert server.aws("s3").get_object(Bucket="rows", Key="a")["Body"].read() == body
@@ -221,7 +221,7 @@ def used(server: Server, model: str, requests: int) -> dict[str, Any]:
     deadline, today = time.monotonic() + 20, now().date()
     while True:
         server.service.meter.write()
-        # Not through the service until it is all there: what asks is counted, too.
+        # Read the database: a request to the service would be counted, too.
         with server.service.database.read() as session:
             rows = usage.report(session, today, today, ACCOUNT)
         if sum(row["requests"] for row in rows if row["model"] == model) >= requests:

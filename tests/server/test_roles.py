@@ -161,7 +161,7 @@ def test_boto3_with_a_role(server: Served, role: str, reads: bool) -> None:
     assert developer.get_object(**rows)["Body"].read() == b"x"
 
 
-def test_refusals_are_in_the_audit_log(server: Served) -> None:
+def test_denied_requests_are_in_audit_log(server: Served) -> None:
     key = server.key("invoker")
     server.send("POST", "/v1/files", key, fields={"purpose": "batch", "file": ("a.jsonl", "x")})
     server.send("GET", "/api/v1/jobs", key)

@@ -53,9 +53,7 @@ def job(server: Served, rows: str) -> dict[str, Any]:
     return found
 
 
-def test_a_job_outlives_a_killed_server_and_becomes_a_model(
-    server: Served, job: dict[str, Any]
-) -> None:
+def test_job_completes_after_killed_server(server: Served, job: dict[str, Any]) -> None:
     assert job["status"] == "Completed", job.get("failureMessage")
     keys = [o["Key"] for o in server.client("s3").list_objects_v2(Bucket="training")["Contents"]]
     folder = f"out/model-customization-job-{job['jobArn'].rpartition('/')[2]}/training_artifacts"
@@ -133,7 +131,7 @@ def test_native_job_accepts_recipe_settings(server: Served, rows: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_report_and_an_estimate_are_made_beside_the_server(server: Served, rows: str) -> None:
+def test_inspection_and_estimate_through_server(server: Served, rows: str) -> None:
     status, body = server.ask("POST", "/api/v1/inspections", {"training": rows, "base": "tiny"})
     assert status == 200, body
     assert body["verdict"] in ("passed", "warnings")
@@ -161,7 +159,7 @@ def test_resources_are_hidden_from_foreign_account(server: Served, job: dict[str
     assert server.ask("GET", "/api/v1/jobs/first", account=OTHER)[0] == 404
 
 
-def test_the_log_and_the_audit_hold_no_secret(server: Served, job: dict[str, Any]) -> None:
+def test_log_and_audit_contain_no_secrets(server: Served, job: dict[str, Any]) -> None:
     def luthier(*arguments: str) -> Any:
         return json.loads(server.command(*arguments, "--json").stdout)
 

@@ -54,7 +54,7 @@ def read_request(path: Path) -> tuple[RequestHead, bytes]:
 
 @needs_data("aws4_testsuite")
 @pytest.mark.parametrize("folder", vector_folders(), ids=lambda path: path.name)
-def test_published_vector(folder: Path) -> None:
+def test_published_vector_signature_matches(folder: Path) -> None:
     read = {end: folder / f"{folder.name}.{end}" for end in ("sreq", "creq", "sts", "authz")}
     head, body = read_request(read["sreq"])
     claim = sigv4.parse_claim(head)
@@ -141,7 +141,7 @@ def test_object_storage_signs_the_raw_path(target: str) -> None:
     assert found.signature == header(head, "authorization")[-64:]
 
 
-def test_presigned_requests() -> None:
+def test_presigned_request_expires() -> None:
     head = presigned("GET", "/bucket/key%20x", at=NOW, expires=60)
     assert verified(head, None).payload == "UNSIGNED-PAYLOAD"
     assert verified(head, None, NOW - timedelta(minutes=5)).caller == CALLER
@@ -161,7 +161,7 @@ def test_presigned_for_an_odd_time(expires: str) -> None:
     assert refused(replace(head, query=query), None) == "IncompleteSignature"
 
 
-def test_the_longest_presigned_request() -> None:
+def test_presigned_request_valid_for_seven_days() -> None:
     head = presigned("GET", "/b/k", at=NOW, expires=604_800)
     assert verified(head, None, NOW + timedelta(days=7)).caller == CALLER
 
@@ -169,7 +169,7 @@ def test_the_longest_presigned_request() -> None:
 @pytest.mark.parametrize(
     "name", ["Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature"]
 )
-def test_a_presigned_request_has_each_part_once(name: str) -> None:
+def test_presigned_request_requires_each_parameter_once(name: str) -> None:
     head = presigned("GET", "/b/k", at=NOW)
     part = next(each for each in head.query.split("&") if each.startswith(f"X-Amz-{name}="))
     twice = replace(head, query=f"{head.query}&{part}")
@@ -185,7 +185,7 @@ def test_a_presigned_request_has_each_part_once(name: str) -> None:
     ("service", "minutes", "code"),
     [("bedrock", 5, "InvalidSignature"), ("s3", 15, "RequestTimeTooSkewed")],
 )
-def test_clocks(service: str, minutes: int, code: str) -> None:
+def test_clock_skew_limit_is_enforced(service: str, minutes: int, code: str) -> None:
     head, body = signed(service=service, at=NOW), None if service == "s3" else b""
     for sign in (1, -1):
         edge = timedelta(minutes=minutes)
@@ -193,7 +193,7 @@ def test_clocks(service: str, minutes: int, code: str) -> None:
         assert refused(head, body, NOW + sign * (edge + timedelta(seconds=1))) == code
 
 
-def test_the_scope_is_of_the_day() -> None:
+def test_credential_scope_matches_signing_day() -> None:
     night = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC)
     head = signed(at=night)
     assert verified(head, at=night + timedelta(minutes=2)).caller == CALLER

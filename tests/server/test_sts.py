@@ -60,7 +60,7 @@ def code(call: Callable[..., Any], **arguments: Any) -> str:
     return str(refused.value.response["Error"]["Code"])
 
 
-def test_an_endpoint_alone_is_enough(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sts_works_with_endpoint_url_only(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     found = boto3.Session(**keys_of(ADMIN)).client("sts").get_caller_identity()
@@ -94,7 +94,7 @@ def send(
         return answer.status, answer.read()
 
 
-def test_the_query_protocol(server: Served) -> None:
+def test_sts_query_protocol_returns_xml(server: Served) -> None:
     for method, presign in (("POST", False), ("GET", False), ("GET", True)):
         status, root = plain(server, method, presign=presign, Action="GetCallerIdentity")
         assert (status, root.tag) == (200, f"{NAMESPACE}GetCallerIdentityResponse")
@@ -102,7 +102,7 @@ def test_the_query_protocol(server: Served) -> None:
         assert len(root.findtext(f"{NAMESPACE}ResponseMetadata/{NAMESPACE}RequestId") or "") == 36
 
 
-def test_unknown_actions_are_refused_in_xml(server: Served) -> None:
+def test_unknown_sts_action_returns_xml_error(server: Served) -> None:
     for form in (
         {"Action": "CreateUser"}, {"Action": ""}, {"Action": "<&>"}, {},
         {"Action": "GetSessionToken"},
@@ -163,7 +163,7 @@ def server_environment() -> dict[str, str]:
 
 
 @pytest.mark.skipif(not AWS.exists(), reason="awscli is not installed")
-def test_the_aws_cli(server: Served, tmp_path: Path) -> None:
+def test_aws_cli_with_configured_endpoint(server: Served, tmp_path: Path) -> None:
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws" / "config").write_text(
         f"[default]\nregion = us-east-1\nendpoint_url = {server.url}\n"

@@ -117,7 +117,7 @@ def test_known_templates_and_administrators_need_no_approval(
     assert chat(server, "trusted")[0] == 200
 
 
-def test_an_unknown_template_is_not_run_by_the_import(server: Served, developer: Any) -> None:
+def test_import_does_not_run_unknown_template(server: Served, developer: Any) -> None:
     assert imported(server, developer, "unrun", "refuses")["modelStatus"] == "Active"
     found = imported(server, server.client("bedrock"), "run", "refuses")
     assert found["modelStatus"] == "Failed" and "it ran" in found["failureMessage"]

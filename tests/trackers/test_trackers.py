@@ -88,7 +88,9 @@ def test_failing_tracker_does_not_end_run(
         assert tracker.status == ["finished"]
 
 
-def test_the_end_of_a_run_is_recorded(recorded: Callable[[str], Recorded], tmp_path: Path) -> None:
+def test_tracker_records_end_status_of_run(
+    recorded: Callable[[str], Recorded], tmp_path: Path
+) -> None:
     for error, status in ((Interrupted("x"), "interrupted"), (ValueError("x"), "failed")):
         tracker = recorded("")
         with (
@@ -99,7 +101,7 @@ def test_the_end_of_a_run_is_recorded(recorded: Callable[[str], Recorded], tmp_p
         assert tracker.status == [status]
 
 
-def test_unknown_and_missing_trackers_are_refused(
+def test_unknown_and_missing_trackers_are_rejected(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RecipeError) as refused:
@@ -115,7 +117,7 @@ def test_unknown_and_missing_trackers_are_refused(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's use of SQLAlchemy
 @pytest.mark.parametrize("store", ["files", "database"])
-def test_mlflow(
+def test_mlflow_records_losses_of_run(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
     pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
@@ -169,7 +171,7 @@ def test_mlflow_keeps_the_run_of_a_resumed_training(
     assert [point.step for point in history] == [1, 2]
 
 
-def test_tensorboard(recipe: Callable[..., Recipe]) -> None:
+def test_tensorboard_records_losses_of_run(recipe: Callable[..., Recipe]) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -182,7 +184,7 @@ def test_tensorboard(recipe: Callable[..., Recipe]) -> None:
     assert "recipe/text_summary" in events.Tags()["tensors"]
 
 
-def test_wandb_offline(
+def test_wandb_offline_run_records_losses(
     recipe: Callable[..., Recipe],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -219,7 +221,7 @@ def wandb_losses(file: Path) -> list[float]:
     return found
 
 
-def test_the_command_reports_to_several_trackers(rows: Path, tiny_model_folder: Path) -> None:
+def test_tune_command_accepts_multiple_trackers(rows: Path, tiny_model_folder: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     Answer(
         "tune", str(rows), "--base", str(tiny_model_folder), "--name", "tracked",

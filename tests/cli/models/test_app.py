@@ -136,7 +136,7 @@ def test_list_creates_no_database_and_tolerates_corrupt_database(
     assert MODEL in listed.out and "DatabaseError" in listed.err
 
 
-def test_an_unknown_id_beside_jobs_points_to_their_names(own_home: Path) -> None:
+def test_unknown_id_error_lists_job_models(own_home: Path) -> None:
     folder = own_home / "models" / "custom" / "tiny-llama"
     shutil.copytree(folder / "colours", folder / "job-1")
     record = read_json(folder / "job-1" / MANIFEST)
@@ -225,7 +225,7 @@ def test_failed_pull_leaves_no_files(
     assert unknown.json()["error"]["type"] == "UnknownModel"
 
 
-def test_pull_mends_a_damaged_base(
+def test_pull_repairs_damaged_base(
     tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The download is replaced; tests of the catalogue cover downloads."""
@@ -256,7 +256,7 @@ def test_pull_mends_a_damaged_base(
     )
 
 
-def test_export_merged_gives_the_same_tokens_in_transformers(home: Path, tmp_path: Path) -> None:
+def test_merged_export_generates_same_tokens_in_transformers(home: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "out"
@@ -325,7 +325,7 @@ def test_export_of_luthier_network_names_reader(
         assert "small_cnn" in text and text.endswith("--format onnx\n") == suits
 
 
-def test_export_as_gguf_says_how_llama_cpp_answers(
+def test_gguf_export_prints_llama_cpp_instructions(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ("--format", "gguf", "--quantization", "q8_0")
@@ -369,7 +369,7 @@ def test_remove_deletes_model_and_run(own_home: Path, data: Path) -> None:
     Answer("models", "remove", MODEL).refused()
 
 
-def test_a_model_of_the_service_is_removed_there(own_home: Path) -> None:
+def test_service_model_must_be_unregistered_before_removal(own_home: Path) -> None:
     names = {"name": "support", "foundation": "luthier.tiny-llama", "root": "luthier.tiny-llama"}
     row = CustomModel(
         id="abcdefghijkl", account="000000000000", base_model="", stored_id=MODEL, status="Active",
@@ -384,9 +384,7 @@ def test_a_model_of_the_service_is_removed_there(own_home: Path) -> None:
     Answer("models", "remove", MODEL).good()
 
 
-def test_models_are_removed_where_the_service_is_not_installed(
-    own_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remove_works_without_server_extra(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = find_spec
     monkeypatch.setattr(
         "luthier.cli.models.app.find_spec",
@@ -402,14 +400,14 @@ def test_models_are_removed_where_the_service_is_not_installed(
     ["tiny-llama:", "tiny-llama:.", "tiny-llama:..", "tiny-llama:../..", "tiny-llama:../tiny-llama",
      "tiny-llama", "smollm2-135m-instruct", ":", ":colours", "", "x:colours"],
 )  # fmt: skip
-def test_remove_takes_nothing_else(own_home: Path, model_id: str) -> None:
+def test_remove_of_unknown_id_deletes_nothing(own_home: Path, model_id: str) -> None:
     before = files_in(own_home)
     refused = Answer("models", "remove", model_id).refused()
     assert model_id in refused and MODEL in refused
     assert files_in(own_home) == before
 
 
-def test_an_unknown_id_is_refused_with_the_nearest(own_home: Path) -> None:
+def test_unknown_id_error_suggests_similar_model(own_home: Path) -> None:
     for command in ("remove", "show", "pull", "capabilities"):
         asked = Answer("models", command, "tiny-llama:colour").refused()
         assert f"Did you mean {MODEL}?" in asked

@@ -67,7 +67,7 @@ def test_users_and_roles(database: Database, ann: str) -> None:
     assert admin("users", "list")["users"] == []
 
 
-def test_keys(database: Database, ann: str) -> None:
+def test_access_and_api_keys_are_managed(database: Database, ann: str) -> None:
     access = admin("keys", "create", ann, "--kind", "access")
     api = admin("keys", "create", ann, "--days", "1", "--label", "build")
     with database.read() as session:
@@ -102,9 +102,7 @@ def test_keys(database: Database, ann: str) -> None:
     admin("keys", "disable", "x", code=2)
 
 
-def test_changes_are_in_the_audit_log_and_refusals_change_nothing(
-    database: Database, ann: str
-) -> None:
+def test_admin_changes_are_audited_without_rejected_commands(database: Database, ann: str) -> None:
     made = admin("keys", "create", ann)
     admin("users", "create", ann, code=2)
     listed = run(app, "admin", "audit", "--json")["entries"]
@@ -154,7 +152,7 @@ def test_usage_reports_source_of_limits(database: Database, ann: str) -> None:
     assert "of a server without --limit" in done.stderr
 
 
-def test_tables_for_people(database: Database, ann: str) -> None:
+def test_admin_commands_print_tables(database: Database, ann: str) -> None:
     admin("accounts", "quota", FIRST, "deployments=3")
     assert "sk-" in run(admin_app, "keys", "create", ann)
     assert f"{FIRST}  first" in run(admin_app, "accounts", "list")

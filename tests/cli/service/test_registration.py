@@ -39,7 +39,7 @@ def refused(*arguments: str) -> str:
     return Answer("admin", *arguments).refused()
 
 
-def test_clients_ask_a_model_of_the_command_line(
+def test_registered_cli_model_is_served_to_clients(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = Service(Settings())

@@ -63,7 +63,7 @@ def group() -> CommandGroup:
     return made
 
 
-def test_a_function_is_a_command(group: CommandGroup) -> None:
+def test_function_becomes_command(group: CommandGroup) -> None:
     text = CliRunner().invoke(group, ["add", "--help"]).stdout
     for part in ("The first number.", "--weights <str>", "--negative ", "--name <str>", "--json"):
         assert part in text

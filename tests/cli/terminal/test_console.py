@@ -38,7 +38,7 @@ def acts(text: str) -> set[str]:
     return {char for char in text if not char.isprintable()} - {"\n"}
 
 
-def test_the_audit_log_is_a_line_for_each_entry(database: Database) -> None:
+def test_audit_command_prints_escaped_line_per_entry(database: Database) -> None:
     with database.write() as session:
         append(session, Event("s3:PutObject", f"b/{HOSTILE}\n9 forged", account=FIRST, user="ann"))
     done = CliRunner().invoke(admin_app, ["audit"])
@@ -48,7 +48,7 @@ def test_the_audit_log_is_a_line_for_each_entry(database: Database) -> None:
     assert HOSTILE.replace("\0", "\ufffd") in listed["entries"][0]["resource"]
 
 
-def test_every_way_to_print(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_functions_escape_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     console.note(HOSTILE)
     console.print_text(HOSTILE)
     console.print_json({"value": HOSTILE})
@@ -124,7 +124,9 @@ def test_any_encoding_of_the_terminal_will_do(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: bool) -> None:
+def test_samples_are_printed_escaped(
+    luthier_home: Path, capsys: pytest.CaptureFixture[str], full: bool
+) -> None:
     from luthier.cli.models import samples
 
     folder = luthier_home / "runs" / "tiny" / "one"
@@ -159,7 +161,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_without_a_terminal_a_run_is_a_line_now_and_then(
+def test_progress_lines_without_terminal_are_throttled(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reporter = progress.LiveReporter()
@@ -188,7 +190,7 @@ def test_nothing_to_resume_is_reported_only_with_resume_option(
     assert "interrupted" not in str(job.details)
 
 
-def test_a_line_of_progress_has_the_time_left_and_both_losses(
+def test_progress_line_has_remaining_time_and_losses(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reporter = progress.LiveReporter()
@@ -233,7 +235,7 @@ def test_short_progress_is_not_printed(clock: Clock, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ("  predict 100 of 400, 90 s left\n  predict 400 of 400\n")
 
 
-def test_a_table_is_not_wrapped_in_a_file(
+def test_table_is_not_wrapped_in_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -269,7 +271,7 @@ def test_chosen_settings_are_not_wrapped_in_a_log(capsys: pytest.CaptureFixture[
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_without_colour_nothing_is_bold_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_disables_bold_text(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, escaped in (("", True), ("1", False)):
         monkeypatch.setenv("NO_COLOR", value)
         shown = io.StringIO()

@@ -61,7 +61,7 @@ def test_advise_returns_facts_and_judgements(data: Path, tiny_model_folder: Path
         {"data.validation": Path("held out.jsonl"), "data.long_rows": "drop"},
     ],
 )
-def test_the_command_is_read_back_as_the_same_recipe(fields: dict[str, Any]) -> None:
+def test_printed_command_parses_to_same_recipe(fields: dict[str, Any]) -> None:
     luthier_, tune, data, *rest = shlex.split(command_of("rows.jsonl", fields))
     assert (luthier_, tune, data) == ("luthier", "tune", "rows.jsonl")
     flags = {"--base": "base", "--objective": "objective", "--adaptation": "adaptation"}
@@ -96,7 +96,7 @@ def test_existing_source_accepts_reader_sources(source: str) -> None:
     assert existing_source(source) == source
 
 
-def test_missing_source(tmp_path: Path) -> None:
+def test_missing_source_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         existing_source(str(tmp_path / "none.jsonl"))
     assert refused.value.problems[0].rule == "file.missing"

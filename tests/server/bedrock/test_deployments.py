@@ -55,7 +55,7 @@ def not_asked(service: Service, model_id: str, account: str = ALICE) -> tuple[st
     return caught.value.code, caught.value.message
 
 
-def test_a_deployment_becomes_active(
+def test_deployment_becomes_active_after_loading(
     service: Service, bedrock: Any, model: Callable[..., str]
 ) -> None:
     arn = model()
@@ -210,7 +210,7 @@ def in_service(bedrock: Any, identifier: str) -> None:
     eventually(lambda: provisioned(bedrock, identifier)["status"] == "InService")
 
 
-def test_provisioned_throughput(
+def test_provisioned_throughput_lifecycle(
     service: Service, bedrock: Any, bob: Any, model: Callable[..., str]
 ) -> None:
     arn = model("job-1", customModelName="mine")
@@ -304,7 +304,7 @@ def test_filters_of_provisioned_throughput(bedrock: Any, model: Callable[..., st
     assert names(creationTimeBefore=middle) == ["alpha"]
 
 
-def test_a_name_means_a_deployment_before_a_custom_model(
+def test_deployment_name_takes_precedence_over_model_name(
     service: Service, bedrock: Any, model: Callable[..., str]
 ) -> None:
     first, second = model("job-1", customModelName="prod"), model("job-2", customModelName="new")

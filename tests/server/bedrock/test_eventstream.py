@@ -24,7 +24,7 @@ def test_botocore_decodes_event_stream_frames(headers: dict[str, str], payload: 
     assert (second.headers, second.payload) == ({}, b"next")
 
 
-def test_a_known_message() -> None:
+def test_frame_matches_specification_bytes() -> None:
     """Compare a message with the layout of the specification, byte for byte."""
     parts = ["00000018", "00000006", "dcd1a61f", "016107000162", "7b7d", "f3d78873"]
     assert frame({"a": "b"}, b"{}").hex() == "".join(parts)

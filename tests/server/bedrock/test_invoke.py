@@ -36,7 +36,7 @@ def invoked(runtime_client: Any, **body: Any) -> tuple[dict[str, Any], dict[str,
 
 
 @pytest.mark.slow
-def test_a_raw_prompt(runtime_client: Any) -> None:
+def test_invoke_with_raw_prompt(runtime_client: Any) -> None:
     body = {"prompt": "The quick", "max_gen_len": 12, "temperature": 0}
     found, headers = invoked(runtime_client, **body)
     assert set(found) == {
@@ -89,7 +89,7 @@ def test_invoke_rejects_invalid_json_body(runtime_client: Any) -> None:
             assert refused.value.response["Error"]["Code"] == "ValidationException"
 
 
-def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
+def test_count_tokens_matches_usage(runtime_client: Any) -> None:
     request = said(system=[{"text": "Be kind."}], toolConfig={"tools": [TOOL]})
     used = runtime_client.converse(**request)["usage"]["inputTokens"]
     asked = {name: request[name] for name in ("messages", "system", "toolConfig")}
@@ -117,7 +117,7 @@ def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
         ({"prompt": "a", "seed": 2**63}, "#/seed "),
     ],
 )
-def test_a_malformed_body_names_the_member(body: dict[str, Any], place: str) -> None:
+def test_malformed_body_error_names_member(body: dict[str, Any], place: str) -> None:
     with pytest.raises(Fault) as caught:
         parse_native(PromptBody, body)
     assert caught.value.code == "Validation" and place in caught.value.message
@@ -146,6 +146,6 @@ def test_chat_completion_returns_invoked_model_name(
         handlers["InvokeModel"](replace(asked, body=raw))
 
 
-def test_images_to_embed_are_pointed_to_the_native_face() -> None:
+def test_image_embedding_request_is_rejected() -> None:
     with pytest.raises(Fault, match="inputImage"):
         parse_form(MODEL, {"inputImage": "aGk="}, None)

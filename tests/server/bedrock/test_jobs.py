@@ -98,9 +98,7 @@ def test_job_view_returns_requested_fields(service: Service, bedrock: Any) -> No
     ]
 
 
-def test_without_validation_data_the_answer_says_so(
-    bedrock: Any, submit: Callable[..., str]
-) -> None:
+def test_job_view_without_validation_data(bedrock: Any, submit: Callable[..., str]) -> None:
     job = bedrock.get_model_customization_job(jobIdentifier=submit())
     assert job["validationDataConfig"] == {"validators": []}
     assert "hyperParameters" not in job
@@ -124,7 +122,7 @@ def test_job_without_hyperparameters_shows_chosen_values(
     assert shown[1]["hyperParameters"] == {"epochCount": "6"}
 
 
-def test_a_completed_job_has_a_model_and_losses(
+def test_completed_job_has_model_and_losses(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     validators = [{"s3Uri": "s3://data/v1.jsonl"}, {"s3Uri": "s3://data/v2.jsonl"}]
@@ -149,7 +147,7 @@ def test_nan_loss_is_omitted_from_training_metrics(
     assert job["trainingMetrics"] == {}
 
 
-def test_a_failed_job_says_why_and_gives_the_model_name_back(
+def test_failed_job_reports_cause_and_releases_model_name(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     arn = submit("job-1", customModelName="wanted")
@@ -224,7 +222,7 @@ def test_names_in_use(bedrock: Any, submit: Callable[..., str], bob: Any) -> Non
         ({"jobTags": [{"key": "aws:x", "value": "1"}]}, "aws:"),
     ],
 )
-def test_refused_before_there_is_a_job(bedrock: Any, members: dict[str, Any], text: str) -> None:
+def test_invalid_job_request_is_rejected(bedrock: Any, members: dict[str, Any], text: str) -> None:
     create = bedrock.create_model_customization_job
     code, message = refused(create, **job_members(**members))
     assert code == "ValidationException" and text in message
@@ -251,7 +249,7 @@ def test_job_with_missing_base_model_is_rejected(
 
 
 @pytest.mark.parametrize("by", ["arn", "name"])
-def test_a_job_on_a_custom_model_keeps_the_root(
+def test_job_on_custom_model_preserves_root(
     service: Service, bedrock: Any, model: Callable[..., str], submit: Callable[..., str], by: str
 ) -> None:
     first = model("job-1", customModelName="first")
@@ -275,7 +273,7 @@ def test_distillation_job_records_teacher_model(
     assert recipe["sampling"]["max_tokens"] == 99
 
 
-def test_reinforcement_takes_a_registered_grader(
+def test_reinforcement_requires_registered_grader(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     arn = submit("job-1", **REINFORCEMENT)
@@ -348,7 +346,9 @@ def test_every_hyper_parameter_reaches_the_recipe(
     assert service.job(ALICE, "job-2").recipe["training"]["learning_rate_multiplier"] == 2
 
 
-def test_stop(service: Service, bedrock: Any, submit: Callable[..., str]) -> None:
+def test_stop_of_running_and_ended_jobs(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
     arn = submit()
     for _ in range(2):
         answer = bedrock.stop_model_customization_job(jobIdentifier=arn)
@@ -384,7 +384,7 @@ def test_invalid_job_identifier_is_rejected(bedrock: Any, submit: Callable[..., 
         assert refused(get, jobIdentifier=elsewhere)[0] == "ResourceNotFoundException"
 
 
-def test_filters(service: Service, bedrock: Any, submit: Callable[..., str]) -> None:
+def test_filters_of_job_list(service: Service, bedrock: Any, submit: Callable[..., str]) -> None:
     for name in ("alpha", "Alphabet", "beta"):
         submit(name)
     service.complete(ALICE, "beta")

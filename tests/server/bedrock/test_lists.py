@@ -33,7 +33,7 @@ def page_of(client: Any, **members: Any) -> tuple[list[str], str | None]:
 
 
 @pytest.mark.parametrize("order", ["Ascending", "Descending"])
-def test_nothing_repeats_or_is_lost_between_pages(
+def test_pagination_is_complete_while_jobs_are_created(
     bedrock: Any, submit: Callable[..., str], order: str
 ) -> None:
     for number in range(7):
@@ -54,7 +54,7 @@ def test_nothing_repeats_or_is_lost_between_pages(
         assert seen == [f"job-{each}" for each in range(len(seen))] and len(seen) >= 7
 
 
-def test_filters_hold_on_every_page(bedrock: Any, submit: Callable[..., str]) -> None:
+def test_filters_apply_to_every_page(bedrock: Any, submit: Callable[..., str]) -> None:
     for number in range(6):
         submit(f"{'odd' if number % 2 else 'even'}-{number}")
     names, token = page_of(bedrock, maxResults=2, nameContains="odd")
@@ -62,7 +62,7 @@ def test_filters_hold_on_every_page(bedrock: Any, submit: Callable[..., str]) ->
     assert page_of(bedrock, maxResults=2, nameContains="odd", nextToken=token) == (["odd-1"], None)
 
 
-def test_malformed_tokens_are_refused(bedrock: Any) -> None:
+def test_malformed_next_token_is_rejected(bedrock: Any) -> None:
     for given in ("x", "2026-01-01_x", "2026-13-01T00:00:00+00:00_1"):
         assert refused(bedrock.list_model_customization_jobs, nextToken=given)[0] == (
             "ValidationException"
@@ -80,7 +80,7 @@ def test_next_token_of_different_operation_is_rejected(
     assert page_of(bedrock, maxResults=1, nextToken=token)[0] == ["job-1"]
 
 
-def test_the_same_token_gives_the_same_job(
+def test_repeated_client_token_returns_same_job(
     service: Service, bedrock: Any, bob: Any, database: Any
 ) -> None:
     members = job_members("job-1", clientRequestToken="once")
@@ -155,7 +155,7 @@ def tags_on(client: Any, arn: str) -> dict[str, str]:
     return {tag["key"]: tag["value"] for tag in found}
 
 
-def test_tags(bedrock: Any, bob: Any, resources: list[str]) -> None:
+def test_tags_are_added_and_removed(bedrock: Any, bob: Any, resources: list[str]) -> None:
     for arn in resources:
         assert tags_on(bedrock, arn) == {"made": "yes"}
         given = [{"key": "made", "value": "again"}, {"key": "a b/c", "value": ""}]
@@ -215,7 +215,7 @@ def test_tags_are_deleted_with_model(
     assert code == "ResourceNotFoundException"
 
 
-def test_accounts_have_their_own_tokens(bedrock: Any, bob: Any) -> None:
+def test_client_tokens_are_separate_per_account(bedrock: Any, bob: Any) -> None:
     members = job_members("job-1", clientRequestToken="once")
     first = bedrock.create_model_customization_job(**members)["jobArn"]
     second = bob.create_model_customization_job(**members)["jobArn"]

@@ -30,7 +30,7 @@ IMAGES = ["luthier.small-dcgan", "luthier.small-unet", "luthier.small-vae"]
 OCR, SERIES = "luthier.small-ocr", "luthier.small-window-vae"
 
 
-def test_foundation_models(bedrock: Any, bob: Any) -> None:
+def test_foundation_model_list_has_modalities(bedrock: Any, bob: Any) -> None:
     found = {m["modelId"]: m for m in bedrock.list_foundation_models()["modelSummaries"]}
     assert found.keys() == {BASE, *ENCODERS, *IMAGES, OCR, SERIES}
     assert found[SERIES]["inputModalities"] == found[SERIES]["outputModalities"] == []
@@ -126,7 +126,7 @@ def test_filters_of_custom_models(bedrock: Any, model: Callable[..., str]) -> No
     assert names(creationTimeBefore=middle, sortOrder="Ascending") == ["first"]
 
 
-def test_models_are_ordered_by_their_own_creation(
+def test_custom_models_are_sorted_by_creation(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     for name in ("job-1", "job-2", "job-3"):
@@ -174,7 +174,7 @@ def test_model_files_remain_while_adapter_depends_on_model(
     assert (places / stored.partition(":")[2] / "luthier.json").is_file()
 
 
-def test_a_model_in_use_cannot_be_deleted(
+def test_model_in_use_cannot_be_deleted(
     service: Service, bedrock: Any, model: Callable[..., str], submit: Callable[..., str]
 ) -> None:
     arn = model("job-1")
@@ -206,7 +206,7 @@ def test_model_is_hidden_from_foreign_account(
 SOURCE = {"s3DataSource": {"s3Uri": "s3://data/folder/"}}
 
 
-def test_a_model_from_outside_is_asked_for_once(service: Service, bedrock: Any) -> None:
+def test_repeated_import_token_returns_same_model(service: Service, bedrock: Any) -> None:
     create = bedrock.create_custom_model
     asked: dict[str, Any] = {
         "modelName": "mine", "modelSourceConfig": SOURCE, "clientRequestToken": "token",

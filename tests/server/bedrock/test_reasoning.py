@@ -60,7 +60,7 @@ def test_reasoning_is_a_block_before_the_text(client: Any) -> None:
     assert [[*block] for block in answer["output"]["message"]["content"]] == [["text"]]
 
 
-def test_the_stream_has_the_same_blocks(client: Any) -> None:
+def test_converse_stream_has_same_blocks_as_converse(client: Any) -> None:
     events = streamed(client, **said("sky?", inferenceConfig=LONG))
     whole = client.converse(**said("sky?", inferenceConfig=LONG))
     deltas = [event["contentBlockDelta"] for event in events if "contentBlockDelta" in event]
@@ -82,7 +82,7 @@ def test_the_stream_has_the_same_blocks(client: Any) -> None:
     assert not any("text" in e.get("contentBlockDelta", {}).get("delta", {}) for e in cut)
 
 
-def test_a_call_stands_behind_the_reasoning(client: Any) -> None:
+def test_tool_call_follows_reasoning(client: Any) -> None:
     request = said(CALLS, inferenceConfig=LONG, toolConfig={"tools": [TOOL]})
     thought, call = client.converse(**request)["output"]["message"]["content"]
     assert thought == reasoning(THOUGHT)
@@ -103,7 +103,7 @@ def test_text_after_reasoning_matches_json_schema(client: Any) -> None:
     assert (thought, json.loads(text["text"])["n"]) == (reasoning(THOUGHT), 7)
 
 
-def test_blocks_go_back_as_they_came(client: Any) -> None:
+def test_reasoning_blocks_round_trip(client: Any) -> None:
     came = client.converse(**said("sky?", inferenceConfig=LONG))["output"]["message"]
     asked, more = ({"role": "user", "content": [{"text": t}]} for t in ("sky?", "how many?"))
 
@@ -127,7 +127,7 @@ def test_blocks_go_back_as_they_came(client: Any) -> None:
         client.converse(**{**said(), "messages": turns})
 
 
-def test_amazon_s_own_form(client: Any) -> None:
+def test_invoke_with_converse_body_returns_reasoning(client: Any) -> None:
     """InvokeModel with a body like Converse's."""
     body = {
         "schemaVersion": "messages-v1",

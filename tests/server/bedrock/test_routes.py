@@ -71,7 +71,7 @@ def test_unknown_route_returns_404(service: Service) -> None:
         assert body["message"] and headers["x-amzn-requestid"]
 
 
-def test_operations_without_a_handler_say_so(bedrock: Any) -> None:
+def test_operation_without_handler_returns_validation_error(bedrock: Any) -> None:
     for call in (bedrock.list_guardrails, bedrock.list_prompt_routers):
         with pytest.raises(ClientError) as caught:
             call()
@@ -110,7 +110,7 @@ def test_number_out_of_range_in_a_body(service: Service) -> None:
     assert len(answer["message"]) < 100
 
 
-def test_null_and_nothing_are_absent(service: Service) -> None:
+def test_null_and_empty_body_count_as_absent(service: Service) -> None:
     for body in (b"", b"{}", b'{"resourceARN": null, "unknown": 1}'):
         status, headers, answer = send(service, "POST", "/listTagsForResource", body)
         assert status == 400 and headers["x-amzn-errortype"] == "ValidationException"
@@ -143,7 +143,7 @@ def test_invalid_query_returns_validation_error(service: Service, query: str) ->
     assert status == 400 and headers["x-amzn-errortype"] == "ValidationException"
 
 
-def test_times_at_the_ends_of_the_calendar(service: Service) -> None:
+def test_extreme_timestamps_cause_no_server_error(service: Service) -> None:
     for moment in ("0001-01-01T00:00:00%2B14:00", "9999-12-31T23:59:59.999999Z"):
         for name in ("creationTimeAfter", "creationTimeBefore"):
             status, headers, _ = send(service, "GET", f"/custom-models?{name}={moment}")
@@ -189,7 +189,7 @@ def test_handler_of_unknown_operation_is_rejected(service: Service) -> None:
         bedrock_api(service.control, {"Conversation": lambda call: Response()})
 
 
-def test_statuses_and_details_of_refusals(service: Service) -> None:
+def test_error_statuses_and_details(service: Service) -> None:
     for code, status in (
         ("Conflict", 400),
         ("Throttling", 429),
@@ -210,6 +210,6 @@ def test_statuses_and_details_of_refusals(service: Service) -> None:
     assert json.loads(many.body) == {"message": "text", "resourceName": ARN}  # type: ignore[arg-type]
 
 
-def test_a_large_body_is_refused(service: Service) -> None:
+def test_oversized_body_is_rejected(service: Service) -> None:
     status, _, _ = send(service, "POST", "/tagResource", b" " * 2_000_001)
     assert status == 413

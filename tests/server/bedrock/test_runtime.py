@@ -43,7 +43,7 @@ def test_converse_stream_matches_converse(runtime_client: Any) -> None:
     assert events[-1]["metadata"]["metrics"]["latencyMs"] > 0
 
 
-def test_stop_sequences_end_both_alike(runtime_client: Any) -> None:
+def test_stop_sequence_in_converse_and_stream(runtime_client: Any) -> None:
     whole = text_of(runtime_client.converse(**said()))
     stop = whole[7:10]
     request = said(
@@ -61,7 +61,7 @@ def test_stop_sequences_end_both_alike(runtime_client: Any) -> None:
     assert events[-1]["metadata"]["usage"] == answer["usage"]
 
 
-def test_seeds_and_further_fields(runtime_client: Any) -> None:
+def test_additional_request_fields_are_applied(runtime_client: Any) -> None:
     def text(**further: Any) -> str:
         request = said(
             inferenceConfig={"temperature": 1.0, "topP": 1.0}, additionalModelRequestFields=further
@@ -98,7 +98,7 @@ def formatted(schema: str) -> dict[str, Any]:
     return {"outputConfig": {"textFormat": {"type": "json_schema", "structure": structure}}}
 
 
-def test_answers_match_a_schema(runtime_client: Any) -> None:
+def test_replies_match_json_schema(runtime_client: Any) -> None:
     config = {"maxTokens": 300, "temperature": 1.0}
     for _ in range(5):
         answer = runtime_client.converse(
@@ -112,7 +112,7 @@ def test_answers_match_a_schema(runtime_client: Any) -> None:
         assert refused.value.response["Error"]["Code"] == "ValidationException"
 
 
-def test_answers_match_a_regular_expression(runtime_client: Any) -> None:
+def test_replies_match_regular_expression(runtime_client: Any) -> None:
     def fields(**structured: str) -> dict[str, Any]:
         return {"additionalModelRequestFields": {"structured_outputs": structured}}
 
@@ -126,7 +126,7 @@ def test_answers_match_a_regular_expression(runtime_client: Any) -> None:
 
 
 @pytest.mark.parametrize("choice", [{"any": {}}, {"tool": {"name": "mood"}}])
-def test_tools(runtime_client: Any, choice: dict[str, Any]) -> None:
+def test_tool_call_round_trip(runtime_client: Any, choice: dict[str, Any]) -> None:
     config = {"tools": [TOOL], "toolChoice": choice}
     request = said(toolConfig=config, inferenceConfig={"maxTokens": 200})
     answer = runtime_client.converse(**request)
@@ -241,7 +241,7 @@ def test_invalid_stream_request_returns_plain_error(
         assert message in refused.value.response["Error"]["Message"]
 
 
-def test_an_unknown_model_is_not_found(runtime_client: Any) -> None:
+def test_unknown_model_is_not_found(runtime_client: Any) -> None:
     with pytest.raises(ClientError) as unknown:
         runtime_client.converse(**{**said(), "modelId": "test.unknown"})
     assert unknown.value.response["Error"]["Code"] == "ResourceNotFoundException"
@@ -268,7 +268,7 @@ def test_client_disconnect_stops_decoding(
     assert decoder.idle
 
 
-def test_a_failure_in_mid_stream_is_an_event(
+def test_failure_during_stream_is_an_event(
     runtime_client: Any,
     runtime_pool: ModelPool,
     tiny_model_folder: Path,

@@ -36,7 +36,7 @@ PATTERNS = {
 }
 
 
-def test_a_pattern_of_exponential_time_ends() -> None:
+def test_pattern_match_time_is_bounded() -> None:
     began = time.monotonic()
     assert not matches(PATTERNS["JobName"], "a" + "-" * 61 + "!")
     assert time.monotonic() - began < 10
@@ -61,7 +61,7 @@ def problems(operation: str, **given: object) -> str:
     return caught.value.message
 
 
-def test_places_are_named() -> None:
+def test_validation_error_names_members() -> None:
     tags = [{"key": "a", "value": "b"}, {"key": "a!", "value": None}]
     text = problems("TagResource", resourceARN="short", tags=tags)
     assert text.startswith("3 validation errors detected: Value 'short' at 'resourceARN'")
@@ -75,7 +75,7 @@ def test_long_values_are_cut_in_the_message() -> None:
     assert len(text) < 600 and "Member must have length less than or equal to 2048" in text
 
 
-def test_an_empty_list_of_required_values() -> None:
+def test_missing_required_value_is_reported_as_null() -> None:
     text = problems("CreateProvisionedModelThroughput", provisionedModelName="a", modelUnits=0)
     assert "Value '0' at 'modelUnits'" in text and "Value 'null' at 'modelId'" in text
     assert "Member must have value greater than or equal to 1" in text

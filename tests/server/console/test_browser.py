@@ -110,7 +110,7 @@ def check_quiet(page: Browser) -> None:
 
 
 @pytest.mark.slow
-def test_from_a_file_to_a_model(server: Served, page: Browser, rows: Path) -> None:
+def test_console_trains_model_from_uploaded_file(server: Served, page: Browser, rows: Path) -> None:
     assert page.script("return location.pathname") == "/console/"
     sign_in(page)
     assert page.text("#account").startswith(ONE)
@@ -198,7 +198,7 @@ def test_validation_error_is_shown_at_form_field(server: Served, page: Browser, 
     assert page.script("return window.hit ?? null") is None
 
 
-def test_the_report_of_an_eval_opens_in_a_browser(server: Served, page: Browser) -> None:
+def test_eval_report_opens_in_browser(server: Served, page: Browser) -> None:
     item = {"type": "object", "properties": {"team": {"type": "string"}}}
     check = {
         "type": "string_check", "name": "team", "operation": "eq",
@@ -283,7 +283,7 @@ def test_results_names_and_files_of_the_form_stay(
     check_quiet(page)
 
 
-def test_a_second_model_continues_the_conversation(server: Served, page: Browser) -> None:
+def test_second_model_continues_conversation(server: Served, page: Browser) -> None:
     sign_in(page)
     page.script(ANSWERS)
     page.script("location.hash = arguments[0]", f"#/playground/{BASE}")

@@ -59,7 +59,7 @@ def send(
         return answer.status, found, answer.read()
 
 
-def test_every_file_is_sent_to_everybody_with_strict_headers(server: Served) -> None:
+def test_console_files_are_public_with_strict_headers(server: Served) -> None:
     assert {"index.html", "style.css", "main.js"} <= {*FILES}
     for name in ("", *FILES):
         status, headers, body = send(server, "GET", ROOT + name)
@@ -73,7 +73,7 @@ def test_every_file_is_sent_to_everybody_with_strict_headers(server: Served) -> 
     assert media[f"{ROOT}main.js"] == "text/javascript; charset=utf-8"
 
 
-def test_policy_lets_nothing_in_from_elsewhere() -> None:
+def test_security_policy_allows_only_same_origin() -> None:
     policy = {
         name: {*sources}
         for name, *sources in map(str.split, HEADERS["Content-Security-Policy"].split(";"))
@@ -83,7 +83,7 @@ def test_policy_lets_nothing_in_from_elsewhere() -> None:
     for name, sources in policy.items():
         own = {"'self'", "blob:", "data:"} if name in ("img-src", "media-src") else {"'self'"}
         assert sources == nothing or sources <= own, name
-    # What is not there of these is allowed, whatever the default says.
+    # A missing directive of these allows everything; the default does not apply.
     assert all(policy[name] == nothing for name in ("base-uri", "form-action", "frame-ancestors"))
 
 
@@ -127,7 +127,7 @@ def test_head_returns_headers_of_get(server: Served) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
-def test_files_are_only_read(server: Served, method: str) -> None:
+def test_console_files_reject_write_methods(server: Served, method: str) -> None:
     for path in (ROOT, f"{ROOT}main.js"):
         status, headers, _ = send(server, method, path)
         assert (status, headers["allow"]) == (405, "GET, HEAD")
@@ -147,17 +147,17 @@ def test_unknown_console_path_returns_404(server: Served, path: str) -> None:
     assert b"root:" not in body and path.encode() not in body
 
 
-def test_queries_change_nothing(server: Served) -> None:
+def test_query_string_is_ignored(server: Served) -> None:
     assert send(server, "GET", f"{ROOT}?x=1")[2] == send(server, "GET", ROOT)[2]
 
 
-def test_a_browser_at_the_root_is_sent_to_the_console(server: Served) -> None:
+def test_browser_is_redirected_from_root_to_console(server: Served) -> None:
     for path in ("/", "/console"):
         status, headers, _ = send(server, "GET", path, PAGE)
         assert (status, headers["location"]) == (302, "/console/")
 
 
-def test_clients_of_the_apis_notice_nothing(server: Served) -> None:
+def test_api_clients_are_not_redirected_to_console(server: Served) -> None:
     key = f"Bearer {KEYS[ONE]['api_key']}"
     for headers in ({}, {"Accept": "*/*"}, {"Accept": "application/xml"}):
         assert send(server, "GET", "/", headers)[0] == 403
@@ -181,7 +181,7 @@ def test_clients_of_the_apis_notice_nothing(server: Served) -> None:
     assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_nothing_else_is_open(server: Served) -> None:
+def test_console_opens_no_api_path(server: Served) -> None:
     for path in ("/api/v1/jobs", "/api/v1/whoami", "/v1/models", "/v1/files", "/foundation-models"):
         assert send(server, "GET", path, PAGE)[0] in (401, 403)
 
@@ -284,7 +284,7 @@ def test_upload_purposes_exist_on_server() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OWN if name.endswith((".js", ".html"))])
-def test_data_is_never_parsed_as_code(name: str) -> None:
+def test_scripts_use_no_unsafe_functions(name: str) -> None:
     text = (STATIC / name).read_text("utf-8")
     for bad in (
         r"\.(inner|outer)HTML\b", r"insertAdjacentHTML", r"document\.write", r"\beval\(",
@@ -297,7 +297,7 @@ def test_data_is_never_parsed_as_code(name: str) -> None:
     assert not addresses, "nothing is fetched from elsewhere"
 
 
-def test_the_package_holds_all_files() -> None:
+def test_package_includes_all_console_files() -> None:
     project = PACKAGE.parent.parent / "pyproject.toml"
     patterns = tomllib.loads(project.read_text("utf-8"))["tool"]["setuptools"]["package-data"][
         "luthier"

@@ -188,7 +188,7 @@ def test_abilities_of_third_party_models(
     assert (found.does, found.reads) == (does, reads)
 
 
-def test_a_model_in_a_browser(url: str, root_key: str, tmp_path: Path) -> None:
+def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")
         page.until_text("Sign in", "h1")
@@ -460,7 +460,7 @@ def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) ->
         }  # fmt: skip
 
 
-def test_the_logic_of_the_modules(tmp_path: Path) -> None:
+def test_javascript_modules_pass_node_tests(tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed, by which the console's modules are tested")

@@ -31,7 +31,7 @@ def server() -> Iterator[Server]:
         yield made
 
 
-def test_the_raw_path_reaches_the_face_and_the_query_is_decoded(server: Server) -> None:
+def test_api_receives_raw_path_and_decoded_query(server: Server) -> None:
     status, body = server.ask("POST", "/model/arn%3Aaws%2Fx/echo?a=1%202&a=3&b=", b"hello")
     assert status == 200
     assert body["path"] == "/model/arn%3Aaws%2Fx/echo"
@@ -40,7 +40,7 @@ def test_the_raw_path_reaches_the_face_and_the_query_is_decoded(server: Server) 
 
 
 @pytest.mark.parametrize("path", ["/x/echo", "/v1/echo", "/openai/v1/echo", "/api/v1/echo"])
-def test_every_face_wants_a_key(server: Server, path: str) -> None:
+def test_every_api_requires_key(server: Server, path: str) -> None:
     assert server.ask("POST", path, b"{}")[0] == 200
     assert server.admitted == ["anna"]
     for key in (None, "Bearer bad", "good"):
@@ -54,7 +54,7 @@ def test_unknown_path_is_reported_after_authentication(server: Server) -> None:
     assert server.ask("GET", "/nowhere", key=None)[1]["code"] == "UnrecognizedClient"
 
 
-def test_an_unknown_path_with_a_body_is_an_unknown_path(server: Server) -> None:
+def test_unknown_path_with_body_is_unknown_operation(server: Server) -> None:
     assert server.ask("POST", "/v1/moderations", b"a" * 5000)[1]["code"] == "UnknownOperation"
 
 
@@ -65,18 +65,18 @@ def test_signature_needs_body_but_key_is_checked_first(server: Server) -> None:
     assert server.door.bodies == [b"", b"abc", b"", b""]
 
 
-def test_of_an_unknown_key_no_large_body_is_read(server: Server) -> None:
+def test_large_body_is_not_read_for_unknown_key(server: Server) -> None:
     unknown = HEAD.replace(b"Bearer good", b"AWS4-HMAC-SHA256 Credential=B/20260101/r/bedrock/x")
     for path in (b"/x/large", b"/x/take"):
         start = unknown.replace(b"/x/take", path) % b"" + b"Content-Length: 8000000\r\n\r\n"
         assert b"UnrecognizedClient" in server.raw(start)
-    # Small ones are read with their heads; and what has no length may be large.
+    # Small bodies are read with their heads. A body without length may be large.
     start = unknown % b"" + b"Transfer-Encoding: chunked\r\n\r\n"
     assert b"UnrecognizedClient" in server.raw(start)
     assert server.door.bodies == [b"", b"", b""]
 
 
-def test_values_of_a_body_are_limited_and_texts_are_not() -> None:
+def test_json_value_count_is_limited() -> None:
     def call(body: bytes) -> Request:
         caller = Caller("111111111111", "anna", ("administrator",))
         return Request("r", caller, "POST", "/", {}, {}, body, now())
@@ -89,7 +89,7 @@ def test_values_of_a_body_are_limited_and_texts_are_not() -> None:
         assert refused.value.code == "RequestEntityTooLarge"
 
 
-def test_large_bodies_are_refused_before_they_are_read(server: Server) -> None:
+def test_oversized_body_is_rejected_before_reading(server: Server) -> None:
     status, body = server.ask("POST", "/x/echo", b"a" * 1001)
     assert (status, body["code"]) == (400, "RequestEntityTooLarge")
     chunked = b"POST /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
@@ -244,7 +244,7 @@ def test_request_log_line_omits_secrets(server: Server, caplog: pytest.LogCaptur
     assert "s3cret" not in str(line) and "good" not in str(line) and "body-text" not in str(line)
 
 
-def test_the_audit_log_has_changes_and_refusals(server: Server) -> None:
+def test_audit_log_records_changes_and_denied_requests(server: Server) -> None:
     server.ask("POST", "/x%2Fy/echo")
     server.ask("POST", "/x/deny")
     server.ask("POST", "/x/full")
@@ -284,7 +284,7 @@ SMUGGLED = {
 
 
 @pytest.mark.parametrize("name", SMUGGLED)
-def test_ambiguous_requests_never_become_two(server: Server, name: str) -> None:
+def test_ambiguous_request_is_not_split(server: Server, name: str) -> None:
     first = b"POST /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n" + SMUGGLED[name]
     second = b"GET /smuggled/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n\r\n"
     found = server.raw(first + second)
@@ -312,7 +312,7 @@ def test_signed_s3_request_is_routed_to_object_storage(server: Server) -> None:
     assert server.door.bodies == [None]
 
 
-def test_many_at_once(server: Server) -> None:
+def test_concurrent_requests_succeed(server: Server) -> None:
     found: list[int] = []
     ask = partial(server.ask, "POST", "/x/echo", b"x")
     threads = [threading.Thread(target=lambda: found.append(ask()[0])) for _ in range(50)]
@@ -333,9 +333,9 @@ def test_responses_have_request_id_and_throttling_has_retry_after(
         assert (b"\r\nretry-after: 1\r\n" in found) == (name == b"full")
 
 
-def test_a_head_above_64_kib_is_refused(server: Server) -> None:
+def test_head_above_64_kib_is_rejected(server: Server) -> None:
     large = HEAD.replace(b"/take", b"/echo") % b"" + b"X-Long: " + b"a" * 70_000
     assert b"RequestEntityTooLarge" in server.raw(large + b"\r\n\r\n")
-    # The end of this head never comes.
+    # This head has no end.
     assert b" 200 " not in server.raw(large * 10)
     assert server.door.bodies == []

@@ -47,7 +47,7 @@ def preflight(server: Served, api: str, origin: str) -> tuple[int, dict[str, str
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_a_preflight_of_an_allowed_origin_needs_no_key(server: Served, api: str) -> None:
+def test_preflight_of_allowed_origin_needs_no_key(server: Served, api: str) -> None:
     for origin in (PAGE, OTHER_PAGE):
         status, headers, _ = preflight(server, api, origin)
         assert (status, headers["access-control-allow-origin"]) == (200, origin)
@@ -63,7 +63,7 @@ def test_unlisted_origins_get_no_cors_headers(server: Served) -> None:
         assert status >= 400 and "access-control-allow-origin" not in headers, origin
 
 
-def test_answers_can_be_read_by_allowed_pages_alone(server: Served) -> None:
+def test_only_allowed_origins_can_read_responses(server: Served) -> None:
     key = f"Bearer {KEYS[ONE]['api_key']}"
     for path, authorization, expected in (
         ("/v1/models", key, 200), ("/v1/models", "Bearer wrong", 401), ("/v1/nothing", key, 404),

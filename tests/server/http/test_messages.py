@@ -8,7 +8,7 @@ from luthier.server.http.messages import Fault, RequestHead, check_text, parse_j
 
 
 @pytest.mark.parametrize("text", ["%00", "a%00b", "%FF", "%ED%A0%80"])
-def test_paths_and_queries_are_refused(text: str) -> None:
+def test_invalid_path_and_query_text_is_rejected(text: str) -> None:
     for path, query, place in ((f"/{text}", "", "path"), ("/", f"after={text}", "query")):
         with pytest.raises(Fault) as refused:
             check_text(RequestHead("GET", path, query, [], False))
@@ -26,7 +26,7 @@ def test_number_out_of_range_is_rejected_with_first_digits(number: str) -> None:
 
 
 @pytest.mark.parametrize("body", [rb'{"a": ["\u0000"]}', rb'{"\ud800": 1}', b'"\xff"', b"NaN"])
-def test_json_is_refused(body: bytes) -> None:
+def test_json_with_invalid_text_is_rejected(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"UTF-8|surrogate|character|JSON"):
         parse_json(body)
     assert parse_json(rb'"\ud83d\ude00 \\u0000"') == "\U0001f600 \\u0000"

@@ -34,7 +34,7 @@ def sent(limits: RateLimits, account: str, number: int) -> int:
     return admitted
 
 
-def test_a_burst_and_then_the_rate(database: Database) -> None:
+def test_rate_limit_allows_burst_then_rate(database: Database) -> None:
     clock = Clock()
     limits = RateLimits(database, 10, clock)
     assert sent(limits, FIRST, 50) == 10 * BURST_SECONDS
@@ -51,7 +51,7 @@ def test_accounts_do_not_share_a_bucket(database: Database) -> None:
     assert sent(limits, OTHER, 10) == 2
 
 
-def test_the_quota_of_an_account_counts_at_once(database: Database) -> None:
+def test_account_rate_quota_applies_immediately(database: Database) -> None:
     clock = Clock()
     limits = RateLimits(database, None, clock)
     with database.write() as session:
@@ -81,7 +81,7 @@ def test_slow_rate_limit_reports_retry_after(database: Database) -> None:
     assert sent(limits, FIRST, 3) == 1
 
 
-def test_threads_take_no_token_twice(database: Database) -> None:
+def test_rate_limit_is_exact_across_threads(database: Database) -> None:
     limits = RateLimits(database, 100, Clock())
     found: list[int] = []
     threads = [

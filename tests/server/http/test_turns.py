@@ -167,7 +167,7 @@ def test_long_requests_do_not_block_second_account(api: Slow, place: str) -> Non
         assert {each.result()[0] for each in busy} == {200}
 
 
-def test_streams_beyond_the_share_of_an_account_are_refused(api: Slow, place: str) -> None:
+def test_streams_beyond_account_share_are_throttled(api: Slow, place: str) -> None:
     most = LIMITS.share_of(LIMITS.streams)
     with ThreadPoolExecutor(most + 1) as pool:
         busy = [pool.submit(ask, place, BUSY, "/stream") for _ in range(most + 1)]

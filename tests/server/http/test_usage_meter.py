@@ -118,7 +118,7 @@ def usage_of(service: Service) -> Usage:
     return total
 
 
-def test_reads_of_the_console_are_no_requests_of_the_account(luthier_home: Path) -> None:
+def test_console_reads_are_not_counted_as_requests(luthier_home: Path) -> None:
     service = Service(Settings(work=False))
     assert service.issued is not None
     own = {"Authorization": f"Bearer {service.issued.api_key}"}

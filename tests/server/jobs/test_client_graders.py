@@ -34,7 +34,7 @@ def test_unsafe_client_graders_are_rejected(fields: Any) -> None:
         check_client_grader(fields)
 
 
-def test_graders_of_texts_are_taken_as_they_are() -> None:
+def test_text_graders_are_accepted_unchanged() -> None:
     mixed = {"method": "mix", "parts": {"a": {"method": "exact"}, "b": {"method": "number"}}}
     assert check_client_grader(mixed) == mixed
     assert check_client_grader("exact") == {"method": "exact"}

@@ -27,7 +27,7 @@ COMMAND = "import typer; from luthier.cli.service.worker import worker; typer.ru
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_the_command_does_a_job(queue: Any) -> None:
+def test_worker_command_runs_job(queue: Any) -> None:
     training = [queue.stored("rows.jsonl", queue.pairs())]
     inside = queue.submit("inside", training=training, output="s3://rows/out/", steps=2)
     refused = queue.submit("outside", training=["s3://none/rows.jsonl"], steps=2)

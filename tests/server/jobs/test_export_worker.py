@@ -175,7 +175,7 @@ def kill() -> None:
     raise Killed
 
 
-def test_after_a_kill_the_next_worker_makes_the_export_whole(
+def test_export_completes_after_killed_worker(
     database: Database, model: CustomModel, luthier_home: Path, tmp_path: Path
 ) -> None:
     made = submit(database)
@@ -238,7 +238,7 @@ def test_failed_export_reports_cause_and_leaves_no_files(
     assert objects(database, tmp_path / "found") == {} and left(luthier_home) == []
 
 
-def test_a_lost_lease_ends_the_process_without_a_word_to_the_row(
+def test_export_worker_without_lease_leaves_row_unchanged(
     database: Database, model: CustomModel
 ) -> None:
     made = submit(database)

@@ -102,7 +102,7 @@ def test_prompts_are_enough_for_distillation_and_rewards(queue: Any) -> None:
     assert refusal(queue, rows, customization_type=kind, grader=grader) is None
 
 
-def test_rows_of_an_image_model_are_left_to_the_job(queue: Any) -> None:
+def test_image_rows_are_not_checked_at_submission(queue: Any) -> None:
     from luthier.server.tables.foundation import foundation_model
 
     rows = {"a.csv": b"image,label\nmissing.png,cat\n" * 3}

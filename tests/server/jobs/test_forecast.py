@@ -87,7 +87,7 @@ def test_start_after_jobs_of_unknown_duration_is_unknown(database: Database) -> 
     [(None, {}), (SOON, {"state": STOPPING}), (now() - timedelta(minutes=1), {})],
     ids=["no estimate", "stopping", "estimate passed"],
 )
-def test_start_without_a_later_end_is_unknown(
+def test_expected_start_is_unknown_without_later_end(
     database: Database, finish: datetime | None, fields: dict[str, Any]
 ) -> None:
     run(database, "running", finish, cores=4, **fields)
@@ -95,7 +95,7 @@ def test_start_without_a_later_end_is_unknown(
     assert places(database) == {waiting: QueuePlace(1)}
 
 
-def test_small_jobs_overtake_large_jobs_until_patience_ends(database: Database) -> None:
+def test_small_jobs_overtake_large_jobs_within_patience(database: Database) -> None:
     within, beyond = now() + PATIENCE / 2, now() + 2 * PATIENCE
     run(database, "first", within, memory=5)
     run(database, "second", beyond, memory=5)

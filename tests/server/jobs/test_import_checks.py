@@ -89,7 +89,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_configuration_is_rejected(name: str, tmp_path: Path) -> None:
+def test_hostile_configuration_is_rejected(name: str, tmp_path: Path) -> None:
     config, rule = HOSTILE[name]
     if name == "depth":
         for _ in range(900):
@@ -114,7 +114,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("family", ACCEPTED)
-def test_networks_of_images_and_sounds_are_tried_as_they_are_served(
+def test_imported_media_networks_pass_trial_inference(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     found = accept_network(family_folder(family), "imported:x").manifest

@@ -36,7 +36,7 @@ def begun(database: Database, folder: Path) -> tuple[ImportWorker, ModelImport]:
     return ImportWorker(database, locations, found.id, lease), found
 
 
-def test_memory_is_asked_for_before_any_weights_come(
+def test_memory_is_reserved_before_weight_download(
     luthier_home: Path, tiny_model_folder: Path, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, found = begun(database, tiny_model_folder)

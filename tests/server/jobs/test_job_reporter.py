@@ -26,7 +26,7 @@ def test_validation_scores_are_reported_next_to_training_scores() -> None:
     assert "accuracy" not in measured and (trained | measured)["accuracy"] == 0.75
 
 
-def test_a_reward_is_called_a_reward() -> None:
+def test_reward_is_reported_as_reward() -> None:
     held = {"event": "validation", "step": 2, "loss": -0.2, "reward": 0.2, "measure": "reward"}
     ((message, data),) = events(held)
     assert message == "Step 2/10: validation reward 0.2000"
@@ -45,7 +45,7 @@ def test_settings_of_each_stage_stay() -> None:
     }  # fmt: skip
 
 
-def test_start_of_a_refit_is_a_detail_without_an_event() -> None:
+def test_refit_start_is_stored_without_event() -> None:
     reporter = JobReporter(Job(id="j", details={}), str)
     reporter.metrics(without_rows({"event": "refit", "step": 8, "row_count": 1200}), 20)
     pending = reporter.drain()

@@ -90,7 +90,7 @@ EXPECTED = [("cat", 10), ("dog", 20), ("dog", 30)]
 
 
 @pytest.mark.parametrize("api", ["bedrock", "openai", "native"])
-def test_a_prefix_with_a_folder_for_each_class(bucket: Bucket, api: str) -> None:
+def test_prefix_with_class_folders_is_labelled(bucket: Bucket, api: str) -> None:
     for key, value in (("cat/1.png", 10), ("dog/1.png", 20), ("dog/2.png", 30)):
         bucket.put(f"photos/{key}", png(value))
     bucket.put("photos/.hidden/x.png", b"no image")
@@ -110,7 +110,7 @@ def test_image_prefix_rejects_unsupported_files(bucket: Bucket) -> None:
         bucket.locations.check(ONE, "s3://data/photos/")
 
 
-def test_archives_and_arrays_whatever_they_are_called(bucket: Bucket) -> None:
+def test_archives_and_arrays_are_detected_by_content(bucket: Bucket) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         for name, value in (("cat/1.png", 10), ("dog/1.png", 20), ("dog/2.png", 30)):
@@ -118,7 +118,7 @@ def test_archives_and_arrays_whatever_they_are_called(bucket: Bucket) -> None:
     arrays = io.BytesIO()
     images = np.stack([np.full((8, 8), value, np.uint8) for _, value in EXPECTED])
     np.savez(arrays, images=images, labels=np.array([label for label, _ in EXPECTED]))
-    # The last two are called as uploads of OpenAI's clients are: by an id.
+    # The last two keys are ids, like uploads of OpenAI clients.
     for number, (key, body) in enumerate(
         (("a.zip", archive), ("a.npz", arrays), ("file-1", archive), ("file-2", arrays))
     ):
@@ -161,7 +161,7 @@ def test_rows_reference_images_by_path_and_address(bucket: Bucket) -> None:
     assert labels(_fresh(bucket).fetch("s3://data/set/table.csv", "native")) == [("cat", 10)]
 
 
-def test_tables_below_a_prefix_are_called_by_their_own_addresses(bucket: Bucket) -> None:
+def test_tables_below_prefix_are_shown_by_address(bucket: Bucket) -> None:
     for number, (name, value) in enumerate(EXPECTED):
         bucket.put(f"set/{number}/a.png", png(value))
         bucket.rows(f"set/{number}/rows.jsonl", {"image": "a.png", "label": name})
@@ -217,7 +217,9 @@ def test_keys_invalid_as_paths_are_rejected(bucket: Bucket) -> None:
             bucket.fetch(f"s3://data/{number}/")
 
 
-def test_more_than_can_be_looked_at(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_media_file_and_byte_limits_are_enforced(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(4):
         bucket.put(f"many/{number}.png", png(number))
     monkeypatch.setattr("luthier.server.stores.locations.MOST_MEDIA_FILES", 3)
@@ -244,7 +246,7 @@ def test_image_bases_accept_tables_on_openai_api(bucket: Bucket, base: str) -> N
     assert isinstance(row, CaptionedImage) and int(read_pixels(row.media)[0, 0, 0]) == 10
 
 
-def test_a_base_of_texts_takes_json_lines_alone(
+def test_text_base_accepts_only_json_lines(
     bucket: Bucket, tiny_model_folder: Path, luthier_home: Path
 ) -> None:
     bucket.put("rows.csv", b"prompt,completion\na,b\n")
@@ -275,7 +277,7 @@ def test_default_objective_of_specialized_base(base: str, method: str | None) ->
     assert (objective and objective.method) == method
 
 
-def test_a_base_of_texts_is_not_said_to_want_folders_rewritten(tmp_path: Path) -> None:
+def test_media_folder_problem_for_text_base(tmp_path: Path) -> None:
     (tmp_path / "train/00/00001").mkdir(parents=True)
     (problem,) = format_problems(tmp_path / "train/00/00001", "s3://b/photos/")
     assert (problem.rule, problem.file) == ("media.base", "s3://b/photos/")

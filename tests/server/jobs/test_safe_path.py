@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def test_workers_inspections_and_estimates_import_nothing_from_there(
+def test_subprocesses_import_no_modules_from_working_folder(
     queue: Any, folder: Path, tmp_path: Path, tiny_base: str
 ) -> None:
     job_id = queue.submit(steps=2, training=[queue.stored("rows.jsonl", queue.pairs())])
@@ -62,7 +62,7 @@ def test_workers_inspections_and_estimates_import_nothing_from_there(
     assert not (tmp_path / "imported").exists()
 
 
-def test_processes_of_multiprocessing_neither(
+def test_multiprocessing_imports_no_modules_from_working_folder(
     queue: Any, folder: Path, tmp_path: Path, tiny_base: str
 ) -> None:
     rows = queue.file("rows.jsonl", queue.pairs(3000)).removeprefix("file://")
@@ -75,7 +75,9 @@ def test_processes_of_multiprocessing_neither(
     assert not (tmp_path / "imported").exists()
 
 
-def test_the_module_typed_there_neither(folder: Path, tmp_path: Path, queue: Any) -> None:
+def test_module_command_imports_no_modules_from_working_folder(
+    folder: Path, tmp_path: Path, queue: Any
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "luthier", "--version"], capture_output=True, text=True
     )

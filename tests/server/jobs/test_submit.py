@@ -58,7 +58,7 @@ def test_submit_creates_job_and_reserves_model_name(queue: Any) -> None:
         ({"settings": {"data": {"validation_share": 0.3}}}, 0.3, []),
     ],
 )
-def test_jobs_without_validation_data_hold_out_rows(
+def test_validation_share_of_job_without_validation_data(
     queue: Any, fields: dict[str, Any], share: float | None, events: list[str]
 ) -> None:
     job = put(queue, "one", **fields)
@@ -68,7 +68,7 @@ def test_jobs_without_validation_data_hold_out_rows(
     assert [each.message for each in recorded] == events
 
 
-def test_names_are_taken_in_their_account_only(queue: Any) -> None:
+def test_job_and_model_names_are_unique_per_account(queue: Any) -> None:
     first = put(queue, "one", model_name="model")
     put(queue, "one", model_name="model", account=OTHER)
     with pytest.raises(NameInUse) as caught:
@@ -115,7 +115,7 @@ def test_model_quota_counts_reserved_models(queue: Any) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_the_objective_follows_the_type(queue: Any) -> None:
+def test_customization_type_selects_objective(queue: Any) -> None:
     grader = {"method": "regex", "pattern": "x"}
     base = queue.submission().base
     tuned = put(queue, "a")
@@ -201,7 +201,7 @@ def taken(queue: Any) -> list[str]:
     return names
 
 
-def test_accounts_take_turns(queue: Any) -> None:
+def test_queue_alternates_between_accounts(queue: Any) -> None:
     """Two jobs of an account wait for at most one job each of a queue of five."""
     for number in range(5):
         put(queue, f"mine-{number}")
@@ -227,7 +227,7 @@ def test_queue_interleaves_jobs_of_accounts_fairly(queue: Any) -> None:
     assert taken(queue) == ["theirs-0", "mine-2", "theirs-1", "mine-3"]
 
 
-def test_all_of_a_base_of_random_weights_learns_unless_something_else_is_asked_for(
+def test_base_with_random_weights_defaults_to_full_training(
     queue: Any,
 ) -> None:
     made = foundation_model("luthier.fasttext")

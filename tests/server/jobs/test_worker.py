@@ -121,9 +121,7 @@ def check_events(queue: Any, job_id: str, steps: int) -> None:
 
 
 @sqlite
-def test_bad_rows_fail_the_job_with_the_line_and_leave_nothing(
-    queue: Any, luthier_home: Path
-) -> None:
+def test_invalid_rows_fail_job_and_leave_no_files(queue: Any, luthier_home: Path) -> None:
     rows = [*queue.pairs(4), '{"prompt": "no completion"', *queue.pairs(2)]
     address = queue.file("bad.jsonl", rows)
     job_id = queue.submit(training=[address])
@@ -133,11 +131,11 @@ def test_bad_rows_fail_the_job_with_the_line_and_leave_nothing(
     assert f"{address}:5: [json." in job.failure
     assert str(luthier_home) not in job.failure
     assert models(queue) == [] and files(luthier_home, job_id) == []
-    # The name of the model is free, that of the job is not.
+    # The name of the model is free; the name of the job is not.
     assert queue.submit("two", model_name="one")
 
 
-def test_a_stopped_job_leaves_nothing(queue: Any, luthier_home: Path) -> None:
+def test_stopped_job_leaves_no_files(queue: Any, luthier_home: Path) -> None:
     job_id = queue.submit(steps=500)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     queue.until(job_id, running())
@@ -150,7 +148,7 @@ def test_a_stopped_job_leaves_nothing(queue: Any, luthier_home: Path) -> None:
 
 
 @sqlite
-def test_pause_and_resume_give_the_bits_of_an_unbroken_run(queue: Any) -> None:
+def test_paused_job_resumes_to_identical_weights(queue: Any) -> None:
     whole = queue.submit("whole", steps=30)
     broken = queue.submit("broken", steps=30)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
@@ -260,9 +258,9 @@ def test_each_type_of_customization(queue: Any, command: str) -> None:
 
 @pytest.mark.slow
 @sqlite
-def test_a_model_made_here_teaches_and_is_tuned_further(queue: Any, luthier_home: Path) -> None:
+def test_custom_model_serves_as_teacher_and_base(queue: Any, luthier_home: Path) -> None:
     queue.scheduler()
-    # So many passes that it stops where the rows do: what is cut off teaches nothing.
+    # Enough epochs to end replies as the rows do: truncated replies are not used.
     rows = [{"prompt": f"Say {n}", "completion": f"{n}"} for n in range(8)]
     queue.ended(queue.submit("teacher", training=[queue.file("few.jsonl", rows)], steps=150))
     (teacher,) = models(queue)

@@ -120,7 +120,7 @@ def actions(service: Service) -> list[str]:
         return [each.action for each in found if each.action.endswith("Model")]
 
 
-def test_a_model_is_loaded_and_unloaded(service: Service, call: Callable[..., Any]) -> None:
+def test_model_load_and_unload(service: Service, call: Callable[..., Any]) -> None:
     assert call("GET", "loaded-models") == {"models": []}
     made = call("POST", "models/support/load")
     assert (made["loaded"], made["base"], made["requests"]) == (True, BASE, 0)

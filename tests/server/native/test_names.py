@@ -79,7 +79,7 @@ def test_model_names_resolve_on_native_api(context: Context, arn: str) -> None:
         assert isinstance(found, CustomModel) and found.id == own_id
 
 
-def test_an_id_comes_before_a_name(context: Context, arn: str) -> None:
+def test_model_id_takes_precedence_over_name(context: Context, arn: str) -> None:
     with context.database.write() as session:
         first = session.query(CustomModel).one()
         asked = Submission(
@@ -143,7 +143,7 @@ def test_job_deletion_requires_deleted_model(kept: Kept) -> None:
     assert refused(ask(kept.context, "GET", path)) == "ResourceNotFound"
 
 
-def test_a_model_in_use_is_not_deleted(kept: Kept) -> None:
+def test_model_in_use_is_not_deleted(kept: Kept) -> None:
     asked = Submission(
         ACCOUNT, "native", "next", "further", "FINE_TUNING", foundation_model("smollm2-135m-instruct"),
         ["s3://a/b"],
@@ -155,7 +155,7 @@ def test_a_model_in_use_is_not_deleted(kept: Kept) -> None:
     assert "model" in kept.models()
 
 
-def test_an_export_is_created_read_stopped_and_listed(context: Context, arn: str) -> None:
+def test_export_lifecycle_on_native_api(context: Context, arn: str) -> None:
     with context.database.write() as session:
         session.execute(update(CustomModel).values(status=ACTIVE, stored_id="tiny:model"))
     context.locations.check_writable = lambda account, uri: None  # type: ignore[method-assign]

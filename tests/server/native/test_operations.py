@@ -63,7 +63,7 @@ def test_wrong_method_returns_allow_header(client: TestClient) -> None:
 @pytest.mark.parametrize(
     "path", ["/api/v1/nothing", "/api/v1/jobs/a/b/c", "/api/v1/jobs/", "/api/"]
 )
-def test_an_unknown_path_is_an_unknown_operation(client: TestClient, path: str) -> None:
+def test_unknown_path_is_unknown_operation(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 404 and answer.headers["x-request-id"]
     assert answer.json()["error"]["code"] == "UnknownOperation"
@@ -131,7 +131,7 @@ def test_error_messages_contain_no_pydantic_wording(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "other=1"])
-def test_the_query_is_checked_too(client: TestClient, query: str) -> None:
+def test_invalid_query_names_parameter(client: TestClient, query: str) -> None:
     name = query.partition("=")[0]
     assert refused(client.get(f"/api/v1/jobs?{query}"))["parameter"] == name
 
@@ -143,7 +143,7 @@ def test_faults_have_their_status() -> None:
     assert list(statuses.values()) == [403, 404, 409, 401, 500, 400]
 
 
-def test_the_document_describes_every_operation(client: TestClient) -> None:
+def test_native_openapi_document_describes_jobs(client: TestClient) -> None:
     api = client.get("/api/v1/openapi.json").json()
     assert api["openapi"].startswith("3.1")
     methods = api["paths"]["/api/v1/jobs"]

@@ -10,7 +10,7 @@ import pytest
 from luthier.server.native import reports
 
 
-def test_the_process_of_a_report_has_no_secrets(
+def test_report_process_environment_has_no_secrets(
     luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "program"

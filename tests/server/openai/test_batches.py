@@ -112,7 +112,9 @@ def test_batch_of_embeddings_and_completions(
 
 
 @pytest.mark.slow
-def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, service: Any) -> None:
+def test_batches_alternate_between_accounts(
+    client: openai.OpenAI, other: openai.OpenAI, service: Any
+) -> None:
     mine = [created(client, [line(n)]).id for n in range(3)]
     theirs = created(other, [line(1)]).id
     order = []
@@ -147,7 +149,7 @@ def test_long_batch_yields_to_second_account(
 
 
 @pytest.mark.slow
-def test_a_file_is_written_page_by_page(
+def test_output_file_is_written_in_pages(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "PAGE", 2)
@@ -191,7 +193,9 @@ def test_invalid_input_file_fails_batch(client: openai.OpenAI, service: Any) -> 
         assert batch.output_file_id is None
 
 
-def test_a_killed_server_answers_no_line_twice(client: openai.OpenAI, service: Any) -> None:
+def test_batch_resumes_after_kill_without_repeated_lines(
+    client: openai.OpenAI, service: Any
+) -> None:
     made = created(client, [line(number) for number in range(3 * AT_ONCE)])
     answered: list[Any] = []
 
@@ -230,7 +234,7 @@ def test_a_killed_server_answers_no_line_twice(client: openai.OpenAI, service: A
     assert not second.run_once()
 
 
-def test_a_held_batch_is_left_alone(client: openai.OpenAI, service: Any) -> None:
+def test_leased_batch_is_not_claimed(client: openai.OpenAI, service: Any) -> None:
     created(client, [line(1)])
     with service.database.write() as session:
         assert queue.claim_next(session, store.Batch, "another server") is not None
@@ -308,9 +312,7 @@ def test_cancelled_batch_returns_completed_lines(client: openai.OpenAI, service:
         client.batches.cancel(made.id)
 
 
-def test_lines_in_hand_are_given_up_where_their_batch_is_cancelled(
-    client: openai.OpenAI, service: Any
-) -> None:
+def test_running_lines_are_cancelled_with_batch(client: openai.OpenAI, service: Any) -> None:
     made = created(client, [line(number) for number in range(2 * AT_ONCE)])
     begun, given_up = threading.Barrier(AT_ONCE + 1), []
 
@@ -333,7 +335,7 @@ def test_lines_in_hand_are_given_up_where_their_batch_is_cancelled(
     runner.close()
     assert batch.status == "cancelled" and given_up == [True] * AT_ONCE
     assert [each["custom_id"] for each in lines_of(client, batch.output_file_id)] == ["r0"]
-    assert batch.error_file_id is None  # a line that was not answered is no failure
+    assert batch.error_file_id is None  # an unanswered line is no failure
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_batch_lines_use_current_role_of_user(
         assert result["response"]["body"]["error"]["type"] == "permission_error"
 
 
-def test_lists_tenants_and_refusals(client: openai.OpenAI, other: openai.OpenAI) -> None:
+def test_batch_lists_and_invalid_requests(client: openai.OpenAI, other: openai.OpenAI) -> None:
     made = [created(client, [line(1)]).id for _ in range(3)]
     assert [each.id for each in client.batches.list(limit=2)] == made[::-1]
     assert not list(other.batches.list())

@@ -19,7 +19,7 @@ def chat(client: openai.OpenAI, **changes: Any) -> Any:
     return client.chat.completions.create(**fields)
 
 
-def test_an_answer(client: openai.OpenAI) -> None:
+def test_chat_completion_has_message_and_usage(client: openai.OpenAI) -> None:
     made = chat(client)
     assert made.id.startswith("chatcmpl-")
     assert (made.object, made.model) == ("chat.completion", "tiny")
@@ -43,7 +43,7 @@ def test_templates_of_clients_are_not_run(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
+def test_stream_matches_completion_text(client: openai.OpenAI) -> None:
     whole = chat(client, n=2, max_completion_tokens=12, max_tokens=None)
     chunks = list(
         chat(
@@ -84,7 +84,7 @@ def test_abandoned_chat_stream_releases_model(client: openai.OpenAI, service: An
 
 
 @pytest.mark.slow
-def test_seeds(client: openai.OpenAI) -> None:
+def test_seed_reproduces_samples(client: openai.OpenAI) -> None:
     def drawn(**changes: Any) -> list[str]:
         made = chat(client, temperature=1.5, n=3, max_tokens=12, **changes)
         return [choice.message.content for choice in made.choices]
@@ -96,7 +96,7 @@ def test_seeds(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_stops(client: openai.OpenAI) -> None:
+def test_stop_strings_end_reply(client: openai.OpenAI) -> None:
     text = chat(client, max_tokens=16).choices[0].message.content
     mark = text[5:8]
     cut = chat(client, max_tokens=16, stop=mark).choices[0]
@@ -105,7 +105,7 @@ def test_stops(client: openai.OpenAI) -> None:
     assert chat(client, max_tokens=16, stop=["never there", mark]).choices[0] == cut
 
 
-def test_logprobs(client: openai.OpenAI) -> None:
+def test_chat_logprobs_match_stream(client: openai.OpenAI) -> None:
     made = chat(client, logprobs=True, top_logprobs=3)
     content = made.choices[0].logprobs.content
     assert len(content) == made.usage.completion_tokens
@@ -357,13 +357,13 @@ def test_invalid_chat_request_names_parameter(client: openai.OpenAI) -> None:
         assert refused.value.type == "invalid_request_error"
 
 
-def test_a_missing_member(client: openai.OpenAI) -> None:
+def test_missing_messages_parameter_is_rejected(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.post("/chat/completions", body={"model": "tiny"}, cast_to=object)
     assert (refused.value.param, refused.value.code) == ("messages", "missing_required_parameter")
 
 
-def test_a_prompt_beyond_the_context(client: openai.OpenAI) -> None:
+def test_prompt_beyond_context_is_rejected(client: openai.OpenAI) -> None:
     long = [{"role": "user", "content": "The quick brown fox. " * 400}]
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:
@@ -422,7 +422,7 @@ def test_no_stop_before_min_tokens(client: openai.OpenAI, tokenizer: Any) -> Non
 @pytest.mark.parametrize(
     "model", ["gpt-4o", "ft:tiny:org-1:a:b:ckpt-step-24", "arn:aws:bedrock:a", "../tiny"]
 )
-def test_an_unknown_model(client: openai.OpenAI, model: str) -> None:
+def test_unknown_chat_model_is_rejected(client: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         chat(client, model=model)
     assert refused.value.code == "model_not_found"

@@ -15,7 +15,7 @@ def complete(client: openai.OpenAI, **changes: Any) -> Any:
     return client.completions.create(**fields)
 
 
-def test_a_text_is_continued_without_a_template(client: openai.OpenAI) -> None:
+def test_completion_uses_no_chat_template(client: openai.OpenAI) -> None:
     made = complete(client)
     assert made.object == "text_completion"
     assert made.id.startswith("cmpl-")
@@ -37,7 +37,7 @@ def test_no_stop_before_min_tokens(client: openai.OpenAI, tokenizer: Any) -> Non
     assert refused.value.param == "min_tokens"
 
 
-def test_several_prompts_with_several_answers_each(client: openai.OpenAI) -> None:
+def test_multiple_prompts_with_multiple_choices(client: openai.OpenAI) -> None:
     prompts = ["The quick", "What is the", "My card"]
     made = complete(client, prompt=prompts, n=2, temperature=1, seed=3)
     assert [choice.index for choice in made.choices] == list(range(6))
@@ -74,7 +74,7 @@ def test_streams_with_echo(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_logprobs(client: openai.OpenAI) -> None:
+def test_completion_logprobs_match_stream(client: openai.OpenAI) -> None:
     made = complete(client, logprobs=2)
     scores = made.choices[0].logprobs
     assert len(scores.tokens) == len(scores.token_logprobs) == len(scores.text_offset) == 6

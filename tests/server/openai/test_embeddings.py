@@ -65,7 +65,7 @@ def test_generative_model_is_rejected_for_embeddings(client: openai.OpenAI, tiny
     assert refused.value.param == "model"
 
 
-def test_an_unknown_model(client: openai.OpenAI) -> None:
+def test_unknown_embedding_model_is_rejected(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         embed(client, model="text-embedding-3-small")
     assert refused.value.code == "model_not_found"

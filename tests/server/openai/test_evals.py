@@ -141,9 +141,7 @@ def conforms(client: openai.OpenAI, kind: Any, path: str) -> None:
     kind.model_validate(fields, strict=True)
 
 
-def test_rows_with_answers_are_graded_by_every_kind_of_grader(
-    client: openai.OpenAI, service: Any
-) -> None:
+def test_eval_run_applies_every_grader_type(client: openai.OpenAI, service: Any) -> None:
     made = created(client, *EVERY, metadata={"a": "b"})
     given = [{**each, "sample": {"output_text": text}} for each, text in
              zip(rows(3), ("a0", "x1", "something else"), strict=True)]  # fmt: skip
@@ -178,7 +176,7 @@ def test_rows_with_answers_are_graded_by_every_kind_of_grader(
 
 
 @pytest.mark.slow
-def test_a_model_answers_the_rows_of_a_file(client: openai.OpenAI, service: Any) -> None:
+def test_eval_run_samples_rows_of_file(client: openai.OpenAI, service: Any) -> None:
     text = "".join(f"{json.dumps(each)}\n\n" for each in rows(3))
     file = client.files.create(file=("rows.jsonl", text.encode()), purpose="evals")
     made = created(client, {**SAME, "operation": "ne"}, {**NEAR, "pass_threshold": 0})
@@ -242,7 +240,7 @@ def test_eval_run_uses_responses_api_and_message_references(
     assert not items(client, run, status="fail")
 
 
-def test_pages(client: openai.OpenAI, service: Any) -> None:
+def test_evals_and_runs_are_paginated(client: openai.OpenAI, service: Any) -> None:
     evals = [created(client).id for _ in range(3)]
     assert [each.id for each in client.evals.list(limit=2)] == evals
     assert [each.id for each in client.evals.list(order="desc", limit=1)] == evals[::-1]
@@ -277,7 +275,7 @@ def test_pages(client: openai.OpenAI, service: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_server_asks_no_row_twice(client: openai.OpenAI, service: Any) -> None:
+def test_eval_run_resumes_without_repeated_rows(client: openai.OpenAI, service: Any) -> None:
     made = created(client)
     count = 3 * AT_ONCE
     run = client.evals.runs.create(made.id, data_source=asking(rows(count)))
@@ -363,7 +361,7 @@ def test_eval_run_resumes_after_killed_process(
 
 
 @pytest.mark.slow
-def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> None:
+def test_eval_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> None:
     made = created(client)
     waiting = client.evals.runs.create(made.id, data_source=asking(rows(2)))
     with pytest.raises(openai.BadRequestError) as refused:
@@ -689,7 +687,7 @@ def test_quotas_and_time(
 
 
 @pytest.mark.slow
-def test_the_report_compares_runs_of_the_same_rows(client: openai.OpenAI, service: Any) -> None:
+def test_eval_report_compares_runs_of_same_rows(client: openai.OpenAI, service: Any) -> None:
     made = created(client, NEAR)
     file = client.files.create(
         file=("rows.jsonl", "\n".join(json.dumps(each) for each in rows(30)).encode()),
@@ -713,7 +711,7 @@ def test_the_report_compares_runs_of_the_same_rows(client: openai.OpenAI, servic
     assert "Runs of this eval" not in {each["caption"] for each in only["tables"]}
 
 
-def test_the_report_of_a_run(client: openai.OpenAI, service: Any) -> None:
+def test_eval_report_lists_failing_rows(client: openai.OpenAI, service: Any) -> None:
     failing = done(service, client, created(client), content(rows(1, output_text="<script>")))
     report: Any = client.get(failing.report_url, cast_to=object)
     assert (report["name"], report["facts"][0][:2]) == (failing.name, ["rows", "1"])

@@ -87,7 +87,7 @@ def answered(*replies: str) -> Any:
 
 
 @pytest.mark.slow
-def test_an_eval_of_this_service_is_taken_over_whole(
+def test_exported_eval_is_imported_completely(
     client: openai.OpenAI, service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = {"messages": CHAT}
@@ -242,7 +242,7 @@ def test_malformed_export_objects_are_skipped(
         assert [turn.content for turn in row.turns()] == ["Which colour?", "Red"]
 
 
-def test_folders_without_an_export_are_refused(tmp_path: Path) -> None:
+def test_folder_without_export_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="gone"):
         luthier.import_openai(tmp_path / "gone", tmp_path / "out")
     (tmp_path / "odd.json").write_text("[" * 100_000)

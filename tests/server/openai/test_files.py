@@ -21,7 +21,7 @@ def upload(client: openai.OpenAI, name: str = "rows.jsonl", purpose: Any = "fine
     return client.files.create(file=(name, DATA), purpose=purpose).id
 
 
-def test_a_file_comes_back_byte_for_byte(client: openai.OpenAI) -> None:
+def test_file_content_round_trip(client: openai.OpenAI) -> None:
     made = client.files.create(file=("../../etc/pass wd", DATA), purpose="fine-tune")
     assert made.id.startswith("file-")
     assert (made.object, made.bytes, made.purpose) == ("file", len(DATA), "fine-tune")
@@ -32,13 +32,13 @@ def test_a_file_comes_back_byte_for_byte(client: openai.OpenAI) -> None:
     assert client.files.content(made.id).read() == DATA
 
 
-def test_a_large_file_waits_on_disk_and_is_whole(client: openai.OpenAI) -> None:
+def test_large_file_content_round_trip(client: openai.OpenAI) -> None:
     data = bytes(range(256)) * 6000
     made = client.files.create(file=("big.bin", data), purpose="user_data")
     assert client.files.content(made.id).read() == data
 
 
-def test_a_deleted_file_is_gone(client: openai.OpenAI) -> None:
+def test_deleted_file_is_not_found(client: openai.OpenAI) -> None:
     file_id = upload(client)
     gone = client.files.delete(file_id)
     assert (gone.id, gone.object, gone.deleted) == (file_id, "file", True)
@@ -48,7 +48,7 @@ def test_a_deleted_file_is_gone(client: openai.OpenAI) -> None:
     assert not list(client.files.list())
 
 
-def test_lists_are_read_page_by_page(client: openai.OpenAI) -> None:
+def test_file_list_is_paginated(client: openai.OpenAI) -> None:
     made = [upload(client, f"{n}.jsonl") for n in range(5)]
     batch = upload(client, purpose="batch")
     first = client.files.list(limit=2)
@@ -109,7 +109,7 @@ def test_invalid_upload_names_parameter(
     assert refused.value.request_id
 
 
-def test_a_form_without_a_file_and_no_form_at_all(service: Any) -> None:
+def test_invalid_upload_form_is_rejected(service: Any) -> None:
     form = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x--\r\n'
     for kind, body, param in (
         ("multipart/form-data; boundary=x", form, "file"),
@@ -123,7 +123,9 @@ def test_a_form_without_a_file_and_no_form_at_all(service: Any) -> None:
         assert answer.json()["error"]["param"] == param
 
 
-def test_a_file_beyond_the_limit(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_above_size_limit_is_rejected(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(UploadRoute, "body_limit", 3_000_000)
     with pytest.raises(openai.APIStatusError) as too_large:
         client.files.create(file=("a", b"x" * 4_000_000), purpose="batch")

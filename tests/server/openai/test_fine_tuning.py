@@ -102,7 +102,9 @@ def work(service: Any, **objective: Any) -> None:
 
 
 @pytest.mark.usefixtures("handlers")
-def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: Any) -> None:
+def test_fine_tuning_job_from_upload_to_model(
+    client: openai.OpenAI, service: Any, other: Any
+) -> None:
     training, held = uploaded(client, chats()), uploaded(client, chats(3))
     made = created(
         client,
@@ -324,7 +326,7 @@ def test_stopping_job_is_running_until_worker_releases_lease(
     assert ended.status == "cancelled" and ended.finished_at
 
 
-def test_a_job_is_a_customization_job(client: openai.OpenAI, service: Any) -> None:
+def test_openai_job_is_stored_as_customization_job(client: openai.OpenAI, service: Any) -> None:
     made = created(client, suffix="")
     with service.database.read() as session:
         job = jobs.get(session, "000000000000", made.id)
@@ -379,7 +381,7 @@ def test_openai_api_lists_jobs_of_all_apis(
     assert client.fine_tuning.jobs.list_events("first").data
 
 
-def test_lists(client: openai.OpenAI, other: openai.OpenAI) -> None:
+def test_job_and_event_lists_are_paginated(client: openai.OpenAI, other: openai.OpenAI) -> None:
     file_id = uploaded(client, chats())
     made = [
         created(client, training_file=file_id, metadata={"n": str(n % 2), "all": "x"}).id
@@ -466,7 +468,7 @@ def test_invalid_fine_tuning_request_names_parameter(client: openai.OpenAI, serv
     assert not list(client.fine_tuning.jobs.list())
 
 
-def test_the_quota_of_jobs(client: openai.OpenAI) -> None:
+def test_job_quota_returns_rate_limit_error(client: openai.OpenAI) -> None:
     file_id = uploaded(client, chats())
     for _ in range(20):
         created(client, training_file=file_id)
@@ -475,7 +477,7 @@ def test_the_quota_of_jobs(client: openai.OpenAI) -> None:
     assert refused.value.response.headers["x-should-retry"] == "false"
 
 
-def test_base_models(client: openai.OpenAI) -> None:
+def test_base_models_are_listed_and_cannot_be_deleted(client: openai.OpenAI) -> None:
     listed = client.models.list()
     assert listed.object == "list"
     ids = [each.id for each in listed]

@@ -43,7 +43,7 @@ def test_given_hyperparameters_are_passed_to_settings() -> None:
     assert made["objective"] == {"num_generations": 16}
 
 
-def test_the_old_place_of_hyperparameters() -> None:
+def test_deprecated_hyperparameters_field_is_accepted() -> None:
     asked = CreateJob.model_validate({**BASE, "hyperparameters": {"n_epochs": 4}})
     assert asked.kind == "supervised"
     assert settings_of(asked, 1, True)["training"] == {"seed": 1, "epochs": 4}

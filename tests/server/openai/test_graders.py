@@ -33,7 +33,7 @@ def run(client: openai.OpenAI, grader: Any, sample: str = "Paris", **item: Any) 
     return client.fine_tuning.alpha.graders.run(grader=grader, model_sample=sample, item=given)
 
 
-def test_rewards(client: openai.OpenAI) -> None:
+def test_graders_return_expected_rewards(client: openai.OpenAI) -> None:
     for grader, sample, reward in (
         (CHECK, "Paris", 1.0),
         (CHECK, "Rome", 0.0),
@@ -47,7 +47,7 @@ def test_rewards(client: openai.OpenAI) -> None:
         assert made.metadata.execution_time > 0
 
 
-def test_several_in_a_formula(client: openai.OpenAI) -> None:
+def test_multi_grader_combines_rewards(client: openai.OpenAI) -> None:
     grader = {
         "type": "multi",
         "name": "both",
@@ -90,7 +90,7 @@ def test_score_model_grader_returns_reward(client: openai.OpenAI, tiny_base: str
         run(client, {**grader, "input": "a"})
 
 
-def test_checks(client: openai.OpenAI) -> None:
+def test_grader_validation_names_invalid_parameter(client: openai.OpenAI) -> None:
     for grader in (CHECK, NEAR, PYTHON):
         made = client.fine_tuning.alpha.graders.validate(grader=grader)
         assert made.grader is not None and made.grader.name == grader["name"]

@@ -77,7 +77,7 @@ def test_invalid_image_url_is_rejected(vision_base: str, client: openai.OpenAI, 
     assert refused.value.param == "messages[0].content[0].image_url"
 
 
-def test_images_for_a_text_model_are_refused(tiny_base: str, client: openai.OpenAI) -> None:
+def test_text_model_rejects_images(tiny_base: str, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         text_of(client, url_of("red"), model="tiny")
     assert refused.value.param == "messages"

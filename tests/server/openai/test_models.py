@@ -44,7 +44,7 @@ def add_model(service: Any, name: str, account: str = ACCOUNT, **fields: Any) ->
 
 
 @pytest.mark.slow
-def test_models_of_bedrocks_face_answer_without_a_deployment(
+def test_bedrock_models_are_served_without_deployment(
     service: Any, tiny_base: str, client: openai.OpenAI, other: openai.OpenAI
 ) -> None:
     bases = [each.base for each in foundation_models()]

@@ -16,7 +16,7 @@ def asked(service: Any, method: str, path: str, body: bytes | None = None) -> tu
     return answer.status_code, answer.headers, answer.json()
 
 
-def test_an_unknown_key(service: Any) -> None:
+def test_unknown_key_is_rejected(service: Any) -> None:
     with (
         service.client("sk-nobody") as client,
         pytest.raises(openai.AuthenticationError) as refused,
@@ -26,7 +26,7 @@ def test_an_unknown_key(service: Any) -> None:
     assert refused.value.type == "invalid_request_error"
 
 
-def test_too_many_requests(service: Any) -> None:
+def test_rate_limit_error_has_retry_after(service: Any) -> None:
     with service.client("sk-fast") as client, pytest.raises(openai.RateLimitError) as refused:
         client.models.list()
     assert refused.value.code == "rate_limit_exceeded"
@@ -37,7 +37,7 @@ def test_too_many_requests(service: Any) -> None:
     ("method", "path"),
     [("GET", "/nothing"), ("POST", "/moderations"), ("PATCH", "/files"), ("GET", "/files/a/b/c")],
 )
-def test_an_unknown_route(service: Any, method: str, path: str) -> None:
+def test_unknown_route_returns_openai_error(service: Any, method: str, path: str) -> None:
     status, headers, body = asked(service, method, path, b"{}" if method != "GET" else None)
     assert status == 404
     assert body["error"]["type"] == "invalid_request_error"
@@ -54,7 +54,7 @@ def test_non_object_body_returns_openai_error(service: Any, body: bytes) -> None
         assert headers["x-request-id"]
 
 
-def test_both_prefixes_and_ids_on_every_answer(service: Any, client: openai.OpenAI) -> None:
+def test_both_path_prefixes_and_request_ids(service: Any, client: openai.OpenAI) -> None:
     assert client.models.with_raw_response.list().headers["x-request-id"]
     with openai.OpenAI(
         api_key="sk-one", base_url="http://luthier/openai/v1", http_client=service.http
@@ -65,7 +65,7 @@ def test_both_prefixes_and_ids_on_every_answer(service: Any, client: openai.Open
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_the_document_describes_every_operation(service: Any) -> None:
+def test_openapi_document_includes_every_route(service: Any) -> None:
     _, _, document = asked(service, "GET", "/openapi.json")
     operations = {
         each["operationId"] for path in document["paths"].values() for each in path.values()

@@ -26,7 +26,7 @@ def respond(client: openai.OpenAI, given: Any = "sky?", **changes: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_chat(client: openai.OpenAI) -> None:
+def test_chat_returns_reasoning_content(client: openai.OpenAI) -> None:
     made = chat(client, n=2)
     for choice in made.choices:
         assert choice.message.reasoning_content == THOUGHT
@@ -41,7 +41,7 @@ def test_a_chat(client: openai.OpenAI) -> None:
     assert (stopped.message.reasoning_content, stopped.message.content) == (THOUGHT, "bl")
 
 
-def test_a_stream(client: openai.OpenAI) -> None:
+def test_stream_returns_reasoning_before_content(client: openai.OpenAI) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
     whole, chunks = chat(client, logprobs=True), [*chat(client, **options)]
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
@@ -68,7 +68,7 @@ def test_disabled_reasoning_is_absent_from_reply(client: openai.OpenAI) -> None:
     assert made.usage.completion_tokens_details.reasoning_tokens == 0
 
 
-def test_a_call_behind_the_reasoning(client: openai.OpenAI) -> None:
+def test_tool_call_follows_reasoning(client: openai.OpenAI) -> None:
     asked = {"role": "user", "content": CALLS}
     message = chat(client, asked, tools=[TOOL]).choices[0].message
     (call,) = message.tool_calls
@@ -109,7 +109,7 @@ def test_conversation_includes_reasoning_of_earlier_turn(client: openai.OpenAI) 
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_a_response(client: openai.OpenAI) -> None:
+def test_response_returns_reasoning_item(client: openai.OpenAI) -> None:
     made = respond(client)
     reasoning, message = made.output
     assert (reasoning.type, reasoning.status, reasoning.summary) == ("reasoning", "completed", [])
@@ -126,7 +126,7 @@ def test_a_response(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_the_events_of_a_response(client: openai.OpenAI) -> None:
+def test_response_events_include_reasoning(client: openai.OpenAI) -> None:
     events = [*respond(client, stream=True)]
     assert [event.sequence_number for event in events] == [*range(len(events))]
     kinds = [event.type.removeprefix("response.") for event in events]
@@ -152,7 +152,7 @@ def test_the_events_of_a_response(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_items_of_a_response_are_sent_along(client: openai.OpenAI) -> None:
+def test_response_items_are_accepted_as_input(client: openai.OpenAI) -> None:
     """Output items in the next request equal the turns of a chat."""
     asked, more = {"role": "user", "content": "sky?"}, {"role": "user", "content": "how many?"}
     came = [item.to_dict() for item in respond(client).output]

@@ -40,7 +40,7 @@ def told(client: openai.OpenAI, messages: Any, **changes: Any) -> str:
     return made.choices[0].message.content or ""
 
 
-def test_an_answer(client: openai.OpenAI) -> None:
+def test_response_has_output_and_usage(client: openai.OpenAI) -> None:
     made = respond(client, metadata={"team": "one"}, user="me")
     assert made.id.startswith("resp_") and made.object == "response" and made.model == "tiny"
     assert (made.status, made.incomplete_details.reason) == ("incomplete", "max_output_tokens")
@@ -51,7 +51,7 @@ def test_an_answer(client: openai.OpenAI) -> None:
     assert made.usage.total_tokens == made.usage.input_tokens + 8
     assert made.metadata == {"team": "one"} and made.user == "me"
     assert made.error is None and made.temperature == 0 and made.top_p == 1
-    # As strictly as the client's own type says it.
+    # Strict validation by the client's type.
     Response.model_validate(made.model_dump(), strict=True)
 
 
@@ -111,7 +111,7 @@ def test_events_tell_the_same(client: openai.OpenAI) -> None:
     assert {event.response.id for event in (events[0], events[1], events[-1])} == {last.id}
 
 
-def test_the_clients_own_accumulator_reads_the_events(client: openai.OpenAI) -> None:
+def test_openai_client_accumulates_response_events(client: openai.OpenAI) -> None:
     whole = respond(client, max_output_tokens=12)
     with client.responses.stream(
         model="tiny", input=QUESTION, max_output_tokens=12, temperature=0
@@ -164,7 +164,7 @@ def test_truncated_tool_call_is_omitted(client: openai.OpenAI) -> None:
     assert made.usage.output_tokens == 5
 
 
-def test_logprobs(client: openai.OpenAI) -> None:
+def test_response_logprobs_match_stream(client: openai.OpenAI) -> None:
     asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 3}
     made = respond(client, **asked)
     (part,) = made.output[0].content
@@ -243,7 +243,7 @@ def test_abandoned_response_stream_releases_model(client: openai.OpenAI, service
 
 
 @pytest.mark.slow
-def test_a_failure_in_mid_stream_is_the_last_event(
+def test_failure_during_stream_is_last_event(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.inference.inference import InferenceFailed, Stream

@@ -184,7 +184,7 @@ def test_crt_checksums_are_verified(raw: Raw, name: str, size: int) -> None:
     assert raw.put(b"abc", sha256(b"abc"), **header) == (200, "")
 
 
-def test_signed_chunks(raw: Raw) -> None:
+def test_signed_chunks_are_verified(raw: Raw) -> None:
     parts = [b"a" * 70_000, b"b" * 8192, b"c"]
     body, headers = b"".join(parts), {"x_amz_decoded_content_length": "78193"}
     assert raw.put(b"", CHUNKS, signed_chunks(parts), **headers) == (200, "")
@@ -197,7 +197,7 @@ def test_signed_chunks(raw: Raw) -> None:
     assert raw.stored() == b""
 
 
-def test_a_chunk_cannot_be_left_out_changed_or_moved(raw: Raw) -> None:
+def test_modified_chunk_sequence_is_rejected(raw: Raw) -> None:
     parts, headers = [b"one", b"two", b"six"], {"x_amz_decoded_content_length": "9"}
 
     def sent(change: Callable[[bytes], bytes]) -> str:

@@ -21,7 +21,7 @@ def names(answer: dict[str, Any]) -> tuple[list[str], list[str]]:
     return contents, [each["Prefix"] for each in answer.get("CommonPrefixes", [])]
 
 
-def test_a_bucket_begins_and_ends(either: Any, refused: Any) -> None:
+def test_bucket_is_created_and_deleted(either: Any, refused: Any) -> None:
     client = either.client()
     name = f"life-{either.url[:5].strip(':')}"
     answer = client.create_bucket(
@@ -135,7 +135,7 @@ def test_prefixes_and_delimiters(
         assert [name for page in old for name in names(page)[1]] == prefixes
 
 
-def test_a_prefix_of_many_keys_is_passed_over_at_once(service: Any, bucket: str) -> None:
+def test_listing_skips_large_common_prefix(service: Any, bucket: str) -> None:
     from luthier.server.stores.listing import page
     from luthier.server.stores.object_files import WrittenFile
     from luthier.server.tables.objects import ObjectMetadata, ObjectPiece, get_bucket, new_object

@@ -26,7 +26,7 @@ def done(client: Any, upload: dict[str, str], parts: list[tuple[int, str]]) -> A
     return client.complete_multipart_upload(**upload, MultipartUpload={"Parts": named})
 
 
-def test_the_transfer_manager(either: Any, bucket: str, tmp_path: Path) -> None:
+def test_transfer_manager_uploads_in_parts(either: Any, bucket: str, tmp_path: Path) -> None:
     client, body = either.client(), os.urandom(18 * MIB + 7)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(body)
@@ -54,7 +54,7 @@ def test_the_transfer_manager(either: Any, bucket: str, tmp_path: Path) -> None:
     assert client.head_object(Bucket=bucket, Key="pipe")["ContentLength"] == len(body)
 
 
-def test_an_upload_part_by_part(service: Any, bucket: str, refused: Any) -> None:
+def test_multipart_upload_assembles_selected_parts(service: Any, bucket: str, refused: Any) -> None:
     client = service.client()
     upload = begun(client, bucket, Metadata={"x": "1"})
     first = client.upload_part(**upload, PartNumber=2, Body=bytes(5 * MIB))["ETag"]

@@ -22,7 +22,7 @@ ODD = [
 ]  # fmt: skip
 
 
-def test_a_small_object(either: Any, bucket: str) -> None:
+def test_object_round_trip_with_metadata(either: Any, bucket: str) -> None:
     client = either.client()
     body = b"some text\n"
     put = client.put_object(
@@ -48,7 +48,7 @@ def test_a_small_object(either: Any, bucket: str) -> None:
     client.delete_object(Bucket=bucket, Key="a/b.txt")
 
 
-def test_files_of_openai_are_only_read(service: Any) -> None:
+def test_openai_files_bucket_is_read_only(service: Any) -> None:
     service.objects.create_bucket("000000000001", "luthier-files")
     with service.objects.files.begin("000000000001") as file:
         file.write(b"a row")
@@ -74,7 +74,7 @@ def test_files_of_openai_are_only_read(service: Any) -> None:
     service.objects.delete_bucket("000000000001", "luthier-files")
 
 
-def test_keys_are_names_and_never_paths(either: Any, bucket: str) -> None:
+def test_object_keys_are_no_file_paths(either: Any, bucket: str) -> None:
     client = either.client()
     for number, key in enumerate(ODD):
         client.put_object(Bucket=bucket, Key=key, Body=str(number).encode())
@@ -95,7 +95,7 @@ def test_keys_are_names_and_never_paths(either: Any, bucket: str) -> None:
     assert len(gone["Deleted"]) == len(ODD) - 1 and "Errors" not in gone
 
 
-def test_an_object_of_no_bytes(either: Any, bucket: str, refused: Any) -> None:
+def test_empty_object_round_trip(either: Any, bucket: str, refused: Any) -> None:
     client = either.client()
     client.put_object(Bucket=bucket, Key="empty")
     got = client.get_object(Bucket=bucket, Key="empty")
@@ -126,7 +126,9 @@ def test_upload_of_unknown_length(secure: Any, bucket: str) -> None:
     [("bytes=0-0", 0, 1), ("bytes=5-", 5, 20), ("bytes=-5", 15, 20), ("bytes=10-99", 10, 20),
      ("bytes=-99", 0, 20), ("bytes=19-19", 19, 20)],
 )  # fmt: skip
-def test_a_range(service: Any, bucket: str, asked: str, start: int, end: int) -> None:
+def test_range_request_returns_partial_content(
+    service: Any, bucket: str, asked: str, start: int, end: int
+) -> None:
     client, body = service.client(), bytes(range(20))
     client.put_object(Bucket=bucket, Key="k", Body=body)
     got = client.get_object(Bucket=bucket, Key="k", Range=asked)
@@ -148,7 +150,7 @@ def test_empty_range_is_rejected_and_invalid_range_ignored(
         assert client.get_object(Bucket=bucket, Key="k", Range=asked)["ContentLength"] == 10
 
 
-def test_conditions(service: Any, bucket: str, refused: Any) -> None:
+def test_conditional_requests_are_evaluated(service: Any, bucket: str, refused: Any) -> None:
     client = service.client()
     tag = client.put_object(Bucket=bucket, Key="k", Body=b"one")["ETag"]
     name = {"Bucket": bucket, "Key": "k"}
@@ -170,7 +172,7 @@ def test_conditions(service: Any, bucket: str, refused: Any) -> None:
     client.put_object(Bucket=bucket, Key="new", Body=b"x", IfNoneMatch="*")
 
 
-def test_a_copy(service: Any, bucket: str, refused: Any) -> None:
+def test_copied_object_has_source_content(service: Any, bucket: str, refused: Any) -> None:
     client = service.client()
     client.put_object(Bucket=bucket, Key="a", Body=b"abc", Metadata={"x": "1"}, ContentType="a/b")
     source = {"Bucket": bucket, "Key": "a"}
@@ -191,7 +193,7 @@ def test_a_copy(service: Any, bucket: str, refused: Any) -> None:
     assert client.get_object(Bucket=bucket, Key="b")["Body"].read() == b"abc"
 
 
-def test_a_link(service: Any, bucket: str) -> None:
+def test_presigned_urls_upload_and_download(service: Any, bucket: str) -> None:
     client = service.client(signature_version="s3v4")
     name = {"Bucket": bucket, "Key": "a link/ü"}
     put = client.generate_presigned_url("put_object", Params=name)
@@ -236,7 +238,7 @@ def test_unsupported_object_options_are_rejected(service: Any, bucket: str, refu
     assert refused(client.get_object, **name, **other) == ("AccessDenied", 403)
 
 
-def test_deleting_many(service: Any, bucket: str) -> None:
+def test_bulk_deletion_removes_objects(service: Any, bucket: str) -> None:
     client = service.client()
     names = [f"k{number:03}" for number in range(30)]
     with ThreadPoolExecutor(4) as pool:

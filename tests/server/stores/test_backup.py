@@ -167,7 +167,7 @@ def test_backup_and_restored_store_are_private(
         os.umask(before)
 
 
-def test_the_key_is_left_out_unless_requested(
+def test_backup_omits_server_key_by_default(
     database: Database, store: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backup(database, tmp_path / "backup")
@@ -183,12 +183,14 @@ def test_the_key_is_left_out_unless_requested(
     (home / "server.key").unlink()
     restored = Database()
     with restored.read() as session, pytest.raises(CorruptFile, match="AKIA1"):
-        principals.matching_server_key(session)  # no new key, which would open nothing
+        principals.matching_server_key(session)  # no new key: it could not open the secrets
     restored.close()
 
 
 @pytest.mark.slow
-def test_backup_during_writes(database: Database, store: Path, tmp_path: Path) -> None:
+def test_backup_is_consistent_during_writes(
+    database: Database, store: Path, tmp_path: Path
+) -> None:
     done = threading.Event()
 
     def write() -> None:
@@ -340,7 +342,7 @@ def test_killed_backup_or_restore_leaves_no_complete_folder(
     restore_to(home, source)
 
 
-def test_postgresql(
+def test_backup_and_restore_with_postgresql(
     postgres: Postgres,
     luthier_home: Path,
     tmp_path: Path,

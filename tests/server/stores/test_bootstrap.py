@@ -126,7 +126,7 @@ def test_changed_bootstrap_file_updates_principals(
         {"secret": "x"},
     ],
 )
-def test_invalid_bootstrap_file_changes_nothing(
+def test_invalid_bootstrap_file_creates_no_users(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     with pytest.raises(RefusedInput) as caught:
@@ -196,7 +196,7 @@ def test_server_key_from_environment(monkeypatch: pytest.MonkeyPatch, luthier_ho
             server_key()
 
 
-def test_sealed_secrets() -> None:
+def test_sealed_secrets_are_authenticated() -> None:
     sealed = SEALING.seal("secret", "AKIA1")
     assert SEALING.open(sealed, "AKIA1") == "secret"
     assert b"secret" not in sealed

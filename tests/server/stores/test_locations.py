@@ -37,7 +37,7 @@ def data(objects: Objects) -> Objects:
     return objects
 
 
-def test_an_object_and_all_rows_below_a_prefix(data: Objects, tmp_path: Path) -> None:
+def test_fetch_of_object_and_prefix(data: Objects, tmp_path: Path) -> None:
     locations = Locations(data.database)
     for uri in ("s3://data/one.csv", "s3://data/train/", "s3://data/"):
         locations.check(ONE, uri)
@@ -82,7 +82,7 @@ def test_keys_are_no_paths(data: Objects, tmp_path: Path) -> None:
     assert path.parent == tmp_path / "dots" and path.is_file()
 
 
-def test_the_files_right_below_a_folder(data: Objects, tmp_path: Path) -> None:
+def test_folder_lists_direct_files(data: Objects, tmp_path: Path) -> None:
     locations = Locations(data.database)
     for uri in ("s3://data/train/", "s3://data/train"):
         assert locations.folder(ONE, uri) == [("a.jsonl", 13), ("b.jsonl", 13), ("note.txt", 14)]
@@ -94,9 +94,7 @@ def test_the_files_right_below_a_folder(data: Objects, tmp_path: Path) -> None:
     assert "no bucket" in refusal(locations.folder, TWO, "s3://data/train")
 
 
-def test_a_folder_of_very_many_files_is_not_looked_through(
-    data: Objects, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_listing_is_limited(data: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     locations = Locations(data.database)
     monkeypatch.setattr("luthier.server.stores.locations.MOST_ENTRIES", 5)
     assert len(locations.folder(ONE, "s3://data/train")) == 3
@@ -106,7 +104,7 @@ def test_a_folder_of_very_many_files_is_not_looked_through(
         assert "more than 3 objects below" in refusal(call, ONE, uri)
 
 
-def test_jobs_write_nothing_among_the_files_of_the_openai_api(data: Objects) -> None:
+def test_openai_files_bucket_is_not_writable_for_jobs(data: Objects) -> None:
     locations = Locations(data.database)
     data.create_bucket(ONE, UPLOADS)
     address = f"s3://{UPLOADS}/x/"

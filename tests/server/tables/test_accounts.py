@@ -13,7 +13,7 @@ from luthier.server.tables.database import Database, now
 from luthier.server.tables.secrets import Sealing
 
 
-def test_accounts(database: Database) -> None:
+def test_account_creation_and_lookup(database: Database) -> None:
     with database.write() as session:
         accounts.create_account(session, OTHER, "other")
         accounts.create_account(session, FIRST)
@@ -58,7 +58,7 @@ def test_account_with_resources_is_not_removed(database: Database) -> None:
         assert accounts.accounts(session) == []
 
 
-def test_quotas(database: Database) -> None:
+def test_account_quotas_are_set_and_reset(database: Database) -> None:
     with database.write() as session:
         accounts.create_account(session, FIRST)
         assert accounts.quota_of(session, FIRST) == {}

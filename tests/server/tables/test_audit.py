@@ -26,7 +26,7 @@ def test_audit_entry_is_part_of_transaction(database: Database) -> None:
         assert len(entries(session)) == 1
 
 
-def test_odd_values(database: Database) -> None:
+def test_audit_entry_replaces_invalid_characters(database: Database) -> None:
     odd = "\x00\ud800é你" + "x" * 5000
     with database.write() as session:
         append(session, Event("x:y", odd, user=odd, details={"count": 3, "name": odd}))

@@ -129,7 +129,7 @@ def test_model_in_export_cannot_be_removed(database: Database) -> None:
         remove(session, asked, asked.arn(Arns()))
 
 
-def test_accounts_see_their_own_newest_first(database: Database) -> None:
+def test_exports_are_listed_newest_first_per_account(database: Database) -> None:
     made = [submit(database) for _ in range(3)]
     theirs = submit(database, OTHER)
     stop(database, made[1])

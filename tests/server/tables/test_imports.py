@@ -38,7 +38,7 @@ def claimed(database: Database, memory: int = 10**12, **how: Any) -> ModelImport
         return queue.claim(session, ModelImport, WORKER, memory, **how)
 
 
-def test_how_an_import_ends(database: Database) -> None:
+def test_import_completion_and_failure(database: Database) -> None:
     first, second = claimed(database), claimed(database)
     assert first and second
     with database.write() as session:

@@ -93,7 +93,7 @@ def kind(request: pytest.FixtureRequest, database: Database) -> Kind:
     return Kind(database, *KINDS[request.param])
 
 
-def test_each_work_is_claimed_once_in_order(kind: Kind) -> None:
+def test_work_is_claimed_once_in_order(kind: Kind) -> None:
     made = [kind.submit() for _ in range(3)]
     assert [found and found[0] for found in (kind.claim() for _ in range(4))] == [*made, None]
     with kind.database.read() as session:
@@ -102,7 +102,7 @@ def test_each_work_is_claimed_once_in_order(kind: Kind) -> None:
     assert len({row.lease for row in rows}) == 3
 
 
-def test_many_threads_claim_each_work_once(kind: Kind) -> None:
+def test_concurrent_threads_claim_work_once(kind: Kind) -> None:
     made = [kind.submit() for _ in range(12)]
     taken: list[tuple[str, str]] = []
 
@@ -118,7 +118,7 @@ def test_many_threads_claim_each_work_once(kind: Kind) -> None:
     assert Counter(work_id for work_id, _ in taken) == Counter(made)
 
 
-def test_only_the_holder_of_the_lease_writes(kind: Kind) -> None:
+def test_writes_require_current_lease(kind: Kind) -> None:
     made = kind.submit()
     found = kind.claim()
     assert found is not None
@@ -159,7 +159,7 @@ def test_work_ends_after_repeated_worker_crashes(kind: Kind) -> None:
     assert not kind.is_unfinished(made) and kind.claim() is None
 
 
-def test_accounts_take_turns(kind: Kind) -> None:
+def test_claims_alternate_between_accounts(kind: Kind) -> None:
     many = [kind.submit() for _ in range(4)]
     one = kind.submit(OTHER)
     ended = [kind.end(kind.claim()) for _ in range(5)]

@@ -96,7 +96,7 @@ def test_leased_or_unqueued_jobs_are_not_claimed(database: Database) -> None:
     assert claim(database)[0] == held  # type: ignore[index]
 
 
-def test_writes_need_the_current_lease(database: Database) -> None:
+def test_job_writes_require_current_lease(database: Database) -> None:
     job_id = add(database, "one")
     _, lease = claim(database)  # type: ignore[misc]
     before = job_of(database, job_id)
@@ -157,7 +157,7 @@ def test_withheld_model_has_failed_status(database: Database) -> None:
     ],
 )
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_worker_lets_go(
+def test_job_state_after_worker_release(
     database: Database, state: str, released: str, failed: str, expired: str
 ) -> None:
     ways = {

@@ -44,7 +44,7 @@ def tables_of(database: Database) -> dict[str, Any]:
     return tables
 
 
-def test_migrations_lead_to_the_tables_of_the_models(
+def test_migrations_create_tables_of_models(
     database_url: str,
 ) -> None:
     database = Database(database_url)
