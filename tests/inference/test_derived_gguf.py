@@ -20,8 +20,9 @@ from luthier.inference.generation import Generator
 from luthier.inference.inference import InferenceRefused
 from luthier.inference.memory import CacheBudget
 from luthier.inference.pool import ModelPool
-from luthier.library.folders import gguf_folder, remove_side_files
+from luthier.library.folders import gguf_folder
 from luthier.library.models import find
+from luthier.library.removal import remove_side_files
 from luthier.models.decoding.backends import BACKENDS
 from luthier.models.decoding.sampling import Sampling
 from luthier.models.decoding.torch_backend import FlatBackend

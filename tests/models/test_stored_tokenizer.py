@@ -17,7 +17,8 @@ import pytest
 from data.conversations.test_tools import FAMILIES
 from luthier.data.conversations.chat import ChatFormat
 from luthier.errors import UnknownModel
-from luthier.library.folders import custom_folder, remove_side_files
+from luthier.library.folders import custom_folder
+from luthier.library.removal import remove_side_files
 from luthier.models import tokenizer
 from luthier.models.stored_tokenizer import StoredTokenizer
 from luthier.models.tokenizer import (

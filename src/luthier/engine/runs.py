@@ -28,7 +28,6 @@ from luthier.files import (
     is_locked,
     json_lines,
     lock,
-    luthier_home,
     new_file,
     read_json,
     sweep,
@@ -325,13 +324,6 @@ def unfinished_runs() -> list[Run]:
         with suppress(FileNotFoundError):  # removed meanwhile
             started_runs += [] if run.is_worked_on() else [(run.started_at(), run)]
     return [run for _, run in sorted(started_runs, key=itemgetter(0))]
-
-
-def runs_from(base: str) -> list[Run]:
-    """Return the unfinished runs from a base model, active or interrupted, including runs of jobs."""
-    folders = (path.parent for path in (luthier_home() / "runs" / base).glob(f"*/{RUN_REQUEST}"))
-    runs = (Run(base, folder.name) for folder in sorted(folders))
-    return [run for run in runs if run.is_unfinished()]
 
 
 def automatic_name(

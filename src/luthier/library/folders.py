@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from pathlib import Path
 
 from luthier.files import luthier_home
@@ -92,17 +91,6 @@ def unfinished_run_ids() -> list[str]:
         and not (folder / RUN_RESULT).is_file()
         and working_folders(run_id)  # the name of a copied folder may be an invalid id
     )
-
-
-def remove_side_files(model_id: str) -> None:
-    """Delete the run, the teacher's replies, the GGUF files and the stored tokenizer of a model."""
-    from luthier.models.tokenizer import remove_stored_tokenizer
-
-    derived = gguf_folder(model_id, "[0-9a-f]" * 64, "*")
-    if (own := folder_of(model_id) or base_folder(model_id)).is_dir():
-        remove_stored_tokenizer(own)
-    for folder in (*working_folders(model_id), *derived.parent.glob(derived.name)):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def gguf_folder(model_id: str, digest: str, kind: str) -> Path:

@@ -390,8 +390,8 @@ def test_remove_works_without_server_extra(own_home: Path, monkeypatch: pytest.M
         "luthier.cli.models.app.find_spec",
         lambda name: None if name == "sqlalchemy" else specs(name),
     )
-    for name in ("removal", "database"):
-        monkeypatch.setitem(sys.modules, f"luthier.server.tables.{name}", None)
+    for name in ("stores.removal", "tables.database"):
+        monkeypatch.setitem(sys.modules, f"luthier.server.{name}", None)
     assert Answer("models", "remove", MODEL, "--json").good().json()["removed"]
 
 

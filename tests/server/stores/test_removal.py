@@ -11,8 +11,9 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from luthier.files import luthier_home, write_json
-from luthier.library.folders import custom_folder, remove_side_files, working_folders
+from luthier.library.folders import custom_folder, working_folders
 from luthier.library.models import custom_models
+from luthier.library.removal import remove_side_files
 from luthier.models.manifest import MANIFEST
 from luthier.server.stores import removal
 from luthier.server.stores.removal import remove_files, remove_unneeded

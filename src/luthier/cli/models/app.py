@@ -524,14 +524,15 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
         model: Model id.
         force: Delete a model that other models, runs or accounts use.
     """
-    from luthier.engine.runs import runs_from
+    from luthier.engine.runs import run_of
     from luthier.formatting import list_some
-    from luthier.library.folders import base_folder, remove_side_files, working_folders
+    from luthier.library.folders import base_folder, working_folders
     from luthier.library.models import custom_models, pretrained_models, suggest_models
+    from luthier.library.removal import dependents_of, remove_side_files
     from luthier.models.catalog import CATALOG, fetching_lock
 
     has_service = find_spec("sqlalchemy") is not None  # of the extra `server`
-    is_base, run = ":" not in model, _run_of(model)
+    run = _run_of(model)
     fetched = base_folder(model) if model in CATALOG else None
     if run is not None:
         model = run.model_id  # with the stored form of the base id
@@ -541,13 +542,12 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
         raise RecipeError(
             f"no model or run {model!r} exists on this machine. {suggest_models(model, made)}"
         )
-    runs = runs_from(model) if is_base else []
-    if running := [each.model_id for each in runs if each.is_worked_on()]:
+    needed_by = dependents_of(model)
+    if running := [each for each in needed_by.runs if run_of(each).is_worked_on()]:
         raise RecipeError(f"{model} is in use by a running training: {', '.join(running)}")
     if not force:
-        users = [m.id for m in custom_models() if model in (m.manifest.parent, is_base and m.root)]
-        users += [f"the interrupted run {each.model_id}" for each in runs]
-        users += _service_users(model, database) if is_base and has_service else []
+        users = [*needed_by.models, *(f"the interrupted run {each}" for each in needed_by.runs)]
+        users += _service_users(model, database) if ":" not in model and has_service else []
         if users:
             raise RecipeError(
                 f"{model} is in use by {list_some(users, 3)}. Remove these first, or set --force"

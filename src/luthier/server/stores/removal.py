@@ -19,10 +19,10 @@ from luthier.library.folders import (
     custom_folders,
     folder_of,
     id_of,
-    remove_side_files,
     split_id,
 )
 from luthier.library.models import custom_models, lock_record
+from luthier.library.removal import dependents_of, remove_side_files
 from luthier.models.manifest import MANIFEST
 from luthier.server.tables import exports, storage, tags
 from luthier.server.tables.arns import Arns
@@ -185,11 +185,10 @@ def remove_files(stored_id: str | None) -> None:
         return
     remove_side_files(stored_id)
     log_file(job_of_run(split_id(stored_id)[1])).unlink(missing_ok=True)
-    stored = {each.id: each for each in custom_models()}
-    found = stored.get(stored_id)
+    found = next((each for each in custom_models() if each.id == stored_id), None)
     if found is None:
         return
-    if any(each.manifest.parent == found.id for each in stored.values()):
+    if dependents_of(stored_id).models:
         write_bytes(found.folder / _REMOVED_MARK, b"")
         return
     # Under the lock: a process that changes the record would recreate the folder.
