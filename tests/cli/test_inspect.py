@@ -79,7 +79,7 @@ def test_inspect_works_without_a_model(tmp_path: Path, luthier_home: Path) -> No
     few = Answer("inspect", str(path), "--base", "none")
     assert few.code == 1 and "rows.few" in few.out and "46 rows" in " ".join(few.out.split())
     answer = Answer("inspect", str(path), "--base", "none", *ANY_NUMBER).good()
-    left_out = "not checked: learning, white_space, base_language (needs a base model)"
+    left_out = "not checked: learning, white_space (needs a base model)"
     assert "4 rows" in answer.out and left_out in answer.out
     assert not luthier_home.exists()
 

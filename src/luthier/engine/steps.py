@@ -25,7 +25,7 @@ from luthier.engine.runs import ACTIVATIONS, LABEL_ISSUES, METRICS, PRECOMPUTED,
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.evaluation.label_issues import LEAST_ROWS
 from luthier.files import need_disk
-from luthier.gate.checks.base_language import UNTRAINED
+from luthier.gate.checks.language import UNTRAINED
 from luthier.models.networks.frozen_layer_cache import FrozenLayerCache, frozen_layers, is_frozen
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MediaLayout

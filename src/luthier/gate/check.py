@@ -70,6 +70,8 @@ class CheckContext:
     """Number of rows per split that the report shows with tokens."""
     every: bool = False
     """Encode every row of a large file. By default the token counts use a sample."""
+    in_job: bool = False
+    """True for the checks that every job runs before training."""
     only: frozenset[str] | None = None
     """Ids of the rules to check; ``None`` for all rules."""
 

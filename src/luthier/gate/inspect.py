@@ -19,7 +19,7 @@ from luthier.data.shapes.texts import LabelledText
 from luthier.errors import DownloadError, Problem, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, NO_READER, checks_for
-from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
+from luthier.gate.checks.language import UNSPACED, language_name, main_language
 from luthier.gate.policy import load_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
@@ -233,7 +233,7 @@ def inspect_job(
         RecipeError: invalid policy or severity.
     """
     policy = load_policy(spec.policy, spec.severity or {})
-    checks, left_out = checks_for(CheckContext(chat, objective), policy.skip, in_jobs=True)
+    checks, left_out = checks_for(CheckContext(chat, objective, in_job=True), policy.skip)
     report = inspect_rows(splits, checks, policy.severity, on_row, warnings)
     named = {"train": spec.train, "validation": spec.validation}
     sources = {split: source for split, source in named.items() if source}

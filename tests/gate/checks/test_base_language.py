@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 
 from luthier.data.conversations.chat import ChatFormat
-from luthier.data.languages import load_identifier
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.texts import LabelledText, RawText
-from luthier.gate.checks.base_language import (
+from luthier.gate.checks.language import (
     ENGLISH,
     SAMPLES,
-    BaseLanguage,
+    Language,
     language_name,
     spelling,
 )
@@ -110,7 +109,7 @@ def rows(*sentences: str, count: int = 60) -> list[Row]:
 
 def gate(chat: ChatFormat, given: list[Row], objective: str | None = None) -> Report:
     chosen = OBJECTIVES[objective].model_validate({}) if objective else None
-    return inspect_rows({"train": given}, [BaseLanguage(chat, chosen)])
+    return inspect_rows({"train": given}, [Language(chat, chosen)])
 
 
 def found(report: Report) -> tuple[str, str] | None:
@@ -178,11 +177,11 @@ def test_a_share_of_the_rows_is_enough_and_a_few_strays_are_not(english_base: Ch
     assert found(gate(english_base, rows(*EN, count=90) + rows(*VI, count=10))) is None
     # Held-out rows are not trained on.
     held = {"train": rows(*EN), "validation": rows(*VI)}
-    assert not inspect_rows(held, [BaseLanguage(english_base, None)]).findings.counts
+    assert not inspect_rows(held, [Language(english_base, None)]).findings.counts
 
 
 def test_many_short_rows_are_joined_and_sampled(english_base: ChatFormat) -> None:
-    check = BaseLanguage(english_base, None)
+    check = Language(english_base, None)
     words = [replace(row, text=row.text.split()[0]) for row in rows(*VI, count=5000) if row.text]
     short = [replace(row, text=" ".join(VI[n % 3].split()[:4])) for n, row in enumerate(words)]
     report = inspect_rows({"train": short}, [check])
@@ -215,14 +214,6 @@ def test_names_of_languages() -> None:
     assert [language_name(code) for code in ("vi", "zh", "dz")] == ["Vietnamese", "Chinese", "dz"]
 
 
-def test_language_names_match_transformers() -> None:
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    codes = set(load_identifier().nb_classes)
-    known = {code: name.title() for code, name in LANGUAGES.items() if code in codes}
-    assert {code: language_name(code) for code in codes if language_name(code) != code} == known
-
-
 ENGLISH_SETS = ["banking77", "gsm8k", "medquad", "ncbi_disease", "sms_spam", "wnut17"]
 
 
@@ -232,7 +223,7 @@ def test_real_rows(english_base: ChatFormat, name: str) -> None:
     from luthier.data.rows import RowReader
 
     given = list(RowReader(str(FOLDER / name / "train.jsonl")))[:1000]
-    summary = found(inspect_rows({"train": given}, [BaseLanguage(english_base, None)]))
+    summary = found(inspect_rows({"train": given}, [Language(english_base, None)]))
     assert (summary is not None) == name.endswith("_vi")
 
 

@@ -196,7 +196,7 @@ def test_rows_of_texts_are_passed_over() -> None:
 def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer() -> None:
     known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
     chosen, left = checks_for(known, skip=["learning"])
-    assert left["base_language"] == NO_READER
+    assert left["white_space"] == NO_READER
     captions = ["<|im_end|> a red disc", "Call ann.doe@nowhere.de", "a caf\u00c3\u00a9", "As an AI"]
     rows = [
         CaptionedImage("t", n, Media("image", f"{n}.png", array=noise(n)), text)

@@ -9,7 +9,6 @@ from luthier.formatting import did_you_mean
 from luthier.gate.check import Check, CheckContext
 from luthier.gate.checks.amount import Amount
 from luthier.gate.checks.balance import Balance
-from luthier.gate.checks.base_language import BaseLanguage
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.conversations import Conversations
 from luthier.gate.checks.duplicates import Duplicates
@@ -37,7 +36,6 @@ _KINDS: tuple[type[Check], ...] = (
     Balance,
     Lengths,
     Language,
-    BaseLanguage,
     Privacy,
 )
 CHECKS: PluginTable[type[Check]] = PluginTable(
@@ -60,20 +58,19 @@ NO_READER = "needs a base model with a tokenizer"
 
 
 def checks_for(
-    known: CheckContext, skip: Collection[str] = (), in_jobs: bool = False
+    known: CheckContext, skip: Collection[str] = ()
 ) -> tuple[list[Check], dict[str, str]]:
     """Create the applicable checks, and explain why the remaining checks are omitted.
 
     Args:
         known: model and objective, if given.
         skip: names of checks to omit.
-        in_jobs: create only the checks that every job runs.
     """
     chosen, left = [], {}
     for name, kind in CHECKS.items():
         if name in skip:
             left[name] = "skipped"
-        elif in_jobs and not kind.in_jobs:
+        elif known.in_job and not kind.in_jobs:
             left[name] = "not run in jobs"
         elif kind.needs_model and known.chat is None:
             left[name] = "needs a base model"
