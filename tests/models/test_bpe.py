@@ -34,5 +34,5 @@ def test_the_same_text_gives_the_same_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x"])
-def test_nothing_is_put_around_a_text(text: str) -> None:
+def test_encoding_adds_no_special_tokens(text: str) -> None:
     assert len(encode(train_bpe(TEXTS, 260), [text])[0]) == len(text)

@@ -20,14 +20,14 @@ from luthier.models.tokenizer import load_tokenizer
         {"model_type": "transfo_xl", "segment_length": 0},
     ],
 )
-def test_sizes_that_make_no_network_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_sizes_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         build(fields, 0, tmp_path / "new")
     assert refused.value.rule == "config.rejected"
     assert not (tmp_path / "new").exists()
 
 
-def test_an_elmo_s_tokenizer_is_found_without_a_word_about_its_type(
+def test_elmo_tokenizer_loads_without_type_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

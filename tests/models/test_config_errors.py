@@ -39,7 +39,7 @@ def test_shortage_of_memory_is_no_fault_of_a_configuration(error: Exception) -> 
 @pytest.mark.parametrize(
     "place", ["transformers.models.odd", "luthier.models.networks.classic.odd"]
 )
-def test_what_interprets_a_configuration_is_refused_for_its_errors(place: str) -> None:
+def test_configuration_error_in_network_code_is_refused(place: str) -> None:
     with pytest.raises(UnknownModel), reject_configuration(UnknownModel, "no network"):
         _function_of(place)()
 
@@ -49,7 +49,7 @@ def test_an_error_of_our_own_is_no_fault_of_a_configuration() -> None:
         _function_of("luthier.models.load")()
 
 
-def test_what_an_object_lacks_is_the_fault_of_who_made_it() -> None:
+def test_missing_attribute_is_refused_only_for_network_outputs() -> None:
     with pytest.raises(UnknownModel), reject_configuration(UnknownModel, "no network"):
         _function_of(NETWORK, lambda: ImageClassifierOutput().last_hidden_state)()  # type: ignore[attr-defined]
     with pytest.raises(AttributeError), reject_configuration(UnknownModel, "no network"):

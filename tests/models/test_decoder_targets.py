@@ -130,7 +130,7 @@ def _open(folder: Path) -> Network:
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
 @pytest.mark.parametrize("family", EQUAL)
-def test_targets_are_those_of_transformers(
+def test_targets_match_transformers(
     family: str, new_folder: Callable[..., Path], luthier_home: Path
 ) -> None:
     """The loss of a row equals ``model(input_ids, labels=tokenizer(text_target=reply))``."""
@@ -224,7 +224,9 @@ def test_language_of_generation_config_is_taken(new_folder: Callable[..., Path])
     assert chat.opening_ids == (language,)
 
 
-def test_other_shift_is_refused(new_folder: Callable[..., Path], luthier_home: Path) -> None:
+def test_different_label_shift_is_refused(
+    new_folder: Callable[..., Path], luthier_home: Path
+) -> None:
     """A family with another label shift cannot be trained."""
     network = _open(new_folder("bart"))
     network.model.config.decoder_start_token_id = 5

@@ -73,7 +73,7 @@ def copy(family_folder: Callable[[str], Path], tmp_path: Path) -> Copy:
         ("bert", "type_vocab_size", 10**9, "model.weights"),
     ],
 )
-def test_configurations_of_no_network_are_refused_before_anything_is_built(
+def test_invalid_configurations_are_refused_before_building(
     family: str, name: str, value: Any, rule: str, copy: Copy
 ) -> None:
     folder = copy(family, **{name: value})
@@ -84,7 +84,7 @@ def test_configurations_of_no_network_are_refused_before_anything_is_built(
     assert not rule or refused.value.problem.rule == rule
 
 
-def test_what_runs_otherwise_than_it_is_described_is_refused_at_its_first_pass(copy: Copy) -> None:
+def test_mismatched_configuration_is_refused_at_first_pass(copy: Copy) -> None:
     folder = copy("clip", **{"text_config.eos_token_id": 10**9})
     with pytest.raises(UnknownModel) as refused:
         as_network(load_model(folder, torch.float32, CPU, EMBEDDING), CPU, torch.float32)
@@ -106,7 +106,7 @@ def test_a_network_is_described_once_for_each_opened_folder(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("family", ["llama", "vae", "small_cnn"])
-def test_weights_that_are_no_numbers_are_named(family: str, value: float, copy: Copy) -> None:
+def test_non_finite_weights_are_refused(family: str, value: float, copy: Copy) -> None:
     folder = copy(family)
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -131,7 +131,7 @@ def hidden(folder: Path) -> torch.Tensor:
         return network.hidden(network.batch(build_tree([row])))
 
 
-def test_weights_that_are_missing_or_damaged(
+def test_missing_and_damaged_weights_are_refused(
     tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = plain_llama(tiny_llama, tmp_path)
@@ -152,7 +152,7 @@ def test_weights_that_are_missing_or_damaged(
     assert refused.value.rule == "model.weights"
 
 
-def test_other_weight_files_are_not_read(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+def test_unlisted_weight_files_are_ignored(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     folder = plain_llama(tiny_llama, tmp_path)
     whole, expected = load_file(folder / "model.safetensors"), hidden(folder)
     for name in ("zz", "adapter_model", "model_old"):
@@ -191,9 +191,7 @@ def test_a_missing_context_length_is_replaced(
     assert (context, bool(source)) == (expected, has_source)
 
 
-def test_weights_without_their_prefix_are_loaded(
-    tiny_llama: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_weights_without_prefix_are_loaded(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     folder = plain_llama(tiny_llama, tmp_path, tie_word_embeddings=True)
     path, expected = folder / "model.safetensors", hidden(folder)
     bare = {name.removeprefix("model."): weight for name, weight in load_file(path).items()}
@@ -201,7 +199,7 @@ def test_weights_without_their_prefix_are_loaded(
     assert torch.equal(hidden(folder), expected)
 
 
-def test_a_network_whose_output_is_not_finite_is_refused(
+def test_network_with_non_finite_output_is_refused(
     tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = plain_llama(tiny_llama, tmp_path)
@@ -225,7 +223,7 @@ def test_a_configuration_of_more_than_is_stored_is_refused(
 
 
 @pytest.mark.slow
-def test_threads_import_transformers_one_after_the_other(
+def test_concurrent_imports_of_transformers_succeed(
     tiny_llama: Callable[..., Any], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     code = (

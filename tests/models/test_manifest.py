@@ -13,7 +13,7 @@ from luthier.files import write_json
 from luthier.models.manifest import MANIFEST, DataRecord, ExportRecord, Manifest, TextFormat
 
 
-def test_what_is_written_is_read_back_without_what_does_not_concern_it(tmp_path: Path) -> None:
+def test_manifest_round_trip_omits_empty_fields(tmp_path: Path) -> None:
     data = DataRecord(
         sha256={"rows.jsonl": "0"},
         dropped=0,
@@ -56,9 +56,7 @@ def test_what_is_written_is_read_back_without_what_does_not_concern_it(tmp_path:
         ({"id": "x", "unheard_of": 1}, "unheard_of"),
     ],
 )
-def test_a_record_that_makes_no_sense_names_the_field(
-    tmp_path: Path, fields: Any, where: str
-) -> None:
+def test_invalid_manifest_is_refused(tmp_path: Path, fields: Any, where: str) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(fields))
     with pytest.raises(CorruptFile) as refused:
         Manifest.read(tmp_path)
@@ -76,7 +74,7 @@ def test_parity_of_older_versions_is_read(tmp_path: Path) -> None:
     assert read.next_tokens is not None and read.next_tokens.first_difference is None
 
 
-def test_an_export_takes_the_place_of_the_one_before_it(tmp_path: Path) -> None:
+def test_new_export_replaces_equal_export(tmp_path: Path) -> None:
     def export(day: int, **fields: Any) -> ExportRecord:
         plain = {"format": "gguf", "created": f"2026-11-{day}", "luthier": "1", "files": {}}
         return ExportRecord.model_validate({**plain, "compared_in": None, **fields})

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize("size", SHAPES["llama"])
-def test_a_size_has_about_as_many_weights_as_its_name(family: Any, size: Any) -> None:
+def test_weight_count_matches_preset_name(family: Any, size: Any) -> None:
     from transformers import AutoConfig
 
     nets.register(family)
@@ -55,7 +55,7 @@ def test_weights_follow_from_the_seed(tmp_path: Path) -> None:
     assert not torch.equal(a["transformer.wte.weight"], c["transformer.wte.weight"])
 
 
-def test_gpt2_starts_as_its_paper_says(tmp_path: Path) -> None:
+def test_gpt2_initial_weights_match_paper(tmp_path: Path) -> None:
     build(SMALL, 0, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert weights["transformer.wte.weight"].std().item() == pytest.approx(0.02, rel=0.05)
@@ -74,14 +74,14 @@ def test_gpt2_starts_as_its_paper_says(tmp_path: Path) -> None:
         ({"model_type": "xlnet", "vocab_size": 300}, "network.head"),
     ],
 )
-def test_what_cannot_be_built_is_refused(fields: dict[str, Any], rule: str, tmp_path: Path) -> None:
+def test_invalid_presets_are_refused(fields: dict[str, Any], rule: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         build(fields, 0, tmp_path)
     assert refused.value.rule == rule
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", "{}", '{"model_type": 3}'])
-def test_a_configuration_that_is_none_is_refused(content: str | None, tmp_path: Path) -> None:
+def test_invalid_configuration_is_refused(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
@@ -90,7 +90,7 @@ def test_a_configuration_that_is_none_is_refused(content: str | None, tmp_path: 
     assert refused.value.rule in {"config.invalid", "config.missing"}
 
 
-def test_a_configuration_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_configuration_is_read_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**SMALL, "_name_or_path": "x"}))
     assert read_configuration(path) == SMALL

@@ -7,7 +7,7 @@ import torch
 from luthier.models import random_numbers
 
 
-def test_weights_that_others_follow_are_not_drawn() -> None:
+def test_leave_undrawn_skips_random_draws() -> None:
     torch.manual_seed(0)
     with random_numbers.leave_undrawn():
         layer = torch.nn.Linear(3, 2)

@@ -16,7 +16,7 @@ def to_bfloat16(values: Tensor, rounding: Rounding | None = None) -> Tensor:
     return (rounding or Rounding())(values.clone(), torch.bfloat16)
 
 
-def test_numbers_that_bfloat16_has_do_not_change() -> None:
+def test_exact_bfloat16_values_do_not_change() -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     exact = bits.view(torch.bfloat16)
     finite = exact[exact.isfinite()]
@@ -27,7 +27,7 @@ def test_numbers_that_bfloat16_has_do_not_change() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
-def test_the_mean_is_kept(sign: int, share: float) -> None:
+def test_stochastic_rounding_preserves_mean(sign: int, share: float) -> None:
     count = 100_000
     rounded = to_bfloat16(torch.full((count,), sign * (1 + share * 2**-7))).float()
     assert set(rounded.tolist()) == {sign * 1.0, sign * ABOVE_ONE}
@@ -45,7 +45,7 @@ def test_small_steps_survive_as_a_sum() -> None:
     assert abs(float(rounded.mean()) - step) < 0.05 * step
 
 
-def test_long_tensors_are_rounded_in_parts_of_their_own() -> None:
+def test_parts_of_long_tensors_round_differently() -> None:
     half_way = torch.full((3 * CHUNK,), 1 + 0.5 * 2**-7)
     kept = half_way.clone()
     ups = (to_bfloat16(half_way) == ABOVE_ONE).view(3, CHUNK)
@@ -69,7 +69,7 @@ def test_every_run_gives_the_same_bits() -> None:
         assert torch.equal(mine, again)
 
 
-def test_tensors_of_one_run_are_rounded_differently() -> None:
+def test_tensors_of_a_run_round_differently() -> None:
     rounding = Rounding()
     half_way = torch.full((2000,), 1 + 0.5 * 2**-7)
     ups = [to_bfloat16(half_way, rounding) == ABOVE_ONE for _ in range(4)]
@@ -79,13 +79,13 @@ def test_tensors_of_one_run_are_rounded_differently() -> None:
             assert 0.4 < agreement < 0.6
 
 
-def test_other_types_are_rounded_to_nearest() -> None:
+def test_float32_and_float16_round_to_nearest() -> None:
     values = torch.tensor([1.0, 1 + 2**-20, 3.14159])
     assert torch.equal(Rounding()(values, torch.float32), values)
     assert Rounding()(values, torch.float16).tolist() == [1.0, 1.0, 3.140625]
 
 
-def test_a_transposed_tensor_keeps_its_shape() -> None:
+def test_transposed_tensor_keeps_shape() -> None:
     values = torch.arange(24.0).view(4, 6).t()
     target = torch.zeros(4, 6, dtype=torch.bfloat16).t()
     Rounding().into(target, values)

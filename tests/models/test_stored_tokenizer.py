@@ -94,7 +94,7 @@ def check_alike(stored: Any, own: Any) -> None:
     assert stored.convert_ids_to_tokens(ids) == own.convert_ids_to_tokens(ids)
 
 
-def test_a_stored_tokenizer_gives_what_transformers_gives(folder: Path) -> None:
+def test_stored_tokenizer_matches_transformers(folder: Path) -> None:
     assert not is_tokenizer_stored(folder)
     first = load_tokenizer(folder)
     assert is_tokenizer_stored(folder)
@@ -139,7 +139,7 @@ def test_tokenizers_in_python_are_loaded_with_transformers(tmp_path: Path) -> No
         {"split_special_tokens": True},
     ],
 )
-def test_other_tokenizers_are_loaded_with_transformers(
+def test_unsupported_tokenizers_load_with_transformers(
     fields: Mapping[str, Any], folder: Path
 ) -> None:
     path = folder / "tokenizer_config.json"
@@ -169,7 +169,7 @@ def test_a_damaged_copy_is_written_again(folder: Path, luthier_home: Path, name:
     assert load_tokenizer(folder).encode("the house") == wanted and copy.read_bytes() == whole
 
 
-def test_a_store_that_cannot_be_written(folder: Path, luthier_home: Path) -> None:
+def test_unwritable_store_is_ignored(folder: Path, luthier_home: Path) -> None:
     luthier_home.write_text("no folder")
     assert load_tokenizer(folder).encode("Hello")
     assert not is_tokenizer_stored(folder)
@@ -183,7 +183,7 @@ def test_a_removed_model_leaves_no_tokenizer(tiny_model_folder: Path, luthier_ho
     assert [*luthier_home.joinpath("cache", "tokenizers").iterdir()] == []
 
 
-def test_a_copy_is_written_as_transformers_writes_it(folder: Path, tmp_path: Path) -> None:
+def test_saved_copy_matches_transformers_files(folder: Path, tmp_path: Path) -> None:
     stored, own = load_tokenizer(folder), load_with_transformers(folder)
     changed = copy.copy(stored)
     changed.chat_template = own.chat_template = "{{ messages }}"
@@ -236,7 +236,7 @@ def test_tokens_need_no_torch(folder: Path) -> None:
     assert told.stdout.split() == ["False", "False"]
 
 
-def test_prompts_are_those_of_transformers(folder: Path) -> None:
+def test_prompts_match_transformers(folder: Path) -> None:
     stored = load_chat_format(folder)
     assert isinstance(stored.tokenizer, StoredTokenizer)
     own = ChatFormat.of(load_with_transformers(folder), "auto", stored.stop_ids)

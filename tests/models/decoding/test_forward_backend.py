@@ -41,7 +41,7 @@ def alone(backend: ForwardBackend, row: int) -> list[torch.Tensor]:
     return [first, *(backend.step([state], [token])[0] for token in TOKENS[row])]
 
 
-def test_rows_of_a_group_write_what_each_writes_alone(backend: ForwardBackend) -> None:
+def test_batched_rows_match_single_rows(backend: ForwardBackend) -> None:
     expected = [alone(backend, row) for row in range(3)]
     states, logits = backend.prefill_batch(PROMPTS, 1)
     rows = [0, 1, 2]
@@ -56,7 +56,7 @@ def test_rows_of_a_group_write_what_each_writes_alone(backend: ForwardBackend) -
         torch.testing.assert_close(logits, torch.stack([expected[row][at + 1] for row in rows]))
 
 
-def test_copies_of_a_prompt_go_their_own_ways(backend: ForwardBackend) -> None:
+def test_copies_of_a_prompt_continue_independently(backend: ForwardBackend) -> None:
     states, logits = backend.prefill_batch(PROMPTS[:2], 2)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[2], logits[3])
     other = [token + 1 for token in TOKENS[0]]

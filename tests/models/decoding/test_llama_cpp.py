@@ -73,7 +73,7 @@ def written(backend: Backend, prompts: list[Any], count: int) -> list[list[int]]
     return found
 
 
-def test_it_answers_as_torch_does(network: Any, backend: llama_cpp.LlamaCppBackend) -> None:
+def test_llama_cpp_answers_match_torch(network: Any, backend: llama_cpp.LlamaCppBackend) -> None:
     """Logits after prompts of one and two chunks, and in joint steps."""
     parity = compare_backends(FlatBackend(network, CONTEXT), backend, PROMPTS, 24)
     assert parity.tokens == 24 * len(PROMPTS)
@@ -94,7 +94,7 @@ def test_gpt2_does_too(tiny_gpt2: Callable[..., Any], tmp_path: Path) -> None:
         backend.close()
 
 
-def test_copies_share_what_was_read_and_go_their_own_ways(
+def test_forks_share_prompt_and_continue_independently(
     backend: llama_cpp.LlamaCppBackend,
 ) -> None:
     state, _ = begin(backend, PROMPTS[4])
@@ -110,7 +110,7 @@ def test_copies_share_what_was_read_and_go_their_own_ways(
     torch.testing.assert_close(again[1], alone, rtol=0, atol=ROUNDING)
 
 
-def test_prompts_are_read_together_as_one_by_one(backend: llama_cpp.LlamaCppBackend) -> None:
+def test_prefill_together_matches_prefill_alone(backend: llama_cpp.LlamaCppBackend) -> None:
     opened = [backend.open(ids) for ids in PROMPTS]
     first = backend.prefill(opened)
     assert [each is None for each in first] == [False] * 5 + [True]
@@ -125,7 +125,7 @@ def test_prompts_are_read_together_as_one_by_one(backend: llama_cpp.LlamaCppBack
         torch.testing.assert_close(logits[2 * place], alone, rtol=0, atol=ROUNDING)
 
 
-def test_prompts_that_cannot_be_read_leave_nothing_open(backend: llama_cpp.LlamaCppBackend) -> None:
+def test_failed_prefill_leaves_no_sequence_open(backend: llama_cpp.LlamaCppBackend) -> None:
     for together in (True, False):
         read = backend.prefill_batch if together else partial(read_prompts, backend)
         with pytest.raises(ValueError):
@@ -146,7 +146,7 @@ def test_all_sequences_step_at_once(backend: llama_cpp.LlamaCppBackend) -> None:
         torch.testing.assert_close(logits[place], alone, rtol=0, atol=ROUNDING)
 
 
-def test_room_grows_with_what_is_kept_and_is_given_back(
+def test_cache_grows_with_content_and_is_freed(
     file: Path, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Growing the cache preserves its content, copies included."""
@@ -169,7 +169,7 @@ def test_room_grows_with_what_is_kept_and_is_given_back(
         backend.close()
 
 
-def test_what_cannot_be_is_refused_before_the_library_is_asked(
+def test_invalid_ids_and_states_are_refused(
     backend: llama_cpp.LlamaCppBackend,
 ) -> None:
     for ids in ([], [-1], [VOCABULARY], [3] * (CONTEXT + 1)):
@@ -202,9 +202,7 @@ def test_what_cannot_be_is_refused_before_the_library_is_asked(
         backend.open(PROMPTS[0])
 
 
-def test_a_file_that_is_none_is_refused_with_the_library_s_reason(
-    file: Path, tmp_path: Path
-) -> None:
+def test_invalid_gguf_is_refused_with_reason(file: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
     for name, content in {"cut": whole[: len(whole) // 2], "text": b"hello" * 100}.items():
         (tmp_path / name).write_bytes(content)
@@ -216,7 +214,7 @@ def test_a_file_that_is_none_is_refused_with_the_library_s_reason(
     assert refused.value.rule == "gguf.vocabulary"
 
 
-def test_another_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_library_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_BACKEND", "llama.cpp")
     assert backends.chosen_backend().id == "llama.cpp"
     monkeypatch.setattr(backends, "version", lambda name: "2026.9.1")

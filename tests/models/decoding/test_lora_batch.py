@@ -78,7 +78,7 @@ def shared(network: Any, base: FlatBackend, kinds: list[Any]) -> list[Backend]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_each_row_has_the_logits_of_its_adapted_network(
+def test_batched_adapter_rows_match_adapted_network(
     family: str,
     packed: bool,
     family_folder: Callable[[str], Path],
@@ -139,7 +139,7 @@ def test_many_adapters_come_and_go(family_folder: Callable[[str], Path]) -> None
     assert torch.allclose(logits_of([again], [PROMPTS[1]], 3)[0], expected[5], atol=1e-4)
 
 
-def test_an_adapter_on_another_network_is_refused(family_folder: Callable[[str], Path]) -> None:
+def test_adapter_of_different_network_is_refused(family_folder: Callable[[str], Path]) -> None:
     network, other = (base_network(family_folder("llama")) for _ in range(2))
     with pytest.raises(RecipeError) as refused:
         FlatBackend(network, 512).with_adapter(other.with_adapter(drawn(LoRA(rank=2), 0)), 512)

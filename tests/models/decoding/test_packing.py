@@ -19,7 +19,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
 @pytest.mark.parametrize("kind", [None, LoRALinear, DoRALinear])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_products_are_those_of_the_plain_weight(
+def test_packed_products_match_plain_weight(
     kind: type[LoRALinear] | None, bias: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_products_are_those_of_the_plain_weight(
         base.weight.neg_()  # type: ignore[operator]
 
 
-def test_other_types_and_small_weights_stay() -> None:
+def test_float64_and_small_weights_are_not_packed() -> None:
     for layer in (nn.Linear(320, 256, dtype=torch.float64), nn.Linear(16, 16)):
         with PackedLinears(layer):
             assert packed_weight(layer) is None

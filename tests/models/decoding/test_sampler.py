@@ -41,7 +41,7 @@ Opened = Callable[..., Network]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_likeliest_token_is_the_first_of_equal_ones(dtype: torch.dtype) -> None:
+def test_likeliest_token_is_first_of_equal_logits(dtype: torch.dtype) -> None:
     """Same result as torch per row; in bfloat16 the highest logit often occurs twice."""
     logits_RV = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).mul(2).round()
     logits_RV[3, 7], logits_RV[4] = torch.nan, -torch.inf
@@ -146,7 +146,7 @@ def generated(network: Network, prompt_T: Any, stop: int, count: int) -> list[in
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_greedy_tokens_are_those_of_generate(opened: Opened, family: str) -> None:
+def test_greedy_tokens_match_transformers_generate(opened: Opened, family: str) -> None:
     """Prompts of all lengths in one batch; some completions stop earlier."""
     network = opened(family)
     found = sampled(network, PROMPTS, 2, max_tokens=40, temperature=0)
@@ -240,9 +240,7 @@ def test_seeds_and_the_global_state_decide_the_draws(opened: Opened) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 100])
 @pytest.mark.parametrize("family", ["llama", "transfo_xl"])
-def test_what_runs_beside_a_row_does_not_matter(
-    opened: Opened, family: str, batch_size: int
-) -> None:
+def test_sampling_is_independent_of_batch(opened: Opened, family: str, batch_size: int) -> None:
     network = opened(family)
     settings: dict[str, Any] = {"max_tokens": 24, "stop_ids": range(60)}
     counts: list[int] = []
@@ -260,7 +258,7 @@ def test_what_runs_beside_a_row_does_not_matter(
     assert sampled(network, [], 3, **settings) == []
 
 
-def test_a_prompt_is_computed_once_and_rows_leave_when_they_end(
+def test_prompt_is_computed_once_and_finished_rows_leave(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = opened("llama")
@@ -279,7 +277,7 @@ def test_a_prompt_is_computed_once_and_rows_leave_when_they_end(
     assert sum(sizes[1:]) < 2 * sum(length - 1 for length in lengths) + 4 * len(sizes)
 
 
-def test_modes_and_gradients_are_left_as_they_were(opened: Opened) -> None:
+def test_sampling_restores_modes_and_gradients(opened: Opened) -> None:
     network = opened("llama", LoRA(rank=4, dropout=0.5))
     network.model.train()
     network.model.model.layers[1].eval()
@@ -319,7 +317,7 @@ def test_draws_follow_the_weights() -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.0}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 5}]
 )
-def test_rows_choose_together_what_each_chooses_alone(settings: dict[str, float]) -> None:
+def test_joint_token_choice_matches_single_choice(settings: dict[str, float]) -> None:
     sampling = Sampling(**{"temperature": 1.0, **settings})  # type: ignore[arg-type]
     logits_RV = torch.randn(7, 5000, generator=seeded())
 
@@ -349,7 +347,7 @@ def test_rows_choose_together_what_each_chooses_alone(settings: dict[str, float]
         ({"prompts": [SHORT, SHORT[:0]]}, "prompt 2 has no tokens"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(
+def test_invalid_sampling_is_refused(
     opened: Opened, settings: dict[str, Any], message: str
 ) -> None:
     chosen = {"prompts": [SHORT], "count": 1, "max_tokens": 4, **settings}
@@ -364,7 +362,7 @@ def test_what_cannot_be_sampled_is_refused(
 
 
 @pytest.mark.parametrize("family", ["bert", "xlnet", "elmo"])
-def test_networks_that_write_nothing_are_refused(
+def test_sampling_from_encoder_is_refused(
     family_folder: Callable[[str], Path], family: str
 ) -> None:
     head = Head("masked_lm" if family == "bert" else "embedding")

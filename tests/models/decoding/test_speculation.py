@@ -5,7 +5,7 @@ from __future__ import annotations
 from luthier.models.decoding.speculation import NGRAMS, PATIENCE, PromptLookup, Speculation
 
 
-def test_what_followed_before_is_guessed() -> None:
+def test_lookup_guesses_earlier_continuation() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 9, 2, 3])
     assert lookup.guess(3) == [4, 5, 9]
     assert lookup.guess(1) == [4]
@@ -21,14 +21,14 @@ def test_more_tokens_in_common_come_first_and_then_the_latest_place() -> None:
     assert PromptLookup([1, 2, 3, 10, 1, 2, 3, 20, 1, 2, 3]).guess(1) == [20]
 
 
-def test_nothing_is_guessed_from_the_end_itself() -> None:
+def test_lookup_has_no_guess_from_prompt_end() -> None:
     assert PromptLookup([1, 2]).guess(4) == []
     assert PromptLookup([]).guess(4) == []
     assert PromptLookup([7, 7, 7]).guess(0) == []
     assert PromptLookup([7, 7, 7]).guess(4) == [7]
 
 
-def test_a_copy_goes_its_own_way() -> None:
+def test_copy_of_lookup_is_independent() -> None:
     lookup = PromptLookup([1, 2, 3, 1, 2])
     other = lookup.copy()
     other.append(9)
@@ -36,7 +36,7 @@ def test_a_copy_goes_its_own_way() -> None:
     assert other.guess(1) == []
 
 
-def test_guesses_that_fail_pause_ever_longer() -> None:
+def test_failed_guesses_pause_longer_each_time() -> None:
     lookup = PromptLookup([1, 2, 3] * 4)
     pauses = []
     for _ in range(2):

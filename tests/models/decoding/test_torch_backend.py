@@ -69,7 +69,7 @@ def written(backend: Backend, prompts: list[Any], count: int) -> list[list[int]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_is_what_training_samples(
+def test_decoding_matches_sampling_in_training(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     made = network(family_folder(family))
@@ -95,7 +95,7 @@ def test_a_prefix_and_a_soft_prompt_stand_before(
 
 
 @pytest.mark.slow
-def test_logits_next_to_others_are_close_to_those_alone(tiny_llama: Callable[..., Any]) -> None:
+def test_batched_logits_are_close_to_single_logits(tiny_llama: Callable[..., Any]) -> None:
     with torch.inference_mode(False):
         model = tiny_llama(hidden_size=128).eval()
         backend = FlatBackend(as_network(model, CPU, torch.float32), 1024)
@@ -146,7 +146,7 @@ def read(backend: Any, ids: Any, start: Any = None) -> tuple[Any, torch.Tensor]:
     return state, logits
 
 
-def test_a_prompt_can_be_read_next_to_others_and_behind_an_earlier_one(
+def test_prefill_in_batch_and_after_cached_prefix(
     tiny_llama: Callable[..., Any],
 ) -> None:
     with torch.inference_mode(False):
@@ -171,7 +171,7 @@ def test_a_prompt_can_be_read_next_to_others_and_behind_an_earlier_one(
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_a_beginning_that_prompts_share_is_read_once(
+def test_shared_prefix_is_read_once(
     copies: int, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.inference_mode(False):
@@ -211,7 +211,7 @@ def test_a_beginning_that_prompts_share_is_read_once(
     assert torch.allclose(steps[3 * copies], backend.step(alone, [7])[0], atol=1e-4)
 
 
-def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
+def test_correct_guesses_save_steps_with_equal_logits(
     family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = network(family_folder("llama"))
@@ -243,7 +243,7 @@ def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
         assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(one, other, strict=True)), at
 
 
-def test_what_a_sequence_left_is_never_read(family_folder: Callable[[str], Path]) -> None:
+def test_freed_slots_are_never_read(family_folder: Callable[[str], Path]) -> None:
     """Freed slots may contain nan, and 0 times nan is nan."""
     backend = FlatBackend(network(family_folder("llama")), 512)
     expected = written(backend, PROMPTS[:1], 100)
@@ -261,7 +261,7 @@ def test_what_a_sequence_left_is_never_read(family_folder: Callable[[str], Path]
         backend.free(state)
 
 
-def test_tokens_beyond_a_window_are_those_of_the_own_forward() -> None:
+def test_tokens_beyond_window_match_network_forward() -> None:
     """The prompts have more than one chunk of a prefill, the completions guessed tokens."""
     config: Any = transformers.GptOssConfig(
         vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
@@ -285,7 +285,7 @@ def test_tokens_beyond_a_window_are_those_of_the_own_forward() -> None:
         assert ids == best.tolist()
 
 
-def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Path]) -> None:
+def test_forks_of_a_prompt_continue_independently(family_folder: Callable[[str], Path]) -> None:
     backend = FlatBackend(network(family_folder("llama")), 1024)
     state = backend.open(PROMPTS[2])
     backend.prefill([state])
@@ -322,7 +322,7 @@ def test_a_table_of_positions_may_end_anywhere(
         assert torch.equal(one, other)
 
 
-def test_a_fork_that_fails_leaves_nothing(
+def test_failed_fork_frees_copies(
     family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = FlatBackend(network(family_folder("llama")), 1024)
@@ -344,7 +344,7 @@ def test_a_fork_that_fails_leaves_nothing(
     assert backend._base.sequences == 0
 
 
-def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
+def test_room_sizes_and_byte_estimates(family_folder: Callable[[str], Path]) -> None:
     rooms = [room_for(tokens) for tokens in range(1, 2000)]
     assert all(room >= tokens for tokens, room in enumerate(rooms, 1))
     assert all(room <= max(STEP, 2 * tokens) for tokens, room in enumerate(rooms, 1))
@@ -361,7 +361,7 @@ def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
         assert real <= backend.bytes_of(1) <= 2 * real
 
 
-def test_one_that_comes_and_goes_beside_another_copies_nothing() -> None:
+def test_adding_and_removing_sequences_copies_no_cache() -> None:
     bank = Bank(STEP)
     key = torch.zeros(1, 2, 1, 4)
     bank.add()

@@ -29,7 +29,7 @@ def rule(*entries: tuple[str, int], most: int = 10_000) -> tuple[str, str]:
     return caught.value.problem.file, caught.value.problem.rule
 
 
-def test_only_what_makes_the_model_is_taken() -> None:
+def test_select_files_takes_only_model_files() -> None:
     further = ["README.md", "modeling_x.py", ".gitattributes", "vocab.png", "a b.safetensors"]
     chosen = select_files([*WHOLE, *((name, 1) for name in further)])
     assert list(chosen.files) == WHOLE and list(chosen.left) == further
@@ -40,11 +40,11 @@ def test_only_what_makes_the_model_is_taken() -> None:
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "training_args.bin", "x.PT", "model.pkl", "a.pth", "tf_model.h5"]
 )
-def test_what_can_run_code_is_refused_by_name(name: str) -> None:
+def test_files_with_executable_code_are_refused(name: str) -> None:
     assert rule(*WHOLE, (name, 1)) == (name, "model.pickle")
 
 
-def test_what_is_missing_or_too_large() -> None:
+def test_missing_and_oversized_files_are_refused() -> None:
     assert rule() == ("config.json", "model.config")
     assert rule(*WHOLE, ("adapter_config.json", 1)) == ("adapter_config.json", "model.config")
     assert rule(WHOLE[0], WHOLE[2]) == ("model.safetensors", "model.weights")
@@ -58,7 +58,7 @@ def test_what_is_missing_or_too_large() -> None:
         assert rule(*entries) == (name, "model.size")
 
 
-def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
+def test_index_with_missing_shards_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"a": torch.zeros(3, 4)}, tmp_path / "one.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
@@ -115,7 +115,7 @@ def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:
     assert refused.value.rule == "model.quantized"
 
 
-def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_with_foreign_gguf_file_is_refused(tmp_path: Path) -> None:
     check_tokenizer(tmp_path)
     settings = tmp_path / "tokenizer_config.json"
     # Published models hold such leftovers, which transformers does not open.
@@ -138,7 +138,7 @@ PIPELINE = [
 ]  # fmt: skip
 
 
-def test_of_a_pipeline_the_folders_of_its_parts_are_taken() -> None:
+def test_pipeline_selection_takes_component_folders() -> None:
     further = ["v1-5-pruned.safetensors", "README.md", "unet/README.md", "tokenizer/x.py"]
     chosen = select_files([*PIPELINE, *((name, 1) for name in further)])
     assert list(chosen.files) == PIPELINE and list(chosen.left) == further
@@ -148,6 +148,6 @@ def test_of_a_pipeline_the_folders_of_its_parts_are_taken() -> None:
     assert rule(*PIPELINE, ("vae/config.json", 10_000_001)) == ("vae/config.json", "model.size")
 
 
-def test_what_reads_images_needs_no_tokenizer() -> None:
+def test_image_model_needs_no_tokenizer() -> None:
     entries = [*WHOLE[:2], ("preprocessor_config.json", 10)]
     assert list(select_files(entries).files) == entries

@@ -52,7 +52,7 @@ def fields(path: Path) -> dict[str, Any]:
     return {name: each.contents() for name, each in GGUFReader(path).fields.items()}
 
 
-def test_llama_comes_back_with_its_settings_tokenizer_and_interleaved_heads(
+def test_llama_gguf_has_settings_tokenizer_and_interleaved_heads(
     tiny_llama: Callable[..., Any], chat: ChatFormat, tmp_path: Path
 ) -> None:
     model, path = tiny_llama(), tmp_path / "tiny.gguf"
@@ -125,7 +125,7 @@ def test_transformers_reads_the_weights_of_a_file(
     assert all(found[name].equal(weight) for name, weight in model.named_parameters())
 
 
-def test_qwen_keeps_its_biases_and_the_order_of_its_heads(chat: ChatFormat, tmp_path: Path) -> None:
+def test_qwen_gguf_keeps_biases_and_head_order(chat: ChatFormat, tmp_path: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -142,7 +142,7 @@ def test_qwen_keeps_its_biases_and_the_order_of_its_heads(chat: ChatFormat, tmp_
     assert compare_gguf(path, model, chat, "f32").agreement > 0.95
 
 
-def test_each_type_is_mixed_as_it_should_be(
+def test_tensor_types_of_each_quantization(
     tiny_llama: Callable[..., Any], chat: ChatFormat, tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp")
@@ -165,7 +165,7 @@ def test_each_type_is_mixed_as_it_should_be(
         assert file_size(model, quantization) == size
 
 
-def test_rows_that_do_not_fit_blocks_get_a_larger_type(
+def test_rows_off_block_size_get_larger_type(
     tiny_llama: Callable[..., Any], chat: ChatFormat, tmp_path: Path
 ) -> None:
     model = tiny_llama(hidden_size=48, intermediate_size=96, num_key_value_heads=4)
@@ -177,7 +177,7 @@ def test_rows_that_do_not_fit_blocks_get_a_larger_type(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("quantization", ["q8_0", "q4_0", "q4_k_m"])
-def test_rounded_weights_are_those_that_are_read_from_the_file(
+def test_rounded_weights_equal_gguf_weights(
     family: str,
     quantization: Quantization,
     tiny_llama: Callable[..., Any],
@@ -287,7 +287,7 @@ def test_how_texts_are_cut_is_known_or_refused(
         ({"hidden_act": "gelu"}, "the activation of"),
     ],
 )
-def test_other_mathematics_is_refused(
+def test_unsupported_activation_and_rotary_are_refused(
     change: dict[str, Any],
     words: str,
     tiny_llama: Callable[..., Any],
@@ -300,7 +300,7 @@ def test_other_mathematics_is_refused(
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_other_networks_and_types_are_refused(
+def test_unsupported_networks_and_types_are_refused(
     tiny_palm: Callable[..., Any], chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RecipeError) as refused:
@@ -393,7 +393,7 @@ def test_pieces_of_sentencepiece_are_merged_the_same(
     assert compare_gguf(path, model, chat, "f32").agreement > 0.95
 
 
-def test_a_space_before_the_first_text_alone_needs_a_special_token_before_it(
+def test_space_before_first_text_without_special_token_is_refused(
     tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     chat = sentencepiece(INST.removeprefix("{{ bos_token }}"), "first")

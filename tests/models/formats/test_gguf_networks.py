@@ -124,7 +124,7 @@ def test_a_supported_network_equals_transformers(family: Family, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), VARIANTS)
-def test_other_settings_equal_transformers(
+def test_changed_settings_match_transformers(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp")
@@ -134,7 +134,7 @@ def test_other_settings_equal_transformers(
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["q8_0", "q4_k_m"])
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "phi3", "qwen3_5_moe_text", "qwen3_moe"])
-def test_quantized_weights_are_those_of_the_file(
+def test_quantized_weights_equal_gguf_weights(
     name: str, quantization: Quantization, tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp")
@@ -166,7 +166,7 @@ def test_quantized_weights_are_those_of_the_file(
         ("falcon_h1", {}, "gguf.network"),
     ],
 )
-def test_other_computations_are_refused(
+def test_unsupported_settings_are_refused(
     name: str, changes: dict[str, Any], rule: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError) as refused:

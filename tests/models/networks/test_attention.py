@@ -104,7 +104,7 @@ def model(request: pytest.FixtureRequest, tiny_llama: Any, tiny_gpt2: Any) -> An
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_tree_gives_what_its_rows_give_alone(model: Any, shape: str) -> None:
+def test_tree_matches_single_rows(model: Any, shape: str) -> None:
     rows = make_rows(SHAPES[shape])
     expected_logits, expected_loss, expected = each_row_alone(model, rows)
     logits, loss = as_one_tree(as_network(model, CPU, torch.float32), rows)
@@ -117,7 +117,7 @@ def test_a_tree_gives_what_its_rows_give_alone(model: Any, shape: str) -> None:
         assert difference(grad, expected[name]) < 1e-5, name
 
 
-def test_the_shapes_cover_several_tiles_and_paths_across_them() -> None:
+def test_shapes_cover_several_tiles_and_crossing_paths() -> None:
     sizes = {name: len(build_tree(make_rows(shape))) for name, shape in SHAPES.items()}
     assert sizes["short rows"] < attention.TILE < 3 * attention.TILE < sizes["many tiles"]
     tree = build_tree(make_rows(SHAPES["one long prefix"]))
@@ -193,7 +193,7 @@ def within(tree: TokenTree, window: AttentionWindow) -> Tensor:
     [AttentionWindow(1), AttentionWindow(2), AttentionWindow(3), AttentionWindow(2, True)],
     ids=str,
 )
-def test_windows_caps_and_sinks_are_those_of_a_dense_softmax(window: AttentionWindow) -> None:
+def test_window_cap_and_sinks_match_dense_softmax(window: AttentionWindow) -> None:
     tree = small_tree()
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 4, len(tree), 5, dtype=torch.float64, requires_grad=True)
@@ -224,7 +224,7 @@ def test_tiles_within_a_window_have_few_keys() -> None:
 
 
 @pytest.mark.parametrize("small_group", [0, 1 << 30])
-def test_short_tiles_are_taken_where_they_save_scores_and_small_groups_are_computed_together(
+def test_short_tiles_and_joint_small_groups(
     small_group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "SMALL_GROUP", small_group)
@@ -256,7 +256,7 @@ def test_gradients_of_a_shared_key_are_summed_in_float32(dtype: torch.dtype) -> 
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_gradients_of_attention_are_its_slopes() -> None:
+def test_attention_gradients_pass_gradcheck() -> None:
     tree = small_tree()
     torch.manual_seed(1)
     inputs = [
@@ -272,7 +272,7 @@ def test_gradients_of_attention_are_its_slopes() -> None:
     )
 
 
-def test_only_queries_keys_and_values_are_kept_for_the_backward_pass() -> None:
+def test_backward_pass_saves_only_query_key_value() -> None:
     tree = build_tree(make_rows(SHAPES["many tiles"]))
     plan = plan_attention(tree, CPU, torch.float32)
     assert len(plan.groups) > 1
@@ -342,7 +342,7 @@ def test_rows_beyond_the_window_are_exact(family: str, fields: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_network_with_other_mathematics_is_refused(dtype: torch.dtype) -> None:
+def test_network_with_unsupported_scaling_is_refused(dtype: torch.dtype) -> None:
     model = tiny("hyperclovax", logits_scaling=3.0)  # a factor, in other families a divisor
     with pytest.raises(RecipeError) as refused:
         as_network(model.to(dtype), CPU, dtype)
@@ -350,7 +350,7 @@ def test_a_network_with_other_mathematics_is_refused(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_branch_read_at_other_places_is_refused(
+def test_shifted_branch_positions_are_refused(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quarter of the probe's tokens is its second branch."""
@@ -390,9 +390,7 @@ def test_the_gpu_mask_is_the_ancestor_relation(shape: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_tree_on_a_gpu_gives_what_its_rows_give_alone(
-    tiny_llama: Callable[..., Any], shape: str
-) -> None:
+def test_tree_on_gpu_matches_single_rows(tiny_llama: Callable[..., Any], shape: str) -> None:
     # FlexAttention wants heads of 16 or more.
     model = tiny_llama(hidden_size=64)
     rows = make_rows(SHAPES[shape])

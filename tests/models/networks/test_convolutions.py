@@ -31,7 +31,7 @@ def gradients(layer: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(("layer", "shape"), WRONG + RIGHT)
-def test_bfloat16_gives_what_float32_gives(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_bfloat16_gradients_match_float32(layer: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.bfloat16)
     layer = copy.deepcopy(layer).bfloat16()
@@ -43,7 +43,7 @@ def test_bfloat16_gives_what_float32_gives(layer: nn.Module, shape: tuple[int, .
         assert float((one.float() - other).norm() / other.norm()) < 0.01
 
 
-def test_memory_that_nobody_wrote_is_not_added_up() -> None:
+def test_uninitialized_memory_does_not_reach_gradients() -> None:
     """The gradient of Wav2Vec2's second convolution, with memory full of nan."""
     torch.manual_seed(0)
     layer = nn.Conv1d(16, 16, 8, stride=4, bias=False).bfloat16()
@@ -58,7 +58,7 @@ def test_memory_that_nobody_wrote_is_not_added_up() -> None:
         assert all(one.equal(other) for one, other in zip(gradients(layer, x), first, strict=True))
 
 
-def test_layers_stay_what_they_are() -> None:
+def test_fixed_convolutions_keep_type_and_weights() -> None:
     weight_norm = nn.utils.parametrizations.weight_norm
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), weight_norm(nn.Conv1d(4, 4, 8)))
     names = [type(layer).__name__ for layer in model]

@@ -40,7 +40,7 @@ def scores(network: Network) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", PLACES)
-def test_it_drops_in_training_and_not_in_evaluation(
+def test_dropout_applies_only_in_training(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     network = network_of(family_folder(family))
@@ -58,7 +58,7 @@ def test_it_drops_in_training_and_not_in_evaluation(
     assert torch.equal(scores(network), plain)
 
 
-def test_the_share_is_the_one_asked_for(family_folder: Callable[[str], Path]) -> None:
+def test_dropout_share_matches_setting(family_folder: Callable[[str], Path]) -> None:
     network = network_of(family_folder("bert"))
     set_dropout(network, 0.3)
     network.model.train()

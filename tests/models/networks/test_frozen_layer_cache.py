@@ -117,7 +117,7 @@ def test_the_frozen_layers_are_not_run_again(
 
 
 @pytest.mark.parametrize("adaptation", [Full(), LoRA(rank=2), Freeze(frozen="top")])
-def test_a_bottom_that_trains_is_not_frozen(
+def test_trained_bottom_layers_are_not_frozen(
     adaptation: Any,
     family: str,
     family_folder: Callable[[str], Path],
@@ -127,7 +127,7 @@ def test_a_bottom_that_trains_is_not_frozen(
     assert frozen_layers(network.model) == 0
 
 
-def test_rows_of_the_same_tokens_are_kept_once(
+def test_equal_token_rows_are_cached_once(
     extracting: tuple[Network, Classification, list[Example]],
 ) -> None:
     network, _, examples = extracting
@@ -137,7 +137,7 @@ def test_rows_of_the_same_tokens_are_kept_once(
     assert np.isfinite(frozen_cache._kept.numpy()).all()
 
 
-def test_the_layers_above_keep_their_windows() -> None:
+def test_layers_above_cache_keep_attention_windows() -> None:
     """Networks with windows select the mask of a layer by the layer's index."""
     config = Gemma3TextConfig(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4,

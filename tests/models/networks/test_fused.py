@@ -48,7 +48,7 @@ def swiglu_of(mlp: LlamaMLP) -> SwiGLU:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_rms_norm_is_that_of_transformers(dtype: torch.dtype, tolerance: float) -> None:
+def test_rms_norm_matches_transformers(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     norm = llama_norm(24).to(dtype)
     x, grad = (torch.randn(2, 5, 24) * 0.1).to(dtype), torch.randn(2, 5, 24).to(dtype)
@@ -56,7 +56,7 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype, tolerance: float) 
     assert_near(outcome(fused, x, grad), outcome(norm, x, grad), tolerance)
 
 
-def test_rms_norm_has_the_gradients_of_its_formula() -> None:
+def test_rms_norm_gradients_match_formula() -> None:
     torch.manual_seed(1)
     x, weight, grad = torch.randn(7, 12), torch.randn(12), torch.randn(7, 12)
     fused = outcome(RMSNorm(nn.Parameter(weight.clone()), 0.1), x, grad)
@@ -83,14 +83,14 @@ def test_rms_norm_with_a_frozen_weight_still_passes_gradients_down() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.015)])
-def test_swiglu_is_that_of_transformers(dtype: torch.dtype, tolerance: float) -> None:
+def test_swiglu_matches_transformers(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(2)
     mlp = llama_mlp().to(dtype)
     x, grad = torch.randn(2, 5, 24).to(dtype), torch.randn(2, 5, 24).to(dtype)
     assert_near(outcome(swiglu_of(mlp), x, grad), outcome(mlp, x, grad), tolerance)
 
 
-def test_gradients_of_swiglu_are_its_slopes() -> None:
+def test_swiglu_gradients_pass_gradcheck() -> None:
     torch.manual_seed(3)
     mlp = llama_mlp().double()
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
@@ -143,7 +143,7 @@ class OnePlusRMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
 
 
-def test_fuse_measures_before_it_replaces() -> None:
+def test_fuse_replaces_only_equal_modules() -> None:
     model = nn.Sequential(OnePlusRMSNorm(), LlamaRMSNorm(8))
     assert fuse(model) == 1
     assert isinstance(model[0], OnePlusRMSNorm) and isinstance(model[1], RMSNorm)
@@ -151,7 +151,7 @@ def test_fuse_measures_before_it_replaces() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_dropout_drops_its_share_and_keeps_the_mean(share: float, dtype: torch.dtype) -> None:
+def test_dropout_keeps_share_and_mean(share: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.ones(333, 301, dtype=dtype, requires_grad=True)
     parent = fuse_one(nn.Dropout(share))
@@ -170,7 +170,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float, dtype: torch.d
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.3])
-def test_dropout_does_nothing_outside_of_training(share: float) -> None:
+def test_dropout_is_identity_outside_training(share: float) -> None:
     x = torch.randn(5, 7)
     dropout = fuse_one(nn.Dropout(share))
     assert torch.equal(dropout.eval()(x), x)

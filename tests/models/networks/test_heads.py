@@ -93,7 +93,7 @@ def padded_loss(model: Any, name: str, examples: list[Example]) -> torch.Tensor:
 @pytest.mark.parametrize(
     "name", ["classification", "several", "regression", "token_classification"]
 )
-def test_loss_and_gradients_are_those_of_transformers(
+def test_loss_and_gradients_match_transformers(
     name: str, family: str, family_folder: Callable[[str], Path]
 ) -> None:
     objective, examples = ready(name, family_folder(family))
@@ -177,7 +177,7 @@ def test_a_new_head_is_not_part_of_the_network(
     assert head_modules(ModelFolder(family_folder("llama")).sketch(Head("causal_lm"))) == []
 
 
-def test_a_head_that_a_family_has_not_is_refused_with_what_it_has(
+def test_unsupported_head_of_family_is_refused(
     family_folder: Callable[[str], Path],
 ) -> None:
     with pytest.raises(RecipeError) as refused:

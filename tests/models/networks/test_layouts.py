@@ -35,7 +35,7 @@ ROWS = [
 ]
 
 
-def test_rows_of_a_rectangle_hold_the_nodes_of_their_row() -> None:
+def test_rectangle_rows_hold_their_nodes() -> None:
     rows = [Example(np.arange(n) + 10 * n, np.zeros(n, np.float32), n) for n in (3, 1, 4)]
     tree = build_tree(rows, share=False)
     mask_RT, slot_M = _rectangle(tree)
@@ -72,7 +72,7 @@ def test_replies_of_an_encoder_decoder_are_learned_as_transformers_does(
         assert (weight.grad - grads[n]).norm() <= 1e-4 * grads[n].norm() + 1e-6, n
 
 
-def test_an_encoder_decoder_answers_alike_one_by_one_and_in_a_batch(
+def test_encoder_decoder_streamed_and_batched_replies_match(
     family_folder: Callable[[str], Path],
 ) -> None:
     from luthier.inference.generation import Generator
@@ -89,7 +89,7 @@ def test_an_encoder_decoder_answers_alike_one_by_one_and_in_a_batch(
     assert generator.replies(prompts, sampling) == streamed
 
 
-def test_layers_of_an_encoder_decoder_are_one_stack(family_folder: Callable[[str], Path]) -> None:
+def test_encoder_decoder_layers_form_a_single_stack(family_folder: Callable[[str], Path]) -> None:
     model = load_model(family_folder("t5"), torch.float32, CPU)
     layers = layer_names(model)
     assert layers == [f"{side}.block.{n}" for side in ("encoder", "decoder") for n in range(3)]

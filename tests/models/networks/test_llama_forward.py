@@ -58,7 +58,7 @@ def states(backend: FlatBackend) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adaptation", [None, LoRA(rank=4), LoRA(rank=4, dora=True)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_logits_are_those_of_the_modules(
+def test_logits_match_modules(
     family: str,
     adaptation: LoRA | None,
     dtype: torch.dtype,
@@ -89,7 +89,7 @@ def test_logits_are_those_of_the_modules(
         assert torch.allclose(one.float(), other.float(), **close)
 
 
-def test_networks_that_look_alike_and_compute_otherwise_keep_their_own(
+def test_similar_networks_with_different_mathematics_keep_modules(
     tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
 ) -> None:
     assert not LlamaForward.fits(tiny_gpt2())
@@ -111,7 +111,7 @@ def test_networks_that_look_alike_and_compute_otherwise_keep_their_own(
         assert FlatBackend(network, 512)._llama is None
 
 
-def test_a_group_and_its_layers_do_not_hold_copies_at_once(
+def test_group_and_layers_do_not_store_copies_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packing, "SMALLEST", 0)
@@ -132,7 +132,7 @@ def test_a_group_and_its_layers_do_not_hold_copies_at_once(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_network_that_scales_queries_at_far_positions_keeps_its_modules(
+def test_network_with_query_scaling_keeps_modules(
     dtype: torch.dtype,
 ) -> None:
     sizes = {**SIZES, "max_position_embeddings": 262_144}

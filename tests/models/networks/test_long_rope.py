@@ -60,7 +60,7 @@ def expected(model: Any, rows: list[IntArray]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", ["phi3", "phimoe"])
-def test_rows_on_both_sides_of_the_border_learn_with_their_own_factors(family: str) -> None:
+def test_rows_on_both_sides_of_border_use_matching_factors(family: str) -> None:
     model, rows = made(16, family), rows_of(15, 16, 17, 40)
     wanted = expected(model, rows)
     network = as_network(model, CPU, torch.float32)

@@ -32,7 +32,9 @@ from luthier.models.networks.modalities import (
         ("vision-encoder-decoder", "encoder", "decoder"),
     ],
 )
-def test_which_part_reads_what(family: str, media: str | None, text: str | None) -> None:
+def test_media_and_text_configs_of_families(
+    family: str, media: str | None, text: str | None
+) -> None:
     config = AutoConfig.for_model(family)
     for found, name in ((media_config(config), media), (text_config(config), text)):
         assert found is (None if name is None else getattr(config, name) if name else config)
@@ -69,7 +71,7 @@ def test_context_length(key: str) -> None:
     assert refused.value.rule == "network.unsupported"
 
 
-def test_the_image_size_is_named_only_where_it_is_another_than_the_networks() -> None:
+def test_image_size_error_only_for_mismatched_size() -> None:
     sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "num_attention_heads": 1}
     vit = ViTModel(ViTConfig(num_hidden_layers=1, intermediate_size=8, **sizes))
     with pytest.raises(RecipeError) as refused:

@@ -37,7 +37,7 @@ def ready(folder: Path, adaptation: str) -> Network:
     return as_network(model, CPU, torch.float32)
 
 
-def test_a_network_in_memory_has_the_context_of_its_files(
+def test_network_context_matches_folder_context(
     family_folder: Callable[[str], Path],
 ) -> None:
     for family, head in (("gpt2", CAUSAL_LM), ("t5", CAUSAL_LM), ("roberta", Head("masked_lm"))):
@@ -51,7 +51,7 @@ def test_a_network_in_memory_has_the_context_of_its_files(
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full", "prompt", "sparse"])
-def test_the_reference_is_the_network_at_its_start(
+def test_reference_is_network_at_start(
     adaptation: str, family_folder: Callable[[str], Path]
 ) -> None:
     network = ready(family_folder("llama"), adaptation)
@@ -71,7 +71,7 @@ def test_the_reference_is_the_network_at_its_start(
 
 @pytest.mark.parametrize("budget", [6, 1000])
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_every_row_gets_the_log_probabilities_of_its_own_tokens(
+def test_batched_log_probabilities_match_single_rows(
     family: str, budget: int, family_folder: Callable[[str], Path]
 ) -> None:
     network = ready(family_folder(family), "full")

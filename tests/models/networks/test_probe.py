@@ -136,9 +136,7 @@ def test_an_accepted_family_gives_the_logits_of_transformers(
 
 @DTYPES
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_family_with_other_mathematics_is_refused_by_name(
-    family: str, dtype: torch.dtype
-) -> None:
+def test_family_with_unsupported_mathematics_is_refused(family: str, dtype: torch.dtype) -> None:
     with pytest.raises(LuthierError) as refused:
         as_network(made(family, dtype), CPU, dtype)
     assert family in str(refused.value)
@@ -158,7 +156,7 @@ def test_a_family_with_other_mathematics_is_refused_by_name(
         ),
     ],
 )
-def test_lora_next_to_its_base_generates_what_the_network_computes(family: str) -> None:
+def test_probes_of_lora_leave_random_state_and_gradients(family: str) -> None:
     network = as_network(made(family, torch.bfloat16), CPU, torch.bfloat16)
     lora = ADAPTATIONS["lora"].model_validate({"rank": 4})
     try_shared(network, "lora", lora.attach)
@@ -169,7 +167,7 @@ def test_lora_next_to_its_base_generates_what_the_network_computes(family: str) 
     assert all(weight.grad is None for weight in network.model.parameters())
 
 
-def test_an_adapter_that_generates_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_with_different_generation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier.models.decoding.lora_batch import LoraBatchLayer
 
     network = as_network(made("opt", torch.float32), CPU, torch.float32)
@@ -181,7 +179,7 @@ def test_an_adapter_that_generates_otherwise_is_refused(monkeypatch: pytest.Monk
     assert refused.value.rule == "network.unsupported"
 
 
-def test_a_family_that_lora_does_not_fit_is_refused_before_it_trains(
+def test_family_without_lora_support_is_refused_before_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from luthier.adaptations.lora_layer import LoRALinear
@@ -219,7 +217,7 @@ def test_a_passed_trial_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("is_bidirectional", [False, True])
-def test_the_dense_attention_of_accelerators_is_that_of_the_tree(is_bidirectional: bool) -> None:
+def test_dense_attention_matches_tree_attention(is_bidirectional: bool) -> None:
     from luthier.models.networks.attention import AttentionWindow, Scoring, plan_attention
 
     rows = [Example(ids, np.zeros(len(ids), np.float32), n) for n, ids in enumerate(rows_of(9, 5))]
@@ -271,7 +269,7 @@ def test_rows_beyond_the_window_are_compared(family: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
-def test_layers_that_need_the_mask_are_refused_with_the_reason(family: str) -> None:
+def test_layers_with_required_mask_are_refused(family: str) -> None:
     config = AutoConfig.for_model(
         family, **{**SIZES, **LATENT}, index_n_heads=2, index_head_dim=16, index_topk=8
     )

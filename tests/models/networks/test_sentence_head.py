@@ -175,7 +175,7 @@ def test_prompts_without_a_default_are_named(new_folder: Callable[..., Path]) ->
 
 
 @pytest.mark.parametrize("place", ["sentence_bert_config.json", "tokenizer_config.json"])
-def test_longest_text_is_that_of_the_folder(place: str, new_folder: Callable[..., Path]) -> None:
+def test_longest_text_follows_folder(place: str, new_folder: Callable[..., Path]) -> None:
     """Older folders define ``max_seq_length``, newer folders the tokenizer's ``model_max_length``."""
     folder = new_folder(settings={"max_seq_length": 9} if place.startswith("sentence") else None)
     if place == "tokenizer_config.json":
@@ -243,7 +243,7 @@ def test_a_tuned_plain_network_is_exported_as_sentence_encoder(
         np.testing.assert_allclose(embed(out), embed(model), atol=1e-5)
 
 
-def test_pooling_of_the_recipe_replaces_that_of_the_folder(
+def test_recipe_pooling_replaces_folder_pooling(
     new_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = new_folder(("cls", "max"), ((64, 8, True, TANH),))
@@ -302,7 +302,7 @@ def test_pickled_dense_layers_are_refused(new_folder: Callable[..., Path]) -> No
     assert refusal.value.problem.rule == "model.pickle"
 
 
-def test_dense_layers_of_another_width_are_refused(new_folder: Callable[..., Path]) -> None:
+def test_dense_layers_of_wrong_width_are_refused(new_folder: Callable[..., Path]) -> None:
     with pytest.raises(CorruptFile) as refused:
         embed(new_folder(dense=((16, 8, True, TANH),)))
     assert refused.value.rule == "sentence.weights"

@@ -233,7 +233,7 @@ def test_a_text_model_refuses_rows_with_images(tiny_model_folder: Path, data: Pa
     assert refused.value.rule == "media.base"
 
 
-def test_an_imported_model_keeps_its_image_processor(base: Path, tmp_path: Path) -> None:
+def test_imported_model_keeps_image_processor(base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "imported")
     assert accept_network(folder, "imported", trusted=True).manifest.kind == "causal_lm"
     assert find(str(folder)).chat.images == find(str(base)).chat.images
@@ -242,7 +242,7 @@ def test_an_imported_model_keeps_its_image_processor(base: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("method", ["full", "freeze", "qlora", "prompt"])
-def test_other_adaptations_train_the_text_part(
+def test_adaptations_train_the_text_part(
     base: Path, data: Path, tmp_path: Path, method: str
 ) -> None:
     from transformers import AutoModelForImageTextToText

@@ -36,7 +36,7 @@ def without(model: Any, stacks: dict[str, tuple[int, ...]]) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_student_is_its_teacher_without_the_layers_between(
+def test_student_equals_teacher_without_middle_layers(
     family: str, teacher_of: Teacher, answers: Answers
 ) -> None:
     teacher = teacher_of(family)
@@ -53,7 +53,7 @@ def test_a_student_is_its_teacher_without_the_layers_between(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_that_stay_have_the_teachers_bits_and_a_place_of_their_own(
+def test_student_weights_are_bit_equal_copies(
     family: str, teacher_of: Teacher, answers: Answers
 ) -> None:
     teacher = teacher_of(family)
@@ -75,7 +75,7 @@ def test_weights_that_stay_have_the_teachers_bits_and_a_place_of_their_own(
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "albert"])
-def test_a_student_of_all_layers_is_its_teacher(
+def test_student_of_all_layers_equals_teacher(
     family: str, teacher_of: Teacher, answers: Answers
 ) -> None:
     teacher = teacher_of(family)
@@ -84,7 +84,7 @@ def test_a_student_of_all_layers_is_its_teacher(
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "albert"])
-def test_transformers_loads_what_is_saved(
+def test_transformers_loads_saved_student(
     family: str, teacher_of: Teacher, answers: Answers, tmp_path: Path
 ) -> None:
     teacher = teacher_of(family)
@@ -123,7 +123,7 @@ def test_a_head_stays(family: str, task: Any, teacher_of: Teacher, answers: Answ
     torch.testing.assert_close(answers(student), answers(without(teacher, planned.stacks)))
 
 
-def test_entries_for_each_layer_go_with_their_layer() -> None:
+def test_per_layer_settings_follow_their_layer() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -138,7 +138,7 @@ def test_entries_for_each_layer_go_with_their_layer() -> None:
     assert teacher.config.layer_types == kinds
 
 
-def test_layers_that_depend_on_each_other_are_refused() -> None:
+def test_interdependent_layers_are_refused() -> None:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     config = Gemma4TextConfig(
@@ -201,7 +201,7 @@ def test_no_layer_is_taken_twice() -> None:
         ("elmo", StudentShape(layers=1), "student.network"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_fix(
+def test_invalid_student_shape_is_refused(
     family: str, shape: StudentShape, rule: str, teacher_of: Teacher
 ) -> None:
     head = Head("embedding") if family == "elmo" else None

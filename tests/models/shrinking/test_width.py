@@ -55,7 +55,9 @@ def llama_like(kind: str, tied: bool = False) -> Any:
 
 
 @pytest.mark.parametrize("family", NEURONS)
-def test_neurons_that_do_nothing_can_go(family: str, teacher_of: Teacher, answers: Answers) -> None:
+def test_silent_neurons_are_removed_without_change(
+    family: str, teacher_of: Teacher, answers: Answers
+) -> None:
     teacher = teacher_of(family)
     pattern, axis, size = NEURONS[family]
     assert silence(teacher, pattern, axis, list(range(3, 27))) >= 3
@@ -69,7 +71,7 @@ def test_neurons_that_do_nothing_can_go(family: str, teacher_of: Teacher, answer
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_heads_that_do_nothing_can_go_with_their_key_and_value(kind: str, answers: Answers) -> None:
+def test_silent_heads_are_removed_with_key_and_value(kind: str, answers: Answers) -> None:
     teacher = llama_like(kind)
     # The second key and value, and the two query heads that share it.
     assert silence(teacher, r"self_attn\.o_proj\.weight", 1, list(range(0, 16))) == 3
@@ -82,7 +84,9 @@ def test_heads_that_do_nothing_can_go_with_their_key_and_value(kind: str, answer
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_channels_that_nobody_writes_can_go(kind: str, tied: bool, answers: Answers) -> None:
+def test_silent_channels_are_removed_without_change(
+    kind: str, tied: bool, answers: Answers
+) -> None:
     teacher = llama_like(kind, tied)
     silent = [0, 5, 6, 7, 8, 20, 30, 31]
     silence(teacher, "embed_tokens.weight", 1, silent)
@@ -96,7 +100,7 @@ def test_channels_that_nobody_writes_can_go(kind: str, tied: bool, answers: Answ
     assert torch.equal(student.model.embed_tokens.weight, table)
 
 
-def test_norms_count_with_the_channels_that_are_left(answers: Answers) -> None:
+def test_norm_epsilon_scales_with_kept_channels(answers: Answers) -> None:
     teacher = llama_like("Llama")
     silent = list(range(16, 32))
     for name in ("embed_tokens", "o_proj", "down_proj"):
@@ -121,7 +125,7 @@ def test_all_at_once_and_from_disk(tmp_path: Path, answers: Answers) -> None:
     assert len(again.model.layers) == 2
 
 
-def test_the_neurons_that_stay_are_those_of_the_largest_product(
+def test_neurons_of_largest_product_are_kept(
     tiny_llama: Callable[..., Any],
 ) -> None:
     teacher = tiny_llama()
@@ -154,9 +158,7 @@ def test_how_a_scale_is_split_does_not_matter(
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_classifier_keeps_its_head_when_channels_go(
-    teacher_of: Teacher, answers: Answers
-) -> None:
+def test_classifier_keeps_head_after_channel_removal(teacher_of: Teacher, answers: Answers) -> None:
     teacher = teacher_of("llama", Head("sequence_classification", ("no", "yes", "perhaps")))
     teacher.config.pad_token_id = 0
     silent = [1, 2, 3, 9]
@@ -169,7 +171,7 @@ def test_a_classifier_keeps_its_head_when_channels_go(
 
 @pytest.mark.parametrize("task", ["masked_lm", "sequence_classification", "embedding"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_narrow_encoder_is_found_inside_a_wide_one(
+def test_narrow_encoder_is_recovered_from_wide_encoder(
     family: str, task: Any, teacher_of: Teacher
 ) -> None:
     """A small network is planted at chosen channels and heads of a wide network with tiny weights."""
@@ -218,7 +220,7 @@ def test_a_narrow_encoder_is_found_inside_a_wide_one(
         ("transfo_xl", StudentShape(intermediate=16), "student.intermediate"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_reason(
+def test_invalid_width_is_refused(
     family: str, shape: StudentShape, rule: str, teacher_of: Teacher
 ) -> None:
     teacher = teacher_of(family)

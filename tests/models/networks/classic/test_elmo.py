@@ -103,7 +103,7 @@ def by_the_paper(w: dict[str, Tensor], words: list[list[int]]) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_states_are_those_of_the_papers_formulas(network: Any, tokenizer: Any) -> None:
+def test_states_match_paper_formulas(network: Any, tokenizer: Any) -> None:
     ids_T = torch.tensor(tokenizer.encode(TEXT))
     words = words_of(tokenizer, TEXT)
     assert max(map(len, words)) == 12 and len({tuple(word) for word in words}) < len(words)
@@ -122,7 +122,7 @@ def test_states_are_those_of_the_papers_formulas(network: Any, tokenizer: Any) -
     torch.testing.assert_close(top_TH, layers[2][word_T])
 
 
-def test_each_direction_sees_its_own_side_only(network: Any, tokenizer: Any) -> None:
+def test_each_direction_sees_only_its_side(network: Any, tokenizer: Any) -> None:
     network.mixed = False
     ids_1T = torch.tensor([tokenizer.encode("one two three four")])
     start = int((ids_1T[0] == tokenizer.convert_tokens_to_ids("Ġ")).nonzero()[2])  # "three"
@@ -136,7 +136,7 @@ def test_each_direction_sees_its_own_side_only(network: Any, tokenizer: Any) -> 
     assert same[end:, SIZE:].all() and not same[:end, SIZE:].any(1).any()
 
 
-def test_what_fills_rows_up_does_not_matter_on_either_side(network: Any, tokenizer: Any) -> None:
+def test_padding_on_either_side_leaves_states_unchanged(network: Any, tokenizer: Any) -> None:
     short, long = (torch.tensor(tokenizer.encode(text)) for text in ("a bank", TEXT))
     size = len(short)
     ids_3T = torch.zeros(3, len(long), dtype=torch.long)
@@ -152,9 +152,7 @@ def test_what_fills_rows_up_does_not_matter_on_either_side(network: Any, tokeniz
     torch.testing.assert_close(got[2], whole)
 
 
-def test_a_word_never_seen_is_told_from_another_by_its_spelling(
-    network: Any, tokenizer: Any
-) -> None:
+def test_unseen_words_differ_by_spelling(network: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         a, b = (
             network(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0, 1]
@@ -163,7 +161,7 @@ def test_a_word_never_seen_is_told_from_another_by_its_spelling(
     assert not torch.equal(a, b)
 
 
-def test_it_starts_as_the_authors_code_does(tiny_elmo: Callable[..., Any]) -> None:
+def test_initial_weights_match_authors_code(tiny_elmo: Callable[..., Any]) -> None:
     model = tiny_elmo(kind="ElmoModel", projection_size=128, cell_size=256)
     for highway in model.characters.highways:
         assert (highway.gate.bias == -2).all() and (highway.transform.bias == 0).all()
@@ -202,7 +200,7 @@ def test_a_saved_network_comes_back_with_the_same_bits(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_head_for_other_words_is_drawn_anew(
+def test_head_for_different_words_is_reinitialized(
     tiny_elmo: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tiny_elmo(seed=3)
@@ -228,14 +226,12 @@ def test_the_sizes_of_the_paper_are_the_default() -> None:
     "field",
     [{"filters": []}, {"filters": [[1]]}, {"projection_size": 32}, {"max_characters_per_token": 2}],
 )
-def test_sizes_that_make_no_network_are_refused(
-    field: dict[str, Any], tiny_elmo: Callable[..., Any]
-) -> None:
+def test_invalid_sizes_are_refused(field: dict[str, Any], tiny_elmo: Callable[..., Any]) -> None:
     with pytest.raises(StrictDataclassError):
         tiny_elmo(**field)
 
 
-def test_the_tokenizer_is_the_one_of_the_default_sizes(tokenizer: Any, tmp_path: Path) -> None:
+def test_tokenizer_matches_default_sizes(tokenizer: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from luthier.models.networks.classic.elmo import ElmoConfig
@@ -247,7 +243,7 @@ def test_the_tokenizer_is_the_one_of_the_default_sizes(tokenizer: Any, tmp_path:
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
 
 
-def test_words_are_split_at_space_and_punctuation_and_keep_their_numbers(tokenizer: Any) -> None:
+def test_words_split_at_space_and_punctuation(tokenizer: Any) -> None:
     encoded = tokenizer(["U.S.", "naïve"], is_split_into_words=True)
     tokens = encoded.tokens()
     assert tokens[0] == "[S]" and tokens[-1] == "[/S]"

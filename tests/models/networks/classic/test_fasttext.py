@@ -47,7 +47,7 @@ def buckets_of(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_text_is_the_mean_of_its_words_and_pairs(folder: Path, side: str) -> None:
+def test_text_embedding_is_mean_of_word_and_pair_vectors(folder: Path, side: str) -> None:
     model: Any = load_model(folder, torch.float32, CPU, Head("embedding"))
     tokenizer = character_tokenizer(lowercase=True)
     tokenizer.padding_side = side
@@ -68,9 +68,7 @@ def test_order_and_words_count_but_not_capitals_or_how_accents_are_composed() ->
 
 
 @pytest.mark.parametrize("text", ["", " \n ", "x" * 9_000])
-def test_texts_without_words_and_with_one_of_thousands_of_letters_are_read(
-    folder: Path, text: str
-) -> None:
+def test_empty_and_very_long_words_are_encoded(folder: Path, text: str) -> None:
     model: Any = load_model(folder, torch.float32, CPU, Head("embedding"))
     ids = character_tokenizer(lowercase=True)(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -79,7 +77,7 @@ def test_texts_without_words_and_with_one_of_thousands_of_letters_are_read(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_trainer_reads_it_as_its_own_forward_does(folder: Path, dtype: torch.dtype) -> None:
+def test_trainer_forward_matches_network_forward(folder: Path, dtype: torch.dtype) -> None:
     head = Head("sequence_classification", ("a", "b"))
     network = as_network(load_model(folder, dtype, CPU, head), CPU, dtype)  # compares the two
     assert network.is_bidirectional and not network.layout.flat
@@ -91,7 +89,7 @@ def test_the_same_weights_are_drawn_each_time(folder: Path, tmp_path: Path) -> N
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_it_learns_labels_and_is_served_as_it_was_trained(folder: Path, tmp_path: Path) -> None:
+def test_trained_classifier_predicts_training_labels(folder: Path, tmp_path: Path) -> None:
     rows = [
         {"text": f"{words} số {number}", "label": label}
         for number in range(12)
@@ -108,7 +106,7 @@ def test_it_learns_labels_and_is_served_as_it_was_trained(folder: Path, tmp_path
     assert luthier.load(tuned.model_id).predict("cửa hàng MỞ muộn")["label"] == "mở"
 
 
-def test_a_soft_prompt_is_refused_as_it_would_do_nothing(folder: Path, tmp_path: Path) -> None:
+def test_soft_prompt_is_refused(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
     with pytest.raises(RecipeError) as refused:
@@ -116,6 +114,6 @@ def test_a_soft_prompt_is_refused_as_it_would_do_nothing(folder: Path, tmp_path:
     assert refused.value.rule == "prompt.no_tokens"
 
 
-def test_sizes_that_make_no_network_are_refused() -> None:
+def test_invalid_sizes_are_refused() -> None:
     with pytest.raises((ValueError, StrictDataclassError)):
         FastTextModel(FastTextConfig(buckets=0))

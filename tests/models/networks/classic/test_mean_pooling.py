@@ -39,7 +39,7 @@ def sentence_encoder(family_folder: Callable[[str], Path], tmp_path: Path) -> Pa
     return folder
 
 
-def test_scores_are_those_of_the_direction_of_the_mean(sentence_encoder: Path) -> None:
+def test_scores_use_direction_of_mean_state(sentence_encoder: Path) -> None:
     torch.manual_seed(1)
     model = load_model(sentence_encoder, torch.float32, CPU, HEAD).eval()
     plain = AutoModel.from_pretrained(sentence_encoder).eval()
@@ -59,7 +59,7 @@ def test_scores_are_those_of_the_direction_of_the_mean(sentence_encoder: Path) -
     as_network(model, CPU, torch.float32)  # compares the flat layout with the same
 
 
-def test_what_a_folder_declares_decides(
+def test_pooling_follows_folder_declaration(
     sentence_encoder: Path, family_folder: Callable[[str], Path]
 ) -> None:
     bert, roberta = (ModelFolder(family_folder(name)) for name in ("bert", "roberta"))
@@ -134,7 +134,7 @@ def test_a_classifier_of_texts_is_trained_and_stored(
 
 
 @pytest.mark.slow
-def test_earlier_classifiers_are_tuned_on_as_they_are_and_new_labels_get_a_new_head(
+def test_retraining_keeps_head_unless_labels_change(
     sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))

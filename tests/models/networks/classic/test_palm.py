@@ -68,7 +68,7 @@ def by_the_paper(w: dict[str, Tensor], ids_T: Tensor, layers: int) -> Tensor:
     return out_TH @ table_VH.T / math.sqrt(WIDTH)
 
 
-def test_logits_are_those_of_the_paper_s_equations(palm: Any) -> None:
+def test_logits_match_paper_equations(palm: Any) -> None:
     for name, weight in palm.named_parameters():
         if name.endswith("norm.weight"):  # ones at the start would hide a norm left out
             torch.nn.init.uniform_(weight, 0.5, 1.5)
@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_paper_s_equations(palm: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_there_are_no_biases_one_key_head_and_one_embedding(palm: Any) -> None:
+def test_no_biases_single_key_head_and_tied_embedding(palm: Any) -> None:
     names = [name for name, _ in palm.named_parameters()]
     assert not [name for name in names if name.endswith("bias")]
     assert "lm_head.weight" not in names
@@ -87,7 +87,7 @@ def test_there_are_no_biases_one_key_head_and_one_embedding(palm: Any) -> None:
     assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (HEAD, WIDTH)
 
 
-def test_it_starts_at_the_paper_s_variances(tiny_palm: Callable[..., Any]) -> None:
+def test_initial_weights_have_paper_variances(tiny_palm: Callable[..., Any]) -> None:
     palm = tiny_palm(hidden_size=256, intermediate_size=1024, num_hidden_layers=1)
     layer = palm.model.layers[0]
     for weight in (layer.self_attn.q_proj.weight, layer.mlp.up_proj.weight):
@@ -96,7 +96,7 @@ def test_it_starts_at_the_paper_s_variances(tiny_palm: Callable[..., Any]) -> No
     assert palm.model.embed_tokens.weight.std().item() * 256**0.5 == pytest.approx(1, rel=0.03)
 
 
-def test_a_token_after_cached_ones_has_the_logits_of_the_whole(palm: Any) -> None:
+def test_logits_with_cache_match_full_forward(palm: Any) -> None:
     ids_1T = torch.randint(0, 320, (1, 8), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         whole = palm(ids_1T).logits
@@ -121,7 +121,7 @@ def test_a_saved_network_comes_back_with_the_same_bits(
 
 
 @pytest.mark.parametrize("task", ["embedding", "sequence_classification", "token_classification"])
-def test_other_heads_are_put_on_it(
+def test_task_heads_attach_to_palm(
     task: Any, tiny_palm: Callable[..., Any], tmp_path: Path
 ) -> None:
     tiny_palm().save_pretrained(tmp_path)
@@ -132,7 +132,7 @@ def test_other_heads_are_put_on_it(
 @pytest.mark.parametrize(
     "field", [{"num_key_value_heads": 2}, {"mlp_bias": True}, {"tie_word_embeddings": False}]
 )
-def test_a_configuration_of_another_network_is_refused(field: dict[str, Any]) -> None:
+def test_unsupported_configuration_is_refused(field: dict[str, Any]) -> None:
     from luthier.models.networks.classic.palm import PalmConfig
 
     with pytest.raises(ValueError):

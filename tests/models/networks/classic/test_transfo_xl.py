@@ -89,7 +89,7 @@ def by_the_paper(w: dict[str, Tensor], ids_T: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 21])
-def test_logits_are_those_of_the_paper_s_equations(size: int, network: Any) -> None:
+def test_logits_match_paper_equations(size: int, network: Any) -> None:
     ids_T = ids_of(size)
     expected = by_the_paper(dict(network.state_dict()), ids_T)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_no_gradient_crosses_a_border(network: Any) -> None:
     assert moved.nonzero().flatten().tolist() == list(range(16, 21))
 
 
-def test_gradients_are_those_of_segments_one_after_the_other(network: Any) -> None:
+def test_gradients_match_sequential_segments(network: Any) -> None:
     """Memory states are constants, but weights get gradients through memory."""
     ids_T = ids_of(19)
     network(ids_T[None]).logits.square().sum().backward()
@@ -169,7 +169,7 @@ def one_segment(network: Any, layer: Any, h: Tensor, seen: Tensor) -> Tensor:
     return out
 
 
-def test_what_fills_rows_up_does_not_matter_on_either_side(network: Any) -> None:
+def test_padding_on_either_side_leaves_logits_unchanged(network: Any) -> None:
     short, long = ids_of(9), ids_of(19, seed=2)
     ids_4T = torch.zeros(4, 19, dtype=torch.long)
     mask_4T = torch.zeros_like(ids_4T)
@@ -202,7 +202,7 @@ def test_tokens_after_a_memory_have_the_logits_of_the_whole(network: Any) -> Non
     torch.testing.assert_close(kept, whole[:1, -2:])
 
 
-def test_answers_are_alike_streamed_one_by_one_and_in_a_batch(
+def test_streamed_and_batched_replies_match(
     family_folder: Callable[[str], Path],
 ) -> None:
     from luthier.inference.generation import Generator
@@ -254,7 +254,7 @@ def test_training_lowers_the_loss(tiny_transfo_xl: Callable[..., Any]) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_it_starts_as_the_authors_code_does(tiny_transfo_xl: Callable[..., Any]) -> None:
+def test_initial_weights_match_authors_code(tiny_transfo_xl: Callable[..., Any]) -> None:
     model = tiny_transfo_xl(hidden_size=256, initializer_range=0.02)
     for weight in (
         model.model.attention_biases,
@@ -279,7 +279,7 @@ def test_a_saved_network_comes_back_with_the_same_bits(
 
 
 @pytest.mark.parametrize("task", ["embedding", "sequence_classification", "token_classification"])
-def test_other_heads_are_put_on_it(
+def test_task_heads_attach_to_transfo_xl(
     task: Any, tiny_transfo_xl: Callable[..., Any], tmp_path: Path
 ) -> None:
     tiny_transfo_xl().save_pretrained(tmp_path)
@@ -297,7 +297,7 @@ def test_other_heads_are_put_on_it(
         {"tie_word_embeddings": False},
     ],
 )
-def test_sizes_that_make_no_network_are_refused(
+def test_invalid_sizes_are_refused(
     field: dict[str, Any], tiny_transfo_xl: Callable[..., Any]
 ) -> None:
     with pytest.raises(StrictDataclassError):
