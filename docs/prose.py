@@ -31,6 +31,7 @@ LIMITS = {
     "% of error messages over 30 words": 0.2,
     "pronouns per 100 words, pages": 3.5,
     "mean words per sentence, pages": 16.0,
+    "pronouns per 100 words, test names": 2.3,
 }
 """The largest accepted figures. Lower a limit when the texts have become better."""
 
@@ -72,6 +73,14 @@ def helps_and_messages(tree: ast.AST, file: str) -> tuple[list[Text], list[Text]
             texts = [written(argument) for argument in node.exc.args]
             messages += [Text(f"{file}:{node.lineno}", t) for t in texts if len(t.split()) > 2]
     return helps, messages
+
+
+def test_names(file: Path) -> Iterator[Text]:
+    """Yield the names of test functions, split into words."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            name = node.name.removeprefix("test_").replace("_", " ")
+            yield Text(f"{file.relative_to(ROOT)}:{node.lineno}", name)
 
 
 def prose(markdown: str) -> str:
@@ -117,6 +126,7 @@ def main() -> int:
         for sentence in re.split(r"(?<=[.!?:])\s+|\n\n", prose(page.read_text(encoding="utf-8")))
         if len(sentence.split()) > 2
     ]
+    tests = [text for path in sorted((ROOT / "tests").rglob("*.py")) for text in test_names(path)]
     figures = [
         density(docs),
         percent([bool(FIRST_WORDS.match(each.text)) for each in docs]),
@@ -126,10 +136,17 @@ def main() -> int:
         percent([len(each.text.split()) > 30 for each in messages]),
         density(sentences),
         sum(len(each.text.split()) for each in sentences) / max(1, len(sentences)),
+        density(tests),
     ]
     for (name, limit), figure in zip(LIMITS.items(), figures, strict=True):
         print(f"{name:52}{figure:6.1f}  limit {limit:g}")
-    kinds = {"DOCSTRINGS": docs, "HELP": helps, "MESSAGES": messages, "SENTENCES": sentences}
+    kinds = {
+        "DOCSTRINGS": docs,
+        "HELP": helps,
+        "MESSAGES": messages,
+        "SENTENCES": sentences,
+        "TEST NAMES": tests,
+    }
     for kind, texts in kinds.items() if worst else ():
         print(f"\n{kind}")
         texts.sort(

@@ -245,7 +245,7 @@ def test_there_must_be_a_reply_for_each_row() -> None:
 
 
 def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) -> None:
-    """All expected replies but the last are the model's own replies."""
+    """All expected replies but the second are the model's own replies."""
     model = luthier.load(str(tiny_model_folder))
     prompts = ["say fox", "say dog", "say cat"]
     replies = model.generate(prompts, max_tokens=8)
