@@ -1,4 +1,4 @@
-"""Who is let in: signatures, API keys, short-term keys; and how soon who is disabled is not."""
+"""Authentication: signatures, API keys, short-term keys, and disabled principals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The AWS CLI against ``luthier serve``: what people type, what they read, and errors."""
+"""The AWS CLI against ``luthier serve``: commands, output and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not AWS.exists(), reason="awscli is not installe
 
 
 class Cli:
-    """``aws`` in a folder of its own, with the keys of an account and no other configuration."""
+    """The ``aws`` command in an empty home folder, with the keys of an account."""
 
     def __init__(self, server: Served, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Unmodified clients against a running server: what they sign and send is what is let in."""
+"""Unmodified clients against a running server: authentication and routing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Plain:
         return HttpResponse()
 
     def apis(self) -> tuple[Api, Api]:
-        """Object storage, and everything else."""
+        """Return the API of object storage and the API for all other requests."""
         storage = handler_api(
             "s3",
             lambda head: self.handle,

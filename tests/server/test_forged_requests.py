@@ -1,4 +1,4 @@
-"""Requests that were forged, changed or are ambiguous: none is let in."""
+"""Forged, modified and ambiguous requests are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``luthier serve`` on a disk that is full, or read-only: refusals say so, and it goes on after."""
+"""``luthier serve`` on a full or read-only disk: error messages, and recovery."""
 
 from __future__ import annotations
 

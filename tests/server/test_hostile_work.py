@@ -22,9 +22,9 @@ from resident_memory import Growth, processes
 pytestmark = pytest.mark.slow
 
 MOST_GROWTH = 400 << 20
-"""Bytes that the server and its processes may grow by while they are attacked."""
+"""Maximum growth of the server and child processes during an attack, in bytes."""
 BACK = 150 << 20
-"""Bytes that they may keep."""
+"""Maximum growth that remains after an attack, in bytes."""
 RUN, CHAT = "/v1/fine_tuning/alpha/graders/run", "/v1/chat/completions"
 MEGABYTE = 1_000_000
 
@@ -91,7 +91,7 @@ def test_grader_template_expansion_is_limited(server: Served) -> None:
     assert "2,500 places, and may have 256" in said
     said = refusal(grade(server, {**check, "reference": bomb * 200}, "x" * MEGABYTE))
     assert "1,000,000 characters" in said and "at most 65,536" in said
-    # White space that could be divided in several ways.
+    # White space with many possible matches of a pattern.
     assert refusal(grade(server, {**check, "reference": "{{" + " " * 50_000 + "}}"}, "x"))
     judge = {"type": "score_model", "name": "a", "model": "tiny",
              "input": [{"role": "user", "content": bomb}] * 20_000}  # fmt: skip

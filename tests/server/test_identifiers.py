@@ -1,4 +1,4 @@
-"""Resolution of models and endpoints, with changes by another server on the same database."""
+"""Resolution of models and endpoints, with changes by a second server on the same database."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_model_change_by_second_server_is_visible_immediately(
     add("support", stored_id="tiny:second")
     assert stored(database, "support") == "tiny:second"
     with elsewhere.write() as session:
-        # By no object of the mapping, as a migration or an administrator might.
+        # Without the ORM, as in a migration.
         session.execute(update(CustomModel).values(account=OTHER))
     assert stored(database, "support") is None
     assert stored(database, "support", OTHER) == "tiny:second"

@@ -1,4 +1,4 @@
-"""Jobs on images, from the objects of a client to a model that answers (slow): real processes."""
+"""Image jobs from uploads to a served model, in real processes (slow)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Server:
     deployed: dict[str, str]
     """ARNs of deployments, by the names of models."""
     images: np.ndarray[Any, Any]
-    """32 x 32, as the classifier learned them."""
+    """Images of 32 x 32 pixels, as in the classifier's training."""
 
     @cached_property
     def openai(self) -> openai.OpenAI:
@@ -98,9 +98,9 @@ class Server:
             return error.code, json.loads(error.read())["error"]
 
     def tokens(self, model: str) -> tuple[int, ...]:
-        """What was counted of a model today: read and written."""
+        """Return today's usage of a model: input and output tokens."""
         last: tuple[int, ...] | None = None
-        # A request is counted when its answer was sent, which its client may have read before.
+        # The server counts a request after sending the response.
         while (found := self._tokens(model)) != last:
             last = found
             time.sleep(0.4)

@@ -1,4 +1,4 @@
-"""Models from outside through boto3, against ``luthier serve`` in a process of its own."""
+"""Imported models through boto3, against a real ``luthier serve`` process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server(
     tiny_llama: Any,
     tokenizer: Any,
 ) -> Iterator[Served]:
-    """With the base model ``tiny``, and a folder of another tiny model in a bucket."""
+    """A server with the base model ``tiny`` and a folder of a second tiny model in a bucket."""
     made = Served(home_with_tiny(tmp_path_factory.mktemp("imports"), tiny_model_folder))
     made.start()
     made.client("s3").create_bucket(Bucket=BUCKET)
@@ -166,12 +166,12 @@ def test_import_completes_after_killed_server_and_worker(server: Served) -> None
     assert model["modelStatus"] == "Creating"
     assert ended(server, arn)["modelStatus"] == "Active"
     until(lambda: nothing_left(server.home))
-    # The worker alone, which the same server replaces.
+    # Kill only the worker. The same server replaces the worker.
     arn = create(server, "killed-again", f"s3://{BUCKET}/same/")
     for process in until(lambda: workers(arn)):
         process.kill()
     assert ended(server, arn)["modelStatus"] == "Active"
-    # The server alone: its worker goes on, or the next server finds that it ended.
+    # Kill only the server. The worker continues, or the next server replaces a dead worker.
     arn = create(server, "orphan", f"s3://{BUCKET}/same/")
     until(lambda: workers(arn))
     server.kill()
@@ -251,7 +251,7 @@ def test_import_source_is_checked_immediately(server: Served, tmp_path: Path) ->
             modelName="nowhere",
             customModelDataSource={"modelPackageArnDataSource": {"modelPackageArn": package}},
         )
-    # A bucket of another account is not there.
+    # A bucket of a foreign account does not exist for the caller.
     source = {"s3DataSource": {"s3Uri": f"s3://{BUCKET}/other/"}}
     with pytest.raises(ClientError, match="ValidationException"):
         server.client("bedrock", OTHER).create_custom_model(

@@ -1,4 +1,4 @@
-"""Models from outside whose folder is at another S3 endpoint."""
+"""Imported models from a folder at an external S3 endpoint."""
 
 from __future__ import annotations
 

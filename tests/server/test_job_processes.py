@@ -1,4 +1,4 @@
-"""``luthier serve --job-processes``: jobs of a real server that two processes share."""
+"""``luthier serve --job-processes``: jobs of a real server on two processes."""
 
 from __future__ import annotations
 

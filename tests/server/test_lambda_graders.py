@@ -1,4 +1,4 @@
-"""Reinforcement fine-tuning by boto3, with graders that stand for Lambda functions."""
+"""Reinforcement fine-tuning with boto3 and local graders in place of Lambda functions."""
 
 from __future__ import annotations
 

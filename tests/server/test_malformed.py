@@ -72,7 +72,7 @@ def started(
         patch.setenv("LUTHIER_HOME", str(home))
         add_base(home, "tiny", "causal_lm", tiny_model_folder)
         add_base(home, "encoder", "encoder", family_folder("bert"))
-        # Refused requests of one address are slowed down, and here are hundreds of them.
+        # The server slows down an address with many rejected requests, as in these tests.
         service = Service(Settings())
         assert service.issued is not None
         with served(service.application) as url:

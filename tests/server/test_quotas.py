@@ -1,4 +1,4 @@
-"""Quotas and usage as clients and operators meet them: real clients on a real server."""
+"""Quotas and usage with real clients on a real server."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_usage_is_recorded_by_day_and_model(server: Server) -> None:
     batch = batch_of(server, ["luthier.tiny", "none"])
     answer = json.loads(server.openai.files.content(str(batch.output_file_id)).read())
     answered = answer["response"]["body"]["usage"]
-    # A line stands beside no model, since one that is refused has none.
+    # A rejected line has no model.
     found = used(server, "tiny", requests=2)
     totals = (plain.model_dump(), streamed.model_dump(), answered)
     assert found["prompt_tokens"] == sum(each["prompt_tokens"] for each in totals)

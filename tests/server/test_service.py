@@ -1,4 +1,4 @@
-"""``luthier serve`` as its users have it: a process of its own, unmodified clients, ``kill -9``."""
+"""``luthier serve`` as a process, with unmodified clients and ``kill -9``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that is told to end: what is still being written ends with an error, and never without."""
+"""Shutdown of a server: every open stream ends with an error."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def responses(server: Served) -> Any:
 
 
 def raw(server: Served) -> Any:
-    """Events as bytes; an answer whose chunks do not end raises ``IncompleteRead``."""
+    """Return events as bytes. Raise ``IncompleteRead`` for a response without a last chunk."""
     asked = {"model": "tiny", "prompt": [PROMPT, "And"], "max_tokens": 190_000, "stream": True}
     asked["temperature"] = 0
     headers = {"Authorization": f"Bearer {KEYS[ONE]['api_key']}"}

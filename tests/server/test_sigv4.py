@@ -64,7 +64,7 @@ def test_published_vector_signature_matches(folder: Path) -> None:
     assert sigv4.string_to_sign(claim, canonical) == read["sts"].read_text()
     secret = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
     key = sigv4.signing_key(secret, claim.day, claim.region, claim.service)
-    # In one case .sreq carries the signature of another case; .authz is right in all.
+    # One .sreq file has the signature of a different case; every .authz is correct.
     assert read["authz"].read_text().endswith(sigv4.signature(key, claim, canonical))
 
 
@@ -80,7 +80,7 @@ AMBIGUOUS = {
 def test_published_vector_as_a_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sigv4.SERVICES, "service", SignedService(timedelta(minutes=5)))
     head, body = read_request(folder / f"{folder.name}.sreq")
-    # In one case .sreq carries the signature of another case.
+    # One .sreq file has the signature of a different case.
     authorization = (folder / f"{folder.name}.authz").read_text()
     head = with_header(head, "authorization", authorization)
     at = datetime(2015, 8, 30, 12, 36, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""A model that is busy, and answers that take too long: what unmodified clients are told."""
+"""Busy models and slow answers: errors in unmodified clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upgrade of a store of an earlier commit: present servers use its keys, files, jobs and models."""
+"""Upgrade of a store of an earlier commit: the server uses the keys, files, jobs and models."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ask(server: Served, model: str) -> str | None:
 
 @dataclass
 class Store:
-    """A store of the earlier commit: folders, and what its server returned."""
+    """A store of the earlier commit: folders and responses of the old server."""
 
     home: Path
     backup: Path

@@ -187,7 +187,7 @@ def test_activation_resumes_after_server_restart(
     service.control.activation.__init__(database, lambda stored_id: 1 / 0)  # type: ignore[misc]
     service.control.activation.close()
     with pytest.raises(ClientError):
-        # Killed between its transaction and the work: the pool takes nothing any more.
+        # Killed between the transaction and the work: the pool accepts no work.
         deploy(bedrock, arn)
     assert deployment(bedrock, "d")["status"] == "Creating"
     with service.server.serving(database) as again:
@@ -309,7 +309,7 @@ def test_deployment_name_takes_precedence_over_model_name(
 ) -> None:
     first, second = model("job-1", customModelName="prod"), model("job-2", customModelName="new")
     ids = ModelIds(service.database, service.control.arns)
-    assert not_asked(service, "prod")[0] == "Validation"  # a custom model that is not deployed
+    assert not_asked(service, "prod")[0] == "Validation"  # a custom model without deployment
     provided = throughput(bedrock, first, "prod")
     eventually(lambda: provisioned(bedrock, "prod")["status"] == "InService")
     assert asked(service, "prod").arn == provided == ids.resource(ALICE, "prod")

@@ -22,7 +22,7 @@ from luthier.server.http.messages import Fault, Request
 from luthier.server.openai.chat import InvokedChat
 from luthier.server.tables.database import now
 
-# Fixtures of these modules alone: what they import takes time.
+# Fixtures for these modules only: their imports take time.
 runtime_client = serving.runtime_client
 runtime_pool = serving.runtime_pool
 runtime_service = serving.runtime_service
@@ -140,7 +140,7 @@ def test_chat_completion_returns_invoked_model_name(
     messages = re.findall(rb'"bytes": ?"([A-Za-z0-9+/=]+)"', b"".join(stream))
     assert len(messages) > 1
     assert {json.loads(base64.b64decode(each))["model"] for each in messages} == {MODEL}
-    # Anthropic's form has messages, too, and its clients would not understand the answer.
+    # Anthropic bodies have messages, too, but Anthropic clients expect a different response.
     raw = json.dumps({**body, "anthropic_version": "bedrock-2023-05-31"}).encode()
     with pytest.raises(Fault, match="anthropic_version"):
         handlers["InvokeModel"](replace(asked, body=raw))

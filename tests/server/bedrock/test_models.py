@@ -150,7 +150,7 @@ def test_delete_a_model(
     (folder / "luthier.json").write_text(json.dumps({"id": stored}))
     bedrock.delete_custom_model(modelIdentifier=arn)
     assert not folder.exists()
-    # The one way to delete: the server's also takes the model from the memory.
+    # Deletion through the server also unloads the model.
     assert service.deleted == [stored]
     for call in (bedrock.get_custom_model, bedrock.delete_custom_model):
         assert refused(call, modelIdentifier=arn) == "ResourceNotFoundException"

@@ -128,7 +128,7 @@ def test_reasoning_blocks_round_trip(client: Any) -> None:
 
 
 def test_invoke_with_converse_body_returns_reasoning(client: Any) -> None:
-    """InvokeModel with a body like Converse's."""
+    """InvokeModel accepts a Converse body."""
     body = {
         "schemaVersion": "messages-v1",
         "messages": [{"role": "user", "content": [{"text": "sky?"}]}],

@@ -17,7 +17,7 @@ from runtime_service import MODEL, SCHEMA, TOOL, Service, said, streamed, text_o
 from luthier.inference.inference import InferenceFailed
 from luthier.inference.pool import ModelPool
 
-# Fixtures of these modules alone: what they import takes time.
+# Fixtures for these modules only: their imports take time.
 runtime_client = serving.runtime_client
 runtime_pool = serving.runtime_pool
 runtime_service = serving.runtime_service

@@ -29,7 +29,7 @@ window.fetch = async (url, options) => {
   return Response.json({ error: { message: "not today" } }, { status: how.status ?? 500 });
 };
 """
-"""From now on, one path fails, with a status or as it never answers."""
+"""Make one path fail from now on, with a status or without a response."""
 SLOW = {
     "uploads": """
 XMLHttpRequest.prototype.send = function () {};
@@ -54,7 +54,7 @@ window.fetch = (url, options) => {
 };
 """,
 }
-"""From now on, these begin and do not end, unless they are stopped."""
+"""Make uploads and chats hang from now on until they are aborted."""
 ANSWERS = """
 window.sent = [];
 const real = window.fetch;
@@ -66,7 +66,7 @@ window.fetch = (url, options) => {
   return Promise.resolve(new Response(`data: ${JSON.stringify(piece)}\\n\\ndata: [DONE]\\n\\n`));
 };
 """
-"""From now on, chats are answered with a number."""
+"""Answer chats with a number from now on."""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def sign_in(page: Browser, key: str = KEY) -> None:
 
 
 def check_quiet(page: Browser) -> None:
-    """Nothing hostile ran, and the browser had nothing to complain of."""
+    """Check that no hostile script ran and the browser logged no error."""
     assert page.script("return window.hit ?? null") is None
     assert [line for line in page.log() if line.startswith("SEVERE")] == []
 
@@ -337,7 +337,7 @@ def test_cancelled_upload_and_requests_do_not_reappear(
     assert "The rows at this address are used." in page.text(".drop")
     assert page.script("return !document.querySelector('.submit .primary').disabled")
 
-    # Whether the server had made the job when it was no longer listened to is not known.
+    # An aborted request may have created the job.
     page.script(FAILING, "/api/v1/jobs", {"hangs": True})
     page.script("document.querySelector('#base').selectedIndex = 1")
     page.click(".submit .primary")
@@ -393,14 +393,14 @@ def test_job_page_during_server_stop(tmp_path: Path, tiny_model_folder: Path, ro
 
 
 def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
-    # Without workers it stays in the queue, and its stream open.
+    # Without workers, the job stays queued and its event stream open.
     job = {"name": "waits", "model_name": "waits", "base": BASE, "training": [put(server, rows)]}
     assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
     page.get(f"{server.url}/console/")
     sign_in(page)
     page.get(f"{server.url}/console/#/jobs/waits")
     page.until_text("The job was created.", ".messages")
-    # A refusal stays, and so does the button that is to be tried again, while the page is polled.
+    # The error and the retry button stay while the page polls.
     page.script(FAILING, "/api/v1/jobs/waits/pause")
     page.script("document.querySelector('main .actions button').focus()")
     page.click("main .actions button:first-child")

@@ -1,4 +1,4 @@
-"""The files of the console: who gets what, with which headers, and what stands in them."""
+"""The files of the console: access, headers and contents."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PACKAGES = {
     "preact-hooks.js": "preact/hooks",
     "signals-core.js": "@preact/signals-core",
 }
-"""Packages that vendored files import by their names, which browsers do not know."""
+"""Packages imported by name in vendored files; browsers need paths."""
 PAGE = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
@@ -175,7 +175,7 @@ def test_api_clients_are_not_redirected_to_console(server: Served) -> None:
     s3.put_object(Bucket="data", Key="page.html", Body=b"mine", ContentType="text/html")
     found = s3.get_object(Bucket="data", Key="page.html")
     headers = found["ResponseMetadata"]["HTTPHeaders"]
-    # What somebody stored is a page of the same origin: it may do nothing there.
+    # Stored HTML has the same origin, so the sandbox must disable scripts.
     assert headers["content-type"] == "text/html"
     assert headers["content-security-policy"] == "sandbox"
     assert headers["x-content-type-options"] == "nosniff"

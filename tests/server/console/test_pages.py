@@ -1,4 +1,4 @@
-"""What the console's pages about models ask of the native API, and their logic without a browser."""
+"""Requests of the console's model pages, and the page logic without a browser."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def home(
     tiny_model_folder: Path,
     family_folder: Callable[[str], Path],
 ) -> Path:
-    """A store with a writer, a classifier, and a model whose files are not there yet."""
+    """A store with a generative model, a classifier, and a model without files yet."""
     home = tmp_path_factory.mktemp("home")
     (home / "rows.jsonl").write_text('{"prompt": "say fox", "completion": "fox fox"}\n' * 3)
     (home / "labels.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
@@ -168,7 +168,7 @@ def test_base_model_abilities_need_no_download(
     assert told["all-minilm-l6-v2"] == (("embed",), ("text",))
     assert told["small-audio-cnn"] == (("embed",), ("audio",))
     assert told["small-vae"] == (("predict", "make_images", "reconstruct"), ("image",))
-    # An autoencoder of time series finds what is unusual, and makes no images.
+    # An autoencoder of time series detects anomalies and generates no images.
     assert told["small-window-vae"] == (("predict",), ("window",))
 
 
@@ -265,7 +265,7 @@ return (async () => {
   try { %s } finally { window.fetch = real; render(null, root); root.remove(); }
 })();
 """
-"""A script with answers of its own in place of the server's."""
+"""A script with stub responses in place of the server's."""
 
 EXPORTS = """
 const { Exports } = await import("/console/exports.js");
@@ -464,7 +464,7 @@ def test_javascript_modules_pass_node_tests(tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed, by which the console's modules are tested")
-    # Browsers know a module by its element, node by the package above the file.
+    # Browsers detect modules by the script element, node by package.json.
     (tmp_path / "package.json").write_text('{"type": "module"}')
     with resources.as_file(resources.files("luthier.server.console") / "static") as static:
         shutil.copytree(static, tmp_path, dirs_exist_ok=True)

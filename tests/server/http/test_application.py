@@ -1,4 +1,4 @@
-"""The application over real sockets: who is let in, what is read, and what happens when clients go."""
+"""The application over real sockets: authentication, reading of bodies, and disconnects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that hang up before their answer is there: nobody goes on writing for them."""
+"""Clients that disconnect before the response: the server stops their generation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from luthier.server.tables.accounts import create_account
 from luthier.server.tables.principals import create_api_key, create_user
 
 N, TOKENS = 48, 900
-"""So much takes far longer than a test may."""
+"""A number of tokens that takes far longer than a test may."""
 
 
 @pytest.fixture

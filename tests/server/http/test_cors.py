@@ -1,4 +1,4 @@
-"""Pages of other origins: preflights and answers as browsers send and read them."""
+"""CORS: preflights and responses as browsers send and read them."""
 
 from __future__ import annotations
 

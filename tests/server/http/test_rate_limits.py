@@ -1,4 +1,4 @@
-"""How many requests an account may send."""
+"""Rate limits of accounts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Clock:
 
 
 def sent(limits: RateLimits, account: str, number: int) -> int:
-    """How many of ``number`` requests are admitted."""
+    """Return the number of admitted requests out of ``number``."""
     admitted = 0
     for _ in range(number):
         try:

@@ -1,4 +1,4 @@
-"""Answers that are sent piece by piece, and clients that leave."""
+"""Streamed responses, and clients that disconnect."""
 
 from __future__ import annotations
 

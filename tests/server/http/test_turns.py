@@ -1,4 +1,4 @@
-"""Slots for requests: one account never holds all of them."""
+"""Slots for requests: no account can occupy all slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted reaches the database by day, whenever and however often it is written."""
+"""Usage is stored per day, regardless of when and how often the meter writes."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_library_crash_traceback_is_in_job_log(queue: Any, monkeypatch: Any) -> 
 
 
 def test_worker_exits_when_stdin_closes() -> None:
-    # Its database does not answer.
+    # The database of the worker does not answer.
     code = (
         "import sys, time; from luthier.server.jobs import processes; "
         "processes.inherited_database = lambda: time.sleep(60); "

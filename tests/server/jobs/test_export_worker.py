@@ -263,7 +263,7 @@ def test_scheduler_removes_files_of_dead_export_workers(
         database, Capacity(memory=10**12, cores=1), kinds=[EXPORT], command=["/no/such/program"]
     )
     EXPORT.prepare(database)
-    assert f"export-{made}" in left(luthier_home)  # it goes on
+    assert f"export-{made}" in left(luthier_home)  # the export continues
     with database.write() as session:
         found = session.query(ModelExport).filter_by(id=made).one()
         found.end(session)

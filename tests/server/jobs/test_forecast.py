@@ -25,7 +25,7 @@ from luthier.server.tables.jobs import PAUSED, RUNNING, STOPPING, Job
 from luthier.server.tables.queue import PATIENCE
 
 CAPACITY = Capacity(memory=10, cores=4)
-# A suite takes minutes between the import of this module and its last test.
+# In a long suite, minutes pass between import and the last test.
 SOON, LATER = now() + timedelta(hours=12), now() + timedelta(days=1)
 
 

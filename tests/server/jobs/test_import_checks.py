@@ -39,7 +39,7 @@ def test_import_memory_estimate_follows_weight_sizes(
     base = StoredModel("tiny", tiny_model_folder, Manifest(id="tiny", kind="causal_lm"))
     entries = [("config.json", 10), ("tokenizer.json", 10), ("model.safetensors", 2 * GIB)]
     assert memory_needed(tmp_path, select_files(entries), lambda name: None) == 6 * GIB + PROCESS
-    # All of the adapter's file is read, whatever stands in it; its base is there twice.
+    # The whole adapter file is read. The base is in memory twice.
     size = (tiny_model_folder / "model.safetensors").stat().st_size
     named: list[str] = []
 
@@ -186,7 +186,7 @@ def test_pipeline_generating_nan_images_is_rejected(
 def test_template_of_untrusted_model_does_not_run(tiny_model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)
-    assert accept_network(folder, "imported:x").manifest.template_approved  # it is known
+    assert accept_network(folder, "imported:x").manifest.template_approved  # a known template
     (folder / "chat_template.jinja").write_text("{{ raise_exception('it ran') }}")
     found = accept_network(folder, "imported:x").manifest
     assert (found.tokenizer_from, found.template_approved) == ("imported:x", False)

@@ -250,7 +250,7 @@ def test_text_base_accepts_only_json_lines(
     bucket: Bucket, tiny_model_folder: Path, luthier_home: Path
 ) -> None:
     bucket.put("rows.csv", b"prompt,completion\na,b\n")
-    bucket.put("file-1", b"prompt,completion\na,b\n")  # as it is uploaded to OpenAI's API
+    bucket.put("file-1", b"prompt,completion\na,b\n")  # a key as in uploads to the OpenAI API
     for key in ("rows.csv", "file-1"):
         with pytest.raises(DataError, match=r"file\.form"):
             bucket.fetch(f"s3://data/{key}", base=str(tiny_model_folder))

@@ -52,7 +52,7 @@ def test_job_over_storage_quota_leaves_no_files(queue: Any, luthier_home: Path) 
     on_disk = sum(path.stat().st_size for path in files.rglob("*") if path.is_file())
     assert stored(database) == model.stored_bytes == on_disk > 0
     assert 0 < used["training_seconds"] < 60
-    # Its model fits, and so do its outputs, but not both.
+    # The model fits and the outputs fit, but not both.
     for name, room in (("outputs", on_disk + 1000), ("model", 1000)):
         quota(database, stored_bytes=on_disk + room)
         job = queue.ended(queue.submit(name, output="s3://rows/out/"))

@@ -133,7 +133,7 @@ def test_lease_watch_ignores_clock_jumps() -> None:
     watch = LeaseWatch(30, lambda: clock[0])
     assert not watch.is_silent("a", "12:00")
     clock[0] += 29
-    # Renewed by a worker whose clock says tomorrow, then yesterday.
+    # A worker with a wrong clock renews the lease, first with tomorrow, then with yesterday.
     assert not watch.is_silent("a", "tomorrow")
     clock[0] += 29
     assert not watch.is_silent("a", "yesterday")
@@ -239,7 +239,7 @@ def test_memory_is_estimated_as_the_engine_does(queue: Any, luthier_home: Path) 
         {**queue.job(queue.submit(name, settings=settings)).recipe, "base": base}
         for name, settings in (("a", {}), ("b", {"adaptation": {"method": "full"}}))
     )
-    # Of the catalogue, and not here: nothing is fetched to know its size.
+    # A catalogue model without local files: its size needs no download.
     # In float32, where the processor has no products of bfloat16, full tuning takes 7.4 GB.
     assert 0.6e9 < memory_of("tune", small) < memory_of("tune", full) < 9e9
     taught = {**small, "method": "responses", "teacher": {"model": base}}
@@ -248,7 +248,7 @@ def test_memory_is_estimated_as_the_engine_does(queue: Any, luthier_home: Path) 
     assert not (luthier_home / "models" / "base" / base).exists()
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # a head that has seen no labels
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # an untrained classification head
 @pytest.mark.parametrize(
     ("base", "objectives", "least"),
     [

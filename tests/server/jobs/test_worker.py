@@ -102,7 +102,7 @@ def check_outputs(top: Path, steps: int) -> None:
         assert len(text.splitlines()) > 1
     manifest = json.loads((top / "training_artifacts" / "manifest.json").read_text())
     assert manifest["parity"]
-    # What the owner reads names no folder of the server but the addresses that were given.
+    # Events name only the given addresses, no folder of the server.
     assert os.environ["LUTHIER_HOME"] + "/jobs" not in json.dumps(manifest)
 
 

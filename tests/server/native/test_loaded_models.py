@@ -1,4 +1,4 @@
-"""Models in memory through the native API: each account its own, over a real server."""
+"""Models in memory through the native API, per account, on a real server."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_active_deployment_loads_model_if_memory_allows(
     assert [each.base is not None for each in service.pool.loaded_models()] == [True, False]
     for each in service.pool.loaded_ids():
         service.pool.unload(each)
-    service.pool.budget = 1 << 10  # now there is no room
+    service.pool.budget = 1 << 10  # too small for any model
     cold = deploy("cold")
     assert cold["status"] == "Active" and "failureMessage" not in cold
     assert service.pool.loaded_models() == []

@@ -1,4 +1,4 @@
-"""How requests of the native API are routed, checked and described, apart from what operations do."""
+"""Routing, validation and OpenAPI description of native requests."""
 
 from __future__ import annotations
 

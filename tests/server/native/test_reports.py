@@ -1,4 +1,4 @@
-"""What estimates are made of, and whether they tell where rows lie on the server."""
+"""Inputs of estimates and inspections, without server paths in the results."""
 
 from __future__ import annotations
 

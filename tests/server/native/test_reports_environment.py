@@ -1,4 +1,4 @@
-"""What the process of a report is told."""
+"""The environment of a report process."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Keys:
 
 @dataclass
 class Service:
-    """The application in this process and what is behind it."""
+    """The application in this process, with database, objects and pool."""
 
     openai: OpenAIService
     application: Application
@@ -76,19 +76,19 @@ class Service:
 
 @pytest.fixture
 def tiny_base(luthier_home: Path, tiny_model_folder: Path) -> str:
-    """A base model in the store that writes."""
+    """A generative base model in the store."""
     return _base("tiny", "causal_lm", tiny_model_folder)
 
 
 @pytest.fixture
 def thinking_base(luthier_home: Path, thinking_folder: Callable[[str], Path]) -> str:
-    """A base model in the store that thinks before it answers."""
+    """A reasoning base model in the store."""
     return _base("thinker", "causal_lm", thinking_folder("asks itself"))
 
 
 @pytest.fixture
 def tiny_encoder(luthier_home: Path, family_folder: Callable[[str], Path]) -> str:
-    """A base model in the store that reads."""
+    """An encoder base model in the store."""
     return _base("tiny-encoder", "encoder", family_folder("bert"))
 
 
@@ -149,13 +149,13 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[openai.OpenAI]:
-    """The client of one account."""
+    """A client of the first account."""
     with service.client() as made:
         yield made
 
 
 @pytest.fixture
 def other(service: Service) -> Iterator[openai.OpenAI]:
-    """The client of another account."""
+    """A client of the second account."""
     with service.client("sk-other") as made:
         yield made

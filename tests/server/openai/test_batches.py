@@ -1,4 +1,4 @@
-"""Batches, by the unmodified client: results, files, and servers that are killed."""
+"""Batches, by the unmodified client: results, files, and killed servers."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_batch_resumes_after_kill_without_repeated_lines(
     assert before.status == "in_progress"
     assert before.request_counts
     recorded = before.request_counts.completed
-    # What was answered is recorded as it ends; the last ones may have been on their way.
+    # Results are recorded when lines end; the last lines may be unrecorded.
     assert recorded <= AT_ONCE + 2
 
     again: list[Any] = []
@@ -331,7 +331,7 @@ def test_running_lines_are_cancelled_with_batch(client: openai.OpenAI, service: 
     began = time.monotonic()
     client.batches.cancel(made.id)
     batch = ended(client, made.id)
-    assert time.monotonic() - began < 10  # a second and a half, where nothing else is at work
+    assert time.monotonic() - began < 10  # 1.5 seconds on an idle machine
     runner.close()
     assert batch.status == "cancelled" and given_up == [True] * AT_ONCE
     assert [each["custom_id"] for each in lines_of(client, batch.output_file_id)] == ["r0"]
@@ -484,7 +484,7 @@ def test_slow_line_keeps_lease_and_blocks_no_lines(
 
     def answer(caller: Any, body: Any) -> dict[str, Any]:
         if body["messages"][0]["content"] == "My card 0":
-            # For longer than the lease, and, on a busy machine, until the other lines are done.
+            # Longer than the lease and, on a busy machine, until the other lines are done.
             began = time.monotonic()
             while (passed := time.monotonic() - began) < 1.8 or (
                 completed() < AT_ONCE and passed < 30

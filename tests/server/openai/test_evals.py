@@ -1,4 +1,4 @@
-"""Evals by the unmodified client: criteria, sources, output items, and servers that are killed."""
+"""Evals by the unmodified client: criteria, sources, output items, and killed servers."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_eval_run_applies_every_grader_type(client: openai.OpenAI, service: Any)
         "string_check",
     )
     assert first["both"].score == 1.0
-    # A model of random numbers names a label, as it is kept to them; it may give no score.
+    # A model with random weights returns a valid label, and possibly no score.
     assert first["tone"].score == 1.0
     judged = first["judge"]
     assert judged.passed == (judged.score >= 5) and ("error" in (judged.model_extra or {})) == (
@@ -259,7 +259,7 @@ def test_evals_and_runs_are_paginated(client: openai.OpenAI, service: Any) -> No
     ids = [each.id for each in runs]
     listed = list(client.evals.runs.list(evals[0], limit=2))
     assert [each.id for each in listed] == ids
-    # Who brought rows sees them at once, and everybody else as output items, by a right of its own.
+    # Creation returns the rows; lists do not, because output items need a separate permission.
     assert len(runs[0].data_source.source.content) == 3
     assert listed[0].data_source.source.content == []
     conforms(client, RunListResponse, f"/evals/{evals[0]}/runs")
@@ -375,7 +375,7 @@ def test_eval_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -
         client.evals.runs.cancel(waiting.id, eval_id=made.id)
     assert refused.value.code == "invalid_state"
     assert not service.openai.evaluations.run_once()
-    # Rows that are on their way when it is canceled are dropped.
+    # Rows in progress are dropped at cancellation.
     run = client.evals.runs.create(made.id, data_source=asking(rows(3 * AT_ONCE)))
     task = service.openai.evaluations.make_task
     asked: list[Any] = []
@@ -669,7 +669,7 @@ def test_quotas_and_time(
         set_quota(session, account, stored_bytes=used + 700)
     assert service.openai.evaluations.run_once()
     run = client.evals.runs.retrieve(first.id, eval_id=made.id)
-    # The first row is graded, and there is no room for the second.
+    # The first row is graded; the second row does not fit.
     assert (run.status, run.error.code) == ("failed", "insufficient_quota")
     assert run.result_counts.total == len(items(client, run)) == 1
     with pytest.raises(openai.RateLimitError, match="stored_bytes"):

@@ -1,4 +1,4 @@
-"""What the client saves of an account, by the guide's own lines, is taken over by ``import openai``."""
+"""``import openai`` of an account's export, saved with the guide's code."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FILE = {"id": "file-1", "object": "file", "filename": "colours.jsonl", "purpose"
 
 
 def exported(folder: Path, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The guide's lines, with a client of this service in place of OpenAI's."""
+    """Run the guide's code with a client of this service in place of OpenAI's."""
     (script,) = re.findall(r"```python\n(import pathlib\n.*?)```", GUIDE.read_text(), re.S)
     monkeypatch.setattr(openai, "OpenAI", lambda: client)
     monkeypatch.chdir(folder)
@@ -109,7 +109,7 @@ def test_exported_eval_is_imported_completely(
     assert (found.folder / "mine.jsonl").read_bytes() == client.files.content(file.id).content
     asked = load_prompts(found.folder / "cards.jsonl")
     assert [row.turns()[-1].content for row in asked] == ["Card 0?", "Card 1?", "Card 2?"]
-    assert asked[0].turns()[0].role == "system"  # a developer's, there
+    assert asked[0].turns()[0].role == "system"  # the developer role in OpenAI
     graders = parse_graders(read_graders(found.folder / "cards-graders.toml"))
     answers = grade(asked, replies, graders).records
     passed = {each.testing_criteria: each.passed for each in theirs.per_testing_criteria_results}

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs, by the unmodified client; workers run here, one after the other."""
+"""Fine-tuning jobs, by the unmodified client, with workers in this process."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def work(service: Any, **objective: Any) -> None:
     """Run the next job in this process. ``objective`` has fields that clients cannot set."""
     database: Database = service.database
     with database.write() as session:
-        # The scheduler estimates the memory of jobs; there is none here.
+        # The scheduler usually estimates the memory of jobs; this test has no scheduler.
         session.execute(update(Job).where(Job.memory == 0).values(memory=1))
         job = queue.claim(session, jobs.Job, this_process(), 1 << 40, 64, idle=True)
         assert job is not None and job.lease is not None
@@ -312,7 +312,7 @@ def test_stopping_job_is_running_until_worker_releases_lease(
         held = queue.claim(session, jobs.Job, this_process(), 1 << 40, 64, idle=True)
         assert held is not None and held.lease is not None and held.name == made.id
         job_id, lease = held.id, held.lease
-    for _ in range(2):  # who asks again is told the same
+    for _ in range(2):  # a repeated request has the same result
         stopping = client.fine_tuning.jobs.cancel(made.id)
         assert stopping.status == "running" and stopping.finished_at is None
     assert client.fine_tuning.jobs.retrieve(made.id).status == "running"

@@ -22,7 +22,7 @@ def settings(kind: str, writes: bool = True, **arm: Any) -> dict[str, Any]:
 
 def test_auto_hyperparameters_are_omitted_from_settings() -> None:
     assert settings("supervised") == {"training": {"seed": 5}, "objective": {"method": "sft"}}
-    # The rows of an encoder say what is learned.
+    # The rows select the objective of an encoder.
     assert settings("supervised", writes=False) == {"training": {"seed": 5}}
     assert settings("dpo") == {"training": {"seed": 5}, "objective": {"method": "dpo"}}
 

@@ -1,4 +1,4 @@
-"""Trying graders out, by the unmodified client."""
+"""Graders run and validated by the unmodified client."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_score_model_grader_returns_reward(client: openai.OpenAI, tiny_base: str
         "sampling_params": {"max_completions_tokens": 4, "temperature": 0, "seed": 1},
     }
     made = run(client, grader)
-    # A model of random numbers says anything: a score in its range, or that there is none.
+    # A model with random weights returns a valid score or no score.
     assert 0 <= made.reward <= 1
     assert made.metadata.sampled_model_name == "tiny"
     assert made.metadata.errors.model_grader_parse_error or made.reward > 0

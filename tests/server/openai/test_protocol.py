@@ -1,4 +1,4 @@
-"""Refusals as the client raises them."""
+"""Protocol errors as raised by the client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats and responses of a model that thinks before it answers, by the unmodified client."""
+"""Chat and responses of a reasoning model, by the unmodified client."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def respond(client: openai.OpenAI, **changes: Any) -> Any:
 
 
 def told(client: openai.OpenAI, messages: Any, **changes: Any) -> str:
-    """The same through chat completions."""
+    """Return the text of the same request through chat completions."""
     made = client.chat.completions.create(
         model="tiny", messages=messages, max_tokens=8, temperature=0, **changes
     )

@@ -1,4 +1,4 @@
-"""Bodies that are refused: the member and the code of the error."""
+"""Rejected bodies: the member and the code of the error."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service]:
     """Serve the service over HTTPS."""
     app = service.app  # type: ignore[attr-defined]
-    # An application belongs to one loop: the second server has its own over the same store.
+    # An application belongs to one event loop, so the second server has a separate application.
     other = Application(
         (any_s3(service.objects),),
         app.authenticator,

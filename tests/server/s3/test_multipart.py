@@ -72,7 +72,7 @@ def test_multipart_upload_assembles_selected_parts(service: Any, bucket: str, re
     assert refused(done, client=client, upload=other, parts=[(2, first)])[0] == "NoSuchUpload"
     made = done(client, upload, [(2, first), (5, last)])
     assert made["ETag"].endswith('-2"')
-    # The answer may not have reached the client, which asks again then.
+    # A client repeats the request if the response is lost.
     assert done(client, upload, [(2, first), (5, last)])["ETag"] == made["ETag"]
     got = client.get_object(Bucket=bucket, Key="k")
     assert got["Body"].read() == bytes(5 * MIB) + b"last" and got["Metadata"] == {"x": "1"}

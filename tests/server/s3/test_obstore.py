@@ -114,12 +114,12 @@ def test_images_below_a_prefix(
     assert [(row.label, row.media.name) for row in rows] == [  # type: ignore[attr-defined]
         ("cat", "photos/cat/1.png"), ("cat", "photos/cat/2.png"), ("dog", "photos/dog/1.png"),
     ]  # fmt: skip
-    # The folder is made anew where an object joined them.
+    # The next fetch creates the folder again because an object was added.
     put("photos/dog/2.png")
     assert len(load_rows(f"s3://{bucket}/photos")) == 4
     ((_, tree),) = locations.fetch(ACCOUNT, f"s3://{bucket}/photos/", tmp_path)
     assert sorted(path.name for path in tree.rglob("*.png")) == ["1.png", "1.png", "2.png", "2.png"]
-    # A table beside them names some of them.
+    # A table next to the images names some images.
     put("photos/table.csv", b"image,label\ncat/2.png,tom\n")
     assert [row.label for row in load_rows(f"s3://{bucket}/photos/")] == ["tom"]  # type: ignore[attr-defined]
     put("odd/a.png")

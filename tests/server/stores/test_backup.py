@@ -210,7 +210,7 @@ def test_backup_is_consistent_during_writes(
         restore_to(tmp_path / f"home{number}", tmp_path / f"backup{number}")
         copy = Database(f"sqlite:///{tmp_path / f'home{number}' / 'luthier.db'}")
         with copy.read() as session:
-            # Transactions are in it whole.
+            # The copy contains whole transactions only.
             assert len(entries(session, limit=10_000)) % 2 == 1
         copy.close()
 

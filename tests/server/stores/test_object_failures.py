@@ -110,7 +110,7 @@ def test_file_and_object_are_deleted_atomically(data: Objects) -> None:
     assert found is not None and b"".join(store.read(found)) == b"bytes"
     assert store.delete(ONE, row.id) and not store.delete(ONE, row.id)
     assert files(data) == []
-    # Its bytes were deleted before, and the bucket with them.
+    # The object and the bucket were deleted before the file.
     row = store.add(ONE, [b"bytes"], "name", "batch")
     data.delete(ONE, "luthier-files", [row.id])
     data.delete_bucket(ONE, "luthier-files")

@@ -58,7 +58,7 @@ def test_parent_files_are_removed_with_the_last_child(last: str) -> None:
     log.write_text("rows may be quoted here")
     remove_files(parent)
     assert left() == {"parent", "child", "grandchild", "sibling"}
-    # What a run wrote beside its model is of no use to others.
+    # Other models do not need the run folder of a model.
     assert not run("parent").exists() and not log.exists() and run("child").exists()
     remove_files(sibling)
     assert left() == {"parent", "child", "grandchild"}
@@ -84,7 +84,7 @@ def test_invalid_model_id_removes_no_files(model_id: str) -> None:
     new.parent.mkdir(parents=True)
     new.write_text("")
     remove_side_files(model_id)
-    remove_side_files("tiny")  # the base of another one
+    remove_side_files("tiny")  # the base of a second model
     assert run("other").is_dir() and new.is_file()
     assert working_folders(model_id) == []
 
@@ -160,7 +160,7 @@ def test_deletion_with_failed_commit_keeps_files(
             removal.delete(database, Arns(), model)
     finally:
         event.remove(Session, "before_commit", fails)
-    # A child that goes takes no parent along that is still there.
+    # Removal of a child does not remove a parent that is not deleted.
     remove_files(stored("child", parent))
     removal.finish_deletions(database)
     assert left() == {"parent"}

@@ -34,7 +34,7 @@ def test_sqlite_files_are_private(tmp_path: Path) -> None:
         first = Database(f"sqlite:///{file}")
         write(first)
         assert modes() == dict.fromkeys(("luthier.db", "luthier.db-wal", "luthier.db-shm"), 0o600)
-        # As an earlier version, or another program, left them.
+        # File modes as left by an earlier version or a different program.
         for each in tmp_path.iterdir():
             each.chmod(0o644)
         second = Database(f"sqlite:///{file}")

@@ -56,7 +56,7 @@ def test_hub_models_are_listed_after_download(luthier_home: Path) -> None:
     assert [model.base for model in foundation_models() if model.writes] == [
         name for name, entry in CATALOG.items() if entry.kind == "causal_lm"
     ]
-    # What does not write gives embeddings, also an encoder with a head for words.
+    # Models that do not generate return embeddings, also encoders with a masked-LM head.
     assert find("bert-base-uncased").objective.method == "contrastive"
 
 

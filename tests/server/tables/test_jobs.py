@@ -97,7 +97,7 @@ def test_stop_pause_and_resume(database: Database) -> None:
     at_work = add(database, "at-work", state=RUNNING, lease="token")
     assert ask(resume, at_work).state == RUNNING
     assert ask(pause, at_work).state == PAUSED
-    # Its worker has not let go of it yet: it is not gone at once.
+    # The worker still holds the lease, so the job does not end immediately.
     assert ask(stop, at_work).state == STOPPING == ask(stop, at_work).state
     for act in (pause, resume):
         with pytest.raises(WrongState):

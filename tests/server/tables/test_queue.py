@@ -72,7 +72,7 @@ def test_only_fitting_jobs_are_claimed(database: Database) -> None:
     small = add(database, "small", memory=50)
     assert claim(database) == (small, job_of(database, small).lease)
     assert claim(database) is None
-    # With nothing else at work it will not fit better: it may say itself what it lacks.
+    # An oversized job starts on an idle machine and reports the shortage itself.
     assert claim(database, idle=True)[0] == large  # type: ignore[index]
     assert claim(database, cores=64)[0] == wide  # type: ignore[index]
 
