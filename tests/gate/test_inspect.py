@@ -244,3 +244,20 @@ def test_base_without_template_uses_chat_template_option(
     shown = report.summaries["learning"]["splits"]["train"]["shown"][0]
     assert shown["tokens"].count("<|im_start|>") == 4
     assert "--chat-template chatml" in next_steps(report)[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "task"),
+    [
+        ([{"text": f"My card {n} is lost", "intent": f"kind {n % 2}"} for n in range(20)], False),
+        ([{"words": "My card is lost"}] * 3, False),
+        ([{"text": f"My card {n} is lost", "label": f"kind {n % 2}"} for n in range(20)], True),
+    ],
+)
+def test_report_names_a_task_only_if_rows_and_targets_are_read(
+    rows: list[dict[str, Any]], task: bool, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    data = written(tmp_path / "rows.jsonl", *rows)
+    report = luthier.inspect(data, base=str(tiny_model_folder))
+    assert bool(report.task) is task
+    assert bool(report.base) is bool(report.rows["train"])

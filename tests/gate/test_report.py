@@ -192,7 +192,7 @@ def test_a_model_of_several_labels_per_row_is_said(
     several = last in (["a", "b"], [])
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert ("classification, several labels per row, on " in text) == several
-    assert ("several labels per row, for " in report.html()) == several
+    assert ("several labels per row, on " in report.html()) == several
     assert [str(each.place) for each in report.findings.examples.get("label.several", ())] == (
         [f"{source}:10"] if several else []
     )

@@ -178,7 +178,7 @@ def inspect(
     report = inspect_sources(
         request.sources, checks, policy.severity, request.columns, progress, processes, extra
     )
-    used = base if known.chat else None
+    used = base if known.chat and any(report.rows.values()) else None
     if report.left_out:  # where no row has a text, no base would help
         left_out = {n: NO_TEXT if why == NO_READER else why for n, why in left_out.items()}
     left_out = {**left_out, **report.left_out}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.files.sources import stem_of
+from luthier.data.unread import UNREAD
 from luthier.errors import Location, Problem
 from luthier.formatting import column_options, printable
 from luthier.gate.check import Split
@@ -39,7 +40,7 @@ class Report:
     forms: Mapping[Split, str] = field(default_factory=dict)
     """Detected form of the rows by split, from the first row."""
     base: str | None = None
-    """Id of the base model that encoded the rows."""
+    """Id of the base model that encoded the rows; ``None`` without rows."""
     chat_template: str | None = None
     """Chat template in place of the base model's, as given by the user."""
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +57,17 @@ class Report:
     def map_options(self) -> list[str]:
         """Return the options for a command that reads the same columns."""
         return column_options(self.columns)
+
+    @property
+    def task(self) -> str:
+        """Objective and base model of the rows; empty if the rows, or their targets, are not read."""
+        learning = self.summaries.get("learning", {})
+        found = self.findings
+        errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}
+        if not learning.get("objective") or UNREAD in errors:
+            return ""
+        several = ", several labels per row," if learning["several_labels"] else ""
+        return f"{learning['objective']}{several} on {self.base}"
 
     @property
     def exit_code(self) -> int:

@@ -83,9 +83,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str, str]]:
     for split, rows in report.rows.items():
         yield f"{split} rows", f"{rows:,}", report.forms.get(split, "")
     summary = report.summaries.get("learning", {})
-    if objective := summary.get("objective"):
-        several = "several labels per row, " if summary["several_labels"] else ""
-        yield "objective", str(objective), f"{several}for {report.base}"
+    if report.task:
+        yield "objective", report.task, ""
     splits = learning_splits(report)
     if tokens := sum(each["tokens"] for each in splits.values()):
         shares = dict.fromkeys(learned_share(each) for each in splits.values())

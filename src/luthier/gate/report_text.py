@@ -95,11 +95,8 @@ def _head(report: Report, console: Console) -> None:
         what = Text(f"{form}  ")
         what.append(printable(", ".join(names[:3]) + (" …" if len(names) > 3 else "")), "dim")
         facts.add_row(split, f"{report.rows.get(split, 0):,} rows", what)
-    if objective := report.summaries.get("learning", {}).get("objective"):
-        several = (
-            ", several labels per row," if report.summaries["learning"]["several_labels"] else ""
-        )
-        facts.add_row("learns", "", f"{objective}{several} on {report.base}")
+    if report.task:
+        facts.add_row("learns", "", report.task)
     console.print(facts)
     for why in dict.fromkeys(report.left_out.values()):
         names = [name for name, reason in report.left_out.items() if reason == why]

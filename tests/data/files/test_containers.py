@@ -216,7 +216,8 @@ def test_text_file_with_tabs_and_without_names(tmp_path: Path) -> None:
     path.write_text("ham\tSee you.\nspam\tWin now!\nham\tLate, sorry.\n")
     with pytest.raises(RowRefused) as caught:
         container_of(path)
-    assert caught.value.rule == "file.unknown_format"
+    assert caught.value.rule == "table.header"
+    assert "printf 'label\\ttext\\n'" in caught.value.problem.advice
     path.write_text("\tSee you.\nspam\tWin now!\nham\tLate, sorry.\n")
     assert container_of(path) == Container("text")
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,64 @@ def test_invalid_table_is_refused(tmp_path: Path, data: bytes, line: int, rule: 
     records, problems = read_csv(tmp_path, data)
     assert records == []
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
+
+
+CARDS = [
+    ("1", "I lost my card", "lost_card"),
+    ("2", "My card has not arrived yet", "card_arrival"),
+    ("3", "Where is my card?", "card_arrival"),
+    ("4", "My card was stolen", "lost_card"),
+]
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";"])
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ((1, 2), ("text", "label")),
+        ((2, 1), ("label", "text")),
+        ((0, 1, 2), ("id", "text", "label")),
+        ((1, 0), ("text", "rating")),
+        ((1,), ("text",)),
+    ],
+)
+@pytest.mark.parametrize("count", [2, 4, 40])
+def test_table_without_header_names_the_missing_header(
+    tmp_path: Path, delimiter: str, columns: Sequence[int], names: Sequence[str], count: int
+) -> None:
+    path = tmp_path / "rows.csv"
+    rows = [[CARDS[at % 4][column] for column in columns] for at in range(count)]
+    for number, row in enumerate(rows, 1):
+        if 0 in columns:
+            row[columns.index(0)] = str(number)
+    written = "".join(delimiter.join(row) + "\n" for row in rows)
+    path.write_text(written)
+    problems: list[Problem] = []
+    assert [*read_records(path, problems)] == []
+    assert [(each.rule, each.line) for each in problems] == [("table.header", 1)]
+    assert repr(f"{delimiter.join(names)}\n") in problems[0].advice
+    path.write_text(delimiter.join(names) + "\n" + written)
+    assert len([*read_records(path, [])]) == count
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Satz,Klasse", "Utterance,Intent", "0,1", "How can we help you today?,Which department?"],
+)
+def test_header_of_unknown_names_is_no_row(tmp_path: Path, header: str) -> None:
+    rows = "".join(f"{text},{label}\n" for _, text, label in CARDS * 5)
+    records, problems = read_csv(tmp_path, f"{header}\n{rows}".encode())
+    assert len(records) == 20
+    assert problems == []
+
+
+def test_mapped_column_names_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("Tell us in a few words,kind\nThe card is lost again,kind\nNo card,other\n")
+    problems: list[Problem] = []
+    assert [*read_records(path, problems)] == []
+    assert [each.rule for each in problems] == ["table.header"]
+    assert len([*read_records(path, [], columns={"label": "kind"})]) == 2
 
 
 UNQUOTED = (

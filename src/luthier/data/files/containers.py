@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from luthier.data.files.headers import missing_header
 from luthier.data.files.line_forms import LINE_FORMS
 from luthier.data.files.nested import rows_inside
 from luthier.data.files.parsing import quote, read_line
@@ -376,12 +377,9 @@ def _table_or_text(text: str, lines: Sequence[str], whole: bool) -> FileFormat:
     if equal and all(name.strip().lower() in KEYS for name in rows[0]):
         return "tsv" if delimiter == "\t" else "csv"
     if equal and delimiter == "\t" and len(rows) > 2 and all(map(str.strip, chain(*rows))):
-        raise RowRefused(
-            "file.unknown_format",
-            f"Each line has {len(rows[0])} cells with tabs between, but no line names the columns.",
-            "Write the names as the first line of a .tsv file, as with: (printf 'text\\tlabel\\n'; cat "
-            "OLD.txt) > NEW.tsv. To learn the lines as plain text, rename the file to .md.",
-        )
+        as_text = "To learn the lines as plain text, rename the file to .md."
+        reason = f"Each line has {len(rows[0])} cells with tabs between"
+        raise missing_header(reason, rows, delimiter, as_text)
     return "text"
 
 

@@ -23,6 +23,8 @@ Record = dict[str, object]
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """Most bytes of a line. A longer line is rejected and skipped with constant memory."""
 
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
+"""A number in a cell of a table."""
 _PIECE_BYTES = 64 * 1024
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -26,6 +26,7 @@ from luthier.data.files.containers import (
     unpack,
 )
 from luthier.data.files.documents import read_document
+from luthier.data.files.headers import reject_missing_header
 from luthier.data.files.line_forms import LINE_FORMS
 from luthier.data.files.parsing import PieceDecoder, Record, decode, parse_line, read_line
 from luthier.data.files.tables import read_parquet, read_table
@@ -114,6 +115,7 @@ def _records(
         return read_document(stream, file, problems, warnings)
     if container.kind in ("csv", "tsv"):
         table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
+        table = reject_missing_header(table, container.delimiter, columns.values())
         for reader in bundled("table_readers").values():
             table = reader.load()(table, file, problems, columns)
         return table

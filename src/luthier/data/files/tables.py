@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 
 from luthier.data.files import parsing
 from luthier.data.files.containers import SEPARATOR, empty_file_error, needs
+from luthier.data.files.headers import missing_header
 from luthier.data.files.parsing import Record, decode, loads, quote
 from luthier.data.shapes import SHAPES
 from luthier.errors import Problem, RowRefused
@@ -27,7 +27,6 @@ JSON_COLUMNS = frozenset(("conversations",)).union(*(kind.json_keys for kind in 
 NUMBER_COLUMNS = frozenset[str]().union(*(kind.number_keys for kind in SHAPES.values()))
 OPTIONAL_COLUMNS = frozenset(("id", "expected", "system"))
 
-NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 _LONGEST_NAME = 200
 _BATCH_ROWS = 512
 
@@ -68,7 +67,7 @@ def read_table(
             if not cells:
                 continue
             if names is None:
-                names = _header(cells)
+                names = _header(cells, delimiter)
                 continue
             record = _record(names, cells)
         except StopIteration:
@@ -165,15 +164,13 @@ class _Lines:
         return text
 
 
-def _header(cells: Sequence[str]) -> Sequence[str]:
+def _header(cells: Sequence[str], delimiter: str) -> Sequence[str]:
     names = [cell.strip() for cell in cells]
+    if any(len(name) > _LONGEST_NAME for name in names):
+        raise missing_header("The first line has a cell longer than a name", [names], delimiter)
     repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None or any(len(name) > _LONGEST_NAME for name in names):
-        what = "empty names"
-        if repeated is None:
-            what = "a cell longer than a name"
-        elif repeated:
-            what = f"the name {quote(repeated)} twice"
+    if repeated is not None:
+        what = f"the name {quote(repeated)} twice" if repeated else "empty names"
         message = f"The first row must name the columns, but has {what}."
         raise RowRefused("table.header", message, "Write each column's name once in the first row.")
     return names
@@ -194,7 +191,7 @@ def _record(names: Sequence[str], cells: Sequence[str]) -> Record:
         record[name] = _json_cell(name, str(record[name]))
     for name in NUMBER_COLUMNS & record.keys():
         text = str(record[name]).strip()
-        record[name] = float(text) if NUMBER.fullmatch(text) else record[name]
+        record[name] = float(text) if parsing.NUMBER.fullmatch(text) else record[name]
     return record
 
 

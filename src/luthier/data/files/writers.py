@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from luthier.data.files.containers import needs
-from luthier.data.files.parsing import Record, json_kind, quote
+from luthier.data.files.parsing import NUMBER, Record, json_kind, quote
 from luthier.data.files.sources import Source, files_of
-from luthier.data.files.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
+from luthier.data.files.tables import JSON_COLUMNS, NUMBER_COLUMNS, OPTIONAL_COLUMNS
 from luthier.data.shapes import SHAPES
 from luthier.errors import DataError, Location, Problem, RecipeError, RowRefused
 from luthier.files import check_creatable, new_file

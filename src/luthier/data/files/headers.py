@@ -1,0 +1,112 @@
+"""Detection of tables without a header, whose first row would be lost as names of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, islice
+
+from luthier.data.files.parsing import NUMBER, Record
+from luthier.data.formats import KEYS
+from luthier.errors import Location, RowRefused
+from luthier.formatting import list_some
+
+_COMPARED = 100
+"""Number of rows that are compared with the first row."""
+_WORDS = 4
+"""Fewest words of a text that is rather a value than a name."""
+
+
+def reject_missing_header(
+    table: Iterator[tuple[int, Record]], delimiter: str, known: Collection[str]
+) -> Iterator[tuple[int, Record]]:
+    """Yield the rows of a table with a header.
+
+    Args:
+        table: lines and rows.
+        delimiter: character between cells.
+        known: names of columns, in addition to luthier's keys.
+
+    Raises:
+        RowRefused: if the header has no known name, and resembles the rows.
+    """
+    first = [*islice(table, _COMPARED)]
+    names = [*first[0][1]] if first else []
+    if not any(name in known or name.lower() in KEYS for name in names):
+        rows = [[str(cell) for cell in record.values()] for _, record in first]
+        if _is_row(names, rows):
+            raise missing_header(
+                "The first line resembles the rows below", [names, *rows], delimiter
+            )
+    yield from chain(first, table)
+
+
+def missing_header(
+    reason: str,
+    rows: Sequence[Sequence[str]],
+    delimiter: str,
+    otherwise: str = "If the first line has the names, select columns, as with "
+    "`data.columns.text=COLUMN`.",
+) -> RowRefused:
+    """Return the error for a table whose first row is data, with a command that adds the header.
+
+    Args:
+        reason: beginning of the message.
+        rows: cells of the first rows.
+        delimiter: character between cells.
+        otherwise: advice for a file that is no table without a header.
+    """
+    names = _names_for(rows)
+    written = delimiter.replace("\t", "\\t").join(names)
+    ending = "tsv" if delimiter == "\t" else "csv"
+    return RowRefused(
+        "table.header",
+        f"{reason}, so the file seems to have no header. The columns seem to be "
+        f"{list_some(names, 10)}.",
+        f"Write the names as the first line: (printf '{written}\\n'; cat OLD) > NEW.{ending}. "
+        f"{otherwise}",
+        Location(line=1),
+    )
+
+
+def _is_row(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Return whether the names are cells of another row."""
+    if names == [str(number) for number in range(len(names))]:
+        return False  # pandas writes the numbers of columns without a name
+    columns = [*zip(*rows, strict=True)]
+    if any(name and name in column for name, column in zip(names, columns, strict=True)):
+        return True
+    telling = any(NUMBER.fullmatch(name) or len(name.split()) >= _WORDS for name in names)
+    return telling and all(map(_resembles, names, columns))
+
+
+def _resembles(name: str, column: Sequence[str]) -> bool:
+    if NUMBER.fullmatch(name):
+        return all(map(NUMBER.fullmatch, column))
+    lengths = [*map(len, column)]
+    slack = 1 if len(column) >= _COMPARED // 10 else 2
+    return min(lengths) <= slack * len(name) <= slack**2 * max(lengths)
+
+
+def _names_for(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return luthier's keys for the columns of rows: a text or two, a label or rating, an id."""
+    columns = [*zip(*rows, strict=True)]
+    names = [f"column{number}" for number in range(1, len(columns) + 1)]
+    longest = max(range(len(columns)), key=lambda at: sum(map(len, columns[at])))
+    texts = [longest]
+    for at, column in enumerate(columns):
+        few = 2 * len({*column}) <= len(column)
+        if at == longest:
+            continue
+        if all(map(NUMBER.fullmatch, column)):
+            kind = "label" if few else "id" if len(columns) > 2 else "rating"
+        elif few or not any(len(cell.split()) > 1 for cell in column):
+            kind = "label"
+        else:
+            texts.append(at)
+            continue
+        if kind not in names:
+            names[at] = kind
+    names[longest] = "text"
+    if len(texts) == 2 and "label" not in names:
+        names[min(texts)], names[max(texts)] = "prompt", "completion"
+    return names
