@@ -25,7 +25,7 @@ def view(seed: int, **settings: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("settings", OF_IMAGES, ids=str)
-def test_each_change_of_images_does_something_and_the_same_for_a_seed(
+def test_image_augmentations_change_pixels_reproducibly(
     settings: dict[str, float],
 ) -> None:
     views = [view(seed, **settings) for seed in range(12)]
@@ -36,13 +36,13 @@ def test_each_change_of_images_does_something_and_the_same_for_a_seed(
         assert len({each.tobytes() for each in views}) >= 10
 
 
-def test_a_mirror_image_is_one() -> None:
+def test_flip_mirrors_the_image() -> None:
     assert (view(0, flip=1.0) == PIXELS[:, ::-1]).all()
     half = [(view(seed, flip=0.5) == PIXELS).all() for seed in range(200)]
     assert 0.4 < np.mean(half) < 0.6
 
 
-def test_a_crop_cuts_no_more_than_it_may() -> None:
+def test_crop_removes_at_most_its_share() -> None:
     """The range of a slope from 0 to 255 after the crop is the range of the cropped part."""
     slope = np.broadcast_to(np.linspace(0, 255, 100).astype(np.uint8)[None, :, None], (100, 100, 3))
     least = 1.0
@@ -71,7 +71,7 @@ def test_every_operation_of_randaugment_runs_at_both_ends(magnitude: int) -> Non
         assert made.shape == PIXELS.shape
 
 
-def test_a_sound_is_moved_by_no_more_than_it_may() -> None:
+def test_shift_moves_audio_by_at_most_its_share() -> None:
     wanted = len(SOUND)
     moves = set()
     for seed in range(60):
@@ -84,7 +84,7 @@ def test_a_sound_is_moved_by_no_more_than_it_may() -> None:
     assert moves == {True, False}
 
 
-def test_a_sound_is_played_slower_or_faster_by_no_more_than_it_may() -> None:
+def test_speed_changes_audio_by_at_most_its_share() -> None:
     lengths = []
     for seed in range(40):
         made = change_audio(Augmentation(speed=0.2), SOUND, 4000, np.random.default_rng(seed))
@@ -94,7 +94,7 @@ def test_a_sound_is_played_slower_or_faster_by_no_more_than_it_may() -> None:
     assert 1 / 1.2 - 0.01 < min(lengths) < 0.88 and 1.15 < max(lengths) < 1 / 0.8 + 0.01
 
 
-def test_noise_is_as_strong_as_it_may_be_and_no_stronger() -> None:
+def test_noise_strength_is_limited() -> None:
     strengths = []
     for seed in range(60):
         made = change_audio(Augmentation(noise=0.1), SOUND, 4000, np.random.default_rng(seed))
@@ -118,7 +118,7 @@ def test_masks_cover_bands_of_pitch_and_spans_of_time() -> None:
     assert (SPECTROGRAM != 0).all()
 
 
-def test_only_what_the_network_sees_is_changed() -> None:
+def test_augmentation_leaves_original_row_unchanged() -> None:
     media = MediaInput(Media("image", "x", array=PIXELS), ImageProcessor(16, 16))
     row = Example(np.array([5]), np.ones(1, np.float32), 3, target=np.array([2]), media=media)
     settings = Augmentation(crop=0.5)
@@ -140,7 +140,7 @@ def test_only_what_the_network_sees_is_changed() -> None:
         ({"flip": 0.5, "masks": 1}, {"image", "audio"}),
     ],
 )
-def test_it_says_what_it_changes(settings: dict[str, float], kinds: set[str]) -> None:
+def test_augmentation_kinds(settings: dict[str, float], kinds: set[str]) -> None:
     augmentation = Augmentation.model_validate(settings)
     assert augmentation.kinds == kinds and bool(augmentation) == bool(kinds)
     assert Augmentation.usual("image").kinds == {"image"}

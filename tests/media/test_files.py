@@ -69,7 +69,7 @@ def test_an_empty_file_is_called_empty(tmp_path: Path, ending: str) -> None:
     assert rules_of(tmp_path / f"a.{ending}") == {"file.empty"}
 
 
-def test_the_folder_of_a_file_is_its_label(tmp_path: Path) -> None:
+def test_folder_name_is_the_label(tmp_path: Path) -> None:
     folder = write(tmp_path / "pets", "cat/2.png", "cat/1.PNG", "dog/deep/er.png", "à b/x.png")
     assert labels_of(folder) == {
         "pets/cat/1.PNG": "cat",
@@ -111,7 +111,7 @@ def test_only_hidden_files_and_clutter_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["cat/2.heic", "notes.txt", "labels.csv", "/cat/2.png", "../2.png"]
 )
-def test_other_files_of_an_archive_are_refused_as_in_a_folder(name: str, tmp_path: Path) -> None:
+def test_foreign_files_in_archive_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         load_rows(pack(tmp_path / "a.zip", "cat/1.png", name))
     (problem,) = refused.value.problems
@@ -139,13 +139,11 @@ def test_files_to_convert_alone_name_the_command(name: str, tmp_path: Path) -> N
         (("train/cat/1.png", "Validation/cat/2.png"), "file.directory"),
     ],
 )
-def test_a_folder_that_can_mean_two_things_is_refused(
-    names: tuple[str, ...], rule: str, tmp_path: Path
-) -> None:
+def test_ambiguous_folder_is_refused(names: tuple[str, ...], rule: str, tmp_path: Path) -> None:
     assert rules_of(write(tmp_path, *names)) == {rule}
 
 
-def test_pictures_beside_rows_are_what_the_rows_name(tmp_path: Path) -> None:
+def test_images_next_to_rows_belong_to_the_rows(tmp_path: Path) -> None:
     write(tmp_path, "pictures/1.png", "pictures/2.png")
     lines = [{"image": f"pictures/{n}.png", "label": str(n)} for n in (2, 1)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -153,7 +151,7 @@ def test_pictures_beside_rows_are_what_the_rows_name(tmp_path: Path) -> None:
     assert labels_of(tmp_path) == {"pictures/2.png": "2", "pictures/1.png": "1"}
 
 
-def test_the_hash_of_a_folder_is_of_its_names_and_bytes(tmp_path: Path) -> None:
+def test_folder_hash_covers_names_and_bytes(tmp_path: Path) -> None:
     one = hash_of(write(tmp_path / "one", "cat/1.png", "dog/2.png"))
     assert one == hash_of(write(tmp_path / "two", "cat/1.png", "dog/2.png"))
     assert one != hash_of(write(tmp_path / "three", "cat/1.png", "cow/2.png"))
@@ -171,7 +169,7 @@ def test_an_archive_is_read_as_a_folder_is(tmp_path: Path) -> None:
     assert [type(row) for row in flat] == [BareImage] * 2
 
 
-def test_a_folder_that_holds_all_others_of_an_archive_is_no_label(tmp_path: Path) -> None:
+def test_common_parent_folder_of_archive_is_no_label(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", "pets/photos/cat/1.png", "pets/photos/dog/1.png")
     assert sorted(map(str, labels_of(path).values())) == ["cat", "dog"]
     one = pack(tmp_path / "b.zip", "cat/1.png", "cat/2.png")
@@ -188,13 +186,11 @@ def test_a_folder_that_holds_all_others_of_an_archive_is_no_label(tmp_path: Path
         (("../../1.png", "/2.png"), "file.empty"),
     ],
 )
-def test_an_archive_that_can_mean_two_things_is_refused(
-    names: tuple[str, ...], rule: str, tmp_path: Path
-) -> None:
+def test_ambiguous_archive_is_refused(names: tuple[str, ...], rule: str, tmp_path: Path) -> None:
     assert rules_of(pack(tmp_path / "a.zip", *names)) == {rule}
 
 
-def test_an_archive_of_nothing_is_said_to_hold_nothing(tmp_path: Path) -> None:
+def test_empty_archive_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w"):
         pass
     assert rules_of(tmp_path / "a.zip") == {"file.empty"}
@@ -252,7 +248,7 @@ GOOD = np.zeros((2, 4, 4), np.uint8)
         ({"images": GOOD, "labels": np.array(["a", None], dtype=object)}, "file.damaged"),
     ],
 )
-def test_other_arrays_are_refused_and_no_pickle_is_opened(
+def test_invalid_and_pickled_arrays_are_refused(
     arrays: dict[str, Any], rule: str, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
@@ -276,14 +272,14 @@ def _npy(array: Any) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.npz", "upload"])
 @pytest.mark.parametrize("array", ["images", "labels"])
-def test_members_that_are_no_arrays_are_refused(array: str, name: str, tmp_path: Path) -> None:
+def test_members_without_arrays_are_refused(array: str, name: str, tmp_path: Path) -> None:
     members = {"images": _npy(GOOD), "labels": _npy(np.arange(2))} | {array: b"no array"}
     (tmp_path / name).write_bytes(_stored(**members))
     assert rules_of(tmp_path / name) == {"media.npz"}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_rows_name_files_below_their_own_folder(ending: str, tmp_path: Path) -> None:
+def test_rows_name_files_below_their_folder(ending: str, tmp_path: Path) -> None:
     write(tmp_path, "p/1.png", "p/2.png")
     path = tmp_path / f"rows.{ending}"
     if ending == "csv":
@@ -305,7 +301,7 @@ def test_rows_hold_pictures_in_base64(tmp_path: Path) -> None:
         assert rules_of(path) == {"media.type"}
 
 
-def test_tables_hold_bytes_as_hugging_face_writes_them(tmp_path: Path) -> None:
+def test_parquet_with_hugging_face_image_bytes(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -345,7 +341,9 @@ def test_tables_hold_bytes_as_hugging_face_writes_them(tmp_path: Path) -> None:
         (["p/1.png"], "media.type"),
     ],
 )
-def test_rows_cannot_name_what_is_not_theirs(value: Any, rule: str, tmp_path: Path) -> None:
+def test_rows_with_files_outside_the_folder_are_refused(
+    value: Any, rule: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "own"
     write(folder, "p/1.png")
     write(tmp_path, "secret.png")
@@ -357,7 +355,7 @@ def test_rows_cannot_name_what_is_not_theirs(value: Any, rule: str, tmp_path: Pa
     assert rules_of(path) == {rule}
 
 
-def test_a_path_that_is_asked_about_is_an_image_or_a_sound(tmp_path: Path) -> None:
+def test_input_path_is_an_image_audio_or_text(tmp_path: Path) -> None:
     write(tmp_path, "a.png", "b.wav")
     image, sound = (input_row(str(tmp_path / name), "asked") for name in ("a.png", "b.wav"))
     assert isinstance(image, BareImage) and isinstance(sound, BareAudio)

@@ -55,7 +55,7 @@ def generator(
     return trained(family_folder("vae"), images, "vae")
 
 
-def test_a_trained_model_keeps_its_threshold_and_makes_images(generator: ImageGenerator) -> None:
+def test_trained_model_stores_threshold_and_samples_by_seed(generator: ImageGenerator) -> None:
     assert generator.objective.threshold is not None  # type: ignore[attr-defined]
     one, same, other = (generator.sample(35, seed) for seed in (1, 1, 2))
     assert len(one) == 35 and {each.label for each in one} == {""}
@@ -65,7 +65,7 @@ def test_a_trained_model_keeps_its_threshold_and_makes_images(generator: ImageGe
     assert np.array_equal(generator.sample(3, 1)[2].pixels, one[2].pixels)
 
 
-def test_copies_stand_beside_what_they_are_of(generator: ImageGenerator) -> None:
+def test_copies_come_with_original_images(generator: ImageGenerator) -> None:
     pixels = np.full((9, 7, 3), 200, dtype=np.uint8)
     rows = [BareImage("f", n, Media("image", "i", array=pixels // (n + 1))) for n in range(3)]
     found = generator.reconstruct(rows)
@@ -82,7 +82,7 @@ def test_copies_stand_beside_what_they_are_of(generator: ImageGenerator) -> None
         assert np.abs(way[0].astype(int) - start.copy).max() <= 1
 
 
-def test_what_cannot_be_made_is_refused(generator: ImageGenerator) -> None:
+def test_invalid_image_requests_are_refused(generator: ImageGenerator) -> None:
     with pytest.raises(RecipeError):
         generator.sample(1, label="cat")
     with pytest.raises(RecipeError):
@@ -115,7 +115,7 @@ def test_images_come_from_noise_in_as_many_steps_as_asked_for(
         Predictor.open(find("unet:one"))
 
 
-def test_the_time_of_one_request_is_not_that_of_others_who_wait(
+def test_time_limit_excludes_waiting_requests(
     images: Path, family_folder: Callable[[str], Path], luthier_home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -147,7 +147,7 @@ def test_the_time_of_one_request_is_not_that_of_others_who_wait(
     assert len(made) == 1 and not other.is_alive()
 
 
-def test_what_a_prompt_says_is_made(
+def test_prompt_words_select_the_image(
     tmp_path: Path, family_folder: Callable[[str], Path], luthier_home: Path
 ) -> None:
     random, lines = np.random.default_rng(0), []
@@ -173,7 +173,7 @@ def test_what_a_prompt_says_is_made(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
-def test_an_adapter_on_a_pipeline_makes_in_diffusers_what_it_makes_here(
+def test_adapter_export_matches_diffusers_images(
     images: Path, family_folder: Callable[[str], Path], luthier_home: Path, tmp_path: Path
 ) -> None:
     import torch

@@ -46,7 +46,7 @@ def refusal(data: bytes) -> Problem:
 
 
 @pytest.mark.parametrize(("form", "error"), [("PNG", 0), ("BMP", 0), ("TIFF", 0), ("JPEG", 8)])
-def test_usual_forms_give_their_pixels(form: str, error: int) -> None:
+def test_common_formats_are_decoded(form: str, error: int) -> None:
     pixels = decode_image(encoded(Image.fromarray(picture(48, 64)), form))
     assert pixels.shape == (48, 64, 3) and pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - picture(48, 64)).max() <= error
@@ -61,7 +61,7 @@ def test_grey_palette_and_the_first_picture_of_a_gif() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_is_white(mode: str) -> None:
+def test_transparent_pixels_are_white(mode: str) -> None:
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
     image.putpixel((1, 0), (200, 0, 0, 0))
     pixels = decode_image(encoded(image.convert(mode)))
@@ -78,7 +78,7 @@ def test_sixteen_bits_become_eight_whatever_the_brightest_pixel_is() -> None:
 
 @pytest.mark.parametrize("white", [1, 255, 65535])
 @pytest.mark.parametrize("type_", ["float32", "int32"])
-def test_ranges_of_types_that_do_not_tell_it(type_: str, white: int) -> None:
+def test_value_range_is_inferred_from_values(type_: str, white: int) -> None:
     if type_ == "int32" and white == 1:
         return  # a label mask, whose classes are no levels of grey
     values = (np.array([[0, 0.2, 0.4, 1]]) * white).astype(type_)
@@ -86,7 +86,7 @@ def test_ranges_of_types_that_do_not_tell_it(type_: str, white: int) -> None:
     assert pixels[0, :, 0].tolist() == [0, 51, 102, 255]
 
 
-def test_floats_may_overshoot_their_range_a_little() -> None:
+def test_float_overshoot_is_clipped() -> None:
     for white in (1, 255):
         values = np.array([[-0.1, 0.5, 1.1]], np.float32) * white
         pixels = decode_image(encoded(Image.fromarray(values), "TIFF"))
@@ -94,17 +94,17 @@ def test_floats_may_overshoot_their_range_a_little() -> None:
 
 
 @pytest.mark.parametrize("values", [[-1.0, 1.0], [-1000.0, 3000.0], [0.0, 1e6], [0.0, np.inf]])
-def test_floats_of_another_range_are_refused(values: list[float]) -> None:
+def test_floats_of_unknown_range_are_refused(values: list[float]) -> None:
     image = Image.fromarray(np.array([values], np.float32))
     assert refusal(encoded(image, "TIFF")).rule == "media.unreadable"
 
 
-def test_a_heic_file_names_the_conversion_whatever_its_name_is() -> None:
+def test_heic_file_error_suggests_conversion() -> None:
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
     assert "NEW.jpg" in refusal(data).advice
 
 
-def test_pixels_that_are_no_numbers_are_black() -> None:
+def test_nan_pixels_are_black() -> None:
     values = np.array([[np.nan, 255.0, 0.0]], dtype=np.float32)
     pixels = decode_image(encoded(Image.fromarray(values), "TIFF"))
     assert pixels[0, :, 0].tolist() == [0, 255, 0]
@@ -142,7 +142,7 @@ def bomb(side: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [8_001, 60_000])
-def test_an_image_that_claims_too_many_pixels_is_never_unpacked(side: int) -> None:
+def test_oversized_image_is_not_decompressed(side: int) -> None:
     assert refusal(bomb(side)).rule == "media.too_large"
 
 
@@ -161,11 +161,11 @@ def test_an_image_that_claims_too_many_pixels_is_never_unpacked(side: int) -> No
     ],
     ids=["empty", "text", "eps", "svg", "eps image", "pdf", "cut png", "cut jpeg", "cut gif"],
 )
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_invalid_images_are_refused(data: bytes) -> None:
     assert refusal(data).rule == "media.unreadable"
 
 
-def test_damaged_bytes_are_refused_and_raise_nothing_else() -> None:
+def test_damaged_bytes_raise_only_row_refused() -> None:
     chance = random.Random(0)
     image = Image.fromarray(picture(20, 30))
     originals = [encoded(image, form) for form in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM")]
@@ -207,7 +207,7 @@ def npy(array: object) -> bytes:
         ("int64", 255),
     ],
 )
-def test_arrays_in_files_of_their_own(type_: str, white: int) -> None:
+def test_npy_arrays_are_decoded(type_: str, white: int) -> None:
     values = (np.array([[0, 0.2, 1], [0, 0.4, 1]]) * white).astype(type_)
     for array in (values, values[..., None], np.stack([values] * 3, -1)):
         pixels = decode_image(npy(array))
@@ -224,11 +224,11 @@ def test_arrays_in_files_of_their_own(type_: str, white: int) -> None:
         npy(np.array([["a"]])), npy(np.zeros((4, 4)))[:-8], b"\x93NUMPY" + bytes(40),
     ],
 )  # fmt: skip
-def test_arrays_that_are_no_images_are_refused(data: bytes) -> None:
+def test_npy_arrays_without_images_are_refused(data: bytes) -> None:
     assert refusal(data).rule == "media.unreadable"
 
 
-def test_no_pickle_of_an_array_is_opened_and_no_large_one() -> None:
+def test_pickled_and_oversized_arrays_are_refused() -> None:
     stream = io.BytesIO()
     np.save(stream, np.array([[{}]], dtype=object), allow_pickle=True)
     assert refusal(stream.getvalue()).rule == "media.unreadable"
@@ -247,7 +247,7 @@ def test_an_array_is_an_image_of_eight_bits() -> None:
         assert refused.value.rule == "media.unreadable"
 
 
-def test_equal_bytes_are_one_image_wherever_they_lie(tmp_path: Path) -> None:
+def test_equal_bytes_have_equal_digest(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(picture()))
     (tmp_path / "a.png").write_bytes(data)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -265,9 +265,7 @@ def test_equal_bytes_are_one_image_wherever_they_lie(tmp_path: Path) -> None:
     assert one.digest() != other.digest()
 
 
-def test_a_file_is_hashed_again_when_it_was_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_file_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, reads = tmp_path / "a.png", list[str]()
     read = Media.read
     monkeypatch.setattr(Media, "read", lambda media: (reads.append(media.name), read(media))[1])
@@ -278,7 +276,7 @@ def test_a_file_is_hashed_again_when_it_was_written_again(
     assert reads == [str(path)] * 2
 
 
-def test_an_archive_that_was_written_again_is_opened_again(tmp_path: Path) -> None:
+def test_changed_archive_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     for number in range(2):
         with zipfile.ZipFile(path, "w") as archive:
@@ -344,7 +342,7 @@ def test_wav_of_each_width(width: int, channels: int, error: float) -> None:
     assert samples.shape == WAVE.shape and np.abs(samples - wanted).max() < error
 
 
-def test_a_recording_that_was_cut_off_is_read_as_far_as_it_goes() -> None:
+def test_truncated_recording_is_read_to_its_end() -> None:
     whole = wav(2)
     samples, _ = decode_audio(whole[:-101])
     assert len(samples) == 349 and np.abs(samples - WAVE[:349]).max() < 1e-4
@@ -364,13 +362,13 @@ def test_a_recording_that_was_cut_off_is_read_as_far_as_it_goes() -> None:
     ],
     ids=["empty", "long", "zeros", "text"],
 )
-def test_what_is_no_audio_is_refused(data: bytes, rule: str) -> None:
+def test_invalid_audio_is_refused(data: bytes, rule: str) -> None:
     with pytest.raises(RowRefused) as refused:
         decode_audio(data)
     assert refused.value.rule == f"media.{rule}"
 
 
-def test_other_forms_of_sound_need_soundfile() -> None:
+def test_flac_and_float_wav_with_soundfile() -> None:
     soundfile = pytest.importorskip("soundfile")
     for form, subtype, error in (("FLAC", "PCM_16", 1e-4), ("WAV", "FLOAT", 1e-6)):
         stream = io.BytesIO()
@@ -404,7 +402,7 @@ def test_m4a_names_the_conversion() -> None:
     assert "NEW.flac" in refused.value.problem.advice
 
 
-def test_silence_that_packs_to_nothing_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_silence_is_not_decompressed(monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile = pytest.importorskip("soundfile")
     monkeypatch.setattr(decoding, "MOST_SAMPLES", 10_000)
     stream = io.BytesIO()

@@ -99,7 +99,7 @@ def image(height: int, width: int) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("shape", [(50, 70), (49, 49), (61, 37), (20, 31)])
-def test_images_are_read_as_transformers_reads_them(name: str, shape: tuple[int, int]) -> None:
+def test_image_arrays_match_transformers(name: str, shape: tuple[int, int]) -> None:
     import transformers
 
     kind, fields = CASES[name]
@@ -121,13 +121,13 @@ def test_images_are_read_as_transformers_reads_them(name: str, shape: tuple[int,
         AudioProcessor(8000, 2.5, 40, 20.0, 5.0, 60.0),
     ],
 )
-def test_a_processor_is_read_as_it_was_saved(processor: Processor, tmp_path: Path) -> None:
+def test_processor_round_trip(processor: Processor, tmp_path: Path) -> None:
     save_processor(processor, tmp_path)
     assert read_processor(tmp_path) == processor
 
 
 @pytest.mark.parametrize(("size", "filled"), [((40, 100), 80), ((50, 10), 6), ((10, 200), 160)])
-def test_a_padded_image_keeps_its_proportions(size: tuple[int, int], filled: int) -> None:
+def test_padded_image_keeps_proportions(size: tuple[int, int], filled: int) -> None:
     reads = ImageProcessor(32, 160, (0.0,) * 3, (1.0,) * 3, pad=True)
     dark = Media("image", "x", array=np.zeros(size, np.uint8))
     values = reads.array(dark)
@@ -151,27 +151,27 @@ def test_a_folder_without_a_processor_reads_texts(tmp_path: Path) -> None:
     ],
     ids=["waves", "crop of a squeezed image", "longest edge", "blue first"],
 )
-def test_ways_that_are_not_known_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_unknown_processors_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     write_json(tmp_path / "preprocessor_config.json", fields)
     with pytest.raises(UnknownModel) as refused:
         read_processor(tmp_path)
     assert refused.value.rule == "processor.unknown"
 
 
-def test_another_size_keeps_the_share_that_is_cut_away() -> None:
+def test_new_size_keeps_crop_share() -> None:
     larger = ImageProcessor(224, 224, shortest_edge=256).with_settings(image_size=448)
     assert (larger.height, larger.width, larger.shortest_edge) == (448, 448, 512)
     assert ImageProcessor(32, 32).with_settings(image_size=64).shortest_edge == 0
 
 
-def test_an_image_comes_back_from_what_was_read() -> None:
+def test_to_pixels_inverts_array() -> None:
     pixels = image(32, 32)
     processor = ImageProcessor(32, 32)
     back = processor.to_pixels(processor.array(Media("image", "x", array=pixels)))
     assert np.abs(back.astype(int) - pixels).max() <= 1
 
 
-def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+def test_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     processor = ImageProcessor(8, 8, (0.0,) * 3, (1.0,) * 3)
     for number, level in enumerate((0, 255)):
@@ -180,7 +180,7 @@ def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
         assert processor.array(Media("image", "a", path)).max() == level / 255
 
 
-def test_resized_images_of_the_size_in_use_stay_and_those_of_another_make_room(
+def test_cache_evicts_images_of_different_size_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [Media("image", str(n), str(tmp_path / f"{n}.png")) for n in range(4)]
@@ -266,7 +266,7 @@ def test_sounds_are_read_as_the_formulas_say() -> None:
     assert np.abs(given[0] - expected).max() < 1e-3
 
 
-def test_sounds_are_read_as_transformers_reads_them() -> None:
+def test_audio_arrays_match_transformers() -> None:
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     processor = AudioProcessor(16_000, 0.5, 64, top_db=80)
@@ -289,7 +289,7 @@ def test_how_loud_a_sound_is_does_not_matter_and_silence_can_be_read() -> None:
     assert np.isfinite(silent).all() and np.abs(silent).max() < 1e-6
 
 
-def test_what_is_far_below_the_peak_is_cut_off() -> None:
+def test_values_far_below_peak_are_clipped() -> None:
     """Without a floor, padding would dominate the contrast of short audio."""
     soft = np.where(np.arange(8000) < 4000, np.float32(1e-3), np.float32(1))  # 60 dB
     noise = np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10
@@ -300,7 +300,7 @@ def test_what_is_far_below_the_peak_is_cut_off() -> None:
         assert values[:, 10:30].max() < values[:, 60:90].min()
 
 
-def test_the_middle_of_a_long_sound_is_read_and_a_short_one_is_filled_up() -> None:
+def test_long_audio_is_cropped_and_short_audio_padded_centrally() -> None:
     processor = AudioProcessor(8000, 0.5)
     whole = processor.array(sound(SAMPLES, 8000))
     assert (whole == processor.array(sound(SAMPLES[2000:6000], 8000))).all()
@@ -309,7 +309,7 @@ def test_the_middle_of_a_long_sound_is_read_and_a_short_one_is_filled_up() -> No
     assert (short == processor.array(sound(filled, 8000))).all()
 
 
-def test_a_change_of_rate_keeps_tones_and_drops_what_the_rate_cannot_have() -> None:
+def test_resampling_keeps_tones_and_drops_high_frequencies() -> None:
     time = np.arange(16_000) / 16_000
     low = np.sin(2 * np.pi * 440 * time).astype(np.float32)
     high = np.sin(2 * np.pi * 6000 * time).astype(np.float32)
@@ -361,7 +361,7 @@ AST = {
         ([], {}, ""),
     ],
 )
-def test_sizes_that_nothing_has_are_refused(
+def test_invalid_processor_sizes_are_refused(
     form: Any, changes: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     fields = {**form, **changes} if isinstance(form, dict) else form

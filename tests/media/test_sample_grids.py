@@ -84,14 +84,14 @@ def test_a_picture_moves_no_draw_of_the_training(
     assert (tmp_path / GRIDS / "000007.png").read_bytes() == first
 
 
-def test_models_that_make_no_images_leave_none(tmp_path: Path) -> None:
+def test_sample_grids_exist_only_for_image_generators(tmp_path: Path) -> None:
     chat = ChatFormat.reading(ImageProcessor(HEIGHT, WIDTH))
     network: Any = None
     assert SampleGrids.of(SFT(), network, chat, tmp_path) is None
     assert all(SampleGrids.of(each, network, chat, tmp_path) for each in (VAE(), GAN()))
 
 
-def test_a_picture_shows_captions_of_rows_and_fewer_images_where_they_are_large(
+def test_grid_has_row_captions_and_fewer_large_images(
     tmp_path: Path,
 ) -> None:
     captions = ("a red disc", "a blue disc", "a red square")

@@ -68,7 +68,7 @@ def test_unknown_time_among_dates() -> None:
     assert np.isnan(second) and third - first == 2 * 86_400
 
 
-def test_ambiguous_day_of_a_log_of_one_day() -> None:
+def test_ambiguous_dates_of_single_day_log() -> None:
     times = parse_times([f"03/04/2026 {hour}:00" for hour in range(8, 14)])
     assert np.diff(times).tolist() == [3600.0] * 5
 

@@ -29,7 +29,7 @@ def times(values: list[float]) -> list[str]:
 
 
 @pytest.mark.parametrize("header", ["timestamp,value", "Date,temperature", "ds,y"])
-def test_a_row_is_a_value_with_those_before_it(tmp_path: Path, header: str) -> None:
+def test_row_is_a_value_with_its_history(tmp_path: Path, header: str) -> None:
     rows = load_rows(write(tmp_path, times([1.5, -2, 3e2]), header))
     assert [type(row) for row in rows] == [BareWindow] * 3
     windows = [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)]
@@ -50,7 +50,7 @@ def test_a_history_has_an_end(tmp_path: Path) -> None:
     assert last.media.values().tolist() == list(range(3, count))
 
 
-def test_a_counter_of_billions_keeps_its_last_digits(tmp_path: Path) -> None:
+def test_large_counter_keeps_last_digits(tmp_path: Path) -> None:
     counts = [1_700_000_000.0 + n for n in range(4)]  # float32 knows every 128th of these
     for row in (load_rows(write(tmp_path, times(counts)))[-1], rows_of(tmp_path, counts)):
         assert isinstance(row, BareWindow)
@@ -60,7 +60,7 @@ def test_a_counter_of_billions_keeps_its_last_digits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", ["", "nan", "N/A", "inf"])
-def test_a_series_may_begin_without_values_which_are_named(tmp_path: Path, start: str) -> None:
+def test_leading_missing_values_are_reported(tmp_path: Path, start: str) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path, [f"1,{start}", f"2,{start}", "3,3", "4,4"]))
     found = [(each.rule, each.line) for each in caught.value.problems]
@@ -68,7 +68,7 @@ def test_a_series_may_begin_without_values_which_are_named(tmp_path: Path, start
 
 
 @pytest.mark.parametrize("bad", ["", "x", "nan", "inf", "1e308", "1_000", "١٢"])
-def test_a_value_that_is_missing_is_named(tmp_path: Path, bad: str) -> None:
+def test_missing_value_is_reported(tmp_path: Path, bad: str) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path, ["1,1", f"noon,{bad}", "3,3"]))
     (problem,) = caught.value.problems
@@ -87,7 +87,7 @@ def test_a_missing_time_is_named(tmp_path: Path, time: str) -> None:
     "time", ["2020-02-29", "20200229", "2020-02-03T04:05:06.789+01:00", "2020-02-03 04:05 UTC",
              "03.02.2020", "noon", "17", "-1.5e3", "1580688000000"],
 )  # fmt: skip
-def test_other_times_are_read_or_passed_over(tmp_path: Path, time: str) -> None:
+def test_unparsed_time_formats_are_accepted(tmp_path: Path, time: str) -> None:
     assert len(load_rows(write(tmp_path, ["2020-02-03,1", f"{time},2"]))) == 2
 
 
@@ -95,7 +95,9 @@ def test_other_times_are_read_or_passed_over(tmp_path: Path, time: str) -> None:
     ("header", "line"),
     [("timestamp,inside,outside", "2026-11-23,20.5,3"), ("Date;kWh;EUR", "23.11.2026;1,5;0,3")],
 )
-def test_several_columns_of_numbers_are_one_problem(tmp_path: Path, header: str, line: str) -> None:
+def test_several_number_columns_give_a_single_problem(
+    tmp_path: Path, header: str, line: str
+) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path, [line, line], header))
     assert [(each.rule, each.line) for each in caught.value.problems] == [("window.columns", 0)]
@@ -118,7 +120,7 @@ def test_columns_select_a_series(tmp_path: Path, header: str, columns: dict[str,
     assert windows == [[21.5], [21.5, 21.5]]
 
 
-def test_date_under_a_name_of_another_language(tmp_path: Path) -> None:
+def test_date_column_with_foreign_name(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path, ["23.11.2026;1.5", "24.11.2026;1.7"], "datum;temp"))
     assert [type(row) for row in rows] == [BareWindow] * 2
 
@@ -140,7 +142,7 @@ def test_decimal_commas_are_named(tmp_path: Path) -> None:
     ("header", "line", "kind"),
     [("date,text", "1,2", RawText), ("date,comment", "1,good", None), ("id,value", "1,2", None)],
 )
-def test_other_tables_are_none(
+def test_similar_tables_are_not_time_series(
     tmp_path: Path, header: str, line: str, kind: type[Shape] | None
 ) -> None:
     path = write(tmp_path, [line], header)
@@ -152,7 +154,7 @@ def test_other_tables_are_none(
         assert [type(row) for row in load_rows(path)] == [kind]
 
 
-def test_rows_hold_windows_of_their_own(tmp_path: Path) -> None:
+def test_jsonl_rows_contain_windows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"window": [1, 2.5, 3], "id": 4}) + "\n")
     ((record, row),) = load_inputs(path)
@@ -177,7 +179,7 @@ def window(values: list[float]) -> Media:
     return Media("window", "w", array=np.array(values))
 
 
-def test_a_window_is_scaled_by_what_came_before() -> None:
+def test_window_is_scaled_by_its_history() -> None:
     history = np.random.default_rng(0).normal(5, 2, 40)
     (((read,),),) = [WindowProcessor(8).array(window(history.tolist()))]
     before = history[-8:-1].astype(np.float32)
@@ -188,7 +190,7 @@ def test_a_window_is_scaled_by_what_came_before() -> None:
     np.testing.assert_allclose(moved[0, 0], read, rtol=1e-3, atol=1e-4)
 
 
-def test_windows_that_hardly_vary_or_are_short_are_finite() -> None:
+def test_constant_and_short_windows_are_finite() -> None:
     processor = WindowProcessor(4)
     assert processor.array(window([7.0] * 9)).tolist() == [[[0.0] * 4]]
     assert processor.array(window([7.0])).tolist() == [[[0.0] * 4]]
@@ -202,7 +204,7 @@ def test_a_processor_is_stored(tmp_path: Path) -> None:
     assert read_processor(tmp_path) == WindowProcessor(12)
 
 
-def test_windows_beside_each_other_stay_on_one_side(tmp_path: Path) -> None:
+def test_neighbouring_windows_stay_in_same_split(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path, [f"{n},{n % 7}" for n in range(5 * STRETCH)]))
     groups = group_related(rows)
     assert len(set(groups.tolist())) == 6  # lines are counted from the header

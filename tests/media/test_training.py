@@ -49,7 +49,7 @@ Loop._step = stop
 
 
 @pytest.mark.parametrize("kind", ["text", "window"])
-def test_a_base_of_images_says_so_before_anything_else_is_said_of_other_rows(
+def test_text_rows_with_image_base_are_refused(
     kind: str, tmp_path: Path, luthier_home: Path, family_folder: Callable[[str], Path]
 ) -> None:
     data = tmp_path / {"text": "note.txt", "window": "series.csv"}[kind]
@@ -158,7 +158,7 @@ def test_pictures_are_predicted_by_path_and_evaluated(in_store: Path, pictures: 
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+def test_killed_run_resumes_to_equal_bits(
     forker: Forker, tuned: tuple[Path, dict[str, Any]], pictures: Path, base: Path, tmp_path: Path
 ) -> None:
     job = forker.start(tmp_path, command(pictures, base), DIE_AT_12)
@@ -185,7 +185,7 @@ def tune(pictures: Path, base: Path, name: str, **training: Any) -> Any:
     )  # fmt: skip
 
 
-def test_features_that_are_computed_once_train_the_same_head(
+def test_cached_features_train_the_same_head(
     pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.models.networks.layouts import MediaLayout
@@ -216,7 +216,7 @@ def test_features_that_are_computed_once_train_the_same_head(
         ({"augmentation": {"masks": 1}}, None),
     ],
 )
-def test_settings_of_other_rows_are_refused(
+def test_media_settings_of_wrong_kind_are_refused(
     data: dict[str, Any], setting: str | None, pictures: Path, base: Path
 ) -> None:
     recipe = Recipe(
@@ -229,7 +229,7 @@ def test_settings_of_other_rows_are_refused(
     assert refused.value.setting == setting
 
 
-def test_rows_that_the_base_does_not_read_are_refused(
+def test_rows_of_wrong_kind_for_base_are_refused(
     base: Path, tiny_model_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
@@ -245,7 +245,7 @@ def test_rows_that_the_base_does_not_read_are_refused(
 
 
 @pytest.mark.slow
-def test_images_of_the_next_step_are_read_while_one_computes_and_change_no_bit(
+def test_read_ahead_changes_no_weights(
     pictures: Path, base: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[MediaInput] = []
@@ -288,7 +288,7 @@ def test_images_of_the_next_step_are_read_while_one_computes_and_change_no_bit(
     assert not any(in_step)
 
 
-def test_an_image_that_is_gone_in_training_is_named_with_its_row_and_the_run_goes_on_with_it(
+def test_missing_image_in_training_is_reported_and_run_resumes(
     pictures: Path, base: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.engine.loop import Loop
@@ -329,7 +329,7 @@ def test_an_image_that_is_gone_in_training_is_named_with_its_row_and_the_run_goe
     assert tune(True).steps == 12
 
 
-def test_what_waits_to_be_read_is_not_read_when_it_is_no_longer_wanted(
+def test_discarded_read_ahead_is_not_read(
     pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, begun, go = list[Any](), threading.Event(), threading.Event()
@@ -355,7 +355,7 @@ def test_what_waits_to_be_read_is_not_read_when_it_is_no_longer_wanted(
 
 
 @pytest.mark.slow
-def test_a_run_on_two_views_that_was_killed_goes_on_to_the_same_bits(
+def test_killed_two_view_run_resumes_to_equal_bits(
     forker: Forker, pictures: Path, base: Path, tmp_path: Path
 ) -> None:
     """Views are drawn in the step, and not with the rows."""

@@ -23,7 +23,7 @@ from luthier.objectives import OBJECTIVES
         ("sft", 40, False, 0),
     ],
 )
-def test_few_steps_from_random_weights_are_told(
+def test_few_steps_from_random_weights_get_advice(
     method: str, steps: int, random: bool, expected: int
 ) -> None:
     objective = OBJECTIVES[method].model_validate({})

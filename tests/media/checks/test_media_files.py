@@ -73,7 +73,7 @@ def places(report: Report) -> dict[str, list[tuple[str, ...]]]:
 TONE = 0.5 * np.sin(np.arange(16_000) / 9)
 
 
-def test_good_files_are_fine_and_their_sizes_are_told() -> None:
+def test_valid_files_have_no_findings_and_size_counts() -> None:
     report = check(*(image(noise(n), line=n) for n in range(1, 5)), reads=ImageProcessor(48, 48))
     assert not report.findings.counts
     assert report.summaries["media"]["splits"]["train"]["sizes"]["counts"] == {"48 x 48": 4}
@@ -93,7 +93,7 @@ def test_good_files_are_fine_and_their_sizes_are_told() -> None:
     ],
     ids=["text", "cut off", "no image", "no sound", "long"],
 )
-def test_what_cannot_be_read_is_an_error(row: Row, rule: str) -> None:
+def test_unreadable_file_is_an_error(row: Row, rule: str) -> None:
     report = check(row, image(noise(2), line=2))
     assert dict(report.findings.counts) == {rule: 1} and report.exit_code == 2
     ((_, (message,)),) = messages(report).items()
@@ -115,7 +115,7 @@ def test_an_unreadable_file_is_no_crash_of_the_checks_beside(tmp_path: Path) -> 
     ],
     ids=["form", "size"],
 )
-def test_pictures_that_look_alike(other: bytes) -> None:
+def test_similar_images_are_reported(other: bytes) -> None:
     one, two = image(encoded(noise(1))), image(other, line=2)
     assert places(check(one, two)) == {"media.similar": [("t:2", "t:1")]}
     contradiction = check(one, image(other, "b", 2))
@@ -125,7 +125,7 @@ def test_pictures_that_look_alike(other: bytes) -> None:
     assert places(check(one, validation=[held_out])) == {"media.leakage": [("v:9", "t:1")]}
 
 
-def test_pictures_that_only_their_colour_tells_apart_are_not_alike() -> None:
+def test_images_of_different_colour_are_not_similar() -> None:
     """A red and a green light of the same brightness."""
     lights = np.zeros((2, 32, 32, 3), np.uint8)
     lights[0, 8:24, 8:24] = (200, 0, 0)
@@ -136,7 +136,7 @@ def test_pictures_that_only_their_colour_tells_apart_are_not_alike() -> None:
     assert not many.findings.counts
 
 
-def test_where_a_photograph_was_taken_is_told() -> None:
+def test_photograph_location_is_reported() -> None:
     fields = Image.Exif()
     place = fields.get_ifd(0x8825)
     place[1], place[2], place[3], place[4] = "S", (33.0, 54.0, 0.0), "W", (70.0, 42.0, 0.0)
@@ -145,7 +145,7 @@ def test_where_a_photograph_was_taken_is_told() -> None:
     assert places(report) == {"media.location": [("t:1",)]} and "33.9 S, 70.7 W" in message
 
 
-def test_small_pictures_are_told_where_the_size_that_is_read_is_known() -> None:
+def test_small_images_are_reported_for_known_input_size() -> None:
     small = image(noise(1, 12))
     report = check(small, reads=ImageProcessor(64, 64))
     ((message,),) = messages(report).values()
@@ -164,7 +164,7 @@ def test_small_pictures_are_told_where_the_size_that_is_read_is_known() -> None:
         (TONE[:8000], 8_000, "media.rate", ["8,000", "16,000"]),
     ],
 )
-def test_what_is_odd_about_a_sound(
+def test_unusual_audio_is_reported(
     samples: NDArray[np.float64], rate: int, rule: str, values: list[str]
 ) -> None:
     report = check(sound(samples, rate), reads=AudioProcessor())
@@ -172,7 +172,7 @@ def test_what_is_odd_about_a_sound(
     assert all(each in messages(report)[rule][0] for each in values)
 
 
-def test_the_command_to_train_reads_sounds_at_their_rate() -> None:
+def test_suggested_command_uses_the_files_sampling_rate() -> None:
     """A network with random weights would waste half of its input at a higher rate."""
     slow = check(sound(TONE, 8_000), sound(TONE[:9000], 11_025), reads=AudioProcessor())
     assert slow.summaries["media"]["highest_rate"] == 11_025
@@ -226,9 +226,7 @@ def test_every_rule_is_met_here() -> None:
         assert f'"{rule.id}"' in source, rule.id
 
 
-def test_a_file_is_read_once_for_all_that_is_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_media_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(noise(1)))
     reads, read = list[Media](), Media.read

@@ -38,7 +38,7 @@ def test_a_column_of_speakers_is_a_warning_with_the_setting(column: str, tmp_pat
         assert report.findings.severity(each.rule) == "warning"
 
 
-def test_a_group_column_that_is_named_is_no_warning(tmp_path: Path) -> None:
+def test_named_group_column_gives_no_warning(tmp_path: Path) -> None:
     def rules(**fields: Any) -> set[str]:
         reader = RowReader(table(tmp_path, "speaker"), **fields)
         assert len(reader.read_all()) == 4

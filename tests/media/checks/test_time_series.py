@@ -39,7 +39,7 @@ def test_an_even_series_has_no_fault(tmp_path: Path) -> None:
     assert not found(tmp_path, hours(*range(LEAST_VALUES)))
 
 
-def test_too_few_values_are_an_error_where_they_are_learned_from(tmp_path: Path) -> None:
+def test_too_few_training_values_are_an_error(tmp_path: Path) -> None:
     few = hours(*range(LEAST_VALUES - 1))
     ((finding,),) = found(tmp_path, few).values()
     assert (finding.rule.id, finding.rule.severity) == ("window.few", "error")
@@ -47,7 +47,7 @@ def test_too_few_values_are_an_error_where_they_are_learned_from(tmp_path: Path)
     assert not found(tmp_path, few, "validation")
 
 
-def test_gaps_copies_and_steps_back_are_named_by_their_line(tmp_path: Path) -> None:
+def test_gaps_duplicates_and_disorder_name_their_lines(tmp_path: Path) -> None:
     numbers = [*range(50), 49, *range(60, 100), *range(99, 140)]
     numbers[20] = 18.5
     findings = found(tmp_path, hours(*numbers))
@@ -62,7 +62,7 @@ def test_gaps_copies_and_steps_back_are_named_by_their_line(tmp_path: Path) -> N
     assert "11 hours" in last and "60 minutes" in last
 
 
-def test_a_series_that_runs_backwards_is_an_error(tmp_path: Path) -> None:
+def test_reversed_series_is_an_error(tmp_path: Path) -> None:
     ((finding,),) = found(tmp_path, hours(*range(120, 0, -1))).values()
     assert (finding.rule.id, finding.rule.severity) == ("window.reversed", "error")
     assert "119 of 119" in finding.message
@@ -100,7 +100,7 @@ def test_serial_dates_of_excel(tmp_path: Path) -> None:
     assert places(found(tmp_path, serial)) == {"window.gap": [152]}
 
 
-def test_times_that_are_not_read(tmp_path: Path) -> None:
+def test_unreadable_times_are_reported(tmp_path: Path) -> None:
     ((finding,),) = found(tmp_path, ["noon"] * LEAST_VALUES).values()
     assert (finding.rule.id, finding.place.line) == ("window.unread", 0)
     assert "100 of 100" in finding.message

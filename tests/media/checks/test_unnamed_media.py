@@ -20,7 +20,7 @@ def images(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def test_images_that_no_row_names_are_counted(tmp_path: Path) -> None:
+def test_unnamed_images_are_counted(tmp_path: Path) -> None:
     images(tmp_path / "img", 5)
     lines = ["file_name,label", *(f"img/{n}.png,{'ab'[n % 2]}" for n in range(3))]
     (tmp_path / "metadata.csv").write_text("\n".join(lines))

@@ -61,7 +61,7 @@ def own_inputs(family: str, folder: Path, file: Path) -> Any:
 
 @pytest.mark.parametrize("count", [3_000, 8_000, 12_000])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_read_and_said_of_a_sound_is_what_transformers_does(
+def test_audio_scores_match_transformers(
     family: str, count: int, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     base = family_folder(family)
@@ -102,7 +102,7 @@ def test_changes_are_drawn_by_seed_and_keep_the_shape(
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("adaptation", ["lora", "freeze", "feature_extraction"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_tones_are_told_apart(
+def test_audio_classifier_separates_two_tones(
     family: str, adaptation: str, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     shutil.copytree(family_folder(family), tmp_path / "base")
@@ -133,7 +133,7 @@ def test_two_tones_are_told_apart(
     )
 
 
-def test_a_rate_that_a_network_was_not_made_for_is_refused(family_folder: FamilyFolder) -> None:
+def test_unsupported_sampling_rate_is_refused(family_folder: FamilyFolder) -> None:
     for family in FAMILIES:
         chat = load_chat_format(family_folder(family))
         with pytest.raises(RecipeError) as refused:
@@ -146,7 +146,7 @@ def test_a_rate_that_a_network_was_not_made_for_is_refused(family_folder: Family
     assert refused.value.setting == "data.max_seconds"
 
 
-def test_memory_is_counted_for_sounds_as_long_as_they_are_read(
+def test_memory_estimate_grows_with_audio_length(
     family_folder: FamilyFolder,
 ) -> None:
     objective = Classification(labels=("a", "b"))

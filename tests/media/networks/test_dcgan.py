@@ -26,7 +26,7 @@ def test_images_of_any_shape_are_made_and_judged(size: int | tuple[int, int]) ->
     assert model(images).scores.shape == (4,)
 
 
-def test_the_spectral_norm_comes_to_be_one() -> None:
+def test_spectral_norm_converges_to_1() -> None:
     torch.manual_seed(0)
     model = DCGANForPreTraining(DCGANConfig(hidden_sizes=(8, 16), latent_size=4, num_labels=0))
     layer = model.dcgan.discriminator.stages[1]

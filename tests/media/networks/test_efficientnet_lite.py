@@ -73,7 +73,7 @@ def plain(weights: dict[str, Tensor], image: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 70)])
-def test_scores_are_those_of_the_formulas(model: Any, size: tuple[int, int]) -> None:
+def test_scores_match_formulas(model: Any, size: tuple[int, int]) -> None:
     image = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         given = model(pixel_values=image[None]).logits[0].double()
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_formulas(model: Any, size: tuple[int, int]) -> 
     assert (given - expected).norm() / expected.norm() < 1e-4
 
 
-def test_the_kernels_are_those_of_the_table(model: Any) -> None:
+def test_kernels_match_published_table(model: Any) -> None:
     for block, (expansion, inner, outer, stride, kernel) in zip(
         model.efficientnet_lite.blocks, BLOCKS, strict=True
     ):
@@ -92,7 +92,7 @@ def test_the_kernels_are_those_of_the_table(model: Any) -> None:
     assert sum(weight.numel() for weight in full.parameters()) == 4_652_008
 
 
-def test_every_weight_of_the_published_file_finds_its_place(model: Any) -> None:
+def test_all_published_weights_are_converted(model: Any) -> None:
     names = {"expand.0": "_expand_conv", "expand.1": "_bn0", "depthwise.0": "_depthwise_conv",
              "depthwise.1": "_bn1", "project.0": "_project_conv", "project.1": "_bn2"}  # fmt: skip
     outer = {"stem.0": "_conv_stem", "stem.1": "_bn0", "top.0": "_conv_head", "top.1": "_bn1"}
@@ -111,7 +111,7 @@ def test_every_weight_of_the_published_file_finds_its_place(model: Any) -> None:
                in zip(model.state_dict(), published.values(), strict=True))  # fmt: skip
 
 
-def test_batch_norms_keep_their_statistics_in_training(model: Any) -> None:
+def test_batch_norms_keep_statistics_in_training(model: Any) -> None:
     """The output of a row must not depend on the batch."""
     import copy
 

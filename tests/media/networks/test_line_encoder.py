@@ -32,7 +32,7 @@ def encoder(**fields: object) -> LineEncoderModel:
 
 
 @pytest.mark.parametrize("size", [(16, 40), (32, 64)])
-def test_each_column_is_a_state_of_its_row_alone(size: tuple[int, int]) -> None:
+def test_states_depend_only_on_their_row(size: tuple[int, int]) -> None:
     model = encoder(image_size=size)
     images = torch.randn(3, 3, *size)
     states = model(pixel_values=images).last_hidden_state
@@ -40,13 +40,13 @@ def test_each_column_is_a_state_of_its_row_alone(size: tuple[int, int]) -> None:
     torch.testing.assert_close(model(pixel_values=images[1:2]).last_hidden_state[0], states[1])
 
 
-def test_states_know_where_they_are() -> None:
+def test_states_encode_position() -> None:
     model = encoder(image_size=(16, 160))
     states = model(pixel_values=torch.ones(1, 3, 16, 160)).last_hidden_state[0]
     assert (states[10] - states[20]).abs().max() > 1e-3  # far from both ends, all looks the same
 
 
-def test_another_size_is_refused() -> None:
+def test_wrong_image_size_is_refused() -> None:
     with pytest.raises(RecipeError) as refused:
         encoder(image_size=(16, 40))(pixel_values=torch.ones(1, 3, 32, 40))
     assert refused.value.rule == "image.size"
@@ -72,7 +72,7 @@ def test_the_base_of_the_catalogue_loads_as_a_class_of_transformers(tmp_path: Pa
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == config.decoder.vocab_size
 
 
-def test_a_letter_is_a_token_and_other_scripts_are_bytes() -> None:
+def test_letters_are_tokens_and_unknown_scripts_are_bytes() -> None:
     tokenizer = letter_tokenizer()
     text = "Thổ Nhĩ  Kỳ — “Ωмега” (1)"
     assert len(tokenizer.encode(text)) == len(text)

@@ -27,7 +27,7 @@ def change(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_the_parts_are_one_configuration(folder: Path) -> None:
+def test_components_form_a_single_configuration(folder: Path) -> None:
     found = ModelFolder(folder).fields
     assert found == read_pipeline(folder)
     assert (found["model_type"], found["max_position_embeddings"]) == ("stable_diffusion", 48)
@@ -35,7 +35,7 @@ def test_the_parts_are_one_configuration(folder: Path) -> None:
     assert found["unet"]["cross_attention_dim"] == found["text_encoder"]["hidden_size"] == 16
 
 
-def test_images_and_texts_are_read_as_the_pipeline_makes_and_reads_them(folder: Path) -> None:
+def test_image_processor_and_tokenizer_follow_pipeline(folder: Path) -> None:
     change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=int(1e30))
     chat = load_chat_format(folder)
     assert chat.media is not None and chat.media.shape == (3, 16, 16)
@@ -43,7 +43,7 @@ def test_images_and_texts_are_read_as_the_pipeline_makes_and_reads_them(folder: 
     assert chat.has_tokenizer and chat.tokenizer.model_max_length == 48
 
 
-def test_the_noise_is_that_of_the_scheduler(folder: Path) -> None:
+def test_noise_settings_follow_scheduler(folder: Path) -> None:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     change(scheduler, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0)
     assert noise_settings(read_pipeline(folder)) == {
@@ -76,7 +76,7 @@ def test_the_noise_is_that_of_the_scheduler(folder: Path) -> None:
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero"),
     ],
 )
-def test_other_pipelines_are_refused(
+def test_unsupported_pipelines_are_refused(
     folder: Path, name: str, fields: dict[str, Any], refusal: str
 ) -> None:
     change(folder / name, **fields)
@@ -98,7 +98,7 @@ def test_other_pipelines_are_refused(
         ("vae", {"scaling_factor": float("nan")}, "scaling_factor=nan, not a number above 0"),
     ],
 )
-def test_sizes_that_no_pipeline_has_are_refused(
+def test_invalid_component_sizes_are_refused(
     folder: Path, name: str, fields: dict[str, Any], refusal: str
 ) -> None:
     change(folder / name / "config.json", **fields)
@@ -110,7 +110,7 @@ def test_sizes_that_no_pipeline_has_are_refused(
 @pytest.mark.parametrize(
     ("name", "fields"), [("unet", {"norm_num_groups": 0}), ("text_encoder", {"vocab_size": "190"})]
 )
-def test_parts_that_cannot_be_built_are_refused(
+def test_unbuildable_components_are_refused(
     folder: Path, name: str, fields: dict[str, Any]
 ) -> None:
     change(folder / name / "config.json", **fields)
@@ -118,7 +118,7 @@ def test_parts_that_cannot_be_built_are_refused(
         ModelFolder(folder).sketch(Diffusion().head())
 
 
-def test_pickled_weights_are_refused_by_the_part_that_has_them(folder: Path) -> None:
+def test_pickled_component_weights_are_refused(folder: Path) -> None:
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UnknownModel) as refused:
@@ -139,7 +139,7 @@ def test_an_index_of_pickled_weights_is_refused(folder: Path, shards: Any) -> No
     assert refused.value.rule == "model.file_missing"
 
 
-def test_a_part_that_is_missing_is_named(folder: Path) -> None:
+def test_missing_component_is_refused(folder: Path) -> None:
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()

@@ -61,7 +61,7 @@ def plain(model: Any, image: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "fields", [{}, {"depth": 2}, {"num_channels": 1, "stem_stride": 2}], ids=str
 )
-def test_scores_are_those_of_the_formulas(fields: dict[str, int]) -> None:
+def test_scores_match_formulas(fields: dict[str, int]) -> None:
     model = make(**fields)
     image = torch.randn(model.config.num_channels, 13, 18)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_formulas(fields: dict[str, int]) -> None:
     assert torch.allclose(given, plain(model, image), atol=1e-4)
 
 
-def test_a_row_gives_the_same_numbers_whoever_is_in_its_batch() -> None:
+def test_batched_rows_match_single_rows() -> None:
     model = make()
     model.dropout.p = 0.0
     images = torch.randn(5, 3, 12, 12) * torch.tensor([1, 10, 0.1, 3, 1])[:, None, None, None]
@@ -81,7 +81,7 @@ def test_a_row_gives_the_same_numbers_whoever_is_in_its_batch() -> None:
         assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_a_norm_has_its_gradient_also_where_its_input_needs_none() -> None:
+def test_group_norm_gradient_without_input_gradient() -> None:
     """Torch's own group norm ends the process there, where channels come last."""
     norm = GroupNorm(32).to(memory_format=torch.channels_last)
     image = torch.randn(4, 32, 5, 4).to(memory_format=torch.channels_last)
@@ -94,7 +94,7 @@ def test_a_norm_has_its_gradient_also_where_its_input_needs_none() -> None:
     torch.testing.assert_close(alone, wanted[1])
 
 
-def test_a_network_of_random_weights_tells_rows_apart() -> None:
+def test_random_weights_separate_rows() -> None:
     """With means instead of maxima, training made no progress for a hundred steps."""
     torch.manual_seed(0)
     model = net.SmallCNNModel(net.Config())
@@ -103,7 +103,7 @@ def test_a_network_of_random_weights_tells_rows_apart() -> None:
     assert (state_RH.std(0).mean() / state_RH.mean()) > 0.1
 
 
-def test_it_is_saved_and_found_by_transformers(tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(tmp_path: Path) -> None:
     model = make()
     nets.register("small_cnn")
     model.save_pretrained(tmp_path)

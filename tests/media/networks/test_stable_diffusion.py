@@ -36,7 +36,7 @@ def pipe(family_folder: Callable[[str], Path]) -> Any:
 
 
 @torch.no_grad()
-def test_each_part_is_that_of_diffusers(
+def test_components_match_diffusers(
     model: Any, pipe: Any, family_folder: Callable[[str], Path]
 ) -> None:
     images = torch.randn(3, 3, 16, 24)
@@ -60,7 +60,7 @@ def test_each_part_is_that_of_diffusers(
     torch.testing.assert_close(model.denoise(latents, time_R, states), wanted)
 
 
-def test_images_are_encoded_in_parts_that_fit(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_in_limited_batches(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images, latents = torch.randn(3, 3, 16, 16), torch.randn(3, 4, 8, 8)
     wanted = model.encode_images(images), model.decode_latents(latents)
     most = []
@@ -74,7 +74,7 @@ def test_images_are_encoded_in_parts_that_fit(model: Any, monkeypatch: pytest.Mo
     assert most == [2, 1, 2, 1]
 
 
-def test_what_reads_images_and_captions_stays_as_it_is(model: Any) -> None:
+def test_autoencoder_and_text_encoder_stay_frozen(model: Any) -> None:
     model.train()
     assert model.unet.training and not model.vae.training and not model.text_encoder.training
     assert frozen_parts(model) == ("vae", "text_encoder") and not head_weights(model)
@@ -82,7 +82,7 @@ def test_what_reads_images_and_captions_stays_as_it_is(model: Any) -> None:
     assert not model.encode_images(images).requires_grad
 
 
-def test_sizes_that_latents_cannot_have_are_refused(model: Any) -> None:
+def test_invalid_latent_sizes_are_refused(model: Any) -> None:
     with pytest.raises(RecipeError) as refused:
         model.latent_shape((3, 16, 17))
     assert refused.value.rule == "image.size"
@@ -97,7 +97,7 @@ def test_a_sketch_has_the_weights_of_the_network(
     assert {weight.device.type for weight in drawn.parameters()} == {"meta"}
 
 
-def test_what_is_written_diffusers_loads(
+def test_diffusers_loads_saved_model(
     model: Any, pipe: Any, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from diffusers import StableDiffusionPipeline
@@ -117,7 +117,7 @@ def test_what_is_written_diffusers_loads(
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_a_weight_that_is_missing_is_named(
+def test_missing_component_weight_is_refused(
     part: str, model: Any, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     save_network(model, load_chat_format(family_folder("stable_diffusion")), tmp_path)

@@ -18,7 +18,7 @@ from luthier.models.networks.heads import Head, auto_class, head_in, head_weight
 
 
 @pytest.mark.parametrize("size", [32, (9, 7), (5, 30), 3])
-def test_images_of_any_shape_come_back_in_it(size: int | tuple[int, int]) -> None:
+def test_prediction_has_image_shape(size: int | tuple[int, int]) -> None:
     config = UNetConfig(image_size=size, hidden_sizes=(8, 16, 16), blocks=2, num_labels=3)
     model = UNetForImageGeneration(config).eval()
     images = torch.randn(2, *config.shape)
@@ -26,7 +26,7 @@ def test_images_of_any_shape_come_back_in_it(size: int | tuple[int, int]) -> Non
     assert model(images).prediction.shape == images.shape
 
 
-def test_a_row_depends_on_its_time_and_condition_and_on_no_other_row() -> None:
+def test_row_depends_only_on_own_time_and_condition() -> None:
     torch.manual_seed(0)
     config = UNetConfig(image_size=8, hidden_sizes=(8, 16), num_labels=3)
     model = UNetForImageGeneration(config).eval()
@@ -47,7 +47,7 @@ def test_time_steps_are_sines_and_cosines() -> None:
     assert found == pytest.approx([*map(math.cos, phases), *map(math.sin, phases)], rel=1e-5)
 
 
-def test_other_sizes_are_refused() -> None:
+def test_wrong_image_size_is_refused() -> None:
     model = UNetForImageGeneration(UNetConfig(image_size=8, hidden_sizes=(8,), num_labels=0))
     with pytest.raises(RecipeError) as refused:
         model(torch.zeros(1, 3, 9, 8))
@@ -65,7 +65,7 @@ def test_conditions_are_a_new_head_of_a_base_without(tmp_path: Path) -> None:
     assert head_in(AutoConfig.from_pretrained(tmp_path / "saved")).kind == "denoising"
 
 
-def test_an_autoencoder_is_no_denoiser_nor_the_other_way_round() -> None:
+def test_mismatched_image_heads_are_refused() -> None:
     nets.register()
     with pytest.raises(RecipeError) as refused:
         auto_class(UNetConfig(), "autoencoding")

@@ -41,7 +41,7 @@ def test_images_of_any_shape_go_through_and_back(fields: dict[str, object]) -> N
     torch.testing.assert_close(alone.reconstruction, found.reconstruction[:1])
 
 
-def test_transformers_loads_what_was_saved(tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(tmp_path: Path) -> None:
     nets.register("vae")
     torch.manual_seed(0)
     model = VAEModel(VAEConfig(image_size=8, hidden_sizes=(8, 8), latent_size=4)).eval()
@@ -52,7 +52,7 @@ def test_transformers_loads_what_was_saved(tmp_path: Path) -> None:
     assert head_in(AutoConfig.from_pretrained(tmp_path)) == Head("autoencoding")
 
 
-def test_it_is_an_autoencoder_and_nothing_else() -> None:
+def test_vae_supports_only_autoencoding() -> None:
     nets.register("vae")
     config = VAEConfig(image_size=8, hidden_sizes=(8, 8), latent_size=4)
     assert media_config(config) is config
@@ -64,7 +64,7 @@ def test_it_is_an_autoencoder_and_nothing_else() -> None:
     assert refused.value.rule == "network.head"
 
 
-def test_images_of_another_size_are_refused() -> None:
+def test_wrong_image_size_is_refused() -> None:
     model = VAEModel(VAEConfig(image_size=8, hidden_sizes=(8, 8)))
     with pytest.raises(RecipeError) as refused:
         model.encode(torch.randn(1, 3, 9, 8))

@@ -63,9 +63,7 @@ def published(
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("depth", PLAIN)
-def test_published_weights_give_what_the_plain_stack_gives(
-    depth: int, batch_norm: bool, tmp_path: Path
-) -> None:
+def test_published_weights_match_plain_stack(depth: int, batch_norm: bool, tmp_path: Path) -> None:
     own, file = published(tmp_path, depth, batch_norm, counters=depth != 11)
     stored = find(str(file))
     assert stored.manifest.kind == "image_encoder" and stored.id == find(str(file)).id
@@ -87,7 +85,7 @@ def test_published_weights_give_what_the_plain_stack_gives(
     assert len(convolutions) == depth - 3
 
 
-def test_other_weights_are_refused(tmp_path: Path) -> None:
+def test_invalid_vgg_weights_are_refused(tmp_path: Path) -> None:
     model, file = published(tmp_path, 11, False)
     state = dict(model.state_dict())
     del state["classifier.6.bias"]
@@ -101,7 +99,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     assert refused.value.rule == "model.weights"
 
 
-def test_what_is_no_vgg_is_said_before_it_is_copied(tmp_path: Path, luthier_home: Path) -> None:
+def test_foreign_weights_are_refused_before_copying(tmp_path: Path, luthier_home: Path) -> None:
     file = tmp_path / "model.safetensors"
     for names in ("abcd", ["q.lora_A.weight"]):
         save_file({name: torch.zeros(2) for name in names}, file)
@@ -126,7 +124,7 @@ def test_what_is_no_vgg_is_said_before_it_is_copied(tmp_path: Path, luthier_home
     ("adaptation", "trains"),
     [("lora", "lora_"), ("feature_extraction", "classifier"), ("freeze", "features.18")],
 )
-def test_it_learns_classes_by_transfer(adaptation: str, trains: str, tmp_path: Path) -> None:
+def test_vgg_learns_classes_by_transfer(adaptation: str, trains: str, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 60, (16, 24, 24, 3), dtype=np.uint8)
     pixels[::2, :12] += 190
     np.savez(tmp_path / "halves.npz", images=pixels, labels=np.arange(16) % 2)

@@ -66,7 +66,7 @@ def tune(folder: Path, base: Path, adaptation: str, steps: int = 30) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_read_and_said_of_an_image_is_what_transformers_does(
+def test_image_scores_match_transformers(
     family: str, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     base = family_folder(family)
@@ -101,7 +101,7 @@ def test_what_is_read_and_said_of_an_image_is_what_transformers_does(
         for place, adaptation in enumerate(RATES)
     ],
 )
-def test_dark_and_bright_are_told_apart_here_and_in_transformers(
+def test_trained_classifier_matches_transformers_export(
     family: str, adaptation: str, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     base = family_folder(family)
@@ -120,7 +120,7 @@ def test_dark_and_bright_are_told_apart_here_and_in_transformers(
 
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("family", WITH_BATCH_NORMS)
-def test_statistics_of_batch_norms_stay_and_their_gains_learn(
+def test_batch_norm_statistics_stay_and_gains_train(
     family: str, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     base = family_folder(family)
@@ -179,7 +179,7 @@ def test_onnx_gives_the_same_scores(
     )
 
 
-def test_an_embedding_of_an_image_reads_no_layer_that_its_file_lacks(
+def test_vit_embedding_ignores_missing_pooler(
     family_folder: FamilyFolder,
 ) -> None:
     """ViT's pooler is missing in classifiers and would be initialized at random on each load."""

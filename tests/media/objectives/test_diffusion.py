@@ -88,7 +88,7 @@ def test_noise_is_new_in_training_and_else_of_the_image(prepared: Prepare) -> No
     assert parity[0] == pytest.approx(parity[1], rel=1e-5)
 
 
-def test_a_share_of_the_rows_is_not_told_in_training(prepared: Prepare) -> None:
+def test_condition_dropout_applies_only_in_training(prepared: Prepare) -> None:
     objective, network, examples = prepared(condition_dropout=0.4)
     network.model.train()
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_a_share_of_the_rows_is_not_told_in_training(prepared: Prepare) -> None:
     assert torch.equal(told.sum(1), torch.ones(6))
 
 
-def test_the_words_of_captions_are_known_and_others_are_not(prepared: Prepare) -> None:
+def test_caption_vocabulary_omits_rare_words(prepared: Prepare) -> None:
     objective, network, examples = prepared("captions")
     assert objective.words == ("a", "and", "asleep", "cat", "dog", "dogs", "red", "two")
     assert objective.reads_prompts and objective.sample_labels == ()
@@ -118,7 +118,7 @@ def test_the_words_of_captions_are_known_and_others_are_not(prepared: Prepare) -
     assert once.words == ("a", "red")  # a word of one caption says no more than its image
 
 
-def test_rows_without_labels_are_learned_from_as_they_are(
+def test_rows_without_labels_train_unconditionally(
     prepared: Prepare, family_folder: Callable[[str], Path]
 ) -> None:
     objective, network, examples = prepared("images")
@@ -136,7 +136,7 @@ def test_rows_without_labels_are_learned_from_as_they_are(
 
 
 @torch.no_grad()
-def test_an_image_is_its_own_whoever_is_made_beside_it(prepared: Prepare) -> None:
+def test_sample_is_independent_of_batch(prepared: Prepare) -> None:
     objective, network, _ = prepared(num_inference_steps=4, eta=1.0)
     network.model.eval()
     cats, dogs = (
@@ -149,7 +149,7 @@ def test_an_image_is_its_own_whoever_is_made_beside_it(prepared: Prepare) -> Non
 
 
 @torch.no_grad()
-def test_guidance_goes_on_from_what_is_told_without_the_class(prepared: Prepare) -> None:
+def test_guidance_extrapolates_from_unconditional_prediction(prepared: Prepare) -> None:
     objective, network, _ = prepared()
     network.model.eval()
     noisy, time_R = torch.randn(3, 3, 9, 7), torch.tensor([5, 500, 900])
@@ -163,7 +163,7 @@ def test_guidance_goes_on_from_what_is_told_without_the_class(prepared: Prepare)
 
 
 @torch.no_grad()
-def test_a_negative_prompt_stands_in_the_place_of_nothing(prepared: Prepare) -> None:
+def test_negative_prompt_replaces_empty_condition(prepared: Prepare) -> None:
     objective, network, _ = prepared("captions")
     network.model.eval()
     word = (objective.words or ())[0]
@@ -182,7 +182,7 @@ def test_a_negative_prompt_stands_in_the_place_of_nothing(prepared: Prepare) -> 
     assert kept.nothing is not None and torch.equal(kept.nothing, away)
 
 
-def test_a_negative_prompt_that_says_nothing_is_refused(prepared: Prepare) -> None:
+def test_negative_prompt_without_known_words_is_refused(prepared: Prepare) -> None:
     for rows, text in (("labels", "cat"), ("captions", "unheard-of")):
         objective, _, _ = prepared(rows)
         with pytest.raises(RecipeError) as refused:
@@ -193,7 +193,7 @@ def test_a_negative_prompt_that_says_nothing_is_refused(prepared: Prepare) -> No
         assert refused.value.setting == "objective.negative_prompt"
 
 
-def test_what_is_asked_for_stands_in_for_what_was_stored() -> None:
+def test_requested_settings_override_stored_settings() -> None:
     stored = Diffusion(num_inference_steps=7)
     asked = stored.with_sampling(DenoisingSettings(guidance_scale=3.0))
     assert (asked.num_inference_steps, asked.guidance_scale) == (7, 3.0)
@@ -202,7 +202,7 @@ def test_what_is_asked_for_stands_in_for_what_was_stored() -> None:
     assert refused.value.setting == "eta"
 
 
-def test_pixels_of_another_range_are_refused() -> None:
+def test_invalid_pixel_range_is_refused() -> None:
     with pytest.raises(RecipeError) as refused:
         Diffusion().bind(RunModels(ChatFormat.reading(ImageProcessor(9, 7))))
     assert refused.value.rule == "image.range"

@@ -29,7 +29,7 @@ def by_matrix_root(one_ND: np.ndarray, other_ND: np.ndarray) -> float:
     return float(apart + np.trace(one_DD + other_DD - 2 * matrix_root(one_DD @ other_DD)))
 
 
-def test_it_is_the_formula_of_the_paper() -> None:
+def test_frechet_distance_matches_paper_formula() -> None:
     mix_DD = RANDOM.normal(size=(6, 6))
     one_ND = RANDOM.normal(size=(200, 6)) @ mix_DD
     other_ND = RANDOM.normal(1.0, 2.0, (150, 6))
@@ -38,19 +38,19 @@ def test_it_is_the_formula_of_the_paper() -> None:
     assert frechet_distance(one_ND, other_ND) == pytest.approx(expected, rel=1e-9)
 
 
-def test_of_one_number_it_is_that_of_two_normal_distributions() -> None:
+def test_frechet_distance_of_single_feature_matches_normal_formula() -> None:
     one_N, other_N = RANDOM.normal(3, 2, 500), RANDOM.normal(-1, 0.5, 400)
     expected = (one_N.mean() - other_N.mean()) ** 2 + (one_N.std(ddof=1) - other_N.std(ddof=1)) ** 2
     assert frechet_distance(one_N[:, None], other_N[:, None]) == pytest.approx(expected)
 
 
-def test_it_does_not_care_which_set_is_first_and_is_0_for_the_same() -> None:
+def test_frechet_distance_is_symmetric_and_0_for_equal_sets() -> None:
     one_ND, other_ND = RANDOM.normal(size=(30, 40)), RANDOM.normal(1, 1, (20, 40))  # of lower rank
     there, back = frechet_distance(one_ND, other_ND), frechet_distance(other_ND, one_ND)
     assert there == pytest.approx(back)
     assert frechet_distance(one_ND, one_ND) == pytest.approx(0, abs=1e-6 * there)
 
 
-def test_one_row_has_no_distribution() -> None:
+def test_frechet_distance_of_single_row_is_refused() -> None:
     with pytest.raises(ValueError):
         frechet_distance(np.ones((1, 2)), np.ones((3, 2)))

@@ -64,7 +64,7 @@ def weights_with_gradient(network: Network) -> set[str]:
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("loss_type", ["non_saturating", "wgan_gp"])
-def test_each_turn_leaves_gradients_on_its_own_player(
+def test_turn_leaves_gradients_only_on_its_player(
     loss_type: str, labelled: bool, prepared: Callable[..., Any]
 ) -> None:
     objective, network, examples = prepared(labelled, loss_type=loss_type)
@@ -117,7 +117,7 @@ def test_spectral_norms_move_once_a_turn_however_rows_are_cut(
         assert all(map(torch.equal, vectors[budget], vectors[100]))
 
 
-def test_the_losses_are_those_of_the_paper(prepared: Callable[..., Any]) -> None:
+def test_losses_match_paper(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared(loss_type="non_saturating", spectral_norm=False)
     first, second = turns_of(objective, network, examples)
     model, class_R = network.model, first.extra.class_R
@@ -131,7 +131,7 @@ def test_the_losses_are_those_of_the_paper(prepared: Callable[..., Any]) -> None
         assert float(found.detach()) == pytest.approx(float(wanted.sum().detach()), rel=1e-5)
 
 
-def test_each_turn_reports_its_own_player(prepared: Callable[..., Any]) -> None:
+def test_turn_reports_metrics_of_its_player(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared(loss_type="non_saturating")
     first, second = (
         objective.loss(network, turn) for turn in turns_of(objective, network, examples)
@@ -175,7 +175,7 @@ def test_noise_is_new_in_training_and_else_of_the_image(prepared: Callable[..., 
     assert parity[0] == pytest.approx(parity[1], rel=1e-5)
 
 
-def test_classes_are_those_of_the_rows(prepared: Callable[..., Any]) -> None:
+def test_classes_come_from_rows(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared()
     assert objective.labels == objective.sample_labels == NAMES
     assert [int(np.asarray(each.target)[0]) for each in examples] == [0, 1, 2, 0, 1, 2]
@@ -197,7 +197,7 @@ def test_classes_are_those_of_the_rows(prepared: Callable[..., Any]) -> None:
     assert cats.abs().max() <= 1
 
 
-def test_what_is_measured_tells_a_collapse(prepared: Callable[..., Any]) -> None:
+def test_diversity_metric_reveals_collapse(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared()
     found = objective.validation_metrics(network, examples, 100)
     assert {"loss", "diversity", "discriminator_accuracy", "generator_loss"} <= found.keys()

@@ -47,7 +47,7 @@ def opened(folder: Path, head: Head) -> Network:
 
 
 @pytest.mark.parametrize(("kind", "family"), MAKERS)
-def test_each_maker_measures_the_distance_of_what_it_makes(
+def test_generators_measure_frechet_distance_of_samples(
     kind: type[Generative], family: str, family_folder: Callable[[str], Path]
 ) -> None:
     folder, judge_folder = family_folder(family), family_folder("small_cnn")
@@ -85,7 +85,7 @@ def _twenty_steps() -> Any:
     return DenoisingSettings(steps=20)
 
 
-def test_a_caption_is_asked_for_by_the_words_that_are_known(
+def test_caption_label_contains_only_known_words(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("unet"))
@@ -103,7 +103,7 @@ def test_a_caption_is_asked_for_by_the_words_that_are_known(
     ]
 
 
-def test_only_a_classifier_of_images_has_such_features(
+def test_feature_model_must_be_an_image_classifier(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = GAN(feature_model="other")
@@ -118,7 +118,7 @@ def test_only_a_classifier_of_images_has_such_features(
     assert refused.value.rule == "objective.feature_model"
 
 
-def test_features_are_what_the_head_of_the_classifier_reads(
+def test_features_are_inputs_of_the_classifier_head(
     family_folder: Callable[[str], Path],
 ) -> None:
     judge = opened(family_folder("small_cnn"), Head("sequence_classification", ("cat", "dog")))
@@ -133,7 +133,7 @@ def test_features_are_what_the_head_of_the_classifier_reads(
         assert torch.allclose(scores, judge.model(arrays).logits, atol=1e-5)
 
 
-def test_a_run_measures_it_at_each_measurement_and_draws_its_curve(
+def test_run_records_frechet_distance_at_each_validation(
     family_folder: Callable[[str], Path], tmp_path: Path, luthier_home: Path
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (60, 9, 7, 3), dtype=np.uint8)

@@ -77,7 +77,7 @@ def step(network: Network, objective: Contrastive, examples: list[Example], budg
 
 @pytest.mark.parametrize("scale", [None, math.log(100) - 0.01, 7.0])
 @pytest.mark.parametrize("budget", [100, 4])
-def test_the_loss_and_its_gradient_are_those_of_transformers(
+def test_loss_and_gradient_match_transformers(
     budget: int, scale: float | None, family_folder: Callable[[str], Path]
 ) -> None:
     folder = family_folder("clip")
@@ -102,7 +102,7 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(
         assert (gradient - wanted[name]).norm() <= 2e-4 * wanted[name].norm() + 1e-5, name
 
 
-def test_a_scale_at_its_limit_falls_where_that_is_better(
+def test_scale_above_limit_can_decrease(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = Contrastive()
@@ -114,7 +114,7 @@ def test_a_scale_at_its_limit_falls_where_that_is_better(
     assert network.model.logit_scale.grad > 0
 
 
-def test_a_temperature_that_is_asked_for_is_used(family_folder: Callable[[str], Path]) -> None:
+def test_given_temperature_replaces_learned_scale(family_folder: Callable[[str], Path]) -> None:
     network, examples = ready(family_folder("clip"), Contrastive())
     network.model.eval()
     learned = float(network.model.logit_scale.detach())

@@ -63,9 +63,7 @@ def pixels_of(examples: list[Example]) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("budget", [100, 2])
-def test_the_loss_is_that_of_transformers(
-    network: Network, examples: list[Example], budget: int
-) -> None:
+def test_loss_matches_transformers(network: Network, examples: list[Example], budget: int) -> None:
     model: VisionEncoderDecoderModel = network.model
     wanted = 0.0
     for example in examples:
@@ -80,7 +78,7 @@ def test_the_loss_is_that_of_transformers(
 
 
 @torch.no_grad()
-def test_texts_are_those_that_transformers_writes(
+def test_generated_text_matches_transformers(
     network: Network, examples: list[Example], chat: ChatFormat
 ) -> None:
     model: Any = network.model

@@ -91,7 +91,7 @@ def pipeline_of(prepared: Prepared, spacing: str | None = None) -> Any:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_that_of_diffusers_training_script(
+def test_loss_matches_diffusers_training_script(
     prediction: str, prepared: Callable[..., Prepared]
 ) -> None:
     from diffusers import DDPMScheduler
@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_diffusers_training_script(
         ("epsilon", "leading", 3.0, "a blue bird"),
     ],
 )
-def test_images_are_those_of_diffusers_pipeline(
+def test_images_match_diffusers_pipeline(
     prediction: str,
     spacing: str,
     scale: float,
@@ -159,7 +159,7 @@ def test_images_are_those_of_diffusers_pipeline(
         assert (found - other).abs().max() > 1e-2
 
 
-def test_a_negative_prompt_must_fit_and_change_something(prepared: Callable[..., Prepared]) -> None:
+def test_long_and_unused_negative_prompts_are_refused(prepared: Callable[..., Prepared]) -> None:
     one = prepared(num_inference_steps=2)
     long = one.objective.with_sampling(DenoisingSettings(negative_prompt="a b " * 60))
     with pytest.raises(RecipeError) as refused:
@@ -172,7 +172,7 @@ def test_a_negative_prompt_must_fit_and_change_something(prepared: Callable[...,
 
 
 @torch.no_grad()
-def test_an_image_is_its_own_whoever_is_made_beside_it(prepared: Callable[..., Prepared]) -> None:
+def test_sample_is_independent_of_batch(prepared: Callable[..., Prepared]) -> None:
     one = prepared(num_inference_steps=3)
     one.network.model.eval()
     cat, dogs = (
@@ -185,7 +185,7 @@ def test_an_image_is_its_own_whoever_is_made_beside_it(prepared: Callable[..., P
     assert not torch.equal(cat, dogs)
 
 
-def test_the_noise_and_its_use_are_those_of_the_base(prepared: Callable[..., Prepared]) -> None:
+def test_noise_settings_come_from_base(prepared: Callable[..., Prepared]) -> None:
     bound = prepared().objective
     assert (bound.beta_start, bound.beta_schedule) == (0.00085, "scaled_linear")
     assert (bound.timestep_spacing, bound.steps_offset) == ("leading", 1)
@@ -199,13 +199,13 @@ def test_the_noise_and_its_use_are_those_of_the_base(prepared: Callable[..., Pre
     assert stored.bind(RunModels(load_chat_format(folder), ModelFolder(folder))) == bound
 
 
-def test_a_schedule_that_is_not_known_is_named(prepared: Callable[..., Prepared]) -> None:
+def test_unknown_schedule_is_refused(prepared: Callable[..., Prepared]) -> None:
     with pytest.raises(RecipeError) as refused:
         prepared({"beta_schedule": "laplace"})
     assert refused.value.rule == "scheduler.invalid"
 
 
-def test_what_an_image_shows_is_said_by_caption_or_label(prepared: Callable[..., Prepared]) -> None:
+def test_condition_comes_from_caption_or_label(prepared: Callable[..., Prepared]) -> None:
     one = prepared()
     rows: list[Row] = [
         CaptionedImage("f", 0, image(0), "two dogs"),
@@ -232,7 +232,7 @@ def test_a_share_of_the_captions_is_withheld_in_training(prepared: Callable[...,
     assert not any(torch.equal(row[None], nothing) for row in shown)
 
 
-def test_a_caption_that_is_too_long_is_refused_or_cut(prepared: Callable[..., Prepared]) -> None:
+def test_long_caption_is_refused_or_truncated(prepared: Callable[..., Prepared]) -> None:
     one = prepared()
     row = CaptionedImage("f", 0, image(0), "z" * 60)
     example = one.objective.encode(row, 0, one.chat)
@@ -247,7 +247,7 @@ def test_a_caption_that_is_too_long_is_refused_or_cut(prepared: Callable[..., Pr
     assert refused.value.setting == "prompt"
 
 
-def test_lora_is_on_attention_and_nothing_else_moves(prepared: Callable[..., Prepared]) -> None:
+def test_lora_trains_only_attention_layers(prepared: Callable[..., Prepared]) -> None:
     one = prepared()
     one.network.model.train()
     (batch,) = one.objective.annotate(one.network, one.examples, 100)
@@ -259,7 +259,7 @@ def test_lora_is_on_attention_and_nothing_else_moves(prepared: Callable[..., Pre
         assert (weight.grad is not None and bool(weight.grad.any())) == (name in trained), name
 
 
-def test_a_caption_that_was_cut_inside_a_word_can_be_read_again(
+def test_caption_cut_inside_word_is_decoded(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("stable_diffusion"))

@@ -22,7 +22,7 @@ SCHEDULES: list[BetaSchedule] = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 PREDICTIONS: list[PredictionType] = ["sample", "epsilon", "v_prediction"]
 
 
-def test_what_is_left_of_an_image_is_a_product() -> None:
+def test_alphas_cumprod_is_a_product() -> None:
     left, found = 1.0, alphas_cumprod("linear", 50, 1e-3, 0.1)
     for step in range(50):
         left *= 1 - (1e-3 + (0.1 - 1e-3) * step / 49)
@@ -55,7 +55,7 @@ def test_a_perfect_network_gives_the_image_back(prediction: PredictionType) -> N
 
 @pytest.mark.parametrize("weighting", ["none", "snr", "snr_plus_one"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_weights_are_those_of_the_error_of_the_image(
+def test_loss_weights_match_image_error(
     prediction: PredictionType, weighting: LossWeighting
 ) -> None:
     schedule = NoiseSchedule(alphas_cumprod("linear", 100), prediction)
@@ -98,7 +98,7 @@ def test_each_step_of_ddpm_has_the_variance_of_the_posterior() -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_numbers_are_those_of_diffusers(name: BetaSchedule, prediction: PredictionType) -> None:
+def test_schedule_matches_diffusers(name: BetaSchedule, prediction: PredictionType) -> None:
     diffusers: Any = pytest.importorskip("diffusers")
     settings: dict[str, Any] = {"beta_schedule": name, "prediction_type": prediction}
     theirs = diffusers.DDPMScheduler(**settings)
@@ -137,7 +137,7 @@ def test_the_numbers_are_those_of_diffusers(name: BetaSchedule, prediction: Pred
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("count", [1, 4, 7, 50])
-def test_the_steps_back_are_those_of_diffusers(spacing: TimestepSpacing, count: int) -> None:
+def test_sampling_times_match_diffusers(spacing: TimestepSpacing, count: int) -> None:
     from diffusers import DDIMScheduler
 
     theirs = DDIMScheduler(num_train_timesteps=100, timestep_spacing=spacing, steps_offset=1)
@@ -146,6 +146,6 @@ def test_the_steps_back_are_those_of_diffusers(spacing: TimestepSpacing, count: 
     assert ours.times(count) == theirs.timesteps.tolist()
 
 
-def test_all_steps_of_leading_spacing_stay_within_those_that_were_trained() -> None:
+def test_leading_spacing_stays_within_trained_steps() -> None:
     schedule = NoiseSchedule(alphas_cumprod("linear", 10), "epsilon", "leading", 1)
     assert schedule.times(10) == [9, 9, 8, 7, 6, 5, 4, 3, 2, 1]

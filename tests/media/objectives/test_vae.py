@@ -74,7 +74,7 @@ def test_the_loss_is_minus_the_bound(network: Network, examples: list[Example]) 
     )
 
 
-def test_the_divergence_is_that_of_torch() -> None:
+def test_divergence_matches_torch() -> None:
     mean, log_variance = torch.randn(5, 3), torch.randn(5, 3)
     wanted = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(-1)
     torch.testing.assert_close(divergence(mean, log_variance), wanted)
@@ -223,7 +223,7 @@ def test_images_are_made_copied_and_mixed(network: Network, examples: list[Examp
 
 
 @torch.no_grad()
-def test_how_small_an_image_becomes_and_how_far_its_copy_is_off(
+def test_compression_ratio_and_copy_error(
     network: Network, examples: list[Example], family_folder: Callable[[str], Path]
 ) -> None:
     network.chat = load_chat_format(family_folder("vae"))
@@ -241,7 +241,7 @@ def test_how_small_an_image_becomes_and_how_far_its_copy_is_off(
         assert VAE().copy_error(network, examples, budget) == pytest.approx(wanted, rel=2e-3)
 
 
-def test_a_run_says_how_small_and_how_well_it_copies(tmp_path: Path) -> None:
+def test_verdict_reports_compression_and_copy_error(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
     tuned = luthier.tune(
@@ -260,7 +260,9 @@ def test_gradients_reach_all_weights(network: Network, examples: list[Example]) 
     assert all(w.grad is not None and w.grad.any() for w in network.model.parameters())
 
 
-def test_an_image_of_no_noise_is_its_own_copy(network: Network, examples: list[Example]) -> None:
+def test_perfect_decoder_has_zero_reconstruction_loss(
+    network: Network, examples: list[Example]
+) -> None:
     """The reconstruction error is 0 if the decoder returns the image."""
     (batch,) = VAE().annotate(network, examples, 100)
     network.model.decode = lambda latents: batch.plan
