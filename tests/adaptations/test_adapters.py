@@ -106,7 +106,7 @@ def test_a_bottleneck_ends_each_block_of_a_network_of_images_or_sounds(
     )
 
 
-def test_both_encoders_of_a_clip_have_bottlenecks_of_their_own_width(
+def test_clip_encoders_have_bottlenecks_of_matching_width(
     family_folder: Callable[[str], Path],
 ) -> None:
     model = load_model(family_folder("clip"), torch.float32, CPU, Head("embedding"))
@@ -119,7 +119,7 @@ def test_both_encoders_of_a_clip_have_bottlenecks_of_their_own_width(
     assert widths == {"text_model": (2, 16), "vision_model": (3, 24)}
 
 
-def test_a_pipeline_has_them_in_its_u_net_alone(family_folder: Callable[[str], Path]) -> None:
+def test_pipeline_has_adapters_only_in_unet(family_folder: Callable[[str], Path]) -> None:
     model = load_model(family_folder("stable_diffusion"), torch.float32, CPU, Head("denoising"))
     Adapters().attach(model)
     kinds = (Bottleneck, ConvBottleneck)
@@ -128,7 +128,7 @@ def test_a_pipeline_has_them_in_its_u_net_alone(family_folder: Callable[[str], P
     assert all(name.startswith("unet.") for name, _ in found)
 
 
-def test_a_residual_block_has_one_behind_its_last_convolution(
+def test_residual_block_has_adapter_after_last_convolution(
     family_folder: Callable[[str], Path],
 ) -> None:
     model = load_model(family_folder("resnet"), torch.float32, CPU, Head("embedding"))
@@ -144,7 +144,7 @@ def test_a_residual_block_has_one_behind_its_last_convolution(
 
 
 @pytest.mark.parametrize("family", ["vgg", "convnext"])
-def test_houlsby_wants_more_than_one_end_of_a_block(
+def test_houlsby_on_single_layer_blocks_is_refused(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     model = load_model(family_folder(family), torch.float32, CPU, Head("embedding"))
@@ -153,7 +153,7 @@ def test_houlsby_wants_more_than_one_end_of_a_block(
     assert refused.value.rule == "adapter.network"
 
 
-def test_adapters_on_a_model_that_has_some(family_folder: Callable[[str], Path]) -> None:
+def test_adapters_stack_on_existing_adapters(family_folder: Callable[[str], Path]) -> None:
     model = network(family_folder("gpt2"), "gpt2")
     Adapters(reduction_factor=8).attach(model)
     Adapters(reduction_factor=4).attach(model)
@@ -166,7 +166,7 @@ def test_adapters_on_a_model_that_has_some(family_folder: Callable[[str], Path])
     assert all(isinstance(m.base_layer, Bottleneck) for m in outer)
 
 
-def test_the_bottleneck_of_a_convolution_by_its_formula() -> None:
+def test_convolution_bottleneck_matches_formula() -> None:
     torch.manual_seed(0)
     base = nn.Conv2d(3, 4, 3, stride=2)
     layer = ConvBottleneck(base, 4, 2, "gelu")
@@ -180,7 +180,7 @@ def test_the_bottleneck_of_a_convolution_by_its_formula() -> None:
     torch.testing.assert_close(layer(x), expected.movedim(-1, 1))
 
 
-def test_the_bottleneck_by_its_formula() -> None:
+def test_bottleneck_matches_formula() -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 5)
     layer = Bottleneck(base, 5, 3, "relu")
@@ -193,7 +193,7 @@ def test_the_bottleneck_by_its_formula() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_bitfit_trains_biases_and_nothing_else(family_folder: Callable[[str], Path]) -> None:
+def test_bitfit_trains_only_biases(family_folder: Callable[[str], Path]) -> None:
     model = network(family_folder("gpt2"), "gpt2")
     BitFit().attach(model)
     for name, weight in model.named_parameters():
@@ -201,7 +201,7 @@ def test_bitfit_trains_biases_and_nothing_else(family_folder: Callable[[str], Pa
         assert not weight.requires_grad or weight.dim() == 1
 
 
-def test_bitfit_says_what_to_use_where_there_are_no_biases(
+def test_bitfit_without_biases_is_refused(
     tiny_llama: Callable[..., Any],
 ) -> None:
     with pytest.raises(RecipeError) as refused:
@@ -209,7 +209,7 @@ def test_bitfit_says_what_to_use_where_there_are_no_biases(
     assert refused.value.rule == "adapter.network"
 
 
-def test_the_record_names_the_placement_that_was_taken(
+def test_manifest_records_chosen_placement(
     family_folder: Callable[[str], Path], luthier_home: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"

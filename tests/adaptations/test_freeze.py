@@ -105,7 +105,7 @@ def test_every_nth_layer_trains(count: int, share: float, expected: list[int]) -
 
 
 @pytest.mark.parametrize("share", [0.25, 0.6])
-def test_a_share_that_no_interval_gives_is_refused(share: float) -> None:
+def test_share_without_matching_interval_is_refused(share: float) -> None:
     with pytest.raises(RecipeError) as refused:
         Freeze(frozen="interval", share=share)._frozen(12)
     assert refused.value.rule == "freeze.share"
@@ -173,7 +173,7 @@ def test_a_network_without_layers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_all_or_nothing_is_no_share(share: float) -> None:
+def test_share_of_0_or_1_is_refused(share: float) -> None:
     with pytest.raises(ValidationError):
         Freeze(share=share)
 

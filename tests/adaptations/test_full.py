@@ -60,7 +60,7 @@ def train_by_hand(model: Any, examples: list[Example]) -> list[float]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_training_is_that_of_a_loop_by_hand(
+def test_full_training_matches_plain_loop(
     tied: bool, tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     random = np.random.default_rng(0)

@@ -139,7 +139,7 @@ def trained(tiny_llama: Callable[..., Any], tmp_path: Path) -> tuple[Any, Networ
     return base, network, losses
 
 
-def test_training_is_that_of_peft(trained: tuple[Any, Network, list[float]]) -> None:
+def test_lora_training_matches_peft(trained: tuple[Any, Network, list[float]]) -> None:
     base, network, losses = trained
     torch.manual_seed(5)
     theirs = peft_model(copy.deepcopy(base))
@@ -170,7 +170,7 @@ def test_a_seed_starts_where_peft_starts(tiny_llama: Callable[..., Any]) -> None
         assert torch.equal(starts[1][name], weight.bfloat16()), name
 
 
-def test_nothing_frozen_moves(trained: tuple[Any, Network, list[float]]) -> None:
+def test_frozen_weights_stay_unchanged(trained: tuple[Any, Network, list[float]]) -> None:
     base, network, _ = trained
     before = dict(base.named_parameters())
     still = {
@@ -185,7 +185,7 @@ def test_nothing_frozen_moves(trained: tuple[Any, Network, list[float]]) -> None
         assert "lora_A" in name or weight.any(), name
 
 
-def test_peft_loads_what_is_saved(
+def test_peft_loads_saved_adapter(
     trained: tuple[Any, Network, list[float]], tmp_path: Path
 ) -> None:
     base, network, _ = trained
@@ -209,7 +209,7 @@ def test_peft_loads_what_is_saved(
     assert adapter_of(theirs).keys() == adapter_of(network.model).keys()
 
 
-def test_merging_changes_nothing_but_the_form(
+def test_merge_keeps_logits(
     trained: tuple[Any, Network, list[float]],
 ) -> None:
     base, network, _ = trained
@@ -266,7 +266,7 @@ def test_all_linear_means_all_but_the_output_head(
         ),
     ],
 )
-def test_layers_are_chosen_by_the_end_of_their_name(
+def test_target_layers_match_by_name_suffix(
     targets: Any, expected: set[str], tiny_llama: Callable[..., Any]
 ) -> None:
     model, lora = tiny_llama(), LoRA(rank=2, targets=targets)
@@ -277,9 +277,7 @@ def test_layers_are_chosen_by_the_end_of_their_name(
     assert adapter_of(theirs).keys() == adapter_of(model).keys()
 
 
-def test_blocks_are_chosen_by_their_numbers_as_in_peft(
-    tiny_llama: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_layers_to_transform_matches_peft(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     model, lora = tiny_llama(), LoRA(rank=2, layers_to_transform=(1,))
     lora.attach(model)
     assert adapter_of(model) and all(".layers.1." in name for name in adapter_of(model))
@@ -301,7 +299,7 @@ def test_blocks_are_chosen_by_their_numbers_as_in_peft(
         assert refused.value.setting == "adaptation.layers_to_transform"
 
 
-def test_layers_that_kernels_of_mamba_read_are_left_out() -> None:
+def test_mamba_kernel_layers_are_excluded() -> None:
     config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -312,7 +310,7 @@ def test_layers_that_kernels_of_mamba_read_are_left_out() -> None:
     assert adapted(model) == {f"backbone.layers.{n}.mixer.in_proj" for n in range(2)}
 
 
-def test_an_unknown_layer_is_refused_with_those_there_are(
+def test_unknown_target_layer_lists_known_layers(
     tiny_llama: Callable[..., Any],
 ) -> None:
     model = tiny_llama()

@@ -92,7 +92,7 @@ def test_logits_and_gradients_equal_peft_and_the_merged_weights(
         torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_of_peft_is_imported_with_its_experts(tmp_path: Path) -> None:
+def test_peft_adapter_with_experts_is_imported(tmp_path: Path) -> None:
     model = adapted(made("mixtral"), LoRA(rank=3, targets=("q_proj", "experts")))
     config = BOTH.adapter_config(model, "base")
     save_adapter(model, BOTH, config, tmp_path)
@@ -111,14 +111,14 @@ def test_experts_are_adapted_only_by_name() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"method": "lora", "dora": True}, {"method": "sparse"}])
-def test_other_methods_refuse_experts(settings: dict[str, Any]) -> None:
+def test_unsupported_methods_refuse_expert_targets(settings: dict[str, Any]) -> None:
     method = ADAPTATIONS[settings["method"]].model_validate({**settings, "targets": ("experts",)})
     with pytest.raises(RecipeError) as refused:
         method.attach(made("mixtral"))
     assert refused.value.rule == "adapter.targets"
 
 
-def test_one_expert_at_a_time_equals_grouped_products() -> None:
+def test_eager_experts_match_grouped_products() -> None:
     model = adapted(made("gpt_oss"))
     with torch.no_grad():
         grouped = model(IDS).logits

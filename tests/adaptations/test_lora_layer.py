@@ -40,7 +40,7 @@ def test_a_merge_in_bfloat16_is_unbiased_and_always_the_same() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_layer_and_its_gradients_are_those_of_the_formula(bias: bool) -> None:
+def test_layer_and_gradients_match_formula(bias: bool) -> None:
     torch.manual_seed(0)
     x, weight, a, b = (
         torch.randn(*shape, dtype=torch.float64) for shape in ((3, 6), (5, 6), (2, 6), (5, 2))
@@ -58,7 +58,7 @@ def test_the_layer_and_its_gradients_are_those_of_the_formula(bias: bool) -> Non
     assert torch.autograd.gradcheck(layer, (x, a, b))
 
 
-def test_layers_that_read_the_same_are_learned_together_as_apart() -> None:
+def test_joint_lora_layers_match_separate_layers() -> None:
     torch.manual_seed(0)
     layers = [
         LoRALinear(nn.Linear(6, out, bias=bias).double(), rank, scale, dropout=0.0)
@@ -83,7 +83,7 @@ def test_layers_that_read_the_same_are_learned_together_as_apart() -> None:
 
 
 @pytest.mark.parametrize("other", ["dropout", "dora", "plain", "hook", "pre-hook"])
-def test_layers_that_do_more_are_read_one_by_one(other: str) -> None:
+def test_layers_with_hooks_run_separately(other: str) -> None:
     torch.manual_seed(0)
     layers: list[nn.Module] = [LoRALinear(nn.Linear(6, 5), 2, 1.0, dropout=0.0) for _ in range(2)]
     called: list[Any] = []

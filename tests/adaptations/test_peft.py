@@ -11,7 +11,7 @@ from luthier.adaptations.peft import lora_of
 from luthier.errors import ModelRefused
 
 
-def test_the_rank_is_that_of_the_weights(tiny_llama: Any) -> None:
+def test_lora_rank_must_match_weights(tiny_llama: Any) -> None:
     """A wrong rank would be allocated in memory before any comparison."""
     model = tiny_llama(seed=1)
     layer = "model.layers.0.self_attn.q_proj"

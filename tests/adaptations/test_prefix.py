@@ -103,7 +103,7 @@ def test_loss_and_gradient_are_peft_s(model: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_encoders_give_what_peft_gives(family: str, family_folder: Callable[[str], Path]) -> None:
+def test_prefixed_encoders_match_peft(family: str, family_folder: Callable[[str], Path]) -> None:
     head = Classification(labels=("a", "b", "c")).head()
     torch.manual_seed(0)
     model = load_model(family_folder(family), torch.float32, CPU, head).eval()
@@ -122,7 +122,7 @@ def test_encoders_give_what_peft_gives(family: str, family_folder: Callable[[str
             torch.testing.assert_close(found, states.last_hidden_state[0], rtol=1e-4, atol=1e-5)
 
 
-def test_peft_loads_what_is_saved_and_answers_alike(
+def test_peft_loads_saved_prefix_with_equal_replies(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     import peft
@@ -200,7 +200,7 @@ def plain_of(model: Any) -> Any:
     return bare
 
 
-def test_it_starts_as_tokens_that_stood_there(model: Any) -> None:
+def test_prefix_starts_as_real_tokens(model: Any) -> None:
     """The network with the prefix equals the network with the tokens before each row."""
     plain = copy.deepcopy(model).eval()
     network = as_network(model, CPU, torch.float32)
@@ -220,7 +220,7 @@ def test_it_starts_as_tokens_that_stood_there(model: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_one_weight_is_trained_and_stored(model: Any) -> None:
+def test_prefix_is_a_single_trained_weight(model: Any) -> None:
     prefixed(model)
     trained = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
     assert len(trained) == 1
@@ -230,7 +230,7 @@ def test_one_weight_is_trained_and_stored(model: Any) -> None:
     assert frozen_layers(model) == 0  # nothing of it can be computed ahead
 
 
-def test_networks_whose_layers_share_their_weights_are_refused(
+def test_networks_with_shared_layer_weights_are_refused(
     family_folder: Callable[[str], Path],
 ) -> None:
     model = load_model(family_folder("albert"), torch.float32, CPU, MaskedLM().head())

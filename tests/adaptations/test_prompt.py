@@ -74,7 +74,7 @@ def test_the_prompt_is_computed_once_for_all_rows(tiny_llama: Callable[..., Any]
     assert sizes[1] - sizes[0] == 5
 
 
-def test_peft_loads_what_is_saved(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_peft_loads_saved_prompt(tiny_model_folder: Path, tmp_path: Path) -> None:
     import peft
 
     model = load_model(tiny_model_folder, torch.float32, CPU)

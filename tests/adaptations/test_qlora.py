@@ -85,9 +85,7 @@ def made(dtype: torch.dtype, dropout: float = 0.0, kind: str = "nf4", size: int 
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("shape", [(48, 80), (5, 7), (96, 64)])
-def test_a_weight_is_the_nearest_level_of_its_block(
-    kind: str, block: int, shape: tuple[int, int]
-) -> None:
+def test_packed_weight_is_nearest_level(kind: str, block: int, shape: tuple[int, int]) -> None:
     weight_OI = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     found = packed(weight_OI, kind, block).weight_OI
     assert found.shape == shape
@@ -108,7 +106,7 @@ def test_scales_stored_in_8_bits_change_little(kind: str) -> None:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_a_layer_of_zeros_and_one_of_one_block_stay_finite(double: bool) -> None:
+def test_zero_and_single_block_layers_are_finite(double: bool) -> None:
     assert not packed(torch.zeros(8, 64), "nf4", double=double).weight_OI.any()
     one = packed(torch.full((4, 8), 0.25), "nf4", double=double)
     torch.testing.assert_close(one.weight_OI, torch.full((4, 8), 0.25))
@@ -116,9 +114,7 @@ def test_a_layer_of_zeros_and_one_of_one_block_stay_finite(double: bool) -> None
 
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_the_layer_and_its_gradients_are_those_of_autograd_on_the_dequantized_weight(
-    kind: str, dropout: float
-) -> None:
+def test_layer_and_gradients_match_dequantized_autograd(kind: str, dropout: float) -> None:
     layer = made(torch.float32, dropout, kind)
     x, grad = torch.randn(2, 9, 96, requires_grad=True), torch.randn(2, 9, 40)
     torch.manual_seed(3)
@@ -148,7 +144,7 @@ def test_a_packed_layer_without_a_branch_passes_gradients_on() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_no_dequantized_weight_is_kept_for_the_backward_pass(dropout: float) -> None:
+def test_backward_pass_saves_no_dequantized_weight(dropout: float) -> None:
     layer = made(torch.float32, dropout)
     kept: list[int] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id)
@@ -158,7 +154,7 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(dropout: float) -> 
     assert kept and max(kept) == 7 * 96 < 40 * 96
 
 
-def test_experts_are_packed_and_no_dequantized_weight_is_kept(
+def test_packed_experts_save_no_dequantized_weight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
@@ -289,7 +285,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_peft_loads_what_is_saved_on_a_base_quantized_alike_and_on_a_plain_one(
+def test_peft_loads_saved_adapter_on_quantized_and_plain_base(
     double: bool, tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -335,7 +331,7 @@ def test_peft_loads_what_is_saved_on_a_base_quantized_alike_and_on_a_plain_one(
     assert 1e-3 < apart < float((before - ours).norm() / ours.norm())
 
 
-def test_without_bitsandbytes_it_is_refused_before_anything_changes(
+def test_missing_bitsandbytes_is_refused_before_changes(
     tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -346,7 +342,7 @@ def test_without_bitsandbytes_it_is_refused_before_anything_changes(
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-def test_an_unknown_layer_is_refused_before_anything_is_packed(
+def test_unknown_target_layer_is_refused_before_packing(
     tiny_llama: Callable[..., Any],
 ) -> None:
     model = tiny_llama()

@@ -60,7 +60,7 @@ def test_only_the_largest_weights_of_each_layer_change(
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_layer_and_its_gradients_are_those_of_autograd_on_the_whole_weight(
+def test_layer_and_gradients_match_dense_autograd(
     transposed: bool,
 ) -> None:
     from transformers.pytorch_utils import Conv1D
@@ -142,9 +142,7 @@ def test_the_memory_of_scoring_is_part_of_the_estimate(tiny_llama: Callable[...,
     assert estimate.fixed == bare.fixed and estimate.least > 10**9 > bare.least
 
 
-def test_places_and_values_are_all_that_is_stored(
-    tiny_llama: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_only_places_and_values_are_stored(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     base = tiny_llama()
     model = moved(copy.deepcopy(base))
     save_adapter(model, SPARSE, SPARSE.adapter_config(model, "some/base"), tmp_path)
@@ -163,7 +161,9 @@ def test_places_and_values_are_all_that_is_stored(
         assert all(torch.equal(w, theirs[n]) for n, w in again.state_dict().items())
 
 
-def test_a_file_of_another_share_is_refused(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+def test_file_with_different_share_is_refused(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
     model = moved(tiny_llama())
     save_adapter(model, SPARSE, SPARSE.adapter_config(model, "some/base"), tmp_path)
     with pytest.raises(CorruptFile) as refused:
@@ -171,6 +171,6 @@ def test_a_file_of_another_share_is_refused(tiny_llama: Callable[..., Any], tmp_
     assert refused.value.rule == "weights.layers"
 
 
-def test_networks_that_ask_for_the_type_of_a_layer_see_the_frozen_weight() -> None:
+def test_layer_weight_is_the_frozen_weight() -> None:
     base = torch.nn.Linear(4, 3)
     assert SparseLinear(base, 0.5).weight is base.weight

@@ -84,7 +84,7 @@ def test_empty_and_missing_folders_have_no_checkpoint(tmp_path: Path) -> None:
     assert newest(tmp_path / "not" / "there") is None
 
 
-def test_the_two_newest_are_kept(tmp_path: Path) -> None:
+def test_two_newest_checkpoints_remain(tmp_path: Path) -> None:
     write(Checkpoints(tmp_path), 10, 20, 30, 1000)
     assert names(tmp_path) == ["step-00000030", "step-00001000"]
     assert newest(tmp_path) == 1000

@@ -123,7 +123,7 @@ def test_rounding_depends_on_row_position() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype) -> None:
+def test_restored_optimizer_continues_bit_equal(dtype: torch.dtype) -> None:
     straight, resumed = network(dtype), network(dtype)
     tables = embedding_tables(straight)
     optimizer = optimizer_of(straight, tables, max_gradient_norm=0.01)
@@ -139,7 +139,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype) -> 
         assert torch.equal(one, other)
 
 
-def test_a_state_of_whole_tables_is_read_and_the_other_way_round() -> None:
+def test_optimizer_state_moves_between_dense_and_sparse() -> None:
     whole, mine = network(), network()
     reference = optimizer_of(whole)
     learn(whole, reference, range(4))
@@ -173,7 +173,7 @@ class Tied(nn.Module):
         self.head.weight = self.table.weight
 
 
-def test_tables_without_other_use() -> None:
+def test_embedding_tables_excludes_shared_and_frozen_tables() -> None:
     assert embedding_tables(Tied()) == {}
     frozen = network()
     frozen[0].weight.requires_grad_(False)

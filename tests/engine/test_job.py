@@ -243,7 +243,7 @@ def test_mostly_truncated_rows_are_a_warning_with_the_count(
     assert note(3).startswith("warning: 3 rows") and "of 6" in note(3)
 
 
-def test_contrastive_batch_of_one_row_needs_negatives(
+def test_contrastive_batch_of_single_row_needs_negatives(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pairs_of_text = [{"anchor": f"fox {n}", "positive": f"card {n}"} for n in range(6)]
@@ -257,7 +257,7 @@ def test_contrastive_batch_of_one_row_needs_negatives(
     )
 
 
-def test_head_of_a_reader_from_another_tool_is_not_new(
+def test_imported_reader_head_is_not_new(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "reader"

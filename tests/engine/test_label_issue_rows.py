@@ -203,9 +203,7 @@ def encoded(tmp_path: Path, folder: Path, **spec: Any) -> tuple[Any, ChatFormat,
     return prepare(DataSpec.model_validate(fields), objective, chat, 64, 0), chat, data
 
 
-def test_mixed_in_sets_keep_their_sizes(
-    tmp_path: Path, family_folder: Callable[[str], Path]
-) -> None:
+def test_mixed_sets_keep_sizes(tmp_path: Path, family_folder: Callable[[str], Path]) -> None:
     other = write_rows(tmp_path / "other.jsonl", rows_with(())[:9])
     mix = [{"train": str(other), "weight": 0.05}]
     data, chat, _ = encoded(tmp_path, family_folder("bert"), mix=mix)

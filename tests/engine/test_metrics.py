@@ -53,7 +53,7 @@ def test_no_records_without_file(metrics: MetricsFile) -> None:
     assert metrics.read() == []
 
 
-def test_cutting_keeps_the_first_lines_and_goes_on_counting(metrics: MetricsFile) -> None:
+def test_truncate_keeps_first_lines_and_step_count(metrics: MetricsFile) -> None:
     for step in range(1, 6):
         metrics.append(line(step, 1.0))
     metrics.truncate(2)

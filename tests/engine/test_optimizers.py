@@ -116,7 +116,7 @@ def test_gradients_of_micro_batches_are_summed_and_freed() -> None:
         assert torch.equal(weight, alone[name])
 
 
-def test_sums_of_micro_batches_are_kept_in_float32() -> None:
+def test_micro_batch_sums_are_float32() -> None:
     weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
     optimizer = MasterAdamW([("w", weight)], Training(learning_rate=RATE, max_gradient_norm=0.0))
     for value in [1.0] + [2**-10] * 1024:
@@ -167,7 +167,7 @@ def test_frozen_weights_have_no_state_and_do_not_move() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype) -> None:
+def test_restored_optimizer_continues_bit_equal(dtype: torch.dtype) -> None:
     training = Training(learning_rate=RATE, weight_decay=0.1)
     straight = make_weights(dtype)
     optimizer = MasterAdamW(straight.items(), training)

@@ -203,7 +203,7 @@ def test_a_full_disk_of_the_first_process_ends_all_and_the_run_can_be_resumed(
     check_resumed(SETTINGS, recipe, disk.folder / "runs" / tiny_model_folder.name / "x")
 
 
-def test_a_full_disk_of_another_process_ends_all_and_the_run_can_be_resumed(
+def test_full_disk_of_second_process_ends_run_resumably(
     luthier_home: Path, recipe: Recipes, tiny_model_folder: Path
 ) -> None:
     """The file size limit of one process acts as a quota or a full disk."""

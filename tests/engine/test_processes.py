@@ -57,7 +57,7 @@ class Lines(Reporter):
             found[-1].send_signal(signal.SIGKILL)
 
 
-def test_two_processes_equal_one_process(luthier_home: Path, recipe: Recipes) -> None:
+def test_two_processes_match_single_process(luthier_home: Path, recipe: Recipes) -> None:
     settings = {"training": {"micro_batch_tokens": 64, "refit": True}}
     one = train(recipe(**settings, name="one"))
     lines, at_interrupt = Lines(), signal.getsignal(signal.SIGINT)
@@ -75,7 +75,7 @@ def test_two_processes_equal_one_process(luthier_home: Path, recipe: Recipes) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_processes_with_sharded_layers_equal_one_process(
+def test_two_sharded_processes_match_single_process(
     luthier_home: Path, recipe: Recipes, method: str
 ) -> None:
     training: dict[str, Any] = {"micro_batch_tokens": 64, "batch_size": 3, "fully_shard": True}
@@ -186,7 +186,7 @@ def test_killed_process_costs_steps_but_no_bit(luthier_home: Path, recipe: Recip
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_with_another_number_of_processes(
+def test_stopped_run_resumes_with_different_process_count(
     luthier_home: Path, recipe: Recipes, rows: Path, tiny_model_folder: Path
 ) -> None:
     command = [

@@ -36,7 +36,7 @@ from killed_runs import (
 
 
 @pytest.mark.slow
-def test_a_run_repeats_itself_whatever_the_checkpoints(
+def test_run_repeats_at_any_checkpoint_interval(
     forker: Forker,
     command: Callable[..., list[str]],
     unbroken: dict[str, Outcome],
@@ -252,7 +252,7 @@ def test_stopped_while_storing_leaves_no_half_model(
     same(outcome(tmp_path), unbroken["lora"])
 
 
-def test_resuming_a_finished_run_returns_its_result(
+def test_resume_of_finished_run_returns_result(
     forker: Forker, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """An existing name is rejected with a fitting message."""

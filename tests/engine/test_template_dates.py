@@ -152,7 +152,7 @@ def test_a_model_of_yesterday_is_served_today(
         pool.close()
 
 
-def test_a_run_resumed_on_another_day_trains_on_the_same_tokens(
+def test_run_resumed_on_later_day_trains_same_tokens(
     daily_folder: Path,
     tmp_path: Path,
     set_day: Callable[[str], None],

@@ -359,7 +359,7 @@ def test_custom_model_is_tuned_further_and_records_parent(
         find("tiny-llama:two")
 
 
-def test_a_format_chosen_in_training_is_kept(recipe: Callable[..., Recipe]) -> None:
+def test_template_chosen_in_training_is_stored(recipe: Callable[..., Recipe]) -> None:
     """A model tuned on plain text is served with plain text, and models tuned from it too."""
     result = train.train(recipe(objective={"method": "sft", "template": "plain"}))
     chat = find(result.model_id).chat
@@ -396,7 +396,7 @@ def test_a_chosen_template_is_stored_with_the_model(
         assert exported.chat_template == chosen.tokenizer.chat_template
 
 
-def test_a_switch_of_the_template_is_kept(
+def test_template_switch_is_stored(
     recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     """The stored model's prompts contain the same text before each answer as in training."""

@@ -89,7 +89,7 @@ def test_a_score_decides_instead_of_the_loss() -> None:
         ((1.0, 1.0, 1.0, 1.0, 1.0), (3.0, 3.1, 3.3, 3.5, 3.6), "worse", 0),
     ],
 )
-def test_an_error_rate_decides_once_something_is_right(
+def test_error_rate_decides_after_first_correct_answer(
     rates: Sequence[float], losses: Sequence[float], outcome: Outcome, kept_step: int
 ) -> None:
     train = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
@@ -280,7 +280,7 @@ def test_wrong_labels_are_the_cause_of_a_run_without_gain() -> None:
     assert (learned.outcome, learned.cause) == ("learned", "")
 
 
-def test_a_weak_reader_with_a_new_head_needs_another_base() -> None:
+def test_weak_reader_with_new_head_needs_different_base() -> None:
     lines = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
 
     def reader(f1: float, new_head: bool = True) -> RunVerdict:

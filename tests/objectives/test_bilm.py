@@ -37,7 +37,7 @@ def chat(family_folder: Callable[[str], Path]) -> ChatFormat:
     return load_chat_format(family_folder("elmo"))
 
 
-def test_the_most_frequent_words_are_told_apart(chat: ChatFormat) -> None:
+def test_vocabulary_has_most_frequent_words(chat: ChatFormat) -> None:
     words = BiLM(vocabulary=7).fit(ROWS, chat).words
     assert words == ("[UNK]", "[S]", "[/S]", "dog", "The", "cat", "the")
     assert BiLM(vocabulary=7).fit(ROWS[::-1], chat).words == words
@@ -59,7 +59,7 @@ def test_targets_are_the_words_beside_each_word(chat: ChatFormat) -> None:
         assert example.weight == 2 * (len(sentence) - 1)
 
 
-def test_pieces_begin_with_words_and_lose_nothing(chat: ChatFormat) -> None:
+def test_pieces_start_at_words_and_keep_all_tokens(chat: ChatFormat) -> None:
     objective = BiLM(sequence_length=10).fit(ROWS, chat)
     examples = [objective.encode(row, row.line, chat) for row in ROWS]
     pieces = objective.pack(examples, 100)
@@ -74,7 +74,7 @@ def test_pieces_begin_with_words_and_lose_nothing(chat: ChatFormat) -> None:
     assert sum(len(piece) for piece in objective.pack([long], 100)) < len(long)
 
 
-def test_loss_and_gradients_are_those_of_the_network_s_own_logits(
+def test_loss_and_gradients_match_network_logits(
     chat: ChatFormat, family_folder: Callable[[str], Path]
 ) -> None:
     objective = BiLM(vocabulary=9).fit(ROWS, chat)
@@ -138,7 +138,7 @@ def test_a_network_from_random_weights_learns_to_predict_words(
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_other_tokenizers_are_refused(family_folder: Callable[[str], Path]) -> None:
+def test_unsupported_tokenizer_is_refused(family_folder: Callable[[str], Path]) -> None:
     with pytest.raises(RecipeError) as refused:
         OBJECTIVES["bilm"]().bind(RunModels(load_chat_format(family_folder("gpt2"))))
     assert refused.value.rule == "objective.tokenizer"

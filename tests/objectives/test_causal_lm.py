@@ -48,7 +48,7 @@ def test_documents_are_joined_and_cut() -> None:
     assert [piece.row for piece in packed] == [0, 1, 2]
 
 
-def test_one_token_left_over_takes_its_neighbour() -> None:
+def test_leftover_token_joins_previous_token() -> None:
     packed = CausalLM(sequence_length=4).pack([document(list(range(9)))], context=100)
     assert [piece.ids_T.tolist() for piece in packed] == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
 
@@ -65,9 +65,7 @@ def test_sequences_are_never_longer_than_the_context() -> None:
 )
 @example([[1, 2], [3, 4, 5]], 4)
 @example([[1, 2], [3, 4]], 3)
-def test_every_token_is_kept_in_order_and_learned_from_something(
-    texts: list[list[int]], size: int
-) -> None:
+def test_packing_keeps_all_tokens_in_order(texts: list[list[int]], size: int) -> None:
     packed = CausalLM(sequence_length=size).pack([document(ids) for ids in texts], 1000)
     stream = [token for ids in texts for token in ids]
     assert [token for piece in packed for token in piece.ids_T.tolist()] == stream

@@ -37,7 +37,7 @@ def test_shares_count_each_class_once_more() -> None:
     assert shares_of(("a", "b"), {"a": 6, "b": 3}, rows=6) == (7 / 8, 4 / 8)
 
 
-def test_the_softmax_of_the_bias_are_the_shares_and_equal_ones_give_zeros() -> None:
+def test_softmax_bias_gives_class_shares() -> None:
     shares = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     bias = torch.tensor(softmax_bias(shares.tolist()), dtype=torch.float64)
     torch.testing.assert_close(bias.softmax(0), shares)
@@ -77,7 +77,7 @@ def test_a_new_tagger_of_every_family_starts_with_the_shares_of_the_tags(
 
 @pytest.mark.parametrize("labels", [("a", "a", "a", "b"), (("a",), ("a", "b"), (), ("a",))])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_classifier_starts_with_the_shares_of_the_classes_where_its_head_has_a_bias(
+def test_new_classifier_starts_with_class_shares(
     family: str, labels: tuple[Any, ...], family_folder: Callable[[str], Path]
 ) -> None:
     folder = family_folder(family)
@@ -101,7 +101,7 @@ def test_a_new_classifier_starts_with_the_shares_of_the_classes_where_its_head_h
         ((("a",), ("b",)), True),
     ],
 )
-def test_rows_say_whether_they_have_several_labels(
+def test_rows_determine_multi_label(
     labels: tuple[Any, ...], several: bool, family_folder: Callable[[str], Path]
 ) -> None:
     chat, rows = load_chat_format(family_folder("bert")), [one_label(label) for label in labels]
@@ -112,7 +112,7 @@ def test_rows_say_whether_they_have_several_labels(
     ] * len(rows)
 
 
-def test_shares_of_the_labelled_rows_are_those_of_semi_supervised_learning(
+def test_semi_supervised_shares_come_from_labelled_rows(
     family_folder: Callable[[str], Path],
 ) -> None:
     rows = [one_label(label) for label in ("a", "a", "a", "b", None, None)]
@@ -121,9 +121,7 @@ def test_shares_of_the_labelled_rows_are_those_of_semi_supervised_learning(
     assert objective.head().bias == softmax_bias((4, 2))
 
 
-def test_a_head_that_the_model_brings_along_stays_as_it_is(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_stored_head_keeps_bias(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     labels = ("O", "B-x", "I-x")
     head = Head("token_classification", labels)
     model: Any = load_model(family_folder("bert"), torch.float32, CPU, head)
@@ -135,7 +133,7 @@ def test_a_head_that_the_model_brings_along_stays_as_it_is(
     assert again.classifier.bias.tolist() == [0.25] * 3
 
 
-def test_nothing_but_the_bias_of_a_new_head_follows_from_the_shares(
+def test_shares_change_only_the_head_bias(
     family_folder: Callable[[str], Path],
 ) -> None:
     states = []
@@ -157,7 +155,7 @@ def test_nothing_but_the_bias_of_a_new_head_follows_from_the_shares(
         ({"labels": ["O", "B-x"], "shares": [1.0, 0.0]}, "between 0 and 1"),
     ],
 )
-def test_shares_that_belong_to_no_labels_are_refused(
+def test_shares_without_labels_are_refused(
     method: str, fields: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError):

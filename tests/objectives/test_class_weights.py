@@ -134,7 +134,7 @@ def first_step(
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "heavy"])
-def test_weights_that_are_none_are_refused(weight: Any) -> None:
+def test_invalid_class_weights_are_refused(weight: Any) -> None:
     for given in ({"fox": weight}, weight):
         with pytest.raises(RecipeError) as refused:
             Recipe.parse(
@@ -146,7 +146,7 @@ def test_weights_that_are_none_are_refused(weight: Any) -> None:
         assert refused.value.setting == "objective.class_weights"
 
 
-def test_other_labels_and_several_labels_are_refused(family_folder: FamilyFolder) -> None:
+def test_class_weights_of_unknown_labels_are_refused(family_folder: FamilyFolder) -> None:
     chat = load_chat_format(family_folder("bert"))
     rows = rows_of("bert")
     with pytest.raises(RecipeError) as refused:
@@ -172,7 +172,7 @@ def test_other_labels_and_several_labels_are_refused(family_folder: FamilyFolder
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
-def test_a_rare_class_is_found_with_it_and_not_without(
+def test_balanced_weights_raise_rare_class_score(
     tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     """The text is unrelated to the class, so only weights make the rare class a good answer."""
@@ -195,7 +195,7 @@ def test_a_rare_class_is_found_with_it_and_not_without(
     assert share["balanced"] == pytest.approx(0.5, abs=0.07)
 
 
-def test_regression_with_weights_is_that_of_rows_that_come_as_often() -> None:
+def test_weighted_regression_equals_repeated_rows() -> None:
     random = torch.Generator().manual_seed(0)
     features_NH = torch.randn(12, 4, generator=random)
     features_NH -= features_NH.mean(0)

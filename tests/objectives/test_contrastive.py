@@ -120,7 +120,7 @@ def nt_xent(side_VH: np.ndarray[Any, Any], classes: list[Any], temperature: floa
 
 
 @pytest.mark.parametrize("labels", ["", "aabbbc"])
-def test_views_of_images_are_contrasted_with_all_others(
+def test_image_views_are_contrasted_within_batch(
     labels: str, family_folder: Callable[[str], Path]
 ) -> None:
     folder, rows = family_folder("small_cnn"), image_rows(labels)
@@ -147,7 +147,7 @@ def test_views_of_images_are_contrasted_with_all_others(
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_labels_that_tell_nothing_are_refused(family_folder: Callable[[str], Path]) -> None:
+def test_invalid_labels_are_refused(family_folder: Callable[[str], Path]) -> None:
     chat, rows = load_chat_format(family_folder("small_cnn")), image_rows("aabbbc")
     with pytest.raises(RowRefused) as refused:
         Contrastive().fit(rows[:2], chat)
@@ -191,7 +191,7 @@ def test_views_are_drawn_in_training_and_else_always_the_same(
     assert all(np.allclose(view, plain.array()[:, :, ::-1]) for view in both)
 
 
-def test_a_network_that_learned_by_contrast_learns_labels_from_few(
+def test_contrastive_pretraining_helps_few_label_training(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 60, (24, 9, 7), dtype=np.uint8)
@@ -216,7 +216,7 @@ def test_a_network_that_learned_by_contrast_learns_labels_from_few(
     assert answers.scores["accuracy"] > 0.9
 
 
-def test_pairs_that_share_a_side_are_not_told_apart(
+def test_pairs_with_shared_side_are_not_contrasted(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = Contrastive(temperature=0.1)
@@ -404,9 +404,7 @@ def test_single_texts_are_learned_under_dropout(
     assert refused.value.rule == "objective.dropout"
 
 
-def test_partners_find_each_other_after_training(
-    tmp_path: Path, family_folder: Callable[[str], Path]
-) -> None:
+def test_trained_partners_rank_first(tmp_path: Path, family_folder: Callable[[str], Path]) -> None:
     data = tmp_path / "pairs.jsonl"
     lines = [{"anchor": a, "positive": b} for a, b in PAIRS]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -439,7 +437,7 @@ def test_a_partner_longer_than_the_context_is_seen(
     assert [problem.line for problem in caught.value.problems] == [1, 2]
 
 
-def test_the_threshold_is_what_few_other_pairs_are_above(
+def test_threshold_matches_false_alarm_rate(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = Contrastive(false_alarms=0.25)

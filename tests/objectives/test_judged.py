@@ -119,7 +119,7 @@ def test_ppo_learns_from_a_model_of_this_machine(
     assert len(set(texts)) > 1
 
 
-def test_a_judge_that_goes_silent_follows_the_policy(tuned: Any, endpoint: Any) -> None:
+def test_silent_judge_follows_error_policy(tuned: Any, endpoint: Any) -> None:
     first = 1 + PROMPTS * 4 + len(WORDS)  # a trial, the first look, the measurement before step 1
     endpoint.answer = lambda asked: f"Score: {score_of(asked)}"
     endpoint.action = lambda asked: "ok" if len(endpoint.asked) <= first // 2 else (500, {})
@@ -133,7 +133,7 @@ def test_a_judge_that_goes_silent_follows_the_policy(tuned: Any, endpoint: Any) 
     assert sum(line.get("ungraded", 0) for line in notes.lines) > 0
 
 
-def test_what_cannot_judge_is_refused_before_training(
+def test_unusable_judge_is_refused_before_training(
     tuned: Any, endpoint: Any, key: str, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = {"model": f"{endpoint.url}#big", "retries": 0}

@@ -70,7 +70,7 @@ def random_edges(nodes: int, vocabulary: int) -> Edges:
 
 @pytest.mark.parametrize("chunk", [1, 4, 128])
 @pytest.mark.parametrize(("fill", "cap"), [(0, None), (5, None), (0, 2.0)])
-def test_loss_and_gradients_are_those_of_the_formula(
+def test_loss_and_gradients_match_formula(
     chunk: int, fill: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_TRAINED", chunk)
@@ -112,7 +112,7 @@ def test_two_choices_of_equal_logit_cost_ln_two() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_frozen_tensor_has_no_gradient(frozen: str) -> None:
     edges = random_edges(nodes=24, vocabulary=11)
     torch.manual_seed(0)
     hidden = torch.randn(24, 6, requires_grad=frozen != "hidden")
@@ -124,7 +124,7 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     assert still.grad is None
 
 
-def test_a_batch_without_loss_is_worth_nothing() -> None:
+def test_empty_batch_has_zero_loss() -> None:
     hidden = torch.randn(4, 6, requires_grad=True)
     batch = SimpleNamespace(
         source_S=torch.zeros(0, dtype=torch.int64),
@@ -155,7 +155,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("trained", "rows"), [(False, 128), (True, 512)])
-def test_logits_exist_for_one_chunk_at_a_time(trained: bool, rows: int) -> None:
+def test_logits_exist_only_for_single_chunks(trained: bool, rows: int) -> None:
     edges = [(parent, parent % 50, 1.0) for parent in range(1000)]
     head = torch.randn(50, 6, requires_grad=trained)
     network = Head(torch.randn(1000, 6, requires_grad=True), head)
@@ -164,7 +164,7 @@ def test_logits_exist_for_one_chunk_at_a_time(trained: bool, rows: int) -> None:
     assert seen.rows == rows
 
 
-def test_small_terms_are_not_lost_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_terms_survive_large_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "CHUNK", 1)
     # In float32, 2**23 + 0.25 is 2**23.
     edges = [(0, 0, 2.0**24), *[(parent, 0, 0.25) for parent in range(1, 401)]]
@@ -175,7 +175,7 @@ def test_small_terms_are_not_lost_beside_a_large_one(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.7, None), (0.7, 2.0)])
 @pytest.mark.parametrize("chunk", [1, 4, 128])
-def test_each_token_has_its_log_probability_and_gradient(
+def test_token_log_probabilities_and_gradients(
     chunk: int,
     temperature: float,
     cap: float | None,

@@ -139,7 +139,7 @@ DPO_CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
 
 @pytest.mark.parametrize("budget", [1000, 40])
 @pytest.mark.parametrize("case", DPO_CASES)
-def test_dpo_is_its_formula_on_padded_rows(
+def test_dpo_matches_formula_on_padded_rows(
     case: str, budget: int, family_folder: Callable[[str], Path]
 ) -> None:
     fields, formula = DPO_CASES[case]
@@ -169,7 +169,7 @@ def test_dpo_is_its_formula_on_padded_rows(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "palm"])
-def test_rewards_known_ahead_change_nothing(
+def test_precomputed_reference_gives_equal_loss(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     objective = DPO()
@@ -205,7 +205,7 @@ def test_at_the_start_the_loss_is_ln_2_and_every_pair_a_tie(
     assert metrics["accuracy"] == pytest.approx(0.5)  # either may be the better one
 
 
-def test_orpo_is_its_formula_on_padded_rows(family_folder: Callable[[str], Path]) -> None:
+def test_orpo_matches_formula_on_padded_rows(family_folder: Callable[[str], Path]) -> None:
     objective = ORPO(odds_weight=0.3)
     setup = Setup(family_folder("llama"), objective)
     examples = encoded(objective, setup.chat)
@@ -258,7 +258,7 @@ def kto_expected(setup: Setup, examples: Sequence[Example], objective: KTO) -> T
 
 
 @pytest.mark.parametrize("budget", [1000, 40])
-def test_kto_is_its_formula_on_padded_rows(
+def test_kto_matches_formula_on_padded_rows(
     budget: int, family_folder: Callable[[str], Path]
 ) -> None:
     objective = KTO(desirable_weight=1.2, undesirable_weight=0.7, beta=0.3)
@@ -299,7 +299,7 @@ def test_mismatched_answers_are_never_longer_than_the_batch() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_the_reward_model_is_its_formula(family: str, family_folder: Callable[[str], Path]) -> None:
+def test_reward_model_matches_formula(family: str, family_folder: Callable[[str], Path]) -> None:
     objective = RewardModel(margin=0.3, centering=0.01)
     folder = family_folder(family)
     torch.manual_seed(3)
@@ -324,7 +324,7 @@ def test_the_reward_model_is_its_formula(family: str, family_folder: Callable[[s
 
 
 @pytest.mark.skipif(not TRL.exists(), reason="TRL's environment (.venv-trl) is not there")
-def test_losses_are_those_of_trl(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_losses_match_trl(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = family_folder("llama")
     setup = Setup(folder, DPO())
     chat = setup.chat
@@ -451,7 +451,7 @@ def test_two_ranked_answers_are_learned_as_by_dpo(family_folder: Callable[[str],
     torch.testing.assert_close(losses[0][1], losses[1][1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_cut_ranking_keeps_all_its_answers_or_weighs_nothing(
+def test_truncated_ranking_keeps_all_answers_or_has_no_weight(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = ListwiseDPO()

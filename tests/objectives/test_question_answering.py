@@ -78,9 +78,7 @@ def test_windows_cover_the_context_and_keep_the_answer_in_place(network: Network
     assert overlap == [6] * len(overlap)
 
 
-def test_the_loss_is_that_of_transformers(
-    network: Network, family_folder: Callable[[str], Path]
-) -> None:
+def test_loss_matches_transformers(network: Network, family_folder: Callable[[str], Path]) -> None:
     torch.manual_seed(0)  # the head of the fixture
     own: Any = load_model(family_folder("bert"), torch.float32, CPU, QuestionAnswering().head())
     own.eval()
@@ -154,7 +152,7 @@ def test_the_best_span_of_all_windows_is_the_answer(
     assert 0 < found["score"] <= 1
 
 
-def test_a_question_that_leaves_no_room_is_refused(network: Network) -> None:
+def test_question_longer_than_window_is_refused(network: Network) -> None:
     row = AnsweredQuestion("f", 1, "what " * 40, "Paris")
     with pytest.raises(RowRefused) as refused:
         QuestionAnswering(window=32).encode(row, 0, network.chat)
@@ -165,7 +163,7 @@ def test_a_question_that_leaves_no_room_is_refused(network: Network) -> None:
 
 
 @pytest.mark.parametrize(("unit", "start"), [("UTF-16", 9), ("bytes", 13)])
-def test_positions_that_do_not_count_characters(unit: str, start: int, tmp_path: Path) -> None:
+def test_answer_positions_in_bytes_are_refused(unit: str, start: int, tmp_path: Path) -> None:
     answers = {"text": ["ha"], "answer_start": [start]}
     row = {"question": "What?", "context": "ha 🚲🚲, ha ha", "answers": answers}
     path = tmp_path / "rows.jsonl"
@@ -211,7 +209,7 @@ def test_an_edited_context_keeps_the_answer_in_place() -> None:
     assert (edited.answers, edited.starts) == (("Bob", "Bob"), (13, 21))
 
 
-def test_scores_are_those_of_squad() -> None:
+def test_scores_match_squad() -> None:
     rows = [
         AnsweredQuestion("f", 1, "q", "The Eiffel Tower, Paris", ("Eiffel Tower",), (4,)),
         AnsweredQuestion("f", 2, "q", "red brown fox", ("brown fox",), (4,)),

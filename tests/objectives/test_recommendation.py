@@ -37,7 +37,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_a_history_is_read_with_the_latest_first_and_written_as_it_was(tmp_path: Path) -> None:
+def test_history_is_encoded_latest_first_and_written_unchanged(tmp_path: Path) -> None:
     record = {"history": ["a", "b c"], "item": "d"}
     (row,) = load_rows(write(tmp_path / "rows.jsonl", [record]))
     assert isinstance(row, History) and isinstance(row, TextPair)
@@ -48,7 +48,7 @@ def test_a_history_is_read_with_the_latest_first_and_written_as_it_was(tmp_path:
     assert other.shape == "messages"
 
 
-def test_people_who_come_to_one_item_are_not_kept_on_one_side(tmp_path: Path) -> None:
+def test_users_with_shared_item_are_not_grouped(tmp_path: Path) -> None:
     wanted = ["the same"] * 3 + ["one", "two", "three", "four"]
     texts = [" ".join(f"{word}{n * 7}" for word in KINDS) for n in range(7)]
     both = [*zip(texts, wanted, strict=True)]

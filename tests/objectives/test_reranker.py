@@ -111,7 +111,7 @@ def test_rows_become_labelled_pairs() -> None:
     assert Reranker().regroup(pair_rows()) == pair_rows()
 
 
-def test_negatives_are_mined_among_the_other_positives() -> None:
+def test_negatives_are_mined_from_positives_of_different_queries() -> None:
     texts = ["the quick fox is here", "a fox jumps", "a dog sleeps", "the card is late"]
     given: list[Row] = [
         TextPair("f", n, "where is the fox", text) for n, text in enumerate(texts[:2])
@@ -126,7 +126,7 @@ def test_negatives_are_mined_among_the_other_positives() -> None:
     assert len(Reranker(hard_negatives=0).regroup(given)) == 4
 
 
-def test_rows_that_teach_nothing_are_refused(family_folder: FamilyFolder) -> None:
+def test_rows_without_contrast_are_refused(family_folder: FamilyFolder) -> None:
     chat = load_chat_format(family_folder("bert"))
     with pytest.raises(RowRefused) as caught:
         Reranker().fit(pair_rows((1.0,) * 6), chat)
@@ -151,7 +151,7 @@ def test_labelled_pairs_of_a_table_are_checked(tmp_path: Path, family_folder: Fa
     assert report.findings.exit_code == 0 and learned > len(TRIPLES)  # with mined negatives
 
 
-def test_a_ranking_is_scored_by_its_gains() -> None:
+def test_ranking_scores_match_gains() -> None:
     found = Ranking.of([0.1, 0.9, 0.5], [1, 0, 0])
     assert found is not None and found.rank == 3 and found.ndcg == pytest.approx(0.5)
     assert Ranking.of([0.5, 0.5], [1, 0]).rank == 2  # type: ignore[union-attr]

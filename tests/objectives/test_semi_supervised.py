@@ -116,7 +116,7 @@ def test_labels_spread_as_by_the_inverse(
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "llama", "t5", "xlnet"])
-def test_labels_are_those_of_the_texts_however_they_are_read(
+def test_propagated_labels_are_independent_of_batch_and_order(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     network, objective, examples = ready(family_folder(family), SemiSupervised(threshold=0.0))
@@ -176,7 +176,7 @@ def test_the_loss_of_a_step_whole_and_in_parts(
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_a_step_without_any_label_moves_nothing(family_folder: Callable[[str], Path]) -> None:
+def test_step_without_labels_has_zero_gradient(family_folder: Callable[[str], Path]) -> None:
     network, objective, examples = ready(family_folder("bert"), SemiSupervised())
     bare = examples[len(LABELLED) :]
     total, weight, gradients, _ = total_and_gradients(network, objective, bare, 40)
@@ -209,7 +209,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_from_two_files_to_a_model_that_answers(
+def test_model_from_labelled_and_unlabelled_files_predicts(
     files: tuple[Path, Path], family_folder: Callable[[str], Path]
 ) -> None:
     labelled, texts = files
@@ -235,7 +235,7 @@ def test_from_two_files_to_a_model_that_answers(
     assert [answer["label"] for answer in answers] == ["animal", "bank"]
 
 
-def test_what_it_cannot_learn_from_is_refused(
+def test_unsuitable_data_is_refused(
     files: tuple[Path, Path], family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     labelled, texts = files
@@ -268,7 +268,7 @@ def dense(points_NH: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("neighbours", [1, 3, 11])
 @pytest.mark.parametrize("chunk", [5, 1024])
-def test_the_graph_is_that_of_dense_algebra(
+def test_neighbour_graph_matches_dense_algebra(
     neighbours: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(semi_supervised, "CHUNK", chunk)
@@ -278,7 +278,7 @@ def test_the_graph_is_that_of_dense_algebra(
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.9, 0.99])
-def test_labels_are_those_of_the_inverse(alpha: float) -> None:
+def test_propagated_labels_match_matrix_inverse(alpha: float) -> None:
     known = torch.full((30,), -1)
     known[:4] = torch.tensor([2, 0, 1, 2])
     one = torch.zeros(30, 3, dtype=torch.float64)
@@ -289,7 +289,7 @@ def test_labels_are_those_of_the_inverse(alpha: float) -> None:
     assert torch.allclose(found.double(), wanted, atol=5e-3)
 
 
-def test_what_no_label_reaches_stays_empty() -> None:
+def test_unreached_rows_stay_empty() -> None:
     apart = torch.eye(6)[[0, 0, 1, 1]]
     found = propagate(neighbour_graph(apart, 1), torch.tensor([0, -1, -1, -1]), 2, 0.9)
     assert found.tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]

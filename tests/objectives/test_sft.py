@@ -53,7 +53,7 @@ def learned_text(example: Example, tokenizer: Any) -> str:
     return str(tokenizer.decode(example.ids_T[example.weight_T > 0]))
 
 
-def test_a_pair_learns_its_completion_and_its_end(chat: ChatFormat) -> None:
+def test_pair_learns_completion_and_end(chat: ChatFormat) -> None:
     example = SFT().encode(PromptCompletion("f", 1, prompt="Yes or no?", completion="yes"), 7, chat)
     assert learned_text(example, chat.tokenizer) == "yes<|im_end|>"
     assert set(example.weight_T.tolist()) == {0.0, 1.0} and example.weight_T.dtype == np.float32
@@ -75,7 +75,7 @@ FORGETS = (
 """Template that drops the reasoning of earlier turns."""
 
 
-def test_rewritten_turns_are_sequences_of_one_row(
+def test_rewritten_turns_are_sequences_of_same_row(
     new_tokenizer: Callable[..., Any], tiny_llama: Callable[..., Any]
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(FORGETS))

@@ -60,7 +60,7 @@ def test_source_and_target_hold_the_whole_text(size: int) -> None:
     assert seen.weight == example.weight  # what the engine counts before spans are drawn
 
 
-def test_share_and_length_of_spans_are_those_asked_for() -> None:
+def test_spans_match_requested_density_and_length() -> None:
     chosen, (example,) = pieces(200, noise_density=0.15, mean_span_length=3.0)
     (seen,) = chosen.views([example], "random")
     taken = [token for token in seen.ids_T[1:-1].tolist() if token not in SENTINELS]
@@ -68,7 +68,7 @@ def test_share_and_length_of_spans_are_those_asked_for() -> None:
     assert len(taken) == 30 and marks == list(SENTINELS[:10])
 
 
-def test_spans_are_drawn_anew_in_training_and_never_for_measuring() -> None:
+def test_spans_vary_in_training_and_repeat_in_validation() -> None:
     chosen, examples = pieces(64, count=3)
     torch.manual_seed(1)
     first, second = (chosen.views(examples, "random") for _ in range(2))
@@ -102,7 +102,7 @@ def test_pieces_with_more_spans_than_sentinels_are_refused() -> None:
     assert refused.value.rule == "objective.sentinels"
 
 
-def test_sentinels_come_from_the_tokenizer_and_other_networks_are_refused(
+def test_sentinels_come_from_tokenizer(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("t5"))

@@ -79,7 +79,7 @@ def test_the_first_step_begins_where_the_regression_ended(
     assert accuracy(alone, objective, examples) < 0.9
 
 
-def test_classes_that_come_together(family_folder: Callable[[str], Path]) -> None:
+def test_fitted_head_lowers_multi_label_loss(family_folder: Callable[[str], Path]) -> None:
     network, objective, examples, _ = started(family_folder("bert"), several=True)
     alone, *_ = started(family_folder("bert"), several=True, probe=False)
     losses = [mean_loss(objective, each, examples, 2048) for each in (network, alone)]
@@ -92,7 +92,7 @@ def test_the_same_rows_give_the_same_head(family_folder: Callable[[str], Path]) 
     assert torch.equal(heads[0].weight, heads[1].weight)
 
 
-def test_a_network_that_overflows_keeps_its_random_head(
+def test_overflowing_network_keeps_random_head(
     family_folder: Callable[[str], Path],
 ) -> None:
     network, objective, examples, _ = started(family_folder("bert"), probe=False)

@@ -17,7 +17,7 @@ TAGS = ("O", "O", "B-kind", "I-kind")
 ROW = TaggedWords("f", 1, tokens=WORDS, tags=TAGS)
 
 
-def test_a_word_that_the_tokenizer_drops_is_unknown_and_tags_stay_in_place(
+def test_dropped_word_becomes_unknown_and_tags_stay_aligned(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("bert"))

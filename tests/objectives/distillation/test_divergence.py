@@ -45,7 +45,7 @@ def top_k(logp_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("spread", [1.0, 12.0])
-def test_value_and_slope_are_those_of_the_definition(
+def test_divergence_value_and_slope_match_definition(
     kind: str, beta: float, temperature: float, spread: float
 ) -> None:
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_value_and_slope_are_those_of_the_definition(
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 @pytest.mark.parametrize("k", [1, 5, 29])
-def test_the_likeliest_tokens_and_all_others_as_one(kind: str, beta: float, k: int) -> None:
+def test_top_k_divergence_merges_remaining_tokens(kind: str, beta: float, k: int) -> None:
     torch.manual_seed(1)
     student, teacher = 2 * torch.randn(2, 7, 30)
     ids, few = top_k(teacher.double().log_softmax(-1), k)
@@ -87,7 +87,7 @@ def test_the_likeliest_tokens_and_all_others_as_one(kind: str, beta: float, k: i
 
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
-def test_with_all_tokens_nothing_is_lost(kind: str, beta: float) -> None:
+def test_top_k_of_all_tokens_equals_full_divergence(kind: str, beta: float) -> None:
     torch.manual_seed(2)
     student, teacher = torch.randn(2, 7, 30)
     logp = teacher.log_softmax(-1)
@@ -168,7 +168,7 @@ def test_summed_over_chunks_with_the_cross_entropy_of_the_data(
 
 @pytest.mark.skipif(not TRL_PYTHON.exists(), reason="TRL's environment (benchmarks) is not made")
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_numbers_are_those_of_trl(temperature: float) -> None:
+def test_divergence_matches_trl(temperature: float) -> None:
     torch.manual_seed(5)
     student, teacher = 3 * torch.randn(2, 6, 40)
     script = (

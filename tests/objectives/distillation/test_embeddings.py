@@ -73,7 +73,7 @@ def test_the_loss_is_the_angle_to_the_teachers_embedding(
     assert mean_loss(objective, network, examples, 15) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_projection_keeps_what_can_be_kept() -> None:
+def test_projection_preserves_largest_singular_values() -> None:
     torch.manual_seed(0)
     plane = torch.nn.functional.normalize(torch.randn(40, 3) @ torch.randn(3, 12), dim=-1)
     placed, share = project(plane, 3)
@@ -93,7 +93,7 @@ def test_turning_finds_the_way_back() -> None:
 
 
 @pytest.mark.slow
-def test_a_narrow_student_has_its_teachers_cosines(
+def test_narrow_student_learns_teacher_cosines(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM

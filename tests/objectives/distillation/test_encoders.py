@@ -103,7 +103,7 @@ def test_the_triple_loss_row_by_row(
     assert objective.parity_loss(network, examples, budget) > 0
 
 
-def test_a_text_without_a_label_has_a_row_and_a_wrong_one_has_none(
+def test_unlabelled_text_is_encoded_and_unknown_label_refused(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("bert"))
@@ -138,7 +138,7 @@ def tuned(base: Path | str, name: str, rows: list[Row], tmp_path: Path, **object
 
 
 @pytest.mark.slow
-def test_a_narrow_student_learns_from_bare_texts_what_its_teacher_knows(
+def test_narrow_student_learns_from_unlabelled_texts(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     wide, small = family_folder("bert"), narrow(family_folder, tmp_path / "narrow")

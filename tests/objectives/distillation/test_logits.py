@@ -82,7 +82,7 @@ def row_by_row(
 
 @pytest.mark.parametrize(("temperature", "mix"), [(1.0, 0.0), (2.0, 0.3)])
 @pytest.mark.parametrize("budget", [1000, 40])
-def test_loss_and_gradients_are_those_of_padded_rows(
+def test_loss_and_gradients_match_padded_rows(
     budget: int,
     temperature: float,
     mix: float,
@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(
         torch.testing.assert_close(given.grad, wanted.grad, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_a_teacher_as_the_student_has_nothing_to_teach(
+def test_identical_teacher_gives_zero_loss(
     examples: list[Example], tiny_llama: Callable[..., Any]
 ) -> None:
     network = pair(tiny_llama(), tiny_llama())
@@ -136,7 +136,7 @@ def keep(network: Network, learner: LogitDistillation, rows: list[Example], fold
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-def test_kept_on_disk_with_all_tokens_it_is_the_same_loss(
+def test_disk_cache_of_all_tokens_gives_equal_loss(
     divergence: str, examples: list[Example], tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole = objective(divergence=divergence, temperature=2.0, mix=0.1)
@@ -156,7 +156,7 @@ def test_kept_on_disk_with_all_tokens_it_is_the_same_loss(
     )
 
 
-def test_what_is_kept_is_a_lower_bound_and_is_found_again(
+def test_cached_loss_is_a_lower_bound_and_cache_is_reused(
     examples: list[Example],
     tiny_llama: Callable[..., Any],
     tmp_path: Path,
@@ -177,7 +177,7 @@ def test_what_is_kept_is_a_lower_bound_and_is_found_again(
     assert written == [8, 9]  # not for the same rows
 
 
-def test_a_larger_student_is_told(tiny_llama: Callable[..., Any]) -> None:
+def test_student_larger_than_teacher_is_reported(tiny_llama: Callable[..., Any]) -> None:
     notes: list[str] = []
     small = as_network(tiny_llama(num_hidden_layers=1), CPU, torch.float32)
     large = as_network(tiny_llama(), CPU, torch.float32)
@@ -215,7 +215,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("cache_top_k", [None, 32])
-def test_a_student_comes_nearer_to_its_teacher(
+def test_distillation_reduces_loss(
     cache_top_k: int | None,
     data: Path,
     tiny_model_folder: Path,
@@ -241,7 +241,7 @@ class Silent(Reporter):
         raise AssertionError("training began")
 
 
-def test_what_cannot_teach_is_refused_before_training(
+def test_unusable_teacher_is_refused_before_training(
     data: Path,
     tiny_model_folder: Path,
     tiny_llama: Callable[..., Any],

@@ -52,7 +52,7 @@ def pair(student: Any, teacher: Any) -> Network:
     return network
 
 
-def test_the_last_reply_is_what_is_written_anew(chat: ChatFormat) -> None:
+def test_only_the_last_reply_is_replaced(chat: ChatFormat) -> None:
     example = encoded(chat)[2]
     text = chat.tokenizer.decode(prompt_of(example))
     assert "the fox<|im_end|>" in text and text.endswith("<|im_start|>assistant\n")
@@ -99,7 +99,7 @@ def test_answers_are_the_students_own(chat: ChatFormat, tiny_llama: Callable[...
     assert [row.ids_T.tolist() for row in other] != [row.ids_T.tolist() for row in rows]
 
 
-def test_the_share_of_rows_that_are_answered(
+def test_student_share_sets_share_of_sampled_rows(
     chat: ChatFormat, tiny_llama: Callable[..., Any]
 ) -> None:
     network = pair(tiny_llama(), tiny_llama(seed=4))
@@ -135,7 +135,7 @@ def test_an_answer_ends_with_the_context(chat: ChatFormat, tiny_llama: Callable[
     assert max(map(len, rows)) == longest + 3
 
 
-def test_a_student_comes_nearer_on_its_own_answers(
+def test_on_policy_distillation_reduces_loss(
     tiny_model_folder: Path, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     rows = [{"prompt": row.prompt, "completion": row.completion} for row in ROWS[:2]]

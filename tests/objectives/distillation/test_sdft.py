@@ -70,7 +70,7 @@ def divergence(student: Any, teacher: Any, objective: SDFT, example: Example) ->
     return float((own.exp() * (own - shown)).sum())
 
 
-def test_measured_beside_itself_with_the_answer_in_context(
+def test_validation_loss_uses_answer_in_context(
     chat: ChatFormat, tiny_llama: Callable[..., Any]
 ) -> None:
     model, objective, examples = tiny_llama(), SDFT(), encoded(chat)
@@ -143,9 +143,7 @@ def test_both_must_have_room(chat: ChatFormat, tiny_llama: Callable[..., Any]) -
 
 
 @pytest.mark.slow
-def test_a_run_comes_nearer_to_what_it_says_with_the_answer(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_self_distillation_reduces_loss(tiny_model_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": row.prompt, "completion": row.completion} for row in ROWS[:2]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields: dict[str, Any] = {

@@ -31,7 +31,7 @@ def reward(model: Any, answer: Example, beta: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("beta", "gamma"), [(2.0, 1.0), (0.7, 0.0), (10.0, 5.5)])
-def test_loss_and_gradients_are_those_of_the_formula(
+def test_loss_and_gradients_match_formula(
     beta: float, gamma: float, family_folder: Callable[[str], Path]
 ) -> None:
     folder, cpu = family_folder("llama"), torch.device("cpu")

@@ -136,7 +136,7 @@ CASES = [
 
 @pytest.mark.parametrize("budget", [10_000, 24])
 @pytest.mark.parametrize("fields", CASES, ids=str)
-def test_loss_and_gradient_are_those_of_the_formula(
+def test_loss_and_gradient_match_formula(
     fields: dict[str, Any],
     budget: int,
     network: Network,
@@ -251,7 +251,7 @@ def test_groups_of_equal_rewards_give_no_gradient(
 
 
 @pytest.mark.parametrize(("skipped", "divisor"), [(False, 17), (True, 10)])
-def test_groups_that_teach_nothing_count_unless_they_are_left_out(
+def test_equal_groups_count_without_dynamic_sampling(
     skipped: bool, divisor: int, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective = GRPO(num_generations=3, dynamic_sampling=skipped)
@@ -267,7 +267,7 @@ def test_groups_that_teach_nothing_count_unless_they_are_left_out(
     assert nodes == len(prompt) + sum(SIZES[0])
 
 
-def test_a_batch_of_nothing_but_masked_completions_moves_nothing(
+def test_batch_of_masked_completions_has_zero_gradient(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective = GRPO(num_generations=3, mask_truncated=True, beta=0.1)
@@ -292,11 +292,11 @@ def test_several_steps_are_taken_on_the_same_completions(network: Network) -> No
 
 
 @pytest.mark.parametrize("fields", [{"epsilon": 1.5}, {"num_generations": 1}, {"temperature": 0}])
-def test_settings_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         GRPO(**fields)
 
 
-def test_the_reference_costs_nothing_where_it_is_not_asked_for() -> None:
+def test_grpo_uses_reference_only_with_beta() -> None:
     assert not GRPO().uses_reference
     assert GRPO(beta=0.04).uses_reference

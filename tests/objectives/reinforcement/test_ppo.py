@@ -116,7 +116,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("budget", [10_000, 20])
 @pytest.mark.parametrize("fields", CASES, ids=str)
-def test_loss_and_gradient_are_those_of_the_formula(
+def test_loss_and_gradient_match_formula(
     fields: dict[str, Any],
     budget: int,
     network: Network,
@@ -194,7 +194,7 @@ def test_steps_are_epochs_times_minibatches(
     assert rows == [[0, 2], [1]] * 3
 
 
-def test_the_value_head_comes_and_goes(network: Network) -> None:
+def test_value_head_is_added_and_removed(network: Network) -> None:
     names = network.model.state_dict().keys()
     objective = PPO()
     add_modules(network.model, objective.attach(network.model))

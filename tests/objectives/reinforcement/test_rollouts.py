@@ -163,7 +163,7 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
 
 
 @pytest.mark.slow
-def test_what_is_graded_is_said_and_not_thought(thinking_folder: Callable[[str], Path]) -> None:
+def test_grader_sees_text_without_reasoning(thinking_folder: Callable[[str], Path]) -> None:
     """With a rule-based reward, and with a local model as judge."""
     network = network_of(thinking_folder("is opened"))
     objective = GRPO(
@@ -182,7 +182,7 @@ def test_what_is_graded_is_said_and_not_thought(thinking_folder: Callable[[str],
 
 
 @pytest.mark.slow
-def test_ppo_learns_and_leaves_its_value_head_behind(
+def test_ppo_learns_and_stores_no_value_head(
     family_folder: Callable[[str], Path], rows_file: Path
 ) -> None:
     notes = Notes()
@@ -202,7 +202,7 @@ def test_ppo_learns_and_leaves_its_value_head_behind(
     assert luthier.load(result.model_id).generate("Say yes", max_tokens=3) is not None
 
 
-def test_samples_change_with_the_weights_and_only_with_them(tiny_model_folder: Path) -> None:
+def test_samples_change_only_with_weights(tiny_model_folder: Path) -> None:
     network, objective = network_of(tiny_model_folder), GRPO(grader=Share())
     examples = prompts(objective, network)
 
@@ -221,7 +221,7 @@ def test_samples_change_with_the_weights_and_only_with_them(tiny_model_folder: P
 
 
 @pytest.mark.slow
-def test_training_draws_anew_and_measuring_does_not(tiny_model_folder: Path) -> None:
+def test_training_samples_vary_and_validation_samples_repeat(tiny_model_folder: Path) -> None:
     network, objective = network_of(tiny_model_folder), GRPO(grader=Share())
     examples = prompts(objective, network)
     network.model.train()
@@ -254,16 +254,14 @@ def test_log_probabilities_of_both_sides_agree_at_any_temperature(tiny_model_fol
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
-def test_a_grader_that_fails_names_the_row(
-    method: str, tiny_model_folder: Path, rows_file: Path
-) -> None:
+def test_failed_grader_is_refused(method: str, tiny_model_folder: Path, rows_file: Path) -> None:
     fields = {"method": method, "grader": "broken"}
     with pytest.raises(GradingFailed) as refused:
         train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=1))
     assert refused.value.rule == "grader.raised"
 
 
-def test_a_grader_that_fails_may_score_0_and_is_counted(
+def test_failed_grader_with_zero_policy_is_counted(
     tiny_model_folder: Path, rows_file: Path
 ) -> None:
     notes = Notes()
@@ -275,7 +273,7 @@ def test_a_grader_that_fails_may_score_0_and_is_counted(
     assert result.steps == 2
 
 
-def test_what_is_never_or_always_rewarded_is_refused_before_training(
+def test_constant_reward_is_refused_before_training(
     tiny_model_folder: Path, rows_file: Path, luthier_home: Path
 ) -> None:
     never = {"method": "grpo", "grader": {"method": "regex", "pattern": "impossible to write"}}
@@ -308,7 +306,7 @@ def course(rewards: Sequence[float], equal: float = 0.0) -> list[dict[str, Any]]
     return [{"step": n + 1, "reward": r, "equal_groups": equal} for n, r in enumerate(rewards)]
 
 
-def test_a_plateau_is_told_and_a_rise_is_not() -> None:
+def test_reward_plateau_gives_advice() -> None:
     wave = [0.02 * (n % 2) for n in range(20)]
     flat, rising = [0.5 + w for w in wave * 2], [0.2 + w for w in wave] + [0.6 + w for w in wave]
     assert "step 40" in advice(course(flat))
@@ -327,9 +325,7 @@ def test_a_note_about_a_plateau_comes_once(
     assert notes.notes.count("flat") == 1
 
 
-def test_a_row_without_what_the_grader_compares_with_is_refused(
-    tiny_model_folder: Path, rows_file: Path
-) -> None:
+def test_row_without_expected_answer_is_refused(tiny_model_folder: Path, rows_file: Path) -> None:
     chat = load_chat_format(tiny_model_folder)
     held = rows_file.with_name("held.jsonl")
     held.write_bytes(rows_file.read_bytes())
@@ -340,7 +336,7 @@ def test_a_row_without_what_the_grader_compares_with_is_refused(
     assert len(caught.value.problems) == 2 * len(WORDS)
 
 
-def test_what_a_reply_is_compared_with_is_never_learned(tiny_model_folder: Path) -> None:
+def test_expected_answer_is_never_learned(tiny_model_folder: Path) -> None:
     chat = load_chat_format(tiny_model_folder)
     objective = GRPO(grader=Number())
     turns = (Message("user", "2 + 2?"), Message("assistant", "4"))
@@ -376,7 +372,7 @@ def test_prompts_alone_choose_no_objective(tiny_model_folder: Path, rows_file: P
     assert refused.value.rule == "row.objective"
 
 
-def test_a_reward_model_with_another_tokenizer_grades(
+def test_reward_model_with_different_tokenizer_grades(
     family_folder: Callable[[str], Path], tiny_model_folder: Path, tmp_path: Path, rows_file: Path
 ) -> None:
     pairs = tmp_path / "pairs.jsonl"
@@ -408,16 +404,14 @@ def test_a_reward_model_with_another_tokenizer_grades(
     assert len({s["reward"] for s in samples}) > 2
 
 
-def test_a_grader_that_is_no_reward_model_is_refused(
-    tiny_model_folder: Path, rows_file: Path
-) -> None:
+def test_grader_without_reward_head_is_refused(tiny_model_folder: Path, rows_file: Path) -> None:
     fields = {"method": "ppo", "grader": {"method": "reward", "model": str(tiny_model_folder)}}
     with pytest.raises(RecipeError) as refused:
         train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=1))
     assert refused.value.rule == "scorer.task"
 
 
-def test_objectives_name_what_they_measure() -> None:
+def test_grpo_and_ppo_measure_reward() -> None:
     assert GRPO().measure == PPO().measure == "reward"
 
 
