@@ -427,7 +427,7 @@ def test_a_form_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> No
     assert [type(row) for row in load_rows(path)] == [PromptCompletion, Conversation]
 
 
-def test_judgements_stay_beside_a_form(tmp_path: Path) -> None:
+def test_rating_next_to_a_form_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "a", "answer": "b", "rating": 3})
     assert load_rows(path)[0].rating == 3.0
 
@@ -457,13 +457,13 @@ def test_a_mapping_replaces_the_form(tmp_path: Path) -> None:
     assert load_rows(path, {"prompt": "input", "completion": "output"})[0].prompt == "1 and 2"
 
 
-def test_columns_beside_a_mapping_are_named(tmp_path: Path) -> None:
+def test_unmapped_columns_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "x", "a": "y", "hint": "z", "id": 1}, {"q": "x", "a": "y", "b": 1})
     _, recognized = recognize(path, {"prompt": "q", "completion": "a"})
     assert recognized.unread == ("hint", "b")
 
 
-def test_columns_may_swap_and_files_may_have_our_names_already(tmp_path: Path) -> None:
+def test_mapping_may_swap_columns_or_accept_standard_names(tmp_path: Path) -> None:
     path = write(tmp_path, {"prompt": "x", "completion": "y"})
     (row,) = load_rows(path, {"prompt": "completion", "completion": "prompt"})
     assert (row.prompt, row.completion) == ("y", "x")
@@ -489,7 +489,7 @@ def test_column_to_ignore_must_exist(tmp_path: Path, load: Callable[..., object]
     assert problem.rule == "column.missing" and "`data.columns.note=`" in problem.advice
 
 
-def test_rows_with_two_texts_are_no_single_text(tmp_path: Path) -> None:
+def test_rows_with_two_text_columns_are_pairs(tmp_path: Path) -> None:
     path = write(tmp_path, {"text_a": "x", "text_b": "y", "label": 1})
     (problem,) = problems_of(path)
     assert "`data.columns.query=text_a`" in problem.advice
@@ -507,7 +507,7 @@ def test_missing_mapped_column_is_reported(tmp_path: Path) -> None:
     assert "`data.columns.prompt=q`" in problem.advice
 
 
-def test_a_misspelt_key_of_ours_in_a_mapping_is_named(tmp_path: Path) -> None:
+def test_misspelt_mapping_key_suggests_correct_key(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "x", "a": "y"})
     (problem,) = problems_of(path, {"promt": "q", "completion": "a"})
     assert "`data.columns.prompt=q`" in problem.advice

@@ -40,7 +40,7 @@ def test_a_batch_depends_on_seed_and_step_alone(
     assert walked.batch(step) == RowOrder(rows, batch_size, seed).batch(step)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_row_order_differs_per_epoch_and_seed() -> None:
     first = RowOrder(100, 100, seed=0)
     assert first.batch(0) != first.batch(1)
     assert first.batch(0) != RowOrder(100, 100, seed=1).batch(0)
@@ -88,7 +88,7 @@ def test_epoch_has_main_rows_once_and_drawn_mixed_rows(
 
 @PROPERTY
 @given(seed, st.integers(1, 20), st.integers(1, 30), st.booleans())
-def test_a_further_set_is_used_up_before_a_row_comes_again(
+def test_mixed_rows_repeat_only_after_the_whole_set(
     seed: int, size: int, drawn: int, shuffle: bool
 ) -> None:
     order = RowOrder(5, 3, seed, shuffle, (MixedSet(size, drawn),))

@@ -42,7 +42,7 @@ def test_prompts_are_a_shape_of_rows(path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_row_s_own_reply_stands_aside(path: Path) -> None:
+def test_completion_of_prompt_row_becomes_expected_reply(path: Path) -> None:
     write(
         path, {"prompt": "a", "completion": "b"}, {"prompt": "c"}, {"prompt": "d", "response": "e"}
     )

@@ -114,7 +114,7 @@ def test_all_problems_of_a_row_are_reported(folder: Path) -> None:
     assert [p.rule for p in found] == ["field.type", "field.empty"]
 
 
-def test_problems_of_reading_and_of_rows_come_in_line_order(folder: Path) -> None:
+def test_parsing_and_row_problems_are_in_line_order(folder: Path) -> None:
     found = problems_of(write(folder, {"text": ""}, b"{", PAIR, {"text": 1}, b"\xff"))
     assert [(p.line, p.rule) for p in found] == [
         (1, "field.empty"),

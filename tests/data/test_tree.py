@@ -122,7 +122,7 @@ def test_edge_weights_are_sums_over_rows(rows: IdsAndWeights) -> None:
     assert tree.edge_child_E.tolist() == sorted(tree.edge_child_E.tolist())
 
 
-def test_same_rows_are_stored_once_and_count_thrice() -> None:
+def test_equal_rows_are_stored_once_with_summed_weight() -> None:
     tree = build_tree(examples_of(SAME))
     assert tree.ids_N.tolist() == [1, 0, 1]
     assert tree.leaf_R.tolist() == [2, 2, 2]
@@ -145,7 +145,7 @@ def test_a_first_token_cannot_carry_loss() -> None:
 
 @PROPERTY
 @given(rows_of_data, st.integers(1, 16))
-def test_padding_adds_lone_roots_and_nothing_else(rows: IdsAndWeights, multiple: int) -> None:
+def test_tree_padding_adds_only_single_roots(rows: IdsAndWeights, multiple: int) -> None:
     tree = build_tree(examples_of(rows))
     wide = pad_tree(tree, multiple)
     size = len(tree)
@@ -187,7 +187,7 @@ def test_rows_with_equal_prompt_share_a_micro_batch() -> None:
     assert sorted(sorted(e.row for e in part) for part in parts) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_texts_beside_images_count_as_rows() -> None:
+def test_split_to_budget_counts_whole_rows() -> None:
     examples = examples_of([((n,) * (n + 3), (0.0,) * (n + 3)) for n in range(6)])
     parts = split_to_budget(examples, 2, whole_rows=True)
     assert [len(part) for part in parts] == [2, 2, 2]

@@ -82,7 +82,7 @@ def test_baselines_without_states_are_left_out() -> None:
     assert [name.split(" ")[0] for name in found.left_out] == ["5", "class", "logistic"]
 
 
-def test_states_of_a_part_of_the_rows_are_said_to_be_so() -> None:
+def test_baseline_name_has_number_of_encoded_rows() -> None:
     train, held = labelled(60), labelled(30)
     found = scores(compared(train, held, states_of(train, held, read=40)))
     assert found["logistic regression on the base model (40 of 60 rows)"] == 1.0
@@ -204,7 +204,7 @@ def test_verdict_reports_better_or_equal_baseline(
     assert not Comparison(measure, 30, 60, made).judge()
 
 
-def test_the_tuned_model_is_held_against_each_on_the_same_rows() -> None:
+def test_tuned_model_is_compared_with_baselines_by_row() -> None:
     train, held = labelled(60), labelled(30)
     fitted = fit_and_score(CLASSIFICATION, train, held, states_of(train, held), ALWAYS)
     assert fitted is not None

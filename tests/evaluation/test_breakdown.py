@@ -77,7 +77,7 @@ def test_slice_without_score_does_not_stand_out() -> None:
     assert [each.stands_out for each in parts] == [False, False]
 
 
-def test_chance_makes_slices_of_the_same_rows_stand_out_once_in_twenty_at_most() -> None:
+def test_random_slices_rarely_stand_out() -> None:
     draw = np.random.default_rng(0)
     wrong = 0
     for _ in range(200):

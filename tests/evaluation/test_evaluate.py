@@ -56,7 +56,7 @@ def expected(rows: Sequence[Row]) -> list[str | None]:
     return [Answer.of(row, "").expected for row in rows]
 
 
-def test_everything_before_the_last_reply_is_asked() -> None:
+def test_questions_have_all_turns_before_last_reply() -> None:
     asked = questions([PAIR, CHAT])
     assert list(asked[0]) == [Message("user", "What?")]
     assert [turn.content for turn in asked[1]] == ["Be brief.", "One?", "1", "Two?"]
@@ -93,7 +93,7 @@ def test_raw_text_has_no_reply() -> None:
     assert refused.value.rule == "row.no_reply"
 
 
-def test_rows_may_only_ask_where_a_grader_needs_no_reply(tmp_path: Path) -> None:
+def test_prompt_rows_need_graders_without_expected_reply(tmp_path: Path) -> None:
     """Templates can name any key of the prompts."""
     data = tmp_path / "rows.jsonl"
     chat = {"messages": [{"role": "user", "content": "Hi"}], "name": "Ann"}
@@ -239,12 +239,12 @@ def test_check_refuses_rows_unfit_for_grader() -> None:
     assert [problem.line for problem in caught.value.problems] == [1]
 
 
-def test_there_must_be_a_reply_for_each_row() -> None:
+def test_missing_reply_is_an_error() -> None:
     with pytest.raises(ValueError):
         grade([PAIR, CHAT], ["one"], {"exact": Exact()})
 
 
-def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_evaluate_generates_and_grades_replies(tiny_model_folder: Path, tmp_path: Path) -> None:
     """All expected replies but the second are the model's own replies."""
     model = luthier.load(str(tiny_model_folder))
     prompts = ["say fox", "say dog", "say cat"]

@@ -65,12 +65,12 @@ def test_agreement_of_fair_and_biased_judges() -> None:
     assert long.plain()["scores"]["prefers_longer"] == 1
 
 
-def test_equal_replies_are_a_tie_and_a_verdict_without_scores_counts_for_neither() -> None:
+def test_equal_or_unscored_replies_are_a_tie() -> None:
     asked: list[Sequence[Message]] = []
 
     def writer(conversations: Conversations) -> list[str]:
         asked.extend(conversations)
-        half = len(conversations) // 2  # half of the conversations have the reversed order
+        half = len(conversations) // 2  # the second half has the reversed order
         return ["Reply 1: 9\nReply 2: 3"] * half + ["no idea"] * half
 
     (answers, same) = check_pairs(rows([("a", "b"), ("c", "d")]))
@@ -104,7 +104,7 @@ def test_rows_without_preference_are_refused() -> None:
         check_pairs([])
 
 
-def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
+def test_endpoint_judge_in_agreement_and_comparison(
     endpoint: Any, key: str, tiny_model_folder: Path, tmp_path: Path, luthier_home: Path
 ) -> None:
     def answer(asked: str) -> str:

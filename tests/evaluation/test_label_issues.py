@@ -58,7 +58,7 @@ def test_flipped_labels_are_found_with_likely_label() -> None:
     assert (found.counts.issues, found.counts.rows) == (3, 240)
 
 
-def test_nothing_is_named_where_all_labels_are_right() -> None:
+def test_correct_labels_have_no_issues() -> None:
     points_NH, class_N = clusters(240)
     found = find_label_issues(labelled(class_N), points_NH)
     assert found is not None
@@ -116,7 +116,7 @@ def test_rows_never_vote_for_own_label() -> None:
     assert (np.diag(votes) == 0).all()
 
 
-def test_too_few_rows_say_nothing() -> None:
+def test_label_issues_need_a_minimum_of_rows() -> None:
     points_NH, class_N = flipped()
     few = LEAST_ROWS - 1
     assert find_label_issues(labelled(class_N)[:few], points_NH[:few]) is None

@@ -71,7 +71,7 @@ def test_entities_are_seqeval_s() -> None:
         (["B-a-b", "I-a-b"], {("a-b", 0, 1)}),
     ],
 )
-def test_where_entities_begin_and_end(tags: list[str], expected: set[tuple[str, int, int]]) -> None:
+def test_entities_of_tags(tags: list[str], expected: set[tuple[str, int, int]]) -> None:
     assert entities(tags) == expected
 
 

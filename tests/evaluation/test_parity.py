@@ -133,7 +133,7 @@ def test_the_limit_follows_the_rounding_of_the_base() -> None:
     assert not measured
 
 
-def test_a_comparison_has_the_divergence_of_both_and_the_first_difference() -> None:
+def test_token_comparison_has_divergence_and_first_difference() -> None:
     one = torch.log(torch.tensor([[0.1, 0.8, 0.1], [0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     other = torch.log(torch.tensor([[0.1, 0.8, 0.1], [0.25, 0.5, 0.25], [0.2, 0.7, 0.1]]))
     comparison = TokenComparison()

@@ -66,7 +66,7 @@ def test_partner_ranks_with_equal_embeddings_and_texts() -> None:
     assert partner_ranks(anchors[::-1], anchors, ["a", "b", "a"]).tolist() == [1, 1, 1]
 
 
-def test_the_nearest_come_first_and_in_blocks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_items_match_brute_force_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     items, queries = random.standard_normal((50, 4)), random.standard_normal((7, 4))
     places, scores = nearest(queries, items, 5)
@@ -123,7 +123,7 @@ def bm25(query: str, texts: Sequence[str]) -> list[float]:
     return found
 
 
-def test_words_are_weighed_as_the_formula_says() -> None:
+def test_bm25_index_matches_formula() -> None:
     texts = [
         "the cat sat on the mat and the cat slept",
         "a dog sat by the river",
@@ -152,7 +152,7 @@ def test_reciprocal_rank_fusion_joins_orders() -> None:
     assert reciprocal_rank_fusion([[5, 1], [1]]) == [1, 5]
 
 
-def test_items_are_ranked_by_fame_and_by_company() -> None:
+def test_popularity_and_cooccurrence_ranks() -> None:
     known = ["tea", "cake", "tea", "ale"]
     assert popularity_ranks(known, ["tea", "cake", "ale", "pie"]).tolist() == [1, 3, 3, 4]
     histories = [["tea", "cake"], ["tea", "cake", "jam"], ["ale", "pie"]]
@@ -167,7 +167,7 @@ def test_partner_ranks_count_extra_candidates() -> None:
     assert partner_ranks([[1.0, 0.0]], [[0.7, 0.7]], ["a"], between).tolist() == [2]
 
 
-def test_images_with_several_captions_find_any_of_theirs() -> None:
+def test_pair_ranks_with_several_captions_per_image() -> None:
     # Images a, b; a has two captions, "shared" belongs to both.
     images = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
     texts = [[0.0, -1.0], [0.8, 0.6], [0.8, 0.6], [-1.0, 0.0]]

@@ -11,7 +11,7 @@ from luthier.evaluation.thresholds import choose_threshold, threshold_scores, un
 
 
 @pytest.mark.parametrize(("share", "above"), [(0.0, 0), (0.01, 0), (0.05, 0), (0.2, 3), (0.99, 18)])
-def test_no_more_scores_are_above_than_the_budget_has(share: float, above: int) -> None:
+def test_threshold_respects_false_alarm_budget(share: float, above: int) -> None:
     scores = np.random.default_rng(0).permutation(20) / 7
     found = choose_threshold(scores, share)
     assert found in scores

@@ -37,7 +37,7 @@ def test_errors_are_summed_before_they_are_divided() -> None:
     assert [*scores] == ["cer", "wer", "exact"]
 
 
-def test_too_much_text_is_more_than_all_wrong() -> None:
+def test_error_rates_may_be_above_100_percent() -> None:
     assert character_errors([("abcd", "a")]).value == 3.0
     assert word_errors([("a b c", "a")]).value == 2.0
 

@@ -288,7 +288,7 @@ def test_plain_text_stays_plain_text(tmp_path: Path) -> None:
     assert target.read_text() == "One line\nwith [EMAIL_1]\n"
 
 
-def test_a_dry_run_says_the_same_and_writes_nothing(
+def test_dry_run_reports_equal_result_without_files(
     faulty: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source, _ = faulty

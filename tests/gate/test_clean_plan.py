@@ -56,7 +56,7 @@ def test_every_edit_is_a_field_of_the_plan() -> None:
     assert CleaningPlan.of(every).edits == tuple(EDITS)
 
 
-def test_options_have_the_last_word_over_a_plan_in_a_file(tmp_path: Path) -> None:
+def test_options_override_plan_file(tmp_path: Path) -> None:
     plan = tmp_path / "clean.toml"
     plan.write_text('normalize = true\ndedupe = "near"\ndrop = ["unreadable"]\n')
     rows = [{"text": f"{word} of {n}", "label": "ab"[n % 2]} for n, word in enumerate("pqrstuvw")]

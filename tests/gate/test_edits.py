@@ -34,7 +34,7 @@ def test_equal_items_have_equal_pseudonyms_in_every_spelling() -> None:
     assert "912" not in repr(changes) and "corp" not in repr(redactor)
 
 
-def test_all_texts_of_a_row() -> None:
+def test_redaction_covers_all_fields_of_row() -> None:
     turn = Message("user", "I am a@corp.io")
     answer = Message("assistant", "Hello a@corp.io")
     changed, changes = Redactor().redact(
@@ -108,7 +108,7 @@ def a_call(**arguments: object) -> Row:
     return Conversation("f", 1, messages=turns)
 
 
-def test_reasoning_and_arguments_of_calls_are_redacted_and_nothing_else_of_a_turn_changes() -> None:
+def test_reasoning_and_call_arguments_are_redacted() -> None:
     row, changes = Redactor().redact(a_call(to=["ann@corp-mail.com"], retries=3))
     assert row.messages is not None
     (call,) = row.messages[1].calls

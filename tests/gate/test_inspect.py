@@ -63,7 +63,7 @@ def test_the_default_base_is_the_recipe_s() -> None:
         ({"nothing": 1}, None, DEFAULT_BASE),
     ],
 )
-def test_where_no_base_is_named_the_rows_decide(
+def test_default_base_depends_on_rows(
     row: dict[str, Any], objective: str | None, base: str, tmp_path: Path
 ) -> None:
     data = written(tmp_path / "rows.jsonl", row)
@@ -152,7 +152,7 @@ def test_a_plain_text_has_no_row_without_text(tmp_path: Path, tiny_model_folder:
         ([{"prompt": "q", "completion": "a", "label": n > 1} for n in range(3)], [], {}),
     ],
 )
-def test_the_objective_judges_all_rows_together_as_a_job_does(
+def test_objective_checks_all_rows_like_a_job(
     tmp_path: Path,
     tiny_model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

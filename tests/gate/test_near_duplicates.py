@@ -77,7 +77,7 @@ def test_long_text_with_few_shingles_is_sketched_whole() -> None:
     assert found.counts_N.tolist() == [2, 1, 1] and found.whole_N.all()
 
 
-def test_short_texts_resemble_only_themselves() -> None:
+def test_short_texts_are_similar_only_if_equal() -> None:
     assert measured(["yes", "no", "yes", "yes!", ""]).tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 

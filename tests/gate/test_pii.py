@@ -127,7 +127,7 @@ def test_national_insurance_numbers(text: str) -> None:
     assert found(text.replace("AB", "QQ")) == []
 
 
-def test_citizen_ids_of_vietnam_have_a_province_a_century_and_a_year() -> None:
+def test_vietnamese_citizen_id_needs_province_century_and_year() -> None:
     assert is_cccd("001099012345")  # Hà Nội, a man born in 1999
     assert is_cccd("079305000001")  # Hồ Chí Minh City, a woman born in 2005
     assert not is_cccd("003099012345")  # no province

@@ -54,7 +54,7 @@ def test_invalid_policy_file_is_refused(tmp_path: Path, text: str, setting: str 
     assert refused.value.setting == setting
 
 
-def test_an_option_needs_both_sides() -> None:
+def test_severity_option_needs_name_and_value() -> None:
     assert parse_severity("row.too_long = off") == {"row.too_long": "off"}
     with pytest.raises(RecipeError) as refused:
         parse_severity("row.too_long")

@@ -90,7 +90,7 @@ def report(tmp_path: Path, tiny_model_folder: Path) -> Report:
     return a_report(tmp_path, str(tiny_model_folder))
 
 
-def test_nothing_in_the_data_becomes_part_of_the_page(report: Report) -> None:
+def test_page_escapes_markup_in_data(report: Report) -> None:
     page = report.html()
     tags = Tags(page).found
     assert not {"script", "img", "iframe", "object", "form", "link"} & {tag for tag, _ in tags}
@@ -144,7 +144,7 @@ def test_terminal_report_escapes_control_characters(report: Report) -> None:
     assert "train, line 2" not in text
 
 
-def test_learned_text_stands_in_brackets_where_there_are_no_colours(
+def test_learned_text_has_brackets_without_colours(
     report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shown(**options: Any) -> str:
@@ -181,7 +181,7 @@ def test_rows_of_several_files_are_shown_with_their_file(
 
 
 @pytest.mark.parametrize("last", ["a", ["a"], ["a", "b"], []])
-def test_a_model_of_several_labels_per_row_is_said(
+def test_report_names_multi_label_classification(
     tmp_path: Path, family_folder: Callable[[str], Path], last: str | list[str]
 ) -> None:
     rows = [{"text": f"the dog {n}", "label": "ab"[n % 2]} for n in range(9)]
@@ -314,7 +314,7 @@ def written(path: Path, *rows: Any) -> Path:
     return path
 
 
-def test_every_fix_is_of_a_rule_there_is_and_makes_a_plan() -> None:
+def test_every_fix_has_a_known_rule_and_valid_plan() -> None:
     rules = all_rules()
     kinds = ("privacy.", "secret.")
     assert not [rule for rule in FIXES if rule not in rules and not rule.startswith(kinds)]
@@ -331,7 +331,7 @@ def test_rules_about_whole_sets_are_not_proposed_for_drop() -> None:
     assert not [name for name in dropped if name in rules and rules[name].whole]
 
 
-def test_the_command_names_each_fix_once_and_held_out_rows_where_they_are_needed() -> None:
+def test_clean_command_has_each_fix_once_with_held_out_file() -> None:
     found = Findings()
     report = Report({"train": ["a.jsonl"], "test": ["t.jsonl"]}, {"train": 20}, found, base="m")
     rules = all_rules()
@@ -356,7 +356,7 @@ def test_the_command_names_each_fix_once_and_held_out_rows_where_they_are_needed
     }  # fmt: skip
 
 
-def test_no_line_of_a_time_series_is_proposed_to_be_dropped() -> None:
+def test_time_series_lines_are_not_proposed_for_drop() -> None:
     found = Findings()
     found.add(Finding(all_rules()["window.value"], Place("a.csv", 51), "x"))
     report = Report({"train": ["a.csv"]}, {"train": 397}, found)
@@ -364,7 +364,7 @@ def test_no_line_of_a_time_series_is_proposed_to_be_dropped() -> None:
     assert [command for _, command in next_steps(report)] == [""]
 
 
-def test_nothing_is_dropped_where_no_row_would_be_left() -> None:
+def test_drop_is_not_proposed_for_all_rows() -> None:
     found, rule = Findings(), all_rules()["field.missing"]
     found.add(Finding(rule, Place("a.jsonl", 1), "x"))
     files = {"train": ["a.jsonl"]}
@@ -381,7 +381,7 @@ def test_frequent_finding_is_not_proposed_for_drop() -> None:
     assert "--drop label.contradiction" in cleaning_command(Report(files, {"train": 300}, found))
 
 
-def test_targets_stand_beside_their_file(tmp_path: Path) -> None:
+def test_clean_target_is_next_to_source_file(tmp_path: Path) -> None:
     file = written(tmp_path / "a.csv", {})
     assert target_of(str(file)) == str(tmp_path / "a-clean.csv")
     assert target_of(str(tmp_path)) == f"{tmp_path.name}-clean.jsonl"

@@ -160,9 +160,7 @@ def test_rows_are_quoted_from_their_lines(tmp_path: Path) -> None:
     assert "please call 02" in report.html() and "7946 0958" not in report.html()
 
 
-def test_only_the_first_rows_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_first_rows_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "QUOTED_ROWS", 3)
     data = write(tmp_path / "a.jsonl", "one", TEXT, "two", TEXT, "x" * 30, "y", "x" * 30)
     found = luthier.inspect(data, base=None).findings.examples["duplicate.exact"]

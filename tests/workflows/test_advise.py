@@ -68,7 +68,7 @@ def test_advise_compares_encoder_with_simple_baselines(labelled: Path, family_fo
     assert [each["technique"] for each in found["techniques"]][1] == "simple baselines"
 
 
-def test_without_a_trial_nothing_is_trained(labelled: Path, tiny_model_folder: Path) -> None:
+def test_advise_without_trial_trains_no_model(labelled: Path, tiny_model_folder: Path) -> None:
     found = asked(labelled, "--base", tiny_model_folder, "--trial", 0)
     evidence = found["facts"]["evidence"]
     assert evidence["trial_steps"] == 0
@@ -90,9 +90,7 @@ def test_advise_without_text_names_inspect_and_estimate(tmp_path: Path, kind: st
     assert not list((tmp_path / "models").glob("*")), "a base was fetched"
 
 
-def test_refused_data_is_advice_and_no_row_is_an_error(
-    tmp_path: Path, tiny_model_folder: Path
-) -> None:
+def test_advise_on_refused_or_unreadable_data(tmp_path: Path, tiny_model_folder: Path) -> None:
     rows = [{"prompt": "q", "completion": "a"}] * 3
     data = write(tmp_path / "rows.jsonl", [*rows, {"prompt": "q", "completion": ""}])
     found = asked(data, "--base", tiny_model_folder)

@@ -262,7 +262,7 @@ def test_second_command_for_same_output_is_refused(source: Path, tmp_path: Path)
         run(source, output, 1)
 
 
-def test_files_of_somebody_else_stay(source: Path, tmp_path: Path) -> None:
+def test_foreign_files_in_shards_folder_are_preserved(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     kept = shards_folder(output) / "notes.txt"
     kept.parent.mkdir()
@@ -293,7 +293,7 @@ def test_lines_are_packed_by_the_ending_of_the_output(source: Path, tmp_path: Pa
     assert gzip.decompress(output.read_bytes()).decode() == expected(source)
 
 
-def test_processes_are_as_many_as_memory_and_shards_have_room_for() -> None:
+def test_processes_are_limited_by_memory_and_shards() -> None:
     runner = InferenceRunner()
     with pytest.raises(RecipeError):
         runner.plan_processes(1, 1 << 50, 10)
@@ -301,7 +301,7 @@ def test_processes_are_as_many_as_memory_and_shards_have_room_for() -> None:
     assert (processes, threads) == (1, len(os.sched_getaffinity(0)))
 
 
-def test_fields_beside_prompts_are_made_json_before_anything_is_written() -> None:
+def test_extra_fields_are_converted_to_json() -> None:
     task = GenerateTask(model="x", source="rows.parquet", sampling=Sampling())
     rows = [
         InputRow(

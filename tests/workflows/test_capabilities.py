@@ -137,7 +137,7 @@ def test_catalogue_parameters_match_model_shape(name: str) -> None:
     assert sum(weight.numel() for weight in model.parameters()) == entry.parameters
 
 
-def test_a_base_of_time_series_is_not_said_to_read_images_or_sounds() -> None:
+def test_time_series_verdicts_do_not_mention_images() -> None:
     reasons = {each.reason for each in capabilities("small-window-vae").verdicts if each.reason}
     assert not any("images or sounds" in each for each in reasons)
 

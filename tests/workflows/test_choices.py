@@ -82,7 +82,7 @@ def test_choice_likelihoods_match_separate_forward_passes(base: str, tmp_path: P
     assert 0 < found.scores["accuracy"] < 1
 
 
-def test_a_cloze_is_right_where_each_token_is_the_likeliest(base: str, tmp_path: Path) -> None:
+def test_cloze_is_correct_if_greedy_generation_matches(base: str, tmp_path: Path) -> None:
     prompt = "The quick brown"
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -140,7 +140,7 @@ def test_invalid_choices_are_refused_with_line(
     assert (problem.line, problem.rule) == (2, rule) and message in problem.message
 
 
-def test_long_prompts_lose_their_beginning_only_where_asked(base: str, tmp_path: Path) -> None:
+def test_long_choice_prompts_are_truncated_only_on_request(base: str, tmp_path: Path) -> None:
     row = {"prompt": "the fox " * 400 + "is", "choices": ["dog", "Paris"], "answer": 0}
     data = write(tmp_path / "c.jsonl", [row])
     with pytest.raises(DataError):

@@ -180,7 +180,7 @@ def test_compare_decoder_with_prompts_and_documents(
 
 
 @pytest.mark.slow
-def test_a_classifier_beside_baselines_by_the_command_line(
+def test_compare_command_with_classifier_and_baselines(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     rows = [
@@ -246,7 +246,7 @@ def test_compare_classifier_with_decoder_base(
 
 
 @pytest.mark.slow
-def test_a_tagger_beside_the_linear_probe_of_each_word(
+def test_compare_tagger_with_linear_probe(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each word has a state, and rows have different numbers of words."""

@@ -143,9 +143,7 @@ def test_pairs_longer_than_context_are_refused(base: str, tmp_path: Path) -> Non
     assert cut.steps > 0
 
 
-def test_an_encoder_does_not_write_and_says_so(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_dpo_on_encoder_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", PAIRS)
     with pytest.raises(RecipeError):
         luthier.tune(data, base=str(family_folder("bert")), name="x", objective="dpo")
@@ -222,7 +220,7 @@ def test_an_endpoint_judges(judged: Any, endpoint: Any, key: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("given", [None, "wrong"])
-def test_without_a_valid_key_nothing_is_answered_first(
+def test_invalid_judge_key_is_refused_before_generation(
     given: str | None, judged: Any, endpoint: Any, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint.known = {key}
@@ -310,9 +308,7 @@ def test_unknown_model_or_encoder_as_judge_is_refused(
     assert done.exit_code == 2
 
 
-def test_an_answer_longer_than_the_judge_reads_is_named(
-    judged: Any, tiny_model_folder: Path
-) -> None:
+def test_judge_prompt_longer_than_context_fails(judged: Any, tiny_model_folder: Path) -> None:
     options = {"model": str(tiny_model_folder), "rubric": "x " * 900}
     done = judged(**options)
     assert done.exit_code == 1

@@ -122,7 +122,7 @@ def test_ruined_model_has_a_regression(base: str, tmp_path: Path) -> None:
     assert [each.name for each in back.improvements] == ["probe"]
 
 
-def test_probes_are_parted_by_task_and_clozes_read(tmp_path: Path) -> None:
+def test_probes_are_grouped_by_task(tmp_path: Path) -> None:
     choice = {"prompt": "a", "choices": ["b", "c"], "answer": 0}
     many = write(tmp_path / "many.jsonl", [{**choice, "task": t} for t in "xyx"])
     cloze = write(tmp_path / "lambada.jsonl", [{"text": "the quick", "target": "fox"}])

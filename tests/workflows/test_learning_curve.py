@@ -108,7 +108,7 @@ def test_smaller_train_share_is_subset_of_larger_share(labelled: Path, family_fo
     assert eighth[0] <= half[0] <= whole[0]
 
 
-def test_real_runs_make_a_curve_and_store_nothing(
+def test_learning_curve_resumes_and_stores_no_model(
     labelled: Path, family_folder: Any, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields: dict[str, Any] = {

@@ -354,7 +354,7 @@ def test_a_killed_run_ends_at_the_same_bits(fields: Callable[..., dict[str, Any]
     assert weights_of("killed") == weights_of("whole")
 
 
-def test_the_text_is_not_held_in_memory(
+def test_pretraining_reads_sequences_on_demand(
     fields: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training reads only a few sequences at a time."""
@@ -401,7 +401,7 @@ def test_everything_left_open_is_chosen_with_a_reason(
     assert training.weight_decay == 0.1 and training.beta2 == 0.95
 
 
-def test_validation_files_are_measured_on_and_nothing_is_held_out(
+def test_validation_files_replace_held_out_text(
     fields: Callable[..., dict[str, Any]], text: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.txt"
@@ -412,7 +412,7 @@ def test_validation_files_are_measured_on_and_nothing_is_held_out(
     assert data["tokens"] > 5 * data["validation_rows"] * 64
 
 
-def test_problems_in_the_text_leave_nothing_behind(
+def test_refused_text_leaves_no_files(
     fields: Callable[..., dict[str, Any]], tmp_path: Path, luthier_home: Path
 ) -> None:
     bad = tmp_path / "bad.jsonl"
@@ -492,7 +492,7 @@ def test_default_learning_rate_matches_paper() -> None:
 @pytest.mark.parametrize(
     ("tokens", "passes"), [(20_000_000, 1.0), (19_999_999, 2.0), (7_000_000, 3.0), (1000, 4.0)]
 )
-def test_short_text_is_passed_over_more_often(tokens: int, passes: float) -> None:
+def test_short_text_has_more_epochs(tokens: int, passes: float) -> None:
     facts = NetworkFacts(weights=1_000_000, embedding=0, context=128, tokens=tokens)
     training, _ = defaults.choose(PretrainRecipe.model_fields["training"].default, facts)
     assert training.epochs == passes

@@ -51,7 +51,7 @@ def test_rows_become_questions() -> None:
 
 
 @pytest.mark.parametrize("body", ["", "{{ raise_exception('no system') }}"])
-def test_names_stand_before_the_first_turn_where_a_template_has_no_system(
+def test_label_names_precede_first_turn_without_system_prompt(
     body: str, new_tokenizer: Callable[..., Any]
 ) -> None:
     without = (
@@ -77,7 +77,7 @@ def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
     assert len({tuple(few_shot(TRAIN, 4, seed)) for seed in range(20)}) > 3
 
 
-def test_the_nearest_example_stands_last() -> None:
+def test_nearest_example_is_last() -> None:
     ((*_, last),) = nearest_examples(HELD_OUT_ROWS, TRAIN, 3)
     assert "fox" in last.text
     ((text,),) = retrieve_passages(

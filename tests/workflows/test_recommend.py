@@ -77,7 +77,7 @@ def test_helpful_training_is_advised_with_certainty(score: float, sure: bool) ->
     assert found.sure is sure
 
 
-def test_a_handful_of_rows_decides_nothing() -> None:
+def test_few_held_out_rows_are_inconclusive() -> None:
     without = tried("simple baselines", "naive Bayes", 0.5)
     tuned = tried("fine-tuning", "after 80 steps", 0.67)
     found = given(evidence=evidence(without, tuned, held=6)).recommendation

@@ -127,7 +127,7 @@ def test_best_trial_is_stored_and_poor_trials_are_pruned(
     assert [path.name for path in (luthier_home / "runs" / "tiny-llama").iterdir()] == ["x"]
 
 
-def test_trials_are_measured_on_the_same_rows_from_the_same_start(
+def test_trials_start_with_equal_loss(
     recipe: Callable[..., Recipe],
 ) -> None:
     found = search(recipe(), 3, ["training.batch_size=2,4,8", "adaptation.rank=2,4"])
@@ -258,7 +258,7 @@ def test_diverging_trial_fails_with_reason(recipe: Callable[..., Recipe]) -> Non
     assert found.trials[0].settings["training.learning_rate"] == 0.001
 
 
-def test_without_validation_rows_nothing_begins(
+def test_search_without_validation_rows_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
     with pytest.raises(RecipeError):

@@ -85,7 +85,7 @@ def test_different_method_does_not_inherit_fields() -> None:
     assert refused.value.rule == "recipe.unknown_field"
 
 
-def test_settings_replace_fields_and_nothing_else() -> None:
+def test_with_settings_replaces_only_given_fields() -> None:
     before = recipe(name="x", adaptation={"method": "lora", "alpha": 8.0})
     after = with_settings(before, {"adaptation.rank": 4, "training.learning_rate": 0.25})
     assert after.plain() == {
@@ -106,7 +106,7 @@ def test_by_default_the_rate_and_the_rank_are_searched() -> None:
     assert (rank.key, rank.choices) == ("adaptation.rank", (8, 16, 32))
 
 
-def test_the_default_space_lies_around_the_recipe_s_own_values() -> None:
+def test_default_space_surrounds_recipe_values() -> None:
     own = recipe(training={"learning_rate": 0.02}, adaptation={"rank": 12})
     rate, rank = default_space(own, own)
     assert (rate.low, rate.high) == (0.004, 0.1)

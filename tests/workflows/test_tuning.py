@@ -60,7 +60,7 @@ def test_model_within_limits_is_active_with_report(base: str, tmp_path: Path) ->
     assert find(tune(base, tmp_path, "plain", forgetting=None)).manifest.withheld is None
 
 
-def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_path: Path) -> None:
+def test_ruined_model_is_withheld_but_evaluable(base: str, tmp_path: Path) -> None:
     limits = {
         "max_kl": 2.0
     }  # to a vocabulary of 320 tokens no divergence is as large as the default

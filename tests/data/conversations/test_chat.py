@@ -148,7 +148,7 @@ def test_the_format_follows_the_tokenizer(
     assert refused.value.rule == "template.missing"
 
 
-def test_stop_tokens_are_listed_once_the_tokenizers_own_first(tokenizer: Any) -> None:
+def test_stop_tokens_are_unique_with_eos_first(tokenizer: Any) -> None:
     assert tokenizer.eos_token_id == 1
     assert ChatFormat.of(tokenizer, stop_ids=[5, 1, 5]).stop_ids == (1, 5)
 
@@ -193,7 +193,7 @@ def test_turn_rewritten_by_template_becomes_separate_sequence(
     assert text.endswith("<think>\n«\n</think>\n\nA1<|im_end|>»")
 
 
-def test_a_template_without_a_stop_token_gets_the_end_of_text(
+def test_template_without_stop_token_uses_eos(
     new_tokenizer: Callable[..., Any],
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(NEVER_STOPS))
@@ -246,9 +246,7 @@ SWITCHED = "{% if loud %}LOUD {{ who }}{% endif %}{{ messages[0].content }}{{ le
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_whatever_a_template_runs_into_is_a_refusal(
-    template: str, new_tokenizer: Callable[..., Any]
-) -> None:
+def test_template_error_is_a_recipe_error(template: str, new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(template))
     with pytest.raises(RecipeError) as refused:
         chat.prompt_text([Message("user", "Hi")])
@@ -267,7 +265,7 @@ DROPS_SYSTEM = (
 
 
 @pytest.mark.parametrize("template", [GEMMA, DROPS_SYSTEM])
-def test_a_system_prompt_without_a_place_is_refused_with_the_fix(
+def test_unsupported_system_prompt_is_refused_with_fix(
     template: str, new_tokenizer: Callable[..., Any]
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(template))
@@ -387,7 +385,7 @@ def test_prompt_leaves_out_end_token_of_post_processor(
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_the_text_of_each_token(family: str, family_folder: Callable[[str], Any]) -> None:
+def test_pieces_join_to_the_text(family: str, family_folder: Callable[[str], Any]) -> None:
     from luthier.models.tokenizer import load_chat_format
 
     chat = load_chat_format(family_folder(family))
@@ -420,7 +418,7 @@ def test_a_byte_level_vocabulary_may_hold_a_token_like_a_word_piece(
     assert "".join(chat.pieces(tokenizer("the dog ## jumps")["input_ids"])) == "the dog ## jumps"
 
 
-def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: Any, tmp_path: Path) -> None:
+def test_turn_with_weight_0_is_not_learned(tokenizer: Any, tmp_path: Path) -> None:
     chat = ChatFormat.of(tokenizer)
     turns = [
         {"role": "user", "content": "What?"},

@@ -181,7 +181,7 @@ PIECES = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(PIECES, st.booleans())
-def test_how_the_text_is_cut_into_pieces_makes_no_difference(
+def test_reasoning_splitter_is_independent_of_piece_boundaries(
     pieces: list[str], begun: bool
 ) -> None:
     way = ReasoningFormat(THINK, begun)
@@ -194,7 +194,7 @@ def test_how_the_text_is_cut_into_pieces_makes_no_difference(
     assert not said or not any(part[0] for part in parts[said[0] + 1 :])
 
 
-def test_no_more_is_held_back_than_may_be_a_mark() -> None:
+def test_splitter_holds_back_only_possible_marks() -> None:
     splitter = ReasoningSplitter(ReasoningFormat(THINK, is_open=False))
     assert splitter.feed("<th") == ("", "")
     assert splitter.feed("ink>one </th") == ("one", "")

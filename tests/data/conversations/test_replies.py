@@ -436,9 +436,7 @@ def test_preferred_answers_follow_the_served_prompt(
 
 
 @pytest.mark.parametrize("family", ["GLM 4", "GLM 4.5"])
-def test_a_call_at_the_end_of_a_row_ends_as_in_the_middle(
-    family: str, chats: dict[str, ChatFormat]
-) -> None:
+def test_final_call_ends_like_intermediate_call(family: str, chats: dict[str, ChatFormat]) -> None:
     chat, (messages, tools) = chats[family], CONVERSATIONS["tools"]
     middle, end = learned(chat, messages, tools)[1], learned(chat, messages[:4], tools)[1]
     assert middle == end

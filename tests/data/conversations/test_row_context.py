@@ -103,7 +103,7 @@ def rule_of(folder: Path, record: Written) -> str:
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 @pytest.mark.parametrize("form", [*FORMS])
-def test_a_system_prompt_next_to_any_form_is_learned_from(
+def test_system_prompt_key_works_with_every_form(
     tmp_path: Path, form: str, system: Written
 ) -> None:
     reader = read(tmp_path, FORMS[form] | system, {**FORMS[form], "id": 2})
@@ -114,9 +114,7 @@ def test_a_system_prompt_next_to_any_form_is_learned_from(
 
 
 @pytest.mark.parametrize("form", [*JUDGED])
-def test_a_system_prompt_next_to_judged_answers_begins_their_prompt(
-    tmp_path: Path, form: str
-) -> None:
+def test_system_prompt_key_works_with_preference_rows(tmp_path: Path, form: str) -> None:
     reader = read(tmp_path, JUDGED[form] | {"system_prompt": "S"})
     (found,) = reader.read_all()
     assert found.turns() == (SYSTEM, *TURNS)
@@ -139,7 +137,7 @@ def test_prompt_only_row_keeps_system_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blank", [None, "", "  ", []])
-def test_no_system_prompt_changes_nothing(tmp_path: Path, blank: object) -> None:
+def test_blank_system_prompt_is_ignored(tmp_path: Path, blank: object) -> None:
     found = row(tmp_path, {"prompt": "q", "completion": "a", "system": blank})
     assert isinstance(found, PromptCompletion)
 
@@ -211,7 +209,7 @@ def test_a_marked_turn_is_not_learned_in_any_form(tmp_path: Path, key: str, valu
 
 
 @pytest.mark.parametrize(("key", "value"), LEFT_OUT)
-def test_a_row_with_nothing_to_learn_is_refused(tmp_path: Path, key: str, value: object) -> None:
+def test_row_without_learned_turn_is_refused(tmp_path: Path, key: str, value: object) -> None:
     for record in (
         {"messages": [ASKED, SAID | {key: value}]},
         {"messages": [ASKED, SAID], key: value},
@@ -452,7 +450,7 @@ def test_reasoning_next_to_a_judged_reply(tmp_path: Path) -> None:
     assert row.turns() == (TURNS[0], Message("assistant", "a", reasoning="Hm."))
 
 
-def test_two_texts_of_reasoning(tmp_path: Path) -> None:
+def test_two_reasoning_keys_are_ambiguous(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"thinking": "Hm.", "reasoning": "Ha.", **FORMS["prompt"]}) + "\n")
     with pytest.raises(DataError) as caught:

@@ -151,7 +151,7 @@ class InPython:
 
 @pytest.mark.parametrize("prepend", ["normalizer", "first"])
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_a_tokenizer_without_places_gives_the_same(family: str, prepend: str) -> None:
+def test_slow_tokenizer_encodes_like_fast_tokenizer(family: str, prepend: str) -> None:
     made = sentencepiece(prepend, TEMPLATES[family])
     messages = conversation(*ROWS[0])
     fast, slow = (chat_of(each).encode_reply(messages) for each in (made, InPython(made)))
@@ -170,7 +170,7 @@ def test_prompt_and_completion_decode_to_joined_text(prepend: str, prompt: str, 
     assert made.decode(ids_T.tolist(), skip_special_tokens=True).lstrip(" ") == prompt + reply
 
 
-def test_a_reply_may_end_where_the_next_turn_begins() -> None:
+def test_role_token_as_stop_token_ends_replies() -> None:
     made = sentencepiece("never", GLM)
     user = made.convert_tokens_to_ids("<|user|>")
     chat = ChatFormat.of(made, stop_ids=[user])

@@ -331,7 +331,7 @@ def test_disabled_thinking_trains_after_empty_reasoning_block(
 
 
 @pytest.mark.parametrize("answer", ["    return x", "\treturn x", " x", "x"])
-def test_an_empty_block_of_thoughts_leaves_the_indentation_of_the_answer(
+def test_empty_reasoning_block_preserves_indentation_of_answer(
     answer: str, chats: dict[str, ChatFormat]
 ) -> None:
     _, _, texts = learned_parts(chats["Qwen3"], (ASK, Message("assistant", answer)), ())

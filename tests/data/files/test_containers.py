@@ -105,7 +105,7 @@ def test_unknown_format_suggests_rename(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", ["gzip", "zstd"])
-def test_packed_files_read_as_if_they_were_not(tmp_path: Path, packing: str) -> None:
+def test_packed_file_equals_plain_file(tmp_path: Path, packing: str) -> None:
     rows = b"".join(json.dumps({"text": f"{n} \u2028 words"}).encode() + b"\n" for n in range(5000))
     pack = gzip.compress if packing == "gzip" else zstandard.ZstdCompressor().compress
     plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.x"

@@ -34,13 +34,13 @@ def rows_file(path: Path, texts: list[str]) -> Path:
 
 @settings(max_examples=200, deadline=None)
 @given(text=MIXED)
-def test_two_parts_of_a_text_have_the_tokens_of_the_whole(tokenizer: Any, text: str) -> None:
+def test_text_cut_into_parts_has_equal_tokens(tokenizer: Any, text: str) -> None:
     cut = last_cut(text)
     left, right, together = encode(tokenizer, [text[:cut], text[cut:], text])
     assert left + right == together
 
 
-def test_the_cut_is_before_white_space_behind_something_else() -> None:
+def test_text_is_cut_before_white_space() -> None:
     assert last_cut("one two  three") == len("one two")
     assert last_cut("one \n") == len("one")
     assert last_cut("none") == last_cut("  none") == last_cut("") == 0
@@ -70,7 +70,7 @@ def test_documents_are_rows_and_text_files_in_order(tmp_path: Path) -> None:
     assert starts == sorted(starts)
 
 
-def test_a_long_row_comes_in_parts_and_ends_once(tmp_path: Path) -> None:
+def test_long_row_is_split_into_pieces_with_single_end(tmp_path: Path) -> None:
     text = "word " * 40_000
     path = rows_file(tmp_path / "rows.jsonl", [text, "x" * 200_000])
     found = list(pieces([path]))
@@ -126,7 +126,7 @@ def test_invalid_utf8_is_reported_with_line(tmp_path: Path) -> None:
     assert refused.value.problems[0].line == 20_001
 
 
-def test_the_same_id_twice_is_not_looked_for(tmp_path: Path) -> None:
+def test_corpus_accepts_duplicate_ids(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "id": 1}\n' * 2)
     assert survey([path]).documents == 2
@@ -138,7 +138,7 @@ def test_a_sample_is_spread_over_the_text(tmp_path: Path) -> None:
     assert len(list(sample([path], 1000, 400))) == 100
 
 
-def test_of_few_documents_the_end_is_held_out() -> None:
+def test_end_of_single_document_is_held_out() -> None:
     text = "word " * 200
     held = HeldOut(0.25, 0, Survey(1, 1000))
     parts = list(held.parts([CorpusPiece(text, 0, 0, False), CorpusPiece("", 0, 1000, True)]))
@@ -155,7 +155,7 @@ def test_pieces_within_a_split_stay_whole() -> None:
     assert [piece for piece, _ in held.parts(given_)] == given_
 
 
-def test_without_a_share_nothing_is_held_out() -> None:
+def test_zero_share_holds_out_no_piece() -> None:
     nothing = HeldOut(0.0, 0, Survey(1, 10)).parts(
         [CorpusPiece("a", 0, 0, False), CorpusPiece("", 0, 10, True)]
     )

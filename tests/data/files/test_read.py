@@ -143,7 +143,7 @@ def test_missing_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(folder) in only(read_path(relative)[1], relative, 0, "file.missing").advice
 
 
-def test_file_as_folder_and_nul_in_the_path_are_missing(folder: Path) -> None:
+def test_invalid_paths_are_missing_files(folder: Path) -> None:
     (folder / "plain.txt").write_bytes(b"x")
     for path in (folder / "plain.txt" / "a.jsonl", Path("a\0b.jsonl")):
         only(read_path(path)[1], path, 0, "file.missing")

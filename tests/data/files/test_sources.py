@@ -185,7 +185,7 @@ def put(server: str, bucket: str, key: str, body: bytes | None = None) -> None:
     urllib.request.urlopen(request, timeout=10).close()
 
 
-def test_objects_are_read_once_and_again_when_they_change(
+def test_s3_objects_are_cached_until_changed(
     server: str, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     put(server, bucket, "data/rows.jsonl", b'{"text": "one"}\n')

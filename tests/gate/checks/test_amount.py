@@ -32,7 +32,7 @@ def messages(rows: list[Row], fitted: bool = False, split: str = "train") -> lis
         (ThumbedReply("f", 1, ASKED, ANSWERED, True), 100),
     ],
 )
-def test_fewer_rows_than_teach_anything_are_said_to_be_few(row: Row, enough: int) -> None:
+def test_too_few_rows_are_found(row: Row, enough: int) -> None:
     words = SHAPES[row.shape].noun
     for count in (1, enough - 1):
         (message,) = messages([row] * count)
@@ -42,7 +42,7 @@ def test_fewer_rows_than_teach_anything_are_said_to_be_few(row: Row, enough: int
     assert messages([row], fitted=True) == []
 
 
-def test_of_raw_text_the_characters_count_and_of_labels_the_rows_of_each() -> None:
+def test_amount_of_raw_text_is_counted_in_characters() -> None:
     half = RawText("f", 1, "x" * (ENOUGH_CHARACTERS // 2))
     assert messages([half, half]) == []
     (message,) = messages([half])

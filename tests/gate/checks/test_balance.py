@@ -38,7 +38,7 @@ def test_balanced_labels_have_counts_and_no_finding() -> None:
     }
 
 
-def test_small_classes_say_how_many_rows_are_missing() -> None:
+def test_small_class_fix_has_number_of_missing_rows() -> None:
     report = inspect_rows({"train": rows(*"ab" * 8, "c", "c", "c")}, [Balance()])
     (finding,) = report.findings.examples["label.few_rows"]
     assert list(report.findings.counts) == ["label.few_rows"]

@@ -171,7 +171,7 @@ def test_english_code_and_symbols_have_no_language_finding(english_base: ChatFor
         assert found(gate(english_base, rows(*sentences))) is None
 
 
-def test_a_share_of_the_rows_is_enough_and_a_few_strays_are_not(english_base: ChatFormat) -> None:
+def test_unsuitable_language_needs_a_minimum_share_of_rows(english_base: ChatFormat) -> None:
     summary = found(gate(english_base, rows(*EN, count=60) + rows(*VI, count=40)))
     assert summary is not None and summary[0].startswith("40% of the text is in Vietnamese")
     assert found(gate(english_base, rows(*EN, count=90) + rows(*VI, count=10))) is None
@@ -228,7 +228,7 @@ def test_real_rows(english_base: ChatFormat, name: str) -> None:
 
 
 @needs_data("sib200_vi")
-def test_a_tokenizer_of_two_languages_knows_both() -> None:
+def test_bilingual_tokenizer_has_no_language_finding() -> None:
     def texts(*names: str) -> Iterator[str]:
         for name in names:
             for line in (FOLDER / name / "train.jsonl").read_text().splitlines():

@@ -110,7 +110,7 @@ def test_answers_with_different_language_than_questions() -> None:
     assert not translations.findings.counts
 
 
-def test_long_files_are_sampled_and_the_report_says_so() -> None:
+def test_long_files_are_sampled_for_language() -> None:
     size = 40 * ALL_UNTIL
     taken = sum(_is_sampled(Row("f", line), "") for line in range(1, size + 1))
     expected = ALL_UNTIL * 4.7  # 1 + ln 40

@@ -63,7 +63,7 @@ def stop(text: str) -> Reply:
         (Failure("teacher.failed", "none came"), {}, "teacher.failed"),
     ],
 )
-def test_a_rule_for_each_fault(outcome: Any, spec: Any, rule: str | None) -> None:
+def test_replies_are_rejected_with_rule(outcome: Any, spec: Any, rule: str | None) -> None:
     assert rule_of(outcome, **spec) == rule
     assert rule is None or rule in RULES
 
@@ -100,7 +100,7 @@ def test_replies_similar_to_refusals_are_accepted(text: str) -> None:
     assert rule_of(stop(text)) is None
 
 
-def test_a_grader_compares_with_the_row_s_own_reply() -> None:
+def test_grader_compares_with_reply_of_row() -> None:
     assert rule_of(stop("Paris "), "Paris", grader="exact") is None
     assert rule_of(stop("London"), "Paris", grader="exact") == "grader.score"
     assert rule_of(stop("London"), "Paris", grader="exact", threshold=0.0) is None
@@ -130,7 +130,7 @@ def test_non_numeric_score_is_rejected() -> None:
     assert rule_of(stop("a"), "a", grader=Broken(), threshold=0.0) == "grader.failed"
 
 
-def test_copies_and_long_prompts_are_not_asked() -> None:
+def test_duplicate_and_long_prompts_are_rejected() -> None:
     talk = (Message("user", "b"), Message("assistant", "c"), Message("user", "d"))
     rows = [
         row(1, "a"),

@@ -133,7 +133,7 @@ def test_conversations_and_copies(tmp_path: Path, distil: Any, endpoint: Any) ->
     assert lines(folder_of("s") / "insights.jsonl")[-1]["rule"] == "prompt.duplicate"
 
 
-def test_a_grader_decides_by_the_rows_own_replies(tmp_path: Path, distil: Any) -> None:
+def test_exact_grader_rejects_replies_unlike_expected(tmp_path: Path, distil: Any) -> None:
     wanted = ["the answer to question 1", "something else"] * 6
     rows = [{"prompt": p, "expected": w} for p, w in zip(PROMPTS, wanted, strict=True)]
     rows[0]["expected"] = "the answer to question 0"
@@ -146,7 +146,7 @@ def test_a_grader_decides_by_the_rows_own_replies(tmp_path: Path, distil: Any) -
 
 
 @pytest.mark.slow
-def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endpoint: Any) -> None:
+def test_judge_grades_replies_concurrently(prompts: Path, distil: Any, endpoint: Any) -> None:
     def answer(asked: str) -> str:
         if "<reply>" in asked:
             return "Score: 2" if "question 7" in asked else "Score: 9"
@@ -241,7 +241,7 @@ def test_low_scores_of_the_first_replies_do_not_stop(tmp_path: Path, distil: Any
     assert found.details["insights"]["accepted"] == 10
 
 
-def test_message_for_clients_of_a_service_has_no_path_and_no_settings_of_insights(
+def test_message_for_clients_leaves_paths_and_settings_out(
     prompts: Path, distil: Any, endpoint: Any
 ) -> None:
     for prompt in PROMPTS:
@@ -295,7 +295,9 @@ def test_run_resumes_after_teacher_outage(prompts: Path, distil: Any, endpoint: 
     assert {endpoint.asked[prompt] for prompt in answered} == {1}
 
 
-def test_a_stop_in_training_asks_nothing_again(prompts: Path, distil: Any, endpoint: Any) -> None:
+def test_interrupted_training_resumes_without_teacher_requests(
+    prompts: Path, distil: Any, endpoint: Any
+) -> None:
     class Stops(Reporter):
         def metrics(self, line: Mapping[str, Any], steps: int) -> None:
             if line["event"] == "train":
@@ -351,7 +353,7 @@ def test_encoder_as_teacher_is_refused(prompts: Path, family_folder: Any) -> Non
 
 
 @pytest.mark.slow
-def test_after_kill_9_nothing_is_asked_twice(
+def test_killed_distillation_resumes_with_stored_replies(
     prompts: Path, endpoint: Any, tiny_model_folder: Path, luthier_home: Path
 ) -> None:
     """The endpoint is slow, limits the rate and drops connections."""

@@ -29,7 +29,7 @@ def test_rent_electricity_and_tokens_add_up() -> None:
     assert Prices().cost(7200, 3e6) == 0
 
 
-def test_the_store_s_own_table_is_found_and_none_is_none(luthier_home: Path) -> None:
+def test_default_price_table_is_optional(luthier_home: Path) -> None:
     assert read_prices() is None
     luthier_home.mkdir()
     prices_file().write_text("per_hour = 1.5")
@@ -106,7 +106,7 @@ def test_the_upper_end_is_planned_with() -> None:
     assert plan(wide, 140).steps == 50  # everything may take twice as long
 
 
-def test_where_no_step_fits_the_smallest_run_is_named() -> None:
+def test_advice_names_smallest_run_if_no_step_fits() -> None:
     planned = plan(estimate(), 10)
     assert planned.steps == 0 and planned.least == pytest.approx(21)
     assert "21 s" in advice(planned, 4)

@@ -302,7 +302,7 @@ def test_a_line_through_exact_points_gives_the_exact_total() -> None:
         ([100.0], [1.0]),
     ],
 )
-def test_no_part_of_a_line_is_negative_and_a_mean_run_takes_about_the_mean(
+def test_fitted_line_is_non_negative_and_near_mean(
     tokens: list[float], seconds: list[float]
 ) -> None:
     line = FittedLine.through(tokens, seconds)
