@@ -366,7 +366,7 @@ def make_image_family(name: str, folder: Path) -> None:
         save_processor(ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3), folder)
         return
     fields: dict[str, Any] = {"image_size": (9, 7), "hidden_sizes": (8, 16)}
-    if name == "small_cnn":  # its norms are over groups of 16
+    if name == "small_cnn":  # group normalization with groups of 16
         fields["hidden_sizes"] = (16, 32)
     elif name != "unet":
         fields["latent_size"] = 4
@@ -422,7 +422,7 @@ VISION_SIZES: dict[str, dict[str, Any]] = {
         "hidden_sizes": [8, 16, 24],
         "depths": [1, 2, 1],
         "num_stages": 3,
-        "layer_scale_init_value": 1.0,  # at 1e-6 its layers add nothing
+        "layer_scale_init_value": 1.0,  # with the default of 1e-6, the layers have no effect
     },
     # Published for images of 518, and used with 224.
     "dinov2": {
@@ -793,7 +793,7 @@ def make_llama(tied: bool = False, seed: int = 0, **fields: Any) -> Any:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
-            # Larger than usual, so that attention looks somewhere and an error in it shows.
+            # Larger than usual, so that errors in attention become visible.
             "initializer_range": 0.15,
             "bos_token_id": None,
             "eos_token_id": 1,

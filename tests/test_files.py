@@ -39,7 +39,7 @@ def test_lock_survives_removal_of_lock_file(
 
     def remove_first(handle: int, how: int) -> None:
         monkeypatch.setattr(files.fcntl, "flock", flock)
-        path.unlink()  # by the one who held it, as the last thing
+        path.unlink()  # removed by the previous holder of the lock
         flock(handle, how)
 
     monkeypatch.setattr(files.fcntl, "flock", remove_first)
@@ -128,7 +128,7 @@ def test_write_by_killed_process_preserves_old_bytes(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-    assert len(names(tmp_path)) == 2  # the remains, which sweep knows
+    assert len(names(tmp_path)) == 2  # leftovers, removed by sweep
     sweep(tmp_path)
     assert names(tmp_path) == ["file"]
 

@@ -198,7 +198,7 @@ def test_code_blocks_of_page_run(page: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     bodies = "\n".join(body for _, body in todo)
     if "my-first-model" in bodies and "--name my-first-model" not in bodies:
-        # The model of the README's first lines, which later pages go on with.
+        # Model of the first README commands, used by later pages.
         todo.insert(
             0, ("sh", "luthier tune my.jsonl --name my-first-model --set training.max_steps=2")
         )

@@ -163,7 +163,7 @@ WRITTEN = {"max_completion_tokens": 5, "grader": {"method": "regex", "pattern": 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sparse": {"mask": "fisher", "fisher_rows": 3},
     "grpo": {**WRITTEN, "num_generations": 4, "beta": 0.1},
-    # Two rows in a step may both be without such a letter, and teach nothing then.
+    # Two rows of a step may both lack this letter and then have no loss.
     "ppo": {
         "max_completion_tokens": 5,
         "grader": {"method": "regex", "pattern": "$"},
@@ -411,7 +411,7 @@ def test_triple_trains_marked_weights_and_reloads(
     losses = train_two_steps(network, objective, examples, tmp_path)
 
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
-    # Minus what is gained may be anything.
+    # A negated gain can have any sign.
     assert objective.measure == "reward" or min(losses) > 0
     moved = set()
     for weight_name, weight in model.named_parameters():
@@ -422,7 +422,9 @@ def test_triple_trains_marked_weights_and_reloads(
             moved.add(weight_name)
     assert moved
     trained = loss_of(network)
-    assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
+    assert (
+        abs(trained - untrained) > 2e-5 * untrained
+    )  # twice the tolerance of the comparisons below
 
     for each in extra:
         delattr(model, each)

@@ -107,7 +107,7 @@ def test_run_with_plugins_only(tmp_path: Path) -> None:
     assert find("sample-tiny").manifest.source == "folder:SAMPLE_MODEL"
     model = find("sample-tiny:focused")
     assert type(model.objective) is OBJECTIVES["focal"]
-    # Without its package the model says what is missing.
+    # Without the package, the error names the missing package.
     sys.path.pop(0)
     forget()
     with pytest.raises(RecipeError):
@@ -175,7 +175,7 @@ def test_broken_plugin_is_skipped_with_a_warning(
         "plugin.broken",
         "luthier-sample 0.3",
     )
-    # What is built in keeps its name.
+    # Built-in entries take precedence.
     assert GRADERS["exact"] is Exact
 
 

@@ -275,7 +275,7 @@ def test_recipe_round_trip_through_plain_values(fields: dict[str, Any]) -> None:
     recipe = parse(**fields)
     plain = recipe.plain()
     assert Recipe.parse(json.loads(json.dumps(plain))) == recipe
-    # Fields of the subclass are kept too, not only those of the base class.
+    # Fields of the subclass are preserved, too.
     given = recipe.adaptation.model_dump(exclude_none=True)
     assert plain["adaptation"].keys() == given.keys()
 
@@ -347,7 +347,7 @@ def test_every_field_has_documentation(part: type[BaseModel]) -> None:
     schema = part.model_json_schema()
     for name in part.model_fields:
         field = schema["properties"][name]
-        if "const" in field:  # the method: the class documents itself
+        if "const" in field:  # the method field: the class documents the method
             continue
         text = field_docstrings(part).get(name, "")
         assert text, f"{part.__name__}.{name} has no documentation"

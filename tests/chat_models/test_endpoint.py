@@ -160,7 +160,7 @@ def test_consecutive_failures_abort_run_and_preserve_replies(endpoint: Any) -> N
         heard.append(index)
         answered.set()
 
-    # Failures before the answer would not be in a row with those after it.
+    # Failures before the reply must not count as consecutive with later failures.
     endpoint.answer = lambda prompt: "fine" if prompt == "good" or answered.wait(30) else "late"
     spec = TeacherSpec(url=endpoint.url, model="big", retries=0, concurrency=2)
     questions = [[Message("user", prompt)] for prompt in ["good", *bad]]

@@ -87,7 +87,7 @@ def test_wrong_usage_exits_with_2_and_message(arguments: list[str], text: str) -
 
 @pytest.mark.slow
 def test_subprocess_separates_stdout_and_stderr(home: Path, tmp_path: Path) -> None:
-    """Errors: the object on standard output, the message for people on standard error."""
+    """The error object goes to standard output, the message to standard error."""
     process = start(home, "generate", "none", "hi", "--json")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2

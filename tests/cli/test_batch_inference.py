@@ -16,7 +16,7 @@ import luthier
 
 WORDS = ("fox", "dog", "card", "quick", "brown", "where", "arrived", "new", "capital", "France")
 ROWS = 1100
-"""More than a shard of labels or embeddings has."""
+"""More rows than a shard of labels or embeddings."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""``luthier models push`` by the hub's real client, over HTTP, to a hub on this machine."""
+"""``luthier models push`` with the real hub client, over HTTP, to a local hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from luthier.cli.models.export import export
 from luthier.library.models import find
 
 REPOSITORY = "anna/colours"
-# huggingface_hub 2.4.0 hands large files to its HTTP client by a name that this gives up.
+# huggingface_hub 2.4.0 passes large files to its HTTP client under a deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 

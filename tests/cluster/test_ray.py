@@ -58,15 +58,15 @@ def trained_steps(queue: Any, job_id: str) -> list[int]:
 
 
 def test_killed_workers_and_a_killed_node_change_no_bit(queue: Any, cluster: Cluster) -> None:
-    # Two servers, which start no job twice.
+    # Two servers never start the same job twice.
     for _ in range(2):
         scheduler(queue, cluster)
     whole, broken = (submit_rows(queue, name, STEPS) for name in ("whole", "broken"))
     job = queue.until(broken, running(10))
-    # Its worker and Ray's process above it, as the system does that runs out of memory.
+    # Kill the worker and Ray's parent process, like the kernel's out-of-memory killer.
     actor, worker = actor_of(job), psutil.Process(job.worker["pid"])
     actor.kill()
-    worker.wait(20)  # nobody signals it: its standard input ends
+    worker.wait(20)  # the worker ends because its standard input closes
     job = queue.until(broken, lambda job: job.attempts == 2 and running(20)(job))
     psutil.Process(job.worker["pid"]).kill()
     job = queue.until(broken, lambda job: job.attempts == 3 and running(30)(job))

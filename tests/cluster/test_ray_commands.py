@@ -125,7 +125,7 @@ def test_killed_workers_and_a_killed_node_change_no_trial(
     again = [note for note in reporter.notes if "goes on after its last checkpoint" in note]
     assert any("002 ended by signal 9" in note for note in again)
     assert any("ended as its node or its actor did" in note for note in again)
-    # The first trial and the best one have nobody beside them, and are shown as they go.
+    # The first and the best trial run alone, so their steps are reported live.
     assert reporter.steps.count(8) >= 2 * 2
     cluster.wait_for(1)
     cluster.add_until(2)

@@ -138,11 +138,11 @@ def test_trial_round_fits_free_resources_of_nodes(
 @pytest.mark.parametrize(
     ("memory", "processes", "shares"),
     [
-        (1, None, (2, 2)),  # one for each node
+        (1, None, (2, 2)),  # one trial per node
         (1, 3, (3, 2)),
         (3_000, 3, (3, 2)),
         (5_000, 2, (1, 4)),  # only one node has this memory
-        (90_000, None, (1, 4)),  # more than any node has: the largest runs it
+        (90_000, None, (1, 4)),  # more memory than any node: the largest node runs the trial
         (1, 40, (6, 1)),
     ],
 )

@@ -33,7 +33,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def make_custom(base: str, name: str, parent: str, saved: str = "network", **fields: Any) -> Path:
-    """A custom model as far as ``find`` looks."""
+    """Create a custom model with the files that ``find`` reads."""
     folder = custom_folder(base, name)
     manifest = {"id": f"{short_name(base)}:{name}", "parent": parent, "saved": saved, **fields}
     write_json(folder / MANIFEST, manifest)
@@ -47,7 +47,7 @@ def make_base(model_id: str) -> Path:
 
 
 def hub_snapshot(cache: Path, model_id: str, source: Path) -> Path:
-    """Lay ``source`` out as huggingface_hub keeps a downloaded model."""
+    """Lay out ``source`` like a download in the huggingface_hub cache."""
     top = cache / f"models--{model_id.replace('/', '--')}"
     (top / "refs").mkdir(parents=True)
     (top / "refs" / "main").write_text(COMMIT)
@@ -121,7 +121,7 @@ def test_find_prefers_custom_then_catalogue_then_folder_then_hub(
     base = make_base(BASE)
     custom = make_custom(BASE, "x", BASE)
     assert find(f"{BASE}:x").folder == custom
-    assert find(BASE).folder == base  # and not the folder of that name
+    assert find(BASE).folder == base  # the catalogue model, not the local folder
     assert find(f"./{BASE}").folder == tmp_path / BASE
     assert find("org/name").folder == tmp_path / "org" / "name"
     assert find("org/name").id == str(tmp_path / "org" / "name")
@@ -188,7 +188,7 @@ def test_custom_models_are_sorted_by_age_without_unfinished_models(luthier_home:
 
 
 def test_failed_hub_download_error_names_hub(tmp_path: Path) -> None:
-    """The real client in offline mode."""
+    """The test uses the real hub client in offline mode."""
     script = (
         "import sys\n"
         "from luthier.errors import LuthierError\n"

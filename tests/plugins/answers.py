@@ -26,7 +26,7 @@ def check_answer(operation_model: OperationModel, response_dict: Any, **_: Any) 
             assert status == known[code].metadata["error"]["httpStatusCode"], code
             check(known[code], body, code)
         else:
-            # Tokens are reused in operations whose models have no word for it, too.
+            # Operations reuse client tokens even if their models do not document this.
             assert code in ("SerializationException", "ConflictException"), code
         return
     assert status == operation_model.http["responseCode"]

@@ -160,7 +160,7 @@ class Server:
 
     def __init__(self) -> None:
         self.app: Application | None = None
-        # asyncio sends without delay only where it is told that the socket is one of TCP.
+        # asyncio sets TCP_NODELAY only for sockets known to be TCP.
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -169,7 +169,7 @@ class Server:
             interface="asgi3",
             log_level="critical",
             lifespan="off",
-            # Clients keep connections open that nobody closes.
+            # Clients leave connections open.
             timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)

@@ -107,7 +107,7 @@ def browser(folder: Path) -> Iterator[Browser]:
     for argument in (*ARGUMENTS, f"--user-data-dir={folder / 'profile'}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # Chromium puts a socket into TMPDIR, whose path may have 107 characters.
+    # Chromium puts a socket into TMPDIR; socket paths have at most 107 characters.
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as short:
         environment = {**os.environ, "HOME": str(folder), "TMPDIR": short}
         page = Browser(options, ChromeService(driver, env=environment))

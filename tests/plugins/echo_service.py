@@ -142,7 +142,7 @@ class Echo:
             return to_starlette(Response.json(sum(taking.pieces)))
 
     def nap(self, request: Request) -> Response:
-        time.sleep(2.5)  # longer than a head may take, in the tests of that
+        time.sleep(2.5)  # longer than the time limit for heads in the tests
         return Response.json("rested")
 
     def deny(self, request: Request) -> Response:

@@ -1,11 +1,11 @@
-"""Processes that begin with everything imported: commands of ``luthier`` and workers of jobs.
+"""Forked processes with all imports loaded: commands of ``luthier`` and workers of jobs.
 
-Importing torch, transformers and the service takes 3 to 5 s of processor time. One process does it
-for all test workers, computes nothing, and forks for each command: what it forks has signals,
-environment, standard streams, memory and an exit code of its own, and runs ``luthier`` as
-``python -m luthier`` does. A test starts ``sys.executable`` instead where it is of the start itself,
-of what is imported and when, of resident memory (a fork counts the pages that it shares), or of
-variables that libraries read as they are imported (those of Hugging Face and of OpenMP).
+Importing torch, transformers and the service takes 3 to 5 s of processor time. One process imports
+them for all test workers, computes nothing, and forks for each command. A fork has separate signals,
+environment, standard streams, memory and exit code, and runs ``luthier`` like ``python -m luthier``.
+A test starts ``sys.executable`` instead if it checks the start itself, the order of imports, resident
+memory (a fork counts shared pages), or variables that libraries read at import (those of Hugging Face
+and of OpenMP).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def ask(
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     deadline = time.monotonic() + 250
-    while connection.connect_ex(path):  # it still imports
+    while connection.connect_ex(path):  # still importing
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job = {
@@ -215,7 +215,7 @@ def _fork_for_all(path: str) -> dict[str, Any] | None:
             with forks.pop(ended[0]) as connection, suppress(OSError):
                 connection.send(str(os.waitstatus_to_exitcode(ended[1])).encode())
         for connection in watched.keys() & {*ready}:
-            if watched[connection] in forks:  # who asked for it is gone
+            if watched[connection] in forks:  # the client has gone
                 os.kill(watched[connection], signal.SIGKILL)
                 connection.close()
         if listening not in ready:
@@ -276,7 +276,7 @@ def _run(code: str) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        sys.exit(status)  # the interpreter has its own words, and code, for this
+        sys.exit(status)  # the interpreter prints its own message with its own exit code
     os._exit(status)
 
 

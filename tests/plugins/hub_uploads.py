@@ -114,7 +114,7 @@ def hub_uploads() -> Iterator[HubUploads]:
         def reply(self) -> None:
             path = unquote(urlsplit(self.path).path)
             body = self.body()
-            # Large files go to addresses that are signed themselves.
+            # Large files are uploaded to presigned addresses.
             known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             if known or path.startswith("/upload/"):
                 status, answer = hub.answer(self.command, path, body)

@@ -67,7 +67,7 @@ class Endpoint:
 
             def act(self, action: Any, text: str) -> None:
                 self.close_connection = True
-                if callable(action):  # it answers by itself
+                if callable(action):  # the action sends the response itself
                     action(self)
                     return
                 if isinstance(action, float):
@@ -88,7 +88,7 @@ class Endpoint:
                     "choices": [] if action == "nothing" else [choice],
                     "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
                 })  # fmt: skip
-                if action == "drop":  # the connection breaks before all that was promised came
+                if action == "drop":  # the connection breaks before Content-Length bytes
                     self.reply(200, whole[: len(whole) // 2], {"content-length": str(len(whole))})
                 elif action == "half":  # nothing was promised, and half a JSON came
                     self.reply(200, whole[: len(whole) // 2], {"content-length": None})
@@ -109,7 +109,7 @@ class Endpoint:
                 pass
 
             def handle(self) -> None:
-                with suppress(ConnectionError):  # whoever asked was killed
+                with suppress(ConnectionError):  # the client was killed
                     super().handle()
 
         return Handler

@@ -81,7 +81,7 @@ def postgres() -> Iterator[Postgres]:
     binaries = _binaries()
     if binaries is None:
         pytest.skip("no initdb of PostgreSQL was found on this machine")
-    # Its socket's path may hold 107 letters, and its user must be let into the folders above.
+    # Socket paths have at most 107 characters, and the user needs access to parent folders.
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
     server = Postgres(binaries, folder)
     server.start()

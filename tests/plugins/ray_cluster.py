@@ -77,7 +77,7 @@ class Cluster:
                     continue
             try:
                 found = RayCluster(self.address).nodes()
-            except Exception:  # it is starting
+            except Exception:  # the node is starting
                 found = None
             if found is not None and len(found) == count:
                 return
@@ -111,7 +111,7 @@ def cluster() -> Iterator[Cluster]:
     # Ray's workers listen from 10002 to 19999, and connections go out from 32768 on.
     made = Cluster(folder, 21000 + os.getpid() % 10000)
     try:
-        # Of two that start at once on one machine one may take the other's port.
+        # Two clusters that start at the same time can conflict over a port.
         made.add_until(1)
         made.add_until(2)
         yield made

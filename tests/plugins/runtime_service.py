@@ -89,7 +89,7 @@ def runtime_client(runtime_service: tuple[Service, str]) -> Iterator[Any]:
 
 
 def client_of(url: str) -> Any:
-    # What boto3 checks itself, other clients do not.
+    # boto3 validates requests; other clients do not.
     config = Config(
         retries={"total_max_attempts": 1}, max_pool_connections=64, parameter_validation=False
     )

@@ -49,7 +49,7 @@ def train(
     torch.manual_seed(0)
     model = load_model(folder, torch.float32, CPU, objective.head())
     for module in model.modules():
-        # Dropout is that of a micro-batch, and those of two processes are cut otherwise.
+        # Dropout is drawn per micro-batch, and two processes have different micro-batches.
         for attribute in ("p", "dropout", "activation_dropout"):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)

@@ -54,7 +54,7 @@ class UpperTask(InferenceTask):
     def open(self) -> Answer:
         folder = Path(self.source).parent
         try:
-            (folder / STOP).rename(folder / STOPPED)  # one process alone can
+            (folder / STOP).rename(folder / STOPPED)  # succeeds in a single process
         except FileNotFoundError:
             pass
         else:

@@ -31,7 +31,7 @@ def row_of(file: str, line: int, **fields: Any) -> Row:
     (row,) = (
         kind(file, line, **fields)
         for kind in SHAPES.values()
-        if kind is not History  # a pair, written in other keys
+        if kind is not History  # a pair with different keys
         and fields.keys() <= {each.name for each in dataclasses.fields(kind)}
         and {e.name for e in dataclasses.fields(kind) if e.default is dataclasses.MISSING}
         <= {"file", "line", *fields}

@@ -1,7 +1,7 @@
-"""What clients send to be worked on, written to take all time and memory: graders, patterns, schemas.
+"""Hostile inputs that exhaust time or memory: graders, patterns and schemas, on a real server.
 
-A real server, from outside: each is answered with its documented error, the server's memory stays where
-it was, its processes end with their work, and a neighbour is answered meanwhile.
+Each request returns its documented error. The server's memory stays constant, its processes end with
+their work, and a second client is served meanwhile.
 """
 
 from __future__ import annotations

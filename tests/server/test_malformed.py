@@ -1,6 +1,6 @@
-"""What no client should send: bodies that are broken somewhere. It is never an error of the server.
+"""Malformed requests never cause a server error.
 
-Each request is one that is fine, with something in it replaced, removed or added.
+Each request is a valid request with a replaced, removed or added value.
 """
 
 from __future__ import annotations

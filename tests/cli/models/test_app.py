@@ -1,4 +1,4 @@
-"""Models from the command line: listed, shown, pulled, exported, removed."""
+"""``luthier models``: list, show, pull, export and remove."""
 
 from __future__ import annotations
 

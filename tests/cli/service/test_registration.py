@@ -65,7 +65,7 @@ def test_registered_cli_model_is_served_to_clients(
                 MODEL,
             )
             assert count_without_account(service.database) == 0
-            assert ask() == "black" == ask(MODEL)  # by its id on the command line, too
+            assert ask() == "black" == ask(MODEL)  # the id works on the command line, too
             bedrock = boto3.client(
                 "bedrock", endpoint_url=url, region_name="us-east-1",
                 aws_access_key_id=service.issued.access_key,
@@ -85,7 +85,7 @@ def test_registered_cli_model_is_served_to_clients(
             (listed,) = Answer("models", "list", "--json").good().json()["custom"]
             assert listed["service"] == {"account": FIRST_ACCOUNT, "name": "colours"}
             assert "colours of account 000000000000" in Answer("models", "list").good().out
-            # It goes back to the command line, but not under the feet of a client.
+            # The model can be unregistered, but not while a deployment uses it.
             deployed = bedrock.create_custom_model_deployment(
                 modelDeploymentName="answers", modelArn=made["arn"]
             )["customModelDeploymentArn"]
@@ -98,7 +98,7 @@ def test_registered_cli_model_is_served_to_clients(
             while bedrock.get_custom_model_deployment(**named)["status"] == "Creating":
                 assert time.monotonic() < until
                 time.sleep(0.1)
-            # Clients of all APIs may call the deployment by its name.
+            # Clients of all APIs can call the deployment by name.
             assert ask("answers") == "black"
             runtime = boto3.client(
                 "bedrock-runtime", endpoint_url=url, region_name="us-east-1",
@@ -123,7 +123,7 @@ def test_registered_cli_model_is_served_to_clients(
                         )
                     )
                 refusals[name] = refusal.value.code
-            # A model that generates text labels nothing, whichever name it is called by.
+            # A generative model predicts no labels under any name.
             assert refusals == {"colours": 400, "answers": 400, "neither": 404}
             bedrock.delete_custom_model_deployment(**named)
             back = admin(*unregister)
@@ -138,7 +138,7 @@ def test_registered_cli_model_is_served_to_clients(
             assert missing in refused(*unregister)
             admin("models", "register", MODEL)
             assert ask() == "black"
-            # What its account deletes is gone, and no longer counts.
+            # A model deleted by the account is removed and no longer counted.
             bedrock.delete_custom_model(modelIdentifier="colours")
             assert not (own_home / "models/custom/tiny-llama/colours").exists()
             with service.database.read() as session:

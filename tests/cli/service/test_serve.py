@@ -149,7 +149,7 @@ def test_keys_of_first_start_in_private_file_without_terminal(
 WITHOUT = """
 import sys
 for name in {names!r}:
-    sys.modules[name] = None  # as if it were not installed
+    sys.modules[name] = None  # as without the package
 from luthier.cli.app import app
 app({arguments!r})
 """

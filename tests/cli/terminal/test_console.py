@@ -86,7 +86,7 @@ for piece in {pieces!r}:
 
 
 def test_model_text_is_escaped_only_on_terminal() -> None:
-    """An escape sequence in two pieces, too; line ends and tabs stay."""
+    """An escape sequence may be split; line ends and tabs stay."""
     pieces = ["one\n\ttwo \x1b", "[31m \x9b1m \u202e", "end"]
     command = [sys.executable, "-c", WRITE.format(pieces=pieces)]
     piped = subprocess.run(command, capture_output=True, check=True, timeout=60)
