@@ -82,7 +82,7 @@ def test_a_bottleneck_ends_each_sublayer(
         ("houlsby", "small_cnn", 0, 4),
     ],
 )
-def test_a_bottleneck_ends_each_block_of_a_network_of_images_or_sounds(
+def test_image_and_audio_blocks_end_with_bottleneck(
     placement: Any,
     family: str,
     projections: int,

@@ -159,7 +159,7 @@ def test_the_stack_of_layers_is_found(
     assert layer_names(tiny_gpt2()) == [f"transformer.h.{index}" for index in range(3)]
 
 
-def test_the_largest_stack_is_taken_and_stacks_inside_layers_are_not() -> None:
+def test_layer_names_uses_largest_outer_stack() -> None:
     inner = nn.ModuleList(nn.Linear(50, 50) for _ in range(3))
     layers = nn.ModuleList(nn.ModuleDict({"experts": inner}) for _ in range(2))
     model = nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(2, 2)] * 9), "blocks": layers})

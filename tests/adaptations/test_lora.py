@@ -196,7 +196,7 @@ def test_peft_loads_saved_adapter(
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert config["target_modules"] == sorted(modules_of(network.model, LoRALinear))
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "some/base")
-    own = peft.PeftConfig.from_pretrained(str(folder)).to_dict()  # what is left out is its default
+    own = peft.PeftConfig.from_pretrained(str(folder)).to_dict()  # omitted fields have defaults
     assert (
         config.items()
         <= {k: sorted(v) if isinstance(v, set) else v for k, v in own.items()}.items()
@@ -281,7 +281,7 @@ def test_layers_to_transform_matches_peft(tiny_llama: Callable[..., Any], tmp_pa
     model, lora = tiny_llama(), LoRA(rank=2, layers_to_transform=(1,))
     lora.attach(model)
     assert adapter_of(model) and all(".layers.1." in name for name in adapter_of(model))
-    assert frozen_layers(model) == 1  # and below it nothing is computed twice
+    assert frozen_layers(model) == 1  # the layers below are cached
     theirs = peft.get_peft_model(
         tiny_llama(),
         peft.LoraConfig(**lora.adapter_config(model, "") | {"base_model_name_or_path": None}),

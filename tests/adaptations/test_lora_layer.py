@@ -16,7 +16,7 @@ from luthier.models.networks.layers import read_together
 from luthier.models.rounding import Rounding
 
 
-def test_a_merged_weight_is_the_base_plus_the_scaled_product() -> None:
+def test_merged_weight_is_base_plus_scaled_product() -> None:
     base = nn.Linear(6, 5)
     start = base.weight.detach().clone()
     layer = LoRALinear(base, rank=2, scale=0.5, dropout=0.0)
@@ -26,7 +26,7 @@ def test_a_merged_weight_is_the_base_plus_the_scaled_product() -> None:
     torch.testing.assert_close(merged.weight, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_merge_in_bfloat16_is_unbiased_and_always_the_same() -> None:
+def test_bfloat16_merge_is_unbiased_and_deterministic() -> None:
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(256, 256).bfloat16(), rank=1, scale=1.0, dropout=0.0)
     nn.init.constant_(layer.lora_A.weight, 0.01)
@@ -108,7 +108,7 @@ def test_layers_with_hooks_run_separately(other: str) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-6])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_small_update_is_not_lost_beside_a_large_output(bias: bool, dropout: float) -> None:
+def test_small_update_survives_large_output(bias: bool, dropout: float) -> None:
     """In bfloat16 the update is below half the spacing of most outputs; on average all of it
     counts."""
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_a_small_update_is_not_lost_beside_a_large_output(bias: bool, dropout: f
         return float(((y.double() - base) * update).sum() / update.square().sum())
 
     assert kept(found) == pytest.approx(1.0, abs=0.02)
-    if not bias:  # what this test is there to catch: the update added to a rounded output
+    if not bias:  # the error to catch: the update added to a rounded output
         twice = F.linear(x, layer.base_layer.weight) + update.bfloat16()
         assert kept(twice) - kept(F.linear(x, layer.base_layer.weight)) < 0.9
 

@@ -227,7 +227,7 @@ def test_prefix_is_a_single_trained_weight(model: Any) -> None:
     assert PREFIX.stored_name(trained[0][0]) == "prompt_embeddings"
     assert prefix_tokens(model) == len(trained[0][1]) == 5
     assert prefix_tokens(copy.deepcopy(model)) == 5
-    assert frozen_layers(model) == 0  # nothing of it can be computed ahead
+    assert frozen_layers(model) == 0  # no layer can be computed ahead
 
 
 def test_networks_with_shared_layer_weights_are_refused(
@@ -247,7 +247,7 @@ def test_networks_with_shorter_values_than_keys_are_refused() -> None:
 
 
 @pytest.mark.parametrize("is_bidirectional", [False, True])
-def test_every_query_sees_the_prefix_in_tiles_and_in_the_gpu_mask(
+def test_all_queries_attend_to_prefix_in_tiles_and_mask(
     is_bidirectional: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.nn.attention.flex_attention import create_mask

@@ -193,7 +193,7 @@ def test_packed_experts_save_no_dequantized_weight(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-6])
-def test_a_small_update_is_not_lost_beside_a_large_output(dropout: float) -> None:
+def test_small_update_survives_large_output(dropout: float) -> None:
     """In bfloat16 the update is below half the spacing of most outputs; on average all of it counts."""
     torch.manual_seed(0)
     base = nn.Linear(576, 576, bias=False).bfloat16().requires_grad_(False)
@@ -209,7 +209,7 @@ def test_a_small_update_is_not_lost_beside_a_large_output(dropout: float) -> Non
     assert float(kept) == pytest.approx(1.0, abs=0.02)
 
 
-def test_a_merged_layer_is_the_dequantized_weight_plus_the_update() -> None:
+def test_merged_weight_is_dequantized_weight_plus_update() -> None:
     layer = made(torch.float32)
     a, b = branch(layer)
     expected = layer.base_layer.weight_OI + 0.7 * b @ a
@@ -222,7 +222,7 @@ def test_a_merged_layer_is_the_dequantized_weight_plus_the_update() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_layers_without_a_branch_are_packed_too_and_come_back_plain(
+def test_layers_without_adapter_are_packed_and_restored(
     family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
 ) -> None:
     base = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]()
@@ -249,7 +249,7 @@ def test_layers_without_a_branch_are_packed_too_and_come_back_plain(
     ("fields", "most"),
     [({}, 0.27), ({"double_quantization": False}, 0.29), ({"quantization": "int8"}, 0.52)],
 )
-def test_a_packed_base_is_smaller_and_the_sketch_knows_by_how_much(
+def test_memory_estimate_matches_packed_base(
     fields: dict[str, Any], most: float, tmp_path: Path, tiny_llama: Callable[..., Any]
 ) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
@@ -274,7 +274,7 @@ def test_a_packed_base_is_smaller_and_the_sketch_knows_by_how_much(
         LoRA(rank=4).attach(beside)
     estimate = estimate_memory(drawn, 2, plain)
     assert estimate_memory(beside, 2, plain).fixed - estimate.fixed == before - after
-    assert estimate.peak(0) >= PROCESS + plain  # it is loaded whole
+    assert estimate.peak(0) >= PROCESS + plain  # loading needs the full weights
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def network_and_rows(model: Any) -> tuple[Any, Any, list[Example]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_fisher_information_is_the_sum_of_squared_gradients_of_rows(
+def test_fisher_information_sums_squared_row_gradients(
     family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
 ) -> None:
     model = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]()

@@ -160,7 +160,7 @@ def test_losses_weights_and_answers_are_the_trainer_s(
     for name, weight in model.state_dict().items():
         if name.endswith("key.bias"):  # adds the same to all scores: its gradient is rounding alone
             continue
-        # Without AVX512-BF16 other kernels round otherwise: 2.7e-4 at one weight of 2,048.
+        # Kernels without AVX512-BF16 round differently: 2.7e-4 at 1 weight of 2,048.
         torch.testing.assert_close(weight, wanted[name], rtol=0, atol=5e-4, msg=name)
     tokenizer = load_tokenizer(folder)
     with torch.no_grad():

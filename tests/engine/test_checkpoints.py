@@ -200,9 +200,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_the_first_is_due_after_ten_steps_or_three_quarters_of_a_minute(
-    tmp_path: Path, clock: Clock
-) -> None:
+def test_first_checkpoint_after_10_steps_or_45_seconds(tmp_path: Path, clock: Clock) -> None:
     kept = Checkpoints(tmp_path)
     assert [step for step in range(1, 13) if kept.due(step, 0)] == [10, 11, 12]
     clock.now += 44
@@ -258,7 +256,7 @@ def test_a_fingerprint_is_of_names_and_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fingerprint_is_of_every_bit_also_of_a_single_number(dtype: torch.dtype) -> None:
+def test_fingerprint_covers_all_bits(dtype: torch.dtype) -> None:
     weights = {
         "gamma": torch.ones((), dtype=dtype),
         "w": torch.arange(6, dtype=dtype).view(2, 3).t(),

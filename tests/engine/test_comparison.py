@@ -60,12 +60,12 @@ def tuned(labelled: Path, family_folder: Callable[[str], Path]) -> Callable[...,
     return run
 
 
-def test_pairs_are_measured_beside_words_and_the_base_model(
+def test_pairs_are_compared_with_words_and_base_model(
     tuned: Callable[..., Result], labelled: Path, tmp_path: Path
 ) -> None:
     rows = [
         {"anchor": f"where is number {n}", "positive": f"number {n} is in row {n % 7}"}
-        for n in range(10, 50)  # words of one letter are none
+        for n in range(10, 50)  # one-letter words do not count
     ]
     write_rows(labelled, rows)
     found = tuned("pairs").comparison
@@ -74,7 +74,7 @@ def test_pairs_are_measured_beside_words_and_the_base_model(
     scores = {each.name: each.score for each in found.baselines}
     assert list(scores) == ["BM25 on words", "the base model as it is"]
     assert scores["BM25 on words"] == 1.0
-    # One step at such a rate leaves the base model as it is, which makes the two measurements one.
+    # A step at this rate leaves the base model unchanged, so both measurements agree.
     same = tuned("same", max_steps=1, learning_rate=1e-12).comparison
     assert same is not None
     assert (
@@ -94,7 +94,7 @@ def test_classifier_is_compared_with_baselines(tuned: Callable[..., Result]) -> 
     assert len(scores) == 5
     assert found.tuned is not None
     assert found.tuned in [pytest.approx(n / found.rows) for n in range(found.rows + 1)]
-    # It is the same when it is read back, in the run and in the model.
+    # The stored comparison is equal in the run and in the model.
     stored = read_json(Path(result.run_dir) / "result.json")
     assert TypeAdapter(Result).validate_python(stored) == result
     kept = manifest_of(result)["metrics"]["comparison"]
@@ -115,7 +115,7 @@ def test_generating_models_have_no_baselines(recipe: Callable[..., Recipe]) -> N
     assert train(recipe()).comparison is None
 
 
-def test_a_result_of_a_run_without_a_comparison_is_read(tuned: Callable[..., Result]) -> None:
+def test_result_without_comparison_is_read(tuned: Callable[..., Result]) -> None:
     result = tuned("alone", baseline_seconds=0)
     stored = read_json(Path(result.run_dir) / "result.json")
     del stored["comparison"]

@@ -84,9 +84,7 @@ def test_defaults_follow_from_the_number_of_rows(
 
 
 @pytest.mark.parametrize(("held_out", "every"), [(8, 2), (10, 2), (16, 3), (1000, 3)])
-def test_held_out_rows_are_measured_as_often_as_a_tenth_of_the_time_allows(
-    held_out: int, every: int
-) -> None:
+def test_validation_takes_at_most_a_tenth_of_time(held_out: int, every: int) -> None:
     _, chosen, steps = plan(256, held_out, batch_size=16, max_steps=16)
     assert steps == 16 and chosen["training.evaluate_every"] == every
 
@@ -123,7 +121,7 @@ def test_few_validation_rows_do_not_stop_early(method: str, patience: int) -> No
         (8000, True, 16, 3.0),
     ],
 )
-def test_random_weights_take_more_passes_and_no_small_batches_over_few_rows(
+def test_random_weights_get_more_epochs_and_larger_batches(
     rows: int, from_scratch: bool, batch: int, epochs: float
 ) -> None:
     recipe = Recipe.parse({"data": {"train": "t"}, "objective": {"method": "classification"}})
@@ -161,7 +159,7 @@ def test_new_head_on_trained_weights_learns_faster(
     assert told == any(name == "training.head_rate_multiplier" for name, _, _ in choices)
 
 
-def test_the_token_budget_grows_when_micro_batches_would_repeat_a_long_prefix() -> None:
+def test_token_budget_grows_for_long_shared_prefix() -> None:
     estimate = MemoryEstimate(fixed=1000, per_token=10)
     ends = np.arange(16)[:, None] + 1000
     rows = [np.concatenate([np.arange(400), np.repeat(end, 40)]) for end in ends]
@@ -171,7 +169,7 @@ def test_the_token_budget_grows_when_micro_batches_would_repeat_a_long_prefix() 
     assert token_budget(estimate, [batch], 440, 2 * (1000 + 1024 * 10))[0] == 1024
 
 
-def test_the_token_budget_fits_the_memory_and_the_longest_row() -> None:
+def test_token_budget_fits_memory_and_longest_row() -> None:
     estimate = MemoryEstimate(fixed=1000, per_token=10)
     assert token_budget(estimate, [], 100, 1 << 30)[0] == 1024
     assert token_budget(estimate, [], 1200, 1 << 30)[0] == 1200

@@ -83,7 +83,7 @@ def test_a_node_comes_late_is_lost_and_comes_back(
         before = len(lines(metrics))
         wait_for(lambda: len(lines(metrics)) > before + 2, *nodes)
 
-    def meetings() -> int:  # which of both says so is up to torchrun
+    def meetings() -> int:  # torchrun chooses the node that reports
         return sum(node.words().count("2 processes share") for node in nodes)
 
     with socket.socket() as found:
@@ -101,7 +101,7 @@ def test_a_node_comes_late_is_lost_and_comes_back(
             wait_for_steps()
             if number == 1:
                 left = second.kill()
-                assert not psutil.wait_procs(left, timeout=30)[1]  # it trains on for nobody
+                assert not psutil.wait_procs(left, timeout=30)[1]  # no process keeps training
                 wait_for_steps()
                 assert first.agent.poll() is None
         for node in nodes:

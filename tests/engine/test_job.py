@@ -148,7 +148,7 @@ def test_base_without_causal_lm_is_refused(
     refused(recipe(base=str(folder)), *kinds, luthier_home)
 
 
-def test_a_taken_name_is_refused(recipe: Callable[..., Recipe], luthier_home: Path) -> None:
+def test_existing_name_is_refused(recipe: Callable[..., Recipe], luthier_home: Path) -> None:
     result = train.train(recipe())
     before = files_in(luthier_home)
     with pytest.raises(RunConflict) as refused:

@@ -20,7 +20,7 @@ from luthier.recipe import Training
         (ROWS_FOR_PERFECT, 1.0, Augmentation(), True),
         (ROWS_FOR_PERFECT, 0.99, Augmentation(), False),
         (ROWS_FOR_PERFECT - 1, 1.0, Augmentation(), False),
-        # Rows that are changed are harder than those held out: the loss goes on to fall.
+        # Augmented rows are harder than held-out rows: the loss keeps falling.
         (ROWS_FOR_PERFECT, 1.0, Augmentation(speed=0.1), False),
     ],
 )

@@ -57,7 +57,7 @@ def test_memory_limit_of_container_without_page_cache(group: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted where Linux lists them")
 def test_thread_keeps_no_workers_after_computing() -> None:
-    # In a process of its own, where nobody else begins or ends threads.
+    # In a separate process, without unrelated threads.
     code = """
 import os, torch
 from luthier.engine.machine import release_workers

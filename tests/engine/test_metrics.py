@@ -136,7 +136,7 @@ def words_of(picture: Path) -> set[str]:
     return set(re.findall(r"<!-- (.*?) -->", picture.read_text()))
 
 
-def test_smoothing_is_a_moving_average_without_a_start_from_zero() -> None:
+def test_smoothing_is_a_bias_corrected_moving_average() -> None:
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smooth([1.0, 3.0]) == pytest.approx([1.0, (0.8 * 0.2 * 1 + 0.2 * 3) / 0.36])
 
@@ -183,7 +183,7 @@ def test_an_error_rate_is_to_be_low() -> None:
         for rate, loss in zip(rates, losses, strict=True)
     ]
     assert best_measurement(lines, "cer") is lines[4]
-    # Nothing is right in the first two, so the loss decides between them.
+    # Both first scores are 0, so the loss decides.
     assert best_measurement(lines[:2], "cer") is lines[1]
     assert deciding_measure(lines[:2], "cer") == "loss"
     assert deciding_measure(lines, "cer") == "cer"

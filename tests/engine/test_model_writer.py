@@ -137,7 +137,7 @@ def test_stored_model_must_equal_trained_model(
     assert not [name for name in files_in(luthier_home) if name.startswith("models")]
     with pytest.raises(UnknownModel):
         find("tiny-llama:x")
-    # The run is kept: with the cause mended, it stores without beginning again.
+    # The run remains: after the fix it stores without a restart.
     monkeypatch.setattr(model_writer, last, real)
     assert train.train(spec, resume=True).steps == 6
     parity = find("tiny-llama:x").manifest.parity

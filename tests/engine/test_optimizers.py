@@ -125,7 +125,7 @@ def test_micro_batch_sums_are_float32() -> None:
     assert optimizer.step(RATE) == 2.0
 
 
-def test_steps_too_small_for_bfloat16_add_up_in_the_masters() -> None:
+def test_small_steps_accumulate_in_master_weights() -> None:
     mine, theirs = (nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16)) for _ in range(2))
     optimizer = MasterAdamW([("w", mine)], Training(learning_rate=1e-4))
     adamw = torch.optim.AdamW([theirs], lr=1e-4, weight_decay=0.0)
@@ -304,7 +304,7 @@ def test_restoring_sets_the_weights_of_the_network() -> None:
         assert torch.equal(weight, expected[name])
 
 
-def test_a_state_from_before_the_first_step_can_be_restored() -> None:
+def test_state_before_first_step_is_restored() -> None:
     weights, other = make_weights(), make_weights()
     training = Training(learning_rate=RATE)
     fresh = MasterAdamW(weights.items(), training)

@@ -26,7 +26,7 @@ from luthier.library.models import find
 from luthier.recipe import Recipe
 
 Recipes = Callable[..., Recipe]
-# Steps take some 10 ms, and what is told of them comes ten times a second.
+# Steps take about 10 ms; progress is reported 10 times a second.
 SETTINGS = {"training": {"max_steps": 80, "refit": False, "patience": 0}}
 CHECKPOINT = 10
 """Step of the first checkpoint."""
@@ -54,7 +54,7 @@ class Faults(Reporter):
 def processes_by_rank() -> dict[int, psutil.Process]:
     found = {}
     for each in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended, or another test has left it so
+        with suppress(psutil.Error):  # the process has ended
             if "luthier.engine.processes" in each.cmdline():
                 found[int(each.environ()["RANK"])] = each
     return found
@@ -72,14 +72,14 @@ def weights_of(result: Result) -> str:
 @pytest.mark.parametrize(
     "ranks", [pytest.param([0]), pytest.param([1, 0, 1], marks=pytest.mark.slow)]
 )
-def test_each_process_can_be_killed_and_no_bit_is_lost(
+def test_killed_process_resumes_to_equal_bits(
     luthier_home: Path, recipe: Recipes, ranks: list[int]
 ) -> None:
     whole = train_in_processes(recipe(**SETTINGS, name="whole"), 2)
     faults = Faults(*(send(rank, signal.SIGKILL) for rank in ranks))
     killed = train_in_processes(recipe(**SETTINGS, name="killed"), 2, reporter=faults)
     assert faults.steps.count(CHECKPOINT) == 1
-    assert faults.steps.count(CHECKPOINT + 1) == 2  # there is one checkpoint by then
+    assert faults.steps.count(CHECKPOINT + 1) == 2  # a checkpoint exists at that step
     assert weights_of(killed) == weights_of(whole)
     assert sum("a process ended" in note for note in faults.notes) == len(ranks)
 
@@ -90,7 +90,7 @@ def test_restarted_processes_ignore_earlier_runs(luthier_home: Path, recipe: Rec
     settings = {"training": {"max_steps": 2, "refit": False}, "name": None}
     earlier = train(recipe(**settings))
 
-    def kill_one() -> None:  # before it has read anything
+    def kill_one() -> None:  # before the process reads data
         while not (found := processes_by_rank()):
             time.sleep(0.05)
         found[0].kill()
@@ -131,7 +131,7 @@ def test_launch_resumes_only_own_run(
     resumed = Faults()
     done = train(asked, reporter=resumed)
     assert resumed.steps == [4, 5, 6]
-    assert train(asked, reporter=resumed) == done  # a node may come after the last step
+    assert train(asked, reporter=resumed) == done  # a node can join after the last step
     assert resumed.steps == [4, 5, 6]
 
 
@@ -190,14 +190,14 @@ def check_resumed(settings: dict[str, Any], recipe: Recipes, folder: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_the_first_process_ends_all_and_the_run_can_be_resumed(
+def test_full_disk_of_first_process_ends_run_resumably(
     disk: Disk, recipe: Recipes, tiny_model_folder: Path
 ) -> None:
     faults = Faults(lambda _: disk.fill())
     with pytest.raises(LuthierError) as failed:
         train_in_processes(recipe(**SETTINGS, name="x"), 2, reporter=faults)
     assert failed.value.rule == "disk.full"
-    assert faults.steps.count(12) == 1  # no new start would mend it
+    assert faults.steps.count(12) == 1  # a restart would not help
     assert not processes_by_rank()
     disk.free()
     check_resumed(SETTINGS, recipe, disk.folder / "runs" / tiny_model_folder.name / "x")

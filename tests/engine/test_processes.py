@@ -123,7 +123,7 @@ def test_sharded_run_resumes_after_kill_with_different_process_count(
     whole = train_in_processes(recipe(**settings, name="whole"), 2)
     lines = Lines(kill_at=16)
     killed = train_in_processes(recipe(**settings, name="killed"), 2, reporter=lines)
-    assert lines.steps.count(11) == 2  # it went on from the checkpoint after step 10
+    assert lines.steps.count(11) == 2  # resumed from the checkpoint after step 10
     one, other = (find(result.model_id).manifest.files for result in (whole, killed))
     assert one["model.safetensors"] == other["model.safetensors"]
 
@@ -177,7 +177,7 @@ def test_killed_process_costs_steps_but_no_bit(luthier_home: Path, recipe: Recip
     lines = Lines(kill_at=16)
     killed = train_in_processes(recipe(**settings, name="killed"), 2, reporter=lines)
     assert any("a process ended" in note for note in lines.notes)
-    assert lines.steps.count(11) == 2  # it went on from the checkpoint after step 10
+    assert lines.steps.count(11) == 2  # resumed from the checkpoint after step 10
     one, other = (find(result.model_id).manifest.files for result in (whole, killed))
     assert one["adapter_model.safetensors"] == other["adapter_model.safetensors"]
     with pytest.raises(RunConflict) as refused:
@@ -232,7 +232,7 @@ def test_error_of_single_process_ends_all_processes(
     message = "process 1 of 2: row 3 cannot be read any more"
     reported = read_json(tmp_path / "outcome-1.json")
     assert (reported["error"], reported["message"]) == ("CorruptFile", message)
-    work(tmp_path)  # started again, it does not begin anew
+    work(tmp_path)  # a restart resumes
     assert [path.name for path in tmp_path.glob("outcome*")] == ["outcome-1.json"]
 
 

@@ -83,7 +83,7 @@ def test_refit_stores_weights_of_run_on_all_rows(recipe: Callable[..., Recipe]) 
     shown = [(line["event"], line["step"]) for line in notes.lines]
     assert shown == [(line["event"], line["step"]) for line in metrics_of(result)]
     assert (result.steps, result.rows) == (2 * STEPS, 20)
-    # The scores are those of the first training, and the words say so.
+    # The scores come from the first training, and the text states this.
     assert result.verdict.kept == measured.verdict.kept
     assert result.validation_loss == measured.validation_loss
     assert result.verdict.text != measured.verdict.text
@@ -108,7 +108,7 @@ def test_record_of_refit_has_no_learned_row_as_held_out(
     before = read_json(Path(measured.run_dir) / HELD_OUT)
     assert read_json(folder / HELD_OUT)["test"] == before["test"]
     assert not (folder / REFIT).exists()
-    # Whoever tunes it further on the same rows hears that it knows those that are held out now.
+    # Further tuning on the same rows warns that held-out rows were learned.
     notes = Notes()
     train(recipe("y", base=result.model_id, max_steps=1, refit=False), reporter=notes)
     assert any(

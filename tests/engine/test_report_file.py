@@ -51,7 +51,7 @@ def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
 def test_complete_line_is_reported_once(tmp_path: Path) -> None:
     path, heard = tmp_path / "reports.jsonl", Heard()
     reader = ReportReader(path)
-    reader.forward(heard)  # it is not there yet
+    reader.forward(heard)  # the file does not exist yet
     file = ReportFile(path)
     file.note("one")
     with path.open("a") as unfinished:

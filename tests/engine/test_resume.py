@@ -228,7 +228,7 @@ def test_a_run_without_a_name_is_found_again(
     for taken in ("my-rows.v2-1", "my-rows.v2-2", "my-rows.v2-x", "my-rows-9"):
         (runs / taken).mkdir(parents=True)
     assert forker.start(home, arguments, SLOWLY + STOP_AT_5).wait() == 130
-    (runs / "my-rows.v2-1").rmdir()  # a gap is no reason to start anew
+    (runs / "my-rows.v2-1").rmdir()  # a gap does not change the number
     job = forker.start(home, [*arguments, "--resume"])
     assert job.result()["model_id"] == "tiny-llama:my-rows.v2-3"
     manifest = home / "models" / "custom" / "tiny-llama" / "my-rows.v2-3" / "luthier.json"
@@ -242,7 +242,7 @@ def test_stopped_while_storing_leaves_no_half_model(
     tmp_path: Path,
 ) -> None:
     point = POINTS["in the middle of storing"].replace("die()", "os.kill(os.getpid(), 2)")
-    # Whoever runs the tests in the background has the interrupt ignored, and children inherit that.
+    # Background shells ignore the interrupt, and children inherit that.
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     job = forker.start(tmp_path, command("lora"), OFTEN + DIE + heard + point)
     assert job.wait() == 130

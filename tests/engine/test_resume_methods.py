@@ -202,7 +202,7 @@ def test_resumed_run_has_bits_of_uninterrupted_run(
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     kept = list(run.glob("precomputed/*"))
     assert bool(kept) == ("cache_top_k" in fields)
-    monkeypatch.setattr(TopK, "_write", None)  # what was kept is there, and not asked for again
+    monkeypatch.setattr(TopK, "_write", None)  # the stored values are reused
     known: list[Mapping[str, Any]] = []
     resume = Loop.resume
 
@@ -212,7 +212,7 @@ def test_resumed_run_has_bits_of_uninterrupted_run(
 
     monkeypatch.setattr(Loop, "resume", resume_and_look)
     again = train(recipe("broken"), resume=True)
-    # What decides which weights are kept is known as if nothing had happened.
+    # The state that selects the best weights is restored.
     assert known
     assert all("rows" in line for line in known) or objective not in ("dpo", "semi_supervised")
     assert not (run / "precomputed").exists()

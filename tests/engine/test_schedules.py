@@ -56,7 +56,7 @@ def test_step_divides_by_ten_after_each_third(thirds: int) -> None:
     assert found == pytest.approx(expected)
 
 
-def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
+def test_first_step_without_warm_up_has_full_rate() -> None:
     assert [schedule_factor(name, 0, 10, 0.0) for name in NAMES] == [1.0] * 4
 
 

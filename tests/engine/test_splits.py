@@ -32,7 +32,7 @@ def write(path: Path) -> Path:
     return path
 
 
-def test_a_test_share_is_neither_learned_from_nor_measured_on(
+def test_test_share_is_excluded_from_training_and_validation(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     data = write(tmp_path / "rows.jsonl")
@@ -128,7 +128,7 @@ def test_columns_without_groups_are_refused(
         DataSpec(train=str(data), validation="v.jsonl", group_column="speaker")
 
 
-def test_a_test_share_beside_a_validation_file(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_test_share_with_validation_file(tmp_path: Path, tiny_model_folder: Path) -> None:
     data = write(tmp_path / "rows.jsonl")
     spec = {"train": str(data), "validation": str(write(tmp_path / "v.jsonl")), "test_share": 0.2}
     spec |= {"severity": {"leakage.many": "note"}}

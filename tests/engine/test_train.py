@@ -39,7 +39,7 @@ from luthier.types import Message
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["lora", "prefix", "prompt", "adapters"])
-def test_an_adapter_of_llama_is_trained_without_transformers_and_peft(
+def test_llama_adapter_trains_without_importing_transformers(
     recipe: Callable[..., Recipe], luthier_home: Path, adaptation: str
 ) -> None:
     """Importing transformers and PEFT takes five seconds, as long as some runs."""
@@ -126,7 +126,7 @@ def test_early_stopping_stops_and_the_best_weights_are_stored(
     assert result.steps == best + 4
     assert result.validation_loss == measured[best] < measured[result.steps] - 0.1
     assert stored_loss(result.model_id, held) == pytest.approx(measured[best], abs=1e-4)
-    # Without patience it goes on, and the best weights are stored all the same.
+    # Without patience the run continues and still stores the best weights.
     on = train.train(recipe({**training, "patience": 0, "max_steps": 12}, name="on", **fields))
     assert on.steps == 12
     assert on.validation_loss == result.validation_loss

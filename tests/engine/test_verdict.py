@@ -37,7 +37,7 @@ def judged(
     ("losses", "outcome", "kept_step"),
     [
         ((2.0, 1.2, 1.01, 1.0, 0.99), "learned", 40),
-        ((2.0, 1.0), "learned", 40),  # one measurement does not tell where it was going
+        ((2.0, 1.0), "learned", 40),  # a single measurement shows no trend
         ((2.0, 1.0, 0.99, 1.0, 1.02), "learned", 20),
         ((2.0, 1.7, 1.5, 1.3, 1.1), "still_improving", 40),
         ((2.0, 1.5, 1.0, 1.2, 1.4), "overfitted", 20),
@@ -156,7 +156,7 @@ def test_capped_run_with_best_end_needs_more_steps() -> None:
     assert found.cause == "more_steps" and "`training.max_steps=20`" in found.advice
 
 
-def test_early_stopping_is_said() -> None:
+def test_verdict_reports_early_stopping() -> None:
     verdict = judged((2.0, 1.0, 1.5), steps=100)
     assert verdict.stopped_early and not judged((2.0, 1.0, 1.5)).stopped_early
 
@@ -214,7 +214,7 @@ def test_paired_scores_are_compared_by_changed_rows() -> None:
     assert (found.outcome, found.cause) == ("hardly_learned", "regression")
 
 
-def test_a_gain_on_two_rows_is_no_ground_to_change_the_rate() -> None:
+def test_gain_on_two_rows_gives_few_rows_advice() -> None:
     found = scored([[1, 0], [1, 1]])
     assert (found.outcome, found.cause) == ("hardly_learned", "few_rows")
     assert "`data.validation=FILE`" in found.advice
@@ -246,7 +246,7 @@ def test_refit_needs_a_gain() -> None:
     assert scored(up).learned
     assert not scored(up, uninformative=True).learned
     assert not scored(same, FLAT).learned
-    # Eight rows do not show what was learned from other rows, and forty do.
+    # Eight rows are too few to show learning, and forty are enough.
     little = [[0, 0, 0, 1], [0, 0, 1, 1]]
     assert scored([each * 2 for each in little]).learned
     assert not scored([each * 2 for each in little], FLAT).learned
@@ -265,7 +265,7 @@ def test_rows_separated_by_a_baseline_are_not_blamed() -> None:
     assert scored(right, uninformative=True, other_base=start).cause == "uninformative"
 
 
-def test_wrong_labels_are_the_cause_of_a_run_without_gain() -> None:
+def test_run_without_gain_blames_wrong_labels() -> None:
     right = [[1] * 36 + [0] * 4, [1] * 35 + [0] * 5]
     many, few = LabelIssueCounts(31, 416), LabelIssueCounts(2, 416)
     found = scored(right, fitted_head=True, label_issues=many)
@@ -340,7 +340,7 @@ def test_rewards_are_read_as_rewards(
         assert verdict.cause == expected[outcome] and "`luthier models samples`" in verdict.advice
 
 
-def test_scores_stand_beside_the_loss() -> None:
+def test_verdict_has_scores_next_to_loss() -> None:
     lines = [{"event": "train", "step": 1, "loss": 1.0}]
     lines += [held(0, 0.7, accuracy=0.5, margin=1.0), held(1, 0.2, accuracy=0.875)]
     verdict = judge_run(lines, "loss", Training(learning_rate=1e-3), 1)
@@ -349,7 +349,7 @@ def test_scores_stand_beside_the_loss() -> None:
     assert "0.7000 (accuracy 0.500)" in verdict.text and "0.2000 (accuracy 0.875)" in verdict.text
 
 
-def test_few_held_out_rows_are_said_to_be_few() -> None:
+def test_verdict_reports_few_held_out_rows() -> None:
     lines = [{"event": "train", "step": n, "loss": 1.0} for n in range(1, 3)]
     lines += [held(0, 2.0), held(2, 1.0)]
     few = judge_run(lines, "loss", Training(), 2, rows=5)

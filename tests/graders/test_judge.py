@@ -89,7 +89,7 @@ def test_verdict_without_score_names_row() -> None:
     assert len(e.value.problems) == 1
     found = grade_answers(Judge(writer=writer), answers("a", "b"), on_error="zero")
     assert (found.scores, len(found.problems)) == ([1.0, 0.0], 1)
-    assert calls == [2, 2]  # nothing was asked twice
+    assert calls == [2, 2]  # no request is repeated
 
 
 def test_unreachable_judge_fails_every_row() -> None:
@@ -120,7 +120,7 @@ class Opener:
         return lambda asked: [self.verdicts.pop(0) for _ in asked]
 
 
-def test_a_model_is_named_and_opened_by_whoever_grades() -> None:
+def test_judge_model_is_opened_by_the_caller() -> None:
     opener = Opener("Score: 10", "Score: 1", "Score: 4")
     local = Judge(model="base:mine")
     assert (local.models, local.has_time_limit) == ({"base:mine": "causal_lm"}, False)
@@ -145,7 +145,7 @@ def test_invalid_judge_address_is_refused() -> None:
     assert "sk-secret" not in str(caught.value)
 
 
-def test_an_answer_without_a_verdict_is_named_with_the_reason() -> None:
+def test_answer_without_verdict_has_a_reason() -> None:
     found = ["Score: 10", Failure("judge.failed", "it is down"), "Score: 1"]
     judge = Judge(model="m")
     with pytest.raises(GradingFailed):

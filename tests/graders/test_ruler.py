@@ -43,7 +43,7 @@ def test_verdict_covers_all_distinct_replies_of_row() -> None:
         asked.extend(conversations)
         return ["Reply 1: 100\nReply 2: 25", "Reply 1: 50"]
 
-    # Rows come mixed, as rollouts do; the second "Paris" is the first one again.
+    # Rows are mixed as in rollouts; the second "Paris" is a duplicate.
     batch = answers(1, "Paris", "Rome", "Paris") + answers(2, "Lyon") + answers(1, "Rome")
     scores = grade_answers(Ruler(rubric="Only Paris.", writer=writer), batch).scores
     assert scores == [1.0, 0.25, 1.0, 0.5, 0.25]

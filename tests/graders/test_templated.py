@@ -70,7 +70,7 @@ def test_places() -> None:
     ):
         grader = StringCheck(input=template, reference=text)
         assert one(grader, '{"a": [1, "2"]}') == 1, template
-    # What stands in a row is never a place itself.
+    # Values of a row are never placeholders.
     assert (
         one(StringCheck(reference="{{item.answer}}"), "{{item.size}}", answer="{{item.size}}") == 1
     )

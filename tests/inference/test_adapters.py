@@ -197,7 +197,7 @@ def test_idle_adapters_are_evicted_before_their_base(pool: ModelPool, base: str)
     busy = pool.submit(NAMES[2], asked(max_tokens=300))
     next(busy)
     with pytest.raises(InferenceFailed):
-        text_of(pool, NAMES[-1])  # it needs a network of its own
+        text_of(pool, NAMES[-1])  # this adapter needs a separate network
     busy.close()
     text_of(pool, NAMES[-1])
     assert pool.loaded_ids() == [NAMES[-1]]
@@ -355,7 +355,7 @@ def test_cancelled_request_of_unloaded_adapter_leaves_base_answers_unchanged(
     honest = backend.prefill
 
     def slow(states: Any) -> Any:
-        if len(pool._entries[base].model._reading) == 3:  # two prompts fill what is read at once
+        if len(pool._entries[base].model._reading) == 3:  # two prompts fill a prefill
             reading.set()
             assert gone.wait(20)
         return honest(states)

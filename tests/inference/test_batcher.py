@@ -151,7 +151,7 @@ def test_single_row_is_served_between_many_rows(
         passes.go_on.set()
         one.result(20)
         assert len(many.result(20)) == 60
-    # Threads may hear late of their answers: which pass had the single row does not depend on it.
+    # Threads can receive answers late; the pass of the single row is fixed.
     assert [len({len(row) for row in rows}) for rows in passes.rows[:4]] == [1, 2, 1, 1]
     assert max(sum(len(row) for row in rows) for rows in passes.rows) <= 32
 
@@ -240,7 +240,7 @@ def test_passes_reserve_memory_from_the_cache_budget(
         )
         passes.go_on.set()
         assert first.result(20)
-        # Others have all of it for a while.
+        # Another client reserves all memory for a while.
         assert pool.memory.reserve("others", total)
         waits = clients.submit(pool.predict, model, ["dog"])
         time.sleep(0.15)

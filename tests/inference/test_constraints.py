@@ -211,7 +211,7 @@ def test_schema_with_keyword_names_and_reference_values(opened: Decoder) -> None
     validate(dict(call.arguments), schema)
 
 
-def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
+def test_text_is_streamed_when_tools_are_declared(opened: Decoder) -> None:
     chat = Chat((Message("user", "Hi"),), TOOLS)
     counts = []
     for seed in range(4):

@@ -212,7 +212,7 @@ def test_more_answers_than_step_together_take_turns(
     assert [whole.text for whole in busy.results()] == alone
     assert {count for count, _ in steps} == {1}
     own = [place for place, (_, mine) in enumerate(steps) if mine]
-    # It came far behind the other, and had nearly every step from its first one on.
+    # The later request gets nearly every step after its first.
     assert len(own) == 11 and own[-1] - own[0] < 30
 
 
@@ -292,7 +292,7 @@ def test_long_prompts_slow_a_short_request_by_at_most_half(
     for _ in range(5):
         began = clock.now
         assert submit(opened, "neighbour", short).results() == quiet
-        # and a chunk, with a step of all others, that had begun already
+        # and a chunk and a step that were already running
         assert clock.now - began <= 2 * quiet_seconds + 0.35
     assert any(not job.cancelled for job in (*opened._reading, *opened._writing))
     for stream in streams:
@@ -317,7 +317,7 @@ def test_paused_clients_leave_answers_unchanged(
     assert settled(opened)
 
 
-def test_more_answers_than_there_may_be_are_refused(
+def test_request_over_answer_limit_is_refused(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opened, "limits", ModelLimits(answers=4))
@@ -483,7 +483,9 @@ def test_no_numbers_are_no_answer(opened: Decoder, monkeypatch: pytest.MonkeyPat
     assert failed.value.code == "ModelError"
 
 
-def test_a_closed_decoder_says_so(tiny_model_folder: Path, in_float32: None) -> None:
+def test_closed_decoder_fails_with_service_unavailable(
+    tiny_model_folder: Path, in_float32: None
+) -> None:
     made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
     stream = made.submit(asked("Hi", max_tokens=900, logit_bias={1: -100.0}))
     next(stream)

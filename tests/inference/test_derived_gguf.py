@@ -137,7 +137,7 @@ def test_families_without_llama_cpp_support_run_on_torch(
 
 
 @pytest.mark.slow
-def test_adapters_are_in_the_file_or_are_run_by_torch(
+def test_adapters_run_merged_in_gguf_or_on_torch(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "rows.jsonl"

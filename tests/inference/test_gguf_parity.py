@@ -47,7 +47,7 @@ def test_llama_cpp_answers_as_the_model_does(
     assert first is not None and first.margin > 0
     assert first.other_margin is None or first.other_margin > 0
     prompt_T = chat.encode_prompt((Message("user", REFERENCE_PROMPTS[first.row]),))
-    # In row 0 it stands behind what both would have written, which the model writes alone.
+    # In row 0 the token follows the common text, which the model generates.
     if first.row == 0:
         whole = torch.tensor([prompt_T.tolist()])
         while whole.shape[1] <= first.position:

@@ -49,7 +49,7 @@ def test_results_of_closed_stream_fail_with_service_unavailable() -> None:
     assert failed.value.code == "ServiceUnavailable"
 
 
-def test_the_first_piece_of_a_stream_can_be_waited_for() -> None:
+def test_wait_returns_at_first_chunk() -> None:
     events: SimpleQueue[Any] = SimpleQueue()
     stream = Stream(events, prompt_tokens=3, n=1)
     pieces = [TokenChunk(0, "a"), TokenChunk(0, "b"), FinishEvent(0, "stop", 2)]
@@ -58,7 +58,7 @@ def test_the_first_piece_of_a_stream_can_be_waited_for() -> None:
     stream.wait()
     stream.wait()
     assert [*stream] == pieces
-    stream.wait()  # it has ended, and nothing is waited for
+    stream.wait()  # returns at once after the end
 
 
 @pytest.mark.parametrize("closes", [False, True])

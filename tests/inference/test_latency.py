@@ -65,7 +65,7 @@ def test_latency_has_a_first_token_and_intervals(decoder: Decoder) -> None:
     assert value(between, "_count") == 4 + 3 * 3 and 0 < value(between, "_sum") < 3 * whole
 
 
-def test_a_wait_for_a_turn_is_part_of_the_first_token(
+def test_first_token_latency_includes_queue_time(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserve = decoder.memory.reserve

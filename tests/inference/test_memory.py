@@ -50,7 +50,7 @@ if len(sys.argv) > 1:
 rest, kept = resident_bytes(), []
 
 def work():
-    # What stays lies behind what goes: the end of each heap is in use, as in a server at work.
+    # Keep the end of each heap in use, as in a busy server.
     blocks = [bytearray(50_000) for _ in range(1_000)]
     kept.append([bytearray(50_000) for _ in range(2)])
     del blocks

@@ -125,7 +125,7 @@ def test_preloaded_model_answers_without_loading(
     threads = decoder_threads()
     busy.close()
     assert not any(thread.is_alive() for thread in threads)
-    pool.unload(folders[0])  # it is not there, which is no error
+    pool.unload(folders[0])  # a missing model is no error
 
 
 def decoder_threads() -> list[threading.Thread]:

@@ -46,7 +46,7 @@ def tuned(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[...,
             data,
             base=str(family_folder(family)),
             name="x",
-            # Copies stay on one side of a split: words that are held out would never be seen.
+            # Copies stay in the same split, so held-out words would be unseen.
             data__validation_share=0,
             training__learning_rate=3e-3,
             training__epochs=10,
@@ -177,9 +177,7 @@ def test_words_get_tags(
     for row, line in zip(TAGGED, lines, strict=True):
         named = {"label": "thing", "text": f"{row['tokens'][1]} is", "start": 1, "end": 3}
         assert line == {**row, "predicted": {"tags": row["tags"], "entities": [named]}}
-    spaced = (
-        "  the fox  is here"  # of a text the offsets are its own, whatever stands between words
-    )
+    spaced = "  the fox  is here"  # offsets refer to the original text
     printed = command("predict", model_id, spaced)
     assert printed.splitlines()[-1] == 'thing: "fox  is" [6:13]'
     answer = command("predict", model_id, spaced, "--json")["answers"][0]["predicted"]
@@ -244,7 +242,7 @@ def test_generate_with_encoder_and_predict_with_generator_are_refused(
         luthier.load(model_id).generate(["x"])
     with pytest.raises(RecipeError):
         luthier.load(str(tiny_model_folder)).predict(["x"])
-    # Of a folder that another tool wrote the configuration says which of the two it does.
+    # The configuration of an imported folder selects the task.
     foreign = family_folder("bert")
     assert len(json.loads(command("predict", foreign, "hello"))) > 8
     command("generate", foreign, "hello", code=2)
@@ -295,7 +293,7 @@ def test_evaluation_by_slices_and_as_html(
     assert sum(each["rows"] for each in found["calibration"]) == 36
     text = command(*asked)
     assert "by source:" in text and "web " in text and str(page) in text
-    # What cannot be sliced is refused before anything is answered.
+    # Invalid slices are refused before prediction.
     for by in ("nothing", "rating"):
         command("evaluate", model_id, data, "--slice", by, code=2)
 

@@ -125,12 +125,12 @@ def test_pieces_have_hardly_more_tokens_than_the_whole(chat: ChatFormat, seed: i
         assert apart <= 1.1 * whole + prompts.CUT * len(pieces)
 
 
-def test_no_token_stands_for_more_bytes_than_the_longest(chat: ChatFormat) -> None:
+def test_longest_token_bounds_bytes_per_token(chat: ChatFormat) -> None:
     if type(chat.tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
         pytest.skip("a long word is one token there, which the least size makes room for")
     for text in texts(7):
         if text.isspace() or any(each in text for each in "🎻世"):
-            continue  # dropped, or one unknown token, by some
+            continue  # some tokenizers drop the text or use an unknown token
         size, whole = len(text.encode()), len(chat.tokens(text, first=False))
         if chat.tokenizer.unk_token_id not in chat.tokens(text, first=False):
             assert size <= (whole + 1) * chat.longest_token

@@ -47,7 +47,7 @@ def asked(prompt: Chat | str, **fields: Any) -> GenerationRequest:
     return GenerationRequest(prompt, **{"temperature": 0, "max_tokens": 120, **fields})
 
 
-def test_a_tuned_model_thinks_and_then_says(thinker: Decoder) -> None:
+def test_tuned_model_generates_reasoning_before_text(thinker: Decoder) -> None:
     for question, said in SAID.items():
         found = answer(thinker, asked(chat(question)))
         assert (found.reasoning, found.text, found.reason) == (THOUGHT, said, "stop")
@@ -67,7 +67,7 @@ def test_stream_has_reasoning_before_text_in_whole_characters(thinker: Decoder) 
     assert all(text and "\ufffd" not in text for text in texts)
 
 
-def test_the_command_line_and_the_sdk_say_the_same(
+def test_cli_and_sdk_replies_match(
     thinking_folder: Callable[[str], Path], thinker: Decoder
 ) -> None:
     kind = next(kind for kind in TEMPLATES if thinker.chat.template_text == TEMPLATES[kind])
@@ -78,7 +78,7 @@ def test_the_command_line_and_the_sdk_say_the_same(
     assert [(w.text, w.reasoning, w.tokens, w.reasoning_tokens) for w in written] == [
         (s.text, s.reasoning, s.tokens, s.reasoning_tokens) for s in served
     ]
-    assert generator.replies([*SAID], sampling) == [*SAID.values()]  # what is graded
+    assert generator.replies([*SAID], sampling) == [*SAID.values()]  # graders see this text
     thoughts: list[str] = []
     pieces = [*generator.stream("sky?", sampling, thoughts.append)]
     assert ("".join(thoughts), "".join(pieces)) == (THOUGHT, "blue")
@@ -90,15 +90,13 @@ def test_token_limit_can_cut_reasoning(thinker: Decoder) -> None:
     for limit in range(1, whole.tokens):
         cut = answer(thinker, asked(chat("sky?"), max_tokens=limit))
         assert (cut.reason, cut.tokens) == ("length", limit)
-        if (
-            cut.text and not cut.reasoning
-        ):  # half of the opening mark, which may begin a text as well
+        if cut.text and not cut.reasoning:  # half an opening mark can also start text
             assert "<think>".startswith(cut.text)
             continue
         assert cut.reasoning_tokens == min(limit, whole.reasoning_tokens)
         if cut.text:
             assert cut.reasoning == THOUGHT and "blue".startswith(cut.text)
-        else:  # half of a closing mark cannot be told from a thought
+        else:  # half a closing mark can belong to the reasoning
             thought = re.sub(r"\n?<[/think>]*$", "", cut.reasoning)
             assert THOUGHT.startswith(thought)
 
@@ -117,7 +115,7 @@ def test_scores_are_separate_for_reasoning_and_text(thinker: Decoder) -> None:
     assert THOUGHT.encode() in b"".join(score.text for score in found.reasoning_scores)
 
 
-def test_calls_stand_behind_the_reasoning(thinker: Decoder) -> None:
+def test_calls_follow_reasoning(thinker: Decoder) -> None:
     for choice in ("auto", "required", "name:paint"):
         found = answer(thinker, asked(chat(CALLS, TOOL, choice=choice)))
         assert (found.reasoning, found.text, found.reason) == (THOUGHT, "", "tool_calls")
@@ -181,7 +179,7 @@ def test_earlier_reasoning_is_the_turn_s_own(thinker: Decoder) -> None:
     assert "Some other thought" in thinker.chat.decode(with_it.tolist())
 
 
-def test_results_are_put_together_again() -> None:
+def test_result_is_assembled_from_chunks() -> None:
     result = GenerationResult()
     for event in (
         ReasoningChunk(0, "a"), ReasoningChunk(0, "b"), TokenChunk(0, "c"),

@@ -114,7 +114,7 @@ def test_exclusive_model_alternates_between_clients() -> None:
     time.sleep(0.05)
     work("few", 10)
     assert order.count("many") <= 30
-    # Charged is what it worked, and not what it waited for.
+    # The scheduler charges working time, not waiting time.
     assert scheduler.seconds("few") < 0.5
     for thread in threads:
         thread.join()

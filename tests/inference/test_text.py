@@ -62,7 +62,7 @@ def test_text_ends_before_the_first_stop(pieces: list[str], stops: list[str]) ->
     assert finder.stop == first
 
 
-def test_no_more_is_held_back_than_may_be_a_stop() -> None:
+def test_stop_finder_withholds_only_possible_stops() -> None:
     finder = StopFinder(["</end>"])
     assert finder.feed("one </e") == "one "
     assert finder.feed("lse") == "</else"

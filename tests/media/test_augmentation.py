@@ -77,7 +77,7 @@ def test_shift_moves_audio_by_at_most_its_share() -> None:
     for seed in range(60):
         made = change_audio(Augmentation(shift=0.1), SOUND, wanted, np.random.default_rng(seed))
         spare = len(made) - wanted
-        middle = made[spare // 2 :][:wanted]  # what the processor reads
+        middle = made[spare // 2 :][:wanted]  # the part that the processor uses
         best = int(np.argmax([np.dot(middle, np.roll(SOUND, by)) for by in range(-410, 411)])) - 410
         assert abs(best) <= 0.1 * wanted + 1
         moves.add(best > 0)

@@ -216,10 +216,8 @@ def test_arrays_are_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("type_", ["bool", "uint16", "int64", "float16", "float32", "float64"])
-def test_arrays_of_any_number_type_are_scaled_by_type_or_by_the_range_of_the_file(
-    type_: str, tmp_path: Path
-) -> None:
-    # The first image is dark: one range is used for all images of the file.
+def test_arrays_are_scaled_by_type_or_file_range(type_: str, tmp_path: Path) -> None:
+    # The first image is dark: all images of the file share a range.
     images = np.array([[[0, 0, 0.2]], [[0, 0.4, 1]]])
     scaled = {"uint16": 65535, "int64": 255}.get(type_, 1) * images
     np.savez(tmp_path / "a.npz", images=scaled.astype(type_))
@@ -363,7 +361,7 @@ def test_input_path_is_an_image_audio_or_text(tmp_path: Path) -> None:
         assert isinstance(input_row(text, "asked"), RawText)
 
 
-def test_rows_say_where_a_picture_lies(tmp_path: Path) -> None:
+def test_row_record_has_image_path(tmp_path: Path) -> None:
     row = LabelledImage("rows.jsonl", 3, Media("image", "p/1.png", data=png()), ("a", "b"))
     assert row.record() == {"image": "p/1.png", "label": ["a", "b"]}
     assert row.targets() == ("a", "b") and row.excerpt() == "p/1.png"

@@ -77,7 +77,7 @@ def test_copies_come_with_original_images(generator: ImageGenerator) -> None:
     assert each.error == pytest.approx((difference**2).mean())
     ways = generator.interpolate(rows, 4)
     assert [len(way) for way in ways] == [4, 4]
-    # Three rows of one batch and two of another: sums of floats differ in the last bits.
+    # Batches of three and two rows: float sums differ in the last bits.
     for way, start in zip(ways, found, strict=False):
         assert np.abs(way[0].astype(int) - start.copy).max() <= 1
 
@@ -97,7 +97,7 @@ def test_invalid_image_requests_are_refused(generator: ImageGenerator) -> None:
         generator.sample(1, prompt="a cat")
 
 
-def test_images_come_from_noise_in_as_many_steps_as_asked_for(
+def test_diffusion_uses_requested_step_count(
     images: Path, family_folder: Callable[[str], Path], luthier_home: Path
 ) -> None:
     generator = trained(family_folder("unet"), images, "diffusion")
@@ -128,7 +128,7 @@ def test_time_limit_excludes_waiting_requests(
         return turn(work)
 
     def ask() -> None:
-        with contextlib.suppress(InferenceFailed):  # it has no time at all
+        with contextlib.suppress(InferenceFailed):  # the time limit is 0
             served.sample(ImageRequest(steps=2), 0, second, lambda count: None)
 
     other = threading.Thread(target=ask)

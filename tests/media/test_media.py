@@ -68,7 +68,7 @@ def test_transparent_pixels_are_white(mode: str) -> None:
     assert pixels.tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
-def test_sixteen_bits_become_eight_whatever_the_brightest_pixel_is() -> None:
+def test_16_bit_pixels_are_scaled_to_8_bits() -> None:
     values = np.array([[0, 257, 0x8080, 65535]], dtype=np.uint16)
     assert decode_image(encoded(Image.fromarray(values)))[0, :, 0].tolist() == [0, 1, 128, 255]
     # All dark: still 16 bits.
@@ -111,7 +111,7 @@ def test_nan_pixels_are_black() -> None:
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_a_photograph_stands_upright(turn: int) -> None:
+def test_exif_orientation_is_applied(turn: int) -> None:
     """Each orientation of EXIF, undone by hand."""
     upright = Image.fromarray(picture())
     stored = {
@@ -180,7 +180,7 @@ def test_damaged_bytes_raise_only_row_refused() -> None:
                 assert bad.rule in ("media.unreadable", "media.too_large")
 
 
-def test_where_a_photograph_was_taken() -> None:
+def test_gps_position_is_read_from_exif() -> None:
     fields = Image.Exif()
     place = fields.get_ifd(0x8825)
     place[1], place[2], place[3], place[4] = "N", (48.0, 12.0, 0.0), "E", (11.0, 30.0, 0.0)
@@ -346,7 +346,7 @@ def test_truncated_recording_is_read_to_its_end() -> None:
     whole = wav(2)
     samples, _ = decode_audio(whole[:-101])
     assert len(samples) == 349 and np.abs(samples - WAVE[:349]).max() < 1e-4
-    # What was written to a pipe has the greatest size there is in its head.
+    # Audio written to a pipe has the maximum size in its header.
     piped = bytearray(whole)
     piped[40:44] = b"\xff\xff\xff\xff"
     assert (decode_audio(bytes(piped))[0] == decode_audio(whole)[0]).all()

@@ -197,7 +197,7 @@ def test_cache_evicts_images_of_different_size_first(
     for _ in range(2):
         for media in images:
             kept.resize(small, media)
-    # Three of them fit; the fourth is resized each time, and takes nobody's place.
+    # Three images fit; the fourth is resized each time and evicts none.
     assert resized == [(4, "0"), (4, "1"), (4, "2"), (4, "3"), (4, "3")]
     assert kept.bytes == 3 * 4 * 4 * 3
     resized.clear()
@@ -257,7 +257,7 @@ def mel_spectrogram(samples: NDArray[np.float64], rate: int, bins: int) -> NDArr
     return np.asarray((log - log.mean()) / log.std())
 
 
-def test_sounds_are_read_as_the_formulas_say() -> None:
+def test_audio_arrays_match_formulas() -> None:
     processor = AudioProcessor(8000, 0.2, 20)
     media = sound(SAMPLES[:1600], 8000)
     given = processor.array(media)
@@ -281,7 +281,7 @@ def test_audio_arrays_match_transformers() -> None:
     assert np.abs(processor.array(media)[0] - expected).max() < 1e-3
 
 
-def test_how_loud_a_sound_is_does_not_matter_and_silence_can_be_read() -> None:
+def test_loudness_is_normalized_and_silence_accepted() -> None:
     processor = AudioProcessor(8000, 1.0)
     loud, quiet = (processor.array(sound(SAMPLES * by, 8000)) for by in (0.9, 0.09))
     assert np.abs(loud - quiet).mean() < 0.02
@@ -330,7 +330,7 @@ def test_random_changes_are_a_function_of_the_seed() -> None:
         plain = processor.array(media)
         one, same, other = (processor.array(media, augmentation, (seed,)) for seed in (1, 1, 2))
         assert (one == same).all() and (one != other).any() and (one != plain).any()
-        assert (processor.array(media) == plain).all()  # what is held in memory is not changed
+        assert (processor.array(media) == plain).all()  # the array in memory stays unchanged
 
 
 AST = {

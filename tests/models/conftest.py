@@ -43,7 +43,7 @@ def answers() -> Callable[[Any], torch.Tensor]:
         more: dict[str, Any] = {"decoder_input_ids": ids} if writes else {}
         known = not hasattr(model.config, "segment_length")
         if known and getattr(model.config, "use_cache", False):
-            more["use_cache"] = False  # it counts layers by their old numbers
+            more["use_cache"] = False  # the cache counts layers by old numbers
         found = model.eval()(input_ids=ids, **more)
         states = head_kind(model) == "embedding"
         out: torch.Tensor = found.last_hidden_state if states else found.logits

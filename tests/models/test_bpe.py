@@ -21,7 +21,7 @@ def test_merges_follow_the_counts() -> None:
     assert tokenizer.convert_ids_to_tokens(SMALLEST) == "ab"
 
 
-def test_the_vocabulary_is_no_larger_than_asked_for_and_ends_texts() -> None:
+def test_vocabulary_has_requested_size_and_end_token() -> None:
     tokenizer = train_bpe(TEXTS, 270)
     assert len(tokenizer) == 270
     assert tokenizer.eos_token == END_OF_TEXT and tokenizer.eos_token_id == 0

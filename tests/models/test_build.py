@@ -35,7 +35,7 @@ def test_elmo_tokenizer_loads_without_type_warning(
 
     sizes = {"filters": [[1, 4]], "projection_size": 8, "cell_size": 16}
     build_speller({"model_type": "elmo", **sizes}, 0, tmp_path)
-    # As in a process that has not loaded one yet.
+    # As in a process without a loaded ELMo.
     CONFIG_MAPPING._extra_content.pop("elmo")
     logging.enable_propagation()
     try:

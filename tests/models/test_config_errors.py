@@ -44,7 +44,7 @@ def test_configuration_error_in_network_code_is_refused(place: str) -> None:
         _function_of(place)()
 
 
-def test_an_error_of_our_own_is_no_fault_of_a_configuration() -> None:
+def test_internal_error_is_not_a_configuration_error() -> None:
     with pytest.raises(TypeError), reject_configuration(UnknownModel, "no network"):
         _function_of("luthier.models.load")()
 

@@ -212,7 +212,7 @@ def test_unknown_source_language_is_refused(new_folder: Callable[..., Path]) -> 
     assert refused.value.rule == "tokenizer.language"
 
 
-def test_language_of_generation_config_is_taken(new_folder: Callable[..., Path]) -> None:
+def test_language_comes_from_generation_config(new_folder: Callable[..., Path]) -> None:
     """``forced_bos_token_id`` names the target language if the tokenizer has no setting."""
     folder = new_folder("mbart50", target=None)
     path = folder / "generation_config.json"

@@ -158,7 +158,7 @@ def greedy(folder: Path, kind: Any, prompt: str, tokens: int) -> str:
         encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=tokens,
         do_sample=False, num_beams=1,
     )  # fmt: skip
-    # luthier returns whole characters only, and the last bytes may be a part of one.
+    # luthier returns only whole characters; the last bytes can be incomplete.
     return str(tokenizer.decode(out[0, start:], skip_special_tokens=True)).rstrip("\ufffd")
 
 
@@ -267,7 +267,7 @@ TASKS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
 @pytest.mark.usefixtures("in_float32")
 # The masked language model of ESM has a bias outside of the output layer.
 @pytest.mark.parametrize("family", marked([e for e in ENCODERS if e.model_type != "esm"]))
-def test_adapters_of_all_tasks_of_an_encoder_equal_merged_weights(
+def test_encoder_task_adapters_match_merged_weights(
     family: Family, new_tokenizer: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = tmp_path / "base"

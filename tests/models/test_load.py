@@ -159,7 +159,7 @@ def test_unlisted_weight_files_are_ignored(tiny_llama: Callable[..., Any], tmp_p
         others = {name: torch.zeros_like(weight) for name, weight in whole.items()}
         save_file(others, folder / f"{name}.safetensors")
     assert torch.equal(hidden(folder), expected)
-    # In shards: those that the index names.
+    # Shards are listed in the index.
     (folder / "model.safetensors").unlink()
     halves = [{n: w for i, (n, w) in enumerate(whole.items()) if i % 2 == half} for half in (0, 1)]
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]

@@ -102,7 +102,7 @@ def test_stored_tokenizer_matches_transformers(folder: Path) -> None:
     for stored in (first, load_tokenizer(folder)):
         assert isinstance(stored, StoredTokenizer)
         check_alike(stored, own)
-    # Settings of padding and truncation are those of transformers.
+    # Padding and truncation match transformers.
     cut = [each(TEXTS[0], truncation=True, max_length=3).input_ids for each in (first, own)]
     assert cut[0] == cut[1] and len(cut[0]) == 3
     assert first(["Hello", "you"]).input_ids == own(["Hello", "you"]).input_ids

@@ -46,7 +46,7 @@ def test_vocabulary_has_most_frequent_words(chat: ChatFormat) -> None:
     assert BiLM(words=("[UNK]", "dog")).fit(ROWS, chat).words == ("[UNK]", "dog")
 
 
-def test_targets_are_the_words_beside_each_word(chat: ChatFormat) -> None:
+def test_targets_are_next_and_previous_words(chat: ChatFormat) -> None:
     objective = BiLM(vocabulary=7).fit(ROWS, chat)
     for row, sentence in zip(ROWS, SENTENCES, strict=True):
         example = objective.encode(row, row.line, chat)

@@ -74,14 +74,12 @@ def test_packing_keeps_all_tokens_in_order(texts: list[list[int]], size: int) ->
 
 
 def test_sequences_too_short_to_be_cut_evenly_are_refused() -> None:
-    # Five tokens cannot be cut into pieces of two without one that has nothing to learn.
+    # Five tokens in pieces of two would leave a piece without a target.
     with pytest.raises(ValidationError):
         CausalLM(sequence_length=2)
 
 
-def test_the_loss_is_the_sum_over_all_tokens_but_the_first(
-    tiny_llama: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_loss_sums_all_tokens_except_first(tiny_llama: Callable[..., Any], tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
     texts = ["The quick brown fox jumps over the lazy dog.", "The quick brown fox is lazy.", "Yes"]
     objective = CausalLM(sequence_length=9)

@@ -64,7 +64,7 @@ def scores_at_the_start(folder: Path, head: Head) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_tagger_of_every_family_starts_with_the_shares_of_the_tags(
+def test_new_tagger_starts_with_tag_shares(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     folder = family_folder(family)

@@ -63,7 +63,7 @@ def test_balanced_is_the_formula_of_scikit_learn(family_folder: FamilyFolder) ->
     assert balanced.class_weights == pytest.approx(
         dict(zip(balanced.labels, expected, strict=True))
     )
-    # One more of each is counted for the shares that a new head starts with: 2, 3 and 2 of 7 rows.
+    # Initial shares add 1 to each count: 2, 3 and 2 of 7 rows.
     assert balanced.head().bias == pytest.approx((0, np.log(3 / 4), 0))
     given = Classification(class_weights={"dog": 0.5}).fit(rows, chat)
     assert given.class_weights == {"dog": 0.5}
@@ -76,7 +76,7 @@ def test_balanced_is_the_formula_of_scikit_learn(family_folder: FamilyFolder) ->
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("family", ROWS_OF)
-def test_the_loss_is_the_weighted_mean_of_torch_however_rows_are_cut(
+def test_weighted_loss_matches_torch_in_any_batches(
     family: str, smoothing: float, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     weights = {"fox": 5.0, "dog": 0.25}

@@ -158,7 +158,7 @@ def test_invalid_labels_are_refused(family_folder: Callable[[str], Path]) -> Non
     assert refused.value.rule == "label.mixed"
 
 
-def test_views_are_drawn_in_training_and_else_always_the_same(
+def test_views_vary_in_training_and_repeat_in_validation(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("small_cnn"))
@@ -178,13 +178,13 @@ def test_views_are_drawn_in_training_and_else_always_the_same(
     assert len(fixed) == 12
     assert not np.array_equal(fixed[0], fixed[1])
     assert np.array_equal(fixed, seen(examples))
-    assert np.array_equal(fixed[4:6], seen(examples[2:3]))  # whoever stands beside it
+    assert np.array_equal(fixed[4:6], seen(examples[2:3]))  # independent of the batch
     torch.manual_seed(0)
     drawn = seen(examples, True)
     assert not np.array_equal(drawn, fixed) and not np.array_equal(drawn, seen(examples, True))
     torch.manual_seed(0)
     assert np.array_equal(drawn, seen(examples, True))
-    # What `data.augmentation` drew for the step is what both views are drawn with.
+    # Both views use the step's draw of `data.augmentation`.
     mirrored = Augmentation(flip=1.0).change(examples[0], np.random.default_rng(0))
     both, plain = seen([mirrored], True), examples[0].media
     assert plain is not None
@@ -206,7 +206,7 @@ def test_contrastive_pretraining_helps_few_label_training(
     )  # fmt: skip
     found = luthier.evaluate(learned.model_id, tmp_path / "few.npz")
     assert {"recall_at_1", "recall_at_5", "ndcg_at_10"} <= found.scores.keys()
-    assert found.scores["recall_at_1"] > 0.9  # halves differ whatever the weights
+    assert found.scores["recall_at_1"] > 0.9  # halves differ at any weights
     few = luthier.tune(
         tmp_path / "few.npz", base=learned.model_id, name="few", training__max_steps=60,
         adaptation="full", training__learning_rate=5e-3, **fields,
@@ -309,7 +309,7 @@ def test_a_partner_of_an_equal_anchor_is_no_negative(
         examples = [objective.encode(row, n, chat) for n, row in enumerate(given)]
         return total_and_gradients(network, objective, examples, 1000)[0]
 
-    # Both partners are answers to the one anchor: no key is left to contrast with.
+    # Both partners match the anchor: no negative is left.
     assert loss(("it is quick",)) == pytest.approx(0, abs=1e-6) == loss(())
     assert loss(("a card",)) > 0.1
 
@@ -456,7 +456,7 @@ def test_threshold_matches_false_alarm_rate(
         assert done.finish(network, examples[:2], [], 1000).objective is done
     order = np.argsort([side.row for side in batch.tree.examples])
     scores = embedded[order[::2]] @ embedded[order[1::2]].T
-    others = scores[~np.eye(len(examples), dtype=bool)]  # 20, of which 5 may be above
+    others = scores[~np.eye(len(examples), dtype=bool)]  # at most 5 of 20 can be above
     assert done.threshold == pytest.approx(np.sort(others)[-5], abs=1e-6)
     chat = load_chat_format(family_folder("small_cnn"))
     views = [objective.encode(row, n, chat) for n, row in enumerate(image_rows())]
@@ -464,7 +464,7 @@ def test_threshold_matches_false_alarm_rate(
 
 
 @pytest.mark.slow
-def test_two_texts_are_said_to_be_similar_or_not(
+def test_similarity_of_two_texts_uses_threshold(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     data = tmp_path / "pairs.jsonl"

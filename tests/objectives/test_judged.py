@@ -84,7 +84,7 @@ def test_grpo_learns_from_an_endpoint(tuned: Any, endpoint: Any, key: str) -> No
         wanted = (min(10, 1 + 2 * sample["completion"].count("e")) - 1) / 9
         assert sample["reward"] == pytest.approx(wanted)
     assert len({sample["reward"] for sample in samples}) > 1
-    # Nothing was asked twice, and no more than was said: a trial, the first look, steps, measurements.
+    # No request is repeated: a trial, the first look, steps, measurements.
     assert set(endpoint.asked.values()) == {1}
     measured = sum(line["event"] == "validation" for line in notes.lines) * len(WORDS)
     most = 1 + PROMPTS * 4 + 2 * 2 * 4 + measured
@@ -153,7 +153,7 @@ def test_unusable_judge_is_refused_before_training(
     with pytest.raises(LuthierError) as refused:
         tuned(judge, **zero)
     assert refused.value.rule == "judge.no_verdict"
-    shutil.rmtree(luthier_home / "runs")  # the last one had begun, and has the name
+    shutil.rmtree(luthier_home / "runs")  # the previous run has this name
     with pytest.raises(UnknownModel) as refused:
         tuned({"model": "nobody:knows"})
     assert refused.value.rule == "model.unknown"

@@ -190,7 +190,7 @@ def test_precomputed_reference_gives_equal_loss(
         assert (others[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-def test_at_the_start_the_loss_is_ln_2_and_every_pair_a_tie(
+def test_initial_loss_is_ln_2_without_margin(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = DPO()
@@ -202,7 +202,7 @@ def test_at_the_start_the_loss_is_ln_2_and_every_pair_a_tie(
     )
     assert loss == pytest.approx(math.log(2), rel=1e-6)
     assert metrics["margin"] == 0.0
-    assert metrics["accuracy"] == pytest.approx(0.5)  # either may be the better one
+    assert metrics["accuracy"] == pytest.approx(0.5)  # ties count as half
 
 
 def test_orpo_matches_formula_on_padded_rows(family_folder: Callable[[str], Path]) -> None:
@@ -263,7 +263,7 @@ def test_kto_matches_formula_on_padded_rows(
 ) -> None:
     objective = KTO(desirable_weight=1.2, undesirable_weight=0.7, beta=0.3)
     setup = Setup(family_folder("llama"), objective)
-    # One length for all, so that no mismatched answer is cut.
+    # Equal lengths, so no mismatched answer is truncated.
     rows = objective.regroup(ROWS)
     examples = [objective.encode(row, n, setup.chat) for n, row in enumerate(rows)]
     room = max(len(example) for example in examples)

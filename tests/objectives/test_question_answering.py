@@ -51,7 +51,7 @@ def network(family_folder: Callable[[str], Path]) -> Network:
     return network
 
 
-def test_windows_cover_the_context_and_keep_the_answer_in_place(network: Network) -> None:
+def test_windows_cover_context_and_shift_answer_span(network: Network) -> None:
     objective = QuestionAnswering(window=32, stride=6)
     example = objective.encode(ASKED, 0, network.chat)
     first, _, begin, end, *_ = example.target

@@ -57,7 +57,7 @@ def test_users_with_shared_item_are_not_grouped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_next_item_is_found_in_the_catalogue_and_held_against_simple_rivals(
+def test_next_item_ranks_high_against_baselines(
     family_folder: Callable[[str], Path], tmp_path: Path, luthier_home: Path
 ) -> None:
     fields: dict[str, Any] = {
@@ -77,6 +77,6 @@ def test_the_next_item_is_found_in_the_catalogue_and_held_against_simple_rivals(
     assert {"the most popular items", "items that were chosen together"} <= names
     found = luthier.evaluate(result.model_id, tmp_path / "test.jsonl")
     assert "each next item is looked for among the 24 different ones" in " ".join(found.remarks)
-    # Who keeps to a taste chooses one of six items; by chance it is ten of 24.
+    # A known taste leaves 6 items; chance is 10 of 24.
     assert found.scores["recall_at_10"] > 0.8
     assert found.scores["ndcg_at_10"] > 0.3

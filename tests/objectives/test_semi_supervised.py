@@ -104,7 +104,7 @@ def test_labels_spread_as_by_the_inverse(
         elif clear:
             assert label == share.argmax()
     assert f"{int(reached[2:].sum())} of 5 texts have a label of 0 or more" in notes[0]
-    if not reached[2:].any():  # with few neighbours, the others may be among themselves
+    if not reached[2:].any():  # few neighbours can leave rows unreached
         assert neighbours < len(examples) - 1
         return
     highest = expected[2:].max()

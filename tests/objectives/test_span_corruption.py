@@ -57,7 +57,7 @@ def test_source_and_target_hold_the_whole_text(size: int) -> None:
     assert restored(seen) == example.ids_T.tolist()
     assert seen.ids_T[0] == START and seen.ids_T[-1] == seen.source_T[-1] == END  # type: ignore[index]
     assert seen.weight_T.tolist() == [0.0] + [1.0] * (len(seen) - 1)
-    assert seen.weight == example.weight  # what the engine counts before spans are drawn
+    assert seen.weight == example.weight  # the engine counts this weight before spans are drawn
 
 
 def test_spans_match_requested_density_and_length() -> None:
@@ -83,7 +83,7 @@ def test_spans_vary_in_training_and_repeat_in_validation() -> None:
     assert fixed[0] == fixed[1] and torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_token_is_taken_out_equally_often_away_from_the_edges() -> None:
+def test_inner_tokens_are_masked_equally_often() -> None:
     chosen, (example,) = pieces(60)
     torch.manual_seed(0)
     counts = np.zeros(60)

@@ -122,7 +122,7 @@ def test_rows_without_a_label_are_left_out(
 
 
 @pytest.mark.parametrize("kind", [Classification, SemiSupervised, EncoderDistillation])
-def test_texts_are_read_as_the_base_was_trained_to_be(
+def test_pooling_follows_the_base(
     kind: type[Classification], family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(family_folder("bert"), tmp_path / "base"))
@@ -138,7 +138,7 @@ def test_texts_are_read_as_the_base_was_trained_to_be(
     )
 
 
-def test_a_run_ends_where_all_is_right_again_and_again(
+def test_run_stops_early_after_repeated_perfect_scores(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def write(name: str, numbers: range) -> Path:

@@ -100,7 +100,7 @@ def test_unreadable_file_is_an_error(row: Row, rule: str) -> None:
     assert row.media.name in message  # type: ignore[attr-defined]
 
 
-def test_an_unreadable_file_is_no_crash_of_the_checks_beside(tmp_path: Path) -> None:
+def test_unreadable_file_leaves_remaining_checks_running(tmp_path: Path) -> None:
     rows = [LabelledImage("t", 1, Media("image", "gone.png", tmp_path / "gone.png"), "a"),
             image(noise(1), line=2)]  # fmt: skip
     report = inspect_rows({"train": rows}, [Duplicates(), MediaFiles()])
@@ -193,7 +193,7 @@ def test_rows_of_texts_are_passed_over() -> None:
     assert not report.findings.counts and not report.summaries["media"]["splits"]
 
 
-def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer() -> None:
+def test_captions_are_checked_without_a_tokenizer() -> None:
     known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
     chosen, left = checks_for(known, skip=["learning"])
     assert left["white_space"] == NO_READER
@@ -210,7 +210,7 @@ def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer()
     assert not {"privacy", "encoding", "markers", "language", "lengths"} & {*report.left_out}
 
 
-def test_where_no_row_has_a_text_checks_of_texts_are_left_out_of_the_report() -> None:
+def test_text_checks_are_omitted_without_text_rows() -> None:
     known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
     chosen, _ = checks_for(known, skip=["learning", "amount", "balance"])
     report = inspect_rows({"train": [image(noise(1))]}, chosen)

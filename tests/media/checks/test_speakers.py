@@ -29,7 +29,7 @@ def table(folder: Path, column: str, file: str = "audio") -> Path:
 
 
 @pytest.mark.parametrize("column", ["speaker", "Speaker_ID", "client_id", "room"])
-def test_a_column_of_speakers_is_a_warning_with_the_setting(column: str, tmp_path: Path) -> None:
+def test_speaker_column_gives_warning_with_setting(column: str, tmp_path: Path) -> None:
     report = inspect(InspectionRequest(table(tmp_path, column), base=None))
     found = report.findings.examples.get(RULE, [])
     assert [each.place.file for each in found] == [str(tmp_path / "rows.csv")] * (column != "room")

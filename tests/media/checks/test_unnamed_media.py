@@ -35,7 +35,7 @@ def test_unnamed_images_are_counted(tmp_path: Path) -> None:
     assert len(reader.read_all()) == 5 and not reader.warnings
 
 
-def test_converted_paths_are_read_from_the_folder_of_the_new_file(tmp_path: Path) -> None:
+def test_converted_paths_are_relative_to_new_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         images(tmp_path / "photos" / name, 2)
     target = tmp_path / "rows.jsonl"

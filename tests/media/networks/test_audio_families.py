@@ -106,7 +106,7 @@ def test_audio_classifier_separates_two_tones(
     family: str, adaptation: str, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
     shutil.copytree(family_folder(family), tmp_path / "base")
-    (tmp_path / "base" / "vocab.json").write_text("{}")  # of what it once transcribed
+    (tmp_path / "base" / "vocab.json").write_text("{}")  # left over from speech recognition
     (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
     assert not load_chat_format(tmp_path / "base").has_tokenizer
     for n in range(8):
@@ -118,7 +118,7 @@ def test_audio_classifier_separates_two_tones(
         training__precision="float32", data__validation_share=0, training__refit=False,
     )  # fmt: skip
     scores = luthier.evaluate(tuned.model_id, tmp_path / "sounds").scores
-    # Random convolutions of samples tell tones apart badly, where nothing of them may move least.
+    # Frozen random convolutions of samples separate tones poorly.
     least = {"feature_extraction": 0.5, "freeze": 0.6, "lora": 0.7}[adaptation]
     assert scores["accuracy"] > (0.9 if family == "ast" else least)
     file = tmp_path / "sounds" / "low" / "3.wav"
@@ -155,7 +155,7 @@ def test_memory_estimate_grows_with_audio_length(
         samples: sketch_training(config, objective, Full(), 4, reads=(1, 1, samples)).memory
         for samples in (8_000, 16_000, 32_000)
     }
-    assert config.layerdrop > 0  # which layers are left out is drawn, and all of them are counted
+    assert config.layerdrop > 0  # layers are dropped at random, and all are counted
     for _ in range(8):
         assert sketch_training(config, objective, Full(), 4).memory == counted[16_000]
     short, _, long = (each.per_token for each in counted.values())

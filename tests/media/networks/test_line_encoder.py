@@ -54,7 +54,7 @@ def test_wrong_image_size_is_refused() -> None:
         encoder(image_size=(30, 40))
 
 
-def test_the_base_of_the_catalogue_loads_as_a_class_of_transformers(tmp_path: Path) -> None:
+def test_catalogue_base_loads_with_transformers(tmp_path: Path) -> None:
     entry = CATALOG["small-ocr"]
     pull(entry, tmp_path, lambda text: None)
     model = VisionEncoderDecoderModel.from_pretrained(tmp_path)

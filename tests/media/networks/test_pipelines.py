@@ -31,7 +31,7 @@ def test_components_form_a_single_configuration(folder: Path) -> None:
     found = ModelFolder(folder).fields
     assert found == read_pipeline(folder)
     assert (found["model_type"], found["max_position_embeddings"]) == ("stable_diffusion", 48)
-    assert found["image_size"] == [16, 16]  # latents of 8 x 8, which the autoencoder halved once
+    assert found["image_size"] == [16, 16]  # the autoencoder halves the size to 8 x 8
     assert found["unet"]["cross_attention_dim"] == found["text_encoder"]["hidden_size"] == 16
 
 

@@ -37,7 +37,7 @@ def test_row_depends_only_on_own_time_and_condition() -> None:
         found = model(images, time_R, condition_RL).prediction
         alone = model(images[:1], time_R[:1]).prediction
     torch.testing.assert_close(found[:1], found[1:2])
-    torch.testing.assert_close(found[:1], alone)  # told nothing is told nothing
+    torch.testing.assert_close(found[:1], alone)  # a zero condition equals no condition
     assert not torch.allclose(found[0], found[2]) and not torch.allclose(found[0], found[3])
 
 

@@ -91,7 +91,7 @@ def test_image_scores_match_transformers(
 @pytest.mark.parametrize(
     ("family", "adaptation"),
     [
-        # Each family and each adaptation once in every run, the others in the slow ones.
+        # Each family and adaptation once; the remaining pairs are slow tests.
         pytest.param(
             family,
             adaptation,
@@ -138,7 +138,7 @@ def test_batch_norm_statistics_stay_and_gains_train(
     network = as_network(tuned, CPU, torch.float32)
     norms = [each for each in tuned.modules() if isinstance(each, torch.nn.BatchNorm2d)]
     assert len(norms) == len(gains) and all(isinstance(each, FrozenBatchNorm2d) for each in norms)
-    # In training, too, what an image gives does not depend on the others: dropout aside.
+    # In training, too, rows are independent, except for dropout.
     tuned.train()
     assert not any(each.training for each in norms)
     for each in tuned.modules():

@@ -75,7 +75,7 @@ def test_the_simple_loss_is_the_error_of_the_noise(prepared: Prepare) -> None:
     assert float(objective.loss(network, batch).total.detach()) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_noise_is_new_in_training_and_else_of_the_image(prepared: Prepare) -> None:
+def test_noise_varies_in_training_and_is_fixed_in_validation(prepared: Prepare) -> None:
     objective, network, examples = prepared()
     network.model.train()
     one, other = (objective.annotate(network, examples, 100)[0].extra for _ in range(2))
@@ -115,7 +115,7 @@ def test_caption_vocabulary_omits_rare_words(prepared: Prepare) -> None:
     assert refused.value.setting == "prompt"
     objective.check_prompt("a zebra")
     once = Diffusion().fit(ROWS["captions"][:2], None)  # type: ignore[arg-type]
-    assert once.words == ("a", "red")  # a word of one caption says no more than its image
+    assert once.words == ("a", "red")  # words of a single caption are dropped
 
 
 def test_rows_without_labels_train_unconditionally(

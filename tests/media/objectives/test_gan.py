@@ -92,7 +92,7 @@ def test_turn_leaves_gradients_only_on_its_player(
     [{"loss_type": "non_saturating"}, {"loss_type": "wgan_gp", "spectral_norm": True}],
     ids=["non_saturating", "wgan_gp"],
 )
-def test_spectral_norms_move_once_a_turn_however_rows_are_cut(
+def test_spectral_norms_update_once_per_turn(
     fields: dict[str, Any], prepared: Callable[..., Any]
 ) -> None:
     """Processes that share the rows of a step must follow the curve of one process."""
@@ -142,7 +142,7 @@ def test_turn_reports_metrics_of_its_player(prepared: Callable[..., Any]) -> Non
     assert dict(second.metrics) == {"generator_loss": float(second.total.detach())}
 
 
-def test_the_penalty_is_on_the_gradient_between_real_and_made(prepared: Callable[..., Any]) -> None:
+def test_gradient_penalty_uses_interpolated_images(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared(loss_type="wgan_gp", discriminator_steps=1)
     turn, last = turns_of(objective, network, examples)
     model, game = network.model, turn.extra
@@ -164,7 +164,7 @@ def test_the_penalty_is_on_the_gradient_between_real_and_made(prepared: Callable
     assert float(found.detach()) == pytest.approx(-float(made_R.sum().detach()), rel=1e-5)
 
 
-def test_noise_is_new_in_training_and_else_of_the_image(prepared: Callable[..., Any]) -> None:
+def test_noise_varies_in_training_and_is_fixed_in_validation(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared()
     one, other = (turns_of(objective, network, examples)[0].extra.latent_TRZ for _ in range(2))
     assert not torch.equal(one, other)
@@ -212,6 +212,6 @@ def test_the_distance_is_of_sets() -> None:
     torch.manual_seed(0)
     one = torch.randn(50, 12)
     assert sliced_distance(one, one[torch.randperm(50)]) == pytest.approx(0, abs=1e-6)
-    # Moved by a vector, each direction sees its part of it.
+    # A shift moves each direction by its component.
     moved = sliced_distance(one, one + torch.tensor([3.0] + [0.0] * 11))
     assert moved == pytest.approx(3 / 12**0.5, rel=0.15)

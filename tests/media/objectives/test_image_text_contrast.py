@@ -96,7 +96,7 @@ def test_loss_and_gradient_match_transformers(
     wanted = {name: weight.grad for name, weight in own.named_parameters()}
     for name, weight in network.model.named_parameters():
         gradient = weight.grad / len(examples)
-        if name == "logit_scale" and scale == 7.0:  # at the limit it can only fall
+        if name == "logit_scale" and scale == 7.0:  # at the limit the scale can only fall
             assert gradient == pytest.approx(max(0.0, float(wanted[name])), rel=1e-3)
             continue
         assert (gradient - wanted[name]).norm() <= 2e-4 * wanted[name].norm() + 1e-5, name
@@ -110,7 +110,7 @@ def test_scale_above_limit_can_decrease(
     network.model.logit_scale.data.fill_(math.log(100) + 1e-3)
     network.model.eval()
     step(network, objective, examples, 100)
-    # Random embeddings are wrong, and a large scale is sure of them.
+    # A large scale makes random embeddings confidently wrong.
     assert network.model.logit_scale.grad > 0
 
 
@@ -180,7 +180,7 @@ def test_texts_find_images_and_images_find_texts(
     vectors = model.embed(["half blue", str(test / "5.png")])
     assert vectors.shape == (2, 12)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-4)
-    monkeypatch.chdir(test)  # a row names files beside it
+    monkeypatch.chdir(test)  # rows name files in the same folder
     answer = model.predict({"image": "5.png", "other": "half blue"})["predicted"]
     assert answer["score"] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-4)
     out = tmp_path / "out"

@@ -45,7 +45,7 @@ def chat(family_folder: Callable[[str], Path]) -> ChatFormat:
 def network(family_folder: Callable[[str], Path], chat: ChatFormat) -> Network:
     model = load_model(family_folder("trocr"), torch.float32, CPU, ImageToText().head())
     torch.manual_seed(1)
-    for weight in model.parameters():  # so that greedy texts are no repetition of one token
+    for weight in model.parameters():  # avoids repetitive greedy text
         weight.data += 0.3 * torch.randn_like(weight)
     found = as_network(model, CPU, torch.float32)
     found.chat = chat
@@ -67,12 +67,12 @@ def test_loss_matches_transformers(network: Network, examples: list[Example], bu
     model: VisionEncoderDecoderModel = network.model
     wanted = 0.0
     for example in examples:
-        # It shifts the labels behind the decoder's first token itself, and gives a mean.
+        # transformers shifts the labels and returns a mean.
         labels = torch.from_numpy(example.ids_T[1:])[None]
         found = model(pixel_values=pixels_of([example]), labels=labels)
         wanted += float(found.loss) * labels.numel()
     weight = sum(example.weight for example in examples)
-    assert weight == sum(len(text) + 1 for text in TEXTS)  # one token a letter, and the end
+    assert weight == sum(len(text) + 1 for text in TEXTS)  # a token per letter, and the end
     loss = mean_loss(ImageToText(), network, examples, budget)
     assert loss == pytest.approx(wanted / weight, rel=1e-5)
 
@@ -105,7 +105,7 @@ def test_generated_text_matches_transformers(
         assert ("cut" in answer) == (not ends)
 
 
-def test_a_text_has_room_for_a_quarter_more_than_the_longest(chat: ChatFormat) -> None:
+def test_max_tokens_is_a_quarter_over_longest_text(chat: ChatFormat) -> None:
     longest = max(map(len, TEXTS))
     assert ImageToText().fit(rows(), chat).max_tokens == int(1.25 * longest) + 1
     assert ImageToText(max_tokens=7).fit(rows(), chat).max_tokens == 7
@@ -132,7 +132,7 @@ def test_held_out_rows_are_measured_in_characters_and_words(
     assert sum(found["rows"]["cer"]["parts"]) == 2 + 6
 
 
-def test_an_image_alone_is_read_from_the_first_token_on(chat: ChatFormat) -> None:
+def test_bare_image_is_encoded_with_start_token(chat: ChatFormat) -> None:
     row = rows()[0]
     example = ImageToText().encode(BareImage("f", 1, row.media), 0, chat)
     assert example.ids_T.tolist() == [1] and not example.weight_T.any()

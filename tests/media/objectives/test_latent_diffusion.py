@@ -286,7 +286,7 @@ class CutWords:
 
 
 @pytest.mark.parametrize(("side", "at_once"), [(16, 32), (512, 4), (2048, 1)])
-def test_memory_is_counted_for_the_largest_map_of_the_autoencoder(
+def test_memory_estimate_uses_largest_autoencoder_map(
     side: int, at_once: int, family_folder: Callable[[str], Path]
 ) -> None:
     """The decoder's last stage enlarges maps before reducing channels."""

@@ -44,7 +44,7 @@ def test_a_perfect_network_gives_the_image_back(prediction: PredictionType) -> N
     torch.testing.assert_close(mixture[1], left**0.5 * image[1] + (1 - left) ** 0.5 * noise[1])
     told = schedule.target(image, noise, time_R)
     torch.testing.assert_close(schedule.image(mixture, told, time_R), image, atol=1e-4, rtol=1e-3)
-    # All the way back without new noise, it ends where it began.
+    # All steps back without new noise return the start.
     at = schedule.add_noise(image, noise, torch.tensor([99] * 3))
     times = schedule.times(10)
     assert times == [99, 89, 79, 69, 59, 49, 39, 29, 19, 9]
@@ -63,7 +63,7 @@ def test_loss_weights_match_image_error(
     time_R = torch.arange(100)
     maps = [each[:, :, None, None] for each in (image, noise, wrong)]
     mixture = schedule.add_noise(maps[0], maps[1], time_R)
-    # What the network would have told, had it taken `wrong` for the image.
+    # The network output that corresponds to `wrong` as the image.
     signal, rest = schedule.shares(time_R)
     other_noise = (mixture - signal * maps[2]) / rest
     told = schedule.target(maps[2], other_noise, time_R)
@@ -81,7 +81,7 @@ def test_loss_weights_match_image_error(
         assert float(weighed_R[step]) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_each_step_of_ddpm_has_the_variance_of_the_posterior() -> None:
+def test_ddpm_step_has_posterior_variance() -> None:
     schedule = NoiseSchedule(alphas_cumprod("linear", 100))
     image, mixture = torch.zeros(1), torch.ones(1)
     left, then = (float(schedule.alphas_cumprod_T[step]) for step in (50, 49))

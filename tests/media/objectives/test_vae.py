@@ -80,7 +80,7 @@ def test_divergence_matches_torch() -> None:
     torch.testing.assert_close(divergence(mean, log_variance), wanted)
 
 
-def test_noise_is_new_in_training_and_else_of_the_image(
+def test_noise_varies_in_training_and_is_fixed_in_validation(
     network: Network, examples: list[Example]
 ) -> None:
     objective = VAE()

@@ -47,7 +47,7 @@ def test_batched_rows_match_single_rows(backend: ForwardBackend) -> None:
     rows = [0, 1, 2]
     torch.testing.assert_close(logits, torch.stack([steps[0] for steps in expected]))
     for at in range(6):
-        if at == 2:  # the longest prompt's row ends, and the others go on without it
+        if at == 2:  # the row of the longest prompt ends first
             backend.free(states[rows.index(1)])
             states, rows = [states[0], states[2]], [0, 2]
         if at == 4:  # and now in another order

@@ -104,7 +104,7 @@ def test_forks_share_prompt_and_continue_independently(
     for row, token in zip(logits, (7, 8, 9), strict=True):
         _, alone = begin(backend, np.append(PROMPTS[4], token))
         torch.testing.assert_close(row, alone, rtol=0, atol=ROUNDING)
-    backend.free(copies[1])  # what the others read of the prompt stays
+    backend.free(copies[1])  # the shared prompt stays
     again = backend.step([copies[0], copies[2]], [3, 4])
     _, alone = begin(backend, np.append(PROMPTS[4], [9, 4]))
     torch.testing.assert_close(again[1], alone, rtol=0, atol=ROUNDING)

@@ -190,7 +190,7 @@ def test_log_probabilities_are_the_trainer_s(
 
 
 @pytest.mark.parametrize("adaptation", [Prompt(virtual_tokens=5), Prefix(virtual_tokens=5)])
-def test_soft_prompts_and_prefixes_stand_before_the_prompt(opened: Opened, adaptation: Any) -> None:
+def test_soft_prompts_and_prefixes_precede_prompt(opened: Opened, adaptation: Any) -> None:
     network = opened("llama", adaptation)
     found = sampled(network, PROMPTS, 2, max_tokens=20, generator=seeded())
     for prompt_T, row in zip(PROMPTS, found, strict=True):
@@ -262,7 +262,7 @@ def test_prompt_is_computed_once_and_finished_rows_leave(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = opened("llama")
-    # The modules are counted, which it goes around.
+    # The test counts modules, and LlamaForward skips modules.
     monkeypatch.setattr(LlamaForward, "fits", staticmethod(lambda model: False))
     sizes: list[int] = []
     layer = network.model.model.layers[0].mlp

@@ -15,7 +15,7 @@ def test_lookup_guesses_earlier_continuation() -> None:
     assert lookup.guess(2) == []
 
 
-def test_more_tokens_in_common_come_first_and_then_the_latest_place() -> None:
+def test_longest_then_latest_match_is_guessed() -> None:
     assert NGRAMS == (3, 2)
     assert PromptLookup([1, 2, 3, 10, 8, 2, 3, 20, 1, 2, 3]).guess(1) == [10]
     assert PromptLookup([1, 2, 3, 10, 1, 2, 3, 20, 1, 2, 3]).guess(1) == [20]

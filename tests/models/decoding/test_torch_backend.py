@@ -83,7 +83,7 @@ def test_decoding_matches_sampling_in_training(
 
 
 @pytest.mark.parametrize("adaptation", [Prefix(virtual_tokens=5), Prompt(virtual_tokens=5)])
-def test_a_prefix_and_a_soft_prompt_stand_before(
+def test_prefix_and_soft_prompt_precede_prompt(
     adaptation: Any, family_folder: Callable[[str], Path]
 ) -> None:
     made = network(family_folder("llama"), adaptation)
@@ -108,7 +108,7 @@ def test_batched_logits_are_close_to_single_logits(tiny_llama: Callable[..., Any
             logits = backend.step(list(states.values()), [tokens[i][at] % 300 for i in states])
             for i, row in zip(states, logits, strict=True):
                 kept[i].append(row.clone())
-            if at == 30 and len(states) > 3:  # others leave, and the banks move together
+            if at == 30 and len(states) > 3:  # sequences leave, and the banks compact
                 for i in list(states)[::3]:
                     backend.free(states.pop(i))
         for state in states.values():
@@ -229,7 +229,7 @@ def test_correct_guesses_save_steps_with_equal_logits(
         backend = FlatBackend(made, 1024)
         states = [begin(backend, ids)[0] for ids in prompts]
         steps.clear()
-        # A text that repeats itself now and then, of which some is not what was guessed.
+        # A partly repetitive text with some wrong guesses.
         texts = [[*range(5, 25), 7, 8, *range(9, 20), 3, 4, 5, 6, 7] * 2, [*range(30, 68)] * 2]
         logits = [backend.step(states, tokens) for tokens in zip(*texts, strict=True)]
         return texts, [list(each) for each in logits], len(steps)
@@ -340,7 +340,7 @@ def test_failed_fork_frees_copies(
     with pytest.raises(RuntimeError):
         backend.fork(state, 4)
     assert not copies[0].bank.spans
-    backend.free(state)  # whoever asked still has it
+    backend.free(state)  # the caller still owns the state
     assert backend._base.sequences == 0
 
 

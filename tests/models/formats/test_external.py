@@ -118,7 +118,7 @@ def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:
 def test_tokenizer_with_foreign_gguf_file_is_refused(tmp_path: Path) -> None:
     check_tokenizer(tmp_path)
     settings = tmp_path / "tokenizer_config.json"
-    # Published models hold such leftovers, which transformers does not open.
+    # Published models contain this leftover; transformers ignores it.
     settings.write_text(json.dumps({"special_tokens_map_file": "/root/.cache/x.json"}))
     check_tokenizer(tmp_path)
     settings.write_text(json.dumps({"gguf_file": "/srv/other/model.gguf"}))

@@ -438,7 +438,7 @@ def test_tokens_of_gemma_are_merged_the_same(
     assert compare_gguf(path, model, chat, "f32").agreement > 0.95
 
 
-def test_special_tokens_with_white_space_need_the_name_of_phi_3(
+def test_special_tokens_with_white_space_need_phi_3_name(
     tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     made = families.sentencepiece("normalizer", families.PHI_3)

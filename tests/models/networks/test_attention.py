@@ -163,7 +163,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
-def test_attention_is_the_masked_softmax(heads: tuple[int, int]) -> None:
+def test_attention_matches_masked_softmax(heads: tuple[int, int]) -> None:
     tree = small_tree()
     torch.manual_seed(0)
     query = torch.randn(heads[0], len(tree), 5, dtype=torch.float64)
@@ -248,7 +248,7 @@ def test_gradients_of_a_shared_key_are_summed_in_float32(dtype: torch.dtype) -> 
     value = torch.zeros(1, len(tree), 4, dtype=dtype, requires_grad=True)
     nothing = torch.zeros(1, len(tree), 4, dtype=dtype)
     plan.attend(None, nothing[None], nothing[None], value[None], Scoring(1.0)).sum().backward()
-    # Each query looks at all that it sees alike, so the root gets one share of every node.
+    # Uniform attention: the root gets an equal share of every node.
     expected = (1 / torch.from_numpy(tree.depth_N + 1)).sum()
     assert value.grad is not None
     root = value.grad[0, 0]
@@ -358,7 +358,7 @@ def test_shifted_branch_positions_are_refused(
 
     def shifted(self: Network, *tree: Any, **how: Any) -> Any:
         made = batch(self, *tree, **how)
-        made.depth_N[12:18] += 2  # of the second row, behind what it shares with the first
+        made.depth_N[12:18] += 2  # of the second row, after the shared prefix
         return made
 
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ def test_rms_norm_gradients_match_formula() -> None:
         torch.testing.assert_close(fused[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_rms_norm_with_a_frozen_weight_still_passes_gradients_down() -> None:
+def test_rms_norm_with_frozen_weight_passes_input_gradient() -> None:
     norm = llama_norm(8)
     fused = RMSNorm(norm.weight.requires_grad_(False), norm.variance_epsilon)
     x = torch.randn(3, 8, requires_grad=True)
@@ -174,7 +174,7 @@ def test_dropout_is_identity_outside_training(share: float) -> None:
     x = torch.randn(5, 7)
     dropout = fuse_one(nn.Dropout(share))
     assert torch.equal(dropout.eval()(x), x)
-    dropout.p = 0.0  # as a run sets it
+    dropout.p = 0.0  # as in a run
     assert torch.equal(dropout.train()(x), x)
     dropout.p = 1.0
     assert not dropout(x).any()

@@ -127,7 +127,7 @@ def test_loss_and_gradients_match_transformers(
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *slow(OTHER_ENCODERS)])
-def test_a_masked_language_model_is_transformers_own(
+def test_masked_language_model_matches_transformers(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     folder = family_folder(family)

@@ -45,7 +45,7 @@ def test_rectangle_rows_hold_their_nodes() -> None:
     assert ids_RT.tolist() == [[10, 0, 0, 0], [30, 31, 32, 0], [40, 41, 42, 43]]
 
 
-def test_replies_of_an_encoder_decoder_are_learned_as_transformers_does(
+def test_encoder_decoder_gradients_match_transformers(
     family_folder: Callable[[str], Path],
 ) -> None:
     folder = family_folder("t5")

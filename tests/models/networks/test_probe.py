@@ -229,7 +229,7 @@ def test_dense_attention_matches_tree_attention(is_bidirectional: bool) -> None:
     assert torch.allclose(dense, plan.attend(None, query, key, value, scoring), atol=1e-5)
 
 
-def test_raw_text_of_a_causal_network_with_a_mask_token_is_learned_in_order(
+def test_causal_network_with_mask_token_uses_causal_objective(
     tmp_path: Path, family_folder: Callable[[str], Path], new_tokenizer: Callable[..., Any]
 ) -> None:
     from luthier.data.shapes.texts import RawText

@@ -163,7 +163,7 @@ def test_generation_equals_transformers_and_knows_images_apart(base: Path, data:
     assert len({*expected}) == len(expected)
     reply = generate(str(base), "What is it?", image=[data.parent / "0.png"], max_tokens=12).plain()
     assert reply["completion"] == answers[2].text
-    # With penalties, which index the vocabulary by the tokens of the prompt.
+    # Penalties index the vocabulary by prompt tokens.
     penal = Sampling(max_tokens=4, temperature=0, repetition_penalty=1.3)
     assert len(generator.replies(prompts, penal)) == len(prompts)
 

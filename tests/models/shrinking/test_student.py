@@ -48,7 +48,7 @@ def test_student_equals_teacher_without_middle_layers(
     assert type(student) is type(teacher)
     assert student.config is not teacher.config
     torch.testing.assert_close(answers(student), answers(without(teacher, planned.stacks)))
-    # ... which is not what another choice of layers says.
+    # The full teacher differs.
     assert (answers(student) - answers(teacher)).abs().max() > 1e-2
 
 
@@ -100,7 +100,7 @@ def test_transformers_loads_saved_student(
     assert stored < 1.05 * 4 * sum(w.numel() for w in student.parameters()) + 20_000
 
 
-def test_albert_is_gone_through_less_often(teacher_of: Teacher, answers: Answers) -> None:
+def test_albert_student_has_fewer_passes(teacher_of: Teacher, answers: Answers) -> None:
     teacher = teacher_of("albert")
     planned = plan(teacher, StudentShape(layers=1))
     assert (planned.stacks, planned.depth) == ({}, (3, 1))
@@ -174,7 +174,7 @@ def test_layers_are_spread_evenly(count: int, layers: int, kept: tuple[int, ...]
     assert spread(count, layers) == kept
 
 
-def test_no_layer_is_taken_twice() -> None:
+def test_spread_selects_distinct_even_layers() -> None:
     for count in range(1, 40):
         for layers in range(1, count + 1):
             kept = spread(count, layers)

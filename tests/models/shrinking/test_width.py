@@ -65,7 +65,7 @@ def test_silent_neurons_are_removed_without_change(
     before, after = (sum(w.numel() for w in model.parameters()) for model in (teacher, student))
     assert after < before
     torch.testing.assert_close(answers(student), answers(teacher), rtol=1e-5, atol=1e-5)
-    # One more, and something is lost.
+    # Removing an additional neuron changes the output.
     less = shrink(teacher, plan(teacher, StudentShape(intermediate=size - 25)))
     assert (answers(less) - answers(teacher)).abs().max() > 1e-4
 
@@ -73,7 +73,7 @@ def test_silent_neurons_are_removed_without_change(
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_silent_heads_are_removed_with_key_and_value(kind: str, answers: Answers) -> None:
     teacher = llama_like(kind)
-    # The second key and value, and the two query heads that share it.
+    # The second key and value with both query heads.
     assert silence(teacher, r"self_attn\.o_proj\.weight", 1, list(range(0, 16))) == 3
     student: Any = shrink(teacher, plan(teacher, StudentShape(heads=2)))
     config = student.config

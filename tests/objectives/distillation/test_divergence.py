@@ -139,7 +139,7 @@ def head(positions: int, vocabulary: int, trained: bool) -> tuple[Any, Any, Tens
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("mix", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_summed_over_chunks_with_the_cross_entropy_of_the_data(
+def test_chunked_loss_includes_data_cross_entropy(
     chunk: int, mix: float, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_TRAINED", chunk)

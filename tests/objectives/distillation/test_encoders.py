@@ -156,7 +156,7 @@ def test_narrow_student_learns_from_unlabelled_texts(
     assert [answer["label"] for answer in model.predict(texts)] == [label for _, label in LABELLED]
     stored = list(Path(student.model_dir).glob("*.safetensors"))
     assert stored and all(b"teacher_map" not in path.read_bytes() for path in stored)
-    # A label the teacher does not know, a teacher that writes, one with other classes.
+    # An unknown label, a generator as teacher, a teacher with different classes.
     with pytest.raises(DataError, match="none of the teacher's"):
         tuned(
             small,

@@ -115,7 +115,7 @@ def test_identical_teacher_gives_zero_loss(
         assert abs(mean_loss(objective(divergence=kind), network, examples, 1000)) < 1e-5
 
 
-def test_a_soft_prompt_of_the_student_is_not_read_by_the_teacher(
+def test_teacher_ignores_student_soft_prompt(
     examples: list[Example], tiny_llama: Callable[..., Any]
 ) -> None:
     network = pair(tiny_llama(), tiny_llama(seed=4))

@@ -44,7 +44,7 @@ def network_of(model: Any) -> Network:
     return as_network(model, CPU, torch.float32)
 
 
-def test_the_teacher_reads_the_reply_behind_the_prompt(chat: ChatFormat) -> None:
+def test_teacher_prompt_contains_the_reply(chat: ChatFormat) -> None:
     example = encoded(chat, demonstration=" (say {reply})")[2]
     assert chat.tokenizer.decode(answer_of(example)) == "the dog<|im_end|>"
     assert example.weight == len(answer_of(example))  # the first reply is read, not learned

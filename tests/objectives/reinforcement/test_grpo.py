@@ -246,7 +246,7 @@ def test_groups_of_equal_rewards_give_no_gradient(
     assert gradients and all(float(g.abs().max()) < 1e-7 for g in gradients)
     report = objective.report(network, batches, []).metrics
     assert report["equal_groups"] == 1 and report["reward"] == pytest.approx(0.4)
-    # Only a divergence makes it worth running such completions at all.
+    # Masked completions are computed only for a divergence.
     assert sum(len(batch.tree.examples) for batch in batches) == (6 if beta else 1)
 
 
@@ -259,7 +259,7 @@ def test_equal_groups_count_without_dynamic_sampling(
     batches = objective.annotate(network, prompts(objective, network), 1000)
     assert sum(batch.weight for batch in batches) == pytest.approx(divisor)
     assert objective.report(network, batches, []).metrics["equal_groups"] == 0.5
-    # The completions of the other group are computed behind one prompt, and nothing else is.
+    # Only the remaining group is computed, behind a shared prompt.
     (batch,) = batches
     prompt = prompts(objective, network)[0]
     assert len(batch.tree.examples) == 3
@@ -286,7 +286,7 @@ def test_batch_of_masked_completions_has_zero_gradient(
     assert objective.report(network, batches, []).metrics["truncated"] == 1
 
 
-def test_several_steps_are_taken_on_the_same_completions(network: Network) -> None:
+def test_num_iterations_reuses_completions(network: Network) -> None:
     objective = GRPO(num_iterations=3)
     assert [turn is turn for turn in objective.turns([])] == [True] * 3
 

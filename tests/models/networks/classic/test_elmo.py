@@ -173,9 +173,7 @@ def test_initial_weights_match_authors_code(tiny_elmo: Callable[..., Any]) -> No
 
 
 @pytest.mark.parametrize("task", ["embedding", "sequence_classification", "token_classification"])
-def test_heads_and_the_sum_of_layers_belong_to_the_task(
-    task: Any, tiny_elmo: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_task_heads_and_layer_mix(task: Any, tiny_elmo: Callable[..., Any], tmp_path: Path) -> None:
     tiny_elmo().save_pretrained(tmp_path)
     labels = () if task == "embedding" else ("a", "b")
     model = load_model(tmp_path, torch.float32, CPU, Head(task, labels))

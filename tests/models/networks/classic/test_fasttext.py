@@ -61,7 +61,7 @@ def test_text_embedding_is_mean_of_word_and_pair_vectors(folder: Path, side: str
         torch.testing.assert_close(mean_H, vectors[buckets_of(text)].mean(0), atol=1e-6, rtol=1e-5)
 
 
-def test_order_and_words_count_but_not_capitals_or_how_accents_are_composed() -> None:
+def test_buckets_ignore_case_and_accent_composition() -> None:
     assert sorted(buckets_of("mở cửa")) == sorted(buckets_of("MO\u031b\u0309 Cửa"))
     assert sorted(buckets_of("a b")) != sorted(buckets_of("b a"))
     assert sorted(buckets_of("a b")) != sorted(buckets_of("a bb"))

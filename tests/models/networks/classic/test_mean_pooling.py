@@ -154,7 +154,7 @@ def test_retraining_keeps_head_unless_labels_change(
     further = luthier.tune(
         data("dog", "fox"), base=earlier.model_id, name="b", training__max_steps=1
     )
-    assert further.verdict.before["accuracy"] == 1  # its head came with it
+    assert further.verdict.before["accuracy"] == 1  # the earlier head is reused
     new = luthier.tune(
         data("fox", "dog", "card"), base=earlier.model_id, name="c", training__max_steps=1
     )

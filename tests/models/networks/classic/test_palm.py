@@ -139,7 +139,7 @@ def test_unsupported_configuration_is_refused(field: dict[str, Any]) -> None:
         PalmConfig(**field)
 
 
-def test_registering_twice_is_harmless_and_unknown_types_are_left_alone(
+def test_repeated_and_unknown_registration_has_no_effect(
     tiny_palm: Callable[..., Any], tmp_path: Path
 ) -> None:
     from transformers import AutoConfig

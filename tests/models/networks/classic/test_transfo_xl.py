@@ -26,7 +26,7 @@ SEGMENT, MEMORY = 8, 6
 def network(tiny_transfo_xl: Callable[..., Any]) -> Any:
     model = tiny_transfo_xl().double().eval()
     for name, weight in model.named_parameters():
-        if name.endswith("norm.weight"):  # ones and zeros at the start would hide what is left out
+        if name.endswith("norm.weight"):  # initial ones and zeros would hide a missing norm
             torch.nn.init.uniform_(weight, 0.5, 1.5)
         elif name.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.3)
@@ -184,7 +184,7 @@ def test_padding_on_either_side_leaves_logits_unchanged(network: Any) -> None:
         torch.testing.assert_close(row, alone)
 
 
-def test_tokens_after_a_memory_have_the_logits_of_the_whole(network: Any) -> None:
+def test_logits_with_memory_match_full_forward(network: Any) -> None:
     ids_2T, mask_2T = ids_of(2, 30), torch.ones(2, 30, dtype=torch.long)
     mask_2T[1, :3] = 0
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_streamed_and_batched_replies_match(
     assert generator.replies(prompts, sampling) == streamed
 
 
-def test_a_batch_is_written_alike_with_a_memory_and_without(network: Any) -> None:
+def test_generation_matches_with_and_without_memory(network: Any) -> None:
     ids_3T, mask_3T = ids_of(3, 11), torch.ones(3, 11, dtype=torch.long)
     mask_3T[0, :7] = mask_3T[2, :2] = 0
     written = []
