@@ -156,7 +156,7 @@ def test_single_row_is_served_between_many_rows(
     assert max(sum(len(row) for row in rows) for rows in passes.rows) <= 32
 
 
-def test_unreadable_row_fails_only_its_request(
+def test_unreadable_row_leaves_remaining_requests_running(
     pool: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = name_of("classes")

@@ -298,7 +298,7 @@ def test_invalid_patterns_and_grammars_are_refused(tokenizer: Any, kind: Any, te
     assert not constraints.matcher(Constraint("regex", "a+")).is_finished
 
 
-def test_ambiguous_grammar_fails_only_its_answer(opened: Decoder) -> None:
+def test_ambiguous_grammar_fails_a_single_answer(opened: Decoder) -> None:
     grammar = 'start: s\ns: s s s | "a" |'
     began = time.process_time()
     with pytest.raises(InferenceFailed):

@@ -326,7 +326,7 @@ def test_request_over_answer_limit_is_refused(
     assert len(opened.submit(asked("Hi", n=4)).results()) == 4
 
 
-def test_failure_in_an_answer_reaches_only_its_client(
+def test_failure_in_an_answer_reaches_a_single_client(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = answer(opened, asked("Hi"))
@@ -379,7 +379,7 @@ def test_invalid_token_ids_are_refused(opened: Decoder, ids: list[int]) -> None:
         opened.submit(GenerationRequest(ids))
 
 
-def test_failed_free_leaves_other_requests_running(
+def test_failed_free_leaves_remaining_requests_running(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drop = opened._backend.free

@@ -57,7 +57,7 @@ def test_stop_tokens_are_barred_at_first() -> None:
     assert sampler.plain
 
 
-def test_min_tokens_yields_to_grammar_that_allows_only_end() -> None:
+def test_min_tokens_yields_to_end_of_grammar() -> None:
     for allowed, expected in [((0, 1), 0), ((1,), 1)]:
         mask = Grammar(*allowed)
         sampler = TokenSampler(Sampling(min_tokens=2), 0, 0, np.array([0]), mask, (1,))

@@ -42,7 +42,7 @@ def test_flip_mirrors_the_image() -> None:
     assert 0.4 < np.mean(half) < 0.6
 
 
-def test_crop_removes_at_most_its_share() -> None:
+def test_crop_share_is_a_maximum() -> None:
     """The range of a slope from 0 to 255 after the crop is the range of the cropped part."""
     slope = np.broadcast_to(np.linspace(0, 255, 100).astype(np.uint8)[None, :, None], (100, 100, 3))
     least = 1.0
@@ -71,7 +71,7 @@ def test_every_operation_of_randaugment_runs_at_both_ends(magnitude: int) -> Non
         assert made.shape == PIXELS.shape
 
 
-def test_shift_moves_audio_by_at_most_its_share() -> None:
+def test_audio_shift_is_a_maximum() -> None:
     wanted = len(SOUND)
     moves = set()
     for seed in range(60):
@@ -84,7 +84,7 @@ def test_shift_moves_audio_by_at_most_its_share() -> None:
     assert moves == {True, False}
 
 
-def test_speed_changes_audio_by_at_most_its_share() -> None:
+def test_audio_speed_change_is_a_maximum() -> None:
     lengths = []
     for seed in range(40):
         made = change_audio(Augmentation(speed=0.2), SOUND, 4000, np.random.default_rng(seed))

@@ -342,7 +342,7 @@ def test_wav_of_each_width(width: int, channels: int, error: float) -> None:
     assert samples.shape == WAVE.shape and np.abs(samples - wanted).max() < error
 
 
-def test_truncated_recording_is_read_to_its_end() -> None:
+def test_truncated_recording_is_read_to_the_end() -> None:
     whole = wav(2)
     samples, _ = decode_audio(whole[:-101])
     assert len(samples) == 349 and np.abs(samples - WAVE[:349]).max() < 1e-4

@@ -29,7 +29,7 @@ def times(values: list[float]) -> list[str]:
 
 
 @pytest.mark.parametrize("header", ["timestamp,value", "Date,temperature", "ds,y"])
-def test_row_is_a_value_with_its_history(tmp_path: Path, header: str) -> None:
+def test_row_is_a_value_with_history(tmp_path: Path, header: str) -> None:
     rows = load_rows(write(tmp_path, times([1.5, -2, 3e2]), header))
     assert [type(row) for row in rows] == [BareWindow] * 3
     windows = [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)]
@@ -179,7 +179,7 @@ def window(values: list[float]) -> Media:
     return Media("window", "w", array=np.array(values))
 
 
-def test_window_is_scaled_by_its_history() -> None:
+def test_window_is_scaled_by_history() -> None:
     history = np.random.default_rng(0).normal(5, 2, 40)
     (((read,),),) = [WindowProcessor(8).array(window(history.tolist()))]
     before = history[-8:-1].astype(np.float32)

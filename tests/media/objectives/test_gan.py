@@ -64,7 +64,7 @@ def weights_with_gradient(network: Network) -> set[str]:
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("loss_type", ["non_saturating", "wgan_gp"])
-def test_turn_leaves_gradients_only_on_its_player(
+def test_turn_leaves_gradients_on_a_single_player(
     loss_type: str, labelled: bool, prepared: Callable[..., Any]
 ) -> None:
     objective, network, examples = prepared(labelled, loss_type=loss_type)
@@ -131,7 +131,7 @@ def test_losses_match_paper(prepared: Callable[..., Any]) -> None:
         assert float(found.detach()) == pytest.approx(float(wanted.sum().detach()), rel=1e-5)
 
 
-def test_turn_reports_metrics_of_its_player(prepared: Callable[..., Any]) -> None:
+def test_turn_reports_metrics_of_a_single_player(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared(loss_type="non_saturating")
     first, second = (
         objective.loss(network, turn) for turn in turns_of(objective, network, examples)

@@ -100,7 +100,7 @@ def test_silent_channels_are_removed_without_change(
     assert torch.equal(student.model.embed_tokens.weight, table)
 
 
-def test_norm_epsilon_scales_with_kept_channels(answers: Answers) -> None:
+def test_norm_epsilon_scales_with_remaining_channels(answers: Answers) -> None:
     teacher = llama_like("Llama")
     silent = list(range(16, 32))
     for name in ("embed_tokens", "o_proj", "down_proj"):
@@ -125,7 +125,7 @@ def test_all_at_once_and_from_disk(tmp_path: Path, answers: Answers) -> None:
     assert len(again.model.layers) == 2
 
 
-def test_neurons_of_largest_product_are_kept(
+def test_neurons_of_largest_product_remain(
     tiny_llama: Callable[..., Any],
 ) -> None:
     teacher = tiny_llama()

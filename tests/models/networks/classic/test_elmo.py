@@ -122,7 +122,7 @@ def test_states_match_paper_formulas(network: Any, tokenizer: Any) -> None:
     torch.testing.assert_close(top_TH, layers[2][word_T])
 
 
-def test_each_direction_sees_only_its_side(network: Any, tokenizer: Any) -> None:
+def test_each_direction_sees_a_single_side(network: Any, tokenizer: Any) -> None:
     network.mixed = False
     ids_1T = torch.tensor([tokenizer.encode("one two three four")])
     start = int((ids_1T[0] == tokenizer.convert_tokens_to_ids("Ġ")).nonzero()[2])  # "three"
