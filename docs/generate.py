@@ -48,6 +48,7 @@ from luthier.workflows.pretrain_recipe import (
     PretrainRecipe,
     PretrainTraining,
 )
+from luthier.workflows.study.presets import PRESETS
 
 TARGET = Path(__file__).parent / "reference.md"
 LIMITS = Path(__file__).parent / "guide" / "limits.md"
@@ -70,6 +71,8 @@ PLUGIN_TABLES = (
 """Module and name of each table that plugins extend."""
 TESTS = Path(__file__).parent.parent / "tests"
 """Folder of the families that the tests compare with transformers."""
+STUDY = Path(__file__).parent / "guide" / "study.md"
+STUDY_BEGIN, STUDY_END = "<!-- presets: written by make docs -->\n", "<!-- end of presets -->"
 BASES_BEGIN, BASES_END = "<!-- families: written by make docs -->\n", "<!-- end of families -->"
 LAYERS_BEGIN, LAYERS_END = "<!-- layers: written by make docs -->\n", "<!-- end of layers -->"
 TABLES_BEGIN, TABLES_END = "<!-- tables: written by make docs -->\n", "<!-- end of tables -->"
@@ -103,6 +106,7 @@ def main() -> int:
         ARCHITECTURE: _with_table(layers, TABLES_BEGIN, TABLES_END, _plugin_tables()),
         LIMITS: _with_table(LIMITS, LIMITS_BEGIN, LIMITS_END, _limits()),
         BASES: _with_table(BASES, BASES_BEGIN, BASES_END, _families()),
+        STUDY: _with_table(STUDY, STUDY_BEGIN, STUDY_END, _presets()),
     }
     pages[SCHEMA] = json.dumps(certificate_schema(), indent=2, ensure_ascii=False) + "\n"
     if "--check" in sys.argv:
@@ -144,6 +148,15 @@ def _plugin_tables() -> str:
         shown = ", ".join(f"`{part}`" for part in table)
         rows.append(f"| `{table.group}` | `luthier.{module}` | {shown} |")
     return "\n".join([*rows, ""])
+
+
+def _presets() -> str:
+    """Return the table of the presets of studies."""
+    lines = ["| `--preset` | question | tested claim |", "| --- | --- | --- |"]
+    for name, preset in PRESETS.items():
+        given = f"{name}=FILE" if preset.needs_file else name
+        lines.append(f"| `{given}` | {preset.question} | {preset.claim} |")
+    return "\n".join(lines) + "\n"
 
 
 def _families() -> str:

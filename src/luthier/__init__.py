@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from luthier.cli.pipeline import pipeline
     from luthier.cli.pretrain import pretrain
     from luthier.cli.search import search
+    from luthier.cli.study import study
     from luthier.cli.tune import tune
     from luthier.recipe import Recipe
 
@@ -59,6 +60,7 @@ __all__ = [
     "search",
     "split",
     "student",
+    "study",
     "tune",
     "verify",
 ]
@@ -83,6 +85,7 @@ _HOMES = {
         "cli.pretrain": ["pretrain"],
         "cli.models.samples": ["samples"],
         "cli.search": ["search"],
+        "cli.study": ["study"],
         "cli.tune": ["tune"],
         "recipe": ["Recipe"],
     }.items()

@@ -47,6 +47,7 @@ from luthier.cli.search import search, show_search
 from luthier.cli.service.admin import admin_app
 from luthier.cli.service.serve import serve
 from luthier.cli.service.worker import worker
+from luthier.cli.study import show_study, study
 from luthier.cli.terminal import console
 from luthier.cli.terminal.bridge import MORE, Command, CommandGroup
 from luthier.cli.tune import print_result, tune
@@ -92,6 +93,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     "Evaluate": (
         Command(evaluate, show_evaluation),
         Command(compare, show_comparison),
+        Command(study, show_study),
         Command(forgetting, show_forgetting),
     ),
     "Serve": (Command(serve, has_json=False), admin_app),

@@ -281,7 +281,8 @@ def prepare_job(
             what = "rows" if media is None else PLURAL[media.kind]
             reporter.progress(done, count, f"{what} checked")
 
-    seed = recipe.training.seed
+    seed = recipe.data.split_seed
+    seed = recipe.training.seed if seed is None else seed
     fields = base.network.fields
     # Words of fastText and ELMo have ids of their own behind the characters.
     size = None if fields.get("model_type") in NETS else text_fields(fields).get("vocab_size")

@@ -290,7 +290,19 @@ def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> 
         RefusedInput, Interrupted: as :func:`train` does.
         Exception: any exception of ``reporter``, which stops the trial.
     """
-    reporter = reporter or Reporter()
+    trainer, _ = _trial(recipe, folder, reporter or Reporter())
+    trainer.learn(resume=True)
+    return trainer.progress
+
+
+def store_trial(recipe: Recipe, folder: Path, reporter: Reporter) -> Result:
+    """Train and measure as :func:`rehearse`, and store the model in ``folder/model``."""
+    trainer, done = _trial(recipe, folder, reporter)
+    return done or trainer.run(resume=True)
+
+
+def _trial(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[Trainer, Result | None]:
+    """Return the trainer of a trial in ``folder``, and the result if the trial has ended."""
     keep_freed_memory()
     limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
@@ -307,10 +319,8 @@ def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> 
             "trials are compared on validation rows, and none exist. Give --validation FILE, or "
             "at least 20 rows"
         )
-    run.begin(job.request(), resume=True)
-    trainer = Trainer(job, run, reporter, select_steps(job, trial=True))
-    trainer.learn(resume=True)
-    return trainer.progress
+    done = run.begin(job.request(), resume=True)
+    return Trainer(job, run, reporter, select_steps(job, trial=True)), done
 
 
 class Trainer:

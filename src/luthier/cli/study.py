@@ -1,0 +1,121 @@
+"""``luthier study``: effects of settings side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier.cli.terminal.console import (
+    check_output,
+    heavy_imports,
+    new_table,
+    print_table,
+    print_text,
+    write_page,
+)
+from luthier.cli.terminal.options import AtLeastOne, DataSource, TuningFields, tuning_recipe
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.workflows.study.results import Study
+
+
+def study(
+    data: DataSource,
+    *,
+    vary: Sequence[str] = (),
+    preset: str | None = None,
+    seeds: AtLeastOne = 1,
+    forgetting: bool = False,
+    at_most: Sequence[str] = (),
+    max_minutes: float | None = None,
+    html: Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: TuningFields,
+) -> Study:
+    """Compare methods and settings on your rows.
+
+    Each combination trains on the same rows. No model is stored.
+
+    Args:
+        data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
+        vary: Field with values, e.g. adaptation.method=lora,full; repeatable.
+        preset: A usual question: methods, rows, domain=FILE, …
+        seeds: Trainings of each combination, with different seeds.
+        forgetting: Measure the drift from the base, for text generation.
+        at_most: Limit of the choice: ms=20, mb=50, minutes=5 or drift=1.
+        max_minutes: Start no training that would exceed this time.
+        html: Write the study as an HTML page.
+        resume: Resume an interrupted study.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, as in :func:`luthier.tune`.
+
+    Returns:
+        ``rows`` of the table, ``chosen`` and ``verdict()``.
+
+    Raises:
+        RefusedInput: before training, for invalid data, settings or combinations.
+    """
+    from luthier.workflows.study.grid import check_grid
+    from luthier.workflows.study.presets import grid_from
+
+    check_output(html)
+    recipe = tuning_recipe(data, fields)
+    # An invalid grid is an error before torch is loaded.
+    grid, dimensions = grid_from(preset, vary)
+    check_grid(grid, dimensions, recipe, seeds)
+    limits = _parse_limits(at_most)
+    with heavy_imports():
+        from luthier.engine.metrics import Reporter
+        from luthier.workflows.study.study import study as run
+
+    reporter = reporter or Reporter()
+    found = run(recipe, grid, dimensions, seeds, forgetting, limits, max_minutes, resume, reporter)
+    if html is not None:
+        from luthier.workflows.study.page import study_page
+
+        write_page(html, study_page(found, str(data)), reporter)
+    return found
+
+
+def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:
+    limits = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            limits[name.strip()] = float(value)
+        except ValueError:
+            message = f"`--at-most` takes NAME=NUMBER, such as ms=20; got {text!r}"
+            raise RecipeError(message, rule="option.form", value=text) from None
+    return limits
+
+
+def show_study(found: Study) -> None:
+    """Print the table, the verdict and the command that trains the choice."""
+    from rich.text import Text
+
+    from luthier.workflows.study.results import columns_of
+
+    columns = columns_of(found)
+    table = new_table("", *columns, numbers=tuple(columns))
+    for number, row in enumerate(found.rows):
+        cells = [column[number] for column in columns.values()]
+        if not row.is_measured:
+            cells[0] = row.reason.splitlines()[0]
+        style = "bold" if found.is_decided and row is found.best else ""
+        table.add_row(Text(row.name, style), *cells)
+    print_table(table)
+    print_text(found.verdict())
+    if (least := found.smallest_difference) is not None:
+        print_text(
+            f"{found.held_out:,} held-out rows show differences of {found.text(least)} and more. "
+            "* is within chance of the best."
+        )
+    if found.command:
+        print_text(f"train the choice: {found.command}")
+    for path in found.pictures:
+        if not path.endswith("-dark.svg"):
+            print_text(f"picture: {path}")

@@ -1,0 +1,349 @@
+"""Cells of a study: trainings of a grid, each in a process, with the measurements.
+
+The first process of a cell trains and stores the model in the cell's folder. A second process,
+without the memory of the training, measures the stored model. The measurements stay in
+``studies/cells/HASH``, by the SHA-256 of recipe, data and program, so a later study reuses them. An
+interrupted training resumes from its checkpoint. The model itself is deleted.
+
+Each process is ``python -m luthier.workflows.study.cells FOLDER STAGE``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier import __version__
+from luthier.data.tree import READING_BUDGET
+from luthier.engine.job import prepare_job
+from luthier.engine.machine import choose_machine
+from luthier.engine.metrics import Reporter, best_measurement
+from luthier.engine.report_file import ReportFile
+from luthier.engine.runs import Result, Run
+from luthier.engine.train import store_trial
+from luthier.errors import Diverged, Interrupted, RefusedInput
+from luthier.evaluation.significance import RowScores
+from luthier.files import (
+    cached_sha256_of,
+    lock,
+    luthier_home,
+    read_json,
+    write_json,
+)
+from luthier.library.folders import RUN_RESULT
+from luthier.library.models import StoredModel, find
+from luthier.models.manifest import Manifest
+from luthier.processes import on_stdin_end, python_command
+from luthier.recipe import Recipe, portable
+from luthier.workflows.child_processes import (
+    REPORTS,
+    ChildProcess,
+    ProcessRunner,
+    Resources,
+    run_processes,
+)
+from luthier.workflows.trials import validation_lines
+from luthier.workflows.tuning import tune
+
+if TYPE_CHECKING:
+    from luthier.inference.generation import Generator
+    from luthier.inference.prediction import Predictor
+    from luthier.types import Example, IntArray
+
+REQUEST, OUTCOME, TRAINED = "cell.json", "outcome.json", "trained.json"
+MOST_ROWS = 500
+"""Maximum number of held-out rows with a measured loss of their own."""
+WARM_UP, TIMED = 3, 20
+"""Untimed and timed answers."""
+REPLY_TOKENS = 32
+"""Tokens of a timed reply."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training of a study."""
+
+    recipe: Recipe
+    before: str | None = None
+    """File to train on first."""
+    forgetting: bool = False
+    """Whether forgetting is measured."""
+
+    def request(self) -> dict[str, Any]:
+        """Return all that decides the measurements, as JSON values."""
+        files = [*self.recipe.data.files, *([Path(self.before)] if self.before else [])]
+        return {
+            "recipe": portable(self.recipe),
+            "before": self.before,
+            "forgetting": self.forgetting,
+            "base": find(self.recipe.base).content_hash,
+            "data": [cached_sha256_of(path) for path in files if path.is_file()],
+            "luthier": __version__,
+        }
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the measurements."""
+        plain = json.dumps(self.request(), sort_keys=True).encode()
+        return luthier_home() / "studies" / "cells" / hashlib.sha256(plain).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Measurements of a cell."""
+
+    measure: str = "loss"
+    """``loss`` or a score."""
+    value: float | None = None
+    """Measurement of the best weights on the held-out rows; ``None`` for a failed cell."""
+    error: float = 0.0
+    """Standard error of the measurement, by the held-out rows."""
+    rows: Mapping[str, Any] | None = None
+    """Measurement by row, for :meth:`RowScores.read`."""
+    start: float | None = None
+    """Measurement before training; ``None`` for an untrained head."""
+    seconds: float = 0.0
+    """Duration of the training, in seconds."""
+    processor_seconds: float = 0.0
+    """Processor time of the last process that trained."""
+    peak_memory_bytes: int = 0
+    trained_weights: int = 0
+    saved_bytes: int = 0
+    training_rows: int = 0
+    steps: int = 0
+    batch_size: int = 0
+    warmup_ratio: float = 0.0
+    milliseconds: float | None = None
+    """Median time of an answer, one at a time; ``None`` for models that draw."""
+    forgotten: float | None = None
+    """Drift from the base, in nats per token."""
+    knowledge: tuple[float, float] | None = None
+    """Accuracy on general knowledge before and after, if measured."""
+    verdict: str = ""
+    """Outcome of the run, such as ``learned``."""
+    reason: str = ""
+    """Reason of a failure; empty for a measured cell."""
+
+
+def measured_outcome(cell: Cell) -> Outcome | None:
+    """Return the measurements of an earlier study; ``None`` for a missing or failed cell."""
+    path = cell.folder / OUTCOME
+    found = Outcome(**read_json(path)) if path.is_file() else None
+    return None if found is None or found.reason else found
+
+
+def run_cell(cell: Cell, reporter: Reporter) -> Outcome:
+    """Train and measure ``cell`` in two processes.
+
+    Raises:
+        Interrupted: on Ctrl-C or SIGTERM; a repeated call resumes.
+    """
+    folder = cell.folder
+    with lock(folder / ".lock", wait=True):
+        (folder / OUTCOME).unlink(missing_ok=True)
+        write_json(folder / REQUEST, cell.request())
+        for stage in _STAGES:
+            if (folder / OUTCOME).is_file():  # the first stage failed
+                break
+            _run_stage(folder, stage, reporter)
+        outcome = Outcome(**read_json(folder / OUTCOME))
+        Run("", folder.name, rehearsal=folder).drop_working_files()
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        (folder / RUN_RESULT).unlink(missing_ok=True)
+    return outcome
+
+
+class _Progress(Reporter):
+    """Passes on progress alone: the notes of a run would be repeated for each cell."""
+
+    def __init__(self, outer: Reporter) -> None:
+        self.outer = outer
+
+    def receive(self, method: str, *arguments: Any) -> None:
+        """Pass on measurements and progress."""
+        if method in ("metrics", "progress"):
+            getattr(self.outer, method)(*arguments)
+
+
+def _run_stage(folder: Path, stage: str, reporter: Reporter) -> None:
+    process = ChildProcess(
+        ProcessRunner(),
+        python_command("luthier.workflows.study.cells", str(folder), stage),
+        Resources(),
+        folder,
+        "resumes after its last checkpoint",
+    )
+
+    def forward() -> bool:
+        process.reports.forward(_Progress(reporter))
+        return False
+
+    try:
+        (code,) = run_processes([process], reporter, forward)
+    except Interrupted:
+        text = "Stopped. Run the same command with `--resume` to continue."
+        raise Interrupted(text) from None
+    if code:
+        write_json(folder / OUTCOME, asdict(Outcome(reason=process.reason(code))))
+
+
+def _train(folder: Path, reporter: Reporter) -> None:
+    request = read_json(folder / REQUEST)
+    recipe = _after(Recipe.parse(request["recipe"]), request["before"], reporter)
+    began = time.process_time()
+    store_trial(recipe, folder, reporter)
+    spent = time.process_time() - began
+    write_json(folder / TRAINED, {"processor_seconds": spent, "base": recipe.base})
+
+
+def _after(recipe: Recipe, before: str | None, reporter: Reporter) -> Recipe:
+    """Return ``recipe`` on a custom model that was trained on ``before``.
+
+    The model stays in the library, because several cells need it.
+    """
+    if before is None:
+        return recipe
+    digest = cached_sha256_of(Path(before))[:8]
+    first = Recipe.parse(
+        {"base": recipe.base, "name": f"before-{digest}", "data": {"train": before}}
+    )
+    with lock(luthier_home() / "studies" / f".{first.name}.lock", wait=True):
+        result = tune(first, resume=True, reporter=reporter)
+    return recipe.model_copy(update={"base": result.model_id})
+
+
+def _measure(folder: Path, reporter: Reporter) -> None:
+    from luthier.workflows.forgetting import OWN_PROBES, measure_forgetting
+
+    request, trained = read_json(folder / REQUEST), read_json(folder / TRAINED)
+    recipe = Recipe.parse({**request["recipe"], "base": trained["base"]})
+    result = Result.parse(read_json(folder / RUN_RESULT))
+    parent = find(recipe.base)
+    manifest = Manifest.read(folder / "model")
+    stored = StoredModel(
+        manifest.id, folder / "model", manifest, parent if manifest.saved == "adapter" else None
+    )
+    lines = validation_lines(folder)
+    measure = lines[0].get("measure", "loss")
+    best = best_measurement(lines, measure)
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    fixed = Run("", folder.name, rehearsal=folder).read_request()
+    job = prepare_job(recipe, parent, machine, Reporter(), fixed)
+    rows = best.get("rows", {}).get(measure)
+    if rows is None and measure == "loss":
+        rows = _row_losses(stored, job.data.objective, job.data.validation)
+    drift = knowledge = None
+    if request["forgetting"]:
+        forgetting = measure_forgetting(stored, find(request["recipe"]["base"]))
+        drift = forgetting.drift.kl.value
+        (own,) = (each for each in forgetting.changes if each.name == OWN_PROBES)
+        knowledge = own.base.value, own.tuned.value
+    training = job.recipe.training
+    sign = -1.0 if measure == "reward" else 1.0
+    field = "loss" if measure == "reward" else measure
+    outcome = Outcome(
+        measure=measure,
+        value=sign * best[field],
+        error=best.get(f"{measure}_error", 0.0) if rows is None else RowScores.read(rows).error,
+        rows=rows,
+        start=None if lines[0].get("untrained_head") else sign * lines[0][field],
+        seconds=result.seconds,
+        processor_seconds=trained["processor_seconds"],
+        peak_memory_bytes=result.peak_memory_bytes,
+        trained_weights=result.trained_weights,
+        saved_bytes=result.saved_bytes,
+        training_rows=result.rows,
+        steps=result.steps,
+        batch_size=training.batch_size or 0,
+        warmup_ratio=training.warmup_ratio or 0.0,
+        milliseconds=_milliseconds(stored, job.data.validation),
+        forgotten=drift,
+        knowledge=knowledge,
+        verdict="" if result.verdict is None else result.verdict.outcome,
+    )
+    write_json(folder / OUTCOME, asdict(outcome))
+
+
+def _row_losses(
+    stored: StoredModel, objective: Any, examples: Sequence[Example]
+) -> dict[str, Any] | None:
+    """Return the loss of each row, for objectives whose loss is a mean over rows."""
+    import torch
+
+    from luthier.engine.machine import open_network
+
+    if objective.contrasts_rows or len(examples) > MOST_ROWS:
+        return None
+    network, budget = open_network(stored), READING_BUDGET
+    parts, weights = [], []
+    with torch.no_grad():
+        for example in examples:
+            batches = objective.annotate(network, [example], budget)
+            parts.append(sum(float(objective.loss(network, batch).total) for batch in batches))
+            weights.append(sum(batch.weight for batch in batches))
+    network.close()
+    return RowScores.of(parts, weights, is_share=False).plain()
+
+
+def _milliseconds(stored: StoredModel, examples: Sequence[Example]) -> float | None:
+    """Return the median time of an answer in milliseconds, one answer at a time."""
+    from luthier.evaluation.parity import greedy_prompts
+    from luthier.inference.generation import Generator
+    from luthier.inference.prediction import Predictor
+    from luthier.objectives.base import predicts
+
+    inputs: Sequence[Any] = examples
+    answer: Callable[[Any], object]
+    if stored.writes:
+        generator = Generator.open(stored)
+        inputs = greedy_prompts(examples, TIMED, generator.context - REPLY_TOKENS)
+        answer = partial(_reply, generator)
+    elif predicts(stored.objective):
+        answer = partial(_predict, Predictor.open(stored))
+    else:
+        return None
+    seconds = []
+    for number in range(WARM_UP + TIMED):
+        began = time.perf_counter()
+        answer(inputs[number % len(inputs)])
+        seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds[WARM_UP:])
+
+
+def _reply(generator: Generator, prompt_T: IntArray) -> object:
+    from luthier.evaluation.parity import generate_greedily
+
+    return generate_greedily(generator.backend, [prompt_T], REPLY_TOKENS)
+
+
+def _predict(predictor: Predictor, example: Example) -> object:
+    return predictor.read([example])
+
+
+_STAGES: Mapping[str, Callable[[Path, Reporter], None]] = {"train": _train, "measure": _measure}
+
+
+def main(folder: Path, stage: str) -> None:
+    """Carry out a stage of the cell in ``folder``. A refused recipe is the cell's outcome."""
+    on_stdin_end(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        _STAGES[stage](folder, ReportFile(folder / REPORTS))
+    except Interrupted:
+        raise
+    except (RefusedInput, Diverged) as error:
+        write_json(folder / OUTCOME, asdict(Outcome(reason=str(error))))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

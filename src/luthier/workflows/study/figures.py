@@ -1,0 +1,125 @@
+"""Pictures of a study, in colours for light and for dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.engine.metrics import SCORES, new_figure, save_figure
+from luthier.evaluation.significance import CHANCE, as_gain
+
+if TYPE_CHECKING:
+    from luthier.workflows.study.results import Study, StudyRow
+
+THEMES = {
+    "": {"text": "#222222", "grid": "#d0d0d0", "point": "#2f5d9b", "front": "#c8553d"},
+    "-dark": {"text": "#e6e6e6", "grid": "#4a4a4a", "point": "#8db4e8", "front": "#f0937d"},
+}
+"""Colours by the suffix of the file. The background is transparent."""
+LOG_FROM = 10
+"""Ratio of the ends from which an axis is logarithmic."""
+
+
+def draw_study(found: Study, folder: Path) -> list[str]:
+    """Write the pictures of a study as SVG, and return the paths."""
+    drawings: dict[str, Callable[[Any, Study, dict[str, str]], None]] = {"cost": _draw_cost}
+    if any(row.figure("forgotten") is not None for row in found.measured):
+        drawings["forgetting"] = _draw_forgetting
+    ordered = [each for each in found.dimensions if each.is_ordered]
+    if len(ordered) == 1:
+        drawings["line"] = _draw_line
+    paths = []
+    for name, draw in drawings.items():
+        for suffix, colours in THEMES.items():
+            figure, (axes,) = new_figure()
+            draw(axes, found, colours)
+            _colour(figure, axes, colours)
+            path = folder / f"{name}{suffix}.svg"
+            save_figure(figure, path)
+            paths.append(str(path))
+    return paths
+
+
+def _draw_cost(axes: Any, found: Study, colours: dict[str, str]) -> None:
+    """Draw the score against processor seconds, with the front of the best by cost."""
+    points = [(row.figure("processor_seconds") or 0.0, row.value, row) for row in found.measured]
+    _scatter(axes, points, colours)
+    front, best = [], None
+    for cost, value, row in sorted(points, key=lambda point: point[0]):
+        gain = as_gain(row.measure, value)
+        if best is None or gain > best:
+            best = gain
+            front.append((cost, value))
+    axes.plot(*zip(*front, strict=True), color=colours["front"], drawstyle="steps-post")
+    axes.set(xlabel="processor seconds of the training", ylabel=_label(found))
+    _scale(axes, [cost for cost, _, _ in points])
+
+
+def _draw_forgetting(axes: Any, found: Study, colours: dict[str, str]) -> None:
+    """Draw the score against the drift from the base."""
+    points = [
+        (drift, row.value, row)
+        for row in found.measured
+        if (drift := row.figure("forgotten")) is not None
+    ]
+    _scatter(axes, points, colours)
+    axes.set(xlabel="drift from the base, nats per token", ylabel=_label(found))
+    _scale(axes, [drift for drift, _, _ in points])
+
+
+def _draw_line(axes: Any, found: Study, colours: dict[str, str]) -> None:
+    """Draw the score by the ordered value, one line with a band for each other combination."""
+    (ordered,) = (each for each in found.dimensions if each.is_ordered)
+    lines: dict[str, list[tuple[float, StudyRow]]] = {}
+    for row in found.measured:
+        others = {k: v for k, v in row.configuration.settings.items() if k != ordered.key}
+        value = row.configuration.settings[ordered.key]
+        if not isinstance(value, int | float):  # all rows
+            value = row.figure("training_rows") or 0
+        lines.setdefault(", ".join(map(str, others.values())), []).append((float(value), row))
+    for number, (label, points) in enumerate(lines.items()):
+        points.sort(key=lambda point: point[0])
+        places = [place for place, _ in points]
+        values = [row.value for _, row in points]
+        errors = [CHANCE * row.error for _, row in points]
+        colour = colours["point"] if len(lines) == 1 else f"C{number}"
+        axes.plot(places, values, "o-", color=colour, label=label)
+        low, high = zip(*((v - e, v + e) for v, e in zip(values, errors, strict=True)), strict=True)
+        axes.fill_between(places, low, high, color=colour, alpha=0.2)
+    _scale(axes, [place for points in lines.values() for place, _ in points])
+    axes.set(xlabel=ordered.key, ylabel=_label(found))
+    if len(lines) > 1:
+        axes.legend(frameon=False, labelcolor=colours["text"])
+
+
+def _scatter(
+    axes: Any, points: Sequence[tuple[float, float, StudyRow]], colours: dict[str, str]
+) -> None:
+    for place, value, row in points:
+        axes.errorbar(place, value, yerr=CHANCE * row.error, fmt="o", color=colours["point"])
+        axes.annotate(
+            row.name, (place, value), (6, 4), textcoords="offset points", fontsize=8,
+            color=colours["text"],
+        )  # fmt: skip
+    axes.margins(x=0.2)
+
+
+def _scale(axes: Any, places: Sequence[float]) -> None:
+    if min(places) > 0 and max(places) >= LOG_FROM * min(places):
+        axes.set_xscale("log")
+
+
+def _label(found: Study) -> str:
+    return SCORES.get(found.best.measure, found.best.measure)
+
+
+def _colour(figure: Any, axes: Any, colours: dict[str, str]) -> None:
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=colours["text"], which="both")
+    axes.xaxis.label.set_color(colours["text"])
+    axes.yaxis.label.set_color(colours["text"])
+    axes.grid(color=colours["grid"])
+    for spine in axes.spines.values():
+        spine.set_color(colours["grid"])

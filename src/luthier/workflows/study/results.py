@@ -1,0 +1,324 @@
+"""Results of a study: one row per configuration, compared on the same held-out rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import NormalDist, mean, median, stdev
+from typing import Any
+
+import numpy as np
+
+from luthier.engine.metrics import SCORES
+from luthier.evaluation.significance import (
+    CHANCE,
+    RowScores,
+    as_gain,
+    significant_of,
+)
+from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.grid import Configuration, Dimension
+
+LEVEL = 0.05
+"""Probability of any false significance in a study."""
+
+
+@dataclass(frozen=True, eq=False)
+class StudyRow:
+    """Measurements of a configuration with each seed."""
+
+    configuration: Configuration
+    outcomes: Sequence[Outcome]
+    """Measured outcomes, one per seed."""
+    reason: str = ""
+    """Reason of a failure, or of a missing training."""
+
+    @property
+    def name(self) -> str:
+        """The values of the configuration."""
+        return self.configuration.name
+
+    @property
+    def is_measured(self) -> bool:
+        """True if all seeds were measured."""
+        return bool(self.outcomes) and not self.reason
+
+    @property
+    def measure(self) -> str:
+        """``loss`` or a score."""
+        return self.outcomes[0].measure
+
+    @cached_property
+    def value(self) -> float:
+        """Mean measurement over the seeds."""
+        return mean(each.value for each in self.outcomes if each.value is not None)
+
+    @cached_property
+    def scores(self) -> RowScores | None:
+        """Row-level measurement, averaged over the seeds."""
+        if any(each.rows is None for each in self.outcomes):
+            return None
+        read = [RowScores.read(each.rows or {}) for each in self.outcomes]
+        if len({len(each) for each in read}) > 1:
+            return None
+        parts_R = np.mean([each.parts_R for each in read], axis=0)
+        wholes_R = np.mean([each.wholes_R for each in read], axis=0)
+        return RowScores(parts_R, wholes_R, read[0].is_share)
+
+    @property
+    def seed_error(self) -> float:
+        """Standard error of the mean over seeds; 0 for one seed."""
+        values = [each.value for each in self.outcomes if each.value is not None]
+        return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error, by rows and seeds."""
+        rows = self.outcomes[0].error if self.scores is None else self.scores.error
+        return math.hypot(rows, self.seed_error)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval."""
+        low, high = self.value - CHANCE * self.error, self.value + CHANCE * self.error
+        share = self.measure in SCORES and self.measure != "absolute_error"
+        return (max(0.0, low), min(1.0, high)) if share else (low, high)
+
+    @property
+    def gain(self) -> float | None:
+        """Improvement over the measurement before training."""
+        starts = [each.start for each in self.outcomes]
+        if any(start is None for start in starts):
+            return None
+        return as_gain(
+            self.measure, self.value - mean(start for start in starts if start is not None)
+        )
+
+    @property
+    def relative_gain(self) -> float | None:
+        """Gain as a share of the measurement before training."""
+        if self.gain is None:
+            return None
+        start = mean(each.start for each in self.outcomes if each.start is not None)
+        return self.gain / abs(start) if start else None
+
+    def figure(self, name: str) -> float | None:
+        """Return the mean over seeds of a field of :class:`Outcome`."""
+        values = [getattr(each, name) for each in self.outcomes]
+        return None if any(value is None for value in values) or not values else mean(values)
+
+    @property
+    def forgotten_points(self) -> float | None:
+        """Loss of accuracy on general knowledge."""
+        pairs = [each.knowledge for each in self.outcomes if each.knowledge is not None]
+        return mean(before - after for before, after in pairs) if pairs else None
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Difference of a row from the best row."""
+
+    value: float
+    """As a gain: negative if worse."""
+    error: float
+    significant: bool
+    """True if beyond chance after Holm's correction for all rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The result of a study."""
+
+    name: str
+    folder: str
+    rows: Sequence[StudyRow]
+    """Rows in the order of the grid."""
+    dimensions: Sequence[Dimension]
+    held_out: int
+    """Number of held-out rows."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """Limits of the choice by figure: ``ms``, ``mb``, ``minutes`` or ``drift``."""
+    command: str = ""
+    """Command that trains the chosen configuration as a custom model."""
+    pictures: Sequence[str] = ()
+
+    @cached_property
+    def measured(self) -> list[StudyRow]:
+        """Measured rows, the best first."""
+        rows = [row for row in self.rows if row.is_measured]
+        return sorted(rows, key=lambda row: -as_gain(row.measure, row.value))
+
+    @property
+    def best(self) -> StudyRow:
+        """The row with the best measurement."""
+        return self.measured[0]
+
+    @cached_property
+    def apart(self) -> dict[str, Apart]:
+        """Difference of each other measured row from the best row, by name."""
+        found = {}
+        for best, row in ((self.best, row) for row in self.measured[1:]):
+            value = as_gain(row.measure, row.value - best.value)
+            if row.scores is None or best.scores is None or len(row.scores) != len(best.scores):
+                rows = math.hypot(row.error, best.error)
+            else:
+                rows = row.scores.difference_error(best.scores)
+            found[row.name] = value, math.hypot(rows, row.seed_error, best.seed_error)
+        p_values = [
+            2 * (1 - NormalDist().cdf(abs(value) / error)) if error else float(value == 0)
+            for value, error in found.values()
+        ]
+        significant = significant_of(p_values, LEVEL)
+        return {
+            name: Apart(*each, beyond)
+            for (name, each), beyond in zip(found.items(), significant, strict=True)
+        }
+
+    def is_within_chance(self, row: StudyRow) -> bool:
+        """Return True for the best row, and for a row that is not significantly worse."""
+        return row is self.best or not self.apart[row.name].significant
+
+    @property
+    def is_decided(self) -> bool:
+        """True if the best row is significantly better than every other row."""
+        return bool(self.apart) and all(each.significant for each in self.apart.values())
+
+    @property
+    def smallest_difference(self) -> float | None:
+        """Smallest difference that the held-out rows can show, after the correction."""
+        if not self.apart:
+            return None
+        quantile = NormalDist().inv_cdf(1 - LEVEL / 2 / len(self.apart))
+        return quantile * median(each.error for each in self.apart.values())
+
+    @cached_property
+    def chosen(self) -> StudyRow | None:
+        """The cheapest row within chance of the best row, and within the limits.
+
+        If no row within chance of the best is within the limits, the best row within the limits.
+        """
+        able = [row for row in self.measured if all(map(self._allows(row), self.limits))]
+        near = [row for row in able if self.is_within_chance(row)]
+        if near:
+            return min(near, key=lambda row: row.figure("processor_seconds") or 0.0)
+        return able[0] if able else None
+
+    def _allows(self, row: StudyRow) -> Any:
+        return lambda name: (figure_of(row, name) or 0.0) <= self.limits[name]
+
+    def text(self, value: float, signed: bool = False) -> str:
+        """Return a measurement, or a difference, as text."""
+        sign = "+" if signed else ""
+        is_share = self.best.measure in SCORES and self.best.measure != "absolute_error"
+        return f"{value:{sign}.1%}" if is_share else f"{value:{sign}.3f}"
+
+    def verdict(self) -> str:
+        """Return the best configuration, and the cheapest configuration within chance."""
+        if not self.measured:
+            return "No training finished."
+        best, measure = self.best, SCORES.get(self.best.measure, self.best.measure)
+        text = f"Best: {best.name}, {measure} {self.text(best.value)}"
+        if self.is_decided:
+            text += ", better than all others beyond chance."
+        else:
+            near = [row.name for row in self.measured[1:] if self.is_within_chance(row)]
+            text += (
+                f". {len(near)} of the others {'is' if len(near) == 1 else 'are'} within chance."
+            )
+        chosen = self.chosen
+        if chosen is None:
+            limits = ", ".join(f"{name} {value:g}" for name, value in self.limits.items())
+            return f"{text} No configuration is within {limits}."
+        cost = f"{(chosen.figure('seconds') or 0) / 60:.1f} minutes"
+        if chosen is best:
+            return f"{text} It is also the choice ({cost})."
+        kind = (
+            "The cheapest within chance" if self.is_within_chance(chosen) else "Within the limits"
+        )
+        return f"{text} {kind}: {chosen.name}, {self.text(chosen.value)} ({cost})."
+
+    def plain(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "name": self.name,
+            "held_out_rows": self.held_out,
+            "rows": [self._plain_row(row) for row in self.rows],
+            "smallest_difference": self.smallest_difference,
+            "chosen": None if self.chosen is None else self.chosen.name,
+            "verdict": self.verdict(),
+            "command": self.command,
+            "pictures": list(self.pictures),
+        }
+
+    def _plain_row(self, row: StudyRow) -> dict[str, Any]:
+        plain: dict[str, Any] = {"name": row.name, "settings": dict(row.configuration.settings)}
+        if not row.is_measured:
+            return plain | {"reason": row.reason}
+        apart = self.apart.get(row.name)
+        figures = {
+            name: row.figure(name)
+            for name in (
+                "seconds", "processor_seconds", "peak_memory_bytes", "trained_weights", "saved_bytes",
+                "milliseconds", "forgotten", "training_rows", "steps", "batch_size", "warmup_ratio",
+            )
+        }  # fmt: skip
+        return plain | {
+            "measure": row.measure,
+            "value": row.value,
+            "interval": list(row.interval),
+            "seeds": [each.value for each in row.outcomes],
+            "gain": row.gain,
+            "relative_gain": row.relative_gain,
+            "behind_best": None if apart is None else apart.value,
+            "significant": None if apart is None else apart.significant,
+            "forgotten_accuracy": row.forgotten_points,
+            **figures,
+        }
+
+
+FIGURES = {"ms": "milliseconds", "mb": "saved_bytes", "minutes": "seconds", "drift": "forgotten"}
+"""Figures with a limit, and their fields of :class:`Outcome`."""
+_UNITS = {"ms": 1.0, "mb": 1e6, "minutes": 60.0, "drift": 1.0}
+
+
+def figure_of(row: StudyRow, name: str) -> float | None:
+    """Return a figure of :data:`FIGURES` in the unit of the limit."""
+    value = row.figure(FIGURES[name])
+    return None if value is None else value / _UNITS[name]
+
+
+def columns_of(found: Study) -> dict[str, list[str]]:
+    """Return the figures of all rows as text, by heading. Columns without a figure are left out."""
+    columns = {
+        "score ±": [_score_text(found, row) if row.is_measured else "" for row in found.rows],
+        "gain": [_gain_text(found, row) if row.is_measured else "" for row in found.rows],
+    }
+    for heading, (name, unit, form) in _COLUMNS.items():
+        values = [row.figure(name) if row.is_measured else None for row in found.rows]
+        columns[heading] = ["" if each is None else f"{each / unit:{form}}" for each in values]
+    return {heading: texts for heading, texts in columns.items() if any(texts)}
+
+
+_COLUMNS = {
+    "drift": ("forgotten", 1.0, ".3f"),
+    "minutes": ("seconds", 60.0, ",.1f"),
+    "CPU s": ("processor_seconds", 1.0, ",.0f"),
+    "GB": ("peak_memory_bytes", 1e9, ".2f"),
+    "trained": ("trained_weights", 1.0, ",.0f"),
+    "MB": ("saved_bytes", 1e6, ",.1f"),
+    "ms": ("milliseconds", 1.0, ",.1f"),
+}
+"""Heading of a figure, with field, unit and form."""
+
+
+def _score_text(found: Study, row: StudyRow) -> str:
+    mark = " *" if row is not found.best and found.is_within_chance(row) else ""
+    return f"{found.text(row.value)} {found.text(row.error)}{mark}"
+
+
+def _gain_text(found: Study, row: StudyRow) -> str:
+    if row.gain is None or row.relative_gain is None:
+        return ""
+    return f"{found.text(row.gain, signed=True)} ({row.relative_gain:+.0%})"

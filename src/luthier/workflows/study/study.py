@@ -1,0 +1,239 @@
+"""The command's work: estimate, cells in order, result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from luthier.engine.job import prepare_job, with_base
+from luthier.engine.machine import choose_machine
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import automatic_name, is_resumed, lock_folder
+from luthier.errors import RecipeError
+from luthier.files import luthier_home, write_bytes, write_json
+from luthier.formatting import format_duration
+from luthier.library.models import find
+from luthier.recipe import Recipe, portable, to_toml
+from luthier.workflows.estimate.estimate import PredictionInterval, estimate
+from luthier.workflows.space import with_settings
+from luthier.workflows.study.cells import Cell, Outcome, measured_outcome, run_cell
+from luthier.workflows.study.figures import draw_study
+from luthier.workflows.study.grid import NONE, Configuration, Dimension, check_grid
+from luthier.workflows.study.results import FIGURES, Study, StudyRow
+
+PROCESS_SECONDS = 20.0
+"""Seconds to start the two processes of a cell and to load data and model, beyond the training."""
+
+
+def study(
+    recipe: Recipe,
+    grid: Sequence[Configuration],
+    dimensions: Sequence[Dimension] = (),
+    seeds: int = 1,
+    forgetting: bool = False,
+    limits: Mapping[str, float] | None = None,
+    max_minutes: float | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Study:
+    """Train ``recipe`` with the settings of each configuration, and compare the results.
+
+    All trainings learn from the same rows and are measured on the same held-out rows. Measurements
+    of earlier studies are reused.
+
+    Args:
+        recipe: settings of all trainings.
+        grid: configurations.
+        dimensions: the varied fields, if the grid has all combinations of values.
+        seeds: number of trainings of each configuration.
+        forgetting: measure the drift from the base, and general knowledge; for text generation.
+        limits: limits of the choice by figure, see :data:`FIGURES`.
+        max_minutes: no training starts if the time would be exceeded. The result names the rest.
+        resume: continue the same study, and train failed configurations again.
+        reporter: receives progress.
+
+    Raises:
+        RefusedInput: before any training, for grid, recipe or data.
+        Interrupted: on Ctrl-C or SIGTERM.
+    """
+    reporter = reporter or Reporter()
+    limits = dict(limits or {})
+    if unknown := next((name for name in limits if name not in FIGURES), None):
+        raise RecipeError(f"`at_most`: {unknown!r} is none of {', '.join(FIGURES)}.")
+    if "drift" in limits and not forgetting:
+        raise RecipeError("`at_most` drift needs `forgetting`.")
+    recipe = with_base(recipe, reporter)
+    training = recipe.training.model_copy(update={"baseline_seconds": 0.0, "refit": False})
+    recipe = recipe.model_copy(update={"training": training})
+    check_grid(grid, dimensions, recipe, seeds)
+    base = find(recipe.base, reporter.stage)
+    reporter.stage("Checking the data")
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    job = prepare_job(recipe, base, machine, Reporter())
+    _check_comparable(dimensions, job.data.objective.measure)
+    if not job.data.validation:
+        raise RecipeError(
+            "A study compares on held-out rows, and none exist. Give --validation FILE, or at least "
+            "20 rows."
+        )
+    if forgetting and not job.data.objective.task.writes:
+        raise RecipeError("`forgetting` needs an objective for text generation.")
+    keys = {key for each in grid for key in each.settings}
+    if "training.learning_rate" in keys and "adaptation.method" not in keys:
+        # Otherwise the rate of the cell also changes the rate of the head.
+        rate = job.recipe.training.head_rate_multiplier
+        recipe = with_settings(recipe, {"training.head_rate_multiplier": rate})
+    count = job.data.counts["rows"]
+    for value in (v for each in dimensions if each.key == "rows" for v in each.values):
+        if isinstance(value, int) and value > count:
+            raise RecipeError(
+                f"`--vary rows`: {value:,} is more than the {count:,} training rows. Write all.",
+                setting="rows",
+            )
+    # All cells are rendered with one date, if the chat template prints a date.
+    kwargs = job.recipe.data.chat_template_kwargs
+    data = recipe.data.model_copy(update={"chat_template_kwargs": kwargs})
+    recipe = recipe.model_copy(update={"data": data})
+    parent = luthier_home() / "studies"
+    name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
+    with lock_folder(parent / name, f"the study {name}"):
+        request = {
+            "recipe": portable(recipe), "seeds": seeds, "forgetting": forgetting,
+            "grid": {each.name: dict(each.settings) for each in grid},
+            "data": job.request()["data"],
+        }  # fmt: skip
+        if not is_resumed(parent / name / "request.json", request, f"study {name}", resume):
+            write_json(parent / name / "request.json", request)
+        work = _Work(recipe, grid, seeds, forgetting, count, reporter)
+        rows = work.run(max_minutes)
+        result = Study(name, str(parent / name), rows, dimensions, len(job.data.validation), limits)
+        return _complete(result, work)
+
+
+def _check_comparable(dimensions: Sequence[Dimension], measure: str) -> None:
+    """Reject a grid whose losses cannot be compared."""
+    for each in dimensions:
+        if measure in ("loss", "reward") and each.key.startswith("objective."):
+            raise RecipeError(
+                f"`--vary {each.key}`: the {measure} of different objectives cannot be compared, and "
+                "these rows have no score.",
+                setting=each.key,
+            )
+        if measure == "loss" and each.key == "base":
+            first, *others = (find(str(v)).chat.tokenizer.get_vocab() for v in each.values)
+            if any(other != first for other in others):
+                raise RecipeError(
+                    "`--vary base`: losses per token of different tokenizers cannot be compared, and "
+                    "these rows have no score.",
+                    setting="base",
+                )
+
+
+class _Work:
+    """The cells of a study."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        grid: Sequence[Configuration],
+        seeds: int,
+        forgetting: bool,
+        rows: int,
+        reporter: Reporter,
+    ) -> None:
+        self.grid, self.reporter = grid, reporter
+        unnamed, first = recipe.model_copy(update={"name": None}), recipe.training.seed
+        self.cells = {
+            each.name: [
+                Cell(each.recipe(unnamed, first + seed, rows), _before(each), forgetting)
+                for seed in range(seeds)
+            ]
+            for each in grid
+        }
+
+    def run(self, max_minutes: float | None) -> list[StudyRow]:
+        """Run the missing cells, and return a row for each configuration."""
+        cells = [cell for each in self.grid for cell in self.cells[each.name]]
+        known = [measured_outcome(cell) for cell in cells]
+        missing = known.count(None)
+        if reused := len(cells) - missing:
+            self.reporter.note(f"{reused} of {len(cells)} trainings are measured already")
+        if missing:
+            self._estimate(cells[known.index(None)], missing, max_minutes)
+        began, spent = time.monotonic(), list[float]()
+        outcomes: list[Outcome] = []
+        for number, (cell, outcome) in enumerate(zip(cells, known, strict=True), start=1):
+            if outcome is None:
+                left = missing - len(spent)
+                needed = sum(spent) / len(spent) if spent else 0.0
+                over = time.monotonic() - began + needed
+                if max_minutes is not None and over > 60 * max_minutes:
+                    reason = f"not started: over the limit of {max_minutes:g} minutes"
+                    outcomes.append(Outcome(reason=reason))
+                    continue
+                time_left = f", about {format_duration(needed * left)} left" if spent else ""
+                owner = next(each for each in self.grid if cell in self.cells[each.name])
+                seed = cell.recipe.training.seed
+                self.reporter.stage(
+                    f"Training {number} of {len(cells)}: {owner.name}, seed {seed}{time_left}"
+                )
+                started = time.monotonic()
+                outcome = run_cell(cell, self.reporter)
+                spent.append(time.monotonic() - started)
+                self._say(outcome)
+            outcomes.append(outcome)
+        found = iter(outcomes)
+        return [_row(each, [next(found) for _ in self.cells[each.name]]) for each in self.grid]
+
+    def _say(self, outcome: Outcome) -> None:
+        if outcome.reason:
+            self.reporter.note(f"failed: {outcome.reason.splitlines()[0]}")
+        else:
+            self.reporter.note(f"{outcome.measure} {outcome.value:.4f}")
+
+    def _estimate(self, cell: Cell, missing: int, max_minutes: float | None) -> None:
+        """Report the estimated time of the missing cells."""
+        if cell.before is not None or missing == 1:
+            return
+        self.reporter.stage("Estimating the time of the first training")
+        seconds = estimate(cell.recipe, Reporter()).seconds
+        whole = (seconds + PredictionInterval.exactly(PROCESS_SECONDS)).times(missing)
+        self.reporter.note(
+            f"{missing} trainings take {format_duration(whole.low)} to {format_duration(whole.high)}, "
+            "if all take as long as the first"
+        )
+        if max_minutes is not None and whole.low > 60 * max_minutes:
+            self.reporter.note(
+                f"warning: some trainings will not start within {max_minutes:g} minutes"
+            )
+
+
+def _before(configuration: Configuration) -> str | None:
+    """Return the absolute path of the file to train on first."""
+    file = str(configuration.settings.get("before", NONE))
+    return None if file == NONE else str(Path(file).absolute())
+
+
+def _row(configuration: Configuration, outcomes: Sequence[Outcome]) -> StudyRow:
+    reasons = [each.reason for each in outcomes if each.reason]
+    return StudyRow(configuration, outcomes, reasons[0] if reasons else "")
+
+
+def _complete(found: Study, work: _Work) -> Study:
+    """Write result, pictures and the recipe of the choice, and return the study with their paths."""
+    folder, command = Path(found.folder), ""
+    pictures: list[str] = []
+    if found.measured:
+        pictures = draw_study(found, folder)
+        if found.chosen is not None:
+            fields = portable(work.cells[found.chosen.name][0].recipe)
+            for field in ("baseline_seconds", "refit"):
+                fields["training"].pop(field, None)
+            head = f"# Chosen by the study {found.name}: {found.chosen.name}.\n\n"
+            write_bytes(folder / "chosen.toml", (head + to_toml(fields)).encode())
+            command = f"luthier tune {folder / 'chosen.toml'}"
+    found = replace(found, command=command, pictures=pictures)
+    write_json(folder / "result.json", found.plain())
+    return found

@@ -1,0 +1,108 @@
+"""Grids of studies: parsing, combinations and recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import RecipeError
+from luthier.recipe import Recipe
+from luthier.workflows.study.grid import (
+    MOST_CELLS,
+    Configuration,
+    check_grid,
+    grid_of,
+    parse_dimensions,
+)
+from luthier.workflows.study.presets import PRESETS, grid_from
+
+
+def recipe(**data: Any) -> Recipe:
+    return Recipe.parse({"data": {"train": "rows.jsonl", **data}})
+
+
+def check(*texts: str, of: Recipe | None = None, seeds: int = 1) -> list[Configuration]:
+    dimensions = parse_dimensions(texts)
+    grid = grid_of(dimensions)
+    check_grid(grid, dimensions, of or recipe(), seeds)
+    return grid
+
+
+def test_grid_has_each_combination_once_in_order() -> None:
+    grid = check("adaptation.method=full,lora,full", "training.epochs=1,2")
+    assert [each.name for each in grid] == [
+        "full, epochs 1", "full, epochs 2", "lora, epochs 1", "lora, epochs 2",
+    ]  # fmt: skip
+
+
+def test_seeds_share_the_held_out_rows() -> None:
+    (first, _) = check("training.epochs=1,2")
+    recipes = [first.recipe(recipe(), seed, rows=100) for seed in (0, 1)]
+    assert [each.training.seed for each in recipes] == [0, 1]
+    assert [each.data.split_seed for each in recipes] == [0, 0]
+
+
+def test_rows_are_a_share_of_the_share_in_the_recipe() -> None:
+    some, all_rows = check("rows=50,all")
+    half = recipe(train_share=0.5)
+    assert some.recipe(half, 0, rows=200).data.train_share == pytest.approx(0.125)
+    assert all_rows.recipe(half, 0, rows=200).data.train_share == 0.5
+
+
+def test_mixing_share_becomes_a_weight() -> None:
+    mixed = recipe(mix=[{"train": "old.jsonl", "weight": 1.0}])
+    none, some = check("mix.share=0,0.2", of=mixed)
+    assert none.recipe(mixed, 0, rows=10).data.mix == ()
+    assert some.recipe(mixed, 0, rows=10).data.mix[0].weight == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("texts", "place"),
+    [
+        ([], "vary"),
+        (["training.epochs"], "vary"),
+        (["training.epochs=1,,2"], "vary"),
+        (["training.epochs=1,2", "training.epochs=3,4"], "training.epochs"),
+        (["training.epochs=1"], "training.epochs"),
+        (["training.seed=1,2"], "training.seed"),
+        (["adaptation.method=lora,lorra"], "vary"),
+        (["adaptation.rank=4,8", "adaptation.method=lora,full"], "vary"),
+        (["training.speed=1,2"], "vary"),
+        (["rows=few,all"], "rows"),
+        (["before=none,missing.jsonl"], "before"),
+        (["mix.share=0,0.5"], "mix.share"),
+    ],
+)
+def test_invalid_grid_is_refused(texts: list[str], place: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        check(*texts)
+    assert refused.value.problem.setting == place
+
+
+def test_grid_of_ten_thousand_is_refused_before_enumeration() -> None:
+    values = ",".join(map(str, range(1, 101)))
+    with pytest.raises(RecipeError, match=f"{MOST_CELLS}"):
+        grid_of(parse_dimensions([f"training.epochs={values}", f"training.batch_size={values}"]))
+    with pytest.raises(RecipeError, match="trainings"):
+        check("training.epochs=1,2", seeds=MOST_CELLS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_valid_recipes(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "more.jsonl"
+    file.write_text("")
+    given = f"{name}={file}" if PRESETS[name].needs_file else name
+    grid, dimensions = grid_from(given, ())
+    check_grid(grid, dimensions, recipe(), 1)
+    assert len({each.name for each in grid}) == len(grid) >= 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "vary"),
+    [("method", ()), ("domain", ()), ("rate=x", ()), ("rate", ["training.epochs=1,2"])],
+)
+def test_invalid_preset_is_refused(preset: str, vary: list[str]) -> None:
+    with pytest.raises(RecipeError):
+        grid_from(preset, vary)

@@ -1,0 +1,129 @@
+"""Results of studies: significance, choice, limits, pictures and page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from luthier.evaluation.significance import RowScores
+from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.figures import draw_study
+from luthier.workflows.study.grid import Configuration, Dimension
+from luthier.workflows.study.page import study_page
+from luthier.workflows.study.results import Study, StudyRow, columns_of
+
+HELD_OUT = 400
+
+
+def outcome(right: int, seconds: float = 10.0, start: float | None = 0.5, **fields: Any) -> Outcome:
+    """An outcome with the first ``right`` of 400 rows right."""
+    scores = RowScores.of(np.arange(HELD_OUT) < right)
+    return Outcome(
+        measure="accuracy", value=scores.value, error=scores.error, rows=scores.plain(),
+        start=start, seconds=seconds, processor_seconds=seconds, peak_memory_bytes=10**9,
+        trained_weights=1000, saved_bytes=2 * 10**6, training_rows=100, steps=10, **fields,
+    )  # fmt: skip
+
+
+def study_of(
+    rows: dict[Any, Sequence[Outcome]], key: str = "adaptation.method", **fields: Any
+) -> Study:
+    studied = [
+        StudyRow(Configuration({key: name}), each, next((o.reason for o in each if o.reason), ""))
+        for name, each in rows.items()
+    ]
+    return Study("s", "folder", studied, [Dimension(key, tuple(rows))], HELD_OUT, **fields)
+
+
+def chosen_name(rows: dict[Any, Sequence[Outcome]], **limits: float) -> str | None:
+    chosen = study_of(rows, limits=limits).chosen
+    return None if chosen is None else chosen.name
+
+
+def test_best_is_decided_only_beyond_chance_of_all_others() -> None:
+    clear = study_of({"a": [outcome(380)], "b": [outcome(300)], "c": [outcome(290)]})
+    assert clear.is_decided
+    near = study_of({"a": [outcome(380)], "b": [outcome(378)], "c": [outcome(290)]})
+    assert not near.is_decided
+    assert [near.is_within_chance(row) for row in near.measured] == [True, True, False]
+
+
+def test_correction_grows_with_the_number_of_configurations() -> None:
+    # 380 and 370 of 400 with ten different rows: p = 0.004 alone.
+    two = study_of({"a": [outcome(380)], "b": [outcome(370)]})
+    assert two.apart["b"].significant
+    rows = {f"m{number}": [outcome(370)] for number in range(30)}
+    many = study_of({"a": [outcome(380)], **rows})
+    assert not any(each.significant for each in many.apart.values())
+    assert (many.smallest_difference or 0) > (two.smallest_difference or 0)
+
+
+def test_choice_is_the_cheapest_within_chance_and_the_limits() -> None:
+    rows = {
+        "slow": [outcome(380, 100, milliseconds=50.0)],
+        "quick": [outcome(378, 10, milliseconds=30.0)],
+        "poor": [outcome(200, 1, milliseconds=1.0)],
+    }
+    assert chosen_name(rows) == "quick"
+    assert chosen_name(rows, ms=20.0) == "poor"
+    assert chosen_name(rows, ms=0.5) is None
+
+
+def test_seeds_that_differ_widen_the_error() -> None:
+    same = study_of({"a": [outcome(380)] * 2, "b": [outcome(340)] * 2})
+    apart = study_of({"a": [outcome(400), outcome(360)], "b": [outcome(340)] * 2})
+    assert apart.best.value == same.best.value
+    assert apart.apart["b"].error > same.apart["b"].error
+    assert apart.best.interval[1] == 1.0
+
+
+def test_lower_loss_is_better_and_a_gain() -> None:
+    rows = {name: [Outcome(value=value, start=2.0)] for name, value in (("a", 1.5), ("b", 1.0))}
+    found = study_of(rows)
+    assert found.best.name == "b"
+    assert found.best.gain == 1.0
+    assert found.best.relative_gain == 0.5
+
+
+def test_failed_row_keeps_its_reason() -> None:
+    found = study_of({"a": [outcome(380)], "b": [outcome(370), Outcome(reason="diverged")]})
+    assert [row["name"] for row in found.plain()["rows"] if "reason" in row] == ["b"]
+    assert found.chosen is found.best
+    assert json.loads(json.dumps(found.plain()))["chosen"] == "a"
+
+
+def test_columns_without_a_figure_are_left_out() -> None:
+    found = study_of({"a": [outcome(380, start=None)], "b": [Outcome(reason="diverged")]})
+    columns = columns_of(found)
+    assert "gain" not in columns and "drift" not in columns
+    assert columns["MB"] == ["2.0", ""]
+
+
+def test_pictures_are_drawn_in_both_themes_and_shown_on_the_page(tmp_path: Path) -> None:
+    rows = {
+        rate: [outcome(200 + 100 * number, milliseconds=3.0, forgotten=0.1 * number)]
+        for number, rate in enumerate((0.001, 0.01))
+    }
+    found = study_of(rows, key="training.learning_rate")
+    paths = draw_study(found, tmp_path)
+    names = [Path(path).name for path in paths]
+    assert names == [
+        f"{name}{theme}.svg" for name in ("cost", "forgetting", "line") for theme in ("", "-dark")
+    ]
+    assert all(ElementTree.parse(path).getroot().tag.endswith("svg") for path in paths)
+    page = study_page(study_of(rows, key="training.learning_rate", pictures=paths), "<rows>.jsonl")
+    assert page.count("data:image/svg+xml;base64,") == len(paths)
+    assert "<rows>" not in page
+
+
+def test_nothing_measured_has_a_verdict_and_no_choice() -> None:
+    found = study_of({"a": [Outcome(reason="x")], "b": [Outcome(reason="y")]})
+    assert found.verdict()
+    assert found.measured == []
+    assert found.smallest_difference is None
+    assert found.chosen is None

@@ -1,0 +1,109 @@
+"""Studies with real training: reuse, failures, and continuation after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from luthier.errors import RecipeError, RunConflict
+from luthier.library.models import custom_models
+from luthier.recipe import Recipe
+from luthier.workflows.estimate.estimate import PredictionInterval
+from luthier.workflows.study import study as module
+from luthier.workflows.study.grid import Dimension, grid_of, parse_dimensions
+from luthier.workflows.study.results import Study
+from luthier.workflows.study.study import study
+
+WORDS = ["card", "late", "lost", "refund", "bill", "fee", "where", "is", "my", "the", "please"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "rows.jsonl"
+    lines = []
+    for number in range(60):
+        label = ("card", "refund", "fee")[number % 3]
+        text = " ".join(WORDS[(number * 7 + place) % len(WORDS)] for place in range(3))
+        lines.append(json.dumps({"text": f"{label} {text} {number}", "label": label}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def run(rows: Path, *vary: str, resume: bool = False, name: str | None = None) -> Study:
+    fields = {
+        "base": "fasttext",
+        "name": name,
+        "data": {"train": str(rows)},
+        "training": {"max_steps": 12, "batch_size": 8, "threads": 1, "patience": 0},
+    }
+    dimensions = parse_dimensions(vary)
+    recipe = Recipe.parse({key: value for key, value in fields.items() if value})
+    return study(recipe, grid_of(dimensions), dimensions, resume=resume)
+
+
+def test_study_measures_each_configuration_and_reuses_the_measurements(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimated = SimpleNamespace(seconds=PredictionInterval.exactly(1.0))
+    monkeypatch.setattr(module, "estimate", lambda recipe, reporter: estimated)
+    # The second rate overflows: a failed training is a row of the table.
+    first = run(rows, "training.learning_rate=0.02,1e32")
+    good, failed = first.rows
+    assert good.is_measured and failed.reason
+    (outcome,) = good.outcomes
+    assert outcome.rows is not None and len(outcome.rows["parts"]) == first.held_out
+    assert outcome.milliseconds and outcome.saved_bytes and outcome.peak_memory_bytes
+    assert custom_models() == []
+    assert Path(first.folder, "chosen.toml").is_file()
+    monkeypatch.setattr(module, "run_cell", lambda cell, reporter: failed.outcomes[0])
+    second = run(rows, "training.learning_rate=0.02,1e32")
+    assert second.rows[0].outcomes[0] == outcome
+    assert second.folder != first.folder
+    with pytest.raises(RunConflict):
+        run(rows, "training.learning_rate=0.02,0.5", name=Path(first.folder).name)
+
+
+def test_more_rows_than_the_data_has_are_refused(rows: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        run(rows, "rows=10,1000")
+    assert refused.value.problem.setting == "rows"
+
+
+def test_losses_of_different_objectives_are_not_compared() -> None:
+    varied = [Dimension("objective.method", ("dpo", "ipo"))]
+    with pytest.raises(RecipeError):
+        module._check_comparable(varied, "loss")
+    module._check_comparable(varied, "accuracy")
+
+
+@pytest.mark.slow
+def test_killed_study_ends_with_the_measurements_of_an_undisturbed_study(
+    rows: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-m", "luthier", "study", str(rows), "--base", "fasttext", "--vary",
+        "training.learning_rate=0.005,0.02,0.05", "--vary", "training.batch_size=4,8,16",
+        "--set", "training.max_steps=60", "--name", "killed",
+    ]  # fmt: skip
+    environment = {**os.environ, "LUTHIER_HOME": str(tmp_path / "killed")}
+    for seconds in (25, 30, 35):
+        process = subprocess.Popen([*command, "--resume"], env=environment, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    results = []
+    for home in ("killed", "undisturbed"):
+        environment = {**os.environ, "LUTHIER_HOME": str(tmp_path / home)}
+        subprocess.run([*command, "--resume"], env=environment, check=True)
+        result = json.loads((tmp_path / home / "studies" / "killed" / "result.json").read_text())
+        results.append([(row["name"], row["value"]) for row in result["rows"]])
+    assert results[0] == results[1]
+    assert len(results[0]) == 9
