@@ -22,9 +22,9 @@ from luthier.server.openai.fine_tuning import setting_name as openai
 APIS: dict[str, Callable[[str], str]] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
-COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate", "workflows/study",
-            "limits.py", "workflows/pretrain_recipe.py", "server/http/server.py",
-            "formatting.py")  # fmt: skip
+COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate",
+            "workflows/study", "limits.py", "workflows/pretrain_recipe.py",
+            "server/http/server.py", "formatting.py")  # fmt: skip
 """Code of commands and of the server's start, and the home of the names."""
 FURTHER = (
     "data/convert.py", "data/files/writers.py", "exports/writer.py", "workflows/learning_curve.py",
