@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ from luthier.objectives.by_shape import task_of
 from luthier.pages import Table, interval_text, render_page
 from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies, open_graders
+from luthier.workflows.latency import measure_latency
 from luthier.workflows.prompting import (
     PromptVariant,
     Question,
@@ -67,9 +69,11 @@ BASELINE_SECONDS = 120.0
 """Time limit of all simple baselines."""
 SEED = 0
 EQUAL_TIME_RATIO = 1.5
-"""Ratio of times up to which times count as equal, because each time is measured once."""
+"""Ratio of times up to which times count as equal, because replies are timed once."""
 FREQUENT = 0.05
 """Share of training rows with the same reply from which the reply is a rival."""
+TIMED_ROWS = 256
+"""Maximum number of rows for the time of an answer of a model that predicts."""
 LOW_SCORE = 0.1
 """Best score up to which the grader or the model may be unsuitable."""
 
@@ -303,8 +307,8 @@ def compare(
     )
     contenders: list[Contender] = []
     measures = {each.id: "accuracy" if labelled else next(iter(opened)) for each in generators}
-    for stored in readers:
-        contender, measures[stored.id] = contest.predict(stored, rows)
+    for contender in contest.predict(readers, rows):
+        measures[contender.name] = next(iter(contender.scores))
         contenders.append(contender)
     if train and (labelled or not generative):
         baselines = contest.baselines(base, rows, train)
@@ -400,23 +404,29 @@ class _Contenders:
     remarks: list[str]
     finished: int = 0
 
-    def predict(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Contender, str]:
-        """Measure a model that predicts; also return the name of the measure."""
-        base_memory = begin_peak_memory()
-        predictor = Predictor.open(stored)
-        began = time.perf_counter()
-        evaluation = score_predictions(predictor, rows, self._done)
-        seconds = (time.perf_counter() - began) / len(rows)
-        self.finished += len(rows)
-        measure, score = next(iter(evaluation.row_scores.items()))
-        if not isinstance(score, RowScores) or not len(score) == len(evaluation.rows) == len(rows):
-            raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
-        contender = Contender(
-            stored.id, "fine-tuning", score, evaluation.scores, seconds,
-            model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
-            preparation_seconds=_training_seconds(stored),
-        )  # fmt: skip
-        return contender, measure
+    def predict(self, models: Sequence[StoredModel], rows: Sequence[Row]) -> list[Contender]:
+        """Measure models that predict."""
+        contenders, passes = list[Contender](), dict[str, Callable[[], object]]()
+        for stored in models:
+            base_memory = begin_peak_memory()
+            predictor = Predictor.open(stored)
+            evaluation = score_predictions(predictor, rows, self._done)
+            self.finished += len(rows)
+            score = next(iter(evaluation.row_scores.values()))
+            if not isinstance(score, RowScores) or not len(score) == len(evaluation.rows) == len(
+                rows
+            ):
+                raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
+            contender = Contender(
+                stored.id, "fine-tuning", score, evaluation.scores, 0.0,
+                model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
+                preparation_seconds=_training_seconds(stored),
+            )  # fmt: skip
+            contenders.append(contender)
+            passes[stored.id] = partial(predictor.answers, rows[:TIMED_ROWS])
+        timed = min(len(rows), TIMED_ROWS)
+        seconds = measure_latency(passes)
+        return [replace(each, seconds=seconds[each.name] / timed) for each in contenders]
 
     def generate(
         self,
@@ -430,7 +440,7 @@ class _Contenders:
         base_memory = begin_peak_memory()
         generator = Generator.open(stored)
         sampling = Sampling(max_tokens=self.max_tokens)
-        contenders = []
+        contenders = list[Contender]()
         for variant in variants:
             technique: Technique = variant.technique
             name = stored.id if technique == "zero-shot" else f"{stored.id} with {variant.name}"
@@ -444,6 +454,8 @@ class _Contenders:
                 self.finished += len(rows)
                 continue
             tokens = sum(map(generator.prompt_tokens, prompts)) / len(prompts)
+            if not contenders:  # the first batch also loads kernels
+                generator.replies(prompts[:1], replace(sampling, max_tokens=1))
             begin_peak_memory()
             graded = grade_replies(
                 generator, prompt_rows, self.graders, self.max_tokens, self._done
