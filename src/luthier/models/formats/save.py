@@ -12,7 +12,6 @@ from luthier.files import write_bytes
 from luthier.models.formats.pipelines import tokenizer_folder
 from luthier.models.formats.tensors import load_tensors, save_tensors
 from luthier.models.networks.heads import INNER_HEADS, head_kind, head_weights, set_new_weights
-from luthier.models.networks.sentence_head import save_sentence_head
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -165,6 +164,8 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         model.config.pad_token_id = stops[0]
     whole_model(model).save_pretrained(folder)
     if head_kind(model) == "embedding":
+        from luthier.models.networks.sentence_head import save_sentence_head  # imports torch
+
         save_sentence_head(model, folder)
     save_format(chat, folder)
 
