@@ -1,7 +1,7 @@
 """Runs of each shell block of the guide (slow), page by page in one folder.
 
 Blocks after ``<!-- not run: reason -->`` and lines that install extras are skipped. The files of a
-page are short samples, so a run takes seconds.
+page are short samples, and trainings end after two steps, so that most lines take seconds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "src" / "luthier" / "demo"
 PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(sh|python)\n(.*?)^```", re.M | re.S)
+FEW_STEPS = "--set training.max_steps=2"
 HOME = luthier_home()
 
 
@@ -37,6 +38,7 @@ def runnable(page: Path) -> list[tuple[str, str]]:
     """Return language and text of each runnable block; none for pages about the service."""
     found = []
     for skipped, language, body in BLOCK.findall(page.read_text()):
+        body = re.sub(r"\bluthier (tune|pretrain|distil|search) ", rf"\g<0>{FEW_STEPS} ", body)
         lines = [line for line in body.splitlines() if not line.startswith("pip install")]
         if not skipped and any(lines) and not (language == "python" and "client" in body):
             found.append((language, "\n".join(lines)))
@@ -88,6 +90,10 @@ def make_files(folder: Path) -> None:
         ({"query": row["anchor"], "positive": row["positive"]} for row in pairs[:30]),
     )
     write(folder / "documents.jsonl", ({"text": row["positive"]} for row in pairs))
+    write(
+        folder / "candidates.jsonl",
+        ({"query": row["anchor"], "document": row["positive"]} for row in pairs[60:]),
+    )
     for name, side in (("queries", "anchor"), ("corpus", "positive")):
         write(
             folder / f"{name}.jsonl",
@@ -116,6 +122,8 @@ def make_files(folder: Path) -> None:
         rows = csv.writer(file)
         rows.writerow(["question", "reply"])
         rows.writerows([row["prompt"], row["completion"]] for row in chats[:40])
+    with (folder / "tickets.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["body"], *([row["prompt"]] for row in chats[:10])])
     make_media(folder)
     for name, source in (("corpus.txt", "docs/results.md"), ("handbook.txt", "README.md")):
         shutil.copy(ROOT / source, folder / name)
@@ -178,6 +186,13 @@ def make_media(folder: Path) -> None:
                 with wave.open(str(path), "wb") as file:
                     file.setparams((1, 2, 8000, 0, "NONE", ""))
                     file.writeframes((wave_T * 32767).astype("<i2").tobytes())
+    with (folder / "recordings.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["audio", "label", "speaker"])
+        for number in range(1, 9):
+            rows.writerows(
+                [f"sounds/{tone}/{number}.wav", tone, number] for tone in ("low", "high")
+            )
     write(folder / "captions.jsonl", captions)
 
 
@@ -192,16 +207,12 @@ def test_code_blocks_of_page_run(page: Path, tmp_path: Path) -> None:
     folder, home = tmp_path / "work", tmp_path / "home"
     folder.mkdir()
     make_files(folder)
-    (home / "models" / "base").mkdir(parents=True)
-    for base in bases.iterdir():
-        (home / "models" / "base" / base.name).symlink_to(base)
+    shutil.copytree(bases, home / "models" / "base", copy_function=os.symlink)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     bodies = "\n".join(body for _, body in todo)
     if "my-first-model" in bodies and "--name my-first-model" not in bodies:
         # Model of the first README commands, used by later pages.
-        todo.insert(
-            0, ("sh", "luthier tune my.jsonl --name my-first-model --set training.max_steps=2")
-        )
+        todo.insert(0, ("sh", f"luthier tune my.jsonl --name my-first-model {FEW_STEPS}"))
     for language, body in todo:
         done = subprocess.run(
             ["bash", "-euxc", body] if language == "sh" else [sys.executable, "-c", body],
