@@ -27,7 +27,7 @@ COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflo
             "server/http/server.py", "formatting.py")  # fmt: skip
 """Code of commands and of the server's start, and the home of the names."""
 FURTHER = (
-    "data/convert.py", "data/files/writers.py", "exports/writer.py", "workflows/learning_curve.py",
+    "data/convert.py", "data/files/writers.py", "exports/writer.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
     "workflows/trial_processes.py",
     "models/build.py", "models/shrinking/student.py", "models/shrinking/width.py",

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from luthier.cli.forgetting import forgetting
     from luthier.cli.imports import import_openai
     from luthier.cli.launch import launch
-    from luthier.cli.learning_curve import learning_curve
     from luthier.cli.model import Model, load
     from luthier.cli.models.certificate import certificate, verify
     from luthier.cli.models.export import export, push
@@ -51,7 +50,6 @@ __all__ = [
     "inspect",
     "judge",
     "launch",
-    "learning_curve",
     "load",
     "pipeline",
     "pretrain",
@@ -79,7 +77,6 @@ _HOMES = {
         "cli.forgetting": ["forgetting"],
         "cli.imports": ["import_openai"],
         "cli.launch": ["launch"],
-        "cli.learning_curve": ["learning_curve"],
         "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
         "cli.pretrain": ["pretrain"],

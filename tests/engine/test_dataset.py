@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,13 @@ import pytest
 from luthier.data import disk_sequence as spool
 from luthier.data.conversations.chat import ChatFormat
 from luthier.engine.dataset import Dataset, loss_mask, prepare
+from luthier.engine.job import prepare_job
+from luthier.engine.machine import choose_machine
+from luthier.engine.metrics import Reporter
 from luthier.errors import DataError
 from luthier.library.models import find
 from luthier.objectives import OBJECTIVES
-from luthier.recipe import DataSpec
+from luthier.recipe import DataSpec, Recipe
 
 TURNS = (
     (("user", "Colour of snow?"), ("assistant", "White.")),
@@ -217,3 +221,45 @@ def test_rows_with_tokens_beyond_the_embeddings_are_refused(
         prepared("Where is it?", "Where is <hub>?")
     problem = refused.value.problems[0]
     assert (problem.rule, problem.line) == ("row.token", 2)
+
+
+def test_smaller_train_share_is_subset_of_larger_share(tmp_path: Path, family_folder: Any) -> None:
+    labelled = tmp_path / "rows.jsonl"
+    words = ("late today", "lost it", "a fee")
+    lines = [
+        {"text": f"card {n} {words[n % 3]} {'again' * (n % 4)}", "label": words[n % 3][:4]}
+        for n in range(96)
+    ]
+    labelled.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chat = find(str(family_folder("bert"))).chat
+
+    def rows_of(share: float | None) -> tuple[Counter[bytes], int]:
+        spec = DataSpec(train=str(labelled), validation_share=0.25, train_share=share)
+        data = prepare(spec, None, chat, 64, seed=0)
+        return Counter(each.ids_T.tobytes() for each in data.train), len(data.validation)
+
+    whole, half, eighth = rows_of(None), rows_of(0.5), rows_of(0.125)
+    assert whole[1] == half[1] == eighth[1] == 24
+    assert [each[0].total() for each in (whole, half, eighth)] == [72, 36, 9]
+    assert eighth[0] <= half[0] <= whole[0]
+
+
+def test_split_seed_fixes_held_out_rows(tmp_path: Path, family_folder: Any) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"card {n}", "label": "ab"[n % 2]}) + "\n" for n in range(40))
+    )
+    base = find(str(family_folder("bert")))
+
+    def held_out(seed: int, split_seed: int | None) -> Any:
+        recipe = Recipe.parse(
+            {
+                "base": base.id,
+                "data": {"train": str(rows), "validation_share": 0.25, "split_seed": split_seed},
+                "training": {"seed": seed},
+            }
+        )
+        return prepare_job(recipe, base, choose_machine(), Reporter()).data.held_out
+
+    assert held_out(0, None) != held_out(1, None)
+    assert held_out(0, 0) == held_out(1, 0) == held_out(0, None)

@@ -36,7 +36,6 @@ from luthier.cli.generate import chat, generate, show_replies
 from luthier.cli.images import sample, show_images
 from luthier.cli.imports import import_app
 from luthier.cli.launch import launch, print_launch_file
-from luthier.cli.learning_curve import learning_curve, show_learning_curve
 from luthier.cli.models.app import models_app
 from luthier.cli.nearest import nearest, show_neighbours
 from luthier.cli.pipeline import pipeline, show_stages
@@ -104,7 +103,6 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     MORE: (
         Command(split, show_split),
         import_app,
-        Command(learning_curve, show_learning_curve),
         Command(judge, show_agreement),
         Command(launch, print_launch_file, has_json=False),
         Command(plugins, show_plugins),

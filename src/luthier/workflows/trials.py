@@ -1,4 +1,4 @@
-"""Trials: measured trainings without a stored model, for searches and learning curves."""
+"""Trials: measured trainings without a stored model, for searches."""
 
 from __future__ import annotations
 

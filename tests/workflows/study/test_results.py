@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -127,3 +128,17 @@ def test_nothing_measured_has_a_verdict_and_no_choice() -> None:
     assert found.measured == []
     assert found.smallest_difference is None
     assert found.chosen is None
+
+
+def test_four_numbers_of_rows_predict_the_effect_of_more() -> None:
+    rights = {0.125: 300, 0.25: 330, 0.5: 350, 1.0: 365}
+    rows = {
+        share: [replace(outcome(right), training_rows=round(800 * share))]
+        for share, right in rights.items()
+    }
+    found = study_of(rows, key="data.train_share")
+    assert found.more_rows is not None and found.more_rows.rows == 1600
+    assert found.more_rows.gain > 0
+    assert study_of(rows, key="training.epochs").more_rows is None
+    three = {share: rows[share] for share in (0.25, 0.5, 1.0)}
+    assert study_of(three, key="data.train_share").more_rows is None

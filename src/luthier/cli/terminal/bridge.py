@@ -225,7 +225,8 @@ _RANGE_OR_LIST = re.compile(r"^<(?:list\[(.*)\]|(.*) range)>$")
 MORE = "More commands"
 """Heading of commands that the help lists by name alone."""
 MOVED = {
-    "certificate": "models certificate", "mine-negatives": "convert --mine-negatives",
+    "certificate": "models certificate", "learning-curve": "study --preset rows",
+    "mine-negatives": "convert --mine-negatives",
     "push": "models push", "reconstruct": "sample --reconstruct", "samples": "models samples",
     "student": "models student", "verify": "models verify",
 }  # fmt: skip

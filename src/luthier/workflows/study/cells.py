@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +52,7 @@ from luthier.workflows.child_processes import (
     Resources,
     run_processes,
 )
+from luthier.workflows.latency import measure_latency
 from luthier.workflows.trials import validation_lines
 from luthier.workflows.tuning import tune
 
@@ -64,8 +64,8 @@ if TYPE_CHECKING:
 REQUEST, OUTCOME, TRAINED = "cell.json", "outcome.json", "trained.json"
 MOST_ROWS = 500
 """Maximum number of held-out rows with a measured loss of their own."""
-WARM_UP, TIMED = 3, 20
-"""Untimed and timed answers."""
+TIMED = 20
+"""Timed answers."""
 REPLY_TOKENS = 32
 """Tokens of a timed reply."""
 
@@ -125,7 +125,7 @@ class Outcome:
     batch_size: int = 0
     warmup_ratio: float = 0.0
     milliseconds: float | None = None
-    """Median time of an answer, one at a time; ``None`` for models that draw."""
+    """Mean time of an answer, one at a time; ``None`` for models that draw."""
     forgotten: float | None = None
     """Drift from the base, in nats per token."""
     knowledge: tuple[float, float] | None = None
@@ -297,7 +297,7 @@ def _row_losses(
 
 
 def _milliseconds(stored: StoredModel, examples: Sequence[Example]) -> float | None:
-    """Return the median time of an answer in milliseconds, one answer at a time."""
+    """Return the mean time of an answer in milliseconds, one answer at a time."""
     from luthier.evaluation.parity import greedy_prompts
     from luthier.inference.generation import Generator
     from luthier.inference.prediction import Predictor
@@ -313,12 +313,9 @@ def _milliseconds(stored: StoredModel, examples: Sequence[Example]) -> float | N
         answer = partial(_predict, Predictor.open(stored))
     else:
         return None
-    seconds = []
-    for number in range(WARM_UP + TIMED):
-        began = time.perf_counter()
-        answer(inputs[number % len(inputs)])
-        seconds.append(time.perf_counter() - began)
-    return 1000 * statistics.median(seconds[WARM_UP:])
+    timed = inputs[:TIMED]
+    seconds = measure_latency({"model": lambda: [answer(each) for each in timed]})
+    return float(1000 * seconds["model"] / len(timed))
 
 
 def _reply(generator: Generator, prompt_T: IntArray) -> object:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.engine.metrics import SCORES
+from luthier.engine.metrics import SCORES, cost_of
 from luthier.evaluation.significance import (
     CHANCE,
     RowScores,
@@ -19,6 +19,7 @@ from luthier.evaluation.significance import (
     significant_of,
 )
 from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
 from luthier.workflows.study.grid import Configuration, Dimension
 
 LEVEL = 0.05
@@ -54,6 +55,11 @@ class StudyRow:
     def value(self) -> float:
         """Mean measurement over the seeds."""
         return mean(each.value for each in self.outcomes if each.value is not None)
+
+    @property
+    def cost(self) -> float:
+        """The measurement as a number to minimize."""
+        return cost_of({self.measure: self.value, "loss": -self.value}, self.measure)
 
     @cached_property
     def scores(self) -> RowScores | None:
@@ -194,6 +200,21 @@ class Study:
         return quantile * median(each.error for each in self.apart.values())
 
     @cached_property
+    def more_rows(self) -> MoreRows | None:
+        """Predicted effect of more rows, if only the number of rows differs, over four or more
+        values."""
+        if [each.key for each in self.dimensions] not in (["rows"], ["data.train_share"]):
+            return None
+        points = [
+            CurvePoint(round(row.figure("training_rows") or 0), row.cost, row.error)
+            for row in self.rows
+            if row.is_measured
+        ]
+        if len(points) < MIN_POINTS:
+            return None
+        return MoreRows.of(sorted(points, key=lambda point: point.rows), self.best.measure)
+
+    @cached_property
     def chosen(self) -> StudyRow | None:
         """The cheapest row within chance of the best row, and within the limits.
 
@@ -219,6 +240,8 @@ class Study:
         if not self.measured:
             return "No training finished."
         best, measure = self.best, SCORES.get(self.best.measure, self.best.measure)
+        if self.more_rows is not None:
+            return self.more_rows.verdict()
         text = f"Best: {best.name}, {measure} {self.text(best.value)}"
         if self.is_decided:
             text += ", better than all others beyond chance."

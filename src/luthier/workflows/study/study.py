@@ -227,7 +227,7 @@ def _complete(found: Study, work: _Work) -> Study:
     pictures: list[str] = []
     if found.measured:
         pictures = draw_study(found, folder)
-        if found.chosen is not None:
+        if found.chosen is not None and found.more_rows is None:
             fields = portable(work.cells[found.chosen.name][0].recipe)
             for field in ("baseline_seconds", "refit"):
                 fields["training"].pop(field, None)
