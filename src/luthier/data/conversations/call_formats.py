@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from luthier.data.files.parsing import decode_embedded
+from luthier.data.files.parsing import decode_embedded, python_value
 from luthier.types import CALL_CLOSE, CALL_OPEN
 
 Reader = Callable[[str, int], tuple[Any, int]]
@@ -72,18 +72,8 @@ def _python_call(node: ast.expr) -> dict[str, Any]:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError("an argument has no name")
-        arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
-    # Python literals without a form in JSON, such as bytes, are errors.
-    found, _ = decode_embedded(json.dumps(arguments, allow_nan=False))
-    return {"name": ast.unparse(node.func), "arguments": found}
-
-
-class _JsonNames(ast.NodeTransformer):
-    """Conversion of JSON's ``true``, ``false`` and ``null``, which templates write in Python."""
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        values = {"true": True, "false": False, "null": None}
-        return ast.Constant(values[node.id]) if node.id in values else node
+        arguments[keyword.arg] = python_value(keyword.value)
+    return {"name": ast.unparse(node.func), "arguments": arguments}
 
 
 _BARE_KEY = re.compile(r'([{,]\s*)([^\s{}\[\]:,"][^{}\[\]:,"]*):')

@@ -285,20 +285,29 @@ def parse_python(text: str) -> object:
         ValueError: for anything but literals and arrays, and for values without a place in JSON.
     """
     try:
-        value = ast.literal_eval(_ArrayItems().visit(ast.parse(text.strip(), mode="eval").body))
-        return json.loads(json.dumps(value, allow_nan=False))
+        return python_value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"no literal: {error}") from None
 
 
-class _ArrayItems(ast.NodeTransformer):
-    """Replaces numpy's ``array([…], dtype=…)`` by the list."""
+def python_value(node: ast.expr) -> object:
+    """Return a literal in JSON's types; ``ValueError`` or ``TypeError`` for others, such as bytes."""
+    value = ast.literal_eval(_OtherNotations().visit(node))
+    return decode_embedded(json.dumps(value, allow_nan=False))[0]
+
+
+class _OtherNotations(ast.NodeTransformer):
+    """Conversion of numpy's ``array([…], dtype=…)`` to the list, and of JSON's ``true``, ``false``
+    and ``null``, which templates write in Python."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Return the first argument of ``array``."""
         is_array = isinstance(node.func, ast.Name) and node.func.id == "array" and node.args
         inner: ast.AST = self.visit(node.args[0]) if is_array else node
         return inner
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        values = {"true": True, "false": False, "null": None}
+        return ast.Constant(values[node.id]) if node.id in values else node
 
 
 def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:
