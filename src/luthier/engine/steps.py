@@ -7,6 +7,7 @@ run. A package adds a step with an entry point in the group ``luthier.training_s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from luthier.evaluation.label_issues import LEAST_ROWS
 from luthier.files import need_disk
 from luthier.gate.checks.language import UNTRAINED
 from luthier.models.networks.frozen_layer_cache import FrozenLayerCache, frozen_layers, is_frozen
+from luthier.models.networks.heads import score_layer, scratch_rate
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MediaLayout
 from luthier.objectives.base import RunStart, threshold_of
@@ -35,6 +37,13 @@ from luthier.plugins import PluginTable
 
 if TYPE_CHECKING:
     from luthier.engine.train import Trainer
+
+TEMPERATURES = tuple(2 ** (step / 10) for step in range(-20, 21))
+"""Temperatures to choose from, 0.25 to 4."""
+LEAST_GAIN = 2.0
+"""Fewest nats of all held-out rows that a temperature must gain: 95 % of a likelihood ratio test."""
+PRIOR = 0.5
+"""Standard deviation of the logarithm of a temperature before any row is seen."""
 
 
 class TrainingStep:
@@ -300,6 +309,62 @@ class ReferenceScores(TrainingStep):
         trainer.job = replace(job, data=replace(data, train=train, validation=held))
 
 
+class Temperature(TrainingStep):
+    """One factor for the class scores of a network without pretrained weights (Guo et al. 2017, "On
+    Calibration of Modern Neural Networks").
+
+    The factor is fitted to rows held out from the first training, and divides the score layer that
+    is stored, after a refit too (docs/log/defaults.md).
+    """
+
+    in_trials = False
+
+    def __init__(self) -> None:
+        self.temperature = 1.0
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return true for a classifier of rows with held-out rows."""
+        classifies = job.data.objective.head().kind == "sequence_classification"
+        return classifies and bool(job.data.validation)
+
+    @torch.no_grad()
+    def after_training(self, trainer: Trainer) -> None:
+        """Choose the temperature with the lowest loss on the held-out rows."""
+        network, data = trainer.network, trainer.job.data
+        if scratch_rate(network.model) is None or (layer := score_layer(network.model)) is None:
+            return
+        network.model.eval()
+        budget = trainer.reading_budget
+        weights = {weight: weight.clone() for weight in layer.parameters()}
+
+        def cost(temperature: float) -> float:
+            for weight, learned in weights.items():
+                weight.copy_(learned / temperature)
+            loss = data.objective.parity_loss(network, data.validation, budget)
+            # A normal prior: few rows that are all right would ask for infinite certainty.
+            return len(data.validation) * loss + 0.5 * (math.log(temperature) / PRIOR) ** 2
+
+        with trainer.clock.part("calibrate"):
+            best = min(TEMPERATURES, key=cost)
+            if cost(1.0) - cost(best) > LEAST_GAIN:
+                self.temperature = best
+            cost(1.0)  # restores the weights
+
+    @torch.no_grad()
+    def before_storing(self, trainer: Trainer) -> None:
+        """Divide the score layer of the stored weights."""
+        layer = score_layer(trainer.network.model) if self.temperature != 1 else None
+        if layer is None:
+            return
+        for weight in layer.parameters():
+            weight.div_(self.temperature)
+        rows = len(trainer.job.data.validation)
+        trainer.reporter.note(
+            f"class scores are divided by {self.temperature:.2f}, fitted to {rows:,} held-out rows"
+        )
+
+
 class RefitTraining(TrainingStep):
     """Refit: a second training from the base on all rows. The weights of the refit are stored."""
 
@@ -435,6 +500,8 @@ STEPS: PluginTable[type[TrainingStep]] = PluginTable(
         "calibration": AdaptationCalibration,
         "frozen_layers": FrozenLayers,
         "reference_scores": ReferenceScores,
+        # Before the refit learns the held-out rows.
+        "temperature": Temperature,
         "refit": RefitTraining,
         "threshold": Threshold,
         "verdict": FinalVerdict,
