@@ -27,9 +27,6 @@ _PATH = re.compile(r"(item|sample)((?:\.[A-Za-z_][\w-]*|\[[0-9]{1,6}\])+)")
 _PART = re.compile(r"\.([A-Za-z_][\w-]*)|\[([0-9]+)\]")
 _SAMPLE = ("output_text", "output_json")
 
-_SCOPE = {"properties": {"sample": {"properties": {"output_text": {"type": "string"}}}}}
-"""JSON schema of the members that every sample has."""
-
 Scope = Mapping[str, Any]
 """Values of ``item`` and ``sample`` for an answer."""
 
@@ -40,7 +37,7 @@ def check_template(template: str, *, sampled: bool = True) -> str:
     Args:
         sampled: True if the template may name the reply.
     """
-    places = places_in(template)
+    places = [place.strip() for place in _PLACE.findall(template)]
     if len(places) > PLACES:
         raise ValueError(f"the template has {len(places):,} places, and may have {PLACES}")
     for place in places:
@@ -55,45 +52,13 @@ def check_template(template: str, *, sampled: bool = True) -> str:
             raise ValueError(f"{{{{{place}}}}}: there is no sample before the model is asked")
         if found[1] == "sample" and (first is None or first[1] not in _SAMPLE):
             raise ValueError(f"{{{{{place}}}}}: a sample has {' and '.join(_SAMPLE)}")
-        if found[1] == "sample" and names_nothing(place, _SCOPE):
+        if place.startswith(("sample.output_text.", "sample.output_text[")):
             raise ValueError(f"{{{{{place}}}}}: output_text is a text and has no members")
     return template
 
 
 Template = Annotated[str, AfterValidator(check_template)]
 """A string whose placeholders can be filled once a reply exists."""
-
-
-def places_in(template: str) -> list[str]:
-    """Return the paths between the braces."""
-    return [place.strip() for place in _PLACE.findall(template)]
-
-
-def names_nothing(place: str, schema: Mapping[str, Any]) -> bool:
-    """Return True if no scope valid for the JSON ``schema`` has a value for ``place``.
-
-    If the schema does not mention a member, the member may exist.
-    """
-    path = _PATH.fullmatch(place)
-    if path is None or path[2] == ".messages" or path[2].startswith(".messages["):
-        return False  # every item has messages
-    node: Any = schema["properties"].get(path[1], True)
-    for name, _ in _PART.findall(path[2]):
-        if not isinstance(node, Mapping):
-            return node is False
-        kinds = node.get("type")
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        known = {"object"} if name else {"array", "string"}
-        if isinstance(kinds, list) and known.isdisjoint(kinds):
-            return True
-        members = node.get("properties", {}) if name else {}
-        if isinstance(members, Mapping) and name in members:
-            node = members[name]
-        elif name:
-            node = node.get("additionalProperties", True)
-        else:
-            node = True
-    return node is False
 
 
 def scope_of(answer: Answer) -> Scope:

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
+from luthier.inference.inference import meter
+from luthier.inference.scheduler import working_for
 from luthier.processes import CancelScope, cancelled_by
 from luthier.server.http.messages import Caller, Fault
 from luthier.server.roles import authorize
@@ -36,6 +39,7 @@ from luthier.server.tables.usage import CountUsage, Usage
 Work = TypeVar("Work", bound=BackgroundWork)
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")
+Answer = TypeVar("Answer")
 
 IDLE = 2.0
 """Interval between searches for work of crashed servers, in seconds."""
@@ -186,6 +190,31 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         with suppress(LeaseLost):
             return queue.lock_leased(session, self.kind, row.id, self._token)
         return None
+
+    def attempt(
+        self,
+        row: Work,
+        do: Callable[[], Answer],
+        count: Callable[[str, int, int], None] | None = None,
+    ) -> Answer:
+        """Run ``do`` for the account of ``row``, count a request, and meter the tokens.
+
+        ``count`` receives model, prompt tokens and generated tokens of each query.
+
+        Raises:
+            Fault: For all errors of ``do``.
+        """
+        self.count(row.account, "", Usage(requests=1))
+        count = count or partial(self.count_tokens, row.account)
+        with meter(count), working_for(row.account, background=True):
+            try:
+                return do()
+            except Fault:
+                raise
+            except Exception as error:
+                _log.exception("a piece of %s failed", row.id)
+                text = f"The request failed: {type(error).__name__}."
+                raise Fault("InternalServer", text) from error
 
     def caller_of(self, row: Work) -> Caller:
         """Return the user who created ``row``, with the current role.

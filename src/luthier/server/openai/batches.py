@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -14,8 +13,6 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import QuotaExceeded
 from luthier.files import numbered_lines
-from luthier.inference.inference import meter
-from luthier.inference.scheduler import working_for
 from luthier.limits import BODY_BYTES
 from luthier.server.background import BackgroundRunner, caller_fields
 from luthier.server.http.messages import Fault, parse_json
@@ -37,7 +34,7 @@ from luthier.server.tables import batches as store
 from luthier.server.tables import storage
 from luthier.server.tables.batches import Batch
 from luthier.server.tables.database import Database, now
-from luthier.server.tables.usage import CountUsage, Usage
+from luthier.server.tables.usage import CountUsage
 
 Answered = tuple[bool, JsonObject]
 """Result of one line: True if the request failed, and the line of the result file."""
@@ -49,7 +46,6 @@ LONGEST_LINE = BODY_BYTES
 MOST_ERRORS = 50
 """Maximum number of errors that a batch reports."""
 router = openai_router()
-_log = logging.getLogger("luthier.server")
 _MOMENTS = {
     "in_progress_at": store.IN_PROGRESS,
     "finalizing_at": store.FINALIZING,
@@ -158,24 +154,14 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
 
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, JsonObject]:
         members = json.loads(line)
-        fault_of_line: Fault | None = None
+        endpoint, status = self.endpoints[batch.endpoint], 200
         try:
-            caller = self.caller_of(batch)
-            self.count(batch.account, "", Usage(requests=1))
-            count = partial(self.count_tokens, batch.account)
-            with meter(count), working_for(batch.account, background=True):
-                answer = self.endpoints[batch.endpoint](caller.account, members["body"])
+            account = self.caller_of(batch).account
+            answer = self.attempt(batch, partial(endpoint, account, members["body"]))
         except Fault as fault:
-            fault_of_line = fault
-        except Exception as error:
-            _log.exception("a line of %s failed", batch.id)
-            fault_of_line = Fault("InternalServer", f"The request failed: {type(error).__name__}.")
-        if fault_of_line is None:
-            status = 200
-        else:
-            status, answer = shape_of(fault_of_line).status, {"error": error_of(fault_of_line)}
+            status, answer = shape_of(fault).status, {"error": error_of(fault)}
         response = {"status_code": status, "request_id": secrets.token_hex(12), "body": answer}
-        return fault_of_line is not None, {
+        return status != 200, {
             "id": f"batch_req_{secrets.token_hex(12)}",
             "custom_id": members["custom_id"],
             "response": response,

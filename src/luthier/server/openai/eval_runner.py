@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,10 +15,9 @@ from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import RefusedInput, RowRefused
 from luthier.files import numbered_lines
 from luthier.graders import Answer, GraderModels, JsonSchema
-from luthier.inference.inference import meter
-from luthier.inference.scheduler import working_for
 from luthier.limits import AccountQuotas, ServerLimits
-from luthier.server.background import BackgroundRunner, caller_fields
+from luthier.pages import shorten
+from luthier.server.background import BackgroundRunner
 from luthier.server.http.messages import Caller, Fault, parse_json
 from luthier.server.openai.eval_runs import (
     MOST_ROWS,
@@ -39,19 +37,16 @@ from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables import evaluations as store
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.evaluations import EvaluationRun, GradedRow
-from luthier.server.tables.usage import CountUsage, Usage
+from luthier.server.tables.usage import CountUsage
 
 MOST_ROW_BYTES = 262_144
 """Maximum size of a row in bytes, equal to the size of text that graders accept."""
 MOST_PROBLEMS = 5
-"""Maximum number of invalid rows that an error describes; more rows are only counted."""
-MOST_MISMATCH = 300
-"""Maximum length of a schema error in characters: jsonschema repeats the whole value."""
+"""Number of invalid rows after which a run fails."""
 AT_ONCE = 4
 """Number of rows of a run that are graded concurrently. A row may need a process for graders."""
 CHECK_SECONDS = 60.0
 """Time limit for checking all rows of a run, in seconds. 50,000 short rows need about 10 seconds."""
-_log = logging.getLogger("luthier.server")
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class EvalTask:
             names.setdefault(stored_id, name)
             return stored_id
 
-        criteria = parse_criteria(request["testing_criteria"], find, request["item_schema"])
+        criteria = parse_criteria(request["testing_criteria"], find)
         self.criteria = [criterion.open(parts.models) for criterion in criteria]
         if self.source.model is not None:
             # If the evaluated model is deleted, each row reports the error.
@@ -105,24 +100,20 @@ class EvalTask:
         Raises:
             RefusedInput: If rows are invalid; the message names the rows and reasons.
         """
-        count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
-        for number, line in self._lines():
-            count += 1
+        count, problems, deadline = 0, list[str](), time.monotonic() + CHECK_SECONDS
+        for count, (number, line) in enumerate(self._lines(), 1):
             if count > MOST_ROWS:
                 raise RefusedInput(f"A run has at most {MOST_ROWS:,} rows.")
-            if time.monotonic() - began > CHECK_SECONDS:
+            if time.monotonic() > deadline:
                 raise RefusedInput(
                     f"Checking the rows takes more than {CHECK_SECONDS:.0f} seconds. Use fewer rows."
                 )
             if problem := self._problem(line):
-                wrong += 1
-                if wrong <= MOST_PROBLEMS:
-                    problems.append(f"row {number}: {problem}")
-        if not count:
-            raise RefusedInput("The source has no rows.")
-        if problems:
-            rest = f" And {wrong - MOST_PROBLEMS:,} more." if wrong > MOST_PROBLEMS else ""
-            raise RefusedInput(f"{' '.join(problems)}{rest}")
+                problems.append(f"row {number}: {problem}")
+            if len(problems) == MOST_PROBLEMS:
+                break
+        if problems or not count:
+            raise RefusedInput(" ".join(problems) or "The source has no rows.")
         return count
 
     def rows(self) -> Iterator[tuple[int, Any]]:
@@ -130,7 +121,7 @@ class EvalTask:
         for number, line in self._lines():
             yield number, json.loads(line)
 
-    def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
+    def grade(self, number: int, row: Any) -> GradedRow:
         """Query the model, if the run has a model, and grade the reply.
 
         Raises:
@@ -138,27 +129,28 @@ class EvalTask:
         """
         item = row["item"]
         if self.source.type == "jsonl":
-            sample = _given_sample(row.get("sample") or {})
+            text = (row.get("sample") or {}).get("output_text")
+            output = [] if text is None else [{"role": "assistant", "content": text}]
+            sample = _sample(output=output)
         else:
             try:
                 messages = self.source.messages(self._answer(number, item, ""))
             except RowRefused as error:
                 raise invalid(error.problem.message, reason=error.rule) from error
             body = self.source.chat_body(messages)
-            sample = _sample(body, self.parts.answers(caller.account, body))
-        text = "".join(message["content"] or "" for message in sample["output"])
-        answer = self._answer(number, item, text)
+            sample = _sample_of(body, self.parts.answers(self.run.account, body))
+        reply = "".join(message["content"] or "" for message in sample["output"])
+        answer = self._answer(number, item, reply)
         results = [_result(criterion, answer) for criterion in self.criteria]
         statuses = {result["name"]: _status(result) for result in results}
         worst = next((s for s in (store.ERROR, store.FAIL) if s in statuses.values()), store.PASS)
-        record = {"item": item, "results": results, "sample": sample}
-        return GradedRow(worst, record, statuses)
+        return GradedRow(worst, {"item": item, "results": results, "sample": sample}, statuses)
 
     def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """Return the result to store for a row that failed with ``fault``."""
         error = error_of(fault)
         shown = {"code": error["code"] or error["type"], "message": error["message"]}
-        sample = _empty_sample(self.source.model or "") | {"error": shown, "finish_reason": "error"}
+        sample = _sample(model=self.source.model or "", error=shown, finish_reason="error")
         return GradedRow(store.ERROR, {"item": row["item"], "results": [], "sample": sample})
 
     def _answer(self, number: int, item: Mapping[str, Any], reply: str) -> Answer:
@@ -193,10 +185,8 @@ class EvalTask:
             mismatch = self.schema.first_error(row["item"])
         except (TimeoutError, ValueError) as slow:
             raise RefusedInput(f"The item_schema cannot be applied: {slow}.") from slow
-        if mismatch is None:
-            return ""
-        short = mismatch if len(mismatch) <= MOST_MISMATCH else f"{mismatch[:MOST_MISMATCH]}…"
-        return f"'item' does not match item_schema: {short}."
+        # jsonschema repeats the whole value.
+        return f"'item' does not match item_schema: {shorten(mismatch)}." if mismatch else ""
 
 
 def _result(criterion: Criterion, answer: Answer) -> dict[str, Any]:
@@ -221,49 +211,36 @@ def _status(result: Mapping[str, Any]) -> str:
     return store.PASS if result["passed"] else store.FAIL
 
 
-def _empty_sample(model: str) -> dict[str, Any]:
-    """Return a sample with all members and no reply."""
+def _sample(**members: Any) -> dict[str, Any]:
+    """Return a sample with all members of OpenAI's object; absent ``members`` have no reply."""
+    usage = dict.fromkeys(
+        ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens"), 0
+    )
     return {
-        "input": [],
-        "output": [],
-        "finish_reason": "",
-        "model": model,
-        "usage": {
-            "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "cached_tokens": 0,
-        },
-        "error": None,
-        "temperature": TEMPERATURE,
-        "max_completion_tokens": 0,
-        "top_p": TOP_P,
-        "seed": SEED,
-    }  # fmt: skip
+        "input": [], "output": [], "finish_reason": "", "model": "", "usage": usage, "error": None,
+        "temperature": TEMPERATURE, "max_completion_tokens": 0, "top_p": TOP_P, "seed": SEED,
+    } | members  # fmt: skip
 
 
-def _given_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sample of a row that contains a reply."""
-    text = sample.get("output_text")
-    output = [] if text is None else [{"role": "assistant", "content": text}]
-    return _empty_sample("") | {"output": output}
-
-
-def _sample(body: Mapping[str, Any], completion: Mapping[str, Any]) -> dict[str, Any]:
+def _sample_of(body: Mapping[str, Any], completion: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sample of a chat request and completion."""
     (choice,), usage = completion["choices"], completion["usage"]
     message = choice["message"]
     output = {"role": "assistant", "content": message["content"] or ""}
     if "tool_calls" in message:
         output["tool_calls"] = message["tool_calls"]
-    return _empty_sample(body["model"]) | {
-        "input": [
+    tokens = ("prompt_tokens", "completion_tokens", "total_tokens")
+    sampling = ("model", "temperature", "max_completion_tokens", "top_p", "seed")
+    return _sample(
+        input=[
             {"role": turn["role"], "content": text_content(turn.get("content")) or ""}
             for turn in body["messages"]
         ],
-        "output": [output],
-        "finish_reason": choice["finish_reason"],
-        "usage": {name: usage[name] for name in
-                  ("prompt_tokens", "completion_tokens", "total_tokens")} | {"cached_tokens": 0},
-        **{name: body[name] for name in ("temperature", "max_completion_tokens", "top_p", "seed")},
-    }  # fmt: skip
+        output=[output],
+        finish_reason=choice["finish_reason"],
+        usage={name: usage[name] for name in tokens} | {"cached_tokens": 0},
+        **{name: body[name] for name in sampling},
+    )
 
 
 class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
@@ -283,32 +260,6 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         super().__init__(database, count)
         self.make_task, self.quotas = make_task, quotas
 
-    def create(
-        self,
-        session: Session,
-        caller: Caller,
-        *,
-        name: str,
-        request: Mapping[str, Any],
-        metadata: Mapping[str, str],
-        eval_id: str,
-    ) -> EvaluationRun:
-        """Create a run of ``caller``; call :meth:`wake` after the transaction.
-
-        Raises:
-            QuotaExceeded: If the account has no space.
-        """
-        return store.create_run(
-            session,
-            caller.account,
-            self.quotas(session, caller.account),
-            caller=caller_fields(caller),
-            name=name,
-            request=request,
-            metadata=metadata,
-            eval_id=eval_id,
-        )
-
     def work(self, run: EvaluationRun) -> None:
         """Check the rows of ``run``, grade each row without a result, and end the run."""
         task = self.make_task(run, self.caller_of(run))
@@ -322,7 +273,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             done = store.done_rows(session, run.id)
         left = ((number, (number, row)) for number, row in task.rows() if number not in done)
         if self.work_through(run, left, partial(self._grade, run, task)):
-            self._finish(run)
+            self._end(run)
 
     def record(self, session: Session, run: EvaluationRun, number: int, graded: GradedRow) -> None:
         """Store the result of a row, unless the run was cancelled."""
@@ -335,45 +286,33 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
 
     def fail(self, run: EvaluationRun, code: str, message: str) -> None:
         """End ``run`` with an error; results of graded rows remain."""
-        self._end(run, store.FAILED, code, message)
+        self._end(run, code, message)
 
     def _grade(self, run: EvaluationRun, task: EvalTask, piece: tuple[int, Any]) -> GradedRow:
         number, row = piece
-        caller = self.caller_of(run)
+        self.caller_of(run)  # the role must still allow the run
         calls: list[tuple[str, int, int]] = []
 
         def count(model: str, prompt: int, generated: int) -> None:
             calls.append((task.model_names.get(model, model), prompt, generated))
             self.count_tokens(run.account, model, prompt, generated)
 
-        self.count(run.account, "", Usage(requests=1))
-        with meter(count), working_for(run.account, background=True):
-            try:
-                graded = task.grade(caller, number, row)
-            except Fault as fault:
-                graded = task.error_row(row, fault)
-            except Exception as error:
-                _log.exception("a row of %s failed", run.id)
-                text = f"The row failed: {type(error).__name__}."
-                graded = task.error_row(row, Fault("InternalServer", text))
+        try:
+            graded = self.attempt(run, partial(task.grade, number, row), count)
+        except Fault as fault:
+            graded = task.error_row(row, fault)
         return replace(graded, usage=calls)
 
-    def _finish(self, run: EvaluationRun) -> None:
-        with self.database.read() as session:
-            current = store.get_run(session, run.account, run.id)
-        if current is None or current.status != store.IN_PROGRESS:
-            return
-        if now() > current.expires:
-            hours = store.PATIENCE.total_seconds() / 3600
-            text = f"The run takes more than {hours:.0f} hours. Results of graded rows remain."
-            self.fail(run, "expired", text)
-        else:
-            self._end(run, store.COMPLETED)
-
-    def _end(
-        self, run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
-    ) -> None:
+    def _end(self, run: EvaluationRun, code: str | None = None, message: str | None = None) -> None:
+        """End ``run``, unless a client canceled the run; with ``code``, the run failed."""
         with self.database.write() as session:
             locked = self.lock_held(session, run)
-            if locked is not None and locked.status not in store.ENDED:
-                store.end(locked, status, code, message)
+            if locked is None or locked.status in store.ENDED:
+                return
+            if code is None and now() > locked.expires:
+                hours = store.PATIENCE.total_seconds() / 3600
+                message = (
+                    f"The run takes more than {hours:.0f} hours. Results of graded rows remain."
+                )
+                code = "expired"
+            store.end(locked, store.FAILED if code else store.COMPLETED, code, message)

@@ -9,13 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from luthier.graders import Answer, Grader, GraderModels, ScoreModel, grader_from
-from luthier.graders.templates import (
-    check_template,
-    fill_template,
-    names_nothing,
-    places_in,
-    value_at,
-)
+from luthier.graders.templates import check_template, fill_template, value_at
 from luthier.models.decoding.sampling import Constraint
 from luthier.server.openai.chat import ChatRequest
 from luthier.server.openai.generation import STRUCTURED, Judge
@@ -25,8 +19,6 @@ from luthier.server.openai.protocol import Body, invalid, missing, validate
 MOST_ROWS = 50_000
 """Maximum number of rows of a run."""
 MOST_CRITERIA = 32
-LARGEST_THRESHOLD = 1e300
-"""Limit of thresholds: JSON allows integers beyond the range of floats."""
 TOKENS, TEMPERATURE, TOP_P, SEED = 2048, 1.0, 1.0, 42
 """Default sampling parameters."""
 
@@ -106,8 +98,8 @@ class DataSource(Body):
         """Sampling parameters of the request, or the defaults."""
         return self.sampling_params or SamplingParameters()
 
-    def check(self, item_schema: Mapping[str, Any]) -> None:
-        """Reject missing members, and templates that no row of the schema can fill."""
+    def check(self) -> None:
+        """Reject missing members, invalid templates and invalid sampling parameters."""
         if self.type == "jsonl":
             return
         for name in ("model", "input_messages"):
@@ -118,7 +110,6 @@ class DataSource(Body):
                 check_template(template, sampled=False)
             except ValueError as error:
                 raise invalid(f"{error}.", location, "invalid_value") from error
-            check_placeholders(template, item_schema, location)
         self._probe.check()
 
     def check_constraint(self, check: Callable[[Constraint, str], None]) -> None:
@@ -204,25 +195,6 @@ def _without_type(members: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in members.items() if name != "type"}
 
 
-def check_placeholders(value: Any, item_schema: Any, where: str) -> None:
-    """Reject placeholders in ``value`` that no row of the schema can fill.
-
-    Raises:
-        Fault: 400, with the location of the template below ``where``.
-    """
-    if isinstance(value, str):
-        for name in places_in(value):
-            if names_nothing(name, {"properties": {"item": item_schema}}):
-                text = f"{{{{{name}}}}} names a value that item_schema does not allow."
-                raise invalid(text, where, "invalid_value")
-    elif isinstance(value, Mapping):
-        for name, member in value.items():
-            check_placeholders(member, item_schema, f"{where}.{name}")
-    elif isinstance(value, list | tuple):
-        for index, member in enumerate(value):
-            check_placeholders(member, item_schema, f"{where}[{index}]")
-
-
 @dataclass(frozen=True)
 class Criterion:
     """A grader and the pass threshold."""
@@ -238,9 +210,14 @@ class Criterion:
         return replace(self, grader=grader)
 
 
-def parse_criteria(
-    criteria: Sequence[Mapping[str, Any]], judge: Judge, item_schema: Mapping[str, Any]
-) -> list[Criterion]:
+class CriterionMembers(Body):
+    """Members of a criterion that belong to no grader."""
+
+    name: Label
+    pass_threshold: float | None = None
+
+
+def parse_criteria(criteria: Sequence[Mapping[str, Any]], judge: Judge) -> list[Criterion]:
     """Parse ``testing_criteria``; ``judge`` finds the models of graders.
 
     Raises:
@@ -250,38 +227,28 @@ def parse_criteria(
     for index, criterion in enumerate(criteria):
         where = f"testing_criteria[{index}]"
         grader: Grader = grader_from(grader_fields(criterion, where, judge))
-        name = criterion.get("name")
-        if not isinstance(name, str) or not name or len(name) > 256:
-            text = "A criterion needs a 'name' of 1 to 256 characters."
-            raise invalid(text, f"{where}.name", "missing_required_parameter")
-        if name in parsed:
-            text = f"Two criteria have the name '{name}'. Rename one of them."
+        members = validate(criterion, CriterionMembers, where)
+        if members.name in parsed:
+            text = f"Two criteria have the name '{members.name}'. Rename one of them."
             raise invalid(text, f"{where}.name", "invalid_value")
-        for member in ("input", "reference", "graders"):
-            check_placeholders(criterion.get(member), item_schema, f"{where}.{member}")
-        threshold = _threshold(criterion, grader, where)
-        parsed[name] = Criterion(name, criterion["type"], grader, threshold)
+        threshold = _threshold(criterion["type"], members.pass_threshold, grader, where)
+        parsed[members.name] = Criterion(members.name, criterion["type"], grader, threshold)
     return list(parsed.values())
 
 
-def _threshold(criterion: Mapping[str, Any], grader: Grader, where: str) -> float:
+def _threshold(kind: str, given: float | None, grader: Grader, where: str) -> float:
     """Return the pass threshold.
 
     OpenAI documents no default; the default here is the middle of the range.
     """
-    threshold, where = criterion.get("pass_threshold"), f"{where}.pass_threshold"
-    if criterion["type"] in ("string_check", "label_model"):
+    if kind in ("string_check", "label_model"):
         return 1.0
-    if threshold is None and criterion["type"] == "text_similarity":
-        raise missing(where)
-    if threshold is None:
-        return sum(grader.range) / 2 if isinstance(grader, ScoreModel) else 0.5
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise invalid("The threshold is not a number.", where, "invalid_type")
-    highest = grader.range[1] if isinstance(grader, ScoreModel) else LARGEST_THRESHOLD
-    if grader.is_share:
-        highest = min(highest, 1.0)
-    if -LARGEST_THRESHOLD <= threshold <= highest:
-        return float(threshold)
-    text = f"No row can reach this threshold. The highest score is {highest:g}."
-    raise invalid(text, where, "invalid_value")
+    lowest, highest = grader.range if isinstance(grader, ScoreModel) else (0.0, 1.0)
+    if given is None and kind == "text_similarity":
+        raise missing(f"{where}.pass_threshold")
+    if given is None:
+        return (lowest + highest) / 2
+    if given > highest and (grader.is_share or isinstance(grader, ScoreModel)):
+        text = f"No row can reach this threshold. The highest score is {highest:g}."
+        raise invalid(text, f"{where}.pass_threshold", "invalid_value")
+    return given

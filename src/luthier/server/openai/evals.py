@@ -14,6 +14,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.errors import RecipeError
 from luthier.graders import JsonSchema
+from luthier.server.background import caller_fields
 from luthier.server.http.routes import GRADING_TURN, Name
 from luthier.server.openai.eval_report import report_object
 from luthier.server.openai.eval_runs import (
@@ -100,12 +101,18 @@ def create(call: OpenAICall, body: CreateEval) -> JsonObject:
         text = "The type of item_schema is not 'object', so no row can match."
         raise invalid(text, "data_source_config.item_schema.type", "invalid_value")
     criteria, context = body.testing_criteria, call.context
-    parse_criteria(criteria, context.inference.judge(call.account), config.item_schema)
+    parse_criteria(criteria, context.inference.judge(call.account))
     definition = {"data_source_config": config.model_dump(), "testing_criteria": criteria}
     with context.database.write() as session:
         quotas = context.evaluations.quotas(session, call.account)
-        name, metadata = body.name or "Eval", body.metadata or {}
-        row = store.create_eval(session, call.account, quotas, name, definition, metadata)
+        row = store.create_eval(
+            session,
+            quotas,
+            call.account,
+            name=body.name or "Eval",
+            definition=definition,
+            user_metadata=body.metadata or {},
+        )
     call.record_created("eval", row.id)
     return eval_object(row)
 
@@ -178,7 +185,7 @@ def create_run(call: OpenAICall, eval_id: Name, body: CreateRun, request: Reques
     with context.database.read() as session:
         row = _find_eval(call, session, eval_id)
     source, definition = body.data_source, row.definition
-    source.check(definition["data_source_config"]["item_schema"])
+    source.check()
     if isinstance(source.source, FileId):
         file = context.files.get(call.account, source.source.id)
         if file is None:
@@ -194,13 +201,15 @@ def create_run(call: OpenAICall, eval_id: Name, body: CreateRun, request: Reques
     }
     with context.database.write() as session:
         _find_eval(call, session, eval_id, lock=True)
-        run = context.evaluations.create(
+        quotas = context.evaluations.quotas(session, call.account)
+        run = store.create_run(
             session,
-            call.caller,
+            quotas,
+            caller_fields(call.caller),
+            eval_id=eval_id,
             name=body.name or row.name,
             request=run_request,
-            metadata=body.metadata or {},
-            eval_id=eval_id,
+            user_metadata=body.metadata or {},
         )
     call.record_created("eval", f"{eval_id}/{run.id}")
     context.evaluations.wake()
@@ -223,7 +232,8 @@ def list_runs(
         query = select(EvaluationRun).where(EvaluationRun.eval_id == row.id)
         if status is not None:
             query = query.where(EvaluationRun.status == status)
-        previous = row_before(after, "run", partial(_run, call, session, eval_id))
+        find = partial(store.get_run, session, call.account, eval_id)
+        previous = row_before(after, "run", find)
         runs = page_of(
             session, query, EvaluationRun.seq, limit=limit + 1,
             position=None if previous is None else previous.seq, ascending=order == "asc",
@@ -327,17 +337,10 @@ def _find_eval(call: Call, session: Session, eval_id: str, *, lock: bool = False
     return row
 
 
-def _run(
-    call: Call, session: Session, eval_id: str, run_id: str, *, lock: bool = False
-) -> EvaluationRun | None:
-    run = store.get_run(session, call.account, run_id, lock=lock)
-    return run if run is not None and run.eval_id == eval_id else None
-
-
 def _find_run(
     call: Call, session: Session, eval_id: str, run_id: str, *, lock: bool = False
 ) -> EvaluationRun:
-    run = _run(call, session, eval_id, run_id, lock=lock)
+    run = store.get_run(session, call.account, eval_id, run_id, lock=lock)
     if run is None:
         raise absent("eval run", run_id, "run_id")
     return run
@@ -404,7 +407,7 @@ def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> Json
         "error": error,
         "report_url": _report_url(run, request),
         "result_counts": {
-            "total": run.passed + run.failed + run.errored,
+            "total": run.graded_rows,
             "passed": run.passed,
             "failed": run.failed,
             "errored": run.errored,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -84,6 +84,11 @@ class EvaluationRun(BackgroundWork, Base):
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     completed: Mapped[datetime | None]
 
+    @property
+    def graded_rows(self) -> int:
+        """Number of rows with a result."""
+        return self.passed + self.failed + self.errored
+
 
 class EvaluationRow(Base):
     """Graded row of a run."""
@@ -101,6 +106,9 @@ class EvaluationRow(Base):
     graded: Mapped[datetime]
 
 
+Stored = TypeVar("Stored", Eval, EvaluationRun)
+
+
 @dataclass(frozen=True)
 class GradedRow:
     """Result of a row."""
@@ -115,70 +123,55 @@ class GradedRow:
 
 def create_eval(
     session: Session,
-    account: str,
     quotas: AccountQuotas,
+    account: str,
+    *,
     name: str,
-    definition: Mapping[str, Any],
-    metadata: Mapping[str, str],
+    definition: dict[str, Any],
+    user_metadata: dict[str, str],
 ) -> Eval:
     """Create an evaluation.
 
     Raises:
         QuotaExceeded: if the account has no space for the definition.
     """
-    eval_id, moment, text = "eval_" + random_id(24), now(), json.dumps(definition)
+    moment, size = now(), len(json.dumps(definition))
     row = Eval(
-        id=eval_id,
-        account=account,
-        name=name,
-        definition=dict(definition),
-        user_metadata=dict(metadata),
-        stored_bytes=len(text),
-        created=moment,
-        updated=moment,
-    )
-    session.add(row)
-    session.flush()
-    storage.charge(session, account, quotas, stored_bytes=len(text))
-    return row
+        id="eval_" + random_id(24), account=account, name=name, definition=definition,
+        user_metadata=user_metadata, stored_bytes=size, created=moment, updated=moment,
+    )  # fmt: skip
+    return _store(session, quotas, row)
 
 
 def create_run(
     session: Session,
-    account: str,
     quotas: AccountQuotas,
-    *,
     caller: dict[str, Any],
-    name: str,
-    request: Mapping[str, Any],
-    metadata: Mapping[str, str],
+    *,
     eval_id: str,
+    name: str,
+    request: dict[str, Any],
+    user_metadata: dict[str, str],
 ) -> EvaluationRun:
     """Create a queued run. Runs of an account are sequential.
 
     Raises:
         QuotaExceeded: if the account has no space for the request.
     """
-    run_id = "evalrun_" + random_id(24)
-    moment, text = now(), json.dumps(request)
+    account, moment, size = caller["account"], now(), len(json.dumps(request))
     run = EvaluationRun(
-        id=run_id,
-        account=account,
-        turn=next_turn(session, EvaluationRun, account),
-        caller=caller,
-        eval_id=eval_id,
-        name=name,
-        request=dict(request),
-        user_metadata=dict(metadata),
-        status=QUEUED,
-        stored_bytes=len(text),
-        created=moment,
-        expires=moment + PATIENCE,
-    )
-    session.add(run)
+        id="evalrun_" + random_id(24), account=account, caller=caller, eval_id=eval_id, name=name,
+        request=request, user_metadata=user_metadata, status=QUEUED, stored_bytes=size,
+        turn=next_turn(session, EvaluationRun, account), created=moment, expires=moment + PATIENCE,
+    )  # fmt: skip
+    return _store(session, quotas, run)
+
+
+def _store(session: Session, quotas: AccountQuotas, row: Stored) -> Stored:
+    session.add(row)
     session.flush()
-    storage.charge(session, account, quotas, stored_bytes=len(text))
-    return run
+    storage.charge(session, row.account, quotas, stored_bytes=row.stored_bytes)
+    return row
 
 
 def get_eval(session: Session, account: str, eval_id: str, *, lock: bool = False) -> Eval | None:
@@ -188,11 +181,13 @@ def get_eval(session: Session, account: str, eval_id: str, *, lock: bool = False
 
 
 def get_run(
-    session: Session, account: str, run_id: str, *, lock: bool = False
+    session: Session, account: str, eval_id: str, run_id: str, *, lock: bool = False
 ) -> EvaluationRun | None:
-    """Return the account's run; ``lock`` locks the row until the transaction ends."""
+    """Return a run of the account's evaluation; ``lock`` locks the row until the transaction ends."""
     found = select(EvaluationRun).where(
-        EvaluationRun.account == account, EvaluationRun.id == run_id
+        EvaluationRun.account == account,
+        EvaluationRun.eval_id == eval_id,
+        EvaluationRun.id == run_id,
     )
     return find_row(session, found, lock=lock)
 
