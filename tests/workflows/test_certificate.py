@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -27,7 +25,7 @@ from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of, write_report
 from luthier.models.catalog import CATALOG
 from luthier.models.formats import gguf_networks
-from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
+from luthier.models.manifest import MANIFEST, Manifest
 from luthier.workflows.certificate import certificate
 from luthier.workflows.certificate.certificate import (
     Certificate,
@@ -373,78 +371,6 @@ def test_hub_name_of_packaged_base_is_repository() -> None:
     other = Relative(id="all-minilm-l6-v2", part="parent", source="hub:anna/other")
     assert hub_name(other) == "anna/other"
     assert hub_name(other.model_copy(update={"source": None})) == "all-minilm-l6-v2"
-
-
-def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    public.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return private, public
-
-
-@pytest.mark.slow
-def test_a_signature_holds_until_a_file_changes(home: Path, tmp_path: Path) -> None:
-    pytest.importorskip("model_signing", reason="model-signing is not installed")
-    private, public = key_pair(tmp_path, "ours")
-    other, others = key_pair(tmp_path, "theirs")
-    luthier.certificate(ID, sign=private)
-    assert luthier.verify(ID, public_key=public).is_intact
-    assert luthier.verify(ID).remarks
-    # The package's own command verifies the signature without luthier.
-    command = [sys.executable, "-m", "model_signing", "verify", "key", "--signature"]
-    command += [str(folder(home) / "model.sig"), "--public_key", str(public), str(folder(home))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    # An attacker can change a file, the hash and the certificate, but not the signature.
-    flip(folder(home) / "adapter_model.safetensors")
-    record = read_json(folder(home) / MANIFEST)
-    found = hashes_of(folder(home), skip=tuple(OWN_FILES))
-    record["files"] = {n: digest for n, digest in found.items() if not n.startswith("reports/")}
-    write_json(folder(home) / MANIFEST, record)
-    signature = (folder(home) / "model.sig").read_bytes()
-    luthier.certificate(ID, watts=90)  # without an option, a signed certificate stays
-    assert not (folder(home) / "model.sig").exists()
-    (folder(home) / "model.sig").write_bytes(signature)
-    assert luthier.verify(ID).is_intact
-    said = luthier.verify(ID, public_key=public).differences
-    assert {Path(each.split()[0]).name for each in said} == {
-        "adapter_model.safetensors", "luthier.json", "certificate.json",
-    }  # fmt: skip
-    luthier.certificate(ID, sign=private)
-    (folder(home) / "chat_template.jinja.extra").write_text("x")
-    said = luthier.verify(ID, public_key=public).differences
-    assert any("chat_template.jinja.extra" in each for each in said)
-    (folder(home) / "chat_template.jinja.extra").unlink()
-    (difference,) = luthier.verify(ID, public_key=others).differences
-    assert str(others) in difference
-    before = (folder(home) / "certificate.json").read_bytes()
-    for key in (public, tmp_path / "none"):
-        with pytest.raises(RecipeError) as refused:
-            luthier.certificate(ID, sign=key)
-        assert refused.value.setting == "sign"
-    assert (folder(home) / "certificate.json").read_bytes() == before
-    with pytest.raises(RecipeError) as refused:
-        luthier.verify(ID, public_key=other)
-    assert refused.value.setting == "public_key"
-    change(folder(home) / "model.sig", b'"payload"', b'"paylode"')
-    assert not luthier.verify(ID, public_key=public).is_intact
-    (folder(home) / "model.sig").unlink()
-    (difference,) = luthier.verify(ID, public_key=public).differences
-    assert str(folder(home) / "model.sig") in difference
 
 
 def test_the_command_writes_a_card_and_keeps_a_signature(home: Path) -> None:

@@ -22,18 +22,16 @@ def certificate(
     model: ModelSource,
     *,
     watts: Annotated[float | None, typer.Option(min=0)] = None,
-    sign: Path | None = None,
     card: Path | None = None,
     reporter: Reporter | None = None,
 ) -> Certificate:
     """Write the certificate of a model.
 
-    The certificate of a signed model stays as it is, unless --sign or --watts is given.
+    The certificate of a signed model stays as it is, unless --watts is given.
 
     Args:
         model: Id of a model that luthier made or imported.
         watts: Measured power of the training machine, in watts.
-        sign: Private key (PEM, elliptic) to sign the model.
         card: Write the Hugging Face model card to this file.
         reporter: Receives progress; silent if not given.
 
@@ -41,7 +39,7 @@ def certificate(
         The certificate, which ``certificate.json`` in the model's folder stores, too.
 
     Raises:
-        RecipeError: for a model without a record, or a key that cannot sign.
+        RecipeError: for a model without a record.
     """
     from luthier.engine.metrics import Reporter
     from luthier.library.models import find, lock_record
@@ -53,32 +51,28 @@ def certificate(
         write_certificate,
     )
     from luthier.workflows.certificate.model_card import model_card
-    from luthier.workflows.certificate.signature import Signer
 
     check_output(card)
     reporter = reporter or Reporter()
     stored = stored_model(model)
-    if sign is None and watts is None and (stored.folder / SIGNATURE).is_file():
+    if watts is None and (stored.folder / SIGNATURE).is_file():
         made = read_certificate(stored)
     else:
         check_recorded(stored)
-        signer = None if sign is None else Signer(Path(sign))
         with lock_record(stored):
             stored = find(stored.id)  # read again under the lock
             made = make_certificate(stored, watts)
             write_certificate(stored, made)
-            if signer is not None:
-                signer.sign(stored)
     if card is not None:
         write_bytes(card, model_card(made).encode())
         reporter.note(f"model card: {card}")
     return made
 
 
-def show_certificate(made: Certificate, sign: Path | None) -> None:
+def show_certificate(made: Certificate) -> None:
     """Print the main facts of a certificate."""
     from luthier.library.models import find
-    from luthier.models.manifest import CERTIFICATE, SIGNATURE
+    from luthier.models.manifest import CERTIFICATE
 
     stored = find(made.id)
     print_text(f"{made.id}: {stored.folder / CERTIFICATE}")
@@ -87,8 +81,6 @@ def show_certificate(made: Certificate, sign: Path | None) -> None:
         print_text(stored.manifest.limits_text)
     if made.record.verdict:
         print_text(made.record.verdict)
-    if sign is not None:
-        print_text(f"signature: {stored.folder / SIGNATURE}")
     if made.parents:
         print_text(f"parents: {', '.join(each.id for each in made.parents)}")
     found = made.compute
@@ -107,26 +99,18 @@ def show_certificate(made: Certificate, sign: Path | None) -> None:
         print_text(f"unknown: {line}")
 
 
-def verify(
-    model: ModelSource,
-    *,
-    public_key: Path | None = None,
-) -> Verification:
+def verify(model: ModelSource) -> Verification:
     """Verify a model's files and certificate.
 
     Args:
         model: Model id.
-        public_key: Public key (PEM) to check the signature.
 
     Returns:
         ``is_intact`` with the files that differ.
-
-    Raises:
-        RecipeError: for an invalid key.
     """
     from luthier.workflows.certificate.verify import verify_files
 
-    return verify_files(stored_model(model), None if public_key is None else Path(public_key))
+    return verify_files(stored_model(model))
 
 
 def show_verification(found: Verification) -> None:

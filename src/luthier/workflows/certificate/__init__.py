@@ -1,1 +1,1 @@
-"""Certificates of models: creation, model cards, signatures and verification."""
+"""Certificates of models: creation, model cards and verification."""

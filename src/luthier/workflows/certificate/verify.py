@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from luthier.errors import CorruptFile
@@ -16,7 +15,6 @@ from luthier.files import names_below, sha256_of
 from luthier.library.models import StoredModel, ancestors, changed_files
 from luthier.models.manifest import CERTIFICATE, MANIFEST, OWN_FILES, REPORTS, SIGNATURE, Manifest
 from luthier.workflows.certificate.certificate import Certificate, parse_certificate
-from luthier.workflows.certificate.signature import signature_differences
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,11 @@ class Verification:
         }  # fmt: skip
 
 
-def verify_files(model: StoredModel, public_key: Path | None = None) -> Verification:
-    """Compare the hashes of ``model`` and its ancestors with the records.
-
-    With ``public_key``, the signature is verified too.
-    """
+def verify_files(model: StoredModel) -> Verification:
+    """Compare the hashes of ``model`` and its ancestors with the records."""
     result = Verification(model.id)
-    if public_key is not None:
-        result.differences.extend(signature_differences(model, public_key))
-        result.checked.append(f"the signature, by {public_key}")
-    elif (model.folder / SIGNATURE).is_file():
-        result.remarks.append(f"{model.id} is signed. Verify the signature with a public key.")
+    if (model.folder / SIGNATURE).is_file():
+        result.remarks.append(f"{model.id} is signed. Verify {SIGNATURE} with model_signing.")
     for each in (model, *ancestors(model)):
         if isinstance(each, str):
             result.remarks.append(f"The ancestor {each} is not on this machine.")
