@@ -251,7 +251,7 @@ class _Conversion:
         """Return the grader of a criterion. The grader returns 1 if a row passes."""
         if not isinstance(criterion_object, Mapping):
             return {}
-        (criterion,) = parse_criteria([criterion_object], self._judge, {})
+        (criterion,) = parse_criteria([criterion_object], self._judge)
         fields = _nest_item(
             grader_fields(criterion_object, f"testing_criteria[{index}]", self._judge)
         )
