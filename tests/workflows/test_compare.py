@@ -295,3 +295,18 @@ def test_different_measures_are_refused() -> None:
 def test_a_grader_has_not_the_name_of_an_error() -> None:
     with pytest.raises(RecipeError):
         open_graders({"loss": Exact()}, 1, print)
+
+
+def test_pairs_are_searched_with_both_sides(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"anchor": f"a {a} {n}", "positive": f"{n % 5} {n}"} for n, a in enumerate(ANIMALS * 4)]
+    train = write(tmp_path / "train.jsonl", rows[:18])
+    test = write(tmp_path / "test.jsonl", rows[18:])
+    tuned = luthier.tune(
+        train, base=str(family_folder("bert")), name="pairs", training__max_steps=2,
+        data__validation_share=0,
+    ).model_id  # fmt: skip
+    found = luthier.compare(test, [tuned])
+    (base,) = [each for each in found.contenders if each.name == "the base model as it is"]
+    assert base.score.value < 1

@@ -19,6 +19,7 @@ from luthier.cli.app import app
 from luthier.errors import DataError, RecipeError
 from luthier.library.models import find
 from luthier.workflows import forgetting
+from luthier.workflows.earlier_task import MetricChange
 from luthier.workflows.forgetting import Forgetting, load_probes
 
 WORDS = ("fox", "dog", "card", "question", "word", "capital", "brown", "lazy")
@@ -176,7 +177,7 @@ def test_forgetting_verdict_is_corrected_for_multiple_measures() -> None:
         for number in range(6):
             base, tuned = draw.random((2, 100)) < 0.6
             both = [forgetting.RowScores.of(each) for each in (base, tuned)]
-            changes.append(forgetting.MetricChange(str(number), "accuracy", *both))
-        found = Forgetting("m", "b", drift, changes)
+            changes.append(MetricChange(str(number), "accuracy", *both))
+        found = Forgetting("m", "b", changes, drift=drift)
         wrong += bool(found.regressions or found.improvements)
     assert wrong <= 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,43 +15,50 @@ from luthier.cli.terminal.console import (
     print_text,
     write_page,
 )
+from luthier.cli.terminal.options import Mapped, RowSource
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
-    from luthier.workflows.forgetting import Forgetting
+    from luthier.workflows.earlier_task import MetricChanges
 
 
 def forgetting(
     model: str,
     *,
     base: str | None = None,
+    rows: RowSource | None = None,
+    columns: Mapped = None,
     probes: Sequence[str | Path] = (),
     html: Path | None = None,
     attach: bool = False,
     reporter: Reporter | None = None,
-) -> Forgetting:
+) -> MetricChanges:
     """Measure what tuning made a model forget.
 
     Args:
         model: Id of a tuned model.
         base: Model before tuning; the parent model by default.
+        rows: Held-out rows of an earlier task.
+        columns: Column of a key, e.g. prompt=question; repeatable.
         probes: Rows with choices, or text and target; repeatable.
         html: Write the result as an HTML page.
         attach: Store the result with the model, for the certificate.
         reporter: Receives progress; silent if not given.
 
     Returns:
-        ``drift``, ``changes`` with their ``differences``, and ``verdict()``.
+        ``changes`` with their ``differences``, ``verdict()``, and ``drift`` of generated text.
 
     Raises:
-        RefusedInput: for a model that was not tuned or generates no text, or invalid probes.
+        RefusedInput: for a model that was not tuned, or invalid rows. Without ``rows``, also for a
+            model that generates no text.
     """
     check_output(html)
     with heavy_imports():
         from luthier.engine.metrics import Reporter
         from luthier.library.models import find
         from luthier.library.reports import check_attachable
+        from luthier.workflows.earlier_task import MetricChanges, measure_earlier_task
         from luthier.workflows.evaluate import attach_report
         from luthier.workflows.forgetting import load_probes, measure_forgetting
 
@@ -63,15 +71,28 @@ def forgetting(
         raise RecipeError(
             f"{stored.id} has no recorded parent model. Name a tuned model, or set `base`"
         )
-    found = measure_forgetting(
-        stored,
-        find(before),
-        load_probes(probes),
-        reporter.note,
-        lambda done, total: reporter.progress(done, total, "forgetting"),
-    )
+    parent = find(before)
+    if not stored.writes and (rows is None or probes):
+        raise RecipeError(
+            f"{stored.id} generates no text, so drift and probes do not apply. Measure its earlier "
+            "task with `--rows FILE`"
+        )
+    found = MetricChanges(stored.id, parent.id)
+    if rows is not None:
+        found = measure_earlier_task(stored, parent, rows, columns, reporter.note)
+    if stored.writes:
+        drift = measure_forgetting(
+            stored,
+            parent,
+            load_probes(probes),
+            reporter.note,
+            lambda done, total: reporter.progress(done, total, "forgetting"),
+        )
+        changes, remarks = [*drift.changes, *found.changes], [*drift.remarks, *found.remarks]
+        found = replace(drift, changes=changes, remarks=remarks)
     if attach:
-        attach_report([stored], "forgetting", probes, found.plain(), reporter.note)
+        data = [*probes, *([] if rows is None else [rows])]
+        attach_report([stored], "forgetting", data, found.plain(), reporter.note)
     if html is not None:
         from luthier.workflows.forgetting import forgetting_page
 
@@ -79,17 +100,20 @@ def forgetting(
     return found
 
 
-def show_forgetting(found: Forgetting) -> None:
+def show_forgetting(found: MetricChanges) -> None:
     """Print the drift, a line for each measure, and the verdict."""
     from rich.text import Text
 
-    drift = found.drift
-    low, high = drift.kl.interval
-    print_text(
-        f"drift from {found.base}: {drift.kl.value:.4f} nats per token ({low:.4f} to {high:.4f}) on "
-        f"{drift.tokens:,} generated tokens; perplexity {drift.base_perplexity.value:.2f} before, "
-        f"{drift.tuned_perplexity.value:.2f} after"
-    )
+    from luthier.workflows.forgetting import Forgetting
+
+    if isinstance(found, Forgetting):
+        drift = found.drift
+        low, high = drift.kl.interval
+        print_text(
+            f"drift from {found.base}: {drift.kl.value:.4f} nats per token ({low:.4f} to {high:.4f}) "
+            f"on {drift.tokens:,} generated tokens; perplexity {drift.base_perplexity.value:.2f} "
+            f"before, {drift.tuned_perplexity.value:.2f} after"
+        )
     numbers = ("rows", "before", "after", "difference ±")
     table = new_table("", "measure", *numbers, numbers=numbers)
     for each in found.changes:

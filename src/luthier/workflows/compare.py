@@ -523,7 +523,9 @@ class _Contenders:
         chat, room = base.chat, base.room
 
         def encode(some: Sequence[Row]) -> list[Example]:
-            return encode_cut(encoder, [row.bare() for row in some], chat, room)
+            # A bare row of a pair has one side only.
+            inputs = some if task.embeds else [row.bare() for row in some]
+            return encode_cut(encoder, inputs, chat, room)
 
         held = ComparedRows(rows, encode(rows))
         learned = ComparedRows.of(train, encode(train), task.is_comparable, SEED)

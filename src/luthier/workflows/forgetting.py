@@ -4,6 +4,7 @@
   token of the answers, the divergence ``KL(base || tuned)`` over the vocabulary is computed. The
   divergence is 0 for the base and large if the tuned model would not generate the answers.
 * **Probes**: rows with choices, by log-likelihood (:mod:`luthier.evaluation.choices`).
+* **Earlier task**: the score of the task of any rows (:mod:`luthier.workflows.earlier_task`).
 
 Both models answer the same rows, so differences are paired, with Holm's correction over all
 differences. Only one model is in memory at a time, with the base's hidden states and output head.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +32,13 @@ from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.choices import choice_scores
 from luthier.evaluation.significance import (
-    Difference,
     RowScores,
     Statistic,
-    as_gain,
-    paired_differences,
     perplexity_of,
 )
 from luthier.pages import Table, interval_text, render_page
 from luthier.types import Example, Message
+from luthier.workflows.earlier_task import MetricChange, MetricChanges, plain_score
 from luthier.workflows.evaluate import choice_likelihoods, fit_choices
 
 if TYPE_CHECKING:
@@ -74,109 +72,30 @@ class Drift:
     def plain(self) -> dict[str, Any]:
         """Return the drift in JSON types."""
         both = {"base": self.base_perplexity, "tuned": self.tuned_perplexity}
-        values = {"samples": self.samples, "tokens": self.tokens, "kl": _plain(self.kl)}
-        return values | {"perplexity": {name: _plain(each) for name, each in both.items()}}
+        values = {"samples": self.samples, "tokens": self.tokens, "kl": plain_score(self.kl)}
+        return values | {"perplexity": {name: plain_score(each) for name, each in both.items()}}
 
 
 @dataclass(frozen=True, eq=False)
-class MetricChange:
-    """A metric of the base and of the tuned model on the same rows."""
+class Forgetting(MetricChanges):
+    """Comparison of a tuned model that generates text with its base."""
 
-    name: str
-    measure: str
-    base: RowScores
-    tuned: RowScores
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self.base)
-
-
-@dataclass(frozen=True, eq=False)
-class Forgetting:
-    """Comparison of a tuned model with its base."""
-
-    model: str
-    base: str
-    drift: Drift
-    changes: list[MetricChange] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    """Limits of the figures, such as truncated prompts."""
-
-    @cached_property
-    def differences(self) -> dict[str, Difference]:
-        """Paired differences, by the names of the changes."""
-        return paired_differences({each.name: (each.base, each.tuned) for each in self.changes})
-
-    @property
-    def regressions(self) -> list[MetricChange]:
-        """Significantly worse changes."""
-        return [each for each in self.changes if self._improvement(each) < 0]
-
-    @property
-    def improvements(self) -> list[MetricChange]:
-        """Significantly better changes."""
-        return [each for each in self.changes if self._improvement(each) > 0]
-
-    def _improvement(self, change: MetricChange) -> float:
-        difference = self.differences[change.name]
-        return as_gain(change.measure, difference.value) * difference.significant
+    drift: Drift = field(kw_only=True)
 
     def verdict(self) -> str:
         """Return a summary in a few sentences."""
         kl = self.drift.kl
         low, high = kl.interval
         before, now = self.drift.base_perplexity.value, self.drift.tuned_perplexity.value
-        sentences = [
+        drift = (
             f"Drift: {kl.value:.3f} nats per token ({low:.3f} to {high:.3f}). The perplexity of the "
             f"answers of the base changed from {before:.1f} to {now:.1f}."
-        ]
-        for title, changes in (("Worse", self.regressions), ("Better", self.improvements)):
-            if changes:
-                sentences.append(
-                    f"{title} than the base: {'; '.join(map(self.describe, changes))}."
-                )
-        if self.changes and not self.regressions:
-            sentences.append(f"None of {len(self.changes)} probes is significantly worse.")
-        return " ".join(sentences)
-
-    def describe(self, change: MetricChange) -> str:
-        """Return a change in words."""
-        difference = self.differences[change.name]
-        value, error = difference.value, difference.error
-        text = f"{_number(value, change.base, '+')} ± {_number(error, change.base)}"
-        scores = f"{_text(change.base)} to {_text(change.tuned)}"
-        return f"{change.name}, {change.measure} {scores} ({text})"
+        )
+        return f"{drift} {super().verdict()}"
 
     def plain(self) -> dict[str, Any]:
         """Return the comparison in JSON types."""
-        changes = []
-        for each in self.changes:
-            difference = self.differences[each.name]
-            changes.append(
-                {
-                    "name": each.name, "measure": each.measure, "rows": each.rows,
-                    "base": _plain(each.base), "tuned": _plain(each.tuned),
-                    **difference.plain(),
-                }
-            )  # fmt: skip
-        return {
-            "model": self.model, "base": self.base, "drift": self.drift.plain(), "changes": changes,
-            "verdict": self.verdict(), "remarks": self.remarks,
-        }  # fmt: skip
-
-
-def _plain(score: RowScores | Statistic) -> dict[str, Any]:
-    return {"value": score.value, "error": score.error, "interval": list(score.interval)}
-
-
-def _number(value: float, like: RowScores, sign: str = "") -> str:
-    return f"{value:{sign}.1%}" if like.is_share else f"{value:{sign}.3f}"
-
-
-def _text(score: RowScores) -> str:
-    return _number(score.value, score)
+        return {**super().plain(), "drift": self.drift.plain()}
 
 
 def measure_forgetting(
@@ -232,9 +151,8 @@ def measure_forgetting(
         MetricChange(name, "accuracy", before, accuracy[1][name])
         for name, before in accuracy[0].items()
     ]
-    return Forgetting(
-        tuned.id, base.id, _drift(states[0], states[1], len(answers)), changes, remarks
-    )
+    drift = _drift(states[0], states[1], len(answers))
+    return Forgetting(tuned.id, base.id, changes, remarks, drift=drift)
 
 
 def load_probes(paths: Sequence[str | Path]) -> dict[str, list[MultipleChoice]]:
@@ -386,15 +304,25 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
     return Drift(samples, size, kl, perplexity(base_R), perplexity(tuned_R))
 
 
-def forgetting_page(forgetting: Forgetting) -> str:
+def forgetting_page(forgetting: MetricChanges) -> str:
     """Return the HTML page."""
-    drift = forgetting.drift
-    low, high = drift.kl.interval
-    facts = [
-        ("drift, nats per token", f"{drift.kl.value:.4f}", f"{low:.4f} to {high:.4f}"),
-        ("perplexity before", f"{drift.base_perplexity.value:.2f}", f"of {drift.tokens:,} tokens"),
-        ("perplexity after", f"{drift.tuned_perplexity.value:.2f}", f"{drift.samples:,} answers"),
-    ]
+    facts = []
+    if isinstance(forgetting, Forgetting):
+        drift = forgetting.drift
+        low, high = drift.kl.interval
+        facts = [
+            ("drift, nats per token", f"{drift.kl.value:.4f}", f"{low:.4f} to {high:.4f}"),
+            (
+                "perplexity before",
+                f"{drift.base_perplexity.value:.2f}",
+                f"of {drift.tokens:,} tokens",
+            ),
+            (
+                "perplexity after",
+                f"{drift.tuned_perplexity.value:.2f}",
+                f"{drift.samples:,} answers",
+            ),
+        ]
     return render_page(
         "luthier.workflows",
         "forgetting.html",
@@ -408,7 +336,7 @@ def forgetting_page(forgetting: Forgetting) -> str:
     )
 
 
-def _change_table(forgetting: Forgetting) -> Table:
+def _change_table(forgetting: MetricChanges) -> Table:
     columns = {
         "": "name", "measure": "text", "rows": "number", "before": "number", "95 %": "number",
         "after": "number", "95 % ": "number", "difference": "number", "significant": "text",
