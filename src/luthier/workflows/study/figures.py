@@ -44,7 +44,7 @@ def draw_study(found: Study, folder: Path) -> list[str]:
 def _draw_cost(axes: Any, found: Study, colours: dict[str, str]) -> None:
     """Draw the score against processor seconds, with the front of the best by cost."""
     points = [(row.figure("processor_seconds") or 0.0, row.value, row) for row in found.measured]
-    _scatter(axes, points, colours)
+    _scatter(axes, found, points, colours)
     front, best = [], None
     for cost, value, row in sorted(points, key=lambda point: point[0]):
         gain = as_gain(row.measure, value)
@@ -63,7 +63,7 @@ def _draw_forgetting(axes: Any, found: Study, colours: dict[str, str]) -> None:
         for row in found.measured
         if (drift := row.figure("forgotten")) is not None
     ]
-    _scatter(axes, points, colours)
+    _scatter(axes, found, points, colours)
     axes.set(xlabel="drift from the base, nats per token", ylabel=_label(found))
     _scale(axes, [drift for drift, _, _ in points])
 
@@ -82,7 +82,7 @@ def _draw_line(axes: Any, found: Study, colours: dict[str, str]) -> None:
         points.sort(key=lambda point: point[0])
         places = [place for place, _ in points]
         values = [row.value for _, row in points]
-        errors = [CHANCE * row.error for _, row in points]
+        errors = [_bar(found, row) for _, row in points]
         colour = colours["point"] if len(lines) == 1 else f"C{number}"
         axes.plot(places, values, "o-", color=colour, label=label)
         low, high = zip(*((v - e, v + e) for v, e in zip(values, errors, strict=True)), strict=True)
@@ -94,15 +94,26 @@ def _draw_line(axes: Any, found: Study, colours: dict[str, str]) -> None:
 
 
 def _scatter(
-    axes: Any, points: Sequence[tuple[float, float, StudyRow]], colours: dict[str, str]
+    axes: Any,
+    found: Study,
+    points: Sequence[tuple[float, float, StudyRow]],
+    colours: dict[str, str],
 ) -> None:
     for place, value, row in points:
-        axes.errorbar(place, value, yerr=CHANCE * row.error, fmt="o", color=colours["point"])
+        axes.errorbar(place, value, yerr=_bar(found, row), fmt="o", color=colours["point"])
         axes.annotate(
             row.name, (place, value), (6, 4), textcoords="offset points", fontsize=8,
             color=colours["text"],
         )  # fmt: skip
     axes.margins(x=0.2)
+
+
+def _bar(found: Study, row: StudyRow) -> float:
+    """Return half of the 95 % interval of the difference from the best row, which has none.
+
+    The interval of a score itself is wider, because all rows have the same easy and hard questions.
+    """
+    return 0.0 if row is found.best else CHANCE * found.apart[row.name].error
 
 
 def _scale(axes: Any, places: Sequence[float]) -> None:

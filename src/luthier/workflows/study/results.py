@@ -256,7 +256,7 @@ class Study:
             return f"{text} No configuration is within {limits}."
         cost = f"{(chosen.figure('seconds') or 0) / 60:.1f} minutes"
         if chosen is best:
-            return f"{text} It is also the choice ({cost})."
+            return f"{text} The best is also the cheapest of these ({cost})."
         kind = (
             "The cheapest within chance" if self.is_within_chance(chosen) else "Within the limits"
         )
@@ -316,6 +316,7 @@ def columns_of(found: Study) -> dict[str, list[str]]:
     """Return the figures of all rows as text, by heading. Columns without a figure are left out."""
     columns = {
         "score ±": [_score_text(found, row) if row.is_measured else "" for row in found.rows],
+        "vs. best ±": [_apart_text(found, row) if row.is_measured else "" for row in found.rows],
         "gain": [_gain_text(found, row) if row.is_measured else "" for row in found.rows],
     }
     for heading, (name, unit, form) in _COLUMNS.items():
@@ -337,8 +338,16 @@ _COLUMNS = {
 
 
 def _score_text(found: Study, row: StudyRow) -> str:
-    mark = " *" if row is not found.best and found.is_within_chance(row) else ""
-    return f"{found.text(row.value)} {found.text(row.error)}{mark}"
+    return f"{found.text(row.value)} {found.text(row.error)}"
+
+
+def _apart_text(found: Study, row: StudyRow) -> str:
+    """Return the difference from the best row; a star marks a difference within chance."""
+    if row is found.best:
+        return ""
+    apart = found.apart[row.name]
+    mark = "" if apart.significant else " *"
+    return f"{found.text(apart.value, signed=True)} {found.text(apart.error)}{mark}"
 
 
 def _gain_text(found: Study, row: StudyRow) -> str:
