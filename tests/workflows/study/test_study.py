@@ -85,6 +85,36 @@ def test_losses_of_different_objectives_are_not_compared() -> None:
 
 
 @pytest.mark.slow
+def test_training_on_text_first_changes_the_base_of_the_cell(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROCESS_SECONDS", 1.0)
+    pairs, texts = tmp_path / "pairs.jsonl", tmp_path / "texts.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps({"prompt": f"say {n}", "completion": WORDS[n % 5] * 2}) + "\n"
+            for n in range(40)
+        )
+    )
+    texts.write_text("".join(json.dumps({"text": " ".join(WORDS)}) + "\n" for _ in range(40)))
+    recipe = Recipe.parse(
+        {
+            "base": str(tiny_model_folder),
+            "data": {"train": str(pairs)},
+            "training": {"max_steps": 4, "threads": 1},
+        }
+    )
+    dimensions = parse_dimensions([f"before=none,{texts}"])
+    found = study(recipe, grid_of(dimensions), dimensions)
+    none, after = found.rows
+    assert none.is_measured, none.reason
+    assert after.is_measured, after.reason
+    assert [model.manifest.root for model in custom_models()] == [str(tiny_model_folder)]
+    assert none.outcomes[0].start != after.outcomes[0].start
+    assert none.scores is not None and len(none.scores) == found.held_out
+
+
+@pytest.mark.slow
 def test_killed_study_ends_with_the_measurements_of_an_undisturbed_study(
     rows: Path, tmp_path: Path
 ) -> None:
