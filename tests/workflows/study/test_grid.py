@@ -67,6 +67,7 @@ def test_mixing_share_becomes_a_weight() -> None:
         (["training.epochs=1,2", "training.epochs=3,4"], "training.epochs"),
         (["training.epochs=1"], "training.epochs"),
         (["training.seed=1,2"], "training.seed"),
+        (["data.validation_share=0.1,0.2"], "data.validation_share"),
         (["adaptation.method=lora,lorra"], "vary"),
         (["adaptation.rank=4,8", "adaptation.method=lora,full"], "vary"),
         (["training.speed=1,2"], "vary"),

@@ -26,14 +26,15 @@ SPECIAL: Mapping[str, str] = {
     "mix.share": "share of training rows from the file of --mix",
 }
 """Keys without a field of the recipe."""
-FIXED = (
-    "training.seed",
-    "training.refit",
-    "training.track",
-    "data.train",
-    "data.validation",
-    "name",
-)
+FIXED = frozenset(
+    {
+        "name", "training.seed", "training.refit", "training.track", "training.baseline_seconds",
+        *(f"data.{field}" for field in (
+            "train", "validation", "validation_share", "test_share", "split_seed", "group_column",
+            "columns", "long_rows",
+        )),
+    }
+)  # fmt: skip
 """Fields that a study sets, or that change the held-out rows."""
 NONE, ALL = "none", "all"
 _UNKNOWN = 10**12
@@ -117,7 +118,9 @@ def parse_dimensions(texts: Sequence[str]) -> list[Dimension]:
                 setting="vary",
             )
         if key in FIXED:
-            raise RecipeError(f"`--vary {key}` is not possible: a study sets it.", setting=key)
+            raise RecipeError(
+                f"`--vary {key}`: all trainings of a study have the same {key}.", setting=key
+            )
         if any(key == each.key for each in dimensions):
             raise RecipeError(f"`--vary {key}` is given twice. List all values once.", setting=key)
         if len(parts) < 2:

@@ -11,7 +11,7 @@ from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import automatic_name, is_resumed, lock_folder
-from luthier.errors import RecipeError
+from luthier.errors import Diverged, RecipeError, RefusedInput
 from luthier.files import luthier_home, write_bytes, write_json
 from luthier.formatting import format_duration
 from luthier.library.models import find
@@ -81,7 +81,7 @@ def study(
     if forgetting and not job.data.objective.task.writes:
         raise RecipeError("`forgetting` needs an objective for text generation.")
     keys = {key for each in grid for key in each.settings}
-    if "training.learning_rate" in keys and "adaptation.method" not in keys:
+    if "training.learning_rate" in keys and not keys & {"adaptation", "adaptation.method"}:
         # Otherwise the rate of the cell also changes the rate of the head.
         rate = job.recipe.training.head_rate_multiplier
         recipe = with_settings(recipe, {"training.head_rate_multiplier": rate})
@@ -115,7 +115,7 @@ def study(
 def _check_comparable(dimensions: Sequence[Dimension], measure: str) -> None:
     """Reject a grid whose losses cannot be compared."""
     for each in dimensions:
-        if measure in ("loss", "reward") and each.key.startswith("objective."):
+        if measure in ("loss", "reward") and each.key.startswith("objective"):
             raise RecipeError(
                 f"`--vary {each.key}`: the {measure} of different objectives cannot be compared, and "
                 "these rows have no score.",
@@ -198,7 +198,10 @@ class _Work:
         if cell.before is not None or missing == 1:
             return
         self.reporter.stage("Estimating the time of the first training")
-        seconds = estimate(cell.recipe, Reporter()).seconds
+        try:
+            seconds = estimate(cell.recipe, Reporter()).seconds
+        except (Diverged, RefusedInput):  # the cell will be a row with the reason
+            return
         whole = (seconds + PredictionInterval.exactly(PROCESS_SECONDS)).times(missing)
         self.reporter.note(
             f"{missing} trainings take {format_duration(whole.low)} to {format_duration(whole.high)}, "
