@@ -17,6 +17,7 @@ from thinking_models import THOUGHT
 from luthier.cli.terminal.console import stream_reasoning
 from luthier.files import read_json
 from luthier.formatting import printable
+from luthier.inference.generation import Generator
 from luthier.models.manifest import MANIFEST
 
 
@@ -28,6 +29,21 @@ def test_generate_prints_reply_to_prompt(home: Path) -> None:
     assert answer.json() == {"model": MODEL, "prompt": "colour of sky?", "completion": "blue"}
     cut = Answer("generate", MODEL, "colour of sky?", "--max-tokens", "1").good()
     assert cut.out != "blue\n" and "--max-tokens" in cut.err
+
+
+def test_system_message_changes_the_prompt(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    stream = Generator.stream
+
+    def record(self: Generator, prompt: Any, *rest: Any) -> Any:
+        seen.append([turn.role for turn in prompt])
+        return stream(self, prompt, *rest)
+
+    monkeypatch.setattr(Generator, "stream", record)
+    Answer("generate", MODEL, "colour of sky?", "--system", "Be brief.").good()
+    Answer("chat", MODEL, "--system", "Be brief.", text="snow?\n\nsnow?\n").good()
+    assert seen[0] == seen[1] == seen[2] == ["system", "user"]
+    assert "--system" in Answer("generate", MODEL, "--input", "x", "--system", "a").refused()
 
 
 def test_generate_rejects_missing_image(home: Path, tmp_path: Path) -> None:

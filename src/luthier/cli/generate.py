@@ -71,6 +71,7 @@ def generate(
     model: str,
     prompt: str | None = None,
     *,
+    system: str | None = None,
     image: list[Path] | None = None,
     input: str | None = None,
     output: Path | None = None,
@@ -94,6 +95,7 @@ def generate(
     Args:
         model: Model id, local directory or hub id.
         prompt: The prompt.
+        system: System message before the prompt.
         image: Image before the prompt; repeatable.
         input: File of prompts or conversations, instead of a prompt.
         output: File for the result (JSONL); standard output by default.
@@ -128,6 +130,8 @@ def generate(
         raise RecipeError("the prompt is empty")
     if image and prompt is None:
         raise RecipeError("--image needs a prompt. Write images of --input into its messages")
+    if system and prompt is None:
+        raise RecipeError("--system needs a prompt. Write system messages of --input into its rows")
     if input is None and (output is not None or columns):
         raise RecipeError(f"--{'map' if output is None else 'output'} needs --input")
     chosen = Sampling(
@@ -153,12 +157,12 @@ def generate(
     with heavy_imports():
         generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
     text = prompt or ""
-    turns = _with_images(text, image) if image else text
+    turns = _turns(text, image or [], system)
     return PendingReply(model, turns, generator, chosen, text)
 
 
-def _with_images(text: str, paths: list[Path]) -> list[Message]:
-    """Return a user turn with images before the text."""
+def _turns(text: str, paths: list[Path], system: str | None) -> list[Message]:
+    """Return a user turn with images before the text, after the system message."""
     from luthier.data.inputs import Media
     from luthier.types import IMAGE_MARK, Message
 
@@ -168,7 +172,8 @@ def _with_images(text: str, paths: list[Path]) -> list[Message]:
                 f'the image "{path}" does not exist.', advice="Give the path of a local file."
             )
     images = tuple(Media("image", str(path), str(path)) for path in paths)
-    return [Message("user", IMAGE_MARK * len(images) + text, images=images)]
+    turn = Message("user", IMAGE_MARK * len(images) + text, images=images)
+    return [Message("system", system), turn] if system else [turn]
 
 
 def show_replies(found: PendingReply | RowAnswers) -> None:
@@ -222,6 +227,7 @@ CHAT_HELP = "An empty line starts a new conversation, /exit or Ctrl-D ends the c
 def chat(
     model: str,
     *,
+    system: str | None = None,
     max_tokens: OptionalAtLeastOne = None,
     temperature: float = 0.0,
 ) -> None:
@@ -231,6 +237,7 @@ def chat(
 
     Args:
         model: Model id, local directory or hub id.
+        system: System message of each conversation.
         max_tokens: Token limit of a reply.
         temperature: Sampling temperature.
     """
@@ -251,7 +258,8 @@ def chat(
         with suppress(RefusedInput):
             check_derivable(stored)
             note("Backend: torch. llama.cpp may be faster on a CPU: LUTHIER_BACKEND=llama.cpp")
-    history: list[Message] = []
+    opening = [Message("system", system)] if system else []
+    history = opening
     while True:
         try:
             text = input("\nyou > ")
@@ -264,7 +272,7 @@ def chat(
             print_text(f"Unknown command {text.strip()}. {CHAT_HELP}")
             continue
         if not text.strip():
-            history = []
+            history = opening
             continue
-        history = [*history, Message("user", text)] if several else [Message("user", text)]
+        history = [*(history if several else opening), Message("user", text)]
         history.append(_write_reply(generator, history, sampling))
