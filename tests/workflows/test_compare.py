@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from openai_endpoint import Endpoint
 from typer.testing import CliRunner
 
 import luthier
@@ -157,7 +158,7 @@ def test_compare_decoder_with_prompts_and_documents(
     assert found.rows == 6 and found.measure == "exact"
     assert Counter(each.technique for each in found.contenders) == {
         "zero-shot": 1, "prompt engineering": 2, "RAG": 1, "simple baselines": 2, "fine-tuning": 1,
-        "fine-tuning and RAG": 1,
+        "fine-tuning and RAG": 1, "fine-tuning and examples": 2,
     }  # fmt: skip
     (always,) = [each for each in found.contenders if each.name.startswith("always")]
     assert always.score.value == 1 / 6 and set(always.replies) <= {*ANIMALS}
@@ -176,7 +177,7 @@ def test_compare_decoder_with_prompts_and_documents(
     monkeypatch.setattr(prompting, "WORDS", room)
     notes.write_text("a fox " * room)
     long = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
-    assert len(long.contenders) == 6
+    assert len(long.contenders) == 8
 
 
 @pytest.mark.slow
@@ -310,3 +311,43 @@ def test_pairs_are_searched_with_both_sides(
     found = luthier.compare(test, [tuned])
     (base,) = [each for each in found.contenders if each.name == "the base model as it is"]
     assert base.score.value < 1
+
+
+def test_own_prompts_and_an_endpoint_and_shown_replies(
+    tiny_model_folder: Path, tmp_path: Path, endpoint: Endpoint
+) -> None:
+    rows = [
+        {"prompt": f"Say {word} {n}", "completion": word, "tone": f"tone {n}"}
+        for n, word in enumerate(ANIMALS * 3)
+    ]
+    train = write(tmp_path / "train.jsonl", rows[:12])
+    held = write(tmp_path / "held.jsonl", rows[12:])
+    tuned = luthier.tune(
+        train, base=str(tiny_model_folder), name="x", training__max_steps=2, data__validation_share=0
+    ).model_id  # fmt: skip
+    system, template = tmp_path / "brief.txt", tmp_path / "template.txt"
+    system.write_text("Reply with one word.")
+    template.write_text("{tone}: {prompt}")
+    endpoint.answer = lambda prompt: prompt.split()[-2]
+    rival = f"{endpoint.url}#big"
+    found = luthier.compare(
+        held, [tuned], prompt=[system, template], rival=[rival], max_tokens=3, show=2
+    )
+    techniques = Counter(each.technique for each in found.contenders)
+    assert techniques["fine-tuning and instructions"] == techniques["fine-tuning and examples"] == 2
+    assert techniques["zero-shot"] == 2 and techniques["prompt engineering"] == 6
+    big = [each for each in found.contenders if each.name.startswith("big")]
+    assert len(big) == 3 and all(each.score.value == 1 and not each.is_tuned for each in big)
+    bodies = [[turn["content"] for turn in body["messages"]] for body in endpoint.bodies]
+    assert ["Say fox 12"] in bodies and ["tone 12: Say fox 12"] in bodies
+    assert ["Reply with one word.", "Say fox 12"] in bodies
+    first, second = found.shown
+    assert (first.prompt, first.expected) == ("Say fox 12", "fox")
+    assert [name for name in first.replies if name.startswith("big")] and tuned in second.replies
+    assert found.plain()["shown"][0]["expected"] == "fox"
+    for text in ("Say {wrong}", "Is it {completion}?"):
+        template.write_text(text)
+        with pytest.raises(RecipeError):
+            luthier.compare(held, [tuned], prompt=[template], max_tokens=3)
+    with pytest.raises(RecipeError):
+        luthier.compare(held, [tuned], rival=["big"], max_tokens=3)

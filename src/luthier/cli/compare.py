@@ -25,6 +25,7 @@ from luthier.cli.terminal.console import (
 )
 from luthier.cli.terminal.options import Mapped, RowSource
 from luthier.errors import RecipeError
+from luthier.files import read_text
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -38,12 +39,15 @@ def compare(
     base: str | None = None,
     train: str | Path | None = None,
     documents: Sequence[str | Path] = (),
+    prompt: Sequence[Path] = (),
+    rival: Sequence[str] = (),
     graders: Graders = None,
     grader_settings: GraderSettings = None,
     max_tokens: int = 64,
     prices: Path | None = None,
     encoder: str | None = None,
     judge: OptionalJudge = None,
+    show: int = 0,
     html: Path | None = None,
     attach: bool = False,
     columns: Mapped = None,
@@ -57,12 +61,15 @@ def compare(
         base: Model without tuning; the base of the first by default.
         train: Rows for examples; the training rows by default.
         documents: Text with the facts for replies; repeatable.
+        prompt: Instructions, or a template with {column}; repeatable.
+        rival: Model at an endpoint, https://host/v1#model; repeatable.
         graders: Grader such as exact, or a TOML file; the first decides.
         grader_settings: Setting of a grader, e.g. number.tolerance=0.01.
         max_tokens: Token limit of a reply.
         prices: Price table; prices.toml in LUTHIER_HOME by default.
         encoder: Model whose embeddings also select examples.
         judge: Judge of replies: model, https://host/v1#model or TOML.
+        show: Number of rows to print with the replies.
         html: Write the comparison as an HTML page.
         attach: Store the result with the models, for certificates.
         columns: Column of a key, e.g. prompt=question; repeatable.
@@ -76,6 +83,10 @@ def compare(
     """
     check_output(html, data)
     with heavy_imports():
+        from luthier.chat_models.base import ModelSpec, address_fields
+        from luthier.chat_models.endpoint import EndpointModel
+        from luthier.data.files.read import read_records
+        from luthier.data.files.sources import files_of
         from luthier.data.rows import load_documents, load_rows
         from luthier.engine.metrics import Reporter
         from luthier.evaluation.evaluate import load_graded
@@ -98,6 +109,16 @@ def compare(
     if train is None and isinstance(learned, str) and Path(learned).exists():
         train, train_columns = learned, known["data"].get("columns")
         reporter.note(f"Examples: {learned}, the training rows of {models[0].id}")
+    if local := next((each for each in rival if "url" not in address_fields(each)), None):
+        raise RecipeError(f"the rival {local} is no address. Write https://host/v1#model")
+    prompts = {path.name: read_text(path).strip() for path in prompt}
+    records = {}
+    if prompts:
+        records = {
+            (str(path), line): record
+            for path in files_of(str(data))
+            for line, record in read_records(path, [])
+        }
     found = run(
         rows,
         find(base or models[0].root),
@@ -109,6 +130,10 @@ def compare(
         read_prices(prices),
         None if encoder is None else find(encoder),
         None if judge is None else resolve_judge(judge),
+        prompts,
+        records,
+        [EndpointModel(ModelSpec(model=each)) for each in rival],
+        show,
         reporter.note,
         lambda done, total: reporter.progress(done, total, "compare"),
     )
@@ -153,4 +178,9 @@ def show_comparison(found: HeadToHead) -> None:
     )
     for remark in found.remarks:
         print_text(remark)
+    for number, row in enumerate(found.shown, 1):
+        print_text(f"row {number}: {row.prompt}")
+        print_text(f"  expected: {row.expected}")
+        for name, reply in row.replies.items():
+            print_text(f"  {name}: {reply}")
     print_text(found.verdict())

@@ -13,17 +13,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from luthier import __version__
+from luthier.chat_models.base import ChatModel, Failure, SamplingSpec, writer_of
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.texts import LabelledText
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.machine import begin_peak_memory, peak_memory
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, LuthierError, Problem, RecipeError
 from luthier.evaluation.baselines import (
     ComparedRows,
     FittedBaselines,
@@ -51,8 +52,10 @@ from luthier.workflows.latency import measure_latency
 from luthier.workflows.prompting import (
     PromptVariant,
     Question,
+    Records,
     Technique,
     nearest_examples,
+    own_prompts,
     prompt_variants,
     questions_of,
     rows_of_variant,
@@ -107,6 +110,16 @@ class Contender:
         return self.technique.startswith("fine-tuning")
 
 
+@dataclass(frozen=True)
+class ShownRow:
+    """Replies to a row, side by side."""
+
+    prompt: str
+    expected: str
+    replies: Mapping[str, str]
+    """Replies of the base model and of tuned models, by name."""
+
+
 @dataclass(frozen=True, eq=False)
 class HeadToHead:
     """A comparison on the same rows."""
@@ -118,6 +131,7 @@ class HeadToHead:
     """Contenders, the best first."""
     remarks: list[str] = field(default_factory=list)
     prices: Prices | None = None
+    shown: Sequence[ShownRow] = ()
 
     @property
     def best(self) -> Contender:
@@ -220,6 +234,7 @@ class HeadToHead:
         return {
             "measure": self.measure, "rows": self.rows, "contenders": contenders,
             "worth_it": self.worth_it, "verdict": self.verdict(), "remarks": self.remarks,
+            **({"shown": [asdict(each) for each in self.shown]} if self.shown else {}),
             **({} if self.prices is None else {"currency": self.prices.currency}),
         }  # fmt: skip
 
@@ -235,6 +250,10 @@ def compare(
     prices: Prices | None = None,
     encoder: StoredModel | None = None,
     judge: Ruler | None = None,
+    prompts: Mapping[str, str] | None = None,
+    records: Records | None = None,
+    rivals: Sequence[ChatModel] = (),
+    show: int = 0,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
@@ -251,6 +270,10 @@ def compare(
         prices: prices of the machine.
         encoder: embedding model for the search of examples and passages.
         judge: compares the replies with the base model's replies.
+        prompts: own instructions or templates by name (:func:`own_prompts`).
+        records: columns of the rows, for placeholders.
+        rivals: models at endpoints.
+        show: number of rows whose replies of base and tuned models are returned.
         note: called with progress messages.
         on_progress: called with the number of answers and the total.
 
@@ -278,36 +301,39 @@ def compare(
     writers = [each for each in tuned if each.writes]
     readers = [each for each in tuned if not each.writes]
     generators = [*writers, *generative]
-    if len(readers) + len(generators) < 2 and not train:
+    writes = bool(generators or rivals)
+    if len(readers) + len(generators) + len(rivals) < 2 and not train:
         raise RecipeError(
             "a comparison needs two contenders. Give a generative base model, training rows for "
             "baselines, or several tuned models."
         )
-    row_questions, train_questions = _questions(rows, train) if generators else ([], [])
+    row_questions, train_questions = _questions(rows, train) if writes else ([], [])
     embed = None if encoder is None or not generators else Predictor.open(encoder).embed
-    variants = (
-        prompt_variants(row_questions, train_questions, documents, embed) if generators else []
-    )
-    tuned_variants = [variant for variant in variants if not variant.shows_training_rows]
-    for option, value in (("documents", documents), ("graders", graders)):
-        if value and not generators:
+    own: list[PromptVariant] = []
+    variants: list[PromptVariant] = []
+    if writes:
+        own = own_prompts(prompts or {}, rows, row_questions, records or {})
+        variants = [*prompt_variants(row_questions, train_questions, documents, embed), *own]
+    for option, value in (("documents", documents), ("graders", graders), ("prompts", prompts)):
+        if value and not writes:
             remarks.append(f"{option} ignored: no model generates text")
     if graders is None and labelled:
         # A base model without tuning writes labels with capitals and full stops.
         graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
     elif graders is None:
-        graders = default_graders(rows, note if generators else lambda text: None)
-    generated = len(writers) * len(tuned_variants) + len(generative) * len(variants)
+        graders = default_graders(rows, note if writes else lambda text: None)
+    generated = len(generators) * len(variants) + len(rivals) * (1 + len(own))
     replies = len(rows) * (generated + 2 * bool(train_questions))
-    opened = open_graders(graders, replies, note) if generators else {}
+    opened = open_graders(graders, replies, note) if writes else {}
     if judge is not None:  # each pair in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
     contest = _Contenders(
         opened, max_tokens, note, on_progress, len(rows) * (len(readers) + generated), remarks
     )
     contenders: list[Contender] = []
-    measures = {each.id: "accuracy" if labelled else next(iter(opened)) for each in generators}
-    for contender in contest.predict(readers, rows):
+    names = [*(each.id for each in generators), *(each.name for each in rivals)]
+    measures = {name: "accuracy" if labelled else next(iter(opened)) for name in names}
+    for contender in contest.predict(readers, rows, show):
         measures[contender.name] = next(iter(contender.scores))
         contenders.append(contender)
     if train and (labelled or not generative):
@@ -316,9 +342,11 @@ def compare(
         contenders += baselines
     check_measures(measures)
     for stored in writers:
-        contenders += contest.generate(stored, rows, row_questions, tuned_variants, is_tuned=True)
+        contenders += contest.generate(stored, rows, row_questions, variants, is_tuned=True)
     for stored in generative:
         contenders += contest.generate(stored, rows, row_questions, variants)
+    for rival in rivals:
+        contenders += contest.ask(rival, rows, row_questions, [variants[0], *own])
     if train_questions and not labelled:
         contenders += contest.copies(rows, row_questions, train_questions)
     measure = next(iter(measures.values()))
@@ -332,7 +360,20 @@ def compare(
         remarks.append(
             f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
-    return HeadToHead(measure, len(rows), contenders, remarks, prices)
+    shown = _shown(rows[:show], contenders)
+    return HeadToHead(measure, len(rows), contenders, remarks, prices, shown)
+
+
+def _shown(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRow]:
+    chosen = [each for each in contenders if each.technique in ("zero-shot", "fine-tuning")]
+    shown = []
+    for number, row in enumerate(rows):
+        asked = row.prompt_turns()
+        prompt = asked[-1].content if asked else row.plain_text()
+        expected = row.target() if (reply := row.expected_reply()) is None else reply
+        replies = {each.name: each.replies[number] for each in chosen if each.replies}
+        shown.append(ShownRow(prompt, str(expected), replies))
+    return shown
 
 
 def check_measures(measures: Mapping[str, str]) -> None:
@@ -404,8 +445,10 @@ class _Contenders:
     remarks: list[str]
     finished: int = 0
 
-    def predict(self, models: Sequence[StoredModel], rows: Sequence[Row]) -> list[Contender]:
-        """Measure models that predict."""
+    def predict(
+        self, models: Sequence[StoredModel], rows: Sequence[Row], show: int
+    ) -> list[Contender]:
+        """Measure models that predict, with the predictions for the first ``show`` rows."""
         contenders, passes = list[Contender](), dict[str, Callable[[], object]]()
         for stored in models:
             base_memory = begin_peak_memory()
@@ -417,10 +460,12 @@ class _Contenders:
                 rows
             ):
                 raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
+            task, answers = predictor.objective.task, predictor.answers(rows[:show])
             contender = Contender(
                 stored.id, "fine-tuning", score, evaluation.scores, 0.0,
                 model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
                 preparation_seconds=_training_seconds(stored),
+                replies=[task.show(each, predictor.threshold, 1).strip() for each in answers],
             )  # fmt: skip
             contenders.append(contender)
             passes[stored.id] = partial(predictor.answers, rows[:TIMED_ROWS])
@@ -445,7 +490,7 @@ class _Contenders:
             technique: Technique = variant.technique
             name = stored.id if technique == "zero-shot" else f"{stored.id} with {variant.name}"
             if is_tuned:
-                technique = "fine-tuning" if technique == "zero-shot" else "fine-tuning and RAG"
+                technique = variant.tuned_technique
             prompt_rows = rows_of_variant(rows, questions, variant, generator.chat)
             prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in prompt_rows]
             too_long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
@@ -467,6 +512,46 @@ class _Contenders:
                     graded.reply_seconds / len(rows), tokens, _weight_bytes(stored),
                     peak_memory() - base_memory, _training_seconds(stored) if is_tuned else 0.0,
                     [each["reply"] for each in graded.records],
+                )
+            )  # fmt: skip
+        return contenders
+
+    def ask(
+        self,
+        model: ChatModel,
+        rows: Sequence[Row],
+        questions: Sequence[Question],
+        variants: Sequence[PromptVariant],
+    ) -> list[Contender]:
+        """Measure a model at an endpoint in several variants.
+
+        Raises:
+            LuthierError: if the endpoint answers no row.
+        """
+        self.note(f"rival: {model.terms}")
+        write = writer_of(model, "rival", SamplingSpec(max_tokens=self.max_tokens), self.note)
+        contenders = []
+        for variant in variants:
+            zero = variant.technique == "zero-shot"
+            name = model.name if zero else f"{model.name} with {variant.name}"
+            prompt_rows = rows_of_variant(rows, questions, variant, None)
+            began = time.perf_counter()
+            outcomes = write([row.prompt_turns() for row in prompt_rows])
+            seconds = (time.perf_counter() - began) / len(rows)
+            self.finished += len(rows)
+            lost = [each for each in outcomes if isinstance(each, Failure)]
+            if len(lost) == len(rows):
+                raise LuthierError(f"{name}: {lost[0].reason}")
+            if lost:
+                self.remarks.append(
+                    f"{name}: {len(lost):,} missing replies count as empty: {lost[0].reason}"
+                )
+            replies = [each if isinstance(each, str) else "" for each in outcomes]
+            graded = grade(prompt_rows, replies, self.graders)
+            contenders.append(
+                Contender(
+                    name, variant.technique, _first_score(graded), graded.scores, seconds,
+                    replies=replies,
                 )
             )  # fmt: skip
         return contenders

@@ -9,7 +9,8 @@ trained retriever). The search uses BM25, combined with an encoder if given.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +30,10 @@ PASSAGES = 2
 """Passages of documents in a prompt."""
 WORDS = 150
 """Words of a passage."""
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+Records = Mapping[tuple[str, int], Mapping[str, object]]
+"""Columns of rows, by file and line."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,13 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
 
 
 PromptTechnique = Literal["zero-shot", "prompt engineering", "RAG"]
-Technique = PromptTechnique | Literal["simple baselines", "fine-tuning", "fine-tuning and RAG"]
+Technique = (
+    PromptTechnique
+    | Literal[
+        "simple baselines", "fine-tuning", "fine-tuning and RAG", "fine-tuning and examples",
+        "fine-tuning and instructions",
+    ]
+)  # fmt: skip
 """Name of a technique in advice and comparisons."""
 
 
@@ -77,8 +88,15 @@ class PromptVariant:
     technique: PromptTechnique
     name: str
     context: Sequence[Sequence[Question | str]]
-    shows_training_rows: bool = False
-    """True if the context has training rows, which a tuned model has learned already."""
+    questions: Sequence[Question] = ()
+    """Questions with own instructions, instead of the questions of the rows."""
+
+    @property
+    def tuned_technique(self) -> Technique:
+        """Name of the technique for a tuned model."""
+        if self.technique == "prompt engineering":
+            return "fine-tuning and instructions" if self.questions else "fine-tuning and examples"
+        return "fine-tuning and RAG" if self.technique == "RAG" else "fine-tuning"
 
 
 def prompt_variants(
@@ -100,13 +118,13 @@ def prompt_variants(
         examples = few_shot(train, EXAMPLES, 0)
         variants.append(
             PromptVariant(
-                "prompt engineering", f"{len(examples)} examples", [examples] * len(questions), True
+                "prompt engineering", f"{len(examples)} examples", [examples] * len(questions)
             )
         )
         for by, search in searches.items():
             nearest = nearest_examples(questions, train, EXAMPLES, search)
             name = f"{EXAMPLES} nearest examples{by}"
-            variants.append(PromptVariant("prompt engineering", name, nearest, True))
+            variants.append(PromptVariant("prompt engineering", name, nearest))
     if documents:
         for by, search in searches.items():
             passages = retrieve_passages(questions, documents, embed=search)
@@ -114,10 +132,59 @@ def prompt_variants(
     return variants
 
 
+def own_prompts(
+    templates: Mapping[str, str],
+    rows: Sequence[Row],
+    questions: Sequence[Question],
+    records: Records,
+) -> list[PromptVariant]:
+    """Return a technique for each of ``templates``, by name.
+
+    A template with placeholders (``{column}``, or ``{prompt}`` for the whole question) is the user
+    message. A template without placeholders is the system message.
+
+    Raises:
+        RecipeError: for an unknown column, or a column with the expected replies.
+    """
+    variants = []
+    fields = [
+        {"prompt": question.text, **records.get((row.file, row.line), {})}
+        for row, question in zip(rows, questions, strict=True)
+    ]
+    for name, template in templates.items():
+        columns = {*PLACEHOLDER.findall(template)}
+        if unknown := sorted(columns - fields[0].keys()):
+            raise RecipeError(
+                f'{name}: "{{{unknown[0]}}}" is no column of the rows. Columns: '
+                f"{', '.join(fields[0])}"
+            )
+        for column in columns:
+            known = zip(fields, questions, strict=True)
+            if all(str(row.get(column)) == question.answer for row, question in known):
+                raise RecipeError(f'{name}: "{{{column}}}" is the expected reply. Remove it.')
+        asked = []
+        for row, question in zip(fields, questions, strict=True):
+            turns = [turn for turn in question.asked if turn.role != "system"]
+            turns = [Message("system", template), *turns]
+            if columns:
+                filled = PLACEHOLDER.sub(lambda each: str(row.get(each[1], "")), template)  # noqa: B023
+                turns = [Message("user", filled)]
+            asked.append(Question(tuple(turns), question.answer))
+        context: list[Sequence[Question | str]] = [()] * len(rows)
+        variants.append(PromptVariant("prompt engineering", name, context, asked))
+    return variants
+
+
 def rows_of_variant(
-    rows: Sequence[Row], questions: Sequence[Question], variant: PromptVariant, chat: ChatFormat
+    rows: Sequence[Row],
+    questions: Sequence[Question],
+    variant: PromptVariant,
+    chat: ChatFormat | None,
 ) -> list[Row]:
-    """Return ``rows`` as conversations of a technique, with the members that graders use."""
+    """Return ``rows`` as conversations of a technique, with the members that graders use.
+
+    ``chat`` is ``None`` for a model at an endpoint, which applies its own template.
+    """
     if variant.technique == "zero-shot" and not isinstance(rows[0], LabelledText):
         return list(rows)
     return [
@@ -129,12 +196,14 @@ def rows_of_variant(
             members=row.members,
             tools=row.tools,
         )
-        for row, question, context in zip(rows, questions, variant.context, strict=True)
+        for row, question, context in zip(
+            rows, variant.questions or questions, variant.context, strict=True
+        )
     ]
 
 
 def conversation_of(
-    question: Question, context: Sequence[Question | str], chat: ChatFormat
+    question: Question, context: Sequence[Question | str], chat: ChatFormat | None
 ) -> tuple[Message, ...]:
     """Return the prompt: examples as earlier turns, and passages inside the last question.
 
@@ -144,7 +213,7 @@ def conversation_of(
     passages = [each for each in context if isinstance(each, str)]
     examples = [each for each in context if isinstance(each, Question)]
     system = [turn.content for turn in question.asked if turn.role == "system"]
-    if chat.template == "plain":
+    if chat is not None and chat.template == "plain":
         example_texts = (f"{each.text}\n{each.answer}" for each in examples)
         return (Message("user", "\n\n".join([*system, *example_texts, *passages, question.text])),)
     for each in examples:
@@ -157,7 +226,7 @@ def conversation_of(
             turns_of_question[-1].role, f"{before}\n\n{turns_of_question[-1].content}"
         )
     turns += turns_of_question
-    if system and not chat.supports_system_prompt:
+    if system and chat is not None and not chat.supports_system_prompt:
         turns[0] = Message(turns[0].role, "\n\n".join([*system, turns[0].content]))
     elif system:
         turns.insert(0, Message("system", "\n\n".join(system)))
