@@ -331,7 +331,7 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     endpoint.answer = lambda prompt: prompt.split()[-2]
     rival = f"{endpoint.url}#big"
     found = luthier.compare(
-        held, [tuned], prompt=[system, template], rival=[rival], max_tokens=3, show=2
+        held, [tuned], prompt=[system, template], rival=[rival], max_tokens=3, show=2, seeds=3
     )
     techniques = Counter(each.technique for each in found.contenders)
     assert techniques["fine-tuning and instructions"] == techniques["fine-tuning and examples"] == 2
@@ -341,6 +341,9 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     bodies = [[turn["content"] for turn in body["messages"]] for body in endpoint.bodies]
     assert ["Say fox 12"] in bodies and ["tone 12: Say fox 12"] in bodies
     assert ["Reply with one word.", "Say fox 12"] in bodies
+    sampled = {each.name: each.consistency for each in found.contenders if each.consistency}
+    assert len(sampled) == 2 and tuned in sampled
+    assert all({*np.round(3 * each.parts_R)} <= {0.0, 1.0, 3.0} for each in sampled.values())
     first, second = found.shown
     assert (first.prompt, first.expected) == ("Say fox 12", "fox")
     assert [name for name in first.replies if name.startswith("big")] and tuned in second.replies

@@ -48,6 +48,7 @@ def compare(
     encoder: str | None = None,
     judge: OptionalJudge = None,
     show: int = 0,
+    seeds: int = 0,
     html: Path | None = None,
     attach: bool = False,
     columns: Mapped = None,
@@ -70,6 +71,7 @@ def compare(
         encoder: Model whose embeddings also select examples.
         judge: Judge of replies: model, https://host/v1#model or TOML.
         show: Number of rows to print with the replies.
+        seeds: Replies sampled per row, to measure consistency.
         html: Write the comparison as an HTML page.
         attach: Store the result with the models, for certificates.
         columns: Column of a key, e.g. prompt=question; repeatable.
@@ -134,6 +136,7 @@ def compare(
         records,
         [EndpointModel(ModelSpec(model=each)) for each in rival],
         show,
+        seeds,
         reporter.note,
         lambda done, total: reporter.progress(done, total, "compare"),
     )
@@ -178,6 +181,13 @@ def show_comparison(found: HeadToHead) -> None:
     )
     for remark in found.remarks:
         print_text(remark)
+    for each in found.contenders:
+        if each.consistency is not None:
+            low, high = each.consistency.interval
+            print_text(
+                f"{each.name}: {each.consistency.value:.1%} of the pairs of sampled replies are equal "
+                f"({low:.1%} to {high:.1%})"
+            )
     for number, row in enumerate(found.shown, 1):
         print_text(f"row {number}: {row.prompt}")
         print_text(f"  expected: {row.expected}")

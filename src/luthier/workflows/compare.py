@@ -77,6 +77,8 @@ FREQUENT = 0.05
 """Share of training rows with the same reply from which the reply is a rival."""
 TIMED_ROWS = 256
 """Maximum number of rows for the time of an answer of a model that predicts."""
+SHOWN = ("zero-shot", "fine-tuning")
+"""Techniques whose replies are shown and sampled: models with the prompts as they are."""
 LOW_SCORE = 0.1
 """Best score up to which the grader or the model may be unsuitable."""
 
@@ -103,6 +105,8 @@ class Contender:
     """Duration of the tuning."""
     replies: Sequence[str] = ()
     """Replies to the rows, of a generative model."""
+    consistency: RowScores | None = None
+    """Share of pairs of sampled replies to a row that are equal."""
 
     @property
     def is_tuned(self) -> bool:
@@ -224,6 +228,9 @@ class HeadToHead:
             }  # fmt: skip
             if each.prompt_tokens is not None:
                 line["prompt_tokens"] = each.prompt_tokens
+            if each.consistency is not None:
+                low, high = each.consistency.interval
+                line["consistency"] = {"value": each.consistency.value, "interval": [low, high]}
             if each.preparation_seconds:
                 line["preparation_seconds"] = each.preparation_seconds
             if (cost := self.cost_per_thousand(each)) is not None:
@@ -254,6 +261,7 @@ def compare(
     records: Records | None = None,
     rivals: Sequence[ChatModel] = (),
     show: int = 0,
+    seeds: int = 0,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
@@ -274,6 +282,7 @@ def compare(
         records: columns of the rows, for placeholders.
         rivals: models at endpoints.
         show: number of rows whose replies of base and tuned models are returned.
+        seeds: number of sampled replies to each row, for the consistency of base and tuned models.
         note: called with progress messages.
         on_progress: called with the number of answers and the total.
 
@@ -328,7 +337,13 @@ def compare(
     if judge is not None:  # each pair in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
     contest = _Contenders(
-        opened, max_tokens, note, on_progress, len(rows) * (len(readers) + generated), remarks
+        opened,
+        seeds,
+        max_tokens,
+        note,
+        on_progress,
+        len(rows) * (len(readers) + generated),
+        remarks,
     )
     contenders: list[Contender] = []
     names = [*(each.id for each in generators), *(each.name for each in rivals)]
@@ -365,7 +380,7 @@ def compare(
 
 
 def _shown(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRow]:
-    chosen = [each for each in contenders if each.technique in ("zero-shot", "fine-tuning")]
+    chosen = [each for each in contenders if each.technique in SHOWN]
     shown = []
     for number, row in enumerate(rows):
         asked = row.prompt_turns()
@@ -437,6 +452,7 @@ class _Contenders:
     """State of a comparison while the contenders answer in turn."""
 
     graders: Mapping[str, Grader]
+    seeds: int
     max_tokens: int
     note: Callable[[str], None]
     on_progress: Callable[[int, int], None]
@@ -512,9 +528,23 @@ class _Contenders:
                     graded.reply_seconds / len(rows), tokens, _weight_bytes(stored),
                     peak_memory() - base_memory, _training_seconds(stored) if is_tuned else 0.0,
                     [each["reply"] for each in graded.records],
+                    self._consistency(generator, prompts) if technique in SHOWN else None,
                 )
             )  # fmt: skip
         return contenders
+
+    def _consistency(self, generator: Generator, prompts: Sequence[Chat]) -> RowScores | None:
+        """Return the share of equal pairs among replies sampled at temperature 1."""
+        if self.seeds < 2:
+            return None
+        draws = [
+            Sampling(max_tokens=self.max_tokens, temperature=1.0, seed=seed)
+            for seed in range(self.seeds)
+        ]
+        replies = zip(*(generator.replies(prompts, each) for each in draws), strict=True)
+        counts = [Counter(reply.strip() for reply in row) for row in replies]
+        pairs = self.seeds * (self.seeds - 1)
+        return RowScores.of([sum(n * (n - 1) for n in c.values()) / pairs for c in counts])
 
     def ask(
         self,
