@@ -359,7 +359,9 @@ def _methods() -> list[str]:
     ):
         lines += [f"## {title}", "", *ABOUT.get(title, [])]
         for name, cls in table.items():
-            lines += [f"### `{name}`", "", (cls.__doc__ or "").strip().splitlines()[0], ""]
+            about, *more = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+            advice = [paragraph for paragraph in more if paragraph.startswith("Use ")]
+            lines += [f"### `{name}`", "", " ".join([about, *advice]).replace("\n", " "), ""]
             plain = [
                 f for f, info in cls.model_fields.items() if f != "method" and not info.exclude
             ]

@@ -49,7 +49,10 @@ _INNER_CONVOLUTION = re.compile(
 
 
 class Adapters(Adaptation):
-    """Train a bottleneck after the sublayers of each layer, or after convolutions."""
+    """Train a bottleneck after the sublayers of each layer, or after convolutions.
+
+    Use ``lora`` for merged exports: bottlenecks are non-linear and cannot be merged.
+    """
 
     method: Literal["adapters"] = "adapters"
 

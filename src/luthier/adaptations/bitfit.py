@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class BitFit(Adaptation):
-    """Train the biases of the network, about 0.1 % of all weights."""
+    """Train the biases of the network, about 0.1 % of all weights.
+
+    Use ``lora`` for networks without biases, such as Llama, or to share one served base model.
+    """
 
     method: Literal["bitfit"] = "bitfit"
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class FeatureExtraction(Adaptation):
-    """Train the head alone."""
+    """Train the head alone.
+
+    Use ``lora`` for higher accuracy: measured on Banking77 and on hand signs.
+    """
 
     method: Literal["feature_extraction"] = "feature_extraction"
 

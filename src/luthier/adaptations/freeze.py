@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Freeze(Adaptation):
-    """Train a part of the layers and freeze a share of the layers."""
+    """Train a part of the layers and freeze a share of the layers.
+
+    Use ``lora`` for small files: ``freeze`` stores the whole network.
+    """
 
     method: Literal["freeze"] = "freeze"
     frozen: Literal["bottom", "top", "alternate", "interval"] = "bottom"

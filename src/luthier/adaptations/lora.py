@@ -32,7 +32,11 @@ _EXPERT_LAYERS = tuple(
 
 
 class LoRA(Adaptation):
-    """Train two low-rank matrices next to each chosen linear layer."""
+    """Train two low-rank matrices next to each chosen linear layer.
+
+    Use ``qlora`` if the base model exceeds the memory, or ``feature_extraction`` for the shortest
+    runs.
+    """
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1, le=65_536)

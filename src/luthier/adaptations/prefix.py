@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Prefix(VirtualTokens):
-    """Train keys and values that every layer sees before each row."""
+    """Train keys and values that every layer sees before each row.
+
+    Use ``lora`` for merged exports and higher accuracy on Banking77, or ``prompt`` for T5 and
+    XLNet.
+    """
 
     method: Literal["prefix"] = "prefix"
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Prompt(VirtualTokens):
-    """Train a prompt of vectors."""
+    """Train a prompt of vectors.
+
+    Use ``lora`` for merged exports, and for higher accuracy on Banking77.
+    """
 
     method: Literal["prompt"] = "prompt"
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 
 class QLoRA(Adaptation):
-    """Train two low-rank matrices next to quantized linear layers."""
+    """Train two low-rank matrices next to quantized linear layers.
+
+    Use ``lora`` if the base model fits into memory: quantization adds rounding errors and some time.
+    """
 
     method: Literal["qlora"] = "qlora"
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class Sparse(Adaptation):
-    """Train a few weights of each chosen linear layer: the largest, or the most informative."""
+    """Train a few weights of each chosen linear layer: the largest, or the most informative.
+
+    Use ``lora`` to share one served base model, or to shard the network over processes.
+    """
 
     method: Literal["sparse"] = "sparse"
     share: float = Field(default=0.005, gt=0, le=1)
