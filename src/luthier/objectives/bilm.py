@@ -35,7 +35,10 @@ NOTHING = -1
 
 
 class BiLM(Objective):
-    """Bidirectional language modelling of raw text, for ELMo."""
+    """Bidirectional language modelling of raw text, for ELMo.
+
+    Use ``masked_lm`` for encoders of the BERT family, or ``causal_lm`` for decoders.
+    """
 
     method: Literal["bilm"] = "bilm"
     vocabulary: int = Field(default=20_000, ge=4, le=10_000_000)

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Objective):
-    """Next-token prediction on raw text, packed into sequences of equal length."""
+    """Next-token prediction on raw text, packed into sequences of equal length.
+
+    Use ``sft`` for prompts with replies, ``masked_lm`` for encoders, or ``span_corruption`` for
+    encoder-decoders.
+    """
 
     method: Literal["causal_lm"] = "causal_lm"
     sequence_length: int = Field(default=512, ge=3, le=10_000_000)

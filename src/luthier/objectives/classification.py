@@ -57,7 +57,10 @@ PROBED_ROWS = 10_000
 
 
 class Classification(Objective):
-    """Classification of rows into one or several classes."""
+    """Classification of rows into one or several classes.
+
+    Use ``semi_supervised`` for few labels and many unlabelled texts, or ``regression`` for numbers.
+    """
 
     method: Literal["classification"] = "classification"
     labels: tuple[str, ...] | None = None

@@ -114,7 +114,10 @@ class _Cached:
 
 
 class Contrastive(Objective):
-    """Contrastive learning of embeddings."""
+    """Contrastive learning of embeddings.
+
+    Use ``reranker`` to order few documents more exactly, if the base model is a cross-encoder.
+    """
 
     method: Literal["contrastive"] = "contrastive"
     temperature: float | None = Field(default=None, gt=0, le=1000)

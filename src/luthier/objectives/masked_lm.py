@@ -32,7 +32,10 @@ HIDDEN, RANDOM = 0.8, 0.1
 
 
 class MaskedLM(Objective):
-    """Masked language modelling of raw text, for encoders."""
+    """Masked language modelling of raw text, for encoders.
+
+    Use ``contrastive`` to train embeddings, or ``causal_lm`` for decoders.
+    """
 
     method: Literal["masked_lm"] = "masked_lm"
     mask_share: float = Field(default=0.15, gt=0, lt=1)

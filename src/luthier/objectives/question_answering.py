@@ -63,7 +63,10 @@ class AnswerSpan:
 
 
 class QuestionAnswering(Objective):
-    """Selection of the answer to a question in a context."""
+    """Selection of the answer to a question in a context.
+
+    Use ``sft`` with a decoder if answers are not quotations from the context.
+    """
 
     method: Literal["question_answering"] = "question_answering"
     window: int = Field(default=384, ge=32, le=100_000)

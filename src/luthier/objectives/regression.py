@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class Regression(Objective):
-    """Regression of a number for each text."""
+    """Regression of a number for each text.
+
+    Use ``classification`` for numbers without order, such as codes.
+    """
 
     method: Literal["regression"] = "regression"
     center: float | None = None

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 
 class Reranker(Objective):
-    """Relevance of documents to a query."""
+    """Relevance of documents to a query.
+
+    Use ``contrastive`` to search large collections, or if only a few hundred queries are available.
+    """
 
     method: Literal["reranker"] = "reranker"
     hard_negatives: int = Field(default=4, ge=0, le=100)

@@ -68,7 +68,10 @@ FOLDS = 5
 
 
 class SemiSupervised(Classification):
-    """Classification with few labelled and many unlabelled texts."""
+    """Classification with few labelled and many unlabelled texts.
+
+    Use ``classification`` without unlabelled text, or if the base model embeds the text poorly.
+    """
 
     method: Literal["semi_supervised"] = "semi_supervised"  # type: ignore[assignment]
     multi_label: Literal[False] = False

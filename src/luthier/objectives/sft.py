@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class SFT(ReplyObjective):
-    """Supervised fine-tuning on prompt and completion pairs or conversations."""
+    """Supervised fine-tuning on prompt and completion pairs or conversations.
+
+    Use ``dpo`` for pairs of better and worse replies, or ``causal_lm`` for raw text.
+    """
 
     method: Literal["sft"] = "sft"
     can_shard: ClassVar[bool] = True

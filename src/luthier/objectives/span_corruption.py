@@ -31,7 +31,10 @@ SENTINEL = "<extra_id_{}>"
 
 
 class SpanCorruption(Objective):
-    """Span corruption of raw text, for encoder-decoders such as T5."""
+    """Span corruption of raw text, for encoder-decoders such as T5.
+
+    Use ``sft`` for prompts with replies, or ``causal_lm`` for decoders.
+    """
 
     method: Literal["span_corruption"] = "span_corruption"
     noise_density: float = Field(default=0.15, gt=0, lt=1)

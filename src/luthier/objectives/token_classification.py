@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 
 class TokenClassification(Objective):
-    """Classification of each word of a sentence."""
+    """Classification of each word of a sentence.
+
+    Use ``classification`` for labels of whole texts, or ``question_answering`` for one span per
+    question.
+    """
 
     method: Literal["token_classification"] = "token_classification"
     labels: tuple[str, ...] | None = None

@@ -145,7 +145,11 @@ class DenoisingSettings:
 
 
 class Diffusion(Generative):
-    """Denoising diffusion: a network learns to remove noise, and new images start as noise."""
+    """Denoising diffusion: a network learns to remove noise, and new images start as noise.
+
+    Use ``gan`` or ``vae`` for fast sampling; ``vae`` also reconstructs images and detects
+    anomalies.
+    """
 
     method: Literal["diffusion"] = "diffusion"
     prediction_type: PredictionType = "sample"

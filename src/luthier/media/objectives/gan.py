@@ -73,7 +73,10 @@ class Game:
 
 class GAN(Generative):
     """Generative adversarial network: a generator learns from a discriminator of real and new
-    images."""
+    images.
+
+    Use ``diffusion`` for better images, or ``vae`` for short runs, reconstruction and anomalies.
+    """
 
     method: Literal["gan"] = "gan"
     loss_type: Literal["wgan_gp", "non_saturating"] = "wgan_gp"

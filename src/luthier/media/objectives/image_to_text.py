@@ -47,7 +47,11 @@ LENGTH_MARGIN = 1.25
 
 
 class ImageToText(Objective):
-    """Text of an image: a line of handwriting or print, or a caption."""
+    """Text of an image: a line of handwriting or print, or a caption.
+
+    Use ``classification`` for a fixed set of labels, or ``contrastive`` to search images by
+    caption.
+    """
 
     method: Literal["image_to_text"] = "image_to_text"
     max_tokens: int | None = Field(default=None, ge=1, le=100_000)

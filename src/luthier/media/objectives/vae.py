@@ -99,7 +99,10 @@ class Draw:
 
 
 class VAE(Generative):
-    """Variational autoencoder: samples images, reconstructs images, and scores anomalies."""
+    """Variational autoencoder: samples images, reconstructs images, and scores anomalies.
+
+    Use ``gan`` for sharper images, or ``diffusion`` for the best images and for captions.
+    """
 
     method: Literal["vae"] = "vae"
     beta: float = Field(default=1.0, ge=0, le=1e6)

@@ -52,7 +52,10 @@ class _TeacherEmbeddings:
 
 
 class EmbeddingDistillation(TeacherObjective):
-    """Distillation of an encoder's embeddings."""
+    """Distillation of an encoder's embeddings.
+
+    Use ``contrastive`` for pairs of texts without a teacher that has the student's tokenizer.
+    """
 
     method: Literal["embedding_distillation"] = "embedding_distillation"
     teacher: str = ""

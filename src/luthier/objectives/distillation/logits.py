@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 
 class LogitDistillation(Distillation):
-    """Distillation of the teacher's next-token distributions on the rows' replies."""
+    """Distillation of the teacher's next-token distributions on the rows' replies.
+
+    Use ``on_policy_distillation`` against the student's own errors, or ``sft`` on teacher replies
+    if tokenizers differ.
+    """
 
     method: Literal["logit_distillation"] = "logit_distillation"
     mix: float = Field(default=0.0, ge=0, lt=1)

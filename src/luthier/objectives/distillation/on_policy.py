@@ -144,7 +144,11 @@ class OnPolicyObjective(TokenDivergence):
 
 
 class OnPolicyDistillation(OnPolicyObjective, Distillation):
-    """Distillation of the teacher's next-token distributions on the student's own answers."""
+    """Distillation of the teacher's next-token distributions on the student's own answers.
+
+    Use ``logit_distillation`` for shorter runs: sampling is slow, and teacher probabilities can be
+    cached.
+    """
 
     method: Literal["on_policy_distillation"] = "on_policy_distillation"
     student_share: float = Field(default=1.0, ge=0, le=1)

@@ -44,7 +44,10 @@ REPLY = "{reply}"
 
 
 class SDFT(OnPolicyObjective):
-    """Self-distillation with the row's reply in the teacher's context."""
+    """Self-distillation with the row's reply in the teacher's context.
+
+    Use ``sft`` for small models, or if replies have a form that the model never generates.
+    """
 
     method: Literal["sdft"] = "sdft"
     demonstration: str = f"\n\nAn example of a good answer:\n{REPLY}\n\nNow give your own answer."

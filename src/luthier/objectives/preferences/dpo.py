@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 
 class DPO(ReferenceObjective, Pairwise):
-    """Preference optimization with pairs of answers, without a reward model."""
+    """Preference optimization with pairs of answers, without a reward model.
+
+    Use ``kto`` for thumbs, ``listwise_dpo`` for rankings, or ``orpo`` to include supervised
+    learning.
+    """
 
     method: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0, le=1000)

@@ -44,7 +44,10 @@ class _Reference:
 
 
 class KTO(ReferenceObjective, PreferenceObjective):
-    """Preference optimization with thumbs up and down on single answers."""
+    """Preference optimization with thumbs up and down on single answers.
+
+    Use ``dpo`` for pairs with little noise and few contradictions.
+    """
 
     method: Literal["kto"] = "kto"
     beta: float = Field(default=0.1, gt=0, le=1000)

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class ListwiseDPO(ReferenceObjective, PreferenceObjective):
-    """Preference optimization with rankings of several answers, without a reward model."""
+    """Preference optimization with rankings of several answers, without a reward model.
+
+    Use ``dpo`` for two answers per prompt (equal loss), or for ties among rated answers.
+    """
 
     method: Literal["listwise_dpo"] = "listwise_dpo"
     beta: float = Field(default=0.1, gt=0, le=1000)

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class ORPO(Pairwise):
-    """Preference optimization with supervised learning in one loss, without a reference."""
+    """Preference optimization with supervised learning in one loss, without a reference.
+
+    Use ``dpo`` after supervised tuning, to limit the distance from the tuned model.
+    """
 
     method: Literal["orpo"] = "orpo"
     odds_weight: float = Field(default=0.1, ge=0, le=1e6)

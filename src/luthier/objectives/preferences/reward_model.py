@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 
 class RewardModel(Objective):
-    """Reward model from preferences."""
+    """Reward model from preferences.
+
+    Use ``dpo`` to tune a generating model directly on pairs, without sampling.
+    """
 
     method: Literal["reward_model"] = "reward_model"
     margin: float = Field(default=0.0, ge=0, le=1e6)

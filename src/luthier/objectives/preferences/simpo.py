@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class SimPO(Pairwise):
-    """Preference optimization by mean log-probabilities with a target margin, without a reference."""
+    """Preference optimization by mean log-probabilities with a target margin, without a reference.
+
+    Use ``dpo`` to limit the distance from the base model.
+    """
 
     method: Literal["simpo"] = "simpo"
     beta: float = Field(default=2.0, gt=0, le=1000)

@@ -37,7 +37,10 @@ SMALLEST_STD = 1e-4
 
 
 class GRPO(Reinforcement):
-    """Group relative policy optimization with graded completions."""
+    """Group relative policy optimization with graded completions.
+
+    Use ``dpo`` for pairs instead of a grader, or ``sft`` first if no completion earns a reward.
+    """
 
     method: Literal["grpo"] = "grpo"
     num_generations: int = Field(default=8, ge=2, le=10_000)

@@ -44,7 +44,10 @@ HEAD = "value_head"
 
 
 class PPO(Reinforcement):
-    """Proximal policy optimization with graded completions and a value head."""
+    """Proximal policy optimization with graded completions and a value head.
+
+    Use ``grpo`` to sample several completions per prompt: the group's mean replaces the value head.
+    """
 
     method: Literal["ppo"] = "ppo"
     num_ppo_epochs: int = Field(default=4, ge=1, le=10_000)
