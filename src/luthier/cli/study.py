@@ -88,7 +88,7 @@ def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:
         try:
             limits[name.strip()] = float(value)
         except ValueError:
-            message = f"`--at-most` takes NAME=NUMBER, such as ms=20; got {text!r}"
+            message = f"`--at-most` {text!r} is invalid. Write NAME=NUMBER, such as ms=20."
             raise RecipeError(message, rule="option.form", value=text) from None
     return limits
 

@@ -10,7 +10,7 @@ import pytest
 from luthier.errors import RecipeError
 from luthier.recipe import Recipe
 from luthier.workflows.study.grid import (
-    MOST_CELLS,
+    MAX_TRAININGS,
     Configuration,
     check_grid,
     grid_of,
@@ -64,6 +64,9 @@ def test_mixing_share_becomes_a_weight() -> None:
         ([], "vary"),
         (["training.epochs"], "vary"),
         (["training.epochs=1,,2"], "vary"),
+        (["training=1,2"], "vary"),
+        (["adaptation.targets=[1],[2]"], "vary"),
+        (["rows=true,all"], "rows"),
         (["training.epochs=1,2", "training.epochs=3,4"], "training.epochs"),
         (["training.epochs=1"], "training.epochs"),
         (["training.seed=1,2"], "training.seed"),
@@ -84,10 +87,10 @@ def test_invalid_grid_is_refused(texts: list[str], place: str) -> None:
 
 def test_grid_of_ten_thousand_is_refused_before_enumeration() -> None:
     values = ",".join(map(str, range(1, 101)))
-    with pytest.raises(RecipeError, match=f"{MOST_CELLS}"):
+    with pytest.raises(RecipeError, match=f"{MAX_TRAININGS}"):
         grid_of(parse_dimensions([f"training.epochs={values}", f"training.batch_size={values}"]))
     with pytest.raises(RecipeError, match="trainings"):
-        check("training.epochs=1,2", seeds=MOST_CELLS)
+        check("training.epochs=1,2", seeds=MAX_TRAININGS)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ def outcome(right: int, seconds: float = 10.0, start: float | None = 0.5, **fiel
     return Outcome(
         measure="accuracy", value=scores.value, error=scores.error, rows=scores.plain(),
         start=start, seconds=seconds, processor_seconds=seconds, peak_memory_bytes=10**9,
-        trained_weights=1000, saved_bytes=2 * 10**6, training_rows=100, steps=10, **fields,
+        trained_weights=1000, saved_bytes=2 * 10**6, training_rows=100, steps=10,
+        **{"order": "x", **fields},
     )  # fmt: skip
 
 
 def study_of(
-    rows: dict[Any, Sequence[Outcome]], key: str = "adaptation.method", **fields: Any
+    rows: Mapping[Any, Sequence[Outcome]], key: str = "adaptation.method", **fields: Any
 ) -> Study:
     studied = [
         StudyRow(Configuration({key: name}), each, next((o.reason for o in each if o.reason), ""))
@@ -41,7 +42,7 @@ def study_of(
     return Study("s", "folder", studied, [Dimension(key, tuple(rows))], HELD_OUT, **fields)
 
 
-def chosen_name(rows: dict[Any, Sequence[Outcome]], **limits: float) -> str | None:
+def chosen_name(rows: Mapping[Any, Sequence[Outcome]], **limits: float) -> str | None:
     chosen = study_of(rows, limits=limits).chosen
     return None if chosen is None else chosen.name
 
@@ -83,9 +84,41 @@ def test_seeds_that_differ_widen_the_error() -> None:
     assert apart.best.interval[1] == 1.0
 
 
+def test_equal_configurations_differ_significantly_in_one_study_of_twenty() -> None:
+    draw, studies, count = np.random.default_rng(0), 200, 0
+    for _ in range(studies):
+        rows = {}
+        for name in "abcde":
+            # Each seed has a different true accuracy.
+            outcomes = []
+            for share in 0.8 + 0.02 * draw.standard_normal(3):
+                scores = RowScores.of(draw.random(HELD_OUT) < share)
+                plain = scores.plain()
+                outcomes.append(
+                    Outcome(measure="accuracy", value=scores.value, rows=plain, order="x")
+                )
+            rows[name] = outcomes
+        count += any(each.significant for each in study_of(rows).apart.values())
+    assert count <= 0.1 * studies
+
+
+def test_rows_in_different_orders_are_not_paired() -> None:
+    paired = study_of({"a": [outcome(380)], "b": [outcome(370)]})
+    apart = study_of({"a": [outcome(380)], "b": [outcome(370, order="y")]})
+    assert apart.apart["b"].error > paired.apart["b"].error
+
+
+def test_limit_excludes_a_configuration_without_the_figure() -> None:
+    rows = {"a": [outcome(380)], "b": [outcome(300, milliseconds=3.0)]}
+    assert chosen_name(rows, ms=5.0) == "b"
+
+
 def test_lower_loss_is_better_and_a_gain() -> None:
     rows = {name: [Outcome(value=value, start=2.0)] for name, value in (("a", 1.5), ("b", 1.0))}
     found = study_of(rows)
+    # A difference without a known error is not significant.
+    assert found.is_within_chance(found.measured[1])
+    assert found.smallest_difference is None
     assert found.best.name == "b"
     assert found.best.gain == 1.0
     assert found.best.relative_gain == 0.5
@@ -140,5 +173,11 @@ def test_four_numbers_of_rows_predict_the_effect_of_more() -> None:
     assert found.more_rows is not None and found.more_rows.rows == 1600
     assert found.more_rows.gain > 0
     assert study_of(rows, key="training.epochs").more_rows is None
+    losses = {
+        share: [Outcome(value=1 + 0.5 * share**-0.5, training_rows=round(800 * share))]
+        for share in rights
+    }
+    falling = study_of(losses, key="data.train_share").more_rows
+    assert falling is not None and falling.gain > 0
     three = {share: rows[share] for share in (0.25, 0.5, 1.0)}
     assert study_of(three, key="data.train_share").more_rows is None

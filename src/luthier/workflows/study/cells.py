@@ -2,8 +2,8 @@
 
 The first process of a cell trains and stores the model in the cell's folder. A second process,
 without the memory of the training, measures the stored model. The measurements stay in
-``studies/cells/HASH``, by the SHA-256 of recipe, data and program, so a later study reuses them. An
-interrupted training resumes from its checkpoint. The model itself is deleted.
+``studies/.cells/HASH``, by the SHA-256 of recipe, data, machine and program, so a later study
+reuses them. An interrupted training resumes from its checkpoint. The model itself is deleted.
 
 Each process is ``python -m luthier.workflows.study.cells FOLDER STAGE``.
 """
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from luthier.files import (
     lock,
     luthier_home,
     read_json,
+    sha256_of,
     write_json,
 )
 from luthier.library.folders import RUN_RESULT
@@ -62,8 +63,7 @@ if TYPE_CHECKING:
     from luthier.types import Example, IntArray
 
 REQUEST, OUTCOME, TRAINED = "cell.json", "outcome.json", "trained.json"
-MOST_ROWS = 500
-"""Maximum number of held-out rows with a measured loss of their own."""
+_PROCESS_LOCK = ".process.lock"
 TIMED = 20
 """Timed answers."""
 REPLY_TOKENS = 32
@@ -78,25 +78,34 @@ class Cell:
     before: str | None = None
     """File to train on first."""
     forgetting: bool = False
-    """Whether forgetting is measured."""
+    """True to measure forgetting."""
 
+    media: str | None = None
+    """Hash of images and sounds that the rows name."""
+
+    @cached_property
     def request(self) -> dict[str, Any]:
-        """Return all that decides the measurements, as JSON values."""
-        files = [*self.recipe.data.files, *([Path(self.before)] if self.before else [])]
+        """Everything that determines the measurements, as JSON values."""
+        recipe, training = self.recipe, self.recipe.training
+        files = [*recipe.data.files, *([Path(self.before)] if self.before else [])]
+        others = {} if recipe.objective is None else recipe.objective.other_models
         return {
-            "recipe": portable(self.recipe),
+            "recipe": portable(recipe),
             "before": self.before,
             "forgetting": self.forgetting,
-            "base": find(self.recipe.base).content_hash,
-            "data": [cached_sha256_of(path) for path in files if path.is_file()],
+            "base": find(recipe.base).content_hash,
+            "others": {name: find(other).content_hash for name, other in others.items()},
+            "data": [cached_sha256_of(p) if p.is_file() else sha256_of(p) for p in files],
+            "media": self.media,
+            "machine": choose_machine(training.precision, training.threads).reason,
             "luthier": __version__,
         }
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Folder of the measurements."""
-        plain = json.dumps(self.request(), sort_keys=True).encode()
-        return luthier_home() / "studies" / "cells" / hashlib.sha256(plain).hexdigest()[:20]
+        plain = json.dumps(self.request, sort_keys=True).encode()
+        return luthier_home() / "studies" / ".cells" / hashlib.sha256(plain).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,10 @@ class Outcome:
     """Standard error of the measurement, by the held-out rows."""
     rows: Mapping[str, Any] | None = None
     """Measurement by row, for :meth:`RowScores.read`."""
+    base: str = ""
+    """Model that the training started from: with ``before``, a custom model."""
+    order: str = ""
+    """Key of the held-out rows in their order; rows of equal keys are pairs."""
     start: float | None = None
     """Measurement before training; ``None`` for an untrained head."""
     seconds: float = 0.0
@@ -125,7 +138,7 @@ class Outcome:
     batch_size: int = 0
     warmup_ratio: float = 0.0
     milliseconds: float | None = None
-    """Mean time of an answer, one at a time; ``None`` for models that draw."""
+    """Mean time of an answer, one at a time; ``None`` for models that generate images."""
     forgotten: float | None = None
     """Drift from the base, in nats per token."""
     knowledge: tuple[float, float] | None = None
@@ -151,16 +164,22 @@ def run_cell(cell: Cell, reporter: Reporter) -> Outcome:
     """
     folder = cell.folder
     with lock(folder / ".lock", wait=True):
-        (folder / OUTCOME).unlink(missing_ok=True)
-        write_json(folder / REQUEST, cell.request())
+        if (known := measured_outcome(cell)) is not None:  # by a study at the same time
+            return known
+        with lock(
+            folder / _PROCESS_LOCK, wait=True
+        ):  # a process of a killed study is about to stop
+            (folder / OUTCOME).unlink(missing_ok=True)
+        write_json(folder / REQUEST, cell.request)
         for stage in _STAGES:
-            if (folder / OUTCOME).is_file():  # the first stage failed
-                break
-            _run_stage(folder, stage, reporter)
+            if not (folder / OUTCOME).is_file():  # the first stage may have failed
+                _run_stage(folder, stage, reporter)
         outcome = Outcome(**read_json(folder / OUTCOME))
-        Run("", folder.name, rehearsal=folder).drop_working_files()
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        (folder / RUN_RESULT).unlink(missing_ok=True)
+        if not outcome.reason or not (folder / RUN_RESULT).is_file():
+            Run("", folder.name, rehearsal=folder).drop_working_files()
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            for name in (RUN_RESULT, TRAINED):
+                (folder / name).unlink(missing_ok=True)
     return outcome
 
 
@@ -199,12 +218,15 @@ def _run_stage(folder: Path, stage: str, reporter: Reporter) -> None:
 
 
 def _train(folder: Path, reporter: Reporter) -> None:
-    request = read_json(folder / REQUEST)
-    recipe = _after(Recipe.parse(request["recipe"]), request["before"], reporter)
-    began = time.process_time()
-    store_trial(recipe, folder, reporter)
-    spent = time.process_time() - began
-    write_json(folder / TRAINED, {"processor_seconds": spent, "base": recipe.base})
+    request, path = read_json(folder / REQUEST), folder / TRAINED
+    earlier = read_json(path)["processor_seconds"] if path.is_file() else 0.0
+    began, recipe = time.process_time(), Recipe.parse(request["recipe"])
+    try:
+        recipe = _after(recipe, request["before"], reporter)
+        store_trial(recipe, folder, reporter)
+    finally:
+        spent = earlier + time.process_time() - began
+        write_json(path, {"processor_seconds": spent, "base": recipe.base})
 
 
 def _after(recipe: Recipe, before: str | None, reporter: Reporter) -> Recipe:
@@ -214,7 +236,8 @@ def _after(recipe: Recipe, before: str | None, reporter: Reporter) -> Recipe:
     """
     if before is None:
         return recipe
-    digest = cached_sha256_of(Path(before))[:8]
+    key = [find(recipe.base).content_hash, cached_sha256_of(Path(before)), before, __version__]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     first = Recipe.parse(
         {"base": recipe.base, "name": f"before-{digest}", "data": {"train": before}}
     )
@@ -257,6 +280,8 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         value=sign * best[field],
         error=best.get(f"{measure}_error", 0.0) if rows is None else RowScores.read(rows).error,
         rows=rows,
+        base=trained["base"],
+        order=_order(job.data.validation),
         start=None if lines[0].get("untrained_head") else sign * lines[0][field],
         seconds=result.seconds,
         processor_seconds=trained["processor_seconds"],
@@ -275,6 +300,14 @@ def _measure(folder: Path, reporter: Reporter) -> None:
     write_json(folder / OUTCOME, asdict(outcome))
 
 
+def _order(examples: Sequence[Example]) -> str:
+    """Return a key of the rows in their order, equal for equal tokens."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.ids_T.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _row_losses(
     stored: StoredModel, objective: Any, examples: Sequence[Example]
 ) -> dict[str, Any] | None:
@@ -283,7 +316,7 @@ def _row_losses(
 
     from luthier.engine.machine import open_network
 
-    if objective.contrasts_rows or len(examples) > MOST_ROWS:
+    if objective.contrasts_rows or objective.other_models:
         return None
     network, budget = open_network(stored), READING_BUDGET
     parts, weights = [], []
@@ -314,6 +347,8 @@ def _milliseconds(stored: StoredModel, examples: Sequence[Example]) -> float | N
     else:
         return None
     timed = inputs[:TIMED]
+    if not timed:  # no prompt leaves room for a reply
+        return None
     seconds = measure_latency({"model": lambda: [answer(each) for each in timed]})
     return float(1000 * seconds["model"] / len(timed))
 
@@ -335,9 +370,8 @@ def main(folder: Path, stage: str) -> None:
     """Carry out a stage of the cell in ``folder``. A refused recipe is the cell's outcome."""
     on_stdin_end(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        _STAGES[stage](folder, ReportFile(folder / REPORTS))
-    except Interrupted:
-        raise
+        with lock(folder / _PROCESS_LOCK, wait=True):
+            _STAGES[stage](folder, ReportFile(folder / REPORTS))
     except (RefusedInput, Diverged) as error:
         write_json(folder / OUTCOME, asdict(Outcome(reason=str(error))))
 

@@ -18,8 +18,8 @@ from luthier.errors import RecipeError
 from luthier.recipe import Recipe, toml_value
 from luthier.workflows.space import with_settings
 
-MOST_CELLS = 200
-"""Maximum number of trainings in a study; more are a typo or need ``luthier search``."""
+MAX_TRAININGS = 200
+"""Maximum number of trainings in a study. Use ``luthier search`` for more."""
 SPECIAL: Mapping[str, str] = {
     "rows": "number of training rows, or all",
     "before": "file to train on first, or none",
@@ -36,6 +36,7 @@ FIXED = frozenset(
     }
 )  # fmt: skip
 """Fields that a study sets, or that change the held-out rows."""
+_GROUPS = ("base", "objective", "adaptation")
 NONE, ALL = "none", "all"
 _UNKNOWN = 10**12
 """Number of rows before the data is read: any count in a grid is a valid share."""
@@ -51,8 +52,7 @@ class Dimension:
     @property
     def is_ordered(self) -> bool:
         """True if the values are numbers, such as rows or rates."""
-        numbers = [value for value in self.values if value != ALL]
-        return len(numbers) > 1 and all(isinstance(each, int | float) for each in numbers)
+        return all(type(each) in (int, float) or each == ALL for each in self.values)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,6 @@ class Configuration:
         return self.label or ", ".join(
             str(value)
             if isinstance(value, str) and key != "rows"
-            else f"{key.rpartition('.')[2]} {value:g}"
-            if isinstance(value, float)
             else f"{key.rpartition('.')[2]} {value}"
             for key, value in self.settings.items()
         )
@@ -110,8 +108,9 @@ def parse_dimensions(texts: Sequence[str]) -> list[Dimension]:
     dimensions: list[Dimension] = []
     for text in texts:
         key, equals, values = (part.strip() for part in text.partition("="))
-        parts = tuple(dict.fromkeys(toml_value(part.strip()) for part in values.split(",")))
-        if not equals or not values or "" in parts:
+        parts = tuple(toml_value(part.strip()) for part in dict.fromkeys(values.split(",")))
+        is_known = "." in key or key in {*SPECIAL, *_GROUPS}
+        if not equals or not is_known or "" in parts or any(c in values for c in "[]{}"):
             raise RecipeError(
                 f"`--vary` {text!r} is invalid. Write KEY=a,b,c, such as "
                 "adaptation.method=lora,full.",
@@ -138,9 +137,9 @@ def grid_of(dimensions: Sequence[Dimension]) -> list[Configuration]:
         RecipeError: for too many combinations.
     """
     count = math.prod(len(each.values) for each in dimensions)
-    if count > MOST_CELLS:
+    if count > MAX_TRAININGS:
         raise RecipeError(
-            f"The grid has {count:,} combinations, more than {MOST_CELLS}. Vary fewer fields or "
+            f"The grid has {count:,} combinations, more than {MAX_TRAININGS}. Vary fewer fields or "
             "values, or use `luthier search`.",
             setting="vary",
         )
@@ -162,10 +161,10 @@ def check_grid(
             "A study needs a varied field: `--vary adaptation.method=lora,full`, or a `--preset`.",
             setting="vary",
         )
-    if seeds * len(grid) > MOST_CELLS:
+    if seeds * len(grid) > MAX_TRAININGS:
         raise RecipeError(
             f"{len(grid):,} combinations with {seeds:,} seeds are {seeds * len(grid):,} trainings, "
-            f"more than {MOST_CELLS}.",
+            f"more than {MAX_TRAININGS}.",
             setting="seeds",
         )
     for each in dimensions:
@@ -179,16 +178,19 @@ def check_grid(
 
 
 def _check_rows(dimension: Dimension, recipe: Recipe) -> None:
+    if recipe.data.mix:
+        message = "`--vary rows` excludes `--mix`: only the rows of the main file can be a part."
+        raise RecipeError(message, setting="rows")
     for value in dimension.values:
-        if value != ALL and (not isinstance(value, int) or value < 1):
-            message = f"`--vary rows`: {value!r} is no number of rows. Write rows=50,200,all."
+        if value != ALL and (type(value) is not int or value < 1):
+            message = f"`--vary rows`: {value!r} is not a number of rows. Write rows=50,200,all."
             raise RecipeError(message, setting="rows")
 
 
 def _check_before(dimension: Dimension, recipe: Recipe) -> None:
     for value in dimension.values:
-        if value != NONE and not Path(str(value)).exists():
-            message = f"`--vary before`: {value} does not exist. Write before=none,FILE."
+        if value != NONE and not Path(str(value)).is_file():
+            message = f"`--vary before`: {value} is not a file. Write before=none,FILE."
             raise RecipeError(message, setting="before")
 
 
@@ -198,7 +200,7 @@ def _check_mix(dimension: Dimension, recipe: Recipe) -> None:
         raise RecipeError(message, setting="mix.share")
     for value in dimension.values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            message = f"`--vary mix.share`: {value!r} is no share from 0 to below 1."
+            message = f"`--vary mix.share`: {value!r} is not a share from 0 to less than 1."
             raise RecipeError(message, setting="mix.share")
 
 

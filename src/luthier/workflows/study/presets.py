@@ -1,4 +1,4 @@
-"""Presets of studies: the questions that people ask most, each with the claim that is tested."""
+"""Presets of studies, each with a question and the tested claim."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.formatting import did_you_mean
-from luthier.workflows.study.grid import Configuration, Dimension, grid_of, parse_dimensions
+from luthier.workflows.study.grid import (
+    NONE,
+    Configuration,
+    Dimension,
+    grid_of,
+    parse_dimensions,
+)
 
 FILE = "FILE"
-"""Stands for the file after the name of a preset, ``--preset domain=papers.jsonl``."""
+"""Placeholder for the file in ``--preset domain=papers.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,7 @@ class Preset:
     configurations: Mapping[str, Mapping[str, Any]] | None = None
     """Settings by label, instead of dimensions."""
 
-    @property
-    def needs_file(self) -> bool:
-        """True if the preset needs a file."""
-        plain = f"{self.vary} {self.configurations}"
-        return FILE in plain
+    needs_file: bool = False
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -72,7 +74,8 @@ PRESETS: Mapping[str, Preset] = {
         "Does text of the domain help first?",
         "Further pre-training on text of the domain improves the task (Gururangan et al. 2020, "
         "arXiv:2004.10964).",
-        vary=(f"before=none,{FILE}",),
+        configurations={"task alone": {"before": NONE}, "text first": {"before": FILE}},
+        needs_file=True,
     ),
     "replay": Preset(
         "Do earlier rows in the mix prevent forgetting?",
@@ -83,6 +86,7 @@ PRESETS: Mapping[str, Preset] = {
             "5 % replay": {"data.mix": [{"train": FILE, "weight": 0.05}]},
             "25 % replay": {"data.mix": [{"train": FILE, "weight": 0.25}]},
         },
+        needs_file=True,
     ),
     "augmentation": Preset(
         "Do random changes of images help?",
@@ -125,15 +129,15 @@ def grid_from(
         raise RecipeError("`preset` and `vary` exclude each other.", setting="preset")
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, f"there are {', '.join(PRESETS)}")
-        raise RecipeError(f"unknown preset {name!r}; {hint}", setting="preset")
+        raise RecipeError(f"Unknown preset {name!r}; {hint}.", setting="preset")
     chosen = PRESETS[name]
     if chosen.needs_file and not Path(file).is_file():
-        missing = f"{file} does not exist" if file else "the preset needs a file"
-        raise RecipeError(f"{missing}: `--preset {name}=FILE`", setting="preset")
+        missing = f"{file} is not a file" if file else "The preset needs a file"
+        raise RecipeError(f"{missing}. Write `--preset {name}=FILE`.", setting="preset")
     if file and not chosen.needs_file:
-        raise RecipeError(f"the preset {name} takes no file", setting="preset")
+        raise RecipeError(f"`--preset {name}` takes no file. Remove `={file}`.", setting="preset")
     if chosen.configurations is None:
-        dimensions = parse_dimensions([text.replace(FILE, file) for text in chosen.vary])
+        dimensions = parse_dimensions(chosen.vary)
         return grid_of(dimensions), dimensions
     filled = {
         label: {key: _fill(value, file) for key, value in settings.items()}
@@ -146,4 +150,4 @@ def _fill(value: Any, file: str) -> Any:
     """Return a setting with the file of the user."""
     if isinstance(value, list):
         return [{**each, "train": file} for each in value]
-    return value
+    return file if value == FILE else value

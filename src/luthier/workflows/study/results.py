@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.engine.metrics import SCORES, cost_of
+from luthier.engine.metrics import SCORES, SHARES, cost_of
 from luthier.evaluation.significance import (
     CHANCE,
     RowScores,
@@ -59,7 +59,9 @@ class StudyRow:
     @property
     def cost(self) -> float:
         """The measurement as a number to minimize."""
-        return cost_of({self.measure: self.value, "loss": -self.value}, self.measure)
+        if self.measure in ("loss", "reward"):
+            return -as_gain(self.measure, self.value)
+        return cost_of({self.measure: self.value}, self.measure)
 
     @cached_property
     def scores(self) -> RowScores | None:
@@ -80,17 +82,27 @@ class StudyRow:
         return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
     @property
+    def row_error(self) -> float:
+        """Standard error by the held-out rows; 0 if unknown."""
+        return self.outcomes[0].error if self.scores is None else self.scores.error
+
+    @property
+    def order(self) -> str:
+        """Key of the held-out rows and of their order; empty if the seeds differ."""
+        orders = {each.order for each in self.outcomes}
+        return orders.pop() if len(orders) == 1 else ""
+
+    @property
     def error(self) -> float:
         """Standard error, by rows and seeds."""
-        rows = self.outcomes[0].error if self.scores is None else self.scores.error
-        return math.hypot(rows, self.seed_error)
+        return math.hypot(self.row_error, self.seed_error)
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval."""
         low, high = self.value - CHANCE * self.error, self.value + CHANCE * self.error
-        share = self.measure in SCORES and self.measure != "absolute_error"
-        return (max(0.0, low), min(1.0, high)) if share else (low, high)
+        is_share = self.measure in SHARES
+        return (max(0.0, low), min(1.0, high)) if is_share else (low, high)
 
     @property
     def gain(self) -> float | None:
@@ -116,7 +128,7 @@ class StudyRow:
         return None if any(value is None for value in values) or not values else mean(values)
 
     @property
-    def forgotten_points(self) -> float | None:
+    def accuracy_loss(self) -> float | None:
         """Loss of accuracy on general knowledge."""
         pairs = [each.knowledge for each in self.outcomes if each.knowledge is not None]
         return mean(before - after for before, after in pairs) if pairs else None
@@ -167,19 +179,22 @@ class Study:
         found = {}
         for best, row in ((self.best, row) for row in self.measured[1:]):
             value = as_gain(row.measure, row.value - best.value)
-            if row.scores is None or best.scores is None or len(row.scores) != len(best.scores):
-                rows = math.hypot(row.error, best.error)
+            if row.order and row.order == best.order and row.scores and best.scores:
+                row_error = row.scores.difference_error(best.scores)
             else:
-                rows = row.scores.difference_error(best.scores)
-            found[row.name] = value, math.hypot(rows, row.seed_error, best.seed_error)
-        p_values = [
-            2 * (1 - NormalDist().cdf(abs(value) / error)) if error else float(value == 0)
-            for value, error in found.values()
-        ]
-        significant = significant_of(p_values, LEVEL)
+                row_error = math.hypot(row.row_error, best.row_error)
+            parts = [
+                (row_error, self.held_out - 1),
+                (row.seed_error, len(row.outcomes) - 1),
+                (best.seed_error, len(best.outcomes) - 1),
+            ]
+            # The best row is chosen on the same data, so all pairs are compared.
+            p_value = min(1.0, _p_value(value, parts) * len(self.measured) / 2)
+            found[row.name] = value, math.hypot(*(error for error, _ in parts)), p_value
+        significant = significant_of([p_value for _, _, p_value in found.values()], LEVEL)
         return {
-            name: Apart(*each, beyond)
-            for (name, each), beyond in zip(found.items(), significant, strict=True)
+            name: Apart(value, error, beyond)
+            for (name, (value, error, _)), beyond in zip(found.items(), significant, strict=True)
         }
 
     def is_within_chance(self, row: StudyRow) -> bool:
@@ -193,11 +208,11 @@ class Study:
 
     @property
     def smallest_difference(self) -> float | None:
-        """Smallest difference that the held-out rows can show, after the correction."""
+        """Smallest difference that is significant after the correction; ``None`` if unknown."""
         if not self.apart:
             return None
-        quantile = NormalDist().inv_cdf(1 - LEVEL / 2 / len(self.apart))
-        return quantile * median(each.error for each in self.apart.values())
+        error, count = median(each.error for each in self.apart.values()), len(self.measured)
+        return NormalDist().inv_cdf(1 - LEVEL / (count * (count - 1))) * error or None
 
     @cached_property
     def more_rows(self) -> MoreRows | None:
@@ -220,33 +235,33 @@ class Study:
 
         If no row within chance of the best is within the limits, the best row within the limits.
         """
-        able = [row for row in self.measured if all(map(self._allows(row), self.limits))]
+        able = [row for row in self.measured if self._is_allowed(row)]
         near = [row for row in able if self.is_within_chance(row)]
         if near:
             return min(near, key=lambda row: row.figure("processor_seconds") or 0.0)
         return able[0] if able else None
 
-    def _allows(self, row: StudyRow) -> Any:
-        return lambda name: (figure_of(row, name) or 0.0) <= self.limits[name]
+    def _is_allowed(self, row: StudyRow) -> bool:
+        figures = {name: figure_of(row, name) for name in self.limits}
+        return all(f is not None and f <= self.limits[name] for name, f in figures.items())
 
     def text(self, value: float, signed: bool = False) -> str:
         """Return a measurement, or a difference, as text."""
         sign = "+" if signed else ""
-        is_share = self.best.measure in SCORES and self.best.measure != "absolute_error"
-        return f"{value:{sign}.1%}" if is_share else f"{value:{sign}.3f}"
+        return f"{value:{sign}.1%}" if self.best.measure in SHARES else f"{value:{sign}.3f}"
 
     def verdict(self) -> str:
         """Return the best configuration, and the cheapest configuration within chance."""
         if not self.measured:
             return "No training finished."
         best, measure = self.best, SCORES.get(self.best.measure, self.best.measure)
-        if self.more_rows is not None:
-            return self.more_rows.verdict()
         text = f"Best: {best.name}, {measure} {self.text(best.value)}"
-        if self.is_decided:
+        near = [row for row in self.measured[1:] if self.is_within_chance(row)]
+        if len(self.measured) == 1:
+            text += "; no other configuration was measured."
+        elif self.is_decided:
             text += ", better than all others beyond chance."
         else:
-            near = [row.name for row in self.measured[1:] if self.is_within_chance(row)]
             text += (
                 f". {len(near)} of the others {'is' if len(near) == 1 else 'are'} within chance."
             )
@@ -254,9 +269,10 @@ class Study:
         if chosen is None:
             limits = ", ".join(f"{name} {value:g}" for name, value in self.limits.items())
             return f"{text} No configuration is within {limits}."
-        cost = f"{(chosen.figure('seconds') or 0) / 60:.1f} minutes"
+        cost = f"{chosen.figure('processor_seconds') or 0:,.0f} s of processor time"
         if chosen is best:
-            return f"{text} The best is also the cheapest of these ({cost})."
+            cheapest = " and is the cheapest of these" if near else ""
+            return f"{text} The best takes {cost}{cheapest}."
         kind = (
             "The cheapest within chance" if self.is_within_chance(chosen) else "Within the limits"
         )
@@ -296,9 +312,25 @@ class Study:
             "relative_gain": row.relative_gain,
             "behind_best": None if apart is None else apart.value,
             "significant": None if apart is None else apart.significant,
-            "forgotten_accuracy": row.forgotten_points,
+            "accuracy_loss": row.accuracy_loss,
             **figures,
         }
+
+
+def _p_value(value: float, parts: Sequence[tuple[float, int]]) -> float:
+    """Return the two-sided p-value of a difference; 1 without a known error.
+
+    ``parts`` are independent standard errors with their degrees of freedom. The t statistic has the
+    degrees of freedom of Welch and Satterthwaite, and becomes normal by Wallace's approximation
+    (1959).
+    """
+    error = math.hypot(*(each for each, _ in parts))
+    if not error:
+        return 1.0
+    freedom = error**4 / sum(each**4 / max(1, count) for each, count in parts)
+    square = freedom * math.log1p((value / error) ** 2 / freedom)
+    normal = (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(square)
+    return 2 * (1 - NormalDist().cdf(normal))
 
 
 FIGURES = {"ms": "milliseconds", "mb": "saved_bytes", "minutes": "seconds", "drift": "forgotten"}
@@ -338,7 +370,9 @@ _COLUMNS = {
 
 
 def _score_text(found: Study, row: StudyRow) -> str:
-    return f"{found.text(row.value)} {found.text(row.error)}"
+    return (
+        f"{found.text(row.value)} {found.text(row.error)}" if row.error else found.text(row.value)
+    )
 
 
 def _apart_text(found: Study, row: StudyRow) -> str:
@@ -347,7 +381,8 @@ def _apart_text(found: Study, row: StudyRow) -> str:
         return ""
     apart = found.apart[row.name]
     mark = "" if apart.significant else " *"
-    return f"{found.text(apart.value, signed=True)} {found.text(apart.error)}{mark}"
+    error = f" {found.text(apart.error)}" if apart.error else ""
+    return f"{found.text(apart.value, signed=True)}{error}{mark}"
 
 
 def _gain_text(found: Study, row: StudyRow) -> str:

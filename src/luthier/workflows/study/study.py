@@ -1,21 +1,23 @@
-"""The command's work: estimate, cells in order, result."""
+"""A study: time estimate, trainings and result."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import automatic_name, is_resumed, lock_folder
 from luthier.errors import Diverged, RecipeError, RefusedInput
-from luthier.files import luthier_home, write_bytes, write_json
+from luthier.files import luthier_home, read_json, write_bytes, write_json
 from luthier.formatting import format_duration
 from luthier.library.models import find
-from luthier.recipe import Recipe, portable, to_toml
+from luthier.recipe import Recipe, Training, portable, to_toml
 from luthier.workflows.estimate.estimate import PredictionInterval, estimate
 from luthier.workflows.space import with_settings
 from luthier.workflows.study.cells import Cell, Outcome, measured_outcome, run_cell
@@ -64,14 +66,24 @@ def study(
         raise RecipeError(f"`at_most`: {unknown!r} is none of {', '.join(FIGURES)}.")
     if "drift" in limits and not forgetting:
         raise RecipeError("`at_most` drift needs `forgetting`.")
-    recipe = with_base(recipe, reporter)
-    training = recipe.training.model_copy(update={"baseline_seconds": 0.0, "refit": False})
-    recipe = recipe.model_copy(update={"training": training})
     check_grid(grid, dimensions, recipe, seeds)
+    keys = {key for each in grid for key in each.settings}
+    if "base" in keys:
+        recipe = with_settings(recipe, {"base": grid[0].settings["base"]})
+    recipe = with_base(recipe, reporter)
+    given = recipe.training
+    training = given.model_copy(update={"baseline_seconds": 0.0, "refit": False})
+    recipe = recipe.model_copy(update={"training": training})
     base = find(recipe.base, reporter.stage)
     reporter.stage("Checking the data")
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    job = prepare_job(recipe, base, machine, Reporter())
+    parent = luthier_home() / "studies"
+    name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
+    request_file = parent / name / "request.json"
+    # All cells are rendered with one date, if the chat template prints a date.
+    date = read_json(request_file)["template_date"] if resume and request_file.is_file() else None
+    fixed = {} if date is None else {"template_date": date}
+    job = prepare_job(recipe, base, machine, _Warnings(reporter), fixed)
     _check_comparable(dimensions, job.data.objective.measure)
     if not job.data.validation:
         raise RecipeError(
@@ -80,7 +92,6 @@ def study(
         )
     if forgetting and not job.data.objective.task.writes:
         raise RecipeError("`forgetting` needs an objective for text generation.")
-    keys = {key for each in grid for key in each.settings}
     if "training.learning_rate" in keys and not keys & {"adaptation", "adaptation.method"}:
         # Otherwise the rate of the cell also changes the rate of the head.
         rate = job.recipe.training.head_rate_multiplier
@@ -92,24 +103,22 @@ def study(
                 f"`--vary rows`: {value:,} is more than the {count:,} training rows. Write all.",
                 setting="rows",
             )
-    # All cells are rendered with one date, if the chat template prints a date.
     kwargs = job.recipe.data.chat_template_kwargs
     data = recipe.data.model_copy(update={"chat_template_kwargs": kwargs})
     recipe = recipe.model_copy(update={"data": data})
-    parent = luthier_home() / "studies"
-    name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
     with lock_folder(parent / name, f"the study {name}"):
         request = {
             "recipe": portable(recipe), "seeds": seeds, "forgetting": forgetting,
             "grid": {each.name: dict(each.settings) for each in grid},
-            "data": job.request()["data"],
+            "data": job.request()["data"], "template_date": job.chat.date,
         }  # fmt: skip
-        if not is_resumed(parent / name / "request.json", request, f"study {name}", resume):
-            write_json(parent / name / "request.json", request)
-        work = _Work(recipe, grid, seeds, forgetting, count, reporter)
+        if not is_resumed(request_file, request, f"study {name}", resume):
+            write_json(request_file, request)
+        media = job.data.hashes.get(NAMED_MEDIA)
+        work = _Work(recipe, grid, seeds, forgetting, count, media, reporter)
         rows = work.run(max_minutes)
         result = Study(name, str(parent / name), rows, dimensions, len(job.data.validation), limits)
-        return _complete(result, work)
+        return _complete(result, work, given)
 
 
 def _check_comparable(dimensions: Sequence[Dimension], measure: str) -> None:
@@ -131,6 +140,18 @@ def _check_comparable(dimensions: Sequence[Dimension], measure: str) -> None:
                 )
 
 
+class _Warnings(Reporter):
+    """Passes on the warnings of the data check alone."""
+
+    def __init__(self, outer: Reporter) -> None:
+        self.outer = outer
+
+    def note(self, text: str) -> None:
+        """Pass on a warning."""
+        if text.startswith("warning"):
+            self.outer.note(text)
+
+
 class _Work:
     """The cells of a study."""
 
@@ -141,13 +162,14 @@ class _Work:
         seeds: int,
         forgetting: bool,
         rows: int,
+        media: str | None,
         reporter: Reporter,
     ) -> None:
         self.grid, self.reporter = grid, reporter
         unnamed, first = recipe.model_copy(update={"name": None}), recipe.training.seed
         self.cells = {
             each.name: [
-                Cell(each.recipe(unnamed, first + seed, rows), _before(each), forgetting)
+                Cell(each.recipe(unnamed, first + seed, rows), _before(each), forgetting, media)
                 for seed in range(seeds)
             ]
             for each in grid
@@ -160,14 +182,14 @@ class _Work:
         missing = known.count(None)
         if reused := len(cells) - missing:
             self.reporter.note(f"{reused} of {len(cells)} trainings are measured already")
+        expected = 0.0
         if missing:
-            self._estimate(cells[known.index(None)], missing, max_minutes)
-        began, spent = time.monotonic(), list[float]()
+            expected = self._estimate(cells[known.index(None)], missing, max_minutes)
+        began, spent, left = time.monotonic(), list[float](), missing
         outcomes: list[Outcome] = []
         for number, (cell, outcome) in enumerate(zip(cells, known, strict=True), start=1):
             if outcome is None:
-                left = missing - len(spent)
-                needed = sum(spent) / len(spent) if spent else 0.0
+                needed = sum(spent) / len(spent) if spent else expected
                 over = time.monotonic() - began + needed
                 if max_minutes is not None and over > 60 * max_minutes:
                     reason = f"not started: over the limit of {max_minutes:g} minutes"
@@ -181,27 +203,27 @@ class _Work:
                 )
                 started = time.monotonic()
                 outcome = run_cell(cell, self.reporter)
-                spent.append(time.monotonic() - started)
-                self._say(outcome)
+                if not outcome.reason:
+                    spent.append(time.monotonic() - started)
+                left -= 1
+                self._report(outcome)
             outcomes.append(outcome)
         found = iter(outcomes)
         return [_row(each, [next(found) for _ in self.cells[each.name]]) for each in self.grid]
 
-    def _say(self, outcome: Outcome) -> None:
+    def _report(self, outcome: Outcome) -> None:
         if outcome.reason:
             self.reporter.note(f"failed: {outcome.reason.splitlines()[0]}")
         else:
             self.reporter.note(f"{outcome.measure} {outcome.value:.4f}")
 
-    def _estimate(self, cell: Cell, missing: int, max_minutes: float | None) -> None:
-        """Report the estimated time of the missing cells."""
-        if cell.before is not None or missing == 1:
-            return
+    def _estimate(self, cell: Cell, missing: int, max_minutes: float | None) -> float:
+        """Report the estimated time of the missing cells, and return the seconds per cell."""
         self.reporter.stage("Estimating the time of the first training")
         try:
             seconds = estimate(cell.recipe, Reporter()).seconds
         except (Diverged, RefusedInput):  # the cell will be a row with the reason
-            return
+            return 0.0
         whole = (seconds + PredictionInterval.exactly(PROCESS_SECONDS)).times(missing)
         self.reporter.note(
             f"{missing} trainings take {format_duration(whole.low)} to {format_duration(whole.high)}, "
@@ -211,6 +233,7 @@ class _Work:
             self.reporter.note(
                 f"warning: some trainings will not start within {max_minutes:g} minutes"
             )
+        return whole.value / missing
 
 
 def _before(configuration: Configuration) -> str | None:
@@ -224,19 +247,24 @@ def _row(configuration: Configuration, outcomes: Sequence[Outcome]) -> StudyRow:
     return StudyRow(configuration, outcomes, reasons[0] if reasons else "")
 
 
-def _complete(found: Study, work: _Work) -> Study:
+def _complete(found: Study, work: _Work, given: Training) -> Study:
     """Write result, pictures and the recipe of the choice, and return the study with their paths."""
     folder, command = Path(found.folder), ""
     pictures: list[str] = []
     if found.measured:
         pictures = draw_study(found, folder)
         if found.chosen is not None and found.more_rows is None:
-            fields = portable(work.cells[found.chosen.name][0].recipe)
+            cell = work.cells[found.chosen.name][0]
+            fields = portable(cell.recipe)
+            if cell.before is not None:
+                fields["base"] = found.chosen.outcomes[0].base
+            kept = given.model_dump(mode="json", exclude_unset=True)
             for field in ("baseline_seconds", "refit"):
-                fields["training"].pop(field, None)
+                fields["training"].pop(field)
+                fields["training"] |= {field: kept[field]} if field in kept else {}
             head = f"# Chosen by the study {found.name}: {found.chosen.name}.\n\n"
             write_bytes(folder / "chosen.toml", (head + to_toml(fields)).encode())
-            command = f"luthier tune {folder / 'chosen.toml'}"
+            command = shlex.join(["luthier", "tune", str(folder / "chosen.toml")])
     found = replace(found, command=command, pictures=pictures)
     write_json(folder / "result.json", found.plain())
     return found
