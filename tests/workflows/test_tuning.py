@@ -89,9 +89,8 @@ def test_ruined_model_is_withheld_but_evaluable(base: str, tmp_path: Path) -> No
     answer = runner.invoke(app, ["models", "accept", model_id])
     assert answer.exit_code == 0
     assert check_active(find(model_id)).manifest.accepted == reason
-    page, said = tmp_path / "page.html", f"Accepted despite exceeded limits: {reason}."
-    told = runner.invoke(app, ["models", "certificate", model_id, "--html", str(page)])
-    assert said in told.output and said in page.read_text()
+    told = runner.invoke(app, ["models", "certificate", model_id])
+    assert f"Accepted despite exceeded limits: {reason}." in told.output
     again = runner.invoke(app, ["models", "accept", model_id])
     assert again.exit_code == 2
 
