@@ -29,6 +29,7 @@ def study(
     preset: str | None = None,
     seeds: AtLeastOne = 1,
     forgetting: bool = False,
+    earlier: Path | None = None,
     at_most: Sequence[str] = (),
     max_minutes: float | None = None,
     html: Path | None = None,
@@ -46,6 +47,7 @@ def study(
         preset: A usual question: methods, rows, domain=FILE, …
         seeds: Trainings of each combination, with different seeds.
         forgetting: Measure the drift from the base, for text generation.
+        earlier: Rows of an earlier task, measured before and after.
         at_most: Limit of the choice: ms=20, mb=50, minutes=5 or drift=1.
         max_minutes: Start no training that would exceed this time.
         html: Write the study as an HTML page.
@@ -68,12 +70,16 @@ def study(
     grid, dimensions = grid_from(preset, vary)
     check_grid(grid, dimensions, recipe, seeds)
     limits = _parse_limits(at_most)
+    if earlier is not None and not earlier.is_file():
+        raise RecipeError(f"`earlier`: {earlier} is not a file.", setting="earlier")
     with heavy_imports():
         from luthier.engine.metrics import Reporter
         from luthier.workflows.study.study import study as run
 
     reporter = reporter or Reporter()
-    found = run(recipe, grid, dimensions, seeds, forgetting, limits, max_minutes, resume, reporter)
+    found = run(
+        recipe, grid, dimensions, seeds, forgetting, earlier, limits, max_minutes, resume, reporter
+    )
     if html is not None:
         from luthier.workflows.study.page import study_page
 

@@ -147,7 +147,7 @@ def test_pictures_are_drawn_in_both_themes_and_shown_on_the_page(tmp_path: Path)
     paths = draw_study(found, tmp_path)
     names = [Path(path).name for path in paths]
     assert names == [
-        f"{name}{theme}.svg" for name in ("cost", "forgetting", "line") for theme in ("", "-dark")
+        f"{name}{theme}.svg" for name in ("cost", "forgotten", "line") for theme in ("", "-dark")
     ]
     assert all(ElementTree.parse(path).getroot().tag.endswith("svg") for path in paths)
     page = study_page(study_of(rows, key="training.learning_rate", pictures=paths), "<rows>.jsonl")

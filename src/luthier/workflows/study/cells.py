@@ -32,7 +32,7 @@ from luthier.engine.report_file import ReportFile
 from luthier.engine.runs import Result, Run
 from luthier.engine.train import store_trial
 from luthier.errors import Diverged, Interrupted, RefusedInput
-from luthier.evaluation.significance import RowScores
+from luthier.evaluation.significance import RowScores, as_gain
 from luthier.files import (
     cached_sha256_of,
     lock,
@@ -78,7 +78,9 @@ class Cell:
     before: str | None = None
     """File to train on first."""
     forgetting: bool = False
-    """True to measure forgetting."""
+    """True to measure the drift from the base."""
+    earlier: str | None = None
+    """File with rows of an earlier task, to measure before and after the training."""
 
     media: str | None = None
     """Hash of images and sounds that the rows name."""
@@ -87,12 +89,13 @@ class Cell:
     def request(self) -> dict[str, Any]:
         """Everything that determines the measurements, as JSON values."""
         recipe, training = self.recipe, self.recipe.training
-        files = [*recipe.data.files, *([Path(self.before)] if self.before else [])]
+        files = [*recipe.data.files, *(Path(p) for p in (self.before, self.earlier) if p)]
         others = {} if recipe.objective is None else recipe.objective.other_models
         return {
             "recipe": portable(recipe),
             "before": self.before,
             "forgetting": self.forgetting,
+            "earlier": self.earlier,
             "base": find(recipe.base).content_hash,
             "others": {name: find(other).content_hash for name, other in others.items()},
             "data": [cached_sha256_of(p) if p.is_file() else sha256_of(p) for p in files],
@@ -141,8 +144,8 @@ class Outcome:
     """Mean time of an answer, one at a time; ``None`` for models that generate images."""
     forgotten: float | None = None
     """Drift from the base, in nats per token."""
-    knowledge: tuple[float, float] | None = None
-    """Accuracy on general knowledge before and after, if measured."""
+    earlier: float | None = None
+    """Change of the score of an earlier task; negative if worse."""
     verdict: str = ""
     """Outcome of the run, such as ``learned``."""
     reason: str = ""
@@ -247,7 +250,8 @@ def _after(recipe: Recipe, before: str | None, reporter: Reporter) -> Recipe:
 
 
 def _measure(folder: Path, reporter: Reporter) -> None:
-    from luthier.workflows.forgetting import OWN_PROBES, measure_forgetting
+    from luthier.workflows.earlier_task import measure_earlier_task
+    from luthier.workflows.forgetting import measure_forgetting
 
     request, trained = read_json(folder / REQUEST), read_json(folder / TRAINED)
     recipe = Recipe.parse({**request["recipe"], "base": trained["base"]})
@@ -266,12 +270,12 @@ def _measure(folder: Path, reporter: Reporter) -> None:
     rows = best.get("rows", {}).get(measure)
     if rows is None and measure == "loss":
         rows = _row_losses(stored, job.data.objective, job.data.validation)
-    drift = knowledge = None
+    base, drift, earlier = find(request["recipe"]["base"]), None, None
     if request["forgetting"]:
-        forgetting = measure_forgetting(stored, find(request["recipe"]["base"]))
-        drift = forgetting.drift.kl.value
-        (own,) = (each for each in forgetting.changes if each.name == OWN_PROBES)
-        knowledge = own.base.value, own.tuned.value
+        drift = measure_forgetting(stored, base).drift.kl.value
+    if request["earlier"]:
+        change = measure_earlier_task(stored, base, request["earlier"]).changes[0]
+        earlier = as_gain(change.measure, change.tuned.value - change.base.value)
     training = job.recipe.training
     sign = -1.0 if measure == "reward" else 1.0
     field = "loss" if measure == "reward" else measure
@@ -294,7 +298,7 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         warmup_ratio=training.warmup_ratio or 0.0,
         milliseconds=_milliseconds(stored, job.data.validation),
         forgotten=drift,
-        knowledge=knowledge,
+        earlier=earlier,
         verdict="" if result.verdict is None else result.verdict.outcome,
     )
     write_json(folder / OUTCOME, asdict(outcome))

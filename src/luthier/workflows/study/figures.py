@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ LOG_FROM = 10
 def draw_study(found: Study, folder: Path) -> list[str]:
     """Write the pictures of a study as SVG, and return the paths."""
     drawings: dict[str, Callable[[Any, Study, dict[str, str]], None]] = {"cost": _draw_cost}
-    if any(row.figure("forgotten") is not None for row in found.measured):
-        drawings["forgetting"] = _draw_forgetting
+    for name, label in _FORGETTING.items():
+        if all(row.figure(name) is not None for row in found.measured):
+            drawings[name] = partial(_draw_forgetting, name=name, label=label)
     ordered = [each for each in found.dimensions if each.is_ordered]
     if len(ordered) == 1:
         drawings["line"] = _draw_line
@@ -56,16 +58,20 @@ def _draw_cost(axes: Any, found: Study, colours: dict[str, str]) -> None:
     _scale(axes, [cost for cost, _, _ in points])
 
 
-def _draw_forgetting(axes: Any, found: Study, colours: dict[str, str]) -> None:
-    """Draw the score against the drift from the base."""
-    points = [
-        (drift, row.value, row)
-        for row in found.measured
-        if (drift := row.figure("forgotten")) is not None
-    ]
+_FORGETTING = {
+    "forgotten": "drift from the base, nats per token",
+    "earlier": "change of the score of the earlier task",
+}
+
+
+def _draw_forgetting(
+    axes: Any, found: Study, colours: dict[str, str], name: str, label: str
+) -> None:
+    """Draw the score against a measure of forgetting."""
+    points = [(row.figure(name) or 0.0, row.value, row) for row in found.measured]
     _scatter(axes, found, points, colours)
-    axes.set(xlabel="drift from the base, nats per token", ylabel=_label(found))
-    _scale(axes, [drift for drift, _, _ in points])
+    axes.set(xlabel=label, ylabel=_label(found))
+    _scale(axes, [place for place, _, _ in points])
 
 
 def _draw_line(axes: Any, found: Study, colours: dict[str, str]) -> None:

@@ -127,12 +127,6 @@ class StudyRow:
         values = [getattr(each, name) for each in self.outcomes]
         return None if any(value is None for value in values) or not values else mean(values)
 
-    @property
-    def accuracy_loss(self) -> float | None:
-        """Loss of accuracy on general knowledge."""
-        pairs = [each.knowledge for each in self.outcomes if each.knowledge is not None]
-        return mean(before - after for before, after in pairs) if pairs else None
-
 
 @dataclass(frozen=True)
 class Apart:
@@ -300,7 +294,8 @@ class Study:
             name: row.figure(name)
             for name in (
                 "seconds", "processor_seconds", "peak_memory_bytes", "trained_weights", "saved_bytes",
-                "milliseconds", "forgotten", "training_rows", "steps", "batch_size", "warmup_ratio",
+                "milliseconds", "forgotten", "earlier", "training_rows", "steps", "batch_size",
+                "warmup_ratio",
             )
         }  # fmt: skip
         return plain | {
@@ -312,7 +307,6 @@ class Study:
             "relative_gain": row.relative_gain,
             "behind_best": None if apart is None else apart.value,
             "significant": None if apart is None else apart.significant,
-            "accuracy_loss": row.accuracy_loss,
             **figures,
         }
 
@@ -359,6 +353,7 @@ def columns_of(found: Study) -> dict[str, list[str]]:
 
 _COLUMNS = {
     "drift": ("forgotten", 1.0, ".3f"),
+    "earlier": ("earlier", 1.0, "+.3f"),
     "minutes": ("seconds", 60.0, ",.1f"),
     "CPU s": ("processor_seconds", 1.0, ",.0f"),
     "GB": ("peak_memory_bytes", 1e9, ".2f"),

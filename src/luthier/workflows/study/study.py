@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.job import prepare_job, with_base
@@ -35,6 +36,7 @@ def study(
     dimensions: Sequence[Dimension] = (),
     seeds: int = 1,
     forgetting: bool = False,
+    earlier: Path | None = None,
     limits: Mapping[str, float] | None = None,
     max_minutes: float | None = None,
     resume: bool = False,
@@ -50,7 +52,8 @@ def study(
         grid: configurations.
         dimensions: the varied fields, if the grid has all combinations of values.
         seeds: number of trainings of each configuration.
-        forgetting: measure the drift from the base, and general knowledge; for text generation.
+        forgetting: measure the drift from the base; for text generation.
+        earlier: rows of an earlier task, measured before and after each training.
         limits: limits of the choice by figure, see :data:`FIGURES`.
         max_minutes: no training starts if the time would be exceeded. The result names the rest.
         resume: continue the same study, and train failed configurations again.
@@ -109,13 +112,14 @@ def study(
     with lock_folder(parent / name, f"the study {name}"):
         request = {
             "recipe": portable(recipe), "seeds": seeds, "forgetting": forgetting,
+            "earlier": None if earlier is None else str(earlier.absolute()),
             "grid": {each.name: dict(each.settings) for each in grid},
             "data": job.request()["data"], "template_date": job.chat.date,
         }  # fmt: skip
         if not is_resumed(request_file, request, f"study {name}", resume):
             write_json(request_file, request)
-        media = job.data.hashes.get(NAMED_MEDIA)
-        work = _Work(recipe, grid, seeds, forgetting, count, media, reporter)
+        measures = _Measures(forgetting, request["earlier"], job.data.hashes.get(NAMED_MEDIA))
+        work = _Work(recipe, grid, seeds, measures, count, reporter)
         rows = work.run(max_minutes)
         result = Study(name, str(parent / name), rows, dimensions, len(job.data.validation), limits)
         return _complete(result, work, given)
@@ -152,6 +156,14 @@ class _Warnings(Reporter):
             self.outer.note(text)
 
 
+class _Measures(NamedTuple):
+    """Fields of all cells, in the order of :class:`Cell`."""
+
+    forgetting: bool
+    earlier: str | None
+    media: str | None
+
+
 class _Work:
     """The cells of a study."""
 
@@ -160,16 +172,15 @@ class _Work:
         recipe: Recipe,
         grid: Sequence[Configuration],
         seeds: int,
-        forgetting: bool,
+        measures: _Measures,
         rows: int,
-        media: str | None,
         reporter: Reporter,
     ) -> None:
         self.grid, self.reporter = grid, reporter
         unnamed, first = recipe.model_copy(update={"name": None}), recipe.training.seed
         self.cells = {
             each.name: [
-                Cell(each.recipe(unnamed, first + seed, rows), _before(each), forgetting, media)
+                Cell(each.recipe(unnamed, first + seed, rows), _before(each), *measures)
                 for seed in range(seeds)
             ]
             for each in grid
