@@ -67,9 +67,11 @@ def study(
     check_output(html)
     recipe = tuning_recipe(data, fields)
     # An invalid grid is an error before torch is loaded.
-    grid, dimensions = grid_from(preset, vary)
+    grid, dimensions = grid_from(preset, [vary] if isinstance(vary, str) else vary)
     check_grid(grid, dimensions, recipe, seeds)
     limits = _parse_limits(at_most)
+    if max_minutes is not None and not max_minutes > 0:
+        raise RecipeError("`max_minutes` must be above 0.", setting="max_minutes")
     if earlier is not None and not earlier.is_file():
         raise RecipeError(f"`earlier`: {earlier} is not a file.", setting="earlier")
     with heavy_imports():
@@ -92,9 +94,11 @@ def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:
     for text in texts:
         name, _, value = text.partition("=")
         try:
-            limits[name.strip()] = float(value)
+            limits[name.strip()] = limit = float(value)
+            if not limit > 0:
+                raise ValueError
         except ValueError:
-            message = f"`--at-most` {text!r} is invalid. Write NAME=NUMBER, such as ms=20."
+            message = f"`--at-most` {text!r} is invalid. Write NAME=NUMBER above 0, such as ms=20."
             raise RecipeError(message, rule="option.form", value=text) from None
     return limits
 

@@ -124,7 +124,7 @@ def parse_dimensions(texts: Sequence[str]) -> list[Dimension]:
             raise RecipeError(f"`--vary {key}` is given twice. List all values once.", setting=key)
         if len(parts) < 2:
             raise RecipeError(
-                f"`--vary {key}` has a single value. Use `--set {key}={values}`.", setting=key
+                f"`--vary {key}` has a single value. Use `--set {key}={parts[0]}`.", setting=key
             )
         dimensions.append(Dimension(key, parts))
     return dimensions

@@ -24,6 +24,8 @@ from luthier.workflows.study.grid import Configuration, Dimension
 
 LEVEL = 0.05
 """Probability of any false significance in a study."""
+LEAST_SAVING = 0.1
+"""Share of the processor time by which another configuration is cheaper than the best."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,10 @@ class StudyRow:
         if self.measure in ("loss", "reward"):
             return -as_gain(self.measure, self.value)
         return cost_of({self.measure: self.value}, self.measure)
+
+    def cost_of_training(self) -> float:
+        """Return the processor seconds of a training."""
+        return self.figure("processor_seconds") or 0.0
 
     @cached_property
     def scores(self) -> RowScores | None:
@@ -225,15 +231,18 @@ class Study:
 
     @cached_property
     def chosen(self) -> StudyRow | None:
-        """The cheapest row within chance of the best row, and within the limits.
+        """The cheapest row within chance of the best row and within the limits, or the best of these
+        if no other is clearly cheaper.
 
         If no row within chance of the best is within the limits, the best row within the limits.
         """
         able = [row for row in self.measured if self._is_allowed(row)]
         near = [row for row in able if self.is_within_chance(row)]
-        if near:
-            return min(near, key=lambda row: row.figure("processor_seconds") or 0.0)
-        return able[0] if able else None
+        if not near:
+            return able[0] if able else None
+        cheapest = min(near, key=StudyRow.cost_of_training)
+        saved = 1 - cheapest.cost_of_training() / max(1e-9, near[0].cost_of_training())
+        return cheapest if saved >= LEAST_SAVING else near[0]
 
     def _is_allowed(self, row: StudyRow) -> bool:
         figures = {name: figure_of(row, name) for name in self.limits}
@@ -251,6 +260,8 @@ class Study:
         best, measure = self.best, SCORES.get(self.best.measure, self.best.measure)
         text = f"Best: {best.name}, {measure} {self.text(best.value)}"
         near = [row for row in self.measured[1:] if self.is_within_chance(row)]
+        if failed := len(self.rows) - len(self.measured):
+            text += f" ({failed} of {len(self.rows)} configurations not measured)"
         if len(self.measured) == 1:
             text += "; no other configuration was measured."
         elif self.is_decided:
@@ -263,10 +274,11 @@ class Study:
         if chosen is None:
             limits = ", ".join(f"{name} {value:g}" for name, value in self.limits.items())
             return f"{text} No configuration is within {limits}."
-        cost = f"{chosen.figure('processor_seconds') or 0:,.0f} s of processor time"
+        cost = f"{chosen.cost_of_training():,.0f} s of processor time"
         if chosen is best:
-            cheapest = " and is the cheapest of these" if near else ""
-            return f"{text} The best takes {cost}{cheapest}."
+            return (
+                f"{text} The best takes {cost}{', and no other is clearly cheaper' * bool(near)}."
+            )
         kind = (
             "The cheapest within chance" if self.is_within_chance(chosen) else "Within the limits"
         )
@@ -354,6 +366,7 @@ def columns_of(found: Study) -> dict[str, list[str]]:
 _COLUMNS = {
     "drift": ("forgotten", 1.0, ".3f"),
     "earlier": ("earlier", 1.0, "+.3f"),
+    "steps": ("steps", 1.0, ",.0f"),
     "minutes": ("seconds", 60.0, ",.1f"),
     "CPU s": ("processor_seconds", 1.0, ",.0f"),
     "GB": ("peak_memory_bytes", 1e9, ".2f"),
