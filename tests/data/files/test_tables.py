@@ -528,3 +528,10 @@ def test_parquet_with_long_lists_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"tokens": tokens}), path)
     assert [record["tokens"] for _, record in read(path)[0]] == tokens
+
+
+def test_repeated_header_is_not_a_missing_header(tmp_path: Path) -> None:
+    path = tmp_path / "joined.csv"
+    path.write_text("utterance,intent\nwhere is my card,card\n" * 3)
+    records = dict(read_records(path, []))
+    assert [*next(iter(records.values()))] == ["utterance", "intent"]

@@ -214,7 +214,8 @@ def _split_blocks(turn: dict[str, Any], number: int) -> list[dict[str, Any]]:
             use = use if isinstance(use, Mapping) else {}
             function = {"name": use.get("name"), "arguments": use.get("input")}
             call = {"id": use.get("toolUseId", use.get("id")), "function": function}
-            turn["tool_calls"] = [*(turn.get("tool_calls") or ()), call]
+            calls = turn.get("tool_calls")
+            turn["tool_calls"] = [*(calls if isinstance(calls, list) else ()), call]
         elif "toolResult" in block or kind == "tool_result":
             result = block.get("toolResult", block)
             result = result if isinstance(result, Mapping) else {}

@@ -68,11 +68,15 @@ def missing_header(
     )
 
 
-def _is_row(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+def _is_row(names: list[str], rows: Sequence[list[str]]) -> bool:
     """Return whether the names are cells of another row."""
     if names == [str(number) for number in range(len(names))]:
         return False  # pandas writes the numbers of columns without a name
+    if len(names) > 1:  # joined files repeat their header
+        rows = [row for row in rows if row != names]
     columns = [*zip(*rows, strict=True)]
+    if not columns:
+        return False
     if any(name and name in column for name, column in zip(names, columns, strict=True)):
         return True
     telling = any(NUMBER.fullmatch(name) or len(name.split()) >= _WORDS for name in names)
