@@ -81,7 +81,6 @@ class Cell:
     """True to measure the drift from the base."""
     earlier: str | None = None
     """File with rows of an earlier task, to measure before and after the training."""
-
     media: str | None = None
     """Hash of images and sounds that the rows name."""
 
@@ -132,7 +131,7 @@ class Outcome:
     seconds: float = 0.0
     """Duration of the training, in seconds."""
     processor_seconds: float = 0.0
-    """Processor time of the last process that trained."""
+    """Processor time of the training, without the time of killed processes."""
     peak_memory_bytes: int = 0
     trained_weights: int = 0
     saved_bytes: int = 0
@@ -169,9 +168,8 @@ def run_cell(cell: Cell, reporter: Reporter) -> Outcome:
     with lock(folder / ".lock", wait=True):
         if (known := measured_outcome(cell)) is not None:  # by a study at the same time
             return known
-        with lock(
-            folder / _PROCESS_LOCK, wait=True
-        ):  # a process of a killed study is about to stop
+        # A process of a killed study is about to stop.
+        with lock(folder / _PROCESS_LOCK, wait=True):
             (folder / OUTCOME).unlink(missing_ok=True)
         write_json(folder / REQUEST, cell.request)
         for stage in _STAGES:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.engine.metrics import SCORES, new_figure, save_figure
 from luthier.evaluation.significance import CHANCE, as_gain
+from luthier.workflows.space import LOG_FROM
 
 if TYPE_CHECKING:
     from luthier.workflows.study.results import Study, StudyRow
@@ -18,8 +19,6 @@ THEMES = {
     "-dark": {"text": "#e6e6e6", "grid": "#4a4a4a", "point": "#8db4e8", "front": "#f0937d"},
 }
 """Colours by the suffix of the file. The background is transparent."""
-LOG_FROM = 10
-"""Ratio of the ends from which an axis is logarithmic."""
 
 
 def draw_study(found: Study, folder: Path) -> list[str]:

@@ -20,11 +20,7 @@ from luthier.workflows.space import with_settings
 
 MAX_TRAININGS = 200
 """Maximum number of trainings in a study. Use ``luthier search`` for more."""
-SPECIAL: Mapping[str, str] = {
-    "rows": "number of training rows, or all",
-    "before": "file to train on first, or none",
-    "mix.share": "share of training rows from the file of --mix",
-}
+SPECIAL = frozenset({"rows", "before", "mix.share"})
 """Keys without a field of the recipe."""
 FIXED = frozenset(
     {

@@ -188,17 +188,17 @@ class _Work:
 
     def run(self, max_minutes: float | None) -> list[StudyRow]:
         """Run the missing cells, and return a row for each configuration."""
-        cells = [cell for each in self.grid for cell in self.cells[each.name]]
-        known = [measured_outcome(cell) for cell in cells]
+        cells = [(each.name, cell) for each in self.grid for cell in self.cells[each.name]]
+        known = [measured_outcome(cell) for _, cell in cells]
         missing = known.count(None)
         if reused := len(cells) - missing:
             self.reporter.note(f"{reused} of {len(cells)} trainings are measured already")
         expected = 0.0
         if missing:
-            expected = self._estimate(cells[known.index(None)], missing, max_minutes)
+            expected = self._estimate(cells[known.index(None)][1], missing, max_minutes)
         began, spent, left = time.monotonic(), list[float](), missing
         outcomes: list[Outcome] = []
-        for number, (cell, outcome) in enumerate(zip(cells, known, strict=True), start=1):
+        for number, ((name, cell), outcome) in enumerate(zip(cells, known, strict=True), 1):
             if outcome is None:
                 needed = sum(spent) / len(spent) if spent else expected
                 over = time.monotonic() - began + needed
@@ -207,10 +207,9 @@ class _Work:
                     outcomes.append(Outcome(reason=reason))
                     continue
                 time_left = f", about {format_duration(needed * left)} left" if spent else ""
-                owner = next(each for each in self.grid if cell in self.cells[each.name])
                 seed = cell.recipe.training.seed
                 self.reporter.stage(
-                    f"Training {number} of {len(cells)}: {owner.name}, seed {seed}{time_left}"
+                    f"Training {number} of {len(cells)}: {name}, seed {seed}{time_left}"
                 )
                 started = time.monotonic()
                 outcome = run_cell(cell, self.reporter)
