@@ -176,11 +176,13 @@ def score(home: Path, case: Case, name: str, test: Path, measure: str) -> float:
 
 def run_search(home: Path, case: Case, train: Path, trials: int) -> None:
     """Store the best model of a search with ``trials`` runs as ``searched``."""
-    fields = [word for field in SPACE for word in ("--space", field)]
+    fields = [word for field in SPACE for word in ("--vary", field)]
     run_luthier(
-        home, "search", str(train), "--base", case.base, "--name", "searched", "--trials",
+        home, "study", str(train), "--base", case.base, "--name", "searched", "--search",
         str(trials), *fields, *flags(case.settings),
     )  # fmt: skip
+    chosen = home / "studies" / "searched" / "chosen.toml"
+    run_luthier(home, "tune", str(chosen), "--name", "searched")
 
 
 def table_row(data: Path, case: Case, trials: int) -> str:

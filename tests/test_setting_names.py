@@ -28,8 +28,7 @@ COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflo
 """Code of commands and of the server's start, and the home of the names."""
 FURTHER = (
     "data/convert.py", "data/files/writers.py", "exports/writer.py",
-    "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
-    "workflows/trial_processes.py",
+    "workflows/pretrain.py",
     "models/build.py", "models/shrinking/student.py", "models/shrinking/width.py",
     "models/shrinking/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",

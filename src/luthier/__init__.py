@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from luthier.cli.models.samples import samples
     from luthier.cli.pipeline import pipeline
     from luthier.cli.pretrain import pretrain
-    from luthier.cli.search import search
     from luthier.cli.study import study
     from luthier.cli.tune import tune
     from luthier.recipe import Recipe
@@ -55,7 +54,6 @@ __all__ = [
     "pretrain",
     "push",
     "samples",
-    "search",
     "split",
     "student",
     "study",
@@ -81,7 +79,6 @@ _HOMES = {
         "cli.pipeline": ["pipeline"],
         "cli.pretrain": ["pretrain"],
         "cli.models.samples": ["samples"],
-        "cli.search": ["search"],
         "cli.study": ["study"],
         "cli.tune": ["tune"],
         "recipe": ["Recipe"],

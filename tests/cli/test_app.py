@@ -46,16 +46,16 @@ def test_help_is_as_wide_as_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    for command in (["search"], ["serve"], ["models", "export"]):
+    for command in (["study"], ["serve"], ["models", "export"]):
         out, _ = start(tmp_path, *command, "--help").communicate(timeout=120)
         lines = out.splitlines()
         assert columns - 25 < max(map(len, lines)) <= columns
 
 
 def test_help_shows_option_types_and_bounds() -> None:
-    text = Answer("search", "--help").good().out
-    assert re.search(r"--trials <int> .*x>=1\]", text, re.DOTALL)
-    assert "--space <str> " in text and "--long-rows <error|drop|truncate>" in text
+    text = Answer("study", "--help").good().out
+    assert re.search(r"--search <int> .*x>=1\]", text, re.DOTALL)
+    assert "--vary <str> " in text and "--long-rows <error|drop|truncate>" in text
     text = Answer("serve", "--help").good().out
     assert "--tls-cert <path> " in text and " range>" not in text and "list[" not in text
 

@@ -1,4 +1,4 @@
-"""Searches and batch inference on a real Ray cluster, with killed workers and nodes."""
+"""Studies and batch inference on a real Ray cluster, with killed workers and nodes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ import psutil
 import pytest
 from ray_cluster import Cluster
 
-from luthier.cluster.ray_commands import RayTrialRunner
-from luthier.engine.metrics import MetricsFile, Reporter
-from luthier.errors import LuthierError
-from luthier.files import read_json
+from luthier.cluster.ray_commands import RayCellRunner
+from luthier.engine.metrics import Reporter
 from luthier.inference.prediction import BLOCK_PROMPTS
 from luthier.models.decoding.sampling import Sampling
 from luthier.recipe import Recipe
 from luthier.workflows.batch_inference import answer_file, shards_folder
 from luthier.workflows.inference_tasks import GenerateTask
-from luthier.workflows.search import SearchResult, search
+from luthier.workflows.study.grid import grid_of, parse_dimensions
+from luthier.workflows.study.study import study
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SPACE = ["training.learning_rate=1e-6..3e-1", "adaptation.rank=2,4"]
@@ -70,27 +69,15 @@ class Notes(Reporter):
         self.steps.append(line["step"])
 
 
-def measured(found: SearchResult) -> list[list[float]]:
-    """Losses on the validation rows of each trial."""
-    folders = sorted((Path(found.folder) / "trials").iterdir())
-    lines = [MetricsFile(folder / "metrics.jsonl").read() for folder in folders]
-    return [[x["loss"] for x in each if x["event"] == "validation"] for each in lines]
-
-
-def weights(found: SearchResult) -> str:
-    return str(read_json(Path(found.result.model_dir) / "luthier.json")["trained_weights_sha256"])
-
-
-def process_of(number: int | str, home: Path) -> psutil.Process | None:
-    """Return the process of a trial on a node."""
-    own = f"{home}/searches"
+def processes(home: Path) -> list[psutil.Process]:
+    """Return the training processes of a study on the nodes."""
+    found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if "--" not in line and line[-4:-2] == ["-m", "luthier.workflows.trial_processes"]:
-            folder, name = line[-2:]
-            if folder.startswith(own) and name == str(number):
-                return process
-    return None
+        is_cell = line[-4:-2] == ["-m", "luthier.workflows.study.cells"] and line[-1] == "train"
+        if is_cell and "--" not in line and line[-2].startswith(str(home)):
+            found.append(process)
+    return found
 
 
 def when(condition: Callable[[], Any], seconds: float = 900) -> Any:
@@ -101,44 +88,49 @@ def when(condition: Callable[[], Any], seconds: float = 900) -> Any:
     return found
 
 
+def run(recipe: Recipe, **options: Any) -> list[Any]:
+    space = parse_dimensions(SPACE)
+    found = study(recipe, grid_of(space, TRIALS), space, trials=TRIALS, **options)
+    return [(row.name, row.reason or row.value) for row in found.rows]
+
+
 def test_killed_workers_and_a_killed_node_change_no_trial(
-    self, cluster: Cluster, recipe: Callable[..., Recipe], luthier_home: Path
+    cluster: Cluster,
+    recipe: Callable[..., Recipe],
+    luthier_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    alone = search(recipe("alone"), TRIALS, SPACE, parallel=2)
     reporter = Notes()
 
     def kill() -> None:
-        when(lambda: process_of(1, luthier_home)).kill()
-        raylet = when(lambda: process_of(3, luthier_home)).parent().parent()
+        when(lambda: processes(luthier_home))[0].kill()
+        pair = when(lambda: len(found := processes(luthier_home)) == 2 and found)
+        raylet = pair[1].parent().parent()
         assert "raylet" in raylet.name()
         raylet.kill()
 
     killer = threading.Thread(target=kill)
     killer.start()
-    runner = RayTrialRunner(cluster.address)
-    found = search(recipe("spread"), TRIALS, SPACE, reporter=reporter, runner=runner)
+    runner = RayCellRunner(cluster.address)
+    found = run(recipe("spread"), reporter=reporter, runner=runner)
     killer.join()
-    assert found.trials == alone.trials
-    assert measured(found) == measured(alone)
-    assert weights(found) == weights(alone)
-    assert read_json(Path(found.folder) / "search.json")["parallel"] == 2
-    again = [note for note in reporter.notes if "goes on after its last checkpoint" in note]
-    assert any("002 ended by signal 9" in note for note in again)
-    assert any("ended as its node or its actor did" in note for note in again)
-    # The first and the best trial run alone, so their steps are reported live.
-    assert reporter.steps.count(8) >= 2 * 2
+    again = [note for note in reporter.notes if "resumes after its last checkpoint" in note]
+    assert len(again) >= 2
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "alone"))
+    assert run(recipe("alone"), parallel=2) == found
     cluster.wait_for(1)
     cluster.add_until(2)
 
 
 def test_file_missing_on_node_is_reported(
-    self, cluster: Cluster, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "luthier.cluster.ray_commands._local_paths", lambda recipe: ["/nowhere/rows.jsonl"]
     )
-    with pytest.raises(LuthierError, match=r"/nowhere/rows\.jsonl"):
-        search(recipe("unseen"), 2, SPACE, runner=RayTrialRunner(cluster.address))
+    for _, reason in run(recipe("unseen"), runner=RayCellRunner(cluster.address)):
+        assert "/nowhere/rows.jsonl" in reason
 
 
 @pytest.fixture
@@ -164,9 +156,7 @@ def answered(output: Path) -> int:
     return len([*shards_folder(output).glob("*.answers")])
 
 
-def test_killed_ray_inference_resumes(
-    self, cluster: Cluster, task: GenerateTask, tmp_path: Path
-) -> None:
+def test_killed_ray_inference_resumes(cluster: Cluster, task: GenerateTask, tmp_path: Path) -> None:
     alone, spread = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl"
     command = [
         sys.executable, "-m", "luthier", "generate", task.model, "--input", task.source,

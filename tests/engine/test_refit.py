@@ -16,7 +16,7 @@ from luthier.engine.job import prepare_job, prepare_refit
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import HELD_OUT, REFIT, Result
-from luthier.engine.train import rehearse, train
+from luthier.engine.train import store_trial, train
 from luthier.engine.verdict import Refit
 from luthier.errors import RecipeError
 from luthier.files import read_json
@@ -160,8 +160,8 @@ def test_refit_has_passes_of_best_weights(
 
 
 def test_trials_are_not_trained_once_more(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    progress = rehearse(recipe("x", refit=True), tmp_path / "trial")
-    assert progress.step == STEPS
+    result = store_trial(recipe("x", refit=True), tmp_path / "trial", Reporter())
+    assert result.steps == STEPS
     assert not (tmp_path / "trial" / REFIT).exists()
 
 

@@ -42,7 +42,6 @@ from luthier.cli.pipeline import pipeline, show_stages
 from luthier.cli.plugins import plugins, show_plugins
 from luthier.cli.predict import predict, show_predictions
 from luthier.cli.pretrain import pretrain, show_pretraining
-from luthier.cli.search import search, show_search
 from luthier.cli.service.admin import admin_app
 from luthier.cli.service.serve import serve
 from luthier.cli.service.worker import worker
@@ -74,7 +73,6 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(tune, print_result, shares_work=True),
         Command(pretrain, show_pretraining, shares_work=True),
         Command(distil, show_distillation),
-        Command(search, show_search),
         Command(pipeline, show_stages),
     ),
     "Decide": (

@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING
 
 from luthier.cli.terminal.console import (
     check_output,
+    extra,
     heavy_imports,
     new_table,
     print_table,
     print_text,
     write_page,
 )
-from luthier.cli.terminal.options import AtLeastOne, DataSource, TuningFields, tuning_recipe
+from luthier.cli.terminal.options import (
+    TUNING,
+    AtLeastOne,
+    DataSource,
+    OptionalAtLeastOne,
+    RayAddress,
+    TuningFields,
+    field_path,
+    tuning_recipe,
+)
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,6 +42,10 @@ def study(
     earlier: Path | None = None,
     at_most: Sequence[str] = (),
     max_minutes: float | None = None,
+    search: OptionalAtLeastOne = None,
+    parallel: OptionalAtLeastOne = None,
+    ray_address: RayAddress = None,
+    ray_gpus: float = 0.0,
     html: Path | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -43,13 +57,17 @@ def study(
 
     Args:
         data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
-        vary: Field with values, e.g. adaptation.method=lora,full; repeatable.
+        vary: KEY=a,b,c, e.g. adaptation.method=lora,full; repeatable.
         preset: A usual question: methods, rows, domain=FILE, …
         seeds: Trainings of each combination, with different seeds.
         forgetting: Measure the drift from the base, for text generation.
         earlier: Rows of an earlier task, measured before and after.
         at_most: Limit of the choice: ms=20, mb=50, minutes=5 or drift=1.
         max_minutes: Start no training that would exceed this time.
+        search: Try N settings, also from ranges: --vary KEY=LOW..HIGH.
+        parallel: Trainings at the same time; at most 5 on a cluster.
+        ray_address: Head of a Ray cluster that runs the trainings.
+        ray_gpus: GPUs that each training reserves on a node.
         html: Write the study as an HTML page.
         resume: Resume an interrupted study.
         reporter: Receives progress; silent if not given.
@@ -67,8 +85,14 @@ def study(
     check_output(html)
     recipe = tuning_recipe(data, fields)
     # An invalid grid is an error before torch is loaded.
-    grid, dimensions = grid_from(preset, [vary] if isinstance(vary, str) else vary)
-    check_grid(grid, dimensions, recipe, seeds)
+    grid, dimensions = grid_from(preset, [vary] if isinstance(vary, str) else vary, search)
+    check_grid(grid, dimensions, recipe, seeds, search)
+    paths = {field_path(name, value, TUNING) for name, value in fields.items()}
+    if twice := paths & {key for each in grid for key in each.settings}:
+        key = sorted(twice)[0]
+        raise RecipeError(f"`{key}` is both set and varied. Remove one of the two.", setting=key)
+    if ray_gpus and ray_address is None:
+        raise RecipeError("`ray_gpus` needs `ray_address`.", setting="ray_gpus")
     limits = _parse_limits(at_most)
     if max_minutes is not None and not max_minutes > 0:
         raise RecipeError("`max_minutes` must be above 0.", setting="max_minutes")
@@ -78,10 +102,17 @@ def study(
         from luthier.engine.metrics import Reporter
         from luthier.workflows.study.study import study as run
 
-    reporter = reporter or Reporter()
-    found = run(
-        recipe, grid, dimensions, seeds, forgetting, earlier, limits, max_minutes, resume, reporter
-    )
+    reporter, runner = reporter or Reporter(), None
+    if ray_address is not None:
+        with extra("server"):
+            from luthier.cluster.ray_commands import RayCellRunner
+
+        runner = RayCellRunner(ray_address, ray_gpus)
+    with extra("search"):
+        found = run(
+            recipe, grid, dimensions, seeds, forgetting, earlier, limits, max_minutes, resume,
+            reporter, search, parallel, runner,
+        )  # fmt: skip
     if html is not None:
         from luthier.workflows.study.page import study_page
 

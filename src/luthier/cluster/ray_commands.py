@@ -1,4 +1,4 @@
-"""Processes of batch inference and of a search on the nodes of a Ray cluster.
+"""Processes of batch inference and of a study on the nodes of a Ray cluster.
 
 Each process runs below a Ray actor, and a small local driver (:mod:`luthier.cluster.ray_driver`)
 represents the process. If the cluster has room for fewer processes, the rest waits. Results equal
@@ -18,8 +18,8 @@ from luthier.server.jobs.admission import memory_of
 from luthier.server.jobs.processes import NODE_LOST
 from luthier.workflows.batch_inference import InferenceRunner
 from luthier.workflows.child_processes import ProcessRunner, Resources
-from luthier.workflows.search import RANDOM_TRIALS
-from luthier.workflows.trial_processes import TrialRunner
+from luthier.workflows.study.cells import CellRunner
+from luthier.workflows.study.search import RANDOM_TRIALS
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ class RayInferenceRunner(RayProcessRunner, InferenceRunner):
         return processes, self.cores_of_each(processes, memory)
 
 
-class RayTrialRunner(RayProcessRunner, TrialRunner):
-    """Runs the trials of a search."""
+class RayCellRunner(RayProcessRunner, CellRunner):
+    """Runs the trainings of a study."""
 
     def shares(self, recipe: Recipe, parallel: int | None) -> tuple[int, int]:
-        """Return the trials of a round and the threads of each.
+        """Return the trainings of a round and the threads of each.
 
         The default round is as large as the cluster allows, but at most the number of random
         trials: a larger round learns less from earlier trials.
@@ -81,20 +81,20 @@ class RayTrialRunner(RayProcessRunner, TrialRunner):
         return parallel, threads or self.cores_of_each(parallel, memory)
 
     def resources(self, recipe: Recipe) -> Resources:
-        """See :class:`TrialRunner`."""
+        """See :class:`CellRunner`."""
         paths = tuple(_local_paths(recipe))
         return Resources(recipe.training.threads or 1, self._memory(recipe), paths)
 
     def _memory(self, recipe: Recipe) -> int:
-        """Return the estimated peak memory of a trial in bytes, at most the memory of the largest
+        """Return the estimated peak memory of a training in bytes, at most the memory of the largest
         node."""
         largest = max(node.memory for node in self.nodes)
         try:
-            # A trial that fits no node starts on an idle node and fails there by itself.
+            # A training that fits no node starts on an idle node and fails there by itself.
             return min(memory_of("tune", recipe.plain()), largest)
         except Exception as error:
-            _log.info("a trial has no estimate: %s", error)
-            return 1  # the trial itself reports the error
+            _log.info("a training has no estimate: %s", error)
+            return 1  # the training itself reports the error
 
 
 def _local_paths(recipe: Recipe) -> list[str]:

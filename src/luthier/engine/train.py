@@ -280,8 +280,8 @@ def _explain_changed_rows() -> Iterator[None]:
         ) from bad
 
 
-def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> TrainingProgress:
-    """Train and measure in ``folder`` without storing a model: a trial run.
+def store_trial(recipe: Recipe, folder: Path, reporter: Reporter) -> Result:
+    """Train and measure in ``folder``, and store the model in ``folder/model``.
 
     The caller must have acquired the lock of ``folder``. An interrupted trial resumes from the last
     checkpoint with bit-identical results. A recipe without validation rows is rejected.
@@ -290,19 +290,6 @@ def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> 
         RefusedInput, Interrupted: as :func:`train` does.
         Exception: any exception of ``reporter``, which stops the trial.
     """
-    trainer, _ = _trial(recipe, folder, reporter or Reporter())
-    trainer.learn(resume=True)
-    return trainer.progress
-
-
-def store_trial(recipe: Recipe, folder: Path, reporter: Reporter) -> Result:
-    """Train and measure as :func:`rehearse`, and store the model in ``folder/model``."""
-    trainer, done = _trial(recipe, folder, reporter)
-    return done or trainer.run(resume=True)
-
-
-def _trial(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[Trainer, Result | None]:
-    """Return the trainer of a trial in ``folder``, and the result if the trial has ended."""
     keep_freed_memory()
     limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
@@ -320,7 +307,7 @@ def _trial(recipe: Recipe, folder: Path, reporter: Reporter) -> tuple[Trainer, R
             "at least 20 rows"
         )
     done = run.begin(job.request(), resume=True)
-    return Trainer(job, run, reporter, select_steps(job, trial=True)), done
+    return done or Trainer(job, run, reporter, select_steps(job, trial=True)).run(resume=True)
 
 
 class Trainer:

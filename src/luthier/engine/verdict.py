@@ -97,9 +97,9 @@ _ADVICE: Mapping[Cause, str] = {
     "few_rows": "Give more rows to measure on: `data.validation=FILE`",
     "few_steps": "{steps} steps are too few to find the cause: {longer}",
     "more_steps": "More steps are likely to help: {longer}",
-    "rate_high": "The learning rate is too high: try {lower} or `luthier search`",
+    "rate_high": "The learning rate is too high: try {lower} or `luthier study DATA --search 12`",
     "rate_low": "Unless the model knew the data, the learning rate is too low or the steps are too "
-    "few: try {higher} or `luthier search`",
+    "few: try {higher} or `luthier study DATA --search 12`",
     "unsteady": "No training row was repeated, so this is not overfitting: try {lower}, or more rows",
     "overfitting": "The later steps memorized the training rows: try more rows, fewer epochs or fewer "
     "trained weights",
@@ -110,7 +110,8 @@ _ADVICE: Mapping[Cause, str] = {
     "reward_fell": "Read the replies with `luthier models samples`, and try {lower}",
     "regression": "More rows help most, above all of the confused labels",
     "rows_not_learned": "The training loss hardly moved ({first:.3f} to {last:.3f}), so the rows "
-    "cannot be judged: try more steps ({times_four}), {higher}{batch} or `luthier search`",
+    "cannot be judged: try more steps ({times_four}), {higher}{batch} or `luthier "
+    "study DATA --search 12`",
     "base_model": "{informed} separates the rows and this base model does not: {other_base}, or use "
     "the baseline",
     "uninformative": "A constant answer is not measurably worse: check the labels, or measure on more "

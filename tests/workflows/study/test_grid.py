@@ -15,6 +15,7 @@ from luthier.workflows.study.grid import (
     check_grid,
     grid_of,
     parse_dimensions,
+    with_settings,
 )
 from luthier.workflows.study.presets import PRESETS, grid_from
 
@@ -69,6 +70,9 @@ def test_mixing_share_becomes_a_weight() -> None:
         (["rows=true,all"], "rows"),
         (["training.epochs=1,2", "training.epochs=3,4"], "training.epochs"),
         (["training.epochs=1"], "training.epochs"),
+        (["training.epochs=1..3"], "training.epochs"),
+        (["training.epochs=3..1"], "training.epochs"),
+        (["training.epochs=1..b"], "training.epochs"),
         (["training.seed=1,2"], "training.seed"),
         (["data.validation_share=0.1,0.2"], "data.validation_share"),
         (["adaptation.method=lora,lorra"], "vary"),
@@ -110,3 +114,24 @@ def test_preset_has_valid_recipes(name: str, tmp_path: Path) -> None:
 def test_invalid_preset_is_refused(preset: str, vary: list[str]) -> None:
     with pytest.raises(RecipeError):
         grid_from(preset, vary)
+
+
+def test_different_method_does_not_inherit_fields() -> None:
+    before = Recipe.parse(
+        {"data": {"train": "x"}, "adaptation": {"rank": 4}, "training": {"epochs": 2}}
+    )
+    after = with_settings(before, {"adaptation": "full"})
+    assert (after.adaptation.method, after.training.epochs) == ("full", 2)
+    with pytest.raises(RecipeError) as refused:
+        with_settings(before, {"adaptation.method": "full"})
+    assert refused.value.rule == "recipe.unknown_field"
+
+
+def test_with_settings_replaces_only_given_fields() -> None:
+    before = Recipe.parse({"data": {"train": "x"}, "adaptation": {"method": "lora", "alpha": 8.0}})
+    after = with_settings(before, {"adaptation.rank": 4, "training.learning_rate": 0.25})
+    assert after.plain() == {
+        **before.plain(),
+        "adaptation": {**before.plain()["adaptation"], "rank": 4},
+        "training": {**before.plain()["training"], "learning_rate": 0.25},
+    }

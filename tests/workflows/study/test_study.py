@@ -63,7 +63,7 @@ def test_study_measures_each_configuration_and_reuses_the_measurements(
     assert outcome.milliseconds and outcome.saved_bytes and outcome.peak_memory_bytes
     assert custom_models() == []
     assert Path(first.folder, "chosen.toml").is_file()
-    monkeypatch.setattr(module, "run_cell", lambda cell, reporter: failed.outcomes[0])
+    monkeypatch.setattr(module, "run_cells", lambda cells, *_: failed.outcomes)
     second = run(rows, "training.learning_rate=0.02,1e32")
     assert second.rows[0].outcomes[0] == outcome
     assert second.folder != first.folder

@@ -227,7 +227,8 @@ MORE = "More commands"
 MOVED = {
     "certificate": "models certificate", "learning-curve": "study --preset rows",
     "mine-negatives": "convert --mine-negatives",
-    "push": "models push", "reconstruct": "sample --reconstruct", "samples": "models samples",
+    "push": "models push", "reconstruct": "sample --reconstruct", "search": "study --search 12",
+    "samples": "models samples",
     "student": "models student", "verify": "models verify",
 }  # fmt: skip
 """Commands by their former name."""

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 from luthier import __version__
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.job import prepare_job
-from luthier.engine.machine import choose_machine
-from luthier.engine.metrics import Reporter, best_measurement
+from luthier.engine.machine import choose_machine, open_network
+from luthier.engine.metrics import MetricsFile, Reporter, best_measurement, cost_of
 from luthier.engine.report_file import ReportFile
-from luthier.engine.runs import Result, Run
+from luthier.engine.runs import METRICS, Result, Run
 from luthier.engine.train import store_trial
 from luthier.errors import Diverged, Interrupted, RefusedInput
 from luthier.evaluation.significance import RowScores, as_gain
@@ -44,6 +45,7 @@ from luthier.files import (
 from luthier.library.folders import RUN_RESULT
 from luthier.library.models import StoredModel, find
 from luthier.models.manifest import Manifest
+from luthier.objectives.base import predicts
 from luthier.processes import on_stdin_end, python_command
 from luthier.recipe import Recipe, portable
 from luthier.workflows.child_processes import (
@@ -54,12 +56,14 @@ from luthier.workflows.child_processes import (
     run_processes,
 )
 from luthier.workflows.latency import measure_latency
-from luthier.workflows.trials import validation_lines
 from luthier.workflows.tuning import tune
 
 if TYPE_CHECKING:
     from luthier.inference.generation import Generator
     from luthier.inference.prediction import Predictor
+    from luthier.models.decoding.backends import Backend
+    from luthier.models.networks.network import Network
+    from luthier.objectives.base import Objective
     from luthier.types import Example, IntArray
 
 REQUEST, OUTCOME, TRAINED = "cell.json", "outcome.json", "trained.json"
@@ -149,39 +153,75 @@ class Outcome:
     """Outcome of the run, such as ``learned``."""
     reason: str = ""
     """Reason of a failure; empty for a measured cell."""
+    curve: Sequence[float] = ()
+    """Measurements during the training, as numbers to minimize."""
+    bounds: Sequence[float] = ()
+    """Bounds by measurement of a training that a search stopped early."""
 
 
-def measured_outcome(cell: Cell) -> Outcome | None:
-    """Return the measurements of an earlier study; ``None`` for a missing or failed cell."""
+class CellRunner(ProcessRunner):
+    """Runs the processes of cells on this machine."""
+
+    def shares(self, recipe: Recipe, parallel: int | None) -> tuple[int, int]:
+        """Return the number of trainings at the same time, and the threads of each."""
+        parallel = parallel or 1
+        cores = recipe.training.threads or os.cpu_count() or 1
+        return parallel, max(1, cores // parallel)
+
+    def resources(self, recipe: Recipe) -> Resources:
+        """Return the resources of a training; not used on this machine."""
+        return Resources()
+
+
+def measured_outcome(cell: Cell, bounds: Sequence[float] = ()) -> Outcome | None:
+    """Return the measurements of an earlier study; ``None`` for a missing or failed cell.
+
+    A training that was stopped early counts for the same ``bounds``.
+    """
     path = cell.folder / OUTCOME
     found = Outcome(**read_json(path)) if path.is_file() else None
-    return None if found is None or found.reason else found
+    if found is None or (found.reason and not (bounds and found.bounds == bounds)):
+        return None
+    return found
 
 
-def run_cell(cell: Cell, reporter: Reporter) -> Outcome:
-    """Train and measure ``cell`` in two processes.
+def run_cells(
+    cells: Sequence[Cell], reporter: Reporter, runner: CellRunner, bounds: Sequence[float] = ()
+) -> list[Outcome]:
+    """Train ``cells`` at the same time, measure one after the other, and return the outcomes.
+
+    A training stops early if its best measurement is above the bound of the measurement.
 
     Raises:
         Interrupted: on Ctrl-C or SIGTERM; a repeated call resumes.
     """
-    folder = cell.folder
-    with lock(folder / ".lock", wait=True):
-        if (known := measured_outcome(cell)) is not None:  # by a study at the same time
-            return known
-        # A process of a killed study is about to stop.
-        with lock(folder / _PROCESS_LOCK, wait=True):
-            (folder / OUTCOME).unlink(missing_ok=True)
-        write_json(folder / REQUEST, cell.request)
-        for stage in _STAGES:
-            if not (folder / OUTCOME).is_file():  # the first stage may have failed
-                _run_stage(folder, stage, reporter)
-        outcome = Outcome(**read_json(folder / OUTCOME))
-        if not outcome.reason or not (folder / RUN_RESULT).is_file():
-            Run("", folder.name, rehearsal=folder).drop_working_files()
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            for name in (RUN_RESULT, TRAINED):
-                (folder / name).unlink(missing_ok=True)
-    return outcome
+    by_folder = {cell.folder: cell for cell in cells}
+    with ExitStack() as locks:
+        for folder in sorted(by_folder):
+            locks.enter_context(lock(folder / ".lock", wait=True))
+        # A study at the same time may have measured some.
+        missing = {f: c for f, c in by_folder.items() if measured_outcome(c, bounds) is None}
+        for folder, cell in missing.items():
+            # A process of a killed study is about to stop.
+            with lock(folder / _PROCESS_LOCK, wait=True):
+                (folder / OUTCOME).unlink(missing_ok=True)
+            write_json(folder / REQUEST, {**cell.request, "bounds": list(bounds)})
+        _run_stage(missing, "train", reporter, runner)
+        for folder, cell in missing.items():
+            if not (folder / OUTCOME).is_file():  # the training may have failed
+                _run_stage({folder: cell}, "measure", reporter, runner)
+            _clean(folder)
+    return [Outcome(**read_json(cell.folder / OUTCOME)) for cell in cells]
+
+
+def _clean(folder: Path) -> None:
+    """Remove model and checkpoints, unless only the measurement failed."""
+    outcome = Outcome(**read_json(folder / OUTCOME))
+    if not outcome.reason or not (folder / RUN_RESULT).is_file():
+        Run("", folder.name, rehearsal=folder).drop_working_files()
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        for name in (RUN_RESULT, TRAINED):
+            (folder / name).unlink(missing_ok=True)
 
 
 class _Progress(Reporter):
@@ -196,26 +236,64 @@ class _Progress(Reporter):
             getattr(self.outer, method)(*arguments)
 
 
-def _run_stage(folder: Path, stage: str, reporter: Reporter) -> None:
-    process = ChildProcess(
-        ProcessRunner(),
-        python_command("luthier.workflows.study.cells", str(folder), stage),
-        Resources(),
-        folder,
-        "resumes after its last checkpoint",
-    )
+def _run_stage(
+    cells: Mapping[Path, Cell], stage: str, reporter: Reporter, runner: CellRunner
+) -> None:
+    processes = [
+        ChildProcess(
+            runner,
+            python_command("luthier.workflows.study.cells", str(folder), stage),
+            runner.resources(cell.recipe),
+            folder,
+            "resumes after its last checkpoint",
+        )
+        for folder, cell in cells.items()
+    ]
 
     def forward() -> bool:
-        process.reports.forward(_Progress(reporter))
+        if len(processes) == 1:
+            processes[0].reports.forward(_Progress(reporter))
         return False
 
     try:
-        (code,) = run_processes([process], reporter, forward)
+        codes = run_processes(processes, reporter, forward)
     except Interrupted:
         text = "Stopped. Run the same command with `--resume` to continue."
         raise Interrupted(text) from None
-    if code:
-        write_json(folder / OUTCOME, asdict(Outcome(reason=process.reason(code))))
+    for process, code in zip(processes, codes, strict=True):
+        if code:
+            write_json(process.work / OUTCOME, asdict(Outcome(reason=process.reason(code))))
+
+
+class _Hopeless(Exception):
+    """A training that a search stops early."""
+
+
+class _Watch(ReportFile):
+    """Stops a training whose best measurement is above the bound."""
+
+    def __init__(self, folder: Path, bounds: Sequence[float]) -> None:
+        super().__init__(folder / REPORTS)
+        self.folder, self.bounds = folder, bounds
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        """Report the line, and compare a measurement before the last step with its bound."""
+        super().metrics(line, steps)
+        if self.bounds and line["event"] == "validation" and line["step"] < steps:
+            curve = _curve(self.folder)
+            if len(curve) <= len(self.bounds) and min(curve) > self.bounds[len(curve) - 1]:
+                raise _Hopeless
+
+
+def _validation_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the validation measurements of the training in ``folder``."""
+    lines = MetricsFile(folder / METRICS).read(rows=True)
+    return [line for line in lines if line["event"] == "validation"]
+
+
+def _curve(folder: Path) -> list[float]:
+    lines = _validation_lines(folder)
+    return [cost_of(line, lines[0].get("measure", "loss")) for line in lines]
 
 
 def _train(folder: Path, reporter: Reporter) -> None:
@@ -224,7 +302,11 @@ def _train(folder: Path, reporter: Reporter) -> None:
     began, recipe = time.process_time(), Recipe.parse(request["recipe"])
     try:
         recipe = _after(recipe, request["before"], reporter)
-        store_trial(recipe, folder, reporter)
+        store_trial(recipe, folder, _Watch(folder, request["bounds"]))
+    except _Hopeless:
+        reason = "stopped early: worse than half of the earlier trainings"
+        outcome = Outcome(reason=reason, curve=_curve(folder), bounds=request["bounds"])
+        write_json(folder / OUTCOME, asdict(outcome))
     finally:
         spent = earlier + time.process_time() - began
         write_json(path, {"processor_seconds": spent, "base": recipe.base})
@@ -259,15 +341,20 @@ def _measure(folder: Path, reporter: Reporter) -> None:
     stored = StoredModel(
         manifest.id, folder / "model", manifest, parent if manifest.saved == "adapter" else None
     )
-    lines = validation_lines(folder)
+    lines = _validation_lines(folder)
     measure = lines[0].get("measure", "loss")
     best = best_measurement(lines, measure)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     fixed = Run("", folder.name, rehearsal=folder).read_request()
     job = prepare_job(recipe, parent, machine, Reporter(), fixed)
     rows = best.get("rows", {}).get(measure)
+    opened = _open(stored)
     if rows is None and measure == "loss":
-        rows = _row_losses(stored, job.data.objective, job.data.validation)
+        network = open_network(stored) if opened is None else opened.network
+        rows = _row_losses(network, job.data.objective, job.data.validation)
+    milliseconds = None if opened is None else _milliseconds(opened, job.data.validation)
+    if opened is not None:
+        opened.network.close()
     base, drift, earlier = find(request["recipe"]["base"]), None, None
     if request["forgetting"]:
         drift = measure_forgetting(stored, base).drift.kl.value
@@ -294,10 +381,11 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         steps=result.steps,
         batch_size=training.batch_size or 0,
         warmup_ratio=training.warmup_ratio or 0.0,
-        milliseconds=_milliseconds(stored, job.data.validation),
+        milliseconds=milliseconds,
         forgotten=drift,
         earlier=earlier,
         verdict="" if result.verdict is None else result.verdict.outcome,
+        curve=_curve(folder),
     )
     write_json(folder / OUTCOME, asdict(outcome))
 
@@ -310,44 +398,45 @@ def _order(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _open(stored: StoredModel) -> Generator | Predictor | None:
+    """Load a model that answers; ``None`` for a model that generates images."""
+    from luthier.inference.generation import Generator
+    from luthier.inference.prediction import Predictor
+
+    if stored.writes:
+        return Generator.open(stored)
+    return Predictor.open(stored) if predicts(stored.objective) else None
+
+
 def _row_losses(
-    stored: StoredModel, objective: Any, examples: Sequence[Example]
+    network: Network, objective: Objective, examples: Sequence[Example]
 ) -> dict[str, Any] | None:
     """Return the loss of each row, for objectives whose loss is a mean over rows."""
     import torch
 
-    from luthier.engine.machine import open_network
-
     if objective.contrasts_rows or objective.other_models:
         return None
-    network, budget = open_network(stored), READING_BUDGET
     parts, weights = [], []
     with torch.no_grad():
         for example in examples:
-            batches = objective.annotate(network, [example], budget)
+            batches = objective.annotate(network, [example], READING_BUDGET)
             parts.append(sum(float(objective.loss(network, batch).total) for batch in batches))
             weights.append(sum(batch.weight for batch in batches))
-    network.close()
     return RowScores.of(parts, weights, is_share=False).plain()
 
 
-def _milliseconds(stored: StoredModel, examples: Sequence[Example]) -> float | None:
+def _milliseconds(opened: Generator | Predictor, examples: Sequence[Example]) -> float | None:
     """Return the mean time of an answer in milliseconds, one answer at a time."""
     from luthier.evaluation.parity import greedy_prompts
     from luthier.inference.generation import Generator
-    from luthier.inference.prediction import Predictor
-    from luthier.objectives.base import predicts
 
     inputs: Sequence[Any] = examples
     answer: Callable[[Any], object]
-    if stored.writes:
-        generator = Generator.open(stored)
-        inputs = greedy_prompts(examples, TIMED, generator.context - REPLY_TOKENS)
-        answer = partial(_reply, generator)
-    elif predicts(stored.objective):
-        answer = partial(_predict, Predictor.open(stored))
+    if isinstance(opened, Generator):
+        inputs = greedy_prompts(examples, TIMED, opened.context - REPLY_TOKENS)
+        answer = partial(_reply, opened.backend)
     else:
-        return None
+        answer = partial(_predict, opened)
     timed = inputs[:TIMED]
     if not timed:  # no prompt leaves room for a reply
         return None
@@ -355,10 +444,10 @@ def _milliseconds(stored: StoredModel, examples: Sequence[Example]) -> float | N
     return float(1000 * seconds["model"] / len(timed))
 
 
-def _reply(generator: Generator, prompt_T: IntArray) -> object:
+def _reply(backend: Backend, prompt_T: IntArray) -> object:
     from luthier.evaluation.parity import generate_greedily
 
-    return generate_greedily(generator.backend, [prompt_T], REPLY_TOKENS)
+    return generate_greedily(backend, [prompt_T], REPLY_TOKENS)
 
 
 def _predict(predictor: Predictor, example: Example) -> object:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.engine.metrics import SCORES, new_figure, save_figure
 from luthier.evaluation.significance import CHANCE, as_gain
-from luthier.workflows.space import LOG_FROM
+from luthier.workflows.study.grid import LOG_FROM
 
 if TYPE_CHECKING:
     from luthier.workflows.study.results import Study, StudyRow

@@ -1,25 +1,28 @@
 """Grid of a study: the recipes of all combinations of values, each once.
 
-On the command line a field is varied as ``KEY=a,b,c``. A key is a path in the recipe, such as
-``training.learning_rate``, or a key of :data:`SPECIAL`. The module is light to import, so that an
-invalid grid is an error before torch is loaded.
+On the command line a field is varied as ``KEY=a,b,c``, and in a search also as ``KEY=LOW..HIGH``. A
+key is a path in the recipe, such as ``training.learning_rate``, or a key of :data:`SPECIAL`. The
+module is light to import, so that an invalid grid is an error before torch is loaded.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.recipe import Recipe, toml_value
-from luthier.workflows.space import with_settings
+from luthier.recipe import Recipe, assign, toml_value
 
 MAX_TRAININGS = 200
-"""Maximum number of trainings in a study. Use ``luthier search`` for more."""
+"""Maximum number of trainings in a study."""
+LOG_FROM = 10
+"""Ratio of the ends from which a range is searched, and an axis is drawn, on a logarithmic scale."""
 SPECIAL = frozenset({"rows", "before", "mix.share"})
 """Keys without a field of the recipe."""
 FIXED = frozenset(
@@ -40,10 +43,31 @@ _UNKNOWN = 10**12
 
 @dataclass(frozen=True)
 class Dimension:
-    """A varied field with the values in the given order."""
+    """A varied field with the values in the given order, or with the ends of a range."""
 
     key: str
     values: tuple[Any, ...]
+    is_range: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """True for a range of whole numbers."""
+        return all(isinstance(each, int) for each in self.values)
+
+    @property
+    def is_logarithmic(self) -> bool:
+        """True for a range over at least one order of magnitude."""
+        low, high = self.values
+        return bool(low > 0 and high >= LOG_FROM * low)
+
+    def __contains__(self, value: Any) -> bool:
+        if not self.is_range:
+            return value in self.values
+        low, high = self.values
+        return isinstance(value, int | float) and low <= value <= high
+
+    def __str__(self) -> str:
+        return f"{self.key}={('..' if self.is_range else ',').join(map(str, self.values))}"
 
     @property
     def is_ordered(self) -> bool:
@@ -104,7 +128,8 @@ def parse_dimensions(texts: Sequence[str]) -> list[Dimension]:
     dimensions: list[Dimension] = []
     for text in texts:
         key, equals, values = (part.strip() for part in text.partition("="))
-        parts = tuple(toml_value(part.strip()) for part in dict.fromkeys(values.split(",")))
+        separator = ".." if _is_range(values) else ","
+        parts = tuple(toml_value(part.strip()) for part in dict.fromkeys(values.split(separator)))
         is_known = "." in key or key in {*SPECIAL, *_GROUPS}
         if not equals or not is_known or "" in parts or any(c in values for c in "[]{}"):
             raise RecipeError(
@@ -122,45 +147,74 @@ def parse_dimensions(texts: Sequence[str]) -> list[Dimension]:
             raise RecipeError(
                 f"`--vary {key}` has a single value. Use `--set {key}={parts[0]}`.", setting=key
             )
-        dimensions.append(Dimension(key, parts))
+        if separator == ".." and not (
+            len(parts) == 2 and all(type(each) in (int, float) for each in parts)
+            and parts[0] < parts[1]
+        ):  # fmt: skip
+            raise RecipeError(f"`--vary {key}`: write a range as LOW..HIGH.", setting=key)
+        dimensions.append(Dimension(key, parts, separator == ".."))
     return dimensions
 
 
-def grid_of(dimensions: Sequence[Dimension]) -> list[Configuration]:
-    """Return all combinations of values.
+def _is_range(values: str) -> bool:
+    """Return True for ``LOW..HIGH``; paths such as ``none,../file`` have no digit at the dots."""
+    return re.search(r"\d\.\.\s*[-.\d]", values) is not None
+
+
+def grid_of(dimensions: Sequence[Dimension], trials: int | None = None) -> list[Configuration]:
+    """Return all combinations of values; in a search of ``trials``, some of them, with the ends of
+    ranges.
 
     Raises:
-        RecipeError: for too many combinations.
+        RecipeError: for too many combinations, or a range without a search.
     """
     count = math.prod(len(each.values) for each in dimensions)
-    if count > MAX_TRAININGS:
+    for each in dimensions:
+        if trials is None and each.is_range:
+            raise RecipeError(f"The range `{each}` needs `--search N`.", setting=each.key)
+    if count > MAX_TRAININGS and trials is None:
         raise RecipeError(
             f"The grid has {count:,} combinations, more than {MAX_TRAININGS}. Vary fewer fields or "
-            "values, or use `luthier search`.",
+            "values, or search: `--search 20` with ranges, KEY=LOW..HIGH.",
             setting="vary",
         )
     keys = [each.key for each in dimensions]
-    combinations = itertools.product(*(each.values for each in dimensions))
+    combinations = itertools.islice(
+        itertools.product(*(each.values for each in dimensions)), MAX_TRAININGS
+    )
     return [Configuration(dict(zip(keys, values, strict=True))) for values in combinations]
 
 
+def is_search(dimensions: Sequence[Dimension], trials: int | None) -> bool:
+    """Return True if ``trials`` do not suffice for all combinations of values."""
+    if trials is None:
+        return False
+    is_finite = dimensions and not any(each.is_range for each in dimensions)
+    return not is_finite or math.prod(len(each.values) for each in dimensions) > trials
+
+
 def check_grid(
-    grid: Sequence[Configuration], dimensions: Sequence[Dimension], recipe: Recipe, seeds: int
+    grid: Sequence[Configuration],
+    dimensions: Sequence[Dimension],
+    recipe: Recipe,
+    seeds: int,
+    trials: int | None = None,
 ) -> None:
     """Check the recipe of each configuration, before the data is read.
 
     Raises:
         RecipeError: for fewer than two configurations, too many trainings, or an invalid value.
     """
-    if len(grid) < 2:
+    if len(grid) < 2 and trials is None:
         raise RecipeError(
             "A study needs a varied field: `--vary adaptation.method=lora,full`, or a `--preset`.",
             setting="vary",
         )
-    if seeds * len(grid) > MAX_TRAININGS:
+    count = trials if is_search(dimensions, trials) and trials else len(grid)
+    if seeds * count > MAX_TRAININGS:
         raise RecipeError(
-            f"{len(grid):,} combinations with {seeds:,} seeds are {seeds * len(grid):,} trainings, "
-            f"more than {MAX_TRAININGS}.",
+            f"{count:,} combinations with {seeds:,} seeds are {seeds * count:,} trainings, more than "
+            f"{MAX_TRAININGS}.",
             setting="seeds",
         )
     for each in dimensions:
@@ -205,3 +259,15 @@ _CHECKS: Mapping[str, Callable[[Dimension, Recipe], None]] = {
     "before": _check_before,
     "mix.share": _check_mix,
 }
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """Return ``recipe`` with the fields in ``settings`` replaced, or raise :class:`RecipeError`.
+
+    Only explicit fields are kept, so that a new adaptation does not inherit fields of the old
+    adaptation.
+    """
+    fields = deepcopy(recipe.model_dump(mode="json", exclude_unset=True))
+    for key, value in settings.items():
+        assign(fields, key.split("."), value)
+    return Recipe.parse(fields)

@@ -114,19 +114,22 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def grid_from(
-    preset: str | None, vary: Sequence[str]
+    preset: str | None, vary: Sequence[str], trials: int | None = None
 ) -> tuple[list[Configuration], list[Dimension]]:
     """Return the configurations and dimensions of a preset, or of ``--vary``.
 
+    In a search of ``trials``, the configurations are examples for a check.
+
     Raises:
-        RecipeError: for an unknown preset, a missing file, or a preset with ``vary``.
+        RecipeError: for an unknown preset, a missing file, or a preset with ``vary`` or ``trials``.
     """
     if preset is None:
         dimensions = parse_dimensions(vary)
-        return grid_of(dimensions), dimensions
+        return grid_of(dimensions, trials), dimensions
     name, _, file = preset.partition("=")
-    if vary:
-        raise RecipeError("`preset` and `vary` exclude each other.", setting="preset")
+    if vary or trials:
+        other = "vary" if vary else "search"
+        raise RecipeError(f"`preset` and `{other}` exclude each other.", setting="preset")
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, f"there are {', '.join(PRESETS)}")
         raise RecipeError(f"Unknown preset {name!r}; {hint}.", setting="preset")

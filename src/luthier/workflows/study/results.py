@@ -161,6 +161,8 @@ class Study:
     command: str = ""
     """Command that trains the chosen configuration as a custom model."""
     pictures: Sequence[str] = ()
+    is_search: bool = False
+    """True for a search, whose choice is the best trial and not the cheapest within chance."""
 
     @cached_property
     def measured(self) -> list[StudyRow]:
@@ -232,13 +234,13 @@ class Study:
     @cached_property
     def chosen(self) -> StudyRow | None:
         """The cheapest row within chance of the best row and within the limits, or the best of these
-        if no other is clearly cheaper.
+        if no other is clearly cheaper, or in a search.
 
         If no row within chance of the best is within the limits, the best row within the limits.
         """
         able = [row for row in self.measured if self._is_allowed(row)]
         near = [row for row in able if self.is_within_chance(row)]
-        if not near:
+        if self.is_search or not near:
             return able[0] if able else None
         cheapest = min(near, key=StudyRow.cost_of_training)
         saved = 1 - cheapest.cost_of_training() / max(1e-9, near[0].cost_of_training())
@@ -276,11 +278,12 @@ class Study:
             return f"{text} No configuration is within {limits}."
         cost = f"{chosen.cost_of_training():,.0f} s of processor time"
         if chosen is best:
-            return (
-                f"{text} The best takes {cost}{', and no other is clearly cheaper' * bool(near)}."
-            )
+            other = ", and no other is clearly cheaper" * (bool(near) and not self.is_search)
+            return f"{text} The best takes {cost}{other}."
         kind = (
-            "The cheapest within chance" if self.is_within_chance(chosen) else "Within the limits"
+            "Within the limits"
+            if self.is_search or not self.is_within_chance(chosen)
+            else "The cheapest within chance"
         )
         return f"{text} {kind}: {chosen.name}, {self.text(chosen.value)} ({cost})."
 

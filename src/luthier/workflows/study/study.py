@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from luthier.engine.dataset import NAMED_MEDIA
@@ -19,12 +20,19 @@ from luthier.files import luthier_home, read_json, write_bytes, write_json
 from luthier.formatting import format_duration
 from luthier.library.models import find
 from luthier.recipe import Recipe, Training, portable, to_toml
-from luthier.workflows.estimate.estimate import PredictionInterval, estimate
-from luthier.workflows.space import with_settings
-from luthier.workflows.study.cells import Cell, Outcome, measured_outcome, run_cell
+from luthier.workflows.estimate.estimate import estimate
+from luthier.workflows.study.cells import Cell, CellRunner, Outcome, measured_outcome, run_cells
 from luthier.workflows.study.figures import draw_study
-from luthier.workflows.study.grid import NONE, Configuration, Dimension, check_grid
+from luthier.workflows.study.grid import (
+    NONE,
+    Configuration,
+    Dimension,
+    check_grid,
+    is_search,
+    with_settings,
+)
 from luthier.workflows.study.results import FIGURES, Study, StudyRow
+from luthier.workflows.study.search import Search, default_space
 
 PROCESS_SECONDS = 20.0
 """Seconds to start the two processes of a cell and to load data and model, beyond the training."""
@@ -41,6 +49,9 @@ def study(
     max_minutes: float | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
+    trials: int | None = None,
+    parallel: int | None = None,
+    runner: CellRunner | None = None,
 ) -> Study:
     """Train ``recipe`` with the settings of each configuration, and compare the results.
 
@@ -58,18 +69,22 @@ def study(
         max_minutes: no training starts if the time would be exceeded. The result names the rest.
         resume: continue the same study, and train failed configurations again.
         reporter: receives progress.
+        trials: number of configurations of a search, if fewer than the combinations of values. The
+            search proposes each from the measurements before its round.
+        parallel: trainings at the same time.
+        runner: runner of the trainings; by default this machine.
 
     Raises:
         RefusedInput: before any training, for grid, recipe or data.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    reporter = reporter or Reporter()
+    reporter, runner = reporter or Reporter(), runner or CellRunner()
     limits = dict(limits or {})
     if unknown := next((name for name in limits if name not in FIGURES), None):
         raise RecipeError(f"`at_most`: {unknown!r} is none of {', '.join(FIGURES)}.")
     if "drift" in limits and not forgetting:
         raise RecipeError("`at_most` drift needs `forgetting`.")
-    check_grid(grid, dimensions, recipe, seeds)
+    check_grid(grid, dimensions, recipe, seeds, trials)
     keys = {key for each in grid for key in each.settings}
     if "base" in keys:
         recipe = with_settings(recipe, {"base": grid[0].settings["base"]})
@@ -83,8 +98,15 @@ def study(
     parent = luthier_home() / "studies"
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
     request_file = parent / name / "request.json"
+    stored = read_json(request_file) if resume and request_file.is_file() else {}
+    parallel = parallel or stored.get("parallel")
+    if runner.name is not None or (parallel or 1) > 1:
+        parallel, threads = runner.shares(recipe, parallel)
+        # Sums stay the same even if a cluster has grown or shrunk.
+        threads = stored.get("recipe", {}).get("training", {}).get("threads", threads)
+        recipe = with_settings(recipe, {"training.threads": threads})
     # All cells are rendered with one date, if the chat template prints a date.
-    date = read_json(request_file)["template_date"] if resume and request_file.is_file() else None
+    date = stored.get("template_date")
     fixed = {} if date is None else {"template_date": date}
     job = prepare_job(recipe, base, machine, _Warnings(reporter), fixed)
     _check_comparable(dimensions, job.data.objective.measure)
@@ -95,6 +117,9 @@ def study(
         )
     if forgetting and not job.data.objective.task.writes:
         raise RecipeError("`forgetting` needs an objective for text generation.")
+    if trials and not dimensions:
+        dimensions = default_space(recipe, job.recipe)
+        keys = {each.key for each in dimensions}
     if "training.learning_rate" in keys and not keys & {"adaptation", "adaptation.method"}:
         # Otherwise the rate of the cell also changes the rate of the head.
         rate = job.recipe.training.head_rate_multiplier
@@ -113,15 +138,30 @@ def study(
         request = {
             "recipe": portable(recipe), "seeds": seeds, "forgetting": forgetting,
             "earlier": None if earlier is None else str(earlier.absolute()),
-            "grid": {each.name: dict(each.settings) for each in grid},
+            "grid": {each.name: dict(each.settings) for each in grid}, "parallel": parallel or 1,
+            "space": [str(each) for each in dimensions], "trials": trials,
             "data": job.request()["data"], "template_date": job.chat.date,
         }  # fmt: skip
         if not is_resumed(request_file, request, f"study {name}", resume):
             write_json(request_file, request)
         measures = _Measures(forgetting, request["earlier"], job.data.hashes.get(NAMED_MEDIA))
-        work = _Work(recipe, grid, seeds, measures, count, reporter)
-        rows = work.run(max_minutes)
-        result = Study(name, str(parent / name), rows, dimensions, len(job.data.validation), limits)
+        work = _Work(recipe, seeds, measures, count, reporter, runner, parallel or 1, max_minutes)
+        searches = is_search(dimensions, trials)
+        if trials and searches:
+            for each in dimensions:
+                reporter.note(f"search {each}")
+            rows = work.search(Search(dimensions, trials, parallel or 1, limits, job.recipe))
+        else:
+            rows = work.measure(grid, len(grid))
+        result = Study(
+            name,
+            str(parent / name),
+            rows,
+            dimensions,
+            len(job.data.validation),
+            limits,
+            is_search=searches,
+        )
         return _complete(result, work, given)
 
 
@@ -170,80 +210,121 @@ class _Work:
     def __init__(
         self,
         recipe: Recipe,
-        grid: Sequence[Configuration],
         seeds: int,
         measures: _Measures,
         rows: int,
         reporter: Reporter,
+        runner: CellRunner,
+        parallel: int,
+        max_minutes: float | None,
     ) -> None:
-        self.grid, self.reporter = grid, reporter
-        unnamed, first = recipe.model_copy(update={"name": None}), recipe.training.seed
-        self.cells = {
-            each.name: [
-                Cell(each.recipe(unnamed, first + seed, rows), _before(each), *measures)
-                for seed in range(seeds)
-            ]
-            for each in grid
-        }
+        self.recipe = recipe.model_copy(update={"name": None})
+        self.seeds, self.measures, self.rows = seeds, measures, rows
+        self.reporter, self.runner, self.parallel = reporter, runner, parallel
+        self.max_minutes, self.began = max_minutes, time.monotonic()
+        self.done, self.spent, self.expected = 0, list[float](), 0.0
 
-    def run(self, max_minutes: float | None) -> list[StudyRow]:
-        """Run the missing cells, and return a row for each configuration."""
-        cells = [(each.name, cell) for each in self.grid for cell in self.cells[each.name]]
-        known = [measured_outcome(cell) for _, cell in cells]
-        missing = known.count(None)
-        if reused := len(cells) - missing:
+    def cells(self, configuration: Configuration) -> list[Cell]:
+        """Return a cell for each seed."""
+        first = self.recipe.training.seed
+        return [
+            Cell(
+                configuration.recipe(self.recipe, first + seed, self.rows),
+                _before(configuration),
+                *self.measures,
+            )
+            for seed in range(self.seeds)
+        ]
+
+    def search(self, search: Search) -> list[StudyRow]:
+        """Run the trials of a search, and return a row for each."""
+        rows = list[StudyRow]()
+        new = rows
+        while configurations := search.propose(new):
+            new = self.measure(configurations, search.trials, search.bounds)
+            rows += new
+        return rows
+
+    def measure(
+        self, grid: Sequence[Configuration], count: int, bounds: Sequence[float] = ()
+    ) -> list[StudyRow]:
+        """Run the missing cells of ``grid``, and return a row for each configuration.
+
+        ``count`` is the number of configurations in the study.
+        """
+        names = [each.name for each in grid for _ in range(self.seeds)]
+        cells = [cell for each in grid for cell in self.cells(each)]
+        outcomes = [measured_outcome(cell, bounds) for cell in cells]
+        missing = [number for number, outcome in enumerate(outcomes) if outcome is None]
+        if reused := len(cells) - len(missing):
             self.reporter.note(f"{reused} of {len(cells)} trainings are measured already")
-        expected = 0.0
-        if missing:
-            expected = self._estimate(cells[known.index(None)][1], missing, max_minutes)
-        began, spent, left = time.monotonic(), list[float](), missing
-        outcomes: list[Outcome] = []
-        for number, ((name, cell), outcome) in enumerate(zip(cells, known, strict=True), 1):
-            if outcome is None:
-                needed = sum(spent) / len(spent) if spent else expected
-                over = time.monotonic() - began + needed
-                if max_minutes is not None and over > 60 * max_minutes:
-                    reason = f"not started: over the limit of {max_minutes:g} minutes"
-                    outcomes.append(Outcome(reason=reason))
-                    continue
-                time_left = f", about {format_duration(needed * left)} left" if spent else ""
-                seed = cell.recipe.training.seed
+        left = self.seeds * count - self.done - reused
+        if missing and not self.expected:
+            known = [each.seconds for each in outcomes if each is not None and each.seconds]
+            self.expected = self._estimate(cells[missing[0]], known, left)
+        for start in range(0, len(missing), self.parallel):
+            part = missing[start : start + self.parallel]
+            needed = mean(self.spent) if self.spent else self.expected
+            over = time.monotonic() - self.began + needed
+            if self.max_minutes is not None and over > 60 * self.max_minutes:
+                reason = f"not started: over the limit of {self.max_minutes:g} minutes"
+                for number in part:
+                    outcomes[number] = Outcome(reason=reason)
+                continue
+            text = f", about {format_duration(needed * left / self.parallel)} left"
+            for number in part:
                 self.reporter.stage(
-                    f"Training {number} of {len(cells)}: {name}, seed {seed}{time_left}"
+                    f"Training {self.done + number + 1} of {self.seeds * count}: {names[number]}, "
+                    f"seed {cells[number].recipe.training.seed}{text * bool(self.spent)}"
                 )
-                started = time.monotonic()
-                outcome = run_cell(cell, self.reporter)
-                if not outcome.reason:
-                    spent.append(time.monotonic() - started)
-                left -= 1
+            began = time.monotonic()
+            found = run_cells([cells[n] for n in part], self.reporter, self.runner, bounds)
+            if not all(each.reason for each in found):
+                self.spent.append(time.monotonic() - began)
+            left -= len(part)
+            for number, outcome in zip(part, found, strict=True):
+                outcomes[number] = outcome
                 self._report(outcome)
-            outcomes.append(outcome)
-        found = iter(outcomes)
-        return [_row(each, [next(found) for _ in self.cells[each.name]]) for each in self.grid]
+        self.done += len(cells)
+        complete = iter([each for each in outcomes if each is not None])
+        return [_row(each, [next(complete) for _ in range(self.seeds)]) for each in grid]
 
     def _report(self, outcome: Outcome) -> None:
         if outcome.reason:
-            self.reporter.note(f"failed: {outcome.reason.splitlines()[0]}")
+            failed = "" if outcome.bounds else "failed: "
+            self.reporter.note(f"{failed}{outcome.reason.splitlines()[0]}")
         else:
             self.reporter.note(f"{outcome.measure} {outcome.value:.4f}")
 
-    def _estimate(self, cell: Cell, missing: int, max_minutes: float | None) -> float:
-        """Report the estimated time of the missing cells, and return the seconds per cell."""
-        self.reporter.stage("Estimating the time of the first training")
-        try:
-            seconds = estimate(cell.recipe, Reporter()).seconds
-        except (Diverged, RefusedInput):  # the cell will be a row with the reason
-            return 0.0
-        whole = (seconds + PredictionInterval.exactly(PROCESS_SECONDS)).times(missing)
+    def _estimate(self, cell: Cell, known: Sequence[float], missing: int) -> float:
+        """Report the estimated time of the missing cells, and return the seconds of a round.
+
+        The estimate has the steps of a training without an early stop. The durations of measured
+        cells are better.
+        """
+        if known:
+            seconds, at_most = mean(known), ""
+        else:
+            self.reporter.stage("Estimating the time of the first training")
+            try:
+                seconds = estimate(cell.recipe, Reporter()).seconds.value
+            except (Diverged, RefusedInput):  # the cell will be a row with the reason
+                return 0.0
+            at_most = "at most "
+        seconds += PROCESS_SECONDS
+        total = format_duration(seconds * missing / self.parallel)
         self.reporter.note(
-            f"{missing} trainings take {format_duration(whole.low)} to {format_duration(whole.high)}, "
-            "if all take as long as the first"
+            f"{missing} trainings take {at_most or 'about '}{total}"
+            + (", less if they stop early" if at_most else ", as the measured trainings did")
         )
-        if max_minutes is not None and whole.low > 60 * max_minutes:
+        if (
+            self.max_minutes is not None
+            and seconds * missing / self.parallel > 60 * self.max_minutes
+        ):
             self.reporter.note(
-                f"warning: some trainings will not start within {max_minutes:g} minutes"
+                f"warning: some trainings may not start within {self.max_minutes:g} minutes"
             )
-        return whole.value / missing
+        return seconds
 
 
 def _before(configuration: Configuration) -> str | None:
@@ -264,7 +345,7 @@ def _complete(found: Study, work: _Work, given: Training) -> Study:
     if found.measured:
         pictures = draw_study(found, folder)
         if found.chosen is not None and found.more_rows is None:
-            cell = work.cells[found.chosen.name][0]
+            cell = work.cells(found.chosen.configuration)[0]
             fields = portable(cell.recipe)
             if cell.before is not None:
                 fields["base"] = found.chosen.outcomes[0].base
