@@ -173,15 +173,28 @@ def test_refused_data_is_fixed_first() -> None:
     assert not found.techniques and not found.tune and "luthier inspect" in found.commands[0]
 
 
-def test_knowledge_goal_advises_rag_before_tuning() -> None:
+@pytest.mark.parametrize(
+    ("rag", "examples", "tuned", "expected"),
+    [
+        (0.5, 0.2, 0.3, ("RAG", "fine-tuning")),
+        (0.3, 0.2, 0.8, ("fine-tuning", "RAG")),
+        (0.0, 0.17, 0.1, ("prompt engineering", "fine-tuning")),
+        (0.0, 0.1, 0.4, ("fine-tuning",)),
+    ],
+)
+def test_measured_winner_is_first(
+    rag: float, examples: float, tuned: float, expected: tuple[str, ...]
+) -> None:
     ways = evidence(
-        tried("RAG", "passages of the documents", 0.3, 500),
-        tried("fine-tuning", "after 80 steps", 0.8),
+        tried("RAG", "passages of the documents", rag, 500),
+        tried("prompt engineering", "4 nearest examples", examples, 300),
+        tried("fine-tuning", "after 20 steps", tuned),
+        steps=20,
     )
     found = given(
         evidence=ways, wishes=Wishes(goal="knowledge"), document_tokens=50_000
     ).recommendation
-    assert found.techniques == ("RAG", "fine-tuning")
+    assert found.techniques == expected
 
 
 @pytest.mark.parametrize(

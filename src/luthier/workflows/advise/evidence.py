@@ -24,6 +24,7 @@ from luthier.objectives.base import predicts
 from luthier.types import Row
 from luthier.workflows.estimate.trial import trial_training
 from luthier.workflows.evaluate import grade_replies
+from luthier.workflows.latency import measure_latency
 from luthier.workflows.prompting import (
     PromptVariant,
     Technique,
@@ -48,6 +49,8 @@ MIN_FITTING = 0.5
 """Minimum share of questions that fit into the context, or a technique is left out."""
 BASELINE_SECONDS = 60.0
 """Time limit of all simple baselines."""
+TIMED_REPLIES = 4
+"""Prompts for the time of a reply, in one batch."""
 SEED = 0
 ROOM = 16
 """Tokens of a reply beyond the longest expected reply."""
@@ -243,7 +246,9 @@ class _Replies:
         graded = grade_replies(generator, rows, graders, self.sampling.max_tokens or 1)
         (score,) = graded.row_scores.values()
         assert isinstance(score, RowScores)
-        seconds = graded.reply_seconds / len(rows)
+        timed = self._prompts(variant)[:TIMED_REPLIES]
+        spent = measure_latency({name: lambda: generator.answers(timed, self.sampling)})
+        seconds = spent[name] / len(timed)
         return TechniqueResult(technique, name, score.value, tokens, seconds, row_scores=score)
 
 
@@ -292,10 +297,10 @@ class _Predictions:
         from luthier.workflows.score_predictions import score_predictions
 
         predictor = Predictor(self.network, self.job.data.objective, self.job.chat, self._context)
-        began = time.perf_counter()
         rows = next(iter(score_predictions(predictor, self.held).row_scores.values()))
         assert isinstance(rows, RowScores)
-        seconds = (time.perf_counter() - began) / len(self.held)
+        spent = measure_latency({name: lambda: predictor.answers(self.held)})
+        seconds = spent[name] / len(self.held)
         return TechniqueResult(
             "fine-tuning", name, rows.value, self.tokens, seconds, row_scores=rows
         )

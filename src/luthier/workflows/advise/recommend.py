@@ -7,7 +7,7 @@ recommendation may be not to tune.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -342,11 +342,16 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
             f"the difference is not significant on {facts.evidence.held:,} held-out rows. Start with "
             "this technique, and measure on more rows (--validation FILE)"
         )
+    best = facts.evidence and facts.evidence.best("zero-shot", "prompt engineering", "RAG")
     if facts.document_tokens and facts.wishes.goal == "knowledge":
-        chosen.append("RAG")
-        reasons.append("retrieval is better than tuning for facts (Ovadia et al. 2023)")
+        rag = facts.evidence and facts.evidence.best("RAG")
+        if rag and best and rag.score < best.score:
+            reasons.append(f"retrieval: {rag.result}; {best.name}: {best.result}")
+        else:
+            chosen.append("RAG")
+            reasons.append("retrieval is better than tuning for facts (Ovadia et al. 2023)")
     if against:
-        chosen = [*dict.fromkeys([*chosen, against])]
+        chosen = _by_score([*chosen, against], facts.evidence)
         spent = f" (about {facts.minutes:,.0f} min)" if facts.minutes else ""
         cautions.append(f"if the result is not sufficient, tune{spent}: {command}")
         if against == "simple baselines":
@@ -354,7 +359,11 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
         return Recommendation(tuple(chosen), False, tuple(reasons), tuple(cautions), sure=sure)
     if facts.rows < FEW_ROWS and not facts.labels:
         cautions.append(f"{facts.rows:,} rows are few: the model learns form, not content")
-    chosen.append("fine-tuning")
+    if best and best.score and facts.wishes.goal not in ("cost", "latency"):
+        tuned = facts.evidence and facts.evidence.best("fine-tuning")
+        if tuned and tuned.score < best.score and best.technique != "zero-shot":
+            chosen.append(best.technique)
+    chosen = _by_score([*chosen, "fine-tuning"], facts.evidence)
     if fits["distillation"] == "yes":
         chosen.append("distillation")
         reasons.append("the tuned model exceeds the size or time limit: distil a student")
@@ -365,11 +374,21 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
             "luthier estimate --within"
         )
     commands = [command]
+    if facts.evidence and chosen[0] in ("prompt engineering", "RAG"):
+        caution = "Compare with prompting after tuning: luthier compare FILE --tuned TUNED_MODEL"
+        cautions.append(caution + " --documents TEXT" * ("RAG" in chosen))
     if "distillation" in chosen:
         commands.append(_distil(command, "TUNED_MODEL", "SMALLER_MODEL"))
     return Recommendation(
         tuple(chosen), True, tuple(reasons), tuple(cautions), tuple(commands), sure
     )
+
+
+def _by_score(techniques: Sequence[str], evidence: Evidence | None) -> list[str]:
+    """Return the techniques without repetition, the best measured first, then the unmeasured."""
+    tried = sorted(evidence.tried, key=lambda each: each.score) if evidence else []
+    scores: dict[str, float] = {each.technique: each.score for each in tried}
+    return sorted(dict.fromkeys(techniques), key=lambda name: -scores.get(name, -1.0))
 
 
 def _nearest_served(facts: AdviceFacts, command: str) -> str:
