@@ -88,12 +88,16 @@ def test_default_base_for_language_without_encoder_is_fasttext(
     assert "Vietnamese" in reason and "pull multilingual-e5-small" in reason
     english = base_of("I would like to know when the shop opens tomorrow morning")
     assert english[0] == base_of("?? 12")[0] == gate.READER
-    assert base_of("私はその店が明日の朝いつ開くのか知りたいと思っています")[0] == gate.READER
+    japanese = "私はその店が明日の朝いつ開くのか知りたいと思っています"
+    assert base_of(japanese)[0] == gate.READER
     known = base_folder("multilingual-e5-small")
     known.mkdir(parents=True)
     (known / MANIFEST).write_text("{}")
     chosen, reason = base_of(vietnamese)
     assert chosen == known.name and "Vietnamese" in reason
+    assert base_of(japanese)[0] == known.name
+    pairs = written(tmp_path / "pairs.jsonl", *[{"query": vietnamese, "positive": vietnamese}] * 4)
+    assert gate.default_base(RowReader(str(pairs)))[0] == known.name
 
 
 def test_rows_and_broken_rows_are_counted_per_split(tmp_path: Path) -> None:

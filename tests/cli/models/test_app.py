@@ -201,8 +201,8 @@ def test_show_of_catalogue_model_needs_no_download(luthier_home: Path) -> None:
     assert shown["here"] is False
     source = CATALOG["smollm2-135m-instruct"].source
     assert isinstance(source, PackageSource) and shown["source_sha256"] == source.sha256
-    shown = Answer("models", "show", "multilingual-e5-small", "--json").good().json()
-    assert shown["source"] == "hub:intfloat/multilingual-e5-small" and not shown["files"]
+    shown = Answer("models", "show", "bert-base-uncased", "--json").good().json()
+    assert shown["source"] == "hub:google-bert/bert-base-uncased" and not shown["files"]
     assert not luthier_home.exists()
     unknown = Answer("models", "show", "none", "--json")
     unknown.refused()
