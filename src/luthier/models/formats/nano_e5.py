@@ -8,6 +8,7 @@ numbers are little-endian.
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _read_tokenizer(reader: _Reader) -> Any:
     ends = reader.array("<u4", count + 1)
     scores = reader.array("<f4", count)
     text = bytes(reader.array("u1", length))
-    pieces = [text[start:end].decode() for start, end in zip(ends, ends[1:], strict=False)]
+    pieces = [text[start:end].decode() for start, end in pairwise(ends)]
     # The table of normalized code points that follows equals the two normalizers below, except for
     # U+FF5E and U+1F23B.
     _, table = reader.take("iI")
