@@ -7,8 +7,11 @@ python docs/generate.py [--check]
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
+import subprocess
 import sys
 import tomllib
 from importlib import import_module
@@ -54,6 +57,7 @@ TARGET = Path(__file__).parent / "reference.md"
 LIMITS = Path(__file__).parent / "guide" / "limits.md"
 ARCHITECTURE = Path(__file__).parent / "architecture.md"
 SCHEMA = Path(__file__).parent / "certificate.schema.json"
+STUB = Path(luthier.__file__).with_name("__init__.pyi")
 BASES = Path(__file__).parent / "guide" / "base-models.md"
 PLUGIN_TABLES = (
     ("objectives", "OBJECTIVES"),
@@ -108,11 +112,12 @@ def main() -> int:
         BASES: _with_table(BASES, BASES_BEGIN, BASES_END, _families()),
         STUDY: _with_table(STUDY, STUDY_BEGIN, STUDY_END, _presets()),
     }
+    pages[STUB] = _stub()
     pages[SCHEMA] = json.dumps(certificate_schema(), indent=2, ensure_ascii=False) + "\n"
     if "--check" in sys.argv:
         for path, page in pages.items():
             if not path.is_file() or path.read_text(encoding="utf-8") != page:
-                print(f"docs/{path.name} is out of date; run `make docs`", file=sys.stderr)
+                print(f"{path.name} is out of date; run `make docs`", file=sys.stderr)
                 return 1
         return 0
     for path, page in pages.items():
@@ -249,6 +254,69 @@ def _functions() -> list[str]:
             ]
             lines.append(f"| `luthier.{name}` | `{', '.join(names)}` | {about} |")
     return [*lines, ""]
+
+
+class _Type(str):
+    """An annotation as text, without modules and quotes."""
+
+    def __new__(cls, kind: Any) -> _Type:
+        text = kind if isinstance(kind, str) else inspect.formatannotation(kind)
+        return super().__new__(cls, re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", text))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _stub() -> str:
+    """Return the types of ``import luthier``, with a keyword for each field of a recipe."""
+    imports = {
+        "from collections.abc import Mapping, Sequence",
+        "from pathlib import Path",
+        "from typing import Any, Literal, Optional",
+        "from luthier.data.in_memory import Rows",
+    }
+    functions = []
+    for name in luthier.__all__:
+        found = getattr(luthier, name)
+        if not inspect.isfunction(found) or name == "load":
+            module = "luthier.cli.model" if name == "load" else getattr(found, "__module__", "")
+            imports |= {f"from {module} import {name} as {name}"} if module else set()
+            continue
+        source = inspect.getmodule(inspect.unwrap(found))
+        assert source is not None and source.__file__ is not None
+        known = {
+            alias.name: node.module
+            for node in ast.walk(ast.parse(Path(source.__file__).read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        signature = inspect.signature(found)
+        kinds = [each.annotation for each in signature.parameters.values()]
+        for kind in [*kinds, signature.return_annotation]:
+            for module, part in re.findall(
+                r"(luthier[.\w]*\.)?\b([A-Z]\w+)", inspect.formatannotation(kind)
+            ):
+                home = module.rstrip(".") or known.get(part, "")
+                if home.startswith("luthier") and part not in luthier.__all__:
+                    imports.add(f"from {home} import {part}")
+        signature = signature.replace(
+            parameters=[
+                each.replace(annotation=_Type(each.annotation))
+                for each in signature.parameters.values()
+            ],
+            return_annotation=_Type(signature.return_annotation),
+        )
+        functions.append(f"def {name}{signature}: ...")
+    head = "# Written by `make docs` from the functions of the commands.\n"
+    text = "\n".join([head, *sorted(imports), "__version__: str", "", *functions, ""])
+    ruff = Path(sys.executable).with_name("ruff")
+    for command in (["check", "--fix-only", "--select", "I,F401,RUF036,UP045"], ["format"]):
+        done = subprocess.run(
+            [ruff, *command, "--stdin-filename", STUB, "-"],
+            input=text, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        text = done.stdout
+    return text
 
 
 def _walk(command: Any, path: str) -> list[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -11,29 +11,21 @@ __version__ = "0.1.0"
 # instead of 1 s; 0.1 ms costs nothing. torch reads the variable once, on import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-if TYPE_CHECKING:
-    from luthier.cli.advise import advise
-    from luthier.cli.compare import compare
-    from luthier.cli.data import clean, convert, inspect, split
-    from luthier.cli.distil import distil, student
-    from luthier.cli.estimate import estimate
-    from luthier.cli.evaluate import evaluate, judge
-    from luthier.cli.forgetting import forgetting
-    from luthier.cli.imports import import_openai
-    from luthier.cli.launch import launch
-    from luthier.cli.model import Model, load
-    from luthier.cli.models.certificate import certificate, verify
-    from luthier.cli.models.export import export, push
-    from luthier.cli.models.samples import samples
-    from luthier.cli.pipeline import pipeline
-    from luthier.cli.pretrain import pretrain
-    from luthier.cli.study import study
-    from luthier.cli.tune import tune
-    from luthier.recipe import Recipe
-
 __all__ = [
+    "DataError",
+    "Diverged",
+    "DoesNotFit",
+    "DownloadError",
+    "GradingFailed",
+    "Interrupted",
+    "LuthierError",
     "Model",
+    "OutOfMemory",
     "Recipe",
+    "RecipeError",
+    "RefusedInput",
+    "RunConflict",
+    "UnknownModel",
     "__version__",
     "advise",
     "certificate",
@@ -51,6 +43,7 @@ __all__ = [
     "launch",
     "load",
     "pipeline",
+    "predict",
     "pretrain",
     "push",
     "samples",
@@ -77,10 +70,25 @@ _HOMES = {
         "cli.launch": ["launch"],
         "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
+        "cli.predict": ["predict"],
         "cli.pretrain": ["pretrain"],
         "cli.models.samples": ["samples"],
         "cli.study": ["study"],
         "cli.tune": ["tune"],
+        "errors": [
+            "DataError",
+            "Diverged",
+            "DoesNotFit",
+            "DownloadError",
+            "GradingFailed",
+            "Interrupted",
+            "LuthierError",
+            "OutOfMemory",
+            "RecipeError",
+            "RefusedInput",
+            "RunConflict",
+            "UnknownModel",
+        ],
         "recipe": ["Recipe"],
     }.items()
     for name in names
@@ -93,7 +101,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(_HOMES[name]), name)
+    if not isinstance(found, type) and name != "load":
+        found = import_module("luthier.cli.python").public(found)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -33,10 +33,20 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
+
+_IN_MEMORY = re.compile(r"rows-[0-9a-f]{16}\.jsonl$")
+
+
+def location_text(file: str, line: int) -> str:
+    """Return ``file:line``, or ``rows[index]`` for a row that a program passed."""
+    if not line:
+        return file
+    return f"rows[{line - 1}]" if _IN_MEMORY.search(file) else f"{file}:{line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +60,7 @@ class Location:
     """Field of a request, such as ``messages[2].content``."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file or self.field
+        return location_text(self.file, self.line) or self.field
 
 
 NOWHERE = Location()
@@ -229,7 +239,9 @@ def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: b
     for cause in shown:
         line_numbers = lines_of_cause[cause]
         first, *others = line_numbers
-        also = f" (also line{'s' * (len(others) > 1)} {', '.join(map(str, others[:3]))}"
+        start = 1 if _IN_MEMORY.search(cause.location.file) else 0
+        numbers = ", ".join(str(each - start) for each in others[:3])
+        also = f" (also {('line', 'row')[start]}{'s' * (len(others) > 1)} {numbers}"
         more = f" and {least}{len(others) - 3} more)" if len(others) > 3 else ")"
         where = cause.at(cause.location.file, first)
         text.append(f"  {where}{also + more if others else ''}")

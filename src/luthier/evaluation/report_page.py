@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from luthier import __version__
+from luthier.errors import location_text
 from luthier.evaluation.breakdown import Calibration, LabelCounts
 from luthier.evaluation.evaluate import Evaluation
 from luthier.pages import Table, interval_text, render_page, shorten
@@ -150,7 +151,11 @@ def _worst_table(evaluation: Evaluation) -> Table | None:
         if evaluation.calibration is not None:
             sure = f"{evaluation.calibration.confidence_R[number]:.1%}"
         rows.append(
-            [f"{row.file}:{row.line}", *map(shorten, (asked, record.get("expected"), said)), sure]
+            [
+                location_text(row.file, row.line),
+                *map(shorten, (asked, record.get("expected"), said)),
+                sure,
+            ]
         )
     columns = {"row": "place", "input": "text", "expected": "text", "answer": "text"}
     columns |= {"confidence": "number"} if evaluation.calibration is not None else {}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from luthier.data.shapes.media import CaptionedImage
+from luthier.errors import location_text
 from luthier.evaluation.significance import RowScores
 
 Pair = tuple[str, str]
@@ -46,7 +47,7 @@ def transcription_remarks(
     ]
     worst = sorted((one for one in each if one[0]), key=lambda one: -one[0])[:SHOWN]
     return [
-        f"{row.file}:{row.line}: {text!r} for {row.caption!r} (CER {rate:.0%})"
+        f"{location_text(row.file, row.line)}: {text!r} for {row.caption!r} (CER {rate:.0%})"
         for rate, row, text in worst
     ]
 

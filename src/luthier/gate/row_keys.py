@@ -17,6 +17,7 @@ from luthier.data.shapes.media import BareWindow
 from luthier.data.shapes.preferences import JudgedAnswers, JudgedReply
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import History, QueryDocument, TaggedWords, TextPair
+from luthier.errors import location_text
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,
@@ -94,7 +95,7 @@ def match_questions(rows: Sequence[Row], train: Iterable[Row]) -> dict[int, str]
     if numbers:
         for row in train:
             for number in numbers.pop(normalize(question_of(row)), ()):
-                found[number] = f"{row.file}:{row.line}"
+                found[number] = location_text(row.file, row.line)
             if not numbers:
                 break
     return dict(sorted(found.items()))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 from luthier.data.unread import CATEGORY, IGNORED, SEVERITY_OF_RULE, UNREAD
+from luthier.errors import location_text
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -54,7 +55,7 @@ class Place:
     """Number of the row among all rows of all splits, from 0; -1 if unknown."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
+        return location_text(self.file, self.line)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from luthier.data.rows import RowReader
 from luthier.engine.dataset import checker_for
 from luthier.engine.runs import HELD_OUT
+from luthier.errors import location_text
 from luthier.files import read_json, sha256_of
 from luthier.gate.row_keys import match_questions, question_of, repeated_rows
 from luthier.library.folders import working_folders
@@ -31,9 +32,10 @@ def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> l
         )
     elif seen := _trained_rows(stored, trained, rows):
         number, location = next(iter(seen.items()))
+        place = location_text(rows[number].file, rows[number].line)
         remarks.append(
             f"{len(seen):,} of {len(rows):,} rows have the question of a training row "
-            f"({rows[number].file}:{rows[number].line} and {location}, for example), so their scores "
+            f"({place} and {location}, for example), so their scores "
             "measure memory. `luthier split` keeps such rows apart"
         )
     if repeats := repeated_rows(rows):

@@ -60,6 +60,8 @@ class ProgressLines:
 class LiveReporter(Reporter):
     """Shows a run: on a terminal a bar with loss, speed, memory and time left, elsewhere lines."""
 
+    override = "--set NAME=VALUE"
+
     def __init__(self, resume: bool = False) -> None:
         """Create the reporter; ``resume`` is the option ``--resume``."""
         self.resume = resume
@@ -89,7 +91,11 @@ class LiveReporter(Reporter):
 
     def note(self, text: str) -> None:
         """Print a note."""
-        self._print(f"  {map_code(text, command_option)}")
+        self._print(f"  {self.map_settings(text)}")
+
+    def map_settings(self, text: str) -> str:
+        """Return ``text`` with settings as command-line options."""
+        return map_code(text, command_option)
 
     def nothing_to_resume(self, model_id: str) -> None:
         """Print a note if the user passed ``--resume``. Pipelines and jobs resume without the
@@ -106,7 +112,7 @@ class LiveReporter(Reporter):
             for name, value, reason in defaults
         ]
         if not self._override_shown:
-            self._print("Chosen for this run (override with --set NAME=VALUE):")
+            self._print(f"Chosen for this run (override with {self.override}):")
         self._override_shown = True
         if not self.draws:
             for name, shown, reason in rows:
@@ -195,3 +201,75 @@ class LiveReporter(Reporter):
         )
         self._progress.start()
         self._task = self._progress.add_task(name, total=steps, text="")
+
+
+class ProgramReporter(LiveReporter):
+    """Shows the run of a Python program on a terminal."""
+
+    override = "keywords such as training__epochs=3"
+
+    def map_settings(self, text: str) -> str:
+        """Return ``text``, which names settings as Python does."""
+        return text
+
+
+class NotebookReporter(ProgramReporter):
+    """Shows a run as one line of a notebook's output, and notes above the line."""
+
+    def __init__(self, resume: bool = False) -> None:
+        super().__init__(resume)
+        self.draws = False
+        self._width = 0
+        """Length of the live line."""
+        self._next = 0.0
+        """Earliest time of the next update."""
+        self._began: tuple[str, float, int] | None = None
+
+    def stage(self, text: str) -> None:
+        """Show the name of the next stage as the live line."""
+        self._began, self._validation = None, ""
+        self._write(f"{text} …")
+
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """Print the chosen settings as one line."""
+        chosen = (
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value, _ in defaults
+        )
+        self._print(f"Chosen: {', '.join(chosen)}")
+
+    def close(self) -> None:
+        """Remove the live line, and print the last measurement."""
+        self._write("")
+        sys.stdout.write("\r")
+        sys.stdout.flush()
+        if self._unprinted:
+            self._print(self._unprinted)
+        self._unprinted = ""
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._write(text)
+        sys.stdout.write("\n")
+        self._width = 0
+
+    def _move(self, done: int, total: int, text: str, name: str = "") -> None:
+        now = time.monotonic()
+        what = name or text
+        work = what.partition(",")[0]  # counts may follow the name
+        if self._began is None or self._began[0] != work:
+            self._began = (work, now, done)
+        elif now < self._next:
+            return
+        _, start, first = self._began
+        left = ""
+        if first < done < total:
+            left = f", {format_duration((now - start) / (done - first) * (total - done))} left"
+        self._write(f"{what} {done:,} of {total:,}{left}{f': {text}' if name else ''}")
+        self._next = now + 0.5
+
+    def _write(self, text: str) -> None:
+        """Replace the live line. Notebooks do not clear the rest of a line, so spaces do."""
+        shown = printable(text)
+        sys.stdout.write(f"\r{shown.ljust(self._width)}")
+        sys.stdout.flush()
+        self._width = len(shown)
