@@ -63,7 +63,8 @@ from luthier.models.networks.probe import in_float32
 from luthier.objectives import OBJECTIVES
 from luthier.types import Example
 
-PARITY_ROWS, PARITY_TOKENS = 16, 1024
+PARITY_TOKENS = 1024
+PARITY_ROWS: int = 16
 """Maximum number of rows for the parity check; beyond :data:`TOKEN_PARITY_ROWS`, the token limit
 applies."""
 TOKEN_PARITY_ROWS = 4
