@@ -46,6 +46,7 @@ __all__ = [
     "predict",
     "pretrain",
     "push",
+    "safety",
     "samples",
     "split",
     "student",
@@ -73,6 +74,7 @@ _HOMES = {
         "cli.predict": ["predict"],
         "cli.pretrain": ["pretrain"],
         "cli.models.samples": ["samples"],
+        "cli.safety": ["safety"],
         "cli.study": ["study"],
         "cli.tune": ["tune"],
         "errors": [

@@ -80,6 +80,10 @@ def processes(home: Path) -> list[psutil.Process]:
     return found
 
 
+def started(process: psutil.Process) -> bool:
+    return Path(process.cmdline()[-2], "metrics.jsonl").is_file()
+
+
 def when(condition: Callable[[], Any], seconds: float = 900) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -105,7 +109,10 @@ def test_killed_workers_and_a_killed_node_change_no_trial(
 
     def kill() -> None:
         when(lambda: processes(luthier_home))[0].kill()
-        pair = when(lambda: len(found := processes(luthier_home)) == 2 and found)
+        # Before the first step, the worker may not be placed yet: a failure, not a lost node.
+        pair = when(
+            lambda: len(found := processes(luthier_home)) == 2 and started(found[1]) and found
+        )
         raylet = pair[1].parent().parent()
         assert "raylet" in raylet.name()
         raylet.kill()

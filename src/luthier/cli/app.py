@@ -42,6 +42,7 @@ from luthier.cli.pipeline import pipeline, show_stages
 from luthier.cli.plugins import plugins, show_plugins
 from luthier.cli.predict import predict, show_predictions
 from luthier.cli.pretrain import pretrain, show_pretraining
+from luthier.cli.safety import safety, show_safety
 from luthier.cli.service.admin import admin_app
 from luthier.cli.service.serve import serve
 from luthier.cli.service.worker import worker
@@ -102,6 +103,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(split, show_split),
         import_app,
         Command(judge, show_agreement),
+        Command(safety, show_safety),
         Command(launch, print_launch_file, has_json=False),
         Command(plugins, show_plugins),
     ),
