@@ -43,6 +43,7 @@ from luthier.workflows.distil.responses import Distilled
 from luthier.workflows.earlier_task import MetricChanges
 from luthier.workflows.estimate.estimate import Estimate
 from luthier.workflows.hard_negatives import MinedNegatives
+from luthier.workflows.safety import Safety
 from luthier.workflows.student import Student
 from luthier.workflows.study.results import Study
 
@@ -325,6 +326,15 @@ def push(
     public: bool = False,
     reporter: Reporter | None = None,
 ) -> Push: ...
+def safety(
+    model: str,
+    *,
+    base: str | None = None,
+    train: str | Path | Rows | None = None,
+    columns: Mapping[str, str] | None = None,
+    attach: bool = False,
+    reporter: Reporter | None = None,
+) -> Safety: ...
 def samples(
     run: str, *, count: int = 20, last: int = 20, worst_first: bool = False, full: bool = False
 ) -> TrainingSamples: ...
