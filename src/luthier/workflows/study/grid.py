@@ -171,7 +171,7 @@ def grid_of(dimensions: Sequence[Dimension], trials: int | None = None) -> list[
     count = math.prod(len(each.values) for each in dimensions)
     for each in dimensions:
         if trials is None and each.is_range:
-            raise RecipeError(f"The range `{each}` needs `--search N`.", setting=each.key)
+            raise RecipeError(f"The range `--vary {each}` needs `--search N`.", setting=each.key)
     if count > MAX_TRAININGS and trials is None:
         raise RecipeError(
             f"The grid has {count:,} combinations, more than {MAX_TRAININGS}. Vary fewer fields or "
