@@ -186,6 +186,42 @@ def test_data_set_with_splits(family_folder: Callable[[str], Path], tmp_path: Pa
     assert luthier.clean(ROWS, str(target), dedupe="exact").rows_in == 40
 
 
+def check_display(result: Any) -> str:
+    """Check the forms of a result, and return the HTML."""
+    assert 1 <= len(repr(result).splitlines()) <= 5
+    json.dumps(result.to_dict())
+    html: str = result._repr_html_()
+    assert html.count("<style>") == 1 and html.lstrip().startswith('<div class="luthier">')
+    assert "<script" not in html and "<html" not in html and ":root" not in html
+    return html
+
+
+def test_results_print_short_and_render_as_html(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(family_folder("bert"))
+    report = luthier.inspect([*ROWS, {"text": "<b>no label</b>"}], base=None)
+    assert "row.keys" in repr(report) or "rows[40]" in repr(report)
+    assert "rows[40]" in check_display(report)
+    assert report.to_rows()[0]["index"] == 40
+    tuned = luthier.tune(ROWS[:30], base=base, name="shown", training__max_steps=2)
+    assert repr(tuned).startswith(f"{tuned.model_id} is stored")
+    assert check_display(tuned).count("data:image/svg+xml") == 2
+    evaluation = luthier.evaluate(tuned.model_id, ROWS[30:])
+    assert "Confusion matrix" in check_display(evaluation)
+    assert len(evaluation.to_rows()) == 10
+    compared = luthier.compare(ROWS[30:], [tuned.model_id])
+    assert compared.verdict().replace("'", "&#39;") in check_display(compared)
+    assert compared.to_rows()[0]["name"] == compared.best.name
+    predictions = luthier.predict(tuned.model_id, [row["text"] for row in ROWS[:2]])
+    check_display(predictions)
+    assert {*predictions.to_rows()[0]} == {"text", "predicted"}
+    check_display(luthier.estimate(ROWS, base=base))
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(luthier.RefusedInput, match="pip install pandas"):
+        predictions.to_pandas()
+
+
 class Screen(io.StringIO):
     """Output of a notebook, or of a terminal."""
 

@@ -21,6 +21,7 @@ from luthier.cli.terminal.console import (
 )
 from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError
+from luthier.pages import Tabular, shorten
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -30,13 +31,25 @@ SHOWN = 5
 """Maximum number of printed classes, or of printed numbers of an embedding."""
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(Tabular):
     """Predictions for a text or for rows, with the model's task and decision threshold."""
 
     answers: RowAnswers
     task: Task
     threshold: float | None
+
+    def summary(self) -> list[str]:
+        """Return the number of rows and the first rows."""
+        answers = self.answers
+        lines = [] if answers.output is None else [f"written to {answers.output}"]
+        lines += [shorten(line) for line in answers.lines.split("\n")[:3] if line]
+        return [f"Predictions of {answers.model} for {answers.rows:,} rows", *lines]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return each row with ``predicted``."""
+        found: list[dict[str, Any]] = self.answers.plain().get("answers", [])
+        return found
 
     def plain(self) -> dict[str, Any]:
         """Return the predictions, or their file, as JSON values."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.evaluation.significance import CHANCE, LESS_IS_BETTER, RowScores
 from luthier.files import disk_errors, write_bytes
+from luthier.pages import svg_address
 
 SCORES: Mapping[str, str] = {
     "accuracy": "accuracy",
@@ -226,18 +227,60 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) ->
     """
     beside = {**SCORES, **DISTANCES}.items()
     scores = {name: label for name, label in beside if any(name in line for line in lines)}
-    _draw_picture(lines, folder / "loss", title, {"loss": "loss", **scores})
-    names = ["loss"]
+    pictures = {"loss": {"loss": "loss", **scores}}
     if any("reward" in line for line in lines):
         shown = {name: text for name, text in _REWARDS.items() if any(name in x for x in lines)}
-        _draw_picture(lines, folder / "reward", title, shown)
-        names.append("reward")
-    return [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+        pictures["reward"] = shown
+    for name, panels in pictures.items():
+        path = folder / name
+        figure = _draw_picture(lines, title, panels)
+        save_figure(figure, path.with_suffix(".svg"), path.with_suffix(".png"))
+    return [f"{name}.{kind}" for name in pictures for kind in ("svg", "png")]
 
 
-def _draw_picture(
-    lines: Sequence[Mapping[str, Any]], path: Path, title: str, shown: Mapping[str, str]
-) -> None:
+def curve_pictures(lines: Sequence[Mapping[str, Any]], title: str) -> list[tuple[str, str]]:
+    """Return the addresses of the curve for light and for dark pages.
+
+    The curve shows the reward or loss, and the measure that decides.
+    """
+    main = "reward" if any("reward" in line for line in lines) else "loss"
+    measure = next((line["measure"] for line in lines if "measure" in line), main)
+    shown = {main: main} | ({measure: SCORES.get(measure, measure)} if measure != main else {})
+    addresses = []
+    for colours in THEMES.values():
+        figure = _draw_picture(lines, title, shown)
+        colour_figure(figure, colours)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="svg")
+        addresses.append(svg_address(picture.getvalue()))
+    light, dark = addresses
+    return [(light, dark)]
+
+
+THEMES = {
+    "": {"text": "#222222", "grid": "#d0d0d0", "point": "#2f5d9b", "front": "#c8553d"},
+    "-dark": {"text": "#e6e6e6", "grid": "#4a4a4a", "point": "#8db4e8", "front": "#f0937d"},
+}
+"""Colours by the suffix of a file. The background is transparent."""
+
+
+def colour_figure(figure: Any, colours: Mapping[str, str]) -> None:
+    """Apply the colours of text and lines for light or for dark pages."""
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+        axes.tick_params(colors=colours["text"], which="both")
+        texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        legend = axes.get_legend()
+        for text in [*texts, *(legend.get_texts() if legend else ())]:
+            text.set_color(colours["text"])
+            text.set_bbox(None)
+        axes.grid(color=colours["grid"])
+        for spine in axes.spines.values():
+            spine.set_color(colours["grid"])
+
+
+def _draw_picture(lines: Sequence[Mapping[str, Any]], title: str, shown: Mapping[str, str]) -> Any:
     """Plot one panel per entry of ``shown``, with training, validation and the kept step."""
     figure, panels = new_figure(len(shown))
     held = [line for line in lines if line["event"] == "validation"]
@@ -256,19 +299,17 @@ def _draw_picture(
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    save_figure(figure, path.with_suffix(".svg"), path.with_suffix(".png"))
+    return figure
 
 
 def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
     """Return a matplotlib figure with vertically stacked panels and a shared horizontal axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # Without pyplot, the backend of a user's notebook stays unchanged.
+    from matplotlib.figure import Figure
 
     size = (8, 4.5 if panels == 1 else 2.6 * panels)
-    figure, axes = pyplot.subplots(panels, 1, figsize=size, layout="constrained", sharex=True)
-    panel_list = [axes] if panels == 1 else list(axes)
+    figure = Figure(figsize=size, layout="constrained")
+    panel_list = [*figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]]
     for each in panel_list:
         each.grid(alpha=0.25)
     return figure, panel_list
@@ -306,15 +347,11 @@ def _draw_validation(
 
 
 def save_figure(figure: Any, *paths: Path) -> None:
-    """Write the figure to each path, in the format of the extension, and close the figure."""
-    from matplotlib import pyplot
-
+    """Write the figure to each path, in the format of the extension."""
     for path in paths:
         picture = io.BytesIO()
         figure.savefig(picture, format=path.suffix[1:], dpi=130)
         write_bytes(path, picture.getvalue())
-    # pyplot keeps each figure in memory until it is closed.
-    pyplot.close(figure)
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:

@@ -19,7 +19,7 @@ from luthier.data.files.containers import Container, container_of
 from luthier.data.files.sources import Source, stem_of
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
-from luthier.evaluation.baselines import Comparison
+from luthier.evaluation.baselines import Comparison, render
 from luthier.evaluation.label_issues import LabelIssue, LabelIssueCounts
 from luthier.files import (
     copy_lines,
@@ -45,6 +45,7 @@ from luthier.library.folders import (
     working_folders,
 )
 from luthier.models.manifest import MANIFEST
+from luthier.pages import PAGE, Displayed, Table, render_page
 from luthier.recipe import NAME_PATTERN
 from luthier.types import dotted_items
 
@@ -75,8 +76,8 @@ START, TOKENS = "start", "tokens"
 """Folders of a pre-training: the initial network, and the text as token ids."""
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Displayed):
     """The result of a finished run."""
 
     model_id: str
@@ -113,6 +114,42 @@ class Result:
     trainings; measurements belong to the first training."""
     withheld: str | None = None
     """Reason for withholding the model, if the model has forgotten too much."""
+
+    def summary(self) -> list[str]:
+        """Return the model, the verdict and the comparison with baselines."""
+        state = f"withheld ({self.withheld})" if self.withheld else "stored"
+        lines = [
+            f"{self.model_id} is {state}: {self.rows:,} rows, {self.steps:,} steps, "
+            f"{self.seconds:.0f} s"
+        ]
+        if self.verdict is not None:
+            lines += filter(None, [self.verdict.text, self.verdict.advice])
+        if self.comparison is not None and self.comparison.verdict:
+            lines.append(self.comparison.verdict)
+        return [*lines, f'Use the model: luthier.load("{self.model_id}")']
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return the verdict, the comparison and the curves of the run as a page or fragment."""
+        from luthier.engine.metrics import MetricsFile, curve_pictures
+
+        title, *lines = self.summary()
+        tables = []
+        if (found := self.comparison) is not None and found.tuned is not None:
+            rows = [[self.model_id, render(found.measure, found.tuned)]]
+            rows += [[each.name, render(found.measure, each.score)] for each in found.baselines]
+            caption = f"{found.rows:,} held-out rows"
+            tables.append(Table.of(caption, {"": "name", "score": "number"}, rows))
+        metrics = MetricsFile(Path(self.run_dir) / METRICS).read()
+        facts = [
+            ("loss", f"{self.train_loss:.3f}", "of the last step"),
+            ("peak memory", f"{self.peak_memory_bytes / 1e9:.2f} GB", ""),
+            ("trained weights", f"{self.trained_weights:,}", f"of {self.weights:,}"),
+            ("stored", f"{self.saved_bytes / 1e6:,.1f} MB", ""),
+        ]
+        return render_page(
+            "luthier.pages", "summary.html", layout, title=title, lines=lines, facts=facts,
+            tables=tables, pictures=curve_pictures(metrics, self.model_id) if metrics else [],
+        )  # fmt: skip
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Result:

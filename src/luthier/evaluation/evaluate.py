@@ -27,6 +27,7 @@ from luthier.graders import (
     check_rows,
     grade_answers,
 )
+from luthier.pages import PAGE, Tabular
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ LONG_REPLY = 12
 """Minimum number of words of a reply that no model reproduces exactly without memorization."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Tabular):
     """Scores of rows with standard errors, and the reply to every row."""
 
     row_scores: Mapping[str, Score]
@@ -82,6 +83,30 @@ class Evaluation:
     """Id of the evaluated model."""
     systems: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     """Scores of the model and of other ways to search, on the same queries."""
+
+    def summary(self) -> list[str]:
+        """Return the first scores with their 95 % intervals."""
+        scores = []
+        for name, score in [*self.scores.items()][:3]:
+            style = ".1%" if self.row_scores[name].is_share else ".4f"
+            low, high = self.intervals.get(name, (score, score))
+            interval = f" ({low:{style}} to {high:{style}})" if name in self.intervals else ""
+            scores.append(f"{name.replace('_', ' ')} {score:{style}}{interval}")
+        return [
+            f"Evaluation of {self.model} on {len(self.rows):,} rows",
+            *scores,
+            *self.remarks[:1],
+        ]
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return scores, slices, mistakes and the worst rows as a page or fragment."""
+        from luthier.evaluation.report_page import page
+
+        return page(self, self.model, f"{len(self.rows):,} rows", layout)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return the prompt or text of each row with the reply or prediction."""
+        return [*self.records]
 
     @cached_property
     def scores(self) -> dict[str, float]:

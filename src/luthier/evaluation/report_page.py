@@ -8,7 +8,7 @@ from luthier import __version__
 from luthier.errors import location_text
 from luthier.evaluation.breakdown import Calibration, LabelCounts
 from luthier.evaluation.evaluate import Evaluation
-from luthier.pages import Table, interval_text, render_page, shorten
+from luthier.pages import PAGE, Table, interval_text, render_page, shorten
 
 MOST_CELLS = 25
 """Labels of a confusion matrix; with more labels, only the mistakes are listed."""
@@ -17,12 +17,13 @@ MOST_MISTAKES = 20
 MOST_WORST = 20
 
 
-def page(evaluation: Evaluation, model: str, data: str) -> str:
+def page(evaluation: Evaluation, model: str, data: str, layout: str = PAGE) -> str:
     """Return the HTML page of ``model`` on the rows of ``data``."""
     counts, calibration = evaluation.label_counts, evaluation.calibration
     return render_page(
         "luthier.evaluation",
         "report.html",
+        layout,
         version=__version__,
         model=model,
         data=data,

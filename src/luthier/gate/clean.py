@@ -44,11 +44,12 @@ from luthier.gate.checks.balance import labels_of, spellings
 from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for
 from luthier.gate.row_selection import Selection, Selector
+from luthier.pages import Displayed
 from luthier.types import Row, map_texts
 
 
-@dataclass
-class CleaningSummary:
+@dataclass(repr=False)
+class CleaningSummary(Displayed):
     """Result of a cleaning."""
 
     source: str
@@ -68,6 +69,14 @@ class CleaningSummary:
     passes: int = 0
     """Runs of the gate; the last found nothing more to drop."""
     dry_run: bool = False
+
+    def summary(self) -> list[str]:
+        """Return the number of rows before and after."""
+        counts = {**self.dropped, **self.changed}
+        return [
+            f"{self.rows_in:,} rows in, {self.rows_out:,} rows out: {self.target}",
+            ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "no changes",
+        ]
 
     def plain(self) -> dict[str, Any]:
         """The summary for JSON."""

@@ -25,10 +25,11 @@ from luthier.gate.rules import (
     Place,
     Rule,
 )
+from luthier.pages import PAGE, Tabular
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(Tabular):
     """Result of the data checks for a data set."""
 
     files: Mapping[Split, Sequence[str]]
@@ -79,11 +80,39 @@ class Report:
         """``passed``, ``warnings`` or ``refused``."""
         return ("passed", "warnings", "refused")[self.exit_code]
 
-    def html(self) -> str:
-        """Return the report as one self-contained page."""
+    def summary(self) -> list[str]:
+        """Return the verdict and the first findings."""
+        found = self.findings
+        lines = [f"Inspection {self.verdict}: {verdict_line(self)}"]
+        for rule in found.rules()[:4]:
+            first = found.examples[rule.id][0]
+            count = found.counts[rule.id]
+            lines.append(
+                f"{found.severity(rule)} {rule.id} ({count:,}): {first.place} {first.message}"
+            )
+        return lines
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return the report as one self-contained page or fragment."""
         from luthier.gate.report_page import page
 
-        return page(self)
+        return page(self, layout)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return the stored findings, with the 0-based index of the row in a file of JSON Lines."""
+        found = self.findings
+        return [
+            {
+                "rule": rule.id,
+                "severity": found.severity(rule),
+                "file": each.place.file,
+                "index": each.place.line - 1 if each.place.line else None,
+                "message": each.message,
+                "fix": each.closest_fix,
+            }
+            for rule in found.rules()
+            for each in found.examples[rule.id]
+        ]
 
     def plain(self) -> dict[str, Any]:
         """The report for JSON."""

@@ -28,7 +28,7 @@ from luthier.gate.report import (
     verdict_line,
 )
 from luthier.gate.rules import SEVERITIES, Place, Rule
-from luthier.pages import Table, render_page
+from luthier.pages import PAGE, Table, render_page
 
 PLACES = 25
 """Number of places per rule on the page. The JSON report has all stored places."""
@@ -48,13 +48,14 @@ SummaryPart = tuple[str, Any]
 """Part of a summary: kind and template data."""
 
 
-def page(report: Report) -> str:
+def page(report: Report, layout: str = PAGE) -> str:
     """The whole page."""
     tokens = learning_splits(report)
     count, found = severities(report), report.findings
     return render_page(
         "luthier.gate",
         "report.html",
+        layout,
         report=report,
         version=__version__,
         name=", ".join(Path(file).name for file in report.files.get("train", ())) or "data",

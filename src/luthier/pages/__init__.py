@@ -10,15 +10,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
+from luthier.errors import RefusedInput
 from luthier.formatting import printable
 
 MOST_TEXT = 300
 """Maximum length of text from data, in characters."""
+
+PAGE, FRAGMENT = "page.html", "fragment.html"
+"""Layouts of a template: a whole page, or an element for notebooks."""
 
 Cell = tuple[Any, str]
 """A value and the kind of cell: text, code, place, number, bar or name (the row's heading)."""
@@ -60,13 +62,73 @@ def shorten(value: Any) -> str:
     return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
 
 
-def render_page(package: str, template: str, **content: Any) -> str:
-    """Return the page for a template of ``package``."""
+class Displayed:
+    """A result that prints as a few lines, and that notebooks show as HTML."""
+
+    def summary(self) -> list[str]:
+        """Return the result in at most five lines."""
+        raise NotImplementedError
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return the result as a self-contained page, or as :data:`FRAGMENT` of a page."""
+        title, *lines = self.summary()
+        return render_page(
+            __name__, "summary.html", layout, title=title, lines=lines, facts=[], tables=[],
+            pictures=[],
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as values for JSON."""
+        from pydantic_core import to_jsonable_python
+
+        found: dict[str, Any] = to_jsonable_python(self.plain() if hasattr(self, "plain") else self)
+        return found
+
+    def __repr__(self) -> str:
+        return "\n".join(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.html(FRAGMENT)
+
+
+class Tabular(Displayed):
+    """A result with rows."""
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return the rows as dictionaries."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a pandas frame, with columns such as ``scores.label``."""
+        try:
+            pandas = import_module("pandas")
+        except ModuleNotFoundError as error:
+            raise RefusedInput("to_pandas() needs pandas: pip install pandas") from error
+        return pandas.json_normalize(self.to_rows())
+
+
+def svg_address(picture: bytes) -> str:
+    """Return the address of an SVG picture inside a page."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
+
+
+def render_page(package: str, template: str, layout: str = PAGE, **content: Any) -> str:
+    """Return the page for a template of ``package``, whole or as :data:`FRAGMENT`."""
+    # Commands import this module for every start, and only pages need jinja2.
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def as_text(value: Any) -> Any:
+        """Return a value as text before escaping; markup passes unchanged."""
+        if isinstance(value, Markup):
+            return value
+        return "" if value is None else printable(str(value))
+
     own = PackageLoader(__name__)
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), own]),
         autoescape=True,
-        finalize=_printable,
+        finalize=as_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -75,17 +137,12 @@ def render_page(package: str, template: str, **content: Any) -> str:
     environment.filters |= {"short": _without_folders, "number": "{:,}".format}
     style = own.get_source(environment, "style.css")[0]
     return environment.get_template(template).render(
+        layout=layout,
         style=Markup(style),  # noqa: S704 - our own file
+        nested_style=Markup(style.replace(":root", "&")),  # noqa: S704
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         **content,
     )
-
-
-def _printable(value: Any) -> Any:
-    """Return a value as text for a template, before escaping; markup passes unchanged."""
-    if isinstance(value, Markup):
-        return value
-    return "" if value is None else printable(str(value))
 
 
 def _without_folders(place: object) -> str:

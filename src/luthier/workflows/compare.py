@@ -45,7 +45,7 @@ from luthier.models.decoding.sampling import Sampling
 from luthier.models.networks.heads import EMBEDDING_HEAD
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.by_shape import task_of
-from luthier.pages import Table, interval_text, render_page
+from luthier.pages import PAGE, Table, Tabular, interval_text, render_page
 from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies, open_graders
 from luthier.workflows.latency import measure_latency
@@ -124,8 +124,8 @@ class ShownRow:
     """Replies of the base model and of tuned models, by name."""
 
 
-@dataclass(frozen=True, eq=False)
-class HeadToHead:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadToHead(Tabular):
     """A comparison on the same rows."""
 
     measure: str
@@ -136,6 +136,22 @@ class HeadToHead:
     remarks: list[str] = field(default_factory=list)
     prices: Prices | None = None
     shown: Sequence[ShownRow] = ()
+
+    def summary(self) -> list[str]:
+        """Return the first contenders and the verdict."""
+        name = self.measure.replace("_", " ")
+        lines = [f"Comparison: {name} on {self.rows:,} rows"]
+        lines += [f"{self._text(each.score.value)} {each.name}" for each in self.contenders[:3]]
+        return [*lines, self.verdict()]
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return the comparison as a page or fragment."""
+        return comparison_page(self, f"{self.rows:,} rows", layout)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return name, score and cost of each contender."""
+        found: list[dict[str, Any]] = self.plain()["contenders"]
+        return found
 
     @property
     def best(self) -> Contender:
@@ -677,11 +693,12 @@ def _first_score(graded: Evaluation) -> RowScores:
     return score
 
 
-def comparison_page(comparison: HeadToHead, data: str) -> str:
+def comparison_page(comparison: HeadToHead, data: str, layout: str = PAGE) -> str:
     """Return the HTML page of a comparison on the rows of ``data``."""
     return render_page(
         "luthier.workflows",
         "compare.html",
+        layout,
         version=__version__,
         data=data,
         rows=comparison.rows,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
 from luthier.evaluation.significance import CHANCE, differ
 from luthier.models.catalog import WORD_READER
+from luthier.pages import Displayed
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts
 from luthier.workflows.prompting import Technique
@@ -282,13 +283,19 @@ class Recommendation:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Advice:
+@dataclass(frozen=True, repr=False)
+class Advice(Displayed):
     """The comparison people draw by hand, computed."""
 
     facts: AdviceFacts
     judgements: list[Judgement]
     recommendation: Recommendation
+
+    def summary(self) -> list[str]:
+        """Return the recommended techniques and the first reasons."""
+        chosen = self.recommendation
+        what = ", then ".join(chosen.techniques) or "fix the data first"
+        return [f"Advice: {what}", *chosen.reasons[:3], *chosen.commands[:1]]
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""

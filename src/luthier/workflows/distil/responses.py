@@ -43,6 +43,7 @@ from luthier.library.folders import short_name
 from luthier.library.models import StoredModel, find
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import RunModels
+from luthier.pages import PAGE, Displayed
 from luthier.types import Message, Row
 from luthier.workflows.distil.insights import (
     Insight,
@@ -354,14 +355,22 @@ def _with_reply(row: Row, reply: str) -> PromptCompletion | Conversation:
     return Conversation(row.file, row.line, (*row.turns(), Message("assistant", reply)))
 
 
-@dataclass(frozen=True)
-class Distilled:
+@dataclass(frozen=True, repr=False)
+class Distilled(Displayed):
     """Result of a distillation."""
 
     result: Result
     """Run that trained the student."""
     details: dict[str, Any]
     """JSON values of the manifest's field ``distillation``."""
+
+    def summary(self) -> list[str]:
+        """Return the summary of the student's run."""
+        return self.result.summary()
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return the student's run as a page or fragment."""
+        return self.result.html(layout)
 
     def plain(self) -> dict[str, Any]:
         """Return the run's result and the details as JSON values."""

@@ -13,7 +13,9 @@ from luthier.engine import checkpoints
 from luthier.engine.metrics import Reporter
 from luthier.engine.timings import PARTS, estimates_folder
 from luthier.files import write_json
+from luthier.formatting import format_duration
 from luthier.models.manifest import created_now
+from luthier.pages import Displayed
 from luthier.recipe import Recipe
 from luthier.workflows.estimate.trial import Measurement, measure
 
@@ -117,8 +119,8 @@ PER_STEP = 400
 """Bytes of a line of the metrics."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Displayed):
     """Estimate of a job. Times in seconds, sizes in bytes."""
 
     key: str
@@ -153,6 +155,19 @@ class Estimate:
     """Distinct tokens and seconds of each measured step."""
     cost: Cost | None = None
     plan: BudgetPlan | None = None
+
+    def summary(self) -> list[str]:
+        """Return time, memory and disk with 90 % intervals."""
+        time, memory = self.seconds, self.memory
+        return [
+            f"{self.objective} with {self.adaptation} on {self.base}: {self.rows:,} rows, "
+            f"{self.steps:,} steps",
+            f"time {format_duration(time.value)} ({format_duration(time.low)} to "
+            f"{format_duration(time.high)})",
+            f"peak memory {memory.value / 1e9:.2f} GB ({memory.low / 1e9:.2f} to "
+            f"{memory.high / 1e9:.2f} GB)",
+            f"disk {self.disk.value / 1e6:,.0f} MB",
+        ]
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -7,18 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.engine.metrics import SCORES, new_figure, save_figure
+from luthier.engine.metrics import SCORES, THEMES, colour_figure, new_figure, save_figure
 from luthier.evaluation.significance import CHANCE, as_gain
 from luthier.workflows.study.grid import LOG_FROM
 
 if TYPE_CHECKING:
     from luthier.workflows.study.results import Study, StudyRow
-
-THEMES = {
-    "": {"text": "#222222", "grid": "#d0d0d0", "point": "#2f5d9b", "front": "#c8553d"},
-    "-dark": {"text": "#e6e6e6", "grid": "#4a4a4a", "point": "#8db4e8", "front": "#f0937d"},
-}
-"""Colours by the suffix of the file. The background is transparent."""
 
 
 def draw_study(found: Study, folder: Path) -> list[str]:
@@ -35,7 +29,7 @@ def draw_study(found: Study, folder: Path) -> list[str]:
         for suffix, colours in THEMES.items():
             figure, (axes,) = new_figure()
             draw(axes, found, colours)
-            _colour(figure, axes, colours)
+            colour_figure(figure, colours)
             path = folder / f"{name}{suffix}.svg"
             save_figure(figure, path)
             paths.append(str(path))
@@ -128,14 +122,3 @@ def _scale(axes: Any, places: Sequence[float]) -> None:
 
 def _label(found: Study) -> str:
     return SCORES.get(found.best.measure, found.best.measure)
-
-
-def _colour(figure: Any, axes: Any, colours: dict[str, str]) -> None:
-    figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=colours["text"], which="both")
-    axes.xaxis.label.set_color(colours["text"])
-    axes.yaxis.label.set_color(colours["text"])
-    axes.grid(color=colours["grid"])
-    for spine in axes.spines.values():
-        spine.set_color(colours["grid"])

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 from luthier import __version__
-from luthier.pages import Table, render_page
+from luthier.pages import PAGE, Table, render_page, svg_address
 from luthier.workflows.study.results import Study, columns_of
 
 
-def study_page(found: Study, data: str) -> str:
+def study_page(found: Study, data: str, layout: str = PAGE) -> str:
     """Return the HTML page of a study on the rows of ``data``."""
     least = found.smallest_difference
     return render_page(
         "luthier.workflows",
         "study.html",
+        layout,
         version=__version__,
         data=data,
         rows=found.held_out,
@@ -41,10 +41,6 @@ def _table(found: Study) -> Table:
 def _pictures(found: Study) -> list[tuple[str, str]]:
     """Return the addresses of each picture for light and for dark pages."""
     return [
-        (_address(light), _address(dark))
+        (svg_address(Path(light).read_bytes()), svg_address(Path(dark).read_bytes()))
         for light, dark in zip(found.pictures[::2], found.pictures[1::2], strict=True)
     ]
-
-
-def _address(path: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"

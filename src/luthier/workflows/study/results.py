@@ -18,6 +18,7 @@ from luthier.evaluation.significance import (
     as_gain,
     significant_of,
 )
+from luthier.pages import PAGE, Tabular
 from luthier.workflows.study.cells import Outcome
 from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
 from luthier.workflows.study.grid import Configuration, Dimension
@@ -145,8 +146,8 @@ class Apart:
     """True if beyond chance after Holm's correction for all rows."""
 
 
-@dataclass(frozen=True, eq=False)
-class Study:
+@dataclass(frozen=True, eq=False, repr=False)
+class Study(Tabular):
     """The result of a study."""
 
     name: str
@@ -163,6 +164,28 @@ class Study:
     pictures: Sequence[str] = ()
     is_search: bool = False
     """True for a search, whose choice is the best trial and not the cheapest within chance."""
+
+    def summary(self) -> list[str]:
+        """Return the verdict and the command that trains the choice."""
+        return [
+            f"Study of {len(self.rows)} configurations",
+            self.verdict(),
+            *filter(None, [self.command]),
+        ]
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return the study as an HTML page or fragment."""
+        from luthier.workflows.study.page import study_page
+
+        return study_page(self, self.name, layout)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return the settings and the mean measurement of each configuration."""
+        return [
+            {**row.configuration.settings, row.measure: row.value}
+            for row in self.rows
+            if row.is_measured
+        ]
 
     @cached_property
     def measured(self) -> list[StudyRow]:
