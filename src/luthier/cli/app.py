@@ -28,6 +28,7 @@ from luthier.cli.data import (
 )
 from luthier.cli.demo import demo, show_demo
 from luthier.cli.distil import distil, show_distillation
+from luthier.cli.documents import ask, index_app, show_answer
 from luthier.cli.embed import embed, show_embeddings
 from luthier.cli.estimate import estimate, show_estimate
 from luthier.cli.evaluate import evaluate, judge, show_agreement, show_evaluation
@@ -62,13 +63,14 @@ app = CommandGroup(
     pretty_exceptions_enable=False,
 )
 COMMAND_GROUPS = {
-    import_app: "import", admin_app: "admin", models_app: "models"
+    import_app: "import", admin_app: "admin", models_app: "models", index_app: "index"
 }  # fmt: skip
 PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     "Data": (
         Command(inspect, show_report),
         Command(clean, show_cleaning),
         Command(convert, show_conversion),
+        index_app,
     ),
     "Train": (
         Command(tune, print_result, shares_work=True),
@@ -86,6 +88,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(predict, show_predictions),
         Command(embed, show_embeddings),
         Command(nearest, show_neighbours),
+        Command(ask, show_answer),
         Command(sample, show_images),
     ),
     "Evaluate": (

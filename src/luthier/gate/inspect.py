@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,17 +88,16 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
     reason = f"an encoder is best for texts with {what}"
     if isinstance(row, AnsweredQuestion):
         reason = f"the smallest encoder, which never learned to answer; {ANSWERING_BASES}"
-    return _encoder_of_language(reader.first(LANGUAGE_ROWS), reason, words)
+    return encoder_of_language(main_language(reader.first(LANGUAGE_ROWS)), reason, words)
 
 
-def _encoder_of_language(rows: Iterable[Row], reason: str, words: bool) -> tuple[str, str]:
-    """Return the encoder for texts by their language, and the reason; ``reason`` for English.
+def encoder_of_language(code: str, reason: str, words: bool = False) -> tuple[str, str]:
+    """Return the encoder for texts of a language (ISO 639 code), and why; ``reason`` for English.
 
     Without a local encoder of the language, ``words`` selects hashed words: on Vietnamese topics,
     the English encoder is right on 48.5 % of test rows, and hashed words are right on 79 %
     (docs/log/defaults.md).
     """
-    code = main_language(rows)
     if not code or code in CATALOG[READER].languages:
         return READER, reason
     language = language_name(code)

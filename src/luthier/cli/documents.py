@@ -1,0 +1,345 @@
+"""``luthier index`` and ``luthier ask``: search in documents, and answers from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.cli.terminal.bridge import Command, CommandGroup
+from luthier.cli.terminal.console import (
+    heavy_imports,
+    new_table,
+    note,
+    print_table,
+    print_text,
+)
+from luthier.cli.terminal.options import AtLeastOne
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.documents.answers import Answer
+    from luthier.documents.index import (
+        DocumentIndex,
+        Embed,
+        FoundPassage,
+        IndexedDocument,
+        IndexUpdate,
+    )
+    from luthier.engine.metrics import Reporter
+    from luthier.library.models import StoredModel
+
+SHOWN = 300
+"""Maximum number of printed characters of a passage."""
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """An index and its documents."""
+
+    name: str
+    model: str
+    """Embedding model."""
+    documents: list[IndexedDocument]
+    threshold: float | None
+    update: IndexUpdate | None = None
+    """What ``index add`` changed."""
+
+    @property
+    def passages(self) -> int:
+        """Number of passages."""
+        return sum(each.passages for each in self.documents)
+
+
+@dataclass(frozen=True)
+class FoundPassages:
+    """Passages of a search."""
+
+    passages: list[FoundPassage] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"passages": [each.plain() for each in self.passages]}
+
+
+def add(
+    sources: list[Path],
+    *,
+    name: str,
+    model: str | None = None,
+    reporter: Reporter | None = None,
+) -> IndexSummary:
+    """Index documents, or update the index after changes.
+
+    Unchanged documents are not read again, and documents that are gone from a folder are removed.
+    Another embedding model builds a new index, which replaces the old index at the end.
+
+    Args:
+        sources: Documents or folders: PDF, DOCX, PPTX, XLSX, HTML, EPUB, Markdown, text.
+        name: Name of the index.
+        model: Embedding model; by default the model of the index, or an encoder of the language.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The index with its documents, and what changed.
+
+    Raises:
+        RefusedInput: for missing files, missing libraries, or a model without embeddings.
+    """
+    with heavy_imports():
+        from luthier.documents.answers import calibrate
+        from luthier.documents.index import DocumentIndex
+        from luthier.documents.readers import document_files, main_language
+        from luthier.engine.metrics import Reporter
+        from luthier.gate.inspect import encoder_of_language
+        from luthier.inference.embeddings import check_embeds
+        from luthier.inference.prediction import Predictor
+        from luthier.library.models import find
+
+    reporter = reporter or Reporter()
+    files = document_files(sources)
+    language = ""
+    if name in DocumentIndex.names():
+        with DocumentIndex.open(name) as index:
+            model, language = model or index.model, index.language
+    else:
+        language = main_language(files)
+    if model is None:
+        model, reason = encoder_of_language(language, "an encoder of sentences")
+        reporter.note(f"embedding model {model}: {reason}")
+    stored = find(model)
+    check_embeds(stored, stored.objective)
+    embed = Predictor.open(stored).embed
+    with DocumentIndex.update(name, stored, language) as index:
+        update = index.synchronize(
+            files, sources, embed, lambda done, total: reporter.progress(done, total, "index")
+        )
+        summary = IndexSummary(name, stored.id, index.documents(), None, update)
+        if not summary.passages:
+            reasons = "; ".join(f"{each.path}: {each.refused}" for each in update.problems[:3])
+            raise RecipeError(f"no document could be read. {reasons}")
+        index.threshold = calibrate(index, embed)
+        return IndexSummary(name, stored.id, index.documents(), index.threshold, update)
+
+
+def show(name: str | None = None) -> IndexSummary | list[IndexSummary]:
+    """Show the documents of an index, or all indexes.
+
+    Args:
+        name: Name of the index; all indexes by default.
+
+    Returns:
+        The index with its documents.
+
+    Raises:
+        RefusedInput: for an unknown index.
+    """
+    from luthier.documents.index import DocumentIndex
+
+    found = []
+    for each in DocumentIndex.names() if name is None else [name]:
+        with DocumentIndex.open(each) as index:
+            found.append(IndexSummary(each, index.model, index.documents(), index.threshold))
+    return found if name is None else found[0]
+
+
+def search(name: str, question: str, *, top: AtLeastOne = 5) -> FoundPassages:
+    """Find the passages nearest to a question.
+
+    Args:
+        name: Name of the index.
+        question: Question or words.
+        top: Number of passages.
+
+    Returns:
+        The passages, the best first.
+
+    Raises:
+        RefusedInput: for an unknown index, or without its embedding model.
+    """
+    with _opened(name) as (index, embed):
+        return FoundPassages(index.search(_checked(question), top, embed))
+
+
+def remove(name: str) -> None:
+    """Remove an index. The documents stay.
+
+    Args:
+        name: Name of the index.
+
+    Raises:
+        RefusedInput: for an unknown index, or while another process writes.
+    """
+    from luthier.documents.index import DocumentIndex
+
+    DocumentIndex.remove(name)
+
+
+def ask(
+    model: str,
+    question: str,
+    *,
+    index: str,
+    top: AtLeastOne | None = None,
+    max_tokens: AtLeastOne = 256,
+) -> Answer:
+    """Answer a question from the documents of an index, with citations.
+
+    Args:
+        model: Id of a model that generates text, or of a reading model (question_answering).
+        question: The question.
+        index: Name of the index (luthier index add).
+        top: Number of passages for the model.
+        max_tokens: Maximum tokens of the answer.
+
+    Returns:
+        The answer, the passages of the prompt, and the cited passages.
+
+    Raises:
+        RefusedInput: for an unknown index or model.
+    """
+    with heavy_imports():
+        from luthier.documents.answers import DECLINED, PASSAGES, Answer
+        from luthier.inference.generation import Generator
+        from luthier.inference.prediction import Predictor
+        from luthier.library.models import check_active, find
+
+    def is_able(objective: Any) -> bool:
+        return Generator.is_able(objective) or objective.task.head == "question_answering"
+
+    question = _checked(question)
+    stored = check_active(find(model, is_able=is_able))
+    if not is_able(stored.objective):
+        raise RecipeError(f"{stored.id} neither generates text nor answers questions.")
+    with _opened(index) as (opened, embed):
+        passages = tuple(opened.search(question, top or PASSAGES, embed))
+        threshold = opened.threshold or 0.0
+    if max((each.cosine for each in passages), default=-1.0) < threshold:
+        return Answer(question, DECLINED, passages, declined=True)
+    if stored.objective.task.head == "question_answering":
+        return _read_answer(Predictor.open(stored), question, passages)
+    return _generate(stored, question, passages, max_tokens)
+
+
+def _generate(
+    stored: StoredModel,
+    question: str,
+    passages: tuple[FoundPassage, ...],
+    max_tokens: int,
+) -> Answer:
+    from luthier.documents.answers import Answer, prompt, without_unknown_citations
+    from luthier.inference.generation import Generator
+    from luthier.models.decoding.sampling import Sampling
+
+    generator = Generator.open(stored)
+    sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
+    turns = prompt(question, passages, stored.chat.supports_system_prompt)
+    while passages and generator.refusal(turns, sampling):  # the context is too small
+        passages = passages[:-1]
+        turns = prompt(question, passages, stored.chat.supports_system_prompt)
+    (reply,) = generator.answers([turns], sampling)
+    return Answer(question, without_unknown_citations(reply.text, len(passages)).strip(), passages)
+
+
+def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...]) -> Answer:
+    """Return the likeliest span of the passages."""
+    from luthier.data.shapes.questions import AnsweredQuestion
+    from luthier.documents.answers import DECLINED, Answer
+
+    rows = [
+        AnsweredQuestion("index", n, question, each.passage.content, ())
+        for n, each in enumerate(passages, 1)
+    ]
+    spans = reader.answers(rows)
+    found = [(each["score"], n) for n, each in enumerate(spans) if each["answer"]]
+    if not found:
+        return Answer(question, DECLINED, passages, declined=True)
+    _, best = max(found)
+    return Answer(question, f"{spans[best]['answer']} [{best + 1}]", passages)
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[tuple[DocumentIndex, Embed]]:
+    """Yield an index and its embedding model."""
+    with heavy_imports():
+        from luthier.documents.index import DocumentIndex
+
+    with DocumentIndex.open(name) as index:
+        yield index, _embedder(index)
+
+
+def _embedder(index: DocumentIndex) -> Embed:
+    """Return the embedding function of the index's model; reject changed weights."""
+    from luthier.inference.prediction import Predictor
+    from luthier.library.models import find
+
+    stored = find(index.model)
+    if stored.content_hash != index.fingerprint:
+        raise RecipeError(
+            f"{index.model} has other weights than those that built the index {index.name}. Run "
+            "`luthier index add` again."
+        )
+    return Predictor.open(stored).embed
+
+
+def _checked(question: str) -> str:
+    if not question.strip():
+        raise RecipeError("the question is empty")
+    return question.strip()
+
+
+def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
+    """Print what changed, documents that were not read in full, and the next command."""
+    if isinstance(found, list):
+        table = new_table(
+            "index", "model", "documents", "passages", numbers=("documents", "passages")
+        )
+        for each in found:
+            table.add_row(each.name, each.model, str(len(each.documents)), str(each.passages))
+        print_table(table)
+        return
+    update = found.update
+    if update is not None:
+        print_text(
+            f"{update.added:,} documents added, {update.changed:,} changed, {update.removed:,} "
+            f"removed, {update.unchanged:,} unchanged"
+        )
+    listed = found.documents if update is None else update.problems
+    for each in listed:
+        state = f"left out: {each.refused}" if each.refused else f"{each.passages:,} passages"
+        print_text(f"  {each.path}: {state}{f' ({each.note})' if each.note else ''}")
+    print_text(
+        f"{found.name}: {found.passages:,} passages of {len(found.documents):,} documents, embedded by "
+        f"{found.model}"
+    )
+    if update is not None:
+        note(f'next: luthier ask MODEL "a question" --index {found.name}')
+
+
+def show_passages(found: FoundPassages) -> None:
+    """Print each passage with its place."""
+    for each in found.passages:
+        text = " ".join(each.passage.text.split())
+        print_text(f"{each.cosine:.3f}  {each.place}\n       {text[:SHOWN]}")
+
+
+def show_answer(found: Answer) -> None:
+    """Print the answer, then its sources: the cited passages, or the nearest without citations."""
+    print_text(found.text)
+    shown = found.cited or range(1, len(found.passages) + 1)
+    print_text("" if found.cited else "\nNo passage is cited. The nearest passages:")
+    for n in shown:
+        each = found.passages[n - 1]
+        print_text(f"[{n}] {each.place}: {' '.join(each.passage.text.split())[:SHOWN]}")
+
+
+index_app = CommandGroup("Search in documents.")
+for command in (
+    Command(add, show_summary),
+    Command(show, show_summary),
+    Command(search, show_passages),
+    Command(remove),
+):
+    index_app.add(command)

@@ -1,0 +1,208 @@
+"""Conversion of one document into pages of Markdown, in a process of its own.
+
+The process reads a path per line from standard input and writes a JSON object per line: ``pages``
+and ``note``, or ``error``. Files come from users, and the libraries that read them have no limits of
+memory and time: the process limits its memory, the caller limits its time (:mod:`.readers`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import resource
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MEMORY_BYTES = 4 << 30
+"""Largest address space of the process."""
+UNPACKED_BYTES = 1 << 30
+"""Largest unpacked size of a compressed document."""
+HEADING_RATIO = 1.15
+"""Smallest height of a heading of a PDF file, relative to the height of most characters."""
+HEADING_CHARACTERS = 120
+PARAGRAPH_GAP = 1.7
+"""Distance of two lines that begins a paragraph, relative to the height of a line."""
+ZIPPED = (".docx", ".pptx", ".xlsx", ".epub")
+
+
+class RefusedDocument(Exception):
+    """A document that cannot be read; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a page of a PDF file."""
+
+    text: str
+    height: float
+    """Median height of the characters, in half points."""
+    top: float
+    """Distance from the bottom of the page, in points."""
+
+
+def extract(path: Path) -> dict[str, Any]:
+    """Return ``pages``, a list of ``[number, Markdown]``, and ``note`` about what was left out.
+
+    Numbers of pages are ``None`` for formats without pages.
+
+    Raises:
+        RefusedDocument: for a protected, damaged or too large file.
+    """
+    ending = path.suffix.lower()
+    if ending == ".pdf":
+        return _read_pdf(path)
+    if ending in ZIPPED:
+        _check_unpacked(path)
+    return {"pages": [[None, _read_with_markitdown(path, ending)]], "note": ""}
+
+
+def _check_unpacked(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(each.file_size for each in archive.infolist())
+    except zipfile.BadZipFile:
+        # Office files with a password are no ZIP archives.
+        raise RefusedDocument("damaged, or protected by a password") from None
+    if size > UNPACKED_BYTES:
+        raise RefusedDocument(f"unpacked size of {size:,} bytes; the limit is {UNPACKED_BYTES:,}")
+
+
+def _read_with_markitdown(path: Path, ending: str) -> str:
+    from markitdown import MarkItDown, StreamInfo
+
+    converter = MarkItDown(enable_plugins=False)
+    content = io.BytesIO(path.read_bytes())
+    found = converter.convert_stream(content, stream_info=StreamInfo(extension=ending))
+    # Addresses of links and base64 text of images are noise for search.
+    text = re.sub(r"!?\[([^\[\]]*)\]\([^()\s]*(?:\s\"[^\"]*\")?\)", r"\1", str(found.text_content))
+    return re.sub(r"\\([\\`*_{}\[\]()#+.!>|-])", r"\1", text)
+
+
+def _read_pdf(path: Path) -> dict[str, Any]:
+    import pypdfium2
+
+    try:
+        document = pypdfium2.PdfDocument(path)
+    except pypdfium2.PdfiumError as error:
+        locked = "password" in str(error).lower()
+        reason = "protected by a password" if locked else "damaged, or not a PDF file"
+        raise RefusedDocument(reason) from None
+    pages = [[*_lines(page)] for page in document]
+    empty = [number for number, lines in enumerate(pages, 1) if not lines]
+    pages = _without_running_lines(pages)
+    heights = Counter[float]()
+    for line in (line for lines in pages for line in lines):
+        heights[line.height] += len(line.text)
+    body = heights.most_common(1)[0][0] if heights else 0.0
+    larger = sorted({h for h in heights if h >= HEADING_RATIO * body}, reverse=True)
+    texts = [_page_text(lines, body, larger) for lines in pages]
+    note = ""
+    if empty:
+        named = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
+        note = f"pages without a text layer, left out: {named}"
+    return {"pages": [[n, text] for n, text in enumerate(texts, 1) if text], "note": note}
+
+
+def _lines(page: Any) -> Iterator[Line]:
+    """Yield the lines of a page of a PDF file, in the order of its text."""
+    import pypdfium2.raw as pdfium
+
+    text = page.get_textpage()
+    characters: list[str] = []
+    boxes: list[tuple[float, float]] = []
+
+    def finish() -> Iterator[Line]:
+        content = re.sub(r"\s+", " ", "".join(characters)).strip()
+        if content:
+            heights = sorted(high - low for low, high in boxes) or [0.0]
+            tops = sorted(high for _, high in boxes) or [0.0]
+            yield Line(content, round(2 * heights[len(heights) // 2]) / 2, tops[len(tops) // 2])
+        characters.clear()
+        boxes.clear()
+
+    for n in range(text.count_chars()):
+        character = chr(pdfium.FPDFText_GetUnicode(text.raw, n))
+        if character in "\r\n":
+            yield from finish()
+        elif character in "\x02\ufffe":  # a hyphen at the end of a line
+            characters.append("\u00ad")
+        elif character != "\x00":
+            characters.append(character)
+            if not character.isspace():
+                _, low, _, high = text.get_charbox(n, loose=True)
+                boxes.append((low, high))
+    yield from finish()
+
+
+def _without_running_lines(pages: list[list[Line]]) -> list[list[Line]]:
+    """Remove headers and footers: first and last lines that repeat, with other numbers, on half of
+    the pages."""
+    if len(pages) < 3:
+        return pages
+
+    def pattern(line: Line) -> str:
+        return re.sub(r"\d+", "0", line.text)
+
+    repeated = Counter[str]()
+    for lines in pages:
+        repeated.update({pattern(line) for line in (*lines[:1], *lines[-1:])})
+    running = {each for each, count in repeated.items() if 2 * count > len(pages)}
+    return [
+        [
+            line
+            for place, line in enumerate(lines)
+            if place not in (0, len(lines) - 1) or pattern(line) not in running
+        ]
+        for lines in pages
+    ]
+
+
+def _page_text(lines: list[Line], body: float, larger: list[float]) -> str:
+    """Return the Markdown of a page: lines larger than ``body`` are headings."""
+    parts: list[str] = []
+    before: Line | None = None
+    for line in lines:
+        heading = line.height in larger and len(line.text) <= HEADING_CHARACTERS
+        heading = heading and any(map(str.isalpha, line.text))
+        gap = 0.0 if before is None else before.top - line.top
+        joins = before is not None and before.height == line.height
+        joins = joins and -PARAGRAPH_GAP * body < gap < PARAGRAPH_GAP * max(line.height, 1.0)
+        if joins and parts:
+            parts[-1] += " " + line.text
+        elif heading:
+            parts.append("#" * min(3, larger.index(line.height) + 1) + " " + line.text)
+        else:
+            parts.append(line.text)
+        before = line
+    return re.sub(r"\u00ad\s*", "", "\n\n".join(parts))
+
+
+def _answer(path: str) -> dict[str, Any]:
+    try:
+        return extract(Path(path))
+    except RefusedDocument as refused:
+        return {"error": str(refused)}
+    except MemoryError:
+        return {"error": f"needs more than {MEMORY_BYTES >> 30} GB of memory"}
+    except ImportError as missing:
+        return {"missing": str(missing)}
+    except Exception as error:  # the libraries raise anything for a damaged file
+        return {"error": f"damaged ({type(error).__name__}: {str(error)[:200]})"}
+
+
+def main() -> None:
+    """Answer the paths of standard input until it ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    for line in sys.stdin:
+        print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

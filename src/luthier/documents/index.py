@@ -1,0 +1,400 @@
+"""Index of documents: passages, their words and their embeddings, in one SQLite file.
+
+Words are searched with FTS5 (BM25), embeddings with one exact matrix product, and reciprocal rank
+fusion combines both orders. Each document is one transaction: a killed process loses the document
+under way, and the same command continues. One process writes; readers continue meanwhile.
+
+``LUTHIER_HOME/indexes/NAME/`` has a file for each embedding model, and ``current.json`` names the file
+in use: another embedding model is built beside the old one, then replaces it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.documents.passages import Passage, cut
+from luthier.documents.readers import DocumentReader, ReadDocument
+from luthier.errors import CorruptFile, RecipeError
+from luthier.evaluation.retrieval import DEPTH, nearest, reciprocal_rank_fusion
+from luthier.files import lock, luthier_home, read_json, write_json
+from luthier.gate.checks.language import UNSPACED
+from luthier.recipe import check_name
+
+if TYPE_CHECKING:
+    from luthier.library.models import StoredModel
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Returns embeddings ``[N, H]`` of length 1."""
+FORM = 1
+"""Version of the file's tables."""
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS documents (
+    id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
+    modified REAL NOT NULL, note TEXT NOT NULL, refused TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS passages (
+    id INTEGER PRIMARY KEY, document INTEGER NOT NULL REFERENCES documents(id), text TEXT NOT NULL,
+    heading TEXT NOT NULL, page INTEGER
+);
+CREATE INDEX IF NOT EXISTS passages_of ON passages(document);
+CREATE TABLE IF NOT EXISTS vectors (passage INTEGER PRIMARY KEY, vector BLOB NOT NULL);
+CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
+    heading, text, content='passages', content_rowid='id', tokenize='{tokenizer}'
+);
+"""
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class FoundPassage:
+    """A passage of a search."""
+
+    document: str
+    """Path of the file."""
+    passage: Passage
+    cosine: float
+    """Similarity of the embeddings of question and passage, from -1 to 1."""
+
+    @property
+    def place(self) -> str:
+        """File with page or heading, for readers."""
+        name = Path(self.document).name
+        if self.passage.page is not None:
+            return f"{name}, page {self.passage.page}"
+        return f"{name}, {self.passage.heading}" if self.passage.heading else name
+
+    def plain(self) -> dict[str, str | int | float | None]:
+        """Return JSON values."""
+        found = self.passage
+        return {
+            "document": self.document,
+            "page": found.page,
+            "heading": found.heading,
+            "text": found.text,
+            "cosine": round(self.cosine, 4),
+        }
+
+
+@dataclass(frozen=True)
+class IndexedDocument:
+    """A document of the index."""
+
+    path: str
+    passages: int
+    note: str
+    """What was left out."""
+    refused: str
+    """Why the document was not read; empty for a document that was read."""
+
+
+@dataclass(frozen=True)
+class IndexUpdate:
+    """What an update changed."""
+
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    unchanged: int = 0
+    problems: list[IndexedDocument] = field(default_factory=list)
+    """Documents that were refused, or read in part."""
+
+
+class DocumentIndex:
+    """An index on disk, opened for search or for an update."""
+
+    def __init__(self, name: str, file: Path, connection: sqlite3.Connection) -> None:
+        self.name, self.file, self._connection = name, file, connection
+        about = dict(connection.execute("SELECT key, value FROM about"))
+        if about.get("form") != str(FORM):
+            raise CorruptFile(f"{file} was written by another version. Build the index again.")
+        self.model, self.fingerprint = about["model"], about["fingerprint"]
+        self.language = about["language"]
+        self._vectors: tuple[int, list[int], NDArray[np.float32]] | None = None
+
+    @staticmethod
+    def folder(name: str) -> Path:
+        """Return the folder of the index ``name``."""
+        try:
+            return luthier_home() / "indexes" / check_name(name)
+        except ValueError as error:
+            raise RecipeError(f"{name!r} is no name of an index: {error}") from error
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names of all indexes."""
+        return sorted(each.parent.name for each in luthier_home().glob("indexes/*/current.json"))
+
+    @staticmethod
+    @contextmanager
+    def open(name: str) -> Iterator[DocumentIndex]:
+        """Yield the index ``name`` for searches.
+
+        Raises:
+            RecipeError: for an unknown name.
+            CorruptFile: for an unreadable file.
+        """
+        folder = DocumentIndex.folder(name)
+        if not (folder / "current.json").is_file():
+            known = ", ".join(DocumentIndex.names()) or "none"
+            raise RecipeError(
+                f"There is no index {name!r}. Known indexes: {known}. `luthier index add FOLDER "
+                f"--name {name}` creates it."
+            )
+        file = folder / read_json(folder / "current.json")["file"]
+        with _open_database(file) as connection:
+            yield DocumentIndex(name, file, connection)
+
+    @staticmethod
+    def remove(name: str) -> None:
+        """Remove the index ``name`` with all files.
+
+        Raises:
+            RecipeError: for an unknown name, or while another process writes.
+        """
+        with DocumentIndex.open(name):
+            pass
+        with _writing(DocumentIndex.folder(name)):
+            shutil.rmtree(DocumentIndex.folder(name))
+
+    @staticmethod
+    @contextmanager
+    def update(name: str, stored: StoredModel, language: str) -> Iterator[DocumentIndex]:
+        """Yield the index ``name`` of the embedding model ``stored``, to add and remove documents.
+
+        A new file is in use after the block; its search for words depends on ``language``, the ISO
+        639 code of the documents.
+
+        Raises:
+            RecipeError: while another process writes.
+        """
+        folder = DocumentIndex.folder(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        fingerprint = stored.content_hash
+        file = folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.sqlite"
+        with _writing(folder):
+            with _open_database(file) as connection:
+                _create(connection, stored.id, fingerprint, language)
+                yield DocumentIndex(name, file, connection)
+            write_json(folder / "current.json", {"file": file.name, "model": stored.id})
+            for other in folder.glob("*.sqlite*"):
+                if not other.name.startswith(file.name):
+                    other.unlink()
+
+    def synchronize(
+        self,
+        files: Sequence[Path],
+        sources: Sequence[Path],
+        embed: Embed,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> IndexUpdate:
+        """Read the new and changed ``files``, and remove documents of ``sources`` that are gone."""
+        known = {
+            path: (digest, size, modified)
+            for path, digest, size, modified in self._connection.execute(
+                "SELECT path, sha256, bytes, modified FROM documents"
+            )
+        }
+        added = changed = unchanged = 0
+        with DocumentReader.open() as reader:
+            for done, path in enumerate(files, 1):
+                status = path.stat()
+                before = known.get(str(path))
+                if before is not None and before[1:] == (status.st_size, status.st_mtime):
+                    unchanged += 1
+                else:
+                    with path.open("rb") as opened:
+                        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                    if before is not None and before[0] == digest:
+                        unchanged += 1
+                        self._touch(path, status.st_mtime)
+                    else:
+                        about = (digest, status.st_size, status.st_mtime)
+                        self._store(path, about, reader.read(path), embed)
+                        added, changed = added + (before is None), changed + (before is not None)
+                on_progress(done, len(files))
+        present = {str(each) for each in files}
+        roots = [source.resolve() for source in sources]
+        gone = [
+            path
+            for path in known
+            if path not in present and any(Path(path).is_relative_to(root) for root in roots)
+        ]
+        with self._connection:
+            for path in gone:
+                self._delete(path)
+        problems = [each for each in self.documents() if each.note or each.refused]
+        return IndexUpdate(added, changed, len(gone), unchanged, problems)
+
+    def _touch(self, path: Path, modified: float) -> None:
+        with self._connection:
+            self._connection.execute(
+                "UPDATE documents SET modified = ? WHERE path = ?", (modified, str(path))
+            )
+
+    def _store(
+        self, path: Path, about: tuple[str, int, float], read: ReadDocument, embed: Embed
+    ) -> None:
+        """Replace the passages of a document, in one transaction."""
+        passages = [*cut(read.pages)]
+        vector_NH = embed([each.content for each in passages]) if passages else []
+        insert = self._connection.execute
+        with self._connection:
+            self._delete(str(path))
+            row = insert(
+                "INSERT INTO documents (path, sha256, bytes, modified, note, refused) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (str(path), *about, read.note, read.refused),
+            )
+            for passage, vector_H in zip(passages, vector_NH, strict=True):
+                text = (passage.heading, passage.text)
+                added = insert(
+                    "INSERT INTO passages (document, heading, text, page) VALUES (?, ?, ?, ?)",
+                    (row.lastrowid, *text, passage.page),
+                ).lastrowid
+                vector = np.asarray(vector_H, np.float16).tobytes()
+                insert("INSERT INTO vectors VALUES (?, ?)", (added, vector))
+                insert("INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)", (added, *text))
+
+    def _delete(self, path: str) -> None:
+        execute = self._connection.execute
+        for number, heading, text in execute(
+            "SELECT passages.id, heading, text FROM passages JOIN documents "
+            "ON documents.id = document WHERE path = ?",
+            (path,),
+        ).fetchall():
+            execute(
+                "INSERT INTO words (words, rowid, heading, text) VALUES ('delete', ?, ?, ?)",
+                (number, heading, text),
+            )
+            execute("DELETE FROM vectors WHERE passage = ?", (number,))
+            execute("DELETE FROM passages WHERE id = ?", (number,))
+        execute("DELETE FROM documents WHERE path = ?", (path,))
+
+    def documents(self) -> list[IndexedDocument]:
+        """Return all documents, by path."""
+        return [
+            IndexedDocument(*row)
+            for row in self._connection.execute(
+                "SELECT path, COUNT(passages.id), note, refused FROM documents LEFT JOIN passages "
+                "ON documents.id = document GROUP BY documents.id ORDER BY path"
+            )
+        ]
+
+    def search(self, question: str, count: int, embed: Embed) -> list[FoundPassage]:
+        """Return the ``count`` best passages, the best first, by words and by meaning."""
+        query_H = embed([question])[0]
+        places, scores = self._by_meaning(query_H)
+        best = reciprocal_rank_fusion([self._by_words(question), places])[:count]
+        return [self._passage(number, query_H, scores.get(number)) for number in best]
+
+    def best_cosines(self, question_QH: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the largest cosine of each question with a passage, ``[Q]``."""
+        _, vector_NH = self._loaded()
+        _, score_Q1 = nearest(question_QH, vector_NH, 1)
+        return score_Q1[:, 0]
+
+    def _by_words(self, question: str) -> list[int]:
+        """Return the passages with words of the question, the best first."""
+        words = _WORD.findall(question)
+        if self.language in UNSPACED:
+            words = [word[n : n + 3] for word in words for n in range(max(1, len(word) - 2))]
+        if not words:
+            return []
+        found = self._connection.execute(
+            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?",
+            (" OR ".join(f'"{word}"' for word in words), DEPTH),
+        )
+        return [number for (number,) in found]
+
+    def _by_meaning(self, query_H: NDArray[np.float32]) -> tuple[list[int], dict[int, float]]:
+        numbers, vector_NH = self._loaded()
+        if not numbers:
+            return [], {}
+        places_1K, scores_1K = nearest(query_H[None], vector_NH, min(DEPTH, len(numbers)))
+        found = [numbers[place] for place in places_1K[0].tolist()]
+        return found, dict(zip(found, scores_1K[0].tolist(), strict=True))
+
+    def _loaded(self) -> tuple[list[int], NDArray[np.float32]]:
+        """Return the numbers and vectors ``[N, H]`` of all passages, read again after a change."""
+        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        if self._vectors is None or self._vectors[0] != version:
+            rows = self._connection.execute("SELECT * FROM vectors ORDER BY passage").fetchall()
+            joined = np.frombuffer(b"".join(vector for _, vector in rows), np.float16)
+            vector_NH = joined.reshape(len(rows), -1).astype(np.float32) if rows else joined[:0]
+            self._vectors = version, [number for number, _ in rows], vector_NH
+        return self._vectors[1:]
+
+    def _passage(
+        self, number: int, query_H: NDArray[np.float32], cosine: float | None
+    ) -> FoundPassage:
+        path, text, heading, page, vector = self._connection.execute(
+            "SELECT path, text, heading, page, vector FROM passages JOIN documents "
+            "ON documents.id = document JOIN vectors ON passage = passages.id "
+            "WHERE passages.id = ?",
+            (number,),
+        ).fetchone()
+        if cosine is None:  # found by words alone
+            cosine = float(np.frombuffer(vector, np.float16).astype(np.float32) @ query_H)
+        return FoundPassage(path, Passage(text, heading, page), cosine)
+
+    @property
+    def threshold(self) -> float | None:
+        """Cosine of the best passage above which a question may have an answer here."""
+        row = self._connection.execute("SELECT value FROM about WHERE key = 'threshold'").fetchone()
+        return None if row is None else float(row[0])
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        with self._connection:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO about VALUES ('threshold', ?)", (str(value),)
+            )
+
+
+def _tokenizer(language: str) -> str:
+    """Return the tokenizer of FTS5. Diacritics are kept: they are tones in Vietnamese."""
+    if language in UNSPACED:
+        return "trigram"
+    words = "unicode61 remove_diacritics 0"
+    return f"porter {words}" if language == "en" else words
+
+
+@contextmanager
+def _open_database(file: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with closing(sqlite3.connect(file, timeout=30, check_same_thread=False)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            yield connection
+    except sqlite3.DatabaseError as error:
+        raise CorruptFile(f"{file} is not readable: {error}. Build the index again.") from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    with lock(folder.with_suffix(".lock")) as free:
+        if not free:
+            raise RecipeError(f"Another process writes the index {folder.name}. Wait for its end.")
+        yield
+
+
+def _create(connection: sqlite3.Connection, model: str, fingerprint: str, language: str) -> None:
+    about = {
+        "form": str(FORM), "model": model, "fingerprint": fingerprint, "language": language,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    connection.executescript(_SCHEMA.format(tokenizer=_tokenizer(language)))
+    with connection:
+        connection.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", about.items())

@@ -1,0 +1,161 @@
+"""Documents of a folder, each read in a child process with limits of memory and time."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.data.languages import detect_languages
+from luthier.errors import RecipeError
+from luthier.files import read_text
+from luthier.processes import python_command
+
+TEXT_FORMATS = (".md", ".txt", ".rst")
+FORMATS = (*TEXT_FORMATS, ".pdf", ".docx", ".pptx", ".xlsx", ".html", ".htm", ".epub")
+"""Extensions of the supported formats."""
+SECONDS = 120.0
+"""Time limit of a document."""
+MOST_BYTES = 512 << 20
+"""Largest document."""
+LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 5, 5_000
+"""Number of documents, and of characters of each, from which the language is detected."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a document, or a whole document without pages."""
+
+    text: str
+    """Markdown."""
+    number: int | None = None
+    """Number from 1; ``None`` for formats without pages."""
+
+
+@dataclass(frozen=True)
+class ReadDocument:
+    """Content of a document, or the reason why it was refused."""
+
+    pages: tuple[Page, ...] = ()
+    note: str = ""
+    """What was left out."""
+    refused: str = ""
+    """Reason; empty for a document that was read."""
+
+
+def document_files(sources: Sequence[Path]) -> list[Path]:
+    """Return the documents in ``sources``, files or folders, sorted by path.
+
+    Raises:
+        RecipeError: for a missing source, an unsupported file, or a folder without documents.
+    """
+    files: set[Path] = set()
+    for source in sources:
+        if source.is_dir():
+            inside = {
+                each
+                for each in source.rglob("*")
+                if each.suffix.lower() in FORMATS and each.is_file() and each.name[0] not in ".~"
+            }
+            if not inside:
+                raise RecipeError(f'"{source}" has no documents. Supported: {", ".join(FORMATS)}')
+            files |= inside
+        elif not source.is_file():
+            raise RecipeError(f'"{source}" does not exist.')
+        elif source.suffix.lower() not in FORMATS:
+            raise RecipeError(f'"{source}" is no document. Supported: {", ".join(FORMATS)}')
+        else:
+            files.add(source)
+    return sorted(each.resolve() for each in files)
+
+
+class DocumentReader:
+    """Reads documents, one at a time. The child process starts with the first document that needs a
+    library, and again after a document that crashed it."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._child: subprocess.Popen[str] | None = None
+
+    @staticmethod
+    @contextmanager
+    def open() -> Iterator[DocumentReader]:
+        """Yield a reader; its process ends with the block."""
+        reader = DocumentReader()
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+    def close(self) -> None:
+        """End the child process."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+    def read(self, path: Path) -> ReadDocument:
+        """Return the content of ``path``, or the reason why it is refused.
+
+        Raises:
+            RecipeError: if the libraries for documents are not installed.
+        """
+        try:
+            size = path.stat().st_size
+            if size > MOST_BYTES:
+                return ReadDocument(refused=f"{size:,} bytes; the limit is {MOST_BYTES:,}")
+            if path.suffix.lower() in TEXT_FORMATS:
+                pages = (Page(read_text(path)),)
+                return ReadDocument(pages) if pages[0].text.strip() else _EMPTY
+        except (OSError, RecipeError) as error:
+            return ReadDocument(refused=str(error))
+        answer = self._ask(path)
+        if "missing" in answer:
+            raise RecipeError(
+                f"\"{path}\" needs libraries for documents. Run pip install 'luthier[documents]'"
+            )
+        if "error" in answer:
+            return ReadDocument(refused=str(answer["error"]))
+        pages = tuple(Page(text, number) for number, text in answer["pages"] if text.strip())
+        note = str(answer["note"])
+        return ReadDocument(pages, note) if pages else ReadDocument(refused=note or _EMPTY.refused)
+
+    def _ask(self, path: Path) -> dict[str, object]:
+        if self._child is None:
+            self._child = subprocess.Popen(
+                python_command("luthier.documents.extract"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        child = self._child
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(json.dumps(str(path)) + "\n")
+        child.stdin.flush()
+        ready, _, _ = select.select([child.stdout], [], [], self._seconds)
+        line = child.stdout.readline() if ready else ""
+        if line:
+            answer: dict[str, object] = json.loads(line)
+            return answer
+        self.close()
+        reason = "the reader crashed" if ready else f"takes more than {self._seconds:.0f} s"
+        return {"error": reason}
+
+
+_EMPTY = ReadDocument(refused="no text")
+
+
+def main_language(files: Sequence[Path]) -> str:
+    """Return the ISO 639 code of most of the first documents; empty if unknown."""
+    codes = Counter[str]()
+    with DocumentReader.open() as reader:
+        for path in files[:LANGUAGE_DOCUMENTS]:
+            text = " ".join(page.text for page in reader.read(path).pages[:5])
+            codes.update(detect_languages([text[:LANGUAGE_CHARACTERS]]))
+    return codes.most_common(1)[0][0] if codes else ""

@@ -1,0 +1,124 @@
+"""Text of documents: pages, headings, tables, and files that are refused."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
+
+from luthier.documents import extract
+from luthier.documents.readers import DocumentReader, document_files, main_language
+from luthier.errors import RecipeError
+
+pytest.importorskip("markitdown", reason="needs the extra documents")
+pytest.importorskip("pypdfium2", reason="needs the extra documents")
+
+BODY = "Refunds are paid within fourteen days."
+
+
+def pdf_pages(path: Path, pages: list[list[tuple[str, int]]]) -> Path:
+    """Write a PDF file with lines of text and their font sizes."""
+    with PdfPages(path) as file:
+        for lines in pages:
+            figure = Figure(figsize=(6, 8))
+            for place, (text, size) in enumerate(lines):
+                figure.text(0.1, 0.9 - 0.08 * place, text, fontsize=size)
+            file.savefig(figure)
+    return path
+
+
+def test_pdf_has_pages_headings_and_no_running_lines(tmp_path: Path) -> None:
+    pages = [
+        [("Handbook", 9), (f"Chapter {n}", 24), (BODY, 10), (f"Page {n} of 4", 9)]
+        for n in range(1, 4)
+    ]
+    file = pdf_pages(tmp_path / "handbook.pdf", [*pages, []])
+    with DocumentReader.open() as reader:
+        read = reader.read(file)
+    assert [page.number for page in read.pages] == [1, 2, 3]
+    assert read.pages[1].text.splitlines()[0] == "# Chapter 2"
+    assert BODY in read.pages[1].text
+    assert "Handbook" not in read.pages[1].text and "Page" not in read.pages[1].text
+    assert "4" in read.note
+
+
+def test_html_keeps_tables_and_drops_addresses(tmp_path: Path) -> None:
+    file = tmp_path / "prices.html"
+    file.write_text(
+        "<h1>Prices</h1><p>See <a href='https://shop.example/x'>the shop</a>.</p>"
+        "<table><tr><th>size</th><th>price</th></tr><tr><td>big</td><td>9</td></tr></table>"
+    )
+    with DocumentReader.open() as reader:
+        (page,) = reader.read(file).pages
+    assert "# Prices" in page.text and "See the shop." in page.text and "| big | 9 |" in page.text
+    assert page.number is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("broken.pdf", b"%PDF-1.7 nothing"), ("broken.docx", b"no archive"), ("empty.md", b" \n")],
+)
+def test_unreadable_document_is_refused_and_the_next_is_read(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    good = pdf_pages(tmp_path / "good.pdf", [[(BODY, 10)]])
+    with DocumentReader.open() as reader:
+        refused = reader.read(tmp_path / name)
+        assert refused.refused and not refused.pages
+        assert reader.read(good).pages[0].text == BODY
+
+
+def test_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract, "UNPACKED_BYTES", 1_000_000)
+    with zipfile.ZipFile(tmp_path / "bomb.docx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", bytes(2_000_000))
+    with pytest.raises(extract.RefusedDocument, match="2,000,000"):
+        extract.extract(tmp_path / "bomb.docx")
+
+
+def test_entity_bomb_ends_with_the_reader(tmp_path: Path) -> None:
+    entities = "".join(
+        f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' if n else '<!ENTITY e0 "aaaaaaaaaa">'
+        for n in range(12)
+    )
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr(
+            "word/document.xml", f"<?xml version='1.0'?><!DOCTYPE d [{entities}]><d>&e11;</d>"
+        )
+    (tmp_path / "bomb.docx").write_bytes(content.getvalue())
+    (tmp_path / "good.txt").write_text(BODY)
+    reader = DocumentReader(seconds=20)
+    try:
+        assert reader.read(tmp_path / "bomb.docx").refused
+        assert reader.read(tmp_path / "good.txt").pages
+    finally:
+        reader.close()
+
+
+def test_slow_document_is_refused(tmp_path: Path) -> None:
+    reader = DocumentReader(seconds=0.0)
+    try:
+        read = reader.read(pdf_pages(tmp_path / "slow.pdf", [[(BODY, 10)]]))
+    finally:
+        reader.close()
+    assert "more than 0 s" in read.refused
+
+
+def test_folder_without_documents_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "program.exe").write_bytes(b"")
+    for source in (tmp_path, tmp_path / "program.exe", tmp_path / "none.md"):
+        with pytest.raises(RecipeError):
+            document_files([source])
+
+
+def test_language_of_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(
+        "Cửa hàng mở cửa từ tám giờ sáng đến chín giờ tối mỗi ngày. " * 5
+    )
+    assert main_language(document_files([tmp_path])) == "vi"

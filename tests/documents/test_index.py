@@ -1,0 +1,172 @@
+"""The index of documents: search, updates and interrupted updates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from luthier.documents.answers import Answer, calibrate, prompt, without_unknown_citations
+from luthier.documents.index import DocumentIndex, FoundPassage
+from luthier.documents.passages import Passage
+from luthier.documents.readers import document_files
+from luthier.errors import CorruptFile, RecipeError
+
+pytestmark = pytest.mark.usefixtures("luthier_home")
+
+MODEL: Any = SimpleNamespace(id="letters", content_hash="1")
+OTHER: Any = SimpleNamespace(id="more-letters", content_hash="2")
+
+
+def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+    """Return shares of letters as embeddings."""
+    counts = [[text.lower().count(chr(97 + n)) + 1e-3 for n in range(26)] for text in texts]
+    count_NH = np.array(counts, np.float32)
+    return count_NH / np.linalg.norm(count_NH, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "handbook"
+    folder.mkdir()
+    (folder / "travel.md").write_text(
+        "# Hotels\n\nA night may cost 120 euros.\n\n# Trains\n\nOnly second class."
+    )
+    (folder / "leave.txt").write_text("Everybody has thirty days of holiday each year.")
+    return folder
+
+
+def build(folder: Path, model: Any = MODEL, language: str = "en") -> Any:
+    with DocumentIndex.update("handbook", model, language) as index:
+        return index.synchronize(document_files([folder]), [folder], embed)
+
+
+def search(question: str) -> list[FoundPassage]:
+    with DocumentIndex.open("handbook") as index:
+        return index.search(question, 2, embed)
+
+
+def test_search_finds_passage_with_its_place(folder: Path) -> None:
+    update = build(folder)
+    assert (update.added, update.problems) == (2, [])
+    best = search("What may a hotel night cost?")[0]
+    assert best.passage == Passage("A night may cost 120 euros.", "Hotels", None)
+    assert best.place == "travel.md, Hotels" and best.document == str(folder / "travel.md")
+    assert best.cosine == pytest.approx(
+        float(embed([best.passage.content])[0] @ embed(["What may a hotel night cost?"])[0]),
+        abs=1e-3,
+    )
+
+
+def test_update_reads_changes_alone(folder: Path) -> None:
+    build(folder)
+    (folder / "leave.txt").write_text("Everybody has thirty-one days of holiday.")
+    (folder / "travel.md").unlink()
+    (folder / "new.md").write_text("Parking is free.")
+    update = build(folder)
+    assert (update.added, update.changed, update.removed, update.unchanged) == (1, 1, 1, 0)
+    assert [each.passage.text for each in search("holiday")] == [
+        "Everybody has thirty-one days of holiday.", "Parking is free."
+    ]  # fmt: skip
+    os.utime(folder / "new.md", (1, 1))
+    assert build(folder).unchanged == 2
+
+
+def test_documents_of_another_folder_stay(folder: Path, tmp_path: Path) -> None:
+    build(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "more.md").write_text("Coffee is free.")
+    assert build(other).removed == 0
+    with DocumentIndex.open("handbook") as index:
+        assert len(index.documents()) == 3
+
+
+def test_killed_update_continues(folder: Path) -> None:
+    def fail_at_second(texts: Sequence[str]) -> NDArray[np.float32]:
+        if "thirty" not in texts[0]:
+            raise KeyboardInterrupt
+        return embed(texts)
+
+    with pytest.raises(KeyboardInterrupt), DocumentIndex.update("handbook", MODEL, "en") as index:
+        index.synchronize(document_files([folder]), [folder], fail_at_second)
+    with pytest.raises(RecipeError, match="no index"):
+        search("holiday")  # not in use before it is complete
+    update = build(folder)
+    assert (update.added, update.unchanged) == (1, 1)
+
+
+def test_other_embedding_model_replaces_the_index_at_the_end(folder: Path) -> None:
+    build(folder)
+    with DocumentIndex.update("handbook", OTHER, "en") as index:
+        with DocumentIndex.open("handbook") as old:
+            assert old.model == "letters"
+        index.synchronize(document_files([folder]), [folder], embed)
+    with DocumentIndex.open("handbook") as index:
+        assert index.model == "more-letters"
+    assert len([*DocumentIndex.folder("handbook").glob("*.sqlite")]) == 1
+
+
+def test_second_writer_is_refused(folder: Path) -> None:
+    with DocumentIndex.update("handbook", MODEL, "en"), pytest.raises(RecipeError, match="writes"):
+        build(folder)
+
+
+def test_tones_are_different_words(tmp_path: Path) -> None:
+    folder = tmp_path / "menu"
+    folder.mkdir()
+    (folder / "a.md").write_text("bán phở")
+    (folder / "b.md").write_text("bàn pho mát")
+    build(folder, language="vi")
+    with DocumentIndex.open("handbook") as index:
+        assert len(index._by_words("phở")) == 1
+
+
+def test_languages_without_spaces_are_searched_by_characters(tmp_path: Path) -> None:
+    folder = tmp_path / "menu"
+    folder.mkdir()
+    (folder / "a.md").write_text("返品は十四日以内に受け付けます")
+    build(folder, language="ja")
+    with DocumentIndex.open("handbook") as index:
+        assert index._by_words("十四日以内") == [1] and index._by_words("二十一日間") == []
+
+
+def test_question_about_another_topic_is_below_the_threshold(folder: Path) -> None:
+    build(folder)
+    with DocumentIndex.open("handbook") as index:
+        index.threshold = calibrate(index, embed)
+        foreign = index.best_cosines(embed(["zzz xxx qqq"]))[0]
+        assert foreign < index.threshold <= 1
+
+
+def test_broken_file_is_named(folder: Path) -> None:
+    build(folder)
+    (file,) = DocumentIndex.folder("handbook").glob("*.sqlite")
+    file.write_bytes(b"no database" * 100)
+    with pytest.raises(CorruptFile, match=r"\.sqlite"):
+        search("holiday")
+
+
+def test_removed_index_is_unknown(folder: Path) -> None:
+    build(folder)
+    DocumentIndex.remove("handbook")
+    assert DocumentIndex.names() == []
+    for name in ("handbook", "../x"):
+        with pytest.raises(RecipeError):
+            DocumentIndex.remove(name)
+
+
+def test_citations_name_passages_of_the_prompt() -> None:
+    passages = tuple(FoundPassage("a.md", Passage(text, "", None), 0.9) for text in "ab")
+    text = without_unknown_citations("Yes [2], no [3], see [1] and [2].", 2)
+    assert text == "Yes [2], no , see [1] and [2]."
+    assert Answer("q", text, passages).cited == (2, 1)
+    system, user = prompt("q?", passages)
+    assert (system.role, user.content) == ("system", "[1] a\n\n[2] b\n\nQuestion: q?")
+    assert len(prompt("q?", passages, takes_system=False)) == 1

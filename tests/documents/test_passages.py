@@ -1,0 +1,37 @@
+"""Cutting of documents into passages."""
+
+from __future__ import annotations
+
+from luthier.documents.passages import WORDS, count_words, cut
+from luthier.documents.readers import Page
+
+
+def test_passage_has_its_headings_and_page() -> None:
+    pages = [Page("# Travel\n\nIntro.\n\n## Hotels\n\nUp to 120 euros.", 1), Page("More.", 2)]
+    found = [(each.heading, each.text, each.page) for each in cut(pages)]
+    assert found == [
+        ("Travel", "Intro.", 1),
+        ("Travel > Hotels", "Up to 120 euros.", 1),
+        ("Travel > Hotels", "More.", 2),
+    ]
+
+
+def test_long_paragraph_is_cut_at_sentences() -> None:
+    text = " ".join(f"Sentence number {n} has six words." for n in range(100))
+    passages = [*cut([Page(text)])]
+    assert all(count_words(each.text) <= WORDS for each in passages)
+    assert all(each.text.endswith(".") for each in passages)
+    assert " ".join(each.text for each in passages) == text
+
+
+def test_part_of_long_table_repeats_the_head() -> None:
+    rows = "\n".join(f"| city {n} | {n} |" for n in range(100))
+    passages = [*cut([Page(f"| city | price |\n| --- | --- |\n{rows}")])]
+    assert len(passages) > 1
+    assert all(each.text.startswith("| city | price |\n| --- |") for each in passages)
+
+
+def test_text_without_spaces_is_cut() -> None:
+    passages = [*cut([Page("漢" * 1000)])]
+    assert all(count_words(each.text) <= WORDS for each in passages)
+    assert "".join(each.text for each in passages) == "漢" * 1000
