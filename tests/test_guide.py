@@ -57,6 +57,10 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def make_files(folder: Path) -> None:
     """Create the reader's own data files of the pages."""
+    (folder / "handbook").mkdir()
+    (folder / "handbook" / "leave.md").write_text(
+        "# Leave\n\nEverybody has thirty days of leave each year."
+    )
     write(
         folder / "my.jsonl", sample("train.jsonl", 60)
     )  # of fewer `inspect` warns, and ends with 1

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.documents import add, ask, remove, search, show
+from luthier.cli.documents import (
+    ask,
+    index_documents,
+    remove_index,
+    search_documents,
+    show_index,
+)
 from luthier.documents.index import DocumentIndex
 from luthier.errors import RefusedInput
 
@@ -21,7 +27,7 @@ def indexed(tmp_path: Path, family_folder: Callable[[str], Path]) -> str:
     (folder / "leave.md").write_text("# Leave\n\nEverybody has thirty days of leave.")
     (folder / "broken.pdf").write_bytes(b"%PDF-1.7")
     pytest.importorskip("pypdfium2", reason="needs the extra documents")
-    summary = add([folder], name="handbook", model=str(family_folder("bert")))
+    summary = index_documents([folder], name="handbook", model=str(family_folder("bert")))
     assert summary.update is not None
     assert (summary.update.added, summary.passages) == (2, 1)
     assert [each.path for each in summary.update.problems] == [str(folder / "broken.pdf")]
@@ -64,18 +70,18 @@ def test_reading_model_answers_with_a_span(
 
 
 def test_index_is_listed_searched_and_removed(indexed: str) -> None:
-    assert [each.name for each in show()] == [indexed]  # type: ignore[union-attr]
-    assert search(indexed, "leave", top=1).passages[0].passage.heading == "Leave"
-    remove(indexed)
-    assert show() == []
+    assert [each.name for each in show_index()] == [indexed]  # type: ignore[union-attr]
+    assert search_documents(indexed, "leave", top=1).passages[0].passage.heading == "Leave"
+    remove_index(indexed)
+    assert show_index() == []
 
 
 def test_mistakes_are_refused(indexed: str, family_folder: Callable[[str], Path]) -> None:
     for mistake in (
-        lambda: search("other", "leave"),
-        lambda: search(indexed, " "),
+        lambda: search_documents("other", "leave"),
+        lambda: search_documents(indexed, " "),
         lambda: ask(str(family_folder("bert")), "How many?", index=indexed),
-        lambda: add([Path("/none")], name="handbook"),
+        lambda: index_documents([Path("/none")], name="handbook"),
     ):
         with pytest.raises(RefusedInput):
             mistake()

@@ -64,7 +64,7 @@ class FoundPassages:
         return {"passages": [each.plain() for each in self.passages]}
 
 
-def add(
+def index_documents(
     sources: list[Path],
     *,
     name: str,
@@ -124,7 +124,7 @@ def add(
         return IndexSummary(name, stored.id, index.documents(), index.threshold, update)
 
 
-def show(name: str | None = None) -> IndexSummary | list[IndexSummary]:
+def show_index(name: str | None = None) -> IndexSummary | list[IndexSummary]:
     """Show the documents of an index, or all indexes.
 
     Args:
@@ -145,7 +145,7 @@ def show(name: str | None = None) -> IndexSummary | list[IndexSummary]:
     return found if name is None else found[0]
 
 
-def search(name: str, question: str, *, top: AtLeastOne = 5) -> FoundPassages:
+def search_documents(name: str, question: str, *, top: AtLeastOne = 5) -> FoundPassages:
     """Find the passages nearest to a question.
 
     Args:
@@ -163,7 +163,7 @@ def search(name: str, question: str, *, top: AtLeastOne = 5) -> FoundPassages:
         return FoundPassages(index.search(_checked(question), top, embed))
 
 
-def remove(name: str) -> None:
+def remove_index(name: str) -> None:
     """Remove an index. The documents stay.
 
     Args:
@@ -337,9 +337,9 @@ def show_answer(found: Answer) -> None:
 
 index_app = CommandGroup("Search in documents.")
 for command in (
-    Command(add, show_summary),
-    Command(show, show_summary),
-    Command(search, show_passages),
-    Command(remove),
+    Command(index_documents, show_summary, name="add"),
+    Command(show_index, show_summary, name="show"),
+    Command(search_documents, show_passages, name="search"),
+    Command(remove_index, name="remove"),
 ):
     index_app.add(command)

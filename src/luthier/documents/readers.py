@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from luthier.data.languages import detect_languages
 from luthier.errors import RecipeError
@@ -110,8 +111,8 @@ class DocumentReader:
             if size > MOST_BYTES:
                 return ReadDocument(refused=f"{size:,} bytes; the limit is {MOST_BYTES:,}")
             if path.suffix.lower() in TEXT_FORMATS:
-                pages = (Page(read_text(path)),)
-                return ReadDocument(pages) if pages[0].text.strip() else _EMPTY
+                whole = Page(read_text(path))
+                return ReadDocument((whole,)) if whole.text.strip() else _EMPTY
         except (OSError, RecipeError) as error:
             return ReadDocument(refused=str(error))
         answer = self._ask(path)
@@ -125,7 +126,7 @@ class DocumentReader:
         note = str(answer["note"])
         return ReadDocument(pages, note) if pages else ReadDocument(refused=note or _EMPTY.refused)
 
-    def _ask(self, path: Path) -> dict[str, object]:
+    def _ask(self, path: Path) -> dict[str, Any]:
         if self._child is None:
             self._child = subprocess.Popen(
                 python_command("luthier.documents.extract"),
@@ -141,7 +142,7 @@ class DocumentReader:
         ready, _, _ = select.select([child.stdout], [], [], self._seconds)
         line = child.stdout.readline() if ready else ""
         if line:
-            answer: dict[str, object] = json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
             return answer
         self.close()
         reason = "the reader crashed" if ready else f"takes more than {self._seconds:.0f} s"
