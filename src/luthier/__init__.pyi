@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from luthier.cli.documents import FoundPassages, IndexSummary
 from luthier.cli.model import Model as Model
 from luthier.cli.model import load as load
 from luthier.cli.models.samples import TrainingSamples
@@ -11,6 +12,7 @@ from luthier.cli.pipeline import PipelineResult
 from luthier.cli.predict import Predictions
 from luthier.data.convert import Conversion
 from luthier.data.in_memory import Rows
+from luthier.documents.answers import Answer
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
 from luthier.errors import DataError as DataError
@@ -76,6 +78,9 @@ def advise(
     track: list[str] | None = None,
     **fields: Any,
 ) -> Advice: ...
+def ask(
+    model: str, question: str, *, index: str, top: int | None = None, max_tokens: int = 256
+) -> Answer: ...
 def certificate(
     model: str | Model | StoredModel,
     *,
@@ -227,6 +232,9 @@ def forgetting(
 def import_openai(
     export: str | Path, folder: str | Path = "imported", *, judge: str | None = None
 ) -> Import: ...
+def index_documents(
+    sources: list[Path], *, name: str, model: str | None = None, reporter: Reporter | None = None
+) -> IndexSummary: ...
 def inspect(
     data: str | Path | Rows,
     *,
@@ -338,6 +346,7 @@ def safety(
 def samples(
     run: str, *, count: int = 20, last: int = 20, worst_first: bool = False, full: bool = False
 ) -> TrainingSamples: ...
+def search_documents(name: str, question: str, *, top: int = 5) -> FoundPassages: ...
 def split(
     source: str | Path | Rows,
     output: Path | str,
