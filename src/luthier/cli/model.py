@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from luthier.types import Message, Row
 
     Conversation = Sequence[Message | Mapping[str, str]]
+    Values = Any
+    """An array, a series or a frame; their classes have no common type."""
 
 
 class Model:
@@ -177,14 +179,14 @@ class Model:
     @overload
     def predict(
         self,
-        texts: Sequence[str | Sequence[str] | Mapping[str, Any]],
+        texts: Sequence[str | Sequence[str] | Mapping[str, Any]] | Values,
         *,
         top: int | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]: ...
     def predict(
         self,
-        texts: str | Mapping[str, Any] | Sequence[str | Sequence[str] | Mapping[str, Any]],
+        texts: str | Mapping[str, Any] | Sequence[str | Sequence[str] | Mapping[str, Any]] | Values,
         *,
         top: int | None = None,
         columns: Mapping[str, str] | None = None,
@@ -202,12 +204,15 @@ class Model:
         "..."}``. A row is returned with all its fields and the result under ``predicted``.
 
         Args:
-            texts: one text or several.
+            texts: one text, or several in a list, an array, a series or a frame of rows.
             top: number of classes in ``scores``, the most likely classes first.
             columns: column names of rows by luthier's keys, such as ``{"text": "question"}``.
         """
+        from luthier.data.in_memory import values_of
+
         if isinstance(texts, str | Mapping):
             return self.predict([texts], top=top, columns=columns)[0]
+        texts = values_of(texts)
         from luthier.data.rows import PREDICTED, InputChecker, input_row
         from luthier.data.shapes.texts import TaggedWords
         from luthier.inference.prediction import Predictor
@@ -283,13 +288,43 @@ class Model:
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         return [{"index": index, "score": scores[index]} for index in order]
 
-    def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels of a classifier, in the order of :meth:`predict_proba`."""
+        labels = getattr(self.stored.objective, "labels", None)
+        if not labels:
+            raise RecipeError(f"{self.stored.id} is no classifier of labels")
+        return tuple(labels)
+
+    def predict_proba(self, texts: Sequence[str] | Values) -> NDArray[np.float64]:
+        """Return the probability of each class ``[R, L]``, in the order of :attr:`classes`."""
+        import numpy as np
+
+        classes = self.classes
+        answers = self.predict(texts)
+        scores = [each.get("predicted", each)["scores"] for each in answers]
+        found = np.array([[each[name] for name in classes] for each in scores], dtype=np.float64)
+        return found.reshape(-1, len(classes))
+
+    def embed_documents(self, texts: Sequence[str]) -> list[list[float]]:
+        """Return embeddings as lists, as LangChain's ``Embeddings`` does."""
+        return self.embed(texts).tolist()
+
+    def embed_query(self, text: str) -> list[float]:
+        """Return the embedding of a query as a list, as LangChain's ``Embeddings`` does."""
+        return self.embed(text).tolist()
+
+    def __call__(self, input: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Return embeddings as a list of arrays, as Chroma's ``EmbeddingFunction`` does."""
+        return list(self.embed(input))
+
+    def embed(self, texts: str | Sequence[str] | Values) -> NDArray[np.float32]:
         """Return embeddings ``[R, H]`` of length 1, or ``[H]`` for one text."""
         import numpy as np
 
         if isinstance(texts, str):
             return np.asarray(self.embed([texts])[0], dtype=np.float32)
-        answers = self.predict(texts)
+        answers = [each.get("predicted", each) for each in self.predict(texts)]
         if answers and "embedding" not in answers[0]:
             raise RecipeError(f"{self.stored.id} returns labels. Call predict()")
         return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
