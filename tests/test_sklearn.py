@@ -52,9 +52,9 @@ def test_series_and_frames(classifier: TextClassifier) -> None:
 
 
 def test_embedder_of_other_libraries(luthier_home: Path, tiny_model_folder: Path) -> None:
-    rows = [{"text": text} for text in TEXTS]
-    base, fields = str(tiny_model_folder), {"training__max_steps": 1}
-    model = luthier.load(luthier.tune(rows, base=base, objective="simcse", **fields).model_id)
+    rows = [{"query": text, "positive": f"{text} again"} for text in TEXTS]
+    made = luthier.tune(rows, base=str(tiny_model_folder), name="pairs", training__max_steps=1)
+    model = luthier.load(made.model_id)
     assert np.shape(model.embed_documents(list(TEXTS[:3]))) == np.shape(model(list(TEXTS[:3])))
     assert model.embed_query("wheel") == model.embed("wheel").tolist()
     encoder = TextEncoder(model.stored.id)

@@ -83,7 +83,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the label of each text, of the type of ``y``."""
         best_N = self.predict_proba(X).argmax(1)
-        return np.asarray(self.classes_)[best_N]
+        found: NDArray[Any] = np.asarray(self.classes_)[best_N]
+        return found
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

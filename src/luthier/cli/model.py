@@ -308,11 +308,13 @@ class Model:
 
     def embed_documents(self, texts: Sequence[str]) -> list[list[float]]:
         """Return embeddings as lists, as LangChain's ``Embeddings`` does."""
-        return self.embed(texts).tolist()
+        found: list[list[float]] = self.embed(texts).tolist()
+        return found
 
     def embed_query(self, text: str) -> list[float]:
         """Return the embedding of a query as a list, as LangChain's ``Embeddings`` does."""
-        return self.embed(text).tolist()
+        found: list[float] = self.embed(text).tolist()
+        return found
 
     def __call__(self, input: Sequence[str]) -> list[NDArray[np.float32]]:
         """Return embeddings as a list of arrays, as Chroma's ``EmbeddingFunction`` does."""
