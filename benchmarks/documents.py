@@ -18,7 +18,8 @@ from luthier.documents.readers import DocumentReader
 
 
 def words(text: str) -> list[str]:
-    """Return the words without marks of Markdown."""
+    """Return the words without marks of Markdown and addresses of links."""
+    text = re.sub(r"\]\([^()]*(?:\([^()]*\)[^()]*)*\)|<\w+>|</\w+>|\\", " ", text)
     return re.findall(r"\w+", text.lower())
 
 
